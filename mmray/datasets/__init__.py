@@ -1,0 +1,1 @@
+"""Image-caption data: where it lies, which columns it has, and how it is cut into shards."""

@@ -1,0 +1,183 @@
+"""COCO captions: annotations JSON and its images; the `instances` file beside it gives objects and boxes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+from mmray.datasets import places
+from mmray.datasets.columns import Columns, detect, kinds_of_records
+from mmray.datasets.contents import DataFile, FileSource
+from mmray.datasets.folder import images_digest
+from mmray.datasets.places import Place
+from mmray.datasets.rows import Record
+from mmray.errors import InputError
+from mmray.storage import open_store
+
+PEEKED = 16
+TRIED = 4
+CACHED_FILES = 4
+IMAGE_FOLDERS = ("{split}", "../{split}", "images/{split}", "../images/{split}", "images", "../images", ".", "..")
+"""Where the images of `captions_SPLIT.json` may lie, seen from its folder, the usual place first."""
+
+
+@dataclass(frozen=True)
+class CocoSource(FileSource):
+    """Captions files, a row a caption, the captions of an image adjacent; without captions a row is an image.
+
+    Columns are the keys of annotation and image, and `sample_id` (image and annotation id), `objects`, `boxes`.
+    `image_folders` gives each captions file's.
+    """
+
+    kind: ClassVar[str] = "coco"
+
+    image_folders: tuple[str, ...]
+
+    def files(self) -> list[DataFile]:
+        """Return the captions files; their sizes and digests take in the instances file and the images."""
+        described = []
+        for entry, folder in zip(self.place.entries, self.image_folders, strict=True):
+            images, size = images_digest(folder)
+            digest = hashlib.sha256(images.encode())
+            for part in (entry, open_store(self.place.folder).entry(instances_key(entry.key))):
+                if part is not None:
+                    digest.update(places.identity(self.place.folder, part, whole=True).encode())
+                    size += part.size
+            described.append(DataFile(entry.key, len(self._rows(entry.key)), size, digest.hexdigest()))
+        return described
+
+    def records(self, path: str, start: int, stop: int) -> Iterator[tuple[str, Record]]:
+        """Yield rows of one captions file."""
+        yield from ((f"{path}#{row}", record) for row, record in enumerate(self._rows(path)[start:stop], start))
+
+    def fetch(self, path: str, names: list[str]) -> list[bytes | str]:
+        """Return the images that rows of a captions file name, as bytes or why not."""
+        numbers = {entry.key: number for number, entry in enumerate(self.place.entries)}
+        return places.fetch(self.image_folders[numbers[path]], names)
+
+    def object_cells(self) -> Iterable[Any]:
+        """Yield the object names of each row."""
+        for entry in self.place.entries:
+            records = (record for record in self._rows(entry.key) if not isinstance(record, str))
+            yield from (record.get(str(self.columns.objects)) for record in records)
+
+    def _rows(self, path: str) -> tuple[Record, ...]:
+        return rows(self.place.folder, path, self.entry(path).version, self.captions)
+
+
+def open_coco(data: str, place: Place, asked: Columns, captions: bool, image_folder: str | None = None) -> CocoSource:
+    """Return the source of captions files, their images in `image_folder` or in one of the usual places.
+
+    Raises `InputError` if a file is not COCO, no image is found, or a column is missing.
+    """
+    listed = [rows(place.folder, entry.key, entry.version, captions) for entry in place.entries]
+    good = [record for records in listed for record in records if not isinstance(record, str)]
+    # An image without captions has no caption column: look at those with, if there are any.
+    telling = [record for record in good if "image_id" in record] or good
+    columns = detect(
+        kinds_of_records(telling[:PEEKED]), asked, places.join(place.folder, place.entries[0].key), captions
+    )
+    folders = []
+    for entry, records in zip(place.entries, listed, strict=True):
+        names = [str(record.get(str(columns.image))) for record in records if not isinstance(record, str)]
+        folders.append(image_folder or _find_images(place.folder, entry.key, names[:TRIED]))
+    return CocoSource(data, place, columns, captions, tuple(folders))
+
+
+def instances_key(captions_key: str) -> str:
+    """Return the key of the instances file of the same split."""
+    folder, slash, name = captions_key.rpartition("/")
+    return folder + slash + name.replace("captions", "instances", 1)
+
+
+@lru_cache(maxsize=CACHED_FILES)
+def rows(folder: str, key: str, version: str, captions: bool) -> tuple[Record, ...]:
+    """Return the rows of a captions file in the order of its images; raises `InputError` if it isn't COCO."""
+    content = _load(folder, key)
+    images: dict[Any, dict[str, Any]] = {}
+    strays: list[Record] = []
+    for image in content["images"]:
+        identifier = _identifier(image, "id")
+        if identifier is None:
+            strays.append("image without an id")
+        else:
+            images[identifier] = dict(image)
+    by_image: dict[Any, list[Any]] = {identifier: [] for identifier in images}
+    for annotation in content.get("annotations", []) if captions else []:
+        identifier = _identifier(annotation, "image_id")
+        if identifier in by_image:
+            by_image[identifier].append(annotation)
+        else:
+            strays.append(f"annotation of image {identifier!r}, which is not among the images")
+    if instances_key(key) != key and open_store(folder).entry(instances_key(key)) is not None:
+        _add_objects(images, _load(folder, instances_key(key)))
+    found: list[Record] = []
+    for identifier, image in images.items():
+        found += [
+            image | annotation | {"sample_id": f"{identifier}-{annotation.get('id')}"}
+            for annotation in by_image[identifier]
+        ] or [image | {"sample_id": str(identifier)}]
+    return (*found, *strays)
+
+
+def _load(folder: str, key: str) -> dict[str, Any]:
+    def without_outline(item: dict[str, Any]) -> dict[str, Any]:
+        # Outlines are most of an instances file, and take ten times their size in memory.
+        item.pop("segmentation", None)
+        return item
+
+    where = places.join(folder, key)
+    try:
+        content = json.loads(places.read(folder, key) or b"", object_hook=without_outline)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error}); copy it again") from error
+    lists = (
+        [content.get(name, []) for name in ("images", "annotations", "categories")] if isinstance(content, dict) else []
+    )
+    if not lists or not lists[0] or not all(isinstance(part, list) for part in lists):
+        raise InputError(f"{where}: not COCO JSON: it needs a list of images and a list of annotations")
+    return dict(content)
+
+
+def _add_objects(images: Mapping[Any, dict[str, Any]], instances: Mapping[str, Any]) -> None:
+    """Give each image `objects` and `boxes`, in 0..1; what is malformed is handed on, to be refused with its row."""
+    names = {_identifier(category, "id"): category.get("name") for category in instances.get("categories", [])}
+    objects: dict[Any, list[Any]] = defaultdict(list)
+    boxes: dict[Any, list[Any]] = defaultdict(list)
+    for annotation in instances.get("annotations", []):
+        identifier = _identifier(annotation, "image_id")
+        if identifier in images:
+            objects[identifier].append(names.get(_identifier(annotation, "category_id")))
+            boxes[identifier].append(_scaled(annotation.get("bbox"), images[identifier]))
+    for identifier, image in images.items():
+        image |= {"objects": objects[identifier], "boxes": boxes[identifier]}
+
+
+def _scaled(box: Any, image: Mapping[str, Any]) -> Any:
+    try:
+        x, y, width, height = box
+        across, down = image["width"], image["height"]
+        scaled = [x / across, y / down, width / across, height / down]
+    except (TypeError, ValueError, KeyError, ZeroDivisionError):
+        return box
+    return [min(max(number, 0.0), 1.0) for number in scaled]
+
+
+def _identifier(item: Any, field: str) -> Any:
+    value = item.get(field) if isinstance(item, dict) else None
+    return value if isinstance(value, int | str) else None
+
+
+def _find_images(folder: str, key: str, names: list[str]) -> str:
+    home = places.join(folder, key.rpartition("/")[0])
+    split = key.rpartition("/")[2].rpartition(".")[0].rpartition("_")[2]
+    for pattern in IMAGE_FOLDERS:
+        candidate = places.beside(home, pattern.format(split=split))
+        if any(isinstance(content, bytes) for content in places.fetch(candidate, names)):
+            return candidate
+    raise InputError(f"{places.join(folder, key)}: its images are not beside it; write {key}:IMAGES_FOLDER")

@@ -1,0 +1,137 @@
+"""What every source offers: its files, their rows as samples, and the names of its objects."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from mmray.datasets import places
+from mmray.datasets.columns import Columns
+from mmray.datasets.places import Place
+from mmray.datasets.rows import BadRowError, Record, object_names, samples
+from mmray.datasets.samples import Failure, Sample
+from mmray.errors import InputError
+from mmray.storage import Entry
+
+TRANSLATIONS = "concepts.json"
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file of the data: its path below the data's folder, its rows, its size in bytes, what identifies its content.
+
+    The digest costs the same whatever the size. On S3 it is the ETag; for a local Parquet file or tar the SHA-256 of
+    its size, first and last MiB; for a metadata or COCO file the SHA-256 of its content (on S3 its ETag) and of the
+    names and sizes of the images; for `hf:` the fingerprint that `datasets` gives. A file whose rows cannot be counted
+    has one row, a failure.
+    """
+
+    path: str
+    rows: int
+    size: int
+    digest: str
+
+
+class Source(Protocol):
+    """Image-caption data, wherever it lies."""
+
+    @property
+    def data(self) -> str:
+        """The data as the user named it."""
+
+    @property
+    def kind(self) -> str:
+        """The form of the data: parquet, webdataset, folder, coco or hub."""
+
+    @property
+    def columns(self) -> Columns:
+        """The columns that are read."""
+
+    def files(self) -> list[DataFile]:
+        """Return the files in a fixed order, their rows counted without reading the images."""
+
+    def read(self, path: str, start: int, stop: int) -> Iterator[Sample | Failure]:
+        """Yield rows `start` to `stop` (left out) of one file, a bad row as a `Failure`; none past the file's end."""
+
+    def translations(self) -> dict[str, dict[str, str]]:
+        """Return concept → language → form, from a `concepts.json` beside the data; empty without one."""
+
+    def objects_vocabulary(self) -> tuple[str, ...]:
+        """Return the distinct names in the objects column, sorted; empty without such a column."""
+
+
+@dataclass(frozen=True)
+class FileSource(ABC):
+    """What sources made of files share; a kind of data adds how its files give records."""
+
+    kind: ClassVar[str]
+
+    data: str
+    place: Place
+    columns: Columns
+    captions: bool
+
+    @abstractmethod
+    def files(self) -> list[DataFile]:
+        """Return the files in a fixed order, their rows counted without reading the images."""
+
+    @abstractmethod
+    def records(self, path: str, start: int, stop: int) -> Iterator[tuple[str, Record]]:
+        """Yield rows of one file as (where it was read, record)."""
+
+    @abstractmethod
+    def object_cells(self) -> Iterable[Any]:
+        """Return the cells of the objects column."""
+
+    def fetch(self, path: str, names: list[str]) -> list[bytes | str]:
+        """Return the images that rows of a file name, as bytes or why not: below the file's own folder."""
+        return places.fetch(places.join(self.place.folder, path.rpartition("/")[0]), names)
+
+    def entry(self, path: str) -> Entry:
+        """Return one file's entry as it was when the source was opened; raises `InputError` for another's path."""
+        for entry in self.place.entries:
+            if entry.key == path:
+                return entry
+        raise InputError(f"{self.data}: no file {path!r}; the data has changed since the run began")
+
+    def read(self, path: str, start: int, stop: int) -> Iterator[Sample | Failure]:
+        """Yield rows `start` to `stop` (left out) of one file, a bad row as a `Failure`; none past the file's end."""
+        records = self.records(path, start, stop)
+        return samples(records, self.columns, self.captions, lambda names: self.fetch(path, names))
+
+    def objects_vocabulary(self) -> tuple[str, ...]:
+        """Return the distinct names in the objects column, sorted; cells that can't be read are passed over."""
+        if self.columns.objects is None:
+            return ()
+        names: set[str] = set()
+        for cell in self.object_cells():
+            try:
+                names.update(object_names(cell) if cell is not None else ())
+            except BadRowError:
+                continue  # `read` reports this row.
+        return tuple(sorted(names))
+
+    def translations(self) -> dict[str, dict[str, str]]:
+        """Return concept → language → form, from a `concepts.json` beside the data; empty without one."""
+        return read_translations(self.place.folder)
+
+
+def read_translations(folder: str) -> dict[str, dict[str, str]]:
+    """Return concept → language → form from the folder's `concepts.json`; empty without one.
+
+    Raises `InputError` unless it is a list of `{"concept": name, "names": {language: form}}`.
+    """
+    content = places.read(folder, TRANSLATIONS)
+    if content is None:
+        return {}
+    where = places.join(folder, TRANSLATIONS)
+    try:
+        return {entry["concept"]: dict(entry["names"]) for entry in json.loads(content)}
+    except (ValueError, KeyError, TypeError) as error:
+        form = '[{"concept": NAME, "names": {LANGUAGE: FORM}}]'
+        raise InputError(
+            f"{where}: not of the form {form} ({type(error).__name__}: {error}); mend or move it"
+        ) from error

@@ -1,0 +1,123 @@
+"""An image folder with `metadata.jsonl` or `metadata.csv`, whose rows name the images (Hugging Face's convention)."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import islice
+from typing import Any, ClassVar
+
+from mmray.datasets import places
+from mmray.datasets.columns import IMAGE_SUFFIXES, Columns, detect, kinds_of_records
+from mmray.datasets.contents import DataFile, FileSource
+from mmray.datasets.places import Place
+from mmray.datasets.rows import Record
+from mmray.errors import InputError
+from mmray.storage import open_store
+
+PEEKED = 16
+CACHED_FILES = 4
+
+
+@dataclass(frozen=True)
+class FolderSource(FileSource):
+    """Metadata files, a row a sample; image names are relative to the metadata's folder."""
+
+    kind: ClassVar[str] = "folder"
+
+    def files(self) -> list[DataFile]:
+        """Return the metadata files; their sizes and digests take in the images in and below their folders."""
+        described = []
+        for entry in self.place.entries:
+            rows = len(lines(self.place.folder, entry.key, entry.version))
+            folder = places.join(self.place.folder, entry.key.rpartition("/")[0])
+            images, size = images_digest(folder)
+            digest = f"{places.identity(self.place.folder, entry, whole=True)} {images}"
+            described.append(DataFile(entry.key, rows, entry.size + size, hashlib.sha256(digest.encode()).hexdigest()))
+        return described
+
+    def records(self, path: str, start: int, stop: int) -> Iterator[tuple[str, Record]]:
+        """Yield rows of one metadata file."""
+        parsers = lines(self.place.folder, path, self.entry(path).version)[start:stop]
+        yield from ((f"{path}#{row}", parse()) for row, parse in enumerate(parsers, start))
+
+    def object_cells(self) -> Iterable[Any]:
+        """Yield the cells of the objects column."""
+        for entry in self.place.entries:
+            for _, record in self.records(entry.key, 0, len(lines(self.place.folder, entry.key, entry.version))):
+                if not isinstance(record, str):
+                    yield record.get(str(self.columns.objects))
+
+
+def open_folder(data: str, place: Place, asked: Columns, captions: bool) -> FolderSource:
+    """Return the source of metadata files; its columns are those of the first rows of the first file that has any.
+
+    Raises `InputError` if none has, a folder has two metadata files, or a column is missing.
+    """
+    folders = [entry.key.rpartition("/")[0] for entry in place.entries]
+    if place.whole and len(set(folders)) < len(folders):
+        raise InputError(f"{data}: a folder has both metadata.jsonl and metadata.csv; name the one to read")
+    for entry in place.entries:
+        rows = (parse() for parse in lines(place.folder, entry.key, entry.version))
+        if records := list(islice((row for row in rows if not isinstance(row, str)), PEEKED)):
+            where = places.join(place.folder, entry.key)
+            return FolderSource(data, place, detect(kinds_of_records(records), asked, where, captions), captions)
+    raise InputError(f"{data}: no row of the metadata can be read; each needs a file_name and a caption")
+
+
+def images_digest(folder: str) -> tuple[str, int]:
+    """Return a digest of the names and sizes of the images in and below a folder, and their bytes in all."""
+    digest, size = hashlib.sha256(), 0
+    for entry in open_store(folder).list():
+        if entry.key.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
+            digest.update(f"{entry.key}\0{entry.size}\n".encode(errors="surrogateescape"))
+            size += entry.size
+    return digest.hexdigest(), size
+
+
+@lru_cache(maxsize=CACHED_FILES)
+def lines(folder: str, key: str, version: str) -> tuple[Callable[[], Record], ...]:
+    """Return a parser for each row of a metadata file."""
+    content = places.read(folder, key)
+    if content is None:
+        raise InputError(f"{places.join(folder, key)}: gone; check the path")
+    if key.lower().endswith(".csv"):
+        return tuple(_csv_rows(content))
+    return tuple(partial(_json_row, line) for line in content.splitlines() if line.strip())
+
+
+def _json_row(line: bytes) -> Record:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"not JSON ({error})"
+    return row if isinstance(row, dict) else f"{type(row).__name__} where a JSON object was expected"
+
+
+def _csv_rows(content: bytes) -> Iterator[Callable[[], Record]]:
+    # What is not UTF-8 becomes half surrogates, which are refused row by row where text is wanted.
+    reader = csv.reader(io.StringIO(content.decode("utf-8-sig", errors="surrogateescape"), newline=""))
+    header: list[str] | None = None
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield partial(str, f"not CSV ({error})")
+            continue
+        if header is None:
+            header = cells
+        elif cells:
+            yield partial(_csv_row, header, cells)
+
+
+def _csv_row(header: list[str], cells: list[str]) -> Record:
+    if len(cells) != len(header):
+        return f"{len(cells)} cells under {len(header)} columns"
+    return {name: cell or None for name, cell in zip(header, cells, strict=True)}

@@ -1,0 +1,170 @@
+"""One row of any source to a `Sample`, or to the `Failure` that says why not."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from mmray.datasets.columns import Columns
+from mmray.datasets.samples import Failure, Sample, digest_id
+
+Record = Mapping[str, Any] | str
+"""A row by column name; a string instead says why the row could not be read."""
+
+Fetch = Callable[[list[str]], list[bytes | str]]
+"""Image names of the data → their bytes, or, as a string, why there are none."""
+
+ROWS_AT_ONCE = 32
+BOX_TOLERANCE = 1e-3
+
+
+class BadRowError(ValueError):
+    """Why one row is no sample."""
+
+
+def samples(
+    records: Iterable[tuple[str, Record]], columns: Columns, captions: bool, fetch: Fetch
+) -> Iterator[Sample | Failure]:
+    """Yield one `Sample` or `Failure` (stage `read`) for each record, in order.
+
+    Records come with the place they were read at. Images given by name are fetched for some tens of rows at once.
+    With `captions` false a missing or empty caption is no failure: the sample's caption is then empty.
+    """
+    rows = iter(records)
+    while batch := list(islice(rows, ROWS_AT_ONCE)):
+        images = [None if isinstance(record, str) else _image(record, columns) for _, record in batch]
+        names = list(dict.fromkeys(name for image in images if isinstance(image, tuple) for name in image))
+        fetched = dict(zip(names, fetch(names), strict=True)) if names else {}
+        for (source, record), image in zip(batch, images, strict=True):
+            try:
+                yield _sample(
+                    record, source, fetched[image[0]] if isinstance(image, tuple) else image, columns, captions
+                )
+            except BadRowError as error:
+                yield Failure(_known_id(record, columns), source, "read", str(error))
+
+
+def object_names(value: Any) -> tuple[str, ...]:
+    """Return the object names in a cell: a list, a JSON list or words parted by commas; raises `BadRowError`."""
+    if isinstance(value, str) and not value.lstrip().startswith("["):
+        value = [name.strip() for name in value.split(",") if name.strip()]
+    return tuple(_text(name, "objects") for name in _list(value, "objects"))
+
+
+def _image(record: Mapping[str, Any], columns: Columns) -> bytes | tuple[str] | str | None:
+    """Return an image's bytes, its name as a tuple of one, why there is none as a string, or None without images."""
+    if columns.image is None:
+        return None
+    value = record.get(columns.image)
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    match value:
+        case bytes() if value:
+            return value
+        case str() if value:
+            return (value,)
+        case None | b"" | "":
+            return f"no image in column {columns.image!r}"
+    return f"column {columns.image!r} holds {type(value).__name__}, not an image"
+
+
+def _sample(record: Record, source: str, image: bytes | str | None, columns: Columns, captions: bool) -> Sample:
+    if isinstance(record, str):
+        raise BadRowError(record)
+    if isinstance(image, str):
+        raise BadRowError(image)
+    caption = _caption(record, columns, captions)
+    objects = _optional(record, columns.objects, object_names)
+    boxes = _optional(record, columns.boxes, _boxes)
+    if objects is not None and boxes is not None and len(objects) != len(boxes):
+        raise BadRowError(f"{len(objects)} objects and {len(boxes)} boxes")
+    return Sample(
+        sample_id=_known_id(record, columns) or digest_id(image, caption),
+        source=source,
+        image=image,
+        caption=caption,
+        language=_label(record, columns.language),
+        domain=_label(record, columns.domain),
+        objects=objects,
+        boxes=boxes,
+        questions=_optional(record, columns.questions, _questions),
+        labels={name: label for name in columns.labels if (label := _label(record, name)) is not None},
+    )
+
+
+def _known_id(record: Record, columns: Columns) -> str:
+    """Return the identifier that the data gives, or an empty string."""
+    value = None if isinstance(record, str) or columns.sample_id is None else record.get(columns.sample_id)
+    known = str(value) if isinstance(value, str | int | float) else ""
+    return known if _storable(known) else ""
+
+
+def _caption(record: Mapping[str, Any], columns: Columns, captions: bool) -> str:
+    value = None if columns.caption is None else record.get(columns.caption)
+    if isinstance(value, list):
+        value = next((text for text in value if not isinstance(text, str) or text.strip()), None)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        if captions:
+            raise BadRowError(f"no caption in column {columns.caption!r}")
+        return ""
+    return _text(value, "caption")
+
+
+def _label(record: Mapping[str, Any], column: str | None) -> str | None:
+    value = None if column is None else record.get(column)
+    if value is None or value == "":
+        return None
+    return _text(str(value) if isinstance(value, bool | int | float) else value, str(column))
+
+
+def _optional(record: Mapping[str, Any], column: str | None, read: Callable[[Any], Any]) -> Any:
+    value = None if column is None else record.get(column)
+    return None if value is None or value == "" else read(value)
+
+
+def _boxes(value: Any) -> tuple[tuple[float, ...], ...]:
+    boxes = []
+    for box in _list(value, "boxes"):
+        numbers = [number for number in _list(box, "boxes") if isinstance(number, int | float)]
+        inside = all(-BOX_TOLERANCE <= number <= 1 + BOX_TOLERANCE for number in numbers if math.isfinite(number))
+        if len(numbers) != 4 or len(box) != 4 or not inside or not all(map(math.isfinite, numbers)):
+            raise BadRowError(f"box {box} is not (x, y, width, height) in 0..1; --boxes-column none leaves boxes out")
+        boxes.append(tuple(float(number) for number in numbers))
+    return tuple(boxes)
+
+
+def _questions(value: Any) -> tuple[tuple[str, str], ...]:
+    pairs = []
+    for item in _list(value, "questions"):
+        pair = [item.get("question"), item.get("answer")] if isinstance(item, Mapping) else item
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRowError("questions must be pairs of question and answer; --questions-column none leaves them out")
+        pairs.append((_text(pair[0], "questions"), _text(pair[1], "questions")))
+    return tuple(pairs)
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise BadRowError(f"{name}: not a JSON list ({error})") from error
+    if not isinstance(value, list):
+        raise BadRowError(f"{name}: {type(value).__name__} where a list was expected")
+    return value
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRowError(f"{name}: {type(value).__name__} where text was expected")
+    if not _storable(value):
+        raise BadRowError(f"{name}: not valid Unicode")
+    return value
+
+
+def _storable(text: str) -> bool:
+    # JSON can spell half a surrogate pair, which neither UTF-8 nor Parquet can hold.
+    return not any("\ud800" <= character <= "\udfff" for character in text)

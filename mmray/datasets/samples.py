@@ -1,0 +1,44 @@
+"""What every source hands on: a sample, or the reason why there is none."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its caption, as stored: the image is still encoded (JPEG, PNG, …).
+
+    `image` is None for text-only data. `boxes` are (x, y, width, height) in 0..1 of the image, in the order of
+    `objects`; `questions` are (question, answer) pairs; `labels` holds further label columns asked for by name;
+    `source` says where the sample was read, for messages.
+    """
+
+    sample_id: str
+    source: str
+    image: bytes | None
+    caption: str
+    language: str | None = None
+    domain: str | None = None
+    objects: tuple[str, ...] | None = None
+    boxes: tuple[tuple[float, ...], ...] | None = None
+    questions: tuple[tuple[str, str], ...] | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One sample that could not be used: which, from where, at which stage (read, decode, …), and why."""
+
+    sample_id: str
+    source: str
+    stage: str
+    message: str
+
+
+def digest_id(image: bytes | None, caption: str) -> str:
+    """Return the identifier of a sample that has none: 16 hexadecimal digits of its image bytes and caption."""
+    digest = hashlib.sha256(image or b"")
+    digest.update(b"\0" + caption.encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,128 @@
+"""The data cut once into numbered shards: a pure function of its files, and every sample in exactly one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mmray.datasets.contents import DataFile, Source
+from mmray.datasets.samples import Failure, Sample
+from mmray.errors import InputError, ShardError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows `start` to `stop` (left out) of one file of the data."""
+
+    path: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A fixed list of samples, in the order of the data."""
+
+    shard_id: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def samples(self) -> int:
+        """Number of samples, those that will fail to be read included."""
+        return sum(piece.stop - piece.start for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of the data as they were, and the shards cut from them."""
+
+    files: tuple[DataFile, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 of the files' paths, rows and content digests; not of how they were cut."""
+        listed = json.dumps([[file.path, file.rows, file.digest] for file in self.files])
+        return hashlib.sha256(listed.encode()).hexdigest()
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    def to_json(self) -> bytes:
+        """Return the manifest as compact JSON: equal manifests give equal bytes, some 30 bytes a shard."""
+        number = {file.path: index for index, file in enumerate(self.files)}
+        content = {
+            "format": FORMAT,
+            "files": [[file.path, file.rows, file.size, file.digest] for file in self.files],
+            "shards": [
+                [shard.shard_id, *([number[piece.path], piece.start, piece.stop] for piece in shard.pieces)]
+                for shard in self.shards
+            ],
+        }
+        return json.dumps(content, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Manifest:
+        """Return the manifest that `to_json` wrote; raises `InputError` for anything else."""
+        try:
+            content = json.loads(data)
+            if content["format"] != FORMAT:
+                raise InputError(f"manifest of format {content['format']}; this mmray reads format {FORMAT}")
+            files = tuple(DataFile(*file) for file in content["files"])
+            shards = tuple(
+                Shard(shard_id, tuple(Piece(files[number].path, start, stop) for number, start, stop in pieces))
+                for shard_id, *pieces in content["shards"]
+            )
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise InputError(f"not a manifest of shards ({type(error).__name__}: {error})") from error
+        return cls(files, shards)
+
+
+def cut(files: Sequence[DataFile], shard_size: int, limit: int | None = None) -> Manifest:
+    """Return the first `limit` samples of `files` (None: all) in shards of `shard_size`, the last one maybe smaller.
+
+    Shards are contiguous and may span files: which samples are in shard n depends on the sequence of samples alone.
+    Raises `InputError` unless `shard_size` is at least 1 and `limit` at least 0.
+    """
+    if shard_size < 1 or (limit is not None and limit < 0):
+        raise InputError(
+            f"shard size {shard_size}, limit {limit}: a shard holds at least 1 sample, a limit is at least 0"
+        )
+    left = sum(file.rows for file in files)
+    left = left if limit is None else min(left, limit)
+    shards: list[Shard] = []
+    pieces: list[Piece] = []
+    room = shard_size
+    for file in files:
+        start = 0
+        while start < file.rows and left:
+            stop = min(file.rows, start + min(room, left))
+            pieces.append(Piece(file.path, start, stop))
+            room, left, start = room - (stop - start), left - (stop - start), stop
+            if not room or not left:
+                shards.append(Shard(len(shards), tuple(pieces)))
+                pieces, room = [], shard_size
+    return Manifest(tuple(files), tuple(shards))
+
+
+def read_shard(source: Source, shard: Shard) -> Iterator[Sample | Failure]:
+    """Yield the shard's samples and failures, as many as it has samples.
+
+    Raises `ShardError` if a file now has fewer rows than when the data was cut.
+    """
+    for piece in shard.pieces:
+        rows = 0
+        for row in source.read(piece.path, piece.start, piece.stop):
+            rows += 1
+            yield row
+        if rows != piece.stop - piece.start:
+            raise ShardError(
+                f"{source.data}: {piece.path} gave {rows} of the rows {piece.start} to {piece.stop}; "
+                "it has changed since the run began"
+            )

@@ -1,0 +1,9 @@
+"""The errors that a user can mend: each says in one line what is wrong, where, and how to mend it."""
+
+
+class InputError(Exception):
+    """Bad input or set-up; the command line prints the message alone and ends with status 2."""
+
+
+class ShardError(Exception):
+    """A shard that could not be finished; the run goes on without it and ends with status 4."""

@@ -1,0 +1,89 @@
+"""See neurons while the model runs: hooks that read and never write, removed whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mmray.errors import InputError
+from mmray.models.experts import routed_activation
+from mmray.models.layout import Projection
+
+Receive: TypeAlias = Callable[[int, Float[Tensor, "row neuron"], Float[Tensor, "row neuron"]], None]
+"""Called once a projection and forward with the projection's index, its activations, and what opens the neurons.
+
+Rows are tokens, batch by batch (row = sample · positions + position). The third is the gate's Linear output, before the
+non-linearity; in a plain MLP, and for routed experts, it is the activation itself.
+"""
+
+
+@contextmanager
+def tap(network: PreTrainedModel, projections: Sequence[Projection], receive: Receive) -> Iterator[None]:
+    """Hand the inputs of these MLP output projections to `receive` as each forward computes them.
+
+    Activations are those of the network's own number format, and must not be changed in place.
+    """
+    with ExitStack() as stack:
+        for index, projection in enumerate(projections):
+            module = network.get_submodule(projection.path)
+            if projection.experts:
+                stack.enter_context(routed_activation(module, _both(index, receive)))
+            else:
+                gate = network.get_submodule(projection.gate) if projection.gate else None
+                _tap_linear(stack, index, module, gate, projection.width, receive)
+        yield
+
+
+@contextmanager
+def tap_input(module: nn.Module, receive: Callable[[Tensor], None]) -> Iterator[None]:
+    """Hand the first input of a module (the final norm, say) to `receive` at each forward."""
+
+    def see(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        receive(arguments[0])
+
+    handle = module.register_forward_pre_hook(see)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _both(index: int, receive: Receive) -> Callable[[Tensor], None]:
+    def hand_on(activation: Tensor) -> None:
+        receive(index, activation, activation)
+
+    return hand_on
+
+
+def _tap_linear(
+    stack: ExitStack, index: int, module: nn.Module, gate: nn.Module | None, width: int, receive: Receive
+) -> None:
+    opened: list[Tensor] = []
+
+    def see_gate(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+        opened.append(output[..., :width])
+
+    def see(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        activation = arguments[0].flatten(0, -2)
+        receive(index, activation, opened.pop().flatten(0, -2) if opened else activation)
+
+    if gate is not None:
+        stack.callback(gate.register_forward_hook(see_gate).remove)
+    stack.callback(module.register_forward_pre_hook(see).remove)
+
+
+def gate_function(network: PreTrainedModel, projection: Projection) -> Callable[[Tensor], Tensor]:
+    """Return the non-linearity between the gate's Linear and the factor; the identity where there is no gate."""
+    if projection.gate is None:
+        return lambda opened: opened
+    mlp = network.get_submodule(projection.gate.rpartition(".")[0])
+    for name in ("act_fn", "act", "activation_fn"):
+        function = getattr(mlp, name, None)
+        if callable(function):
+            return function  # type: ignore[no-any-return]
+    raise InputError(f"{projection.gate}: no activation function beside it; use --score contribution")

@@ -1,0 +1,203 @@
+"""What is known of each architecture's layout, as data: where its decoder, vision tower and projector keep their MLPs.
+
+A vision-language model is put together from three parts that vary apart from each other, so there are three tables:
+
+    FAMILIES[config.model_type]               where the parts hang, and how the image enters
+    DECODERS[config.text_config.model_type]   what a block of the language decoder looks like
+    TOWERS[config.vision_config.model_type]   what a block of the vision tower looks like
+
+    LlavaForConditionalGeneration             (family "llava", decoder "llama", tower "clip_vision_model")
+    ├── model
+    │   ├── vision_tower                      Family.tower
+    │   │   └── encoder.layers.N              Stack.blocks
+    │   │       └── mlp.fc2                   Stack.projection
+    │   ├── multi_modal_projector             Family.projectors: a Stack of one block
+    │   │   └── linear_2
+    │   └── language_model                    Family.decoder
+    │       ├── layers.N                      Stack.blocks
+    │       │   └── mlp                       gate_proj: Stack.gate, down_proj: Stack.projection
+    │       └── norm                          Decoder.final_norm
+    └── lm_head                               Family.unembedding
+
+Paths are those of transformers 5. Where versions or variants differ, a tuple holds the choices and the first that
+the model has is taken. A row says where to look; `mmray.models.parts` checks what is there.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of blocks with one MLP each, or a single module that is one MLP."""
+
+    blocks: tuple[str, ...]
+    """Path of the list, or of the single module, below the part; the first that exists is taken."""
+    projection: tuple[str, ...]
+    """Path below a block of the output projection, a Linear or a module of fused experts; the first that exists."""
+    gate: tuple[str, ...] = ()
+    """Path below a block of the Linear before the non-linearity that opens the neuron; none exists: a plain MLP."""
+    post_norm: str | None = None
+    """Path below a block of a norm that is applied to the MLP's output before it is added to the residual stream."""
+    residual_gate: str | None = None
+    """Path below a block of a number whose tanh multiplies the MLP's output; blocks without it add the output as is."""
+    optional: bool = False
+    """The part may be absent in some checkpoints of the family."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The language decoder of one text model type."""
+
+    stack: Stack
+    final_norm: str = "norm"
+    """Path below the decoder of the norm before the unembedding."""
+    encoder_decoder: bool = False
+    """The prompt goes through an encoder, and the caption alone is the decoder's sequence."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one multi-modal model type hangs its parts."""
+
+    decoder: tuple[str, ...]
+    """Path of the language decoder; the first that exists is taken."""
+    unembedding: str
+    tower: str
+    """Path of the vision tower."""
+    projectors: tuple[Stack, ...] = ()
+    """The MLPs between tower and decoder, by their paths from the top; none where the bridge is one Linear."""
+    image: str = "tokens"
+    """`tokens`: placeholders in the sequence become the image; `cross-attention`: blocks of the decoder look at it."""
+
+
+GATED = Stack(blocks=("layers",), projection=("mlp.down_proj",), gate=("mlp.gate_proj",))
+# Gemma 2 and 3 normalise the MLP's output before they add it to the residual stream.
+GATED_POST_NORM = Stack(
+    blocks=("layers",), projection=("mlp.down_proj",), gate=("mlp.gate_proj",), post_norm="post_feedforward_layernorm"
+)
+
+DECODERS: dict[str, Decoder] = {
+    **dict.fromkeys(
+        (
+            "gemma",
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen2_5_vl_text",
+            "qwen2_vl_text",
+            "qwen3",
+            "qwen3_vl_text",
+        ),
+        Decoder(GATED),
+    ),
+    **dict.fromkeys(("gemma2", "gemma3_text"), Decoder(GATED_POST_NORM)),
+    # Blocks listed in mlp_only_layers hold an ordinary MLP instead of experts.
+    "qwen3_vl_moe_text": Decoder(
+        Stack(blocks=("layers",), projection=("mlp.experts", "mlp.down_proj"), gate=("mlp.gate_proj",))
+    ),
+    # The cross-attention blocks stand in the same list, and multiply their MLP's output by tanh of a learnt gate.
+    "mllama_text_model": Decoder(
+        Stack(
+            blocks=("layers",),
+            projection=("mlp.down_proj",),
+            gate=("mlp.gate_proj",),
+            residual_gate="cross_attn_mlp_gate",
+        )
+    ),
+    # OPT folds batch and position together before its MLP: fc2 sees (batch * position, neuron).
+    "opt": Decoder(Stack(blocks=("decoder.layers",), projection=("fc2",)), final_norm="decoder.final_layer_norm"),
+    # A block of T5's decoder is self-attention, cross-attention, MLP; gated in Flan-T5, plain in the first T5.
+    "t5": Decoder(
+        Stack(
+            blocks=("decoder.block",),
+            projection=("layer.2.DenseReluDense.wo",),
+            gate=("layer.2.DenseReluDense.wi_0",),
+        ),
+        final_norm="decoder.final_layer_norm",
+        encoder_decoder=True,
+    ),
+}
+
+PLAIN_TOWER = (Stack(blocks=("encoder.layers", "vision_model.encoder.layers"), projection=("mlp.fc2",)),)
+
+TOWERS: dict[str, tuple[Stack, ...]] = {
+    **dict.fromkeys(
+        (
+            "blip_2_vision_model",
+            "clip_vision_model",
+            "idefics3_vision",
+            "instructblip_vision_model",
+            "siglip_vision_model",
+            "smolvlm_vision",
+        ),
+        PLAIN_TOWER,
+    ),
+    "internvl_vision": (Stack(blocks=("encoder.layer",), projection=("mlp.fc2",)),),
+    # The cropped image goes through the first list, its tiles together through the second.
+    "mllama_vision_model": (
+        Stack(blocks=("transformer.layers",), projection=("mlp.fc2",)),
+        Stack(blocks=("global_transformer.layers",), projection=("mlp.fc2",)),
+    ),
+    "pixtral": (
+        Stack(blocks=("transformer.layers",), projection=("feed_forward.down_proj",), gate=("feed_forward.gate_proj",)),
+    ),
+    "qwen2_vl_vision": (Stack(blocks=("blocks",), projection=("mlp.fc2",)),),
+    "qwen2_5_vl_vision": (Stack(blocks=("blocks",), projection=("mlp.down_proj",), gate=("mlp.gate_proj",)),),
+    "qwen3_vl_vision": (Stack(blocks=("blocks",), projection=("mlp.linear_fc2",)),),
+    "qwen3_vl_moe_vision": (Stack(blocks=("blocks",), projection=("mlp.linear_fc2",)),),
+}
+
+LLAVA = Family(
+    decoder=("model.language_model",),
+    unembedding="lm_head",
+    tower="model.vision_tower",
+    projectors=(Stack(blocks=("model.multi_modal_projector",), projection=("linear_2",)),),
+)
+QWEN2_VL = Family(
+    decoder=("model.language_model",),
+    unembedding="lm_head",
+    tower="model.visual",
+    projectors=(Stack(blocks=("model.visual.merger",), projection=("mlp.2",)),),
+)
+QWEN3_VL = Family(
+    decoder=("model.language_model",),
+    unembedding="lm_head",
+    tower="model.visual",
+    projectors=(
+        Stack(blocks=("model.visual.merger",), projection=("linear_fc2",)),
+        # Deepstack: features of earlier tower blocks, added to the first blocks of the decoder.
+        Stack(blocks=("model.visual.deepstack_merger_list",), projection=("linear_fc2",), optional=True),
+    ),
+)
+GEMMA = Family(decoder=("model.language_model",), unembedding="lm_head", tower="model.vision_tower")
+IDEFICS = Family(decoder=("model.text_model",), unembedding="lm_head", tower="model.vision_model")
+# The Q-Former is the bridge: its query branch carries the image, its text branch (InstructBLIP) the instruction.
+QUERY_BRANCH = Stack(blocks=("qformer.encoder.layer",), projection=("output_query.dense",))
+TEXT_BRANCH = Stack(blocks=("qformer.encoder.layer",), projection=("output.dense",))
+
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(("internvl", "llava", "llava_next", "llava_onevision", "vipllava"), LLAVA),
+    **dict.fromkeys(("qwen2_5_vl", "qwen2_vl"), QWEN2_VL),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), QWEN3_VL),
+    **dict.fromkeys(("gemma3", "paligemma"), GEMMA),
+    **dict.fromkeys(("idefics3", "smolvlm"), IDEFICS),
+    # A causal decoder (OPT, Vicuna) hangs below its own head's `model`; T5 is the whole `language_model`.
+    "blip-2": Family(
+        decoder=("language_model.model", "language_model"),
+        unembedding="language_model.lm_head",
+        tower="vision_model",
+        projectors=(QUERY_BRANCH,),
+    ),
+    "instructblip": Family(
+        decoder=("language_model.model", "language_model"),
+        unembedding="language_model.lm_head",
+        tower="vision_model",
+        projectors=(QUERY_BRANCH, TEXT_BRANCH),
+    ),
+    "mllama": Family(
+        decoder=("model.language_model",),
+        unembedding="lm_head",
+        tower="model.vision_model",
+        image="cross-attention",
+    ),
+}

@@ -1,0 +1,55 @@
+"""The model's own captions: batched greedy generation with a key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from mmray.models.loading import LoadedModel
+from mmray.models.prompting import LONGEST, run_processor
+
+
+@torch.inference_mode()
+def generate(
+    model: LoadedModel, prompts: Sequence[str], images: Sequence[Image | None], longest: int = LONGEST
+) -> list[list[int]]:
+    """Return the token ids that the model writes greedily after each prompt, without the end of sequence."""
+    features = run_processor(model, prompts, images, "left")
+    dtype = model.network.dtype
+    inputs = {
+        name: value.to(model.device, dtype if value.is_floating_point() else value.dtype)
+        for name, value in features.items()
+    }
+    network: Any = model.network
+    written = network.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
+    # Decoder-only networks repeat the prompt, unless they were given embeddings (BLIP-2) or are encoder-decoders.
+    prompt = features["input_ids"]
+    if not model.parts.encoder_decoder and torch.equal(written[:, : prompt.shape[1]].cpu(), prompt):
+        written = written[:, prompt.shape[1] :]
+    special = set(model.tokenizer.all_special_ids)
+    return [_until_special(row, special) for row in written.tolist()]
+
+
+def token_text(model: LoadedModel, token: int) -> str:
+    """Return a token as people read it: without the blank before it; a blank token shows its own spelling."""
+    text = model.tokenizer.decode([token]).strip()
+    return text or str(model.tokenizer.convert_ids_to_tokens(token))
+
+
+def caption_of(model: LoadedModel, tokens: list[int]) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text of generated tokens, and the characters that each of them covers.
+
+    Tokens are decoded with all that stands before them, for one may be part of a character or carry a blank.
+    """
+    text = model.tokenizer.decode(tokens).lstrip()
+    stops = [min(len(model.tokenizer.decode(tokens[: count + 1]).lstrip()), len(text)) for count in range(len(tokens))]
+    return text, list(zip([0, *stops[:-1]], stops, strict=True))
+
+
+def _until_special(tokens: list[int], special: set[int]) -> list[int]:
+    start = next((place for place, token in enumerate(tokens) if token not in special), len(tokens))
+    stop = next((place for place, token in enumerate(tokens[start:], start) if token in special), len(tokens))
+    return tokens[start:stop]

@@ -1,0 +1,154 @@
+"""Load a vision-language model with its processor and its parts, from a folder, a hub id, or the name `demo`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+import mmray.demo
+from mmray.errors import InputError
+from mmray.models.layout import Parts, Projection
+from mmray.models.parts import locate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Names of the number formats that a model can be run in."""
+
+WEIGHTS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+"""Endings of the files that make a checkpoint what it is; its digest covers them."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A network in evaluation mode, the processor that feeds it, and where it keeps its neurons."""
+
+    name: str
+    folder: Path
+    network: PreTrainedModel
+    processor: Any
+    parts: Parts
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of captions; for a Q-Former model that of the language model."""
+        return self.processor.tokenizer
+
+    @cached_property
+    def projections(self) -> tuple[Projection, ...]:
+        """The language decoder's MLP output projections, first layer first."""
+        return self.parts.of("language")
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Neurons of each layer of the language decoder."""
+        return tuple(projection.width for projection in self.projections)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the input embeddings."""
+        return self.network.get_input_embeddings().weight.device
+
+    @property
+    def norm(self) -> nn.Module:
+        """The final norm before the unembedding."""
+        return self.network.get_submodule(self.parts.final_norm)
+
+
+def resolve(name: str) -> Path:
+    """Return the checkpoint's folder for a local folder, `demo`, or a hub id (fetched, or found in the cache).
+
+    Raises InputError when there is no such checkpoint.
+    """
+    if name == "demo":
+        return mmray.demo.MODEL
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{name}: not a model folder (no config.json); give a Hugging Face checkpoint folder")
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"{name}: no such model folder; give a Hugging Face checkpoint folder, a hub id, or demo")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[f"*{ending}" for ending in WEIGHTS]))
+    except Exception as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{name}: neither a folder nor a model that the hub or its cache has ({first_line})"
+        ) from error
+
+
+def digest(folder: Path) -> str:
+    """Return a digest of the checkpoint's content: names and SHA-256 of its configuration, weight and token files."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
+    if not any(path.suffix in (".safetensors", ".bin") for path in files):
+        raise InputError(f"{folder}: no weights (*.safetensors); give a complete Hugging Face checkpoint folder")
+    with ThreadPoolExecutor() as pool:
+        sums = list(pool.map(_file_sum, files))
+    whole = hashlib.sha256()
+    for path, total in zip(files, sums, strict=True):
+        whole.update(f"{path.name} {total}\n".encode())
+    return whole.hexdigest()[:16]
+
+
+def load(
+    name: str,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    *,
+    trust_remote_code: bool = False,
+    wrap: Callable[..., LoadedModel] = LoadedModel,
+) -> LoadedModel:
+    """Load a model for inference.
+
+    `dtype` is fp32, bf16, fp16 or auto: the checkpoint's own on a GPU, fp32 on a CPU. Without `device`, all GPUs that
+    this process may see are used: one holds the model, several share it. Raises InputError where the folder is not a
+    vision-language checkpoint or its parts can't be found.
+    """
+    folder = resolve(name)
+    transformers_logging.disable_progress_bar()
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    shared = str(device) == "cuda" and torch.cuda.device_count() > 1
+    number_format: Any = DTYPES.get(dtype, "auto" if "cuda" in str(device) else torch.float32)
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        network = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=number_format,
+            trust_remote_code=trust_remote_code,
+            **({"device_map": "auto"} if shared else {}),
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{name}: not a vision-language checkpoint that transformers can load ({reason})") from error
+    if not getattr(processor, "tokenizer", None) or not processor.tokenizer.is_fast:
+        raise InputError(
+            f"{name}: no fast tokenizer (tokenizer.json), which gives the characters of each token; convert it"
+        )
+    network.eval().requires_grad_(False)
+    if not shared:
+        network.to(device)
+    return wrap(name=name, folder=folder, network=network, processor=processor, parts=locate(network))
+
+
+def _file_sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,175 @@
+"""Where a loaded model keeps its neurons: the MLP output projections, the final norm and the unembedding."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mmray.errors import InputError
+from mmray.models.families import DECODERS, FAMILIES, TOWERS, Decoder, Family, Stack
+from mmray.models.layout import Parts, Projection
+from mmray.models.probe import probe
+
+__all__ = ["Parts", "Projection", "locate", "norm_gain", "output_rows", "unembedding_rows"]
+
+
+class _MissingError(Exception):
+    """A row of the table points at something that this model does not have, or not in that shape."""
+
+
+def locate(model: PreTrainedModel) -> Parts:
+    """Find the model's parts by the table of families, or where no row of it fits, by the structural probe.
+
+    Raises InputError where neither finds them.
+    """
+    text_type = model.config.get_text_config().model_type
+    family, decoder = FAMILIES.get(model.config.model_type), DECODERS.get(text_type)
+    if family is None or decoder is None:
+        return probe(model)
+    try:
+        return read_table(model, family, decoder)
+    except _MissingError as missing:
+        try:
+            return probe(model)
+        except InputError as error:
+            raise InputError(f"{model.config.model_type} with {text_type}: {missing}; and {error}") from error
+
+
+def read_table(model: PreTrainedModel, family: Family, decoder: Decoder) -> Parts:
+    """Read the parts where the table says they are, and check that each is there and fits the decoder's width."""
+    config = model.config
+    text_config = config.get_text_config()
+    root = _first(model, family.decoder)
+    language = tuple(_stack(model, "language", root, (decoder.stack,)))
+    if len(language) != text_config.num_hidden_layers:
+        raise _MissingError(f"{len(language)} MLPs in the decoder for {text_config.num_hidden_layers} layers")
+    tower = TOWERS.get(config.vision_config.model_type, ())
+    vision = tuple(_stack(model, "vision", family.tower, tower))
+    projector = tuple(_stack(model, "projector", "", family.projectors))
+    final_norm = _join(root, decoder.final_norm)
+    for path in (final_norm, family.unembedding):
+        _module(model, path)
+    if model.get_submodule(family.unembedding) is not model.get_output_embeddings():
+        raise _MissingError(f"{family.unembedding} is not the model's output embeddings")
+    scaled = bool(getattr(text_config, "scale_decoder_outputs", False))
+    return Parts(
+        family=config.model_type,
+        projections=language + vision + projector,
+        final_norm=final_norm,
+        unembedding=family.unembedding,
+        image=family.image,
+        image_token_id=getattr(config, "image_token_id", None),
+        encoder_decoder=decoder.encoder_decoder,
+        logit_scale=text_config.hidden_size**-0.5 if scaled else 1.0,
+        logit_cap=getattr(text_config, "final_logit_softcapping", None),
+    )
+
+
+def output_rows(model: PreTrainedModel, projection: Projection) -> Float[Tensor, "neuron hidden"]:
+    """Return the rows of W_out: what each neuron adds to the projection's output per unit of activation.
+
+    A view of the weight where its layout allows; of fused experts, (expert, unit) flattened, usually a copy. A norm
+    after the projection and `Projection.scale` are not in it.
+    """
+    module = model.get_submodule(projection.path)
+    if not projection.experts:
+        weight: Tensor = module.get_parameter("weight")
+        return weight.T
+    weight = module.get_parameter("down_proj")
+    by_unit = weight if getattr(module, "is_transposed", False) else weight.transpose(1, 2)
+    return by_unit.reshape(projection.width, -1)
+
+
+def unembedding_rows(model: PreTrainedModel, parts: Parts) -> Float[Tensor, "vocabulary hidden"]:
+    """Return the unembedding's rows, one a token: a view of the weight."""
+    weight: Tensor = model.get_submodule(parts.unembedding).get_parameter("weight")
+    return weight
+
+
+@torch.no_grad()
+def norm_gain(model: PreTrainedModel, parts: Parts) -> Float[Tensor, " hidden"]:
+    """Return what the final norm multiplies each coordinate by, once it is normalised.
+
+    Measured rather than read, for Gemma's gain is one more than its weight. The input has mean 0 and variance 1, so
+    that LayerNorm and RMSNorm leave it as it is (up to their epsilon); the difference of two removes a bias.
+    """
+    norm = model.get_submodule(parts.final_norm)
+    weight = norm.get_parameter("weight")
+    signs = torch.ones_like(weight)
+    signs[::2] = -1.0
+    gain: Tensor = (norm(signs) - norm(-signs)) / 2 * signs
+    return gain
+
+
+def _stack(model: nn.Module, module: str, root: str, stacks: tuple[Stack, ...]) -> Iterator[Projection]:
+    """Yield the projections of a module's stacks, numbered through."""
+    layer = 0
+    for stack in stacks:
+        try:
+            blocks = _join(root, _first(model.get_submodule(root), stack.blocks))
+        except _MissingError:
+            if stack.optional:
+                continue
+            raise
+        found = model.get_submodule(blocks)
+        paths = [f"{blocks}.{index}" for index in range(len(found))] if isinstance(found, nn.ModuleList) else [blocks]
+        for path in paths:
+            yield _projection(model, module, layer, path, stack)
+            layer += 1
+
+
+def _projection(model: nn.Module, module: str, layer: int, block: str, stack: Stack) -> Projection:
+    """Describe the MLP of one block."""
+    path = _first(model, tuple(_join(block, choice) for choice in stack.projection))
+    found = _module(model, path)
+    experts = 0
+    if isinstance(found, nn.Linear):
+        width = found.in_features
+    elif isinstance(weight := getattr(found, "down_proj", None), nn.Parameter) and weight.dim() == 3:
+        if getattr(found, "has_post_expert_norm", False):
+            raise _MissingError(f"{path} normalises each expert's output, which no row of W_out can stand for")
+        experts = weight.shape[0]
+        width = experts * weight.shape[1 if getattr(found, "is_transposed", False) else 2]
+    else:
+        raise _MissingError(f"{path} is a {type(found).__name__}, neither a Linear nor fused experts")
+    gate = next((_join(block, choice) for choice in stack.gate if _has(model, _join(block, choice))), None)
+    if gate is not None and model.get_submodule(gate).out_features != width:
+        raise _MissingError(f"{gate} does not have the {width} outputs that {path} has inputs")
+    post_norm = _join(block, stack.post_norm) if stack.post_norm else None
+    if post_norm is not None:
+        _module(model, post_norm)
+    scale = 1.0
+    if stack.residual_gate and _has(model, _join(block, stack.residual_gate)):
+        scale = float(model.get_parameter(_join(block, stack.residual_gate)).detach().tanh())
+    return Projection(module, layer, path, gate, width, experts, post_norm=post_norm, scale=scale)
+
+
+def _join(root: str, path: str) -> str:
+    return f"{root}.{path}" if root and path else root or path
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    """Say whether the model has a module or a parameter of this path."""
+    parent, _, name = path.rpartition(".")
+    try:
+        return hasattr(model.get_submodule(parent), name)
+    except AttributeError:
+        return False
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    """Return the module of this path; raise _MissingError where there is none."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise _MissingError(f"there is no module {path}") from None
+
+
+def _first(model: nn.Module, choices: tuple[str, ...]) -> str:
+    """Return the first of the paths that the model has."""
+    for choice in choices:
+        if _has(model, choice):
+            return choice
+    raise _MissingError(f"there is no module {' or '.join(choices)}")

@@ -1,0 +1,163 @@
+"""The nouns of a caption, with their characters: from the data's objects, a tagger, or a lexicon.
+
+A concept is the noun as the caption's language writes it, in lower case and in the form that its source lists
+(`dogs` is an occurrence of `dog`); `perro` and `dog` are two concepts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import simplemma
+from simplemma.strategies.dictionaries import dictionary_factory
+
+from mmray.errors import InputError
+
+WORD = re.compile(r"\w+(?:-\w+)*")
+UNSPACED = re.compile("[぀-ヿ㐀-鿿가-힯฀-๿]")
+"""Scripts that don't separate words by blanks (kana, Han, Hangul, Thai): their nouns are found as substrings."""
+
+
+@dataclass(frozen=True)
+class Mention:
+    """One place `[start, stop)` of a caption, in characters, that names a concept."""
+
+    concept: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class NounSource:
+    """Where concepts come from, settled once by the driver and sent to every worker."""
+
+    kind: str
+    """objects, textblob or lexicon."""
+    vocabulary: tuple[str, ...] = ()
+    """All object names of the data: looked for in generated captions, which may name what is not in the image."""
+    translations: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Object names by language."""
+    lexicon: Mapping[str | None, frozenset[str]] = field(default_factory=dict)
+    """Nouns of a lexicon file by language; None: any."""
+
+    def find(
+        self, caption: str, language: str | None, objects: tuple[str, ...] | None, *, generated: bool = False
+    ) -> list[Mention]:
+        """Return every mention of every noun in the caption, in order."""
+        if self.kind == "textblob":
+            return tagged_nouns(caption, language)
+        if self.kind == "objects":
+            looked_for = self.vocabulary if generated else objects or ()
+            return find_forms(caption, _forms(looked_for, language, self.translations), language)
+        forms = self.lexicon.get(None, frozenset()) | self.lexicon.get(language, frozenset())
+        return find_forms(caption, forms, language)
+
+    def digest(self) -> str:
+        """Return a digest of all that decides which nouns are found."""
+        lexicon = sorted((language or "", sorted(nouns)) for language, nouns in self.lexicon.items())
+        translations = sorted((name, sorted(names.items())) for name, names in self.translations.items())
+        facts = repr((self.kind, self.vocabulary, translations, lexicon))
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def noun_source(
+    nouns: str, vocabulary: Iterable[str], translations: Mapping[str, Mapping[str, str]]
+) -> NounSource:
+    """Return what `--nouns` names: auto takes objects where the data has them (a vocabulary), else textblob.
+
+    Raises InputError for a missing lexicon file, or for objects of data that has none.
+    """
+    known = tuple(vocabulary)
+    if nouns == "auto":
+        nouns = "objects" if known else "textblob"
+    if nouns == "textblob":
+        return NounSource("textblob")
+    if nouns == "objects":
+        if not known:
+            raise InputError("--nouns objects: the data has no objects column; name it with --objects-column")
+        return NounSource("objects", known, translations)
+    return NounSource("lexicon", lexicon=read_lexicon(Path(nouns)))
+
+
+def read_lexicon(path: Path) -> dict[str | None, frozenset[str]]:
+    """Return the nouns of a lexicon by language (None: any): a noun a line, a tab and its language if it has one."""
+    if not path.is_file():
+        raise InputError(f"--nouns {path}: no such file; give objects, textblob, auto or a file with a noun a line")
+    forms: dict[str | None, set[str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        noun, _, language = line.partition("\t")
+        if noun.strip() and not noun.startswith("#"):
+            forms.setdefault(language.strip() or None, set()).add(noun.strip().casefold())
+    if not forms:
+        raise InputError(f"--nouns {path}: no noun in it; write one a line")
+    return {language: frozenset(found) for language, found in forms.items()}
+
+
+def find_forms(caption: str, forms: frozenset[str], language: str | None) -> list[Mention]:
+    """Return the mentions of these nouns, longest first where they overlap; the last word may be inflected."""
+    words = list(WORD.finditer(caption))
+    longest = max((len(WORD.findall(form)) for form in forms), default=0)
+    found: list[Mention] = []
+    taken = [False] * len(caption)
+    for count in range(longest, 0, -1):
+        for first, last in zip(words, words[count - 1 :], strict=False):
+            start, stop = first.start(), last.end()
+            concept = _listed(caption, start, last.start(), stop, forms, language)
+            if concept is not None and not any(taken[start:stop]):
+                found.append(Mention(concept, start, stop))
+                taken[start:stop] = [True] * (stop - start)
+    for form in sorted((form for form in forms if UNSPACED.search(form)), key=len, reverse=True):
+        for match in re.finditer(re.escape(form), caption.casefold()):
+            if match.end() <= len(caption) and not any(taken[match.start() : match.end()]):
+                found.append(Mention(form, match.start(), match.end()))
+                taken[match.start() : match.end()] = [True] * len(form)
+    return sorted(found, key=lambda mention: mention.start)
+
+
+def tagged_nouns(caption: str, language: str | None) -> list[Mention]:
+    """Return the nouns that TextBlob's pattern tagger finds, as simplemma's lemmas; English captions only."""
+    from textblob.en import tag
+
+    if language is not None and not language.lower().startswith("en"):
+        return []
+    mentions, place = [], 0
+    for word, kind in tag(caption, tokenize=True):
+        start = caption.find(word, place)
+        if start < 0:
+            continue
+        place = start + len(word)
+        if kind.startswith("NN") and WORD.fullmatch(word):
+            mentions.append(Mention(lemma(word, "en").casefold(), start, place))
+    return mentions
+
+
+@cache
+def lemma(word: str, language: str | None) -> str:
+    """Return the dictionary form of a word; the word itself in a language that simplemma does not know."""
+    code = (language or "en")[:2].lower()
+    if code not in dictionary_factory.SUPPORTED_LANGUAGES:
+        return word
+    return simplemma.lemmatize(word, lang=code)
+
+
+def _listed(caption: str, start: int, last: int, stop: int, forms: frozenset[str], language: str | None) -> str | None:
+    text = caption[start:stop].casefold()
+    if text in forms:
+        return text
+    singular = caption[start:last].casefold() + lemma(caption[last:stop], language).casefold()
+    return singular if singular in forms else None
+
+
+def _forms(
+    objects: Iterable[str], language: str | None, translations: Mapping[str, Mapping[str, str]]
+) -> frozenset[str]:
+    forms = set()
+    for name in objects:
+        names = translations.get(name, {})
+        forms.add((names.get(language) or name if language else name).casefold())
+    return frozenset(forms)

@@ -1,0 +1,44 @@
+"""What every neuron writes: the tokens that its row of W_out raises and lowers most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmray.models.generation import token_text
+from mmray.models.loading import LoadedModel
+from mmray.models.parts import norm_gain, output_rows, unembedding_rows
+from mmray.tables import PART_SCHEMAS
+
+DECODED = 10
+"""Tokens listed at each end."""
+CHUNK = 1 << 27
+"""Numbers of a neuron × vocabulary block held at a time (512 MB in fp32)."""
+
+
+@torch.inference_mode()
+def decode_neurons(model: LoadedModel, *, fold_norm: bool) -> pa.Table:
+    """Return a row a neuron, over all layers in order: the ten tokens it promotes and the ten it suppresses.
+
+    Rows of W_out times W_U^T (Geva et al. 2022); `fold_norm` applies the final norm's gain first.
+    """
+    unembedding = unembedding_rows(model.network, model.parts)[: len(model.tokenizer)]
+    gain = norm_gain(model.network, model.parts) if fold_norm else None
+    texts = [token_text(model, token) for token in range(len(unembedding))]
+    columns: dict[str, list[list[str]]] = {"tokens": [], "suppressed": []}
+    for rows in _chunks(model, len(unembedding)):
+        written = rows.to(unembedding) if gain is None else rows.to(unembedding) * gain.to(unembedding)
+        logits = written @ unembedding.T
+        for name, largest in (("tokens", True), ("suppressed", False)):
+            best = logits.topk(min(DECODED, logits.shape[1]), dim=1, largest=largest).indices
+            columns[name].extend([texts[token] for token in row] for row in best.tolist())
+    return pa.table(columns, schema=PART_SCHEMAS["decoded"])
+
+
+def _chunks(model: LoadedModel, vocabulary: int) -> Iterator[Float[Tensor, "neuron hidden"]]:
+    for projection in model.projections:
+        yield from output_rows(model.network, projection).split(max(1, CHUNK // vocabulary))

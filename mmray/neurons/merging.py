@@ -1,0 +1,192 @@
+"""Committed parts of shards → the tables of a run: sums, maxima and top-k, taken in the order of the shards.
+
+Nothing is carried over from memory: totals are recomputed from what was committed, so that workers, crashes and
+resumes can't change them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int64
+from numpy import ndarray
+
+from mmray.neurons.ranking import Shares, locate_index, rank_concept
+from mmray.neurons.reduction import ConceptMerge
+from mmray.neurons.statistics import EXAMPLES
+from mmray.tables import SCHEMAS, list_values, neuron_name
+
+ReadPart = Callable[[str], pa.Table]
+"""Reads one part (`captions`, `concepts`, …) of a committed shard."""
+
+APPENDED = ("captions", "occurrences", "errors")
+"""Tables that are the shards' rows one after the other."""
+
+
+class RunMerge:
+    """Takes in the shards of a run one by one and makes its tables."""
+
+    def __init__(self, widths: Sequence[int], decoded: pa.Table, top_k: int) -> None:
+        self.widths = widths
+        self.neurons = sum(widths)
+        self.decoded = decoded
+        self.top_k = top_k
+        self.concepts = ConceptMerge(self.neurons)
+        self.activity: dict[tuple[str, str, str], list[ndarray]] = {}
+        self.tokens: dict[tuple[str, str, str], int] = {}
+        self.examples = {sign: _Examples(sign, self.neurons) for sign in (1, -1)}
+        self.hits: dict[str, list[ndarray]] = {}
+        self._layer, self._unit = locate_index(widths, np.arange(self.neurons))
+
+    def add(self, read: ReadPart) -> dict[str, pa.Table]:
+        """Take in one shard; return its rows of the appended tables."""
+        rows = {name: read(name) for name in APPENDED}
+        self.concepts.add(read("concepts"), read("totals"))
+        self._add_hits(rows["occurrences"])
+        for part in read("activity").to_batches():
+            for row in range(part.num_rows):
+                self._add_activity(pa.Table.from_batches([part.slice(row, 1)]))
+        examples = read("examples")
+        lists = [list_values(examples[name]) for name in ("activation", "sample", "position")]
+        names = rows["captions"]["sample_id"].to_pylist()
+        for sign, activation, sample, position in zip(examples["sign"].to_pylist(), *lists, strict=True):
+            self.examples[sign].add(activation, np.array(names, object)[sample], position)
+        return rows
+
+    def tables(self) -> Iterator[tuple[str, pa.Table]]:
+        """Yield the tables that are made from sums: rankings, neurons, activity, examples."""
+        yield "rankings", self.rankings()
+        yield "neurons", self.neuron_table()
+        yield "activity", self.activity_table()
+        yield "examples", pa.concat_tables([self.examples[sign].table(self._layer, self._unit) for sign in (1, -1)])
+
+    def rankings(self) -> pa.Table:
+        """Return every concept's ranking, concepts in alphabetical order."""
+        shares = Shares({concept: _counted(parts) for concept, parts in self.hits.items()})
+        tokens = self.decoded["tokens"]
+        ranked = [
+            rank_concept(concept, self.concepts.sums(concept), self.concepts, shares, self.widths, tokens)
+            for concept in sorted(self.concepts.concepts)
+        ]
+        return pa.concat_tables([SCHEMAS["rankings"].empty_table(), *ranked])
+
+    def neuron_table(self) -> pa.Table:
+        """Return a row a neuron: what it does over all counted tokens, and what it writes."""
+        of_all = [sums for (kind, _, _), sums in self.activity.items() if kind == "all"]
+        active, total, squares = np.sum(of_all, axis=0) if of_all else np.zeros((3, self.neurons))
+        tokens = sum(count for (kind, _, _), count in self.tokens.items() if kind == "all")
+        mean = total / max(tokens, 1)
+        return pa.table(
+            {
+                "layer": self._layer,
+                "unit": self._unit,
+                "neuron": self._names(),
+                "n_concepts": self._concepts_served(),
+                "n_tokens": np.full(self.neurons, tokens),
+                "n_active": active.astype(np.int64),
+                "mean": mean,
+                "std": np.sqrt(np.maximum(0, squares / max(tokens, 1) - mean**2)),
+                "max": self.examples[1].extreme(),
+                "min": self.examples[-1].extreme(),
+                "tokens": self.decoded["tokens"],
+                "suppressed": self.decoded["suppressed"],
+            },
+            schema=SCHEMAS["neurons"],
+        )
+
+    def activity_table(self) -> pa.Table:
+        """Return a row a label, modality and neuron."""
+        tables = [SCHEMAS["activity"].empty_table()]
+        for (kind, label, modality), (active, total, squares) in sorted(self.activity.items()):
+            constants = {"label_kind": kind, "label": label, "modality": modality}
+            tables.append(
+                pa.table(
+                    {
+                        **{name: pa.repeat(value, self.neurons) for name, value in constants.items()},
+                        "layer": self._layer,
+                        "unit": self._unit,
+                        "n_tokens": np.full(self.neurons, self.tokens[kind, label, modality]),
+                        "n_active": active.astype(np.int64),
+                        "sum": total,
+                        "sum_squares": squares,
+                    },
+                    schema=SCHEMAS["activity"],
+                )
+            )
+        return pa.concat_tables(tables)
+
+    def _names(self) -> list[str]:
+        return [neuron_name(*pair) for pair in zip(self._layer.tolist(), self._unit.tolist(), strict=True)]
+
+    def _concepts_served(self) -> Int64[ndarray, " neuron"]:
+        served = np.zeros(self.neurons, np.int64)
+        for concept in self.concepts.concepts:
+            scores = self.concepts.sums(concept)
+            highest = np.lexsort((scores.neuron, -scores.score))[: self.top_k]
+            served[scores.neuron[highest]] += 1
+        return served
+
+    def _add_activity(self, row: pa.Table) -> None:
+        key = (row["label_kind"][0].as_py(), row["label"][0].as_py(), row["modality"][0].as_py())
+        numbers = [list_values(row[name])[0].astype(np.float64) for name in ("n_active", "sum", "sum_squares")]
+        self.tokens[key] = self.tokens.get(key, 0) + row["n_tokens"][0].as_py()
+        before = self.activity.get(key)
+        self.activity[key] = numbers if before is None else [a + b for a, b in zip(before, numbers, strict=True)]
+
+    def _add_hits(self, occurrences: pa.Table) -> None:
+        if not len(occurrences):
+            return
+        starts = np.cumsum([0, *self.widths])
+        lists = occurrences["neurons"].combine_chunks()
+        entries = lists.flatten()
+        neuron = starts[entries.field("layer").to_numpy()] + entries.field("unit").to_numpy()
+        by_occurrence = np.split(neuron, lists.offsets.to_numpy()[1:-1] - lists.offsets[0].as_py())
+        for concept, listed in zip(occurrences["concept"].to_pylist(), by_occurrence, strict=True):
+            self.hits.setdefault(concept, []).append(listed)
+
+
+def _counted(parts: list[ndarray]) -> tuple[Int64[ndarray, " neuron"], Int64[ndarray, " neuron"]]:
+    neurons, counts = np.unique(np.concatenate(parts), return_counts=True)
+    return neurons, counts
+
+
+class _Examples:
+    """The most extreme samples of every neuron on one side, [rank, neuron]."""
+
+    def __init__(self, sign: int, neurons: int) -> None:
+        self.sign = sign
+        self.activation = np.zeros((0, neurons), np.float32)
+        self.sample = np.zeros((0, neurons), object)
+        self.position = np.zeros((0, neurons), np.int32)
+
+    def add(self, activation: ndarray, sample: ndarray, position: ndarray) -> None:
+        """Take in one rank of one shard."""
+        self.activation = np.vstack([self.activation, activation])
+        self.sample = np.vstack([self.sample, sample])
+        self.position = np.vstack([self.position, position])
+        order = np.argsort(-self.sign * self.activation, axis=0, kind="stable")[:EXAMPLES]
+        self.activation = np.take_along_axis(self.activation, order, 0)
+        self.sample = np.take_along_axis(self.sample, order, 0)
+        self.position = np.take_along_axis(self.position, order, 0)
+
+    def extreme(self) -> ndarray:
+        """Return each neuron's highest (lowest) activation."""
+        return self.activation[0] if len(self.activation) else np.zeros(self.activation.shape[1], np.float32)
+
+    def table(self, layer: ndarray, unit: ndarray) -> pa.Table:
+        """Return a row a neuron and rank, for neurons that any token was counted for."""
+        ranks, neurons = np.nonzero(np.isfinite(self.activation))
+        return pa.table(
+            {
+                "layer": layer[neurons],
+                "unit": unit[neurons],
+                "sign": np.full(len(ranks), self.sign, np.int8),
+                "rank": ranks + 1,
+                "sample_id": pa.array(self.sample[ranks, neurons], pa.string()),
+                "position": self.position[ranks, neurons],
+                "activation": self.activation[ranks, neurons],
+            },
+            schema=SCHEMAS["examples"],
+        )

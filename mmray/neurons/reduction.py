@@ -1,0 +1,193 @@
+"""One shard's occurrences → sums by concept, and their merge over shards: the certified top-k.
+
+A dense table of concepts × neurons does not fit at 350,000 neurons, so each shard keeps, of every concept, the neurons
+with the highest sums and the largest sum that it left out. The merge adds what was kept; a neuron that some shard left
+out has at most what was kept plus those shards' largest left-out sums. A rank is certified when no such bound reaches it.
+Everything here is a sum in fp64 of fp32 scores, taken in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float, Float64, Int64
+from numpy import ndarray
+from torch import Tensor
+
+from mmray.tables import PART_SCHEMAS, list_column, list_values
+
+ALL_KEPT = 16_384
+"""Up to so many neurons, every one is kept and every rank is certified."""
+KEPT_OF_MORE = 2_048
+"""Neurons a concept that a shard keeps of larger models."""
+
+COMPACT_AT = 4
+"""A concept's collected parts are added up whenever so many have come, to hold memory down."""
+
+
+def candidates_kept(asked: int | None, neurons: int) -> int:
+    """Return how many neurons a shard keeps for each concept."""
+    return min(neurons, asked or (neurons if neurons <= ALL_KEPT else KEPT_OF_MORE))
+
+
+class ConceptSums:
+    """Accumulates one shard's scores by concept, on the model's device."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        self.widths = widths
+        self.concepts: dict[str, int] = {}
+        self.counts: list[int] = []
+        self._sums: list[Tensor | None] = [None] * len(widths)
+        self._batch: list[str] = []
+        self._one_hot = torch.zeros(0, 0)
+
+    def begin(self, concepts: Sequence[str]) -> None:
+        """Announce the concepts of a batch's occurrences."""
+        for concept in concepts:
+            index = self.concepts.setdefault(concept, len(self.concepts))
+            self.counts.extend([0] * (index + 1 - len(self.counts)))
+            self.counts[index] += 1
+        self._batch = list(dict.fromkeys(concepts))
+        places = {concept: place for place, concept in enumerate(self._batch)}
+        self._one_hot = torch.zeros(len(self._batch), len(concepts), dtype=torch.float64)
+        self._one_hot[[places[concept] for concept in concepts], range(len(concepts))] = 1
+
+    def add(
+        self, layer: int, scores: Float[Tensor, "occurrence neuron"], activation: Float[Tensor, "occurrence neuron"]
+    ) -> None:
+        """Add one layer of the announced batch."""
+        wide = scores.double()
+        # A product with a fixed 0/1 matrix adds in a fixed order; scattered atomic additions on a GPU would not.
+        one_hot = self._one_hot.to(scores.device)
+        added = torch.stack([one_hot @ wide, one_hot @ wide.square(), one_hot @ activation.double()])
+        sums = self._sums[layer]
+        if sums is None or sums.shape[1] < len(self.concepts):
+            room = max(64, 2 * len(self.concepts))
+            grown = torch.zeros(3, room, self.widths[layer], dtype=torch.float64, device=scores.device)
+            if sums is not None:
+                grown[:, : sums.shape[1]] = sums
+            self._sums[layer] = sums = grown
+        sums[:, [self.concepts[concept] for concept in self._batch]] += added
+
+    def tables(self, kept: int) -> tuple[pa.Table, pa.Table]:
+        """Return the shard's `concepts`, with the `kept` highest neurons of each, and its `totals`."""
+        neurons = sum(self.widths)
+        names = sorted(self.concepts)
+        total = np.zeros(neurons)
+        bounds: list[float] = []
+        columns: list[list[ndarray]] = [[], [], [], []]
+        for name in names:
+            flat = torch.cat([sums[:, self.concepts[name]] for sums in self._sums if sums is not None], dim=1)
+            total += flat[0].cpu().numpy()
+            bound, best = -np.inf, torch.arange(neurons, device=flat.device)
+            if kept < neurons:
+                order = flat[0].sort(descending=True, stable=True).indices
+                bound, best = float(flat[0, order[kept]]), order[:kept].sort().values
+            bounds.append(bound)
+            for column, values in zip(columns, (best, *flat[:, best]), strict=True):
+                column.append(values.cpu().numpy())
+        schema = PART_SCHEMAS["concepts"]
+        lists = [
+            list_column(column, schema.field(name).type)
+            for name, column in zip(("neuron", "score", "score_squares", "activation"), columns, strict=True)
+        ]
+        counts = [self.counts[self.concepts[name]] for name in names]
+        concepts = pa.Table.from_arrays(
+            [pa.array(names, pa.string()), pa.array(counts, pa.int64()), pa.array(bounds, pa.float64()), *lists],
+            schema=schema,
+        )
+        score = list_column([total], PART_SCHEMAS["totals"].field("score").type)
+        return concepts, pa.Table.from_arrays([pa.array([sum(counts)]), score], schema=PART_SCHEMAS["totals"])
+
+
+@dataclass
+class Merged:
+    """One concept over all shards so far; arrays run over the neurons that any shard kept."""
+
+    n: int = 0
+    bound: float = 0.0
+    parts: list[ndarray] = field(default_factory=list)
+
+    def compact(self) -> Float64[ndarray, "6 neuron"]:
+        """Add up the collected parts: rows are neuron, score, squares, activation, n and bound of the shards kept in."""
+        if len(self.parts) > 1:
+            if all(np.array_equal(part[0], self.parts[0][0]) for part in self.parts[1:]):
+                self.parts = [np.vstack([self.parts[0][0], sum(part[1:] for part in self.parts)])]
+                return self.parts[0]
+            joined = np.concatenate(self.parts, axis=1)
+            neurons, inverse = np.unique(joined[0], return_inverse=True)
+            sums = [np.bincount(inverse, weights=row, minlength=len(neurons)) for row in joined[1:]]
+            self.parts = [np.stack([neurons, *sums])]
+        return self.parts[0]
+
+
+class ConceptMerge:
+    """Adds up the `concepts` and `totals` of shards; the result does not depend on how data was cut."""
+
+    def __init__(self, neurons: int) -> None:
+        self.neurons = neurons
+        self.concepts: dict[str, Merged] = {}
+        self.total = np.zeros(neurons)
+        self.n = 0
+
+    def add(self, concepts: pa.Table, totals: pa.Table) -> None:
+        """Take in one shard."""
+        self.total += list_values(totals["score"])[0]
+        self.n += totals["n"][0].as_py()
+        lists = [list_values(concepts[name]) for name in ("neuron", "score", "score_squares", "activation")]
+        facts = (concepts[name].to_pylist() for name in ("concept", "n", "bound"))
+        for concept, n, bound, *numbers in zip(*facts, *lists, strict=True):
+            merged = self.concepts.setdefault(concept, Merged())
+            merged.n += n
+            merged.bound += bound
+            kept = len(numbers[0])
+            merged.parts.append(np.stack([*numbers, np.full(kept, float(n)), np.full(kept, bound)]))
+            if len(merged.parts) >= COMPACT_AT:
+                merged.compact()
+
+    def sums(self, concept: str) -> ConceptScores:
+        """Return the concept's neurons that any shard kept, with what is known of each."""
+        merged = self.concepts[concept]
+        neuron, score, squares, activation, n, kept_bound = merged.compact()
+        missing = n < merged.n
+        # A shard that kept all has the bound -inf, and -inf - -inf is not a number; nothing is missing there.
+        with np.errstate(invalid="ignore"):
+            upper = np.where(missing, score + merged.bound - kept_bound, score)
+        return ConceptScores(
+            n=merged.n,
+            neuron=neuron.astype(np.int64),
+            score=score,
+            squares=squares,
+            activation=activation,
+            upper=upper,
+            exact=~missing,
+            left_out=merged.bound if len(neuron) < self.neurons else -np.inf,
+        )
+
+
+@dataclass(frozen=True)
+class ConceptScores:
+    """Sums over a concept's n occurrences; arrays run over the same neurons, in order of their index."""
+
+    n: int
+    neuron: Int64[ndarray, " neuron"]
+    score: Float64[ndarray, " neuron"]
+    squares: Float64[ndarray, " neuron"]
+    activation: Float64[ndarray, " neuron"]
+    upper: Float64[ndarray, " neuron"]
+    """The most that the neuron's sum can be."""
+    exact: ndarray
+    """Every shard with the concept kept the neuron, so that its sum is known."""
+    left_out: float
+    """The most that the sum of a neuron outside this list can be."""
+
+    def certified(self) -> ndarray:
+        """Tell for each neuron whether its sum is known and nothing unknown could exceed it."""
+        unknown = np.where(self.exact, -np.inf, self.upper)
+        ceiling = max(self.left_out, float(unknown.max(initial=-np.inf)))
+        return np.asarray(self.exact & (self.score >= ceiling))
+

@@ -1,0 +1,135 @@
+"""One forward pass over a batch → the score of every neuron at every place where a concept is predicted."""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmray.models.capture import gate_function, tap, tap_input
+from mmray.models.loading import LoadedModel
+from mmray.models.norms import fold_norm, log_probability
+from mmray.models.parts import output_rows, unembedding_rows
+from mmray.models.prompting import Batch
+from mmray.neurons.attribution import SCORES, Located, project
+from mmray.neurons.concepts import Mention
+from mmray.neurons.statistics import TokenStatistics
+
+
+@dataclass(frozen=True)
+class Place:
+    """One occurrence in a batch: the row, the position whose output predicts the token, and the token."""
+
+    row: int
+    position: int
+    token: int
+    concept: str
+    sample_id: str
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a forward leaves of a batch's places: a list entry a layer, [place, neuron] in fp32, and nats."""
+
+    scores: list[Float[Tensor, "place neuron"]]
+    activation: list[Float[Tensor, "place neuron"]]
+    log_prob: Float[Tensor, " place"]
+
+
+def place_mentions(batch: Batch, row: int, sample_id: str, mentions: Sequence[Mention]) -> list[Place]:
+    """Return the place that predicts the first token of each mention, aligned by the characters that tokens cover."""
+    places = []
+    for mention in mentions:
+        for index, (_, stop) in enumerate(batch.offsets[row]):
+            if stop > mention.start:
+                position = batch.caption_start[row] + index - 1
+                places.append(Place(row, position, batch.tokens[row][index], mention.concept, sample_id))
+                break
+    return places
+
+
+@torch.inference_mode()
+def score_batch(
+    model: LoadedModel,
+    batch: Batch,
+    places: Sequence[Place],
+    score: str = "contribution",
+    *,
+    folded: bool = False,
+    statistics: TokenStatistics | None = None,
+) -> Scored:
+    """Run the batch once, teacher-forced, and score every neuron at these places.
+
+    Activations of the chosen positions alone are kept, on the device, as each layer computes them; `statistics` sees
+    the layers in passing and must have been told of the batch.
+    """
+    positions = torch.tensor([place.row * batch.positions + place.position for place in places], dtype=torch.long)
+    activations: list[Tensor] = []
+    opens: list[Tensor] = []
+    hidden: list[Tensor] = []
+    with_gate = score == "gate"
+
+    def receive(layer: int, activation: Tensor, opened: Tensor) -> None:
+        index = positions.to(activation.device)
+        activations.append(activation[index].float())
+        if with_gate:
+            opens.append(gate_function(model.network, model.projections[layer])(opened[index]).float())
+        if statistics is not None:
+            statistics.add(layer, activation, opened)
+
+    def receive_final(states: Tensor) -> None:
+        hidden.append(states.flatten(0, -2)[positions.to(states.device)])
+
+    with tap(model.network, model.projections, receive), tap_input(model.norm, receive_final):
+        forward(model, batch)
+    return _score(model, places, activations, opens, hidden[-1], score, folded=folded)
+
+
+def forward(model: LoadedModel, batch: Batch) -> Any:
+    """Run the network on a batch, without the logits of positions that nobody asked for where it knows how."""
+    extra: dict[str, Any] = {}
+    parameters = inspect.signature(model.network.forward).parameters
+    if "logits_to_keep" in parameters:
+        extra["logits_to_keep"] = 1
+    if "use_cache" in parameters:
+        extra["use_cache"] = False
+    return model.network(**batch.to(model.device, model.network.dtype), **extra)
+
+
+def _score(
+    model: LoadedModel,
+    places: Sequence[Place],
+    activations: list[Tensor],
+    opens: list[Tensor],
+    hidden: Tensor,
+    score: str,
+    *,
+    folded: bool,
+) -> Scored:
+    tokens = torch.tensor([place.token for place in places], dtype=torch.long)
+    table = unembedding_rows(model.network, model.parts)
+    unembedding = table[tokens.to(table.device)].float()
+    if folded:
+        unembedding = fold_norm(model, hidden.to(unembedding.device), unembedding)
+    function = SCORES[score]
+    scores = []
+    for layer, (projection, activation) in enumerate(zip(model.projections, activations, strict=True)):
+        rows = output_rows(model.network, projection)
+        located = Located(
+            activation=activation,
+            gate=opens[layer] if opens else activation,
+            projection=project(unembedding.to(activation.device), rows.to(activation.device)),
+            seeds=_seeds(places, layer),
+        )
+        scores.append(function(located))
+    return Scored(scores, activations, log_probability(model, hidden, tokens))
+
+
+def _seeds(places: Sequence[Place], layer: int) -> Tensor:
+    return torch.tensor([zlib.crc32(f"{place.sample_id} {place.position} {layer}".encode()) for place in places])

@@ -1,0 +1,110 @@
+"""Typed settings of a census, the documentation of each, and the fingerprint that a run keeps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mmray.errors import InputError
+
+Captions = Literal["dataset", "generate"]
+Score = Literal["contribution", "gate", "activation", "random"]
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+
+EXECUTION = frozenset({"out", "workers", "gpus_per_worker", "batch_size", "address", "trust_remote_code"})
+"""Settings that say how the work is done and leave the result alone; a run may be continued with others."""
+
+
+class CensusSettings(BaseModel):
+    """Everything that `mmray census` can be told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    model: str
+    """Hugging Face checkpoint folder, hub id, or `demo`."""
+    data: str
+    """`demo`, Parquet file, folder or glob, WebDataset tars, image folder with metadata, COCO captions JSON, or
+    `hf:NAME[:SPLIT]`; local or s3://."""
+    out: str
+    """Folder of the run: a local path or s3://bucket/prefix."""
+    limit: int | None = Field(None, ge=1)
+    """Use the first N samples only; all by default."""
+    shard_size: int = Field(500, ge=1)
+    """Samples a shard: the unit of work, and what a crash costs."""
+    batch_size: int = Field(32, ge=1)
+    """Samples a forward pass; halved by itself where memory runs out."""
+    workers: int | None = Field(None, ge=1)
+    """Actors, each with a model replica; default: one a GPU of the cluster, else one."""
+    gpus_per_worker: float | None = Field(None, ge=0)
+    """GPUs a worker: 2 or more share one replica; default: 1 where the cluster has GPUs, else 0."""
+    captions: Captions = "dataset"
+    """Score the data's captions (dataset), or what the model itself writes (generate)."""
+    prompt: str | None = None
+    """Question before the caption; default: "Describe the image in few words." in the caption's language."""
+    score: Score = "contribution"
+    """contribution: activation × ⟨row of W_out, unembedding of the token⟩; gate: the same with the gate alone, as the
+    authors' released code; activation; random: a control."""
+    fold_norm: bool = False
+    """Score in logits after the final norm: its gain and the norm's root mean square at the position are applied."""
+    top_k: int = Field(20, ge=1)
+    """Neurons listed with each occurrence; `share` counts these."""
+    candidates: int | None = Field(None, ge=1)
+    """Neurons a concept that each shard keeps for the merge; more certify more ranks. Default: all of up to 16,384
+    neurons, 2,048 of more."""
+    nouns: str = "auto"
+    """Where concepts come from: objects (the data's column), textblob (English tagger), a lexicon FILE with a noun and
+    optionally its language a line; auto: objects where the data has them, else textblob."""
+    dtype: Dtype = "auto"
+    """Number format of the model; auto: the checkpoint's on a GPU, fp32 on a CPU. Scores are always fp32."""
+    image_column: str | None = None
+    """Column of the image; found by its usual names by default."""
+    caption_column: str | None = None
+    """Column of the caption."""
+    id_column: str | None = None
+    """Column of the sample id; a digest of image and caption where there is none."""
+    language_column: str | None = None
+    """Column of the caption's language (en, es, …)."""
+    domain_column: str | None = None
+    """Column of the domain."""
+    objects_column: str | None = None
+    """Column with the list of objects in the image."""
+    address: str | None = None
+    """Ray cluster to join (auto, or ray://HOST:PORT); default: a local Ray of this process."""
+    trust_remote_code: bool = False
+    """Allow the checkpoint to run its own Python code. Off: only architectures of transformers."""
+
+    def result_settings(self) -> dict[str, Any]:
+        """Return the settings that the results depend on; model, data and nouns are known by their digests instead."""
+        return self.model_dump(exclude=set(EXECUTION) | {"model", "data", "nouns"})
+
+    def fingerprint(self, **digests: str) -> str:
+        """Return a digest of all that the results depend on; the same for every way of doing the work."""
+        facts = self.result_settings() | digests
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def census_settings(values: dict[str, Any]) -> CensusSettings:
+    """Return checked settings; raises InputError naming the first setting that is wrong and what is allowed."""
+    try:
+        return CensusSettings(**values)
+    except ValidationError as error:
+        raise InputError(first_problem(error)) from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first problem of a validation in one line: which setting, which value, what it should be."""
+    problem = error.errors()[0]
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"there is no setting {name!r}"
+    if problem["type"] == "missing":
+        return f"setting {name!r} is missing"
+    return f"setting {name} = {problem['input']!r}: {problem['msg']}"
+
+
+def describe(name: str) -> str:
+    """Return the documentation of one setting, for the command line's help."""
+    return " ".join((CensusSettings.model_fields[name].description or "").split())

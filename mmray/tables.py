@@ -1,0 +1,198 @@
+"""Every Arrow schema of a run, with the unit of each column in its metadata, and the Parquet bytes of a table."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy import ndarray
+
+LOGIT = "logit before the final norm (after it with fold_norm)"
+ACTIVATION = "activation"
+COUNT = "count"
+
+NEURON_ENTRY = pa.struct(
+    [("layer", pa.int16()), ("unit", pa.int32()), ("score", pa.float32()), ("activation", pa.float32())]
+)
+
+
+def _field(name: str, kind: pa.DataType, unit: str = "") -> pa.Field:
+    return pa.field(name, kind, metadata={"unit": unit} if unit else None)
+
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "captions": pa.schema(
+        [
+            _field("sample_id", pa.string()),
+            _field("caption", pa.string()),
+            _field("source", pa.string(), "dataset or generated"),
+            _field("language", pa.string()),
+            _field("domain", pa.string()),
+            _field("shard_id", pa.int32()),
+        ]
+    ),
+    "occurrences": pa.schema(
+        [
+            _field("sample_id", pa.string()),
+            _field("concept", pa.string()),
+            _field("token", pa.string()),
+            _field("token_id", pa.int32()),
+            _field("position", pa.int32(), "index, in the unpadded sequence, of the position that predicts the token"),
+            _field("log_prob", pa.float32(), "nat"),
+            _field("neurons", pa.list_(NEURON_ENTRY), LOGIT),
+        ]
+    ),
+    "rankings": pa.schema(
+        [
+            _field("concept", pa.string()),
+            _field("rank", pa.int32(), "from 1, by score"),
+            _field("layer", pa.int16()),
+            _field("unit", pa.int32()),
+            _field("neuron", pa.string()),
+            _field("score", pa.float64(), LOGIT),
+            _field("score_std", pa.float64(), LOGIT),
+            _field("specific", pa.float64(), LOGIT),
+            _field("specific_rank", pa.int32(), "from 1, by specific"),
+            _field("n", pa.int64(), "occurrences"),
+            _field("share", pa.float64(), "part of occurrences, 0 to 1"),
+            _field("activation", pa.float64(), ACTIVATION),
+            _field("tokens", pa.list_(pa.string())),
+            _field("certified", pa.bool_()),
+        ]
+    ),
+    "neurons": pa.schema(
+        [
+            _field("layer", pa.int16()),
+            _field("unit", pa.int32()),
+            _field("neuron", pa.string()),
+            _field("n_concepts", pa.int32(), "concepts in whose top_k by score it is"),
+            _field("n_tokens", pa.int64(), COUNT),
+            _field("n_active", pa.int64(), "tokens at which the gate is open"),
+            _field("mean", pa.float64(), ACTIVATION),
+            _field("std", pa.float64(), ACTIVATION),
+            _field("max", pa.float32(), ACTIVATION),
+            _field("min", pa.float32(), ACTIVATION),
+            _field("tokens", pa.list_(pa.string()), "the ten it promotes most, highest first"),
+            _field("suppressed", pa.list_(pa.string()), "the ten it suppresses most, lowest first"),
+        ]
+    ),
+    "activity": pa.schema(
+        [
+            _field("label_kind", pa.string()),
+            _field("label", pa.string()),
+            _field("modality", pa.string(), "image or text"),
+            _field("layer", pa.int16()),
+            _field("unit", pa.int32()),
+            _field("n_tokens", pa.int64(), COUNT),
+            _field("n_active", pa.int64(), "tokens at which the gate is open"),
+            _field("sum", pa.float64(), ACTIVATION),
+            _field("sum_squares", pa.float64(), "activation squared"),
+        ]
+    ),
+    "examples": pa.schema(
+        [
+            _field("layer", pa.int16()),
+            _field("unit", pa.int32()),
+            _field("sign", pa.int8(), "+1 highest, -1 lowest"),
+            _field("rank", pa.int16(), "from 1"),
+            _field("sample_id", pa.string()),
+            _field("position", pa.int32(), "index in the unpadded sequence"),
+            _field("activation", pa.float32(), ACTIVATION),
+        ]
+    ),
+    "errors": pa.schema(
+        [
+            _field("sample_id", pa.string()),
+            _field("source", pa.string()),
+            _field("shard_id", pa.int32()),
+            _field("stage", pa.string()),
+            _field("message", pa.string()),
+        ]
+    ),
+}
+"""The tables that a finished run offers to its readers."""
+
+PART_SCHEMAS: dict[str, pa.Schema] = {
+    "captions": SCHEMAS["captions"],
+    "occurrences": SCHEMAS["occurrences"],
+    "errors": SCHEMAS["errors"],
+    # A row is a concept; the lists run over its kept neurons, highest sum of scores first.
+    "concepts": pa.schema(
+        [
+            _field("concept", pa.string()),
+            _field("n", pa.int64(), "occurrences"),
+            _field("bound", pa.float64(), "largest sum of scores of a neuron that is not kept"),
+            _field("neuron", pa.list_(pa.int32()), "index over all layers"),
+            _field("score", pa.list_(pa.float64()), "sum over occurrences"),
+            _field("score_squares", pa.list_(pa.float32()), "sum of squares over occurrences"),
+            _field("activation", pa.list_(pa.float32()), "sum over occurrences"),
+        ]
+    ),
+    # One row: sums over all occurrences of all concepts, a number a neuron.
+    "totals": pa.schema([_field("n", pa.int64(), "occurrences"), _field("score", pa.list_(pa.float64()), "sum")]),
+    "activity": pa.schema(
+        [
+            _field("label_kind", pa.string()),
+            _field("label", pa.string()),
+            _field("modality", pa.string()),
+            _field("n_tokens", pa.int64()),
+            _field("n_active", pa.list_(pa.int64())),
+            _field("sum", pa.list_(pa.float64())),
+            _field("sum_squares", pa.list_(pa.float64())),
+        ]
+    ),
+    # A row is a sign and rank: the shard's rank-th extreme sample of every neuron.
+    "examples": pa.schema(
+        [
+            _field("sign", pa.int8()),
+            _field("rank", pa.int16()),
+            _field("sample", pa.list_(pa.int32()), "row of the shard's captions"),
+            _field("position", pa.list_(pa.int32())),
+            _field("activation", pa.list_(pa.float32())),
+        ]
+    ),
+    # What every neuron writes, a row a neuron; one such table a run.
+    "decoded": pa.schema([_field("tokens", pa.list_(pa.string())), _field("suppressed", pa.list_(pa.string()))]),
+}
+"""What one unit of work commits; sums that the merge adds up."""
+
+ROW_GROUP = 100_000
+"""Rows of a row group: many small ones make every later read slow."""
+
+
+def to_bytes(table: pa.Table) -> bytes:
+    """Return the table as the bytes of one Parquet file."""
+    buffer = io.BytesIO()
+    # Dictionaries are for text: on lists of distinct numbers they only cost time.
+    texts = [name for name, kind in zip(table.schema.names, table.schema.types, strict=True) if pa.types.is_string(kind)]
+    pq.write_table(table, buffer, compression="zstd", compression_level=1, row_group_size=ROW_GROUP, use_dictionary=texts)
+    return buffer.getvalue()
+
+
+def from_bytes(data: bytes) -> pa.Table:
+    """Return the table that `to_bytes` wrote."""
+    return pq.read_table(io.BytesIO(data))
+
+
+def list_column(rows: Sequence[ndarray], kind: pa.DataType) -> pa.ListArray:
+    """Return a column whose lists are these arrays; many times faster than through Python lists."""
+    offsets = np.cumsum([0, *map(len, rows)])
+    values = np.concatenate(rows) if rows else np.zeros(0)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values).cast(kind.value_type))
+
+
+def list_values(column: pa.ChunkedArray) -> list[ndarray]:
+    """Return the lists of a column as arrays, without a copy where there are no nulls."""
+    arrays: list[ndarray] = []
+    for chunk in column.chunks:
+        values = chunk.flatten().to_numpy(zero_copy_only=False)
+        arrays.extend(np.split(values, (chunk.offsets.to_numpy()[1:-1] - chunk.offsets[0].as_py())))
+    return arrays
+
+
+def neuron_name(layer: int, unit: int) -> str:
+    """Return how a neuron is written: `L7.u89`."""
+    return f"L{layer}.u{unit}"

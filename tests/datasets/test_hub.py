@@ -1,0 +1,101 @@
+"""`hf:` data from local folders: saved data sets, Parquet files, image folders; no network."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mmray.datasets.columns import Columns
+from mmray.datasets.samples import Sample
+from mmray.datasets.sources import open_source
+from mmray.errors import InputError
+from tests.datasets.making import Row, failures, read_all, table, write_jsonl, write_parquet
+
+datasets = pytest.importorskip("datasets")
+pytestmark = pytest.mark.xdist_group("hub")  # Importing `datasets` takes seconds: one worker does.
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def test_a_folder_of_parquet_files(tmp_path: Path, rows: list[Row]) -> None:
+    write_parquet(tmp_path / "set", rows[:5], "train.parquet")
+    write_parquet(tmp_path / "set", rows[5:], "test.parquet")
+    read = read_all(f"hf:{tmp_path / 'set'}")
+    assert [row.image for row in read if isinstance(row, Sample)] == [row["image"]["bytes"] for row in rows[:5]]
+    source = open_source(f"hf:{tmp_path / 'set'}:test")
+    (file,) = source.files()
+    assert (file.path, file.rows) == ("test", 4)
+    whole = list(source.read("test", 0, 9))
+    assert [row.sample_id for row in whole] == [row["sample_id"] for row in rows[5:]]
+    assert list(source.read("test", 1, 3)) == whole[1:3]
+    assert source.objects_vocabulary() == tuple(sorted({name for row in rows[5:] for name in row["objects"]}))
+    assert open_source(f"hf:{tmp_path / 'set'}:test[:2]").files()[0].rows == 2
+
+
+def test_an_image_folder(tmp_path: Path, rows: list[Row]) -> None:
+    write_jsonl(tmp_path / "set", rows)
+    read = read_all(f"hf:{tmp_path / 'set'}")
+    assert [row.image for row in read if isinstance(row, Sample)] == [row["image"]["bytes"] for row in rows]
+    (tmp_path / "set/concepts.json").write_text('[{"concept": "dog", "names": {"fr": "chien"}}]')
+    assert open_source(f"hf:{tmp_path / 'set'}").translations() == {"dog": {"fr": "chien"}}
+
+
+def test_paths_that_leave_the_folder(tmp_path: Path, rows: list[Row]) -> None:
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/inside").write_bytes(b"inside")
+    for row, path in zip(rows, (tmp_path / "secret", "../secret", tmp_path / "set/inside", "inside"), strict=False):
+        row["image"] = {"bytes": None, "path": str(path)}
+    write_parquet(tmp_path / "set", rows, "train.parquet")
+    read = read_all(f"hf:{tmp_path / 'set'}")
+    assert list(failures(read)) == [0, 1]
+    assert all("leaves the data's folder" in message for message in failures(read).values())
+    assert [row.image for row in read[2:4] if isinstance(row, Sample)] == [b"inside"] * 2
+
+
+def test_a_saved_set_with_classes(tmp_path: Path, rows: list[Row]) -> None:
+    features = datasets.Features(
+        {
+            "image": datasets.Image(decode=False),
+            "caption": datasets.Value("string"),
+            "mood": datasets.ClassLabel(names=["calm", "merry"]),
+        }
+    )
+    content = {
+        "image": [row["image"] for row in rows[:3]],
+        "caption": ["One.", "Two.", "Three."],
+        "mood": [1, 0, -1],
+    }
+    datasets.Dataset.from_dict(content, features=features).save_to_disk(tmp_path / "set")
+    read = read_all(f"hf:{tmp_path / 'set'}", columns=Columns(domain="mood"))
+    assert [row.domain for row in read if isinstance(row, Sample)] == ["merry", "calm", None]
+
+
+def test_a_saved_set_of_splits(tmp_path: Path, rows: list[Row]) -> None:
+    one = datasets.Dataset(table(rows))
+    datasets.DatasetDict({"validation": one, "test": one}).save_to_disk(tmp_path / "set")
+    assert len(read_all(f"hf:{tmp_path / 'set'}:test")) == len(rows)
+    with pytest.raises(InputError, match=r"which split\? Write .*:SPLIT, one of validation, test"):
+        open_source(f"hf:{tmp_path / 'set'}")
+    with pytest.raises(InputError, match="nosuch"):
+        open_source(f"hf:{tmp_path / 'set'}:nosuch")
+
+
+def test_the_digest_is_the_same_when_opened_again(tmp_path: Path, rows: list[Row]) -> None:
+    write_parquet(tmp_path / "set", rows, "train.parquet")
+    first = open_source(f"hf:{tmp_path / 'set'}").files()
+    open_source.__globals__["open_hub"].__globals__["load"].cache_clear()
+    assert open_source(f"hf:{tmp_path / 'set'}").files() == first
+
+
+def test_a_set_that_is_nowhere() -> None:
+    with pytest.raises(InputError, match=r"hf:no-such/set: .*; check name, split and network") as caught:
+        open_source("hf:no-such/set")
+    assert "\n" not in str(caught.value)

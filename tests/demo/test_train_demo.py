@@ -1,0 +1,41 @@
+"""The training job end to end, at its smallest."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mmray.demo.captions import LANGUAGES
+from mmray.demo.scenes import World
+
+JOB = Path(__file__).parents[2] / "jobs" / "train_demo.py"
+
+
+@pytest.mark.slow
+def test_the_smoke_run_leaves_a_checkpoint_that_captions_an_image(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    options = ["--smoke", "--seconds", "2", "--batch-size", "4", "--out", str(tmp_path)]
+    finished = subprocess.run(
+        [sys.executable, JOB, *options], capture_output=True, text=True, env=os.environ, timeout=240, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    for measure in ("recall", "CHAIR_i", "planted hallucination", "recall, Chinese", "question accuracy", "text-only"):
+        assert f"\n{measure}" in finished.stdout
+
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    model, report = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
+    assert model.dtype == torch.float16
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+
+    world = World.load()
+    image = world.render(world.sample(1, seed=0))[0]
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": LANGUAGES["en"].prompt}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(text=prompt, images=image, return_tensors="pt")
+    written = model.float().generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert written.shape[1] > inputs.input_ids.shape[1]
+    assert isinstance(processor.decode(written[0], skip_special_tokens=True), str)

@@ -1,0 +1,50 @@
+"""Tiny checkpoints, built once a session and worker, and the networks loaded from them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.models.tiny import build, example
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A tiny network in evaluation mode, its processor, and inputs of one image with a question."""
+
+    network: transformers.PreTrainedModel
+    processor: Any
+    inputs: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Keep torch to one thread: the tensors are tiny, and several workers share the cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the checkpoint folder of a variant."""
+    root = tmp_path_factory.mktemp("tiny")
+    return cache(lambda variant: build(variant, root / variant))
+
+
+@pytest.fixture(scope="session")
+def loaded(tiny: Callable[[str], Path]) -> Callable[[str], Loaded]:
+    """Return a variant's network, shared by all tests: leave it as it was."""
+    transformers.utils.logging.disable_progress_bar()
+
+    @cache
+    def load(variant: str) -> Loaded:
+        folder = tiny(variant)
+        processor = transformers.AutoProcessor.from_pretrained(folder)
+        network = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval().requires_grad_(False)
+        return Loaded(network, processor, example(variant, processor))
+
+    return load
