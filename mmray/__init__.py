@@ -1,1 +1,33 @@
-"""mmray."""
+"""mmray: multi-modal neurons of vision-language models, found and ranked as distributed Ray jobs.
+
+The public names load what they need when first used, so that reading a run costs neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from mmray.version import VERSION as __version__
+
+_PLACES = {
+    "load_model": "mmray.neurons.model",
+    "run_census": "mmray.api",
+    "open_run": "mmray.results.run",
+    "ablate": "mmray.models.interventions",
+    "scale": "mmray.models.interventions",
+    "set_to": "mmray.models.interventions",
+    "add_noise": "mmray.models.interventions",
+}
+
+__all__ = ["__version__", *_PLACES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'mmray' has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

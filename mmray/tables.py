@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy import ndarray
+
+from mmray.storage import Store
 
 LOGIT = "logit before the final norm (after it with fold_norm)"
 ACTIVATION = "activation"
@@ -119,13 +121,13 @@ PART_SCHEMAS: dict[str, pa.Schema] = {
     "captions": SCHEMAS["captions"],
     "occurrences": SCHEMAS["occurrences"],
     "errors": SCHEMAS["errors"],
-    # A row is a concept; the lists run over its kept neurons, highest sum of scores first.
+    # A row is a concept; the lists run over its kept neurons.
     "concepts": pa.schema(
         [
             _field("concept", pa.string()),
             _field("n", pa.int64(), "occurrences"),
             _field("bound", pa.float64(), "largest sum of scores of a neuron that is not kept"),
-            _field("neuron", pa.list_(pa.int32()), "index over all layers"),
+            _field("neuron", pa.list_(pa.int32()), "index over all layers; null: all neurons are kept"),
             _field("score", pa.list_(pa.float64()), "sum over occurrences"),
             _field("score_squares", pa.list_(pa.float32()), "sum of squares over occurrences"),
             _field("activation", pa.list_(pa.float32()), "sum over occurrences"),
@@ -159,6 +161,8 @@ PART_SCHEMAS: dict[str, pa.Schema] = {
 }
 """What one unit of work commits; sums that the merge adds up."""
 
+ROWS_OF_A_FILE = 5_000_000
+"""Rows above which a table is cut into several files."""
 ROW_GROUP = 100_000
 """Rows of a row group: many small ones make every later read slow."""
 
@@ -166,15 +170,53 @@ ROW_GROUP = 100_000
 def to_bytes(table: pa.Table) -> bytes:
     """Return the table as the bytes of one Parquet file."""
     buffer = io.BytesIO()
-    # Dictionaries are for text: on lists of distinct numbers they only cost time.
-    texts = [name for name, kind in zip(table.schema.names, table.schema.types, strict=True) if pa.types.is_string(kind)]
-    pq.write_table(table, buffer, compression="zstd", compression_level=1, row_group_size=ROW_GROUP, use_dictionary=texts)
+    # Dictionaries and compression are for text and columns of rows: on long lists of numbers they only cost time.
+    texts = [
+        name for name, kind in zip(table.schema.names, table.schema.types, strict=True) if pa.types.is_string(kind)
+    ]
+    sums = any(pa.types.is_list(kind) and pa.types.is_floating(kind.value_type) for kind in table.schema.types)
+    pq.write_table(
+        table,
+        buffer,
+        compression="none" if sums else "zstd",
+        compression_level=None if sums else 1,
+        row_group_size=ROW_GROUP,
+        use_dictionary=texts,
+    )
     return buffer.getvalue()
 
 
 def from_bytes(data: bytes) -> pa.Table:
     """Return the table that `to_bytes` wrote."""
     return pq.read_table(io.BytesIO(data))
+
+
+def write_table(store: Store, name: str, parts: Iterable[pa.Table]) -> None:
+    """Write a run's table, `tables/NAME.parquet`, from parts in order; a large one as a folder of files of that name."""
+    gathered: list[pa.Table] = []
+    files: list[pa.Table] = []
+    for part in parts:
+        gathered.append(part)
+        if sum(map(len, gathered)) >= ROWS_OF_A_FILE:
+            files.append(pa.concat_tables(gathered))
+            gathered = []
+    if gathered or not files:
+        files.append(pa.concat_tables([SCHEMAS[name].empty_table(), *gathered]))
+    for entry in store.list(f"tables/{name}.parquet"):
+        store.delete(entry.key)
+    if len(files) == 1:
+        store.put(f"tables/{name}.parquet", to_bytes(files[0]))
+        return
+    for number, table in enumerate(files):
+        store.put(f"tables/{name}.parquet/{number:05d}.parquet", to_bytes(table))
+
+
+def read_table(store: Store, name: str) -> pa.Table:
+    """Return a run's table; `FileNotFoundError` where it was not written."""
+    files = [entry.key for entry in store.list(f"tables/{name}.parquet")]
+    if not files:
+        raise FileNotFoundError(f"{store.uri}/tables/{name}.parquet")
+    return pa.concat_tables([from_bytes(store.read(key)) for key in files])
 
 
 def list_column(rows: Sequence[ndarray], kind: pa.DataType) -> pa.ListArray:
@@ -191,8 +233,3 @@ def list_values(column: pa.ChunkedArray) -> list[ndarray]:
         values = chunk.flatten().to_numpy(zero_copy_only=False)
         arrays.extend(np.split(values, (chunk.offsets.to_numpy()[1:-1] - chunk.offsets[0].as_py())))
     return arrays
-
-
-def neuron_name(layer: int, unit: int) -> str:
-    """Return how a neuron is written: `L7.u89`."""
-    return f"L{layer}.u{unit}"

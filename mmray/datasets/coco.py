@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any, ClassVar
 
 from mmray.datasets import places
@@ -24,6 +25,9 @@ TRIED = 4
 CACHED_FILES = 4
 IMAGE_FOLDERS = ("{split}", "../{split}", "images/{split}", "../images/{split}", "images", "../images", ".", "..")
 """Where the images of `captions_SPLIT.json` may lie, seen from its folder, the usual place first."""
+
+Row = tuple[dict[str, Any], dict[str, Any]] | str
+"""An image and its annotation, empty if it has none; kept apart until read, to be small. Or why there is none."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class CocoSource(FileSource):
 
     def records(self, path: str, start: int, stop: int) -> Iterator[tuple[str, Record]]:
         """Yield rows of one captions file."""
-        yield from ((f"{path}#{row}", record) for row, record in enumerate(self._rows(path)[start:stop], start))
+        yield from ((f"{path}#{row}", _record(found)) for row, found in enumerate(self._rows(path)[start:stop], start))
 
     def fetch(self, path: str, names: list[str]) -> list[bytes | str]:
         """Return the images that rows of a captions file name, as bytes or why not."""
@@ -63,10 +67,10 @@ class CocoSource(FileSource):
     def object_cells(self) -> Iterable[Any]:
         """Yield the object names of each row."""
         for entry in self.place.entries:
-            records = (record for record in self._rows(entry.key) if not isinstance(record, str))
-            yield from (record.get(str(self.columns.objects)) for record in records)
+            records = (_record(row) for row in self._rows(entry.key))
+            yield from (record.get(str(self.columns.objects)) for record in records if not isinstance(record, str))
 
-    def _rows(self, path: str) -> tuple[Record, ...]:
+    def _rows(self, path: str) -> tuple[Row, ...]:
         return rows(self.place.folder, path, self.entry(path).version, self.captions)
 
 
@@ -76,16 +80,17 @@ def open_coco(data: str, place: Place, asked: Columns, captions: bool, image_fol
     Raises `InputError` if a file is not COCO, no image is found, or a column is missing.
     """
     listed = [rows(place.folder, entry.key, entry.version, captions) for entry in place.entries]
-    good = [record for records in listed for record in records if not isinstance(record, str)]
+    pairs = [row for found in listed for row in found if not isinstance(row, str)]
     # An image without captions has no caption column: look at those with, if there are any.
-    telling = [record for record in good if "image_id" in record] or good
-    columns = detect(
-        kinds_of_records(telling[:PEEKED]), asked, places.join(place.folder, place.entries[0].key), captions
-    )
+    telling = [row for row in pairs if row[1]] or pairs
+    records = [record for row in telling[:PEEKED] if not isinstance(record := _record(row), str)]
+    where = places.join(place.folder, place.entries[0].key)
+    columns = detect(kinds_of_records(records), asked, where, captions)
     folders = []
-    for entry, records in zip(place.entries, listed, strict=True):
-        names = [str(record.get(str(columns.image))) for record in records if not isinstance(record, str)]
-        folders.append(image_folder or _find_images(place.folder, entry.key, names[:TRIED]))
+    for entry, found in zip(place.entries, listed, strict=True):
+        first = islice((row[0] for row in found if not isinstance(row, str)), TRIED)
+        names = [str(image.get(str(columns.image))) for image in first]
+        folders.append(image_folder or _find_images(place.folder, entry.key, names))
     return CocoSource(data, place, columns, captions, tuple(folders))
 
 
@@ -96,11 +101,11 @@ def instances_key(captions_key: str) -> str:
 
 
 @lru_cache(maxsize=CACHED_FILES)
-def rows(folder: str, key: str, version: str, captions: bool) -> tuple[Record, ...]:
+def rows(folder: str, key: str, version: str, captions: bool) -> tuple[Row, ...]:
     """Return the rows of a captions file in the order of its images; raises `InputError` if it isn't COCO."""
     content = _load(folder, key)
     images: dict[Any, dict[str, Any]] = {}
-    strays: list[Record] = []
+    strays: list[Row] = []
     for image in content["images"]:
         identifier = _identifier(image, "id")
         if identifier is None:
@@ -116,13 +121,18 @@ def rows(folder: str, key: str, version: str, captions: bool) -> tuple[Record, .
             strays.append(f"annotation of image {identifier!r}, which is not among the images")
     if instances_key(key) != key and open_store(folder).entry(instances_key(key)) is not None:
         _add_objects(images, _load(folder, instances_key(key)))
-    found: list[Record] = []
+    found: list[Row] = []
     for identifier, image in images.items():
-        found += [
-            image | annotation | {"sample_id": f"{identifier}-{annotation.get('id')}"}
-            for annotation in by_image[identifier]
-        ] or [image | {"sample_id": str(identifier)}]
+        found += [(image, annotation) for annotation in by_image[identifier]] or [(image, {})]
     return (*found, *strays)
+
+
+def _record(row: Row) -> Record:
+    if isinstance(row, str):
+        return row
+    image, annotation = row
+    identifier = f"{image['id']}-{annotation.get('id')}" if annotation else str(image["id"])
+    return image | annotation | {"sample_id": identifier}
 
 
 def _load(folder: str, key: str) -> dict[str, Any]:

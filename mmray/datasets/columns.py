@@ -76,14 +76,18 @@ ACCEPTED: Mapping[str, tuple[Kind, ...]] = {
     "image": ("image", "bytes", "text"),
     "caption": ("text", "texts"),
     "sample_id": ("text", "number"),
-    "language": ("text",),
-    "domain": ("text",),
+    "language": ("text", "number"),
+    "domain": ("text", "number"),
     "objects": ("texts", "text"),
     "boxes": ("boxes",),
     "questions": ("questions",),
     "labels": ("text", "number"),
 }
 """Field of `Columns` → what its column may hold."""
+
+
+OPTIONS = {"sample_id": "id", "labels": "label"}
+"""Field of `Columns` → its word in `--WORD-column`, where that is another."""
 
 
 def detect(found: Mapping[str, Kind], asked: Columns, where: str, captions: bool = True) -> Columns:
@@ -165,7 +169,7 @@ def _choose(field: str, found: Mapping[str, Kind], asked: Columns, where: str) -
 
 
 def _check(field: str, name: str, found: Mapping[str, Kind], where: str) -> None:
-    option = f"--{field.replace('_', '-')}-column"
+    option = f"--{OPTIONS.get(field, field)}-column"
     if name not in found:
         raise InputError(f"{option}: {where} has no column {name!r}; it has {', '.join(found) or 'none'}")
     if found[name] not in (*ACCEPTED[field], "unknown"):

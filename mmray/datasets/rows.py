@@ -18,7 +18,8 @@ Fetch = Callable[[list[str]], list[bytes | str]]
 """Image names of the data → their bytes, or, as a string, why there are none."""
 
 ROWS_AT_ONCE = 32
-BOX_TOLERANCE = 1e-3
+BOX_TOLERANCE = 0.5
+"""How far a box may reach beyond the image, in parts of it: objects are cut by the edge; pixels would be far above."""
 
 
 class BadRowError(ValueError):

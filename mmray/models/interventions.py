@@ -6,7 +6,6 @@ afterwards, also after an exception and when blocks are nested. They hold during
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,19 +15,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmray.errors import InputError
+from mmray.models.experts import changed_routed_activation
 from mmray.models.loading import LoadedModel
-from mmray.models.parts import output_rows
-
-NEURON = re.compile(r"L(\d+)\.u(\d+)")
-"""How a neuron is written: `L7.u89` is unit 89 of layer 7."""
-
-
-def parse_neuron(name: str) -> tuple[int, int]:
-    """Return (layer, unit) of a neuron written `L7.u89`; raises InputError for anything else."""
-    match = NEURON.fullmatch(name.strip())
-    if match is None:
-        raise InputError(f"{name!r} is not a neuron; write layer and unit as L7.u89")
-    return int(match[1]), int(match[2])
+from mmray.models.parts import output_rows, set_output_rows
+from mmray.neuron_names import parse_neuron
 
 
 def by_layer(model: LoadedModel, neurons: Iterable[str | tuple[int, int]]) -> dict[int, list[int]]:
@@ -73,24 +63,24 @@ def add_noise(
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
         for layer, units in by_layer(model, neurons).items():
-            rows = output_rows(model.network, model.projections[layer])
-            index = torch.tensor(units, device=rows.device)
-            noise = sigma * torch.randn((len(units), rows.shape[1]), generator=generator)
-            stack.enter_context(changed_rows(rows, index, rows[index] + noise.to(rows)))
+            rows = output_rows(model.network, model.projections[layer])[units]
+            noise = sigma * torch.randn(rows.shape, generator=generator)
+            stack.enter_context(changed_rows(model, layer, units, rows + noise.to(rows)))
         yield
 
 
 @contextmanager
-def changed_rows(rows: Float[Tensor, "neuron hidden"], index: Tensor, values: Tensor) -> Iterator[None]:
-    """Replace rows of a weight while the block lasts, and put the very bytes back afterwards."""
-    before = rows[index].clone()
-    with torch.no_grad():
-        rows[index] = values
+def changed_rows(
+    model: LoadedModel, layer: int, units: list[int], rows: Float[Tensor, "neuron hidden"]
+) -> Iterator[None]:
+    """Replace these neurons' rows of W_out while the block lasts, and put the very bytes back afterwards."""
+    network, projection, index = model.network, model.projections[layer], torch.tensor(units)
+    before = output_rows(network, projection)[units].clone()
+    set_output_rows(network, projection, index, rows)
     try:
         yield
     finally:
-        with torch.no_grad():
-            rows[index] = before
+        set_output_rows(network, projection, index, before)
 
 
 @contextmanager
@@ -99,8 +89,10 @@ def _change(
 ) -> Iterator[None]:
     with ExitStack() as stack:
         for layer, units in by_layer(model, neurons).items():
-            module = model.network.get_submodule(model.projections[layer].path)
-            stack.enter_context(_changed_input(module, torch.tensor(units), change))
+            projection = model.projections[layer]
+            module, index = model.network.get_submodule(projection.path), torch.tensor(units)
+            changed = changed_routed_activation if projection.experts else _changed_input
+            stack.enter_context(changed(module, index, change))
         yield
 
 

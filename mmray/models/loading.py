@@ -137,8 +137,7 @@ def load(
             **({"device_map": "auto"} if shared else {}),
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{name}: not a vision-language checkpoint that transformers can load ({reason})") from error
+        raise InputError(f"{name}: {_not_a_model(error)}") from error
     if not getattr(processor, "tokenizer", None) or not processor.tokenizer.is_fast:
         raise InputError(
             f"{name}: no fast tokenizer (tokenizer.json), which gives the characters of each token; convert it"
@@ -147,6 +146,36 @@ def load(
     if not shared:
         network.to(device)
     return wrap(name=name, folder=folder, network=network, processor=processor, parts=locate(network))
+
+
+def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Return the facts of a model that a run records, from its configuration alone: no weight is loaded."""
+    folder = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            network = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"{name}: {_not_a_model(error)}") from error
+    parts = locate(network)
+    language = parts.of("language")
+    return {
+        "name": name,
+        "family": parts.family,
+        "type": config.model_type,
+        "layers": len(language),
+        "widths": [projection.width for projection in language],
+        "projections": [projection.path for projection in language],
+        "final_norm": parts.final_norm,
+        "unembedding": parts.unembedding,
+        "image": parts.image,
+        "image_tokens": int(getattr(config, "image_seq_length", None) or 576),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+    }
+
+
+def _not_a_model(error: Exception) -> str:
+    return f"not a vision-language checkpoint that transformers can load ({' '.join(str(error).split())[:200]})"
 
 
 def _file_sum(path: Path) -> str:

@@ -3,16 +3,17 @@
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmray.errors import InputError
+from mmray.models.experts import set_expert_rows
 from mmray.models.families import DECODERS, FAMILIES, TOWERS, Decoder, Family, Stack
 from mmray.models.layout import Parts, Projection
 from mmray.models.probe import probe
 
-__all__ = ["Parts", "Projection", "locate", "norm_gain", "output_rows", "unembedding_rows"]
+__all__ = ["Parts", "Projection", "locate", "norm_gain", "output_rows", "set_output_rows", "unembedding_rows"]
 
 
 class _MissingError(Exception):
@@ -22,8 +23,18 @@ class _MissingError(Exception):
 def locate(model: PreTrainedModel) -> Parts:
     """Find the model's parts by the table of families, or where no row of it fits, by the structural probe.
 
-    Raises InputError where neither finds them.
+    Raises InputError where neither finds them, or where weights are quantised.
     """
+    parts = _find(model)
+    for projection in parts.projections:
+        module = model.get_submodule(projection.path)
+        weight: Tensor = module.get_parameter("down_proj" if projection.experts else "weight")
+        if not weight.is_floating_point():
+            raise InputError(f"{projection.path}: quantised weights have no rows to score; load in fp16, bf16 or fp32")
+    return parts
+
+
+def _find(model: PreTrainedModel) -> Parts:
     text_type = model.config.get_text_config().model_type
     family, decoder = FAMILIES.get(model.config.model_type), DECODERS.get(text_type)
     if family is None or decoder is None:
@@ -38,7 +49,10 @@ def locate(model: PreTrainedModel) -> Parts:
 
 
 def read_table(model: PreTrainedModel, family: Family, decoder: Decoder) -> Parts:
-    """Read the parts where the table says they are, and check that each is there and fits the decoder's width."""
+    """Read the parts where the table says they are, and check that each is there, of its kind, and one for each layer.
+
+    A vision tower that the table does not know leaves `vision` empty. Raises _MissingError for all other parts.
+    """
     config = model.config
     text_config = config.get_text_config()
     root = _first(model, family.decoder)
@@ -70,8 +84,8 @@ def read_table(model: PreTrainedModel, family: Family, decoder: Decoder) -> Part
 def output_rows(model: PreTrainedModel, projection: Projection) -> Float[Tensor, "neuron hidden"]:
     """Return the rows of W_out: what each neuron adds to the projection's output per unit of activation.
 
-    A view of the weight where its layout allows; of fused experts, (expert, unit) flattened, usually a copy. A norm
-    after the projection and `Projection.scale` are not in it.
+    A view of a Linear's weight; of fused experts, (expert, unit) flattened, a copy: write through `set_output_rows`.
+    A norm after the projection and `Projection.scale` are not in the rows.
     """
     module = model.get_submodule(projection.path)
     if not projection.experts:
@@ -80,6 +94,18 @@ def output_rows(model: PreTrainedModel, projection: Projection) -> Float[Tensor,
     weight = module.get_parameter("down_proj")
     by_unit = weight if getattr(module, "is_transposed", False) else weight.transpose(1, 2)
     return by_unit.reshape(projection.width, -1)
+
+
+@torch.no_grad()
+def set_output_rows(
+    model: PreTrainedModel, projection: Projection, units: Int[Tensor, " unit"], rows: Float[Tensor, "unit hidden"]
+) -> None:
+    """Write these neurons' rows of W_out into the weight, of a Linear or of fused experts."""
+    module = model.get_submodule(projection.path)
+    if projection.experts:
+        set_expert_rows(module, units, rows)
+    else:
+        output_rows(model, projection)[units] = rows
 
 
 def unembedding_rows(model: PreTrainedModel, parts: Parts) -> Float[Tensor, "vocabulary hidden"]:

@@ -1,8 +1,8 @@
-"""From images, prompts and captions to a batch that the network takes, with the place of every caption token.
+r"""From images, prompts and captions to a batch that the network takes, with the place of every caption token.
 
 A row of a batch is the prompt, as the family's own processor makes it, and behind it the caption's tokens:
 
-    USER: <image><image>…\\nDescribe the image in few words. ASSISTANT: An image of a dog .
+    USER: <image><image>…\nDescribe the image in few words. ASSISTANT: An image of a dog .
     └───────────────────── prompt ──────────────────────────────────┘└─── caption ────┘
 
 Rows are padded on the right: behind a causal mask, padding then can't change a single bit of what stands before it, so
@@ -33,8 +33,25 @@ PROMPTS = {
 }
 """The prompt of Pan et al. 2024, by the language of the caption; other languages get the English one."""
 
+IMAGE_FIRST = ("paligemma",)
+"""Families without a chat template whose prompt has to begin with the image's token; the BLIPs add theirs unasked."""
+
 LONGEST = 64
 """Tokens at most in a generated caption."""
+
+
+BEHIND = {
+    "input_ids": None,
+    "attention_mask": 1,
+    "token_type_ids": 0,
+    "mm_token_type_ids": 0,
+    "cross_attention_mask": None,
+}
+"""Inputs with a column a position → what stands there for a caption token. None: the token itself; for the mask of
+cross-attention, what stands at the prompt's last token."""
+
+CAUSAL_TYPE = {"paligemma": 1}
+"""Families whose `token_type_ids` tell the prompt, seen in both directions, from what is written: there 0 leaks."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +98,8 @@ def prompt_text(model: LoadedModel, prompt: str | None, language: str | None, *,
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         return text
+    if image and model.parts.family in IMAGE_FIRST:
+        return f"{model.processor.image_token}{question}"
     return question
 
 
@@ -115,8 +134,8 @@ def encode(
     prompt_shape = features["input_ids"].shape
     inputs = {}
     for name, value in features.items():
-        aligned = value.shape[:2] == prompt_shape and not value.is_floating_point()
-        inputs[name] = _extend(name, value, lengths, tokens, total, _padding(model)) if aligned else value
+        aligned = value.shape[:2] == prompt_shape and name in BEHIND
+        inputs[name] = _extend(model, name, value, lengths, tokens, total) if aligned else value
     return Batch(
         inputs, total, lengths, list(tokens), list(offsets), _runs(model, inputs["input_ids"], lengths, tokens)
     )
@@ -142,7 +161,7 @@ def run_processor(
         )
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{model.name}: its processor refuses the batch ({error})") from error
-    return {name: value for name, value in features.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in features.items() if isinstance(value, Tensor) and name != "labels"}
 
 
 def _padding(model: LoadedModel) -> int:
@@ -151,25 +170,24 @@ def _padding(model: LoadedModel) -> int:
 
 
 def _extend(
-    name: str, value: Tensor, lengths: list[int], tokens: Sequence[list[int]], total: int, padding: int
+    model: LoadedModel, name: str, value: Tensor, lengths: list[int], tokens: Sequence[list[int]], total: int
 ) -> Tensor:
     """Lengthen one input that has a column a position, so that it covers the captions too."""
     rows, _, *rest = value.shape
-    longer = value.new_full((rows, total, *rest), padding if name == "input_ids" else 0)
+    behind = CAUSAL_TYPE.get(model.parts.family, 0) if name == "token_type_ids" else BEHIND[name]
+    longer = value.new_full((rows, total, *rest), _padding(model) if name == "input_ids" else 0)
     for row, (length, caption) in enumerate(zip(lengths, tokens, strict=True)):
         longer[row, :length] = value[row, :length]
-        stop = length + len(caption)
-        if name == "input_ids":
-            longer[row, length:stop] = torch.tensor(caption)
-        elif name == "attention_mask":
-            longer[row, length:stop] = 1
-        elif name == "cross_attention_mask":
-            longer[row, length:stop] = value[row, length - 1]
+        written = torch.tensor(caption) if name == "input_ids" else value[row, length - 1] if behind is None else behind
+        longer[row, length : length + len(caption)] = written
     return longer
 
 
 def _behind_encoder(
-    model: LoadedModel, features: dict[str, Tensor], tokens: Sequence[list[int]], offsets: Sequence[list[tuple[int, int]]]
+    model: LoadedModel,
+    features: dict[str, Tensor],
+    tokens: Sequence[list[int]],
+    offsets: Sequence[list[tuple[int, int]]],
 ) -> Batch:
     """Build the batch of an encoder-decoder model: the caption alone is the decoder's sequence, behind its start."""
     start = model.network.config.get_text_config().decoder_start_token_id
@@ -189,7 +207,7 @@ def _runs(
 ) -> list[Run]:
     runs = []
     for row, (length, caption) in enumerate(zip(lengths, tokens, strict=True)):
-        is_image = (ids[row, :length] == model.parts.image_token_id).tolist()
+        is_image = ids[row, :length].eq(model.parts.image_token_id or -1).tolist()
         for image, group in groupby(range(length), key=is_image.__getitem__):
             if image:
                 places = list(group)

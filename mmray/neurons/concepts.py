@@ -65,9 +65,7 @@ class NounSource:
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
-def noun_source(
-    nouns: str, vocabulary: Iterable[str], translations: Mapping[str, Mapping[str, str]]
-) -> NounSource:
+def noun_source(nouns: str, vocabulary: Iterable[str], translations: Mapping[str, Mapping[str, str]]) -> NounSource:
     """Return what `--nouns` names: auto takes objects where the data has them (a vocabulary), else textblob.
 
     Raises InputError for a missing lexicon file, or for objects of data that has none.

@@ -13,10 +13,11 @@ import pyarrow as pa
 from jaxtyping import Int64
 from numpy import ndarray
 
+from mmray.neuron_names import neuron_name
 from mmray.neurons.ranking import Shares, locate_index, rank_concept
 from mmray.neurons.reduction import ConceptMerge
 from mmray.neurons.statistics import EXAMPLES
-from mmray.tables import SCHEMAS, list_values, neuron_name
+from mmray.tables import SCHEMAS, list_values
 
 ReadPart = Callable[[str], pa.Table]
 """Reads one part (`captions`, `concepts`, …) of a committed shard."""

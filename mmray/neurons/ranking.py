@@ -10,8 +10,9 @@ import pyarrow as pa
 from jaxtyping import Float64, Int64
 from numpy import ndarray
 
+from mmray.neuron_names import neuron_name
 from mmray.neurons.reduction import ConceptMerge, ConceptScores
-from mmray.tables import SCHEMAS, neuron_name
+from mmray.tables import SCHEMAS
 
 RANKED = 256
 """Neurons a concept in `rankings`, by score, and as many by `specific`."""

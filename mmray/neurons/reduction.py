@@ -25,6 +25,9 @@ ALL_KEPT = 16_384
 KEPT_OF_MORE = 2_048
 """Neurons a concept that a shard keeps of larger models."""
 
+SUMS = ("score", "score_squares", "activation")
+"""Columns of sums over a concept's occurrences, in the order in which they are accumulated."""
+
 COMPACT_AT = 4
 """A concept's collected parts are added up whenever so many have come, to hold memory down."""
 
@@ -79,25 +82,27 @@ class ConceptSums:
         names = sorted(self.concepts)
         total = np.zeros(neurons)
         bounds: list[float] = []
-        columns: list[list[ndarray]] = [[], [], [], []]
+        chosen: list[ndarray] = []
+        columns: list[list[ndarray]] = [[], [], []]
         for name in names:
             flat = torch.cat([sums[:, self.concepts[name]] for sums in self._sums if sums is not None], dim=1)
             total += flat[0].cpu().numpy()
-            bound, best = -np.inf, torch.arange(neurons, device=flat.device)
+            bound = -np.inf
             if kept < neurons:
                 order = flat[0].sort(descending=True, stable=True).indices
                 bound, best = float(flat[0, order[kept]]), order[:kept].sort().values
+                flat = flat[:, best]
+                chosen.append(best.cpu().numpy())
             bounds.append(bound)
-            for column, values in zip(columns, (best, *flat[:, best]), strict=True):
-                column.append(values.cpu().numpy())
+            for column, values in zip(columns, flat.cpu().numpy(), strict=True):
+                column.append(values)
         schema = PART_SCHEMAS["concepts"]
-        lists = [
-            list_column(column, schema.field(name).type)
-            for name, column in zip(("neuron", "score", "score_squares", "activation"), columns, strict=True)
-        ]
+        kinds = {name: schema.field(name).type for name in schema.names}
+        index = list_column(chosen, kinds["neuron"]) if chosen else pa.nulls(len(names), kinds["neuron"])
+        lists = [list_column(column, kinds[name]) for name, column in zip(SUMS, columns, strict=True)]
         counts = [self.counts[self.concepts[name]] for name in names]
         concepts = pa.Table.from_arrays(
-            [pa.array(names, pa.string()), pa.array(counts, pa.int64()), pa.array(bounds, pa.float64()), *lists],
+            [pa.array(names, pa.string()), pa.array(counts, pa.int64()), pa.array(bounds, pa.float64()), index, *lists],
             schema=schema,
         )
         score = list_column([total], PART_SCHEMAS["totals"].field("score").type)
@@ -138,7 +143,9 @@ class ConceptMerge:
         """Take in one shard."""
         self.total += list_values(totals["score"])[0]
         self.n += totals["n"][0].as_py()
-        lists = [list_values(concepts[name]) for name in ("neuron", "score", "score_squares", "activation")]
+        every = np.arange(self.neurons)
+        index = [every] * len(concepts) if concepts["neuron"].null_count else list_values(concepts["neuron"])
+        lists = [index, *(list_values(concepts[name]) for name in SUMS)]
         facts = (concepts[name].to_pylist() for name in ("concept", "n", "bound"))
         for concept, n, bound, *numbers in zip(*facts, *lists, strict=True):
             merged = self.concepts.setdefault(concept, Merged())
@@ -190,4 +197,3 @@ class ConceptScores:
         unknown = np.where(self.exact, -np.inf, self.upper)
         ceiling = max(self.left_out, float(unknown.max(initial=-np.inf)))
         return np.asarray(self.exact & (self.score >= ceiling))
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -61,9 +61,7 @@ class ShardAnalysis:
         for sample in samples:
             (self.failures if isinstance(sample, Failure) else readable).append(sample)  # type: ignore[arg-type]
         if self.settings.captions == "dataset":
-            captioned = [found for sample in readable if (found := self._caption(sample)) is not None]
-            captioned.sort(key=lambda item: (item.sample.image is None, item.prompt, len(item.tokens)))
-            for items, batch in self._encoded(_cut(captioned, self.settings.batch_size)):
+            for items, batch in self.encoded(readable):
                 self._analyse(items, batch)
         else:
             readable.sort(key=lambda sample: (sample.image is None, sample.language or ""))
@@ -113,8 +111,11 @@ class ShardAnalysis:
     def _fail(self, sample: Sample, stage: str, message: str) -> None:
         self.failures.append(Failure(sample.sample_id, sample.source, stage, message))
 
-    def _encoded(self, chunks: Sequence[list[Captioned]]) -> Iterator[tuple[list[Captioned], Batch]]:
-        """Yield batches, the next one decoded and encoded in a thread while the model works on this one."""
+    def encoded(self, samples: Iterable[Sample]) -> Iterator[tuple[list[Captioned], Batch]]:
+        """Yield batches of like length, the next one decoded and encoded in a thread while the model has this one."""
+        captioned = [found for sample in samples if (found := self._caption(sample)) is not None]
+        captioned.sort(key=lambda item: (item.sample.image is None, item.prompt, len(item.tokens)))
+        chunks = _cut(captioned, self.settings.batch_size)
         with ThreadPoolExecutor(1) as ahead:
             waiting: deque[Future[tuple[list[Captioned], Batch | None]]] = deque()
             for chunk in chunks:
@@ -139,7 +140,7 @@ class ShardAnalysis:
         """Encode; where the processor refuses, find the sample that it refuses and go on without it."""
         try:
             return items, self._batch(items, images)
-        except Exception as error:  # noqa: BLE001  a processor may raise anything on one odd image
+        except Exception as error:
             if len(items) > 1:
                 fine = [self._halved([item], [image])[0] for item, image in zip(items, images, strict=True)]
                 pairs = [(item, image) for item, image, ok in zip(items, images, fine, strict=True) if ok]

@@ -12,7 +12,7 @@ from itertools import groupby
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmray.models.prompting import Run
@@ -40,8 +40,13 @@ def blocks(runs: Iterable[Run]) -> list[Block]:
     return joined
 
 
-Best = dict[int, tuple[Tensor, Tensor, Tensor]]
-"""By sign: activation · sign, sample and position, each [rank, neuron], highest first."""
+@dataclass(frozen=True)
+class Best:
+    """Extreme samples by rank; the columns are the neurons' highest activations, then their lowest, negated."""
+
+    activation: Float[Tensor, "rank side"]
+    sample: Int[Tensor, "rank side"]
+    position: Int[Tensor, "rank side"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,9 @@ class TokenStatistics:
         lowest = torch.full_like(highest, torch.inf)
         sums: dict[str, Tensor] = {}
         for first, last, start, stop, modality in batch.blocks:
-            active, total, squares, high, low = reduce_tokens(values[first:last, start:stop], gates[first:last, start:stop])
+            active, total, squares, high, low = reduce_tokens(
+                values[first:last, start:stop], gates[first:last, start:stop]
+            )
             kept = sums.setdefault(modality, torch.zeros(3, *highest.shape, device=values.device))
             kept[:, first:last] += torch.stack([active, total, squares])
             highest[first:last] = torch.maximum(highest[first:last], high)
@@ -144,11 +151,9 @@ class TokenStatistics:
         """Return the shard's extreme samples, numbered as they came: a row a sign and rank, lists over all neurons."""
         rows = []
         for sign in (1, -1):
-            best = [extremes.best[sign] for extremes in self.extremes]
             for rank in range(min(EXAMPLES, self.samples)):
-                values, samples, positions = (
-                    torch.cat([layer[part][rank].cpu() for layer in best]).numpy() for part in range(3)
-                )
+                parts = [[part[rank] for part in _side(extremes.best, sign)] for extremes in self.extremes]
+                values, samples, positions = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
                 row = {"sign": sign, "rank": rank + 1, "activation": values * sign}
                 rows.append(row | {"sample": samples, "position": positions})
         return pa.Table.from_pylist(rows, schema=PART_SCHEMAS["examples"])
@@ -164,43 +169,43 @@ def reduce_tokens(
 
 
 class _Extremes:
-    """The EXAMPLES highest samples of each neuron of a layer, and of its negative (the lowest)."""
+    """The EXAMPLES highest and lowest samples of each neuron of a layer."""
 
     def __init__(self, width: int, device: torch.device) -> None:
-        self.best: Best = {
-            sign: (
-                torch.full((EXAMPLES, width), -torch.inf, device=device),
-                torch.zeros(EXAMPLES, width, dtype=torch.int32, device=device),
-                torch.zeros(EXAMPLES, width, dtype=torch.int32, device=device),
-            )
-            for sign in (1, -1)
-        }
+        nothing = torch.full((EXAMPLES, 2 * width), -torch.inf, device=device)
+        none = torch.zeros(nothing.shape, dtype=torch.int32, device=device)
+        self.best = Best(nothing, none, none.clone())
 
     def improved(
-        self, values: Float[Tensor, "sample position neuron"], highest: Tensor, lowest: Tensor, first: int, places: list[Block]
+        self,
+        values: Float[Tensor, "sample position neuron"],
+        highest: Float[Tensor, "sample neuron"],
+        lowest: Float[Tensor, "sample neuron"],
+        first: int,
+        places: list[Block],
     ) -> Best:
         """Return the best with a batch taken in, whose samples are numbered from `first`."""
-        result = dict(self.best)
-        counted = torch.zeros(values.shape[:2], dtype=torch.bool)
-        for start_row, last_row, start, stop, _ in places:
-            counted[start_row:last_row, start:stop] = True
-        excluded = ~counted.to(values.device)
-        for sign, reached in ((1, highest), (-1, -lowest)):
-            best, samples, positions = self.best[sign]
-            top, rows = reached.topk(min(EXAMPLES, len(reached)), dim=0)
-            better = top > best[-1]
-            if not better.any():
-                continue
-            rank, neuron = better.nonzero(as_tuple=True)
-            row = rows[rank, neuron]
-            along = (values[row, :, neuron].float() * sign).masked_fill(excluded[row], -torch.inf)
-            found = torch.zeros_like(rows, dtype=torch.int32)
-            found[rank, neuron] = along.argmax(dim=1).int()
-            # Earlier samples stand first and the sort is stable: a tie stays with the one seen first.
-            joined = torch.cat([best, top.masked_fill(~better, -torch.inf)])
-            order = joined.sort(dim=0, descending=True, stable=True).indices[:EXAMPLES]
-            joined_samples = torch.cat([samples, rows.int() + first])
-            joined_positions = torch.cat([positions, found])
-            result[sign] = (joined.gather(0, order), joined_samples.gather(0, order), joined_positions.gather(0, order))
-        return result
+        width = highest.shape[1]
+        reached = torch.cat([highest, -lowest], dim=1)
+        activation, index = torch.cat([self.best.activation, reached]).topk(EXAMPLES, dim=0)
+        rank, side = (index >= EXAMPLES).nonzero(as_tuple=True)
+        row = index[rank, side] - EXAMPLES
+        excluded = ~_counted(values.shape[:2], places).to(values.device)
+        kept = index.clamp(max=EXAMPLES - 1)
+        sample, position = self.best.sample.gather(0, kept), self.best.position.gather(0, kept)
+        sign = 1.0 - 2.0 * (side >= width)
+        along = values[row, :, side % width].float() * sign[:, None]
+        sample[rank, side] = (row + first).int()
+        position[rank, side] = along.masked_fill_(excluded[row], -torch.inf).argmax(dim=1).int()
+        return Best(activation, sample, position)
 
+
+def _side(best: Best, sign: int) -> list[Tensor]:
+    return [part.chunk(2, dim=1)[0 if sign > 0 else 1] for part in (best.activation, best.sample, best.position)]
+
+
+def _counted(shape: torch.Size, places: list[Block]) -> Bool[Tensor, "sample position"]:
+    counted = torch.zeros(shape, dtype=torch.bool)
+    for first, last, start, stop, _ in places:
+        counted[first:last, start:stop] = True
+    return counted

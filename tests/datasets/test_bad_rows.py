@@ -102,7 +102,7 @@ CELLS = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.dictionaries(st.sampled_from(EVERYTHING.used()), CELLS) | st.text(), max_size=40))
 def test_whatever_the_cells_hold_each_row_is_answered(records: list[Any]) -> None:
     listed = [(f"here#{number}", record) for number, record in enumerate(records)]

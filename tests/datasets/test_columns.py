@@ -15,7 +15,7 @@ PAIR: dict[str, Kind] = {"image": "image", "caption": "text"}
 def test_types_and_values_agree(rows: list[Row]) -> None:
     by_type = kinds_of_schema(table(rows).schema)
     assert by_type == kinds_of_records(rows)
-    assert by_type | {} == {
+    assert by_type == {
         "sample_id": "text",
         "image": "image",
         "caption": "text",
@@ -84,7 +84,7 @@ def test_asked() -> None:
         ({"image": "image"}, Columns(), "no caption column: here has the columns image; .*--caption-column NAME"),
         ({"caption": "text"}, Columns(), "no image column: here has the columns caption; .*--image-column NAME"),
         (PAIR, Columns(image="scan"), "--image-column: here has no column 'scan'; it has image, caption"),
-        (PAIR, Columns(labels=("mood",)), "--labels-column: here has no column 'mood'"),
+        (PAIR, Columns(labels=("mood",)), "--label-column: here has no column 'mood'"),
         (PAIR, Columns(language="image"), "--language-column: column 'image' of here holds image; it must hold text"),
         (PAIR, Columns(image="none", caption="none"), "no image and no caption"),
     ],

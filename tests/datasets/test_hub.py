@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mmray.datasets import hub
 from mmray.datasets.columns import Columns
 from mmray.datasets.samples import Sample
 from mmray.datasets.sources import open_source
@@ -91,7 +92,7 @@ def test_a_saved_set_of_splits(tmp_path: Path, rows: list[Row]) -> None:
 def test_the_digest_is_the_same_when_opened_again(tmp_path: Path, rows: list[Row]) -> None:
     write_parquet(tmp_path / "set", rows, "train.parquet")
     first = open_source(f"hf:{tmp_path / 'set'}").files()
-    open_source.__globals__["open_hub"].__globals__["load"].cache_clear()
+    hub.load.cache_clear()
     assert open_source(f"hf:{tmp_path / 'set'}").files() == first
 
 

@@ -20,7 +20,12 @@ def test_the_smoke_run_leaves_a_checkpoint_that_captions_an_image(tmp_path, monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     options = ["--smoke", "--seconds", "2", "--batch-size", "4", "--out", str(tmp_path)]
     finished = subprocess.run(
-        [sys.executable, JOB, *options], capture_output=True, text=True, env=os.environ, timeout=240, check=False
+        [sys.executable, JOB, *options],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=240,
+        check=False,
     )
     assert finished.returncode == 0, finished.stderr
     for measure in ("recall", "CHAIR_i", "planted hallucination", "recall, Chinese", "question accuracy", "text-only"):

@@ -1,0 +1,102 @@
+"""The actor of a census: one model replica that turns shards into committed parts. A thin shell round `ShardAnalysis`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmray.datasets.columns import Columns
+from mmray.datasets.contents import Source
+from mmray.datasets.shards import Manifest, Shard, read_shard
+from mmray.datasets.sources import open_source
+from mmray.errors import InputError
+from mmray.models.loading import load
+from mmray.neurons.concepts import NounSource
+from mmray.neurons.decoding import decode_neurons
+from mmray.neurons.shard import ShardAnalysis
+from mmray.runs import ATTEMPTS, Receipt, RunFolder
+from mmray.settings import CensusSettings
+from mmray.storage import open_store
+from mmray.tables import to_bytes
+
+DECODED = "decoded.parquet"
+"""Key of what every neuron writes: made once a run, by the worker that gets unit DECODE."""
+DECODE = -1
+"""Number of the unit of work that is not a shard: decoding all neurons."""
+
+logger = logging.getLogger(__name__)
+
+
+def columns_of(settings: CensusSettings) -> Columns:
+    """Return the columns that the settings name."""
+    return Columns(
+        image=settings.image_column,
+        caption=settings.caption_column,
+        sample_id=settings.id_column,
+        language=settings.language_column,
+        domain=settings.domain_column,
+        objects=settings.objects_column,
+    )
+
+
+def open_data(settings: CensusSettings) -> Source:
+    """Return the source of the settings' data."""
+    return open_source(settings.data, columns_of(settings), captions=settings.captions == "dataset")
+
+
+class CensusWorker:
+    """Loads the model once, then answers each unit of work with the receipt of what it committed."""
+
+    def __init__(self, settings: CensusSettings, nouns: NounSource, threads: int) -> None:
+        torch.set_num_threads(threads)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.settings = settings
+        self.nouns = nouns
+        self.model = load(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
+        self.folder = RunFolder(open_store(settings.out))
+        self.manifest = Manifest.from_json(self.folder.manifest())
+        self.source = open_data(settings)
+
+    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
+        """Do the units in the batch, and return their receipts' numbers by column."""
+        receipts = [self.decode() if unit == DECODE else self.shard(int(unit)) for unit in batch["unit"]]
+        return {
+            "shard_id": [receipt.shard_id for receipt in receipts],
+            "samples": [receipt.samples for receipt in receipts],
+            "failures": [receipt.failures for receipt in receipts],
+            "reason": [receipt.reason or "" for receipt in receipts],
+        }
+
+    def decode(self) -> Receipt:
+        """Decode every neuron of the model and commit the table, unless it is there."""
+        if not self.folder.store.exists(DECODED):
+            self.folder.store.commit(DECODED, to_bytes(decode_neurons(self.model, fold_norm=self.settings.fold_norm)))
+        return Receipt(DECODE)
+
+    def shard(self, shard_id: int) -> Receipt:
+        """Analyse and commit a shard; the third death of a worker or the third error sets it aside."""
+        committed = self.folder.receipt(shard_id)
+        if committed is not None:
+            return committed
+        shard = self.manifest.shards[shard_id]
+        while (number := self.folder.attempt(shard_id)) <= ATTEMPTS:
+            try:
+                return self.analyse(shard)
+            except InputError:
+                raise
+            except Exception as error:
+                logger.exception("shard %d, attempt %d", shard_id, number)
+                self.folder.record_death(shard_id, number, f"{type(error).__name__}: {error}")
+        return self.folder.set_aside(shard_id, shard.samples)
+
+    def analyse(self, shard: Shard) -> Receipt:
+        """Analyse and commit a shard."""
+        began = time.perf_counter()
+        analysis = ShardAnalysis(self.model, self.settings, self.nouns, shard.shard_id)
+        tables = analysis.run(read_shard(self.source, shard))
+        return self.folder.commit_shard(shard.shard_id, tables, shard.samples, time.perf_counter() - began)

@@ -1,0 +1,70 @@
+"""The model as users hold it: loaded, checked, and able to say what its neurons give to a word."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import PIL.Image
+import torch
+from jaxtyping import Float
+from PIL.Image import Image
+from torch import Tensor
+
+from mmray.errors import InputError
+from mmray.models.loading import LoadedModel, load
+from mmray.models.prompting import encode, prompt_text, tokenize_caption
+from mmray.neurons.concepts import find_forms
+from mmray.neurons.scoring import place_mentions, score_batch
+
+
+class Model(LoadedModel):
+    """A vision-language model with its processor and parts."""
+
+    def contributions(
+        self,
+        image: Image | Path | str | bytes | None,
+        caption: str,
+        concept: str,
+        *,
+        score: str = "contribution",
+        fold_norm: bool = False,
+        prompt: str | None = None,
+        language: str | None = None,
+    ) -> Float[Tensor, "layer neuron"]:
+        """Return every neuron's score for a noun of the caption, on the CPU, in logits.
+
+        Where the noun occurs more than once, the mean over its occurrences. Layers of fewer neurons are filled up with
+        zeros. Raises InputError when the caption does not name the concept.
+        """
+        mentions = find_forms(caption, frozenset({concept.casefold()}), language)
+        if not mentions:
+            raise InputError(f"the caption {caption!r} does not name {concept!r}")
+        before = prompt_text(self, prompt, language, image=image is not None)
+        tokens, offsets = tokenize_caption(self, before, caption)
+        batch = encode(self, [before], [open_image(image)], [tokens], [offsets])
+        scored = score_batch(self, batch, place_mentions(batch, 0, "", mentions), score, folded=fold_norm)
+        result = torch.zeros(len(self.widths), max(self.widths))
+        for layer, scores in enumerate(scored.scores):
+            result[layer, : self.widths[layer]] = scores.mean(dim=0).cpu()
+        return result
+
+
+def open_image(image: Image | Path | str | bytes | None) -> Image | None:
+    """Return the picture in RGB, from a picture, a path or encoded bytes."""
+    if image is None:
+        return None
+    if isinstance(image, bytes):
+        image = PIL.Image.open(io.BytesIO(image))
+    elif not isinstance(image, Image):
+        image = PIL.Image.open(image)
+    return image.convert("RGB")
+
+
+def load_model(
+    name: str, dtype: str = "auto", device: str | torch.device | None = None, *, trust_remote_code: bool = False
+) -> Model:
+    """Load a checkpoint folder, a hub id or `demo` for inference; see `mmray.models.loading.load`."""
+    model = load(name, dtype, device, trust_remote_code=trust_remote_code, wrap=Model)
+    assert isinstance(model, Model)
+    return model

@@ -1,0 +1,79 @@
+"""One bar that follows what is committed; one plain line a minute where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+PLAIN_EVERY = 60.0
+"""Seconds between two lines where there is no terminal."""
+
+
+class Counts(Protocol):
+    """How far the work is: samples done of total, and samples that failed."""
+
+    @property
+    def samples(self) -> int:
+        """Samples committed or set aside."""
+
+    @property
+    def total(self) -> int:
+        """Samples of the run."""
+
+    @property
+    def failures(self) -> int:
+        """Samples that failed."""
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f} samples/s" if speed else "starting", "dim")
+
+
+@contextmanager
+def follow_progress(console: Console) -> Iterator[Callable[[Counts], None]]:
+    """Yield a function to call with each new count: it keeps one bar, or writes a line a minute."""
+    if not console.is_terminal:
+        yield _plain(console)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.completed:,} of {task.total:,} samples"),
+        BarColumn(),
+        _Speed(),
+        TextColumn("{task.fields[failed]} failed"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("census", total=1, failed=0)
+
+        def follow(counts: Counts) -> None:
+            bar.update(task, completed=counts.samples, total=counts.total, failed=counts.failures)
+
+        yield follow
+
+
+def _plain(console: Console) -> Callable[[Counts], None]:
+    began = last = time.monotonic()
+    first: int | None = None
+
+    def follow(counts: Counts) -> None:
+        nonlocal last, first
+        first = counts.samples if first is None else first
+        now = time.monotonic()
+        if now - last >= PLAIN_EVERY or counts.samples == counts.total:
+            last = now
+            speed = (counts.samples - first) / max(now - began, 1e-9)
+            left = f", {(counts.total - counts.samples) / speed:.0f} s left" if speed else ""
+            console.print(
+                f"{counts.samples:,} of {counts.total:,} samples, {speed:.1f} samples/s, {counts.failures} failed{left}"
+            )
+
+    return follow

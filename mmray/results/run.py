@@ -1,0 +1,156 @@
+"""Open a run and ask it things: rankings, neurons, any table, SQL over all of them."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mmray.errors import InputError
+from mmray.neuron_names import parse_neuron
+from mmray.runs import RunFolder
+from mmray.storage import open_store
+from mmray.tables import SCHEMAS, read_table
+
+ORDERS = {"score": ("rank", "ascending"), "specific": ("specific_rank", "ascending"), "share": ("share", "descending")}
+"""Column and direction that each `by` sorts a ranking by; ties go to the better rank."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run is."""
+
+    shards: int
+    shards_done: int
+    shards_aside: dict[int, str]
+    samples: int
+    samples_done: int
+    failures: int
+    seconds: float
+    finished: bool
+
+    @property
+    def pending(self) -> int:
+        """Shards that are neither done nor set aside."""
+        return self.shards - self.shards_done - len(self.shards_aside)
+
+    @property
+    def samples_per_second(self) -> float:
+        """Samples a second of a worker's time."""
+        return self.samples_done / self.seconds if self.seconds else 0.0
+
+
+class Run:
+    """A run in a local folder or on S3; tables are read when asked for, and kept."""
+
+    def __init__(self, uri: str | Path) -> None:
+        self.folder = RunFolder(open_store(uri))
+        self.uri = self.folder.store.uri
+        info = self.folder.info()
+        if info is None:
+            raise InputError(f"{uri}: no run here (no run.json); give a folder that mmray census wrote")
+        self.info: dict[str, Any] = info
+        self._tables: dict[str, pa.Table] = {}
+
+    def table(self, name: str) -> pa.Table:
+        """Return one of the run's tables; raises InputError for an unknown one or a run without its tables yet."""
+        if name not in SCHEMAS:
+            raise InputError(f"there is no table {name!r}; a run has {', '.join(SCHEMAS)}")
+        if name not in self._tables:
+            try:
+                self._tables[name] = read_table(self.folder.store, name)
+            except FileNotFoundError:
+                raise InputError(
+                    f"{self.uri}: no table {name!r} yet; the census has not ended: run it again to go on"
+                ) from None
+        return self._tables[name]
+
+    def sql(self, query: str) -> pa.Table:
+        """Return the answer of DuckDB to a query over the run's tables, by their names."""
+        import duckdb
+
+        with duckdb.connect() as connection:
+            connection.execute("SET enable_external_access = false")
+            for name in SCHEMAS:
+                if name in query:
+                    connection.register(name, self.table(name))
+            try:
+                return connection.execute(query).to_arrow_table()
+            except duckdb.Error as error:
+                raise InputError(f"SQL: {str(error).splitlines()[0]}") from error
+
+    @cached_property
+    def concepts(self) -> dict[str, int]:
+        """Every concept with its number of occurrences, most frequent first."""
+        counts = self.table("occurrences")["concept"].value_counts().to_pylist()
+        return {row["values"]: row["counts"] for row in sorted(counts, key=lambda row: (-row["counts"], row["values"]))}
+
+    def rank(self, concept: str, k: int = 10, by: str = "score") -> pa.Table:
+        """Return the concept's k highest neurons by score, specific or share; columns of `rankings`.
+
+        Raises InputError for an unknown concept, with the nearest there are.
+        """
+        if by not in ORDERS:
+            raise InputError(f"--by {by}: order by {', '.join(ORDERS)}")
+        rankings = self.table("rankings")
+        name = concept.casefold()
+        rows = rankings.filter(pc.equal(rankings["concept"], name))
+        if not len(rows):
+            near = difflib.get_close_matches(name, self.concepts, n=3) or list(self.concepts)[:3]
+            raise InputError(f"no concept {concept!r} in {self.uri}; it has {', '.join(near)}, …")
+        column, direction = ORDERS[by]
+        return rows.sort_by([(column, direction), ("rank", "ascending")]).slice(0, k)
+
+    def neuron(self, name: str, examples: int = 5) -> dict[str, Any]:
+        """Return what is known of a neuron: its row of `neurons`, its concepts, its extreme samples with captions."""
+        layer, unit = parse_neuron(name)
+        facts = _of(self.table("neurons"), layer, unit).to_pylist()
+        if not facts:
+            widths = self.info["model"]["widths"]
+            raise InputError(f"{name} is outside the model: {len(widths)} layers of {max(widths)} neurons, from L0.u0")
+        concepts = _of(self.table("rankings"), layer, unit).sort_by([("rank", "ascending"), ("score", "descending")])
+        found = _of(self.table("examples"), layer, unit)
+        found = found.filter(pc.less_equal(found["rank"], examples))
+        captions = self.table("captions").select(["sample_id", "caption"])
+        joined = found.join(captions, "sample_id", join_type="left outer").sort_by(
+            [("sign", "descending"), ("rank", "ascending")]
+        )
+        columns = ["concept", "rank", "score", "specific", "specific_rank", "share", "n"]
+        return facts[0] | {"concepts": concepts.select(columns).to_pylist(), "examples": joined.to_pylist()}
+
+    def status(self) -> Status:
+        """Return how far the run is, from what is committed."""
+        receipts, aside = self.folder.receipts(), self.folder.aside()
+        done = list(receipts.values())
+        return Status(
+            shards=self.info["shards"],
+            shards_done=len(done),
+            shards_aside={number: receipt.reason or "" for number, receipt in aside.items()},
+            samples=self.info["data"]["samples"],
+            samples_done=sum(receipt.samples for receipt in done),
+            failures=sum(receipt.failures for receipt in done),
+            seconds=sum(receipt.seconds for receipt in done),
+            finished=self.folder.finished() is not None,
+        )
+
+    def failures(self, limit: int = 10) -> list[dict[str, Any]]:
+        """Return the first failed samples with their reasons, from what is committed."""
+        rows: list[dict[str, Any]] = []
+        for receipt in self.folder.receipts().values():
+            if receipt.failures and len(rows) < limit:
+                rows.extend(self.folder.read_part(receipt, "errors").to_pylist())
+        return rows[:limit]
+
+
+def open_run(uri: str | Path) -> Run:
+    """Open a run; raises InputError where there is none."""
+    return Run(uri)
+
+
+def _of(table: pa.Table, layer: int, unit: int) -> pa.Table:
+    return table.filter(pc.and_(pc.equal(table["layer"], layer), pc.equal(table["unit"], unit)))

@@ -1,0 +1,112 @@
+"""What a run looks like in the terminal: rankings, neurons, status and summaries as rich renderables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mmray.results.plan import Plan
+from mmray.results.run import Run, Status
+
+SHOWN_TOKENS = 6
+
+
+def tokens_text(tokens: Sequence[str], concept: str = "", limit: int = SHOWN_TOKENS) -> Text:
+    """Return a neuron's tokens in one line, those that begin the concept in bold."""
+    text = Text()
+    for token in tokens[:limit]:
+        own = bool(concept) and len(token) > 1 and concept.startswith(token.casefold())
+        text.append(token, "bold green" if own else "")
+        text.append("  ")
+    return text
+
+
+def ranking(rows: pa.Table, title: str) -> Table:
+    """Return a concept's ranking as a table."""
+    table = Table(title=title, title_justify="left", box=None, header_style="dim", pad_edge=False)
+    for name in ("rank", "neuron", "score", "specific", "share"):
+        table.add_column(name, justify="left" if name == "neuron" else "right")
+    table.add_column("tokens it promotes", no_wrap=True, overflow="ellipsis")
+    for row in rows.to_pylist():
+        rank = str(row["rank"]) if row["certified"] else f"{row['rank']}?"
+        numbers = (f"{row['score']:.3f}", f"{row['specific']:.3f}", f"{row['share']:.0%}")
+        table.add_row(rank, row["neuron"], *numbers, tokens_text(row["tokens"], row["concept"]))
+    return table
+
+
+def concept_title(run: Run, concept: str) -> str:
+    """Return the line above a concept's ranking."""
+    unit = "logits after the final norm" if run.info["settings"]["fold_norm"] else "logits"
+    n = run.concepts[concept.casefold()]
+    return f"[bold]{concept.casefold()}[/] [dim]· {n} occurrences · {run.info['settings']['score']} in {unit}[/]"
+
+
+def neuron(facts: dict[str, Any]) -> RenderableType:
+    """Return what is known of a neuron."""
+    active = facts["n_active"] / max(facts["n_tokens"], 1)
+    lines: list[RenderableType] = [
+        Text.from_markup(f"[bold]{facts['neuron']}[/]"),
+        Text("promotes    ").append_text(tokens_text(facts["tokens"], limit=10)),
+        Text("suppresses  ").append_text(tokens_text(facts["suppressed"], limit=10)),
+        Text(
+            f"activation  mean {facts['mean']:.3f}, std {facts['std']:.3f}, {facts['min']:.2f} to {facts['max']:.2f}; "
+            f"open at {active:.1%} of {facts['n_tokens']:,} tokens"
+        ),
+    ]
+    if facts["concepts"]:
+        shown = ", ".join(f"{row['concept']} (#{row['rank']}, {row['score']:.2f})" for row in facts["concepts"][:8])
+        more = len(facts["concepts"]) - 8
+        lines.append(Text(f"concepts    {shown}" + (f" and {more} more" if more > 0 else "")))
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("", "activation", "position", "sample", "caption"):
+        table.add_column(name, justify="right" if name in ("activation", "position") else "left")
+    for row in facts["examples"]:
+        side = "highest" if row["sign"] > 0 else "lowest"
+        table.add_row(side, f"{row['activation']:.2f}", str(row["position"]), row["sample_id"], row["caption"])
+    return Group(*lines, Text(), table)
+
+
+def status(status: Status, failures: Iterable[dict[str, Any]], uri: str) -> RenderableType:
+    """Return how far a run is."""
+    state = "finished" if status.finished and not status.pending else "not finished: run mmray census again to go on"
+    lines: list[RenderableType] = [
+        Text.from_markup(f"[bold]{uri}[/] [dim]· {state}[/]"),
+        Text(
+            f"shards    {status.shards_done} done, {status.pending} pending, {len(status.shards_aside)} set aside "
+            f"of {status.shards}"
+        ),
+        Text(
+            f"samples   {status.samples_done:,} of {status.samples:,}, "
+            f"{status.samples_per_second:.1f} a second and worker, {status.failures} failed"
+        ),
+    ]
+    lines += [Text(f"shard {number} set aside: {reason}", "red") for number, reason in status.shards_aside.items()]
+    lines += [Text(f"{row['stage']}: {row['source']}: {row['message']}", "yellow") for row in failures]
+    return Group(*lines)
+
+
+def summary(run: Run, concepts: Sequence[str], k: int = 4) -> RenderableType:
+    """Return the finding in short: these concepts with their highest neurons."""
+    parts: list[RenderableType] = []
+    for concept in concepts:
+        parts += [ranking(run.rank(concept, k), concept_title(run, concept)), Text()]
+    return Group(*parts)
+
+
+def plan(plan: Plan) -> RenderableType:
+    """Return what a census would cost."""
+    duration = f"{plan.hours:.1f} hours" if plan.hours >= 1 else f"{plan.hours * 60:.1f} minutes"
+    return Group(
+        Text(f"samples   {plan.samples:,}, about {plan.positions:.0f} tokens and {plan.occurrences:.1f} nouns each"),
+        Text(f"shards    {plan.shards:,}"),
+        Text(
+            f"time      {duration} with {plan.workers} worker{'s' * (plan.workers > 1)} like this machine "
+            f"({plan.teraflops:,.0f} TFLOP at {plan.speed:.2g} TFLOP/s)"
+        ),
+        Text(f"bytes     about {plan.bytes_written / 1e9:.2g} GB written to the run"),
+    )

@@ -1,0 +1,172 @@
+"""The folder of a run: which object lies where, how a shard is committed, and what its receipts say.
+
+    run.json                          settings, fingerprint, versions, model, data digest: written once
+    manifest.json                     which samples are in which shard: written once
+    attempts/000012/1                 a worker began shard 12 for the first time; what it died of, once known
+    shards/000012/5f3c-concepts.parquet   parts of shard 12, named by the attempt that wrote them
+    shards/000012.json                the receipt: names the parts; whichever attempt creates it first has committed
+    aside/000012.json                 shard 12 was given up, and why
+    tables/rankings.parquet           what readers read, made from the committed parts alone
+    finished.json                     totals of the finished run
+
+A part is complete before its receipt names it, and a receipt is created only if absent: a killed worker leaves nothing
+but unnamed parts, and one that wakes up late can't replace what was committed.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+from uuid import uuid4
+
+import pyarrow as pa
+
+from mmray.errors import InputError
+from mmray.storage import Store
+from mmray.tables import from_bytes, to_bytes
+
+ATTEMPTS = 3
+"""Times that a shard may be begun and not committed before it is set aside."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a committed shard amounts to, and where its parts lie; `reason` is set instead when it was set aside."""
+
+    shard_id: int
+    samples: int = 0
+    occurrences: int = 0
+    failures: int = 0
+    seconds: float = 0.0
+    parts: dict[str, str] | None = None
+    reason: str | None = None
+
+
+class RunFolder:
+    """One run in a store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def begin(self, info: dict[str, Any], manifest: bytes) -> None:
+        """Create the run; of two that begin at once the first wins and the other must fit it (`check_same`)."""
+        self.store.commit("manifest.json", manifest)
+        self.store.commit("run.json", json.dumps(info, indent=1, sort_keys=True).encode())
+
+    def info(self) -> dict[str, Any] | None:
+        """Return run.json; None where no run has begun."""
+        try:
+            info: dict[str, Any] = json.loads(self.store.read("run.json"))
+        except FileNotFoundError:
+            return None
+        return info
+
+    def manifest(self) -> bytes:
+        """Return the bytes of the manifest."""
+        return self.store.read("manifest.json")
+
+    def receipts(self) -> dict[int, Receipt]:
+        """Return the receipts of all committed shards by shard, in order."""
+        return self._receipts("shards/")
+
+    def aside(self) -> dict[int, Receipt]:
+        """Return the shards that were given up, with their reasons."""
+        return self._receipts("aside/")
+
+    def _receipts(self, prefix: str) -> dict[int, Receipt]:
+        keys = [entry.key for entry in self.store.list(prefix) if entry.key.endswith(".json")]
+        with ThreadPoolExecutor(16) as pool:
+            receipts = [Receipt(**json.loads(data)) for data in pool.map(self.store.read, keys)]
+        return {receipt.shard_id: receipt for receipt in sorted(receipts, key=lambda receipt: receipt.shard_id)}
+
+    def receipt(self, shard_id: int) -> Receipt | None:
+        """Return a shard's receipt if it is committed."""
+        try:
+            return Receipt(**json.loads(self.store.read(f"shards/{shard_id:06d}.json")))
+        except FileNotFoundError:
+            return None
+
+    def attempt(self, shard_id: int) -> int:
+        """Count an attempt in storage, where it outlives the worker, and return its number from 1."""
+        number = 1
+        while not self.store.commit(f"attempts/{shard_id:06d}/{number}", b"{}"):
+            number += 1
+        return number
+
+    def record_death(self, shard_id: int, number: int, reason: str) -> None:
+        """Say what an attempt died of."""
+        self.store.put(f"attempts/{shard_id:06d}/{number}", json.dumps({"reason": reason}).encode())
+
+    def set_aside(self, shard_id: int, samples: int) -> Receipt:
+        """Give a shard up, with the last reason that an attempt left."""
+        reasons = [
+            json.loads(self.store.read(entry.key)).get("reason") or "the worker died without a word"
+            for entry in self.store.list(f"attempts/{shard_id:06d}/")
+        ]
+        reason = f"given up after {ATTEMPTS} attempts: {reasons[min(ATTEMPTS, len(reasons)) - 1]}"
+        receipt = Receipt(shard_id, samples=samples, reason=reason)
+        self.store.commit(f"aside/{shard_id:06d}.json", json.dumps(asdict(receipt)).encode())
+        return receipt
+
+    def reopen_aside(self) -> None:
+        """Forget that shards were given up, and the attempts they took, so that they are tried again."""
+        for shard_id in self.aside():
+            for entry in self.store.list(f"attempts/{shard_id:06d}/"):
+                self.store.delete(entry.key)
+            self.store.delete(f"aside/{shard_id:06d}.json")
+
+    def commit_shard(self, shard_id: int, tables: dict[str, pa.Table], samples: int, seconds: float) -> Receipt:
+        """Write the shard's parts, then its receipt; return the receipt that counts, which may be an earlier one."""
+        token = uuid4().hex[:8]
+        parts = {name: f"shards/{shard_id:06d}/{token}-{name}.parquet" for name in tables}
+        with ThreadPoolExecutor(len(parts)) as pool:
+            list(pool.map(lambda name: self.store.commit(parts[name], to_bytes(tables[name])), tables))
+        receipt = Receipt(
+            shard_id,
+            samples=samples,
+            occurrences=len(tables["occurrences"]),
+            failures=len(tables["errors"]),
+            seconds=round(seconds, 3),
+            parts=parts,
+        )
+        if self.store.commit(f"shards/{shard_id:06d}.json", json.dumps(asdict(receipt)).encode()):
+            return receipt
+        for key in parts.values():
+            self.store.delete(key)
+        committed = self.receipt(shard_id)
+        assert committed is not None
+        return committed
+
+    def read_part(self, receipt: Receipt, name: str) -> pa.Table:
+        """Return one part of a committed shard."""
+        assert receipt.parts is not None
+        return from_bytes(self.store.read(receipt.parts[name]))
+
+    def finish(self, totals: dict[str, Any]) -> None:
+        """Say that the tables are complete, and what they amount to."""
+        self.store.put("finished.json", json.dumps(totals, indent=1).encode())
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return the totals of a finished run; None while it is not."""
+        try:
+            totals: dict[str, Any] = json.loads(self.store.read("finished.json"))
+        except FileNotFoundError:
+            return None
+        return totals
+
+
+def check_same(before: dict[str, Any], now: dict[str, Any], uri: str) -> None:
+    """Raise InputError, naming what differs, unless a run's info is that of the run that is asked for now."""
+    if before["fingerprint"] == now["fingerprint"]:
+        return
+    changes = [
+        f"{name} was {old!r}, now {now['result_settings'].get(name)!r}"
+        for name, old in before["result_settings"].items()
+        if old != now["result_settings"].get(name)
+    ]
+    changes += [
+        f"the {name} has another content" for name, old in before["digests"].items() if old != now["digests"].get(name)
+    ]
+    raise InputError(f"{uri}: holds a run with other settings ({'; '.join(changes)}); choose another OUT")

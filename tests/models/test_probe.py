@@ -1,0 +1,101 @@
+"""The structural probe finds the parts by what they do, in families that the table knows and in others."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from mmray.errors import InputError
+from mmray.models.parts import locate
+from mmray.models.probe import probe
+from tests.models.tiny import VARIANTS
+
+UNPROBED = {"mllama": "no list of blocks", "qwen3_vl_moe": "found none"}
+"""Families that only the table knows: blocks that text alone does not run, and experts without a Linear."""
+
+
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in UNPROBED])
+def test_probe_agrees_with_the_table(loaded, variant):
+    network = loaded(variant).network
+    hooks = _hooks(network)
+    table, found = locate(network), probe(network)
+    assert found.family == "probed"
+    assert found.projections == table.of("language")
+    for fact in ("final_norm", "unembedding", "image_token_id", "encoder_decoder", "logit_scale", "logit_cap"):
+        assert getattr(found, fact) == getattr(table, fact)
+    assert _hooks(network) == hooks
+
+
+def _hooks(network):
+    return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in network.modules()]
+
+
+@pytest.mark.parametrize("variant", UNPROBED)
+def test_probe_says_what_it_did_not_find(loaded, variant):
+    with pytest.raises(InputError, match=UNPROBED[variant]) as refusal:
+        probe(loaded(variant).network)
+    assert "\n" not in str(refusal.value)
+
+
+# Gate and factor in one Linear; a norm after the MLP; a weighed MLP; attention and MLP side by side; neither gated.
+UNKNOWN = {
+    "phi3": ({"num_key_value_heads": 2}, "mlp.down_proj", ("mlp.gate_up_proj", True, None, 1.0)),
+    "olmo2": ({}, "mlp.down_proj", ("mlp.gate_proj", False, "post_feedforward_layernorm", 1.0)),
+    "granite": ({"residual_multiplier": 0.22}, "mlp.down_proj", ("mlp.gate_proj", False, None, 0.22)),
+    "gpt_neox": ({}, "mlp.dense_4h_to_h", (None, False, None, 1.0)),
+    "starcoder2": ({}, "mlp.c_proj", (None, False, None, 1.0)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decoder", UNKNOWN)
+def test_decoders_outside_the_table_are_probed(loaded, decoder, dtype):
+    settings, path, facts = UNKNOWN[decoder]
+    torch.manual_seed(0)
+    network = loaded("llava").variation(dtype, model_type=decoder, **settings)
+    for weight in network.parameters():
+        if weight.dim() > 1:
+            nn.init.normal_(weight, std=0.2)
+    parts = locate(network.train())
+    assert network.training
+    assert parts.family == "probed"
+    for layer, found in enumerate(parts.of("language")):
+        block = f"model.language_model.layers.{layer}"
+        gate, fused, norm, scale = facts
+        assert (found.path, found.layer, found.width) == (f"{block}.{path}", layer, 48)
+        assert (found.gate, found.gate_fused) == (gate and f"{block}.{gate}", fused)
+        assert found.post_norm == (norm and f"{block}.{norm}")
+        assert found.scale == pytest.approx(scale, rel=0.02)
+
+
+def test_moved_parts_are_probed(loaded):
+    network = loaded("llava").variation()
+    decoder = network.model.language_model
+    decoder.stages = decoder.layers
+    del decoder.layers
+    decoder.forward = _forward_over_stages(decoder)
+    parts = locate(network)
+    assert parts.family == "probed"
+    assert [found.path for found in parts.projections] == [
+        f"model.language_model.stages.{layer}.mlp.down_proj" for layer in (0, 1)
+    ]
+
+
+def _forward_over_stages(decoder):
+    """A decoder as another version of the library might have it: the same blocks under another name."""
+
+    def forward(inputs_embeds, attention_mask, **_):
+        states, places = inputs_embeds, torch.arange(inputs_embeds.shape[1])[None]
+        for stage in decoder.stages:
+            states = stage(states, position_embeddings=decoder.rotary_emb(states, places), attention_mask=None)
+        return transformers.modeling_outputs.BaseModelOutputWithPast(last_hidden_state=decoder.norm(states))
+
+    return forward
+
+
+def test_a_model_without_image_tokens_is_refused():
+    config = transformers.LlamaConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=64
+    )
+    with pytest.raises(InputError, match="llama: no image_token_id"):
+        locate(transformers.LlamaForCausalLM(config))
