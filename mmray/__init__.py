@@ -8,7 +8,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from mmray.version import VERSION as __version__
+from mmray.version import VERSION
+
+__version__ = VERSION
 
 _PLACES = {
     "load_model": "mmray.neurons.model",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -192,7 +192,7 @@ def from_bytes(data: bytes) -> pa.Table:
 
 
 def write_table(store: Store, name: str, parts: Iterable[pa.Table]) -> None:
-    """Write a run's table, `tables/NAME.parquet`, from parts in order; a large one as a folder of files of that name."""
+    """Write a run's table, `tables/NAME.parquet`, from parts in order; a large one as a folder of that name."""
     gathered: list[pa.Table] = []
     files: list[pa.Table] = []
     for part in parts:
@@ -219,11 +219,11 @@ def read_table(store: Store, name: str) -> pa.Table:
     return pa.concat_tables([from_bytes(store.read(key)) for key in files])
 
 
-def list_column(rows: Sequence[ndarray], kind: pa.DataType) -> pa.ListArray:
-    """Return a column whose lists are these arrays; many times faster than through Python lists."""
-    offsets = np.cumsum([0, *map(len, rows)])
-    values = np.concatenate(rows) if rows else np.zeros(0)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values).cast(kind.value_type))
+def list_column(rows: ndarray, kind: pa.DataType) -> pa.ListArray:
+    """Return a column whose lists are the rows of a matrix; many times faster than through Python lists."""
+    offsets = np.arange(len(rows) + 1, dtype=np.int32) * np.int32(rows.shape[1])
+    values = np.ascontiguousarray(rows).reshape(-1).astype(kind.value_type.to_pandas_dtype(), copy=False)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
 def list_values(column: pa.ChunkedArray) -> list[ndarray]:

@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -164,7 +165,7 @@ def _conclude(settings: CensusSettings, folder: RunFolder, info: dict[str, Any],
     merge = RunMerge(info["model"]["widths"], from_bytes(folder.store.read(DECODED)), settings.top_k)
     appended: dict[str, list[Any]] = {}
     for receipt in receipts.values():
-        for name, rows in merge.add(lambda part, receipt=receipt: folder.read_part(receipt, part)).items():
+        for name, rows in merge.add(partial(folder.read_part, receipt)).items():
             appended.setdefault(name, []).append(rows)
     for name, parts in appended.items():
         write_table(folder.store, name, parts)

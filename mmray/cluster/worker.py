@@ -1,4 +1,4 @@
-"""The actor of a census: one model replica that turns shards into committed parts. A thin shell round `ShardAnalysis`."""
+"""The actor of a census: one model replica that turns shards into committed parts; a thin shell."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Vision-language models: the only room that knows architectures — loading, parts, prompting, capture, interventions."""
+"""Vision-language models: the only room that knows architectures: loading, parts, prompts, capture, changes."""

@@ -59,7 +59,7 @@ def set_to(model: LoadedModel, neurons: Iterable[str | tuple[int, int]], value: 
 def add_noise(
     model: LoadedModel, neurons: Iterable[str | tuple[int, int]], sigma: float, seed: int = 0
 ) -> Iterator[None]:
-    """Add independent Gaussian noise of standard deviation `sigma` to these neurons' rows of W_out (Pan et al. 2024)."""
+    """Add independent Gaussian noise of deviation `sigma` to these neurons' rows of W_out (Pan et al. 2024)."""
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
         for layer, units in by_layer(model, neurons).items():

@@ -61,12 +61,14 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the input embeddings."""
-        return self.network.get_input_embeddings().weight.device
+        device: torch.device = self.network.get_input_embeddings().weight.device
+        return device
 
     @property
     def norm(self) -> nn.Module:
         """The final norm before the unembedding."""
-        return self.network.get_submodule(self.parts.final_norm)
+        norm: nn.Module = self.network.get_submodule(self.parts.final_norm)
+        return norm
 
 
 def resolve(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The end of the decoder at chosen positions: the final norm folded into the unembedding, and the token's probability."""
+"""The end of the decoder at chosen positions: the final norm folded into the unembedding, and probabilities."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fold_norm(
     standard deviation, and the centring, of a LayerNorm) and the family's logit scale are applied; fp32.
     """
     hidden, gain = hidden.float(), norm_gain(model.network, model.parts).float().to(hidden.device)
-    epsilon = float(getattr(model.norm, "variance_epsilon", None) or getattr(model.norm, "eps", 0.0))
+    epsilon = float(getattr(model.norm, "variance_epsilon", getattr(model.norm, "eps", 0.0)))
     centred = isinstance(model.norm, nn.LayerNorm)
     if centred:
         hidden = hidden - hidden.mean(dim=1, keepdim=True)
@@ -39,4 +39,5 @@ def log_probability(
     logits = head(normed.to(unembedding_rows(model.network, model.parts).device)).float()
     if model.parts.logit_cap is not None:
         logits = model.parts.logit_cap * torch.tanh(logits / model.parts.logit_cap)
-    return logits.log_softmax(dim=1).gather(1, tokens.to(logits.device)[:, None])[:, 0]
+    chosen: Tensor = logits.log_softmax(dim=1).gather(1, tokens.to(logits.device)[:, None])[:, 0]
+    return chosen

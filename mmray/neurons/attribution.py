@@ -32,7 +32,7 @@ ScoreFunction = Callable[[Located], Float[Tensor, "occurrence neuron"]]
 
 
 def contribution(located: Located) -> Float[Tensor, "occurrence neuron"]:
-    """Return activation · projection: the neuron's exact additive share of the token's logit (Pan et al. 2024, eq. 4)."""
+    """Return activation · projection: the neuron's exact additive share of the token's logit (Pan et al. 2024)."""
     return located.activation * located.projection
 
 

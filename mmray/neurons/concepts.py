@@ -13,9 +13,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import simplemma
-from simplemma.strategies.dictionaries import dictionary_factory
-
 from mmray.errors import InputError
 
 WORD = re.compile(r"\w+(?:-\w+)*")
@@ -137,10 +134,14 @@ def tagged_nouns(caption: str, language: str | None) -> list[Mention]:
 @cache
 def lemma(word: str, language: str | None) -> str:
     """Return the dictionary form of a word; the word itself in a language that simplemma does not know."""
+    # Imported here: its dictionaries take a second that reading a run need not spend.
+    import simplemma
+    from simplemma.strategies.dictionaries import dictionary_factory
+
     code = (language or "en")[:2].lower()
     if code not in dictionary_factory.SUPPORTED_LANGUAGES:
         return word
-    return simplemma.lemmatize(word, lang=code)
+    return str(simplemma.lemmatize(word, lang=code))
 
 
 def _listed(caption: str, start: int, last: int, stop: int, forms: frozenset[str], language: str | None) -> str | None:

@@ -41,4 +41,4 @@ def decode_neurons(model: LoadedModel, *, fold_norm: bool) -> pa.Table:
 
 def _chunks(model: LoadedModel, vocabulary: int) -> Iterator[Float[Tensor, "neuron hidden"]]:
     for projection in model.projections:
-        yield from output_rows(model.network, projection).split(max(1, CHUNK // vocabulary))
+        yield from torch.split(output_rows(model.network, projection), max(1, CHUNK // vocabulary))

@@ -2,7 +2,7 @@
 
 A dense table of concepts × neurons does not fit at 350,000 neurons, so each shard keeps, of every concept, the neurons
 with the highest sums and the largest sum that it left out. The merge adds what was kept; a neuron that some shard left
-out has at most what was kept plus those shards' largest left-out sums. A rank is certified when no such bound reaches it.
+out has at most what was kept plus those shards' largest left-out sums. A rank is certified when no bound reaches it.
 Everything here is a sum in fp64 of fp32 scores, taken in a fixed order.
 """
 
@@ -80,32 +80,26 @@ class ConceptSums:
         """Return the shard's `concepts`, with the `kept` highest neurons of each, and its `totals`."""
         neurons = sum(self.widths)
         names = sorted(self.concepts)
-        total = np.zeros(neurons)
-        bounds: list[float] = []
-        chosen: list[ndarray] = []
-        columns: list[list[ndarray]] = [[], [], []]
-        for name in names:
-            flat = torch.cat([sums[:, self.concepts[name]] for sums in self._sums if sums is not None], dim=1)
-            total += flat[0].cpu().numpy()
-            bound = -np.inf
-            if kept < neurons:
-                order = flat[0].sort(descending=True, stable=True).indices
-                bound, best = float(flat[0, order[kept]]), order[:kept].sort().values
-                flat = flat[:, best]
-                chosen.append(best.cpu().numpy())
-            bounds.append(bound)
-            for column, values in zip(columns, flat.cpu().numpy(), strict=True):
-                column.append(values)
+        order = torch.tensor([self.concepts[name] for name in names], dtype=torch.long)
+        parts = [sums[:, order.to(sums.device)].cpu() for sums in self._sums if sums is not None]
+        sums = torch.cat(parts, dim=2) if parts else torch.zeros(len(SUMS), 0, neurons, dtype=torch.float64)
+        total = sums[0].sum(dim=0).numpy()
+        bounds = np.full(len(names), -np.inf)
         schema = PART_SCHEMAS["concepts"]
-        kinds = {name: schema.field(name).type for name in schema.names}
-        index = list_column(chosen, kinds["neuron"]) if chosen else pa.nulls(len(names), kinds["neuron"])
-        lists = [list_column(column, kinds[name]) for name, column in zip(SUMS, columns, strict=True)]
+        index = pa.nulls(len(names), schema.field("neuron").type)
+        if kept < neurons:
+            highest = sums[0].sort(dim=1, descending=True, stable=True)
+            bounds = highest.values[:, kept].numpy()
+            best = highest.indices[:, :kept].sort(dim=1).values
+            sums = sums.gather(2, best.expand(len(SUMS), -1, -1))
+            index = list_column(best.numpy(), schema.field("neuron").type)
+        lists = [list_column(part.numpy(), schema.field(name).type) for name, part in zip(SUMS, sums, strict=True)]
         counts = [self.counts[self.concepts[name]] for name in names]
         concepts = pa.Table.from_arrays(
             [pa.array(names, pa.string()), pa.array(counts, pa.int64()), pa.array(bounds, pa.float64()), index, *lists],
             schema=schema,
         )
-        score = list_column([total], PART_SCHEMAS["totals"].field("score").type)
+        score = list_column(total[None], PART_SCHEMAS["totals"].field("score").type)
         return concepts, pa.Table.from_arrays([pa.array([sum(counts)]), score], schema=PART_SCHEMAS["totals"])
 
 
@@ -118,7 +112,7 @@ class Merged:
     parts: list[ndarray] = field(default_factory=list)
 
     def compact(self) -> Float64[ndarray, "6 neuron"]:
-        """Add up the collected parts: rows are neuron, score, squares, activation, n and bound of the shards kept in."""
+        """Add up the collected parts: rows are neuron, score, squares, activation, n, bound of the shards kept in."""
         if len(self.parts) > 1:
             if all(np.array_equal(part[0], self.parts[0][0]) for part in self.parts[1:]):
                 self.parts = [np.vstack([self.parts[0][0], sum(part[1:] for part in self.parts)])]

@@ -1,10 +1,10 @@
-"""A shard's samples → its tables: decode ahead, run in batches, score, reduce. A pure function of settings and samples."""
+"""A shard's samples → its tables: decode ahead, run in batches, score, reduce; a function of settings and samples."""
 
 from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -56,7 +56,7 @@ class ShardAnalysis:
 
     @torch.inference_mode()
     def run(self, samples: Iterable[Sample | Failure]) -> dict[str, pa.Table]:
-        """Analyse the samples and return the tables of `PART_SCHEMAS` but `decoded`; what fails is a row in `errors`."""
+        """Return the tables of `PART_SCHEMAS` but `decoded`; what fails is a row in `errors`."""
         readable: list[Sample] = []
         for sample in samples:
             (self.failures if isinstance(sample, Failure) else readable).append(sample)  # type: ignore[arg-type]

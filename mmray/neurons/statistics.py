@@ -51,7 +51,7 @@ class Best:
 
 @dataclass(frozen=True)
 class _Batch:
-    """An announced batch: membership is 1 where a sample (column) has a label (row); and what was seen of each layer."""
+    """An announced batch: membership is 1 where a sample (column) has a label (row); what was seen of each layer."""
 
     runs: list[Run]
     blocks: list[Block]
@@ -91,16 +91,14 @@ class TokenStatistics:
         """See one layer of the announced batch: activations, and what is above zero where the neuron is open."""
         batch = self._batch
         rows = batch.membership.shape[1]
-        values, gates = activation.unflatten(0, (rows, -1)), opened.unflatten(0, (rows, -1))
+        values, gates = (part.reshape(rows, -1, part.shape[-1]) for part in (activation, opened))
         highest = torch.full((rows, self.widths[layer]), -torch.inf, device=values.device)
         lowest = torch.full_like(highest, torch.inf)
         sums: dict[str, Tensor] = {}
         for first, last, start, stop, modality in batch.blocks:
-            active, total, squares, high, low = reduce_tokens(
-                values[first:last, start:stop], gates[first:last, start:stop]
-            )
+            part, high, low = reduce_tokens(values[first:last, start:stop], gates[first:last, start:stop])
             kept = sums.setdefault(modality, torch.zeros(3, *highest.shape, device=values.device))
-            kept[:, first:last] += torch.stack([active, total, squares])
+            kept[:, first:last] += part
             highest[first:last] = torch.maximum(highest[first:last], high)
             lowest[first:last] = torch.minimum(lowest[first:last], low)
         membership = batch.membership.to(values.device)
@@ -161,11 +159,14 @@ class TokenStatistics:
 
 def reduce_tokens(
     part: Float[Tensor, "sample position neuron"], gate: Float[Tensor, "sample position neuron"]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return, over positions and in fp32: open tokens, sum, sum of squares, maximum and minimum of each neuron."""
+) -> tuple[Float[Tensor, "3 sample neuron"], Float[Tensor, "sample neuron"], Float[Tensor, "sample neuron"]]:
+    """Return, over positions and in fp32: (open tokens, sum, sum of squares), maximum and minimum of each neuron."""
     wide = part.float()
-    active = torch.gt(gate, 0, out=torch.empty(gate.shape, device=gate.device)).sum(1)
-    return active, wide.sum(1), (wide * wide).sum(1), part.amax(1).float(), part.amin(1).float()
+    # One buffer serves both products of that size: a fresh one costs more than the arithmetic.
+    scratch = torch.gt(gate, 0, out=torch.empty(part.shape, device=part.device))
+    active = scratch.sum(1)
+    squares = torch.mul(wide, wide, out=scratch).sum(1)
+    return torch.stack([active, wide.sum(1), squares]), part.amax(1).float(), part.amin(1).float()
 
 
 class _Extremes:

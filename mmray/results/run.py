@@ -121,7 +121,11 @@ class Run:
             [("sign", "descending"), ("rank", "ascending")]
         )
         columns = ["concept", "rank", "score", "specific", "specific_rank", "share", "n"]
-        return facts[0] | {"concepts": concepts.select(columns).to_pylist(), "examples": joined.to_pylist()}
+        known: dict[str, Any] = facts[0] | {
+            "concepts": concepts.select(columns).to_pylist(),
+            "examples": joined.to_pylist(),
+        }
+        return known
 
     def status(self) -> Status:
         """Return how far the run is, from what is committed."""
