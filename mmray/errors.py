@@ -5,5 +5,9 @@ class InputError(Exception):
     """Bad input or set-up; the command line prints the message alone and ends with status 2."""
 
 
+class StorageError(InputError):
+    """Storage refused or can't be reached: credentials, permission, network. It may pass: workers try again."""
+
+
 class ShardError(Exception):
     """A shard that could not be finished; the run goes on without it and ends with status 4."""

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mmray.errors import InputError
 
 Captions = Literal["dataset", "generate"]
-Score = Literal["contribution", "gate", "activation", "random"]
+Score = Literal["contribution", "gate", "activation", "gradient", "gradient-last", "random"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 EXECUTION = frozenset({"out", "workers", "gpus_per_worker", "batch_size", "address", "trust_remote_code"})
@@ -46,7 +46,8 @@ class CensusSettings(BaseModel):
     """Question before the caption; default: "Describe the image in few words." in the caption's language."""
     score: Score = "contribution"
     """contribution: activation × ⟨row of W_out, unembedding of the token⟩; gate: the same with the gate alone, as the
-    authors' released code; activation; random: a control."""
+    authors' released code; activation; gradient: gradient × activation over the image; gradient-last: at the predicting
+    position; random: a control."""
     fold_norm: bool = False
     """Score in logits after the final norm: its gain and the norm's root mean square at the position are applied."""
     top_k: int = Field(20, ge=1)

@@ -8,16 +8,32 @@ single conditional `PutObject` (`IfNoneMatch: *`), so the bytes are complete in 
 from __future__ import annotations
 
 import os
+import stat
+import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
 import pyarrow.fs as arrow_fs
 
-from mmray.errors import InputError
+from mmray.errors import InputError, StorageError
+
+HOW_TO_MEND = {
+    "NoSuchBucket": "create the bucket or check its name",
+    "InvalidAccessKeyId": "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "SignatureDoesNotMatch": "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "ExpiredToken": "renew the credentials",
+    "PermanentRedirect": "set AWS_DEFAULT_REGION to the bucket's region",
+    "AuthorizationHeaderMalformed": "set AWS_DEFAULT_REGION to the bucket's region",
+}
+"""Code of an S3 error → what the user can do; any other asks for the right to list, read and write."""
+CONFLICTS = 10
+"""Times that a conditional request is made while S3 answers that another one on the same key is under way (409)."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +80,16 @@ class LocalStore:
         self.uri = str(root)
 
     def _path(self, key: str) -> Path:
-        path = self.root / key
-        if ".." in Path(key).parts or Path(key).is_absolute():
-            raise InputError(f"key {key!r} leaves {self.uri}")
-        return path
+        _check_key(key, self.uri)
+        return self.root / key
 
     def read(self, key: str) -> bytes:
         """Return the whole file; `FileNotFoundError` if there is none."""
-        return self._path(key).read_bytes()
+        path = self._path(key)
+        try:
+            return path.read_bytes()
+        except NotADirectoryError as error:
+            raise FileNotFoundError(path) from error
 
     def exists(self, key: str) -> bool:
         """Tell whether the file is there."""
@@ -79,17 +97,19 @@ class LocalStore:
 
     def entry(self, key: str) -> Entry | None:
         """Return the file's entry, or None if there is none."""
-        path = self._path(key)
-        if not path.is_file():
+        try:
+            status = self._path(key).stat()
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return None
         return Entry(key, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
 
     def list(self, prefix: str = "") -> list[Entry]:
         """Return every file whose key starts with `prefix`; temporary files are left out."""
-        folder = self.root / prefix.rpartition("/")[0]
+        folder = self._path(prefix.rpartition("/")[0])
         entries = []
-        for parent, _, names in os.walk(folder):
+        for parent, _, names in os.walk(folder, onerror=_unless_gone):
             for name in names:
                 path = Path(parent) / name
                 key = path.relative_to(self.root).as_posix()
@@ -127,7 +147,11 @@ class LocalStore:
     def put(self, key: str, data: bytes) -> None:
         """Create or replace the file by renaming a complete temporary one."""
         path = self._path(key)
-        self._temporary(path, data).replace(path)
+        temporary = self._temporary(path, data)
+        try:
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
         _sync_folder(path.parent)
 
     def delete(self, key: str) -> None:
@@ -143,13 +167,27 @@ class S3Store:
         self.prefix = f"{prefix}/" if prefix else ""
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
 
+    def _key(self, key: str) -> str:
+        _check_key(key, self.uri)
+        return self.prefix + key
+
+    @contextmanager
+    def _answer(self) -> Iterator[Any]:
+        """Yield the client; raise what goes wrong as a `StorageError` of one line."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            yield s3_client()
+        except (BotoCoreError, ClientError, ValueError) as error:
+            raise StorageError(f"{self.uri}: {_s3_problem(error)}") from error
+
     def read(self, key: str) -> bytes:
         """Return the whole object; `FileNotFoundError` if there is none."""
-        client = s3_client()
-        try:
-            body: bytes = client.get_object(Bucket=self.bucket, Key=self.prefix + key)["Body"].read()
-        except client.exceptions.NoSuchKey as error:
-            raise FileNotFoundError(f"{self.uri}/{key}") from error
+        with self._answer() as client:
+            try:
+                body: bytes = client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+            except client.exceptions.NoSuchKey as error:
+                raise FileNotFoundError(f"{self.uri}/{key}") from error
         return body
 
     def exists(self, key: str) -> bool:
@@ -160,43 +198,56 @@ class S3Store:
         """Return the object's entry by one request, or None if there is none."""
         from botocore.exceptions import ClientError
 
-        try:
-            head = s3_client().head_object(Bucket=self.bucket, Key=self.prefix + key)
-        except ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
-                return None
-            raise
+        with self._answer() as client:
+            try:
+                head = client.head_object(Bucket=self.bucket, Key=self._key(key))
+            except ClientError as error:
+                if _status(error) == 404:
+                    return None
+                raise
         return Entry(key, head["ContentLength"], head["ETag"].strip('"'))
 
     def list(self, prefix: str = "") -> list[Entry]:
         """Return every object whose key starts with `prefix`."""
-        pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
-        entries = [
-            Entry(item["Key"].removeprefix(self.prefix), item["Size"], item["ETag"].strip('"'))
-            for page in pages
-            for item in page.get("Contents", [])
-        ]
+        with self._answer() as client:
+            pages = client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._key(prefix))
+            entries = [
+                Entry(item["Key"].removeprefix(self.prefix), item["Size"], item["ETag"].strip('"'))
+                for page in pages
+                for item in page.get("Contents", [])
+            ]
         return sorted(entries, key=lambda entry: entry.key)
 
     def commit(self, key: str, data: bytes) -> bool:
-        """Create the object by one conditional request; False if it exists."""
+        """Create the object by one conditional request; False if it exists.
+
+        A request that is repeated because its answer was lost finds its own object, and so returns False too.
+        """
         from botocore.exceptions import ClientError
 
-        try:
-            s3_client().put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data, IfNoneMatch="*")
-        except ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):
-                return False
-            raise
-        return True
+        with self._answer() as client:
+            for _ in range(CONFLICTS):
+                try:
+                    client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
+                except ClientError as error:
+                    if _status(error) == 412:
+                        return False
+                    if _status(error) != 409:
+                        raise
+                    time.sleep(1)
+                else:
+                    return True
+        raise StorageError(f"{self.uri}: {key} is fought over by other writers; run again")
 
     def put(self, key: str, data: bytes) -> None:
         """Create or replace the object in one request."""
-        s3_client().put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data)
+        with self._answer() as client:
+            client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
 
     def delete(self, key: str) -> None:
         """Remove the object if it is there."""
-        s3_client().delete_object(Bucket=self.bucket, Key=self.prefix + key)
+        with self._answer() as client:
+            client.delete_object(Bucket=self.bucket, Key=self._key(key))
 
 
 @cache
@@ -210,42 +261,85 @@ def s3_client() -> Any:
 
 def open_store(uri: str | Path) -> Store:
     """Return the store behind a local path or `s3://bucket/prefix`; raises `InputError` for another scheme."""
-    address = urlparse(str(uri))
-    if address.scheme == "s3":
-        if not address.netloc:
-            raise InputError(f"{uri}: no bucket; write s3://BUCKET/PREFIX")
-        return S3Store(address.netloc, address.path.strip("/"))
+    if (address := _s3_address(uri)) is not None:
+        bucket, path = address
+        return S3Store(bucket, path.strip("/"))
     if "://" in str(uri):
-        raise InputError(f"{uri}: scheme {address.scheme!r} is not supported; use a local path or s3://bucket/prefix")
+        scheme = str(uri).partition("://")[0]
+        raise InputError(f"{uri}: scheme {scheme!r} is not supported; use a local path or s3://bucket/prefix")
     return LocalStore(Path(uri).expanduser().resolve())
 
 
 def filesystem(uri: str | Path) -> tuple[arrow_fs.FileSystem, str]:
     """Return pyarrow's file system and the path on it, for random-access reads of large files."""
-    address = urlparse(str(uri))
-    if address.scheme == "s3":
+    if (address := _s3_address(uri)) is not None:
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         options: dict[str, Any] = {"region": os.environ.get("AWS_DEFAULT_REGION", "us-east-1")}
         if endpoint:
             parsed = urlparse(endpoint)
             options |= {"endpoint_override": parsed.netloc, "scheme": parsed.scheme}
-        return arrow_fs.S3FileSystem(**options), f"{address.netloc}{address.path}"
+        return arrow_fs.S3FileSystem(**options), "/".join(address)
     return arrow_fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
 
 
 def check_writable(store: Store) -> None:
-    """Write and remove a small object, so that a missing permission or a full disk is told before any work.
+    """Commit and remove a small object, so that what is wrong with the store is told before any work.
 
-    Raises `InputError` naming the place and the cause.
+    Raises `InputError` naming the place and the cause: no permission, a full disk, no hard links, or an S3 that
+    disregards conditions, on which a late worker could replace what was committed.
     """
     key = f".mmray-check-{uuid.uuid4().hex}"
     try:
-        store.put(key, b"mmray")
+        kept = store.commit(key, b"mmray") and not store.commit(key, b"later")
         store.delete(key)
-    except Exception as error:
-        raise InputError(
-            f"{store.uri}: can't write here ({error}); choose another OUT or mend its permissions"
-        ) from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{store.uri}: can't write here ({reason}); choose another OUT or mend it") from error
+    if not kept:
+        raise InputError(f"{store.uri}: a second write replaces the first (no If-None-Match); choose another OUT")
+
+
+def _s3_address(uri: str | Path) -> tuple[str, str] | None:
+    """Return bucket and path of an S3 address, None for anything else; `?` and `#` are letters like any other."""
+    scheme, colon, rest = str(uri).partition(":")
+    if not colon or scheme.lower() != "s3":
+        return None
+    bucket, _, path = rest.removeprefix("//").partition("/")
+    if not rest.startswith("//") or not bucket:
+        raise InputError(f"{uri}: no bucket; write s3://BUCKET/PREFIX")
+    return bucket, path
+
+
+def _check_key(key: str, uri: str) -> None:
+    path = PurePosixPath(key)
+    if ".." in path.parts or path.is_absolute():
+        raise InputError(f"key {key!r} leaves {uri}")
+
+
+def _s3_problem(error: Exception) -> str:
+    """Return what S3 or the way to it refuses, in one line, and how to mend it."""
+    from botocore.exceptions import ClientError, HTTPClientError, NoCredentialsError, PartialCredentialsError
+
+    reason = " ".join(str(error).split())
+    if isinstance(error, ClientError):
+        code = error.response.get("Error", {}).get("Code", "")
+        return f"{reason}; {HOW_TO_MEND.get(code, 'check the credentials and their right to list, read and write')}"
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return f"{reason}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    if isinstance(error, HTTPClientError):
+        return f"{reason}; check the network and AWS_ENDPOINT_URL"
+    return f"{reason}; check the address and the AWS settings"
+
+
+def _status(error: Any) -> int:
+    status: int = error.response["ResponseMetadata"]["HTTPStatusCode"]
+    return status
+
+
+def _unless_gone(error: OSError) -> None:
+    # A folder that can't be read must not pass for an empty one.
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -42,10 +42,15 @@ def token_text(model: LoadedModel, token: int) -> str:
 def caption_of(model: LoadedModel, tokens: list[int]) -> tuple[str, list[tuple[int, int]]]:
     """Return the text of generated tokens, and the characters that each of them covers.
 
-    Tokens are decoded with all that stands before them, for one may be part of a character or carry a blank.
+    Tokens are decoded with all that stands before them, for one may be part of a character or carry a blank. Blanks
+    before punctuation are left as they are: taking them away moves characters from one token to the next.
     """
-    text = model.tokenizer.decode(tokens).lstrip()
-    stops = [min(len(model.tokenizer.decode(tokens[: count + 1]).lstrip()), len(text)) for count in range(len(tokens))]
+
+    def decode(count: int) -> str:
+        return str(model.tokenizer.decode(tokens[:count], clean_up_tokenization_spaces=False)).lstrip()
+
+    text = decode(len(tokens))
+    stops = [min(len(decode(count)), len(text)) for count in range(1, len(tokens) + 1)]
     return text, list(zip([0, *stops[:-1]], stops, strict=True))
 
 

@@ -22,16 +22,16 @@ from mmray.neuron_names import parse_neuron
 
 
 def by_layer(model: LoadedModel, neurons: Iterable[str | tuple[int, int]]) -> dict[int, list[int]]:
-    """Group neurons, written `L7.u89` or given as (layer, unit), by layer; raises InputError for one outside."""
-    groups: dict[int, list[int]] = {}
+    """Group neurons, written `L7.u89` or given as (layer, unit), by layer, each once; raises InputError for one outside."""
+    groups: dict[int, dict[int, None]] = {}
     for neuron in neurons:
         layer, unit = parse_neuron(neuron) if isinstance(neuron, str) else neuron
         if not (0 <= layer < len(model.widths) and 0 <= unit < model.widths[layer]):
             raise InputError(
                 f"L{layer}.u{unit} is outside {model.name}: {len(model.widths)} layers of {max(model.widths)} neurons"
             )
-        groups.setdefault(layer, []).append(unit)
-    return groups
+        groups.setdefault(layer, {})[unit] = None
+    return {layer: list(units) for layer, units in groups.items()}
 
 
 @contextmanager

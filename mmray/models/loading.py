@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -138,7 +139,7 @@ def load(
             trust_remote_code=trust_remote_code,
             **({"device_map": "auto"} if shared else {}),
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{name}: {_not_a_model(error)}") from error
     if not getattr(processor, "tokenizer", None) or not processor.tokenizer.is_fast:
         raise InputError(

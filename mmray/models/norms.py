@@ -29,15 +29,28 @@ def fold_norm(
     return folded * model.parts.logit_scale
 
 
-@torch.inference_mode()
 def log_probability(
     model: LoadedModel, hidden: Float[Tensor, "place hidden"], tokens: Int[Tensor, " place"]
 ) -> Float[Tensor, " place"]:
     """Return the log-probability in nats of each token, from the input of the final norm at the place before it."""
+    logits = _logits(model, hidden)
+    return _chosen(logits.log_softmax(dim=1), tokens)
+
+
+def token_logits(
+    model: LoadedModel, hidden: Float[Tensor, "place hidden"], tokens: Int[Tensor, " place"]
+) -> Float[Tensor, " place"]:
+    """Return the logit of each token, from the input of the final norm at the place before it."""
+    return _chosen(_logits(model, hidden), tokens)
+
+
+def _logits(model: LoadedModel, hidden: Float[Tensor, "place hidden"]) -> Float[Tensor, "place vocabulary"]:
     normed = model.norm(hidden) * model.parts.logit_scale
     head = model.network.get_submodule(model.parts.unembedding)
-    logits = head(normed.to(unembedding_rows(model.network, model.parts).device)).float()
-    if model.parts.logit_cap is not None:
-        logits = model.parts.logit_cap * torch.tanh(logits / model.parts.logit_cap)
-    chosen: Tensor = logits.log_softmax(dim=1).gather(1, tokens.to(logits.device)[:, None])[:, 0]
-    return chosen
+    logits: Tensor = head(normed.to(unembedding_rows(model.network, model.parts).device)).float()
+    cap = model.parts.logit_cap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _chosen(logits: Float[Tensor, "place vocabulary"], tokens: Int[Tensor, " place"]) -> Float[Tensor, " place"]:
+    return logits.gather(1, tokens.to(logits.device)[:, None])[:, 0]

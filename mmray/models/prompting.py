@@ -205,9 +205,9 @@ def _behind_encoder(
 def _runs(
     model: LoadedModel, ids: Int[Tensor, "row position"], lengths: list[int], tokens: Sequence[list[int]]
 ) -> list[Run]:
-    runs = []
+    runs, image_token = [], model.parts.image_token_id
     for row, (length, caption) in enumerate(zip(lengths, tokens, strict=True)):
-        is_image = ids[row, :length].eq(model.parts.image_token_id or -1).tolist()
+        is_image = ids[row, :length].eq(-1 if image_token is None else image_token).tolist()
         for image, group in groupby(range(length), key=is_image.__getitem__):
             if image:
                 places = list(group)

@@ -49,10 +49,8 @@ def activation(located: Located) -> Float[Tensor, "occurrence neuron"]:
 def random(located: Located) -> Float[Tensor, "occurrence neuron"]:
     """Return numbers drawn uniformly from 0 to 1 by occurrence: the control that every score has to beat."""
     width = located.activation.shape[1]
-    rows = []
-    for seed in located.seeds.tolist():
-        rows.append(torch.rand(width, generator=torch.Generator().manual_seed(seed)))
-    return torch.stack(rows).to(located.activation)
+    rows = [torch.rand(width, generator=torch.Generator().manual_seed(seed)) for seed in located.seeds.tolist()]
+    return torch.stack([located.activation.new_zeros(width).cpu(), *rows])[1:].to(located.activation)
 
 
 SCORES: dict[str, ScoreFunction] = {
@@ -61,7 +59,10 @@ SCORES: dict[str, ScoreFunction] = {
     "activation": activation,
     "random": random,
 }
-"""The scores by the name that `--score` takes."""
+"""The scores of one forward pass, by the name that `--score` takes."""
+
+GRADIENTS = ("gradient", "gradient-last")
+"""The scores that take a backward pass a noun: gradient × activation over the image, or at the predicting position."""
 
 
 def project(

@@ -107,8 +107,9 @@ def find_forms(caption: str, forms: frozenset[str], language: str | None) -> lis
                 found.append(Mention(concept, start, stop))
                 taken[start:stop] = [True] * (stop - start)
     for form in sorted((form for form in forms if UNSPACED.search(form)), key=len, reverse=True):
-        for match in re.finditer(re.escape(form), caption.casefold()):
-            if match.end() <= len(caption) and not any(taken[match.start() : match.end()]):
+        # Not in the caption's casefold: that may be longer (ß is ss), and its characters then stand elsewhere.
+        for match in re.finditer(re.escape(form), caption, re.IGNORECASE):
+            if not any(taken[match.start() : match.end()]):
                 found.append(Mention(form, match.start(), match.end()))
                 taken[match.start() : match.end()] = [True] * len(form)
     return sorted(found, key=lambda mention: mention.start)

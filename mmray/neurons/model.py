@@ -15,7 +15,8 @@ from mmray.errors import InputError
 from mmray.models.loading import LoadedModel, load
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import find_forms
-from mmray.neurons.scoring import place_mentions, score_batch
+from mmray.neurons.places import place_mentions
+from mmray.neurons.scoring import score_batch
 
 
 class Model(LoadedModel):

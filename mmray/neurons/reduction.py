@@ -59,6 +59,7 @@ class ConceptSums:
         self._one_hot = torch.zeros(len(self._batch), len(concepts), dtype=torch.float64)
         self._one_hot[[places[concept] for concept in concepts], range(len(concepts))] = 1
 
+    @torch.inference_mode()
     def add(
         self, layer: int, scores: Float[Tensor, "occurrence neuron"], activation: Float[Tensor, "occurrence neuron"]
     ) -> None:

@@ -17,20 +17,10 @@ from mmray.models.loading import LoadedModel
 from mmray.models.norms import fold_norm, log_probability
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.models.prompting import Batch
-from mmray.neurons.attribution import SCORES, Located, project
-from mmray.neurons.concepts import Mention
+from mmray.neurons.attribution import GRADIENTS, SCORES, Located, project
+from mmray.neurons.gradients import gradient_pass
+from mmray.neurons.places import Place
 from mmray.neurons.statistics import TokenStatistics
-
-
-@dataclass(frozen=True)
-class Place:
-    """One occurrence in a batch: the row, the position whose output predicts the token, and the token."""
-
-    row: int
-    position: int
-    token: int
-    concept: str
-    sample_id: str
 
 
 @dataclass(frozen=True)
@@ -40,18 +30,6 @@ class Scored:
     scores: list[Float[Tensor, "place neuron"]]
     activation: list[Float[Tensor, "place neuron"]]
     log_prob: Float[Tensor, " place"]
-
-
-def place_mentions(batch: Batch, row: int, sample_id: str, mentions: Sequence[Mention]) -> list[Place]:
-    """Return the place that predicts the first token of each mention, aligned by the characters that tokens cover."""
-    places = []
-    for mention in mentions:
-        for index, (_, stop) in enumerate(batch.offsets[row]):
-            if stop > mention.start:
-                position = batch.caption_start[row] + index - 1
-                places.append(Place(row, position, batch.tokens[row][index], mention.concept, sample_id))
-                break
-    return places
 
 
 @torch.inference_mode()
@@ -67,19 +45,24 @@ def score_batch(
     """Run the batch once, teacher-forced, and score every neuron at these places.
 
     Activations of the chosen positions alone are kept, on the device, as each layer computes them; `statistics` sees
-    the layers in passing and must have been told of the batch.
+    the layers in passing and must have been told of the batch. The gradient scores take a backward pass a noun besides.
     """
+    if score in GRADIENTS:
+        last = score == "gradient-last"
+        scores, activation, states = gradient_pass(model, batch, places, last=last, statistics=statistics)
+        tokens = torch.tensor([place.token for place in places], dtype=torch.long)
+        return Scored(scores, activation, log_probability(model, states, tokens))
     positions = torch.tensor([place.row * batch.positions + place.position for place in places], dtype=torch.long)
-    activations: list[Tensor] = []
-    opens: list[Tensor] = []
+    activations: dict[int, Tensor] = {}
+    opens: dict[int, Tensor] = {}
     hidden: list[Tensor] = []
     with_gate = score == "gate"
 
     def receive(layer: int, activation: Tensor, opened: Tensor) -> None:
         index = positions.to(activation.device)
-        activations.append(activation[index].float())
+        activations[layer] = activation[index].float()
         if with_gate:
-            opens.append(gate_function(model.network, model.projections[layer])(opened[index]).float())
+            opens[layer] = gate_function(model.network, model.projections[layer])(opened[index]).float()
         if statistics is not None:
             statistics.add(layer, activation, opened)
 
@@ -88,6 +71,10 @@ def score_batch(
 
     with tap(model.network, model.projections, receive), tap_input(model.norm, receive_final):
         forward(model, batch)
+    # Without an image Mllama leaves its cross-attention blocks out: their neurons do nothing.
+    for layer in sorted(set(range(len(model.widths))) - set(activations)):
+        nothing = hidden[-1].new_zeros(len(batch.tokens) * batch.positions, model.widths[layer])
+        receive(layer, nothing, nothing)
     return _score(model, places, activations, opens, hidden[-1], score, folded=folded)
 
 
@@ -105,8 +92,8 @@ def forward(model: LoadedModel, batch: Batch) -> Any:
 def _score(
     model: LoadedModel,
     places: Sequence[Place],
-    activations: list[Tensor],
-    opens: list[Tensor],
+    activations: dict[int, Tensor],
+    opens: dict[int, Tensor],
     hidden: Tensor,
     score: str,
     *,
@@ -119,8 +106,8 @@ def _score(
         unembedding = fold_norm(model, hidden.to(unembedding.device), unembedding)
     function = SCORES[score]
     scores = []
-    for layer, (projection, activation) in enumerate(zip(model.projections, activations, strict=True)):
-        rows = output_rows(model.network, projection)
+    for layer, projection in enumerate(model.projections):
+        activation, rows = activations[layer], output_rows(model.network, projection)
         located = Located(
             activation=activation,
             gate=opens[layer] if opens else activation,
@@ -128,7 +115,8 @@ def _score(
             seeds=_seeds(places, layer),
         )
         scores.append(function(located))
-    return Scored(scores, activations, log_probability(model, hidden, tokens))
+    at_places = [activations[layer] for layer in range(len(scores))]
+    return Scored(scores, at_places, log_probability(model, hidden, tokens))
 
 
 def _seeds(places: Sequence[Place], layer: int) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, TypeAlias
 
 import PIL.Image
 import pyarrow as pa
@@ -14,18 +16,23 @@ import torch
 from PIL.Image import Image
 
 from mmray.datasets.samples import Failure, Sample
+from mmray.errors import InputError
 from mmray.models.generation import caption_of, generate, token_text
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, NounSource
+from mmray.neurons.places import Place, place_mentions
 from mmray.neurons.reduction import ConceptSums, candidates_kept
-from mmray.neurons.scoring import Place, Scored, place_mentions, score_batch
+from mmray.neurons.scoring import Scored, score_batch
 from mmray.neurons.statistics import TokenStatistics
 from mmray.settings import CensusSettings
 from mmray.tables import NEURON_ENTRY, PART_SCHEMAS
 
 LARGEST_IMAGE = 178_956_970
 """Pixels above which an image is refused unread: a small file can unfold to gigabytes."""
+
+FAILURES = (InputError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What models and processors raise where memory runs out, or at a sample that they can't take."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,9 @@ class Captioned:
     mentions: list[Mention]
     tokens: list[int]
     offsets: list[tuple[int, int]]
+
+
+Encoded: TypeAlias = tuple[list[Captioned], Batch]
 
 
 class ShardAnalysis:
@@ -65,23 +75,17 @@ class ShardAnalysis:
                 self._analyse(items, batch)
         else:
             readable.sort(key=lambda sample: (sample.image is None, sample.language or ""))
-            for chunk in _cut(readable, self.settings.batch_size):
-                self._generate(chunk)
+            for chunk in _cut(readable, self.settings.batch_size, lambda sample: sample.image is None):
+                read = [(sample, self._image(sample)) for sample in chunk]
+                self._generate([pair for pair in read if pair[1] is not None or pair[0].image is None])
         return self.tables()
 
     def tables(self) -> dict[str, pa.Table]:
         """Return what was collected."""
         concepts, totals = self.sums.tables(candidates_kept(self.settings.candidates, sum(self.model.widths)))
-        errors = [
-            {
-                "sample_id": failure.sample_id,
-                "source": failure.source,
-                "shard_id": self.shard_id,
-                "stage": failure.stage,
-                "message": failure.message,
-            }
-            for failure in self.failures
-        ]
+        # Images are decoded ahead, so the order in which failures come depends on the machine.
+        failures = sorted(self.failures, key=lambda failure: (failure.source, failure.sample_id, failure.stage))
+        errors = [vars(failure) | {"shard_id": self.shard_id} for failure in failures]
         return {
             "captions": pa.Table.from_pylist(self.captions, schema=PART_SCHEMAS["captions"]),
             "occurrences": pa.concat_tables([PART_SCHEMAS["occurrences"].empty_table(), *self.occurrences]),
@@ -99,6 +103,9 @@ class ShardAnalysis:
             return None
         prompt = prompt_text(self.model, self.settings.prompt, sample.language, image=sample.image is not None)
         tokens, offsets = tokenize_caption(self.model, prompt, sample.caption)
+        if not tokens:
+            self._fail(sample, "read", f"the tokenizer makes nothing of the caption {sample.caption!r}")
+            return None
         return Captioned(sample, prompt, sample.caption, self._nouns(sample, sample.caption), tokens, offsets)
 
     def _nouns(self, sample: Sample, caption: str) -> list[Mention]:
@@ -109,46 +116,39 @@ class ShardAnalysis:
         return mentions
 
     def _fail(self, sample: Sample, stage: str, message: str) -> None:
-        self.failures.append(Failure(sample.sample_id, sample.source, stage, message))
+        self.failures.append(Failure(sample.sample_id, sample.source, stage, " ".join(message.split())[:500]))
 
     def encoded(self, samples: Iterable[Sample]) -> Iterator[tuple[list[Captioned], Batch]]:
         """Yield batches of like length, the next one decoded and encoded in a thread while the model has this one."""
         captioned = [found for sample in samples if (found := self._caption(sample)) is not None]
         captioned.sort(key=lambda item: (item.sample.image is None, item.prompt, len(item.tokens)))
-        chunks = _cut(captioned, self.settings.batch_size)
         with ThreadPoolExecutor(1) as ahead:
-            waiting: deque[Future[tuple[list[Captioned], Batch | None]]] = deque()
-            for chunk in chunks:
+            waiting: deque[Future[list[Encoded]]] = deque()
+            for chunk in _cut(captioned, self.settings.batch_size, lambda item: item.sample.image is None):
                 waiting.append(ahead.submit(self._encode, chunk))
                 if len(waiting) > 1:
-                    yield from _ready(waiting.popleft())
+                    yield from waiting.popleft().result()
             while waiting:
-                yield from _ready(waiting.popleft())
+                yield from waiting.popleft().result()
 
-    def _encode(self, chunk: list[Captioned]) -> tuple[list[Captioned], Batch | None]:
-        kept, images = [], []
-        for item in chunk:
-            image = self._image(item.sample)
-            if image is not None or item.sample.image is None:
-                kept.append(item)
-                images.append(image)
-        if not kept:
-            return [], None
-        return self._halved(kept, images)
+    def _encode(self, chunk: list[Captioned]) -> list[Encoded]:
+        read = [(item, self._image(item.sample)) for item in chunk]
+        return self._halved([pair for pair in read if pair[1] is not None or pair[0].sample.image is None])
 
-    def _halved(self, items: list[Captioned], images: list[Image | None]) -> tuple[list[Captioned], Batch | None]:
-        """Encode; where the processor refuses, find the sample that it refuses and go on without it."""
+    def _halved(self, pairs: list[tuple[Captioned, Image | None]]) -> list[Encoded]:
+        """Encode; where the processor refuses, in halves, until the sample that it refuses is alone and left out."""
+        if not pairs:
+            return []
+        items = [item for item, _ in pairs]
         try:
-            return items, self._batch(items, images)
-        except Exception as error:
-            if len(items) > 1:
-                fine = [self._halved([item], [image])[0] for item, image in zip(items, images, strict=True)]
-                pairs = [(item, image) for item, image, ok in zip(items, images, fine, strict=True) if ok]
-                if not pairs or len(pairs) == len(items):
-                    raise
-                return self._halved([item for item, _ in pairs], [image for _, image in pairs])
-            self._fail(items[0].sample, "encode", str(error))
-            return [], None
+            return [(items, self._batch(items, [image for _, image in pairs]))]
+        except Exception as error:  # noqa: BLE001  processors raise all kinds of errors
+            problem = str(error)
+        if len(pairs) == 1:
+            self._fail(items[0].sample, "encode", problem)
+            return []
+        middle = len(pairs) // 2
+        return [*self._halved(pairs[:middle]), *self._halved(pairs[middle:])]
 
     def _batch(self, items: list[Captioned], images: list[Image | None]) -> Batch:
         tokens, offsets = [item.tokens for item in items], [item.offsets for item in items]
@@ -167,25 +167,35 @@ class ShardAnalysis:
             self._fail(sample, "decode", f"image can't be read: {error}")
             return None
 
-    def _generate(self, chunk: list[Sample]) -> None:
-        """Caption a batch of samples with the model, and analyse these captions."""
-        pairs = [(sample, image) for sample in chunk if (image := self._image(sample)) is not None]
+    def _generate(self, pairs: list[tuple[Sample, Image | None]]) -> None:
+        """Caption samples with the model, in halves where it can't, and analyse these captions."""
         if not pairs:
             return
         samples, images = [sample for sample, _ in pairs], [image for _, image in pairs]
-        prompts = [prompt_text(self.model, self.settings.prompt, sample.language) for sample in samples]
-        items, kept = [], []
-        for sample, prompt, image, tokens in zip(
-            samples, prompts, images, generate(self.model, prompts, images), strict=True
-        ):
-            caption, offsets = caption_of(self.model, tokens)
-            if not caption:
-                self._fail(sample, "generate", "the model wrote nothing")
-                continue
-            items.append(Captioned(sample, prompt, caption, self._nouns(sample, caption), tokens, offsets))
-            kept.append(image)
-        if items:
-            self._analyse(items, self._batch(items, list(kept)))
+        has_image = images[0] is not None
+        prompts = [prompt_text(self.model, self.settings.prompt, s.language, image=has_image) for s in samples]
+        try:
+            written = generate(self.model, prompts, images)
+        except FAILURES as error:
+            problem = str(error)
+        else:
+            kept = []
+            for sample, prompt, image, tokens in zip(samples, prompts, images, written, strict=True):
+                caption, offsets = caption_of(self.model, tokens)
+                if not caption:
+                    self._fail(sample, "generate", "the model wrote nothing")
+                    continue
+                kept.append((Captioned(sample, prompt, caption, self._nouns(sample, caption), tokens, offsets), image))
+            for items, batch in self._halved(kept):
+                self._analyse(items, batch)
+            return
+        if len(pairs) == 1:
+            self._fail(samples[0], "generate", problem)
+            return
+        _free()
+        middle = len(pairs) // 2
+        self._generate(pairs[:middle])
+        self._generate(pairs[middle:])
 
     def _analyse(self, items: list[Captioned], batch: Batch) -> None:
         """Score a batch; where memory runs out or a sample can't be run, halve it until the culprit is alone."""
@@ -204,23 +214,21 @@ class ShardAnalysis:
                 folded=self.settings.fold_norm,
                 statistics=self.statistics,
             )
-        except (RuntimeError, ValueError, IndexError) as error:
-            self._split(items, error)
+        except FAILURES as error:
+            # Only the message leaves this block: the error holds the frames, and so the memory, of the failed forward.
+            problem = str(error)
+        else:
+            self.statistics.commit()
+            self._collect(items, places, scored)
             return
-        self.statistics.commit()
-        self._collect(items, places, scored)
-
-    def _split(self, items: list[Captioned], error: Exception) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         if len(items) == 1:
-            self._fail(items[0].sample, "forward", " ".join(str(error).split())[:500])
+            self._fail(items[0].sample, "forward", problem)
             return
+        _free()
         middle = len(items) // 2
         for half in (items[:middle], items[middle:]):
-            kept, batch = self._encode(half)
-            if batch is not None:
-                self._analyse(kept, batch)
+            for kept, smaller in self._encode(half):
+                self._analyse(kept, smaller)
 
     def _collect(self, items: list[Captioned], places: list[Place], scored: Scored) -> None:
         for item in items:
@@ -278,11 +286,13 @@ def _labels(sample: Sample) -> dict[str, str]:
     return {kind: label for kind, label in found.items() if label is not None}
 
 
-def _cut(items: list, size: int) -> list[list]:  # type: ignore[type-arg]
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def _cut(items: list[Any], size: int, kind: Callable[[Any], bool]) -> Iterator[list[Any]]:
+    """Yield neighbours of one kind, for an image and none can't share a batch."""
+    for _, group in groupby(items, key=kind):
+        alike = list(group)
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
-def _ready(future: Future[tuple[list[Captioned], Batch | None]]) -> Iterator[tuple[list[Captioned], Batch]]:
-    items, batch = future.result()
-    if batch is not None:
-        yield items, batch
+def _free() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

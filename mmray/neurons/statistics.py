@@ -87,6 +87,7 @@ class TokenStatistics:
             membership[indices, row] = 1
         self._batch = _Batch(list(runs), blocks(runs), membership.to(self.device))
 
+    @torch.inference_mode()
     def add(self, layer: int, activation: Float[Tensor, "row neuron"], opened: Float[Tensor, "row neuron"]) -> None:
         """See one layer of the announced batch: activations, and what is above zero where the neuron is open."""
         batch = self._batch
@@ -109,6 +110,7 @@ class TokenStatistics:
         better = self.extremes[layer].improved(values, highest, lowest, self.samples, batch.blocks)
         batch.seen.append((layer, by_label, better))
 
+    @torch.inference_mode()
     def commit(self) -> None:
         """Count the announced batch."""
         batch = self._batch

@@ -1,10 +1,10 @@
 """Census against a plain forward, side by side: `python -m tests.bench.census [--samples 500] [--rounds 5]`.
 
 Both run the demo model (or --model, --data) over the same samples on the same cores or GPU, in turns, so that a noisy
-machine disturbs both alike. The plain forward is `model(**inputs)` under inference mode, with its inputs prepared in memory; the
-census starts from encoded images and does everything up to the committed parts: decode, tokenise, forward, score,
-reduce, write. Start-up (model loading) is excluded from both. The census asks the model for no logits but those of the
-concepts and for no cache; the last row is a plain forward that does without them too.
+machine disturbs both alike. The plain forward is `model(**inputs)` under inference mode, with its inputs prepared in
+memory; the census starts from encoded images and does everything up to the committed parts: decode, tokenise, forward,
+score, reduce, write. Start-up (model loading) is excluded from both. The census asks the model for no logits but those
+of the concepts and for no cache; the second row is a plain forward that does without them too.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ from mmray.datasets.shards import cut, read_shard
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import noun_source
 from mmray.neurons.model import Model, open_image
-from mmray.neurons.scoring import place_mentions, score_batch
+from mmray.neurons.places import place_mentions
+from mmray.neurons.scoring import score_batch
 from mmray.results.run import Run
 from mmray.settings import census_settings
 
