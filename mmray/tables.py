@@ -230,6 +230,8 @@ def list_values(column: pa.ChunkedArray) -> list[ndarray]:
     """Return the lists of a column as arrays, without a copy where there are no nulls."""
     arrays: list[ndarray] = []
     for chunk in column.chunks:
+        if not len(chunk):
+            continue
         values = chunk.flatten().to_numpy(zero_copy_only=False)
         arrays.extend(np.split(values, (chunk.offsets.to_numpy()[1:-1] - chunk.offsets[0].as_py())))
     return arrays

@@ -15,9 +15,9 @@ from mmray.datasets.contents import Source
 from mmray.datasets.shards import Manifest, Shard, read_shard
 from mmray.datasets.sources import open_source
 from mmray.errors import InputError
-from mmray.models.loading import load
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.decoding import decode_neurons
+from mmray.neurons.model import load_model
 from mmray.neurons.shard import ShardAnalysis
 from mmray.runs import ATTEMPTS, Receipt, RunFolder
 from mmray.settings import CensusSettings
@@ -57,7 +57,7 @@ class CensusWorker:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.settings = settings
         self.nouns = nouns
-        self.model = load(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
+        self.model = load_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
         self.folder = RunFolder(open_store(settings.out))
         self.manifest = Manifest.from_json(self.folder.manifest())
         self.source = open_data(settings)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from PIL.Image import Image
 
 from mmray.models.loading import LoadedModel
-from mmray.models.prompting import LONGEST, run_processor
+from mmray.models.prompting import LONGEST, pad_left, run_processor
 
 
 @torch.inference_mode()
@@ -17,7 +18,9 @@ def generate(
     model: LoadedModel, prompts: Sequence[str], images: Sequence[Image | None], longest: int = LONGEST
 ) -> list[list[int]]:
     """Return the token ids that the model writes greedily after each prompt, without the end of sequence."""
-    features = run_processor(model, prompts, images, "left")
+    features = run_processor(model, prompts, images)
+    if not model.parts.encoder_decoder:
+        features = pad_left(features)
     dtype = model.network.dtype
     inputs = {
         name: value.to(model.device, dtype if value.is_floating_point() else value.dtype)
@@ -30,7 +33,8 @@ def generate(
     if not model.parts.encoder_decoder and torch.equal(written[:, : prompt.shape[1]].cpu(), prompt):
         written = written[:, prompt.shape[1] :]
     special = set(model.tokenizer.all_special_ids)
-    return [_until_special(row, special) for row in written.tolist()]
+    # The start token stands first in what an encoder-decoder wrote.
+    return [_until_special(row, special, begun=not model.parts.encoder_decoder) for row in written.tolist()]
 
 
 def token_text(model: LoadedModel, token: int) -> str:
@@ -51,10 +55,10 @@ def caption_of(model: LoadedModel, tokens: list[int]) -> tuple[str, list[tuple[i
 
     text = decode(len(tokens))
     stops = [min(len(decode(count)), len(text)) for count in range(1, len(tokens) + 1)]
-    return text, list(zip([0, *stops[:-1]], stops, strict=True))
+    return text, list(pairwise([0, *stops]))
 
 
-def _until_special(tokens: list[int], special: set[int]) -> list[int]:
-    start = next((place for place, token in enumerate(tokens) if token not in special), len(tokens))
+def _until_special(tokens: list[int], special: set[int], *, begun: bool) -> list[int]:
+    start = 0 if begun else next((place for place, token in enumerate(tokens) if token not in special), len(tokens))
     stop = next((place for place, token in enumerate(tokens[start:], start) if token in special), len(tokens))
     return tokens[start:stop]

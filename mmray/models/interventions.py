@@ -22,7 +22,7 @@ from mmray.neuron_names import parse_neuron
 
 
 def by_layer(model: LoadedModel, neurons: Iterable[str | tuple[int, int]]) -> dict[int, list[int]]:
-    """Group neurons, written `L7.u89` or given as (layer, unit), by layer, each once; raises InputError for one outside."""
+    """Group neurons, `L7.u89` or (layer, unit), by layer and each once; raises InputError for one outside."""
     groups: dict[int, dict[int, None]] = {}
     for neuron in neurons:
         layer, unit = parse_neuron(neuron) if isinstance(neuron, str) else neuron

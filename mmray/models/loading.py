@@ -152,7 +152,10 @@ def load(
 
 
 def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Return the facts of a model that a run records, from its configuration alone: no weight is loaded."""
+    """Return the facts of a model that a run records, from its configuration alone: no weight is loaded.
+
+    Those of a model that the table of families does not know are, for its parts have to be probed.
+    """
     folder = resolve(name)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -160,7 +163,11 @@ def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, A
             network = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"{name}: {_not_a_model(error)}") from error
-    parts = locate(network)
+    try:
+        parts = locate(network)
+    except (InputError, RuntimeError):
+        # Outside the table of families the probe runs the network, and for that needs its weights.
+        parts = load(name, "bf16", "cpu", trust_remote_code=trust_remote_code).parts
     language = parts.of("language")
     return {
         "name": name,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
+from mmray.models.layout import Projection
 from mmray.models.loading import LoadedModel
-from mmray.models.parts import norm_gain, unembedding_rows
+from mmray.models.parts import gain_of, unembedding_rows
 
 
 def fold_norm(
@@ -18,15 +20,47 @@ def fold_norm(
     `hidden` is the input of the final norm at each place. The gain, the division by the root mean square (by the
     standard deviation, and the centring, of a LayerNorm) and the family's logit scale are applied; fp32.
     """
-    hidden, gain = hidden.float(), norm_gain(model.network, model.parts).float().to(hidden.device)
-    epsilon = float(getattr(model.norm, "variance_epsilon", getattr(model.norm, "eps", 0.0)))
-    centred = isinstance(model.norm, nn.LayerNorm)
+    return _through(model.norm, hidden, unembedding) * model.parts.logit_scale
+
+
+def fold_block(
+    model: LoadedModel,
+    projection: Projection,
+    written: Float[Tensor, "place hidden"] | None,
+    direction: Float[Tensor, "place hidden"],
+) -> Float[Tensor, "place hidden"]:
+    """Return vectors v with ⟨w, v⟩ = ⟨what reaches the residual stream, direction⟩ where the projection writes w.
+
+    `written` is the projection's output at each place, which the norm of Gemma 2 and 3 behind it is held at; Mllama
+    weighs the output of its cross-attention blocks.
+    """
+    if projection.post_norm is not None and written is not None:
+        direction = _through(model.network.get_submodule(projection.post_norm), written, direction)
+    return direction * projection.scale
+
+
+def _through(
+    norm: nn.Module, hidden: Float[Tensor, "place hidden"], direction: Float[Tensor, "place hidden"]
+) -> Float[Tensor, "place hidden"]:
+    """Return vectors v with ⟨w, v⟩ = ⟨norm's linear part of w, direction⟩, the norm's scale that of `hidden`."""
+    hidden, gain = hidden.float(), gain_of(norm).float().to(hidden.device)
+    epsilon = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
+    centred = isinstance(norm, nn.LayerNorm)
     if centred:
         hidden = hidden - hidden.mean(dim=1, keepdim=True)
-    folded = unembedding.float() * gain * (hidden.square().mean(dim=1, keepdim=True) + epsilon).rsqrt()
+    folded = direction.float() * gain * (hidden.square().mean(dim=1, keepdim=True) + epsilon).rsqrt()
     if centred:
         folded = folded - folded.mean(dim=1, keepdim=True)
-    return folded * model.parts.logit_scale
+    return folded
+
+
+FEWEST_ROWS = 8
+"""Of fewer rows BLAS takes another path, and the bits of a product would depend on what shares the batch."""
+
+
+def enough_rows(rows: Float[Tensor, "row column"]) -> Float[Tensor, "at_least_row column"]:
+    """Return the rows with rows of zeros behind them where they are fewer than FEWEST_ROWS."""
+    return functional.pad(rows, (0, 0, 0, max(0, FEWEST_ROWS - len(rows))))
 
 
 def log_probability(
@@ -47,7 +81,8 @@ def token_logits(
 def _logits(model: LoadedModel, hidden: Float[Tensor, "place hidden"]) -> Float[Tensor, "place vocabulary"]:
     normed = model.norm(hidden) * model.parts.logit_scale
     head = model.network.get_submodule(model.parts.unembedding)
-    logits: Tensor = head(normed.to(unembedding_rows(model.network, model.parts).device)).float()
+    device = unembedding_rows(model.network, model.parts).device
+    logits: Tensor = head(enough_rows(normed.to(device)))[: len(hidden)].float()
     cap = model.parts.logit_cap
     return logits if cap is None else cap * torch.tanh(logits / cap)
 

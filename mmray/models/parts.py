@@ -13,7 +13,16 @@ from mmray.models.families import DECODERS, FAMILIES, TOWERS, Decoder, Family, S
 from mmray.models.layout import Parts, Projection
 from mmray.models.probe import probe
 
-__all__ = ["Parts", "Projection", "locate", "norm_gain", "output_rows", "set_output_rows", "unembedding_rows"]
+__all__ = [
+    "Parts",
+    "Projection",
+    "gain_of",
+    "locate",
+    "norm_gain",
+    "output_rows",
+    "set_output_rows",
+    "unembedding_rows",
+]
 
 
 class _MissingError(Exception):
@@ -114,14 +123,18 @@ def unembedding_rows(model: PreTrainedModel, parts: Parts) -> Float[Tensor, "voc
     return weight
 
 
-@torch.no_grad()
 def norm_gain(model: PreTrainedModel, parts: Parts) -> Float[Tensor, " hidden"]:
-    """Return what the final norm multiplies each coordinate by, once it is normalised.
+    """Return what the final norm multiplies each coordinate by, once it is normalised."""
+    return gain_of(model.get_submodule(parts.final_norm))
+
+
+@torch.no_grad()
+def gain_of(norm: nn.Module) -> Float[Tensor, " hidden"]:
+    """Return what a norm multiplies each coordinate by, once it is normalised.
 
     Measured rather than read, for Gemma's gain is one more than its weight. The input has mean 0 and variance 1, so
     that LayerNorm and RMSNorm leave it as it is (up to their epsilon); the difference of two removes a bias.
     """
-    norm = model.get_submodule(parts.final_norm)
     weight = norm.get_parameter("weight")
     signs = torch.ones_like(weight)
     signs[::2] = -1.0
@@ -168,7 +181,9 @@ def _projection(model: nn.Module, module: str, layer: int, block: str, stack: St
         _module(model, post_norm)
     scale = 1.0
     if stack.residual_gate and _has(model, _join(block, stack.residual_gate)):
-        scale = float(model.get_parameter(_join(block, stack.residual_gate)).detach().tanh())
+        weight = model.get_parameter(_join(block, stack.residual_gate)).detach()
+        # A model that is only described has no weights, and its parts are not used.
+        scale = 1.0 if weight.is_meta else float(weight.tanh())
     return Projection(module, layer, path, gate, width, experts, post_norm=post_norm, scale=scale)
 
 

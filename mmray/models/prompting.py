@@ -106,15 +106,16 @@ def prompt_text(model: LoadedModel, prompt: str | None, language: str | None, *,
 def tokenize_caption(model: LoadedModel, prompt: str, caption: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Return the caption's token ids as they follow the prompt, and the characters of the caption each covers.
 
-    Prompt and caption are tokenised together, for many tokenizers write the first word differently on its own.
+    Prompt and caption are tokenised together, for many tokenizers write the first word differently on its own. The
+    blank between the two, where it is a token of its own, comes first and covers nothing.
     """
     before = prompt if not prompt or prompt[-1].isspace() else prompt + " "
     encoded: Any = model.tokenizer(before + caption, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = [], []
     for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        if stop > len(before):
+        if stop > len(prompt):
             ids.append(token)
-            offsets.append((max(0, start - len(before)), stop - len(before)))
+            offsets.append((max(0, start - len(before)), max(0, stop - len(before))))
     return ids, offsets
 
 
@@ -126,7 +127,7 @@ def encode(
     offsets: Sequence[list[tuple[int, int]]],
 ) -> Batch:
     """Build the batch of these prompts, images and caption tokens (from `tokenize_caption`, or generated)."""
-    features = run_processor(model, prompts, images, "right")
+    features = run_processor(model, prompts, images)
     if model.parts.encoder_decoder:
         return _behind_encoder(model, features, tokens, offsets)
     lengths = features["attention_mask"].sum(dim=1).tolist()
@@ -141,10 +142,8 @@ def encode(
     )
 
 
-def run_processor(
-    model: LoadedModel, prompts: Sequence[str], images: Sequence[Image | None], padding_side: str
-) -> dict[str, Tensor]:
-    """Return what the family's processor makes of prompts and images, padded on the side asked for.
+def run_processor(model: LoadedModel, prompts: Sequence[str], images: Sequence[Image | None]) -> dict[str, Tensor]:
+    """Return what the family's processor makes of prompts and images, padded on the right.
 
     All rows have an image or none has. Raises InputError where the processor refuses.
     """
@@ -156,12 +155,25 @@ def run_processor(
     if pictures:
         extra["images"] = pictures
     try:
-        features = model.processor(
-            text=list(prompts), return_tensors="pt", padding=True, padding_side=padding_side, **extra
-        )
+        features = model.processor(text=list(prompts), return_tensors="pt", padding=True, padding_side="right", **extra)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{model.name}: its processor refuses the batch ({error})") from error
     return {name: value for name, value in features.items() if isinstance(value, Tensor) and name != "labels"}
+
+
+def pad_left(features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Move the padding from behind the prompts to before them, for what is generated is written behind them.
+
+    Processors that are asked for it do otherwise: those of the BLIPs put it between image and question, and shift the
+    Q-Former's positions.
+    """
+    shape, mask = features["input_ids"].shape, features["attention_mask"]
+    spare = (shape[1] - mask.sum(dim=1)).tolist()
+    moved = dict(features)
+    for name, value in features.items():
+        if name in BEHIND and value.shape[:2] == shape:
+            moved[name] = torch.stack([row.roll(count, 0) for row, count in zip(value, spare, strict=True)])
+    return moved
 
 
 def _padding(model: LoadedModel) -> int:

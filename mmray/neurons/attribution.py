@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmray.models.norms import enough_rows
+
 
 @dataclass(frozen=True)
 class Located:
@@ -49,8 +51,10 @@ def activation(located: Located) -> Float[Tensor, "occurrence neuron"]:
 def random(located: Located) -> Float[Tensor, "occurrence neuron"]:
     """Return numbers drawn uniformly from 0 to 1 by occurrence: the control that every score has to beat."""
     width = located.activation.shape[1]
-    rows = [torch.rand(width, generator=torch.Generator().manual_seed(seed)) for seed in located.seeds.tolist()]
-    return torch.stack([located.activation.new_zeros(width).cpu(), *rows])[1:].to(located.activation)
+    drawn = torch.zeros(located.activation.shape)
+    for row, seed in enumerate(located.seeds.tolist()):
+        drawn[row] = torch.rand(width, generator=torch.Generator().manual_seed(seed))
+    return drawn.to(located.activation)
 
 
 SCORES: dict[str, ScoreFunction] = {
@@ -72,4 +76,4 @@ def project(
 
     Only the tokens at hand are projected; the table of the whole vocabulary (35 GB at 13 B parameters) never exists.
     """
-    return unembedding.float() @ rows.float().T
+    return (enough_rows(unembedding.float()) @ rows.float().T)[: len(unembedding)]

@@ -16,6 +16,7 @@ from pathlib import Path
 from mmray.errors import InputError
 
 WORD = re.compile(r"\w+(?:-\w+)*")
+PIECE = re.compile(r"(?<=\w['’])\w")
 UNSPACED = re.compile("[぀-ヿ㐀-鿿가-힯฀-๿]")
 """Scripts that don't separate words by blanks (kana, Han, Hangul, Thai): their nouns are found as substrings."""
 
@@ -127,7 +128,9 @@ def tagged_nouns(caption: str, language: str | None) -> list[Mention]:
         if start < 0:
             continue
         place = start + len(word)
-        if kind.startswith("NN") and WORD.fullmatch(word):
+        # The tagger cuts can't and they'll in pieces, and calls some of them nouns.
+        piece = len(word) == 1 or PIECE.match(caption, start)
+        if kind.startswith("NN") and WORD.fullmatch(word) and not piece:
             mentions.append(Mention(lemma(word, "en").casefold(), start, place))
     return mentions
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmray.models.generation import token_text
 from mmray.models.loading import LoadedModel
@@ -31,7 +31,10 @@ def decode_neurons(model: LoadedModel, *, fold_norm: bool) -> pa.Table:
     texts = [token_text(model, token) for token in range(len(unembedding))]
     columns: dict[str, list[list[str]]] = {"tokens": [], "suppressed": []}
     for rows in _chunks(model, len(unembedding)):
-        written = rows.to(unembedding) if gain is None else rows.to(unembedding) * gain.to(unembedding)
+        written = rows.to(unembedding)
+        if gain is not None:
+            centre = written.mean(dim=1, keepdim=True) if isinstance(model.norm, nn.LayerNorm) else 0.0
+            written = (written - centre) * gain.to(unembedding)
         logits = written @ unembedding.T
         for name, largest in (("tokens", True), ("suppressed", False)):
             best = logits.topk(min(DECODED, logits.shape[1]), dim=1, largest=largest).indices

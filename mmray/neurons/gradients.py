@@ -52,8 +52,8 @@ def gradient_pass(
         taps.enter_context(tap_input(model.norm, hidden.append))
         model.network(**batch.to(model.device, model.network.dtype))
         states = hidden[-1].flatten(0, -2)
-        index = torch.tensor([place.row * batch.positions + place.position for place in places])
-        tokens = torch.tensor([place.token for place in places])
+        index = torch.tensor([place.row * batch.positions + place.position for place in places], dtype=torch.long)
+        tokens = torch.tensor([place.token for place in places], dtype=torch.long)
         logits = token_logits(model, states[index.to(states.device)], tokens)
         scores = [torch.zeros(len(places), width, device=states.device) for width in model.widths]
         turns = rank_in_row(places)

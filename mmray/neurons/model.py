@@ -14,6 +14,7 @@ from torch import Tensor
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel, load
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
+from mmray.neurons.checking import assert_sound
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.places import place_mentions
 from mmray.neurons.scoring import score_batch
@@ -65,7 +66,11 @@ def open_image(image: Image | Path | str | bytes | None) -> Image | None:
 def load_model(
     name: str, dtype: str = "auto", device: str | torch.device | None = None, *, trust_remote_code: bool = False
 ) -> Model:
-    """Load a checkpoint folder, a hub id or `demo` for inference; see `mmray.models.loading.load`."""
+    """Load a checkpoint folder, a hub id or `demo` for inference, and check its parts; see `mmray.models.loading.load`.
+
+    Raises InputError where it can't be loaded, or where its parts are not what they are taken for.
+    """
     model = load(name, dtype, device, trust_remote_code=trust_remote_code, wrap=Model)
     assert isinstance(model, Model)
+    assert_sound(model)
     return model

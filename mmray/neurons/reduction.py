@@ -162,7 +162,8 @@ class ConceptMerge:
         return ConceptScores(
             n=merged.n,
             neuron=neuron.astype(np.int64),
-            score=score,
+            # What a shard left out may be below zero: the sum so far can be more than the whole can come to.
+            score=np.minimum(score, upper),
             squares=squares,
             activation=activation,
             upper=upper,
@@ -178,6 +179,7 @@ class ConceptScores:
     n: int
     neuron: Int64[ndarray, " neuron"]
     score: Float64[ndarray, " neuron"]
+    """The sum, or where it is not known the sum in the shards that kept the neuron, at most `upper`."""
     squares: Float64[ndarray, " neuron"]
     activation: Float64[ndarray, " neuron"]
     upper: Float64[ndarray, " neuron"]
@@ -188,7 +190,7 @@ class ConceptScores:
     """The most that the sum of a neuron outside this list can be."""
 
     def certified(self) -> ndarray:
-        """Tell for each neuron whether its sum is known and nothing unknown could exceed it."""
+        """Tell for each neuron whether its sum is known and nothing unknown could reach it."""
         unknown = np.where(self.exact, -np.inf, self.upper)
         ceiling = max(self.left_out, float(unknown.max(initial=-np.inf)))
-        return np.asarray(self.exact & (self.score >= ceiling))
+        return np.asarray(self.exact & (self.score > ceiling))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import zlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmray.models.capture import gate_function, tap, tap_input
 from mmray.models.loading import LoadedModel
-from mmray.models.norms import fold_norm, log_probability
+from mmray.models.norms import fold_block, fold_norm, log_probability
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.models.prompting import Batch
 from mmray.neurons.attribution import GRADIENTS, SCORES, Located, project
@@ -50,12 +52,12 @@ def score_batch(
     if score in GRADIENTS:
         last = score == "gradient-last"
         scores, activation, states = gradient_pass(model, batch, places, last=last, statistics=statistics)
-        tokens = torch.tensor([place.token for place in places], dtype=torch.long)
-        return Scored(scores, activation, log_probability(model, states, tokens))
+        return Scored(scores, activation, log_probability(model, states, _tokens(places)))
     positions = torch.tensor([place.row * batch.positions + place.position for place in places], dtype=torch.long)
     activations: dict[int, Tensor] = {}
     opens: dict[int, Tensor] = {}
     hidden: list[Tensor] = []
+    written: dict[int, Tensor] = {}
     with_gate = score == "gate"
 
     def receive(layer: int, activation: Tensor, opened: Tensor) -> None:
@@ -69,13 +71,23 @@ def score_batch(
     def receive_final(states: Tensor) -> None:
         hidden.append(states.flatten(0, -2)[positions.to(states.device)])
 
-    with tap(model.network, model.projections, receive), tap_input(model.norm, receive_final):
+    def receive_written(layer: int, output: Tensor) -> None:
+        written[layer] = output.flatten(0, -2)[positions.to(output.device)]
+
+    with ExitStack() as stack:
+        stack.enter_context(tap(model.network, model.projections, receive))
+        stack.enter_context(tap_input(model.norm, receive_final))
+        for layer, projection in enumerate(model.projections):
+            if folded and projection.post_norm is not None:
+                norm = model.network.get_submodule(projection.post_norm)
+                stack.enter_context(tap_input(norm, partial(receive_written, layer)))
         forward(model, batch)
     # Without an image Mllama leaves its cross-attention blocks out: their neurons do nothing.
     for layer in sorted(set(range(len(model.widths))) - set(activations)):
         nothing = hidden[-1].new_zeros(len(batch.tokens) * batch.positions, model.widths[layer])
         receive(layer, nothing, nothing)
-    return _score(model, places, activations, opens, hidden[-1], score, folded=folded)
+    directions = _directions(model, places, hidden[-1], written, folded=folded)
+    return _score(model, places, activations, opens, directions, score, hidden[-1])
 
 
 def forward(model: LoadedModel, batch: Batch) -> Any:
@@ -89,21 +101,30 @@ def forward(model: LoadedModel, batch: Batch) -> Any:
     return model.network(**batch.to(model.device, model.network.dtype), **extra)
 
 
+def _directions(
+    model: LoadedModel, places: Sequence[Place], hidden: Tensor, written: dict[int, Tensor], *, folded: bool
+) -> list[Float[Tensor, "place hidden"]]:
+    """Return, a list entry a layer, what a neuron's row is multiplied by to give its share of the token's logit."""
+    table = unembedding_rows(model.network, model.parts)
+    unembedding = table[_tokens(places).to(table.device)].float()
+    if not folded:
+        return [unembedding] * len(model.widths)
+    final = fold_norm(model, hidden.to(table.device), unembedding)
+    return [
+        fold_block(model, projection, written[layer].to(table.device) if layer in written else None, final)
+        for layer, projection in enumerate(model.projections)
+    ]
+
+
 def _score(
     model: LoadedModel,
     places: Sequence[Place],
     activations: dict[int, Tensor],
     opens: dict[int, Tensor],
-    hidden: Tensor,
+    directions: list[Tensor],
     score: str,
-    *,
-    folded: bool,
+    hidden: Tensor,
 ) -> Scored:
-    tokens = torch.tensor([place.token for place in places], dtype=torch.long)
-    table = unembedding_rows(model.network, model.parts)
-    unembedding = table[tokens.to(table.device)].float()
-    if folded:
-        unembedding = fold_norm(model, hidden.to(unembedding.device), unembedding)
     function = SCORES[score]
     scores = []
     for layer, projection in enumerate(model.projections):
@@ -111,12 +132,16 @@ def _score(
         located = Located(
             activation=activation,
             gate=opens[layer] if opens else activation,
-            projection=project(unembedding.to(activation.device), rows.to(activation.device)),
+            projection=project(directions[layer].to(activation.device), rows.to(activation.device)),
             seeds=_seeds(places, layer),
         )
         scores.append(function(located))
     at_places = [activations[layer] for layer in range(len(scores))]
-    return Scored(scores, at_places, log_probability(model, hidden, tokens))
+    return Scored(scores, at_places, log_probability(model, hidden, _tokens(places)))
+
+
+def _tokens(places: Sequence[Place]) -> Int[Tensor, " place"]:
+    return torch.tensor([place.token for place in places], dtype=torch.long)
 
 
 def _seeds(places: Sequence[Place], layer: int) -> Tensor:

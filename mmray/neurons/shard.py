@@ -31,7 +31,7 @@ from mmray.tables import NEURON_ENTRY, PART_SCHEMAS
 LARGEST_IMAGE = 178_956_970
 """Pixels above which an image is refused unread: a small file can unfold to gigabytes."""
 
-FAILURES = (InputError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+FAILURES = (IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What models and processors raise where memory runs out, or at a sample that they can't take."""
 
 
@@ -164,7 +164,9 @@ class ShardAnalysis:
                 raise ValueError(f"{image.width} × {image.height} pixels, more than {LARGEST_IMAGE:,}")
             return image.convert("RGB")
         except Exception as error:  # noqa: BLE001  decoders raise all kinds of errors on damaged files
-            self._fail(sample, "decode", f"image can't be read: {error}")
+            # Pillow's own words for it hold an address in memory, which no two runs share.
+            reason = "of no known format" if isinstance(error, PIL.UnidentifiedImageError) else error
+            self._fail(sample, "decode", f"image can't be read: {reason}")
             return None
 
     def _generate(self, pairs: list[tuple[Sample, Image | None]]) -> None:
@@ -176,7 +178,7 @@ class ShardAnalysis:
         prompts = [prompt_text(self.model, self.settings.prompt, s.language, image=has_image) for s in samples]
         try:
             written = generate(self.model, prompts, images)
-        except FAILURES as error:
+        except (InputError, *FAILURES) as error:
             problem = str(error)
         else:
             kept = []

@@ -1,4 +1,4 @@
-"""Tiny checkpoints, built once a session and worker, and the networks loaded from them."""
+"""The networks of the tiny checkpoints, and inputs for them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from tests.models.tiny import build, example
+from tests.models.tiny import example
 
 COMMON = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "pad_token_id")
 """Settings that every decoder's configuration has."""
@@ -38,13 +38,6 @@ class Loaded:
 def one_thread() -> None:
     """Keep torch to one thread: the tensors are tiny, and several workers share the cores."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return the checkpoint folder of a variant."""
-    root = tmp_path_factory.mktemp("tiny")
-    return cache(lambda variant: build(variant, root / variant))
 
 
 @pytest.fixture(scope="session")

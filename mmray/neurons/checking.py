@@ -1,0 +1,168 @@
+"""Prove on a small example that a model's parts are what they are taken for; a wrong belief is silent otherwise."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor, nn
+
+from mmray.datasets.samples import Sample
+from mmray.errors import InputError
+from mmray.models.capture import tap
+from mmray.models.loading import LoadedModel
+from mmray.models.parts import output_rows, unembedding_rows
+from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
+from mmray.neurons.attribution import project
+from mmray.neurons.concepts import NounSource
+from mmray.neurons.places import place_mentions
+from mmray.neurons.scoring import forward, score_batch
+from mmray.neurons.shard import ShardAnalysis
+from mmray.settings import census_settings
+
+CAPTIONS = ("An image of a dog and a cat.", "An image of a dog and a big red car.")
+NOUNS = NounSource("lexicon", lexicon={None: frozenset({"dog", "cat", "car"})})
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Relative error allowed in a sum over neurons, by the network's number format."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim about a model, whether it holds, and the figure that says so."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def check_model(model: LoadedModel) -> list[Check]:
+    """Check the model's parts on two captions and return every claim; a claim that can't be tried has failed."""
+    checks: list[Check] = []
+    for name, test in CHECKS.items():
+        try:
+            passed, detail = test(model)
+        except Exception as error:  # noqa: BLE001  whatever breaks, the claim is not proven
+            passed, detail = False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        checks.append(Check(name, passed, detail))
+    return checks
+
+
+def assert_sound(model: LoadedModel) -> None:
+    """Raise InputError naming the first claim that fails, of those that cost two forwards of one caption."""
+    for name in AT_LOAD:
+        passed, detail = CHECKS[name](model)
+        if not passed:
+            raise InputError(f"{model.name}: {name} fails ({detail}); run mmray check-model {model.name}")
+
+
+def picture() -> PIL.Image.Image:
+    """Return a small picture with some structure, the same each time."""
+    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    return PIL.Image.fromarray(noise)
+
+
+def example(model: LoadedModel, captions: tuple[str, ...] = CAPTIONS[:1]) -> Batch:
+    """Return the batch of these captions of the picture."""
+    prompt = prompt_text(model, None, "en")
+    pairs = [tokenize_caption(model, prompt, caption) for caption in captions]
+    ids, offsets = [tokens for tokens, _ in pairs], [places for _, places in pairs]
+    return encode(model, [prompt] * len(captions), [picture()] * len(captions), ids, offsets)
+
+
+@torch.inference_mode()
+def identity(model: LoadedModel) -> tuple[bool, str]:
+    """Σ over neurons of the contribution to a token = the MLP's write · the token's unembedding, in every layer."""
+    batch = example(model)
+    activations: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def keep(_: nn.Module, __: tuple[object, ...], output: Tensor) -> None:
+        outputs.append(output.flatten(0, -2))
+
+    with ExitStack() as stack:
+        stack.enter_context(
+            tap(model.network, model.projections, lambda _, activation, __: activations.append(activation))
+        )
+        for projection in model.projections:
+            module = model.network.get_submodule(projection.path)
+            stack.callback(module.register_forward_hook(keep).remove)
+        forward(model, batch)
+    row = batch.caption_start[0]
+    unembedding = unembedding_rows(model.network, model.parts)[batch.tokens[0][1]][None]
+    worst = 0.0
+    for projection, activation, output in zip(model.projections, activations, outputs, strict=True):
+        bias = getattr(model.network.get_submodule(projection.path), "bias", None)
+        written = output[row].float() - (bias.float() if isinstance(bias, Tensor) else 0.0)
+        rows = output_rows(model.network, projection)
+        scores = activation[row].double() * project(unembedding.to(rows.device), rows)[0].double()
+        size = scores.abs().sum().clamp(min=1e-12)
+        direct = written.double() @ unembedding[0].double().to(written.device)
+        worst = max(worst, float((scores.sum() - direct).abs() / size))
+    return worst <= TOLERANCE[model.network.dtype], f"largest relative error {worst:.1e} in {len(outputs)} layers"
+
+
+@torch.inference_mode()
+def hooks_neutral(model: LoadedModel) -> tuple[bool, str]:
+    """Logits are bit-equal with hooks in place."""
+    batch = example(model)
+    inputs = batch.to(model.device, model.network.dtype)
+    plain = model.network(**inputs).logits
+    with tap(model.network, model.projections, lambda *_: None):
+        hooked = model.network(**inputs).logits
+    return torch.equal(plain, hooked), "logits bit-equal" if torch.equal(plain, hooked) else "logits differ"
+
+
+@torch.inference_mode()
+def image_seen(model: LoadedModel) -> tuple[bool, str]:
+    """The image has places in the sequence (or is looked at from outside it), and changes the logits."""
+    batch = example(model)
+    places = sum(run.stop - run.start for run in batch.runs if run.modality == "image")
+    inputs = batch.to(model.device, model.network.dtype)
+    logits = model.network(**inputs).logits[0, -1]
+    darker = {name: value * 0.5 if name.startswith("pixel_values") else value for name, value in inputs.items()}
+    changed = not torch.equal(logits, model.network(**darker).logits[0, -1])
+    expected = model.parts.image == "tokens" and not model.parts.encoder_decoder
+    where = f"{places} image tokens in the sequence" if expected else f"by {model.parts.image}, outside the sequence"
+    return changed and (places > 0 or not expected), where + ("" if changed else "; but the image changes nothing")
+
+
+@torch.inference_mode()
+def later_words_hidden(model: LoadedModel) -> tuple[bool, str]:
+    """A noun's score does not depend on the words behind it, as when the model writes the caption itself."""
+    ranks = []
+    for caption in CAPTIONS:
+        batch = example(model, (caption,))
+        mentions = NOUNS.find(caption, "en", None)[:1]
+        scored = score_batch(model, batch, place_mentions(batch, 0, "", mentions))
+        ranks.append(torch.cat(scored.scores, dim=1))
+    difference = float((ranks[0] - ranks[1]).abs().max() / ranks[0].abs().max())
+    return difference <= 100 * TOLERANCE[model.network.dtype], f"largest relative difference {difference:.1e}"
+
+
+def small_census(model: LoadedModel) -> tuple[bool, str]:
+    """Two samples go through the whole of a worker's job."""
+    buffer = io.BytesIO()
+    picture().save(buffer, "PNG")
+    samples = [Sample(str(number), "check", buffer.getvalue(), text, "en") for number, text in enumerate(CAPTIONS)]
+    settings = census_settings({"model": model.name, "data": "check", "out": "check"})
+    tables = ShardAnalysis(model, settings, NOUNS, 0).run(samples)
+    found, failed = len(tables["occurrences"]), tables["errors"]["message"].to_pylist()
+    return found == 4 and not failed, f"{found} occurrences in 2 captions" + (f"; {failed[0]}" if failed else "")
+
+
+CHECKS: dict[str, Callable[[LoadedModel], tuple[bool, str]]] = {
+    "sum of contributions = MLP write · unembedding": identity,
+    "hooks leave the logits alone": hooks_neutral,
+    "the image is seen": image_seen,
+    "later words are hidden": later_words_hidden,
+    "a census of two samples": small_census,
+}
+"""Every claim by the name that users see."""
+
+AT_LOAD = ("sum of contributions = MLP write · unembedding", "hooks leave the logits alone")
+"""The claims that are checked whenever a model is loaded."""

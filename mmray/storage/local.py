@@ -1,0 +1,112 @@
+"""A folder of the local file system as a store: a temporary file, `fsync`, and a hard link to the name."""
+
+from __future__ import annotations
+
+import os
+import stat
+import uuid
+from pathlib import Path
+
+from mmray.storage.objects import Entry, check_key
+
+
+class LocalStore:
+    """A folder of the local (or a mounted) file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.uri = str(root)
+
+    def _path(self, key: str) -> Path:
+        check_key(key, self.uri)
+        return self.root / key
+
+    def read(self, key: str) -> bytes:
+        """Return the whole file; `FileNotFoundError` if there is none."""
+        path = self._path(key)
+        try:
+            return path.read_bytes()
+        except NotADirectoryError as error:
+            raise FileNotFoundError(path) from error
+
+    def exists(self, key: str) -> bool:
+        """Tell whether the file is there."""
+        return self._path(key).is_file()
+
+    def entry(self, key: str) -> Entry | None:
+        """Return the file's entry, or None if there is none."""
+        try:
+            status = self._path(key).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        return Entry(key, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        """Return every file whose key starts with `prefix`; temporary files are left out."""
+        folder = self._path(prefix.rpartition("/")[0])
+        entries = []
+        for parent, _, names in os.walk(folder, onerror=_unless_gone):
+            for name in names:
+                path = Path(parent) / name
+                key = path.relative_to(self.root).as_posix()
+                if key.startswith(prefix) and not name.startswith(".tmp-"):
+                    entries.append(self.entry(key))
+        # A file may have gone since it was listed, or be a link to nothing.
+        return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.key)
+
+    def _temporary(self, path: Path, data: bytes) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        return temporary
+
+    def commit(self, key: str, data: bytes) -> bool:
+        """Create the file by linking a complete temporary one to its name; False if the name is taken."""
+        path = self._path(key)
+        temporary = self._temporary(path, data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+        return True
+
+    def put(self, key: str, data: bytes) -> None:
+        """Create or replace the file by renaming a complete temporary one."""
+        path = self._path(key)
+        temporary = self._temporary(path, data)
+        try:
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+
+    def delete(self, key: str) -> None:
+        """Remove the file if it is there."""
+        self._path(key).unlink(missing_ok=True)
+
+
+def _unless_gone(error: OSError) -> None:
+    # A folder that can't be read must not pass for an empty one.
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
+def _sync_folder(folder: Path) -> None:
+    # The new name itself is durable only once the folder is.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

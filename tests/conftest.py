@@ -1,0 +1,52 @@
+"""Models for the tests of every room: tiny random checkpoints of each family, and the demo."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+# Examples are the same at every run, and a busy machine fails no test by its slowness.
+hypothesis.settings.register_profile("mmray", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("mmray")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the checkpoint folder of a variant, built once a session and worker."""
+    from tests.models.tiny import build
+
+    root = tmp_path_factory.mktemp("tiny")
+    return cache(lambda variant: build(variant, root / variant))
+
+
+@pytest.fixture(scope="session")
+def open_model(tiny: Callable[[str], Path]) -> Callable[[str], Any]:
+    """Return a variant, or the demo, as `mmray.load_model` gives it; shared by all tests: leave it as it was."""
+    from mmray.neurons.model import load_model
+
+    return cache(lambda name: load_model("demo" if name == "demo" else str(tiny(name))))
+
+
+@pytest.fixture(scope="session")
+def loaded_with(open_model: Callable[[str], Any]) -> Callable[..., Any]:
+    """Return a variant whose decoder's configuration differs in these settings, with seeded random weights."""
+    from dataclasses import replace
+
+    import torch
+
+    from mmray.models.parts import locate
+    from tests.models.conftest import Loaded
+
+    def make(variant: str, **settings: Any) -> Any:
+        model = open_model(variant)
+        network = Loaded(model.network, model.processor, {}).variation(**settings).eval().requires_grad_(False)
+        random = torch.Generator().manual_seed(0)
+        for weight in network.parameters():
+            if weight.dim() > 1:
+                weight.normal_(std=0.2, generator=random)
+        return replace(model, network=network, parts=locate(network))
+
+    return make

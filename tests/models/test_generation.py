@@ -1,0 +1,128 @@
+"""What the model writes is what it would write one token at a time, and every token knows its characters."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmray.models.capture import tap_input
+from mmray.models.generation import caption_of, generate, token_text
+from mmray.models.norms import log_probability
+from mmray.models.prompting import encode, prompt_text, tokenize_caption
+from tests.models.tiny import VARIANTS
+from tests.neurons.making import demo_samples, picture
+
+PROMPTS = ("en", "fr", "en")
+"""Prompts of different lengths: French is the longest, and the others are padded."""
+
+
+def step_by_step(model, prompt, image, count):
+    """Return the raw greedy continuation and the smallest lead of a choice over the second best."""
+    tokens, lead = [], []
+    for _ in range(count):
+        batch = encode(model, [prompt], [image], [tokens], [[(0, 0)] * len(tokens)])
+        with torch.inference_mode():
+            logits = model.network(**batch.to(model.device, model.network.dtype)).logits
+        best = logits[0, batch.caption_start[0] + len(tokens) - 1].topk(2)
+        tokens.append(int(best.indices[0]))
+        lead.append(float(best.values[0] - best.values[1]))
+    return tokens, lead
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_writes_what_single_steps_without_cache_or_padding_write(open_model, variant):
+    model = open_model(variant)
+    prompts = [prompt_text(model, None, language) for language in PROMPTS]
+    images = [picture(20), picture(21, 56, 40), picture(22)]
+    written = generate(model, prompts, images, longest=5)
+    special = set(model.tokenizer.all_special_ids)
+    compared = 0
+    for prompt, image, tokens in zip(prompts, images, written, strict=True):
+        # An image's placeholder in the answer has no image: a step by step forward refuses it.
+        steps = next((n for n, token in enumerate(tokens) if token == model.parts.image_token_id), len(tokens))
+        expected, lead = step_by_step(model, prompt, image, min(5, steps + 1))
+        for place, token in enumerate(expected):
+            if lead[place] < 1e-3:
+                break
+            assert tokens[place : place + 1] == ([token] if token not in special else [])
+            compared += 1
+            if token in special:
+                break
+    assert compared >= 4
+
+
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if VARIANTS[variant].specials[0] == "<s>"])
+def test_nothing_behind_a_special_token_is_kept(open_model, variant, monkeypatch):
+    model = open_model(variant)
+    bos, eos, pad = (model.tokenizer.convert_tokens_to_ids(token) for token in VARIANTS[variant].specials)
+    start = [pad] if model.parts.encoder_decoder else []
+    rows = torch.tensor([[*start, 60, 61, eos, pad], [*start, eos, pad, pad, pad], [*start, 60, bos, 61, 62]])
+    monkeypatch.setattr(type(model.network), "generate", lambda *_, **__: rows)
+    prompt = prompt_text(model, None, "en")
+    assert generate(model, [prompt] * 3, [picture(0)] * 3) == [[60, 61], [], [60]]
+
+
+def test_the_demo_s_captions_are_its_greedy_choices(open_model):
+    model = open_model("demo")
+    found, _ = demo_samples(48)
+    chosen = [next(s for s in found if s.language == language) for language in ("en", "zh", "fr", "es")]
+    images = [picture(number, 96, 96) for number in range(4)]
+    prompts = [prompt_text(model, None, sample.language) for sample in chosen]
+    written = generate(model, prompts, images)
+    assert all(3 < len(tokens) < 40 for tokens in written)
+    batch = encode(model, prompts, images, written, [[(0, 0)] * len(tokens) for tokens in written])
+    states = []
+    with torch.inference_mode(), tap_input(model.norm, states.append):
+        logits = model.network(**batch.to(model.device, model.network.dtype)).logits
+    for row, tokens in enumerate(written):
+        start = batch.caption_start[row]
+        predicted = logits[row, start - 1 : start - 1 + len(tokens)]
+        assert predicted.argmax(1).tolist() == tokens
+        probabilities = log_probability(model, states[0][row, start - 1 :][: len(tokens)], torch.tensor(tokens))
+        expected = predicted.log_softmax(1)[range(len(tokens)), tokens]
+        torch.testing.assert_close(probabilities, expected, rtol=1e-4, atol=1e-4)
+
+
+def check_offsets(text, offsets, count):
+    assert len(offsets) == count
+    assert all(first[1] == second[0] for first, second in pairwise(offsets))
+    assert all(start <= stop for start, stop in offsets)
+    assert [offsets[0][0], offsets[-1][1]] == [0, len(text)]
+    assert "".join(text[start:stop] for start, stop in offsets) == text
+
+
+@pytest.mark.parametrize("variant", ["demo", "llava", "qwen2_vl", "blip2_t5"])
+@given(data=st.data())
+def test_offsets_of_any_tokens_put_the_text_together(open_model, variant, data):
+    model = open_model(variant)
+    token = st.integers(0, len(model.tokenizer) - 1)
+    tokens = data.draw(st.lists(token, min_size=1, max_size=12))
+    text, offsets = caption_of(model, tokens)
+    check_offsets(text, offsets, len(tokens))
+
+
+TEXT = st.text(st.sampled_from("a dog, 'n't. é犬🐕ß-"), min_size=1, max_size=20).map(str.strip).filter(bool)
+
+
+@pytest.mark.parametrize("variant", ["llava", "qwen2_vl", "blip2_t5"])
+@given(text=TEXT)
+def test_offsets_of_generated_tokens_are_those_of_the_text_s_tokens(open_model, variant, text):
+    model = open_model(variant)
+    tokens, offsets = tokenize_caption(model, "", text)
+    written, decoded = caption_of(model, tokens)
+    assert written == text
+    check_offsets(text, decoded, len(tokens))
+    for place in range(len(text)):
+        first, second = (
+            next(index for index, (_, stop) in enumerate(found) if stop > place) for found in (offsets, decoded)
+        )
+        assert first == second
+
+
+def test_a_token_is_shown_as_people_read_it(open_model):
+    model = open_model("llava")
+    dog, blank = (model.tokenizer(text, add_special_tokens=False).input_ids[0] for text in (" dog", "  "))
+    assert token_text(model, dog) == "do"
+    assert token_text(model, blank) == "Ġ"

@@ -1,0 +1,69 @@
+"""Probabilities and folded norms are those of the network's own logits, capped and scaled ones too."""
+
+import pytest
+import torch
+
+from mmray.models.capture import tap_input
+from mmray.models.norms import fold_norm, log_probability, token_logits
+from mmray.models.parts import unembedding_rows
+from tests.models.tiny import VARIANTS
+from tests.neurons.making import CAPTIONS, batch_of
+
+UNUSUAL = {
+    "capped": ("paligemma", {"model_type": "gemma2", "final_logit_softcapping": 3.0}),
+    "scaled": ("blip2_t5", {"scale_decoder_outputs": True}),
+}
+"""Logits as cap · tanh(logit / cap), in Gemma 2; states times width ** -0.5, in the first T5."""
+
+
+@pytest.fixture
+def ends(open_model, loaded_with):
+    """Return the model, the final norm's inputs at the caption's places, the next tokens, and the logits there."""
+
+    def run(name):
+        model = loaded_with(UNUSUAL[name][0], **UNUSUAL[name][1]) if name in UNUSUAL else open_model(name)
+        batch, _ = batch_of(model, CAPTIONS[:2])
+        states = []
+        with torch.inference_mode(), tap_input(model.norm, states.append):
+            logits = model.network(**batch.to(model.device, model.network.dtype)).logits
+        places = [
+            (row, batch.caption_start[row] + index - 1) for row in (0, 1) for index in range(len(batch.tokens[row]))
+        ]
+        rows, positions = zip(*places, strict=True)
+        tokens = torch.tensor(batch.tokens[0] + batch.tokens[1])
+        return model, states[0][rows, positions], tokens, logits[rows, positions]
+
+    return run
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *UNUSUAL])
+def test_log_probability_is_the_network_s(ends, name):
+    model, states, tokens, logits = ends(name)
+    expected = logits.float().log_softmax(1)[range(len(tokens)), tokens]
+    torch.testing.assert_close(log_probability(model, states, tokens), expected, rtol=1e-5, atol=1e-5)
+    chosen = logits[range(len(tokens)), tokens]
+    torch.testing.assert_close(token_logits(model, states, tokens), chosen, rtol=1e-5, atol=1e-5)
+    assert log_probability(model, states[:0], tokens[:0]).shape == (0,)
+
+
+def test_caps_and_scales_are_in_these_logits(ends):
+    assert 2.5 < ends("capped")[3].abs().max() <= 3
+    model, states, tokens, logits = ends("scaled")
+    unscaled = (model.norm(states) * unembedding_rows(model.network, model.parts)[tokens]).sum(1)
+    torch.testing.assert_close(logits[range(len(tokens)), tokens], unscaled * 32**-0.5)
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "scaled"])
+def test_folded_direction_is_the_norm_s_slope(ends, name):
+    model, states, tokens, _ = ends(name)
+    states, unembedding = states.double(), unembedding_rows(model.network, model.parts)[tokens]
+    folded = fold_norm(model, states.float(), unembedding).double()
+    step = torch.randn(states.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # A step that leaves the scale as it is stands at right angles to the state, and to 1 where the norm centres.
+    centred = states - states.mean(1, keepdim=True) if isinstance(model.norm, torch.nn.LayerNorm) else states
+    step = step - step.mean(1, keepdim=True)
+    centred = centred - centred.mean(1, keepdim=True)
+    step = step - (step * centred).sum(1, keepdim=True) / centred.square().sum(1, keepdim=True) * centred
+    step = 1e-3 * step * states.norm(dim=1, keepdim=True) / step.norm(dim=1, keepdim=True)
+    before, after = (token_logits(model, (states + sign * step).float(), tokens).double() for sign in (-1, 1))
+    torch.testing.assert_close((after - before) / 2, (step * folded).sum(1), rtol=1e-2, atol=1e-6)

@@ -1,0 +1,251 @@
+"""What can't be used is a row in `errors`; what can is counted once, however often its batch was cut in halves."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from mmray.datasets.samples import Failure
+from mmray.errors import InputError
+from mmray.models import generation
+from mmray.neurons import scoring, shard
+from mmray.neurons.concepts import NounSource
+from tests.neurons.making import CAPTIONS, NOUNS, analyse, merged, picture, png, sample, samples
+
+
+def stages(tables):
+    return {(row["sample_id"], row["stage"]) for row in tables["errors"].to_pylist()}
+
+
+def same(tables, expected):
+    """Compare what was counted: captions, occurrences, sums of concepts and of tokens, extremes."""
+    for name in ("captions", "occurrences"):
+        rows, others = (Counter(row["sample_id"] for row in each[name].to_pylist()) for each in (tables, expected))
+        assert rows == others
+    assert tables["totals"]["n"].to_pylist() == expected["totals"]["n"].to_pylist()
+    columns = {
+        "concepts": (["concept", "n"], ["score", "activation"]),
+        "activity": (["label_kind", "label", "modality", "n_tokens"], ["n_active", "sum", "sum_squares"]),
+        "examples": (["sign", "rank"], ["activation"]),
+    }
+    for name, (keys, numbers) in columns.items():
+        rows, others = (each[name].to_pylist() for each in (tables, expected))
+        assert [[row[key] for key in keys] for row in rows] == [[row[key] for key in keys] for row in others]
+        for row, other in zip(rows, others, strict=True):
+            for column in numbers:
+                np.testing.assert_allclose(row[column], other[column], rtol=1e-4, atol=1e-5)
+
+
+def test_images_that_can_t_be_read_are_errors(open_model, monkeypatch):
+    model = open_model("llava")
+    whole = png(picture(1))
+    bad = {
+        "text": b"not an image",
+        "empty": b"",
+        "cut": whole[: len(whole) // 2],
+        "huge": png(picture(3, 60, 60)),
+    }
+    monkeypatch.setattr(shard, "LARGEST_IMAGE", 59 * 60)
+    found = [sample(number, "a dog", sample_id=name, image=data) for number, (name, data) in enumerate(bad.items())]
+    good = samples(6)
+    mixed = [good[0], found[0], *good[1:4], *found[1:], *good[4:]]
+    tables = analyse(model, mixed)
+    assert stages(tables) == {(name, "decode") for name in bad}
+    messages = {row["sample_id"]: row["message"] for row in tables["errors"].to_pylist()}
+    assert "60 × 60 pixels, more than 3,540" in messages["huge"]
+    assert {row["source"] for row in tables["errors"].to_pylist()} == {f"row {number}" for number in range(4)}
+    same(tables, analyse(model, good))
+
+
+def test_captions_that_can_t_be_used_are_errors(open_model):
+    model = open_model("llava")
+    good = samples(5)
+    failure = Failure("f", "file.parquet", "read", "row 3 is cut off")
+    bad = [sample(20, "", sample_id="empty"), sample(21, " \n\t", sample_id="blank")]
+    tables = analyse(model, [failure, *good, *bad], shard_id=4)
+    assert stages(tables) == {("f", "read"), ("empty", "read"), ("blank", "read")}
+    assert {row["shard_id"] for row in tables["errors"].to_pylist()} == {4}
+    same(tables, analyse(model, good))
+
+
+def test_a_caption_without_tokens_is_an_error(open_model, monkeypatch):
+    model = open_model("llava")
+    tokenize = shard.tokenize_caption
+    monkeypatch.setattr(shard, "tokenize_caption", lambda *call: ([], []) if call[2] == "\u200b" else tokenize(*call))
+    tables = analyse(model, [*samples(3), sample(9, "\u200b")])
+    assert stages(tables) == {("s9", "read")}
+    same(tables, analyse(model, samples(3)))
+
+
+def test_a_caption_without_nouns_is_an_error_and_counted_still(open_model):
+    model = open_model("llava")
+    tables = analyse(model, [*samples(3), sample(9, "nothing to see here")])
+    assert stages(tables) == {("s9", "nouns")}
+    assert "'nothing to see here'" in tables["errors"]["message"][0].as_py()
+    assert len(tables["captions"]) == 4
+    assert len(tables["occurrences"]) == len(analyse(model, samples(3))["occurrences"])
+
+
+class Refusing:
+    """Stands before a function and raises when `when` says so of its arguments."""
+
+    def __init__(self, function, when, error):
+        self.function, self.when, self.error, self.refusals = function, when, error, 0
+
+    def __call__(self, *arguments, **named):
+        if self.when(*arguments):
+            self.refusals += 1
+            raise self.error
+        return self.function(*arguments, **named)
+
+
+MEMORY = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+ERRORS = [MEMORY, RuntimeError("no"), ValueError("no"), IndexError("no"), TypeError("no"), KeyError("no")]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("largest", [1, 2, 3])
+def test_a_forward_without_memory_is_tried_in_halves(open_model, monkeypatch, largest, error):
+    model = open_model("llava")
+    expected = analyse(model, samples(), batch_size=7)
+    forward = Refusing(scoring.forward, lambda _, batch: len(batch.tokens) > largest, error)
+    monkeypatch.setattr(scoring, "forward", forward)
+    tables = analyse(model, samples(), batch_size=7)
+    assert forward.refusals >= 3
+    assert len(tables["errors"]) == 0
+    same(tables, expected)
+
+
+def test_memory_that_runs_out_behind_some_layers_counts_nothing_twice(open_model, monkeypatch):
+    model = open_model("llava")
+    expected = analyse(model, samples(), batch_size=6)
+    add = shard.TokenStatistics.add
+    calls = []
+
+    def refuse(statistics, layer, activation, opened):
+        calls.append(layer)
+        add(statistics, layer, activation, opened)
+        if layer == 1 and len(statistics._batch.membership[0]) > 2:
+            raise MEMORY
+
+    monkeypatch.setattr(shard.TokenStatistics, "add", refuse)
+    tables = analyse(model, samples(), batch_size=6)
+    assert calls.count(0) > 12 / 2
+    assert len(tables["errors"]) == 0
+    same(tables, expected)
+
+
+@pytest.mark.parametrize("place", ["forward", "encode"])
+def test_a_sample_that_can_t_be_run_is_left_out_alone(open_model, monkeypatch, place):
+    model = open_model("llava")
+    culprits = {CAPTIONS[3], CAPTIONS[7]}
+    expected = analyse(model, [entry for entry in samples() if entry.caption not in culprits])
+    wanted = {tuple(shard.tokenize_caption(model, "x", caption)[0]) for caption in culprits}
+
+    def holds(batch_tokens):
+        return any(tuple(tokens) in wanted for tokens in batch_tokens)
+
+    if place == "forward":
+        refusing = Refusing(scoring.forward, lambda _, batch: holds(batch.tokens), MEMORY)
+        monkeypatch.setattr(scoring, "forward", refusing)
+    else:
+        refusing = Refusing(shard.encode, lambda *call: holds(call[3]), OSError("two\nlines"))
+        monkeypatch.setattr(shard, "encode", refusing)
+    tables = analyse(model, samples(), batch_size=12)
+    assert stages(tables) == {("s3", place), ("s7", place)}
+    assert all("\n" not in row["message"] for row in tables["errors"].to_pylist())
+    same(tables, expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_shard_of_which_nothing_can_be_run_has_empty_tables(open_model, monkeypatch, count):
+    model = open_model("llava")
+    monkeypatch.setattr(shard, "encode", Refusing(shard.encode, lambda *_: True, ValueError("no image for the token")))
+    tables = analyse(model, samples(count))
+    assert stages(tables) == {(f"s{number}", "encode") for number in range(count)}
+    assert {name: len(table) for name, table in tables.items() if name not in ("errors", "totals")} == dict.fromkeys(
+        ("captions", "occurrences", "concepts", "activity", "examples"), 0
+    )
+    monkeypatch.undo()
+    whole = analyse(model, samples(4), shard_id=1)
+    together, alone = merged(model, [tables, whole, tables]), merged(model, [whole])
+    assert together.keys() == alone.keys()
+    assert all(together[name].equals(alone[name]) for name in alone)
+    empty = merged(model, [tables])
+    assert len(empty["rankings"]) == len(empty["examples"]) == 0
+    assert set(empty["neurons"]["n_tokens"].to_pylist()) == {0}
+
+
+def test_a_processor_that_refuses_long_batches_gets_short_ones(open_model, monkeypatch):
+    model = open_model("llava")
+    expected = analyse(model, samples(), batch_size=12)
+    monkeypatch.setattr(shard, "encode", Refusing(shard.encode, lambda *call: len(call[1]) > 2, ValueError("too many")))
+    tables = analyse(model, samples(), batch_size=12)
+    assert len(tables["errors"]) == 0
+    same(tables, expected)
+
+
+@pytest.mark.parametrize("captions", ["dataset", "generate"])
+@pytest.mark.parametrize("variant", ["llava", "qwen2_vl", "mllama"])
+def test_samples_with_and_without_an_image_share_a_shard(open_model, variant, captions):
+    model = open_model(variant)
+    found = [
+        entry if number % 2 else sample(number, entry.caption, image=None) for number, entry in enumerate(samples(7))
+    ]
+    tables = analyse(model, found, batch_size=3, captions=captions)
+    assert len(tables["captions"]) == 7
+    assert {stage for _, stage in stages(tables)} <= {"nouns"}
+    assert all(len(row["sum"]) == sum(model.widths) for row in tables["activity"].to_pylist())
+    assert all(len(row["activation"]) == sum(model.widths) for row in tables["examples"].to_pylist())
+    alone = analyse(model, [entry for entry in found if entry.image is None], captions=captions)
+    assert all(len(row["sum"]) == sum(model.widths) for row in alone["activity"].to_pylist())
+    assert {row["modality"] for row in alone["activity"].to_pylist()} == {"text"}
+    if variant == "mllama":
+        # Without an image the second block, which looks at it, is left out.
+        assert not np.any(alone["activity"]["sum"][0].as_py()[48:])
+        assert np.any(alone["activity"]["sum"][0].as_py()[:48])
+
+
+@pytest.mark.parametrize("captions", ["dataset", "generate"])
+@pytest.mark.parametrize("variant", ["paligemma", "blip2_opt", "instructblip_t5"])
+def test_families_that_need_an_image_say_so_of_each_sample_without(open_model, variant, captions):
+    model = open_model(variant)
+    found = [entry if number else sample(0, "a dog", image=None) for number, entry in enumerate(samples(3))]
+    tables = analyse(model, [*found, sample(8, "a cat", image=None)], captions=captions)
+    assert {name for name, stage in stages(tables) if stage != "nouns"} == {"s0", "s8"}
+    assert sorted(tables["captions"]["sample_id"].to_pylist()) == ["s1", "s2"]
+
+
+def test_generation_without_memory_is_tried_in_halves(open_model, monkeypatch):
+    model = open_model("llava")
+    everything = NounSource("lexicon", lexicon={None: NOUNS})
+    expected = analyse(model, samples(7), everything, batch_size=7, captions="generate")
+    generate = Refusing(generation.generate, lambda *call: len(call[1]) > 2, MEMORY)
+    monkeypatch.setattr(shard, "generate", generate)
+    tables = analyse(model, samples(7), everything, batch_size=7, captions="generate")
+    assert generate.refusals >= 3
+    assert len(tables["captions"]) == 7
+    assert stages(tables) == stages(expected)
+    generate.when = lambda *call: True
+    tables = analyse(model, samples(3), everything, captions="generate")
+    assert stages(tables) == {(f"s{number}", "generate") for number in range(3)}
+
+
+def test_a_model_that_writes_nothing_is_an_error(open_model, monkeypatch):
+    model = open_model("llava")
+    monkeypatch.setattr(shard, "generate", lambda *call: [[] for _ in call[1]])
+    assert stages(analyse(model, samples(2), captions="generate")) == {("s0", "generate"), ("s1", "generate")}
+
+
+def test_what_is_wrong_with_the_set_up_is_no_sample_s_error(open_model):
+    # Fused experts have no Linear whose input a gradient could be taken of.
+    with pytest.raises(InputError, match="gradient"):
+        analyse(open_model("qwen3_vl_moe"), samples(3), score="gradient")
+
+
+def test_errors_come_in_the_same_order_whatever_the_machine(open_model):
+    model = open_model("llava")
+    bad = [sample(number, "nothing" if number % 2 else "a dog", image=b"x") for number in range(6)]
+    first, second = (analyse(model, found, batch_size=size)["errors"] for found, size in ((bad, 1), (bad[::-1], 6)))
+    assert first.equals(second)

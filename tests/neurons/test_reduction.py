@@ -1,0 +1,193 @@
+"""Sums by concept do not depend on how occurrences were cut, and what is certified is right. Numbers are whole."""
+
+from collections import defaultdict
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmray.neurons.ranking import Shares, rank_concept, specific_scores
+from mmray.neurons.reduction import ALL_KEPT, KEPT_OF_MORE, ConceptMerge, ConceptSums, candidates_kept
+from mmray.tables import from_bytes, to_bytes
+
+WIDTHS = (3, 2, 3)
+NEURONS = sum(WIDTHS)
+TEXTS = pa.chunked_array([pa.array([["a"]] * NEURONS, pa.list_(pa.string()))])
+
+NUMBERS = st.lists(st.integers(-6, 6), min_size=NEURONS, max_size=NEURONS)
+OCCURRENCE = st.tuples(st.sampled_from(["dog", "cat", "owl"]), NUMBERS, NUMBERS)
+OCCURRENCES = st.lists(OCCURRENCE, min_size=1, max_size=14)
+CUTS = st.lists(st.integers(0, 14), max_size=7).map(sorted)
+
+
+def cut(items, cuts):
+    edges = [0, *(min(place, len(items)) for place in cuts), len(items)]
+    return [items[first:last] for first, last in pairwise(edges)]
+
+
+def shard(occurrences, cuts=(), kept=NEURONS):
+    """Return the tables of a shard whose occurrences came in batches, as they come back from storage."""
+    sums = ConceptSums(WIDTHS)
+    for batch in cut(occurrences, cuts):
+        if batch:
+            concepts, scores, activation = zip(*batch, strict=True)
+            sums.begin(concepts)
+            layers = [torch.tensor(part, dtype=torch.float32).split(WIDTHS, dim=1) for part in (scores, activation)]
+            for layer, pair in enumerate(zip(*layers, strict=True)):
+                sums.add(layer, *pair)
+    return [from_bytes(to_bytes(table)) for table in sums.tables(kept)]
+
+
+def merge(shards):
+    merged = ConceptMerge(NEURONS)
+    for concepts, totals in shards:
+        merged.add(concepts, totals)
+    return merged
+
+
+def by_hand(occurrences):
+    """Return count and sums (score, square, activation) of each concept, and the sum of all scores."""
+    sums = defaultdict(lambda: np.zeros((3, NEURONS)))
+    counts = defaultdict(int)
+    for concept, scores, activation in occurrences:
+        counts[concept] += 1
+        sums[concept] += np.stack([scores, np.square(scores), activation])
+    return counts, sums, np.sum([scores for _, scores, _ in occurrences], axis=0)
+
+
+def facts(merged):
+    """Return all that a merge knows, to compare."""
+    found = {}
+    for concept in sorted(merged.concepts):
+        scores = merged.sums(concept)
+        arrays = (scores.neuron, scores.score, scores.squares, scores.activation, scores.exact, scores.certified())
+        found[concept] = (scores.n, scores.left_out, *(array.tolist() for array in arrays))
+    return found, merged.n, merged.total.tolist()
+
+
+@given(OCCURRENCES, CUTS, CUTS)
+def test_sums_are_those_of_all_occurrences_however_they_are_cut(occurrences, shards, batches):
+    merged = merge([shard(part, batches) for part in cut(occurrences, shards)])
+    counts, sums, total = by_hand(occurrences)
+    assert set(merged.concepts) == set(counts)
+    assert merged.n == len(occurrences)
+    assert merged.total.tolist() == total.tolist()
+    for concept, n in counts.items():
+        scores = merged.sums(concept)
+        assert scores.n == n
+        assert scores.neuron.tolist() == list(range(NEURONS))
+        assert np.array_equal([scores.score, scores.squares, scores.activation], sums[concept])
+        # Every neuron is kept: every rank is certain.
+        assert scores.exact.all()
+        assert scores.certified().all()
+        assert scores.left_out == -np.inf
+
+
+@given(OCCURRENCES, CUTS, st.integers(1, NEURONS), st.randoms(use_true_random=False))
+def test_shards_merge_in_any_order_and_in_any_groups(occurrences, cuts, kept, random):
+    shards = [shard(part, kept=kept) for part in cut(occurrences, cuts)]
+    expected = facts(merge(shards))
+    for _ in range(3):
+        random.shuffle(shards)
+        merged = ConceptMerge(NEURONS)
+        for tables in shards:
+            merged.add(*tables)
+            # What was collected so far may be added up at any time.
+            if random.random() < 0.5:
+                for part in merged.concepts.values():
+                    part.compact()
+        assert facts(merged) == expected
+
+
+@given(OCCURRENCES, CUTS, st.integers(1, NEURONS))
+def test_what_is_kept_of_some_bounds_what_is_not(occurrences, cuts, kept):
+    merged = merge([shard(part, kept=kept) for part in cut(occurrences, cuts)])
+    _, sums, total = by_hand(occurrences)
+    assert merged.total.tolist() == total.tolist()
+    for concept, (truth, squares, activation) in sums.items():
+        scores = merged.sums(concept)
+        exact = scores.neuron[scores.exact]
+        assert scores.score[scores.exact].tolist() == truth[exact].tolist()
+        assert scores.squares[scores.exact].tolist() == squares[exact].tolist()
+        assert scores.activation[scores.exact].tolist() == activation[exact].tolist()
+        assert (scores.upper >= truth[scores.neuron]).all()
+        outside = np.setdiff1d(np.arange(NEURONS), scores.neuron)
+        assert (truth[outside] <= scores.left_out).all()
+        assert len(scores.neuron) >= min(kept, NEURONS)
+
+
+def true_ranks(truth):
+    order = np.lexsort((np.arange(len(truth)), -truth))
+    ranks = np.empty(len(truth), int)
+    ranks[order] = np.arange(1, len(truth) + 1)
+    return ranks
+
+
+@given(OCCURRENCES, CUTS, st.integers(1, NEURONS))
+def test_a_certified_rank_is_the_true_one(occurrences, cuts, kept):
+    merged = merge([shard(part, kept=kept) for part in cut(occurrences, cuts)])
+    counts, sums, _ = by_hand(occurrences)
+    for concept, (truth, squares, activation) in sums.items():
+        table = rank_concept(concept, merged.sums(concept), merged, Shares({}), WIDTHS, TEXTS)
+        ranks = true_ranks(truth)
+        for row in table.to_pylist():
+            neuron = sum(WIDTHS[: row["layer"]]) + row["unit"]
+            if not row["certified"]:
+                continue
+            n = counts[concept]
+            assert row["rank"] == ranks[neuron]
+            assert row["score"] == truth[neuron] / n
+            assert row["activation"] == activation[neuron] / n
+            assert abs(row["score_std"] - np.sqrt(squares[neuron] / n - (truth[neuron] / n) ** 2)) < 1e-6
+        assert table["rank"].to_pylist() == list(range(1, len(table) + 1))
+        if kept == NEURONS:
+            assert all(table["certified"].to_pylist())
+            assert len(table) == NEURONS
+
+
+def test_the_first_ranks_are_certified_where_they_lead_by_far():
+    occurrences = [("dog", [9, 1, 0, 0, 7, 0, 0, -1], [0] * NEURONS)] * 5
+    merged = merge([shard([occurrence], kept=3) for occurrence in occurrences])
+    scores = merged.sums("dog")
+    assert dict(zip(scores.neuron.tolist(), scores.certified().tolist(), strict=True)) == {0: True, 1: True, 4: True}
+
+
+@given(OCCURRENCES)
+def test_specific_takes_away_what_other_nouns_get_if_it_is_positive(occurrences):
+    merged = merge([shard(occurrences)])
+    counts, sums, total = by_hand(occurrences)
+    for concept, n in counts.items():
+        scores = merged.sums(concept)
+        truth = sums[concept][0]
+        others = len(occurrences) - n
+        for neuron, found in enumerate(specific_scores(scores, merged.total, merged.n)):
+            elsewhere = (total[neuron] - truth[neuron]) / others if others else 0.0
+            assert found == truth[neuron] / n - max(0.0, elsewhere)
+
+
+def test_a_shard_without_occurrences_adds_nothing():
+    occurrences = [("dog", [1] * NEURONS, [2] * NEURONS)]
+    for kept in (2, NEURONS):
+        alone = facts(merge([shard(occurrences, kept=kept)]))
+        assert facts(merge([shard([], kept=kept), shard(occurrences, kept=kept), shard([], kept=kept)])) == alone
+        assert facts(merge([shard([], kept=kept)])) == ({}, 0, [0.0] * NEURONS)
+
+
+def test_as_many_neurons_are_kept_as_are_asked_for():
+    assert candidates_kept(None, 8192) == 8192
+    assert candidates_kept(None, ALL_KEPT) == ALL_KEPT
+    assert candidates_kept(None, ALL_KEPT + 1) == KEPT_OF_MORE
+    assert candidates_kept(10, 8192) == 10
+    assert candidates_kept(10_000, 8192) == 8192
+
+
+def test_many_concepts_have_room():
+    names = [f"noun {number}" for number in range(150)]
+    occurrences = [(name, [number % 7] * NEURONS, [1] * NEURONS) for number, name in enumerate(names)]
+    merged = merge([shard(occurrences, cuts=(1, 70, 71))])
+    assert sorted(merged.concepts) == sorted(names)
+    for number, name in enumerate(names):
+        assert merged.sums(name).score.tolist() == [number % 7] * NEURONS
