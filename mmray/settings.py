@@ -37,7 +37,7 @@ class CensusSettings(BaseModel):
     batch_size: int = Field(32, ge=1)
     """Samples a forward pass; halved by itself where memory runs out."""
     workers: int | None = Field(None, ge=1)
-    """Actors, each with a model replica; default: one a GPU of the cluster, else one."""
+    """Actors, each with a model replica; default: one a GPU of the cluster, else one a core, at most four."""
     gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs a worker: 2 or more share one replica; default: 1 where the cluster has GPUs, else 0."""
     captions: Captions = "dataset"

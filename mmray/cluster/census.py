@@ -145,7 +145,8 @@ def _actors(settings: CensusSettings, nouns: NounSource, units: list[int]) -> ra
     gpus_each = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(gpus > 0)
     if gpus_each and not gpus:
         raise InputError(f"--gpus-per-worker {gpus_each:g}: the cluster has no GPU")
-    workers = settings.workers or (max(1, int(gpus / gpus_each)) if gpus_each else 1)
+    # Without GPUs, single-threaded workers beat one worker with as many threads.
+    workers = settings.workers or (max(1, int(gpus / gpus_each)) if gpus_each else max(1, min(int(cores), 4)))
     workers = min(workers, len(units))
     # Without GPUs the workers share the cores; an actor may ask for a part of one.
     cores_each = 1.0 if gpus_each else cores / workers

@@ -14,7 +14,7 @@ from mmray.datasets.columns import Columns
 from mmray.datasets.contents import Source
 from mmray.datasets.shards import Manifest, Shard, read_shard
 from mmray.datasets.sources import open_source
-from mmray.errors import InputError
+from mmray.errors import InputError, StorageError
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.decoding import decode_neurons
 from mmray.neurons.model import load_model
@@ -87,9 +87,9 @@ class CensusWorker:
         while (number := self.folder.attempt(shard_id)) <= ATTEMPTS:
             try:
                 return self.analyse(shard)
-            except InputError:
-                raise
             except Exception as error:
+                if isinstance(error, InputError) and not isinstance(error, StorageError):
+                    raise
                 logger.exception("shard %d, attempt %d", shard_id, number)
                 self.folder.record_death(shard_id, number, f"{type(error).__name__}: {error}")
         return self.folder.set_aside(shard_id, shard.samples)

@@ -18,7 +18,7 @@ SHOWN_TOKENS = 6
 
 def tokens_text(tokens: Sequence[str], concept: str = "", limit: int = SHOWN_TOKENS) -> Text:
     """Return a neuron's tokens in one line, those that begin the concept in bold."""
-    text = Text()
+    text = Text(no_wrap=True, overflow="ellipsis")
     for token in tokens[:limit]:
         own = bool(concept) and len(token) > 1 and concept.startswith(token.casefold())
         text.append(token, "bold green" if own else "")
@@ -30,8 +30,9 @@ def ranking(rows: pa.Table, title: str) -> Table:
     """Return a concept's ranking as a table."""
     table = Table(title=title, title_justify="left", box=None, header_style="dim", pad_edge=False)
     for name in ("rank", "neuron", "score", "specific", "share"):
-        table.add_column(name, justify="left" if name == "neuron" else "right")
-    table.add_column("tokens it promotes", no_wrap=True, overflow="ellipsis")
+        table.add_column(name, justify="left" if name == "neuron" else "right", no_wrap=True)
+    # Only this column may shrink; its texts end in an ellipsis instead of taking a second line.
+    table.add_column("tokens it promotes")
     for row in rows.to_pylist():
         rank = str(row["rank"]) if row["certified"] else f"{row['rank']}?"
         numbers = (f"{row['score']:.3f}", f"{row['specific']:.3f}", f"{row['share']:.0%}")
@@ -63,8 +64,9 @@ def neuron(facts: dict[str, Any]) -> RenderableType:
         more = len(facts["concepts"]) - 8
         lines.append(Text(f"concepts    {shown}" + (f" and {more} more" if more > 0 else "")))
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("", "activation", "position", "sample", "caption"):
-        table.add_column(name, justify="right" if name in ("activation", "position") else "left")
+    for name in ("", "activation", "position", "sample"):
+        table.add_column(name, justify="right" if name in ("activation", "position") else "left", no_wrap=True)
+    table.add_column("caption")
     for row in facts["examples"]:
         side = "highest" if row["sign"] > 0 else "lowest"
         table.add_row(side, f"{row['activation']:.2f}", str(row["position"]), row["sample_id"], row["caption"])

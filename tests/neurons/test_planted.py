@@ -20,9 +20,9 @@ ENTRANCES = {"gate_proj": ("gate_proj", "up_proj"), "fc2": ("fc1",)}
 """The Linears before the activation, by one that stands beside them."""
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen2_vl", "blip2_opt", "gemma3"])
+@pytest.fixture(scope="module", params=["llava", "qwen2_vl", "blip2_opt"])
 def model(request, tiny):
-    """Return a model of its own, in which one neuron opens where a noun is next, and then writes `dog`'s first token."""
+    """Return a model of its own with a neuron that opens where a noun is next, and writes `dog`'s first token."""
     model = load_model(str(tiny(request.param)))
     network, projection = model.network, model.projections[LAYER]
     parent, _, beside = (projection.gate or projection.path).rpartition(".")
@@ -91,8 +91,9 @@ def test_ablating_it_removes_the_word_and_ablating_others_does_not(model):
 def test_its_word_loses_probability_without_it(model):
     def log_probs():
         rows = analyse(model, [sample(number, CAPTIONS[number]) for number in range(0, 25, 5)])["occurrences"]
-        assert set(rows["concept"].to_pylist()) == {"dog"}
-        return torch.tensor(rows["log_prob"].to_pylist())
+        found = [row["log_prob"] for row in rows.select(["concept", "log_prob"]).to_pylist() if row["concept"] == "dog"]
+        assert len(found) == len(FRAMES)
+        return torch.tensor(found)
 
     whole = log_probs()
     with mmray.ablate(model, [PLANTED]):
