@@ -126,7 +126,7 @@ def test_bad_names(data: str, message: str) -> None:
 
 @pytest.mark.parametrize("data", ["s3://no-such-bucket/data", "s3://no-such-bucket", "s3://no-such-bucket/*.tar"])
 def test_a_bucket_that_is_not_there(data: str, bucket: str) -> None:
-    with pytest.raises(InputError, match="NoSuchBucket.*create the bucket"):
+    with pytest.raises(InputError, match=r"NoSuchBucket.*create the bucket"):
         open_source(data)
 
 
