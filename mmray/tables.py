@@ -129,7 +129,7 @@ PART_SCHEMAS: dict[str, pa.Schema] = {
             _field("bound", pa.float64(), "largest sum of scores of a neuron that is not kept"),
             _field("neuron", pa.list_(pa.int32()), "index over all layers; null: all neurons are kept"),
             _field("score", pa.list_(pa.float64()), "sum over occurrences"),
-            _field("score_squares", pa.list_(pa.float32()), "sum of squares over occurrences"),
+            _field("score_squares", pa.list_(pa.float64()), "sum of squares over occurrences"),
             _field("activation", pa.list_(pa.float32()), "sum over occurrences"),
         ]
     ),
