@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -54,7 +54,9 @@ def caption_of(model: LoadedModel, tokens: list[int]) -> tuple[str, list[tuple[i
         return str(model.tokenizer.decode(tokens[:count], clean_up_tokenization_spaces=False)).lstrip()
 
     text = decode(len(tokens))
-    stops = [min(len(decode(count)), len(text)) for count in range(1, len(tokens) + 1)]
+    lengths = [len(decode(count)) for count in range(1, len(tokens) + 1)]
+    # Half a character may be spelt as several unknown ones: what a token ends is what no longer text goes below.
+    stops = list(accumulate(reversed(lengths), min))[::-1]
     return text, list(pairwise([0, *stops]))
 
 

@@ -34,7 +34,11 @@ ScoreFunction = Callable[[Located], Float[Tensor, "occurrence neuron"]]
 
 
 def contribution(located: Located) -> Float[Tensor, "occurrence neuron"]:
-    """Return activation · projection: the neuron's exact additive share of the token's logit (Pan et al. 2024)."""
+    """Return activation · projection: the neuron's exact additive share of the token's logit (Pan et al. 2024).
+
+    Of the MLP's own output: what stands between it and the residual stream (a norm in Gemma 2 and 3, a weight in
+    Mllama's cross-attention) is accounted for where the final norm is folded in, and not otherwise.
+    """
     return located.activation * located.projection
 
 

@@ -20,7 +20,7 @@ ENTRANCES = {"gate_proj": ("gate_proj", "up_proj"), "fc2": ("fc1",)}
 """The Linears before the activation, by one that stands beside them."""
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen2_vl", "blip2_opt"])
+@pytest.fixture(scope="module", params=["llava", "qwen2_vl", "blip2_opt", "internvl"])
 def model(request, tiny):
     """Return a model of its own with a neuron that opens where a noun is next, and writes `dog`'s first token."""
     model = load_model(str(tiny(request.param)))

@@ -155,6 +155,16 @@ def test_the_first_ranks_are_certified_where_they_lead_by_far():
     assert dict(zip(scores.neuron.tolist(), scores.certified().tolist(), strict=True)) == {0: True, 1: True, 4: True}
 
 
+def test_a_sum_that_another_may_reach_is_not_certified():
+    # Neuron 0 comes to 6 as well, and stands before neuron 1; what is known of it is 5, and 1 that was left out.
+    shards = [[5, 3, 0, 0, 0, 0, 0, 0], [1, 3, 2, 0, 0, 0, 0, 0]]
+    merged = merge([shard([("dog", scores, [0] * NEURONS)], kept=2) for scores in shards])
+    scores = merged.sums("dog")
+    certified = dict(zip(scores.neuron.tolist(), scores.certified().tolist(), strict=True))
+    assert certified[1] is False
+    assert certified[0] is False
+
+
 @given(OCCURRENCES)
 def test_specific_takes_away_what_other_nouns_get_if_it_is_positive(occurrences):
     merged = merge([shard(occurrences)])

@@ -1,0 +1,163 @@
+"""A run's tables are sums, maxima and top-k of its shards' parts, in whatever order they come."""
+
+from collections import Counter, defaultdict
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mmray.neurons.merging import RunMerge
+from mmray.neurons.ranking import Shares, locate_index
+from mmray.neurons.statistics import EXAMPLES
+from mmray.tables import PART_SCHEMAS, SCHEMAS
+from tests.neurons.making import analyse, merged, samples
+
+TOP = 4
+
+
+@pytest.fixture(scope="module")
+def shards(open_model):
+    found = samples(language="en", domain="photo")[:8] + samples(12, language="es")[8:]
+    model = open_model("llava")
+    return [
+        analyse(model, found[first:last], shard_id=shard, top_k=TOP)
+        for shard, (first, last) in enumerate([(0, 5), (5, 6), (6, 12)])
+    ]
+
+
+@pytest.fixture(scope="module")
+def tables(open_model, shards):
+    return merged(open_model("llava"), shards, top_k=TOP)
+
+
+def test_tables_have_the_schemas_that_readers_know(tables):
+    assert tables.keys() == {"rankings", "neurons", "activity", "examples"}
+    for name, table in tables.items():
+        assert table.schema.equals(SCHEMAS[name])
+        assert len(table) > 0
+
+
+def test_appended_tables_are_the_shards_rows(open_model, shards):
+    texts = pa.array([["a"]] * 96, pa.list_(pa.string()))
+    merge = RunMerge(open_model("llava").widths, pa.table({"tokens": texts, "suppressed": texts}), TOP)
+    for shard in shards:
+        rows = merge.add(shard.__getitem__)
+        assert rows.keys() == {"captions", "occurrences", "errors"}
+        assert all(table.equals(shard[name]) for name, table in rows.items())
+
+
+def test_activity_is_the_sum_over_shards(shards, tables):
+    expected = defaultdict(lambda: np.zeros((4, 96)))
+    for shard in shards:
+        for row in shard["activity"].to_pylist():
+            key = (row["label_kind"], row["label"], row["modality"])
+            expected[key] += [[row["n_tokens"]] * 96, row["n_active"], row["sum"], row["sum_squares"]]
+    found = defaultdict(dict)
+    for row in tables["activity"].to_pylist():
+        numbers = [row["n_tokens"], row["n_active"], row["sum"], row["sum_squares"]]
+        found[row["label_kind"], row["label"], row["modality"]][48 * row["layer"] + row["unit"]] = numbers
+    assert found.keys() == expected.keys()
+    assert {key[:2] for key in found} == {("all", "all"), ("language", "en"), ("language", "es"), ("domain", "photo")}
+    for key, numbers in expected.items():
+        assert sorted(found[key]) == list(range(96))
+        np.testing.assert_allclose([found[key][neuron] for neuron in range(96)], numbers.T, rtol=1e-12)
+
+
+def test_neurons_are_described_over_all_tokens(shards, tables):
+    rows = tables["neurons"].to_pylist()
+    assert [row["neuron"] for row in rows] == [f"L{layer}.u{unit}" for layer in (0, 1) for unit in range(48)]
+    of_all = [row for shard in shards for row in shard["activity"].to_pylist() if row["label_kind"] == "all"]
+    tokens = sum(row["n_tokens"] for row in of_all)
+    active, total, squares = (
+        np.sum([row[name] for row in of_all], axis=0) for name in ("n_active", "sum", "sum_squares")
+    )
+    assert {row["n_tokens"] for row in rows} == {tokens}
+    assert [row["n_active"] for row in rows] == active.tolist()
+    np.testing.assert_allclose([row["mean"] for row in rows], total / tokens)
+    np.testing.assert_allclose([row["std"] for row in rows], np.sqrt(squares / tokens - (total / tokens) ** 2))
+    # Only text and image tokens of the example samples are counted, and each extreme is one of them.
+    for sign, name, best in ((1, "max", np.maximum), (-1, "min", np.minimum)):
+        firsts = [
+            row["activation"]
+            for shard in shards
+            for row in shard["examples"].to_pylist()
+            if (row["sign"], row["rank"]) == (sign, 1)
+        ]
+        assert [row[name] for row in rows] == best.reduce(np.array(firsts, np.float32)).tolist()
+
+
+def test_a_neuron_serves_the_concepts_in_whose_top_it_is(tables):
+    served = Counter(row["neuron"] for row in tables["rankings"].to_pylist() if row["rank"] <= TOP)
+    for row in tables["neurons"].to_pylist():
+        assert row["n_concepts"] == served[row["neuron"]]
+
+
+def test_examples_are_the_most_extreme_of_all_shards(shards, tables):
+    expected = defaultdict(list)
+    for shard in shards:
+        names = shard["captions"]["sample_id"].to_pylist()
+        for row in shard["examples"].to_pylist():
+            for neuron in range(96):
+                entry = (row["activation"][neuron], names[row["sample"][neuron]], row["position"][neuron])
+                expected[row["sign"], neuron].append(entry)
+    found = defaultdict(list)
+    for row in sorted(tables["examples"].to_pylist(), key=lambda row: row["rank"]):
+        entry = (row["activation"], row["sample_id"], row["position"])
+        found[row["sign"], 48 * row["layer"] + row["unit"]].append(entry)
+        assert row["rank"] == len(found[row["sign"], 48 * row["layer"] + row["unit"]])
+    assert found.keys() == expected.keys()
+    for (sign, neuron), entries in expected.items():
+        assert len(entries) == 5 + 1 + 5
+        assert found[sign, neuron] == sorted(entries, key=lambda entry: -sign * entry[0])[:EXAMPLES]
+
+
+def test_shares_count_the_occurrences_in_whose_top_a_neuron_is(shards, tables):
+    hits, totals = Counter(), Counter()
+    for shard in shards:
+        for row in shard["occurrences"].to_pylist():
+            totals[row["concept"]] += 1
+            assert len(row["neurons"]) == TOP
+            hits.update((row["concept"], entry["layer"], entry["unit"]) for entry in row["neurons"])
+    for row in tables["rankings"].to_pylist():
+        assert row["n"] == totals[row["concept"]]
+        assert row["share"] == hits[row["concept"], row["layer"], row["unit"]] / totals[row["concept"]]
+    shares = Shares({"dog": (np.array([3, 7]), np.array([2, 5]))})
+    assert shares.of("dog", np.array([0, 3, 4, 7, 9])).tolist() == [0, 2, 0, 5, 0]
+    assert shares.of("cat", np.array([0, 3])).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("order", [(2, 1, 0), (1, 2, 0), (0, 2, 1)])
+def test_the_order_of_shards_changes_nothing(open_model, shards, tables, order):
+    other = merged(open_model("llava"), [shards[place] for place in order], top_k=TOP)
+    for name, keys in {
+        "rankings": ("concept", "rank"),
+        "neurons": ("layer", "unit"),
+        "activity": ("label_kind", "label", "modality", "layer", "unit"),
+        "examples": ("sign", "layer", "unit", "rank"),
+    }.items():
+        first, second = (
+            {tuple(row[key] for key in keys): row for row in each[name].to_pylist()} for each in (tables, other)
+        )
+        assert first.keys() == second.keys()
+        for key, row in first.items():
+            for column, value in row.items():
+                # Sums in fp64 of the same numbers in another order.
+                expected = pytest.approx(value, rel=1e-9, abs=1e-12) if isinstance(value, float) else value
+                assert second[key][column] == expected, (name, key, column)
+
+
+def test_places_of_neurons_go_through_layers_of_different_width():
+    layer, unit = locate_index((3, 1, 2), np.arange(6))
+    assert layer.tolist() == [0, 0, 0, 1, 2, 2]
+    assert unit.tolist() == [0, 1, 2, 0, 0, 1]
+
+
+def test_nothing_merged_gives_empty_tables(open_model):
+    tables = merged(open_model("llava"), [])
+    assert {name: len(table) for name, table in tables.items()} == {
+        "rankings": 0,
+        "neurons": 96,
+        "activity": 0,
+        "examples": 0,
+    }
+    assert PART_SCHEMAS.keys() >= {"concepts", "totals", "activity", "examples"}

@@ -1,0 +1,98 @@
+"""The model as users hold it: any kind of picture, any noun of the caption, refusals that name what is wrong."""
+
+import pytest
+import torch
+
+from mmray.errors import InputError
+from mmray.neurons.checking import AT_LOAD, CHECKS, assert_sound, check_model
+from tests.models.tiny import VARIANTS
+from tests.neurons.making import picture, png
+
+
+def test_pictures_come_as_files_paths_or_objects(open_model, tmp_path):
+    model = open_model("llava")
+    path = tmp_path / "picture.png"
+    path.write_bytes(png(picture(1)))
+    grey = picture(1).convert("L")
+    expected = model.contributions(picture(1), "a dog", "dog")
+    for image in (path, str(path), path.read_bytes()):
+        assert torch.equal(model.contributions(image, "a dog", "dog"), expected)
+    assert not torch.equal(model.contributions(grey, "a dog", "dog"), expected)
+    assert not torch.equal(model.contributions(None, "a dog", "dog"), expected)
+
+
+def test_what_is_asked_changes_what_is_given(open_model):
+    model = open_model("llava")
+    plain = model.contributions(picture(1), "a dog and a cat", "dog")
+    assert plain.shape == (2, 48)
+    assert plain.dtype == torch.float32
+    for options in (
+        {"score": "gate"},
+        {"score": "activation"},
+        {"score": "gradient"},
+        {"fold_norm": True},
+        {"prompt": "What?"},
+        {"language": "fr"},
+    ):
+        assert not torch.equal(model.contributions(picture(1), "a dog and a cat", "dog", **options), plain)
+    assert not torch.equal(model.contributions(picture(1), "a dog and a cat", "cat"), plain)
+    assert torch.equal(model.contributions(picture(1), "a dog and a cat", "DOG"), plain)
+
+
+@pytest.mark.parametrize(("caption", "concept"), [("a hotdog", "dog"), ("", "dog"), ("a dog", ""), ("a dog", "cat")])
+def test_a_noun_that_is_not_there_is_named(open_model, caption, concept):
+    with pytest.raises(InputError, match="does not name") as refusal:
+        open_model("llava").contributions(picture(1), caption, concept)
+    assert repr(concept) in str(refusal.value)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_family_passes_the_checks_that_users_can_run(open_model, variant):
+    checks = check_model(open_model(variant))
+    assert [check.name for check in checks] == list(CHECKS)
+    assert all(check.passed for check in checks), [check for check in checks if not check.passed]
+
+
+def failing(model):
+    return {check.name for check in check_model(model) if not check.passed}
+
+
+def test_an_image_that_is_not_looked_at_fails_the_check(open_model, monkeypatch):
+    model = open_model("llava")
+    forward = type(model.network).forward
+
+    def blind(network, pixel_values=None, **inputs):
+        seen = None if pixel_values is None else torch.ones_like(pixel_values)
+        return forward(network, pixel_values=seen, **inputs)
+
+    monkeypatch.setattr(type(model.network), "forward", blind)
+    assert failing(model) == {"the image is seen"}
+
+
+def test_captions_that_see_their_own_end_fail_the_check(open_model, monkeypatch):
+    # PaliGemma's prompt is seen in both directions: a caption marked as prompt sees its later words.
+    monkeypatch.setattr("mmray.models.prompting.CAUSAL_TYPE", {})
+    assert failing(open_model("paligemma")) == {"later words are hidden"}
+
+
+def test_an_output_that_is_not_of_these_neurons_is_refused_when_the_model_loads(open_model):
+    model = open_model("llava")
+    module = model.network.get_submodule(model.projections[0].path)
+    handle = module.register_forward_hook(lambda *call: call[2] * 1.01)
+    try:
+        with pytest.raises(InputError, match="sum of contributions") as refusal:
+            assert_sound(model)
+        assert "check-model" in str(refusal.value)
+        assert failing(model) == {AT_LOAD[0]}
+    finally:
+        handle.remove()
+    assert_sound(model)
+
+
+def test_a_check_that_can_t_be_tried_has_failed(open_model, monkeypatch):
+    model = open_model("blip2_opt")
+    monkeypatch.setattr("mmray.neurons.checking.encode", lambda *_: (_ for _ in ()).throw(ValueError("no\nway")))
+    checks = check_model(model)
+    details = {check.name: check.detail for check in checks if not check.passed}
+    assert set(details) == set(CHECKS) - {"a census of two samples"}
+    assert set(details.values()) == {"ValueError: no way"}
