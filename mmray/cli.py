@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from mmray.errors import InputError
-from mmray.settings import Captions, CensusSettings, Dtype, Score, census_settings, describe
+from mmray.settings import CensusSettings, Dtype, census_settings, describe
 
 if TYPE_CHECKING:
     from mmray.cluster.census import Outcome
 
+BAD_INPUT = 2
+"""Exit status of a call that can't be carried out as it is."""
 INCOMPLETE = 4
 """Exit status of a run that ended although some samples or shards failed."""
+
+UsageError: Any = typer.BadParameter.__bases__[0]
+"""What a wrong option raises; where it lies depends on typer's version."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,74 +38,47 @@ app = typer.Typer(
 console = Console(highlight=False, soft_wrap=False)
 
 
-def _option(name: str, *flags: str) -> Any:
-    return typer.Option(*flags or [f"--{name.replace('_', '-')}"], help=describe(name))
+def _option(name: str) -> Any:
+    return typer.Option(f"--{name.replace('_', '-')}", help=describe(name))
 
 
-Model = Annotated[str, _option("model")]
-Data = Annotated[str, _option("data")]
-Out = Annotated[str, _option("out")]
-Limit = Annotated[int | None, _option("limit")]
-ShardSize = Annotated[int, _option("shard_size")]
-BatchSize = Annotated[int, _option("batch_size")]
-Workers = Annotated[int | None, _option("workers")]
-GpusPerWorker = Annotated[float | None, _option("gpus_per_worker")]
-CaptionsFrom = Annotated[Captions, _option("captions")]
-Prompt = Annotated[str | None, _option("prompt")]
-ScoreName = Annotated[Score, _option("score")]
-FoldNorm = Annotated[bool, _option("fold_norm", "--fold-norm")]
-TopK = Annotated[int, _option("top_k")]
-Candidates = Annotated[int | None, _option("candidates")]
-Nouns = Annotated[str, _option("nouns")]
+def _with_settings(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command every setting of a census as an option, handed on as a keyword; `defaults` are its own."""
+
+    def give(command: Callable[..., None]) -> Callable[..., None]:
+        parameters = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=defaults.get(name, inspect.Parameter.empty if field.is_required() else field.default),
+                annotation=Annotated[field.annotation, _option(name)],
+            )
+            for name, field in CensusSettings.model_fields.items()
+        ]
+        parameters += [
+            value.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for value in inspect.signature(command, eval_str=True).parameters.values()
+            if value.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        # typer reads the types from the one and the rest from the other.
+        command.__annotations__ = {value.name: value.annotation for value in parameters}
+        vars(command)["__signature__"] = inspect.Signature(parameters)
+        return command
+
+    return give
+
+
 DtypeName = Annotated[Dtype, _option("dtype")]
-ImageColumn = Annotated[str | None, _option("image_column")]
-CaptionColumn = Annotated[str | None, _option("caption_column")]
-IdColumn = Annotated[str | None, _option("id_column")]
-LanguageColumn = Annotated[str | None, _option("language_column")]
-DomainColumn = Annotated[str | None, _option("domain_column")]
-ObjectsColumn = Annotated[str | None, _option("objects_column")]
-Address = Annotated[str | None, _option("address")]
-TrustRemoteCode = Annotated[bool, _option("trust_remote_code", "--trust-remote-code")]
+TrustRemoteCode = Annotated[bool, _option("trust_remote_code")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run: a local path or s3://bucket/prefix.")]
 
 
-def _default(name: str) -> Any:
-    return CensusSettings.model_fields[name].default
-
-
 @app.command()
-def census(
-    model: Model,
-    data: Data,
-    out: Out,
-    limit: Limit = None,
-    shard_size: ShardSize = _default("shard_size"),
-    batch_size: BatchSize = _default("batch_size"),
-    workers: Workers = None,
-    gpus_per_worker: GpusPerWorker = None,
-    captions: CaptionsFrom = "dataset",
-    prompt: Prompt = None,
-    score: ScoreName = "contribution",
-    fold_norm: FoldNorm = False,
-    top_k: TopK = _default("top_k"),
-    candidates: Candidates = None,
-    nouns: Nouns = "auto",
-    dtype: DtypeName = "auto",
-    image_column: ImageColumn = None,
-    caption_column: CaptionColumn = None,
-    id_column: IdColumn = None,
-    language_column: LanguageColumn = None,
-    domain_column: DomainColumn = None,
-    objects_column: ObjectsColumn = None,
-    address: Address = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-) -> None:
+@_with_settings()
+def census(as_json: AsJson = False, **settings: Any) -> None:
     """Capture, score, reduce and rank every neuron on image-caption data. Run again, it goes on where it stopped."""
-    given = dict(locals())
-    given.pop("as_json")
-    outcome = _run_census(census_settings(given))
+    outcome = _run_census(census_settings(settings))
     if as_json:
         print(json.dumps(asdict(outcome)))
     else:
@@ -107,31 +88,13 @@ def census(
 
 
 @app.command()
-def plan(
-    model: Model,
-    data: Data,
-    out: Out = "runs/plan",
-    limit: Limit = None,
-    shard_size: ShardSize = _default("shard_size"),
-    workers: Workers = None,
-    captions: CaptionsFrom = "dataset",
-    top_k: TopK = _default("top_k"),
-    candidates: Candidates = None,
-    nouns: Nouns = "auto",
-    dtype: DtypeName = "auto",
-    image_column: ImageColumn = None,
-    caption_column: CaptionColumn = None,
-    objects_column: ObjectsColumn = None,
-    as_json: AsJson = False,
-) -> None:
+@_with_settings(out="runs/plan")
+def plan(as_json: AsJson = False, **settings: Any) -> None:
     """Say what a census would cost: samples, shards, hours, bytes. Nothing is run."""
     from mmray.cluster.census import plan_census
     from mmray.results.terminal import plan as show
 
-    given = dict(locals())
-    for name in ("as_json", "plan_census", "show"):
-        given.pop(name, None)
-    estimate = plan_census(census_settings(given))
+    estimate = plan_census(census_settings(settings))
     if as_json:
         print(json.dumps(asdict(estimate) | {"hours": estimate.hours}))
     else:
@@ -209,7 +172,7 @@ def check_model(
     if as_json:
         print(json.dumps({"parts": asdict(parts), "checks": [asdict(check) for check in checks]}))
     else:
-        title = f"[bold]{model}[/] [dim]· family {parts.family}[/]"
+        title = f"[bold]{escape(model)}[/] [dim]· family {parts.family}[/]"
         console.print(parts_tree(title, modules, parts.final_norm, parts.unembedding, parts.image))
         console.print(claims(checks))
     failed = [check.name for check in checks if not check.passed]
@@ -227,7 +190,7 @@ def demo(
     from mmray.results.terminal import summary
 
     run_folder = out / ("quick" if quick else "full")
-    console.print(f"[bold]1[/] census of the demo's scenes on a local Ray → {run_folder}")
+    _say(f"1 census of the demo's scenes on a local Ray → {run_folder}", "bold")
     settings = census_settings(
         {"model": "demo", "data": "demo", "out": str(run_folder), "limit": 256 if quick else None, "shard_size": 256}
     )
@@ -237,43 +200,66 @@ def demo(
         f"  {outcome.samples:,} scenes, {len(run.concepts)} concepts, {sum(run.concepts.values()):,} occurrences, "
         f"{sum(run.info['model']['widths']):,} neurons each, {outcome.seconds:.0f} s"
     )
-    console.print("[bold]2[/] rankings: which neurons write a noun, and what else they write\n")
+    _say("2 rankings: which neurons write a noun, and what else they write\n", "bold")
     console.print(summary(run, list(run.concepts)[:3]))
-    console.print(f"next: mmray rank {run_folder} dog · mmray neuron {run_folder} {_first_neuron(run)}")
+    concept = next(iter(run.concepts))
+    first = run.rank(concept, 1)["neuron"][0].as_py()
+    _say(f"next: mmray rank {run_folder} {concept} · mmray neuron {run_folder} {first}")
     if not outcome.complete:
         raise typer.Exit(INCOMPLETE)
-
-
-def _first_neuron(run: Any) -> str:
-    name: str = run.rank(next(iter(run.concepts)), 1)["neuron"][0].as_py()
-    return name
 
 
 def _run_census(settings: CensusSettings) -> Outcome:
     from mmray.cluster.census import run_census
     from mmray.results.progress import follow_progress
 
-    with follow_progress(Console(stderr=True)) as follow:
-        return run_census(settings, follow)
+    try:
+        with follow_progress(Console(stderr=True)) as follow:
+            return run_census(settings, follow)
+    except KeyboardInterrupt:
+        print(f"mmray: stopped; the same command goes on with {settings.out}", file=sys.stderr)
+        raise
 
 
 def _say_outcome(outcome: Outcome) -> None:
-    console.print(f"{outcome.samples:,} samples in {outcome.seconds:.0f} s → {outcome.out}")
+    _say(f"{outcome.samples:,} samples in {outcome.seconds:.0f} s → {outcome.out}")
     if outcome.failures:
-        console.print(f"{outcome.failures} samples failed; see: mmray status {outcome.out}", style="yellow")
+        _say(f"{outcome.failures:,} samples failed; see: mmray status {outcome.out}", "yellow")
     for number, reason in outcome.shards_aside.items():
-        console.print(f"shard {number} set aside: {reason}", style="red")
-    console.print(f"next: mmray rank {outcome.out} CONCEPT")
+        _say(f"shard {number} set aside: {reason}", "red")
+    _say(f"next: mmray rank {outcome.out} CONCEPT")
+
+
+def _say(line: str, style: str | None = None) -> None:
+    # A path stays whole at any width, and brackets in it are no markup.
+    console.print(line, style=style, markup=False, soft_wrap=True)
 
 
 def main() -> None:
     """Run the command line; bad input is one line on stderr and status 2."""
     try:
-        app()
+        status = app(prog_name="mmray", standalone_mode=False)
+        sys.stdout.flush()
+    except UsageError as error:
+        # Without any arguments the help is shown, and that is all.
+        command = error.ctx.command_path if error.ctx else "mmray"
+        _refuse(f"{error.format_message().rstrip('.')}; see {command} --help" if error.format_message() else "")
     except InputError as error:
-        print(f"mmray: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except BrokenPipeError:
-        # The reader of a pipe has gone (`mmray rank … | head`): not an error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _refuse(str(error))
+    except (BrokenPipeError, SystemExit) as error:
+        # The reader of a pipe has gone (`mmray rank … | head`): not an error of ours, though typer makes it an exit.
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(0) from None
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        _refuse(f"{error.filename or 'file system'}: {error.strerror}; mend it and run again")
+    raise SystemExit(status)
+
+
+def _refuse(message: str) -> NoReturn:
+    if message:
+        print(f"mmray: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(BAD_INPUT) from None

@@ -16,6 +16,7 @@ but unnamed parts, and one that wakes up late can't replace what was committed.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -51,16 +52,24 @@ class RunFolder:
         self.store = store
 
     def begin(self, info: dict[str, Any], manifest: bytes) -> None:
-        """Create the run; of two that begin at once the first wins and the other must fit it (`check_same`)."""
-        self.store.commit("manifest.json", manifest)
+        """Create the run, or join the one that is there; raises InputError if that has other settings.
+
+        Of several that begin at once the first to commit run.json wins. The manifest comes after it, so that only
+        those whose settings are the run's can write it, and theirs are equal.
+        """
         self.store.commit("run.json", json.dumps(info, indent=1, sort_keys=True).encode())
+        check_same(self.info() or info, info, self.store.uri)
+        self.store.commit("manifest.json", manifest)
 
     def info(self) -> dict[str, Any] | None:
-        """Return run.json; None where no run has begun."""
+        """Return run.json; None where no run has begun. Raises InputError if it is no run's."""
         try:
             info: dict[str, Any] = json.loads(self.store.read("run.json"))
+            info["fingerprint"], info["result_settings"], info["digests"]
         except FileNotFoundError:
             return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.store.uri}/run.json: not written by mmray; give another folder") from error
         return info
 
     def manifest(self) -> bytes:
@@ -71,9 +80,9 @@ class RunFolder:
         """Return the receipts of all committed shards by shard, in order."""
         return self._receipts("shards/")
 
-    def aside(self) -> dict[int, Receipt]:
-        """Return the shards that were given up, with their reasons."""
-        return self._receipts("aside/")
+    def aside(self, committed: Collection[int] = ()) -> dict[int, Receipt]:
+        """Return the shards that were given up, with their reasons; not those that a late worker has `committed`."""
+        return {number: receipt for number, receipt in self._receipts("aside/").items() if number not in committed}
 
     def _receipts(self, prefix: str) -> dict[int, Receipt]:
         keys = [entry.key for entry in self.store.list(prefix) if entry.key.endswith(".json")]
@@ -110,12 +119,15 @@ class RunFolder:
         self.store.commit(f"aside/{shard_id:06d}.json", json.dumps(asdict(receipt)).encode())
         return receipt
 
-    def reopen_aside(self) -> None:
-        """Forget that shards were given up, and the attempts they took, so that they are tried again."""
-        for shard_id in self.aside():
-            for entry in self.store.list(f"attempts/{shard_id:06d}/"):
+    def reopen(self, shards: Collection[int]) -> None:
+        """Make a stopped run ready to go on with these shards, as if they had never been begun.
+
+        An attempt that ended with its driver says nothing about the shard.
+        """
+        self.store.delete("finished.json")
+        for entry in self.store.list("attempts/") + self.store.list("aside/"):
+            if int(entry.key.split("/")[1].removesuffix(".json")) in shards:
                 self.store.delete(entry.key)
-            self.store.delete(f"aside/{shard_id:06d}.json")
 
     def commit_shard(self, shard_id: int, tables: dict[str, pa.Table], samples: int, seconds: float) -> Receipt:
         """Write the shard's parts, then its receipt; return the receipt that counts, which may be an earlier one."""
@@ -127,16 +139,19 @@ class RunFolder:
             shard_id,
             samples=samples,
             occurrences=len(tables["occurrences"]),
-            failures=len(tables["errors"]),
+            # A sample without a noun whose image can't be read either is two rows, and one sample.
+            failures=len(set(tables["errors"]["source"].to_pylist())),
             seconds=round(seconds, 3),
             parts=parts,
         )
         if self.store.commit(f"shards/{shard_id:06d}.json", json.dumps(asdict(receipt)).encode()):
             return receipt
-        for key in parts.values():
-            self.store.delete(key)
         committed = self.receipt(shard_id)
         assert committed is not None
+        # A store whose answer was lost, and that was asked again, has our own receipt: its parts must stay.
+        if committed != receipt:
+            for key in parts.values():
+                self.store.delete(key)
         return committed
 
     def read_part(self, receipt: Receipt, name: str) -> pa.Table:
@@ -161,12 +176,11 @@ def check_same(before: dict[str, Any], now: dict[str, Any], uri: str) -> None:
     """Raise InputError, naming what differs, unless a run's info is that of the run that is asked for now."""
     if before["fingerprint"] == now["fingerprint"]:
         return
+    old, new = before["result_settings"], now["result_settings"]
     changes = [
-        f"{name} was {old!r}, now {now['result_settings'].get(name)!r}"
-        for name, old in before["result_settings"].items()
-        if old != now["result_settings"].get(name)
+        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
+        for name in sorted(old | new)
+        if old.get(name) != new.get(name)
     ]
-    changes += [
-        f"the {name} has another content" for name, old in before["digests"].items() if old != now["digests"].get(name)
-    ]
+    changes += [f"other {name}" for name, digest in before["digests"].items() if digest != now["digests"].get(name)]
     raise InputError(f"{uri}: holds a run with other settings ({'; '.join(changes)}); choose another OUT")

@@ -14,7 +14,9 @@ Captions = Literal["dataset", "generate"]
 Score = Literal["contribution", "gate", "activation", "gradient", "gradient-last", "random"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
-EXECUTION = frozenset({"out", "workers", "gpus_per_worker", "batch_size", "address", "trust_remote_code"})
+EXECUTION = frozenset(
+    {"out", "workers", "gpus_per_worker", "batch_size", "address", "retry_aside", "trust_remote_code"}
+)
 """Settings that say how the work is done and leave the result alone; a run may be continued with others."""
 
 
@@ -37,7 +39,8 @@ class CensusSettings(BaseModel):
     batch_size: int = Field(32, ge=1)
     """Samples a forward pass; halved by itself where memory runs out."""
     workers: int | None = Field(None, ge=1)
-    """Actors, each with a model replica; default: one a GPU of the cluster, else one a core, at most four."""
+    """Actors, each with a model replica; default: one a GPU of the cluster; without GPUs one a core, at most four a
+    machine, each with its part of the cores as threads."""
     gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs a worker: 2 or more share one replica; default: 1 where the cluster has GPUs, else 0."""
     captions: Captions = "dataset"
@@ -61,19 +64,21 @@ class CensusSettings(BaseModel):
     dtype: Dtype = "auto"
     """Number format of the model; auto: the checkpoint's on a GPU, fp32 on a CPU. Scores are always fp32."""
     image_column: str | None = None
-    """Column of the image; found by its usual names by default."""
+    """Column of the image; by default found by its usual names, as the other columns are."""
     caption_column: str | None = None
-    """Column of the caption."""
+    """Column of the caption; by default found by its usual names."""
     id_column: str | None = None
-    """Column of the sample id; a digest of image and caption where there is none."""
+    """Column of the sample id; by default found by its usual names, else a digest of image and caption."""
     language_column: str | None = None
-    """Column of the caption's language (en, es, …)."""
+    """Column of the caption's language (en, es, …); by default found by its usual names."""
     domain_column: str | None = None
-    """Column of the domain."""
+    """Column of the image's domain; by default found by its usual names."""
     objects_column: str | None = None
-    """Column with the list of objects in the image."""
+    """Column with the list of objects in the image; by default found by its usual names."""
     address: str | None = None
     """Ray cluster to join (auto, or ray://HOST:PORT); default: a local Ray of this process."""
+    retry_aside: bool = False
+    """Try shards again that an earlier call set aside."""
     trust_remote_code: bool = False
     """Allow the checkpoint to run its own Python code. Off: only architectures of transformers."""
 

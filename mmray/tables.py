@@ -202,13 +202,14 @@ def write_table(store: Store, name: str, parts: Iterable[pa.Table]) -> None:
             gathered = []
     if gathered or not files:
         files.append(pa.concat_tables([SCHEMAS[name].empty_table(), *gathered]))
+    keys = [f"tables/{name}.parquet"]
+    if len(files) > 1:
+        keys = [f"tables/{name}.parquet/{number:05d}.parquet" for number in range(len(files))]
     for entry in store.list(f"tables/{name}.parquet"):
-        store.delete(entry.key)
-    if len(files) == 1:
-        store.put(f"tables/{name}.parquet", to_bytes(files[0]))
-        return
-    for number, table in enumerate(files):
-        store.put(f"tables/{name}.parquet/{number:05d}.parquet", to_bytes(table))
+        if entry.key not in keys:
+            store.delete(entry.key)
+    for key, table in zip(keys, files, strict=True):
+        store.put(key, to_bytes(table))
 
 
 def read_table(store: Store, name: str) -> pa.Table:

@@ -1,6 +1,7 @@
-"""Models for the tests of every room: tiny random checkpoints of each family, and the demo."""
+"""Models for the tests of every room (tiny random checkpoints of each family, and the demo), and an S3 on loopback."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 # Examples are the same at every run, and a busy machine fails no test by its slowness.
 hypothesis.settings.register_profile("mmray", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("mmray")
+
+BUCKET = "mmray-test"
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +53,31 @@ def loaded_with(open_model: Callable[[str], Any]) -> Callable[..., Any]:
         return replace(model, network=network, parts=locate(network))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """Return the bucket of an S3 that answers on loopback only, for this process and those it starts."""
+    from moto.server import ThreadedMotoServer
+
+    from mmray import storage
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "NO_PROXY": "127.0.0.1",
+        }.items():
+            patch.setenv(name, value)
+        storage.s3_client.cache_clear()
+        storage.s3_client().create_bucket(Bucket=BUCKET)
+        yield BUCKET
+        storage.s3_client.cache_clear()
+    server.stop()

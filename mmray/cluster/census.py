@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import ray
 import ray.data
 
-from mmray.cluster.session import ray_session, resources
+from mmray.cluster.session import actor_pool, machines, ray_session
 from mmray.cluster.worker import DECODE, DECODED, CensusWorker, open_data
 from mmray.datasets.contents import Source
 from mmray.datasets.shards import Manifest, cut
 from mmray.errors import InputError
 from mmray.models.loading import describe_model, digest, resolve
 from mmray.neurons.concepts import NounSource, noun_source
-from mmray.neurons.merging import RunMerge
+from mmray.neurons.merging import APPENDED, RunMerge
 from mmray.neurons.planning import estimate
 from mmray.results.plan import Plan
-from mmray.runs import RunFolder, check_same
+from mmray.runs import RunFolder
 from mmray.settings import CensusSettings
 from mmray.storage import check_writable, open_store
 from mmray.tables import from_bytes, write_table
@@ -63,36 +63,38 @@ def run_census(settings: CensusSettings, follow: Callable[[Progress], None] = la
     `follow` hears of every committed shard. Raises InputError for anything wrong with the set-up, before any work.
     """
     began = time.perf_counter()
-    store = open_store(settings.out)
-    folder = RunFolder(store)
-    source = open_data(settings)
-    manifest = cut(source.files(), settings.shard_size, settings.limit)
-    if not manifest.samples:
-        raise InputError(f"{settings.data}: no sample in it")
-    vocabulary = source.objects_vocabulary() if settings.nouns in ("auto", "objects") else ()
-    nouns = noun_source(settings.nouns, vocabulary, source.translations())
+    folder = RunFolder(open_store(settings.out))
+    source, manifest, nouns = _data(settings)
     info = run_info(settings, source, manifest, nouns)
-    before = folder.info()
-    if before is not None:
-        check_same(before, info, settings.out)
-    else:
-        check_writable(store)
-        folder.begin(info, manifest.to_json())
-        check_same(folder.info() or info, info, settings.out)
-    _work(settings, folder, manifest, nouns, follow)
-    return _conclude(settings, folder, info, began)
+    if folder.info() is None:
+        check_writable(folder.store)
+    folder.begin(info, manifest.to_json())
+    if _work(settings, folder, manifest, nouns, follow) or folder.finished() is None:
+        _merge(settings, folder, info)
+    receipts = folder.receipts()
+    return Outcome(
+        out=settings.out,
+        samples=sum(receipt.samples for receipt in receipts.values()),
+        failures=sum(receipt.failures for receipt in receipts.values()),
+        shards_aside={number: receipt.reason or "" for number, receipt in folder.aside(receipts).items()},
+        seconds=time.perf_counter() - began,
+    )
 
 
 def plan_census(settings: CensusSettings) -> Plan:
     """Return what the census would cost, without running it."""
+    source, manifest, nouns = _data(settings)
+    facts = describe_model(settings.model, trust_remote_code=settings.trust_remote_code)
+    return estimate(settings, source, manifest, nouns, facts["widths"], facts["parameters"], facts["image_tokens"])
+
+
+def _data(settings: CensusSettings) -> tuple[Source, Manifest, NounSource]:
     source = open_data(settings)
     manifest = cut(source.files(), settings.shard_size, settings.limit)
     if not manifest.samples:
         raise InputError(f"{settings.data}: no sample in it")
     vocabulary = source.objects_vocabulary() if settings.nouns in ("auto", "objects") else ()
-    nouns = noun_source(settings.nouns, vocabulary, source.translations())
-    facts = describe_model(settings.model, trust_remote_code=settings.trust_remote_code)
-    return estimate(settings, source, manifest, nouns, facts["widths"], facts["parameters"], facts["image_tokens"])
+    return source, manifest, noun_source(settings.nouns, vocabulary, source.translations())
 
 
 def run_info(settings: CensusSettings, source: Source, manifest: Manifest, nouns: NounSource) -> dict[str, Any]:
@@ -119,74 +121,65 @@ def _work(
     manifest: Manifest,
     nouns: NounSource,
     follow: Callable[[Progress], None],
-) -> None:
-    """Have every shard that is neither committed nor set aside analysed."""
-    done = folder.receipts() | folder.aside()
-    units = [shard.shard_id for shard in manifest.shards if shard.shard_id not in done]
-    if not folder.store.exists(DECODED):
-        units.insert(0, DECODE)
-    finished = list(done.values())
-    samples, failures = sum(r.samples for r in finished), sum(r.failures for r in finished)
-    aside = sum(r.reason is not None for r in finished)
+) -> bool:
+    """Have every shard that is neither committed nor set aside analysed; tell whether there was any."""
+    done = folder.receipts()
+    if not settings.retry_aside:
+        done |= folder.aside(done)
+    pending = [shard.shard_id for shard in manifest.shards if shard.shard_id not in done]
+    units = pending if folder.store.exists(DECODED) else [DECODE, *pending]
+    samples, failures = sum(r.samples for r in done.values()), sum(r.failures for r in done.values())
+    aside = sum(r.reason is not None for r in done.values())
     follow(Progress(samples, manifest.samples, failures, aside))
     if not units:
-        return
+        return False
+    folder.reopen(pending)
     with ray_session(settings.address):
-        for receipt in _actors(settings, nouns, units).iter_rows():
-            samples += receipt["samples"]
-            failures += receipt["failures"]
-            aside += bool(receipt["reason"])
+        # Nothing is fetched ahead: what is committed is told at once, not when the next shard is done too.
+        for receipts in _actors(settings, nouns, units).iter_batches(batch_size=None, prefetch_batches=0):
+            if problem := next(filter(None, receipts["problem"]), None):
+                raise InputError(problem)
+            if max(receipts["shard_id"]) == DECODE:
+                continue
+            samples += int(sum(receipts["samples"]))
+            failures += int(sum(receipts["failures"]))
+            aside += sum(map(bool, receipts["reason"]))
             follow(Progress(samples, manifest.samples, failures, aside))
+    return True
 
 
 def _actors(settings: CensusSettings, nouns: NounSource, units: list[int]) -> ray.data.Dataset:
     """Return the receipts to come: the units of work, one a block, mapped over a pool of actors."""
-    cores, gpus = resources()
-    gpus_each = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(gpus > 0)
-    if gpus_each and not gpus:
-        raise InputError(f"--gpus-per-worker {gpus_each:g}: the cluster has no GPU")
-    # Without GPUs, single-threaded workers beat one worker with as many threads.
-    workers = settings.workers or (max(1, int(gpus / gpus_each)) if gpus_each else max(1, min(int(cores), 4)))
-    workers = min(workers, len(units))
-    # Without GPUs the workers share the cores; an actor may ask for a part of one.
-    cores_each = 1.0 if gpus_each else cores / workers
+    pool = actor_pool(settings.workers, settings.gpus_per_worker, machines(), len(units))
     return ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units)).map_batches(
         CensusWorker,
-        fn_constructor_args=(settings, nouns, max(1, int(cores_each)) if not gpus_each else 4),
+        fn_constructor_args=(settings, nouns, pool.threads, str(Path.cwd())),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
-        num_cpus=min(1.0, cores_each) if gpus_each else cores_each,
-        num_gpus=gpus_each or None,
+        compute=ray.data.ActorPoolStrategy(size=pool.workers, max_tasks_in_flight_per_actor=2),
+        num_cpus=pool.cores,
+        num_gpus=pool.gpus or None,
     )
 
 
-def _conclude(settings: CensusSettings, folder: RunFolder, info: dict[str, Any], began: float) -> Outcome:
+def _merge(settings: CensusSettings, folder: RunFolder, info: dict[str, Any]) -> None:
     """Merge what is committed into the tables."""
-    receipts, aside = folder.receipts(), folder.aside()
+    receipts = folder.receipts()
     merge = RunMerge(info["model"]["widths"], from_bytes(folder.store.read(DECODED)), settings.top_k)
     appended: dict[str, list[Any]] = {}
     for receipt in receipts.values():
         for name, rows in merge.add(partial(folder.read_part, receipt)).items():
             appended.setdefault(name, []).append(rows)
-    for name, parts in appended.items():
-        write_table(folder.store, name, parts)
+    for name in APPENDED:
+        write_table(folder.store, name, appended.get(name, []))
     for name, table in merge.tables():
         write_table(folder.store, name, [table])
-    outcome = Outcome(
-        out=settings.out,
-        samples=sum(receipt.samples for receipt in receipts.values()),
-        failures=sum(receipt.failures for receipt in receipts.values()),
-        shards_aside={number: receipt.reason or "" for number, receipt in aside.items()},
-        seconds=time.perf_counter() - began,
-    )
     folder.finish(
         {
-            "samples": outcome.samples,
-            "failures": outcome.failures,
-            "shards_aside": json.loads(json.dumps(outcome.shards_aside)),
+            "samples": sum(receipt.samples for receipt in receipts.values()),
+            "failures": sum(receipt.failures for receipt in receipts.values()),
+            "shards_aside": {number: receipt.reason for number, receipt in folder.aside(receipts).items()},
             "occurrences": sum(receipt.occurrences for receipt in receipts.values()),
             "concepts": len(merge.concepts.concepts),
             "compute_seconds": round(sum(receipt.seconds for receipt in receipts.values()), 3),
         }
     )
-    return outcome

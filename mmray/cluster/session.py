@@ -1,15 +1,27 @@
-"""Ray itself: joined or started, quiet, and what it has to offer."""
+"""Ray itself: joined or started, quiet, what it has to offer, and how a pool of actors divides that."""
 
 from __future__ import annotations
 
+import io
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 
 import ray
 
 from mmray.errors import InputError
+
+MOST_WORKERS = 4
+"""Workers a machine without GPUs gets by default: each holds a model, and memory is shared."""
+GPU_THREADS = 4
+"""Threads of a worker that has GPUs: they decode images and prepare batches."""
+REACHABLE_WITHIN = 10.0
+"""Seconds that a cluster's address is given to answer; Ray itself would try for minutes."""
 
 
 @contextmanager
@@ -28,25 +40,107 @@ def ray_session(address: str | None) -> Iterator[None]:
     # A job that `ray job submit` started finds its cluster in RAY_ADDRESS.
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     try:
-        ray.init(
-            address=address,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            include_dashboard=False if address == "local" else None,
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+        _reach(address)
+        with _held_back():
+            ray.init(
+                address=address,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                include_dashboard=False if address == "local" else None,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--address {address}: no Ray cluster there ({reason})") from error
-    try:
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        yield
-    finally:
-        ray.shutdown()
+    with redirect_stdout(_Messages()):
+        try:
+            context = ray.data.DataContext.get_current()
+            context.enable_progress_bars = False
+            logging.getLogger("ray.data").setLevel(logging.ERROR)
+            yield
+        finally:
+            ray.shutdown()
 
 
-def resources() -> tuple[float, float]:
-    """Return the CPU cores and the GPUs of the cluster."""
-    have = ray.cluster_resources()
-    return have.get("CPU", 1.0), have.get("GPU", 0.0)
+class _Messages(io.TextIOBase):
+    """Takes what Ray prints on stdout, such as the deaths of workers, to stderr: stdout is for results.
+
+    Actors that Ray Data itself ends, at the end or an interruption, are reported as failures too: not those.
+    """
+
+    def __init__(self) -> None:
+        self.line = ""
+
+    def write(self, text: str) -> int:
+        *lines, self.line = (self.line + text).split("\n")
+        for line in lines:
+            if "killed by `ray.kill`" not in line:
+                sys.stderr.write(f"{line}\n")
+        return len(text)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How many actors there are, and what each has of its machine."""
+
+    workers: int
+    threads: int
+    cores: float
+    gpus: float
+
+
+def machines() -> list[tuple[float, float]]:
+    """Return (CPU cores, GPUs) of every machine of the cluster."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes]
+
+
+def actor_pool(
+    workers: int | None, gpus_each: float | None, machines: Sequence[tuple[float, float]], units: int
+) -> Pool:
+    """Return the pool for so many units of work; `workers` and `gpus_each` are as the user asked, or None.
+
+    Without GPUs, actors of one thread are faster than one actor of many. Raises InputError where GPUs are asked for
+    that no machine has.
+    """
+    gpus = sum(have for _, have in machines)
+    if gpus_each is None:
+        gpus_each = float(gpus > 0)
+    if gpus_each:
+        fitting = sum(int(have / gpus_each) for _, have in machines)
+        if not fitting:
+            most = max((have for _, have in machines), default=0.0)
+            raise InputError(f"--gpus-per-worker {gpus_each:g}: no machine of the cluster has more than {most:g}")
+        return Pool(min(workers or fitting, units), GPU_THREADS, 1.0, gpus_each)
+    cores = [have for have, _ in machines]
+    workers = min(workers or max(1, sum(min(int(have), MOST_WORKERS) for have in cores)), units)
+    threads = max(1, int(sum(cores) / workers))
+    # An actor lies on one machine: it can't have the cores that two others have left.
+    while threads > 1 and sum(int(have / threads) for have in cores) < workers:
+        threads -= 1
+    # Rounded down, so that parts of a core add up to no more than the core.
+    return Pool(workers, threads, min(float(threads), int(100 * sum(cores) / workers) / 100), 0.0)
+
+
+def _reach(address: str) -> None:
+    """Raise OSError unless something answers at HOST:PORT; names such as `auto` and `local` are Ray's to find."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACHABLE_WITHIN).close()
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Keep what native code writes to the terminal from it, unless the block fails: then it may say why."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            written.seek(0)
+            os.write(terminal, written.read())
+            raise
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)

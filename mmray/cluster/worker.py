@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,27 +51,51 @@ def open_data(settings: CensusSettings) -> Source:
 
 
 class CensusWorker:
-    """Loads the model once, then answers each unit of work with the receipt of what it committed."""
+    """Loads the model once, then answers each unit of work with the receipt of what it committed.
 
-    def __init__(self, settings: CensusSettings, nouns: NounSource, threads: int) -> None:
+    Bad input that only a worker can find, such as weights that don't load, is an answer too: `problem`. An exception
+    would reach the driver as text, within Ray's report.
+    """
+
+    def __init__(self, settings: CensusSettings, nouns: NounSource, threads: int, home: str) -> None:
+        # A cluster's workers start elsewhere: relative paths are the driver's.
+        if Path(home).is_dir():
+            os.chdir(home)
         torch.set_num_threads(threads)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.settings = settings
         self.nouns = nouns
-        self.model = load_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
-        self.folder = RunFolder(open_store(settings.out))
-        self.manifest = Manifest.from_json(self.folder.manifest())
-        self.source = open_data(settings)
+        self.problem = ""
+        try:
+            self.model = load_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
+            self.folder = RunFolder(open_store(settings.out))
+            self.manifest = Manifest.from_json(self.folder.manifest())
+            self.source = open_data(settings)
+        except InputError as error:
+            self.problem = str(error)
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
         """Do the units in the batch, and return their receipts' numbers by column."""
-        receipts = [self.decode() if unit == DECODE else self.shard(int(unit)) for unit in batch["unit"]]
+        receipts = []
+        for unit in batch["unit"]:
+            try:
+                receipts.append(self.unit(int(unit)))
+            except InputError as error:
+                self.problem = str(error)
+                receipts.append(Receipt(int(unit)))
         return {
             "shard_id": [receipt.shard_id for receipt in receipts],
             "samples": [receipt.samples for receipt in receipts],
             "failures": [receipt.failures for receipt in receipts],
             "reason": [receipt.reason or "" for receipt in receipts],
+            "problem": [self.problem for _ in receipts],
         }
+
+    def unit(self, unit: int) -> Receipt:
+        """Do one unit of work; nothing once there was a problem, which ends the run."""
+        if self.problem:
+            return Receipt(unit)
+        return self.decode() if unit == DECODE else self.shard(unit)
 
     def decode(self) -> Receipt:
         """Decode every neuron of the model and commit the table, unless it is there."""

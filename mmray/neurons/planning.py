@@ -56,7 +56,8 @@ def estimate(
         parameters=parameters,
         teraflops=2 * parameters * positions * manifest.samples * passes / 1e12,
         speed=EFFICIENCY * _product_speed(settings.dtype),
-        workers=settings.workers or max(1, torch.cuda.device_count()),
+        # Without GPUs all workers of a machine share its cores, and its speed is that of all.
+        workers=(settings.workers or torch.cuda.device_count()) if torch.cuda.is_available() else 1,
         occurrences=occurrences,
         bytes_written=int(len(manifest.shards) * shard_bytes + manifest.samples * occurrences * settings.top_k * 14),
     )

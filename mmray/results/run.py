@@ -77,10 +77,11 @@ class Run:
         with duckdb.connect() as connection:
             connection.execute("SET enable_external_access = false")
             for name in SCHEMAS:
-                if name in query:
+                if name in query.casefold():
                     connection.register(name, self.table(name))
             try:
-                return connection.execute(query).to_arrow_table()
+                answer = connection.sql(query)
+                return pa.table({}) if answer is None else answer.to_arrow_table()
             except duckdb.Error as error:
                 raise InputError(f"SQL: {str(error).splitlines()[0]}") from error
 
@@ -129,7 +130,8 @@ class Run:
 
     def status(self) -> Status:
         """Return how far the run is, from what is committed."""
-        receipts, aside = self.folder.receipts(), self.folder.aside()
+        receipts = self.folder.receipts()
+        aside = self.folder.aside(receipts)
         done = list(receipts.values())
         return Status(
             shards=self.info["shards"],

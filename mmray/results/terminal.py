@@ -26,7 +26,7 @@ def tokens_text(tokens: Sequence[str], concept: str = "", limit: int = SHOWN_TOK
     return text
 
 
-def ranking(rows: pa.Table, title: str) -> Table:
+def ranking(rows: pa.Table, title: Text) -> Table:
     """Return a concept's ranking as a table."""
     table = Table(title=title, title_justify="left", box=None, header_style="dim", pad_edge=False)
     for name in ("rank", "neuron", "score", "specific", "share"):
@@ -40,18 +40,19 @@ def ranking(rows: pa.Table, title: str) -> Table:
     return table
 
 
-def concept_title(run: Run, concept: str) -> str:
+def concept_title(run: Run, concept: str) -> Text:
     """Return the line above a concept's ranking."""
     unit = "logits after the final norm" if run.info["settings"]["fold_norm"] else "logits"
     n = run.concepts[concept.casefold()]
-    return f"[bold]{concept.casefold()}[/] [dim]· {n} occurrences · {run.info['settings']['score']} in {unit}[/]"
+    facts = f" · {n:,} occurrence{'s' * (n > 1)} · {run.info['settings']['score']} in {unit}"
+    return Text.assemble((concept.casefold(), "bold"), (facts, "dim"))
 
 
 def neuron(facts: dict[str, Any]) -> RenderableType:
     """Return what is known of a neuron."""
     active = facts["n_active"] / max(facts["n_tokens"], 1)
     lines: list[RenderableType] = [
-        Text.from_markup(f"[bold]{facts['neuron']}[/]"),
+        Text(facts["neuron"], "bold"),
         Text("promotes    ").append_text(tokens_text(facts["tokens"], limit=10)),
         Text("suppresses  ").append_text(tokens_text(facts["suppressed"], limit=10)),
         Text(
@@ -66,10 +67,13 @@ def neuron(facts: dict[str, Any]) -> RenderableType:
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("", "activation", "position", "sample"):
         table.add_column(name, justify="right" if name in ("activation", "position") else "left", no_wrap=True)
+    table.columns[-1].max_width = 24
     table.add_column("caption")
     for row in facts["examples"]:
         side = "highest" if row["sign"] > 0 else "lowest"
-        table.add_row(side, f"{row['activation']:.2f}", str(row["position"]), row["sample_id"], row["caption"])
+        place = str(row["position"])
+        # As texts, not as markup: a caption may have brackets.
+        table.add_row(side, f"{row['activation']:.2f}", place, Text(row["sample_id"]), Text(row["caption"] or ""))
     return Group(*lines, Text(), table)
 
 
@@ -77,7 +81,7 @@ def status(status: Status, failures: Iterable[dict[str, Any]], uri: str) -> Rend
     """Return how far a run is."""
     state = "finished" if status.finished and not status.pending else "not finished: run mmray census again to go on"
     lines: list[RenderableType] = [
-        Text.from_markup(f"[bold]{uri}[/] [dim]· {state}[/]"),
+        Text.assemble((uri, "bold"), (f" · {state}", "dim")),
         Text(
             f"shards    {status.shards_done} done, {status.pending} pending, {len(status.shards_aside)} set aside "
             f"of {status.shards}"

@@ -26,7 +26,7 @@ class LocalStore:
         path = self._path(key)
         try:
             return path.read_bytes()
-        except NotADirectoryError as error:
+        except (NotADirectoryError, IsADirectoryError) as error:
             raise FileNotFoundError(path) from error
 
     def exists(self, key: str) -> bool:

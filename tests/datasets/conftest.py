@@ -1,18 +1,14 @@
-"""Rows of the demo data, and an S3 that answers on loopback only."""
+"""Rows of the demo data, on disk and on S3."""
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 import mmray.demo
 from mmray import storage
 from tests.datasets.making import Row
-
-BUCKET = "mmray-test"
 
 
 @pytest.fixture(scope="session")
@@ -24,29 +20,6 @@ def demo_rows() -> list[Row]:
 @pytest.fixture
 def rows(demo_rows: list[Row]) -> list[Row]:
     return [dict(row) for row in demo_rows]
-
-
-@pytest.fixture(scope="session")
-def bucket() -> Iterator[str]:
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "NO_PROXY": "127.0.0.1",
-        }.items():
-            patch.setenv(name, value)
-        storage.s3_client.cache_clear()
-        storage.s3_client().create_bucket(Bucket=BUCKET)
-        yield BUCKET
-        storage.s3_client.cache_clear()
-    server.stop()
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from mmray.errors import InputError
 from tests.datasets.making import Row, failures, read_all, table, write_jsonl, write_parquet
 
 datasets = pytest.importorskip("datasets")
-pytestmark = pytest.mark.xdist_group("hub")  # Importing `datasets` takes seconds: one worker does.
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,65 @@
+"""The command line's help: every command and setting, with defaults and units."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from mmray.settings import CensusSettings
+from tests.e2e.conftest import Answer
+
+Mmray = Callable[..., Answer]
+COMMANDS = ("census", "plan", "status", "rank", "neuron", "check-model", "demo")
+
+
+def plain(help_text: str) -> str:
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", help_text).split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(mmray: Mmray, command: str) -> None:
+    answer = mmray(command, "--help")
+    assert (answer.status, answer.err) == (0, "")
+    assert f"Usage: mmray {command}" in answer.out
+
+
+def test_help_without_arguments(mmray: Mmray) -> None:
+    answer = mmray()
+    assert answer.status == 2
+    assert answer.err.count("mmray:") == 0
+    assert all(command in answer.out + answer.err for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["census", "plan"])
+def test_help_has_every_setting_with_its_default(mmray: Mmray, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    text = plain(mmray(command, "--help").out)
+    for name, field in CensusSettings.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        _, found, rest = text.partition(f" {flag} ")
+        assert found, flag
+        entry = rest.split(" --")[0]
+        if isinstance(field.default, bool) or (command, name) == ("plan", "out"):
+            continue
+        if field.is_required():
+            assert "[required]" in entry, entry
+        elif field.default is None:
+            assert "default" in entry.lower(), entry
+        else:
+            assert f"[default: {field.default}]" in entry, entry
+
+
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [
+        ("limit", "samples"),
+        ("shard_size", "Samples a shard"),
+        ("batch_size", "Samples a forward pass"),
+        ("workers", "Actors"),
+        ("gpus_per_worker", "GPUs a worker"),
+        ("top_k", "Neurons"),
+        ("candidates", "Neurons a concept"),
+    ],
+)
+def test_every_number_has_its_unit(name: str, unit: str) -> None:
+    assert unit in str(CensusSettings.model_fields[name].description)

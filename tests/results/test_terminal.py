@@ -1,0 +1,98 @@
+"""What is shown can be read: numbers and names whole at any usual width, and the data's own brackets as they are."""
+
+import io
+import re
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
+
+from mmray.results.run import Run
+from mmray.results.terminal import concept_title, neuron, ranking, status, summary
+
+WIDTHS = (80, 100, 120)
+
+
+def shown(renderable: RenderableType, width: int) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(renderable)
+    lines: list[str] = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return lines
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_ranking_keeps_numbers_and_names_whole(run: Run, width: int) -> None:
+    for concept in list(run.concepts)[:5]:
+        rows = run.rank(concept, 10)
+        words = [["rhinoceros", "reconnaissance", "西兰花", "counterrevolutionary"] * 2] * len(rows)
+        rows = rows.set_column(rows.schema.get_field_index("tokens"), "tokens", [words])
+        lines = shown(ranking(rows, concept_title(run, concept)), width)
+        assert len(lines) == 2 + len(rows)
+        assert lines[0].split(" · ")[0] == concept
+        for line, row in zip(lines[2:], rows.to_pylist(), strict=True):
+            assert cell_len(line) <= width
+            rank, name, score, specific, share, tokens = re.split(r"\s+", line.strip(), maxsplit=5)
+            assert rank.rstrip("?") == str(row["rank"])
+            assert name == row["neuron"]
+            assert (score, specific) == (f"{row['score']:.3f}", f"{row['specific']:.3f}")
+            assert share == f"{row['share']:.0%}"
+            assert tokens.startswith("rhinoceros  reconnaissance")
+            assert tokens.endswith("…")
+
+
+def test_ranks_that_are_not_certain_are_marked(run: Run) -> None:
+    rows = run.rank(next(iter(run.concepts)), 2)
+    certain = shown(ranking(rows, concept_title(run, next(iter(run.concepts)))), 80)
+    place = rows.schema.get_field_index("certified")
+    doubtful = rows.set_column(place, "certified", [[False, True]])
+    marked = shown(ranking(doubtful, concept_title(run, next(iter(run.concepts)))), 80)
+    assert not any("?" in line.split()[0] for line in certain[2:])
+    assert [line.split()[0] for line in marked[2:]] == ["1?", "2"]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_neuron_keeps_numbers_and_samples_whole(run: Run, width: int) -> None:
+    facts = run.neuron(run.rank(next(iter(run.concepts)), 1)["neuron"][0].as_py())
+    lines = shown(neuron(facts), width)
+    assert lines[0] == facts["neuron"]
+    text = "\n".join(lines)
+    for row in facts["examples"]:
+        place = f"{row['activation']:.2f} +{row['position']}  {row['sample_id']}"
+        assert re.search(place, text), place
+    for part in ("promotes", "suppresses", "activation", "concepts"):
+        assert any(line.startswith(part) for line in lines)
+
+
+def test_brackets_in_captions_are_no_markup(run: Run) -> None:
+    (caption,) = [text for text in run.table("captions")["caption"].to_pylist() if "[/b]" in text]
+    facts = run.neuron("L0.u0")
+    facts["examples"][0] |= {"caption": caption, "sample_id": "a[/b]c"}
+    lines = shown(neuron(facts), 200)
+    assert any(caption in line and "a[/b]c" in line for line in lines)
+
+
+def test_long_names_of_samples_leave_room_for_captions(run: Run) -> None:
+    facts = run.neuron("L0.u0")
+    for row in facts["examples"]:
+        row |= {"sample_id": "folder/" * 20, "caption": "A dog."}
+    lines = [line for line in shown(neuron(facts), 80) if re.match("highest|lowest", line)]
+    assert len(lines) == len(facts["examples"])
+    assert all("A dog." in line for line in lines)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_status_says_what_failed_and_why(run: Run, width: int) -> None:
+    text = " ".join(" ".join(shown(status(run.status(), run.failures(), "runs/[b]x"), width)).split())
+    assert "runs/[b]x · finished" in text
+    assert "3 done, 0 pending, 0 set aside of 3" in text
+    assert "24 of 24" in text
+    assert "2 failed" in text
+    for row in run.failures():
+        assert row["stage"] in text
+        assert row["source"] in text
+
+
+def test_a_summary_shows_each_concept(run: Run) -> None:
+    concepts = list(run.concepts)[:3]
+    text = "\n".join(shown(summary(run, concepts), 80))
+    assert all(f"{concept} · " in text for concept in concepts)

@@ -1,0 +1,42 @@
+"""A census in this process, without Ray: the driver and the worker are the real ones, one after the other."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from mmray.cluster import census
+from mmray.cluster.census import Outcome, Progress
+from mmray.cluster.worker import CensusWorker
+from mmray.neurons.concepts import NounSource
+from mmray.settings import CensusSettings, census_settings
+
+
+class _Here:
+    """Stands for the dataset of receipts to come."""
+
+    def __init__(self, settings: CensusSettings, nouns: NounSource, units: list[int]) -> None:
+        self.units = units
+        self.worker = CensusWorker(settings, nouns, 1, str(Path.cwd()))
+
+    def iter_batches(self, **_: object) -> Iterator[dict[str, list[Any]]]:
+        for unit in self.units:
+            yield self.worker({"unit": np.array([unit])})
+
+
+def without_ray() -> AbstractContextManager[None]:
+    """Make `run_census`, also that of the command line, do its work in this process."""
+    replaced = {"ray_session": lambda _: nullcontext(), "_actors": _Here}
+    return patch.multiple(census, **replaced)
+
+
+def census_here(model: Path | str, data: str, out: Path | str, **settings: object) -> Outcome:
+    """Run a census without Ray."""
+    follow: Callable[[Progress], None] = settings.pop("follow", lambda _: None)  # type: ignore[assignment]
+    with without_ray():
+        return census.run_census(
+            census_settings({"model": str(model), "data": data, "out": str(out), **settings}), follow
+        )

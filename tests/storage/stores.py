@@ -1,0 +1,98 @@
+"""Stores that go wrong on purpose, round a real one."""
+
+from collections.abc import Callable
+from threading import Lock
+from typing import Any
+
+from mmray.storage import Entry, Store
+
+
+class Killed(BaseException):
+    """What stands for `kill -9` within a test: nothing catches it, and nothing is tidied up."""
+
+
+class Wrapped:
+    """A store that passes everything on; those below change one thing."""
+
+    def __init__(self, inner: Store) -> None:
+        self.inner = inner
+        self.uri = inner.uri
+
+    def read(self, key: str) -> bytes:
+        return self.inner.read(key)
+
+    def exists(self, key: str) -> bool:
+        return self.inner.exists(key)
+
+    def entry(self, key: str) -> Entry | None:
+        return self.inner.entry(key)
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        return self.inner.list(prefix)
+
+    def commit(self, key: str, data: bytes) -> bool:
+        return self.inner.commit(key, data)
+
+    def put(self, key: str, data: bytes) -> None:
+        self.inner.put(key, data)
+
+    def delete(self, key: str) -> None:
+        self.inner.delete(key)
+
+
+class Mortal(Wrapped):
+    """Dies before its n-th change, counted from 0; every later change of the same process dies too."""
+
+    def __init__(self, inner: Store, changes: int) -> None:
+        super().__init__(inner)
+        self.left = changes
+        self.lock = Lock()
+
+    def _live(self) -> None:
+        with self.lock:
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
+
+    def commit(self, key: str, data: bytes) -> bool:
+        self._live()
+        return self.inner.commit(key, data)
+
+    def put(self, key: str, data: bytes) -> None:
+        self._live()
+        self.inner.put(key, data)
+
+    def delete(self, key: str) -> None:
+        self._live()
+        self.inner.delete(key)
+
+
+class Forgetful(Wrapped):
+    """Loses its answers: a commit is carried out, asked for again, and then finds itself."""
+
+    def commit(self, key: str, data: bytes) -> bool:
+        self.inner.commit(key, data)
+        return self.inner.commit(key, data)
+
+
+class Unconditional(Wrapped):
+    """Disregards the condition of a commit, as an S3 without conditional writes does."""
+
+    def commit(self, key: str, data: bytes) -> bool:
+        self.inner.put(key, data)
+        return True
+
+
+class Meanwhile(Wrapped):
+    """Has something else happen before the n-th commit, counted from 0."""
+
+    def __init__(self, inner: Store, commits: int, happen: Callable[[], Any]) -> None:
+        super().__init__(inner)
+        self.left = commits
+        self.happen = happen
+
+    def commit(self, key: str, data: bytes) -> bool:
+        if self.left == 0:
+            self.happen()
+        self.left -= 1
+        return self.inner.commit(key, data)
