@@ -15,7 +15,7 @@ Score = Literal["contribution", "gate", "activation", "gradient", "gradient-last
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 EXECUTION = frozenset(
-    {"out", "workers", "gpus_per_worker", "batch_size", "address", "retry_aside", "trust_remote_code"}
+    {"out", "workers", "gpus_per_worker", "batch_size", "address", "retry_failed", "trust_remote_code"}
 )
 """Settings that say how the work is done and leave the result alone; a run may be continued with others."""
 
@@ -77,7 +77,7 @@ class CensusSettings(BaseModel):
     """Column with the list of objects in the image; by default found by its usual names."""
     address: str | None = None
     """Ray cluster to join (auto, or ray://HOST:PORT); default: a local Ray of this process."""
-    retry_aside: bool = False
+    retry_failed: bool = False
     """Try shards again that an earlier call set aside."""
     trust_remote_code: bool = False
     """Allow the checkpoint to run its own Python code. Off: only architectures of transformers."""

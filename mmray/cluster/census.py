@@ -124,7 +124,7 @@ def _work(
 ) -> bool:
     """Have every shard that is neither committed nor set aside analysed; tell whether there was any."""
     done = folder.receipts()
-    if not settings.retry_aside:
+    if not settings.retry_failed:
         done |= folder.aside(done)
     pending = [shard.shard_id for shard in manifest.shards if shard.shard_id not in done]
     units = pending if folder.store.exists(DECODED) else [DECODE, *pending]

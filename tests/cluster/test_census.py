@@ -168,7 +168,7 @@ def test_workers_that_die_and_shards_that_never_succeed(undisturbed: Run, tmp_pa
     committed = receipts(out)
     assert census(out).shards_aside == outcome.shards_aside
     assert attempts(out) == before
-    assert census(out, retry_aside=True).complete
+    assert census(out, retry_failed=True).complete
     assert committed.items() <= receipts(out).items()
     same_tables(open_run(out), undisturbed)
 
