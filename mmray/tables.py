@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 
 import numpy as np
@@ -169,8 +168,9 @@ ROW_GROUP = 100_000
 
 def to_bytes(table: pa.Table) -> bytes:
     """Return the table as the bytes of one Parquet file."""
-    buffer = io.BytesIO()
-    # Dictionaries and compression are for text and columns of rows: on long lists of numbers they only cost time.
+    buffer = pa.BufferOutputStream()
+    # Dictionaries, compression and extremes are for text and columns of rows: on long lists of numbers they only cost
+    # time.
     texts = [
         name for name, kind in zip(table.schema.names, table.schema.types, strict=True) if pa.types.is_string(kind)
     ]
@@ -182,13 +182,14 @@ def to_bytes(table: pa.Table) -> bytes:
         compression_level=None if sums else 1,
         row_group_size=ROW_GROUP,
         use_dictionary=texts,
+        write_statistics=not sums,
     )
-    return buffer.getvalue()
+    return bytes(buffer.getvalue())
 
 
 def from_bytes(data: bytes) -> pa.Table:
     """Return the table that `to_bytes` wrote."""
-    return pq.read_table(io.BytesIO(data))
+    return pq.read_table(pa.BufferReader(data))
 
 
 def write_table(store: Store, name: str, parts: Iterable[pa.Table]) -> None:

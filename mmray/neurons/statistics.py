@@ -12,13 +12,15 @@ from itertools import groupby
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from mmray.models.prompting import Run
 from mmray.tables import PART_SCHEMAS
 
 MODALITIES = ("image", "text")
+CACHED, COPIED = 2**19, 2**26
+"""Numbers that are reduced at a time: 2 MB on a processor, 256 MB on a GPU."""
 EXAMPLES = 5
 """Highest and lowest samples kept for each neuron."""
 
@@ -56,7 +58,7 @@ class _Batch:
     runs: list[Run]
     blocks: list[Block]
     membership: Float[Tensor, "label sample"]
-    seen: list[tuple[int, dict[str, Tensor], Best]] = field(default_factory=list)
+    seen: list[tuple[int, Float64[Tensor, "modality label quantity neuron"], Best]] = field(default_factory=list)
 
 
 class TokenStatistics:
@@ -95,18 +97,12 @@ class TokenStatistics:
         values, gates = (part.reshape(rows, -1, part.shape[-1]) for part in (activation, opened))
         highest = torch.full((rows, self.widths[layer]), -torch.inf, device=values.device)
         lowest = torch.full_like(highest, torch.inf)
-        sums: dict[str, Tensor] = {}
-        for first, last, start, stop, modality in batch.blocks:
-            part, high, low = reduce_tokens(values[first:last, start:stop], gates[first:last, start:stop])
-            kept = sums.setdefault(modality, torch.zeros(3, *highest.shape, device=values.device))
-            kept[:, first:last] += part
-            highest[first:last] = torch.maximum(highest[first:last], high)
-            lowest[first:last] = torch.minimum(lowest[first:last], low)
-        membership = batch.membership.to(values.device)
-        by_label = {
-            modality: torch.tensordot(membership, numbers, dims=([1], [1])).double()
-            for modality, numbers in sums.items()
-        }
+        for first, last, start, stop, _ in batch.blocks:
+            part, reached, sunk = values[first:last, start:stop], highest[first:last], lowest[first:last]
+            torch.maximum(reached, part.amax(1).float(), out=reached)
+            torch.minimum(sunk, part.amin(1).float(), out=sunk)
+        by_sample = sum_tokens(values, gates, token_masks(batch.runs, *values.shape[:2]).to(values.device))
+        by_label = torch.einsum("ls,msqn->mlqn", batch.membership.to(values.device), by_sample).double()
         better = self.extremes[layer].improved(values, highest, lowest, self.samples, batch.blocks)
         batch.seen.append((layer, by_label, better))
 
@@ -116,7 +112,7 @@ class TokenStatistics:
         batch = self._batch
         for layer, by_label, better in batch.seen:
             self.extremes[layer].best = better
-            for modality, numbers in by_label.items():
+            for modality, numbers in zip(MODALITIES, by_label, strict=True):
                 for label, added in enumerate(numbers):
                     sums = self.sums.setdefault((label, modality), [None] * len(self.widths))
                     before = sums[layer]
@@ -159,16 +155,36 @@ class TokenStatistics:
         return pa.Table.from_pylist(rows, schema=PART_SCHEMAS["examples"])
 
 
-def reduce_tokens(
-    part: Float[Tensor, "sample position neuron"], gate: Float[Tensor, "sample position neuron"]
-) -> tuple[Float[Tensor, "3 sample neuron"], Float[Tensor, "sample neuron"], Float[Tensor, "sample neuron"]]:
-    """Return, over positions and in fp32: (open tokens, sum, sum of squares), maximum and minimum of each neuron."""
-    wide = part.float()
-    # One buffer serves both products of that size: a fresh one costs more than the arithmetic.
-    scratch = torch.gt(gate, 0, out=torch.empty(part.shape, device=part.device))
-    active = scratch.sum(1)
-    squares = torch.mul(wide, wide, out=scratch).sum(1)
-    return torch.stack([active, wide.sum(1), squares]), part.amax(1).float(), part.amin(1).float()
+def token_masks(runs: Iterable[Run], rows: int, positions: int) -> Float[Tensor, "sample modality position"]:
+    """Return 1 where a position holds a token of the modality."""
+    masks = torch.zeros(rows, len(MODALITIES), positions)
+    for run in runs:
+        masks[run.row, MODALITIES.index(run.modality), run.start : run.stop] = 1
+    return masks
+
+
+def sum_tokens(
+    values: Float[Tensor, "sample position neuron"],
+    gates: Float[Tensor, "sample position neuron"],
+    masks: Float[Tensor, "sample modality position"],
+) -> Float[Tensor, "modality sample 3 neuron"]:
+    """Return, in fp32 and over the masked positions: open tokens, sum and sum of squares of each neuron.
+
+    Products with the mask add both modalities in one reading, a few samples at a time: what a layer computed does not
+    fit a processor's cache, and a copy of it for the squares would not fit a GPU that is nearly full.
+    """
+    rows, positions, width = values.shape
+    step = max(1, (CACHED if values.device.type == "cpu" else COPIED) // (positions * width))
+    sums = torch.empty(3, rows, len(MODALITIES), width, device=values.device)
+    scratch = torch.empty(min(step, rows), positions, width, device=values.device)
+    for first in range(0, rows, step):
+        some = slice(first, first + step)
+        wide, mask = values[some].float(), masks[some]
+        room = scratch[: len(wide)]
+        torch.bmm(mask, torch.gt(gates[some], 0, out=room), out=sums[0, some])
+        torch.bmm(mask, wide, out=sums[1, some])
+        torch.bmm(mask, torch.mul(wide, wide, out=room), out=sums[2, some])
+    return sums.permute(2, 1, 0, 3)
 
 
 class _Extremes:

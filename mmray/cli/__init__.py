@@ -1,0 +1,51 @@
+"""The command line: parse, call, print. Exit status 0 done, 2 bad input, 3 drift, 4 finished but something failed.
+
+A module of this room holds commands of one kind, and is imported here, in the order of `mmray --help`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NoReturn
+
+import typer
+
+from mmray.cli import census, models, reading  # noqa: F401  they register their commands
+from mmray.cli.options import app
+from mmray.errors import InputError
+
+BAD_INPUT = 2
+"""Exit status of a call that can't be carried out as it is."""
+UsageError: Any = typer.BadParameter.__bases__[0]
+"""What a wrong option raises; where it lies depends on typer's version."""
+
+
+def main() -> None:
+    """Run the command line; bad input is one line on stderr and status 2."""
+    try:
+        status = app(prog_name="mmray", standalone_mode=False)
+        sys.stdout.flush()
+    except UsageError as error:
+        # Without any arguments the help is shown, and that is all.
+        command = error.ctx.command_path if error.ctx else "mmray"
+        _refuse(f"{error.format_message().rstrip('.')}; see {command} --help" if error.format_message() else "")
+    except InputError as error:
+        _refuse(str(error))
+    except (BrokenPipeError, SystemExit) as error:
+        # The reader of a pipe has gone (`mmray rank … | head`): not an error of ours, though typer makes it an exit.
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(0) from None
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        _refuse(f"{error.filename or 'file system'}: {error.strerror}; mend it and run again")
+    raise SystemExit(status)
+
+
+def _refuse(message: str) -> NoReturn:
+    if message:
+        print(f"mmray: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(BAD_INPUT) from None

@@ -1,0 +1,95 @@
+"""The main job: census, what it would cost, and the demo."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mmray.cli.options import INCOMPLETE, AsJson, app, console, say, with_settings
+from mmray.settings import CensusSettings, census_settings
+
+if TYPE_CHECKING:
+    from mmray.cluster.census import Outcome
+
+
+@app.command()
+@with_settings()
+def census(as_json: AsJson = False, **settings: Any) -> None:
+    """Capture, score, reduce and rank every neuron on image-caption data. Run again, it goes on where it stopped."""
+    outcome = _run_census(census_settings(settings))
+    if as_json:
+        print(json.dumps(asdict(outcome)))
+    else:
+        _say_outcome(outcome)
+    if not outcome.complete:
+        raise typer.Exit(INCOMPLETE)
+
+
+@app.command()
+@with_settings(out="runs/plan")
+def plan(as_json: AsJson = False, **settings: Any) -> None:
+    """Say what a census would cost: samples, shards, hours, bytes. Nothing is run."""
+    from mmray.cluster.census import plan_census
+    from mmray.results.terminal import plan as show
+
+    estimate = plan_census(census_settings(settings))
+    if as_json:
+        print(json.dumps(asdict(estimate) | {"hours": estimate.hours}))
+    else:
+        console.print(show(estimate))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("mmray-demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="The first 256 scenes instead of all 1,536.")] = False,
+) -> None:
+    """Run the whole main job on the embedded model and data: no network, no GPU."""
+    from mmray.results.run import open_run
+    from mmray.results.terminal import summary
+
+    run_folder = out / ("quick" if quick else "full")
+    say(f"1 census of the demo's scenes on a local Ray → {run_folder}", "bold")
+    settings = census_settings(
+        {"model": "demo", "data": "demo", "out": str(run_folder), "limit": 256 if quick else None, "shard_size": 256}
+    )
+    outcome = _run_census(settings)
+    run = open_run(run_folder)
+    console.print(
+        f"  {outcome.samples:,} scenes, {len(run.concepts)} concepts, {sum(run.concepts.values()):,} occurrences, "
+        f"{sum(run.info['model']['widths']):,} neurons each, {outcome.seconds:.0f} s"
+    )
+    say("2 rankings: which neurons write a noun, and what else they write\n", "bold")
+    console.print(summary(run, list(run.concepts)[:3]))
+    concept = next(iter(run.concepts))
+    first = run.rank(concept, 1)["neuron"][0].as_py()
+    say(f"next: mmray rank {run_folder} {concept} · mmray neuron {run_folder} {first}")
+    if not outcome.complete:
+        raise typer.Exit(INCOMPLETE)
+
+
+def _run_census(settings: CensusSettings) -> Outcome:
+    from mmray.cluster.census import run_census
+    from mmray.results.progress import follow_progress
+
+    try:
+        with follow_progress(Console(stderr=True)) as follow:
+            return run_census(settings, follow)
+    except KeyboardInterrupt:
+        print(f"mmray: stopped; the same command goes on with {settings.out}", file=sys.stderr)
+        raise
+
+
+def _say_outcome(outcome: Outcome) -> None:
+    say(f"{outcome.samples:,} samples in {outcome.seconds:.0f} s → {outcome.out}")
+    if outcome.failures:
+        say(f"{outcome.failures:,} samples failed; see: mmray status {outcome.out}", "yellow")
+    for number, reason in outcome.shards_aside.items():
+        say(f"shard {number} set aside: {reason}", "red")
+    say(f"next: mmray rank {outcome.out} CONCEPT")

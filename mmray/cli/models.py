@@ -1,0 +1,41 @@
+"""Models, before anything is run on them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from mmray.cli.options import AsJson, DtypeName, TrustRemoteCode, app, console
+from mmray.errors import InputError
+from mmray.settings import describe
+
+
+@app.command("check-model")
+def check_model(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=describe("model"))],
+    dtype: DtypeName = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show which parts of a model were found, and prove them: exit status 2 names a claim that fails."""
+    from mmray.models.loading import load
+    from mmray.neurons.checking import check_model as prove
+    from mmray.results.model_tree import claims, parts_tree
+
+    loaded = load(model, dtype, trust_remote_code=trust_remote_code)
+    checks = prove(loaded)
+    parts = loaded.parts
+    modules = {name: list(parts.of(name)) for name in ("language", "vision", "projector")}
+    if as_json:
+        print(json.dumps({"parts": asdict(parts), "checks": [asdict(check) for check in checks]}))
+    else:
+        title = f"[bold]{escape(model)}[/] [dim]· family {parts.family}[/]"
+        console.print(parts_tree(title, modules, parts.final_norm, parts.unembedding, parts.image))
+        console.print(claims(checks))
+    failed = [check.name for check in checks if not check.passed]
+    if failed:
+        raise InputError(f"{model}: not proven: {'; '.join(failed)}")

@@ -1,0 +1,66 @@
+"""What every command shares: the application, the console, options and their help."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mmray.settings import CensusSettings, Dtype, describe
+
+INCOMPLETE = 4
+"""Exit status of a run that ended although some samples or shards failed."""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Multi-modal neurons of vision-language models, found and ranked as distributed Ray jobs.",
+)
+console = Console(highlight=False, soft_wrap=False)
+
+
+def option(name: str) -> Any:
+    """Return the option of that setting, its documentation as help."""
+    return typer.Option(f"--{name.replace('_', '-')}", help=describe(name))
+
+
+def with_settings(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command every setting of a census as an option, handed on as a keyword; `defaults` are its own."""
+
+    def give(command: Callable[..., None]) -> Callable[..., None]:
+        parameters = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=defaults.get(name, inspect.Parameter.empty if field.is_required() else field.default),
+                annotation=Annotated[field.annotation, option(name)],
+            )
+            for name, field in CensusSettings.model_fields.items()
+        ]
+        parameters += [
+            value.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for value in inspect.signature(command, eval_str=True).parameters.values()
+            if value.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        # typer reads the types from the one and the rest from the other.
+        command.__annotations__ = {value.name: value.annotation for value in parameters}
+        vars(command)["__signature__"] = inspect.Signature(parameters)
+        return command
+
+    return give
+
+
+DtypeName = Annotated[Dtype, option("dtype")]
+TrustRemoteCode = Annotated[bool, option("trust_remote_code")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run: a local path or s3://bucket/prefix.")]
+
+
+def say(line: str, style: str | None = None) -> None:
+    """Print a line as it is."""
+    # A path stays whole at any width, and brackets in it are no markup.
+    console.print(line, style=style, markup=False, soft_wrap=True)

@@ -1,0 +1,63 @@
+"""What a run holds: its state, rankings and neurons."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from mmray.cli.options import AsJson, RunArgument, app, console
+
+
+@app.command()
+def status(run: RunArgument, as_json: AsJson = False) -> None:
+    """Say how far a run is: shards done, pending, set aside; samples a second; failures with reasons."""
+    from mmray.results.run import open_run
+    from mmray.results.terminal import status as show
+
+    opened = open_run(run)
+    found = opened.status()
+    if as_json:
+        rates = {"pending": found.pending, "samples_per_second": found.samples_per_second}
+        print(json.dumps(asdict(found) | rates | {"first_failures": opened.failures()}))
+    else:
+        console.print(show(found, opened.failures(), opened.uri))
+
+
+@app.command()
+def rank(
+    run: RunArgument,
+    concept: Annotated[str, typer.Argument(help="A noun of the captions, such as dog.")],
+    k: Annotated[int, typer.Option("--k", help="Neurons to show.", min=1)] = 10,
+    by: Annotated[str, typer.Option("--by", help="Order by score, specific or share.")] = "score",
+    as_json: AsJson = False,
+) -> None:
+    """Show a concept's neurons, highest first. A rank marked ? is not certified: more --candidates would settle it."""
+    from mmray.results.run import open_run
+    from mmray.results.terminal import concept_title, ranking
+
+    opened = open_run(run)
+    rows = opened.rank(concept, k, by)
+    if as_json:
+        print(json.dumps(rows.to_pylist(), ensure_ascii=False))
+    else:
+        console.print(ranking(rows, concept_title(opened, concept)))
+
+
+@app.command()
+def neuron(
+    run: RunArgument,
+    name: Annotated[str, typer.Argument(metavar="NEURON", help="Layer and unit, such as L7.u89.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what a neuron writes, which concepts use it, and its highest and lowest examples."""
+    from mmray.results.run import open_run
+    from mmray.results.terminal import neuron as show
+
+    facts = open_run(run).neuron(name)
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False))
+    else:
+        console.print(show(facts))
