@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from mmray.models.prompting import Run
@@ -23,23 +22,6 @@ CACHED, COPIED = 2**19, 2**26
 """Numbers that are reduced at a time: 2 MB on a processor, 256 MB on a GPU."""
 EXAMPLES = 5
 """Highest and lowest samples kept for each neuron."""
-
-Block = tuple[int, int, int, int, str]
-"""Rows [first, last) of a batch whose positions [start, stop) hold one modality."""
-
-
-def blocks(runs: Iterable[Run]) -> list[Block]:
-    """Join the runs of neighbouring rows that cover the same positions, so that one operation serves them all."""
-    ordered = sorted(runs, key=lambda run: (run.modality, run.start, run.stop, run.row))
-    joined: list[Block] = []
-    for (modality, start, stop), group in groupby(ordered, key=lambda run: (run.modality, run.start, run.stop)):
-        rows = [run.row for run in group]
-        first = rows[0]
-        for row, following in zip(rows, [*rows[1:], -1], strict=True):
-            if following != row + 1:
-                joined.append((first, row + 1, start, stop, modality))
-                first = following
-    return joined
 
 
 @dataclass(frozen=True)
@@ -56,7 +38,6 @@ class _Batch:
     """An announced batch: membership is 1 where a sample (column) has a label (row); what was seen of each layer."""
 
     runs: list[Run]
-    blocks: list[Block]
     membership: Float[Tensor, "label sample"]
     seen: list[tuple[int, Float64[Tensor, "modality label quantity neuron"], Best]] = field(default_factory=list)
 
@@ -76,7 +57,7 @@ class TokenStatistics:
         self.sums: dict[tuple[int, str], list[Tensor | None]] = {}
         self.extremes = [_Extremes(width, device) for width in widths]
         self.samples = 0
-        self._batch = _Batch([], [], torch.zeros(0, 0))
+        self._batch = _Batch([], torch.zeros(0, 0))
 
     def begin(self, labels: Sequence[dict[str, str]], runs: Sequence[Run]) -> None:
         """Announce a batch: the labels of its samples by kind, and where image and caption stand."""
@@ -87,7 +68,7 @@ class TokenStatistics:
         membership = torch.zeros(len(self.labels), len(labels))
         for row, indices in enumerate(members):
             membership[indices, row] = 1
-        self._batch = _Batch(list(runs), blocks(runs), membership.to(self.device))
+        self._batch = _Batch(list(runs), membership.to(self.device))
 
     @torch.inference_mode()
     def add(self, layer: int, activation: Float[Tensor, "row neuron"], opened: Float[Tensor, "row neuron"]) -> None:
@@ -95,15 +76,10 @@ class TokenStatistics:
         batch = self._batch
         rows = batch.membership.shape[1]
         values, gates = (part.reshape(rows, -1, part.shape[-1]) for part in (activation, opened))
-        highest = torch.full((rows, self.widths[layer]), -torch.inf, device=values.device)
-        lowest = torch.full_like(highest, torch.inf)
-        for first, last, start, stop, _ in batch.blocks:
-            part, reached, sunk = values[first:last, start:stop], highest[first:last], lowest[first:last]
-            torch.maximum(reached, part.amax(1).float(), out=reached)
-            torch.minimum(sunk, part.amin(1).float(), out=sunk)
-        by_sample = sum_tokens(values, gates, token_masks(batch.runs, *values.shape[:2]).to(values.device))
+        masks = token_masks(batch.runs, *values.shape[:2]).to(values.device)
+        by_sample, highest, lowest = reduce_tokens(values, gates, masks)
         by_label = torch.einsum("ls,msqn->mlqn", batch.membership.to(values.device), by_sample).double()
-        better = self.extremes[layer].improved(values, highest, lowest, self.samples, batch.blocks)
+        better = self.extremes[layer].improved(values, highest, lowest, self.samples, masks)
         batch.seen.append((layer, by_label, better))
 
     @torch.inference_mode()
@@ -163,28 +139,32 @@ def token_masks(runs: Iterable[Run], rows: int, positions: int) -> Float[Tensor,
     return masks
 
 
-def sum_tokens(
+def reduce_tokens(
     values: Float[Tensor, "sample position neuron"],
     gates: Float[Tensor, "sample position neuron"],
     masks: Float[Tensor, "sample modality position"],
-) -> Float[Tensor, "modality sample 3 neuron"]:
-    """Return, in fp32 and over the masked positions: open tokens, sum and sum of squares of each neuron.
+) -> tuple[Float[Tensor, "modality sample 3 neuron"], Float[Tensor, "sample neuron"], Float[Tensor, "sample neuron"]]:
+    """Return, in fp32 and over the masked positions: (open tokens, sum, sum of squares), maximum and minimum.
 
-    Products with the mask add both modalities in one reading, a few samples at a time: what a layer computed does not
-    fit a processor's cache, and a copy of it for the squares would not fit a GPU that is nearly full.
+    Products with the mask add both modalities in one reading. A few samples are reduced at a time: a whole layer does
+    not fit a processor's cache, nor a copy of it for the squares a GPU that is nearly full.
     """
     rows, positions, width = values.shape
     step = max(1, (CACHED if values.device.type == "cpu" else COPIED) // (positions * width))
-    sums = torch.empty(3, rows, len(MODALITIES), width, device=values.device)
-    scratch = torch.empty(min(step, rows), positions, width, device=values.device)
+    sums = values.new_empty(3, rows, len(MODALITIES), width, dtype=torch.float32)
+    highest, lowest = values.new_empty(2, rows, width, dtype=torch.float32)
+    scratch = values.new_empty(min(step, rows), positions, width, dtype=torch.float32)
+    penalty = torch.where(masks.sum(1) > 0, 0.0, -torch.inf)[:, :, None]
     for first in range(0, rows, step):
         some = slice(first, first + step)
-        wide, mask = values[some].float(), masks[some]
+        wide, mask, outside = values[some].float(), masks[some], penalty[some]
         room = scratch[: len(wide)]
         torch.bmm(mask, torch.gt(gates[some], 0, out=room), out=sums[0, some])
         torch.bmm(mask, wide, out=sums[1, some])
         torch.bmm(mask, torch.mul(wide, wide, out=room), out=sums[2, some])
-    return sums.permute(2, 1, 0, 3)
+        torch.amax(torch.add(wide, outside, out=room), 1, out=highest[some])
+        torch.amin(torch.sub(wide, outside, out=room), 1, out=lowest[some])
+    return sums.permute(2, 1, 0, 3), highest, lowest
 
 
 class _Extremes:
@@ -201,7 +181,7 @@ class _Extremes:
         highest: Float[Tensor, "sample neuron"],
         lowest: Float[Tensor, "sample neuron"],
         first: int,
-        places: list[Block],
+        masks: Float[Tensor, "sample modality position"],
     ) -> Best:
         """Return the best with a batch taken in, whose samples are numbered from `first`."""
         width = highest.shape[1]
@@ -209,7 +189,7 @@ class _Extremes:
         activation, index = torch.cat([self.best.activation, reached]).topk(EXAMPLES, dim=0)
         rank, side = (index >= EXAMPLES).nonzero(as_tuple=True)
         row = index[rank, side] - EXAMPLES
-        excluded = ~_counted(values.shape[:2], places).to(values.device)
+        excluded = masks.sum(1) == 0
         kept = index.clamp(max=EXAMPLES - 1)
         sample, position = self.best.sample.gather(0, kept), self.best.position.gather(0, kept)
         sign = 1.0 - 2.0 * (side >= width)
@@ -221,10 +201,3 @@ class _Extremes:
 
 def _side(best: Best, sign: int) -> list[Tensor]:
     return [part.chunk(2, dim=1)[0 if sign > 0 else 1] for part in (best.activation, best.sample, best.position)]
-
-
-def _counted(shape: torch.Size, places: list[Block]) -> Bool[Tensor, "sample position"]:
-    counted = torch.zeros(shape, dtype=torch.bool)
-    for first, last, start, stop, _ in places:
-        counted[first:last, start:stop] = True
-    return counted

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from mmray.datasets.samples import Sample
 from mmray.models.capture import tap
 from mmray.models.prompting import Run
-from mmray.neurons.statistics import EXAMPLES, TokenStatistics, blocks
+from mmray.neurons import statistics
+from mmray.neurons.statistics import EXAMPLES, MODALITIES, TokenStatistics, reduce_tokens, token_masks
 from mmray.tables import from_bytes, to_bytes
 from tests.neurons.making import CAPTIONS, analyse, batch_of, sample, samples
 
@@ -142,21 +143,23 @@ def test_nothing_seen_gives_empty_tables():
 
 
 @given(st.integers(0, 10**6))
-def test_blocks_cover_the_runs_and_nothing_else(seed):
+def test_masks_cover_the_runs_and_nothing_else(seed):
     runs = invent(Random(seed), 4, False).runs
-    covered = [
-        (row, place, modality)
-        for first, last, start, stop, modality in blocks(runs)
-        for row in range(first, last)
-        for place in range(start, stop)
-    ]
-    expected = [(run.row, place, run.modality) for run in runs for place in range(run.start, run.stop)]
-    assert sorted(covered) == sorted(expected)
+    covered = {
+        (row, place, MODALITIES[modality]) for row, modality, place in token_masks(runs, 4, 14).nonzero().tolist()
+    }
+    assert covered == {(run.row, place, run.modality) for run in runs for place in range(run.start, run.stop)}
 
 
-def test_rows_that_cover_the_same_positions_are_one_block():
-    runs = [Run(row, 3, 7, "text") for row in (0, 1, 2, 4)]
-    assert blocks(runs) == [(0, 3, 3, 7, "text"), (4, 5, 3, 7, "text")]
+@pytest.mark.parametrize("cached", [1, 60])
+def test_reduction_in_parts_is_that_of_the_whole(monkeypatch, cached):
+    batch = invent(Random(5), 4, False)
+    masks = token_masks(batch.runs, 4, batch.positions)
+    parts = [part[0].reshape(4, batch.positions, -1) for part in (batch.activations, batch.gates)]
+    whole = reduce_tokens(*parts, masks)
+    monkeypatch.setattr(statistics, "CACHED", cached)
+    for one, other in zip(whole, reduce_tokens(*parts, masks), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("variant", ["llava", "idefics3", "blip2_t5", "mllama", "qwen3_vl_moe"])
