@@ -245,11 +245,11 @@ def write_table(store: Store, name: str, parts: Iterable[pa.Table]) -> None:
     writer.close()
 
 
-def read_table(store: Store, name: str) -> pa.Table:
+def read_table(store: Store, name: str, folder: str = "tables") -> pa.Table:
     """Return a run's table; `FileNotFoundError` where it was not written."""
-    files = [entry.key for entry in store.list(f"tables/{name}.parquet")]
+    files = [entry.key for entry in store.list(f"{folder}/{name}.parquet")]
     if not files:
-        raise FileNotFoundError(f"{store.uri}/tables/{name}.parquet")
+        raise FileNotFoundError(f"{store.uri}/{folder}/{name}.parquet")
     return pa.concat_tables([from_bytes(store.read(key)) for key in files])
 
 

@@ -61,44 +61,58 @@ def run_census(settings: CensusSettings, follow: Callable[[Progress], None] = la
     `follow` hears of every committed shard. Raises InputError for anything wrong with the set-up, before any work.
     """
     began = time.perf_counter()
-    source, manifest, nouns = _data(settings)
-    info = run_info(settings, source, manifest, nouns)
-    RunFolder.at(settings.out).begin(info, manifest.to_json())
-    return finish_run(settings, nouns, follow, began)
-
-
-def finish_run(
-    settings: CensusSettings, nouns: NounSource, follow: Callable[[Progress], None], began: float
-) -> Outcome:
-    """Have all shards of a run that has begun analysed, and its tables made; nothing is written if all is done."""
+    source, manifest, nouns = open_inputs(settings)
+    RunFolder.at(settings.out).begin(run_info(settings, source, manifest, nouns), manifest.to_json())
     folder = RunFolder.at(settings.out, patient=True)
-    manifest = Manifest.from_json(folder.manifest())
-    receipts = folder.receipts()
-    if _pending(settings, folder, manifest, receipts) or not is_merged(folder, receipts):
+    if unfinished(settings, folder):
         with driving(folder.store) as check:
-            _work(settings, folder, manifest, nouns, follow, check)
-            receipts = folder.receipts()
-            if not is_merged(folder, receipts):
-                info = folder.info()
-                assert info is not None
-                receipts = merge_run(folder, info["model"]["widths"], settings.top_k)
+            finish(settings, folder, nouns, follow, check)
+    return outcome(settings.out, folder, time.perf_counter() - began)
+
+
+def unfinished(settings: CensusSettings, folder: RunFolder) -> bool:
+    """Tell whether a run has shards to analyse, or tables that are not those of its shards."""
+    receipts = folder.receipts()
+    manifest = Manifest.from_json(folder.manifest())
+    return bool(_pending(settings, folder, manifest, receipts)) or not is_merged(folder, receipts)
+
+
+def finish(
+    settings: CensusSettings,
+    folder: RunFolder,
+    nouns: NounSource,
+    follow: Callable[[Progress], None],
+    check: Callable[[], None],
+) -> None:
+    """Have all shards of a run analysed and its tables made; `check` raises where this driver is not to go on."""
+    _work(settings, folder, Manifest.from_json(folder.manifest()), nouns, follow, check)
+    if not is_merged(folder, folder.receipts()):
+        info = folder.info()
+        assert info is not None
+        merge_run(folder, info["model"]["widths"], settings.top_k)
+
+
+def outcome(out: str, folder: RunFolder, seconds: float) -> Outcome:
+    """Return what the run amounts to."""
+    receipts = folder.receipts()
     return Outcome(
-        out=settings.out,
+        out=out,
         samples=sum(receipt.samples for receipt in receipts.values()),
         failures=sum(receipt.failures for receipt in receipts.values()),
         shards_aside={number: receipt.reason or "" for number, receipt in folder.aside(receipts).items()},
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
     )
 
 
 def plan_census(settings: CensusSettings) -> Plan:
     """Return what the census would cost, without running it."""
-    source, manifest, nouns = _data(settings)
+    source, manifest, nouns = open_inputs(settings)
     facts = describe_model(settings.model, trust_remote_code=settings.trust_remote_code)
     return estimate(settings, source, manifest, nouns, facts["widths"], facts["parameters"], facts["image_tokens"])
 
 
-def _data(settings: CensusSettings) -> tuple[Source, Manifest, NounSource]:
+def open_inputs(settings: CensusSettings) -> tuple[Source, Manifest, NounSource]:
+    """Return the data, its shards as they would be cut now, and where concepts come from."""
     source = open_data(settings)
     manifest = cut(source.files(), settings.shard_size, settings.limit)
     if not manifest.samples:
@@ -124,6 +138,7 @@ def run_info(settings: CensusSettings, source: Source, manifest: Manifest, nouns
         "data": {"kind": source.kind, "columns": source.columns.model_dump(), "samples": manifest.samples},
         "shards": len(manifest.shards),
         "nouns": nouns.kind,
+        "home": str(Path.cwd()),
         "versions": {"mmray": VERSION, "python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "ray", "pyarrow")},
     }
@@ -173,12 +188,13 @@ def _work(
 
 def _actors(settings: CensusSettings, nouns: NounSource, units: list[int]) -> ray.data.Dataset:
     """Return the receipts to come: the units of work, one a block, mapped over a pool of actors."""
-    pool = actor_pool(settings.workers, settings.gpus_per_worker, machines(), len(units))
+    pool = actor_pool(settings.worker_range, settings.gpus_per_worker, machines(), len(units))
     return ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units)).map_batches(
         CensusWorker,
         fn_constructor_args=(settings, nouns, pool.threads, str(Path.cwd())),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=pool.workers, max_tasks_in_flight_per_actor=2),
+        # What waits is a number, and what comes back a receipt: neither fills the object store.
+        compute=ray.data.ActorPoolStrategy(min_size=pool.workers, max_size=pool.most, max_tasks_in_flight_per_actor=2),
         num_cpus=pool.cores,
         num_gpus=pool.gpus or None,
     )

@@ -22,8 +22,8 @@ AHEAD = 3
 READERS = 8
 
 
-def merge_run(folder: RunFolder, widths: Sequence[int], top_k: int) -> dict[int, Receipt]:
-    """Write the tables of all that is committed, and then the totals; return the receipts they are made from.
+def merge_run(folder: RunFolder, widths: Sequence[int], top_k: int) -> None:
+    """Write the tables of all that is committed, and then the totals.
 
     What another driver or a late worker commits meanwhile is taken in too: the tables are made again.
     """
@@ -32,7 +32,7 @@ def merge_run(folder: RunFolder, widths: Sequence[int], top_k: int) -> dict[int,
         _write_tables(folder, receipts, widths, top_k)
         now = folder.receipts()
         if receipts_digest(now) == receipts_digest(receipts):
-            return receipts
+            return
         receipts = now
 
 
