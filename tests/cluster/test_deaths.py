@@ -1,6 +1,9 @@
 """A census killed before, within and after each of its changes to storage is made good by the next one."""
 
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,6 +20,7 @@ from mmray.runs import RunFolder
 from mmray.settings import CensusSettings, census_settings
 from mmray.storage import LocalStore, open_store
 from mmray.tables import SCHEMAS
+from tests.cluster.kills import cheap_processes, within_a_commit, work
 from tests.e2e.scenes import scenes, write
 from tests.running import bury_driver, without_ray
 from tests.storage.broken import Appended, ReceiptFirst
@@ -95,3 +99,35 @@ def test_a_census_may_die_at_any_moment(settings: CensusSettings, tmp_path: Path
 def test_a_broken_commit_would_be_noticed(settings: CensusSettings, tmp_path: Path, kind: type[RunFolder]) -> None:
     with pytest.raises((AssertionError, InputError, pa.ArrowInvalid)):
         check_any_death(settings, kind, tmp_path)
+
+
+def test_a_worker_that_wakes_after_its_shard_was_redone(settings: CensusSettings, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    here = settings.model_copy(update={"out": str(out)})
+    source, manifest, nouns = census.open_inputs(here)
+    RunFolder.at(out).begin(census.run_info(here, source, manifest, nouns), manifest.to_json())
+    sleeper = cheap_processes().Process(target=work, args=(here.model_dump(), nouns, 0))
+    sleeper.start()
+    try:
+        until = time.monotonic() + 60
+        while not within_a_commit(open_store(out)):
+            assert time.monotonic() < until
+            assert sleeper.is_alive()
+            time.sleep(0.01)
+        # It falls asleep with its parts written and without a receipt, and another does its shard, and the rest.
+        os.kill(sleeper.pid or 0, signal.SIGSTOP)
+        assert within_a_commit(open_store(out))
+        assert run(here, RunFolder, LocalStore(out))
+        tables = {name: open_run(out).table(name) for name in SCHEMAS}
+        committed = {entry.key: open_store(out).read(entry.key) for entry in open_store(out).list("shards/")}
+        os.kill(sleeper.pid or 0, signal.SIGCONT)
+        sleeper.join(60)
+        assert sleeper.exitcode == 0
+    finally:
+        sleeper.kill()
+    left = {entry.key: open_store(out).read(entry.key) for entry in open_store(out).list("shards/")}
+    # What it had written is gone, and what the other committed stands.
+    assert left.items() < committed.items()
+    assert len(left) == 2 * 8
+    assert run(here, RunFolder, LocalStore(out))
+    assert all(open_run(out).table(name).equals(table) for name, table in tables.items())
