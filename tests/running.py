@@ -1,6 +1,5 @@
 """A census in this process, without Ray: the driver and the worker are the real ones, one after the other."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,7 +13,6 @@ from mmray.cluster.census import Outcome, Progress
 from mmray.cluster.worker import CensusWorker
 from mmray.neurons.concepts import NounSource
 from mmray.settings import CensusSettings, census_settings
-from mmray.storage import open_store
 
 
 class _Here:
@@ -33,13 +31,6 @@ def without_ray() -> AbstractContextManager[None]:
     """Make `run_census`, also that of the command line, do its work in this process."""
     replaced = {"ray_session": lambda _: nullcontext(), "_actors": _Here}
     return patch.multiple(census, **replaced)
-
-
-def bury_driver(out: Path | str) -> None:
-    """Make the driver that was "killed" within this process a dead one: what holds the run's lease is no process."""
-    store = open_store(out)
-    for entry in store.list("lease/"):
-        store.put(entry.key, json.dumps(json.loads(store.read(entry.key)) | {"started": "before"}).encode())
 
 
 def census_here(model: Path | str, data: str, out: Path | str, **settings: object) -> Outcome:

@@ -33,7 +33,7 @@ import pyarrow as pa
 
 from mmray.errors import InputError
 from mmray.runs.refreshes import latest
-from mmray.storage import NamedCommits, PatientStore, Store, commits_once, open_store
+from mmray.storage import NamedCommits, PatientStore, Store, commits_once, is_outage, open_store
 from mmray.tables import from_bytes, to_bytes
 
 ATTEMPTS = 3
@@ -164,8 +164,15 @@ class RunFolder:
         """Write the shard's parts, then its receipt; return the receipt that counts, which may be an earlier one."""
         token = uuid4().hex[:8]
         parts = {name: f"shards/{shard_id:06d}/{token}-{name}.parquet" for name in tables}
-        with ThreadPoolExecutor(len(parts)) as pool:
-            list(pool.map(lambda name: self.store.commit(parts[name], to_bytes(tables[name])), tables))
+        try:
+            with ThreadPoolExecutor(len(parts)) as pool:
+                list(pool.map(lambda name: self.store.commit(parts[name], to_bytes(tables[name])), tables))
+        except OSError as error:
+            # A full disk must not be filled by one attempt after the other. (In an outage nothing can be removed.)
+            if not is_outage(error):
+                for key in parts.values():
+                    self.store.delete(key)
+            raise
         receipt = Receipt(
             shard_id,
             samples=samples,

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from uuid import uuid4
 
 from mmray.errors import InputError, StorageError
 from mmray.storage import Store
@@ -26,6 +27,9 @@ RENEWED = 5.0
 """Seconds between two renewals."""
 LIFETIME = 30.0
 """Seconds without a renewal after which an owner is taken for dead."""
+
+_held: set[str] = set()
+"""Tokens of the leases that this process holds or asks for. One that it could not release is not among them."""
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +44,8 @@ class Owner:
     """The machine's boot and the name space of its process numbers; empty where the system does not tell them."""
     started: str
     """When the process began, as the system counts it: process numbers are used again."""
+    token: str
+    """What tells leases of one process from each other."""
     beats: int = 0
     released: bool = False
 
@@ -47,7 +53,7 @@ class Owner:
 def this_process() -> Owner:
     """Return this process as the owner of a lease."""
     pid = os.getpid()
-    return Owner(socket.gethostname(), pid, _machine(), _started(pid) or "")
+    return Owner(socket.gethostname(), pid, _machine(), _started(pid) or "", uuid4().hex)
 
 
 @contextmanager
@@ -58,7 +64,12 @@ def driving(store: Store, renewed: float = RENEWED, lifetime: float = LIFETIME) 
     one elsewhere after `lifetime` seconds in which it is seen to renew nothing.
     """
     owner = this_process()
-    number = _take(store, owner, renewed, lifetime)
+    _held.add(owner.token)
+    try:
+        number = _take(store, owner, renewed, lifetime)
+    except BaseException:
+        _held.discard(owner.token)
+        raise
     key = _key(number)
     stop, lost = threading.Event(), threading.Event()
 
@@ -85,6 +96,7 @@ def driving(store: Store, renewed: float = RENEWED, lifetime: float = LIFETIME) 
     finally:
         stop.set()
         thread.join()
+        _held.discard(owner.token)
         try:
             store.put(key, _bytes(replace(owner, released=True)))
         except (OSError, StorageError) as error:
@@ -147,9 +159,11 @@ def _bytes(owner: Owner) -> bytes:
 
 
 def _alive(owner: Owner) -> bool | None:
-    """Tell whether the process runs; None if it is another machine's, or the system does not say."""
+    """Tell whether the process drives the run; None if it is another machine's, or the system does not say."""
     if not owner.machine or owner.machine != _machine():
         return None
+    if owner.pid == os.getpid():
+        return owner.token in _held
     return _started(owner.pid) == owner.started
 
 

@@ -13,7 +13,7 @@ from mmray.storage.objects import Entry, Store
 
 PATIENCE = 600.0
 """Seconds for which a run's driver and workers wait for storage to answer again."""
-LONGEST_PAUSE = 30.0
+LONGEST_PAUSE = 10.0
 PASSING = re.compile(
     r"AWS Error (SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|NETWORK_CONNECTION|REQUEST_TIMEOUT|THROTTLING)"
     r"|AWS Error .*HTTP status (429|5\d\d)"
@@ -29,9 +29,9 @@ def is_outage(error: Exception) -> bool:
     return isinstance(error, OutageError) or (isinstance(error, OSError) and PASSING.search(str(error)) is not None)
 
 
-def patiently(action: Callable[[], Result], patience: float = PATIENCE) -> Result:
-    """Return what the action returns; after an outage do it again, for so many seconds, then raise the outage."""
-    until, pause = time.monotonic() + patience, 1.0
+def patiently(action: Callable[[], Result]) -> Result:
+    """Return what the action returns; after an outage do it again, for PATIENCE seconds, then raise the outage."""
+    until, pause = time.monotonic() + PATIENCE, 1.0
     while True:
         try:
             return action()

@@ -116,6 +116,8 @@ def s3_problem(error: Exception) -> str:
 
     reason = SECRETS.sub("…", " ".join(str(error).split()))
     if isinstance(error, ClientError):
+        if is_passing(error):
+            return f"{reason.rstrip('.')}; try again later"
         code = error.response.get("Error", {}).get("Code", "")
         return f"{reason}; {HOW_TO_MEND.get(code, 'check the credentials and their right to list, read and write')}"
     if isinstance(error, NoCredentialsError | PartialCredentialsError):

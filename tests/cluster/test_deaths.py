@@ -22,7 +22,7 @@ from mmray.storage import LocalStore, open_store
 from mmray.tables import SCHEMAS
 from tests.cluster.kills import cheap_processes, within_a_commit, work
 from tests.e2e.scenes import scenes, write
-from tests.running import bury_driver, without_ray
+from tests.running import without_ray
 from tests.storage.broken import Appended, ReceiptFirst
 from tests.storage.stores import Killed, Mortal
 
@@ -78,7 +78,6 @@ def check_any_death(settings: CensusSettings, kind: type[RunFolder], root: Path)
         out = root / f"killed-{change}"
         here = settings.model_copy(update={"out": str(out)})
         died = not run(here, kind, HalfWritten(LocalStore(out), change))
-        bury_driver(out)
         assert run(here, kind, LocalStore(out))
         same_tables(open_run(out), undisturbed)
         assert not any(entry.key.rpartition("/")[2].startswith(".tmp") for entry in open_store(out).list())

@@ -19,7 +19,7 @@ from mmray.runs import RunFolder
 from mmray.storage import open_store
 from mmray.tables import SCHEMAS
 from tests.cluster.test_worker import files
-from tests.running import bury_driver, census_here, without_ray
+from tests.running import census_here, without_ray
 from tests.storage.stores import Killed, Mortal
 
 
@@ -182,7 +182,6 @@ def test_a_refresh_may_die_at_any_moment(model: Path, add: Callable[..., None], 
         out = tmp_path / f"run-{change}"
         copy_of(first, out)
         died = killed_before(change, out)
-        bury_driver(out)
         done = refresh(out)
         run = open_run(out)
         drifts.add((out / "refreshes" / "000001" / "drift.json").read_text())

@@ -34,7 +34,7 @@ def leave(store: Store, number: int, left: Owner) -> None:
 
 def elsewhere(**changes: object) -> Owner:
     """A driver on another machine."""
-    return replace(this_process(), host="elsewhere", machine="another", **changes)
+    return replace(this_process(), host="elsewhere", machine="another", token="theirs", **changes)
 
 
 def test_a_second_driver_is_refused_while_the_first_lives(store: Store) -> None:
@@ -85,8 +85,20 @@ def test_a_driver_killed_on_this_machine_is_succeeded_at_once(store: Store) -> N
         assert time.monotonic() - began < 5
 
 
+def test_a_lease_that_could_not_be_released_binds_nobody(store: Store) -> None:
+    class Gone(Wrapped):
+        def put(self, key: str, data: bytes) -> None:
+            raise OutageError("away")
+
+    with driving(Gone(store), **SOON):
+        pass
+    assert not owner(store, 1).released
+    with driving(store, renewed=0.1, lifetime=60):
+        assert keys(store) == ["lease/000002.json"]
+
+
 def test_a_process_number_used_again_is_no_driver(store: Store) -> None:
-    leave(store, 7, replace(this_process(), started="long ago"))
+    leave(store, 7, replace(this_process(), pid=os.getppid(), started="long ago"))
     with driving(store, **SOON):
         assert keys(store) == ["lease/000008.json"]
 
