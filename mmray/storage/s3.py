@@ -61,6 +61,8 @@ class S3Store:
             except ClientError as error:
                 if _status(error) == 404:
                     return None
+                # The answer to a HEAD has no body that could say why: a listing's has.
+                client.list_objects_v2(Bucket=self.bucket, Prefix=self._key(key), MaxKeys=1)
                 raise
         return Entry(key, head["ContentLength"], head["ETag"].strip('"'), head["LastModified"].timestamp())
 
