@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -162,6 +163,8 @@ PART_SCHEMAS: dict[str, pa.Schema] = {
 
 FILE_BYTES = 64 << 20
 """Size in memory at which a table is cut into a further file: what a writer holds at once, however large the table."""
+SMALL_PARTS = 64
+"""Parts that are joined as they come: one of a few rows takes more memory for its schema than for these."""
 ROW_GROUP = 100_000
 """Rows of a row group: many small ones make every later read slow."""
 
@@ -189,7 +192,8 @@ def to_bytes(table: pa.Table) -> bytes:
 
 def from_bytes(data: bytes) -> pa.Table:
     """Return the table that `to_bytes` wrote."""
-    return pq.read_table(pa.BufferReader(data))
+    # Not `read_table`, which goes by way of a data set: that takes longer than a small part itself.
+    return pq.ParquetFile(pa.BufferReader(data)).read()
 
 
 class TableWriter:
@@ -200,18 +204,23 @@ class TableWriter:
         self.name = name
         self.key = f"tables/{name}.parquet"
         self._gathered: list[pa.Table] = []
+        self._small: list[pa.Table] = []
+        self._bytes = 0
         self._first: bytes | None = None
         self._written: list[str] = []
 
     def add(self, part: pa.Table) -> None:
         """Take in a part, and write what has come together once it is a file's worth."""
-        self._gathered.append(part)
-        if sum(table.nbytes for table in self._gathered) >= FILE_BYTES:
+        self._small.append(part)
+        self._bytes += part.nbytes
+        if len(self._small) == SMALL_PARTS:
+            self._join_small()
+        if self._bytes >= FILE_BYTES:
             self._flush()
 
     def close(self) -> None:
         """Write the rest, and remove files of an earlier and larger table."""
-        if self._gathered or self._first is None:
+        if self._bytes or self._first is None:
             self._flush()
         if self._first is not None and not self._written:
             # A folder of that name stays one: a local file can't take its place.
@@ -220,9 +229,14 @@ class TableWriter:
             if entry.key not in self._written:
                 self.store.delete(entry.key)
 
+    def _join_small(self) -> None:
+        self._gathered.append(pa.concat_tables([SCHEMAS[self.name].empty_table(), *self._small]).combine_chunks())
+        self._small = []
+
     def _flush(self) -> None:
-        data = to_bytes(pa.concat_tables([SCHEMAS[self.name].empty_table(), *self._gathered]))
-        self._gathered = []
+        self._join_small()
+        data = to_bytes(pa.concat_tables(self._gathered))
+        self._gathered, self._bytes = [], 0
         if self._first is None:
             # Whether it is the only one is not known yet, and its name depends on that.
             self._first = data
@@ -264,8 +278,7 @@ def list_values(column: pa.ChunkedArray) -> list[ndarray]:
     """Return the lists of a column as arrays, without a copy where there are no nulls."""
     arrays: list[ndarray] = []
     for chunk in column.chunks:
-        if not len(chunk):
-            continue
-        values = chunk.flatten().to_numpy(zero_copy_only=False)
-        arrays.extend(np.split(values, (chunk.offsets.to_numpy()[1:-1] - chunk.offsets[0].as_py())))
+        # The values as they lie: `flatten` would go through a kernel, which for short columns takes longest of all.
+        values, offsets = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
+        arrays.extend(values[start:stop] for start, stop in pairwise(offsets))
     return arrays

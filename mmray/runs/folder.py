@@ -6,7 +6,7 @@
     refreshes/000001/                 what the data had gained (`mmray.runs.refreshes`)
     attempts/000012/1                 a worker began shard 12 for the first time; where, and what it died of
     shards/000012/5f3c-concepts.parquet   parts of shard 12, named by the attempt that wrote them
-    shards/000012.json                the receipt: names the parts; whichever attempt creates it first has committed
+    receipts/000012.json              the receipt: names the parts; whichever attempt creates it first has committed
     aside/000012.json                 shard 12 was given up, and why
     tables/rankings.parquet           what readers read, made from the committed parts alone
     finished.json                     totals of the finished run
@@ -108,7 +108,7 @@ class RunFolder:
 
     def receipts(self) -> dict[int, Receipt]:
         """Return the receipts of all committed shards by shard, in order."""
-        return self._receipts("shards/")
+        return self._receipts("receipts/")
 
     def aside(self, committed: Collection[int] = ()) -> dict[int, Receipt]:
         """Return the shards that were given up, with their reasons; not those that a late worker has `committed`."""
@@ -123,7 +123,7 @@ class RunFolder:
     def receipt(self, shard_id: int) -> Receipt | None:
         """Return a shard's receipt if it is committed."""
         try:
-            return Receipt(**json.loads(self.store.read(f"shards/{shard_id:06d}.json")))
+            return Receipt(**json.loads(self.store.read(f"receipts/{shard_id:06d}.json")))
         except FileNotFoundError:
             return None
 
@@ -182,7 +182,7 @@ class RunFolder:
             seconds=round(seconds, 3),
             parts=parts,
         )
-        if self.store.commit(f"shards/{shard_id:06d}.json", json.dumps(asdict(receipt)).encode()):
+        if self.store.commit(f"receipts/{shard_id:06d}.json", json.dumps(asdict(receipt)).encode()):
             return receipt
         committed = self.receipt(shard_id)
         assert committed is not None
@@ -200,7 +200,7 @@ class RunFolder:
         except FileNotFoundError as error:
             number = f"{receipt.shard_id:06d}"
             raise InputError(
-                f"{self.store.uri}: {receipt.parts[name]} is gone; remove shards/{number}.json too and run again"
+                f"{self.store.uri}: {receipt.parts[name]} is gone; remove receipts/{number}.json too and run again"
             ) from error
 
     def finish(self, totals: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ def orphans(folder: RunFolder) -> tuple[list[Entry], list[Entry]]:
 
     A shard that is committed stays as its receipt says: other parts of it are of attempts that came too late.
     """
-    parts = [entry for entry in folder.store.list("shards/") if entry.key.count("/") == 2]
+    parts = folder.store.list("shards/")
     # The receipts after the parts: a shard that is committed in between is seen as committed.
     receipts = folder.receipts()
     named = {key for receipt in receipts.values() for key in (receipt.parts or {}).values()}

@@ -33,7 +33,7 @@ class Slow(Wrapped):
     """A store whose commits take their time, so that kills find them under way."""
 
     def commit(self, key: str, data: bytes) -> bool:
-        if key.startswith("shards/"):
+        if key.startswith(("shards/", "receipts/")):
             time.sleep(PAUSES[Path(key).suffix])
         return super().commit(key, data)
 
@@ -100,7 +100,7 @@ def cheap_processes() -> Any:
 def within_a_commit(store: Store) -> bool:
     """Tell whether a shard has some of its parts and not yet all that belongs to it."""
     found: dict[str, int] = {}
-    for entry in store.list("shards/"):
+    for entry in [*store.list("shards/"), *store.list("receipts/")]:
         shard = entry.key.split("/")[1].removesuffix(".json")
         found[shard] = found.get(shard, 0) + 1
     return any(1 < count < len(PART_SCHEMAS) for count in found.values())  # all but `decoded`, and the receipt
@@ -180,7 +180,7 @@ class Killer:
         return driver
 
     def receipts(self) -> list[Entry]:
-        return [entry for entry in self.store.list("shards/") if entry.key.count("/") == 1]
+        return self.store.list("receipts/")
 
     def within_a_commit(self) -> bool:
         return within_a_commit(self.store)

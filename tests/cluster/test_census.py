@@ -61,7 +61,7 @@ def same_tables(run: Run, other: Run) -> None:
 
 def receipts(run: Path | str) -> dict[str, bytes]:
     store = open_store(run)
-    return {entry.key: store.read(entry.key) for entry in store.list("shards/") if entry.key.endswith(".json")}
+    return {entry.key: store.read(entry.key) for entry in store.list("receipts/")}
 
 
 def attempts(run: Path | str) -> list[str]:
@@ -81,7 +81,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[float]
     delays: list[float] = []
 
     def follow(progress: Progress) -> None:
-        times = sorted(path.stat().st_mtime for path in out.glob("shards/*.json"))
+        times = sorted(path.stat().st_mtime for path in out.glob("receipts/*.json"))
         if progress.samples == 32 * (len(delays) + 1):
             delays.append(time.time() - times[len(delays)])
 

@@ -90,9 +90,9 @@ def test_a_run_from_beginning_to_end(
     with patch.object(ShardAnalysis, "run", stop), pytest.raises(KeyboardInterrupt):
         census_here(**settings, data=data, out=out)
     assert open_run(out).status().shards_done == 2
-    first = {entry.key: entry.version for entry in open_store(out).list("shards/")}
+    first = {entry.key: entry.version for entry in open_store(out).list("receipts/")}
     assert census_here(**settings, data=data, out=out).samples == 12
-    assert first.items() <= {entry.key: entry.version for entry in open_store(out).list("shards/")}.items()
+    assert first.items() <= {entry.key: entry.version for entry in open_store(out).list("receipts/")}.items()
     # refreshed,
     store.put("2.parquet", Path(write(tmp_path / "2.parquet", samples[12:])).read_bytes())
     with without_ray():

@@ -18,7 +18,7 @@ from mmray.errors import InputError
 from mmray.results.run import Run, open_run
 from mmray.runs import RunFolder
 from mmray.settings import CensusSettings, census_settings
-from mmray.storage import LocalStore, open_store
+from mmray.storage import Entry, LocalStore, open_store
 from mmray.tables import SCHEMAS
 from tests.cluster.kills import cheap_processes, within_a_commit, work
 from tests.e2e.scenes import scenes, write
@@ -100,6 +100,10 @@ def test_a_broken_commit_would_be_noticed(settings: CensusSettings, tmp_path: Pa
         check_any_death(settings, kind, tmp_path)
 
 
+def committed_objects(out: Path) -> list[Entry]:
+    return [*open_store(out).list("shards/"), *open_store(out).list("receipts/")]
+
+
 def test_a_worker_that_wakes_after_its_shard_was_redone(settings: CensusSettings, tmp_path: Path) -> None:
     out = tmp_path / "run"
     here = settings.model_copy(update={"out": str(out)})
@@ -118,13 +122,13 @@ def test_a_worker_that_wakes_after_its_shard_was_redone(settings: CensusSettings
         assert within_a_commit(open_store(out))
         assert run(here, RunFolder, LocalStore(out))
         tables = {name: open_run(out).table(name) for name in SCHEMAS}
-        committed = {entry.key: open_store(out).read(entry.key) for entry in open_store(out).list("shards/")}
+        committed = {entry.key: open_store(out).read(entry.key) for entry in committed_objects(out)}
         os.kill(sleeper.pid or 0, signal.SIGCONT)
         sleeper.join(60)
         assert sleeper.exitcode == 0
     finally:
         sleeper.kill()
-    left = {entry.key: open_store(out).read(entry.key) for entry in open_store(out).list("shards/")}
+    left = {entry.key: open_store(out).read(entry.key) for entry in committed_objects(out)}
     # What it had written is gone, and what the other committed stands.
     assert left.items() < committed.items()
     assert len(left) == 2 * 8

@@ -145,7 +145,7 @@ def test_a_disk_that_is_full_ends_the_run_and_loses_nothing(
                 break
             except (InputError, OSError) as error:
                 assert "No space left on device" in str(error)
-                used.append(sum(1 for _ in small_disk.glob("run/shards/*.json")))
+                used.append(sum(1 for _ in small_disk.glob("run/receipts/*.json")))
                 assert not list(small_disk.glob("run/aside/*"))
     assert len(used) > 3
     assert used == sorted(used)

@@ -59,7 +59,9 @@ def test_a_refreshed_run_is_that_of_all_data(model: Path, add: Callable[..., Non
     add(1, 3)
     out = tmp_path / "run"
     census_here(model, str(tmp_path / "data"), out, shard_size=4)
-    committed = {name: found for name, found in files(out).items() if name.startswith(("shards/", "decoded"))}
+    committed = {
+        name: found for name, found in files(out).items() if name.startswith(("shards/", "receipts/", "decoded"))
+    }
     before = open_run(out)
     ranked = before.table("rankings")
     add(0, 2, 4)  # new files sort before, between and after the old ones

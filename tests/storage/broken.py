@@ -15,7 +15,7 @@ class ReceiptFirst(RunFolder):
     def commit_shard(self, shard_id: int, tables: dict[str, pa.Table], samples: int, seconds: float) -> Receipt:
         parts = {name: f"shards/{shard_id:06d}/x-{name}.parquet" for name in tables}
         receipt = Receipt(shard_id, samples=samples, occurrences=len(tables["occurrences"]), parts=parts)
-        if self.store.commit(f"shards/{shard_id:06d}.json", json.dumps(asdict(receipt)).encode()):
+        if self.store.commit(f"receipts/{shard_id:06d}.json", json.dumps(asdict(receipt)).encode()):
             for name, table in tables.items():
                 self.store.commit(parts[name], to_bytes(table))
         return receipt
@@ -25,7 +25,7 @@ class ReceiptReplaced(RunFolder):
     """A later worker's receipt takes the place of an earlier one."""
 
     def commit_shard(self, shard_id: int, tables: dict[str, pa.Table], samples: int, seconds: float) -> Receipt:
-        self.store.delete(f"shards/{shard_id:06d}.json")
+        self.store.delete(f"receipts/{shard_id:06d}.json")
         return super().commit_shard(shard_id, tables, samples, seconds)
 
 

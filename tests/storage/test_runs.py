@@ -54,10 +54,10 @@ def check_late_worker(kind: type[RunFolder], store: Store) -> None:
     """Let a worker that was given up for dead commit after another; the first one's shard must stand."""
     folder = kind(store)
     first = folder.commit_shard(0, tables("first"), 1, 1.0)
-    receipt = store.read("shards/000000.json")
+    receipt = store.read("receipts/000000.json")
     late = folder.commit_shard(0, tables("late"), 1, 2.0)
     assert late == first
-    assert store.read("shards/000000.json") == receipt
+    assert store.read("receipts/000000.json") == receipt
     assert folder.read_part(folder.receipts()[0], "captions")["sample_id"].to_pylist() == ["first"]
     assert first.parts is not None
     assert sorted(entry.key for entry in store.list("shards/000000/")) == sorted(first.parts.values())
