@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ def load(
             trust_remote_code=trust_remote_code,
             **({"device_map": "auto"} if shared else {}),
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise InputError(f"{name}: {_not_a_model(error)}") from error
     if not getattr(processor, "tokenizer", None) or not processor.tokenizer.is_fast:
         raise InputError(
