@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mmray.errors import InputError
 
@@ -38,9 +38,10 @@ class CensusSettings(BaseModel):
     """Samples a shard: the unit of work, and what a crash costs."""
     batch_size: int = Field(32, ge=1)
     """Samples a forward pass; halved by itself where memory runs out."""
-    workers: int | None = Field(None, ge=1)
-    """Actors, each with a model replica; default: one a GPU of the cluster; without GPUs one a core, at most four a
-    machine, each with its part of the cores as threads."""
+    workers: str | None = None
+    """Actors, each with a model replica: a number, or MIN:MAX to let Ray add and remove some as work and machines
+    allow. Default: one a GPU of the cluster; without GPUs one a core, at most four a machine, each with its part of the
+    cores as threads."""
     gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs a worker: 2 or more share one replica; default: 1 where the cluster has GPUs, else 0."""
     captions: Captions = "dataset"
@@ -81,6 +82,26 @@ class CensusSettings(BaseModel):
     """Try shards again that an earlier call set aside."""
     trust_remote_code: bool = False
     """Allow the checkpoint to run its own Python code. Off: only architectures of transformers."""
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _check_workers(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        least, colon, most = str(value).partition(":")
+        if not (
+            least.isdecimal() and int(least) >= 1 and (not colon or (most.isdecimal() and int(least) <= int(most)))
+        ):
+            raise ValueError("give a number of at least 1, or MIN:MAX such as 2:16")
+        return str(value)
+
+    @property
+    def worker_range(self) -> tuple[int, int] | None:
+        """The fewest and the most workers, where that was asked for."""
+        if self.workers is None:
+            return None
+        least, _, most = self.workers.partition(":")
+        return int(least), int(most or least)
 
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that the results depend on; model, data and nouns are known by their digests instead."""

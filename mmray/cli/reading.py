@@ -4,26 +4,43 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mmray.cli.options import AsJson, RunArgument, app, console
+from mmray.cli.options import AsJson, RunArgument, app, console, say
 
 
 @app.command()
-def status(run: RunArgument, as_json: AsJson = False) -> None:
+def status(
+    run: RunArgument,
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep",
+            help="First remove what killed and late workers left: parts of shards that no receipt names, half-written "
+            "files. What a worker might still commit is left for an hour.",
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Say how far a run is: shards done, pending, set aside; samples a second; failures with reasons."""
     from mmray.results.run import open_run
     from mmray.results.terminal import status as show
+    from mmray.runs.sweep import sweep as sweep_run
 
     opened = open_run(run)
+    swept = sweep_run(opened.folder) if sweep else None
     found = opened.status()
     if as_json:
-        rates = {"pending": found.pending, "samples_per_second": found.samples_per_second}
-        print(json.dumps(asdict(found) | rates | {"first_failures": opened.failures()}))
-    else:
-        console.print(show(found, opened.failures(), opened.uri))
+        more: dict[str, Any] = {"pending": found.pending, "samples_per_second": found.samples_per_second}
+        more |= {"swept": asdict(swept)} if swept else {}
+        print(json.dumps(asdict(found) | more | {"first_failures": opened.failures()}))
+        return
+    if swept:
+        young = f"; {swept.young} younger than an hour left" if swept.young else ""
+        say(f"swept {swept.objects} objects, {swept.bytes / 1e6:.1f} MB{young}")
+    console.print(show(found, opened.failures(), opened.uri))
 
 
 @app.command()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -15,20 +17,21 @@ from mmray.datasets.columns import Columns
 from mmray.datasets.contents import Source
 from mmray.datasets.shards import Manifest, Shard, read_shard
 from mmray.datasets.sources import open_source
-from mmray.errors import InputError, StorageError
+from mmray.errors import InputError, OutageError, StorageError
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.decoding import decode_neurons
 from mmray.neurons.model import load_model
+from mmray.neurons.run_tables import DECODED
 from mmray.neurons.shard import ShardAnalysis
 from mmray.runs import ATTEMPTS, Receipt, RunFolder
 from mmray.settings import CensusSettings
-from mmray.storage import open_store
+from mmray.storage import patiently
 from mmray.tables import to_bytes
 
-DECODED = "decoded.parquet"
-"""Key of what every neuron writes: made once a run, by the worker that gets unit DECODE."""
 DECODE = -1
 """Number of the unit of work that is not a shard: decoding all neurons."""
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""What a disk says that takes no more: not a shard's fault, and worth an end of the run."""
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +71,16 @@ class CensusWorker:
         self.problem = ""
         try:
             self.model = load_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
-            self.folder = RunFolder(open_store(settings.out))
+            self.folder = RunFolder.at(settings.out, patient=True)
             self.manifest = Manifest.from_json(self.folder.manifest())
-            self.source = open_data(settings)
+            self.source = patiently(lambda: open_data(settings))
         except InputError as error:
             self.problem = str(error)
+        except FileNotFoundError:
+            self.problem = (
+                f"{settings.out}: no run there for the worker on {socket.gethostname()}; give an OUT that every "
+                "machine of the cluster sees, such as s3://BUCKET/PREFIX"
+            )
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
         """Do the units in the batch, and return their receipts' numbers by column."""
@@ -82,6 +90,11 @@ class CensusWorker:
                 receipts.append(self.unit(int(unit)))
             except InputError as error:
                 self.problem = str(error)
+                receipts.append(Receipt(int(unit)))
+            except OSError as error:
+                if error.errno not in DISK:
+                    raise
+                self.problem = f"{self.settings.out}: {error.strerror}; make room and run again, it goes on"
                 receipts.append(Receipt(int(unit)))
         return {
             "shard_id": [receipt.shard_id for receipt in receipts],
@@ -104,16 +117,19 @@ class CensusWorker:
         return Receipt(DECODE)
 
     def shard(self, shard_id: int) -> Receipt:
-        """Analyse and commit a shard; the third death of a worker or the third error sets it aside."""
+        """Analyse and commit a shard; the third death of a worker or the third error sets it aside.
+
+        An outage of storage is waited out and then ends the run, as a full disk does: nothing is set aside for it.
+        """
         committed = self.folder.receipt(shard_id)
         if committed is not None:
             return committed
         shard = self.manifest.shards[shard_id]
         while (number := self.folder.attempt(shard_id)) <= ATTEMPTS:
             try:
-                return self.analyse(shard)
+                return patiently(lambda: self.analyse(shard))
             except Exception as error:
-                if isinstance(error, InputError) and not isinstance(error, StorageError):
+                if _is_no_fault_of_the_shard(error):
                     raise
                 logger.exception("shard %d, attempt %d", shard_id, number)
                 self.folder.record_death(shard_id, number, f"{type(error).__name__}: {error}")
@@ -125,3 +141,9 @@ class CensusWorker:
         analysis = ShardAnalysis(self.model, self.settings, self.nouns, shard.shard_id)
         tables = analysis.run(read_shard(self.source, shard))
         return self.folder.commit_shard(shard.shard_id, tables, shard.samples, time.perf_counter() - began)
+
+
+def _is_no_fault_of_the_shard(error: Exception) -> bool:
+    if isinstance(error, InputError):
+        return isinstance(error, OutageError) or not isinstance(error, StorageError)
+    return isinstance(error, OSError) and error.errno in DISK

@@ -73,6 +73,7 @@ class ShardAnalysis:
         if self.settings.captions == "dataset":
             for items, batch in self.encoded(readable):
                 self._analyse(items, batch)
+                del batch  # before the one after next is prepared: there are never three
         else:
             readable.sort(key=lambda sample: (sample.image is None, sample.language or ""))
             for chunk in _cut(readable, self.settings.batch_size, lambda sample: sample.image is None):

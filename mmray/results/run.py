@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 from mmray.errors import InputError
 from mmray.neuron_names import parse_neuron
 from mmray.runs import RunFolder
-from mmray.storage import open_store
 from mmray.tables import SCHEMAS, read_table
 
 ORDERS = {"score": ("rank", "ascending"), "specific": ("specific_rank", "ascending"), "share": ("share", "descending")}
@@ -49,7 +48,7 @@ class Run:
     """A run in a local folder or on S3; tables are read when asked for, and kept."""
 
     def __init__(self, uri: str | Path) -> None:
-        self.folder = RunFolder(open_store(uri))
+        self.folder = RunFolder.at(uri)
         self.uri = self.folder.store.uri
         info = self.folder.info()
         if info is None:

@@ -10,7 +10,7 @@ import pytest
 from mmray.errors import InputError
 from mmray.results.run import ORDERS, Run, open_run
 from mmray.storage import open_store
-from mmray.tables import ROWS_OF_A_FILE, SCHEMAS, read_table, write_table
+from mmray.tables import FILE_BYTES, ROW_GROUP, SCHEMAS, read_table, write_table
 
 CONTRACT = {
     "captions": "sample_id, caption, source, language, domain, shard_id",
@@ -168,17 +168,19 @@ def test_folders_without_a_run(tmp_path: object, name: str) -> None:
 
 
 def test_large_tables_are_several_files(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ROWS_OF_A_FILE >= 100_000
-    monkeypatch.setattr("mmray.tables.ROWS_OF_A_FILE", 10)
+    # Occurrences, the widest rows of the large tables, take some 300 bytes: a file has whole row groups of them.
+    assert FILE_BYTES > 300 * ROW_GROUP
     store = open_store(f"{tmp_path}/run")
     parts = [pa.Table.from_pylist([{"message": f"{part}"}] * 6, schema=SCHEMAS["errors"]) for part in range(5)]
+    monkeypatch.setattr("mmray.tables.FILE_BYTES", 2 * parts[0].nbytes)
     write_table(store, "errors", parts)
     keys = [entry.key for entry in store.list("tables/")]
     assert keys == [f"tables/errors.parquet/{number:05d}.parquet" for number in range(3)]
     assert read_table(store, "errors").equals(pa.concat_tables(parts))
-    # Written again with fewer rows, nothing of the longer table stays.
-    write_table(store, "errors", parts[:3])
-    assert read_table(store, "errors").equals(pa.concat_tables(parts[:3]))
+    # Written again with fewer rows, nothing of the longer table stays; and it may grow again.
+    for count in (3, 1, 5, 0):
+        write_table(store, "errors", parts[:count])
+        assert read_table(store, "errors").equals(pa.concat_tables([SCHEMAS["errors"].empty_table(), *parts[:count]]))
 
 
 def test_a_table_without_rows_has_its_columns(tmp_path: object) -> None:
