@@ -67,7 +67,7 @@ def log_probability(
     model: LoadedModel, hidden: Float[Tensor, "place hidden"], tokens: Int[Tensor, " place"]
 ) -> Float[Tensor, " place"]:
     """Return the log-probability in nats of each token, from the input of the final norm at the place before it."""
-    logits = _logits(model, hidden)
+    logits = vocabulary_logits(model, hidden)
     return _chosen(logits.log_softmax(dim=1), tokens)
 
 
@@ -75,10 +75,13 @@ def token_logits(
     model: LoadedModel, hidden: Float[Tensor, "place hidden"], tokens: Int[Tensor, " place"]
 ) -> Float[Tensor, " place"]:
     """Return the logit of each token, from the input of the final norm at the place before it."""
-    return _chosen(_logits(model, hidden), tokens)
+    return _chosen(vocabulary_logits(model, hidden), tokens)
 
 
-def _logits(model: LoadedModel, hidden: Float[Tensor, "place hidden"]) -> Float[Tensor, "place vocabulary"]:
+def vocabulary_logits(
+    model: LoadedModel, hidden: Float[Tensor, "place hidden"]
+) -> Float[Tensor, "place vocabulary"]:
+    """Return the logits of all tokens in fp32, from the input of the final norm at each place."""
     normed = model.norm(hidden) * model.parts.logit_scale
     head = model.network.get_submodule(model.parts.unembedding)
     device = unembedding_rows(model.network, model.parts).device

@@ -1,0 +1,72 @@
+"""Which objects a text names, in any language: the data's names, their translations and synonyms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+
+from mmray.errors import InputError
+from mmray.neurons.concepts import Mention, find_forms
+from mmray.storage import open_store
+
+
+class Naming:
+    """Finds objects by their names: `dogs` names dog, `perro` in a Spanish text does, and what a synonym file lists."""
+
+    def __init__(
+        self,
+        vocabulary: Iterable[str],
+        translations: Mapping[str, Mapping[str, str]],
+        synonyms: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
+        self.vocabulary = tuple(dict.fromkeys(vocabulary))
+        self.translations = translations
+        self.synonyms = synonyms or {}
+        self._forms: dict[str | None, dict[str, str]] = {}
+
+    def form(self, name: str, language: str | None) -> str:
+        """Return an object's name in a language; as it is where there is no translation."""
+        return self.translations.get(name, {}).get(language or "", name) or name
+
+    def mentions(self, text: str, language: str | None) -> list[Mention]:
+        """Return every mention of an object, in order, its concept the object's own name."""
+        if language not in self._forms:
+            self._forms[language] = self._listed(language)
+        forms = self._forms[language]
+        found = find_forms(text, self._keys[language], language)
+        return [Mention(forms[mention.concept], mention.start, mention.stop) for mention in found]
+
+    def named(self, text: str, language: str | None) -> set[str]:
+        """Return the objects that a text names."""
+        return {mention.concept for mention in self.mentions(text, language)}
+
+    @cached_property
+    def _keys(self) -> dict[str | None, frozenset[str]]:
+        return {}
+
+    def _listed(self, language: str | None) -> dict[str, str]:
+        forms: dict[str, str] = {}
+        for name in self.vocabulary:
+            for form in (self.form(name, language), *self.synonyms.get(name, ())):
+                forms.setdefault(form.casefold(), name)
+        # An object's own name is never another's synonym.
+        forms |= {self.form(name, language).casefold(): name for name in reversed(self.vocabulary)}
+        self._keys[language] = frozenset(forms)
+        return forms
+
+
+def read_synonyms(uri: str) -> dict[str, tuple[str, ...]]:
+    """Return object → synonyms from a JSON file: `{"dog": ["puppy", "hound"]}`, or lists whose first word is the object.
+
+    Raises InputError for a missing file or another form.
+    """
+    folder, _, name = uri.rpartition("/")
+    try:
+        content = json.loads(open_store(folder or ("/" if uri.startswith("/") else ".")).read(name))
+        rows = content.items() if isinstance(content, dict) else ((row[0], row[1:]) for row in content)
+        return {str(name): tuple(map(str, words)) for name, words in rows if not isinstance(words, str)}
+    except FileNotFoundError:
+        raise InputError(f"--synonyms {uri}: no such file") from None
+    except (ValueError, TypeError, IndexError) as error:
+        raise InputError(f'--synonyms {uri}: not of the form {{"dog": ["puppy", …]}} ({error})') from error
