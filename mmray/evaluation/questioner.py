@@ -8,9 +8,10 @@ reply generated.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -25,12 +26,14 @@ from mmray.models.packing import Placed, alone, packed
 from mmray.models.prompting import LONGEST
 from mmray.neurons.scoring import forward
 
+Result = TypeVar("Result")
+
 RANKS = 10
 """Likeliest tokens that are compared rank by rank."""
 CORRECTIONS = 2
 """Times that a failed draft is mended by the model's likeliest tokens along it, before a reply is generated."""
-ROWS_AT_ONCE = 2048
-"""Places whose logits over the whole vocabulary are held at once."""
+LOGITS_AT_ONCE = 2**23
+"""Logits that are held at once, besides those of a forward."""
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.3}
 """Difference allowed, in nats, between log-probabilities of a packed row and of one of its own, by number format."""
 LIKELY = 10.0
@@ -66,6 +69,15 @@ class AskError(Exception):
         self.ask = ask
 
 
+def surviving(measured: Callable[[], Result], drop: Callable[[Ask, str], None]) -> Result:
+    """Return what can be measured: what the model can't be given is dropped, one at a time."""
+    while True:
+        try:
+            return measured()
+        except AskError as error:
+            drop(error.ask, str(error))
+
+
 @dataclass(frozen=True, eq=False)
 class States:
     """What a forward leaves of one ask: see `Reply`."""
@@ -86,6 +98,27 @@ class Questioner:
     def special(self) -> frozenset[int]:
         """Tokens that end a reply."""
         return frozenset(self.model.tokenizer.all_special_ids)
+
+    @cached_property
+    def end(self) -> int:
+        """The token that stands for the end of a reply, whichever the model writes there."""
+        end = self.model.tokenizer.eos_token_id
+        return int(end) if end is not None else min(self.special)
+
+    def ended(self, likeliest: list[int]) -> list[int]:
+        """Return the likeliest tokens along a reply with `end` at its end, if that is one of those that end it."""
+        *tokens, last = likeliest
+        return [*tokens, self.end if last in self.special else last]
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Tokens that have a logit."""
+        return int(self.model.network.get_output_embeddings().weight.shape[0])
+
+    @property
+    def rows_at_once(self) -> int:
+        """Places whose logits over the whole vocabulary are held at once."""
+        return max(1, LOGITS_AT_ONCE // self.vocabulary)
 
     @cached_property
     def plain(self) -> bool:
@@ -156,7 +189,7 @@ class Questioner:
         if not hidden:
             return []
         rows = torch.cat(list(hidden))
-        tokens = torch.cat([vocabulary_logits(self.model, part).argmax(dim=1) for part in rows.split(ROWS_AT_ONCE)])
+        tokens = torch.cat([vocabulary_logits(self.model, part).argmax(dim=1) for part in rows.split(self.rows_at_once)])
         return [part.tolist() for part in tokens.cpu().split([len(part) for part in hidden])]
 
     @torch.inference_mode()
@@ -262,7 +295,7 @@ class Questioner:
         return final[-1].reshape(-1, placed.batch.positions, final[-1].shape[-1])
 
     def _top(self, states: Float[Tensor, "position hidden"]) -> Int[Tensor, "position rank"]:
-        parts = [vocabulary_logits(self.model, part).topk(RANKS, dim=1).indices for part in states.split(ROWS_AT_ONCE)]
+        parts = [vocabulary_logits(self.model, part).topk(RANKS, dim=1).indices for part in states.split(self.rows_at_once)]
         return torch.cat(parts).to(torch.int32).cpu()
 
     def _proven(self, asks: Sequence[Ask], replies: Sequence[list[int]]) -> bool | None:

@@ -159,14 +159,9 @@ class ShardAnalysis:
         if sample.image is None:
             return None
         try:
-            image = PIL.Image.open(io.BytesIO(sample.image))
-            if image.width * image.height > LARGEST_IMAGE:
-                raise ValueError(f"{image.width} × {image.height} pixels, more than {LARGEST_IMAGE:,}")
-            return image.convert("RGB")
-        except Exception as error:  # noqa: BLE001  decoders raise all kinds of errors on damaged files
-            # Pillow's own words for it hold an address in memory, which no two runs share.
-            reason = "of no known format" if isinstance(error, PIL.UnidentifiedImageError) else error
-            self._fail(sample, "decode", f"image can't be read: {reason}")
+            return decode_image(sample.image)
+        except ValueError as error:
+            self._fail(sample, "decode", f"image can't be read: {error}")
             return None
 
     def _generate(self, pairs: list[tuple[Sample, Image | None]]) -> None:
@@ -281,6 +276,19 @@ class ShardAnalysis:
             ],
             schema=PART_SCHEMAS["occurrences"],
         )
+
+
+def decode_image(encoded: bytes) -> Image:
+    """Return the picture in RGB; raises ValueError, with the reason, for anything that is none."""
+    try:
+        image = PIL.Image.open(io.BytesIO(encoded))
+        if image.width * image.height > LARGEST_IMAGE:
+            raise ValueError(f"{image.width} × {image.height} pixels, more than {LARGEST_IMAGE:,}")
+        return image.convert("RGB")
+    except Exception as error:  # noqa: BLE001  decoders raise all kinds of errors on damaged files
+        # Pillow's own words for it hold an address in memory, which no two runs share.
+        reason = "of no known format" if isinstance(error, PIL.UnidentifiedImageError) else str(error)
+        raise ValueError(reason) from error
 
 
 def _labels(sample: Sample) -> dict[str, str]:
