@@ -11,8 +11,6 @@ from jaxtyping import Float, Int
 from PIL.Image import Image
 from torch import Tensor
 
-from mmray.models.loading import LoadedModel
-
 
 class Purpose(Protocol):
     """What an edit was made for."""
@@ -75,6 +73,14 @@ class Ask:
     def key(self) -> tuple[str, str, str]:
         """What the model's reply depends on."""
         return (self.sample_id, self.variant, self.prompt)
+
+
+class AskError(Exception):
+    """A prompt that the model can't be given."""
+
+    def __init__(self, ask: Ask, reason: str) -> None:
+        super().__init__(reason)
+        self.ask = ask
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from PIL import ImageOps
 from PIL.Image import Image
 
+from mmray.datasets.images import decode_image
 from mmray.datasets.samples import Sample
 from mmray.evaluation.asks import Ask, Reply
 from mmray.evaluation.questioner import Questioner
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import prompt_text, tokenize_caption
-from mmray.neurons.shard import decode_image
 
 FLIP = "flip"
 CROPS = {"crop centre": (0.1, 0.1, 0.9, 0.9), "crop corner": (0.0, 0.0, 0.85, 0.85)}
@@ -55,11 +55,11 @@ class Before:
         """Return the tokens of a text as they follow the prompt."""
         return tokenize_caption(self.model, ask.prompt, text)[0]
 
-    def replies(self, asks: Sequence[Ask], drafts: Sequence[str]) -> list[Reply]:
-        """Return what the model answers; guesses of the answers save time, and an empty one is none."""
+    def replies(self, asks: Sequence[Ask], drafts: Sequence[Sequence[str]]) -> list[Reply]:
+        """Return what the model answers; guesses of the answers save time."""
         missing = {ask.key: number for number, ask in enumerate(asks) if ask.key not in self._replies}
         new = [asks[number] for number in missing.values()]
-        guesses = [self.tokens(asks[n], drafts[n]) if drafts[n] else None for n in missing.values()]
+        guesses = [[self.tokens(asks[n], draft) for draft in drafts[n] if draft] for n in missing.values()]
         self._replies |= zip(missing, self.questioner.replies(new, guesses), strict=True)
         return [self._replies[ask.key] for ask in asks]
 

@@ -44,13 +44,11 @@ def measure(
     draws: int = 1000,
     seed: int = 0,
 ) -> Measured:
-    """Return a measure of these samples, which stand in an order of their own.
+    """Return a measure of these samples, one at least, which stand in an order of their own.
 
     The interval is that of the percentile bootstrap: samples are drawn with replacement, their sums totalled. Draws
     that give no value (none of what is counted was drawn) are left out.
     """
-    if not len(after):
-        return Measured(None, None, None, None, 0)
     values = np.concatenate([value(totals) for totals in _resampled(after, draws, np.random.default_rng(seed))])
     found = values[np.isfinite(values)]
     low, high = np.percentile(found, INTERVAL) if len(found) else (np.nan, np.nan)

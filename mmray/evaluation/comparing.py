@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmray.evaluation.asks import Ask, Change, Edit, Reply, chunks
-from mmray.evaluation.questioner import Questioner, States
+from mmray.evaluation.questioner import Questioner
+from mmray.evaluation.states import States
 from mmray.models.norms import vocabulary_logits
 
 LEAST = -100.0
@@ -30,13 +31,13 @@ def compare(questioner: Questioner, edit: Edit, asks: Sequence[Ask], replies: Se
         asked, before = asks[part], replies[part]
         places = torch.cat([reply.hidden for reply in before])
         # Those before are computed outside the block: what is applied may change the unembedding too.
-        logits = torch.cat([vocabulary_logits(model, rows) for rows in places.split(questioner.rows_at_once)])
+        logits = torch.cat([vocabulary_logits(model, rows) for rows in torch.split(places, questioner.rows_at_once)])
         with edit.applied(model):
             states = questioner.along(asked, [reply.tokens for reply in before])
             after = _replies_after(questioner, asked, before, states)
             same, divergence = _distances(questioner, logits, torch.cat([state.hidden for state in states]))
         counts = [len(reply.hidden) for reply in before]
-        rows = zip(before, after, states, same.split(counts), divergence.split(counts), strict=True)
+        rows = zip(before, after, states, torch.split(same, counts), torch.split(divergence, counts), strict=True)
         changes.extend(_change(*row) for row in rows)
     return changes
 
@@ -46,6 +47,8 @@ def forced(
     questioner: Questioner, edit: Edit, asks: Sequence[Ask], replies: Sequence[list[int]]
 ) -> list[tuple[list[int], list[int]]]:
     """Return the likeliest tokens along these replies, their ends included, before and after the edit."""
+    if not asks:
+        return []
     before = questioner.likeliest([state.hidden for state in questioner.along(asks, replies)])
     with edit.applied(questioner.model):
         after = questioner.likeliest([state.hidden for state in questioner.along(asks, replies)])
@@ -80,7 +83,7 @@ def _replies_after(
     steady = [number for number, reply in enumerate(before) if reply.steady]
     found: dict[int, tuple[list[int], str]] = {}
     replies = questioner.replies(
-        [asks[n] for n in steady], [before[n].tokens for n in steady], [states[n] for n in steady]
+        [asks[n] for n in steady], [[before[n].tokens] for n in steady], [states[n] for n in steady]
     )
     for number, reply in zip(steady, replies, strict=True):
         found[number] = reply.tokens, reply.text
@@ -95,7 +98,7 @@ def _distances(
 ) -> tuple[Tensor, Tensor]:
     """Return at each place whether the likeliest token is the same, and KL(before ‖ after) in nats."""
     same, divergence, size = [], [], questioner.rows_at_once
-    for old, rows in zip(before.split(size), hidden.split(size), strict=True):
+    for old, rows in zip(torch.split(before, size), torch.split(hidden, size), strict=True):
         new = vocabulary_logits(questioner.model, rows)
         same.append(old.argmax(dim=1) == new.argmax(dim=1))
         first, second = old.double().log_softmax(dim=1), new.double().log_softmax(dim=1)
@@ -105,9 +108,7 @@ def _distances(
     return torch.cat(same).cpu(), torch.cat(divergence).cpu()
 
 
-def _change(
-    before: Reply, after: tuple[list[int], str], states: States, same: Tensor, divergence: Tensor
-) -> Change:
+def _change(before: Reply, after: tuple[list[int], str], states: States, same: Tensor, divergence: Tensor) -> Change:
     tokens, text = after
     places = max(len(before.tokens), len(tokens)) + 1
     equal = sum(old == new for old, new in zip(before.tokens, tokens, strict=False))

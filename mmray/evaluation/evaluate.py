@@ -16,7 +16,7 @@ from mmray.evaluation.facts import DataFacts, gather_facts
 from mmray.evaluation.measuring import Measuring
 from mmray.evaluation.mmedit import read_records
 from mmray.evaluation.prompts import TextQuestion, read_text_questions, text_questions
-from mmray.evaluation.settings import MeasureSettings
+from mmray.evaluation.settings import MeasureSettings, measure_settings
 from mmray.evaluation.summary import summarise
 from mmray.models.loading import LoadedModel
 
@@ -49,7 +49,7 @@ def evaluate(
     gathered from the samples.
     """
     began = time.perf_counter()
-    settings = settings or MeasureSettings()
+    settings = settings or measure_settings()
     before = before or Before(model, settings.batch_size, settings.prompt)
     facts = facts or gather_facts(sample.objects for sample in samples if isinstance(sample, Sample))
     measuring = Measuring(before, edit, facts, settings)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from mmray.datasets.samples import Failure, Sample
-from mmray.evaluation.asks import Ask, Change, Edit
+from mmray.evaluation.asks import Ask, Change, Edit, Reply
 from mmray.evaluation.before import CROPS, FLIP, Before
 from mmray.evaluation.comparing import compare, forced
 from mmray.evaluation.effects import caption_effects, forced_effects, generality, locality, rewritten
@@ -22,28 +23,41 @@ from mmray.evaluation.scope import UNRELATED, Scope, aim_of, objects_of, scope_o
 from mmray.evaluation.settings import MeasureSettings
 from mmray.models.prompting import prompt_text
 
+QUESTIONS = ("text_generality", "text_generality_questions")
+PROMPTS = ("text_generality", "text_generality_prompts")
 VARIANTS = {FLIP: "image_generality_flip"} | dict.fromkeys(CROPS, "image_generality_crop")
 """What is done to an image → the measure that it counts for."""
 
 
+Drafts: TypeAlias = dict[tuple[str, str, str], list[str]]
+"""Key of an ask → guesses of its answer."""
+
+
 @dataclass(frozen=True)
-class _Subject:
-    """A sample with what was asked about it; each ask may serve more than one measure."""
+class _Asked:
+    """What is asked about a sample whatever the edit is about; the questions are in the order of the sample's."""
 
     sample: Sample
-    scope: Scope
     caption: Ask
     questions: tuple[Ask, ...]
     present: dict[str, Ask]
     absent: dict[str, dict[str, Ask]]
-    paraphrases: tuple[Ask, ...]
-    variants: tuple[Ask, ...]
 
     def asks(self) -> Iterator[Ask]:
         """Yield all asks, some perhaps twice."""
-        yield from (self.caption, *self.questions, *self.present.values(), *self.paraphrases, *self.variants)
+        yield from (self.caption, *self.questions, *self.present.values())
         for asks in self.absent.values():
             yield from asks.values()
+
+
+@dataclass(frozen=True)
+class _Scoped:
+    """A sample with what the edit is to do there, and what is asked for that alone."""
+
+    asked: _Asked
+    scope: Scope
+    paraphrases: tuple[Ask, ...]
+    variants: tuple[Ask, ...]
 
 
 class Measuring:
@@ -94,7 +108,7 @@ class Measuring:
             rows = Rows()
             prompts = [prompt_text(model, question.question, "en", image=False) for question in kept.values()]
             asks = [Ask(name, prompt, None, whole=True) for name, prompt in zip(kept, prompts, strict=True)]
-            replies = self.before.replies(asks, [question.draft for question in kept.values()])
+            replies = self.before.replies(asks, [[question.draft] for question in kept.values()])
             changes = compare(self.before.questioner, self.edit, asks, replies)
             for (name, question), change in zip(kept.items(), changes, strict=True):
                 locality(rows, "text_locality_about" if question.about else "text_locality", name, [change])
@@ -109,74 +123,81 @@ class Measuring:
         return measure_records(self.before, self.edit, records)
 
     def _measured(self, samples: Sequence[Sample], own: bool) -> Rows:
-        captions = [self.before.ask(sample, whole=True) for sample in samples]
-        written = self.before.replies(captions, [sample.caption for sample in samples])
-        drafts: dict[tuple[str, str, str], str] = {}
-        subjects = []
-        for sample, ask, reply in zip(samples, captions, written, strict=True):
-            scope = scope_of(self.aim, self.naming, sample, reply.text)
-            subjects.append(self._subject(sample, scope, ask, reply.text, own, drafts))
-        asks = list({ask.key: ask for subject in subjects for ask in subject.asks()}.values())
-        replies = self.before.replies(asks, [drafts.get(ask.key, "") for ask in asks])
-        changes = compare(self.before.questioner, self.edit, asks, replies)
-        found = {ask.key: change for ask, change in zip(asks, changes, strict=True)}
+        drafts: Drafts = {}
+        asked = [self._asked(sample, own, drafts) for sample in samples]
+        self._answer([ask for one in asked for ask in one.asks()], drafts)
+        scoped = [self._scoped(one, drafts) for one in asked]
+        asks = [ask for one in scoped for ask in (*one.asked.asks(), *one.paraphrases, *one.variants)]
+        replies = self._answer(asks, drafts)
+        changes = compare(self.before.questioner, self.edit, [ask for ask, _ in replies], [r for _, r in replies])
+        found = {ask.key: change for (ask, _), change in zip(replies, changes, strict=True)}
         rows = Rows()
-        for subject in subjects:
-            self._effects(rows, subject, found)
+        for one in scoped:
+            self._effects(rows, one, found)
             if not own:
-                self._whole(rows, subject, found)
-        self._forced(rows, subjects, found)
+                self._whole(rows, one.asked, found)
+        self._forced(rows, scoped, found)
         if self.encoder is not None and not own:
-            texts = [(s.sample.sample_id, s.sample.caption, found[s.caption.key]) for s in subjects]
-            given = [(name, caption, change.before, change.after) for name, caption, change in texts if caption]
-            similarity(rows, self.encoder, given)
+            texts = [(one.sample, found[one.caption.key]) for one in asked if one.sample.caption]
+            similarity(rows, self.encoder, [(s.sample_id, s.caption, c.before, c.after) for s, c in texts])
         return rows
 
-    def _subject(
-        self, sample: Sample, scope: Scope, caption: Ask, text: str, own: bool, drafts: dict[tuple[str, str, str], str]
-    ) -> _Subject:
-        """Return what to ask about a sample; guesses of the answers are put into `drafts`."""
+    def _answer(self, asks: Sequence[Ask], drafts: Drafts) -> list[tuple[Ask, Reply]]:
+        """Return each ask once, with the reply before the edit."""
+        once = list({ask.key: ask for ask in asks}.values())
+        return list(zip(once, self.before.replies(once, [drafts[ask.key] for ask in once]), strict=True))
 
-        def ask(question: str | None, draft: str, variant: str = "") -> Ask:
-            made = self.before.ask(sample, question, variant)
-            drafts.setdefault(made.key, draft)
-            return made
+    def _ask(self, drafts: Drafts, sample: Sample, question: str | None, guesses: list[str], variant: str = "") -> Ask:
+        made = self.before.ask(sample, question, variant, whole=question is None and not variant)
+        drafts.setdefault(made.key, guesses)
+        return made
 
-        # Elsewhere than on unrelated images only those questions matter whose answer may name the word.
-        questions = [
-            ask(question, answer)
-            for question, answer in sample.questions or ()
-            if (scope.role == UNRELATED and not own) or scope.gone & self.naming.named(answer, sample.language)
-        ]
+    def _asked(self, sample: Sample, own: bool, drafts: Drafts) -> _Asked:
+        """Return what to ask about a sample; of what the edit was made on, that which shows its effect."""
+        pairs = sample.questions or ()
+        questions = [pair for pair in pairs if not own or self._about(sample, pair[1])]
         objects = None if own or not self.settings.pope_objects else objects_of(sample)
-        present, absent = (
-            asked_objects(self.facts, objects, self.settings.pope_objects, f"{self.settings.seed} {sample.sample_id}")
-            if objects
-            else ([], {})
+        seed = f"{self.settings.seed} {sample.sample_id}"
+        present, absent = asked_objects(self.facts, objects or frozenset(), self.settings.pope_objects, seed)
+
+        def there(name: str) -> Ask:
+            return self._ask(drafts, sample, presence(name), ["Yes", "No"])
+
+        return _Asked(
+            sample=sample,
+            caption=self._ask(drafts, sample, None, [sample.caption]),
+            questions=tuple(self._ask(drafts, sample, asked, [answer]) for asked, answer in questions),
+            present={name: there(name) for name in present},
+            absent={way: {name: there(name) for name in names} for way, names in absent.items() if names},
         )
+
+    def _about(self, sample: Sample, answer: str) -> bool:
+        return bool(self.aim.gone(objects_of(sample)) & self.naming.named(answer, sample.language))
+
+    def _scoped(self, asked: _Asked, drafts: Drafts) -> _Scoped:
+        """Return what the edit is to do at a sample, and what else to ask there."""
+        sample = asked.sample
+        (caption,) = self.before.replies([asked.caption], [drafts[asked.caption.key]])
+        scope = scope_of(self.aim, self.naming, sample, caption.text)
         others = paraphrases(sample.language) if scope.in_scope else ()
         variants = VARIANTS if scope.in_scope and sample.image is not None else ()
-        return _Subject(
-            sample=sample,
+        return _Scoped(
+            asked=asked,
             scope=scope,
-            caption=caption,
-            questions=tuple(questions),
-            present={name: ask(presence(name), "Yes") for name in present},
-            absent={way: {name: ask(presence(name), "No") for name in names} for way, names in absent.items()},
-            paraphrases=tuple(ask(prompt, text) for prompt in others),
-            variants=tuple(ask(None, text, variant) for variant in variants),
+            paraphrases=tuple(self._ask(drafts, sample, prompt, [caption.text]) for prompt in others),
+            variants=tuple(self._ask(drafts, sample, None, [caption.text], variant) for variant in variants),
         )
 
-    def _effects(self, rows: Rows, subject: _Subject, found: dict[tuple[str, str, str], Change]) -> None:
+    def _effects(self, rows: Rows, scoped: _Scoped, found: dict[tuple[str, str, str], Change]) -> None:
         """Add what the edit did to one sample's texts."""
-        sample, scope, change = subject.sample, subject.scope, found[subject.caption.key]
+        sample, scope, change = scoped.asked.sample, scoped.scope, found[scoped.asked.caption.key]
         caption_effects(rows, self.aim, self.naming, sample, scope, change)
-        answers = [found[ask.key] for ask in subject.questions]
+        answers = [found[ask.key] for ask in scoped.asked.questions]
         if scope.role == UNRELATED:
             locality(rows, "image_locality_questions", sample.sample_id, answers)
-        tried = [(("text_generality", "text_generality_questions"), answer) for answer in answers]
-        tried += [(("text_generality", "text_generality_prompts"), found[ask.key]) for ask in subject.paraphrases]
-        tried += [((VARIANTS[ask.variant],), found[ask.key]) for ask in subject.variants]
+        tried: list[tuple[tuple[str, ...], Change]] = [(QUESTIONS, answer) for answer in answers]
+        tried += [(PROMPTS, found[ask.key]) for ask in scoped.paraphrases]
+        tried += [((VARIANTS[ask.variant],), found[ask.key]) for ask in scoped.variants]
         for measures, reply in tried:
             generality(rows, measures, self.aim, self.naming, sample, scope.gone, reply)
         rows.captions.append(
@@ -189,39 +210,35 @@ class Measuring:
             }
         )
 
-    def _whole(self, rows: Rows, subject: _Subject, found: dict[tuple[str, str, str], Change]) -> None:
+    def _whole(self, rows: Rows, asked: _Asked, found: dict[tuple[str, str, str], Change]) -> None:
         """Add what one sample of the data shows whatever the edit is about: hallucination and caption quality."""
-        sample, change, objects = subject.sample, found[subject.caption.key], objects_of(subject.sample)
+        sample, change, objects = asked.sample, found[asked.caption.key], objects_of(asked.sample)
         name, language = sample.sample_id, sample.language
         if objects is not None:
             chair(rows, self.naming, name, objects, language, change.before, change.after)
             named = self.naming.named(change.before, language), self.naming.named(change.after, language)
             hallucinated(rows, self.aim.pairs, name, objects, *named)
-        if subject.present:
-            asks = subject.present | {name: ask for asks in subject.absent.values() for name, ask in asks.items()}
-            pope(rows, name, list(subject.present), subject.absent, {thing: found[a.key] for thing, a in asks.items()})
+        if asked.present:
+            asks = asked.present | {name: ask for asks in asked.absent.values() for name, ask in asks.items()}
+            absent = {way: list(things) for way, things in asked.absent.items()}
+            pope(rows, name, list(asked.present), absent, {thing: found[ask.key] for thing, ask in asks.items()})
         if self.bleu and sample.caption:
             bleu(rows, name, sample.caption, language, change.before, change.after)
 
-    def _forced(self, rows: Rows, subjects: Sequence[_Subject], found: dict[tuple[str, str, str], Change]) -> None:
+    def _forced(self, rows: Rows, scoped: Sequence[_Scoped], found: dict[tuple[str, str, str], Change]) -> None:
         """Add how likely the edited model finds the captions that a swap should lead to."""
-        asks, tokens, scoped = [], [], []
-        for subject in subjects:
-            caption, language = found[subject.caption.key].before, subject.sample.language
-            wanted = rewritten(self.aim, self.naming, caption, language) if subject.scope.in_scope else None
-            if wanted is not None:
-                asks.append(subject.caption)
-                tokens.append(self.before.tokens(subject.caption, wanted))
-                scoped.append(subject)
-        if not asks:
-            return
+        wanted: list[tuple[_Scoped, Ask, list[int]]] = []
+        for one in scoped:
+            ask, language = one.asked.caption, one.asked.sample.language
+            text = rewritten(self.aim, self.naming, found[ask.key].before, language) if one.scope.in_scope else None
+            if text is not None:
+                wanted.append((one, ask, self.before.tokens(ask, text)))
         questioner = self.before.questioner
-        said = forced(questioner, self.edit, asks, tokens)
-        for subject, given, likeliest in zip(scoped, tokens, said, strict=True):
-            before, after = (questioner.ended(tokens) for tokens in likeliest)
-            forced_effects(rows, subject.scope, subject.sample.sample_id, [*given, questioner.end], before, after)
+        said = forced(questioner, self.edit, [ask for _, ask, _ in wanted], [tokens for *_, tokens in wanted])
+        for (one, ask, tokens), likeliest in zip(wanted, said, strict=True):
+            before, after = (questioner.ended(found) for found in likeliest)
+            forced_effects(rows, one.scope, ask.sample_id, [*tokens, questioner.end], before, after)
 
 
 def _failure(sample: Sample, stage: str, reason: str) -> Failure:
     return Failure(sample.sample_id, sample.source, stage, " ".join(reason.split())[:500])
-

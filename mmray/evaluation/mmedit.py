@@ -1,7 +1,8 @@
 """The records of MMEdit's E-VQA and E-IC (Cheng et al. 2023), read as they are, and measured before and after an edit.
 
-A record says what an edit should make the model answer: `alt` to the prompt `src` about `image`, to its `rephrase`, and
-about `image_rephrase`; and what it should leave alone: the text question `loc` and the question `m_loc_q` about `m_loc`.
+A record says what an edit should make the model answer: `alt` to the prompt `src` about `image`, to its `rephrase`,
+and about `image_rephrase`; and what it should leave alone: the text question `loc` and the question `m_loc_q` about
+the image `m_loc`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mmray.datasets.images import decode_image
 from mmray.errors import InputError
 from mmray.evaluation.asks import Ask, Edit
 from mmray.evaluation.before import Before
@@ -19,7 +21,6 @@ from mmray.evaluation.effects import locality
 from mmray.evaluation.questioner import surviving
 from mmray.evaluation.rows import Rows
 from mmray.models.prompting import prompt_text
-from mmray.neurons.shard import decode_image
 from mmray.storage import open_store
 
 NAME = "mmedit: "
@@ -125,8 +126,8 @@ class _Made:
             return decode_image(self.store.read(name))
         except (OSError, ValueError) as error:
             reason = "no such image" if isinstance(error, FileNotFoundError) else str(error)
-            failure = {"sample_id": f"{NAME}{number}", "source": name, "stage": "read", "message": reason}
-            self.rows.errors.append(failure)
+            failure: dict[str, object] = {"sample_id": f"{NAME}{number}", "source": name, "stage": "read"}
+            self.rows.errors.append(failure | {"message": reason})
             return None
 
 
@@ -134,7 +135,7 @@ def _rewrites(rows: Rows, before: Before, edit: Edit, items: Sequence[tuple[str,
     """Add, by each protocol, whether the model answers what the record wants."""
     asks, wanted = [ask for _, ask, _ in items], [alt for *_, alt in items]
     targets = [before.tokens(ask, alt) for ask, alt in zip(asks, wanted, strict=True)]
-    changes = compare(before.questioner, edit, asks, before.replies(asks, wanted))
+    changes = compare(before.questioner, edit, asks, before.replies(asks, [[alt] for alt in wanted]))
     said = forced(before.questioner, edit, asks, targets)
     for (measure, ask, alt), target, change, likeliest in zip(items, targets, changes, said, strict=True):
         # MMEdit looks at the target's tokens, not at the end behind them.
@@ -147,7 +148,7 @@ def _rewrites(rows: Rows, before: Before, edit: Edit, items: Sequence[tuple[str,
 def _locality(rows: Rows, before: Before, edit: Edit, items: Sequence[tuple[str, Ask, str]]) -> None:
     """Add how far replies that should stay are as before: along the model's own, and MMEdit's way along the answer."""
     asks, answers = [ask for _, ask, _ in items], [answer for *_, answer in items]
-    changes = compare(before.questioner, edit, asks, before.replies(asks, answers))
+    changes = compare(before.questioner, edit, asks, before.replies(asks, [[answer] for answer in answers]))
     along = [before.tokens(ask, answer) if answer else [] for ask, answer in zip(asks, answers, strict=True)]
     legacy = whole_ranks(before.questioner, edit, asks, along)
     for (measure, ask, _), change, (ranks, firsts) in zip(items, changes, legacy, strict=True):
@@ -157,4 +158,3 @@ def _locality(rows: Rows, before: Before, edit: Edit, items: Sequence[tuple[str,
 def _same(reply: str, alt: str) -> bool:
     """Tell whether two answers are equal but for case, blanks at the ends and a full stop."""
     return reply.strip().rstrip(".").casefold() == alt.strip().rstrip(".").casefold()
-

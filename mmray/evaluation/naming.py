@@ -59,7 +59,7 @@ class Naming:
 
 
 def read_synonyms(uri: str) -> dict[str, tuple[str, ...]]:
-    """Return object → synonyms from a JSON file: `{"dog": ["puppy", "hound"]}`, or lists whose first word is the object.
+    """Return object → synonyms from a JSON file: `{"dog": ["puppy", …]}`, or lists whose first word is the object.
 
     Raises InputError for a missing file or another form.
     """

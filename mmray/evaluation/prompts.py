@@ -1,4 +1,4 @@
-"""The words of every prompt but the model's own template: paraphrases, questions of POPE, questions without an image."""
+"""The words of every prompt: paraphrases for captions, questions of POPE, questions without an image."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PARAPHRASES: dict[str, tuple[str, ...]] = {
         "用 几句 话 描述 图片 。",
     ),
 }
-"""Other ways to ask for a caption, by its language, as the manual templates of MMEdit's E-IC; others get the English."""
+"""Other ways to ask for a caption, by its language, like the templates of MMEdit's E-IC; others get the English."""
 
 PRESENCE = "Is there {thing} in the image?"
 """The question of POPE."""
@@ -92,4 +92,6 @@ def read_text_questions(uri: str) -> list[TextQuestion]:
     except UnicodeDecodeError as error:
         raise InputError(f"--text-questions {uri}: not UTF-8 ({error})") from None
     lines = [line.partition("\t") for line in content.splitlines() if line.strip()]
-    return [TextQuestion(f"line {n}", question.strip(), answer.strip()) for n, (question, _, answer) in enumerate(lines)]
+    return [
+        TextQuestion(f"line {n}", question.strip(), answer.strip()) for n, (question, _, answer) in enumerate(lines)
+    ]

@@ -23,8 +23,8 @@ AS_BEFORE = {
     "_span": "teacher-forced along the reply before; share of its places, end included, with the same likeliest token",
     "_greedy_span": "greedy; share of places with the same token",
     "_kl": "teacher-forced along the reply before; mean KL(before ‖ after) of its places, in nats; 0 is unchanged",
-    "_legacy": "legacy (MMEdit's code); ten likeliest tokens before and after, rank by rank, over all positions of the sequence",
-    "_legacy_top1": "legacy (MMEdit's code); likeliest token before and after, over all positions",
+    "_legacy": "legacy (MMEdit's code); ten likeliest tokens, rank by rank, over all positions",
+    "_legacy_top1": "legacy (MMEdit's code); likeliest token, over all positions",
 }
 """Ending of a measure of locality → how it is measured."""
 UNRELATED = "images without the concept"

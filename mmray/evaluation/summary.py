@@ -22,13 +22,10 @@ def summarise(measurements: pa.Table, settings: MeasureSettings) -> dict[str, di
     sums = by_measure(measurements)
     found: dict[str, dict[str, Any]] = {}
     for name in (*PRIMARY, *(name for name in sums if name not in PRIMARY)):
-        before, after = sums.get(name, ((), ()))
-        values = (
-            measure(before, after, value_of(name), settings.draws, settings.seed)
-            if len(after)
-            else Measured(None, None, None, None, 0)
-        )
-        found[name] = asdict(values) | {"protocol": protocol_of(name)}
+        measured = Measured(None, None, None, None, 0)
+        if name in sums:
+            measured = measure(*sums[name], value_of(name), settings.draws, settings.seed)
+        found[name] = asdict(measured) | {"protocol": protocol_of(name)}
     unseen = {name: values for name, values in found.items() if name.startswith("image_generality")}
     if not found["reliability"]["n"] and unseen["image_generality"]["n"]:
         for name, values in unseen.items():

@@ -78,9 +78,7 @@ def token_logits(
     return _chosen(vocabulary_logits(model, hidden), tokens)
 
 
-def vocabulary_logits(
-    model: LoadedModel, hidden: Float[Tensor, "place hidden"]
-) -> Float[Tensor, "place vocabulary"]:
+def vocabulary_logits(model: LoadedModel, hidden: Float[Tensor, "place hidden"]) -> Float[Tensor, "place vocabulary"]:
     """Return the logits of all tokens in fp32, from the input of the final norm at each place."""
     normed = model.norm(hidden) * model.parts.logit_scale
     head = model.network.get_submodule(model.parts.unembedding)

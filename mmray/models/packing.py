@@ -1,20 +1,26 @@
 r"""Many prompts about one image in one row, so that the image is read once for all of them.
 
-    prefix ───────────────┐┌ prompt 1, reply 1 ┐┌ prompt 2, reply 2 ──────────────┐
-    USER: <image>×64 \n    Describe … A dog .   Is there a cat in the image? … No
+The row is a tree of tokens: what sequences have in common at their start stands in it once.
 
-Behind a mask that hides the other prompts, and with the positions that each would have alone, a prompt's states are what
-they are in a row of its own, up to rounding. Not every architecture takes such a mask: `packs` proves it on an example.
+    USER: <image>×64 \n ┬ Describe the image … ASSISTANT: A dog .
+                        └ Is there a ┬ cat in the image? ASSISTANT: ┬ No
+                                     └ dog in the image? …          └ Yes
+
+Behind a mask that shows each token what leads to it, and with the positions that it would have alone, its states are
+what they are in a row of its own, up to rounding. Not every architecture takes such a mask: who uses it proves it on an
+example first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Bool
+from numpy import ndarray
 from PIL.Image import Image
 from torch import Tensor
 
@@ -69,18 +75,18 @@ def packed(
         sequences = _expanded(model, group, first, placeholder)
         if sequences is None:
             return None
-        rows.append(_row(sequences, said))
-    return _placed(model, features, rows, replies)
+        rows.append(_tree([[*sequence, *reply] for sequence, reply in zip(sequences, said, strict=True)]))
+    return _placed(model, features, rows, [reply for group in replies for reply in group])
 
 
 @dataclass(frozen=True)
-class _Row:
+class _Tree:
+    """Tokens, each with its depth and the token before it (-1: none), and the path of each sequence through them."""
+
     tokens: list[int]
-    places: list[int]
-    """The position that each token would have alone."""
-    segments: list[int]
-    """0 for the prefix that all prompts share, else the prompt's number from 1."""
-    positions: list[list[int]]
+    depths: list[int]
+    parents: list[int]
+    paths: list[list[int]]
 
 
 def _placeholder(model: LoadedModel) -> int | None:
@@ -91,9 +97,7 @@ def _placeholder(model: LoadedModel) -> int | None:
     return int(model.tokenizer.convert_tokens_to_ids(token))
 
 
-def _expanded(
-    model: LoadedModel, prompts: Sequence[str], first: list[int], placeholder: int
-) -> list[list[int]] | None:
+def _expanded(model: LoadedModel, prompts: Sequence[str], first: list[int], placeholder: int) -> list[list[int]] | None:
     """Return every prompt's tokens, those of the image as the processor wrote them in the `first` one."""
     bos = model.tokenizer.bos_token
     written = not (bos and prompts[0].startswith(bos))
@@ -111,44 +115,50 @@ def _expanded(
     return [[*tokens[:at], *image, *tokens[at + 1 :]] for tokens, at in zip(plain, places, strict=True)]
 
 
-def _row(sequences: list[list[int]], replies: Sequence[list[int]]) -> _Row:
-    # The last token of each prompt stays its own: what it predicts is the reply.
-    shared = min(len(commonprefix(sequences)), *(len(tokens) - 1 for tokens in sequences))
-    tokens, places, segments = sequences[0][:shared], list(range(shared)), [0] * shared
-    positions = []
-    for number, (sequence, reply) in enumerate(zip(sequences, replies, strict=True), 1):
-        own = [*sequence[shared:], *reply]
-        positions.append([*range(shared), *range(len(tokens), len(tokens) + len(own))])
-        tokens = tokens + own
-        places.extend(range(shared, shared + len(own)))
-        segments.extend([number] * len(own))
-    return _Row(tokens, places, segments, positions)
+def _tree(sequences: list[list[int]]) -> _Tree:
+    """Return the tree of these sequences; the first one's tokens come first, in order."""
+    known: dict[tuple[int, int], int] = {}
+    tokens: list[int] = []
+    depths: list[int] = []
+    parents: list[int] = []
+    paths = []
+    for sequence in sequences:
+        at, path = -1, []
+        for depth, token in enumerate(sequence):
+            if (at, token) not in known:
+                known[at, token] = len(tokens)
+                tokens.append(token)
+                depths.append(depth)
+                parents.append(at)
+            at = known[at, token]
+            path.append(at)
+        paths.append(path)
+    return _Tree(tokens, depths, parents, paths)
 
 
-def _placed(
-    model: LoadedModel, features: dict[str, Tensor], rows: list[_Row], replies: Sequence[Sequence[list[int]]]
-) -> Placed:
-    total = max(len(row.tokens) for row in rows)
-    ids = torch.zeros(len(rows), total, dtype=torch.long)
-    places = torch.zeros_like(ids)
-    segments = torch.full_like(ids, -1)
-    for number, row in enumerate(rows):
-        ids[number, : len(row.tokens)] = torch.tensor(row.tokens)
-        places[number, : len(row.tokens)] = torch.tensor(row.places)
-        segments[number, : len(row.tokens)] = torch.tensor(row.segments)
-    same = segments[:, :, None] == segments[:, None, :]
-    seen = (same | (segments[:, None, :] == 0)).tril()
+def _seen(tree: _Tree, total: int) -> Bool[ndarray, "total total"]:
+    """Return which tokens each one sees: itself and what leads to it. Padding sees itself alone."""
+    seen = np.eye(total, dtype=bool)
+    for place, parent in enumerate(tree.parents):
+        if parent >= 0:
+            seen[place] |= seen[parent]
+    return seen
+
+
+def _placed(model: LoadedModel, features: dict[str, Tensor], trees: list[_Tree], replies: list[list[int]]) -> Placed:
+    total = max(len(tree.tokens) for tree in trees)
+    ids, depths = torch.zeros(2, len(trees), total, dtype=torch.long)
+    for row, tree in enumerate(trees):
+        ids[row, : len(tree.tokens)] = torch.tensor(tree.tokens)
+        depths[row, : len(tree.tokens)] = torch.tensor(tree.depths)
+    seen = torch.from_numpy(np.stack([_seen(tree, total) for tree in trees]))
     # Added to the attention's logits, a form that every implementation takes but those that take no mask at all.
     hidden = torch.finfo(model.network.dtype).min * (~seen[:, None]).to(torch.float32)
     inputs = {name: value for name, value in features.items() if name not in (*REBUILT, TYPES)}
-    inputs |= {"input_ids": ids, "attention_mask": hidden, "position_ids": places}
+    inputs |= {"input_ids": ids, "attention_mask": hidden, "position_ids": depths}
     if TYPES in features:
-        kinds = torch.zeros_like(ids)
-        width = min(total, features[TYPES].shape[1])
-        prefix = (segments[:, :width] == 0).long()
-        kinds[:, :width] = features[TYPES][:, :width] * prefix
-        inputs[TYPES] = kinds
-    said = [reply for group in replies for reply in group]
-    batch = Batch(inputs, total, [], said, [], [])
-    numbers = [number for number, row in enumerate(rows) for _ in row.positions]
-    return Placed(batch, numbers, [places for row in rows for places in row.positions])
+        inputs[TYPES] = torch.zeros_like(ids)
+        inputs[TYPES][:, : features[TYPES].shape[1]] = features[TYPES] * features["attention_mask"]
+    batch = Batch(inputs, total, [], replies, [], [])
+    rows = [row for row, tree in enumerate(trees) for _ in tree.paths]
+    return Placed(batch, rows, [path for tree in trees for path in tree.paths])
