@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from mmray.cli import census, models, reading  # noqa: F401  they register their commands
+from mmray.cli import census, evaluation, models, reading  # noqa: F401  they register their commands
 from mmray.cli.options import app
 from mmray.errors import InputError
 

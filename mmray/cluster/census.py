@@ -8,13 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import ray
 import ray.data
 
 from mmray.cluster.session import actor_pool, machines, ray_session
+from mmray.cluster.units import mapped
 from mmray.cluster.worker import DECODE, DECODED, CensusWorker, open_data
 from mmray.datasets.contents import Source
 from mmray.datasets.shards import Manifest, cut
@@ -151,14 +150,7 @@ def _work(
 def _actors(settings: CensusSettings, nouns: NounSource, units: list[int]) -> ray.data.Dataset:
     """Return the receipts to come: the units of work, one a block, mapped over a pool of actors."""
     pool = actor_pool(settings.workers, settings.gpus_per_worker, machines(), len(units))
-    return ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units)).map_batches(
-        CensusWorker,
-        fn_constructor_args=(settings, nouns, pool.threads, str(Path.cwd())),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=pool.workers, max_tasks_in_flight_per_actor=2),
-        num_cpus=pool.cores,
-        num_gpus=pool.gpus or None,
-    )
+    return mapped(CensusWorker, (settings, nouns), units, pool)
 
 
 def _merge(settings: CensusSettings, folder: RunFolder, info: dict[str, Any]) -> None:

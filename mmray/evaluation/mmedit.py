@@ -21,7 +21,7 @@ from mmray.evaluation.effects import locality
 from mmray.evaluation.questioner import surviving
 from mmray.evaluation.rows import Rows
 from mmray.models.prompting import prompt_text
-from mmray.storage import open_store
+from mmray.storage import open_object, open_store
 
 NAME = "mmedit: "
 """What stands before a record's number where its rows name it."""
@@ -50,12 +50,11 @@ class Records:
 
 def read_records(uri: str, images: str | None) -> Records:
     """Return the records of a file; raises InputError where there are none, or one lacks what every record has."""
-    folder, _, name = uri.rpartition("/")
-    folder = folder or ("/" if uri.startswith("/") else ".")
+    store, name = open_object(uri)
     form = "give a JSON list of MMEdit's records (src, alt, image, …)"
     try:
-        content = json.loads(open_store(folder).read(name))
-    except (FileNotFoundError, IsADirectoryError):
+        content = json.loads(store.read(name))
+    except FileNotFoundError:
         raise InputError(f"--mmedit {uri}: no such file") from None
     except ValueError as error:
         raise InputError(f"--mmedit {uri}: not JSON ({error}); {form}") from error
@@ -67,7 +66,7 @@ def read_records(uri: str, images: str | None) -> Records:
     kept = tuple((number, record) for number, record in enumerate(content) if record["alt"].strip())
     if not kept:
         raise InputError(f"--mmedit {uri}: no record with an 'alt'; {form}")
-    return Records(images or folder, kept, len(content) - len(kept))
+    return Records(images or store.uri, kept, len(content) - len(kept))
 
 
 def measure_records(before: Before, edit: Edit, records: Records) -> Rows:

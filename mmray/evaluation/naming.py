@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from mmray.errors import InputError
 from mmray.neurons.concepts import Mention, find_forms
-from mmray.storage import open_store
+from mmray.storage import open_object
 
 
 class Naming:
@@ -63,9 +63,9 @@ def read_synonyms(uri: str) -> dict[str, tuple[str, ...]]:
 
     Raises InputError for a missing file or another form.
     """
-    folder, _, name = uri.rpartition("/")
+    store, name = open_object(uri)
     try:
-        content = json.loads(open_store(folder or ("/" if uri.startswith("/") else ".")).read(name))
+        content = json.loads(store.read(name))
         rows = content.items() if isinstance(content, dict) else ((row[0], row[1:]) for row in content)
         return {str(name).casefold(): tuple(map(str, words)) for name, words in rows if not isinstance(words, str)}
     except FileNotFoundError:

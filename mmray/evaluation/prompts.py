@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mmray.errors import InputError
 from mmray.evaluation.facts import DataFacts
 from mmray.evaluation.wording import with_article
-from mmray.storage import open_store
+from mmray.storage import open_object
 
 PARAPHRASES: dict[str, tuple[str, ...]] = {
     "en": (
@@ -84,10 +84,10 @@ def text_questions(facts: DataFacts, words: frozenset[str], count: int, seed: in
 
 def read_text_questions(uri: str) -> list[TextQuestion]:
     """Return the questions of a text file, one a line, a tab and the expected answer behind it if there is one."""
-    folder, _, name = uri.rpartition("/")
+    store, name = open_object(uri)
     try:
-        content = open_store(folder or ("/" if uri.startswith("/") else ".")).read(name).decode()
-    except (FileNotFoundError, IsADirectoryError):
+        content = store.read(name).decode()
+    except FileNotFoundError:
         raise InputError(f"--text-questions {uri}: no such file; give one with a question a line") from None
     except UnicodeDecodeError as error:
         raise InputError(f"--text-questions {uri}: not UTF-8 ({error})") from None

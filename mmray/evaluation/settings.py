@@ -68,6 +68,16 @@ class EvaluationSettings(MeasureSettings):
     """Ray cluster to join (auto, or ray://HOST:PORT); default: a local Ray of this process."""
     retry_failed: bool = False
     """Try shards again that an earlier call set aside."""
+    image_column: str | None = None
+    """Column of the image; default: the run's."""
+    caption_column: str | None = None
+    """Column of the caption; default: the run's."""
+    id_column: str | None = None
+    """Column of the sample id; default: the run's."""
+    language_column: str | None = None
+    """Column of the caption's language; default: the run's."""
+    objects_column: str | None = None
+    """Column with the list of objects in the image; default: the run's."""
 
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that the result depends on; what they name is known by its digests instead."""
@@ -79,7 +89,7 @@ class EvaluationSettings(MeasureSettings):
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-EXECUTION = {"batch_size", "workers", "gpus_per_worker", "address", "retry_failed", "shard_size"}
+EXECUTION = {"batch_size", "workers", "gpus_per_worker", "address", "retry_failed"}
 """Settings that say how the work is done and leave the result alone."""
 NAMED = {"run", "edit", "data", "synonyms", "encoder", "mmedit", "mmedit_images", "text_questions"}
 """Settings that name files and folders."""
