@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from mmray.errors import InputError
 from mmray.evaluation.asks import Ask, AskError, Reply
 from mmray.evaluation.states import StateReader, States
 from mmray.models.generation import generate
@@ -131,8 +132,9 @@ class Questioner(StateReader):
         return [(number, draft) for number, (_, draft) in mended.items() if number not in found]
 
     def until_end(self, tokens: list[int]) -> list[int]:
-        """Return the tokens before the first that ends a reply."""
-        stop = next((place for place, token in enumerate(tokens) if token in self.special), len(tokens))
+        """Return the tokens before the first that ends a reply, or that stands for an image, as a guess may have it."""
+        ends = self.special | {self.model.parts.image_token_id}
+        stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
         return tokens[:stop]
 
     def text(self, tokens: list[int]) -> str:
@@ -165,7 +167,7 @@ class Questioner(StateReader):
         some = [asks[number] for number in numbers]
         try:
             tokens = generate(self.model, [ask.prompt for ask in some], [ask.image for ask in some])
-        except FAILURES as error:
+        except (InputError, *FAILURES) as error:
             problem = " ".join(str(error).split())[:500]
         else:
             written |= zip(numbers, tokens, strict=True)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmray.errors import InputError
 from mmray.evaluation.asks import Ask, AskError
 from mmray.models.capture import tap_input
 from mmray.models.loading import LoadedModel
@@ -97,7 +98,7 @@ class StateReader:
         try:
             found |= self._read(asks, replies, rows)
             return
-        except FAILURES as error:
+        except (InputError, *FAILURES) as error:
             # Only the message leaves this block: the error holds the frames, and so the memory, of the failed forward.
             problem = " ".join(str(error).split())[:500]
         if len(rows) == len(rows[0]) == 1:
@@ -157,7 +158,7 @@ class StateReader:
             self._run(asks, replies, [[number]], single)
         try:
             shared = self._read(asks, replies, [row])
-        except FAILURES:
+        except (InputError, *FAILURES):
             return False
         worst = 0.0
         for number in row:
