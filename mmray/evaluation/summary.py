@@ -21,7 +21,7 @@ def summarise(measurements: pa.Table, settings: MeasureSettings) -> dict[str, di
     """
     sums = by_measure(measurements)
     found: dict[str, dict[str, Any]] = {}
-    for name in (*PRIMARY, *(name for name in sums if name not in PRIMARY)):
+    for name in {*PRIMARY, *sums}:
         measured = Measured(None, None, None, None, 0)
         if name in sums:
             measured = measure(*sums[name], value_of(name), settings.draws, settings.seed)
@@ -32,4 +32,5 @@ def summarise(measurements: pa.Table, settings: MeasureSettings) -> dict[str, di
             if not name.endswith(("_flip", "_crop")):
                 own = name.replace("image_generality", "reliability")
                 found[own] = values | {"protocol": NOT_AT_HAND + values["protocol"]}
-    return found
+    order = {name: place for place, name in enumerate(PRIMARY)}
+    return {name: found[name] for name in sorted(found, key=lambda name: (order.get(name, len(order)), name))}
