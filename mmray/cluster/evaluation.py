@@ -66,7 +66,7 @@ def run_evaluation(
     """
     began = time.perf_counter()
     run, edit = open_run(settings.run), opener(settings.edit)
-    plan = plan_evaluation(settings, run, edit.purpose)
+    plan = plan_evaluation(settings, run, edit.purposes)
     folder, info = _folder(plan, run)
     folder.begin(info, units_json(plan))
     _work(plan, folder, opener, follow)

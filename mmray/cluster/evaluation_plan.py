@@ -78,7 +78,7 @@ def open_measured(census: CensusSettings) -> Source:
     return open_source(census.data, columns_of(census), captions=False)
 
 
-def plan_evaluation(settings: EvaluationSettings, run: Run, purpose: Purpose) -> Plan:
+def plan_evaluation(settings: EvaluationSettings, run: Run, purposes: Sequence[Purpose]) -> Plan:
     """Settle everything that an evaluation consists of; raises InputError for anything wrong with it."""
     settings = settings.model_copy(update={"bleu": has_bleu(settings.bleu)})
     own = CensusSettings(**run.info["settings"])
@@ -90,8 +90,8 @@ def plan_evaluation(settings: EvaluationSettings, run: Run, purpose: Purpose) ->
     if not manifest.samples:
         raise InputError(f"{settings.data}: no sample in it")
     facts = gather_facts(_objects(source), source.translations())
-    own_manifest, own_units = _own(run, purpose, manifest)
-    words = aim_of(purpose, Naming(facts.vocabulary, facts.translations)).words
+    own_manifest, own_units = _own(run, purposes, manifest)
+    words = aim_of(purposes, Naming(facts.vocabulary, facts.translations)).words
     asked = settings.text_questions
     texts = read_text_questions(asked) if asked else text_questions(facts, words, settings.text_count, settings.seed)
     records = read_records(settings.mmedit, settings.mmedit_images) if settings.mmedit else None
@@ -145,13 +145,13 @@ def _objects(source: Source) -> Iterator[tuple[str, ...]]:
             continue
 
 
-def _own(run: Run, purpose: Purpose, manifest: Manifest) -> tuple[Manifest | None, list[Unit]]:
+def _own(run: Run, purposes: Sequence[Purpose], manifest: Manifest) -> tuple[Manifest | None, list[Unit]]:
     """Return the shards of the run's data that hold the samples of the edit; none where the data measured on is that.
 
     Then those samples are known by their identifiers.
     """
     own = Manifest.from_json(run.folder.manifest())
-    wanted = set(purpose.samples)
+    wanted = {name for purpose in purposes for name in purpose.samples}
     if own.digest == manifest.digest or not wanted or run.folder.finished() is None:
         return None, []
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -44,8 +44,8 @@ class Edit(Protocol):
     """A change of a model that lasts as long as a `with` block."""
 
     @property
-    def purpose(self) -> Any:
-        """What it was made for: a `Purpose`."""
+    def purposes(self) -> Sequence[Any]:
+        """What it was made for, each a `Purpose`; of several edits in one, that of each."""
 
     @property
     def facts(self) -> dict[str, Any]:

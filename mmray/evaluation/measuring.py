@@ -70,7 +70,7 @@ class Measuring:
         self.settings = settings
         synonyms = read_synonyms(settings.synonyms) if settings.synonyms else {}
         known = Naming(facts.vocabulary, facts.translations, synonyms)
-        self.aim = aim_of(edit.purpose, known)
+        self.aim = aim_of(edit.purposes, known)
         self.naming = Naming((*facts.vocabulary, *sorted(self.aim.words)), facts.translations, synonyms)
         self.bleu = has_bleu(settings.bleu)
         self.encoder = Encoder(settings.encoder, before.model.device) if settings.encoder else None
@@ -179,8 +179,8 @@ class Measuring:
         sample = asked.sample
         (caption,) = self.before.replies([asked.caption], [drafts[asked.caption.key]])
         scope = scope_of(self.aim, self.naming, sample, caption.text)
-        others = paraphrases(sample.language) if scope.in_scope else ()
-        variants = VARIANTS if scope.in_scope and sample.image is not None else ()
+        others = paraphrases(sample.language) if scope.wishes else ()
+        variants = VARIANTS if scope.wishes and sample.image is not None else ()
         return _Scoped(
             asked=asked,
             scope=scope,
@@ -191,7 +191,8 @@ class Measuring:
     def _effects(self, rows: Rows, scoped: _Scoped, found: dict[tuple[str, str, str], Change]) -> None:
         """Add what the edit did to one sample's texts."""
         sample, scope, change = scoped.asked.sample, scoped.scope, found[scoped.asked.caption.key]
-        caption_effects(rows, self.aim, self.naming, sample, scope, change)
+        several = len(self.aim.wishes) > 1
+        caption_effects(rows, self.naming, sample, scope, change, several=several)
         answers = [found[ask.key] for ask in scoped.asked.questions]
         if scope.role == UNRELATED:
             locality(rows, "image_locality_questions", sample.sample_id, answers)
@@ -199,7 +200,7 @@ class Measuring:
         tried += [(PROMPTS, found[ask.key]) for ask in scoped.paraphrases]
         tried += [((VARIANTS[ask.variant],), found[ask.key]) for ask in scoped.variants]
         for measures, reply in tried:
-            generality(rows, measures, self.aim, self.naming, sample, scope.gone, reply)
+            generality(rows, measures, self.aim, self.naming, sample, reply)
         rows.captions.append(
             {
                 "sample_id": sample.sample_id,
@@ -230,7 +231,7 @@ class Measuring:
         wanted: list[tuple[_Scoped, Ask, list[int]]] = []
         for one in scoped:
             ask, language = one.asked.caption, one.asked.sample.language
-            text = rewritten(self.aim, self.naming, found[ask.key].before, language) if one.scope.in_scope else None
+            text = rewritten(one.scope.wishes, self.naming, found[ask.key].before, language)
             if text is not None:
                 wanted.append((one, ask, self.before.tokens(ask, text)))
         questioner = self.before.questioner

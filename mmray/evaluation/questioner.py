@@ -30,7 +30,6 @@ CHANGES_GREEDY: dict[str, tuple[object, ...]] = {
     "encoder_repetition_penalty": (None, 1.0),
     "no_repeat_ngram_size": (None, 0),
     "encoder_no_repeat_ngram_size": (None, 0),
-    "bad_words_ids": (None,),
     "sequence_bias": (None,),
     "suppress_tokens": (None, []),
     "begin_suppress_tokens": (None, []),
@@ -76,9 +75,12 @@ class Questioner(StateReader):
         *tokens, last = likeliest
         return [*tokens, self.end if last in self.special else last]
 
-    @cached_property
+    @property
     def plain(self) -> bool:
-        """Tell whether greedy generation takes the likeliest token at each step."""
+        """Tell whether greedy generation takes the likeliest token at each step, unless that is banned.
+
+        What stands in for an edit may change the settings of generation: they are read each time.
+        """
         settings = self.model.network.generation_config
         return all(getattr(settings, name, None) in values for name, values in CHANGES_GREEDY.items())
 
@@ -123,6 +125,8 @@ class Questioner(StateReader):
             drafts, states, self.likeliest([state.hidden for state in states]), strict=True
         ):
             kept = agreeing(draft, said)
+            if self.banned(draft[:kept]):
+                continue  # generation would have gone another way
             if kept >= LONGEST or said[kept] in self.special:
                 spare = len(draft) - kept
                 top = state.top[: len(state.top) - spare] if state.top is not None else None
@@ -130,6 +134,11 @@ class Questioner(StateReader):
             elif kept >= mended.get(number, (-1, []))[0]:
                 mended[number] = kept, self.until_end([*draft[:kept], *said[kept:]])[:LONGEST]
         return [(number, draft) for number, (_, draft) in mended.items() if number not in found]
+
+    def banned(self, tokens: list[int]) -> bool:
+        """Tell whether the settings of generation forbid what these tokens hold."""
+        words: list[list[int]] = self.model.network.generation_config.bad_words_ids or []
+        return any(tokens[at : at + len(word)] == word for word in words for at in range(len(tokens)))
 
     def until_end(self, tokens: list[int]) -> list[int]:
         """Return the tokens before the first that ends a reply, or that stands for an image, as a guess may have it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mmray.datasets.samples import Sample
@@ -14,8 +14,8 @@ EDITED, SOURCE, UNRELATED, OTHER = "edited", "source", "unrelated", "other"
 
 
 @dataclass(frozen=True)
-class Aim:
-    """An edit's purpose in the names of the data's objects."""
+class Wish:
+    """One purpose of an edit, in the names of the data's objects."""
 
     kind: str
     source: str | None
@@ -25,10 +25,22 @@ class Aim:
     samples: frozenset[str]
 
     @property
+    def name(self) -> str:
+        """What it is about, in short."""
+        return f"{self.source}→{self.target}" if self.kind == "swap" else self.source or self.kind
+
+    @property
     def words(self) -> frozenset[str]:
-        """Every word that the edit is about."""
+        """Every word that it is about."""
         pairs = (word for pair in self.pairs for word in pair)
         return frozenset(word for word in (self.source, self.target, *pairs) if word)
+
+    @property
+    def triggers(self) -> frozenset[str]:
+        """The objects where there may be something to do: a hallucination's contexts, else the source."""
+        if self.kind == "hallucination":
+            return frozenset(context for context, _ in self.pairs)
+        return frozenset([self.source] if self.source else [])
 
     def gone(self, objects: Collection[str] | None) -> frozenset[str]:
         """Return the words that should go where these objects are (None: not known).
@@ -38,34 +50,73 @@ class Aim:
         if self.kind == "hallucination":
             known = objects or ()
             return frozenset(word for context, word in self.pairs if context in known and word not in known)
-        return frozenset([self.source] if self.source else [])
+        return self.triggers
 
-    def reached(self, gone: Collection[str], named: Collection[str]) -> bool:
-        """Tell whether a text that names these objects is as the edit wants it: words gone, the target named."""
-        wanted = self.target if self.kind == "swap" else None
-        return (wanted is None or wanted in named) and not set(gone) & set(named)
+    def spoken(self, language: str | None) -> bool:
+        """Tell whether the edit was made for texts of this language."""
+        return self.language is None or language is None or language == self.language
+
+
+@dataclass(frozen=True)
+class Aim:
+    """All wishes of an edit: one, or of several edits in one those of each."""
+
+    wishes: tuple[Wish, ...]
+
+    @property
+    def words(self) -> frozenset[str]:
+        """Every word that the edit is about."""
+        return frozenset[str]().union(*(wish.words for wish in self.wishes))
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Every pair of a context and a hallucinated word."""
+        return tuple(dict.fromkeys(pair for wish in self.wishes for pair in wish.pairs))
+
+    def gone(self, objects: Collection[str] | None) -> frozenset[str]:
+        """Return the words that should go where these objects are."""
+        return frozenset[str]().union(*(wish.gone(objects) for wish in self.wishes))
+
+    def called(self, objects: Collection[str] | None, named: Collection[str]) -> tuple[Wish, ...]:
+        """Return the wishes that have something to do in a text that names these things, where these objects are."""
+        return tuple(wish for wish in self.wishes if wish.gone(objects) & set(named))
+
+
+def reached(wishes: Sequence[Wish], objects: Collection[str] | None, before: set[str], after: set[str]) -> bool:
+    """Tell whether a text is as these wishes want it, from what it names before and after: words gone, targets named.
+
+    What one wish takes away another may put there.
+    """
+    targets = {wish.target for wish in wishes if wish.kind == "swap" and wish.target}
+    gone = set().union(*(wish.gone(objects) & before for wish in wishes))
+    return targets <= after and not (gone - targets) & after
 
 
 @dataclass(frozen=True)
 class Scope:
-    """The words that should go from this sample's texts, and the role of its caption.
+    """The role of a sample's caption, and the wishes that have something to do there.
 
-    `in_scope`: the caption before the edit has such a word, in the edit's language; `foreign`: in another language.
+    `wishes` are those in whose language the caption is; `foreign` the others. `gone` are all words that should go from
+    texts about this image, whether or not the caption has them.
     """
 
     role: str
+    objects: frozenset[str] | None
     gone: frozenset[str]
-    in_scope: bool
-    foreign: bool
+    wishes: tuple[Wish, ...]
+    foreign: tuple[Wish, ...]
 
 
-def aim_of(purpose: Purpose, naming: Naming) -> Aim:
-    """Return the purpose with its words as the data's objects are called."""
+def aim_of(purposes: Sequence[Purpose], naming: Naming) -> Aim:
+    """Return the purposes with their words as the data's objects are called."""
+    return Aim(tuple(_wish(purpose, naming) for purpose in purposes))
 
+
+def _wish(purpose: Purpose, naming: Naming) -> Wish:
     def known(word: str) -> str:
         return naming.canonical(word, purpose.language)
 
-    return Aim(
+    return Wish(
         kind=purpose.kind,
         source=known(purpose.source) if purpose.source else None,
         target=known(purpose.target) if purpose.target else None,
@@ -84,15 +135,13 @@ def scope_of(aim: Aim, naming: Naming, sample: Sample, caption: str) -> Scope:
     """Return what the edit is to do at a sample whose caption was this before it."""
     objects = objects_of(sample)
     named = naming.named(caption, sample.language)
-    there = (objects or frozenset()) | naming.named(sample.caption, sample.language) | named
-    gone = aim.gone(objects)
-    claimed = bool(gone & named)
-    spoken = aim.language is None or sample.language is None or sample.language == aim.language
-    triggers = {context for context, _ in aim.pairs} if aim.kind == "hallucination" else gone
-    if sample.sample_id in aim.samples:
+    called = aim.called(objects, named)
+    wishes = tuple(wish for wish in called if wish.spoken(sample.language))
+    if any(sample.sample_id in wish.samples for wish in aim.wishes):
         role = EDITED
-    elif claimed and spoken:
+    elif wishes:
         role = SOURCE
     else:
-        role = OTHER if triggers & there else UNRELATED
-    return Scope(role, gone, claimed and spoken, claimed and not spoken)
+        there = (objects or frozenset()) | naming.named(sample.caption, sample.language) | named
+        role = OTHER if any(wish.triggers & there for wish in aim.wishes) else UNRELATED
+    return Scope(role, objects, aim.gone(objects), wishes, tuple(wish for wish in called if wish not in wishes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from mmray.neurons.concepts import Mention
 
@@ -24,16 +25,21 @@ def with_article(word: str) -> str:
     return f"{article(word)} {word}"
 
 
-def replaced(caption: str, mentions: list[Mention], word: str) -> str:
-    """Return the caption with another word at these mentions; an "a" or "an" before it agrees."""
-    for mention in sorted(mentions, key=lambda mention: -mention.start):
-        before = INDEFINITE.sub(lambda match: _agreeing(match, word), caption[: mention.start])
-        caption = before + word + caption[mention.stop :]
+def replaced(caption: str, words: Sequence[tuple[Mention, str]], language: str | None) -> str:
+    """Return the caption with other words at these mentions, whose concept is the noun's singular in that language.
+
+    A plural stays one, an English "a" or "an" agrees, and a capital letter stays one unless a blank stands before it.
+    """
+    for mention, word in sorted(words, key=lambda pair: -pair[0].start):
+        before, noun, behind = caption[: mention.start], caption[mention.start : mention.stop], caption[mention.stop :]
+        if noun.casefold() != mention.concept and noun.endswith("s") and not word.endswith("s"):
+            word += "s"
+        if noun[:1].isupper() and before[-1:] != " ":
+            word = word[:1].upper() + word[1:]
+        if (language or "en").startswith("en"):
+            before = INDEFINITE.sub(rf"\g<1>{article(word)[1:]}\g<2>", before)
+        caption = before + word + behind
     return caption
-
-
-def _agreeing(match: re.Match[str], word: str) -> str:
-    return match[1] + ("n" if article(word) == "an" else "") + match[2]
 
 
 def phrase(caption: str, mention: Mention) -> tuple[int, int]:

@@ -24,11 +24,13 @@ class Purpose:
 
 @dataclass(frozen=True)
 class StandIn:
-    """`exchange`: the model writes the one word where it would have written the other; `scale`: all of a layer."""
+    """`exchange`: the model writes the one word where it would have written the other; `scale`: all of a layer's
+    activations by a factor; `ban`: generation may not write the word."""
 
-    purpose: Purpose
+    purposes: tuple[Purpose, ...]
     exchange: tuple[str, str] | None = None
     scale: tuple[int, float] | None = None
+    ban: str | None = None
     facts: dict[str, Any] = field(default_factory=lambda: {"method": "stand-in", "seconds": 0.0, "parameters": 0})
 
     def applied(self, model: Any) -> Any:
@@ -37,7 +39,7 @@ class StandIn:
         if self.scale is not None:
             layer, factor = self.scale
             return mmray.scale(model, [(layer, unit) for unit in range(model.widths[layer])], factor)
-        return nullcontext()
+        return banned(model, self.ban) if self.ban is not None else nullcontext()
 
     def save(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,17 +49,27 @@ class StandIn:
 
 def open_edit(uri: str) -> StandIn:
     content = json.loads((Path(uri) / "edit.json").read_text())
-    purpose = content["purpose"] | {
-        "pairs": tuple(map(tuple, content["purpose"]["pairs"])),
-        "samples": tuple(content["purpose"]["samples"]),
-    }
+    purposes = [
+        Purpose(**purpose | {"pairs": tuple(map(tuple, purpose["pairs"])), "samples": tuple(purpose["samples"])})
+        for purpose in content["purposes"]
+    ]
     pairs = {name: tuple(content[name]) if content[name] else None for name in ("exchange", "scale")}
-    return StandIn(Purpose(**purpose), **pairs, facts=content["facts"])
+    return StandIn(tuple(purposes), **pairs, ban=content["ban"], facts=content["facts"])
 
 
 def swap(source: str, target: str, samples: tuple[str, ...] = ()) -> StandIn:
     """A perfect swap, which also writes the source where the target should be."""
-    return StandIn(Purpose("swap", source, target, samples=samples), exchange=(source, target))
+    return StandIn((Purpose("swap", source, target, samples=samples),), exchange=(source, target))
+
+
+@contextmanager
+def banned(model: Any, word: str) -> Iterator[None]:
+    settings = model.network.generation_config
+    settings.bad_words_ids = [model.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]]
+    try:
+        yield
+    finally:
+        settings.bad_words_ids = None
 
 
 @contextmanager

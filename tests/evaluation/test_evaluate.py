@@ -55,7 +55,7 @@ def test_without_an_edit_nothing_differs(before: Before, some: list[Sample], fac
         Purpose("suppress", CAT),
         Purpose("noise"),
     ):
-        found = measured(before, StandIn(purpose), some, facts)
+        found = measured(before, StandIn((purpose,)), some, facts)
         for name, row in found.measures.items():
             assert row["before"] == pytest.approx(row["after"], abs=1e-9), name
             if "locality" in name and not name.endswith("_kl"):
@@ -92,8 +92,23 @@ def test_a_perfect_swap(before: Before, some: list[Sample], facts: DataFacts) ->
     assert measures["text_locality_about"]["n"] == 8
 
 
+def test_several_edits_in_one(before: Before, some: list[Sample], facts: DataFacts) -> None:
+    """Each purpose has its own figure: the one that is carried out, and the one that is not."""
+    others = [name for sample in some for name in sample.objects or () if name not in (CAT, "mouse", "dog")]
+    idle = others[-1]
+    edit = replace(swap(CAT, "dog"), purposes=(Purpose("swap", CAT, "dog"), Purpose("swap", idle, "dog")))
+    found = measured(before, edit, some, facts).measures
+    done, undone = found["image_generality:cat→dog"], found[f"image_generality:{idle}→dog"]
+    assert (done["after"], undone["after"]) == (1, 0)
+    assert found["image_generality"]["n"] == done["n"] + undone["n"]
+    assert found["image_generality"]["after"] == done["n"] / (done["n"] + undone["n"])
+    # What one edit takes away another may put there: cat → dog and dog → cat both hold where the two change places.
+    both = replace(edit, purposes=(Purpose("swap", CAT, "dog"), Purpose("swap", "dog", CAT)))
+    assert measured(before, both, some, facts).measures["image_generality"]["after"] == 1
+
+
 def test_a_suppressed_word(before: Before, some: list[Sample], facts: DataFacts) -> None:
-    edit = StandIn(Purpose("suppress", CAT), exchange=(CAT, "dog"))
+    edit = StandIn((Purpose("suppress", CAT),), exchange=(CAT, "dog"))
     found = measured(before, edit, some, facts).measures
     assert found["image_generality"]["after"] == 1
     # None of the samples is the edit's own: its reliability is that on these, and says so.
@@ -105,7 +120,7 @@ def test_a_suppressed_word(before: Before, some: list[Sample], facts: DataFacts)
 
 def test_a_hallucination_of_a_pair(before: Before, some: list[Sample], facts: DataFacts) -> None:
     """The hallucinated mouse is written as a dog: it goes where it is absent, and also where it is not."""
-    edit = StandIn(Purpose("hallucination", pairs=((CAT, "mouse"),)), exchange=("mouse", "dog"))
+    edit = StandIn((Purpose("hallucination", pairs=((CAT, "mouse"),)),), exchange=("mouse", "dog"))
     found = measured(before, edit, some, facts)
     measures = found.measures
     without = [sample for sample in some if CAT in (sample.objects or ()) and "mouse" not in (sample.objects or ())]
@@ -140,11 +155,14 @@ def test_batches_and_cuts_change_nothing(demo: Any, before: Before, some: list[S
             assert row["low"] == pytest.approx(whole.measures[name]["low"], abs=1e-6), name
 
 
-def test_verified_replies_are_those_of_whole_regeneration(demo: Any, before: Before, some: list[Sample]) -> None:
-    """Under a change that breaks some captions and leaves others."""
+@pytest.mark.parametrize("change", [{"scale": (7, 0.6)}, {"ban": CAT}], ids=["noise", "ban"])
+def test_verified_replies_are_those_of_whole_regeneration(
+    demo: Any, before: Before, some: list[Sample], change: dict[str, Any]
+) -> None:
+    """Under a change that breaks some captions and leaves others, and under one that leaves the logits alone."""
     asks = [before.ask(sample, question) for sample in some for question in (None, "What is in the image?")]
     replies = before.replies(asks, [[sample.caption] for sample in some for _ in range(2)])
-    edit = StandIn(Purpose("noise"), scale=(7, 0.6))
+    edit = StandIn((Purpose("noise"),), **change)
     changes = compare(before.questioner, edit, asks, replies)
     questioner = Questioner(demo, 8)
     with edit.applied(demo):
@@ -155,7 +173,7 @@ def test_verified_replies_are_those_of_whole_regeneration(demo: Any, before: Bef
 
 @torch.no_grad()
 def test_distances_against_plain_forwards(demo: Any, before: Before, some: list[Sample]) -> None:
-    edit = StandIn(Purpose("noise"), scale=(6, 0.5))
+    edit = StandIn((Purpose("noise"),), scale=(6, 0.5))
     asks = [before.ask(sample, whole=True) for sample in some[:3]]
     replies = before.replies(asks, [[sample.caption] for sample in some[:3]])
     for ask, reply, change in zip(asks, replies, compare(before.questioner, edit, asks, replies), strict=True):

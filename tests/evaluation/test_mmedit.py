@@ -68,7 +68,7 @@ def test_other_files_are_refused_in_one_line(write: Write, records: list[Any], m
 
 def test_a_missing_image_costs_only_what_needs_it(before: Before, write: Write) -> None:
     records = read_records(write([RECORD | {"image": "none.jpg"}, RECORD]), None)
-    rows = measure_records(before, StandIn(Purpose()), records)
+    rows = measure_records(before, StandIn((Purpose(),)), records)
     assert [(row["source"], row["message"]) for row in rows.errors] == [("none.jpg", "no such image")]
     counted = {row["measure"]: 0 for row in rows.measurements}
     for row in rows.measurements:
@@ -78,7 +78,7 @@ def test_a_missing_image_costs_only_what_needs_it(before: Before, write: Write) 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("edit", [swap("chair", "dog"), StandIn(Purpose(), scale=(6, 0.4))], ids=["swap", "noise"])
+@pytest.mark.parametrize("edit", [swap("chair", "dog"), StandIn((Purpose(),), scale=(6, 0.4))], ids=["swap", "noise"])
 def test_metrics_against_plain_forwards(
     demo: Any, before: Before, write: Write, scenes: list[Sample], edit: StandIn
 ) -> None:

@@ -31,7 +31,7 @@ def test_another_word_stands_where_the_first_did(things: list[str], data: st.Dat
     other = data.draw(st.sampled_from([thing for thing in THINGS if thing not in things]))
     text = caption(things)
     wanted = caption([*things[:place], other, *things[place + 1 :]])
-    assert replaced(text, [mention(text, things[place])], other) == wanted
+    assert replaced(text, [(mention(text, things[place]), other)], "en") == wanted
     assert rest_kept(text, wanted, mention(text, things[place]), "en")
 
 
@@ -61,6 +61,10 @@ def test_what_changes_elsewhere_is_seen(things: list[str], data: st.DataObject) 
 
 
 def test_all_mentions_are_exchanged() -> None:
-    text = "A dog beside an old dog, and The Dog."
-    mentions = [Mention("dog", at, at + 3) for at in (2, 20, 33)]
-    assert replaced(text, mentions, "owl") == "An owl beside an old owl, and The owl."
+    text = "Dogs and a dog beside an old dog, no Dog."
+    words = [(mention, "owl") for mention in find_forms(text, frozenset({"dog"}), "en")]
+    assert len(words) == 4
+    assert replaced(text, words, "en") == "Owls and an owl beside an old owl, no owl."
+    # An article of another language is left alone, as are words that are no plural.
+    assert replaced("a perro", [(Mention("perro", 2, 7), "oso")], "es") == "a oso"
+    assert replaced("a bus", [(Mention("bus", 2, 5), "egg")], "en") == "an egg"
