@@ -15,6 +15,7 @@ __version__ = VERSION
 _PLACES = {
     "load_model": "mmray.neurons.model",
     "run_census": "mmray.api",
+    "evaluate": "mmray.api",
     "open_run": "mmray.results.run",
     "ablate": "mmray.models.interventions",
     "scale": "mmray.models.interventions",

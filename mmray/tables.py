@@ -160,6 +160,29 @@ PART_SCHEMAS: dict[str, pa.Schema] = {
 }
 """What one unit of work commits; sums that the merge adds up."""
 
+EVALUATION_SCHEMAS: dict[str, pa.Schema] = {
+    # A row is a sample's part in one measure; the totals over samples make the measure.
+    "measurements": pa.schema(
+        [
+            _field("measure", pa.string()),
+            _field("sample_id", pa.string()),
+            _field("before", pa.list_(pa.float64()), "sums; most often what is counted, and of how many"),
+            _field("after", pa.list_(pa.float64()), "sums; most often what is counted, and of how many"),
+        ]
+    ),
+    "captions": pa.schema(
+        [
+            _field("sample_id", pa.string()),
+            _field("before", pa.string()),
+            _field("after", pa.string()),
+            _field("changed", pa.bool_()),
+            _field("role", pa.string(), "edited, source, unrelated or other"),
+        ]
+    ),
+    "errors": SCHEMAS["errors"],
+}
+"""What one unit of work of an evaluation commits."""
+
 FILE_BYTES = 64 << 20
 """Size in memory at which a table is cut into a further file: what a writer holds at once, however large the table."""
 ROW_GROUP = 100_000

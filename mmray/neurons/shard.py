@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,11 +9,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeAlias
 
-import PIL.Image
 import pyarrow as pa
 import torch
 from PIL.Image import Image
 
+from mmray.datasets.images import decode_image
 from mmray.datasets.samples import Failure, Sample
 from mmray.errors import InputError
 from mmray.models.generation import caption_of, generate, token_text
@@ -27,9 +26,6 @@ from mmray.neurons.scoring import Scored, score_batch
 from mmray.neurons.statistics import TokenStatistics
 from mmray.settings import CensusSettings
 from mmray.tables import NEURON_ENTRY, PART_SCHEMAS
-
-LARGEST_IMAGE = 178_956_970
-"""Pixels above which an image is refused unread: a small file can unfold to gigabytes."""
 
 FAILURES = (IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What models and processors raise where memory runs out, or at a sample that they can't take."""
@@ -160,14 +156,9 @@ class ShardAnalysis:
         if sample.image is None:
             return None
         try:
-            image = PIL.Image.open(io.BytesIO(sample.image))
-            if image.width * image.height > LARGEST_IMAGE:
-                raise ValueError(f"{image.width} × {image.height} pixels, more than {LARGEST_IMAGE:,}")
-            return image.convert("RGB")
-        except Exception as error:  # noqa: BLE001  decoders raise all kinds of errors on damaged files
-            # Pillow's own words for it hold an address in memory, which no two runs share.
-            reason = "of no known format" if isinstance(error, PIL.UnidentifiedImageError) else error
-            self._fail(sample, "decode", f"image can't be read: {reason}")
+            return decode_image(sample.image)
+        except ValueError as error:
+            self._fail(sample, "decode", f"image can't be read: {error}")
             return None
 
     def _generate(self, pairs: list[tuple[Sample, Image | None]]) -> None:

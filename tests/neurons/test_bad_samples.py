@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmray.datasets import images
 from mmray.datasets.samples import Failure
 from mmray.errors import InputError
 from mmray.models import generation
@@ -46,7 +47,7 @@ def test_images_that_can_t_be_read_are_errors(open_model, monkeypatch):
         "cut": whole[: len(whole) // 2],
         "huge": png(picture(3, 60, 60)),
     }
-    monkeypatch.setattr(shard, "LARGEST_IMAGE", 59 * 60)
+    monkeypatch.setattr(images, "LARGEST_IMAGE", 59 * 60)
     found = [sample(number, "a dog", sample_id=name, image=data) for number, (name, data) in enumerate(bad.items())]
     good = samples(6)
     mixed = [good[0], found[0], *good[1:4], *found[1:], *good[4:]]
