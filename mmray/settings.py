@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mmray.errors import InputError
 
 Captions = Literal["dataset", "generate"]
-Score = Literal["contribution", "gate", "activation", "gradient", "gradient-last", "random"]
+Score = Literal["contribution", "gate", "activation", "gradient", "gradient-last", "effect", "random"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 EXECUTION = frozenset(
@@ -50,7 +50,8 @@ class CensusSettings(BaseModel):
     score: Score = "contribution"
     """contribution: activation × ⟨row of W_out, unembedding of the token⟩; gate: the same with the gate alone, as the
     authors' released code; activation; gradient: gradient × activation over the image; gradient-last: at the predicting
-    position; random: a control."""
+    position; effect: what ablating the neuron takes from the token's log-odds, to first order through all positions and
+    later layers, and its folded contribution (a backward pass a noun, as the gradients); random: a control."""
     fold_norm: bool = False
     """Score in logits after the final norm: its gain and the norm's root mean square at the position are applied."""
     top_k: int = Field(20, ge=1)
