@@ -6,6 +6,7 @@ import inspect
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -72,6 +73,22 @@ def score_captured(model: LoadedModel, captured: Captured, score: str, *, folded
         projected = project(directions[layer].to(activation.device), rows)
         scores.append(SCORES[score](Located(activation, gate, projected, _seeds(captured.places, layer))))
     return Scored(scores, activations, log_probability(model, captured.hidden, captured.tokens))
+
+
+def whole_nouns(places: Sequence[Place], scored: Scored) -> tuple[list[Place], Scored]:
+    """Add up what the tokens of each noun were scored; the place and the activation are those of its first token."""
+    first = [number for number, place in enumerate(places) if place.piece == 0]
+    if len(first) == len(places):
+        return list(places), scored
+    sizes = [stop - start for start, stop in pairwise([*first, len(places)])]
+
+    def added(values: Tensor) -> Tensor:
+        return torch.stack([part.sum(dim=0) for part in torch.split(values, sizes)])
+
+    activation = [part[first] for part in scored.activation]
+    return [places[number] for number in first], Scored(
+        [added(part) for part in scored.scores], activation, added(scored.log_prob)
+    )
 
 
 def forward(model: LoadedModel, batch: Batch) -> Any:

@@ -160,9 +160,9 @@ def measure(model: LoadedModel, data: Data, concept: str, sets: dict, images: in
     own, named = data.of(concept), data.named
     others = [sample for sample in data.samples if named[sample.sample_id] and concept not in named[sample.sample_id]]
     chosen = [generator.sample(part, min(images, len(part))) for part in (own, others)]
-    ((items, batch),) = ShardAnalysis(model, data.settings.model_copy(update={"batch_size": 64}), data.nouns, 0).encoded(
-        [*chosen[0], *chosen[1]]
-    )
+    ((items, batch),) = ShardAnalysis(
+        model, data.settings.model_copy(update={"batch_size": 64}), data.nouns, 0
+    ).encoded([*chosen[0], *chosen[1]])
     places = places_of(items, batch)
     is_own = np.array([place.concept == concept for place in places])
     is_other = np.array([place.sample_id in {sample.sample_id for sample in chosen[1]} for place in places])
@@ -232,7 +232,9 @@ def main() -> None:
         f"{arguments.images} own and {arguments.images} other fresh images each; "
         "untouched log p {:.3f} own, {:.3f} other".format(*np.mean(untouched, axis=0))
     )
-    print(f"{'':48s}{'K':>4s}{'own':>8s}{'interval':>18s}{'other':>8s}{'interval':>20s}{'|other|':>9s}{'ratio':>7s}  interval")
+    print(
+        f"{'':48s}{'K':>4s}{'own':>8s}{'interval':>18s}{'other':>8s}{'interval':>20s}{'|other|':>9s}{'ratio':>7s}  interval"
+    )
     for (name, size), rows in sorted(falls.items(), key=lambda row: -row[0][1] if False else row[0][1]):
         values = np.array(rows)
         own, other, change = values.mean(axis=0)
