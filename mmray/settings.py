@@ -13,6 +13,7 @@ from mmray.errors import InputError
 Captions = Literal["dataset", "generate"]
 Score = Literal["contribution", "gate", "activation", "gradient", "gradient-last", "effect", "random"]
 Pieces = Literal["first", "sum"]
+Module = Literal["language", "vision", "projector"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 EXECUTION = frozenset(
@@ -68,6 +69,8 @@ class CensusSettings(BaseModel):
     nouns: str = "auto"
     """Where concepts come from: objects (the data's column), textblob (English tagger), a lexicon FILE with a noun and
     optionally its language a line; auto: objects where the data has them, else textblob."""
+    module: Module = "language"
+    """Count in `activity` the neurons of the vision tower or of the projector too; scores are of the language decoder."""
     dtype: Dtype = "auto"
     """Number format of the model; auto: the checkpoint's on a GPU, fp32 on a CPU. Scores are always fp32."""
     image_column: str | None = None

@@ -93,6 +93,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("n_active", pa.int64(), "tokens at which the gate is open"),
             _field("sum", pa.float64(), ACTIVATION),
             _field("sum_squares", pa.float64(), "activation squared"),
+            _field("module", pa.string(), "language, or what --module asks for besides"),
         ]
     ),
     "examples": pa.schema(
@@ -151,6 +152,7 @@ PART_SCHEMAS: dict[str, pa.Schema] = {
             _field("n_active", pa.list_(pa.int64())),
             _field("sum", pa.list_(pa.float64())),
             _field("sum_squares", pa.list_(pa.float64())),
+            _field("module", pa.string()),
         ]
     ),
     # A row is a sign and rank: the shard's rank-th extreme sample of every neuron.

@@ -164,7 +164,8 @@ def _actors(settings: CensusSettings, nouns: NounSource, units: list[int]) -> ra
 def _merge(settings: CensusSettings, folder: RunFolder, info: dict[str, Any]) -> None:
     """Merge what is committed into the tables."""
     receipts = folder.receipts()
-    merge = RunMerge(info["model"]["widths"], from_bytes(folder.store.read(DECODED)), settings.top_k)
+    facts = info["model"]
+    merge = RunMerge(facts["widths"], from_bytes(folder.store.read(DECODED)), settings.top_k, facts["module_widths"])
     appended: dict[str, list[Any]] = {}
     for receipt in receipts.values():
         for name, rows in merge.add(partial(folder.read_part, receipt)).items():

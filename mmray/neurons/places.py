@@ -40,6 +40,15 @@ def place_mentions(
     return places
 
 
+def places_of(batch: Batch, named: Sequence[tuple[str, Sequence[Mention]]], *, every: bool = False) -> list[Place]:
+    """Return the places of all rows, whose sample ids and mentions are `named`; see `place_mentions`."""
+    return [
+        place
+        for row, (sample_id, mentions) in enumerate(named)
+        for place in place_mentions(batch, row, sample_id, mentions, every=every)
+    ]
+
+
 def rank_in_row(places: Sequence[Place]) -> list[int]:
     """Return of each place how many places of the same row come before it."""
     seen: Counter[int] = Counter()

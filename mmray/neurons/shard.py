@@ -21,10 +21,11 @@ from mmray.models.generation import caption_of, generate, token_text
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, NounSource
-from mmray.neurons.places import Place, place_mentions
+from mmray.neurons.places import Place, places_of
 from mmray.neurons.reduction import ConceptSums, candidates_kept
 from mmray.neurons.scoring import Scored, score_batch, whole_nouns
 from mmray.neurons.statistics import TokenStatistics
+from mmray.neurons.towers import ModuleActivity
 from mmray.settings import CensusSettings
 from mmray.tables import NEURON_ENTRY, PART_SCHEMAS
 
@@ -60,6 +61,7 @@ class ShardAnalysis:
         self.shard_id = shard_id
         self.sums = ConceptSums(model.widths)
         self.statistics = TokenStatistics(model.widths, model.device)
+        self.module = ModuleActivity(model, settings.module)
         self.captions: list[dict[str, object]] = []
         self.occurrences: list[pa.Table] = []
         self.failures: list[Failure] = []
@@ -92,7 +94,7 @@ class ShardAnalysis:
             "errors": pa.Table.from_pylist(errors, schema=PART_SCHEMAS["errors"]),
             "concepts": concepts,
             "totals": totals,
-            "activity": self.statistics.activity_table(),
+            "activity": pa.concat_tables([self.statistics.activity_table(), self.module.activity_table()]),
             "examples": self.statistics.examples_table(),
         }
 
@@ -206,21 +208,20 @@ class ShardAnalysis:
 
     def _analyse(self, items: list[Captioned], batch: Batch) -> None:
         """Score a batch; where memory runs out or a sample can't be run, halve it until the culprit is alone."""
-        every = self.settings.pieces == "sum"
-        places = [
-            place
-            for row, item in enumerate(items)
-            for place in place_mentions(batch, row, item.sample.sample_id, item.mentions, every=every)
-        ]
-        self.statistics.begin([_labels(item.sample) for item in items], batch.runs)
+        named = [(item.sample.sample_id, item.mentions) for item in items]
+        places = places_of(batch, named, every=self.settings.pieces == "sum")
+        labels = [_labels(item.sample) for item in items]
+        self.statistics.begin(labels, batch.runs)
         try:
             score, folded = self.settings.score, self.settings.fold_norm
-            scored = score_batch(self.model, batch, places, score, folded=folded, statistics=self.statistics)
+            with self.module.watching(batch):
+                scored = score_batch(self.model, batch, places, score, folded=folded, statistics=self.statistics)
         except FAILURES as error:
             # Only the message leaves this block: the error holds the frames, and so the memory, of the failed forward.
             problem = str(error)
         else:
             self.statistics.commit()
+            self.module.commit(labels)
             self._collect(items, *whole_nouns(places, scored))
             return
         if len(items) == 1:

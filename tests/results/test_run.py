@@ -18,7 +18,7 @@ CONTRACT = {
     "rankings": "concept, rank, layer, unit, neuron, score, score_std, specific, specific_rank, n, share, activation, "
     "tokens, certified, selective, selective_rank",
     "neurons": "layer, unit, neuron, n_concepts, n_tokens, n_active, mean, std, max, min, tokens, suppressed",
-    "activity": "label_kind, label, modality, layer, unit, n_tokens, n_active, sum, sum_squares",
+    "activity": "label_kind, label, modality, layer, unit, n_tokens, n_active, sum, sum_squares, module",
     "examples": "layer, unit, sign, rank, sample_id, position, activation",
     "errors": "sample_id, source, shard_id, stage, message",
 }
