@@ -62,6 +62,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("activation", pa.float64(), ACTIVATION),
             _field("tokens", pa.list_(pa.string())),
             _field("certified", pa.bool_()),
+            _field("selective", pa.float64(), LOGIT),
+            _field("selective_rank", pa.int32(), "from 1, by selective"),
         ]
     ),
     "neurons": pa.schema(
@@ -91,6 +93,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("n_active", pa.int64(), "tokens at which the gate is open"),
             _field("sum", pa.float64(), ACTIVATION),
             _field("sum_squares", pa.float64(), "activation squared"),
+            _field("module", pa.string(), "language, or what --module asks for besides"),
         ]
     ),
     "examples": pa.schema(
@@ -133,7 +136,13 @@ PART_SCHEMAS: dict[str, pa.Schema] = {
         ]
     ),
     # One row: sums over all occurrences of all concepts, a number a neuron.
-    "totals": pa.schema([_field("n", pa.int64(), "occurrences"), _field("score", pa.list_(pa.float64()), "sum")]),
+    "totals": pa.schema(
+        [
+            _field("n", pa.int64(), "occurrences"),
+            _field("score", pa.list_(pa.float64()), "sum"),
+            _field("score_squares", pa.list_(pa.float64()), "sum of squares"),
+        ]
+    ),
     "activity": pa.schema(
         [
             _field("label_kind", pa.string()),
@@ -143,6 +152,7 @@ PART_SCHEMAS: dict[str, pa.Schema] = {
             _field("n_active", pa.list_(pa.int64())),
             _field("sum", pa.list_(pa.float64())),
             _field("sum_squares", pa.list_(pa.float64())),
+            _field("module", pa.string()),
         ]
     ),
     # A row is a sign and rank: the shard's rank-th extreme sample of every neuron.

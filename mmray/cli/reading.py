@@ -48,7 +48,7 @@ def rank(
     run: RunArgument,
     concept: Annotated[str, typer.Argument(help="A noun of the captions, such as dog.")],
     k: Annotated[int, typer.Option("--k", help="Neurons to show.", min=1)] = 10,
-    by: Annotated[str, typer.Option("--by", help="Order by score, specific or share.")] = "score",
+    by: Annotated[str, typer.Option("--by", help="Order by score, specific, selective or share.")] = "score",
     as_json: AsJson = False,
 ) -> None:
     """Show a concept's neurons, highest first. A rank marked ? is not certified: more --candidates would settle it."""
@@ -60,7 +60,7 @@ def rank(
     if as_json:
         print(json.dumps(rows.to_pylist(), ensure_ascii=False))
     else:
-        console.print(ranking(rows, concept_title(opened, concept)))
+        console.print(ranking(rows, concept_title(opened, concept), by))
 
 
 @app.command()

@@ -89,7 +89,8 @@ def finish(
     if not is_merged(folder, folder.receipts()):
         info = folder.info()
         assert info is not None
-        merge_run(folder, info["model"]["widths"], settings.top_k)
+        facts = info["model"]
+        merge_run(folder, facts["widths"], settings.top_k, facts.get("module_widths", {}))
 
 
 def outcome(out: str, folder: RunFolder, seconds: float) -> Outcome:
