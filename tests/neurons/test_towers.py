@@ -1,4 +1,4 @@
-"""The activity of vision towers and projectors is that of plain loops over the samples, alone and whatever the batch."""
+"""The activity of vision towers and projectors is that of plain loops over the samples, whatever the batch."""
 
 import numpy as np
 import pytest
