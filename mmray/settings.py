@@ -71,7 +71,7 @@ class CensusSettings(BaseModel):
     """Where concepts come from: objects (the data's column), textblob (English tagger), a lexicon FILE with a noun and
     optionally its language a line; auto: objects where the data has them, else textblob."""
     module: Module = "language"
-    """Count in `activity` the neurons of the vision tower or of the projector too; scores are of the language decoder."""
+    """Count the vision tower's or the projector's neurons too, in `activity`; scores are of the language decoder."""
     dtype: Dtype = "auto"
     """Number format of the model; auto: the checkpoint's on a GPU, fp32 on a CPU. Scores are always fp32."""
     image_column: str | None = None

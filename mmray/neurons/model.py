@@ -40,7 +40,8 @@ class Model(LoadedModel):
         """Return every neuron's score for a noun of the caption, on the CPU, in logits.
 
         Where the noun occurs more than once, the mean over its occurrences. Layers of fewer neurons are filled up with
-        zeros; of a noun of several tokens the first is scored, or with `pieces="sum"` all. Raises InputError when the caption does not name the concept.
+        zeros; of a noun of several tokens the first is scored, or with `pieces="sum"` all. Raises InputError when the
+        caption does not name the concept.
         """
         mentions = find_forms(caption, frozenset({concept.casefold()}), language)
         if not mentions:
