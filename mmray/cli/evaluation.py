@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from typing import Annotated, Any
@@ -10,38 +9,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, say
+from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, say, with_settings
 from mmray.evaluation.settings import EvaluationSettings, evaluation_settings
 
 
-def _with_settings(command: Any) -> Any:
-    """Give the command every setting of an evaluation but the run as an option, handed on as a keyword."""
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [inspect.Parameter("run", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=RunArgument)]
-    for name, field in EvaluationSettings.model_fields.items():
-        if name != "run":
-            default = inspect.Parameter.empty if field.is_required() else field.default
-            flag = f"--{name.replace('_', '-')}"
-            # None is a third state, which needs both names.
-            names = f"{flag}/--no-{name}" if field.annotation == (bool | None) else flag
-            option = typer.Option(names, help=" ".join((field.description or "").split()))
-            parameters.append(
-                inspect.Parameter(name, keyword, default=default, annotation=Annotated[field.annotation, option])
-            )
-    parameters += [
-        value.replace(kind=keyword)
-        for value in inspect.signature(command, eval_str=True).parameters.values()
-        if value.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-    # typer reads the types from the one and the rest from the other.
-    command.__annotations__ = {value.name: value.annotation for value in parameters}
-    vars(command)["__signature__"] = inspect.Signature(parameters)
-    return command
-
-
 @app.command()
-@_with_settings
+@with_settings(EvaluationSettings)
 def evaluate(
+    run: RunArgument,
     everything: Annotated[bool, typer.Option("--all", help="Show every protocol, and its words in full.")] = False,
     as_json: AsJson = False,
     **settings: Any,
@@ -51,7 +26,7 @@ def evaluate(
     from mmray.results.evaluation import measures
     from mmray.results.progress import follow_progress
 
-    checked = evaluation_settings(settings)
+    checked = evaluation_settings({"run": run, **settings})
     try:
         with follow_progress(Console(stderr=True)) as follow:
             outcome = run_evaluation(checked, follow)

@@ -14,11 +14,12 @@ from mmray.datasets.columns import Columns
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import Manifest, read_shard
 from mmray.datasets.sources import open_source
-from mmray.editing.wording import names, replace_noun
+from mmray.editing.wording import replaced as with_nouns
 from mmray.errors import InputError
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
+from mmray.neurons.concepts import find_forms
 from mmray.neurons.model import Model, open_image
 from mmray.results.run import Run
 
@@ -59,13 +60,13 @@ class Material:
         ends = self.model.tokenizer.eos_token_id if ends is None else ends
         return int(ends[0] if isinstance(ends, list) else ends)
 
-    def ask(self, question: str | None = None, *, image: bool = True) -> str:
-        """Return the prompt of a question; of the caption by default."""
-        return prompt_text(self.model, question or self.prompt, self.language, image=image)
+    def ask(self, sample: Sample) -> str:
+        """Return the prompt of a caption of the sample."""
+        return prompt_text(self.model, self.prompt, self.language, image=sample.image is not None)
 
-    def example(self, sample: Sample, answer: str | Sequence[int], question: str | None = None) -> Example:
-        """Return an answer about a sample as an example; a text is tokenised as it follows the prompt."""
-        prompt = self.ask(question, image=sample.image is not None)
+    def example(self, sample: Sample, answer: str | Sequence[int]) -> Example:
+        """Return a caption of a sample as an example; a text is tokenised as it follows the prompt."""
+        prompt = self.ask(sample)
         tokens = tokenize_caption(self.model, prompt, answer)[0] if isinstance(answer, str) else answer
         return Example(prompt, open_image(sample.image), (*tokens, self.end), sample_id=sample.sample_id)
 
@@ -89,19 +90,14 @@ class Material:
         new = [sample for sample in samples if sample.sample_id not in self.written]
         for start in range(0, len(new), 2 * ROWS_A_BATCH):
             chunk = new[start : start + 2 * ROWS_A_BATCH]
-            images = [open_image(sample.image) for sample in chunk]
-            for sample, tokens in zip(chunk, generate(self.model, [self.ask()] * len(chunk), images), strict=True):
+            images, prompts = [open_image(sample.image) for sample in chunk], [self.ask(sample) for sample in chunk]
+            for sample, tokens in zip(chunk, generate(self.model, prompts, images), strict=True):
                 self.written[sample.sample_id] = tuple(tokens)
         return [self.written[sample.sample_id] for sample in samples]
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return what tokens say."""
         return caption_of(self.model, list(tokens))[0].strip()
-
-    def forms(self, concept: str) -> list[str]:
-        """Return the concept's names in all languages of the data."""
-        source = self.run.info["data"].get("translations") or {}
-        return [concept, *source.get(concept, {}).values()]
 
     def ids(self, concepts: Iterable[str] | None = None) -> list[str]:
         """Return the ids of all samples with an image, or of those at which one of the concepts occurs, in order."""
@@ -112,20 +108,18 @@ class Material:
 
 
 def replaced(material: Material, source: str, target: str, most: int, seed: int) -> list[Example]:
-    """Return examples that say `target` where the model says `source`: its own captions of samples of the source, and
-    its answers to the data's questions about them.
+    """Return examples that say `target` where the model says `source` in its own captions of samples of the source.
 
     Raises InputError where the model names the source in none of them.
     """
     found = material.ids([source])
     random.Random(f"{source} {seed}").shuffle(found)
     samples = material.read(found[:most])
-    answers = [(sample, None, tokens) for sample, tokens in zip(samples, material.own(samples), strict=True)]
     examples = []
-    for sample, question, tokens in answers:
+    for sample, tokens in zip(samples, material.own(samples), strict=True):
         said = material.text(tokens)
-        if names(said, source, material.language):
-            examples.append(_rewritten(material, sample, question, tokens, said, source, target))
+        if find_forms(said, frozenset({source}), material.language):
+            examples.append(_rewritten(material, sample, tokens, said, source, target))
     if not examples:
         raise InputError(
             f"{source!r}: the model names it in none of its own captions of {len(samples)} samples; "
@@ -137,13 +131,14 @@ def replaced(material: Material, source: str, target: str, most: int, seed: int)
 def _rewritten(
     material: Material,
     sample: Sample,
-    question: str | None,
     tokens: Sequence[int],
     said: str,
     source: str,
     target: str,
 ) -> Example:
-    new = material.example(sample, replace_noun(said, source, target, material.language), question)
+    mentions = find_forms(said, frozenset({source}), material.language)
+    changed = with_nouns(said, [(mention, target) for mention in mentions], material.language)
+    new = material.example(sample, changed)
     before = (*tokens, material.end)
     place = next((n for n, pair in enumerate(zip(before, new.tokens, strict=False)) if pair[0] != pair[1]), None)
     if place is None:
@@ -168,7 +163,7 @@ def kept(material: Material, without: Iterable[str], most: int, seed: int, first
     examples = []
     for sample, tokens in zip(samples, material.own(samples), strict=True):
         said = material.text(tokens)
-        if not any(names(said, word, material.language) for word in without):
+        if not find_forms(said, frozenset(without), material.language):
             examples.append(material.example(sample, tokens))
     return examples
 

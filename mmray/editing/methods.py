@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmray.editing.baselines import LowRank, WordBan, banned_tokens, most_active, rank_one, whole_layers
+from mmray.editing.baselines import LowRank, banned_tokens, most_active, rank_one, whole_layers
 from mmray.editing.closed import CLOSED, Row
 from mmray.editing.deltas import Deltas, Neuron
 from mmray.editing.edit import Purpose, WeightEdit, cost
@@ -75,7 +75,7 @@ def lora(task: Task) -> Deltas:
 def closed_form(task: Task) -> Deltas:
     """Compute the deltas of the located neurons in closed form."""
     model, settings = task.material.model, task.settings
-    word = [token for ids in banned_tokens(model, [str(settings.concept)])[:1] for token in ids]
+    word = [token for ids in banned_tokens(model, [settings.concept])[:1] for token in ids]
     unembedding = unembedding_rows(model.network, model.parts)[word].float()
     deltas = Deltas(model, task.neurons)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -98,7 +98,7 @@ METHODS: dict[str, Method] = {
 """The methods that change weights, by the name that `--method` takes."""
 
 
-def make_edit(material: Material, wishes: Sequence[EditSettings]) -> WeightEdit | WordBan:
+def make_edit(material: Material, wishes: Sequence[EditSettings]) -> WeightEdit:
     """Make one edit for all the wishes, which agree in all but what they are for.
 
     Raises InputError for a concept that the run does not know or the model never says.
@@ -106,9 +106,6 @@ def make_edit(material: Material, wishes: Sequence[EditSettings]) -> WeightEdit 
     began = time.perf_counter()
     model, settings = material.model, wishes[0]
     task = prepare(material, wishes)
-    if settings.method == "ban":
-        words = tuple(str(wish.concept) for wish in wishes)
-        return WordBan(model, words, task.purposes)
     deltas = METHODS[settings.method](task)
     layers = [torch.full_like(units, layer).cpu() for layer, units in deltas.units.items()]
     rows = torch.cat([deltas.rows(layer).detach().float().cpu() for layer in deltas.units])
@@ -133,7 +130,7 @@ def prepare(material: Material, wishes: Sequence[EditSettings]) -> Task:
     new: list[Example] = []
     purposes, sources, targets = [], [], []
     for wish in wishes:
-        source, target = str(wish.concept), wish.instead
+        source, target = wish.concept, wish.instead
         neurons |= dict.fromkeys(located(run, source, wish.neurons, layers, wish.by))
         examples = replaced(material, source, target, wish.samples, wish.seed)
         new += examples

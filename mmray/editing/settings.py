@@ -9,9 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mmray.errors import InputError
 from mmray.settings import first_problem
 
-Method = Literal[
-    "learned", "zero", "scale", "project", "noise", "random", "activation", "last-mlp", "rank-one", "lora", "ban"
-]
+Method = Literal["learned", "zero", "scale", "project", "noise", "random", "activation", "last-mlp", "rank-one", "lora"]
 By = Literal["specific", "score", "share"]
 
 
@@ -21,19 +19,17 @@ class EditSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     source: str | None = None
-    """Concept that the model is to name no more."""
+    """Concept that the model is to name no more; by default none is swapped."""
     target: str | None = None
-    """What it is to say instead of the source."""
+    """What it is to say instead of the source; goes with --source, by default none."""
     suppress: str | None = None
-    """Word that is to vanish: sensitive, or claimed wrongly."""
+    """Word that is to vanish: instead of a swap; by default none."""
     replacement: str = "object"
     """Neutral word that takes the place of a suppressed one."""
-    reduce_hallucination: bool = False
-    """Find words that the model claims without seeing them, and have it claim them no more."""
     method: Method = "learned"
     """learned: deltas of the located neurons; zero, scale, project: closed forms to suppress; noise: the published
     perturbation; controls and baselines: random and activation (the same objective on other neurons), last-mlp (FT-L),
-    rank-one (as ROME, one layer), lora, ban (at decoding, no edit)."""
+    rank-one (as ROME, one layer), lora (needs peft)."""
     neurons: int = Field(100, ge=1)
     """Most neurons that are edited."""
     layers: int = Field(1, ge=1)
@@ -41,7 +37,7 @@ class EditSettings(BaseModel):
     by: By = "specific"
     """Order of the ranking that locates them."""
     samples: int = Field(24, ge=1)
-    """Most samples of the source that the edit is made on (with --reduce-hallucination ten times as many)."""
+    """Most samples of the source that the edit is made on."""
     kept: int = Field(512, ge=0)
     """Samples of other concepts, whose captions are to stay as they are."""
     steps: int = Field(60, ge=1)
@@ -60,21 +56,18 @@ class EditSettings(BaseModel):
     @model_validator(mode="after")
     def _one_task(self) -> EditSettings:
         swap = self.source is not None or self.target is not None
-        if [swap, self.suppress is not None, self.reduce_hallucination].count(True) != 1:
-            raise ValueError("give --source and --target, or --suppress, or --reduce-hallucination")
+        if swap == (self.suppress is not None):
+            raise ValueError("give --source and --target, or --suppress")
         if swap and (self.source is None or self.target is None):
             raise ValueError("--source and --target go together")
         if swap and self.source == self.target:
             raise ValueError("--source and --target are the same")
-        if self.method in ("zero", "scale", "project", "noise") and not (self.suppress or self.source):
-            raise ValueError(f"--method {self.method} needs the neurons of a concept: --suppress")
         return self
 
     @property
-    def concept(self) -> str | None:
-        """The concept that is to vanish, in lower case; None where the edit finds out itself."""
-        name = self.source or self.suppress
-        return name.casefold() if name else None
+    def concept(self) -> str:
+        """The concept that is to vanish, in lower case."""
+        return (self.source or self.suppress or "").casefold()
 
     @property
     def instead(self) -> str:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mmray.datasets.samples import Sample
+from mmray.editing.wording import replaced, rest_kept
 from mmray.evaluation.asks import Change
 from mmray.evaluation.naming import Naming
 from mmray.evaluation.rows import Rows
 from mmray.evaluation.scope import EDITED, SOURCE, UNRELATED, Aim, Scope, Wish, objects_of, reached
-from mmray.evaluation.wording import replaced, rest_kept
 from mmray.neurons.concepts import Mention
 
 MEASURES = {EDITED: "reliability", SOURCE: "image_generality"}

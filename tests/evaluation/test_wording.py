@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.evaluation.wording import replaced, rest_kept, with_article
+from mmray.editing.wording import replaced, rest_kept, with_article
 from mmray.neurons.concepts import Mention, find_forms
 
 THINGS = ("dog", "apple", "unicorn", "ball", "owl", "hot dog", "egg")
