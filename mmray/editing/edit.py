@@ -115,7 +115,7 @@ class WeightEdit:
     def save(self, uri: str | Path) -> None:
         """Write the edit to a folder, local or s3://; edit.json comes last, so that it tells a whole edit."""
         store = open_store(uri)
-        rows = {"layer": self.layer, "unit": self.unit, "delta": self.delta.contiguous()}
+        rows = {name: getattr(self, name).clone().contiguous() for name in ("layer", "unit", "delta")}
         store.put(ROWS, save(rows))
         facts = {
             "model": self.model,
