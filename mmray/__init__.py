@@ -16,6 +16,7 @@ _PLACES = {
     "load_model": "mmray.neurons.model",
     "run_census": "mmray.api",
     "open_run": "mmray.results.run",
+    "select_neurons": "mmray.cluster.selecting",
     "ablate": "mmray.models.interventions",
     "scale": "mmray.models.interventions",
     "set_to": "mmray.models.interventions",

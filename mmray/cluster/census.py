@@ -64,7 +64,7 @@ def run_census(settings: CensusSettings, follow: Callable[[Progress], None] = la
     """
     began = time.perf_counter()
     folder = RunFolder(open_store(settings.out))
-    source, manifest, nouns = _data(settings)
+    source, manifest, nouns = open_input(settings)
     info = run_info(settings, source, manifest, nouns)
     if folder.info() is None:
         check_writable(folder.store)
@@ -83,12 +83,13 @@ def run_census(settings: CensusSettings, follow: Callable[[Progress], None] = la
 
 def plan_census(settings: CensusSettings) -> Plan:
     """Return what the census would cost, without running it."""
-    source, manifest, nouns = _data(settings)
+    source, manifest, nouns = open_input(settings)
     facts = describe_model(settings.model, trust_remote_code=settings.trust_remote_code)
     return estimate(settings, source, manifest, nouns, facts["widths"], facts["parameters"], facts["image_tokens"])
 
 
-def _data(settings: CensusSettings) -> tuple[Source, Manifest, NounSource]:
+def open_input(settings: CensusSettings) -> tuple[Source, Manifest, NounSource]:
+    """Return the data of a census, its cut into shards, and what its nouns are found with."""
     source = open_data(settings)
     manifest = cut(source.files(), settings.shard_size, settings.limit)
     if not manifest.samples:
