@@ -50,8 +50,8 @@ class CensusSettings(BaseModel):
     prompt: str | None = None
     """Question before the caption; default: "Describe the image in few words." in the caption's language."""
     prefix: str | None = None
-    """Words that every answer is made to begin with; none by default; as published: "An image of". A caption that begins with them
-    already is not given them twice, and a generated one is what the model writes behind them."""
+    """Words that every answer is made to begin with (default: none; as published: "An image of"). A caption that has
+    them already is not given them twice, and a generated one is what the model writes behind them."""
     score: Score = "contribution"
     """contribution: activation × ⟨row of W_out, unembedding of the token⟩; gate: the same with the gate alone, as the
     authors' released code; activation; gradient: gradient × activation over the image; gradient-last: at the predicting
