@@ -19,6 +19,7 @@ _PLACES = {
     "evaluate": "mmray.api",
     "open_edit": "mmray.editing.edit",
     "open_run": "mmray.results.run",
+    "select_neurons": "mmray.cluster.selecting",
     "ablate": "mmray.models.interventions",
     "scale": "mmray.models.interventions",
     "set_to": "mmray.models.interventions",

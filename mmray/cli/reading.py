@@ -64,6 +64,33 @@ def rank(
 
 
 @app.command()
+def select(
+    run: RunArgument,
+    concepts: Annotated[list[str], typer.Argument(metavar="CONCEPT...", help="Nouns of the captions, such as dog.")],
+    k: Annotated[int, typer.Option("--k", help="Neurons to choose.", min=1)] = 50,
+    samples: Annotated[int, typer.Option("--samples", help="Samples of the run to go through again.", min=1)] = 400,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a concept's neurons together: its noun goes with them, other nouns stay. Best after --score effect."""
+    from mmray.cluster.selecting import select_neurons
+    from mmray.results.run import open_run
+    from mmray.results.terminal import concept_title, ranking
+
+    opened = open_run(run)
+    found = select_neurons(opened, concepts, k, samples)
+    if as_json:
+        facts = [vars(selection) | {"neurons": selection.neurons.to_pylist()} for selection in found]
+        print(json.dumps(facts, ensure_ascii=False))
+        return
+    for selection in found:
+        console.print(ranking(selection.neurons, concept_title(opened, selection.concept), "selective"))
+        say(
+            f"ablated together, to first order: {selection.concept} falls by {selection.own:.2f} nats at "
+            f"{selection.own_places} places, other nouns by {selection.others:.2f} at {selection.other_places}\n"
+        )
+
+
+@app.command()
 def neuron(
     run: RunArgument,
     name: Annotated[str, typer.Argument(metavar="NEURON", help="Layer and unit, such as L7.u89.")],

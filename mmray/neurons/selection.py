@@ -10,6 +10,7 @@ is made as large as a set of `count` neurons makes it, by Frank-Wolfe over weigh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,10 +67,10 @@ def choose(effects: Effects, count: int) -> Float[Tensor, " count"]:
     return weights.topk(count).indices
 
 
-def expected(effects: Effects, chosen: Tensor) -> tuple[float, float]:
+def expected(effects: Effects, chosen: Sequence[int]) -> tuple[float, float]:
     """Return, in nats to first order, by how much the set lowers its own noun and the others."""
     falls = []
     for part, log_odds in ((effects.own, effects.own_log_odds), (effects.others, effects.other_log_odds)):
-        after = log_odds - part[:, chosen].sum(dim=1)
+        after = log_odds - part[:, list(chosen)].sum(dim=1)
         falls.append(float((logsigmoid(log_odds) - logsigmoid(after)).mean()) if len(part) else 0.0)
     return falls[0], falls[1]

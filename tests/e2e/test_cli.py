@@ -241,6 +241,26 @@ def test_tables_are_shown_without_markup(mmray: Mmray, run: Run) -> None:
     assert "highest" in answer.out
 
 
+def test_neurons_are_chosen_together(mmray: Mmray, run: Run) -> None:
+    first, second, *_ = run.concepts
+    answer = mmray("select", run.uri, first.upper(), second, "--k", 7, "--samples", 12, "--json")
+    assert answer.status == 0, answer.err
+    found = json.loads(answer.out)
+    assert [selection["concept"] for selection in found] == [first, second]
+    for selection in found:
+        names = [row["neuron"] for row in selection["neurons"]]
+        assert len(set(names)) == 7
+        assert set(names) <= set(run.rank(selection["concept"], 10_000)["neuron"].to_pylist())
+        assert selection["own"] > selection["others"]
+        assert selection["own_places"] == run.concepts[selection["concept"]]
+        assert selection["other_places"] > 5
+    again = json.loads(mmray("select", run.uri, second, "--k", 7, "--samples", 24, "--json").out)
+    assert again[0]["other_places"] > found[1]["other_places"]
+    shown = mmray("select", run.uri, first, "--k", 3, "--samples", 12)
+    assert re.search(rf"ablated together, to first order: {first} falls by", shown.out)
+    assert "no concept 'nothing'" in mmray("select", run.uri, "nothing").refusal
+
+
 def test_plan_runs_nothing(mmray: Mmray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     answer = mmray("plan", "--model", "demo", "--data", "demo", "--json")
