@@ -125,7 +125,7 @@ def _work(plan: Plan, folder: RunFolder, opener: Opener, follow: Callable[[Progr
 
 def _actors(plan: Plan, folder: RunFolder, opener: Opener, units: list[int]) -> Any:
     pool = actor_pool(plan.settings.workers, plan.settings.gpus_per_worker, machines(), len(units))
-    return mapped(EvaluationWorker, (plan, folder.store.uri, opener), units, pool)
+    return mapped(EvaluationWorker, (plan, folder.store.uri, opener), units, pool, ahead=0)
 
 
 def _gathered(folder: RunFolder, receipts: dict[int, Receipt]) -> tuple[pa.Table, pa.Table]:
