@@ -124,7 +124,9 @@ def _work(plan: Plan, folder: RunFolder, opener: Opener, follow: Callable[[Progr
 
 
 def _actors(plan: Plan, folder: RunFolder, opener: Opener, units: list[int]) -> Any:
-    pool = actor_pool(plan.settings.workers, plan.settings.gpus_per_worker, machines(), len(units))
+    workers = plan.settings.workers
+    asked = None if workers is None else (workers, workers)
+    pool = actor_pool(asked, plan.settings.gpus_per_worker, machines(), len(units))
     return mapped(EvaluationWorker, (plan, folder.store.uri, opener), units, pool, ahead=0)
 
 

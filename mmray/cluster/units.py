@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -14,8 +15,12 @@ import ray.data
 import torch
 
 from mmray.cluster.session import Pool
-from mmray.errors import InputError, StorageError
+from mmray.errors import InputError, OutageError, StorageError
 from mmray.runs import ATTEMPTS, Receipt, RunFolder
+from mmray.storage import patiently
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""What a disk says that takes no more: not a unit's fault, and worth an end of the run."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +56,11 @@ class UnitWorker(ABC):
             except InputError as error:
                 self.problem = str(error)
                 receipts.append(Receipt(int(unit)))
+            except OSError as error:
+                if error.errno not in DISK:
+                    raise
+                self.problem = f"{self.folder.store.uri}: {error.strerror}; make room and run again, it goes on"
+                receipts.append(Receipt(int(unit)))
         return {
             "shard_id": [receipt.shard_id for receipt in receipts],
             "samples": [receipt.samples for receipt in receipts],
@@ -60,15 +70,18 @@ class UnitWorker(ABC):
         }
 
     def attempted(self, unit: int, samples: int, work: Callable[[], Receipt]) -> Receipt:
-        """Do a unit's work unless it is committed; the third death of a worker or the third error sets it aside."""
+        """Do a unit's work unless it is committed; the third death of a worker or the third error sets it aside.
+
+        An outage of storage is waited out and then ends the run, as a full disk does: nothing is set aside for it.
+        """
         committed = self.folder.receipt(unit)
         if committed is not None:
             return committed
         while (number := self.folder.attempt(unit)) <= ATTEMPTS:
             try:
-                return work()
+                return patiently(work)
             except Exception as error:
-                if isinstance(error, InputError) and not isinstance(error, StorageError):
+                if _is_no_fault_of_the_unit(error):
                     raise
                 logger.exception("unit %d, attempt %d", unit, number)
                 self.folder.record_death(unit, number, f"{type(error).__name__}: {error}")
@@ -87,7 +100,16 @@ def mapped(
         worker,
         fn_constructor_args=(*arguments, pool.threads, str(Path.cwd())),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=pool.workers, max_tasks_in_flight_per_actor=1 + ahead),
+        # What waits is a number, and what comes back a receipt: neither fills the object store.
+        compute=ray.data.ActorPoolStrategy(
+            min_size=pool.workers, max_size=pool.most, max_tasks_in_flight_per_actor=1 + ahead
+        ),
         num_cpus=pool.cores,
         num_gpus=pool.gpus or None,
     )
+
+
+def _is_no_fault_of_the_unit(error: Exception) -> bool:
+    if isinstance(error, InputError):
+        return isinstance(error, OutageError) or not isinstance(error, StorageError)
+    return isinstance(error, OSError) and error.errno in DISK

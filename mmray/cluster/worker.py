@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 
 from mmray.cluster.units import UnitWorker
@@ -13,14 +14,13 @@ from mmray.errors import InputError
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.decoding import decode_neurons
 from mmray.neurons.model import load_model
+from mmray.neurons.run_tables import DECODED
 from mmray.neurons.shard import ShardAnalysis
 from mmray.runs import Receipt, RunFolder
 from mmray.settings import CensusSettings
-from mmray.storage import open_store
+from mmray.storage import patiently
 from mmray.tables import to_bytes
 
-DECODED = "decoded.parquet"
-"""Key of what every neuron writes: made once a run, by the worker that gets unit DECODE."""
 DECODE = -1
 """Number of the unit of work that is not a shard: decoding all neurons."""
 
@@ -51,11 +51,16 @@ class CensusWorker(UnitWorker):
         self.nouns = nouns
         try:
             self.model = load_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
-            self.folder = RunFolder(open_store(settings.out))
+            self.folder = RunFolder.at(settings.out, patient=True)
             self.manifest = Manifest.from_json(self.folder.manifest())
-            self.source = open_data(settings)
+            self.source = patiently(lambda: open_data(settings))
         except InputError as error:
             self.problem = str(error)
+        except FileNotFoundError:
+            self.problem = (
+                f"{settings.out}: no run there for the worker on {socket.gethostname()}; give an OUT that every "
+                "machine of the cluster sees, such as s3://BUCKET/PREFIX"
+            )
 
     def unit(self, unit: int) -> Receipt:
         """Do one unit of work."""

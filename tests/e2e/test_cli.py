@@ -115,7 +115,7 @@ def test_an_unknown_concept_names_near_ones(mmray: Mmray, run: Run) -> None:
     [
         (["neuron", "L0u3"], "'L0u3' is not a neuron; write layer and unit as L7.u89"),
         (["neuron", "L99.u3"], "L99.u3 is outside the model: 2 layers"),
-        (["rank", "dog", "--by", "rank"], "--by rank: order by score, specific, share"),
+        (["rank", "dog", "--by", "rank"], "--by rank: order by score, specific, selective, share"),
         (["rank", "dog", "--k", "0"], "Invalid value for '--k'"),
     ],
 )
@@ -222,7 +222,7 @@ def test_json_of_what_is_read(mmray: Mmray, run: Run) -> None:
     assert (status["samples_done"], status["failures"], status["finished"], status["pending"]) == (24, 2, True, 0)
     assert set(status["first_failures"][0]) == set(SCHEMAS["errors"].names)
     concept = next(iter(run.concepts))
-    for by in ("score", "specific", "share"):
+    for by in ("score", "specific", "selective", "share"):
         ranked = json.loads(mmray("rank", run.uri, concept, "--k", 3, "--by", by, "--json").out)
         assert ranked == run.rank(concept, 3, by).to_pylist()
         assert set(ranked[0]) == set(SCHEMAS["rankings"].names)

@@ -9,7 +9,7 @@ from mmray.settings import CensusSettings
 from tests.e2e.conftest import Answer
 
 Mmray = Callable[..., Answer]
-COMMANDS = ("census", "plan", "status", "rank", "neuron", "check-model", "demo")
+COMMANDS = ("census", "plan", "status", "rank", "neuron", "check-model", "demo", "diff", "refresh")
 
 
 def plain(help_text: str) -> str:
