@@ -11,8 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 
@@ -21,8 +20,8 @@ from mmray.cluster.evaluation_plan import Plan, digests, plan_evaluation, units_
 from mmray.cluster.evaluation_worker import EvaluationWorker, Opener
 from mmray.cluster.session import actor_pool, machines, ray_session
 from mmray.cluster.units import mapped
+from mmray.editing.edit import open_edit
 from mmray.errors import InputError
-from mmray.evaluation.asks import Edit
 from mmray.evaluation.settings import EvaluationSettings
 from mmray.evaluation.summary import summarise
 from mmray.results.run import Run, open_run
@@ -48,11 +47,6 @@ class Evaluation:
     def complete(self) -> bool:
         """Tell whether everything could be measured."""
         return not self.failures and not self.shards_aside
-
-
-def open_edit(uri: str) -> Edit:
-    """Open an edit's folder; raises InputError where there is none."""
-    return cast(Edit, import_module("mmray.editing.edit").open_edit(uri))
 
 
 def run_evaluation(
@@ -127,7 +121,7 @@ def _actors(plan: Plan, folder: RunFolder, opener: Opener, units: list[int]) -> 
     workers = plan.settings.workers
     asked = None if workers is None else (workers, workers)
     pool = actor_pool(asked, plan.settings.gpus_per_worker, machines(), len(units))
-    return mapped(EvaluationWorker, (plan, folder.store.uri, opener), units, pool)
+    return mapped(EvaluationWorker, (plan, folder.store.uri, opener), units, pool, ahead=0)
 
 
 def _gathered(folder: RunFolder, receipts: dict[int, Receipt]) -> tuple[pa.Table, pa.Table]:

@@ -88,14 +88,22 @@ class UnitWorker(ABC):
         return self.folder.set_aside(unit, samples)
 
 
-def mapped(worker: type[UnitWorker], arguments: Sequence[Any], units: Sequence[int], pool: Pool) -> ray.data.Dataset:
-    """Return the receipts to come: the units of work, one a block, mapped over a pool of actors."""
+def mapped(
+    worker: type[UnitWorker], arguments: Sequence[Any], units: Sequence[int], pool: Pool, ahead: int = 1
+) -> ray.data.Dataset:
+    """Return the receipts to come: the units of work, one a block, mapped over a pool of actors.
+
+    `ahead`: units that an actor is given before it has done its last one. With few and unlike units one actor would
+    have several of the large ones, and another none.
+    """
     return ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units)).map_batches(
         worker,
         fn_constructor_args=(*arguments, pool.threads, str(Path.cwd())),
         batch_size=1,
         # What waits is a number, and what comes back a receipt: neither fills the object store.
-        compute=ray.data.ActorPoolStrategy(min_size=pool.workers, max_size=pool.most, max_tasks_in_flight_per_actor=2),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=pool.workers, max_size=pool.most, max_tasks_in_flight_per_actor=1 + ahead
+        ),
         num_cpus=pool.cores,
         num_gpus=pool.gpus or None,
     )

@@ -84,19 +84,46 @@ class AskError(Exception):
 
 
 @dataclass(frozen=True, eq=False)
+class States:
+    """What a forward along a reply leaves of one ask.
+
+    `hidden` is the input of the final norm at the places that predict the reply's tokens and its end, `activation` that
+    of the last MLP's output projection there; `top` the ten likeliest tokens at every position of the sequence, and
+    `whole` hidden states and activations there. None: not asked for, or too large to keep.
+    """
+
+    hidden: Float[Tensor, "place hidden"]
+    activation: Float[Tensor, "place neuron"] | None = None
+    top: Int[Tensor, "position rank"] | None = None
+    whole: tuple[Float[Tensor, "position hidden"], Float[Tensor, "position neuron"]] | None = None
+
+    def shortened(self, by: int) -> States:
+        """Return the states without the last places of the reply."""
+        return States(
+            hidden=self.hidden[: len(self.hidden) - by],
+            activation=None if self.activation is None else self.activation[: len(self.activation) - by],
+            top=None if self.top is None else self.top[: len(self.top) - by],
+            whole=None if self.whole is None else (self.whole[0][: -by or None], self.whole[1][: -by or None]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Reply:
     """What the model writes greedily, and its states along it.
 
-    `hidden` is the input of the final norm at the places that predict the tokens and their end; `top` the ten likeliest
-    tokens at every position of the sequence. `steady` is false where the likeliest tokens along the reply are not those
-    that generation wrote: a near tie, or a model whose settings penalise some tokens.
+    `steady` is false where the likeliest tokens along the reply are not those that generation wrote: a near tie, or a
+    model whose settings penalise some tokens.
     """
 
     tokens: list[int]
     text: str
-    hidden: Float[Tensor, "place hidden"]
-    top: Int[Tensor, "position rank"] | None
+    states: States
     steady: bool
+
+    @property
+    def hidden(self) -> Float[Tensor, "place hidden"]:
+        """The input of the final norm at the places that predict the tokens and their end."""
+        return self.states.hidden
 
 
 @dataclass(frozen=True)

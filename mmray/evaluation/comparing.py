@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmray.evaluation.asks import Ask, Change, Edit, Reply, chunks
+from mmray.evaluation.asks import Ask, Change, Edit, Reply, States, chunks
+from mmray.evaluation.last_layer import LastLayer
 from mmray.evaluation.questioner import Questioner
-from mmray.evaluation.states import States
 from mmray.models.norms import vocabulary_logits
 
 LEAST = -100.0
@@ -32,14 +32,33 @@ def compare(questioner: Questioner, edit: Edit, asks: Sequence[Ask], replies: Se
         places = torch.cat([reply.hidden for reply in before])
         # Those before are computed outside the block: what is applied may change the unembedding too.
         logits = torch.cat([vocabulary_logits(model, rows) for rows in torch.split(places, questioner.rows_at_once)])
+        last = LastLayer.of(questioner, edit)
         with edit.applied(model):
-            states = questioner.along(asked, [reply.tokens for reply in before])
+            states = _states_after(questioner, last, asked, before)
             after = _replies_after(questioner, asked, before, states)
             same, divergence = _distances(questioner, logits, torch.cat([state.hidden for state in states]))
         counts = [len(reply.hidden) for reply in before]
         rows = zip(before, after, states, torch.split(same, counts), torch.split(divergence, counts), strict=True)
         changes.extend(_change(*row) for row in rows)
     return changes
+
+
+def _states_after(
+    questioner: Questioner, last: LastLayer | None, asks: Sequence[Ask], before: Sequence[Reply]
+) -> list[States]:
+    """Return the states along the replies before the edit: of an edit of the last layer alone without a forward."""
+    tokens = [reply.tokens for reply in before]
+    known = [last.after(reply.states, ask.whole) if last else None for ask, reply in zip(asks, before, strict=True)]
+    first = next((number for number, states in enumerate(known) if states is not None), None)
+    if last is None or first is None:
+        return questioner.along(asks, tokens)
+    (proof,) = questioner.along(asks[first : first + 1], tokens[first : first + 1])
+    if not last.agrees(known[first], proof):
+        return questioner.along(asks, tokens)
+    open_ = [number for number, states in enumerate(known) if states is None]
+    run = questioner.along([asks[number] for number in open_], [tokens[number] for number in open_])
+    found = dict(zip(open_, run, strict=True))
+    return [states if states is not None else found[number] for number, states in enumerate(known)]
 
 
 @torch.inference_mode()
@@ -112,7 +131,7 @@ def _change(before: Reply, after: tuple[list[int], str], states: States, same: T
     tokens, text = after
     places = max(len(before.tokens), len(tokens)) + 1
     equal = sum(old == new for old, new in zip(before.tokens, tokens, strict=False))
-    ranks, firsts = _ranks(before.top, states.top)
+    ranks, firsts = _ranks(before.states.top, states.top)
     return Change(
         before=before.text,
         after=text,

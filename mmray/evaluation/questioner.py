@@ -15,8 +15,8 @@ from typing import TypeVar
 import torch
 
 from mmray.errors import InputError
-from mmray.evaluation.asks import Ask, AskError, Reply
-from mmray.evaluation.states import StateReader, States
+from mmray.evaluation.asks import Ask, AskError, Reply, States
+from mmray.evaluation.states import StateReader
 from mmray.models.generation import generate
 from mmray.models.prompting import LONGEST
 from mmray.neurons.shard import FAILURES
@@ -104,7 +104,7 @@ class Questioner(StateReader):
         written = self.write_alone([asks[number] for number in left])
         states = self.along([asks[number] for number in left], written)
         for number, tokens, state in zip(left, written, states, strict=True):
-            found[number] = Reply(tokens, self.text(tokens), state.hidden, state.top, steady=False)
+            found[number] = Reply(tokens, self.text(tokens), state, steady=False)
         return [found[number] for number in range(len(asks))]
 
     def _prove(
@@ -128,9 +128,8 @@ class Questioner(StateReader):
             if self.banned(draft[:kept]):
                 continue  # generation would have gone another way
             if kept >= LONGEST or said[kept] in self.special:
-                spare = len(draft) - kept
-                top = state.top[: len(state.top) - spare] if state.top is not None else None
-                found[number] = Reply(draft[:kept], self.text(draft[:kept]), state.hidden[: kept + 1], top, steady=True)
+                states_kept = state.shortened(len(draft) - kept)
+                found[number] = Reply(draft[:kept], self.text(draft[:kept]), states_kept, steady=True)
             elif kept >= mended.get(number, (-1, []))[0]:
                 mended[number] = kept, self.until_end([*draft[:kept], *said[kept:]])[:LONGEST]
         return [(number, draft) for number, (_, draft) in mended.items() if number not in found]

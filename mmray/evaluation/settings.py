@@ -57,7 +57,7 @@ class EvaluationSettings(MeasureSettings):
     captions JSON, or `hf:NAME[:SPLIT]`; local or s3://."""
     limit: int | None = Field(None, ge=1)
     """Use the first N samples only; all by default."""
-    shard_size: int = Field(200, ge=1)
+    shard_size: int = Field(100, ge=1)
     """Samples a shard: the unit of work, and what a crash costs."""
     workers: int | None = Field(None, ge=1)
     """Actors, each with a model replica; default: one a GPU of the cluster; without GPUs one a core, at most four a

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -12,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmray.errors import InputError
-from mmray.evaluation.asks import Ask, AskError
-from mmray.models.capture import tap_input
+from mmray.evaluation.asks import Ask, AskError, States
+from mmray.models.capture import tap, tap_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.packing import Placed, alone, packed
@@ -24,18 +23,12 @@ RANKS = 10
 """Likeliest tokens that are compared rank by rank."""
 LOGITS_AT_ONCE = 2**23
 """Logits that are held at once, besides those of a forward."""
+KEPT_NUMBERS = 2**18
+"""Numbers that are kept of one ask for the whole of its sequence, at most."""
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.3}
 """Difference allowed, in nats, between log-probabilities of a shared row and of one of its own, by number format."""
 LIKELY = 10.0
 """Nats below which a token's log-probability is not compared."""
-
-
-@dataclass(frozen=True, eq=False)
-class States:
-    """What a forward leaves of one ask: see `Reply`."""
-
-    hidden: Float[Tensor, "place hidden"]
-    top: Int[Tensor, "position rank"] | None
 
 
 class StateReader:
@@ -113,15 +106,41 @@ class StateReader:
         numbers = [number for row in rows for number in row]
         placed = self._placed(asks, replies, rows)
         final: list[Tensor] = []
-        with tap_input(self.model.norm, final.append):
+        written: list[Tensor] = []
+        with (
+            tap_input(self.model.norm, final.append),
+            tap(self.model.network, self.model.projections[-1:], lambda _, activation, __: written.append(activation)),
+        ):
             forward(self.model, placed.batch)
         states = final[-1].reshape(-1, placed.batch.positions, final[-1].shape[-1])
-        found = {}
-        for number, row, positions in zip(numbers, placed.rows, placed.positions, strict=True):
-            own = states[row, torch.tensor(positions, device=states.device)]
-            top = self._top(own) if asks[number].whole else None
-            found[number] = States(own[len(own) - len(replies[number]) - 1 :].clone(), top)
-        return found
+        # Without an image Mllama leaves out some blocks; of routed experts, rows are not the positions.
+        told = bool(written) and not self.model.projections[-1].experts
+        activations = written[-1].reshape(*states.shape[:2], -1) if told else None
+        return {
+            number: self._of(asks[number], len(replies[number]), states[row], activations, row, positions)
+            for number, row, positions in zip(numbers, placed.rows, placed.positions, strict=True)
+        }
+
+    def _of(
+        self,
+        ask: Ask,
+        length: int,
+        states: Float[Tensor, "position hidden"],
+        activations: Float[Tensor, "row position neuron"] | None,
+        row: int,
+        positions: list[int],
+    ) -> States:
+        """Return what is kept of one ask."""
+        index = torch.tensor(positions, device=states.device)
+        own, last = states[index], slice(len(positions) - length - 1, None)
+        activation = None if activations is None else activations[row, index.to(activations.device)]
+        small = activation is not None and own.numel() + activation.numel() <= KEPT_NUMBERS
+        return States(
+            hidden=own[last].clone(),
+            activation=None if activation is None else activation[last].clone(),
+            top=self.top(own) if ask.whole else None,
+            whole=(own, activation) if ask.whole and small and activation is not None else None,
+        )
 
     def _placed(self, asks: Sequence[Ask], replies: Sequence[list[int]], rows: list[list[int]]) -> Placed:
         if len(rows[0]) > 1:
@@ -136,7 +155,8 @@ class StateReader:
         images_alone = [ask.image for ask in alike]
         return alone(self.model, [ask.prompt for ask in alike], images_alone, [replies[n] for n in numbers])
 
-    def _top(self, states: Float[Tensor, "position hidden"]) -> Int[Tensor, "position rank"]:
+    def top(self, states: Float[Tensor, "position hidden"]) -> Int[Tensor, "position rank"]:
+        """Return the likeliest tokens at these positions, the likeliest first."""
         parts = torch.split(states, self.rows_at_once)
         best = [vocabulary_logits(self.model, part).topk(RANKS, dim=1).indices for part in parts]
         return torch.cat(best).to(torch.int32).cpu()

@@ -1,8 +1,6 @@
 """An evaluation as the command runs it: committed once, resumed, on Ray or not, and the same as in one process."""
 
 import json
-import sys
-import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -195,9 +193,7 @@ def test_where_the_runs_data_has_gone(run: Path, edit: StandIn, tmp_path: Path) 
 @pytest.fixture
 def command(mmray_command: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Answer]]:
     """The command line, with the stand-in for the edits of the package, and without Ray."""
-    module = types.ModuleType("mmray.editing.edit")
-    module.open_edit = open_edit  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "mmray.editing.edit", module)
+    monkeypatch.setattr(run_evaluation, "__defaults__", (lambda _: None, open_edit))
     with without_ray():
         yield mmray_command
 

@@ -8,15 +8,18 @@ import pytest
 import torch
 
 from mmray.datasets.samples import Failure, Sample
+from mmray.editing.edit import WeightEdit
 from mmray.evaluation.before import Before
 from mmray.evaluation.comparing import compare
 from mmray.evaluation.evaluate import Evaluated, evaluate
 from mmray.evaluation.facts import DataFacts
+from mmray.evaluation.last_layer import LastLayer
 from mmray.evaluation.measuring import Measuring
 from mmray.evaluation.protocols import PRIMARY
 from mmray.evaluation.questioner import Questioner
 from mmray.evaluation.settings import MeasureSettings, measure_settings
 from mmray.evaluation.summary import summarise
+from mmray.models.loading import digest
 from mmray.models.prompting import encode
 from tests.evaluation.standin import Purpose, StandIn, swap
 
@@ -169,6 +172,41 @@ def test_verified_replies_are_those_of_whole_regeneration(
         written = [questioner.text(tokens) for tokens in questioner.write(asks)]
     assert [change.after for change in changes] == written
     assert 3 < sum(change.same for change in changes) < len(changes) - 3
+
+
+def last_layer_edit(model: Any, layers: Sequence[int]) -> WeightEdit:
+    random = torch.Generator().manual_seed(0)
+    units = [torch.randperm(1024, generator=random)[:60] for _ in layers]
+    return WeightEdit(
+        layer=torch.tensor(layers).repeat_interleave(60),
+        unit=torch.cat(units),
+        delta=2.0 * torch.randn(60 * len(layers), 256, generator=random),
+        purposes=(Purpose("noise", CAT),),  # type: ignore[arg-type]
+        model=digest(model.folder),
+    )
+
+
+def test_an_edit_of_the_last_layer_needs_no_forward(demo: Any, before: Before, some: list[Sample]) -> None:
+    """Its states follow from those before it, to the same texts and distances as by running the model."""
+    asks = [before.ask(sample, question, whole=question is None) for sample in some for question in (None, "Is it?")]
+    replies = before.replies(asks, [[sample.caption] for sample in some for _ in range(2)])
+    edit = last_layer_edit(demo, [7])
+    ran: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        along = before.questioner.along
+        patch.setattr(before.questioner, "along", lambda some, *rest: (ran.append(len(some)), along(some, *rest))[1])
+        found = compare(before.questioner, edit, asks, replies)
+        assert ran[0] == 1
+        patch.setattr(LastLayer, "of", classmethod(lambda *_: None))
+        wanted = compare(before.questioner, edit, asks, replies)
+        assert len(asks) in ran
+    assert 3 < sum(change.same for change in wanted) < len(asks) - 3
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours.before, ours.after, ours.span) == (theirs.before, theirs.after, theirs.span)
+        assert ours.divergence == pytest.approx(theirs.divergence, rel=1e-3, abs=1e-6)
+        if theirs.ranks is not None:
+            assert ours.ranks == pytest.approx(theirs.ranks, abs=3e-3)
+    assert LastLayer.of(before.questioner, last_layer_edit(demo, [6, 7])) is None
 
 
 @torch.no_grad()
