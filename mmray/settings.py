@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from mmray.errors import InputError
 
 Captions = Literal["dataset", "generate"]
-Score = Literal["contribution", "gate", "activation", "gradient", "gradient-last", "random"]
+Score = Literal["contribution", "gate", "activation", "gradient", "gradient-last", "effect", "random"]
+Pieces = Literal["first", "sum"]
+Module = Literal["language", "vision", "projector"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 EXECUTION = frozenset(
@@ -48,12 +50,18 @@ class CensusSettings(BaseModel):
     """Score the data's captions (dataset), or what the model itself writes (generate)."""
     prompt: str | None = None
     """Question before the caption; default: "Describe the image in few words." in the caption's language."""
+    prefix: str | None = None
+    """Words that every answer is made to begin with, by default none; as published: "An image of". A caption that
+    begins with them already is not given them twice, and a generated one is what the model writes behind them."""
     score: Score = "contribution"
     """contribution: activation × ⟨row of W_out, unembedding of the token⟩; gate: the same with the gate alone, as the
     authors' released code; activation; gradient: gradient × activation over the image; gradient-last: at the predicting
-    position; random: a control."""
+    position; effect: what ablating the neuron takes from the token's log-odds, to first order through all positions and
+    later layers, and its folded contribution (a backward pass a noun, as the gradients); random: a control."""
     fold_norm: bool = False
     """Score in logits after the final norm: its gain and the norm's root mean square at the position are applied."""
+    pieces: Pieces = "first"
+    """A noun of several tokens is scored at its first, or by the sum over all of them: its whole log-probability."""
     top_k: int = Field(20, ge=1)
     """Neurons listed with each occurrence; `share` counts these."""
     candidates: int | None = Field(None, ge=1)
@@ -62,6 +70,8 @@ class CensusSettings(BaseModel):
     nouns: str = "auto"
     """Where concepts come from: objects (the data's column), textblob (English tagger), a lexicon FILE with a noun and
     optionally its language a line; auto: objects where the data has them, else textblob."""
+    module: Module = "language"
+    """Count the vision tower's or the projector's neurons too, in `activity`; scores are of the language decoder."""
     dtype: Dtype = "auto"
     """Number format of the model; auto: the checkpoint's on a GPU, fp32 on a CPU. Scores are always fp32."""
     image_column: str | None = None

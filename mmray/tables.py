@@ -63,6 +63,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("activation", pa.float64(), ACTIVATION),
             _field("tokens", pa.list_(pa.string())),
             _field("certified", pa.bool_()),
+            _field("selective", pa.float64(), LOGIT),
+            _field("selective_rank", pa.int32(), "from 1, by selective"),
         ]
     ),
     "neurons": pa.schema(
@@ -92,6 +94,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("n_active", pa.int64(), "tokens at which the gate is open"),
             _field("sum", pa.float64(), ACTIVATION),
             _field("sum_squares", pa.float64(), "activation squared"),
+            _field("module", pa.string(), "language, or what --module asks for besides"),
         ]
     ),
     "examples": pa.schema(
@@ -134,7 +137,13 @@ PART_SCHEMAS: dict[str, pa.Schema] = {
         ]
     ),
     # One row: sums over all occurrences of all concepts, a number a neuron.
-    "totals": pa.schema([_field("n", pa.int64(), "occurrences"), _field("score", pa.list_(pa.float64()), "sum")]),
+    "totals": pa.schema(
+        [
+            _field("n", pa.int64(), "occurrences"),
+            _field("score", pa.list_(pa.float64()), "sum"),
+            _field("score_squares", pa.list_(pa.float64()), "sum of squares"),
+        ]
+    ),
     "activity": pa.schema(
         [
             _field("label_kind", pa.string()),
@@ -144,6 +153,7 @@ PART_SCHEMAS: dict[str, pa.Schema] = {
             _field("n_active", pa.list_(pa.int64())),
             _field("sum", pa.list_(pa.float64())),
             _field("sum_squares", pa.list_(pa.float64())),
+            _field("module", pa.string()),
         ]
     ),
     # A row is a sign and rank: the shard's rank-th extreme sample of every neuron.
@@ -160,6 +170,29 @@ PART_SCHEMAS: dict[str, pa.Schema] = {
     "decoded": pa.schema([_field("tokens", pa.list_(pa.string())), _field("suppressed", pa.list_(pa.string()))]),
 }
 """What one unit of work commits; sums that the merge adds up."""
+
+EVALUATION_SCHEMAS: dict[str, pa.Schema] = {
+    # A row is a sample's part in one measure; the totals over samples make the measure.
+    "measurements": pa.schema(
+        [
+            _field("measure", pa.string()),
+            _field("sample_id", pa.string()),
+            _field("before", pa.list_(pa.float64()), "sums; most often what is counted, and of how many"),
+            _field("after", pa.list_(pa.float64()), "sums; most often what is counted, and of how many"),
+        ]
+    ),
+    "captions": pa.schema(
+        [
+            _field("sample_id", pa.string()),
+            _field("before", pa.string()),
+            _field("after", pa.string()),
+            _field("changed", pa.bool_()),
+            _field("role", pa.string(), "edited, source, unrelated or other"),
+        ]
+    ),
+    "errors": SCHEMAS["errors"],
+}
+"""What one unit of work of an evaluation commits."""
 
 FILE_BYTES = 64 << 20
 """Size in memory at which a table is cut into a further file: what a writer holds at once, however large the table."""

@@ -48,7 +48,7 @@ def rank(
     run: RunArgument,
     concept: Annotated[str, typer.Argument(help="A noun of the captions, such as dog.")],
     k: Annotated[int, typer.Option("--k", help="Neurons to show.", min=1)] = 10,
-    by: Annotated[str, typer.Option("--by", help="Order by score, specific or share.")] = "score",
+    by: Annotated[str, typer.Option("--by", help="Order by score, specific, selective or share.")] = "score",
     as_json: AsJson = False,
 ) -> None:
     """Show a concept's neurons, highest first. A rank marked ? is not certified: more --candidates would settle it."""
@@ -60,7 +60,34 @@ def rank(
     if as_json:
         print(json.dumps(rows.to_pylist(), ensure_ascii=False))
     else:
-        console.print(ranking(rows, concept_title(opened, concept)))
+        console.print(ranking(rows, concept_title(opened, concept), by))
+
+
+@app.command()
+def select(
+    run: RunArgument,
+    concepts: Annotated[list[str], typer.Argument(metavar="CONCEPT...", help="Nouns of the captions, such as dog.")],
+    k: Annotated[int, typer.Option("--k", help="Neurons to choose.", min=1)] = 50,
+    samples: Annotated[int, typer.Option("--samples", help="Samples of the run to go through again.", min=1)] = 400,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a concept's neurons together: its noun goes with them, other nouns stay. Best after --score effect."""
+    from mmray.cluster.selecting import select_neurons
+    from mmray.results.run import open_run
+    from mmray.results.terminal import concept_title, ranking
+
+    opened = open_run(run)
+    found = select_neurons(opened, concepts, k, samples)
+    if as_json:
+        facts = [vars(selection) | {"neurons": selection.neurons.to_pylist()} for selection in found]
+        print(json.dumps(facts, ensure_ascii=False))
+        return
+    for selection in found:
+        console.print(ranking(selection.neurons, concept_title(opened, selection.concept), "selective"))
+        say(
+            f"ablated together, to first order: {selection.concept} falls by {selection.own:.2f} nats at "
+            f"{selection.own_places} places, other nouns by {selection.others:.2f} at {selection.other_places}\n"
+        )
 
 
 @app.command()

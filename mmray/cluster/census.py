@@ -10,10 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.data
 
 from mmray.cluster.session import actor_pool, machines, ray_session
+from mmray.cluster.units import mapped
 from mmray.cluster.worker import DECODE, CensusWorker, open_data
 from mmray.datasets.contents import Source
 from mmray.datasets.shards import Manifest, cut
@@ -89,7 +89,8 @@ def finish(
     if not is_merged(folder, folder.receipts()):
         info = folder.info()
         assert info is not None
-        merge_run(folder, info["model"]["widths"], settings.top_k)
+        facts = info["model"]
+        merge_run(folder, facts["widths"], settings.top_k, facts.get("module_widths", {}))
 
 
 def outcome(out: str, folder: RunFolder, seconds: float) -> Outcome:
@@ -189,12 +190,4 @@ def _work(
 def _actors(settings: CensusSettings, nouns: NounSource, units: list[int]) -> ray.data.Dataset:
     """Return the receipts to come: the units of work, one a block, mapped over a pool of actors."""
     pool = actor_pool(settings.worker_range, settings.gpus_per_worker, machines(), len(units))
-    return ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units)).map_batches(
-        CensusWorker,
-        fn_constructor_args=(settings, nouns, pool.threads, str(Path.cwd())),
-        batch_size=1,
-        # What waits is a number, and what comes back a receipt: neither fills the object store.
-        compute=ray.data.ActorPoolStrategy(min_size=pool.workers, max_size=pool.most, max_tasks_in_flight_per_actor=2),
-        num_cpus=pool.cores,
-        num_gpus=pool.gpus or None,
-    )
+    return mapped(CensusWorker, (settings, nouns), units, pool)

@@ -6,7 +6,8 @@ resumes can't change them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,9 @@ from mmray.neurons.reduction import ConceptMerge
 from mmray.neurons.statistics import EXAMPLES
 from mmray.tables import SCHEMAS, list_values
 
+ActivityKey = tuple[str, str, str, str]
+"""Module, kind of label, label, modality."""
+
 ReadPart = Callable[[str], pa.Table]
 """Reads one part (`captions`, `concepts`, …) of a committed shard."""
 
@@ -30,14 +34,21 @@ APPENDED = ("captions", "occurrences", "errors")
 class RunMerge:
     """Takes in the shards of a run one by one and makes its tables."""
 
-    def __init__(self, widths: Sequence[int], decoded: pa.Table, top_k: int) -> None:
+    def __init__(
+        self,
+        widths: Sequence[int],
+        decoded: pa.Table,
+        top_k: int,
+        modules: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    ) -> None:
         self.widths = widths
+        self.module_widths = {"language": widths, **modules}
         self.neurons = sum(widths)
         self.decoded = decoded
         self.top_k = top_k
         self.concepts = ConceptMerge(self.neurons)
-        self.activity: dict[tuple[str, str, str], list[ndarray]] = {}
-        self.tokens: dict[tuple[str, str, str], int] = {}
+        self.activity: dict[ActivityKey, list[ndarray]] = {}
+        self.tokens: dict[ActivityKey, int] = {}
         self.examples = {sign: _Examples(sign, self.neurons) for sign in (1, -1)}
         self.hits = Hits(widths)
         self._layer, self._unit = locate_index(widths, np.arange(self.neurons))
@@ -70,9 +81,9 @@ class RunMerge:
 
     def neuron_table(self) -> pa.Table:
         """Return a row a neuron: what it does over all counted tokens, and what it writes."""
-        of_all = [sums for (kind, _, _), sums in self.activity.items() if kind == "all"]
+        of_all = [sums for key, sums in self.activity.items() if key[:2] == ("language", "all")]
         active, total, squares = np.sum(of_all, axis=0) if of_all else np.zeros((3, self.neurons))
-        tokens = sum(count for (kind, _, _), count in self.tokens.items() if kind == "all")
+        tokens = sum(count for key, count in self.tokens.items() if key[:2] == ("language", "all"))
         mean = total / max(tokens, 1)
         return pa.table(
             {
@@ -93,17 +104,20 @@ class RunMerge:
         )
 
     def activity_table(self) -> pa.Table:
-        """Return a row a label, modality and neuron."""
+        """Return a row a module, label, modality and neuron."""
         tables = [SCHEMAS["activity"].empty_table()]
-        for (kind, label, modality), (active, total, squares) in sorted(self.activity.items()):
-            constants = {"label_kind": kind, "label": label, "modality": modality}
+        for key, (active, total, squares) in sorted(self.activity.items()):
+            constants = dict(zip(("module", "label_kind", "label", "modality"), key, strict=True))
+            widths = self.module_widths[key[0]]
+            neurons = sum(widths)
+            layer, unit = locate_index(widths, np.arange(neurons))
             tables.append(
                 pa.table(
                     {
-                        **{name: pa.repeat(value, self.neurons) for name, value in constants.items()},
-                        "layer": self._layer,
-                        "unit": self._unit,
-                        "n_tokens": np.full(self.neurons, self.tokens[kind, label, modality]),
+                        **{name: pa.repeat(value, neurons) for name, value in constants.items()},
+                        "layer": layer,
+                        "unit": unit,
+                        "n_tokens": np.full(neurons, self.tokens[key]),
                         "n_active": active.astype(np.int64),
                         "sum": total,
                         "sum_squares": squares,
@@ -125,12 +139,12 @@ class RunMerge:
         return served
 
     def _add_activity(self, rows: pa.Table) -> None:
-        labels = zip(*(rows[name].to_pylist() for name in ("label_kind", "label", "modality")), strict=True)
+        labels = zip(*(rows[name].to_pylist() for name in ("module", "label_kind", "label", "modality")), strict=True)
         lists = zip(*(list_values(rows[name]) for name in ("n_active", "sum", "sum_squares")), strict=True)
         for key, tokens, numbers in zip(labels, rows["n_tokens"].to_pylist(), lists, strict=True):
             self.tokens[key] = self.tokens.get(key, 0) + tokens
             if key not in self.activity:
-                self.activity[key] = [np.zeros(self.neurons) for _ in numbers]
+                self.activity[key] = [np.zeros(len(part)) for part in numbers]
             for total, added in zip(self.activity[key], numbers, strict=True):
                 total += added
 

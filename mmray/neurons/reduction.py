@@ -84,7 +84,7 @@ class ConceptSums:
         order = torch.tensor([self.concepts[name] for name in names], dtype=torch.long)
         parts = [sums[:, order.to(sums.device)].cpu() for sums in self._sums if sums is not None]
         sums = torch.cat(parts, dim=2) if parts else torch.zeros(len(SUMS), 0, neurons, dtype=torch.float64)
-        total = sums[0].sum(dim=0).numpy()
+        totals = {name: part.sum(dim=0).numpy() for name, part in zip(SUMS, sums, strict=True)}
         bounds = np.full(len(names), -np.inf)
         schema = PART_SCHEMAS["concepts"]
         index = pa.nulls(len(names), schema.field("neuron").type)
@@ -100,8 +100,9 @@ class ConceptSums:
             [pa.array(names, pa.string()), pa.array(counts, pa.int64()), pa.array(bounds, pa.float64()), index, *lists],
             schema=schema,
         )
-        score = list_column(total[None], PART_SCHEMAS["totals"].field("score").type)
-        return concepts, pa.Table.from_arrays([pa.array([sum(counts)]), score], schema=PART_SCHEMAS["totals"])
+        every = PART_SCHEMAS["totals"]
+        columns = [list_column(totals[name][None], every.field(name).type) for name in every.names[1:]]
+        return concepts, pa.Table.from_arrays([pa.array([sum(counts)]), *columns], schema=every)
 
 
 @dataclass
@@ -132,11 +133,13 @@ class ConceptMerge:
         self.neurons = neurons
         self.concepts: dict[str, Merged] = {}
         self.total = np.zeros(neurons)
+        self.total_squares = np.zeros(neurons)
         self.n = 0
 
     def add(self, concepts: pa.Table, totals: pa.Table) -> None:
         """Take in one shard."""
         self.total += list_values(totals["score"])[0]
+        self.total_squares += list_values(totals["score_squares"])[0]
         self.n += totals["n"][0].as_py()
         every = np.arange(self.neurons)
         index = [every] * len(concepts) if concepts["neuron"].null_count else list_values(concepts["neuron"])

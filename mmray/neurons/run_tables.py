@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pyarrow as pa
@@ -22,14 +22,14 @@ AHEAD = 3
 READERS = 8
 
 
-def merge_run(folder: RunFolder, widths: Sequence[int], top_k: int) -> None:
+def merge_run(folder: RunFolder, widths: Sequence[int], top_k: int, modules: Mapping[str, Sequence[int]]) -> None:
     """Write the tables of all that is committed, and then the totals.
 
     What another driver or a late worker commits meanwhile is taken in too: the tables are made again.
     """
     receipts = folder.receipts()
     while True:
-        _write_tables(folder, receipts, widths, top_k)
+        _write_tables(folder, receipts, widths, top_k, modules)
         now = folder.receipts()
         if receipts_digest(now) == receipts_digest(receipts):
             return
@@ -42,8 +42,14 @@ def is_merged(folder: RunFolder, receipts: dict[int, Receipt]) -> bool:
     return finished is not None and finished.get("receipts") == receipts_digest(receipts)
 
 
-def _write_tables(folder: RunFolder, receipts: dict[int, Receipt], widths: Sequence[int], top_k: int) -> None:
-    merge = RunMerge(widths, from_bytes(folder.store.read(DECODED)), top_k)
+def _write_tables(
+    folder: RunFolder,
+    receipts: dict[int, Receipt],
+    widths: Sequence[int],
+    top_k: int,
+    modules: Mapping[str, Sequence[int]],
+) -> None:
+    merge = RunMerge(widths, from_bytes(folder.store.read(DECODED)), top_k, modules)
     writers = {name: TableWriter(folder.store, name) for name in APPENDED}
     for parts in _parts(folder, receipts.values()):
         for name, rows in merge.add(parts.__getitem__).items():

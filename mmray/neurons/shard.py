@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,26 +9,24 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeAlias
 
-import PIL.Image
 import pyarrow as pa
 import torch
 from PIL.Image import Image
 
+from mmray.datasets.images import decode_image
 from mmray.datasets.samples import Failure, Sample
 from mmray.errors import InputError
 from mmray.models.generation import caption_of, generate, token_text
 from mmray.models.loading import LoadedModel
-from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
+from mmray.models.prompting import Batch, encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, NounSource
-from mmray.neurons.places import Place, place_mentions
+from mmray.neurons.places import Place, places_of
 from mmray.neurons.reduction import ConceptSums, candidates_kept
-from mmray.neurons.scoring import Scored, score_batch
+from mmray.neurons.scoring import Scored, score_batch, whole_nouns
 from mmray.neurons.statistics import TokenStatistics
+from mmray.neurons.towers import ModuleActivity
 from mmray.settings import CensusSettings
 from mmray.tables import NEURON_ENTRY, PART_SCHEMAS
-
-LARGEST_IMAGE = 178_956_970
-"""Pixels above which an image is refused unread: a small file can unfold to gigabytes."""
 
 FAILURES = (IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What models and processors raise where memory runs out, or at a sample that they can't take."""
@@ -60,6 +57,7 @@ class ShardAnalysis:
         self.shard_id = shard_id
         self.sums = ConceptSums(model.widths)
         self.statistics = TokenStatistics(model.widths, model.device)
+        self.module = ModuleActivity(model, settings.module)
         self.captions: list[dict[str, object]] = []
         self.occurrences: list[pa.Table] = []
         self.failures: list[Failure] = []
@@ -93,7 +91,7 @@ class ShardAnalysis:
             "errors": pa.Table.from_pylist(errors, schema=PART_SCHEMAS["errors"]),
             "concepts": concepts,
             "totals": totals,
-            "activity": self.statistics.activity_table(),
+            "activity": pa.concat_tables([self.statistics.activity_table(), self.module.activity_table()]),
             "examples": self.statistics.examples_table(),
         }
 
@@ -102,12 +100,17 @@ class ShardAnalysis:
         if not sample.caption.strip():
             self._fail(sample, "read", "the caption is empty")
             return None
-        prompt = prompt_text(self.model, self.settings.prompt, sample.language, image=sample.image is not None)
+        prompt = self._prompt(sample, image=sample.image is not None)
         tokens, offsets = tokenize_caption(self.model, prompt, sample.caption)
         if not tokens:
             self._fail(sample, "read", f"the tokenizer makes nothing of the caption {sample.caption!r}")
             return None
         return Captioned(sample, prompt, sample.caption, self._nouns(sample, sample.caption), tokens, offsets)
+
+    def _prompt(self, sample: Sample, *, image: bool) -> str:
+        given = sample.caption if self.settings.captions == "dataset" else ""
+        prefix = prefix_before(given, self.settings.prefix)
+        return prompt_text(self.model, self.settings.prompt, sample.language, image=image, prefix=prefix)
 
     def _nouns(self, sample: Sample, caption: str) -> list[Mention]:
         generated = self.settings.captions == "generate"
@@ -160,14 +163,9 @@ class ShardAnalysis:
         if sample.image is None:
             return None
         try:
-            image = PIL.Image.open(io.BytesIO(sample.image))
-            if image.width * image.height > LARGEST_IMAGE:
-                raise ValueError(f"{image.width} × {image.height} pixels, more than {LARGEST_IMAGE:,}")
-            return image.convert("RGB")
-        except Exception as error:  # noqa: BLE001  decoders raise all kinds of errors on damaged files
-            # Pillow's own words for it hold an address in memory, which no two runs share.
-            reason = "of no known format" if isinstance(error, PIL.UnidentifiedImageError) else error
-            self._fail(sample, "decode", f"image can't be read: {reason}")
+            return decode_image(sample.image)
+        except ValueError as error:
+            self._fail(sample, "decode", f"image can't be read: {error}")
             return None
 
     def _generate(self, pairs: list[tuple[Sample, Image | None]]) -> None:
@@ -176,7 +174,7 @@ class ShardAnalysis:
             return
         samples, images = [sample for sample, _ in pairs], [image for _, image in pairs]
         has_image = images[0] is not None
-        prompts = [prompt_text(self.model, self.settings.prompt, s.language, image=has_image) for s in samples]
+        prompts = [self._prompt(sample, image=has_image) for sample in samples]
         try:
             written = generate(self.model, prompts, images)
         except (InputError, *FAILURES) as error:
@@ -202,27 +200,21 @@ class ShardAnalysis:
 
     def _analyse(self, items: list[Captioned], batch: Batch) -> None:
         """Score a batch; where memory runs out or a sample can't be run, halve it until the culprit is alone."""
-        places = [
-            place
-            for row, item in enumerate(items)
-            for place in place_mentions(batch, row, item.sample.sample_id, item.mentions)
-        ]
-        self.statistics.begin([_labels(item.sample) for item in items], batch.runs)
+        named = [(item.sample.sample_id, item.mentions) for item in items]
+        places = places_of(batch, named, every=self.settings.pieces == "sum")
+        labels = [_labels(item.sample) for item in items]
+        self.statistics.begin(labels, batch.runs)
         try:
-            scored = score_batch(
-                self.model,
-                batch,
-                places,
-                self.settings.score,
-                folded=self.settings.fold_norm,
-                statistics=self.statistics,
-            )
+            score, folded = self.settings.score, self.settings.fold_norm
+            with self.module.watching(batch):
+                scored = score_batch(self.model, batch, places, score, folded=folded, statistics=self.statistics)
         except FAILURES as error:
             # Only the message leaves this block: the error holds the frames, and so the memory, of the failed forward.
             problem = str(error)
         else:
             self.statistics.commit()
-            self._collect(items, places, scored)
+            self.module.commit(labels)
+            self._collect(items, *whole_nouns(places, scored))
             return
         if len(items) == 1:
             self._fail(items[0].sample, "forward", problem)

@@ -16,7 +16,12 @@ from mmray.neuron_names import parse_neuron
 from mmray.runs import RunFolder
 from mmray.tables import SCHEMAS, read_table
 
-ORDERS = {"score": ("rank", "ascending"), "specific": ("specific_rank", "ascending"), "share": ("share", "descending")}
+ORDERS = {
+    "score": ("rank", "ascending"),
+    "specific": ("specific_rank", "ascending"),
+    "selective": ("selective_rank", "ascending"),
+    "share": ("share", "descending"),
+}
 """Column and direction that each `by` sorts a ranking by; ties go to the better rank."""
 
 
@@ -91,7 +96,7 @@ class Run:
         return {row["values"]: row["counts"] for row in sorted(counts, key=lambda row: (-row["counts"], row["values"]))}
 
     def rank(self, concept: str, k: int = 10, by: str = "score") -> pa.Table:
-        """Return the concept's k highest neurons by score, specific or share; columns of `rankings`.
+        """Return the concept's k highest neurons by score, specific, selective or share; columns of `rankings`.
 
         Raises InputError for an unknown concept, with the nearest there are.
         """
@@ -120,7 +125,7 @@ class Run:
         joined = found.join(captions, "sample_id", join_type="left outer").sort_by(
             [("sign", "descending"), ("rank", "ascending")]
         )
-        columns = ["concept", "rank", "score", "specific", "specific_rank", "share", "n"]
+        columns = ["concept", "rank", "score", "specific", "specific_rank", "selective", "share", "n"]
         known: dict[str, Any] = facts[0] | {
             "concepts": concepts.select(columns).to_pylist(),
             "examples": joined.to_pylist(),

@@ -27,16 +27,17 @@ def tokens_text(tokens: Sequence[str], concept: str = "", limit: int = SHOWN_TOK
     return text
 
 
-def ranking(rows: pa.Table, title: Text) -> Table:
-    """Return a concept's ranking as a table."""
+def ranking(rows: pa.Table, title: Text, by: str = "score") -> Table:
+    """Return a concept's ranking as a table; the second number is `selective` where it is ordered by that."""
+    second = "selective" if by == "selective" else "specific"
     table = Table(title=title, title_justify="left", box=None, header_style="dim", pad_edge=False)
-    for name in ("rank", "neuron", "score", "specific", "share"):
+    for name in ("rank", "neuron", "score", second, "share"):
         table.add_column(name, justify="left" if name == "neuron" else "right", no_wrap=True)
     # Only this column may shrink; its texts end in an ellipsis instead of taking a second line.
     table.add_column("tokens it promotes")
     for row in rows.to_pylist():
         rank = str(row["rank"]) if row["certified"] else f"{row['rank']}?"
-        numbers = (f"{row['score']:.3f}", f"{row['specific']:.3f}", f"{row['share']:.0%}")
+        numbers = (f"{row['score']:.3f}", f"{row[second]:.3f}", f"{row['share']:.0%}")
         table.add_row(rank, row["neuron"], *numbers, tokens_text(row["tokens"], row["concept"]))
     return table
 

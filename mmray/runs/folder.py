@@ -176,7 +176,7 @@ class RunFolder:
         receipt = Receipt(
             shard_id,
             samples=samples,
-            occurrences=len(tables["occurrences"]),
+            occurrences=len(tables.get("occurrences", ())),
             # A sample without a noun whose image can't be read either is two rows, and one sample.
             failures=len(set(tables["errors"]["source"].to_pylist())),
             seconds=round(seconds, 3),

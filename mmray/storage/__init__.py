@@ -29,6 +29,7 @@ __all__ = [
     "commits_once",
     "filesystem",
     "is_outage",
+    "open_object",
     "open_store",
     "patiently",
     "s3_client",
@@ -44,6 +45,12 @@ def open_store(uri: str | Path) -> Store:
         scheme = str(uri).partition("://")[0]
         raise InputError(f"{uri}: scheme {scheme!r} is not supported; use a local path or s3://bucket/prefix")
     return LocalStore(Path(uri).expanduser().resolve())
+
+
+def open_object(uri: str | Path) -> tuple[Store, str]:
+    """Return the store of the folder that an object lies in, and the object's key there."""
+    folder, _, name = str(uri).rstrip("/").rpartition("/")
+    return open_store(folder or ("/" if str(uri).startswith("/") else ".")), name
 
 
 def filesystem(uri: str | Path) -> tuple[arrow_fs.FileSystem, str]:

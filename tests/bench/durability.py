@@ -100,7 +100,7 @@ def merge(out: Path, count: int) -> None:
     with peak_memory() as peak:
         receipts = folder.receipts()
         listed = time.perf_counter() - began
-        merge_run(folder, WIDTHS, top_k=20)
+        merge_run(folder, WIDTHS, 20, {})
     took = time.perf_counter() - began
     assert len(receipts) == count
     assert is_merged(folder, receipts)
@@ -181,6 +181,7 @@ def shard_tables(number: int, random: np.random.Generator) -> dict[str, pa.Table
         *(column(name, "concepts", len(distinct)) for name in ("score", "score_squares", "activation")),
     ]
     activity = {"label_kind": ["all"] * 2, "label": ["all"] * 2, "modality": ["image", "text"], "n_tokens": [9, 9]}
+    activity["module"] = ["language"] * 2
     sums = {name: column(name, "activity", 2) for name in ("n_active", "sum", "sum_squares")}
     ranks = [(sign, rank) for sign in (1, -1) for rank in range(1, 6)]
     picks = list_column(random.integers(0, SAMPLES, (10, neurons)), PART_SCHEMAS["examples"].field("sample").type)
@@ -210,7 +211,8 @@ def shard_tables(number: int, random: np.random.Generator) -> dict[str, pa.Table
         "errors": PART_SCHEMAS["errors"].empty_table(),
         "concepts": pa.Table.from_arrays(concepts, schema=schema),
         "totals": pa.Table.from_arrays(
-            [pa.array([SAMPLES], pa.int64()), column("score", "totals", 1)], schema=PART_SCHEMAS["totals"]
+            [pa.array([SAMPLES], pa.int64()), column("score", "totals", 1), column("score_squares", "totals", 1)],
+            schema=PART_SCHEMAS["totals"],
         ),
         "activity": pa.table(activity | sums, schema=PART_SCHEMAS["activity"]),
         "examples": pa.table(examples, schema=PART_SCHEMAS["examples"]),

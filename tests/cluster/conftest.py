@@ -1,5 +1,6 @@
 """One local Ray for all tests of this room, with an S3 on loopback that its workers see too."""
 
+import fcntl
 import logging
 import os
 from collections.abc import Iterator
@@ -15,8 +16,18 @@ def ray_here(bucket: str) -> Iterator[str]:
     import ray
     import ray.data
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    # "local": a cluster that other tests have started at the same time is not joined.
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield bucket
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Hold other files' clusters off: two that are started at once may choose the same free port."""
+    # Processes of pytest-xdist have folders of their own in a common one.
+    with (tmp_path_factory.getbasetemp().parent / "clusters.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

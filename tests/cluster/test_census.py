@@ -22,7 +22,7 @@ SAMPLES = SETTINGS["limit"]
 EXACT = {
     "captions": ("sample_id", "caption", "source", "language", "domain"),
     "occurrences": ("sample_id", "concept", "token", "token_id", "position"),
-    "rankings": ("concept", "rank", "neuron", "specific_rank", "n", "share", "certified", "tokens"),
+    "rankings": ("concept", "rank", "neuron", "specific_rank", "selective_rank", "n", "share", "certified", "tokens"),
     "neurons": ("neuron", "n_concepts", "n_tokens", "n_active", "tokens", "suppressed"),
     "activity": ("label_kind", "label", "modality", "layer", "unit", "n_tokens", "n_active"),
     "examples": ("layer", "unit", "sign", "rank", "sample_id", "position"),
@@ -31,7 +31,7 @@ EXACT = {
 """Columns that must be equal; those in `NEAR` may differ by the rounding of sums."""
 NEAR = {
     "occurrences": ("log_prob",),
-    "rankings": ("score", "score_std", "specific", "activation"),
+    "rankings": ("score", "score_std", "specific", "selective", "activation"),
     "neurons": ("mean", "std", "max", "min"),
     "activity": ("sum", "sum_squares"),
     "examples": ("activation",),

@@ -47,7 +47,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def dashboard(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def dashboard(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory, alone: None) -> Iterator[str]:
     """Start a head with one GPU and a node with two, as `ray start` does; returns the address of the dashboard."""
     folder = tmp_path_factory.mktemp("ray")
     port, web = free_port(), free_port()

@@ -33,7 +33,7 @@ ROUNDS = [
 
 
 @pytest.fixture(scope="module")
-def ray(bucket: str) -> Iterator[Cluster]:
+def ray(bucket: str, alone: None) -> Iterator[Cluster]:
     with cluster(cores=1) as started:
         yield started
 

@@ -16,9 +16,9 @@ CONTRACT = {
     "captions": "sample_id, caption, source, language, domain, shard_id",
     "occurrences": "sample_id, concept, token, token_id, position, log_prob, neurons",
     "rankings": "concept, rank, layer, unit, neuron, score, score_std, specific, specific_rank, n, share, activation, "
-    "tokens, certified",
+    "tokens, certified, selective, selective_rank",
     "neurons": "layer, unit, neuron, n_concepts, n_tokens, n_active, mean, std, max, min, tokens, suppressed",
-    "activity": "label_kind, label, modality, layer, unit, n_tokens, n_active, sum, sum_squares",
+    "activity": "label_kind, label, modality, layer, unit, n_tokens, n_active, sum, sum_squares, module",
     "examples": "layer, unit, sign, rank, sample_id, position, activation",
     "errors": "sample_id, source, shard_id, stage, message",
 }
@@ -60,7 +60,7 @@ def test_units_of_columns_are_kept(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("by", "column", "sign"), [("score", "score", -1), ("specific", "specific", -1), ("share", "share", -1)]
+    ("by", "column", "sign"), [(name, name, -1) for name in ("score", "specific", "selective", "share")]
 )
 def test_rankings_are_in_the_order_asked_for(run: Run, by: str, column: str, sign: int) -> None:
     for concept in run.concepts:
@@ -77,7 +77,7 @@ def test_rankings_are_in_the_order_asked_for(run: Run, by: str, column: str, sig
 
 
 def test_every_order_is_tested() -> None:
-    assert set(ORDERS) == {"score", "specific", "share"}
+    assert set(ORDERS) == {"score", "specific", "selective", "share"}
 
 
 def test_a_concept_is_found_in_any_case(run: Run) -> None:
@@ -89,7 +89,7 @@ def test_an_unknown_concept_names_near_ones(run: Run) -> None:
     concept = max(run.concepts, key=len)
     with pytest.raises(InputError, match=rf"no concept '{concept}x'.* it has .*{concept}"):
         run.rank(f"{concept}x")
-    with pytest.raises(InputError, match="order by score, specific, share"):
+    with pytest.raises(InputError, match="order by score, specific, selective, share"):
         run.rank(concept, by="rank")
 
 
