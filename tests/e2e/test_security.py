@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from mmray.datasets.images import LARGEST_IMAGE
 from mmray.errors import InputError, StorageError
 from mmray.models.loading import load
-from mmray.neurons.shard import LARGEST_IMAGE
 from mmray.results.run import open_run
 from mmray.settings import CensusSettings
 from mmray.storage import filesystem, open_store, s3_client
