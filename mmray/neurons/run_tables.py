@@ -11,7 +11,8 @@ import pyarrow as pa
 from mmray.neurons.merging import APPENDED, RunMerge
 from mmray.runs import Receipt, RunFolder
 from mmray.runs.folder import receipts_digest
-from mmray.tables import TableWriter, from_bytes, write_table
+from mmray.tables import from_bytes
+from mmray.writing import TableWriter, write_table
 
 DECODED = "decoded.parquet"
 """Key of what every neuron writes: made once a run."""

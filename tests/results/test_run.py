@@ -10,7 +10,8 @@ import pytest
 from mmray.errors import InputError
 from mmray.results.run import ORDERS, Run, open_run
 from mmray.storage import open_store
-from mmray.tables import FILE_BYTES, ROW_GROUP, SCHEMAS, read_table, write_table
+from mmray.tables import ROW_GROUP, SCHEMAS, read_table
+from mmray.writing import FILE_BYTES, write_table
 
 CONTRACT = {
     "captions": "sample_id, caption, source, language, domain, shard_id",
@@ -172,7 +173,7 @@ def test_large_tables_are_several_files(tmp_path: object, monkeypatch: pytest.Mo
     assert FILE_BYTES > 300 * ROW_GROUP
     store = open_store(f"{tmp_path}/run")
     parts = [pa.Table.from_pylist([{"message": f"{part}"}] * 6, schema=SCHEMAS["errors"]) for part in range(5)]
-    monkeypatch.setattr("mmray.tables.FILE_BYTES", 2 * parts[0].nbytes)
+    monkeypatch.setattr("mmray.writing.FILE_BYTES", 2 * parts[0].nbytes)
     write_table(store, "errors", parts)
     keys = [entry.key for entry in store.list("tables/")]
     assert keys == [f"tables/errors.parquet/{number:05d}.parquet" for number in range(3)]
