@@ -60,6 +60,7 @@ class ShardAnalysis:
         self.shard_id = shard_id
         self.sums = ConceptSums(model.widths)
         self.statistics = TokenStatistics(model.widths, model.device)
+        self.prompts: dict[tuple[str | None, bool], str] = {}
         self.captions: list[dict[str, object]] = []
         self.occurrences: list[pa.Table] = []
         self.failures: list[Failure] = []
@@ -101,12 +102,18 @@ class ShardAnalysis:
         if not sample.caption.strip():
             self._fail(sample, "read", "the caption is empty")
             return None
-        prompt = prompt_text(self.model, self.settings.prompt, sample.language, image=sample.image is not None)
+        prompt = self._prompt(sample)
         tokens, offsets = tokenize_caption(self.model, prompt, sample.caption)
         if not tokens:
             self._fail(sample, "read", f"the tokenizer makes nothing of the caption {sample.caption!r}")
             return None
         return Captioned(sample, prompt, sample.caption, self._nouns(sample, sample.caption), tokens, offsets)
+
+    def _prompt(self, sample: Sample) -> str:
+        kind = (sample.language, sample.image is not None)
+        if kind not in self.prompts:
+            self.prompts[kind] = prompt_text(self.model, self.settings.prompt, kind[0], image=kind[1])
+        return self.prompts[kind]
 
     def _nouns(self, sample: Sample, caption: str) -> list[Mention]:
         generated = self.settings.captions == "generate"
@@ -174,8 +181,7 @@ class ShardAnalysis:
         if not pairs:
             return
         samples, images = [sample for sample, _ in pairs], [image for _, image in pairs]
-        has_image = images[0] is not None
-        prompts = [prompt_text(self.model, self.settings.prompt, s.language, image=has_image) for s in samples]
+        prompts = [self._prompt(sample) for sample in samples]
         try:
             written = generate(self.model, prompts, images)
         except (InputError, *FAILURES) as error:
