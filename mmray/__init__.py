@@ -15,7 +15,11 @@ __version__ = VERSION
 _PLACES = {
     "load_model": "mmray.neurons.model",
     "run_census": "mmray.api",
+    "edit": "mmray.api",
+    "evaluate": "mmray.api",
+    "open_edit": "mmray.editing.edit",
     "open_run": "mmray.results.run",
+    "select_neurons": "mmray.cluster.selecting",
     "ablate": "mmray.models.interventions",
     "scale": "mmray.models.interventions",
     "set_to": "mmray.models.interventions",

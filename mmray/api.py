@@ -1,12 +1,44 @@
-"""The census as one call from Python."""
+"""Whole jobs as one call from Python."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from mmray.cluster.census import run_census as drive_census
+from mmray.cluster.evaluation import run_evaluation
+from mmray.editing.edit import WeightEdit
+from mmray.editing.material import Material
+from mmray.editing.methods import make_edit
+from mmray.editing.settings import edit_settings
+from mmray.evaluation.settings import evaluation_settings
+from mmray.neurons.model import load_model
 from mmray.results.run import Run, open_run
 from mmray.settings import census_settings
+
+
+def edit(run: Run | str, **settings: Any) -> WeightEdit:
+    """Edit the neurons that a run located for a concept, on the run's model and data; `applied`, `save` and `+` use it.
+
+    `settings` are those of `mmray edit`, with underscores: `source` and `target`, or `suppress`. Raises InputError for
+    bad settings, a concept that the run does not know or the model never says.
+    """
+    checked = edit_settings(settings)
+    opened = run if isinstance(run, Run) else open_run(run)
+    known = opened.info["settings"]
+    model = load_model(known["model"], known["dtype"], trust_remote_code=known["trust_remote_code"])
+    material = Material(model, opened, checked.language, checked.prompt or known["prompt"])
+    return make_edit(material, [checked])
+
+
+def evaluate(run: Run | str, edit: str, data: str, **settings: Any) -> dict[str, dict[str, Any]]:
+    """Evaluate an edit's folder on data, or go on with an evaluation that stopped, and return its measures.
+
+    They are those of `EDIT/evaluation.json`: measure → before, after, low, high, n, protocol. `settings` are those of
+    `mmray evaluate`, with underscores. (`mmray.evaluation.evaluate.evaluate` does the same to a loaded model and
+    samples in this process.) Raises InputError for bad settings or input.
+    """
+    uri = run.uri if isinstance(run, Run) else str(run)
+    return run_evaluation(evaluation_settings({"run": uri, "edit": str(edit), "data": data, **settings})).measures
 
 
 def run_census(model: str, data: str, out: str, **settings: Any) -> Run:

@@ -6,7 +6,11 @@ class InputError(Exception):
 
 
 class StorageError(InputError):
-    """Storage refused or can't be reached: credentials, permission, network. It may pass: workers try again."""
+    """Storage refused: credentials, permission, a bucket that is not there."""
+
+
+class OutageError(StorageError):
+    """Storage can't be reached or asks for patience; it passes by itself, and is no shard's fault."""
 
 
 class ShardError(Exception):

@@ -6,12 +6,14 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mmray.errors import InputError
 
 Captions = Literal["dataset", "generate"]
-Score = Literal["contribution", "gate", "activation", "gradient", "gradient-last", "random"]
+Score = Literal["contribution", "gate", "activation", "gradient", "gradient-last", "effect", "random"]
+Pieces = Literal["first", "sum"]
+Module = Literal["language", "vision", "projector"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 EXECUTION = frozenset(
@@ -38,21 +40,28 @@ class CensusSettings(BaseModel):
     """Samples a shard: the unit of work, and what a crash costs."""
     batch_size: int = Field(32, ge=1)
     """Samples a forward pass; halved by itself where memory runs out."""
-    workers: int | None = Field(None, ge=1)
-    """Actors, each with a model replica; default: one a GPU of the cluster; without GPUs one a core, at most four a
-    machine, each with its part of the cores as threads."""
+    workers: str | None = None
+    """Actors, each with a model replica: a number, or MIN:MAX to let Ray add and remove some as work and machines
+    allow. Default: one a GPU of the cluster; without GPUs one a core, at most four a machine, each with its part of the
+    cores as threads."""
     gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs a worker: 2 or more share one replica; default: 1 where the cluster has GPUs, else 0."""
     captions: Captions = "dataset"
     """Score the data's captions (dataset), or what the model itself writes (generate)."""
     prompt: str | None = None
     """Question before the caption; default: "Describe the image in few words." in the caption's language."""
+    prefix: str | None = None
+    """Words that every answer is made to begin with, by default none; as published: "An image of". A caption that
+    begins with them already is not given them twice, and a generated one is what the model writes behind them."""
     score: Score = "contribution"
     """contribution: activation × ⟨row of W_out, unembedding of the token⟩; gate: the same with the gate alone, as the
     authors' released code; activation; gradient: gradient × activation over the image; gradient-last: at the predicting
-    position; random: a control."""
+    position; effect: what ablating the neuron takes from the token's log-odds, to first order through all positions and
+    later layers, and its folded contribution (a backward pass a noun, as the gradients); random: a control."""
     fold_norm: bool = False
     """Score in logits after the final norm: its gain and the norm's root mean square at the position are applied."""
+    pieces: Pieces = "first"
+    """A noun of several tokens is scored at its first, or by the sum over all of them: its whole log-probability."""
     top_k: int = Field(20, ge=1)
     """Neurons listed with each occurrence; `share` counts these."""
     candidates: int | None = Field(None, ge=1)
@@ -61,6 +70,8 @@ class CensusSettings(BaseModel):
     nouns: str = "auto"
     """Where concepts come from: objects (the data's column), textblob (English tagger), a lexicon FILE with a noun and
     optionally its language a line; auto: objects where the data has them, else textblob."""
+    module: Module = "language"
+    """Count the vision tower's or the projector's neurons too, in `activity`; scores are of the language decoder."""
     dtype: Dtype = "auto"
     """Number format of the model; auto: the checkpoint's on a GPU, fp32 on a CPU. Scores are always fp32."""
     image_column: str | None = None
@@ -81,6 +92,26 @@ class CensusSettings(BaseModel):
     """Try shards again that an earlier call set aside."""
     trust_remote_code: bool = False
     """Allow the checkpoint to run its own Python code. Off: only architectures of transformers."""
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _check_workers(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        least, colon, most = str(value).partition(":")
+        if not (
+            least.isdecimal() and int(least) >= 1 and (not colon or (most.isdecimal() and int(least) <= int(most)))
+        ):
+            raise ValueError("give a number of at least 1, or MIN:MAX such as 2:16")
+        return str(value)
+
+    @property
+    def worker_range(self) -> tuple[int, int] | None:
+        """The fewest and the most workers, where that was asked for."""
+        if self.workers is None:
+            return None
+        least, _, most = self.workers.partition(":")
+        return int(least), int(most or least)
 
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that the results depend on; model, data and nouns are known by their digests instead."""

@@ -63,6 +63,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("activation", pa.float64(), ACTIVATION),
             _field("tokens", pa.list_(pa.string())),
             _field("certified", pa.bool_()),
+            _field("selective", pa.float64(), LOGIT),
+            _field("selective_rank", pa.int32(), "from 1, by selective"),
         ]
     ),
     "neurons": pa.schema(
@@ -92,6 +94,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("n_active", pa.int64(), "tokens at which the gate is open"),
             _field("sum", pa.float64(), ACTIVATION),
             _field("sum_squares", pa.float64(), "activation squared"),
+            _field("module", pa.string(), "language, or what --module asks for besides"),
         ]
     ),
     "examples": pa.schema(
@@ -134,7 +137,13 @@ PART_SCHEMAS: dict[str, pa.Schema] = {
         ]
     ),
     # One row: sums over all occurrences of all concepts, a number a neuron.
-    "totals": pa.schema([_field("n", pa.int64(), "occurrences"), _field("score", pa.list_(pa.float64()), "sum")]),
+    "totals": pa.schema(
+        [
+            _field("n", pa.int64(), "occurrences"),
+            _field("score", pa.list_(pa.float64()), "sum"),
+            _field("score_squares", pa.list_(pa.float64()), "sum of squares"),
+        ]
+    ),
     "activity": pa.schema(
         [
             _field("label_kind", pa.string()),
@@ -144,6 +153,7 @@ PART_SCHEMAS: dict[str, pa.Schema] = {
             _field("n_active", pa.list_(pa.int64())),
             _field("sum", pa.list_(pa.float64())),
             _field("sum_squares", pa.list_(pa.float64())),
+            _field("module", pa.string()),
         ]
     ),
     # A row is a sign and rank: the shard's rank-th extreme sample of every neuron.
@@ -161,8 +171,31 @@ PART_SCHEMAS: dict[str, pa.Schema] = {
 }
 """What one unit of work commits; sums that the merge adds up."""
 
-ROWS_OF_A_FILE = 5_000_000
-"""Rows above which a table is cut into several files."""
+EVALUATION_SCHEMAS: dict[str, pa.Schema] = {
+    # A row is a sample's part in one measure; the totals over samples make the measure.
+    "measurements": pa.schema(
+        [
+            _field("measure", pa.string()),
+            _field("sample_id", pa.string()),
+            _field("before", pa.list_(pa.float64()), "sums; most often what is counted, and of how many"),
+            _field("after", pa.list_(pa.float64()), "sums; most often what is counted, and of how many"),
+        ]
+    ),
+    "captions": pa.schema(
+        [
+            _field("sample_id", pa.string()),
+            _field("before", pa.string()),
+            _field("after", pa.string()),
+            _field("changed", pa.bool_()),
+            _field("role", pa.string(), "edited, source, unrelated or other"),
+        ]
+    ),
+    "errors": SCHEMAS["errors"],
+}
+"""What one unit of work of an evaluation commits."""
+
+FILE_BYTES = 64 << 20
+"""Size in memory at which a table is cut into a further file: what a writer holds at once, however large the table."""
 ROW_GROUP = 100_000
 """Rows of a row group: many small ones make every later read slow."""
 VECTORS_OF_A_PAGE = 16
@@ -199,32 +232,64 @@ def from_bytes(data: bytes) -> pa.Table:
     return pq.read_table(pa.BufferReader(data))
 
 
+class TableWriter:
+    """Writes a run's table, `tables/NAME.parquet`, from parts in order; a large one as a folder of that name."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.store = store
+        self.name = name
+        self.key = f"tables/{name}.parquet"
+        self._gathered: list[pa.Table] = []
+        self._first: bytes | None = None
+        self._written: list[str] = []
+
+    def add(self, part: pa.Table) -> None:
+        """Take in a part, and write what has come together once it is a file's worth."""
+        self._gathered.append(part)
+        if sum(table.nbytes for table in self._gathered) >= FILE_BYTES:
+            self._flush()
+
+    def close(self) -> None:
+        """Write the rest, and remove files of an earlier and larger table."""
+        if self._gathered or self._first is None:
+            self._flush()
+        if self._first is not None and not self._written:
+            # A folder of that name stays one: a local file can't take its place.
+            self._put(f"{self.key}/{0:05d}.parquet" if self.store.list(f"{self.key}/") else self.key, self._first)
+        for entry in self.store.list(self.key):
+            if entry.key not in self._written:
+                self.store.delete(entry.key)
+
+    def _flush(self) -> None:
+        data = to_bytes(pa.concat_tables([SCHEMAS[self.name].empty_table(), *self._gathered]))
+        self._gathered = []
+        if self._first is None:
+            # Whether it is the only one is not known yet, and its name depends on that.
+            self._first = data
+            return
+        if not self._written:
+            self.store.delete(self.key)
+            self._put(f"{self.key}/{0:05d}.parquet", self._first)
+        self._put(f"{self.key}/{len(self._written):05d}.parquet", data)
+
+    def _put(self, key: str, data: bytes) -> None:
+        self.store.put(key, data)
+        self._written.append(key)
+
+
 def write_table(store: Store, name: str, parts: Iterable[pa.Table]) -> None:
-    """Write a run's table, `tables/NAME.parquet`, from parts in order; a large one as a folder of that name."""
-    gathered: list[pa.Table] = []
-    files: list[pa.Table] = []
+    """Write a run's table from parts in order."""
+    writer = TableWriter(store, name)
     for part in parts:
-        gathered.append(part)
-        if sum(map(len, gathered)) >= ROWS_OF_A_FILE:
-            files.append(pa.concat_tables(gathered))
-            gathered = []
-    if gathered or not files:
-        files.append(pa.concat_tables([SCHEMAS[name].empty_table(), *gathered]))
-    keys = [f"tables/{name}.parquet"]
-    if len(files) > 1:
-        keys = [f"tables/{name}.parquet/{number:05d}.parquet" for number in range(len(files))]
-    for entry in store.list(f"tables/{name}.parquet"):
-        if entry.key not in keys:
-            store.delete(entry.key)
-    for key, table in zip(keys, files, strict=True):
-        store.put(key, to_bytes(table))
+        writer.add(part)
+    writer.close()
 
 
-def read_table(store: Store, name: str) -> pa.Table:
+def read_table(store: Store, name: str, folder: str = "tables") -> pa.Table:
     """Return a run's table; `FileNotFoundError` where it was not written."""
-    files = [entry.key for entry in store.list(f"tables/{name}.parquet")]
+    files = [entry.key for entry in store.list(f"{folder}/{name}.parquet")]
     if not files:
-        raise FileNotFoundError(f"{store.uri}/tables/{name}.parquet")
+        raise FileNotFoundError(f"{store.uri}/{folder}/{name}.parquet")
     return pa.concat_tables([from_bytes(store.read(key)) for key in files])
 
 

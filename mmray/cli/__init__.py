@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import typer
 
-from mmray.cli import census, models, reading  # noqa: F401  they register their commands
+from mmray.cli import census, drift, editing, evaluation, models, reading  # noqa: F401  they register
 from mmray.cli.options import app
 from mmray.errors import InputError
 
@@ -21,10 +22,10 @@ UsageError: Any = typer.BadParameter.__bases__[0]
 """What a wrong option raises; where it lies depends on typer's version."""
 
 
-def main() -> None:
-    """Run the command line; bad input is one line on stderr and status 2."""
+def main(words: Callable[[], Sequence[str]] = lambda: sys.argv[1:]) -> NoReturn:
+    """Run the command line with these words, by default the process's; bad input is one line and status 2."""
     try:
-        status = app(prog_name="mmray", standalone_mode=False)
+        status = app(args=words(), prog_name="mmray", standalone_mode=False)
         sys.stdout.flush()
     except UsageError as error:
         # Without any arguments the help is shown, and that is all.

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 
-from mmray.settings import CensusSettings, Dtype, describe
+from mmray.settings import CensusSettings, Dtype
 
 INCOMPLETE = 4
 """Exit status of a run that ended although some samples or shards failed."""
@@ -23,29 +24,40 @@ app = typer.Typer(
 console = Console(highlight=False, soft_wrap=False)
 
 
-def option(name: str) -> Any:
+def option(name: str, settings: type[BaseModel] = CensusSettings) -> Any:
     """Return the option of that setting, its documentation as help."""
-    return typer.Option(f"--{name.replace('_', '-')}", help=describe(name))
+    field = settings.model_fields[name]
+    flag = f"--{name.replace('_', '-')}"
+    # Where None is a third state besides yes and no, both have names.
+    names = f"{flag}/--no-{name.replace('_', '-')}" if field.annotation == (bool | None) else flag
+    return typer.Option(names, help=" ".join((field.description or "").split()))
 
 
-def with_settings(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command every setting of a census as an option, handed on as a keyword; `defaults` are its own."""
+def with_settings(
+    settings: type[BaseModel] = CensusSettings, **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command every setting that it does not take itself as an option, handed on as a keyword.
+
+    `defaults` are the command's own.
+    """
 
     def give(command: Callable[..., None]) -> Callable[..., None]:
+        own = {
+            name: value.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, value in inspect.signature(command, eval_str=True).parameters.items()
+            if value.kind is not inspect.Parameter.VAR_KEYWORD
+        }
         parameters = [
             inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=defaults.get(name, inspect.Parameter.empty if field.is_required() else field.default),
-                annotation=Annotated[field.annotation, option(name)],
+                annotation=Annotated[field.annotation, option(name, settings)],
             )
-            for name, field in CensusSettings.model_fields.items()
+            for name, field in settings.model_fields.items()
+            if name not in own
         ]
-        parameters += [
-            value.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for value in inspect.signature(command, eval_str=True).parameters.values()
-            if value.kind is not inspect.Parameter.VAR_KEYWORD
-        ]
+        parameters += own.values()
         # typer reads the types from the one and the rest from the other.
         command.__annotations__ = {value.name: value.annotation for value in parameters}
         vars(command)["__signature__"] = inspect.Signature(parameters)

@@ -4,26 +4,43 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mmray.cli.options import AsJson, RunArgument, app, console
+from mmray.cli.options import AsJson, RunArgument, app, console, say
 
 
 @app.command()
-def status(run: RunArgument, as_json: AsJson = False) -> None:
+def status(
+    run: RunArgument,
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep",
+            help="First remove what killed and late workers left: parts of shards that no receipt names, half-written "
+            "files. What a worker might still commit is left for an hour.",
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Say how far a run is: shards done, pending, set aside; samples a second; failures with reasons."""
     from mmray.results.run import open_run
     from mmray.results.terminal import status as show
+    from mmray.runs.sweep import sweep as sweep_run
 
     opened = open_run(run)
+    swept = sweep_run(opened.folder) if sweep else None
     found = opened.status()
     if as_json:
-        rates = {"pending": found.pending, "samples_per_second": found.samples_per_second}
-        print(json.dumps(asdict(found) | rates | {"first_failures": opened.failures()}))
-    else:
-        console.print(show(found, opened.failures(), opened.uri))
+        more: dict[str, Any] = {"pending": found.pending, "samples_per_second": found.samples_per_second}
+        more |= {"swept": asdict(swept)} if swept else {}
+        print(json.dumps(asdict(found) | more | {"first_failures": opened.failures()}))
+        return
+    if swept:
+        young = f"; {swept.young} younger than an hour left" if swept.young else ""
+        say(f"swept {swept.objects} objects, {swept.bytes / 1e6:.1f} MB{young}")
+    console.print(show(found, opened.failures(), opened.uri))
 
 
 @app.command()
@@ -31,7 +48,7 @@ def rank(
     run: RunArgument,
     concept: Annotated[str, typer.Argument(help="A noun of the captions, such as dog.")],
     k: Annotated[int, typer.Option("--k", help="Neurons to show.", min=1)] = 10,
-    by: Annotated[str, typer.Option("--by", help="Order by score, specific or share.")] = "score",
+    by: Annotated[str, typer.Option("--by", help="Order by score, specific, selective or share.")] = "score",
     as_json: AsJson = False,
 ) -> None:
     """Show a concept's neurons, highest first. A rank marked ? is not certified: more --candidates would settle it."""
@@ -43,7 +60,34 @@ def rank(
     if as_json:
         print(json.dumps(rows.to_pylist(), ensure_ascii=False))
     else:
-        console.print(ranking(rows, concept_title(opened, concept)))
+        console.print(ranking(rows, concept_title(opened, concept), by))
+
+
+@app.command()
+def select(
+    run: RunArgument,
+    concepts: Annotated[list[str], typer.Argument(metavar="CONCEPT...", help="Nouns of the captions, such as dog.")],
+    k: Annotated[int, typer.Option("--k", help="Neurons to choose.", min=1)] = 50,
+    samples: Annotated[int, typer.Option("--samples", help="Samples of the run to go through again.", min=1)] = 400,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a concept's neurons together: its noun goes with them, other nouns stay. Best after --score effect."""
+    from mmray.cluster.selecting import select_neurons
+    from mmray.results.run import open_run
+    from mmray.results.terminal import concept_title, ranking
+
+    opened = open_run(run)
+    found = select_neurons(opened, concepts, k, samples)
+    if as_json:
+        facts = [vars(selection) | {"neurons": selection.neurons.to_pylist()} for selection in found]
+        print(json.dumps(facts, ensure_ascii=False))
+        return
+    for selection in found:
+        console.print(ranking(selection.neurons, concept_title(opened, selection.concept), "selective"))
+        say(
+            f"ablated together, to first order: {selection.concept} falls by {selection.own:.2f} nats at "
+            f"{selection.own_places} places, other nouns by {selection.others:.2f} at {selection.other_places}\n"
+        )
 
 
 @app.command()

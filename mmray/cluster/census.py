@@ -6,28 +6,26 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.data
 
 from mmray.cluster.session import actor_pool, machines, ray_session
-from mmray.cluster.worker import DECODE, DECODED, CensusWorker, open_data
+from mmray.cluster.units import mapped
+from mmray.cluster.worker import DECODE, CensusWorker, open_data
 from mmray.datasets.contents import Source
 from mmray.datasets.shards import Manifest, cut
 from mmray.errors import InputError
 from mmray.models.loading import describe_model, digest, resolve
 from mmray.neurons.concepts import NounSource, noun_source
-from mmray.neurons.merging import APPENDED, RunMerge
 from mmray.neurons.planning import estimate
+from mmray.neurons.run_tables import DECODED, is_merged, merge_run
 from mmray.results.plan import Plan
-from mmray.runs import RunFolder
+from mmray.runs import Receipt, RunFolder
+from mmray.runs.lease import driving
 from mmray.settings import CensusSettings
-from mmray.storage import check_writable, open_store
-from mmray.tables import from_bytes, write_table
 from mmray.version import VERSION
 
 
@@ -63,32 +61,59 @@ def run_census(settings: CensusSettings, follow: Callable[[Progress], None] = la
     `follow` hears of every committed shard. Raises InputError for anything wrong with the set-up, before any work.
     """
     began = time.perf_counter()
-    folder = RunFolder(open_store(settings.out))
-    source, manifest, nouns = _data(settings)
-    info = run_info(settings, source, manifest, nouns)
-    if folder.info() is None:
-        check_writable(folder.store)
-    folder.begin(info, manifest.to_json())
-    if _work(settings, folder, manifest, nouns, follow) or folder.finished() is None:
-        _merge(settings, folder, info)
+    source, manifest, nouns = open_inputs(settings)
+    RunFolder.at(settings.out).begin(run_info(settings, source, manifest, nouns), manifest.to_json())
+    folder = RunFolder.at(settings.out, patient=True)
+    if unfinished(settings, folder):
+        with driving(folder.store) as check:
+            finish(settings, folder, nouns, follow, check)
+    return outcome(settings.out, folder, time.perf_counter() - began)
+
+
+def unfinished(settings: CensusSettings, folder: RunFolder) -> bool:
+    """Tell whether a run has shards to analyse, or tables that are not those of its shards."""
+    receipts = folder.receipts()
+    manifest = Manifest.from_json(folder.manifest())
+    return bool(_pending(settings, folder, manifest, receipts)) or not is_merged(folder, receipts)
+
+
+def finish(
+    settings: CensusSettings,
+    folder: RunFolder,
+    nouns: NounSource,
+    follow: Callable[[Progress], None],
+    check: Callable[[], None],
+) -> None:
+    """Have all shards of a run analysed and its tables made; `check` raises where this driver is not to go on."""
+    _work(settings, folder, Manifest.from_json(folder.manifest()), nouns, follow, check)
+    if not is_merged(folder, folder.receipts()):
+        info = folder.info()
+        assert info is not None
+        facts = info["model"]
+        merge_run(folder, facts["widths"], settings.top_k, facts.get("module_widths", {}))
+
+
+def outcome(out: str, folder: RunFolder, seconds: float) -> Outcome:
+    """Return what the run amounts to."""
     receipts = folder.receipts()
     return Outcome(
-        out=settings.out,
+        out=out,
         samples=sum(receipt.samples for receipt in receipts.values()),
         failures=sum(receipt.failures for receipt in receipts.values()),
         shards_aside={number: receipt.reason or "" for number, receipt in folder.aside(receipts).items()},
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
     )
 
 
 def plan_census(settings: CensusSettings) -> Plan:
     """Return what the census would cost, without running it."""
-    source, manifest, nouns = _data(settings)
+    source, manifest, nouns = open_inputs(settings)
     facts = describe_model(settings.model, trust_remote_code=settings.trust_remote_code)
     return estimate(settings, source, manifest, nouns, facts["widths"], facts["parameters"], facts["image_tokens"])
 
 
-def _data(settings: CensusSettings) -> tuple[Source, Manifest, NounSource]:
+def open_inputs(settings: CensusSettings) -> tuple[Source, Manifest, NounSource]:
+    """Return the data, its shards as they would be cut now, and where concepts come from."""
     source = open_data(settings)
     manifest = cut(source.files(), settings.shard_size, settings.limit)
     if not manifest.samples:
@@ -100,7 +125,11 @@ def _data(settings: CensusSettings) -> tuple[Source, Manifest, NounSource]:
 def run_info(settings: CensusSettings, source: Source, manifest: Manifest, nouns: NounSource) -> dict[str, Any]:
     """Return what run.json says: settings, fingerprint, versions, model parts, data digest."""
     folder = resolve(settings.model)
-    digests = {"model": digest(folder), "data": manifest.digest, "nouns": nouns.digest()}
+    digests = {
+        "model": digest(folder),
+        "data": manifest.digest,
+        "nouns": nouns.digest(generated=settings.captions == "generate"),
+    }
     return {
         "settings": settings.model_dump(exclude={"address"}),
         "result_settings": settings.result_settings(),
@@ -110,9 +139,18 @@ def run_info(settings: CensusSettings, source: Source, manifest: Manifest, nouns
         "data": {"kind": source.kind, "columns": source.columns.model_dump(), "samples": manifest.samples},
         "shards": len(manifest.shards),
         "nouns": nouns.kind,
+        "home": str(Path.cwd()),
         "versions": {"mmray": VERSION, "python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "ray", "pyarrow")},
     }
+
+
+def _pending(
+    settings: CensusSettings, folder: RunFolder, manifest: Manifest, committed: dict[int, Receipt]
+) -> list[int]:
+    """Return the shards that are neither committed nor set aside; those set aside too where they are to be retried."""
+    over = set(committed) if settings.retry_failed else {*committed, *folder.aside(committed)}
+    return [shard.shard_id for shard in manifest.shards if shard.shard_id not in over]
 
 
 def _work(
@@ -121,22 +159,24 @@ def _work(
     manifest: Manifest,
     nouns: NounSource,
     follow: Callable[[Progress], None],
-) -> bool:
-    """Have every shard that is neither committed nor set aside analysed; tell whether there was any."""
+    check: Callable[[], None],
+) -> None:
+    """Have every pending shard analysed; `check` raises where this driver is not to go on."""
     done = folder.receipts()
+    pending = _pending(settings, folder, manifest, done)
     if not settings.retry_failed:
         done |= folder.aside(done)
-    pending = [shard.shard_id for shard in manifest.shards if shard.shard_id not in done]
     units = pending if folder.store.exists(DECODED) else [DECODE, *pending]
     samples, failures = sum(r.samples for r in done.values()), sum(r.failures for r in done.values())
     aside = sum(r.reason is not None for r in done.values())
     follow(Progress(samples, manifest.samples, failures, aside))
     if not units:
-        return False
+        return
     folder.reopen(pending)
     with ray_session(settings.address):
         # Nothing is fetched ahead: what is committed is told at once, not when the next shard is done too.
         for receipts in _actors(settings, nouns, units).iter_batches(batch_size=None, prefetch_batches=0):
+            check()
             if problem := next(filter(None, receipts["problem"]), None):
                 raise InputError(problem)
             if max(receipts["shard_id"]) == DECODE:
@@ -145,41 +185,9 @@ def _work(
             failures += int(sum(receipts["failures"]))
             aside += sum(map(bool, receipts["reason"]))
             follow(Progress(samples, manifest.samples, failures, aside))
-    return True
 
 
 def _actors(settings: CensusSettings, nouns: NounSource, units: list[int]) -> ray.data.Dataset:
     """Return the receipts to come: the units of work, one a block, mapped over a pool of actors."""
-    pool = actor_pool(settings.workers, settings.gpus_per_worker, machines(), len(units))
-    return ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units)).map_batches(
-        CensusWorker,
-        fn_constructor_args=(settings, nouns, pool.threads, str(Path.cwd())),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=pool.workers, max_tasks_in_flight_per_actor=2),
-        num_cpus=pool.cores,
-        num_gpus=pool.gpus or None,
-    )
-
-
-def _merge(settings: CensusSettings, folder: RunFolder, info: dict[str, Any]) -> None:
-    """Merge what is committed into the tables."""
-    receipts = folder.receipts()
-    merge = RunMerge(info["model"]["widths"], from_bytes(folder.store.read(DECODED)), settings.top_k)
-    appended: dict[str, list[Any]] = {}
-    for receipt in receipts.values():
-        for name, rows in merge.add(partial(folder.read_part, receipt)).items():
-            appended.setdefault(name, []).append(rows)
-    for name in APPENDED:
-        write_table(folder.store, name, appended.get(name, []))
-    for name, table in merge.tables():
-        write_table(folder.store, name, [table])
-    folder.finish(
-        {
-            "samples": sum(receipt.samples for receipt in receipts.values()),
-            "failures": sum(receipt.failures for receipt in receipts.values()),
-            "shards_aside": {number: receipt.reason for number, receipt in folder.aside(receipts).items()},
-            "occurrences": sum(receipt.occurrences for receipt in receipts.values()),
-            "concepts": len(merge.concepts.concepts),
-            "compute_seconds": round(sum(receipt.seconds for receipt in receipts.values()), 3),
-        }
-    )
+    pool = actor_pool(settings.worker_range, settings.gpus_per_worker, machines(), len(units))
+    return mapped(CensusWorker, (settings, nouns), units, pool)

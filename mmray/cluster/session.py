@@ -80,9 +80,10 @@ class _Messages(io.TextIOBase):
 
 @dataclass(frozen=True)
 class Pool:
-    """How many actors there are, and what each has of its machine."""
+    """How many actors there are, at least and at most, and what each has of its machine."""
 
     workers: int
+    most: int
     threads: int
     cores: float
     gpus: float
@@ -95,30 +96,38 @@ def machines() -> list[tuple[float, float]]:
 
 
 def actor_pool(
-    workers: int | None, gpus_each: float | None, machines: Sequence[tuple[float, float]], units: int
+    asked: tuple[int, int] | None, gpus_each: float | None, machines: Sequence[tuple[float, float]], units: int
 ) -> Pool:
-    """Return the pool for so many units of work; `workers` and `gpus_each` are as the user asked, or None.
+    """Return the pool for so many units of work; `asked` (fewest, most) and `gpus_each` are the user's, or None.
 
     Without GPUs, actors of one thread are faster than one actor of many. Raises InputError where GPUs are asked for
-    that no machine has.
+    that no machine has, unless the number of workers may grow: so may the cluster then.
     """
     gpus = sum(have for _, have in machines)
     if gpus_each is None:
         gpus_each = float(gpus > 0)
+    growing = asked is not None and asked[0] < asked[1]
     if gpus_each:
         fitting = sum(int(have / gpus_each) for _, have in machines)
-        if not fitting:
+        if not fitting and not growing:
             most = max((have for _, have in machines), default=0.0)
-            raise InputError(f"--gpus-per-worker {gpus_each:g}: no machine of the cluster has more than {most:g}")
-        return Pool(min(workers or fitting, units), GPU_THREADS, 1.0, gpus_each)
+            raise InputError(
+                f"--gpus-per-worker {gpus_each:g}: no machine of the cluster has more than {most:g}; where the cluster "
+                "is to add machines, say --workers MIN:MAX"
+            )
+        least, most_workers = (min(number, units) for number in asked or (fitting, fitting))
+        return Pool(least, most_workers, GPU_THREADS, 1.0, gpus_each)
     cores = [have for have, _ in machines]
-    workers = min(workers or max(1, sum(min(int(have), MOST_WORKERS) for have in cores)), units)
+    default = max(1, sum(min(int(have), MOST_WORKERS) for have in cores))
+    least, most_workers = (min(number, units) for number in asked or (default, default))
+    # Each gets its part of the cores that there are when all have come.
+    workers = most_workers if not growing else max(least, min(most_workers, int(sum(cores))))
     threads = max(1, int(sum(cores) / workers))
     # An actor lies on one machine: it can't have the cores that two others have left.
     while threads > 1 and sum(int(have / threads) for have in cores) < workers:
         threads -= 1
     # Rounded down, so that parts of a core add up to no more than the core.
-    return Pool(workers, threads, min(float(threads), int(100 * sum(cores) / workers) / 100), 0.0)
+    return Pool(least, most_workers, threads, min(float(threads), int(100 * sum(cores) / workers) / 100), 0.0)
 
 
 def _reach(address: str) -> None:

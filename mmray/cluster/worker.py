@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import logging
-import os
+import socket
 import time
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-
+from mmray.cluster.units import UnitWorker
 from mmray.datasets.columns import Columns
 from mmray.datasets.contents import Source
 from mmray.datasets.shards import Manifest, Shard, read_shard
 from mmray.datasets.sources import open_source
-from mmray.errors import InputError, StorageError
+from mmray.errors import InputError
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.decoding import decode_neurons
 from mmray.neurons.model import load_model
+from mmray.neurons.run_tables import DECODED
 from mmray.neurons.shard import ShardAnalysis
-from mmray.runs import ATTEMPTS, Receipt, RunFolder
+from mmray.runs import Receipt, RunFolder
 from mmray.settings import CensusSettings
-from mmray.storage import open_store
+from mmray.storage import patiently
 from mmray.tables import to_bytes
 
-DECODED = "decoded.parquet"
-"""Key of what every neuron writes: made once a run, by the worker that gets unit DECODE."""
 DECODE = -1
 """Number of the unit of work that is not a shard: decoding all neurons."""
-
-logger = logging.getLogger(__name__)
 
 
 def columns_of(settings: CensusSettings) -> Columns:
@@ -50,51 +42,28 @@ def open_data(settings: CensusSettings) -> Source:
     return open_source(settings.data, columns_of(settings), captions=settings.captions == "dataset")
 
 
-class CensusWorker:
-    """Loads the model once, then answers each unit of work with the receipt of what it committed.
-
-    Bad input that only a worker can find, such as weights that don't load, is an answer too: `problem`. An exception
-    would reach the driver as text, within Ray's report.
-    """
+class CensusWorker(UnitWorker):
+    """Loads the model once, then answers each unit of work with the receipt of what it committed."""
 
     def __init__(self, settings: CensusSettings, nouns: NounSource, threads: int, home: str) -> None:
-        # A cluster's workers start elsewhere: relative paths are the driver's.
-        if Path(home).is_dir():
-            os.chdir(home)
-        torch.set_num_threads(threads)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        super().__init__(threads, home)
         self.settings = settings
         self.nouns = nouns
-        self.problem = ""
         try:
             self.model = load_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
-            self.folder = RunFolder(open_store(settings.out))
+            self.folder = RunFolder.at(settings.out, patient=True)
             self.manifest = Manifest.from_json(self.folder.manifest())
-            self.source = open_data(settings)
+            self.source = patiently(lambda: open_data(settings))
         except InputError as error:
             self.problem = str(error)
-
-    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
-        """Do the units in the batch, and return their receipts' numbers by column."""
-        receipts = []
-        for unit in batch["unit"]:
-            try:
-                receipts.append(self.unit(int(unit)))
-            except InputError as error:
-                self.problem = str(error)
-                receipts.append(Receipt(int(unit)))
-        return {
-            "shard_id": [receipt.shard_id for receipt in receipts],
-            "samples": [receipt.samples for receipt in receipts],
-            "failures": [receipt.failures for receipt in receipts],
-            "reason": [receipt.reason or "" for receipt in receipts],
-            "problem": [self.problem for _ in receipts],
-        }
+        except FileNotFoundError:
+            self.problem = (
+                f"{settings.out}: no run there for the worker on {socket.gethostname()}; give an OUT that every "
+                "machine of the cluster sees, such as s3://BUCKET/PREFIX"
+            )
 
     def unit(self, unit: int) -> Receipt:
-        """Do one unit of work; nothing once there was a problem, which ends the run."""
-        if self.problem:
-            return Receipt(unit)
+        """Do one unit of work."""
         return self.decode() if unit == DECODE else self.shard(unit)
 
     def decode(self) -> Receipt:
@@ -105,19 +74,8 @@ class CensusWorker:
 
     def shard(self, shard_id: int) -> Receipt:
         """Analyse and commit a shard; the third death of a worker or the third error sets it aside."""
-        committed = self.folder.receipt(shard_id)
-        if committed is not None:
-            return committed
         shard = self.manifest.shards[shard_id]
-        while (number := self.folder.attempt(shard_id)) <= ATTEMPTS:
-            try:
-                return self.analyse(shard)
-            except Exception as error:
-                if isinstance(error, InputError) and not isinstance(error, StorageError):
-                    raise
-                logger.exception("shard %d, attempt %d", shard_id, number)
-                self.folder.record_death(shard_id, number, f"{type(error).__name__}: {error}")
-        return self.folder.set_aside(shard_id, shard.samples)
+        return self.attempted(shard_id, shard.samples, lambda: self.analyse(shard))
 
     def analyse(self, shard: Shard) -> Receipt:
         """Analyse and commit a shard."""

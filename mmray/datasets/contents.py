@@ -59,6 +59,9 @@ class Source(Protocol):
     def translations(self) -> dict[str, dict[str, str]]:
         """Return concept → language → form, from a `concepts.json` beside the data; empty without one."""
 
+    def object_cells(self) -> Iterable[Any]:
+        """Return the cells of the objects column, which there must be."""
+
     def objects_vocabulary(self) -> tuple[str, ...]:
         """Return the distinct names in the objects column, sorted; empty without such a column."""
 

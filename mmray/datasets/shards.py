@@ -111,6 +111,26 @@ def cut(files: Sequence[DataFile], shard_size: int, limit: int | None = None) ->
     return Manifest(tuple(files), tuple(shards))
 
 
+def extend(before: Manifest, files: Sequence[DataFile], shard_size: int, limit: int | None = None) -> Manifest:
+    """Return `before` with further shards of the files that have come since; its own shards stay as they are.
+
+    Raises `InputError` if one of its files has changed or is gone: what was analysed would not be what is there.
+    """
+    now = {file.path: file for file in files}
+    for file in before.files:
+        found = now.pop(file.path, None)
+        if found is None or (found.rows, found.digest) != (file.rows, file.digest):
+            state = "is gone" if found is None else "has changed"
+            raise InputError(
+                f"{file.path} {state} since it was analysed; new data comes in new files, else begin another run"
+            )
+    added = cut(list(now.values()), shard_size, None if limit is None else max(0, limit - before.samples))
+    if not added.shards:
+        return before
+    shards = (Shard(len(before.shards) + shard.shard_id, shard.pieces) for shard in added.shards)
+    return Manifest((*before.files, *added.files), (*before.shards, *shards))
+
+
 def read_shard(source: Source, shard: Shard) -> Iterator[Sample | Failure]:
     """Yield the shard's samples and failures, as many as it has samples.
 

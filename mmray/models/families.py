@@ -40,6 +40,8 @@ class Stack:
     """Path below a block of a norm that is applied to the MLP's output before it is added to the residual stream."""
     residual_gate: str | None = None
     """Path below a block of a number whose tanh multiplies the MLP's output; blocks without it add the output as is."""
+    reads_text: bool = False
+    """The question goes through these blocks, not the image."""
     optional: bool = False
     """The part may be absent in some checkpoints of the family."""
 
@@ -173,7 +175,7 @@ GEMMA = Family(decoder=("model.language_model",), unembedding="lm_head", tower="
 IDEFICS = Family(decoder=("model.text_model",), unembedding="lm_head", tower="model.vision_model")
 # The Q-Former is the bridge: its query branch carries the image, its text branch (InstructBLIP) the instruction.
 QUERY_BRANCH = Stack(blocks=("qformer.encoder.layer",), projection=("output_query.dense",))
-TEXT_BRANCH = Stack(blocks=("qformer.encoder.layer",), projection=("output.dense",))
+TEXT_BRANCH = Stack(blocks=("qformer.encoder.layer",), projection=("output.dense",), reads_text=True)
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("internvl", "llava", "llava_next", "llava_onevision", "vipllava"), LLAVA),

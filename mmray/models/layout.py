@@ -23,6 +23,8 @@ class Projection:
     """The gate's Linear has two outputs a neuron: the first `width` are the gate, the others the factor."""
     post_norm: str | None = None
     """Path of a norm between the projection's output and the residual stream (Gemma 2 and 3)."""
+    reads_text: bool = False
+    """A branch of the projector that the question goes through, not the image (InstructBLIP's Q-Former)."""
     scale: float = 1.0
     """What the block multiplies the output by before it is added to the residual stream (Mllama's cross-attention)."""
 

@@ -175,6 +175,10 @@ def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, A
         "type": config.model_type,
         "layers": len(language),
         "widths": [projection.width for projection in language],
+        "module_widths": {
+            module: [projection.width for projection in parts.of(module) if not projection.reads_text]
+            for module in ("vision", "projector")
+        },
         "projections": [projection.path for projection in language],
         "final_norm": parts.final_norm,
         "unembedding": parts.unembedding,

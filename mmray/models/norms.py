@@ -54,7 +54,7 @@ def _through(
     return folded
 
 
-FEWEST_ROWS = 8
+FEWEST_ROWS = 16
 """Of fewer rows BLAS takes another path, and the bits of a product would depend on what shares the batch."""
 
 
@@ -67,7 +67,7 @@ def log_probability(
     model: LoadedModel, hidden: Float[Tensor, "place hidden"], tokens: Int[Tensor, " place"]
 ) -> Float[Tensor, " place"]:
     """Return the log-probability in nats of each token, from the input of the final norm at the place before it."""
-    logits = _logits(model, hidden)
+    logits = vocabulary_logits(model, hidden)
     return _chosen(logits.log_softmax(dim=1), tokens)
 
 
@@ -75,10 +75,20 @@ def token_logits(
     model: LoadedModel, hidden: Float[Tensor, "place hidden"], tokens: Int[Tensor, " place"]
 ) -> Float[Tensor, " place"]:
     """Return the logit of each token, from the input of the final norm at the place before it."""
-    return _chosen(_logits(model, hidden), tokens)
+    return _chosen(vocabulary_logits(model, hidden), tokens)
 
 
-def _logits(model: LoadedModel, hidden: Float[Tensor, "place hidden"]) -> Float[Tensor, "place vocabulary"]:
+def token_log_odds(
+    model: LoadedModel, hidden: Float[Tensor, "place hidden"], tokens: Int[Tensor, " place"]
+) -> Float[Tensor, " place"]:
+    """Return log(p / (1 - p)) of each token, which unlike log p does not flatten where the model is sure."""
+    logits = vocabulary_logits(model, hidden)
+    others = logits.scatter(1, tokens.to(logits.device)[:, None], -torch.inf)
+    return _chosen(logits, tokens) - others.logsumexp(dim=1)
+
+
+def vocabulary_logits(model: LoadedModel, hidden: Float[Tensor, "place hidden"]) -> Float[Tensor, "place vocabulary"]:
+    """Return the logits of all tokens in fp32, from the input of the final norm at each place."""
     normed = model.norm(hidden) * model.parts.logit_scale
     head = model.network.get_submodule(model.parts.unembedding)
     device = unembedding_rows(model.network, model.parts).device

@@ -184,7 +184,9 @@ def _projection(model: nn.Module, module: str, layer: int, block: str, stack: St
         weight = model.get_parameter(_join(block, stack.residual_gate)).detach()
         # A model that is only described has no weights, and its parts are not used.
         scale = 1.0 if weight.is_meta else float(weight.tanh())
-    return Projection(module, layer, path, gate, width, experts, post_norm=post_norm, scale=scale)
+    return Projection(
+        module, layer, path, gate, width, experts, post_norm=post_norm, reads_text=stack.reads_text, scale=scale
+    )
 
 
 def _join(root: str, path: str) -> str:

@@ -87,8 +87,28 @@ class Batch:
         }
 
 
-def prompt_text(model: LoadedModel, prompt: str | None, language: str | None, *, image: bool = True) -> str:
-    """Return the text before a caption: the question in the family's chat template, the answer about to begin."""
+def prompt_text(
+    model: LoadedModel, prompt: str | None, language: str | None, *, image: bool = True, prefix: str | None = None
+) -> str:
+    """Return the text before a caption: the question in the family's chat template, the answer about to begin.
+
+    `prefix` is the beginning of the answer that the model is made to give ("An image of", as published). Raises
+    InputError for one to a model whose answer is not of one sequence, read in one direction, with the prompt.
+    """
+    asked = _question(model, prompt, language, image=image)
+    if not prefix:
+        return asked
+    if model.parts.encoder_decoder or model.parts.family in CAUSAL_TYPE:
+        raise InputError(f"{model.name}: --prefix needs a decoder that reads prompt and answer as one causal sequence")
+    return f"{asked}{'' if not asked or asked[-1].isspace() else ' '}{prefix.strip()}"
+
+
+def prefix_before(caption: str, prefix: str | None) -> str | None:
+    """Return the prefix to put before a caption: none where the caption begins with it."""
+    return None if prefix and caption.casefold().startswith(prefix.strip().casefold()) else prefix
+
+
+def _question(model: LoadedModel, prompt: str | None, language: str | None, *, image: bool) -> str:
     question = prompt if prompt is not None else PROMPTS.get((language or "en")[:2].lower(), PROMPTS["en"])
     content: list[dict[str, str]] = [{"type": "text", "text": question}]
     if image:

@@ -69,8 +69,9 @@ SCORES: dict[str, ScoreFunction] = {
 }
 """The scores of one forward pass, by the name that `--score` takes."""
 
-GRADIENTS = ("gradient", "gradient-last")
-"""The scores that take a backward pass a noun: gradient × activation over the image, or at the predicting position."""
+GRADIENTS = ("gradient", "gradient-last", "effect")
+"""The scores that take a backward pass a noun; see `mmray.neurons.gradients`. `effect` adds its folded contribution
+once more: the direct part is exact, what goes through later layers is a first-order estimate, and so counts half."""
 
 
 def project(

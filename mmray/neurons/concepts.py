@@ -55,11 +55,11 @@ class NounSource:
         forms = self.lexicon.get(None, frozenset()) | self.lexicon.get(language, frozenset())
         return find_forms(caption, forms, language)
 
-    def digest(self) -> str:
-        """Return a digest of all that decides which nouns are found."""
+    def digest(self, *, generated: bool) -> str:
+        """Return a digest of all that decides which nouns are found, in captions of the data or in `generated` ones."""
         lexicon = sorted((language or "", sorted(nouns)) for language, nouns in self.lexicon.items())
         translations = sorted((name, sorted(names.items())) for name, names in self.translations.items())
-        facts = repr((self.kind, self.vocabulary, translations, lexicon))
+        facts = repr((self.kind, self.vocabulary if generated else (), translations, lexicon))
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 

@@ -1,19 +1,25 @@
-"""Gradient × activation: the baseline that needs a backward pass a noun (Schwettmann et al. 2023, "Mmns")."""
+"""Gradient × activation: the baseline that needs a backward pass a noun (Schwettmann et al. 2023, "Mmns"), and effect.
+
+What is differentiated, and over which positions the products are summed, is all that sets these scores apart.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmray.errors import InputError
-from mmray.models.capture import tap, tap_input
+from mmray.models.capture import tap
+from mmray.models.layout import Projection
 from mmray.models.loading import LoadedModel
-from mmray.models.norms import token_logits
+from mmray.models.norms import token_log_odds, token_logits
+from mmray.models.parts import output_rows
 from mmray.models.prompting import Batch
+from mmray.neurons.captured import Captured, capturing
 from mmray.neurons.places import Place, rank_in_row
 from mmray.neurons.statistics import TokenStatistics
 
@@ -22,61 +28,69 @@ def gradient_pass(
     model: LoadedModel,
     batch: Batch,
     places: Sequence[Place],
+    score: str,
     *,
-    last: bool,
     statistics: TokenStatistics | None = None,
-) -> tuple[list[Float[Tensor, "place neuron"]], list[Float[Tensor, "place neuron"]], Float[Tensor, "place hidden"]]:
-    """Return, a list entry a layer, gradient × activation and the activation at each place; and the final norm's input.
+) -> tuple[list[Float[Tensor, "place neuron"]], Captured]:
+    """Return gradient × activation at each place, a list entry a layer, and what else the forward showed.
 
-    The gradient is that of the token's logit with respect to each activation, through all later layers. It is summed
-    over the image's positions, as published, or taken at the predicting position alone (`last`). Samples of a batch
-    don't depend on one another, so that one backward pass serves the first noun of each, another the second, …
+    `gradient`: of the token's logit, summed over the image's positions, as published; `gradient-last`: at the
+    predicting position alone; `effect`: of the token's log-odds, over all positions: the first-order estimate of what
+    ablating the neuron takes from them. All gradients run through all later layers. Samples of a batch don't depend on
+    one another, so that one backward pass serves the first noun of each, another the second, …
     """
-    if any(projection.experts for projection in model.projections):
-        raise InputError(f"{model.name}: gradient scores need a Linear's input, which fused experts have not")
+    ends: list[Tensor] = []
     activations: list[Tensor] = []
-    hidden: list[Tensor] = []
-
-    def receive(activation: Tensor) -> None:
-        # Weights are frozen: the first layer's activations start the graph, and the later ones hang on it.
-        activations.append(activation if activation.requires_grad else activation.requires_grad_())
-
-    def count(layer: int, activation: Tensor, opened: Tensor) -> None:
-        if statistics is not None:
-            statistics.add(layer, activation.detach(), opened.detach())
-
-    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as taps:
-        taps.enter_context(tap(model.network, model.projections, count))
-        for projection in model.projections:
-            taps.enter_context(tap_input(model.network.get_submodule(projection.path), receive))
-        taps.enter_context(tap_input(model.norm, hidden.append))
-        model.network(**batch.to(model.device, model.network.dtype))
-        states = hidden[-1].flatten(0, -2)
-        index = torch.tensor([place.row * batch.positions + place.position for place in places], dtype=torch.long)
-        tokens = torch.tensor([place.token for place in places], dtype=torch.long)
-        logits = token_logits(model, states[index.to(states.device)], tokens)
-        scores = [torch.zeros(len(places), width, device=states.device) for width in model.widths]
+    with torch.inference_mode(False), torch.enable_grad():
+        with capturing(model, batch, places, statistics) as captured, ExitStack() as taps:
+            taps.enter_context(tap(model.network, model.projections, lambda _, seen, __: activations.append(seen)))
+            for projection in model.projections:
+                taps.callback(_keep_end(model.network.get_submodule(projection.path), projection, ends).remove)
+            model.network(**batch.to(model.device, model.network.dtype))
+        differentiated = token_log_odds if score == "effect" else token_logits
+        numbers = differentiated(model, captured.hidden, captured.tokens)
+        scores = [torch.zeros(len(places), width, device=numbers.device) for width in model.widths]
         turns = rank_in_row(places)
         for turn in sorted(set(turns)):
             members = [place for place, own in enumerate(turns) if own == turn]
-            gradients = torch.autograd.grad(logits[members].sum(), activations, retain_graph=turn < max(turns))
-            for layer, (gradient, activation) in enumerate(zip(gradients, activations, strict=True)):
+            gradients = torch.autograd.grad(numbers[members].sum(), ends, retain_graph=turn < max(turns))
+            for layer, projection in enumerate(model.projections):
+                gradient = gradients[layer].flatten(0, -2)
                 for member in members:
-                    rows = _rows(batch, places[member], last=last)
-                    product = (gradient.flatten(0, -2)[rows].float() * flat(activation)[rows].float()).sum(dim=0)
-                    scores[layer][member] = product.to(states.device)
-    at_places = [flat(activation)[index.to(activation.device)].float() for activation in activations]
-    return scores, at_places, states.detach()[index.to(states.device)]
+                    rows = _rows(batch, places[member], score).to(gradient.device)
+                    chosen = gradient[rows].float()
+                    if projection.experts:
+                        chosen = chosen @ output_rows(model.network, projection).float().T
+                    product = (chosen * activations[layer][rows].detach().float()).sum(dim=0)
+                    scores[layer][member] = product.to(numbers.device)
+    captured.hidden = captured.hidden.detach()
+    return scores, captured
 
 
-def flat(activation: Tensor) -> Float[Tensor, "row neuron"]:
-    """Return activations with a row a token, out of the graph."""
-    return activation.detach().flatten(0, -2)
+def _keep_end(module: nn.Module, projection: Projection, ends: list[Tensor]) -> Any:
+    """Keep, at the next forward, what a layer's gradient is taken with respect to.
+
+    That is the input of its projection, the activations themselves. Fused experts have no such input: there it is their
+    output, whose gradient times the rows of W_out is that of the activations.
+    """
+
+    def keep(tensor: Tensor) -> None:
+        # Weights are frozen: the first layer's activations start the graph, and the later ones hang on it.
+        ends.append(tensor if tensor.requires_grad else tensor.requires_grad_())
+
+    see_input: Callable[..., None] = lambda _, arguments: keep(arguments[0])  # noqa: E731
+    see_output: Callable[..., None] = lambda _, __, output: keep(output)  # noqa: E731
+    if projection.experts:
+        return module.register_forward_hook(see_output)
+    return module.register_forward_pre_hook(see_input)
 
 
-def _rows(batch: Batch, place: Place, *, last: bool) -> Tensor:
+def _rows(batch: Batch, place: Place, score: str) -> Tensor:
+    """Return the rows of the flattened batch that the products are summed over."""
     first = place.row * batch.positions
-    if last:
+    if score == "gradient-last":
         return torch.tensor([first + place.position])
+    if score == "effect":
+        return torch.arange(first, first + place.position + 1)
     spans = [range(run.start, run.stop) for run in batch.runs if run.row == place.row and run.modality == "image"]
     return torch.tensor([first + position for span in spans for position in span], dtype=torch.long)

@@ -6,7 +6,8 @@ resumes can't change them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +15,14 @@ from jaxtyping import Int64
 from numpy import ndarray
 
 from mmray.neuron_names import neuron_name
+from mmray.neurons.hits import Hits
 from mmray.neurons.ranking import Shares, locate_index, rank_concept
 from mmray.neurons.reduction import ConceptMerge
 from mmray.neurons.statistics import EXAMPLES
 from mmray.tables import SCHEMAS, list_values
+
+ActivityKey = tuple[str, str, str, str]
+"""Module, kind of label, label, modality."""
 
 ReadPart = Callable[[str], pa.Table]
 """Reads one part (`captions`, `concepts`, …) of a committed shard."""
@@ -29,31 +34,32 @@ APPENDED = ("captions", "occurrences", "errors")
 class RunMerge:
     """Takes in the shards of a run one by one and makes its tables."""
 
-    def __init__(self, widths: Sequence[int], decoded: pa.Table, top_k: int) -> None:
+    def __init__(
+        self,
+        widths: Sequence[int],
+        decoded: pa.Table,
+        top_k: int,
+        modules: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    ) -> None:
         self.widths = widths
+        self.module_widths = {"language": widths, **modules}
         self.neurons = sum(widths)
         self.decoded = decoded
         self.top_k = top_k
         self.concepts = ConceptMerge(self.neurons)
-        self.activity: dict[tuple[str, str, str], list[ndarray]] = {}
-        self.tokens: dict[tuple[str, str, str], int] = {}
+        self.activity: dict[ActivityKey, list[ndarray]] = {}
+        self.tokens: dict[ActivityKey, int] = {}
         self.examples = {sign: _Examples(sign, self.neurons) for sign in (1, -1)}
-        self.hits: dict[str, list[ndarray]] = {}
+        self.hits = Hits(widths)
         self._layer, self._unit = locate_index(widths, np.arange(self.neurons))
 
     def add(self, read: ReadPart) -> dict[str, pa.Table]:
         """Take in one shard; return its rows of the appended tables."""
         rows = {name: read(name) for name in APPENDED}
         self.concepts.add(read("concepts"), read("totals"))
-        self._add_hits(rows["occurrences"])
-        for part in read("activity").to_batches():
-            for row in range(part.num_rows):
-                self._add_activity(pa.Table.from_batches([part.slice(row, 1)]))
-        examples = read("examples")
-        lists = [list_values(examples[name]) for name in ("activation", "sample", "position")]
-        names = rows["captions"]["sample_id"].to_pylist()
-        for sign, activation, sample, position in zip(examples["sign"].to_pylist(), *lists, strict=True):
-            self.examples[sign].add(activation, np.array(names, object)[sample], position)
+        self.hits.add(rows["occurrences"])
+        self._add_activity(read("activity"))
+        self._add_examples(read("examples"), np.array(rows["captions"]["sample_id"].to_pylist(), object))
         return rows
 
     def tables(self) -> Iterator[tuple[str, pa.Table]]:
@@ -65,7 +71,7 @@ class RunMerge:
 
     def rankings(self) -> pa.Table:
         """Return every concept's ranking, concepts in alphabetical order."""
-        shares = Shares({concept: _counted(parts) for concept, parts in self.hits.items()})
+        shares = Shares(self.hits.counts())
         tokens = self.decoded["tokens"]
         ranked = [
             rank_concept(concept, self.concepts.sums(concept), self.concepts, shares, self.widths, tokens)
@@ -75,9 +81,9 @@ class RunMerge:
 
     def neuron_table(self) -> pa.Table:
         """Return a row a neuron: what it does over all counted tokens, and what it writes."""
-        of_all = [sums for (kind, _, _), sums in self.activity.items() if kind == "all"]
+        of_all = [sums for key, sums in self.activity.items() if key[:2] == ("language", "all")]
         active, total, squares = np.sum(of_all, axis=0) if of_all else np.zeros((3, self.neurons))
-        tokens = sum(count for (kind, _, _), count in self.tokens.items() if kind == "all")
+        tokens = sum(count for key, count in self.tokens.items() if key[:2] == ("language", "all"))
         mean = total / max(tokens, 1)
         return pa.table(
             {
@@ -98,17 +104,20 @@ class RunMerge:
         )
 
     def activity_table(self) -> pa.Table:
-        """Return a row a label, modality and neuron."""
+        """Return a row a module, label, modality and neuron."""
         tables = [SCHEMAS["activity"].empty_table()]
-        for (kind, label, modality), (active, total, squares) in sorted(self.activity.items()):
-            constants = {"label_kind": kind, "label": label, "modality": modality}
+        for key, (active, total, squares) in sorted(self.activity.items()):
+            constants = dict(zip(("module", "label_kind", "label", "modality"), key, strict=True))
+            widths = self.module_widths[key[0]]
+            neurons = sum(widths)
+            layer, unit = locate_index(widths, np.arange(neurons))
             tables.append(
                 pa.table(
                     {
-                        **{name: pa.repeat(value, self.neurons) for name, value in constants.items()},
-                        "layer": self._layer,
-                        "unit": self._unit,
-                        "n_tokens": np.full(self.neurons, self.tokens[kind, label, modality]),
+                        **{name: pa.repeat(value, neurons) for name, value in constants.items()},
+                        "layer": layer,
+                        "unit": unit,
+                        "n_tokens": np.full(neurons, self.tokens[key]),
                         "n_active": active.astype(np.int64),
                         "sum": total,
                         "sum_squares": squares,
@@ -129,28 +138,24 @@ class RunMerge:
             served[scores.neuron[highest]] += 1
         return served
 
-    def _add_activity(self, row: pa.Table) -> None:
-        key = (row["label_kind"][0].as_py(), row["label"][0].as_py(), row["modality"][0].as_py())
-        numbers = [list_values(row[name])[0].astype(np.float64) for name in ("n_active", "sum", "sum_squares")]
-        self.tokens[key] = self.tokens.get(key, 0) + row["n_tokens"][0].as_py()
-        before = self.activity.get(key)
-        self.activity[key] = numbers if before is None else [a + b for a, b in zip(before, numbers, strict=True)]
+    def _add_activity(self, rows: pa.Table) -> None:
+        labels = zip(*(rows[name].to_pylist() for name in ("module", "label_kind", "label", "modality")), strict=True)
+        lists = zip(*(list_values(rows[name]) for name in ("n_active", "sum", "sum_squares")), strict=True)
+        for key, tokens, numbers in zip(labels, rows["n_tokens"].to_pylist(), lists, strict=True):
+            self.tokens[key] = self.tokens.get(key, 0) + tokens
+            if key not in self.activity:
+                self.activity[key] = [np.zeros(len(part)) for part in numbers]
+            for total, added in zip(self.activity[key], numbers, strict=True):
+                total += added
 
-    def _add_hits(self, occurrences: pa.Table) -> None:
-        if not len(occurrences):
-            return
-        starts = np.cumsum([0, *self.widths])
-        lists = occurrences["neurons"].combine_chunks()
-        entries = lists.flatten()
-        neuron = starts[entries.field("layer").to_numpy()] + entries.field("unit").to_numpy()
-        by_occurrence = np.split(neuron, lists.offsets.to_numpy()[1:-1] - lists.offsets[0].as_py())
-        for concept, listed in zip(occurrences["concept"].to_pylist(), by_occurrence, strict=True):
-            self.hits.setdefault(concept, []).append(listed)
-
-
-def _counted(parts: list[ndarray]) -> tuple[Int64[ndarray, " neuron"], Int64[ndarray, " neuron"]]:
-    neurons, counts = np.unique(np.concatenate(parts), return_counts=True)
-    return neurons, counts
+    def _add_examples(self, rows: pa.Table, names: ndarray) -> None:
+        signs = rows["sign"].to_numpy()
+        lists = [list_values(rows[name]) for name in ("activation", "sample", "position")]
+        for sign, examples in self.examples.items():
+            ranks = np.flatnonzero(signs == sign)
+            if len(ranks):
+                activation, sample, position = (np.stack([values[rank] for rank in ranks]) for values in lists)
+                examples.add(activation, names[sample], position)
 
 
 class _Examples:
@@ -163,14 +168,26 @@ class _Examples:
         self.position = np.zeros((0, neurons), np.int32)
 
     def add(self, activation: ndarray, sample: ndarray, position: ndarray) -> None:
-        """Take in one rank of one shard."""
-        self.activation = np.vstack([self.activation, activation])
-        self.sample = np.vstack([self.sample, sample])
-        self.position = np.vstack([self.position, position])
-        order = np.argsort(-self.sign * self.activation, axis=0, kind="stable")[:EXAMPLES]
-        self.activation = np.take_along_axis(self.activation, order, 0)
-        self.sample = np.take_along_axis(self.sample, order, 0)
-        self.position = np.take_along_axis(self.position, order, 0)
+        """Take in one shard's samples, [rank, neuron]; of equal ones the earlier shard's stays ahead."""
+        if len(self.activation) < EXAMPLES:
+            changed = np.arange(activation.shape[1])
+            grown = [np.vstack(pair) for pair in zip(self._arrays(), (activation, sample, position), strict=True)]
+            kept = min(EXAMPLES, len(grown[0]))
+            self.activation, self.sample, self.position = (values[:kept].copy() for values in grown)
+        else:
+            # Of a long run only few neurons have a new extreme in a shard.
+            changed = np.flatnonzero((self.sign * activation).max(axis=0) > self.sign * self.activation[-1])
+            if not len(changed):
+                return
+            new = (activation[:, changed], sample[:, changed], position[:, changed])
+            old = (values[:, changed] for values in self._arrays())
+            grown = [np.vstack(pair) for pair in zip(old, new, strict=True)]
+        order = np.argsort(-self.sign * grown[0], axis=0, kind="stable")[: len(self.activation)]
+        for values, candidates in zip(self._arrays(), grown, strict=True):
+            values[:, changed] = np.take_along_axis(candidates, order, 0)
+
+    def _arrays(self) -> tuple[ndarray, ndarray, ndarray]:
+        return self.activation, self.sample, self.position
 
     def extreme(self) -> ndarray:
         """Return each neuron's highest (lowest) activation."""

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel, load
-from mmray.models.prompting import encode, prompt_text, tokenize_caption
+from mmray.models.prompting import encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neurons.checking import assert_sound
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.places import place_mentions
-from mmray.neurons.scoring import score_batch
+from mmray.neurons.scoring import score_batch, whole_nouns
+from mmray.settings import Pieces
 
 
 class Model(LoadedModel):
@@ -32,20 +33,24 @@ class Model(LoadedModel):
         score: str = "contribution",
         fold_norm: bool = False,
         prompt: str | None = None,
+        prefix: str | None = None,
         language: str | None = None,
+        pieces: Pieces = "first",
     ) -> Float[Tensor, "layer neuron"]:
         """Return every neuron's score for a noun of the caption, on the CPU, in logits.
 
         Where the noun occurs more than once, the mean over its occurrences. Layers of fewer neurons are filled up with
-        zeros. Raises InputError when the caption does not name the concept.
+        zeros; of a noun of several tokens the first is scored, or with `pieces="sum"` all. Raises InputError when the
+        caption does not name the concept.
         """
         mentions = find_forms(caption, frozenset({concept.casefold()}), language)
         if not mentions:
             raise InputError(f"the caption {caption!r} does not name {concept!r}")
-        before = prompt_text(self, prompt, language, image=image is not None)
+        before = prompt_text(self, prompt, language, image=image is not None, prefix=prefix_before(caption, prefix))
         tokens, offsets = tokenize_caption(self, before, caption)
         batch = encode(self, [before], [open_image(image)], [tokens], [offsets])
-        scored = score_batch(self, batch, place_mentions(batch, 0, "", mentions), score, folded=fold_norm)
+        places = place_mentions(batch, 0, "", mentions, every=pieces == "sum")
+        _, scored = whole_nouns(places, score_batch(self, batch, places, score, folded=fold_norm))
         result = torch.zeros(len(self.widths), max(self.widths))
         for layer, scores in enumerate(scored.scores):
             result[layer, : self.widths[layer]] = scores.mean(dim=0).cpu()

@@ -19,18 +19,34 @@ class Place:
     token: int
     concept: str
     sample_id: str
+    piece: int = 0
+    """Which of the noun's tokens it is, from 0; the places of one noun follow each other."""
 
 
-def place_mentions(batch: Batch, row: int, sample_id: str, mentions: Sequence[Mention]) -> list[Place]:
-    """Return the place that predicts the first token of each mention, aligned by the characters that tokens cover."""
+def place_mentions(
+    batch: Batch, row: int, sample_id: str, mentions: Sequence[Mention], *, every: bool = False
+) -> list[Place]:
+    """Return the place that predicts the first token of each mention, aligned by the characters that tokens cover.
+
+    With `every`, the places of all its tokens: those that cover a character of it.
+    """
     places = []
     for mention in mentions:
-        for index, (_, stop) in enumerate(batch.offsets[row]):
-            if stop > mention.start:
-                position = batch.caption_start[row] + index - 1
-                places.append(Place(row, position, batch.tokens[row][index], mention.concept, sample_id))
-                break
+        behind = [index for index, (_, stop) in enumerate(batch.offsets[row]) if stop > mention.start]
+        spelling = [index for index in behind[1:] if every and batch.offsets[row][index][0] < mention.stop]
+        for piece, index in enumerate([*behind[:1], *spelling]):
+            position = batch.caption_start[row] + index - 1
+            places.append(Place(row, position, batch.tokens[row][index], mention.concept, sample_id, piece))
     return places
+
+
+def places_of(batch: Batch, named: Sequence[tuple[str, Sequence[Mention]]], *, every: bool = False) -> list[Place]:
+    """Return the places of all rows, whose sample ids and mentions are `named`; see `place_mentions`."""
+    return [
+        place
+        for row, (sample_id, mentions) in enumerate(named)
+        for place in place_mentions(batch, row, sample_id, mentions, every=every)
+    ]
 
 
 def rank_in_row(places: Sequence[Place]) -> list[int]:

@@ -57,7 +57,7 @@ def estimate(
         teraflops=2 * parameters * positions * manifest.samples * passes / 1e12,
         speed=EFFICIENCY * _product_speed(settings.dtype),
         # Without GPUs all workers of a machine share its cores, and its speed is that of all.
-        workers=(settings.workers or torch.cuda.device_count()) if torch.cuda.is_available() else 1,
+        workers=(settings.worker_range or (0, torch.cuda.device_count()))[1] if torch.cuda.is_available() else 1,
         occurrences=occurrences,
         bytes_written=int(len(manifest.shards) * shard_bytes + manifest.samples * occurrences * settings.top_k * 14),
     )

@@ -15,7 +15,7 @@ from mmray.neurons.reduction import ConceptMerge, ConceptScores
 from mmray.tables import SCHEMAS
 
 RANKED = 256
-"""Neurons a concept in `rankings`, by score, and as many by `specific`."""
+"""Neurons a concept in `rankings`, by score, and as many by `specific` and by `selective`."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,17 @@ def specific_scores(scores: ConceptScores, total: Float64[ndarray, " all"], n: i
     return scores.score / scores.n - np.maximum(0, elsewhere)
 
 
+def selective_scores(scores: ConceptScores, squares: Float64[ndarray, " all"], n: int) -> Float64[ndarray, " neuron"]:
+    """Return mean contribution minus the root mean square of the contribution to the noun at all other occurrences.
+
+    A neuron that serves one other noun and hurts the next has a mean of nothing elsewhere, and a large mean square: of
+    the sums that shards can add up exactly, it is what tells most about what zeroing the neuron does to other nouns.
+    """
+    others = n - scores.n
+    elsewhere = (squares[scores.neuron] - scores.squares) / others if others else np.zeros(len(scores.score))
+    return scores.score / scores.n - np.sqrt(np.maximum(0, elsewhere))
+
+
 def rank_concept(
     concept: str,
     scores: ConceptScores,
@@ -59,18 +70,16 @@ def rank_concept(
     widths: Sequence[int],
     tokens: pa.ChunkedArray,
 ) -> pa.Table:
-    """Return the concept's rows of `rankings`: the RANKED highest by score and by `specific`, in order of score.
+    """Return the concept's rows of `rankings`: the RANKED highest by each of three orders, in order of score.
 
     Ties go to the lower layer and unit. `tokens` is what every neuron writes, by its index over all layers.
     """
     specific = specific_scores(scores, merge.total, merge.n)
-    by_score = np.lexsort((scores.neuron, -scores.score))
-    by_specific = np.lexsort((scores.neuron, -specific))
-    rank = np.empty(len(by_score), np.int64)
-    rank[by_score] = np.arange(1, len(by_score) + 1)
-    specific_rank = np.empty_like(rank)
-    specific_rank[by_specific] = np.arange(1, len(rank) + 1)
-    rows = by_score[(rank[by_score] <= RANKED) | (specific_rank[by_score] <= RANKED)]
+    selective = selective_scores(scores, merge.total_squares, merge.n)
+    by_score, rank = _ranked(scores, scores.score)
+    _, specific_rank = _ranked(scores, specific)
+    _, selective_rank = _ranked(scores, selective)
+    rows = by_score[np.minimum(np.minimum(rank, specific_rank), selective_rank)[by_score] <= RANKED]
     neurons = scores.neuron[rows]
     layer, unit = locate_index(widths, neurons)
     mean = scores.score[rows] / scores.n
@@ -91,6 +100,16 @@ def rank_concept(
             "activation": scores.activation[rows] / scores.n,
             "tokens": tokens.take(pa.array(neurons)),
             "certified": scores.certified()[rows],
+            "selective": selective[rows],
+            "selective_rank": selective_rank[rows],
         },
         schema=SCHEMAS["rankings"],
     )
+
+
+def _ranked(scores: ConceptScores, values: Float64[ndarray, " neuron"]) -> tuple[Int64[ndarray, " neuron"], ...]:
+    """Return the order of the neurons, highest first, and each neuron's rank from 1."""
+    order = np.lexsort((scores.neuron, -values))
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(1, len(order) + 1)
+    return order, rank

@@ -88,7 +88,6 @@ class ConceptSums:
         order = torch.tensor([self.concepts[name] for name in names], dtype=torch.long)
         counts = np.array([self.counts[place] for place in order], np.int64)
         scores = self._summed("score", order)
-        total = scores.sum(dim=0).numpy()
         bounds = np.full(len(names), -np.inf)
         schema = PART_SCHEMAS["concepts"]
         index, best = pa.nulls(len(names), schema.field("neuron").type), None
@@ -110,8 +109,18 @@ class ConceptSums:
             [pa.array(names, pa.string()), pa.array(counts), pa.array(bounds, pa.float64()), index, *columns],
             schema=schema,
         )
-        score = list_column(total[None], PART_SCHEMAS["totals"].field("score").type)
-        return concepts, pa.Table.from_arrays([pa.array([counts.sum()]), score], schema=PART_SCHEMAS["totals"])
+        every = PART_SCHEMAS["totals"]
+        totals = [list_column(self._total(name)[None], every.field(name).type) for name in every.names[1:]]
+        return concepts, pa.Table.from_arrays([pa.array([counts.sum()]), *totals], schema=every)
+
+    def _total(self, name: str) -> Float64[ndarray, " neuron"]:
+        """Return one of SUMS over all concepts and layers."""
+        place = list(SUMS).index(name)
+        parts = [
+            np.zeros(width) if sums is None else sums[place].sum(dim=0, dtype=torch.float64).cpu().numpy()
+            for sums, width in zip(self._sums, self.widths, strict=True)
+        ]
+        return np.concatenate(parts)
 
     def _summed(self, name: str, concepts: Int[Tensor, " concept"]) -> Float[Tensor, "concept neuron"]:
         """Return one of SUMS of these concepts over all layers, on the CPU."""
@@ -150,11 +159,13 @@ class ConceptMerge:
         self.neurons = neurons
         self.concepts: dict[str, Merged] = {}
         self.total = np.zeros(neurons)
+        self.total_squares = np.zeros(neurons)
         self.n = 0
 
     def add(self, concepts: pa.Table, totals: pa.Table) -> None:
         """Take in one shard."""
         self.total += list_values(totals["score"])[0]
+        self.total_squares += list_values(totals["score_squares"])[0]
         self.n += totals["n"][0].as_py()
         every = np.arange(self.neurons)
         index = [every] * len(concepts) if concepts["neuron"].null_count else list_values(concepts["neuron"])

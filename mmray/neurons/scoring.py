@@ -5,21 +5,21 @@ from __future__ import annotations
 import inspect
 import zlib
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from mmray.models.capture import gate_function, tap, tap_input
+from mmray.models.capture import gate_function
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import fold_block, fold_norm, log_probability
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.models.prompting import Batch
 from mmray.neurons.attribution import GRADIENTS, SCORES, Located, project
+from mmray.neurons.captured import Captured, capturing
 from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.places import Place
 from mmray.neurons.statistics import TokenStatistics
@@ -46,48 +46,49 @@ def score_batch(
 ) -> Scored:
     """Run the batch once, teacher-forced, and score every neuron at these places.
 
-    Activations of the chosen positions alone are kept, on the device, as each layer computes them; `statistics` sees
-    the layers in passing and must have been told of the batch. The gradient scores take a backward pass a noun besides.
+    The scores of GRADIENTS take a backward pass a noun besides. `statistics` must have been told of the batch.
     """
-    if score in GRADIENTS:
-        last = score == "gradient-last"
-        scores, activation, states = gradient_pass(model, batch, places, last=last, statistics=statistics)
-        return Scored(scores, activation, log_probability(model, states, _tokens(places)))
-    positions = torch.tensor([place.row * batch.positions + place.position for place in places], dtype=torch.long)
-    activations: dict[int, Tensor] = {}
-    opens: dict[int, Tensor] = {}
-    hidden: list[Tensor] = []
-    written: dict[int, Tensor] = {}
-    with_gate = score == "gate"
+    if score not in GRADIENTS:
+        with capturing(model, batch, places, statistics) as captured:
+            forward(model, batch)
+        return score_captured(model, captured, score, folded=folded)
+    products, captured = gradient_pass(model, batch, places, score, statistics=statistics)
+    direct = score_captured(model, captured, "contribution", folded=True)
+    if score == "effect":
+        products = [product + share for product, share in zip(products, direct.scores, strict=True)]
+    return Scored(products, direct.activation, direct.log_prob)
 
-    def receive(layer: int, activation: Tensor, opened: Tensor) -> None:
-        index = positions.to(activation.device)
-        activations[layer] = activation[index].float()
-        if with_gate:
-            opens[layer] = gate_function(model.network, model.projections[layer])(opened[index]).float()
-        if statistics is not None:
-            statistics.add(layer, activation, opened)
 
-    def receive_final(states: Tensor) -> None:
-        hidden.append(states.flatten(0, -2)[positions.to(states.device)])
+@torch.inference_mode()
+def score_captured(model: LoadedModel, captured: Captured, score: str, *, folded: bool = False) -> Scored:
+    """Score every neuron at the captured places by one of SCORES."""
+    directions = _directions(model, captured, folded=folded)
+    activations = [captured.activations[layer] for layer in range(len(model.widths))]
+    scores = []
+    for layer, (projection, activation) in enumerate(zip(model.projections, activations, strict=True)):
+        gate = activation
+        if score == "gate":
+            gate = gate_function(model.network, projection)(captured.opened[layer]).float()
+        rows = output_rows(model.network, projection).to(activation.device)
+        projected = project(directions[layer].to(activation.device), rows)
+        scores.append(SCORES[score](Located(activation, gate, projected, _seeds(captured.places, layer))))
+    return Scored(scores, activations, log_probability(model, captured.hidden, captured.tokens))
 
-    def receive_written(layer: int, output: Tensor) -> None:
-        written[layer] = output.flatten(0, -2)[positions.to(output.device)]
 
-    with ExitStack() as stack:
-        stack.enter_context(tap(model.network, model.projections, receive))
-        stack.enter_context(tap_input(model.norm, receive_final))
-        for layer, projection in enumerate(model.projections):
-            if folded and projection.post_norm is not None:
-                norm = model.network.get_submodule(projection.post_norm)
-                stack.enter_context(tap_input(norm, partial(receive_written, layer)))
-        forward(model, batch)
-    # Without an image Mllama leaves its cross-attention blocks out: their neurons do nothing.
-    for layer in sorted(set(range(len(model.widths))) - set(activations)):
-        nothing = hidden[-1].new_zeros(len(batch.tokens) * batch.positions, model.widths[layer])
-        receive(layer, nothing, nothing)
-    directions = _directions(model, places, hidden[-1], written, folded=folded)
-    return _score(model, places, activations, opens, directions, score, hidden[-1])
+def whole_nouns(places: Sequence[Place], scored: Scored) -> tuple[list[Place], Scored]:
+    """Add up what the tokens of each noun were scored; the place and the activation are those of its first token."""
+    first = [number for number, place in enumerate(places) if place.piece == 0]
+    if len(first) == len(places):
+        return list(places), scored
+    sizes = [stop - start for start, stop in pairwise([*first, len(places)])]
+
+    def added(values: Tensor) -> Tensor:
+        return torch.stack([part.sum(dim=0) for part in torch.split(values, sizes)])
+
+    activation = [part[first] for part in scored.activation]
+    return [places[number] for number in first], Scored(
+        [added(part) for part in scored.scores], activation, added(scored.log_prob)
+    )
 
 
 def forward(model: LoadedModel, batch: Batch) -> Any:
@@ -102,47 +103,17 @@ def forward(model: LoadedModel, batch: Batch) -> Any:
     return model.network(**batch.to(model.device, model.network.dtype), **extra)
 
 
-def _directions(
-    model: LoadedModel, places: Sequence[Place], hidden: Tensor, written: dict[int, Tensor], *, folded: bool
-) -> list[Float[Tensor, "place hidden"]]:
+def _directions(model: LoadedModel, captured: Captured, *, folded: bool) -> list[Float[Tensor, "place hidden"]]:
     """Return, a list entry a layer, what a neuron's row is multiplied by to give its share of the token's logit."""
     table = unembedding_rows(model.network, model.parts)
-    unembedding = table[_tokens(places).to(table.device)].float()
+    unembedding = table[captured.tokens.to(table.device)].float()
     if not folded:
         return [unembedding] * len(model.widths)
-    final = fold_norm(model, hidden.to(table.device), unembedding)
+    final = fold_norm(model, captured.hidden.to(table.device), unembedding)
+    written = {layer: output.to(table.device) for layer, output in captured.written.items()}
     return [
-        fold_block(model, projection, written[layer].to(table.device) if layer in written else None, final)
-        for layer, projection in enumerate(model.projections)
+        fold_block(model, projection, written.get(layer), final) for layer, projection in enumerate(model.projections)
     ]
-
-
-def _score(
-    model: LoadedModel,
-    places: Sequence[Place],
-    activations: dict[int, Tensor],
-    opens: dict[int, Tensor],
-    directions: list[Tensor],
-    score: str,
-    hidden: Tensor,
-) -> Scored:
-    function = SCORES[score]
-    scores = []
-    for layer, projection in enumerate(model.projections):
-        activation, rows = activations[layer], output_rows(model.network, projection)
-        located = Located(
-            activation=activation,
-            gate=opens[layer] if opens else activation,
-            projection=project(directions[layer].to(activation.device), rows.to(activation.device)),
-            seeds=_seeds(places, layer),
-        )
-        scores.append(function(located))
-    at_places = [activations[layer] for layer in range(len(scores))]
-    return Scored(scores, at_places, log_probability(model, hidden, _tokens(places)))
-
-
-def _tokens(places: Sequence[Place]) -> Int[Tensor, " place"]:
-    return torch.tensor([place.token for place in places], dtype=torch.long)
 
 
 def _seeds(places: Sequence[Place], layer: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,26 +9,25 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeAlias
 
-import PIL.Image
 import pyarrow as pa
 import torch
 from PIL.Image import Image
 
+from mmray.datasets.images import decode_image
 from mmray.datasets.samples import Failure, Sample
 from mmray.errors import InputError
-from mmray.models.generation import caption_of, generate, token_text
+from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
-from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
+from mmray.models.prompting import Batch, encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, NounSource
-from mmray.neurons.places import Place, place_mentions
+from mmray.neurons.occurrences import occurrence_table
+from mmray.neurons.places import Place, places_of
 from mmray.neurons.reduction import ConceptSums, candidates_kept
-from mmray.neurons.scoring import Scored, score_batch
+from mmray.neurons.scoring import Scored, score_batch, whole_nouns
 from mmray.neurons.statistics import TokenStatistics
+from mmray.neurons.towers import ModuleActivity
 from mmray.settings import CensusSettings
-from mmray.tables import NEURON_ENTRY, PART_SCHEMAS
-
-LARGEST_IMAGE = 178_956_970
-"""Pixels above which an image is refused unread: a small file can unfold to gigabytes."""
+from mmray.tables import PART_SCHEMAS
 
 FAILURES = (IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What models and processors raise where memory runs out, or at a sample that they can't take."""
@@ -60,7 +58,8 @@ class ShardAnalysis:
         self.shard_id = shard_id
         self.sums = ConceptSums(model.widths)
         self.statistics = TokenStatistics(model.widths, model.device)
-        self.prompts: dict[tuple[str | None, bool], str] = {}
+        self.module = ModuleActivity(model, settings.module)
+        self.prompts: dict[tuple[str | None, bool, str | None], str] = {}
         self.captions: list[dict[str, object]] = []
         self.occurrences: list[pa.Table] = []
         self.failures: list[Failure] = []
@@ -74,6 +73,7 @@ class ShardAnalysis:
         if self.settings.captions == "dataset":
             for items, batch in self.encoded(readable):
                 self._analyse(items, batch)
+                del batch  # before the one after next is prepared: there are never three
         else:
             readable.sort(key=lambda sample: (sample.image is None, sample.language or ""))
             for chunk in _cut(readable, self.settings.batch_size, lambda sample: sample.image is None):
@@ -93,7 +93,7 @@ class ShardAnalysis:
             "errors": pa.Table.from_pylist(errors, schema=PART_SCHEMAS["errors"]),
             "concepts": concepts,
             "totals": totals,
-            "activity": self.statistics.activity_table(),
+            "activity": pa.concat_tables([self.statistics.activity_table(), self.module.activity_table()]),
             "examples": self.statistics.examples_table(),
         }
 
@@ -102,17 +102,21 @@ class ShardAnalysis:
         if not sample.caption.strip():
             self._fail(sample, "read", "the caption is empty")
             return None
-        prompt = self._prompt(sample)
+        prompt = self._prompt(sample, image=sample.image is not None)
         tokens, offsets = tokenize_caption(self.model, prompt, sample.caption)
         if not tokens:
             self._fail(sample, "read", f"the tokenizer makes nothing of the caption {sample.caption!r}")
             return None
         return Captioned(sample, prompt, sample.caption, self._nouns(sample, sample.caption), tokens, offsets)
 
-    def _prompt(self, sample: Sample) -> str:
-        kind = (sample.language, sample.image is not None)
+    def _prompt(self, sample: Sample, *, image: bool) -> str:
+        given = sample.caption if self.settings.captions == "dataset" else ""
+        prefix = prefix_before(given, self.settings.prefix)
+        kind = (sample.language, image, prefix)
         if kind not in self.prompts:
-            self.prompts[kind] = prompt_text(self.model, self.settings.prompt, kind[0], image=kind[1])
+            self.prompts[kind] = prompt_text(
+                self.model, self.settings.prompt, sample.language, image=image, prefix=prefix
+            )
         return self.prompts[kind]
 
     def _nouns(self, sample: Sample, caption: str) -> list[Mention]:
@@ -166,14 +170,9 @@ class ShardAnalysis:
         if sample.image is None:
             return None
         try:
-            image = PIL.Image.open(io.BytesIO(sample.image))
-            if image.width * image.height > LARGEST_IMAGE:
-                raise ValueError(f"{image.width} × {image.height} pixels, more than {LARGEST_IMAGE:,}")
-            return image.convert("RGB")
-        except Exception as error:  # noqa: BLE001  decoders raise all kinds of errors on damaged files
-            # Pillow's own words for it hold an address in memory, which no two runs share.
-            reason = "of no known format" if isinstance(error, PIL.UnidentifiedImageError) else error
-            self._fail(sample, "decode", f"image can't be read: {reason}")
+            return decode_image(sample.image)
+        except ValueError as error:
+            self._fail(sample, "decode", f"image can't be read: {error}")
             return None
 
     def _generate(self, pairs: list[tuple[Sample, Image | None]]) -> None:
@@ -181,7 +180,8 @@ class ShardAnalysis:
         if not pairs:
             return
         samples, images = [sample for sample, _ in pairs], [image for _, image in pairs]
-        prompts = [self._prompt(sample) for sample in samples]
+        has_image = images[0] is not None
+        prompts = [self._prompt(sample, image=has_image) for sample in samples]
         try:
             written = generate(self.model, prompts, images)
         except (InputError, *FAILURES) as error:
@@ -207,27 +207,21 @@ class ShardAnalysis:
 
     def _analyse(self, items: list[Captioned], batch: Batch) -> None:
         """Score a batch; where memory runs out or a sample can't be run, halve it until the culprit is alone."""
-        places = [
-            place
-            for row, item in enumerate(items)
-            for place in place_mentions(batch, row, item.sample.sample_id, item.mentions)
-        ]
-        self.statistics.begin([_labels(item.sample) for item in items], batch.runs)
+        named = [(item.sample.sample_id, item.mentions) for item in items]
+        places = places_of(batch, named, every=self.settings.pieces == "sum")
+        labels = [_labels(item.sample) for item in items]
+        self.statistics.begin(labels, batch.runs)
         try:
-            scored = score_batch(
-                self.model,
-                batch,
-                places,
-                self.settings.score,
-                folded=self.settings.fold_norm,
-                statistics=self.statistics,
-            )
+            score, folded = self.settings.score, self.settings.fold_norm
+            with self.module.watching(batch):
+                scored = score_batch(self.model, batch, places, score, folded=folded, statistics=self.statistics)
         except FAILURES as error:
             # Only the message leaves this block: the error holds the frames, and so the memory, of the failed forward.
             problem = str(error)
         else:
             self.statistics.commit()
-            self._collect(items, places, scored)
+            self.module.commit(labels)
+            self._collect(items, *whole_nouns(places, scored))
             return
         if len(items) == 1:
             self._fail(items[0].sample, "forward", problem)
@@ -255,38 +249,7 @@ class ShardAnalysis:
         self.sums.begin([place.concept for place in places])
         for layer, (scores, activation) in enumerate(zip(scored.scores, scored.activation, strict=True)):
             self.sums.add(layer, scores, activation)
-        self.occurrences.append(self._occurrences(places, scored))
-
-    def _occurrences(self, places: list[Place], scored: Scored) -> pa.Table:
-        device = scored.scores[0].device
-        scores = torch.cat([part.to(device) for part in scored.scores], dim=1)
-        activation = torch.cat([part.to(device) for part in scored.activation], dim=1)
-        best = scores.topk(min(self.settings.top_k, scores.shape[1]), dim=1)
-        index = best.indices.cpu()
-        starts = torch.tensor([0, *self.model.widths]).cumsum(0)
-        layer = torch.searchsorted(starts, index, right=True) - 1
-        entries = pa.StructArray.from_arrays(
-            [
-                pa.array(layer.flatten().numpy()).cast(pa.int16()),
-                pa.array((index - starts[layer]).flatten().numpy()).cast(pa.int32()),
-                pa.array(best.values.cpu().flatten().numpy()),
-                pa.array(activation.gather(1, best.indices).cpu().flatten().numpy()),
-            ],
-            fields=list(NEURON_ENTRY),
-        )
-        offsets = pa.array(range(0, len(entries) + 1, index.shape[1]), pa.int32())
-        return pa.Table.from_arrays(
-            [
-                pa.array([place.sample_id for place in places], pa.string()),
-                pa.array([place.concept for place in places], pa.string()),
-                pa.array([token_text(self.model, place.token) for place in places], pa.string()),
-                pa.array([place.token for place in places], pa.int32()),
-                pa.array([place.position for place in places], pa.int32()),
-                pa.array(scored.log_prob.float().cpu().numpy()),
-                pa.ListArray.from_arrays(offsets, entries),
-            ],
-            schema=PART_SCHEMAS["occurrences"],
-        )
+        self.occurrences.append(occurrence_table(self.model, places, scored, self.settings.top_k))
 
 
 def _labels(sample: Sample) -> dict[str, str]:

@@ -119,8 +119,8 @@ class TokenStatistics:
                 self.tokens[key] = self.tokens.get(key, 0) + run.stop - run.start
         self.samples += batch.membership.shape[1]
 
-    def activity_table(self) -> pa.Table:
-        """Return the shard's activity: a row a label and modality, lists over all neurons."""
+    def activity_table(self, module: str = "language") -> pa.Table:
+        """Return the shard's activity: a row a label and modality, lists over all neurons of the module."""
         names = {index: pair for pair, index in self.labels.items()}
         rows = []
         for label, modality in sorted(self.tokens, key=lambda key: (names[key[0]], key[1])):
@@ -135,6 +135,7 @@ class TokenStatistics:
                     "n_active": flat[0].astype(np.int64),
                     "sum": flat[1],
                     "sum_squares": flat[2],
+                    "module": module,
                 }
             )
         return pa.Table.from_pylist(rows, schema=PART_SCHEMAS["activity"])

@@ -14,10 +14,14 @@ import pyarrow.compute as pc
 from mmray.errors import InputError
 from mmray.neuron_names import parse_neuron
 from mmray.runs import RunFolder
-from mmray.storage import open_store
 from mmray.tables import SCHEMAS, read_table
 
-ORDERS = {"score": ("rank", "ascending"), "specific": ("specific_rank", "ascending"), "share": ("share", "descending")}
+ORDERS = {
+    "score": ("rank", "ascending"),
+    "specific": ("specific_rank", "ascending"),
+    "selective": ("selective_rank", "ascending"),
+    "share": ("share", "descending"),
+}
 """Column and direction that each `by` sorts a ranking by; ties go to the better rank."""
 
 
@@ -49,7 +53,7 @@ class Run:
     """A run in a local folder or on S3; tables are read when asked for, and kept."""
 
     def __init__(self, uri: str | Path) -> None:
-        self.folder = RunFolder(open_store(uri))
+        self.folder = RunFolder.at(uri)
         self.uri = self.folder.store.uri
         info = self.folder.info()
         if info is None:
@@ -92,7 +96,7 @@ class Run:
         return {row["values"]: row["counts"] for row in sorted(counts, key=lambda row: (-row["counts"], row["values"]))}
 
     def rank(self, concept: str, k: int = 10, by: str = "score") -> pa.Table:
-        """Return the concept's k highest neurons by score, specific or share; columns of `rankings`.
+        """Return the concept's k highest neurons by score, specific, selective or share; columns of `rankings`.
 
         Raises InputError for an unknown concept, with the nearest there are.
         """
@@ -121,7 +125,7 @@ class Run:
         joined = found.join(captions, "sample_id", join_type="left outer").sort_by(
             [("sign", "descending"), ("rank", "ascending")]
         )
-        columns = ["concept", "rank", "score", "specific", "specific_rank", "share", "n"]
+        columns = ["concept", "rank", "score", "specific", "specific_rank", "selective", "share", "n"]
         known: dict[str, Any] = facts[0] | {
             "concepts": concepts.select(columns).to_pylist(),
             "examples": joined.to_pylist(),

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mmray.results.drift import Drift
 from mmray.results.plan import Plan
 from mmray.results.run import Run, Status
 
@@ -26,16 +27,17 @@ def tokens_text(tokens: Sequence[str], concept: str = "", limit: int = SHOWN_TOK
     return text
 
 
-def ranking(rows: pa.Table, title: Text) -> Table:
-    """Return a concept's ranking as a table."""
+def ranking(rows: pa.Table, title: Text, by: str = "score") -> Table:
+    """Return a concept's ranking as a table; the second number is `selective` where it is ordered by that."""
+    second = "selective" if by == "selective" else "specific"
     table = Table(title=title, title_justify="left", box=None, header_style="dim", pad_edge=False)
-    for name in ("rank", "neuron", "score", "specific", "share"):
+    for name in ("rank", "neuron", "score", second, "share"):
         table.add_column(name, justify="left" if name == "neuron" else "right", no_wrap=True)
     # Only this column may shrink; its texts end in an ellipsis instead of taking a second line.
     table.add_column("tokens it promotes")
     for row in rows.to_pylist():
         rank = str(row["rank"]) if row["certified"] else f"{row['rank']}?"
-        numbers = (f"{row['score']:.3f}", f"{row['specific']:.3f}", f"{row['share']:.0%}")
+        numbers = (f"{row['score']:.3f}", f"{row[second]:.3f}", f"{row['share']:.0%}")
         table.add_row(rank, row["neuron"], *numbers, tokens_text(row["tokens"], row["concept"]))
     return table
 
@@ -94,6 +96,36 @@ def status(status: Status, failures: Iterable[dict[str, Any]], uri: str) -> Rend
     lines += [Text(f"shard {number} set aside: {reason}", "red") for number, reason in status.shards_aside.items()]
     lines += [Text(f"{row['stage']}: {row['source']}: {row['message']}", "yellow") for row in failures]
     return Group(*lines)
+
+
+def drift(drift: Drift, rows: int = 8) -> RenderableType:
+    """Return how two runs differ: the concepts least alike, and the neurons whose activity has shifted most."""
+    model = "the same model" if drift.same_model else "another model"
+    lines: list[RenderableType] = [
+        Text.assemble(
+            (f"drift {drift.drift:.3f}", "bold"),
+            (f" · {len(drift.concepts):,} concepts in both, their {drift.k} highest by {drift.by} · {model}", "dim"),
+        )
+    ]
+    for title, names in (("new", drift.new), ("vanished", drift.vanished)):
+        if names:
+            more = f" and {len(names) - rows:,} more" if len(names) > rows else ""
+            lines.append(Text(f"{title:9s} {', '.join(names[:rows])}{more}"))
+    concepts = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("concept", "overlap", f"Jaccard@{drift.k}", "Spearman", "occurrences"):
+        concepts.add_column(name, justify="left" if name == "concept" else "right", no_wrap=True)
+    for row in drift.concepts.slice(0, rows).to_pylist():
+        correlation = "" if row["spearman"] is None else f"{row['spearman']:.3f}"
+        counts = f"{row['n_before']:,} → {row['n_after']:,}"
+        concepts.add_row(Text(row["concept"]), f"{row['overlap']:.3f}", f"{row['jaccard']:.3f}", correlation, counts)
+    neurons = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("neuron", "shift in std", "mean", "active"):
+        neurons.add_column(name, justify="left" if name == "neuron" else "right", no_wrap=True)
+    for row in drift.neurons.slice(0, rows).to_pylist():
+        mean = f"{row['mean_before']:.3f} → {row['mean_after']:.3f}"
+        active = f"{row['active_before']:.1%} → {row['active_after']:.1%}"
+        neurons.add_row(row["neuron"], f"{row['shift']:+.3f}", mean, active)
+    return Group(*lines, Text(), concepts, Text(), neurons)
 
 
 def summary(run: Run, concepts: Sequence[str], k: int = 4) -> RenderableType:

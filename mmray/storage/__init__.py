@@ -6,27 +6,32 @@ writer can't replace what an earlier one committed. The bytes are complete in me
 
 from __future__ import annotations
 
-import os
 import uuid
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
 
 import pyarrow.fs as arrow_fs
 
-from mmray.errors import InputError
+from mmray.errors import InputError, StorageError
 from mmray.storage.local import LocalStore
+from mmray.storage.named import NamedCommits
 from mmray.storage.objects import Entry, Store
-from mmray.storage.s3 import S3Store, s3_address, s3_client
+from mmray.storage.patience import PatientStore, is_outage, patiently
+from mmray.storage.s3 import S3Store
+from mmray.storage.s3_access import arrow_options, s3_address, s3_client
 
 __all__ = [
     "Entry",
     "LocalStore",
+    "NamedCommits",
+    "PatientStore",
     "S3Store",
     "Store",
-    "check_writable",
+    "commits_once",
     "filesystem",
+    "is_outage",
+    "open_object",
     "open_store",
+    "patiently",
     "s3_client",
 ]
 
@@ -42,30 +47,38 @@ def open_store(uri: str | Path) -> Store:
     return LocalStore(Path(uri).expanduser().resolve())
 
 
+def open_object(uri: str | Path) -> tuple[Store, str]:
+    """Return the store of the folder that an object lies in, and the object's key there."""
+    folder, _, name = str(uri).rstrip("/").rpartition("/")
+    return open_store(folder or ("/" if str(uri).startswith("/") else ".")), name
+
+
 def filesystem(uri: str | Path) -> tuple[arrow_fs.FileSystem, str]:
     """Return pyarrow's file system and the path on it, for random-access reads of large files."""
     if (address := s3_address(uri)) is not None:
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        options: dict[str, Any] = {"region": os.environ.get("AWS_DEFAULT_REGION", "us-east-1")}
-        if endpoint:
-            parsed = urlparse(endpoint)
-            options |= {"endpoint_override": parsed.netloc, "scheme": parsed.scheme}
-        return arrow_fs.S3FileSystem(**options), "/".join(address)
+        try:
+            return arrow_fs.S3FileSystem(**arrow_options()), "/".join(address)
+        except StorageError as error:
+            raise StorageError(f"{uri}: {error}") from error
     return arrow_fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
 
 
-def check_writable(store: Store) -> None:
-    """Commit and remove a small object, so that what is wrong with the store is told before any work.
+def commits_once(store: Store) -> bool:
+    """Tell whether the store keeps what was committed first, by committing twice a small object that is then removed.
 
-    Raises `InputError` naming the place and the cause: no permission, a full disk, no hard links, or an S3 that
-    disregards conditions, on which a late worker could replace what was committed.
+    False for a file system without hard links, and for an S3 that refuses or disregards conditions: `NamedCommits`
+    serves there. Raises `InputError`, before any work, where nothing can be written at all: no permission, a full disk.
     """
     key = f".mmray-check-{uuid.uuid4().hex}"
     try:
-        kept = store.commit(key, b"mmray") and not store.commit(key, b"later")
-        store.delete(key)
+        try:
+            return store.commit(key, b"mmray") and not store.commit(key, b"later")
+        except (OSError, StorageError):
+            # Perhaps it is the condition that is refused: what is wrong with a plain write is raised.
+            store.put(key, b"mmray")
+            return False
+        finally:
+            store.delete(key)
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"{store.uri}: can't write here ({reason}); choose another OUT or mend it") from error
-    if not kept:
-        raise InputError(f"{store.uri}: a second write replaces the first (no If-None-Match); choose another OUT")

@@ -5,9 +5,16 @@ from __future__ import annotations
 import os
 import stat
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from mmray.storage.objects import Entry, check_key
+
+Entries: TypeAlias = list[Entry]
+
+TEMPORARY = ".tmp-"
+"""How the names of files begin that are not complete yet."""
 
 
 class LocalStore:
@@ -41,24 +48,31 @@ class LocalStore:
             return None
         if not stat.S_ISREG(status.st_mode):
             return None
-        return Entry(key, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+        return Entry(key, status.st_size, f"{status.st_size}-{status.st_mtime_ns}", status.st_mtime_ns / 1e9)
 
     def list(self, prefix: str = "") -> list[Entry]:
         """Return every file whose key starts with `prefix`; temporary files are left out."""
+        return self._entries(prefix, temporary=False)
+
+    def leftovers(self) -> Sequence[Entry]:
+        """Return the temporary files of killed writers, and of those that write just now."""
+        return self._entries("", temporary=True)
+
+    def _entries(self, prefix: str, *, temporary: bool) -> Entries:
         folder = self._path(prefix.rpartition("/")[0])
         entries = []
         for parent, _, names in os.walk(folder, onerror=_unless_gone):
             for name in names:
                 path = Path(parent) / name
                 key = path.relative_to(self.root).as_posix()
-                if key.startswith(prefix) and not name.startswith(".tmp-"):
+                if key.startswith(prefix) and name.startswith(TEMPORARY) == temporary:
                     entries.append(self.entry(key))
         # A file may have gone since it was listed, or be a link to nothing.
         return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.key)
 
     def _temporary(self, path: Path, data: bytes) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
+        temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
         try:
             with temporary.open("wb") as file:
                 file.write(data)
@@ -94,7 +108,9 @@ class LocalStore:
 
     def delete(self, key: str) -> None:
         """Remove the file if it is there."""
-        self._path(key).unlink(missing_ok=True)
+        path = self._path(key)
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
 
 
 def _unless_gone(error: OSError) -> None:

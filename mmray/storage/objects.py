@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Protocol
@@ -11,11 +12,14 @@ from mmray.errors import InputError
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored object: its key below the store's root, its size in bytes, and what changes when its content does."""
+    """One stored object: its key below the store's root, its size in bytes, what changes when its content does, and
+    when it was written, in seconds since 1970 by the store's clock.
+    """
 
     key: str
     size: int
     version: str
+    modified: float
 
 
 class Store(Protocol):
@@ -43,6 +47,9 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove the object if it is there."""
+
+    def leftovers(self) -> Sequence[Entry]:
+        """Return what killed writers left half-written; no other method shows it, and `delete` removes it."""
 
 
 def check_key(key: str, uri: str) -> None:

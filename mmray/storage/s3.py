@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from mmray.errors import InputError, StorageError
+from mmray.errors import OutageError, StorageError
 from mmray.storage.objects import Entry, check_key
+from mmray.storage.s3_access import is_passing, s3_client, s3_problem
 
-HOW_TO_MEND = {
-    "NoSuchBucket": "create the bucket or check its name",
-    "InvalidAccessKeyId": "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-    "SignatureDoesNotMatch": "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-    "ExpiredToken": "renew the credentials",
-    "PermanentRedirect": "set AWS_DEFAULT_REGION to the bucket's region",
-    "AuthorizationHeaderMalformed": "set AWS_DEFAULT_REGION to the bucket's region",
-}
-"""Code of an S3 error → what the user can do; any other asks for the right to list, read and write."""
 CONFLICTS = 10
 """Times that a conditional request is made while S3 answers that another one on the same key is under way (409)."""
 
@@ -46,7 +35,8 @@ class S3Store:
         try:
             yield s3_client()
         except (BotoCoreError, ClientError, ValueError) as error:
-            raise StorageError(f"{self.uri}: {_s3_problem(error)}") from error
+            kind = OutageError if is_passing(error) else StorageError
+            raise kind(f"{self.uri}: {s3_problem(error)}") from error
 
     def read(self, key: str) -> bytes:
         """Return the whole object; `FileNotFoundError` if there is none."""
@@ -71,15 +61,22 @@ class S3Store:
             except ClientError as error:
                 if _status(error) == 404:
                     return None
+                # The answer to a HEAD has no body that could say why: a listing's has.
+                client.list_objects_v2(Bucket=self.bucket, Prefix=self._key(key), MaxKeys=1)
                 raise
-        return Entry(key, head["ContentLength"], head["ETag"].strip('"'))
+        return Entry(key, head["ContentLength"], head["ETag"].strip('"'), head["LastModified"].timestamp())
 
     def list(self, prefix: str = "") -> list[Entry]:
         """Return every object whose key starts with `prefix`."""
         with self._answer() as client:
             pages = client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._key(prefix))
             entries = [
-                Entry(item["Key"].removeprefix(self.prefix), item["Size"], item["ETag"].strip('"'))
+                Entry(
+                    item["Key"].removeprefix(self.prefix),
+                    item["Size"],
+                    item["ETag"].strip('"'),
+                    item["LastModified"].timestamp(),
+                )
                 for page in pages
                 for item in page.get("Contents", [])
             ]
@@ -116,42 +113,9 @@ class S3Store:
         with self._answer() as client:
             client.delete_object(Bucket=self.bucket, Key=self._key(key))
 
-
-@cache
-def s3_client() -> Any:
-    """Return this process's S3 client, with retries for throttling and outages of some seconds."""
-    import boto3
-    from botocore.config import Config
-
-    attempts = int(os.environ.get("AWS_MAX_ATTEMPTS", 10))
-    return boto3.client("s3", config=Config(retries={"mode": "adaptive", "max_attempts": attempts}))
-
-
-def s3_address(uri: str | Path) -> tuple[str, str] | None:
-    """Return bucket and path of an S3 address, None for anything else; `?` and `#` are letters like any other."""
-    scheme, colon, rest = str(uri).partition(":")
-    if not colon or scheme.lower() != "s3":
-        return None
-    bucket, _, path = rest.removeprefix("//").partition("/")
-    if not rest.startswith("//") or not bucket:
-        raise InputError(f"{uri}: no bucket; write s3://BUCKET/PREFIX")
-    return bucket, path
-
-
-def _s3_problem(error: Exception) -> str:
-    """Return what S3 or the way to it refuses, in one line, and how to mend it."""
-    from botocore.exceptions import ClientError, HTTPClientError, NoCredentialsError, PartialCredentialsError
-    from botocore.exceptions import ConnectionError as UnreachableError
-
-    reason = " ".join(str(error).split())
-    if isinstance(error, ClientError):
-        code = error.response.get("Error", {}).get("Code", "")
-        return f"{reason}; {HOW_TO_MEND.get(code, 'check the credentials and their right to list, read and write')}"
-    if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return f"{reason}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-    if isinstance(error, HTTPClientError | UnreachableError):
-        return f"{reason}; check the network and AWS_ENDPOINT_URL"
-    return f"{reason}; check the address and the AWS settings"
+    def leftovers(self) -> Sequence[Entry]:
+        """Return nothing: an object is one request, and S3 keeps none that did not come to its end."""
+        return []
 
 
 def _status(error: Any) -> int:

@@ -28,7 +28,6 @@ from mmray.neurons.scoring import forward
 from mmray.neurons.shard import ShardAnalysis
 from mmray.runs import RunFolder
 from mmray.settings import census_settings
-from mmray.storage import open_store
 
 
 def main() -> None:
@@ -53,7 +52,7 @@ def run(arguments: argparse.Namespace, out: str) -> None:
     source = open_data(settings)
     manifest = cut(source.files(), arguments.samples, arguments.samples)
     nouns = noun_source(settings.nouns, source.objects_vocabulary(), source.translations())
-    folder = RunFolder(open_store(out))
+    folder = RunFolder.at(out)
 
     def census(number: int) -> float:
         began = time.perf_counter()

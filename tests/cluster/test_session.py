@@ -22,10 +22,10 @@ CPU_MACHINES = st.lists(st.tuples(st.integers(1, 130).map(float), st.just(0.0)),
 def test_workers_without_gpus_fit_their_machines(
     machines: list[tuple[float, float]], workers: int | None, units: int
 ) -> None:
-    pool = actor_pool(workers, None, machines, units)
+    pool = actor_pool(workers and (workers, workers), None, machines, units)
     total = sum(cores for cores, _ in machines)
     assert pool.gpus == 0
-    assert 1 <= pool.workers <= units
+    assert 1 <= pool.workers == pool.most <= units
     if workers is not None:
         assert pool.workers == min(workers, units)
     assert pool.threads >= 1
@@ -71,9 +71,27 @@ def test_workers_with_gpus_fit_their_machines(gpus: list[int], each: float | Non
     assert pool.workers == min(units, sum(int(have / pool.gpus) for have in gpus))
 
 
+@given(machines=CPU_MACHINES, least=st.integers(1, 40), more=st.integers(1, 100), units=st.integers(1, 200))
+def test_workers_that_grow_leave_each_other_room(
+    machines: list[tuple[float, float]], least: int, more: int, units: int
+) -> None:
+    pool = actor_pool((least, least + more), None, machines, units)
+    total = sum(cores for cores, _ in machines)
+    assert (pool.workers, pool.most) == (min(least, units), min(least + more, units))
+    # All of them fit where there are as many cores; else the first ones do, and the cluster is to grow.
+    assert min(pool.most, max(pool.workers, int(total))) * pool.cores <= total + 1e-9
+
+
+@given(gpus=st.lists(st.integers(0, 8), max_size=6), each=st.sampled_from([0.5, 1, 2, 4]), units=st.integers(1, 100))
+def test_gpu_machines_may_be_yet_to_come(gpus: list[int], each: float, units: int) -> None:
+    pool = actor_pool((1, 16), each, [(16.0, float(have)) for have in gpus], units)
+    assert (pool.workers, pool.most, pool.gpus) == (1, min(16, units), each)
+
+
 def test_gpus_that_are_not_there() -> None:
-    with pytest.raises(InputError, match="--gpus-per-worker 1: no machine of the cluster has more than 0"):
-        actor_pool(None, 1.0, [(2.0, 0.0)], 10)
+    for asked in (None, (3, 3)):
+        with pytest.raises(InputError, match=r"--gpus-per-worker 1: no machine .* has more than 0; .*MIN:MAX"):
+            actor_pool(asked, 1.0, [(2.0, 0.0)], 10)
     assert actor_pool(None, 0.0, [(2.0, 8.0)], 10).gpus == 0
 
 

@@ -142,8 +142,9 @@ def test_an_outage_is_an_error_and_not_failed_rows(
     path = source.files()[0].path
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     client = boto3.client("s3", config=Config(retries={"total_max_attempts": 1}))
-    monkeypatch.setattr(storage, "s3_client", lambda: client)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(storage.s3, "s3_client", lambda: client)
+    monkeypatch.setattr(storage.s3_access, "s3_client", lambda: client)
     with pytest.raises((OSError, EndpointConnectionError, StorageError), match="onnect"):
         list(source.read(path, 0, 9))
 

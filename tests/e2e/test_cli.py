@@ -115,7 +115,7 @@ def test_an_unknown_concept_names_near_ones(mmray: Mmray, run: Run) -> None:
     [
         (["neuron", "L0u3"], "'L0u3' is not a neuron; write layer and unit as L7.u89"),
         (["neuron", "L99.u3"], "L99.u3 is outside the model: 2 layers"),
-        (["rank", "dog", "--by", "rank"], "--by rank: order by score, specific, share"),
+        (["rank", "dog", "--by", "rank"], "--by rank: order by score, specific, selective, share"),
         (["rank", "dog", "--k", "0"], "Invalid value for '--k'"),
     ],
 )
@@ -222,7 +222,7 @@ def test_json_of_what_is_read(mmray: Mmray, run: Run) -> None:
     assert (status["samples_done"], status["failures"], status["finished"], status["pending"]) == (24, 2, True, 0)
     assert set(status["first_failures"][0]) == set(SCHEMAS["errors"].names)
     concept = next(iter(run.concepts))
-    for by in ("score", "specific", "share"):
+    for by in ("score", "specific", "selective", "share"):
         ranked = json.loads(mmray("rank", run.uri, concept, "--k", 3, "--by", by, "--json").out)
         assert ranked == run.rank(concept, 3, by).to_pylist()
         assert set(ranked[0]) == set(SCHEMAS["rankings"].names)
@@ -239,6 +239,26 @@ def test_tables_are_shown_without_markup(mmray: Mmray, run: Run) -> None:
     answer = mmray("neuron", run.uri, "L0.u0")
     assert (answer.status, answer.err) == (0, "")
     assert "highest" in answer.out
+
+
+def test_neurons_are_chosen_together(mmray: Mmray, run: Run) -> None:
+    first, second, *_ = run.concepts
+    answer = mmray("select", run.uri, first.upper(), second, "--k", 7, "--samples", 12, "--json")
+    assert answer.status == 0, answer.err
+    found = json.loads(answer.out)
+    assert [selection["concept"] for selection in found] == [first, second]
+    for selection in found:
+        names = [row["neuron"] for row in selection["neurons"]]
+        assert len(set(names)) == 7
+        assert set(names) <= set(run.rank(selection["concept"], 10_000)["neuron"].to_pylist())
+        assert selection["own"] > selection["others"]
+        assert selection["own_places"] == run.concepts[selection["concept"]]
+        assert selection["other_places"] > 5
+    again = json.loads(mmray("select", run.uri, second, "--k", 7, "--samples", 24, "--json").out)
+    assert again[0]["other_places"] > found[1]["other_places"]
+    shown = mmray("select", run.uri, first, "--k", 3, "--samples", 12)
+    assert re.search(rf"ablated together, to first order: {first} falls by", shown.out)
+    assert "no concept 'nothing'" in mmray("select", run.uri, "nothing").refusal
 
 
 def test_plan_runs_nothing(mmray: Mmray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,21 @@ from mmray.settings import CensusSettings
 from tests.e2e.conftest import Answer
 
 Mmray = Callable[..., Answer]
-COMMANDS = ("census", "plan", "status", "rank", "neuron", "check-model", "demo")
+COMMANDS = (
+    "census",
+    "plan",
+    "status",
+    "rank",
+    "select",
+    "neuron",
+    "check-model",
+    "demo",
+    "diff",
+    "refresh",
+    "edit",
+    "apply",
+    "evaluate",
+)
 
 
 def plain(help_text: str) -> str:

@@ -1,6 +1,7 @@
 """Changes hold while the block lasts, during generation too, and leave every byte as it was."""
 
 import hashlib
+import threading
 from contextlib import ExitStack
 
 import pytest
@@ -161,3 +162,27 @@ def test_a_neuron_that_is_not_there_is_named_in_one_line(open_model, neuron):
         assert "\n" not in str(refusal.value)
         assert (neuron if isinstance(neuron, str) else f"L{neuron[0]}.u{neuron[1]}") in str(refusal.value)
     assert hooks(model.network) == before
+
+
+def test_a_model_that_another_thread_runs_meanwhile_is_untouched(open_model, tiny):
+    model, other = open_model("llava"), mmray.load_model(str(tiny("llava")))
+    plain, seen, begun, done = logits(other), [], threading.Event(), threading.Event()
+
+    def run():
+        while not done.is_set():
+            seen.append(torch.equal(logits(other), plain))
+            begun.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        for _ in range(5):
+            begun.clear()
+            with mmray.add_noise(model, NEURONS, 0.5), mmray.scale(model, NEURONS, 3.0):
+                assert not torch.equal(logits(model), plain)
+                assert begun.wait(60)
+    finally:
+        done.set()
+        thread.join()
+    assert len(seen) >= 5
+    assert all(seen)

@@ -8,8 +8,9 @@ import torch
 from mmray.errors import InputError
 from mmray.models.capture import tap_input
 from mmray.models.prompting import PROMPTS, encode, prompt_text, run_processor, tokenize_caption
+from mmray.neurons import shard
 from tests.models.tiny import VARIANTS
-from tests.neurons.making import CAPTIONS, batch_of, picture
+from tests.neurons.making import CAPTIONS, analyse, batch_of, picture, samples
 
 DECODERS = [variant for variant in VARIANTS if not variant.endswith("t5")]
 TEXTS = (CAPTIONS[0], CAPTIONS[3], CAPTIONS[2])
@@ -158,3 +159,30 @@ def test_what_a_processor_refuses_is_said_in_one_error(open_model, variant):
     images = [None, None] if variant == "paligemma" else [picture(0), picture(1)]
     with pytest.raises(InputError, match="its processor refuses the batch"):
         encode(model, prompts, images, [[5], [5]], [[(0, 1)], [(0, 1)]])
+
+
+@pytest.mark.parametrize("variant", ["llava", "qwen2_vl", "blip2_opt", "mllama"])
+def test_a_prefix_is_the_beginning_of_the_answer(open_model, variant):
+    model = open_model(variant)
+    whole = model.contributions(picture(0), "An image of a dog.", "dog")
+    torch.testing.assert_close(model.contributions(picture(0), "a dog.", "dog", prefix="An image of"), whole)
+    again = model.contributions(picture(0), "An image of a dog.", "dog", prefix="an image of ")
+    assert torch.equal(again, whole)
+    assert not torch.equal(model.contributions(picture(0), "a dog.", "dog"), whole)
+
+
+@pytest.mark.parametrize("variant", ["blip2_t5", "paligemma"])
+def test_a_prefix_that_the_answer_can_t_begin_with_is_refused(open_model, variant):
+    with pytest.raises(InputError, match="--prefix needs a decoder"):
+        prompt_text(open_model(variant), None, "en", prefix="An image of")
+
+
+def test_what_the_model_writes_follows_the_prefix(open_model, monkeypatch):
+    seen = []
+    generate = shard.generate
+    monkeypatch.setattr(
+        shard, "generate", lambda model, prompts, images: seen.extend(prompts) or generate(model, prompts, images, 4)
+    )
+    model = open_model("llava")
+    analyse(model, samples(3), captions="generate", prefix="An image of")
+    assert seen == [f"{prompt_text(model, None, 'en')} An image of"] * 3

@@ -139,6 +139,7 @@ class Ranked:
     score: np.ndarray
     std: np.ndarray
     specific: np.ndarray
+    selective: np.ndarray
     share: np.ndarray
     activation: np.ndarray
 
@@ -152,6 +153,7 @@ def rankings(found: list[Occurrence], top_k: int) -> dict[str, Ranked]:
     for concept, own in by_concept.items():
         scores = np.array([occurrence.scores for occurrence in own])
         others = [occurrence.scores for occurrence in found if occurrence.concept != concept]
+        squares = np.mean(np.square(others), axis=0) if others else np.zeros(scores.shape[1])
         elsewhere = np.mean(others, axis=0) if others else np.zeros(scores.shape[1])
         listed = [set(np.argsort(-row, kind="stable")[:top_k]) for row in scores]
         ranked[concept] = Ranked(
@@ -159,6 +161,7 @@ def rankings(found: list[Occurrence], top_k: int) -> dict[str, Ranked]:
             score=scores.mean(0),
             std=scores.std(0),
             specific=scores.mean(0) - np.maximum(0, elsewhere),
+            selective=scores.mean(0) - np.sqrt(squares),
             share=np.array([sum(neuron in top for top in listed) / len(own) for neuron in range(scores.shape[1])]),
             activation=np.mean([occurrence.activations for occurrence in own], axis=0),
         )

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from mmray.models.capture import tap, tap_input
-from mmray.models.norms import token_logits
+from mmray.models.norms import token_log_odds, token_logits
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.neurons.attribution import GRADIENTS, SCORES, Located, project
 from mmray.neurons.scoring import score_batch
@@ -139,7 +139,7 @@ def test_samples_without_a_noun_are_counted_by_every_score(open_model, score, ca
 
 
 @pytest.mark.parametrize("score", GRADIENTS)
-@pytest.mark.parametrize("variant", ["llava", "blip2_opt", "gemma3"])
+@pytest.mark.parametrize("variant", ["llava", "blip2_opt", "gemma3", "qwen3_vl_moe", "blip2_t5"])
 def test_gradient_scores_are_what_a_step_along_the_activation_gives(open_model, variant, score):
     # Scale one neuron's activation a little, at the positions that count: the logit moves by step × score.
     model = open_model(variant)
@@ -150,20 +150,28 @@ def test_gradient_scores_are_what_a_step_along_the_activation_gives(open_model, 
     statistics.commit()
     assert statistics.samples == len(TEXTS)
     place = places[1]
-    spans = (
-        [(place.position, place.position + 1)]
-        if score == "gradient-last"
-        else [(run.start, run.stop) for run in batch.runs if (run.row, run.modality) == (place.row, "image")]
-    )
+    spans = {
+        "gradient": [(run.start, run.stop) for run in batch.runs if (run.row, run.modality) == (place.row, "image")],
+        "gradient-last": [(place.position, place.position + 1)],
+        "effect": [(0, batch.positions)],
+    }[score]
+    if not spans:
+        assert model.parts.encoder_decoder
+        assert not any(layer.any() for layer in scored.scores)
+        return
     rows = torch.cat([torch.arange(*span) for span in spans]) + place.row * batch.positions
     layer = 1 if score == "gradient-last" else 0
-    unit = int(scored.scores[layer][1].abs().argmax())
+    found = scored.scores[layer]
+    if score == "effect":
+        found = found - score_batch(model, batch, places, folded=True).scores[layer]
+    unit = int(found[1].abs().argmax())
     projection = model.projections[layer]
     activation = {}
     with torch.inference_mode(), tap(model.network, [projection], lambda *call: activation.update({0: call[1]})):
         model.network(**batch.to(model.device, model.network.dtype))
     row = output_rows(model.network, projection)[unit]
     logits = []
+    number = token_log_odds if score == "effect" else token_logits
     for step in (-1e-2, 1e-2):
         written = torch.zeros(len(activation[0]), len(row))
         written[rows] = step * activation[0][rows, unit, None] * row
@@ -174,7 +182,7 @@ def test_gradient_scores_are_what_a_step_along_the_activation_gives(open_model, 
             model.network(**batch.to(model.device, model.network.dtype))
         handle.remove()
         state = states[0][place.row, place.position]
-        logits.append(float(token_logits(model, state[None], torch.tensor([place.token]))))
+        logits.append(float(number(model, state[None], torch.tensor([place.token]))))
     slope = (logits[1] - logits[0]) / 2e-2
-    assert float(scored.scores[layer][1][unit]) == pytest.approx(slope, rel=0.05)
-    assert functional.cosine_similarity(*scored.scores[layer][:2], dim=0) < 0.99
+    assert float(found[1][unit]) == pytest.approx(slope, rel=0.05)
+    assert functional.cosine_similarity(*found[:2], dim=0) < 0.99

@@ -1,10 +1,14 @@
 """The model as users hold it: any kind of picture, any noun of the caption, refusals that name what is wrong."""
 
+import shutil
+
 import pytest
 import torch
 
 from mmray.errors import InputError
 from mmray.neurons.checking import AT_LOAD, CHECKS, assert_sound, check_model
+from mmray.neurons.model import load_model
+from mmray.neurons.proven import is_proven
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import picture, png
 
@@ -75,8 +79,9 @@ def test_captions_that_see_their_own_end_fail_the_check(open_model, monkeypatch)
     assert failing(open_model("paligemma")) == {"later words are hidden"}
 
 
-def test_an_output_that_is_not_of_these_neurons_is_refused_when_the_model_loads(open_model):
+def test_an_output_that_is_not_of_these_neurons_is_refused_when_the_model_loads(open_model, monkeypatch, tmp_path):
     model = open_model("llava")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     module = model.network.get_submodule(model.projections[0].path)
     handle = module.register_forward_hook(lambda *call: call[2] * 1.01)
     try:
@@ -84,9 +89,30 @@ def test_an_output_that_is_not_of_these_neurons_is_refused_when_the_model_loads(
             assert_sound(model)
         assert "check-model" in str(refusal.value)
         assert failing(model) == {AT_LOAD[0]}
+        assert not is_proven(model)
     finally:
         handle.remove()
     assert_sound(model)
+    assert is_proven(model)
+
+
+def test_a_proven_checkpoint_is_proven_again_only_when_it_has_changed(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = shutil.copytree(tiny("llava"), tmp_path / "model")
+    asked = []
+    for name, test in list(CHECKS.items()):
+        monkeypatch.setitem(CHECKS, name, lambda model, name=name, test=test: asked.append(name) or test(model))
+    for _ in range(2):
+        load_model(str(folder))
+        assert asked == list(AT_LOAD)
+    load_model(str(folder), dtype="bf16")
+    assert asked == [*AT_LOAD, *AT_LOAD]
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    load_model(str(folder))
+    assert asked == [*AT_LOAD, *AT_LOAD, *AT_LOAD]
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    load_model(str(folder))
+    assert len(asked) == 4 * len(AT_LOAD)
 
 
 def test_a_check_that_can_t_be_tried_has_failed(open_model, monkeypatch):

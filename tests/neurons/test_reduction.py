@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.neurons.ranking import Shares, rank_concept, specific_scores
+from mmray.neurons.ranking import Shares, rank_concept, selective_scores, specific_scores
 from mmray.neurons.reduction import ALL_KEPT, KEPT_OF_MORE, ConceptMerge, ConceptSums, candidates_kept
 from mmray.tables import from_bytes, to_bytes
 
@@ -65,7 +65,7 @@ def facts(merged):
         scores = merged.sums(concept)
         arrays = (scores.neuron, scores.score, scores.squares, scores.activation, scores.exact, scores.certified())
         found[concept] = (scores.n, scores.left_out, *(array.tolist() for array in arrays))
-    return found, merged.n, merged.total.tolist()
+    return found, merged.n, (merged.total.tolist(), merged.total_squares.tolist())
 
 
 @given(OCCURRENCES, CUTS, CUTS)
@@ -178,12 +178,24 @@ def test_specific_takes_away_what_other_nouns_get_if_it_is_positive(occurrences)
             assert found == truth[neuron] / n - max(0.0, elsewhere)
 
 
+@given(OCCURRENCES)
+def test_selective_takes_away_the_mean_square_elsewhere(occurrences):
+    merged = merge([shard(occurrences)])
+    _, sums, _ = by_hand(occurrences)
+    for concept, (truth, _, _) in sums.items():
+        scores = merged.sums(concept)
+        others = [np.square(values) for name, values, _ in occurrences if name != concept]
+        elsewhere = np.mean(others, axis=0) if others else np.zeros(NEURONS)
+        found = selective_scores(scores, merged.total_squares, merged.n)
+        np.testing.assert_allclose(found, truth / scores.n - np.sqrt(elsewhere), rtol=1e-12, atol=1e-12)
+
+
 def test_a_shard_without_occurrences_adds_nothing():
     occurrences = [("dog", [1] * NEURONS, [2] * NEURONS)]
     for kept in (2, NEURONS):
         alone = facts(merge([shard(occurrences, kept=kept)]))
         assert facts(merge([shard([], kept=kept), shard(occurrences, kept=kept), shard([], kept=kept)])) == alone
-        assert facts(merge([shard([], kept=kept)])) == ({}, 0, [0.0] * NEURONS)
+        assert facts(merge([shard([], kept=kept)])) == ({}, 0, ([0.0] * NEURONS, [0.0] * NEURONS))
 
 
 def test_as_many_neurons_are_kept_as_are_asked_for():

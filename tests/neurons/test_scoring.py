@@ -6,10 +6,23 @@ import torch
 from mmray.models.capture import tap_input
 from mmray.models.norms import fold_norm
 from mmray.models.parts import unembedding_rows
-from mmray.neurons.scoring import forward, score_batch
+from mmray.neurons.concepts import find_forms
+from mmray.neurons.places import place_mentions
+from mmray.neurons.scoring import forward, score_batch, whole_nouns
 from mmray.neurons.statistics import TokenStatistics
 from tests.models.tiny import VARIANTS
-from tests.neurons.making import CAPTIONS, analyse, batch_of, demo_samples, hooks, outputs_of, picture
+from tests.neurons.making import (
+    CAPTIONS,
+    NOUNS,
+    analyse,
+    batch_of,
+    demo_samples,
+    hooks,
+    outputs_of,
+    picture,
+    png,
+    sample,
+)
 
 TEXTS = (CAPTIONS[0], CAPTIONS[3], CAPTIONS[2])
 
@@ -178,3 +191,40 @@ def test_layers_of_fewer_neurons_are_filled_up(open_model, loaded_with):
     assert found.shape == (2, 96)
     assert found[1, :48].abs().min() > 0
     assert not found[1, 48:].any()
+
+
+def test_a_noun_of_several_tokens_is_the_sum_of_its_tokens(open_model):
+    model = open_model("llava")
+    batch, firsts = batch_of(model, ["A girl near the water.", "a dog"])
+    mentions = [find_forms(text, NOUNS, "en") for text in ("A girl near the water.", "a dog")]
+    places = [p for row, found in enumerate(mentions) for p in place_mentions(batch, row, f"s{row}", found, every=True)]
+    assert [place for place in places if place.piece == 0] == firsts
+    assert len(places) > len(firsts)
+    single = score_batch(model, batch, places)
+    kept, whole = whole_nouns(places, single)
+    assert kept == firsts
+    starts = [number for number, place in enumerate(places) if place.piece == 0]
+    spelt = "".join(model.tokenizer.decode([place.token]) for place in places)
+    assert spelt.split() == [place.concept for place in firsts]
+    for noun, (start, stop) in enumerate(zip(starts, [*starts[1:], len(places)], strict=True)):
+        torch.testing.assert_close(whole.log_prob[noun], single.log_prob[start:stop].sum())
+        for layer in range(len(model.widths)):
+            torch.testing.assert_close(whole.scores[layer][noun], single.scores[layer][start:stop].sum(0))
+            assert torch.equal(whole.activation[layer][noun], single.activation[layer][start])
+
+
+def test_a_census_sums_a_noun_s_tokens_where_it_is_asked_to(open_model):
+    model = open_model("llava")
+    found = [sample(0, "A girl near the water.")]
+    first, whole = (analyse(model, found, pieces=pieces)["occurrences"].to_pylist() for pieces in ("first", "sum"))
+    assert [row["position"] for row in first] == [row["position"] for row in whole]
+    scores = {row["concept"]: model.contributions(png(picture(0)), found[0].caption, row["concept"]) for row in first}
+    sums = {
+        row["concept"]: model.contributions(found[0].image, found[0].caption, row["concept"], pieces="sum")
+        for row in whole
+    }
+    assert scores.keys() == sums.keys()
+    for row in whole:
+        entry = row["neurons"][0]
+        assert entry["score"] == pytest.approx(float(sums[row["concept"]].max()), rel=1e-4)
+        assert row["log_prob"] < next(other["log_prob"] for other in first if other["concept"] == row["concept"])

@@ -10,15 +10,15 @@ import pytest
 from mmray.errors import InputError
 from mmray.results.run import ORDERS, Run, open_run
 from mmray.storage import open_store
-from mmray.tables import ROWS_OF_A_FILE, SCHEMAS, read_table, write_table
+from mmray.tables import FILE_BYTES, ROW_GROUP, SCHEMAS, read_table, write_table
 
 CONTRACT = {
     "captions": "sample_id, caption, source, language, domain, shard_id",
     "occurrences": "sample_id, concept, token, token_id, position, log_prob, neurons",
     "rankings": "concept, rank, layer, unit, neuron, score, score_std, specific, specific_rank, n, share, activation, "
-    "tokens, certified",
+    "tokens, certified, selective, selective_rank",
     "neurons": "layer, unit, neuron, n_concepts, n_tokens, n_active, mean, std, max, min, tokens, suppressed",
-    "activity": "label_kind, label, modality, layer, unit, n_tokens, n_active, sum, sum_squares",
+    "activity": "label_kind, label, modality, layer, unit, n_tokens, n_active, sum, sum_squares, module",
     "examples": "layer, unit, sign, rank, sample_id, position, activation",
     "errors": "sample_id, source, shard_id, stage, message",
 }
@@ -60,7 +60,7 @@ def test_units_of_columns_are_kept(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("by", "column", "sign"), [("score", "score", -1), ("specific", "specific", -1), ("share", "share", -1)]
+    ("by", "column", "sign"), [(name, name, -1) for name in ("score", "specific", "selective", "share")]
 )
 def test_rankings_are_in_the_order_asked_for(run: Run, by: str, column: str, sign: int) -> None:
     for concept in run.concepts:
@@ -77,7 +77,7 @@ def test_rankings_are_in_the_order_asked_for(run: Run, by: str, column: str, sig
 
 
 def test_every_order_is_tested() -> None:
-    assert set(ORDERS) == {"score", "specific", "share"}
+    assert set(ORDERS) == {"score", "specific", "selective", "share"}
 
 
 def test_a_concept_is_found_in_any_case(run: Run) -> None:
@@ -89,7 +89,7 @@ def test_an_unknown_concept_names_near_ones(run: Run) -> None:
     concept = max(run.concepts, key=len)
     with pytest.raises(InputError, match=rf"no concept '{concept}x'.* it has .*{concept}"):
         run.rank(f"{concept}x")
-    with pytest.raises(InputError, match="order by score, specific, share"):
+    with pytest.raises(InputError, match="order by score, specific, selective, share"):
         run.rank(concept, by="rank")
 
 
@@ -168,17 +168,19 @@ def test_folders_without_a_run(tmp_path: object, name: str) -> None:
 
 
 def test_large_tables_are_several_files(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ROWS_OF_A_FILE >= 100_000
-    monkeypatch.setattr("mmray.tables.ROWS_OF_A_FILE", 10)
+    # Occurrences, the widest rows of the large tables, take some 300 bytes: a file has whole row groups of them.
+    assert FILE_BYTES > 300 * ROW_GROUP
     store = open_store(f"{tmp_path}/run")
     parts = [pa.Table.from_pylist([{"message": f"{part}"}] * 6, schema=SCHEMAS["errors"]) for part in range(5)]
+    monkeypatch.setattr("mmray.tables.FILE_BYTES", 2 * parts[0].nbytes)
     write_table(store, "errors", parts)
     keys = [entry.key for entry in store.list("tables/")]
     assert keys == [f"tables/errors.parquet/{number:05d}.parquet" for number in range(3)]
     assert read_table(store, "errors").equals(pa.concat_tables(parts))
-    # Written again with fewer rows, nothing of the longer table stays.
-    write_table(store, "errors", parts[:3])
-    assert read_table(store, "errors").equals(pa.concat_tables(parts[:3]))
+    # Written again with fewer rows, nothing of the longer table stays; and it may grow again.
+    for count in (3, 1, 5, 0):
+        write_table(store, "errors", parts[:count])
+        assert read_table(store, "errors").equals(pa.concat_tables([SCHEMAS["errors"].empty_table(), *parts[:count]]))
 
 
 def test_a_table_without_rows_has_its_columns(tmp_path: object) -> None:

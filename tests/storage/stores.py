@@ -1,9 +1,10 @@
 """Stores that go wrong on purpose, round a real one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
+from mmray.errors import StorageError
 from mmray.storage import Entry, Store
 
 
@@ -38,6 +39,9 @@ class Wrapped:
 
     def delete(self, key: str) -> None:
         self.inner.delete(key)
+
+    def leftovers(self) -> Sequence[Entry]:
+        return self.inner.leftovers()
 
 
 class Mortal(Wrapped):
@@ -81,6 +85,13 @@ class Unconditional(Wrapped):
     def commit(self, key: str, data: bytes) -> bool:
         self.inner.put(key, data)
         return True
+
+
+class Unwilling(Wrapped):
+    """Refuses the condition of a commit, as stores do that have not heard of it."""
+
+    def commit(self, key: str, data: bytes) -> bool:
+        raise StorageError(f"{self.uri}: A header you provided implies functionality that is not implemented")
 
 
 class Meanwhile(Wrapped):

@@ -1,9 +1,7 @@
 """A run's folder: shards are committed once and whole whatever dies, attempts are counted, settings are kept."""
 
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from threading import Barrier
 
@@ -13,7 +11,8 @@ import pytest
 from mmray.errors import InputError
 from mmray.runs import ATTEMPTS, Receipt, RunFolder
 from mmray.storage import LocalStore, Store
-from mmray.tables import PART_SCHEMAS, to_bytes
+from mmray.tables import PART_SCHEMAS
+from tests.storage.broken import ReceiptFirst, ReceiptReplaced
 from tests.storage.stores import Forgetful, Killed, Meanwhile, Mortal
 
 
@@ -27,26 +26,6 @@ def tables(mark: str = "s0") -> dict[str, pa.Table]:
 
 def info(fingerprint: str = "f", **settings: object) -> dict[str, object]:
     return {"fingerprint": fingerprint, "result_settings": settings, "digests": {"data": "d", "model": "m"}}
-
-
-class ReceiptFirst(RunFolder):
-    """Broken on purpose: says that a shard is done before its parts are there."""
-
-    def commit_shard(self, shard_id: int, tables: dict[str, pa.Table], samples: int, seconds: float) -> Receipt:
-        parts = {name: f"shards/{shard_id:06d}/x-{name}.parquet" for name in tables}
-        receipt = Receipt(shard_id, samples=samples, parts=parts)
-        self.store.commit(f"shards/{shard_id:06d}.json", json.dumps(asdict(receipt)).encode())
-        for name, table in tables.items():
-            self.store.commit(parts[name], to_bytes(table))
-        return receipt
-
-
-class ReceiptReplaced(RunFolder):
-    """Broken on purpose: a later worker's receipt takes the place of an earlier one."""
-
-    def commit_shard(self, shard_id: int, tables: dict[str, pa.Table], samples: int, seconds: float) -> Receipt:
-        self.store.delete(f"shards/{shard_id:06d}.json")
-        return super().commit_shard(shard_id, tables, samples, seconds)
 
 
 def check_any_death(kind: type[RunFolder], root: Path) -> None:

@@ -2,7 +2,9 @@
 
     run.json                          settings, fingerprint, versions, model, data digest: written once
     manifest.json                     which samples are in which shard: written once
-    attempts/000012/1                 a worker began shard 12 for the first time; what it died of, once known
+    lease/000003.json                 who drives the run (`mmray.runs.lease`)
+    refreshes/000001/                 what the data had gained (`mmray.runs.refreshes`)
+    attempts/000012/1                 a worker began shard 12 for the first time; where, and what it died of
     shards/000012/5f3c-concepts.parquet   parts of shard 12, named by the attempt that wrote them
     shards/000012.json                the receipt: names the parts; whichever attempt creates it first has committed
     aside/000012.json                 shard 12 was given up, and why
@@ -10,26 +12,34 @@
     finished.json                     totals of the finished run
 
 A part is complete before its receipt names it, and a receipt is created only if absent: a killed worker leaves nothing
-but unnamed parts, and one that wakes up late can't replace what was committed.
+but unnamed parts, and one that wakes up late can't replace what was committed. On a store that can't create only if
+absent an object `commits-by-name` says so, and all commits are `mmray.storage.NamedCommits`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Collection
+import os
+import socket
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pyarrow as pa
 
 from mmray.errors import InputError
-from mmray.storage import Store
+from mmray.runs.refreshes import latest
+from mmray.storage import NamedCommits, PatientStore, Store, commits_once, is_outage, open_store
 from mmray.tables import from_bytes, to_bytes
 
 ATTEMPTS = 3
 """Times that a shard may be begun and not committed before it is set aside."""
+BY_NAME = "commits-by-name"
+"""Key whose presence says how this run's store commits."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +61,41 @@ class RunFolder:
     def __init__(self, store: Store) -> None:
         self.store = store
 
+    @classmethod
+    def at(cls, uri: str | Path, *, patient: bool = False) -> RunFolder:
+        """Return the folder at a local path or `s3://bucket/prefix`, whether a run is there or not.
+
+        A `patient` one waits out an outage of storage.
+        """
+        store = PatientStore(open_store(uri)) if patient else open_store(uri)
+        return cls(NamedCommits(store) if store.exists(BY_NAME) else store)
+
     def begin(self, info: dict[str, Any], manifest: bytes) -> None:
         """Create the run, or join the one that is there; raises InputError if that has other settings.
 
         Of several that begin at once the first to commit run.json wins. The manifest comes after it, so that only
-        those whose settings are the run's can write it, and theirs are equal.
+        those whose settings are the run's can write it, and theirs are equal. What is wrong with the store is told
+        here, before any work.
         """
-        self.store.commit("run.json", json.dumps(info, indent=1, sort_keys=True).encode())
-        check_same(self.info() or info, info, self.store.uri)
+        before = self.info()
+        if before is None:
+            if not isinstance(self.store, NamedCommits) and not commits_once(self.store):
+                self.store.put(BY_NAME, b"")
+                self.store = NamedCommits(self.store)
+            self.store.commit("run.json", json.dumps(info, indent=1, sort_keys=True).encode())
+            before = self.info() or info
+        check_same(before, info, self.store.uri)
         self.store.commit("manifest.json", manifest)
 
     def info(self) -> dict[str, Any] | None:
-        """Return run.json; None where no run has begun. Raises InputError if it is no run's."""
+        """Return run.json, as refreshes have left it; None where no run has begun.
+
+        Raises InputError if it is no run's.
+        """
         try:
             info: dict[str, Any] = json.loads(self.store.read("run.json"))
             info["fingerprint"], info["result_settings"], info["digests"]
+            info |= latest(self.store).info
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
@@ -73,8 +103,8 @@ class RunFolder:
         return info
 
     def manifest(self) -> bytes:
-        """Return the bytes of the manifest."""
-        return self.store.read("manifest.json")
+        """Return the bytes of the manifest, with all that refreshes have added."""
+        return self.store.read(latest(self.store).manifest)
 
     def receipts(self) -> dict[int, Receipt]:
         """Return the receipts of all committed shards by shard, in order."""
@@ -100,7 +130,8 @@ class RunFolder:
     def attempt(self, shard_id: int) -> int:
         """Count an attempt in storage, where it outlives the worker, and return its number from 1."""
         number = 1
-        while not self.store.commit(f"attempts/{shard_id:06d}/{number}", b"{}"):
+        worker = json.dumps({"worker": f"{socket.gethostname()}:{os.getpid()}"}).encode()
+        while not self.store.commit(f"attempts/{shard_id:06d}/{number}", worker):
             number += 1
         return number
 
@@ -133,12 +164,19 @@ class RunFolder:
         """Write the shard's parts, then its receipt; return the receipt that counts, which may be an earlier one."""
         token = uuid4().hex[:8]
         parts = {name: f"shards/{shard_id:06d}/{token}-{name}.parquet" for name in tables}
-        with ThreadPoolExecutor(len(parts)) as pool:
-            list(pool.map(lambda name: self.store.commit(parts[name], to_bytes(tables[name])), tables))
+        try:
+            with ThreadPoolExecutor(len(parts)) as pool:
+                list(pool.map(lambda name: self.store.commit(parts[name], to_bytes(tables[name])), tables))
+        except OSError as error:
+            # A full disk must not be filled by one attempt after the other. (In an outage nothing can be removed.)
+            if not is_outage(error):
+                for key in parts.values():
+                    self.store.delete(key)
+            raise
         receipt = Receipt(
             shard_id,
             samples=samples,
-            occurrences=len(tables["occurrences"]),
+            occurrences=len(tables.get("occurrences", ())),
             # A sample without a noun whose image can't be read either is two rows, and one sample.
             failures=len(set(tables["errors"]["source"].to_pylist())),
             seconds=round(seconds, 3),
@@ -155,9 +193,15 @@ class RunFolder:
         return committed
 
     def read_part(self, receipt: Receipt, name: str) -> pa.Table:
-        """Return one part of a committed shard."""
+        """Return one part of a committed shard; raises InputError if somebody has removed it."""
         assert receipt.parts is not None
-        return from_bytes(self.store.read(receipt.parts[name]))
+        try:
+            return from_bytes(self.store.read(receipt.parts[name]))
+        except FileNotFoundError as error:
+            number = f"{receipt.shard_id:06d}"
+            raise InputError(
+                f"{self.store.uri}: {receipt.parts[name]} is gone; remove shards/{number}.json too and run again"
+            ) from error
 
     def finish(self, totals: dict[str, Any]) -> None:
         """Say that the tables are complete, and what they amount to."""
@@ -172,6 +216,12 @@ class RunFolder:
         return totals
 
 
+def receipts_digest(receipts: Mapping[int, Receipt]) -> str:
+    """Return a digest of which shards are committed, and by which attempt each."""
+    facts = json.dumps([[number, receipt.parts] for number, receipt in sorted(receipts.items())], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
 def check_same(before: dict[str, Any], now: dict[str, Any], uri: str) -> None:
     """Raise InputError, naming what differs, unless a run's info is that of the run that is asked for now."""
     if before["fingerprint"] == now["fingerprint"]:
@@ -182,5 +232,10 @@ def check_same(before: dict[str, Any], now: dict[str, Any], uri: str) -> None:
         for name in sorted(old | new)
         if old.get(name) != new.get(name)
     ]
-    changes += [f"other {name}" for name, digest in before["digests"].items() if digest != now["digests"].get(name)]
+    others = [name for name, digest in before["digests"].items() if digest != now["digests"].get(name)]
+    if not changes and others == ["data"]:
+        raise InputError(
+            f"{uri}: holds a run of other data; choose another OUT, or take in what it has gained: mmray refresh {uri}"
+        )
+    changes += [f"other {name}" for name in others]
     raise InputError(f"{uri}: holds a run with other settings ({'; '.join(changes)}); choose another OUT")

@@ -1,0 +1,54 @@
+"""Edits: made on a run's concept, and made part of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmray.cli.options import AsJson, DtypeName, RunArgument, TrustRemoteCode, app, say, with_settings
+from mmray.editing.settings import EditSettings, edit_settings
+from mmray.settings import describe
+
+
+@app.command()
+@with_settings(EditSettings)
+def edit(
+    run: RunArgument,
+    out: Annotated[str, typer.Option("--out", help="Folder of the edit: a local path or s3://bucket/prefix.")],
+    as_json: AsJson = False,
+    **settings: Any,
+) -> None:
+    """Edit the neurons that a run located, so that the model says another word or says a word no more."""
+    from mmray.api import edit as make
+
+    made = make(run, **edit_settings(settings).model_dump())
+    made.save(out)
+    if as_json:
+        print(json.dumps({"purposes": [asdict(purpose) for purpose in made.purposes], **made.facts}))
+        return
+    facts, purpose = made.facts, made.purpose
+    changed = f"{facts['rows_changed']:,} neurons changed in {facts['seconds']:.0f} s"
+    say(f"{purpose.source} → {purpose.target}: {changed} → {out}")
+    say(f"next: mmray evaluate {run} --edit {out} --data DATA")
+
+
+@app.command()
+def apply(
+    edit: Annotated[str, typer.Argument(metavar="EDIT", help="Folder of an edit.")],
+    model: Annotated[str, typer.Option("--model", help=describe("model"))],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the edited checkpoint; it must be empty.")],
+    dtype: DtypeName = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Write a complete edited checkpoint, which from_pretrained loads."""
+    from mmray.editing.checkpoint import write_checkpoint
+    from mmray.editing.edit import open_edit
+    from mmray.models.loading import load
+
+    made = open_edit(edit)
+    write_checkpoint(load(model, dtype, trust_remote_code=trust_remote_code), made, out)
+    say(f"{len(made.neurons):,} neurons edited → {out}")

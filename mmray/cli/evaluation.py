@@ -1,0 +1,50 @@
+"""What an edit did: its evaluation."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, say, with_settings
+from mmray.evaluation.settings import EvaluationSettings, evaluation_settings
+
+
+@app.command()
+@with_settings(EvaluationSettings)
+def evaluate(
+    run: RunArgument,
+    everything: Annotated[bool, typer.Option("--all", help="Show every protocol, and its words in full.")] = False,
+    as_json: AsJson = False,
+    **settings: Any,
+) -> None:
+    """Measure an edit before and after: success, generality, locality, hallucination, caption quality, and its cost."""
+    from mmray.cluster.evaluation import run_evaluation
+    from mmray.results.evaluation import measures
+    from mmray.results.progress import follow_progress
+
+    checked = evaluation_settings({"run": run, **settings})
+    try:
+        with follow_progress(Console(stderr=True)) as follow:
+            outcome = run_evaluation(checked, follow)
+    except KeyboardInterrupt:
+        print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
+        raise
+    if as_json:
+        print(json.dumps({"measures": outcome.measures, "cost": outcome.facts}, ensure_ascii=False, default=str))
+    else:
+        console.print(measures(outcome.measures, f"{checked.edit} on {checked.data}", everything=everything))
+        cost = " · ".join(
+            f"{name} {value}" for name, value in outcome.facts.items() if not isinstance(value, dict | list)
+        )
+        say(f"cost: {cost}" if cost else "", "dim")
+        say(f"{outcome.samples:,} samples and questions in {outcome.seconds:.0f} s → {checked.edit}/evaluation.json")
+        if outcome.failures:
+            say(f"{outcome.failures:,} of them failed", "yellow")
+        for number, reason in outcome.shards_aside.items():
+            say(f"unit {number} set aside: {reason}", "red")
+    if not outcome.complete:
+        raise typer.Exit(INCOMPLETE)

@@ -1,0 +1,53 @@
+"""Commands as jobs: `python jobs/NAME.py --config FILE.yaml [NAME=VALUE …]` is the command with the file's settings."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import typer
+
+from mmray.cli import main
+from mmray.cli.options import app
+from mmray.config import read_config
+from mmray.errors import InputError
+
+
+def run_job(command: str) -> NoReturn:
+    """Run a command of mmray with settings from a file, and end with its status: 0, 2, 3 or 4.
+
+    The file holds the command's options and arguments by their names, with underscores: `shard_size: 500`. Bad input
+    is one line on stderr, as on the command line.
+    """
+    parser = argparse.ArgumentParser(
+        description=f"Run `mmray {command}` with the settings of a YAML file; see mmray {command} --help for them.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as jobs/configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="change a setting of the file: limit=100")
+    given = parser.parse_args()
+    main(lambda: words_of(command, read_config(given.config, given.overrides)))
+
+
+def words_of(command: str, settings: Mapping[str, Any]) -> list[str]:
+    """Return the words that give a command these settings; raises InputError for one that it does not have."""
+    left = {name: value for name, value in settings.items() if value is not None}
+    options: list[str] = []
+    positions: list[str] = []
+    for parameter in typer.main.get_command(app).commands[command].params:  # type: ignore[attr-defined]
+        word = parameter.opts[0]
+        name = word.lstrip("-").replace("-", "_")
+        if name not in left:
+            continue
+        value = left.pop(name)
+        values = [str(item) for item in (value if isinstance(value, list) else [value])]
+        if parameter.param_type_name == "argument":
+            positions += values
+        elif parameter.is_flag:
+            options += [word] if value else parameter.secondary_opts
+        else:
+            # One word, so that a value may begin with a dash.
+            options += [f"{word}={item}" for item in values]
+    if left:
+        raise InputError(f"there is no setting {next(iter(left))!r}; see mmray {command} --help")
+    return [command, *options, "--", *positions]

@@ -1,0 +1,172 @@
+"""What an evaluation consists of: the run, the data, the edit's own samples, and the units of work they make."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from mmray.cluster.worker import columns_of, open_data
+from mmray.datasets.contents import Source
+from mmray.datasets.rows import BadRowError, object_names
+from mmray.datasets.shards import Manifest, cut
+from mmray.datasets.sources import open_source
+from mmray.errors import InputError
+from mmray.evaluation.asks import Purpose
+from mmray.evaluation.facts import DataFacts, gather_facts
+from mmray.evaluation.mmedit import Records, read_records
+from mmray.evaluation.naming import Naming
+from mmray.evaluation.prompts import TextQuestion, read_text_questions, text_questions
+from mmray.evaluation.quality import has_bleu
+from mmray.evaluation.scope import aim_of
+from mmray.evaluation.settings import EvaluationSettings
+from mmray.results.run import Run
+from mmray.settings import CensusSettings
+from mmray.storage import Entry, open_object, open_store
+
+EDIT_FILES = ("edit.json", "edit.safetensors")
+"""What an edit's folder holds of the edit itself."""
+COLUMNS = ("image_column", "caption_column", "id_column", "language_column", "objects_column")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One unit of work: a shard of the data, samples of a shard of the run's data, questions or records, by number."""
+
+    kind: str
+    """data, own, texts or records."""
+    number: int
+    samples: int
+    names: tuple[str, ...] = ()
+    """Identifiers of the samples that are wanted of an own shard."""
+    start: int = 0
+    """First question or record, of `samples` many."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that workers need besides the model and the edit; small beside the data."""
+
+    settings: EvaluationSettings
+    census: CensusSettings
+    """The settings of the run, read as the data to measure on."""
+    own: CensusSettings
+    """The settings of the run as they are: where the edit's own samples lie."""
+    manifest: Manifest
+    own_manifest: Manifest | None
+    facts: DataFacts
+    texts: tuple[TextQuestion, ...]
+    records: Records | None
+    units: tuple[Unit, ...]
+
+    @property
+    def samples(self) -> int:
+        """Samples, questions and records of all units."""
+        return sum(unit.samples for unit in self.units)
+
+    def digest(self) -> str:
+        """Return a digest of what is asked, beyond the data's content."""
+        records = self.records and [number for number, _ in self.records.records]
+        facts = sorted(self.facts.counts.items()), sorted(map(str, self.facts.translations.items()))
+        return hashlib.sha256(repr((self.texts, records, facts, self.units)).encode()).hexdigest()[:16]
+
+
+def open_measured(census: CensusSettings) -> Source:
+    """Return the source of data to measure on, which need not have captions."""
+    return open_source(census.data, columns_of(census), captions=False)
+
+
+def plan_evaluation(settings: EvaluationSettings, run: Run, purposes: Sequence[Purpose]) -> Plan:
+    """Settle everything that an evaluation consists of; raises InputError for anything wrong with it."""
+    settings = settings.model_copy(update={"bleu": has_bleu(settings.bleu)})
+    own = CensusSettings(**run.info["settings"])
+    columns = {name: value for name in COLUMNS if (value := getattr(settings, name)) is not None}
+    census = own.model_copy(update={"data": settings.data, "limit": settings.limit, **columns})
+    settings = settings.model_copy(update={"prompt": settings.prompt or own.prompt})
+    source = open_measured(census)
+    manifest = cut(source.files(), settings.shard_size, settings.limit)
+    if not manifest.samples:
+        raise InputError(f"{settings.data}: no sample in it")
+    facts = gather_facts(_objects(source), source.translations())
+    own_manifest, own_units = _own(run, purposes, manifest)
+    words = aim_of(purposes, Naming(facts.vocabulary, facts.translations)).words
+    asked = settings.text_questions
+    texts = read_text_questions(asked) if asked else text_questions(facts, words, settings.text_count, settings.seed)
+    records = read_records(settings.mmedit, settings.mmedit_images) if settings.mmedit else None
+    units = [Unit("data", shard.shard_id, shard.samples) for shard in manifest.shards]
+    units += own_units
+    units += _parts("texts", len(texts), settings.shard_size)
+    units += _parts("records", len(records.records) if records else 0, settings.shard_size)
+    return Plan(settings, census, own, manifest, own_manifest, facts, tuple(texts), records, tuple(units))
+
+
+def part_of(records: Records, unit: Unit) -> Records:
+    """Return the records of a unit."""
+    return replace(records, records=records.records[unit.start : unit.start + unit.samples])
+
+
+def units_json(plan: Plan) -> bytes:
+    """Return the units as the bytes that the evaluation's folder keeps."""
+    return json.dumps([vars(unit) for unit in plan.units], indent=0).encode()
+
+
+def digests(plan: Plan, run: Run) -> dict[str, str]:
+    """Return what the evaluation's result depends on, each by a digest."""
+    settings = plan.settings
+    edit = open_store(settings.edit)
+    found = {
+        "model": run.info["digests"]["model"],
+        "data": plan.manifest.digest,
+        "own": plan.own_manifest.digest if plan.own_manifest else "",
+        "asked": plan.digest(),
+        "edit": _digest([edit.entry(name) for name in EDIT_FILES]),
+        "encoder": _digest(open_store(settings.encoder).list()) if settings.encoder else "",
+    }
+    for name, uri in (("synonyms", settings.synonyms), ("mmedit", settings.mmedit)):
+        if uri:
+            store, key = open_object(uri)
+            found[name] = _digest([store.entry(key)])
+    return found
+
+
+def _digest(entries: Sequence[Entry | None]) -> str:
+    listed = [(entry.key, entry.size, entry.version) for entry in entries if entry is not None]
+    return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
+
+
+def _objects(source: Source) -> Iterator[tuple[str, ...]]:
+    """Yield the objects of every sample; cells that can't be read are passed over, for their rows fail."""
+    for cell in source.object_cells() if source.columns.objects is not None else ():
+        try:
+            yield object_names(cell) if cell is not None else ()
+        except BadRowError:
+            continue
+
+
+def _own(run: Run, purposes: Sequence[Purpose], manifest: Manifest) -> tuple[Manifest | None, list[Unit]]:
+    """Return the shards of the run's data that hold the samples of the edit; none where the data measured on is that.
+
+    Then those samples are known by their identifiers.
+    """
+    own = Manifest.from_json(run.folder.manifest())
+    wanted = {name for purpose in purposes for name in purpose.samples}
+    if own.digest == manifest.digest or not wanted or run.folder.finished() is None:
+        return None, []
+    try:
+        open_data(CensusSettings(**run.info["settings"]))
+    except InputError:
+        # The data has gone since: the protocol of reliability then says that these samples are not at hand.
+        return None, []
+    by_shard: dict[int, list[str]] = defaultdict(list)
+    captions = run.table("captions").select(["sample_id", "shard_id"]).to_pylist()
+    for row in captions:
+        if row["sample_id"] in wanted:
+            by_shard[row["shard_id"]].append(row["sample_id"])
+    return own, [Unit("own", shard, len(names), tuple(sorted(names))) for shard, names in sorted(by_shard.items())]
+
+
+def _parts(kind: str, count: int, size: int) -> list[Unit]:
+    starts = range(0, count, size)
+    return [Unit(kind, number, min(size, count - start), start=start) for number, start in enumerate(starts)]

@@ -1,0 +1,96 @@
+"""Take in what a run's data has gained: new shards only, merged with what was there, and compared with it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import chdir
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from mmray.cluster.census import Outcome, Progress, finish, open_inputs, outcome, run_info, unfinished
+from mmray.datasets.shards import Manifest, extend
+from mmray.errors import InputError
+from mmray.results.drift import Drift, compare
+from mmray.results.run import open_run
+from mmray.runs import RunFolder
+from mmray.runs.folder import check_same
+from mmray.runs.lease import driving
+from mmray.runs.refreshes import Refresh, begin_refresh, latest
+from mmray.settings import EXECUTION, census_settings
+from mmray.tables import read_table
+
+CHANGED = ("digests", "fingerprint", "data", "shards")
+"""What a refresh changes in run.json."""
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """What a refresh amounts to; no drift where the data had gained nothing."""
+
+    outcome: Outcome
+    new_samples: int
+    drift: Drift | None
+
+
+def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, **execution: Any) -> Refreshed:
+    """Analyse what the run's data has gained since, merge, and compare with before.
+
+    `execution` are settings that leave the result alone, such as `workers`; all others are the run's. A refresh or a
+    census that was stopped is brought to its end first. Raises InputError if data that was analysed has changed.
+    """
+    began = time.perf_counter()
+    folder = RunFolder.at(uri, patient=True)
+    info = folder.info()
+    if info is None:
+        raise InputError(f"{uri}: no run here (no run.json); give a folder that mmray census wrote")
+    given = {name: value for name, value in execution.items() if value is not None}
+    if strange := given.keys() - EXECUTION:
+        raise InputError(f"{', '.join(sorted(strange))}: a refresh keeps the run's settings")
+    # What was asked for once to retry shards is no habit of the run.
+    out = folder.store.uri
+    settings = census_settings(info["settings"] | {"retry_failed": False} | given | {"out": out})
+    # Relative paths of the data and the model are those of the call that began the run.
+    with chdir(info["home"] if Path(info["home"]).is_dir() else "."), driving(folder.store) as check:
+        source, _, nouns = open_inputs(settings)
+        before = Manifest.from_json(folder.manifest())
+        after = extend(before, source.files(), settings.shard_size, settings.limit)
+        now = run_info(settings, source, after, nouns)
+        unchanged = now["digests"] | {"data": info["digests"]["data"]}
+        check_same(info, now | {"digests": unchanged, "fingerprint": settings.fingerprint(**unchanged)}, out)
+        if unfinished(settings, folder):
+            finish(settings, folder, nouns, follow, check)
+        drift = _settle(folder, latest(folder.store))
+        new_samples = after.samples - before.samples
+        if new_samples:
+            begun = begin_refresh(folder.store, {name: now[name] for name in CHANGED}, after.to_json())
+            finish(settings, folder, nouns, follow, check)
+            drift = _settle(folder, begun)
+    return Refreshed(outcome(uri, folder, time.perf_counter() - began), new_samples, drift)
+
+
+def _settle(folder: RunFolder, refresh: Refresh) -> Drift | None:
+    """Write what a refresh that has been analysed changed, unless that is known already."""
+    key = f"{refresh.folder}/drift.json"
+    if not refresh.number or folder.store.exists(key):
+        return None
+    run = open_run(folder.store.uri)
+    drift = compare(_Before(run.info, folder, f"{refresh.folder}/before"), run)
+    folder.store.put(key, json.dumps(drift.summary(), indent=1).encode())
+    return drift
+
+
+@dataclass(frozen=True)
+class _Before:
+    """A run as it was before a refresh."""
+
+    info: dict[str, Any]
+    folder: RunFolder
+    place: str
+
+    def table(self, name: str) -> pa.Table:
+        return read_table(self.folder.store, name, self.place)

@@ -1,0 +1,72 @@
+"""A job's settings: one YAML file, and dotted overrides that change single values of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmray.errors import InputError
+
+PLAIN = {
+    "bool": r"(?i:true|false)",
+    "int": r"[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan",
+}
+"""What is no text although it has no quotes, as YAML 1.2 has it."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads `1:8` as text: YAML 1.1 makes it 68, seconds in all; nor is `no` false, or 2026-01-01 a date."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag.endswith((":null", ":merge"))]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, _form in PLAIN.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_form})\Z"), None)
+
+
+def read_config(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the mapping in a YAML file, changed by overrides such as `limit=100` or `census.out=s3://bucket/run`.
+
+    An override's value is YAML too (`2.5`, `true`, `null`, `[a, b]`); a dotted name goes into mappings, which are made
+    where they are missing. Raises InputError in one line for a missing file, anything but a mapping, or an override of
+    another form.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise InputError(f"--config {path}: {reason}; give a YAML file such as jobs/configs/demo.yaml") from error
+    config = _parse(text, f"--config {path}")
+    if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
+        raise InputError(f"--config {path}: settings are lines such as 'model: demo'")
+    for override in overrides:
+        _override(config, override)
+    return config
+
+
+def _override(config: dict[str, Any], override: str) -> None:
+    name, equals, value = override.partition("=")
+    *parents, last = name.removeprefix("--").split(".")
+    if not equals or not all([*parents, last]):
+        raise InputError(f"override {override!r}: write NAME=VALUE, such as limit=100 or census.limit=100")
+    for parent in parents:
+        config = config.setdefault(parent, {})
+        if not isinstance(config, dict):
+            raise InputError(f"override {override!r}: {parent} is a single value, there is nothing below it")
+    config[last] = _parse(value, f"override {override!r}")
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{where}: not YAML{line} ({getattr(error, 'problem', None) or error})") from error

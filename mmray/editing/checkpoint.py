@@ -1,0 +1,29 @@
+"""An edit made part of a checkpoint: a complete folder that `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from mmray.editing.edit import WeightEdit
+from mmray.errors import InputError
+from mmray.models.loading import WEIGHTS, LoadedModel
+
+WEIGHT_FILES = (".safetensors", ".bin")
+
+
+def write_checkpoint(model: LoadedModel, edit: WeightEdit, out: str | Path) -> None:
+    """Write the model with the edit in its weights, in the number format that it is loaded in, and its processor.
+
+    Raises InputError for another model than the edit's own, or a folder that holds anything.
+    """
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{out}: not an empty folder; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    # The checkpoint's own files of tokens and processing, to the byte; transformers writes the rest anew.
+    for path in model.folder.iterdir():
+        if path.suffix in WEIGHTS and path.suffix not in WEIGHT_FILES and "index" not in path.name:
+            shutil.copy(path, folder / path.name)
+    with edit.applied(model):
+        model.network.save_pretrained(folder)

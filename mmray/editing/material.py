@@ -1,0 +1,181 @@
+"""What an edit is learnt on: the run's own samples, what the model says of them, and what it is to say instead."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import pyarrow.compute as pc
+from PIL.Image import Image
+
+from mmray.datasets.columns import Columns
+from mmray.datasets.samples import Sample
+from mmray.datasets.shards import Manifest, read_shard
+from mmray.datasets.sources import open_source
+from mmray.editing.wording import replaced as with_nouns
+from mmray.errors import InputError
+from mmray.models.generation import caption_of, generate
+from mmray.models.loading import LoadedModel
+from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
+from mmray.neurons.concepts import find_forms
+from mmray.neurons.model import Model, open_image
+from mmray.results.run import Run
+
+ROWS_A_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Example:
+    """An answer that the model is to give, or to go on giving, to a prompt about an image; token ids, end included.
+
+    `avoided` is what it would say otherwise: the token to predict no more, by its place in the answer. `said` is the
+    place behind the new words from which on their first token is not to come again; None: nothing new is said.
+    """
+
+    prompt: str
+    image: Image | None
+    tokens: tuple[int, ...]
+    avoided: tuple[int, int] | None = None
+    said: int | None = None
+    sample_id: str = ""
+
+
+@dataclass
+class Material:
+    """Samples of a run by id, and the captions that the model itself writes of them, each written once."""
+
+    model: Model
+    run: Run
+    language: str = "en"
+    prompt: str | None = None
+    samples: dict[str, Sample] = field(default_factory=dict)
+    written: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def end(self) -> int:
+        """The token that ends an answer."""
+        ends = self.model.network.generation_config.eos_token_id
+        ends = self.model.tokenizer.eos_token_id if ends is None else ends
+        return int(ends[0] if isinstance(ends, list) else ends)
+
+    def ask(self, sample: Sample) -> str:
+        """Return the prompt of a caption of the sample."""
+        return prompt_text(self.model, self.prompt, self.language, image=sample.image is not None)
+
+    def example(self, sample: Sample, answer: str | Sequence[int]) -> Example:
+        """Return a caption of a sample as an example; a text is tokenised as it follows the prompt."""
+        prompt = self.ask(sample)
+        tokens = tokenize_caption(self.model, prompt, answer)[0] if isinstance(answer, str) else answer
+        return Example(prompt, open_image(sample.image), (*tokens, self.end), sample_id=sample.sample_id)
+
+    def read(self, wanted: Iterable[str]) -> list[Sample]:
+        """Return the samples of these ids, in their order; what can't be read any more is left out."""
+        missing = set(wanted := list(wanted)) - set(self.samples)
+        if missing:
+            captions = self.run.table("captions").select(["sample_id", "shard_id"])
+            held = captions.filter(pc.is_in(captions["sample_id"], pc.cast(sorted(missing), "string")))
+            manifest = Manifest.from_json(self.run.folder.manifest())
+            settings, columns = self.run.info["settings"], Columns(**self.run.info["data"]["columns"])
+            source = open_source(settings["data"], columns, captions=settings["captions"] == "dataset")
+            for shard in sorted(set(held["shard_id"].to_pylist())):
+                for row in read_shard(source, manifest.shards[shard]):
+                    if isinstance(row, Sample) and row.sample_id in missing:
+                        self.samples[row.sample_id] = row
+        return [self.samples[name] for name in wanted if name in self.samples]
+
+    def own(self, samples: Sequence[Sample]) -> list[tuple[int, ...]]:
+        """Return the token ids of the model's own greedy captions of these samples, without the end."""
+        new = [sample for sample in samples if sample.sample_id not in self.written]
+        for start in range(0, len(new), 2 * ROWS_A_BATCH):
+            chunk = new[start : start + 2 * ROWS_A_BATCH]
+            images, prompts = [open_image(sample.image) for sample in chunk], [self.ask(sample) for sample in chunk]
+            for sample, tokens in zip(chunk, generate(self.model, prompts, images), strict=True):
+                self.written[sample.sample_id] = tuple(tokens)
+        return [self.written[sample.sample_id] for sample in samples]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Return what tokens say."""
+        return caption_of(self.model, list(tokens))[0].strip()
+
+    def ids(self, concepts: Iterable[str] | None = None) -> list[str]:
+        """Return the ids of all samples with an image, or of those at which one of the concepts occurs, in order."""
+        rows = self.run.table("captions" if concepts is None else "occurrences")
+        if concepts is not None:
+            rows = rows.filter(pc.is_in(rows["concept"], pc.cast(list(concepts), "string")))
+        return list(dict.fromkeys(rows["sample_id"].to_pylist()))
+
+
+def replaced(material: Material, source: str, target: str, most: int, seed: int) -> list[Example]:
+    """Return examples that say `target` where the model says `source` in its own captions of samples of the source.
+
+    Raises InputError where the model names the source in none of them.
+    """
+    found = material.ids([source])
+    random.Random(f"{source} {seed}").shuffle(found)
+    samples = material.read(found[:most])
+    examples = []
+    for sample, tokens in zip(samples, material.own(samples), strict=True):
+        said = material.text(tokens)
+        if find_forms(said, frozenset({source}), material.language):
+            examples.append(_rewritten(material, sample, tokens, said, source, target))
+    if not examples:
+        raise InputError(
+            f"{source!r}: the model names it in none of its own captions of {len(samples)} samples; "
+            "give a concept that it says"
+        )
+    return examples
+
+
+def _rewritten(
+    material: Material,
+    sample: Sample,
+    tokens: Sequence[int],
+    said: str,
+    source: str,
+    target: str,
+) -> Example:
+    mentions = find_forms(said, frozenset({source}), material.language)
+    changed = with_nouns(said, [(mention, target) for mention in mentions], material.language)
+    new = material.example(sample, changed)
+    before = (*tokens, material.end)
+    place = next((n for n, pair in enumerate(zip(before, new.tokens, strict=False)) if pair[0] != pair[1]), None)
+    if place is None:
+        return new
+    behind = len(new.tokens) - next(
+        (n for n, pair in enumerate(zip(before[::-1], new.tokens[::-1], strict=False)) if pair[0] != pair[1]), 0
+    )
+    return Example(new.prompt, new.image, new.tokens, (place, before[place]), behind, sample.sample_id)
+
+
+def kept(material: Material, without: Iterable[str], most: int, seed: int, first: Iterable[str] = ()) -> list[Example]:
+    """Return examples that keep what the model says: its own captions of samples that don't show, and captions that
+    don't name, any of `without`; of the samples `first`, in their order, for up to half of them, then drawn at random.
+    """
+    without = list(without)
+    shown = set(material.ids(without))
+    others = [name for name in material.ids() if name not in shown]
+    random.Random(seed).shuffle(others)
+    foremost = [name for name in first if name not in shown][: most // 2]
+    chosen = list(dict.fromkeys([*foremost, *others]))[:most]
+    samples = [sample for sample in material.read(chosen) if not set(without) & set(sample.objects or ())]
+    examples = []
+    for sample, tokens in zip(samples, material.own(samples), strict=True):
+        said = material.text(tokens)
+        if not find_forms(said, frozenset(without), material.language):
+            examples.append(material.example(sample, tokens))
+    return examples
+
+
+def batches(model: LoadedModel, examples: Sequence[Example]) -> list[Batch]:
+    """Return the examples as batches of the network, in order; neighbours without an image apart."""
+    found = []
+    for _, group in groupby(examples, key=lambda example: example.image is None):
+        alike = list(group)
+        for start in range(0, len(alike), ROWS_A_BATCH):
+            chunk = alike[start : start + ROWS_A_BATCH]
+            tokens = [list(example.tokens) for example in chunk]
+            prompts, images = [example.prompt for example in chunk], [example.image for example in chunk]
+            found.append(encode(model, prompts, images, tokens, [[(0, 0)] * len(row) for row in tokens]))
+    return found

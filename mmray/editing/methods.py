@@ -1,0 +1,154 @@
+"""Every way to make an edit, one signature: the task in, what is to be added to which rows out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+
+from mmray.editing.baselines import LowRank, banned_tokens, most_active, rank_one, whole_layers
+from mmray.editing.closed import CLOSED, Row
+from mmray.editing.deltas import Deltas, Neuron
+from mmray.editing.edit import Purpose, WeightEdit, cost
+from mmray.editing.learning import Course, learn
+from mmray.editing.locating import last_layers, located, matched, sharing
+from mmray.editing.material import Example, Material, kept, replaced
+from mmray.editing.settings import EditSettings
+from mmray.models.loading import LoadedModel, digest
+from mmray.models.parts import output_rows, unembedding_rows
+
+FEWEST_OF_TARGET = 16
+"""Samples of the target among those whose captions are to stay: what the target's own images show."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an edit is to do, settled: the answers that change and stay, and the neurons located for it."""
+
+    material: Material
+    settings: EditSettings
+    purposes: tuple[Purpose, ...]
+    neurons: list[Neuron]
+    new: list[Example]
+    keep: list[Example]
+
+
+Method = Callable[[Task], Deltas]
+
+
+def learned(task: Task) -> Deltas:
+    """Learn deltas of the located neurons."""
+    return _learn(task, Deltas(task.material.model, task.neurons))
+
+
+def on_random(task: Task) -> Deltas:
+    """Learn deltas of as many random neurons of the same layers: the control."""
+    return _learn(task, Deltas(task.material.model, matched(task.material.model, task.neurons, task.settings.seed)))
+
+
+def on_active(task: Task) -> Deltas:
+    """Learn deltas of as many neurons, the most active where the source is named: blind to what they write."""
+    model = task.material.model
+    neurons = most_active(model, task.new, len(task.neurons), last_layers(model, task.settings.layers))
+    return _learn(task, Deltas(model, neurons))
+
+
+def last_mlp(task: Task) -> Deltas:
+    """Fine-tune the last MLP's whole W_out (FT-L)."""
+    return _learn(task, Deltas(task.material.model, whole_layers(task.material.model, last_layers(_model(task), 1))))
+
+
+def by_rank_one(task: Task) -> Deltas:
+    """Learn a rank-one change of the last layer's W_out (as ROME)."""
+    return _learn(task, rank_one(_model(task), task.new, task.keep, last_layers(_model(task), 1)[0]))
+
+
+def lora(task: Task) -> Deltas:
+    """Learn a LoRA of the last layer's W_out (peft)."""
+    with closing(LowRank(_model(task), last_layers(_model(task), 1)[0])) as deltas:
+        return _learn(task, deltas)
+
+
+def closed_form(task: Task) -> Deltas:
+    """Compute the deltas of the located neurons in closed form."""
+    model, settings = task.material.model, task.settings
+    word = [token for ids in banned_tokens(model, [settings.concept])[:1] for token in ids]
+    unembedding = unembedding_rows(model.network, model.parts)[word].float()
+    deltas = Deltas(model, task.neurons)
+    generator = torch.Generator().manual_seed(settings.seed)
+    for layer, units in deltas.units.items():
+        rows = output_rows(model.network, model.projections[layer])[units].float()
+        added = CLOSED[settings.method](Row(rows, unembedding.to(rows.device), settings, generator))
+        deltas.learnt[layer] = [added]
+    return deltas
+
+
+METHODS: dict[str, Method] = {
+    "learned": learned,
+    "random": on_random,
+    "activation": on_active,
+    "last-mlp": last_mlp,
+    "rank-one": by_rank_one,
+    "lora": lora,
+    **dict.fromkeys(CLOSED, closed_form),
+}
+"""The methods that change weights, by the name that `--method` takes."""
+
+
+def make_edit(material: Material, wishes: Sequence[EditSettings]) -> WeightEdit:
+    """Make one edit for all the wishes, which agree in all but what they are for.
+
+    Raises InputError for a concept that the run does not know or the model never says.
+    """
+    began = time.perf_counter()
+    model, settings = material.model, wishes[0]
+    task = prepare(material, wishes)
+    deltas = METHODS[settings.method](task)
+    layers = [torch.full_like(units, layer).cpu() for layer, units in deltas.units.items()]
+    rows = torch.cat([deltas.rows(layer).detach().float().cpu() for layer in deltas.units])
+    return WeightEdit(
+        layer=torch.cat(layers),
+        unit=torch.cat([units.cpu() for units in deltas.units.values()]),
+        delta=rows,
+        purposes=task.purposes,
+        model=digest(model.folder),
+        settings={"wishes": [wish.model_dump() for wish in wishes], "run": material.run.uri},
+        facts=cost(rows, time.perf_counter() - began)
+        | {"answers_changed": len(task.new), "answers_kept": len(task.keep)},
+    )
+
+
+def prepare(material: Material, wishes: Sequence[EditSettings]) -> Task:
+    """Settle what the edit is learnt on and which neurons it may change."""
+    model, run = material.model, material.run
+    settings = wishes[0]
+    layers = last_layers(model, settings.layers)
+    neurons: dict[Neuron, None] = {}
+    new: list[Example] = []
+    purposes, sources, targets = [], [], []
+    for wish in wishes:
+        source, target = wish.concept, wish.instead
+        neurons |= dict.fromkeys(located(run, source, wish.neurons, layers, wish.by))
+        examples = replaced(material, source, target, wish.samples, wish.seed)
+        new += examples
+        kind = "noise" if wish.method == "noise" else "suppress" if wish.suppress else "swap"
+        samples = tuple(dict.fromkeys(example.sample_id for example in examples))
+        purposes.append(Purpose(kind, source, target, language=wish.language, samples=samples))
+        sources.append(source)
+        targets += material.ids([target])[:FEWEST_OF_TARGET]
+    first = list(dict.fromkeys([*targets, *sharing(run, list(neurons))]))
+    keep = kept(material, sources, settings.kept, settings.seed, first)
+    return Task(material, settings, tuple(purposes), list(neurons), new, keep)
+
+
+def _learn(task: Task, deltas: Deltas) -> Deltas:
+    course = Course(steps=task.settings.steps, seed=task.settings.seed)
+    learn(task.material.model, deltas, task.new, task.keep, course)
+    return deltas
+
+
+def _model(task: Task) -> LoadedModel:
+    return task.material.model

@@ -1,0 +1,86 @@
+"""Typed settings of an edit, with the documentation of each."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mmray.errors import InputError
+from mmray.settings import first_problem
+
+Method = Literal["learned", "zero", "scale", "project", "noise", "random", "activation", "last-mlp", "rank-one", "lora"]
+By = Literal["specific", "score", "share"]
+
+
+class EditSettings(BaseModel):
+    """Everything that `mmray edit` can be told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    source: str | None = None
+    """Concept that the model is to name no more; by default none is swapped."""
+    target: str | None = None
+    """What it is to say instead of the source; goes with --source, by default none."""
+    suppress: str | None = None
+    """Word that is to vanish: instead of a swap; by default none."""
+    replacement: str = "object"
+    """Neutral word that takes the place of a suppressed one."""
+    method: Method = "learned"
+    """learned: deltas of the located neurons; zero, scale, project: closed forms to suppress; noise: the published
+    perturbation; controls and baselines: random and activation (the same objective on other neurons), last-mlp (FT-L),
+    rank-one (as ROME, one layer), lora (needs peft)."""
+    neurons: int = Field(100, ge=1)
+    """Most neurons that are edited."""
+    layers: int = Field(1, ge=1)
+    """Last layers whose neurons may be edited. An edit of the last layer alone is learnt without running any block."""
+    by: By = "specific"
+    """Order of the ranking that locates them."""
+    samples: int = Field(24, ge=1)
+    """Most samples of the source that the edit is made on."""
+    kept: int = Field(512, ge=0)
+    """Samples of other concepts, whose captions are to stay as they are."""
+    steps: int = Field(60, ge=1)
+    """Steps of gradient descent."""
+    factor: float = 0.0
+    """With --method scale: what the neurons' rows are multiplied by."""
+    sigma: float = Field(0.1, ge=0)
+    """With --method noise: standard deviation of what is added to each number of the rows."""
+    language: str = "en"
+    """Language of the captions that are edited."""
+    prompt: str | None = None
+    """Question before the caption; default: as in the census."""
+    seed: int = 0
+    """Seed of every draw."""
+
+    @model_validator(mode="after")
+    def _one_task(self) -> EditSettings:
+        swap = self.source is not None or self.target is not None
+        if swap == (self.suppress is not None):
+            raise ValueError("give --source and --target, or --suppress")
+        if swap and (self.source is None or self.target is None):
+            raise ValueError("--source and --target go together")
+        if swap and self.source == self.target:
+            raise ValueError("--source and --target are the same")
+        return self
+
+    @property
+    def concept(self) -> str:
+        """The concept that is to vanish, in lower case."""
+        return (self.source or self.suppress or "").casefold()
+
+    @property
+    def instead(self) -> str:
+        """What is to be said instead."""
+        return self.target or self.replacement
+
+
+def edit_settings(values: dict[str, Any]) -> EditSettings:
+    """Return checked settings; raises InputError naming the first that is wrong and what is allowed."""
+    try:
+        return EditSettings(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise InputError(
+            problem["msg"].removeprefix("Value error, ") if not problem["loc"] else first_problem(error)
+        ) from error

@@ -1,0 +1,216 @@
+"""A batch behind the first edited MLP: run once up to there, and from there again at each step of learning.
+
+What an edit of late layers can't change is computed once a batch: vision tower, projector, early blocks, and the first
+edited block up to what its MLP writes. A step then adds what the deltas write, and runs the later blocks alone. An edit
+of the last layer needs no block at all, and only the places that predict a token of the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import Cache
+
+from mmray.editing.deltas import Deltas
+from mmray.models.capture import tap, tap_input
+from mmray.models.loading import LoadedModel
+from mmray.models.norms import vocabulary_logits
+from mmray.models.prompting import Batch
+from mmray.neurons.scoring import forward
+
+BLOCK = re.compile(r"^.*?\.\d+(?=\.)")
+"""The path of a decoder block within that of its MLP projection: up to the first number."""
+
+
+@dataclass(frozen=True)
+class _Later:
+    """A block behind the first edited one: what it was given besides hidden states, and what was added before it."""
+
+    block: nn.Module
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+    hidden_named: bool
+    before: Tensor | None
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """Return what the block makes of these hidden states."""
+        if self.before is not None:
+            hidden = hidden + self.before
+        if self.hidden_named:
+            return _hidden(self.block(*self.arguments, hidden_states=hidden, **self.named))
+        return _hidden(self.block(hidden, *self.arguments, **self.named))
+
+
+@dataclass(frozen=True)
+class Tail:
+    """One batch behind the first edited MLP.
+
+    `targets[place]` is the token that the place predicts, of the row `rows[place]`; places run row by row over all
+    tokens of the answers.
+    """
+
+    model: LoadedModel
+    targets: Int[Tensor, " place"]
+    rows: Int[Tensor, " place"]
+    places: Int[Tensor, " place"] | None
+    """Index of each place in (row, position); None where `hidden` has the places alone."""
+    hidden: Float[Tensor, "*rows hidden"]
+    """What leaves the first edited block, untouched."""
+    activation: Float[Tensor, "*rows unit"]
+    """Of its edited neurons."""
+    written: Float[Tensor, "*rows hidden"] | None
+    """What its MLP writes, where a norm stands behind it."""
+    later: tuple[_Later, ...]
+    after: Tensor | None
+    """What was added between the last block and the final norm."""
+
+    def states(self, deltas: Deltas | None) -> Float[Tensor, "place hidden"]:
+        """Return the final norm's input at the places, with what the deltas write; None: without."""
+        if deltas is None:
+            hidden = self._behind(self.hidden)
+        else:
+            layer = deltas.first
+            with deltas.added(beyond=layer):
+                hidden = self._behind(self.hidden + self._through(layer, deltas.written(layer, self.activation)))
+        return hidden if self.places is None else hidden.flatten(0, -2)[self.places]
+
+    def logits(self, deltas: Deltas | None = None) -> Float[Tensor, "place vocabulary"]:
+        """Return the logits, in fp32, at the places, with what the deltas write; None: without."""
+        return vocabulary_logits(self.model, self.states(deltas))
+
+    def at(self, chosen: Int[Tensor, " chosen"]) -> Tail:
+        """Return the tail with these places alone; of one without later blocks."""
+        return replace(
+            self,
+            targets=self.targets[chosen],
+            rows=self.rows[chosen],
+            hidden=self.hidden[chosen],
+            activation=self.activation[chosen],
+            written=None if self.written is None else self.written[chosen],
+            after=None if self.after is None else self.after[chosen],
+        )
+
+    def _behind(self, hidden: Tensor) -> Tensor:
+        for block in self.later:
+            hidden = block.run(hidden)
+        return hidden if self.after is None else hidden + self.after
+
+    def _through(self, layer: int, added: Tensor) -> Tensor:
+        """Return what reaches the residual stream of something added to what the MLP writes."""
+        projection = self.model.projections[layer]
+        if self.written is not None and projection.post_norm is not None:
+            norm = self.model.network.get_submodule(projection.post_norm)
+            added = norm(self.written + added.to(self.written.dtype)) - norm(self.written)
+        return added.to(self.hidden.dtype) * projection.scale
+
+
+def joined(tails: Sequence[Tail]) -> Tail:
+    """Return tails without later blocks as one; rows are numbered through."""
+    counts = accumulate((int(part.rows.max()) + 1 for part in tails), initial=0)
+    written = [part.written for part in tails if part.written is not None]
+    # What was added to one batch behind the last block may be nothing in another.
+    after = [torch.zeros_like(part.hidden) if part.after is None else part.after for part in tails]
+    return replace(
+        tails[0],
+        targets=torch.cat([part.targets for part in tails]),
+        rows=torch.cat([part.rows + count for part, count in zip(tails, counts, strict=False)]),
+        hidden=torch.cat([part.hidden for part in tails]),
+        activation=torch.cat([part.activation for part in tails]),
+        written=torch.cat(written) if written else None,
+        after=torch.cat(after) if any(part.after is not None for part in tails) else None,
+    )
+
+
+@torch.no_grad()
+def tail(model: LoadedModel, batch: Batch, deltas: Deltas) -> Tail:
+    """Run the batch once, and keep what the deltas' layers need to be run again."""
+    first = deltas.first
+    projections = model.projections[first:]
+    blocks = [model.network.get_submodule(_block(projection.path)) for projection in projections]
+    given: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    left: dict[int, Tensor] = {}
+    final: list[Tensor] = []
+    activations: list[Tensor] = []
+    written: list[Tensor] = []
+
+    def enter(number: int, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given[number] = (arguments, named)
+
+    def leave(number: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        left[number] = _hidden(output)
+
+    def receive(_: int, activation: Tensor, __: Tensor) -> None:
+        activations.append(activation[:, deltas.units[first]].float())
+
+    with ExitStack() as stack:
+        for number, block in enumerate(blocks):
+            stack.callback(block.register_forward_pre_hook(partial(enter, number), with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(partial(leave, number)).remove)
+        stack.enter_context(tap(model.network, projections[:1], receive))
+        if projections[0].post_norm is not None:
+            norm = model.network.get_submodule(projections[0].post_norm)
+            stack.enter_context(tap_input(norm, written.append))
+        stack.enter_context(tap_input(model.norm, final.append))
+        forward(model, batch)
+    # Mllama leaves its cross-attention blocks out where there is no image: then nothing of theirs is written.
+    ran = [number for number in sorted(left) if number > 0]
+    hidden = left[0] if 0 in left else given[ran[0]][0][0]
+    later = []
+    for number in ran:
+        later.append(_later(blocks[number], *given[number], hidden=left[max(n for n in left if n < number)]))
+    starts = [row * batch.positions + start - 1 for row, start in enumerate(batch.caption_start)]
+    places = torch.tensor(
+        [start + index for start, tokens in zip(starts, batch.tokens, strict=True) for index in range(len(tokens))],
+        device=hidden.device,
+    )
+    after = _added(final[-1], left[max(left)])
+    if later:
+        chosen: Any = slice(None)
+    else:
+        hidden, chosen = hidden.flatten(0, -2), places
+        after = None if after is None else after.flatten(0, -2)[places]
+    return Tail(
+        model=model,
+        targets=torch.tensor([token for tokens in batch.tokens for token in tokens], device=hidden.device),
+        rows=torch.tensor([row for row, tokens in enumerate(batch.tokens) for _ in tokens], device=hidden.device),
+        places=places if later else None,
+        hidden=hidden[chosen],
+        activation=activations[0].view(*hidden.shape[:-1], -1)[chosen],
+        written=written[0].view(hidden.shape)[chosen] if written else None,
+        later=tuple(later),
+        after=after,
+    )
+
+
+def _later(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], hidden: Tensor) -> _Later:
+    """Describe a later block, whose predecessor left `hidden`."""
+    hidden_named = "hidden_states" in named
+    entered = named["hidden_states"] if hidden_named else arguments[0]
+    # With its cache of keys and values a block would see the sequence twice.
+    others = {name: value for name, value in named.items() if name != "hidden_states" and not isinstance(value, Cache)}
+    return _Later(block, arguments if hidden_named else arguments[1:], others, hidden_named, _added(entered, hidden))
+
+
+def _block(projection: str) -> str:
+    match = BLOCK.match(projection)
+    assert match is not None, projection
+    return match[0]
+
+
+def _hidden(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _added(later: Tensor, earlier: Tensor) -> Tensor | None:
+    """Return what was added between two blocks (Qwen3-VL adds image features there); None for nothing."""
+    return None if later is earlier or torch.equal(later, earlier) else later - earlier

@@ -1,0 +1,72 @@
+"""Evaluate an edit of a loaded model on samples, in this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from mmray.datasets.samples import Failure, Sample
+from mmray.evaluation.asks import Edit
+from mmray.evaluation.before import Before
+from mmray.evaluation.facts import DataFacts, gather_facts
+from mmray.evaluation.measuring import Measuring
+from mmray.evaluation.mmedit import read_records
+from mmray.evaluation.prompts import TextQuestion, read_text_questions, text_questions
+from mmray.evaluation.settings import MeasureSettings, measure_settings
+from mmray.evaluation.summary import summarise
+from mmray.models.loading import LoadedModel
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The measures of an edit, the captions before and after it, what could not be measured, and the seconds taken."""
+
+    measures: dict[str, dict[str, Any]]
+    captions: pa.Table
+    errors: pa.Table
+    seconds: float
+
+
+def evaluate(
+    model: LoadedModel,
+    edit: Edit,
+    samples: Sequence[Sample | Failure],
+    settings: MeasureSettings | None = None,
+    *,
+    before: Before | None = None,
+    own: Sequence[Sample | Failure] = (),
+    facts: DataFacts | None = None,
+) -> Evaluated:
+    """Measure an edit on samples before and after it.
+
+    Those whose identifier is among the edit's own samples count for its reliability, as do the samples `own`, which are
+    not of the data measured on. `before` keeps the model's replies before the edit: hand on one object, and many edits
+    cost little more than their replies after. `facts` are of the data's objects (with their translations), by default
+    gathered from the samples.
+    """
+    began = time.perf_counter()
+    settings = settings or measure_settings()
+    before = before or Before(model, settings.batch_size, settings.prompt)
+    facts = facts or gather_facts(sample.objects for sample in samples if isinstance(sample, Sample))
+    measuring = Measuring(before, edit, facts, settings)
+    parts = [measuring.samples(samples), measuring.texts(questions_of(measuring, settings))]
+    if own:
+        known = {sample.sample_id for sample in samples}
+        parts.append(measuring.samples([sample for sample in own if sample.sample_id not in known], own=True))
+    if settings.mmedit:
+        parts.append(measuring.records(read_records(settings.mmedit, settings.mmedit_images)))
+    tables = [part.tables() for part in parts]
+    whole = {name: pa.concat_tables([table[name] for table in tables]) for name in tables[0]}
+    measures = summarise(whole["measurements"], settings)
+    return Evaluated(measures, whole["captions"], whole["errors"], time.perf_counter() - began)
+
+
+def questions_of(measuring: Measuring, settings: MeasureSettings) -> list[TextQuestion]:
+    """Return the questions without an image: those of the settings' file, or about the data's objects."""
+    if settings.text_questions:
+        return read_text_questions(settings.text_questions)
+    return text_questions(measuring.facts, measuring.aim.words, settings.text_count, settings.seed)

@@ -1,0 +1,110 @@
+"""Rows of objects that are named and not there: CHAIR, POPE, and pairs of a context and a hallucinated word."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mmray.evaluation.asks import Change
+from mmray.evaluation.facts import STRATEGIES, DataFacts
+from mmray.evaluation.naming import Naming
+from mmray.evaluation.rows import Rows
+
+YES_OR_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+WORDS = re.compile(r"\w+(?:[-'’]\w+)*")
+
+
+def chair(
+    rows: Rows, naming: Naming, name: str, objects: frozenset[str], language: str | None, before: str, after: str
+) -> None:
+    """Add a caption's part in CHAIR (Rohrbach et al. 2018), object recall and mean length.
+
+    CHAIR_i: mentions of objects that are not there, of all mentions; CHAIR_s: captions with such a mention, of all.
+    """
+    parts = []
+    for caption in (before, after):
+        mentioned = [mention.concept for mention in naming.mentions(caption, language)]
+        wrong = sum(concept not in objects for concept in mentioned)
+        found = len(objects.intersection(mentioned))
+        parts.append((wrong, len(mentioned), found, len(WORDS.findall(caption))))
+    rows.add("chair_i", name, parts[0][:2], parts[1][:2])
+    rows.share("chair_s", name, parts[0][0] > 0, parts[1][0] > 0)
+    rows.share("recall", name, parts[0][2], parts[1][2], len(objects))
+    rows.share("mean_length", name, parts[0][3], parts[1][3])
+
+
+def hallucinated(
+    rows: Rows, pairs: Sequence[tuple[str, str]], name: str, objects: frozenset[str], before: set[str], after: set[str]
+) -> None:
+    """Add, for each pair whose context is there, whether its word is named: where it is absent, and where present."""
+    for context, word in pairs:
+        if context in objects:
+            measure = "companion_named" if word in objects else "hallucination"
+            rows.share(measure, name, word in before, word in after)
+            rows.share(f"{measure}:{context}→{word}", name, word in before, word in after)
+
+
+def asked_objects(
+    facts: DataFacts, objects: frozenset[str], count: int, seed: str
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the present objects that POPE asks a sample for, and as many absent ones by each strategy."""
+    present = random.Random(f"present {seed}").sample(sorted(objects), min(count, len(objects)))
+    return present, {
+        strategy: facts.absent(strategy, objects, len(present), f"{strategy} {seed}") for strategy in STRATEGIES
+    }
+
+
+def says_yes(answer: str) -> bool | None:
+    """Return the first yes or no of an answer; None where it has neither."""
+    found = YES_OR_NO.search(answer)
+    return None if found is None else found[1].lower() == "yes"
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Answers to questions for present and absent objects; those with neither yes nor no are `unparsable` too."""
+
+    yes_present: int
+    present: int
+    yes_absent: int
+    no_absent: int
+    absent: int
+    unparsable: int
+
+    def sums(self) -> dict[str, tuple[float, float]]:
+        """Return what each figure of POPE counts, and of how many."""
+        right, wrong, asked = self.yes_present, self.yes_absent, self.present + self.absent
+        return {
+            "accuracy": (right + self.no_absent, asked),
+            "precision": (right, right + wrong),
+            "recall": (right, self.present),
+            "f1": (2 * right, right + wrong + self.present),
+            "yes_ratio": (right + wrong, asked),
+            "unparsable": (self.unparsable, asked),
+        }
+
+
+def confusion(present: Sequence[str], absent: Sequence[str]) -> Confusion:
+    """Count the answers to questions for present and for absent objects."""
+    there, lacking = [says_yes(answer) for answer in present], [says_yes(answer) for answer in absent]
+    return Confusion(
+        yes_present=there.count(True),
+        present=len(there),
+        yes_absent=lacking.count(True),
+        no_absent=lacking.count(False),
+        absent=len(lacking),
+        unparsable=there.count(None) + lacking.count(None),
+    )
+
+
+def pope(
+    rows: Rows, name: str, present: Sequence[str], absent: Mapping[str, Sequence[str]], changes: Mapping[str, Change]
+) -> None:
+    """Add a sample's part in POPE (Li et al. 2023); `changes` has each object's answers before and after the edit."""
+    for strategy, others in absent.items():
+        before = confusion([changes[thing].before for thing in present], [changes[thing].before for thing in others])
+        after = confusion([changes[thing].after for thing in present], [changes[thing].after for thing in others])
+        for measure, sums in before.sums().items():
+            rows.add(f"pope_{strategy}_{measure}", name, sums, after.sums()[measure])

@@ -1,0 +1,245 @@
+"""Ask the samples of one unit of work before and after an edit, and add up what that shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from mmray.datasets.samples import Failure, Sample
+from mmray.evaluation.asks import Ask, Change, Edit, Reply
+from mmray.evaluation.before import CROPS, FLIP, Before
+from mmray.evaluation.comparing import compare, forced
+from mmray.evaluation.effects import caption_effects, forced_effects, generality, locality, rewritten
+from mmray.evaluation.facts import DataFacts
+from mmray.evaluation.hallucination import asked_objects, chair, hallucinated, pope
+from mmray.evaluation.mmedit import Records, measure_records
+from mmray.evaluation.naming import Naming, read_synonyms
+from mmray.evaluation.prompts import TextQuestion, paraphrases, presence
+from mmray.evaluation.quality import Encoder, bleu, has_bleu, similarity
+from mmray.evaluation.questioner import surviving
+from mmray.evaluation.rows import Rows
+from mmray.evaluation.scope import UNRELATED, Scope, aim_of, objects_of, scope_of
+from mmray.evaluation.settings import MeasureSettings
+from mmray.models.prompting import prompt_text
+
+QUESTIONS = ("text_generality", "text_generality_questions")
+PROMPTS = ("text_generality", "text_generality_prompts")
+VARIANTS = {FLIP: "image_generality_flip"} | dict.fromkeys(CROPS, "image_generality_crop")
+"""What is done to an image → the measure that it counts for."""
+
+
+Drafts: TypeAlias = dict[tuple[str, str, str], list[str]]
+"""Key of an ask → guesses of its answer."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked about a sample whatever the edit is about; the questions are in the order of the sample's."""
+
+    sample: Sample
+    caption: Ask
+    questions: tuple[Ask, ...]
+    present: dict[str, Ask]
+    absent: dict[str, dict[str, Ask]]
+
+    def asks(self) -> Iterator[Ask]:
+        """Yield all asks, some perhaps twice."""
+        yield from (self.caption, *self.questions, *self.present.values())
+        for asks in self.absent.values():
+            yield from asks.values()
+
+
+@dataclass(frozen=True)
+class _Scoped:
+    """A sample with what the edit is to do there, and what is asked for that alone."""
+
+    asked: _Asked
+    scope: Scope
+    paraphrases: tuple[Ask, ...]
+    variants: tuple[Ask, ...]
+
+
+class Measuring:
+    """One edit against one model's replies before it."""
+
+    def __init__(self, before: Before, edit: Edit, facts: DataFacts, settings: MeasureSettings) -> None:
+        self.before = before
+        self.edit = edit
+        self.facts = facts
+        self.settings = settings
+        synonyms = read_synonyms(settings.synonyms) if settings.synonyms else {}
+        known = Naming(facts.vocabulary, facts.translations, synonyms)
+        self.aim = aim_of(edit.purposes, known)
+        self.naming = Naming((*facts.vocabulary, *sorted(self.aim.words)), facts.translations, synonyms)
+        self.bleu = has_bleu(settings.bleu)
+        self.encoder = Encoder(settings.encoder, before.model.device) if settings.encoder else None
+
+    def samples(self, samples: Sequence[Sample | Failure], *, own: bool = False) -> Rows:
+        """Return the rows of samples; `own`: they are not of the data, but what the edit was made on."""
+        failures = [sample for sample in samples if isinstance(sample, Failure)]
+        readable = [sample for sample in samples if isinstance(sample, Sample)]
+        for sample in readable:
+            try:
+                self.before.image(sample)
+            except ValueError as error:
+                failures.append(_failure(sample, "decode", f"image can't be read: {error}"))
+        lost = {failure.sample_id for failure in failures}
+        kept = {sample.sample_id: sample for sample in readable if sample.sample_id not in lost}
+
+        def drop(ask: Ask, reason: str) -> None:
+            failures.append(_failure(kept.pop(ask.sample_id), "forward", reason))
+
+        rows = surviving(lambda: self._measured(list(kept.values()), own), drop)
+        rows.errors = [vars(failure) for failure in sorted(failures, key=lambda f: (f.source, f.sample_id, f.stage))]
+        return rows
+
+    def texts(self, questions: Sequence[TextQuestion]) -> Rows:
+        """Return the rows of questions without an image."""
+        model = self.before.model
+        kept = {f"text: {question.name}": question for question in questions}
+        lost: list[Failure] = []
+
+        def drop(ask: Ask, reason: str) -> None:
+            kept.pop(ask.sample_id)
+            lost.append(Failure(ask.sample_id, "text questions", "forward", reason))
+
+        def measured() -> Rows:
+            rows = Rows()
+            prompts = [prompt_text(model, question.question, "en", image=False) for question in kept.values()]
+            asks = [Ask(name, prompt, None, whole=True) for name, prompt in zip(kept, prompts, strict=True)]
+            replies = self.before.replies(asks, [[question.draft] for question in kept.values()])
+            changes = compare(self.before.questioner, self.edit, asks, replies)
+            for (name, question), change in zip(kept.items(), changes, strict=True):
+                locality(rows, "text_locality_about" if question.about else "text_locality", name, [change])
+            return rows
+
+        rows = surviving(measured, drop)
+        rows.errors = [vars(failure) for failure in lost]
+        return rows
+
+    def records(self, records: Records) -> Rows:
+        """Return the rows of MMEdit's records."""
+        return measure_records(self.before, self.edit, records)
+
+    def _measured(self, samples: Sequence[Sample], own: bool) -> Rows:
+        drafts: Drafts = {}
+        asked = [self._asked(sample, own, drafts) for sample in samples]
+        self._answer([ask for one in asked for ask in one.asks()], drafts)
+        scoped = [self._scoped(one, drafts) for one in asked]
+        asks = [ask for one in scoped for ask in (*one.asked.asks(), *one.paraphrases, *one.variants)]
+        replies = self._answer(asks, drafts)
+        changes = compare(self.before.questioner, self.edit, [ask for ask, _ in replies], [r for _, r in replies])
+        found = {ask.key: change for (ask, _), change in zip(replies, changes, strict=True)}
+        rows = Rows()
+        for one in scoped:
+            self._effects(rows, one, found)
+            if not own:
+                self._whole(rows, one.asked, found)
+        self._forced(rows, scoped, found)
+        if self.encoder is not None and not own:
+            texts = [(one.sample, found[one.caption.key]) for one in asked if one.sample.caption]
+            similarity(rows, self.encoder, [(s.sample_id, s.caption, c.before, c.after) for s, c in texts])
+        return rows
+
+    def _answer(self, asks: Sequence[Ask], drafts: Drafts) -> list[tuple[Ask, Reply]]:
+        """Return each ask once, with the reply before the edit."""
+        once = list({ask.key: ask for ask in asks}.values())
+        return list(zip(once, self.before.replies(once, [drafts[ask.key] for ask in once]), strict=True))
+
+    def _ask(self, drafts: Drafts, sample: Sample, question: str | None, guesses: list[str], variant: str = "") -> Ask:
+        made = self.before.ask(sample, question, variant, whole=question is None and not variant)
+        drafts.setdefault(made.key, guesses)
+        return made
+
+    def _asked(self, sample: Sample, own: bool, drafts: Drafts) -> _Asked:
+        """Return what to ask about a sample; of what the edit was made on, that which shows its effect."""
+        pairs = sample.questions or ()
+        questions = [pair for pair in pairs if not own or self._about(sample, pair[1])]
+        objects = None if own or not self.settings.pope_objects else objects_of(sample)
+        seed = f"{self.settings.seed} {sample.sample_id}"
+        present, absent = asked_objects(self.facts, objects or frozenset(), self.settings.pope_objects, seed)
+
+        def there(name: str) -> Ask:
+            return self._ask(drafts, sample, presence(name), ["Yes", "No"])
+
+        return _Asked(
+            sample=sample,
+            caption=self._ask(drafts, sample, None, [sample.caption]),
+            questions=tuple(self._ask(drafts, sample, asked, [answer]) for asked, answer in questions),
+            present={name: there(name) for name in present},
+            absent={way: {name: there(name) for name in names} for way, names in absent.items() if names},
+        )
+
+    def _about(self, sample: Sample, answer: str) -> bool:
+        return bool(self.aim.gone(objects_of(sample)) & self.naming.named(answer, sample.language))
+
+    def _scoped(self, asked: _Asked, drafts: Drafts) -> _Scoped:
+        """Return what the edit is to do at a sample, and what else to ask there."""
+        sample = asked.sample
+        (caption,) = self.before.replies([asked.caption], [drafts[asked.caption.key]])
+        scope = scope_of(self.aim, self.naming, sample, caption.text)
+        others = paraphrases(sample.language) if scope.wishes else ()
+        variants = VARIANTS if scope.wishes and sample.image is not None else ()
+        return _Scoped(
+            asked=asked,
+            scope=scope,
+            paraphrases=tuple(self._ask(drafts, sample, prompt, [caption.text]) for prompt in others),
+            variants=tuple(self._ask(drafts, sample, None, [caption.text], variant) for variant in variants),
+        )
+
+    def _effects(self, rows: Rows, scoped: _Scoped, found: dict[tuple[str, str, str], Change]) -> None:
+        """Add what the edit did to one sample's texts."""
+        sample, scope, change = scoped.asked.sample, scoped.scope, found[scoped.asked.caption.key]
+        several = len(self.aim.wishes) > 1
+        caption_effects(rows, self.naming, sample, scope, change, several=several)
+        answers = [found[ask.key] for ask in scoped.asked.questions]
+        if scope.role == UNRELATED:
+            locality(rows, "image_locality_questions", sample.sample_id, answers)
+        tried: list[tuple[tuple[str, ...], Change]] = [(QUESTIONS, answer) for answer in answers]
+        tried += [(PROMPTS, found[ask.key]) for ask in scoped.paraphrases]
+        tried += [((VARIANTS[ask.variant],), found[ask.key]) for ask in scoped.variants]
+        for measures, reply in tried:
+            generality(rows, measures, self.aim, self.naming, sample, reply)
+        rows.captions.append(
+            {
+                "sample_id": sample.sample_id,
+                "before": change.before,
+                "after": change.after,
+                "changed": not change.same,
+                "role": scope.role,
+            }
+        )
+
+    def _whole(self, rows: Rows, asked: _Asked, found: dict[tuple[str, str, str], Change]) -> None:
+        """Add what one sample of the data shows whatever the edit is about: hallucination and caption quality."""
+        sample, change, objects = asked.sample, found[asked.caption.key], objects_of(asked.sample)
+        name, language = sample.sample_id, sample.language
+        if objects is not None:
+            chair(rows, self.naming, name, objects, language, change.before, change.after)
+            named = self.naming.named(change.before, language), self.naming.named(change.after, language)
+            hallucinated(rows, self.aim.pairs, name, objects, *named)
+        if asked.present:
+            asks = asked.present | {name: ask for asks in asked.absent.values() for name, ask in asks.items()}
+            absent = {way: list(things) for way, things in asked.absent.items()}
+            pope(rows, name, list(asked.present), absent, {thing: found[ask.key] for thing, ask in asks.items()})
+        if self.bleu and sample.caption:
+            bleu(rows, name, sample.caption, language, change.before, change.after)
+
+    def _forced(self, rows: Rows, scoped: Sequence[_Scoped], found: dict[tuple[str, str, str], Change]) -> None:
+        """Add how likely the edited model finds the captions that a swap should lead to."""
+        wanted: list[tuple[_Scoped, Ask, list[int]]] = []
+        for one in scoped:
+            ask, language = one.asked.caption, one.asked.sample.language
+            text = rewritten(one.scope.wishes, self.naming, found[ask.key].before, language)
+            if text is not None:
+                wanted.append((one, ask, self.before.tokens(ask, text)))
+        questioner = self.before.questioner
+        said = forced(questioner, self.edit, [ask for _, ask, _ in wanted], [tokens for *_, tokens in wanted])
+        for (one, ask, tokens), likeliest in zip(wanted, said, strict=True):
+            before, after = (questioner.ended(found) for found in likeliest)
+            forced_effects(rows, one.scope, ask.sample_id, [*tokens, questioner.end], before, after)
+
+
+def _failure(sample: Sample, stage: str, reason: str) -> Failure:
+    return Failure(sample.sample_id, sample.source, stage, " ".join(reason.split())[:500])

@@ -1,0 +1,102 @@
+"""What each measure is: the words that go with its number."""
+
+from __future__ import annotations
+
+from mmray.evaluation.bootstrap import Value, ratio
+from mmray.evaluation.quality import bleu_value
+
+PRIMARY = (
+    "reliability",
+    "text_generality",
+    "image_generality",
+    "text_locality",
+    "image_locality",
+    "chair_i",
+    "chair_s",
+    "recall",
+)
+"""Measures that every evaluation has, with nulls where the data has no such sample."""
+
+SUCCESS = "greedy; of captions that had it, the word to go is gone and the target named"
+AS_BEFORE = {
+    "": "greedy; replies equal to the letter",
+    "_span": "teacher-forced along the reply before; share of its places, end included, with the same likeliest token",
+    "_greedy_span": "greedy; share of places with the same token",
+    "_kl": "teacher-forced along the reply before; mean KL(before ‖ after) of its places, in nats; 0 is unchanged",
+    "_legacy": "legacy (MMEdit's code); ten likeliest tokens, rank by rank, over all positions",
+    "_legacy_top1": "legacy (MMEdit's code); likeliest token, over all positions",
+}
+"""Ending of a measure of locality → how it is measured."""
+UNRELATED = "images without the concept"
+POPE = {
+    "accuracy": "right answers, of all",
+    "precision": "of the answers yes, those for present objects",
+    "recall": "of the present objects, those answered yes",
+    "f1": "harmonic mean of precision and recall",
+    "yes_ratio": "answers yes, of all",
+    "unparsable": "answers with neither yes nor no, of all",
+}
+REST = "greedy; all but the noun phrase of captions that had the word is unchanged, to the letter"
+EXACT = "greedy; caption equal to the one before with the words exchanged, a and an agreeing"
+FORCED = "teacher-forced along the caption with the words exchanged; every token and the end likeliest"
+FORCED_TOKEN = "teacher-forced along the caption with the words exchanged; share of tokens, end included, likeliest"
+MMEDIT = "MMEdit's records, "
+REWRITES = {
+    "reliability": "src about image",
+    "text_generality": "rephrase about image",
+    "image_generality": "src about image_rephrase",
+}
+REWRITE = "greedy; the answer is alt, but for case and a full stop"
+REWRITE_EXACT = "teacher-forced along alt; every token likeliest (the trainer's exact match)"
+REWRITE_TOKEN = "teacher-forced along alt; share of tokens likeliest (the editor's accuracy)"
+
+PROTOCOLS: dict[str, str] = {
+    "reliability": f"samples that the edit was made on: {SUCCESS}",
+    "image_generality": f"samples that the edit never saw: {SUCCESS}",
+    "image_generality_flip": f"images mirrored: {SUCCESS}",
+    "image_generality_crop": f"images cropped: {SUCCESS}",
+    "text_generality": f"paraphrased prompts, and the data's questions whose answer named it: {SUCCESS}",
+    "text_generality_prompts": f"paraphrased prompts: {SUCCESS}",
+    "text_generality_questions": f"the data's questions whose answer named it: {SUCCESS}",
+    "language_generality": f"captions in languages other than the edit's: {SUCCESS}",
+    "hallucination": "greedy; of samples with the context and without the word, captions that name it",
+    "companion_named": "greedy; of samples with the context and the word, captions that name it",
+    "chair_i": "greedy; mentions of objects that are not in the image, of all mentions (Rohrbach et al. 2018)",
+    "chair_s": "greedy; captions with a mention of an object that is not in the image (Rohrbach et al. 2018)",
+    "recall": "greedy; objects of the image that the caption names",
+    "mean_length": "greedy; words a caption",
+    "bleu": "greedy; sacrebleu, corpus, 0 to 100, against the data's caption",
+    "bertscore": "greedy; F1 of greedy matching to the data's caption, last layer of the encoder, no idf, not rescaled",
+    **{f"{name}_rest_unchanged": REST for name in ("reliability", "image_generality")},
+    **{f"{name}_exact": EXACT for name in ("reliability", "image_generality")},
+    **{f"{name}_teacher_forced": FORCED for name in ("reliability", "image_generality")},
+    **{f"{name}_teacher_forced_token": FORCED_TOKEN for name in ("reliability", "image_generality")},
+    **{f"image_locality{end}": f"captions of {UNRELATED}: {how}" for end, how in AS_BEFORE.items()},
+    **{f"image_locality_questions{end}": f"questions on {UNRELATED}: {how}" for end, how in AS_BEFORE.items()},
+    **{f"text_locality{end}": f"questions without an image: {how}" for end, how in AS_BEFORE.items()},
+    **{f"text_locality_about{end}": f"text questions naming an edited word: {how}" for end, how in AS_BEFORE.items()},
+    **{f"mmedit_{name}": f"{MMEDIT}{what}: {REWRITE}" for name, what in REWRITES.items()},
+    **{f"mmedit_{name}_exact": f"{MMEDIT}{what}: {REWRITE_EXACT}" for name, what in REWRITES.items()},
+    **{f"mmedit_{name}_token": f"{MMEDIT}{what}: {REWRITE_TOKEN}" for name, what in REWRITES.items()},
+    **{f"mmedit_image_locality{end}": f"{MMEDIT}m_loc: {how}" for end, how in AS_BEFORE.items()},
+    **{f"mmedit_text_locality{end}": f"{MMEDIT}loc: {how}" for end, how in AS_BEFORE.items()},
+    **{
+        f"pope_{strategy}_{figure}": f"greedy; POPE, {strategy} absent objects (Li et al. 2023): {what}"
+        for strategy in ("random", "popular", "adversarial")
+        for figure, what in POPE.items()
+    },
+}
+"""Measure → how it is measured; those of single pairs have the pair behind a colon."""
+
+VALUES: dict[str, Value] = {"bleu": bleu_value}
+"""Measures that are not a share: from totals to the value."""
+
+
+def protocol_of(measure: str) -> str:
+    """Return how a measure is measured."""
+    return PROTOCOLS[measure.partition(":")[0]]
+
+
+def value_of(measure: str) -> Value:
+    """Return what makes a measure of its totals."""
+    return VALUES.get(measure, ratio)

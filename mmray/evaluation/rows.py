@@ -1,0 +1,46 @@
+"""What is measured of one sample: sums that add up over samples, whoever measured them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from mmray.tables import EVALUATION_SCHEMAS
+
+
+@dataclass
+class Rows:
+    """The tables of one unit of work.
+
+    A measurement is a sample's part in a measure: before and after the edit a list of sums, most often what is counted
+    and of how many. A measure's value is a function of their totals.
+    """
+
+    measurements: list[dict[str, object]] = field(default_factory=list)
+    captions: list[dict[str, object]] = field(default_factory=list)
+    errors: list[dict[str, object]] = field(default_factory=list)
+
+    def add(self, measure: str, sample_id: str, before: Sequence[float], after: Sequence[float]) -> None:
+        """Add a sample's part in a measure; parts of the same sample and measure add up."""
+        self.measurements.append(
+            {"measure": measure, "sample_id": sample_id, "before": list(before), "after": list(after)}
+        )
+
+    def share(self, measure: str, sample_id: str, before: float, after: float, of: float = 1.0) -> None:
+        """Add a part of `of` before and after; nothing where `of` is 0."""
+        if of:
+            self.add(measure, sample_id, (before, of), (after, of))
+
+    def kept(self, measure: str, sample_id: str, outcomes: Iterable[float]) -> None:
+        """Add how far things are as before the edit: before it they are, each of them."""
+        found = [float(outcome) for outcome in outcomes]
+        self.share(measure, sample_id, len(found), sum(found), len(found))
+
+    def tables(self) -> dict[str, pa.Table]:
+        """Return what was collected."""
+        return {
+            name: pa.Table.from_pylist(getattr(self, name), schema=EVALUATION_SCHEMAS[name])
+            for name in EVALUATION_SCHEMAS
+        }

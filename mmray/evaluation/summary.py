@@ -1,0 +1,36 @@
+"""From the rows of all samples to the measures of an evaluation, in the form that is written and printed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+
+from mmray.evaluation.bootstrap import Measured, by_measure, measure
+from mmray.evaluation.protocols import PRIMARY, protocol_of, value_of
+from mmray.evaluation.settings import MeasureSettings
+
+NOT_AT_HAND = "the samples that the edit was made on are not at hand; of others: "
+
+
+def summarise(measurements: pa.Table, settings: MeasureSettings) -> dict[str, dict[str, Any]]:
+    """Return measure → before, after, low, high, n and protocol; the primary ones first, the others by name.
+
+    Where the edit's own samples are not at hand, its reliability is that on the samples it never saw.
+    """
+    sums = by_measure(measurements)
+    found: dict[str, dict[str, Any]] = {}
+    for name in {*PRIMARY, *sums}:
+        measured = Measured(None, None, None, None, 0)
+        if name in sums:
+            measured = measure(*sums[name], value_of(name), settings.draws, settings.seed)
+        found[name] = asdict(measured) | {"protocol": protocol_of(name)}
+    unseen = {name: values for name, values in found.items() if name.startswith("image_generality")}
+    if not found["reliability"]["n"] and unseen["image_generality"]["n"]:
+        for name, values in unseen.items():
+            if not name.endswith(("_flip", "_crop")):
+                own = name.replace("image_generality", "reliability")
+                found[own] = values | {"protocol": NOT_AT_HAND + values["protocol"]}
+    order = {name: place for place, name in enumerate(PRIMARY)}
+    return {name: found[name] for name in sorted(found, key=lambda name: (order.get(name, len(order)), name))}

@@ -1,0 +1,64 @@
+"""A second pass over samples: what each of a few hundred candidate neurons does to the nouns of all places."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int64
+from numpy import ndarray
+from torch import Tensor
+
+from mmray.models.loading import LoadedModel
+from mmray.models.prompting import Batch
+from mmray.neurons.gradients import gradient_pass
+from mmray.neurons.places import Place
+from mmray.neurons.scoring import score_captured
+from mmray.neurons.selection import Effects, choose
+
+
+class CandidateEffects:
+    """Collects the effects of every concept's candidates; neurons are numbered over all layers."""
+
+    def __init__(self, candidates: Mapping[str, Int64[ndarray, " candidate"]]) -> None:
+        self.candidates = {concept: torch.as_tensor(neurons) for concept, neurons in candidates.items()}
+        self.union = torch.unique(torch.cat([torch.zeros(0, dtype=torch.long), *self.candidates.values()]))
+        self.concepts: list[str] = []
+        self._effects: list[Float[Tensor, "place candidate"]] = []
+        self._scores: list[Float[Tensor, "place candidate"]] = []
+        self._log_probabilities: list[Float[Tensor, " place"]] = []
+
+    def add(self, model: LoadedModel, batch: Batch, places: Sequence[Place]) -> None:
+        """Run a batch forward, and backward for each noun."""
+        products, captured = gradient_pass(model, batch, places, "effect")
+        direct = score_captured(model, captured, "contribution", folded=True)
+        self.keep([place.concept for place in places], products, direct.scores, direct.log_prob)
+
+    def keep(
+        self,
+        concepts: Sequence[str],
+        products: Sequence[Float[Tensor, "place neuron"]],
+        direct: Sequence[Float[Tensor, "place neuron"]],
+        log_probabilities: Float[Tensor, " place"],
+    ) -> None:
+        """Keep the candidates' columns of a batch, a list entry a layer: first-order effects and contributions."""
+        effects = torch.cat([part.cpu() for part in products], dim=1)[:, self.union]
+        self._effects.append(effects)
+        self._scores.append(effects + torch.cat([part.cpu() for part in direct], dim=1)[:, self.union])
+        self._log_probabilities.append(log_probabilities.cpu())
+        self.concepts.extend(concepts)
+
+    def of(self, concept: str) -> Effects:
+        """Return what was collected for a concept's candidates."""
+        columns = torch.searchsorted(self.union, self.candidates[concept])
+        effects, scores = torch.cat(self._effects)[:, columns], torch.cat(self._scores)[:, columns]
+        probability = torch.cat(self._log_probabilities).double().exp().clamp(1e-6, 1 - 1e-6)
+        log_odds = torch.logit(probability).float()
+        own = torch.tensor([name == concept for name in self.concepts])
+        elsewhere = scores[~own].square().mean(dim=0).sqrt().nan_to_num()
+        return Effects(effects[own], log_odds[own], effects[~own], log_odds[~own], elsewhere)
+
+    def choose(self, concept: str, count: int) -> list[int]:
+        """Return the concept's neurons, chosen together."""
+        chosen = choose(self.of(concept), count)
+        return [int(neuron) for neuron in self.candidates[concept][chosen.long()]]

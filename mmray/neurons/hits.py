@@ -1,0 +1,53 @@
+"""How often each neuron is in the top-k of a concept's occurrences, counted over all shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int64
+from numpy import ndarray
+
+COMPACT_AT = 1 << 20
+"""Pairs of concept and neuron that are collected, at least, before they are counted together."""
+
+
+class Hits:
+    """Counts of (concept, neuron) pairs, held as sorted arrays: memory goes with the pairs, not the occurrences."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        self.starts = np.cumsum([0, *widths])
+        self.concepts: dict[str, int] = {}
+        self._pairs = np.zeros(0, np.int64)
+        self._counts = np.zeros(0, np.int64)
+        self._pending: list[tuple[ndarray, ndarray]] = []
+
+    def add(self, occurrences: pa.Table) -> None:
+        """Take in rows of `occurrences`."""
+        if not len(occurrences):
+            return
+        lists = occurrences["neurons"].combine_chunks()
+        entries = lists.flatten()
+        neuron = self.starts[entries.field("layer").to_numpy()] + entries.field("unit").to_numpy()
+        names = occurrences["concept"].to_pylist()
+        concept = np.array([self.concepts.setdefault(name, len(self.concepts)) for name in names], np.int64)
+        pairs = concept.repeat(lists.value_lengths().to_numpy()) * self.starts[-1] + neuron
+        self._pending.append(np.unique(pairs, return_counts=True))
+        if sum(len(found) for found, _ in self._pending) > max(COMPACT_AT, len(self._pairs)):
+            self._compact()
+
+    def counts(self) -> dict[str, tuple[Int64[ndarray, " neuron"], Int64[ndarray, " neuron"]]]:
+        """Return for each concept its neurons, in order of their index over all layers, and their counts."""
+        self._compact()
+        bounds = np.searchsorted(self._pairs, np.arange(len(self.concepts) + 1) * self.starts[-1])
+        own = {name: slice(*bounds[index : index + 2]) for name, index in self.concepts.items()}
+        return {name: (self._pairs[part] % self.starts[-1], self._counts[part]) for name, part in own.items()}
+
+    def _compact(self) -> None:
+        pairs = np.concatenate([self._pairs, *(found for found, _ in self._pending)])
+        counts = np.concatenate([self._counts, *(count for _, count in self._pending)])
+        self._pairs, inverse = np.unique(pairs, return_inverse=True)
+        self._counts = np.zeros(len(self._pairs), np.int64)
+        np.add.at(self._counts, inverse, counts)
+        self._pending = []

@@ -1,0 +1,84 @@
+"""What is committed of a run → its tables, read shard by shard: memory does not grow with the number of shards."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pyarrow as pa
+
+from mmray.neurons.merging import APPENDED, RunMerge
+from mmray.runs import Receipt, RunFolder
+from mmray.runs.folder import receipts_digest
+from mmray.tables import TableWriter, from_bytes, write_table
+
+DECODED = "decoded.parquet"
+"""Key of what every neuron writes: made once a run."""
+MERGED = ("concepts", "totals", "activity", "examples", *APPENDED)
+"""Parts of a shard that the merge reads."""
+AHEAD = 3
+"""Shards whose parts are being read while another is added up."""
+READERS = 8
+
+
+def merge_run(folder: RunFolder, widths: Sequence[int], top_k: int, modules: Mapping[str, Sequence[int]]) -> None:
+    """Write the tables of all that is committed, and then the totals.
+
+    What another driver or a late worker commits meanwhile is taken in too: the tables are made again.
+    """
+    receipts = folder.receipts()
+    while True:
+        _write_tables(folder, receipts, widths, top_k, modules)
+        now = folder.receipts()
+        if receipts_digest(now) == receipts_digest(receipts):
+            return
+        receipts = now
+
+
+def is_merged(folder: RunFolder, receipts: dict[int, Receipt]) -> bool:
+    """Tell whether the run's tables are made from these receipts."""
+    finished = folder.finished()
+    return finished is not None and finished.get("receipts") == receipts_digest(receipts)
+
+
+def _write_tables(
+    folder: RunFolder,
+    receipts: dict[int, Receipt],
+    widths: Sequence[int],
+    top_k: int,
+    modules: Mapping[str, Sequence[int]],
+) -> None:
+    merge = RunMerge(widths, from_bytes(folder.store.read(DECODED)), top_k, modules)
+    writers = {name: TableWriter(folder.store, name) for name in APPENDED}
+    for parts in _parts(folder, receipts.values()):
+        for name, rows in merge.add(parts.__getitem__).items():
+            writers[name].add(rows)
+    for writer in writers.values():
+        writer.close()
+    for name, table in merge.tables():
+        write_table(folder.store, name, [table])
+    done = receipts.values()
+    folder.finish(
+        {
+            "receipts": receipts_digest(receipts),
+            "samples": sum(receipt.samples for receipt in done),
+            "failures": sum(receipt.failures for receipt in done),
+            "shards_aside": {number: receipt.reason for number, receipt in folder.aside(receipts).items()},
+            "occurrences": sum(receipt.occurrences for receipt in done),
+            "concepts": len(merge.concepts.concepts),
+            "compute_seconds": round(sum(receipt.seconds for receipt in done), 3),
+        }
+    )
+
+
+def _parts(folder: RunFolder, receipts: Iterable[Receipt]) -> Iterator[dict[str, pa.Table]]:
+    """Yield the parts of each shard in order, those of the next ones being read meanwhile."""
+    with ThreadPoolExecutor(READERS) as pool:
+        waiting: deque[dict[str, Future[pa.Table]]] = deque()
+        for receipt in receipts:
+            waiting.append({name: pool.submit(folder.read_part, receipt, name) for name in MERGED})
+            if len(waiting) > AHEAD:
+                yield {name: part.result() for name, part in waiting.popleft().items()}
+        while waiting:
+            yield {name: part.result() for name, part in waiting.popleft().items()}

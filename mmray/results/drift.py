@@ -1,0 +1,188 @@
+"""How the rankings and activities of two runs differ: concept by concept and neuron by neuron."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Float64
+from numpy import ndarray
+
+from mmray.errors import InputError
+
+PERSISTENCE = 0.9
+"""How far down a list rank-biased overlap looks: with 0.9 its first ten places have 86 % of the weight."""
+ORDERS = {"score": "rank", "specific": "specific_rank"}
+"""What rankings can be compared by → the column with a neuron's place."""
+
+CONCEPTS = pa.schema(
+    [
+        ("concept", pa.string()),
+        ("n_before", pa.int64()),
+        ("n_after", pa.int64()),
+        ("overlap", pa.float64()),
+        ("jaccard", pa.float64()),
+        ("spearman", pa.float64()),
+    ]
+)
+"""A row is a concept of both runs: occurrences, rank-biased overlap, Jaccard index of the k highest, rank
+correlation."""
+
+
+class Tables(Protocol):
+    """What is compared: a run, or tables that were kept of it."""
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What its run.json says."""
+
+    def table(self, name: str) -> pa.Table:
+        """Return one of its tables."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What has changed from one run to another."""
+
+    k: int
+    by: str
+    drift: float
+    """1 − the mean rank-biased overlap of the concepts that both have: 0 the same rankings, 1 nothing in common."""
+    same_model: bool
+    """The digest of the checkpoint is the same."""
+    new: list[str]
+    vanished: list[str]
+    concepts: pa.Table
+    """Columns of `CONCEPTS`, the least alike first."""
+    neurons: pa.Table
+    """A row a neuron: how often it is active and its mean before and after, and the shift of the mean in standard
+    deviations; the largest shift first."""
+
+    def summary(self, limit: int | None = None) -> dict[str, Any]:
+        """Return the drift as plain values, its tables cut to so many rows."""
+        rest = {name: getattr(self, name).slice(0, limit).to_pylist() for name in ("concepts", "neurons")}
+        plain = {name: getattr(self, name) for name in ("k", "by", "drift", "same_model", "new", "vanished")}
+        return plain | rest
+
+
+def compare(before: Tables, after: Tables, k: int = 50, by: str = "score") -> Drift:
+    """Return the drift of the k highest neurons of each concept, by score or specific.
+
+    Raises InputError for runs of models of other shapes, whose neurons have nothing to do with each other.
+    """
+    if by not in ORDERS:
+        raise InputError(f"--by {by}: compare by {', '.join(ORDERS)}")
+    if before.info["model"]["widths"] != after.info["model"]["widths"]:
+        raise InputError("the runs are of models of other shapes; their neurons can't be compared")
+    old, new = (_by_concept(run.table("rankings"), by) for run in (before, after))
+    both = sorted(old.keys() & new.keys())
+    rows = [_concept(concept, old[concept], new[concept], k) for concept in both]
+    rows.sort(key=lambda row: (row["overlap"], row["concept"]))
+    overlaps = [row["overlap"] for row in rows]
+    return Drift(
+        k=k,
+        by=by,
+        drift=1 - float(np.mean(overlaps)) if overlaps else float(bool(old or new)),
+        same_model=before.info["digests"]["model"] == after.info["digests"]["model"],
+        new=sorted(new.keys() - old.keys()),
+        vanished=sorted(old.keys() - new.keys()),
+        concepts=pa.Table.from_pylist(rows, schema=CONCEPTS),
+        neurons=_neurons(before.table("neurons"), after.table("neurons")),
+    )
+
+
+def rank_biased_overlap(first: list[str], second: list[str], persistence: float = PERSISTENCE) -> float:
+    """Return the extrapolated rank-biased overlap of two rankings, 0 to 1, over the length that both have.
+
+    Webber, Moffat and Zobel (2010), A similarity measure for indefinite rankings, equation 23.
+    """
+    depth = min(len(first), len(second))
+    if not depth:
+        return float(not first and not second)
+    seen_first: set[str] = set()
+    seen_second: set[str] = set()
+    total, common = 0.0, 0
+    for place in range(1, depth + 1):
+        one, other = first[place - 1], second[place - 1]
+        seen_first.add(one)
+        seen_second.add(other)
+        common += (one in seen_second) + (other in seen_first) - (one == other)
+        total += common / place * persistence**place
+    return common / depth * persistence**depth + (1 - persistence) / persistence * total
+
+
+def spearman(first: Float64[ndarray, " item"], second: Float64[ndarray, " item"]) -> float | None:
+    """Return the rank correlation of two lists of scores of the same items, ties at their mean rank; None if one is
+    constant.
+    """
+    ranks = [_mean_ranks(scores) for scores in (first, second)]
+    centred = [values - values.mean() for values in ranks]
+    scale = float(np.sqrt(np.square(centred[0]).sum() * np.square(centred[1]).sum()))
+    return float((centred[0] * centred[1]).sum() / scale) if scale else None
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    n: int
+    neurons: list[str]
+    """Highest first."""
+    scores: dict[str, float]
+
+
+def _by_concept(rankings: pa.Table, by: str) -> dict[str, _Ranking]:
+    ordered = rankings.sort_by([("concept", "ascending"), (ORDERS[by], "ascending")])
+    columns = [ordered[name].to_pylist() for name in ("concept", "n", "neuron", by)]
+    found: dict[str, _Ranking] = {}
+    for concept, n, neuron, score in zip(*columns, strict=True):
+        ranking = found.setdefault(concept, _Ranking(n, [], {}))
+        ranking.neurons.append(neuron)
+        ranking.scores[neuron] = score
+    return found
+
+
+def _concept(concept: str, old: _Ranking, new: _Ranking, k: int) -> dict[str, Any]:
+    first, second = old.neurons[:k], new.neurons[:k]
+    together = set(first) | set(second)
+    known = sorted(neuron for neuron in together if neuron in old.scores and neuron in new.scores)
+    scores = (np.array([ranking.scores[neuron] for neuron in known]) for ranking in (old, new))
+    return {
+        "concept": concept,
+        "n_before": old.n,
+        "n_after": new.n,
+        "overlap": rank_biased_overlap(first, second),
+        "jaccard": len(set(first) & set(second)) / len(together),
+        "spearman": spearman(*scores) if known else None,
+    }
+
+
+def _neurons(before: pa.Table, after: pa.Table) -> pa.Table:
+    active, means, spreads = [], [], []
+    for table in (before, after):
+        active.append(table["n_active"].to_numpy() / np.maximum(table["n_tokens"].to_numpy(), 1))
+        means.append(table["mean"].to_numpy())
+        spreads.append(table["std"].to_numpy())
+    spread = np.sqrt((np.square(spreads[0]) + np.square(spreads[1])) / 2)
+    change = means[1] - means[0]
+    shift = np.divide(change, spread, out=np.zeros_like(change), where=spread > 0)
+    table = pa.table(
+        {
+            "neuron": before["neuron"],
+            "active_before": active[0],
+            "active_after": active[1],
+            "mean_before": means[0],
+            "mean_after": means[1],
+            "shift": shift,
+        }
+    )
+    order = pc.sort_indices(pa.table({"size": np.abs(shift)}), sort_keys=[("size", "descending")])
+    return table.take(order)
+
+
+def _mean_ranks(scores: Float64[ndarray, " item"]) -> Float64[ndarray, " item"]:
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    mean: Float64[ndarray, " item"] = (last - (counts - 1) / 2)[inverse]
+    return mean

@@ -1,0 +1,83 @@
+"""Wait out an outage of storage: the same request again, less and less often, until patience is at its end."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from mmray.errors import OutageError
+from mmray.storage.objects import Entry, Store
+
+PATIENCE = 600.0
+"""Seconds for which a run's driver and workers wait for storage to answer again."""
+LONGEST_PAUSE = 10.0
+PASSING = re.compile(
+    r"AWS Error (SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|NETWORK_CONNECTION|REQUEST_TIMEOUT|THROTTLING)"
+    r"|AWS Error .*HTTP status (429|5\d\d)"
+)
+"""What pyarrow, which knows no kinds of errors, writes of an outage of S3."""
+
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
+
+
+def is_outage(error: Exception) -> bool:
+    """Tell whether an error is storage's and passes by itself."""
+    return isinstance(error, OutageError) or (isinstance(error, OSError) and PASSING.search(str(error)) is not None)
+
+
+def patiently(action: Callable[[], Result]) -> Result:
+    """Return what the action returns; after an outage do it again, for PATIENCE seconds, then raise the outage."""
+    until, pause = time.monotonic() + PATIENCE, 1.0
+    while True:
+        try:
+            return action()
+        except (OSError, OutageError) as error:
+            if not is_outage(error) or time.monotonic() + pause > until:
+                raise
+            logger.warning("%s: again in %.0f s", error, pause)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+class PatientStore:
+    """A store whose every request waits out an outage."""
+
+    def __init__(self, inner: Store) -> None:
+        self.inner = inner
+        self.uri = inner.uri
+
+    def read(self, key: str) -> bytes:
+        """Return the whole object; `FileNotFoundError` if there is none."""
+        return patiently(lambda: self.inner.read(key))
+
+    def exists(self, key: str) -> bool:
+        """Tell whether the object is there."""
+        return patiently(lambda: self.inner.exists(key))
+
+    def entry(self, key: str) -> Entry | None:
+        """Return the object's entry, or None if there is none."""
+        return patiently(lambda: self.inner.entry(key))
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        """Return every object whose key starts with `prefix`, in order of key."""
+        return patiently(lambda: self.inner.list(prefix))
+
+    def commit(self, key: str, data: bytes) -> bool:
+        """Create the object; False, and nothing changed, if it already exists."""
+        return patiently(lambda: self.inner.commit(key, data))
+
+    def put(self, key: str, data: bytes) -> None:
+        """Create or replace the object, whole or not at all."""
+        patiently(lambda: self.inner.put(key, data))
+
+    def delete(self, key: str) -> None:
+        """Remove the object if it is there."""
+        patiently(lambda: self.inner.delete(key))
+
+    def leftovers(self) -> Sequence[Entry]:
+        """Return what killed writers left half-written; no other method shows it, and `delete` removes it."""
+        return patiently(self.inner.leftovers)

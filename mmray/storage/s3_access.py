@@ -1,0 +1,127 @@
+"""The way to S3: addresses, one set of credentials, region and endpoint for boto3 and pyarrow, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pyarrow.fs import AwsStandardS3RetryStrategy
+
+from mmray.errors import InputError, StorageError
+
+HOW_TO_MEND = {
+    "NoSuchBucket": "create the bucket or check its name",
+    "InvalidAccessKeyId": "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "SignatureDoesNotMatch": "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "ExpiredToken": "renew the credentials",
+    "PermanentRedirect": "set AWS_DEFAULT_REGION to the bucket's region",
+    "AuthorizationHeaderMalformed": "set AWS_DEFAULT_REGION to the bucket's region",
+}
+"""Code of an S3 error → what the user can do; any other asks for the right to list, read and write."""
+BUSY = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "InternalError")
+"""Codes of S3 errors that pass by themselves whatever their HTTP status."""
+SECRETS = re.compile(r"(?<=//)[^/@\s]+(?=@)")
+"""User and password in an address: they must not reach a message, and so a log."""
+AMAZON = (".amazonaws.com", ".amazonaws.com.cn")
+"""How the hosts end that pyarrow finds by the region alone."""
+
+
+@cache
+def _session() -> Any:
+    import boto3
+
+    return boto3.Session()
+
+
+@cache
+def s3_client() -> Any:
+    """Return this process's S3 client, with retries for throttling and outages of some seconds."""
+    from botocore.config import Config
+
+    _session.cache_clear()
+    return _session().client("s3", config=Config(retries={"mode": "adaptive", "max_attempts": _attempts()}))
+
+
+def _attempts() -> int:
+    return int(os.environ.get("AWS_MAX_ATTEMPTS", 10))
+
+
+def arrow_options() -> dict[str, Any]:
+    """Return the arguments of `pyarrow.fs.S3FileSystem` that make it go the way of `s3_client`.
+
+    pyarrow alone reads fewer places: of the files neither an endpoint nor a region, and no profile that assumes a role
+    by SSO. Credentials are those of this moment: ask again for a file that is opened later.
+    """
+    from botocore.exceptions import BotoCoreError, NoCredentialsError
+
+    try:
+        client = s3_client()
+        found = _session().get_credentials()
+        if found is None:
+            raise NoCredentialsError
+        credentials = found.get_frozen_credentials()
+    except (BotoCoreError, ValueError) as error:
+        raise StorageError(s3_problem(error)) from error
+    options = {
+        "access_key": credentials.access_key,
+        "secret_key": credentials.secret_key,
+        "session_token": credentials.token,
+        "region": client.meta.region_name,
+        "retry_strategy": AwsStandardS3RetryStrategy(max_attempts=_attempts()),
+    }
+    endpoint = urlsplit(client.meta.endpoint_url)
+    if not str(endpoint.hostname).endswith(AMAZON):
+        options |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
+    return options
+
+
+def s3_address(uri: str | Path) -> tuple[str, str] | None:
+    """Return bucket and path of an S3 address, None for anything else; `?` and `#` are letters like any other.
+
+    Raises InputError for an address without a bucket, or with a password in it: run.json would keep it.
+    """
+    scheme, colon, rest = str(uri).partition(":")
+    if not colon or scheme.lower() != "s3":
+        return None
+    bucket, _, path = rest.removeprefix("//").partition("/")
+    if not rest.startswith("//") or not bucket:
+        raise InputError(f"{uri}: no bucket; write s3://BUCKET/PREFIX")
+    if "@" in bucket:
+        raise InputError(
+            f"s3://…@{bucket.rpartition('@')[2]}: credentials don't belong in an address; set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        )
+    return bucket, path
+
+
+def is_passing(error: Exception) -> bool:
+    """Tell whether S3 may answer if asked again later: it is not reached, overloaded, or in trouble itself."""
+    from botocore.exceptions import ClientError, HTTPClientError
+    from botocore.exceptions import ConnectionError as UnreachableError
+
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status == 429 or error.response.get("Error", {}).get("Code") in BUSY
+    return isinstance(error, HTTPClientError | UnreachableError)
+
+
+def s3_problem(error: Exception) -> str:
+    """Return what S3 or the way to it refuses, in one line, and how to mend it."""
+    from botocore.exceptions import ClientError, HTTPClientError, NoCredentialsError, PartialCredentialsError
+    from botocore.exceptions import ConnectionError as UnreachableError
+
+    reason = SECRETS.sub("…", " ".join(str(error).split()))
+    if isinstance(error, ClientError):
+        if is_passing(error):
+            return f"{reason.rstrip('.')}; try again later"
+        code = error.response.get("Error", {}).get("Code", "")
+        return f"{reason}; {HOW_TO_MEND.get(code, 'check the credentials and their right to list, read and write')}"
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return f"{reason}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    if isinstance(error, HTTPClientError | UnreachableError):
+        return f"{reason}; check the network and AWS_ENDPOINT_URL"
+    return f"{reason}; check the address and the AWS settings"

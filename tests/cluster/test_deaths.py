@@ -1,0 +1,132 @@
+"""A census killed before, within and after each of its changes to storage is made good by the next one."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from unittest.mock import patch
+
+import pyarrow as pa
+import pytest
+
+from mmray.cluster import census, worker
+from mmray.cluster.census import run_census
+from mmray.errors import InputError
+from mmray.results.run import Run, open_run
+from mmray.runs import RunFolder
+from mmray.settings import CensusSettings, census_settings
+from mmray.storage import LocalStore, open_store
+from mmray.tables import SCHEMAS
+from tests.cluster.kills import cheap_processes, within_a_commit, work
+from tests.e2e.scenes import scenes, write
+from tests.running import without_ray
+from tests.storage.broken import Appended, ReceiptFirst
+from tests.storage.stores import Killed, Mortal
+
+
+class HalfWritten(Mortal):
+    """Leaves behind what a kill leaves that comes in the middle of a local write: a temporary file."""
+
+    def commit(self, key: str, data: bytes) -> bool:
+        try:
+            return super().commit(key, data)
+        except Killed:
+            root = Path(self.uri)
+            if root.is_dir():
+                (root / f".tmp-{self.left}").write_bytes(data[: len(data) // 2])
+            raise
+
+
+@pytest.fixture
+def settings(tiny: Callable[[str], Path], tmp_path: Path) -> CensusSettings:
+    data = write(tmp_path / "data.parquet", scenes(4))
+    values = {"model": str(tiny("llava")), "data": str(data), "out": "", "shard_size": 2, "top_k": 3}
+    return census_settings(values)
+
+
+def run(settings: CensusSettings, kind: type[RunFolder], store: LocalStore | Mortal) -> bool:
+    """Run the census with this kind of folder on this store; tell whether it came to its end."""
+    at = classmethod(lambda cls, *_, **__: cls(store))
+    with (
+        without_ray(),
+        patch.multiple(census, RunFolder=kind),
+        patch.multiple(worker, RunFolder=kind, load_model=cache(worker.load_model)),
+        patch.object(kind, "at", at),
+    ):
+        try:
+            return run_census(settings).complete
+        except Killed:
+            return False
+
+
+def same_tables(ours: Run, theirs: Run) -> None:
+    samples = ours.table("captions")["sample_id"].to_pylist()
+    assert len(samples) == len(set(samples))
+    for name in SCHEMAS:
+        assert ours.table(name).equals(theirs.table(name)), name
+
+
+def check_any_death(settings: CensusSettings, kind: type[RunFolder], root: Path) -> int:
+    """Kill a census before each of its changes, and have another bring it to its end; return how often it was."""
+    whole = settings.model_copy(update={"out": str(root / "undisturbed")})
+    assert run(whole, RunFolder, LocalStore(root / "undisturbed"))
+    undisturbed = open_run(root / "undisturbed")
+    for change in range(200):
+        out = root / f"killed-{change}"
+        here = settings.model_copy(update={"out": str(out)})
+        died = not run(here, kind, HalfWritten(LocalStore(out), change))
+        assert run(here, kind, LocalStore(out))
+        same_tables(open_run(out), undisturbed)
+        assert not any(entry.key.rpartition("/")[2].startswith(".tmp") for entry in open_store(out).list())
+        shutil.rmtree(out)
+        if not died:
+            return change
+    raise AssertionError("the census never came to its end")
+
+
+@pytest.mark.slow
+def test_a_census_may_die_at_any_moment(settings: CensusSettings, tmp_path: Path) -> None:
+    # Two shards of seven parts, their receipts and attempts; run, manifest, lease, decoded; seven tables, and the end.
+    assert check_any_death(settings, RunFolder, tmp_path) >= 2 * (7 + 2) + 4 + 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [ReceiptFirst, Appended])
+def test_a_broken_commit_would_be_noticed(settings: CensusSettings, tmp_path: Path, kind: type[RunFolder]) -> None:
+    with pytest.raises((AssertionError, InputError, pa.ArrowInvalid)):
+        check_any_death(settings, kind, tmp_path)
+
+
+def test_a_worker_that_wakes_after_its_shard_was_redone(settings: CensusSettings, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    here = settings.model_copy(update={"out": str(out)})
+    source, manifest, nouns = census.open_inputs(here)
+    RunFolder.at(out).begin(census.run_info(here, source, manifest, nouns), manifest.to_json())
+    sleeper = cheap_processes().Process(target=work, args=(here.model_dump(), nouns, 0))
+    sleeper.start()
+    try:
+        until = time.monotonic() + 60
+        while not within_a_commit(open_store(out)):
+            assert time.monotonic() < until
+            assert sleeper.is_alive()
+            time.sleep(0.01)
+        # It falls asleep with its parts written and without a receipt, and another does its shard, and the rest.
+        os.kill(sleeper.pid or 0, signal.SIGSTOP)
+        assert within_a_commit(open_store(out))
+        assert run(here, RunFolder, LocalStore(out))
+        tables = {name: open_run(out).table(name) for name in SCHEMAS}
+        committed = {entry.key: open_store(out).read(entry.key) for entry in open_store(out).list("shards/")}
+        os.kill(sleeper.pid or 0, signal.SIGCONT)
+        sleeper.join(60)
+        assert sleeper.exitcode == 0
+    finally:
+        sleeper.kill()
+    left = {entry.key: open_store(out).read(entry.key) for entry in open_store(out).list("shards/")}
+    # What it had written is gone, and what the other committed stands.
+    assert left.items() < committed.items()
+    assert len(left) == 2 * 8
+    assert run(here, RunFolder, LocalStore(out))
+    assert all(open_run(out).table(name).equals(table) for name, table in tables.items())

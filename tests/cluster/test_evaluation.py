@@ -1,0 +1,276 @@
+"""An evaluation as the command runs it: committed once, resumed, on Ray or not, and the same as in one process."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from mmray.cluster import evaluation
+from mmray.cluster.census import Progress
+from mmray.cluster.evaluation import Evaluation, run_evaluation
+from mmray.cluster.evaluation_plan import Plan
+from mmray.cluster.evaluation_worker import EvaluationWorker, Opener
+from mmray.datasets.samples import Sample
+from mmray.datasets.shards import cut, read_shard
+from mmray.datasets.sources import open_source
+from mmray.demo import DATA, EVALUATION
+from mmray.errors import InputError
+from mmray.evaluation.evaluate import evaluate
+from mmray.evaluation.facts import gather_facts
+from mmray.evaluation.protocols import PRIMARY
+from mmray.evaluation.settings import evaluation_settings, measure_settings
+from mmray.runs import RunFolder
+from tests.e2e.conftest import Answer
+from tests.e2e.conftest import mmray as mmray_command
+from tests.evaluation.standin import StandIn, open_edit, swap
+from tests.running import census_here
+
+__all__ = ["mmray_command"]
+
+SOURCE = "watermelon"
+ASKED = {"text_count": 6, "pope_objects": 1, "draws": 50, "bleu": False}
+SETTINGS = {"data": str(EVALUATION), "limit": 16, "shard_size": 8, "workers": 1} | ASKED
+
+
+class _Here:
+    """Stands for the dataset of receipts to come."""
+
+    def __init__(self, plan: Plan, folder: RunFolder, opener: Opener, units: list[int]) -> None:
+        self.units = units
+        self.worker = EvaluationWorker(plan, folder.store.uri, opener, 1, str(Path.cwd()))
+
+    def iter_batches(self, **_: object) -> Iterator[dict[str, list[Any]]]:
+        for unit in self.units:
+            yield self.worker({"unit": np.array([unit])})
+
+
+def without_ray() -> AbstractContextManager[None]:
+    return patch.multiple(evaluation, ray_session=lambda _: nullcontext(), _actors=_Here)
+
+
+def evaluated_here(
+    run: Path, edit: Path, follow: Callable[[Progress], None] = lambda _: None, **settings: object
+) -> Evaluation:
+    values = SETTINGS | {"run": str(run), "edit": str(edit)} | settings
+    with without_ray():
+        return run_evaluation(evaluation_settings(values), follow, open_edit)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("evaluation") / "run"
+    assert census_here("demo", "demo", out, limit=48, shard_size=24).complete
+    return out
+
+
+def samples_of(path: Path, count: int) -> list[Sample]:
+    source = open_source(str(path))
+    (shard,) = cut(source.files(), count, count).shards
+    return [row for row in read_shard(source, shard) if isinstance(row, Sample)]
+
+
+@pytest.fixture(scope="module")
+def own() -> list[Sample]:
+    """The samples of the run that the edit was made on: those of its 48 with the source."""
+    return [sample for sample in samples_of(DATA, 48) if SOURCE in (sample.objects or ())]
+
+
+@pytest.fixture(scope="module")
+def edit(own: list[Sample]) -> StandIn:
+    return swap(SOURCE, "dog", tuple(sample.sample_id for sample in own))
+
+
+@pytest.fixture(scope="module")
+def done(run: Path, edit: StandIn, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation, list[Progress]]:
+    """An undisturbed evaluation: the edit's folder, the outcome, and the progress that was told."""
+    folder = edit.save(tmp_path_factory.mktemp("edits") / "swap")
+    said: list[Progress] = []
+    return folder, evaluated_here(run, folder, said.append), said
+
+
+Done = tuple[Path, Evaluation, list[Progress]]
+
+
+def test_the_result_is_in_the_form_of_the_contract(done: Done, own: list[Sample]) -> None:
+    folder, outcome, said = done
+    content = json.loads((folder / "evaluation.json").read_text())
+    assert list(content["measures"])[: len(PRIMARY)] == list(PRIMARY)
+    for row in content["measures"].values():
+        assert set(row) == {"before", "after", "low", "high", "n", "protocol"}
+        assert row["n"] == 0 or row["before"] is None or isinstance(row["before"], float)
+    assert content["measures"] == json.loads(json.dumps(outcome.measures))
+    assert content["cost"]["method"] == "stand-in"
+    captions = pq.read_table(folder / "captions.parquet")
+    assert captions.column_names == ["sample_id", "before", "after", "changed", "role"]
+    assert len(captions) == 16 + len(own)
+    edited = [row for row in captions.to_pylist() if row["role"] == "edited"]
+    assert {row["sample_id"] for row in edited} == {sample.sample_id for sample in own}
+    named = sum(SOURCE in row["before"] for row in edited)
+    assert content["measures"]["reliability"]["n"] == named > 0
+    assert content["measures"]["reliability"]["after"] == 1
+    # Two shards, the questions and the run's own samples; each is told when it is committed.
+    assert (said[0].samples, said[-1].samples) == (0, said[-1].total)
+    assert len(said) >= 5
+
+
+def test_it_is_what_one_process_measures(done: Done, demo: Any, own: list[Sample], edit: StandIn) -> None:
+    source = open_source(str(EVALUATION))
+    facts = gather_facts((sample.objects for sample in samples_of(EVALUATION, 384)), source.translations())
+    found = evaluate(demo, edit, samples_of(EVALUATION, 16), measure_settings(**ASKED), own=own, facts=facts)
+    _, outcome, _ = done
+    assert list(found.measures) == list(outcome.measures)
+    for name, row in found.measures.items():
+        assert row == pytest.approx(outcome.measures[name], abs=1e-6, nan_ok=True), name
+
+
+@pytest.fixture(scope="module")
+def demo() -> Any:
+    from mmray.neurons.model import load_model
+
+    return load_model("demo")
+
+
+def same(one: Evaluation, other: Evaluation) -> None:
+    assert list(one.measures) == list(other.measures)
+    for name, row in one.measures.items():
+        assert row == pytest.approx(other.measures[name], abs=1e-6), name
+
+
+def test_shards_change_nothing(done: Done, run: Path, edit: StandIn, tmp_path: Path) -> None:
+    same(evaluated_here(run, edit.save(tmp_path / "edit"), shard_size=5), done[1])
+
+
+def test_it_goes_on_where_it_stopped(done: Done, run: Path, edit: StandIn, tmp_path: Path) -> None:
+    folder = edit.save(tmp_path / "edit")
+
+    class StopError(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        if progress.samples >= 8:
+            raise StopError
+
+    with pytest.raises(StopError):
+        evaluated_here(run, folder, stop)
+    (work,) = (folder / "evaluations").iterdir()
+    committed = {path: path.read_bytes() for path in work.glob("shards/*.json")}
+    assert len(committed) == 1
+    assert not (folder / "evaluation.json").exists()
+    said: list[Progress] = []
+    same(evaluated_here(run, folder, said.append), done[1])
+    assert said[0].samples == 8
+    assert {path: path.read_bytes() for path in committed} == committed
+    # Once more, and nothing is measured again; with other settings, everything is, beside it.
+    before = {path: path.stat().st_mtime_ns for path in work.glob("shards/**/*")}
+    same(evaluated_here(run, folder), done[1])
+    assert {path: path.stat().st_mtime_ns for path in work.glob("shards/**/*")} == before
+    evaluated_here(run, folder, limit=4, text_count=0)
+    assert len(list((folder / "evaluations").iterdir())) == 2
+
+
+def test_where_the_runs_data_has_gone(run: Path, edit: StandIn, tmp_path: Path) -> None:
+    moved = tmp_path / "run"
+    moved.mkdir()
+    for path in run.rglob("*"):
+        if path.is_file():
+            (moved / path.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)
+            (moved / path.relative_to(run)).write_bytes(path.read_bytes())
+    info = json.loads((moved / "run.json").read_text())
+    info["settings"]["data"] = str(tmp_path / "gone.parquet")
+    (moved / "run.json").write_text(json.dumps(info))
+    outcome = evaluated_here(moved, edit.save(tmp_path / "edit"), limit=4, text_count=0)
+    assert outcome.complete
+    assert "reliability_exact" not in outcome.measures or outcome.measures["reliability"]["protocol"].startswith("the")
+
+
+@pytest.fixture
+def command(mmray_command: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Answer]]:
+    """The command line, with the stand-in for the edits of the package, and without Ray."""
+    monkeypatch.setattr(run_evaluation, "__defaults__", (lambda _: None, open_edit))
+    with without_ray():
+        yield mmray_command
+
+
+def arguments(run: Path, folder: Path) -> list[str]:
+    options = {"--edit": folder, "--data": EVALUATION, "--limit": 4, "--text-count": 2, "--draws": 10, "--workers": 1}
+    return ["evaluate", str(run), *(str(part) for pair in options.items() for part in pair), "--no-bleu"]
+
+
+def test_the_command(command: Callable[..., Answer], run: Path, edit: StandIn, tmp_path: Path) -> None:
+    folder = edit.save(tmp_path / "edit")
+    answer = command(*arguments(run, folder))
+    assert answer.status == 0, answer.err
+    assert "image_locality" in answer.out
+    assert "method stand-in" in answer.out
+    shown = json.loads(command(*arguments(run, folder), "--json").out)
+    assert shown["measures"] == json.loads((folder / "evaluation.json").read_text())["measures"]
+    assert "image_locality_span" not in answer.out
+    assert "image_locality_span" in command(*arguments(run, folder), "--all").out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--encoder", "nowhere"], "--encoder nowhere: no config.json"),
+        (["--synonyms", "none.json"], "--synonyms none.json: no such file"),
+        (["--mmedit", "none.json"], "--mmedit none.json: no such file"),
+        (["--text-questions", "none.txt"], "--text-questions none.txt: no such file"),
+        (["--draws", "0"], "draws"),
+    ],
+)
+def test_bad_input_is_one_line(
+    command: Callable[..., Answer], run: Path, edit: StandIn, tmp_path: Path, options: list[str], message: str
+) -> None:
+    assert message in command(*arguments(run, edit.save(tmp_path / "edit")), *options).refusal
+
+
+def test_what_fails_is_status_4(command: Callable[..., Answer], run: Path, edit: StandIn, tmp_path: Path) -> None:
+    rows = pq.read_table(EVALUATION).slice(0, 4).to_pylist()
+    rows[1]["image"]["bytes"] = b"no image"
+    table = pq.read_table(EVALUATION).slice(0, 0)
+    pq.write_table(type(table).from_pylist(rows, schema=table.schema), tmp_path / "data.parquet")
+    given = arguments(run, edit.save(tmp_path / "edit"))
+    given[given.index(str(EVALUATION))] = str(tmp_path / "data.parquet")
+    answer = command(*given)
+    assert answer.status == 4
+    assert "1 of them failed" in answer.out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_here")
+def test_on_ray_with_two_workers(done: Done, run: Path, edit: StandIn, tmp_path: Path) -> None:
+    values = SETTINGS | {"run": str(run), "edit": str(edit.save(tmp_path / "edit")), "workers": 2}
+    same(run_evaluation(evaluation_settings(values), opener=open_edit), done[1])
+
+
+def test_units_that_never_succeed_are_set_aside(run: Path, edit: StandIn, tmp_path: Path) -> None:
+    wrong = replace(edit, scale=(99, 1.0), exchange=None)
+    outcome = evaluated_here(run, wrong.save(tmp_path / "edit"), limit=4, text_count=1)
+    # A shard of the data, one of the run's, and two of questions: one drawn, eight about the words.
+    assert len(outcome.shards_aside) == 4
+    assert "IndexError" in outcome.shards_aside[0]
+    assert not outcome.complete
+    assert outcome.measures["image_locality"] == {
+        "before": None,
+        "after": None,
+        "low": None,
+        "high": None,
+        "n": 0,
+        "protocol": outcome.measures["image_locality"]["protocol"],
+    }
+
+
+def test_an_edit_that_is_none(run: Path, tmp_path: Path) -> None:
+    def refuse(uri: str) -> StandIn:
+        raise InputError(f"{uri}: no edit here")
+
+    values = SETTINGS | {"run": str(run), "edit": str(tmp_path)}
+    with pytest.raises(InputError, match="no edit here"):
+        run_evaluation(evaluation_settings(values), opener=refuse)

@@ -1,0 +1,230 @@
+"""What data has gained is analysed, once, and the run is then as if all had been there from the beginning."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmray.cluster.refresh import Refreshed, refresh_run
+from mmray.demo import DATA
+from mmray.errors import InputError
+from mmray.neurons.shard import ShardAnalysis
+from mmray.results.run import open_run
+from mmray.runs import RunFolder
+from mmray.storage import open_store
+from mmray.tables import SCHEMAS
+from tests.cluster.test_worker import files
+from tests.running import census_here, without_ray
+from tests.storage.stores import Killed, Mortal
+
+
+@pytest.fixture
+def model(tiny: Callable[[str], Path]) -> Path:
+    return tiny("llava")
+
+
+@pytest.fixture
+def add(tmp_path: Path) -> Callable[..., None]:
+    """Return what adds files of four English scenes each to the data."""
+    rows = [row for row in pq.read_table(DATA).slice(0, 300).to_pylist() if row["language"] == "en"]
+    schema = pq.read_schema(DATA)
+    (tmp_path / "data").mkdir()
+
+    def write(*numbers: int) -> None:
+        for number in numbers:
+            part = pa.Table.from_pylist(rows[4 * number : 4 * number + 4], schema=schema)
+            pq.write_table(part, tmp_path / "data" / f"{number}.parquet")
+
+    return write
+
+
+def refresh(out: Path, **execution: Any) -> Refreshed:
+    with without_ray():
+        return refresh_run(str(out), **execution)
+
+
+def by_sample(table: pa.Table) -> pa.Table:
+    if "sample_id" in table.schema.names and "rank" not in table.schema.names:
+        names = [name for name in ("sample_id", "position") if name in table.schema.names]
+        table = table.sort_by([(name, "ascending") for name in names])
+    return table.drop_columns([name for name in ("shard_id",) if name in table.schema.names])
+
+
+def test_a_refreshed_run_is_that_of_all_data(model: Path, add: Callable[..., None], tmp_path: Path) -> None:
+    add(1, 3)
+    out = tmp_path / "run"
+    census_here(model, str(tmp_path / "data"), out, shard_size=4)
+    committed = {name: found for name, found in files(out).items() if name.startswith(("shards/", "decoded"))}
+    before = open_run(out)
+    ranked = before.table("rankings")
+    add(0, 2, 4)  # new files sort before, between and after the old ones
+    done = refresh(out)
+    assert (done.new_samples, done.outcome.samples, done.outcome.complete) == (12, 20, True)
+    assert {name: found for name, found in files(out).items() if name in committed} == committed
+    assert len(open_run(out).folder.receipts()) == 5
+    whole = tmp_path / "whole"
+    census_here(model, str(tmp_path / "data"), whole, shard_size=4)
+    for name in ("captions", "occurrences", "errors"):
+        assert by_sample(open_run(out).table(name)).equals(by_sample(open_run(whole).table(name))), name
+    for name, columns in {"rankings": ["concept", "rank", "neuron", "n"], "neurons": ["n_tokens", "n_active"]}.items():
+        ours, theirs = open_run(out).table(name), open_run(whole).table(name)
+        assert ours.select(columns).equals(theirs.select(columns)), name
+    # What was compared with is kept, and so is the comparison.
+    assert done.drift is not None
+    kept = pq.read_table(out / "refreshes" / "000001" / "before" / "rankings.parquet")
+    assert kept.equals(ranked)
+    assert json.loads((out / "refreshes" / "000001" / "drift.json").read_text())["drift"] == done.drift.drift
+    assert done.drift.drift > 0
+    status = open_run(out).status()
+    assert (status.shards, status.samples, status.pending, status.finished) == (5, 20, 0, True)
+
+
+def test_data_that_has_gained_nothing(model: Path, add: Callable[..., None], tmp_path: Path) -> None:
+    add(0)
+    out = tmp_path / "run"
+    census_here(model, str(tmp_path / "data"), out, shard_size=4)
+    done = refresh(out)
+    assert (done.new_samples, done.drift, done.outcome.samples) == (0, None, 4)
+    assert not (out / "refreshes").exists()
+
+
+def test_one_refresh_after_the_other(model: Path, add: Callable[..., None], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    add(0)
+    census_here(model, str(tmp_path / "data"), out, shard_size=3)
+    for number in (1, 2):
+        add(number)
+        done = refresh(out)
+        assert (done.new_samples, done.outcome.samples) == (4, 4 + 4 * number)
+    # The census itself knows the run again, and what it does not know it says how to take in.
+    again = census_here(model, str(tmp_path / "data"), out, shard_size=3)
+    assert again.samples == 12
+    add(3)
+    with pytest.raises(InputError, match=rf"holds a run of other data; .*mmray refresh {out}$"):
+        census_here(model, str(tmp_path / "data"), out, shard_size=3)
+    samples = open_run(out).table("captions")["sample_id"].to_pylist()
+    assert len(samples) == len(set(samples)) == 12
+
+
+def test_a_limit_holds_for_all_that_comes(model: Path, add: Callable[..., None], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    add(0)
+    census_here(model, str(tmp_path / "data"), out, shard_size=3, limit=6)
+    add(1)
+    assert refresh(out).new_samples == 2
+    add(2)
+    assert refresh(out).new_samples == 0
+
+
+@pytest.mark.parametrize("change", ["gone", "changed"])
+def test_data_that_was_analysed_must_stay(model: Path, add: Callable[..., None], tmp_path: Path, change: str) -> None:
+    out = tmp_path / "run"
+    add(0, 1)
+    census_here(model, str(tmp_path / "data"), out, shard_size=4)
+    before = {name: found for name, found in files(out).items() if not name.startswith("lease/")}
+    add(2)
+    if change == "gone":
+        (tmp_path / "data" / "0.parquet").unlink()
+    else:
+        (tmp_path / "data" / "2.parquet").replace(tmp_path / "data" / "0.parquet")
+    with pytest.raises(InputError, match=r"0\.parquet (is gone|has changed) since it was analysed"):
+        refresh(out)
+    assert {name: found for name, found in files(out).items() if not name.startswith("lease/")} == before
+
+
+def test_another_model_is_no_refresh(model: Path, add: Callable[..., None], tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    out = tmp_path / "run"
+    add(0)
+    census_here(copy, str(tmp_path / "data"), out)
+    (copy / "generation_config.json").write_text('{"_from_model_config": true, "max_length": 7}')
+    add(1)
+    with pytest.raises(InputError, match="other model"):
+        refresh(out)
+
+
+def test_paths_are_those_of_the_call_that_began_it(
+    model: Path, add: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    add(0)
+    census_here(model, "data", "run", shard_size=4)
+    add(1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert refresh(Path("../run")).new_samples == 4
+    assert Path.cwd() == tmp_path / "elsewhere"
+
+
+def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no run here"):
+        refresh(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_refresh_may_die_at_any_moment(model: Path, add: Callable[..., None], tmp_path: Path) -> None:
+    """Kill it before each of its changes, and once more on its way out; the next one makes it good, once."""
+    add(0)
+    first = tmp_path / "first"
+    census_here(model, str(tmp_path / "data"), first, shard_size=4)
+    add(1)
+    expected: dict[str, pa.Table] = {}
+    drifts = set()
+    for change in range(1000):
+        out = tmp_path / f"run-{change}"
+        copy_of(first, out)
+        died = killed_before(change, out)
+        done = refresh(out)
+        run = open_run(out)
+        drifts.add((out / "refreshes" / "000001" / "drift.json").read_text())
+        assert not (out / "refreshes" / "000002").exists()
+        assert done.outcome.samples == 8
+        for name in SCHEMAS:
+            assert run.table(name).equals(expected.setdefault(name, run.table(name))), (name, change)
+        if not died:
+            assert change > 20
+            assert len(drifts) == 1
+            return
+    raise AssertionError("the refresh never came to its end")
+
+
+def copy_of(run: Path, out: Path) -> None:
+    import shutil
+
+    shutil.copytree(run, out)
+
+
+def killed_before(change: int, out: Path) -> bool:
+    """Refresh the run until its n-th change; tell whether that came."""
+    store = Mortal(open_store(out), change)
+    with without_ray(), patch.object(RunFolder, "at", classmethod(lambda cls, *_, **__: cls(store))):
+        try:
+            refresh_run(str(out))
+        except Killed:
+            return True
+    return False
+
+
+def test_only_new_samples_are_run(model: Path, add: Callable[..., None], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    add(0, 1)
+    census_here(model, str(tmp_path / "data"), out, shard_size=4)
+    add(2)
+    shards: list[int] = []
+    analyse = ShardAnalysis.run
+
+    def run(self: ShardAnalysis, samples: Any) -> dict[str, pa.Table]:
+        shards.append(self.shard_id)
+        return analyse(self, samples)
+
+    with patch.object(ShardAnalysis, "run", run):
+        refresh(out)
+    assert shards == [2]

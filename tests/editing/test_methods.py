@@ -1,0 +1,169 @@
+"""What each way of editing computes, and what a learnt edit of the demo does."""
+
+import pytest
+import torch
+
+import mmray
+from mmray.editing.baselines import WordBan, banned_tokens
+from mmray.editing.closed import CLOSED, Row
+from mmray.editing.edit import Purpose
+from mmray.editing.locating import located, matched, sharing
+from mmray.editing.material import Material, kept, replaced
+from mmray.editing.methods import METHODS, make_edit
+from mmray.editing.settings import edit_settings
+from mmray.errors import InputError
+from mmray.models.generation import generate
+from mmray.models.prompting import prompt_text
+from mmray.neurons.concepts import find_forms
+from mmray.neurons.model import open_image
+from mmray.results.run import open_run
+from tests.running import census_here
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("editing") / "run"
+    census_here("demo", "demo", out, limit=384, shard_size=200)
+    return open_run(out)
+
+
+@pytest.fixture(scope="module")
+def material(open_model, demo_run):
+    return Material(open_model("demo"), demo_run)
+
+
+def row(name, **settings):
+    generator = torch.Generator().manual_seed(3)
+    rows, word = torch.randn(6, 16, generator=generator), torch.randn(2, 16, generator=generator)
+    return Row(rows, word, edit_settings({"suppress": "dog", "method": name, **settings}), generator)
+
+
+def test_zeroed_rows_are_zero():
+    given = row("zero")
+    assert torch.equal(given.rows + CLOSED["zero"](given), torch.zeros(6, 16))
+
+
+def test_scaled_rows_are_scaled():
+    given = row("scale", factor=0.25)
+    assert torch.allclose(given.rows + CLOSED["scale"](given), 0.25 * given.rows)
+
+
+def test_projected_rows_are_blind_to_the_word_and_lose_nothing_else():
+    given = row("project")
+    after = given.rows + CLOSED["project"](given)
+    assert (after @ given.word.T).abs().max() < 1e-5
+    across = torch.linalg.svd(given.word)[2][2:]
+    assert torch.allclose(after @ across.T, given.rows @ across.T, atol=1e-5)
+
+
+def test_noise_has_the_deviation_asked_for():
+    given = row("noise", sigma=0.5)
+    wide = Row(torch.zeros(400, 400), given.word, given.settings, given.generator)
+    assert float(CLOSED["noise"](wide).std()) == pytest.approx(0.5, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        ({}, "--suppress"),
+        ({"source": "dog"}, "together"),
+        ({"source": "dog", "target": "dog"}, "same"),
+        ({"suppress": "dog", "source": "dog", "target": "cat"}, "--suppress"),
+        ({"suppress": "dog", "method": "magic"}, "method"),
+        ({"suppress": "dog", "neurons": 0}, "neurons"),
+    ],
+)
+def test_wrong_settings_are_one_line(wrong, word):
+    with pytest.raises(InputError, match=word) as refused:
+        edit_settings(wrong)
+    assert "\n" not in str(refused.value)
+
+
+def test_material_says_the_new_and_keeps_the_rest(material):
+    new, rest = replaced(material, "hammer", "ant", 8, 0), kept(material, ["hammer"], 24, 0)
+    for example in new:
+        said = material.text(example.tokens[:-1])
+        assert find_forms(said, frozenset({"ant"}), "en")
+        assert not find_forms(said, frozenset({"hammer"}), "en")
+        place, old = example.avoided
+        assert example.tokens[place] != old
+        assert place < example.said <= len(example.tokens)
+    assert len(rest) == 24
+    assert not any("hammer" in material.text(example.tokens) for example in rest)
+    with pytest.raises(InputError, match="names it in none"):
+        replaced(material, "no such thing", "ant", 8, 0)
+
+
+def test_controls_are_of_the_same_layers(material, demo_run):
+    neurons = located(demo_run, "hammer", 30, [6, 7])
+    others = matched(material.model, neurons, 0)
+    assert sorted(layer for layer, _ in neurons) == sorted(layer for layer, _ in others)
+    assert len(set(others)) == 30
+    harmed = sharing(demo_run, neurons)
+    table = {r["sample_id"]: r["neurons"] for r in demo_run.table("occurrences").to_pylist()}
+    assert all(
+        any((entry["layer"], entry["unit"]) in set(neurons) for entry in table[name])
+        for name in harmed[:20]
+        if name in table
+    ) or len(harmed) < len(table)
+
+
+def test_a_banned_word_is_not_written(material):
+    model = material.model
+    sample = material.read(material.ids(["hammer"])[:1])
+    images, prompts = [open_image(sample[0].image)], [prompt_text(model, None, "en")]
+    before = generate(model, prompts, images)
+    assert "hammer" in material.text(before[0])
+    ban = WordBan(model, ("hammer",), (Purpose("suppress", "hammer"),))
+    with ban.applied(model):
+        assert "hammer" not in material.text(generate(model, prompts, images)[0])
+    assert generate(model, prompts, images) == before
+    assert banned_tokens(model, ("hammer",))
+
+
+@pytest.mark.slow
+def test_a_swap_swaps_and_leaves_others_alone(material):
+    settings = {"source": "hammer", "target": "dog", "kept": 96, "samples": 12}
+    edit = make_edit(material, [edit_settings(settings)])
+    control = make_edit(material, [edit_settings(settings | {"method": "random", "steps": 1})])
+    model = material.model
+    assert edit.facts["rows_changed"] <= 100
+    own = material.read(edit.purpose.samples)
+    others = [s for s in material.read(material.ids()) if "hammer" not in s.objects][-64:]
+
+    def say(samples):
+        prompts, images = [prompt_text(model, None, "en")] * len(samples), [open_image(s.image) for s in samples]
+        return [material.text(tokens) for tokens in generate(model, prompts, images)]
+
+    before = say(others)
+    with edit.applied(model):
+        swapped, after = say(own), say(others)
+    assert sum("dog" in text and "hammer" not in text for text in swapped) >= 0.9 * len(own)
+    assert sum(map(str.__eq__, before, after)) >= 0.9 * len(others)
+    with control.applied(model):
+        assert sum("hammer" in text for text in say(own)) >= 0.9 * len(own)
+    assert say(others) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_an_edit(material, method):
+    pytest.importorskip("peft" if method == "lora" else "torch", reason="the extra `baselines` is not installed")
+    made = make_edit(
+        material,
+        [edit_settings({"suppress": "hammer", "method": method, "kept": 16, "samples": 4, "steps": 2, "factor": 0.5})],
+    )
+    assert made.purpose.source == "hammer"
+    assert bool(made.delta.abs().sum() > 0)
+    names = [name for name, _ in material.model.network.named_modules()]
+    assert not any("lora" in name for name in names)
+    with made.applied(material.model):
+        pass
+
+
+def test_the_public_call_edits_a_run(demo_run, tmp_path):
+    edit = mmray.edit(demo_run, suppress="hammer", method="zero", samples=4, kept=8, neurons=10)
+    edit.save(tmp_path / "edit")
+    assert mmray.open_edit(tmp_path / "edit").neurons == edit.neurons
+    with pytest.raises(InputError, match="no concept"):
+        mmray.edit(demo_run, source="unheard", target="dog")

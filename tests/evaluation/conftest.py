@@ -1,0 +1,49 @@
+"""Scenes of the demo that no census saw, and what its model says of them before any edit; shared by all tests."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mmray.datasets.samples import Sample
+from mmray.datasets.shards import cut, read_shard
+from mmray.datasets.sources import open_source
+from mmray.demo import EVALUATION
+from mmray.evaluation.before import Before
+from mmray.evaluation.facts import DataFacts, gather_facts
+
+SCENES = 24
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Keep torch to one thread: several workers share the cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def demo(open_model: Callable[[str], Any]) -> Any:
+    return open_model("demo")
+
+
+@pytest.fixture(scope="session")
+def all_scenes() -> list[Sample]:
+    source = open_source(str(EVALUATION))
+    (shard,) = cut(source.files(), 1000).shards
+    return [row for row in read_shard(source, shard) if isinstance(row, Sample)]
+
+
+@pytest.fixture(scope="session")
+def scenes(all_scenes: list[Sample]) -> list[Sample]:
+    return all_scenes[:SCENES]
+
+
+@pytest.fixture(scope="session")
+def facts(all_scenes: list[Sample]) -> DataFacts:
+    return gather_facts((sample.objects for sample in all_scenes), open_source(str(EVALUATION)).translations())
+
+
+@pytest.fixture(scope="session")
+def before(demo: Any) -> Before:
+    return Before(demo, batch_size=8)

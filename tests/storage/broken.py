@@ -1,0 +1,38 @@
+"""Ways to commit a shard that are broken on purpose: a test of durability has to fail with each of them."""
+
+import json
+from dataclasses import asdict
+
+import pyarrow as pa
+
+from mmray.runs import Receipt, RunFolder
+from mmray.tables import from_bytes, to_bytes
+
+
+class ReceiptFirst(RunFolder):
+    """Says that a shard is done before its parts are there."""
+
+    def commit_shard(self, shard_id: int, tables: dict[str, pa.Table], samples: int, seconds: float) -> Receipt:
+        parts = {name: f"shards/{shard_id:06d}/x-{name}.parquet" for name in tables}
+        receipt = Receipt(shard_id, samples=samples, occurrences=len(tables["occurrences"]), parts=parts)
+        if self.store.commit(f"shards/{shard_id:06d}.json", json.dumps(asdict(receipt)).encode()):
+            for name, table in tables.items():
+                self.store.commit(parts[name], to_bytes(table))
+        return receipt
+
+
+class ReceiptReplaced(RunFolder):
+    """A later worker's receipt takes the place of an earlier one."""
+
+    def commit_shard(self, shard_id: int, tables: dict[str, pa.Table], samples: int, seconds: float) -> Receipt:
+        self.store.delete(f"shards/{shard_id:06d}.json")
+        return super().commit_shard(shard_id, tables, samples, seconds)
+
+
+class Appended(RunFolder):
+    """Every attempt adds files of its own name to a shard, and whatever is there is read."""
+
+    def read_part(self, receipt: Receipt, name: str) -> pa.Table:
+        listed = self.store.list(f"shards/{receipt.shard_id:06d}/")
+        ours = [entry.key for entry in listed if entry.key.endswith(f"-{name}.parquet")]
+        return pa.concat_tables([from_bytes(self.store.read(key)) for key in ours])
