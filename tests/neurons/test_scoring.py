@@ -141,12 +141,18 @@ def test_hooks_leave_every_bit_of_the_logits(open_model, variant):
     assert whole.isfinite().all()
 
 
-def rows_are_independent() -> bool:
-    """Tell whether this machine's BLAS gives a row of a product the same bits whatever stands beside it."""
-    random = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(size, generator=random) for size in ((900, 256), (256, 1024)))
-    whole = left @ right
-    return all(torch.equal(left[:count] @ right, whole[:count]) for count in (8, 90, 270))
+def rows_are_independent(model, samples) -> bool:
+    """Tell whether this machine gives a row of the plain network's logits the same bits alone as among others."""
+    captions = [sample.caption for sample in samples]
+    whole, _ = batch_of(model, captions)
+    with torch.inference_mode():
+        together = model.network(**whole.to(model.device, model.network.dtype)).logits
+        for row, caption in enumerate(captions):
+            single, _ = batch_of(model, [caption])
+            alone = model.network(**single.to(model.device, model.network.dtype)).logits[0]
+            if not torch.equal(alone, together[row, : len(alone)]):
+                return False
+    return True
 
 
 def occurrences(tables):
@@ -166,11 +172,14 @@ def test_scores_do_not_depend_on_the_batch(open_model, size):
     assert len({len(sample.caption) for sample in found}) > 3
     assert together.keys() == apart.keys()
     assert len(together) >= 12
-    if rows_are_independent():
+    if rows_are_independent(model, found):
         assert together == apart
     for place, (log_prob, neurons) in together.items():
-        assert apart[place][0] == pytest.approx(log_prob, rel=1e-5)
-        assert [entry["score"] for entry in apart[place][1]] == pytest.approx([entry["score"] for entry in neurons])
+        assert apart[place][0] == pytest.approx(log_prob, rel=1e-4, abs=1e-5)
+        # Neurons whose scores are equal but for the last bits may change places.
+        assert [entry["score"] for entry in apart[place][1]] == pytest.approx(
+            [entry["score"] for entry in neurons], rel=1e-4, abs=1e-5
+        )
 
 
 def test_contributions_average_over_a_noun_s_occurrences(open_model):
