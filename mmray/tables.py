@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from itertools import pairwise
 
 import numpy as np
@@ -123,16 +124,16 @@ PART_SCHEMAS: dict[str, pa.Schema] = {
     "captions": SCHEMAS["captions"],
     "occurrences": SCHEMAS["occurrences"],
     "errors": SCHEMAS["errors"],
-    # A row is a concept; the lists run over its kept neurons.
+    # A row is a concept; lists and vectors run over its kept neurons.
     "concepts": pa.schema(
         [
             _field("concept", pa.string()),
             _field("n", pa.int64(), "occurrences"),
             _field("bound", pa.float64(), "largest sum of scores of a neuron that is not kept"),
             _field("neuron", pa.list_(pa.int32()), "index over all layers; null: all neurons are kept"),
-            _field("score", pa.list_(pa.float64()), "sum over occurrences"),
-            _field("score_squares", pa.list_(pa.float64()), "sum of squares over occurrences"),
-            _field("activation", pa.list_(pa.float32()), "sum over occurrences"),
+            _field("score", pa.large_binary(), "fp64 sum over occurrences"),
+            _field("score_squares", pa.large_binary(), "fp64 sum of squares over occurrences; null where n is 1"),
+            _field("activation", pa.large_binary(), "fp32 sum over occurrences"),
         ]
     ),
     # One row: sums over all occurrences of all concepts, a number a neuron.
@@ -195,17 +196,22 @@ EVALUATION_SCHEMAS: dict[str, pa.Schema] = {
 
 ROW_GROUP = 100_000
 """Rows of a row group: many small ones make every later read slow."""
+VECTORS_OF_A_PAGE = 16
+"""Rows that are written without a look at the size of the page; vectors are up to megabytes, a page 2 GB."""
 
 
 def to_bytes(table: pa.Table) -> bytes:
     """Return the table as the bytes of one Parquet file."""
-    buffer = pa.BufferOutputStream()
+    buffer = io.BytesIO()
     # Dictionaries, compression and extremes are for text and columns of rows: on long lists of numbers they only cost
     # time.
     texts = [
         name for name, kind in zip(table.schema.names, table.schema.types, strict=True) if pa.types.is_string(kind)
     ]
-    sums = any(pa.types.is_list(kind) and pa.types.is_floating(kind.value_type) for kind in table.schema.types)
+    sums = any(
+        pa.types.is_large_binary(kind) or (pa.types.is_list(kind) and pa.types.is_floating(kind.value_type))
+        for kind in table.schema.types
+    )
     pq.write_table(
         table,
         buffer,
@@ -214,8 +220,9 @@ def to_bytes(table: pa.Table) -> bytes:
         row_group_size=ROW_GROUP,
         use_dictionary=texts,
         write_statistics=not sums,
+        write_batch_size=VECTORS_OF_A_PAGE if sums else None,
     )
-    return bytes(buffer.getvalue())
+    return buffer.getvalue()
 
 
 def from_bytes(data: bytes) -> pa.Table:
@@ -237,6 +244,21 @@ def list_column(rows: ndarray, kind: pa.DataType) -> pa.ListArray:
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * np.int32(rows.shape[1])
     values = np.ascontiguousarray(rows).reshape(-1).astype(kind.value_type.to_pandas_dtype(), copy=False)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def vector_column(rows: ndarray, present: ndarray) -> pa.LargeBinaryArray:
+    """Return a column of vectors, whose bytes are written and read twice as fast as a list's numbers.
+
+    `present` tells of each row of the column whether it has a vector, the next row of the matrix; the others are null.
+    """
+    starts = np.concatenate([[0], np.cumsum(present * rows[:1].nbytes)]).astype(np.int64)
+    buffers = [pa.array(present).buffers()[1], pa.py_buffer(starts), pa.py_buffer(np.ascontiguousarray(rows))]
+    return pa.Array.from_buffers(pa.large_binary(), len(present), buffers)
+
+
+def vectors(column: pa.ChunkedArray, dtype: type[np.float64 | np.float32]) -> list[ndarray]:
+    """Return the vectors of a column, of which it does not know the number format; a null is an empty one."""
+    return [np.frombuffer(value.as_buffer() or b"", dtype) for chunk in column.chunks for value in chunk]
 
 
 def list_values(column: pa.ChunkedArray) -> list[ndarray]:

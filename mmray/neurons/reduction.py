@@ -14,19 +14,23 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Float64, Int, Int64
 from numpy import ndarray
 from torch import Tensor
 
-from mmray.tables import PART_SCHEMAS, list_column, list_values
+from mmray.tables import PART_SCHEMAS, list_column, list_values, vector_column, vectors
 
 ALL_KEPT = 16_384
 """Up to so many neurons, every one is kept and every rank is certified."""
 KEPT_OF_MORE = 2_048
 """Neurons a concept that a shard keeps of larger models."""
 
-SUMS = ("score", "score_squares", "activation")
-"""Columns of sums over a concept's occurrences, in the order in which they are accumulated."""
+SUMS: dict[str, type[np.float64 | np.float32]] = {
+    "score": np.float64,
+    "score_squares": np.float64,
+    "activation": np.float32,
+}
+"""Columns of sums over a concept's occurrences, in the order in which they are accumulated, as they are kept."""
 
 COMPACT_AT = 4
 """A concept's collected parts are added up whenever so many have come, to hold memory down."""
@@ -45,7 +49,7 @@ class ConceptSums:
         self.concepts: dict[str, int] = {}
         self.counts: list[int] = []
         self._sums: list[Tensor | None] = [None] * len(widths)
-        self._batch: list[str] = []
+        self._rows = torch.zeros(0, dtype=torch.long)
         self._one_hot = torch.zeros(0, 0)
 
     def begin(self, concepts: Sequence[str]) -> None:
@@ -54,9 +58,9 @@ class ConceptSums:
             index = self.concepts.setdefault(concept, len(self.concepts))
             self.counts.extend([0] * (index + 1 - len(self.counts)))
             self.counts[index] += 1
-        self._batch = list(dict.fromkeys(concepts))
-        places = {concept: place for place, concept in enumerate(self._batch)}
-        self._one_hot = torch.zeros(len(self._batch), len(concepts), dtype=torch.float64)
+        places = {concept: place for place, concept in enumerate(dict.fromkeys(concepts))}
+        self._rows = torch.tensor([self.concepts[concept] for concept in places], dtype=torch.long)
+        self._one_hot = torch.zeros(len(places), len(concepts), dtype=torch.float64)
         self._one_hot[[places[concept] for concept in concepts], range(len(concepts))] = 1
 
     @torch.inference_mode()
@@ -64,45 +68,67 @@ class ConceptSums:
         self, layer: int, scores: Float[Tensor, "occurrence neuron"], activation: Float[Tensor, "occurrence neuron"]
     ) -> None:
         """Add one layer of the announced batch."""
-        wide = scores.double()
-        # A product with a fixed 0/1 matrix adds in a fixed order; scattered atomic additions on a GPU would not.
-        one_hot = self._one_hot.to(scores.device)
-        added = torch.stack([one_hot @ wide, one_hot @ wide.square(), one_hot @ activation.double()])
         sums = self._sums[layer]
         if sums is None or sums.shape[1] < len(self.concepts):
             room = max(64, 2 * len(self.concepts))
-            grown = torch.zeros(3, room, self.widths[layer], dtype=torch.float64, device=scores.device)
+            grown = torch.zeros(len(SUMS), room, self.widths[layer], dtype=torch.float64, device=scores.device)
             if sums is not None:
                 grown[:, : sums.shape[1]] = sums
             self._sums[layer] = sums = grown
-        sums[:, [self.concepts[concept] for concept in self._batch]] += added
+        wide = scores.double()
+        # A product with a fixed 0/1 matrix adds in a fixed order; scattered atomic additions on a GPU would not.
+        one_hot, rows = self._one_hot.to(scores.device), self._rows.to(scores.device)
+        for kind, numbers in zip(sums, (wide, wide.square(), activation.double()), strict=True):
+            kind.index_add_(0, rows, one_hot @ numbers)
 
     def tables(self, kept: int) -> tuple[pa.Table, pa.Table]:
         """Return the shard's `concepts`, with the `kept` highest neurons of each, and its `totals`."""
         neurons = sum(self.widths)
         names = sorted(self.concepts)
         order = torch.tensor([self.concepts[name] for name in names], dtype=torch.long)
-        parts = [sums[:, order.to(sums.device)].cpu() for sums in self._sums if sums is not None]
-        sums = torch.cat(parts, dim=2) if parts else torch.zeros(len(SUMS), 0, neurons, dtype=torch.float64)
-        totals = {name: part.sum(dim=0).numpy() for name, part in zip(SUMS, sums, strict=True)}
+        counts = np.array([self.counts[place] for place in order], np.int64)
+        scores = self._summed("score", order)
         bounds = np.full(len(names), -np.inf)
         schema = PART_SCHEMAS["concepts"]
-        index = pa.nulls(len(names), schema.field("neuron").type)
+        index, best = pa.nulls(len(names), schema.field("neuron").type), None
         if kept < neurons:
-            highest = sums[0].sort(dim=1, descending=True, stable=True)
+            highest = scores.sort(dim=1, descending=True, stable=True)
             bounds = highest.values[:, kept].numpy()
             best = highest.indices[:, :kept].sort(dim=1).values
-            sums = sums.gather(2, best.expand(len(SUMS), -1, -1))
             index = list_column(best.numpy(), schema.field("neuron").type)
-        lists = [list_column(part.numpy(), schema.field(name).type) for name, part in zip(SUMS, sums, strict=True)]
-        counts = [self.counts[self.concepts[name]] for name in names]
+        columns = []
+        for name in SUMS:
+            # Of one occurrence the sum of squares is the square of the sum: many concepts need not be written twice.
+            present = counts > (name == "score_squares")
+            rows = torch.from_numpy(present)
+            sums = scores if name == "score" else self._summed(name, order[rows])
+            if best is not None:
+                sums = sums.gather(1, best[rows])
+            columns.append(vector_column(sums.numpy(), present))
         concepts = pa.Table.from_arrays(
-            [pa.array(names, pa.string()), pa.array(counts, pa.int64()), pa.array(bounds, pa.float64()), index, *lists],
+            [pa.array(names, pa.string()), pa.array(counts), pa.array(bounds, pa.float64()), index, *columns],
             schema=schema,
         )
         every = PART_SCHEMAS["totals"]
-        columns = [list_column(totals[name][None], every.field(name).type) for name in every.names[1:]]
-        return concepts, pa.Table.from_arrays([pa.array([sum(counts)]), *columns], schema=every)
+        totals = [list_column(self._total(name)[None], every.field(name).type) for name in every.names[1:]]
+        return concepts, pa.Table.from_arrays([pa.array([counts.sum()]), *totals], schema=every)
+
+    def _total(self, name: str) -> Float64[ndarray, " neuron"]:
+        """Return one of SUMS over all concepts and layers."""
+        place = list(SUMS).index(name)
+        parts = [
+            np.zeros(width) if sums is None else sums[place].sum(dim=0, dtype=torch.float64).cpu().numpy()
+            for sums, width in zip(self._sums, self.widths, strict=True)
+        ]
+        return np.concatenate(parts)
+
+    def _summed(self, name: str, concepts: Int[Tensor, " concept"]) -> Float[Tensor, "concept neuron"]:
+        """Return one of SUMS of these concepts over all layers, on the CPU."""
+        whole = torch.from_numpy(np.zeros((len(concepts), sum(self.widths)), SUMS[name]))
+        for sums, part in zip(self._sums, torch.split(whole, list(self.widths), dim=1), strict=True):
+            if sums is not None:
+                part.copy_(sums[list(SUMS).index(name)].index_select(0, concepts.to(sums.device)))
+        return whole
 
 
 @dataclass
@@ -143,14 +169,14 @@ class ConceptMerge:
         self.n += totals["n"][0].as_py()
         every = np.arange(self.neurons)
         index = [every] * len(concepts) if concepts["neuron"].null_count else list_values(concepts["neuron"])
-        lists = [index, *(list_values(concepts[name]) for name in SUMS)]
+        sums = (vectors(concepts[name], dtype) for name, dtype in SUMS.items())
         facts = (concepts[name].to_pylist() for name in ("concept", "n", "bound"))
-        for concept, n, bound, *numbers in zip(*facts, *lists, strict=True):
+        for concept, n, bound, neuron, score, squares, activation in zip(*facts, index, *sums, strict=True):
             merged = self.concepts.setdefault(concept, Merged())
             merged.n += n
             merged.bound += bound
-            kept = len(numbers[0])
-            merged.parts.append(np.stack([*numbers, np.full(kept, float(n)), np.full(kept, bound)]))
+            kept = [np.full(len(neuron), float(number)) for number in (n, bound)]
+            merged.parts.append(np.stack([neuron, score, score**2 if n == 1 else squares, activation, *kept]))
             if len(merged.parts) >= COMPACT_AT:
                 merged.compact()
 

@@ -92,12 +92,13 @@ def whole_nouns(places: Sequence[Place], scored: Scored) -> tuple[list[Place], S
 
 
 def forward(model: LoadedModel, batch: Batch) -> Any:
-    """Run the network on a batch, without the logits of positions that nobody asked for where it knows how."""
+    """Run the network on a batch, without the cache, and the logits of positions, that nobody asked for."""
     extra: dict[str, Any] = {}
     parameters = inspect.signature(model.network.forward).parameters
     if "logits_to_keep" in parameters:
         extra["logits_to_keep"] = 1
-    if "use_cache" in parameters:
+    # Many a network does not name it, and hands on to its decoder what it does not know.
+    if "use_cache" in parameters or any(named.kind is named.VAR_KEYWORD for named in parameters.values()):
         extra["use_cache"] = False
     return model.network(**batch.to(model.device, model.network.dtype), **extra)
 

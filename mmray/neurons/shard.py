@@ -16,17 +16,18 @@ from PIL.Image import Image
 from mmray.datasets.images import decode_image
 from mmray.datasets.samples import Failure, Sample
 from mmray.errors import InputError
-from mmray.models.generation import caption_of, generate, token_text
+from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, NounSource
+from mmray.neurons.occurrences import occurrence_table
 from mmray.neurons.places import Place, places_of
 from mmray.neurons.reduction import ConceptSums, candidates_kept
 from mmray.neurons.scoring import Scored, score_batch, whole_nouns
 from mmray.neurons.statistics import TokenStatistics
 from mmray.neurons.towers import ModuleActivity
 from mmray.settings import CensusSettings
-from mmray.tables import NEURON_ENTRY, PART_SCHEMAS
+from mmray.tables import PART_SCHEMAS
 
 FAILURES = (IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What models and processors raise where memory runs out, or at a sample that they can't take."""
@@ -58,6 +59,7 @@ class ShardAnalysis:
         self.sums = ConceptSums(model.widths)
         self.statistics = TokenStatistics(model.widths, model.device)
         self.module = ModuleActivity(model, settings.module)
+        self.prompts: dict[tuple[str | None, bool, str | None], str] = {}
         self.captions: list[dict[str, object]] = []
         self.occurrences: list[pa.Table] = []
         self.failures: list[Failure] = []
@@ -110,7 +112,12 @@ class ShardAnalysis:
     def _prompt(self, sample: Sample, *, image: bool) -> str:
         given = sample.caption if self.settings.captions == "dataset" else ""
         prefix = prefix_before(given, self.settings.prefix)
-        return prompt_text(self.model, self.settings.prompt, sample.language, image=image, prefix=prefix)
+        kind = (sample.language, image, prefix)
+        if kind not in self.prompts:
+            self.prompts[kind] = prompt_text(
+                self.model, self.settings.prompt, sample.language, image=image, prefix=prefix
+            )
+        return self.prompts[kind]
 
     def _nouns(self, sample: Sample, caption: str) -> list[Mention]:
         generated = self.settings.captions == "generate"
@@ -242,38 +249,7 @@ class ShardAnalysis:
         self.sums.begin([place.concept for place in places])
         for layer, (scores, activation) in enumerate(zip(scored.scores, scored.activation, strict=True)):
             self.sums.add(layer, scores, activation)
-        self.occurrences.append(self._occurrences(places, scored))
-
-    def _occurrences(self, places: list[Place], scored: Scored) -> pa.Table:
-        device = scored.scores[0].device
-        scores = torch.cat([part.to(device) for part in scored.scores], dim=1)
-        activation = torch.cat([part.to(device) for part in scored.activation], dim=1)
-        best = scores.topk(min(self.settings.top_k, scores.shape[1]), dim=1)
-        index = best.indices.cpu()
-        starts = torch.tensor([0, *self.model.widths]).cumsum(0)
-        layer = torch.searchsorted(starts, index, right=True) - 1
-        entries = pa.StructArray.from_arrays(
-            [
-                pa.array(layer.flatten().numpy()).cast(pa.int16()),
-                pa.array((index - starts[layer]).flatten().numpy()).cast(pa.int32()),
-                pa.array(best.values.cpu().flatten().numpy()),
-                pa.array(activation.gather(1, best.indices).cpu().flatten().numpy()),
-            ],
-            fields=list(NEURON_ENTRY),
-        )
-        offsets = pa.array(range(0, len(entries) + 1, index.shape[1]), pa.int32())
-        return pa.Table.from_arrays(
-            [
-                pa.array([place.sample_id for place in places], pa.string()),
-                pa.array([place.concept for place in places], pa.string()),
-                pa.array([token_text(self.model, place.token) for place in places], pa.string()),
-                pa.array([place.token for place in places], pa.int32()),
-                pa.array([place.position for place in places], pa.int32()),
-                pa.array(scored.log_prob.float().cpu().numpy()),
-                pa.ListArray.from_arrays(offsets, entries),
-            ],
-            schema=PART_SCHEMAS["occurrences"],
-        )
+        self.occurrences.append(occurrence_table(self.model, places, scored, self.settings.top_k))
 
 
 def _labels(sample: Sample) -> dict[str, str]:

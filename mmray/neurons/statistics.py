@@ -18,8 +18,8 @@ from mmray.models.prompting import Run
 from mmray.tables import PART_SCHEMAS
 
 MODALITIES = ("image", "text")
-CACHED, COPIED = 2**19, 2**26
-"""Numbers that are reduced at a time: 2 MB on a processor, 256 MB on a GPU."""
+CACHED, COPIED = 2**18, 2**26
+"""Numbers that are reduced at a time: 1 MB a thread on a processor, 256 MB on a GPU."""
 EXAMPLES = 5
 """Highest and lowest samples kept for each neuron."""
 
@@ -34,12 +34,32 @@ class Best:
 
 
 @dataclass(frozen=True)
+class Span:
+    """The positions `[start, stop)` among which all samples of a batch have their tokens of one modality."""
+
+    start: int
+    stop: int
+    mask: Float[Tensor, "sample 1 position"]
+    """1 where the position holds such a token."""
+    outside: Float[Tensor, "sample position 1"] | None
+    """-inf where it does not; None where every sample has them throughout."""
+
+    def to(self, device: torch.device) -> Span:
+        """Return the span with its tensors on the device."""
+        outside = None if self.outside is None else self.outside.to(device)
+        return Span(self.start, self.stop, self.mask.to(device), outside)
+
+
+@dataclass(frozen=True)
 class _Batch:
     """An announced batch: membership is 1 where a sample (column) has a label (row); what was seen of each layer."""
 
     runs: list[Run]
     membership: Float[Tensor, "label sample"]
-    seen: list[tuple[int, Float64[Tensor, "modality label quantity neuron"], Best]] = field(default_factory=list)
+    spans: list[Span]
+    seen: list[tuple[int, Float64[Tensor, "modality quantity label neuron"], Int[Tensor, " side"], Best]] = field(
+        default_factory=list
+    )
 
 
 class TokenStatistics:
@@ -57,7 +77,7 @@ class TokenStatistics:
         self.sums: dict[tuple[int, str], list[Tensor | None]] = {}
         self.extremes = [_Extremes(width, device) for width in widths]
         self.samples = 0
-        self._batch = _Batch([], torch.zeros(0, 0))
+        self._batch = _Batch([], torch.zeros(0, 0), [])
 
     def begin(self, labels: Sequence[dict[str, str]], runs: Sequence[Run]) -> None:
         """Announce a batch: the labels of its samples by kind, and where image and caption stand."""
@@ -68,7 +88,8 @@ class TokenStatistics:
         membership = torch.zeros(len(self.labels), len(labels))
         for row, indices in enumerate(members):
             membership[indices, row] = 1
-        self._batch = _Batch(list(runs), membership.to(self.device))
+        spans = [span.to(self.device) for span in token_spans(runs, len(labels))]
+        self._batch = _Batch(list(runs), membership.to(self.device), spans)
 
     @torch.inference_mode()
     def add(self, layer: int, activation: Float[Tensor, "row neuron"], opened: Float[Tensor, "row neuron"]) -> None:
@@ -76,20 +97,19 @@ class TokenStatistics:
         batch = self._batch
         rows = batch.membership.shape[1]
         values, gates = (part.reshape(rows, -1, part.shape[-1]) for part in (activation, opened))
-        masks = token_masks(batch.runs, *values.shape[:2]).to(values.device)
-        by_sample, highest, lowest = reduce_tokens(values, gates, masks)
-        by_label = torch.einsum("ls,msqn->mlqn", batch.membership.to(values.device), by_sample).double()
-        better = self.extremes[layer].improved(values, highest, lowest, self.samples, masks)
-        batch.seen.append((layer, by_label, better))
+        spans = [span.to(values.device) for span in batch.spans]
+        by_sample, reached = reduce_tokens(values, gates, spans)
+        by_label = (batch.membership.to(values.device) @ by_sample).double()
+        batch.seen.append((layer, by_label, *self.extremes[layer].improved(values, reached, self.samples, spans)))
 
     @torch.inference_mode()
     def commit(self) -> None:
         """Count the announced batch."""
         batch = self._batch
-        for layer, by_label, better in batch.seen:
-            self.extremes[layer].best = better
+        for layer, by_label, sides, better in batch.seen:
+            self.extremes[layer].replace(sides, better)
             for modality, numbers in zip(MODALITIES, by_label, strict=True):
-                for label, added in enumerate(numbers):
+                for label, added in enumerate(numbers.unbind(1)):
                     sums = self.sums.setdefault((label, modality), [None] * len(self.widths))
                     before = sums[layer]
                     sums[layer] = added if before is None else before.add_(added)
@@ -132,40 +152,54 @@ class TokenStatistics:
         return pa.Table.from_pylist(rows, schema=PART_SCHEMAS["examples"])
 
 
-def token_masks(runs: Iterable[Run], rows: int, positions: int) -> Float[Tensor, "sample modality position"]:
-    """Return 1 where a position holds a token of the modality."""
-    masks = torch.zeros(rows, len(MODALITIES), positions)
+def token_spans(runs: Iterable[Run], rows: int) -> list[Span]:
+    """Return the span of each of MODALITIES; an empty one where the batch has none of it."""
+    spans = []
+    by_modality: dict[str, list[Run]] = {modality: [] for modality in MODALITIES}
     for run in runs:
-        masks[run.row, MODALITIES.index(run.modality), run.start : run.stop] = 1
-    return masks
+        by_modality[run.modality].append(run)
+    for found in by_modality.values():
+        start = min((run.start for run in found), default=0)
+        stop = max((run.stop for run in found), default=0)
+        mask = torch.zeros(rows, stop - start)
+        for run in found:
+            mask[run.row, run.start - start : run.stop - start] = 1
+        outside = None if mask.all() else torch.where(mask > 0, 0.0, -torch.inf)[:, :, None]
+        spans.append(Span(start, stop, mask[:, None], outside))
+    return spans
 
 
 def reduce_tokens(
     values: Float[Tensor, "sample position neuron"],
     gates: Float[Tensor, "sample position neuron"],
-    masks: Float[Tensor, "sample modality position"],
-) -> tuple[Float[Tensor, "modality sample 3 neuron"], Float[Tensor, "sample neuron"], Float[Tensor, "sample neuron"]]:
-    """Return, in fp32 and over the masked positions: (open tokens, sum, sum of squares), maximum and minimum.
+    spans: Sequence[Span],
+) -> tuple[Float[Tensor, "modality 3 sample neuron"], Float[Tensor, "modality sample side"]]:
+    """Return, in fp32 and over the spans' tokens: (open tokens, sum, sum of squares); the maximum, the negated minimum.
 
-    Products with the mask add both modalities in one reading. A few samples are reduced at a time: a whole layer does
-    not fit a processor's cache, nor a copy of it for the squares a GPU that is nearly full.
+    A few samples are reduced at a time: a whole layer does not fit a processor's cache, nor a copy of it for the
+    squares a GPU that is nearly full. Sums are products with the mask.
     """
-    rows, positions, width = values.shape
-    step = max(1, (CACHED if values.device.type == "cpu" else COPIED) // (positions * width))
-    sums = values.new_empty(3, rows, len(MODALITIES), width, dtype=torch.float32)
-    highest, lowest = values.new_empty(2, rows, width, dtype=torch.float32)
-    scratch = values.new_empty(min(step, rows), positions, width, dtype=torch.float32)
-    penalty = torch.where(masks.sum(1) > 0, 0.0, -torch.inf)[:, :, None]
-    for first in range(0, rows, step):
-        some = slice(first, first + step)
-        wide, mask, outside = values[some].float(), masks[some], penalty[some]
-        room = scratch[: len(wide)]
-        torch.bmm(mask, torch.gt(gates[some], 0, out=room), out=sums[0, some])
-        torch.bmm(mask, wide, out=sums[1, some])
-        torch.bmm(mask, torch.mul(wide, wide, out=room), out=sums[2, some])
-        torch.amax(torch.add(wide, outside, out=room), 1, out=highest[some])
-        torch.amin(torch.sub(wide, outside, out=room), 1, out=lowest[some])
-    return sums.permute(2, 1, 0, 3), highest, lowest
+    rows, _, width = values.shape
+    sums = values.new_zeros(len(spans), 3, rows, 1, width, dtype=torch.float32)
+    reached = values.new_full((len(spans), rows, 2 * width), -torch.inf, dtype=torch.float32)
+    together = (CACHED * torch.get_num_threads() if values.device.type == "cpu" else COPIED) // width
+    for span, (opened, total, squares), extremes in zip(spans, sums, reached, strict=True):
+        length = span.stop - span.start
+        step = max(1, together // max(1, length))
+        room = values.new_empty(min(step, rows), length, width, dtype=torch.float32)
+        for first in range(0, rows if length else 0, step):
+            some = slice(first, first + step)
+            wide, mask = values[some, span.start : span.stop].float(), span.mask[some]
+            scratch = room[: len(wide)]
+            torch.bmm(mask, wide, out=total[some])
+            above = below = wide
+            if span.outside is not None:
+                above, below = wide + span.outside[some], torch.sub(wide, span.outside[some], out=scratch)
+            torch.amax(above, 1, out=extremes[some, :width])
+            torch.neg(torch.amin(below, 1), out=extremes[some, width:])
+            torch.bmm(mask, torch.mul(wide, wide, out=scratch), out=squares[some])
+            torch.bmm(mask, torch.gt(gates[some, span.start : span.stop], 0, out=scratch), out=opened[some])
+    return sums[:, :, :, 0], reached
 
 
 class _Extremes:
@@ -179,25 +213,41 @@ class _Extremes:
     def improved(
         self,
         values: Float[Tensor, "sample position neuron"],
-        highest: Float[Tensor, "sample neuron"],
-        lowest: Float[Tensor, "sample neuron"],
+        reached: Float[Tensor, "modality sample side"],
         first: int,
-        masks: Float[Tensor, "sample modality position"],
-    ) -> Best:
-        """Return the best with a batch taken in, whose samples are numbered from `first`."""
-        width = highest.shape[1]
-        reached = torch.cat([highest, -lowest], dim=1)
-        activation, index = torch.cat([self.best.activation, reached]).topk(EXAMPLES, dim=0)
-        rank, side = (index >= EXAMPLES).nonzero(as_tuple=True)
-        row = index[rank, side] - EXAMPLES
-        excluded = masks.sum(1) == 0
+        spans: Sequence[Span],
+    ) -> tuple[Int[Tensor, " side"], Best]:
+        """Return the sides of neurons that a batch improves, and their best; its samples are numbered from `first`."""
+        highest, width = reached.amax(0), values.shape[2]
+        sides = (highest.amax(0) > self.best.activation[-1]).nonzero()[:, 0]
+        held, sample, position = (
+            part.index_select(1, sides) for part in (self.best.activation, self.best.sample, self.best.position)
+        )
+        activation, index = torch.cat([held, highest.index_select(1, sides)]).topk(EXAMPLES, dim=0)
         kept = index.clamp(max=EXAMPLES - 1)
-        sample, position = self.best.sample.gather(0, kept), self.best.position.gather(0, kept)
-        sign = 1.0 - 2.0 * (side >= width)
-        along = values[row, :, side % width].float() * sign[:, None]
-        sample[rank, side] = (row + first).int()
-        position[rank, side] = along.masked_fill_(excluded[row], -torch.inf).argmax(dim=1).int()
-        return Best(activation, sample, position)
+        sample, position = sample.gather(0, kept), position.gather(0, kept)
+        ranks = index.new_full((EXAMPLES + len(highest), len(sides)), -1)
+        ranks.scatter_(0, index, torch.arange(EXAMPLES, device=index.device)[:, None].expand_as(index))
+        # Sample by sample, what is read below stays in the processor's cache.
+        row, place = (ranks[EXAMPLES:] >= 0).nonzero(as_tuple=True)
+        rank = ranks[EXAMPLES + row, place]
+        sample[rank, place] = (row + first).int()
+        for span, extremes in zip(spans, reached, strict=True):
+            here = (extremes[row, sides[place]] == activation[rank, place]).nonzero()[:, 0]
+            if len(here):
+                side = sides[place[here]]
+                along = values[:, span.start : span.stop][row[here], :, side % width].float()
+                along *= 1.0 - 2.0 * (side >= width)[:, None]
+                if span.outside is not None:
+                    along += span.outside[row[here], :, 0]
+                position[rank[here], place[here]] = (span.start + along.argmax(dim=1)).int()
+        return sides, Best(activation, sample, position)
+
+    def replace(self, sides: Int[Tensor, " side"], better: Best) -> None:
+        """Take the best of these sides for those so far."""
+        self.best.activation[:, sides] = better.activation
+        self.best.sample[:, sides] = better.sample
+        self.best.position[:, sides] = better.position
 
 
 def _side(best: Best, sign: int) -> list[Tensor]:

@@ -5,11 +5,15 @@ machine disturbs both alike. The plain forward is `model(**inputs)` under infere
 memory; the census starts from encoded images and does everything up to the committed parts: decode, tokenise, forward,
 score, reduce, write. Start-up (model loading) is excluded from both. The census asks the model for no logits but those
 of the concepts and for no cache; the second row is a plain forward that does without them too.
+
+All cores by default; `--cores 1` confines both to one, which is what a census without GPUs gives each of its workers
+where it has as many workers as cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import statistics
 import tempfile
@@ -37,7 +41,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cores", type=int)
     arguments = parser.parse_args()
+    if arguments.cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
+        torch.set_num_threads(arguments.cores)
     with tempfile.TemporaryDirectory() as out:
         run(arguments, out)
 

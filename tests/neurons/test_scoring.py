@@ -141,6 +141,21 @@ def test_hooks_leave_every_bit_of_the_logits(open_model, variant):
     assert whole.isfinite().all()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_forward_fills_no_cache(open_model, variant):
+    model = open_model(variant)
+    batch, _ = batch_of(model, TEXTS)
+    with torch.inference_mode():
+        whole, output = model.network(**batch.to(model.device, model.network.dtype)), forward(model, batch)
+
+    def caches(answer):
+        parts = (answer, getattr(answer, "language_model_outputs", None))
+        return [part.past_key_values for part in parts if getattr(part, "past_key_values", None) is not None]
+
+    assert caches(whole)
+    assert not caches(output)
+
+
 def rows_are_independent(model, samples) -> bool:
     """Tell whether this machine gives a row of the plain network's logits the same bits alone as among others."""
     captions = [sample.caption for sample in samples]

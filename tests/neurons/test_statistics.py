@@ -14,7 +14,7 @@ from mmray.datasets.samples import Sample
 from mmray.models.capture import tap
 from mmray.models.prompting import Run
 from mmray.neurons import statistics
-from mmray.neurons.statistics import EXAMPLES, MODALITIES, TokenStatistics, reduce_tokens, token_masks
+from mmray.neurons.statistics import EXAMPLES, MODALITIES, TokenStatistics, reduce_tokens, token_spans
 from mmray.tables import from_bytes, to_bytes
 from tests.neurons.making import CAPTIONS, analyse, batch_of, sample, samples
 
@@ -143,22 +143,28 @@ def test_nothing_seen_gives_empty_tables():
 
 
 @given(st.integers(0, 10**6))
-def test_masks_cover_the_runs_and_nothing_else(seed):
+def test_spans_cover_the_runs_and_nothing_else(seed):
     runs = invent(Random(seed), 4, False).runs
+    spans = token_spans(runs, 4)
     covered = {
-        (row, place, MODALITIES[modality]) for row, modality, place in token_masks(runs, 4, 14).nonzero().tolist()
+        (row, span.start + place, modality)
+        for modality, span in zip(MODALITIES, spans, strict=True)
+        for row, _, place in span.mask.nonzero().tolist()
     }
     assert covered == {(run.row, place, run.modality) for run in runs for place in range(run.start, run.stop)}
+    for span in spans:
+        assert (span.outside is None) == bool(span.mask.all())
+        assert span.outside is None or torch.equal(span.outside[:, :, 0] == 0, span.mask[:, 0] == 1)
 
 
 @pytest.mark.parametrize("cached", [1, 60])
 def test_reduction_in_parts_is_that_of_the_whole(monkeypatch, cached):
     batch = invent(Random(5), 4, False)
-    masks = token_masks(batch.runs, 4, batch.positions)
+    spans = token_spans(batch.runs, 4)
     parts = [part[0].reshape(4, batch.positions, -1) for part in (batch.activations, batch.gates)]
-    whole = reduce_tokens(*parts, masks)
+    whole = reduce_tokens(*parts, spans)
     monkeypatch.setattr(statistics, "CACHED", cached)
-    for one, other in zip(whole, reduce_tokens(*parts, masks), strict=True):
+    for one, other in zip(whole, reduce_tokens(*parts, spans), strict=True):
         assert torch.equal(one, other)
 
 
