@@ -73,8 +73,10 @@ class Bearer(NounSource):
         worker.RunFolder = KINDS[self.folder]  # type: ignore[misc]
 
 
-def drive(settings: dict[str, Any], kind: str, leased: bool) -> None:
+def drive(settings: dict[str, Any], kind: str, leased: bool, environment: dict[str, str]) -> None:
     """Run a census to its end in this process, which is a driver and nothing else; without a lease if so told."""
+    # The server that this process is a fork of may have been started before there was a bucket.
+    os.environ.update(environment)
     logging.disable(logging.ERROR)
     made: Callable[..., NounSource] = census.noun_source
     nouns = patch.object(census, "noun_source", lambda *given: Bearer(**vars(made(*given)), folder=kind))
@@ -174,7 +176,8 @@ class Killer:
 
     def start(self) -> BaseProcess:
         driver = self.context.Process(
-            target=drive, args=(self.settings | {"address": self.ray.address}, self.kind, self.leased)
+            target=drive,
+            args=(self.settings | {"address": self.ray.address}, self.kind, self.leased, dict(os.environ)),
         )
         driver.start()
         return driver

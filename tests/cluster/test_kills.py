@@ -1,6 +1,5 @@
 """Actors, drivers and nodes killed at random moments of several runs, on disk and on S3: nothing lost or doubled."""
 
-import json
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,15 +117,3 @@ def test_two_drivers_at_once(ray: Cluster, settings: dict[str, Any], undisturbed
     finally:
         first.end()
     same_tables(open_run(tmp_path / "run"), undisturbed)
-
-
-def test_workers_are_added_while_there_is_work(ray: Cluster, settings: dict[str, Any], tmp_path: Path) -> None:
-    # Three times as many shards as elsewhere: the second worker takes some seconds to come.
-    killer = Killer(ray, settings | {"out": str(tmp_path / "run"), "workers": "1:2", "shard_size": 1})
-    try:
-        killer.finish()
-    finally:
-        killer.end()
-    assert open_run(tmp_path / "run").status().shards_done == 3 * SHARDS
-    began = [json.loads(killer.store.read(entry.key)) for entry in killer.store.list("attempts/")]
-    assert len({attempt["worker"] for attempt in began}) == 2
