@@ -29,10 +29,11 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 
+from mmray.neurons.reduction import SUMS
 from mmray.neurons.run_tables import DECODED, is_merged, merge_run
 from mmray.runs import RunFolder
 from mmray.storage import LocalStore
-from mmray.tables import PART_SCHEMAS, list_column, to_bytes
+from mmray.tables import PART_SCHEMAS, list_column, to_bytes, vector_column
 
 WIDTHS = (64, 64)
 SAMPLES = 8
@@ -178,7 +179,10 @@ def shard_tables(number: int, random: np.random.Generator) -> dict[str, pa.Table
         pa.array([names.count(name) for name in distinct], pa.int64()),
         pa.array([-np.inf] * len(distinct)),
         pa.nulls(len(distinct), schema.field("neuron").type),
-        *(column(name, "concepts", len(distinct)) for name in ("score", "score_squares", "activation")),
+        *(
+            vector_column(random.normal(size=(len(distinct), neurons)).astype(kind), np.ones(len(distinct), bool))
+            for kind in SUMS.values()
+        ),
     ]
     activity = {"label_kind": ["all"] * 2, "label": ["all"] * 2, "modality": ["image", "text"], "n_tokens": [9, 9]}
     activity["module"] = ["language"] * 2
