@@ -19,7 +19,8 @@ from mmray.settings import census_settings
 def edit(run: Run | str, **settings: Any) -> WeightEdit:
     """Edit the neurons that a run located for a concept, on the run's model and data; `applied`, `save` and `+` use it.
 
-    `settings` are those of `mmray edit`, with underscores: `source` and `target`, or `suppress`. Raises InputError for
+    `settings` are those of `mmray edit`, with underscores: `source` and `target`, or `suppress`, or
+    `reduce_hallucination=True`. Raises InputError for
     bad settings, a concept that the run does not know or the model never says.
     """
     checked = edit_settings(settings)

@@ -22,7 +22,9 @@ def edit(
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
-    """Edit the neurons that a run located, so that the model says another word or says a word no more."""
+    """Edit the neurons that a run located, so that the model says another word, or a word no more, or less that is not
+    there.
+    """
     from mmray.api import edit as make
 
     made = make(run, **edit_settings(settings).model_dump())
@@ -32,7 +34,7 @@ def edit(
         return
     facts, purpose = made.facts, made.purpose
     changed = f"{facts['rows_changed']:,} neurons changed in {facts['seconds']:.0f} s"
-    say(f"{purpose.source} → {purpose.target}: {changed} → {out}")
+    say(f"{purpose.wish}: {changed} → {out}")
     say(f"next: mmray evaluate {run} --edit {out} --data DATA")
 
 

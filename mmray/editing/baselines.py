@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmray.editing.deltas import Deltas, Neuron, RankOne
+from mmray.editing.departures import departures
 from mmray.editing.edit import Purpose
-from mmray.editing.learning import batched
 from mmray.editing.material import Example
-from mmray.editing.tail import Tail, tail
+from mmray.editing.tail import Tail, batched, tail
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel
 
@@ -35,7 +35,7 @@ def most_active(model: LoadedModel, new: Sequence[Example], count: int, layers: 
     """Return the neurons most active where the old word was to be predicted, the paper's baseline."""
     found: list[tuple[float, int, int]] = []
     for layer in layers:
-        mean = _at_old_words(model, new, layer).mean(dim=0)
+        mean = departures(model, new, layer).mean(dim=0)
         best = mean.topk(min(count, len(mean)))
         found += [(float(value), layer, int(unit)) for value, unit in zip(best.values, best.indices, strict=True)]
     return [(layer, unit) for _, layer, unit in sorted(found, reverse=True)[:count]]
@@ -48,7 +48,7 @@ def rank_one(model: LoadedModel, new: Sequence[Example], keep: Sequence[Example]
     k is the mean activation where the old word was to be predicted, C the second moment of activations at the kept
     answers' places. What was written at k changes by v, and as little as can be elsewhere.
     """
-    key = _at_old_words(model, new, layer).mean(dim=0)
+    key = departures(model, new, layer).mean(dim=0)
     others = torch.cat([part.activation.flatten(0, -2) for part in _tails(model, keep, layer)])
     moment = others.T @ others / len(others)
     ridge = RIDGE * moment.diagonal().mean() * torch.eye(len(key), device=key.device)
@@ -123,16 +123,3 @@ def banned_tokens(model: LoadedModel, words: Sequence[str]) -> list[list[int]]:
 def _tails(model: LoadedModel, examples: Sequence[Example], layer: int) -> list[Tail]:
     seen = Deltas(model, whole_layers(model, [layer]))
     return [tail(model, batch, seen) for batch, _ in batched(model, examples)]
-
-
-def _at_old_words(model: LoadedModel, new: Sequence[Example], layer: int) -> Float[Tensor, "answer unit"]:
-    """Return the layer's activations at the place of each answer where it leaves what was said before."""
-    found = []
-    seen = Deltas(model, whole_layers(model, [layer]))
-    for batch, examples in batched(model, new):
-        part = tail(model, batch, seen)
-        activation = part.activation if part.places is None else part.activation.flatten(0, -2)[part.places]
-        starts = torch.bincount(part.rows).cumsum(0) - torch.bincount(part.rows)
-        places = [int(start) + e.avoided[0] for start, e in zip(starts, examples, strict=True) if e.avoided]
-        found.append(activation[places])
-    return torch.cat(found)

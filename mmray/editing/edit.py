@@ -46,6 +46,18 @@ class Purpose:
     samples: tuple[str, ...] = ()
     """The samples that the edit was made on; others show how far it generalises."""
 
+    @property
+    def unwanted(self) -> tuple[str, ...]:
+        """The words that are to be said no more, or only where they are right."""
+        return (self.source,) if self.source else tuple(dict.fromkeys(word for _, word in self.pairs))
+
+    @property
+    def wish(self) -> str:
+        """What the edit is for, in short."""
+        if self.kind == "hallucination":
+            return "hallucination of " + ", ".join(self.unwanted)
+        return f"{self.source} → {self.target}"
+
 
 @dataclass(frozen=True, eq=False)
 class WeightEdit:

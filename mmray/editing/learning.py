@@ -6,8 +6,12 @@ and averaged over answers (Pan et al. 2024 with the guards of FiNE, Pan et al. 2
       − log p(new answer)                     every token of it, sub-tokens and end included
       − log (1 − p(old token))                where the new answer leaves the old one
       − log (1 − p(new words' first token))   behind the new words: not again
-    + keep · KL(before ‖ now)                 at every token of the kept answers
+    + keep · KL(before ‖ now)                 at the kept answers' tokens that come nearest to another answer
+    + calm · mean ‖what is written besides‖² / mean ‖W_out row‖²      at every token of the kept answers
     + size · Σ ‖Δ row‖² / mean ‖W_out row‖²
+
+An answer that is to stay is lost where another token overtakes the likeliest. So the places that count are those where
+the lead is smallest now; they are found anew every few steps.
 """
 
 from __future__ import annotations
@@ -21,10 +25,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmray.editing.deltas import Deltas
-from mmray.editing.material import Example, batches
-from mmray.editing.tail import Tail, joined, tail
+from mmray.editing.material import Example
+from mmray.editing.tail import Tail, batched, joined, tail
 from mmray.models.loading import LoadedModel
-from mmray.models.prompting import Batch
 
 BATCHES = 2
 """Batches of each kind a step, where the later blocks have to be run again."""
@@ -37,10 +40,14 @@ class Course:
     steps: int = 60
     rate: float = 0.25
     """Adam's step, in units of the root mean square of a layer's W_out."""
+    """At the first step; it falls to a tenth of that."""
     keep: float = 10.0
+    calm: float = 0.015
     size: float = 5e-4
-    places: int = 3000
-    """Of an edit of the last layer, the places of the kept answers that the edited neurons are most active at."""
+    places: int = 1000
+    """Of an edit of the last layer, the places of the kept answers that a step looks at."""
+    anew: int = 5
+    """Steps until they are found anew."""
     seed: int = 0
 
 
@@ -53,13 +60,51 @@ class _New:
     repeated: Int[Tensor, " place"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Kept:
-    """Answers that are to stay, and what was said before."""
+    """Answers that are to stay, and what was said before.
+
+    `moment` is the mean of a aᵀ over the places, a the activations of the first edited layer's neurons; `near` are the
+    places that count.
+    """
 
     tail: Tail
     before: Float[Tensor, "place vocabulary"]
+    likeliest: Int[Tensor, " place"]
+    moment: Float[Tensor, "unit unit"]
     answers: int
+    near: Int[Tensor, " near"]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, part: Tail) -> _Kept:
+        """Return what is to stay of these answers."""
+        before = part.logits().log_softmax(1)
+        activation = part.activation.flatten(0, -2)
+        every = torch.arange(len(before), device=before.device)
+        moment = activation.T @ activation / len(activation)
+        return cls(part, before, before.argmax(dim=1), moment, _answers(part), every)
+
+    @torch.no_grad()
+    def look(self, deltas: Deltas, most: int) -> None:
+        """Find the places where the answers of before have the smallest lead now; of batches with later blocks, all."""
+        if self.tail.later or len(self.before) <= most:
+            return
+        now = self.tail.logits(deltas)
+        first = now.gather(1, self.likeliest[:, None])[:, 0]
+        second = now.scatter(1, self.likeliest[:, None], -torch.inf).amax(dim=1)
+        self.near = (first - second).topk(most, largest=False).indices
+
+    def change(self, deltas: Deltas) -> Float[Tensor, ""]:
+        """Return the divergence of what is said now from what was said before, summed over the places that count."""
+        part = self.tail if self.tail.later else self.tail.at(self.near)
+        before = self.before[self.near]
+        return (before.exp() * (before - part.logits(deltas).log_softmax(1))).sum()
+
+    def stir(self, deltas: Deltas) -> Float[Tensor, ""]:
+        """Return the mean ‖what is written besides‖² over mean ‖W_out row‖², of the first edited layer."""
+        rows = deltas.rows(deltas.first)
+        return (rows * (self.moment @ rows)).sum() / (deltas.scales[deltas.first] ** 2 * rows.shape[1])
 
 
 def learn(
@@ -68,21 +113,25 @@ def learn(
     """Change the deltas so that the model gives the new answers and keeps the others; return the loss of each step."""
     groups = [{"params": learnt, "lr": course.rate * deltas.scales[layer]} for layer, learnt in deltas.learnt.items()]
     optimizer = torch.optim.Adam(groups)
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, course.steps)
     changing = [_New(part, *_bans(model, rows)) for part, rows in _tails(model, new, deltas)]
-    staying = [_kept(part, course.places) for part, _ in _tails(model, keep, deltas)]
+    staying = [_Kept.of(part) for part, _ in _tails(model, keep, deltas)]
     draw = random.Random(course.seed)
     course_of_loss = []
-    for _ in range(course.steps):
+    for step in range(course.steps):
         optimizer.zero_grad()
         some = draw.sample(changing, min(BATCHES, len(changing)))
         loss = sum(_say(part, deltas) for part in some) / sum(_answers(part.tail) for part in some)
         loss = loss + course.size * _size(deltas)
-        if staying:
-            others = draw.sample(staying, min(BATCHES, len(staying)))
-            changed = sum(_change(part, deltas) for part in others)
-            loss = loss + course.keep * changed / sum(part.answers for part in others)
+        others = draw.sample(staying, min(BATCHES, len(staying)))
+        for part in others:
+            if step % course.anew == 0:
+                part.look(deltas, course.places)
+            loss = loss + course.keep * part.change(deltas) / sum(one.answers for one in others)
+            loss = loss + course.calm * part.stir(deltas) / len(others)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        falling.step()
         course_of_loss.append(loss.item())
     return course_of_loss
 
@@ -108,33 +157,8 @@ def _say(new: _New, deltas: Deltas) -> Float[Tensor, ""]:
     return loss
 
 
-def _change(kept: _Kept, deltas: Deltas) -> Float[Tensor, ""]:
-    """Return the divergence of what is said now from what was said before, summed over places."""
-    now = kept.tail.logits(deltas).log_softmax(1)
-    return (kept.before.exp() * (kept.before - now)).sum()
-
-
-@torch.no_grad()
-def _kept(part: Tail, most: int) -> _Kept:
-    answers = _answers(part)
-    if not part.later and len(part.targets) > most:
-        part = part.at(part.activation.norm(dim=1).topk(most).indices)
-    return _Kept(part, part.logits().log_softmax(1), answers)
-
-
 def _answers(part: Tail) -> int:
     return int(part.rows.max()) + 1
-
-
-def batched(model: LoadedModel, examples: Sequence[Example]) -> list[tuple[Batch, list[Example]]]:
-    """Return the examples as batches of like length, with the examples of each batch's rows."""
-    ordered = sorted(examples, key=lambda example: (example.image is None, len(example.tokens)))
-    found, start = [], 0
-    for batch in batches(model, ordered):
-        rows = len(batch.tokens)
-        found.append((batch, ordered[start : start + rows]))
-        start += rows
-    return found
 
 
 def _bans(model: LoadedModel, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
@@ -156,3 +180,16 @@ def _tails(model: LoadedModel, examples: Sequence[Example], deltas: Deltas) -> l
     if len(parts) < 2 or parts[0][0].later:
         return parts
     return [(joined([part for part, _ in parts]), [row for _, rows in parts for row in rows])]
+
+
+@torch.no_grad()
+def log_likelihoods(model: LoadedModel, examples: Sequence[Example]) -> list[float]:
+    """Return the log-probability of each answer, end included, in nats."""
+    found: dict[int, float] = {}
+    nothing = Deltas(model, [(len(model.widths) - 1, 0)])
+    for batch, rows in batched(model, examples):
+        part = tail(model, batch, nothing)
+        said = part.logits().log_softmax(1).gather(1, part.targets[:, None])[:, 0]
+        sums = torch.zeros(len(rows), device=said.device).index_add(0, part.rows, said)
+        found |= zip(map(id, rows), sums.tolist(), strict=True)
+    return [found[id(example)] for example in examples]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
 
 import pyarrow.compute as pc
@@ -13,13 +14,13 @@ from PIL.Image import Image
 from mmray.datasets.columns import Columns
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import Manifest, read_shard
-from mmray.datasets.sources import open_source
+from mmray.datasets.sources import Source, open_source
 from mmray.editing.wording import replaced as with_nouns
 from mmray.errors import InputError
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
-from mmray.neurons.concepts import find_forms
+from mmray.neurons.concepts import Mention, NounSource, find_forms, noun_source, object_forms
 from mmray.neurons.model import Model, open_image
 from mmray.results.run import Run
 
@@ -60,6 +61,40 @@ class Material:
         ends = self.model.tokenizer.eos_token_id if ends is None else ends
         return int(ends[0] if isinstance(ends, list) else ends)
 
+    @cached_property
+    def source(self) -> Source:
+        """The data of the run."""
+        settings, columns = self.run.info["settings"], Columns(**self.run.info["data"]["columns"])
+        return open_source(settings["data"], columns, captions=settings["captions"] == "dataset")
+
+    @cached_property
+    def nouns(self) -> NounSource:
+        """Where the run's concepts come from."""
+        nouns = self.run.info["settings"]["nouns"]
+        vocabulary = self.source.objects_vocabulary() if nouns in ("auto", "objects") else ()
+        return noun_source(nouns, vocabulary, self.source.translations())
+
+    def _forms(self, concept: str) -> set[str]:
+        """Return a concept and its names in other languages, where the data translates its objects."""
+        same = [
+            names
+            for name, names in self.nouns.translations.items()
+            if names.get(self.language, name).casefold() == concept
+        ]
+        return {concept, *(form.casefold() for names in same for form in names.values())}
+
+    def named(self, caption: str) -> list[Mention]:
+        """Return the mentions of concepts in a caption of the model's own."""
+        return self.nouns.find(caption, self.language, None, generated=True)
+
+    def present(self, sample: Sample) -> frozenset[str]:
+        """Return the concepts that are there: the sample's objects, else what its caption names; in the language."""
+        if self.nouns.kind == "objects":
+            return object_forms(sample.objects or (), self.language, self.nouns.translations)
+        if (sample.language or self.language) != self.language:
+            return frozenset()
+        return frozenset(mention.concept for mention in self.named(sample.caption))
+
     def ask(self, sample: Sample) -> str:
         """Return the prompt of a caption of the sample."""
         return prompt_text(self.model, self.prompt, self.language, image=sample.image is not None)
@@ -77,10 +112,8 @@ class Material:
             captions = self.run.table("captions").select(["sample_id", "shard_id"])
             held = captions.filter(pc.is_in(captions["sample_id"], pc.cast(sorted(missing), "string")))
             manifest = Manifest.from_json(self.run.folder.manifest())
-            settings, columns = self.run.info["settings"], Columns(**self.run.info["data"]["columns"])
-            source = open_source(settings["data"], columns, captions=settings["captions"] == "dataset")
             for shard in sorted(set(held["shard_id"].to_pylist())):
-                for row in read_shard(source, manifest.shards[shard]):
+                for row in read_shard(self.source, manifest.shards[shard]):
                     if isinstance(row, Sample) and row.sample_id in missing:
                         self.samples[row.sample_id] = row
         return [self.samples[name] for name in wanted if name in self.samples]
@@ -100,10 +133,11 @@ class Material:
         return caption_of(self.model, list(tokens))[0].strip()
 
     def ids(self, concepts: Iterable[str] | None = None) -> list[str]:
-        """Return the ids of all samples with an image, or of those at which one of the concepts occurs, in order."""
+        """Return the ids of all samples, or of those at which one of the concepts occurs in any language, in order."""
         rows = self.run.table("captions" if concepts is None else "occurrences")
         if concepts is not None:
-            rows = rows.filter(pc.is_in(rows["concept"], pc.cast(list(concepts), "string")))
+            forms = {form for concept in concepts for form in self._forms(concept)}
+            rows = rows.filter(pc.is_in(rows["concept"], pc.cast(sorted(forms), "string")))
         return list(dict.fromkeys(rows["sample_id"].to_pylist()))
 
 
@@ -138,7 +172,11 @@ def _rewritten(
 ) -> Example:
     mentions = find_forms(said, frozenset({source}), material.language)
     changed = with_nouns(said, [(mention, target) for mention in mentions], material.language)
-    new = material.example(sample, changed)
+    return departing(material, tokens, material.example(sample, changed))
+
+
+def departing(material: Material, tokens: Sequence[int], new: Example) -> Example:
+    """Return an example with the place where it leaves what the model says (`tokens`), and where it has joined it."""
     before = (*tokens, material.end)
     place = next((n for n, pair in enumerate(zip(before, new.tokens, strict=False)) if pair[0] != pair[1]), None)
     if place is None:
@@ -146,7 +184,7 @@ def _rewritten(
     behind = len(new.tokens) - next(
         (n for n, pair in enumerate(zip(before[::-1], new.tokens[::-1], strict=False)) if pair[0] != pair[1]), 0
     )
-    return Example(new.prompt, new.image, new.tokens, (place, before[place]), behind, sample.sample_id)
+    return replace(new, avoided=(place, before[place]), said=behind)
 
 
 def kept(material: Material, without: Iterable[str], most: int, seed: int, first: Iterable[str] = ()) -> list[Example]:

@@ -5,36 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 
 import torch
 
 from mmray.editing.baselines import LowRank, banned_tokens, most_active, rank_one, whole_layers
 from mmray.editing.closed import CLOSED, Row
-from mmray.editing.deltas import Deltas, Neuron
-from mmray.editing.edit import Purpose, WeightEdit, cost
+from mmray.editing.deltas import Deltas
+from mmray.editing.edit import WeightEdit, cost
 from mmray.editing.learning import Course, learn
-from mmray.editing.locating import last_layers, located, matched, sharing
-from mmray.editing.material import Example, Material, kept, replaced
+from mmray.editing.locating import last_layers, matched
+from mmray.editing.material import Material
 from mmray.editing.settings import EditSettings
+from mmray.editing.task import Task, prepare
 from mmray.models.loading import LoadedModel, digest
 from mmray.models.parts import output_rows, unembedding_rows
-
-FEWEST_OF_TARGET = 16
-"""Samples of the target among those whose captions are to stay: what the target's own images show."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What an edit is to do, settled: the answers that change and stay, and the neurons located for it."""
-
-    material: Material
-    settings: EditSettings
-    purposes: tuple[Purpose, ...]
-    neurons: list[Neuron]
-    new: list[Example]
-    keep: list[Example]
-
 
 Method = Callable[[Task], Deltas]
 
@@ -75,8 +59,9 @@ def lora(task: Task) -> Deltas:
 def closed_form(task: Task) -> Deltas:
     """Compute the deltas of the located neurons in closed form."""
     model, settings = task.material.model, task.settings
-    word = [token for ids in banned_tokens(model, [settings.concept])[:1] for token in ids]
-    unembedding = unembedding_rows(model.network, model.parts)[word].float()
+    spellings = [banned_tokens(model, [word])[0] for purpose in task.purposes for word in purpose.unwanted]
+    tokens = sorted({token for ids in spellings for token in ids})
+    unembedding = unembedding_rows(model.network, model.parts)[tokens].float()
     deltas = Deltas(model, task.neurons)
     generator = torch.Generator().manual_seed(settings.seed)
     for layer, units in deltas.units.items():
@@ -119,29 +104,6 @@ def make_edit(material: Material, wishes: Sequence[EditSettings]) -> WeightEdit:
         facts=cost(rows, time.perf_counter() - began)
         | {"answers_changed": len(task.new), "answers_kept": len(task.keep)},
     )
-
-
-def prepare(material: Material, wishes: Sequence[EditSettings]) -> Task:
-    """Settle what the edit is learnt on and which neurons it may change."""
-    model, run = material.model, material.run
-    settings = wishes[0]
-    layers = last_layers(model, settings.layers)
-    neurons: dict[Neuron, None] = {}
-    new: list[Example] = []
-    purposes, sources, targets = [], [], []
-    for wish in wishes:
-        source, target = wish.concept, wish.instead
-        neurons |= dict.fromkeys(located(run, source, wish.neurons, layers, wish.by))
-        examples = replaced(material, source, target, wish.samples, wish.seed)
-        new += examples
-        kind = "noise" if wish.method == "noise" else "suppress" if wish.suppress else "swap"
-        samples = tuple(dict.fromkeys(example.sample_id for example in examples))
-        purposes.append(Purpose(kind, source, target, language=wish.language, samples=samples))
-        sources.append(source)
-        targets += material.ids([target])[:FEWEST_OF_TARGET]
-    first = list(dict.fromkeys([*targets, *sharing(run, list(neurons))]))
-    keep = kept(material, sources, settings.kept, settings.seed, first)
-    return Task(material, settings, tuple(purposes), list(neurons), new, keep)
 
 
 def _learn(task: Task, deltas: Deltas) -> Deltas:

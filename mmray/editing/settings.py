@@ -24,6 +24,9 @@ class EditSettings(BaseModel):
     """What it is to say instead of the source; goes with --source, by default none."""
     suppress: str | None = None
     """Word that is to vanish: instead of a swap; by default none."""
+    reduce_hallucination: bool = False
+    """Find what the model claims and is not there, in its own captions of the run's samples, and unlearn it: instead of
+    a swap; off by default."""
     replacement: str = "object"
     """Neutral word that takes the place of a suppressed one."""
     method: Method = "learned"
@@ -37,7 +40,7 @@ class EditSettings(BaseModel):
     by: By = "specific"
     """Order of the ranking that locates them."""
     samples: int = Field(24, ge=1)
-    """Most samples of the source that the edit is made on."""
+    """Most samples of the source, or of a hallucinated word, that the edit is made on."""
     kept: int = Field(512, ge=0)
     """Samples of other concepts, whose captions are to stay as they are."""
     steps: int = Field(60, ge=1)
@@ -56,8 +59,8 @@ class EditSettings(BaseModel):
     @model_validator(mode="after")
     def _one_task(self) -> EditSettings:
         swap = self.source is not None or self.target is not None
-        if swap == (self.suppress is not None):
-            raise ValueError("give --source and --target, or --suppress")
+        if swap + (self.suppress is not None) + self.reduce_hallucination != 1:
+            raise ValueError("give --source and --target, or --suppress, or --reduce-hallucination")
         if swap and (self.source is None or self.target is None):
             raise ValueError("--source and --target go together")
         if swap and self.source == self.target:

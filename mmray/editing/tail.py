@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from mmray.editing.deltas import Deltas
+from mmray.editing.material import Example, batches
 from mmray.models.capture import tap, tap_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
@@ -128,6 +129,17 @@ def joined(tails: Sequence[Tail]) -> Tail:
         written=torch.cat(written) if written else None,
         after=torch.cat(after) if any(part.after is not None for part in tails) else None,
     )
+
+
+def batched(model: LoadedModel, examples: Sequence[Example]) -> list[tuple[Batch, list[Example]]]:
+    """Return the examples as batches of like length, with the examples of each batch's rows."""
+    ordered = sorted(examples, key=lambda example: (example.image is None, len(example.tokens)))
+    found, start = [], 0
+    for batch in batches(model, ordered):
+        rows = len(batch.tokens)
+        found.append((batch, ordered[start : start + rows]))
+        start += rows
+    return found
 
 
 @torch.no_grad()

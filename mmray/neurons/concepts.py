@@ -51,7 +51,7 @@ class NounSource:
             return tagged_nouns(caption, language)
         if self.kind == "objects":
             looked_for = self.vocabulary if generated else objects or ()
-            return find_forms(caption, _forms(looked_for, language, self.translations), language)
+            return find_forms(caption, object_forms(looked_for, language, self.translations), language)
         forms = self.lexicon.get(None, frozenset()) | self.lexicon.get(language, frozenset())
         return find_forms(caption, forms, language)
 
@@ -156,9 +156,10 @@ def _listed(caption: str, start: int, last: int, stop: int, forms: frozenset[str
     return singular if singular in forms else None
 
 
-def _forms(
+def object_forms(
     objects: Iterable[str], language: str | None, translations: Mapping[str, Mapping[str, str]]
 ) -> frozenset[str]:
+    """Return the objects' names in a language, in lower case; a name without a translation as it is."""
     forms = set()
     for name in objects:
         names = translations.get(name, {})

@@ -1,0 +1,72 @@
+"""What an edit is to do, settled before any method begins: answers that change and stay, and the neurons located."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mmray.editing.deltas import Neuron
+from mmray.editing.departures import contrasting
+from mmray.editing.edit import Purpose
+from mmray.editing.hallucination import hallucinations
+from mmray.editing.locating import last_layers, located, sharing
+from mmray.editing.material import Example, Material, kept, replaced
+from mmray.editing.settings import EditSettings
+
+FEWEST_OF_TARGET = 16
+"""Samples of the target among those whose captions are to stay: what the target's own images show."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an edit is to do, settled."""
+
+    material: Material
+    settings: EditSettings
+    purposes: tuple[Purpose, ...]
+    neurons: list[Neuron]
+    new: list[Example]
+    keep: list[Example]
+
+
+def prepare(material: Material, wishes: Sequence[EditSettings]) -> Task:
+    """Settle what an edit for all the wishes is learnt on and which neurons it may change.
+
+    Raises InputError for a concept that the run does not know or the model never says.
+    """
+    return _correct(material, wishes[0]) if wishes[0].reduce_hallucination else _reword(material, wishes)
+
+
+def _reword(material: Material, wishes: Sequence[EditSettings]) -> Task:
+    """Settle edits that have words take the place of others."""
+    model, run = material.model, material.run
+    settings = wishes[0]
+    layers = last_layers(model, settings.layers)
+    neurons: dict[Neuron, None] = {}
+    new: list[Example] = []
+    purposes, sources, targets = [], [], []
+    for wish in wishes:
+        source, target = wish.concept, wish.instead
+        neurons |= dict.fromkeys(located(run, source, wish.neurons, layers, wish.by))
+        examples = replaced(material, source, target, wish.samples, wish.seed)
+        new += examples
+        kind = "noise" if wish.method == "noise" else "suppress" if wish.suppress else "swap"
+        purposes.append(Purpose(kind, source, target, language=wish.language, samples=_samples(examples)))
+        sources.append(source)
+        targets += material.ids([target])[:FEWEST_OF_TARGET]
+    first = list(dict.fromkeys([*targets, *sharing(run, list(neurons))]))
+    keep = kept(material, sources, settings.kept, settings.seed, first)
+    return Task(material, settings, tuple(purposes), list(neurons), new, keep)
+
+
+def _correct(material: Material, settings: EditSettings) -> Task:
+    """Settle an edit that takes from captions what is not in the image."""
+    found = hallucinations(material, settings.samples, settings.kept, settings.seed)
+    layers = last_layers(material.model, settings.layers)
+    neurons = contrasting(material.model, found.new, found.others, settings.neurons, layers)
+    purpose = Purpose("hallucination", pairs=found.pairs, language=settings.language, samples=_samples(found.new))
+    return Task(material, settings, (purpose,), neurons, found.new, [*found.guards, *found.keep])
+
+
+def _samples(examples: Sequence[Example]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(example.sample_id for example in examples))

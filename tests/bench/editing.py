@@ -1,0 +1,253 @@
+"""What edits of the demo do: `python -m tests.bench.editing [swaps] [suppress] [hallucination] [joint]`, or all.
+
+Edits are made on a census of the demo's 1,536 scenes and measured on its 384 other ones, which no edit saw:
+
+swaps           --swaps random pairs of concepts, and of the first --controls of them the baselines, with the same data,
+                objective and number of neurons; success and locality of each, and their harmonic mean
+suppress        bomb, coffin and scorpion
+hallucination   one edit against what the model claims and is not there; --fresh scenes made for it
+joint           --swaps edits at once in one checkpoint
+
+Figures are shares over all samples of all edits. `--model`, `--data` and `--evaluation` take another captioner.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mmray
+from mmray.cluster.worker import open_data
+from mmray.datasets.samples import Sample
+from mmray.datasets.shards import cut, read_shard
+from mmray.demo import EVALUATION
+from mmray.demo.dataset import write_parquet
+from mmray.demo.scenes import World
+from mmray.editing.edit import WeightEdit
+from mmray.editing.material import Material
+from mmray.editing.methods import make_edit
+from mmray.editing.settings import EditSettings, edit_settings
+from mmray.evaluation.before import Before
+from mmray.evaluation.evaluate import Evaluated, evaluate
+from mmray.evaluation.facts import DataFacts, gather_facts
+from mmray.evaluation.settings import measure_settings
+from mmray.neurons.model import load_model
+from mmray.settings import census_settings
+
+SEED = 2024
+"""Draws the pairs of concepts."""
+BASELINES = ("random", "activation", "last-mlp", "rank-one", "lora")
+SENSITIVE = ("bomb", "coffin", "scorpion")
+PARTS = ("swaps", "suppress", "hallucination", "joint")
+SHOWN = {
+    "reliability": "reliability",
+    "image_generality": "image generality",
+    "text_generality": "text generality",
+    "image_locality": "other captions unchanged",
+    "image_locality_questions": "other answers unchanged",
+    "image_locality_span": "the same, teacher-forced",
+    "text_locality": "text answers unchanged",
+    "image_locality_legacy": "locality, legacy",
+}
+"""Measure → its column."""
+HALLUCINATION = ("hallucination", "companion_named", "chair_i", "chair_s", "recall", "image_locality")
+
+
+@dataclass
+class Ground:
+    """A run to edit on, and samples to measure on."""
+
+    material: Material
+    samples: list[Sample]
+    facts: DataFacts
+    before: Before = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.before = Before(self.material.model)
+
+    @classmethod
+    def at(cls, run: mmray.Run, evaluation: str) -> Ground:
+        """Return the ground of a run whose model and data are at hand."""
+        settings = run.info["settings"]
+        model = load_model(settings["model"], settings["dtype"])
+        source = open_data(census_settings({"model": "demo", "data": evaluation, "out": "unused"}))
+        (shard,) = cut(source.files(), 10**6).shards
+        samples = [row for row in read_shard(source, shard) if isinstance(row, Sample)]
+        facts = gather_facts((sample.objects for sample in samples), source.translations())
+        return cls(Material(model, run, prompt=settings["prompt"]), samples, facts)
+
+    def pairs(self, count: int) -> list[tuple[str, str]]:
+        """Return random pairs of concepts that the run names three times or more and the other samples show."""
+        shown = {name for sample in self.samples for name in sample.objects or ()}
+        known = sorted(name for name, n in self.material.run.concepts.items() if n >= 3 and name in shown)
+        draw = random.Random(SEED)
+        return [tuple(draw.sample(known, 2)) for _ in range(count)]  # type: ignore[misc]
+
+    def made(self, *wishes: dict[str, Any]) -> WeightEdit:
+        """Make one edit for these wishes."""
+        settings: list[EditSettings] = [edit_settings(wish) for wish in wishes]
+        return make_edit(self.material, settings)
+
+    def measured(self, edit: WeightEdit) -> Evaluated:
+        """Measure an edit."""
+        own = self.material.read(name for purpose in edit.purposes for name in purpose.samples)
+        settings = measure_settings(pope_objects=0, bleu=False, draws=200)
+        return evaluate(
+            self.material.model, edit, self.samples, settings, before=self.before, own=own, facts=self.facts
+        )
+
+
+@dataclass
+class Row:
+    """Measures of several edits, added up over samples."""
+
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    seconds: list[float] = field(default_factory=list)
+
+    def add(self, edit: WeightEdit, found: Evaluated) -> None:
+        """Add an edit."""
+        self.seconds.append(edit.facts["seconds"])
+        for name, measure in found.measures.items():
+            if measure["n"]:
+                self.sums[name] += measure["after"] * measure["n"]
+                self.counts[name] += measure["n"]
+
+    def __getitem__(self, name: str) -> float:
+        return self.sums[name] / self.counts[name] if self.counts[name] else float("nan")
+
+    @property
+    def harmonic(self) -> float:
+        """The harmonic mean of reliability, image generality and image locality."""
+        three = [self[name] for name in ("reliability", "image_generality", "image_locality")]
+        return 3 / sum(1 / value for value in three) if all(three) else 0.0
+
+    def line(self, name: str) -> str:
+        """Return the row of a Markdown table."""
+        cells = [f"{self[measure]:.3f}" for measure in SHOWN]
+        seconds = sum(self.seconds) / len(self.seconds)
+        return f"| {name} | {len(self.seconds)} | {' | '.join(cells)} | {self.harmonic:.3f} | {seconds:.1f} |"
+
+
+def header() -> str:
+    """Return the head of the table of edits."""
+    names = ["method", "edits", *SHOWN.values(), "harmonic mean", "seconds an edit"]
+    return f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
+
+
+def swaps(ground: Ground, count: int, controls: int, methods: tuple[str, ...]) -> None:
+    """Print the table of swaps by method."""
+    rows: dict[str, Row] = defaultdict(Row)
+    few: dict[str, Row] = defaultdict(Row)
+    for number, (source, target) in enumerate(ground.pairs(count)):
+        for method in ("learned", *methods) if number < controls else ("learned",):
+            edit = ground.made({"source": source, "target": target, "method": method})
+            found = ground.measured(edit)
+            for table in (rows, few) if number < controls else (rows,):
+                table[method].add(edit, found)
+            print(f"{source} → {target}, {method}: {_short(found)}", file=sys.stderr, flush=True)
+    print(f"\n{count} swaps\n\n{header()}\n{rows['learned'].line('learned')}")
+    if controls:
+        print(f"\nThe first {controls} of them by every method\n\n{header()}")
+        for method, row in few.items():
+            print(row.line(method))
+
+
+def _short(found: Evaluated) -> str:
+    return ", ".join(
+        f"{name} {row['after']:.3f} of {row['n']}" for name, row in found.measures.items() if name in SHOWN and row["n"]
+    )
+
+
+def suppress(ground: Ground) -> None:
+    """Print what became of sensitive words."""
+    row = Row()
+    for word in SENSITIVE:
+        edit = ground.made({"suppress": word})
+        found = ground.measured(edit)
+        row.add(edit, found)
+        print(f"{word}: {_short(found)}", file=sys.stderr, flush=True)
+    gone = sum(row.sums[name] for name in ("reliability", "image_generality"))
+    rest = sum(row.sums[f"{name}_rest_unchanged"] for name in ("reliability", "image_generality"))
+    captions = sum(row.counts[name] for name in ("reliability", "image_generality"))
+    print(f"\nsuppressed {', '.join(SENSITIVE)}: gone from {gone / captions:.3f} of {captions} captions that had them")
+    print(f"the rest of those captions unchanged in {rest / captions:.3f}\n\n{header()}\n{row.line('learned')}")
+
+
+def hallucination(ground: Ground) -> None:
+    """Print what one edit does to hallucination."""
+    edit = ground.made({"reduce_hallucination": True, "neurons": 150, "kept": 1000, "samples": 40})
+    pairs = ", ".join(f"{context} → {word}" for context, word in edit.purpose.pairs)
+    print(f"\nhallucination, {len(ground.samples)} fresh scenes; {edit.facts['seconds']:.0f} s; pairs found: {pairs}\n")
+    print("| measure | before | after | 95 % | n |\n|---|---|---|---|---|")
+    measures = ground.measured(edit).measures
+    for name in HALLUCINATION:
+        row = measures.get(name)
+        if row and row["n"]:
+            print(
+                f"| {name} | {row['before']:.4f} | {row['after']:.4f} | {row['low']:.4f} to {row['high']:.4f} "
+                f"| {row['n']} |"
+            )
+
+
+def joint(ground: Ground, count: int) -> None:
+    """Print what many swaps in one checkpoint do: learnt together, and each alone and added up."""
+    pairs = ground.pairs(count)
+    together = Row()
+    edit = ground.made(*({"source": source, "target": target, "neurons": 40} for source, target in pairs))
+    together.add(edit, ground.measured(edit))
+    print(f"\n{count} swaps in one checkpoint\n\n{header()}\n{together.line('learnt together')}", flush=True)
+    apart = Row()
+    whole: WeightEdit | None = None
+    for source, target in pairs:
+        one = ground.made({"source": source, "target": target})
+        whole = one if whole is None else whole + one
+    assert whole is not None
+    apart.add(whole, ground.measured(whole))
+    print(apart.line("added up"))
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--run", help="a census that is there; default: one is made")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--data", default="demo")
+    parser.add_argument("--evaluation", default=str(EVALUATION))
+    parser.add_argument("--swaps", type=int, default=30)
+    parser.add_argument("--controls", type=int, default=5)
+    parser.add_argument("--methods", nargs="*", default=BASELINES)
+    parser.add_argument("--fresh", type=int, default=1000, help="scenes for hallucination; 0: --evaluation")
+    given = parser.parse_args()
+    wanted = given.parts or PARTS
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        run = mmray.open_run(given.run) if given.run else mmray.run_census(given.model, given.data, f"{folder}/run")
+        ground = Ground.at(run, given.evaluation)
+        if "swaps" in wanted:
+            swaps(ground, given.swaps, given.controls, tuple(given.methods))
+        if "suppress" in wanted:
+            suppress(ground)
+        if "joint" in wanted:
+            joint(ground, given.swaps)
+        if "hallucination" in wanted:
+            if given.fresh:
+                world = World.load()
+                write_parquet(
+                    Path(folder) / "fresh.parquet", world, world.sample(given.fresh, SEED), seed=SEED, english_share=1.0
+                )
+                ground = Ground.at(run, f"{folder}/fresh.parquet")
+            hallucination(ground)
+    print(f"\n{time.perf_counter() - began:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
