@@ -117,8 +117,40 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("message", pa.string()),
         ]
     ),
+    "properties": pa.schema(
+        [
+            _field("property", pa.string(), "sensitivity, specificity, causal, …"),
+            _field("measure", pa.string()),
+            _field("concept", pa.string(), "null: over all concepts measured"),
+            _field("method", pa.string(), "what ranked the neurons, or the control that drew them"),
+            _field("neurons", pa.int32(), COUNT),
+            _field("strength", pa.float64(), "of noise: parts of the rows' own size; of amplification: the factor"),
+            _field("value", pa.float64()),
+            _field("low", pa.float64(), "95 %, bootstrap over images"),
+            _field("high", pa.float64(), "95 %, bootstrap over images"),
+            _field("n", pa.int64(), "images"),
+            _field("protocol", pa.string()),
+        ]
+    ),
+    "heatmaps": pa.schema(
+        [
+            _field("concept", pa.string()),
+            _field("sample_id", pa.string()),
+            _field("method", pa.string(), "what ranked the neurons"),
+            _field("neurons", pa.int32(), COUNT),
+            _field("rows", pa.int16(), "patches"),
+            _field("columns", pa.int16(), "patches"),
+            _field("values", pa.list_(pa.float32()), "mean activation of the neurons over each patch, row by row"),
+            _field("box", pa.list_(pa.float32()), "x, y, width, height of the concept's object, in parts of the image"),
+            _field("hit", pa.bool_(), "the highest point lies in the box; null without one"),
+            _field("iou", pa.float32(), "of the mask above the 95th percentile with the box; null without one"),
+        ]
+    ),
 }
 """The tables that a finished run offers to its readers."""
+
+MADE_BY = {"properties": "mmray properties RUN", "heatmaps": "mmray properties RUN"}
+"""Tables that a census does not make → what makes them."""
 
 PART_SCHEMAS: dict[str, pa.Schema] = {
     "captions": SCHEMAS["captions"],

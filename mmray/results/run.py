@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from mmray.errors import InputError
 from mmray.neuron_names import parse_neuron
 from mmray.runs import RunFolder
-from mmray.tables import SCHEMAS, read_table
+from mmray.tables import MADE_BY, SCHEMAS, read_table
 
 ORDERS = {
     "score": ("rank", "ascending"),
@@ -69,10 +69,28 @@ class Run:
             try:
                 self._tables[name] = read_table(self.folder.store, name)
             except FileNotFoundError:
-                raise InputError(
-                    f"{self.uri}: no table {name!r} yet; the census has not ended: run it again to go on"
-                ) from None
+                why = (
+                    f"make it: {MADE_BY[name]}"
+                    if name in MADE_BY
+                    else "the census has not ended: run it again to go on"
+                )
+                raise InputError(f"{self.uri}: no table {name!r} yet; {why}") from None
         return self._tables[name]
+
+    def optional(self, name: str) -> pa.Table | None:
+        """Return a table that not every run has; None where this one has not."""
+        if not self.folder.store.list(f"tables/{name}.parquet"):
+            return None
+        return self.table(name)
+
+    def properties(self, concept: str | None = None) -> pa.Table:
+        """Return what `mmray properties` measured, of a concept or over all of them (None); columns of `properties`.
+
+        Raises InputError where nothing has been measured yet. (`mmray.properties(run)` measures.)
+        """
+        table = self.table("properties")
+        column = table["concept"]
+        return table.filter(pc.is_null(column) if concept is None else pc.equal(column, concept.casefold()))
 
     def sql(self, query: str) -> pa.Table:
         """Return the answer of DuckDB to a query over the run's tables, by their names."""
