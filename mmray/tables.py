@@ -141,6 +141,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("rows", pa.int16(), "patches"),
             _field("columns", pa.int16(), "patches"),
             _field("values", pa.list_(pa.float32()), "mean activation of the neurons over each patch, row by row"),
+            _field("covers", pa.list_(pa.float32()), "x, y, width, height of what the patches cover, in its parts"),
             _field("box", pa.list_(pa.float32()), "x, y, width, height of the concept's object, in parts of the image"),
             _field("hit", pa.bool_(), "the highest point lies in the box; null without one"),
             _field("iou", pa.float32(), "of the mask above the 95th percentile with the box; null without one"),
@@ -225,6 +226,22 @@ EVALUATION_SCHEMAS: dict[str, pa.Schema] = {
     "errors": SCHEMAS["errors"],
 }
 """What one unit of work of an evaluation commits."""
+
+PROPERTY_SCHEMAS: dict[str, pa.Schema] = {
+    # A row is an image's part in one measure; the totals over images make the measure.
+    "observations": pa.schema(
+        [
+            *(SCHEMAS["properties"].field(name) for name in ("property", "measure", "method", "neurons", "strength")),
+            _field("concept", pa.string()),
+            _field("sample_id", pa.string()),
+            _field("value", pa.float64(), "sum"),
+            _field("of", pa.float64(), "what the sum is divided by"),
+        ]
+    ),
+    "heatmaps": SCHEMAS["heatmaps"],
+    "errors": SCHEMAS["errors"],
+}
+"""What one unit of work of the properties commits."""
 
 ROW_GROUP = 100_000
 """Rows of a row group: many small ones make every later read slow."""

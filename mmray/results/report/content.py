@@ -157,6 +157,7 @@ def _maps(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
             "low": number(low),
             "high": number(high),
             "values": base64.b64encode(levels.tobytes()).decode(),
+            "covers": row["covers"] if row["covers"] != [0.0, 0.0, 1.0, 1.0] else None,
             "box": row["box"] and [number(value) for value in row["box"]],
             "hit": row["hit"],
             "iou": number(row["iou"]),
