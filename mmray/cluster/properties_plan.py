@@ -132,7 +132,7 @@ def _others(name: str, shared: Sequence[str], images: Mapping[str, list[str]], s
     """Return images without the concept, of those that are read anyway."""
     own = set(images[name])
     free = [sample for sample in shared if sample not in own]
-    return random.Random(f"{settings.seed} {name}").sample(free, min(settings.images, len(free)))
+    return random.Random(f"{settings.seed} {name}").sample(free, min(settings.images // 2, len(free)))
 
 
 def _varied(samples: Sequence[str], rows: Mapping[str, dict[str, Any]]) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mmray.models.capture import tap_input
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
 
@@ -27,18 +28,25 @@ class Passage:
     """What entered each of the decoder's blocks in a forward, and the way from any of them to the end once more."""
 
     def __init__(self, model: LoadedModel) -> None:
+        self.model = model
         self.blocks = [block_of(model, layer) for layer in range(len(model.widths))]
         self.entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.end = torch.zeros(0)
+        """What entered the final norm."""
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep what enters the blocks while the block runs one forward."""
+        """Keep what enters the blocks and the final norm while the block runs one forward."""
         self.entered = []
 
         def keep(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             self.entered.append((arguments, named))
 
+        def keep_end(states: Tensor) -> None:
+            self.end = states
+
         with ExitStack() as stack:
+            stack.enter_context(tap_input(self.model.norm, keep_end))
             for block in self.blocks:
                 stack.callback(block.register_forward_pre_hook(keep, with_kwargs=True).remove)
             yield

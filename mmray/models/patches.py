@@ -36,7 +36,7 @@ def patches_of(model: LoadedModel, batch: Batch, row: int, size: tuple[int, int]
     None where its tokens are no grid: those of a Q-Former, or of a family that the image doesn't reach by the sequence.
     """
     runs = [range(run.start, run.stop) for run in batch.runs if run.row == row and run.modality == "image"]
-    if not runs or model.parts.image != "tokens":
+    if not runs or model.parts.image != "tokens" or hasattr(model.network.config, "qformer_config"):
         return None
     positions = [position for run in runs for position in run]
     aspect = size[0] / size[1]

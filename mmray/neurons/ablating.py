@@ -37,11 +37,13 @@ class Ablator:
     """Images with the places of their nouns, run once as they are and then with neurons changed."""
 
     @torch.inference_mode()
-    def __init__(self, model: LoadedModel, batch: Batch, places: Sequence[Place]) -> None:
+    def __init__(
+        self, model: LoadedModel, batch: Batch, places: Sequence[Place], passage: Passage | None = None
+    ) -> None:
+        """Run the batch as it is; `passage` is that of a forward of the same batch, where there was one."""
         self.model, self.batch, self.places = model, batch, places
-        self.passage = Passage(model)
-        with self.passage.recording():
-            self.untouched = self._whole()
+        self.passage = passage or self._passed()
+        self.untouched = self._log_probabilities(self.passage.end)
         self.resumes = self._proven()
 
     def change(self, neurons: Neurons) -> Float[Tensor, " place"]:
@@ -54,6 +56,12 @@ class Ablator:
         first = min(layer for layer, _ in neurons)
         with change:
             return (self._from(first) if self.resumes else self._whole()) - self.untouched
+
+    def _passed(self) -> Passage:
+        passage = Passage(self.model)
+        with passage.recording():
+            forward(self.model, self.batch)
+        return passage
 
     def _proven(self) -> bool:
         try:

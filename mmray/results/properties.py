@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmray.results.evaluation import number
+from mmray.results.run import Run
 
 LOCATED = ("score", "specific", "image", "contribution", "published")
 """Methods that chose neurons for the concept; all others are controls."""
@@ -35,3 +36,24 @@ def properties(rows: pa.Table) -> Table:
             f"{row['n']:,}",
         )
     return table
+
+
+def findings(run: Run) -> list[str]:
+    """Return what was measured in a few lines: words that neurons write, what zeroing them does, where they look."""
+    found = {(row["measure"], row["method"], row["neurons"]): row["value"] for row in run.properties().to_pylist()}
+    lines = []
+    if hit := found.get(("lemma_hit_rate", "score", 10)):
+        floor = found["lemma_hit_rate", "uniform", 10]
+        lines.append(
+            f"{hit:.1%} of the concepts are written by one of their ten highest neurons; random ones: {floor:.1%}"
+        )
+    if own := found.get(("zeroed_own", "score", 100)):
+        other, matched = found["zeroed_other", "score", 100], found["zeroed_own", "layer-matched", 100]
+        lines.append(
+            f"the 100 highest zeroed lower P(noun) by {own:.3f} and that of other nouns by {other:.3f}; "
+            f"random ones of the same layers lower it by {matched:.3f}"
+        )
+    if chance := found.get(("pointing_game", "chance", 10)):
+        point, by = max((found["pointing_game", name, 10], name) for name in ("score", "specific"))
+        lines.append(f"heat maps of the ten highest by {by} peak on the object in {point:.0%}; chance {chance:.0%}")
+    return lines

@@ -44,8 +44,13 @@ def ranked_by(subject: Subject, method: str) -> tuple[Float[Tensor, "own neuron"
         scores = subject.contributions
         return scores[own], specific_order(scores, own)
     if method == "gradient":
-        places = [place for place, is_own in zip(subject.places, own.tolist(), strict=True) if is_own]
-        found = score_batch(subject.model, subject.batch, places, "gradient")
+        # A backward pass costs most: it runs over the concept's images alone.
+        alone = subject.study.encoded(
+            [item.sample for item in subject.items if item.sample.sample_id in set(subject.own_samples)]
+        )
+        assert alone is not None
+        own_subject = Subject(subject.study, subject.facts, *alone)
+        found = score_batch(subject.model, own_subject.batch, own_subject.places, "gradient")
         scores = torch.cat([part.cpu() for part in found.scores], dim=1)
         return scores, scores.mean(dim=0)
     folded = method == "folded"

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmray.evaluation.properties.observations import Key, Observations
-from mmray.evaluation.properties.settings import FACTORS, MOST, RANKINGS, SIGMAS, SIZES
+from mmray.evaluation.properties.settings import DECODED, FACTORS, MOST, RANKINGS, SIGMAS, SIZES
 from mmray.evaluation.properties.subject import Neurons, Subject
 from mmray.models.interventions import ablate, add_noise, by_layer, scale
 from mmray.models.loading import LoadedModel
@@ -35,18 +35,19 @@ class Effects:
         named = [Place(place.row, place.position, token, self.concept, place.sample_id) for place in others]
         rows = {place.row: place.sample_id for place in others}
         words = [place for row, name in rows.items() for place in every_token(subject.batch, row, name)]
-        self.ablator = Ablator(subject.model, subject.batch, [*nouns, *named, *words])
+        self.ablator = Ablator(subject.model, subject.batch, [*nouns, *named, *words], subject.plain[1])
         self.bounds = [0, len(nouns), len(nouns) + len(named), len(self.ablator.places)]
         self.other_samples = [place.sample_id for place in others]
         self.word_samples = [place.sample_id for place in words]
 
     def sets(self, size: int) -> dict[str, Neurons]:
-        """Return the neurons of both rankings and of the controls; two of these at the largest dose alone."""
+        """Return the neurons of both rankings and of the controls, which small doses of random neurons need not be."""
         subject = self.subject
         ranked = subject.facts.ranked
         found: dict[str, Neurons] = {name: ranked[name].neurons[:size] for name in RANKINGS}
         seed = f"{self.concept} {size}"
-        found[MATCHED] = controls.layer_matched(subject.model.widths, found["score"], seed)
+        if size >= DECODED:
+            found[MATCHED] = controls.layer_matched(subject.model.widths, found["score"], seed)
         if size == MOST:
             found[LIKE] = controls.activation_matched(subject.activations, found["score"], seed)
             found[UNIFORM] = controls.uniform(subject.model.widths, found["score"], seed)

@@ -18,11 +18,11 @@ INVARIANCE_SIZES = (1, 5, 10, 50, 100)
 DECODED = 10
 """Neurons whose tokens are read, and whose activations make a map."""
 MOST = max(SIZES)
-SIGMAS = (0.5, 1.0, 2.0)
+SIGMAS = (1.0, 2.0)
 """Deviation of the noise on the rows of W_out, in parts of the rows' own root mean square."""
 FACTORS = (2.0, 5.0)
 """What activations are multiplied by to amplify them."""
-WRITTEN = 4
+WRITTEN = 3
 """Images of a concept, and as many others, that are captioned anew with neurons changed."""
 RANKINGS = ("score", "specific")
 """The run's orders whose neurons are measured."""
@@ -44,7 +44,7 @@ class PropertySettings(BaseModel):
     language: str | None = None
     """Measure the concepts of captions in this language alone, such as en; by default of all."""
     images: int = Field(6, ge=2)
-    """Images of a concept, which run in one batch with as many of others."""
+    """Images of a concept, which run in one batch with half as many of others."""
     maps: int = Field(4, ge=1)
     """Images of a concept with heat maps."""
     encoder: str | None = None

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmray.datasets.samples import Sample
+from mmray.models.blocks import Passage
 from mmray.models.prompting import Batch
 from mmray.neurons.captured import Captured, capturing
 from mmray.neurons.concepts import NounSource
@@ -101,7 +102,6 @@ class Subject:
             if first.get(place.sample_id) is place
             or (place.sample_id not in own_samples and place.sample_id not in first and place.concept != facts.concept)
         ]
-        self.captured: Captured | None = None
 
     @cached_property
     def own(self) -> Bool[Tensor, " place"]:
@@ -123,17 +123,17 @@ class Subject:
         """The image of each place of another noun."""
         return [place.sample_id for place in self.places if place.concept != self.facts.concept]
 
-    def seen(self) -> Captured:
-        """Return what a plain forward shows at the places."""
-        if self.captured is None:
-            with torch.inference_mode(), capturing(self.model, self.batch, self.places) as captured:
-                forward(self.model, self.batch)
-            self.captured = captured
-        return self.captured
+    @cached_property
+    def plain(self) -> tuple[Captured, Passage]:
+        """What a plain forward shows at the places, and the way that it took through the blocks."""
+        passage = Passage(self.model)
+        with torch.inference_mode(), passage.recording(), capturing(self.model, self.batch, self.places) as captured:
+            forward(self.model, self.batch)
+        return captured, passage
 
     def scores(self, score: str = "contribution", *, folded: bool = False) -> Float[Tensor, "place neuron"]:
         """Return every neuron's score at the places, over all layers in order."""
-        found = score_captured(self.model, self.seen(), score, folded=folded)
+        found = score_captured(self.model, self.plain[0], score, folded=folded)
         return torch.cat([part.cpu() for part in found.scores], dim=1)
 
     @cached_property
@@ -144,7 +144,7 @@ class Subject:
     @cached_property
     def activations(self) -> list[Float[Tensor, " neuron"]]:
         """Mean magnitude of every neuron at the concept's places, by layer."""
-        found = self.seen().activations
+        found = self.plain[0].activations
         return [found[layer].cpu()[self.own].abs().mean(dim=0) for layer in range(len(self.model.widths))]
 
 

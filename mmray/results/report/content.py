@@ -19,6 +19,8 @@ from mmray.results.run import Run
 WHOLE = 1500
 """Concepts with a page of their own in a report of one file, the most frequent; `--pages` has all."""
 FAILURES = 200
+OF_CONCEPTS = (("causal", "zeroed_own"), ("causal", "zeroed_other"))
+"""Properties that a concept's own page shows; those of all concepts are on a page of their own."""
 TOKENS = 6
 """Tokens of a neuron that lists show."""
 
@@ -136,10 +138,11 @@ def _properties(run: Run) -> tuple[dict[str, list[dict[str, Any]]], list[dict[st
         kept = {name: number(value) if isinstance(value, float) else value for name, value in row.items()}
         if concept is None:
             summary.append(kept)
-        else:
+        elif (row["property"], row["measure"]) in OF_CONCEPTS:
             # Protocols are told once, beside the figures over all concepts.
-            del kept["protocol"]
-            by_concept[concept].append(kept)
+            by_concept[concept].append(
+                {name: value for name, value in kept.items() if name not in ("property", "protocol")}
+            )
     return by_concept, summary
 
 

@@ -71,12 +71,15 @@ function boxOf(box) {
   return drawing;
 }
 
-// Layers over a picture cover the image itself, whatever room is left beside it.
-function fitted(image, layer) {
+// Layers over a picture cover the image itself, whatever room is left beside it, or a part of it.
+function fitted(image, layer, part = [0, 0, 1, 1]) {
   const place = () => {
     const wide = image.naturalWidth / image.naturalHeight || 1;
     const width = wide >= 1 ? 100 : 100 * wide, height = wide >= 1 ? 100 / wide : 100;
-    Object.assign(layer.style, { width: `${width}%`, height: `${height}%`, left: `${(100 - width) / 2}%`, top: `${(100 - height) / 2}%` });
+    Object.assign(layer.style, {
+      width: `${width * part[2]}%`, height: `${height * part[3]}%`,
+      left: `${(100 - width) / 2 + width * part[0]}%`, top: `${(100 - height) / 2 + height * part[1]}%`,
+    });
   };
   image.complete ? place() : image.addEventListener("load", place, { once: true });
   return layer;
@@ -88,7 +91,7 @@ function picture(sample, map = null, how = "heat") {
   const said = map && how !== "image" ? `, with ${how === "mask" ? "the mask" : "the heat map"} of the neurons over it` : "";
   const image = h("img", { src: source, alt: `${words}${said}`, loading: "lazy", decoding: "async" });
   const frame = h("span.picture", image);
-  if (map && how !== "image") frame.append(fitted(image, overlay(map, how)));
+  if (map && how !== "image") frame.append(fitted(image, overlay(map, how), map.covers || undefined));
   if (map && map.box) frame.append(fitted(image, boxOf(map.box)));
   return frame;
 }
