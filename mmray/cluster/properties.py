@@ -20,13 +20,13 @@ from mmray.cluster.properties_plan import Plan, plan_properties
 from mmray.cluster.properties_worker import PropertiesWorker
 from mmray.cluster.session import actor_pool, machines, ray_session
 from mmray.cluster.units import mapped
+from mmray.derived import PROPERTY_SCHEMAS
 from mmray.errors import InputError
 from mmray.evaluation.properties.observations import summarise
 from mmray.evaluation.properties.settings import PropertySettings
 from mmray.results.run import Run, open_run
 from mmray.runs import Receipt, RunFolder
 from mmray.storage import open_store
-from mmray.tables import PROPERTY_SCHEMAS
 from mmray.version import VERSION
 from mmray.writing import write_table
 

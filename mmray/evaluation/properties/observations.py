@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 from numpy import ndarray
 
+from mmray.derived import DERIVED, PROPERTY_SCHEMAS
 from mmray.evaluation.bootstrap import Measured, measure
 from mmray.evaluation.properties.protocols import protocol_of, value_of
-from mmray.tables import PROPERTY_SCHEMAS, SCHEMAS
 
 
 class Key(NamedTuple):
@@ -63,7 +63,7 @@ def summarise(observations: pa.Table, draws: int, seed: int) -> pa.Table:
             grouped[key, concept].setdefault(row["sample_id"], []).append((row["value"], row["of"]))
     ordered = sorted(grouped.items(), key=lambda pair: _order(*pair[0]))
     rows = [_row(key, concept, samples, draws, seed) for (key, concept), samples in ordered]
-    return pa.Table.from_pylist([row for row in rows if row["value"] is not None], schema=SCHEMAS["properties"])
+    return pa.Table.from_pylist([row for row in rows if row["value"] is not None], schema=DERIVED["properties"])
 
 
 def _order(key: Key, concept: str | None) -> tuple[object, ...]:
