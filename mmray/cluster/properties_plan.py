@@ -62,7 +62,7 @@ def plan_properties(settings: PropertySettings, run: Run) -> Plan:
             + "; lower --min-occurrences"
         )
     ranked = _ranked(run, {*measured, *mapped})
-    shared = sorted({sample for name in measured for sample in images[name][: settings.images]})
+    shared = _nearby({sample for name in measured for sample in images[name][: settings.images]}, images, rows)
     first = _first(run)
     facts = {}
     for number, name in enumerate(dict.fromkeys([*measured, *mapped])):
@@ -103,6 +103,13 @@ def _images(run: Run, rows: Mapping[str, dict[str, Any]], language: str | None) 
     order = {name: place for place, name in enumerate(rows)}
     ordered = sorted(found.items(), key=lambda pair: (-len(pair[1]), pair[0]))
     return {name: sorted(samples, key=order.__getitem__) for name, samples in ordered}
+
+
+def _nearby(chosen: set[str], images: Mapping[str, list[str]], rows: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Return every sample with a concept in the shards that hold the chosen ones: they are read anyway."""
+    shards = {rows[name]["shard_id"] for name in chosen}
+    named = {sample for samples in images.values() for sample in samples}
+    return sorted(name for name in named if rows[name]["shard_id"] in shards)
 
 
 def _ranked(run: Run, names: set[str]) -> dict[str, dict[str, Ranked]]:

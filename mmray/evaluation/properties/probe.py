@@ -60,11 +60,9 @@ class Probe:
 
     def _measure(self, facts: Facts, samples: Mapping[str, Sample], found: Observations) -> None:
         encoded = self.study.encoded([samples[name] for name in (*facts.own, *facts.others) if name in samples])
-        if encoded is None:
-            return
-        subject = Subject(self.study, facts, *encoded)
-        if not subject.usable:
-            return
+        subject = Subject(self.study, facts, *encoded) if encoded is not None else None
+        if subject is None or not subject.usable:
+            raise ValueError("fewer than two of its images, or none of others, can be used")
         sensitivity(subject, found)
         if self.encoder is not None:
             text_similarity(subject, found, self.encoder)
