@@ -42,12 +42,15 @@ const spread = (rows) => ({
 
 const LOOK = {
   score: ["own", "solid"], specific: ["specific", "solid"], "layer-matched": ["control", "solid"],
-  "activation-matched": ["control", "dash"], uniform: ["control", "dot"],
+  "activation-matched": ["control", "dash"], uniform: ["control", "dot"], contribution: ["own", "solid"],
+  "other images": ["control", "solid"], "other nouns": ["control", "solid"],
 };
 const NAMES = {
   score: "highest by score", specific: "highest by specific", uniform: "random", "layer-matched": "random, same layers",
   "activation-matched": "random, like activations",
 };
+const scaleOf = (...groups) => Math.max(0.05, ...groups.flat().map((row) => row.high ?? row.value));
+const LOCATED = new Set(["score", "specific", "image", "contribution", "published"]);
 const methodName = (name) => NAMES[name] || name;
 
 function lines(rows, x, value = (row) => row.value) {
@@ -63,12 +66,13 @@ function lines(rows, x, value = (row) => row.value) {
   });
 }
 
-function dose(rows, label, axis, x, title) {
+// `most`: the top of the scale, where two figures are to be compared.
+function dose(rows, label, axis, x, title, most = null) {
   const places = [...new Set(rows.map(x))].sort((a, b) => a - b);
   return plot(label, () => [
     lines(rows, x),
     { xaxis: { title: axis, type: places[0] > 0 && places.length > 3 ? "log" : "linear", tickvals: places, ticktext: places.map(String) },
-      yaxis: { title, rangemode: "tozero" } },
+      yaxis: { title, exponentformat: "none", ...(most === null ? { rangemode: "tozero" } : { range: [-0.04 * most, 1.04 * most] }) } },
   ]);
 }
 

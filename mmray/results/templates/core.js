@@ -44,7 +44,7 @@ function h(selector, ...rest) {
 }
 
 const whole = (value) => Math.round(value).toLocaleString("en");
-const percent = (value, digits = 0) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(digits)} %`);
+const percent = (value, digits = 0) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(digits)}\u00a0%`);
 const plural = (count, word) => `${whole(count)} ${word}${count === 1 ? "" : "s"}`;
 function figure(value, digits = 3) {
   if (value === null || value === undefined) return "–";

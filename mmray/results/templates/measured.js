@@ -24,9 +24,9 @@ const range = (row) => [figure(row.value), " ", h("span.range", interval(row))];
 function measuresTable(rows) {
   const size = (row) => [row.neurons ? String(row.neurons) : "", row.strength ? ` · ${figure(row.strength, 1)}` : ""];
   return sortable("Measures", [
-    { title: "measure", value: (row) => measureName(row.measure), cell: (row) => h("span", { title: row.protocol }, measureName(row.measure)) },
-    { title: "neurons", value: (row) => methodName(row.method), cell: (row) => methodName(row.method) },
-    { title: "n · strength", value: (row) => row.neurons, number: true, cell: size },
+    { title: "measure", kind: "wrap", value: (row) => measureName(row.measure), cell: (row) => h("span", { title: row.protocol }, measureName(row.measure)) },
+    { title: "neurons", kind: "wrap", value: (row) => methodName(row.method), cell: (row) => (LOCATED.has(row.method) ? h("b", methodName(row.method)) : methodName(row.method)) },
+    { title: "n", value: (row) => row.neurons, number: true, cell: size },
     { title: "value, 95 % interval", value: (row) => row.value, number: true, cell: range },
     { title: "images", value: (row) => row.n, number: true, cell: (row) => whole(row.n) },
   ], rows, { by: 0, keep: true, limit: 16 });
@@ -34,11 +34,11 @@ function measuresTable(rows) {
 
 function sectionCharts(name, rows) {
   if (name === "causal") {
-    const noise = select(rows, { measure: "noise_own" });
+    const noise = select(rows, { measure: "noise_own" }), own = select(rows, { measure: "zeroed_own" }), others = select(rows, { measure: "zeroed_other" });
     return [
       h("div.grid.two",
-        card(h("h3", "Zeroed: its own noun"), dose(select(rows, { measure: "zeroed_own" }), "Fall of the probability of the own noun", "neurons zeroed", (row) => row.neurons, "fall of P(noun)")),
-        card(h("h3", "Zeroed: other nouns"), dose(select(rows, { measure: "zeroed_other" }), "Fall of the probability of other nouns", "neurons zeroed", (row) => row.neurons, "fall of P(other nouns)")),
+        card(h("h3", "Zeroed: its own noun"), dose(own, "Fall of the probability of the own noun", "neurons zeroed", (row) => row.neurons, "fall of P(noun)", scaleOf(own, others))),
+        card(h("h3", "Zeroed: other nouns"), dose(others, "Fall of the probability of other nouns", "neurons zeroed", (row) => row.neurons, "fall of P(other nouns)", scaleOf(own, others))),
         noise.length ? card(h("h3", "Noise on the rows"), dose(noise, "Fall of the probability of the own noun by noise", "σ, in parts of the rows' own size", (row) => row.strength, "fall of P(noun)")) : null,
         select(rows, { measure: "amplified_own" }).length ? card(h("h3", "Amplified: named where it is not"), dose(select(rows, { measure: "amplified_own" }), "Rise of the probability of the concept's word where other nouns are due", "× activation", (row) => row.strength, "rise of P(noun)")) : null),
     ];
@@ -67,7 +67,7 @@ function propertiesPage() {
 }
 
 function comparison(rows) {
-  const methods = [...new Set(rows.map((row) => row.method))], measures = [...new Set(rows.map((row) => row.measure))];
+  const methods = [...new Set(rows.map((row) => row.method))], measures = ["zeroed_own", "zeroed_other", "lemma_hit_rate", "jaccard"].filter((measure) => one(rows, { measure }));
   const table = methods.map((method) => ({ method, ...Object.fromEntries(measures.map((measure) => [measure, one(rows, { method, measure })])) }));
   return [
     h("h2", "Methods compared"), under("Neurons ranked and measured on the same images by each method. Sort by any column."),

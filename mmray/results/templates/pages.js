@@ -7,6 +7,8 @@ function tile(value, words, main = false) {
   return h(main ? "div.card.tile.main" : "div.card.tile", h("b", value), h("span", words));
 }
 
+const change = (fall) => `${fall < 0 ? "+" : "−"}${Math.abs(fall).toFixed(3)}`;
+
 function findings() {
   const rows = INDEX.properties, tiles = [];
   const read = INDEX.concepts.filter((row) => row.read).length;
@@ -17,7 +19,7 @@ function findings() {
     : tile(percent(read / INDEX.concepts.length, 1), "of concepts are read by one of their ten highest neurons", true));
   const zeroed = { measure: "zeroed_own", neurons: 100 };
   const own = one(rows, { ...zeroed, method: "score" }), matched = one(rows, { ...zeroed, method: "layer-matched" });
-  if (own) tiles.push(tile(`−${figure(own.value, 2)}`, `P(noun) with its 100 highest neurons zeroed${matched ? `; random ones of the same layers −${figure(matched.value, 3).replace("−", "+")}` : ""}`, true));
+  if (own) tiles.push(tile(change(own.value), `P(noun) with its 100 highest neurons zeroed${matched ? `; random ones of the same layers ${change(matched.value)}` : ""}`, true));
   const pointing = ["score", "specific"].map((method) => one(rows, { measure: "pointing_game", method })).filter(Boolean).sort((a, b) => b.value - a.value)[0];
   const chance = one(rows, { measure: "pointing_game", method: "chance" });
   if (pointing) tiles.push(tile(percent(pointing.value), `of heat maps peak on the object${chance ? `; chance ${percent(chance.value)}` : ""}`, true));
@@ -34,7 +36,7 @@ function overview() {
     ["versions", Object.entries(run.versions).map(([name, version]) => `${name} ${version}`).join(" · ")],
   ];
   return [
-    heading("Which neurons write which words", `Every one of the ${whole(run.neurons)} neurons in ${plural(run.layers, "layer")} was scored at every noun that ${run.model} writes about ${plural(run.samples, "image")}.`),
+    heading("Which neurons write which words", `Every one of the ${whole(run.neurons)} neurons in ${plural(run.layers, "layer")} of ${run.model} was scored at every noun ${run.captions === "dataset" ? "in the captions of" : "that it writes about"} ${plural(run.samples, "image")}.`),
     h("div.tiles", findings(), tile(whole(run.concepts), `concepts at ${plural(run.occurrences, "occurrence")}`), tile(whole(run.samples), "images with captions"),
       run.failures ? tile(whole(run.failures), "samples failed") : null),
     h("h2", "Most frequent concepts"), under("What the highest neuron of each writes; in green, its own word. ", h("a", { href: "#/concepts" }, `All ${whole(INDEX.concepts.length)} concepts`)),
@@ -90,8 +92,8 @@ function concept(page) {
         { title: "writes", kind: "tokens", cell: (row) => [row.activation < 0 && h("span", { title: "Its activation is negative here: it adds what its row of W_out suppresses." }, "−"), tokens(row.tokens, page.name)] },
       ], rows, { by: 0, to: (row) => toNeuron(row.neuron) })),
       zeroed.length ? h("div.grid.two",
-        card(h("h3", "Its neurons zeroed"), dose(zeroed, `Fall of the probability of ${page.name} by neurons zeroed`, "neurons zeroed", (row) => row.neurons, "fall of P(noun)"), under(`Mean over ${plural(zeroed[0].n, "image")} of ${page.name}, with 95 % bootstrap intervals over images.`)),
-        others.length ? card(h("h3", "What that does to other nouns"), dose(others, "Fall of the probability of other nouns by neurons zeroed", "neurons zeroed", (row) => row.neurons, "fall of P(other nouns)"), under("The nouns of images without it, beside the same controls.")) : null) : null),
+        card(h("h3", "Its neurons zeroed"), dose(zeroed, `Fall of the probability of ${page.name} by neurons zeroed`, "neurons zeroed", (row) => row.neurons, "fall of P(noun)", scaleOf(zeroed, others)), under(`Mean over ${plural(zeroed[0].n, "image")} of ${page.name}, with 95 % bootstrap intervals over images.`)),
+        others.length ? card(h("h3", "What that does to other nouns"), dose(others, "Fall of the probability of other nouns by neurons zeroed", "neurons zeroed", (row) => row.neurons, "fall of P(other nouns)", scaleOf(zeroed, others)), under("On the same scale: the nouns of images without it, beside the same controls.")) : null) : null),
   ];
 }
 

@@ -27,6 +27,7 @@ async function route() {
   main.replaceChildren(...[content].flat(Infinity).filter((node) => node));
   const place = { concept: "concepts", neuron: "neurons" }[page] || page;
   document.querySelectorAll("nav a").forEach((link) => link.toggleAttribute("aria-current", link.dataset.page === place));
+  document.querySelector("nav a[aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
   document.title = `${name || (known && known[1]) || "mmray"} · ${INDEX.run.name} · mmray`;
   close();
   window.scrollTo(0, 0);
