@@ -1,12 +1,12 @@
 // Tables that sort, and the indexes of concepts and neurons.
 "use strict";
 
-// columns: {title, value, cell, number}; a click on a title sorts by it, a second one the other way.
+// columns: {title, value, cell, number}; a click on a title sorts by it, a second one the other way. `keep`: not at all.
 function sortable(label, columns, rows, options = {}) {
   let { by = 0, down = true, limit = 100 } = options, shown = limit;
   const body = h("tbody"), more = h("button.more", { type: "button", onclick: () => { shown += 400; fill(); } });
   const titles = columns.map((column, at) =>
-    h(column.number ? "th.number" : "th", { scope: "col", title: column.about }, column.value
+    h(column.number ? "th.number" : "th", { scope: "col", title: column.about }, column.value && !options.keep
       ? h("button", { type: "button", onclick: () => { [by, down] = [at, by === at ? !down : Boolean(column.number)]; fill(); } }, column.title)
       : column.title));
   const order = (a, b) => {
@@ -16,7 +16,7 @@ function sortable(label, columns, rows, options = {}) {
   };
   function fill() {
     titles.forEach((title, at) => {
-      if (at === by) title.setAttribute("aria-sort", down ? "descending" : "ascending");
+      if (at === by && !options.keep) title.setAttribute("aria-sort", down ? "descending" : "ascending");
       else title.removeAttribute("aria-sort");
       const button = title.querySelector("button");
       if (button) button.textContent = columns[at].title + (at === by ? (down ? " ↓" : " ↑") : "");

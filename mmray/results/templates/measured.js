@@ -22,14 +22,16 @@ const SECTIONS = [
 const range = (row) => [figure(row.value), " ", h("span.range", interval(row))];
 
 function measuresTable(rows) {
+  // A measure is named once, in the first of its rows.
+  const named = rows.map((row, at) => ({ ...row, first: !at || rows[at - 1].measure !== row.measure }));
   const size = (row) => [row.neurons ? String(row.neurons) : "", row.strength ? ` · ${figure(row.strength, 1)}` : ""];
   return sortable("Measures", [
-    { title: "measure", kind: "wrap", value: (row) => measureName(row.measure), cell: (row) => h("span", { title: row.protocol }, measureName(row.measure)) },
+    { title: "measure", kind: "wrap", value: (row) => measureName(row.measure), cell: (row) => row.first && h("span", { title: row.protocol }, measureName(row.measure)) },
     { title: "neurons", kind: "wrap", value: (row) => methodName(row.method), cell: (row) => (LOCATED.has(row.method) ? h("b", methodName(row.method)) : methodName(row.method)) },
     { title: "n", value: (row) => row.neurons, number: true, cell: size },
     { title: "value, 95 % interval", value: (row) => row.value, number: true, cell: range },
     { title: "images", value: (row) => row.n, number: true, cell: (row) => whole(row.n) },
-  ], rows, { by: 0, keep: true, limit: 16 });
+  ], named, { keep: true, limit: 16 });
 }
 
 function sectionCharts(name, rows) {
