@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,13 +12,14 @@ import typer
 from rich.console import Console
 
 from mmray.cli.options import INCOMPLETE, AsJson, app, console, say, with_settings
+from mmray.cli.showing import say_meaning, say_report
 from mmray.settings import CensusSettings, census_settings
 
 if TYPE_CHECKING:
     from mmray.cluster.census import Outcome
 
-DEMO_CONCEPTS, QUICK_CONCEPTS = 16, 4
-"""Concepts whose properties the demo measures; `mmray properties` measures all."""
+FULL, QUICK = (16, 4), (3, 2)
+"""Of the demo, concepts whose properties are measured, and images of each concept with heat maps."""
 
 
 @app.command()
@@ -55,10 +55,6 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="The first 256 scenes instead of all 1,536.")] = False,
 ) -> None:
     """Run the whole main job on the embedded model and data: no network, no GPU."""
-    from mmray.cluster.properties import run_properties
-    from mmray.evaluation.properties.settings import property_settings
-    from mmray.reporting import write_report
-    from mmray.results.properties import findings
     from mmray.results.run import open_run
     from mmray.results.terminal import summary
 
@@ -75,23 +71,12 @@ def demo(
     )
     say("2 rankings: which neurons write a noun, and what else they write\n", "bold")
     console.print(summary(run, list(run.concepts)[:3]))
-    say("3 what they mean: heat maps of every concept, properties of the most frequent, beside controls", "bold")
-    settled = {
-        "run": str(run_folder),
-        "concepts": QUICK_CONCEPTS if quick else DEMO_CONCEPTS,
-        "maps": 2 if quick else 4,
-    }
-    measured = run_properties(property_settings(settled))
-    for line in findings(open_run(run_folder)):
-        say(f"  {line}")
-    say(f"  {measured.concepts} concepts, {measured.heatmaps:,} heat maps, {measured.seconds:.0f} s")
-    began = time.perf_counter()
-    place = write_report(open_run(run_folder))
-    say(f"4 report, {time.perf_counter() - began:.0f} s: {place}", "bold")
+    complete = say_meaning(run_folder, *(QUICK if quick else FULL))
+    say_report(run_folder)
     concept = next(iter(run.concepts))
     first = run.rank(concept, 1)["neuron"][0].as_py()
     say(f"next: mmray rank {run_folder} {concept} · mmray neuron {run_folder} {first}")
-    if not (outcome.complete and measured.complete):
+    if not (outcome.complete and complete):
         raise typer.Exit(INCOMPLETE)
 
 

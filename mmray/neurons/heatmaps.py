@@ -56,7 +56,7 @@ def patch_maps(model: LoadedModel, batch: Batch, wanted: Sequence[Wanted]) -> li
             if chosen:
                 rows = torch.tensor(ask.patches.positions) + ask.row * batch.positions
                 units = torch.tensor([ask.neurons[place][1] for place in chosen])
-                signs = torch.tensor([ask.signs[place] if ask.signs else 1.0 for place in chosen])
+                signs = torch.tensor([ask.signs[place] if ask.signs else 1.0 for place in chosen], dtype=torch.float)
                 part = activation[rows.to(activation.device)][:, units.to(activation.device)].float().cpu()
                 total += part @ signs
 
@@ -72,6 +72,17 @@ def upsample(values: Map, height: int, width: int) -> Float[Tensor, "height widt
     """Return the map at the image's size, bilinear between the patches' centres."""
     larger = functional.interpolate(values[None, None].float(), (height, width), mode="bilinear", align_corners=False)
     return larger[0, 0]
+
+
+def placed(
+    values: Map, covers: tuple[float, float, float, float], height: int, width: int
+) -> Float[Tensor, "height width"]:
+    """Return the map where it lies in an image of this size; its lowest value stands where it does not reach."""
+    left, top = round(covers[0] * width), round(covers[1] * height)
+    wide, tall = round(covers[2] * width), round(covers[3] * height)
+    whole = torch.full((height, width), float(values.min()))
+    whole[top : top + tall, left : left + wide] = upsample(values, tall, wide)
+    return whole
 
 
 def min_max(values: Map) -> Map:

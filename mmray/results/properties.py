@@ -40,20 +40,24 @@ def properties(rows: pa.Table) -> Table:
 
 def findings(run: Run) -> list[str]:
     """Return what was measured in a few lines: words that neurons write, what zeroing them does, where they look."""
-    found = {(row["measure"], row["method"], row["neurons"]): row["value"] for row in run.properties().to_pylist()}
+    found = {(row["measure"], row["method"], row["neurons"]): row for row in run.properties().to_pylist()}
     lines = []
     if hit := found.get(("lemma_hit_rate", "score", 10)):
-        floor = found["lemma_hit_rate", "uniform", 10]
+        floor = found["lemma_hit_rate", "uniform", 10]["value"]
         lines.append(
-            f"{hit:.1%} of the concepts are written by one of their ten highest neurons; random ones: {floor:.1%}"
+            f"of {hit['n']} concepts {hit['value']:.1%} are written by one of their ten highest neurons, "
+            f"{floor:.1%} by one of ten random ones"
         )
     if own := found.get(("zeroed_own", "score", 100)):
         other, matched = found["zeroed_other", "score", 100], found["zeroed_own", "layer-matched", 100]
         lines.append(
-            f"the 100 highest zeroed lower P(noun) by {own:.3f} and that of other nouns by {other:.3f}; "
-            f"random ones of the same layers lower it by {matched:.3f}"
+            f"their 100 highest zeroed lower P(noun) by {own['value']:.3f} and that of other nouns by "
+            f"{other['value']:.3f}; random ones of the same layers lower it by {matched['value']:.3f}"
         )
     if chance := found.get(("pointing_game", "chance", 10)):
-        point, by = max((found["pointing_game", name, 10], name) for name in ("score", "specific"))
-        lines.append(f"heat maps of the ten highest by {by} peak on the object in {point:.0%}; chance {chance:.0%}")
+        point, by = max((found["pointing_game", name, 10]["value"], name) for name in ("score", "specific"))
+        lines.append(
+            f"in {chance['n']:,} images of several objects the map of the ten highest by {by} peaks on the right one "
+            f"in {point:.0%}; chance {chance['value']:.0%}"
+        )
     return lines

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmray.errors import InputError
 from mmray.models.capture import tap
 from mmray.models.patches import patches_of
 from mmray.neurons.heatmaps import SIDE, Wanted, mask, min_max, overlay, patch_maps, pointing, signed, upsample
@@ -101,3 +102,26 @@ def test_an_overlay_is_warm_where_the_map_is_high():
     colours = overlay(image, torch.tensor([[0.0, 1.0]])).int()
     assert colours[4, 7, 0] > colours[4, 0, 0]
     assert colours[4, 0, 2] > colours[4, 7, 2]
+
+
+def test_a_models_heat_map_has_the_images_size(open_model):
+    model = open_model("llava")
+    image = picture(0, 40, 80)
+    found = model.heat_map(image, ["L0.u1", "L1.u2"])
+    assert found.shape == (40, 80)
+    # The middle alone is seen: beside it there is nothing but the lowest value.
+    assert (found[:, :19] == found.min()).all()
+    assert (found[:, 61:] == found.min()).all()
+    turned = model.heat_map(image, ["L0.u1", "L1.u2"], signs=[-1, -1])
+    torch.testing.assert_close(turned[:, 20:60], -found[:, 20:60])
+
+
+@pytest.mark.parametrize("variant", ["blip2_opt", "mllama"])
+def test_families_without_a_grid_have_no_heat_map(open_model, variant):
+    with pytest.raises(InputError, match="no grid of tokens"):
+        open_model(variant).heat_map(picture(0), ["L0.u1"])
+
+
+def test_neurons_outside_the_model_have_no_heat_map(open_model):
+    with pytest.raises(InputError, match=r"L9\.u1 is outside"):
+        open_model("llava").heat_map(picture(0), ["L9.u1"])

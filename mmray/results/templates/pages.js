@@ -15,14 +15,14 @@ function findings() {
   const hit = one(rows, { measure: "lemma_hit_rate", method: "score" });
   const floor = one(rows, { measure: "lemma_hit_rate", method: "uniform" });
   tiles.push(hit
-    ? tile(percent(hit.value, 1), `of concepts are read by their ten highest neurons${floor ? `; by random ones ${percent(floor.value, 1)}` : ""}`, true)
-    : tile(percent(read / INDEX.concepts.length, 1), "of concepts are read by one of their ten highest neurons", true));
+    ? tile(percent(hit.value, 1), `of ${plural(hit.n, "concept")} are written by one of their ten highest neurons${floor ? `; by random ones ${percent(floor.value, 1)}` : ""}`, true)
+    : tile(percent(read / INDEX.concepts.length, 1), `of ${plural(INDEX.concepts.length, "concept")} are written by one of their ten highest neurons`, true));
   const zeroed = { measure: "zeroed_own", neurons: 100 };
   const own = one(rows, { ...zeroed, method: "score" }), matched = one(rows, { ...zeroed, method: "layer-matched" });
   if (own) tiles.push(tile(change(own.value), `P(noun) with its 100 highest neurons zeroed${matched ? `; random ones of the same layers ${change(matched.value)}` : ""}`, true));
   const pointing = ["score", "specific"].map((method) => one(rows, { measure: "pointing_game", method })).filter(Boolean).sort((a, b) => b.value - a.value)[0];
   const chance = one(rows, { measure: "pointing_game", method: "chance" });
-  if (pointing) tiles.push(tile(percent(pointing.value), `of heat maps peak on the object${chance ? `; chance ${percent(chance.value)}` : ""}`, true));
+  if (pointing) tiles.push(tile(percent(pointing.value), `of heat maps of several objects peak on the right one${chance ? `; chance ${percent(chance.value)}` : ""}`, true));
   return tiles;
 }
 
