@@ -17,6 +17,8 @@ _PLACES = {
     "run_census": "mmray.api",
     "edit": "mmray.api",
     "evaluate": "mmray.api",
+    "properties": "mmray.api",
+    "write_report": "mmray.reporting",
     "open_edit": "mmray.editing.edit",
     "open_run": "mmray.results.run",
     "select_neurons": "mmray.cluster.selecting",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
+
 from mmray.cluster.census import run_census as drive_census
 from mmray.cluster.evaluation import run_evaluation
+from mmray.cluster.properties import run_properties
 from mmray.editing.edit import WeightEdit
 from mmray.editing.material import Material
 from mmray.editing.methods import make_edit
 from mmray.editing.settings import edit_settings
+from mmray.evaluation.properties.settings import property_settings
 from mmray.evaluation.settings import evaluation_settings
 from mmray.neurons.model import load_model
 from mmray.results.run import Run, open_run
@@ -40,6 +44,17 @@ def evaluate(run: Run | str, edit: str, data: str, **settings: Any) -> dict[str,
     """
     uri = run.uri if isinstance(run, Run) else str(run)
     return run_evaluation(evaluation_settings({"run": uri, "edit": str(edit), "data": data, **settings})).measures
+
+
+def properties(run: Run | str, **settings: Any) -> pa.Table:
+    """Measure what a run's neurons mean, or go on where that was stopped; returns the measures over all concepts.
+
+    Those of single concepts and the heat maps are in the run's tables. `settings` are those of `mmray properties`, with
+    underscores. Raises InputError for bad settings, or where model or data can't be had.
+    """
+    uri = run.uri if isinstance(run, Run) else str(run)
+    run_properties(property_settings({"run": uri, **settings}))
+    return open_run(uri).properties()
 
 
 def run_census(model: str, data: str, out: str, **settings: Any) -> Run:

@@ -21,100 +21,101 @@ NEURON_ENTRY = pa.struct(
 )
 
 
-def _field(name: str, kind: pa.DataType, unit: str = "") -> pa.Field:
+def field(name: str, kind: pa.DataType, unit: str = "") -> pa.Field:
+    """Return a column with its unit in the metadata."""
     return pa.field(name, kind, metadata={"unit": unit} if unit else None)
 
 
 SCHEMAS: dict[str, pa.Schema] = {
     "captions": pa.schema(
         [
-            _field("sample_id", pa.string()),
-            _field("caption", pa.string()),
-            _field("source", pa.string(), "dataset or generated"),
-            _field("language", pa.string()),
-            _field("domain", pa.string()),
-            _field("shard_id", pa.int32()),
+            field("sample_id", pa.string()),
+            field("caption", pa.string()),
+            field("source", pa.string(), "dataset or generated"),
+            field("language", pa.string()),
+            field("domain", pa.string()),
+            field("shard_id", pa.int32()),
         ]
     ),
     "occurrences": pa.schema(
         [
-            _field("sample_id", pa.string()),
-            _field("concept", pa.string()),
-            _field("token", pa.string()),
-            _field("token_id", pa.int32()),
-            _field("position", pa.int32(), "index, in the unpadded sequence, of the position that predicts the token"),
-            _field("log_prob", pa.float32(), "nat"),
-            _field("neurons", pa.list_(NEURON_ENTRY), LOGIT),
+            field("sample_id", pa.string()),
+            field("concept", pa.string()),
+            field("token", pa.string()),
+            field("token_id", pa.int32()),
+            field("position", pa.int32(), "index, in the unpadded sequence, of the position that predicts the token"),
+            field("log_prob", pa.float32(), "nat"),
+            field("neurons", pa.list_(NEURON_ENTRY), LOGIT),
         ]
     ),
     "rankings": pa.schema(
         [
-            _field("concept", pa.string()),
-            _field("rank", pa.int32(), "from 1, by score"),
-            _field("layer", pa.int16()),
-            _field("unit", pa.int32()),
-            _field("neuron", pa.string()),
-            _field("score", pa.float64(), LOGIT),
-            _field("score_std", pa.float64(), LOGIT),
-            _field("specific", pa.float64(), LOGIT),
-            _field("specific_rank", pa.int32(), "from 1, by specific"),
-            _field("n", pa.int64(), "occurrences"),
-            _field("share", pa.float64(), "part of occurrences, 0 to 1"),
-            _field("activation", pa.float64(), ACTIVATION),
-            _field("tokens", pa.list_(pa.string())),
-            _field("certified", pa.bool_()),
-            _field("selective", pa.float64(), LOGIT),
-            _field("selective_rank", pa.int32(), "from 1, by selective"),
+            field("concept", pa.string()),
+            field("rank", pa.int32(), "from 1, by score"),
+            field("layer", pa.int16()),
+            field("unit", pa.int32()),
+            field("neuron", pa.string()),
+            field("score", pa.float64(), LOGIT),
+            field("score_std", pa.float64(), LOGIT),
+            field("specific", pa.float64(), LOGIT),
+            field("specific_rank", pa.int32(), "from 1, by specific"),
+            field("n", pa.int64(), "occurrences"),
+            field("share", pa.float64(), "part of occurrences, 0 to 1"),
+            field("activation", pa.float64(), ACTIVATION),
+            field("tokens", pa.list_(pa.string())),
+            field("certified", pa.bool_()),
+            field("selective", pa.float64(), LOGIT),
+            field("selective_rank", pa.int32(), "from 1, by selective"),
         ]
     ),
     "neurons": pa.schema(
         [
-            _field("layer", pa.int16()),
-            _field("unit", pa.int32()),
-            _field("neuron", pa.string()),
-            _field("n_concepts", pa.int32(), "concepts in whose top_k by score it is"),
-            _field("n_tokens", pa.int64(), COUNT),
-            _field("n_active", pa.int64(), "tokens at which the gate is open"),
-            _field("mean", pa.float64(), ACTIVATION),
-            _field("std", pa.float64(), ACTIVATION),
-            _field("max", pa.float32(), ACTIVATION),
-            _field("min", pa.float32(), ACTIVATION),
-            _field("tokens", pa.list_(pa.string()), "the ten it promotes most, highest first"),
-            _field("suppressed", pa.list_(pa.string()), "the ten it suppresses most, lowest first"),
+            field("layer", pa.int16()),
+            field("unit", pa.int32()),
+            field("neuron", pa.string()),
+            field("n_concepts", pa.int32(), "concepts in whose top_k by score it is"),
+            field("n_tokens", pa.int64(), COUNT),
+            field("n_active", pa.int64(), "tokens at which the gate is open"),
+            field("mean", pa.float64(), ACTIVATION),
+            field("std", pa.float64(), ACTIVATION),
+            field("max", pa.float32(), ACTIVATION),
+            field("min", pa.float32(), ACTIVATION),
+            field("tokens", pa.list_(pa.string()), "the ten it promotes most, highest first"),
+            field("suppressed", pa.list_(pa.string()), "the ten it suppresses most, lowest first"),
         ]
     ),
     "activity": pa.schema(
         [
-            _field("label_kind", pa.string()),
-            _field("label", pa.string()),
-            _field("modality", pa.string(), "image or text"),
-            _field("layer", pa.int16()),
-            _field("unit", pa.int32()),
-            _field("n_tokens", pa.int64(), COUNT),
-            _field("n_active", pa.int64(), "tokens at which the gate is open"),
-            _field("sum", pa.float64(), ACTIVATION),
-            _field("sum_squares", pa.float64(), "activation squared"),
-            _field("module", pa.string(), "language, or what --module asks for besides"),
+            field("label_kind", pa.string()),
+            field("label", pa.string()),
+            field("modality", pa.string(), "image or text"),
+            field("layer", pa.int16()),
+            field("unit", pa.int32()),
+            field("n_tokens", pa.int64(), COUNT),
+            field("n_active", pa.int64(), "tokens at which the gate is open"),
+            field("sum", pa.float64(), ACTIVATION),
+            field("sum_squares", pa.float64(), "activation squared"),
+            field("module", pa.string(), "language, or what --module asks for besides"),
         ]
     ),
     "examples": pa.schema(
         [
-            _field("layer", pa.int16()),
-            _field("unit", pa.int32()),
-            _field("sign", pa.int8(), "+1 highest, -1 lowest"),
-            _field("rank", pa.int16(), "from 1"),
-            _field("sample_id", pa.string()),
-            _field("position", pa.int32(), "index in the unpadded sequence"),
-            _field("activation", pa.float32(), ACTIVATION),
+            field("layer", pa.int16()),
+            field("unit", pa.int32()),
+            field("sign", pa.int8(), "+1 highest, -1 lowest"),
+            field("rank", pa.int16(), "from 1"),
+            field("sample_id", pa.string()),
+            field("position", pa.int32(), "index in the unpadded sequence"),
+            field("activation", pa.float32(), ACTIVATION),
         ]
     ),
     "errors": pa.schema(
         [
-            _field("sample_id", pa.string()),
-            _field("source", pa.string()),
-            _field("shard_id", pa.int32()),
-            _field("stage", pa.string()),
-            _field("message", pa.string()),
+            field("sample_id", pa.string()),
+            field("source", pa.string()),
+            field("shard_id", pa.int32()),
+            field("stage", pa.string()),
+            field("message", pa.string()),
         ]
     ),
 }
@@ -127,47 +128,47 @@ PART_SCHEMAS: dict[str, pa.Schema] = {
     # A row is a concept; lists and vectors run over its kept neurons.
     "concepts": pa.schema(
         [
-            _field("concept", pa.string()),
-            _field("n", pa.int64(), "occurrences"),
-            _field("bound", pa.float64(), "largest sum of scores of a neuron that is not kept"),
-            _field("neuron", pa.list_(pa.int32()), "index over all layers; null: all neurons are kept"),
-            _field("score", pa.large_binary(), "fp64 sum over occurrences"),
-            _field("score_squares", pa.large_binary(), "fp64 sum of squares over occurrences; null where n is 1"),
-            _field("activation", pa.large_binary(), "fp32 sum over occurrences"),
+            field("concept", pa.string()),
+            field("n", pa.int64(), "occurrences"),
+            field("bound", pa.float64(), "largest sum of scores of a neuron that is not kept"),
+            field("neuron", pa.list_(pa.int32()), "index over all layers; null: all neurons are kept"),
+            field("score", pa.large_binary(), "fp64 sum over occurrences"),
+            field("score_squares", pa.large_binary(), "fp64 sum of squares over occurrences; null where n is 1"),
+            field("activation", pa.large_binary(), "fp32 sum over occurrences"),
         ]
     ),
     # One row: sums over all occurrences of all concepts, a number a neuron.
     "totals": pa.schema(
         [
-            _field("n", pa.int64(), "occurrences"),
-            _field("score", pa.list_(pa.float64()), "sum"),
-            _field("score_squares", pa.list_(pa.float64()), "sum of squares"),
+            field("n", pa.int64(), "occurrences"),
+            field("score", pa.list_(pa.float64()), "sum"),
+            field("score_squares", pa.list_(pa.float64()), "sum of squares"),
         ]
     ),
     "activity": pa.schema(
         [
-            _field("label_kind", pa.string()),
-            _field("label", pa.string()),
-            _field("modality", pa.string()),
-            _field("n_tokens", pa.int64()),
-            _field("n_active", pa.list_(pa.int64())),
-            _field("sum", pa.list_(pa.float64())),
-            _field("sum_squares", pa.list_(pa.float64())),
-            _field("module", pa.string()),
+            field("label_kind", pa.string()),
+            field("label", pa.string()),
+            field("modality", pa.string()),
+            field("n_tokens", pa.int64()),
+            field("n_active", pa.list_(pa.int64())),
+            field("sum", pa.list_(pa.float64())),
+            field("sum_squares", pa.list_(pa.float64())),
+            field("module", pa.string()),
         ]
     ),
     # A row is a sign and rank: the shard's rank-th extreme sample of every neuron.
     "examples": pa.schema(
         [
-            _field("sign", pa.int8()),
-            _field("rank", pa.int16()),
-            _field("sample", pa.list_(pa.int32()), "row of the shard's captions"),
-            _field("position", pa.list_(pa.int32())),
-            _field("activation", pa.list_(pa.float32())),
+            field("sign", pa.int8()),
+            field("rank", pa.int16()),
+            field("sample", pa.list_(pa.int32()), "row of the shard's captions"),
+            field("position", pa.list_(pa.int32())),
+            field("activation", pa.list_(pa.float32())),
         ]
     ),
     # What every neuron writes, a row a neuron; one such table a run.
-    "decoded": pa.schema([_field("tokens", pa.list_(pa.string())), _field("suppressed", pa.list_(pa.string()))]),
+    "decoded": pa.schema([field("tokens", pa.list_(pa.string())), field("suppressed", pa.list_(pa.string()))]),
 }
 """What one unit of work commits; sums that the merge adds up."""
 
@@ -175,19 +176,19 @@ EVALUATION_SCHEMAS: dict[str, pa.Schema] = {
     # A row is a sample's part in one measure; the totals over samples make the measure.
     "measurements": pa.schema(
         [
-            _field("measure", pa.string()),
-            _field("sample_id", pa.string()),
-            _field("before", pa.list_(pa.float64()), "sums; most often what is counted, and of how many"),
-            _field("after", pa.list_(pa.float64()), "sums; most often what is counted, and of how many"),
+            field("measure", pa.string()),
+            field("sample_id", pa.string()),
+            field("before", pa.list_(pa.float64()), "sums; most often what is counted, and of how many"),
+            field("after", pa.list_(pa.float64()), "sums; most often what is counted, and of how many"),
         ]
     ),
     "captions": pa.schema(
         [
-            _field("sample_id", pa.string()),
-            _field("before", pa.string()),
-            _field("after", pa.string()),
-            _field("changed", pa.bool_()),
-            _field("role", pa.string(), "edited, source, unrelated or other"),
+            field("sample_id", pa.string()),
+            field("before", pa.string()),
+            field("after", pa.string()),
+            field("changed", pa.bool_()),
+            field("role", pa.string(), "edited, source, unrelated or other"),
         ]
     ),
     "errors": SCHEMAS["errors"],

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import pyarrow as pa
 
+from mmray.derived import DERIVED
 from mmray.storage import Store
 from mmray.tables import SCHEMAS, to_bytes
 
@@ -49,7 +50,9 @@ class TableWriter:
                 self.store.delete(entry.key)
 
     def _join_small(self) -> None:
-        self._gathered.append(pa.concat_tables([SCHEMAS[self.name].empty_table(), *self._small]).combine_chunks())
+        self._gathered.append(
+            pa.concat_tables([(SCHEMAS | DERIVED)[self.name].empty_table(), *self._small]).combine_chunks()
+        )
         self._small = []
 
     def _flush(self) -> None:

@@ -1,4 +1,4 @@
-"""A census in this process, without Ray: the driver and the worker are the real ones, one after the other."""
+"""A census or properties in this process, without Ray: driver and worker are the real ones, one after the other."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -8,10 +8,15 @@ from unittest.mock import patch
 
 import numpy as np
 
-from mmray.cluster import census
+from mmray.cluster import census, properties
 from mmray.cluster.census import Outcome, Progress
+from mmray.cluster.properties import Properties
+from mmray.cluster.properties_plan import Plan
+from mmray.cluster.properties_worker import PropertiesWorker
 from mmray.cluster.worker import CensusWorker
+from mmray.evaluation.properties.settings import property_settings
 from mmray.neurons.concepts import NounSource
+from mmray.runs import RunFolder
 from mmray.settings import CensusSettings, census_settings
 
 
@@ -40,3 +45,22 @@ def census_here(model: Path | str, data: str, out: Path | str, **settings: objec
         return census.run_census(
             census_settings({"model": str(model), "data": data, "out": str(out), **settings}), follow
         )
+
+
+class _PropertiesHere:
+    """Stands for the dataset of receipts to come."""
+
+    def __init__(self, plan: Plan, folder: RunFolder, units: list[int]) -> None:
+        self.units = units
+        self.worker = PropertiesWorker(plan, folder.store.uri, 1, str(Path.cwd()))
+
+    def iter_batches(self, **_: object) -> Iterator[dict[str, list[Any]]]:
+        for unit in self.units:
+            yield self.worker({"unit": np.array([unit])})
+
+
+def properties_here(run: Path | str, **settings: object) -> Properties:
+    """Measure a run's properties without Ray."""
+    follow: Callable[[Progress], None] = settings.pop("follow", lambda _: None)  # type: ignore[assignment]
+    with patch.multiple(properties, ray_session=lambda _: nullcontext(), _actors=_PropertiesHere):
+        return properties.run_properties(property_settings({"run": str(run), **settings}), follow)

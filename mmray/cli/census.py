@@ -12,10 +12,14 @@ import typer
 from rich.console import Console
 
 from mmray.cli.options import INCOMPLETE, AsJson, app, console, say, with_settings
+from mmray.cli.showing import say_meaning, say_report
 from mmray.settings import CensusSettings, census_settings
 
 if TYPE_CHECKING:
     from mmray.cluster.census import Outcome
+
+FULL, QUICK = (16, 4), (3, 2)
+"""Of the demo, concepts whose properties are measured, and images of each concept with heat maps."""
 
 
 @app.command()
@@ -67,10 +71,12 @@ def demo(
     )
     say("2 rankings: which neurons write a noun, and what else they write\n", "bold")
     console.print(summary(run, list(run.concepts)[:3]))
+    complete = say_meaning(run_folder, *(QUICK if quick else FULL))
+    say_report(run_folder)
     concept = next(iter(run.concepts))
     first = run.rank(concept, 1)["neuron"][0].as_py()
     say(f"next: mmray rank {run_folder} {concept} · mmray neuron {run_folder} {first}")
-    if not outcome.complete:
+    if not (outcome.complete and complete):
         raise typer.Exit(INCOMPLETE)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import PIL.Image
@@ -12,10 +13,14 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmray.errors import InputError
+from mmray.models.interventions import by_layer
 from mmray.models.loading import LoadedModel, load
+from mmray.models.patches import patches_of
 from mmray.models.prompting import encode, prefix_before, prompt_text, tokenize_caption
+from mmray.neuron_names import parse_neuron
 from mmray.neurons.checking import assert_sound
 from mmray.neurons.concepts import find_forms
+from mmray.neurons.heatmaps import Wanted, patch_maps, placed
 from mmray.neurons.places import place_mentions
 from mmray.neurons.scoring import score_batch, whole_nouns
 from mmray.settings import Pieces
@@ -55,6 +60,31 @@ class Model(LoadedModel):
         for layer, scores in enumerate(scored.scores):
             result[layer, : self.widths[layer]] = scores.mean(dim=0).cpu()
         return result
+
+    def heat_map(
+        self,
+        image: Image | Path | str | bytes,
+        neurons: Sequence[str],
+        *,
+        signs: Sequence[float] | None = None,
+        prompt: str | None = None,
+    ) -> Float[Tensor, "height width"]:
+        """Return where in an image these neurons are active: their mean activation, at the image's size.
+
+        `signs` of -1 turn neurons round that write by negative activation (those of `activation` in a ranking). What
+        the processor cuts off has the map's lowest value. `mmray.neurons.heatmaps` has masks and overlays. Raises
+        InputError where the family's image is no grid of tokens.
+        """
+        picture = open_image(image)
+        assert picture is not None
+        before = prompt_text(self, prompt, None)
+        batch = encode(self, [before], [picture], [[]], [[]])
+        patches = patches_of(self, batch, 0, picture.size)
+        if patches is None:
+            raise InputError(f"{self.name}: its image is no grid of tokens in the sequence, so there are no heat maps")
+        by_layer(self, neurons)  # refuses neurons that the model does not have
+        (values,) = patch_maps(self, batch, [Wanted(0, patches, [parse_neuron(name) for name in neurons], signs)])
+        return placed(values, patches.covers, picture.height, picture.width)
 
 
 def open_image(image: Image | Path | str | bytes | None) -> Image | None:

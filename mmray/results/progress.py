@@ -34,25 +34,25 @@ class Counts(Protocol):
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f} samples/s" if speed else "starting", "dim")
+        return Text(f"{speed:.1f} {task.fields['things']}/s" if speed else "starting", "dim")
 
 
 @contextmanager
-def follow_progress(console: Console) -> Iterator[Callable[[Counts], None]]:
-    """Yield a function to call with each new count: it keeps one bar, or writes a line a minute."""
+def follow_progress(console: Console, things: str = "samples") -> Iterator[Callable[[Counts], None]]:
+    """Yield a function to call with each new count of `things`: it keeps one bar, or writes a line a minute."""
     if not console.is_terminal:
-        yield _plain(console)
+        yield _plain(console, things)
         return
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.completed:,} of {task.total:,} samples"),
+        TextColumn("{task.completed:,} of {task.total:,} {task.fields[things]}"),
         BarColumn(),
         _Speed(),
         TextColumn("{task.fields[failed]} failed"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("census", total=1, failed=0)
+        task = bar.add_task("census", total=1, failed=0, things=things)
 
         def follow(counts: Counts) -> None:
             bar.update(task, completed=counts.samples, total=counts.total, failed=counts.failures)
@@ -60,7 +60,7 @@ def follow_progress(console: Console) -> Iterator[Callable[[Counts], None]]:
         yield follow
 
 
-def _plain(console: Console) -> Callable[[Counts], None]:
+def _plain(console: Console, things: str) -> Callable[[Counts], None]:
     began = last = time.monotonic()
     first: int | None = None
 
@@ -72,8 +72,7 @@ def _plain(console: Console) -> Callable[[Counts], None]:
             last = now
             speed = (counts.samples - first) / max(now - began, 1e-9)
             left = f", {(counts.total - counts.samples) / speed:.0f} s left" if speed else ""
-            console.print(
-                f"{counts.samples:,} of {counts.total:,} samples, {speed:.1f} samples/s, {counts.failures} failed{left}"
-            )
+            done = f"{counts.samples:,} of {counts.total:,} {things}"
+            console.print(f"{done}, {speed:.1f} {things}/s, {counts.failures} failed{left}")
 
     return follow

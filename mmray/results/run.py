@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mmray.derived import DERIVED, MADE_BY
 from mmray.errors import InputError
 from mmray.neuron_names import parse_neuron
 from mmray.runs import RunFolder
@@ -63,16 +64,34 @@ class Run:
 
     def table(self, name: str) -> pa.Table:
         """Return one of the run's tables; raises InputError for an unknown one or a run without its tables yet."""
-        if name not in SCHEMAS:
-            raise InputError(f"there is no table {name!r}; a run has {', '.join(SCHEMAS)}")
+        if name not in SCHEMAS | DERIVED:
+            raise InputError(f"there is no table {name!r}; a run has {', '.join(SCHEMAS | DERIVED)}")
         if name not in self._tables:
             try:
                 self._tables[name] = read_table(self.folder.store, name)
             except FileNotFoundError:
-                raise InputError(
-                    f"{self.uri}: no table {name!r} yet; the census has not ended: run it again to go on"
-                ) from None
+                why = (
+                    f"make it: {MADE_BY[name]}"
+                    if name in MADE_BY
+                    else "the census has not ended: run it again to go on"
+                )
+                raise InputError(f"{self.uri}: no table {name!r} yet; {why}") from None
         return self._tables[name]
+
+    def optional(self, name: str) -> pa.Table | None:
+        """Return a table that not every run has; None where this one has not."""
+        if not self.folder.store.list(f"tables/{name}.parquet"):
+            return None
+        return self.table(name)
+
+    def properties(self, concept: str | None = None) -> pa.Table:
+        """Return what `mmray properties` measured, of a concept or over all of them (None); columns of `properties`.
+
+        Raises InputError where nothing has been measured yet. (`mmray.properties(run)` measures.)
+        """
+        table = self.table("properties")
+        column = table["concept"]
+        return table.filter(pc.is_null(column) if concept is None else pc.equal(column, concept.casefold()))
 
     def sql(self, query: str) -> pa.Table:
         """Return the answer of DuckDB to a query over the run's tables, by their names."""
@@ -80,7 +99,7 @@ class Run:
 
         with duckdb.connect() as connection:
             connection.execute("SET enable_external_access = false")
-            for name in SCHEMAS:
+            for name in SCHEMAS | DERIVED:
                 if name in query.casefold():
                     connection.register(name, self.table(name))
             try:

@@ -31,6 +31,7 @@ from mmray.cluster.worker import open_data
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import cut, read_shard
 from mmray.models.loading import LoadedModel, load
+from mmray.neurons.ablating import Ablator
 from mmray.neurons.concepts import NounSource, noun_source
 from mmray.neurons.effects import CandidateEffects
 from mmray.neurons.gradients import gradient_pass
@@ -40,7 +41,6 @@ from mmray.neurons.reduction import ConceptMerge, ConceptSums
 from mmray.neurons.scoring import score_batch, score_captured
 from mmray.neurons.shard import ShardAnalysis
 from mmray.settings import CensusSettings, census_settings
-from tests.bench.ablating import Ablator
 
 SIZES = (10, 50, 100)
 """Neurons zeroed."""

@@ -23,6 +23,8 @@ COMMANDS = (
     "edit",
     "apply",
     "evaluate",
+    "properties",
+    "report",
 )
 
 

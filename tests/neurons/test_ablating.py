@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import mmray
+from mmray.neurons.ablating import Ablator
 from mmray.neurons.scoring import score_batch
-from tests.bench.ablating import Ablator
 from tests.neurons.making import CAPTIONS, batch_of
 
 

@@ -1,0 +1,48 @@
+"""What located neurons mean: properties beside their controls, and heat maps."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, say, with_settings
+from mmray.evaluation.properties.settings import PropertySettings, property_settings
+
+
+@app.command()
+@with_settings(PropertySettings)
+def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> None:
+    """Measure what a run's neurons mean, beside controls, and draw heat maps: all written to the run's tables."""
+    from mmray.cluster.properties import run_properties
+    from mmray.results.progress import follow_progress
+    from mmray.results.properties import properties as show
+    from mmray.results.run import open_run
+
+    checked = property_settings({"run": run, **settings})
+    try:
+        with follow_progress(Console(stderr=True), "concepts") as follow:
+            outcome = run_properties(checked, follow)
+    except KeyboardInterrupt:
+        print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
+        raise
+    opened = open_run(run)
+    if as_json:
+        table = opened.optional("properties")
+        measured = opened.properties().to_pylist() if table is not None else []
+        print(json.dumps(asdict(outcome) | {"properties": measured}, ensure_ascii=False))
+    else:
+        if checked.only != "maps":
+            console.print(show(opened.properties()))
+        say(f"{outcome.concepts:,} concepts, {outcome.heatmaps:,} heat maps in {outcome.seconds:.0f} s → {run}")
+        for number, reason in outcome.shards_aside.items():
+            say(f"unit {number} set aside: {reason}", "red")
+        if outcome.failures:
+            say(f"{outcome.failures:,} concepts failed", "yellow")
+        say(f"next: mmray report {run}")
+    if not outcome.complete:
+        raise typer.Exit(INCOMPLETE)

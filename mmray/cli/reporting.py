@@ -1,0 +1,38 @@
+"""What a run found, as pages for a browser."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mmray.cli.options import RunArgument, app, say
+
+
+@app.command()
+def report(
+    run: RunArgument,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", help="HTML file to write, a local path or s3://bucket/key; default: RUN/report.html."),
+    ] = None,
+    pages: Annotated[
+        str | None,
+        typer.Option(
+            "--pages",
+            metavar="DIR",
+            help="Write a folder of small files instead, index.html first: for runs with thousands of concepts.",
+        ),
+    ] = None,
+    edit: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--edit", metavar="EDIT", help="Folder of a further edit to show besides RUN/edits/*; repeatable."
+        ),
+    ] = None,
+) -> None:
+    """Write what a run found as one HTML file that needs no network: concepts, neurons, images, properties, edits."""
+    from mmray.reporting import write_report
+    from mmray.results.run import open_run
+
+    say(write_report(open_run(run), out, edit or (), pages))

@@ -1,0 +1,128 @@
+"""The driver of properties: settle concepts and images, hand them to actors, sum up what they observed, write tables.
+
+RUN/properties/FINGERPRINT/       the rows of each unit, committed once, as a run's shards are (`mmray.runs`)
+RUN/tables/properties.parquet     the measures with their intervals
+RUN/tables/heatmaps.parquet       the heat maps
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from mmray.cluster.census import Progress
+from mmray.cluster.properties_plan import Plan, plan_properties
+from mmray.cluster.properties_worker import PropertiesWorker
+from mmray.cluster.session import actor_pool, machines, ray_session
+from mmray.cluster.units import mapped
+from mmray.derived import PROPERTY_SCHEMAS
+from mmray.errors import InputError
+from mmray.evaluation.properties.observations import summarise
+from mmray.evaluation.properties.settings import PropertySettings
+from mmray.results.run import Run, open_run
+from mmray.runs import Receipt, RunFolder
+from mmray.storage import open_store
+from mmray.version import VERSION
+from mmray.writing import write_table
+
+
+@dataclass(frozen=True)
+class Properties:
+    """What finished measuring amounts to."""
+
+    run: str
+    concepts: int
+    heatmaps: int
+    failures: int
+    shards_aside: dict[int, str]
+    seconds: float
+
+    @property
+    def complete(self) -> bool:
+        """Tell whether every concept could be measured."""
+        return not self.failures and not self.shards_aside
+
+
+def run_properties(settings: PropertySettings, follow: Callable[[Progress], None] = lambda _: None) -> Properties:
+    """Measure a run's properties to the end, or go on where that was stopped, and write the tables.
+
+    `follow` hears of every committed unit; it counts concepts. Raises InputError for anything wrong with the set-up.
+    """
+    began = time.perf_counter()
+    run = open_run(settings.run)
+    plan = plan_properties(settings, run)
+    folder, info = _folder(plan, run)
+    folder.begin(info, json.dumps([[facts.concept for facts in unit] for unit in plan.units]).encode())
+    _work(plan, folder, follow)
+    receipts = folder.receipts()
+    observed, maps = (_gathered(folder, receipts, name) for name in ("observations", "heatmaps"))
+    # A part that was not asked for keeps the table that an earlier call wrote.
+    if settings.only != "maps":
+        write_table(run.folder.store, "properties", [summarise(observed, settings.draws, settings.seed)])
+    if settings.only != "properties":
+        write_table(run.folder.store, "heatmaps", [maps])
+    outcome = Properties(
+        run=settings.run,
+        concepts=plan.concepts,
+        heatmaps=len(maps),
+        failures=sum(receipt.failures for receipt in receipts.values()),
+        shards_aside={number: receipt.reason or "" for number, receipt in folder.aside(receipts).items()},
+        seconds=time.perf_counter() - began,
+    )
+    folder.finish({"concepts": outcome.concepts, "failures": outcome.failures})
+    return outcome
+
+
+def _folder(plan: Plan, run: Run) -> tuple[RunFolder, dict[str, Any]]:
+    """Return where the rows lie, and what that folder says of itself."""
+    finished = run.folder.finished() or {}
+    digests = {"run": run.info["fingerprint"], "receipts": str(finished.get("receipts"))}
+    fingerprint = plan.settings.fingerprint(digests)
+    info = {
+        "settings": plan.settings.model_dump(exclude={"address"}),
+        "result_settings": plan.settings.result_settings(),
+        "digests": digests,
+        "fingerprint": fingerprint,
+        "versions": {"mmray": VERSION},
+    }
+    return RunFolder(open_store(f"{run.uri}/properties/{fingerprint}")), info
+
+
+def _work(plan: Plan, folder: RunFolder, follow: Callable[[Progress], None]) -> None:
+    """Have every unit that is neither committed nor set aside measured."""
+    done = folder.receipts()
+    if not plan.settings.retry_failed:
+        done |= folder.aside(done)
+    units = [number for number in range(len(plan.units)) if number not in done]
+    concepts, failures = sum(r.samples for r in done.values()), sum(r.failures for r in done.values())
+    aside = sum(receipt.reason is not None for receipt in done.values())
+    follow(Progress(concepts, plan.concepts, failures, aside))
+    if not units:
+        return
+    folder.reopen(units)
+    with ray_session(plan.settings.address):
+        # Nothing is fetched ahead: what is committed is told at once, not when the next unit is done too.
+        for receipts in _actors(plan, folder, units).iter_batches(batch_size=None, prefetch_batches=0):
+            if problem := next(filter(None, receipts["problem"]), None):
+                raise InputError(problem)
+            concepts += int(sum(receipts["samples"]))
+            failures += int(sum(receipts["failures"]))
+            aside += sum(map(bool, receipts["reason"]))
+            follow(Progress(concepts, plan.concepts, failures, aside))
+
+
+def _actors(plan: Plan, folder: RunFolder, units: list[int]) -> Any:
+    workers = plan.settings.workers
+    asked = None if workers is None else (workers, workers)
+    pool = actor_pool(asked, plan.settings.gpus_per_worker, machines(), len(units))
+    return mapped(PropertiesWorker, (plan, folder.store.uri), units, pool, ahead=0)
+
+
+def _gathered(folder: RunFolder, receipts: dict[int, Receipt], name: str) -> pa.Table:
+    parts = [folder.read_part(receipt, name) for receipt in receipts.values()]
+    return pa.concat_tables([PROPERTY_SCHEMAS[name].empty_table(), *parts])

@@ -1,0 +1,157 @@
+"""What measuring properties consists of: the concepts, their neurons and images, and the units of work they make."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.compute as pc
+
+from mmray.cluster.census import open_inputs
+from mmray.datasets.shards import Manifest
+from mmray.errors import InputError
+from mmray.evaluation.properties.settings import DECODED, MOST, RANKINGS, PropertySettings
+from mmray.evaluation.properties.subject import Facts, Ranked
+from mmray.neurons.concepts import NounSource
+from mmray.results.run import Run
+from mmray.settings import CensusSettings, census_settings
+
+TOGETHER = 4
+"""Concepts of a unit of work that are measured."""
+MAPPED = 24
+"""Concepts of a unit of work that only have heat maps drawn."""
+MOST_MAPPED = 1500
+"""Concepts that have heat maps, the most frequent first."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that workers need besides model and data."""
+
+    settings: PropertySettings
+    census: CensusSettings
+    manifest: Manifest
+    nouns: NounSource
+    units: tuple[tuple[Facts, ...], ...]
+    shards: Mapping[str, int]
+    """The shard of each sample that is wanted."""
+    captions: Mapping[str, str]
+    """The caption of each, as the run scored it."""
+
+    @property
+    def concepts(self) -> int:
+        """Concepts of all units."""
+        return sum(map(len, self.units))
+
+
+def plan_properties(settings: PropertySettings, run: Run) -> Plan:
+    """Settle which concepts are measured on which images; raises InputError where there are none, or no data."""
+    census = census_settings(run.info["settings"] | {"captions": "dataset"})
+    rows = {row["sample_id"]: row for row in run.table("captions").to_pylist()}
+    images = _images(run, rows, settings.language)
+    measured = [name for name, found in images.items() if len(found) >= settings.min_occurrences]
+    measured = [] if settings.only == "maps" else measured[: settings.concepts]
+    mapped = [] if settings.only == "properties" else list(images)[:MOST_MAPPED]
+    if not measured and not mapped:
+        raise InputError(
+            f"{run.uri}: no concept with {settings.min_occurrences} images"
+            + (f" in language {settings.language!r}" if settings.language else "")
+            + "; lower --min-occurrences"
+        )
+    ranked = _ranked(run, {*measured, *mapped})
+    shared = _nearby({sample for name in measured for sample in images[name][: settings.images]}, images, rows)
+    first = _first(run)
+    facts = {}
+    for number, name in enumerate(dict.fromkeys([*measured, *mapped])):
+        if name not in ranked:
+            continue
+        own = images[name][: settings.images] if number < len(measured) else []
+        other = measured[(number + len(measured) // 2) % len(measured)] if own else name
+        facts[name] = Facts(
+            concept=name,
+            token=first[name]["token"],
+            language=rows[images[name][0]]["language"],
+            ranked=ranked[name],
+            paired=ranked[other]["score"].neurons[:DECODED],
+            own=tuple(own),
+            others=tuple(_others(name, shared, images, settings)) if own else (),
+            maps=tuple(_varied(images[name], rows)[: settings.maps]) if name in mapped else (),
+        )
+    wanted = {name for fact in facts.values() for name in (*fact.own, *fact.others, *fact.maps)}
+    _, _, nouns = open_inputs(census_settings(run.info["settings"]))
+    return Plan(
+        settings,
+        census,
+        Manifest.from_json(run.folder.manifest()),
+        nouns,
+        _units([facts[name] for name in measured if name in facts], TOGETHER)
+        + _units([fact for fact in facts.values() if not fact.own], MAPPED),
+        {name: rows[name]["shard_id"] for name in wanted},
+        {name: rows[name]["caption"] for name in wanted},
+    )
+
+
+def _images(run: Run, rows: Mapping[str, dict[str, Any]], language: str | None) -> dict[str, list[str]]:
+    """Return concept → its samples in the order of the data, the most frequent concept first."""
+    found: dict[str, dict[str, None]] = defaultdict(dict)
+    for row in run.table("occurrences").select(["concept", "sample_id"]).to_pylist():
+        if language is None or rows[row["sample_id"]]["language"] == language:
+            found[row["concept"]][row["sample_id"]] = None
+    order = {name: place for place, name in enumerate(rows)}
+    ordered = sorted(found.items(), key=lambda pair: (-len(pair[1]), pair[0]))
+    return {name: sorted(samples, key=order.__getitem__) for name, samples in ordered}
+
+
+def _nearby(chosen: set[str], images: Mapping[str, list[str]], rows: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Return every sample with a concept in the shards that hold the chosen ones: they are read anyway."""
+    shards = {rows[name]["shard_id"] for name in chosen}
+    named = {sample for samples in images.values() for sample in samples}
+    return sorted(name for name in named if rows[name]["shard_id"] in shards)
+
+
+def _ranked(run: Run, names: set[str]) -> dict[str, dict[str, Ranked]]:
+    rankings = run.table("rankings")
+    near = pc.or_(pc.less_equal(rankings["rank"], MOST), pc.less_equal(rankings["specific_rank"], MOST))
+    columns = ["concept", "rank", "specific_rank", "layer", "unit", "activation"]
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rankings.filter(near).select(columns).to_pylist():
+        if row["concept"] in names:
+            found[row["concept"]].append(row)
+    ranks = dict(zip(RANKINGS, ("rank", "specific_rank"), strict=True))
+    return {name: {by: _order(rows, rank) for by, rank in ranks.items()} for name, rows in found.items()}
+
+
+def _order(rows: Sequence[dict[str, Any]], rank: str) -> Ranked:
+    chosen = sorted((row for row in rows if row[rank] <= MOST), key=lambda row: row[rank])
+    neurons = tuple((row["layer"], row["unit"]) for row in chosen)
+    return Ranked(neurons, tuple(1.0 if row["activation"] >= 0 else -1.0 for row in chosen))
+
+
+def _first(run: Run) -> dict[str, dict[str, Any]]:
+    rows = run.table("occurrences").select(["concept", "token"]).to_pylist()
+    return {row["concept"]: row for row in reversed(rows)}
+
+
+def _others(name: str, shared: Sequence[str], images: Mapping[str, list[str]], settings: PropertySettings) -> list[str]:
+    """Return images without the concept, of those that are read anyway."""
+    own = set(images[name])
+    free = [sample for sample in shared if sample not in own]
+    return random.Random(f"{settings.seed} {name}").sample(free, min(settings.images // 2, len(free)))
+
+
+def _varied(samples: Sequence[str], rows: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Return samples in an order in which the domains take turns."""
+    seen: dict[str | None, int] = defaultdict(int)
+    turns = []
+    for place, name in enumerate(samples):
+        domain = rows[name]["domain"]
+        turns.append((seen[domain], place, name))
+        seen[domain] += 1
+    return [name for *_, name in sorted(turns)]
+
+
+def _units(facts: Sequence[Facts], size: int) -> tuple[tuple[Facts, ...], ...]:
+    return tuple(tuple(facts[start : start + size]) for start in range(0, len(facts), size))

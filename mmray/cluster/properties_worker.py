@@ -1,0 +1,80 @@
+"""The actor that measures properties: one model replica that takes concepts and commits their rows; a thin shell."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Collection
+from dataclasses import replace
+
+from mmray.cluster.properties_plan import Plan
+from mmray.cluster.units import UnitWorker
+from mmray.cluster.worker import open_data
+from mmray.datasets.samples import Sample
+from mmray.datasets.shards import read_shard
+from mmray.errors import InputError
+from mmray.evaluation.properties.observations import Observations
+from mmray.evaluation.properties.probe import Probe
+from mmray.evaluation.properties.subject import Study
+from mmray.neurons.model import load_model
+from mmray.results.run import open_run
+from mmray.runs import Receipt, RunFolder
+from mmray.storage import open_store, patiently
+
+SHARDS_KEPT = 64
+"""Shards whose wanted samples are kept, encoded as they are, for the next concepts."""
+
+
+class PropertiesWorker(UnitWorker):
+    """Loads the model once, then answers each unit of work with the receipt of what it committed."""
+
+    def __init__(self, plan: Plan, folder: str, threads: int, home: str) -> None:
+        super().__init__(threads, home)
+        self.plan = plan
+        self.kept: OrderedDict[int, dict[str, Sample]] = OrderedDict()
+        try:
+            census = plan.census
+            model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
+            run = open_run(plan.settings.run)
+            if list(model.widths) != run.info["model"]["widths"]:
+                raise InputError(f"{census.model}: not the model of {run.uri}, whose layers have other widths")
+            neurons = run.table("neurons").sort_by([("layer", "ascending"), ("unit", "ascending")])
+            self.folder = RunFolder(open_store(folder))
+            self.source = patiently(lambda: open_data(census))
+            self.probe = Probe(Study(model, census, plan.nouns, neurons["tokens"].to_pylist()), plan.settings)
+        except InputError as error:
+            self.problem = str(error)
+
+    def unit(self, unit: int) -> Receipt:
+        """Measure and commit one unit of work."""
+        return self.attempted(unit, len(self.plan.units[unit]), lambda: self.commit(unit))
+
+    def commit(self, number: int) -> Receipt:
+        """Measure the concepts of a unit, and commit their rows."""
+        began = time.perf_counter()
+        found, unit = Observations(), self.plan.units[number]
+        for facts in unit:
+            samples = self.samples({*facts.own, *facts.others, *facts.maps})
+            self.probe.concept(facts, samples, found)
+        return self.folder.commit_shard(number, found.tables(), len(unit), time.perf_counter() - began)
+
+    def samples(self, names: Collection[str]) -> dict[str, Sample]:
+        """Return these samples, with the captions that the run scored."""
+        found: dict[str, Sample] = {}
+        for shard in sorted({self.plan.shards[name] for name in names}):
+            found |= {name: sample for name, sample in self._shard(shard).items() if name in names}
+        return found
+
+    def _shard(self, number: int) -> dict[str, Sample]:
+        if number not in self.kept:
+            rows = read_shard(self.source, self.plan.manifest.shards[number])
+            captions = self.plan.captions
+            self.kept[number] = {
+                row.sample_id: replace(row, caption=captions[row.sample_id])
+                for row in rows
+                if isinstance(row, Sample) and row.sample_id in captions
+            }
+            while len(self.kept) > SHARDS_KEPT:
+                self.kept.popitem(last=False)
+        self.kept.move_to_end(number)
+        return self.kept[number]

@@ -1,0 +1,145 @@
+"""Sensitivity, invariance and specificity of a concept's neurons, from what plain forwards show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from mmray.datasets.images import decode_image
+from mmray.errors import InputError
+from mmray.evaluation.properties.observations import Key, Observations
+from mmray.evaluation.properties.settings import DECODED, INVARIANCE_SIZES, RANKINGS
+from mmray.evaluation.properties.subject import Neurons, Subject
+from mmray.evaluation.quality import Encoder
+from mmray.models.blocks import permuted_image
+from mmray.neurons import controls
+from mmray.neurons.properties import (
+    above,
+    common_share,
+    exact_hit,
+    highest,
+    jaccard,
+    lemma_hit,
+    overlap,
+    pairwise_jaccard,
+    set_mean,
+)
+from mmray.neurons.scoring import score_batch
+
+CLIP_WEIGHT = 2.5
+CLIP_TOKENS = 1
+"""Tokens of each neuron in the text that CLIP reads: it takes 77 in all."""
+
+
+def sensitivity(subject: Subject, found: Observations) -> None:
+    """Observe whether decoded tokens are the noun: the run's ranking's, each image's own highest, random neurons'."""
+    facts, study = subject.facts, subject.study
+    ranked = facts.ranked["score"].neurons[:DECODED]
+    sets: dict[str, Neurons] = {name: facts.ranked[name].neurons[:DECODED] for name in RANKINGS}
+    sets["layer-matched"] = controls.layer_matched(subject.model.widths, ranked, facts.concept)
+    sets["uniform"] = controls.uniform(subject.model.widths, ranked, facts.concept)
+    for method, neurons in sets.items():
+        # A concept has one ranking, whatever its images: here concepts are what is drawn.
+        _hits(subject, found, method, facts.concept, study.numbers(neurons))
+    own = subject.contributions[subject.own]
+    for sample_id, chosen in zip(subject.own_samples, highest(own, DECODED), strict=True):
+        _hits(subject, found, "image", sample_id, sorted(chosen))
+
+
+def _hits(subject: Subject, found: Observations, method: str, unit: str, numbers: list[int]) -> None:
+    facts, tokens = subject.facts, subject.study.decoded(numbers)
+    hits = {
+        "exact_hit_rate": exact_hit(tokens, facts.token),
+        "lemma_hit_rate": lemma_hit(tokens, facts.concept, facts.token, facts.language),
+    }
+    for measure, hit in hits.items():
+        found.add(Key("sensitivity", measure, method, DECODED), facts.concept, unit, hit)
+
+
+def text_similarity(subject: Subject, found: Observations, encoder: Encoder) -> None:
+    """Observe BERTScore of the decoded tokens to the noun, beside that of another concept's neurons."""
+    facts = subject.facts
+    for method, neurons in (("score", facts.ranked["score"].neurons[:DECODED]), ("random pairing", facts.paired)):
+        text = ", ".join(subject.study.decoded(subject.study.numbers(neurons)))
+        similar = encoder.match(text, facts.concept)
+        found.add(Key("sensitivity", "bertscore", method, DECODED), facts.concept, facts.concept, similar)
+
+
+class Clip:
+    """A CLIP checkpoint of a local folder; nothing is fetched."""
+
+    def __init__(self, folder: str, device: torch.device) -> None:
+        from transformers import CLIPModel, CLIPProcessor
+
+        if not (Path(folder).expanduser() / "config.json").is_file():
+            raise InputError(f"--clip {folder}: no config.json there; give the folder of a CLIP checkpoint")
+        try:
+            self.processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+            self.network: Any = CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(device)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"--clip {folder}: not a CLIP that transformers can load ({reason})") from error
+
+    @torch.inference_mode()
+    def scores(self, images: list[Image], text: str) -> list[float]:
+        """Return the CLIPScore of each image with the text (Hessel et al. 2021)."""
+        inputs = self.processor(text=[text], images=images, return_tensors="pt", padding=True, truncation=True)
+        cosines = self.network(**inputs.to(self.network.device)).logits_per_image[:, 0] / self.network.logit_scale.exp()
+        return [float(CLIP_WEIGHT * max(cosine, 0.0)) for cosine in cosines.tolist()]
+
+
+def image_similarity(subject: Subject, found: Observations, clip: Clip) -> None:
+    """Observe CLIPScore of the decoded tokens with the concept's images, beside that of another concept's neurons."""
+    facts, own = subject.facts, set(subject.own_samples)
+    shown = [item.sample for item in subject.items if item.sample.sample_id in own]
+    images = [decode_image(sample.image) for sample in shown if sample.image]
+    for method, neurons in (("score", facts.ranked["score"].neurons[:DECODED]), ("random pairing", facts.paired)):
+        numbers = subject.study.numbers(neurons)
+        text = ", ".join(token for number in numbers for token in subject.study.tokens[number][:CLIP_TOKENS])
+        key = Key("sensitivity", "clipscore", method, DECODED)
+        found.extend(key, facts.concept, [sample.sample_id for sample in shown], clip.scores(images, text))
+
+
+def invariance(subject: Subject, found: Observations) -> None:
+    """Observe whether the same neurons are highest with the patches permuted, and in other images."""
+    concept, samples, own = subject.facts.concept, subject.own_samples, subject.own
+    with permuted_image(subject.model, subject.batch):
+        moved = torch.cat([part.cpu() for part in score_batch(subject.model, subject.batch, subject.places).scores], 1)
+    for size in INVARIANCE_SIZES:
+        plain, permuted = highest(subject.contributions[own], size), highest(moved[own], size)
+        elsewhere, elsewhere_moved = highest(subject.contributions[~own], size), highest(moved[~own], size)
+        rows = {
+            Key("region_invariance", "overlap", "contribution", size): [
+                overlap(one, other) for one, other in zip(plain, permuted, strict=True)
+            ],
+            Key("region_invariance", "overlap", "other images", size): [
+                sum(overlap(one, other) for other in elsewhere_moved) / len(elsewhere_moved) for one in plain
+            ],
+            Key("image_invariance", "jaccard", "contribution", size): pairwise_jaccard(plain),
+            Key("image_invariance", "jaccard", "other nouns", size): [
+                sum(jaccard(one, other) for other in elsewhere) / len(elsewhere) for one in plain
+            ],
+        }
+        for key, values in rows.items():
+            found.extend(key, concept, samples, values)
+        key = Key("image_invariance", "common_share", "contribution", size)
+        found.add(key, concept, concept, common_share(plain))
+
+
+def specificity(subject: Subject, found: Observations) -> None:
+    """Observe what the concept's neurons give to its noun and to others, and whether that tells them apart."""
+    facts, study, own = subject.facts, subject.study, subject.own
+    sets: dict[str, Neurons] = {name: facts.ranked[name].neurons[:DECODED] for name in RANKINGS}
+    sets["layer-matched"] = controls.layer_matched(subject.model.widths, sets["score"], facts.concept)
+    for method, neurons in sets.items():
+        means = set_mean(subject.contributions, torch.tensor(study.numbers(neurons)))
+        rows = (
+            ("auroc", subject.own_samples, above(means[own], means[~own])),
+            ("own_score", subject.own_samples, means[own]),
+            ("other_score", subject.other_samples, means[~own]),
+        )
+        for measure, samples, values in rows:
+            found.extend(Key("specificity", measure, method, DECODED), facts.concept, samples, values.tolist())

@@ -1,0 +1,86 @@
+"""What is observed of one image: values that are averaged over images, and the table of their means with intervals."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy import ndarray
+
+from mmray.derived import DERIVED, PROPERTY_SCHEMAS
+from mmray.evaluation.bootstrap import Measured, measure
+from mmray.evaluation.properties.protocols import protocol_of, value_of
+
+
+class Key(NamedTuple):
+    """What is observed: a property's measure, of neurons that a method or a control chose, how many, how strongly."""
+
+    property: str
+    measure: str
+    method: str
+    neurons: int | None = None
+    strength: float | None = None
+
+
+@dataclass
+class Observations:
+    """The tables of one unit of work."""
+
+    observations: list[dict[str, object]] = field(default_factory=list)
+    heatmaps: list[dict[str, object]] = field(default_factory=list)
+    errors: list[dict[str, object]] = field(default_factory=list)
+
+    def add(self, key: Key, concept: str, sample_id: str, value: float, of: float = 1.0) -> None:
+        """Add an image's part: a value, of how many; parts of the same image add up."""
+        row = key._asdict() | {"concept": concept, "sample_id": sample_id, "value": float(value), "of": float(of)}
+        self.observations.append(row)
+
+    def extend(self, key: Key, concept: str, samples: Sequence[str], values: Iterable[float]) -> None:
+        """Add a value of each of these images."""
+        for sample_id, value in zip(samples, values, strict=True):
+            self.add(key, concept, sample_id, value)
+
+    def tables(self) -> dict[str, pa.Table]:
+        """Return what was collected."""
+        return {
+            name: pa.Table.from_pylist(getattr(self, name), schema=schema) for name, schema in PROPERTY_SCHEMAS.items()
+        }
+
+
+def summarise(observations: pa.Table, draws: int, seed: int) -> pa.Table:
+    """Return the table `properties`: each measure over all concepts, then by concept, with bootstrap intervals.
+
+    However the rows were cut and put together, the result is the same.
+    """
+    grouped: dict[tuple[Key, str | None], dict[str, list[tuple[float, float]]]] = defaultdict(dict)
+    for row in observations.to_pylist():
+        key = Key(*(row[name] for name in Key._fields))
+        for concept in (None, row["concept"]):
+            grouped[key, concept].setdefault(row["sample_id"], []).append((row["value"], row["of"]))
+    ordered = sorted(grouped.items(), key=lambda pair: _order(*pair[0]))
+    rows = [_row(key, concept, samples, draws, seed) for (key, concept), samples in ordered]
+    return pa.Table.from_pylist([row for row in rows if row["value"] is not None], schema=DERIVED["properties"])
+
+
+def _order(key: Key, concept: str | None) -> tuple[object, ...]:
+    return concept or "", key.property, key.measure, key.method, key.neurons or 0, key.strength or 0.0
+
+
+def _row(
+    key: Key, concept: str | None, samples: dict[str, list[tuple[float, float]]], draws: int, seed: int
+) -> dict[str, object]:
+    # Sorted, for the order in which numbers are added changes their sum's last bits.
+    sums: ndarray = np.array([np.sum(sorted(samples[name]), axis=0) for name in sorted(samples)])
+    found: Measured = measure(sums, sums, value_of(key.measure), draws, seed)
+    return key._asdict() | {
+        "concept": concept,
+        "value": found.after,
+        "low": found.low,
+        "high": found.high,
+        "n": found.n,
+        "protocol": protocol_of(key),
+    }

@@ -1,0 +1,153 @@
+"""A concept under study: its neurons as the run ranks them, its images and others' in one batch, and their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mmray.datasets.samples import Sample
+from mmray.models.blocks import Passage
+from mmray.models.prompting import Batch
+from mmray.neurons.captured import Captured, capturing
+from mmray.neurons.concepts import NounSource
+from mmray.neurons.model import Model
+from mmray.neurons.places import Place, places_of
+from mmray.neurons.scoring import forward, score_captured
+from mmray.neurons.shard import Captioned, ShardAnalysis
+from mmray.settings import CensusSettings
+
+Neurons = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A concept's neurons in one order of the run, highest first, with the sign of each one's mean activation."""
+
+    neurons: tuple[tuple[int, int], ...]
+    signs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the run knows of a concept; `paired` are the ten highest neurons of another one."""
+
+    concept: str
+    token: str
+    language: str | None
+    ranked: Mapping[str, Ranked]
+    paired: Neurons
+    own: tuple[str, ...]
+    others: tuple[str, ...]
+    maps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all concepts of a run share."""
+
+    model: Model
+    settings: CensusSettings
+    nouns: NounSource
+    tokens: Sequence[Sequence[str]]
+    """The ten tokens that each neuron promotes, over all layers in order."""
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Number of the first neuron of each layer."""
+        return [sum(self.model.widths[:layer]) for layer in range(len(self.model.widths))]
+
+    def numbers(self, neurons: Neurons) -> list[int]:
+        """Return neurons as numbers over all layers."""
+        return [self.starts[layer] + unit for layer, unit in neurons]
+
+    def names(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """Return numbers over all layers as (layer, unit)."""
+        found = []
+        for number in numbers:
+            layer = max(layer for layer, start in enumerate(self.starts) if start <= number)
+            found.append((layer, number - self.starts[layer]))
+        return found
+
+    def decoded(self, numbers: Sequence[int]) -> list[str]:
+        """Return all the tokens that these neurons promote."""
+        return [token for number in numbers for token in self.tokens[number]]
+
+    def encoded(self, samples: Sequence[Sample]) -> tuple[list[Captioned], Batch] | None:
+        """Return the samples in one batch, as a census encodes them; None where none of them can be used."""
+        settings = self.settings.model_copy(update={"batch_size": max(1, len(samples))})
+        pictured = [sample for sample in samples if sample.image is not None]
+        found = list(ShardAnalysis(self.model, settings, self.nouns, 0).encoded(pictured))
+        # Where the processor refuses some samples, the largest part stands for all.
+        return max(found, key=lambda pair: len(pair[0])) if found else None
+
+
+class Subject:
+    """One concept with its batch."""
+
+    def __init__(self, study: Study, facts: Facts, items: list[Captioned], batch: Batch) -> None:
+        self.study, self.facts, self.items, self.batch = study, facts, items, batch
+        self.model = study.model
+        found = places_of(batch, [(item.sample.sample_id, item.mentions) for item in items])
+        own_samples = set(facts.own)
+        # A concept's first place in a caption stands for the image; other nouns are those of images without it.
+        first = {place.sample_id: place for place in reversed(found) if place.concept == facts.concept}
+        self.places: list[Place] = [
+            place
+            for place in found
+            if first.get(place.sample_id) is place
+            or (place.sample_id not in own_samples and place.sample_id not in first and place.concept != facts.concept)
+        ]
+
+    @cached_property
+    def own(self) -> Bool[Tensor, " place"]:
+        """Which places are the concept's."""
+        return torch.tensor([place.concept == self.facts.concept for place in self.places], dtype=torch.bool)
+
+    @property
+    def usable(self) -> bool:
+        """Tell whether there are two images of the concept, and one of others."""
+        return int(self.own.sum()) > 1 and not bool(self.own.all())
+
+    @cached_property
+    def own_samples(self) -> list[str]:
+        """The images of the concept's places."""
+        return [place.sample_id for place in self.places if place.concept == self.facts.concept]
+
+    @cached_property
+    def other_samples(self) -> list[str]:
+        """The image of each place of another noun."""
+        return [place.sample_id for place in self.places if place.concept != self.facts.concept]
+
+    @cached_property
+    def plain(self) -> tuple[Captured, Passage]:
+        """What a plain forward shows at the places, and the way that it took through the blocks."""
+        passage = Passage(self.model)
+        with torch.inference_mode(), passage.recording(), capturing(self.model, self.batch, self.places) as captured:
+            forward(self.model, self.batch)
+        return captured, passage
+
+    def scores(self, score: str = "contribution", *, folded: bool = False) -> Float[Tensor, "place neuron"]:
+        """Return every neuron's score at the places, over all layers in order."""
+        found = score_captured(self.model, self.plain[0], score, folded=folded)
+        return torch.cat([part.cpu() for part in found.scores], dim=1)
+
+    @cached_property
+    def contributions(self) -> Float[Tensor, "place neuron"]:
+        """Every neuron's contribution at the places."""
+        return self.scores()
+
+    @cached_property
+    def activations(self) -> list[Float[Tensor, " neuron"]]:
+        """Mean magnitude of every neuron at the concept's places, by layer."""
+        found = self.plain[0].activations
+        return [found[layer].cpu()[self.own].abs().mean(dim=0) for layer in range(len(self.model.widths))]
+
+
+def with_captions(samples: Sequence[Sample], captions: Mapping[str, str]) -> list[Sample]:
+    """Return the samples with the captions that the run scored."""
+    return [replace(sample, caption=captions[sample.sample_id]) for sample in samples]

@@ -1,0 +1,111 @@
+"""A run's report with the pictures of its samples, which are read from the data: neither a GPU nor torch is needed."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+from mmray.datasets.columns import Columns
+from mmray.datasets.images import decode_image
+from mmray.datasets.samples import Failure, Sample
+from mmray.datasets.shards import Manifest, Shard, cut, read_shard
+from mmray.datasets.sources import open_source
+from mmray.errors import InputError, ShardError
+from mmray.results.report.content import WHOLE, gather
+from mmray.results.report.pages import write_pages, write_whole
+from mmray.results.run import Run
+from mmray.storage import open_object, open_store
+
+SIDE = 224
+"""Pixels of a picture's longer side, at most."""
+QUALITY = 72
+
+logger = logging.getLogger(__name__)
+
+
+def write_report(
+    run: Run, out: str | Path | None = None, edits: Sequence[str] = (), pages: str | Path | None = None
+) -> str:
+    """Write the report of a run, and return where it is.
+
+    `out` is a file (default: RUN/report.html); with `pages` it is a folder of many small files instead, for runs with
+    thousands of concepts. Both may be s3://. `edits` are folders of edits to show besides those in RUN/edits. Where the
+    data can't be read any more, the report has no pictures. Raises InputError for a run without tables yet.
+    """
+    content = gather(run, edits, None if pages else WHOLE)
+    pictures = run_pictures(run, content.samples())
+    for edit in content.edits:
+        wanted = {row["id"] for row in edit.captions} - set(pictures)
+        pictures |= data_pictures(run, edit.data, wanted)
+    if pages:
+        write_pages(content, pictures, open_store(pages))
+        return f"{str(pages).rstrip('/')}/index.html"
+    place = str(out or f"{run.uri}/report.html")
+    store, key = open_object(place)
+    store.put(key, write_whole(content, pictures))
+    return place
+
+
+def run_pictures(run: Run, wanted: Collection[str]) -> dict[str, bytes]:
+    """Return small pictures of samples of the run's data; only the shards that hold them are read."""
+    by_shard: dict[int, set[str]] = defaultdict(set)
+    names = set(wanted)
+    for row in run.table("captions").select(["sample_id", "shard_id"]).to_pylist():
+        if row["sample_id"] in names:
+            by_shard[row["shard_id"]].add(row["sample_id"])
+    shards = {shard.shard_id: shard for shard in Manifest.from_json(run.folder.manifest()).shards}
+    return _pictures(run, run.info["settings"]["data"], [shards[number] for number in sorted(by_shard)], names)
+
+
+def data_pictures(run: Run, data: str | None, wanted: Collection[str]) -> dict[str, bytes]:
+    """Return small pictures of samples of other data, with the run's columns; all of it is gone through."""
+    if not wanted or data is None:
+        return {}
+    return _pictures(run, data, None, set(wanted))
+
+
+def _pictures(run: Run, data: str, shards: Sequence[Shard] | None, wanted: set[str]) -> dict[str, bytes]:
+    columns = Columns(**run.info["data"]["columns"])
+    found: dict[str, bytes] = {}
+    home = run.info["home"]
+    try:
+        # Relative paths of the data are those of where the census was begun.
+        with chdir(home if Path(home).is_dir() else "."):
+            for row in _rows(data, columns, shards):
+                if isinstance(row, Sample) and row.sample_id in wanted and row.sample_id not in found:
+                    found |= _picture_of(row)
+                    if len(found) == len(wanted):
+                        break
+    except (InputError, ShardError) as error:
+        logger.warning("no pictures of %s: %s", data, error)
+    return found
+
+
+def _picture_of(sample: Sample) -> dict[str, bytes]:
+    try:
+        return {sample.sample_id: picture(sample.image)} if sample.image else {}
+    except ValueError:
+        return {}  # the census has it in its table of errors
+
+
+def _rows(data: str, columns: Columns, shards: Sequence[Shard] | None) -> Iterator[Sample | Failure]:
+    source = open_source(data, columns, captions=False)
+    if shards is None:
+        files = source.files()
+        shards = cut(files, max(1, sum(file.rows for file in files))).shards
+    for shard in shards:
+        yield from read_shard(source, shard)
+
+
+def picture(encoded: bytes) -> bytes:
+    """Return an image as a small WebP; raises ValueError for anything that is no image."""
+    image: Any = decode_image(encoded)
+    image.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=QUALITY, method=4)
+    return buffer.getvalue()

@@ -1,0 +1,63 @@
+"""What properties look like in the terminal: each measure beside its controls."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+from rich.table import Table
+from rich.text import Text
+
+from mmray.results.evaluation import number
+from mmray.results.run import Run
+
+LOCATED = ("score", "specific", "image", "contribution", "published")
+"""Methods that chose neurons for the concept; all others are controls."""
+
+
+def properties(rows: pa.Table) -> Table:
+    """Return the measures over all concepts as a table, the located neurons' in bold."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.padding = (0, 1, 0, 0)
+    for name in ("property", "measure", "neurons", "n", "strength", "value", "95 % interval", "images"):
+        table.add_column(name, justify="left" if name in ("property", "measure", "neurons") else "right", no_wrap=True)
+    before = ""
+    for row in rows.to_pylist():
+        title = row["property"].replace("_", " ") if row["property"] != before else ""
+        before = row["property"]
+        style = "bold" if row["method"] in LOCATED else ""
+        interval = "" if row["low"] is None else f"{number(row['low'])} – {number(row['high'])}"
+        table.add_row(
+            Text(title, "bold"),
+            row["measure"].replace("_", " "),
+            Text(row["method"], style),
+            str(row["neurons"] or ""),
+            "" if row["strength"] is None else f"{row['strength']:g}",
+            Text(number(row["value"]), style),
+            interval,
+            f"{row['n']:,}",
+        )
+    return table
+
+
+def findings(run: Run) -> list[str]:
+    """Return what was measured in a few lines: words that neurons write, what zeroing them does, where they look."""
+    found = {(row["measure"], row["method"], row["neurons"]): row for row in run.properties().to_pylist()}
+    lines = []
+    if hit := found.get(("lemma_hit_rate", "score", 10)):
+        floor = found["lemma_hit_rate", "uniform", 10]["value"]
+        lines.append(
+            f"of {hit['n']} concepts {hit['value']:.1%} are written by one of their ten highest neurons, "
+            f"{floor:.1%} by one of ten random ones"
+        )
+    if own := found.get(("zeroed_own", "score", 100)):
+        other, matched = found["zeroed_other", "score", 100], found["zeroed_own", "layer-matched", 100]
+        lines.append(
+            f"their 100 highest zeroed lower P(noun) by {own['value']:.3f} and that of other nouns by "
+            f"{other['value']:.3f}; random ones of the same layers lower it by {matched['value']:.3f}"
+        )
+    if chance := found.get(("pointing_game", "chance", 10)):
+        point, by = max((found["pointing_game", name, 10]["value"], name) for name in ("score", "specific"))
+        lines.append(
+            f"in {chance['n']:,} images of several objects the map of the ten highest by {by} peaks on the right one "
+            f"in {point:.0%}; chance {chance['value']:.0%}"
+        )
+    return lines

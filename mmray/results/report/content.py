@@ -1,0 +1,168 @@
+"""All that a report says, gathered from a run's tables: plain lists and numbers, ready for JSON."""
+
+from __future__ import annotations
+
+import base64
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmray.results.report.concepts import concept_page, kin_of, number, read_concepts
+from mmray.results.report.definitions import definitions
+from mmray.results.report.edits import Edit, read_edits
+from mmray.results.report.neurons import layer_profile, neuron_pages
+from mmray.results.run import Run
+
+WHOLE = 1500
+"""Concepts with a page of their own in a report of one file, the most frequent; `--pages` has all."""
+FAILURES = 200
+OF_CONCEPTS = (("causal", "zeroed_own"), ("causal", "zeroed_other"))
+"""Properties that a concept's own page shows; those of all concepts are on a page of their own."""
+TOKENS = 6
+"""Tokens of a neuron that lists show."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a report says: the index that all pages need, and a part for each concept and neuron."""
+
+    index: dict[str, Any]
+    concepts: dict[str, dict[str, Any]]
+    neurons: dict[str, dict[str, Any]]
+    edits: list[Edit]
+    captions: dict[str, str]
+
+    @property
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """Concepts and neurons by the keys that the pages' scripts ask for."""
+        named = {f"c:{name}": page for name, page in self.concepts.items()}
+        return named | {f"n:{name}": page for name, page in self.neurons.items()}
+
+    def samples(self) -> list[str]:
+        """Return the samples of the run whose images the pages show."""
+        return list(dict.fromkeys(name for part in self.parts.values() for name in samples_of(part)))
+
+
+def samples_of(part: dict[str, Any]) -> list[str]:
+    """Return the samples that a concept's or neuron's page shows."""
+    return [row["id"] for row in part.get("samples", part.get("examples", ()))]
+
+
+def gather(run: Run, edits: Sequence[str] = (), limit: int | None = WHOLE) -> Content:
+    """Return what a report on the run says, with the edits in these folders; `limit` concepts at most (None: all)."""
+    maps = _maps(run)
+    by_concept, summary = _properties(run)
+    captions = {row["sample_id"]: row for row in run.table("captions").to_pylist()}
+    concepts = read_concepts(run, captions, {name: list(found) for name, found in maps.items()}, limit)
+    kin = kin_of(concepts)
+    pages = {
+        name: concept_page(concept, kin[name], maps.get(name, {}), by_concept.get(name, []))
+        for name, concept in concepts.items()
+    }
+    neurons = neuron_pages(run, concepts)
+    found = read_edits(run, edits)
+    known = [page for page in neurons.values() if page["concepts"]]
+    known.sort(key=lambda page: (-len(page["concepts"]), page["neuron"]))
+    index = {
+        "run": _facts(run),
+        "definitions": definitions(run),
+        "concepts": [concept.index_row() for concept in concepts.values()],
+        "all_concepts": len(run.concepts),
+        "neurons": [
+            {key: page[key] for key in ("neuron", "layer", "n_concepts", "open", "max")}
+            | {"tokens": page["tokens"][:TOKENS], "suppressed": page["suppressed"][:TOKENS]}
+            for page in known
+        ],
+        "layers": layer_profile(run, concepts),
+        "properties": summary,
+        "edits": [edit.page() for edit in found],
+        "failures": _failures(run),
+    }
+    return Content(index, pages, neurons, found, {name: row["caption"] for name, row in captions.items()})
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    status, info = run.status(), run.info
+    settings, model = info["settings"], info["model"]
+    labels = {
+        kind: {str(row["values"]): row["counts"] for row in run.table("captions")[kind].value_counts().to_pylist()}
+        for kind in ("language", "domain")
+    }
+    return {
+        "uri": run.uri,
+        "name": run.uri.rstrip("/").rpartition("/")[2],
+        "model": settings["model"],
+        "data": settings["data"],
+        "family": model["type"],
+        "parameters": model["parameters"],
+        "layers": model["layers"],
+        "neurons": sum(model["widths"]),
+        "samples": status.samples_done,
+        "failures": status.failures,
+        "concepts": len(run.concepts),
+        "occurrences": sum(run.concepts.values()),
+        "score": settings["score"],
+        "fold_norm": settings["fold_norm"],
+        "captions": settings["captions"],
+        "nouns": info["nouns"],
+        "top_k": settings["top_k"],
+        "prompt": settings["prompt"],
+        "worker_seconds": number(status.seconds),
+        "fingerprint": info["fingerprint"],
+        "digests": info["digests"],
+        "versions": info["versions"],
+        "labels": {kind: counts for kind, counts in labels.items() if set(counts) != {"None"}},
+    }
+
+
+def _failures(run: Run) -> dict[str, Any]:
+    rows = run.table("errors").to_pylist()
+    aside = run.status().shards_aside
+    return {
+        "count": len(rows),
+        "rows": [{key: row[key] for key in ("stage", "sample_id", "source", "message")} for row in rows[:FAILURES]],
+        "aside": [{"shard": shard, "reason": reason} for shard, reason in aside.items()],
+    }
+
+
+def _properties(run: Run) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Return the rows of `properties` by concept, and those over all concepts."""
+    by_concept: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    summary = []
+    table = run.optional("properties")
+    for row in table.to_pylist() if table is not None else ():
+        concept = row.pop("concept")
+        kept = {name: number(value) if isinstance(value, float) else value for name, value in row.items()}
+        if concept is None:
+            summary.append(kept)
+        elif (row["property"], row["measure"]) in OF_CONCEPTS:
+            # Protocols are told once, beside the figures over all concepts.
+            by_concept[concept].append(
+                {name: value for name, value in kept.items() if name not in ("property", "protocol")}
+            )
+    return by_concept, summary
+
+
+def _maps(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return concept → sample → ranking → its heat map, each value one byte between the map's minimum and maximum."""
+    found: dict[str, dict[str, dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
+    table = run.optional("heatmaps")
+    for row in table.to_pylist() if table is not None else ():
+        values = np.array(row["values"], dtype=np.float64)
+        low, high = float(values.min()), float(values.max())
+        levels = np.rint(255 * (values - low) / ((high - low) or 1.0)).astype(np.uint8)
+        found[row["concept"]][row["sample_id"]][row["method"]] = {
+            "rows": row["rows"],
+            "columns": row["columns"],
+            "low": number(low),
+            "high": number(high),
+            "values": base64.b64encode(levels.tobytes()).decode(),
+            "covers": row["covers"] if row["covers"] != [0.0, 0.0, 1.0, 1.0] else None,
+            "box": row["box"] and [number(value) for value in row["box"]],
+            "hit": row["hit"],
+            "iou": number(row["iou"]),
+        }
+    return found

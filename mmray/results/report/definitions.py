@@ -1,0 +1,42 @@
+"""What each number of a report is, in words."""
+
+from __future__ import annotations
+
+from mmray.results.run import Run
+
+SCORES = {
+    "contribution": "activation × ⟨row of W_out, unembedding column of the token⟩: the neuron's exact additive share "
+    "of the token's logit (Pan et al. 2024)",
+    "gate": "gate × ⟨row of W_out, unembedding column of the token⟩, as the authors' released code has it",
+    "activation": "the activation alone, blind to the token",
+    "gradient": "gradient of the token's logit × activation, summed over the image's positions "
+    "(Schwettmann et al. 2023)",
+    "gradient-last": "gradient of the token's logit × activation at the predicting position",
+    "effect": "first-order estimate of what ablating the neuron takes from the token's log-odds, its direct part exact",
+    "random": "drawn at random: a control",
+}
+
+
+def definitions(run: Run) -> list[dict[str, str]]:
+    """Return name and meaning of the report's numbers, with this run's settings."""
+    settings = run.info["settings"]
+    unit = "logits after the final norm" if settings["fold_norm"] else "logits before the final norm"
+    said = "the data's captions" if settings["captions"] == "dataset" else "the model's own captions"
+    words = {
+        "concept": f"a noun of {said}, in lower case, as the caption's language writes it",
+        "occurrence": "a place in a caption where a concept's first token is predicted; the model has seen the image, "
+        "the prompt and the caption up to there",
+        "neuron": "an input of an MLP output projection in the language decoder; L7.u89 is unit 89 of layer 7, layers "
+        "counted from 0",
+        "score": f"mean over the concept's occurrences, in {unit}, of the {settings['score']}: "
+        f"{SCORES[settings['score']]}. The interval holds the mean at 95 %, from the scatter over occurrences",
+        "specific": "score minus max(0, the neuron's mean score for the noun at all other nouns' occurrences): what it "
+        "gives this noun and no other",
+        "share": f"part of the occurrences at which the neuron is among the {settings['top_k']} highest of all",
+        "P(noun)": "mean probability of the concept's first token at its occurrences",
+        "read": "the concept's own token is among the ten that one of its ten highest neurons promotes most",
+        "promotes, suppresses": "the ten tokens whose logits the neuron's row of W_out raises, or lowers, most",
+        "writes": "what the neuron promotes, or behind a minus what it suppresses: its activation is negative there",
+        "open": "part of the tokens at which the neuron's gate is open (in a plain MLP: its activation positive)",
+    }
+    return [{"name": name, "text": text} for name, text in words.items()]

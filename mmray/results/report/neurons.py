@@ -1,0 +1,129 @@
+"""The neurons of a report: what each writes, which concepts use it, its extreme samples, and where it is active."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mmray.neuron_names import neuron_name
+from mmray.results.report.concepts import Concept, number
+from mmray.results.run import Run
+
+EXAMPLES = 5
+"""Samples at each end."""
+CONCEPTS = 15
+"""Concepts of a neuron that its page lists."""
+LABELS = 40
+"""Rows of activity on a page; data with hundreds of labels shows those where the neuron is most active."""
+
+
+def neuron_pages(run: Run, concepts: Mapping[str, Concept]) -> dict[str, dict[str, Any]]:
+    """Return the page of each neuron that a concept's page lists."""
+    wanted = {row["neuron"] for concept in concepts.values() for row in concept.neurons}
+    uses = _uses(concepts)
+    examples = _examples(run, wanted)
+    activity = _activity(run, wanted)
+    pages = {}
+    for row in run.table("neurons").to_pylist():
+        name = row["neuron"]
+        if name in wanted:
+            numbers = {key: number(row[key]) for key in ("mean", "std", "min", "max")}
+            pages[name] = numbers | {
+                "neuron": name,
+                "layer": row["layer"],
+                "tokens": row["tokens"],
+                "suppressed": row["suppressed"],
+                "open": number(row["n_active"] / max(row["n_tokens"], 1)),
+                "n_tokens": row["n_tokens"],
+                "n_concepts": row["n_concepts"],
+                "concepts": uses[name],
+                "examples": examples[name],
+                "activity": activity[name],
+            }
+    return pages
+
+
+def _uses(concepts: Mapping[str, Concept]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for concept in concepts.values():
+        for row in concept.neurons:
+            numbers = {key: number(row[key]) for key in ("score", "specific")}
+            found[row["neuron"]].append({"name": concept.name, "rank": row["rank"], "n": concept.n, **numbers})
+    return {
+        name: sorted(rows, key=lambda row: (row["rank"], -(row["score"] or 0)))[:CONCEPTS]
+        for name, rows in found.items()
+    }
+
+
+def _examples(run: Run, wanted: Collection[str]) -> dict[str, list[dict[str, Any]]]:
+    table = run.table("examples")
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    near = table.filter(pc.less_equal(table["rank"], EXAMPLES))
+    for row in near.sort_by([("sign", "descending"), ("rank", "ascending")]).to_pylist():
+        name = neuron_name(row["layer"], row["unit"])
+        if name in wanted:
+            known = {"activation": number(row["activation"]), "id": row["sample_id"]}
+            found[name].append({"sign": row["sign"], **known})
+    return found
+
+
+def _activity(run: Run, wanted: Collection[str]) -> dict[str, list[tuple[str, str, str, float]]]:
+    """Return of each neuron (kind of label, label, modality, share of open tokens)."""
+    table = run.table("activity")
+    table = table.filter(pc.and_(pc.equal(table["module"], "language"), pc.greater(table["n_tokens"], 0)))
+    found: dict[str, list[tuple[str, str, str, float]]] = defaultdict(list)
+    for row in table.to_pylist():
+        name = neuron_name(row["layer"], row["unit"])
+        if name in wanted:
+            share = round(row["n_active"] / row["n_tokens"], 3)
+            found[name].append((row["label_kind"], row["label"], row["modality"], share))
+    for rows in found.values():
+        rows.sort(key=lambda row: (row[0] != "all", row[0], row[2], -row[3]))
+        del rows[LABELS:]
+    return found
+
+
+def layer_profile(run: Run, concepts: Mapping[str, Concept]) -> list[dict[str, Any]]:
+    """Return of each layer how many of the concepts' ten highest neurons lie there, and how active it is."""
+    widths = run.info["model"]["widths"]
+    places = np.zeros((2, len(widths)))
+    for concept in concepts.values():
+        by_specific = sorted(concept.neurons, key=lambda row: row["specific_rank"])[:10]
+        for kind, rows in enumerate((concept.highest, by_specific)):
+            for row in rows:
+                places[kind, row["layer"]] += 1
+    shares = places / np.maximum(places.sum(axis=1, keepdims=True), 1)
+    table = run.table("neurons").group_by("layer").aggregate([("n_concepts", "sum"), ("n_concepts", "max")])
+    found = {row["layer"]: row for row in table.to_pylist()}
+    active = _open_by_layer(run)
+    return [
+        {
+            "layer": layer,
+            "width": width,
+            "score": number(shares[0, layer]),
+            "specific": number(shares[1, layer]),
+            "most": found[layer]["n_concepts_max"],
+            "mean": number(found[layer]["n_concepts_sum"] / width),
+            "image": number(active.get((layer, "image"))),
+            "text": number(active.get((layer, "text"))),
+        }
+        for layer, width in enumerate(widths)
+    ]
+
+
+def _open_by_layer(run: Run) -> dict[tuple[int, str], float]:
+    table = run.table("activity")
+    whole = pc.and_(pc.equal(table["module"], "language"), pc.equal(table["label_kind"], "all"))
+    sums: pa.Table = (
+        table.filter(whole).group_by(["layer", "modality"]).aggregate([("n_active", "sum"), ("n_tokens", "sum")])
+    )
+    return {
+        (row["layer"], row["modality"]): row["n_active_sum"] / row["n_tokens_sum"]
+        for row in sums.to_pylist()
+        if row["n_tokens_sum"]
+    }

@@ -1,0 +1,79 @@
+"""A report written: one file that holds everything, or a folder whose pages load what they show."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from mmray.results.report.content import Content, samples_of
+from mmray.storage import Store
+
+SCRIPTS = ("core.js", "images.js", "charts.js", "lists.js", "measured.js", "pages.js", "start.js")
+PLOTLY = "plotly.min.js"
+WRITERS = 16
+"""Files that are written at once: each waits for the disk, or for S3."""
+
+
+def write_whole(content: Content, images: Mapping[str, bytes]) -> bytes:
+    """Return the report as one HTML file."""
+    shown = {name: f"data:image/webp;base64,{base64.b64encode(data).decode()}" for name, data in images.items()}
+    captions = {name: content.captions.get(name) for name in content.samples()}
+    data = {"index": content.index, "parts": content.parts, "images": shown, "captions": captions}
+    return _page(content, whole=True, data=_embedded(data), plotly=_script(_plotly())).encode()
+
+
+def write_pages(content: Content, images: Mapping[str, bytes], store: Store) -> None:
+    """Write the report as `index.html` and files that it loads when a page needs them.
+
+    They are scripts rather than JSON: a page opened from disk may not fetch files, but may load scripts.
+    """
+    places = {name: f"images/{number:06d}.webp" for number, name in enumerate(sorted(images))}
+    files = {key: f"data/{number:06d}.js" for number, key in enumerate(content.parts)}
+    written = {place: images[name] for name, place in places.items()}
+    for key, part in content.parts.items():
+        captions = {name: content.captions.get(name) for name in samples_of(part)}
+        written[files[key]] = f"receive({_embedded(key)},{_embedded(part)},{_embedded(captions)})".encode()
+    data = {"index": content.index, "parts": {}, "files": files, "images": places, "captions": {}}
+    written["data/index.js"] = f"var DATA = {_embedded(data)};".encode()
+    written[PLOTLY] = _plotly().encode()
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(lambda place: store.put(place, written[place]), written))
+    store.put("index.html", _page(content, whole=False).encode())
+
+
+def _page(content: Content, **more: Any) -> str:
+    # Every value is text that this package wrote or escaped itself; what data says is in the JSON alone.
+    environment = Environment(undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(_template("report.html"))
+    title = content.index["run"]["name"].replace("&", "&amp;").replace("<", "&lt;")
+    return template.render(
+        title=title, style=_template("report.css"), scripts=[_template(name) for name in SCRIPTS], **more
+    )
+
+
+def _embedded(value: Any) -> str:
+    """Return JSON that no HTML parser mistakes for markup, and that is JavaScript too."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _script(text: str) -> str:
+    return text.replace("</script", "<\\/script")
+
+
+@cache
+def _template(name: str) -> str:
+    return (resources.files("mmray.results") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _plotly() -> str:
+    return (resources.files("plotly") / "package_data" / PLOTLY).read_text(encoding="utf-8")

@@ -1,0 +1,78 @@
+// What all pages share: the data, elements, number formats, and addresses.
+"use strict";
+if (typeof DATA === "undefined") var DATA = JSON.parse(document.getElementById("data").textContent);
+const INDEX = DATA.index;
+const CONCEPTS = new Map(INDEX.concepts.map((row) => [row.name, row]));
+const NEURONS = new Map(INDEX.neurons.map((row) => [row.neuron, row]));
+const waiting = new Map();
+
+// A page's own data: embedded, or in a file of its own that is loaded once.
+function part(key) {
+  if (DATA.parts[key]) return Promise.resolve(DATA.parts[key]);
+  if (!DATA.files || !DATA.files[key]) return Promise.resolve(null);
+  return new Promise((resolve) => {
+    waiting.set(key, resolve);
+    const script = document.createElement("script");
+    script.src = DATA.files[key];
+    script.onerror = () => resolve(null);
+    document.head.append(script);
+  });
+}
+
+function receive(key, value, captions) {
+  DATA.parts[key] = value;
+  Object.assign(DATA.captions, captions);
+  waiting.get(key)?.(value);
+}
+
+// h("td.number", {title: "…"}, "text", child, …). Texts are set as texts: captions can't become markup.
+function h(selector, ...rest) {
+  const [tag, ...classes] = selector.split(".");
+  const node = document.createElement(tag || "div");
+  if (classes.length) node.className = classes.join(" ");
+  for (const item of rest.flat(Infinity)) {
+    if (item === null || item === undefined || item === false) continue;
+    if (item instanceof Node || typeof item === "string" || typeof item === "number") node.append(item);
+    else
+      for (const [name, value] of Object.entries(item)) {
+        if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+        else if (value === true) node.setAttribute(name, "");
+        else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value);
+      }
+  }
+  return node;
+}
+
+const whole = (value) => Math.round(value).toLocaleString("en");
+const percent = (value, digits = 0) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(digits)}\u00a0%`);
+const plural = (count, word) => `${whole(count)} ${word}${count === 1 ? "" : "s"}`;
+function figure(value, digits = 3) {
+  if (value === null || value === undefined) return "–";
+  const size = Math.abs(value);
+  if (size >= 1000) return whole(value);
+  return value.toFixed(size >= 100 ? 1 : size >= 10 ? Math.min(2, digits) : digits).replace("-", "−");
+}
+const interval = (row, digits = 3) =>
+  row.low === null || row.low === undefined ? "" : `${figure(row.low, digits)} to ${figure(row.high, digits)}`;
+
+const toConcept = (name) => `#/concept/${encodeURIComponent(name)}`;
+const toNeuron = (name) => `#/neuron/${name}`;
+const conceptLink = (name) => (CONCEPTS.has(name) ? h("a", { href: toConcept(name) }, name) : h("span", name));
+const neuronLink = (name) => (NEURONS.has(name) ? h("a.mono", { href: toNeuron(name) }, name) : h("span.mono", name));
+
+// What a neuron adds to the logits most: where its activation is negative, what its row suppresses.
+const written = (name, negative) => NEURONS.get(name)?.[negative ? "suppressed" : "tokens"] || [];
+const begins = (concept, token) => token.length > 1 && concept.startsWith(token.toLowerCase());
+function tokens(words, concept = "", limit = 10) {
+  const own = (word) => concept && (word === concept || begins(concept, word));
+  return words.slice(0, limit).map((word) => h(own(word) ? "span.own" : "span", word));
+}
+
+function heading(title, lead, ...more) {
+  return [h("h1", title), lead && h("p.lead", lead), ...more];
+}
+
+const card = (...content) => h("section.card", ...content);
+const under = (...text) => h("p.under", ...text);
+const LANGUAGES = { en: "English", es: "Spanish", fr: "French", zh: "Chinese", de: "German", ja: "Japanese", it: "Italian", pt: "Portuguese" };
+const languageName = (code) => LANGUAGES[code] || code || "";

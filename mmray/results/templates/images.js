@@ -1,0 +1,111 @@
+// Pictures of samples, with heat maps over them, the mask of a map, and the box of an object.
+"use strict";
+const MASKED = 0.95; // part of the pixels that lie below the mask's threshold
+const STOPS = [[0, 0, 4], [60, 9, 101], [129, 31, 124], [196, 60, 96], [244, 105, 52], [252, 172, 45], [252, 255, 164]];
+
+function heat(value) {
+  const at = Math.max(0, Math.min(1, value)) * (STOPS.length - 1);
+  const first = Math.min(STOPS.length - 2, Math.floor(at));
+  return STOPS[first].map((low, channel) => low + (at - first) * (STOPS[first + 1][channel] - low));
+}
+
+// Signed maps: nothing where the activation is 0, red above it and blue below.
+const signed = (value) => (value >= 0 ? [225, 60, 40] : [40, 95, 230]);
+
+function valuesOf(map) {
+  const bytes = Uint8Array.from(atob(map.values), (letter) => letter.charCodeAt(0));
+  return Array.from(bytes, (level) => map.low + (level / 255) * (map.high - map.low));
+}
+
+// Bilinear, with the patches' centres where they lie in the image.
+function upsampled(map, side) {
+  const values = valuesOf(map), pixels = new Float64Array(side * side);
+  const place = (pixel, count) => {
+    const at = Math.max(0, Math.min(count - 1, ((pixel + 0.5) * count) / side - 0.5));
+    const low = Math.floor(at);
+    return [low, Math.min(count - 1, low + 1), at - low];
+  };
+  for (let y = 0; y < side; y++) {
+    const [top, bottom, down] = place(y, map.rows);
+    for (let x = 0; x < side; x++) {
+      const [left, right, along] = place(x, map.columns);
+      const at = (row, column) => values[row * map.columns + column];
+      const above = at(top, left) * (1 - along) + at(top, right) * along;
+      const below = at(bottom, left) * (1 - along) + at(bottom, right) * along;
+      pixels[y * side + x] = above * (1 - down) + below * down;
+    }
+  }
+  return pixels;
+}
+
+function overlay(map, how) {
+  const side = 112, canvas = h("canvas", { width: side, height: side, "aria-hidden": "true" });
+  const context = canvas.getContext("2d"), picture = context.createImageData(side, side);
+  const pixels = upsampled(map, side), sorted = Float64Array.from(pixels).sort();
+  const low = sorted[0], high = sorted[sorted.length - 1], most = Math.max(Math.abs(low), Math.abs(high)) || 1;
+  const threshold = sorted[Math.floor(MASKED * (sorted.length - 1))];
+  pixels.forEach((value, index) => {
+    const part = (value - low) / (high - low || 1);
+    let [red, green, blue] = heat(part), alpha = 0.25 + 0.5 * part;
+    if (how === "signed") [[red, green, blue], alpha] = [signed(value), 0.75 * (Math.abs(value) / most)];
+    if (how === "mask") [[red, green, blue], alpha] = value > threshold ? [[252, 140, 40], 0.6] : [[0, 0, 0], 0.45];
+    picture.data.set([red, green, blue, 255 * alpha], 4 * index);
+  });
+  context.putImageData(picture, 0, 0);
+  return canvas;
+}
+
+function boxOf(box) {
+  const space = "http://www.w3.org/2000/svg";
+  const drawing = document.createElementNS(space, "svg");
+  drawing.setAttribute("viewBox", "0 0 1 1");
+  drawing.setAttribute("preserveAspectRatio", "none");
+  for (const [colour, width] of [["#000", 0.022], ["#fff", 0.01]]) {
+    const line = document.createElementNS(space, "rect");
+    ["x", "y", "width", "height"].forEach((name, at) => line.setAttribute(name, box[at]));
+    line.setAttribute("fill", "none");
+    line.setAttribute("stroke", colour);
+    line.setAttribute("stroke-width", width);
+    drawing.append(line);
+  }
+  return drawing;
+}
+
+// Layers over a picture cover the image itself, whatever room is left beside it, or a part of it.
+function fitted(image, layer, part = [0, 0, 1, 1]) {
+  const place = () => {
+    const wide = image.naturalWidth / image.naturalHeight || 1;
+    const width = wide >= 1 ? 100 : 100 * wide, height = wide >= 1 ? 100 / wide : 100;
+    Object.assign(layer.style, {
+      width: `${width * part[2]}%`, height: `${height * part[3]}%`,
+      left: `${(100 - width) / 2 + width * part[0]}%`, top: `${(100 - height) / 2 + height * part[1]}%`,
+    });
+  };
+  image.complete ? place() : image.addEventListener("load", place, { once: true });
+  return layer;
+}
+
+function picture(sample, map = null, how = "heat") {
+  const source = DATA.images[sample.id], words = sample.caption || DATA.captions[sample.id] || "sample";
+  if (!source) return h("span.picture.none", { role: "img", "aria-label": `no image at hand: ${words}` }, "image not at hand");
+  const said = map && how !== "image" ? `, with ${how === "mask" ? "the mask" : "the heat map"} of the neurons over it` : "";
+  const image = h("img", { src: source, alt: `${words}${said}`, loading: "lazy", decoding: "async" });
+  const frame = h("span.picture", image);
+  if (map && how !== "image") frame.append(fitted(image, overlay(map, how), map.covers || undefined));
+  if (map && map.box) frame.append(fitted(image, boxOf(map.box)));
+  return frame;
+}
+
+// A caption with the words of a concept marked.
+function caption(text, concept = "") {
+  const words = String(text || "");
+  // In lower case a text may be longer: its characters then stand elsewhere.
+  const lower = words.toLowerCase(), at = concept && lower.length === words.length ? lower.indexOf(concept) : -1;
+  if (at < 0) return [words];
+  return [words.slice(0, at), h("mark", words.slice(at, at + concept.length)), words.slice(at + concept.length)];
+}
+
+function small(id, alt) {
+  const source = DATA.images[id];
+  return source ? h("img", { src: source, alt, loading: "lazy" }) : null;
+}

@@ -1,0 +1,96 @@
+// Tables that sort, and the indexes of concepts and neurons.
+"use strict";
+
+// columns: {title, value, cell, number}; a click on a title sorts by it, a second one the other way. `keep`: not at all.
+function sortable(label, columns, rows, options = {}) {
+  let { by = 0, down = true, limit = 100 } = options, shown = limit;
+  const body = h("tbody"), more = h("button.more", { type: "button", onclick: () => { shown += 400; fill(); } });
+  const titles = columns.map((column, at) =>
+    h(column.number ? "th.number" : "th", { scope: "col", title: column.about }, column.value && !options.keep
+      ? h("button", { type: "button", onclick: () => { [by, down] = [at, by === at ? !down : Boolean(column.number)]; fill(); } }, column.title)
+      : column.title));
+  const order = (a, b) => {
+    const [first, second] = [columns[by].value(a), columns[by].value(b)];
+    const sign = typeof first === "string" ? first.localeCompare(second ?? "") : (first ?? -Infinity) - (second ?? -Infinity);
+    return down ? -sign : sign;
+  };
+  function fill() {
+    titles.forEach((title, at) => {
+      if (at === by && !options.keep) title.setAttribute("aria-sort", down ? "descending" : "ascending");
+      else title.removeAttribute("aria-sort");
+      const button = title.querySelector("button");
+      if (button) button.textContent = columns[at].title + (at === by ? (down ? " ↓" : " ↑") : "");
+    });
+    const sorted = options.keep ? rows : [...rows].sort(order);
+    body.replaceChildren(...sorted.slice(0, shown).map((row) =>
+      h(options.to ? "tr.link" : "tr", options.to && { onclick: (event) => { if (!event.target.closest("a")) location.hash = options.to(row); } },
+        columns.map((column) => h(`td${column.number ? ".number" : ""}${column.kind ? `.${column.kind}` : ""}`, column.cell(row))))));
+    more.hidden = shown >= rows.length;
+    more.textContent = `Show more of ${whole(rows.length)}`;
+  }
+  fill();
+  return h("div", h("div.scroll", h("table", { "aria-label": label }, h("thead", h("tr", titles)), body)), more);
+}
+
+const barCell = (value, most, digits, kind = "bar") =>
+  h("span", h(`span.${kind}`, { style: `width:${Math.max(0, (64 * value) / (most || 1))}px`, "aria-hidden": "true" }), " ", figure(value, digits));
+
+function chips(label, choices, chosen, choose) {
+  return h("div.chips", { role: "group", "aria-label": label }, choices.map(([value, name, count]) =>
+    h("button", { type: "button", "aria-pressed": String(value === chosen), onclick: () => choose(value) }, name, count !== undefined && h("small", whole(count)))));
+}
+
+const matches = (row, words) => {
+  const said = words.toLowerCase();
+  return row.name.includes(said);
+};
+
+function conceptTable(rows) {
+  const most = Math.max(...rows.map((row) => row.score));
+  return sortable("Concepts", [
+    { title: "", cell: (row) => small(row.sample, "") },
+    { title: "concept", value: (row) => row.name, cell: (row) => h("a", { href: toConcept(row.name) }, h("b", row.name)) },
+    { title: "language", value: (row) => row.language || "", cell: (row) => languageName(row.language) },
+    { title: "occurrences", value: (row) => row.n, number: true, cell: (row) => whole(row.n) },
+    { title: "highest neuron", value: (row) => row.neuron, cell: (row) => neuronLink(row.neuron) },
+    { title: "score", value: (row) => row.score, number: true, about: "mean contribution of its highest neuron, in logits", cell: (row) => barCell(row.score, most, 2, "bar") },
+    { title: "specific", value: (row) => row.specific, number: true, about: "the highest neuron's score less what it gives other nouns", cell: (row) => barCell(row.specific, most, 2, "bar.specific") },
+    { title: "P(noun)", value: (row) => row.probability, number: true, cell: (row) => figure(row.probability, 3) },
+    { title: "read", value: (row) => Number(row.read), about: "its own token is among those of its ten highest neurons", cell: (row) => (row.read ? "✓" : h("small", "–")) },
+    { title: "its highest neuron writes", kind: "tokens", cell: (row) => tokens(written(row.neuron, row.negative), row.name, 5) },
+  ], rows, { by: 3, to: (row) => toConcept(row.name) });
+}
+
+function conceptsPage(words = "") {
+  const languages = Object.entries(INDEX.run.labels.language || {});
+  const place = h("div");
+  let language = "";
+  function fill() {
+    const rows = INDEX.concepts.filter((row) => (!language || row.language === language) && (!words || matches(row, words)));
+    const choose = (value) => { language = value; fill(); };
+    const count = (code) => INDEX.concepts.filter((row) => row.language === code && (!words || matches(row, words))).length;
+    place.replaceChildren(
+      languages.length > 1 ? chips("Language", [["", "all"], ...languages.map(([code]) => [code, languageName(code), count(code)])], language, choose) : "",
+      rows.length ? card(conceptTable(rows)) : h("p.note", "No such concept. A concept is a noun of the captions, in lower case."));
+  }
+  fill();
+  const left = INDEX.all_concepts - INDEX.concepts.length;
+  return [
+    heading(words ? `Concepts with “${words}”` : "Concepts", "Every noun of the captions with its highest neuron. Choose one to see its neurons, images with heat maps, and what happens when they are taken away."),
+    place,
+    left > 0 && h("p.note", `${whole(left)} less frequent concepts are in the run's tables, and in a report of many files (mmray report --pages DIR).`),
+  ];
+}
+
+function neuronsPage() {
+  return [
+    heading("Neurons", `${plural(INDEX.neurons.length, "neuron")} that are among the highest of a concept shown, of ${whole(INDEX.run.neurons)} in the model.`),
+    card(sortable("Neurons", [
+      { title: "neuron", value: (row) => row.layer, cell: (row) => neuronLink(row.neuron) },
+      { title: "concepts", value: (row) => row.n_concepts, number: true, about: "concepts that have it among their highest", cell: (row) => whole(row.n_concepts) },
+      { title: "open", value: (row) => row.open, number: true, about: "part of all tokens at which its gate is open", cell: (row) => percent(row.open) },
+      { title: "highest activation", value: (row) => row.max, number: true, cell: (row) => figure(row.max, 2) },
+      { title: "promotes", kind: "tokens", cell: (row) => tokens(row.tokens) },
+    ], INDEX.neurons, { by: 1, to: (row) => toNeuron(row.neuron) })),
+  ];
+}

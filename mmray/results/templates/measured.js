@@ -1,0 +1,127 @@
+// What was measured: properties beside their controls, the comparison of methods, and edits.
+"use strict";
+const MEASURES = {
+  exact_hit_rate: "own token promoted", lemma_hit_rate: "own word promoted, in any form", bertscore: "BERTScore of the tokens", clipscore: "CLIPScore of the tokens",
+  overlap: "same neurons with the image's patches permuted", common_share: "neurons common to all images of the concept", jaccard: "same neurons in two images of the concept",
+  auroc: "own noun told from others (AUROC)", own_score: "score at its noun", other_score: "score at other nouns", p_untouched: "P(noun), untouched",
+  zeroed_own: "fall of P(noun), zeroed", zeroed_other: "fall of P(other nouns), zeroed", zeroed_removed: "captions that lose the noun, zeroed", zeroed_kept: "other captions unchanged, zeroed", zeroed_perplexity: "perplexity of other captions ×, zeroed",
+  noise_own: "fall of P(noun), noise", noise_other: "fall of P(other nouns), noise", noise_removed: "captions that lose the noun, noise", noise_kept: "other captions unchanged, noise",
+  amplified_own: "rise of P(noun) where others are due, amplified", amplified_other: "fall of P(other nouns), amplified",
+  pointing_game: "peak on the object", iou: "IoU of mask and object",
+};
+const measureName = (name) => MEASURES[name] || name.replaceAll("_", " ");
+const SECTIONS = [
+  ["sensitivity", "Sensitivity", "Do a concept's neurons write its word?"],
+  ["localisation", "Localisation", "Do they look where the object is?"],
+  ["region_invariance", "Region invariance", "Are they the same with the image's patches in another order?"],
+  ["image_invariance", "Cross-image invariance", "Are they the same in other images of the concept?"],
+  ["specificity", "Specificity", "Do they stay silent for other nouns?"],
+  ["causal", "Causal effect", "Does the word go when they are taken away, and nothing else?"],
+];
+
+const range = (row) => [figure(row.value), " ", h("span.range", interval(row))];
+
+function measuresTable(rows) {
+  // A measure is named once, in the first of its rows.
+  const named = rows.map((row, at) => ({ ...row, first: !at || rows[at - 1].measure !== row.measure }));
+  const size = (row) => [row.neurons ? String(row.neurons) : "", row.strength ? ` · ${figure(row.strength, 1)}` : ""];
+  return sortable("Measures", [
+    { title: "measure", kind: "wrap", value: (row) => measureName(row.measure), cell: (row) => row.first && h("span", { title: row.protocol }, measureName(row.measure)) },
+    { title: "neurons", kind: "wrap", value: (row) => methodName(row.method), cell: (row) => (LOCATED.has(row.method) ? h("b", methodName(row.method)) : methodName(row.method)) },
+    { title: "n", value: (row) => row.neurons, number: true, cell: size },
+    { title: "value, 95 % interval", value: (row) => row.value, number: true, cell: range },
+    { title: "images", value: (row) => row.n, number: true, cell: (row) => whole(row.n) },
+  ], named, { keep: true, limit: 16 });
+}
+
+function sectionCharts(name, rows) {
+  if (name === "causal") {
+    const noise = select(rows, { measure: "noise_own" }), own = select(rows, { measure: "zeroed_own" }), others = select(rows, { measure: "zeroed_other" });
+    return [
+      h("div.grid.two",
+        card(h("h3", "Zeroed: its own noun"), dose(own, "Fall of the probability of the own noun", "neurons zeroed", (row) => row.neurons, "fall of P(noun)", scaleOf(own, others))),
+        card(h("h3", "Zeroed: other nouns"), dose(others, "Fall of the probability of other nouns", "neurons zeroed", (row) => row.neurons, "fall of P(other nouns)", scaleOf(own, others))),
+        noise.length ? card(h("h3", "Noise on the rows"), dose(noise, "Fall of the probability of the own noun by noise", "σ, in parts of the rows' own size", (row) => row.strength, "fall of P(noun)")) : null,
+        select(rows, { measure: "amplified_own" }).length ? card(h("h3", "Amplified: named where it is not"), dose(select(rows, { measure: "amplified_own" }), "Rise of the probability of the concept's word where other nouns are due", "× activation", (row) => row.strength, "rise of P(noun)")) : null),
+    ];
+  }
+  if (name === "region_invariance" || name === "image_invariance")
+    return [h("div.grid.two", [...new Set(rows.map((row) => row.measure))].map((measure) =>
+      card(h("h3", measureName(measure)), dose(select(rows, { measure }), measureName(measure), "highest neurons", (row) => row.neurons, "share"))))];
+  return [];
+}
+
+function propertiesPage() {
+  const rows = INDEX.properties;
+  if (!rows.length) return [heading("Properties", "Not measured yet. `mmray properties RUN` measures what a concept's neurons mean, beside controls, and draws the heat maps.")];
+  const compared = select(rows, { property: "comparison" });
+  const shown = SECTIONS.map(([name, title, question]) => {
+    const own = select(rows, { property: name });
+    if (!own.length) return null;
+    const protocols = [...new Map(own.map((row) => [measureName(row.measure), row.protocol])).entries()];
+    return [h("h2", title), under(question), h("div.grid", sectionCharts(name, own), card(measuresTable(own),
+      h("details", h("summary", "How each was measured"), h("dl", protocols.map(([measure, text]) => [h("dt", measure), h("dd", text)])))))];
+  });
+  return [
+    heading("Properties", "What the located neurons mean, each figure beside the same figure of neurons that were not chosen for it. Intervals: 95 %, bootstrap over images."),
+    shown, compared.length ? comparison(compared) : null,
+  ];
+}
+
+function comparison(rows) {
+  const methods = [...new Set(rows.map((row) => row.method))], measures = ["zeroed_own", "zeroed_other", "lemma_hit_rate", "jaccard"].filter((measure) => one(rows, { measure }));
+  const table = methods.map((method) => ({ method, ...Object.fromEntries(measures.map((measure) => [measure, one(rows, { method, measure })])) }));
+  return [
+    h("h2", "Methods compared"), under("Neurons ranked and measured on the same images by each method. Sort by any column."),
+    card(sortable("Methods", [
+      { title: "method", value: (row) => row.method, cell: (row) => h("b", row.method) },
+      ...measures.map((measure) => ({ title: measureName(measure), number: true, about: rows.find((row) => row.measure === measure).protocol, value: (row) => row[measure]?.value ?? null,
+        cell: (row) => (row[measure] ? [figure(row[measure].value), h("br"), h("span.range", interval(row[measure], 2))] : "–") })),
+    ], table, { by: 1 }), h("details", h("summary", "How each was measured"), h("dl", measures.map((measure) => [h("dt", measureName(measure)), h("dd", rows.find((row) => row.measure === measure).protocol)])))),
+  ];
+}
+
+// The words of two captions that differ, by their longest common sequence.
+function differing(before, after) {
+  const [one, two] = [before.split(" "), after.split(" ")];
+  const table = Array.from({ length: one.length + 1 }, () => new Uint16Array(two.length + 1));
+  for (let i = one.length - 1; i >= 0; i--)
+    for (let j = two.length - 1; j >= 0; j--) table[i][j] = one[i] === two[j] ? table[i + 1][j + 1] + 1 : Math.max(table[i + 1][j], table[i][j + 1]);
+  const [old, now] = [[], []];
+  let i = 0, j = 0;
+  while (i < one.length || j < two.length) {
+    if (i < one.length && j < two.length && one[i] === two[j]) { old.push(one[i++], " "); now.push(two[j++], " "); }
+    else if (j >= two.length || (i < one.length && table[i + 1][j] >= table[i][j + 1])) old.push(h("del", one[i++]), " ");
+    else now.push(h("ins", two[j++]), " ");
+  }
+  return [old, now];
+}
+
+function editCard(edit) {
+  const { facts, changed } = edit;
+  const words = { purpose: "purpose", method: "method", seconds: "seconds", rows_changed: "neurons changed", parameters_changed: "parameters changed", bytes: "bytes", norm: "size (L2 norm)", neurons: "neurons" };
+  const values = Object.entries(facts).filter(([name]) => words[name]);
+  const measures = edit.measures.map((row) => ({ ...row, property: "edit" }));
+  return [
+    h("h2", { id: edit.name }, facts.purpose || edit.name), under(edit.name),
+    h("div.grid",
+      h("div.grid.two",
+        card(h("h3", "The edit"), h("dl", values.map(([name, value]) => [h("dt", words[name]), h("dd", typeof value === "number" ? figure(value, Number.isInteger(value) ? 0 : 2) : value)])),
+          changed.layers ? [h("h3", { style: "margin-top:14px" }, "What changed where"), h("div.chips", Object.entries(changed.layers).map(([layer, count]) => h("span", `L${layer}`, h("small", plural(count, "neuron"))))),
+            h("div.chips", changed.strongest.map((row) => h("span", neuronLink(row.neuron), h("small", figure(row.norm, 2)))))] : null),
+        measures.length ? card(h("h3", "Before and after"), sortable("Measures of the edit", [
+          { title: "measure", value: (row) => row.measure, cell: (row) => h("span", { title: row.protocol }, row.measure.replaceAll("_", " ")) },
+          { title: "before", value: (row) => row.before, number: true, cell: (row) => figure(row.before) },
+          { title: "after, 95 % interval", value: (row) => row.after, number: true, cell: (row) => [figure(row.after), " ", h("span.range", interval(row))] },
+          { title: "n", value: (row) => row.n, number: true, cell: (row) => whole(row.n) },
+        ], measures, { keep: true, limit: 12 })) : null),
+      edit.captions.length ? card(h("h3", "Captions before and after"), edit.captions.map((row) => {
+        const [before, after] = differing(row.before || "", row.after || "");
+        return h("div.pair", picture({ id: row.id, caption: row.before }), h("div", h("p", before), h("p", row.before === row.after ? h("span.range", "unchanged") : after), h("small.range", row.role === "source" ? "it should change" : row.role === "unrelated" ? "it should stay" : row.role || "")));
+      })) : null),
+  ];
+}
+
+const editsPage = () => (INDEX.edits.length
+  ? [heading("Edits", "Rows added to what located neurons write, so that the model says another word; each measured before and after."), INDEX.edits.map(editCard)]
+  : [heading("Edits", "None in this run's folder. `mmray edit RUN --source dog --target cat --out RUN/edits/dog-cat` makes one, and `mmray evaluate` measures it.")]);

@@ -1,0 +1,150 @@
+// The pages: overview, a concept, a neuron, layers, properties, edits, failures.
+"use strict";
+const select = (rows, wanted) => rows.filter((row) => Object.entries(wanted).every(([name, value]) => row[name] === value));
+const one = (rows, wanted) => select(rows, wanted)[0];
+
+function tile(value, words, main = false) {
+  return h(main ? "div.card.tile.main" : "div.card.tile", h("b", value), h("span", words));
+}
+
+const change = (fall) => `${fall < 0 ? "+" : "−"}${Math.abs(fall).toFixed(3)}`;
+
+function findings() {
+  const rows = INDEX.properties, tiles = [];
+  const read = INDEX.concepts.filter((row) => row.read).length;
+  const hit = one(rows, { measure: "lemma_hit_rate", method: "score" });
+  const floor = one(rows, { measure: "lemma_hit_rate", method: "uniform" });
+  tiles.push(hit
+    ? tile(percent(hit.value, 1), `of ${plural(hit.n, "concept")} are written by one of their ten highest neurons${floor ? `; by random ones ${percent(floor.value, 1)}` : ""}`, true)
+    : tile(percent(read / INDEX.concepts.length, 1), `of ${plural(INDEX.concepts.length, "concept")} are written by one of their ten highest neurons`, true));
+  const zeroed = { measure: "zeroed_own", neurons: 100 };
+  const own = one(rows, { ...zeroed, method: "score" }), matched = one(rows, { ...zeroed, method: "layer-matched" });
+  if (own) tiles.push(tile(change(own.value), `P(noun) with its 100 highest neurons zeroed${matched ? `; random ones of the same layers ${change(matched.value)}` : ""}`, true));
+  const pointing = ["score", "specific"].map((method) => one(rows, { measure: "pointing_game", method })).filter(Boolean).sort((a, b) => b.value - a.value)[0];
+  const chance = one(rows, { measure: "pointing_game", method: "chance" });
+  if (pointing) tiles.push(tile(percent(pointing.value), `of heat maps of several objects peak on the right one${chance ? `; chance ${percent(chance.value)}` : ""}`, true));
+  return tiles;
+}
+
+function overview() {
+  const { run } = INDEX, best = [...INDEX.concepts].filter((row) => row.sample).slice(0, 24);
+  const facts = [
+    ["model", `${run.model} · ${run.family} · ${whole(run.parameters)} parameters`], ["data", `${run.data} · ${run.captions === "dataset" ? "the data's captions" : "the model's own captions"} · nouns from ${run.nouns}`],
+    ["score", `${run.score}, ${run.fold_norm ? "after" : "before"} the final norm, in logits`], ["prompt", run.prompt || "Describe the image in few words. (in the caption's language)"],
+    ...Object.entries(run.labels).map(([kind, counts]) => [kind, Object.entries(counts).map(([name, count]) => `${kind === "language" ? languageName(name) : name} ${whole(count)}`).join(" · ")]),
+    ["run", run.uri], ["work", `${figure(run.worker_seconds, 0)} seconds of workers`], ["fingerprint", run.fingerprint],
+    ["versions", Object.entries(run.versions).map(([name, version]) => `${name} ${version}`).join(" · ")],
+  ];
+  return [
+    heading("Which neurons write which words", `Every one of the ${whole(run.neurons)} neurons in ${plural(run.layers, "layer")} of ${run.model} was scored at every noun ${run.captions === "dataset" ? "in the captions of" : "that it writes about"} ${plural(run.samples, "image")}.`),
+    h("div.tiles", findings(), tile(whole(run.concepts), `concepts at ${plural(run.occurrences, "occurrence")}`), tile(whole(run.samples), "images with captions"),
+      run.failures ? tile(whole(run.failures), "samples failed") : null),
+    h("h2", "Most frequent concepts"), under("What the highest neuron of each writes; in green, its own word. ", h("a", { href: "#/concepts" }, `All ${whole(INDEX.concepts.length)} concepts`)),
+    h("div.grid.gallery", best.map((row) =>
+      h("a.card", { href: toConcept(row.name) }, picture({ id: row.sample, caption: row.name }), h("div.name", row.name, h("small", `${whole(row.n)}×`)), h("div.tokens", tokens(written(row.neuron, row.negative), row.name, 3))))),
+    h("h2", "What the numbers are"), card(h("dl", INDEX.definitions.map(({ name, text }) => [h("dt", name), h("dd", text)]))),
+    h("h2", "The run"), card(h("dl", facts.map(([name, text]) => [h("dt", name), h("dd", text)]))),
+  ];
+}
+
+function steps(kind, names, name, to) {
+  const at = names.indexOf(name);
+  const step = (other, sign, word) => other !== undefined && h("a", { href: to(other), rel: word, "aria-label": `${word} ${kind}: ${other}`, title: other }, sign);
+  return h("span.steps", step(names[at - 1], "←", "previous"), step(names[at + 1], "→", "next"));
+}
+
+function samplesCard(page) {
+  const place = h("div.grid.samples"), controls = h("div");
+  const has = page.samples.some((sample) => Object.keys(sample.maps).length);
+  let ranking = "specific", how = "heat";
+  function fill() {
+    controls.replaceChildren(...(has ? [
+      h("div.chips", ...chips("Neurons", [["score", "10 highest by score"], ["specific", "10 highest by specific"]], ranking, (value) => { ranking = value; fill(); }).childNodes,
+        h("span", { style: "border:0;background:none;padding:2px 4px" }, "·"),
+        ...chips("Layer", [["heat", "heat map"], ["signed", "signed"], ["mask", "mask"], ["image", "image"]], how, (value) => { how = value; fill(); }).childNodes)] : []));
+    place.replaceChildren(...page.samples.map((sample) => {
+      const map = sample.maps[ranking];
+      const found = map && map.hit !== null ? ` · peak ${map.hit ? "on" : "beside"} the object` : "";
+      return h("figure", picture(sample, map, how), h("figcaption", caption(DATA.captions[sample.id], page.name), map && h("div.range", `${figure(map.low, 2)} to ${figure(map.high, 2)}${found}`)));
+    }));
+  }
+  fill();
+  return card(h("h3", "Images"), controls, place, has && h("p.note", { style: "margin:12px 0 0" }, "Mean activation of the neurons over the image's patches, bilinear; the mask is what lies above the 95th percentile. The white box is the object's."));
+}
+
+function concept(page) {
+  const names = INDEX.concepts.map((row) => row.name), most = Math.max(...page.neurons.map((row) => row.score));
+  const rows = page.neurons.map((row) => ({ ...row, tokens: written(row.neuron, row.activation < 0) }));
+  const zeroed = select(page.properties, { measure: "zeroed_own" });
+  const others = select(page.properties, { measure: "zeroed_other" });
+  return [
+    h("div.crumbs", h("a", { href: "#/concepts" }, "Concepts"), "/", page.name, steps("concept", names, page.name, toConcept)),
+    heading(page.name, null),
+    h("p.lead", [languageName(page.language), plural(page.n, "occurrence"), `P(noun) ${figure(page.probability, 3)}`, page.token !== page.name && `scored at its first token “${page.token}”`].filter(Boolean).join(" · ")),
+    page.kin.length ? h("div.chips", { "aria-label": "Concepts that share neurons" }, h("span", { style: "border:0;background:none;padding-left:0" }, h("small", { style: "margin:0" }, "shares neurons with")), page.kin.map((row) => h("a", { href: toConcept(row.name), title: `${row.shared} of the ten highest neurons are the same` }, row.name, h("small", row.shared)))) : null,
+    h("div.grid", samplesCard(page),
+      card(h("h3", "Neurons"), sortable(`Neurons of ${page.name}`, [
+        { title: "rank", value: (row) => -row.rank, number: true, cell: (row) => `${row.rank}${row.certified ? "" : "?"}` },
+        { title: "neuron", value: (row) => row.neuron, cell: (row) => neuronLink(row.neuron) },
+        { title: "score", value: (row) => row.score, number: true, cell: (row) => [barCell(row.score, most, 2), " ", h("span.range", row.half === null ? "" : `± ${figure(row.half, 2)}`)] },
+        { title: "specific", value: (row) => row.specific, number: true, cell: (row) => barCell(row.specific, most, 2, "bar.specific") },
+        { title: "share", value: (row) => row.share, number: true, cell: (row) => percent(row.share) },
+        { title: "writes", kind: "tokens", cell: (row) => [row.activation < 0 && h("span", { title: "Its activation is negative here: it adds what its row of W_out suppresses." }, "−"), tokens(row.tokens, page.name)] },
+      ], rows, { by: 0, to: (row) => toNeuron(row.neuron) })),
+      zeroed.length ? h("div.grid.two",
+        card(h("h3", "Its neurons zeroed"), dose(zeroed, `Fall of the probability of ${page.name} by neurons zeroed`, "neurons zeroed", (row) => row.neurons, "fall of P(noun)", scaleOf(zeroed, others)), under(`Mean over ${plural(zeroed[0].n, "image")} of ${page.name}, with 95 % bootstrap intervals over images.`)),
+        others.length ? card(h("h3", "What that does to other nouns"), dose(others, "Fall of the probability of other nouns by neurons zeroed", "neurons zeroed", (row) => row.neurons, "fall of P(other nouns)", scaleOf(zeroed, others)), under("On the same scale: the nouns of images without it, beside the same controls.")) : null) : null),
+  ];
+}
+
+function neuron(page) {
+  const names = INDEX.neurons.map((row) => row.neuron);
+  const examples = (sign, title) => {
+    const rows = page.examples.filter((row) => row.sign === sign);
+    return rows.length ? card(h("h3", title), h("div.grid.samples", rows.map((row) => h("figure", picture(row), h("figcaption", h("b", figure(row.activation, 2)), " ", caption(DATA.captions[row.id])))))) : null;
+  };
+  const activity = page.activity.map(([kind, label, modality, value]) => ({ kind, label, modality, value }));
+  const label = (row) => `${row.kind === "all" ? "all" : row.kind === "language" ? languageName(row.label) : row.label} · ${row.modality}`;
+  return [
+    h("div.crumbs", h("a", { href: "#/neurons" }, "Neurons"), "/", page.neuron, steps("neuron", names, page.neuron, toNeuron)),
+    heading(page.neuron, `Layer ${page.layer} · among the highest of ${plural(page.n_concepts, "concept")} · activation ${figure(page.mean, 3)} ± ${figure(page.std, 3)}, ${figure(page.min, 2)} to ${figure(page.max, 2)} · open at ${percent(page.open)} of ${whole(page.n_tokens)} tokens`),
+    h("div.grid.two",
+      card(h("h3", "Promotes"), h("div.chips", page.tokens.map((word) => h("span", word))), h("h3", "Suppresses"), h("div.chips", page.suppressed.map((word) => h("span", word))),
+        h("p.note", "A neuron of negative activation writes the opposite: there the second list is what it promotes.")),
+      card(h("h3", "Concepts"), sortable(`Concepts of ${page.neuron}`, [
+        { title: "concept", value: (row) => row.name, cell: (row) => conceptLink(row.name) },
+        { title: "rank there", value: (row) => -row.rank, number: true, cell: (row) => row.rank },
+        { title: "score", value: (row) => row.score, number: true, cell: (row) => figure(row.score, 2) },
+        { title: "specific", value: (row) => row.specific, number: true, cell: (row) => figure(row.specific, 2) },
+      ], page.concepts, { by: 1, to: (row) => toConcept(row.name) }))),
+    h("div.grid", { style: "margin-top:14px" }, examples(1, "Highest activations"), examples(-1, "Lowest activations"),
+      activity.length ? card(h("h3", "Where it is open"), bars(activity, `Share of tokens at which ${page.neuron} is open, by label`, label, (row) => (row.modality === "image" ? "specific" : "own"), ".1%"), under("Part of the tokens at which its gate is open: image tokens in green, caption tokens in violet.")) : null),
+  ];
+}
+
+function layersPage() {
+  const rows = INDEX.layers;
+  return [
+    heading("Layers", "Where the multi-modal neurons are: the layers of the ten highest neurons of every concept."),
+    card(layersPlot(rows, [["score", "by score", "own"], ["specific", "by specific", "specific"]], "Share of the concepts' ten highest neurons by layer", "of the ten highest")),
+    h("h2", "How open the neurons are"), card(layersPlot(rows, [["image", "image tokens", "specific"], ["text", "caption tokens", "own"]], "Share of open neurons by layer, at image and caption tokens", "of neurons open", 260)),
+    h("h2", "In numbers"), card(sortable("Layers", [
+      { title: "layer", value: (row) => row.layer, number: true, cell: (row) => `L${row.layer}` }, { title: "neurons", value: (row) => row.width, number: true, cell: (row) => whole(row.width) },
+      { title: "of ten highest, score", value: (row) => row.score, number: true, cell: (row) => percent(row.score, 1) }, { title: "specific", value: (row) => row.specific, number: true, cell: (row) => percent(row.specific, 1) },
+      { title: "concepts a neuron, mean", value: (row) => row.mean, number: true, cell: (row) => figure(row.mean, 2) }, { title: "most", value: (row) => row.most, number: true, cell: (row) => whole(row.most) },
+    ], rows, { by: 0 })),
+  ];
+}
+
+function failuresPage() {
+  const { count, rows, aside } = INDEX.failures;
+  if (!count && !aside.length) return [heading("Failures", "None: every sample of the data was analysed.")];
+  return [
+    heading("Failures", `${plural(count, "sample")} failed${aside.length ? `, ${plural(aside.length, "shard")} set aside` : ""}; all others are in this report.`),
+    aside.length ? card(h("h3", "Shards set aside"), h("dl", aside.map((row) => [h("dt", `shard ${row.shard}`), h("dd", row.reason)]))) : null,
+    rows.length ? card(sortable("Failed samples", [
+      { title: "stage", value: (row) => row.stage, cell: (row) => row.stage }, { title: "why", value: (row) => row.message, kind: "text", cell: (row) => row.message },
+      { title: "where", value: (row) => row.source, cell: (row) => row.source }, { title: "sample", value: (row) => row.sample_id || "", cell: (row) => h("code", row.sample_id || "") },
+    ], rows)) : null,
+  ];
+}

@@ -1,0 +1,111 @@
+// Addresses to pages, search, keys and themes.
+"use strict";
+const main = document.getElementById("main"), search = document.getElementById("search"), found = document.getElementById("found");
+const PAGES = [
+  ["", "Overview", overview], ["concepts", "Concepts", conceptsPage], ["neurons", "Neurons", neuronsPage], ["layers", "Layers", layersPage],
+  ["properties", "Properties", propertiesPage], ["edits", "Edits", editsPage], ["failures", "Failures", failuresPage],
+];
+const menu = PAGES.filter(([name]) => name !== "failures" || INDEX.failures.count || INDEX.failures.aside.length);
+document.querySelector("nav").append(...menu.map(([name, title]) => h("a", { href: `#/${name}`, "data-page": name }, title)));
+document.querySelector("footer").append(
+  h("span", `mmray ${INDEX.run.versions.mmray}`), h("span", INDEX.run.uri), h("span", h("kbd", "/"), " search"), h("span", h("kbd", "←"), " ", h("kbd", "→"), " previous, next"), h("span", h("kbd", "Esc"), " back to the list"), h("span", h("kbd", "t"), " theme"));
+
+const missing = (what) => [heading("Not here", `This report has no page of ${what}.`)];
+let turn = 0;
+
+async function route() {
+  const mine = ++turn;
+  const [page = "", name = ""] = location.hash.replace(/^#\//, "").split("/").map(decodeURIComponent);
+  const known = PAGES.find(([path]) => path === page);
+  let content = known ? known[2](name) : missing(page);
+  if (page === "concept" || page === "neuron") {
+    const data = await part(`${page[0]}:${name}`);
+    if (mine !== turn) return;
+    content = data ? (page === "concept" ? concept(data) : neuron(data)) : missing(name);
+  }
+  forget();
+  main.replaceChildren(...[content].flat(Infinity).filter((node) => node));
+  const place = { concept: "concepts", neuron: "neurons" }[page] || page;
+  document.querySelectorAll("nav a").forEach((link) => link.toggleAttribute("aria-current", link.dataset.page === place));
+  document.querySelector("nav a[aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
+  document.title = `${name || (known && known[1]) || "mmray"} · ${INDEX.run.name} · mmray`;
+  close();
+  window.scrollTo(0, 0);
+}
+
+// What a word finds: concepts that begin with it, then that contain it, then neurons by name and by what they promote.
+function look(words) {
+  const said = words.trim().toLowerCase();
+  if (!said) return [];
+  const named = INDEX.concepts.filter((row) => row.name.includes(said));
+  named.sort((a, b) => (b.name === said) - (a.name === said) || b.name.startsWith(said) - a.name.startsWith(said) || b.n - a.n);
+  const neurons = INDEX.neurons.filter((row) => row.neuron.toLowerCase().startsWith(said) || row.tokens.some((token) => token.toLowerCase() === said));
+  return [
+    ...named.slice(0, 8).map((row) => ({ to: toConcept(row.name), name: row.name, more: `${languageName(row.language)} ${whole(row.n)}×`, image: row.sample })),
+    ...neurons.slice(0, 6).map((row) => ({ to: toNeuron(row.neuron), name: row.neuron, more: row.tokens.slice(0, 4).join(" ") })),
+    ...(named.length > 8 ? [{ to: `#/concepts/${encodeURIComponent(said)}`, name: `all ${named.length} concepts with “${said}”`, more: "" }] : []),
+  ];
+}
+
+let chosen = 0;
+function suggest() {
+  const rows = look(search.value);
+  chosen = Math.max(0, Math.min(chosen, rows.length - 1));
+  found.hidden = !search.value.trim();
+  search.setAttribute("aria-expanded", String(!found.hidden));
+  found.replaceChildren(...(rows.length ? rows.map((row, at) =>
+    h("li", { role: "option", id: `found-${at}`, "aria-selected": String(at === chosen), "data-to": row.to, onmousedown: (event) => { event.preventDefault(); go(row.to); } },
+      row.image && small(row.image, ""), h("span", row.name), h("small", row.more))) : [h("li", { role: "option" }, "nothing found")]));
+  search.setAttribute("aria-activedescendant", rows.length ? `found-${chosen}` : "");
+  found.children[chosen]?.scrollIntoView({ block: "nearest" });
+}
+function go(to) { close(); search.blur(); location.hash = to; }
+function close() { search.value = ""; chosen = 0; found.hidden = true; search.setAttribute("aria-expanded", "false"); }
+search.addEventListener("input", () => { chosen = 0; suggest(); });
+search.addEventListener("blur", () => { found.hidden = true; });
+search.addEventListener("focus", suggest);
+search.addEventListener("keydown", (event) => {
+  const moves = { ArrowDown: 1, ArrowUp: -1 };
+  if (event.key in moves) { event.preventDefault(); chosen += moves[event.key]; suggest(); }
+  if (event.key === "Enter" && found.children[chosen]?.dataset.to) go(found.children[chosen].dataset.to);
+  if (event.key === "Escape") { close(); search.blur(); }
+  event.stopPropagation();
+});
+
+const isDark = () => (document.documentElement.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
+function changeTheme() {
+  const theme = isDark() ? "light" : "dark";
+  document.documentElement.dataset.theme = theme;
+  try { localStorage.setItem("mmray-theme", theme); } catch { /* opened from disk, it may not be kept */ }
+  redraw();
+}
+document.getElementById("theme").addEventListener("click", changeTheme);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea, select")) return;
+  const follow = (selector) => document.querySelector(selector)?.click();
+  if (event.key === "/") { event.preventDefault(); search.focus(); }
+  if (event.key === "ArrowLeft") follow(".steps [rel=previous]");
+  if (event.key === "ArrowRight") follow(".steps [rel=next]");
+  if (event.key === "t") changeTheme();
+  if (event.key === "Escape") location.hash = document.querySelector(".crumbs a")?.getAttribute("href") || "#/";
+  if (event.key === "ArrowDown" || event.key === "ArrowUp") walk(event);
+  if (event.key === "Enter" && event.target === document.activeElement) document.querySelector("tbody tr.at")?.click();
+});
+
+// Up and down walk through the first table's rows.
+function walk(event) {
+  const rows = [...document.querySelectorAll("tbody tr.link")];
+  if (!rows.length) return;
+  const at = rows.findIndex((row) => row.classList.contains("at")), next = at + (event.key === "ArrowDown" ? 1 : -1);
+  if (next < 0) return;
+  event.preventDefault();
+  rows[at]?.classList.remove("at");
+  const row = rows[Math.min(next, rows.length - 1)];
+  row.classList.add("at");
+  row.scrollIntoView({ block: "nearest" });
+}
+
+window.addEventListener("hashchange", () => { route(); main.focus({ preventScroll: true }); });
+route();

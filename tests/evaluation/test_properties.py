@@ -1,0 +1,121 @@
+"""What is observed is what a plain forward shows, and means don't depend on how their rows were cut."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mmray
+from mmray.demo import DATA
+from mmray.derived import PROPERTY_SCHEMAS
+from mmray.evaluation.properties.effects import MATCHED, Effects, noise
+from mmray.evaluation.properties.maps import box_of
+from mmray.evaluation.properties.observations import Key, Observations, summarise
+from mmray.evaluation.properties.settings import MOST, RANKINGS
+from mmray.evaluation.properties.subject import Facts, Ranked, Study, Subject
+from mmray.models.parts import output_rows
+from mmray.neurons.concepts import NounSource
+from mmray.neurons.scoring import score_batch
+from mmray.settings import census_settings
+from tests.cluster.test_evaluation import samples_of
+
+Model = Callable[[str], Any]
+
+
+@pytest.fixture(scope="module")
+def subject(open_model: Model) -> Subject:
+    model = open_model("demo")
+    english = [sample for sample in samples_of(DATA, 400) if sample.language == "en"]
+    own = [sample for sample in english if "hammer" in sample.objects][:4]
+    others = [sample for sample in english if "hammer" not in sample.objects][:3]
+    settings = census_settings({"model": "demo", "data": "demo", "out": "unused"})
+    vocabulary = tuple(sorted({name for sample in english for name in sample.objects}))
+    study = Study(model, settings, NounSource("objects", vocabulary), [["x"]] * sum(model.widths))
+    neurons = tuple((7, unit) for unit in range(MOST))
+    ranked = {name: Ranked(neurons, (1.0,) * MOST) for name in RANKINGS}
+    names = [tuple(sample.sample_id for sample in part) for part in (own, others)]
+    facts = Facts("hammer", "hammer", "en", ranked, neurons[:10], names[0], names[1], ())
+    encoded = study.encoded([*own, *others])
+    assert encoded is not None
+    return Subject(study, facts, *encoded)
+
+
+def test_places_are_the_noun_in_its_images_and_others_elsewhere(subject):
+    assert subject.usable
+    assert len(subject.own_samples) == len(set(subject.own_samples)) == 4
+    assert not set(subject.own_samples) & set(subject.other_samples)
+    assert set(subject.other_samples) <= set(subject.facts.others)
+
+
+def test_falls_are_those_of_plain_forwards(subject):
+    effects, neurons = Effects(subject), subject.facts.ranked["score"].neurons
+    model, batch, places = subject.model, subject.batch, subject.places
+    before = score_batch(model, batch, places).log_prob.exp()
+    for change in (mmray.ablate, lambda *given: noise(*given, 2.0), lambda *given: mmray.scale(*given, 5.0)):
+        with change(model, neurons):
+            after = score_batch(model, batch, places).log_prob.exp()
+        found = effects.falls(neurons, change(model, neurons))
+        torch.testing.assert_close(found[0], before - after, atol=1e-4, rtol=1e-3)
+    assert torch.equal(score_batch(model, batch, places).log_prob.exp(), before)
+
+
+def test_noise_is_in_parts_of_the_rows_own_size(subject):
+    model, neurons = subject.model, [(7, 3), (6, 5)]
+    rows = [output_rows(model.network, model.projections[layer])[unit].clone() for layer, unit in neurons]
+    with noise(model, neurons, 0.5):
+        changed = [output_rows(model.network, model.projections[layer])[unit].clone() for layer, unit in neurons]
+    added = torch.cat([after - before for before, after in zip(rows, changed, strict=True)])
+    size = torch.cat(rows).square().mean().sqrt()
+    assert added.square().mean().sqrt() == pytest.approx(float(0.5 * size), rel=0.15)
+
+
+def test_effects_observe_every_dose_beside_its_control(subject):
+    found = Observations()
+    Effects(subject).observe(found)
+    rows = found.tables()["observations"].to_pylist()
+    seen = {(row["measure"], row["method"], row["neurons"]) for row in rows}
+    assert {("zeroed_own", method, MOST) for method in (*RANKINGS, MATCHED, "activation-matched", "uniform")} <= seen
+    own = [row for row in rows if row["measure"] == "zeroed_own"]
+    assert {row["sample_id"] for row in own} == set(subject.own_samples)
+    assert {row["sample_id"] for row in rows if row["measure"] == "zeroed_other"} == set(subject.other_samples)
+
+
+def test_boxes_are_found_by_names_in_any_language(subject):
+    from dataclasses import replace
+
+    sample = next(item.sample for item in subject.items if len(item.sample.objects) > 1)
+    name = sample.objects[1]
+    facts = replace(subject.facts, concept=name)
+    assert box_of(subject.study, facts, sample) == sample.boxes[1]
+    nouns = NounSource("objects", (), {name: {"es": "cosa"}})
+    study = replace(subject.study, nouns=nouns)
+    spanish = replace(sample, language="es")
+    assert box_of(study, replace(facts, concept="cosa"), spanish) == sample.boxes[1]
+    assert box_of(study, replace(facts, concept="nothing"), spanish) is None
+
+
+ROWS = st.lists(
+    st.tuples(st.sampled_from("ab"), st.sampled_from("xyz"), st.floats(-1, 1), st.sampled_from((1.0, 2.0))),
+    min_size=1,
+    max_size=20,
+)
+
+
+@given(ROWS, st.randoms())
+def test_means_are_sums_over_images_in_any_order(rows, random):
+    found = Observations()
+    for concept, sample_id, value, of in rows:
+        found.add(Key("causal", "zeroed_own", "score", 10), concept, sample_id, value, of)
+    table = summarise(found.tables()["observations"], 20, 0)
+    (whole,) = [row for row in table.to_pylist() if row["concept"] is None]
+    assert whole["value"] == pytest.approx(sum(row[2] for row in rows) / sum(row[3] for row in rows))
+    assert whole["n"] == len({row[1] for row in rows})
+    order = list(range(len(rows)))
+    random.shuffle(order)
+    shuffled = found.tables()["observations"].take(pa.array(order))
+    assert summarise(shuffled, 20, 0) == table
+    assert shuffled.schema == PROPERTY_SCHEMAS["observations"]

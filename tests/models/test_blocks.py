@@ -1,0 +1,74 @@
+"""Blocks run once more give what they gave, and the image's patches in another order change what is seen of them."""
+
+import pytest
+import torch
+
+from mmray.models.blocks import Passage, permuted_image
+from mmray.neurons.scoring import forward, score_batch
+from tests.neurons.making import CAPTIONS, batch_of
+
+
+@pytest.mark.parametrize("variant", ["llava", "gemma3", "blip2_opt", "qwen3_vl_moe"])
+def test_the_last_blocks_give_what_they_gave(open_model, variant):
+    model = open_model(variant)
+    batch, _ = batch_of(model, CAPTIONS[:3])
+    passage, ends = Passage(model), []
+    from mmray.models.capture import tap_input
+
+    with torch.inference_mode():
+        with passage.recording(), tap_input(model.norm, ends.append):
+            forward(model, batch)
+        again = passage.again(len(passage.blocks) - 1)
+    torch.testing.assert_close(again, ends[-1].reshape(again.shape), rtol=1e-4, atol=1e-4)
+
+
+def test_a_passage_leaves_no_hooks(open_model):
+    model = open_model("llava")
+    batch, _ = batch_of(model, CAPTIONS[:2])
+    passage = Passage(model)
+    with torch.inference_mode(), passage.recording():
+        forward(model, batch)
+    count = len(passage.entered)
+    with torch.inference_mode():
+        forward(model, batch)
+    assert len(passage.entered) == count == len(model.widths)
+
+
+@pytest.mark.parametrize("variant", ["llava", "qwen2_vl", "gemma3"])
+def test_permuted_patches_change_scores_and_are_put_back(open_model, variant):
+    model = open_model(variant)
+    batch, places = batch_of(model, CAPTIONS[:3])
+    plain = score_batch(model, batch, places)
+    with permuted_image(model, batch, seed=1):
+        moved = score_batch(model, batch, places)
+    after = score_batch(model, batch, places)
+    assert (moved.log_prob - plain.log_prob).abs().max() > 0
+    assert torch.equal(after.log_prob, plain.log_prob)
+
+
+def test_captions_and_prompts_are_not_permuted(open_model):
+    model = open_model("llava")
+    batch, _ = batch_of(model, CAPTIONS[:2])
+
+    def entered() -> torch.Tensor:
+        # The embeddings as the first block's own norm sees them: behind the hook that permutes.
+        states = []
+        norm = model.network.get_submodule(model.projections[0].path.rsplit(".mlp", 1)[0] + ".input_layernorm")
+        from mmray.models.capture import tap_input
+
+        with torch.inference_mode(), tap_input(norm, states.append):
+            forward(model, batch)
+        return states[0]
+
+    plain = entered()
+    with permuted_image(model, batch, seed=3):
+        moved = entered()
+    for row in range(2):
+        image = sorted(
+            p for run in batch.runs if run.row == row and run.modality == "image" for p in range(run.start, run.stop)
+        )
+        others = [position for position in range(batch.positions) if position not in image]
+        assert torch.equal(plain[row, others], moved[row, others])
+        assert not torch.equal(plain[row, image], moved[row, image])
+        order = plain[row, image].sum(dim=1).sort().values
+        torch.testing.assert_close(order, moved[row, image].sum(dim=1).sort().values)
