@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy import ndarray
 
+from mmray.label_tables import LABEL_SCHEMAS
+from mmray.label_tables import column as _field
 from mmray.storage import Store
 
 LOGIT = "logit before the final norm (after it with fold_norm)"
@@ -21,10 +23,6 @@ NEURON_ENTRY = pa.struct(
 )
 
 
-def _field(name: str, kind: pa.DataType, unit: str = "") -> pa.Field:
-    return pa.field(name, kind, metadata={"unit": unit} if unit else None)
-
-
 SCHEMAS: dict[str, pa.Schema] = {
     "captions": pa.schema(
         [
@@ -34,6 +32,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             _field("language", pa.string()),
             _field("domain", pa.string()),
             _field("shard_id", pa.int32()),
+            _field("labels", pa.map_(pa.string(), pa.string()), "further labels of --label-column, by column"),
         ]
     ),
     "occurrences": pa.schema(
@@ -119,6 +118,9 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }
 """The tables that a finished run offers to its readers."""
+
+TABLES: dict[str, pa.Schema] = {**SCHEMAS, **LABEL_SCHEMAS}
+"""These, and those that `mmray selectivity` adds to it."""
 
 PART_SCHEMAS: dict[str, pa.Schema] = {
     "captions": SCHEMAS["captions"],

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from mmray.cli import census, drift, editing, evaluation, models, reading  # noqa: F401  they register
+from mmray.cli import census, drift, editing, evaluation, models, reading, selectivity  # noqa: F401  they register
 from mmray.cli.options import app
 from mmray.errors import InputError
 

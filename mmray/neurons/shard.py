@@ -242,6 +242,7 @@ class ShardAnalysis:
                     "language": item.sample.language,
                     "domain": item.sample.domain,
                     "shard_id": self.shard_id,
+                    "labels": item.sample.labels,
                 }
             )
         if not places:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from mmray.errors import InputError
 from mmray.neuron_names import parse_neuron
 from mmray.runs import RunFolder
-from mmray.tables import SCHEMAS, read_table
+from mmray.tables import SCHEMAS, TABLES, read_table
 
 ORDERS = {
     "score": ("rank", "ascending"),
@@ -63,15 +63,18 @@ class Run:
 
     def table(self, name: str) -> pa.Table:
         """Return one of the run's tables; raises InputError for an unknown one or a run without its tables yet."""
-        if name not in SCHEMAS:
-            raise InputError(f"there is no table {name!r}; a run has {', '.join(SCHEMAS)}")
+        if name not in TABLES:
+            raise InputError(f"there is no table {name!r}; a run has {', '.join(TABLES)}")
         if name not in self._tables:
             try:
                 self._tables[name] = read_table(self.folder.store, name)
             except FileNotFoundError:
-                raise InputError(
-                    f"{self.uri}: no table {name!r} yet; the census has not ended: run it again to go on"
-                ) from None
+                made = (
+                    "the census has not ended: run it again to go on"
+                    if name in SCHEMAS
+                    else f"mmray selectivity {self.uri} makes it"
+                )
+                raise InputError(f"{self.uri}: no table {name!r} yet; {made}") from None
         return self._tables[name]
 
     def sql(self, query: str) -> pa.Table:
@@ -80,7 +83,7 @@ class Run:
 
         with duckdb.connect() as connection:
             connection.execute("SET enable_external_access = false")
-            for name in SCHEMAS:
+            for name in TABLES:
                 if name in query.casefold():
                     connection.register(name, self.table(name))
             try:
