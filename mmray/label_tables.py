@@ -109,7 +109,7 @@ LABEL_SCHEMAS: dict[str, pa.Schema] = {
 PASS_SCHEMAS: dict[str, pa.Schema] = {
     "sums": pa.schema(
         [
-            column("quantity", pa.string(), "active, squares, contribution, or course NN"),
+            column("quantity", pa.string(), "active, squares, contribution; of steering: spread, course NN"),
             column("replicate", pa.int32(), "0: the data as it is"),
             column("label", pa.string()),
             column("n_tokens", pa.int64()),

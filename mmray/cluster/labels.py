@@ -40,6 +40,9 @@ from mmray.writing import write_table
 PARTS = {"interventions": "measurements", "stages": "lens", "steering": "replies"}
 """Table of the run → what units of work commit for it."""
 
+OF_TESTS = ("run", "interventions", "stages", "rate", "bar")
+"""Settings that the sums by label don't depend on, besides those of steering."""
+
 Follow = Callable[[Progress], None]
 
 
@@ -86,7 +89,13 @@ def _counted(run: Run, plan: Plan) -> dict[str, Totals]:
     rows = run.table("activity")
     settings = plan.settings
     rows = rows.filter(pc.and_(pc.equal(rows["label_kind"], settings.by), pc.equal(rows["module"], settings.module)))
-    return of_activity(rows, plan.labels, plan.facts()["modality"])
+    if not len(rows):
+        raise InputError(_nothing(run))
+    return of_activity(rows, plan.labels, plan.facts()["modality"], sum(_widths(run, settings.module)))
+
+
+def _nothing(run: Run) -> str:
+    return f"{run.uri}: no token of this kind was counted; see the census's --module, and --modality"
 
 
 def _widths(run: Run, module: str) -> list[int]:
@@ -109,13 +118,13 @@ class _Work:
     def sums(self) -> dict[str, Totals]:
         """Return what the samples that are selected from add up to."""
         # Which tests follow changes nothing but the samples that are held out for them, and those the plan knows.
-        kept = {"run", "interventions", "stages", "rate", "bar"}
-        settings = self.plan.settings.model_dump(exclude={*kept, *(n for n in _steering(self.plan.settings))})
-        folder = self._folder("sums", settings)
+        known = self.plan.settings.model_dump()
+        settings = {name: value for name, value in known.items() if name not in OF_TESTS and "steer" not in name}
+        folder = self._folder("sums", settings, course=str(self.plan.settings.steer is not None))
         self._carry_out(folder, SumsWorker, ())
         totals = add_up(self._parts(folder, "sums"), self.plan.labels)
         if not totals:
-            raise InputError(f"{self.run.uri}: no token was counted; see mmray status, and --module and --modality")
+            raise InputError(_nothing(self.run))
         return totals
 
     def tests(self, totals: dict[str, Totals], selection: Selection, widths: Sequence[int]) -> dict[str, pa.Table]:
@@ -136,8 +145,8 @@ class _Work:
             tables["steering"] = steering_rows(replies, steer, settings, recogniser(texts), facts)
         return tables
 
-    def _folder(self, name: str, settings: dict[str, Any]) -> RunFolder:
-        digests = {"model": self.run.info["digests"]["model"], "samples": self.plan.digest()}
+    def _folder(self, name: str, settings: dict[str, Any], **digests: str) -> RunFolder:
+        digests |= {"model": self.run.info["digests"]["model"], "samples": self.plan.digest()}
         known = SelectivitySettings(**{"run": self.run.uri, **settings})
         fingerprint = known.fingerprint(**digests)
         info = {
@@ -167,10 +176,6 @@ class _Work:
     def _parts(self, folder: RunFolder, name: str) -> Iterator[pa.Table]:
         for receipt in folder.receipts().values():
             yield folder.read_part(receipt, name)
-
-
-def _steering(settings: SelectivitySettings) -> list[str]:
-    return [name for name in type(settings).model_fields if name.startswith("steer")]
 
 
 def _write(store: Store, name: str, rows: pa.Table, facts: dict[str, str]) -> None:

@@ -76,6 +76,9 @@ def plan_labels(settings: SelectivitySettings, run: Run) -> Plan:
             f"{run.uri}: --by {settings.by}: {_found(run, settings.by, set(labelled.values()))}; "
             "at least two labels are needed"
         )
+    if unknown := [label for label in settings.steered or () if label not in labelled.values()]:
+        known = ", ".join(sorted(set(labelled.values())))
+        raise InputError(f"--steer {settings.steer}: no label {unknown[0]!r} in {known}")
     held_out = frozenset(name for name in labelled if settings.tests and _draw(settings.seed, name) < settings.held_out)
     seen = [name for name in names if name in labelled and name not in held_out][: settings.samples]
     if settings.balance:

@@ -73,15 +73,18 @@ def add_up(parts: Iterable[pa.Table], labels: tuple[str, ...]) -> dict[str, Tota
     return found
 
 
-def of_activity(rows: pa.Table, labels: tuple[str, ...], modality: str) -> dict[str, Totals]:
+def of_activity(rows: pa.Table, labels: tuple[str, ...], modality: str, neurons: int) -> dict[str, Totals]:
     """Return the totals of a census's table `activity`, of one module and kind of label: the data as it is."""
     wanted = ("image", "text") if modality == "both" else (modality,)
     numbers: dict[str, list[Tensor]] = {"n_active": [], "sum_squares": [], "n_tokens": []}
     for label in labels:
-        own = rows.filter(pc.and_(pc.equal(rows["label"], label), pc.is_in(rows["modality"], pa.array(wanted))))
+        own = rows.filter(pc.equal(rows["label"], label))
         for name, columns in numbers.items():
-            parts = [own.filter(pc.equal(own["modality"], part))[name].to_numpy() for part in wanted]
-            columns.append(torch.from_numpy(np.sum([part.astype(float) for part in parts if len(part)], axis=0)))
+            total = np.zeros(neurons)
+            for part in wanted:
+                counted = own.filter(pc.equal(own["modality"], part))[name].to_numpy()
+                total += counted if len(counted) else 0.0
+            columns.append(torch.from_numpy(total))
     active, squares, tokens = (torch.stack(columns, dim=1)[None] for columns in numbers.values())
     return {"active": Totals(active, tokens[:, 0]), "squares": Totals(squares, tokens[:, 0])}
 

@@ -48,11 +48,8 @@ class Steer:
 def steer_of(
     settings: SelectivitySettings, selection: Selection, totals: dict[str, Totals], labels: Sequence[str]
 ) -> Steer:
-    """Return what to set; raises InputError for a label that the run does not have."""
+    """Return what to set."""
     assert settings.steered is not None
-    missing = [label for label in settings.steered if label not in labels]
-    if missing:
-        raise InputError(f"--steer {settings.steer}: no label {missing[0]!r} in {', '.join(labels)}")
     source, target = (labels.index(label) for label in settings.steered)
     course = course_means(totals, target)
     if settings.steer_values == "mean":
@@ -85,7 +82,7 @@ def mean_of(totals: dict[str, Totals], label: int) -> Float64[Tensor, " neuron"]
 
 def telling_apart(totals: dict[str, Totals], source: int, target: int) -> Float64[Tensor, " neuron"]:
     """Return how far apart the means of two labels are, in standard deviations within them (d')."""
-    squares = totals["squares"]
+    squares = totals["spread"]
     means = {label: mean_of(totals, label) for label in (source, target)}
     within = [squares.sums[0, :, label] / squares.tokens[0, label] - means[label] ** 2 for label in (source, target)]
     deviation = (0.5 * (within[0] + within[1])).clamp(min=0).sqrt()

@@ -1,13 +1,14 @@
 """One pass over samples → sums by replicate and label of what neurons do: the only thing that selection looks at.
 
 Of lape the active tokens, of contribution the contributions to the text's tokens, in logits after the final norm.
-Besides, of the data as it is: sums of squares, and where labels may be steered the activations at each of a text's
-first tokens.
+Besides, of the data as it is: sums of squares, and for steering the activations at each of a text's first tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +43,14 @@ def projections_of(model: LoadedModel, module: str) -> tuple[Projection, ...]:
     return found
 
 
+@dataclass
+class Activity:
+    """What a forward shows of a module: of each layer [open tokens, sum, sum of squares; sample; neuron]."""
+
+    spans: list[Span] = field(default_factory=list)
+    layers: dict[int, Float[Tensor, "3 sample neuron"]] = field(default_factory=dict)
+
+
 class LabelSums:
     """Adds up what a pass over samples shows; `quantity, replicate, label` → a number a neuron, and tokens."""
 
@@ -58,12 +67,23 @@ class LabelSums:
     def add(self, texts: Sequence[Said], batch: Batch) -> None:
         """Take in a batch; raises InputError where images of different sizes share it and a tower is looked at."""
         if self.settings.module != "language" and len(texts) > 1 and not uniform(batch):
-            raise InputError("images of different sizes share no batch with --module vision or projector; give 1")
+            raise InputError(
+                "images of different sizes share no batch with --module vision or projector; give --batch-size 1"
+            )
         counted = self.replicates.matrix([said.sample_id for said in texts])
-        if self.settings.method == "contribution":
-            self._add_contributions(texts, batch, counted)
-        else:
-            self._add_activity(batch, counted)
+        places = token_places(batch, texts)
+        contributions = self.settings.method == "contribution"
+        with ExitStack() as stack:
+            activity = None if contributions else stack.enter_context(self._counting(batch))
+            looked_at = contributions or self.settings.steer is not None
+            captured = stack.enter_context(capturing(self.model, batch, places)) if looked_at else None
+            forward(self.model, batch)
+        if activity is not None:
+            self._add_activity(activity, counted)
+        if captured is not None and contributions:
+            self._add_contributions(captured, by_text(places), counted)
+        if captured is not None and self.settings.steer is not None:
+            self._add_course(captured, by_text(places), counted)
 
     def table(self) -> pa.Table:
         """Return the sums: a row a quantity, replicate and label."""
@@ -93,26 +113,38 @@ class LabelSums:
         self._sums[quantity] = added if before is None else before.add_(added)
         self._tokens[quantity] = counts if before is None else self._tokens[quantity].add_(counts)
 
-    def _add_activity(self, batch: Batch, counted: Tensor) -> None:
-        rows = len(batch.tokens)
-        parts: dict[int, Tensor] = {}
-        spans: list[Span] = []
+    @contextmanager
+    def _counting(self, batch: Batch) -> Iterator[Activity]:
+        """Count what the block's forward shows of the module, layer by layer."""
+        rows, activity = len(batch.tokens), Activity()
 
         def receive(layer: int, activation: Tensor, opened: Tensor) -> None:
             values, gates = (part.reshape(rows, -1, part.shape[-1]) for part in (activation, opened))
-            if not spans:
-                spans.extend(self._spans(batch, values.shape[1]))
-            summed, _ = reduce_tokens(values, gates, [span.to(values.device) for span in spans])
-            parts[layer] = summed.sum(dim=0).cpu()
+            if not activity.spans:
+                activity.spans.extend(self._spans(batch, values.shape[1]))
+            summed, _ = reduce_tokens(values, gates, [span.to(values.device) for span in activity.spans])
+            activity.layers[layer] = summed.sum(dim=0).cpu()
 
         with tap(self.model.network, self.projections, receive):
-            forward(self.model, batch)
-        if len(parts) < len(self.projections):
-            return  # text alone does not go through a tower, nor through Mllama's cross-attention
-        active, _, squares = torch.cat([parts[layer] for layer in sorted(parts)], dim=2)
-        tokens = torch.stack([span.mask.cpu().sum(dim=(1, 2)) for span in spans]).sum(dim=0)
+            yield activity
+
+    def _add_activity(self, activity: Activity, counted: Tensor) -> None:
+        if not activity.layers:
+            return  # text alone does not go through a tower
+        rows = counted.shape[1]
+        # Without an image Mllama leaves its cross-attention blocks out: their neurons do nothing.
+        layers = [
+            activity.layers.get(layer, torch.zeros(3, rows, projection.width))
+            for layer, projection in enumerate(self.projections)
+        ]
+        active, _, squares = torch.cat(layers, dim=2)
+        tokens = torch.stack([span.mask.cpu().sum(dim=(1, 2)) for span in activity.spans]).sum(dim=0)
         self._add("active", counted, active, tokens)
-        self._add("squares", counted[: len(self.replicates.labels)], squares, tokens)
+        self._add("squares", self._observed(counted), squares, tokens)
+
+    def _observed(self, counted: Tensor) -> Float[Tensor, "label sample"]:
+        """Return the rows of the data as it is."""
+        return counted[: len(self.replicates.labels)]
 
     def _spans(self, batch: Batch, positions: int) -> list[Span]:
         rows = len(batch.tokens)
@@ -123,31 +155,30 @@ class LabelSums:
         spans = token_spans(batch.runs, rows)
         return [span for name, span in zip(MODALITIES, spans, strict=True) if name in wanted]
 
-    def _add_contributions(self, texts: Sequence[Said], batch: Batch, counted: Tensor) -> None:
-        places = token_places(batch, texts)
-        with capturing(self.model, batch, places) as captured:
-            forward(self.model, batch)
+    def _add_contributions(self, captured: Captured, parts: Sequence[slice], counted: Tensor) -> None:
         scored = score_captured(self.model, captured, "contribution", folded=True)
-        parts = by_text(places)
-        tokens = torch.tensor([float(part.stop - part.start) for part in parts])
+        tokens = _sizes(parts)
         self._add("contribution", counted, _summed(scored.scores, parts), tokens)
-        observed = counted[: len(self.replicates.labels)]
         squares = [layer.square() for layer in scored.activation]
-        self._add("squares", observed, _summed(squares, parts), tokens)
-        self._add_course(captured, parts, observed)
+        self._add("squares", self._observed(counted), _summed(squares, parts), tokens)
 
-    def _add_course(self, captured: Captured, parts: Sequence[slice], observed: Tensor) -> None:
-        """Add the activations at each of the first tokens."""
+    def _add_course(self, captured: Captured, parts: Sequence[slice], counted: Tensor) -> None:
+        """Add the activations at the places that write a text: at each of its first tokens, and how they spread."""
+        layers = [captured.activations[layer] for layer in range(len(self.projections))]
+        observed = self._observed(counted)
+        self._add("spread", observed, _summed([layer.square() for layer in layers], parts), _sizes(parts))
         for number in range(STEPS):
-            last = number == STEPS - 1
             own = [
-                slice(min(p.start + number, p.stop), p.stop if last else min(p.start + number + 1, p.stop))
-                for p in parts
+                slice(min(part.start + number, part.stop), min(part.start + number + 1, part.stop)) for part in parts
             ]
-            tokens = torch.tensor([float(part.stop - part.start) for part in own])
-            if tokens.any():
-                layers = [captured.activations[layer] for layer in range(len(self.projections))]
-                self._add(f"course {number:02d}", observed, _summed(layers, own), tokens)
+            if number == STEPS - 1:
+                own = [slice(place.start, part.stop) for place, part in zip(own, parts, strict=True)]
+            if _sizes(own).any():
+                self._add(f"course {number:02d}", observed, _summed(layers, own), _sizes(own))
+
+
+def _sizes(parts: Sequence[slice]) -> Float[Tensor, " text"]:
+    return torch.tensor([float(part.stop - part.start) for part in parts])
 
 
 def _summed(layers: Sequence[Float[Tensor, "place neuron"]], parts: Sequence[slice]) -> Float[Tensor, "text neuron"]:
