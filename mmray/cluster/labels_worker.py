@@ -102,9 +102,7 @@ class TestsWorker(LabelWorker):
         held = [sample for sample in samples if sample.sample_id in self.plan.held_out]
         tables = {}
         if settings.interventions:
-            tables["measurements"] = measured(
-                self.model, held, self.tests.masks, settings.by, census.prompt, settings.module, settings.batch_size
-            )
+            tables["measurements"] = measured(self.model, held, self.tests.masks, settings, census.prompt)
         if settings.stages:
             own = [mask for mask in self.tests.masks if mask.control == SELECTED]
             lens = Lens(self.model, own, settings.module)

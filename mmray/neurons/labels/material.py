@@ -46,12 +46,12 @@ def captions_of(model: LoadedModel, samples: Iterable[Sample], by: str, prompt: 
     ]
 
 
-def answers_of(model: LoadedModel, samples: Iterable[Sample], by: str) -> list[Said]:
-    """Return the answers to the questions of samples that have the label."""
+def answers_of(model: LoadedModel, samples: Iterable[Sample], by: str, count: int) -> list[Said]:
+    """Return the answers to the first `count` questions of samples that have the label."""
     return [
         said
         for sample in samples
-        for question, answer in sample.questions or ()
+        for question, answer in (sample.questions or ())[:count]
         if (said := _said(model, sample, by, question, None, answer)) is not None
     ]
 

@@ -54,6 +54,8 @@ class SelectivitySettings(BaseModel):
     interventions: bool = False
     """Zero each label's neurons, and as many random ones of each layer, and measure every label's held-out texts and
     answers."""
+    questions: int = Field(1, ge=0)
+    """Questions of each held-out sample that are asked, where the data has some."""
     steer: str | None = None
     """FROM:TO, such as en:es: ask for captions in the one label's prompt, with its neurons off and the other's on."""
     steer_neurons: Steered = "switch"

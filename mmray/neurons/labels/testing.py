@@ -14,6 +14,7 @@ from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
 from mmray.neurons.labels.masks import Mask
 from mmray.neurons.labels.material import Said, answers_of, batches, by_text, captions_of, read, token_places
+from mmray.neurons.labels.settings import SelectivitySettings
 
 Encoded = list[tuple[list[Said], Batch]]
 
@@ -22,22 +23,21 @@ def measured(
     model: LoadedModel,
     samples: Sequence[Sample],
     masks: Sequence[Mask],
-    by: str,
+    settings: SelectivitySettings,
     prompt: str | None,
-    module: str,
-    size: int,
 ) -> pa.Table:
     """Return the rows of `measurements` of these samples: without a mask, and under each.
 
     nll: nats of all tokens of the caption, and how many. accuracy: questions whose answer is what greedy generation
     begins with, and how many; that is so where each token of it is the likeliest behind those before.
     """
+    size, by = settings.batch_size, settings.by
     captions = list(batches(model, captions_of(model, samples, by, prompt), size))
-    answers = list(batches(model, answers_of(model, samples, by), size))
+    answers = list(batches(model, answers_of(model, samples, by, settings.questions), size))
     rows = []
     for mask in (None, *masks):
         known = {"masked": mask and mask.label, "control": mask and mask.control}
-        with ablate(model, mask.neurons, module=module) if mask else nullcontext():
+        with ablate(model, mask.neurons, module=settings.module) if mask else nullcontext():
             rows += [known | row for row in _costs(model, captions)]
             rows += [known | row for row in _answers(model, answers)]
     return pa.Table.from_pylist(rows, schema=PASS_SCHEMAS["measurements"])

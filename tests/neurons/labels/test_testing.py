@@ -8,6 +8,7 @@ from mmray.models.interventions import ablate
 from mmray.models.prompting import prompt_text
 from mmray.neurons.labels.masks import Mask
 from mmray.neurons.labels.material import batches, captions_of
+from mmray.neurons.labels.settings import selectivity_settings
 from mmray.neurons.labels.stages import Lens, decoder_blocks
 from mmray.neurons.labels.testing import measured
 from mmray.neurons.model import open_image
@@ -22,6 +23,10 @@ def found(count=4, **facts):
     return samples(count, language="en", questions=QUESTIONS, **facts)
 
 
+def told(size):
+    return selectivity_settings({"run": "none", "batch_size": size, "questions": 2})
+
+
 def of(rows, **wanted):
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
@@ -29,7 +34,7 @@ def of(rows, **wanted):
 def test_costs_do_not_depend_on_the_batch(open_model):
     model = open_model("llava")
     mask = Mask("en", "selected", ((0, 1), (1, 3)))
-    one, other = (measured(model, found(), [mask], "language", None, "language", size).to_pylist() for size in (1, 4))
+    one, other = (measured(model, found(), [mask], told(size), None).to_pylist() for size in (1, 4))
     assert len(one) == len(other) == 2 * 4 * 2
 
     def key(row):
@@ -44,9 +49,7 @@ def test_costs_do_not_depend_on_the_batch(open_model):
 
 
 def test_an_empty_mask_changes_nothing(open_model):
-    rows = measured(
-        open_model("llava"), found(), [Mask("en", "random", ())], "language", None, "language", 4
-    ).to_pylist()
+    rows = measured(open_model("llava"), found(), [Mask("en", "random", ())], told(4), None).to_pylist()
     for plain, zeroed in zip(of(rows, masked=None), of(rows, masked="en"), strict=True):
         assert plain["total"] == zeroed["total"]
 
@@ -60,7 +63,7 @@ def test_an_answer_is_right_where_greedy_generation_begins_with_it(open_model):
     wrong = "No" if said.startswith("Yes") else "Yes"
     for answer, right in ((said, 1.0), (wrong, 0.0)):
         asked = samples(1, language="en", questions=((question, answer),))
-        rows = measured(model, asked, [], "language", None, "language", 1).to_pylist()
+        rows = measured(model, asked, [], told(1), None).to_pylist()
         assert [row["total"] for row in of(rows, measure="accuracy")] == [right]
 
 
