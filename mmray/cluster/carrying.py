@@ -1,9 +1,8 @@
-"""Units of work carried out over a pool of actors: those not committed yet are handed out, and progress is told."""
+"""Units of work carried out by actors: those not committed yet are handed out, and progress is told."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import ray.data
 
@@ -13,39 +12,22 @@ from mmray.errors import InputError
 from mmray.runs import RunFolder
 
 
-class Execution(Protocol):
-    """Settings that say how work is done."""
-
-    @property
-    def workers(self) -> int | None:
-        """Actors."""
-
-    @property
-    def gpus_per_worker(self) -> float | None:
-        """GPUs of each."""
-
-    @property
-    def address(self) -> str | None:
-        """The Ray cluster to join."""
-
-    @property
-    def retry_failed(self) -> bool:
-        """Try units again that were set aside."""
-
-
 def carry_out(
     folder: RunFolder,
     samples: Sequence[int],
-    execution: Execution,
-    start: Callable[[list[int], Pool], ray.data.Dataset],
+    actors: Callable[[list[int]], ray.data.Dataset],
     follow: Callable[[Progress], None],
+    *,
+    address: str | None,
+    retry_failed: bool,
 ) -> None:
     """Have every unit of a folder that is neither committed nor set aside done; `samples` has the size of each unit.
 
-    `start` hands units to actors. Raises InputError for what a worker finds wrong with the set-up.
+    `actors` takes units and returns the receipts to come. Raises InputError for what a worker finds wrong with the
+    set-up.
     """
     done = folder.receipts()
-    if not execution.retry_failed:
+    if not retry_failed:
         done |= folder.aside(done)
     units = [number for number in range(len(samples)) if number not in done]
     seen, failures = sum(r.samples for r in done.values()), sum(r.failures for r in done.values())
@@ -54,14 +36,17 @@ def carry_out(
     if not units:
         return
     folder.reopen(units)
-    with ray_session(execution.address):
-        asked = None if execution.workers is None else (execution.workers, execution.workers)
-        pool = actor_pool(asked, execution.gpus_per_worker, machines(), len(units))
+    with ray_session(address):
         # Nothing is fetched ahead: what is committed is told at once, not when the next unit is done too.
-        for receipts in start(units, pool).iter_batches(batch_size=None, prefetch_batches=0):
+        for receipts in actors(units).iter_batches(batch_size=None, prefetch_batches=0):
             if problem := next(filter(None, receipts["problem"]), None):
                 raise InputError(problem)
             seen += int(sum(receipts["samples"]))
             failures += int(sum(receipts["failures"]))
             aside += sum(map(bool, receipts["reason"]))
             follow(Progress(seen, sum(samples), failures, aside))
+
+
+def pool_for(workers: int | None, gpus_each: float | None, units: int) -> Pool:
+    """Return the pool of actors for so many units, of the number that was asked for, if one was."""
+    return actor_pool(None if workers is None else (workers, workers), gpus_each, machines(), units)

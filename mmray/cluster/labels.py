@@ -15,8 +15,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray.data
 
-from mmray.cluster.carrying import carry_out
+from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress
 from mmray.cluster.labels_plan import Plan, plan_labels
 from mmray.cluster.labels_worker import LabelWorker, SumsWorker, Tests, TestsWorker
@@ -167,15 +168,23 @@ class _Work:
         carry_out(
             folder,
             sizes,
-            plan.settings,
-            lambda units, pool: mapped(worker, arguments, units, pool, ahead=0),
+            lambda units: _actors(worker, arguments, plan.settings, units),
             self.follow,
+            address=plan.settings.address,
+            retry_failed=plan.settings.retry_failed,
         )
         self.aside |= {number: receipt.reason or "" for number, receipt in folder.aside(folder.receipts()).items()}
 
     def _parts(self, folder: RunFolder, name: str) -> Iterator[pa.Table]:
         for receipt in folder.receipts().values():
             yield folder.read_part(receipt, name)
+
+
+def _actors(
+    worker: type[LabelWorker], arguments: tuple[Any, ...], settings: SelectivitySettings, units: list[int]
+) -> ray.data.Dataset:
+    pool = pool_for(settings.workers, settings.gpus_per_worker, len(units))
+    return mapped(worker, arguments, units, pool, ahead=0)
 
 
 def _write(store: Store, name: str, rows: pa.Table, facts: dict[str, str]) -> None:

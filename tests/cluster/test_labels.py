@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +27,7 @@ class Here:
 
     started = 0
 
-    def __init__(self, worker: Any, arguments: Any, units: list[int], *_: Any, **__: Any) -> None:
+    def __init__(self, worker: Any, arguments: Any, _: Any, units: list[int]) -> None:
         type(self).started += 1
         self.units, self.worker = units, worker(*arguments, 1, str(Path.cwd()))
 
@@ -38,14 +38,7 @@ class Here:
 
 @contextmanager
 def without_ray() -> Iterator[None]:
-    with ExitStack() as stack:
-        for name, stub in {
-            "ray_session": lambda _: nullcontext(),
-            "machines": list,
-            "actor_pool": lambda *_: None,
-        }.items():
-            stack.enter_context(patch.object(carrying, name, stub))
-        stack.enter_context(patch.object(labels, "mapped", Here))
+    with patch.object(carrying, "ray_session", lambda _: nullcontext()), patch.object(labels, "_actors", Here):
         yield
 
 

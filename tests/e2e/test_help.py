@@ -23,6 +23,7 @@ COMMANDS = (
     "edit",
     "apply",
     "evaluate",
+    "selectivity",
 )
 
 
