@@ -87,7 +87,7 @@ class CensusSettings(BaseModel):
     objects_column: str | None = None
     """Column with the list of objects in the image; by default found by its usual names."""
     label_column: list[str] | None = None
-    """Further column whose values label samples, for `mmray selectivity --by`; may be given more than once, by default
+    """Further column whose values label samples, for `mmray selectivity`; may be given more than once, by default
     none."""
     address: str | None = None
     """Ray cluster to join (auto, or ray://HOST:PORT); default: a local Ray of this process."""

@@ -12,10 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-RATE = 0.01
-"""Part of all neurons that is chosen."""
-BAR = 0.95
-"""Quantile, over the probabilities of all neurons and labels, that a label's own neuron has to exceed."""
+from mmray.neurons.labels.settings import BAR, RATE
 
 
 @dataclass(frozen=True)

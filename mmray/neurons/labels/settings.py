@@ -9,7 +9,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmray.errors import InputError
-from mmray.neurons.labels.published import BAR, RATE
 from mmray.settings import Module, first_problem
 
 Method = Literal["lape", "contribution"]
@@ -17,6 +16,11 @@ Modality = Literal["text", "image", "both"]
 Positions = Literal["answer", "all"]
 Values = Literal["course", "mean"]
 Steered = Literal["switch", "chosen"]
+
+RATE = 0.01
+"""Part of all neurons that is chosen, as published."""
+BAR = 0.95
+"""Quantile, over the probabilities of all neurons and labels, that a label's own neuron has to exceed, as published."""
 
 EXECUTION = frozenset({"run", "batch_size", "workers", "gpus_per_worker", "address", "retry_failed"})
 
