@@ -17,6 +17,7 @@ _PLACES = {
     "run_census": "mmray.api",
     "edit": "mmray.api",
     "evaluate": "mmray.api",
+    "selectivity": "mmray.api",
     "open_edit": "mmray.editing.edit",
     "open_run": "mmray.results.run",
     "select_neurons": "mmray.cluster.selecting",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
+
 from mmray.cluster.census import run_census as drive_census
 from mmray.cluster.evaluation import run_evaluation
+from mmray.cluster.labels import run_selectivity
 from mmray.editing.edit import WeightEdit
 from mmray.editing.material import Material
 from mmray.editing.methods import make_edit
 from mmray.editing.settings import edit_settings
 from mmray.evaluation.settings import evaluation_settings
+from mmray.neurons.labels.settings import selectivity_settings
 from mmray.neurons.model import load_model
 from mmray.results.run import Run, open_run
 from mmray.settings import census_settings
@@ -39,6 +43,15 @@ def evaluate(run: Run | str, edit: str, data: str, **settings: Any) -> dict[str,
     """
     uri = run.uri if isinstance(run, Run) else str(run)
     return run_evaluation(evaluation_settings({"run": uri, "edit": str(edit), "data": data, **settings})).measures
+
+
+def selectivity(run: Run | str, **settings: Any) -> dict[str, pa.Table]:
+    """Choose the neurons of each label of a run and test them as asked; the rows by table, as the run keeps them.
+
+    `settings` are those of `mmray selectivity`, with underscores. Raises InputError for bad settings or input.
+    """
+    uri = run.uri if isinstance(run, Run) else str(run)
+    return run_selectivity(selectivity_settings({"run": uri, **settings})).tables
 
 
 def run_census(model: str, data: str, out: str, **settings: Any) -> Run:

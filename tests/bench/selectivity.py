@@ -22,20 +22,19 @@ from unittest.mock import patch
 import pyarrow as pa
 
 import mmray
-from mmray.cluster.labels import run_selectivity
 from mmray.cluster.worker import open_data
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import cut, read_shard
 from mmray.neurons import shard
 from mmray.neurons.concepts import noun_source
-from mmray.neurons.labels.settings import selectivity_settings
 from mmray.neurons.shard import ShardAnalysis
 from mmray.neurons.statistics import TokenStatistics
 from mmray.settings import census_settings
 from mmray.tables import PART_SCHEMAS
 
 PARTS = ("language", "steering", "domain", "cost")
-RATES = {"lape": (0.01, 0.02, 0.05), "contribution": (0.01, 0.02, 0.05)}
+RATES = {"contribution": (0.05, 0.02, 0.01), "lape": (0.01, 0.05)}
+HELD_OUT = 0.15
 STEERED: tuple[dict[str, Any], ...] = (
     {"method": "lape", "steer_neurons": "chosen", "steer_factor": 1.0, "steer_values": "mean"},
     {"method": "contribution", "rate": 0.05, "steer_neurons": "chosen", "steer_factor": 1.0, "steer_values": "mean"},
@@ -71,7 +70,7 @@ def main() -> None:
 
 
 def tables(run: str, **settings: Any) -> dict[str, pa.Table]:
-    return run_selectivity(selectivity_settings({"run": run, "bootstraps": 0, **settings})).tables
+    return mmray.selectivity(run, **{"bootstraps": 0, "permutations": 0, "held_out": HELD_OUT, **settings})
 
 
 def language(run: str, workers: int | None) -> None:
@@ -80,7 +79,7 @@ def language(run: str, workers: int | None) -> None:
     for method, rates in RATES.items():
         for rate in rates:
             found = tables(
-                run, method=method, rate=rate, permutations=0, interventions=True, questions=0, workers=workers
+                run, method=method, rate=rate, steer="en:es", interventions=True, questions=0, workers=workers
             )
             for label, facts in changes(found["interventions"]):
                 ratio = facts["own"] / facts["others"] if facts["others"] > 0 else float("inf")
@@ -112,7 +111,7 @@ def changes(rows: pa.Table) -> Iterator[tuple[str, dict[str, float]]]:
 def steering(run: str, workers: int | None) -> None:
     print(f"\n{'neurons':>8s} {'turned':>7s} {'every word':>11s}  steering")
     for settings in STEERED:
-        rows = tables(run, steer="en:es", permutations=0, workers=workers, **settings)["steering"].to_pylist()
+        rows = tables(run, steer="en:es", workers=workers, **settings)["steering"].to_pylist()
         turned = sum(row["label_after"] == "es" for row in rows) / len(rows)
         whole = sum(row["words_after"] == 1.0 for row in rows) / len(rows)
         print(f"{rows[0]['neurons']:8,} {turned:7.0%} {whole:11.0%}  {settings['method']}: {rows[0]['steering']}")
@@ -122,7 +121,9 @@ def steering(run: str, workers: int | None) -> None:
 
 def domain(run: str, workers: int | None) -> None:
     for settings in ({"module": "vision"}, {"modality": "both"}, {"method": "contribution", "rate": 0.05}):
-        found = tables(run, by="domain", interventions=True, bootstraps=20, workers=workers, **settings)
+        found = tables(
+            run, by="domain", interventions=True, permutations=20, bootstraps=20, workers=workers, **settings
+        )
         facts = found["selective_labels"].to_pylist()
         print(f"\nby domain · {facts[0]['method']} · {facts[0]['module']} · {facts[0]['modality']} tokens")
         for row in facts:

@@ -1,7 +1,7 @@
 """`mmray selectivity` from a run to its tables, in this process: the driver and the workers are the real ones."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,11 @@ from mmray.demo import DATA
 from mmray.errors import InputError
 from mmray.neurons.labels.settings import selectivity_settings
 from mmray.results.run import open_run
+from tests.e2e.conftest import Answer
+from tests.e2e.conftest import mmray as mmray_command
 from tests.running import census_here
+
+__all__ = ["mmray_command"]
 
 SCENES = 40
 
@@ -175,5 +179,24 @@ def test_text_without_images(tmp_path: Path) -> None:
         assert {row["measure"] for row in found["interventions"]} == {"nll"}
 
 
-def test_the_rows_are_json(run: Path) -> None:
-    json.dumps(analysed(run, permutations=0, bootstraps=0))
+@pytest.fixture
+def command(mmray_command: Callable[..., Answer]) -> Callable[..., Answer]:
+    return mmray_command
+
+
+def test_the_command(run: Path, command: Callable[..., Answer]) -> None:
+    table_only = ("--permutations", 0, "--bootstraps", 0)
+    told = command("selectivity", run, *table_only)
+    assert (told.status, told.err) == (0, "")
+    assert "by language · lape · language · text tokens · 82 neurons in all" in told.out
+    found = json.loads(command("selectivity", run, "--json", *table_only).out)
+    assert {row["union"] for row in found["selective_labels"]} == {82}
+    assert "--by mood: no sample has that label" in command("selectivity", run, "--by", "mood").refusal
+    with without_ray():
+        tested = command(
+            "selectivity", run, "--interventions", "--stages", "--steer", "en:es", "--held-out", 0.4, *table_only
+        )
+    assert tested.status == 0
+    assert "change · nats a token, held-out texts" in tested.out
+    assert "captions read like es" in tested.out
+    assert "logit lens" in tested.out
