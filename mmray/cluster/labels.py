@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import pyarrow as pa
@@ -193,11 +194,5 @@ def _write(store: Store, name: str, rows: pa.Table, facts: dict[str, str]) -> No
         before = read_table(store, name)
     except FileNotFoundError:
         before = LABEL_SCHEMAS[name].empty_table()
-    same = pc.and_(*_equal(before, facts, ("label_kind", "method")))
-    same = pc.and_(same, pc.and_(*_equal(before, facts, ("module", "modality"))))
+    same = reduce(pc.and_, [pc.equal(before[field.name], facts[field.name]) for field in ANALYSIS])
     write_table(store, name, [before.filter(pc.invert(same)), rows])
-
-
-def _equal(table: pa.Table, facts: dict[str, str], names: tuple[str, str]) -> list[pa.ChunkedArray]:
-    assert {*names} <= {field.name for field in ANALYSIS}
-    return [pc.equal(table[name], facts[name]) for name in names]
