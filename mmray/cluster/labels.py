@@ -42,7 +42,7 @@ from mmray.writing import write_table
 PARTS = {"interventions": "measurements", "stages": "lens", "steering": "replies"}
 """Table of the run → what units of work commit for it."""
 
-OF_TESTS = ("run", "interventions", "stages", "rate", "bar")
+OF_TESTS = ("run", "interventions", "questions", "stages", "rate", "bar")
 """Settings that the sums by label don't depend on, besides those of steering."""
 
 Follow = Callable[[Progress], None]
