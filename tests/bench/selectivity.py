@@ -15,7 +15,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -25,8 +25,9 @@ import mmray
 from mmray.cluster.worker import open_data
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import cut, read_shard
+from mmray.demo.scenes import load_concepts
 from mmray.neurons import shard
-from mmray.neurons.concepts import noun_source
+from mmray.neurons.concepts import find_forms, noun_source
 from mmray.neurons.shard import ShardAnalysis
 from mmray.neurons.statistics import TokenStatistics
 from mmray.settings import census_settings
@@ -36,18 +37,18 @@ PARTS = ("language", "steering", "domain", "cost")
 RATES = {"contribution": (0.05, 0.02, 0.01), "lape": (0.01, 0.05)}
 HELD_OUT = 0.15
 STEERED: tuple[dict[str, Any], ...] = (
-    {"method": "contribution", "rate": 0.05, "steer_neurons": "chosen", "steer_factor": 1.0, "steer_values": "mean"},
-    {"method": "contribution", "rate": 0.05, "steer_neurons": "chosen", "steer_factor": 2.0},
-    {"method": "contribution", "steer_share": 0.05},
-    {"method": "contribution", "steer_share": 0.15},
-    {"method": "contribution", "steer_share": 0.25},
-    {"method": "contribution", "steer_share": 0.25, "steer_factor": 1.0},
-    {"method": "contribution", "steer_share": 0.25, "steer_values": "mean"},
-    {"method": "contribution", "steer_share": 0.25, "steer_positions": "all"},
-    {"method": "lape", "steer_neurons": "chosen", "steer_factor": 1.0, "steer_values": "mean"},
-    {"method": "lape", "steer_neurons": "chosen"},
+    {"method": "contribution", "rate": 0.05},
+    {"method": "contribution", "rate": 0.05, "steer_factor": 1.0},
+    {"method": "contribution", "rate": 0.05, "steer_values": "mean", "steer_factor": 1.0},
+    {"method": "contribution", "rate": 0.05, "steer_positions": "all"},
+    {"method": "contribution", "rate": 0.01},
+    {"method": "contribution", "steer_neurons": "switch", "steer_share": 0.05},
+    {"method": "contribution", "steer_neurons": "switch", "steer_share": 0.25},
+    {"method": "lape", "steer_values": "mean", "steer_factor": 1.0},
+    {"method": "lape"},
+    {"method": "lape", "rate": 0.05},
 )
-"""What is tried: those that a method chose, set to their mean as published, and what it takes."""
+"""What is tried: which neurons, how many, set to what (as published: their mean over answers), and where."""
 
 
 def main() -> None:
@@ -110,14 +111,34 @@ def changes(rows: pa.Table) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def steering(run: str, workers: int | None) -> None:
-    print(f"\n{'neurons':>8s} {'turned':>7s} {'every word':>11s}  steering")
+    """A caption is turned where it reads like Spanish and names an object of the image in Spanish."""
+    samples = {sample.sample_id: sample for sample in demo_samples()}
+    print(f"\n{'neurons':>8s} {'turned':>7s} {'every word':>11s} {'objects':>8s}  steering en → es")
     for settings in STEERED:
         rows = tables(run, steer="en:es", workers=workers, **settings)["steering"].to_pylist()
-        turned = sum(row["label_after"] == "es" for row in rows) / len(rows)
+        named = [spanish_objects(row["after"], samples[row["sample_id"]].objects or ()) for row in rows]
+        turned = [row["label_after"] == "es" and any(some) for row, some in zip(rows, named, strict=True)]
         whole = sum(row["words_after"] == 1.0 for row in rows) / len(rows)
-        print(f"{rows[0]['neurons']:8,} {turned:7.0%} {whole:11.0%}  {settings['method']}: {rows[0]['steering']}")
-        for row in rows[:2]:
-            print(f"{'':28s}{row['before']}  →  {row['after']}")
+        recall = sum(map(sum, named)) / sum(map(len, named))
+        print(
+            f"{rows[0]['neurons']:8,} {sum(turned) / len(rows):7.0%} {whole:11.0%} {recall:8.0%}  {settings['method']} "
+            f"{settings.get('rate', 0.01):.0%}, n {len(rows)}: {rows[0]['steering']}"
+        )
+        for row in [*rows[:2], *(row for row, good in zip(rows, turned, strict=True) if not good)][:3]:
+            print(f"{'':30s}{row['before']}  →  {row['after'][:80]}")
+
+
+def demo_samples() -> list[Sample]:
+    source = open_data(census_settings({"model": "demo", "data": "demo", "out": "none"}))
+    files = source.files()
+    (piece,) = cut(files, sum(file.rows for file in files)).shards
+    return [row for row in read_shard(source, piece) if isinstance(row, Sample)]
+
+
+def spanish_objects(caption: str, objects: Sequence[str]) -> list[bool]:
+    """Tell of each object, named in English, whether a caption names it in Spanish."""
+    names = [load_concepts()[name].names["es"].casefold() for name in objects]
+    return [bool(find_forms(caption, frozenset({name}), "es")) for name in names]
 
 
 def domain(run: str, workers: int | None) -> None:
@@ -149,10 +170,8 @@ class _NoActivity(TokenStatistics):
 def cost(samples: int, rounds: int) -> None:
     """Time a shard with activity by language and domain, by no label, and without any statistics of tokens."""
     settings = census_settings({"model": "demo", "data": "demo", "out": "none"})
-    model = mmray.load_model("demo")
+    model, rows = mmray.load_model("demo"), demo_samples()[:samples]
     source = open_data(settings)
-    piece = cut(source.files(), samples, samples).shards[0]
-    rows = [row for row in read_shard(source, piece) if isinstance(row, Sample)]
     nouns = noun_source(settings.nouns, source.objects_vocabulary(), source.translations())
 
     def timed() -> float:

@@ -15,7 +15,7 @@ Method = Literal["lape", "contribution"]
 Modality = Literal["text", "image", "both"]
 Positions = Literal["answer", "all"]
 Values = Literal["course", "mean"]
-Steered = Literal["switch", "chosen"]
+Steered = Literal["chosen", "switch"]
 
 RATE = 0.01
 """Part of all neurons that is chosen, as published."""
@@ -62,9 +62,9 @@ class SelectivitySettings(BaseModel):
     """Questions of each held-out sample that are asked, where the data has some."""
     steer: str | None = None
     """FROM:TO, such as en:es: ask for captions in the one label's prompt, with its neurons off and the other's on."""
-    steer_neurons: Steered = "switch"
-    """switch: the neurons whose activations tell the two labels apart best; chosen: those that the method chose, the
-    one label's zeroed and the other's set."""
+    steer_neurons: Steered = "chosen"
+    """chosen: those that the method chose, the one label's zeroed and the other's set; switch: the neurons whose
+    activations tell the two labels apart best, all set."""
     steer_share: float = Field(0.25, gt=0, le=1)
     """Part of all neurons that are switches."""
     steer_values: Values = "course"
