@@ -19,6 +19,7 @@ _PLACES = {
     "evaluate": "mmray.api",
     "properties": "mmray.api",
     "write_report": "mmray.reporting",
+    "selectivity": "mmray.api",
     "open_edit": "mmray.editing.edit",
     "open_run": "mmray.results.run",
     "select_neurons": "mmray.cluster.selecting",

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from mmray.cluster.census import run_census as drive_census
 from mmray.cluster.evaluation import run_evaluation
+from mmray.cluster.labels import run_selectivity
 from mmray.cluster.properties import run_properties
 from mmray.editing.edit import WeightEdit
 from mmray.editing.material import Material
@@ -15,6 +16,7 @@ from mmray.editing.methods import make_edit
 from mmray.editing.settings import edit_settings
 from mmray.evaluation.properties.settings import property_settings
 from mmray.evaluation.settings import evaluation_settings
+from mmray.neurons.labels.settings import selectivity_settings
 from mmray.neurons.model import load_model
 from mmray.results.run import Run, open_run
 from mmray.settings import census_settings
@@ -55,6 +57,15 @@ def properties(run: Run | str, **settings: Any) -> pa.Table:
     uri = run.uri if isinstance(run, Run) else str(run)
     run_properties(property_settings({"run": uri, **settings}))
     return open_run(uri).properties()
+
+
+def selectivity(run: Run | str, **settings: Any) -> dict[str, pa.Table]:
+    """Choose the neurons of each label of a run and test them as asked; the rows by table, as the run keeps them.
+
+    `settings` are those of `mmray selectivity`, with underscores. Raises InputError for bad settings or input.
+    """
+    uri = run.uri if isinstance(run, Run) else str(run)
+    return run_selectivity(selectivity_settings({"run": uri, **settings})).tables
 
 
 def run_census(model: str, data: str, out: str, **settings: Any) -> Run:

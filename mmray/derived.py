@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from mmray.label_tables import LABEL_SCHEMAS
 from mmray.tables import COUNT, SCHEMAS, field
 
 DERIVED: dict[str, pa.Schema] = {
@@ -37,10 +38,18 @@ DERIVED: dict[str, pa.Schema] = {
             field("iou", pa.float32(), "of the mask above the 95th percentile with the box; null without one"),
         ]
     ),
+    **LABEL_SCHEMAS,
 }
 """The tables that a run offers once they are made."""
 
-MADE_BY = {"properties": "mmray properties RUN", "heatmaps": "mmray properties RUN"}
+TABLES: dict[str, pa.Schema] = SCHEMAS | DERIVED
+"""Every table that a run may have."""
+
+MADE_BY = {
+    "properties": "mmray properties RUN",
+    "heatmaps": "mmray properties RUN",
+    **dict.fromkeys(LABEL_SCHEMAS, "mmray selectivity RUN"),
+}
 """Table → the command that makes it."""
 
 PROPERTY_SCHEMAS: dict[str, pa.Schema] = {

@@ -86,6 +86,9 @@ class CensusSettings(BaseModel):
     """Column of the image's domain; by default found by its usual names."""
     objects_column: str | None = None
     """Column with the list of objects in the image; by default found by its usual names."""
+    label_column: list[str] | None = None
+    """Further column whose values label samples, for `mmray selectivity`; may be given more than once, by default
+    none."""
     address: str | None = None
     """Ray cluster to join (auto, or ray://HOST:PORT); default: a local Ray of this process."""
     retry_failed: bool = False

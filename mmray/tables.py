@@ -35,6 +35,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             field("language", pa.string()),
             field("domain", pa.string()),
             field("shard_id", pa.int32()),
+            field("labels", pa.map_(pa.string(), pa.string()), "further labels of --label-column, by column"),
         ]
     ),
     "occurrences": pa.schema(
@@ -120,6 +121,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }
 """The tables that a finished run offers to its readers."""
+
 
 PART_SCHEMAS: dict[str, pa.Schema] = {
     "captions": SCHEMAS["captions"],

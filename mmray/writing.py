@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import pyarrow as pa
 
-from mmray.derived import DERIVED
+from mmray.derived import TABLES
 from mmray.storage import Store
-from mmray.tables import SCHEMAS, to_bytes
+from mmray.tables import to_bytes
 
 FILE_BYTES = 64 << 20
 """Size in memory at which a table is cut into a further file: what a writer holds at once, however large the table."""
@@ -50,9 +50,7 @@ class TableWriter:
                 self.store.delete(entry.key)
 
     def _join_small(self) -> None:
-        self._gathered.append(
-            pa.concat_tables([(SCHEMAS | DERIVED)[self.name].empty_table(), *self._small]).combine_chunks()
-        )
+        self._gathered.append(pa.concat_tables([TABLES[self.name].empty_table(), *self._small]).combine_chunks())
         self._small = []
 
     def _flush(self) -> None:

@@ -12,7 +12,17 @@ from typing import Any, NoReturn
 
 import typer
 
-from mmray.cli import census, drift, editing, evaluation, models, properties, reading, reporting  # noqa: F401  they register
+from mmray.cli import (  # noqa: F401  they register
+    census,
+    drift,
+    editing,
+    evaluation,
+    models,
+    properties,
+    reading,
+    reporting,
+    selectivity,
+)
 from mmray.cli.options import app
 from mmray.errors import InputError
 

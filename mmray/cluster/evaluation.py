@@ -15,13 +15,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress
 from mmray.cluster.evaluation_plan import Plan, digests, plan_evaluation, units_json
 from mmray.cluster.evaluation_worker import EvaluationWorker, Opener
-from mmray.cluster.session import actor_pool, machines, ray_session
 from mmray.cluster.units import mapped
 from mmray.editing.edit import open_edit
-from mmray.errors import InputError
 from mmray.evaluation.settings import EvaluationSettings
 from mmray.evaluation.summary import summarise
 from mmray.results.run import Run, open_run
@@ -96,31 +95,18 @@ def _folder(plan: Plan, run: Run) -> tuple[RunFolder, dict[str, Any]]:
 
 def _work(plan: Plan, folder: RunFolder, opener: Opener, follow: Callable[[Progress], None]) -> None:
     """Have every unit that is neither committed nor set aside measured."""
-    done = folder.receipts()
-    if not plan.settings.retry_failed:
-        done |= folder.aside(done)
-    units = [number for number in range(len(plan.units)) if number not in done]
-    samples, failures = sum(r.samples for r in done.values()), sum(r.failures for r in done.values())
-    aside = sum(receipt.reason is not None for receipt in done.values())
-    follow(Progress(samples, plan.samples, failures, aside))
-    if not units:
-        return
-    folder.reopen(units)
-    with ray_session(plan.settings.address):
-        # Nothing is fetched ahead: what is committed is told at once, not when the next unit is done too.
-        for receipts in _actors(plan, folder, opener, units).iter_batches(batch_size=None, prefetch_batches=0):
-            if problem := next(filter(None, receipts["problem"]), None):
-                raise InputError(problem)
-            samples += int(sum(receipts["samples"]))
-            failures += int(sum(receipts["failures"]))
-            aside += sum(map(bool, receipts["reason"]))
-            follow(Progress(samples, plan.samples, failures, aside))
+    carry_out(
+        folder,
+        [unit.samples for unit in plan.units],
+        lambda units: _actors(plan, folder, opener, units),
+        follow,
+        address=plan.settings.address,
+        retry_failed=plan.settings.retry_failed,
+    )
 
 
 def _actors(plan: Plan, folder: RunFolder, opener: Opener, units: list[int]) -> Any:
-    workers = plan.settings.workers
-    asked = None if workers is None else (workers, workers)
-    pool = actor_pool(asked, plan.settings.gpus_per_worker, machines(), len(units))
+    pool = pool_for(plan.settings.workers, plan.settings.gpus_per_worker, len(units))
     return mapped(EvaluationWorker, (plan, folder.store.uri, opener), units, pool, ahead=0)
 
 

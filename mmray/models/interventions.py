@@ -21,23 +21,26 @@ from mmray.models.parts import output_rows, set_output_rows
 from mmray.neuron_names import parse_neuron
 
 
-def by_layer(model: LoadedModel, neurons: Iterable[str | tuple[int, int]]) -> dict[int, list[int]]:
+def by_layer(
+    model: LoadedModel, neurons: Iterable[str | tuple[int, int]], module: str = "language"
+) -> dict[int, list[int]]:
     """Group neurons, `L7.u89` or (layer, unit), by layer and each once; raises InputError for one outside."""
     groups: dict[int, dict[int, None]] = {}
+    widths = [projection.width for projection in model.parts.image_path(module)]
     for neuron in neurons:
         layer, unit = parse_neuron(neuron) if isinstance(neuron, str) else neuron
-        if not (0 <= layer < len(model.widths) and 0 <= unit < model.widths[layer]):
+        if not (0 <= layer < len(widths) and 0 <= unit < widths[layer]):
             raise InputError(
-                f"L{layer}.u{unit} is outside {model.name}: {len(model.widths)} layers of {max(model.widths)} neurons"
+                f"L{layer}.u{unit} is outside {model.name}: {len(widths)} layers of {max(widths, default=0)} neurons"
             )
         groups.setdefault(layer, {})[unit] = None
     return {layer: list(units) for layer, units in groups.items()}
 
 
 @contextmanager
-def ablate(model: LoadedModel, neurons: Iterable[str | tuple[int, int]]) -> Iterator[None]:
-    """Set the activation of these neurons to zero at every position."""
-    with set_to(model, neurons, 0.0):
+def ablate(model: LoadedModel, neurons: Iterable[str | tuple[int, int]], *, module: str = "language") -> Iterator[None]:
+    """Set the activation of these neurons, of the decoder or another module, to zero at every position."""
+    with _change(model, neurons, torch.zeros_like, module):
         yield
 
 
@@ -85,11 +88,14 @@ def changed_rows(
 
 @contextmanager
 def _change(
-    model: LoadedModel, neurons: Iterable[str | tuple[int, int]], change: Callable[[Tensor], Tensor]
+    model: LoadedModel,
+    neurons: Iterable[str | tuple[int, int]],
+    change: Callable[[Tensor], Tensor],
+    of: str = "language",
 ) -> Iterator[None]:
     with ExitStack() as stack:
-        for layer, units in by_layer(model, neurons).items():
-            projection = model.projections[layer]
+        for layer, units in by_layer(model, neurons, of).items():
+            projection = model.parts.image_path(of)[layer]
             module, index = model.network.get_submodule(projection.path), torch.tensor(units)
             changed = changed_routed_activation if projection.experts else _changed_input
             stack.enter_context(changed(module, index, change))

@@ -55,3 +55,10 @@ class Parts:
     def of(self, module: str) -> tuple[Projection, ...]:
         """Return the projections of `language`, `vision` or `projector`, by layer."""
         return tuple(projection for projection in self.projections if projection.module == module)
+
+    def image_path(self, module: str) -> tuple[Projection, ...]:
+        """Return those of a module that the image goes through; of the language decoder all.
+
+        A Q-Former's other branch reads the question: its rows are no places of the image.
+        """
+        return tuple(projection for projection in self.of(module) if not projection.reads_text)

@@ -61,6 +61,12 @@ class LoadedModel:
         return tuple(projection.width for projection in self.projections)
 
     @property
+    def context(self) -> int | None:
+        """Positions that the language model was made for; None where that is not told (T5)."""
+        found: int | None = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+        return found
+
+    @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the input embeddings."""
         device: torch.device = self.network.get_input_embeddings().weight.device

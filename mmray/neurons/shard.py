@@ -107,6 +107,9 @@ class ShardAnalysis:
         if not tokens:
             self._fail(sample, "read", f"the tokenizer makes nothing of the caption {sample.caption!r}")
             return None
+        if len(tokens) > (self.model.context or len(tokens)):
+            self._fail(sample, "read", f"{len(tokens):,} tokens; the model reads {self.model.context:,}: cut the text")
+            return None
         return Captioned(sample, prompt, sample.caption, self._nouns(sample, sample.caption), tokens, offsets)
 
     def _prompt(self, sample: Sample, *, image: bool) -> str:
@@ -242,6 +245,7 @@ class ShardAnalysis:
                     "language": item.sample.language,
                     "domain": item.sample.domain,
                     "shard_id": self.shard_id,
+                    "labels": item.sample.labels,
                 }
             )
         if not places:

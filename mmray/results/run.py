@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmray.derived import DERIVED, MADE_BY
+from mmray.derived import MADE_BY, TABLES
 from mmray.errors import InputError
 from mmray.neuron_names import parse_neuron
 from mmray.runs import RunFolder
-from mmray.tables import SCHEMAS, read_table
+from mmray.tables import read_table
 
 ORDERS = {
     "score": ("rank", "ascending"),
@@ -64,8 +64,8 @@ class Run:
 
     def table(self, name: str) -> pa.Table:
         """Return one of the run's tables; raises InputError for an unknown one or a run without its tables yet."""
-        if name not in SCHEMAS | DERIVED:
-            raise InputError(f"there is no table {name!r}; a run has {', '.join(SCHEMAS | DERIVED)}")
+        if name not in TABLES:
+            raise InputError(f"there is no table {name!r}; a run has {', '.join(TABLES)}")
         if name not in self._tables:
             try:
                 self._tables[name] = read_table(self.folder.store, name)
@@ -99,7 +99,7 @@ class Run:
 
         with duckdb.connect() as connection:
             connection.execute("SET enable_external_access = false")
-            for name in SCHEMAS | DERIVED:
+            for name in TABLES:
                 if name in query.casefold():
                     connection.register(name, self.table(name))
             try:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.cluster import evaluation
+from mmray.cluster import carrying, evaluation
 from mmray.cluster.census import Progress
 from mmray.cluster.evaluation import Evaluation, run_evaluation
 from mmray.cluster.evaluation_plan import Plan
@@ -51,8 +51,10 @@ class _Here:
             yield self.worker({"unit": np.array([unit])})
 
 
-def without_ray() -> AbstractContextManager[None]:
-    return patch.multiple(evaluation, ray_session=lambda _: nullcontext(), _actors=_Here)
+@contextmanager
+def without_ray() -> Iterator[None]:
+    with patch.object(carrying, "ray_session", lambda _: nullcontext()), patch.object(evaluation, "_actors", _Here):
+        yield
 
 
 def evaluated_here(

@@ -25,6 +25,7 @@ COMMANDS = (
     "evaluate",
     "properties",
     "report",
+    "selectivity",
 )
 
 

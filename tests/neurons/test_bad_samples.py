@@ -253,3 +253,13 @@ def test_errors_come_in_the_same_order_whatever_the_machine(open_model):
     bad = [sample(number, "nothing" if number % 2 else "a dog", image=b"x") for number in range(6)]
     first, second = (analyse(model, found, batch_size=size)["errors"] for found, size in ((bad, 1), (bad[::-1], 6)))
     assert first.equals(second)
+
+
+def test_a_text_longer_than_the_model_reads_is_an_error(open_model):
+    model = open_model("llava")
+    long = sample(1, "a dog " * model.context, image=None)
+    tables = analyse(model, [sample(0, "a dog", image=None), long])
+    assert tables["captions"]["sample_id"].to_pylist() == ["s0"]
+    (row,) = tables["errors"].to_pylist()
+    assert (row["sample_id"], row["stage"]) == ("s1", "read")
+    assert row["message"].endswith(f"the model reads {model.context:,}: cut the text")

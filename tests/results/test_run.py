@@ -14,7 +14,7 @@ from mmray.tables import ROW_GROUP, SCHEMAS, read_table
 from mmray.writing import FILE_BYTES, write_table
 
 CONTRACT = {
-    "captions": "sample_id, caption, source, language, domain, shard_id",
+    "captions": "sample_id, caption, source, language, domain, shard_id, labels",
     "occurrences": "sample_id, concept, token, token_id, position, log_prob, neurons",
     "rankings": "concept, rank, layer, unit, neuron, score, score_std, specific, specific_rank, n, share, activation, "
     "tokens, certified, selective, selective_rank",

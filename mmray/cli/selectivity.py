@@ -1,0 +1,39 @@
+"""Neurons of a language, a domain, or any other label."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, say, with_settings
+from mmray.neurons.labels.settings import SelectivitySettings, selectivity_settings
+
+
+@app.command()
+@with_settings(SelectivitySettings)
+def selectivity(run: RunArgument, as_json: AsJson = False, **settings: Any) -> None:
+    """Choose the neurons of each language, domain or other label, beside chance; zero them, steer by them."""
+    from mmray.cluster.labels import run_selectivity
+    from mmray.results.progress import follow_progress
+    from mmray.results.selectivity import analysis
+
+    checked = selectivity_settings({"run": run, **settings})
+    try:
+        with follow_progress(Console(stderr=True)) as follow:
+            outcome = run_selectivity(checked, follow)
+    except KeyboardInterrupt:
+        print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
+        raise
+    if as_json:
+        print(json.dumps({name: rows.to_pylist() for name, rows in outcome.tables.items()}, ensure_ascii=False))
+    else:
+        console.print(analysis(outcome.tables))
+        say(f"{outcome.seconds:.0f} s → {run.rstrip('/')}/tables/{{{','.join(outcome.tables)}}}.parquet")
+        for number, reason in outcome.shards_aside.items():
+            say(f"shard {number} set aside: {reason}", "red")
+    if outcome.shards_aside:
+        raise typer.Exit(INCOMPLETE)

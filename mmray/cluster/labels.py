@@ -1,0 +1,198 @@
+"""The driver of `mmray selectivity`: sums by label, selection and its controls, tests on held-out samples, tables.
+
+RUN/selectivity/FINGERPRINT/sums/    what each shard committed of the pass that neurons are chosen from
+RUN/selectivity/FINGERPRINT/tests/   what each shard committed of the tests
+RUN/tables/                          selectivity, selective_labels, interventions, steering, stages
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+
+from mmray.cluster.carrying import carry_out, pool_for
+from mmray.cluster.census import Progress
+from mmray.cluster.labels_plan import Plan, plan_labels
+from mmray.cluster.labels_worker import LabelWorker, SumsWorker, Tests, TestsWorker
+from mmray.cluster.units import mapped
+from mmray.errors import InputError
+from mmray.evaluation.labels import intervention_rows, stage_rows, steering_rows
+from mmray.label_tables import ANALYSIS, LABEL_SCHEMAS
+from mmray.neurons.labels.choices import label_rows, neuron_rows
+from mmray.neurons.labels.masks import masks_of
+from mmray.neurons.labels.recognising import recogniser
+from mmray.neurons.labels.selecting import Selection, Totals, add_up, of_activity, select
+from mmray.neurons.labels.settings import SelectivitySettings
+from mmray.neurons.labels.steering import steer_of
+from mmray.results.run import Run, open_run
+from mmray.runs import RunFolder
+from mmray.storage import Store, open_store
+from mmray.tables import read_table
+from mmray.version import VERSION
+from mmray.writing import write_table
+
+PARTS = {"interventions": "measurements", "stages": "lens", "steering": "replies"}
+"""Table of the run → what units of work commit for it."""
+
+OF_TESTS = ("run", "interventions", "questions", "stages", "rate", "bar")
+"""Settings that the sums by label don't depend on, besides those of steering."""
+
+Follow = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished analysis: the rows that it wrote, by table, and what could not be done."""
+
+    tables: dict[str, pa.Table]
+    shards_aside: dict[int, str]
+    seconds: float
+
+
+def run_selectivity(settings: SelectivitySettings, follow: Follow = lambda _: None) -> Outcome:
+    """Choose each label's neurons and test them as asked; what was done by an earlier call is not done again.
+
+    `follow` hears of every committed shard. Raises InputError for anything wrong with the set-up.
+    """
+    began = time.perf_counter()
+    run = open_run(settings.run)
+    plan = plan_labels(settings, run)
+    widths = _widths(run, settings.module)
+    work = _Work(plan, run, follow)
+    totals = _counted(run, plan) if _is_counted(settings) else work.sums()
+    selection = select(totals, settings, settings.permutations)
+    labels, facts = plan.labels, plan.facts()
+    found = {
+        "selectivity": neuron_rows(selection, labels, widths, facts),
+        "selective_labels": label_rows(selection, labels, plan.selected_from(), widths, facts),
+    }
+    if settings.tests:
+        found |= work.tests(totals, selection, widths)
+    for name, rows in found.items():
+        _write(run.folder.store, name, rows, facts)
+    return Outcome(found, work.aside, time.perf_counter() - began)
+
+
+def _is_counted(settings: SelectivitySettings) -> bool:
+    """Tell whether the census's own table has all that is needed, so that no sample need be looked at again."""
+    controls = settings.permutations or settings.bootstraps or settings.tests
+    return settings.method == "lape" and not (controls or settings.samples or settings.balance)
+
+
+def _counted(run: Run, plan: Plan) -> dict[str, Totals]:
+    rows = run.table("activity")
+    settings = plan.settings
+    rows = rows.filter(pc.and_(pc.equal(rows["label_kind"], settings.by), pc.equal(rows["module"], settings.module)))
+    if not len(rows):
+        raise InputError(_nothing(run))
+    return of_activity(rows, plan.labels, plan.facts()["modality"], sum(_widths(run, settings.module)))
+
+
+def _nothing(run: Run) -> str:
+    return f"{run.uri}: no token of this kind was counted; see the census's --module, and --modality"
+
+
+def _widths(run: Run, module: str) -> list[int]:
+    model = run.info["model"]
+    widths: list[int] = model["widths"] if module == "language" else model.get("module_widths", {}).get(module, [])
+    if not widths:
+        raise InputError(f"{model['name']}: --module {module}: there is no MLP in it; see mmray check-model")
+    return widths
+
+
+class _Work:
+    """The two passes over the run's samples."""
+
+    def __init__(self, plan: Plan, run: Run, follow: Follow) -> None:
+        self.plan = plan
+        self.run = run
+        self.follow = follow
+        self.aside: dict[int, str] = {}
+
+    def sums(self) -> dict[str, Totals]:
+        """Return what the samples that are selected from add up to."""
+        # Which tests follow changes nothing but the samples that are held out for them, and those the plan knows.
+        known = self.plan.settings.model_dump()
+        settings = {name: value for name, value in known.items() if name not in OF_TESTS and "steer" not in name}
+        folder = self._folder("sums", settings, course=str(self.plan.settings.steer is not None))
+        self._carry_out(folder, SumsWorker, ())
+        totals = add_up(self._parts(folder, "sums"), self.plan.labels)
+        if not totals:
+            raise InputError(_nothing(self.run))
+        return totals
+
+    def tests(self, totals: dict[str, Totals], selection: Selection, widths: Sequence[int]) -> dict[str, pa.Table]:
+        """Return the rows of the tests that were asked for."""
+        plan, settings = self.plan, self.plan.settings
+        masks = tuple(masks_of(selection, plan.labels, widths, settings.seed))
+        steer = steer_of(settings, selection, totals, plan.labels) if settings.steer else None
+        folder = self._folder("tests", settings.model_dump())
+        self._carry_out(folder, TestsWorker, (Tests(masks, steer),))
+        facts, tables = plan.facts(), {}
+        if settings.interventions:
+            tables["interventions"] = intervention_rows(self._parts(folder, "measurements"), masks, facts)
+        if settings.stages:
+            tables["stages"] = stage_rows(self._parts(folder, "lens"), facts)
+        if steer is not None:
+            texts = ((plan.labelled[name], text) for some in plan.captions.values() for name, text in some.items())
+            replies = self._parts(folder, "replies")
+            tables["steering"] = steering_rows(replies, steer, settings, recogniser(texts), facts)
+        return tables
+
+    def _folder(self, name: str, settings: dict[str, Any], **digests: str) -> RunFolder:
+        digests |= {"model": self.run.info["digests"]["model"], "samples": self.plan.digest()}
+        known = SelectivitySettings(**{"run": self.run.uri, **settings})
+        fingerprint = known.fingerprint(**digests)
+        info = {
+            "settings": known.model_dump(exclude={"address"}),
+            "result_settings": known.model_dump(exclude={"run"}),
+            "digests": digests,
+            "fingerprint": fingerprint,
+            "versions": {"mmray": VERSION},
+        }
+        folder = RunFolder(open_store(f"{self.run.uri}/selectivity/{fingerprint}/{name}"))
+        folder.begin(info, json.dumps(self.plan.shards).encode())
+        return folder
+
+    def _carry_out(self, folder: RunFolder, worker: type[LabelWorker], more: tuple[object, ...]) -> None:
+        plan = self.plan
+        sizes = [len(plan.captions[shard]) for shard in plan.shards]
+        arguments = (plan, *more, folder.store.uri)
+        carry_out(
+            folder,
+            sizes,
+            lambda units: _actors(worker, arguments, plan.settings, units),
+            self.follow,
+            address=plan.settings.address,
+            retry_failed=plan.settings.retry_failed,
+        )
+        self.aside |= {number: receipt.reason or "" for number, receipt in folder.aside(folder.receipts()).items()}
+
+    def _parts(self, folder: RunFolder, name: str) -> Iterator[pa.Table]:
+        for receipt in folder.receipts().values():
+            yield folder.read_part(receipt, name)
+
+
+def _actors(
+    worker: type[LabelWorker], arguments: tuple[Any, ...], settings: SelectivitySettings, units: list[int]
+) -> ray.data.Dataset:
+    pool = pool_for(settings.workers, settings.gpus_per_worker, len(units))
+    return mapped(worker, arguments, units, pool, ahead=0)
+
+
+def _write(store: Store, name: str, rows: pa.Table, facts: dict[str, str]) -> None:
+    """Put the rows in the run's table, in place of those of the same analysis."""
+    try:
+        before = read_table(store, name)
+    except FileNotFoundError:
+        before = LABEL_SCHEMAS[name].empty_table()
+    same = reduce(pc.and_, [pc.equal(before[field.name], facts[field.name]) for field in ANALYSIS])
+    write_table(store, name, [before.filter(pc.invert(same)), rows])

@@ -1,0 +1,67 @@
+"""Sets of neurons to zero: each label's own, what chance would choose, and as many random ones of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from jaxtyping import Int
+from numpy import ndarray
+
+from mmray.neurons.labels.published import Chosen
+from mmray.neurons.labels.selecting import Selection
+from mmray.neurons.ranking import locate_index
+
+SELECTED, RANDOM, SHUFFLED = "selected", "random", "shuffled"
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Neurons that are zeroed together: of which label, and as which control."""
+
+    label: str
+    control: str
+    neurons: tuple[tuple[int, int], ...]
+    """(layer, unit) within the module."""
+
+
+def masks_of(selection: Selection, labels: Sequence[str], widths: Sequence[int], seed: int) -> list[Mask]:
+    """Return the masks of every label that has neurons: selected, random, and with shuffled labels where known."""
+    generator = np.random.default_rng(seed)
+    masks = []
+    for number, label in enumerate(labels):
+        own = selection.chosen.of(number).numpy()
+        if not len(own):
+            continue
+        sets = {SELECTED: own, RANDOM: random_like(own, widths, generator)}
+        if selection.shuffled is not None:
+            sets[SHUFFLED] = _as_many(selection.shuffled, number, len(own))
+        masks += [Mask(label, control, named(some, widths)) for control, some in sets.items() if len(some)]
+    return masks
+
+
+def random_like(
+    neurons: Int[ndarray, " chosen"], widths: Sequence[int], generator: np.random.Generator
+) -> Int[ndarray, " chosen"]:
+    """Return as many random neurons of each layer, none of them one of these as far as the layer has enough others."""
+    starts = np.cumsum([0, *widths])
+    drawn = []
+    for start, stop in pairwise(starts):
+        own = neurons[(neurons >= start) & (neurons < stop)]
+        others = np.setdiff1d(np.arange(start, stop), own)
+        spare = generator.choice(own, max(0, len(own) - len(others)), replace=False)
+        drawn += [generator.choice(others, len(own) - len(spare), replace=False), spare]
+    return np.concatenate(drawn)
+
+
+def named(neurons: Iterable[int], widths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Return (layer, unit) of neurons that are numbered over all layers."""
+    layer, unit = locate_index(widths, np.fromiter(neurons, np.int64))
+    return tuple(zip(layer.tolist(), unit.tolist(), strict=True))
+
+
+def _as_many(chosen: Chosen, label: int, count: int) -> Int[ndarray, " chosen"]:
+    own: Int[ndarray, " chosen"] = chosen.of(label).numpy()[:count]
+    return own

@@ -1,0 +1,140 @@
+"""The logit lens: every layer's output through the final norm and the unembedding, at image and text positions.
+
+MMNeuron (Huo et al. 2024): entropy falls from layer to layer as features are aligned, combined and put into words.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mmray.label_tables import PASS_SCHEMAS
+from mmray.models.interventions import ablate
+from mmray.models.loading import LoadedModel
+from mmray.models.norms import vocabulary_logits
+from mmray.models.prompting import Batch
+from mmray.neurons.labels.masks import Mask
+from mmray.neurons.labels.material import Said, token_places
+from mmray.neurons.scoring import forward
+
+KEPT_TOKENS = 50
+"""Likeliest tokens that a unit of work keeps of a layer; ten of the sum are shown."""
+POSITIONS_OF_AN_IMAGE = 16
+"""Image positions of a sample that are read, evenly spread: the unembedding of all would take longer than the model."""
+
+
+@dataclass
+class Stage:
+    """Sums over the positions of one layer and kind."""
+
+    n_tokens: int = 0
+    entropy: float = 0.0
+    agreed: int = 0
+    shift: float = 0.0
+    tokens: Counter[int] = field(default_factory=Counter)
+
+
+class Lens:
+    """Sums up what the lens shows, without a mask and under each."""
+
+    def __init__(self, model: LoadedModel, masks: Sequence[Mask], module: str) -> None:
+        self.model = model
+        self.masks = masks
+        self.module = module
+        self.blocks = decoder_blocks(model)
+        self._stages: dict[tuple[str | None, int, str], Stage] = {}
+
+    @torch.inference_mode()
+    def add(self, texts: Sequence[Said], batch: Batch) -> None:
+        """Take in a batch."""
+        positions = {"image": _image_rows(batch), "text": _text_rows(batch, texts)}
+        plain = self._states(batch, positions)
+        for mask in (None, *self.masks):
+            with ablate(self.model, mask.neurons, module=self.module) if mask else nullcontext():
+                states = self._states(batch, positions) if mask else plain
+            for kind, layers in states.items():
+                if len(layers[0]):
+                    self._count(mask.label if mask else None, kind, layers, plain[kind])
+
+    def table(self) -> pa.Table:
+        """Return the sums: a row a mask, layer and kind of position."""
+        rows = [
+            {
+                "masked": masked,
+                "layer": layer,
+                "position": kind,
+                "n_tokens": stage.n_tokens,
+                "entropy": stage.entropy,
+                "agreed": stage.agreed,
+                "shift": stage.shift,
+                "tokens": [
+                    str(self.model.tokenizer.decode([token])) for token, _ in stage.tokens.most_common(KEPT_TOKENS)
+                ],
+                "counts": [count for _, count in stage.tokens.most_common(KEPT_TOKENS)],
+            }
+            for (masked, layer, kind), stage in self._stages.items()
+        ]
+        return pa.Table.from_pylist(rows, schema=PASS_SCHEMAS["lens"])
+
+    def _states(self, batch: Batch, positions: dict[str, Tensor]) -> dict[str, list[Float[Tensor, "place hidden"]]]:
+        found: dict[str, list[Tensor]] = {kind: [] for kind in positions}
+
+        def keep(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            states = (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
+            for kind, rows in positions.items():
+                found[kind].append(states[rows.to(states.device)])
+
+        with ExitStack() as stack:
+            for block in self.blocks:
+                stack.callback(block.register_forward_hook(keep).remove)
+            forward(self.model, batch)
+        return found
+
+    def _count(self, masked: str | None, kind: str, layers: list[Tensor], plain: list[Tensor]) -> None:
+        last = vocabulary_logits(self.model, layers[-1]).argmax(dim=1)
+        for layer, (states, before) in enumerate(zip(layers, plain, strict=True)):
+            stage = self._stages.setdefault((masked, layer, kind), Stage())
+            logits = vocabulary_logits(self.model, states)
+            logs = logits.log_softmax(dim=1)
+            best = logits.argmax(dim=1)
+            stage.n_tokens += len(states)
+            stage.entropy += float(-(logs.exp() * logs).sum())
+            stage.agreed += int((best == last).sum())
+            change = (states - before).float().norm(dim=1) / before.float().norm(dim=1).clamp(min=1e-12)
+            stage.shift += float(change.sum())
+            stage.tokens.update(best.tolist())
+
+
+def decoder_blocks(model: LoadedModel) -> list[nn.Module]:
+    """Return the decoder's blocks: the modules that hold one MLP output projection each, as high up as they do."""
+    paths = [projection.path.split(".") for projection in model.projections]
+    shared = next(
+        (depth for depth in range(min(map(len, paths))) if len({path[depth] for path in paths}) > 1), len(paths[0]) - 1
+    )
+    return [model.network.get_submodule(".".join(path[: shared + 1])) for path in paths]
+
+
+def _image_rows(batch: Batch) -> Int[Tensor, " place"]:
+    rows: dict[int, list[int]] = {}
+    for run in batch.runs:
+        if run.modality == "image":
+            rows.setdefault(run.row, []).extend(range(run.start, run.stop))
+    chosen = [
+        row * batch.positions + positions[number * len(positions) // count]
+        for row, positions in rows.items()
+        for count in [min(POSITIONS_OF_AN_IMAGE, len(positions))]
+        for number in range(count)
+    ]
+    return torch.tensor(chosen, dtype=torch.long)
+
+
+def _text_rows(batch: Batch, texts: Sequence[Said]) -> Int[Tensor, " place"]:
+    places = token_places(batch, texts)
+    return torch.tensor([place.row * batch.positions + place.position for place in places], dtype=torch.long)

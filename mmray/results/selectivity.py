@@ -1,0 +1,144 @@
+"""What an analysis of labels looks like in the terminal: labels with their neurons, matrices, steering, stages."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+BARS = " ▁▂▃▄▅▆▇█"
+SHOWN_NEURONS, SHOWN_CAPTIONS = 5, 6
+
+
+def analysis(tables: Mapping[str, pa.Table]) -> RenderableType:
+    """Return all that was found: the tables of one analysis."""
+    parts: list[RenderableType] = [labels(tables["selective_labels"], tables["selectivity"])]
+    if "interventions" in tables:
+        parts += matrices(tables["interventions"])
+    if "steering" in tables:
+        parts.append(steering(tables["steering"]))
+    if "stages" in tables:
+        parts.append(stages(tables["stages"]))
+    return Group(*(part for some in parts for part in (some, Text())))
+
+
+def labels(summary: pa.Table, neurons: pa.Table) -> Table:
+    """Return a row a label: its neurons beside what chance gives, how stable they are, and in which layers."""
+    rows = summary.to_pylist()
+    first = rows[0]
+    facts = f"{first['method']} · {first['module']} · {first['modality']} tokens · {first['union']:,} neurons in all"
+    table = _table(Text.assemble((f"by {first['label_kind']}", "bold"), (f" · {facts}", "dim")))
+    for name in ("label", "samples", "tokens", "neurons", "by chance", "stability", "layers", "first"):
+        # Only the last column may shrink; its texts end in an ellipsis instead of taking a second line.
+        left, whole = name in ("label", "layers", "first"), name != "first"
+        table.add_column(name, justify="left" if left else "right", no_wrap=whole)
+    best: dict[str, list[str]] = defaultdict(list)
+    for row in neurons.select(["label", "neuron"]).to_pylist():
+        best[row["label"]].append(row["neuron"])
+    for row in rows:
+        table.add_row(
+            Text(row["label"]),
+            f"{row['samples']:,}",
+            f"{row['tokens']:,}",
+            f"{row['neurons']:,}",
+            _number(row["chance"], 1),
+            _number(row["stability"], 2),
+            profile(row["layers"]),
+            Text(" ".join(best[row["label"]][:SHOWN_NEURONS]), no_wrap=True, overflow="ellipsis"),
+        )
+    return table
+
+
+def matrices(rows: pa.Table) -> list[RenderableType]:
+    """Return, of each measure, the change of every label's samples under every mask."""
+    by_measure: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows.to_pylist():
+        by_measure[row["measure"]].append(row)
+    titles = {"nll": "nats a token, held-out texts", "accuracy": "part of held-out questions answered"}
+    return [_matrix(found, titles[name], 3) for name, found in sorted(by_measure.items(), reverse=True)]
+
+
+def _matrix(rows: Sequence[Mapping[str, Any]], title: str, digits: int) -> Table:
+    names = list(dict.fromkeys(row["label"] for row in rows))
+    table = _table(Text.assemble(("change", "bold"), (f" · {title} · 95 % interval of the own label", "dim")))
+    for name in ("zeroed", "control", "neurons", *names, "interval"):
+        table.add_column(name, justify="left" if name in ("zeroed", "control") else "right", no_wrap=True)
+    base = {row["label"]: row["before"] for row in rows}
+    table.add_row("–", "", "", *(Text(f"{base[name]:.{digits}f}", "dim") for name in names), "")
+    masks: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        masks[row["masked"], row["control"]][row["label"]] = row
+    for (masked, control), found in masks.items():
+        cells = [
+            Text(f"{found[name]['change']:+.{digits}f}", "bold" if (name, control) == (masked, "selected") else "")
+            for name in names
+        ]
+        own = found.get(masked)
+        interval = f"{own['low']:+.{digits}f} to {own['high']:+.{digits}f}" if own else ""
+        size = f"{next(iter(found.values()))['neurons']:,}"
+        table.add_row(Text(masked), control, size, *cells, interval)
+    return table
+
+
+def steering(rows: pa.Table) -> RenderableType:
+    """Return how many captions read like the target, and the first of them."""
+    found = rows.to_pylist()
+    if not found:
+        return Text("steering: no held-out sample of the source label", "yellow")
+    first = found[0]
+    turned = [row["label_after"] == first["target"] for row in found]
+    whole = [bool(row["words_after"] is not None and row["words_after"] == 1.0) for row in found]
+    table = _table(
+        Text.assemble(
+            (f"{first['source']} → {first['target']}", "bold"),
+            (f" · {first['neurons']:,} {first['steering']}", "dim"),
+        )
+    )
+    table.add_column("as it is")
+    table.add_column("steered")
+    table.add_column("reads like", no_wrap=True)
+    for row in found[:SHOWN_CAPTIONS]:
+        table.add_row(Text(row["before"]), Text(row["after"]), Text(row["label_after"] or "–"))
+    share, pure = sum(turned) / len(found), sum(whole) / len(found)
+    return Group(
+        table,
+        Text(f"{share:.0%} of {len(found):,} captions read like {first['target']}; {pure:.0%} in every word", "bold"),
+    )
+
+
+def stages(rows: pa.Table) -> Table:
+    """Return the logit lens of the untouched model: entropy, agreement with the last layer, and tokens by layer."""
+    table = _table(Text.assemble(("logit lens", "bold"), (" · every layer through the final norm", "dim")))
+    for name in ("layer", "image: nats", "as last", "text: nats", "as last", "image", "text"):
+        table.add_column(name, justify="left" if name in ("image", "text") else "right", no_wrap=True)
+    layers: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in rows.to_pylist():
+        if row["masked"] is None:
+            layers[row["layer"]][row["position"]] = row
+    for layer, kinds in sorted(layers.items()):
+        numbers, tokens = [], []
+        for kind in ("image", "text"):
+            row = kinds.get(kind)
+            numbers += [f"{row['entropy']:.2f}", f"{row['agreement']:.0%}"] if row else ["–", "–"]
+            tokens.append(Text(" ".join(row["tokens"][:5]) if row else "", no_wrap=True, overflow="ellipsis"))
+        table.add_row(f"L{layer}", *numbers, *tokens)
+    return table
+
+
+def profile(counts: Sequence[int]) -> str:
+    """Return the neurons of each layer as bars."""
+    most = max(counts, default=0)
+    return "".join(BARS[-(-count * (len(BARS) - 1) // most)] if most else BARS[0] for count in counts)
+
+
+def _table(title: Text) -> Table:
+    return Table(title=title, title_justify="left", box=None, header_style="dim", pad_edge=False)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

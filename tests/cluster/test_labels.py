@@ -1,0 +1,202 @@
+"""`mmray selectivity` from a run to its tables, in this process: the driver and the workers are the real ones."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from mmray.cluster import carrying, labels
+from mmray.cluster.labels import run_selectivity
+from mmray.demo import DATA
+from mmray.errors import InputError
+from mmray.neurons.labels.settings import selectivity_settings
+from mmray.results.run import open_run
+from tests.e2e.conftest import Answer
+from tests.e2e.conftest import mmray as mmray_command
+from tests.running import census_here
+
+__all__ = ["mmray_command"]
+
+SCENES = 40
+
+
+class Here:
+    """Stands for the receipts to come: one worker in this process does the units."""
+
+    started = 0
+
+    def __init__(self, worker: Any, arguments: Any, _: Any, units: list[int]) -> None:
+        type(self).started += 1
+        self.units, self.worker = units, worker(*arguments, 1, str(Path.cwd()))
+
+    def iter_batches(self, **_: object) -> Iterator[dict[str, list[Any]]]:
+        for unit in self.units:
+            yield self.worker({"unit": np.array([unit])})
+
+
+@contextmanager
+def without_ray() -> Iterator[None]:
+    with patch.object(carrying, "ray_session", lambda _: nullcontext()), patch.object(labels, "_actors", Here):
+        yield
+
+
+def analysed(run: Path, **settings: Any) -> dict[str, list[dict[str, Any]]]:
+    quick = {"permutations": 2, "bootstraps": 2, "batch_size": 20}
+    with without_ray():
+        outcome = run_selectivity(selectivity_settings({"run": str(run), **quick, **settings}))
+    assert not outcome.shards_aside
+    return {name: rows.to_pylist() for name, rows in outcome.tables.items()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("labels") / "run"
+    census_here("demo", "demo", out, limit=SCENES, shard_size=16, module="vision", label_column=["background"])
+    return out
+
+
+@pytest.mark.parametrize("settings", [{}, {"modality": "both"}, {"by": "domain", "module": "vision"}])
+def test_the_pass_chooses_what_the_census_s_own_table_does(run: Path, settings: dict[str, Any]) -> None:
+    counted = analysed(run, permutations=0, bootstraps=0, **settings)
+    passed = analysed(run, **settings)
+    assert [row["union"] for row in passed["selective_labels"]] == [row["union"] for row in counted["selective_labels"]]
+    for name in ("samples", "tokens", "label"):
+        assert [row[name] for row in passed["selective_labels"]] == [row[name] for row in counted["selective_labels"]]
+    one, other = ({(row["label"], row["neuron"]) for row in some["selectivity"]} for some in (passed, counted))
+    # A gate within rounding of zero may count in one of them.
+    assert len(one & other) >= 0.95 * len(one | other)
+    assert all(row["p_value"] is None for row in counted["selectivity"])
+    assert all(1 / 3 <= row["p_value"] <= 1 for row in passed["selectivity"])
+    assert all(0 <= row["stability"] <= 1 for row in passed["selectivity"])
+
+
+def test_how_the_data_was_cut_changes_nothing(run: Path, tmp_path: Path) -> None:
+    census_here("demo", "demo", tmp_path / "other", limit=SCENES, shard_size=40)
+    settings: dict[str, Any] = {"method": "contribution", "rate": 0.02}
+    one, other = analysed(run, **settings), analysed(tmp_path / "other", **settings)
+    names = [[(row["label"], row["neuron"]) for row in found["selectivity"]] for found in (one, other)]
+    assert set(names[0]) == set(names[1])
+    for row, same in zip(one["selective_labels"], other["selective_labels"], strict=True):
+        assert row["cut"] == pytest.approx(same["cut"], rel=1e-3)
+        assert row["chance"] == pytest.approx(same["chance"], abs=2)
+
+
+def test_any_column_labels_samples(run: Path) -> None:
+    found = analysed(run, by="background", permutations=0, bootstraps=0)["selective_labels"]
+    backgrounds = pq.read_table(DATA, columns=["background"])["background"].to_pylist()[:SCENES]
+    assert {row["label"]: row["samples"] for row in found} == {b: backgrounds.count(b) for b in backgrounds}
+
+
+def test_tests_see_what_the_selection_did_not(run: Path) -> None:
+    tests: dict[str, Any] = {"interventions": True, "stages": True, "steer": "en:es"}
+    found = analysed(run, method="contribution", rate=0.05, held_out=0.4, **tests)
+    sizes = {row["label"]: row["samples"] for row in found["selective_labels"]}
+    measured = {row["label"]: row["n"] for row in found["interventions"] if row["measure"] == "nll"}
+    captions = open_run(run).table("captions").to_pylist()
+    for label, size in sizes.items():
+        assert size + measured.get(label, 0) == sum(row["language"] == label for row in captions)
+    rows = [row for row in found["interventions"] if row["measure"] == "nll"]
+    assert {row["control"] for row in rows} <= {"selected", "random", "shuffled"}
+    for row in rows:
+        assert row["after"] == pytest.approx(row["before"] + row["change"])
+        assert row["low"] <= row["change"] + 1e-12
+        assert row["change"] <= row["high"] + 1e-12
+    sizes_by_mask = {(row["masked"], row["control"]): row["neurons"] for row in rows}
+    for (masked, control), size in sizes_by_mask.items():
+        assert control != "random" or size == sizes_by_mask[masked, "selected"]
+    own = next(row for row in rows if (row["masked"], row["control"], row["label"]) == ("en", "selected", "en"))
+    random = next(row for row in rows if (row["masked"], row["control"], row["label"]) == ("en", "random", "en"))
+    assert own["change"] > 0.3 > 5 * abs(random["change"])
+    assert len(found["steering"]) == measured["en"]
+    assert {row["label_before"] for row in found["steering"]} == {"en"}
+    layers = {row["layer"] for row in found["stages"]}
+    assert layers == set(range(8))
+
+
+def test_what_lape_chooses_can_be_steered_by(run: Path) -> None:
+    (first, *_) = analysed(run, steer="en:es", steer_neurons="chosen", steer_values="mean")["steering"]
+    assert first["steering"].startswith("chosen neurons set to 2 × their mean over answers, at the answer's positions")
+
+
+def test_an_analysis_goes_on_where_it_was_and_leaves_others_alone(run: Path) -> None:
+    first = analysed(run, rate=0.02)
+    started = Here.started
+    assert analysed(run, rate=0.02) == first
+    assert analysed(run, rate=0.03)["selectivity"] != first["selectivity"]
+    assert Here.started == started
+    analysed(run, by="domain", permutations=0, bootstraps=0)
+    kinds = open_run(run).table("selectivity")["label_kind"].to_pylist()
+    assert {"language", "domain"} <= set(kinds)
+
+
+def test_balance_gives_labels_like_token_budgets(run: Path) -> None:
+    plain, balanced = (analysed(run, balance=balance)["selective_labels"] for balance in (False, True))
+    spread = [max(row["tokens"] for row in rows) / min(row["tokens"] for row in rows) for rows in (plain, balanced)]
+    assert spread[0] > 3 > 1.7 > spread[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"by": "mood"}, "--by mood: no sample has that label; the run has background, domain, language"),
+        ({"steer": "en:xx"}, "--steer en:xx: no label 'xx' in en, es, fr, zh"),
+        ({"module": "projector", "permutations": 0, "bootstraps": 0}, "no token of this kind was counted"),
+        ({"samples": 1}, "is left to select from"),
+    ],
+)
+def test_bad_input_is_one_line(run: Path, settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        analysed(run, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"steer": "en"}, "write FROM:TO"),
+        ({"method": "contribution", "module": "vision"}, "write no token"),
+        ({"steer": "en:es", "module": "vision"}, "leave --module out"),
+        ({"rate": 2.0}, "setting rate = 2.0"),
+    ],
+)
+def test_bad_settings_are_one_line(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        selectivity_settings({"run": "none", **settings})
+
+
+def test_text_without_images(tmp_path: Path) -> None:
+    words = pq.read_table(DATA, columns=["caption", "language"]).slice(0, SCENES).rename_columns(["text", "language"])
+    pq.write_table(words, tmp_path / "corpus.parquet")
+    census_here("demo", str(tmp_path / "corpus.parquet"), tmp_path / "run", nouns="textblob", prompt="")
+    for method in ("lape", "contribution"):
+        found = analysed(tmp_path / "run", method=method, rate=0.05, held_out=0.4, interventions=True)
+        assert {row["label"] for row in found["selectivity"]} == {"en", "es", "fr", "zh"}
+        assert {row["measure"] for row in found["interventions"]} == {"nll"}
+
+
+@pytest.fixture
+def command(mmray_command: Callable[..., Answer]) -> Callable[..., Answer]:
+    return mmray_command
+
+
+def test_the_command(run: Path, command: Callable[..., Answer]) -> None:
+    table_only = ("--permutations", 0, "--bootstraps", 0)
+    told = command("selectivity", run, *table_only)
+    assert (told.status, told.err) == (0, "")
+    assert "by language · lape · language · text tokens · 82 neurons in all" in told.out
+    found = json.loads(command("selectivity", run, "--json", *table_only).out)
+    assert {row["union"] for row in found["selective_labels"]} == {82}
+    assert "--by mood: no sample has that label" in command("selectivity", run, "--by", "mood").refusal
+    with without_ray():
+        tested = command(
+            "selectivity", run, "--interventions", "--stages", "--steer", "en:es", "--held-out", 0.4, *table_only
+        )
+    assert tested.status == 0
+    assert "change · nats a token, held-out texts" in tested.out
+    assert "captions read like es" in tested.out
+    assert "logit lens" in tested.out

@@ -1,0 +1,115 @@
+"""What masks do to held-out texts: costs are those of one text alone, and zeroed neurons are those of the module."""
+
+import pytest
+import torch
+
+from mmray.models.generation import caption_of, generate
+from mmray.models.interventions import ablate
+from mmray.models.prompting import prompt_text
+from mmray.neurons.labels.masks import Mask
+from mmray.neurons.labels.material import batches, captions_of
+from mmray.neurons.labels.settings import selectivity_settings
+from mmray.neurons.labels.stages import Lens, decoder_blocks
+from mmray.neurons.labels.testing import measured
+from mmray.neurons.model import open_image
+from mmray.neurons.scoring import forward
+from tests.models.tiny import VARIANTS
+from tests.neurons.making import hooks, samples
+
+QUESTIONS = (("Is there a dog?", "Yes"), ("What is it?", "A cat on a chair"))
+
+
+def found(count=4, **facts):
+    return samples(count, language="en", questions=QUESTIONS, **facts)
+
+
+def told(size):
+    return selectivity_settings({"run": "none", "batch_size": size, "questions": 2})
+
+
+def of(rows, **wanted):
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def test_costs_do_not_depend_on_the_batch(open_model):
+    model = open_model("llava")
+    mask = Mask("en", "selected", ((0, 1), (1, 3)))
+    one, other = (measured(model, found(), [mask], told(size), None).to_pylist() for size in (1, 4))
+    assert len(one) == len(other) == 2 * 4 * 2
+
+    def key(row):
+        return str((row["masked"], row["measure"], row["sample_id"]))
+
+    for a, b in zip(sorted(one, key=key), sorted(other, key=key), strict=True):
+        assert a["total"] == pytest.approx(b["total"], rel=1e-4)
+        assert a["count"] == b["count"]
+    plain, zeroed = (of(one, masked=label, measure="nll") for label in (None, "en"))
+    assert [row["total"] for row in plain] != [row["total"] for row in zeroed]
+    assert {row["count"] for row in of(one, measure="accuracy")} == {2.0}
+
+
+def test_an_empty_mask_changes_nothing(open_model):
+    rows = measured(open_model("llava"), found(), [Mask("en", "random", ())], told(4), None).to_pylist()
+    for plain, zeroed in zip(of(rows, masked=None), of(rows, masked="en"), strict=True):
+        assert plain["total"] == zeroed["total"]
+
+
+def test_an_answer_is_right_where_greedy_generation_begins_with_it(open_model):
+    """The model's own first words are right answers, other words are not."""
+    model, (sample,) = open_model("demo"), samples(1)
+    question = "Is there a dog in the image?"
+    (tokens,) = generate(model, [prompt_text(model, question, None)], [open_image(sample.image)])
+    said = caption_of(model, tokens)[0]
+    wrong = "No" if said.startswith("Yes") else "Yes"
+    for answer, right in ((said, 1.0), (wrong, 0.0)):
+        asked = samples(1, language="en", questions=((question, answer),))
+        rows = measured(model, asked, [], told(1), None).to_pylist()
+        assert [row["total"] for row in of(rows, measure="accuracy")] == [right]
+
+
+@pytest.mark.parametrize("module", ["vision", "projector"])
+def test_a_tower_s_neurons_are_zeroed(open_model, module):
+    model = open_model("llava")
+    projection = model.parts.image_path(module)[-1]
+    seen = []
+    target = model.network.get_submodule(projection.path)
+    some = next(batches(model, captions_of(model, found(2), "language", None), 2))
+    before = hooks(model.network)
+    with ablate(model, [(projection.layer, 1)], module=module):
+        handle = target.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        with torch.inference_mode():
+            forward(model, some[1])
+        handle.remove()
+    assert (seen[0][..., 1] == 0).all()
+    assert (seen[0][..., 0] != 0).any()
+    assert hooks(model.network) == before
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_lens_sees_every_block_of_every_family(open_model, variant):
+    model = open_model(variant)
+    blocks = decoder_blocks(model)
+    assert len(blocks) == len(model.widths)
+    lens = Lens(model, [Mask("en", "selected", ((0, 1),))], "language")
+    for texts, batch in batches(model, captions_of(model, found(2), "language", None), 1):
+        lens.add(texts, batch)
+    rows = lens.table().to_pylist()
+    last = of(rows, masked=None, layer=len(blocks) - 1, position="text")[0]
+    assert last["agreed"] == last["n_tokens"] > 0
+    assert all(row["shift"] == 0 for row in of(rows, masked=None))
+    assert of(rows, masked="en", layer=len(blocks) - 1, position="text")[0]["n_tokens"] == last["n_tokens"]
+    images = of(rows, masked=None, position="image")
+    assert bool(images) == (not model.parts.encoder_decoder)
+
+
+def test_the_last_layer_s_entropy_is_the_model_s_own(open_model):
+    model = open_model("llava")
+    ((texts, batch),) = batches(model, captions_of(model, found(1), "language", None), 1)
+    lens = Lens(model, [], "language")
+    lens.add(texts, batch)
+    (row,) = of(lens.table().to_pylist(), layer=len(model.widths) - 1, position="text")
+    with torch.inference_mode():
+        logits = model.network(**batch.to(model.device, model.network.dtype)).logits[0].float()
+    start = batch.caption_start[0] - 1
+    logs = logits[start : start + len(texts[0].tokens)].log_softmax(dim=1)
+    assert row["entropy"] == pytest.approx(float(-(logs.exp() * logs).sum()), rel=1e-4)
