@@ -11,13 +11,12 @@ from mmray.cluster.evaluation import run_evaluation
 from mmray.cluster.labels import run_selectivity
 from mmray.cluster.properties import run_properties
 from mmray.editing.edit import WeightEdit
-from mmray.editing.material import Material
+from mmray.editing.material import open_material
 from mmray.editing.methods import make_edit
 from mmray.editing.settings import edit_settings
 from mmray.evaluation.properties.settings import property_settings
 from mmray.evaluation.settings import evaluation_settings
 from mmray.neurons.labels.settings import selectivity_settings
-from mmray.neurons.model import load_model
 from mmray.results.run import Run, open_run
 from mmray.settings import census_settings
 
@@ -30,11 +29,7 @@ def edit(run: Run | str, **settings: Any) -> WeightEdit:
     bad settings, a concept that the run does not know or the model never says.
     """
     checked = edit_settings(settings)
-    opened = run if isinstance(run, Run) else open_run(run)
-    known = opened.info["settings"]
-    model = load_model(known["model"], known["dtype"], trust_remote_code=known["trust_remote_code"])
-    material = Material(model, opened, checked.language, checked.prompt or known["prompt"])
-    return make_edit(material, [checked])
+    return make_edit(open_material(run if isinstance(run, Run) else open_run(run), checked), [checked])
 
 
 def evaluate(run: Run | str, edit: str, data: str, **settings: Any) -> dict[str, dict[str, Any]]:

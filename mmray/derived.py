@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from mmray.label_tables import LABEL_SCHEMAS
-from mmray.tables import COUNT, SCHEMAS, field
+from mmray.tables import COUNT, EVALUATION_SCHEMAS, SCHEMAS, field
 
 DERIVED: dict[str, pa.Schema] = {
     "properties": pa.schema(
@@ -38,6 +38,37 @@ DERIVED: dict[str, pa.Schema] = {
             field("iou", pa.float32(), "of the mask above the 95th percentile with the box; null without one"),
         ]
     ),
+    "edits": pa.schema(
+        [
+            field("edit", pa.string(), "its name, and its folder in RUN/edits"),
+            field("kind", pa.string(), "swap, suppress, hallucination or noise"),
+            field("source", pa.string()),
+            field("target", pa.string()),
+            field(
+                "pairs",
+                pa.list_(pa.struct([field("context", pa.string()), field("word", pa.string())])),
+                "of a hallucination edit: what is seen, and what the model claims with it",
+            ),
+            field("method", pa.string()),
+            field("rows_changed", pa.int32(), "neurons"),
+            field("parameters_changed", pa.int64(), COUNT),
+            field("norm", pa.float64(), "L2, of all that is added"),
+            field("seconds", pa.float64()),
+        ]
+    ),
+    "evaluations": pa.schema(
+        [
+            field("edit", pa.string()),
+            field("measure", pa.string()),
+            field("before", pa.float64()),
+            field("after", pa.float64()),
+            field("low", pa.float64(), "95 %, bootstrap over samples, of after"),
+            field("high", pa.float64(), "95 %, bootstrap over samples, of after"),
+            field("n", pa.int64(), "samples"),
+            field("protocol", pa.string()),
+        ]
+    ),
+    "edit_captions": pa.schema([field("edit", pa.string()), *EVALUATION_SCHEMAS["captions"]]),
     **LABEL_SCHEMAS,
 }
 """The tables that a run offers once they are made."""
@@ -48,6 +79,7 @@ TABLES: dict[str, pa.Schema] = SCHEMAS | DERIVED
 MADE_BY = {
     "properties": "mmray properties RUN",
     "heatmaps": "mmray properties RUN",
+    **dict.fromkeys(("edits", "evaluations", "edit_captions"), "mmray pipeline FILE"),
     **dict.fromkeys(LABEL_SCHEMAS, "mmray selectivity RUN"),
 }
 """Table → the command that makes it."""

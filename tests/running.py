@@ -1,18 +1,20 @@
 """A census or properties in this process, without Ray: driver and worker are the real ones, one after the other."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
-from mmray.cluster import census, properties
+from mmray.cluster import carrying, census, editing, evaluation, pipeline, properties
 from mmray.cluster.census import Outcome, Progress
+from mmray.cluster.pipeline import Pipeline
 from mmray.cluster.properties import Properties
 from mmray.cluster.properties_plan import Plan
 from mmray.cluster.properties_worker import PropertiesWorker
+from mmray.cluster.units import UnitWorker
 from mmray.cluster.worker import CensusWorker
 from mmray.evaluation.properties.settings import property_settings
 from mmray.neurons.concepts import NounSource
@@ -64,3 +66,29 @@ def properties_here(run: Path | str, **settings: object) -> Properties:
     follow: Callable[[Progress], None] = settings.pop("follow", lambda _: None)  # type: ignore[assignment]
     with patch.multiple(properties, ray_session=lambda _: nullcontext(), _actors=_PropertiesHere):
         return properties.run_properties(property_settings({"run": str(run), **settings}), follow)
+
+
+class _WorkHere:
+    """Stands for the dataset of receipts to come, of any worker."""
+
+    def __init__(
+        self, worker: type[UnitWorker], arguments: Sequence[Any], units: Sequence[int], *_: object, **__: object
+    ):
+        self.worker = worker(*arguments, 1, str(Path.cwd()))
+        self.units = units
+
+    def iter_batches(self, **_: object) -> Iterator[dict[str, list[Any]]]:
+        for unit in self.units:
+            yield self.worker({"unit": np.array([unit])})
+
+
+def pipeline_here(settings: dict[str, Any]) -> Pipeline:
+    """Run a pipeline without Ray."""
+    with ExitStack() as stack:
+        stack.enter_context(without_ray())
+        for module in (pipeline, carrying):
+            stack.enter_context(patch.object(module, "ray_session", lambda _: nullcontext()))
+        stack.enter_context(patch.object(carrying, "machines", lambda: [(1.0, 0.0)]))
+        for module in (editing, evaluation):
+            stack.enter_context(patch.object(module, "mapped", _WorkHere))
+        return pipeline.run_pipeline(pipeline.pipeline_settings(settings))

@@ -18,6 +18,7 @@ from mmray.cli import (  # noqa: F401  they register
     editing,
     evaluation,
     models,
+    pipeline,
     properties,
     reading,
     reporting,

@@ -20,13 +20,23 @@ def run_job(command: str) -> NoReturn:
     The file holds the command's options and arguments by their names, with underscores: `shard_size: 500`. Bad input
     is one line on stderr, as on the command line.
     """
+    given = _given(command)
+    main(lambda: words_of(command, read_config(given.config, given.overrides)))
+
+
+def run_file_job(command: str) -> NoReturn:
+    """Run a command that takes the file itself, `mmray pipeline FILE`, and end with its status."""
+    given = _given(command)
+    main(lambda: [command, given.config, *given.overrides])
+
+
+def _given(command: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=f"Run `mmray {command}` with the settings of a YAML file; see mmray {command} --help for them.",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as jobs/configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="change a setting of the file: limit=100")
-    given = parser.parse_args()
-    main(lambda: words_of(command, read_config(given.config, given.overrides)))
+    return parser.parse_args()
 
 
 def words_of(command: str, settings: Mapping[str, Any]) -> list[str]:

@@ -15,13 +15,14 @@ from mmray.datasets.columns import Columns
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import Manifest, read_shard
 from mmray.datasets.sources import Source, open_source
+from mmray.editing.settings import EditSettings
 from mmray.editing.wording import replaced as with_nouns
 from mmray.errors import InputError
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, NounSource, find_forms, noun_source, object_forms
-from mmray.neurons.model import Model, open_image
+from mmray.neurons.model import Model, load_model, open_image
 from mmray.results.run import Run
 
 ROWS_A_BATCH = 32
@@ -139,6 +140,13 @@ class Material:
             forms = {form for concept in concepts for form in self._forms(concept)}
             rows = rows.filter(pc.is_in(rows["concept"], pc.cast(sorted(forms), "string")))
         return list(dict.fromkeys(rows["sample_id"].to_pylist()))
+
+
+def open_material(run: Run, settings: EditSettings) -> Material:
+    """Return the material for an edit of a run, on the run's model, which is loaded."""
+    known = run.info["settings"]
+    model = load_model(known["model"], known["dtype"], trust_remote_code=known["trust_remote_code"])
+    return Material(model, run, settings.language, settings.prompt or known["prompt"])
 
 
 def replaced(material: Material, source: str, target: str, most: int, seed: int) -> list[Example]:

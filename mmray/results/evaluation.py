@@ -38,6 +38,33 @@ def measures(found: Mapping[str, Mapping[str, Any]], title: str, *, everything: 
     return table
 
 
+COMPARED = (
+    "reliability",
+    "image_generality",
+    "text_generality",
+    "image_locality",
+    "text_locality",
+    "hallucination",
+    "chair_i",
+    "recall",
+)
+"""Measures that edits are put side by side by."""
+
+
+def comparison(edits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+    """Return the measures of several edits after them, a column a measure that any of them has."""
+    shown = [name for name in COMPARED if any(found.get(name, {}).get("n") for found in edits.values())]
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.padding = (0, 1, 0, 0)
+    table.add_column("edit", no_wrap=True)
+    for name in shown:
+        table.add_column(name.replace("_", " "), justify="right")
+    for edit, found in edits.items():
+        rows = [found.get(name, {}) for name in shown]
+        table.add_row(edit, *(number(row["after"]) if row.get("n") else "–" for row in rows))
+    return table
+
+
 def number(value: float | None) -> str:
     """Return a measure's value; a dash where there is none."""
     return "–" if value is None else f"{value:.{DIGITS}f}"

@@ -1,0 +1,9 @@
+"""An evaluation of an edit as a Ray job; every setting of `mmray evaluate` is one of its configuration.
+
+ray job submit --working-dir . -- python jobs/evaluate.py --config jobs/configs/evaluate.yaml edit=s3://bucket/edits/cat-dog
+"""
+
+from mmray.cli.job import run_job
+
+if __name__ == "__main__":
+    run_job("evaluate")

@@ -1,0 +1,73 @@
+"""The whole chain as one command: census, edits, evaluations."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mmray.cli.options import INCOMPLETE, AsJson, app, console, say
+from mmray.config import read_config
+
+if TYPE_CHECKING:
+    from mmray.cluster.pipeline import Follow, Pipeline, PipelineSettings
+
+
+@app.command()
+def pipeline(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file with `census`, `edits` and `evaluation`.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME=VALUE …]", help="Change settings of the file: census.limit=64.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run census → edits → evaluations. Run again, it goes on where it stopped."""
+    from mmray.cluster.pipeline import pipeline_settings
+    from mmray.results.evaluation import comparison
+
+    done = follow_pipeline(pipeline_settings(read_config(file, overrides or [])))
+    if as_json:
+        measures = {name: evaluation.measures for name, evaluation in done.evaluations.items()}
+        print(json.dumps({"run": done.run.uri, "evaluations": measures, "aside": done.aside}, ensure_ascii=False))
+    else:
+        if done.evaluations:
+            console.print(comparison({name: found.measures for name, found in done.evaluations.items()}))
+        say(f"{done.census.samples:,} samples, {len(done.edits):,} edits → {done.run.uri}")
+        for name, reason in done.aside.items():
+            say(f"edit {name} set aside: {reason}", "red")
+        say(f"next: mmray report {done.run.uri}")
+    if not done.complete:
+        raise typer.Exit(INCOMPLETE)
+
+
+def follow_pipeline(settings: PipelineSettings) -> Pipeline:
+    """Run a pipeline, and show how far each of its steps is."""
+    from mmray.cluster.pipeline import run_pipeline
+
+    try:
+        with ExitStack() as bars:
+            return run_pipeline(settings, _follow(bars))
+    except KeyboardInterrupt:
+        print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
+        raise
+
+
+def _follow(bars: ExitStack) -> Follow:
+    """Return what shows a step's progress: a bar for each step, one after the other."""
+    from mmray.results.progress import follow_progress
+
+    shown: dict[str, Any] = {}
+
+    def follow(step: str, progress: Any) -> None:
+        if step not in shown:
+            bars.close()
+            things = "edits" if step == "edits" else "samples"
+            shown[step] = bars.enter_context(follow_progress(Console(stderr=True), things))
+        shown[step](progress)
+
+    return follow

@@ -1,0 +1,123 @@
+"""Census → edits → evaluations as one job: tables, resumption, and what is refused before any work."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmray.cluster.pipeline import Pipeline
+from mmray.demo import EVALUATION
+from mmray.derived import TABLES
+from mmray.editing.edit import open_edit
+from mmray.errors import InputError
+from mmray.results.run import open_run
+from tests.e2e.conftest import mmray as mmray_command
+from tests.running import census_here, pipeline_here
+
+__all__ = ["mmray_command"]
+QUICK = {"kept": 8, "steps": 2, "samples": 3, "neurons": 10}
+
+
+@pytest.fixture(scope="module")
+def concepts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    out = tmp_path_factory.mktemp("pipeline") / "run"
+    census_here("demo", "demo", out, limit=64, shard_size=64)
+    run = open_run(out)
+    english = {row["sample_id"] for row in run.table("captions").to_pylist() if row["language"] == "en"}
+    named = [row["concept"] for row in run.table("occurrences").to_pylist() if row["sample_id"] in english]
+    return out, list(dict.fromkeys(named))[:3]
+
+
+@pytest.fixture(scope="module")
+def settings(concepts: tuple[Path, list[str]]) -> dict[str, Any]:
+    out, (one, other, third) = concepts
+    edits = {"swap": {"source": one, "target": other, **QUICK}, "gone": {"suppress": third, "method": "zero", **QUICK}}
+    return {
+        "census": {"model": "demo", "data": "demo", "out": str(out), "limit": 64, "shard_size": 64},
+        "edits": edits,
+        "evaluation": {
+            "data": str(EVALUATION),
+            "limit": 6,
+            "text_count": 3,
+            "pope_objects": 0,
+            "draws": 20,
+            "bleu": False,
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def done(settings: dict[str, Any]) -> Pipeline:
+    return pipeline_here(settings)
+
+
+def test_edits_lie_in_the_run_and_tables_tell_of_them(done: Pipeline, settings: dict[str, Any]) -> None:
+    assert done.complete
+    run = open_run(settings["census"]["out"])
+    assert run.table("edits")["edit"].to_pylist() == ["swap", "gone"]
+    for name in ("edits", "evaluations", "edit_captions"):
+        assert run.table(name).schema.names == TABLES[name].names
+        assert set(run.table(name)["edit"].to_pylist()) == {"swap", "gone"}
+    for name, evaluation in done.evaluations.items():
+        rows = {row["measure"]: row for row in run.table("evaluations").to_pylist() if row["edit"] == name}
+        assert {key: row["after"] for key, row in rows.items()} == {
+            key: row["after"] for key, row in evaluation.measures.items()
+        }
+        assert open_edit(f"{run.uri}/edits/{name}").purposes == done.edits[name].purposes
+    captions = run.table("edit_captions").to_pylist()
+    assert all(row["changed"] == (row["before"] != row["after"]) for row in captions)
+
+
+def test_again_nothing_is_done_again(done: Pipeline, settings: dict[str, Any]) -> None:
+    place = Path(settings["census"]["out"]) / "edits" / "swap"
+    before = {name: (place / name).stat().st_mtime_ns for name in ("edit.json", "edit.safetensors")}
+    again = pipeline_here(settings)
+    assert {name: (place / name).stat().st_mtime_ns for name in before} == before
+    assert {n: e.measures for n, e in again.evaluations.items()} == {n: e.measures for n, e in done.evaluations.items()}
+
+
+def test_an_edit_that_is_gone_is_made_anew_and_the_same(done: Pipeline, settings: dict[str, Any]) -> None:
+    run = open_run(settings["census"]["out"])
+    for entry in run.folder.store.list("edits/swap/") + run.folder.store.list("edits/.making/"):
+        run.folder.store.delete(entry.key)
+    again = pipeline_here(settings)
+    assert again.edits["swap"].delta.equal(done.edits["swap"].delta)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"edits": {"x": {"source": "cat"}}}, "edits, x: --source and --target go together"),
+        ({"edits": {"x/y": {"suppress": "{known}", **QUICK}}}, "without slashes"),
+        ({"edits": {"x": {"suppress": "unheard"}}}, "no concept 'unheard'"),
+        ({"evaluation": {"limit": 3}}, "evaluation: "),
+        ({"evaluation": {"data": "demo", "limits": 3}}, "limits"),
+        ({"censuses": {}}, "censuses"),
+        ({"census": {"model": "demo"}}, "data"),
+        ({"edits": {"swap": {"suppress": "{known}", **QUICK}}}, "other settings"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    done: Pipeline, settings: dict[str, Any], concepts: tuple[Path, list[str]], changes: dict[str, Any], said: str
+) -> None:
+    filled = yaml.safe_load(yaml.safe_dump(changes).replace("{known}", concepts[1][0]))
+    with pytest.raises(InputError, match=said) as refused:
+        pipeline_here(settings | filled)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_the_command_on_ray(
+    mmray_command: Any, alone: None, settings: dict[str, Any], done: Pipeline, tmp_path: Path
+) -> None:
+    """A pipeline of its own, actors and all, gives what the one without Ray gave."""
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    answer = mmray_command("pipeline", file, f"census.out={tmp_path / 'run'}", "census.workers=1")
+    assert answer.status == 0, answer.err
+    for name in ("edits", "evaluations", "edit_captions"):
+        found, wanted = (open_run(out).table(name) for out in (tmp_path / "run", settings["census"]["out"]))
+        columns = [column for column in found.column_names if column != "seconds"]
+        assert found.select(columns).num_rows == wanted.select(columns).num_rows
+    assert "next: mmray report" in answer.out
