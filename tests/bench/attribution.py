@@ -2,7 +2,8 @@
 
 One table of images a second, from the same inputs in one process: a plain forward, the census step (every neuron
 scored at the nouns, token statistics, sums by concept, top-k), generating a caption and scoring it, gradient ×
-activation, and the published per-image procedure. The demo's model and scenes by default; `--shape llava-1.5-7b` builds
+activation (of every noun, as the census scores them, and of one noun an image, as it was published), and the published
+per-image procedure. The demo's model and scenes by default; `--shape llava-1.5-7b` builds
 random weights of that shape, with 576 image tokens, 16 of prompt, 16 of caption and three nouns a sample.
 
     one H100:   python -m tests.bench.attribution --shape llava-1.5-7b --device cuda --batch-size 32
@@ -15,6 +16,7 @@ import heapq
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,44 +33,64 @@ from mmray.neurons.reduction import ConceptSums
 from mmray.neurons.scoring import score_batch
 from mmray.neurons.statistics import TokenStatistics
 
-IMAGE_TOKENS, PROMPT_TOKENS, CAPTION_TOKENS, NOUNS = 576, 16, 16, 3
+PROMPT_TOKENS, CAPTION_TOKENS, NOUNS = 16, 16, 3
 
 
-def shaped(device: str) -> LoadedModel:
-    """Return LLaVA-1.5-7B with random weights in fp16."""
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a LLaVA's two halves."""
+
+    vision: dict[str, int]
+    text: dict[str, int]
+
+
+SHAPES = {
+    "llava-1.5-7b": Shape(
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 336,
+            "patch_size": 14,
+            "projection_dim": 768,
+        },
+        {"vocab_size": 32064, "max_position_embeddings": 4096},
     )
-    text = LlamaConfig(vocab_size=32064, max_position_embeddings=4096)
+}
+"""What is left out is as in LLaMA 7B."""
+
+
+def shaped(device: str, shape: Shape) -> LoadedModel:
+    """Return a LLaVA of that shape with random weights in fp16."""
+    vision, text = CLIPVisionConfig(**shape.vision), LlamaConfig(**shape.text)
     settings = LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000)
     torch.set_default_dtype(torch.float16)
-    with torch.device(device):
-        network = LlavaForConditionalGeneration(settings).eval().requires_grad_(False)
-    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device(device):
+            network = LlavaForConditionalGeneration(settings).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
     tokenizer = SimpleNamespace(all_special_ids=[0, 1, 2], pad_token_id=0)
-    return LoadedModel("llava-1.5-7b", Path(), network, SimpleNamespace(tokenizer=tokenizer), locate(network))
+    return LoadedModel("random weights", Path(), network, SimpleNamespace(tokenizer=tokenizer), locate(network))
 
 
 def random_batch(model: LoadedModel, size: int, seed: int) -> tuple[Batch, list[Place]]:
     """Return inputs of random tokens and pixels, and three places a sample."""
     generator = torch.Generator().manual_seed(seed)
-    length = IMAGE_TOKENS + PROMPT_TOKENS + CAPTION_TOKENS
+    vision = model.network.config.vision_config
+    pixels, image_tokens = vision.image_size, (vision.image_size // vision.patch_size) ** 2
+    length = image_tokens + PROMPT_TOKENS + CAPTION_TOKENS
     ids = torch.randint(1000, 30000, (size, length), generator=generator)
-    ids[:, 5 : 5 + IMAGE_TOKENS] = 32000
-    start = IMAGE_TOKENS + PROMPT_TOKENS
+    ids[:, 5 : 5 + image_tokens] = 32000
+    start = image_tokens + PROMPT_TOKENS
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(size, 3, 336, 336, generator=generator),
+        "pixel_values": torch.randn(size, 3, pixels, pixels, generator=generator),
     }
     runs = [
-        run for row in range(size) for run in (Run(row, 5, 5 + IMAGE_TOKENS, "image"), Run(row, start, length, "text"))
+        run for row in range(size) for run in (Run(row, 5, 5 + image_tokens, "image"), Run(row, start, length, "text"))
     ]
     places = [
         Place(
@@ -199,7 +221,7 @@ def timed(step: Callable[[], object], images: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=["demo", "llava-1.5-7b"], default="demo")
+    parser.add_argument("--shape", choices=["demo", *SHAPES], default="demo")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
@@ -208,7 +230,7 @@ def main() -> None:
     if arguments.shape == "demo":
         model, batches = demo_batches(arguments.batch_size, 4)
     else:
-        model = shaped(arguments.device)
+        model = shaped(arguments.device, SHAPES[arguments.shape])
         batches = [random_batch(model, arguments.batch_size, seed) for seed in range(2)]
     size = sum(len(batch.caption_start) for batch, _ in batches)
     census, gradient_size = Census(model), 8
@@ -231,6 +253,7 @@ def main() -> None:
         "census without token statistics": (lambda: [census.step(*pair, tokens=False) for pair in batches], size),
         "generate": (lambda: generated(model, batches[0][0], CAPTION_TOKENS), len(batches[0][0].caption_start)),
         "generate, then census": (generate_then_score, len(batches[0][0].caption_start)),
+        "gradient, every noun": (lambda: score_batch(model, *small, "gradient"), len(small[0].caption_start)),
         "gradient, one noun": (lambda: score_batch(model, small[0], firsts, "gradient"), len(small[0].caption_start)),
     }
     speeds: dict[str, list[float]] = {name: [] for name in rows}
