@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from mmray.cli.options import INCOMPLETE, AsJson, app, console, say, with_settings
-from mmray.cli.showing import say_meaning, say_report
+from mmray.cli.showing import say_edits, say_meaning, say_report
 from mmray.settings import CensusSettings, census_settings
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def demo(
     say("2 rankings: which neurons write a noun, and what else they write\n", "bold")
     console.print(summary(run, list(run.concepts)[:3]))
     complete = say_meaning(run_folder, *(QUICK if quick else FULL))
+    complete &= say_edits(settings, quick=quick)
     say_report(run_folder)
     concept = next(iter(run.concepts))
     first = run.rank(concept, 1)["neuron"][0].as_py()

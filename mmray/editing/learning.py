@@ -42,7 +42,7 @@ class Course:
     """Adam's step, in units of the root mean square of a layer's W_out."""
     """At the first step; it falls to a tenth of that."""
     keep: float = 10.0
-    calm: float = 0.015
+    calm: float = 0.004
     size: float = 5e-4
     places: int = 1000
     """Of an edit of the last layer, the places of the kept answers that a step looks at."""
