@@ -30,6 +30,7 @@ from mmray.datasets.shards import cut, read_shard
 from mmray.demo import EVALUATION
 from mmray.demo.dataset import write_parquet
 from mmray.demo.scenes import World
+from mmray.editing.baselines import WordBan
 from mmray.editing.edit import WeightEdit
 from mmray.editing.material import Material
 from mmray.editing.methods import make_edit
@@ -95,7 +96,7 @@ class Ground:
         settings: list[EditSettings] = [edit_settings(wish) for wish in wishes]
         return make_edit(self.material, settings)
 
-    def measured(self, edit: WeightEdit) -> Evaluated:
+    def measured(self, edit: WeightEdit | WordBan) -> Evaluated:
         """Measure an edit."""
         own = self.material.read(name for purpose in edit.purposes for name in purpose.samples)
         settings = measure_settings(pope_objects=0, bleu=False, draws=200)
@@ -112,7 +113,7 @@ class Row:
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     seconds: list[float] = field(default_factory=list)
 
-    def add(self, edit: WeightEdit, found: Evaluated) -> None:
+    def add(self, edit: WeightEdit | WordBan, found: Evaluated) -> None:
         """Add an edit."""
         self.seconds.append(edit.facts["seconds"])
         for name, measure in found.measures.items():
@@ -167,18 +168,23 @@ def _short(found: Evaluated) -> str:
 
 
 def suppress(ground: Ground) -> None:
-    """Print what became of sensitive words."""
-    row = Row()
+    """Print what became of sensitive words, by an edit and by a ban at decoding."""
+    rows: dict[str, Row] = defaultdict(Row)
     for word in SENSITIVE:
         edit = ground.made({"suppress": word})
-        found = ground.measured(edit)
-        row.add(edit, found)
-        print(f"{word}: {_short(found)}", file=sys.stderr, flush=True)
-    gone = sum(row.sums[name] for name in ("reliability", "image_generality"))
-    rest = sum(row.sums[f"{name}_rest_unchanged"] for name in ("reliability", "image_generality"))
-    captions = sum(row.counts[name] for name in ("reliability", "image_generality"))
-    print(f"\nsuppressed {', '.join(SENSITIVE)}: gone from {gone / captions:.3f} of {captions} captions that had them")
-    print(f"the rest of those captions unchanged in {rest / captions:.3f}\n\n{header()}\n{row.line('learned')}")
+        for method, change in (("learned", edit), ("ban", WordBan(ground.material.model, (word,), edit.purposes))):
+            found = ground.measured(change)
+            rows[method].add(change, found)
+            print(f"{word}, {method}: {_short(found)}", file=sys.stderr, flush=True)
+    print(f"\nsuppressed {', '.join(SENSITIVE)}\n\n{header()}")
+    for method, row in rows.items():
+        print(row.line(method))
+    for method, row in rows.items():
+        gone = sum(row.sums[name] for name in ("reliability", "image_generality"))
+        rest = sum(row.sums[f"{name}_rest_unchanged"] for name in ("reliability", "image_generality"))
+        captions = sum(row.counts[name] for name in ("reliability", "image_generality"))
+        print(f"\n{method}: gone from {gone / captions:.3f} of {captions} captions that had them; the rest of those")
+        print(f"captions unchanged in {rest / captions:.3f}")
 
 
 def hallucination(ground: Ground) -> None:

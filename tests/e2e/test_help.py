@@ -23,6 +23,7 @@ COMMANDS = (
     "edit",
     "apply",
     "evaluate",
+    "pipeline",
     "properties",
     "report",
     "selectivity",

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.cli.job import words_of
+from mmray.cluster.pipeline import pipeline_settings
 from mmray.config import read_config
 from mmray.errors import InputError
 from mmray.results.run import open_run
@@ -163,7 +164,26 @@ def test_words_of_every_kind() -> None:
     ]
 
 
-@pytest.mark.parametrize("path", sorted((JOBS / "configs").glob("*.yaml")), ids=lambda path: path.name)
+CONFIGS = sorted((JOBS / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem != "pipeline"], ids=lambda path: path.name)
 def test_configurations_that_are_shipped_fit_their_command(path: Path) -> None:
     command = "census" if path.stem == "demo" else path.stem
     assert words_of(command, read_config(path))[0] == command
+
+
+def test_the_pipeline_that_is_shipped_has_the_settings_of_its_steps() -> None:
+    settings = pipeline_settings(read_config(JOBS / "configs" / "pipeline.yaml", ["census.out=s3://b/run"]))
+    assert settings.census["out"] == "s3://b/run"
+    assert settings.edits
+
+
+def test_a_pipelines_file_is_changed_by_dotted_names(job: Callable[..., Answer], tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("census: {model: demo, data: demo, out: run}\nedits: {a: {suppress: dog}}")
+    for change, said in (
+        ("census.limit=0", "setting limit = 0"),
+        ("edits.a.method=magic", "edits, a: setting method = 'magic'"),
+        ("evaluation.limit=5", "evaluation: setting 'data' is missing"),
+    ):
+        assert said in job("pipeline", "--config", tmp_path / "x.yaml", change).refusal
