@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mmray.errors import InputError
 from mmray.models.interventions import changed_rows
-from mmray.models.loading import LoadedModel, digest
+from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows
 from mmray.neuron_names import neuron_name
 from mmray.storage import open_store
@@ -85,9 +85,10 @@ class WeightEdit:
 
     def check(self, model: LoadedModel) -> None:
         """Raise InputError unless the edit was made on this very model."""
-        found = digest(model.folder)
-        if found != self.model:
-            raise InputError(f"the edit was made on another model (digest {self.model}); {model.name} has {found}")
+        if model.digest != self.model:
+            raise InputError(
+                f"the edit was made on another model (digest {self.model}); {model.name} has {model.digest}"
+            )
 
     @contextmanager
     def applied(self, model: LoadedModel) -> Iterator[None]:

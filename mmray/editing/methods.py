@@ -17,7 +17,7 @@ from mmray.editing.locating import last_layers, matched
 from mmray.editing.material import Material
 from mmray.editing.settings import EditSettings
 from mmray.editing.task import Task, prepare
-from mmray.models.loading import LoadedModel, digest
+from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows, unembedding_rows
 
 Method = Callable[[Task], Deltas]
@@ -99,7 +99,7 @@ def make_edit(material: Material, wishes: Sequence[EditSettings]) -> WeightEdit:
         unit=torch.cat([units.cpu() for units in deltas.units.values()]),
         delta=rows,
         purposes=task.purposes,
-        model=digest(model.folder),
+        model=model.digest,
         settings={"wishes": [wish.model_dump() for wish in wishes], "run": material.run.uri},
         facts=cost(rows, time.perf_counter() - began)
         | {"answers_changed": len(task.new), "answers_kept": len(task.keep)},

@@ -60,6 +60,11 @@ class LoadedModel:
         """Neurons of each layer of the language decoder."""
         return tuple(projection.width for projection in self.projections)
 
+    @cached_property
+    def digest(self) -> str:
+        """The digest of the checkpoint, whose files are read once."""
+        return digest(self.folder)
+
     @property
     def context(self) -> int | None:
         """Positions that the language model was made for; None where that is not told (T5)."""
