@@ -53,7 +53,7 @@ def rank_one(model: LoadedModel, new: Sequence[Example], keep: Sequence[Example]
     moment = others.T @ others / len(others)
     ridge = RIDGE * moment.diagonal().mean() * torch.eye(len(key), device=key.device)
     direction = torch.linalg.solve(moment + ridge, key)
-    return RankOne(model, layer, direction / (key @ direction))
+    return RankOne(model, layer, direction / (key @ direction), float(key.norm()))
 
 
 class LowRank(Deltas):

@@ -42,6 +42,10 @@ class Deltas:
         """Return what is added to the rows of a layer's neurons."""
         return self.learnt[layer][0]
 
+    def step(self, layer: int) -> float:
+        """Return the unit of a step of what is learnt of a layer: the root mean square of its W_out."""
+        return self.scales[layer]
+
     @property
     def first(self) -> int:
         """The lowest layer that has a neuron."""
@@ -75,9 +79,14 @@ class Deltas:
 class RankOne(Deltas):
     """Rows u ⊗ v of one layer: u fixed, v learnt (as ROME, Meng et al. 2022, with the objective of `learning`)."""
 
-    def __init__(self, model: LoadedModel, layer: int, direction: Float[Tensor, " unit"]) -> None:
+    def __init__(self, model: LoadedModel, layer: int, direction: Float[Tensor, " unit"], size: float) -> None:
         self.direction = direction
+        self.size = size
         super().__init__(model, [(layer, unit) for unit in range(model.widths[layer])])
+
+    def step(self, layer: int) -> float:
+        """Return the unit of a step of v: what a step of single rows adds up to at activations of norm `size`."""
+        return self.scales[layer] * self.size
 
     def start(self, rows: Float[Tensor, "unit hidden"]) -> list[Tensor]:
         """Return v, zero to begin with."""

@@ -39,8 +39,7 @@ class Course:
 
     steps: int = 60
     rate: float = 0.25
-    """Adam's step, in units of the root mean square of a layer's W_out."""
-    """At the first step; it falls to a tenth of that."""
+    """Adam's first step, in units of the root mean square of a layer's W_out; it falls to a tenth of that."""
     keep: float = 10.0
     calm: float = 0.004
     size: float = 5e-4
@@ -111,7 +110,7 @@ def learn(
     model: LoadedModel, deltas: Deltas, new: Sequence[Example], keep: Sequence[Example], course: Course
 ) -> list[float]:
     """Change the deltas so that the model gives the new answers and keeps the others; return the loss of each step."""
-    groups = [{"params": learnt, "lr": course.rate * deltas.scales[layer]} for layer, learnt in deltas.learnt.items()]
+    groups = [{"params": learnt, "lr": course.rate * deltas.step(layer)} for layer, learnt in deltas.learnt.items()]
     optimizer = torch.optim.Adam(groups)
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, course.steps)
     changing = [_New(part, *_bans(model, rows)) for part, rows in _tails(model, new, deltas)]
