@@ -53,8 +53,8 @@ def findings(run: Run) -> list[str]:
     if own := found.get(("zeroed_own", "score", 100)):
         other, matched = found["zeroed_other", "score", 100], found["zeroed_own", "layer-matched", 100]
         lines.append(
-            f"their 100 highest zeroed lower P(noun) by {own['value']:.3f} and that of other nouns by "
-            f"{other['value']:.3f}; random ones of the same layers lower it by {matched['value']:.3f}"
+            f"their 100 highest zeroed lower P(noun) by {own['value']:z.3f} and that of other nouns by "
+            f"{other['value']:z.3f}; random ones of the same layers lower it by {matched['value']:z.3f}"
         )
     if chance := found.get(("pointing_game", "chance", 10)):
         point, by = max((found["pointing_game", name, 10]["value"], name) for name in ("score", "specific"))
