@@ -148,5 +148,5 @@ def test_folders_that_hold_no_clip_are_refused(folder, tmp_path):
     from mmray.errors import InputError
     from mmray.evaluation.properties.meaning import Clip
 
-    with pytest.raises(InputError, match="no config.json there; give the folder of a CLIP"):
+    with pytest.raises(InputError, match=r"no config\.json there; give the folder of a CLIP"):
         Clip(str(tmp_path / folder), torch.device("cpu"))
