@@ -67,4 +67,4 @@ def comparison(edits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
 
 def number(value: float | None) -> str:
     """Return a measure's value; a dash where there is none."""
-    return "–" if value is None else f"{value:.{DIGITS}f}"
+    return "–" if value is None else f"{value:z.{DIGITS}f}"

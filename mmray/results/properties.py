@@ -17,22 +17,24 @@ def properties(rows: pa.Table) -> Table:
     """Return the measures over all concepts as a table, the located neurons' in bold."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.padding = (0, 1, 0, 0)
-    for name in ("property", "measure", "neurons", "n", "strength", "value", "95 % interval", "images"):
-        table.add_column(name, justify="left" if name in ("property", "measure", "neurons") else "right", no_wrap=True)
-    before = ""
+    table.add_column("measure", no_wrap=True)
+    table.add_column("neurons", no_wrap=True)
+    for name in ("of them", "value", "95 % interval", "n"):
+        table.add_column(name, justify="right", no_wrap=True)
+    before: tuple[str, str] = ("", "")
     for row in rows.to_pylist():
-        title = row["property"].replace("_", " ") if row["property"] != before else ""
-        before = row["property"]
+        if row["property"] != before[0]:
+            table.add_row(Text(row["property"].replace("_", " "), "bold"))
+        same = (row["property"], row["measure"]) == before
+        before = row["property"], row["measure"]
         style = "bold" if row["method"] in LOCATED else ""
-        interval = "" if row["low"] is None else f"{number(row['low'])} – {number(row['high'])}"
+        strength = "" if row["strength"] is None else f" × {row['strength']:g}"
         table.add_row(
-            Text(title, "bold"),
-            row["measure"].replace("_", " "),
+            "" if same else f"  {row['measure'].replace('_', ' ')}",
             Text(row["method"], style),
-            str(row["neurons"] or ""),
-            "" if row["strength"] is None else f"{row['strength']:g}",
+            f"{row['neurons'] or ''}{strength}",
             Text(number(row["value"]), style),
-            interval,
+            "" if row["low"] is None else f"{number(row['low'])} – {number(row['high'])}",
             f"{row['n']:,}",
         )
     return table
@@ -51,8 +53,8 @@ def findings(run: Run) -> list[str]:
     if own := found.get(("zeroed_own", "score", 100)):
         other, matched = found["zeroed_other", "score", 100], found["zeroed_own", "layer-matched", 100]
         lines.append(
-            f"their 100 highest zeroed lower P(noun) by {own['value']:.3f} and that of other nouns by "
-            f"{other['value']:.3f}; random ones of the same layers lower it by {matched['value']:.3f}"
+            f"their 100 highest zeroed lower P(noun) by {own['value']:z.3f} and that of other nouns by "
+            f"{other['value']:z.3f}; random ones of the same layers lower it by {matched['value']:z.3f}"
         )
     if chance := found.get(("pointing_game", "chance", 10)):
         point, by = max((found["pointing_game", name, 10]["value"], name) for name in ("score", "specific"))

@@ -18,6 +18,7 @@ from tests.e2e.conftest import mmray as mmray_command
 from tests.running import census_here, properties_here
 
 __all__ = ["mmray_command"]
+MADE = ("properties", "heatmaps")
 ASKED = {"concepts": 2, "min_occurrences": 2, "images": 3, "maps": 2, "draws": 50}
 
 
@@ -30,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tables(run: Path) -> dict[str, pa.Table]:
     opened = open_run(run)
-    return {name: opened.table(name) for name in DERIVED}
+    return {name: opened.table(name) for name in MADE}
 
 
 def without(run: Path) -> None:

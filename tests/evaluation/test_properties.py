@@ -119,3 +119,34 @@ def test_means_are_sums_over_images_in_any_order(rows, random):
     shuffled = found.tables()["observations"].take(pa.array(order))
     assert summarise(shuffled, 20, 0) == table
     assert shuffled.schema == PROPERTY_SCHEMAS["observations"]
+
+
+def test_clipscore_is_two_and_a_half_times_the_cosine():
+    """Of a tiny CLIP with random weights, by its own features (Hessel et al. 2021)."""
+    from types import SimpleNamespace
+
+    from transformers import BatchFeature, CLIPConfig, CLIPModel
+
+    from mmray.evaluation.properties.meaning import CLIP_WEIGHT, Clip
+
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = small | {"vocab_size": 50, "eos_token_id": 49, "bos_token_id": 48}
+    vision = small | {"image_size": 8, "patch_size": 4}
+    torch.manual_seed(0)
+    network = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    features = {"input_ids": torch.tensor([[48, 3, 4, 49]]), "pixel_values": torch.randn(6, 3, 8, 8)}
+    clip = object.__new__(Clip)
+    clip.network, clip.processor = network, lambda **_: BatchFeature(features)
+    with torch.inference_mode():
+        found = network(**features)
+    cosines = (found.image_embeds @ found.text_embeds.T)[:, 0]
+    assert clip.scores([SimpleNamespace()] * 6, "x") == pytest.approx((CLIP_WEIGHT * cosines.clamp(min=0)).tolist())
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "."])
+def test_folders_that_hold_no_clip_are_refused(folder, tmp_path):
+    from mmray.errors import InputError
+    from mmray.evaluation.properties.meaning import Clip
+
+    with pytest.raises(InputError, match=r"no config\.json there; give the folder of a CLIP"):
+        Clip(str(tmp_path / folder), torch.device("cpu"))

@@ -44,6 +44,7 @@ def browser() -> Iterator[object]:
 
 @pytest.fixture
 def page(browser, place):
+    # Waiting for functions is left out: they are evaluated within the page, which its own policy refuses.
     shown = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
     said: list[str] = []
     shown.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
@@ -61,8 +62,9 @@ def test_search_finds_a_concept_and_its_page_opens_with_pictures(page):
     page.keyboard.type("dog")
     assert page.locator("#found li").first.inner_text().startswith("dog")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelector('h1').textContent === 'dog'")
-    page.wait_for_function("[...document.querySelectorAll('main img')].every((image) => image.complete)")
+    page.wait_for_selector("h1:text-is('dog')")
+    while not page.evaluate("[...document.querySelectorAll('main img')].every((image) => image.complete)"):
+        page.wait_for_timeout(50)
     widths = page.eval_on_selector_all("main img", "images => images.map((image) => image.naturalWidth)")
     assert len(widths) >= 4
     assert min(widths) > 0
@@ -91,7 +93,7 @@ def test_every_page_opens(page):
     assert len(links) >= 6
     for link in links:
         page.evaluate(f"location.hash = {link!r}")
-        page.wait_for_function("document.querySelector('nav a[aria-current]')?.getAttribute('href') === location.hash")
+        page.wait_for_selector(f"nav a[aria-current][href='{link}']")
         assert page.locator("h1").inner_text()
         assert "undefined" not in page.locator("main").inner_text()
         assert "NaN" not in page.locator("main").inner_text()
@@ -102,7 +104,7 @@ def test_a_neuron_opens_from_a_concept(page):
     page.wait_for_selector("tbody a.mono")
     name = page.locator("tbody a.mono").first.inner_text()
     page.locator("tbody a.mono").first.click()
-    page.wait_for_function(f"document.querySelector('h1').textContent === '{name}'")
+    page.wait_for_selector(f"h1:text-is('{name}')")
     assert page.locator("figure").count() == 10
     page.wait_for_selector(".plot .main-svg")
 
@@ -119,11 +121,11 @@ def test_concepts_sort_and_walk_by_keys(page):
     page.keyboard.press("ArrowDown")
     assert page.locator("tr.at td").nth(1).inner_text() == names[1]
     page.evaluate("location.hash = '#/concept/dog'")
-    page.wait_for_function("document.querySelector('h1').textContent === 'dog'")
+    page.wait_for_selector("h1:text-is('dog')")
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("document.querySelector('h1').textContent !== 'dog'")
+    page.wait_for_selector("h1:not(:text-is('dog'))")
     page.keyboard.press("Escape")
-    page.wait_for_function("document.querySelector('h1').textContent === 'Concepts'")
+    page.wait_for_selector("h1:text-is('Concepts')")
 
 
 def background(page) -> tuple[int, ...]:

@@ -29,6 +29,8 @@ from mmray.neurons.properties import (
 )
 from mmray.neurons.scoring import score_batch
 
+DRAWN = 20
+"""Sets of random neurons that a floor is the mean of: of one set a concept either is written, or is not."""
 CLIP_WEIGHT = 2.5
 CLIP_TOKENS = 1
 """Tokens of each neuron in the text that CLIP reads: it takes 77 in all."""
@@ -36,27 +38,30 @@ CLIP_TOKENS = 1
 
 def sensitivity(subject: Subject, found: Observations) -> None:
     """Observe whether decoded tokens are the noun: the run's ranking's, each image's own highest, random neurons'."""
-    facts, study = subject.facts, subject.study
-    ranked = facts.ranked["score"].neurons[:DECODED]
-    sets: dict[str, Neurons] = {name: facts.ranked[name].neurons[:DECODED] for name in RANKINGS}
-    sets["layer-matched"] = controls.layer_matched(subject.model.widths, ranked, facts.concept)
-    sets["uniform"] = controls.uniform(subject.model.widths, ranked, facts.concept)
-    for method, neurons in sets.items():
-        # A concept has one ranking, whatever its images: here concepts are what is drawn.
-        _hits(subject, found, method, facts.concept, study.numbers(neurons))
+    concept, study, ranked = subject.facts.concept, subject.study, subject.facts.ranked
+    # A concept has one ranking, whatever its images: here concepts are what is drawn.
+    for method in RANKINGS:
+        _hits(subject, found, method, concept, [study.numbers(ranked[method].neurons[:DECODED])])
+    best = ranked["score"].neurons[:DECODED]
+    for method, draw in (("layer-matched", controls.layer_matched), ("uniform", controls.uniform)):
+        drawn = [draw(subject.model.widths, best, f"{concept} {number}") for number in range(DRAWN)]
+        _hits(subject, found, method, concept, [study.numbers(neurons) for neurons in drawn])
     own = subject.contributions[subject.own]
     for sample_id, chosen in zip(subject.own_samples, highest(own, DECODED), strict=True):
-        _hits(subject, found, "image", sample_id, sorted(chosen))
+        _hits(subject, found, "image", sample_id, [sorted(chosen)])
 
 
-def _hits(subject: Subject, found: Observations, method: str, unit: str, numbers: list[int]) -> None:
-    facts, tokens = subject.facts, subject.study.decoded(numbers)
+def _hits(subject: Subject, found: Observations, method: str, unit: str, sets: list[list[int]]) -> None:
+    """Observe the share of these sets of neurons that write the noun."""
+    facts = subject.facts
+    decoded = [subject.study.decoded(numbers) for numbers in sets]
     hits = {
-        "exact_hit_rate": exact_hit(tokens, facts.token),
-        "lemma_hit_rate": lemma_hit(tokens, facts.concept, facts.token, facts.language),
+        "exact_hit_rate": [exact_hit(tokens, facts.token) for tokens in decoded],
+        "lemma_hit_rate": [lemma_hit(tokens, facts.concept, facts.token, facts.language) for tokens in decoded],
     }
-    for measure, hit in hits.items():
-        found.add(Key("sensitivity", measure, method, DECODED), facts.concept, unit, hit)
+    for measure, outcomes in hits.items():
+        key = Key("sensitivity", measure, method, DECODED)
+        found.add(key, facts.concept, unit, sum(outcomes) / len(outcomes))
 
 
 def text_similarity(subject: Subject, found: Observations, encoder: Encoder) -> None:

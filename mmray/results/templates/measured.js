@@ -28,9 +28,9 @@ function measuresTable(rows) {
   return sortable("Measures", [
     { title: "measure", kind: "wrap", value: (row) => measureName(row.measure), cell: (row) => row.first && h("span", { title: row.protocol }, measureName(row.measure)) },
     { title: "neurons", kind: "wrap", value: (row) => methodName(row.method), cell: (row) => (LOCATED.has(row.method) ? h("b", methodName(row.method)) : methodName(row.method)) },
-    { title: "n", value: (row) => row.neurons, number: true, cell: size },
+    { title: "how many", value: (row) => row.neurons, number: true, cell: size },
     { title: "value, 95 % interval", value: (row) => row.value, number: true, cell: range },
-    { title: "images", value: (row) => row.n, number: true, cell: (row) => whole(row.n) },
+    { title: "n", about: "images; of hit rates and common neurons: concepts", value: (row) => row.n, number: true, cell: (row) => whole(row.n) },
   ], named, { keep: true, limit: 16 });
 }
 

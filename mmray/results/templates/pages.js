@@ -7,7 +7,7 @@ function tile(value, words, main = false) {
   return h(main ? "div.card.tile.main" : "div.card.tile", h("b", value), h("span", words));
 }
 
-const change = (fall) => `${fall < 0 ? "+" : "−"}${Math.abs(fall).toFixed(3)}`;
+const change = (fall) => `${Math.abs(fall) < 0.0005 ? "±" : fall < 0 ? "+" : "−"}${Math.abs(fall).toFixed(3)}`;
 
 function findings() {
   const rows = INDEX.properties, tiles = [];
