@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmray.label_tables import PASS_SCHEMAS
+from mmray.models.blocks import block_of
 from mmray.models.interventions import ablate
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
@@ -48,7 +49,7 @@ class Lens:
         self.model = model
         self.masks = masks
         self.module = module
-        self.blocks = decoder_blocks(model)
+        self.blocks = [block_of(model, layer) for layer in range(len(model.widths))]
         self._stages: dict[tuple[str | None, int, str], Stage] = {}
 
     @torch.inference_mode()
@@ -110,15 +111,6 @@ class Lens:
             change = (states - before).float().norm(dim=1) / before.float().norm(dim=1).clamp(min=1e-12)
             stage.shift += float(change.sum())
             stage.tokens.update(best.tolist())
-
-
-def decoder_blocks(model: LoadedModel) -> list[nn.Module]:
-    """Return the decoder's blocks: the modules that hold one MLP output projection each, as high up as they do."""
-    paths = [projection.path.split(".") for projection in model.projections]
-    shared = next(
-        (depth for depth in range(min(map(len, paths))) if len({path[depth] for path in paths}) > 1), len(paths[0]) - 1
-    )
-    return [model.network.get_submodule(".".join(path[: shared + 1])) for path in paths]
 
 
 def _image_rows(batch: Batch) -> Int[Tensor, " place"]:

@@ -9,7 +9,7 @@ from mmray.models.prompting import prompt_text
 from mmray.neurons.labels.masks import Mask
 from mmray.neurons.labels.material import batches, captions_of
 from mmray.neurons.labels.settings import selectivity_settings
-from mmray.neurons.labels.stages import Lens, decoder_blocks
+from mmray.neurons.labels.stages import Lens
 from mmray.neurons.labels.testing import measured
 from mmray.neurons.model import open_image
 from mmray.neurons.scoring import forward
@@ -88,16 +88,15 @@ def test_a_tower_s_neurons_are_zeroed(open_model, module):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_lens_sees_every_block_of_every_family(open_model, variant):
     model = open_model(variant)
-    blocks = decoder_blocks(model)
-    assert len(blocks) == len(model.widths)
+    last_layer = len(model.widths) - 1
     lens = Lens(model, [Mask("en", "selected", ((0, 1),))], "language")
     for texts, batch in batches(model, captions_of(model, found(2), "language", None), 1):
         lens.add(texts, batch)
     rows = lens.table().to_pylist()
-    last = of(rows, masked=None, layer=len(blocks) - 1, position="text")[0]
+    last = of(rows, masked=None, layer=last_layer, position="text")[0]
     assert last["agreed"] == last["n_tokens"] > 0
     assert all(row["shift"] == 0 for row in of(rows, masked=None))
-    assert of(rows, masked="en", layer=len(blocks) - 1, position="text")[0]["n_tokens"] == last["n_tokens"]
+    assert of(rows, masked="en", layer=last_layer, position="text")[0]["n_tokens"] == last["n_tokens"]
     images = of(rows, masked=None, position="image")
     assert bool(images) == (not model.parts.encoder_decoder)
 
