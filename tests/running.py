@@ -64,7 +64,10 @@ class _PropertiesHere:
 def properties_here(run: Path | str, **settings: object) -> Properties:
     """Measure a run's properties without Ray."""
     follow: Callable[[Progress], None] = settings.pop("follow", lambda _: None)  # type: ignore[assignment]
-    with patch.multiple(properties, ray_session=lambda _: nullcontext(), _actors=_PropertiesHere):
+    with (
+        patch.object(carrying, "ray_session", lambda _: nullcontext()),
+        patch.object(properties, "_actors", _PropertiesHere),
+    ):
         return properties.run_properties(property_settings({"run": str(run), **settings}), follow)
 
 

@@ -15,13 +15,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress
 from mmray.cluster.properties_plan import Plan, plan_properties
 from mmray.cluster.properties_worker import PropertiesWorker
-from mmray.cluster.session import actor_pool, machines, ray_session
 from mmray.cluster.units import mapped
 from mmray.derived import PROPERTY_SCHEMAS
-from mmray.errors import InputError
 from mmray.evaluation.properties.observations import summarise
 from mmray.evaluation.properties.settings import PropertySettings
 from mmray.results.run import Run, open_run
@@ -94,32 +93,19 @@ def _folder(plan: Plan, run: Run) -> tuple[RunFolder, dict[str, Any]]:
 
 
 def _work(plan: Plan, folder: RunFolder, follow: Callable[[Progress], None]) -> None:
-    """Have every unit that is neither committed nor set aside measured."""
-    done = folder.receipts()
-    if not plan.settings.retry_failed:
-        done |= folder.aside(done)
-    units = [number for number in range(len(plan.units)) if number not in done]
-    concepts, failures = sum(r.samples for r in done.values()), sum(r.failures for r in done.values())
-    aside = sum(receipt.reason is not None for receipt in done.values())
-    follow(Progress(concepts, plan.concepts, failures, aside))
-    if not units:
-        return
-    folder.reopen(units)
-    with ray_session(plan.settings.address):
-        # Nothing is fetched ahead: what is committed is told at once, not when the next unit is done too.
-        for receipts in _actors(plan, folder, units).iter_batches(batch_size=None, prefetch_batches=0):
-            if problem := next(filter(None, receipts["problem"]), None):
-                raise InputError(problem)
-            concepts += int(sum(receipts["samples"]))
-            failures += int(sum(receipts["failures"]))
-            aside += sum(map(bool, receipts["reason"]))
-            follow(Progress(concepts, plan.concepts, failures, aside))
+    """Have every unit that is neither committed nor set aside measured; progress counts concepts."""
+    carry_out(
+        folder,
+        [len(unit) for unit in plan.units],
+        lambda units: _actors(plan, folder, units),
+        follow,
+        address=plan.settings.address,
+        retry_failed=plan.settings.retry_failed,
+    )
 
 
 def _actors(plan: Plan, folder: RunFolder, units: list[int]) -> Any:
-    workers = plan.settings.workers
-    asked = None if workers is None else (workers, workers)
-    pool = actor_pool(asked, plan.settings.gpus_per_worker, machines(), len(units))
+    pool = pool_for(plan.settings.workers, plan.settings.gpus_per_worker, len(units))
     return mapped(PropertiesWorker, (plan, folder.store.uri), units, pool, ahead=0)
 
 
