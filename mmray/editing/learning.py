@@ -17,7 +17,7 @@ the lead is smallest now; they are found anew every few steps.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,8 @@ from mmray.editing.material import Example
 from mmray.editing.tail import Tail, batched, joined, tail
 from mmray.models.loading import LoadedModel
 
+PIECE = 1024
+"""Places whose logits are held at once where all are gone through: a row of them is as long as the vocabulary."""
 BATCHES = 2
 """Batches of each kind a step, where the later blocks have to be run again."""
 
@@ -61,44 +63,46 @@ class _New:
 
 @dataclass
 class _Kept:
-    """Answers that are to stay, and what was said before.
+    """Answers that are to stay.
 
-    `moment` is the mean of a aᵀ over the places, a the activations of the first edited layer's neurons; `near` are the
-    places that count.
+    `moment` is the mean of a aᵀ over their places, a the activations of the first edited layer's neurons. `near` are
+    the places that count, and `before` what was said there.
     """
 
     tail: Tail
-    before: Float[Tensor, "place vocabulary"]
     likeliest: Int[Tensor, " place"]
     moment: Float[Tensor, "unit unit"]
     answers: int
-    near: Int[Tensor, " near"]
+    near: Tail
+    before: Float[Tensor, "near vocabulary"]
 
     @classmethod
     @torch.no_grad()
     def of(cls, part: Tail) -> _Kept:
-        """Return what is to stay of these answers."""
-        before = part.logits().log_softmax(1)
+        """Return what is to stay of these answers; until `look`, what counts is the first places."""
         activation = part.activation.flatten(0, -2)
-        every = torch.arange(len(before), device=before.device)
         moment = activation.T @ activation / len(activation)
-        return cls(part, before, before.argmax(dim=1), moment, _answers(part), every)
+        near = part if part.later else next(_pieces(part))
+        likeliest = torch.cat([piece.logits().argmax(dim=1) for piece in _pieces(part)])
+        return cls(part, likeliest, moment, _answers(part), near, near.logits().log_softmax(1))
 
     @torch.no_grad()
     def look(self, deltas: Deltas, most: int) -> None:
         """Find the places where the answers of before have the smallest lead now; of batches with later blocks, all."""
-        if self.tail.later or len(self.before) <= most:
+        if self.tail.later:
             return
-        now = self.tail.logits(deltas)
-        first = now.gather(1, self.likeliest[:, None])[:, 0]
-        second = now.scatter(1, self.likeliest[:, None], -torch.inf).amax(dim=1)
-        self.near = (first - second).topk(most, largest=False).indices
+        leads = []
+        for piece, first in zip(_pieces(self.tail), torch.split(self.likeliest, PIECE), strict=True):
+            now = piece.logits(deltas)
+            others = now.scatter(1, first[:, None], -torch.inf).amax(dim=1)
+            leads.append(now.gather(1, first[:, None])[:, 0] - others)
+        lead = torch.cat(leads)
+        self.near = self.tail.at(lead.topk(min(most, len(lead)), largest=False).indices)
+        self.before = self.near.logits().log_softmax(1)
 
     def change(self, deltas: Deltas) -> Float[Tensor, ""]:
         """Return the divergence of what is said now from what was said before, summed over the places that count."""
-        part = self.tail if self.tail.later else self.tail.at(self.near)
-        before = self.before[self.near]
-        return (before.exp() * (before - part.logits(deltas).log_softmax(1))).sum()
+        return (self.before.exp() * (self.before - self.near.logits(deltas).log_softmax(1))).sum()
 
     def stir(self, deltas: Deltas) -> Float[Tensor, ""]:
         """Return the mean ‖what is written besides‖² over mean ‖W_out row‖², of the first edited layer."""
@@ -192,3 +196,12 @@ def log_likelihoods(model: LoadedModel, examples: Sequence[Example]) -> list[flo
         sums = torch.zeros(len(rows), device=said.device).index_add(0, part.rows, said)
         found |= zip(map(id, rows), sums.tolist(), strict=True)
     return [found[id(example)] for example in examples]
+
+
+def _pieces(part: Tail) -> Iterator[Tail]:
+    """Yield the places of a tail some at a time; one with later blocks in one piece."""
+    if part.later:
+        yield part
+    else:
+        every = torch.arange(len(part.targets), device=part.targets.device)
+        yield from (part.at(every[start : start + PIECE]) for start in range(0, len(every), PIECE))
