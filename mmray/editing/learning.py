@@ -43,7 +43,7 @@ class Course:
     rate: float = 0.25
     """Adam's first step, in units of the root mean square of a layer's W_out; it falls to a tenth of that."""
     keep: float = 10.0
-    calm: float = 0.004
+    calm: float = 0.0015
     size: float = 5e-4
     places: int = 1000
     """Of an edit of the last layer, the places of the kept answers that a step looks at."""
