@@ -87,8 +87,10 @@ def _matrices(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _cell(row: Row | None) -> dict[str, Any] | None:
+    if row is None:
+        return None
     numbers = ("before", "after", "change", "low", "high")
-    return row and {name: number(row[name]) for name in numbers} | {"n": row["n"]}
+    return {name: number(row[name]) for name in numbers} | {"n": row["n"]}
 
 
 def _steering(rows: Sequence[Row]) -> list[dict[str, Any]]:
