@@ -13,7 +13,7 @@ const METHODS = { lape: "LAPE", contribution: "contribution" };
 const KINDS = { language: "languages", domain: "domains" };
 const labelName = (analysis, label) => (analysis.label_kind === "language" ? languageName(label) : label);
 const analysisName = (row) => `${KINDS[row.label_kind] || row.label_kind} by ${METHODS[row.method] || row.method}, ${MODULES[row.module] || row.module}, ${row.modality === "both" ? "all" : row.modality} tokens`;
-const raised = (value) => `${value > 0 ? "+" : ""}${figure(value)}`;
+const raised = (value) => (value > 0 && /[1-9]/.test(figure(value)) ? "+" : "") + figure(value);
 
 function labelLayers(analysis) {
   const { labels } = analysis;
