@@ -1,4 +1,4 @@
-"""A small run of the demo's model on English scenes, every one with a dog among them, its properties measured."""
+"""A small run of the demo's model on English scenes, each dog among them; properties measured, labels made up."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmray.demo import DATA
+from tests.results.labelled import add_labels
 from tests.running import census_here, properties_here
 
 SCENES = 40
@@ -23,4 +24,5 @@ def dog_run(folder: Path) -> Path:
     out = folder / "run"
     census_here("demo", str(folder / "data.parquet"), out, shard_size=20)
     properties_here(out, concepts=1, images=4, maps=2, draws=50)
+    add_labels(out)
     return out

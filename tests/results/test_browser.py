@@ -128,6 +128,22 @@ def test_concepts_sort_and_walk_by_keys(page):
     page.wait_for_selector("h1:text-is('Concepts')")
 
 
+def test_languages_and_domains_are_told_as_texts(page):
+    page.get_by_role("link", name="Languages and domains").click()
+    page.wait_for_selector(".plot .main-svg")
+    assert page.locator("h2").count() == 2
+    # Two measures with three controls of two masks and two labels; the frame is the mask's own label.
+    assert page.locator("table.matrix").count() == 6
+    assert page.locator("table.matrix td").count() == 24
+    assert page.locator("table.matrix td.own").count() == 12
+    first = page.locator("table.matrix td").first
+    assert first.inner_text().split() == ["+2.000", "1.900", "to", "2.100"]
+    assert "English: 1.000 → 3.000, +2.000 (95 %: 1.900 to 2.100), 5 samples" in first.get_attribute("title")
+    assert page.locator("h2 + p, .turns li, .matrix th").filter(has_text="<b>").count() > 0
+    assert page.locator("main b:text-is('%{x}'), main i, main script").count() == 0
+    assert all(page.eval_on_selector_all(".plot", "plots => plots.map((plot) => plot.getAttribute('aria-label'))"))
+
+
 def background(page) -> tuple[int, ...]:
     said = page.evaluate("getComputedStyle(document.body).backgroundColor")
     return tuple(int(part) for part in said.removeprefix("rgb(").removesuffix(")").split(","))
@@ -147,7 +163,17 @@ def test_both_themes(page):
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_is_wider_than_the_window(page, width):
     page.set_viewport_size({"width": width, "height": 800})
-    for hash in ("#/", "#/concepts", "#/concept/dog", "#/neurons", "#/layers", "#/properties", "#/edits", "#/failures"):
+    for hash in (
+        "#/",
+        "#/concepts",
+        "#/concept/dog",
+        "#/neurons",
+        "#/layers",
+        "#/properties",
+        "#/labels",
+        "#/edits",
+        "#/failures",
+    ):
         page.evaluate(f"location.hash = '{hash}'")
         page.wait_for_timeout(150)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, hash

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import exp, sqrt
+from math import exp, isfinite, sqrt
 from typing import Any
 
 import pyarrow.compute as pc
@@ -65,8 +65,8 @@ class Concept:
 
 
 def number(value: float | None) -> float | None:
-    """Return a number with the digits that a page shows."""
-    return None if value is None else float(f"{value:.4g}")
+    """Return a number with the digits that a page shows; None where there is none, for JSON has no NaN."""
+    return None if value is None or not isfinite(value) else float(f"{value:.4g}")
 
 
 def read_concepts(

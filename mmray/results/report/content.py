@@ -13,6 +13,7 @@ import numpy as np
 from mmray.results.report.concepts import concept_page, kin_of, number, read_concepts
 from mmray.results.report.definitions import definitions
 from mmray.results.report.edits import Edit, read_edits
+from mmray.results.report.labels import label_analyses
 from mmray.results.report.neurons import layer_profile, neuron_pages
 from mmray.results.run import Run
 
@@ -78,6 +79,7 @@ def gather(run: Run, edits: Sequence[str] = (), limit: int | None = WHOLE) -> Co
         ],
         "layers": layer_profile(run, concepts),
         "properties": summary,
+        "labels": label_analyses(run),
         "edits": [edit.page() for edit in found],
         "failures": _failures(run),
     }

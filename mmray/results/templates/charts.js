@@ -28,6 +28,9 @@ function plot(label, make, tall = 300) {
   return node;
 }
 
+// Plotly reads tags in its texts: what the data says is set there without any.
+const plain = (text) => text.replaceAll("<", "‹").replaceAll(">", "›").replaceAll("%{", "% {");
+
 const redraw = () => drawn.forEach(({ draw }) => draw());
 function forget() {
   drawn.forEach(({ node }) => Plotly.purge(node));
@@ -43,7 +46,7 @@ const spread = (rows) => ({
 const LOOK = {
   score: ["own", "solid"], specific: ["specific", "solid"], "layer-matched": ["control", "solid"],
   "activation-matched": ["control", "dash"], uniform: ["control", "dot"], contribution: ["own", "solid"],
-  "other images": ["control", "solid"], "other nouns": ["control", "solid"],
+  "other images": ["control", "solid"], "image positions": ["specific", "solid"], "text positions": ["own", "solid"], "other nouns": ["control", "solid"],
 };
 const NAMES = {
   score: "highest by score", specific: "highest by specific", uniform: "random", "layer-matched": "random, same layers",
