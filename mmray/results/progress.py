@@ -65,8 +65,10 @@ def _plain(console: Console, things: str) -> Callable[[Counts], None]:
     first: int | None = None
 
     def follow(counts: Counts) -> None:
-        nonlocal last, first
-        first = counts.samples if first is None else first
+        nonlocal last, first, began
+        # Work of several passes is told from its beginning at each.
+        if first is None or counts.samples < first:
+            first, began = counts.samples, time.monotonic()
         now = time.monotonic()
         if now - last >= PLAIN_EVERY or counts.samples == counts.total:
             last = now
