@@ -38,23 +38,26 @@ def say_edits(census: CensusSettings, *, quick: bool) -> bool:
     from mmray.results.run import open_run
 
     source, _, target = list(open_run(census.out).concepts)[:3]
-    say(f"4 edits: {source} → {target}, the same of random neurons, and what is claimed and not there", "bold")
+    say(
+        f"4 edits: {source} → {target}, the same with random neurons" + ("" if quick else ", and what is not there"),
+        "bold",
+    )
     made = QUICK_EDIT if quick else EDIT
     swap = {"source": source, "target": target, **made}
+    edits = {f"{source}-{target}": swap, "random-neurons": swap | {"method": "random"}}
+    if not quick:
+        edits["truthful"] = {"reduce_hallucination": True, "neurons": 150, **made}
+    scenes = QUICK_SCENES if quick else SCENES
     began = time.perf_counter()
     done = follow_pipeline(
         pipeline_settings(
             {
                 "census": census.model_dump(exclude_unset=True),
-                "edits": {
-                    f"{source}-{target}": swap,
-                    "control-random": swap | {"method": "random"},
-                    "truthful": {"reduce_hallucination": True, "neurons": 150, **made},
-                },
+                "edits": edits,
                 "evaluation": {
                     "data": str(EVALUATION),
-                    "limit": QUICK_SCENES if quick else SCENES,
-                    "shard_size": (QUICK_SCENES if quick else SCENES) // 2,
+                    "limit": scenes,
+                    "shard_size": scenes // 2,
                     "text_count": 40,
                     "pope_objects": 0,
                 },
@@ -62,7 +65,7 @@ def say_edits(census: CensusSettings, *, quick: bool) -> bool:
         )
     )
     console.print(comparison({name: found.measures for name, found in done.evaluations.items()}))
-    say(f"  on {QUICK_SCENES if quick else SCENES} other scenes, {time.perf_counter() - began:.0f} s")
+    say(f"  on {scenes} other scenes, {time.perf_counter() - began:.0f} s")
     return done.complete
 
 

@@ -52,16 +52,16 @@ COMPARED = (
 
 
 def comparison(edits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
-    """Return the measures of several edits after them, a column a measure that any of them has."""
-    shown = [name for name in COMPARED if any(found.get(name, {}).get("n") for found in edits.values())]
+    """Return the measures of several edits after them: a row a measure that any of them has, a column an edit."""
     table = Table(box=None, header_style="dim", pad_edge=False)
-    table.padding = (0, 1, 0, 0)
-    table.add_column("edit", no_wrap=True)
-    for name in shown:
-        table.add_column(name.replace("_", " "), justify="right")
-    for edit, found in edits.items():
-        rows = [found.get(name, {}) for name in shown]
-        table.add_row(edit, *(number(row["after"]) if row.get("n") else "–" for row in rows))
+    table.padding = (0, 2, 0, 0)
+    table.add_column("after the edit", no_wrap=True)
+    for edit in edits:
+        table.add_column(edit, justify="right", overflow="fold")
+    for name in COMPARED:
+        rows = [found.get(name, {}) for found in edits.values()]
+        if any(row.get("n") for row in rows):
+            table.add_row(name.replace("_", " "), *(number(row["after"]) if row.get("n") else "–" for row in rows))
     return table
 
 

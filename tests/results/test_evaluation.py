@@ -17,13 +17,14 @@ def row(after, n=10):
     return {"before": 0.0, "after": after, "n": n}
 
 
-def test_only_measures_that_an_edit_has_are_columns_and_an_edit_without_one_has_a_dash():
+def test_only_measures_that_an_edit_has_are_rows_and_an_edit_without_one_has_a_dash():
     edits = {
         "swap": {"reliability": row(0.5), "image_locality": row(0.75), "chair_i": row(None, 0)},
         "truthful": {"image_locality": row(1.0), "hallucination": row(0.25)},
     }
     assert shown(edits) == [
-        ["edit", "reliability", "image", "locality", "hallucination"],
-        ["swap", "0.500", "0.750", "–"],
-        ["truthful", "–", "1.000", "0.250"],
+        ["after", "the", "edit", "swap", "truthful"],
+        ["reliability", "0.500", "–"],
+        ["image", "locality", "0.750", "1.000"],
+        ["hallucination", "–", "0.250"],
     ]
