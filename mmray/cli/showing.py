@@ -8,9 +8,9 @@ from pathlib import Path
 from mmray.cli.options import console, say
 from mmray.settings import CensusSettings
 
-EDIT, QUICK_EDIT = {"kept": 384, "samples": 16}, {"kept": 64, "samples": 8, "steps": 30}
+EDIT, QUICK_EDIT = {"kept": 256, "samples": 16}, {"kept": 64, "samples": 8, "steps": 30}
 """Of the demo's edits, what they are learnt on."""
-SCENES, QUICK_SCENES = 160, 40
+SCENES, QUICK_SCENES = 96, 40
 """That the demo's edits are measured on."""
 
 
