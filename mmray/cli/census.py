@@ -18,7 +18,7 @@ from mmray.settings import CensusSettings, census_settings
 if TYPE_CHECKING:
     from mmray.cluster.census import Outcome
 
-FULL, QUICK = (16, 4), (3, 1)
+FULL, QUICK = (12, 2), (3, 1)
 """Of the demo, concepts whose properties are measured, and images of each concept with heat maps."""
 
 

@@ -10,7 +10,7 @@ from mmray.settings import CensusSettings
 
 EDIT, QUICK_EDIT = {"kept": 256, "samples": 16}, {"kept": 64, "samples": 8, "steps": 30}
 """Of the demo's edits, what they are learnt on."""
-SCENES, QUICK_SCENES = 96, 40
+SCENES, QUICK_SCENES = 64, 40
 """That the demo's edits are measured on."""
 
 
