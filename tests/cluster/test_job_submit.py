@@ -20,7 +20,6 @@ import pytest
 
 from mmray.results.run import open_run
 from mmray.storage import open_store
-from tests.cluster.test_deaths import same_tables
 from tests.e2e.scenes import scenes, write
 from tests.running import census_here
 
@@ -130,7 +129,16 @@ def test_a_census_as_a_ray_job(
     found = open_run(out).status()
     assert (found.shards_done, found.pending, found.finished) == (6, 0, True)
     census_here(**settings, out=tmp_path / "local")
-    same_tables(open_run(out), open_run(tmp_path / "local"))
+    # Workers with GPUs have more threads than this process: the last bits of sums may differ.
+    ours, theirs = open_run(out), open_run(tmp_path / "local")
+    assert ours.table("captions").equals(theirs.table("captions"))
+    places = ["sample_id", "concept", "token", "token_id", "position"]
+    assert ours.table("occurrences").select(places).equals(theirs.table("occurrences").select(places))
+    scores, wanted = (
+        {(row["concept"], row["neuron"]): row["score"] for row in run.table("rankings").to_pylist()}
+        for run in (ours, theirs)
+    )
+    assert scores == pytest.approx(wanted, rel=1e-5, abs=1e-6)
     # No node has three GPUs: one line, and the job is a failed one.
     refused = submit(dashboard, environment, *job, *overrides, f"out={tmp_path / 'other'}", "gpus_per_worker=3")
     assert refused.returncode == 1
