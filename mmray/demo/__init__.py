@@ -18,3 +18,6 @@ CONCEPTS: Path = _PACKAGE / "data" / "concepts.json"
 
 SPRITES: Path = _PACKAGE / "recipe" / "sprites.npz"
 """A drawing of each concept in each domain, in the order of `CONCEPTS`."""
+
+DETECTOR: Path = _PACKAGE / "detector"
+"""Heads of a detector on the model's tower."""

@@ -34,7 +34,7 @@ def generate(
         written = written[:, prompt.shape[1] :]
     special = set(model.tokenizer.all_special_ids)
     # The start token stands first in what an encoder-decoder wrote.
-    return [_until_special(row, special, begun=not model.parts.encoder_decoder) for row in written.tolist()]
+    return [until_special(row, special, begun=not model.parts.encoder_decoder) for row in written.tolist()]
 
 
 def token_text(model: LoadedModel, token: int) -> str:
@@ -60,7 +60,8 @@ def caption_of(model: LoadedModel, tokens: list[int]) -> tuple[str, list[tuple[i
     return text, list(pairwise([0, *stops]))
 
 
-def _until_special(tokens: list[int], special: set[int], *, begun: bool) -> list[int]:
+def until_special(tokens: list[int], special: set[int], *, begun: bool = True) -> list[int]:
+    """Return what stands before the first special token; not `begun`: of what follows those at the beginning."""
     start = 0 if begun else next((place for place, token in enumerate(tokens) if token not in special), len(tokens))
     stop = next((place for place, token in enumerate(tokens[start:], start) if token in special), len(tokens))
     return tokens[start:stop]

@@ -49,7 +49,7 @@ def patches_of(model: LoadedModel, batch: Batch, row: int, size: tuple[int, int]
         return _with_newlines(positions, side, aspect)
     tiles = len(positions) // side**2
     if tiles == 1:
-        return Patches(side, side, tuple(positions), _covered(model, aspect))
+        return Patches(side, side, tuple(positions), covered(model, aspect))
     return _tiled(positions, side, tiles, aspect)
 
 
@@ -96,7 +96,7 @@ def _tiled(positions: Sequence[int], side: int, tiles: int, aspect: float) -> Pa
     return Patches(down * side, across * side, tuple(grid.flatten().tolist()))
 
 
-def _covered(model: LoadedModel, aspect: float) -> tuple[float, float, float, float]:
+def covered(model: LoadedModel, aspect: float) -> tuple[float, float, float, float]:
     """Return the part of the image that is left when its middle is cut out as a square."""
     processor = getattr(model.processor, "image_processor", None)
     if not getattr(processor, "do_center_crop", False) or aspect == 1:

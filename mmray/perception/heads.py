@@ -1,0 +1,128 @@
+r"""A detector's heads on a captioner's own frozen tower: what they compute, and how they are kept beside their model.
+
+    embedding t ─► projection + positions ─► transformer layers ─┬─► class head ─► cosine with the queries ─► logits
+                                                                 └─► box head ─► from the patch's centre ─► boxes
+
+Queries are the language model's own embeddings of a word's tokens, through a learned projection.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmray.errors import InputError
+from mmray.models.loading import LoadedModel
+from mmray.perception.detection import Detection, Detector
+
+WEIGHTS, FACTS = "heads.safetensors", "heads.json"
+"""Files of a folder of heads."""
+
+
+class Heads(Detector):
+    """Class and box heads over a tower's patches; `shape` is what they are built from, the same at every loading."""
+
+    def __init__(self, model: LoadedModel, side: int, width: int, layers: int = 2, hidden: int = 192) -> None:
+        super().__init__()
+        self.shape = {"side": side, "width": width, "layers": layers, "hidden": hidden}
+        # Kept in a tuple, so that the model's weights are not the heads'.
+        self._model = (model,)
+        words = int(model.network.get_input_embeddings().weight.shape[1])
+        self.enter = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden))
+        self.place = nn.Parameter(0.02 * torch.randn(side * side, hidden))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(hidden, 6, 3 * hidden, 0.0, "gelu", batch_first=True, norm_first=True)
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(hidden)
+        self.to_class = nn.Linear(hidden, hidden)
+        self.to_scale = nn.Linear(hidden, 2)
+        self.to_box = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, 4))
+        self.from_word = nn.Sequential(nn.LayerNorm(words), nn.Linear(words, 2 * hidden), nn.GELU())
+        self.to_query = nn.Linear(2 * hidden, hidden)
+        self.register_buffer("anchors", _anchors(side), persistent=False)
+        with torch.no_grad():
+            self.to_scale.bias.copy_(torch.tensor([2.5, -6.0]))  # so that at first nothing is confident
+
+    @torch.no_grad()
+    def word_embeddings(self, words: Sequence[str]) -> Float[Tensor, "query embedding"]:
+        """Return the mean of the language model's embeddings of each word's tokens, as they stand behind a blank."""
+        (model,) = self._model
+        table: Tensor = model.network.get_input_embeddings().weight
+        rows = []
+        for word in words:
+            ids = model.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+            rows.append(table[torch.tensor(ids, device=table.device)].float().mean(dim=0))
+        return torch.stack(rows).to(self.place.device)
+
+    def queries(self, words: Sequence[str]) -> Float[Tensor, "query dim"]:
+        """Return a vector of norm 1 for each word. Raises InputError where there is no word."""
+        if not words or not all(word.strip() for word in words):
+            raise InputError("the detector was asked for no word; name what it shall look for")
+        return self.project(self.word_embeddings(words))
+
+    def project(self, embeddings: Float[Tensor, "query embedding"]) -> Float[Tensor, "query dim"]:
+        """Return the queries that word embeddings make."""
+        return functional.normalize(self.to_query(self.from_word(embeddings)), dim=1)
+
+    def forward(self, embedding: Float[Tensor, "row patch width"], queries: Float[Tensor, "query dim"]) -> Detection:
+        """Return a box a patch, and its logits: the cosine with each query, by a scale and a shift of the patch's."""
+        states = self.enter(embedding) + self.place
+        for block in self.blocks:
+            states = block(states)
+        states = self.norm(states)
+        cosines = functional.normalize(self.to_class(states), dim=2) @ queries.T
+        scale, shift = self.to_scale(states).split(1, dim=2)
+        boxes = (self.to_box(states) + self.anchors).sigmoid()
+        corners = boxes[..., :2] - boxes[..., 2:] / 2
+        return Detection(cosines * scale.exp() + shift, torch.cat([corners, boxes[..., 2:]], dim=2))
+
+
+def _anchors(side: int) -> Float[Tensor, "patch 4"]:
+    """Return what each patch's own centre, and a third of the image's side, are before the sigmoid."""
+    centres = (torch.arange(side) + 0.5) / side
+    down, across = torch.meshgrid(centres, centres, indexing="ij")
+    size = torch.full_like(across, 1 / 3)
+    return torch.stack([across, down, size, size], dim=-1).flatten(0, 1).logit()
+
+
+def save_heads(heads: Heads, folder: Path, model: LoadedModel, facts: dict[str, Any]) -> None:
+    """Write heads in half precision, with the digest of the model that they are for and facts of their training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().half().contiguous() for name, value in heads.state_dict().items()}
+    save_file(weights, folder / WEIGHTS)
+    told = {"model_digest": model.digest, "shape": heads.shape, **facts}
+    (folder / FACTS).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def load_heads(folder: Path, model: LoadedModel) -> Heads:
+    """Read heads for a model. Raises InputError where the folder has none, or has those of another model."""
+    try:
+        told = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        weights = {name: value.float() for name, value in load_file(folder / WEIGHTS).items()}
+        made_for, shape = told["model_digest"], told["shape"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(
+            f"{folder}: no heads of a detector ({WEIGHTS}, {FACTS}); make them with jobs/train_demo.py --detector"
+        ) from error
+    if made_for != model.digest:
+        raise InputError(
+            f"{folder}: heads of another model (digest {made_for}, and {model.name} has {model.digest}); "
+            f"make its own with jobs/train_demo.py --detector --model {model.name}"
+        )
+    try:
+        heads = Heads(model, **shape)
+        heads.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"{folder}: its weights are not those of the shape that {FACTS} tells") from error
+    heads.eval().requires_grad_(False)
+    return heads.to(model.device)

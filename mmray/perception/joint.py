@@ -1,0 +1,116 @@
+r"""The joint model (Giulivi & Boracchi 2024): one vision embedding feeds a detector and the language model.
+
+    image ─► sight ─► embedding t ─┬─► detector ─► boxes with a logit a word
+                                   └─► tokens ───► image tokens ─► language model ─► words
+
+All weights are frozen: gradients are those in t, and say what text and boxes have of the same sight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from PIL.Image import Image
+from torch import Tensor, nn
+
+import mmray.demo
+from mmray.errors import InputError
+from mmray.models.generation import until_special
+from mmray.models.loading import LoadedModel, load
+from mmray.models.prompting import LONGEST, Batch, pad_left
+from mmray.perception.detection import Detection, Detector
+from mmray.perception.heads import FACTS, load_heads
+from mmray.perception.sight import OwnTower, Sight
+
+__all__ = ["Detection", "Detector", "JointModel", "load_joint"]
+
+DEMO = "demo"
+
+
+@dataclass(frozen=True, eq=False)
+class JointModel:
+    """A language model and a detector that see the same embedding of an image.
+
+    `tokens` makes image tokens of an embedding: the model's own projector, or a network aligned to it.
+    """
+
+    model: LoadedModel
+    detector: Detector
+    sight: Sight
+    tokens: nn.Module
+
+    def pixels(self, images: Sequence[Image]) -> Float[Tensor, "row channel height width"]:
+        """Return images as the sight takes them."""
+        return self.sight.pixels(images).to(self.model.device, self.model.network.dtype)
+
+    @torch.no_grad()
+    def embed(self, pixel_values: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row patch width"]:
+        """Return the shared vision embedding t, outside any graph: `t.requires_grad_()` begins one."""
+        embedding: Tensor = self.sight(pixel_values)
+        return embedding
+
+    def detect(self, embedding: Float[Tensor, "row patch width"], words: Sequence[str]) -> Detection:
+        """Return the detector's boxes, and their logits for these words."""
+        with torch.no_grad():
+            queries = self.detector.queries(words)
+        found: Detection = self.detector(embedding.float(), queries)
+        return found
+
+    def logits(self, batch: Batch, embedding: Float[Tensor, "row patch width"]) -> Float[Tensor, "row position token"]:
+        """Run the language model on the batch, the embedding in place of its images; differentiable in the embedding.
+
+        The logits at a position are of the token behind it. Raises InputError where the embedding's image tokens do
+        not fill the places that the sequence has for them.
+        """
+        found: Tensor = self.model.network(**self.inputs(batch, embedding), use_cache=False).logits
+        return found
+
+    def inputs(self, batch: Batch, embedding: Float[Tensor, "row patch width"]) -> dict[str, Tensor]:
+        """Return the network's inputs for a batch: embeddings of its sequence, image tokens from the embedding."""
+        device = self.model.device
+        ids = batch.inputs["input_ids"].to(device)
+        words = self.model.network.get_input_embeddings()(ids)
+        places = ids == self.model.parts.image_token_id
+        seen = self.tokens(embedding).to(words.device, words.dtype)
+        if int(places.sum()) != seen.shape[0] * seen.shape[1]:
+            raise InputError(
+                f"{self.model.name}: {int(places.sum())} places for image tokens and {seen.shape[0] * seen.shape[1]} "
+                "of them; the aligned network has to make as many as the model's own projector"
+            )
+        return {
+            "inputs_embeds": words.masked_scatter(places[..., None], seen),
+            "attention_mask": batch.inputs["attention_mask"].to(device),
+        }
+
+    @torch.no_grad()
+    def generate(
+        self, batch: Batch, embedding: Float[Tensor, "row patch width"], longest: int = LONGEST
+    ) -> list[list[int]]:
+        """Return the token ids that the model writes greedily behind each row, without the end of sequence."""
+        inputs = self.inputs(replace(batch, inputs=pad_left(batch.inputs)), embedding)
+        written = self.model.network.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
+        special = set(self.model.tokenizer.all_special_ids)
+        return [until_special(row, special) for row in written.tolist()]
+
+
+def load_joint(name: str, detector: str = DEMO, alignment: str | None = None) -> JointModel:
+    """Load a model with a detector on one embedding.
+
+    `detector` is `demo` (the shipped heads on the demo's tower), a folder of heads trained on the model's own tower, or
+    an OWL-ViT or OWLv2 checkpoint (folder or hub id), with `alignment` a folder of the network that makes the model's
+    image tokens of its embedding. Raises InputError where they can't be loaded or don't belong together.
+    """
+    return join(load(name), detector, alignment)
+
+
+def join(model: LoadedModel, detector: str = DEMO, alignment: str | None = None) -> JointModel:
+    """Put a detector beside a model that is loaded already; as `load_joint`."""
+    folder = mmray.demo.DETECTOR if detector == DEMO else Path(detector).expanduser()
+    if detector == DEMO or (folder / FACTS).is_file():
+        sight = OwnTower(model)
+        return JointModel(model, load_heads(folder, model), sight, sight.projector)
+    raise InputError(f"{detector}: not a folder of heads")
