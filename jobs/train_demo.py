@@ -2,26 +2,44 @@
 
 python jobs/train_demo.py --out runs/demo-model            # 5.5 minutes on one H100, and its measures
 python jobs/train_demo.py --out /tmp/smoke --smoke         # the same path in under two minutes on two cores
+python jobs/train_demo.py --out runs/detector --detector   # heads of a detector on its tower: 10 minutes of one core
+python jobs/train_demo.py --out heads --detector --model CHECKPOINT   # those for another LLaVA that sees the scenes
 """
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from PIL import Image
 
 from mmray.demo.architecture import build_model, build_processor, train_tokenizer
 from mmray.demo.measures import measure
-from mmray.demo.scenes import World
+from mmray.demo.scenes import SIZE, World
 from mmray.demo.training import save, train
+from mmray.models.loading import load
+from mmray.perception.heads import Heads, load_heads, save_heads
+from mmray.perception.sight import OwnTower
+from mmray.perception.training import measure_heads, train_heads
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint; what it holds is overwritten.")],
-    seconds: Annotated[float, typer.Option(help="Training time, in seconds.")] = 330.0,
-    batch_size: Annotated[int, typer.Option(help="Scenes a step.")] = 768,
-    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1.5e-3,
+    seconds: Annotated[
+        float | None, typer.Option(help="Training time, in seconds; default 330, of a detector 600.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Scenes a step; default 768, of a detector 64.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Highest learning rate; default 0.0015, of a detector 0.002.")
+    ] = None,
+    detector: Annotated[
+        bool, typer.Option(help="Train heads of a detector on a frozen model's tower instead.")
+    ] = False,
+    model: Annotated[
+        str, typer.Option(help="With --detector: the checkpoint folder whose tower it is, or demo.")
+    ] = "demo",
     smoke: Annotated[
         bool, typer.Option(help="Only see that it works: at most 20 seconds of 16 scenes a step, and 24 to measure.")
     ] = False,
@@ -32,9 +50,20 @@ def main(
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    defaults = (600.0, 64, 2e-3) if detector else (330.0, 768, 1.5e-3)
+    seconds, batch_size, learning_rate = seconds or defaults[0], batch_size or defaults[1], learning_rate or defaults[2]
     if smoke:
         seconds, batch_size = min(seconds, 20.0), min(batch_size, 16)
+    if detector:
+        make_detector(model, out, seconds, batch_size, learning_rate, scenes=24 if smoke else 512)
+    else:
+        make_model(out, seconds, batch_size, learning_rate, device, smoke=smoke)
 
+
+def make_model(
+    out: Path, seconds: float, batch_size: int, learning_rate: float, device: torch.device, *, smoke: bool
+) -> None:
+    """Train the demo model, save it, and print its measures."""
     tokenizer = train_tokenizer(scene_count=3_000 if smoke else 30_000)
     model = build_model(tokenizer).to(device)
     print(f"{len(tokenizer)} tokens, {model.num_parameters() / 1e6:.1f} million parameters, on {device}")
@@ -52,6 +81,19 @@ def main(
     for name, result in measure(out, 24 if smoke else 512, device).items():
         print(f"{name:<24}{result.value:>8.3f}{result.count:>8}")
     print(f"Saved to {out}. Next: mmray check-model {out}")
+
+
+def make_detector(name: str, out: Path, seconds: float, batch_size: int, learning_rate: float, scenes: int) -> None:
+    """Train heads on a model's tower, save them, and print their measures on fresh scenes."""
+    model = load(name)
+    tower = OwnTower(model)
+    width = tower(torch.zeros_like(tower.pixels([Image.new("RGB", (SIZE, SIZE))]))).shape[2]
+    heads = Heads(model, tower.side, width).to(model.device)
+    rendered = train_heads(heads, tower, seconds=seconds, batch_size=batch_size, learning_rate=learning_rate)
+    save_heads(heads, out, model, {"seconds": seconds, "scenes": rendered})
+    measured = asdict(measure_heads(load_heads(out, model), tower, scenes))
+    print("\n".join(f"{name:<24}{value:>8.3f}" for name, value in measured.items()))
+    print(f"Saved to {out}. Next: mmray saliency --model {name} --detector {out} --image FILE --word WORD")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,33 @@ DERIVED: dict[str, pa.Schema] = {
             field("iou", pa.float32(), "of the mask above the 95th percentile with the box; null without one"),
         ]
     ),
+    "saliency": pa.schema(
+        [
+            field("measure", pa.string(), "pointing_game, iou, max_box_accuracy, deletion, insertion"),
+            field("method", pa.string(), "what drew the maps, or chance"),
+            field("value", pa.float64()),
+            field("low", pa.float64(), "95 %, bootstrap over images"),
+            field("high", pa.float64(), "95 %, bootstrap over images"),
+            field("words", pa.int64(), COUNT),
+            field("n", pa.int64(), "images"),
+            field("protocol", pa.string()),
+        ]
+    ),
+    "saliency_maps": pa.schema(
+        [
+            field("concept", pa.string()),
+            field("sample_id", pa.string()),
+            field("method", pa.string(), "what drew the map"),
+            field("rows", pa.int16(), "points"),
+            field("columns", pa.int16(), "points"),
+            field("values", pa.list_(pa.float32()), "in the method's own unit, row by row"),
+            field(
+                "covers", pa.list_(pa.float32()), "x, y, width, height of what the map covers, in parts of the image"
+            ),
+            field("boxes", pa.list_(pa.list_(pa.float32())), "of the concept's object: x, y, width, height in 0..1"),
+            field("hit", pa.bool_(), "the highest point lies in a box"),
+        ]
+    ),
     "edits": pa.schema(
         [
             field("edit", pa.string(), "its name, and its folder in RUN/edits"),
@@ -79,6 +106,7 @@ TABLES: dict[str, pa.Schema] = SCHEMAS | DERIVED
 MADE_BY = {
     "properties": "mmray properties RUN",
     "heatmaps": "mmray properties RUN",
+    **dict.fromkeys(("saliency", "saliency_maps"), "mmray saliency RUN"),
     **dict.fromkeys(("edits", "evaluations", "edit_captions"), "mmray pipeline FILE"),
     **dict.fromkeys(LABEL_SCHEMAS, "mmray selectivity RUN"),
 }
@@ -99,3 +127,19 @@ PROPERTY_SCHEMAS: dict[str, pa.Schema] = {
     "errors": SCHEMAS["errors"],
 }
 """What one unit of work of the properties commits."""
+
+SALIENCY_SCHEMAS: dict[str, pa.Schema] = {
+    # A row is a word's part in one measure; the totals over images make the measure.
+    "observations": pa.schema(
+        [
+            field("measure", pa.string()),
+            field("method", pa.string()),
+            field("concept", pa.string()),
+            field("sample_id", pa.string()),
+            field("sums", pa.list_(pa.float64()), "the last one is what the others are divided by"),
+        ]
+    ),
+    "saliency_maps": DERIVED["saliency_maps"],
+    "errors": SCHEMAS["errors"],
+}
+"""What one unit of work of the saliency measures commits."""

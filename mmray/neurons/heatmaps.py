@@ -6,7 +6,7 @@ token, bilinear to the image's size; the mask is what lies above the map's 95th 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +46,13 @@ class Wanted:
 
 
 @torch.inference_mode()
-def patch_maps(model: LoadedModel, batch: Batch, wanted: Sequence[Wanted]) -> list[Map]:
-    """Run the batch once, and return the mean activation of the neurons over the patches, of each map asked for."""
+def patch_maps(
+    model: LoadedModel, batch: Batch, wanted: Sequence[Wanted], run: Callable[[], object] | None = None
+) -> list[Map]:
+    """Run the batch once, and return the mean activation of the neurons over the patches, of each map asked for.
+
+    `run` runs it where it is not to be run as it is.
+    """
     sums = [torch.zeros(len(ask.patches.positions)) for ask in wanted]
 
     def receive(layer: int, activation: Tensor, _: Tensor) -> None:
@@ -61,7 +66,7 @@ def patch_maps(model: LoadedModel, batch: Batch, wanted: Sequence[Wanted]) -> li
                 total += part @ signs
 
     with tap(model.network, model.projections, receive):
-        forward(model, batch)
+        forward(model, batch) if run is None else run()
     return [
         total.reshape(ask.patches.rows, ask.patches.columns) / max(len(ask.neurons), 1)
         for ask, total in zip(wanted, sums, strict=True)
@@ -77,11 +82,15 @@ def upsample(values: Map, height: int, width: int) -> Float[Tensor, "height widt
 def placed(
     values: Map, covers: tuple[float, float, float, float], height: int, width: int
 ) -> Float[Tensor, "height width"]:
-    """Return the map where it lies in an image of this size; its lowest value stands where it does not reach."""
+    """Return the map where it lies in an image of this size; its lowest value stands where it does not reach.
+
+    What of it lies beyond the image (of one that was filled up to a square) is cut off.
+    """
     left, top = round(covers[0] * width), round(covers[1] * height)
     wide, tall = round(covers[2] * width), round(covers[3] * height)
     whole = torch.full((height, width), float(values.min()))
-    whole[top : top + tall, left : left + wide] = upsample(values, tall, wide)
+    part = upsample(values, tall, wide)[: height - top, : width - left]
+    whole[top : top + tall, left : left + wide] = part
     return whole
 
 
@@ -124,16 +133,16 @@ class Pointing:
 def pointing(values: Map, box: Sequence[float], covers: Sequence[float] = (0.0, 0.0, 1.0, 1.0)) -> Pointing:
     """Hold a map against a box (x, y, width, height) in parts of the image, of which the map covers `covers`."""
     larger = upsample(values, SIDE, SIDE)
-    inside = _inside(box, covers)
+    within = inside(box, covers)
     above = mask(larger)
-    union = int((above | inside).sum())
+    union = int((above | within).sum())
     highest = divmod(int(larger.argmax()), SIDE)
     return Pointing(
-        bool(inside[highest]), int((above & inside).sum()) / union if union else 0.0, float(inside.float().mean())
+        bool(within[highest]), int((above & within).sum()) / union if union else 0.0, float(within.float().mean())
     )
 
 
-def _inside(box: Sequence[float], covers: Sequence[float]) -> Bool[Tensor, "row column"]:
+def inside(box: Sequence[float], covers: Sequence[float]) -> Bool[Tensor, "row column"]:
     """Return which points of the map lie in the box, by their centres."""
     centres = (torch.arange(SIDE) + 0.5) / SIDE
     across, down = covers[0] + centres * covers[2], covers[1] + centres * covers[3]

@@ -1,4 +1,4 @@
-"""What an open-vocabulary detector makes of a vision embedding: for each of its boxes a logit a word, and where it is."""
+"""What an open-vocabulary detector makes of a vision embedding: boxes, each with a place and a logit a word."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ WEIGHTS, FACTS = "heads.safetensors", "heads.json"
 class Heads(Detector):
     """Class and box heads over a tower's patches; `shape` is what they are built from, the same at every loading."""
 
-    def __init__(self, model: LoadedModel, side: int, width: int, layers: int = 2, hidden: int = 192) -> None:
+    def __init__(self, model: LoadedModel, side: int, width: int, layers: int = 1, hidden: int = 192) -> None:
         super().__init__()
         self.shape = {"side": side, "width": width, "layers": layers, "hidden": hidden}
         # Kept in a tuple, so that the model's weights are not the heads'.

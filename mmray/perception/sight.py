@@ -31,11 +31,12 @@ class Sight(Protocol):
     def covers(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """Return the part (x, y, width, height) that the tower sees of an image of this width and height."""
 
-    def __call__(self, pixel_values: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row patch width"]: ...
+    def __call__(self, pixel_values: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row patch width"]:
+        """Return the embedding of images."""
 
 
 class OwnTower(nn.Module):
-    """A LLaVA's own tower: the embedding is what goes into its projector, CLS left out where the model leaves it out."""
+    """A LLaVA's own tower: the embedding is what goes into its projector, without CLS where the model leaves it out."""
 
     skipped = 0
 
@@ -43,7 +44,7 @@ class OwnTower(nn.Module):
         super().__init__()
         if model.parts.family not in ("llava", "vipllava"):
             raise InputError(
-                f"{model.name}: {model.parts.family} has no tower with one projector; heads of a detector go onto a LLaVA"
+                f"{model.name}: {model.parts.family} has no tower with one projector; heads of a detector go on a LLaVA"
             )
         self.model = model
         vision = model.network.config.vision_config

@@ -1,0 +1,58 @@
+"""From observations of saliency maps to the table of measures, with bootstrap intervals over images."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float
+from numpy import ndarray
+
+from mmray.derived import DERIVED
+from mmray.evaluation.bootstrap import Value, measure, ratio
+from mmray.perception.measures import OVERLAP, STEPS, THRESHOLDS
+
+SEVERAL = "words of images with several objects, teacher-forced;"
+ERASED = (
+    f"area under the probability of the word over {STEPS} even steps, patches from the highest to the lowest; a patch is "
+    "taken away by the mean of the image's patches in its place, in what the language model's image tokens are made of"
+)
+PROTOCOLS = {
+    "pointing_game": f"{SEVERAL} the map's highest point (the middle of a plateau) lies in a box of the word's object; "
+    "chance: the part of the image that the boxes take",
+    "iou": f"{SEVERAL} IoU of the map above its 95th percentile with the boxes",
+    "max_box_accuracy": f"{SEVERAL} the box round the largest part of the min-max map above a threshold has an IoU of "
+    f"{OVERLAP:g} with the object's; the best of {len(THRESHOLDS)} thresholds for all images (Choe et al. 2020)",
+    "deletion": f"lower is better: patches are taken away, {ERASED} (Petsiuk et al. 2018)",
+    "insertion": f"higher is better: patches are put back, {ERASED} (Petsiuk et al. 2018)",
+}
+"""Measure → how it is measured."""
+ORDER = tuple(PROTOCOLS)
+
+
+def best_threshold(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:
+    """Return the highest share over the thresholds."""
+    shares: Float[ndarray, " draw"] = totals[:, :-1].max(axis=1) / np.maximum(totals[:, -1], 1)
+    return shares
+
+
+VALUES: dict[str, Value] = {"max_box_accuracy": best_threshold}
+
+
+def summarise_saliency(observations: pa.Table, draws: int = 1000, seed: int = 0) -> pa.Table:
+    """Return the table `saliency`: each measure of each method; however the rows were cut, the result is the same."""
+    grouped: dict[tuple[str, str], dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
+    for row in observations.to_pylist():
+        grouped[row["measure"], row["method"]][row["sample_id"]].append(row["sums"])
+    rows = []
+    for (name, method), samples in sorted(grouped.items(), key=lambda pair: (ORDER.index(pair[0][0]), pair[0][1])):
+        # Sorted, for the order in which numbers are added changes their sum's last bits.
+        sums: ndarray = np.array([np.sum(sorted(samples[sample]), axis=0) for sample in sorted(samples)])
+        found = measure(sums, sums, VALUES.get(name, ratio), draws, seed)
+        words = int(sums[:, -1].sum())
+        rows.append(
+            {"measure": name, "method": method, "value": found.after, "low": found.low, "high": found.high}
+            | {"words": words, "n": found.n, "protocol": PROTOCOLS[name]}
+        )
+    return pa.Table.from_pylist(rows, schema=DERIVED["saliency"])

@@ -1,0 +1,43 @@
+"""Insertion and deletion (Petsiuk et al. 2018) on what the model sees: its word without patches, or with them alone.
+
+A patch is taken away by putting the mean of the image's patches in its place, in the embedding itself: pixels would
+have to be blurred, and a tower sees the blur.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmray.neurons.places import rank_in_row
+from mmray.perception.look import Look
+from mmray.perception.measures import STEPS
+
+
+def erasure_curves(
+    look: Look, orders: Sequence[Int[Tensor, " patch"]], steps: int = STEPS
+) -> tuple[Float[Tensor, "place step"], Float[Tensor, "place step"]]:
+    """Return the probability of each place's token as patches go, and as they come back, in the places' orders.
+
+    The curves have steps + 1 points: of the first, the whole image comes first and nothing of it last. Places of
+    different rows share a forward.
+    """
+    deletion = torch.zeros(len(orders), steps + 1)
+    insertion = torch.zeros(len(orders), steps + 1)
+    turns = rank_in_row(look.places)
+    for turn in sorted(set(turns)):
+        members = [number for number, own in enumerate(turns) if own == turn]
+        for step in range(steps + 1):
+            for curve, kept_first in ((deletion, False), (insertion, True)):
+                seen = look.seen.clone()
+                for number in members:
+                    row = look.places[number].row
+                    patches = torch.tensor(look.grid(row).positions)
+                    count = round(step / steps * len(patches))
+                    gone = orders[number][count:] if kept_first else orders[number][:count]
+                    seen[row, patches[gone.cpu()]] = look.patches(look.seen, row).mean(dim=0)
+                curve[members, step] = look.probabilities(seen, [look.places[number] for number in members]).cpu()
+    return deletion, insertion

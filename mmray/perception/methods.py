@@ -1,0 +1,171 @@
+"""The methods of saliency as a table: each makes the map of one place's word from a look at its batch."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmray.errors import InputError
+from mmray.neurons.captured import capturing
+from mmray.neurons.heatmaps import Wanted, patch_maps
+from mmray.neurons.places import Place
+from mmray.neurons.scoring import score_captured
+from mmray.perception.attention import attention_rollout
+from mmray.perception.detection import Detection
+from mmray.perception.look import JointLook, Look
+from mmray.perception.pulling import box_cosines
+from mmray.perception.saliency import Saliency, gradient_input, gradient_norm, paint, spread
+
+NEURONS = 10
+"""Neurons whose mean activation is a map (Pan et al. 2024)."""
+
+Located: TypeAlias = Mapping[str, tuple[Sequence[tuple[int, int]], Sequence[float]]]
+"""Concept → its highest neurons in a run's ranking, each with the sign of its activation."""
+
+
+@dataclass
+class Looked:
+    """A look with what its methods share; `words` are what the detector is asked for, one a place."""
+
+    look: Look
+    words: Sequence[str]
+    located: Located = field(default_factory=dict)
+    """Empty: the neurons that are highest at the place itself."""
+    _rollout: list[Tensor] = field(default_factory=list)
+
+    @property
+    def joint(self) -> JointLook:
+        """The look through a joint model. Raises InputError where there is no detector."""
+        if not isinstance(self.look, JointLook):
+            raise InputError(f"{self.look.model.name}: no detector beside it; give --detector, or another --method")
+        return self.look
+
+    def query(self, number: int) -> Float[Tensor, "1 dim"]:
+        """Return what the detector looks for at a place."""
+        return self.joint.joint.detector.queries([self.words[number]])
+
+    @torch.no_grad()
+    def detection(self, number: int) -> Detection:
+        """Return the boxes of a place's row, with their logits for its word."""
+        row = self.look.places[number].row
+        return self.joint.joint.detector(self.look.seen[row : row + 1].float(), self.query(number))
+
+    def rows(self, number: int) -> int:
+        """Return how many rows the grid of a place has."""
+        return self.look.grid(self.look.places[number].row).rows
+
+
+Method: TypeAlias = Callable[[Looked, int], Saliency]
+
+
+def alignment(looked: Looked, number: int) -> Saliency:
+    """Weigh each box by the cosine of the word's gradient with that of the box's logit for the word."""
+    return _aligned(looked, number, corners=False)
+
+
+def alignment_boxes(looked: Looked, number: int) -> Saliency:
+    """Weigh each box by the highest cosine of the word's gradient with those of its four coordinates."""
+    return _aligned(looked, number, corners=True)
+
+
+def _aligned(looked: Looked, number: int, *, corners: bool) -> Saliency:
+    look, place = looked.joint, looked.look.places[number]
+    found, boxes, _ = box_cosines(
+        look.joint.detector,
+        look.seen[place.row],
+        looked.query(number),
+        look.gradients[number],
+        skipped=look.joint.sight.skipped,
+        corners=corners,
+    )
+    weights = found.max(dim=1).values
+    return Saliency(paint(boxes, weights), weights, boxes)
+
+
+def detector(looked: Looked, number: int) -> Saliency:
+    """Weigh each box by the detector's confidence that it shows the word: the language model has no part in it."""
+    found = looked.detection(number)
+    weights = found.logits[0, :, 0].sigmoid()
+    return Saliency(paint(found.boxes[0], weights), weights, found.boxes[0])
+
+
+def random(looked: Looked, number: int) -> Saliency:
+    """Weigh the detector's boxes at random: the control of all that weigh boxes."""
+    place, found = looked.look.places[number], looked.detection(number)
+    seed = zlib.crc32(f"{place.sample_id} {place.position} {place.concept}".encode())
+    weights = torch.rand(found.boxes.shape[1], generator=torch.Generator().manual_seed(seed))
+    return Saliency(paint(found.boxes[0], weights.to(found.boxes.device)), weights, found.boxes[0])
+
+
+def gradient(looked: Looked, number: int) -> Saliency:
+    """Weigh each patch by the length of the gradient there."""
+    return _patches(looked, number, gradient_norm)
+
+
+def gradient_times_input(looked: Looked, number: int) -> Saliency:
+    """Weigh each patch by gradient × input."""
+    return _patches(looked, number, gradient_input)
+
+
+def _patches(looked: Looked, number: int, weigh: Callable[[Tensor, Tensor], Tensor]) -> Saliency:
+    look = looked.look
+    seen = look.patches(look.seen, look.places[number].row).float()
+    return Saliency(spread(weigh(look.gradients[number], seen), looked.rows(number)))
+
+
+def rollout(looked: Looked, number: int) -> Saliency:
+    """Weigh each patch by the attention that reaches the place from its token, rolled out over the layers."""
+    look, place = looked.look, looked.look.places[number]
+    if not looked._rollout:
+        looked._rollout = attention_rollout(look)
+    reached = looked._rollout[place.row][place.position]
+    return Saliency(spread(reached[torch.tensor(look.tokens[place.row].positions)], look.tokens[place.row].rows))
+
+
+def neurons(looked: Looked, number: int) -> Saliency:
+    """Weigh each patch by the mean activation of the word's ten highest neurons, each with its sign."""
+    look, place = looked.look, looked.look.places[number]
+    chosen, signs = looked.located.get(place.concept) or _highest(look, place)
+    wanted = Wanted(place.row, look.tokens[place.row], chosen[:NEURONS], signs[:NEURONS])
+    (found,) = patch_maps(look.model, look.batch, [wanted], lambda: look.run(look.seen))
+    return Saliency(spread(found.flatten(), found.shape[0]))
+
+
+def _highest(look: Look, place: Place) -> tuple[list[tuple[int, int]], list[float]]:
+    with torch.inference_mode(), capturing(look.model, look.batch, [place]) as captured:
+        look.run(look.seen)
+    scored = score_captured(look.model, captured, "contribution")
+    scores = torch.cat([layer[0].cpu() for layer in scored.scores])
+    activations = torch.cat([layer[0].cpu() for layer in scored.activation])
+    owners = [(layer, unit) for layer, width in enumerate(look.model.widths) for unit in range(width)]
+    best = scores.topk(NEURONS).indices.tolist()
+    return [owners[index] for index in best], [1.0 if activations[index] >= 0 else -1.0 for index in best]
+
+
+METHODS: dict[str, Method] = {
+    "alignment": alignment,
+    "alignment-boxes": alignment_boxes,
+    "gradient": gradient,
+    "gradient-input": gradient_times_input,
+    "detector": detector,
+    "rollout": rollout,
+    "neurons": neurons,
+    "random": random,
+}
+"""Every method by its name."""
+
+OF_BOXES = ("alignment", "alignment-boxes", "detector", "random")
+"""Methods that need a detector."""
+
+
+def method_of(name: str) -> Method:
+    """Return a method by its name. Raises InputError for one that there is not."""
+    if name not in METHODS:
+        raise InputError(f"no method of saliency {name!r}; there are {', '.join(METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,119 @@
+"""OWL-ViT and OWLv2 as one embedding with what stands on it: the tower up to its last layer, and the detector's rest.
+
+    pixels ─► all layers but the last ─► t (CLS first) ─► last layer ─► norms, patch × CLS ─► class and box heads
+
+(Minderer et al. 2022; the cut is that of Giulivi & Boracchi 2024.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from PIL.Image import Image
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoProcessor, Owlv2ForObjectDetection, OwlViTForObjectDetection
+
+from mmray.errors import InputError
+from mmray.models.loading import resolve
+from mmray.models.patches import WHOLE
+from mmray.perception.detection import Detection, Detector
+
+KINDS: dict[str, Any] = {"owlvit": OwlViTForObjectDetection, "owlv2": Owlv2ForObjectDetection}
+QUERY = "a photo of a {}"
+"""What the detector is asked for (as published)."""
+
+
+class OwlSight(nn.Module):
+    """The tower up to its last layer."""
+
+    skipped = 1
+
+    def __init__(self, network: Any, processor: Any) -> None:
+        super().__init__()
+        self.tower: Any = _inner(network).vision_model
+        self.processor = processor
+        self.side = int(network.num_patches_width)
+
+    def pixels(self, images: Sequence[Image]) -> Float[Tensor, "row channel height width"]:
+        """Return what the detector's own image processor makes of the images."""
+        pixels: Tensor = self.processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return pixels
+
+    def covers(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Return what the tower sees: the image, which OWLv2 makes a square of by adding to the right or below."""
+        if not getattr(self.processor.image_processor, "do_pad", False):
+            return WHOLE
+        return (0.0, 0.0, max(size) / size[0], max(size) / size[1])
+
+    def forward(self, pixel_values: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row place width"]:
+        """Return what enters the last layer."""
+        dtype = self.tower.embeddings.patch_embedding.weight.dtype
+        states: Tensor = self.tower.pre_layernorm(self.tower.embeddings(pixel_values.to(dtype)))
+        for layer in self.tower.encoder.layers[:-1]:
+            states = layer(states, None)
+        return states
+
+
+class OwlDetector(Detector):
+    """The last layer and the heads."""
+
+    def __init__(self, network: Any, processor: Any) -> None:
+        super().__init__()
+        self.network, self.processor = network, processor
+
+    @torch.no_grad()
+    def queries(self, words: Sequence[str]) -> Float[Tensor, "query dim"]:
+        """Return the text tower's embeddings of the words. Raises InputError where there is no word."""
+        if not words or not all(word.strip() for word in words):
+            raise InputError("the detector was asked for no word; name what it shall look for")
+        inputs = self.processor.tokenizer(
+            [QUERY.format(word) for word in words],
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+            max_length=self.network.config.text_config.max_position_embeddings,
+        ).to(self.network.device)
+        found = _inner(self.network).get_text_features(**inputs)
+        embeddings: Tensor = getattr(found, "pooler_output", found)
+        return embeddings
+
+    def forward(self, embedding: Float[Tensor, "row place width"], queries: Float[Tensor, "query dim"]) -> Detection:
+        """Return a box a patch, and its logits."""
+        tower = _inner(self.network).vision_model
+        states = tower.post_layernorm(tower.encoder.layers[-1](embedding.to(self.network.dtype), None))
+        patches = self.network.layer_norm(states[:, 1:] * states[:, :1])
+        logits, _ = self.network.class_head(patches, queries.expand(len(patches), -1, -1), None)
+        boxes = (self.network.box_head(patches) + self.network.box_bias.to(patches.device)).sigmoid().float()
+        return Detection(logits.float(), torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., 2:]], dim=2))
+
+
+class Owl(NamedTuple):
+    """A detector with its own sight, and the folder that it was loaded from."""
+
+    sight: OwlSight
+    detector: OwlDetector
+    folder: Path
+
+
+def open_owl(name: str, device: torch.device | str) -> Owl:
+    """Load an OWL-ViT or OWLv2 from a folder or the hub, frozen. Raises InputError where it can't be loaded."""
+    folder = resolve(name)
+    try:
+        kind = AutoConfig.from_pretrained(folder).model_type
+        if kind not in KINDS:
+            raise InputError(f"{name}: {kind} is neither OWL-ViT nor OWLv2, nor a folder of heads; see --detector")
+        network = KINDS[kind].from_pretrained(folder).to(device).eval().requires_grad_(False)
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{name}: not a detector that transformers can load ({' '.join(str(error).split())[:200]})"
+        ) from error
+    return Owl(OwlSight(network, processor), OwlDetector(network, processor), folder)
+
+
+def _inner(network: Any) -> Any:
+    return getattr(network, network.base_model_prefix)
