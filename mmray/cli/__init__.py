@@ -24,6 +24,7 @@ from mmray.cli import (  # noqa: F401  they register
     reading,
     reporting,
     selectivity,
+    sight,
 )
 from mmray.cli.options import app
 from mmray.errors import InputError

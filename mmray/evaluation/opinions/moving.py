@@ -1,0 +1,125 @@
+"""Ask about an image as it is, moved from one concept to another, and moved as far where it should not matter.
+
+`one step` and `steps` move along the detector's gradient from source to target, `unrelated` between two things that
+have nothing to do with the question; `random` in any direction, `random in place` as far in each patch as `steps` went.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL.Image import Image
+from torch import Tensor
+
+from mmray.datasets.samples import Sample
+from mmray.errors import InputError
+from mmray.evaluation.asking import replies, value_of
+from mmray.evaluation.opinions.settings import PerturbationSettings
+from mmray.evaluation.prompts import presence
+from mmray.models.prompting import prompt_text
+from mmray.perception.joint import JointModel
+from mmray.perception.perturbing import confidences, moved, moved_at_random
+
+ANSWER = 16
+"""Tokens at most of an answer."""
+ORIGINAL = "original"
+
+Embedding = Float[Tensor, "row place width"]
+
+
+@dataclass(frozen=True)
+class Move:
+    """What is moved to what in one image, and two things that have nothing to do with it."""
+
+    source: str
+    target: str
+    unrelated: tuple[str, str]
+
+
+def drawn_move(sample: Sample, vocabulary: Sequence[str], settings: PerturbationSettings) -> Move | None:
+    """Return what the settings say, or else draw it from the image's objects and the data's; None where it has none."""
+    draw = random.Random(f"{settings.seed} {sample.sample_id}")
+    objects = sorted(name.casefold() for name in sample.objects or ())
+    source = settings.source or (draw.choice(objects) if objects else None)
+    lacking = [name for name in vocabulary if name not in objects and name not in (settings.source, settings.target)]
+    drawn = draw.sample(lacking, min(3, len(lacking)))
+    target = settings.target or (drawn.pop() if drawn else None)
+    unrelated = settings.unrelated or drawn[:2]
+    if source is None or target is None:
+        return None
+    if len(unrelated) < 2:
+        raise InputError("the data has no two other objects to move between as a control; name two by --unrelated")
+    return Move(source, target, (unrelated[0], unrelated[1]))
+
+
+@dataclass(frozen=True, eq=False)
+class Mover:
+    """A joint model and how its embeddings are moved."""
+
+    joint: JointModel
+    settings: PerturbationSettings
+    vocabulary: tuple[str, ...]
+
+    def rows(self, samples: Sequence[Sample], images: Sequence[Image]) -> list[dict[str, Any]]:
+        """Return a row for every question about every move of every image that has something to move."""
+        rows: list[dict[str, Any]] = []
+        seen: list[Embedding] = []
+        shown: list[Image] = []
+        for sample, image in zip(samples, images, strict=True):
+            move = drawn_move(sample, self.vocabulary, self.settings)
+            if move is None:
+                continue
+            embedding = self.joint.embed(self.joint.pixels([image]))
+            for condition, there in self.moves(embedding, move, sample.sample_id).items():
+                sure = confidences(self.joint, there, [move.source, move.target])[0].tolist()
+                norm = float((there - embedding).norm())
+                for about, question in self.questions(move):
+                    rows.append(
+                        {
+                            "sample_id": sample.sample_id,
+                            "condition": condition,
+                            "source": move.source,
+                            "target": move.target,
+                            "about": about,
+                            "question": question,
+                            "norm": norm,
+                            "relative_norm": norm / float(embedding[:, self.joint.sight.skipped :].norm()),
+                            "source_confidence": sure[0],
+                            "target_confidence": sure[1],
+                        }
+                    )
+                    seen.append(there)
+                    shown.append(image)
+        if rows:
+            prompts = [prompt_text(self.joint.model, row["question"], None) for row in rows]
+            written = replies(self.joint, prompts, shown, torch.cat(seen), self.settings.batch_size, ANSWER)
+            for row, tokens in zip(rows, written, strict=True):
+                row["reply"] = str(self.joint.model.tokenizer.decode(tokens)).strip()
+                row["value"] = value_of(row["reply"], self.settings.parse)
+        return rows
+
+    def moves(self, embedding: Embedding, move: Move, sample_id: str) -> dict[str, Embedding]:
+        """Return the embedding under every condition."""
+        settings, joint = self.settings, self.joint
+        found = {ORIGINAL: embedding}
+        for name, steps in (("one step", 1), ("steps", settings.steps)):
+            found[name], _ = moved(joint, embedding, move.source, move.target, settings.norm, steps)
+        found["unrelated"], _ = moved(joint, embedding, *move.unrelated, settings.norm, settings.steps)
+        for number in range(settings.randoms):
+            seed = random.Random(f"{settings.seed} {sample_id} {number}").getrandbits(31)
+            for name, everywhere in (("random", True), ("random in place", False)):
+                there = moved_at_random(joint, embedding, found["steps"], seed, everywhere=everywhere)
+                found[f"{name} {number + 1}"] = there
+        return found
+
+    def questions(self, move: Move) -> list[tuple[str, str]]:
+        """Return what each question is about, and its words."""
+        if self.settings.question:
+            return [("question", question) for question in self.settings.question]
+        asked = {"source": move.source, "target": move.target, "unrelated": move.unrelated[1]}
+        return [(about, presence(name)) for about, name in asked.items()]
