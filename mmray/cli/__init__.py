@@ -22,6 +22,7 @@ from mmray.cli import (  # noqa: F401  they register
     properties,
     reading,
     reporting,
+    saliency,
     selectivity,
 )
 from mmray.cli.options import app
