@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import typer
 
 from mmray.cli import (  # noqa: F401  they register
+    aligning,
     census,
     drift,
     editing,

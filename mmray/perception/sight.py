@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmray.errors import InputError
 from mmray.models.capture import tap_input
-from mmray.models.loading import LoadedModel
+from mmray.models.loading import LoadedModel, load
 from mmray.models.patches import covered
 
 PROJECTOR = "model.multi_modal_projector"
@@ -72,3 +72,8 @@ class OwnTower(nn.Module):
         """The model's own projector, which makes image tokens of an embedding."""
         found: nn.Module = self.model.network.get_submodule(PROJECTOR)
         return found
+
+
+def open_sight(name: str) -> Sight:
+    """Load the tower of a checkpoint: a LLaVA's own. Raises InputError for other kinds."""
+    return OwnTower(load(name))

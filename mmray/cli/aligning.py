@@ -1,0 +1,46 @@
+"""The network that gives a LLaVA another tower's sight: trained, and measured before anything is claimed of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from mmray.cli.options import INCOMPLETE, AsJson, app, console, say, with_settings
+from mmray.perception.alignment_settings import AlignmentSettings, alignment_settings
+
+
+@app.command()
+@with_settings(AlignmentSettings)
+def align(as_json: AsJson = False, **settings: Any) -> None:
+    """Train a network that makes a LLaVA's image tokens of a detector's embedding, and measure the joint model."""
+    from mmray.cluster.alignment import run_alignment
+    from mmray.results.evaluation import measures
+    from mmray.results.progress import follow_progress
+
+    checked = alignment_settings(settings)
+    try:
+        with follow_progress(Console(stderr=True)) as follow:
+            outcome = run_alignment(checked, follow)
+    except KeyboardInterrupt:
+        print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
+        raise
+    if as_json:
+        print(json.dumps(asdict(outcome), ensure_ascii=False))
+    else:
+        title = f"{checked.model} by its own tower (before) and by {checked.tower} (after)"
+        console.print(measures(outcome.measures, title, everything=True))
+        say(
+            f"{outcome.images:,} images in {outcome.steps:,} steps, loss {outcome.loss:.4f}, "
+            f"{outcome.seconds:.0f} s → {checked.out}"
+        )
+        if outcome.lost or outcome.failures:
+            say(f"{outcome.lost:,} images could not be read, {outcome.failures:,} samples not measured", "yellow")
+        for number, reason in outcome.shards_aside.items():
+            say(f"unit {number} of the validation set aside: {reason}", "red")
+    if not outcome.complete:
+        raise typer.Exit(INCOMPLETE)
