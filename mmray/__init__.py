@@ -13,11 +13,13 @@ from mmray.version import VERSION
 __version__ = VERSION
 
 _PLACES = {
-    "load_model": "mmray.neurons.model",
+    "load_model": "mmray.perception.model",
     "run_census": "mmray.api",
     "edit": "mmray.api",
     "evaluate": "mmray.api",
     "properties": "mmray.api",
+    "saliency": "mmray.api",
+    "load_joint": "mmray.perception.joint",
     "write_report": "mmray.reporting",
     "selectivity": "mmray.api",
     "open_edit": "mmray.editing.edit",

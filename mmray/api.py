@@ -10,6 +10,7 @@ from mmray.cluster.census import run_census as drive_census
 from mmray.cluster.evaluation import run_evaluation
 from mmray.cluster.labels import run_selectivity
 from mmray.cluster.properties import run_properties
+from mmray.cluster.saliency import run_saliency
 from mmray.editing.edit import WeightEdit
 from mmray.editing.material import open_material
 from mmray.editing.methods import make_edit
@@ -17,6 +18,7 @@ from mmray.editing.settings import edit_settings
 from mmray.evaluation.properties.settings import property_settings
 from mmray.evaluation.settings import evaluation_settings
 from mmray.neurons.labels.settings import selectivity_settings
+from mmray.perception.settings import saliency_settings
 from mmray.results.run import Run, open_run
 from mmray.settings import census_settings
 
@@ -52,6 +54,17 @@ def properties(run: Run | str, **settings: Any) -> pa.Table:
     uri = run.uri if isinstance(run, Run) else str(run)
     run_properties(property_settings({"run": uri, **settings}))
     return open_run(uri).properties()
+
+
+def saliency(run: Run | str, **settings: Any) -> pa.Table:
+    """Hold saliency maps of a run's words against boxes, or go on where that was stopped; returns the measures.
+
+    `settings` are those of `mmray saliency RUN`, with underscores. (`load_model(…).saliency(…)` is the map of one
+    word.) Raises InputError for bad settings, or where the data has no boxes.
+    """
+    uri = run.uri if isinstance(run, Run) else str(run)
+    run_saliency(saliency_settings({"run": uri, **settings}))
+    return open_run(uri).table("saliency")
 
 
 def selectivity(run: Run | str, **settings: Any) -> dict[str, pa.Table]:

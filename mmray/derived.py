@@ -66,9 +66,7 @@ DERIVED: dict[str, pa.Schema] = {
             field("rows", pa.int16(), "points"),
             field("columns", pa.int16(), "points"),
             field("values", pa.list_(pa.float32()), "in the method's own unit, row by row"),
-            field(
-                "covers", pa.list_(pa.float32()), "x, y, width, height of what the map covers, in parts of the image"
-            ),
+            field("covers", pa.list_(pa.float32()), "x, y, width, height of what the map covers, in its parts"),
             field("boxes", pa.list_(pa.list_(pa.float32())), "of the concept's object: x, y, width, height in 0..1"),
             field("hit", pa.bool_(), "the highest point lies in a box"),
         ]

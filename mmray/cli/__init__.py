@@ -23,6 +23,7 @@ from mmray.cli import (  # noqa: F401  they register
     properties,
     reading,
     reporting,
+    saliency,
     selectivity,
     sight,
 )

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Collection
-from dataclasses import replace
 
 from mmray.cluster.properties_plan import Plan
 from mmray.cluster.units import UnitWorker
+from mmray.cluster.wanted import Wanted
 from mmray.cluster.worker import open_data
-from mmray.datasets.samples import Sample
-from mmray.datasets.shards import read_shard
 from mmray.errors import InputError
 from mmray.evaluation.properties.observations import Observations
 from mmray.evaluation.properties.probe import Probe
@@ -21,9 +17,6 @@ from mmray.results.run import open_run
 from mmray.runs import Receipt, RunFolder
 from mmray.storage import open_store, patiently
 
-SHARDS_KEPT = 64
-"""Shards whose wanted samples are kept, encoded as they are, for the next concepts."""
-
 
 class PropertiesWorker(UnitWorker):
     """Loads the model once, then answers each unit of work with the receipt of what it committed."""
@@ -31,7 +24,6 @@ class PropertiesWorker(UnitWorker):
     def __init__(self, plan: Plan, folder: str, threads: int, home: str) -> None:
         super().__init__(threads, home)
         self.plan = plan
-        self.kept: OrderedDict[int, dict[str, Sample]] = OrderedDict()
         try:
             census = plan.census
             model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
@@ -40,7 +32,8 @@ class PropertiesWorker(UnitWorker):
                 raise InputError(f"{census.model}: not the model of {run.uri}, whose layers have other widths")
             neurons = run.table("neurons").sort_by([("layer", "ascending"), ("unit", "ascending")])
             self.folder = RunFolder(open_store(folder))
-            self.source = patiently(lambda: open_data(census))
+            source = patiently(lambda: open_data(census))
+            self.wanted = Wanted(source, plan.manifest, plan.shards, plan.captions)
             self.probe = Probe(Study(model, census, plan.nouns, neurons["tokens"].to_pylist()), plan.settings)
         except InputError as error:
             self.problem = str(error)
@@ -54,27 +47,6 @@ class PropertiesWorker(UnitWorker):
         began = time.perf_counter()
         found, unit = Observations(), self.plan.units[number]
         for facts in unit:
-            samples = self.samples({*facts.own, *facts.others, *facts.maps})
+            samples = self.wanted.samples({*facts.own, *facts.others, *facts.maps})
             self.probe.concept(facts, samples, found)
         return self.folder.commit_shard(number, found.tables(), len(unit), time.perf_counter() - began)
-
-    def samples(self, names: Collection[str]) -> dict[str, Sample]:
-        """Return these samples, with the captions that the run scored."""
-        found: dict[str, Sample] = {}
-        for shard in sorted({self.plan.shards[name] for name in names}):
-            found |= {name: sample for name, sample in self._shard(shard).items() if name in names}
-        return found
-
-    def _shard(self, number: int) -> dict[str, Sample]:
-        if number not in self.kept:
-            rows = read_shard(self.source, self.plan.manifest.shards[number])
-            captions = self.plan.captions
-            self.kept[number] = {
-                row.sample_id: replace(row, caption=captions[row.sample_id])
-                for row in rows
-                if isinstance(row, Sample) and row.sample_id in captions
-            }
-            while len(self.kept) > SHARDS_KEPT:
-                self.kept.popitem(last=False)
-        self.kept.move_to_end(number)
-        return self.kept[number]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -25,6 +26,20 @@ class Sample:
     boxes: tuple[tuple[float, ...], ...] | None = None
     questions: tuple[tuple[str, str], ...] | None = None
     labels: dict[str, str] = field(default_factory=dict)
+
+    def boxes_of(
+        self, concept: str, translations: Mapping[str, Mapping[str, str]]
+    ) -> tuple[str, list[tuple[float, ...]]]:
+        """Return the name in `objects` of what a concept names in the sample's language, and its boxes, if it has any.
+
+        `translations`: object names by language, of each of `objects`.
+        """
+        for name in dict.fromkeys(self.objects or ()):
+            called = translations.get(name, {}).get(self.language or "", name)
+            if concept in (name.casefold(), called.casefold()):
+                pairs = zip(self.objects or (), self.boxes or (), strict=False)
+                return name, [box for own, box in pairs if own == name]
+        return concept, []
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from mmray.perception.measures import OVERLAP, STEPS, THRESHOLDS
 
 SEVERAL = "words of images with several objects, teacher-forced;"
 ERASED = (
-    f"area under the probability of the word over {STEPS} even steps, patches from the highest to the lowest; a patch is "
-    "taken away by the mean of the image's patches in its place, in what the language model's image tokens are made of"
+    f"area under the probability of the word over {STEPS} even steps, patches from the highest to the lowest; a patch "
+    "is taken away by putting the mean of the image's patches in its place, in what image tokens are made of"
 )
 PROTOCOLS = {
     "pointing_game": f"{SEVERAL} the map's highest point (the middle of a plateau) lies in a box of the word's object; "

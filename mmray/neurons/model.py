@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import PIL.Image
 import torch
@@ -87,6 +88,9 @@ class Model(LoadedModel):
         return placed(values, patches.covers, picture.height, picture.width)
 
 
+Kind = TypeVar("Kind", bound=Model)
+
+
 def open_image(image: Image | Path | str | bytes | None) -> Image | None:
     """Return the picture in RGB, from a picture, a path or encoded bytes."""
     if image is None:
@@ -105,7 +109,19 @@ def load_model(
 
     Raises InputError where it can't be loaded, or where its parts are not what they are taken for.
     """
-    model = load(name, dtype, device, trust_remote_code=trust_remote_code, wrap=Model)
-    assert isinstance(model, Model)
+    return load_checked(Model, name, dtype, device, trust_remote_code=trust_remote_code)
+
+
+def load_checked(
+    kind: type[Kind],
+    name: str,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Kind:
+    """Load a model as this kind, and check its parts; as `load_model`."""
+    model = load(name, dtype, device, trust_remote_code=trust_remote_code, wrap=kind)
+    assert isinstance(model, kind)
     assert_sound(model)
     return model

@@ -24,6 +24,7 @@ from mmray.models.loading import LoadedModel, load
 from mmray.models.prompting import LONGEST, Batch, pad_left
 from mmray.perception.detection import Detection, Detector
 from mmray.perception.heads import FACTS, load_heads
+from mmray.perception.owl import open_owl
 from mmray.perception.sight import OwnTower, Sight
 
 __all__ = ["Detection", "Detector", "JointModel", "load_joint"]
@@ -74,7 +75,7 @@ class JointModel:
         device = self.model.device
         ids = batch.inputs["input_ids"].to(device)
         words = self.model.network.get_input_embeddings()(ids)
-        places = ids == self.model.parts.image_token_id
+        places: Tensor = ids.eq(self.model.parts.image_token_id)
         seen = self.tokens(embedding).to(words.device, words.dtype)
         if int(places.sum()) != seen.shape[0] * seen.shape[1]:
             raise InputError(
@@ -113,4 +114,7 @@ def join(model: LoadedModel, detector: str = DEMO, alignment: str | None = None)
     if detector == DEMO or (folder / FACTS).is_file():
         sight = OwnTower(model)
         return JointModel(model, load_heads(folder, model), sight, sight.projector)
-    raise InputError(f"{detector}: not a folder of heads")
+    owl = open_owl(detector, model.device)
+    if alignment is None:
+        raise InputError(f"{detector}: its embedding is no {model.name}'s; give --alignment, the network between the two")
+    raise InputError(f"{alignment}: no alignment network")

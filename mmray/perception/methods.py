@@ -54,7 +54,8 @@ class Looked:
     def detection(self, number: int) -> Detection:
         """Return the boxes of a place's row, with their logits for its word."""
         row = self.look.places[number].row
-        return self.joint.joint.detector(self.look.seen[row : row + 1].float(), self.query(number))
+        found: Detection = self.joint.joint.detector(self.look.seen[row : row + 1].float(), self.query(number))
+        return found
 
     def rows(self, number: int) -> int:
         """Return how many rows the grid of a place has."""

@@ -32,7 +32,8 @@ class Saliency(NamedTuple):
 def cosines(gradient: Float[Tensor, "patch width"], others: Float[Tensor, "box patch width"]) -> Float[Tensor, " box"]:
     """Return the cosine of a gradient with each of others, over all their entries; 0 where one of them is 0."""
     flat, against = gradient.flatten(), others.flatten(1)
-    return (against @ flat) / (against.norm(dim=1) * flat.norm()).clamp(min=1e-20)
+    found: Tensor = (against @ flat) / (against.norm(dim=1) * flat.norm()).clamp(min=1e-20)
+    return found
 
 
 def paint(boxes: Float[Tensor, "box 4"], weights: Float[Tensor, " box"]) -> Raster:
@@ -58,7 +59,8 @@ def gradient_input(
     gradient: Float[Tensor, "patch width"], seen: Float[Tensor, "patch width"]
 ) -> Float[Tensor, " patch"]:
     """Return gradient × input, summed over each patch: what its own scale adds to the logit, to first order."""
-    return (gradient * seen).sum(dim=1)
+    products: Tensor = (gradient * seen).sum(dim=1)
+    return products
 
 
 def rollout(attentions: Sequence[Float[Tensor, "head query key"]]) -> Float[Tensor, "query key"]:

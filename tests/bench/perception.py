@@ -90,7 +90,8 @@ def main(
     table = summarise_saliency(pa.Table.from_pylist(rows, schema=SALIENCY_SCHEMAS["observations"]))
     for row in table.to_pylist():
         print(
-            f"{row['measure']:<18}{row['method']:<18}{row['value']:>7.3f}  ({row['low']:.3f} – {row['high']:.3f})  {row['words']}"
+            f"{row['measure']:<18}{row['method']:<18}{row['value']:>7.3f}  "
+            f"({row['low']:.3f} – {row['high']:.3f})  {row['words']}"
         )
     plain, whole = seconds(joint, world, chosen[0])
     print(

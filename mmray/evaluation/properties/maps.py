@@ -79,9 +79,5 @@ def _keep(
 
 def box_of(study: Study, facts: Facts, sample: Sample) -> tuple[float, ...] | None:
     """Return the box of the concept's object, whose name may be in another language; None where there is none."""
-    for name, box in zip(sample.objects or (), sample.boxes or (), strict=False):
-        names = study.nouns.translations.get(name, {})
-        called = names.get(sample.language or "", name)
-        if facts.concept in (name.casefold(), called.casefold()):
-            return box
-    return None
+    _, boxes = sample.boxes_of(facts.concept, study.nouns.translations)
+    return boxes[0] if boxes else None

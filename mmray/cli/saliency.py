@@ -1,0 +1,114 @@
+"""Where words come from in images: of one picture, or measured over a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mmray.cli.options import INCOMPLETE, AsJson, app, console, say, with_settings
+from mmray.errors import InputError
+from mmray.perception.settings import SaliencySettings, saliency_settings
+
+
+@app.command()
+@with_settings(SaliencySettings)
+def saliency(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="Folder of a run; without it, --model and --image.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder, hub id or demo, for a single picture.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The picture's file.")] = None,
+    word: Annotated[str | None, typer.Option(help="The word of the caption that is asked about, true or not.")] = None,
+    caption: Annotated[str | None, typer.Option(help="Caption that says the word; default: the model's own.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Question before the caption; default: that of a census.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write: .html (all maps), or .png (the first method's).")
+    ] = None,
+    as_json: AsJson = False,
+    **settings: Any,
+) -> None:
+    """Show where in an image a word comes from, or measure over a run how well each method's maps point at objects."""
+    if run is None:
+        if model is None or image is None or word is None:
+            raise InputError("saliency: give a RUN, or --model, --image and --word")
+        checked = saliency_settings({"run": "", **settings})
+        _one(model, image, word, caption, prompt, out or Path(f"saliency-{word}.html"), checked, as_json=as_json)
+        return
+    if image is not None or word is not None or model is not None:
+        raise InputError("saliency: give a RUN, or --model, --image and --word, not both")
+    _whole(saliency_settings({"run": run, **settings}), as_json=as_json)
+
+
+def _one(
+    name: str,
+    file: Path,
+    word: str,
+    caption: str | None,
+    prompt: str | None,
+    out: Path,
+    settings: SaliencySettings,
+    *,
+    as_json: bool,
+) -> None:
+    from mmray.evaluation.saliency_batch import joint_of, methods_of
+    from mmray.neurons.model import open_image
+    from mmray.perception.model import explain, load_model
+    from mmray.perception.showing import numbers, over, page
+
+    if out.suffix not in (".html", ".png"):
+        raise InputError(f"--out {out}: neither .html nor .png")
+    try:
+        picture = open_image(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--image {file}: not an image that can be read ({error})") from error
+    assert picture is not None
+    model = load_model(name)
+    joint = joint_of(model, settings)
+    methods = methods_of(settings, detector=joint is not None)
+    answer = explain(model, joint, picture, word, caption, methods=methods, prompt=prompt)
+    if out.suffix == ".png":
+        over(picture, answer.maps[methods[0]], answer.covers).save(out)
+    else:
+        out.write_text(page(picture, word, answer), encoding="utf-8")
+    rows = numbers(answer)
+    if as_json:
+        told = {"caption": answer.caption, "word": word, "probability": answer.probability, "maps": rows}
+        print(json.dumps(told | {"out": str(out)}, ensure_ascii=False))
+        return
+    say(f"“{answer.caption}” · P({word}) = {answer.probability:.3f}", "bold")
+    for row in rows:
+        say(f"  {row['method']:<16} {row['lowest']:>9.4f} to {row['highest']:<9.4f} at {row['x']:.2f}, {row['y']:.2f}")
+    say(f"→ {out}")
+
+
+def _whole(settings: SaliencySettings, *, as_json: bool) -> None:
+    from mmray.cluster.saliency import run_saliency
+    from mmray.results.progress import follow_progress
+    from mmray.results.run import open_run
+    from mmray.results.saliency import saliency as show
+
+    try:
+        with follow_progress(Console(stderr=True), "images") as follow:
+            outcome = run_saliency(settings, follow)
+    except KeyboardInterrupt:
+        print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
+        raise
+    rows = open_run(settings.run).table("saliency")
+    if as_json:
+        print(json.dumps(asdict(outcome) | {"saliency": rows.to_pylist()}, ensure_ascii=False))
+    else:
+        console.print(show(rows))
+        say(f"{outcome.words:,} words of {outcome.images:,} images in {outcome.seconds:.0f} s → {settings.run}")
+        for number, reason in outcome.shards_aside.items():
+            say(f"unit {number} set aside: {reason}", "red")
+        if outcome.failures:
+            say(f"{outcome.failures:,} images failed", "yellow")
+        say(f"next: mmray report {settings.run}")
+    if not outcome.complete:
+        raise typer.Exit(INCOMPLETE)

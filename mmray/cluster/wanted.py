@@ -1,0 +1,45 @@
+"""The samples that a run's units of work ask for, read shard by shard and kept for the next unit."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+from mmray.datasets.contents import Source
+from mmray.datasets.samples import Sample
+from mmray.datasets.shards import Manifest, read_shard
+
+SHARDS_KEPT = 64
+"""Shards whose wanted samples are kept, encoded as they are."""
+
+
+@dataclass
+class Wanted:
+    """Samples of a run by their names: `shards` has the shard of each, `captions` what the run scored."""
+
+    source: Source
+    manifest: Manifest
+    shards: Mapping[str, int]
+    captions: Mapping[str, str]
+    kept: OrderedDict[int, dict[str, Sample]] = field(default_factory=OrderedDict)
+
+    def samples(self, names: Collection[str]) -> dict[str, Sample]:
+        """Return these samples, with the captions that the run scored."""
+        found: dict[str, Sample] = {}
+        for shard in sorted({self.shards[name] for name in names}):
+            found |= {name: sample for name, sample in self._shard(shard).items() if name in names}
+        return found
+
+    def _shard(self, number: int) -> dict[str, Sample]:
+        if number not in self.kept:
+            rows = read_shard(self.source, self.manifest.shards[number])
+            self.kept[number] = {
+                row.sample_id: replace(row, caption=self.captions[row.sample_id])
+                for row in rows
+                if isinstance(row, Sample) and row.sample_id in self.captions
+            }
+            while len(self.kept) > SHARDS_KEPT:
+                self.kept.popitem(last=False)
+        self.kept.move_to_end(number)
+        return self.kept[number]

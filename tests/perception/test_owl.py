@@ -1,0 +1,96 @@
+"""A tiny OWL-ViT and a tiny LLaVA as one joint model: cut where it changes nothing, and explained as a whole."""
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torch import nn
+
+from mmray.errors import InputError
+from mmray.perception.joint import JointModel, join
+from mmray.perception.methods import METHODS
+from mmray.perception.model import explain
+from mmray.perception.owl import QUERY, open_owl
+from tests.models.pieces import WIDTH
+
+CAPTION = "A dog and a red ball."
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    pixels = torch.randint(256, (32, 32, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+class Patches(nn.Module):
+    """Stands for an aligned network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        return self.layer(embedding[:, 1:])
+
+
+@pytest.fixture
+def joined(owl, open_model):
+    def make(kind: str) -> JointModel:
+        found = open_owl(str(owl(kind)), "cpu")
+        return JointModel(open_model("llava"), found.detector, found.sight, Patches().requires_grad_(False))
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["owlvit", "owlv2"])
+def test_the_two_parts_detect_what_the_whole_does(owl, picture, kind):
+    folder = owl(kind)
+    found = open_owl(str(folder), "cpu")
+    network = transformers.AutoModelForZeroShotObjectDetection.from_pretrained(folder).eval()
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    words = ["dog", "red ball"]
+    inputs = processor(text=[[QUERY.format(word) for word in words]], images=picture, return_tensors="pt")
+    with torch.no_grad():
+        whole = network(**inputs)
+        cut = found.detector(found.sight(found.sight.pixels([picture])), found.detector.queries(words))
+    middle = cut.boxes[..., :2] + cut.boxes[..., 2:] / 2
+    assert torch.allclose(cut.logits, whole.logits, atol=1e-5)
+    assert torch.allclose(torch.cat([middle, cut.boxes[..., 2:]], dim=2), whole.pred_boxes, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["owlvit", "owlv2"])
+def test_every_method_explains_a_word_of_the_joint_model(joined, picture, kind):
+    joint = joined(kind)
+    answer = explain(joint.model, joint, picture, "dog", CAPTION)
+    assert set(answer.maps) == set(METHODS)
+    for method, saliency in answer.maps.items():
+        assert saliency.values.isfinite().all(), method
+        assert saliency.values.min() < saliency.values.max(), method
+    assert answer.maps["alignment"].weights.abs().max() <= 1 + 1e-5
+
+
+def test_places_that_the_language_model_never_sees_are_not_compared(joined, picture):
+    """Cosines are those over the patches alone: with CLS, whose gradient is 0 on one side, all would shrink."""
+    joint = joined("owlvit")
+    words = ["dog"]
+    seen = joint.embed(joint.pixels([picture]))
+    answer = explain(joint.model, joint, picture, "dog", CAPTION, methods=("alignment",))
+    from mmray.perception.asking import ask, look_at
+
+    batch, places = ask(joint.model, picture, CAPTION, "dog")
+    gradient = look_at(joint.model, joint, batch, places, [picture]).gradients[0]
+    leaf = seen.clone().requires_grad_()
+    logits = joint.detector(leaf, joint.detector.queries(words)).logits[0, :, 0]
+    for box in (0, 7, 15):
+        (own,) = torch.autograd.grad(logits[box], leaf, retain_graph=True)
+        assert own[0, 0].abs().max() > 0
+        expected = torch.cosine_similarity(own[0, 1:].flatten(), gradient.flatten(), dim=0)
+        assert torch.allclose(answer.maps["alignment"].weights[box], expected, atol=1e-5)
+
+
+def test_what_is_no_detector_is_refused(tiny, open_model):
+    with pytest.raises(InputError, match="neither OWL-ViT nor OWLv2"):
+        open_owl(str(tiny("llava")), "cpu")
+    with pytest.raises(InputError, match="no such model folder"):
+        join(open_model("llava"), "/nowhere")
