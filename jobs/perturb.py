@@ -1,4 +1,4 @@
-"""Moved embeddings as a Ray job, such as an audit of bias; every setting of `mmray perturb` is one of its configuration.
+"""Moved embeddings as a Ray job, such as an audit of bias; `mmray perturb` has the settings of its configuration.
 
 ray job submit --working-dir . -- python jobs/perturb.py --config jobs/configs/bias.yaml out=s3://bucket/audits/confident
 """

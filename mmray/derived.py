@@ -147,7 +147,7 @@ DERIVED: dict[str, pa.Schema] = {
     "answers": pa.schema(
         [
             field("sample_id", pa.string()),
-            field("condition", pa.string(), "original, one step, steps, unrelated, random N, random in place N"),
+            field("condition", pa.string(), "original, one step, steps, plain steps, unrelated, random N, …"),
             field("source", pa.string()),
             field("target", pa.string()),
             field("about", pa.string(), "source, target, unrelated, or question"),

@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
+import torch
 from PIL.Image import Image
 
 from mmray.cluster.units import UnitWorker
@@ -26,9 +30,12 @@ from mmray.evaluation.opinions.mistakes import picture
 from mmray.evaluation.opinions.moving import Mover
 from mmray.evaluation.opinions.settings import OpinionSettings, PerturbationSettings, SightSettings
 from mmray.perception.joint import load_joint
+from mmray.perception.perturbing import Covariance, covariance
 from mmray.runs import Receipt, RunFolder
 from mmray.storage import open_store, patiently
 
+REFERENCE, BATCH = 96, 16
+"""Images that tell how embeddings vary, and how many of them are looked at at once."""
 PICTURES = 8
 """Pictures of mistakes that a unit keeps."""
 
@@ -123,7 +130,20 @@ class PerturbationWorker(SightWorker):
         """Return the answers under every condition."""
         settings = self.plan.settings
         assert isinstance(settings, PerturbationSettings)
-        return {"answers": Mover(self.joint, settings, self.plan.facts.vocabulary).rows(samples, images)}
+        mover = Mover(self.joint, settings, self.plan.facts.vocabulary, self.varying)
+        return {"answers": mover.rows(samples, images)}
+
+    @cached_property
+    def varying(self) -> Covariance:
+        """How embeddings of the data's first images vary."""
+        images: list[Image] = []
+        for row in chain.from_iterable(read_shard(self.source, shard) for shard in self.plan.manifest.shards):
+            if isinstance(row, Sample) and row.image is not None and len(images) < REFERENCE:
+                with suppress(ValueError):
+                    images.append(decode_image(row.image))
+        parts = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+        embeddings = [self.joint.embed(self.joint.pixels(part)) for part in parts]
+        return covariance(torch.cat(embeddings), self.joint.sight.skipped)
 
 
 PARTS: dict[type[SightSettings], tuple[str, ...]] = {

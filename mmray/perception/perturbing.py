@@ -1,10 +1,14 @@
 """Move a vision embedding from one concept to another along the detector's gradient, and by as much at random.
 
-Giulivi & Boracchi 2024 take one step of the gradient's sign, of size 1 in every entry; here the whole move has a norm
+Giulivi & Boracchi 2024 take one step of the gradient's sign, of size 1 in every entry. Here the whole move has a norm
 that is set, entries that the language model never sees (CLS) stay as they are, and there are controls of equal norm.
+And the gradient is that of embeddings as they vary: multiplied by their covariance, which makes it the steepest way
+among moves that images make. A plain gradient finds what fools the detector alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,8 +21,18 @@ SHOWS = 0.5
 """Part of the highest confidence above which a box counts as one where the concept is."""
 AHEAD = 2.5
 """Lengths of the steps together, in parts of the norm: a way that turns still gets to its bound."""
+COPIES = 4
+"""Copies of the embedding, each with noise of the size of an embedding's own deviation, that a gradient is the mean of:
+what is left is what does not hang on small things."""
 
 Embedding = Float[Tensor, "row place width"]
+Covariance = Float[Tensor, "width width"]
+
+
+def covariance(embedding: Embedding, skipped: int) -> Covariance:
+    """Return how embeddings' patches vary."""
+    patches = embedding[:, skipped:].flatten(0, 1).float()
+    return torch.cov(patches.T)
 
 
 def boxes_of(joint: JointModel, embedding: Embedding, word: str) -> Bool[Tensor, "row box"]:
@@ -36,43 +50,77 @@ def confidences(joint: JointModel, embedding: Embedding, words: list[str]) -> Fl
 
 
 def moved(
-    joint: JointModel, embedding: Embedding, source: str, target: str, norm: float, steps: int
-) -> tuple[Embedding, Float[Tensor, " row"]]:
-    """Return the embedding moved from a concept towards another, and the L2 norm of each row's move.
+    joint: JointModel,
+    embedding: Embedding,
+    source: str,
+    target: str,
+    norm: float,
+    steps: int,
+    varying: Covariance,
+    *,
+    plain: bool = False,
+    seed: int = 0,
+) -> Embedding:
+    """Return the embedding moved from a concept towards another.
 
     Each of the steps goes along the gradient of log p(target) − log p(source), summed over the boxes where the source
     was seen; the whole move is kept to `norm`, a part of the embedding's own norm over the patches. One step goes all
-    the way along the first gradient.
+    the way along the first gradient. `plain`: along the gradient as it is, not of embeddings as they vary.
     """
-    start = embedding.detach()
-    boxes = boxes_of(joint, start, source)
-    bound = norm * _length(start[:, joint.sight.skipped :])
+    start, skipped = embedding.detach(), joint.sight.skipped
+    boxes = boxes_of(joint, start, source).repeat(COPIES, 1)
+    bound = norm * _length(start[:, skipped:])
     length = bound if steps == 1 else AHEAD * bound / steps
+    deviation = varying.diagonal().mean().sqrt()
+    random = torch.Generator().manual_seed(seed)
     move = torch.zeros_like(start)
     with torch.inference_mode(False), torch.enable_grad():
         for _ in range(steps):
-            leaf = (start + move).clone().requires_grad_()
+            copies = (start + move).repeat(COPIES, 1, 1)
+            leaf = (copies + deviation * _noise(copies, random)).detach().requires_grad_()
             logits = functional.logsigmoid(joint.detect(leaf, [source, target]).logits)
             gain = ((logits[..., 1] - logits[..., 0]) * boxes).sum()
             (gradient,) = torch.autograd.grad(gain, leaf)
-            move = _bounded(move + length * _direction(gradient, joint.sight.skipped), bound)
-    return start + move, _length(move).flatten()
+            gradient = gradient.unflatten(0, (COPIES, -1)).mean(dim=0)
+            way = gradient if plain else (gradient.float() @ varying).to(gradient.dtype)
+            move = _bounded(move + length * _direction(way, skipped), bound)
+    return start + move
 
 
 def moved_at_random(
-    joint: JointModel, embedding: Embedding, like: Embedding, seed: int, *, everywhere: bool
+    joint: JointModel,
+    embedding: Embedding,
+    like: Embedding,
+    seed: int,
+    *,
+    in_place: bool = False,
+    varying: Covariance | None = None,
 ) -> Embedding:
     """Return the embedding moved as far as another move, `like` its outcome, in a direction drawn at random.
 
-    `everywhere`: over all patches alike. Else as far in each patch as the other move went there.
+    `in_place`: as far in each patch as the other move went there; else over all patches alike. `varying`: drawn as
+    embeddings vary; else in any direction.
     """
-    random = torch.Generator().manual_seed(seed)
     move = like - embedding
-    noise = torch.randn(move.shape, generator=random).to(move.device, move.dtype)
-    if everywhere:
+    noise = _noise(move, torch.Generator().manual_seed(seed))
+    if varying is not None:
+        values, vectors = torch.linalg.eigh(varying.double())
+        root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+        noise = (noise.double() @ root).to(move.dtype)
+    if not in_place:
         return embedding + _direction(noise, joint.sight.skipped) * _length(move)
     placed: Embedding = embedding + functional.normalize(noise, dim=2) * move.norm(dim=2, keepdim=True)
     return placed
+
+
+def relative_norms(embedding: Embedding, there: Embedding, skipped: int) -> Sequence[tuple[float, float]]:
+    """Return the L2 norm of each row's move, and what part of the embedding's own norm over the patches it is."""
+    moves, whole = _length(there - embedding).flatten(), _length(embedding[:, skipped:]).flatten()
+    return list(zip(moves.tolist(), (moves / whole).tolist(), strict=True))
+
+
+def _noise(like: Embedding, random: torch.Generator) -> Embedding:
+    return torch.randn(like.shape, generator=random).to(like.device, like.dtype)
 
 
 def _direction(values: Embedding, skipped: int) -> Embedding:

@@ -1,7 +1,8 @@
 """Ask about an image as it is, moved from one concept to another, and moved as far where it should not matter.
 
-`one step` and `steps` move along the detector's gradient from source to target, `unrelated` between two things that
-have nothing to do with the question; `random` in any direction, `random in place` as far in each patch as `steps` went.
+`one step` and `steps` go along the detector's gradient from source to target, of embeddings as they vary, `plain steps`
+along the gradient as it is, and `unrelated` between two things that have nothing to do with the question. `random` goes
+in any direction, `random in place` as far in each patch as `steps` went, `random natural` as embeddings vary.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mmray.evaluation.opinions.settings import PerturbationSettings
 from mmray.evaluation.prompts import presence
 from mmray.models.prompting import prompt_text
 from mmray.perception.joint import JointModel
-from mmray.perception.perturbing import confidences, moved, moved_at_random
+from mmray.perception.perturbing import Covariance, confidences, moved, moved_at_random, relative_norms
 
 ANSWER = 16
 """Tokens at most of an answer."""
@@ -64,6 +65,8 @@ class Mover:
     joint: JointModel
     settings: PerturbationSettings
     vocabulary: tuple[str, ...]
+    varying: Covariance
+    """How the data's embeddings vary."""
 
     def rows(self, samples: Sequence[Sample], images: Sequence[Image]) -> list[dict[str, Any]]:
         """Return a row for every question about every move of every image that has something to move."""
@@ -77,7 +80,7 @@ class Mover:
             embedding = self.joint.embed(self.joint.pixels([image]))
             for condition, there in self.moves(embedding, move, sample.sample_id).items():
                 sure = confidences(self.joint, there, [move.source, move.target])[0].tolist()
-                norm = float((there - embedding).norm())
+                ((norm, relative),) = relative_norms(embedding, there, self.joint.sight.skipped)
                 for about, question in self.questions(move):
                     rows.append(
                         {
@@ -88,7 +91,7 @@ class Mover:
                             "about": about,
                             "question": question,
                             "norm": norm,
-                            "relative_norm": norm / float(embedding[:, self.joint.sight.skipped :].norm()),
+                            "relative_norm": relative,
                             "source_confidence": sure[0],
                             "target_confidence": sure[1],
                         }
@@ -105,16 +108,25 @@ class Mover:
 
     def moves(self, embedding: Embedding, move: Move, sample_id: str) -> dict[str, Embedding]:
         """Return the embedding under every condition."""
-        settings, joint = self.settings, self.joint
-        found = {ORIGINAL: embedding}
-        for name, steps in (("one step", 1), ("steps", settings.steps)):
-            found[name], _ = moved(joint, embedding, move.source, move.target, settings.norm, steps)
-        found["unrelated"], _ = moved(joint, embedding, *move.unrelated, settings.norm, settings.steps)
-        for number in range(settings.randoms):
-            seed = random.Random(f"{settings.seed} {sample_id} {number}").getrandbits(31)
-            for name, everywhere in (("random", True), ("random in place", False)):
-                there = moved_at_random(joint, embedding, found["steps"], seed, everywhere=everywhere)
-                found[f"{name} {number + 1}"] = there
+        settings, joint, varying = self.settings, self.joint, self.varying
+        seed = random.Random(f"{settings.seed} {sample_id}").getrandbits(31)
+
+        def go(source: str, target: str, steps: int, *, plain: bool = False) -> Embedding:
+            return moved(joint, embedding, source, target, settings.norm, steps, varying, plain=plain, seed=seed)
+
+        there = go(move.source, move.target, settings.steps)
+        found = {
+            ORIGINAL: embedding,
+            "one step": go(move.source, move.target, 1),
+            "steps": there,
+            "plain steps": go(move.source, move.target, settings.steps, plain=True),
+            "unrelated": go(*move.unrelated, settings.steps),
+        }
+        for number in range(1, settings.randoms + 1):
+            drawn = seed + number
+            found[f"random {number}"] = moved_at_random(joint, embedding, there, drawn)
+            found[f"random in place {number}"] = moved_at_random(joint, embedding, there, drawn, in_place=True)
+            found[f"random natural {number}"] = moved_at_random(joint, embedding, there, drawn, varying=varying)
         return found
 
     def questions(self, move: Move) -> list[tuple[str, str]]:

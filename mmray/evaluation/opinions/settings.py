@@ -93,12 +93,12 @@ class PerturbationSettings(SightSettings):
     parse: str = "yes_no"
     """How an answer is read from a reply: yes_no, number, or two words such as man|woman. What can't be read is counted
     and left out."""
-    norm: float = Field(0.5, gt=0)
+    norm: float = Field(0.8, gt=0)
     """Bound of the move's L2 norm, in parts of the embedding's own."""
-    steps: int = Field(10, ge=2)
+    steps: int = Field(20, ge=2)
     """Gradient steps of the long way; one step is measured too."""
-    randoms: int = Field(2, ge=1)
-    """Random directions of the same norm, of each of two kinds, that every move is held against."""
+    randoms: int = Field(1, ge=1)
+    """Random directions of the same norm, of each of three kinds, that every move is held against."""
 
 
 def opinion_settings(values: dict[str, Any]) -> OpinionSettings:
