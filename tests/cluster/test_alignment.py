@@ -72,7 +72,7 @@ def test_killed_or_not_and_of_any_number_of_workers_it_is_the_same(asked, tmp_pa
     assert again.loss == pytest.approx(done.loss, rel=1e-3)
     # The same again has nothing to do, and other settings are refused.
     assert run_alignment(alignment_settings({**asked, "out": killed})).measures == again.measures
-    with pytest.raises(InputError, match="holds a run with other settings .epochs was 3, now 1"):
+    with pytest.raises(InputError, match=r"holds a run with other settings \(epochs was 3, now 1"):
         run_alignment(alignment_settings({**asked, "out": killed, "epochs": 1}))
 
 
