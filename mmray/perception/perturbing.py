@@ -81,7 +81,7 @@ def moved(
             logits = functional.logsigmoid(joint.detect(leaf, [source, target]).logits)
             gain = ((logits[..., 1] - logits[..., 0]) * boxes).sum()
             (gradient,) = torch.autograd.grad(gain, leaf)
-            gradient = gradient.unflatten(0, (COPIES, -1)).mean(dim=0)
+            gradient = gradient.reshape(COPIES, *start.shape).mean(dim=0)
             way = gradient if plain else (gradient.float() @ varying).to(gradient.dtype)
             move = _bounded(move + length * _direction(way, skipped), bound)
     return start + move
