@@ -19,7 +19,7 @@ from mmray.perception.joint import JointModel
 
 SHOWS = 0.5
 """Part of the highest confidence above which a box counts as one where the concept is."""
-AHEAD = 2.5
+AHEAD = 6.0
 """Lengths of the steps together, in parts of the norm: a way that turns still gets to its bound."""
 COPIES = 4
 """Copies of the embedding, each with noise of the size of an embedding's own deviation, that a gradient is the mean of:
@@ -63,9 +63,10 @@ def moved(
 ) -> Embedding:
     """Return the embedding moved from a concept towards another.
 
-    Each of the steps goes along the gradient of log p(target) − log p(source), summed over the boxes where the source
-    was seen; the whole move is kept to `norm`, a part of the embedding's own norm over the patches. One step goes all
-    the way along the first gradient. `plain`: along the gradient as it is, not of embeddings as they vary.
+    Each of the steps goes along the gradient of log p(target) + log(1 − p(source)), summed over the boxes where the
+    source was seen; the whole move is kept to `norm`, a part of the embedding's own norm over the patches. One step
+    goes all the way along the first gradient. `plain`: along the gradient as it is, not of embeddings as they vary.
+    (− log p(source) has no end: what is left of the norm once the source is gone would go there, not to the target.)
     """
     start, skipped = embedding.detach(), joint.sight.skipped
     boxes = boxes_of(joint, start, source).repeat(COPIES, 1)
@@ -78,8 +79,8 @@ def moved(
         for _ in range(steps):
             copies = (start + move).repeat(COPIES, 1, 1)
             leaf = (copies + deviation * _noise(copies, random)).detach().requires_grad_()
-            logits = functional.logsigmoid(joint.detect(leaf, [source, target]).logits)
-            gain = ((logits[..., 1] - logits[..., 0]) * boxes).sum()
+            logits = joint.detect(leaf, [source, target]).logits
+            gain = ((functional.logsigmoid(logits[..., 1]) + functional.logsigmoid(-logits[..., 0])) * boxes).sum()
             (gradient,) = torch.autograd.grad(gain, leaf)
             gradient = gradient.reshape(COPIES, *start.shape).mean(dim=0)
             way = gradient if plain else (gradient.float() @ varying).to(gradient.dtype)

@@ -82,7 +82,7 @@ def test_answers_of_moves_are_tables_of_their_folder(data, tmp_path):
         store = opinions.open_store(tmp_path / "moved")
         assert len(read_table(store, "answers")) == done.rows == 2 * 8 * 3
         assert {row["condition"] for row in read_table(store, "changes").to_pylist()} >= {"steps", "random in place"}
-        with pytest.raises(InputError, match=r"holds a run with other settings \(norm was 0\.8, now 0\.1"):
+        with pytest.raises(InputError, match=r"holds a run with other settings \(norm was 0\.65, now 0\.1"):
             run_perturbation(moved(data, tmp_path / "moved", norm=0.1))
 
 

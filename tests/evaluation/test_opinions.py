@@ -157,8 +157,9 @@ def test_a_move_has_its_norm_and_goes_the_detectors_way(joint, embedding, steps)
     boxes = boxes_of(joint, embedding, "dog")
 
     def gap(seen):
-        logits = torch.nn.functional.logsigmoid(joint.detect(seen, ["dog", "cat"]).logits)
-        return ((logits[..., 1] - logits[..., 0]) * boxes).sum()
+        logits = joint.detect(seen, ["dog", "cat"]).logits
+        source, target = torch.nn.functional.logsigmoid(logits * torch.tensor([-1.0, 1.0])).unbind(dim=-1)
+        return ((source + target) * boxes).sum()
 
     assert float(gap(there)) > float(gap(embedding))
     for kind in ({}, {"in_place": True}, {"varying": varying}):
@@ -220,7 +221,7 @@ def test_every_move_is_asked_about_beside_its_controls(joint, all_scenes, before
     assert len(asked) == len(rows) == 2 * len(conditions) * 3
     assert {condition for _, condition, _ in asked} == conditions
     for row in rows:
-        assert row["relative_norm"] <= 0.8001
+        assert row["relative_norm"] <= 0.6501
         assert (row["norm"] == 0) == (row["condition"] == "original")
     by_condition = {row["condition"]: row["norm"] for row in rows if row["sample_id"] == samples[0].sample_id}
     assert by_condition["random 1"] == pytest.approx(by_condition["steps"], rel=1e-3)
