@@ -6,6 +6,7 @@ python jobs/train_demo.py --out runs/detector --detector   # heads of a detector
 python jobs/train_demo.py --out heads --detector --model CHECKPOINT   # those for another LLaVA that sees the scenes
 """
 
+import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -20,13 +21,15 @@ from mmray.demo.measures import measure
 from mmray.demo.scenes import SIZE, World
 from mmray.demo.training import save, train
 from mmray.models.loading import load
-from mmray.perception.heads import Heads, load_heads, save_heads
+from mmray.perception.heads import FACTS, Heads, load_heads, save_heads
 from mmray.perception.sight import OwnTower
 from mmray.perception.training import measure_heads, train_heads
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of the checkpoint; what it holds is overwritten.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder of the checkpoint; what it holds is overwritten, heads are trained further.")
+    ],
     seconds: Annotated[
         float | None, typer.Option(help="Training time, in seconds; default 330, of a detector 600.")
     ] = None,
@@ -88,9 +91,13 @@ def make_detector(name: str, out: Path, seconds: float, batch_size: int, learnin
     model = load(name)
     tower = OwnTower(model)
     width = tower(torch.zeros_like(tower.pixels([Image.new("RGB", (SIZE, SIZE))]))).shape[2]
-    heads = Heads(model, tower.side, width).to(model.device)
-    rendered = train_heads(heads, tower, seconds=seconds, batch_size=batch_size, learning_rate=learning_rate)
-    save_heads(heads, out, model, {"seconds": seconds, "scenes": rendered})
+    heads, before = Heads(model, tower.side, width).to(model.device), {"seconds": 0.0, "scenes": 0}
+    if (out / FACTS).is_file():  # what is there already is trained further, on other scenes
+        heads, before = load_heads(out, model).requires_grad_(True), json.loads((out / FACTS).read_text())
+    rendered = train_heads(
+        heads, tower, seconds=seconds, batch_size=batch_size, learning_rate=learning_rate, seen=int(before["scenes"])
+    )
+    save_heads(heads, out, model, {"seconds": before["seconds"] + seconds, "scenes": rendered})
     measured = asdict(measure_heads(load_heads(out, model), tower, scenes))
     print("\n".join(f"{name:<24}{value:>8.3f}" for name, value in measured.items()))
     print(f"Saved to {out}. Next: mmray saliency --model {name} --detector {out} --image FILE --word WORD")

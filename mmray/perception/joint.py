@@ -20,8 +20,9 @@ from torch import Tensor, nn
 import mmray.demo
 from mmray.errors import InputError
 from mmray.models.generation import until_special
-from mmray.models.loading import LoadedModel, load
+from mmray.models.loading import LoadedModel, digest, load
 from mmray.models.prompting import LONGEST, Batch, pad_left
+from mmray.perception.alignment import load_alignment
 from mmray.perception.detection import Detection, Detector
 from mmray.perception.heads import FACTS, load_heads
 from mmray.perception.owl import open_owl
@@ -116,5 +117,7 @@ def join(model: LoadedModel, detector: str = DEMO, alignment: str | None = None)
         return JointModel(model, load_heads(folder, model), sight, sight.projector)
     owl = open_owl(detector, model.device)
     if alignment is None:
-        raise InputError(f"{detector}: its embedding is no {model.name}'s; give --alignment, the network between the two")
-    raise InputError(f"{alignment}: no alignment network")
+        raise InputError(
+            f"{detector}: its embedding is no {model.name}'s; give --alignment, the network between the two"
+        )
+    return JointModel(model, owl.detector, owl.sight, load_alignment(alignment, model, digest(owl.folder)))

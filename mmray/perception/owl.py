@@ -99,6 +99,14 @@ class Owl(NamedTuple):
     folder: Path
 
 
+def is_owl(name: str) -> bool:
+    """Tell whether a checkpoint is an OWL-ViT or OWLv2. Raises InputError where there is no such checkpoint."""
+    try:
+        return AutoConfig.from_pretrained(resolve(name)).model_type in KINDS
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 def open_owl(name: str, device: torch.device | str) -> Owl:
     """Load an OWL-ViT or OWLv2 from a folder or the hub, frozen. Raises InputError where it can't be loaded."""
     folder = resolve(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from mmray.errors import InputError
 from mmray.models.capture import tap_input
 from mmray.models.loading import LoadedModel, load
 from mmray.models.patches import covered
+from mmray.perception.owl import is_owl, open_owl
 
 PROJECTOR = "model.multi_modal_projector"
 """Module that makes image tokens of the tower's features, in the families that have a tower and one projector."""
@@ -75,5 +77,10 @@ class OwnTower(nn.Module):
 
 
 def open_sight(name: str) -> Sight:
-    """Load the tower of a checkpoint: a LLaVA's own. Raises InputError for other kinds."""
+    """Load the tower of a checkpoint: an OWL-ViT's or OWLv2's up to the last layer, or a LLaVA's own.
+
+    Raises InputError for other kinds.
+    """
+    if is_owl(name):
+        return open_owl(name, "cuda" if torch.cuda.is_available() else "cpu").sight
     return OwnTower(load(name))

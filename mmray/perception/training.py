@@ -84,8 +84,10 @@ def embed_scenes(tower: OwnTower, world: World, scenes: Sequence[Scene], *, quic
     return Chunk(torch.cat(embeddings), objects.to(model.device), boxes.to(model.device))
 
 
-def train_heads(heads: Heads, tower: OwnTower, *, seconds: float, batch_size: int, learning_rate: float) -> int:
-    """Train heads in place until the time is up, and return the number of scenes that were rendered for it.
+def train_heads(
+    heads: Heads, tower: OwnTower, *, seconds: float, batch_size: int, learning_rate: float, seen: int = 0
+) -> int:
+    """Train heads in place until the time is up, and return the number of scenes that they have seen, with those before.
 
     New scenes are rendered for the first two thirds of the time; each is trained on several times. The learning rate
     falls as a cosine of the time, so that no two runs are alike.
@@ -94,9 +96,9 @@ def train_heads(heads: Heads, tower: OwnTower, *, seconds: float, batch_size: in
     optimizer = torch.optim.AdamW(heads.parameters(), weight_decay=0.02, betas=(0.9, 0.98))
     heads.train()
     start, step, lately = time.monotonic(), 0, 0.0
-    chunks = _chunks(tower)
+    chunks = _chunks(tower, SEED + seen // _CHUNK)
     kept: list[Chunk] = []
-    rendered = 0
+    rendered = seen
     while (elapsed := time.monotonic() - start) < seconds:
         if not kept or elapsed < 0.67 * seconds:
             kept = [*kept[-_KEPT + 1 :], next(chunks)]
@@ -123,8 +125,8 @@ def train_heads(heads: Heads, tower: OwnTower, *, seconds: float, batch_size: in
     return rendered
 
 
-def _chunks(tower: OwnTower) -> Iterator[Chunk]:
-    world, seed = World.load(tower.model.device), SEED
+def _chunks(tower: OwnTower, seed: int) -> Iterator[Chunk]:
+    world = World.load(tower.model.device)
     while True:
         yield embed_scenes(tower, world, world.sample(_CHUNK, seed), quick=True)
         seed += 1
