@@ -9,9 +9,18 @@ from PIL import Image
 from mmray.errors import InputError
 from mmray.evaluation.asks import Ask
 from mmray.evaluation.questioner import Questioner
+from mmray.models.loading import digest
 from mmray.models.prompting import prompt_text
-from mmray.perception.alignment import Alignment, Pair, alignment_loss, load_alignment, save_alignment
-from mmray.perception.sight import OwnTower
+from mmray.perception.alignment import (
+    Alignment,
+    Pair,
+    alignment_loss,
+    load_alignment,
+    optimiser,
+    save_alignment,
+)
+from mmray.perception.joint import join
+from mmray.perception.sight import OwnTower, open_sight
 from mmray.perception.standing_in import OtherSight
 from mmray.storage import open_store
 
@@ -84,3 +93,24 @@ def test_a_model_with_its_own_sight_standing_in_says_the_same(pair):
         changed = questioner.along(asks, before)
     for one, other in zip(questioner.along(asks, before), changed, strict=True):
         assert not torch.allclose(one.hidden, other.hidden)
+
+
+@pytest.mark.parametrize("kind", ["owlvit", "owlv2"])
+def test_an_owls_embedding_gets_image_tokens(kind, owl, open_model, tmp_path):
+    folder, model = owl(kind), open_model("llava")
+    pair = Pair(open_sight(str(folder)), model)
+    embedding, tokens = pair.examples(pictures((32, 32), (48, 30)))
+    network = pair.network("mlp", 8)
+    assert embedding.shape[1] == tokens.shape[1] + pair.sight.skipped
+    before = float(alignment_loss(network, embedding, tokens, 2).detach())
+    learner = optimiser(network, 1e-2, 1e-2)
+    for _ in range(30):
+        learner.zero_grad()
+        alignment_loss(network, embedding, tokens, 2).backward()
+        learner.step()
+    assert float(alignment_loss(network, embedding, tokens, 2).detach()) < 0.8 * before
+    save_alignment(open_store(tmp_path), network, {"digests": {"tower": digest(folder), "model": model.digest}})
+    joint = join(model, str(folder), str(tmp_path))
+    assert torch.equal(joint.tokens(embedding), network(embedding).detach())
+    seen = joint.embed(joint.pixels(pictures((32, 32))))
+    assert joint.detect(seen, ["dog", "cat"]).logits.shape[2] == 2
