@@ -6,18 +6,22 @@ from typing import Any
 
 import pyarrow as pa
 
+from mmray.cluster.alignment import run_alignment
 from mmray.cluster.census import run_census as drive_census
 from mmray.cluster.evaluation import run_evaluation
 from mmray.cluster.labels import run_selectivity
+from mmray.cluster.opinions import run_opinions, run_perturbation
 from mmray.cluster.properties import run_properties
 from mmray.cluster.saliency import run_saliency
 from mmray.editing.edit import WeightEdit
 from mmray.editing.material import open_material
 from mmray.editing.methods import make_edit
 from mmray.editing.settings import edit_settings
+from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
 from mmray.evaluation.properties.settings import property_settings
 from mmray.evaluation.settings import evaluation_settings
 from mmray.neurons.labels.settings import selectivity_settings
+from mmray.perception.alignment_settings import alignment_settings
 from mmray.perception.settings import saliency_settings
 from mmray.results.run import Run, open_run
 from mmray.settings import census_settings
@@ -74,6 +78,34 @@ def selectivity(run: Run | str, **settings: Any) -> dict[str, pa.Table]:
     """
     uri = run.uri if isinstance(run, Run) else str(run)
     return run_selectivity(selectivity_settings({"run": uri, **settings})).tables
+
+
+def align(**settings: Any) -> dict[str, dict[str, Any]]:
+    """Train a network that makes a LLaVA's image tokens of another tower's embedding, or go on where that was stopped.
+
+    `settings` are those of `mmray align`, with underscores. Returns the joint model's measures beside the original's.
+    Raises InputError for bad settings or input.
+    """
+    return run_alignment(alignment_settings(settings)).measures
+
+
+def hallucination(run: Run | str, **settings: Any) -> pa.Table:
+    """Have a detector judge what a run's model claims, or go on where that was stopped; returns the measures.
+
+    The claims and pictures of those that are wrong are in the run's tables. `settings` are those of
+    `mmray hallucination`, with underscores. Raises InputError for bad settings or input.
+    """
+    uri = run.uri if isinstance(run, Run) else str(run)
+    run_opinions(opinion_settings({"run": uri, **settings}))
+    return open_run(uri).table("opinions")
+
+
+def perturb(**settings: Any) -> list[dict[str, Any]]:
+    """Move what a model sees from one concept to another, ask again, and return what changed, beside controls.
+
+    `settings` are those of `mmray perturb`, with underscores. Raises InputError for bad settings or input.
+    """
+    return run_perturbation(perturbation_settings(settings)).measures
 
 
 def run_census(model: str, data: str, out: str, **settings: Any) -> Run:

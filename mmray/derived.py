@@ -7,6 +7,14 @@ import pyarrow as pa
 from mmray.label_tables import LABEL_SCHEMAS
 from mmray.tables import COUNT, EVALUATION_SCHEMAS, SCHEMAS, field
 
+MEASURED = (
+    field("value", pa.float64()),
+    field("low", pa.float64(), "95 %, bootstrap over samples"),
+    field("high", pa.float64(), "95 %, bootstrap over samples"),
+    field("n", pa.int64(), "claims, answers or samples"),
+    field("protocol", pa.string()),
+)
+
 DERIVED: dict[str, pa.Schema] = {
     "properties": pa.schema(
         [
@@ -94,6 +102,72 @@ DERIVED: dict[str, pa.Schema] = {
         ]
     ),
     "edit_captions": pa.schema([field("edit", pa.string()), *EVALUATION_SCHEMAS["captions"]]),
+    "claims": pa.schema(
+        [
+            field("sample_id", pa.string()),
+            field("kind", pa.string(), "caption; of questions present, random, popular or adversarial"),
+            field("word", pa.string()),
+            field("claimed", pa.bool_(), "the model says that it is there; null: neither yes nor no"),
+            field("present", pa.bool_(), "it is among the sample's objects"),
+            field("confidence", pa.float64(), "the detector's: highest probability of any box"),
+            field("log_prob", pa.float64(), "the model's own, of the noun's tokens, or of yes against no; nats"),
+            field("box", pa.list_(pa.float64()), "the detector's best box for it: x, y, width, height, 0 to 1"),
+            field("mistaken_for", pa.string(), "of a wrong claim: the object that stands there"),
+            field("mistaken_box", pa.list_(pa.float64()), "that object's box"),
+            field("text", pa.string(), "caption or answer"),
+        ]
+    ),
+    "opinions": pa.schema(
+        [
+            field("claims", pa.string(), "caption, question, yes or no"),
+            field("measure", pa.string()),
+            field("judge", pa.string(), "detector, or language model; null: of neither"),
+            field("bin", pa.float64(), "of reliability: the bin's lower edge"),
+            field("confidence", pa.float64(), "of reliability: the bin's mean confidence"),
+            *MEASURED,
+        ]
+    ),
+    "mistakes": pa.schema(
+        [
+            *(
+                field(name, kind)
+                for name, kind in (
+                    ("sample_id", pa.string()),
+                    ("kind", pa.string()),
+                    ("word", pa.string()),
+                    ("text", pa.string()),
+                    ("confidence", pa.float64()),
+                    ("log_prob", pa.float64()),
+                    ("mistaken_for", pa.string()),
+                )
+            ),
+            field("picture", pa.binary(), "PNG; red: the claimed object's best box, blue: what stands there"),
+        ]
+    ),
+    "answers": pa.schema(
+        [
+            field("sample_id", pa.string()),
+            field("condition", pa.string(), "original, one step, steps, plain steps, unrelated, random N, …"),
+            field("source", pa.string()),
+            field("target", pa.string()),
+            field("about", pa.string(), "source, target, unrelated, or question"),
+            field("question", pa.string()),
+            field("reply", pa.string()),
+            field("value", pa.float64(), "the answer; null: none could be read"),
+            field("norm", pa.float64(), "L2, of the move"),
+            field("relative_norm", pa.float64(), "in parts of the embedding's"),
+            field("source_confidence", pa.float64(), "the detector's, after the move"),
+            field("target_confidence", pa.float64(), "the detector's, after the move"),
+        ]
+    ),
+    "changes": pa.schema(
+        [
+            field("condition", pa.string()),
+            field("about", pa.string(), "null: over all questions"),
+            field("measure", pa.string()),
+            *MEASURED,
+        ]
+    ),
     **LABEL_SCHEMAS,
 }
 """The tables that a run offers once they are made."""
@@ -106,6 +180,8 @@ MADE_BY = {
     "heatmaps": "mmray properties RUN",
     **dict.fromkeys(("saliency", "saliency_maps"), "mmray saliency RUN"),
     **dict.fromkeys(("edits", "evaluations", "edit_captions"), "mmray pipeline FILE"),
+    **dict.fromkeys(("claims", "opinions", "mistakes"), "mmray hallucination RUN"),
+    **dict.fromkeys(("answers", "changes"), "mmray perturb"),
     **dict.fromkeys(LABEL_SCHEMAS, "mmray selectivity RUN"),
 }
 """Table → the command that makes it."""
@@ -141,3 +217,9 @@ SALIENCY_SCHEMAS: dict[str, pa.Schema] = {
     "errors": SCHEMAS["errors"],
 }
 """What one unit of work of the saliency measures commits."""
+
+OPINION_SCHEMAS: dict[str, pa.Schema] = {
+    **{name: DERIVED[name] for name in ("claims", "mistakes", "answers")},
+    "errors": SCHEMAS["errors"],
+}
+"""What units of work of second opinions and of moved embeddings commit."""

@@ -25,6 +25,7 @@ from mmray.cli import (  # noqa: F401  they register
     reporting,
     saliency,
     selectivity,
+    sight,
 )
 from mmray.cli.options import app
 from mmray.errors import InputError

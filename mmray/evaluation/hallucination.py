@@ -13,6 +13,8 @@ from mmray.evaluation.naming import Naming
 from mmray.evaluation.rows import Rows
 
 YES_OR_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+SURE = 0.5
+"""Confidence of a detector from which on it confirms."""
 WORDS = re.compile(r"\w+(?:[-'’]\w+)*")
 
 
@@ -44,6 +46,19 @@ def hallucinated(
             measure = "companion_named" if word in objects else "hallucination"
             rows.share(measure, name, word in before, word in after)
             rows.share(f"{measure}:{context}→{word}", name, word in before, word in after)
+
+
+def confirmed(rows: Rows, name: str, confidence: Mapping[str, float], before: set[str], after: set[str]) -> None:
+    """Add how many of the objects that a caption names a detector confirms, and of those that came with the edit."""
+
+    def counts(named: set[str]) -> tuple[float, float]:
+        return float(sum(confidence[word] >= SURE for word in named)), float(len(named))
+
+    if before | after:
+        rows.add("confirmed", name, counts(before), counts(after))
+    if after - before:
+        # Before the edit there is none of these to confirm.
+        rows.add("confirmed_new", name, (0.0, 0.0), counts(after - before))
 
 
 def asked_objects(

@@ -12,9 +12,10 @@ from mmray.evaluation.before import CROPS, FLIP, Before
 from mmray.evaluation.comparing import compare, forced
 from mmray.evaluation.effects import caption_effects, forced_effects, generality, locality, rewritten
 from mmray.evaluation.facts import DataFacts
-from mmray.evaluation.hallucination import asked_objects, chair, hallucinated, pope
+from mmray.evaluation.hallucination import asked_objects, chair, confirmed, hallucinated, pope
 from mmray.evaluation.mmedit import Records, measure_records
 from mmray.evaluation.naming import Naming, read_synonyms
+from mmray.evaluation.opinions.second import SecondOpinion
 from mmray.evaluation.prompts import TextQuestion, paraphrases, presence
 from mmray.evaluation.quality import Encoder, bleu, has_bleu, similarity
 from mmray.evaluation.questioner import surviving
@@ -73,6 +74,7 @@ class Measuring:
         self.aim = aim_of(edit.purposes, known)
         self.naming = Naming((*facts.vocabulary, *sorted(self.aim.words)), facts.translations, synonyms)
         self.bleu = has_bleu(settings.bleu)
+        self.detector = SecondOpinion(before.model, settings.detector) if settings.detector else None
         self.encoder = Encoder(settings.encoder, before.model.device) if settings.encoder else None
 
     def samples(self, samples: Sequence[Sample | Failure], *, own: bool = False) -> Rows:
@@ -219,6 +221,10 @@ class Measuring:
             chair(rows, self.naming, name, objects, language, change.before, change.after)
             named = self.naming.named(change.before, language), self.naming.named(change.after, language)
             hallucinated(rows, self.aim.pairs, name, objects, *named)
+        image = self.before.image(sample)
+        if self.detector is not None and image is not None:
+            named = self.naming.named(change.before, language), self.naming.named(change.after, language)
+            confirmed(rows, name, self.detector.confidence(image, named[0] | named[1]), *named)
         if asked.present:
             asks = asked.present | {name: ask for asks in asked.absent.values() for name, ask in asks.items()}
             absent = {way: list(things) for way, things in asked.absent.items()}

@@ -64,6 +64,8 @@ PROTOCOLS: dict[str, str] = {
     "chair_i": "greedy; mentions of objects that are not in the image, of all mentions (Rohrbach et al. 2018)",
     "chair_s": "greedy; captions with a mention of an object that is not in the image (Rohrbach et al. 2018)",
     "recall": "greedy; objects of the image that the caption names",
+    "confirmed": "greedy; objects that captions name, in which the detector has a confidence of 0.5 or more",
+    "confirmed_new": "greedy; objects that the caption names after the edit alone, confirmed by the detector",
     "mean_length": "greedy; words a caption",
     "bleu": "greedy; sacrebleu, corpus, 0 to 100, against the data's caption",
     "bertscore": "greedy; F1 of greedy matching to the data's caption, last layer of the encoder, no idf, not rescaled",

@@ -3,7 +3,7 @@ r"""The network W that makes a LLaVA's image tokens of another tower's embedding
     image ─┬─► tower, frozen ─► embedding t ─► W ─► tokens ─────────┐
            └─► the LLaVA's own tower and projector, frozen ─► tokens┴─► mean squared error
 
-Giulivi & Boracchi 2024, as their code has it: no text, AdamW, learning rate 1e-4, weight decay 1e-2, batch 16, an epoch.
+Giulivi & Boracchi 2024, as their code has it: no text, AdamW, learning rate 1e-4, weight decay 1e-2, batch 16.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ class Pair:
         patches = embedding.shape[1] - self.sight.skipped
         if patches != tokens.shape[1]:
             raise InputError(
-                f"the tower has {patches} patches and {self.model.name} {tokens.shape[1]} image tokens; choose two with "
-                "one grid (as OWL-ViT base, patch 32, at 768 pixels and LLaVA-1.5 have 24 × 24)"
+                f"the tower has {patches} patches and {self.model.name} {tokens.shape[1]} image tokens; choose two "
+                "with one grid (as OWL-ViT base, patch 32, at 768 pixels and LLaVA-1.5 have 24 × 24)"
             )
         return Alignment(kind, embedding.shape[2], hidden, tokens.shape[2], self.sight.skipped)
 

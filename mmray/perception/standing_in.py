@@ -30,9 +30,18 @@ class OtherSight:
         processor = model.processor.image_processor
         remembering = _Remembering(processor)
 
+        looking = False
+
         def answer(_: nn.Module, __: tuple[Any, ...], own: Tensor) -> Tensor:
-            pixels = self.sight.pixels(remembering.images).to(own.device, own.dtype)
-            tokens: Tensor = self.network(self.sight(pixels))
+            nonlocal looking
+            if looking:
+                return own  # the sight is this model's own tower, which goes by the projector too
+            looking = True
+            try:
+                pixels = self.sight.pixels(remembering.images).to(own.device, own.dtype)
+                tokens: Tensor = self.network(self.sight(pixels))
+            finally:
+                looking = False
             if tokens.shape != own.shape:
                 raise InputError(
                     f"{model.name}: {tuple(tokens.shape)} tokens of the aligned network in place of {tuple(own.shape)}"

@@ -10,6 +10,9 @@ from tests.e2e.conftest import Answer
 
 Mmray = Callable[..., Answer]
 COMMANDS = (
+    "align",
+    "hallucination",
+    "perturb",
     "census",
     "plan",
     "status",

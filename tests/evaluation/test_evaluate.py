@@ -253,3 +253,13 @@ def test_what_fails_is_a_row_and_the_rest_counts(before: Before, some: list[Samp
 
 def _broken(sample: Sample, name: str) -> dict[str, str]:
     return {"prompt": "no place for an image"} if sample.sample_id == name else {}
+
+
+def test_a_detector_confirms_what_captions_name(before: Before, some: list[Sample], facts: DataFacts) -> None:
+    there = measured(before, swap(CAT, "dog"), some, facts, detector="demo", pope_objects=0).measures
+    without = measured(before, swap(CAT, "dog"), some, facts, pope_objects=0).measures
+    assert not {"confirmed", "confirmed_new"} & set(without)
+    # The cats are in the images still: what the edit made of them is not there.
+    assert there["confirmed_new"]["after"] < there["confirmed"]["before"]
+    assert there["confirmed"]["after"] < there["confirmed"]["before"]
+    assert there["confirmed_new"]["before"] is None

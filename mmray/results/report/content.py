@@ -15,6 +15,7 @@ from mmray.results.report.definitions import definitions
 from mmray.results.report.edits import Edit, read_edits
 from mmray.results.report.labels import label_analyses
 from mmray.results.report.neurons import layer_profile, neuron_pages
+from mmray.results.report.opinions import second_opinion
 from mmray.results.run import Run
 
 WHOLE = 1500
@@ -80,6 +81,7 @@ def gather(run: Run, edits: Sequence[str] = (), limit: int | None = WHOLE) -> Co
         "layers": layer_profile(run, concepts),
         "properties": summary,
         "labels": label_analyses(run),
+        "opinions": second_opinion(run),
         "edits": [edit.page() for edit in found],
         "failures": _failures(run),
     }

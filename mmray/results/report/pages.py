@@ -15,7 +15,17 @@ from jinja2 import Environment, StrictUndefined
 from mmray.results.report.content import Content, samples_of
 from mmray.storage import Store
 
-SCRIPTS = ("core.js", "images.js", "charts.js", "lists.js", "measured.js", "labels.js", "pages.js", "start.js")
+SCRIPTS = (
+    "core.js",
+    "images.js",
+    "charts.js",
+    "lists.js",
+    "measured.js",
+    "labels.js",
+    "opinions.js",
+    "pages.js",
+    "start.js",
+)
 PLOTLY = "plotly.min.js"
 WRITERS = 16
 """Files that are written at once: each waits for the disk, or for S3."""

@@ -1,0 +1,9 @@
+"""Moved embeddings as a Ray job, such as an audit of bias; `mmray perturb` has the settings of its configuration.
+
+ray job submit --working-dir . -- python jobs/perturb.py --config jobs/configs/bias.yaml out=s3://bucket/audits/confident
+"""
+
+from mmray.cli.job import run_job
+
+if __name__ == "__main__":
+    run_job("perturb")

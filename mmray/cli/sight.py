@@ -1,0 +1,99 @@
+"""What the model sees by another's judgement: a second opinion on its claims, and answers about a sight that moves."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, say, with_settings
+from mmray.evaluation.opinions.settings import (
+    OpinionSettings,
+    PerturbationSettings,
+    opinion_settings,
+    perturbation_settings,
+)
+
+if TYPE_CHECKING:
+    from mmray.cluster.opinions import Looked
+
+
+@app.command()
+@with_settings(OpinionSettings)
+def hallucination(
+    run: RunArgument,
+    pictures: Annotated[
+        Path | None, typer.Option("--pictures", help="Folder for pictures of what was mistaken for what.")
+    ] = None,
+    as_json: AsJson = False,
+    **settings: Any,
+) -> None:
+    """Ask a detector whether what the model claims is there: nouns of its captions, answers to yes/no questions."""
+    from mmray.cluster.opinions import run_opinions
+    from mmray.results.opinions import mistakes, opinions
+    from mmray.results.run import open_run
+
+    checked = opinion_settings({"run": run, **settings})
+    outcome = _followed(lambda follow: run_opinions(checked, follow))
+    found = open_run(run).table("mistakes").to_pylist()
+    if pictures is not None:
+        _save(pictures, found)
+    if as_json:
+        print(json.dumps(asdict(outcome), ensure_ascii=False))
+    else:
+        console.print(opinions(outcome.measures))
+        if found:
+            console.print(mistakes(found))
+    _end(outcome, "claims", as_json)
+
+
+@app.command()
+@with_settings(PerturbationSettings)
+def perturb(as_json: AsJson = False, **settings: Any) -> None:
+    """Move what the model sees from one concept to another, ask again, and tell what changed, beside controls."""
+    from mmray.cluster.opinions import run_perturbation
+    from mmray.results.opinions import changes
+
+    checked = perturbation_settings(settings)
+    outcome = _followed(lambda follow: run_perturbation(checked, follow))
+    if as_json:
+        print(json.dumps(asdict(outcome), ensure_ascii=False))
+    else:
+        console.print(changes(outcome.measures))
+    _end(outcome, "answers", as_json)
+
+
+def _followed(work: Callable[[Any], Looked]) -> Looked:
+    from mmray.results.progress import follow_progress
+
+    try:
+        with follow_progress(Console(stderr=True)) as follow:
+            return work(follow)
+    except KeyboardInterrupt:
+        print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
+        raise
+
+
+def _save(folder: Path, found: Sequence[Mapping[str, Any]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, row in enumerate(found):
+        name = f"{number:03d} {row['word']} for {row['mistaken_for'] or 'nothing'} in {row['sample_id']}.png"
+        (folder / name.replace("/", "_")).write_bytes(row["picture"])
+
+
+def _end(outcome: Looked, what: str, as_json: bool) -> None:
+    """Say where the rows are and what failed, and end with the status for it."""
+    if not as_json:
+        say(f"{outcome.rows:,} {what} of {outcome.samples:,} samples in {outcome.seconds:.0f} s → {outcome.out}")
+        if outcome.failures:
+            say(f"{outcome.failures:,} samples failed", "yellow")
+        for number, reason in outcome.shards_aside.items():
+            say(f"unit {number} set aside: {reason}", "red")
+    if not outcome.complete:
+        raise typer.Exit(INCOMPLETE)

@@ -1,0 +1,179 @@
+"""The drivers of second opinions and of moved embeddings: settle the units, hand them to actors, write the tables.
+
+RUN/opinions/FINGERPRINT/         the rows of each unit, committed once, as a run's shards are (`mmray.runs`)
+RUN/tables/claims.parquet         what the model claimed, and both confidences; `opinions`: the measures; `mistakes`
+OUT/run.json, shards/, …          the same of moved embeddings
+OUT/tables/answers.parquet        the answers under every condition; `changes`: the measures
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+import mmray.demo
+from mmray.cluster.carrying import carry_out, pool_for
+from mmray.cluster.census import Progress
+from mmray.cluster.sight_worker import OpinionWorker, PerturbationWorker, Plan, SightWorker
+from mmray.cluster.units import mapped
+from mmray.cluster.worker import columns_of
+from mmray.datasets.columns import Columns
+from mmray.datasets.contents import Source
+from mmray.datasets.rows import BadRowError, object_names
+from mmray.datasets.shards import cut
+from mmray.datasets.sources import open_source
+from mmray.derived import DERIVED
+from mmray.errors import InputError
+from mmray.evaluation.facts import DataFacts, gather_facts
+from mmray.evaluation.opinions.changes import changes
+from mmray.evaluation.opinions.judging import judged
+from mmray.evaluation.opinions.settings import OpinionSettings, PerturbationSettings, SightSettings
+from mmray.models.loading import digest, resolve
+from mmray.results.run import open_run
+from mmray.runs import RunFolder
+from mmray.settings import census_settings
+from mmray.storage import Store, open_store
+from mmray.version import VERSION
+from mmray.writing import write_table
+
+MOST_MISTAKES = 60
+"""Pictures that a run keeps."""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a finished look amounts to."""
+
+    out: str
+    samples: int
+    rows: int
+    failures: int
+    shards_aside: dict[int, str]
+    measures: list[dict[str, Any]]
+    seconds: float
+
+    @property
+    def complete(self) -> bool:
+        """Tell whether every sample was looked at."""
+        return not self.failures and not self.shards_aside
+
+
+def run_opinions(settings: OpinionSettings, follow: Callable[[Progress], None] = lambda _: None) -> Looked:
+    """Have a run's model claim and the detector judge, or go on where that was stopped, and write the run's tables.
+
+    Raises InputError for anything wrong with the set-up, before any work.
+    """
+    run = open_run(settings.run)
+    census = census_settings(run.info["settings"])
+    columns = Columns() if settings.data else columns_of(census)
+    plan = _plan(settings, census.model, settings.data or census.data, columns, census.prompt)
+    if not plan.facts.vocabulary:
+        raise InputError(f"{plan.data}: no column of objects, without which no claim can be judged")
+    own = f"{run.uri}/opinions/{settings.fingerprint(_digests(plan))}"
+    return _look(plan, OpinionWorker, RunFolder(open_store(own)), run.folder.store, "claims", follow)
+
+
+def run_perturbation(settings: PerturbationSettings, follow: Callable[[Progress], None] = lambda _: None) -> Looked:
+    """Move what a model sees and ask again, or go on where that was stopped, and write the tables of OUT.
+
+    Raises InputError for anything wrong with the set-up, before any work.
+    """
+    plan = _plan(settings, settings.model, settings.data, Columns(), None)
+    if not plan.facts.vocabulary and not (settings.source and settings.target and settings.unrelated):
+        raise InputError(f"{plan.data}: no column of objects to draw from; give --source, --target and --unrelated")
+    folder = RunFolder.at(settings.out, patient=True)
+    return _look(plan, PerturbationWorker, folder, folder.store, "answers", follow)
+
+
+def _look(
+    plan: Plan, worker: type[SightWorker], folder: RunFolder, store: Store, name: str, follow: Callable[..., None]
+) -> Looked:
+    began = time.perf_counter()
+    settings, digests = plan.settings, _digests(plan)
+    info = {
+        "settings": settings.model_dump(exclude={"address"}),
+        "result_settings": settings.result_settings(),
+        "digests": digests,
+        "fingerprint": settings.fingerprint(digests),
+        "versions": {"mmray": VERSION},
+    }
+    folder.begin(info, plan.manifest.to_json())
+
+    def actors(units: list[int]) -> Any:
+        pool = pool_for(settings.workers, settings.gpus_per_worker, len(units))
+        return mapped(worker, (plan, folder.store.uri), units, pool, ahead=0)
+
+    sizes = [shard.samples for shard in plan.manifest.shards]
+    carry_out(folder, sizes, actors, follow, address=settings.address, retry_failed=settings.retry_failed)
+    receipts = folder.receipts()
+
+    def gathered(part: str) -> pa.Table:
+        parts = [folder.read_part(receipt, part) for receipt in receipts.values()]
+        return pa.concat_tables([DERIVED[part].empty_table(), *parts])
+
+    rows = gathered(name)
+    summary, found = (
+        ("opinions", judged(rows, settings.draws, settings.seed))
+        if name == "claims"
+        else ("changes", changes(rows, settings.draws, settings.seed))
+    )
+    write_table(store, name, [rows])
+    write_table(store, summary, [pa.Table.from_pylist(found, DERIVED[summary])])
+    if name == "claims":
+        write_table(store, "mistakes", [gathered("mistakes")[:MOST_MISTAKES]])
+    outcome = Looked(
+        out=store.uri,
+        samples=sum(receipt.samples for receipt in receipts.values()),
+        rows=len(rows),
+        failures=sum(receipt.failures for receipt in receipts.values()),
+        shards_aside={number: receipt.reason or "" for number, receipt in folder.aside(receipts).items()},
+        measures=found,
+        seconds=time.perf_counter() - began,
+    )
+    folder.finish({"samples": outcome.samples, "failures": outcome.failures})
+    return outcome
+
+
+def _plan(settings: SightSettings, model: str, data: str, columns: Columns, prompt: str | None) -> Plan:
+    source = open_source(data, columns, captions=False)
+    manifest = cut(source.files(), settings.shard_size, settings.limit)
+    if not manifest.samples:
+        raise InputError(f"{data}: no sample in it")
+    return Plan(settings, model, data, columns, prompt, manifest, _facts(source))
+
+
+def _facts(source: Source) -> DataFacts:
+    objects = []
+    for cell in source.object_cells() if source.columns.objects is not None else ():
+        try:
+            objects.append(object_names(cell) if cell is not None else ())
+        except BadRowError:
+            continue
+    return gather_facts(objects, source.translations())
+
+
+def _digests(plan: Plan) -> dict[str, str]:
+    """Return what the rows depend on, each by a digest."""
+    detector, alignment = plan.settings.detector, plan.settings.alignment
+    return {
+        "model": digest(resolve(plan.model)),
+        "data": plan.manifest.digest,
+        "cut": str([shard.samples for shard in plan.manifest.shards][:1]) + str(plan.manifest.samples),
+        "detector": _content(mmray.demo.DETECTOR if detector == "demo" else detector),
+        "alignment": _content(alignment) if alignment else "",
+        "prompt": plan.prompt or "",
+    }
+
+
+def _content(place: Path | str) -> str:
+    """Return a digest of a folder's files; of a hub id its name."""
+    if "://" not in str(place) and not Path(place).expanduser().is_dir():
+        return str(place)
+    listed = [(entry.key, entry.size, entry.version) for entry in open_store(place).list() if "/" not in entry.key]
+    return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]

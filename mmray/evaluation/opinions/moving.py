@@ -1,0 +1,137 @@
+"""Ask about an image as it is, moved from one concept to another, and moved as far where it should not matter.
+
+`one step` and `steps` go along the detector's gradient from source to target, of embeddings as they vary, `plain steps`
+along the gradient as it is, and `unrelated` between two things that have nothing to do with the question. `random` goes
+in any direction, `random in place` as far in each patch as `steps` went, `random natural` as embeddings vary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL.Image import Image
+from torch import Tensor
+
+from mmray.datasets.samples import Sample
+from mmray.errors import InputError
+from mmray.evaluation.asking import replies, value_of
+from mmray.evaluation.opinions.settings import PerturbationSettings
+from mmray.evaluation.prompts import presence
+from mmray.models.prompting import prompt_text
+from mmray.perception.joint import JointModel
+from mmray.perception.perturbing import Covariance, confidences, moved, moved_at_random, relative_norms
+
+ANSWER = 16
+"""Tokens at most of an answer."""
+ORIGINAL = "original"
+
+Embedding = Float[Tensor, "row place width"]
+
+
+@dataclass(frozen=True)
+class Move:
+    """What is moved to what in one image, and two things that have nothing to do with it."""
+
+    source: str
+    target: str
+    unrelated: tuple[str, str]
+
+
+def drawn_move(sample: Sample, vocabulary: Sequence[str], settings: PerturbationSettings) -> Move | None:
+    """Return what the settings say, or else draw it from the image's objects and the data's; None where it has none."""
+    draw = random.Random(f"{settings.seed} {sample.sample_id}")
+    objects = sorted(name.casefold() for name in sample.objects or ())
+    source = settings.source or (draw.choice(objects) if objects else None)
+    lacking = [name for name in vocabulary if name not in objects and name not in (settings.source, settings.target)]
+    drawn = draw.sample(lacking, min(3, len(lacking)))
+    target = settings.target or (drawn.pop() if drawn else None)
+    unrelated = settings.unrelated or drawn[:2]
+    if source is None or target is None:
+        return None
+    if len(unrelated) < 2:
+        raise InputError("the data has no two other objects to move between as a control; name two by --unrelated")
+    return Move(source, target, (unrelated[0], unrelated[1]))
+
+
+@dataclass(frozen=True, eq=False)
+class Mover:
+    """A joint model and how its embeddings are moved."""
+
+    joint: JointModel
+    settings: PerturbationSettings
+    vocabulary: tuple[str, ...]
+    varying: Covariance
+    """How the data's embeddings vary."""
+
+    def rows(self, samples: Sequence[Sample], images: Sequence[Image]) -> list[dict[str, Any]]:
+        """Return a row for every question about every move of every image that has something to move."""
+        rows: list[dict[str, Any]] = []
+        seen: list[Embedding] = []
+        shown: list[Image] = []
+        for sample, image in zip(samples, images, strict=True):
+            move = drawn_move(sample, self.vocabulary, self.settings)
+            if move is None:
+                continue
+            embedding = self.joint.embed(self.joint.pixels([image]))
+            for condition, there in self.moves(embedding, move, sample.sample_id).items():
+                sure = confidences(self.joint, there, [move.source, move.target])[0].tolist()
+                ((norm, relative),) = relative_norms(embedding, there, self.joint.sight.skipped)
+                for about, question in self.questions(move):
+                    rows.append(
+                        {
+                            "sample_id": sample.sample_id,
+                            "condition": condition,
+                            "source": move.source,
+                            "target": move.target,
+                            "about": about,
+                            "question": question,
+                            "norm": norm,
+                            "relative_norm": relative,
+                            "source_confidence": sure[0],
+                            "target_confidence": sure[1],
+                        }
+                    )
+                    seen.append(there)
+                    shown.append(image)
+        if rows:
+            prompts = [prompt_text(self.joint.model, row["question"], None) for row in rows]
+            written = replies(self.joint, prompts, shown, torch.cat(seen), self.settings.batch_size, ANSWER)
+            for row, tokens in zip(rows, written, strict=True):
+                row["reply"] = str(self.joint.model.tokenizer.decode(tokens)).strip()
+                row["value"] = value_of(row["reply"], self.settings.parse)
+        return rows
+
+    def moves(self, embedding: Embedding, move: Move, sample_id: str) -> dict[str, Embedding]:
+        """Return the embedding under every condition."""
+        settings, joint, varying = self.settings, self.joint, self.varying
+        seed = random.Random(f"{settings.seed} {sample_id}").getrandbits(31)
+
+        def go(source: str, target: str, steps: int, *, plain: bool = False) -> Embedding:
+            return moved(joint, embedding, source, target, settings.norm, steps, varying, plain=plain, seed=seed)
+
+        there = go(move.source, move.target, settings.steps)
+        found = {
+            ORIGINAL: embedding,
+            "one step": go(move.source, move.target, 1),
+            "steps": there,
+            "plain steps": go(move.source, move.target, settings.steps, plain=True),
+            "unrelated": go(*move.unrelated, settings.steps),
+        }
+        for number in range(1, settings.randoms + 1):
+            drawn = seed + number
+            found[f"random {number}"] = moved_at_random(joint, embedding, there, drawn)
+            found[f"random in place {number}"] = moved_at_random(joint, embedding, there, drawn, in_place=True)
+            found[f"random natural {number}"] = moved_at_random(joint, embedding, there, drawn, varying=varying)
+        return found
+
+    def questions(self, move: Move) -> list[tuple[str, str]]:
+        """Return what each question is about, and its words."""
+        if self.settings.question:
+            return [("question", question) for question in self.settings.question]
+        asked = {"source": move.source, "target": move.target, "unrelated": move.unrelated[1]}
+        return [(about, presence(name)) for about, name in asked.items()]

@@ -1,0 +1,26 @@
+"""A detector beside a model that is measured already: how sure it is of what captions name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from PIL.Image import Image
+
+from mmray.models.loading import LoadedModel
+from mmray.perception.joint import join
+from mmray.perception.perturbing import confidences
+
+
+class SecondOpinion:
+    """A detector on the model's own tower. Raises InputError where it is another model's."""
+
+    def __init__(self, model: LoadedModel, detector: str) -> None:
+        self.joint = join(model, detector)
+
+    def confidence(self, image: Image, words: Collection[str]) -> dict[str, float]:
+        """Return word → the highest probability of any box."""
+        if not words:
+            return {}
+        asked = sorted(words)
+        embedding = self.joint.embed(self.joint.pixels([image]))
+        return dict(zip(asked, confidences(self.joint, embedding, asked)[0].tolist(), strict=True))

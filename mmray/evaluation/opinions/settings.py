@@ -1,0 +1,124 @@
+"""Typed settings of second opinions and of moved embeddings, and the documentation of each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mmray.errors import InputError
+from mmray.evaluation.asking import reader
+from mmray.settings import first_problem
+
+
+class SightSettings(BaseModel):
+    """What both are told: the detector beside the model, and how the work is done."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    execution: ClassVar[frozenset[str]] = frozenset(
+        {"run", "model", "data", "out", "detector", "alignment", "batch_size", "draws", "workers"}
+        | {"gpus_per_worker", "address", "retry_failed"}
+    )
+    """Settings that leave the rows alone, or that are known by the digests of what they name."""
+
+    detector: str = "demo"
+    """Detector on the model's own tower: `demo`, or a folder of heads; or an OWL-ViT or OWLv2 checkpoint, with
+    --alignment."""
+    alignment: str | None = None
+    """Folder of the network that `mmray align` made for the detector's tower and the model."""
+    limit: int | None = Field(None, ge=1)
+    """Use the first N samples only; all by default."""
+    shard_size: int = Field(24, ge=1)
+    """Samples a shard: the unit of work, and what a crash costs."""
+    batch_size: int = Field(24, ge=1)
+    """Replies that are written at once."""
+    seed: int = 0
+    """Seed of all that is drawn."""
+    draws: int = Field(1000, ge=1)
+    """Draws of the bootstrap over samples that intervals are made of."""
+    workers: int | None = Field(None, ge=1)
+    """Actors, each with a model replica; default: one a GPU of the cluster; without GPUs one a core, at most four a
+    machine."""
+    gpus_per_worker: float | None = Field(None, ge=0)
+    """GPUs a worker; default: 1 where the cluster has GPUs, else 0."""
+    address: str | None = None
+    """Ray cluster to join (auto, or ray://HOST:PORT); default: a local Ray of this process."""
+    retry_failed: bool = False
+    """Try again what an earlier call set aside."""
+
+    def result_settings(self) -> dict[str, Any]:
+        """Return the settings that the rows of a unit depend on."""
+        return self.model_dump(exclude=set(self.execution))
+
+    def fingerprint(self, digests: dict[str, str]) -> str:
+        """Return a digest of all that the rows depend on; the same for every way of doing the work."""
+        facts = self.result_settings() | {"digests": digests}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class OpinionSettings(SightSettings):
+    """Everything that `mmray hallucination` can be told."""
+
+    run: str
+    """Folder of the run whose model is asked, and in whose tables the claims are written."""
+    data: str | None = None
+    """Data with objects to ask about, as for a census; default: the run's own."""
+    questions: int = Field(1, ge=0)
+    """Present objects of an image that are asked for, and as many absent ones of each kind (random, popular,
+    adversarial); 0: captions alone."""
+
+
+class PerturbationSettings(SightSettings):
+    """Everything that `mmray perturb` can be told."""
+
+    model: str
+    """Hugging Face checkpoint folder, hub id, or `demo`."""
+    data: str
+    """Images to ask about: `demo`, Parquet, WebDataset tars, image folder, COCO, or `hf:NAME[:SPLIT]`; local or
+    s3://. Captions and objects are only needed where no --source or no --target is given."""
+    out: str
+    """Folder of the rows and tables: a local path or s3://bucket/prefix."""
+    source: str | None = None
+    """What the detector sees and is to see no more, such as a man; default: an object of each image."""
+    target: str | None = None
+    """What it is to see instead, such as a woman; default: an object of the data that the image lacks."""
+    unrelated: list[str] | None = None
+    """Two things that have nothing to do with the question, between which a control of equal norm moves; default: two
+    other objects of the data."""
+    question: list[str] | None = None
+    """Question that is asked as it is, once for each move; may be given more than once. Default: whether source, target
+    and an unrelated thing are in the image."""
+    parse: str = "yes_no"
+    """How an answer is read from a reply: yes_no, number, or two words such as man|woman. What can't be read is counted
+    and left out."""
+    norm: float = Field(0.65, gt=0)
+    """Bound of the move's L2 norm, in parts of the embedding's own; 0.65 is what exchanging an object really takes in
+    the demo's scenes."""
+    steps: int = Field(20, ge=2)
+    """Gradient steps of the long way; one step is measured too."""
+    randoms: int = Field(1, ge=1)
+    """Random directions of the same norm, of each of three kinds, that every move is held against."""
+
+
+def opinion_settings(values: dict[str, Any]) -> OpinionSettings:
+    """Return checked settings; raises InputError naming the first setting that is wrong and what is allowed."""
+    try:
+        return OpinionSettings(**values)
+    except ValidationError as error:
+        raise InputError(first_problem(error)) from error
+
+
+def perturbation_settings(values: dict[str, Any]) -> PerturbationSettings:
+    """Return checked settings; raises InputError naming the first setting that is wrong and what is allowed."""
+    try:
+        settings = PerturbationSettings(**values)
+    except ValidationError as error:
+        raise InputError(first_problem(error)) from error
+    reader(settings.parse)
+    if settings.unrelated is not None and len(settings.unrelated) != 2:
+        raise InputError(f"setting unrelated = {settings.unrelated!r}: give two things, between which a control moves")
+    if settings.question and not (settings.source and settings.target):
+        raise InputError("a question of your own needs source and target: what is seen, and is to be seen instead")
+    return settings

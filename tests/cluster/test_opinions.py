@@ -1,0 +1,123 @@
+"""Second opinions and moved embeddings as the commands run them: tables, resumed, on Ray or not; an edit's nouns."""
+
+from contextlib import ExitStack, nullcontext
+from unittest.mock import patch
+
+import pyarrow.compute as pc
+import pytest
+
+from mmray.cluster import carrying, opinions
+from mmray.cluster.opinions import run_opinions, run_perturbation
+from mmray.derived import DERIVED
+from mmray.errors import InputError
+from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
+from mmray.results.run import open_run
+from mmray.tables import read_table
+from tests.e2e.scenes import scenes, write
+from tests.running import _WorkHere, census_here
+
+MADE = ("claims", "opinions", "mistakes")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("opinions") / "data.parquet", scenes(6))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data):
+    out = tmp_path_factory.mktemp("opinions") / "run"
+    assert census_here("demo", data, out).complete
+    return str(out)
+
+
+def here() -> ExitStack:
+    """Do the work in this process."""
+    stack = ExitStack()
+    stack.enter_context(patch.object(carrying, "ray_session", lambda _: nullcontext()))
+    stack.enter_context(patch.object(carrying, "machines", lambda: [(1.0, 0.0)]))
+    stack.enter_context(patch.object(opinions, "mapped", _WorkHere))
+    return stack
+
+
+def asked(run, **more):
+    return opinion_settings({"run": run, "shard_size": 2, "draws": 20, "limit": 4} | more)
+
+
+def moved(data, out, **more):
+    settings = {"model": "demo", "data": data, "out": str(out), "shard_size": 1, "draws": 20, "limit": 2, "steps": 2}
+    return perturbation_settings(settings | {"randoms": 1} | more)
+
+
+def test_claims_are_tables_of_the_run_and_a_stopped_one_goes_on(run):
+    seen = []
+
+    def stop(progress):
+        seen.append(progress)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with here():
+        with pytest.raises(KeyboardInterrupt):
+            run_opinions(asked(run), stop)
+        done = run_opinions(asked(run), lambda progress: seen.append(progress))
+        assert done.complete
+        assert [progress.samples for progress in seen[2:]] == [2, 4]
+        again = run_opinions(asked(run))
+    opened = open_run(run)
+    for name in MADE:
+        assert opened.table(name).schema.names == DERIVED[name].names
+    claims = opened.table("claims")
+    assert len(claims) == done.rows == again.rows
+    assert again.measures == done.measures
+    wrong = pc.and_(claims["claimed"], pc.invert(claims["present"]))
+    assert len(opened.table("mistakes")) == pc.sum(wrong.cast("int64")).as_py()
+    assert {row["judge"] for row in done.measures} == {None, "detector", "language model"}
+
+
+def test_answers_of_moves_are_tables_of_their_folder(data, tmp_path):
+    with here():
+        done = run_perturbation(moved(data, tmp_path / "moved"))
+        assert done.complete
+        store = opinions.open_store(tmp_path / "moved")
+        assert len(read_table(store, "answers")) == done.rows == 2 * 8 * 3
+        assert {row["condition"] for row in read_table(store, "changes").to_pylist()} >= {"steps", "random in place"}
+        with pytest.raises(InputError, match=r"holds a run with other settings \(norm was 0\.65, now 0\.1"):
+            run_perturbation(moved(data, tmp_path / "moved", norm=0.1))
+
+
+def test_a_question_of_ones_own_is_asked_once_a_move(data, tmp_path):
+    own = {"source": "a cat", "target": "a dog", "unrelated": ["a ship", "a star"], "parse": "number"}
+    question = {"question": ["How many objects are in the image? Answer with a number."]}
+    with here():
+        done = run_perturbation(moved(data, tmp_path / "own", **own, **question))
+    assert done.rows == 2 * 8
+    assert {row["about"] for row in done.measures} == {"question"}
+
+
+def test_data_without_objects_is_refused(run, tmp_path):
+    import pyarrow.parquet as pq
+
+    bare = tmp_path / "bare.parquet"
+    pq.write_table(pq.read_table(write(tmp_path / "some.parquet", scenes(2))).drop_columns(["objects"]), bare)
+    with pytest.raises(InputError, match="without which no claim can be judged"):
+        run_opinions(asked(run, data=str(bare)))
+    with pytest.raises(InputError, match="give --source, --target and --unrelated"):
+        run_perturbation(moved(str(bare), tmp_path / "out"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("alone", "ray_here")
+def test_actors_give_what_one_process_gives(run):
+    with here():
+        before = run_opinions(asked(run, seed=1))
+    claims = open_run(run).table("claims")
+    store = open_run(run).folder.store
+    for entry in store.list("opinions/"):
+        store.delete(entry.key)
+    after = run_opinions(asked(run, seed=1, workers=2))
+    assert after.complete
+    assert after.rows == before.rows
+    found = open_run(run).table("claims")
+    for name in ("sample_id", "kind", "word", "claimed", "present", "text"):
+        assert found[name].equals(claims[name])

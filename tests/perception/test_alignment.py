@@ -1,0 +1,116 @@
+"""W: what it learns from, the loss of shared rows, its files, and a model that sees through it."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from mmray.errors import InputError
+from mmray.evaluation.asks import Ask
+from mmray.evaluation.questioner import Questioner
+from mmray.models.loading import digest
+from mmray.models.prompting import prompt_text
+from mmray.perception.alignment import (
+    Alignment,
+    Pair,
+    alignment_loss,
+    load_alignment,
+    optimiser,
+    save_alignment,
+)
+from mmray.perception.joint import join
+from mmray.perception.sight import OwnTower, open_sight
+from mmray.perception.standing_in import OtherSight
+from mmray.storage import open_store
+
+
+def pictures(*sizes: tuple[int, int]) -> list[Image.Image]:
+    random = torch.Generator().manual_seed(3)
+    return [
+        Image.fromarray(torch.randint(256, (height, width, 3), generator=random, dtype=torch.uint8).numpy())
+        for width, height in sizes
+    ]
+
+
+@pytest.fixture
+def pair(open_model) -> Pair:
+    model = open_model("llava")
+    return Pair(OwnTower(model), model)
+
+
+def test_a_models_own_tower_needs_its_own_projector(pair):
+    embedding, tokens = pair.examples(pictures((32, 32), (48, 30), (20, 60)))
+    assert torch.equal(pair.sight.projector(embedding), tokens)
+    assert float(alignment_loss(pair.sight.projector, embedding, tokens, 3)) == 0
+
+
+@given(st.integers(1, 6), st.integers(0, 6))
+def test_parts_add_up_to_the_mean(rows, cut):
+    torch.manual_seed(rows)
+    network = Alignment("mlp", 5, 7, 3, skipped=1)
+    embedding, tokens = torch.randn(rows, 4, 5), torch.randn(rows, 3, 3)
+    whole = torch.nn.functional.mse_loss(network(embedding), tokens)
+    parts = [alignment_loss(network, embedding[part], tokens[part], rows) for part in (slice(cut), slice(cut, None))]
+    assert float(sum(parts).detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
+    gradients = [torch.autograd.grad(value, list(network.parameters())) for value in (sum(parts), whole)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_stands_before_the_patches_has_no_part():
+    network = Alignment("projector", 5, 7, 3, skipped=1)
+    embedding = torch.randn(2, 4, 5)
+    other = torch.cat([torch.randn(2, 1, 5), embedding[:, 1:]], dim=1)
+    assert torch.equal(network(embedding), network(other))
+
+
+def test_it_is_kept_for_its_tower_and_its_model(pair, tmp_path):
+    network = pair.network("mlp", 16)
+    digests = {"tower": "that tower", "model": pair.model.digest}
+    save_alignment(open_store(tmp_path), network, {"digests": digests})
+    embedding, _ = pair.examples(pictures((32, 32)))
+    assert torch.equal(load_alignment(str(tmp_path), pair.model, "that tower")(embedding), network(embedding))
+    with pytest.raises(InputError, match="aligned with another tower"):
+        load_alignment(str(tmp_path), pair.model, "another")
+    with pytest.raises(InputError, match="no aligned network"):
+        load_alignment(str(tmp_path / "nothing"), pair.model, "that tower")
+
+
+def test_a_model_with_its_own_sight_standing_in_says_the_same(pair):
+    model = pair.model
+    asks = [
+        Ask(str(number), prompt_text(model, question, None), image)
+        for number, image in enumerate(pictures((32, 32), (40, 40)))
+        for question in ("What is in the picture?", "Describe the image in few words.")
+    ]
+    questioner = Questioner(model, 4)
+    before = questioner.write(asks)
+    with OtherSight(pair.sight, pair.sight.projector).applied(model):
+        assert questioner.write(asks) == before
+    blind = pair.network("projector", 1)
+    with OtherSight(pair.sight, blind).applied(model):
+        changed = questioner.along(asks, before)
+    for one, other in zip(questioner.along(asks, before), changed, strict=True):
+        assert not torch.allclose(one.hidden, other.hidden)
+
+
+@pytest.mark.parametrize("kind", ["owlvit", "owlv2"])
+def test_an_owls_embedding_gets_image_tokens(kind, owl, open_model, tmp_path):
+    folder, model = owl(kind), open_model("llava")
+    pair = Pair(open_sight(str(folder)), model)
+    embedding, tokens = pair.examples(pictures((32, 32), (48, 30)))
+    network = pair.network("mlp", 8)
+    assert embedding.shape[1] == tokens.shape[1] + pair.sight.skipped
+    before = float(alignment_loss(network, embedding, tokens, 2).detach())
+    learner = optimiser(network, 1e-2, 1e-2)
+    for _ in range(30):
+        learner.zero_grad()
+        alignment_loss(network, embedding, tokens, 2).backward()
+        learner.step()
+    assert float(alignment_loss(network, embedding, tokens, 2).detach()) < 0.8 * before
+    save_alignment(open_store(tmp_path), network, {"digests": {"tower": digest(folder), "model": model.digest}})
+    joint = join(model, str(folder), str(tmp_path))
+    assert torch.equal(joint.tokens(embedding), network(embedding).detach())
+    seen = joint.embed(joint.pixels(pictures((32, 32))))
+    assert joint.detect(seen, ["dog", "cat"]).logits.shape[2] == 2
