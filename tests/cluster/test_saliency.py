@@ -1,4 +1,4 @@
-"""Saliency measures as the command runs them: committed once, resumed, the same on Ray or not; one picture; refusals."""
+"""Saliency measures as the command runs them: committed once, resumed, on Ray or not; one picture; refusals."""
 
 import json
 from collections.abc import Callable
