@@ -8,16 +8,18 @@ from unittest.mock import patch
 
 import numpy as np
 
-from mmray.cluster import carrying, census, editing, evaluation, pipeline, properties
+from mmray.cluster import carrying, census, editing, evaluation, pipeline, properties, saliency
 from mmray.cluster.census import Outcome, Progress
 from mmray.cluster.pipeline import Pipeline
 from mmray.cluster.properties import Properties
 from mmray.cluster.properties_plan import Plan
 from mmray.cluster.properties_worker import PropertiesWorker
+from mmray.cluster.saliency import Judged
 from mmray.cluster.units import UnitWorker
 from mmray.cluster.worker import CensusWorker
 from mmray.evaluation.properties.settings import property_settings
 from mmray.neurons.concepts import NounSource
+from mmray.perception.settings import saliency_settings
 from mmray.runs import RunFolder
 from mmray.settings import CensusSettings, census_settings
 
@@ -83,6 +85,17 @@ class _WorkHere:
     def iter_batches(self, **_: object) -> Iterator[dict[str, list[Any]]]:
         for unit in self.units:
             yield self.worker({"unit": np.array([unit])})
+
+
+def saliency_here(run: Path | str, **settings: object) -> Judged:
+    """Measure the saliency of a run's words without Ray."""
+    follow: Callable[[Progress], None] = settings.pop("follow", lambda _: None)  # type: ignore[assignment]
+    with (
+        patch.object(carrying, "ray_session", lambda _: nullcontext()),
+        patch.object(carrying, "machines", lambda: [(1.0, 0.0)]),
+        patch.object(saliency, "mapped", _WorkHere),
+    ):
+        return saliency.run_saliency(saliency_settings({"run": str(run), **settings}), follow)
 
 
 def pipeline_here(settings: dict[str, Any]) -> Pipeline:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from mmray.errors import InputError
 from mmray.neurons.captured import capturing
-from mmray.neurons.heatmaps import Wanted, patch_maps
+from mmray.neurons.heatmaps import Map, Wanted, patch_maps
 from mmray.neurons.places import Place
 from mmray.neurons.scoring import score_captured
 from mmray.perception.attention import attention_rollout
@@ -24,6 +25,8 @@ from mmray.perception.saliency import Saliency, gradient_input, gradient_norm, p
 
 NEURONS = 10
 """Neurons whose mean activation is a map (Pan et al. 2024)."""
+CONFIDENT = 0.1
+"""Confidence from which a box counts for `alignment-confident`."""
 
 Located: TypeAlias = Mapping[str, tuple[Sequence[tuple[int, int]], Sequence[float]]]
 """Concept → its highest neurons in a run's ranking, each with the sign of its activation."""
@@ -37,7 +40,6 @@ class Looked:
     words: Sequence[str]
     located: Located = field(default_factory=dict)
     """Empty: the neurons that are highest at the place itself."""
-    _rollout: list[Tensor] = field(default_factory=list)
 
     @property
     def joint(self) -> JointLook:
@@ -57,9 +59,41 @@ class Looked:
         found: Detection = self.joint.joint.detector(self.look.seen[row : row + 1].float(), self.query(number))
         return found
 
+    @cached_property
+    def rolled_out(self) -> list[Float[Tensor, "query key"]]:
+        """Attention rollout of each row."""
+        return attention_rollout(self.look)
+
+    @cached_property
+    def neuron_maps(self) -> list[Map]:
+        """The mean activation of each place's neurons over the patches."""
+        look, places = self.look, self.look.places
+        missing = [place for place in places if place.concept not in self.located]
+        highest = iter(highest_neurons(look, missing) if missing else ())
+        chosen = [self.located.get(place.concept) or next(highest) for place in places]
+        wanted = [
+            Wanted(place.row, look.tokens[place.row], names[:NEURONS], signs[:NEURONS])
+            for place, (names, signs) in zip(places, chosen, strict=True)
+        ]
+        return patch_maps(look.model, look.batch, wanted, lambda: look.run(look.seen))
+
     def rows(self, number: int) -> int:
         """Return how many rows the grid of a place has."""
         return self.look.grid(self.look.places[number].row).rows
+
+
+def highest_neurons(look: Look, places: Sequence[Place]) -> list[tuple[list[tuple[int, int]], list[float]]]:
+    """Return the neurons that give most to each place's token, with the signs of their activations."""
+    with torch.inference_mode(), capturing(look.model, look.batch, places) as captured:
+        look.run(look.seen)
+    scored = score_captured(look.model, captured, "contribution")
+    scores = torch.cat([layer.cpu() for layer in scored.scores], dim=1)
+    activations = torch.cat([layer.cpu() for layer in scored.activation], dim=1)
+    owners = [(layer, unit) for layer, width in enumerate(look.model.widths) for unit in range(width)]
+    found = []
+    for own, best in zip(activations, scores.topk(NEURONS, dim=1).indices.tolist(), strict=True):
+        found.append(([owners[index] for index in best], [1.0 if own[index] >= 0 else -1.0 for index in best]))
+    return found
 
 
 Method: TypeAlias = Callable[[Looked, int], Saliency]
@@ -70,14 +104,22 @@ def alignment(looked: Looked, number: int) -> Saliency:
     return _aligned(looked, number, corners=False)
 
 
+def alignment_confident(looked: Looked, number: int) -> Saliency:
+    """Weigh the boxes that the detector is at least a little sure of as `alignment` does, the others not at all.
+
+    For a word that it sees nowhere, all boxes count.
+    """
+    return _aligned(looked, number, corners=False, least=CONFIDENT)
+
+
 def alignment_boxes(looked: Looked, number: int) -> Saliency:
     """Weigh each box by the highest cosine of the word's gradient with those of its four coordinates."""
     return _aligned(looked, number, corners=True)
 
 
-def _aligned(looked: Looked, number: int, *, corners: bool) -> Saliency:
+def _aligned(looked: Looked, number: int, *, corners: bool, least: float = 0.0) -> Saliency:
     look, place = looked.joint, looked.look.places[number]
-    found, boxes, _ = box_cosines(
+    found, boxes, logits = box_cosines(
         look.joint.detector,
         look.seen[place.row],
         looked.query(number),
@@ -86,6 +128,9 @@ def _aligned(looked: Looked, number: int, *, corners: bool) -> Saliency:
         corners=corners,
     )
     weights = found.max(dim=1).values
+    counted = logits.sigmoid() >= least
+    if counted.any():
+        weights = torch.where(counted, weights, weights.min())
     return Saliency(paint(boxes, weights), weights, boxes)
 
 
@@ -123,34 +168,19 @@ def _patches(looked: Looked, number: int, weigh: Callable[[Tensor, Tensor], Tens
 def rollout(looked: Looked, number: int) -> Saliency:
     """Weigh each patch by the attention that reaches the place from its token, rolled out over the layers."""
     look, place = looked.look, looked.look.places[number]
-    if not looked._rollout:
-        looked._rollout = attention_rollout(look)
-    reached = looked._rollout[place.row][place.position]
+    reached = looked.rolled_out[place.row][place.position]
     return Saliency(spread(reached[torch.tensor(look.tokens[place.row].positions)], look.tokens[place.row].rows))
 
 
 def neurons(looked: Looked, number: int) -> Saliency:
     """Weigh each patch by the mean activation of the word's ten highest neurons, each with its sign."""
-    look, place = looked.look, looked.look.places[number]
-    chosen, signs = looked.located.get(place.concept) or _highest(look, place)
-    wanted = Wanted(place.row, look.tokens[place.row], chosen[:NEURONS], signs[:NEURONS])
-    (found,) = patch_maps(look.model, look.batch, [wanted], lambda: look.run(look.seen))
+    found = looked.neuron_maps[number]
     return Saliency(spread(found.flatten(), found.shape[0]))
-
-
-def _highest(look: Look, place: Place) -> tuple[list[tuple[int, int]], list[float]]:
-    with torch.inference_mode(), capturing(look.model, look.batch, [place]) as captured:
-        look.run(look.seen)
-    scored = score_captured(look.model, captured, "contribution")
-    scores = torch.cat([layer[0].cpu() for layer in scored.scores])
-    activations = torch.cat([layer[0].cpu() for layer in scored.activation])
-    owners = [(layer, unit) for layer, width in enumerate(look.model.widths) for unit in range(width)]
-    best = scores.topk(NEURONS).indices.tolist()
-    return [owners[index] for index in best], [1.0 if activations[index] >= 0 else -1.0 for index in best]
 
 
 METHODS: dict[str, Method] = {
     "alignment": alignment,
+    "alignment-confident": alignment_confident,
     "alignment-boxes": alignment_boxes,
     "gradient": gradient,
     "gradient-input": gradient_times_input,
@@ -161,7 +191,7 @@ METHODS: dict[str, Method] = {
 }
 """Every method by its name."""
 
-OF_BOXES = ("alignment", "alignment-boxes", "detector", "random")
+OF_BOXES = ("alignment", "alignment-confident", "alignment-boxes", "detector", "random")
 """Methods that need a detector."""
 
 

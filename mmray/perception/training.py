@@ -87,7 +87,7 @@ def embed_scenes(tower: OwnTower, world: World, scenes: Sequence[Scene], *, quic
 def train_heads(
     heads: Heads, tower: OwnTower, *, seconds: float, batch_size: int, learning_rate: float, seen: int = 0
 ) -> int:
-    """Train heads in place until the time is up, and return the number of scenes that they have seen, with those before.
+    """Train heads in place until the time is up, and return the number of scenes that they have seen with those before.
 
     New scenes are rendered for the first two thirds of the time; each is trained on several times. The learning rate
     falls as a cosine of the time, so that no two runs are alike.

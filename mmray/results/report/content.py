@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mmray.results.report.concepts import concept_page, kin_of, number, read_concepts
 from mmray.results.report.definitions import definitions
 from mmray.results.report.edits import Edit, read_edits
 from mmray.results.report.labels import label_analyses
+from mmray.results.report.maps import map_of
 from mmray.results.report.neurons import layer_profile, neuron_pages
 from mmray.results.report.opinions import second_opinion
+from mmray.results.report.saliency import saliency
 from mmray.results.run import Run
 
 WHOLE = 1500
@@ -45,7 +44,12 @@ class Content:
 
     def samples(self) -> list[str]:
         """Return the samples of the run whose images the pages show."""
-        return list(dict.fromkeys(name for part in self.parts.values() for name in samples_of(part)))
+        shown = [name for part in self.parts.values() for name in samples_of(part)]
+        return list(dict.fromkeys([*shown, *self.explained()]))
+
+    def explained(self) -> list[str]:
+        """Return the samples that the index itself shows: those whose words have saliency maps."""
+        return [row["id"] for row in self.index["saliency"]["words"]]
 
 
 def samples_of(part: dict[str, Any]) -> list[str]:
@@ -82,6 +86,7 @@ def gather(run: Run, edits: Sequence[str] = (), limit: int | None = WHOLE) -> Co
         "properties": summary,
         "labels": label_analyses(run),
         "opinions": second_opinion(run),
+        "saliency": saliency(run),
         "edits": [edit.page() for edit in found],
         "failures": _failures(run),
     }
@@ -151,22 +156,12 @@ def _properties(run: Run) -> tuple[dict[str, list[dict[str, Any]]], list[dict[st
 
 
 def _maps(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return concept → sample → ranking → its heat map, each value one byte between the map's minimum and maximum."""
+    """Return concept → sample → ranking → its heat map."""
     found: dict[str, dict[str, dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
     table = run.optional("heatmaps")
     for row in table.to_pylist() if table is not None else ():
-        values = np.array(row["values"], dtype=np.float64)
-        low, high = float(values.min()), float(values.max())
-        levels = np.rint(255 * (values - low) / ((high - low) or 1.0)).astype(np.uint8)
-        found[row["concept"]][row["sample_id"]][row["method"]] = {
-            "rows": row["rows"],
-            "columns": row["columns"],
-            "low": number(low),
-            "high": number(high),
-            "values": base64.b64encode(levels.tobytes()).decode(),
-            "covers": row["covers"] if row["covers"] != [0.0, 0.0, 1.0, 1.0] else None,
+        found[row["concept"]][row["sample_id"]][row["method"]] = map_of(row) | {
             "box": row["box"] and [number(value) for value in row["box"]],
-            "hit": row["hit"],
             "iou": number(row["iou"]),
         }
     return found

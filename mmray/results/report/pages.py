@@ -23,6 +23,7 @@ SCRIPTS = (
     "measured.js",
     "labels.js",
     "opinions.js",
+    "saliency.js",
     "pages.js",
     "start.js",
 )
@@ -50,7 +51,8 @@ def write_pages(content: Content, images: Mapping[str, bytes], store: Store) -> 
     for key, part in content.parts.items():
         captions = {name: content.captions.get(name) for name in samples_of(part)}
         written[files[key]] = f"receive({_embedded(key)},{_embedded(part)},{_embedded(captions)})".encode()
-    data = {"index": content.index, "parts": {}, "files": files, "images": places, "captions": {}}
+    data = {"index": content.index, "parts": {}, "files": files, "images": places}
+    data["captions"] = {name: content.captions.get(name) for name in content.explained()}
     written["data/index.js"] = f"var DATA = {_embedded(data)};".encode()
     written[PLOTLY] = _plotly().encode()
     with ThreadPoolExecutor(WRITERS) as pool:

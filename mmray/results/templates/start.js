@@ -3,9 +3,9 @@
 const main = document.getElementById("main"), search = document.getElementById("search"), found = document.getElementById("found");
 const PAGES = [
   ["", "Overview", overview], ["concepts", "Concepts", conceptsPage], ["neurons", "Neurons", neuronsPage], ["layers", "Layers", layersPage],
-  ["properties", "Properties", propertiesPage], ["labels", "Languages and domains", labelsPage], ["opinions", "Second opinion", opinionsPage], ["edits", "Edits", editsPage], ["failures", "Failures", failuresPage],
+  ["properties", "Properties", propertiesPage], ["labels", "Languages and domains", labelsPage], ["saliency", "Saliency", saliencyPage], ["opinions", "Second opinion", opinionsPage], ["edits", "Edits", editsPage], ["failures", "Failures", failuresPage],
 ];
-const has = { labels: INDEX.labels.length, opinions: INDEX.opinions.measures.length, failures: INDEX.failures.count || INDEX.failures.aside.length };
+const has = { labels: INDEX.labels.length, saliency: INDEX.saliency.measures.length, opinions: INDEX.opinions.measures.length, failures: INDEX.failures.count || INDEX.failures.aside.length };
 const menu = PAGES.filter(([name]) => !(name in has) || has[name]);
 document.querySelector("nav").append(...menu.map(([name, title]) => h("a", { href: `#/${name}`, "data-page": name }, title)));
 document.querySelector("footer").append(

@@ -1,0 +1,30 @@
+"""The saliency of a report: measures of every method, and rows of an image, a word and the maps of each method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmray.results.report.concepts import number
+from mmray.results.report.maps import map_of
+from mmray.results.run import Run
+
+WORDS = 24
+"""Words whose maps are shown."""
+
+
+def saliency(run: Run) -> dict[str, Any]:
+    """Return the measures and the words that the page shows; empty lists where there are none yet."""
+    measures, maps = run.optional("saliency"), run.optional("saliency_maps")
+    words: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in maps.to_pylist() if maps is not None else ():
+        key = row["sample_id"], row["concept"]
+        if key not in words and len(words) == WORDS:
+            continue
+        box = [number(value) for value in row["boxes"][0]]
+        word = words.setdefault(key, {"id": row["sample_id"], "word": row["concept"], "maps": {}})
+        word["maps"][row["method"]] = map_of(row) | {"box": box}
+    rows = measures.to_pylist() if measures is not None else []
+    return {
+        "measures": [row | {name: number(row[name]) for name in ("value", "low", "high")} for row in rows],
+        "words": list(words.values()),
+    }

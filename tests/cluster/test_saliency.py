@@ -1,0 +1,133 @@
+"""Saliency measures as the command runs them: committed once, resumed, on Ray or not; one picture; refusals."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from mmray.cluster.saliency import run_saliency
+from mmray.demo.scenes import World
+from mmray.derived import DERIVED
+from mmray.errors import InputError
+from mmray.evaluation.saliency import PROTOCOLS
+from mmray.perception.methods import METHODS
+from mmray.perception.observing import CHANCE
+from mmray.perception.settings import saliency_settings
+from mmray.results.run import open_run
+from tests.e2e.conftest import Answer
+from tests.e2e.conftest import mmray as mmray_command
+from tests.running import census_here, saliency_here
+
+__all__ = ["mmray_command"]
+MADE = ("saliency", "saliency_maps")
+ASKED = {"images": 20, "maps": 2, "draws": 50, "methods": "alignment, gradient, detector, neurons", "erasures": False}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("saliency") / "run"
+    assert census_here("demo", "demo", out, limit=48, shard_size=24).complete
+    return out
+
+
+def tables(run: Path) -> dict[str, pa.Table]:
+    opened = open_run(run)
+    return {name: opened.table(name) for name in MADE}
+
+
+def without(run: Path) -> None:
+    store = open_run(run).folder.store
+    for prefix in ("saliency/", "tables/saliency"):
+        for entry in store.list(prefix):
+            store.delete(entry.key)
+
+
+def test_tables_have_their_columns_every_method_and_measure(run):
+    done = saliency_here(run, images=3, maps=1, draws=50)
+    assert done.complete and done.images == 3
+    found = tables(run)
+    for name, table in found.items():
+        assert table.schema.names == DERIVED[name].names and len(table)
+    rows = found["saliency"].to_pylist()
+    assert {(row["measure"], row["method"]) for row in rows} == {
+        *((measure, method) for measure in PROTOCOLS for method in METHODS),
+        ("pointing_game", CHANCE),
+    }
+    for row in rows:
+        assert 0 <= row["low"] <= row["value"] + 1e-9 and row["value"] <= row["high"] + 1e-9 <= 1 + 2e-9, row
+        assert row["n"] == 3 and row["words"] == done.words
+    assert {row["method"] for row in found["saliency_maps"].to_pylist()} == set(METHODS)
+
+
+def test_a_stopped_one_goes_on_and_gives_the_same_and_a_second_call_does_nothing(run):
+    without(run)
+    saliency_here(run, **ASKED)
+    before = tables(run)
+    calls = []
+    saliency_here(run, **ASKED, follow=calls.append)
+    assert len(calls) == 1
+    without(run)
+    seen = []
+
+    def stop(progress) -> None:
+        seen.append(progress)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        saliency_here(run, **ASKED, follow=stop)
+    assert saliency_here(run, **ASKED).complete
+    assert tables(run) == before
+
+
+def test_what_can_t_be_is_one_line(run, mmray_command: Callable[..., Answer]):
+    with pytest.raises(InputError, match="no method of saliency 'guess'"):
+        saliency_here(run, methods="guess")
+    with pytest.raises(InputError, match="neither a folder nor a model"):
+        saliency_here(run, detector="no-such-detector")
+    assert "give a RUN, or --model, --image and --word" in mmray_command("saliency").refusal
+    assert "not both" in mmray_command("saliency", run, "--word", "dog").refusal
+
+
+def test_a_model_without_a_detector_has_the_other_methods(tmp_path, tiny):
+    assert census_here(tiny("llava"), "demo", tmp_path / "run", limit=24).complete
+    done = saliency_here(tmp_path / "run", images=2, maps=1, draws=20, erasures=False)
+    assert done.complete
+    rows = open_run(tmp_path / "run").table("saliency").to_pylist()
+    assert {row["method"] for row in rows} == {"gradient", "gradient-input", "rollout", "neurons", CHANCE}
+    with pytest.raises(InputError, match="--methods alignment: it weighs a detector's boxes; give --detector"):
+        saliency_here(tmp_path / "run", methods="alignment")
+
+
+def test_one_picture_gives_a_page_or_a_picture_and_numbers(tmp_path, mmray_command: Callable[..., Answer]):
+    world = World.load()
+    scene = next(scene for scene in world.sample(20, 4) if len(scene.objects) == 2)
+    image = tmp_path / "scene.png"
+    Image.fromarray(world.render([scene])[0].permute(1, 2, 0).numpy()).save(image)
+    word = scene.objects[0]
+    given = ["saliency", "--model", "demo", "--image", image, "--word", word, "--caption", f"An image of a {word}."]
+    told = json.loads(mmray_command(*given, "--out", tmp_path / "page.html", "--json").out)
+    assert [row["method"] for row in told["maps"]] == list(METHODS)
+    assert (tmp_path / "page.html").read_text().count("<figure>") == 1 + len(METHODS)
+    mmray_command(*given, "--methods", "alignment", "--out", tmp_path / "map.png")
+    assert Image.open(tmp_path / "map.png").size == (384, 384)
+    assert "does not say" in mmray_command(*given[:-2], "--caption", "A house.").refusal
+    assert "neither .html nor .png" in mmray_command(*given, "--out", tmp_path / "map.gif").refusal
+    assert "not an image that can be read" in mmray_command(*given[:4], tmp_path / "none.png", *given[5:]).refusal
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("alone", "ray_here")
+def test_actors_give_what_one_process_gives(run):
+    without(run)
+    saliency_here(run, **ASKED)
+    before = tables(run)
+    without(run)
+    assert run_saliency(saliency_settings({"run": str(run), "workers": 2, **ASKED})).complete
+    after = tables(run)
+    assert after["saliency"].drop(["protocol"]).num_rows == before["saliency"].num_rows
+    for own, other in zip(after["saliency"].to_pylist(), before["saliency"].to_pylist(), strict=True):
+        assert own["value"] == pytest.approx(other["value"], abs=1e-5)
