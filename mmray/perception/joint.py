@@ -76,7 +76,7 @@ class JointModel:
         device = self.model.device
         ids = batch.inputs["input_ids"].to(device)
         words = self.model.network.get_input_embeddings()(ids)
-        places: Tensor = ids.eq(self.model.parts.image_token_id)
+        places = ids.eq(-1 if (own := self.model.parts.image_token_id) is None else own)
         seen = self.tokens(embedding).to(words.device, words.dtype)
         if int(places.sum()) != seen.shape[0] * seen.shape[1]:
             raise InputError(

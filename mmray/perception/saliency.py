@@ -52,7 +52,8 @@ def gradient_norm(
     gradient: Float[Tensor, "patch width"], seen: Float[Tensor, "patch width"]
 ) -> Float[Tensor, " patch"]:
     """Return the length of the gradient at each patch."""
-    return gradient.norm(dim=1)
+    lengths: Tensor = gradient.norm(dim=1)
+    return lengths
 
 
 def gradient_input(

@@ -1,5 +1,6 @@
 """The training job end to end, at its smallest."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +12,31 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmray.demo.captions import LANGUAGES
 from mmray.demo.scenes import World
+from mmray.models.loading import load
+from mmray.perception.heads import FACTS, load_heads
 
 JOB = Path(__file__).parents[2] / "jobs" / "train_demo.py"
+
+
+@pytest.mark.slow
+def test_heads_of_a_detector_are_left_and_trained_further(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    told = []
+    for _ in range(2):
+        finished = subprocess.run(
+            [sys.executable, JOB, "--detector", "--smoke", "--seconds", "1", "--out", str(tmp_path / "heads")],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            timeout=240,
+            check=False,
+        )
+        assert finished.returncode == 0, finished.stderr
+        assert "pointing" in finished.stdout and "recall" in finished.stdout
+        told.append(json.loads((tmp_path / "heads" / FACTS).read_text()))
+    assert told[1]["scenes"] > told[0]["scenes"] > 0
+    assert told[1]["seconds"] == 2 * told[0]["seconds"]
+    load_heads(tmp_path / "heads", load("demo"))
 
 
 @pytest.mark.slow
