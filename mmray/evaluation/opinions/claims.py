@@ -19,7 +19,9 @@ from mmray.evaluation.naming import Naming
 from mmray.evaluation.opinions.mistakes import Box, stands_at
 from mmray.evaluation.prompts import presence
 from mmray.evaluation.scope import objects_of
+from mmray.models.capture import tap_input
 from mmray.models.generation import caption_of
+from mmray.models.norms import log_probability, vocabulary_logits
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.places import place_mentions
 from mmray.perception.joint import JointModel
@@ -73,9 +75,11 @@ class Claimant:
             for concept, mention in mentions.items():
                 places.append(place_mentions(batch, row, sample.sample_id, [mention], every=True))
                 rows.append(self._row(row, sample, "caption", concept, text, claimed=True))
-        found = self._log_probabilities(batch, embedding)
-        for claim, pieces in zip(rows, places, strict=True):
-            claim["log_prob"] = float(sum(found[place.row, place.position, place.token] for place in pieces))
+        every = [place for pieces in places for place in pieces]
+        hidden = self._hidden(batch, embedding, [(place.row, place.position) for place in every])
+        found = log_probability(model, hidden, torch.tensor([place.token for place in every], dtype=torch.long))
+        for claim, own in zip(rows, found.split([len(pieces) for pieces in places]), strict=True):
+            claim["log_prob"] = float(own.sum())
         return rows
 
     def _answers(
@@ -116,11 +120,16 @@ class Claimant:
             "text": text,
         }
 
-    def _log_probabilities(
-        self, batch: Batch, embedding: Float[Tensor, "row place width"]
-    ) -> Float[Tensor, "row position token"]:
-        with torch.no_grad():
-            return self.joint.logits(batch, embedding).float().log_softmax(dim=2).cpu()
+    @torch.no_grad()
+    def _hidden(
+        self, batch: Batch, embedding: Float[Tensor, "row place width"], places: Sequence[tuple[int, int]]
+    ) -> Float[Tensor, "place hidden"]:
+        """Return the input of the final norm at these rows and positions; logits of all of them would fill a memory."""
+        states: list[Tensor] = []
+        with tap_input(self.joint.model.norm, states.append):
+            self.joint.model.network(**self.joint.inputs(batch, embedding), use_cache=False, logits_to_keep=1)
+        rows, positions = torch.tensor(places, dtype=torch.long).reshape(-1, 2).unbind(dim=1)
+        return states[0][rows.to(states[0].device), positions.to(states[0].device)]
 
     def _yes_against_no(
         self, prompts: Sequence[str], images: Sequence[Image], embedding: Float[Tensor, "row place width"]
@@ -133,11 +142,12 @@ class Claimant:
             part = slice(start, start + self.batch_size)
             none: list[list[int]] = [[] for _ in prompts[part]]
             batch = encode(model, prompts[part], images[part], none, [[] for _ in none])
-            said = self._log_probabilities(batch, embedding[part])
+            answers = [(row, start - 1) for row, start in enumerate(batch.caption_start)]
+            said = vocabulary_logits(model, self._hidden(batch, embedding[part], answers)).float().cpu()
             for row, pair in enumerate(words[part]):
                 # Where the two begin alike, with a blank, what tells them apart comes behind it.
                 first = next((tokens for tokens in zip(*pair, strict=False) if tokens[0] != tokens[1]), None)
-                both = said[row, batch.caption_start[row] - 1, list(first or (pair[0][0], pair[1][0]))]
+                both = said[row, list(first or (pair[0][0], pair[1][0]))]
                 found.append(float(both.log_softmax(dim=0)[0]))
         return found
 
