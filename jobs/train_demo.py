@@ -2,7 +2,7 @@
 
 python jobs/train_demo.py --out runs/demo-model            # 5.5 minutes on one H100, and its measures
 python jobs/train_demo.py --out /tmp/smoke --smoke         # the same path in under two minutes on two cores
-python jobs/train_demo.py --out runs/detector --detector   # heads of a detector on its tower: 10 minutes of one core
+python jobs/train_demo.py --out runs/detector --detector   # heads of a detector on its tower: 30 minutes of one core
 python jobs/train_demo.py --out heads --detector --model CHECKPOINT   # those for another LLaVA that sees the scenes
 """
 
@@ -31,7 +31,7 @@ def main(
         Path, typer.Option(help="Folder of the checkpoint; what it holds is overwritten, heads are trained further.")
     ],
     seconds: Annotated[
-        float | None, typer.Option(help="Training time, in seconds; default 330, of a detector 600.")
+        float | None, typer.Option(help="Training time, in seconds; default 330, of a detector 1800.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Scenes a step; default 768, of a detector 64.")] = None,
     learning_rate: Annotated[
@@ -53,7 +53,7 @@ def main(
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    defaults = (600.0, 64, 2e-3) if detector else (330.0, 768, 1.5e-3)
+    defaults = (1800.0, 64, 2e-3) if detector else (330.0, 768, 1.5e-3)
     seconds, batch_size, learning_rate = seconds or defaults[0], batch_size or defaults[1], learning_rate or defaults[2]
     if smoke:
         seconds, batch_size = min(seconds, 20.0), min(batch_size, 16)

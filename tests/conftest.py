@@ -1,6 +1,7 @@
 """Models for the tests of every room (tiny random checkpoints of each family, and the demo), and an S3 on loopback."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -89,3 +90,23 @@ def bucket() -> Iterator[str]:
         yield BUCKET
         storage.s3_client.cache_clear()
     server.stop()
+
+
+@pytest.fixture
+def ordinary_user(tmp_path: Path) -> Iterator[None]:
+    """Have no more rights than the owner of `tmp_path` while the test runs: root, too, is refused what is forbidden."""
+    if os.geteuid() != 0:
+        yield
+        return
+    nobody, mine = 65534, tmp_path.parents[:-2]  # not those above the system's folder for temporary files
+    modes = {folder: folder.stat().st_mode for folder in mine}
+    for folder in mine:
+        folder.chmod(modes[folder] | 0o011)
+    os.chown(tmp_path, nobody, nobody)
+    os.seteuid(nobody)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        for folder, mode in modes.items():
+            folder.chmod(mode)

@@ -55,13 +55,28 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="The first 256 scenes instead of all 1,536.")] = False,
 ) -> None:
     """Run the whole main job on the embedded model and data: no network, no GPU."""
+    from mmray.cluster.session import ray_session
+
+    with ray_session(None):  # one Ray for all its steps
+        complete = _run_demo(out / ("quick" if quick else "full"), quick=quick)
+    if not complete:
+        raise typer.Exit(INCOMPLETE)
+
+
+def _run_demo(run_folder: Path, *, quick: bool) -> bool:
+    """Run the demo's steps, and say what each found; True where all went well."""
     from mmray.results.run import open_run
     from mmray.results.terminal import summary
 
-    run_folder = out / ("quick" if quick else "full")
     say(f"1 census of the demo's scenes on a local Ray → {run_folder}", "bold")
     settings = census_settings(
-        {"model": "demo", "data": "demo", "out": str(run_folder), "limit": 256 if quick else None, "shard_size": 256}
+        {
+            "model": "demo",
+            "data": "demo",
+            "out": str(run_folder),
+            "limit": 256 if quick else None,
+            "shard_size": 128 if quick else 256,
+        }
     )
     outcome = _run_census(settings)
     run = open_run(run_folder)
@@ -77,8 +92,7 @@ def demo(
     concept = next(iter(run.concepts))
     first = run.rank(concept, 1)["neuron"][0].as_py()
     say(f"next: mmray rank {run_folder} {concept} · mmray neuron {run_folder} {first}")
-    if not (outcome.complete and complete):
-        raise typer.Exit(INCOMPLETE)
+    return outcome.complete and complete
 
 
 def _run_census(settings: CensusSettings) -> Outcome:

@@ -34,13 +34,14 @@ from mmray.neurons.labels.settings import SelectivitySettings
 from mmray.neurons.labels.steering import steer_of
 from mmray.results.run import Run, open_run
 from mmray.runs import RunFolder
+from mmray.runs.lease import driving
 from mmray.storage import Store, open_store
 from mmray.tables import read_table
 from mmray.version import VERSION
 from mmray.writing import write_table
 
-PARTS = {"interventions": "measurements", "stages": "lens", "steering": "replies"}
-"""Table of the run → what units of work commit for it."""
+OF_HELD_OUT = ("interventions", "stages", "steering")
+"""Tables of what was measured of the chosen neurons."""
 
 OF_TESTS = ("run", "interventions", "questions", "stages", "rate", "bar")
 """Settings that the sums by label don't depend on, besides those of steering."""
@@ -60,10 +61,18 @@ class Outcome:
 def run_selectivity(settings: SelectivitySettings, follow: Follow = lambda _: None) -> Outcome:
     """Choose each label's neurons and test them as asked; what was done by an earlier call is not done again.
 
-    `follow` hears of every committed shard. Raises InputError for anything wrong with the set-up.
+    Tests of an earlier call stay in the tables while the same neurons are chosen. `follow` hears of every committed
+    shard. Raises InputError for anything wrong with the set-up, or where another call is at work on the run.
     """
     began = time.perf_counter()
     run = open_run(settings.run)
+    with driving(open_store(f"{run.uri}/selectivity")):
+        found, aside = _found(settings, run, follow)
+    return Outcome(found, aside, time.perf_counter() - began)
+
+
+def _found(settings: SelectivitySettings, run: Run, follow: Follow) -> tuple[dict[str, pa.Table], dict[int, str]]:
+    """Do the work and write the tables; return the rows of each, and the shards set aside."""
     plan = plan_labels(settings, run)
     widths = _widths(run, settings.module)
     work = _Work(plan, run, follow)
@@ -76,9 +85,14 @@ def run_selectivity(settings: SelectivitySettings, follow: Follow = lambda _: No
     }
     if settings.tests:
         found |= work.tests(totals, selection, widths)
+    store = run.folder.store
+    if not _is_chosen(store, found["selectivity"], facts):
+        # What was measured of other neurons is not true of these.
+        for name in OF_HELD_OUT:
+            _write(store, name, LABEL_SCHEMAS[name].empty_table(), facts)
     for name, rows in found.items():
-        _write(run.folder.store, name, rows, facts)
-    return Outcome(found, work.aside, time.perf_counter() - began)
+        _write(store, name, rows, facts)
+    return found, work.aside
 
 
 def _is_counted(settings: SelectivitySettings) -> bool:
@@ -188,11 +202,25 @@ def _actors(
     return mapped(worker, arguments, units, pool, ahead=0)
 
 
+def _is_chosen(store: Store, rows: pa.Table, facts: dict[str, str]) -> bool:
+    """Tell whether the run's table has the same neurons chosen by the same analysis."""
+    same, _ = _split(store, "selectivity", facts)
+    which = ["label", "layer", "unit"]
+    return bool(same.select(which).equals(rows.select(which)))
+
+
 def _write(store: Store, name: str, rows: pa.Table, facts: dict[str, str]) -> None:
     """Put the rows in the run's table, in place of those of the same analysis."""
+    same, others = _split(store, name, facts)
+    if len(rows) or len(same):
+        write_table(store, name, [others, rows])
+
+
+def _split(store: Store, name: str, facts: dict[str, str]) -> tuple[pa.Table, pa.Table]:
+    """Return the rows of this analysis in the run's table, and those of others."""
     try:
         before = read_table(store, name)
     except FileNotFoundError:
         before = LABEL_SCHEMAS[name].empty_table()
     same = reduce(pc.and_, [pc.equal(before[field.name], facts[field.name]) for field in ANALYSIS])
-    write_table(store, name, [before.filter(pc.invert(same)), rows])
+    return before.filter(same), before.filter(pc.invert(same))

@@ -10,6 +10,9 @@ and averaged over answers (Pan et al. 2024 with the guards of FiNE, Pan et al. 2
     + calm · mean ‖what is written besides‖² / mean ‖W_out row‖²      at every token of the kept answers
     + size · Σ ‖Δ row‖² / mean ‖W_out row‖²
 
+Where a new answer has not been taken in by then, that is some token of it is not the likeliest, learning goes on for
+another course at half the rate, and a third.
+
 An answer that is to stay is lost where another token overtakes the likeliest. So the places that count are those where
 the lead is smallest now; they are found anew every few steps.
 """
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -49,6 +52,8 @@ class Course:
     """Of an edit of the last layer, the places of the kept answers that a step looks at."""
     anew: int = 5
     """Steps until they are found anew."""
+    courses: int = 3
+    """At most, while some new answer is not taken in."""
     seed: int = 0
 
 
@@ -114,13 +119,25 @@ def learn(
     model: LoadedModel, deltas: Deltas, new: Sequence[Example], keep: Sequence[Example], course: Course
 ) -> list[float]:
     """Change the deltas so that the model gives the new answers and keeps the others; return the loss of each step."""
-    groups = [{"params": learnt, "lr": course.rate * deltas.step(layer)} for layer, learnt in deltas.learnt.items()]
-    optimizer = torch.optim.Adam(groups)
-    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, course.steps)
     changing = [_New(part, *_bans(model, rows)) for part, rows in _tails(model, new, deltas)]
     staying = [_Kept.of(part) for part, _ in _tails(model, keep, deltas)]
     draw = random.Random(course.seed)
-    course_of_loss = []
+    course_of_loss: list[float] = []
+    for number in range(course.courses):
+        course_of_loss += _run(deltas, changing, staying, replace(course, rate=course.rate / 2**number), draw)
+        if all(_is_taken_in(part, deltas) for part in changing):
+            break
+    return course_of_loss
+
+
+def _run(
+    deltas: Deltas, changing: Sequence[_New], staying: Sequence[_Kept], course: Course, draw: random.Random
+) -> list[float]:
+    """Go through one course of steps, at a falling rate; return the loss of each."""
+    groups = [{"params": learnt, "lr": course.rate * deltas.step(layer)} for layer, learnt in deltas.learnt.items()]
+    optimizer = torch.optim.Adam(groups)
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, course.steps)
+    losses = []
     for step in range(course.steps):
         optimizer.zero_grad()
         some = draw.sample(changing, min(BATCHES, len(changing)))
@@ -135,8 +152,14 @@ def learn(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         falling.step()
-        course_of_loss.append(loss.item())
-    return course_of_loss
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def _is_taken_in(new: _New, deltas: Deltas) -> bool:
+    """Tell whether every token of the answers that are to change is the likeliest."""
+    return bool((new.tail.logits(deltas).argmax(dim=1) == new.tail.targets).all())
 
 
 def _size(deltas: Deltas) -> Float[Tensor, ""]:

@@ -42,7 +42,7 @@ def locate_index(widths: Sequence[int], index: Int64[ndarray, " neuron"]) -> tup
 
 
 def specific_scores(scores: ConceptScores, total: Float64[ndarray, " all"], n: int) -> Float64[ndarray, " neuron"]:
-    """Return mean contribution minus max(0, mean contribution to the noun at all other nouns' occurrences).
+    """Return mean contribution minus max(0, mean contribution at all other occurrences, each to the noun there).
 
     Neurons that serve every noun head the plain ranking of a pre-trained model; this takes their common part away.
     """
@@ -52,7 +52,7 @@ def specific_scores(scores: ConceptScores, total: Float64[ndarray, " all"], n: i
 
 
 def selective_scores(scores: ConceptScores, squares: Float64[ndarray, " all"], n: int) -> Float64[ndarray, " neuron"]:
-    """Return mean contribution minus the root mean square of the contribution to the noun at all other occurrences.
+    """Return mean contribution minus the root mean square contribution at all other occurrences, each to its noun.
 
     A neuron that serves one other noun and hurts the next has a mean of nothing elsewhere, and a large mean square: of
     the sums that shards can add up exactly, it is what tells most about what zeroing the neuron does to other nouns.

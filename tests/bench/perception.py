@@ -77,15 +77,14 @@ def main(
     model: Annotated[str, typer.Option()] = "demo",
     detector: Annotated[str, typer.Option()] = "demo",
     scenes: Annotated[int, typer.Option()] = 60,
+    methods: Annotated[str, typer.Option()] = ",".join(METHODS),
     erased: Annotated[bool, typer.Option(help="Insertion and deletion too.")] = True,
 ) -> None:
     joint, world = load_joint(model, detector), World.load()
-    if isinstance(joint.detector, Heads):
-        print(measure_heads(joint.detector, joint.sight))
     chosen, rows = two_objects(world, scenes), []
     for start in range(0, len(chosen), BATCH):
         looked, boxes = looked_at(joint, world, chosen[start : start + BATCH])
-        for row in observations(looked, draw_maps(looked, tuple(METHODS)), boxes, erased=erased):
+        for row in observations(looked, draw_maps(looked, methods.split(",")), boxes, erased=erased):
             rows.append(row | {"sample_id": f"{start}-{row['sample_id']}"})
     table = summarise_saliency(pa.Table.from_pylist(rows, schema=SALIENCY_SCHEMAS["observations"]))
     for row in table.to_pylist():
@@ -98,6 +97,8 @@ def main(
         f"all boxes {whole:.3f} s, one forward and backward {plain:.3f} s, ratio {whole / plain:.2f}, "
         f"{torch.get_num_threads()} threads"
     )
+    if isinstance(joint.detector, Heads):
+        print(measure_heads(joint.detector, joint.sight))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from mmray.demo import DATA
 from mmray.errors import InputError
 from mmray.neurons.labels.settings import selectivity_settings
 from mmray.results.run import open_run
+from mmray.runs.lease import driving
+from mmray.storage import open_store
 from tests.e2e.conftest import Answer
 from tests.e2e.conftest import mmray as mmray_command
 from tests.running import census_here
@@ -133,6 +135,29 @@ def test_an_analysis_goes_on_where_it_was_and_leaves_others_alone(run: Path) -> 
     analysed(run, by="domain", permutations=0, bootstraps=0)
     kinds = open_run(run).table("selectivity")["label_kind"].to_pylist()
     assert {"language", "domain"} <= set(kinds)
+
+
+def test_measures_of_other_neurons_leave_the_tables(run: Path) -> None:
+    settings: dict[str, Any] = {"method": "contribution", "rate": 0.02, "held_out": 0.4}
+    analysed(run, **settings, interventions=True)
+    measured = open_run(run).table("interventions").to_pylist()
+    analysed(run, **settings, steer="en:es")  # the same neurons: both stay
+    assert open_run(run).table("interventions").to_pylist() == measured
+    assert len(open_run(run).table("steering"))
+    analysed(run, **settings | {"rate": 0.03})
+
+    def left(name: str) -> list[dict[str, Any]]:
+        rows = open_run(run).table(name).to_pylist()
+        return [row for row in rows if (row["label_kind"], row["method"]) == ("language", "contribution")]
+
+    assert any(row["method"] == "contribution" for row in measured)
+    assert left("interventions") == left("steering") == []
+    assert left("selectivity")
+
+
+def test_two_calls_do_not_mix_their_rows(run: Path) -> None:
+    with driving(open_store(f"{run}/selectivity")), pytest.raises(InputError, match="another driver is at work"):
+        analysed(run)
 
 
 def test_balance_gives_labels_like_token_budgets(run: Path) -> None:

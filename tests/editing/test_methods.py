@@ -6,11 +6,15 @@ import torch
 import mmray
 from mmray.editing.baselines import WordBan, banned_tokens
 from mmray.editing.closed import CLOSED, Row
+from mmray.editing.deltas import Deltas
 from mmray.editing.edit import Purpose
+from mmray.editing.learning import Course, learn
 from mmray.editing.locating import located, matched, sharing
 from mmray.editing.material import Material, kept, replaced
 from mmray.editing.methods import METHODS, make_edit
 from mmray.editing.settings import edit_settings
+from mmray.editing.tail import batched, tail
+from mmray.editing.task import prepare
 from mmray.errors import InputError
 from mmray.models.generation import generate
 from mmray.models.prompting import prompt_text
@@ -143,6 +147,22 @@ def test_a_swap_swaps_and_leaves_others_alone(material):
     with control.applied(model):
         assert sum("hammer" in text for text in say(own)) >= 0.9 * len(own)
     assert say(others) == before
+
+
+def test_learning_goes_on_until_new_answers_are_taken_in(material):
+    task = prepare(material, [edit_settings({"source": "hammer", "target": "dog", "kept": 16, "samples": 4})])
+    for steps, courses in ((2, 2), (40, 3)):
+        deltas = Deltas(material.model, task.neurons)
+        losses = learn(material.model, deltas, task.new, task.keep, Course(steps=steps, courses=courses))
+        done, rest = divmod(len(losses), steps)
+        with torch.no_grad():
+            behind = [tail(material.model, batch, deltas) for batch, _ in batched(material.model, task.new)]
+            taken_in = all((part.logits(deltas).argmax(1) == part.targets).all() for part in behind)
+        assert rest == 0
+        assert 1 <= done <= courses
+        assert taken_in or done == courses
+        # Two steps are too few, and forty enough: so both ends are seen.
+        assert taken_in == (steps == 40)
 
 
 @pytest.mark.slow

@@ -227,7 +227,7 @@ def test_a_folder_below_a_file_cannot_be_written(tmp_path: Path) -> None:
         commits_once(open_store(tmp_path / "file" / "run"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.usefixtures("ordinary_user")
 def test_a_folder_without_permission_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(InputError, match="Permission denied"):

@@ -50,7 +50,7 @@ function figure(value, digits = 3) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
   if (size >= 1000) return whole(value);
-  const text = value.toFixed(size >= 100 ? 1 : size >= 10 ? Math.min(2, digits) : digits);
+  const text = value.toFixed(size >= 100 ? Math.min(1, digits) : size >= 10 ? Math.min(2, digits) : digits);
   return Number(text) === 0 ? text.replace("-", "") : text.replace("-", "−");
 }
 const interval = (row, digits = 3) =>
