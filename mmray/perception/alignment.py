@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from PIL.Image import Image
+from PIL.Image import Image, new
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from mmray.models.patches import covered
 from mmray.perception.sight import OwnTower, Sight
 from mmray.storage import Store, open_store
 
+GREY = (128, 128, 128)
 Shape = Literal["projector", "mlp"]
 WEIGHTS, FACTS = "alignment.safetensors", "alignment.json"
 """Files of an aligned network's folder."""
@@ -84,17 +85,17 @@ class Pair:
         left, top, width, height = self.sight.covers(image.size)
         if (left, top, width, height) == covered(self.model, image.width / image.height):
             return image
-        box = (left * image.width, top * image.height, (left + width) * image.width, (top + height) * image.height)
+        # OWLv2 makes a square of an image by grey below or beside it.
+        seen = new("RGB", (round(width * image.width), round(height * image.height)), GREY)
+        seen.paste(image, (-round(left * image.width), -round(top * image.height)))
         side = int(self.model.network.config.vision_config.image_size)
-        return image.resize((side, side), box=box)
+        return seen.resize((side, side))
 
     def network(self, kind: Shape, hidden: int) -> Alignment:
         """Return an untrained W of the shape that the two ask for.
 
         Raises InputError where the grids of their patches differ.
         """
-        from PIL.Image import new
-
         embedding, tokens = self.examples([new("RGB", (64, 64))])
         patches = embedding.shape[1] - self.sight.skipped
         if patches != tokens.shape[1]:

@@ -47,7 +47,8 @@ def test_killed_or_not_and_of_any_number_of_workers_it_is_the_same(asked, tmp_pa
     alone, killed = str(tmp_path / "alone"), f"s3://{ray_here}/killed"
     done = run_alignment(alignment_settings({**asked, "out": alone, "workers": 1}))
     assert (done.images, done.lost, done.steps) == (120, 0, 30)
-    assert done.measures["recall"]["n"] == 4
+    # A model with random weights may write the image's own token, and can't be asked along that.
+    assert done.measures["recall"]["n"] + done.failures == 4
 
     struck: list[int] = []
 

@@ -78,7 +78,7 @@ class Claimant:
         every = [place for pieces in places for place in pieces]
         hidden = self._hidden(batch, embedding, [(place.row, place.position) for place in every])
         found = log_probability(model, hidden, torch.tensor([place.token for place in every], dtype=torch.long))
-        for claim, own in zip(rows, found.split([len(pieces) for pieces in places]), strict=True):
+        for claim, own in zip(rows, torch.split(found, [len(pieces) for pieces in places]), strict=True):
             claim["log_prob"] = float(own.sum())
         return rows
 
