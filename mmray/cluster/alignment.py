@@ -23,6 +23,7 @@ from mmray.cluster.alignment_training import PROBLEM, train
 from mmray.cluster.alignment_validation import Plan, ValidationWorker, plan_validation
 from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress
+from mmray.cluster.finished import Finished
 from mmray.cluster.session import ray_session
 from mmray.cluster.units import mapped
 from mmray.datasets.columns import Columns
@@ -41,8 +42,8 @@ from mmray.tables import EVALUATION_SCHEMAS
 from mmray.version import VERSION
 
 
-@dataclass(frozen=True)
-class Aligned:
+@dataclass(frozen=True, kw_only=True)
+class Aligned(Finished):
     """What a finished alignment amounts to; `measures` has the original model before and the joint one after."""
 
     out: str
@@ -51,14 +52,11 @@ class Aligned:
     images: int
     lost: int
     loss: float
-    failures: int
-    shards_aside: dict[int, str]
-    seconds: float
 
     @property
     def complete(self) -> bool:
         """Tell whether every image could be read and every sample measured."""
-        return not self.lost and not self.failures and not self.shards_aside
+        return not self.lost and super().complete
 
 
 def run_alignment(settings: AlignmentSettings, follow: Callable[[Progress], None] = lambda _: None) -> Aligned:
@@ -172,5 +170,5 @@ def _validate(
         pa.concat_tables([EVALUATION_SCHEMAS["measurements"].empty_table(), *parts]),
         sum(receipt.samples for receipt in receipts.values()),
         sum(receipt.failures for receipt in receipts.values()),
-        {number: receipt.reason or "" for number, receipt in folder.aside(receipts).items()},
+        folder.reasons(receipts),
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray.data
 
+from mmray.cluster.finished import Finished
 from mmray.cluster.session import actor_pool, machines, ray_session
 from mmray.cluster.units import mapped
 from mmray.cluster.worker import DECODE, CensusWorker, open_data
@@ -39,20 +40,12 @@ class Progress:
     shards_aside: int
 
 
-@dataclass(frozen=True)
-class Outcome:
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Finished):
     """What a finished census amounts to."""
 
     out: str
     samples: int
-    failures: int
-    shards_aside: dict[int, str]
-    seconds: float
-
-    @property
-    def complete(self) -> bool:
-        """Tell whether every sample was analysed."""
-        return not self.failures and not self.shards_aside
 
 
 def run_census(settings: CensusSettings, follow: Callable[[Progress], None] = lambda _: None) -> Outcome:
@@ -100,7 +93,7 @@ def outcome(out: str, folder: RunFolder, seconds: float) -> Outcome:
         out=out,
         samples=sum(receipt.samples for receipt in receipts.values()),
         failures=sum(receipt.failures for receipt in receipts.values()),
-        shards_aside={number: receipt.reason or "" for number, receipt in folder.aside(receipts).items()},
+        shards_aside=folder.reasons(receipts),
         seconds=seconds,
     )
 

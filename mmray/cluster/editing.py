@@ -65,7 +65,7 @@ def make_edits(
         retry_failed=retry_failed,
     )
     names = list(edits)
-    return {names[unit]: receipt.reason or "" for unit, receipt in folder.aside(folder.receipts()).items()}
+    return {names[unit]: reason for unit, reason in folder.reasons(folder.receipts()).items()}
 
 
 class EditWorker(UnitWorker):

@@ -19,6 +19,7 @@ from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress
 from mmray.cluster.evaluation_plan import Plan, digests, plan_evaluation, units_json
 from mmray.cluster.evaluation_worker import EvaluationWorker, Opener
+from mmray.cluster.finished import Finished
 from mmray.cluster.units import mapped
 from mmray.editing.edit import open_edit
 from mmray.evaluation.settings import EvaluationSettings
@@ -30,22 +31,14 @@ from mmray.tables import EVALUATION_SCHEMAS, to_bytes
 from mmray.version import VERSION
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Finished):
     """What a finished evaluation amounts to; `measures` as evaluation.json has them."""
 
     edit: str
     measures: dict[str, dict[str, Any]]
     facts: dict[str, Any]
     samples: int
-    failures: int
-    shards_aside: dict[int, str]
-    seconds: float
-
-    @property
-    def complete(self) -> bool:
-        """Tell whether everything could be measured."""
-        return not self.failures and not self.shards_aside
 
 
 def run_evaluation(
@@ -71,7 +64,7 @@ def run_evaluation(
         facts=edit.facts,
         samples=sum(receipt.samples for receipt in receipts.values()),
         failures=sum(receipt.failures for receipt in receipts.values()),
-        shards_aside={number: receipt.reason or "" for number, receipt in folder.aside(receipts).items()},
+        shards_aside=folder.reasons(receipts),
         seconds=time.perf_counter() - began,
     )
     _write(outcome, plan, info["fingerprint"], captions)
@@ -112,12 +105,7 @@ def _actors(plan: Plan, folder: RunFolder, opener: Opener, units: list[int]) -> 
 
 def _gathered(folder: RunFolder, receipts: dict[int, Receipt]) -> tuple[pa.Table, pa.Table]:
     """Return the measurements of all units, and the captions, each sample once."""
-    parts = {
-        name: pa.concat_tables(
-            [EVALUATION_SCHEMAS[name].empty_table(), *(folder.read_part(r, name) for r in receipts.values())]
-        )
-        for name in ("measurements", "captions")
-    }
+    parts = {name: folder.read_parts(receipts, name, EVALUATION_SCHEMAS[name]) for name in ("measurements", "captions")}
     rows = {row["sample_id"]: row for row in reversed(parts["captions"].to_pylist())}
     captions = [rows[name] for name in sorted(rows)]
     return parts["measurements"], pa.Table.from_pylist(captions, schema=EVALUATION_SCHEMAS["captions"])

@@ -188,7 +188,7 @@ class _Work:
             address=plan.settings.address,
             retry_failed=plan.settings.retry_failed,
         )
-        self.aside |= {number: receipt.reason or "" for number, receipt in folder.aside(folder.receipts()).items()}
+        self.aside |= folder.reasons(folder.receipts())
 
     def _parts(self, folder: RunFolder, name: str) -> Iterator[pa.Table]:
         for receipt in folder.receipts().values():

@@ -20,6 +20,7 @@ import pyarrow as pa
 import mmray.demo
 from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress
+from mmray.cluster.finished import Finished
 from mmray.cluster.sight_worker import OpinionWorker, PerturbationWorker, Plan, SightWorker
 from mmray.cluster.units import mapped
 from mmray.cluster.worker import columns_of
@@ -46,22 +47,14 @@ MOST_MISTAKES = 60
 """Pictures that a run keeps."""
 
 
-@dataclass(frozen=True)
-class Looked:
+@dataclass(frozen=True, kw_only=True)
+class Looked(Finished):
     """What a finished look amounts to."""
 
     out: str
     samples: int
     rows: int
-    failures: int
-    shards_aside: dict[int, str]
     measures: list[dict[str, Any]]
-    seconds: float
-
-    @property
-    def complete(self) -> bool:
-        """Tell whether every sample was looked at."""
-        return not self.failures and not self.shards_aside
 
 
 def run_opinions(settings: OpinionSettings, follow: Callable[[Progress], None] = lambda _: None) -> Looked:
@@ -113,11 +106,7 @@ def _look(
     carry_out(folder, sizes, actors, follow, address=settings.address, retry_failed=settings.retry_failed)
     receipts = folder.receipts()
 
-    def gathered(part: str) -> pa.Table:
-        parts = [folder.read_part(receipt, part) for receipt in receipts.values()]
-        return pa.concat_tables([DERIVED[part].empty_table(), *parts])
-
-    rows = gathered(name)
+    rows = folder.read_parts(receipts, name, DERIVED[name])
     summary, found = (
         ("opinions", judged(rows, settings.draws, settings.seed))
         if name == "claims"
@@ -126,13 +115,13 @@ def _look(
     write_table(store, name, [rows])
     write_table(store, summary, [pa.Table.from_pylist(found, DERIVED[summary])])
     if name == "claims":
-        write_table(store, "mistakes", [gathered("mistakes")[:MOST_MISTAKES]])
+        write_table(store, "mistakes", [folder.read_parts(receipts, "mistakes", DERIVED["mistakes"])[:MOST_MISTAKES]])
     outcome = Looked(
         out=store.uri,
         samples=sum(receipt.samples for receipt in receipts.values()),
         rows=len(rows),
         failures=sum(receipt.failures for receipt in receipts.values()),
-        shards_aside={number: receipt.reason or "" for number, receipt in folder.aside(receipts).items()},
+        shards_aside=folder.reasons(receipts),
         measures=found,
         seconds=time.perf_counter() - began,
     )

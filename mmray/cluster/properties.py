@@ -13,10 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-
 from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress
+from mmray.cluster.finished import Finished
 from mmray.cluster.properties_plan import Plan, plan_properties
 from mmray.cluster.properties_worker import PropertiesWorker
 from mmray.cluster.units import mapped
@@ -24,27 +23,19 @@ from mmray.derived import PROPERTY_SCHEMAS
 from mmray.evaluation.properties.observations import summarise
 from mmray.evaluation.properties.settings import PropertySettings
 from mmray.results.run import Run, open_run
-from mmray.runs import Receipt, RunFolder
+from mmray.runs import RunFolder
 from mmray.storage import open_store
 from mmray.version import VERSION
 from mmray.writing import write_table
 
 
-@dataclass(frozen=True)
-class Properties:
+@dataclass(frozen=True, kw_only=True)
+class Properties(Finished):
     """What finished measuring amounts to."""
 
     run: str
     concepts: int
     heatmaps: int
-    failures: int
-    shards_aside: dict[int, str]
-    seconds: float
-
-    @property
-    def complete(self) -> bool:
-        """Tell whether every concept could be measured."""
-        return not self.failures and not self.shards_aside
 
 
 def run_properties(settings: PropertySettings, follow: Callable[[Progress], None] = lambda _: None) -> Properties:
@@ -59,7 +50,9 @@ def run_properties(settings: PropertySettings, follow: Callable[[Progress], None
     folder.begin(info, json.dumps([[facts.concept for facts in unit] for unit in plan.units]).encode())
     _work(plan, folder, follow)
     receipts = folder.receipts()
-    observed, maps = (_gathered(folder, receipts, name) for name in ("observations", "heatmaps"))
+    observed, maps = (
+        folder.read_parts(receipts, name, PROPERTY_SCHEMAS[name]) for name in ("observations", "heatmaps")
+    )
     # A part that was not asked for keeps the table that an earlier call wrote.
     if settings.only != "maps":
         write_table(run.folder.store, "properties", [summarise(observed, settings.draws, settings.seed)])
@@ -70,7 +63,7 @@ def run_properties(settings: PropertySettings, follow: Callable[[Progress], None
         concepts=plan.concepts,
         heatmaps=len(maps),
         failures=sum(receipt.failures for receipt in receipts.values()),
-        shards_aside={number: receipt.reason or "" for number, receipt in folder.aside(receipts).items()},
+        shards_aside=folder.reasons(receipts),
         seconds=time.perf_counter() - began,
     )
     folder.finish({"concepts": outcome.concepts, "failures": outcome.failures})
@@ -107,8 +100,3 @@ def _work(plan: Plan, folder: RunFolder, follow: Callable[[Progress], None]) -> 
 def _actors(plan: Plan, folder: RunFolder, units: list[int]) -> Any:
     pool = pool_for(plan.settings.workers, plan.settings.gpus_per_worker, len(units))
     return mapped(PropertiesWorker, (plan, folder.store.uri), units, pool, ahead=0)
-
-
-def _gathered(folder: RunFolder, receipts: dict[int, Receipt], name: str) -> pa.Table:
-    parts = [folder.read_part(receipt, name) for receipt in receipts.values()]
-    return pa.concat_tables([PROPERTY_SCHEMAS[name].empty_table(), *parts])

@@ -15,10 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-
 from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress, open_inputs
+from mmray.cluster.finished import Finished
 from mmray.cluster.saliency_worker import SaliencyPlan, SaliencyWorker
 from mmray.cluster.units import mapped
 from mmray.datasets.shards import Manifest
@@ -27,7 +26,7 @@ from mmray.errors import InputError
 from mmray.evaluation.saliency import summarise_saliency
 from mmray.perception.settings import SaliencySettings
 from mmray.results.run import Run, open_run
-from mmray.runs import Receipt, RunFolder
+from mmray.runs import RunFolder
 from mmray.settings import census_settings
 from mmray.storage import open_store
 from mmray.version import VERSION
@@ -39,21 +38,13 @@ SEVERAL = 2
 """Different nouns of a caption that is worth a look: its image may have several objects."""
 
 
-@dataclass(frozen=True)
-class Judged:
+@dataclass(frozen=True, kw_only=True)
+class Judged(Finished):
     """What finished measures amount to."""
 
     run: str
     images: int
     words: int
-    failures: int
-    shards_aside: dict[int, str]
-    seconds: float
-
-    @property
-    def complete(self) -> bool:
-        """Tell whether every image could be judged."""
-        return not self.failures and not self.shards_aside
 
 
 def run_saliency(settings: SaliencySettings, follow: Callable[[Progress], None] = lambda _: None) -> Judged:
@@ -82,8 +73,10 @@ def run_saliency(settings: SaliencySettings, follow: Callable[[Progress], None] 
         retry_failed=settings.retry_failed,
     )
     receipts = folder.receipts()
-    observed, maps = (_gathered(folder, receipts, name) for name in ("observations", "saliency_maps"))
-    aside = {number: receipt.reason or "" for number, receipt in folder.aside(receipts).items()}
+    observed, maps = (
+        folder.read_parts(receipts, name, SALIENCY_SCHEMAS[name]) for name in ("observations", "saliency_maps")
+    )
+    aside = folder.reasons(receipts)
     if not len(observed) and not aside:
         raise InputError(f"{run.uri}: no sample with several objects and their boxes; see --boxes-column of a census")
     if len(observed):
@@ -157,8 +150,3 @@ def _folder(plan: SaliencyPlan, run: Run) -> tuple[RunFolder, dict[str, Any]]:
         "versions": {"mmray": VERSION},
     }
     return RunFolder(open_store(f"{run.uri}/saliency/{fingerprint}")), info
-
-
-def _gathered(folder: RunFolder, receipts: dict[int, Receipt], name: str) -> pa.Table:
-    parts = [folder.read_part(receipt, name) for receipt in receipts.values()]
-    return pa.concat_tables([SALIENCY_SCHEMAS[name].empty_table(), *parts])

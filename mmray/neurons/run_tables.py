@@ -65,7 +65,7 @@ def _write_tables(
             "receipts": receipts_digest(receipts),
             "samples": sum(receipt.samples for receipt in done),
             "failures": sum(receipt.failures for receipt in done),
-            "shards_aside": {number: receipt.reason for number, receipt in folder.aside(receipts).items()},
+            "shards_aside": folder.reasons(receipts),
             "occurrences": sum(receipt.occurrences for receipt in done),
             "concepts": len(merge.concepts.concepts),
             "compute_seconds": round(sum(receipt.seconds for receipt in done), 3),

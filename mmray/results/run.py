@@ -154,12 +154,11 @@ class Run:
     def status(self) -> Status:
         """Return how far the run is, from what is committed."""
         receipts = self.folder.receipts()
-        aside = self.folder.aside(receipts)
         done = list(receipts.values())
         return Status(
             shards=self.info["shards"],
             shards_done=len(done),
-            shards_aside={number: receipt.reason or "" for number, receipt in aside.items()},
+            shards_aside=self.folder.reasons(receipts),
             samples=self.info["data"]["samples"],
             samples_done=sum(receipt.samples for receipt in done),
             failures=sum(receipt.failures for receipt in done),

@@ -114,6 +114,10 @@ class RunFolder:
         """Return the shards that were given up, with their reasons; not those that a late worker has `committed`."""
         return {number: receipt for number, receipt in self._receipts("aside/").items() if number not in committed}
 
+    def reasons(self, committed: Collection[int] = ()) -> dict[int, str]:
+        """Return why shards were given up, by shard; not those that a late worker has `committed`."""
+        return {number: receipt.reason or "" for number, receipt in self.aside(committed).items()}
+
     def _receipts(self, prefix: str) -> dict[int, Receipt]:
         keys = [entry.key for entry in self.store.list(prefix) if entry.key.endswith(".json")]
         with ThreadPoolExecutor(16) as pool:
@@ -202,6 +206,12 @@ class RunFolder:
             raise InputError(
                 f"{self.store.uri}: {receipt.parts[name]} is gone; remove receipts/{number}.json too and run again"
             ) from error
+
+    def read_parts(self, receipts: Mapping[int, Receipt], name: str, schema: pa.Schema) -> pa.Table:
+        """Return one part of all these shards, put together."""
+        return pa.concat_tables(
+            [schema.empty_table(), *(self.read_part(receipt, name) for receipt in receipts.values())]
+        )
 
     def finish(self, totals: dict[str, Any]) -> None:
         """Say that the tables are complete, and what they amount to."""
