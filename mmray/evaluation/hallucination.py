@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mmray.evaluation.answers import YES_OR_NO
 from mmray.evaluation.asks import Change
 from mmray.evaluation.facts import STRATEGIES, DataFacts
 from mmray.evaluation.naming import Naming
 from mmray.evaluation.rows import Rows
 
-YES_OR_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 SURE = 0.5
 """Confidence of a detector from which on it confirms."""
 WORDS = re.compile(r"\w+(?:[-'’]\w+)*")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,11 +24,11 @@ from torch.nn import functional
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel
 from mmray.models.patches import covered
+from mmray.perception.alignment_settings import Shape
 from mmray.perception.sight import OwnTower, Sight
 from mmray.storage import Store, open_store
 
 GREY = (128, 128, 128)
-Shape = Literal["projector", "mlp"]
 WEIGHTS, FACTS = "alignment.safetensors", "alignment.json"
 """Files of an aligned network's folder."""
 

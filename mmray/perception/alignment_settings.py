@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmray.errors import InputError
-from mmray.perception.alignment import Shape
 from mmray.settings import first_problem
 
 EXECUTION = {"out", "workers", "gpus_per_worker", "address", "restarts", "checkpoint_every", "retry_failed"}
@@ -18,6 +17,10 @@ VALIDATION = {"validate_on", "validate_limit", "pope_objects", "draws"}
 """Settings of what comes after the training."""
 NAMED = {"tower", "model", "data"}
 """Settings known by the digests of what they name."""
+
+
+Shape = Literal["projector", "mlp"]
+"""LLaVA's own projector, or the deeper MLP of Giulivi & Boracchi (2024)."""
 
 
 class AlignmentSettings(BaseModel):

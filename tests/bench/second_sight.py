@@ -24,7 +24,7 @@ import mmray
 from mmray.cluster.opinions import Looked, run_opinions, run_perturbation
 from mmray.demo.dataset import write_parquet
 from mmray.demo.scenes import World
-from mmray.evaluation.asking import value_of
+from mmray.evaluation.answers import value_of
 from mmray.evaluation.asks import Ask
 from mmray.evaluation.before import Before
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mmray.datasets.samples import Sample
 from mmray.derived import DERIVED
 from mmray.errors import InputError
-from mmray.evaluation.asking import value_of
+from mmray.evaluation.answers import value_of
 from mmray.evaluation.facts import gather_facts
 from mmray.evaluation.naming import Naming
 from mmray.evaluation.opinions.changes import changes

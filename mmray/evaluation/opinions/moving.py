@@ -19,7 +19,8 @@ from torch import Tensor
 
 from mmray.datasets.samples import Sample
 from mmray.errors import InputError
-from mmray.evaluation.asking import replies, value_of
+from mmray.evaluation.answers import value_of
+from mmray.evaluation.asking import replies
 from mmray.evaluation.opinions.settings import PerturbationSettings
 from mmray.evaluation.prompts import presence
 from mmray.models.prompting import prompt_text

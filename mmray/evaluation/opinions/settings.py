@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmray.errors import InputError
-from mmray.evaluation.asking import reader
+from mmray.evaluation.answers import reader
 from mmray.settings import first_problem
 
 
