@@ -10,7 +10,7 @@ and averaged over answers (Pan et al. 2024 with the guards of FiNE, Pan et al. 2
     + calm · mean ‖what is written besides‖² / mean ‖W_out row‖²      at every token of the kept answers
     + size · Σ ‖Δ row‖² / mean ‖W_out row‖²
 
-Where a new answer has not been taken in by then, that is some token of it is not the likeliest, learning goes on for
+Where new answers have not been taken in by then, that is some token of them is not the likeliest, learning goes on for
 another course at half the rate, and a third.
 
 An answer that is to stay is lost where another token overtakes the likeliest. So the places that count are those where
@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmray.editing.deltas import Deltas
@@ -34,6 +34,8 @@ from mmray.models.loading import LoadedModel
 
 PIECE = 1024
 """Places whose logits are held at once where all are gone through: a row of them is as long as the vocabulary."""
+TAKEN_IN = 0.95
+"""Part of the new answers that have to be taken in before learning ends: of few of them, all."""
 BATCHES = 2
 """Batches of each kind a step, where the later blocks have to be run again."""
 
@@ -125,7 +127,7 @@ def learn(
     course_of_loss: list[float] = []
     for number in range(course.courses):
         course_of_loss += _run(deltas, changing, staying, replace(course, rate=course.rate / 2**number), draw)
-        if all(_is_taken_in(part, deltas) for part in changing):
+        if torch.cat([_taken_in(part, deltas) for part in changing]).float().mean() >= TAKEN_IN:
             break
     return course_of_loss
 
@@ -157,9 +159,11 @@ def _run(
 
 
 @torch.no_grad()
-def _is_taken_in(new: _New, deltas: Deltas) -> bool:
-    """Tell whether every token of the answers that are to change is the likeliest."""
-    return bool((new.tail.logits(deltas).argmax(dim=1) == new.tail.targets).all())
+def _taken_in(new: _New, deltas: Deltas) -> Bool[Tensor, " answer"]:
+    """Tell of each answer that is to change whether every token of it is the likeliest."""
+    part = new.tail
+    wrong = part.logits(deltas).argmax(dim=1) != part.targets
+    return torch.zeros(_answers(part), device=wrong.device).index_add(0, part.rows, wrong.float()) == 0
 
 
 def _size(deltas: Deltas) -> Float[Tensor, ""]:

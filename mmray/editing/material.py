@@ -16,6 +16,7 @@ from mmray.datasets.samples import Sample
 from mmray.datasets.shards import Manifest, read_shard
 from mmray.datasets.sources import Source, open_source
 from mmray.editing.settings import EditSettings
+from mmray.editing.views import views
 from mmray.editing.wording import replaced as with_nouns
 from mmray.errors import InputError
 from mmray.models.generation import caption_of, generate
@@ -152,16 +153,19 @@ def open_material(run: Run, settings: EditSettings) -> Material:
 def replaced(material: Material, source: str, target: str, most: int, seed: int) -> list[Example]:
     """Return examples that say `target` where the model says `source` in its own captions of samples of the source.
 
+    Of each of at most `most` samples there are further views, mirrored and cut, each with the model's caption of it.
     Raises InputError where the model names the source in none of them.
     """
     found = material.ids([source])
     random.Random(f"{source} {seed}").shuffle(found)
     samples = material.read(found[:most])
+    seen = [(sample, view) for sample in samples for view in (sample, *views(sample, seed))]
     examples = []
-    for sample, tokens in zip(samples, material.own(samples), strict=True):
+    for (sample, view), tokens in zip(seen, material.own([view for _, view in seen]), strict=True):
         said = material.text(tokens)
         if find_forms(said, frozenset({source}), material.language):
-            examples.append(_rewritten(material, sample, tokens, said, source, target))
+            example = _rewritten(material, view, tokens, said, source, target)
+            examples.append(replace(example, sample_id=sample.sample_id))
     if not examples:
         raise InputError(
             f"{source!r}: the model names it in none of its own captions of {len(samples)} samples; "

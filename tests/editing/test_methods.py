@@ -157,7 +157,8 @@ def test_learning_goes_on_until_new_answers_are_taken_in(material):
         done, rest = divmod(len(losses), steps)
         with torch.no_grad():
             behind = [tail(material.model, batch, deltas) for batch, _ in batched(material.model, task.new)]
-            taken_in = all((part.logits(deltas).argmax(1) == part.targets).all() for part in behind)
+            wrong = [part.rows[part.logits(deltas).argmax(1) != part.targets].unique() for part in behind]
+        taken_in = sum(map(len, wrong)) <= 0.05 * len(task.new)
         assert rest == 0
         assert 1 <= done <= courses
         assert taken_in or done == courses
