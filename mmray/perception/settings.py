@@ -34,8 +34,9 @@ class SaliencySettings(BaseModel):
     """Images of several objects, with their boxes, that maps are held against."""
     maps: int = Field(24, ge=0)
     """Images whose maps are kept for the report."""
-    erasures: bool = True
-    """Measure insertion and deletion too, 18 forwards a word and method; the others take a forward and a backward."""
+    erasures: bool = False
+    """Measure insertion and deletion too: 18 forwards a word and method, where all else takes a forward and a backward
+    a word; off by default."""
     draws: int = Field(1000, ge=1)
     """Draws of the bootstrap over images that intervals are made of."""
     seed: int = 0

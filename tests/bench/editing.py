@@ -96,13 +96,17 @@ class Ground:
         settings: list[EditSettings] = [edit_settings(wish) for wish in wishes]
         return make_edit(self.material, settings)
 
-    def measured(self, edit: WeightEdit | WordBan) -> Evaluated:
-        """Measure an edit."""
+    def measured(self, edit: WeightEdit | WordBan, others: int | None = None) -> Evaluated:
+        """Measure an edit on all samples, or on those with its source and on so many drawn from the others."""
         own = self.material.read(name for purpose in edit.purposes for name in purpose.samples)
         settings = measure_settings(pope_objects=0, bleu=False, draws=200)
-        return evaluate(
-            self.material.model, edit, self.samples, settings, before=self.before, own=own, facts=self.facts
-        )
+        samples = self.samples
+        if others is not None:
+            sources = {purpose.source for purpose in edit.purposes}
+            with_source = [sample for sample in samples if sources & set(sample.objects or ())]
+            rest = [sample for sample in samples if not sources & set(sample.objects or ())]
+            samples = with_source + random.Random(str(sources)).sample(rest, min(others, len(rest)))
+        return evaluate(self.material.model, edit, samples, settings, before=self.before, own=own, facts=self.facts)
 
 
 @dataclass
@@ -143,14 +147,14 @@ def header() -> str:
     return f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
 
 
-def swaps(ground: Ground, count: int, controls: int, methods: tuple[str, ...]) -> None:
+def swaps(ground: Ground, count: int, controls: int, methods: tuple[str, ...], others: int | None) -> None:
     """Print the table of swaps by method."""
     rows: dict[str, Row] = defaultdict(Row)
     few: dict[str, Row] = defaultdict(Row)
     for number, (source, target) in enumerate(ground.pairs(count)):
         for method in ("learned", *methods) if number < controls else ("learned",):
             edit = ground.made({"source": source, "target": target, "method": method})
-            found = ground.measured(edit)
+            found = ground.measured(edit, others)
             for table in (rows, few) if number < controls else (rows,):
                 table[method].add(edit, found)
             print(f"{source} → {target}, {method}: {_short(found)}", file=sys.stderr, flush=True)
@@ -231,6 +235,7 @@ def main() -> None:
     parser.add_argument("--swaps", type=int, default=30)
     parser.add_argument("--controls", type=int, default=5)
     parser.add_argument("--methods", nargs="*", default=BASELINES)
+    parser.add_argument("--others", type=int, help="scenes without the source that a swap is measured on; default: all")
     parser.add_argument("--fresh", type=int, default=1000, help="scenes for hallucination; 0: --evaluation")
     given = parser.parse_args()
     wanted = given.parts or PARTS
@@ -239,7 +244,7 @@ def main() -> None:
         run = mmray.open_run(given.run) if given.run else mmray.run_census(given.model, given.data, f"{folder}/run")
         ground = Ground.at(run, given.evaluation)
         if "swaps" in wanted:
-            swaps(ground, given.swaps, given.controls, tuple(given.methods))
+            swaps(ground, given.swaps, given.controls, tuple(given.methods), given.others)
         if "suppress" in wanted:
             suppress(ground)
         if "joint" in wanted:

@@ -23,7 +23,7 @@ from tests.running import census_here, saliency_here
 
 __all__ = ["mmray_command"]
 MADE = ("saliency", "saliency_maps")
-ASKED = {"images": 20, "maps": 2, "draws": 50, "methods": "alignment, gradient, detector, neurons", "erasures": False}
+ASKED = {"images": 20, "maps": 2, "draws": 50, "methods": "alignment, gradient, detector, neurons"}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_what_can_t_be_is_one_line(run, mmray_command: Callable[..., Answer]):
 
 def test_a_model_without_a_detector_has_the_other_methods(tmp_path, tiny):
     assert census_here(tiny("llava"), "demo", tmp_path / "run", limit=24).complete
-    done = saliency_here(tmp_path / "run", images=2, maps=1, draws=20, erasures=False)
+    done = saliency_here(tmp_path / "run", images=2, maps=1, draws=20)
     assert done.complete
     rows = open_run(tmp_path / "run").table("saliency").to_pylist()
     assert {row["method"] for row in rows} == {"gradient", "gradient-input", "rollout", "neurons", CHANCE}
