@@ -92,6 +92,9 @@ def test_material_says_the_new_and_keeps_the_rest(material):
         place, old = example.avoided
         assert example.tokens[place] != old
         assert place < example.said <= len(example.tokens)
+    shown = set(material.ids(["hammer"]))
+    assert {example.sample_id for example in new} <= shown
+    assert len(new) > len({example.sample_id for example in new})  # further views, too
     assert len(rest) == 24
     assert not any("hammer" in material.text(example.tokens) for example in rest)
     with pytest.raises(InputError, match="names it in none"):
