@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from mmray.results.evaluation import number
 
@@ -14,12 +15,17 @@ Row = Mapping[str, Any]
 
 
 def opinions(measures: Sequence[Row]) -> Table:
-    """Return the measures of second opinions, the detector's beside the language model's own confidence."""
-    table = _table("claims", "measure", "judge", numbers=("value", "95 % interval", "n"))
-    for row in measures:
-        if row["measure"] != "reliability":
-            name = row["measure"].replace("_", " ")
-            table.add_row(row["claims"], name, row["judge"] or "", *_numbers(row), row["protocol"])
+    """Return the measures of second opinions: a row a kind of claim and judge, with 95 % intervals."""
+    names = {"auroc": "AUROC", "ece": "calibration error", "confirmed_true": "sure of", "confirmed_false": "of false"}
+    table = _table("claims", "judge", numbers=("true", *names.values(), "n"))
+    for claims in dict.fromkeys(row["claims"] for row in measures):
+        found = {(row["judge"], row["measure"]): row for row in measures if row["claims"] == claims}
+        true = _value(found.get((None, "true")))
+        for judge in dict.fromkeys(judge for judge, name in found if judge and name in names):
+            values = [_value(found.get((judge, name)), interval=name == "auroc") for name in names]
+            count = next(row["n"] for (own, _), row in found.items() if own == judge)
+            table.add_row(claims, judge, true, *values, f"{count:,}")
+            true = Text()
     return table
 
 
@@ -28,17 +34,28 @@ def mistakes(found: Sequence[Row]) -> Table:
     table = _table("claimed", "stands there", "said", numbers=("detector", "log-probability"))
     for row in found[:SHOWN_MISTAKES]:
         table.add_row(
-            row["word"], row["mistaken_for"] or "–", row["text"], number(row["confidence"]), number(row["log_prob"]), ""
+            row["word"], row["mistaken_for"] or "–", row["text"], number(row["confidence"]), number(row["log_prob"])
         )
     return table
 
 
 def changes(measures: Sequence[Row]) -> Table:
-    """Return what changed under every condition."""
-    table = _table("condition", "about", "measure", numbers=("value", "95 % interval", "n"))
-    for row in measures:
-        name = row["measure"].replace("_", " ")
-        table.add_row(row["condition"], row["about"] or "all", name, *_numbers(row), row["protocol"])
+    """Return what changed under every condition: a row each, with 95 % intervals."""
+    shown = {
+        "turned": (None, "followed"),
+        "source": ("source", "followed"),
+        "target": ("target", "followed"),
+        "changed": (None, "changed"),
+        "shift": (None, "shift"),
+        "unread": (None, "unparsable"),
+        "norm": (None, "relative_norm"),
+    }
+    conditions = dict.fromkeys(row["condition"] for row in measures)
+    found = {(row["condition"], row["about"], row["measure"]): row for row in measures}
+    wanted = {name: key for name, key in shown.items() if any((one, *key) in found for one in conditions)}
+    table = _table("condition", numbers=tuple(wanted))
+    for one in conditions:
+        table.add_row(one, *(_value(found.get((one, *key)), interval=name == "turned") for name, key in wanted.items()))
     return table
 
 
@@ -48,11 +65,13 @@ def _table(*words: str, numbers: Sequence[str]) -> Table:
     for word in words:
         table.add_column(word)
     for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", style="dim", no_wrap=True, overflow="ellipsis")
+        table.add_column(name, justify="right")
     return table
 
 
-def _numbers(row: Row) -> tuple[str, str, str]:
-    interval = "" if row["low"] is None else f"{number(row['low'])} – {number(row['high'])}"
-    return number(row["value"]), interval, f"{row['n']:,}"
+def _value(row: Row | None, *, interval: bool = False) -> Text:
+    """Return a measure's value, with its interval where that is asked for and there is one."""
+    if row is None or row["value"] is None:
+        return Text("–")
+    text = Text(number(row["value"]))
+    return text.append(f" {row['low']:.2f}–{row['high']:.2f}", "dim") if interval and row["low"] is not None else text
