@@ -46,7 +46,7 @@ def without(run: Path) -> None:
 
 
 def test_tables_have_their_columns_every_method_and_measure(run):
-    done = saliency_here(run, images=3, maps=1, draws=50)
+    done = saliency_here(run, images=3, maps=1, draws=50, erasures=True)
     assert done.complete and done.images == 3
     found = tables(run)
     for name, table in found.items():
