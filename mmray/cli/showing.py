@@ -10,7 +10,7 @@ from mmray.settings import CensusSettings
 
 EDIT, QUICK_EDIT = {"kept": 256, "samples": 16}, {"kept": 64, "samples": 8, "steps": 30}
 """Of the demo's edits, what they are learnt on."""
-SCENES, QUICK_SCENES = 64, 40
+SCENES, QUICK_SCENES = 64, 24
 """That the demo's edits are measured on."""
 
 
@@ -58,7 +58,7 @@ def say_edits(census: CensusSettings, *, quick: bool) -> bool:
                     "data": str(EVALUATION),
                     "limit": scenes,
                     "shard_size": scenes // 2,
-                    "text_count": 40,
+                    "text_count": min(40, scenes),
                     "pope_objects": 0,
                 },
             }
