@@ -1,6 +1,6 @@
 """Moved embeddings as a Ray job, such as an audit of bias; `mmray perturb` has the settings of its configuration.
 
-ray job submit --working-dir . -- python jobs/perturb.py --config jobs/configs/bias.yaml out=s3://bucket/audits/confident
+ray job submit --working-dir . -- python jobs/perturb.py --config jobs/configs/perturb.yaml out=s3://bucket/audits/confident
 """
 
 from mmray.cli.job import run_job

@@ -57,8 +57,12 @@ def demo(
     """Run the whole main job on the embedded model and data: no network, no GPU."""
     from mmray.cluster.session import ray_session
 
-    with ray_session(None):  # one Ray for all its steps
-        complete = _run_demo(out / ("quick" if quick else "full"), quick=quick)
+    console.file = sys.stdout  # while there is a Ray, what else is printed goes to stderr
+    try:
+        with ray_session(None):  # one for all the steps
+            complete = _run_demo(out / ("quick" if quick else "full"), quick=quick)
+    finally:
+        console.file = None  # type: ignore[assignment]  # whatever sys.stdout is, as before
     if not complete:
         raise typer.Exit(INCOMPLETE)
 
