@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, say, with_settings
+from mmray.cli.options import AsJson, RunArgument, app, console, end, say, with_settings
 from mmray.evaluation.settings import EvaluationSettings, evaluation_settings
 
 
@@ -42,9 +42,4 @@ def evaluate(
         )
         say(f"cost: {cost}" if cost else "", "dim")
         say(f"{outcome.samples:,} samples and questions in {outcome.seconds:.0f} s → {checked.edit}/evaluation.json")
-        if outcome.failures:
-            say(f"{outcome.failures:,} of them failed", "yellow")
-        for number, reason in outcome.shards_aside.items():
-            say(f"unit {number} set aside: {reason}", "red")
-    if not outcome.complete:
-        raise typer.Exit(INCOMPLETE)
+    end(outcome, "of them", quiet=as_json)

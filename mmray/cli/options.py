@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel
 from rich.console import Console
 
 from mmray.settings import CensusSettings, Dtype
+
+if TYPE_CHECKING:
+    from mmray.cluster.finished import Finished
 
 INCOMPLETE = 4
 """Exit status of a run that ended although some samples or shards failed."""
@@ -70,6 +73,17 @@ DtypeName = Annotated[Dtype, option("dtype")]
 TrustRemoteCode = Annotated[bool, option("trust_remote_code")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run: a local path or s3://bucket/prefix.")]
+
+
+def end(outcome: Finished, what: str, *, quiet: bool = False) -> None:
+    """Say what of a piece of work failed or was set aside, unless told to be quiet, and exit with the status for it."""
+    if not quiet:
+        for number, reason in outcome.shards_aside.items():
+            say(f"unit {number} set aside: {reason}", "red")
+        if outcome.failures:
+            say(f"{outcome.failures:,} {what} failed", "yellow")
+    if not outcome.complete:
+        raise typer.Exit(INCOMPLETE)
 
 
 def say(line: str, style: str | None = None) -> None:

@@ -7,10 +7,9 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-import typer
 from rich.console import Console
 
-from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, say, with_settings
+from mmray.cli.options import AsJson, RunArgument, app, console, end, say, with_settings
 from mmray.evaluation.properties.settings import PropertySettings, property_settings
 
 
@@ -39,10 +38,5 @@ def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> No
         if checked.only != "maps":
             console.print(show(opened.properties()))
         say(f"{outcome.concepts:,} concepts, {outcome.heatmaps:,} heat maps in {outcome.seconds:.0f} s → {run}")
-        for number, reason in outcome.shards_aside.items():
-            say(f"unit {number} set aside: {reason}", "red")
-        if outcome.failures:
-            say(f"{outcome.failures:,} concepts failed", "yellow")
         say(f"next: mmray report {run}")
-    if not outcome.complete:
-        raise typer.Exit(INCOMPLETE)
+    end(outcome, "concepts", quiet=as_json)

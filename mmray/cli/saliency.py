@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mmray.cli.options import INCOMPLETE, AsJson, app, console, say, with_settings
+from mmray.cli.options import AsJson, app, console, end, say, with_settings
 from mmray.errors import InputError
 from mmray.perception.settings import SaliencySettings, saliency_settings
 
@@ -105,10 +105,5 @@ def _whole(settings: SaliencySettings, *, as_json: bool) -> None:
     else:
         console.print(show(rows))
         say(f"{outcome.words:,} words of {outcome.images:,} images in {outcome.seconds:.0f} s → {settings.run}")
-        for number, reason in outcome.shards_aside.items():
-            say(f"unit {number} set aside: {reason}", "red")
-        if outcome.failures:
-            say(f"{outcome.failures:,} images failed", "yellow")
         say(f"next: mmray report {settings.run}")
-    if not outcome.complete:
-        raise typer.Exit(INCOMPLETE)
+    end(outcome, "images", quiet=as_json)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, say, with_settings
+from mmray.cli.options import AsJson, RunArgument, app, console, end, say, with_settings
 from mmray.evaluation.opinions.settings import (
     OpinionSettings,
     PerturbationSettings,
@@ -91,9 +91,4 @@ def _end(outcome: Looked, what: str, as_json: bool) -> None:
     """Say where the rows are and what failed, and end with the status for it."""
     if not as_json:
         say(f"{outcome.rows:,} {what} of {outcome.samples:,} samples in {outcome.seconds:.0f} s → {outcome.out}")
-        if outcome.failures:
-            say(f"{outcome.failures:,} samples failed", "yellow")
-        for number, reason in outcome.shards_aside.items():
-            say(f"unit {number} set aside: {reason}", "red")
-    if not outcome.complete:
-        raise typer.Exit(INCOMPLETE)
+    end(outcome, "samples", quiet=as_json)

@@ -165,9 +165,8 @@ def _validate(
     sizes = [shard.samples for shard in plan.manifest.shards]
     carry_out(folder, sizes, actors, follow, address=settings.address, retry_failed=settings.retry_failed)
     receipts = folder.receipts()
-    parts = [folder.read_part(receipt, "measurements") for receipt in receipts.values()]
     return _Validated(
-        pa.concat_tables([EVALUATION_SCHEMAS["measurements"].empty_table(), *parts]),
+        folder.read_parts(receipts, "measurements", EVALUATION_SCHEMAS["measurements"]),
         sum(receipt.samples for receipt in receipts.values()),
         sum(receipt.failures for receipt in receipts.values()),
         folder.reasons(receipts),

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress
+from mmray.cluster.described import described
 from mmray.cluster.evaluation_plan import Plan, digests, plan_evaluation, units_json
 from mmray.cluster.evaluation_worker import EvaluationWorker, Opener
 from mmray.cluster.finished import Finished
@@ -28,7 +29,6 @@ from mmray.results.run import Run, open_run
 from mmray.runs import Receipt, RunFolder
 from mmray.storage import open_store
 from mmray.tables import EVALUATION_SCHEMAS, to_bytes
-from mmray.version import VERSION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +74,8 @@ def run_evaluation(
 
 def _folder(plan: Plan, run: Run) -> tuple[RunFolder, dict[str, Any]]:
     """Return where the rows of this evaluation lie, and what it says of itself."""
-    found = digests(plan, run)
-    fingerprint = plan.settings.fingerprint(found)
-    info = {
-        "settings": plan.settings.model_dump(exclude={"address"}),
-        "result_settings": plan.settings.result_settings(),
-        "digests": found,
-        "fingerprint": fingerprint,
-        "versions": {"mmray": VERSION},
-    }
-    return RunFolder(open_store(f"{plan.settings.edit.rstrip('/')}/evaluations/{fingerprint}")), info
+    info = described(plan.settings, digests(plan, run))
+    return RunFolder(open_store(f"{plan.settings.edit.rstrip('/')}/evaluations/{info['fingerprint']}")), info
 
 
 def _work(plan: Plan, folder: RunFolder, opener: Opener, follow: Callable[[Progress], None]) -> None:

@@ -20,6 +20,7 @@ import pyarrow as pa
 import mmray.demo
 from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress
+from mmray.cluster.described import described
 from mmray.cluster.finished import Finished
 from mmray.cluster.sight_worker import OpinionWorker, PerturbationWorker, Plan, SightWorker
 from mmray.cluster.units import mapped
@@ -40,7 +41,6 @@ from mmray.results.run import open_run
 from mmray.runs import RunFolder
 from mmray.settings import census_settings
 from mmray.storage import Store, open_store
-from mmray.version import VERSION
 from mmray.writing import write_table
 
 MOST_MISTAKES = 60
@@ -88,15 +88,8 @@ def _look(
     plan: Plan, worker: type[SightWorker], folder: RunFolder, store: Store, name: str, follow: Callable[..., None]
 ) -> Looked:
     began = time.perf_counter()
-    settings, digests = plan.settings, _digests(plan)
-    info = {
-        "settings": settings.model_dump(exclude={"address"}),
-        "result_settings": settings.result_settings(),
-        "digests": digests,
-        "fingerprint": settings.fingerprint(digests),
-        "versions": {"mmray": VERSION},
-    }
-    folder.begin(info, plan.manifest.to_json())
+    settings = plan.settings
+    folder.begin(described(settings, _digests(plan)), plan.manifest.to_json())
 
     def actors(units: list[int]) -> Any:
         pool = pool_for(settings.workers, settings.gpus_per_worker, len(units))

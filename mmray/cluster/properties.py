@@ -15,6 +15,7 @@ from typing import Any
 
 from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress
+from mmray.cluster.described import described, digests_of
 from mmray.cluster.finished import Finished
 from mmray.cluster.properties_plan import Plan, plan_properties
 from mmray.cluster.properties_worker import PropertiesWorker
@@ -25,7 +26,6 @@ from mmray.evaluation.properties.settings import PropertySettings
 from mmray.results.run import Run, open_run
 from mmray.runs import RunFolder
 from mmray.storage import open_store
-from mmray.version import VERSION
 from mmray.writing import write_table
 
 
@@ -72,17 +72,8 @@ def run_properties(settings: PropertySettings, follow: Callable[[Progress], None
 
 def _folder(plan: Plan, run: Run) -> tuple[RunFolder, dict[str, Any]]:
     """Return where the rows lie, and what that folder says of itself."""
-    finished = run.folder.finished() or {}
-    digests = {"run": run.info["fingerprint"], "receipts": str(finished.get("receipts"))}
-    fingerprint = plan.settings.fingerprint(digests)
-    info = {
-        "settings": plan.settings.model_dump(exclude={"address"}),
-        "result_settings": plan.settings.result_settings(),
-        "digests": digests,
-        "fingerprint": fingerprint,
-        "versions": {"mmray": VERSION},
-    }
-    return RunFolder(open_store(f"{run.uri}/properties/{fingerprint}")), info
+    info = described(plan.settings, digests_of(run))
+    return RunFolder(open_store(f"{run.uri}/properties/{info['fingerprint']}")), info
 
 
 def _work(plan: Plan, folder: RunFolder, follow: Callable[[Progress], None]) -> None:

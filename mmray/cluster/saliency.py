@@ -17,6 +17,7 @@ from typing import Any
 
 from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress, open_inputs
+from mmray.cluster.described import described, digests_of
 from mmray.cluster.finished import Finished
 from mmray.cluster.saliency_worker import SaliencyPlan, SaliencyWorker
 from mmray.cluster.units import mapped
@@ -29,7 +30,6 @@ from mmray.results.run import Run, open_run
 from mmray.runs import RunFolder
 from mmray.settings import census_settings
 from mmray.storage import open_store
-from mmray.version import VERSION
 from mmray.writing import write_table
 
 TOGETHER = 16
@@ -139,14 +139,5 @@ def _located(run: Run) -> Mapping[str, tuple[list[tuple[int, int]], list[float]]
 
 def _folder(plan: SaliencyPlan, run: Run) -> tuple[RunFolder, dict[str, Any]]:
     """Return where the rows lie, and what that folder says of itself."""
-    finished = run.folder.finished() or {}
-    digests = {"run": run.info["fingerprint"], "receipts": str(finished.get("receipts"))}
-    fingerprint = plan.settings.fingerprint(digests)
-    info = {
-        "settings": plan.settings.model_dump(exclude={"address"}),
-        "result_settings": plan.settings.result_settings(),
-        "digests": digests,
-        "fingerprint": fingerprint,
-        "versions": {"mmray": VERSION},
-    }
-    return RunFolder(open_store(f"{run.uri}/saliency/{fingerprint}")), info
+    info = described(plan.settings, digests_of(run))
+    return RunFolder(open_store(f"{run.uri}/saliency/{info['fingerprint']}")), info
