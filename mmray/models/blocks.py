@@ -1,4 +1,8 @@
-"""The decoder's blocks: entered in the middle with known states, or with the image's patches in another order."""
+"""The decoder's blocks: entered in the middle with known states, or with the image's patches in another order.
+
+Of the last block's MLP, which treats each position by itself, only what is read afterwards is computed: it is three
+quarters of a block of an ordinary decoder.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmray.models.capture import tap_input
@@ -51,17 +55,42 @@ class Passage:
                 stack.callback(block.register_forward_pre_hook(keep, with_kwargs=True).remove)
             yield
 
-    def again(self, first: int) -> Float[Tensor, "row position hidden"]:
-        """Return what leaves the last block when the blocks from `first` on run again, entered as before.
+    def again(self, first: int, read: Int[Tensor, " place"]) -> Float[Tensor, "place hidden"]:
+        """Return what leaves the last block at the places that are read, when the blocks from `first` on run again.
 
-        It is the input of the final norm where nothing happens between the blocks; whoever uses it proves that first.
+        `read` are indices in (row, position). The result is the input of the final norm where nothing happens between
+        the blocks; whoever uses it proves that first.
         """
         states = self.entered[first][0][0]
-        for block, (arguments, named) in zip(self.blocks[first:], self.entered[first:], strict=True):
-            left = block(states, *arguments[1:], **named)
-            states = left[0] if isinstance(left, tuple) else left
-        end: Tensor = states
+        with self._narrowed(read.to(states.device)):
+            for block, (arguments, named) in zip(self.blocks[first:], self.entered[first:], strict=True):
+                left = block(states, *arguments[1:], **named)
+                states = left[0] if isinstance(left, tuple) else left
+        end: Tensor = states.flatten(0, -2)[read.to(states.device)]
         return end
+
+    @contextmanager
+    def _narrowed(self, read: Int[Tensor, " place"]) -> Iterator[None]:
+        """Compute the last block's MLP at these places alone; elsewhere it writes zero."""
+        last = self.model.projections[len(self.blocks) - 1].path
+        mlp = self.model.network.get_submodule(last.rpartition(".")[0])
+        shapes: list[torch.Size] = []
+
+        def narrow(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            shapes.append(arguments[0].shape)
+            return (arguments[0].flatten(0, -2)[read][None], *arguments[1:])
+
+        def widen(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+            wide = output.new_zeros(shapes.pop())
+            wide.flatten(0, -2)[read] = output[0]
+            return wide
+
+        with ExitStack() as stack:
+            # OPT's has no module of its own.
+            if mlp is not self.blocks[-1]:
+                stack.callback(mlp.register_forward_pre_hook(narrow).remove)
+                stack.callback(mlp.register_forward_hook(widen).remove)
+            yield
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 The blocks before the first changed neuron compute what they compute without it: their result is kept from one plain
 forward, and a forward with neurons changed starts behind them. On two cores that is what makes hundreds of concepts ×
-methods affordable. Not every family's blocks can be entered so: it is proven on the batch first, and where it fails
-each forward runs the whole network.
+methods affordable. Not every family's blocks can be entered so: it is proven on a batch first, and where it fails each
+forward runs the whole network.
 """
 
 from __future__ import annotations
@@ -38,13 +38,25 @@ class Ablator:
 
     @torch.inference_mode()
     def __init__(
-        self, model: LoadedModel, batch: Batch, places: Sequence[Place], passage: Passage | None = None
+        self,
+        model: LoadedModel,
+        batch: Batch,
+        places: Sequence[Place],
+        passage: Passage | None = None,
+        *,
+        resumes: bool | None = None,
     ) -> None:
-        """Run the batch as it is; `passage` is that of a forward of the same batch, where there was one."""
+        """Run the batch as it is.
+
+        `passage` is that of a forward of the same batch, where there was one; `resumes` what an earlier batch has shown
+        of this model's blocks, which is one more forward to show.
+        """
         self.model, self.batch, self.places = model, batch, places
+        self.rows = torch.tensor([place.row * batch.positions + place.position for place in places])
+        self.tokens = torch.tensor([place.token for place in places])
         self.passage = passage or self._passed()
-        self.untouched = self._log_probabilities(self.passage.end)
-        self.resumes = self._proven()
+        self.untouched = self._log_probabilities(self._read(self.passage.end))
+        self.resumes = self._proven() if resumes is None else resumes
 
     def change(self, neurons: Neurons) -> Float[Tensor, " place"]:
         """Return of each place how much zeroing these neurons adds to the log-probability of its noun, in nats."""
@@ -72,17 +84,16 @@ class Ablator:
         return bool((again - self.untouched)[likely].abs().le(TOLERANCE).all())
 
     def _from(self, first: int) -> Float[Tensor, " place"]:
-        return self._log_probabilities(self.passage.again(first))
+        return self._log_probabilities(self.passage.again(first, self.rows))
 
     def _whole(self) -> Float[Tensor, " place"]:
         kept: list[Tensor] = []
         with tap_input(self.model.norm, kept.append):
             forward(self.model, self.batch)
-        return self._log_probabilities(kept[-1])
+        return self._log_probabilities(self._read(kept[-1]))
 
-    def _log_probabilities(self, states: Tensor) -> Float[Tensor, " place"]:
-        rows = torch.tensor([place.row for place in self.places])
-        positions = torch.tensor([place.position for place in self.places])
-        tokens = torch.tensor([place.token for place in self.places])
-        states = states.reshape(len(self.batch.tokens), self.batch.positions, -1)
-        return log_probability(self.model, states[rows.to(states.device), positions.to(states.device)], tokens).cpu()
+    def _read(self, states: Tensor) -> Float[Tensor, "place hidden"]:
+        return states.flatten(0, -2)[self.rows.to(states.device)]
+
+    def _log_probabilities(self, states: Float[Tensor, "place hidden"]) -> Float[Tensor, " place"]:
+        return log_probability(self.model, states, self.tokens).cpu()

@@ -24,9 +24,12 @@ MATCHED, LIKE, UNIFORM = "layer-matched", "activation-matched", "uniform"
 
 
 class Effects:
-    """One concept's images, with the places of nouns, of every token, and of the concept's token at other nouns."""
+    """One concept's images, with the places of nouns, of every token, and of the concept's token at other nouns.
 
-    def __init__(self, subject: Subject) -> None:
+    `resumes` is what an earlier concept's `ablator` has shown of the model.
+    """
+
+    def __init__(self, subject: Subject, resumes: bool | None = None) -> None:
         self.subject = subject
         self.concept = subject.facts.concept
         nouns = subject.places
@@ -35,7 +38,9 @@ class Effects:
         named = [Place(place.row, place.position, token, self.concept, place.sample_id) for place in others]
         rows = {place.row: place.sample_id for place in others}
         words = [place for row, name in rows.items() for place in every_token(subject.batch, row, name)]
-        self.ablator = Ablator(subject.model, subject.batch, [*nouns, *named, *words], subject.plain[1])
+        self.ablator = Ablator(
+            subject.model, subject.batch, [*nouns, *named, *words], subject.plain[1], resumes=resumes
+        )
         self.bounds = [0, len(nouns), len(nouns) + len(named), len(self.ablator.places)]
         self.other_samples = [place.sample_id for place in others]
         self.word_samples = [place.sample_id for place in words]

@@ -34,6 +34,7 @@ class Probe:
         self.encoder = Encoder(settings.encoder, device) if settings.encoder else None
         self.clip = Clip(settings.clip, device) if settings.clip else None
         self.writing = Writing()
+        self.resumes: bool | None = None
 
     def concept(self, facts: Facts, samples: Mapping[str, Sample], found: Observations) -> None:
         """Measure a concept on its images among these samples; what fails is a row of `errors`."""
@@ -70,7 +71,8 @@ class Probe:
             image_similarity(subject, found, self.clip)
         invariance(subject, found)
         specificity(subject, found)
-        effects = Effects(subject)
+        effects = Effects(subject, self.resumes)
+        self.resumes = effects.ablator.resumes
         effects.observe(found)
         compare_methods(subject, effects, found)
         self.writing.observe(subject, found)
