@@ -1,7 +1,8 @@
 """The decoder's blocks: entered in the middle with known states, or with the image's patches in another order.
 
-Of the last block's MLP, which treats each position by itself, only what is read afterwards is computed: it is three
-quarters of a block of an ordinary decoder.
+Neurons that are changed leave their own block as it is up to what its MLP writes, so that the way begins there. The
+last block's MLP, three quarters of an ordinary block, treats each position by itself: it is computed where it is
+read.
 """
 
 from __future__ import annotations
@@ -29,45 +30,73 @@ def block_of(model: LoadedModel, layer: int) -> nn.Module:
 
 
 class Passage:
-    """What entered each of the decoder's blocks in a forward, and the way from any of them to the end once more."""
+    """What went through the decoder's blocks in a forward, and the way from any MLP to the end once more."""
 
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
         self.blocks = [block_of(model, layer) for layer in range(len(model.widths))]
         self.entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.left: list[Tensor] = []
+        """What left each block."""
+        self.written: list[tuple[Tensor, Tensor]] = []
+        """What entered each MLP's output projection, and what it wrote."""
         self.end = torch.zeros(0)
         """What entered the final norm."""
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep what enters the blocks and the final norm while the block runs one forward."""
-        self.entered = []
+        """Keep what goes through the blocks while the block runs one forward."""
+        self.entered, self.left, self.written = [], [], []
 
-        def keep(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        def enter(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             self.entered.append((arguments, named))
+
+        def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            self.left.append(_hidden(output))
+
+        def write(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            self.written.append((arguments[0], output))
 
         def keep_end(states: Tensor) -> None:
             self.end = states
 
         with ExitStack() as stack:
             stack.enter_context(tap_input(self.model.norm, keep_end))
-            for block in self.blocks:
-                stack.callback(block.register_forward_pre_hook(keep, with_kwargs=True).remove)
+            for block, projection in zip(self.blocks, self.model.projections, strict=False):
+                stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(leave).remove)
+                module = self.model.network.get_submodule(projection.path)
+                stack.callback(module.register_forward_hook(write).remove)
             yield
 
     def again(self, first: int, read: Int[Tensor, " place"]) -> Float[Tensor, "place hidden"]:
-        """Return what leaves the last block at the places that are read, when the blocks from `first` on run again.
+        """Return what leaves the last block at the places that are read, when it all runs again from a layer's MLP on.
 
         `read` are indices in (row, position). The result is the input of the final norm where nothing happens between
         the blocks; whoever uses it proves that first.
         """
-        states = self.entered[first][0][0]
-        with self._narrowed(read.to(states.device)):
-            for block, (arguments, named) in zip(self.blocks[first:], self.entered[first:], strict=True):
-                left = block(states, *arguments[1:], **named)
-                states = left[0] if isinstance(left, tuple) else left
-        end: Tensor = states.flatten(0, -2)[read.to(states.device)]
-        return end
+        read = read.to(self.end.device)
+        with self._narrowed(read):
+            states = self._rewritten(first)
+            for block, (arguments, named) in zip(self.blocks[first + 1 :], self.entered[first + 1 :], strict=True):
+                states = _hidden(block(states, *arguments[1:], **named))
+        return states.flatten(0, -2)[read]
+
+    def _rewritten(self, layer: int) -> Float[Tensor, "row position hidden"]:
+        """Return what leaves a block when its MLP's output projection runs again."""
+        projection = self.model.projections[layer]
+        if projection.experts:
+            # How tokens are routed is not among what went into the module's first argument.
+            arguments, named = self.entered[layer]
+            return _hidden(self.blocks[layer](*arguments, **named))
+        activation, before = self.written[layer]
+        after = self.model.network.get_submodule(projection.path)(activation)
+        if projection.post_norm is not None:
+            norm = self.model.network.get_submodule(projection.post_norm)
+            before, after = norm(before), norm(after)
+        left = self.left[layer]
+        rewritten: Tensor = left + projection.scale * (after - before).reshape(left.shape)
+        return rewritten
 
     @contextmanager
     def _narrowed(self, read: Int[Tensor, " place"]) -> Iterator[None]:
@@ -91,6 +120,11 @@ class Passage:
                 stack.callback(mlp.register_forward_pre_hook(narrow).remove)
                 stack.callback(mlp.register_forward_hook(widen).remove)
             yield
+
+
+def _hidden(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from tests.neurons.making import CAPTIONS, batch_of
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("neurons", [[(1, 3), (1, 7)], [(0, 1), (1, 5)]])
+@pytest.mark.parametrize("neurons", [[(1, 3), (1, 7)], [(0, 1), (1, 5)], [(0, 2), (0, 9)]])
 def test_starting_late_changes_nothing(open_model, variant, neurons):
     model = open_model(variant)
     batch, places = batch_of(model, CAPTIONS[:3])
