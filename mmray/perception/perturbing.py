@@ -1,9 +1,9 @@
 """Move a vision embedding from one concept to another along the detector's gradient, and by as much at random.
 
 Giulivi & Boracchi 2024 take one step of the gradient's sign, of size 1 in every entry. Here the whole move has a norm
-that is set, entries that the language model never sees (CLS) stay as they are, and there are controls of equal norm.
-And the gradient is that of embeddings as they vary: multiplied by their covariance, which makes it the steepest way
-among moves that images make. A plain gradient finds what fools the detector alone.
+that is set, only patches where the source is seen move, and there are controls of equal norm. The gradient is that of
+embeddings as they vary: multiplied by their covariance, which makes it the steepest way among moves that images make. A
+plain gradient finds what fools the detector alone.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
+from mmray.perception.boxes import centres_inside
 from mmray.perception.joint import JointModel
 
 SHOWS = 0.5
 """Part of the highest confidence above which a box counts as one where the concept is."""
 AHEAD = 6.0
 """Lengths of the steps together, in parts of the norm: a way that turns still gets to its bound."""
-COPIES = 4
-"""Copies of the embedding, each with noise of the size of an embedding's own deviation, that a gradient is the mean of:
-what is left is what does not hang on small things."""
+COPIES, NOISE = 4, 0.5
+"""Copies of the embedding, and the noise in each in parts of an embedding's own deviation, that a gradient is the mean
+of: what is left is what does not hang on small things."""
+BEYOND = 0.1
+"""Weight of the two logits themselves beside their logarithms' probabilities, which end where the detector is sure."""
 
 Embedding = Float[Tensor, "row place width"]
 Covariance = Float[Tensor, "width width"]
@@ -35,11 +38,20 @@ def covariance(embedding: Embedding, skipped: int) -> Covariance:
     return torch.cov(patches.T)
 
 
-def boxes_of(joint: JointModel, embedding: Embedding, word: str) -> Bool[Tensor, "row box"]:
-    """Return the boxes where the detector sees a word best: the highest, and those at least half as confident."""
+def shown(
+    joint: JointModel, embedding: Embedding, word: str
+) -> tuple[Bool[Tensor, "row box"], Bool[Tensor, "row place 1"]]:
+    """Return where the detector sees a word best: the boxes, the highest and those at least half as confident, and the
+    patches that one of them touches.
+    """
+    side, skipped = joint.sight.side, joint.sight.skipped
     with torch.no_grad():
-        confidence = joint.detect(embedding, [word]).logits[..., 0].sigmoid()
-    return confidence >= SHOWS * confidence.amax(dim=1, keepdim=True)
+        found = joint.detect(embedding, [word])
+    confidence = found.logits[..., 0].sigmoid()
+    chosen = confidence >= SHOWS * confidence.amax(dim=1, keepdim=True)
+    grown = torch.cat([found.boxes[..., :2] - 0.5 / side, found.boxes[..., 2:] + 1 / side], dim=-1)
+    touched = (centres_inside(grown, side) & chosen[..., None]).any(dim=1)
+    return chosen, functional.pad(touched, (skipped, 0))[..., None]
 
 
 def confidences(joint: JointModel, embedding: Embedding, words: list[str]) -> Float[Tensor, "row query"]:
@@ -63,26 +75,28 @@ def moved(
 ) -> Embedding:
     """Return the embedding moved from a concept towards another.
 
-    Each of the steps goes along the gradient of log p(target) + log(1 − p(source)), summed over the boxes where the
-    source was seen; the whole move is kept to `norm`, a part of the embedding's own norm over the patches. One step
-    goes all the way along the first gradient. `plain`: along the gradient as it is, not of embeddings as they vary.
-    (− log p(source) has no end: what is left of the norm once the source is gone would go there, not to the target.)
+    Each of the steps goes along the gradient of log p(target) where the source was seen, and log(1 − p(source)) of all
+    boxes; a tenth of the two logits keeps it going where the detector is sure already, and the language model may not
+    be. Only the patches under the boxes where the source was seen move. The whole move is kept to `norm`, a part of the
+    embedding's own norm over the patches. One step goes all the way along the first gradient. `plain`: along the
+    gradient as it is, not of embeddings as they vary.
     """
     start, skipped = embedding.detach(), joint.sight.skipped
-    boxes = boxes_of(joint, start, source).repeat(COPIES, 1)
+    boxes, movable = shown(joint, start, source)
+    boxes = boxes.repeat(COPIES, 1)
     bound = norm * _length(start[:, skipped:])
     length = bound if steps == 1 else AHEAD * bound / steps
-    deviation = varying.diagonal().mean().sqrt()
+    deviation = NOISE * varying.diagonal().mean().sqrt()
     random = torch.Generator().manual_seed(seed)
     move = torch.zeros_like(start)
     with torch.inference_mode(False), torch.enable_grad():
         for _ in range(steps):
             copies = (start + move).repeat(COPIES, 1, 1)
             leaf = (copies + deviation * _noise(copies, random)).detach().requires_grad_()
-            logits = joint.detect(leaf, [source, target]).logits
-            gain = ((functional.logsigmoid(logits[..., 1]) + functional.logsigmoid(-logits[..., 0])) * boxes).sum()
-            (gradient,) = torch.autograd.grad(gain, leaf)
-            gradient = gradient.reshape(COPIES, *start.shape).mean(dim=0)
+            old, new = joint.detect(leaf, [source, target]).logits.unbind(dim=-1)
+            gain = (functional.logsigmoid(new) + BEYOND * (new - old)) * boxes + functional.logsigmoid(-old)
+            (gradient,) = torch.autograd.grad(gain.sum(), leaf)
+            gradient = gradient.reshape(COPIES, *start.shape).mean(dim=0) * movable
             way = gradient if plain else (gradient.float() @ varying).to(gradient.dtype)
             move = _bounded(move + length * _direction(way, skipped), bound)
     return start + move
