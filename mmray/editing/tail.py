@@ -7,7 +7,6 @@ of the last layer needs no block at all, and only the places that predict a toke
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,14 +21,12 @@ from transformers import Cache
 
 from mmray.editing.deltas import Deltas
 from mmray.editing.material import Example, batches
+from mmray.models.blocks import block_of, left_by
 from mmray.models.capture import tap, tap_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import Batch
 from mmray.neurons.scoring import forward
-
-BLOCK = re.compile(r"^.*?\.\d+(?=\.)")
-"""The path of a decoder block within that of its MLP projection: up to the first number."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,8 @@ class _Later:
         if self.before is not None:
             hidden = hidden + self.before
         if self.hidden_named:
-            return _hidden(self.block(*self.arguments, hidden_states=hidden, **self.named))
-        return _hidden(self.block(hidden, *self.arguments, **self.named))
+            return left_by(self.block(*self.arguments, hidden_states=hidden, **self.named))
+        return left_by(self.block(hidden, *self.arguments, **self.named))
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ def tail(model: LoadedModel, batch: Batch, deltas: Deltas) -> Tail:
     """Run the batch once, and keep what the deltas' layers need to be run again."""
     first = deltas.first
     projections = model.projections[first:]
-    blocks = [model.network.get_submodule(_block(projection.path)) for projection in projections]
+    blocks = [block_of(model, layer) for layer in range(first, len(model.projections))]
     given: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     left: dict[int, Tensor] = {}
     final: list[Tensor] = []
@@ -158,7 +155,7 @@ def tail(model: LoadedModel, batch: Batch, deltas: Deltas) -> Tail:
         given[number] = (arguments, named)
 
     def leave(number: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        left[number] = _hidden(output)
+        left[number] = left_by(output)
 
     def receive(_: int, activation: Tensor, __: Tensor) -> None:
         activations.append(activation[:, deltas.units[first]].float())
@@ -210,17 +207,6 @@ def _later(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], 
     # With its cache of keys and values a block would see the sequence twice.
     others = {name: value for name, value in named.items() if name != "hidden_states" and not isinstance(value, Cache)}
     return _Later(block, arguments if hidden_named else arguments[1:], others, hidden_named, _added(entered, hidden))
-
-
-def _block(projection: str) -> str:
-    match = BLOCK.match(projection)
-    assert match is not None, projection
-    return match[0]
-
-
-def _hidden(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
 
 
 def _added(later: Tensor, earlier: Tensor) -> Tensor | None:

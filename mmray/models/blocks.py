@@ -52,7 +52,7 @@ class Passage:
             self.entered.append((arguments, named))
 
         def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            self.left.append(_hidden(output))
+            self.left.append(left_by(output))
 
         def write(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
             self.written.append((arguments[0], output))
@@ -79,7 +79,7 @@ class Passage:
         with self._narrowed(read):
             states = self._rewritten(first)
             for block, (arguments, named) in zip(self.blocks[first + 1 :], self.entered[first + 1 :], strict=True):
-                states = _hidden(block(states, *arguments[1:], **named))
+                states = left_by(block(states, *arguments[1:], **named))
         return states.flatten(0, -2)[read]
 
     def _rewritten(self, layer: int) -> Float[Tensor, "row position hidden"]:
@@ -88,7 +88,7 @@ class Passage:
         if projection.experts:
             # How tokens are routed is not among what went into the module's first argument.
             arguments, named = self.entered[layer]
-            return _hidden(self.blocks[layer](*arguments, **named))
+            return left_by(self.blocks[layer](*arguments, **named))
         activation, before = self.written[layer]
         after = self.model.network.get_submodule(projection.path)(activation)
         if projection.post_norm is not None:
@@ -122,7 +122,8 @@ class Passage:
             yield
 
 
-def _hidden(output: Any) -> Tensor:
+def left_by(output: Any) -> Tensor:
+    """Return the hidden states in what a block returned."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
