@@ -24,7 +24,7 @@ def align(as_json: AsJson = False, **settings: Any) -> None:
 
     checked = alignment_settings(settings)
     try:
-        with follow_progress(Console(stderr=True)) as follow:
+        with follow_progress(Console(stderr=True), "images") as follow:
             outcome = run_alignment(checked, follow)
     except KeyboardInterrupt:
         print("mmray: stopped; the same command goes on where it was", file=sys.stderr)

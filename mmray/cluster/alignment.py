@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
+from threading import Event, Thread
 from typing import Any
 from uuid import uuid4
 
 import pyarrow as pa
 
-from mmray.cluster.alignment_training import PROBLEM, train
+from mmray.cluster.alignment_training import PROBLEM, checkpoints, steps_of, train
 from mmray.cluster.alignment_validation import Plan, ValidationWorker, plan_validation
 from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress
@@ -40,6 +42,9 @@ from mmray.runs.lease import driving
 from mmray.storage import open_store
 from mmray.tables import EVALUATION_SCHEMAS
 from mmray.version import VERSION
+
+TOLD_EVERY = 2.0
+"""Seconds between two looks for checkpoints to tell of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +67,8 @@ class Aligned(Finished):
 def run_alignment(settings: AlignmentSettings, follow: Callable[[Progress], None] = lambda _: None) -> Aligned:
     """Train and validate an aligned network to the end, or go on where that was stopped.
 
-    `follow` hears of every unit of the validation. Raises InputError for anything wrong with the set-up.
+    `follow` hears of every checkpoint, and then of every unit of the validation. Raises InputError for anything wrong
+    with the set-up.
     """
     began = time.perf_counter()
     source = open_source(settings.data, Columns(), captions=False)
@@ -75,7 +81,8 @@ def run_alignment(settings: AlignmentSettings, follow: Callable[[Progress], None
     folder = RunFolder.at(settings.out, patient=True)
     with driving(folder.store), ray_session(settings.address):
         if not folder.store.exists(FACTS):
-            _train(settings, folder, info)
+            with _told(folder, settings, manifest.samples * settings.epochs, follow):
+                _train(settings, folder, info)
         facts = json.loads(folder.store.read(FACTS))
         rows = _validate(settings, plan, info["fingerprint"], follow)
     measures = summarise(rows.measurements, plan.measured)
@@ -109,6 +116,30 @@ def _info(settings: AlignmentSettings, manifest: Manifest) -> dict[str, Any]:
         "fingerprint": settings.fingerprint(digests),
         "versions": {"mmray": VERSION},
     }
+
+
+@contextmanager
+def _told(
+    folder: RunFolder, settings: AlignmentSettings, images: int, follow: Callable[[Progress], None]
+) -> Iterator[None]:
+    """Tell how many of so many images are learnt from by each new checkpoint while the block runs."""
+    ended = Event()
+
+    def tell() -> None:
+        told = 0
+        while not ended.wait(TOLD_EVERY):
+            steps = max(map(steps_of, checkpoints(folder.store)), default=0)
+            if steps > told:
+                told = steps
+                follow(Progress(min(steps * settings.batch_size, images), images, 0, 0))
+
+    teller = Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
 
 
 def _train(settings: AlignmentSettings, folder: RunFolder, info: dict[str, Any]) -> None:

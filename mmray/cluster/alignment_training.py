@@ -35,7 +35,7 @@ from mmray.perception.sight import open_sight
 from mmray.runs import RunFolder
 from mmray.storage import Store, patiently
 
-PREFIX = "checkpoints/"
+PREFIX, SUFFIX = "checkpoints/", ".safetensors"
 KEPT = 2
 """Checkpoints that are kept, the last ones."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -149,7 +149,7 @@ def _sum(values: Tensor) -> None:
 def _checkpoint(store: Store, network: Alignment, learner: torch.optim.Optimizer, done: Progress) -> None:
     """Commit how far the training is; the first worker does, and all wait for it."""
     if ray.train.get_context().get_world_rank() == 0:
-        store.commit(f"{PREFIX}{done.step:08d}.safetensors", _bytes(network, learner, done))
+        store.commit(f"{PREFIX}{done.step:08d}{SUFFIX}", _bytes(network, learner, done))
         for key in checkpoints(store)[:-KEPT]:
             store.delete(key)
     ray.train.report(vars(done))
@@ -169,6 +169,11 @@ def _bytes(network: Alignment, learner: torch.optim.Optimizer, done: Progress) -
 def checkpoints(store: Store) -> list[str]:
     """Return the keys of the checkpoints, the last one last."""
     return [entry.key for entry in store.list(PREFIX)]
+
+
+def steps_of(checkpoint: str) -> int:
+    """Return after how many steps a checkpoint was written, by its key."""
+    return int(checkpoint.removeprefix(PREFIX).removesuffix(SUFFIX))
 
 
 def restore(store: Store, key: str, network: Alignment, learner: torch.optim.Optimizer | None = None) -> Progress:

@@ -5,17 +5,19 @@ import signal
 import threading
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from safetensors.torch import load
 
-from mmray.cluster import alignment_training
-from mmray.cluster.alignment import run_alignment
+from mmray.cluster import alignment, alignment_training
+from mmray.cluster.alignment import Aligned, run_alignment
 from mmray.errors import InputError
 from mmray.perception.alignment import WEIGHTS
 from mmray.perception.alignment_settings import alignment_settings
 from mmray.storage import open_store
 from tests.bench.alignment import own_workers
+from tests.cluster.kills import cheap_processes
 from tests.e2e.scenes import scenes, write
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone", "ray_here")]
@@ -43,13 +45,35 @@ def weights(out: str):
     return load(open_store(out).read(WEIGHTS))
 
 
-def test_killed_or_not_and_of_any_number_of_workers_it_is_the_same(asked, tmp_path: Path, ray_here: str, monkeypatch):
-    alone, killed = str(tmp_path / "alone"), f"s3://{ray_here}/killed"
-    done = run_alignment(alignment_settings({**asked, "out": alone, "workers": 1}))
+@pytest.fixture(scope="module")
+def undisturbed(asked, tmp_path_factory, ray_here: str):
+    out = str(tmp_path_factory.mktemp("undisturbed") / "out")
+    told: list[tuple[int, int]] = []
+    with patch.object(alignment, "TOLD_EVERY", 0.02):
+        done = run_alignment(
+            alignment_settings({**asked, "out": out, "workers": 1}),
+            lambda progress: told.append((progress.samples, progress.total)),
+        )
     assert (done.images, done.lost, done.steps) == (120, 0, 30)
     # A model with random weights may write the image's own token, and can't be asked along that.
     assert done.measures["recall"]["n"] + done.failures == 4
+    learnt = [samples for samples, total in told if total == 120]
+    assert learnt and learnt == sorted(learnt) and set(learnt) <= {*range(16, 120, 16), 120}
+    assert told[-1] == (4, 4)
+    return done
 
+
+def assert_same(done: Aligned, undisturbed: Aligned) -> None:
+    assert (done.images, done.lost, done.steps) == (120, 0, 30)
+    one, other = weights(undisturbed.out), weights(done.out)
+    for name, value in one.items():
+        # Adam divides by gradients' size: where that is next to nothing, the order of a sum is seen.
+        assert float((value - other[name]).abs().max()) < 1e-3, name
+    assert done.loss == pytest.approx(undisturbed.loss, rel=1e-3)
+
+
+def test_with_a_worker_killed_and_another_number_of_workers_it_is_the_same(asked, undisturbed: Aligned, ray_here: str):
+    killed = f"s3://{ray_here}/killed"
     struck: list[int] = []
 
     def strike() -> None:
@@ -65,16 +89,26 @@ def test_killed_or_not_and_of_any_number_of_workers_it_is_the_same(asked, tmp_pa
     thread.start()
     again = run_alignment(alignment_settings({**asked, "out": killed, "workers": 2}))
     assert struck
-    assert (again.images, again.lost, again.steps) == (120, 0, 30)
-    one, other = weights(alone), weights(killed)
-    for name, value in one.items():
-        # Adam divides by gradients' size: where that is next to nothing, the order of a sum is seen.
-        assert float((value - other[name]).abs().max()) < 1e-3, name
-    assert again.loss == pytest.approx(done.loss, rel=1e-3)
+    assert_same(again, undisturbed)
     # The same again has nothing to do, and other settings are refused.
     assert run_alignment(alignment_settings({**asked, "out": killed})).measures == again.measures
     with pytest.raises(InputError, match=r"holds a run with other settings \(epochs was 3, now 1"):
         run_alignment(alignment_settings({**asked, "out": killed, "epochs": 1}))
+
+
+def test_with_its_driver_killed_it_goes_on_and_is_the_same(asked, undisturbed: Aligned, tmp_path: Path, ray_here: str):
+    settings = alignment_settings({**asked, "out": str(tmp_path / "out"), "workers": 1, "checkpoint_every": 1})
+    driver = cheap_processes().Process(target=run_alignment, args=(settings,))
+    driver.start()
+    store = open_store(settings.out)
+    until = time.monotonic() + 120
+    while not store.list(alignment_training.PREFIX):
+        assert driver.is_alive() and time.monotonic() < until
+        time.sleep(0.02)
+    driver.kill()
+    driver.join()
+    assert not store.exists(WEIGHTS), "it was done before it could be killed"
+    assert_same(run_alignment(settings), undisturbed)
 
 
 def test_data_without_objects_is_refused_before_any_work(asked, tmp_path: Path):
