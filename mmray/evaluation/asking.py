@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from jaxtyping import Float
 from PIL.Image import Image
@@ -19,15 +19,14 @@ def replies(
     embedding: Float[Tensor, "row place width"],
     at_once: int,
     longest: int = LONGEST,
-) -> list[list[int]]:
-    """Return the tokens of the greedy replies, each prompt asked about the row of the embedding in its place.
+) -> Iterator[tuple[list[int], Float[Tensor, "token hidden"]]]:
+    """Yield the tokens of the greedy reply to each prompt, asked about the embedding in its place, and what entered the
+    final norm where each token was predicted.
 
     `images` are those that the embeddings began as: only their size matters, which the image's tokens may depend on.
     """
-    written: list[list[int]] = []
     for start in range(0, len(prompts), at_once):
         part = slice(start, start + at_once)
         none: list[list[int]] = [[] for _ in prompts[part]]
         batch = encode(joint.model, prompts[part], images[part], none, [[] for _ in none])
-        written += joint.generate(batch, embedding[part], longest)
-    return written
+        yield from zip(*joint.generate(batch, embedding[part], longest), strict=True)

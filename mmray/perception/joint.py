@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import mmray.demo
 from mmray.errors import InputError
+from mmray.models.capture import tap_input
 from mmray.models.generation import until_special
 from mmray.models.loading import LoadedModel, digest, load
 from mmray.models.prompting import LONGEST, Batch, pad_left
@@ -91,12 +92,16 @@ class JointModel:
     @torch.no_grad()
     def generate(
         self, batch: Batch, embedding: Float[Tensor, "row patch width"], longest: int = LONGEST
-    ) -> list[list[int]]:
-        """Return the token ids that the model writes greedily behind each row, without the end of sequence."""
+    ) -> tuple[list[list[int]], Float[Tensor, "row token hidden"]]:
+        """Return the token ids that the model writes greedily behind each row, without the end of sequence, and what
+        entered the final norm where each was predicted.
+        """
         inputs = self.inputs(replace(batch, inputs=pad_left(batch.inputs)), embedding)
-        written = self.model.network.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
+        states: list[Tensor] = []
+        with tap_input(self.model.norm, lambda entered: states.append(entered[:, -1])):
+            written = self.model.network.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
         special = set(self.model.tokenizer.all_special_ids)
-        return [until_special(row, special) for row in written.tolist()]
+        return [until_special(row, special) for row in written.tolist()], torch.stack(states, dim=1)
 
 
 def load_joint(name: str, detector: str = DEMO, alignment: str | None = None) -> JointModel:

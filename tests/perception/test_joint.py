@@ -8,7 +8,8 @@ import torch
 
 from mmray.demo import DETECTOR
 from mmray.errors import InputError
-from mmray.models.generation import generate
+from mmray.models.generation import caption_of, generate
+from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.perception.heads import FACTS, WEIGHTS
 from mmray.perception.joint import JointModel, join
@@ -42,8 +43,15 @@ def test_what_it_writes_is_what_the_plain_model_writes(joint, images):
     batch = encoded(model, images[:4], [""] * 4)
     before = prompt_text(model, None, "en")
     seen = joint.embed(joint.pixels(images[:4]))
-    assert joint.generate(batch, seen) == generate(model, [before] * 4, images[:4])
-    assert joint.generate(batch, torch.zeros_like(seen)) != joint.generate(batch, seen)
+    written, states = joint.generate(batch, seen)
+    assert written == generate(model, [before] * 4, images[:4])
+    assert joint.generate(batch, torch.zeros_like(seen))[0] != written
+    for row, tokens in enumerate(written):
+        logits = vocabulary_logits(model, states[row, : len(tokens)])
+        assert logits.argmax(dim=1).tolist() == tokens
+        taught = encode(model, [before], images[row : row + 1], [tokens], [caption_of(model, tokens)[1]])
+        plain = joint.logits(taught, seen[row : row + 1])[0, taught.caption_start[0] - 1 :][: len(tokens)]
+        torch.testing.assert_close(logits, plain.detach(), atol=1e-3, rtol=1e-4)
 
 
 def test_gradients_are_those_in_the_embedding_and_of_no_weight(joint, images):

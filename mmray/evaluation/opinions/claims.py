@@ -19,10 +19,9 @@ from mmray.evaluation.naming import Naming
 from mmray.evaluation.opinions.mistakes import Box, stands_at
 from mmray.evaluation.prompts import presence
 from mmray.evaluation.scope import objects_of
-from mmray.models.capture import tap_input
 from mmray.models.generation import caption_of
 from mmray.models.norms import log_probability, vocabulary_logits
-from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
+from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.places import place_mentions
 from mmray.perception.joint import JointModel
 
@@ -65,7 +64,7 @@ class Claimant:
         """Write captions, and return the first mention of each object in each, with its log-probability."""
         model = self.joint.model
         prompts = [prompt_text(model, self.prompt, sample.language) for sample in samples]
-        written = replies(self.joint, prompts, images, embedding, self.batch_size)
+        written, states = zip(*replies(self.joint, prompts, images, embedding, self.batch_size), strict=True)
         texts, offsets = zip(*(caption_of(model, tokens) for tokens in written), strict=True)
         batch = encode(model, prompts, images, written, offsets)
         rows: list[dict[str, Any]] = []
@@ -76,10 +75,12 @@ class Claimant:
                 places.append(place_mentions(batch, row, sample.sample_id, [mention], every=True))
                 rows.append(self._row(row, sample, "caption", concept, text, claimed=True))
         every = [place for pieces in places for place in pieces]
-        hidden = self._hidden(batch, embedding, [(place.row, place.position) for place in every])
-        found = log_probability(model, hidden, torch.tensor([place.token for place in every], dtype=torch.long))
-        for claim, own in zip(rows, torch.split(found, [len(pieces) for pieces in places]), strict=True):
-            claim["log_prob"] = float(own.sum())
+        if every:
+            steps = [place.position - batch.caption_start[place.row] + 1 for place in every]
+            hidden = torch.stack([states[place.row][step] for place, step in zip(every, steps, strict=True)])
+            found = log_probability(model, hidden, torch.tensor([place.token for place in every], dtype=torch.long))
+            for claim, own in zip(rows, torch.split(found, [len(pieces) for pieces in places]), strict=True):
+                claim["log_prob"] = float(own.sum())
         return rows
 
     def _answers(
@@ -102,10 +103,9 @@ class Claimant:
         prompts = [prompt_text(model, presence(row["word"]), None) for row in rows]
         shown, seen = [images[row] for row in index], embedding[index]
         written = replies(self.joint, prompts, shown, seen, self.batch_size, ANSWER)
-        odds = self._yes_against_no(prompts, shown, seen)
-        for claim, tokens, chance in zip(rows, written, odds, strict=True):
+        for claim, prompt, (tokens, states) in zip(rows, prompts, written, strict=True):
             claim["text"] = str(model.tokenizer.decode(tokens)).strip()
-            claim["claimed"], claim["log_prob"] = says_yes(claim["text"]), chance
+            claim["claimed"], claim["log_prob"] = says_yes(claim["text"]), self._yes_against_no(prompt, states[0])
         return rows
 
     def _row(self, row: int, sample: Sample, kind: str, word: str, text: str, *, claimed: bool) -> dict[str, Any]:
@@ -120,36 +120,14 @@ class Claimant:
             "text": text,
         }
 
-    @torch.no_grad()
-    def _hidden(
-        self, batch: Batch, embedding: Float[Tensor, "row place width"], places: Sequence[tuple[int, int]]
-    ) -> Float[Tensor, "place hidden"]:
-        """Return the input of the final norm at these rows and positions; logits of all of them would fill a memory."""
-        states: list[Tensor] = []
-        with tap_input(self.joint.model.norm, states.append):
-            self.joint.model.network(**self.joint.inputs(batch, embedding), use_cache=False, logits_to_keep=1)
-        rows, positions = torch.tensor(places, dtype=torch.long).reshape(-1, 2).unbind(dim=1)
-        return states[0][rows.to(states[0].device), positions.to(states[0].device)]
-
-    def _yes_against_no(
-        self, prompts: Sequence[str], images: Sequence[Image], embedding: Float[Tensor, "row place width"]
-    ) -> list[float]:
-        """Return log(p(yes) / (p(yes) + p(no))) of each question, by the first token of either word."""
-        found: list[float] = []
+    def _yes_against_no(self, prompt: str, hidden: Float[Tensor, " hidden"]) -> float:
+        """Return log(p(yes) / (p(yes) + p(no))), by the first token of either word, where the answer's is predicted."""
         model = self.joint.model
-        words = [[tokenize_caption(model, prompt, answer)[0] for answer in ("Yes", "No")] for prompt in prompts]
-        for start in range(0, len(prompts), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            none: list[list[int]] = [[] for _ in prompts[part]]
-            batch = encode(model, prompts[part], images[part], none, [[] for _ in none])
-            answers = [(row, start - 1) for row, start in enumerate(batch.caption_start)]
-            said = vocabulary_logits(model, self._hidden(batch, embedding[part], answers)).float().cpu()
-            for row, pair in enumerate(words[part]):
-                # Where the two begin alike, with a blank, what tells them apart comes behind it.
-                first = next((tokens for tokens in zip(*pair, strict=False) if tokens[0] != tokens[1]), None)
-                both = said[row, list(first or (pair[0][0], pair[1][0]))]
-                found.append(float(both.log_softmax(dim=0)[0]))
-        return found
+        words = [tokenize_caption(model, prompt, answer)[0] for answer in ("Yes", "No")]
+        # Where the two begin alike, with a blank, what tells them apart comes behind it.
+        first = next((tokens for tokens in zip(*words, strict=False) if tokens[0] != tokens[1]), None)
+        both = vocabulary_logits(model, hidden[None])[0, list(first or (words[0][0], words[1][0]))]
+        return float(both.float().log_softmax(dim=0)[0])
 
     def _second(
         self,

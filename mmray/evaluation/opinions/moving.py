@@ -102,7 +102,7 @@ class Mover:
         if rows:
             prompts = [prompt_text(self.joint.model, row["question"], None) for row in rows]
             written = replies(self.joint, prompts, shown, torch.cat(seen), self.settings.batch_size, ANSWER)
-            for row, tokens in zip(rows, written, strict=True):
+            for row, (tokens, _) in zip(rows, written, strict=True):
                 row["reply"] = str(self.joint.model.tokenizer.decode(tokens)).strip()
                 row["value"] = value_of(row["reply"], self.settings.parse)
         return rows
