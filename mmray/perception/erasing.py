@@ -7,6 +7,7 @@ have to be blurred, and a tower sees the blur.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -16,21 +17,33 @@ from mmray.neurons.places import rank_in_row
 from mmray.perception.look import Look
 from mmray.perception.measures import STEPS
 
+Ends: TypeAlias = tuple[Float[Tensor, " place"], Float[Tensor, " place"]]
+"""The probability of each place's token with the whole image, and with nothing of it."""
+
+
+def erasure_ends(look: Look) -> Ends:
+    """Return where every curve begins and ends, whatever the order."""
+    bare = look.seen.clone()
+    for row in {place.row for place in look.places}:
+        bare[row, look.grid(row).positions] = look.patches(look.seen, row).mean(dim=0)
+    return look.probabilities(look.seen, look.places).cpu(), look.probabilities(bare, look.places).cpu()
+
 
 def erasure_curves(
-    look: Look, orders: Sequence[Int[Tensor, " patch"]], steps: int = STEPS
+    look: Look, orders: Sequence[Int[Tensor, " patch"]], ends: Ends, steps: int = STEPS
 ) -> tuple[Float[Tensor, "place step"], Float[Tensor, "place step"]]:
     """Return the probability of each place's token as patches go, and as they come back, in the places' orders.
 
     The curves have steps + 1 points: of the first, the whole image comes first and nothing of it last. Places of
     different rows share a forward.
     """
-    deletion = torch.zeros(len(orders), steps + 1)
-    insertion = torch.zeros(len(orders), steps + 1)
+    whole, nothing = ends
+    deletion, insertion = whole[:, None].repeat(1, steps + 1), nothing[:, None].repeat(1, steps + 1)
+    deletion[:, -1], insertion[:, -1] = nothing, whole
     turns = rank_in_row(look.places)
     for turn in sorted(set(turns)):
         members = [number for number, own in enumerate(turns) if own == turn]
-        for step in range(steps + 1):
+        for step in range(1, steps):
             for curve, kept_first in ((deletion, False), (insertion, True)):
                 seen = look.seen.clone()
                 for number in members:

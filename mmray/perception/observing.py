@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mmray.perception.erasing import erasure_curves
+from mmray.perception.erasing import erasure_curves, erasure_ends
 from mmray.perception.measures import (
     Boxes,
     area_under,
@@ -31,7 +31,8 @@ def observations(
 ) -> Iterator[dict[str, object]]:
     """Yield a row a measure, method and place: sums, the last of which is what the others are divided by.
 
-    `boxes` are those of each place's object; `erased`: insertion and deletion too, 2 × (steps + 1) forwards a method.
+    `boxes` are those of each place's object; `erased`: insertion and deletion too, 2 × (steps − 1) forwards a method and two
+    for all.
     """
     places = looked.look.places
     for number, place in enumerate(places):
@@ -50,13 +51,14 @@ def observations(
                 yield row | {"measure": measure, "method": method, "sums": [*parts, 1.0]}
     if not erased:
         return
+    ends = erasure_ends(looked.look)
     for method, found in maps.items():
         grids = [looked.look.grid(place.row) for place in places]
         orders = [
             patch_order(saliency.values.cpu(), grid.rows, grid.columns)
             for saliency, grid in zip(found, grids, strict=True)
         ]
-        for measure, curves in zip(("deletion", "insertion"), erasure_curves(looked.look, orders), strict=True):
+        for measure, curves in zip(("deletion", "insertion"), erasure_curves(looked.look, orders, ends), strict=True):
             for place, curve in zip(places, curves, strict=True):
                 row = {"concept": place.concept, "sample_id": place.sample_id, "measure": measure, "method": method}
                 yield row | {"sums": [area_under(curve), 1.0]}

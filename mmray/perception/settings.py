@@ -35,7 +35,7 @@ class SaliencySettings(BaseModel):
     maps: int = Field(24, ge=0)
     """Images whose maps are kept for the report."""
     erasures: bool = False
-    """Measure insertion and deletion too: 18 forwards a word and method, where all else takes a forward and a backward
+    """Measure insertion and deletion too: 14 forwards a word and method, where all else takes a forward and a backward
     a word; off by default."""
     draws: int = Field(1000, ge=1)
     """Draws of the bootstrap over images that intervals are made of."""

@@ -11,7 +11,7 @@ from mmray.evaluation.saliency import summarise_saliency
 from mmray.neurons.heatmaps import SIDE
 from mmray.perception.asking import ask, look_at
 from mmray.perception.boxes import generalised_iou, iou
-from mmray.perception.erasing import erasure_curves
+from mmray.perception.erasing import erasure_curves, erasure_ends
 from mmray.perception.measures import (
     THRESHOLDS,
     area_under,
@@ -86,12 +86,13 @@ def test_curves_begin_and_end_with_the_whole_and_nothing(joint, images, scenes):
     batch, places = ask(joint.model, images[0], f"An image of a {word}.", word)
     look = look_at(joint.model, joint, batch, places, images[:1])
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    deletion, insertion = erasure_curves(look, [order])
+    ends = erasure_ends(look)
+    deletion, insertion = erasure_curves(look, [order], ends)
     whole = look.probabilities(look.seen, places)
     nothing = look.probabilities(look.seen.mean(dim=1, keepdim=True).expand_as(look.seen), places)
     assert torch.allclose(deletion[0, 0], whole[0]) and torch.allclose(insertion[0, -1], whole[0])
     assert torch.allclose(deletion[0, -1], nothing[0]) and torch.allclose(insertion[0, 0], nothing[0])
-    _, reversed_ = erasure_curves(look, [order.flip(0)])
+    _, reversed_ = erasure_curves(look, [order.flip(0)], ends)
     # What is left when the first patches of an order go is what the reversed order puts back first.
     assert torch.allclose(deletion[0], reversed_[0].flip(0), atol=1e-6)
 
