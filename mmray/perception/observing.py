@@ -31,8 +31,8 @@ def observations(
 ) -> Iterator[dict[str, object]]:
     """Yield a row a measure, method and place: sums, the last of which is what the others are divided by.
 
-    `boxes` are those of each place's object; `erased`: insertion and deletion too, 2 × (steps − 1) forwards a method and two
-    for all.
+    `boxes` are those of each place's object; `erased`: insertion and deletion too, 2 × (steps − 1) forwards a method
+    and two for all.
     """
     places = looked.look.places
     for number, place in enumerate(places):
