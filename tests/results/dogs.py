@@ -1,4 +1,4 @@
-"""A small run of the demo's model on English scenes, each dog among them; properties measured, labels made up."""
+"""A small run of the demo's model on English scenes, each dog among them; measured properties, other tables made up."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmray.demo import DATA
+from tests.results.judged import add_judgements
 from tests.results.labelled import add_labels
 from tests.running import census_here, properties_here
 
@@ -25,4 +26,5 @@ def dog_run(folder: Path) -> Path:
     census_here("demo", str(folder / "data.parquet"), out, shard_size=20)
     properties_here(out, concepts=1, images=4, maps=2, draws=50)
     add_labels(out)
+    add_judgements(out)
     return out

@@ -14,6 +14,9 @@ from mmray.results.run import open_run
 from tests.results.dogs import dog_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BESIDE = """[...document.querySelectorAll('figure')].filter((figure) => [...figure.querySelectorAll('*')].some((part) =>
+part.getBoundingClientRect().right > figure.getBoundingClientRect().right + 1)).length"""
+"""Figures that something stands out of: it would lie over the next one."""
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
@@ -142,6 +145,7 @@ def test_languages_and_domains_are_told_as_texts(page):
     assert page.locator("h2 + p, .turns li, .matrix th").filter(has_text="<b>").count() > 0
     assert page.locator("main b:text-is('%{x}'), main i, main script").count() == 0
     assert all(page.eval_on_selector_all(".plot", "plots => plots.map((plot) => plot.getAttribute('aria-label'))"))
+    assert page.locator(".xtitle").all_text_contents()[:1] == ["layer"]
 
 
 def background(page) -> tuple[int, ...]:
@@ -163,17 +167,10 @@ def test_both_themes(page):
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_is_wider_than_the_window(page, width):
     page.set_viewport_size({"width": width, "height": 800})
-    for hash in (
-        "#/",
-        "#/concepts",
-        "#/concept/dog",
-        "#/neurons",
-        "#/layers",
-        "#/properties",
-        "#/labels",
-        "#/edits",
-        "#/failures",
-    ):
+    hashes = page.eval_on_selector_all("nav a", "links => links.map((link) => link.getAttribute('href'))")
+    assert {"#/", "#/labels", "#/saliency", "#/opinions"} <= set(hashes)
+    for hash in (*hashes, "#/concept/dog", "#/failures"):
         page.evaluate(f"location.hash = '{hash}'")
         page.wait_for_timeout(150)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, hash
+        assert page.evaluate(BESIDE) == 0, hash

@@ -4,15 +4,17 @@ let drawn = [];
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
 function layout(more) {
-  const axis = { gridcolor: colour("line"), zerolinecolor: colour("line"), linecolor: colour("line"), automargin: true, fixedrange: true };
-  const { xaxis = {}, yaxis = {}, ...rest } = more;
+  const look = { gridcolor: colour("line"), zerolinecolor: colour("line"), linecolor: colour("line"), automargin: true, fixedrange: true };
+  // Plotly of version 3 and later takes no bare text for a title.
+  const axis = ({ title, ...own } = {}) => ({ ...look, ...own, ...(title ? { title: { text: title, standoff: 6 } } : {}) });
+  const { xaxis, yaxis, ...rest } = more;
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, sans-serif", size: 12.5, color: colour("soft") },
     margin: { l: 10, r: 10, t: 12, b: 10 }, hovermode: "closest", bargap: 0.28,
     hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("ink") } },
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
-    ...rest, xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis },
+    ...rest, xaxis: axis(xaxis), yaxis: axis(yaxis),
   };
 }
 

@@ -27,7 +27,7 @@ function opinionsPage() {
     h("div.tiles", tiles),
     h("div.grid.two", ["caption", "question"].filter((claims) => one(measures, { claims, measure: "reliability" })).map((claims) => card(h("h3", `Calibration: ${CLAIMS[claims]}`), reliabilityPlot(claims)))),
     h("h2", "Mistakes"), under("In red the detector's best box for what was claimed, in blue the object that stands there; the detector's confidence, and the log-probability of the claim."),
-    h("div.grid.samples", mistakes.map((row) => h("figure", h("img", { src: row.picture, alt: `${row.word} claimed${row.mistaken_for ? `, ${row.mistaken_for} stands there` : ""}` }),
+    h("div.grid.samples", mistakes.map((row) => h("figure", h("span.picture", h("img", { src: row.picture, alt: `${row.word} claimed${row.mistaken_for ? `, ${row.mistaken_for} stands there` : ""}` })),
       h("figcaption", h("b", row.word), row.mistaken_for ? ` for ${row.mistaken_for}` : ": nothing stands there", h("div.range", `“${row.text}” · ${figure(row.confidence, 2)} sure · ${figure(row.probability, 2)} nats`))))),
     h("h2", "All measures"), card(sortable("Measures of second opinions", [
       { title: "claims", value: (row) => row.claims, cell: (row) => CLAIMS[row.claims] || row.claims }, { title: "measure", value: (row) => row.measure, cell: (row) => row.measure.replace("_", " ") }, { title: "judge", value: (row) => row.judge || "", cell: (row) => row.judge || "" },
