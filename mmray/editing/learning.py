@@ -10,6 +10,9 @@ and averaged over answers (Pan et al. 2024 with the guards of FiNE, Pan et al. 2
     + calm · mean ‖what is written besides‖² / mean ‖W_out row‖²      at every token of the kept answers
     + size · Σ ‖Δ row‖² / mean ‖W_out row‖²
 
+Where new words begin, − log p is that with their first token's logit lowered by `LEAD`: a word that only just leads on
+the images learnt from is overtaken on others.
+
 Where new answers have not been taken in by then, that is some token of them is not the likeliest, learning goes on for
 another course at half the rate, and a third.
 
@@ -36,6 +39,8 @@ PIECE = 1024
 """Places whose logits are held at once where all are gone through: a row of them is as long as the vocabulary."""
 TAKEN_IN = 0.95
 """Part of the new answers that have to be taken in before learning ends: of few of them, all."""
+LEAD = 5.0
+"""Logits by which new words are to lead on the images that they are learnt on."""
 BATCHES = 2
 """Batches of each kind a step, where the later blocks have to be run again."""
 
@@ -61,11 +66,15 @@ class Course:
 
 @dataclass(frozen=True)
 class _New:
-    """Answers that are to change: −1 where a place avoids, or must not repeat, no token."""
+    """Answers that are to change: −1 where a place avoids, or must not repeat, no token.
+
+    `lead` is what a place's token is to lead by, in logits.
+    """
 
     tail: Tail
     avoided: Int[Tensor, " place"]
     repeated: Int[Tensor, " place"]
+    lead: Float[Tensor, " place"]
 
 
 @dataclass
@@ -178,8 +187,9 @@ def _size(deltas: Deltas) -> Float[Tensor, ""]:
 
 def _say(new: _New, deltas: Deltas) -> Float[Tensor, ""]:
     """Return the loss of the answers that are to change, summed."""
-    log_probs = new.tail.logits(deltas).log_softmax(1)
-    loss = -log_probs.gather(1, new.tail.targets[:, None]).sum()
+    targets = new.tail.targets[:, None]
+    log_probs = new.tail.logits(deltas).scatter_add(1, targets, -new.lead[:, None]).log_softmax(1)
+    loss = -log_probs.gather(1, targets).sum()
     for tokens in (new.avoided, new.repeated):
         places = (tokens >= 0).nonzero()[:, 0]
         said = log_probs[places, tokens[places]].exp()
@@ -191,9 +201,9 @@ def _answers(part: Tail) -> int:
     return int(part.rows.max()) + 1
 
 
-def _bans(model: LoadedModel, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Return, place by place, the token that is to be avoided and the one that must not come again."""
-    avoided, repeated = [], []
+def _bans(model: LoadedModel, examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, place by place, the token to avoid, the one not to come again, and what the answer's is to lead by."""
+    avoided, repeated, lead = [], [], []
     for example in examples:
         first = example.avoided[0] if example.avoided else None
         for place, token in enumerate(example.tokens):
@@ -201,7 +211,12 @@ def _bans(model: LoadedModel, examples: Sequence[Example]) -> tuple[Tensor, Tens
             again = example.said is not None and first is not None and place >= example.said
             word = example.tokens[first] if again and first is not None else -1
             repeated.append(word if word != token else -1)
-    return torch.tensor(avoided, device=model.device), torch.tensor(repeated, device=model.device)
+            lead.append(LEAD if example.said is not None and place == first else 0.0)
+    return (
+        torch.tensor(avoided, device=model.device),
+        torch.tensor(repeated, device=model.device),
+        torch.tensor(lead, device=model.device),
+    )
 
 
 def _tails(model: LoadedModel, examples: Sequence[Example], deltas: Deltas) -> list[tuple[Tail, list[Example]]]:

@@ -33,7 +33,7 @@ class EditSettings(BaseModel):
     """learned: deltas of the located neurons; zero, scale, project: closed forms to suppress; noise: the published
     perturbation; controls and baselines: random and activation (the same objective on other neurons), last-mlp (FT-L),
     rank-one (as ROME, one layer), lora (needs peft)."""
-    neurons: int = Field(30, ge=1)
+    neurons: int = Field(50, ge=1)
     """Most neurons that are edited."""
     layers: int = Field(1, ge=1)
     """Last layers whose neurons may be edited. An edit of the last layer alone is learnt without running any block."""
