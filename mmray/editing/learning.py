@@ -10,8 +10,8 @@ and averaged over answers (Pan et al. 2024 with the guards of FiNE, Pan et al. 2
     + calm · mean ‖what is written besides‖² / mean ‖W_out row‖²      at every token of the kept answers
     + size · Σ ‖Δ row‖² / mean ‖W_out row‖²
 
-Where new words begin, − log p is that with their first token's logit lowered by `LEAD`: a word that only just leads on
-the images learnt from is overtaken on others.
+Where new words begin, − log p may be that with their first token's logit lowered (`Course.lead`): a word that only just
+leads on the images learnt from is overtaken on others.
 
 Where new answers have not been taken in by then, that is some token of them is not the likeliest, learning goes on for
 another course at half the rate, and a third.
@@ -39,8 +39,6 @@ PIECE = 1024
 """Places whose logits are held at once where all are gone through: a row of them is as long as the vocabulary."""
 TAKEN_IN = 0.95
 """Part of the new answers that have to be taken in before learning ends: of few of them, all."""
-LEAD = 5.0
-"""Logits by which new words are to lead on the images that they are learnt on."""
 BATCHES = 2
 """Batches of each kind a step, where the later blocks have to be run again."""
 
@@ -55,6 +53,8 @@ class Course:
     keep: float = 10.0
     calm: float = 0.0015
     size: float = 5e-4
+    lead: float = 0.0
+    """Logits by which new words are to lead on the images that they are learnt on."""
     places: int = 1000
     """Of an edit of the last layer, the places of the kept answers that a step looks at."""
     anew: int = 5
@@ -130,7 +130,7 @@ def learn(
     model: LoadedModel, deltas: Deltas, new: Sequence[Example], keep: Sequence[Example], course: Course
 ) -> list[float]:
     """Change the deltas so that the model gives the new answers and keeps the others; return the loss of each step."""
-    changing = [_New(part, *_bans(model, rows)) for part, rows in _tails(model, new, deltas)]
+    changing = [_New(part, *_bans(model, rows, course.lead)) for part, rows in _tails(model, new, deltas)]
     staying = [_Kept.of(part) for part, _ in _tails(model, keep, deltas)]
     draw = random.Random(course.seed)
     course_of_loss: list[float] = []
@@ -201,9 +201,9 @@ def _answers(part: Tail) -> int:
     return int(part.rows.max()) + 1
 
 
-def _bans(model: LoadedModel, examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+def _bans(model: LoadedModel, examples: Sequence[Example], lead: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return, place by place, the token to avoid, the one not to come again, and what the answer's is to lead by."""
-    avoided, repeated, lead = [], [], []
+    avoided, repeated, leads = [], [], []
     for example in examples:
         first = example.avoided[0] if example.avoided else None
         for place, token in enumerate(example.tokens):
@@ -211,11 +211,11 @@ def _bans(model: LoadedModel, examples: Sequence[Example]) -> tuple[Tensor, Tens
             again = example.said is not None and first is not None and place >= example.said
             word = example.tokens[first] if again and first is not None else -1
             repeated.append(word if word != token else -1)
-            lead.append(LEAD if example.said is not None and place == first else 0.0)
+            leads.append(lead if example.said is not None and place == first else 0.0)
     return (
         torch.tensor(avoided, device=model.device),
         torch.tensor(repeated, device=model.device),
-        torch.tensor(lead, device=model.device),
+        torch.tensor(leads, device=model.device),
     )
 
 

@@ -22,6 +22,9 @@ from mmray.models.parts import output_rows, unembedding_rows
 
 Method = Callable[[Task], Deltas]
 
+SWAP_LEAD = 5.0
+"""Logits by which a target is to lead on the source's images: what suppresses a word need not say another so firmly."""
+
 
 def learned(task: Task) -> Deltas:
     """Learn deltas of the located neurons."""
@@ -107,7 +110,8 @@ def make_edit(material: Material, wishes: Sequence[EditSettings]) -> WeightEdit:
 
 
 def _learn(task: Task, deltas: Deltas) -> Deltas:
-    course = Course(steps=task.settings.steps, seed=task.settings.seed)
+    swap = all(purpose.kind == "swap" for purpose in task.purposes)
+    course = Course(steps=task.settings.steps, lead=SWAP_LEAD if swap else 0.0, seed=task.settings.seed)
     learn(task.material.model, deltas, task.new, task.keep, course)
     return deltas
 
