@@ -23,7 +23,8 @@ from mmray.models.parts import output_rows, unembedding_rows
 Method = Callable[[Task], Deltas]
 
 SWAP_LEAD = 5.0
-"""Logits by which a target is to lead on the source's images: what suppresses a word need not say another so firmly."""
+"""Logits by which a target is to lead on the source's images. What suppresses a word need not say another so firmly, and
+where many edits share the neurons there is no room for it."""
 
 
 def learned(task: Task) -> Deltas:
@@ -110,7 +111,7 @@ def make_edit(material: Material, wishes: Sequence[EditSettings]) -> WeightEdit:
 
 
 def _learn(task: Task, deltas: Deltas) -> Deltas:
-    swap = all(purpose.kind == "swap" for purpose in task.purposes)
+    swap = [purpose.kind for purpose in task.purposes] == ["swap"]
     course = Course(steps=task.settings.steps, lead=SWAP_LEAD if swap else 0.0, seed=task.settings.seed)
     learn(task.material.model, deltas, task.new, task.keep, course)
     return deltas
