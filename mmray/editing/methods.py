@@ -23,8 +23,8 @@ from mmray.models.parts import output_rows, unembedding_rows
 Method = Callable[[Task], Deltas]
 
 SWAP_LEAD = 5.0
-"""Logits by which a target is to lead on the source's images. What suppresses a word need not say another so firmly, and
-where many edits share the neurons there is no room for it."""
+"""Logits by which a target is to lead on the source's images. What suppresses a word need not say another so firmly,
+and where many edits share the neurons there is no room for it."""
 
 
 def learned(task: Task) -> Deltas:
