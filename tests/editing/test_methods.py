@@ -169,6 +169,25 @@ def test_learning_goes_on_until_new_answers_are_taken_in(material):
         assert taken_in == (steps == 40)
 
 
+def test_new_words_lead_by_more_where_they_are_to(material):
+    task = prepare(material, [edit_settings({"source": "hammer", "target": "dog", "kept": 16, "samples": 4})])
+    smallest = []
+    for lead in (0.0, 5.0):
+        deltas = Deltas(material.model, task.neurons)
+        learn(material.model, deltas, task.new, task.keep, Course(steps=40, lead=lead))
+        leads = []
+        for batch, rows in batched(material.model, task.new):
+            with torch.no_grad():
+                said = tail(material.model, batch, deltas).logits(deltas)
+            said = said.split([len(example.tokens) for example in rows])
+            for logits, example in zip(said, rows, strict=True):
+                place, old = example.avoided
+                leads.append(float(logits[place, example.tokens[place]] - logits[place, old]))
+        smallest.append(min(leads))
+    assert smallest[1] > smallest[0] + 1
+    assert smallest[1] > 5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_an_edit(material, method):
