@@ -15,7 +15,7 @@ from mmray.editing.deltas import Deltas, Neuron, RankOne
 from mmray.editing.departures import departures
 from mmray.editing.edit import Purpose
 from mmray.editing.material import Example
-from mmray.editing.tail import Tail, batched, tail
+from mmray.editing.tail import tails
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel
 
@@ -49,7 +49,8 @@ def rank_one(model: LoadedModel, new: Sequence[Example], keep: Sequence[Example]
     answers' places. What was written at k changes by v, and as little as can be elsewhere.
     """
     key = departures(model, new, layer).mean(dim=0)
-    others = torch.cat([part.activation.flatten(0, -2) for part in _tails(model, keep, layer)])
+    seen = Deltas(model, whole_layers(model, [layer]))
+    others = torch.cat([part.activation.flatten(0, -2) for part, _ in tails(model, keep, seen)])
     moment = others.T @ others / len(others)
     ridge = RIDGE * moment.diagonal().mean() * torch.eye(len(key), device=key.device)
     direction = torch.linalg.solve(moment + ridge, key)
@@ -118,8 +119,3 @@ def banned_tokens(model: LoadedModel, words: Sequence[str]) -> list[list[int]]:
     spellings = [form for word in words for form in (f" {word}", word, f" {word}s")]
     found = [model.tokenizer(form, add_special_tokens=False)["input_ids"] for form in spellings]
     return [list(ids) for ids in dict.fromkeys(map(tuple, found)) if ids]
-
-
-def _tails(model: LoadedModel, examples: Sequence[Example], layer: int) -> list[Tail]:
-    seen = Deltas(model, whole_layers(model, [layer]))
-    return [tail(model, batch, seen) for batch, _ in batched(model, examples)]

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from mmray.editing.deltas import Deltas
 from mmray.editing.material import Example
-from mmray.editing.tail import Tail, batched, joined, tail
+from mmray.editing.tail import Tail, batched, tail, tails
 from mmray.models.loading import LoadedModel
 
 PIECE = 1024
@@ -130,8 +130,8 @@ def learn(
     model: LoadedModel, deltas: Deltas, new: Sequence[Example], keep: Sequence[Example], course: Course
 ) -> list[float]:
     """Change the deltas so that the model gives the new answers and keeps the others; return the loss of each step."""
-    changing = [_New(part, *_bans(model, rows, course.lead)) for part, rows in _tails(model, new, deltas)]
-    staying = [_Kept.of(part) for part, _ in _tails(model, keep, deltas)]
+    changing = [_New(part, *_bans(model, rows, course.lead)) for part, rows in tails(model, new, deltas)]
+    staying = [_Kept.of(part) for part, _ in tails(model, keep, deltas)]
     draw = random.Random(course.seed)
     course_of_loss: list[float] = []
     for number in range(course.courses):
@@ -217,14 +217,6 @@ def _bans(model: LoadedModel, examples: Sequence[Example], lead: float) -> tuple
         torch.tensor(repeated, device=model.device),
         torch.tensor(leads, device=model.device),
     )
-
-
-def _tails(model: LoadedModel, examples: Sequence[Example], deltas: Deltas) -> list[tuple[Tail, list[Example]]]:
-    """Return the examples behind the first edited MLP: in one piece where no later block has to be run."""
-    parts = [(tail(model, batch, deltas), rows) for batch, rows in batched(model, examples)]
-    if len(parts) < 2 or parts[0][0].later:
-        return parts
-    return [(joined([part for part, _ in parts]), [row for _, rows in parts for row in rows])]
 
 
 @torch.no_grad()

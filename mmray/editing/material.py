@@ -15,6 +15,7 @@ from mmray.datasets.columns import Columns
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import Manifest, read_shard
 from mmray.datasets.sources import Source, open_source
+from mmray.editing.heard import Heard, hearing
 from mmray.editing.settings import EditSettings
 from mmray.editing.views import views
 from mmray.editing.wording import replaced as with_nouns
@@ -34,7 +35,8 @@ class Example:
     """An answer that the model is to give, or to go on giving, to a prompt about an image; token ids, end included.
 
     `avoided` is what it would say otherwise: the token to predict no more, by its place in the answer. `said` is the
-    place behind the new words from which on their first token is not to come again; None: nothing new is said.
+    place behind the new words from which on their first token is not to come again; None: nothing new is said. `heard`
+    is what the model held while it wrote the answer, of an answer of its own.
     """
 
     prompt: str
@@ -43,6 +45,7 @@ class Example:
     avoided: tuple[int, int] | None = None
     said: int | None = None
     sample_id: str = ""
+    heard: Heard | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass
@@ -55,6 +58,8 @@ class Material:
     prompt: str | None = None
     samples: dict[str, Sample] = field(default_factory=dict)
     written: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    heard: dict[str, Heard | None] = field(default_factory=dict)
+    """What the model held while it wrote them."""
 
     @property
     def end(self) -> int:
@@ -105,7 +110,14 @@ class Material:
         """Return a caption of a sample as an example; a text is tokenised as it follows the prompt."""
         prompt = self.ask(sample)
         tokens = tokenize_caption(self.model, prompt, answer)[0] if isinstance(answer, str) else answer
-        return Example(prompt, open_image(sample.image), (*tokens, self.end), sample_id=sample.sample_id)
+        own = self.written.get(sample.sample_id) == tokens
+        return Example(
+            prompt,
+            open_image(sample.image),
+            (*tokens, self.end),
+            sample_id=sample.sample_id,
+            heard=self.heard[sample.sample_id] if own else None,
+        )
 
     def read(self, wanted: Iterable[str]) -> list[Sample]:
         """Return the samples of these ids, in their order; what can't be read any more is left out."""
@@ -126,8 +138,11 @@ class Material:
         for start in range(0, len(new), 2 * ROWS_A_BATCH):
             chunk = new[start : start + 2 * ROWS_A_BATCH]
             images, prompts = [open_image(sample.image) for sample in chunk], [self.ask(sample) for sample in chunk]
-            for sample, tokens in zip(chunk, generate(self.model, prompts, images), strict=True):
+            with hearing(self.model) as heard:
+                written = generate(self.model, prompts, images)
+            for row, (sample, tokens) in enumerate(zip(chunk, written, strict=True)):
                 self.written[sample.sample_id] = tuple(tokens)
+                self.heard[sample.sample_id] = heard.of(row, len(tokens) + 1)
         return [self.written[sample.sample_id] for sample in samples]
 
     def text(self, tokens: Sequence[int]) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from mmray.editing.deltas import Deltas
+from mmray.editing.heard import Heard
 from mmray.editing.material import Example, batches
 from mmray.models.blocks import block_of, left_by
 from mmray.models.capture import tap, tap_input
@@ -111,20 +112,65 @@ class Tail:
         return added.to(self.hidden.dtype) * projection.scale
 
 
-def joined(tails: Sequence[Tail]) -> Tail:
+def tails(model: LoadedModel, examples: Sequence[Example], deltas: Deltas) -> list[tuple[Tail, list[Example]]]:
+    """Return the examples behind the first edited MLP, in one piece where no later block has to be run.
+
+    An answer of the model's own is not run where what the model held while it wrote it is all that is needed.
+    """
+    known = [example for example in examples if example.heard] if deltas.first == len(model.widths) - 1 else []
+    taken = set(map(id, known))
+    rest = [example for example in examples if id(example) not in taken]
+    parts = [(tail(model, batch, deltas), rows) for batch, rows in batched(model, rest)]
+    if known:
+        parts.append((_recalled(model, known, deltas), known))
+    if len(parts) < 2 or parts[0][0].later:
+        return parts
+    return [(joined([part for part, _ in parts]), [row for _, rows in parts for row in rows])]
+
+
+def _recalled(model: LoadedModel, examples: Sequence[Example], deltas: Deltas) -> Tail:
+    """Return the tail of answers that the model wrote itself, of an edit of the last layer."""
+    heard = [example.heard for example in examples if example.heard]
+    counts = torch.tensor([len(example.tokens) for example in examples], device=model.device)
+    units = deltas.units[deltas.first]
+    hidden, written, after = _joined(heard)
+    return Tail(
+        model=model,
+        targets=torch.tensor([token for example in examples for token in example.tokens], device=model.device),
+        rows=torch.repeat_interleave(counts),
+        places=None,
+        hidden=hidden,
+        activation=torch.cat([one.activation[:, units].float() for one in heard]),
+        written=written,
+        later=(),
+        after=after,
+    )
+
+
+def joined(parts: Sequence[Tail]) -> Tail:
     """Return tails without later blocks as one; rows are numbered through."""
-    counts = accumulate((int(part.rows.max()) + 1 for part in tails), initial=0)
-    written = [part.written for part in tails if part.written is not None]
-    # What was added to one batch behind the last block may be nothing in another.
-    after = [torch.zeros_like(part.hidden) if part.after is None else part.after for part in tails]
+    counts = accumulate((int(part.rows.max()) + 1 for part in parts), initial=0)
+    hidden, written, after = _joined(parts)
     return replace(
-        tails[0],
-        targets=torch.cat([part.targets for part in tails]),
-        rows=torch.cat([part.rows + count for part, count in zip(tails, counts, strict=False)]),
-        hidden=torch.cat([part.hidden for part in tails]),
-        activation=torch.cat([part.activation for part in tails]),
-        written=torch.cat(written) if written else None,
-        after=torch.cat(after) if any(part.after is not None for part in tails) else None,
+        parts[0],
+        targets=torch.cat([part.targets for part in parts]),
+        rows=torch.cat([part.rows + count for part, count in zip(parts, counts, strict=False)]),
+        hidden=hidden,
+        activation=torch.cat([part.activation for part in parts]),
+        written=written,
+        after=after,
+    )
+
+
+def _joined(parts: Sequence[Tail] | Sequence[Heard]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return what parts hold as `hidden`, `written` and `after`, each in one."""
+    written = [part.written for part in parts if part.written is not None]
+    # What was added to one part behind the last block may be nothing in another.
+    after = [torch.zeros_like(part.hidden) if part.after is None else part.after for part in parts]
+    return (
+        torch.cat([part.hidden for part in parts]),
+        torch.cat(written) if written else None,
+        torch.cat(after) if any(part.after is not None for part in parts) else None,
     )
 
 

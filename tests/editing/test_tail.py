@@ -1,16 +1,22 @@
 """What is run again behind the first edited MLP is what the whole network computes, in every family, edited or not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mmray.editing.baselines import RankOne
 from mmray.editing.deltas import Deltas
 from mmray.editing.edit import Purpose, WeightEdit
-from mmray.editing.tail import joined, tail
+from mmray.editing.heard import hearing
+from mmray.editing.material import Example
+from mmray.editing.tail import joined, tail, tails
+from mmray.models.generation import generate
 from mmray.models.loading import digest
 from mmray.models.norms import vocabulary_logits
+from mmray.models.prompting import prompt_text
 from tests.models.tiny import VARIANTS
-from tests.neurons.making import CAPTIONS, batch_of
+from tests.neurons.making import CAPTIONS, batch_of, picture
 
 NEURONS = {"last": [(1, 3), (1, 20), (1, 7)], "both": [(0, 5), (1, 3), (0, 11)], "first": [(0, 2)]}
 
@@ -69,6 +75,30 @@ def test_tails_are_joined_and_cut(open_model, variant):
         chosen = torch.tensor([4, 0, 9])
         assert torch.allclose(together.at(chosen).logits(deltas), apart[chosen], atol=1e-5)
     assert sorted(set(together.rows.tolist())) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_was_heard_is_what_a_forward_gives(open_model, variant):
+    model = open_model(variant)
+    prompts, images = [prompt_text(model, None, "en")] * 3, [picture(seed) for seed in range(3)]
+    with hearing(model) as heard:
+        written = generate(model, prompts, images, 5)
+    answers = [
+        Example(prompt, image, tuple(tokens), heard=heard.of(row, len(tokens)))
+        for row, (prompt, image, tokens) in enumerate(zip(prompts, images, written, strict=True))
+        if tokens
+    ]
+    silent = model.parts.encoder_decoder or bool(model.projections[1].experts)
+    assert [answer.heard is None for answer in answers] == [silent] * len(answers)
+    deltas = filled(model, NEURONS["last"])
+    for answer in answers:
+        ((recalled, _),) = tails(model, [answer], deltas)
+        ((forward, _),) = tails(model, [replace(answer, heard=None)], deltas)
+        assert torch.equal(recalled.targets, forward.targets)
+        with torch.no_grad():
+            assert torch.allclose(recalled.logits(deltas), forward.logits(deltas), rtol=1e-3, atol=1e-4)
+    assert answers
+    assert heard.of(0, 6) is None
 
 
 def test_the_loss_reaches_every_delta(open_model):
