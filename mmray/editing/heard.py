@@ -74,16 +74,17 @@ def hearing(model: LoadedModel) -> Iterator[Hearing]:
 
     def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         left = left_by(output)
-        heard.hidden.append(left[:, -1])
+        # Copies: a view would hold on to all positions of the prompt.
+        heard.hidden.append(left[:, -1].clone())
         # MLPs may see the rows' positions in one line.
-        heard.activation.append(rows.pop().view(*left.shape[:-1], -1)[:, -1])
+        heard.activation.append(rows.pop().view(*left.shape[:-1], -1)[:, -1].clone())
         if written:
-            heard.written.append(written.pop().view(left.shape)[:, -1])
+            heard.written.append(written.pop().view(left.shape)[:, -1].clone())
 
     with ExitStack() as stack:
         stack.callback(block_of(model, layer).register_forward_hook(leave).remove)
         stack.enter_context(tap(model.network, [projection], lambda _, activation, __: rows.append(activation)))
         if projection.post_norm is not None:
             stack.enter_context(tap_input(model.network.get_submodule(projection.post_norm), written.append))
-        stack.enter_context(tap_input(model.norm, lambda states: heard.normed.append(states[:, -1])))
+        stack.enter_context(tap_input(model.norm, lambda states: heard.normed.append(states[:, -1].clone())))
         yield heard

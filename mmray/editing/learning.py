@@ -50,7 +50,7 @@ class Course:
     steps: int = 60
     rate: float = 0.25
     """Adam's first step, in units of the root mean square of a layer's W_out; it falls to a tenth of that."""
-    keep: float = 30.0
+    keep: float = 10.0
     calm: float = 0.0015
     size: float = 5e-4
     lead: float = 0.0

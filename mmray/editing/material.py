@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -59,7 +60,7 @@ class Material:
     samples: dict[str, Sample] = field(default_factory=dict)
     written: dict[str, tuple[int, ...]] = field(default_factory=dict)
     heard: dict[str, Heard | None] = field(default_factory=dict)
-    """What the model held while it wrote them."""
+    """What the model held while it wrote some of them."""
 
     @property
     def end(self) -> int:
@@ -116,7 +117,7 @@ class Material:
             open_image(sample.image),
             (*tokens, self.end),
             sample_id=sample.sample_id,
-            heard=self.heard[sample.sample_id] if own else None,
+            heard=self.heard.get(sample.sample_id) if own else None,
         )
 
     def read(self, wanted: Iterable[str]) -> list[Sample]:
@@ -132,17 +133,21 @@ class Material:
                         self.samples[row.sample_id] = row
         return [self.samples[name] for name in wanted if name in self.samples]
 
-    def own(self, samples: Sequence[Sample]) -> list[tuple[int, ...]]:
-        """Return the token ids of the model's own greedy captions of these samples, without the end."""
+    def own(self, samples: Sequence[Sample], *, hear: bool = False) -> list[tuple[int, ...]]:
+        """Return the token ids of the model's own greedy captions of these samples, without the end.
+
+        `hear`: what the model holds while it writes them is kept, too; some tens of thousands of numbers a token.
+        """
         new = [sample for sample in samples if sample.sample_id not in self.written]
         for start in range(0, len(new), 2 * ROWS_A_BATCH):
             chunk = new[start : start + 2 * ROWS_A_BATCH]
             images, prompts = [open_image(sample.image) for sample in chunk], [self.ask(sample) for sample in chunk]
-            with hearing(self.model) as heard:
+            with hearing(self.model) if hear else nullcontext() as heard:
                 written = generate(self.model, prompts, images)
             for row, (sample, tokens) in enumerate(zip(chunk, written, strict=True)):
                 self.written[sample.sample_id] = tuple(tokens)
-                self.heard[sample.sample_id] = heard.of(row, len(tokens) + 1)
+                if heard:
+                    self.heard[sample.sample_id] = heard.of(row, len(tokens) + 1)
         return [self.written[sample.sample_id] for sample in samples]
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -226,7 +231,7 @@ def kept(material: Material, without: Iterable[str], most: int, seed: int, first
     chosen = list(dict.fromkeys([*foremost, *others]))[:most]
     samples = [sample for sample in material.read(chosen) if not set(without) & set(sample.objects or ())]
     examples = []
-    for sample, tokens in zip(samples, material.own(samples), strict=True):
+    for sample, tokens in zip(samples, material.own(samples, hear=True), strict=True):
         said = material.text(tokens)
         if not find_forms(said, frozenset(without), material.language):
             examples.append(material.example(sample, tokens))

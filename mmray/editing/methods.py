@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 
@@ -22,9 +23,10 @@ from mmray.models.parts import output_rows, unembedding_rows
 
 Method = Callable[[Task], Deltas]
 
-SWAP_LEAD = 5.0
-"""Logits by which a target is to lead on the source's images. What suppresses a word need not say another so firmly,
-and where many edits share the neurons there is no room for it."""
+SWAP_LEAD, SWAP_KEEP = 5.0, 30.0
+"""Of a single swap, logits by which the target is to lead on the source's images, and what the answers that are to stay
+weigh against that. What suppresses a word need not say another so firmly, and where many edits share the neurons there
+is no room for it."""
 
 
 def learned(task: Task) -> Deltas:
@@ -111,8 +113,9 @@ def make_edit(material: Material, wishes: Sequence[EditSettings]) -> WeightEdit:
 
 
 def _learn(task: Task, deltas: Deltas) -> Deltas:
-    swap = [purpose.kind for purpose in task.purposes] == ["swap"]
-    course = Course(steps=task.settings.steps, lead=SWAP_LEAD if swap else 0.0, seed=task.settings.seed)
+    course = Course(steps=task.settings.steps, seed=task.settings.seed)
+    if [purpose.kind for purpose in task.purposes] == ["swap"]:
+        course = replace(course, lead=SWAP_LEAD, keep=SWAP_KEEP)
     learn(task.material.model, deltas, task.new, task.keep, course)
     return deltas
 

@@ -1,5 +1,7 @@
 """What each way of editing computes, and what a learnt edit of the demo does."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from mmray.editing.locating import located, matched, sharing
 from mmray.editing.material import Material, kept, replaced
 from mmray.editing.methods import METHODS, make_edit
 from mmray.editing.settings import edit_settings
-from mmray.editing.tail import batched, tail
+from mmray.editing.tail import batched, tail, tails
 from mmray.editing.task import prepare
 from mmray.errors import InputError
 from mmray.models.generation import generate
@@ -99,6 +101,21 @@ def test_material_says_the_new_and_keeps_the_rest(material):
     assert not any("hammer" in material.text(example.tokens) for example in rest)
     with pytest.raises(InputError, match="names it in none"):
         replaced(material, "no such thing", "ant", 8, 0)
+
+
+def test_kept_captions_are_learnt_on_as_they_were_heard(material):
+    rest = kept(replace(material, written={}, heard={}), ["ant"], 12, 5)
+    model = material.model
+    assert all(example.heard for example in rest)
+    deltas = Deltas(model, [(len(model.widths) - 1, unit) for unit in range(40)])
+    with torch.no_grad():
+        ((recalled, rows),) = tails(model, rest, deltas)
+        ((forward, others),) = tails(model, [replace(example, heard=None) for example in rows], deltas)
+        order = sorted(range(len(others)), key=lambda number: rows.index(others[number]))
+        apart = [forward.logits()[forward.rows == number] for number in order]
+        assert torch.allclose(recalled.logits(), torch.cat(apart), atol=1e-3)
+    # Greedily written: every token of it is the likeliest, the end too.
+    assert torch.equal(recalled.logits().argmax(dim=1), recalled.targets)
 
 
 def test_controls_are_of_the_same_layers(material, demo_run):
