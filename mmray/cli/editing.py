@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -42,7 +41,7 @@ def edit(
 def apply(
     edit: Annotated[str, typer.Argument(metavar="EDIT", help="Folder of an edit.")],
     model: Annotated[str, typer.Option("--model", help=describe("model"))],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the edited checkpoint; it must be empty.")],
+    out: Annotated[str, typer.Option("--out", help="Local folder of the edited checkpoint; it must be empty.")],
     dtype: DtypeName = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

@@ -40,8 +40,8 @@ def saliency(
         checked = saliency_settings({"run": "", **settings})
         _one(model, image, word, caption, prompt, out or Path(f"saliency-{word}.html"), checked, as_json=as_json)
         return
-    if image is not None or word is not None or model is not None:
-        raise InputError("saliency: give a RUN, or --model, --image and --word, not both")
+    if any(given is not None for given in (model, image, word, caption, prompt, out)):
+        raise InputError("saliency: --model, --image, --word, --caption, --prompt and --out are of one picture; no RUN")
     _whole(saliency_settings({"run": run, **settings}), as_json=as_json)
 
 

@@ -144,7 +144,7 @@ def _told(
 
 def _train(settings: AlignmentSettings, folder: RunFolder, info: dict[str, Any]) -> None:
     """Have Ray Train run the workers, and begin them again where some die."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     pool = pool_for(settings.workers, settings.gpus_per_worker, settings.batch_size)
@@ -165,7 +165,7 @@ def _train(settings: AlignmentSettings, folder: RunFolder, info: dict[str, Any])
     scaling = ScalingConfig(num_workers=pool.workers, use_gpu=bool(pool.gpus), resources_per_worker=resources)
     try:
         TorchTrainer(train, train_loop_config=config, scaling_config=scaling, run_config=own).fit()
-    except RuntimeError as error:
+    except (RuntimeError, TrainingFailedError) as error:
         reason = " ".join(str(error).split())[-300:]
         raise InputError(f"{settings.out}: training ended ({reason}); run again, it goes on") from error
     if folder.store.exists(PROBLEM):

@@ -18,7 +18,7 @@ from mmray.editing.edit import open_edit
 from mmray.editing.material import Material, open_material
 from mmray.editing.methods import make_edit
 from mmray.editing.settings import EditSettings
-from mmray.errors import InputError
+from mmray.errors import InputError, StorageError
 from mmray.results.run import Run, open_run
 from mmray.runs import Receipt, RunFolder
 from mmray.storage import open_store
@@ -89,7 +89,17 @@ class EditWorker(UnitWorker):
         key = (settings.language, settings.prompt)
         if key not in self.material:
             self.material[key] = open_material(self.run, settings)
-        make_edit(self.material[key], [settings]).save(edit_folder(self.run, name))
+        material = self.material[key]
+        try:
+            edit = make_edit(material, [settings])
+        except StorageError:
+            raise
+        except InputError as error:
+            # The others may be made: what is wrong is wrong with this one.
+            return self.folder.set_aside(unit, 1, str(error))
+        # What was held while captions were written serves one edit; of many it would fill the memory.
+        material.heard.clear()
+        edit.save(edit_folder(self.run, name))
         return self.folder.commit_shard(
             unit, {"errors": SCHEMAS["errors"].empty_table()}, 1, time.perf_counter() - began
         )
@@ -98,7 +108,7 @@ class EditWorker(UnitWorker):
 def _check(run: Run, name: str, settings: EditSettings) -> None:
     if not name or set(name) & set("/\\"):
         raise InputError(f"edit {name!r}: give it a name without slashes, the folder that it gets")
-    for concept in filter(None, (settings.source, settings.target, settings.suppress)):
+    for concept in filter(None, (settings.source, settings.suppress)):
         run.rank(concept, 1)
     place = edit_folder(run, name)
     if not open_store(place).exists("edit.json"):

@@ -28,7 +28,7 @@ from mmray.evaluation.summary import summarise
 from mmray.results.run import Run, open_run
 from mmray.runs import Receipt, RunFolder
 from mmray.storage import open_store
-from mmray.tables import EVALUATION_SCHEMAS, to_bytes
+from mmray.tables import CAPTIONS_FILE, EVALUATION_FILE, EVALUATION_SCHEMAS, to_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,5 +117,5 @@ def _write(outcome: Evaluation, plan: Plan, fingerprint: str, captions: pa.Table
         "fingerprint": fingerprint,
         "seconds": round(outcome.seconds, 3),
     }
-    store.put("captions.parquet", to_bytes(captions))
-    store.put("evaluation.json", json.dumps(content, indent=1, ensure_ascii=False, default=str).encode())
+    store.put(CAPTIONS_FILE, to_bytes(captions))
+    store.put(EVALUATION_FILE, json.dumps(content, indent=1, ensure_ascii=False, default=str).encode())

@@ -8,10 +8,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from mmray.cluster.described import detector_content
 from mmray.cluster.worker import columns_of, open_data
 from mmray.datasets.contents import Source
 from mmray.datasets.rows import BadRowError, object_names
-from mmray.datasets.shards import Manifest, cut
+from mmray.datasets.shards import Manifest, Shard, cut
 from mmray.datasets.sources import open_source
 from mmray.errors import InputError
 from mmray.evaluation.asks import Purpose
@@ -128,6 +129,10 @@ def digests(plan: Plan, run: Run) -> dict[str, str]:
         if uri:
             store, key = open_object(uri)
             found[name] = _digest([store.entry(key)])
+    if settings.mmedit_images:
+        found["mmedit_images"] = _digest(open_store(settings.mmedit_images).list())
+    if settings.detector:
+        found["detector"] = detector_content(settings.detector)
     return found
 
 
@@ -146,13 +151,13 @@ def _objects(source: Source) -> Iterator[tuple[str, ...]]:
 
 
 def _own(run: Run, purposes: Sequence[Purpose], manifest: Manifest) -> tuple[Manifest | None, list[Unit]]:
-    """Return the shards of the run's data that hold the samples of the edit; none where the data measured on is that.
+    """Return the shards of the run's data that hold the samples of the edit, without what is measured on anyway.
 
-    Then those samples are known by their identifiers.
+    There those samples are known by their identifiers.
     """
-    own = Manifest.from_json(run.folder.manifest())
+    own = _without(Manifest.from_json(run.folder.manifest()), manifest)
     wanted = {name for purpose in purposes for name in purpose.samples}
-    if own.digest == manifest.digest or not wanted or run.folder.finished() is None:
+    if not own.samples or not wanted or run.folder.finished() is None:
         return None, []
     try:
         open_data(CensusSettings(**run.info["settings"]))
@@ -164,7 +169,32 @@ def _own(run: Run, purposes: Sequence[Purpose], manifest: Manifest) -> tuple[Man
     for row in captions:
         if row["sample_id"] in wanted:
             by_shard[row["shard_id"]].append(row["sample_id"])
-    return own, [Unit("own", shard, len(names), tuple(sorted(names))) for shard, names in sorted(by_shard.items())]
+    units = [
+        Unit("own", shard, len(names), tuple(sorted(names)))
+        for shard, names in sorted(by_shard.items())
+        if own.shards[shard].samples
+    ]
+    return own, units
+
+
+def _without(own: Manifest, measured: Manifest) -> Manifest:
+    """Return shards of the same numbers, without the rows of files that are measured on, as they are."""
+    files = set(own.files) & set(measured.files)
+    alike = {file.path for file in files}
+    # Data is cut from the first row of each file on.
+    stops = {piece.path: piece.stop for shard in measured.shards for piece in shard.pieces if piece.path in alike}
+    shards = (
+        Shard(
+            shard.shard_id,
+            tuple(
+                replace(piece, start=max(piece.start, stops.get(piece.path, 0)))
+                for piece in shard.pieces
+                if piece.stop > stops.get(piece.path, 0)
+            ),
+        )
+        for shard in own.shards
+    )
+    return Manifest(own.files, tuple(shards))
 
 
 def _parts(kind: str, count: int, size: int) -> list[Unit]:

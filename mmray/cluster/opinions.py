@@ -8,19 +8,16 @@ OUT/tables/answers.parquet        the answers under every condition; `changes`: 
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-import mmray.demo
 from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress
-from mmray.cluster.described import described
+from mmray.cluster.described import content_of, described, detector_content
 from mmray.cluster.finished import Finished
 from mmray.cluster.sight_worker import OpinionWorker, PerturbationWorker, Plan, SightWorker
 from mmray.cluster.units import mapped
@@ -81,7 +78,10 @@ def run_perturbation(settings: PerturbationSettings, follow: Callable[[Progress]
     if not plan.facts.vocabulary and not (settings.source and settings.target and settings.unrelated):
         raise InputError(f"{plan.data}: no column of objects to draw from; give --source, --target and --unrelated")
     folder = RunFolder.at(settings.out, patient=True)
-    return _look(plan, PerturbationWorker, folder, folder.store, "answers", follow)
+    looked = _look(plan, PerturbationWorker, folder, folder.store, "answers", follow)
+    if not looked.rows and looked.complete:
+        raise InputError(f"{plan.data}: no image has objects to move from and to; give --source and --target")
+    return looked
 
 
 def _look(
@@ -147,15 +147,7 @@ def _digests(plan: Plan) -> dict[str, str]:
         "model": digest(resolve(plan.model)),
         "data": plan.manifest.digest,
         "cut": str([shard.samples for shard in plan.manifest.shards][:1]) + str(plan.manifest.samples),
-        "detector": _content(mmray.demo.DETECTOR if detector == "demo" else detector),
-        "alignment": _content(alignment) if alignment else "",
+        "detector": detector_content(detector),
+        "alignment": content_of(alignment) if alignment else "",
         "prompt": plan.prompt or "",
     }
-
-
-def _content(place: Path | str) -> str:
-    """Return a digest of a folder's files; of a hub id its name."""
-    if "://" not in str(place) and not Path(place).expanduser().is_dir():
-        return str(place)
-    listed = [(entry.key, entry.size, entry.version) for entry in open_store(place).list() if "/" not in entry.key]
-    return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]

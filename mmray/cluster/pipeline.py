@@ -22,7 +22,7 @@ from mmray.evaluation.settings import evaluation_settings
 from mmray.results.run import Run, open_run
 from mmray.settings import census_settings, first_problem
 from mmray.storage import open_store
-from mmray.tables import from_bytes
+from mmray.tables import CAPTIONS_FILE, from_bytes
 from mmray.writing import write_table
 
 Follow = Callable[[str, Progress], None]
@@ -143,5 +143,5 @@ def _measures(done: Pipeline) -> Iterator[dict[str, Any]]:
 
 def _captions(done: Pipeline) -> Iterator[dict[str, Any]]:
     for name in done.evaluations:
-        rows = from_bytes(open_store(edit_folder(done.run, name)).read("captions.parquet"))
+        rows = from_bytes(open_store(edit_folder(done.run, name)).read(CAPTIONS_FILE))
         yield from ({"edit": name, **row} for row in rows.to_pylist())

@@ -49,10 +49,17 @@ def samples(
 
 
 def object_names(value: Any) -> tuple[str, ...]:
-    """Return the object names in a cell: a list, a JSON list or words parted by commas; raises `BadRowError`."""
+    """Return the object names in a cell: a list, a JSON list or words parted by commas; raises `BadRowError`.
+
+    Blank ones are left out.
+    """
+    return tuple(name for name in _names(value) if name)
+
+
+def _names(value: Any) -> tuple[str, ...]:
     if isinstance(value, str) and not value.lstrip().startswith("["):
-        value = [name.strip() for name in value.split(",") if name.strip()]
-    return tuple(_text(name, "objects") for name in _list(value, "objects"))
+        value = [name for name in value.split(",") if name.strip()]
+    return tuple(_text(name, "objects").strip() for name in _list(value, "objects"))
 
 
 def _image(record: Mapping[str, Any], columns: Columns) -> bytes | tuple[str] | str | None:
@@ -78,10 +85,12 @@ def _sample(record: Record, source: str, image: bytes | str | None, columns: Col
     if isinstance(image, str):
         raise BadRowError(image)
     caption = _caption(record, columns, captions)
-    objects = _optional(record, columns.objects, object_names)
+    objects = _optional(record, columns.objects, _names)
     boxes = _optional(record, columns.boxes, _boxes)
-    if objects is not None and boxes is not None and len(objects) != len(boxes):
-        raise BadRowError(f"{len(objects)} objects and {len(boxes)} boxes")
+    if objects is not None and boxes is not None:
+        if len(objects) != len(boxes):
+            raise BadRowError(f"{len(objects)} objects and {len(boxes)} boxes")
+        boxes = tuple(box for name, box in zip(objects, boxes, strict=True) if name)
     return Sample(
         sample_id=_known_id(record, columns) or digest_id(image, caption),
         source=source,
@@ -89,7 +98,7 @@ def _sample(record: Record, source: str, image: bytes | str | None, columns: Col
         caption=caption,
         language=_label(record, columns.language),
         domain=_label(record, columns.domain),
-        objects=objects,
+        objects=None if objects is None else tuple(name for name in objects if name),
         boxes=boxes,
         questions=_optional(record, columns.questions, _questions),
         labels={name: label for name in columns.labels if (label := _label(record, name)) is not None},

@@ -46,8 +46,11 @@ def rank_one(model: LoadedModel, new: Sequence[Example], keep: Sequence[Example]
     """Return a rank-one change of one layer, as ROME's: u = C⁻¹k / kᵀC⁻¹k, v left to learn.
 
     k is the mean activation where the old word was to be predicted, C the second moment of activations at the kept
-    answers' places. What was written at k changes by v, and as little as can be elsewhere.
+    answers' places. What was written at k changes by v, and as little as can be elsewhere. Raises InputError where
+    there are no such answers.
     """
+    if not keep:
+        raise InputError("rank-one needs captions that are to stay; raise --kept, or analyse more samples")
     key = departures(model, new, layer).mean(dim=0)
     seen = Deltas(model, whole_layers(model, [layer]))
     others = torch.cat([part.activation.flatten(0, -2) for part, _ in tails(model, keep, seen)])

@@ -17,6 +17,9 @@ def write_checkpoint(model: LoadedModel, edit: WeightEdit, out: str | Path) -> N
 
     Raises InputError for another model than the edit's own, or a folder that holds anything.
     """
+    edit.check(model)
+    if "://" in str(out):
+        raise InputError(f"{out}: a checkpoint is written to a local folder; copy it from there")
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{out}: not an empty folder; choose another --out")

@@ -26,6 +26,7 @@ from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows
 from mmray.neuron_names import neuron_name
 from mmray.storage import open_store
+from mmray.tables import CAPTIONS_FILE, EVALUATION_FILE
 
 FACTS, ROWS = "edit.json", "edit.safetensors"
 
@@ -126,8 +127,13 @@ class WeightEdit:
         )
 
     def save(self, uri: str | Path) -> None:
-        """Write the edit to a folder, local or s3://; edit.json comes last, so that it tells a whole edit."""
+        """Write the edit to a folder, local or s3://; edit.json comes last, so that it tells a whole edit.
+
+        An edit that was there before goes, and what was measured of it.
+        """
         store = open_store(uri)
+        for name in (FACTS, EVALUATION_FILE, CAPTIONS_FILE):
+            store.delete(name)
         rows = {name: getattr(self, name).clone().contiguous() for name in ("layer", "unit", "delta")}
         store.put(ROWS, save(rows))
         facts = {

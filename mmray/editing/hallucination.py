@@ -86,9 +86,9 @@ def hallucinations(material: Material, most: int, kept: int, seed: int) -> Hallu
     return Hallucinations(
         pairs=pairs,
         new=new,
-        guards=[material.example(one.sample, one.tokens) for one in named],
+        guards=[material.example(one.sample, one.tokens, one.tokens) for one in named],
         others=[example for examples in others for example in examples[:1]],
-        keep=[material.example(one.sample, one.tokens) for one in rest[:kept]],
+        keep=[material.example(one.sample, one.tokens, one.tokens) for one in rest[:kept]],
     )
 
 
@@ -128,7 +128,7 @@ def _corrected(material: Material, told: Sequence[Told]) -> list[Example]:
     caption, where it is in this language.
     """
     wordings = [(one, sorted(_wordings(material, one))) for one in told]
-    examples = [material.example(one.sample, wording) for one, found in wordings for wording in found]
+    examples = [material.example(one.sample, wording, one.tokens) for one, found in wordings for wording in found]
     likely = iter(zip(log_likelihoods(material.model, examples), examples, strict=True))
     best = []
     for one, found in wordings:
@@ -163,7 +163,7 @@ def _others(material: Material, told: Told, words: set[str]) -> list[Example]:
     """Return the caption without a hallucinated word that it rightly names, as what would be wrong to say."""
     mention = next(mention for mention in told.mentions if mention.concept in words)
     found = sorted(without(told.caption, mention, material.language))
-    return [departing(material, told.tokens, material.example(told.sample, caption)) for caption in found]
+    return [departing(material, told.tokens, material.example(told.sample, caption, told.tokens)) for caption in found]
 
 
 def _few(told: Sequence[Told], words: set[str], most: int) -> list[Told]:

@@ -130,7 +130,7 @@ def learn(
     model: LoadedModel, deltas: Deltas, new: Sequence[Example], keep: Sequence[Example], course: Course
 ) -> list[float]:
     """Change the deltas so that the model gives the new answers and keeps the others; return the loss of each step."""
-    changing = [_New(part, *_bans(model, rows, course.lead)) for part, rows in tails(model, new, deltas)]
+    changing = [_New(part, *_bans(part, rows, course.lead)) for part, rows in tails(model, new, deltas)]
     staying = [_Kept.of(part) for part, _ in tails(model, keep, deltas)]
     draw = random.Random(course.seed)
     course_of_loss: list[float] = []
@@ -182,7 +182,8 @@ def _size(deltas: Deltas) -> Float[Tensor, ""]:
         for layer in deltas.units
         for rows in (deltas.rows(layer),)
     ]
-    return torch.stack(parts).sum()
+    # Layers may lie on several devices.
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
 
 def _say(new: _New, deltas: Deltas) -> Float[Tensor, ""]:
@@ -201,7 +202,7 @@ def _answers(part: Tail) -> int:
     return int(part.rows.max()) + 1
 
 
-def _bans(model: LoadedModel, examples: Sequence[Example], lead: float) -> tuple[Tensor, Tensor, Tensor]:
+def _bans(part: Tail, examples: Sequence[Example], lead: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return, place by place, the token to avoid, the one not to come again, and what the answer's is to lead by."""
     avoided, repeated, leads = [], [], []
     for example in examples:
@@ -212,10 +213,11 @@ def _bans(model: LoadedModel, examples: Sequence[Example], lead: float) -> tuple
             word = example.tokens[first] if again and first is not None else -1
             repeated.append(word if word != token else -1)
             leads.append(lead if example.said is not None and place == first else 0.0)
+    device = part.targets.device
     return (
-        torch.tensor(avoided, device=model.device),
-        torch.tensor(repeated, device=model.device),
-        torch.tensor(leads, device=model.device),
+        torch.tensor(avoided, device=device),
+        torch.tensor(repeated, device=device),
+        torch.tensor(leads, device=device),
     )
 
 

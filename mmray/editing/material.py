@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import groupby
 
 import pyarrow.compute as pc
+import torch
 from PIL.Image import Image
 
 from mmray.datasets.columns import Columns
@@ -23,7 +24,7 @@ from mmray.editing.wording import replaced as with_nouns
 from mmray.errors import InputError
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
-from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
+from mmray.models.prompting import LONGEST, Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, NounSource, find_forms, noun_source, object_forms
 from mmray.neurons.model import Model, load_model, open_image
 from mmray.results.run import Run
@@ -33,7 +34,7 @@ ROWS_A_BATCH = 32
 
 @dataclass(frozen=True)
 class Example:
-    """An answer that the model is to give, or to go on giving, to a prompt about an image; token ids, end included.
+    """An answer that the model is to give, or to go on giving, to a prompt about an image; token ids, with its end.
 
     `avoided` is what it would say otherwise: the token to predict no more, by its place in the answer. `said` is the
     place behind the new words from which on their first token is not to come again; None: nothing new is said. `heard`
@@ -107,17 +108,23 @@ class Material:
         """Return the prompt of a caption of the sample."""
         return prompt_text(self.model, self.prompt, self.language, image=sample.image is not None)
 
-    def example(self, sample: Sample, answer: str | Sequence[int]) -> Example:
-        """Return a caption of a sample as an example; a text is tokenised as it follows the prompt."""
+    def ending(self, own: Sequence[int]) -> tuple[int, ...]:
+        """Return the end behind a caption of the model's own; nothing behind one that was cut off for its length."""
+        return (self.end,) if len(own) < LONGEST else ()
+
+    def example(self, sample: Sample, answer: str | Sequence[int], own: Sequence[int]) -> Example:
+        """Return a caption of a sample as an example: `own`, the model's, or another that takes its place.
+
+        A text is tokenised as it follows the prompt.
+        """
         prompt = self.ask(sample)
         tokens = tokenize_caption(self.model, prompt, answer)[0] if isinstance(answer, str) else answer
-        own = self.written.get(sample.sample_id) == tokens
         return Example(
             prompt,
             open_image(sample.image),
-            (*tokens, self.end),
+            (*tokens, *self.ending(own)),
             sample_id=sample.sample_id,
-            heard=self.heard.get(sample.sample_id) if own else None,
+            heard=self.heard.get(sample.sample_id) if self.written.get(sample.sample_id) == tokens else None,
         )
 
     def read(self, wanted: Iterable[str]) -> list[Sample]:
@@ -140,15 +147,29 @@ class Material:
         """
         new = [sample for sample in samples if sample.sample_id not in self.written]
         for start in range(0, len(new), 2 * ROWS_A_BATCH):
-            chunk = new[start : start + 2 * ROWS_A_BATCH]
-            images, prompts = [open_image(sample.image) for sample in chunk], [self.ask(sample) for sample in chunk]
+            self._write(new[start : start + 2 * ROWS_A_BATCH], hear=hear)
+        return [self.written[sample.sample_id] for sample in samples]
+
+    def _write(self, samples: Sequence[Sample], *, hear: bool) -> None:
+        """Have captions of one batch written; where memory runs out, in halves."""
+        images, prompts = [open_image(sample.image) for sample in samples], [self.ask(sample) for sample in samples]
+        try:
             with hearing(self.model) if hear else nullcontext() as heard:
                 written = generate(self.model, prompts, images)
-            for row, (sample, tokens) in enumerate(zip(chunk, written, strict=True)):
-                self.written[sample.sample_id] = tuple(tokens)
-                if heard:
-                    self.heard[sample.sample_id] = heard.of(row, len(tokens) + 1)
-        return [self.written[sample.sample_id] for sample in samples]
+        except torch.OutOfMemoryError:
+            if len(samples) == 1:
+                raise
+            written = None
+        if written is None:
+            # Not within the handler, whose traceback holds on to what filled the memory.
+            torch.cuda.empty_cache()
+            self._write(samples[: len(samples) // 2], hear=hear)
+            self._write(samples[len(samples) // 2 :], hear=hear)
+            return
+        for row, (sample, tokens) in enumerate(zip(samples, written, strict=True)):
+            self.written[sample.sample_id] = tuple(tokens)
+            if heard:
+                self.heard[sample.sample_id] = heard.of(row, len(tokens) + len(self.ending(tokens)))
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return what tokens say."""
@@ -204,12 +225,12 @@ def _rewritten(
 ) -> Example:
     mentions = find_forms(said, frozenset({source}), material.language)
     changed = with_nouns(said, [(mention, target) for mention in mentions], material.language)
-    return departing(material, tokens, material.example(sample, changed))
+    return departing(material, tokens, material.example(sample, changed, tokens))
 
 
 def departing(material: Material, tokens: Sequence[int], new: Example) -> Example:
     """Return an example with the place where it leaves what the model says (`tokens`), and where it has joined it."""
-    before = (*tokens, material.end)
+    before = (*tokens, *material.ending(tokens))
     place = next((n for n, pair in enumerate(zip(before, new.tokens, strict=False)) if pair[0] != pair[1]), None)
     if place is None:
         return new
@@ -234,7 +255,7 @@ def kept(material: Material, without: Iterable[str], most: int, seed: int, first
     for sample, tokens in zip(samples, material.own(samples, hear=True), strict=True):
         said = material.text(tokens)
         if not find_forms(said, frozenset(without), material.language):
-            examples.append(material.example(sample, tokens))
+            examples.append(material.example(sample, tokens, tokens))
     return examples
 
 

@@ -33,8 +33,8 @@ class EditSettings(BaseModel):
     """learned: deltas of the located neurons; zero, scale, project: closed forms to suppress; noise: the published
     perturbation; controls and baselines: random and activation (the same objective on other neurons), last-mlp (FT-L),
     rank-one (as ROME, one layer), lora (needs peft)."""
-    neurons: int = Field(50, ge=1)
-    """Most neurons that are edited."""
+    neurons: int | None = Field(None, ge=1)
+    """Most neurons that are edited; default: 50 for a swap, which has to have the target said, and 30 else."""
     layers: int = Field(1, ge=1)
     """Last layers whose neurons may be edited. An edit of the last layer alone is learnt without running any block."""
     by: By = "specific"
@@ -71,6 +71,11 @@ class EditSettings(BaseModel):
     def concept(self) -> str:
         """The concept that is to vanish, in lower case."""
         return (self.source or self.suppress or "").casefold()
+
+    @property
+    def most(self) -> int:
+        """The most neurons that are edited."""
+        return self.neurons or (50 if self.source else 30)
 
     @property
     def instead(self) -> str:

@@ -80,11 +80,13 @@ class Tail:
             layer = deltas.first
             with deltas.added(beyond=layer):
                 hidden = self._behind(self.hidden + self._through(layer, deltas.written(layer, self.activation)))
+        # Of a model on several devices, all of learning is where the first edited block is.
+        hidden = hidden.to(self.hidden.device)
         return hidden if self.places is None else hidden.flatten(0, -2)[self.places]
 
     def logits(self, deltas: Deltas | None = None) -> Float[Tensor, "place vocabulary"]:
         """Return the logits, in fp32, at the places, with what the deltas write; None: without."""
-        return vocabulary_logits(self.model, self.states(deltas))
+        return vocabulary_logits(self.model, self.states(deltas)).to(self.hidden.device)
 
     def at(self, chosen: Int[Tensor, " chosen"]) -> Tail:
         """Return the tail with these places alone; of one without later blocks."""
@@ -131,12 +133,12 @@ def tails(model: LoadedModel, examples: Sequence[Example], deltas: Deltas) -> li
 def _recalled(model: LoadedModel, examples: Sequence[Example], deltas: Deltas) -> Tail:
     """Return the tail of answers that the model wrote itself, of an edit of the last layer."""
     heard = [example.heard for example in examples if example.heard]
-    counts = torch.tensor([len(example.tokens) for example in examples], device=model.device)
     units = deltas.units[deltas.first]
     hidden, written, after = _joined(heard)
+    counts = torch.tensor([len(example.tokens) for example in examples], device=hidden.device)
     return Tail(
         model=model,
-        targets=torch.tensor([token for example in examples for token in example.tokens], device=model.device),
+        targets=torch.tensor([token for example in examples for token in example.tokens], device=hidden.device),
         rows=torch.repeat_interleave(counts),
         places=None,
         hidden=hidden,

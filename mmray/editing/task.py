@@ -47,7 +47,7 @@ def _reword(material: Material, wishes: Sequence[EditSettings]) -> Task:
     purposes, sources, targets = [], [], []
     for wish in wishes:
         source, target = wish.concept, wish.instead
-        neurons |= dict.fromkeys(located(run, source, wish.neurons, layers, wish.by))
+        neurons |= dict.fromkeys(located(run, source, wish.most, layers, wish.by))
         examples = replaced(material, source, target, wish.samples, wish.seed)
         new += examples
         kind = "noise" if wish.method == "noise" else "suppress" if wish.suppress else "swap"
@@ -63,7 +63,7 @@ def _correct(material: Material, settings: EditSettings) -> Task:
     """Settle an edit that takes from captions what is not in the image."""
     found = hallucinations(material, settings.samples, settings.kept, settings.seed)
     layers = last_layers(material.model, settings.layers)
-    neurons = contrasting(material.model, found.new, found.others, settings.neurons, layers)
+    neurons = contrasting(material.model, found.new, found.others, settings.most, layers)
     purpose = Purpose("hallucination", pairs=found.pairs, language=settings.language, samples=_samples(found.new))
     return Task(material, settings, (purpose,), neurons, found.new, [*found.guards, *found.keep])
 

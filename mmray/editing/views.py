@@ -27,7 +27,7 @@ def views(sample: Sample, seed: int) -> list[Sample]:
     draw = random.Random(f"{sample.sample_id} {seed}")
     made = (ImageOps.mirror(image), _cut(image, draw))
     return [
-        replace(sample, sample_id=f"{sample.sample_id}, view {number}", image=_encoded(view))
+        replace(sample, sample_id=f"{sample.sample_id}, view {number} by {seed}", image=_encoded(view))
         for number, view in enumerate(made, 1)
     ]
 

@@ -12,7 +12,7 @@ from mmray.datasets.samples import Sample
 from mmray.evaluation.asks import Ask, Reply
 from mmray.evaluation.questioner import Questioner
 from mmray.models.loading import LoadedModel
-from mmray.models.prompting import prompt_text, tokenize_caption
+from mmray.models.prompting import LONGEST, prompt_text, tokenize_caption
 
 FLIP = "flip"
 CROPS = {"crop centre": (0.1, 0.1, 0.9, 0.9), "crop corner": (0.0, 0.0, 0.85, 0.85)}
@@ -54,6 +54,10 @@ class Before:
     def tokens(self, ask: Ask, text: str) -> list[int]:
         """Return the tokens of a text as they follow the prompt."""
         return tokenize_caption(self.model, ask.prompt, text)[0]
+
+    def cut(self, ask: Ask) -> bool:
+        """Tell whether the model's answer, which is known, was cut off for its length: no end stands behind it."""
+        return len(self._replies[ask.key].tokens) >= LONGEST
 
     def replies(self, asks: Sequence[Ask], drafts: Sequence[Sequence[str]]) -> list[Reply]:
         """Return what the model answers; guesses of the answers save time."""

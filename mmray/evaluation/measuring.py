@@ -244,7 +244,8 @@ class Measuring:
         said = forced(questioner, self.edit, [ask for _, ask, _ in wanted], [tokens for *_, tokens in wanted])
         for (one, ask, tokens), likeliest in zip(wanted, said, strict=True):
             before, after = (questioner.ended(found) for found in likeliest)
-            forced_effects(rows, one.scope, ask.sample_id, [*tokens, questioner.end], before, after)
+            whole = tokens if self.before.cut(ask) else [*tokens, questioner.end]
+            forced_effects(rows, one.scope, ask.sample_id, whole, before[: len(whole)], after[: len(whole)])
 
 
 def _failure(sample: Sample, stage: str, reason: str) -> Failure:

@@ -46,6 +46,8 @@ def methods_of(settings: SaliencySettings, *, detector: bool) -> tuple[str, ...]
     if settings.methods is None:
         return tuple(name for name in METHODS if detector or name not in OF_BOXES)
     chosen = tuple(name.strip() for name in settings.methods.split(",") if name.strip())
+    if not chosen:
+        raise InputError(f"--methods {settings.methods!r}: names none of {', '.join(METHODS)}")
     for name in chosen:
         method_of(name)
         if name in OF_BOXES and not detector:

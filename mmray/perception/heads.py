@@ -55,12 +55,14 @@ class Heads(Detector):
 
     @torch.no_grad()
     def word_embeddings(self, words: Sequence[str]) -> Float[Tensor, "query embedding"]:
-        """Return the mean of the language model's embeddings of each word's tokens, as they stand behind a blank."""
+        """Return the mean of the language model's embeddings of each word's tokens, as they stand behind a blank; in
+        lower case, as the heads learnt them.
+        """
         (model,) = self._model
         table: Tensor = model.network.get_input_embeddings().weight
         rows = []
         for word in words:
-            ids = model.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+            ids = model.tokenizer(f" {word.strip().casefold()}", add_special_tokens=False)["input_ids"]
             rows.append(table[torch.tensor(ids, device=table.device)].float().mean(dim=0))
         return torch.stack(rows).to(self.place.device)
 

@@ -68,7 +68,7 @@ def rollout(attentions: Sequence[Float[Tensor, "head query key"]]) -> Float[Tens
     """Return attention rolled out over the layers, half of each block's output its input (Abnar & Zuidema 2020)."""
     total = torch.eye(attentions[0].shape[-1], device=attentions[0].device)
     for attention in attentions:
-        mean = attention.float().mean(dim=0)
+        mean = attention.float().mean(dim=0).to(total.device)
         mixed = mean + torch.eye(len(mean), device=mean.device)
         total = (mixed / mixed.sum(dim=1, keepdim=True)) @ total
     return total

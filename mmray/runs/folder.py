@@ -143,13 +143,14 @@ class RunFolder:
         """Say what an attempt died of."""
         self.store.put(f"attempts/{shard_id:06d}/{number}", json.dumps({"reason": reason}).encode())
 
-    def set_aside(self, shard_id: int, samples: int) -> Receipt:
-        """Give a shard up, with the last reason that an attempt left."""
-        reasons = [
-            json.loads(self.store.read(entry.key)).get("reason") or "the worker died without a word"
-            for entry in self.store.list(f"attempts/{shard_id:06d}/")
-        ]
-        reason = f"given up after {ATTEMPTS} attempts: {reasons[min(ATTEMPTS, len(reasons)) - 1]}"
+    def set_aside(self, shard_id: int, samples: int, reason: str = "") -> Receipt:
+        """Give a shard up, for a reason that no further attempt would mend, or else the last that an attempt left."""
+        if not reason:
+            reasons = [
+                json.loads(self.store.read(entry.key)).get("reason") or "the worker died without a word"
+                for entry in self.store.list(f"attempts/{shard_id:06d}/")
+            ]
+            reason = f"given up after {ATTEMPTS} attempts: {reasons[min(ATTEMPTS, len(reasons)) - 1]}"
         receipt = Receipt(shard_id, samples=samples, reason=reason)
         self.store.commit(f"aside/{shard_id:06d}.json", json.dumps(asdict(receipt)).encode())
         return receipt

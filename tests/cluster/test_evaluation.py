@@ -11,14 +11,17 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mmray.cluster import carrying, evaluation
 from mmray.cluster.census import Progress
 from mmray.cluster.evaluation import Evaluation, run_evaluation
-from mmray.cluster.evaluation_plan import Plan
+from mmray.cluster.evaluation_plan import Plan, _without
 from mmray.cluster.evaluation_worker import EvaluationWorker, Opener
+from mmray.datasets.contents import DataFile
 from mmray.datasets.samples import Sample
-from mmray.datasets.shards import cut, read_shard
+from mmray.datasets.shards import Manifest, cut, read_shard
 from mmray.datasets.sources import open_source
 from mmray.demo import DATA, EVALUATION
 from mmray.errors import InputError
@@ -120,6 +123,31 @@ def test_the_result_is_in_the_form_of_the_contract(done: Done, own: list[Sample]
     # Two shards, the questions and the run's own samples; each is told when it is committed.
     assert (said[0].samples, said[-1].samples) == (0, said[-1].total)
     assert len(said) >= 5
+
+
+@given(rows=st.lists(st.integers(1, 9), min_size=1, max_size=4), size=st.integers(1, 5), other=st.integers(1, 5))
+def test_of_the_run_s_data_what_is_not_measured_on_anyway_is_left_over(rows: list[int], size: int, other: int) -> None:
+    files = [DataFile(f"f{number}", count, 1, f"d{number}") for number, count in enumerate(rows)]
+    whole = cut(files, size)
+    changed = [*files[:-1], replace(files[-1], digest="changed")]
+
+    def held(manifest: Manifest) -> list[tuple[str, int]]:
+        return [(p.path, n) for shard in manifest.shards for p in shard.pieces for n in range(p.start, p.stop)]
+
+    for limit in range(sum(rows) + 2):
+        measured = cut(files, other, limit)
+        left = _without(whole, measured)
+        assert [shard.shard_id for shard in left.shards] == [shard.shard_id for shard in whole.shards]
+        assert sorted(held(left) + held(measured)) == sorted(held(whole))
+        kept = held(_without(whole, cut(changed, other, limit)))
+        assert {n for path, n in kept if path == files[-1].path} == set(range(rows[-1]))
+
+
+def test_samples_behind_the_limit_count_for_reliability(run: Path, own: list[Sample], edit: StandIn, tmp_path) -> None:
+    found = evaluated_here(run, edit.save(tmp_path / "swap"), data="demo", limit=8)
+    captions = pq.read_table(tmp_path / "swap" / "captions.parquet").to_pylist()
+    named = {row["sample_id"]: row["before"] for row in captions}
+    assert found.measures["reliability"]["n"] == sum(SOURCE in named[sample.sample_id] for sample in own) > 0
 
 
 def test_it_is_what_one_process_measures(done: Done, demo: Any, own: list[Sample], edit: StandIn) -> None:

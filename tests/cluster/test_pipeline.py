@@ -85,6 +85,19 @@ def test_an_edit_that_is_gone_is_made_anew_and_the_same(done: Pipeline, settings
     assert again.edits["swap"].delta.equal(done.edits["swap"].delta)
 
 
+def test_an_edit_that_cannot_be_made_is_set_aside_and_the_others_are_measured(
+    done: Pipeline, settings: dict[str, Any]
+) -> None:
+    swap = settings["edits"]["swap"]
+    edits = {"swap": swap, "mute": swap | {"prompt": "Is it day or night?", "target": "no concept of the run"}}
+    found = pipeline_here(settings | {"edits": edits})
+    assert list(found.aside) == ["mute"]
+    assert "names it in none of its own captions" in found.aside["mute"]
+    assert not found.complete
+    assert list(found.evaluations) == ["swap"]
+    assert found.evaluations["swap"].measures == done.evaluations["swap"].measures
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -89,7 +89,9 @@ def test_what_can_t_be_is_one_line(run, mmray_command: Callable[..., Answer]):
     with pytest.raises(InputError, match="neither a folder nor a model"):
         saliency_here(run, detector="no-such-detector")
     assert "give a RUN, or --model, --image and --word" in mmray_command("saliency").refusal
-    assert "not both" in mmray_command("saliency", run, "--word", "dog").refusal
+    assert "no RUN" in mmray_command("saliency", run, "--word", "dog").refusal
+    with pytest.raises(InputError, match="names none of alignment"):
+        saliency_here(run, methods=",")
 
 
 def test_a_model_without_a_detector_has_the_other_methods(tmp_path, tiny):

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmray.datasets.columns import Columns
-from mmray.datasets.rows import samples
+from mmray.datasets.rows import object_names, samples
 from mmray.datasets.samples import Failure, Sample
 from mmray.datasets.sources import open_source
 from tests.datasets.making import (
@@ -89,6 +89,15 @@ def test_each_bad_cell(change: dict[str, Any], message: str) -> None:
     assert (row.sample_id, row.stage) == ("s1", "read")
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(row.message)
+
+
+def test_objects_without_a_name_are_left_out_with_their_boxes() -> None:
+    cells = {"objects": ["dog", " ", " cat "], "boxes": [[0.1, 0.1, 0.2, 0.2], [0, 0, 1, 1], [0.5, 0.5, 0.5, 0.5]]}
+    sample = one(GOOD | cells)
+    assert isinstance(sample, Sample)
+    assert sample.objects == ("dog", "cat")
+    assert sample.boxes == ((0.1, 0.1, 0.2, 0.2), (0.5, 0.5, 0.5, 0.5))
+    assert object_names("dog, , cat,") == object_names('["dog", "", "cat"]') == ("dog", "cat")
 
 
 def test_an_unreadable_record_has_no_identifier() -> None:

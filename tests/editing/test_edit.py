@@ -12,6 +12,7 @@ from mmray.editing.checkpoint import write_checkpoint
 from mmray.editing.edit import Purpose, WeightEdit, open_edit
 from mmray.errors import InputError
 from mmray.models.loading import digest, load
+from mmray.tables import CAPTIONS_FILE, EVALUATION_FILE
 from tests.models.test_interventions import logits, weights
 
 FAMILIES = ["llava", "qwen3_vl_moe", "blip2_opt", "blip2_t5", "gemma3", "mllama"]
@@ -78,6 +79,14 @@ def test_written_and_read(open_model, tmp_path):
     assert (read.model, read.settings, read.facts) == (edit.model, edit.settings, edit.facts)
 
 
+def test_another_edit_in_its_place_takes_what_was_measured_with_it(open_model, tmp_path):
+    edit_of(open_model("llava"), [(0, 1)]).save(tmp_path)
+    for name in (EVALUATION_FILE, CAPTIONS_FILE):
+        (tmp_path / name).write_bytes(b"of the edit before")
+    edit_of(open_model("llava"), [(0, 2)]).save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"edit.json", "edit.safetensors"}
+
+
 def test_another_model_is_refused(open_model):
     edit = edit_of(open_model("llava"), [(0, 1)])
     with pytest.raises(InputError, match="another model"), edit.applied(open_model("gemma3")):
@@ -107,3 +116,8 @@ def test_a_checkpoint_has_the_edit_in_its_weights(open_model, tmp_path, variant)
     assert load(str(tmp_path / "edited")).processor is not None
     with pytest.raises(InputError, match="not an empty folder"):
         write_checkpoint(model, edit, tmp_path / "edited")
+    with pytest.raises(InputError, match="local folder"):
+        write_checkpoint(model, edit, "s3://bucket/edited")
+    with pytest.raises(InputError, match="another model"):
+        write_checkpoint(open_model("gemma3"), edit, tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -80,7 +80,8 @@ def test_guards_say_a_hallucinated_word_where_it_is_right_and_kept_captions_have
 
 
 def test_the_likelihood_is_highest_for_what_the_model_itself_says(material, found):
-    own = [material.example(material.samples[e.sample_id], material.written[e.sample_id]) for e in found.new[:6]]
+    written = [(material.samples[e.sample_id], material.written[e.sample_id]) for e in found.new[:6]]
+    own = [material.example(sample, tokens, tokens) for sample, tokens in written]
     assert all(
         a > b
         for a, b in zip(log_likelihoods(material.model, own), log_likelihoods(material.model, found.new), strict=False)

@@ -12,14 +12,14 @@ from mmray.editing.deltas import Deltas
 from mmray.editing.edit import Purpose
 from mmray.editing.learning import Course, learn
 from mmray.editing.locating import located, matched, sharing
-from mmray.editing.material import Material, kept, replaced
+from mmray.editing.material import Material, departing, kept, replaced
 from mmray.editing.methods import METHODS, make_edit
 from mmray.editing.settings import edit_settings
 from mmray.editing.tail import batched, tail, tails
 from mmray.editing.task import prepare
 from mmray.errors import InputError
 from mmray.models.generation import generate
-from mmray.models.prompting import prompt_text
+from mmray.models.prompting import LONGEST, prompt_text
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.model import open_image
 from mmray.results.run import open_run
@@ -116,6 +116,22 @@ def test_kept_captions_are_learnt_on_as_they_were_heard(material):
         assert torch.allclose(recalled.logits(), torch.cat(apart), atol=1e-3)
     # Greedily written: every token of it is the likeliest, the end too.
     assert torch.equal(recalled.logits().argmax(dim=1), recalled.targets)
+
+
+def test_a_caption_that_was_cut_off_teaches_no_end(material):
+    (sample,) = material.read(material.ids(["hammer"])[:1])
+    tokens = material.own([sample])[0]
+    long = (tokens * LONGEST)[:LONGEST]
+    assert material.example(sample, tokens, tokens).tokens == (*tokens, material.end)
+    assert material.example(sample, long, long).tokens == long
+    changed = departing(material, long, material.example(sample, "An image of a dog", long))
+    assert material.end not in changed.tokens
+    assert changed.avoided
+
+
+def test_rank_one_says_that_it_needs_captions_that_stay(material):
+    with pytest.raises(InputError, match="raise --kept"):
+        make_edit(material, [edit_settings({"source": "hammer", "target": "dog", "method": "rank-one", "kept": 0})])
 
 
 def test_controls_are_of_the_same_layers(material, demo_run):

@@ -30,7 +30,7 @@ def test_views_show_the_image_s_own_pixels() -> None:
     assert np.array_equal(part, pixels[top : top + height, left : left + width])
     assert height >= LEAST * 40 - 1
     assert width >= LEAST * 60 - 1
-    assert len({view.sample_id for view in (sample, mirrored, cut)}) == 3
+    assert len({view.sample_id for view in (sample, mirrored, cut, *views(sample, 1))}) == 5
     assert views(sample, 0) == [mirrored, cut]
     assert any(views(sample, seed)[1].image != cut.image for seed in range(1, 4))
 

@@ -239,6 +239,12 @@ def test_a_move_is_drawn_from_what_the_image_has_and_lacks():
     assert drawn_move(Sample("0", "", b"", ""), vocabulary, settings) is None
 
 
+def test_what_a_move_is_given_is_spelt_as_the_data_spells_it():
+    settings = perturbation_settings({**SETTINGS, "source": "Dog", "target": "CEO", "unrelated": ["Ant", "Bee"]})
+    move = drawn_move(Sample("0", "", b"", "", objects=("dog", "cat")), ("ant", "bee", "cat", "dog"), settings)
+    assert (move.source, move.target, *move.unrelated) == ("dog", "CEO", "ant", "bee")
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -54,6 +54,10 @@ def test_what_it_writes_is_what_the_plain_model_writes(joint, images):
         torch.testing.assert_close(logits, plain.detach(), atol=1e-3, rtol=1e-4)
 
 
+def test_words_are_sought_in_lower_case(joint):
+    assert torch.equal(joint.detector.queries(["Dog", " dog "]), joint.detector.queries(["dog", "dog"]))
+
+
 def test_gradients_are_those_in_the_embedding_and_of_no_weight(joint, images):
     batch = encoded(joint.model, images[:1], CAPTIONS[:1])
     seen = joint.embed(joint.pixels(images[:1])).requires_grad_()

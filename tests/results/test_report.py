@@ -144,7 +144,11 @@ def edit_folder(folder: Path) -> None:
     }
     store.put("edit.safetensors", save(rows))
     purposes = [{"kind": "swap", "source": "dog", "target": "cat"}]
-    facts = {"purposes": purposes, "settings": {"method": "learnt"}, "facts": {"seconds": 2.5, "rows_changed": 3}}
+    facts = {
+        "purposes": purposes,
+        "settings": {"sum": [{"wishes": [{"method": "learned"}]}, {"wishes": [{"method": "zero"}]}]},
+        "facts": {"seconds": 2.5, "rows_changed": 3},
+    }
     store.put("edit.json", json.dumps(facts).encode())
     numbers = {"before": 0.0, "after": 0.9, "low": 0.8, "high": 1.0}
     measures = {"reliability": numbers | {"n": 4, "protocol": "greedy"}, "chair_i": numbers | {"n": 0, "protocol": ""}}
@@ -161,6 +165,7 @@ def test_edits_are_read_from_their_folders(dogs, tmp_path):
     (edit,) = read_edits(dogs, [str(tmp_path / "swap")])
     assert edit.name == "swap"
     assert edit.facts["purpose"] == "dog → cat"
+    assert edit.facts["method"] == "learned · zero"
     assert [row["measure"] for row in edit.measures] == ["reliability"]
     assert [row["id"] for row in edit.captions] == ["b", "a"]
     assert edit.changed["layers"] == {0: 1, 1: 2}

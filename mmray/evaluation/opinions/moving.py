@@ -47,16 +47,22 @@ def drawn_move(sample: Sample, vocabulary: Sequence[str], settings: Perturbation
     """Return what the settings say, or else draw it from the image's objects and the data's; None where it has none."""
     draw = random.Random(f"{settings.seed} {sample.sample_id}")
     objects = sorted(name.casefold() for name in sample.objects or ())
-    source = settings.source or (draw.choice(objects) if objects else None)
-    lacking = [name for name in vocabulary if name not in objects and name not in (settings.source, settings.target)]
+    given = [_spelt(name, vocabulary) for name in (settings.source, settings.target)]
+    source = given[0] or (draw.choice(objects) if objects else None)
+    lacking = [name for name in vocabulary if name not in objects and name not in given]
     drawn = draw.sample(lacking, min(3, len(lacking)))
-    target = settings.target or (drawn.pop() if drawn else None)
-    unrelated = settings.unrelated or drawn[:2]
+    target = given[1] or (drawn.pop() if drawn else None)
+    unrelated = [_spelt(name, vocabulary) for name in settings.unrelated or drawn[:2]]
     if source is None or target is None:
         return None
     if len(unrelated) < 2:
         raise InputError("the data has no two other objects to move between as a control; name two by --unrelated")
-    return Move(source, target, (unrelated[0], unrelated[1]))
+    return Move(source, target, (str(unrelated[0]), str(unrelated[1])))
+
+
+def _spelt(name: str | None, vocabulary: Sequence[str]) -> str | None:
+    """Return a name as the data spells it, if it has it."""
+    return name.casefold() if name is not None and name.casefold() in vocabulary else name
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from mmray.errors import InputError
 from mmray.results.report.concepts import number
 from mmray.results.run import Run
 from mmray.storage import Store, open_store
-from mmray.tables import from_bytes, read_table
+from mmray.tables import CAPTIONS_FILE, EVALUATION_FILE, from_bytes, read_table
 
 SHOWN = 12
 """Captions of an edit that are shown: first those that changed, of the samples that it should change."""
@@ -77,10 +78,10 @@ def _from_folder(store: Store, prefix: str, name: str) -> Edit | None:
     purposes = facts.get("purposes", [])
     said = " · ".join(_purpose(purpose) for purpose in purposes)
     cost = {key: value for key, value in facts.get("facts", {}).items() if isinstance(value, int | float | str)}
-    shown = {"purpose": said, "method": facts.get("settings", {}).get("method"), **cost}
-    evaluation = _json(store, f"{prefix}evaluation.json") or {}
+    shown = {"purpose": said, "method": " · ".join(_methods(facts.get("settings", {}))) or None, **cost}
+    evaluation = _json(store, f"{prefix}{EVALUATION_FILE}") or {}
     measures = [{"measure": measure, **values} for measure, values in evaluation.get("measures", {}).items()]
-    captions = _table(store, f"{prefix}captions.parquet")
+    captions = _table(store, f"{prefix}{CAPTIONS_FILE}")
     rows = captions.to_pylist() if captions is not None else []
     return Edit(
         name,
@@ -90,6 +91,12 @@ def _from_folder(store: Store, prefix: str, name: str) -> Edit | None:
         _changed(store, f"{prefix}edit.safetensors"),
         evaluation.get("data"),
     )
+
+
+def _methods(settings: dict[str, Any]) -> list[str]:
+    """Return the methods by which an edit, or each of those that were added up, was made."""
+    parts = [_methods(part) for part in settings.get("sum", [])]
+    return list(dict.fromkeys([*chain(*parts), *(wish["method"] for wish in settings.get("wishes", []))]))
 
 
 def _from_tables(store: Store) -> list[Edit]:
