@@ -19,6 +19,9 @@ from mmray.models.blocks import block_of, left_by
 from mmray.models.capture import tap, tap_input
 from mmray.models.loading import LoadedModel
 
+SPLIT = ("prefill_chunk_size", "guidance_scale", "prompt_lookup_num_tokens", "cache_implementation")
+"""Settings of generation with which a forward is not of one token, or is compiled and calls no hooks."""
+
 
 @dataclass(frozen=True)
 class Heard:
@@ -60,13 +63,14 @@ class Hearing:
 def hearing(model: LoadedModel) -> Iterator[Hearing]:
     """Hear what the last block holds at the last position of each forward while the block lasts.
 
-    Nothing is heard of encoder-decoders, which may write special tokens first, and of routed experts, whose neurons
-    are too many to keep.
+    Nothing is heard of encoder-decoders, which may write special tokens first, of routed experts, whose neurons are too
+    many to keep, and of models whose settings of generation are among `SPLIT`.
     """
     heard = Hearing()
     layer = len(model.widths) - 1
     projection = model.projections[layer]
-    if model.parts.encoder_decoder or projection.experts:
+    split = any(getattr(model.network.generation_config, name, None) for name in SPLIT)
+    if model.parts.encoder_decoder or projection.experts or split:
         yield heard
         return
     rows: list[Tensor] = []

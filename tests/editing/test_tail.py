@@ -1,6 +1,7 @@
 """What is run again behind the first edited MLP is what the whole network computes, in every family, edited or not."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -99,6 +100,9 @@ def test_what_was_heard_is_what_a_forward_gives(open_model, variant):
             assert torch.allclose(recalled.logits(deltas), forward.logits(deltas), rtol=1e-3, atol=1e-4)
     assert answers
     assert heard.of(0, 6) is None
+    with patch.object(model.network.generation_config, "guidance_scale", 1.0), hearing(model) as heard:
+        generate(model, prompts, images, 5)
+    assert heard.of(0, 1) is None
 
 
 def test_the_loss_reaches_every_delta(open_model):
