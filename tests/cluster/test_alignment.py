@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from ray.train import WorkerGroupError
 from safetensors.torch import load
 
 from mmray.cluster import alignment, alignment_training
@@ -122,3 +123,9 @@ def test_data_without_objects_is_refused_before_any_work(asked, tmp_path: Path):
             alignment_settings({**asked, "out": str(tmp_path / "out"), "validate_on": str(tmp_path / "bare.parquet")})
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_training_that_fails_for_good_is_one_line(asked, tmp_path: Path, ray_here: str):
+    failed = WorkerGroupError("a worker raised", {0: ValueError("bad luck")})
+    with patch("ray.train.torch.TorchTrainer.fit", side_effect=failed), pytest.raises(InputError, match="it goes on"):
+        run_alignment(alignment_settings({**asked, "out": str(tmp_path / "out"), "workers": 1}))
