@@ -3,7 +3,8 @@
 The loss, over answers that are to change (new) and answers that are to stay (kept), each summed over an answer's tokens
 and averaged over answers (Pan et al. 2024 with the guards of FiNE, Pan et al. 2025):
 
-      − log p(new answer)                     every token of it, sub-tokens and end included
+      − log p(new answer)                     every token of it, sub-tokens and end included; where another article
+                                              would stand before the new word, behind the old one, too
       − log (1 − p(old token))                where the new answer leaves the old one
       − log (1 − p(new words' first token))   behind the new words: not again
     + keep · KL(before ‖ now)                 at the kept answers' tokens that come nearest to another answer
@@ -68,13 +69,14 @@ class Course:
 class _New:
     """Answers that are to change: −1 where a place avoids, or must not repeat, no token.
 
-    `lead` is what a place's token is to lead by, in logits.
+    `lead` is what a place's token is to lead by, in logits; of places that are not `learnt` the token does not count.
     """
 
     tail: Tail
     avoided: Int[Tensor, " place"]
     repeated: Int[Tensor, " place"]
     lead: Float[Tensor, " place"]
+    learnt: Bool[Tensor, " place"]
 
 
 @dataclass
@@ -171,7 +173,7 @@ def _run(
 def _taken_in(new: _New, deltas: Deltas) -> Bool[Tensor, " answer"]:
     """Tell of each answer that is to change whether every token of it is the likeliest."""
     part = new.tail
-    wrong = part.logits(deltas).argmax(dim=1) != part.targets
+    wrong = (part.logits(deltas).argmax(dim=1) != part.targets) & new.learnt
     return torch.zeros(_answers(part), device=wrong.device).index_add(0, part.rows, wrong.float()) == 0
 
 
@@ -190,7 +192,7 @@ def _say(new: _New, deltas: Deltas) -> Float[Tensor, ""]:
     """Return the loss of the answers that are to change, summed."""
     targets = new.tail.targets[:, None]
     log_probs = new.tail.logits(deltas).scatter_add(1, targets, -new.lead[:, None]).log_softmax(1)
-    loss = -log_probs.gather(1, targets).sum()
+    loss = -log_probs.gather(1, targets)[new.learnt].sum()
     for tokens in (new.avoided, new.repeated):
         places = (tokens >= 0).nonzero()[:, 0]
         said = log_probs[places, tokens[places]].exp()
@@ -202,9 +204,11 @@ def _answers(part: Tail) -> int:
     return int(part.rows.max()) + 1
 
 
-def _bans(part: Tail, examples: Sequence[Example], lead: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, place by place, the token to avoid, the one not to come again, and what the answer's is to lead by."""
-    avoided, repeated, leads = [], [], []
+def _bans(part: Tail, examples: Sequence[Example], lead: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return, place by place, the token to avoid, the one not to come again, what the answer's is to lead by, and
+    whether it is learnt.
+    """
+    avoided, repeated, leads, learnt = [], [], [], []
     for example in examples:
         first = example.avoided[0] if example.avoided else None
         for place, token in enumerate(example.tokens):
@@ -213,11 +217,13 @@ def _bans(part: Tail, examples: Sequence[Example], lead: float) -> tuple[Tensor,
             word = example.tokens[first] if again and first is not None else -1
             repeated.append(word if word != token else -1)
             leads.append(lead if example.said is not None and place == first else 0.0)
+            learnt.append(place >= example.learnt)
     device = part.targets.device
     return (
         torch.tensor(avoided, device=device),
         torch.tensor(repeated, device=device),
         torch.tensor(leads, device=device),
+        torch.tensor(learnt, device=device),
     )
 
 

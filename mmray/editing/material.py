@@ -38,7 +38,8 @@ class Example:
 
     `avoided` is what it would say otherwise: the token to predict no more, by its place in the answer. `said` is the
     place behind the new words from which on their first token is not to come again; None: nothing new is said. `heard`
-    is what the model held while it wrote the answer, of an answer of its own.
+    is what the model held while it wrote the answer, of an answer of its own. What stands before the place `learnt` is
+    read, and not to be said.
     """
 
     prompt: str
@@ -46,6 +47,7 @@ class Example:
     tokens: tuple[int, ...]
     avoided: tuple[int, int] | None = None
     said: int | None = None
+    learnt: int = 0
     sample_id: str = ""
     heard: Heard | None = field(default=None, compare=False, repr=False)
 
@@ -194,8 +196,9 @@ def open_material(run: Run, settings: EditSettings) -> Material:
 def replaced(material: Material, source: str, target: str, most: int, seed: int) -> list[Example]:
     """Return examples that say `target` where the model says `source` in its own captions of samples of the source.
 
-    Of each of at most `most` samples there are further views, mirrored and cut, each with the model's caption of it.
-    Raises InputError where the model names the source in none of them.
+    Where the article changes with the noun, another example says the target behind the source's: somebody may have said
+    that already. Of each of at most `most` samples there are further views, mirrored and cut, each with the model's
+    caption of it. Raises InputError where the model names the source in none of them.
     """
     found = material.ids([source])
     random.Random(f"{source} {seed}").shuffle(found)
@@ -205,8 +208,8 @@ def replaced(material: Material, source: str, target: str, most: int, seed: int)
     for (sample, view), tokens in zip(seen, material.own([view for _, view in seen]), strict=True):
         said = material.text(tokens)
         if find_forms(said, frozenset({source}), material.language):
-            example = _rewritten(material, view, tokens, said, source, target)
-            examples.append(replace(example, sample_id=sample.sample_id))
+            rewritten = _rewritten(material, view, tokens, said, source, target)
+            examples += [replace(example, sample_id=sample.sample_id) for example in rewritten]
     if not examples:
         raise InputError(
             f"{source!r}: the model names it in none of its own captions of {len(samples)} samples; "
@@ -222,10 +225,14 @@ def _rewritten(
     said: str,
     source: str,
     target: str,
-) -> Example:
-    mentions = find_forms(said, frozenset({source}), material.language)
-    changed = with_nouns(said, [(mention, target) for mention in mentions], material.language)
-    return departing(material, tokens, material.example(sample, changed, tokens))
+) -> list[Example]:
+    words = [(mention, target) for mention in find_forms(said, frozenset({source}), material.language)]
+    agreeing, literal = (with_nouns(said, words, material.language, agreeing=each) for each in (True, False))
+    example = departing(material, tokens, material.example(sample, agreeing, tokens))
+    if literal == agreeing:
+        return [example]
+    behind = departing(material, tokens, material.example(sample, literal, tokens))
+    return [example, replace(behind, learnt=behind.avoided[0] if behind.avoided else 0)]
 
 
 def departing(material: Material, tokens: Sequence[int], new: Example) -> Example:

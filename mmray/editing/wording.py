@@ -25,10 +25,11 @@ def with_article(word: str) -> str:
     return f"{article(word)} {word}"
 
 
-def replaced(caption: str, words: Sequence[tuple[Mention, str]], language: str | None) -> str:
+def replaced(caption: str, words: Sequence[tuple[Mention, str]], language: str | None, *, agreeing: bool = True) -> str:
     """Return the caption with other words at these mentions, whose concept is the noun's singular in that language.
 
-    A plural stays one, an English "a" or "an" agrees, and a capital letter stays one unless a blank stands before it.
+    A plural stays one, an English "a" or "an" agrees unless it is not to, and a capital letter stays one unless a blank
+    stands before it.
     """
     for mention, word in sorted(words, key=lambda pair: -pair[0].start):
         before, noun, behind = caption[: mention.start], caption[mention.start : mention.stop], caption[mention.stop :]
@@ -36,7 +37,7 @@ def replaced(caption: str, words: Sequence[tuple[Mention, str]], language: str |
             word += "s"
         if noun[:1].isupper() and before[-1:] != " ":
             word = word[:1].upper() + word[1:]
-        if (language or "en").startswith("en"):
+        if agreeing and (language or "en").startswith("en"):
             before = INDEFINITE.sub(rf"\g<1>{article(word)[1:]}\g<2>", before)
         caption = before + word + behind
     return caption

@@ -103,6 +103,20 @@ def test_material_says_the_new_and_keeps_the_rest(material):
         replaced(material, "no such thing", "ant", 8, 0)
 
 
+def test_where_the_article_changes_the_new_word_is_learnt_behind_the_old_one_too(material):
+    pairs = replaced(material, "hammer", "ant", 4, 0)
+    text = [material.text(example.tokens[:-1]) for example in pairs]
+    both = [number for number, said in enumerate(text) if "an ant" in said]
+    assert both
+    for number in both:
+        agreeing, behind = pairs[number], pairs[number + 1]
+        assert text[number + 1] == text[number].replace("an ant", "a ant")
+        place, token = behind.avoided
+        assert material.text([token]) == "hammer"
+        assert (agreeing.learnt, behind.learnt) == (0, place)
+    assert all(example.learnt == 0 for example in replaced(material, "hammer", "dog", 4, 0))
+
+
 def test_kept_captions_are_learnt_on_as_they_were_heard(material):
     rest = kept(replace(material, written={}, heard={}), ["ant"], 12, 5)
     model = material.model
