@@ -1,5 +1,6 @@
 """Census → edits → evaluations as one job: tables, resumption, and what is refused before any work."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,12 @@ def test_an_edit_that_is_gone_is_made_anew_and_the_same(done: Pipeline, settings
 
 
 def test_an_edit_that_cannot_be_made_is_set_aside_and_the_others_are_measured(
-    done: Pipeline, settings: dict[str, Any]
+    done: Pipeline, settings: dict[str, Any], tmp_path: Path
 ) -> None:
+    census = settings["census"] | {"out": str(shutil.copytree(settings["census"]["out"], tmp_path / "run"))}
     swap = settings["edits"]["swap"]
     edits = {"swap": swap, "mute": swap | {"prompt": "Is it day or night?", "target": "no concept of the run"}}
-    found = pipeline_here(settings | {"edits": edits})
+    found = pipeline_here(settings | {"census": census, "edits": edits})
     assert list(found.aside) == ["mute"]
     assert "names it in none of its own captions" in found.aside["mute"]
     assert not found.complete
