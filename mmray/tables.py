@@ -177,9 +177,6 @@ PART_SCHEMAS: dict[str, pa.Schema] = {
 EVALUATION_FILE, CAPTIONS_FILE = "evaluation.json", "captions.parquet"
 """In an edit's folder: the measures of its last evaluation, and the captions before and after."""
 
-EVALUATION_FILE, CAPTIONS_FILE = "evaluation.json", "captions.parquet"
-"""In an edit's folder: the measures of its last evaluation, and the captions before and after."""
-
 EVALUATION_SCHEMAS: dict[str, pa.Schema] = {
     # A row is a sample's part in one measure; the totals over samples make the measure.
     "measurements": pa.schema(

@@ -97,8 +97,9 @@ class EditWorker(UnitWorker):
         except InputError as error:
             # The others may be made: what is wrong is wrong with this one.
             return self.folder.set_aside(unit, 1, str(error))
-        # What was held while captions were written serves one edit; of many it would fill the memory.
-        material.heard.clear()
+        finally:
+            # What was held while captions were written serves one edit; of many it would fill the memory.
+            material.heard.clear()
         edit.save(edit_folder(self.run, name))
         return self.folder.commit_shard(
             unit, {"errors": SCHEMAS["errors"].empty_table()}, 1, time.perf_counter() - began
