@@ -3,7 +3,8 @@
 language  each language's neurons zeroed, by LAPE as published and by contribution: what that costs its own held-out
           captions, the other languages', and random neurons of the same layers
 steering  English prompts steered to Spanish: which neurons, how many, set to what, where; captions that turn
-domain    the domains' neurons of the vision tower and of the decoder: matrix with intervals, beside shuffled labels
+domain    the domains' neurons of the vision tower and of the decoder, by image tokens and by text tokens apart: matrix with
+          intervals, beside shuffled labels
 cost      time of a census with its tables of activity, and without
 
 Without RUN, a census of the demo's data, vision tower and all, is made first; RUN is one made with `--module vision`.
@@ -141,7 +142,7 @@ def spanish_objects(caption: str, objects: Sequence[str]) -> list[bool]:
 
 
 def domain(run: str, workers: int | None) -> None:
-    for settings in ({"module": "vision"}, {"modality": "both"}):
+    for settings in ({"module": "vision"}, {"modality": "image"}, {"modality": "text"}):
         found = tables(
             run, by="domain", interventions=True, permutations=20, bootstraps=20, workers=workers, **settings
         )
