@@ -76,11 +76,11 @@ class OwnTower(nn.Module):
         return found
 
 
-def open_sight(name: str) -> Sight:
+def open_sight(name: str, device: torch.device | str) -> Sight:
     """Load the tower of a checkpoint: an OWL-ViT's or OWLv2's up to the last layer, or a LLaVA's own.
 
     Raises InputError for other kinds.
     """
     if is_owl(name):
-        return open_owl(name, "cuda" if torch.cuda.is_available() else "cpu").sight
-    return OwnTower(load(name))
+        return open_owl(name, device).sight
+    return OwnTower(load(name, device=device))

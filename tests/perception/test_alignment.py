@@ -98,7 +98,7 @@ def test_a_model_with_its_own_sight_standing_in_says_the_same(pair):
 @pytest.mark.parametrize("kind", ["owlvit", "owlv2"])
 def test_an_owls_embedding_gets_image_tokens(kind, owl, open_model, tmp_path):
     folder, model = owl(kind), open_model("llava")
-    pair = Pair(open_sight(str(folder)), model)
+    pair = Pair(open_sight(str(folder), "cpu"), model)
     embedding, tokens = pair.examples(pictures((32, 32), (48, 30)))
     network = pair.network("mlp", 8)
     assert embedding.shape[1] == tokens.shape[1] + pair.sight.skipped
