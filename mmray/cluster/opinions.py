@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress
-from mmray.cluster.described import content_of, described, detector_content
+from mmray.cluster.described import described
 from mmray.cluster.finished import Finished
 from mmray.cluster.sight_worker import OpinionWorker, PerturbationWorker, Plan, SightWorker
 from mmray.cluster.units import mapped
@@ -34,6 +34,8 @@ from mmray.evaluation.opinions.changes import changes
 from mmray.evaluation.opinions.judging import judged
 from mmray.evaluation.opinions.settings import OpinionSettings, PerturbationSettings, SightSettings
 from mmray.models.loading import digest, resolve
+from mmray.perception.alignment import alignment_digest
+from mmray.perception.joint import detector_digest
 from mmray.results.run import open_run
 from mmray.runs import RunFolder
 from mmray.settings import census_settings
@@ -147,7 +149,7 @@ def _digests(plan: Plan) -> dict[str, str]:
         "model": digest(resolve(plan.model)),
         "data": plan.manifest.digest,
         "cut": str([shard.samples for shard in plan.manifest.shards][:1]) + str(plan.manifest.samples),
-        "detector": detector_content(detector),
-        "alignment": content_of(alignment) if alignment else "",
+        "detector": detector_digest(detector),
+        "alignment": alignment_digest(alignment) if alignment else "",
         "prompt": plan.prompt or "",
     }

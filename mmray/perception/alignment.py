@@ -8,8 +8,10 @@ Giulivi & Boracchi 2024, as their code has it: no text, AdamW, learning rate 1e-
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,17 +135,38 @@ def load_alignment(folder: str, model: LoadedModel, tower_digest: str) -> Alignm
 
     Raises InputError where there is none, or where it is another tower's or another LLaVA's.
     """
-    store = open_store(folder)
-    try:
-        facts = json.loads(store.read(FACTS))
+    with _refusing(folder):
+        facts, weights = _read(folder)
         network = Alignment(**facts["shape"])
-        network.load_state_dict(load(store.read(WEIGHTS)))
+        network.load_state_dict(load(weights))
         made_for = facts["digests"]["tower"], facts["digests"]["model"]
-    except FileNotFoundError as error:
-        raise InputError(f"{folder}: no aligned network ({FACTS}, {WEIGHTS}); make one: mmray align") from error
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: not written by mmray align ({' '.join(str(error).split())[:200]})") from error
     for what, own, wanted in zip(("tower", "model"), made_for, (tower_digest, model.digest), strict=True):
         if own != wanted:
             raise InputError(f"{folder}: aligned with another {what} (digest {own}, this one has {wanted})")
     return network.to(model.device).eval().requires_grad_(False)
+
+
+def alignment_digest(folder: str) -> str:
+    """Return a digest of a network W: weights, shape, and what it was made of; not of when, nor of what was measured.
+
+    Raises InputError where there is none.
+    """
+    with _refusing(folder):
+        facts, weights = _read(folder)
+        made_of = json.dumps([facts["shape"], facts["digests"]], sort_keys=True)
+    return hashlib.sha256(made_of.encode() + hashlib.sha256(weights).digest()).hexdigest()[:16]
+
+
+def _read(folder: str) -> tuple[dict[str, Any], bytes]:
+    store = open_store(folder)
+    return json.loads(store.read(FACTS)), store.read(WEIGHTS)
+
+
+@contextmanager
+def _refusing(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: no aligned network ({FACTS}, {WEIGHTS}); make one: mmray align") from error
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder}: not written by mmray align ({' '.join(str(error).split())[:200]})") from error

@@ -21,7 +21,7 @@ import mmray.demo
 from mmray.errors import InputError
 from mmray.models.capture import tap_input
 from mmray.models.generation import until_special
-from mmray.models.loading import LoadedModel, digest, load
+from mmray.models.loading import LoadedModel, digest, load, resolve
 from mmray.models.prompting import LONGEST, Batch, pad_left
 from mmray.perception.alignment import load_alignment
 from mmray.perception.detection import Detection, Detector
@@ -116,8 +116,8 @@ def load_joint(name: str, detector: str = DEMO, alignment: str | None = None) ->
 
 def join(model: LoadedModel, detector: str = DEMO, alignment: str | None = None) -> JointModel:
     """Put a detector beside a model that is loaded already; as `load_joint`."""
-    folder = mmray.demo.DETECTOR if detector == DEMO else Path(detector).expanduser()
-    if detector == DEMO or (folder / FACTS).is_file():
+    folder = _heads(detector)
+    if folder is not None:
         sight = OwnTower(model)
         return JointModel(model, load_heads(folder, model), sight, sight.projector)
     owl = open_owl(detector, model.device)
@@ -126,3 +126,19 @@ def join(model: LoadedModel, detector: str = DEMO, alignment: str | None = None)
             f"{detector}: its embedding is no {model.name}'s; give --alignment, the network between the two"
         )
     return JointModel(model, owl.detector, owl.sight, load_alignment(alignment, model, digest(owl.folder)))
+
+
+def detector_or_demo(detector: str | None, model: str) -> str | None:
+    """Return the detector that is asked for; by default that of the demo where it is the model, else none."""
+    return detector or (DEMO if model == DEMO else None)
+
+
+def detector_digest(detector: str) -> str:
+    """Return a digest of what a detector's files hold. Raises InputError where there is none."""
+    return digest(_heads(detector) or resolve(detector))
+
+
+def _heads(detector: str) -> Path | None:
+    """Return the folder of a detector's heads; None where it is not heads on a model's own tower."""
+    folder = mmray.demo.DETECTOR if detector == DEMO else Path(detector).expanduser()
+    return folder if detector == DEMO or (folder / FACTS).is_file() else None

@@ -1,18 +1,24 @@
 """Saliency measures as the command runs them: committed once, resumed, on Ray or not; one picture; refusals."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from mmray.cluster.census import Progress
 from mmray.cluster.saliency import run_saliency
+from mmray.demo import DETECTOR
 from mmray.demo.scenes import World
 from mmray.derived import DERIVED
 from mmray.errors import InputError
 from mmray.evaluation.saliency import PROTOCOLS
+from mmray.perception.heads import WEIGHTS
 from mmray.perception.methods import METHODS
 from mmray.perception.observing import CHANCE
 from mmray.perception.settings import saliency_settings
@@ -81,6 +87,28 @@ def test_a_stopped_one_goes_on_and_gives_the_same_and_a_second_call_does_nothing
         saliency_here(run, **ASKED, follow=stop)
     assert saliency_here(run, **ASKED).complete
     assert tables(run) == before
+
+
+def test_another_detector_is_measured_anew_and_the_same_one_is_not(run, tmp_path):
+    """It is known by what its files hold, not by their path or age."""
+    without(run)
+    heads, asked = tmp_path / "heads", {"images": 2, "maps": 0, "draws": 5, "methods": "detector"}
+
+    def measured(detector: Path | None) -> bool:
+        calls: list[Progress] = []
+        saliency_here(run, **asked, detector=detector and str(detector), follow=calls.append)
+        return calls[0].samples == 0
+
+    assert measured(None)
+    shutil.copytree(DETECTOR, heads)
+    os.utime(heads / WEIGHTS, (1, 1))
+    assert not measured(heads)
+    heads = heads.rename(tmp_path / "elsewhere")
+    assert not measured(heads)
+    before = tables(run)["saliency"]
+    save_file({name: -value for name, value in load_file(heads / WEIGHTS).items()}, heads / WEIGHTS)
+    assert measured(heads)
+    assert tables(run)["saliency"] != before
 
 
 def test_what_can_t_be_is_one_line(run, mmray_command: Callable[..., Answer]):

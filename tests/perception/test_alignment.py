@@ -1,5 +1,7 @@
 """W: what it learns from, the loss of shared rows, its files, and a model that sees through it."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,8 +14,10 @@ from mmray.evaluation.questioner import Questioner
 from mmray.models.loading import digest
 from mmray.models.prompting import prompt_text
 from mmray.perception.alignment import (
+    WEIGHTS,
     Alignment,
     Pair,
+    alignment_digest,
     alignment_loss,
     load_alignment,
     optimiser,
@@ -75,6 +79,24 @@ def test_it_is_kept_for_its_tower_and_its_model(pair, tmp_path):
         load_alignment(str(tmp_path), pair.model, "another")
     with pytest.raises(InputError, match="no aligned network"):
         load_alignment(str(tmp_path / "nothing"), pair.model, "that tower")
+
+
+def test_its_digest_is_that_of_what_it_is(pair, tmp_path):
+    """Not of when or where it was written, nor of what was measured since."""
+    network, digests = pair.network("projector", 1), {"tower": "that tower", "model": "that model"}
+    save_alignment(open_store(tmp_path / "one"), network, {"digests": digests})
+    save_alignment(open_store(tmp_path / "two"), network, {"digests": digests, "measures": {"recall": {"after": 1.0}}})
+    os.utime(tmp_path / "two" / WEIGHTS, (1, 1))
+    found = alignment_digest(str(tmp_path / "one"))
+    assert alignment_digest(str(tmp_path / "two")) == found
+    save_alignment(open_store(tmp_path / "one"), network, {"digests": digests | {"tower": "another"}})
+    assert alignment_digest(str(tmp_path / "one")) != found
+    with torch.no_grad():
+        next(network.parameters()).add_(1e-3)
+    save_alignment(open_store(tmp_path / "two"), network, {"digests": digests})
+    assert alignment_digest(str(tmp_path / "two")) != found
+    with pytest.raises(InputError, match="no aligned network"):
+        alignment_digest(str(tmp_path / "nothing"))
 
 
 def test_a_model_with_its_own_sight_standing_in_says_the_same(pair):
