@@ -236,7 +236,18 @@ def test_a_move_is_drawn_from_what_the_image_has_and_lacks():
         assert move.source in ("dog", "cat")
         assert len({move.target, *move.unrelated}) == 3
         assert not {move.target, *move.unrelated} & {"dog", "cat"}
+        # All that the data has is moved to or from.
+        assert move.apart is None
     assert drawn_move(Sample("0", "", b"", ""), vocabulary, settings) is None
+
+
+@pytest.mark.parametrize("named", [{}, {"unrelated": ["bee", "elk"]}, {"source": "dog", "target": "ant"}])
+def test_what_is_asked_beside_source_and_target_is_no_end_of_any_move(named):
+    vocabulary = ("ant", "bee", "cat", "dog", "elk", "fox", "owl")
+    settings = perturbation_settings(SETTINGS | named)
+    for number in range(20):
+        move = drawn_move(Sample(str(number), "", b"", "", objects=("dog", "cat")), vocabulary, settings)
+        assert move.apart in {*vocabulary} - {"dog", "cat", move.source, move.target, *move.unrelated}
 
 
 def test_what_a_move_is_given_is_spelt_as_the_data_spells_it():

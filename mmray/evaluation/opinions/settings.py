@@ -89,7 +89,7 @@ class PerturbationSettings(SightSettings):
     other objects of the data."""
     question: list[str] | None = None
     """Question that is asked as it is, once for each move; may be given more than once. Default: whether source, target
-    and an unrelated thing are in the image."""
+    and an object of the data that none of the moves is about are in the image."""
     parse: str = "yes_no"
     """How an answer is read from a reply: yes_no, number, or two words such as man|woman. What can't be read is counted
     and left out."""
