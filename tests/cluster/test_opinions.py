@@ -6,8 +6,9 @@ from unittest.mock import patch
 import pyarrow.compute as pc
 import pytest
 
-from mmray.cluster import carrying, opinions
+from mmray.cluster import carrying, opinions, sight_worker
 from mmray.cluster.opinions import run_opinions, run_perturbation
+from mmray.datasets.shards import read_shard
 from mmray.derived import DERIVED
 from mmray.errors import InputError
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
@@ -16,6 +17,13 @@ from mmray.tables import read_table
 from tests.e2e.scenes import scenes, write
 from tests.running import _WorkHere, census_here
 
+OWN = {
+    "source": "cat",
+    "target": "dog",
+    "unrelated": ["ship", "star"],
+    "question": ["How many objects are in the image? Answer with a number."],
+    "parse": "number",
+}
 MADE = ("claims", "opinions", "mistakes")
 
 
@@ -86,11 +94,17 @@ def test_answers_of_moves_are_tables_of_their_folder(data, tmp_path):
             run_perturbation(moved(data, tmp_path / "moved", norm=0.1))
 
 
+def test_how_embeddings_vary_is_told_by_the_first_images_alone(data, tmp_path):
+    """However large the data is."""
+    counting = patch.object(sight_worker, "read_shard", side_effect=read_shard)
+    with here(), patch.object(sight_worker, "REFERENCE", 2), counting as read:
+        assert run_perturbation(moved(data, tmp_path / "moved", limit=5, **OWN)).complete
+    assert [call.args[1].shard_id for call in read.call_args_list] == [0, 0, 1, 1, 2, 3, 4]
+
+
 def test_a_question_of_ones_own_is_asked_once_a_move(data, tmp_path):
-    own = {"source": "a cat", "target": "a dog", "unrelated": ["a ship", "a star"], "parse": "number"}
-    question = {"question": ["How many objects are in the image? Answer with a number."]}
     with here():
-        done = run_perturbation(moved(data, tmp_path / "own", **own, **question))
+        done = run_perturbation(moved(data, tmp_path / "own", **OWN))
     assert done.rows == 2 * 8
     assert {row["about"] for row in done.measures} == {"question"}
 
