@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,12 +19,15 @@ from mmray.evaluation.opinions.claims import Claimant
 from mmray.evaluation.opinions.judging import judged
 from mmray.evaluation.opinions.mistakes import picture, stands_at
 from mmray.evaluation.opinions.moving import Mover, drawn_move
+from mmray.evaluation.opinions.second import SecondOpinion
 from mmray.evaluation.opinions.settings import perturbation_settings
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.perception.heads import Heads
 from mmray.perception.joint import JointModel
+from mmray.perception.owl import QUERY
 from mmray.perception.perturbing import covariance, moved, moved_at_random, relative_norms, shown
 from mmray.perception.sight import OwnTower
+from tests.perception.owls import build_owl
 
 CLAIM = st.tuples(st.integers(0, 4), st.booleans(), st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.95, 1.0]))
 SETTINGS = {"model": "demo", "data": "demo", "out": "out", "steps": 4, "randoms": 1}
@@ -207,6 +211,19 @@ def test_claims_are_what_the_model_says_with_its_own_log_probability(joint, all_
         assert row["present"] == (row["kind"] == "present")
         # What is said greedily is what is likelier.
         assert row["claimed"] == (row["log_prob"] > np.log(0.5))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_an_owl_gives_its_second_opinion_by_its_own_sight(family, open_model, all_scenes, before, tmp_path):
+    """Of whatever model, without any network between the two."""
+    folder, image, words = build_owl("owlvit", tmp_path), before.image(all_scenes[0]), ["dog", "red ball"]
+    found = SecondOpinion(open_model(family), str(folder)).confidence(image, words)
+    network = transformers.AutoModelForZeroShotObjectDetection.from_pretrained(folder).eval()
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    inputs = processor(text=[[QUERY.format(word) for word in words]], images=image, return_tensors="pt")
+    with torch.no_grad():
+        sure = network(**inputs).logits[0].sigmoid().amax(dim=0)
+    assert found == pytest.approx(dict(zip(words, sure.tolist(), strict=True)), abs=1e-5)
 
 
 def test_every_move_is_asked_about_beside_its_controls(joint, all_scenes, before):

@@ -13,6 +13,7 @@ from mmray.evaluation.asks import Ask
 from mmray.evaluation.questioner import Questioner
 from mmray.models.loading import digest
 from mmray.models.prompting import prompt_text
+from mmray.neurons.heatmaps import placed
 from mmray.perception.alignment import (
     WEIGHTS,
     Alignment,
@@ -24,6 +25,7 @@ from mmray.perception.alignment import (
     save_alignment,
 )
 from mmray.perception.joint import join
+from mmray.perception.model import explain, load_model
 from mmray.perception.sight import OwnTower, open_sight
 from mmray.perception.standing_in import OtherSight
 from mmray.storage import open_store
@@ -133,6 +135,11 @@ def test_an_owls_embedding_gets_image_tokens(kind, owl, open_model, tmp_path):
     assert float(alignment_loss(network, embedding, tokens, 2).detach()) < 0.8 * before
     save_alignment(open_store(tmp_path), network, {"digests": {"tower": digest(folder), "model": model.digest}})
     joint = join(model, str(folder), str(tmp_path))
+    (picture,) = pictures((32, 32))
+    caption, named = "A dog and a ball.", {"detector": str(folder), "alignment": str(tmp_path)}
+    map_ = load_model(model.name).saliency(picture, caption, "dog", **named)
+    answer = explain(model, joint, picture, "dog", caption, methods=("alignment",))
+    assert torch.equal(map_, placed(answer.maps["alignment"].values, answer.covers, 32, 32))
     assert torch.equal(joint.tokens(embedding), network(embedding).detach())
     seen = joint.embed(joint.pixels(pictures((32, 32))))
     assert joint.detect(seen, ["dog", "cat"]).logits.shape[2] == 2
