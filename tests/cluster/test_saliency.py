@@ -19,7 +19,7 @@ from mmray.derived import DERIVED
 from mmray.errors import InputError
 from mmray.evaluation.saliency import PROTOCOLS
 from mmray.perception.heads import WEIGHTS
-from mmray.perception.methods import METHODS
+from mmray.perception.methods import METHODS, OF_BOXES
 from mmray.perception.observing import CHANCE
 from mmray.perception.settings import saliency_settings
 from mmray.results.run import open_run
@@ -127,7 +127,9 @@ def test_a_model_without_a_detector_has_the_other_methods(tmp_path, tiny):
     done = saliency_here(tmp_path / "run", images=2, maps=1, draws=20)
     assert done.complete
     rows = open_run(tmp_path / "run").table("saliency").to_pylist()
-    assert {row["method"] for row in rows} == {"gradient", "gradient-input", "rollout", "neurons", CHANCE}
+    assert {row["method"] for row in rows} == set(METHODS) - set(OF_BOXES) | {CHANCE}
+    # A control stands beside the measures that the part of the image is no chance level of.
+    assert {row["measure"] for row in rows if row["method"] == "random-patches"} >= {"iou", "max_box_accuracy"}
     with pytest.raises(InputError, match="--methods alignment: it weighs a detector's boxes; give --detector"):
         saliency_here(tmp_path / "run", methods="alignment")
 
