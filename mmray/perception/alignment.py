@@ -130,20 +130,30 @@ def save_alignment(store: Store, network: Alignment, facts: dict[str, Any]) -> N
     store.put(FACTS, json.dumps({"shape": network.shape, **facts}, indent=1).encode())
 
 
-def load_alignment(folder: str, model: LoadedModel, tower_digest: str) -> Alignment:
+def load_alignment(folder: str, model: LoadedModel, tower_digest: str, *, measured: bool = True) -> Alignment:
     """Read a network W, frozen, for a LLaVA and a tower of this digest.
 
-    Raises InputError where there is none, or where it is another tower's or another LLaVA's.
+    Raises InputError where there is none, where it is another tower's or another LLaVA's, or, unless `measured` is
+    False, where the joint model has not been measured beside the original.
     """
     with _refusing(folder):
-        facts, weights = _read(folder)
+        facts, store = _facts(folder)
         network = Alignment(**facts["shape"])
-        network.load_state_dict(load(weights))
+        network.load_state_dict(load(store.read(WEIGHTS)))
         made_for = facts["digests"]["tower"], facts["digests"]["model"]
     for what, own, wanted in zip(("tower", "model"), made_for, (tower_digest, model.digest), strict=True):
         if own != wanted:
             raise InputError(f"{folder}: aligned with another {what} (digest {own}, this one has {wanted})")
+    if measured and "measures" not in facts:
+        raise InputError(f"{folder}: not measured yet beside the original; run the same mmray align again, it ends so")
     return network.to(model.device).eval().requires_grad_(False)
+
+
+def alignment_measures(folder: str) -> dict[str, dict[str, Any]]:
+    """Return the measures of the original model (before) and of the joint one (after). Raises InputError as above."""
+    with _refusing(folder):
+        measures: dict[str, dict[str, Any]] = _facts(folder)[0]["measures"]
+    return measures
 
 
 def alignment_digest(folder: str) -> str:
@@ -152,14 +162,15 @@ def alignment_digest(folder: str) -> str:
     Raises InputError where there is none.
     """
     with _refusing(folder):
-        facts, weights = _read(folder)
+        facts, store = _facts(folder)
+        weights = hashlib.sha256(store.read(WEIGHTS)).digest()
         made_of = json.dumps([facts["shape"], facts["digests"]], sort_keys=True)
-    return hashlib.sha256(made_of.encode() + hashlib.sha256(weights).digest()).hexdigest()[:16]
+    return hashlib.sha256(made_of.encode() + weights).hexdigest()[:16]
 
 
-def _read(folder: str) -> tuple[dict[str, Any], bytes]:
+def _facts(folder: str) -> tuple[dict[str, Any], Store]:
     store = open_store(folder)
-    return json.loads(store.read(FACTS)), store.read(WEIGHTS)
+    return json.loads(store.read(FACTS)), store
 
 
 @contextmanager

@@ -75,6 +75,10 @@ def test_it_is_kept_for_its_tower_and_its_model(pair, tmp_path):
     network = pair.network("mlp", 16)
     digests = {"tower": "that tower", "model": pair.model.digest}
     save_alignment(open_store(tmp_path), network, {"digests": digests})
+    with pytest.raises(InputError, match="not measured yet"):
+        load_alignment(str(tmp_path), pair.model, "that tower")
+    assert load_alignment(str(tmp_path), pair.model, "that tower", measured=False).shape == network.shape
+    save_alignment(open_store(tmp_path), network, {"digests": digests, "measures": {}})
     embedding, _ = pair.examples(pictures((32, 32)))
     assert torch.equal(load_alignment(str(tmp_path), pair.model, "that tower")(embedding), network(embedding))
     with pytest.raises(InputError, match="aligned with another tower"):
@@ -133,7 +137,8 @@ def test_an_owls_embedding_gets_image_tokens(kind, owl, open_model, tmp_path):
         alignment_loss(network, embedding, tokens, 2).backward()
         learner.step()
     assert float(alignment_loss(network, embedding, tokens, 2).detach()) < 0.8 * before
-    save_alignment(open_store(tmp_path), network, {"digests": {"tower": digest(folder), "model": model.digest}})
+    digests = {"tower": digest(folder), "model": model.digest}
+    save_alignment(open_store(tmp_path), network, {"digests": digests, "measures": {}})
     joint = join(model, str(folder), str(tmp_path))
     (picture,) = pictures((32, 32))
     caption, named = "A dog and a ball.", {"detector": str(folder), "alignment": str(tmp_path)}
