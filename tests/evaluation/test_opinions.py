@@ -31,6 +31,14 @@ from tests.perception.owls import build_owl
 
 CLAIM = st.tuples(st.integers(0, 4), st.booleans(), st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.95, 1.0]))
 SETTINGS = {"model": "demo", "data": "demo", "out": "out", "steps": 4, "randoms": 1}
+SCALES = (
+    "{value}",
+    "I say {value}/{high}.",
+    "{value} out of {high}, on a scale from {low} to {high}.",
+    "It is {value} of {high}.",
+    "{value} ({low}–{high})",
+    "{value}: a scale of {low}-{high} between {low} and {high}",
+)
 
 
 def table(rows):
@@ -85,6 +93,12 @@ def test_an_interval_is_over_samples():
         ("No, there is not; yes, really.", "yes_no", 0.0),
         ("Nothing yesterday", "yes_no", None),
         ("About 7.5 of 10", "number", 7.5),
+        ("On a scale from 1 to 10, I would say 7.", "number", 7.0),
+        ("1-10: 6", "number", 6.0),
+        ("7 or 8", "number", None),
+        ("From 7 to 8.", "number", None),
+        ("8/10, where 10/10 is best", "number", None),
+        ("-3", "number", -3.0),
         ("many", "number", None),
         ("A Woman.", "woman|man", 1.0),
         ("a man", "woman|man", 0.0),
@@ -93,6 +107,15 @@ def test_an_interval_is_over_samples():
 )
 def test_an_answer_is_read_or_there_is_none(reply, parse, value):
     assert value_of(reply, parse) == value
+
+
+@given(st.integers(-9, 20), st.integers(0, 9), st.integers(10, 100), st.sampled_from(SCALES))
+def test_a_scale_is_no_answer(value, low, high, scale):
+    reply = scale.format(value=value, low=low, high=high)
+    assert value_of(reply, "number") == value
+    assert value_of(f"{reply} So {value}.", "number") == value
+    assert value_of(f"{reply} Or {value + 1}.", "number") is None
+    assert value_of(reply.replace(str(value), "many", 1), "number") is None
 
 
 def answer(condition, about, value, sample="0"):

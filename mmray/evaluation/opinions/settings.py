@@ -91,8 +91,8 @@ class PerturbationSettings(SightSettings):
     """Question that is asked as it is, once for each move; may be given more than once. Default: whether source, target
     and an object of the data that none of the moves is about are in the image."""
     parse: str = "yes_no"
-    """How an answer is read from a reply: yes_no, number, or two words such as man|woman. What can't be read is counted
-    and left out."""
+    """How an answer is read from a reply: yes_no, number, or two words such as man|woman. What can't be read (no
+    number, or different ones that are no scale) is counted and left out."""
     norm: float = Field(0.65, gt=0)
     """Bound of the move's L2 norm, in parts of the embedding's own; 0.65 is what exchanging an object really takes in
     the demo's scenes."""
