@@ -1,5 +1,7 @@
 """Second opinions and moved embeddings: figures against naive ones, controls of equal norm, answers never made up."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -14,6 +16,7 @@ from mmray.errors import InputError
 from mmray.evaluation.answers import value_of
 from mmray.evaluation.facts import gather_facts
 from mmray.evaluation.naming import Naming
+from mmray.evaluation.opinions import judging
 from mmray.evaluation.opinions.changes import changes
 from mmray.evaluation.opinions.claims import Claimant
 from mmray.evaluation.opinions.judging import judged
@@ -74,6 +77,19 @@ def test_auroc_and_calibration_are_those_of_a_naive_count(rows):
         bins.setdefault(min(int(confidence * 10), 9), []).append((confidence, present))
     apart = sum(abs(sum(c for c, _ in some) - sum(p for _, p in some)) for some in bins.values())
     assert found["ece", "detector"]["value"] == pytest.approx(apart / len(rows))
+
+
+@given(st.lists(CLAIM, min_size=1, max_size=30), st.integers(2, 8))
+def test_claims_are_summed_into_their_samples_as_one_row_each_would_be(rows, most):
+    samples, truth, scores = (list(column) for column in zip(*rows, strict=True))
+    with patch.object(judging, "MOST_RANKS", most):
+        totals = judging._histograms(list(map(str, samples)), np.array(scores), np.array(truth, dtype=float))
+    order = sorted(set(scores))
+    most = min(most, len(order))
+    naive = np.zeros((len(set(samples)), 2, totals.shape[1] // 2))
+    for sample, true, score in rows:
+        naive[sorted(set(samples)).index(sample), int(true), order.index(score) * most // len(order)] += 1
+    assert np.array_equal(totals, naive.reshape(len(naive), -1))
 
 
 def test_an_interval_is_over_samples():
