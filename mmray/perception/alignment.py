@@ -30,7 +30,6 @@ from mmray.perception.alignment_settings import Shape
 from mmray.perception.sight import OwnTower, Sight
 from mmray.storage import Store, open_store
 
-GREY = (128, 128, 128)
 WEIGHTS, FACTS = "alignment.safetensors", "alignment.json"
 """Files of an aligned network's folder."""
 
@@ -87,8 +86,8 @@ class Pair:
         left, top, width, height = self.sight.covers(image.size)
         if (left, top, width, height) == covered(self.model, image.width / image.height):
             return image
-        # OWLv2 makes a square of an image by grey below or beside it.
-        seen = new("RGB", (round(width * image.width), round(height * image.height)), GREY)
+        # OWLv2 makes a square of an image by adding below or beside it.
+        seen = new("RGB", (round(width * image.width), round(height * image.height)), self.sight.filling)
         seen.paste(image, (-round(left * image.width), -round(top * image.height)))
         side = int(self.model.network.config.vision_config.image_size)
         return seen.resize((side, side))

@@ -27,6 +27,10 @@ class Sight(Protocol):
     side: int
     """Patches in a row of the grid, and rows."""
 
+    @property
+    def filling(self) -> tuple[int, int, int]:
+        """The colour that the tower sees beside an image, where it sees more than that."""
+
     def pixels(self, images: Sequence[Image]) -> Float[Tensor, "row channel height width"]:
         """Return images as the tower takes them."""
 
@@ -41,6 +45,8 @@ class OwnTower(nn.Module):
     """A LLaVA's own tower: the embedding is what goes into its projector, without CLS where the model leaves it out."""
 
     skipped = 0
+    filling = (0, 0, 0)
+    """Nowhere: it sees a part of an image, or all of it."""
 
     def __init__(self, model: LoadedModel) -> None:
         super().__init__()
