@@ -8,6 +8,7 @@ OUT/tables/answers.parquet        the answers under every condition; `changes`: 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from mmray.datasets.sources import open_source
 from mmray.derived import DERIVED
 from mmray.errors import InputError
 from mmray.evaluation.facts import DataFacts, gather_facts
+from mmray.evaluation.naming import read_synonyms
 from mmray.evaluation.opinions.changes import changes
 from mmray.evaluation.opinions.judging import judged
 from mmray.evaluation.opinions.settings import OpinionSettings, PerturbationSettings, SightSettings
@@ -129,7 +131,9 @@ def _plan(settings: SightSettings, model: str, data: str, columns: Columns, prom
     manifest = cut(source.files(), settings.shard_size, settings.limit)
     if not manifest.samples:
         raise InputError(f"{data}: no sample in it")
-    return Plan(settings, model, data, columns, prompt, manifest, _facts(source))
+    listed = settings.synonyms if isinstance(settings, OpinionSettings) else None
+    synonyms = read_synonyms(listed) if listed else {}
+    return Plan(settings, model, data, columns, prompt, manifest, _facts(source), synonyms)
 
 
 def _facts(source: Source) -> DataFacts:
@@ -152,4 +156,5 @@ def _digests(plan: Plan) -> dict[str, str]:
         "detector": detector_digest(detector),
         "alignment": alignment_digest(alignment) if alignment else "",
         "prompt": plan.prompt or "",
+        "synonyms": json.dumps(plan.synonyms, sort_keys=True),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,6 +51,7 @@ class Plan:
     prompt: str | None
     manifest: Manifest
     facts: DataFacts
+    synonyms: Mapping[str, tuple[str, ...]]
 
 
 class SightWorker(UnitWorker):
@@ -109,7 +110,7 @@ class OpinionWorker(SightWorker):
         samples, images = [samples[place] for place in known], [images[place] for place in known]
         if not samples:
             return {}
-        naming = Naming(facts.vocabulary, facts.translations)
+        naming = Naming(facts.vocabulary, facts.translations, self.plan.synonyms)
         claimant = Claimant(
             self.joint, facts, naming, self.plan.prompt, settings.questions, settings.seed, settings.batch_size
         )

@@ -19,7 +19,7 @@ class SightSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     execution: ClassVar[frozenset[str]] = frozenset(
         {"run", "model", "data", "out", "detector", "alignment", "batch_size", "draws", "workers"}
-        | {"gpus_per_worker", "address", "retry_failed"}
+        | {"gpus_per_worker", "address", "retry_failed", "synonyms"}
     )
     """Settings that leave the rows alone, or that are known by the digests of what they name."""
 
@@ -68,6 +68,8 @@ class OpinionSettings(SightSettings):
     questions: int = Field(1, ge=0)
     """Present objects of an image that are asked for, and as many absent ones of each kind (random, popular,
     adversarial); 0: captions alone."""
+    synonyms: str | None = None
+    """JSON file of object → synonyms that count as the object in captions."""
 
 
 class PerturbationSettings(SightSettings):
