@@ -18,13 +18,18 @@ from mmray.demo.scenes import World
 from mmray.derived import DERIVED
 from mmray.errors import InputError
 from mmray.evaluation.saliency import PROTOCOLS
+from mmray.models.loading import digest
+from mmray.perception.alignment import Pair, save_alignment
 from mmray.perception.heads import WEIGHTS
 from mmray.perception.methods import METHODS, OF_BOXES
 from mmray.perception.observing import CHANCE
 from mmray.perception.settings import saliency_settings
+from mmray.perception.sight import open_sight
 from mmray.results.run import open_run
+from mmray.storage import open_store
 from tests.e2e.conftest import Answer
 from tests.e2e.conftest import mmray as mmray_command
+from tests.perception.owls import build_owl
 from tests.running import census_here, saliency_here
 
 __all__ = ["mmray_command"]
@@ -149,6 +154,21 @@ def test_one_picture_gives_a_page_or_a_picture_and_numbers(tmp_path, mmray_comma
     assert "does not say" in mmray_command(*given[:-2], "--caption", "A house.").refusal
     assert "neither .html nor .png" in mmray_command(*given, "--out", tmp_path / "map.gif").refusal
     assert "not an image that can be read" in mmray_command(*given[:4], tmp_path / "none.png", *given[5:]).refusal
+
+
+def test_what_an_aligned_network_shows_is_told_with_how_well_it_does(
+    tmp_path, tiny, open_model, mmray_command: Callable[..., Answer]
+):
+    owl, model, image = build_owl("owlvit", tmp_path / "owl"), open_model("llava"), tmp_path / "grey.png"
+    Image.new("RGB", (40, 40), "grey").save(image)
+    network = Pair(open_sight(str(owl), "cpu"), model).network("projector", 1)
+    measures = {"recall": {"before": 0.95, "after": 0.9}}
+    facts = {"digests": {"tower": digest(owl), "model": model.digest}, "measures": measures}
+    save_alignment(open_store(tmp_path / "W"), network, facts)
+    asked = ["--model", tiny("llava"), "--image", image, "--word", "dog", "--caption", "A dog."]
+    sight = ["--detector", owl, "--alignment", tmp_path / "W"]
+    told = mmray_command("saliency", *asked, *sight, "--methods", "alignment", "--out", tmp_path / "map.png").out
+    assert "recall of objects 0.900 (its own: 0.950)" in " ".join(told.split())
 
 
 @pytest.mark.slow
