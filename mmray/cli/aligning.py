@@ -13,6 +13,24 @@ from rich.console import Console
 from mmray.cli.options import INCOMPLETE, AsJson, app, console, say, with_settings
 from mmray.perception.alignment_settings import AlignmentSettings, alignment_settings
 
+TOLD = {"recall": "recall of objects", "pope_random_f1": "POPE (random) F1"}
+"""Measures of an alignment that stand beside what is found by it."""
+
+
+def say_sight(alignment: str | None) -> None:
+    """Say how well a model does by the sight that an aligned network gives it, if one does."""
+    if alignment is not None:
+        from mmray.perception.alignment import alignment_measures
+        from mmray.results.evaluation import number
+
+        found = alignment_measures(alignment)
+        told = [
+            f"{words} {number(found[name]['after'])} (its own: {number(found[name]['before'])})"
+            for name, words in TOLD.items()
+            if name in found
+        ]
+        say(f"by the sight of {alignment}: {', '.join(told)}")
+
 
 @app.command()
 @with_settings(AlignmentSettings)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from mmray.cli.aligning import say_sight
 from mmray.cli.options import AsJson, app, console, end, say, with_settings
 from mmray.errors import InputError
 from mmray.perception.settings import SaliencySettings, saliency_settings
@@ -82,6 +83,7 @@ def _one(
         print(json.dumps(told | {"out": str(out)}, ensure_ascii=False))
         return
     say(f"“{answer.caption}” · P({word}) = {answer.probability:.3f}", "bold")
+    say_sight(settings.alignment)
     for row in rows:
         say(f"  {row['method']:<16} {row['lowest']:>9.4f} to {row['highest']:<9.4f} at {row['x']:.2f}, {row['y']:.2f}")
     say(f"→ {out}")
@@ -104,6 +106,7 @@ def _whole(settings: SaliencySettings, *, as_json: bool) -> None:
         print(json.dumps(asdict(outcome) | {"saliency": rows.to_pylist()}, ensure_ascii=False))
     else:
         console.print(show(rows))
+        say_sight(settings.alignment)
         say(f"{outcome.words:,} words of {outcome.images:,} images in {outcome.seconds:.0f} s → {settings.run}")
         say(f"next: mmray report {settings.run}")
     end(outcome, "images", quiet=as_json)

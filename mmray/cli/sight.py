@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from mmray.cli.aligning import say_sight
 from mmray.cli.options import AsJson, RunArgument, app, console, end, say, with_settings
 from mmray.evaluation.opinions.settings import (
     OpinionSettings,
@@ -50,6 +51,7 @@ def hallucination(
         console.print(opinions(outcome.measures))
         if found:
             console.print(mistakes(found))
+        say_sight(checked.alignment)
     _end(outcome, "claims", as_json)
 
 
@@ -66,6 +68,7 @@ def perturb(as_json: AsJson = False, **settings: Any) -> None:
         print(json.dumps(asdict(outcome), ensure_ascii=False))
     else:
         console.print(changes(outcome.measures))
+        say_sight(checked.alignment)
     _end(outcome, "answers", as_json)
 
 

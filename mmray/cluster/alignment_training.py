@@ -18,7 +18,7 @@ from typing import Any
 import ray.train
 import torch
 import torch.distributed
-from ray.train.torch import prepare_model
+from ray.train.torch import get_device, prepare_model
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -55,11 +55,12 @@ class Progress:
     loss: float = float("nan")
 
 
-def open_pair(settings: AlignmentSettings) -> Pair:
-    """Load tower and LLaVA, frozen."""
+def open_pair(settings: AlignmentSettings, device: torch.device | None = None) -> Pair:
+    """Load tower and LLaVA, frozen, on one device; by default wherever a model is put (`mmray.models.loading.load`)."""
     from mmray.models.loading import load as load_model
 
-    return Pair(open_sight(settings.tower), load_model(settings.model))
+    model = load_model(settings.model, device=device)
+    return Pair(open_sight(settings.tower, device or model.device), model)
 
 
 def train(config: dict[str, Any]) -> None:
@@ -82,7 +83,8 @@ def train(config: dict[str, Any]) -> None:
 
 def _train(settings: AlignmentSettings, folder: RunFolder, facts: dict[str, Any]) -> None:
     lanes = Lanes(Manifest.from_json(folder.manifest()), settings.batch_size, settings.seed)
-    pair = open_pair(settings)
+    # Ray Train shows a worker the GPUs of all workers of its machine.
+    pair = open_pair(settings, get_device())
     torch.manual_seed(settings.seed)
     network = pair.network(settings.network, settings.hidden).to(pair.model.device)
     learner = optimiser(network, settings.learning_rate, settings.weight_decay)

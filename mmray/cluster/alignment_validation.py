@@ -71,7 +71,7 @@ class ValidationWorker(UnitWorker):
         try:
             settings = plan.settings
             pair = open_pair(settings)
-            network = load_alignment(settings.out, pair.model, digest(resolve(settings.tower)))
+            network = load_alignment(settings.out, pair.model, digest(resolve(settings.tower)), measured=False)
             self.folder = RunFolder(open_store(folder))
             self.before = Before(pair.model)
             self.measuring = Measuring(self.before, OtherSight(pair.sight, network), plan.facts, plan.measured)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import Any, Protocol
 
-import mmray.demo
-from mmray.perception.joint import DEMO
 from mmray.results.run import Run
-from mmray.storage import open_store
 from mmray.version import VERSION
 
 
@@ -41,16 +36,3 @@ def digests_of(run: Run) -> dict[str, str]:
     """Return what tells a run's finished tables from those of any other, or of the same one grown."""
     finished = run.folder.finished() or {}
     return {"run": run.info["fingerprint"], "receipts": str(finished.get("receipts"))}
-
-
-def content_of(place: Path | str) -> str:
-    """Return a digest of a folder's files; of a hub id its name."""
-    if "://" not in str(place) and not Path(place).expanduser().is_dir():
-        return str(place)
-    listed = [(entry.key, entry.size, entry.version) for entry in open_store(place).list() if "/" not in entry.key]
-    return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
-
-
-def detector_content(detector: str) -> str:
-    """Return a digest of a detector's files, those of the demo's where it is that."""
-    return content_of(mmray.demo.DETECTOR if detector == DEMO else detector)

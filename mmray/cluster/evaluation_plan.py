@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mmray.cluster.described import detector_content
 from mmray.cluster.worker import columns_of, open_data
 from mmray.datasets.contents import Source
 from mmray.datasets.rows import BadRowError, object_names
@@ -23,6 +22,7 @@ from mmray.evaluation.prompts import TextQuestion, read_text_questions, text_que
 from mmray.evaluation.quality import has_bleu
 from mmray.evaluation.scope import aim_of
 from mmray.evaluation.settings import EvaluationSettings
+from mmray.perception.joint import detector_digest
 from mmray.results.run import Run
 from mmray.settings import CensusSettings
 from mmray.storage import Entry, open_object, open_store
@@ -132,7 +132,7 @@ def digests(plan: Plan, run: Run) -> dict[str, str]:
     if settings.mmedit_images:
         found["mmedit_images"] = _digest(open_store(settings.mmedit_images).list())
     if settings.detector:
-        found["detector"] = detector_content(settings.detector)
+        found["detector"] = detector_digest(settings.detector)
     return found
 
 

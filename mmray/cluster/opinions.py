@@ -8,6 +8,7 @@ OUT/tables/answers.parquet        the answers under every condition; `changes`: 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import pyarrow as pa
 
 from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress
-from mmray.cluster.described import content_of, described, detector_content
+from mmray.cluster.described import described
 from mmray.cluster.finished import Finished
 from mmray.cluster.sight_worker import OpinionWorker, PerturbationWorker, Plan, SightWorker
 from mmray.cluster.units import mapped
@@ -30,10 +31,13 @@ from mmray.datasets.sources import open_source
 from mmray.derived import DERIVED
 from mmray.errors import InputError
 from mmray.evaluation.facts import DataFacts, gather_facts
+from mmray.evaluation.naming import read_synonyms
 from mmray.evaluation.opinions.changes import changes
 from mmray.evaluation.opinions.judging import judged
 from mmray.evaluation.opinions.settings import OpinionSettings, PerturbationSettings, SightSettings
 from mmray.models.loading import digest, resolve
+from mmray.perception.alignment import alignment_digest
+from mmray.perception.joint import detector_digest
 from mmray.results.run import open_run
 from mmray.runs import RunFolder
 from mmray.settings import census_settings
@@ -127,7 +131,9 @@ def _plan(settings: SightSettings, model: str, data: str, columns: Columns, prom
     manifest = cut(source.files(), settings.shard_size, settings.limit)
     if not manifest.samples:
         raise InputError(f"{data}: no sample in it")
-    return Plan(settings, model, data, columns, prompt, manifest, _facts(source))
+    listed = settings.synonyms if isinstance(settings, OpinionSettings) else None
+    synonyms = read_synonyms(listed) if listed else {}
+    return Plan(settings, model, data, columns, prompt, manifest, _facts(source), synonyms)
 
 
 def _facts(source: Source) -> DataFacts:
@@ -147,7 +153,8 @@ def _digests(plan: Plan) -> dict[str, str]:
         "model": digest(resolve(plan.model)),
         "data": plan.manifest.digest,
         "cut": str([shard.samples for shard in plan.manifest.shards][:1]) + str(plan.manifest.samples),
-        "detector": detector_content(detector),
-        "alignment": content_of(alignment) if alignment else "",
+        "detector": detector_digest(detector),
+        "alignment": alignment_digest(alignment) if alignment else "",
         "prompt": plan.prompt or "",
+        "synonyms": json.dumps(plan.synonyms, sort_keys=True),
     }

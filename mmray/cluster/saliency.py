@@ -25,6 +25,8 @@ from mmray.datasets.shards import Manifest
 from mmray.derived import SALIENCY_SCHEMAS
 from mmray.errors import InputError
 from mmray.evaluation.saliency import summarise_saliency
+from mmray.perception.alignment import alignment_digest
+from mmray.perception.joint import detector_digest, detector_or_demo
 from mmray.perception.settings import SaliencySettings
 from mmray.results.run import Run, open_run
 from mmray.runs import RunFolder
@@ -139,5 +141,11 @@ def _located(run: Run) -> Mapping[str, tuple[list[tuple[int, int]], list[float]]
 
 def _folder(plan: SaliencyPlan, run: Run) -> tuple[RunFolder, dict[str, Any]]:
     """Return where the rows lie, and what that folder says of itself."""
-    info = described(plan.settings, digests_of(run))
+    settings = plan.settings
+    detector = detector_or_demo(settings.detector, plan.census.model)
+    digests = digests_of(run) | {
+        "detector": detector_digest(detector) if detector else "",
+        "alignment": alignment_digest(settings.alignment) if settings.alignment else "",
+    }
+    info = described(settings, digests)
     return RunFolder(open_store(f"{run.uri}/saliency/{info['fingerprint']}")), info

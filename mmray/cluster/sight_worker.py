@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
@@ -51,6 +51,7 @@ class Plan:
     prompt: str | None
     manifest: Manifest
     facts: DataFacts
+    synonyms: Mapping[str, tuple[str, ...]]
 
 
 class SightWorker(UnitWorker):
@@ -109,7 +110,7 @@ class OpinionWorker(SightWorker):
         samples, images = [samples[place] for place in known], [images[place] for place in known]
         if not samples:
             return {}
-        naming = Naming(facts.vocabulary, facts.translations)
+        naming = Naming(facts.vocabulary, facts.translations, self.plan.synonyms)
         claimant = Claimant(
             self.joint, facts, naming, self.plan.prompt, settings.questions, settings.seed, settings.batch_size
         )
@@ -136,14 +137,16 @@ class PerturbationWorker(SightWorker):
     @cached_property
     def varying(self) -> Covariance:
         """How embeddings of the data's first images vary."""
-        images: list[Image] = []
-        for row in chain.from_iterable(read_shard(self.source, shard) for shard in self.plan.manifest.shards):
-            if isinstance(row, Sample) and row.image is not None and len(images) < REFERENCE:
-                with suppress(ValueError):
-                    images.append(decode_image(row.image))
+        images = list(islice(self._images(), REFERENCE))
         parts = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
         embeddings = [self.joint.embed(self.joint.pixels(part)) for part in parts]
         return covariance(torch.cat(embeddings), self.joint.sight.skipped)
+
+    def _images(self) -> Iterator[Image]:
+        for row in chain.from_iterable(read_shard(self.source, shard) for shard in self.plan.manifest.shards):
+            if isinstance(row, Sample) and row.image is not None:
+                with suppress(ValueError):
+                    yield decode_image(row.image)
 
 
 PARTS: dict[type[SightSettings], tuple[str, ...]] = {

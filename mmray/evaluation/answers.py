@@ -7,7 +7,17 @@ import re
 from mmray.errors import InputError
 
 YES_OR_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+AMOUNT = r"\d+(?:\.\d+)?"
+NUMBER = re.compile(rf"(?<!\w)-?{AMOUNT}")
+SCALES = tuple(
+    re.compile(scale, re.IGNORECASE)
+    for scale in (
+        rf"(?:/|\bout of)\s*{AMOUNT}",
+        rf"{AMOUNT}\s*(?:[-–—]|\bto\b|\band\b)\s*{AMOUNT}",
+        rf"\bof\s*{AMOUNT}",
+    )
+)
+"""What names a scale beside an answer, in the order in which it is left out: 7/10, from 1 to 10, 7 of 10."""
 
 
 def reader(parse: str) -> re.Pattern[str]:
@@ -24,14 +34,19 @@ def reader(parse: str) -> re.Pattern[str]:
 
 
 def value_of(reply: str, parse: str) -> float | None:
-    """Return the first answer in a reply: a number; or 1 for yes and for the first of two words, else 0.
+    """Return the answer in a reply: its number; or 1 for yes and for the first of two words, else 0.
 
-    None where there is none: a reply that can't be read is no answer.
+    Of several words the first is the answer; of different numbers none is, apart from those that name a scale. None
+    where there is no answer: a reply that can't be read is none.
     """
-    found = reader(parse).search(reply)
+    pattern = reader(parse)
+    if parse == "number":
+        for scale in SCALES:
+            reply = scale.sub(" ", reply)
+        values = {float(number) for number in pattern.findall(reply)}
+        return values.pop() if len(values) == 1 else None
+    found = pattern.search(reply)
     if found is None:
         return None
-    if parse == "number":
-        return float(found[0])
     first = "yes" if parse == "yes_no" else parse.split("|")[0].strip()
     return float(found[0].casefold() == first.casefold())

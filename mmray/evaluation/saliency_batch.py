@@ -19,7 +19,7 @@ from mmray.neurons.concepts import NounSource
 from mmray.neurons.places import Place, places_of
 from mmray.neurons.shard import Captioned, ShardAnalysis
 from mmray.perception.asking import look_at
-from mmray.perception.joint import JointModel, join
+from mmray.perception.joint import JointModel, detector_or_demo, join
 from mmray.perception.measures import Boxes, objects_mask, points_at
 from mmray.perception.methods import METHODS, OF_BOXES, Located, Looked, method_of
 from mmray.perception.observing import draw_maps, observations
@@ -37,7 +37,7 @@ KEPT = 24
 
 def joint_of(model: LoadedModel, settings: SaliencySettings) -> JointModel | None:
     """Return the model with the detector that is asked for; None without one. Raises InputError where it can't be."""
-    detector = settings.detector or ("demo" if model.name == "demo" else None)
+    detector = detector_or_demo(settings.detector, model.name)
     return None if detector is None else join(model, detector, settings.alignment)
 
 

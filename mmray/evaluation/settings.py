@@ -34,8 +34,8 @@ class MeasureSettings(BaseModel):
     encoder: str | None = None
     """Folder of a text encoder for BERTScore-style similarity to the data's captions; default: not measured."""
     detector: str | None = None
-    """Detector on the model's own tower (`demo`, or a folder of heads), which no edit of neurons reaches, that is asked
-    whether what captions name is there; default: none is."""
+    """Detector that no edit of neurons reaches, asked whether what captions name is there: on the model's own tower
+    (`demo`, or a folder of heads), or an OWL-ViT or OWLv2 (folder or hub id); default: none is."""
     bleu: bool | None = None
     """Measure sacrebleu against the data's captions; default: where sacrebleu is installed."""
     mmedit: str | None = None

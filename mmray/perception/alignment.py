@@ -8,8 +8,10 @@ Giulivi & Boracchi 2024, as their code has it: no text, AdamW, learning rate 1e-
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +30,6 @@ from mmray.perception.alignment_settings import Shape
 from mmray.perception.sight import OwnTower, Sight
 from mmray.storage import Store, open_store
 
-GREY = (128, 128, 128)
 WEIGHTS, FACTS = "alignment.safetensors", "alignment.json"
 """Files of an aligned network's folder."""
 
@@ -85,8 +86,8 @@ class Pair:
         left, top, width, height = self.sight.covers(image.size)
         if (left, top, width, height) == covered(self.model, image.width / image.height):
             return image
-        # OWLv2 makes a square of an image by grey below or beside it.
-        seen = new("RGB", (round(width * image.width), round(height * image.height)), GREY)
+        # OWLv2 makes a square of an image by adding below or beside it.
+        seen = new("RGB", (round(width * image.width), round(height * image.height)), self.sight.filling)
         seen.paste(image, (-round(left * image.width), -round(top * image.height)))
         side = int(self.model.network.config.vision_config.image_size)
         return seen.resize((side, side))
@@ -128,22 +129,54 @@ def save_alignment(store: Store, network: Alignment, facts: dict[str, Any]) -> N
     store.put(FACTS, json.dumps({"shape": network.shape, **facts}, indent=1).encode())
 
 
-def load_alignment(folder: str, model: LoadedModel, tower_digest: str) -> Alignment:
+def load_alignment(folder: str, model: LoadedModel, tower_digest: str, *, measured: bool = True) -> Alignment:
     """Read a network W, frozen, for a LLaVA and a tower of this digest.
 
-    Raises InputError where there is none, or where it is another tower's or another LLaVA's.
+    Raises InputError where there is none, where it is another tower's or another LLaVA's, or, unless `measured` is
+    False, where the joint model has not been measured beside the original.
     """
-    store = open_store(folder)
-    try:
-        facts = json.loads(store.read(FACTS))
+    with _refusing(folder):
+        facts, store = _facts(folder)
         network = Alignment(**facts["shape"])
         network.load_state_dict(load(store.read(WEIGHTS)))
         made_for = facts["digests"]["tower"], facts["digests"]["model"]
+    for what, own, wanted in zip(("tower", "model"), made_for, (tower_digest, model.digest), strict=True):
+        if own != wanted:
+            raise InputError(f"{folder}: aligned with another {what} (digest {own}, this one has {wanted})")
+    if measured and "measures" not in facts:
+        raise InputError(f"{folder}: not measured yet beside the original; run the same mmray align again, it ends so")
+    return network.to(model.device).eval().requires_grad_(False)
+
+
+def alignment_measures(folder: str) -> dict[str, dict[str, Any]]:
+    """Return the measures of the original model (before) and of the joint one (after). Raises InputError as above."""
+    with _refusing(folder):
+        measures: dict[str, dict[str, Any]] = _facts(folder)[0]["measures"]
+    return measures
+
+
+def alignment_digest(folder: str) -> str:
+    """Return a digest of a network W: weights, shape, and what it was made of; not of when, nor of what was measured.
+
+    Raises InputError where there is none.
+    """
+    with _refusing(folder):
+        facts, store = _facts(folder)
+        weights = hashlib.sha256(store.read(WEIGHTS)).digest()
+        made_of = json.dumps([facts["shape"], facts["digests"]], sort_keys=True)
+    return hashlib.sha256(made_of.encode() + weights).hexdigest()[:16]
+
+
+def _facts(folder: str) -> tuple[dict[str, Any], Store]:
+    store = open_store(folder)
+    return json.loads(store.read(FACTS)), store
+
+
+@contextmanager
+def _refusing(folder: str) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError as error:
         raise InputError(f"{folder}: no aligned network ({FACTS}, {WEIGHTS}); make one: mmray align") from error
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: not written by mmray align ({' '.join(str(error).split())[:200]})") from error
-    for what, own, wanted in zip(("tower", "model"), made_for, (tower_digest, model.digest), strict=True):
-        if own != wanted:
-            raise InputError(f"{folder}: aligned with another {what} (digest {own}, this one has {wanted})")
-    return network.to(model.device).eval().requires_grad_(False)

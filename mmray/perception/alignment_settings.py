@@ -69,7 +69,7 @@ class AlignmentSettings(BaseModel):
     workers: int | None = Field(None, ge=1)
     """Workers of the training; default: one a GPU of the cluster; without GPUs one a core, at most four a machine."""
     gpus_per_worker: float | None = Field(None, ge=0)
-    """GPUs a worker; default: 1 where the cluster has GPUs, else 0."""
+    """GPUs a worker, of which its training takes the first; default: 1 where the cluster has GPUs, else 0."""
     address: str | None = None
     """Ray cluster to join (auto, or ray://HOST:PORT); default: a local Ray of this process."""
     restarts: int = Field(20, ge=0)

@@ -21,7 +21,7 @@ import mmray.demo
 from mmray.errors import InputError
 from mmray.models.capture import tap_input
 from mmray.models.generation import until_special
-from mmray.models.loading import LoadedModel, digest, load
+from mmray.models.loading import LoadedModel, digest, load, resolve
 from mmray.models.prompting import LONGEST, Batch, pad_left
 from mmray.perception.alignment import load_alignment
 from mmray.perception.detection import Detection, Detector
@@ -29,22 +29,18 @@ from mmray.perception.heads import FACTS, load_heads
 from mmray.perception.owl import open_owl
 from mmray.perception.sight import OwnTower, Sight
 
-__all__ = ["Detection", "Detector", "JointModel", "load_joint"]
+__all__ = ["Detection", "Detector", "JointModel", "Judge", "load_joint"]
 
 DEMO = "demo"
 
 
 @dataclass(frozen=True, eq=False)
-class JointModel:
-    """A language model and a detector that see the same embedding of an image.
-
-    `tokens` makes image tokens of an embedding: the model's own projector, or a network aligned to it.
-    """
+class Judge:
+    """A detector beside a model, with the sight that it judges images by."""
 
     model: LoadedModel
     detector: Detector
     sight: Sight
-    tokens: nn.Module
 
     def pixels(self, images: Sequence[Image]) -> Float[Tensor, "row channel height width"]:
         """Return images as the sight takes them."""
@@ -62,6 +58,16 @@ class JointModel:
             queries = self.detector.queries(words)
         found: Detection = self.detector(embedding.float(), queries)
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class JointModel(Judge):
+    """A language model and a detector that see the same embedding of an image.
+
+    `tokens` makes image tokens of an embedding: the model's own projector, or a network aligned to it.
+    """
+
+    tokens: nn.Module
 
     def logits(self, batch: Batch, embedding: Float[Tensor, "row patch width"]) -> Float[Tensor, "row position token"]:
         """Run the language model on the batch, the embedding in place of its images; differentiable in the embedding.
@@ -116,13 +122,40 @@ def load_joint(name: str, detector: str = DEMO, alignment: str | None = None) ->
 
 def join(model: LoadedModel, detector: str = DEMO, alignment: str | None = None) -> JointModel:
     """Put a detector beside a model that is loaded already; as `load_joint`."""
-    folder = mmray.demo.DETECTOR if detector == DEMO else Path(detector).expanduser()
-    if detector == DEMO or (folder / FACTS).is_file():
-        sight = OwnTower(model)
-        return JointModel(model, load_heads(folder, model), sight, sight.projector)
-    owl = open_owl(detector, model.device)
+    judge = judge_beside(model, detector)
+    if isinstance(judge.sight, OwnTower):
+        return JointModel(model, judge.detector, judge.sight, judge.sight.projector)
     if alignment is None:
         raise InputError(
             f"{detector}: its embedding is no {model.name}'s; give --alignment, the network between the two"
         )
-    return JointModel(model, owl.detector, owl.sight, load_alignment(alignment, model, digest(owl.folder)))
+    tokens = load_alignment(alignment, model, digest(resolve(detector)))
+    return JointModel(model, judge.detector, judge.sight, tokens)
+
+
+def judge_beside(model: LoadedModel, detector: str) -> Judge:
+    """Load a detector that judges images beside a model; an OWL-ViT or OWLv2 does so by its own sight.
+
+    Raises InputError where it can't be loaded, or where its heads are another model's.
+    """
+    folder = _heads(detector)
+    if folder is not None:
+        return Judge(model, load_heads(folder, model), OwnTower(model))
+    owl = open_owl(detector, model.device)
+    return Judge(model, owl.detector, owl.sight)
+
+
+def detector_or_demo(detector: str | None, model: str) -> str | None:
+    """Return the detector that is asked for; by default that of the demo where it is the model, else none."""
+    return detector or (DEMO if model == DEMO else None)
+
+
+def detector_digest(detector: str) -> str:
+    """Return a digest of what a detector's files hold. Raises InputError where there is none."""
+    return digest(_heads(detector) or resolve(detector))
+
+
+def _heads(detector: str) -> Path | None:
+    """Return the folder of a detector's heads; None where it is not heads on a model's own tower."""
+    folder = mmray.demo.DETECTOR if detector == DEMO else Path(detector).expanduser()
+    return folder if detector == DEMO or (folder / FACTS).is_file() else None

@@ -178,6 +178,14 @@ def neurons(looked: Looked, number: int) -> Saliency:
     return Saliency(spread(found.flatten(), found.shape[0]))
 
 
+def random_patches(looked: Looked, number: int) -> Saliency:
+    """Weigh each patch at random: the control where there is no detector."""
+    place, grid = looked.look.places[number], looked.look.grid(looked.look.places[number].row)
+    seed = zlib.crc32(f"{place.sample_id} {place.position} {place.concept}".encode())
+    weights = torch.rand(grid.rows * grid.columns, generator=torch.Generator().manual_seed(seed))
+    return Saliency(spread(weights, grid.rows))
+
+
 METHODS: dict[str, Method] = {
     "alignment": alignment,
     "alignment-confident": alignment_confident,
@@ -188,6 +196,7 @@ METHODS: dict[str, Method] = {
     "rollout": rollout,
     "neurons": neurons,
     "random": random,
+    "random-patches": random_patches,
 }
 """Every method by its name."""
 

@@ -17,8 +17,8 @@ from mmray.neurons.heatmaps import placed
 from mmray.neurons.model import Model as NeuronModel
 from mmray.neurons.model import load_checked, open_image
 from mmray.perception.asking import ask, look_at
-from mmray.perception.joint import DEMO, JointModel, join
-from mmray.perception.methods import METHODS, OF_BOXES, Looked, method_of
+from mmray.perception.joint import JointModel, detector_or_demo, join
+from mmray.perception.methods import METHODS, Looked, method_of
 from mmray.perception.saliency import Saliency
 
 
@@ -43,21 +43,23 @@ class Model(NeuronModel):
         *,
         method: str = "alignment",
         detector: str | None = None,
+        alignment: str | None = None,
         prompt: str | None = None,
         language: str | None = None,
     ) -> Float[Tensor, "height width"]:
         """Return how much each point of an image speaks for a word of the caption, true or not, at the image's size.
 
-        Values are in the method's own unit (cosines, for `alignment`): `min_max` of `mmray.neurons.heatmaps` scales
-        them. `detector` is a folder of heads or `demo`, the default for the demo model; methods without boxes need
-        none. What the processor cuts off has the lowest value. Raises InputError where the caption does not say the
-        word, for a method that there is not, or one that weighs the boxes of a detector where there is none.
+        Values are in the method's own unit (cosines, for the method `alignment`): `min_max` of `mmray.neurons.heatmaps`
+        scales them. `detector` is `demo` (the default for the demo model), a folder of heads, or an OWL-ViT or OWLv2
+        with the folder of its `alignment`; methods without boxes need none. What the processor cuts off has the lowest
+        value. Raises InputError where the caption does not say the word, for a method that there is not, or one that
+        weighs the boxes of a detector where there is none.
         """
         picture = open_image(image)
         assert picture is not None
         method_of(method)
-        chosen = detector or (DEMO if self.name == DEMO and method in OF_BOXES else None)
-        joint = join(self, chosen) if chosen else None
+        chosen = detector_or_demo(detector, self.name)
+        joint = join(self, chosen, alignment) if chosen else None
         found = explain(self, joint, picture, word, caption, methods=(method,), prompt=prompt, language=language)
         return placed(found.maps[method].values.cpu(), found.covers, picture.height, picture.width)
 

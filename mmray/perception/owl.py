@@ -8,12 +8,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from PIL.Image import Image
+from PIL.Image import Image, new
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor, Owlv2ForObjectDetection, OwlViTForObjectDetection
 
@@ -48,6 +49,14 @@ class OwlSight(nn.Module):
         if not getattr(self.processor.image_processor, "do_pad", False):
             return WHOLE
         return (0.0, 0.0, max(size) / size[0], max(size) / size[1])
+
+    @cached_property
+    def filling(self) -> tuple[int, int, int]:
+        """The colour of what is added, by what the processor makes of a white line: versions of it differ."""
+        processor = self.processor.image_processor
+        added = self.pixels([new("RGB", (2, 1), "white")])[0, :, -1, -1]
+        red, green, blue = added * torch.tensor(processor.image_std) + torch.tensor(processor.image_mean)
+        return round(255 * float(red)), round(255 * float(green)), round(255 * float(blue))
 
     def forward(self, pixel_values: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row place width"]:
         """Return what enters the last layer."""

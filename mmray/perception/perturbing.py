@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmray.perception.boxes import centres_inside
-from mmray.perception.joint import JointModel
+from mmray.perception.joint import JointModel, Judge
 
 SHOWS = 0.5
 """Part of the highest confidence above which a box counts as one where the concept is."""
@@ -54,10 +54,10 @@ def shown(
     return chosen, functional.pad(touched, (skipped, 0))[..., None]
 
 
-def confidences(joint: JointModel, embedding: Embedding, words: list[str]) -> Float[Tensor, "row query"]:
+def confidences(judge: Judge, embedding: Embedding, words: list[str]) -> Float[Tensor, "row query"]:
     """Return how sure the detector is of each word: the highest probability of any box."""
     with torch.no_grad():
-        sure: Tensor = joint.detect(embedding, words).logits.sigmoid().amax(dim=1)
+        sure: Tensor = judge.detect(embedding, words).logits.sigmoid().amax(dim=1)
     return sure
 
 

@@ -13,6 +13,8 @@ from mmray.settings import first_problem
 
 EXECUTION = {"run", "draws", "workers", "gpus_per_worker", "address", "retry_failed"}
 """Settings that say how the work is done, or come after it."""
+NAMED = {"detector", "alignment"}
+"""Settings known by the digests of what they name."""
 
 
 class SaliencySettings(BaseModel):
@@ -29,7 +31,7 @@ class SaliencySettings(BaseModel):
     """Folder of the network that makes the model's image tokens of an OWL-ViT's embedding."""
     methods: str | None = None
     """What draws the maps, comma-separated: alignment, alignment-confident, alignment-boxes, gradient, gradient-input,
-    detector, rollout, neurons, random; by default all, without a detector those that need none."""
+    detector, rollout, neurons, random, random-patches; by default all, without a detector those that need none."""
     images: int = Field(200, ge=1)
     """Images of several objects, with their boxes, that maps are held against."""
     maps: int = Field(24, ge=0)
@@ -53,7 +55,7 @@ class SaliencySettings(BaseModel):
 
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that the rows of a unit depend on."""
-        return self.model_dump(exclude=EXECUTION)
+        return self.model_dump(exclude=EXECUTION | NAMED)
 
     def fingerprint(self, digests: dict[str, str]) -> str:
         """Return a digest of all that the rows depend on; the same for every way of doing the work."""

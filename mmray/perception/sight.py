@@ -27,6 +27,10 @@ class Sight(Protocol):
     side: int
     """Patches in a row of the grid, and rows."""
 
+    @property
+    def filling(self) -> tuple[int, int, int]:
+        """The colour that the tower sees beside an image, where it sees more than that."""
+
     def pixels(self, images: Sequence[Image]) -> Float[Tensor, "row channel height width"]:
         """Return images as the tower takes them."""
 
@@ -41,6 +45,8 @@ class OwnTower(nn.Module):
     """A LLaVA's own tower: the embedding is what goes into its projector, without CLS where the model leaves it out."""
 
     skipped = 0
+    filling = (0, 0, 0)
+    """Nowhere: it sees a part of an image, or all of it."""
 
     def __init__(self, model: LoadedModel) -> None:
         super().__init__()
@@ -76,11 +82,11 @@ class OwnTower(nn.Module):
         return found
 
 
-def open_sight(name: str) -> Sight:
+def open_sight(name: str, device: torch.device | str) -> Sight:
     """Load the tower of a checkpoint: an OWL-ViT's or OWLv2's up to the last layer, or a LLaVA's own.
 
     Raises InputError for other kinds.
     """
     if is_owl(name):
-        return open_owl(name, "cuda" if torch.cuda.is_available() else "cpu").sight
-    return OwnTower(load(name))
+        return open_owl(name, device).sight
+    return OwnTower(load(name, device=device))

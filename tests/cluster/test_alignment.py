@@ -5,14 +5,17 @@ import signal
 import threading
 import time
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
+import torch
 from ray.train import WorkerGroupError
 from safetensors.torch import load
 
 from mmray.cluster import alignment, alignment_training
 from mmray.cluster.alignment import Aligned, run_alignment
+from mmray.cluster.alignment_training import open_pair
+from mmray.datasets.shards import Manifest
 from mmray.errors import InputError
 from mmray.perception.alignment import WEIGHTS
 from mmray.perception.alignment_settings import alignment_settings
@@ -110,6 +113,22 @@ def test_with_its_driver_killed_it_goes_on_and_is_the_same(asked, undisturbed: A
     driver.join()
     assert not store.exists(WEIGHTS), "it was done before it could be killed"
     assert_same(run_alignment(settings), undisturbed)
+
+
+def test_a_worker_keeps_to_its_own_device(asked, tmp_path: Path):
+    """Where Ray Train shows it those of others, too."""
+    own = torch.device("meta")
+    settings = alignment_settings({**asked, "out": str(tmp_path / "out")})
+    pair = open_pair(settings, own)
+    assert {value.device for part in (pair.model.network, pair.sight) for value in part.parameters()} == {own}
+    folder = Mock(manifest=Manifest((), ()).to_json)
+    with (
+        patch.object(alignment_training, "get_device", lambda: own),
+        patch.object(alignment_training, "open_pair", side_effect=InputError("enough")) as opened,
+        pytest.raises(InputError, match="enough"),
+    ):
+        alignment_training._train(settings, folder, {})
+    opened.assert_called_once_with(settings, own)
 
 
 def test_data_without_objects_is_refused_before_any_work(asked, tmp_path: Path):

@@ -1,13 +1,17 @@
 """Second opinions and moved embeddings as the commands run them: tables, resumed, on Ray or not; an edit's nouns."""
 
+import json
 from contextlib import ExitStack, nullcontext
 from unittest.mock import patch
 
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
-from mmray.cluster import carrying, opinions
+from mmray.cluster import carrying, opinions, sight_worker
 from mmray.cluster.opinions import run_opinions, run_perturbation
+from mmray.datasets.shards import read_shard
 from mmray.derived import DERIVED
 from mmray.errors import InputError
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
@@ -16,6 +20,13 @@ from mmray.tables import read_table
 from tests.e2e.scenes import scenes, write
 from tests.running import _WorkHere, census_here
 
+OWN = {
+    "source": "cat",
+    "target": "dog",
+    "unrelated": ["ship", "star"],
+    "question": ["How many objects are in the image? Answer with a number."],
+    "parse": "number",
+}
 MADE = ("claims", "opinions", "mistakes")
 
 
@@ -75,6 +86,34 @@ def test_claims_are_tables_of_the_run_and_a_stopped_one_goes_on(run):
     assert {row["judge"] for row in done.measures} == {None, "detector", "language model"}
 
 
+def test_a_synonym_is_a_claim_of_its_object(run, tmp_path):
+    listed = tmp_path / "synonyms.json"
+    captions = {}
+    with here():
+        run_opinions(asked(run, questions=0))
+        named = open_run(run).table("claims").to_pylist()
+        word = named[0]["word"]
+        # The data calls it otherwise: what the captions say is then a synonym at most.
+        data = tmp_path / "data.parquet"
+        pq.write_table(renamed(open_run(run).info["settings"]["data"], word, "thing"), data)
+        for listing in ({}, {"thing": [word]}):
+            listed.write_text(json.dumps(listing))
+            run_opinions(asked(run, questions=0, data=str(data), synonyms=str(listed)))
+            captions[bool(listing)] = [row["word"] for row in open_run(run).table("claims").to_pylist()]
+    assert captions[True].count("thing") == [row["word"] for row in named].count(word)
+    assert captions[False] == [name for name in captions[True] if name != "thing"]
+    with here(), pytest.raises(InputError, match="no such file"):
+        run_opinions(asked(run, synonyms=str(tmp_path / "none.json")))
+
+
+def renamed(data: str, name: str, other: str) -> pa.Table:
+    table = pq.read_table(data)
+    rows = [[other if own == name else own for own in objects] for objects in table["objects"].to_pylist()]
+    return table.set_column(
+        table.schema.get_field_index("objects"), "objects", pa.array(rows, table.schema.field("objects").type)
+    )
+
+
 def test_answers_of_moves_are_tables_of_their_folder(data, tmp_path):
     with here():
         done = run_perturbation(moved(data, tmp_path / "moved"))
@@ -86,18 +125,22 @@ def test_answers_of_moves_are_tables_of_their_folder(data, tmp_path):
             run_perturbation(moved(data, tmp_path / "moved", norm=0.1))
 
 
+def test_how_embeddings_vary_is_told_by_the_first_images_alone(data, tmp_path):
+    """However large the data is."""
+    counting = patch.object(sight_worker, "read_shard", side_effect=read_shard)
+    with here(), patch.object(sight_worker, "REFERENCE", 2), counting as read:
+        assert run_perturbation(moved(data, tmp_path / "moved", limit=5, **OWN)).complete
+    assert [call.args[1].shard_id for call in read.call_args_list] == [0, 0, 1, 1, 2, 3, 4]
+
+
 def test_a_question_of_ones_own_is_asked_once_a_move(data, tmp_path):
-    own = {"source": "a cat", "target": "a dog", "unrelated": ["a ship", "a star"], "parse": "number"}
-    question = {"question": ["How many objects are in the image? Answer with a number."]}
     with here():
-        done = run_perturbation(moved(data, tmp_path / "own", **own, **question))
+        done = run_perturbation(moved(data, tmp_path / "own", **OWN))
     assert done.rows == 2 * 8
     assert {row["about"] for row in done.measures} == {"question"}
 
 
 def test_data_without_objects_is_refused(run, tmp_path):
-    import pyarrow.parquet as pq
-
     bare = tmp_path / "bare.parquet"
     pq.write_table(pq.read_table(write(tmp_path / "some.parquet", scenes(2))).drop_columns(["objects"]), bare)
     with pytest.raises(InputError, match="without which no claim can be judged"):

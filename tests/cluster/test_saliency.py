@@ -1,24 +1,35 @@
 """Saliency measures as the command runs them: committed once, resumed, on Ray or not; one picture; refusals."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from mmray.cluster.census import Progress
 from mmray.cluster.saliency import run_saliency
+from mmray.demo import DETECTOR
 from mmray.demo.scenes import World
 from mmray.derived import DERIVED
 from mmray.errors import InputError
 from mmray.evaluation.saliency import PROTOCOLS
-from mmray.perception.methods import METHODS
+from mmray.models.loading import digest
+from mmray.perception.alignment import Pair, save_alignment
+from mmray.perception.heads import WEIGHTS
+from mmray.perception.methods import METHODS, OF_BOXES
 from mmray.perception.observing import CHANCE
 from mmray.perception.settings import saliency_settings
+from mmray.perception.sight import open_sight
 from mmray.results.run import open_run
+from mmray.storage import open_store
 from tests.e2e.conftest import Answer
 from tests.e2e.conftest import mmray as mmray_command
+from tests.perception.owls import build_owl
 from tests.running import census_here, saliency_here
 
 __all__ = ["mmray_command"]
@@ -83,6 +94,28 @@ def test_a_stopped_one_goes_on_and_gives_the_same_and_a_second_call_does_nothing
     assert tables(run) == before
 
 
+def test_another_detector_is_measured_anew_and_the_same_one_is_not(run, tmp_path):
+    """It is known by what its files hold, not by their path or age."""
+    without(run)
+    heads, asked = tmp_path / "heads", {"images": 2, "maps": 0, "draws": 5, "methods": "detector"}
+
+    def measured(detector: Path | None) -> bool:
+        calls: list[Progress] = []
+        saliency_here(run, **asked, detector=detector and str(detector), follow=calls.append)
+        return calls[0].samples == 0
+
+    assert measured(None)
+    shutil.copytree(DETECTOR, heads)
+    os.utime(heads / WEIGHTS, (1, 1))
+    assert not measured(heads)
+    heads = heads.rename(tmp_path / "elsewhere")
+    assert not measured(heads)
+    before = tables(run)["saliency"]
+    save_file({name: -value for name, value in load_file(heads / WEIGHTS).items()}, heads / WEIGHTS)
+    assert measured(heads)
+    assert tables(run)["saliency"] != before
+
+
 def test_what_can_t_be_is_one_line(run, mmray_command: Callable[..., Answer]):
     with pytest.raises(InputError, match="no method of saliency 'guess'"):
         saliency_here(run, methods="guess")
@@ -99,7 +132,9 @@ def test_a_model_without_a_detector_has_the_other_methods(tmp_path, tiny):
     done = saliency_here(tmp_path / "run", images=2, maps=1, draws=20)
     assert done.complete
     rows = open_run(tmp_path / "run").table("saliency").to_pylist()
-    assert {row["method"] for row in rows} == {"gradient", "gradient-input", "rollout", "neurons", CHANCE}
+    assert {row["method"] for row in rows} == set(METHODS) - set(OF_BOXES) | {CHANCE}
+    # A control stands beside the measures that the part of the image is no chance level of.
+    assert {row["measure"] for row in rows if row["method"] == "random-patches"} >= {"iou", "max_box_accuracy"}
     with pytest.raises(InputError, match="--methods alignment: it weighs a detector's boxes; give --detector"):
         saliency_here(tmp_path / "run", methods="alignment")
 
@@ -119,6 +154,21 @@ def test_one_picture_gives_a_page_or_a_picture_and_numbers(tmp_path, mmray_comma
     assert "does not say" in mmray_command(*given[:-2], "--caption", "A house.").refusal
     assert "neither .html nor .png" in mmray_command(*given, "--out", tmp_path / "map.gif").refusal
     assert "not an image that can be read" in mmray_command(*given[:4], tmp_path / "none.png", *given[5:]).refusal
+
+
+def test_what_an_aligned_network_shows_is_told_with_how_well_it_does(
+    tmp_path, tiny, open_model, mmray_command: Callable[..., Answer]
+):
+    owl, model, image = build_owl("owlvit", tmp_path / "owl"), open_model("llava"), tmp_path / "grey.png"
+    Image.new("RGB", (40, 40), "grey").save(image)
+    network = Pair(open_sight(str(owl), "cpu"), model).network("projector", 1)
+    measures = {"recall": {"before": 0.95, "after": 0.9}}
+    facts = {"digests": {"tower": digest(owl), "model": model.digest}, "measures": measures}
+    save_alignment(open_store(tmp_path / "W"), network, facts)
+    asked = ["--model", tiny("llava"), "--image", image, "--word", "dog", "--caption", "A dog."]
+    sight = ["--detector", owl, "--alignment", tmp_path / "W"]
+    told = mmray_command("saliency", *asked, *sight, "--methods", "alignment", "--out", tmp_path / "map.png").out
+    assert "recall of objects 0.900 (its own: 0.950)" in " ".join(told.split())
 
 
 @pytest.mark.slow

@@ -173,6 +173,14 @@ def test_configurations_that_are_shipped_fit_their_command(path: Path) -> None:
     assert words_of(command, read_config(path))[0] == command
 
 
+def test_concepts_that_are_shipped_are_plain_nouns() -> None:
+    """The detector's template and the article of questions are put round them."""
+    for path in CONFIGS:
+        shipped = read_config(path)
+        for name in (shipped.get("source"), shipped.get("target"), *(shipped.get("unrelated") or ())):
+            assert name is None or name.split()[0] not in ("a", "an", "the"), (path.name, name)
+
+
 def test_the_pipeline_that_is_shipped_has_the_settings_of_its_steps() -> None:
     settings = pipeline_settings(read_config(JOBS / "configs" / "pipeline.yaml", ["census.out=s3://b/run"]))
     assert settings.census["out"] == "s3://b/run"

@@ -1,9 +1,12 @@
 """Second opinions and moved embeddings: figures against naive ones, controls of equal norm, answers never made up."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,20 +16,32 @@ from mmray.errors import InputError
 from mmray.evaluation.answers import value_of
 from mmray.evaluation.facts import gather_facts
 from mmray.evaluation.naming import Naming
+from mmray.evaluation.opinions import judging
 from mmray.evaluation.opinions.changes import changes
 from mmray.evaluation.opinions.claims import Claimant
 from mmray.evaluation.opinions.judging import judged
 from mmray.evaluation.opinions.mistakes import picture, stands_at
 from mmray.evaluation.opinions.moving import Mover, drawn_move
+from mmray.evaluation.opinions.second import SecondOpinion
 from mmray.evaluation.opinions.settings import perturbation_settings
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.perception.heads import Heads
 from mmray.perception.joint import JointModel
+from mmray.perception.owl import QUERY
 from mmray.perception.perturbing import covariance, moved, moved_at_random, relative_norms, shown
 from mmray.perception.sight import OwnTower
+from tests.perception.owls import build_owl
 
 CLAIM = st.tuples(st.integers(0, 4), st.booleans(), st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.95, 1.0]))
 SETTINGS = {"model": "demo", "data": "demo", "out": "out", "steps": 4, "randoms": 1}
+SCALES = (
+    "{value}",
+    "I say {value}/{high}.",
+    "{value} out of {high}, on a scale from {low} to {high}.",
+    "It is {value} of {high}.",
+    "{value} ({low}–{high})",
+    "{value}: a scale of {low}-{high} between {low} and {high}",
+)
 
 
 def table(rows):
@@ -64,6 +79,19 @@ def test_auroc_and_calibration_are_those_of_a_naive_count(rows):
     assert found["ece", "detector"]["value"] == pytest.approx(apart / len(rows))
 
 
+@given(st.lists(CLAIM, min_size=1, max_size=30), st.integers(2, 8))
+def test_claims_are_summed_into_their_samples_as_one_row_each_would_be(rows, most):
+    samples, truth, scores = (list(column) for column in zip(*rows, strict=True))
+    with patch.object(judging, "MOST_RANKS", most):
+        totals = judging._histograms(list(map(str, samples)), np.array(scores), np.array(truth, dtype=float))
+    order = sorted(set(scores))
+    most = min(most, len(order))
+    naive = np.zeros((len(set(samples)), 2, totals.shape[1] // 2))
+    for sample, true, score in rows:
+        naive[sorted(set(samples)).index(sample), int(true), order.index(score) * most // len(order)] += 1
+    assert np.array_equal(totals, naive.reshape(len(naive), -1))
+
+
 def test_an_interval_is_over_samples():
     rows = [(number, number % 2 == 0, 0.9 if number % 3 else 0.2) for number in range(60)]
     row = next(row for row in judged(table(rows), 200, 0) if (row["measure"], row["judge"]) == ("auroc", "detector"))
@@ -81,6 +109,12 @@ def test_an_interval_is_over_samples():
         ("No, there is not; yes, really.", "yes_no", 0.0),
         ("Nothing yesterday", "yes_no", None),
         ("About 7.5 of 10", "number", 7.5),
+        ("On a scale from 1 to 10, I would say 7.", "number", 7.0),
+        ("1-10: 6", "number", 6.0),
+        ("7 or 8", "number", None),
+        ("From 7 to 8.", "number", None),
+        ("8/10, where 10/10 is best", "number", None),
+        ("-3", "number", -3.0),
         ("many", "number", None),
         ("A Woman.", "woman|man", 1.0),
         ("a man", "woman|man", 0.0),
@@ -89,6 +123,15 @@ def test_an_interval_is_over_samples():
 )
 def test_an_answer_is_read_or_there_is_none(reply, parse, value):
     assert value_of(reply, parse) == value
+
+
+@given(st.integers(-9, 20), st.integers(0, 9), st.integers(10, 100), st.sampled_from(SCALES))
+def test_a_scale_is_no_answer(value, low, high, scale):
+    reply = scale.format(value=value, low=low, high=high)
+    assert value_of(reply, "number") == value
+    assert value_of(f"{reply} So {value}.", "number") == value
+    assert value_of(f"{reply} Or {value + 1}.", "number") is None
+    assert value_of(reply.replace(str(value), "many", 1), "number") is None
 
 
 def answer(condition, about, value, sample="0"):
@@ -209,6 +252,19 @@ def test_claims_are_what_the_model_says_with_its_own_log_probability(joint, all_
         assert row["claimed"] == (row["log_prob"] > np.log(0.5))
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_an_owl_gives_its_second_opinion_by_its_own_sight(family, open_model, all_scenes, before, tmp_path):
+    """Of whatever model, without any network between the two."""
+    folder, image, words = build_owl("owlvit", tmp_path), before.image(all_scenes[0]), ["dog", "red ball"]
+    found = SecondOpinion(open_model(family), str(folder)).confidence(image, words)
+    network = transformers.AutoModelForZeroShotObjectDetection.from_pretrained(folder).eval()
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    inputs = processor(text=[[QUERY.format(word) for word in words]], images=image, return_tensors="pt")
+    with torch.no_grad():
+        sure = network(**inputs).logits[0].sigmoid().amax(dim=0)
+    assert found == pytest.approx(dict(zip(words, sure.tolist(), strict=True)), abs=1e-5)
+
+
 def test_every_move_is_asked_about_beside_its_controls(joint, all_scenes, before):
     samples = all_scenes[:2]
     vocabulary = tuple(sorted({name for sample in all_scenes[:30] for name in sample.objects or ()}))
@@ -236,7 +292,18 @@ def test_a_move_is_drawn_from_what_the_image_has_and_lacks():
         assert move.source in ("dog", "cat")
         assert len({move.target, *move.unrelated}) == 3
         assert not {move.target, *move.unrelated} & {"dog", "cat"}
+        # All that the data has is moved to or from.
+        assert move.apart is None
     assert drawn_move(Sample("0", "", b"", ""), vocabulary, settings) is None
+
+
+@pytest.mark.parametrize("named", [{}, {"unrelated": ["bee", "elk"]}, {"source": "dog", "target": "ant"}])
+def test_what_is_asked_beside_source_and_target_is_no_end_of_any_move(named):
+    vocabulary = ("ant", "bee", "cat", "dog", "elk", "fox", "owl")
+    settings = perturbation_settings(SETTINGS | named)
+    for number in range(20):
+        move = drawn_move(Sample(str(number), "", b"", "", objects=("dog", "cat")), vocabulary, settings)
+        assert move.apart in {*vocabulary} - {"dog", "cat", move.source, move.target, *move.unrelated}
 
 
 def test_what_a_move_is_given_is_spelt_as_the_data_spells_it():

@@ -1,5 +1,7 @@
 """W: what it learns from, the loss of shared rows, its files, and a model that sees through it."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,15 +13,19 @@ from mmray.evaluation.asks import Ask
 from mmray.evaluation.questioner import Questioner
 from mmray.models.loading import digest
 from mmray.models.prompting import prompt_text
+from mmray.neurons.heatmaps import placed
 from mmray.perception.alignment import (
+    WEIGHTS,
     Alignment,
     Pair,
+    alignment_digest,
     alignment_loss,
     load_alignment,
     optimiser,
     save_alignment,
 )
 from mmray.perception.joint import join
+from mmray.perception.model import explain, load_model
 from mmray.perception.sight import OwnTower, open_sight
 from mmray.perception.standing_in import OtherSight
 from mmray.storage import open_store
@@ -69,12 +75,34 @@ def test_it_is_kept_for_its_tower_and_its_model(pair, tmp_path):
     network = pair.network("mlp", 16)
     digests = {"tower": "that tower", "model": pair.model.digest}
     save_alignment(open_store(tmp_path), network, {"digests": digests})
+    with pytest.raises(InputError, match="not measured yet"):
+        load_alignment(str(tmp_path), pair.model, "that tower")
+    assert load_alignment(str(tmp_path), pair.model, "that tower", measured=False).shape == network.shape
+    save_alignment(open_store(tmp_path), network, {"digests": digests, "measures": {}})
     embedding, _ = pair.examples(pictures((32, 32)))
     assert torch.equal(load_alignment(str(tmp_path), pair.model, "that tower")(embedding), network(embedding))
     with pytest.raises(InputError, match="aligned with another tower"):
         load_alignment(str(tmp_path), pair.model, "another")
     with pytest.raises(InputError, match="no aligned network"):
         load_alignment(str(tmp_path / "nothing"), pair.model, "that tower")
+
+
+def test_its_digest_is_that_of_what_it_is(pair, tmp_path):
+    """Not of when or where it was written, nor of what was measured since."""
+    network, digests = pair.network("projector", 1), {"tower": "that tower", "model": "that model"}
+    save_alignment(open_store(tmp_path / "one"), network, {"digests": digests})
+    save_alignment(open_store(tmp_path / "two"), network, {"digests": digests, "measures": {"recall": {"after": 1.0}}})
+    os.utime(tmp_path / "two" / WEIGHTS, (1, 1))
+    found = alignment_digest(str(tmp_path / "one"))
+    assert alignment_digest(str(tmp_path / "two")) == found
+    save_alignment(open_store(tmp_path / "one"), network, {"digests": digests | {"tower": "another"}})
+    assert alignment_digest(str(tmp_path / "one")) != found
+    with torch.no_grad():
+        next(network.parameters()).add_(1e-3)
+    save_alignment(open_store(tmp_path / "two"), network, {"digests": digests})
+    assert alignment_digest(str(tmp_path / "two")) != found
+    with pytest.raises(InputError, match="no aligned network"):
+        alignment_digest(str(tmp_path / "nothing"))
 
 
 def test_a_model_with_its_own_sight_standing_in_says_the_same(pair):
@@ -95,10 +123,16 @@ def test_a_model_with_its_own_sight_standing_in_says_the_same(pair):
         assert not torch.allclose(one.hidden, other.hidden)
 
 
+def test_both_towers_see_the_same_beside_an_image_that_is_no_square(owl, open_model):
+    pair = Pair(open_sight(str(owl("owlv2")), "cpu"), open_model("llava"))
+    for image in pictures((32, 20), (12, 32)):
+        assert torch.equal(pair.sight.pixels([pair._alike(image)]), pair.sight.pixels([image]))
+
+
 @pytest.mark.parametrize("kind", ["owlvit", "owlv2"])
 def test_an_owls_embedding_gets_image_tokens(kind, owl, open_model, tmp_path):
     folder, model = owl(kind), open_model("llava")
-    pair = Pair(open_sight(str(folder)), model)
+    pair = Pair(open_sight(str(folder), "cpu"), model)
     embedding, tokens = pair.examples(pictures((32, 32), (48, 30)))
     network = pair.network("mlp", 8)
     assert embedding.shape[1] == tokens.shape[1] + pair.sight.skipped
@@ -109,8 +143,14 @@ def test_an_owls_embedding_gets_image_tokens(kind, owl, open_model, tmp_path):
         alignment_loss(network, embedding, tokens, 2).backward()
         learner.step()
     assert float(alignment_loss(network, embedding, tokens, 2).detach()) < 0.8 * before
-    save_alignment(open_store(tmp_path), network, {"digests": {"tower": digest(folder), "model": model.digest}})
+    digests = {"tower": digest(folder), "model": model.digest}
+    save_alignment(open_store(tmp_path), network, {"digests": digests, "measures": {}})
     joint = join(model, str(folder), str(tmp_path))
+    (picture,) = pictures((32, 32))
+    caption, named = "A dog and a ball.", {"detector": str(folder), "alignment": str(tmp_path)}
+    map_ = load_model(model.name).saliency(picture, caption, "dog", **named)
+    answer = explain(model, joint, picture, "dog", caption, methods=("alignment",))
+    assert torch.equal(map_, placed(answer.maps["alignment"].values, answer.covers, 32, 32))
     assert torch.equal(joint.tokens(embedding), network(embedding).detach())
     seen = joint.embed(joint.pixels(pictures((32, 32))))
     assert joint.detect(seen, ["dog", "cat"]).logits.shape[2] == 2

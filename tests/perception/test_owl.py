@@ -7,6 +7,7 @@ from PIL import Image
 from torch import nn
 
 from mmray.errors import InputError
+from mmray.perception.asking import ask
 from mmray.perception.joint import JointModel, join
 from mmray.perception.methods import METHODS
 from mmray.perception.model import explain
@@ -70,23 +71,20 @@ def test_every_method_explains_a_word_of_the_joint_model(joined, picture, kind):
     assert answer.maps["alignment"].weights.abs().max() <= 1 + 1e-5
 
 
-def test_places_that_the_language_model_never_sees_are_not_compared(joined, picture):
-    """Cosines are those over the patches alone: with CLS, whose gradient is 0 on one side, all would shrink."""
-    joint = joined("owlvit")
-    words = ["dog"]
-    seen = joint.embed(joint.pixels([picture]))
+@pytest.mark.parametrize("kind", ["owlvit", "owlv2"])
+def test_alignment_is_the_cosine_of_two_gradients_box_by_box(joined, picture, kind):
+    """Over the patches alone: with CLS, which the language model never sees, all cosines would shrink."""
+    joint = joined(kind)
     answer = explain(joint.model, joint, picture, "dog", CAPTION, methods=("alignment",))
-    from mmray.perception.asking import ask, look_at
-
-    batch, places = ask(joint.model, picture, CAPTION, "dog")
-    gradient = look_at(joint.model, joint, batch, places, [picture]).gradients[0]
-    leaf = seen.clone().requires_grad_()
-    logits = joint.detector(leaf, joint.detector.queries(words)).logits[0, :, 0]
-    for box in (0, 7, 15):
-        (own,) = torch.autograd.grad(logits[box], leaf, retain_graph=True)
-        assert own[0, 0].abs().max() > 0
-        expected = torch.cosine_similarity(own[0, 1:].flatten(), gradient.flatten(), dim=0)
-        assert torch.allclose(answer.maps["alignment"].weights[box], expected, atol=1e-5)
+    batch, (place,) = ask(joint.model, picture, CAPTION, "dog")
+    leaf = joint.embed(joint.pixels([picture])).requires_grad_()
+    (word,) = torch.autograd.grad(joint.logits(batch, leaf)[0, place.position, place.token], leaf)
+    logits = joint.detector(leaf, joint.detector.queries(["dog"])).logits[0, :, 0]
+    for logit, weight in zip(logits, answer.maps["alignment"].weights, strict=True):
+        (box,) = torch.autograd.grad(logit, leaf, retain_graph=True)
+        assert box[0, 0].abs().max() > 0 and not word[0, 0].any()
+        expected = torch.cosine_similarity(box[0, 1:].flatten(), word[0, 1:].flatten(), dim=0)
+        assert torch.allclose(weight, expected, atol=1e-5)
 
 
 def test_what_is_no_detector_is_refused(tiny, open_model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,14 +29,6 @@ ANSWER = 8
 """Tokens at most of an answer to a yes/no question."""
 
 
-@dataclass
-class Claims:
-    """The rows of one unit of work: claims, and samples that could not be used."""
-
-    claims: list[dict[str, Any]] = field(default_factory=list)
-    errors: list[dict[str, Any]] = field(default_factory=list)
-
-
 @dataclass(frozen=True, eq=False)
 class Claimant:
     """A joint model that is asked about samples whose objects are known."""
@@ -51,7 +43,10 @@ class Claimant:
     batch_size: int
 
     def claims(self, samples: Sequence[Sample], images: Sequence[Image]) -> list[dict[str, Any]]:
-        """Return a row for every noun of the captions that the model writes, and for every question."""
+        """Return a row for every object of the data that the model's captions name, and for every question.
+
+        What captions name besides is no claim: whether it is there is not known.
+        """
         embedding = self.joint.embed(self.joint.pixels(images))
         named = self._captions(samples, images, embedding) + self._answers(samples, images, embedding)
         if named:

@@ -50,9 +50,14 @@ def judged(claims: pa.Table, draws: int, seed: int) -> list[dict[str, Any]]:
     }
 
     def add(
-        claims: str, name: str, judge: str | None, samples: Sequence[str], sums: Any, value: Value = ratio, **more: Any
+        claims: str,
+        name: str,
+        judge: str | None,
+        samples: Sequence[str],
+        totals: Any,
+        value: Value = ratio,
+        **more: Any,
     ) -> None:
-        totals = _by_sample(samples, sums)
         found = measure(totals, totals, value, draws, seed)
         rows.append(
             {
@@ -72,25 +77,27 @@ def judged(claims: pa.Table, draws: int, seed: int) -> list[dict[str, Any]]:
 
     if answers:
         lacking = np.array([[row["claimed"] is None, 1.0] for row in answers])
-        add("question", "unparsable", None, [row["sample_id"] for row in answers], lacking)
+        samples = [row["sample_id"] for row in answers]
+        add("question", "unparsable", None, samples, _by_sample(samples, lacking))
     for group, members in groups.items():
         if not members:
             continue
         samples = [row["sample_id"] for row in members]
         truth = np.array([row["present"] for row in members], dtype=float)
-        add(group, "true", None, samples, np.stack([truth, np.ones_like(truth)], axis=1))
+        add(group, "true", None, samples, _by_sample(samples, np.stack([truth, np.ones_like(truth)], axis=1)))
         for judge in JUDGES:
             sure = _confidence(members, judge)
-            add(group, "auroc", judge, samples, _histograms(sure, truth), _auroc)
+            add(group, "auroc", judge, samples, _histograms(samples, sure, truth), _auroc)
             bins = _bins(sure, truth)
-            add(group, "ece", judge, samples, bins.reshape(len(sure), -1), _ece)
+            add(group, "ece", judge, samples, _by_sample(samples, bins.reshape(len(sure), -1)), _ece)
             above = (sure >= 0.5).astype(float)
-            add(group, "confirmed_true", judge, samples, np.stack([above * truth, truth], axis=1))
-            add(group, "confirmed_false", judge, samples, np.stack([above * (1 - truth), 1 - truth], axis=1))
+            for name, own in (("confirmed_true", truth), ("confirmed_false", 1 - truth)):
+                add(group, name, judge, samples, _by_sample(samples, np.stack([above * own, own], axis=1)))
             for number, sums in _filled(bins):
                 mean = float(sums[:, 1].sum() / sums[:, 0].sum())
                 edge = number / BINS
-                add(group, "reliability", judge, samples, sums[:, [2, 0]], bin=edge, confidence=mean)
+                true = _by_sample(samples, sums[:, [2, 0]])
+                add(group, "reliability", judge, samples, true, bin=edge, confidence=mean)
     return rows
 
 
@@ -109,13 +116,18 @@ def _by_sample(samples: Sequence[str], sums: Float[ndarray, "claim sum"]) -> Flo
     return total
 
 
-def _histograms(scores: Float[ndarray, " claim"], truth: Float[ndarray, " claim"]) -> Float[ndarray, "claim sum"]:
-    """Return each claim's place among the different scores, once for false and once for true claims."""
+def _histograms(
+    samples: Sequence[str], scores: Float[ndarray, " claim"], truth: Float[ndarray, " claim"]
+) -> Float[ndarray, "sample sum"]:
+    """Return how many of a sample's claims have each of the different scores, first of false and then of true ones."""
     _, rank = np.unique(scores, return_inverse=True)
     if (count := int(rank.max()) + 1) > MOST_RANKS:
         rank, count = rank * MOST_RANKS // count, MOST_RANKS
-    places = np.eye(count)[rank]
-    return np.concatenate([places * (1 - truth)[:, None], places * truth[:, None]], axis=1)
+    names, index = np.unique(np.array(samples), return_inverse=True)
+    total = np.zeros((len(names), 2 * count))
+    # A row a claim, as long as the histogram, would not fit for large data.
+    np.add.at(total, (index, rank + count * truth.astype(int)), 1.0)
+    return total
 
 
 def _auroc(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:

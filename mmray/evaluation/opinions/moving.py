@@ -36,11 +36,13 @@ Embedding = Float[Tensor, "row place width"]
 
 @dataclass(frozen=True)
 class Move:
-    """What is moved to what in one image, and two things that have nothing to do with it."""
+    """What is moved to what in one image, two things that have nothing to do with it, and one that no move is about."""
 
     source: str
     target: str
     unrelated: tuple[str, str]
+    apart: str | None
+    """None where the data has no other."""
 
 
 def drawn_move(sample: Sample, vocabulary: Sequence[str], settings: PerturbationSettings) -> Move | None:
@@ -52,12 +54,17 @@ def drawn_move(sample: Sample, vocabulary: Sequence[str], settings: Perturbation
     lacking = [name for name in vocabulary if name not in objects and name not in given]
     drawn = draw.sample(lacking, min(3, len(lacking)))
     target = given[1] or (drawn.pop() if drawn else None)
-    unrelated = [_spelt(name, vocabulary) for name in settings.unrelated or drawn[:2]]
     if source is None or target is None:
         return None
-    if len(unrelated) < 2:
+    if settings.unrelated:
+        one, other = (str(_spelt(name, vocabulary)) for name in settings.unrelated)
+        apart = next((name for name in (*drawn, *lacking) if name not in (target, one, other)), None)
+        return Move(source, target, (one, other), apart)
+    if len(drawn) < 2:
         raise InputError("the data has no two other objects to move between as a control; name two by --unrelated")
-    return Move(source, target, (str(unrelated[0]), str(unrelated[1])))
+    one, other = drawn[:2]
+    left = [name for name in lacking if name not in (target, one, other)]
+    return Move(source, target, (one, draw.choice(left) if left else other), other if left else None)
 
 
 def _spelt(name: str | None, vocabulary: Sequence[str]) -> str | None:
@@ -140,5 +147,5 @@ class Mover:
         """Return what each question is about, and its words."""
         if self.settings.question:
             return [("question", question) for question in self.settings.question]
-        asked = {"source": move.source, "target": move.target, "unrelated": move.unrelated[1]}
-        return [(about, presence(name)) for about, name in asked.items()]
+        asked = {"source": move.source, "target": move.target, "unrelated": move.apart}
+        return [(about, presence(name)) for about, name in asked.items() if name is not None]

@@ -7,20 +7,20 @@ from collections.abc import Collection
 from PIL.Image import Image
 
 from mmray.models.loading import LoadedModel
-from mmray.perception.joint import join
+from mmray.perception.joint import judge_beside
 from mmray.perception.perturbing import confidences
 
 
 class SecondOpinion:
-    """A detector on the model's own tower. Raises InputError where it is another model's."""
+    """A detector on the model's own tower, or with a sight of its own. Raises InputError as `judge_beside` does."""
 
     def __init__(self, model: LoadedModel, detector: str) -> None:
-        self.joint = join(model, detector)
+        self.judge = judge_beside(model, detector)
 
     def confidence(self, image: Image, words: Collection[str]) -> dict[str, float]:
         """Return word → the highest probability of any box."""
         if not words:
             return {}
         asked = sorted(words)
-        embedding = self.joint.embed(self.joint.pixels([image]))
-        return dict(zip(asked, confidences(self.joint, embedding, asked)[0].tolist(), strict=True))
+        embedding = self.judge.embed(self.judge.pixels([image]))
+        return dict(zip(asked, confidences(self.judge, embedding, asked)[0].tolist(), strict=True))

@@ -19,7 +19,7 @@ class SightSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     execution: ClassVar[frozenset[str]] = frozenset(
         {"run", "model", "data", "out", "detector", "alignment", "batch_size", "draws", "workers"}
-        | {"gpus_per_worker", "address", "retry_failed"}
+        | {"gpus_per_worker", "address", "retry_failed", "synonyms"}
     )
     """Settings that leave the rows alone, or that are known by the digests of what they name."""
 
@@ -68,6 +68,8 @@ class OpinionSettings(SightSettings):
     questions: int = Field(1, ge=0)
     """Present objects of an image that are asked for, and as many absent ones of each kind (random, popular,
     adversarial); 0: captions alone."""
+    synonyms: str | None = None
+    """JSON file of object → synonyms that count as the object in captions."""
 
 
 class PerturbationSettings(SightSettings):
@@ -89,10 +91,10 @@ class PerturbationSettings(SightSettings):
     other objects of the data."""
     question: list[str] | None = None
     """Question that is asked as it is, once for each move; may be given more than once. Default: whether source, target
-    and an unrelated thing are in the image."""
+    and an object of the data that none of the moves is about are in the image."""
     parse: str = "yes_no"
-    """How an answer is read from a reply: yes_no, number, or two words such as man|woman. What can't be read is counted
-    and left out."""
+    """How an answer is read from a reply: yes_no, number, or two words such as man|woman. What can't be read (no
+    number, or different ones that are no scale) is counted and left out."""
     norm: float = Field(0.65, gt=0)
     """Bound of the move's L2 norm, in parts of the embedding's own; 0.65 is what exchanging an object really takes in
     the demo's scenes."""

@@ -7,7 +7,7 @@ function saliencyPage() {
   if (!measures.length) return [heading("Saliency", "Not measured yet. `mmray saliency RUN` holds maps of where words come from against the boxes of the data.")];
   const methods = [...new Set(measures.map((row) => row.method))], names = [...new Set(measures.map((row) => row.measure))];
   const table = methods.map((method) => ({ method, ...Object.fromEntries(names.map((measure) => [measure, one(measures, { method, measure })])) }));
-  const best = (measure) => (LOWER_IS_BETTER.has(measure) ? Math.min : Math.max)(...measures.filter((row) => row.measure === measure && row.method !== "random").map((row) => row.value));
+  const best = (measure) => (LOWER_IS_BETTER.has(measure) ? Math.min : Math.max)(...measures.filter((row) => row.measure === measure && !row.method.startsWith("random")).map((row) => row.value));
   const drawn = words.length ? Object.keys(words[0].maps) : [];
   return [
     heading("Saliency", `Which part of the image a word of the caption comes from, by ${methods.length - 1} methods: ${whole(measures[0].words)} words of ${plural(measures[0].n, "image")} with several objects. Intervals: 95 %, bootstrap over images; the best of a column is bold.`),

@@ -1,0 +1,75 @@
+"""An OWL-ViT's sight in a LLaVA from end to end on Ray, both tiny: aligned, and then looked by with every command."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmray.cluster.alignment import run_alignment
+from mmray.cluster.opinions import run_opinions, run_perturbation
+from mmray.cluster.saliency import run_saliency
+from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
+from mmray.perception.alignment import FACTS, WEIGHTS
+from mmray.perception.alignment_settings import alignment_settings
+from mmray.perception.methods import METHODS
+from mmray.perception.observing import CHANCE
+from mmray.perception.settings import saliency_settings
+from mmray.results.run import open_run
+from mmray.storage import open_store
+from mmray.tables import read_table
+from tests.e2e.scenes import scenes, write
+from tests.perception.owls import build_owl
+from tests.running import census_here
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone", "ray_here")]
+DRAWS = {"draws": 10, "workers": 1}
+
+
+@pytest.fixture(scope="module")
+def aligned(tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return model, data, and the detector with its alignment, by the names of settings."""
+    folder = tmp_path_factory.mktemp("joint")
+    data = write(folder / "data.parquet", scenes(4))
+    made = {"model": str(tiny("llava")), "data": data, "out": str(folder / "W")}
+    owl = str(build_owl("owlvit", folder / "owl"))
+    asked = {**made, "tower": owl, "validate_on": data, "network": "projector", "batch_size": 2, **DRAWS}
+    done = run_alignment(alignment_settings(asked))
+    assert (done.images, done.steps) == (4, 2)
+    return {"model": made["model"], "data": data, "sight": {"detector": owl, "alignment": made["out"], **DRAWS}}
+
+
+@pytest.fixture(scope="module")
+def run(aligned: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("joint") / "run"
+    assert census_here(aligned["model"], aligned["data"], out).complete
+    return str(out)
+
+
+def test_words_are_explained_by_every_method(aligned: dict[str, Any], run: str) -> None:
+    done = run_saliency(saliency_settings({"run": run, "images": 2, "maps": 1, **aligned["sight"]}))
+    assert done.complete and done.images == 2
+    rows = open_run(run).table("saliency").to_pylist()
+    assert {row["method"] for row in rows} == {*METHODS, CHANCE}
+
+
+def test_claims_are_judged(aligned: dict[str, Any], run: str) -> None:
+    done = run_opinions(opinion_settings({"run": run, "limit": 2, **aligned["sight"]}))
+    assert done.complete and done.rows
+    claims = open_run(run).table("claims").to_pylist()
+    assert {claim["kind"] for claim in claims} >= {"present", "random"}
+    assert all(0 < claim["confidence"] < 1 for claim in claims)
+
+
+def test_what_is_seen_is_moved(aligned: dict[str, Any], tmp_path: Path) -> None:
+    names = {"model": aligned["model"], "data": aligned["data"], "out": str(tmp_path / "moved")}
+    settings = perturbation_settings({**names, "limit": 2, "steps": 2, **aligned["sight"]})
+    done = run_perturbation(settings)
+    assert done.complete
+    answers = read_table(open_store(names["out"]), "answers").to_pylist()
+    assert {answer["about"] for answer in answers} == {"source", "target", "unrelated"}
+    assert all((answer["norm"] > 0) == (answer["condition"] != "original") for answer in answers)
+    # What is known of the alignment is what it holds, and not when that was written.
+    for name in (WEIGHTS, FACTS):
+        os.utime(Path(aligned["sight"]["alignment"]) / name, (1, 1))
+    assert run_perturbation(settings).measures == done.measures
