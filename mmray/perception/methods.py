@@ -128,9 +128,7 @@ def _aligned(looked: Looked, number: int, *, corners: bool, least: float = 0.0) 
         corners=corners,
     )
     weights = found.max(dim=1).values
-    counted = logits.sigmoid() >= least
-    if counted.any():
-        weights = torch.where(counted, weights, weights.min())
+    weights = _confident(weights, logits, least)
     return Saliency(paint(boxes, weights), weights, boxes)
 
 
@@ -143,10 +141,39 @@ def detector(looked: Looked, number: int) -> Saliency:
 
 def random(looked: Looked, number: int) -> Saliency:
     """Weigh the detector's boxes at random: the control of all that weigh boxes."""
-    place, found = looked.look.places[number], looked.detection(number)
+    found = looked.detection(number)
+    weights = _drawn(looked, number, found.boxes.shape[1]).to(found.boxes)
+    return Saliency(paint(found.boxes[0], weights), weights, found.boxes[0])
+
+
+def random_confident(looked: Looked, number: int) -> Saliency:
+    """Weigh the boxes that the detector is at least a little sure of at random, the others not at all.
+
+    The control of `alignment-confident`: what pointing owes to the choice of boxes alone.
+    """
+    found = looked.detection(number)
+    weights = _drawn(looked, number, found.boxes.shape[1]).to(found.boxes)
+    weights = _confident(weights, found.logits[0, :, 0], CONFIDENT)
+    return Saliency(paint(found.boxes[0], weights), weights, found.boxes[0])
+
+
+def random_patches(looked: Looked, number: int) -> Saliency:
+    """Weigh each patch at random: the control where there is no detector."""
+    grid = looked.look.grid(looked.look.places[number].row)
+    return Saliency(spread(_drawn(looked, number, grid.rows * grid.columns), grid.rows))
+
+
+def _drawn(looked: Looked, number: int, count: int) -> Float[Tensor, " weight"]:
+    """Return weights that are drawn for a place, the same at every call."""
+    place = looked.look.places[number]
     seed = zlib.crc32(f"{place.sample_id} {place.position} {place.concept}".encode())
-    weights = torch.rand(found.boxes.shape[1], generator=torch.Generator().manual_seed(seed))
-    return Saliency(paint(found.boxes[0], weights.to(found.boxes.device)), weights, found.boxes[0])
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
+
+
+def _confident(weights: Float[Tensor, " box"], logits: Float[Tensor, " box"], least: float) -> Float[Tensor, " box"]:
+    """Return the weights, the lowest of them for boxes less confident than `least`; as they are where no box is."""
+    counted = logits.sigmoid() >= least
+    return torch.where(counted, weights, weights.min()) if counted.any() else weights
 
 
 def gradient(looked: Looked, number: int) -> Saliency:
@@ -178,14 +205,6 @@ def neurons(looked: Looked, number: int) -> Saliency:
     return Saliency(spread(found.flatten(), found.shape[0]))
 
 
-def random_patches(looked: Looked, number: int) -> Saliency:
-    """Weigh each patch at random: the control where there is no detector."""
-    place, grid = looked.look.places[number], looked.look.grid(looked.look.places[number].row)
-    seed = zlib.crc32(f"{place.sample_id} {place.position} {place.concept}".encode())
-    weights = torch.rand(grid.rows * grid.columns, generator=torch.Generator().manual_seed(seed))
-    return Saliency(spread(weights, grid.rows))
-
-
 METHODS: dict[str, Method] = {
     "alignment": alignment,
     "alignment-confident": alignment_confident,
@@ -196,11 +215,12 @@ METHODS: dict[str, Method] = {
     "rollout": rollout,
     "neurons": neurons,
     "random": random,
+    "random-confident": random_confident,
     "random-patches": random_patches,
 }
 """Every method by its name."""
 
-OF_BOXES = ("alignment", "alignment-confident", "alignment-boxes", "detector", "random")
+OF_BOXES = ("alignment", "alignment-confident", "alignment-boxes", "detector", "random", "random-confident")
 """Methods that need a detector."""
 
 
