@@ -15,7 +15,7 @@ ANALYSIS = (
 """What tells one analysis of a run from another; a table holds the rows of all of them."""
 
 INTERVAL = (
-    field("low", pa.float64(), "2.5th percentile of the change, bootstrap over samples"),
+    field("low", pa.float64(), "2.5th percentile of the change, bootstrap over images"),
     field("high", pa.float64(), "97.5th percentile of the change"),
     field("n", pa.int64(), "samples"),
 )

@@ -36,6 +36,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             field("domain", pa.string()),
             field("shard_id", pa.int32()),
             field("labels", pa.map_(pa.string(), pa.string()), "further labels of --label-column, by column"),
+            field("image", pa.string(), "16 hexadecimal digits of the SHA-256 of its bytes; null: text alone"),
         ]
     ),
     "occurrences": pa.schema(

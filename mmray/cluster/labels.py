@@ -152,7 +152,7 @@ class _Work:
         self._carry_out(folder, TestsWorker, (Tests(masks, steer),))
         facts, tables = plan.facts(), {}
         if settings.interventions:
-            tables["interventions"] = intervention_rows(self._parts(folder, "measurements"), masks, facts)
+            tables["interventions"] = intervention_rows(self._parts(folder, "measurements"), masks, plan.images, facts)
         if settings.stages:
             tables["stages"] = stage_rows(self._parts(folder, "lens"), facts)
         if steer is not None:

@@ -14,7 +14,7 @@ import torch
 from PIL.Image import Image
 
 from mmray.datasets.images import decode_image
-from mmray.datasets.samples import Failure, Sample
+from mmray.datasets.samples import Failure, Sample, image_digest
 from mmray.errors import InputError
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
@@ -246,6 +246,7 @@ class ShardAnalysis:
                     "domain": item.sample.domain,
                     "shard_id": self.shard_id,
                     "labels": item.sample.labels,
+                    "image": image_digest(item.sample.image),
                 }
             )
         if not places:
