@@ -46,7 +46,7 @@ LABEL_SCHEMAS: dict[str, pa.Schema] = {
             field("tokens", pa.int64()),
             field("neurons", pa.int64(), "chosen for the label"),
             field("union", pa.int64(), "chosen in all"),
-            field("cut", pa.float64(), "score of the last one chosen"),
+            field("cut", pa.float64(), "score of the last one chosen; null without any"),
             field("chance", pa.float64(), "neurons that reach the cut with shuffled labels, mean"),
             field("stability", pa.float64(), "mean Jaccard index with the choice of bootstrap draws"),
             field("layers", pa.list_(pa.int64()), "chosen neurons of each layer"),

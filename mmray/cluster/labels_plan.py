@@ -6,7 +6,7 @@ import hashlib
 import json
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,20 +46,10 @@ class Plan:
         """The shards that hold samples with a label."""
         return sorted(self.captions)
 
-    def selected_from(self) -> Counter[str]:
-        """Return how many samples of each label the selection sees."""
-        return Counter(self.labelled[name] for name in self.replicates.samples)
-
-    def facts(self) -> dict[str, str]:
-        """Return what tells this analysis from others in a table."""
-        settings = self.settings
-        modality = "image" if settings.module != "language" else settings.modality
-        return {
-            "label_kind": settings.by,
-            "method": settings.method,
-            "module": settings.module,
-            "modality": "text" if settings.method == "contribution" else modality,
-        }
+    def selected_from(self, shards: Iterable[int]) -> Counter[str]:
+        """Return how many samples of each label the selection sees in these shards."""
+        seen = self.replicates.places
+        return Counter(self.labelled[name] for shard in shards for name in self.captions[shard] if name in seen)
 
     def digest(self) -> str:
         """Return a digest of the samples, their labels and captions."""
@@ -69,10 +59,11 @@ class Plan:
         return hashlib.sha256(json.dumps([listed, texts]).encode()).hexdigest()[:16]
 
 
-def plan_labels(settings: SelectivitySettings, run: Run) -> Plan:
-    """Settle which samples are looked at.
+def plan_labels(settings: SelectivitySettings, run: Run, hold_out: bool) -> Plan:
+    """Settle which samples are looked at, and which the selection is not to see, if any.
 
-    Raises InputError for a label that the run does not know, and for samples that can't be told apart.
+    Raises InputError for a label that the run does not know or that nothing is left of on either side, and for samples
+    that can't be told apart.
     """
     captions = run.table("captions")
     labels = _labels(run, settings.by)
@@ -89,7 +80,7 @@ def plan_labels(settings: SelectivitySettings, run: Run) -> Plan:
         raise InputError(f"--steer {settings.steer}: no label {unknown[0]!r} in {known}")
     images = _images(captions)
     held_out = frozenset(
-        name for name in labelled if settings.tests and _draw(settings.seed, images.get(name, name)) < settings.held_out
+        name for name in labelled if hold_out and _draw(settings.seed, images.get(name, name)) < settings.held_out
     )
     seen = [name for name in names if name in labelled and name not in held_out][: settings.samples]
     if settings.balance:
@@ -100,6 +91,11 @@ def plan_labels(settings: SelectivitySettings, run: Run) -> Plan:
     if missing := set(labelled.values()) - set(replicates.labels):
         raise InputError(
             f"{run.uri}: no sample of {', '.join(sorted(missing))} is left to select from; give more samples"
+        )
+    if hold_out and (missing := set(replicates.labels) - {labelled[name] for name in held_out}):
+        raise InputError(
+            f"{run.uri}: no sample of {', '.join(sorted(missing))} is held out to test on; give more samples, or a "
+            "higher --held-out"
         )
     by_shard: dict[int, dict[str, str]] = defaultdict(dict)
     wanted = {*seen, *held_out}
@@ -166,11 +162,15 @@ def _balanced(settings: SelectivitySettings, run: Run, labelled: Mapping[str, st
             pc.and_(pc.equal(rows["layer"], 0), pc.equal(rows["unit"], 0)),
         )
     )
-    wanted = {"text": ("text",), "image": ("image",), "both": ("image", "text")}[settings.modality]
     tokens: Counter[str] = Counter()
     for row in rows.to_pylist():
-        if settings.module != "language" or row["modality"] in wanted:
+        if settings.looked_at in ("both", row["modality"]):
             tokens[row["label"]] += row["n_tokens"]
+    if missing := {label for label in labelled.values() if not tokens[label]}:
+        raise InputError(
+            f"{run.uri}: --balance: the census counted no {settings.looked_at} tokens of --module {settings.module} "
+            f"under {', '.join(sorted(missing))}; take it with that --module, or see --modality"
+        )
     members = defaultdict(list)
     for name, label in sorted(labelled.items()):
         members[label].append(name)
@@ -179,6 +179,6 @@ def _balanced(settings: SelectivitySettings, run: Run, labelled: Mapping[str, st
     generator = np.random.default_rng(settings.seed)
     kept: list[str] = []
     for label, names in sorted(members.items()):
-        count = max(1, round(budget / each[label])) if each[label] else 0
+        count = max(1, round(budget / each[label]))
         kept += [names[place] for place in generator.permutation(len(names))[:count]]
     return kept

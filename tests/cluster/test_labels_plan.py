@@ -29,7 +29,8 @@ class Known:
 
 
 def planned(rows: list[dict[str, Any]], columns: list[str] | None = None, **settings: Any) -> Plan:
-    return plan_labels(selectivity_settings({"run": "known", **settings}), Known(rows, columns))  # type: ignore[arg-type]
+    checked = selectivity_settings({"run": "known", **settings})
+    return plan_labels(checked, Known(rows, columns), checked.tests)  # type: ignore[arg-type]
 
 
 def rows(languages: str = "en es fr") -> list[dict[str, Any]]:
@@ -77,3 +78,12 @@ def test_one_name_for_unlike_captions_is_refused():
 def test_a_line_that_a_corpus_repeats_is_no_error():
     again = [*rows(), *rows()]
     assert planned(again).labelled == planned(rows()).labelled
+
+
+def test_a_label_that_nothing_is_held_out_of_is_named():
+    few = [*rows("en es"), *rows("fr")[:1]]
+    refused = r"no sample of fr is (held out to test on; .* --held-out|left to select from)"
+    with pytest.raises(InputError, match=refused):
+        planned(few, interventions=True)
+    with pytest.raises(InputError, match="no sample of en, es, fr is held out to test on"):
+        planned(rows(), stages=True, held_out=1e-6)

@@ -50,7 +50,7 @@ class Steer:
 def steer_of(
     settings: SelectivitySettings, selection: Selection, totals: dict[str, Totals], labels: Sequence[str]
 ) -> Steer:
-    """Return what to set."""
+    """Return what to set; raises InputError where no neuron of one of the two labels was chosen to be set."""
     assert settings.steered is not None
     source, target = (labels.index(label) for label in settings.steered)
     course = course_means(totals, target)
@@ -62,6 +62,12 @@ def steer_of(
         neurons = contrast.topk(round(len(contrast) * settings.steer_share)).indices.sort().values
     else:
         off, on = selection.chosen.of(source), selection.chosen.of(target)
+        for label, own in zip(settings.steered, (off, on), strict=True):
+            if not len(own):
+                raise InputError(
+                    f"--steer {settings.steer}: no neuron of {label!r} was chosen; give a higher --rate, or "
+                    "--steer-neurons switch"
+                )
         neurons = torch.unique(torch.cat([off, on]))
         course[:, off[~torch.isin(off, on)]] = 0.0
     return Steer(
