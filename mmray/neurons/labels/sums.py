@@ -22,14 +22,14 @@ from mmray.label_tables import PASS_SCHEMAS
 from mmray.models.capture import tap
 from mmray.models.layout import Projection
 from mmray.models.loading import LoadedModel
-from mmray.models.prompting import Batch, Run
+from mmray.models.prompting import Batch
 from mmray.neurons.captured import Captured, capturing
 from mmray.neurons.labels.material import Said, by_text, token_places
 from mmray.neurons.labels.replicates import Replicates
 from mmray.neurons.labels.settings import SelectivitySettings
 from mmray.neurons.scoring import forward, score_captured
 from mmray.neurons.statistics import MODALITIES, Span, reduce_tokens, token_spans
-from mmray.neurons.towers import uniform
+from mmray.neurons.towers import image_runs, uniform
 from mmray.tables import vector_column
 
 STEPS = 12
@@ -158,7 +158,7 @@ class LabelSums:
     def _spans(self, batch: Batch, positions: int) -> list[Span]:
         rows = len(batch.tokens)
         if self.settings.module != "language":
-            return token_spans([Run(row, 0, positions, "image") for row in range(rows)], rows)
+            return token_spans(image_runs(self.model, batch, positions), rows)
         modality = self.settings.modality
         wanted = MODALITIES if modality == "both" else (modality,)
         spans = token_spans(batch.runs, rows)

@@ -73,9 +73,9 @@ def test_activity_behind_a_prefix_is_the_census_s(open_model):
     assert not torch.allclose(plain["squares"].sums[0], counted["squares"].sums[0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("module", ["vision", "projector"])
-def test_a_tower_s_activity_is_the_census_s(open_model, module):
-    model, found = open_model("llava"), labelled()[1::2]
+@pytest.mark.parametrize(("variant", "module"), [("llava", "vision"), ("llava", "projector"), ("mllama", "vision")])
+def test_a_tower_s_activity_is_the_census_s(open_model, variant, module):
+    model, found = open_model(variant), labelled()[1::2]
     totals, replicates = totals_of(model, found, module=module, size=2)
     part = analyse(model, found, module=module)["activity"].to_pylist()
     for place, label in enumerate(replicates.labels):
