@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mmray.models.blocks import block_of
 from mmray.models.generation import caption_of, generate
 from mmray.models.interventions import ablate
 from mmray.models.prompting import prompt_text
@@ -121,7 +122,8 @@ def test_a_tower_s_neurons_are_zeroed(open_model, module):
 def test_the_lens_sees_every_block_of_every_family(open_model, variant):
     model = open_model(variant)
     last_layer = len(model.widths) - 1
-    lens = Lens(model, [Mask("en", "selected", ((0, 1),))], "language")
+    # Several neurons, for of those with a ReLU some are never open.
+    lens = Lens(model, [Mask("en", "selected", tuple((0, unit) for unit in range(8)))], "language")
     for texts, batch in encoded(model, 2, 1):
         lens.add(texts, batch)
     rows = lens.table().to_pylist()
@@ -129,18 +131,51 @@ def test_the_lens_sees_every_block_of_every_family(open_model, variant):
     assert last["agreed"] == last["n_tokens"] > 0
     assert all(row["shift"] == 0 for row in of(rows, masked=None))
     assert of(rows, masked="en", layer=last_layer, position="text")[0]["n_tokens"] == last["n_tokens"]
+    # The mask is of the first layer: what it changes is there in every layer that follows.
+    assert all(row["shift"] > 0 for row in of(rows, masked="en", position="text"))
     images = of(rows, masked=None, position="image")
     assert bool(images) == (not model.parts.encoder_decoder)
 
 
-def test_the_last_layer_s_entropy_is_the_model_s_own(open_model):
-    model = open_model("llava")
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_the_lens_is_that_of_the_model_s_own_states(open_model, kind):
+    """Entropy, agreement, tokens, and what a mask changes, of every layer, from the states that the network returns."""
+    model, mask = open_model("llava"), Mask("en", "selected", ((0, 1), (1, 3)))
     ((texts, batch),) = encoded(model, 1, 1)
-    lens = Lens(model, [], "language")
+    lens = Lens(model, [mask], "language")
     lens.add(texts, batch)
-    (row,) = of(lens.table().to_pylist(), layer=len(model.widths) - 1, position="text")
-    with torch.inference_mode():
-        logits = model.network(**batch.to(model.device, model.network.dtype)).logits[0].float()
     start = batch.caption_start[0] - 1
-    logs = logits[start : start + len(texts[0].tokens)].log_softmax(dim=1)
-    assert row["entropy"] == pytest.approx(float(-(logs.exp() * logs).sum()), rel=1e-4)
+    (image,) = [run for run in batch.runs if run.modality == "image"]
+    count = min(stages.POSITIONS_OF_AN_IMAGE, image.stop - image.start)
+    positions = {
+        "text": list(range(start, start + len(texts[0].tokens))),
+        "image": [image.start + number * (image.stop - image.start) // count for number in range(count)],
+    }[kind]
+
+    @torch.inference_mode()
+    def states():
+        seen = []
+        handles = [
+            block_of(model, layer).register_forward_hook(lambda *call: seen.append(call[2]))
+            for layer in range(len(model.widths))
+        ]
+        forward(model, batch)
+        for handle in handles:
+            handle.remove()
+        return [(state[0] if isinstance(state, tuple) else state)[0, positions] for state in seen]
+
+    plain = states()
+    with ablate(model, mask.neurons):
+        zeroed = states()
+    for masked, layers in ((None, plain), ("en", zeroed)):
+        logits = [model.network.lm_head(model.norm(state)).float() for state in layers]
+        for layer, found in enumerate(logits):
+            (row,) = of(lens.table().to_pylist(), masked=masked, layer=layer, position=kind)
+            logs, best = found.log_softmax(dim=1), found.argmax(dim=1)
+            shift = (layers[layer] - plain[layer]).norm(dim=1) / plain[layer].norm(dim=1)
+            assert row["n_tokens"] == len(positions)
+            assert row["entropy"] == pytest.approx(float(-(logs.exp() * logs).sum()), rel=1e-4)
+            assert row["agreed"] == int((best == logits[-1].argmax(dim=1)).sum())
+            assert row["shift"] == pytest.approx(float(shift.sum()), rel=1e-3, abs=1e-6)
+            assert (row["shift"] > 0) == (masked is not None)
+            assert sum(row["counts"]) == len(positions)
