@@ -109,7 +109,7 @@ PASS_SCHEMAS: dict[str, pa.Schema] = {
             field("replicate", pa.int32(), "0: the data as it is"),
             field("label", pa.string()),
             field("n_tokens", pa.int64()),
-            field("values", pa.large_binary(), "fp64 sum over tokens, a number a neuron"),
+            field("values", pa.large_binary(), "sum over tokens, a number a neuron: of active int32, else fp64"),
         ]
     ),
     # A row is a sample read under one mask; without one `masked` is null.

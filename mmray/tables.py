@@ -263,7 +263,7 @@ def vector_column(rows: ndarray, present: ndarray) -> pa.LargeBinaryArray:
     return pa.Array.from_buffers(pa.large_binary(), len(present), buffers)
 
 
-def vectors(column: pa.ChunkedArray, dtype: type[np.float64 | np.float32]) -> list[ndarray]:
+def vectors(column: pa.ChunkedArray, dtype: type[np.float64 | np.float32 | np.int32]) -> list[ndarray]:
     """Return the vectors of a column, of which it does not know the number format; a null is an empty one."""
     return [np.frombuffer(value.as_buffer() or b"", dtype) for chunk in column.chunks for value in chunk]
 

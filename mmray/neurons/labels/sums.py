@@ -26,6 +26,7 @@ from mmray.models.prompting import Batch
 from mmray.neurons.captured import Captured, capturing
 from mmray.neurons.labels.material import Said, by_text, token_places
 from mmray.neurons.labels.replicates import Replicates
+from mmray.neurons.labels.selecting import number_of
 from mmray.neurons.labels.settings import SelectivitySettings
 from mmray.neurons.scoring import forward, score_captured
 from mmray.neurons.statistics import MODALITIES, Span, reduce_tokens, token_spans
@@ -96,18 +97,19 @@ class LabelSums:
 
     def table(self) -> pa.Table:
         """Return the sums: a row a quantity, replicate and label."""
-        labels = len(self.replicates.labels)
-        rows, vectors = [], []
+        labels, schema = self.replicates.labels, PASS_SCHEMAS["sums"]
+        tables = [schema.empty_table()]
         for quantity, sums in self._sums.items():
-            for number, tokens in enumerate(self._tokens[quantity].tolist()):
-                replicate, label = divmod(number, labels)
-                rows.append((quantity, replicate, self.replicates.labels[label], int(tokens)))
-            vectors.append(sums.numpy())
-        schema = PASS_SCHEMAS["sums"]
-        columns = [list(column) for column in zip(*rows, strict=True)] if rows else [[]] * 4
-        matrix = np.concatenate(vectors) if vectors else np.zeros((0, self.width))
-        arrays = [pa.array(values, schema.field(place).type) for place, values in enumerate(columns)]
-        return pa.Table.from_arrays([*arrays, vector_column(matrix, np.ones(len(rows), bool))], schema=schema)
+            numbers = np.arange(len(sums))
+            columns = {
+                "quantity": pa.repeat(quantity, len(sums)),
+                "replicate": numbers // len(labels),
+                "label": [labels[number % len(labels)] for number in numbers],
+                "n_tokens": self._tokens[quantity].long().numpy(),
+                "values": vector_column(sums.numpy().astype(number_of(quantity)), np.ones(len(sums), bool)),
+            }
+            tables.append(pa.table(columns, schema=schema))
+        return pa.concat_tables(tables)
 
     def _add(
         self,

@@ -156,3 +156,19 @@ def test_text_alone_is_counted_too(open_model):
     model, found = open_model("llava"), labelled(image=None)
     totals, _ = totals_of(model, found)
     assert totals["active"].tokens[0].sum() > 0
+
+
+def test_counts_are_committed_whole_and_in_half_the_bytes(open_model):
+    """In any number of parts they add up to the same, to the bit; a part's rows of activity are four bytes a neuron."""
+    model, found = open_model("llava"), labelled()
+    replicates = draw({s.sample_id: s.language for s in found}, 2, 2, 0)
+    texts = captions_of(model, found, "language", told())
+    parts = []
+    for some in (texts[:3], texts[3:], texts):
+        added = LabelSums(model, selectivity_settings({"run": "none"}), replicates)
+        in_batches(model, some, 1, added.add)
+        parts.append(added.table())
+    cut, whole = (add_up(some, replicates.labels)["active"] for some in (parts[:2], parts[2:]))
+    assert torch.equal(cut.sums, whole.sums)
+    for row in parts[2].to_pylist():
+        assert len(row["values"]) == sum(model.widths) * (4 if row["quantity"] == "active" else 8)
