@@ -15,7 +15,7 @@ ANALYSIS = (
 """What tells one analysis of a run from another; a table holds the rows of all of them."""
 
 INTERVAL = (
-    field("low", pa.float64(), "2.5th percentile of the change, bootstrap over samples"),
+    field("low", pa.float64(), "2.5th percentile of the change, bootstrap over images"),
     field("high", pa.float64(), "97.5th percentile of the change"),
     field("n", pa.int64(), "samples"),
 )
@@ -46,7 +46,7 @@ LABEL_SCHEMAS: dict[str, pa.Schema] = {
             field("tokens", pa.int64()),
             field("neurons", pa.int64(), "chosen for the label"),
             field("union", pa.int64(), "chosen in all"),
-            field("cut", pa.float64(), "score of the last one chosen"),
+            field("cut", pa.float64(), "score of the last one chosen; null without any"),
             field("chance", pa.float64(), "neurons that reach the cut with shuffled labels, mean"),
             field("stability", pa.float64(), "mean Jaccard index with the choice of bootstrap draws"),
             field("layers", pa.list_(pa.int64()), "chosen neurons of each layer"),
@@ -109,7 +109,7 @@ PASS_SCHEMAS: dict[str, pa.Schema] = {
             field("replicate", pa.int32(), "0: the data as it is"),
             field("label", pa.string()),
             field("n_tokens", pa.int64()),
-            field("values", pa.large_binary(), "fp64 sum over tokens, a number a neuron"),
+            field("values", pa.large_binary(), "sum over tokens, a number a neuron: of active int32, else fp64"),
         ]
     ),
     # A row is a sample read under one mask; without one `masked` is null.

@@ -36,6 +36,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             field("domain", pa.string()),
             field("shard_id", pa.int32()),
             field("labels", pa.map_(pa.string(), pa.string()), "further labels of --label-column, by column"),
+            field("image", pa.string(), "16 hexadecimal digits of the SHA-256 of its bytes; null: text alone"),
         ]
     ),
     "occurrences": pa.schema(
@@ -262,7 +263,7 @@ def vector_column(rows: ndarray, present: ndarray) -> pa.LargeBinaryArray:
     return pa.Array.from_buffers(pa.large_binary(), len(present), buffers)
 
 
-def vectors(column: pa.ChunkedArray, dtype: type[np.float64 | np.float32]) -> list[ndarray]:
+def vectors(column: pa.ChunkedArray, dtype: type[np.float64 | np.float32 | np.int32]) -> list[ndarray]:
     """Return the vectors of a column, of which it does not know the number format; a null is an empty one."""
     return [np.frombuffer(value.as_buffer() or b"", dtype) for chunk in column.chunks for value in chunk]
 

@@ -50,7 +50,9 @@ class TableWriter:
                 self.store.delete(entry.key)
 
     def _join_small(self) -> None:
-        self._gathered.append(pa.concat_tables([TABLES[self.name].empty_table(), *self._small]).combine_chunks())
+        # A part of an earlier version may lack a column that has come since.
+        whole = pa.concat_tables([TABLES[self.name].empty_table(), *self._small], promote_options="default")
+        self._gathered.append(whole.combine_chunks())
         self._small = []
 
     def _flush(self) -> None:

@@ -28,8 +28,12 @@ def selectivity(run: RunArgument, as_json: AsJson = False, **settings: Any) -> N
     except KeyboardInterrupt:
         print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
         raise
+    if outcome.outdated:
+        names = ", ".join(outcome.outdated)
+        print(f"mmray: {names}: of other neurons than these, and so removed; ask for them again", file=sys.stderr)
     if as_json:
-        print(json.dumps({name: rows.to_pylist() for name, rows in outcome.tables.items()}, ensure_ascii=False))
+        found = {name: rows.to_pylist() for name, rows in outcome.tables.items()}
+        print(json.dumps(found, ensure_ascii=False, allow_nan=False))
     else:
         console.print(analysis(outcome.tables))
         say(f"{outcome.seconds:.0f} s → {run.rstrip('/')}/tables/{{{','.join(outcome.tables)}}}.parquet")

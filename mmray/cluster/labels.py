@@ -2,6 +2,7 @@
 
 RUN/selectivity/FINGERPRINT/sums/    what each shard committed of the pass that neurons are chosen from
 RUN/selectivity/FINGERPRINT/tests/   what each shard committed of the tests
+RUN/selectivity/tested/              a mark of each choice that was tested
 RUN/tables/                          selectivity, selective_labels, interventions, steering, stages
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -29,7 +30,7 @@ from mmray.label_tables import ANALYSIS, LABEL_SCHEMAS
 from mmray.neurons.labels.choices import label_rows, neuron_rows
 from mmray.neurons.labels.masks import masks_of
 from mmray.neurons.labels.recognising import recogniser
-from mmray.neurons.labels.selecting import Selection, Totals, add_up, of_activity, select
+from mmray.neurons.labels.selecting import QUANTITY, Selection, Totals, add_up, of_activity, select
 from mmray.neurons.labels.settings import SelectivitySettings
 from mmray.neurons.labels.steering import steer_of
 from mmray.results.run import Run, open_run
@@ -43,8 +44,12 @@ from mmray.writing import write_table
 OF_HELD_OUT = ("interventions", "stages", "steering")
 """Tables of what was measured of the chosen neurons."""
 
-OF_TESTS = ("run", "interventions", "questions", "stages", "rate", "bar")
-"""Settings that the sums by label don't depend on, besides those of steering."""
+OF_TESTS = ("run", "interventions", "questions", "stages")
+"""Settings that the choice of neurons does not depend on, besides those of steering."""
+OF_CONTROLS = ("permutations", "bootstraps")
+"""Settings that change nothing but what is said beside the choice."""
+OF_CHOICE = ("rate", "bar")
+"""Settings that the sums by label don't depend on, though the choice does."""
 
 Follow = Callable[[Progress], None]
 
@@ -56,48 +61,65 @@ class Outcome:
     tables: dict[str, pa.Table]
     shards_aside: dict[int, str]
     seconds: float
+    outdated: tuple[str, ...]
+    """Tables whose rows an earlier call measured of other neurons, and that have none of this analysis now."""
 
 
 def run_selectivity(settings: SelectivitySettings, follow: Follow = lambda _: None) -> Outcome:
     """Choose each label's neurons and test them as asked; what was done by an earlier call is not done again.
 
-    Tests of an earlier call stay in the tables while the same neurons are chosen. `follow` hears of every committed
-    shard. Raises InputError for anything wrong with the set-up, or where another call is at work on the run.
+    Tests of an earlier call stay in the tables while the same neurons are chosen; a choice that was tested once is made
+    without the held-out samples ever after, so that looking at it again changes nothing. `follow` hears of every
+    committed shard. Raises InputError for anything wrong with the set-up, or where another call is at work on the run.
     """
     began = time.perf_counter()
     run = open_run(settings.run)
     with driving(open_store(f"{run.uri}/selectivity")):
-        found, aside = _found(settings, run, follow)
-    return Outcome(found, aside, time.perf_counter() - began)
+        found, aside, outdated = _found(settings, run, follow)
+    return Outcome(found, aside, time.perf_counter() - began, outdated)
 
 
-def _found(settings: SelectivitySettings, run: Run, follow: Follow) -> tuple[dict[str, pa.Table], dict[int, str]]:
-    """Do the work and write the tables; return the rows of each, and the shards set aside."""
-    plan = plan_labels(settings, run)
+def _found(
+    settings: SelectivitySettings, run: Run, follow: Follow
+) -> tuple[dict[str, pa.Table], dict[int, str], tuple[str, ...]]:
+    """Do the work and write the tables; return the rows of each, the shards set aside, and the tables outdated."""
+    store, facts = run.folder.store, settings.facts()
+    tested = f"selectivity/tested/{SelectivitySettings(run=run.uri, **_kept(settings, *OF_CONTROLS)).fingerprint()}"
+    plan = plan_labels(settings, run, hold_out=settings.tests or store.exists(tested))
     widths = _widths(run, settings.module)
     work = _Work(plan, run, follow)
-    totals = _counted(run, plan) if _is_counted(settings) else work.sums()
+    totals, shards = (_counted(run, plan), plan.shards) if _is_counted(plan) else work.sums()
+    if not totals or not totals[QUANTITY[settings.method]].tokens[0].any():
+        raise InputError(_nothing(run, work.aside))
     selection = select(totals, settings, settings.permutations)
-    labels, facts = plan.labels, plan.facts()
     found = {
-        "selectivity": neuron_rows(selection, labels, widths, facts),
-        "selective_labels": label_rows(selection, labels, plan.selected_from(), widths, facts),
+        "selectivity": neuron_rows(selection, plan.labels, widths, facts),
+        "selective_labels": label_rows(selection, plan.labels, plan.selected_from(shards), widths, facts),
     }
     if settings.tests:
         found |= work.tests(totals, selection, widths)
-    store = run.folder.store
-    if not _is_chosen(store, found["selectivity"], facts):
-        # What was measured of other neurons is not true of these.
-        for name in OF_HELD_OUT:
-            _write(store, name, LABEL_SCHEMAS[name].empty_table(), facts)
+        store.put(tested, b"")
+    # What was measured of other neurons is not true of these.
+    same = _is_chosen(store, found["selectivity"], facts)
+    outdated = [name for name in OF_HELD_OUT if not same and len(_split(store, name, facts)[0])]
+    for name in outdated:
+        _write(store, name, LABEL_SCHEMAS[name].empty_table(), facts)
     for name, rows in found.items():
         _write(store, name, rows, facts)
-    return found, work.aside
+    return found, work.aside, tuple(name for name in outdated if name not in found)
 
 
-def _is_counted(settings: SelectivitySettings) -> bool:
+def _kept(settings: SelectivitySettings, *without: str) -> dict[str, Any]:
+    """Return what the choice of neurons depends on, without some of it."""
+    left_out = (*OF_TESTS, *without)
+    known = settings.model_dump()
+    return {name: value for name, value in known.items() if name not in left_out and "steer" not in name}
+
+
+def _is_counted(plan: Plan) -> bool:
     """Tell whether the census's own table has all that is needed, so that no sample need be looked at again."""
-    controls = settings.permutations or settings.bootstraps or settings.tests
+    settings = plan.settings
+    controls = settings.permutations or settings.bootstraps or plan.held_out
     return settings.method == "lape" and not (controls or settings.samples or settings.balance)
 
 
@@ -105,12 +127,12 @@ def _counted(run: Run, plan: Plan) -> dict[str, Totals]:
     rows = run.table("activity")
     settings = plan.settings
     rows = rows.filter(pc.and_(pc.equal(rows["label_kind"], settings.by), pc.equal(rows["module"], settings.module)))
-    if not len(rows):
-        raise InputError(_nothing(run))
-    return of_activity(rows, plan.labels, plan.facts()["modality"], sum(_widths(run, settings.module)))
+    return of_activity(rows, plan.labels, settings.looked_at, sum(_widths(run, settings.module)))
 
 
-def _nothing(run: Run) -> str:
+def _nothing(run: Run, aside: Mapping[int, str]) -> str:
+    for shard, reason in aside.items():
+        return f"{run.uri}: nothing was counted; shard {shard} was set aside: {reason} (--retry-failed tries it again)"
     return f"{run.uri}: no token of this kind was counted; see the census's --module, and --modality"
 
 
@@ -131,17 +153,14 @@ class _Work:
         self.follow = follow
         self.aside: dict[int, str] = {}
 
-    def sums(self) -> dict[str, Totals]:
-        """Return what the samples that are selected from add up to."""
+    def sums(self) -> tuple[dict[str, Totals], list[int]]:
+        """Return what the samples that are selected from add up to, and the shards that they are of."""
         # Which tests follow changes nothing but the samples that are held out for them, and those the plan knows.
-        known = self.plan.settings.model_dump()
-        settings = {name: value for name, value in known.items() if name not in OF_TESTS and "steer" not in name}
+        settings = _kept(self.plan.settings, *OF_CHOICE)
         folder = self._folder("sums", settings, course=str(self.plan.settings.steer is not None))
         self._carry_out(folder, SumsWorker, ())
         totals = add_up(self._parts(folder, "sums"), self.plan.labels)
-        if not totals:
-            raise InputError(_nothing(self.run))
-        return totals
+        return totals, [self.plan.shards[unit] for unit in folder.receipts()]
 
     def tests(self, totals: dict[str, Totals], selection: Selection, widths: Sequence[int]) -> dict[str, pa.Table]:
         """Return the rows of the tests that were asked for."""
@@ -150,9 +169,9 @@ class _Work:
         steer = steer_of(settings, selection, totals, plan.labels) if settings.steer else None
         folder = self._folder("tests", settings.model_dump())
         self._carry_out(folder, TestsWorker, (Tests(masks, steer),))
-        facts, tables = plan.facts(), {}
+        facts, tables = settings.facts(), {}
         if settings.interventions:
-            tables["interventions"] = intervention_rows(self._parts(folder, "measurements"), masks, facts)
+            tables["interventions"] = intervention_rows(self._parts(folder, "measurements"), masks, plan.images, facts)
         if settings.stages:
             tables["stages"] = stage_rows(self._parts(folder, "lens"), facts)
         if steer is not None:
@@ -188,7 +207,8 @@ class _Work:
             address=plan.settings.address,
             retry_failed=plan.settings.retry_failed,
         )
-        self.aside |= folder.reasons(folder.receipts())
+        reasons = folder.reasons(folder.receipts())
+        self.aside |= {plan.shards[unit]: reason for unit, reason in reasons.items()}
 
     def _parts(self, folder: RunFolder, name: str) -> Iterator[pa.Table]:
         for receipt in folder.receipts().values():

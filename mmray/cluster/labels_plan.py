@@ -6,10 +6,11 @@ import hashlib
 import json
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmray.errors import InputError
@@ -28,6 +29,8 @@ class Plan:
     labelled: Mapping[str, str]
     """Sample → label, of all samples that have one."""
     held_out: frozenset[str]
+    images: Mapping[str, str]
+    """Of samples that share an image: the first by name that has it, which stands for all of them."""
     replicates: Replicates
     """Of the samples that are selected from."""
     captions: Mapping[int, Mapping[str, str]]
@@ -43,33 +46,29 @@ class Plan:
         """The shards that hold samples with a label."""
         return sorted(self.captions)
 
-    def selected_from(self) -> Counter[str]:
-        """Return how many samples of each label the selection sees."""
-        return Counter(self.labelled[name] for name in self.replicates.samples)
-
-    def facts(self) -> dict[str, str]:
-        """Return what tells this analysis from others in a table."""
-        settings = self.settings
-        modality = "image" if settings.module != "language" else settings.modality
-        return {
-            "label_kind": settings.by,
-            "method": settings.method,
-            "module": settings.module,
-            "modality": "text" if settings.method == "contribution" else modality,
-        }
+    def selected_from(self, shards: Iterable[int]) -> Counter[str]:
+        """Return how many samples of each label the selection sees in these shards."""
+        seen = self.replicates.places
+        return Counter(self.labelled[name] for shard in shards for name in self.captions[shard] if name in seen)
 
     def digest(self) -> str:
         """Return a digest of the samples, their labels and captions."""
-        listed = sorted(self.labelled.items()), sorted(self.held_out), self.replicates.samples
+        known = (sorted(facts.items()) for facts in (self.labelled, self.images))
+        listed = *known, sorted(self.held_out), self.replicates.samples
         texts = [sorted(some.items()) for _, some in sorted(self.captions.items())]
         return hashlib.sha256(json.dumps([listed, texts]).encode()).hexdigest()[:16]
 
 
-def plan_labels(settings: SelectivitySettings, run: Run) -> Plan:
-    """Settle which samples are looked at; raises InputError for a label that the run does not know."""
+def plan_labels(settings: SelectivitySettings, run: Run, hold_out: bool) -> Plan:
+    """Settle which samples are looked at, and which the selection is not to see, if any.
+
+    Raises InputError for a label that the run does not know or that nothing is left of on either side, and for samples
+    that can't be told apart.
+    """
     captions = run.table("captions")
     labels = _labels(run, settings.by)
     names = captions["sample_id"].to_pylist()
+    _check_names(run, names, list(zip(labels, captions["caption"].to_pylist(), strict=True)))
     labelled = {name: label for name, label in zip(names, labels, strict=True) if label is not None}
     if len(set(labelled.values())) < 2:
         raise InputError(
@@ -79,16 +78,24 @@ def plan_labels(settings: SelectivitySettings, run: Run) -> Plan:
     if unknown := [label for label in settings.steered or () if label not in labelled.values()]:
         known = ", ".join(sorted(set(labelled.values())))
         raise InputError(f"--steer {settings.steer}: no label {unknown[0]!r} in {known}")
-    held_out = frozenset(name for name in labelled if settings.tests and _draw(settings.seed, name) < settings.held_out)
+    images = _images(captions)
+    held_out = frozenset(
+        name for name in labelled if hold_out and _draw(settings.seed, images.get(name, name)) < settings.held_out
+    )
     seen = [name for name in names if name in labelled and name not in held_out][: settings.samples]
     if settings.balance:
         seen = _balanced(settings, run, {name: labelled[name] for name in seen}, Counter(labelled.values()))
     replicates = draw(
-        {name: labelled[name] for name in seen}, settings.permutations, settings.bootstraps, settings.seed
+        {name: labelled[name] for name in seen}, settings.permutations, settings.bootstraps, settings.seed, images
     )
     if missing := set(labelled.values()) - set(replicates.labels):
         raise InputError(
             f"{run.uri}: no sample of {', '.join(sorted(missing))} is left to select from; give more samples"
+        )
+    if hold_out and (missing := set(replicates.labels) - {labelled[name] for name in held_out}):
+        raise InputError(
+            f"{run.uri}: no sample of {', '.join(sorted(missing))} is held out to test on; give more samples, or a "
+            "higher --held-out"
         )
     by_shard: dict[int, dict[str, str]] = defaultdict(dict)
     wanted = {*seen, *held_out}
@@ -96,7 +103,7 @@ def plan_labels(settings: SelectivitySettings, run: Run) -> Plan:
         if row["sample_id"] in wanted:
             by_shard[row["shard_id"]][row["sample_id"]] = row["caption"]
     census = census_settings(run.info["settings"])
-    return Plan(settings, census, labelled, held_out, replicates, dict(by_shard))
+    return Plan(settings, census, labelled, held_out, images, replicates, dict(by_shard))
 
 
 def _labels(run: Run, by: str) -> list[str | None]:
@@ -108,6 +115,27 @@ def _labels(run: Run, by: str) -> list[str | None]:
     if "labels" not in captions.column_names:
         return [None] * len(captions)
     return [dict(labels or ()).get(by) for labels in captions["labels"].to_pylist()]
+
+
+def _check_names(run: Run, names: Sequence[str], facts: Sequence[tuple[str | None, str]]) -> None:
+    known: dict[str, tuple[str | None, str]] = {}
+    for name, own in zip(names, facts, strict=True):
+        if known.setdefault(name, own) != own:
+            raise InputError(
+                f"{run.uri}: sample_id {name!r} stands {names.count(name)} times in the run, for unlike captions or "
+                "labels; take a census with --id-column NAME of ids that differ from row to row, or none for digests"
+            )
+
+
+def _images(captions: pa.Table) -> dict[str, str]:
+    """Return the samples that share an image → the first of them by name."""
+    if "image" not in captions.column_names:
+        return {}
+    shared: dict[str, list[str]] = defaultdict(list)
+    for name, image in zip(captions["sample_id"].to_pylist(), captions["image"].to_pylist(), strict=True):
+        if image is not None:
+            shared[image].append(name)
+    return {name: min(names) for names in shared.values() if len(names) > 1 for name in names}
 
 
 def _found(run: Run, by: str, labels: set[str]) -> str:
@@ -134,11 +162,15 @@ def _balanced(settings: SelectivitySettings, run: Run, labelled: Mapping[str, st
             pc.and_(pc.equal(rows["layer"], 0), pc.equal(rows["unit"], 0)),
         )
     )
-    wanted = {"text": ("text",), "image": ("image",), "both": ("image", "text")}[settings.modality]
     tokens: Counter[str] = Counter()
     for row in rows.to_pylist():
-        if settings.module != "language" or row["modality"] in wanted:
+        if settings.looked_at in ("both", row["modality"]):
             tokens[row["label"]] += row["n_tokens"]
+    if missing := {label for label in labelled.values() if not tokens[label]}:
+        raise InputError(
+            f"{run.uri}: --balance: the census counted no {settings.looked_at} tokens of --module {settings.module} "
+            f"under {', '.join(sorted(missing))}; take it with that --module, or see --modality"
+        )
     members = defaultdict(list)
     for name, label in sorted(labelled.items()):
         members[label].append(name)
@@ -147,6 +179,6 @@ def _balanced(settings: SelectivitySettings, run: Run, labelled: Mapping[str, st
     generator = np.random.default_rng(settings.seed)
     kept: list[str] = []
     for label, names in sorted(members.items()):
-        count = max(1, round(budget / each[label])) if each[label] else 0
+        count = max(1, round(budget / each[label]))
         kept += [names[place] for place in generator.permutation(len(names))[:count]]
     return kept

@@ -17,7 +17,7 @@ from mmray.datasets.shards import Manifest, read_shard
 from mmray.errors import InputError
 from mmray.label_tables import PASS_SCHEMAS
 from mmray.neurons.labels.masks import SELECTED, Mask
-from mmray.neurons.labels.material import batches, captions_of
+from mmray.neurons.labels.material import captions_of, in_batches
 from mmray.neurons.labels.stages import Lens
 from mmray.neurons.labels.steering import Steer, written
 from mmray.neurons.labels.sums import LabelSums
@@ -83,9 +83,7 @@ class SumsWorker(LabelWorker):
         settings, census = self.plan.settings, self.plan.census
         sums = LabelSums(self.model, settings, self.plan.replicates)
         seen = [sample for sample in samples if sample.sample_id in self.plan.replicates.places]
-        texts = captions_of(self.model, seen, settings.by, census.prompt)
-        for some, batch in batches(self.model, texts, settings.batch_size):
-            sums.add(some, batch)
+        in_batches(self.model, captions_of(self.model, seen, settings.by, census), settings.batch_size, sums.add)
         return {"sums": sums.table()}
 
 
@@ -102,16 +100,14 @@ class TestsWorker(LabelWorker):
         held = [sample for sample in samples if sample.sample_id in self.plan.held_out]
         tables = {}
         if settings.interventions:
-            tables["measurements"] = measured(self.model, held, self.tests.masks, settings, census.prompt)
+            tables["measurements"] = measured(self.model, held, self.tests.masks, settings, census)
         if settings.stages:
             own = [mask for mask in self.tests.masks if mask.control == SELECTED]
             lens = Lens(self.model, own, settings.module)
-            texts = captions_of(self.model, held, settings.by, census.prompt)
-            for some, batch in batches(self.model, texts, settings.batch_size):
-                lens.add(some, batch)
+            in_batches(self.model, captions_of(self.model, held, settings.by, census), settings.batch_size, lens.add)
             tables["lens"] = lens.table()
         if self.tests.steer is not None:
             source = [s for s in held if self.plan.labelled[s.sample_id] == self.tests.steer.source]
-            rows = written(self.model, source, self.tests.steer, census.prompt, settings.batch_size)
+            rows = written(self.model, source, self.tests.steer, census, settings.batch_size)
             tables["replies"] = pa.Table.from_pylist(rows, schema=PASS_SCHEMAS["replies"])
         return tables

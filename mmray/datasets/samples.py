@@ -52,6 +52,11 @@ class Failure:
     message: str
 
 
+def image_digest(image: bytes | None) -> str | None:
+    """Return what tells an image from others, 16 hexadecimal digits of its bytes; None without one."""
+    return None if image is None else hashlib.sha256(image).hexdigest()[:16]
+
+
 def digest_id(image: bytes | None, caption: str) -> str:
     """Return the identifier of a sample that has none: 16 hexadecimal digits of its image bytes and caption."""
     digest = hashlib.sha256(image or b"")

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float, Int
+from numpy import ndarray
 
 from mmray.evaluation.bootstrap import measure
 from mmray.label_tables import LABEL_SCHEMAS
@@ -21,8 +23,13 @@ Key = tuple[str | None, str | None]
 """Masked label and control; (None, None) without a mask."""
 
 
-def intervention_rows(parts: Iterable[pa.Table], masks: Sequence[Mask], facts: Mapping[str, str]) -> pa.Table:
-    """Return the matrix: a row a mask, label and measure, with the interval of the change over samples."""
+def intervention_rows(
+    parts: Iterable[pa.Table], masks: Sequence[Mask], images: Mapping[str, str], facts: Mapping[str, str]
+) -> pa.Table:
+    """Return the matrix: a row a mask, label and measure, with the interval of the change over images.
+
+    `images` tells of samples which share one.
+    """
     sums: dict[tuple[str, str], dict[Key, dict[str, tuple[float, float]]]] = defaultdict(lambda: defaultdict(dict))
     for part in parts:
         for row in part.to_pylist():
@@ -33,12 +40,14 @@ def intervention_rows(parts: Iterable[pa.Table], masks: Sequence[Mask], facts: M
     for (label, name), by_mask in sorted(sums.items()):
         plain = by_mask[None, None]
         samples = sorted(plain)
+        image = np.unique([images.get(sample, sample) for sample in samples], return_inverse=True)[1]
         before = np.array([plain[sample] for sample in samples])
         for mask in masks:
             changed = by_mask[mask.label, mask.control]
             after = np.array([changed[sample] for sample in samples])
             # The change is one number of each draw: what was added, over the same count.
-            found = measure(before, np.stack([after[:, 0] - before[:, 0], before[:, 1]], axis=1))
+            change = np.stack([after[:, 0] - before[:, 0], before[:, 1]], axis=1)
+            found = measure(_summed(before, image), _summed(change, image))
             base = float(before[:, 0].sum() / before[:, 1].sum())
             rows.append(
                 {
@@ -57,6 +66,12 @@ def intervention_rows(parts: Iterable[pa.Table], masks: Sequence[Mask], facts: M
                 }
             )
     return pa.Table.from_pylist(rows, schema=LABEL_SCHEMAS["interventions"])
+
+
+def _summed(numbers: Float[ndarray, "sample sum"], image: Int[ndarray, " sample"]) -> Float[ndarray, "image sum"]:
+    total = np.zeros((image.max() + 1, numbers.shape[1]))
+    np.add.at(total, image, numbers)
+    return total
 
 
 def stage_rows(parts: Iterable[pa.Table], facts: Mapping[str, str]) -> pa.Table:

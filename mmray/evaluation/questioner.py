@@ -19,7 +19,7 @@ from mmray.evaluation.asks import Ask, AskError, Reply, States
 from mmray.evaluation.states import StateReader
 from mmray.models.generation import generate
 from mmray.models.prompting import LONGEST
-from mmray.neurons.shard import FAILURES
+from mmray.neurons.halving import FAILURES
 
 Result = TypeVar("Result")
 

@@ -149,6 +149,10 @@ TOWERS: dict[str, tuple[Stack, ...]] = {
     "qwen3_vl_moe_vision": (Stack(blocks=("blocks",), projection=("mlp.linear_fc2",)),),
 }
 
+TILED = {"mllama_vision_model": "aspect_ratio_mask"}
+"""Towers that run tiles which an image does not have, each with rows behind its patches to fill them up → the input, by
+image and tile, that tells which it has."""
+
 LLAVA = Family(
     decoder=("model.language_model",),
     unembedding="lm_head",

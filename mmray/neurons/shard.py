@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,12 +14,12 @@ import torch
 from PIL.Image import Image
 
 from mmray.datasets.images import decode_image
-from mmray.datasets.samples import Failure, Sample
-from mmray.errors import InputError
+from mmray.datasets.samples import Failure, Sample, image_digest
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, NounSource
+from mmray.neurons.halving import FAILURES, free_memory, in_halves
 from mmray.neurons.occurrences import occurrence_table
 from mmray.neurons.places import Place, places_of
 from mmray.neurons.reduction import ConceptSums, candidates_kept
@@ -28,9 +28,6 @@ from mmray.neurons.statistics import TokenStatistics
 from mmray.neurons.towers import ModuleActivity
 from mmray.settings import CensusSettings
 from mmray.tables import PART_SCHEMAS
-
-FAILURES = (IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""What models and processors raise where memory runs out, or at a sample that they can't take."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +110,7 @@ class ShardAnalysis:
         return Captioned(sample, prompt, sample.caption, self._nouns(sample, sample.caption), tokens, offsets)
 
     def _prompt(self, sample: Sample, *, image: bool) -> str:
-        given = sample.caption if self.settings.captions == "dataset" else ""
-        prefix = prefix_before(given, self.settings.prefix)
+        prefix = prefix_given(self.settings, sample.caption)
         kind = (sample.language, image, prefix)
         if kind not in self.prompts:
             self.prompts[kind] = prompt_text(
@@ -149,24 +145,20 @@ class ShardAnalysis:
         read = [(item, self._image(item.sample)) for item in chunk]
         return self._halved([pair for pair in read if pair[1] is not None or pair[0].sample.image is None])
 
-    def _halved(self, pairs: list[tuple[Captioned, Image | None]]) -> list[Encoded]:
-        """Encode; where the processor refuses, in halves, until the sample that it refuses is alone and left out."""
-        if not pairs:
-            return []
-        items = [item for item, _ in pairs]
-        try:
-            return [(items, self._batch(items, [image for _, image in pairs]))]
-        except Exception as error:  # noqa: BLE001  processors raise all kinds of errors
-            problem = str(error)
-        if len(pairs) == 1:
-            self._fail(items[0].sample, "encode", problem)
-            return []
-        middle = len(pairs) // 2
-        return [*self._halved(pairs[:middle]), *self._halved(pairs[middle:])]
+    def _halved(self, pairs: Sequence[tuple[Captioned, Image | None]]) -> list[Encoded]:
+        """Encode; a sample that the processor refuses is left out."""
 
-    def _batch(self, items: list[Captioned], images: list[Image | None]) -> Batch:
+        def refused(pair: tuple[Captioned, Image | None], problem: str) -> None:
+            self._fail(pair[0].sample, "encode", problem)
+
+        # Processors raise all kinds of errors.
+        return in_halves(pairs, self._batch, refused, errors=(Exception,))
+
+    def _batch(self, pairs: Sequence[tuple[Captioned, Image | None]]) -> Encoded:
+        items = [item for item, _ in pairs]
         tokens, offsets = [item.tokens for item in items], [item.offsets for item in items]
-        return encode(self.model, [item.prompt for item in items], images, tokens, offsets)
+        prompts, images = [item.prompt for item in items], [image for _, image in pairs]
+        return items, encode(self.model, prompts, images, tokens, offsets)
 
     def _image(self, sample: Sample) -> Image | None:
         """Return the decoded image; a bad one is a failure and None."""
@@ -180,18 +172,15 @@ class ShardAnalysis:
 
     def _generate(self, pairs: list[tuple[Sample, Image | None]]) -> None:
         """Caption samples with the model, in halves where it can't, and analyse these captions."""
-        if not pairs:
-            return
-        samples, images = [sample for sample, _ in pairs], [image for _, image in pairs]
-        has_image = images[0] is not None
-        prompts = [self._prompt(sample, image=has_image) for sample in samples]
-        try:
-            written = generate(self.model, prompts, images)
-        except (InputError, *FAILURES) as error:
-            problem = str(error)
-        else:
+
+        def write(some: Sequence[tuple[Sample, Image | None]]) -> list[tuple[Sample, str, Image | None, list[int]]]:
+            samples, images = [sample for sample, _ in some], [image for _, image in some]
+            prompts = [self._prompt(sample, image=images[0] is not None) for sample in samples]
+            return list(zip(samples, prompts, images, generate(self.model, prompts, images), strict=True))
+
+        for written in in_halves(pairs, write, lambda pair, problem: self._fail(pair[0], "generate", problem)):
             kept = []
-            for sample, prompt, image, tokens in zip(samples, prompts, images, written, strict=True):
+            for sample, prompt, image, tokens in written:
                 caption, offsets = caption_of(self.model, tokens)
                 if not caption:
                     self._fail(sample, "generate", "the model wrote nothing")
@@ -199,14 +188,6 @@ class ShardAnalysis:
                 kept.append((Captioned(sample, prompt, caption, self._nouns(sample, caption), tokens, offsets), image))
             for items, batch in self._halved(kept):
                 self._analyse(items, batch)
-            return
-        if len(pairs) == 1:
-            self._fail(samples[0], "generate", problem)
-            return
-        _free()
-        middle = len(pairs) // 2
-        self._generate(pairs[:middle])
-        self._generate(pairs[middle:])
 
     def _analyse(self, items: list[Captioned], batch: Batch) -> None:
         """Score a batch; where memory runs out or a sample can't be run, halve it until the culprit is alone."""
@@ -229,7 +210,7 @@ class ShardAnalysis:
         if len(items) == 1:
             self._fail(items[0].sample, "forward", problem)
             return
-        _free()
+        free_memory()
         middle = len(items) // 2
         for half in (items[:middle], items[middle:]):
             for kept, smaller in self._encode(half):
@@ -246,6 +227,7 @@ class ShardAnalysis:
                     "domain": item.sample.domain,
                     "shard_id": self.shard_id,
                     "labels": item.sample.labels,
+                    "image": image_digest(item.sample.image),
                 }
             )
         if not places:
@@ -254,6 +236,11 @@ class ShardAnalysis:
         for layer, (scores, activation) in enumerate(zip(scored.scores, scored.activation, strict=True)):
             self.sums.add(layer, scores, activation)
         self.occurrences.append(occurrence_table(self.model, places, scored, self.settings.top_k))
+
+
+def prefix_given(settings: CensusSettings, caption: str) -> str | None:
+    """Return what a census puts before a caption: its prefix, unless a caption of the data begins with it."""
+    return settings.prefix if settings.captions == "generate" else prefix_before(caption, settings.prefix)
 
 
 def _labels(sample: Sample) -> dict[str, str]:
@@ -266,8 +253,3 @@ def _cut(items: list[Any], size: int, kind: Callable[[Any], bool]) -> Iterator[l
     for _, group in groupby(items, key=kind):
         alike = list(group)
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
-
-
-def _free() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

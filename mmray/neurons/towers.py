@@ -1,6 +1,7 @@
 """The activity of the vision tower's or the projector's neurons, counted beside that of the language decoder.
 
-All positions of the image that the module computes count, a class token among them. Prompt and caption never get there.
+All positions of the image that the module computes count, a class token among them, but for those that only fill up.
+Prompt and caption never get there.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from mmray.errors import InputError
 from mmray.models.capture import tap
+from mmray.models.families import TILED
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, Run
 from mmray.neurons.statistics import TokenStatistics
 
-SIZES = ("image_grid_thw", "image_sizes", "pixel_attention_mask", "aspect_ratio_mask")
+SIZES = ("image_grid_thw", "image_sizes", "pixel_attention_mask")
 """Inputs with a row a sample that tell how much of the tower an image takes."""
 
 
@@ -34,6 +36,7 @@ class ModuleActivity:
             raise InputError(f"{model.name}: --module {module}: there is no MLP in it; see mmray check-model")
         self.statistics = TokenStatistics([projection.width for projection in self.projections], model.device)
         self._seen: list[tuple[int, Tensor, Tensor]] = []
+        self._batch: Batch | None = None
 
     @contextmanager
     def watching(self, batch: Batch) -> Iterator[None]:
@@ -41,7 +44,7 @@ class ModuleActivity:
 
         Images of different sizes take different parts of a module's rows: then a batch has to be one sample.
         """
-        self._seen = []
+        self._seen, self._batch = [], batch
         if self.projections and len(batch.tokens) > 1 and not uniform(batch):
             raise ValueError("images of different sizes share no batch with --module vision or projector")
         with tap(self.model.network, self.projections, lambda *seen: self._seen.append(seen)):
@@ -49,18 +52,29 @@ class ModuleActivity:
 
     def commit(self, labels: Sequence[dict[str, str]]) -> None:
         """Count what was seen of a batch; nothing where it had no image."""
-        if not self._seen:
+        if not self._seen or self._batch is None:
             return
-        positions = len(self._seen[0][1]) // len(labels)
-        self.statistics.begin(labels, [Run(row, 0, positions, "image") for row in range(len(labels))])
+        runs = image_runs(self.model, self._batch, len(self._seen[0][1]) // len(labels))
+        self.statistics.begin(labels, runs)
         for layer, activation, opened in self._seen:
             self.statistics.add(layer, activation.detach(), opened.detach())
         self.statistics.commit()
-        self._seen = []
+        self._seen, self._batch = [], None
 
     def activity_table(self) -> pa.Table:
         """Return the module's rows of the shard's `activity`."""
         return self.statistics.activity_table(self.module)
+
+
+def image_runs(model: LoadedModel, batch: Batch, positions: int) -> list[Run]:
+    """Return which of a module's rows, so many a sample, are the image's own: all, but where tiles are filled up."""
+    vision = getattr(model.network.config, "vision_config", None)
+    mask = batch.inputs.get(TILED.get(getattr(vision, "model_type", ""), ""))
+    if vision is None or mask is None:
+        return [Run(row, 0, positions, "image") for row in range(len(batch.tokens))]
+    tiles = mask.flatten(1)
+    rows, patches = positions // tiles.shape[1], 1 + (vision.image_size // vision.patch_size) ** 2
+    return [Run(row, tile * rows, tile * rows + patches, "image") for row, tile in tiles.nonzero().tolist()]
 
 
 def uniform(batch: Batch) -> bool:

@@ -1,6 +1,7 @@
 """`mmray selectivity` from a run to its tables, in this process: the driver and the workers are the real ones."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 
 from mmray.cluster import carrying, labels
 from mmray.cluster.labels import run_selectivity
+from mmray.cluster.labels_worker import LabelWorker
+from mmray.datasets.samples import Sample
 from mmray.demo import DATA
-from mmray.errors import InputError
+from mmray.errors import InputError, ShardError
 from mmray.neurons.labels.settings import selectivity_settings
 from mmray.results.run import open_run
 from mmray.runs.lease import driving
@@ -155,6 +158,50 @@ def test_measures_of_other_neurons_leave_the_tables(run: Path) -> None:
     assert left("selectivity")
 
 
+@pytest.mark.parametrize("method", ["contribution", "lape"])
+def test_reading_again_leaves_what_was_measured(run: Path, method: str) -> None:
+    settings: dict[str, Any] = {"method": method, "rate": 0.02, "held_out": 0.4}
+    tested = analysed(run, **settings, interventions=True, stages=True)
+    assert analysed(run, **settings)["selectivity"] == tested["selectivity"]
+    analysed(run, **settings, permutations=0, bootstraps=0)
+    for name in ("interventions", "stages"):
+        rows = [row for row in open_run(run).table(name).to_pylist() if row["method"] == method]
+        assert [row for row in rows if row["label_kind"] == "language"] == tested[name]
+
+
+def test_what_is_no_longer_true_is_told(run: Path, command: Callable[..., Answer]) -> None:
+    settings = ("--held-out", 0.4, "--permutations", 0, "--bootstraps", 0, "--json")
+    with without_ray():
+        assert "stages" not in command("selectivity", run, *settings, "--rate", 0.021, "--stages").err
+        assert "stages" not in command("selectivity", run, *settings, "--rate", 0.021).err
+        again = command("selectivity", run, *settings, "--rate", 0.031)
+    assert "mmray: stages: of other neurons than these, and so removed; ask for them again" in again.err
+    assert "stages" not in json.loads(again.out)
+
+
+def test_shards_set_aside_are_told_and_not_counted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(shards: set[int]) -> Callable[[LabelWorker, int], Iterator[Sample]]:
+        def samples(worker: LabelWorker, shard: int, whole: Any = LabelWorker.samples) -> Iterator[Sample]:
+            if shard in shards:
+                raise ShardError("CUDA out of memory")
+            return iter(list(whole(worker, shard)))
+
+        return samples
+
+    quick = {"run": str(run), "permutations": 1, "bootstraps": 0, "batch_size": 20, "method": "contribution"}
+    with without_ray(), monkeypatch.context() as patched:
+        patched.setattr(LabelWorker, "samples", breaks({0, 1, 2}))
+        with pytest.raises(InputError, match=r"nothing was counted; shard 0 was set aside: .*out of memory"):
+            run_selectivity(selectivity_settings({**quick, "seed": 1}))
+    with without_ray(), monkeypatch.context() as patched:
+        patched.setattr(LabelWorker, "samples", breaks({1}))
+        outcome = run_selectivity(selectivity_settings({**quick, "seed": 2}))
+    assert list(outcome.shards_aside) == [1]
+    captions = open_run(run).table("captions").to_pylist()
+    counted = Counter(row["language"] for row in captions if row["shard_id"] != 1)
+    assert {row["label"]: row["samples"] for row in outcome.tables["selective_labels"].to_pylist()} == counted
+
+
 def test_two_calls_do_not_mix_their_rows(run: Path) -> None:
     with driving(open_store(f"{run}/selectivity")), pytest.raises(InputError, match="another driver is at work"):
         analysed(run)
@@ -173,6 +220,11 @@ def test_balance_gives_labels_like_token_budgets(run: Path) -> None:
         ({"steer": "en:xx"}, "--steer en:xx: no label 'xx' in en, es, fr, zh"),
         ({"module": "projector", "permutations": 0, "bootstraps": 0}, "no token of this kind was counted"),
         ({"samples": 1}, "is left to select from"),
+        ({"steer": "en:es", "rate": 1e-4, "held_out": 0.4}, "no neuron of 'en' was chosen; give a higher --rate"),
+        (
+            {"balance": True, "module": "projector"},
+            "the census counted no image tokens of --module projector",
+        ),
     ],
 )
 def test_bad_input_is_one_line(run: Path, settings: dict[str, Any], problem: str) -> None:
@@ -187,6 +239,8 @@ def test_bad_input_is_one_line(run: Path, settings: dict[str, Any], problem: str
         ({"method": "contribution", "module": "vision"}, "write no token"),
         ({"steer": "en:es", "module": "vision"}, "leave --module out"),
         ({"rate": 2.0}, "setting rate = 2.0"),
+        ({"steer": "en:en"}, "nothing to steer"),
+        ({"method": "contribution", "modality": "image"}, "leave --modality out"),
     ],
 )
 def test_bad_settings_are_one_line(settings: dict[str, Any], problem: str) -> None:
@@ -202,6 +256,9 @@ def test_text_without_images(tmp_path: Path) -> None:
         found = analysed(tmp_path / "run", method=method, rate=0.05, held_out=0.4, interventions=True)
         assert {row["label"] for row in found["selectivity"]} == {"en", "es", "fr", "zh"}
         assert {row["measure"] for row in found["interventions"]} == {"nll"}
+    for controls in ({}, {"permutations": 0, "bootstraps": 0}):
+        with pytest.raises(InputError, match="no token of this kind was counted"):
+            analysed(tmp_path / "run", modality="image", **controls)
 
 
 @pytest.fixture
@@ -210,7 +267,8 @@ def command(mmray_command: Callable[..., Answer]) -> Callable[..., Answer]:
 
 
 def test_the_command(run: Path, command: Callable[..., Answer]) -> None:
-    table_only = ("--permutations", 0, "--bootstraps", 0)
+    quick = ("--permutations", 0, "--bootstraps", 0)
+    table_only = (*quick, "--seed", 7)  # no other test has tested this choice
     told = command("selectivity", run, *table_only)
     assert (told.status, told.err) == (0, "")
     assert "by language · lape · language · text tokens · 82 neurons in all" in told.out
@@ -219,7 +277,7 @@ def test_the_command(run: Path, command: Callable[..., Answer]) -> None:
     assert "--by mood: no sample has that label" in command("selectivity", run, "--by", "mood").refusal
     with without_ray():
         tested = command(
-            "selectivity", run, "--interventions", "--stages", "--steer", "en:es", "--held-out", 0.4, *table_only
+            "selectivity", run, "--interventions", "--stages", "--steer", "en:es", "--held-out", 0.4, *quick
         )
     assert tested.status == 0
     assert "change · nats a token, held-out texts" in tested.out

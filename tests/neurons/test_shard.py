@@ -1,5 +1,7 @@
 """A shard's tables, and the run's that are merged from them, are those of plain loops over everything in fp64."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -185,3 +187,4 @@ def test_captions_are_those_of_the_shard(open_model):
         sample = next(sample for sample in found if sample.sample_id == row["sample_id"])
         assert row["caption"] == sample.caption
         assert (row["source"], row["language"], row["domain"], row["shard_id"]) == ("dataset", "en", "photo", 7)
+        assert row["image"] == hashlib.sha256(sample.image).hexdigest()[:16]

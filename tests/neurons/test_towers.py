@@ -8,9 +8,19 @@ from mmray.models.capture import tap
 from mmray.neurons.merging import RunMerge
 from mmray.neurons.scoring import forward
 from tests.models.tiny import VARIANTS
-from tests.neurons.making import CAPTIONS, analyse, batch_of, sample, samples
+from tests.models.variants import PATCH, SIDE
+from tests.neurons.making import CAPTIONS, analyse, batch_of, picture, png, sample, samples
 
+SQUARE_PATCHES = (SIDE // PATCH) ** 2
 PROJECTORS = [name for name in VARIANTS if name not in ("paligemma", "gemma3", "idefics3", "smolvlm", "mllama")]
+
+
+def own(model, batch, rows):
+    """Return the rows that are the image's: of Mllama those of its tiles, without what fills them up to eights."""
+    if model.parts.family != "mllama":
+        return rows
+    real = batch.inputs["aspect_ratio_mask"].flatten().bool()
+    return rows.reshape(len(real), -1, rows.shape[-1])[real, : SQUARE_PATCHES + 1].flatten(0, 1)
 
 
 def check(model, module):
@@ -28,6 +38,7 @@ def check(model, module):
         seen = {}
         with tap(model.network, projections, lambda *call, seen=seen: seen.update({call[0]: call[1:]})):
             forward(model, batch)
+        seen = {layer: [own(model, batch, rows) for rows in pair] for layer, pair in seen.items()}
         tokens += len(seen[0][0])
         parts = [
             np.stack([(opened > 0).sum(0), values.double().sum(0), values.double().square().sum(0)])
@@ -64,6 +75,18 @@ def test_images_of_different_sizes_count_as_they_do_alone(open_model, variant):
     for key, row in first.items():
         assert row["n_tokens"] == second[key]["n_tokens"]
         np.testing.assert_allclose(row["sum"], second[key]["sum"], rtol=1e-3, atol=1e-3)
+
+
+def test_tiles_that_an_image_lacks_do_not_count(open_model):
+    """One image of one tile beside one of two, in one batch: the class token and the patches of each tile."""
+    model = open_model("mllama")
+    pictures = [png(picture(number, *size)) for number, size in enumerate([(40, 40), (40, 80)])]
+    found = [sample(number, CAPTIONS[number], image=image, domain=str(number)) for number, image in enumerate(pictures)]
+    rows = analyse(model, found, module="vision")["activity"].to_pylist()
+    tokens = {
+        row["label"]: row["n_tokens"] for row in rows if (row["module"], row["label_kind"]) == ("vision", "domain")
+    }
+    assert tokens == {"0": SQUARE_PATCHES + 1, "1": 2 * (SQUARE_PATCHES + 1)}
 
 
 def test_text_alone_counts_nothing_in_the_tower(open_model):

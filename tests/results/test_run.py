@@ -14,7 +14,7 @@ from mmray.tables import ROW_GROUP, SCHEMAS, read_table
 from mmray.writing import FILE_BYTES, write_table
 
 CONTRACT = {
-    "captions": "sample_id, caption, source, language, domain, shard_id, labels",
+    "captions": "sample_id, caption, source, language, domain, shard_id, labels, image",
     "occurrences": "sample_id, concept, token, token_id, position, log_prob, neurons",
     "rankings": "concept, rank, layer, unit, neuron, score, score_std, specific, specific_rank, n, share, activation, "
     "tokens, certified, selective, selective_rank",
@@ -188,3 +188,11 @@ def test_a_table_without_rows_has_its_columns(tmp_path: object) -> None:
     store = open_store(f"{tmp_path}/run")
     write_table(store, "errors", [])
     assert read_table(store, "errors").schema == SCHEMAS["errors"]
+
+
+def test_parts_that_lack_a_later_column_still_make_a_table(tmp_path: object) -> None:
+    store, schema = open_store(f"{tmp_path}/run"), SCHEMAS["captions"]
+    part = pa.Table.from_pylist([{"sample_id": "s", "caption": "a dog", "shard_id": 0, "image": "1"}], schema=schema)
+    write_table(store, "captions", [part.drop_columns("image"), part])
+    assert read_table(store, "captions").schema == schema
+    assert read_table(store, "captions")["image"].to_pylist() == [None, "1"]

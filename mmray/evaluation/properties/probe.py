@@ -22,7 +22,7 @@ from mmray.evaluation.properties.settings import PropertySettings
 from mmray.evaluation.properties.subject import Facts, Study, Subject
 from mmray.evaluation.properties.writing import Writing
 from mmray.evaluation.quality import Encoder
-from mmray.neurons.shard import FAILURES
+from mmray.neurons.halving import FAILURES
 
 
 class Probe:

@@ -61,7 +61,7 @@ def label_rows(
                 "tokens": int(selection.tokens[number]),
                 "neurons": len(own),
                 "union": union,
-                "cut": float(selection.cut[number]),
+                "cut": None if selection.cut[number].isnan() else float(selection.cut[number]),
                 "chance": None if selection.chance is None else float(selection.chance[number]),
                 "stability": None if selection.overlap is None else float(selection.overlap[number]),
                 "layers": np.histogram(own, starts)[0].tolist(),

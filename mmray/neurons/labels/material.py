@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -12,12 +13,18 @@ from torch import Tensor
 
 from mmray.datasets.images import decode_image
 from mmray.datasets.samples import Sample
+from mmray.errors import ShardError
 from mmray.models.capture import tap_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
+from mmray.neurons.halving import in_halves
 from mmray.neurons.places import Place
 from mmray.neurons.scoring import forward
+from mmray.neurons.shard import prefix_given
+from mmray.settings import CensusSettings
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -37,49 +44,67 @@ def label_of(sample: Sample, by: str) -> str | None:
     return {"language": sample.language, "domain": sample.domain, **sample.labels}.get(by)
 
 
-def captions_of(model: LoadedModel, samples: Iterable[Sample], by: str, prompt: str | None) -> list[Said]:
-    """Return the captions of samples that have the label; one that no token is made of is left out."""
+def captions_of(model: LoadedModel, samples: Iterable[Sample], by: str, census: CensusSettings) -> list[Said]:
+    """Return the captions of samples that have the label, behind what they stood behind at the census.
+
+    One that no token is made of is left out.
+    """
+
+    def before(sample: Sample) -> str:
+        prefix = prefix_given(census, sample.caption)
+        return prompt_text(model, census.prompt, sample.language, image=sample.image is not None, prefix=prefix)
+
     return [
-        said
-        for sample in samples
-        if (said := _said(model, sample, by, prompt, sample.language, sample.caption)) is not None
+        said for sample in samples if (said := _said(model, sample, by, before(sample), sample.caption)) is not None
     ]
 
 
 def answers_of(model: LoadedModel, samples: Iterable[Sample], by: str, count: int) -> list[Said]:
     """Return the answers to the first `count` questions of samples that have the label."""
+
+    def before(sample: Sample, question: str) -> str:
+        return prompt_text(model, question, None, image=sample.image is not None)
+
     return [
         said
         for sample in samples
         for question, answer in (sample.questions or ())[:count]
-        if (said := _said(model, sample, by, question, None, answer)) is not None
+        if (said := _said(model, sample, by, before(sample, question), answer)) is not None
     ]
 
 
-def _said(
-    model: LoadedModel, sample: Sample, by: str, prompt: str | None, language: str | None, text: str
-) -> Said | None:
+def _said(model: LoadedModel, sample: Sample, by: str, before: str, text: str) -> Said | None:
     label = label_of(sample, by)
     if label is None or not text.strip():
         return None
-    before = prompt_text(model, prompt, language, image=sample.image is not None)
     tokens, offsets = tokenize_caption(model, before, text)
     return Said(sample.sample_id, label, sample.image, before, tokens, offsets) if tokens else None
 
 
-def batches(model: LoadedModel, texts: Iterable[Said], size: int) -> Iterator[tuple[list[Said], Batch]]:
-    """Yield batches of like length, those with an image and those without apart.
+def in_batches(
+    model: LoadedModel, texts: Iterable[Said], size: int, work: Callable[[Sequence[Said], Batch], Result]
+) -> list[Result]:
+    """Return what the work gives of batches of like length, those with an image and those without apart.
 
-    Raises ValueError where an image can't be decoded: a run's own samples could be.
+    A batch that can't be done, for memory or for images of different sizes, is done in halves. Raises ShardError for a
+    text that can't be done alone: a run's own samples could be.
     """
+
+    def encoded(some: Sequence[Said]) -> Result:
+        images = [None if said.image is None else decode_image(said.image) for said in some]
+        prompts = [said.prompt for said in some]
+        return work(
+            some, encode(model, prompts, images, [said.tokens for said in some], [said.offsets for said in some])
+        )
+
     ordered = sorted(texts, key=lambda said: (said.image is None, said.prompt, len(said.tokens), said.sample_id))
-    for _, group in groupby(ordered, key=lambda said: said.image is None):
-        alike = list(group)
-        for start in range(0, len(alike), size):
-            some = alike[start : start + size]
-            images = [None if said.image is None else decode_image(said.image) for said in some]
-            prompts = [said.prompt for said in some]
-            yield some, encode(model, prompts, images, [s.tokens for s in some], [s.offsets for s in some])
+    groups = [list(group) for _, group in groupby(ordered, key=lambda said: said.image is None)]
+    cut = [alike[start : start + size] for alike in groups for start in range(0, len(alike), size)]
+    return [done for some in cut for done in in_halves(some, encoded, _refuse)]
+
+
+def _refuse(said: Said, problem: str) -> None:
+    raise ShardError(f"sample {said.sample_id}: {problem}")
 
 
 def token_places(batch: Batch, texts: Sequence[Said]) -> list[Place]:

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from mmray.neurons.concepts import UNSPACED
 
@@ -18,6 +19,14 @@ class Recogniser:
     """Words of each label's captions, with how often they occur: a naive Bayes classifier without priors."""
 
     words: dict[str, Counter[str]]
+
+    @cached_property
+    def floor(self) -> float:
+        """What a word's share of every label is raised by: half a word of the label that has most.
+
+        One that several labels lack is as likely in each of them, however few words a label has.
+        """
+        return 0.5 / max(counts.total() for counts in self.words.values())
 
     def label(self, text: str) -> str | None:
         """Return the label whose captions explain the words best; None where no word is of any of them."""
@@ -38,7 +47,7 @@ class Recogniser:
 
     def _log_share(self, label: str, word: str) -> float:
         counts = self.words[label]
-        return math.log((counts[word] + 0.5) / (counts.total() + 0.5 * len(counts)))
+        return math.log(counts[word] / max(1, counts.total()) + self.floor)
 
 
 def words_of(text: str) -> list[str]:

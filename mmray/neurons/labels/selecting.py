@@ -21,6 +21,11 @@ QUANTITY = {"lape": "active", "contribution": "contribution"}
 """What each method chooses by."""
 
 
+def number_of(quantity: str) -> type[np.int32 | np.float64]:
+    """Return the number format that sums of a quantity are committed in: exact, and counts in half the bytes."""
+    return np.int32 if quantity == "active" else np.float64
+
+
 @dataclass(frozen=True)
 class Totals:
     """One quantity, summed over all samples."""
@@ -57,20 +62,21 @@ def add_up(parts: Iterable[pa.Table], labels: tuple[str, ...]) -> dict[str, Tota
     sums: dict[tuple[str, int, str], np.ndarray] = {}
     tokens: dict[tuple[str, int, str], int] = {}
     for part in parts:
-        keys = zip(*(part[name].to_pylist() for name in ("quantity", "replicate", "label")), strict=True)
-        for key, count, values in zip(
-            keys, part["n_tokens"].to_pylist(), vectors(part["values"], np.float64), strict=True
-        ):
-            tokens[key] = tokens.get(key, 0) + count
-            sums[key] = sums[key] + values if key in sums else values
-    found = {}
+        for quantity in part["quantity"].unique().to_pylist():
+            rows = part.filter(pc.equal(part["quantity"], quantity))
+            keys = zip(*(rows[name].to_pylist() for name in ("quantity", "replicate", "label")), strict=True)
+            found = vectors(rows["values"], number_of(quantity))
+            for key, count, values in zip(keys, rows["n_tokens"].to_pylist(), found, strict=True):
+                tokens[key] = tokens.get(key, 0) + count
+                sums[key] = sums[key] + values if key in sums else values.astype(np.float64)
+    totals = {}
     for quantity in sorted({key[0] for key in sums}):
         replicates = 1 + max(number for name, number, _ in sums if name == quantity)
         keyed = [[(quantity, number, label) for label in labels] for number in range(replicates)]
         stacked = np.stack([np.stack([sums[key] for key in row], axis=1) for row in keyed])
         counts = np.array([[tokens[key] for key in row] for row in keyed], np.float64)
-        found[quantity] = Totals(torch.from_numpy(stacked), torch.from_numpy(counts))
-    return found
+        totals[quantity] = Totals(torch.from_numpy(stacked), torch.from_numpy(counts))
+    return totals
 
 
 def of_activity(rows: pa.Table, labels: tuple[str, ...], modality: str, neurons: int) -> dict[str, Totals]:

@@ -40,7 +40,8 @@ class SelectivitySettings(BaseModel):
     module: Module = "language"
     """Neurons of the language decoder, the vision tower or the projector; contributions are of the language decoder."""
     modality: Modality = "text"
-    """Tokens that activity is counted at; of the vision tower and the projector always those of the image."""
+    """Tokens that activity is counted at; of the vision tower and the projector always those of the image, and
+    contributions are to those of the text."""
     rate: float = Field(RATE, gt=0, le=1)
     """Part of the neurons that is chosen: by lape in all, as published; by contribution for each label."""
     bar: float = Field(BAR, gt=0, lt=1)
@@ -54,7 +55,8 @@ class SelectivitySettings(BaseModel):
     bootstraps: int = Field(20, ge=0)
     """Times that samples are drawn again, to tell how stable the selection is."""
     held_out: float = Field(0.25, gt=0, lt=1)
-    """Part of the samples that the selection does not see where --interventions, --steer or --stages need some."""
+    """Part of the images that the selection does not see where --interventions, --steer or --stages need some; it
+    does not see them later either, when neurons are chosen with the same settings and nothing is tested."""
     interventions: bool = False
     """Zero each label's neurons, and as many random ones of each layer, and measure every label's held-out texts and
     answers."""
@@ -101,6 +103,15 @@ class SelectivitySettings(BaseModel):
         source, _, target = self.steer.partition(":")
         return source, target
 
+    @property
+    def looked_at(self) -> Modality:
+        """The tokens that count."""
+        return self.modality if self.module == "language" else "image"
+
+    def facts(self) -> dict[str, str]:
+        """Return what tells this analysis from others in a table."""
+        return {"label_kind": self.by, "method": self.method, "module": self.module, "modality": self.looked_at}
+
     def fingerprint(self, **digests: str) -> str:
         """Return a digest of all that the results depend on."""
         facts = self.model_dump(exclude=set(EXECUTION)) | digests
@@ -115,9 +126,15 @@ def selectivity_settings(values: dict[str, Any]) -> SelectivitySettings:
         raise InputError(first_problem(error)) from error
     if settings.method == "contribution" and settings.module != "language":
         raise InputError("--method contribution: the vision tower and the projector write no token; use --method lape")
+    if settings.method == "contribution" and settings.modality != "text":
+        raise InputError(
+            "--method contribution: it is the text's tokens that neurons contribute to; leave --modality out"
+        )
     if settings.steer is not None:
         if not all(settings.steered or ()):
             raise InputError(f"--steer {settings.steer}: write FROM:TO, two labels such as en:es")
+        if len(set(settings.steered or ())) < 2:
+            raise InputError(f"--steer {settings.steer}: there is nothing to steer; give two labels such as en:es")
         if settings.module != "language":
             raise InputError("--steer: neurons of the language decoder are steered; leave --module out")
     return settings

@@ -5,7 +5,7 @@ MMNeuron (Huo et al. 2024): entropy falls from layer to layer as features are al
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -41,6 +41,14 @@ class Stage:
     shift: float = 0.0
     tokens: Counter[int] = field(default_factory=Counter)
 
+    def add(self, other: Stage) -> None:
+        """Take in the sums over other positions."""
+        self.n_tokens += other.n_tokens
+        self.entropy += other.entropy
+        self.agreed += other.agreed
+        self.shift += other.shift
+        self.tokens += other.tokens
+
 
 class Lens:
     """Sums up what the lens shows, without a mask and under each."""
@@ -50,11 +58,12 @@ class Lens:
         self.masks = masks
         self.module = module
         self.blocks = [block_of(model, layer) for layer in range(len(model.widths))]
-        self._stages: dict[tuple[str | None, int, str], Stage] = {}
+        self._stages: dict[tuple[str | None, int, str], Stage] = defaultdict(Stage)
 
     @torch.inference_mode()
     def add(self, texts: Sequence[Said], batch: Batch) -> None:
-        """Take in a batch."""
+        """Take in a batch, or nothing of it where that fails."""
+        found: dict[tuple[str | None, int, str], Stage] = defaultdict(Stage)
         positions = {"image": _image_rows(batch), "text": _text_rows(batch, texts)}
         plain = self._states(batch, positions)
         for mask in (None, *self.masks):
@@ -62,7 +71,9 @@ class Lens:
                 states = self._states(batch, positions) if mask else plain
             for kind, layers in states.items():
                 if len(layers[0]):
-                    self._count(mask.label if mask else None, kind, layers, plain[kind])
+                    self._count(found, mask.label if mask else None, kind, layers, plain[kind])
+        for key, stage in found.items():
+            self._stages[key].add(stage)
 
     def table(self) -> pa.Table:
         """Return the sums: a row a mask, layer and kind of position."""
@@ -98,10 +109,17 @@ class Lens:
             forward(self.model, batch)
         return found
 
-    def _count(self, masked: str | None, kind: str, layers: list[Tensor], plain: list[Tensor]) -> None:
+    def _count(
+        self,
+        found: dict[tuple[str | None, int, str], Stage],
+        masked: str | None,
+        kind: str,
+        layers: list[Tensor],
+        plain: list[Tensor],
+    ) -> None:
         last = vocabulary_logits(self.model, layers[-1]).argmax(dim=1)
         for layer, (states, before) in enumerate(zip(layers, plain, strict=True)):
-            stage = self._stages.setdefault((masked, layer, kind), Stage())
+            stage = found[masked, layer, kind]
             logits = vocabulary_logits(self.model, states)
             logs = logits.log_softmax(dim=1)
             best = logits.argmax(dim=1)

@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from mmray.datasets.images import decode_image
 from mmray.datasets.samples import Sample
-from mmray.errors import InputError
+from mmray.errors import InputError, ShardError
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import prompt_text
+from mmray.neurons.halving import FAILURES, in_halves
 from mmray.neurons.labels.selecting import Selection, Totals
 from mmray.neurons.labels.settings import SelectivitySettings
+from mmray.settings import CensusSettings
 
 COURSE = "course"
 
@@ -48,7 +50,7 @@ class Steer:
 def steer_of(
     settings: SelectivitySettings, selection: Selection, totals: dict[str, Totals], labels: Sequence[str]
 ) -> Steer:
-    """Return what to set."""
+    """Return what to set; raises InputError where no neuron of one of the two labels was chosen to be set."""
     assert settings.steered is not None
     source, target = (labels.index(label) for label in settings.steered)
     course = course_means(totals, target)
@@ -60,6 +62,12 @@ def steer_of(
         neurons = contrast.topk(round(len(contrast) * settings.steer_share)).indices.sort().values
     else:
         off, on = selection.chosen.of(source), selection.chosen.of(target)
+        for label, own in zip(settings.steered, (off, on), strict=True):
+            if not len(own):
+                raise InputError(
+                    f"--steer {settings.steer}: no neuron of {label!r} was chosen; give a higher --rate, or "
+                    "--steer-neurons switch"
+                )
         neurons = torch.unique(torch.cat([off, on]))
         course[:, off[~torch.isin(off, on)]] = 0.0
     return Steer(
@@ -149,23 +157,34 @@ class _Step:
 
 
 def written(
-    model: LoadedModel, samples: Sequence[Sample], steer: Steer, prompt: str | None, size: int
+    model: LoadedModel, samples: Sequence[Sample], steer: Steer, census: CensusSettings, size: int
 ) -> list[dict[str, str]]:
     """Return a row of `replies` a sample: its caption as the model writes it, and steered.
 
-    The question is the run's own where it has one, else that of the sample's language.
+    The question is the run's own where it has one, else that of the sample's language. Raises ShardError for a sample
+    that can't be done alone.
     """
-    rows = []
-    for some in _cut(samples, size):
-        prompts = [prompt_text(model, prompt, sample.language, image=sample.image is not None) for sample in some]
+
+    def both(some: Sequence[Sample]) -> list[dict[str, str]]:
+        prompts = [
+            prompt_text(model, census.prompt, sample.language, image=sample.image is not None, prefix=census.prefix)
+            for sample in some
+        ]
         images = [None if sample.image is None else decode_image(sample.image) for sample in some]
         before = generate(model, prompts, images)
         with steered(model, steer):
             after = generate(model, prompts, images)
-        for sample, plain, changed in zip(some, before, after, strict=True):
-            texts = (caption_of(model, plain)[0], caption_of(model, changed)[0])
-            rows.append({"sample_id": sample.sample_id, "before": texts[0], "after": texts[1]})
-    return rows
+        texts = ([caption_of(model, tokens)[0] for tokens in replies] for replies in (before, after))
+        return [
+            {"sample_id": sample.sample_id, "before": plain, "after": changed}
+            for sample, plain, changed in zip(some, *texts, strict=True)
+        ]
+
+    return [row for some in _cut(samples, size) for rows in in_halves(some, both, _refuse, FAILURES) for row in rows]
+
+
+def _refuse(sample: Sample, problem: str) -> None:
+    raise ShardError(f"sample {sample.sample_id}: {problem}")
 
 
 def _cut(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -21,18 +22,23 @@ from mmray.label_tables import PASS_SCHEMAS
 from mmray.models.capture import tap
 from mmray.models.layout import Projection
 from mmray.models.loading import LoadedModel
-from mmray.models.prompting import Batch, Run
+from mmray.models.prompting import Batch
 from mmray.neurons.captured import Captured, capturing
 from mmray.neurons.labels.material import Said, by_text, token_places
 from mmray.neurons.labels.replicates import Replicates
+from mmray.neurons.labels.selecting import number_of
 from mmray.neurons.labels.settings import SelectivitySettings
 from mmray.neurons.scoring import forward, score_captured
 from mmray.neurons.statistics import MODALITIES, Span, reduce_tokens, token_spans
-from mmray.neurons.towers import uniform
+from mmray.neurons.towers import image_runs, uniform
 from mmray.tables import vector_column
 
 STEPS = 12
 """First tokens of a text whose activations are kept apart; later ones count as the last of them."""
+
+
+Found: TypeAlias = tuple[str, Float[Tensor, "row sample"], Float[Tensor, "sample neuron"], Float[Tensor, " sample"]]
+"""A quantity of a batch: its name, how often each sample counts in each row, its sums by sample, and their tokens."""
 
 
 def projections_of(model: LoadedModel, module: str) -> tuple[Projection, ...]:
@@ -65,11 +71,12 @@ class LabelSums:
 
     @torch.inference_mode()
     def add(self, texts: Sequence[Said], batch: Batch) -> None:
-        """Take in a batch; raises InputError where images of different sizes share it and a tower is looked at."""
+        """Take in a batch, or nothing of it where that fails.
+
+        Raises ValueError where images of different sizes share it and a tower is looked at.
+        """
         if self.settings.module != "language" and len(texts) > 1 and not uniform(batch):
-            raise InputError(
-                "images of different sizes share no batch with --module vision or projector; give --batch-size 1"
-            )
+            raise ValueError("images of different sizes share no batch with --module vision or projector")
         counted = self.replicates.matrix([said.sample_id for said in texts])
         places = token_places(batch, texts)
         contributions = self.settings.method == "contribution"
@@ -78,27 +85,31 @@ class LabelSums:
             looked_at = contributions or self.settings.steer is not None
             captured = stack.enter_context(capturing(self.model, batch, places)) if looked_at else None
             forward(self.model, batch)
+        found: list[Found] = []
         if activity is not None:
-            self._add_activity(activity, counted)
+            found += self._activity(activity, counted)
         if captured is not None and contributions:
-            self._add_contributions(captured, by_text(places), counted)
+            found += self._contributions(captured, by_text(places), counted)
         if captured is not None and self.settings.steer is not None:
-            self._add_course(captured, by_text(places), counted)
+            found += self._course(captured, by_text(places), counted)
+        for quantity in found:
+            self._add(*quantity)
 
     def table(self) -> pa.Table:
         """Return the sums: a row a quantity, replicate and label."""
-        labels = len(self.replicates.labels)
-        rows, vectors = [], []
+        labels, schema = self.replicates.labels, PASS_SCHEMAS["sums"]
+        tables = [schema.empty_table()]
         for quantity, sums in self._sums.items():
-            for number, tokens in enumerate(self._tokens[quantity].tolist()):
-                replicate, label = divmod(number, labels)
-                rows.append((quantity, replicate, self.replicates.labels[label], int(tokens)))
-            vectors.append(sums.numpy())
-        schema = PASS_SCHEMAS["sums"]
-        columns = [list(column) for column in zip(*rows, strict=True)] if rows else [[]] * 4
-        matrix = np.concatenate(vectors) if vectors else np.zeros((0, self.width))
-        arrays = [pa.array(values, schema.field(place).type) for place, values in enumerate(columns)]
-        return pa.Table.from_arrays([*arrays, vector_column(matrix, np.ones(len(rows), bool))], schema=schema)
+            numbers = np.arange(len(sums))
+            columns = {
+                "quantity": pa.repeat(quantity, len(sums)),
+                "replicate": numbers // len(labels),
+                "label": [labels[number % len(labels)] for number in numbers],
+                "n_tokens": self._tokens[quantity].long().numpy(),
+                "values": vector_column(sums.numpy().astype(number_of(quantity)), np.ones(len(sums), bool)),
+            }
+            tables.append(pa.table(columns, schema=schema))
+        return pa.concat_tables(tables)
 
     def _add(
         self,
@@ -128,7 +139,7 @@ class LabelSums:
         with tap(self.model.network, self.projections, receive):
             yield activity
 
-    def _add_activity(self, activity: Activity, counted: Tensor) -> None:
+    def _activity(self, activity: Activity, counted: Tensor) -> Iterator[Found]:
         if not activity.layers:
             return  # text alone does not go through a tower
         rows = counted.shape[1]
@@ -139,8 +150,8 @@ class LabelSums:
         ]
         active, _, squares = torch.cat(layers, dim=2)
         tokens = torch.stack([span.mask.cpu().sum(dim=(1, 2)) for span in activity.spans]).sum(dim=0)
-        self._add("active", counted, active, tokens)
-        self._add("squares", self._observed(counted), squares, tokens)
+        yield "active", counted, active, tokens
+        yield "squares", self._observed(counted), squares, tokens
 
     def _observed(self, counted: Tensor) -> Float[Tensor, "label sample"]:
         """Return the rows of the data as it is."""
@@ -149,24 +160,24 @@ class LabelSums:
     def _spans(self, batch: Batch, positions: int) -> list[Span]:
         rows = len(batch.tokens)
         if self.settings.module != "language":
-            return token_spans([Run(row, 0, positions, "image") for row in range(rows)], rows)
+            return token_spans(image_runs(self.model, batch, positions), rows)
         modality = self.settings.modality
         wanted = MODALITIES if modality == "both" else (modality,)
         spans = token_spans(batch.runs, rows)
         return [span for name, span in zip(MODALITIES, spans, strict=True) if name in wanted]
 
-    def _add_contributions(self, captured: Captured, parts: Sequence[slice], counted: Tensor) -> None:
+    def _contributions(self, captured: Captured, parts: Sequence[slice], counted: Tensor) -> Iterator[Found]:
         scored = score_captured(self.model, captured, "contribution", folded=True)
         tokens = _sizes(parts)
-        self._add("contribution", counted, _summed(scored.scores, parts), tokens)
+        yield "contribution", counted, _summed(scored.scores, parts), tokens
         squares = [layer.square() for layer in scored.activation]
-        self._add("squares", self._observed(counted), _summed(squares, parts), tokens)
+        yield "squares", self._observed(counted), _summed(squares, parts), tokens
 
-    def _add_course(self, captured: Captured, parts: Sequence[slice], counted: Tensor) -> None:
-        """Add the activations at the places that write a text: at each of its first tokens, and how they spread."""
+    def _course(self, captured: Captured, parts: Sequence[slice], counted: Tensor) -> Iterator[Found]:
+        """Yield the activations at the places that write a text: at each of its first tokens, and how they spread."""
         layers = [captured.activations[layer] for layer in range(len(self.projections))]
         observed = self._observed(counted)
-        self._add("spread", observed, _summed([layer.square() for layer in layers], parts), _sizes(parts))
+        yield "spread", observed, _summed([layer.square() for layer in layers], parts), _sizes(parts)
         for number in range(STEPS):
             own = [
                 slice(min(part.start + number, part.stop), min(part.start + number + 1, part.stop)) for part in parts
@@ -174,7 +185,7 @@ class LabelSums:
             if number == STEPS - 1:
                 own = [slice(place.start, part.stop) for place, part in zip(own, parts, strict=True)]
             if _sizes(own).any():
-                self._add(f"course {number:02d}", observed, _summed(layers, own), _sizes(own))
+                yield f"course {number:02d}", observed, _summed(layers, own), _sizes(own)
 
 
 def _sizes(parts: Sequence[slice]) -> Float[Tensor, " text"]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from typing import TypeAlias
 
 import pyarrow as pa
+from jaxtyping import Float
+from torch import Tensor
 
 from mmray.datasets.samples import Sample
 from mmray.label_tables import PASS_SCHEMAS
@@ -13,10 +17,12 @@ from mmray.models.interventions import ablate
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
 from mmray.neurons.labels.masks import Mask
-from mmray.neurons.labels.material import Said, answers_of, batches, by_text, captions_of, read, token_places
+from mmray.neurons.labels.material import Said, answers_of, by_text, captions_of, in_batches, read, token_places
 from mmray.neurons.labels.settings import SelectivitySettings
+from mmray.settings import CensusSettings
 
-Encoded = list[tuple[list[Said], Batch]]
+Reading: TypeAlias = tuple[Mask | None, Said, Float[Tensor, "token 2"]]
+"""A text under a mask: of each token the nats that it costs, and 1 where it is the likeliest."""
 
 
 def measured(
@@ -24,59 +30,49 @@ def measured(
     samples: Sequence[Sample],
     masks: Sequence[Mask],
     settings: SelectivitySettings,
-    prompt: str | None,
+    census: CensusSettings,
 ) -> pa.Table:
     """Return the rows of `measurements` of these samples: without a mask, and under each.
 
     nll: nats of all tokens of the caption, and how many. accuracy: questions whose answer is what greedy generation
     begins with, and how many; that is so where each token of it is the likeliest behind those before.
     """
+
+    def readings(texts: Sequence[Said], batch: Batch) -> list[Reading]:
+        return list(_readings(model, texts, batch, masks, settings.module))
+
     size, by = settings.batch_size, settings.by
-    captions = list(batches(model, captions_of(model, samples, by, prompt), size))
-    answers = list(batches(model, answers_of(model, samples, by, settings.questions), size))
-    rows = []
-    for mask in (None, *masks):
-        known = {"masked": mask and mask.label, "control": mask and mask.control}
-        with ablate(model, mask.neurons, module=settings.module) if mask else nullcontext():
-            rows += [known | row for row in _costs(model, captions)]
-            rows += [known | row for row in _answers(model, answers)]
+    captions = in_batches(model, captions_of(model, samples, by, census), size, readings)
+    rows = [
+        _row(mask, said.label, said.sample_id, "nll", float(tokens[:, 0].double().sum()), len(tokens))
+        for found in captions
+        for mask, said, tokens in found
+    ]
+    right: dict[tuple[Mask | None, str, str], list[bool]] = defaultdict(list)
+    for found in in_batches(model, answers_of(model, samples, by, settings.questions), size, readings):
+        for mask, said, tokens in found:
+            right[mask, said.label, said.sample_id].append(bool(tokens[:, 1].all()))
+    rows += [_row(*key, "accuracy", float(sum(answers)), len(answers)) for key, answers in right.items()]
     return pa.Table.from_pylist(rows, schema=PASS_SCHEMAS["measurements"])
 
 
-def _costs(model: LoadedModel, encoded: Encoded) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-    for texts, batch in encoded:
-        places = token_places(batch, texts)
-        costs = read(model, batch, places)[:, 0].double()
+def _readings(
+    model: LoadedModel, texts: Sequence[Said], batch: Batch, masks: Sequence[Mask], module: str
+) -> Iterator[Reading]:
+    places = token_places(batch, texts)
+    for mask in (None, *masks):
+        with ablate(model, mask.neurons, module=module) if mask else nullcontext():
+            found = read(model, batch, places)
         for said, part in zip(texts, by_text(places), strict=True):
-            total, count = float(costs[part].sum()), part.stop - part.start
-            rows.append(_row(said, "nll", total, count))
-    return rows
+            yield mask, said, found[part]
 
 
-def _answers(model: LoadedModel, encoded: Encoded) -> list[dict[str, object]]:
-    right: dict[tuple[str, str], list[bool]] = {}
-    for texts, batch in encoded:
-        places = token_places(batch, texts)
-        likeliest = read(model, batch, places)[:, 1]
-        for said, part in zip(texts, by_text(places), strict=True):
-            right.setdefault((said.sample_id, said.label), []).append(bool(likeliest[part].all()))
-    return [
-        {
-            "label": label,
-            "sample_id": name,
-            "measure": "accuracy",
-            "total": float(sum(found)),
-            "count": float(len(found)),
-        }
-        for (name, label), found in right.items()
-    ]
-
-
-def _row(said: Said, measure: str, total: float, count: int) -> dict[str, object]:
+def _row(mask: Mask | None, label: str, sample_id: str, measure: str, total: float, count: int) -> dict[str, object]:
     return {
-        "label": said.label,
-        "sample_id": said.sample_id,
+        "masked": mask and mask.label,
+        "control": mask and mask.control,
+        "label": label,
+        "sample_id": sample_id,
         "measure": measure,
         "total": total,
         "count": float(count),

@@ -1,5 +1,8 @@
 """Which label's captions a text reads like."""
 
+import hypothesis.strategies as st
+from hypothesis import given
+
 from mmray.neurons.labels.recognising import recogniser, words_of
 
 KNOWN = recogniser(
@@ -33,3 +36,16 @@ def test_the_share_of_words():
 
 def test_scripts_without_blanks_are_read_by_character():
     assert words_of("有狗 dog") == ["有", "狗", "dog"]
+
+
+@given(st.integers(1, 500), st.integers(1, 500))
+def test_the_sizes_of_corpora_decide_nothing(many, few):
+    """A word that one label has is read as that, however rare; one that two labels lack tells nothing between them."""
+    captions = [("en", "dog the")] * many + [("es", "perro el")] * few + [("fr", "chat le un une")] * max(many, few)
+    known = recogniser([*captions, ("en", "rare"), ("es", "raro")])
+    for word, label, other in (("rare", "en", "es"), ("raro", "es", "en")):
+        assert known.label(word) == label
+        assert known.share(word, label) == 1
+        assert known.share(word, other) == 0
+        assert known.label(f"{word} chat") != other
+        assert known.label(f"{word} chat le") != other

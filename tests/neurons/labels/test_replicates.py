@@ -8,7 +8,8 @@ from hypothesis import given
 
 from mmray.neurons.labels.replicates import draw
 
-labelled = st.dictionaries(st.text("abcdef", min_size=1, max_size=4), st.sampled_from("xyz"), min_size=3, max_size=30)
+NAMES = st.text("abcdef", min_size=1, max_size=4)
+labelled = st.dictionaries(NAMES, st.sampled_from("xyz"), min_size=3, max_size=30)
 
 
 @given(labelled, st.integers(0, 3), st.integers(0, 3))
@@ -50,3 +51,48 @@ def test_the_matrix_adds_up_as_a_loop_does(samples):
 def test_other_seeds_draw_otherwise():
     samples = {f"s{number}": "xy"[number % 2] for number in range(40)}
     assert not np.array_equal(draw(samples, 1, 0, 1).label, draw(samples, 1, 0, 2).label)
+
+
+@given(labelled, st.integers(0, 5))
+def test_images_of_one_sample_are_drawn_as_samples_were(samples, seed):
+    """Figures of data without shared images are those of plain permutations and draws within labels."""
+    found = draw(samples, 2, 2, seed)
+    generator = np.random.default_rng(seed)
+    own = found.label[0]
+    for label in found.label[1:3]:
+        np.testing.assert_array_equal(label, generator.permutation(own))
+    for times in found.times[3:]:
+        expected = np.zeros(len(own))
+        for number in range(len(found.labels)):
+            members = np.flatnonzero(own == number)
+            np.add.at(expected, generator.choice(members, len(members)), 1)
+        np.testing.assert_array_equal(times, expected)
+
+
+@given(labelled, st.data())
+def test_what_shares_an_image_stays_together(samples, data):
+    images = {name: data.draw(st.sampled_from("pqrs")) for name in samples}
+    found = draw(samples, 3, 3, seed=2, images=images)
+    sizes = Counter(samples.values())
+    image = np.array([images[name] for name in found.samples])
+    own = found.label[0]
+    for label, times in zip(found.label, found.times, strict=True):
+        assert {name: int((label == place).sum()) for place, name in enumerate(found.labels)} == sizes
+        # Images change places as they are: their labels are those of some image each.
+        moved, before = (
+            sorted(sorted(numbers[image == name].tolist()) for name in set(image)) for numbers in (label, own)
+        )
+        assert moved == before
+        assert all(len(set(times[image == name])) == 1 for name in set(image))
+    for times in found.times:
+        assert all(times[own == place].any() for place in range(len(found.labels)))
+
+
+def test_a_label_of_the_sample_moves_within_its_image_and_one_of_the_image_with_it():
+    captions = [f"{image}-{number}" for image in "abcdefgh" for number in range(4)]
+    images = {name: name[0] for name in captions}
+    by_sample = draw({name: "wxyz"[int(name[2])] for name in captions}, 1, 0, 0, images)
+    assert any(by_sample.label[0] != by_sample.label[1])
+    by_image = draw({name: "xy"[name[0] < "d"] for name in captions}, 1, 0, 0, images)
+    assert any(by_image.label[0] != by_image.label[1])
+    assert (np.diff(by_image.label[1].reshape(8, 4), axis=1) == 0).all()

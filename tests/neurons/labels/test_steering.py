@@ -8,9 +8,10 @@ from mmray.errors import InputError
 from mmray.models.capture import tap
 from mmray.models.generation import generate
 from mmray.models.prompting import prompt_text
+from mmray.neurons.labels import steering
 from mmray.neurons.labels.selecting import Totals
 from mmray.neurons.labels.steering import Steer, course_means, mean_of, steered, telling_apart, written
-from tests.neurons.making import hooks, picture, samples
+from tests.neurons.making import hooks, picture, samples, settings
 
 
 def steer(everywhere=False):
@@ -53,11 +54,36 @@ def test_the_model_is_left_as_it_was(open_model):
     model = open_model("llava")
     before = hooks(model.network)
     found = samples(2, language="en")
-    rows = written(model, found, steer(), None, 2)
+    rows = written(model, found, steer(), settings(), 2)
     assert hooks(model.network) == before
-    again = written(model, found, steer(), None, 2)
+    again = written(model, found, steer(), settings(), 2)
     assert rows == again
     assert [row["sample_id"] for row in rows] == ["s0", "s1"]
+
+
+def test_answers_begin_with_the_census_s_prefix(open_model, monkeypatch):
+    model, asked = open_model("llava"), []
+
+    def noted(model, prompts, images):
+        asked.extend(prompts)
+        return generate(model, prompts, images)
+
+    monkeypatch.setattr(steering, "generate", noted)
+    written(model, samples(1, language="es"), steer(), settings(prefix="Una imagen de"), 2)
+    assert asked == [prompt_text(model, None, "es", prefix="Una imagen de")] * 2
+
+
+def test_a_batch_that_does_not_fit_is_halved(open_model, monkeypatch):
+    model, found = open_model("llava"), samples(3, language="en")
+    expected = written(model, found, steer(), settings(), 1)
+
+    def short(model, prompts, images):
+        if len(prompts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(model, prompts, images)
+
+    monkeypatch.setattr(steering, "generate", short)
+    assert written(model, found, steer(), settings(), 3) == expected
 
 
 def test_a_family_whose_positions_can_t_be_told_apart_is_refused(open_model):

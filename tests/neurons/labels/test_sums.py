@@ -4,14 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from mmray.errors import InputError
-from mmray.neurons.labels.material import batches, captions_of, token_places
+from mmray.errors import ShardError
+from mmray.models.prompting import prompt_text
+from mmray.neurons.labels import sums
+from mmray.neurons.labels.material import captions_of, in_batches, token_places
 from mmray.neurons.labels.replicates import draw
 from mmray.neurons.labels.selecting import add_up, of_activity
 from mmray.neurons.labels.settings import selectivity_settings
 from mmray.neurons.labels.sums import STEPS, LabelSums
 from mmray.neurons.scoring import score_batch
 from tests.neurons.making import analyse, merged, samples
+from tests.neurons.making import settings as told
 
 LANGUAGES = ("en", "es", "en", "fr", "es", "en", "fr", "en")
 
@@ -24,13 +27,12 @@ def labelled(count=8, **facts):
     ]
 
 
-def totals_of(model, found, permutations=2, bootstraps=2, size=3, **values):
+def totals_of(model, found, permutations=2, bootstraps=2, size=3, census=None, **values):
     settings = selectivity_settings({"run": "none", **values})
     replicates = draw({s.sample_id: s.language for s in found}, permutations, bootstraps, 0)
-    sums = LabelSums(model, settings, replicates)
-    for texts, batch in batches(model, captions_of(model, found, "language", None), size):
-        sums.add(texts, batch)
-    return add_up([sums.table()], replicates.labels), replicates
+    added = LabelSums(model, settings, replicates)
+    in_batches(model, captions_of(model, found, "language", census or told()), size, added.add)
+    return add_up([added.table()], replicates.labels), replicates
 
 
 @pytest.mark.parametrize("modality", ["text", "image", "both"])
@@ -46,9 +48,34 @@ def test_activity_is_the_census_s(open_model, modality):
     torch.testing.assert_close(totals["squares"].sums[0], counted["squares"].sums[0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("module", ["vision", "projector"])
-def test_a_tower_s_activity_is_the_census_s(open_model, module):
-    model, found = open_model("llava"), labelled()[1::2]
+@pytest.mark.parametrize("captions", ["dataset", "generate"])
+def test_texts_stand_behind_the_census_s_prefix(open_model, captions):
+    """What a caption of the data begins with is not given twice; what the model wrote stands behind it anyway."""
+    model, (first, second) = open_model("llava"), samples(2, language="en")
+    prefix = "An image of"
+    assert first.caption.startswith(prefix)
+    said = captions_of(model, [first, second], "language", told(prefix=prefix, captions=captions))
+    plain = prompt_text(model, None, "en")
+    assert [text.prompt for text in said] == [
+        plain if captions == "dataset" else f"{plain} {prefix}",
+        f"{plain} {prefix}",
+    ]
+
+
+def test_activity_behind_a_prefix_is_the_census_s(open_model):
+    model, found = open_model("llava"), labelled()
+    plain, _ = totals_of(model, found)
+    totals, replicates = totals_of(model, found, census=told(prefix="An image of"))
+    rows = merged(model, [analyse(model, found, prefix="An image of")])["activity"]
+    rows = rows.filter(np.array([kind == "language" for kind in rows["label_kind"].to_pylist()]))
+    counted = of_activity(rows, replicates.labels, "text", sum(model.widths))
+    torch.testing.assert_close(totals["squares"].sums[0], counted["squares"].sums[0], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(plain["squares"].sums[0], counted["squares"].sums[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("variant", "module"), [("llava", "vision"), ("llava", "projector"), ("mllama", "vision")])
+def test_a_tower_s_activity_is_the_census_s(open_model, variant, module):
+    model, found = open_model(variant), labelled()[1::2]
     totals, replicates = totals_of(model, found, module=module, size=2)
     part = analyse(model, found, module=module)["activity"].to_pylist()
     for place, label in enumerate(replicates.labels):
@@ -63,7 +90,7 @@ def test_contributions_are_those_of_a_loop(open_model, size):
     totals, replicates = totals_of(model, found, method="contribution", size=size)
     expected = torch.zeros(sum(model.widths), len(replicates.labels), dtype=torch.float64)
     tokens = torch.zeros(len(replicates.labels))
-    for (said,), batch in batches(model, captions_of(model, found, "language", None), 1):
+    for (said,), batch in in_batches(model, captions_of(model, found, "language", told()), 1, lambda *both: both):
         scored = score_batch(model, batch, token_places(batch, [said]), folded=True)
         label = replicates.labels.index(said.label)
         expected[:, label] += torch.cat(scored.scores, dim=1).double().sum(dim=0)
@@ -82,12 +109,66 @@ def test_replicates_add_up_to_the_whole(open_model):
     assert torch.equal(sum(steps), totals["contribution"].tokens[0])
 
 
-def test_images_of_different_sizes_are_refused_for_towers(open_model):
-    with pytest.raises(InputError, match="give --batch-size 1"):
-        totals_of(open_model("llava_next"), labelled(), module="vision", size=4)
+def equal(one, other):
+    assert one.keys() == other.keys()
+    for name, totals in one.items():
+        assert torch.equal(totals.tokens, other[name].tokens)
+        torch.testing.assert_close(totals.sums, other[name].sums, rtol=1e-3, atol=1e-3)
+
+
+def test_images_of_different_sizes_are_counted_alone_in_towers(open_model):
+    together, alone = (totals_of(open_model("llava_next"), labelled(), module="vision", size=n)[0] for n in (4, 1))
+    assert torch.equal(together["active"].tokens, alone["active"].tokens)
+    torch.testing.assert_close(together["squares"].sums, alone["squares"].sums, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lape", "contribution"])
+def test_a_batch_that_does_not_fit_is_halved(open_model, monkeypatch, method):
+    """Memory runs out in the middle, where some quantities of the batch are known: nothing counts twice."""
+    model, found = open_model("llava"), labelled()
+    settings = {"method": method, "steer": "en:es"}
+    expected, _ = totals_of(model, found, size=1, **settings)
+
+    def short(layers, parts, whole=sums._summed):
+        if len(parts) > 2 and len(layers) == len(model.widths):
+            short.refused += 1
+            if short.refused % 2 == 0:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(layers, parts)
+
+    short.refused = 0
+    monkeypatch.setattr(sums, "_summed", short)
+    found, _ = totals_of(model, found, size=8, **settings)
+    assert short.refused
+    equal(found, expected)
+
+
+def test_a_text_that_does_not_fit_alone_is_named(open_model, monkeypatch):
+    def never(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sums, "forward", never)
+    with pytest.raises(ShardError, match=r"sample s\d: CUDA out of memory"):
+        totals_of(open_model("llava"), labelled())
 
 
 def test_text_alone_is_counted_too(open_model):
     model, found = open_model("llava"), labelled(image=None)
     totals, _ = totals_of(model, found)
     assert totals["active"].tokens[0].sum() > 0
+
+
+def test_counts_are_committed_whole_and_in_half_the_bytes(open_model):
+    """In any number of parts they add up to the same, to the bit; a part's rows of activity are four bytes a neuron."""
+    model, found = open_model("llava"), labelled()
+    replicates = draw({s.sample_id: s.language for s in found}, 2, 2, 0)
+    texts = captions_of(model, found, "language", told())
+    parts = []
+    for some in (texts[:3], texts[3:], texts):
+        added = LabelSums(model, selectivity_settings({"run": "none"}), replicates)
+        in_batches(model, some, 1, added.add)
+        parts.append(added.table())
+    cut, whole = (add_up(some, replicates.labels)["active"] for some in (parts[:2], parts[2:]))
+    assert torch.equal(cut.sums, whole.sums)
+    for row in parts[2].to_pylist():
+        assert len(row["values"]) == sum(model.widths) * (4 if row["quantity"] == "active" else 8)
