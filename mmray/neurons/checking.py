@@ -165,7 +165,7 @@ def later_words_hidden(model: LoadedModel) -> tuple[bool, str]:
         for row, caption in enumerate(CAPTIONS)
         for place in place_mentions(batch, row, "", NOUNS.find(caption, "en", None)[:1])
     ]
-    first, second = torch.cat(score_batch(model, batch, places).scores, dim=1)
+    first, second = torch.cat([part.cpu() for part in score_batch(model, batch, places).scores], dim=1)
     difference = float((first - second).abs().max() / first.abs().max())
     return difference <= LATER, f"largest relative difference {difference:.1e}"
 

@@ -57,7 +57,7 @@ class ShardAnalysis:
         self.nouns = nouns
         self.shard_id = shard_id
         self.sums = ConceptSums(model.widths)
-        self.statistics = TokenStatistics(model.widths, model.device)
+        self.statistics = TokenStatistics(model.widths)
         self.module = ModuleActivity(model, settings.module)
         self.prompts: dict[tuple[str | None, bool, str | None], str] = {}
         self.captions: list[dict[str, object]] = []

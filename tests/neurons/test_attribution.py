@@ -144,7 +144,7 @@ def test_gradient_scores_are_what_a_step_along_the_activation_gives(open_model, 
     # Scale one neuron's activation a little, at the positions that count: the logit moves by step × score.
     model = open_model(variant)
     batch, places = batch_of(model, TEXTS)
-    statistics = TokenStatistics(model.widths, model.device)
+    statistics = TokenStatistics(model.widths)
     statistics.begin([{}] * len(TEXTS), batch.runs)
     scored = score_batch(model, batch, places, score, statistics=statistics)
     statistics.commit()
