@@ -151,7 +151,7 @@ def image_seen(model: LoadedModel) -> tuple[bool, str]:
     logits = model.network(**inputs).logits[0, -1]
     darker = {name: value * 0.5 if name.startswith("pixel_values") else value for name, value in inputs.items()}
     changed = not torch.equal(logits, model.network(**darker).logits[0, -1])
-    expected = model.parts.image == "tokens" and not model.parts.encoder_decoder
+    expected = model.parts.image_in_sequence
     where = f"{places} image tokens in the sequence" if expected else f"by {model.parts.image}, outside the sequence"
     return changed and (places > 0 or not expected), where + ("" if changed else "; but the image changes nothing")
 
