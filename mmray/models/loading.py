@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -30,6 +31,9 @@ from mmray.models.parts import locate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Names of the number formats that a model can be run in."""
+
+MARKS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""Settings of generation that are tokens of a sequence's beginning, end and rest."""
 
 WEIGHTS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 """Endings of the files that make a checkpoint what it is; its digest covers them."""
@@ -158,6 +162,7 @@ def load(
             f"{name}: no fast tokenizer (tokenizer.json), which gives the characters of each token; convert it"
         )
     network.eval().requires_grad_(False)
+    _write_plainly(network)
     if not shared:
         network.to(device)
     return wrap(name=name, folder=folder, network=network, processor=processor, parts=locate(network))
@@ -198,6 +203,18 @@ def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, A
         "image_tokens": int(getattr(config, "image_seq_length", None) or 576),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
     }
+
+
+def _write_plainly(network: PreTrainedModel) -> None:
+    """Leave of a checkpoint's settings of generation the tokens that begin, end and fill up.
+
+    What else they hold (a penalty for repeating, a shortest length, …) makes greedy captions other than the likeliest
+    token after token, which are what scores and edits are about.
+    """
+    for module in network.modules():
+        settings = getattr(module, "generation_config", None)
+        if isinstance(settings, GenerationConfig):
+            module.generation_config = GenerationConfig(**{name: getattr(settings, name, None) for name in MARKS})
 
 
 def _not_a_model(error: Exception) -> str:
