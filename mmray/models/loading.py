@@ -35,8 +35,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MARKS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 """Settings of generation that are tokens of a sequence's beginning, end and rest."""
 
-WEIGHTS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
-"""Endings of the files that make a checkpoint what it is; its digest covers them."""
+WEIGHTS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")
+"""Endings of the files that make a checkpoint what it is, its own code too; its digest covers them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,11 @@ def resolve(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[f"*{ending}" for ending in WEIGHTS]))
+        fetched = Path(snapshot_download(name, allow_patterns=[f"*{end}" for end in WEIGHTS if end != ".bin"]))
+        # The same weights once more, where a checkpoint has both.
+        if not any(fetched.glob("*.safetensors")):
+            fetched = Path(snapshot_download(name, allow_patterns=["*.bin"]))
+        return fetched
     except Exception as error:
         first_line = str(error).strip().splitlines()[0]
         raise InputError(
@@ -138,8 +142,10 @@ def load(
 
     `dtype` is fp32, bf16, fp16 or auto: the checkpoint's own on a GPU, fp32 on a CPU. Without `device`, all GPUs that
     this process may see are used: one holds the model, several share it. Raises InputError where the folder is not a
-    vision-language checkpoint or its parts can't be found.
+    vision-language checkpoint, its parts can't be found, or there is no such number format.
     """
+    if dtype not in (known := ("auto", *DTYPES)):
+        raise InputError(f"{name}: no number format {dtype!r}; give one of {', '.join(known)}")
     folder = resolve(name)
     transformers_logging.disable_progress_bar()
     if device is None:

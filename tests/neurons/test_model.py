@@ -77,9 +77,10 @@ def test_an_image_that_is_not_looked_at_fails_the_check(open_model, monkeypatch)
 
 
 def test_captions_that_see_their_own_end_fail_the_check(open_model, monkeypatch):
+    model = open_model("paligemma")
     # PaliGemma's prompt is seen in both directions: a caption marked as prompt sees its later words.
     monkeypatch.setattr("mmray.models.prompting.CAUSAL_TYPE", {})
-    assert failing(open_model("paligemma")) == {"later words are hidden"}
+    assert failing(model) == {"later words are hidden"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -132,9 +133,12 @@ def test_a_proven_checkpoint_is_proven_again_only_when_it_has_changed(tiny, tmp_
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
     load_model(str(folder))
     assert asked == [*AT_LOAD, *AT_LOAD, *AT_LOAD]
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    (folder / "modeling.py").write_text("code = 1")
     load_model(str(folder))
     assert len(asked) == 4 * len(AT_LOAD)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    load_model(str(folder))
+    assert len(asked) == 5 * len(AT_LOAD)
 
 
 def test_a_check_that_can_t_be_tried_has_failed(open_model, monkeypatch):
