@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmray.datasets.samples import Sample
 from mmray.errors import InputError
+from mmray.models.blocks import block_of
 from mmray.models.capture import tap, tap_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
@@ -144,16 +145,34 @@ def hooks_neutral(model: LoadedModel) -> tuple[bool, str]:
 
 @torch.inference_mode()
 def image_seen(model: LoadedModel) -> tuple[bool, str]:
-    """The image has places in the sequence (or is looked at from outside it), and changes the logits."""
+    """The image has places in the sequence (or is looked at from outside it), and changes the logits.
+
+    What enters the first block may change with it at these places alone: a placeholder taken for another has others.
+    """
     batch = example(model)
-    places = sum(run.stop - run.start for run in batch.runs if run.modality == "image")
+    places = [position for run in batch.runs if run.modality == "image" for position in range(run.start, run.stop)]
     inputs = batch.to(model.device, model.network.dtype)
-    logits = model.network(**inputs).logits[0, -1]
     darker = {name: value * 0.5 if name.startswith("pixel_values") else value for name, value in inputs.items()}
-    changed = not torch.equal(logits, model.network(**darker).logits[0, -1])
+    entered: list[Tensor] = []
+
+    def enter(_: nn.Module, arguments: tuple[object, ...], named: dict[str, object]) -> None:
+        entered.append(next(value for value in (*arguments, *named.values()) if isinstance(value, Tensor)))
+
+    with ExitStack() as stack:
+        stack.callback(block_of(model, 0).register_forward_pre_hook(enter, with_kwargs=True).remove)
+        logits, other = (model.network(**given).logits[0, -1] for given in (inputs, darker))
+    changed = not torch.equal(logits, other)
     expected = model.parts.image_in_sequence
-    where = f"{places} image tokens in the sequence" if expected else f"by {model.parts.image}, outside the sequence"
-    return changed and (places > 0 or not expected), where + ("" if changed else "; but the image changes nothing")
+    where = (
+        f"{len(places)} image tokens in the sequence" if expected else f"by {model.parts.image}, outside the sequence"
+    )
+    if not changed:
+        return False, f"{where}; but the image changes nothing"
+    if not expected:
+        return True, where
+    moved = (entered[0] != entered[1]).any(dim=-1)[0].nonzero()[:, 0].tolist()
+    strange = sorted({*moved} - {*places})
+    return bool(places) and not strange, where + (f"; but it changes position {strange[0]} too" if strange else "")
 
 
 @torch.inference_mode()

@@ -76,6 +76,14 @@ def test_an_image_that_is_not_looked_at_fails_the_check(open_model, monkeypatch)
     assert failing(model) == {"the image is seen"}
 
 
+@pytest.mark.parametrize("variant", ["llava", "qwen2_vl", "gemma3", "idefics3", "blip2_opt"])
+def test_another_token_taken_for_the_image_s_fails_the_check(open_model, variant):
+    model = open_model(variant)
+    # One that stands in every prompt.
+    other = model.tokenizer(" image", add_special_tokens=False).input_ids[0]
+    assert failing(replace(model, parts=replace(model.parts, image_token_id=other))) == {"the image is seen"}
+
+
 def test_captions_that_see_their_own_end_fail_the_check(open_model, monkeypatch):
     model = open_model("paligemma")
     # PaliGemma's prompt is seen in both directions: a caption marked as prompt sees its later words.
