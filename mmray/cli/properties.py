@@ -36,7 +36,11 @@ def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> No
         print(json.dumps(asdict(outcome) | {"properties": measured}, ensure_ascii=False))
     else:
         if checked.only != "maps":
-            console.print(show(opened.properties()))
+            found = opened.properties()
+            console.print(show(found))
+            kinds = found["property"].to_pylist()
+            if "image_invariance" in kinds and "region_invariance" not in kinds:
+                say("no region invariance and no gradient: the image is not in the decoder's sequence")
         say(f"{outcome.concepts:,} concepts, {outcome.heatmaps:,} heat maps in {outcome.seconds:.0f} s → {run}")
         say(f"next: mmray report {run}")
     end(outcome, "concepts", quiet=as_json)

@@ -9,6 +9,7 @@ OUT/validation/FINGERPRINT/              the rows of each unit of the validation
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -156,9 +157,10 @@ def _train(settings: AlignmentSettings, folder: RunFolder, info: dict[str, Any])
         "facts": {"digests": info["digests"], "settings": info["settings"], "versions": info["versions"]},
     }
     # What Ray Train itself writes is a few lines of its own state: checkpoints are ours.
+    state = f"{gettempdir()}/mmray-align-{uuid4().hex[:8]}"
     own = RunConfig(
         name="align",
-        storage_path=f"{gettempdir()}/mmray-align-{uuid4().hex[:8]}",
+        storage_path=state,
         failure_config=FailureConfig(max_failures=settings.restarts),
     )
     resources = {"CPU": pool.cores} | ({"GPU": pool.gpus} if pool.gpus else {})
@@ -168,6 +170,8 @@ def _train(settings: AlignmentSettings, folder: RunFolder, info: dict[str, Any])
     except (RuntimeError, TrainingFailedError) as error:
         reason = " ".join(str(error).split())[-300:]
         raise InputError(f"{settings.out}: training ended ({reason}); run again, it goes on") from error
+    finally:
+        shutil.rmtree(state, ignore_errors=True)
     if folder.store.exists(PROBLEM):
         raise InputError(folder.store.read(PROBLEM).decode())
 

@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmray.cluster.census import open_inputs
+from mmray.datasets.contents import Source
 from mmray.datasets.samples import Sample
-from mmray.datasets.shards import read_shard
+from mmray.datasets.shards import Manifest, extend, read_shard
 from mmray.errors import InputError
+from mmray.models.loading import digest, resolve
 from mmray.neurons.effects import CandidateEffects
 from mmray.neurons.model import load_model
 from mmray.neurons.places import places_of
@@ -47,17 +49,21 @@ def select_neurons(run: Run, concepts: Sequence[str], count: int = 50, samples: 
     Raises InputError for an unknown concept, or where model or data are no longer what the run saw.
     """
     candidates = {concept.casefold(): run.rank(concept, k=len(run.table("rankings"))) for concept in concepts}
-    settings = census_settings(run.info["settings"] | {"captions": "dataset", "module": "language"})
+    census = census_settings(run.info["settings"])
+    source, _, nouns = open_inputs(census)
+    manifest = Manifest.from_json(run.folder.manifest())
+    extend(manifest, source.files(), census.shard_size, census.limit)  # refuses files that are not what they were
+    if digest(resolve(census.model)) != run.info["digests"]["model"]:
+        raise InputError(f"{census.model}: no longer the model of {run.uri}; begin another run with it: mmray census")
+    settings = census.model_copy(update={"captions": "dataset", "module": "language"})
     model = load_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
-    if list(model.widths) != run.info["model"]["widths"]:
-        raise InputError(f"{settings.model}: not the model of {run.uri}, whose layers have other widths")
     starts = np.cumsum([0, *model.widths])
     numbered = {
         concept: starts[rows["layer"].to_numpy()] + rows["unit"].to_numpy() for concept, rows in candidates.items()
     }
     effects = CandidateEffects(numbered)
-    _, _, nouns = open_inputs(settings)
-    for items, batch in ShardAnalysis(model, settings, nouns, 0).encoded(_samples(run, list(candidates), samples)):
+    found = _samples(run, source, manifest, list(candidates), samples)
+    for items, batch in ShardAnalysis(model, settings, nouns, 0).encoded(found):
         effects.add(model, batch, places_of(batch, [(item.sample.sample_id, item.mentions) for item in items]))
     return [_selection(concept, rows, numbered[concept], effects, count) for concept, rows in candidates.items()]
 
@@ -72,7 +78,7 @@ def _selection(concept: str, rows: pa.Table, numbered: np.ndarray, effects: Cand
     return Selection(concept, rows.take(pa.array(index, pa.int64())), own, others, len(seen.own), len(seen.others))
 
 
-def _samples(run: Run, concepts: Sequence[str], limit: int) -> Iterator[Sample]:
+def _samples(run: Run, source: Source, manifest: Manifest, concepts: Sequence[str], limit: int) -> Iterator[Sample]:
     """Yield the run's samples in order, with the captions that it scored: of each concept the first, then any."""
     captions = run.table("captions")
     occurrences = run.table("occurrences").select(["sample_id", "concept"])
@@ -91,7 +97,6 @@ def _samples(run: Run, concepts: Sequence[str], limit: int) -> Iterator[Sample]:
             break
         wanted[sample_id] = None
     texts = {row["sample_id"]: row["caption"] for row in near.to_pylist() if row["sample_id"] in wanted}
-    source, manifest, _ = open_inputs(census_settings(run.info["settings"]))
     for shard_id in sorted(shards):
         for sample in read_shard(source, manifest.shards[shard_id]):
             if isinstance(sample, Sample) and sample.sample_id in texts:

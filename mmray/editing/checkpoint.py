@@ -30,3 +30,7 @@ def write_checkpoint(model: LoadedModel, edit: WeightEdit, out: str | Path) -> N
             shutil.copy(path, folder / path.name)
     with edit.applied(model):
         model.network.save_pretrained(folder)
+    # The loaded model leaves its settings of generation alone, which go on with the checkpoint all the same.
+    settings = model.folder / "generation_config.json"
+    if settings.is_file():
+        shutil.copy(settings, folder)

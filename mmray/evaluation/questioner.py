@@ -17,7 +17,7 @@ import torch
 from mmray.errors import InputError
 from mmray.evaluation.asks import Ask, AskError, Reply, States
 from mmray.evaluation.states import StateReader
-from mmray.models.generation import generate
+from mmray.models.generation import end_tokens, generate
 from mmray.models.prompting import LONGEST
 from mmray.neurons.halving import FAILURES
 
@@ -62,7 +62,7 @@ class Questioner(StateReader):
     @cached_property
     def special(self) -> frozenset[int]:
         """Tokens that end a reply."""
-        return frozenset(self.model.tokenizer.all_special_ids)
+        return frozenset(end_tokens(self.model))
 
     @cached_property
     def end(self) -> int:

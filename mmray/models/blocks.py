@@ -133,7 +133,7 @@ def permuted_image(model: LoadedModel, batch: Batch, seed: int = 0) -> Iterator[
     """Put the image's tokens in a random order, after the projector and before the first block (Pan et al. 2024).
 
     Where positions are added to the embeddings (OPT), they move with the patches; where they are within attention they
-    stay, and so patches are seen in other places.
+    stay, and so patches are seen in other places. The image has to be in the decoder's sequence.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.arange(len(batch.tokens) * batch.positions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 from jaxtyping import Float
@@ -11,14 +12,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmray.errors import InputError
-from mmray.models.experts import routed_activation
+from mmray.models.experts import has_plain_gate, routed_activation
 from mmray.models.layout import Projection
 
 Receive: TypeAlias = Callable[[int, Float[Tensor, "row neuron"], Float[Tensor, "row neuron"]], None]
 """Called once a projection and forward with the projection's index, its activations, and what opens the neurons.
 
 Rows are tokens, batch by batch (row = sample · positions + position). The third is the gate's Linear output, before the
-non-linearity; in a plain MLP, and for routed experts, it is the activation itself.
+non-linearity (without a routing weight, and zero at experts that a token is not routed to); where no gate can be read
+so, it is the activation itself.
 """
 
 
@@ -32,7 +34,7 @@ def tap(network: PreTrainedModel, projections: Sequence[Projection], receive: Re
         for index, projection in enumerate(projections):
             module = network.get_submodule(projection.path)
             if projection.experts:
-                stack.enter_context(routed_activation(module, _both(index, receive)))
+                stack.enter_context(routed_activation(module, partial(receive, index)))
             else:
                 gate = network.get_submodule(projection.gate) if projection.gate else None
                 _tap_linear(stack, index, module, gate, projection.width, receive)
@@ -53,13 +55,6 @@ def tap_input(module: nn.Module, receive: Callable[[Tensor], None]) -> Iterator[
         handle.remove()
 
 
-def _both(index: int, receive: Receive) -> Callable[[Tensor], None]:
-    def hand_on(activation: Tensor) -> None:
-        receive(index, activation, activation)
-
-    return hand_on
-
-
 def _tap_linear(
     stack: ExitStack, index: int, module: nn.Module, gate: nn.Module | None, width: int, receive: Receive
 ) -> None:
@@ -78,12 +73,16 @@ def _tap_linear(
 
 
 def gate_function(network: PreTrainedModel, projection: Projection) -> Callable[[Tensor], Tensor]:
-    """Return the non-linearity between the gate's Linear and the factor; the identity where there is no gate."""
-    if projection.gate is None:
+    """Return the non-linearity between the gate's Linear and the factor; the identity where there is no gate.
+
+    Raises InputError where it can't be told from what it works on.
+    """
+    if projection.gate is None and not projection.experts:
         return lambda opened: opened
-    mlp = network.get_submodule(projection.gate.rpartition(".")[0])
+    gate = projection.path if projection.gate is None else projection.gate
+    mlp = network.get_submodule(gate if projection.experts else gate.rpartition(".")[0])
     for name in ("act_fn", "act", "activation_fn"):
         function = getattr(mlp, name, None)
-        if callable(function):
+        if callable(function) and (not projection.experts or has_plain_gate(mlp)):
             return function  # type: ignore[no-any-return]
-    raise InputError(f"{projection.gate}: no activation function beside it; use --score contribution")
+    raise InputError(f"{gate}: no activation function beside it; use --score contribution")

@@ -32,9 +32,18 @@ def generate(
     prompt = features["input_ids"]
     if not model.parts.encoder_decoder and torch.equal(written[:, : prompt.shape[1]].cpu(), prompt):
         written = written[:, prompt.shape[1] :]
-    special = set(model.tokenizer.all_special_ids)
+    ends = end_tokens(model)
     # The start token stands first in what an encoder-decoder wrote.
-    return [until_special(row, special, begun=not model.parts.encoder_decoder) for row in written.tolist()]
+    return [until_special(row, ends, begun=not model.parts.encoder_decoder) for row in written.tolist()]
+
+
+def end_tokens(model: LoadedModel) -> set[int]:
+    """Return the tokens that no caption holds: the tokenizer's special ones, and what generation stops at.
+
+    That is a special one too, or not: BLIP-2's OPT ends with a line break.
+    """
+    stops: int | list[int] | None = model.network.generation_config.eos_token_id
+    return {*model.tokenizer.all_special_ids, *([stops] if isinstance(stops, int) else stops or [])}
 
 
 def token_text(model: LoadedModel, token: int) -> str:

@@ -52,6 +52,11 @@ class Parts:
     logit_cap: float | None = None
     """Logits x leave the model as cap * tanh(x / cap) (Gemma 2)."""
 
+    @property
+    def image_in_sequence(self) -> bool:
+        """Tell whether the image takes places in the decoder's own sequence, beside the caption."""
+        return self.image == "tokens" and not self.encoder_decoder
+
     def of(self, module: str) -> tuple[Projection, ...]:
         """Return the projections of `language`, `vision` or `projector`, by layer."""
         return tuple(projection for projection in self.projections if projection.module == module)

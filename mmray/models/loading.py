@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -31,8 +32,11 @@ from mmray.models.parts import locate
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Names of the number formats that a model can be run in."""
 
-WEIGHTS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
-"""Endings of the files that make a checkpoint what it is; its digest covers them."""
+MARKS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""Settings of generation that are tokens of a sequence's beginning, end and rest."""
+
+WEIGHTS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")
+"""Endings of the files that make a checkpoint what it is, its own code too; its digest covers them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +105,11 @@ def resolve(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[f"*{ending}" for ending in WEIGHTS]))
+        fetched = Path(snapshot_download(name, allow_patterns=[f"*{end}" for end in WEIGHTS if end != ".bin"]))
+        # The same weights once more, where a checkpoint has both.
+        if not any(fetched.glob("*.safetensors")):
+            fetched = Path(snapshot_download(name, allow_patterns=["*.bin"]))
+        return fetched
     except Exception as error:
         first_line = str(error).strip().splitlines()[0]
         raise InputError(
@@ -134,8 +142,10 @@ def load(
 
     `dtype` is fp32, bf16, fp16 or auto: the checkpoint's own on a GPU, fp32 on a CPU. Without `device`, all GPUs that
     this process may see are used: one holds the model, several share it. Raises InputError where the folder is not a
-    vision-language checkpoint or its parts can't be found.
+    vision-language checkpoint, its parts can't be found, or there is no such number format.
     """
+    if dtype not in (known := ("auto", *DTYPES)):
+        raise InputError(f"{name}: no number format {dtype!r}; give one of {', '.join(known)}")
     folder = resolve(name)
     transformers_logging.disable_progress_bar()
     if device is None:
@@ -158,6 +168,7 @@ def load(
             f"{name}: no fast tokenizer (tokenizer.json), which gives the characters of each token; convert it"
         )
     network.eval().requires_grad_(False)
+    _write_plainly(network)
     if not shared:
         network.to(device)
     return wrap(name=name, folder=folder, network=network, processor=processor, parts=locate(network))
@@ -198,6 +209,18 @@ def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, A
         "image_tokens": int(getattr(config, "image_seq_length", None) or 576),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
     }
+
+
+def _write_plainly(network: PreTrainedModel) -> None:
+    """Leave of a checkpoint's settings of generation the tokens that begin, end and fill up.
+
+    What else they hold (a penalty for repeating, a shortest length, …) makes greedy captions other than the likeliest
+    token after token, which are what scores and edits are about.
+    """
+    for module in network.modules():
+        settings = getattr(module, "generation_config", None)
+        if isinstance(settings, GenerationConfig):
+            module.generation_config = GenerationConfig(**{name: getattr(settings, name, None) for name in MARKS})
 
 
 def _not_a_model(error: Exception) -> str:

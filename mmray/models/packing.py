@@ -92,7 +92,7 @@ class _Tree:
 def _placeholder(model: LoadedModel) -> int | None:
     """Return the token that stands for the image before the processor puts the image's tokens there."""
     token = getattr(model.processor, "image_token", None)
-    if model.parts.image != "tokens" or model.parts.encoder_decoder or not isinstance(token, str):
+    if not model.parts.image_in_sequence or not isinstance(token, str):
         return None
     return int(model.tokenizer.convert_tokens_to_ids(token))
 

@@ -18,7 +18,6 @@ __all__ = [
     "Projection",
     "gain_of",
     "locate",
-    "norm_gain",
     "output_rows",
     "set_output_rows",
     "unembedding_rows",
@@ -121,11 +120,6 @@ def unembedding_rows(model: PreTrainedModel, parts: Parts) -> Float[Tensor, "voc
     """Return the unembedding's rows, one a token: a view of the weight."""
     weight: Tensor = model.get_submodule(parts.unembedding).get_parameter("weight")
     return weight
-
-
-def norm_gain(model: PreTrainedModel, parts: Parts) -> Float[Tensor, " hidden"]:
-    """Return what the final norm multiplies each coordinate by, once it is normalised."""
-    return gain_of(model.get_submodule(parts.final_norm))
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Find the decoder's MLP output projections in a model of unknown type, by what they do in one tiny forward.
 
 No name is trusted. The final norm is the module whose output the unembedding receives; the decoder is the list of
-blocks whose last output that norm receives. Within a block an output projection is a Linear that passes two tests:
+blocks whose last output that norm receives. Within a block an output projection is a Linear with more inputs than
+outputs that passes two tests:
 
     entry     some other Linear of the block feeds it element by element: a change of unit j at one token there is seen
               at unit j of that token and nowhere else (no attention lies between, and no other mixing)
@@ -160,7 +161,7 @@ def _projection(kind: str, layer: int, block: Call, calls: dict[str, Call]) -> P
     found: list[Projection] = []
     for call in linears:
         width = call.first_input().shape[-1]
-        if call.output.shape[-1] != hidden:
+        if call.output.shape[-1] != hidden or width <= hidden:
             continue
         entries = [
             entry

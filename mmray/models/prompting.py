@@ -118,6 +118,8 @@ def _question(model: LoadedModel, prompt: str | None, language: str | None, *, i
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         return text
+    # A blank at the end belongs to the answer's first token, and would be one of its own.
+    question = question.rstrip(" ")
     if image and model.parts.family in IMAGE_FIRST:
         return f"{model.processor.image_token}{question}"
     return question

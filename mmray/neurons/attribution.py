@@ -43,7 +43,10 @@ def contribution(located: Located) -> Float[Tensor, "occurrence neuron"]:
 
 
 def gate(located: Located) -> Float[Tensor, "occurrence neuron"]:
-    """Return gate · projection: what the authors' released code computes, which leaves out the factor `up`."""
+    """Return gate · projection: what the authors' released code computes, which leaves out the factor `up`.
+
+    Of experts it leaves out the routing weight too.
+    """
     return located.gate * located.projection
 
 

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmray.models.generation import token_text
+from mmray.models.layout import Projection
 from mmray.models.loading import LoadedModel
-from mmray.models.parts import norm_gain, output_rows, unembedding_rows
+from mmray.models.parts import gain_of, output_rows, unembedding_rows
 from mmray.tables import PART_SCHEMAS
 
 DECODED = 10
@@ -24,24 +25,34 @@ CHUNK = 1 << 27
 def decode_neurons(model: LoadedModel, *, fold_norm: bool) -> pa.Table:
     """Return a row a neuron, over all layers in order: the ten tokens it promotes and the ten it suppresses.
 
-    Rows of W_out times W_U^T (Geva et al. 2022); `fold_norm` applies the final norm's gain first.
+    Rows of W_out times W_U^T (Geva et al. 2022), in fp32, for half precision has ties. `fold_norm` first applies what
+    lies between: the block's own norm and weight, where it has them, and the final norm's gain.
     """
-    unembedding = unembedding_rows(model.network, model.parts)[: len(model.tokenizer)]
-    gain = norm_gain(model.network, model.parts) if fold_norm else None
+    unembedding = unembedding_rows(model.network, model.parts)[: len(model.tokenizer)].float()
     texts = [token_text(model, token) for token in range(len(unembedding))]
     columns: dict[str, list[list[str]]] = {"tokens": [], "suppressed": []}
-    for rows in _chunks(model, len(unembedding)):
-        written = rows.to(unembedding)
-        if gain is not None:
-            centre = written.mean(dim=1, keepdim=True) if isinstance(model.norm, nn.LayerNorm) else 0.0
-            written = (written - centre) * gain.to(unembedding)
-        logits = written @ unembedding.T
+    for projection, rows in _chunks(model, len(unembedding)):
+        written = rows.float()
+        if fold_norm:
+            if projection.post_norm is not None:
+                written = _normed(model.network.get_submodule(projection.post_norm), written)
+            written = _normed(model.norm, written * projection.scale)
+        logits = written.to(unembedding) @ unembedding.T
         for name, largest in (("tokens", True), ("suppressed", False)):
             best = logits.topk(min(DECODED, logits.shape[1]), dim=1, largest=largest).indices
             columns[name].extend([texts[token] for token in row] for row in best.tolist())
     return pa.table(columns, schema=PART_SCHEMAS["decoded"])
 
 
-def _chunks(model: LoadedModel, vocabulary: int) -> Iterator[Float[Tensor, "neuron hidden"]]:
+def _normed(norm: nn.Module, written: Float[Tensor, "neuron hidden"]) -> Float[Tensor, "neuron hidden"]:
+    """Return what a norm makes of these rows but for its division, which is the same for all tokens."""
+    gain = gain_of(norm).float()
+    written = written.to(gain)
+    centre = written.mean(dim=1, keepdim=True) if isinstance(norm, nn.LayerNorm) else 0.0
+    return (written - centre) * gain
+
+
+def _chunks(model: LoadedModel, vocabulary: int) -> Iterator[tuple[Projection, Float[Tensor, "neuron hidden"]]]:
     for projection in model.projections:
-        yield from torch.split(output_rows(model.network, projection), max(1, CHUNK // vocabulary))
+        for rows in torch.split(output_rows(model.network, projection), max(1, CHUNK // vocabulary)):
+            yield projection, rows

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mmray.errors import InputError
 from mmray.models.capture import tap
 from mmray.models.layout import Projection
 from mmray.models.loading import LoadedModel
@@ -38,7 +39,16 @@ def gradient_pass(
     predicting position alone; `effect`: of the token's log-odds, over all positions: the first-order estimate of what
     ablating the neuron takes from them. All gradients run through all later layers. Samples of a batch don't depend on
     one another, so that one backward pass serves the first noun of each, another the second, …
+
+    Raises InputError for `gradient` where a place's sequence holds no image: there the sum would be of nothing.
     """
+    if score == "gradient":
+        pictured = {run.row for run in batch.runs if run.modality == "image" and model.parts.image_in_sequence}
+        if not pictured.issuperset(place.row for place in places):
+            raise InputError(
+                f"{model.name}: --score gradient sums over the image's positions, and the sequence with the caption "
+                "has none; use gradient-last or effect"
+            )
     ends: list[Tensor] = []
     activations: list[Tensor] = []
     with torch.inference_mode(False), torch.enable_grad():

@@ -54,7 +54,7 @@ class ShardAnalysis:
         self.nouns = nouns
         self.shard_id = shard_id
         self.sums = ConceptSums(model.widths)
-        self.statistics = TokenStatistics(model.widths, model.device)
+        self.statistics = TokenStatistics(model.widths)
         self.module = ModuleActivity(model, settings.module)
         self.prompts: dict[tuple[str | None, bool, str | None], str] = {}
         self.captions: list[dict[str, object]] = []
@@ -66,7 +66,12 @@ class ShardAnalysis:
         """Return the tables of `PART_SCHEMAS` but `decoded`; what fails is a row in `errors`."""
         readable: list[Sample] = []
         for sample in samples:
-            (self.failures if isinstance(sample, Failure) else readable).append(sample)  # type: ignore[arg-type]
+            if isinstance(sample, Failure):
+                self.failures.append(sample)
+            elif sample.image is None and self.settings.score == "gradient":
+                self._fail(sample, "read", "no image, over whose positions --score gradient sums")
+            else:
+                readable.append(sample)
         if self.settings.captions == "dataset":
             for items, batch in self.encoded(readable):
                 self._analyse(items, batch)

@@ -60,22 +60,28 @@ class _Batch:
     seen: list[tuple[int, Float64[Tensor, "modality quantity label neuron"], Int[Tensor, " side"], Best]] = field(
         default_factory=list
     )
+    moved: dict[torch.device, tuple[Tensor, list[Span]]] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> tuple[Float[Tensor, "label sample"], list[Span]]:
+        """Return membership and spans on a device, moved there once: the layers of a model may lie on several."""
+        if device not in self.moved:
+            self.moved[device] = self.membership.to(device), [span.to(device) for span in self.spans]
+        return self.moved[device]
 
 
 class TokenStatistics:
-    """Accumulates one shard's statistics of every neuron, on the model's device.
+    """Accumulates one shard's statistics of every neuron, each layer's on the device that computes it.
 
     Labels are (kind, label) pairs; every sample also counts under ("all", "all"). A batch is announced with `begin`,
     seen layer by layer with `add`, and counts once `commit` is called: a forward that fails midway leaves no trace.
     """
 
-    def __init__(self, widths: Sequence[int], device: torch.device) -> None:
+    def __init__(self, widths: Sequence[int]) -> None:
         self.widths = widths
-        self.device = device
         self.labels: dict[tuple[str, str], int] = {}
         self.tokens: dict[tuple[int, str], int] = {}
         self.sums: dict[tuple[int, str], list[Tensor | None]] = {}
-        self.extremes = [_Extremes(width, device) for width in widths]
+        self.extremes: dict[int, _Extremes] = {}
         self.samples = 0
         self._batch = _Batch([], torch.zeros(0, 0), [])
 
@@ -88,8 +94,7 @@ class TokenStatistics:
         membership = torch.zeros(len(self.labels), len(labels))
         for row, indices in enumerate(members):
             membership[indices, row] = 1
-        spans = [span.to(self.device) for span in token_spans(runs, len(labels))]
-        self._batch = _Batch(list(runs), membership.to(self.device), spans)
+        self._batch = _Batch(list(runs), membership, token_spans(runs, len(labels)))
 
     @torch.inference_mode()
     def add(self, layer: int, activation: Float[Tensor, "row neuron"], opened: Float[Tensor, "row neuron"]) -> None:
@@ -97,9 +102,11 @@ class TokenStatistics:
         batch = self._batch
         rows = batch.membership.shape[1]
         values, gates = (part.reshape(rows, -1, part.shape[-1]) for part in (activation, opened))
-        spans = [span.to(values.device) for span in batch.spans]
+        membership, spans = batch.on(values.device)
         by_sample, reached = reduce_tokens(values, gates, spans)
-        by_label = (batch.membership.to(values.device) @ by_sample).double()
+        by_label = (membership @ by_sample).double()
+        if layer not in self.extremes:
+            self.extremes[layer] = _Extremes(self.widths[layer], values.device)
         batch.seen.append((layer, by_label, *self.extremes[layer].improved(values, reached, self.samples, spans)))
 
     @torch.inference_mode()
@@ -145,8 +152,11 @@ class TokenStatistics:
         rows = []
         for sign in (1, -1):
             for rank in range(min(EXAMPLES, self.samples)):
-                parts = [[part[rank] for part in _side(extremes.best, sign)] for extremes in self.extremes]
-                values, samples, positions = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+                parts = [
+                    [part[rank].cpu() for part in _side(self.extremes[layer].best, sign)]
+                    for layer in range(len(self.widths))
+                ]
+                values, samples, positions = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
                 row = {"sign": sign, "rank": rank + 1, "activation": values * sign}
                 rows.append(row | {"sample": samples, "position": positions})
         return pa.Table.from_pylist(rows, schema=PART_SCHEMAS["examples"])

@@ -34,7 +34,7 @@ class ModuleActivity:
         self.projections = tuple(projection for projection in found if not projection.reads_text)
         if module != "language" and not self.projections:
             raise InputError(f"{model.name}: --module {module}: there is no MLP in it; see mmray check-model")
-        self.statistics = TokenStatistics([projection.width for projection in self.projections], model.device)
+        self.statistics = TokenStatistics([projection.width for projection in self.projections])
         self._seen: list[tuple[int, Tensor, Tensor]] = []
         self._batch: Batch | None = None
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import mmray.demo
 from mmray.errors import InputError
 from mmray.models.capture import tap_input
-from mmray.models.generation import until_special
+from mmray.models.generation import end_tokens, until_special
 from mmray.models.loading import LoadedModel, digest, load, resolve
 from mmray.models.prompting import LONGEST, Batch, pad_left
 from mmray.perception.alignment import load_alignment
@@ -106,8 +106,8 @@ class JointModel(Judge):
         states: list[Tensor] = []
         with tap_input(self.model.norm, lambda entered: states.append(entered[:, -1])):
             written = self.model.network.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
-        special = set(self.model.tokenizer.all_special_ids)
-        return [until_special(row, special) for row in written.tolist()], torch.stack(states, dim=1)
+        ends = end_tokens(self.model)
+        return [until_special(row, ends) for row in written.tolist()], torch.stack(states, dim=1)
 
 
 def load_joint(name: str, detector: str = DEMO, alignment: str | None = None) -> JointModel:

@@ -134,7 +134,7 @@ class Census:
 
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
-        self.statistics = TokenStatistics(model.widths, model.device)
+        self.statistics = TokenStatistics(model.widths)
         self.sums = ConceptSums(model.widths)
 
     def step(self, batch: Batch, places: list[Place], *, tokens: bool = True) -> None:

@@ -114,6 +114,8 @@ def test_a_checkpoint_has_the_edit_in_its_weights(open_model, tmp_path, variant)
     edited = mmray.load_model(str(tmp_path / "edited"), "fp32")
     assert torch.equal(logits(edited), expected)
     assert load(str(tmp_path / "edited")).processor is not None
+    settings = [(folder / "generation_config.json").read_bytes() for folder in (model.folder, tmp_path / "edited")]
+    assert settings[0] == settings[1]
     with pytest.raises(InputError, match="not an empty folder"):
         write_checkpoint(model, edit, tmp_path / "edited")
     with pytest.raises(InputError, match="local folder"):

@@ -12,16 +12,19 @@ from hypothesis import strategies as st
 import mmray
 from mmray.demo import DATA
 from mmray.derived import PROPERTY_SCHEMAS
+from mmray.evaluation.properties.comparing import METHODS, compare_methods
 from mmray.evaluation.properties.effects import MATCHED, Effects, noise
 from mmray.evaluation.properties.maps import box_of
+from mmray.evaluation.properties.meaning import invariance, region_invariance
 from mmray.evaluation.properties.observations import Key, Observations, summarise
-from mmray.evaluation.properties.settings import MOST, RANKINGS
+from mmray.evaluation.properties.settings import DECODED, MOST, RANKINGS
 from mmray.evaluation.properties.subject import Facts, Ranked, Study, Subject
 from mmray.models.parts import output_rows
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.scoring import score_batch
 from mmray.settings import census_settings
 from tests.cluster.test_evaluation import samples_of
+from tests.neurons.making import LEXICON, samples, settings
 
 Model = Callable[[str], Any]
 
@@ -32,9 +35,9 @@ def subject(open_model: Model) -> Subject:
     english = [sample for sample in samples_of(DATA, 400) if sample.language == "en"]
     own = [sample for sample in english if "hammer" in sample.objects][:4]
     others = [sample for sample in english if "hammer" not in sample.objects][:3]
-    settings = census_settings({"model": "demo", "data": "demo", "out": "unused"})
+    asked = census_settings({"model": "demo", "data": "demo", "out": "unused"})
     vocabulary = tuple(sorted({name for sample in english for name in sample.objects}))
-    study = Study(model, settings, NounSource("objects", vocabulary), [["x"]] * sum(model.widths))
+    study = Study(model, asked, NounSource("objects", vocabulary), [["x"]] * sum(model.widths))
     neurons = tuple((7, unit) for unit in range(MOST))
     ranked = {name: Ranked(neurons, (1.0,) * MOST) for name in RANKINGS}
     names = [tuple(sample.sample_id for sample in part) for part in (own, others)]
@@ -42,6 +45,26 @@ def subject(open_model: Model) -> Subject:
     encoded = study.encoded([*own, *others])
     assert encoded is not None
     return Subject(study, facts, *encoded)
+
+
+@pytest.mark.parametrize("variant", ["llava", "blip2_t5", "mllama"])
+def test_nothing_is_said_of_patches_that_are_not_in_the_sequence(open_model, variant):
+    model = open_model(variant)
+    neurons = tuple((1, unit) for unit in range(DECODED))
+    study = Study(model, settings(), LEXICON, [["x"]] * sum(model.widths))
+    ranked = {name: Ranked(neurons, (1.0,) * DECODED) for name in RANKINGS}
+    encoded = study.encoded(samples(8))
+    assert encoded is not None
+    subject = Subject(study, Facts("dog", "dog", "en", ranked, neurons, ("s0", "s2", "s6"), (), ()), *encoded)
+    found = Observations()
+    region_invariance(subject, found)
+    assert bool(found.observations) == (variant == "llava")
+    invariance(subject, found)
+    compare_methods(subject, Effects(subject), found)
+    rows = found.tables()["observations"].to_pylist()
+    methods = {row["method"] for row in rows if row["property"] == "comparison"}
+    assert methods == set(METHODS) - (set() if variant == "llava" else {"gradient"})
+    assert {"image_invariance", "comparison"} <= {row["property"] for row in rows}
 
 
 def test_places_are_the_noun_in_its_images_and_others_elsewhere(subject):

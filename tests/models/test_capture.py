@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from mmray.errors import InputError
 from mmray.models.capture import gate_function, tap, tap_input
+from mmray.neurons.scoring import score_batch
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import CAPTIONS, batch_of, hooks
 
@@ -85,9 +86,42 @@ def test_one_linear_with_gate_and_factor_gives_the_gate(loaded_with):
     torch.testing.assert_close(gate_function(model.network, model.projections[0])(opened) * factor, activation)
 
 
-@pytest.mark.parametrize("variant", ["blip2_opt", "qwen3_vl_moe"])
-def test_without_a_gate_the_activation_opens_the_neuron(open_model, variant):
-    model = open_model(variant)
+def test_of_routed_experts_the_gate_s_half_opens_the_neuron(open_model):
+    model = open_model("qwen3_vl_moe")
+    batch, _ = batch_of(model, CAPTIONS[:2])
+    given, handles = [], []
+    for projection in model.projections:
+        module = model.network.get_submodule(projection.path)
+        see = lambda _, arguments, named: given.append([*arguments, *named.values()])  # noqa: E731
+        handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
+    seen = captured(model, batch)
+    for handle in handles:
+        handle.remove()
+    for (layer, activation, opened), (states, chosen, weights) in zip(seen, given, strict=True):
+        projection = model.projections[layer]
+        module = model.network.get_submodule(projection.path)
+        gate, factor = torch.einsum("th,enh->ten", states, module.gate_up_proj).chunk(2, dim=2)
+        routed = torch.zeros(gate.shape[:2]).scatter(1, chosen, weights)[:, :, None]
+        expected = (gate * (routed > 0)).flatten(1)
+        torch.testing.assert_close(opened, expected)
+        product = gate_function(model.network, projection)(expected) * (factor * routed).flatten(1)
+        torch.testing.assert_close(product, activation)
+
+
+def test_experts_whose_gate_is_mixed_in_their_own_way_have_none_to_score(open_model, monkeypatch):
+    model = open_model("qwen3_vl_moe")
+    module = model.network.get_submodule(model.projections[0].path)
+    own = lambda _, entered: entered[..., ::2].sigmoid() * entered[..., 1::2]  # noqa: E731
+    monkeypatch.setattr(type(module), "_apply_gate", own)
+    batch, places = batch_of(model, CAPTIONS[:1])
+    for _, activation, opened in captured(model, batch):
+        assert opened is activation
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.experts: no activation function"):
+        score_batch(model, batch, places, "gate")
+
+
+def test_without_a_gate_the_activation_opens_the_neuron(open_model):
+    model = open_model("blip2_opt")
     batch, _ = batch_of(model, CAPTIONS[:2])
     for layer, activation, opened in captured(model, batch):
         assert opened is activation

@@ -26,7 +26,7 @@ def test_routed_activation_times_rows_is_the_experts_output(mixture, implementat
     for projection in locate(network).of("language"):
         module, received, outputs = network.get_submodule(projection.path), [], []
         with ExitStack() as hooks:
-            hooks.enter_context(routed_activation(module, received.append))
+            hooks.enter_context(routed_activation(module, lambda seen, _, to=received: to.append(seen)))
             hooks.callback(module.register_forward_hook(lambda *call, outputs=outputs: outputs.append(call[2])).remove)
             assert torch.equal(network(**mixture.inputs).logits, plain)
         sums = received[0] @ output_rows(network, projection)

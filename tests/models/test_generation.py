@@ -1,6 +1,8 @@
 """What the model writes is what it would write one token at a time, and every token knows its characters."""
 
 import copy
+import json
+import shutil
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mmray.models.capture import tap_input
 from mmray.models.generation import caption_of, generate, token_text
+from mmray.models.loading import load
 from mmray.models.norms import log_probability
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from tests.models.tiny import VARIANTS
@@ -69,6 +72,32 @@ def test_nothing_behind_a_special_token_is_kept(open_model, variant, monkeypatch
     monkeypatch.setattr(type(model.network), "generate", lambda *_, **__: rows)
     prompt = prompt_text(model, None, "en")
     assert generate(model, [prompt] * 4, [picture(0)] * 4) == expected
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_nothing_behind_what_generation_stops_at_is_kept(open_model, monkeypatch, several):
+    model = open_model("blip2_opt")
+    stop = model.tokenizer("\n", add_special_tokens=False).input_ids[0]
+    assert stop not in model.tokenizer.all_special_ids
+    monkeypatch.setattr(model.network.generation_config, "eos_token_id", [1, stop] if several else stop)
+    rows = torch.tensor([[60, 61, stop, 62], [stop, 60, 61, 62], [60, 61, 62, 63]])
+    monkeypatch.setattr(type(model.network), "generate", lambda *_, **__: rows)
+    prompt = prompt_text(model, None, "en")
+    assert generate(model, [prompt] * 3, [picture(0)] * 3) == [[60, 61], [], [60, 61, 62, 63]]
+
+
+@pytest.mark.parametrize("variant", ["llava", "blip2_t5"])
+def test_a_checkpoint_s_settings_of_generation_change_no_caption(open_model, tiny, tmp_path, variant):
+    model, folder = open_model(variant), shutil.copytree(tiny(variant), tmp_path / "model")
+    file = folder / "generation_config.json"
+    settings = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "num_beams": 3, "do_sample": True, "top_k": 2}
+    settings |= {"suppress_tokens": list(range(60, 300)), "max_length": 3, "min_new_tokens": 9}
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    other = load(str(folder))
+    prompts, images = [prompt_text(model, None, "en")] * 2, [picture(1), picture(2)]
+    assert generate(other, prompts, images, 8) == generate(model, prompts, images, 8)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+        assert getattr(other.network.generation_config, name) == getattr(model.network.generation_config, name)
 
 
 def test_the_demo_s_captions_are_its_greedy_choices(open_model):

@@ -13,6 +13,7 @@ from mmray.models.generation import generate
 from mmray.models.interventions import by_layer
 from mmray.models.parts import output_rows, set_output_rows
 from mmray.models.prompting import prompt_text
+from mmray.neurons.scoring import score_batch
 from tests.neurons.making import CAPTIONS, batch_of, hooks, picture
 
 FAMILIES = ["llava", "qwen3_vl_moe", "blip2_opt", "blip2_t5", "gemma3", "mllama"]
@@ -126,6 +127,41 @@ def test_nested_changes_and_exceptions_leave_nothing(open_model, variant):
     assert weights(model) == before
     assert hooks(model.network) == count
     assert torch.equal(logits(model), plain)
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_nested_changes_are_applied_in_turn(open_model, variant):
+    model = open_model(variant)
+    with mmray.ablate(model, NEURONS):
+        once = logits(model)
+        with mmray.ablate(model, NEURONS[1:]), mmray.scale(model, NEURONS, 5.0):
+            torch.testing.assert_close(logits(model), once, rtol=1e-4, atol=1e-4)
+        with mmray.set_to(model, NEURONS, 2.5):
+            inner = logits(model)
+    with mmray.set_to(model, NEURONS, 2.5):
+        torch.testing.assert_close(logits(model), inner, rtol=1e-4, atol=1e-4)
+    with mmray.scale(model, NEURONS, 6.0):
+        whole = logits(model)
+    with (
+        mmray.scale(model, NEURONS[:3], -2.0),
+        mmray.scale(model, NEURONS, -3.0),
+        mmray.scale(model, NEURONS[3:], -2.0),
+    ):
+        torch.testing.assert_close(logits(model), whole, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(whole, once)
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_scores_are_those_of_the_changed_neurons(open_model, variant):
+    model, (batch, places) = open_model(variant), batch_of(open_model(variant), CAPTIONS[:3])
+    layer, units = 1, list(range(0, model.widths[1], 3))
+    neurons = [(layer, unit) for unit in units]
+    plain = score_batch(model, batch, places).scores[layer][:, units]
+    with mmray.scale(model, neurons, -2.0):
+        torch.testing.assert_close(score_batch(model, batch, places).scores[layer][:, units], -2 * plain)
+        with mmray.ablate(model, neurons):
+            assert not score_batch(model, batch, places).scores[layer][:, units].any()
+    assert plain.any()
 
 
 def test_another_model_is_untouched(open_model, tiny):

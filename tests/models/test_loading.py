@@ -60,8 +60,22 @@ def test_a_hub_id_is_fetched_without_what_is_not_needed(tiny, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert resolve("somebody/llava") == tiny("llava")
     assert asked[0][0] == "somebody/llava"
-    assert {"*.safetensors", "*.json", "*.jinja"} <= set(asked[0][1])
+    assert {"*.safetensors", "*.json", "*.jinja", "*.py"} <= set(asked[0][1])
+    assert not any("*.bin" in patterns for _, patterns in asked)
     assert resolve("demo") == mmray.demo.MODEL
+
+
+def test_weights_of_an_older_kind_are_fetched_where_there_are_no_others(copy, monkeypatch):
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append(allow_patterns)
+        return str(copy)
+
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert resolve("somebody/llava") == copy
+    assert asked[1:] == [["*.bin"]]
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, copy):
@@ -136,6 +150,13 @@ def test_a_loaded_model_is_frozen_and_in_the_asked_format(tiny):
         assert not model.network.training
 
 
+@pytest.mark.parametrize("dtype", ["float16", "FP16", "", None, torch.float16])
+def test_an_unknown_number_format_is_refused(tiny, dtype):
+    for call in (load, mmray.load_model):
+        message = refusal(tiny("llava"), lambda name, call=call: call(name, dtype))
+        assert message.endswith(f"no number format {dtype!r}; give one of auto, fp32, bf16, fp16")
+
+
 def test_the_digest_is_that_of_the_content(copy, tiny):
     first = digest(tiny("llava"))
     assert digest(copy) == first
@@ -147,5 +168,11 @@ def test_the_digest_is_that_of_the_content(copy, tiny):
     assert digest(copy) != first
     shutil.copy(tiny("llava") / "model.safetensors", copy)
     assert digest(copy) == first
+    (copy / "modeling.py").write_text("code = 1")
+    code = digest(copy)
+    assert code != first
+    (copy / "modeling.py").write_text("code = 2")
+    assert digest(copy) not in (code, first)
+    (copy / "modeling.py").unlink()
     (copy / "tokenizer.json").rename(copy / "tokens.json")
     assert digest(copy) != first

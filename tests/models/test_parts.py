@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mmray.errors import InputError
-from mmray.models.parts import locate, norm_gain, output_rows, set_output_rows, unembedding_rows
+from mmray.models.parts import gain_of, locate, output_rows, set_output_rows, unembedding_rows
 from mmray.models.probe import probe
 from tests.models.tiny import VARIANTS
 
@@ -117,7 +117,7 @@ def test_logits_are_the_normed_state_on_the_unembedding(loaded, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_norm_gain_is_what_the_norm_multiplies_by(loaded, variant):
+def test_gain_is_what_the_norm_multiplies_by(loaded, variant):
     network = loaded(variant).network
     parts = locate(network)
     norm, state = (
@@ -128,7 +128,7 @@ def test_norm_gain_is_what_the_norm_multiplies_by(loaded, variant):
     normed = normed / normed.square().mean(-1, keepdim=True).sqrt()
     bias = getattr(norm, "bias", None)
     expected = norm(state) if bias is None else norm(state) - bias
-    torch.testing.assert_close(normed * norm_gain(network, parts), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(normed * gain_of(norm), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_scaled_and_capped_logits_are_recorded(loaded):

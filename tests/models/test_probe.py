@@ -68,6 +68,15 @@ def test_decoders_outside_the_table_are_probed(loaded, decoder, dtype):
         assert found.scale == pytest.approx(scale, rel=0.02)
 
 
+def test_an_adapter_beside_the_mlp_is_no_projection(loaded):
+    # It is fed and added as an MLP is, but narrower than what it writes.
+    network = loaded("llava").variation(model_type="starcoder2")
+    for block in network.model.language_model.layers:
+        block.adapter = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 32))
+        block.register_forward_hook(lambda block, given, output: output + block.adapter(given[0]))
+    assert [found.path.rpartition(".")[2] for found in probe(network).projections] == ["c_proj", "c_proj"]
+
+
 def test_moved_parts_are_probed(loaded):
     network = loaded("llava").variation()
     decoder = network.model.language_model

@@ -56,6 +56,18 @@ def test_offsets_spell_the_caption(open_model, variant):
         assert all(first[1] >= second[0] and first[1] <= second[1] for first, second in pairwise(offsets))
 
 
+@pytest.mark.parametrize("variant", ["blip2_opt", "blip2_t5", "instructblip_vicuna"])
+def test_a_prompt_that_ends_in_a_blank_is_tokenised_with_the_answer_behind_it(open_model, variant):
+    model = open_model(variant)
+    asked, caption = "What is in the picture? Answer: ", "a dog and a cat"
+    prompt = prompt_text(model, asked, "en")
+    tokens, _ = tokenize_caption(model, prompt, caption)
+    before, whole = (model.tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, asked + caption))
+    assert before + tokens == whole
+    assert model.tokenizer.decode(tokens) == f" {caption}"
+    assert prompt_text(model, " ", "en") == ""
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_padding_and_neighbours_leave_a_row_as_it_is(open_model, variant):
     model = open_model(variant)

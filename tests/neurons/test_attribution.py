@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from mmray.errors import InputError
 from mmray.models.capture import tap, tap_input
 from mmray.models.norms import token_log_odds, token_logits
 from mmray.models.parts import output_rows, unembedding_rows
@@ -85,9 +86,8 @@ def test_gate_score_leaves_out_the_factor(open_model, variant):
             torch.testing.assert_close(scored.scores[layer][place].double(), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", ["qwen3_vl_moe", "blip2_opt"])
-def test_without_a_gate_its_score_is_the_contribution(open_model, variant):
-    model = open_model(variant)
+def test_without_a_gate_its_score_is_the_contribution(open_model):
+    model = open_model("blip2_opt")
     batch, places = batch_of(model, TEXTS)
     first, second = (score_batch(model, batch, places, score).scores for score in ("gate", "contribution"))
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
@@ -139,12 +139,16 @@ def test_samples_without_a_noun_are_counted_by_every_score(open_model, score, ca
 
 
 @pytest.mark.parametrize("score", GRADIENTS)
-@pytest.mark.parametrize("variant", ["llava", "blip2_opt", "gemma3", "qwen3_vl_moe", "blip2_t5"])
+@pytest.mark.parametrize("variant", ["llava", "blip2_opt", "gemma3", "qwen3_vl_moe", "blip2_t5", "mllama"])
 def test_gradient_scores_are_what_a_step_along_the_activation_gives(open_model, variant, score):
     # Scale one neuron's activation a little, at the positions that count: the logit moves by step × score.
     model = open_model(variant)
     batch, places = batch_of(model, TEXTS)
-    statistics = TokenStatistics(model.widths, model.device)
+    if score == "gradient" and not model.parts.image_in_sequence:
+        with pytest.raises(InputError, match="--score gradient sums over the image's positions"):
+            score_batch(model, batch, places, score)
+        return
+    statistics = TokenStatistics(model.widths)
     statistics.begin([{}] * len(TEXTS), batch.runs)
     scored = score_batch(model, batch, places, score, statistics=statistics)
     statistics.commit()
@@ -155,10 +159,6 @@ def test_gradient_scores_are_what_a_step_along_the_activation_gives(open_model, 
         "gradient-last": [(place.position, place.position + 1)],
         "effect": [(0, batch.positions)],
     }[score]
-    if not spans:
-        assert model.parts.encoder_decoder
-        assert not any(layer.any() for layer in scored.scores)
-        return
     rows = torch.cat([torch.arange(*span) for span in spans]) + place.row * batch.positions
     layer = 1 if score == "gradient-last" else 0
     found = scored.scores[layer]
@@ -186,3 +186,16 @@ def test_gradient_scores_are_what_a_step_along_the_activation_gives(open_model, 
     slope = (logits[1] - logits[0]) / 2e-2
     assert float(found[1][unit]) == pytest.approx(slope, rel=0.05)
     assert functional.cosine_similarity(*found[:2], dim=0) < 0.99
+
+
+def test_a_sample_without_an_image_has_no_gradient_over_it(open_model):
+    model = open_model("llava")
+    with pytest.raises(InputError, match="use gradient-last or effect") as refusal:
+        model.contributions(None, "a dog", "dog", score="gradient")
+    assert "\n" not in str(refusal.value)
+    assert model.contributions(None, "a dog", "dog", score="gradient-last").any()
+    tables = analyse(model, [sample(1, "a dog"), sample(2, "a dog", image=None)], score="gradient")
+    assert set(tables["occurrences"]["sample_id"].to_pylist()) == {"s1"}
+    (error,) = tables["errors"].to_pylist()
+    assert (error["sample_id"], error["stage"]) == ("s2", "read")
+    assert "--score gradient" in error["message"]

@@ -1,13 +1,23 @@
 """What a neuron writes is, token by token, its row times the unembedding."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mmray.models.generation import token_text
+from mmray.models.loading import load
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.neurons import decoding
 from mmray.neurons.decoding import DECODED, decode_neurons
 from mmray.tables import PART_SCHEMAS
+
+
+def normed(norm, row):
+    """What a norm makes of a row but for its size: either sign of it, made long, and half the difference."""
+    centred = row - row.mean() if isinstance(norm, torch.nn.LayerNorm) else row
+    return (norm(1e4 * row) - norm(-1e4 * row)) / 2 * centred.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("folded", [False, True])
@@ -23,12 +33,11 @@ def test_tokens_are_the_ends_of_the_projection(open_model, monkeypatch, variant,
     expected = []
     for projection in model.projections:
         for row in output_rows(model.network, projection):
-            # Either sign of the row, made long, is what the norm sees; half the difference takes a bias away.
             written = row
             if folded:
-                centred = row - row.mean() if isinstance(model.norm, torch.nn.LayerNorm) else row
-                size = centred.square().mean().sqrt()
-                written = (model.norm(1e4 * row) - model.norm(-1e4 * row)) / 2 * size
+                if projection.post_norm:
+                    written = normed(model.network.get_submodule(projection.post_norm), written)
+                written = normed(model.norm, projection.scale * written)
             expected.append(unembedding[:count] @ written.double())
     assert len(table) == len(expected) == sum(model.widths)
     texts = [token_text(model, token) for token in range(count)]
@@ -52,3 +61,19 @@ def test_the_demo_s_neurons_write_words(open_model):
     logits = unembedding_rows(model.network, model.parts)[: len(model.tokenizer)] @ rows[89]
     named = table["tokens"][7 * 1024 + 89].as_py()
     assert [token_text(model, token) for token in logits.topk(10).indices.tolist()] == named
+
+
+def test_half_precision_decodes_as_its_numbers_do(tiny):
+    half = load(str(tiny("llava")), "bf16", "cpu")
+    whole = replace(half, network=copy.deepcopy(half.network).float())
+    for folded in (False, True):
+        assert decode_neurons(half, fold_norm=folded) == decode_neurons(whole, fold_norm=folded)
+
+
+def test_a_block_s_negative_weight_turns_what_its_neurons_write_round(open_model):
+    model = open_model("mllama")
+    turned = [replace(projection, scale=-projection.scale) for projection in model.projections]
+    other = replace(model, parts=replace(model.parts, projections=(*turned, *model.parts.of("vision"))))
+    plain, after = (decode_neurons(given, fold_norm=True) for given in (model, other))
+    assert after["tokens"] == plain["suppressed"]
+    assert decode_neurons(other, fold_norm=False) == decode_neurons(model, fold_norm=False)

@@ -1,13 +1,16 @@
 """The model as users hold it: any kind of picture, any noun of the caption, refusals that name what is wrong."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mmray.errors import InputError
+from mmray.models.loading import DTYPES, load
+from mmray.models.parts import output_rows
 from mmray.neurons.checking import AT_LOAD, CHECKS, assert_sound, check_model
-from mmray.neurons.model import load_model
+from mmray.neurons.model import Model, load_model
 from mmray.neurons.proven import is_proven
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import picture, png
@@ -73,14 +76,24 @@ def test_an_image_that_is_not_looked_at_fails_the_check(open_model, monkeypatch)
     assert failing(model) == {"the image is seen"}
 
 
+@pytest.mark.parametrize("variant", ["llava", "qwen2_vl", "gemma3", "idefics3", "blip2_opt"])
+def test_another_token_taken_for_the_image_s_fails_the_check(open_model, variant):
+    model = open_model(variant)
+    # One that stands in every prompt.
+    other = model.tokenizer(" image", add_special_tokens=False).input_ids[0]
+    assert failing(replace(model, parts=replace(model.parts, image_token_id=other))) == {"the image is seen"}
+
+
 def test_captions_that_see_their_own_end_fail_the_check(open_model, monkeypatch):
+    model = open_model("paligemma")
     # PaliGemma's prompt is seen in both directions: a caption marked as prompt sees its later words.
     monkeypatch.setattr("mmray.models.prompting.CAUSAL_TYPE", {})
-    assert failing(open_model("paligemma")) == {"later words are hidden"}
+    assert failing(model) == {"later words are hidden"}
 
 
-def test_an_output_that_is_not_of_these_neurons_is_refused_when_the_model_loads(open_model, monkeypatch, tmp_path):
-    model = open_model("llava")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_output_that_is_not_of_these_neurons_is_refused_when_the_model_loads(tiny, monkeypatch, tmp_path, dtype):
+    model = load(str(tiny("llava")), dtype, "cpu", wrap=Model)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     module = model.network.get_submodule(model.projections[0].path)
     handle = module.register_forward_hook(lambda *call: call[2] * 1.01)
@@ -94,6 +107,24 @@ def test_an_output_that_is_not_of_these_neurons_is_refused_when_the_model_loads(
         handle.remove()
     assert_sound(model)
     assert is_proven(model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_mixed_up_among_many_neurons_fail_the_check(loaded_with, monkeypatch, dtype):
+    # A token's contributions cancel: beside the sum of their sizes, what is wrong with them all is four per cent.
+    model = loaded_with("llava", intermediate_size=11_008)
+    model.network.to(DTYPES[dtype])
+    assert not failing(model)
+    order = torch.randperm(model.widths[0], generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr("mmray.neurons.checking.output_rows", lambda *of: output_rows(*of)[order])
+    assert failing(model) == {AT_LOAD[0]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wrong", [{"final_norm": "model.language_model.layers.0.input_layernorm"}, {"logit_scale": 2}])
+def test_another_norm_or_scale_than_the_last_fails_the_check(tiny, dtype, wrong):
+    model = load(str(tiny("llava")), dtype, "cpu", wrap=Model)
+    assert failing(replace(model, parts=replace(model.parts, **wrong))) == {"logits = unembedding · final norm"}
 
 
 def test_a_proven_checkpoint_is_proven_again_only_when_it_has_changed(tiny, tmp_path, monkeypatch):
@@ -110,9 +141,12 @@ def test_a_proven_checkpoint_is_proven_again_only_when_it_has_changed(tiny, tmp_
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
     load_model(str(folder))
     assert asked == [*AT_LOAD, *AT_LOAD, *AT_LOAD]
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    (folder / "modeling.py").write_text("code = 1")
     load_model(str(folder))
     assert len(asked) == 4 * len(AT_LOAD)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    load_model(str(folder))
+    assert len(asked) == 5 * len(AT_LOAD)
 
 
 def test_a_check_that_can_t_be_tried_has_failed(open_model, monkeypatch):

@@ -120,7 +120,7 @@ def test_hooks_leave_every_bit_of_the_logits(open_model, variant):
     logits = []
     before, network = hooks(model.network), model.network
     handle = network.get_submodule(model.parts.unembedding).register_forward_hook(lambda *call: logits.append(call[2]))
-    statistics = TokenStatistics(model.widths, model.device)
+    statistics = TokenStatistics(model.widths)
     statistics.begin([{}] * len(TEXTS), batch.runs)
     try:
         with torch.inference_mode():

@@ -123,7 +123,7 @@ def check(statistics: TokenStatistics, batches: list[Announced], ties: bool) -> 
 def test_statistics_are_those_of_a_loop_over_tokens(seed, sizes, ties):
     random = Random(seed)
     batches = [invent(random, rows, ties) for rows in sizes]
-    statistics = TokenStatistics(WIDTHS, torch.device("cpu"))
+    statistics = TokenStatistics(WIDTHS)
     for batch in batches:
         if random.random() < 0.4:
             # Memory runs out in the first or behind the last layer; another label stays unknown.
@@ -137,7 +137,7 @@ def test_statistics_are_those_of_a_loop_over_tokens(seed, sizes, ties):
 
 
 def test_nothing_seen_gives_empty_tables():
-    statistics = TokenStatistics(WIDTHS, torch.device("cpu"))
+    statistics = TokenStatistics(WIDTHS)
     see(statistics, invent(Random(0), 2, False))
     assert len(statistics.activity_table()) == len(statistics.examples_table()) == 0
 
@@ -175,7 +175,7 @@ def test_of_a_model_every_image_and_caption_token_counts_once(open_model, varian
     seen = {}
     with torch.inference_mode(), tap(model.network, model.projections, lambda *call: seen.update({call[0]: call[1:]})):
         model.network(**batch.to(model.device, model.network.dtype))
-    statistics = TokenStatistics(model.widths, model.device)
+    statistics = TokenStatistics(model.widths)
     statistics.begin([{}] * 4, batch.runs)
     for layer, pair in seen.items():
         statistics.add(layer, *pair)

@@ -15,13 +15,18 @@ from mmray.neurons.properties import highest, lemma_hit, pairwise_jaccard, speci
 from mmray.neurons.scoring import score_batch
 
 METHODS = ("contribution", "folded", "specific", "gate", "activation", "gradient", "random")
-"""Scores by which neurons are ranked; `folded` has the final norm in it, `specific` subtracts what others get."""
+"""Scores by which neurons are ranked; `folded` has the final norm in it, `specific` subtracts what others get.
+
+Without an image in the decoder's sequence there is no `gradient`, which sums over its positions.
+"""
 
 
 def compare_methods(subject: Subject, effects: Effects, found: Observations) -> None:
     """Observe every method's neurons."""
     facts, study = subject.facts, subject.study
     for method in METHODS:
+        if method == "gradient" and not subject.model.parts.image_in_sequence:
+            continue
         scores, order = ranked_by(subject, method)
         numbers = order.topk(min(MOST, len(order))).indices.tolist()
         neurons = study.names(numbers)

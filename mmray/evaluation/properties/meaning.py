@@ -109,20 +109,11 @@ def image_similarity(subject: Subject, found: Observations, clip: Clip) -> None:
 
 
 def invariance(subject: Subject, found: Observations) -> None:
-    """Observe whether the same neurons are highest with the patches permuted, and in other images."""
+    """Observe whether the same neurons are highest in other images."""
     concept, samples, own = subject.facts.concept, subject.own_samples, subject.own
-    with permuted_image(subject.model, subject.batch):
-        moved = torch.cat([part.cpu() for part in score_batch(subject.model, subject.batch, subject.places).scores], 1)
     for size in INVARIANCE_SIZES:
-        plain, permuted = highest(subject.contributions[own], size), highest(moved[own], size)
-        elsewhere, elsewhere_moved = highest(subject.contributions[~own], size), highest(moved[~own], size)
+        plain, elsewhere = (highest(subject.contributions[part], size) for part in (own, ~own))
         rows = {
-            Key("region_invariance", "overlap", "contribution", size): [
-                overlap(one, other) for one, other in zip(plain, permuted, strict=True)
-            ],
-            Key("region_invariance", "overlap", "other images", size): [
-                sum(overlap(one, other) for other in elsewhere_moved) / len(elsewhere_moved) for one in plain
-            ],
             Key("image_invariance", "jaccard", "contribution", size): pairwise_jaccard(plain),
             Key("image_invariance", "jaccard", "other nouns", size): [
                 sum(jaccard(one, other) for other in elsewhere) / len(elsewhere) for one in plain
@@ -132,6 +123,32 @@ def invariance(subject: Subject, found: Observations) -> None:
             found.extend(key, concept, samples, values)
         key = Key("image_invariance", "common_share", "contribution", size)
         found.add(key, concept, concept, common_share(plain))
+
+
+def region_invariance(subject: Subject, found: Observations) -> None:
+    """Observe whether the same neurons are highest with the patches permuted; nothing where there are none to permute.
+
+    Where the decoder's sequence holds no image, the permutation would change nothing, and all be the same by itself.
+    """
+    if not subject.model.parts.image_in_sequence:
+        return
+    own = subject.own
+    with permuted_image(subject.model, subject.batch):
+        moved = torch.cat([part.cpu() for part in score_batch(subject.model, subject.batch, subject.places).scores], 1)
+    for size in INVARIANCE_SIZES:
+        plain, permuted, elsewhere = (
+            highest(scores, size) for scores in (subject.contributions[own], moved[own], moved[~own])
+        )
+        rows = {
+            Key("region_invariance", "overlap", "contribution", size): [
+                overlap(one, other) for one, other in zip(plain, permuted, strict=True)
+            ],
+            Key("region_invariance", "overlap", "other images", size): [
+                sum(overlap(one, other) for other in elsewhere) / len(elsewhere) for one in plain
+            ],
+        }
+        for key, values in rows.items():
+            found.extend(key, subject.facts.concept, subject.own_samples, values)
 
 
 def specificity(subject: Subject, found: Observations) -> None:

@@ -13,6 +13,7 @@ from mmray.evaluation.properties.meaning import (
     Clip,
     image_similarity,
     invariance,
+    region_invariance,
     sensitivity,
     specificity,
     text_similarity,
@@ -69,6 +70,7 @@ class Probe:
             text_similarity(subject, found, self.encoder)
         if self.clip is not None:
             image_similarity(subject, found, self.clip)
+        region_invariance(subject, found)
         invariance(subject, found)
         specificity(subject, found)
         effects = Effects(subject, self.resumes)
