@@ -20,13 +20,11 @@ from mmray.neurons.scoring import score_captured
 from mmray.perception.attention import attention_rollout
 from mmray.perception.detection import Detection
 from mmray.perception.look import JointLook, Look
-from mmray.perception.pulling import box_cosines
+from mmray.perception.pulling import Outputs, box_cosines
 from mmray.perception.saliency import Saliency, gradient_input, gradient_norm, paint, spread
 
 NEURONS = 10
 """Neurons whose mean activation is a map (Pan et al. 2024)."""
-CONFIDENT = 0.1
-"""Confidence from which a box counts for `alignment-confident`."""
 
 Located: TypeAlias = Mapping[str, tuple[Sequence[tuple[int, int]], Sequence[float]]]
 """Concept → its highest neurons in a run's ranking, each with the sign of its activation."""
@@ -101,34 +99,24 @@ Method: TypeAlias = Callable[[Looked, int], Saliency]
 
 def alignment(looked: Looked, number: int) -> Saliency:
     """Weigh each box by the cosine of the word's gradient with that of the box's logit for the word."""
-    return _aligned(looked, number, corners=False)
-
-
-def alignment_confident(looked: Looked, number: int) -> Saliency:
-    """Weigh the boxes that the detector is at least a little sure of as `alignment` does, the others not at all.
-
-    For a word that it sees nowhere, all boxes count.
-    """
-    return _aligned(looked, number, corners=False, least=CONFIDENT)
+    return _aligned(looked, number, "class")
 
 
 def alignment_boxes(looked: Looked, number: int) -> Saliency:
     """Weigh each box by the highest cosine of the word's gradient with those of its four coordinates."""
-    return _aligned(looked, number, corners=True)
+    return _aligned(looked, number, "boxes")
 
 
-def _aligned(looked: Looked, number: int, *, corners: bool, least: float = 0.0) -> Saliency:
+def alignment_any(looked: Looked, number: int) -> Saliency:
+    """Weigh each box by the highest cosine of the word's gradient with those of its logit and its four coordinates."""
+    return _aligned(looked, number, "any")
+
+
+def _aligned(looked: Looked, number: int, outputs: Outputs) -> Saliency:
     look, place = looked.joint, looked.look.places[number]
-    found, boxes, logits = box_cosines(
-        look.joint.detector,
-        look.seen[place.row],
-        looked.query(number),
-        look.gradients[number],
-        skipped=look.joint.sight.skipped,
-        corners=corners,
-    )
+    detector, seen, skipped = look.joint.detector, look.seen[place.row], look.joint.sight.skipped
+    found, boxes = box_cosines(detector, seen, looked.query(number), look.gradients[number], outputs, skipped)
     weights = found.max(dim=1).values
-    weights = _confident(weights, logits, least)
     return Saliency(paint(boxes, weights), weights, boxes)
 
 
@@ -146,17 +134,6 @@ def random(looked: Looked, number: int) -> Saliency:
     return Saliency(paint(found.boxes[0], weights), weights, found.boxes[0])
 
 
-def random_confident(looked: Looked, number: int) -> Saliency:
-    """Weigh the boxes that the detector is at least a little sure of at random, the others not at all.
-
-    The control of `alignment-confident`: what pointing owes to the choice of boxes alone.
-    """
-    found = looked.detection(number)
-    weights = _drawn(looked, number, found.boxes.shape[1]).to(found.boxes)
-    weights = _confident(weights, found.logits[0, :, 0], CONFIDENT)
-    return Saliency(paint(found.boxes[0], weights), weights, found.boxes[0])
-
-
 def random_patches(looked: Looked, number: int) -> Saliency:
     """Weigh each patch at random: the control where there is no detector."""
     grid = looked.look.grid(looked.look.places[number].row)
@@ -168,12 +145,6 @@ def _drawn(looked: Looked, number: int, count: int) -> Float[Tensor, " weight"]:
     place = looked.look.places[number]
     seed = zlib.crc32(f"{place.sample_id} {place.position} {place.concept}".encode())
     return torch.rand(count, generator=torch.Generator().manual_seed(seed))
-
-
-def _confident(weights: Float[Tensor, " box"], logits: Float[Tensor, " box"], least: float) -> Float[Tensor, " box"]:
-    """Return the weights, the lowest of them for boxes less confident than `least`; as they are where no box is."""
-    counted = logits.sigmoid() >= least
-    return torch.where(counted, weights, weights.min()) if counted.any() else weights
 
 
 def gradient(looked: Looked, number: int) -> Saliency:
@@ -207,20 +178,19 @@ def neurons(looked: Looked, number: int) -> Saliency:
 
 METHODS: dict[str, Method] = {
     "alignment": alignment,
-    "alignment-confident": alignment_confident,
     "alignment-boxes": alignment_boxes,
+    "alignment-any": alignment_any,
     "gradient": gradient,
     "gradient-input": gradient_times_input,
     "detector": detector,
     "rollout": rollout,
     "neurons": neurons,
     "random": random,
-    "random-confident": random_confident,
     "random-patches": random_patches,
 }
 """Every method by its name."""
 
-OF_BOXES = ("alignment", "alignment-confident", "alignment-boxes", "detector", "random", "random-confident")
+OF_BOXES = ("alignment", "alignment-boxes", "alignment-any", "detector", "random")
 """Methods that need a detector."""
 
 

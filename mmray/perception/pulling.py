@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mmray.perception.detection import Detector
 from mmray.perception.saliency import cosines
+
+Outputs: TypeAlias = Literal["class", "boxes", "any"]
+"""Of each box: its logit for the query, its four coordinates, or all five."""
 
 AT_ONCE = 2**26
 """Entries of the gradients that are held at once."""
@@ -18,25 +23,25 @@ def box_cosines(
     seen: Float[Tensor, "patch width"],
     query: Float[Tensor, "1 dim"],
     gradient: Float[Tensor, "patch width"],
-    *,
+    outputs: Outputs,
     skipped: int = 0,
-    corners: bool = False,
-) -> tuple[Float[Tensor, "box output"], Float[Tensor, "box 4"], Float[Tensor, " box"]]:
-    """Return the cosine of a gradient with that of every box's logit for the query; the boxes; their logits.
+) -> tuple[Float[Tensor, "box output"], Float[Tensor, "box 4"]]:
+    """Return the cosine of a gradient with those of every box's outputs, and the boxes.
 
-    `corners`: with those of the box's coordinates instead, four a box. The first `skipped` places of the embedding
-    (CLS), which the language model does not see, are not in the gradients that are compared.
+    The first `skipped` places of the embedding (CLS), which the language model does not see, are not in the gradients
+    that are compared.
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaf = seen.detach().clone().float().requires_grad_()
         found = detector(leaf[None], query.detach().clone())
-        outputs = (found.boxes[0] if corners else found.logits[0]).flatten()
+        parts = {"class": [found.logits[0]], "boxes": [found.boxes[0]], "any": [found.logits[0], found.boxes[0]]}
+        every = torch.cat(parts[outputs], dim=1).flatten()
         each = max(1, AT_ONCE // leaf.numel())
-        parts = []
-        for start in range(0, len(outputs), each):
-            wanted = outputs[start : start + each]
+        aligned = []
+        for start in range(0, len(every), each):
+            wanted = every[start : start + each]
             (jacobian,) = torch.autograd.grad(
                 wanted, leaf, torch.eye(len(wanted), device=leaf.device), retain_graph=True, is_grads_batched=True
             )
-            parts.append(cosines(gradient, jacobian[:, skipped:]))
-    return torch.cat(parts).reshape(len(found.boxes[0]), -1), found.boxes[0].detach(), found.logits[0, :, 0].detach()
+            aligned.append(cosines(gradient, jacobian[:, skipped:]))
+    return torch.cat(aligned).reshape(len(found.boxes[0]), -1), found.boxes[0].detach()

@@ -30,9 +30,8 @@ class SaliencySettings(BaseModel):
     alignment: str | None = None
     """Folder of the network that makes the model's image tokens of an OWL-ViT's embedding."""
     methods: str | None = None
-    """What draws the maps, comma-separated: alignment, alignment-confident, alignment-boxes, gradient, gradient-input,
-    detector, rollout, neurons, random, random-confident, random-patches; by default all, without a detector those that
-    need none."""
+    """What draws the maps, comma-separated: alignment, alignment-boxes, alignment-any, gradient, gradient-input,
+    detector, rollout, neurons, random, random-patches; by default all, without a detector those that need none."""
     images: int = Field(200, ge=1)
     """Images of several objects, with their boxes, that maps are held against."""
     maps: int = Field(24, ge=0)

@@ -54,7 +54,7 @@ def looked_at(joint, world, scenes):
     return Looked(look_at(model, joint, batch, places, images), [place.concept for place in places]), boxes
 
 
-def seconds(joint, world, scene):
+def seconds(joint, world, scene, method):
     """Median CPU seconds of one forward and backward of the joint model, and of the alignment of all boxes with it."""
     plain, whole = [], []
     for _ in range(7):
@@ -68,7 +68,7 @@ def seconds(joint, world, scene):
         looked, _ = looked_at(joint, world, [scene])
         looked.look.places = looked.look.places[:1]
         start = time.process_time()
-        METHODS["alignment"](looked, 0)
+        METHODS[method](looked, 0)
         whole.append(time.process_time() - start)
     return median(plain), median(whole)
 
@@ -92,11 +92,12 @@ def main(
             f"{row['measure']:<18}{row['method']:<18}{row['value']:>7.3f}  "
             f"({row['low']:.3f} – {row['high']:.3f})  {row['words']}"
         )
-    plain, whole = seconds(joint, world, chosen[0])
-    print(
-        f"all boxes {whole:.3f} s, one forward and backward {plain:.3f} s, ratio {whole / plain:.2f}, "
-        f"{torch.get_num_threads()} threads"
-    )
+    for method in ("alignment", "alignment-boxes", "alignment-any"):
+        plain, whole = seconds(joint, world, chosen[0], method)
+        print(
+            f"{method}, all boxes {whole:.3f} s, one forward and backward {plain:.3f} s, ratio {whole / plain:.2f}, "
+            f"{torch.get_num_threads()} threads"
+        )
     if isinstance(joint.detector, Heads):
         print(measure_heads(joint.detector, joint.sight))
 
