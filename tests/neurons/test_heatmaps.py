@@ -12,7 +12,8 @@ from mmray.neurons.heatmaps import SIDE, Wanted, mask, min_max, overlay, patch_m
 from mmray.neurons.scoring import forward
 from tests.neurons.making import CAPTIONS, batch_of, picture
 
-GRID = st.lists(st.floats(-5, 5, width=32), min_size=12, max_size=12)
+# Subnormal numbers vanish when they are divided, sign and all.
+GRID = st.lists(st.floats(-5, 5, width=32, allow_subnormal=False), min_size=12, max_size=12)
 
 
 def grid(values: list[float]) -> torch.Tensor:
@@ -53,7 +54,7 @@ def test_scaled_maps_keep_their_order_and_bounds(values):
     scaled = min_max(found)
     assert (scaled.min(), scaled.max()) == ((0, 1) if high > low else (0, 0))
     assert signed(found).abs().max() <= 1
-    assert torch.equal(signed(found).sign(), found.sign()) or found.abs().max() < 1e-30
+    assert torch.equal(signed(found).sign(), found.sign())
 
 
 def test_upsampling_a_map_to_its_own_size_leaves_it():
