@@ -44,21 +44,30 @@ class ModuleActivity:
 
         Images of different sizes take different parts of a module's rows: then a batch has to be one sample.
         """
-        self._seen, self._batch = [], batch
         if self.projections and len(batch.tokens) > 1 and not uniform(batch):
             raise ValueError("images of different sizes share no batch with --module vision or projector")
-        with tap(self.model.network, self.projections, lambda *seen: self._seen.append(seen)):
-            yield
+        self._seen, self._batch = [], batch
+        try:
+            with tap(self.model.network, self.projections, lambda *seen: self._seen.append(seen)):
+                yield
+        except BaseException:
+            self._forget()  # what failed may be tried again in halves, and needs the memory
+            raise
+        if not self._seen:
+            self._forget()
 
     def commit(self, labels: Sequence[dict[str, str]]) -> None:
         """Count what was seen of a batch; nothing where it had no image."""
-        if not self._seen or self._batch is None:
+        if self._batch is None:
             return
         runs = image_runs(self.model, self._batch, len(self._seen[0][1]) // len(labels))
         self.statistics.begin(labels, runs)
         for layer, activation, opened in self._seen:
             self.statistics.add(layer, activation.detach(), opened.detach())
         self.statistics.commit()
+        self._forget()
+
+    def _forget(self) -> None:
         self._seen, self._batch = [], None
 
     def activity_table(self) -> pa.Table:

@@ -1,5 +1,7 @@
 """The activity of vision towers and projectors is that of plain loops over the samples, whatever the batch."""
 
+import weakref
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from mmray.errors import InputError
 from mmray.models.capture import tap
 from mmray.neurons.merging import RunMerge
 from mmray.neurons.scoring import forward
+from mmray.neurons.towers import ModuleActivity
 from tests.models.tiny import VARIANTS
 from tests.models.variants import PATCH, SIDE
 from tests.neurons.making import CAPTIONS, analyse, batch_of, picture, png, sample, samples
@@ -113,3 +116,22 @@ def test_both_modules_neurons_are_in_the_run_s_table(open_model):
 def test_a_module_without_an_mlp_is_refused(open_model):
     with pytest.raises(InputError, match="--module projector: there is no MLP in it"):
         analyse(open_model("gemma3"), samples(1), module="projector")
+
+
+@pytest.mark.parametrize("module", ["language", "vision"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_batch_is_held_once_it_is_counted_or_has_failed(open_model, module, fails):
+    model = open_model("llava")
+    activity = ModuleActivity(model, module)
+    batch, _ = batch_of(model, CAPTIONS[:2])
+    held = weakref.ref(batch)
+    try:
+        with activity.watching(batch):
+            forward(model, batch)
+            if fails:
+                raise RuntimeError("out of memory")
+        activity.commit([{}, {}])
+    except RuntimeError:
+        assert fails
+    del batch
+    assert held() is None
