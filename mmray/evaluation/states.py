@@ -16,8 +16,8 @@ from mmray.models.capture import tap, tap_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.packing import Placed, alone, packed
+from mmray.neurons.captured import forward
 from mmray.neurons.halving import FAILURES
-from mmray.neurons.scoring import forward
 
 RANKS = 10
 """Likeliest tokens that are compared rank by rank."""

@@ -127,9 +127,11 @@ TOWERS: dict[str, tuple[Stack, ...]] = {
         (
             "blip_2_vision_model",
             "clip_vision_model",
+            "idefics3",  # as older checkpoints call it
             "idefics3_vision",
             "instructblip_vision_model",
             "siglip_vision_model",
+            "smolvlm",
             "smolvlm_vision",
         ),
         PLAIN_TOWER,

@@ -170,7 +170,10 @@ def load(
     network.eval().requires_grad_(False)
     _write_plainly(network)
     if not shared:
-        network.to(device)
+        try:
+            network.to(device)
+        except (AssertionError, RuntimeError) as error:
+            raise InputError(f"{name}: does not go on {device} ({' '.join(str(error).split())[:200]})") from error
     return wrap(name=name, folder=folder, network=network, processor=processor, parts=locate(network))
 
 

@@ -65,7 +65,9 @@ def _side(model: LoadedModel, positions: Sequence[int]) -> int | None:
     """Return the side of the square that one tile's tokens are; None where they are none."""
     config = model.network.config
     tokens = getattr(config, "image_seq_length", None) or getattr(model.processor, "image_seq_len", None)
-    for count in (tokens, getattr(config, "mm_tokens_per_image", None), len(positions)):
+    # All that tiles and newlines come to is a square by chance.
+    whole = None if model.parts.family in NEWLINES else len(positions)
+    for count in (tokens, getattr(config, "mm_tokens_per_image", None), whole):
         if count and isqrt(int(count)) ** 2 == int(count) and len(positions) % int(count) == 0 and int(count) > 1:
             return isqrt(int(count))
     vision = getattr(config, "vision_config", None)

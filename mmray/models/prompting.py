@@ -33,8 +33,8 @@ PROMPTS = {
 }
 """The prompt of Pan et al. 2024, by the language of the caption; other languages get the English one."""
 
-IMAGE_FIRST = ("paligemma",)
-"""Families without a chat template whose prompt has to begin with the image's token; the BLIPs add theirs unasked."""
+ENDS = {"paligemma": "\n"}
+"""What a family's processor writes behind the prompt by itself."""
 
 LONGEST = 64
 """Tokens at most in a generated caption."""
@@ -120,8 +120,9 @@ def _question(model: LoadedModel, prompt: str | None, language: str | None, *, i
         return text
     # A blank at the end belongs to the answer's first token, and would be one of its own.
     question = question.rstrip(" ")
-    if image and model.parts.family in IMAGE_FIRST:
-        return f"{model.processor.image_token}{question}"
+    # Without a template the image's place has to be written; the BLIPs' processors write it unasked.
+    if image and not hasattr(model.network.config, "qformer_config"):
+        return f"{getattr(model.processor, 'boi_token', None) or model.processor.image_token}{question}"
     return question
 
 
@@ -131,11 +132,12 @@ def tokenize_caption(model: LoadedModel, prompt: str, caption: str) -> tuple[lis
     Prompt and caption are tokenised together, for many tokenizers write the first word differently on its own. The
     blank between the two, where it is a token of its own, comes first and covers nothing.
     """
-    before = prompt if not prompt or prompt[-1].isspace() else prompt + " "
+    written = prompt + ENDS.get(model.parts.family, "")
+    before = written if not written or written[-1].isspace() else written + " "
     encoded: Any = model.tokenizer(before + caption, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = [], []
     for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        if stop > len(prompt):
+        if stop > len(written):
             ids.append(token)
             offsets.append((max(0, start - len(before)), max(0, stop - len(before))))
     return ids, offsets
@@ -239,7 +241,7 @@ def _behind_encoder(
 def _runs(
     model: LoadedModel, ids: Int[Tensor, "row position"], lengths: list[int], tokens: Sequence[list[int]]
 ) -> list[Run]:
-    runs, image_token = [], model.parts.image_token_id
+    runs, image_token = [], model.parts.image_token_id if model.parts.image_in_sequence else None
     for row, (length, caption) in enumerate(zip(lengths, tokens, strict=True)):
         is_image = ids[row, :length].eq(-1 if image_token is None else image_token).tolist()
         for image, group in groupby(range(length), key=is_image.__getitem__):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -76,3 +78,15 @@ def capturing(
     for layer in sorted(set(range(len(model.widths))) - set(captured.activations)):
         nothing = captured.hidden.new_zeros(len(batch.tokens) * batch.positions, model.widths[layer])
         receive(layer, nothing, nothing)
+
+
+def forward(model: LoadedModel, batch: Batch) -> Any:
+    """Run the network on a batch, without the cache, and the logits of positions, that nobody asked for."""
+    extra: dict[str, Any] = {}
+    parameters = inspect.signature(model.network.forward).parameters
+    if "logits_to_keep" in parameters:
+        extra["logits_to_keep"] = 1
+    # Many a network does not name it, and hands on to its decoder what it does not know.
+    if "use_cache" in parameters or any(named.kind is named.VAR_KEYWORD for named in parameters.values()):
+        extra["use_cache"] = False
+    return model.network(**batch.to(model.device, model.network.dtype), **extra)

@@ -20,10 +20,11 @@ from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
+from mmray.neurons.captured import forward
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.places import place_mentions
 from mmray.neurons.proven import is_proven, remember
-from mmray.neurons.scoring import forward, score_batch
+from mmray.neurons.scoring import score_batch
 from mmray.neurons.shard import ShardAnalysis
 from mmray.settings import census_settings
 

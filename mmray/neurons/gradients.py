@@ -20,7 +20,7 @@ from mmray.models.loading import LoadedModel
 from mmray.models.norms import token_log_odds, token_logits
 from mmray.models.parts import output_rows
 from mmray.models.prompting import Batch
-from mmray.neurons.captured import Captured, capturing
+from mmray.neurons.captured import Captured, capturing, forward
 from mmray.neurons.places import Place, rank_in_row
 from mmray.neurons.statistics import TokenStatistics
 
@@ -49,35 +49,39 @@ def gradient_pass(
                 f"{model.name}: --score gradient sums over the image's positions, and the sequence with the caption "
                 "has none; use gradient-last or effect"
             )
-    ends: list[Tensor] = []
-    activations: list[Tensor] = []
+    # By layer: without an image Mllama leaves its cross-attention blocks out, and nothing hangs on their neurons.
+    ends: dict[int, Tensor] = {}
+    activations: dict[int, Tensor] = {}
     with torch.inference_mode(False), torch.enable_grad():
         with capturing(model, batch, places, statistics) as captured, ExitStack() as taps:
-            taps.enter_context(tap(model.network, model.projections, lambda _, seen, __: activations.append(seen)))
-            for projection in model.projections:
-                taps.callback(_keep_end(model.network.get_submodule(projection.path), projection, ends).remove)
-            model.network(**batch.to(model.device, model.network.dtype))
+            taps.enter_context(tap(model.network, model.projections, lambda n, seen, _: activations.update({n: seen})))
+            for layer, projection in enumerate(model.projections):
+                taps.callback(_keep_end(model.network.get_submodule(projection.path), projection, layer, ends).remove)
+            forward(model, batch)
         differentiated = token_log_odds if score == "effect" else token_logits
         numbers = differentiated(model, captured.hidden, captured.tokens)
-        scores = [torch.zeros(len(places), width, device=numbers.device) for width in model.widths]
+        scores = [
+            torch.zeros(len(places), width, device=captured.activations[layer].device)
+            for layer, width in enumerate(model.widths)
+        ]
         turns = rank_in_row(places)
         for turn in sorted(set(turns)):
             members = [place for place, own in enumerate(turns) if own == turn]
-            gradients = torch.autograd.grad(numbers[members].sum(), ends, retain_graph=turn < max(turns))
-            for layer, projection in enumerate(model.projections):
-                gradient = gradients[layer].flatten(0, -2)
+            found = torch.autograd.grad(numbers[members].sum(), list(ends.values()), retain_graph=turn < max(turns))
+            for layer, whole in zip(ends, found, strict=True):
+                projection, gradient = model.projections[layer], whole.flatten(0, -2)
                 for member in members:
                     rows = _rows(batch, places[member], score).to(gradient.device)
                     chosen = gradient[rows].float()
                     if projection.experts:
                         chosen = chosen @ output_rows(model.network, projection).float().T
                     product = (chosen * activations[layer][rows].detach().float()).sum(dim=0)
-                    scores[layer][member] = product.to(numbers.device)
+                    scores[layer][member] = product.to(scores[layer].device)
     captured.hidden = captured.hidden.detach()
     return scores, captured
 
 
-def _keep_end(module: nn.Module, projection: Projection, ends: list[Tensor]) -> Any:
+def _keep_end(module: nn.Module, projection: Projection, layer: int, ends: dict[int, Tensor]) -> Any:
     """Keep, at the next forward, what a layer's gradient is taken with respect to.
 
     That is the input of its projection, the activations themselves. Fused experts have no such input: there it is their
@@ -86,7 +90,7 @@ def _keep_end(module: nn.Module, projection: Projection, ends: list[Tensor]) -> 
 
     def keep(tensor: Tensor) -> None:
         # Weights are frozen: the first layer's activations start the graph, and the later ones hang on it.
-        ends.append(tensor if tensor.requires_grad else tensor.requires_grad_())
+        ends[layer] = tensor if tensor.requires_grad else tensor.requires_grad_()
 
     see_input: Callable[..., None] = lambda _, arguments: keep(arguments[0])  # noqa: E731
     see_output: Callable[..., None] = lambda _, __, output: keep(output)  # noqa: E731

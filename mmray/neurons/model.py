@@ -19,6 +19,7 @@ from mmray.models.loading import LoadedModel, load
 from mmray.models.patches import patches_of
 from mmray.models.prompting import encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neuron_names import parse_neuron
+from mmray.neurons.attribution import GRADIENTS, SCORES
 from mmray.neurons.checking import assert_sound
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.heatmaps import Wanted, patch_maps, placed
@@ -47,8 +48,10 @@ class Model(LoadedModel):
 
         Where the noun occurs more than once, the mean over its occurrences. Layers of fewer neurons are filled up with
         zeros; of a noun of several tokens the first is scored, or with `pieces="sum"` all. Raises InputError when the
-        caption does not name the concept.
+        caption does not name the concept, or for a score that there is not.
         """
+        if score not in (known := (*SCORES, *GRADIENTS)):
+            raise InputError(f"no score {score!r}; give one of {', '.join(known)}")
         mentions = find_forms(caption, frozenset({concept.casefold()}), language)
         if not mentions:
             raise InputError(f"the caption {caption!r} does not name {concept!r}")

@@ -1,7 +1,8 @@
 """Which checkpoints were proven on this machine already, so that loading one again does not prove it again.
 
 A note is an empty file in the cache, named by all that the proof depends on: the checkpoint's files by name, size and
-time, the number format and device, and the versions of what computes. A file that changes makes another name.
+time, the parts that were found, the number format and device, and the versions of what computes. A file that changes
+makes another name.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ def fingerprint(model: LoadedModel) -> str:
     """Return a digest of all that a proof depends on."""
     files = sorted(path for path in model.folder.resolve().iterdir() if path.suffix in WEIGHTS)
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    whole = (str(model.folder.resolve()), facts, str(model.network.dtype), model.device.type)
+    # A part that is kept in another format than the rest, as the BLIPs' queries are, does not stand for all.
+    formats = sorted({str(weight.dtype) for weight in model.network.parameters()})
+    whole = (str(model.folder.resolve()), facts, formats, model.device.type, repr(model.parts))
     versions = (VERSION, torch.__version__, transformers.__version__)
     return hashlib.sha256(repr((whole, versions)).encode()).hexdigest()[:32]

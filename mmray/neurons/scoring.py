@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,7 +17,7 @@ from mmray.models.norms import fold_block, fold_norm, log_probability
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.models.prompting import Batch
 from mmray.neurons.attribution import GRADIENTS, SCORES, Located, project
-from mmray.neurons.captured import Captured, capturing
+from mmray.neurons.captured import Captured, capturing, forward
 from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.places import Place
 from mmray.neurons.statistics import TokenStatistics
@@ -53,10 +51,11 @@ def score_batch(
             forward(model, batch)
         return score_captured(model, captured, score, folded=folded)
     products, captured = gradient_pass(model, batch, places, score, statistics=statistics)
-    direct = score_captured(model, captured, "contribution", folded=True)
     if score == "effect":
+        direct = score_captured(model, captured, "contribution", folded=True)
         products = [product + share for product, share in zip(products, direct.scores, strict=True)]
-    return Scored(products, direct.activation, direct.log_prob)
+    activations = [captured.activations[layer] for layer in range(len(model.widths))]
+    return Scored(products, activations, log_probability(model, captured.hidden, captured.tokens))
 
 
 @torch.inference_mode()
@@ -89,18 +88,6 @@ def whole_nouns(places: Sequence[Place], scored: Scored) -> tuple[list[Place], S
     return [places[number] for number in first], Scored(
         [added(part) for part in scored.scores], activation, added(scored.log_prob)
     )
-
-
-def forward(model: LoadedModel, batch: Batch) -> Any:
-    """Run the network on a batch, without the cache, and the logits of positions, that nobody asked for."""
-    extra: dict[str, Any] = {}
-    parameters = inspect.signature(model.network.forward).parameters
-    if "logits_to_keep" in parameters:
-        extra["logits_to_keep"] = 1
-    # Many a network does not name it, and hands on to its decoder what it does not know.
-    if "use_cache" in parameters or any(named.kind is named.VAR_KEYWORD for named in parameters.values()):
-        extra["use_cache"] = False
-    return model.network(**batch.to(model.device, model.network.dtype), **extra)
 
 
 def _directions(model: LoadedModel, captured: Captured, *, folded: bool) -> list[Float[Tensor, "place hidden"]]:

@@ -28,9 +28,10 @@ from mmray.models.capture import tap
 from mmray.models.loading import LoadedModel, load
 from mmray.models.parts import locate, output_rows, unembedding_rows
 from mmray.models.prompting import Batch, Run
+from mmray.neurons.captured import forward
 from mmray.neurons.places import Place
 from mmray.neurons.reduction import ConceptSums
-from mmray.neurons.scoring import forward, score_batch
+from mmray.neurons.scoring import score_batch
 from mmray.neurons.statistics import TokenStatistics
 
 PROMPT_TOKENS, CAPTION_TOKENS, NOUNS = 16, 16, 3

@@ -27,8 +27,8 @@ from mmray.datasets.samples import Sample
 from mmray.datasets.shards import cut, read_shard
 from mmray.models.loading import load
 from mmray.models.prompting import Batch
+from mmray.neurons.captured import forward
 from mmray.neurons.concepts import noun_source
-from mmray.neurons.scoring import forward
 from mmray.neurons.shard import ShardAnalysis
 from mmray.runs import RunFolder
 from mmray.settings import census_settings

@@ -161,7 +161,10 @@ def tokenizers(open_model):
     tidy.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     own = {"bytes": bytes_for_rare_characters(), "tidy": tidy}
     assert tidy.decode(tidy("a dog , n't .").input_ids, skip_special_tokens=True) == "a dog,n't."
-    return lambda name: SimpleNamespace(tokenizer=own.get(name) or open_model(name).tokenizer)
+    return lambda name: SimpleNamespace(
+        tokenizer=own.get(name) or open_model(name).tokenizer,
+        parts=open_model("llava" if name in own else name).parts,
+    )
 
 
 TEXT = st.text(st.sampled_from("a dogct, 'n't. é犬熊🐕ß-"), min_size=1, max_size=20).map(str.strip).filter(bool)

@@ -163,3 +163,10 @@ def test_quantised_weights_are_refused(loaded):
     projection.weight = nn.Parameter(projection.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(InputError, match=r"layers\.0\.mlp\.down_proj: quantised"):
         locate(network)
+
+
+@pytest.mark.parametrize("variant", ["idefics3", "smolvlm"])
+def test_a_tower_by_the_name_of_older_checkpoints_is_found(loaded_with, open_model, variant):
+    model = loaded_with(variant)
+    model.network.config.vision_config.model_type = variant
+    assert locate(model.network).of("vision") == open_model(variant).parts.of("vision") != ()

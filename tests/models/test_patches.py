@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmray.models.patches import WHOLE, Patches, patches_of
+from mmray.models.patches import WHOLE, Patches, _side, patches_of
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import CAPTIONS, batch_of, picture
 
@@ -50,7 +50,7 @@ def test_a_bright_corner_shows_in_its_patch(open_model, variant):
 
     from mmray.models.blocks import Passage
     from mmray.models.prompting import encode, prompt_text, tokenize_caption
-    from mmray.neurons.scoring import forward
+    from mmray.neurons.captured import forward
 
     model = open_model(variant)
     side = 64
@@ -78,3 +78,11 @@ def test_a_bright_corner_shows_in_its_patch(open_model, variant):
         quarter = ((rows >= patches.rows / 2) == (place[0] < 0)) & ((columns >= patches.columns / 2) == (place[1] < 0))
         # The tower's attention spreads the change a little over all patches: most of it lies in the corner's quarter.
         assert moved[quarter].mean() > moved[~quarter].mean(), corner
+
+
+def test_tiles_and_newlines_that_come_to_a_square_are_no_square(open_model):
+    model = open_model("llava_onevision")
+    vision = model.network.config.vision_config
+    square = (vision.image_size // vision.patch_size) ** 2
+    count = next(side**2 for side in range(2, 99) if side**2 > square)
+    assert _side(model, range(count)) ** 2 == square

@@ -1,5 +1,7 @@
 """Batches are what the family's processor makes of the whole text, and padding and captions leak nowhere."""
 
+import json
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -9,6 +11,7 @@ from mmray.errors import InputError
 from mmray.models.capture import tap_input
 from mmray.models.prompting import PROMPTS, encode, prompt_text, run_processor, tokenize_caption
 from mmray.neurons import shard
+from mmray.neurons.model import load_model
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import CAPTIONS, analyse, batch_of, picture, samples
 
@@ -120,16 +123,41 @@ def test_runs_are_the_image_s_positions_and_the_caption_s(open_model, variant):
         }
         start = batch.caption_start[row]
         assert held["text"] == list(range(start, start + len(caption)))
-        if model.parts.encoder_decoder:
+        ids = batch.inputs["decoder_input_ids" if model.parts.encoder_decoder else "input_ids"][row]
+        assert ids[held["text"]].tolist() == caption
+        if model.parts.image_in_sequence:
+            assert held["image"] == ids[:start].eq(model.parts.image_token_id).nonzero()[:, 0].tolist() != []
+        else:  # Mllama's token for the image is a special one, and the image is elsewhere
             assert held["image"] == []
-            assert batch.inputs["decoder_input_ids"][row, held["text"]].tolist() == caption
-        else:
-            ids = batch.inputs["input_ids"][row, :start]
-            assert held["image"] == ids.eq(model.parts.image_token_id).nonzero()[:, 0].tolist() != []
-            assert batch.inputs["input_ids"][row, held["text"]].tolist() == caption
     images = [run for run in batch.runs if run.modality == "image" and run.row == 0]
     assert all(first.stop < second.start for first, second in pairwise(images))
     assert len(images) > 1 or variant != "idefics3"
+
+
+def test_what_follows_a_prompt_is_what_the_processor_learns_from(open_model):
+    """PaliGemma's processor ends its prompt with a line, and gives the answer's tokens as `labels` where it is told."""
+    model, caption = open_model("paligemma"), "dog and a cat."
+    prompt = prompt_text(model, None, "en")
+    features = model.processor(text=[prompt], images=[[picture(0)]], suffix=[caption], return_tensors="pt")
+    learnt = features["labels"][0][features["labels"][0] >= 0].tolist()
+    assert (
+        tokenize_caption(model, prompt, caption)[0]
+        == learnt[: -1 if learnt[-1] == model.tokenizer.eos_token_id else None]
+    )
+
+
+@pytest.mark.parametrize("variant", ["llava", "gemma3", "mllama", "qwen2_vl", "idefics3", "internvl", "paligemma"])
+def test_a_base_checkpoint_without_a_template_is_asked_behind_its_image(tiny, variant, tmp_path):
+    shutil.copytree(tiny(variant), tmp_path / "base")
+    for file in (tmp_path / "base").glob("chat_template*"):
+        file.unlink()
+    for file in (tmp_path / "base").glob("*_config.json"):
+        told = json.loads(file.read_text())
+        told.pop("chat_template", None)
+        file.write_text(json.dumps(told))
+    model = load_model(str(tmp_path / "base"))
+    assert not getattr(model.processor, "chat_template", None)
+    assert model.contributions(picture(0), CAPTIONS[0], "dog").abs().sum() > 0
 
 
 @pytest.mark.parametrize("variant", DECODERS)

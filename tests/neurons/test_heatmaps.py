@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from mmray.errors import InputError
 from mmray.models.capture import tap
 from mmray.models.patches import patches_of
+from mmray.neurons.captured import forward
 from mmray.neurons.heatmaps import SIDE, Wanted, mask, min_max, overlay, patch_maps, pointing, signed, upsample
-from mmray.neurons.scoring import forward
 from tests.neurons.making import CAPTIONS, batch_of, picture
 
 # Subnormal numbers vanish when they are divided, sign and all.

@@ -9,11 +9,12 @@ import torch
 from mmray.errors import InputError
 from mmray.models.loading import DTYPES, load
 from mmray.models.parts import output_rows
+from mmray.neurons import proven
 from mmray.neurons.checking import AT_LOAD, CHECKS, assert_sound, check_model
 from mmray.neurons.model import Model, load_model
 from mmray.neurons.proven import is_proven
 from tests.models.tiny import VARIANTS
-from tests.neurons.making import picture, png
+from tests.neurons.making import CAPTIONS, picture, png
 
 
 def test_pictures_come_as_files_paths_or_objects(open_model, tmp_path):
@@ -156,3 +157,27 @@ def test_a_check_that_can_t_be_tried_has_failed(open_model, monkeypatch):
     details = {check.name: check.detail for check in checks if not check.passed}
     assert set(details) == set(CHECKS) - {"a census of two samples"}
     assert set(details.values()) == {"ValueError: no way"}
+
+
+def test_a_part_in_another_number_format_is_proven_again(tiny):
+    """BLIP's queries stay in fp32, and are its first weights."""
+    names = {proven.fingerprint(load(str(tiny("blip2_opt")), dtype, "cpu", wrap=Model)) for dtype in ("fp32", "fp16")}
+    assert len(names) == 2
+    model = load(str(tiny("llava")), "fp32", "cpu", wrap=Model)
+    assert proven.fingerprint(model) != proven.fingerprint(replace(model, parts=replace(model.parts, logit_scale=2)))
+
+
+def test_what_there_is_not_is_said_in_a_line(tiny, open_model):
+    with pytest.raises(InputError, match="no score 'foo'; give one of contribution"):
+        open_model("llava").contributions(picture(0), CAPTIONS[0], "dog", score="foo")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="does not go on cuda"):
+            load_model(str(tiny("llava")), device="cuda")
+
+
+@pytest.mark.parametrize("score", ["effect", "gradient-last"])
+def test_of_a_text_mllama_s_other_blocks_have_no_gradient(open_model, score):
+    model = open_model("mllama")
+    found = model.contributions(None, CAPTIONS[0], "dog", score=score)
+    left_out = model.network.config.text_config.cross_attention_layers
+    assert [layer for layer, row in enumerate(found) if not row.abs().sum()] == left_out != []

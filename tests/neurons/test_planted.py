@@ -7,8 +7,8 @@ import mmray
 from mmray.models.generation import generate
 from mmray.models.parts import set_output_rows, unembedding_rows
 from mmray.models.prompting import prompt_text
+from mmray.neurons.captured import forward
 from mmray.neurons.model import load_model
-from mmray.neurons.scoring import forward
 from tests.neurons.making import analyse, batch_of, merged, picture, sample
 
 LAYER, UNIT = 1, 29

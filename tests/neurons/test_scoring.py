@@ -6,9 +6,10 @@ import torch
 from mmray.models.capture import tap_input
 from mmray.models.norms import fold_norm
 from mmray.models.parts import unembedding_rows
+from mmray.neurons.captured import forward
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.places import place_mentions
-from mmray.neurons.scoring import forward, score_batch, whole_nouns
+from mmray.neurons.scoring import score_batch, whole_nouns
 from mmray.neurons.statistics import TokenStatistics
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import (

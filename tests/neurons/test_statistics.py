@@ -181,7 +181,7 @@ def test_of_a_model_every_image_and_caption_token_counts_once(open_model, varian
         statistics.add(layer, *pair)
     statistics.commit()
     rows = {row["modality"]: row for row in statistics.activity_table().to_pylist()}
-    assert rows.keys() == ({"text"} if model.parts.encoder_decoder else {"image", "text"})
+    assert rows.keys() == ({"image", "text"} if model.parts.image_in_sequence else {"text"})
     for modality, row in rows.items():
         places = [
             run.row * batch.positions + place

@@ -7,8 +7,8 @@ import pytest
 
 from mmray.errors import InputError
 from mmray.models.capture import tap
+from mmray.neurons.captured import forward
 from mmray.neurons.merging import RunMerge
-from mmray.neurons.scoring import forward
 from mmray.neurons.towers import ModuleActivity
 from tests.models.tiny import VARIANTS
 from tests.models.variants import PATCH, SIDE

@@ -13,11 +13,11 @@ from torch import Tensor
 from mmray.datasets.samples import Sample
 from mmray.models.blocks import Passage
 from mmray.models.prompting import Batch
-from mmray.neurons.captured import Captured, capturing
+from mmray.neurons.captured import Captured, capturing, forward
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.model import Model
 from mmray.neurons.places import Place, places_of
-from mmray.neurons.scoring import forward, score_captured
+from mmray.neurons.scoring import score_captured
 from mmray.neurons.shard import Captioned, ShardAnalysis
 from mmray.settings import CensusSettings
 

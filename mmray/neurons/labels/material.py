@@ -18,9 +18,9 @@ from mmray.models.capture import tap_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
+from mmray.neurons.captured import forward
 from mmray.neurons.halving import in_halves
 from mmray.neurons.places import Place
-from mmray.neurons.scoring import forward
 from mmray.neurons.shard import prefix_given
 from mmray.settings import CensusSettings
 

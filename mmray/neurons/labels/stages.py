@@ -21,9 +21,9 @@ from mmray.models.interventions import ablate
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import Batch
+from mmray.neurons.captured import forward
 from mmray.neurons.labels.masks import Mask
 from mmray.neurons.labels.material import Said, token_places
-from mmray.neurons.scoring import forward
 
 KEPT_TOKENS = 50
 """Likeliest tokens that a unit of work keeps of a layer; ten of the sum are shown."""

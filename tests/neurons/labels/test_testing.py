@@ -7,6 +7,7 @@ from mmray.models.blocks import block_of
 from mmray.models.generation import caption_of, generate
 from mmray.models.interventions import ablate
 from mmray.models.prompting import prompt_text
+from mmray.neurons.captured import forward
 from mmray.neurons.labels import material, stages
 from mmray.neurons.labels.masks import Mask
 from mmray.neurons.labels.material import captions_of, in_batches
@@ -14,7 +15,6 @@ from mmray.neurons.labels.settings import selectivity_settings
 from mmray.neurons.labels.stages import Lens
 from mmray.neurons.labels.testing import measured
 from mmray.neurons.model import open_image
-from mmray.neurons.scoring import forward
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import hooks, samples, settings
 
@@ -134,7 +134,7 @@ def test_the_lens_sees_every_block_of_every_family(open_model, variant):
     # The mask is of the first layer: what it changes is there in every layer that follows.
     assert all(row["shift"] > 0 for row in of(rows, masked="en", position="text"))
     images = of(rows, masked=None, position="image")
-    assert bool(images) == (not model.parts.encoder_decoder)
+    assert bool(images) == model.parts.image_in_sequence
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])
