@@ -90,7 +90,9 @@ def make_detector(name: str, out: Path, seconds: float, batch_size: int, learnin
     """Train heads on a model's tower, save them, and print their measures on fresh scenes."""
     model = load(name)
     tower = OwnTower(model)
-    width = tower(torch.zeros_like(tower.pixels([Image.new("RGB", (SIZE, SIZE))]))).shape[2]
+    blank = tower.pixels([Image.new("RGB", (SIZE, SIZE))]).to(model.device, model.network.dtype)
+    with torch.no_grad():
+        width = tower(blank).shape[2]
     heads, before = Heads(model, tower.side, width).to(model.device), {"seconds": 0.0, "scenes": 0}
     if (out / FACTS).is_file():  # what is there already is trained further, on other scenes
         heads, before = load_heads(out, model).requires_grad_(True), json.loads((out / FACTS).read_text())

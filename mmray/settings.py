@@ -86,6 +86,11 @@ class CensusSettings(BaseModel):
     """Column of the image's domain; by default found by its usual names."""
     objects_column: str | None = None
     """Column with the list of objects in the image; by default found by its usual names."""
+    boxes_column: str | None = None
+    """Column of the objects' boxes, (x, y, width, height) in 0..1; by default found by its usual names; none: leave
+    boxes out."""
+    questions_column: str | None = None
+    """Column of (question, answer) pairs; by default found by its usual names; none: leave questions out."""
     label_column: list[str] | None = None
     """Further column whose values label samples, for `mmray selectivity`; may be given more than once, by default
     none."""

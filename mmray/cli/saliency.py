@@ -57,8 +57,9 @@ def _one(
     *,
     as_json: bool,
 ) -> None:
-    from mmray.evaluation.saliency_batch import joint_of, methods_of
+    from mmray.evaluation.saliency_batch import methods_of
     from mmray.neurons.model import open_image
+    from mmray.perception.joint import join_if_asked
     from mmray.perception.model import explain, load_model
     from mmray.perception.showing import numbers, over, page
 
@@ -70,7 +71,7 @@ def _one(
         raise InputError(f"--image {file}: not an image that can be read ({error})") from error
     assert picture is not None
     model = load_model(name)
-    joint = joint_of(model, settings)
+    joint = join_if_asked(model, settings.detector, settings.alignment)
     methods = methods_of(settings, detector=joint is not None)
     answer = explain(model, joint, picture, word, caption, methods=methods, prompt=prompt)
     if out.suffix == ".png":

@@ -8,6 +8,7 @@ OUT/tables/answers.parquet        the answers under every condition; `changes`: 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress
 from mmray.cluster.described import described
 from mmray.cluster.finished import Finished
-from mmray.cluster.sight_worker import OpinionWorker, PerturbationWorker, Plan, SightWorker
+from mmray.cluster.sight_worker import Asked, OpinionWorker, PerturbationWorker, Plan, SightWorker
 from mmray.cluster.units import mapped
 from mmray.cluster.worker import columns_of
 from mmray.datasets.columns import Columns
@@ -66,7 +67,8 @@ def run_opinions(settings: OpinionSettings, follow: Callable[[Progress], None] =
     run = open_run(settings.run)
     census = census_settings(run.info["settings"])
     columns = Columns() if settings.data else columns_of(census)
-    plan = _plan(settings, census.model, settings.data or census.data, columns, census.prompt)
+    asked = Asked(census.dtype, census.trust_remote_code, census.prompt, census.prefix)
+    plan = _plan(settings, census.model, settings.data or census.data, columns, asked)
     if not plan.facts.vocabulary:
         raise InputError(f"{plan.data}: no column of objects, without which no claim can be judged")
     own = f"{run.uri}/opinions/{settings.fingerprint(_digests(plan))}"
@@ -78,13 +80,15 @@ def run_perturbation(settings: PerturbationSettings, follow: Callable[[Progress]
 
     Raises InputError for anything wrong with the set-up, before any work.
     """
-    plan = _plan(settings, settings.model, settings.data, Columns(), None)
+    plan = _plan(settings, settings.model, settings.data, Columns(), Asked())
     if not plan.facts.vocabulary and not (settings.source and settings.target and settings.unrelated):
         raise InputError(f"{plan.data}: no column of objects to draw from; give --source, --target and --unrelated")
     folder = RunFolder.at(settings.out, patient=True)
     looked = _look(plan, PerturbationWorker, folder, folder.store, "answers", follow)
     if not looked.rows and looked.complete:
-        raise InputError(f"{plan.data}: no image has objects to move from and to; give --source and --target")
+        raise InputError(
+            f"{plan.data}: no image has objects to move from, to and between; give --source, --target and --unrelated"
+        )
     return looked
 
 
@@ -126,14 +130,14 @@ def _look(
     return outcome
 
 
-def _plan(settings: SightSettings, model: str, data: str, columns: Columns, prompt: str | None) -> Plan:
+def _plan(settings: SightSettings, model: str, data: str, columns: Columns, asked: Asked) -> Plan:
     source = open_source(data, columns, captions=False)
     manifest = cut(source.files(), settings.shard_size, settings.limit)
     if not manifest.samples:
         raise InputError(f"{data}: no sample in it")
     listed = settings.synonyms if isinstance(settings, OpinionSettings) else None
     synonyms = read_synonyms(listed) if listed else {}
-    return Plan(settings, model, data, columns, prompt, manifest, _facts(source), synonyms)
+    return Plan(settings, model, data, columns, asked, manifest, _facts(source), synonyms)
 
 
 def _facts(source: Source) -> DataFacts:
@@ -148,13 +152,16 @@ def _facts(source: Source) -> DataFacts:
 
 def _digests(plan: Plan) -> dict[str, str]:
     """Return what the rows depend on, each by a digest."""
-    detector, alignment = plan.settings.detector, plan.settings.alignment
+    detector, alignment, facts = plan.settings.detector, plan.settings.alignment, plan.facts
+    translations = map(str, facts.translations.items())
     return {
         "model": digest(resolve(plan.model)),
         "data": plan.manifest.digest,
         "cut": str([shard.samples for shard in plan.manifest.shards][:1]) + str(plan.manifest.samples),
         "detector": detector_digest(detector),
         "alignment": alignment_digest(alignment) if alignment else "",
-        "prompt": plan.prompt or "",
+        "asked": json.dumps([plan.asked.dtype, plan.asked.prompt, plan.asked.prefix]),
+        "columns": plan.columns.model_dump_json(),
+        "objects": hashlib.sha256(repr((sorted(facts.counts.items()), sorted(translations))).encode()).hexdigest()[:16],
         "synonyms": json.dumps(plan.synonyms, sort_keys=True),
     }

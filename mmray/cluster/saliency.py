@@ -80,7 +80,10 @@ def run_saliency(settings: SaliencySettings, follow: Callable[[Progress], None] 
     )
     aside = folder.reasons(receipts)
     if not len(observed) and not aside:
-        raise InputError(f"{run.uri}: no sample with several objects and their boxes; see --boxes-column of a census")
+        raise InputError(
+            f"{run.uri}: of {len(plan.captions):,} images drawn none has several objects and their boxes; see "
+            "--boxes-column of a census, and --images"
+        )
     if len(observed):
         write_table(run.folder.store, "saliency", [summarise_saliency(observed, settings.draws, settings.seed)])
         write_table(run.folder.store, "saliency_maps", [maps])

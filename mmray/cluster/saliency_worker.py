@@ -11,9 +11,10 @@ from mmray.cluster.wanted import Wanted
 from mmray.cluster.worker import open_data
 from mmray.datasets.shards import Manifest
 from mmray.errors import InputError
-from mmray.evaluation.saliency_batch import Judging, joint_of, methods_of
+from mmray.evaluation.saliency_batch import Judging, methods_of
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.model import load_model
+from mmray.perception.joint import join_if_asked
 from mmray.perception.methods import Located
 from mmray.perception.settings import SaliencySettings
 from mmray.runs import Receipt, RunFolder
@@ -47,7 +48,7 @@ class SaliencyWorker(UnitWorker):
         try:
             census = plan.census
             model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
-            joint = joint_of(model, plan.settings)
+            joint = join_if_asked(model, plan.settings.detector, plan.settings.alignment)
             methods_of(plan.settings, detector=joint is not None)
             self.folder = RunFolder(open_store(folder))
             source = patiently(lambda: open_data(census))

@@ -29,15 +29,27 @@ from mmray.evaluation.opinions.claims import Claimant
 from mmray.evaluation.opinions.mistakes import picture
 from mmray.evaluation.opinions.moving import Mover
 from mmray.evaluation.opinions.settings import OpinionSettings, PerturbationSettings, SightSettings
-from mmray.perception.joint import load_joint
+from mmray.neurons.model import load_model
+from mmray.perception.joint import join
 from mmray.perception.perturbing import Covariance, covariance
 from mmray.runs import Receipt, RunFolder
+from mmray.settings import Dtype
 from mmray.storage import open_store, patiently
 
 REFERENCE, BATCH = 96, 16
 """Images that tell how embeddings vary, and how many of them are looked at at once."""
 PICTURES = 8
 """Pictures of mistakes that a unit keeps."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How the model is loaded, and asked for a caption: as its census did."""
+
+    dtype: Dtype = "auto"
+    trust_remote_code: bool = False
+    prompt: str | None = None
+    prefix: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Plan:
     model: str
     data: str
     columns: Columns
-    prompt: str | None
+    asked: Asked
     manifest: Manifest
     facts: DataFacts
     synonyms: Mapping[str, tuple[str, ...]]
@@ -61,7 +73,8 @@ class SightWorker(UnitWorker):
         super().__init__(threads, home)
         self.plan = plan
         try:
-            self.joint = load_joint(plan.model, plan.settings.detector, plan.settings.alignment)
+            model = load_model(plan.model, plan.asked.dtype, trust_remote_code=plan.asked.trust_remote_code)
+            self.joint = join(model, plan.settings.detector, plan.settings.alignment)
             self.folder = RunFolder(open_store(folder))
             self.source = patiently(lambda: open_source(plan.data, plan.columns, captions=False))
         except InputError as error:
@@ -112,7 +125,14 @@ class OpinionWorker(SightWorker):
             return {}
         naming = Naming(facts.vocabulary, facts.translations, self.plan.synonyms)
         claimant = Claimant(
-            self.joint, facts, naming, self.plan.prompt, settings.questions, settings.seed, settings.batch_size
+            self.joint,
+            facts,
+            naming,
+            self.plan.asked.prompt,
+            self.plan.asked.prefix,
+            settings.questions,
+            settings.seed,
+            settings.batch_size,
         )
         claims = claimant.claims(samples, images)
         shown = dict(zip((sample.sample_id for sample in samples), images, strict=True))

@@ -34,6 +34,8 @@ def columns_of(settings: CensusSettings) -> Columns:
         language=settings.language_column,
         domain=settings.domain_column,
         objects=settings.objects_column,
+        boxes=settings.boxes_column,
+        questions=settings.questions_column,
         labels=tuple(settings.label_column or ()),
     )
 

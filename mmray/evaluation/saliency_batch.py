@@ -19,7 +19,7 @@ from mmray.neurons.concepts import NounSource
 from mmray.neurons.places import Place, places_of
 from mmray.neurons.shard import Captioned, ShardAnalysis
 from mmray.perception.asking import look_at
-from mmray.perception.joint import JointModel, detector_or_demo, join
+from mmray.perception.joint import JointModel
 from mmray.perception.measures import Boxes, objects_mask, points_at
 from mmray.perception.methods import METHODS, OF_BOXES, Located, Looked, method_of
 from mmray.perception.observing import draw_maps, observations
@@ -33,12 +33,6 @@ TOGETHER = 8
 """Images of a batch."""
 KEPT = 24
 """Points a side of the maps that are kept."""
-
-
-def joint_of(model: LoadedModel, settings: SaliencySettings) -> JointModel | None:
-    """Return the model with the detector that is asked for; None without one. Raises InputError where it can't be."""
-    detector = detector_or_demo(settings.detector, model.name)
-    return None if detector is None else join(model, detector, settings.alignment)
 
 
 def methods_of(settings: SaliencySettings, *, detector: bool) -> tuple[str, ...]:

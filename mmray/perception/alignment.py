@@ -143,7 +143,7 @@ def load_alignment(folder: str, model: LoadedModel, tower_digest: str, *, measur
     for what, own, wanted in zip(("tower", "model"), made_for, (tower_digest, model.digest), strict=True):
         if own != wanted:
             raise InputError(f"{folder}: aligned with another {what} (digest {own}, this one has {wanted})")
-    if measured and "measures" not in facts:
+    if measured and not facts.get("measures"):
         raise InputError(f"{folder}: not measured yet beside the original; run the same mmray align again, it ends so")
     return network.to(model.device).eval().requires_grad_(False)
 

@@ -124,6 +124,11 @@ def join(model: LoadedModel, detector: str = DEMO, alignment: str | None = None)
     """Put a detector beside a model that is loaded already; as `load_joint`."""
     judge = judge_beside(model, detector)
     if isinstance(judge.sight, OwnTower):
+        if alignment is not None:
+            raise InputError(
+                f"--alignment {alignment}: the detector {detector} sees by {model.name}'s own tower, where there is "
+                "nothing to align; name the OWL-ViT or OWLv2 by --detector"
+            )
         return JointModel(model, judge.detector, judge.sight, judge.sight.projector)
     if alignment is None:
         raise InputError(
@@ -148,6 +153,17 @@ def judge_beside(model: LoadedModel, detector: str) -> Judge:
 def detector_or_demo(detector: str | None, model: str) -> str | None:
     """Return the detector that is asked for; by default that of the demo where it is the model, else none."""
     return detector or (DEMO if model == DEMO else None)
+
+
+def join_if_asked(model: LoadedModel, detector: str | None, alignment: str | None) -> JointModel | None:
+    """Put the detector that is asked for beside a model, by default the demo's beside the demo's; None without one.
+
+    Raises InputError as `join`, and for an alignment without a detector.
+    """
+    chosen = detector_or_demo(detector, model.name)
+    if chosen is None and alignment is not None:
+        raise InputError(f"--alignment {alignment}: give the OWL-ViT or OWLv2 that it is for by --detector")
+    return None if chosen is None else join(model, chosen, alignment)
 
 
 def detector_digest(detector: str) -> str:

@@ -17,7 +17,7 @@ from mmray.neurons.heatmaps import placed
 from mmray.neurons.model import Model as NeuronModel
 from mmray.neurons.model import load_checked, open_image
 from mmray.perception.asking import ask, look_at
-from mmray.perception.joint import JointModel, detector_or_demo, join
+from mmray.perception.joint import JointModel, join_if_asked
 from mmray.perception.methods import METHODS, Looked, method_of
 from mmray.perception.saliency import Saliency
 
@@ -58,8 +58,7 @@ class Model(NeuronModel):
         picture = open_image(image)
         assert picture is not None
         method_of(method)
-        chosen = detector_or_demo(detector, self.name)
-        joint = join(self, chosen, alignment) if chosen else None
+        joint = join_if_asked(self, detector, alignment)
         found = explain(self, joint, picture, word, caption, methods=(method,), prompt=prompt, language=language)
         return placed(found.maps[method].values.cpu(), found.covers, picture.height, picture.width)
 

@@ -21,7 +21,7 @@ from mmray.perception.joint import JointModel, Judge
 SHOWS = 0.5
 """Part of the highest confidence above which a box counts as one where the concept is."""
 AHEAD = 6.0
-"""Lengths of the steps together, in parts of the norm: a way that turns still gets to its bound."""
+"""Lengths of the steps together, in parts of the norm: a way that turns still gets on."""
 COPIES, NOISE = 4, 0.5
 """Copies of the embedding, and the noise in each in parts of an embedding's own deviation, that a gradient is the mean
 of: what is left is what does not hang on small things."""
@@ -100,6 +100,13 @@ def moved(
             way = gradient if plain else (gradient.float() @ varying).to(gradient.dtype)
             move = _bounded(move + length * _direction(way, skipped), bound)
     return start + move
+
+
+def as_far(embedding: Embedding, there: Embedding, like: Embedding) -> Embedding:
+    """Return a move, `there` its outcome, cut or stretched to the length of another, `like` its outcome."""
+    move = there - embedding
+    stretched: Embedding = embedding + move * (_length(like - embedding) / _length(move).clamp(min=1e-12))
+    return stretched
 
 
 def moved_at_random(

@@ -2,15 +2,19 @@
 
 import json
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from mmray.cluster import carrying, opinions, sight_worker
 from mmray.cluster.opinions import run_opinions, run_perturbation
+from mmray.cluster.sight_worker import Asked
+from mmray.datasets.columns import Columns
 from mmray.datasets.shards import read_shard
 from mmray.derived import DERIVED
 from mmray.errors import InputError
@@ -49,6 +53,24 @@ def here() -> ExitStack:
     stack.enter_context(patch.object(carrying, "machines", lambda: [(1.0, 0.0)]))
     stack.enter_context(patch.object(opinions, "mapped", _WorkHere))
     return stack
+
+
+def test_all_that_rows_depend_on_is_in_their_folders_name(data):
+    plan = opinions._plan(asked("run"), "demo", data, Columns(), Asked())
+    facts, columns = plan.facts, plan.columns
+    others = [
+        replace(plan, facts=replace(facts, translations={**facts.translations, "dog": {"es": "perro"}})),
+        replace(plan, columns=columns.model_copy(update={"objects": "tags"})),
+        *(replace(plan, asked=Asked(**given)) for given in ({"dtype": "bf16"}, {"prompt": "Say."}, {"prefix": "A"})),
+    ]
+    names = [plan.settings.fingerprint(opinions._digests(some)) for some in (plan, *others)]
+    assert len(set(names)) == len(names)
+    assert plan.settings.fingerprint(opinions._digests(replace(plan, asked=Asked(trust_remote_code=True)))) == names[0]
+
+
+def test_the_model_is_loaded_as_its_census_had_it(data):
+    plan = opinions._plan(asked("run"), "demo", data, Columns(), Asked(dtype="bf16"))
+    assert sight_worker.OpinionWorker(plan, "out", 1, ".").joint.model.network.dtype == torch.bfloat16
 
 
 def asked(run, **more):

@@ -9,6 +9,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from mmray.datasets.samples import Sample
 from mmray.derived import DERIVED
@@ -222,18 +223,19 @@ def test_what_the_language_model_never_sees_is_not_moved(joint, embedding, monke
     assert not bool(shown(joint, embedding, "dog")[1][:, 0].any())
 
 
-def test_claims_are_what_the_model_says_with_its_own_log_probability(joint, all_scenes, before):
+@pytest.mark.parametrize("prefix", [None, "An image of"])
+def test_claims_are_what_the_model_says_with_its_own_log_probability(joint, all_scenes, before, prefix):
     samples = all_scenes[:3]
     images = [before.image(sample) for sample in samples]
     facts = gather_facts(sample.objects for sample in all_scenes[:30])
     naming = Naming(facts.vocabulary, facts.translations)
-    rows = Claimant(joint, facts, naming, None, 1, 0, 2).claims(samples, images)
+    rows = Claimant(joint, facts, naming, None, prefix, 1, 0, 2).claims(samples, images)
     captions = [row for row in rows if row["kind"] == "caption"]
     assert captions
     for row in captions:
         sample = next(sample for sample in samples if sample.sample_id == row["sample_id"])
         image = before.image(sample)
-        prompt = prompt_text(joint.model, None, sample.language)
+        prompt = prompt_text(joint.model, None, sample.language, prefix=prefix)
         tokens, offsets = tokenize_caption(joint.model, prompt, row["text"])
         batch = encode(joint.model, [prompt], [image], [tokens], [offsets])
         with torch.no_grad():
@@ -306,6 +308,24 @@ def test_what_is_asked_beside_source_and_target_is_no_end_of_any_move(named):
         assert move.apart in {*vocabulary} - {"dog", "cat", move.source, move.target, *move.unrelated}
 
 
+@pytest.mark.parametrize("named", [{"target": "dog"}, {"unrelated": ["cat", "dog"]}, {"unrelated": ["cat", "ant"]}])
+def test_no_move_begins_where_another_ends(named):
+    vocabulary = ("ant", "bee", "cat", "dog", "elk", "fox", "owl")
+    settings = perturbation_settings(SETTINGS | named)
+    for number in range(40):
+        move = drawn_move(Sample(str(number), "", b"", "", objects=("dog", "cat", "owl")), vocabulary, settings)
+        assert len({move.source, move.target, *move.unrelated}) == 4
+    only = Sample("0", "", b"", "", objects=("dog",))
+    assert drawn_move(only, vocabulary, perturbation_settings(SETTINGS | {"target": "dog"})) is None
+
+
+def test_an_image_that_shows_all_there_is_ends_nothing():
+    settings, full = perturbation_settings(SETTINGS), Sample("0", "", b"", "", objects=("ant", "bee"))
+    assert drawn_move(full, ("ant", "bee", "cat", "dog"), settings) is None
+    with pytest.raises(InputError, match="no two other objects"):
+        drawn_move(full, ("ant", "bee", "cat"), settings)
+
+
 def test_what_a_move_is_given_is_spelt_as_the_data_spells_it():
     settings = perturbation_settings({**SETTINGS, "source": "Dog", "target": "CEO", "unrelated": ["Ant", "Bee"]})
     move = drawn_move(Sample("0", "", b"", "", objects=("dog", "cat")), ("ant", "bee", "cat", "dog"), settings)
@@ -331,3 +351,4 @@ def test_what_stands_at_a_box_and_its_picture(all_scenes, before):
     assert stands_at([0.5, 0.4, 0.5, 0.5], objects) == ("cat", [0.5, 0.5, 0.5, 0.5])
     assert stands_at([0.6, 0.0, 0.3, 0.3], objects) == (None, None)
     assert picture(before.image(all_scenes[0]), [0.9, 0.9, 0.3, 0.3], None).startswith(b"\x89PNG")
+    assert picture(Image.new("RGB", (1000, 2)), [0.1, 0.1, 0.3, 0.3], None).startswith(b"\x89PNG")

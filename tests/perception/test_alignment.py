@@ -30,6 +30,8 @@ from mmray.perception.sight import OwnTower, open_sight
 from mmray.perception.standing_in import OtherSight
 from mmray.storage import open_store
 
+MEASURED = {"recall": {"before": 1.0, "after": 1.0, "n": 1}}
+
 
 def pictures(*sizes: tuple[int, int]) -> list[Image.Image]:
     random = torch.Generator().manual_seed(3)
@@ -79,6 +81,9 @@ def test_it_is_kept_for_its_tower_and_its_model(pair, tmp_path):
         load_alignment(str(tmp_path), pair.model, "that tower")
     assert load_alignment(str(tmp_path), pair.model, "that tower", measured=False).shape == network.shape
     save_alignment(open_store(tmp_path), network, {"digests": digests, "measures": {}})
+    with pytest.raises(InputError, match="not measured yet"):
+        load_alignment(str(tmp_path), pair.model, "that tower")
+    save_alignment(open_store(tmp_path), network, {"digests": digests, "measures": MEASURED})
     embedding, _ = pair.examples(pictures((32, 32)))
     assert torch.equal(load_alignment(str(tmp_path), pair.model, "that tower")(embedding), network(embedding))
     with pytest.raises(InputError, match="aligned with another tower"):
@@ -91,7 +96,7 @@ def test_its_digest_is_that_of_what_it_is(pair, tmp_path):
     """Not of when or where it was written, nor of what was measured since."""
     network, digests = pair.network("projector", 1), {"tower": "that tower", "model": "that model"}
     save_alignment(open_store(tmp_path / "one"), network, {"digests": digests})
-    save_alignment(open_store(tmp_path / "two"), network, {"digests": digests, "measures": {"recall": {"after": 1.0}}})
+    save_alignment(open_store(tmp_path / "two"), network, {"digests": digests, "measures": MEASURED})
     os.utime(tmp_path / "two" / WEIGHTS, (1, 1))
     found = alignment_digest(str(tmp_path / "one"))
     assert alignment_digest(str(tmp_path / "two")) == found
@@ -144,7 +149,7 @@ def test_an_owls_embedding_gets_image_tokens(kind, owl, open_model, tmp_path):
         learner.step()
     assert float(alignment_loss(network, embedding, tokens, 2).detach()) < 0.8 * before
     digests = {"tower": digest(folder), "model": model.digest}
-    save_alignment(open_store(tmp_path), network, {"digests": digests, "measures": {}})
+    save_alignment(open_store(tmp_path), network, {"digests": digests, "measures": MEASURED})
     joint = join(model, str(folder), str(tmp_path))
     (picture,) = pictures((32, 32))
     caption, named = "A dog and a ball.", {"detector": str(folder), "alignment": str(tmp_path)}

@@ -12,7 +12,7 @@ from mmray.models.generation import caption_of, generate
 from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.perception.heads import FACTS, WEIGHTS
-from mmray.perception.joint import JointModel, join
+from mmray.perception.joint import JointModel, join, join_if_asked
 from mmray.perception.sight import OwnTower
 from mmray.perception.training import measure_heads
 
@@ -91,6 +91,14 @@ def test_heads_of_another_model_are_refused(tmp_path, demo, open_model):
     (tmp_path / "heads" / WEIGHTS).write_bytes(b"nothing")
     with pytest.raises(InputError, match="no heads of a detector"):
         join(demo, str(tmp_path / "heads"))
+
+
+def test_an_alignment_that_nothing_would_use_is_refused(demo, open_model):
+    with pytest.raises(InputError, match="--alignment W: the detector demo sees by demo's own tower"):
+        join(demo, "demo", "W")
+    with pytest.raises(InputError, match="--alignment W: give the OWL-ViT or OWLv2"):
+        join_if_asked(open_model("llava"), None, "W")
+    assert join_if_asked(open_model("llava"), None, None) is None
 
 
 def test_a_family_without_a_projector_of_its_own_is_refused(open_model):

@@ -6,16 +6,15 @@ from PIL import Image
 
 import mmray
 from mmray.errors import InputError
-from mmray.evaluation.saliency_batch import joint_of
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.heatmaps import SIDE, placed
 from mmray.neurons.places import places_of
 from mmray.perception.asking import ask, look_at, mentions_of
+from mmray.perception.joint import join_if_asked
 from mmray.perception.methods import METHODS, OF_BOXES, Looked
 from mmray.perception.model import explain
 from mmray.perception.saliency import cosines, paint, rollout
-from mmray.perception.settings import saliency_settings
 
 
 def looked_at(model, joint, images, captions, words):
@@ -102,7 +101,7 @@ def test_a_wrong_word_has_saliency_too_and_one_that_is_not_said_is_refused(image
 @pytest.mark.parametrize("method", ["gradient", "rollout", "alignment"])
 def test_python_and_the_command_look_by_the_same_sight_where_none_is_named(demo, images, method):
     asked = (images[0], "zebra", "An image of a zebra.")
-    answer = explain(demo, joint_of(demo, saliency_settings({"run": ""})), *asked, methods=(method,))
+    answer = explain(demo, join_if_asked(demo, None, None), *asked, methods=(method,))
     found = mmray.load_model("demo").saliency(images[0], asked[2], asked[1], method=method)
     assert torch.equal(found, placed(answer.maps[method].values, answer.covers, images[0].height, images[0].width))
 

@@ -37,6 +37,7 @@ class Claimant:
     facts: DataFacts
     naming: Naming
     prompt: str | None
+    prefix: str | None
     questions: int
     """Present objects of an image that are asked for, and as many absent ones of each kind."""
     seed: int
@@ -58,7 +59,7 @@ class Claimant:
     ) -> list[dict[str, Any]]:
         """Write captions, and return the first mention of each object in each, with its log-probability."""
         model = self.joint.model
-        prompts = [prompt_text(model, self.prompt, sample.language) for sample in samples]
+        prompts = [prompt_text(model, self.prompt, sample.language, prefix=self.prefix) for sample in samples]
         written, states = zip(*replies(self.joint, prompts, images, embedding, self.batch_size), strict=True)
         texts, offsets = zip(*(caption_of(model, tokens) for tokens in written), strict=True)
         batch = encode(model, prompts, images, written, offsets)

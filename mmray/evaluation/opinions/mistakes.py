@@ -34,7 +34,7 @@ def stands_at(box: Box, objects: Sequence[tuple[str, Box]]) -> tuple[str | None,
 def picture(image: Image, claimed: Box, there: Box | None) -> bytes:
     """Return a PNG of the image with the box of what was claimed (red) and of what stands there (blue)."""
     scale = SIDE / max(image.size)
-    drawn = image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
+    drawn = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Resampling.BICUBIC)
     pen = ImageDraw.Draw(drawn)
     for box, colour in ((there, THERE), (claimed, CLAIMED)):
         if box is not None:

@@ -2,7 +2,8 @@
 
 `one step` and `steps` go along the detector's gradient from source to target, of embeddings as they vary, `plain steps`
 along the gradient as it is, and `unrelated` between two things that have nothing to do with the question. `random` goes
-in any direction, `random in place` as far in each patch as `steps` went, `random natural` as embeddings vary.
+in any direction, `random in place` as far in each patch as `steps` went, `random natural` as embeddings vary. All go as
+far as `steps`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mmray.evaluation.opinions.settings import PerturbationSettings
 from mmray.evaluation.prompts import presence
 from mmray.models.prompting import prompt_text
 from mmray.perception.joint import JointModel
-from mmray.perception.perturbing import Covariance, confidences, moved, moved_at_random, relative_norms
+from mmray.perception.perturbing import Covariance, as_far, confidences, moved, moved_at_random, relative_norms
 
 ANSWER = 16
 """Tokens at most of an answer."""
@@ -46,22 +47,28 @@ class Move:
 
 
 def drawn_move(sample: Sample, vocabulary: Sequence[str], settings: PerturbationSettings) -> Move | None:
-    """Return what the settings say, or else draw it from the image's objects and the data's; None where it has none."""
+    """Return what the settings say, or else draw it from the image's objects and the data's.
+
+    None where there is nothing to draw. Raises InputError where no image can have a control.
+    """
     draw = random.Random(f"{settings.seed} {sample.sample_id}")
     objects = sorted(name.casefold() for name in sample.objects or ())
-    given = [_spelt(name, vocabulary) for name in (settings.source, settings.target)]
-    source = given[0] or (draw.choice(objects) if objects else None)
+    given = [_spelt(name, vocabulary) for name in (settings.source, settings.target, *(settings.unrelated or ()))]
+    own = [name for name in objects if name not in given]
+    source = given[0] or (draw.choice(own) if own else None)
     lacking = [name for name in vocabulary if name not in objects and name not in given]
     drawn = draw.sample(lacking, min(3, len(lacking)))
     target = given[1] or (drawn.pop() if drawn else None)
     if source is None or target is None:
         return None
     if settings.unrelated:
-        one, other = (str(_spelt(name, vocabulary)) for name in settings.unrelated)
+        one, other = map(str, given[2:])
         apart = next((name for name in (*drawn, *lacking) if name not in (target, one, other)), None)
         return Move(source, target, (one, other), apart)
     if len(drawn) < 2:
-        raise InputError("the data has no two other objects to move between as a control; name two by --unrelated")
+        if len([name for name in vocabulary if name not in (source, target)]) < 2:
+            raise InputError("the data has no two other objects to move between as a control; name two by --unrelated")
+        return None  # this image shows all others, or all but one
     one, other = drawn[:2]
     left = [name for name in lacking if name not in (target, one, other)]
     return Move(source, target, (one, draw.choice(left) if left else other), other if left else None)
@@ -131,10 +138,10 @@ class Mover:
         there = go(move.source, move.target, settings.steps)
         found = {
             ORIGINAL: embedding,
-            "one step": go(move.source, move.target, 1),
             "steps": there,
-            "plain steps": go(move.source, move.target, settings.steps, plain=True),
-            "unrelated": go(*move.unrelated, settings.steps),
+            "one step": as_far(embedding, go(move.source, move.target, 1), there),
+            "plain steps": as_far(embedding, go(move.source, move.target, settings.steps, plain=True), there),
+            "unrelated": as_far(embedding, go(*move.unrelated, settings.steps), there),
         }
         for number in range(1, settings.randoms + 1):
             drawn = seed + number
