@@ -5,7 +5,7 @@ does, for no cache and no logits), the census step (every neuron scored at the n
 concept, top-k), generating a caption and scoring it, gradient × activation (of every noun, as the census scores them,
 and of one noun an image, as it was published), and the published per-image procedure. The demo's model and scenes by
 default; `--shape llava-1.5-7b` builds random weights of that shape, with 576 image tokens, 16 of prompt, 16 of caption
-and three nouns a sample.
+and three nouns a sample, of which a backward pass takes 8 samples at a time.
 
     one H100:   python -m tests.bench.attribution --shape llava-1.5-7b --device cuda --batch-size 32
 """
