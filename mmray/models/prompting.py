@@ -122,7 +122,8 @@ def _question(model: LoadedModel, prompt: str | None, language: str | None, *, i
     question = question.rstrip(" ")
     # Without a template the image's place has to be written; the BLIPs' processors write it unasked.
     if image and not hasattr(model.network.config, "qformer_config"):
-        return f"{getattr(model.processor, 'boi_token', None) or model.processor.image_token}{question}"
+        named = (getattr(model.processor, name, None) for name in ("boi_token", "image_token"))
+        return f"{next(filter(None, named), '')}{question}"
     return question
 
 
