@@ -46,7 +46,6 @@ class PropertiesWorker(UnitWorker):
         """Measure the concepts of a unit, and commit their rows."""
         began = time.perf_counter()
         found, unit = Observations(), self.plan.units[number]
-        for facts in unit:
-            samples = self.wanted.samples({*facts.own, *facts.others, *facts.maps})
-            self.probe.concept(facts, samples, found)
+        names = {name for facts in unit for name in (*facts.own, *facts.others, *facts.maps)}
+        self.probe.unit(unit, self.wanted.samples(names), found)
         return self.folder.commit_shard(number, found.tables(), len(unit), time.perf_counter() - began)

@@ -1,6 +1,7 @@
 """What is observed is what a plain forward shows, and means don't depend on how their rows were cut."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -14,10 +15,11 @@ from mmray.demo import DATA
 from mmray.derived import PROPERTY_SCHEMAS
 from mmray.evaluation.properties.comparing import METHODS, compare_methods
 from mmray.evaluation.properties.effects import MATCHED, Effects, noise
-from mmray.evaluation.properties.maps import box_of
+from mmray.evaluation.properties.maps import box_of, draw_maps
 from mmray.evaluation.properties.meaning import invariance, region_invariance
 from mmray.evaluation.properties.observations import Key, Observations, summarise
-from mmray.evaluation.properties.settings import DECODED, MOST, RANKINGS
+from mmray.evaluation.properties.probe import Probe
+from mmray.evaluation.properties.settings import DECODED, MOST, RANKINGS, property_settings
 from mmray.evaluation.properties.subject import Facts, Ranked, Study, Subject
 from mmray.models.parts import output_rows
 from mmray.neurons.concepts import NounSource
@@ -65,6 +67,31 @@ def test_nothing_is_said_of_patches_that_are_not_in_the_sequence(open_model, var
     methods = {row["method"] for row in rows if row["property"] == "comparison"}
     assert methods == set(METHODS) - (set() if variant == "llava" else {"gradient"})
     assert {"image_invariance", "comparison"} <= {row["property"] for row in rows}
+
+
+def test_maps_of_several_concepts_are_those_of_each(subject):
+    """In batches smaller than the images, of which one is of two concepts; what can't be drawn is told by itself."""
+    asked = subject.study.settings.model_copy(update={"batch_size": 2})
+    study = replace(subject.study, settings=asked)
+    given = {item.sample.sample_id: item.sample for item in subject.items}
+    hammer = replace(subject.facts, maps=subject.facts.own[:3])
+    other = replace(subject.facts, concept="dog", maps=(*subject.facts.others[:2], subject.facts.own[0]))
+    whole = draw_maps(study, [hammer, other], given)
+    single = [draw_maps(study, [facts], given) for facts in (hammer, other)]
+    rows, apart = whole.heatmaps, [row for part in single for row in part.heatmaps]
+    assert len(rows) == 2 * 6
+    for row, alone in zip(rows, apart, strict=True):
+        values = row.pop("values"), alone.pop("values")
+        assert torch.allclose(*map(torch.tensor, values), atol=1e-4)
+        assert row == alone
+    assert whole.observations == [row for part in single for row in part.observations]
+    wrong = replace(other, concept="cat", own=(), ranked={name: Ranked(((99, 0),) * 10, ()) for name in RANKINGS})
+    found = Observations()
+    Probe(study, property_settings({"run": "unused"})).unit(
+        [replace(hammer, own=()), wrong, replace(other, own=())], given, found
+    )
+    assert len(found.heatmaps) == len(rows)
+    assert [error["source"] for error in found.errors] == ["cat"]
 
 
 def test_places_are_the_noun_in_its_images_and_others_elsewhere(subject):

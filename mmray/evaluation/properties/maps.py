@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 from mmray.datasets.images import decode_image
 from mmray.datasets.samples import Sample
@@ -17,25 +18,38 @@ SEVERAL = 2
 """Objects that an image needs for pointing to be a test: of a single one there is little beside it."""
 
 
-def draw_maps(study: Study, facts: Facts, samples: Sequence[Sample], found: Observations) -> None:
-    """Draw the mean activation of the ten highest neurons of both rankings over these images, and hold it to boxes."""
-    encoded = study.encoded(samples)
-    if encoded is None:
-        return
-    items, batch = encoded
-    kinds = _kinds(study, facts)
-    asked: list[Wanted] = []
-    shown: list[tuple[Sample, str]] = []
-    for row, item in enumerate(items):
-        size = decode_image(item.sample.image or b"").size
-        patches = patches_of(study.model, batch, row, size)
-        if patches is None:
-            continue
-        for method, ranked in kinds.items():
-            asked.append(Wanted(row, patches, ranked.neurons[:DECODED], ranked.signs[:DECODED] or None))
-            shown.append((item.sample, method))
-    for (sample, method), ask, values in zip(shown, asked, patch_maps(study.model, batch, asked), strict=True):
-        _keep(study, facts, sample, method, ask, values, found)
+def draw_maps(study: Study, unit: Sequence[Facts], samples: Mapping[str, Sample]) -> Observations:
+    """Draw the mean activation of the ten highest neurons of both rankings over these concepts' images, beside boxes.
+
+    An image that several concepts share is run once.
+    """
+    askers: dict[str, list[Facts]] = defaultdict(list)
+    for facts in unit:
+        for name in facts.maps:
+            if name in samples:
+                askers[name].append(facts)
+    kinds = {facts.concept: _kinds(study, facts) for facts in unit}
+    drawn: dict[tuple[str, str], list[tuple[str, Wanted, Map]]] = defaultdict(list)
+    for items, batch in study.batches([samples[name] for name in askers]):
+        asked: list[tuple[tuple[str, str], str, Wanted]] = []
+        for row, item in enumerate(items):
+            name = item.sample.sample_id
+            patches = patches_of(study.model, batch, row, decode_image(item.sample.image or b"").size)
+            if patches is None:
+                continue
+            for facts in askers[name]:
+                for method, ranked in kinds[facts.concept].items():
+                    wanted = Wanted(row, patches, ranked.neurons[:DECODED], ranked.signs[:DECODED] or None)
+                    asked.append(((facts.concept, name), method, wanted))
+        maps = patch_maps(study.model, batch, [wanted for *_, wanted in asked])
+        for (key, method, wanted), values in zip(asked, maps, strict=True):
+            drawn[key].append((method, wanted, values))
+    found = Observations()
+    for facts in unit:
+        for name in facts.maps:
+            for method, wanted, values in drawn.get((facts.concept, name), ()):
+                _keep(study, facts, samples[name], method, wanted, values, found)
+    return found
 
 
 def _kinds(study: Study, facts: Facts) -> dict[str, Ranked]:

@@ -44,6 +44,18 @@ class Observations:
         for sample_id, value in zip(samples, values, strict=True):
             self.add(key, concept, sample_id, value)
 
+    def fail(self, concept: str, problem: str) -> None:
+        """Add a concept that could not be measured, or not wholly."""
+        self.errors.append(
+            {
+                "sample_id": None,
+                "source": concept,
+                "shard_id": None,
+                "stage": "properties",
+                "message": " ".join(problem.split())[:500],
+            }
+        )
+
     def tables(self) -> dict[str, pa.Table]:
         """Return what was collected."""
         return {

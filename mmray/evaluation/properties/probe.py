@@ -1,9 +1,9 @@
-"""All that is measured of one concept, by one model replica."""
+"""All that is measured of concepts, by one model replica."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mmray.datasets.samples import Sample
 from mmray.evaluation.properties.comparing import compare_methods
@@ -23,11 +23,14 @@ from mmray.evaluation.properties.settings import PropertySettings
 from mmray.evaluation.properties.subject import Facts, Study, Subject
 from mmray.evaluation.properties.writing import Writing
 from mmray.evaluation.quality import Encoder
-from mmray.neurons.halving import FAILURES
+from mmray.neurons.halving import FAILURES, in_halves
 
 
 class Probe:
-    """Measures concepts one by one; raises InputError for an encoder or a CLIP that can't be loaded."""
+    """Measures concepts one by one, and draws their maps together.
+
+    Raises InputError for an encoder or a CLIP that can't be loaded.
+    """
 
     def __init__(self, study: Study, settings: PropertySettings) -> None:
         self.study = study
@@ -37,28 +40,30 @@ class Probe:
         self.writing = Writing()
         self.resumes: bool | None = None
 
-    def concept(self, facts: Facts, samples: Mapping[str, Sample], found: Observations) -> None:
-        """Measure a concept on its images among these samples; what fails is a row of `errors`."""
-        before = len(found.observations), len(found.heatmaps)
-        try:
+    def unit(self, unit: Sequence[Facts], samples: Mapping[str, Sample], found: Observations) -> None:
+        """Measure concepts on their images among these samples, and draw maps; what fails is a row of `errors`."""
+        for facts in unit:
             if facts.own:
-                self._measure(facts, samples, found)
-            if facts.maps:
-                draw_maps(self.study, facts, [samples[name] for name in facts.maps if name in samples], found)
+                self._concept(facts, samples, found)
+        mapped = [facts for facts in unit if facts.maps]
+        for drawn in in_halves(
+            mapped,
+            lambda part: draw_maps(self.study, part, samples),
+            lambda facts, problem: found.fail(facts.concept, f"heat maps: {problem}"),
+            errors=FAILURES,
+        ):
+            found.observations += drawn.observations
+            found.heatmaps += drawn.heatmaps
+
+    def _concept(self, facts: Facts, samples: Mapping[str, Sample], found: Observations) -> None:
+        before = len(found.observations)
+        try:
+            self._measure(facts, samples, found)
         except FAILURES as error:
             # Half a concept's rows would make other concepts' controls weigh more.
-            del found.observations[before[0] :], found.heatmaps[before[1] :]
+            del found.observations[before:]
             where = traceback.extract_tb(error.__traceback__)[-1]
-            message = " ".join(f"{type(error).__name__}: {error} ({where.name})".split())[:500]
-            found.errors.append(
-                {
-                    "sample_id": None,
-                    "source": facts.concept,
-                    "shard_id": None,
-                    "stage": "properties",
-                    "message": message,
-                }
-            )
+            found.fail(facts.concept, f"{type(error).__name__}: {error} ({where.name})")
 
     def _measure(self, facts: Facts, samples: Mapping[str, Sample], found: Observations) -> None:
         encoded = self.study.encoded([samples[name] for name in (*facts.own, *facts.others) if name in samples])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -77,13 +77,16 @@ class Study:
         """Return all the tokens that these neurons promote."""
         return [token for number in numbers for token in self.tokens[number]]
 
-    def encoded(self, samples: Sequence[Sample]) -> tuple[list[Captioned], Batch] | None:
-        """Return the samples in one batch, as a census encodes them; None where none of them can be used."""
-        settings = self.settings.model_copy(update={"batch_size": max(1, len(samples))})
+    def batches(self, samples: Sequence[Sample], size: int | None = None) -> Iterator[tuple[list[Captioned], Batch]]:
+        """Yield the samples that have images in batches, as a census encodes them; of its size, unless one is given."""
+        settings = self.settings if size is None else self.settings.model_copy(update={"batch_size": size})
         pictured = [sample for sample in samples if sample.image is not None]
-        found = list(ShardAnalysis(self.model, settings, self.nouns, 0).encoded(pictured))
+        yield from ShardAnalysis(self.model, settings, self.nouns, 0).encoded(pictured)
+
+    def encoded(self, samples: Sequence[Sample]) -> tuple[list[Captioned], Batch] | None:
+        """Return the samples in one batch; None where none of them can be used."""
         # Where the processor refuses some samples, the largest part stands for all.
-        return max(found, key=lambda pair: len(pair[0])) if found else None
+        return max(self.batches(samples, max(1, len(samples))), key=lambda pair: len(pair[0]), default=None)
 
 
 class Subject:
