@@ -73,18 +73,18 @@ def properties_here(run: Path | str, **settings: object) -> Properties:
         return properties.run_properties(property_settings({"run": str(run), **settings}), follow)
 
 
-class _WorkHere:
+class WorkHere:
     """Stands for the dataset of receipts to come, of any worker."""
 
     def __init__(
-        self, worker: type[UnitWorker], arguments: Sequence[Any], units: Sequence[int], *_: object, **__: object
+        self, worker: type[UnitWorker], arguments: Sequence[Any], units: Sequence[Any], *_: object, **__: object
     ):
         self.worker = worker(*arguments, 1, str(Path.cwd()))
         self.units = units
 
     def iter_batches(self, **_: object) -> Iterator[dict[str, list[Any]]]:
         for unit in self.units:
-            yield self.worker({"unit": np.array([unit])})
+            yield self.worker({"unit": np.array(unit).reshape(-1)})
 
 
 def saliency_here(run: Path | str, **settings: object) -> Judged:
@@ -93,7 +93,7 @@ def saliency_here(run: Path | str, **settings: object) -> Judged:
     with (
         patch.object(carrying, "ray_session", lambda _: nullcontext()),
         patch.object(carrying, "machines", lambda: [(1.0, 0.0)]),
-        patch.object(saliency, "mapped", _WorkHere),
+        patch.object(saliency, "mapped", WorkHere),
     ):
         return saliency.run_saliency(saliency_settings({"run": str(run), **settings}), follow)
 
@@ -105,6 +105,6 @@ def pipeline_here(settings: dict[str, Any]) -> Pipeline:
         for module in (pipeline, carrying):
             stack.enter_context(patch.object(module, "ray_session", lambda _: nullcontext()))
         stack.enter_context(patch.object(carrying, "machines", lambda: [(1.0, 0.0)]))
-        for module in (editing, evaluation):
-            stack.enter_context(patch.object(module, "mapped", _WorkHere))
+        stack.enter_context(patch.object(editing, "mapped", WorkHere))
+        stack.enter_context(patch.object(evaluation, "mapped_together", WorkHere))
         return pipeline.run_pipeline(pipeline.pipeline_settings(settings))

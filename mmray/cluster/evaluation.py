@@ -1,4 +1,4 @@
-"""The driver of an evaluation: settle the units of work, hand them to actors, sum up their rows, write the result.
+"""The driver of evaluations: settle the units of work, hand them to actors, sum up their rows, write the result.
 
 EDIT/evaluations/FINGERPRINT/     the rows of each unit, committed once, as a run's shards are (`mmray.runs`)
 EDIT/evaluation.json              the measures of the last evaluation that ended
@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from mmray.cluster.carrying import carry_out, pool_for
+from mmray.cluster.carrying import Folders, carry_out, pool_for
 from mmray.cluster.census import Progress
 from mmray.cluster.described import described
 from mmray.cluster.evaluation_plan import Plan, digests, plan_evaluation, units_json
 from mmray.cluster.evaluation_worker import EvaluationWorker, Opener
 from mmray.cluster.finished import Finished
-from mmray.cluster.units import mapped
+from mmray.cluster.units import mapped_together
 from mmray.editing.edit import open_edit
 from mmray.evaluation.settings import EvaluationSettings
 from mmray.evaluation.summary import summarise
-from mmray.results.run import Run, open_run
+from mmray.results.run import open_run
 from mmray.runs import Receipt, RunFolder
 from mmray.storage import open_store
 from mmray.tables import CAPTIONS_FILE, EVALUATION_FILE, EVALUATION_SCHEMAS, to_bytes
@@ -48,51 +49,76 @@ def run_evaluation(
 ) -> Evaluation:
     """Evaluate an edit to the end, or go on with an evaluation that stopped, and write and return what it shows.
 
-    `follow` hears of every committed unit. Raises InputError for anything wrong with the set-up, before any work.
+    `follow` hears of committed units. Raises InputError for anything wrong with the set-up, before any work.
+    """
+    return run_evaluations([settings], follow, opener)[0]
+
+
+def run_evaluations(
+    settings: Sequence[EvaluationSettings],
+    follow: Callable[[Progress], None] = lambda _: None,
+    opener: Opener = open_edit,
+) -> list[Evaluation]:
+    """Evaluate edits of one run together: the model is loaded, and asked before the edits, once for all of them.
+
+    The settings differ in the edit alone; `seconds` of each outcome are those of all. Else as `run_evaluation`.
     """
     began = time.perf_counter()
-    run, edit = open_run(settings.run), opener(settings.edit)
-    plan = plan_evaluation(settings, run, edit.purposes)
-    folder, info = _folder(plan, run)
-    folder.begin(info, units_json(plan))
-    _work(plan, folder, opener, follow)
-    receipts = folder.receipts()
-    measured, captions = _gathered(folder, receipts)
-    outcome = Evaluation(
-        edit=settings.edit,
-        measures=summarise(measured, plan.settings),
-        facts=edit.facts,
-        samples=sum(receipt.samples for receipt in receipts.values()),
-        failures=sum(receipt.failures for receipt in receipts.values()),
-        shards_aside=folder.reasons(receipts),
-        seconds=time.perf_counter() - began,
-    )
-    _write(outcome, plan, info["fingerprint"], captions)
-    folder.finish({"samples": outcome.samples, "failures": outcome.failures})
-    return outcome
+    run, edits = open_run(settings[0].run), [opener(one.edit) for one in settings]
+    plans = [plan_evaluation(one, run, edit.purposes) for one, edit in zip(settings, edits, strict=True)]
+    infos = [described(plan.settings, digests(plan, run)) for plan in plans]
+    folders = [
+        RunFolder(open_store(f"{plan.settings.edit.rstrip('/')}/evaluations/{info['fingerprint']}"))
+        for plan, info in zip(plans, infos, strict=True)
+    ]
+    for plan, info, folder in zip(plans, infos, folders, strict=True):
+        folder.begin(info, units_json(plan))
+    _work(plans, folders, opener, follow)
+    outcomes = []
+    for plan, info, folder, edit in zip(plans, infos, folders, edits, strict=True):
+        receipts = folder.receipts()
+        measured, captions = _gathered(folder, receipts)
+        outcome = Evaluation(
+            edit=plan.settings.edit,
+            measures=summarise(measured, plan.settings),
+            facts=edit.facts,
+            samples=sum(receipt.samples for receipt in receipts.values()),
+            failures=sum(receipt.failures for receipt in receipts.values()),
+            shards_aside=folder.reasons(receipts),
+            seconds=time.perf_counter() - began,
+        )
+        _write(outcome, plan, info["fingerprint"], captions)
+        folder.finish({"samples": outcome.samples, "failures": outcome.failures})
+        outcomes.append(outcome)
+    return outcomes
 
 
-def _folder(plan: Plan, run: Run) -> tuple[RunFolder, dict[str, Any]]:
-    """Return where the rows of this evaluation lie, and what it says of itself."""
-    info = described(plan.settings, digests(plan, run))
-    return RunFolder(open_store(f"{plan.settings.edit.rstrip('/')}/evaluations/{info['fingerprint']}")), info
+def _work(
+    plans: Sequence[Plan], folders: Sequence[RunFolder], opener: Opener, follow: Callable[[Progress], None]
+) -> None:
+    """Have every unit that is neither committed nor set aside measured, those of one number together.
 
+    Of the data these are the same samples for every edit.
+    """
+    units = Folders(folders, [len(plan.units) for plan in plans])
+    first = plans[0].settings
 
-def _work(plan: Plan, folder: RunFolder, opener: Opener, follow: Callable[[Progress], None]) -> None:
-    """Have every unit that is neither committed nor set aside measured."""
+    def actors(wanted: list[int]) -> Any:
+        groups: dict[int, list[int]] = defaultdict(list)
+        for number in wanted:
+            groups[units.place(number)[1]].append(number)
+        pool = pool_for(first.workers, first.gpus_per_worker, len(groups))
+        arguments = plans, [folder.store.uri for folder in folders], opener
+        return mapped_together(EvaluationWorker, arguments, list(groups.values()), pool, ahead=0)
+
     carry_out(
-        folder,
-        [unit.samples for unit in plan.units],
-        lambda units: _actors(plan, folder, opener, units),
+        units,
+        [unit.samples for plan in plans for unit in plan.units],
+        actors,
         follow,
-        address=plan.settings.address,
-        retry_failed=plan.settings.retry_failed,
+        address=first.address,
+        retry_failed=first.retry_failed,
     )
-
-
-def _actors(plan: Plan, folder: RunFolder, opener: Opener, units: list[int]) -> Any:
-    pool = pool_for(plan.settings.workers, plan.settings.gpus_per_worker, len(units))
-    return mapped(EvaluationWorker, (plan, folder.store.uri, opener), units, pool, ahead=0)
 
 
 def _gathered(folder: RunFolder, receipts: dict[int, Receipt]) -> tuple[pa.Table, pa.Table]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
+
+from mmray.cluster.carrying import Folders
 from mmray.cluster.evaluation_plan import Plan, Unit, open_measured, part_of
 from mmray.cluster.units import UnitWorker
 from mmray.cluster.worker import open_data
@@ -24,44 +28,58 @@ Opener = Callable[[str], Edit]
 
 
 class EvaluationWorker(UnitWorker):
-    """Loads model and edit once, then answers each unit of work with the receipt of what it committed."""
+    """Loads the model once, and each edit once, then answers units of work with receipts of what it committed.
 
-    def __init__(self, plan: Plan, folder: str, opener: Opener, threads: int, home: str) -> None:
+    Units that it is given together are asked of the unedited model once, whatever edit each of them measures.
+    """
+
+    def __init__(self, plans: Sequence[Plan], folders: Sequence[str], opener: Opener, threads: int, home: str) -> None:
         super().__init__(threads, home)
-        self.plan = plan
+        self.plans = plans
+        self.folders = Folders([RunFolder(open_store(uri)) for uri in folders], [len(plan.units) for plan in plans])
+        self.opener = opener
+        self.measuring: dict[int, Measuring] = {}
         try:
-            census = plan.census
+            census, settings = plans[0].census, plans[0].settings
             model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
-            self.folder = RunFolder(open_store(folder))
-            self.before = Before(model, plan.settings.batch_size, plan.settings.prompt)
-            self.measuring = Measuring(self.before, opener(plan.settings.edit), plan.facts, plan.settings)
+            self.before = Before(model, settings.batch_size, settings.prompt)
         except InputError as error:
             self.problem = str(error)
 
+    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
+        """Do the units in the batch."""
+        receipts = super().__call__(batch)
+        # Those of other batches share no sample with them, and what is kept would only grow.
+        if not self.problem:
+            self.before.forget()
+        return receipts
+
     def unit(self, unit: int) -> Receipt:
         """Measure and commit one unit of work."""
-        return self.attempted(unit, self.plan.units[unit].samples, lambda: self.commit(unit))
+        edit, number = self.folders.place(unit)
+        plan, self.folder = self.plans[edit], self.folders.folders[edit]
+        if edit not in self.measuring:
+            self.measuring[edit] = Measuring(self.before, self.opener(plan.settings.edit), plan.facts, plan.settings)
+        measuring = self.measuring[edit]
+        return self.attempted(number, plan.units[number].samples, lambda: self.commit(plan, measuring, number))
 
-    def commit(self, number: int) -> Receipt:
+    def commit(self, plan: Plan, measuring: Measuring, number: int) -> Receipt:
         """Measure a unit, and commit its rows."""
         began = time.perf_counter()
-        unit = self.plan.units[number]
-        tables = self.measured(unit).tables()
-        # Units share no sample, and what is kept of them would only grow.
-        self.before.forget()
+        unit = plan.units[number]
+        tables = _measured(plan, measuring, unit).tables()
         return self.folder.commit_shard(number, tables, unit.samples, time.perf_counter() - began)
 
-    def measured(self, unit: Unit) -> Rows:
-        """Return the rows of a unit."""
-        if unit.kind == "texts":
-            return self.measuring.texts(self.plan.texts[unit.start : unit.start + unit.samples])
-        if unit.kind == "records":
-            assert self.plan.records is not None
-            return self.measuring.records(part_of(self.plan.records, unit))
-        if unit.kind == "data":
-            rows = read_shard(open_measured(self.plan.census), self.plan.manifest.shards[unit.number])
-            return self.measuring.samples(list(rows))
-        assert self.plan.own_manifest is not None
-        found = read_shard(open_data(self.plan.own), self.plan.own_manifest.shards[unit.number])
-        wanted = set(unit.names)
-        return self.measuring.samples([s for s in found if isinstance(s, Sample) and s.sample_id in wanted], own=True)
+
+def _measured(plan: Plan, measuring: Measuring, unit: Unit) -> Rows:
+    if unit.kind == "texts":
+        return measuring.texts(plan.texts[unit.start : unit.start + unit.samples])
+    if unit.kind == "records":
+        assert plan.records is not None
+        return measuring.records(part_of(plan.records, unit))
+    if unit.kind == "data":
+        return measuring.samples(list(read_shard(open_measured(plan.census), plan.manifest.shards[unit.number])))
+    assert plan.own_manifest is not None
+    found = read_shard(open_data(plan.own), plan.own_manifest.shards[unit.number])
+    wanted = set(unit.names)
+    return measuring.samples([s for s in found if isinstance(s, Sample) and s.sample_id in wanted], own=True)

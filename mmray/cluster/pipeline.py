@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmray.cluster.census import Outcome, Progress, run_census
 from mmray.cluster.editing import edit_folder, make_edits
-from mmray.cluster.evaluation import Evaluation, run_evaluation
+from mmray.cluster.evaluation import Evaluation, run_evaluations
 from mmray.cluster.session import ray_session
 from mmray.derived import TABLES
 from mmray.editing.edit import WeightEdit, open_edit
@@ -101,9 +101,10 @@ def _edit(done: Pipeline, settings: PipelineSettings, follow: Follow) -> None:
         retry_failed=census.retry_failed,
     )
     done.edits = {name: open_edit(edit_folder(run, name)) for name in settings.edits if name not in done.aside}
-    for name in done.edits:
-        evaluation = _evaluation(settings, run.uri, edit_folder(run, name))
-        done.evaluations[name] = run_evaluation(evaluation, partial(follow, name))
+    if done.edits:
+        wanted = [_evaluation(settings, run.uri, edit_folder(run, name)) for name in done.edits]
+        found = run_evaluations(wanted, partial(follow, "evaluations"))
+        done.evaluations = dict(zip(done.edits, found, strict=True))
     write_table(run.folder.store, "edits", [_table("edits", (_facts(name, done.edits[name]) for name in done.edits))])
     write_table(run.folder.store, "evaluations", [_table("evaluations", _measures(done))])
     write_table(run.folder.store, "edit_captions", [_table("edit_captions", _captions(done))])

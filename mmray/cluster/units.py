@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray.data
 import torch
 
@@ -91,15 +92,22 @@ class UnitWorker(ABC):
 def mapped(
     worker: type[UnitWorker], arguments: Sequence[Any], units: Sequence[int], pool: Pool, ahead: int = 1
 ) -> ray.data.Dataset:
-    """Return the receipts to come: the units of work, one a block, mapped over a pool of actors.
+    """Return the receipts to come: the units of work, each by itself, mapped over a pool of actors.
 
     `ahead`: units that an actor is given before it has done its last one. With few and unlike units one actor would
     have several of the large ones, and another none.
     """
-    return ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units)).map_batches(
+    return mapped_together(worker, arguments, [[unit] for unit in units], pool, ahead)
+
+
+def mapped_together(
+    worker: type[UnitWorker], arguments: Sequence[Any], groups: Sequence[Sequence[int]], pool: Pool, ahead: int = 1
+) -> ray.data.Dataset:
+    """Return the receipts to come of groups of units, of which each is one actor's; else as `mapped`."""
+    return ray.data.from_arrow([pa.table({"unit": group}) for group in groups]).map_batches(
         worker,
         fn_constructor_args=(*arguments, pool.threads, str(Path.cwd())),
-        batch_size=1,
+        batch_size=None,
         # What waits is a number, and what comes back a receipt: neither fills the object store.
         compute=ray.data.ActorPoolStrategy(
             min_size=pool.workers, max_size=pool.most, max_tasks_in_flight_per_actor=1 + ahead

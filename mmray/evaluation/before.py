@@ -10,6 +10,8 @@ from PIL.Image import Image
 from mmray.datasets.images import decode_image
 from mmray.datasets.samples import Sample
 from mmray.evaluation.asks import Ask, Reply
+from mmray.evaluation.opinions.second import SecondOpinion
+from mmray.evaluation.quality import Encoder
 from mmray.evaluation.questioner import Questioner
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import LONGEST, prompt_text, tokenize_caption
@@ -32,6 +34,8 @@ class Before:
         self.questioner = Questioner(model, batch_size)
         self._replies: dict[tuple[str, str, str], Reply] = {}
         self._images: dict[tuple[str, str], Image | None] = {}
+        self._opinions: dict[str, SecondOpinion] = {}
+        self._encoders: dict[str, Encoder] = {}
 
     def image(self, sample: Sample, variant: str = "") -> Image | None:
         """Return the sample's image, as it is or changed; the same object each time. ValueError if it can't be read."""
@@ -66,6 +70,18 @@ class Before:
         guesses = [[self.tokens(asks[n], draft) for draft in drafts[n] if draft] for n in missing.values()]
         self._replies |= zip(missing, self.questioner.replies(new, guesses), strict=True)
         return [self._replies[ask.key] for ask in asks]
+
+    def opinion(self, detector: str) -> SecondOpinion:
+        """Return a detector's opinion beside the model, the same object each time; raises InputError as it does."""
+        if detector not in self._opinions:
+            self._opinions[detector] = SecondOpinion(self.model, detector)
+        return self._opinions[detector]
+
+    def encoder(self, name: str) -> Encoder:
+        """Return a sentence encoder, the same object each time; raises InputError where it can't be loaded."""
+        if name not in self._encoders:
+            self._encoders[name] = Encoder(name, self.model.device)
+        return self._encoders[name]
 
     def forget(self) -> None:
         """Drop what is kept of samples."""

@@ -15,9 +15,8 @@ from mmray.evaluation.facts import DataFacts
 from mmray.evaluation.hallucination import asked_objects, chair, confirmed, hallucinated, pope
 from mmray.evaluation.mmedit import Records, measure_records
 from mmray.evaluation.naming import Naming, read_synonyms
-from mmray.evaluation.opinions.second import SecondOpinion
 from mmray.evaluation.prompts import TextQuestion, paraphrases, presence
-from mmray.evaluation.quality import Encoder, bleu, has_bleu, similarity
+from mmray.evaluation.quality import bleu, has_bleu, similarity
 from mmray.evaluation.questioner import surviving
 from mmray.evaluation.rows import Rows
 from mmray.evaluation.scope import UNRELATED, Scope, aim_of, objects_of, scope_of
@@ -74,8 +73,8 @@ class Measuring:
         self.aim = aim_of(edit.purposes, known)
         self.naming = Naming((*facts.vocabulary, *sorted(self.aim.words)), facts.translations, synonyms)
         self.bleu = has_bleu(settings.bleu)
-        self.detector = SecondOpinion(before.model, settings.detector) if settings.detector else None
-        self.encoder = Encoder(settings.encoder, before.model.device) if settings.encoder else None
+        self.detector = before.opinion(settings.detector) if settings.detector else None
+        self.encoder = before.encoder(settings.encoder) if settings.encoder else None
 
     def samples(self, samples: Sequence[Sample | Failure], *, own: bool = False) -> Rows:
         """Return the rows of samples; `own`: they are not of the data, but what the edit was made on."""

@@ -6,9 +6,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -16,9 +15,8 @@ from hypothesis import strategies as st
 
 from mmray.cluster import carrying, evaluation
 from mmray.cluster.census import Progress
-from mmray.cluster.evaluation import Evaluation, run_evaluation
-from mmray.cluster.evaluation_plan import Plan, _without
-from mmray.cluster.evaluation_worker import EvaluationWorker, Opener
+from mmray.cluster.evaluation import Evaluation, run_evaluation, run_evaluations
+from mmray.cluster.evaluation_plan import _without
 from mmray.datasets.contents import DataFile
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import Manifest, cut, read_shard
@@ -28,12 +26,12 @@ from mmray.errors import InputError
 from mmray.evaluation.evaluate import evaluate
 from mmray.evaluation.facts import gather_facts
 from mmray.evaluation.protocols import PRIMARY
+from mmray.evaluation.questioner import Questioner
 from mmray.evaluation.settings import evaluation_settings, measure_settings
-from mmray.runs import RunFolder
 from tests.e2e.conftest import Answer
 from tests.e2e.conftest import mmray as mmray_command
 from tests.evaluation.standin import StandIn, open_edit, swap
-from tests.running import census_here
+from tests.running import WorkHere, census_here
 
 __all__ = ["mmray_command"]
 
@@ -42,21 +40,13 @@ ASKED = {"text_count": 6, "pope_objects": 1, "draws": 50, "bleu": False}
 SETTINGS = {"data": str(EVALUATION), "limit": 16, "shard_size": 8, "workers": 1} | ASKED
 
 
-class _Here:
-    """Stands for the dataset of receipts to come."""
-
-    def __init__(self, plan: Plan, folder: RunFolder, opener: Opener, units: list[int]) -> None:
-        self.units = units
-        self.worker = EvaluationWorker(plan, folder.store.uri, opener, 1, str(Path.cwd()))
-
-    def iter_batches(self, **_: object) -> Iterator[dict[str, list[Any]]]:
-        for unit in self.units:
-            yield self.worker({"unit": np.array([unit])})
-
-
 @contextmanager
 def without_ray() -> Iterator[None]:
-    with patch.object(carrying, "ray_session", lambda _: nullcontext()), patch.object(evaluation, "_actors", _Here):
+    with (
+        patch.object(carrying, "ray_session", lambda _: nullcontext()),
+        patch.object(carrying, "machines", lambda: [(1.0, 0.0)]),
+        patch.object(evaluation, "mapped_together", WorkHere),
+    ):
         yield
 
 
@@ -203,6 +193,59 @@ def test_it_goes_on_where_it_stopped(done: Done, run: Path, edit: StandIn, tmp_p
     assert {path: path.stat().st_mtime_ns for path in work.glob("shards/**/*")} == before
     evaluated_here(run, folder, limit=4, text_count=0)
     assert len(list((folder / "evaluations").iterdir())) == 2
+
+
+def test_edits_measured_together_are_as_by_themselves_and_the_model_is_asked_once(
+    done: Done, run: Path, edit: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in between too; what is asked of the unedited model alone for the second edit are its own questions."""
+    other = swap(SOURCE, "guitar", edit.purposes[0].samples)
+    asked: list[str] = []
+    plain = Questioner.replies
+
+    def counted(self: Questioner, asks: list[Any], guesses: list[Any], *after: Any) -> Any:
+        asked.extend(ask.key[0] for ask in asks if not after)
+        return plain(self, asks, guesses, *after)
+
+    monkeypatch.setattr(Questioner, "replies", counted)
+    alone = evaluated_here(run, other.save(tmp_path / "alone"))
+    once, folders = len(asked), [edit.save(tmp_path / "edit"), other.save(tmp_path / "other")]
+    wanted = [evaluation_settings(SETTINGS | {"run": str(run), "edit": str(folder)}) for folder in folders]
+
+    class StopError(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        if progress.samples:
+            raise StopError
+
+    asked.clear()
+    with without_ray():
+        with pytest.raises(StopError):
+            run_evaluations(wanted, stop, open_edit)
+        # The first shard of the data, for both edits.
+        assert [len(list(folder.glob("evaluations/*/receipts/*"))) for folder in folders] == [1, 1]
+        found = run_evaluations(wanted, opener=open_edit)
+    assert len(asked) < 1.5 * once
+    for outcome, by_itself in zip(found, (done[1], alone), strict=True):
+        same(outcome, by_itself)
+        assert outcome.samples == by_itself.samples
+
+
+@given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=5))
+def test_units_of_several_folders_have_numbers_of_their_own(sizes: list[int]) -> None:
+    folders = carrying.Folders([Mock() for _ in sizes], sizes)
+    places = [(folder, unit) for folder, size in enumerate(sizes) for unit in range(size)]
+    assert [folders.place(number) for number in range(sum(sizes))] == places
+    for name in ("receipts", "aside"):
+        for folder, size in zip(folders.folders, sizes, strict=True):
+            getattr(folder, name).return_value = {unit: (folder, unit) for unit in range(size)}
+    whole = {number: (folders.folders[folder], unit) for number, (folder, unit) in enumerate(places)}
+    assert folders.receipts() == whole
+    assert folders.aside({0}) == {number: place for number, place in whole.items() if number}
+    folders.reopen(range(0, sum(sizes), 2))
+    reopened = [{unit for own, unit in places[::2] if own == folder} for folder in range(len(sizes))]
+    assert [folder.reopen.call_args.args[0] for folder in folders.folders] == reopened
 
 
 def test_where_the_runs_data_has_gone(run: Path, edit: StandIn, tmp_path: Path) -> None:
