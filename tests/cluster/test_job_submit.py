@@ -106,7 +106,7 @@ def wait_for(what: Callable[[], bool], logs: Path, seconds: float = 120.0) -> No
 
 def submit(address: str, environment: dict[str, str], *words: object) -> subprocess.CompletedProcess[str]:
     command = [*RAY, "job", "submit", f"--address={address}", "--working-dir", str(ROOT), "--", *map(str, words)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def status(address: str, environment: dict[str, str], answer: subprocess.CompletedProcess[str]) -> str:

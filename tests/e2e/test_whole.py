@@ -31,9 +31,7 @@ def test_a_census_on_its_own_ray_keeps_the_terminal_clean(tiny: Callable[[str], 
         "--out",
         str(out),
     ]
-    answer = subprocess.run(
-        [*command, "--workers", "1", "--json"], capture_output=True, text=True, timeout=300, check=False
-    )
+    answer = subprocess.run([*command, "--workers", "1", "--json"], capture_output=True, text=True, check=False)
     assert answer.returncode == 4, answer.stderr
     assert json.loads(answer.stdout)["failures"] == 3
     # Nothing of Ray's: where there is no terminal, progress is a line a minute and one at the end.
@@ -42,10 +40,11 @@ def test_a_census_on_its_own_ray_keeps_the_terminal_clean(tiny: Callable[[str], 
         assert pq.read_table(out / "tables" / f"{name}.parquet").schema.names == schema.names, name
 
 
+@pytest.mark.timeout(1500)  # a minute and a half by itself; on a busy machine, beside other tests, four times that
 def test_the_demo_and_the_command_it_names_next(tmp_path: Path) -> None:
     script = str(Path(sys.executable).with_name("mmray"))
     command = [script, "demo", "--quick", "--out", str(tmp_path / "demo")]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     paths = re.findall(rf"{re.escape(str(tmp_path))}[^\s]*", answer.stdout)
     assert paths
