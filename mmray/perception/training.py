@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,14 +31,21 @@ _KEPT = 48
 _MOST_OBJECTS = 3
 _WARM_UP_STEPS = 100
 _BOX_WEIGHT = 4.0
+_FURTHEST = 0.8
+"""Length at most of the moves that heads are hardened against, in parts of an embedding's norm."""
+_HARDENING_STEPS, _OVERALL = 3, 1.3
+"""Steps of such a move, and their lengths together in parts of its own: a way that turns still gets there."""
 
 _log = logging.getLogger(__name__)
+
+
+Embeddings = Float[Tensor, "scene patch width"]
 
 
 class Chunk(NamedTuple):
     """Embeddings of scenes in half precision, their objects' numbers (-1: none) and boxes."""
 
-    embeddings: Float[Tensor, "scene patch width"]
+    embeddings: Embeddings
     objects: Int[Tensor, "scene object"]
     boxes: Float[Tensor, "scene object 4"]
 
@@ -89,8 +96,11 @@ def train_heads(
 ) -> int:
     """Train heads in place until the time is up, and return the number of scenes that they have seen with those before.
 
-    New scenes are rendered for the first two thirds of the time; each is trained on several times. The learning rate
-    falls as a cosine of the time, so that no two runs are alike.
+    New scenes are rendered for the first two thirds of the time; each is trained on several times. In the last third
+    heads are hardened: trained on embeddings moved to where they are hard, too. Heads that hold against such moves
+    (Madry et al. 2018) have gradients that point at what things look like, and not at what fools the heads alone
+    (Santurkar et al. 2019, "Image Synthesis with a Single (Robust) Classifier"). The learning rate falls as a cosine of
+    the time, so that no two runs are alike.
     """
     words = Words.of(heads)
     optimizer = torch.optim.AdamW(heads.parameters(), weight_decay=0.02, betas=(0.9, 0.98))
@@ -100,7 +110,8 @@ def train_heads(
     kept: list[Chunk] = []
     rendered = seen
     while (elapsed := time.monotonic() - start) < seconds:
-        if not kept or elapsed < 0.67 * seconds:
+        hardening = elapsed >= 0.67 * seconds
+        if not kept or not hardening:
             kept = [*kept[-_KEPT + 1 :], next(chunks)]
             rendered += _CHUNK
         for _ in range(2 * _CHUNK // batch_size):
@@ -111,18 +122,50 @@ def train_heads(
             chunk = kept[int(torch.randint(len(kept), ()))]
             rows = torch.randint(len(chunk.objects), (batch_size,))
             batch = Chunk(*(tensor[rows.to(tensor.device)] for tensor in chunk))
-            with torch.autocast(heads.place.device.type, torch.bfloat16):
-                found = heads(batch.embeddings.float(), heads.project(words.draw()))
-            loss = detection_loss(Detection(*(part.float() for part in found)), batch, heads.shape["side"])
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = _train_on(heads, batch, words.draw(), hardening=hardening)
             clip_grad_norm_(heads.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            lately += (loss.item() - lately) * max(0.02, 1 / (step + 1))
+            lately += (loss - lately) * max(0.02, 1 / (step + 1))
             step += 1
         _log.info("step %d: loss %.3f, %d scenes, %.0f s", step, lately, rendered, time.monotonic() - start)
     heads.eval()
     return rendered
+
+
+def _train_on(heads: Heads, batch: Chunk, words: Float[Tensor, "concept embedding"], *, hardening: bool) -> float:
+    """Add the gradients of a batch as it is, when hardening of the batch moved too, and return the loss as it is."""
+    queries = heads.project(words)
+
+    def loss_of(embeddings: Embeddings, queries: Float[Tensor, "concept dim"]) -> Float[Tensor, ""]:
+        with torch.autocast(heads.place.device.type, torch.bfloat16):
+            found = heads(embeddings, queries)
+        return detection_loss(Detection(*(part.float() for part in found)), batch, heads.shape["side"])
+
+    start = batch.embeddings.float()
+    whole = plain = loss_of(start, queries)
+    if hardening:
+        known = queries.detach()
+        whole = plain + loss_of(_hardest(start, lambda embeddings: loss_of(embeddings, known)), queries)
+    whole.backward()  # type: ignore[no-untyped-call]
+    return plain.item()
+
+
+def _hardest(start: Embeddings, loss_of: Callable[[Embeddings], Float[Tensor, ""]]) -> Embeddings:
+    """Return embeddings moved along their loss's gradient, each by a length of its own, drawn up to `_FURTHEST`."""
+    furthest = _FURTHEST * start.flatten(1).norm(dim=1)[:, None, None]
+    bound = furthest * torch.rand_like(furthest)
+    move = torch.zeros_like(start)
+    for _ in range(_HARDENING_STEPS):
+        leaf = (start + move).requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_of(leaf), leaf)
+        move = move + _OVERALL * bound / _HARDENING_STEPS * _of_length_one(gradient)
+        move = move * (bound / move.flatten(1).norm(dim=1)[:, None, None].clamp(min=1e-12)).clamp(max=1)
+    return start + move
+
+
+def _of_length_one(moves: Embeddings) -> Embeddings:
+    return functional.normalize(moves.flatten(1), dim=1).reshape(moves.shape)
 
 
 def _chunks(tower: OwnTower, seed: int) -> Iterator[Chunk]:

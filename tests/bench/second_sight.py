@@ -92,7 +92,6 @@ def main() -> None:
     parser.add_argument("--detector", default="demo")
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--moved", type=int, default=60)
-    parser.add_argument("--norm", type=float, default=0.65)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--pictures")
     parser.add_argument("--all", action="store_true", help="show every measure")
@@ -110,7 +109,7 @@ def main() -> None:
             for number, row in enumerate(mistakes):
                 Path(arguments.pictures, f"{number:03d}-{row['word']}.png").write_bytes(row["picture"])
         asked = {"model": arguments.model, "data": data, "out": f"{folder}/moved", "limit": arguments.moved}
-        moved = run_perturbation(perturbation_settings({**asked, "norm": arguments.norm, "shard_size": 5, **common}))
+        moved = run_perturbation(perturbation_settings({**asked, "shard_size": 5, **common}))
         show(moved, "answers", ("shift",) if arguments.all else ("shift", "unparsable", "relative_norm"))
         print(f"  {replaced(arguments.model, data, f'{folder}/moved')}")
 
