@@ -96,17 +96,19 @@ def run_evaluations(
 def _work(
     plans: Sequence[Plan], folders: Sequence[RunFolder], opener: Opener, follow: Callable[[Progress], None]
 ) -> None:
-    """Have every unit that is neither committed nor set aside measured, those of one number together.
+    """Have every unit that is neither committed nor set aside measured, those of all edits that read the same together.
 
-    Of the data these are the same samples for every edit.
+    (Units that read different data stay apart: there other samples may have the same identifiers.)
     """
     units = Folders(folders, [len(plan.units) for plan in plans])
     first = plans[0].settings
 
     def actors(wanted: list[int]) -> Any:
-        groups: dict[int, list[int]] = defaultdict(list)
+        groups: dict[tuple[str, int], list[int]] = defaultdict(list)
         for number in wanted:
-            groups[units.place(number)[1]].append(number)
+            edit, place = units.place(number)
+            unit = plans[edit].units[place]
+            groups[unit.kind, unit.number].append(number)
         pool = pool_for(first.workers, first.gpus_per_worker, len(groups))
         arguments = plans, [folder.store.uri for folder in folders], opener
         return mapped_together(EvaluationWorker, arguments, list(groups.values()), pool, ahead=0)

@@ -219,8 +219,17 @@ def test_edits_measured_together_are_as_by_themselves_and_the_model_is_asked_onc
         if progress.samples:
             raise StopError
 
+    def mapped(worker: Any, arguments: Any, groups: Any, *rest: Any, **more: Any) -> WorkHere:
+        plans, *_ = arguments
+        places = carrying.Folders([Mock() for _ in plans], [len(plan.units) for plan in plans])
+        for group in groups:
+            units = [plans[edit].units[unit] for edit, unit in map(places.place, group)]
+            # Other data may have other samples of the same names.
+            assert len({(unit.kind, unit.number) for unit in units}) == 1
+        return WorkHere(worker, arguments, groups, *rest, **more)
+
     asked.clear()
-    with without_ray():
+    with without_ray(), patch.object(evaluation, "mapped_together", mapped):
         with pytest.raises(StopError):
             run_evaluations(wanted, stop, open_edit)
         # The first shard of the data, for both edits.
