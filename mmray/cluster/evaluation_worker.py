@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import numpy as np
 
 from mmray.cluster.carrying import Folders
 from mmray.cluster.evaluation_plan import Plan, Unit, open_measured, part_of
@@ -30,7 +27,7 @@ Opener = Callable[[str], Edit]
 class EvaluationWorker(UnitWorker):
     """Loads the model once, and each edit once, then answers units of work with receipts of what it committed.
 
-    Units that it is given together are asked of the unedited model once, whatever edit each of them measures.
+    Units that read the same, one after the other, are asked of the unedited model once, whatever edit each measures.
     """
 
     def __init__(self, plans: Sequence[Plan], folders: Sequence[str], opener: Opener, threads: int, home: str) -> None:
@@ -39,6 +36,7 @@ class EvaluationWorker(UnitWorker):
         self.folders = Folders([RunFolder(open_store(uri)) for uri in folders], [len(plan.units) for plan in plans])
         self.opener = opener
         self.measuring: dict[int, Measuring] = {}
+        self.read: tuple[str, int] | None = None
         try:
             census, settings = plans[0].census, plans[0].settings
             model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
@@ -46,18 +44,15 @@ class EvaluationWorker(UnitWorker):
         except InputError as error:
             self.problem = str(error)
 
-    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
-        """Do the units in the batch."""
-        receipts = super().__call__(batch)
-        # Those of other batches share no sample with them, and what is kept would only grow.
-        if not self.problem:
-            self.before.forget()
-        return receipts
-
     def unit(self, unit: int) -> Receipt:
         """Measure and commit one unit of work."""
         edit, number = self.folders.place(unit)
         plan, self.folder = self.plans[edit], self.folders.folders[edit]
+        reads = plan.units[number].kind, plan.units[number].number
+        if reads != self.read:
+            # Units that read something else share no sample, and what is kept would only grow.
+            self.before.forget()
+            self.read = reads
         if edit not in self.measuring:
             self.measuring[edit] = Measuring(self.before, self.opener(plan.settings.edit), plan.facts, plan.settings)
         measuring = self.measuring[edit]

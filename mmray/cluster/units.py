@@ -107,7 +107,7 @@ def mapped_together(
     return ray.data.from_arrow([pa.table({"unit": group}) for group in groups]).map_batches(
         worker,
         fn_constructor_args=(*arguments, pool.threads, str(Path.cwd())),
-        batch_size=None,
+        batch_size=1,
         # What waits is a number, and what comes back a receipt: neither fills the object store.
         compute=ray.data.ActorPoolStrategy(
             min_size=pool.workers, max_size=pool.most, max_tasks_in_flight_per_actor=1 + ahead

@@ -17,7 +17,7 @@ def test_a_pool_may_grow_as_far_as_it_was_told(monkeypatch: pytest.MonkeyPatch) 
     units.mapped(units.UnitWorker, ("settings",), [3, 4, 5], Pool(workers=1, most=2, threads=4, cores=2.0, gpus=0.0))
     strategy = given["compute"]
     assert (strategy.min_size, strategy.max_size) == (1, 2)  # type: ignore[attr-defined]
-    assert given["batch_size"] is None  # a unit is a block
+    assert given["batch_size"] == 1
     assert given["num_cpus"] == 2.0
     assert given["num_gpus"] is None
     assert given["fn_constructor_args"][:2] == ("settings", 4)  # type: ignore[index]
