@@ -22,7 +22,7 @@ from mmray.evaluation.opinions.settings import opinion_settings, perturbation_se
 from mmray.results.run import open_run
 from mmray.tables import read_table
 from tests.e2e.scenes import scenes, write
-from tests.running import _WorkHere, census_here
+from tests.running import WorkHere, census_here
 
 OWN = {
     "source": "cat",
@@ -51,7 +51,7 @@ def here() -> ExitStack:
     stack = ExitStack()
     stack.enter_context(patch.object(carrying, "ray_session", lambda _: nullcontext()))
     stack.enter_context(patch.object(carrying, "machines", lambda: [(1.0, 0.0)]))
-    stack.enter_context(patch.object(opinions, "mapped", _WorkHere))
+    stack.enter_context(patch.object(opinions, "mapped", WorkHere))
     return stack
 
 
@@ -143,7 +143,7 @@ def test_answers_of_moves_are_tables_of_their_folder(data, tmp_path):
         store = opinions.open_store(tmp_path / "moved")
         assert len(read_table(store, "answers")) == done.rows == 2 * 8 * 3
         assert {row["condition"] for row in read_table(store, "changes").to_pylist()} >= {"steps", "random in place"}
-        with pytest.raises(InputError, match=r"holds a run with other settings \(norm was 0\.65, now 0\.1"):
+        with pytest.raises(InputError, match=r"holds a run with other settings \(norm was 0\.85, now 0\.1"):
             run_perturbation(moved(data, tmp_path / "moved", norm=0.1))
 
 
