@@ -31,11 +31,20 @@ def check_model(
     parts = loaded.parts
     modules = {name: list(parts.of(name)) for name in ("language", "vision", "projector")}
     if as_json:
-        print(json.dumps({"parts": asdict(parts), "checks": [asdict(check) for check in checks]}))
+        print(
+            json.dumps({"parts": asdict(parts), "checks": [asdict(check) for check in checks], "unused": loaded.unused})
+        )
     else:
         title = f"[bold]{escape(model)}[/] [dim]· family {parts.family}[/]"
         console.print(parts_tree(title, modules, parts.final_norm, parts.unembedding, parts.image))
         console.print(claims(checks))
+        if loaded.unused:
+            named = ", ".join(loaded.unused[:3]) + (", …" if len(loaded.unused) > 3 else "")
+            several = len(loaded.unused) > 1
+            console.print(
+                f"{len(loaded.unused)} {'weights' if several else 'weight'} of the checkpoint "
+                f"{'are' if several else 'is'} not used: {escape(named)}"
+            )
     failed = [check.name for check in checks if not check.passed]
     if failed:
         raise InputError(f"{model}: not proven: {'; '.join(failed)}")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mmray.editing.edit import WeightEdit
 from mmray.errors import InputError
-from mmray.models.loading import WEIGHTS, LoadedModel
+from mmray.models.checkpoint import INDEXES, checkpoint_files
+from mmray.models.loading import LoadedModel
 
 WEIGHT_FILES = (".safetensors", ".bin")
 
@@ -25,9 +26,10 @@ def write_checkpoint(model: LoadedModel, edit: WeightEdit, out: str | Path) -> N
         raise InputError(f"{out}: not an empty folder; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     # The checkpoint's own files of tokens and processing, to the byte; transformers writes the rest anew.
-    for path in model.folder.iterdir():
-        if path.suffix in WEIGHTS and path.suffix not in WEIGHT_FILES and "index" not in path.name:
-            shutil.copy(path, folder / path.name)
+    for name, path in checkpoint_files(model.folder).items():
+        if path.suffix not in WEIGHT_FILES and name not in INDEXES:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copy(path, folder / name)
     with edit.applied(model):
         model.network.save_pretrained(folder)
     # The loaded model leaves its settings of generation alone, which go on with the checkpoint all the same.

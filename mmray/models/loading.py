@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 import mmray.demo
 from mmray.errors import InputError
+from mmray.models.checkpoint import WEIGHTS, check_config, checkpoint_files
 from mmray.models.layout import Parts, Projection
 from mmray.models.parts import locate
 
@@ -34,9 +36,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 MARKS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 """Settings of generation that are tokens of a sequence's beginning, end and rest."""
-
-WEIGHTS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")
-"""Endings of the files that make a checkpoint what it is, its own code too; its digest covers them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +47,8 @@ class LoadedModel:
     network: PreTrainedModel
     processor: Any
     parts: Parts
+    unused: tuple[str, ...] = ()
+    """Weights of the checkpoint that the network has no place for."""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -119,14 +120,14 @@ def resolve(name: str) -> Path:
 
 def digest(folder: Path) -> str:
     """Return a digest of the checkpoint's content: names and SHA-256 of its configuration, weight and token files."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
-    if not any(path.suffix in (".safetensors", ".bin") for path in files):
+    files = checkpoint_files(folder)
+    if not any(path.suffix in (".safetensors", ".bin") for path in files.values()):
         raise InputError(f"{folder}: no weights (*.safetensors); give a complete Hugging Face checkpoint folder")
     with ThreadPoolExecutor() as pool:
-        sums = list(pool.map(_file_sum, files))
+        sums = list(pool.map(_file_sum, files.values()))
     whole = hashlib.sha256()
-    for path, total in zip(files, sums, strict=True):
-        whole.update(f"{path.name} {total}\n".encode())
+    for name, total in zip(files, sums, strict=True):
+        whole.update(f"{name} {total}\n".encode())
     return whole.hexdigest()[:16]
 
 
@@ -147,6 +148,8 @@ def load(
     if dtype not in (known := ("auto", *DTYPES)):
         raise InputError(f"{name}: no number format {dtype!r}; give one of {', '.join(known)}")
     folder = resolve(name)
+    check_config(folder)
+    checkpoint_files(folder)
     transformers_logging.disable_progress_bar()
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,14 +158,18 @@ def load(
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        network = AutoModelForImageTextToText.from_pretrained(
+        network, report = AutoModelForImageTextToText.from_pretrained(
             folder,
             dtype=number_format,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
             **({"device_map": "auto"} if shared else {}),
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except SafetensorError as error:
+        raise InputError(f"{name}: damaged weights ({_shortened(error)}); copy the checkpoint again") from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, UnpicklingError) as error:
         raise InputError(f"{name}: {_not_a_model(error)}") from error
+    refuse_missing(name, report["missing_keys"])
     if not getattr(processor, "tokenizer", None) or not processor.tokenizer.is_fast:
         raise InputError(
             f"{name}: no fast tokenizer (tokenizer.json), which gives the characters of each token; convert it"
@@ -173,8 +180,15 @@ def load(
         try:
             network.to(device)
         except (AssertionError, RuntimeError) as error:
-            raise InputError(f"{name}: does not go on {device} ({' '.join(str(error).split())[:200]})") from error
-    return wrap(name=name, folder=folder, network=network, processor=processor, parts=locate(network))
+            raise InputError(f"{name}: does not go on {device} ({_shortened(error)})") from error
+    return wrap(
+        name=name,
+        folder=folder,
+        network=network,
+        processor=processor,
+        parts=locate(network),
+        unused=tuple(sorted(report["unexpected_keys"])),
+    )
 
 
 def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -183,6 +197,7 @@ def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, A
     Those of a model that the table of families does not know are, for its parts have to be probed.
     """
     folder = resolve(name)
+    check_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
@@ -214,6 +229,16 @@ def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, A
     }
 
 
+def refuse_missing(name: str, missing: Collection[str]) -> None:
+    """Raise InputError where a checkpoint lacks weights: transformers draws those at random, anew in every process."""
+    if missing:
+        named = ", ".join(sorted(missing)[:3]) + (", …" if len(missing) > 3 else "")
+        raise InputError(
+            f"{name}: weights that the model needs are missing from the checkpoint ({len(missing)}: {named}); "
+            "copy it again, or convert it for this version of transformers"
+        )
+
+
 def _write_plainly(network: PreTrainedModel) -> None:
     """Leave of a checkpoint's settings of generation the tokens that begin, end and fill up.
 
@@ -227,7 +252,11 @@ def _write_plainly(network: PreTrainedModel) -> None:
 
 
 def _not_a_model(error: Exception) -> str:
-    return f"not a vision-language checkpoint that transformers can load ({' '.join(str(error).split())[:200]})"
+    return f"not a vision-language checkpoint that transformers can load ({_shortened(error)})"
+
+
+def _shortened(error: Exception) -> str:
+    return textwrap.shorten(str(error), 200, placeholder=" …")
 
 
 def _file_sum(path: Path) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel
+from mmray.models.templates import render
 
 PROMPTS = {
     "en": "Describe the image in few words.",
@@ -114,10 +115,7 @@ def _question(model: LoadedModel, prompt: str | None, language: str | None, *, i
     if image:
         content.insert(0, {"type": "image"})
     if getattr(model.processor, "chat_template", None):
-        text: str = model.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        return text
+        return render(model.name, model.processor, [{"role": "user", "content": content}])
     # A blank at the end belongs to the answer's first token, and would be one of its own.
     question = question.rstrip(" ")
     # Without a template the image's place has to be written; the BLIPs' processors write it unasked.

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from mmray.models.loading import WEIGHTS, LoadedModel
+from mmray.models.checkpoint import checkpoint_files
+from mmray.models.loading import LoadedModel
 from mmray.version import VERSION
 
 
@@ -39,8 +40,8 @@ def _note(model: LoadedModel) -> Path:
 
 def fingerprint(model: LoadedModel) -> str:
     """Return a digest of all that a proof depends on."""
-    files = sorted(path for path in model.folder.resolve().iterdir() if path.suffix in WEIGHTS)
-    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    files = checkpoint_files(model.folder.resolve())
+    facts = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files.items()]
     # A part that is kept in another format than the rest, as the BLIPs' queries are, does not stand for all.
     formats = sorted({str(weight.dtype) for weight in model.network.parameters()})
     whole = (str(model.folder.resolve()), facts, formats, model.device.type, repr(model.parts))

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor, Owlv2ForObjectDetection, OwlViTForObjectDetection
 
 from mmray.errors import InputError
-from mmray.models.loading import resolve
+from mmray.models.checkpoint import check_config
+from mmray.models.loading import refuse_missing, resolve
 from mmray.models.patches import WHOLE
 from mmray.perception.detection import Detection, Detector
 
@@ -119,11 +120,14 @@ def is_owl(name: str) -> bool:
 def open_owl(name: str, device: torch.device | str) -> Owl:
     """Load an OWL-ViT or OWLv2 from a folder or the hub, frozen. Raises InputError where it can't be loaded."""
     folder = resolve(name)
+    check_config(folder)
     try:
         kind = AutoConfig.from_pretrained(folder).model_type
         if kind not in KINDS:
             raise InputError(f"{name}: {kind} is neither OWL-ViT nor OWLv2, nor a folder of heads; see --detector")
-        network = KINDS[kind].from_pretrained(folder).to(device).eval().requires_grad_(False)
+        loaded, report = KINDS[kind].from_pretrained(folder, output_loading_info=True)
+        refuse_missing(name, report["missing_keys"])
+        network = loaded.to(device).eval().requires_grad_(False)
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(

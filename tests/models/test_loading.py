@@ -81,7 +81,7 @@ def test_weights_of_an_older_kind_are_fetched_where_there_are_no_others(copy, mo
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, copy):
     assert "not a model folder (no config.json)" in refusal(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    assert "not a vision-language checkpoint" in refusal(tmp_path)
+    assert "config.json can't be read" in refusal(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "from the future"}')
     assert "not a vision-language checkpoint" in refusal(tmp_path)
     assert "not a vision-language checkpoint" in refusal(tmp_path, describe_model)
