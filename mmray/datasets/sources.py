@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -16,6 +15,7 @@ from mmray.datasets.parquet import open_parquet
 from mmray.datasets.places import Place, find, store_errors
 from mmray.datasets.webdataset import open_webdataset
 from mmray.errors import InputError
+from mmray.runs.home import COCO_WITH_IMAGES
 from mmray.storage import open_store
 
 __all__ = ["DataFile", "Source", "open_source"]
@@ -40,8 +40,6 @@ OPENERS: dict[str, Callable[[str, Place, Columns, bool], Source]] = {
     "parquet": open_parquet,
     "webdataset": open_webdataset,
 }
-
-COCO_WITH_IMAGES = re.compile(r"(.+\.json):(.+)")
 
 
 def open_source(data: str, columns: Columns | None = None, captions: bool = True) -> Source:
