@@ -35,7 +35,7 @@ from mmray.datasets.shards import Manifest
 from mmray.datasets.sources import open_source
 from mmray.errors import InputError
 from mmray.evaluation.summary import summarise
-from mmray.models.loading import digest, resolve
+from mmray.models.loading import digest, from_anywhere, resolve
 from mmray.perception.alignment import FACTS
 from mmray.perception.alignment_settings import AlignmentSettings
 from mmray.runs import RunFolder
@@ -72,6 +72,8 @@ def run_alignment(settings: AlignmentSettings, follow: Callable[[Progress], None
     with the set-up.
     """
     began = time.perf_counter()
+    models = {"model": from_anywhere(settings.model), "tower": from_anywhere(settings.tower)}
+    settings = settings.model_copy(update=models)
     source = open_source(settings.data, Columns(), captions=False)
     manifest = cut_for_lanes(source.files(), settings.batch_size, settings.shard_size, settings.limit)
     if not manifest.samples:

@@ -19,7 +19,7 @@ from mmray.cluster.worker import DECODE, CensusWorker, open_data
 from mmray.datasets.contents import Source
 from mmray.datasets.shards import Manifest, cut
 from mmray.errors import InputError
-from mmray.models.loading import describe_model, digest, resolve
+from mmray.models.loading import describe_model, digest, from_anywhere, resolve
 from mmray.neurons.concepts import NounSource, noun_source
 from mmray.neurons.planning import estimate
 from mmray.neurons.run_tables import DECODED, is_merged, merge_run
@@ -54,6 +54,7 @@ def run_census(settings: CensusSettings, follow: Callable[[Progress], None] = la
     `follow` hears of every committed shard. Raises InputError for anything wrong with the set-up, before any work.
     """
     began = time.perf_counter()
+    settings = settings.model_copy(update={"model": from_anywhere(settings.model)})
     source, manifest, nouns = open_inputs(settings)
     RunFolder.at(settings.out).begin(run_info(settings, source, manifest, nouns), manifest.to_json())
     folder = RunFolder.at(settings.out, patient=True)

@@ -36,7 +36,7 @@ from mmray.evaluation.naming import read_synonyms
 from mmray.evaluation.opinions.changes import changes
 from mmray.evaluation.opinions.judging import judged
 from mmray.evaluation.opinions.settings import OpinionSettings, PerturbationSettings, SightSettings
-from mmray.models.loading import digest, resolve
+from mmray.models.loading import digest, from_anywhere, resolve
 from mmray.perception.alignment import alignment_digest
 from mmray.perception.joint import detector_digest
 from mmray.results.run import open_run
@@ -80,7 +80,7 @@ def run_perturbation(settings: PerturbationSettings, follow: Callable[[Progress]
 
     Raises InputError for anything wrong with the set-up, before any work.
     """
-    plan = _plan(settings, settings.model, settings.data, Columns(), Asked())
+    plan = _plan(settings, from_anywhere(settings.model), settings.data, Columns(), Asked())
     if not plan.facts.vocabulary and not (settings.source and settings.target and settings.unrelated):
         raise InputError(f"{plan.data}: no column of objects to draw from; give --source, --target and --unrelated")
     folder = RunFolder.at(settings.out, patient=True)

@@ -15,6 +15,7 @@ import pyarrow as pa
 from mmray.cluster.census import Outcome, Progress, finish, open_inputs, outcome, run_info, unfinished
 from mmray.datasets.shards import Manifest, extend
 from mmray.errors import InputError
+from mmray.models.loading import from_anywhere
 from mmray.results.drift import Drift, compare
 from mmray.results.run import open_run
 from mmray.runs import RunFolder
@@ -56,6 +57,7 @@ def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, *
     settings = census_settings(info["settings"] | {"retry_failed": False} | given | {"out": out})
     # Relative paths of the data and the model are those of the call that began the run.
     with chdir(info["home"] if Path(info["home"]).is_dir() else "."), driving(folder.store) as check:
+        settings = settings.model_copy(update={"model": from_anywhere(settings.model)})
         source, _, nouns = open_inputs(settings)
         before = Manifest.from_json(folder.manifest())
         after = extend(before, source.files(), settings.shard_size, settings.limit)

@@ -89,6 +89,19 @@ class LoadedModel:
         return norm
 
 
+def kind_of(name: str) -> str:
+    """Return what a model's name is: `demo`, a `folder`, or an id on the `hub`."""
+    return "demo" if name == "demo" else "folder" if Path(name).expanduser().is_dir() else "hub"
+
+
+def from_anywhere(name: str) -> str:
+    """Return a model's name as it is from every directory: of a folder its full path.
+
+    A relative path such as `models/llava` is, from another directory or on another machine, somebody's hub id.
+    """
+    return str(Path(name).expanduser().absolute()) if kind_of(name) == "folder" else name
+
+
 def resolve(name: str) -> Path:
     """Return the checkpoint's folder for a local folder, `demo`, or a hub id (fetched, or found in the cache).
 
@@ -212,6 +225,7 @@ def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, A
     language = parts.of("language")
     return {
         "name": name,
+        "kind": kind_of(name),
         "family": parts.family,
         "type": config.model_type,
         "layers": len(language),

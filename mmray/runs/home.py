@@ -39,6 +39,9 @@ def resolve_data(data: str, home: str) -> str:
 def resolve_settings(settings: dict[str, Any], home: str) -> dict[str, Any]:
     """Return the settings of a run's census with its paths as they are from anywhere."""
     found = settings | {"data": resolve_data(settings["data"], home)}
+    # Runs record a model's full path; earlier versions recorded what was typed, which may be an id on the hub.
+    model = resolve_path(settings["model"], home)
+    found["model"] = model if Path(model).is_dir() else settings["model"]
     if settings.get("nouns", "auto") not in NOUN_SOURCES:
         found["nouns"] = resolve_path(settings["nouns"], home)
     return found

@@ -35,9 +35,16 @@ def test_a_home_on_another_machine_changes_nothing() -> None:
 
 @pytest.mark.parametrize(("nouns", "found"), [("auto", "auto"), ("textblob", "textblob"), ("n.tsv", "{home}/n.tsv")])
 def test_settings_of_a_run(tmp_path: Path, nouns: str, found: str) -> None:
-    settings = {"data": "d.parquet", "nouns": nouns, "limit": 3}
+    (tmp_path / "models" / "llava").mkdir(parents=True)
+    settings = {"data": "d.parquet", "nouns": nouns, "limit": 3, "model": "models/llava"}
     assert resolve_settings(settings, str(tmp_path)) == {
         "data": f"{tmp_path}/d.parquet",
         "nouns": found.format(home=tmp_path),
         "limit": 3,
+        "model": f"{tmp_path}/models/llava",
     }
+
+
+@pytest.mark.parametrize("model", ["demo", "somebody/llava", "/models/llava"])
+def test_a_model_that_is_no_folder_of_home_stays_as_it_is(tmp_path: Path, model: str) -> None:
+    assert resolve_settings({"data": "demo", "model": model}, str(tmp_path))["model"] == model
