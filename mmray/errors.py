@@ -15,3 +15,7 @@ class OutageError(StorageError):
 
 class ShardError(Exception):
     """A shard that could not be finished; the run goes on without it and ends with status 4."""
+
+
+class DamagedError(InputError):
+    """Something stored is not what was written: cut, changed, or taken from somewhere else."""

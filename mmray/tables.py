@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy import ndarray
 
-from mmray.storage import Store
+from mmray.errors import DamagedError
+from mmray.storage import Checksum, Store
 
 LOGIT = "logit before the final norm (after it with fold_norm)"
 ACTIVATION = "activation"
@@ -233,17 +236,48 @@ def to_bytes(table: pa.Table) -> bytes:
 
 
 def from_bytes(data: bytes) -> pa.Table:
-    """Return the table that `to_bytes` wrote."""
-    # Not `read_table`, which goes by way of a data set: that takes longer than a small part itself.
-    return pq.ParquetFile(pa.BufferReader(data)).read()
+    """Return the table that `to_bytes` wrote; raises DamagedError for anything else."""
+    # Arrow's threads may outlive the call, and drop its last references. A reference to Python's own bytes that is
+    # dropped while Python ends aborts the process, so that Arrow gets memory of its own.
+    stream = pa.BufferOutputStream()
+    stream.write(data)
+    try:
+        # Not `read_table`, which goes by way of a data set: that takes longer than a small part itself.
+        return pq.ParquetFile(pa.BufferReader(stream.getvalue())).read()
+    except MemoryError:
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DamagedError(f"no whole Parquet file ({str(error).splitlines()[0]})") from error
 
 
-def read_table(store: Store, name: str, folder: str = "tables") -> pa.Table:
-    """Return a run's table; `FileNotFoundError` where it was not written."""
-    files = [entry.key for entry in store.list(f"{folder}/{name}.parquet")]
+def read_table(
+    store: Store, name: str, folder: str = "tables", checksums: Mapping[str, Checksum] | None = None
+) -> pa.Table:
+    """Return a run's table; `FileNotFoundError` where it was not written.
+
+    `checksums` has what is known of the files of this table and others, by key. Raises DamagedError, which names the
+    file, for one that is not what was written.
+    """
+    table = f"{folder}/{name}.parquet"
+    # Others may have put files of their own there.
+    is_file = re.compile(f"{re.escape(table)}(/[0-9]+[.]parquet)?").fullmatch
+    files = [entry.key for entry in store.list(table) if is_file(entry.key)]
     if not files:
-        raise FileNotFoundError(f"{store.uri}/{folder}/{name}.parquet")
-    return pa.concat_tables([from_bytes(store.read(key)) for key in files])
+        raise FileNotFoundError(f"{store.uri}/{table}")
+    known = {key: checksum for key, checksum in (checksums or {}).items() if is_file(key)}
+    if known and known.keys() != set(files):
+        raise DamagedError(f"{store.uri}/{table}: {len(files)} files instead of {len(known)}")
+    return pa.concat_tables([_read_file(store, key, known.get(key)) for key in files])
+
+
+def _read_file(store: Store, key: str, checksum: Checksum | None) -> pa.Table:
+    data = store.read(key)
+    try:
+        if checksum is not None:
+            checksum.check(data)
+        return from_bytes(data)
+    except DamagedError as error:
+        raise DamagedError(f"{store.uri}/{key}: {error}") from error
 
 
 def list_column(rows: ndarray, kind: pa.DataType) -> pa.ListArray:

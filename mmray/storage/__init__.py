@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.fs as arrow_fs
 
 from mmray.errors import InputError, StorageError
+from mmray.storage.checksum import Checksum
 from mmray.storage.local import LocalStore
 from mmray.storage.named import NamedCommits
 from mmray.storage.objects import Entry, Store
@@ -20,6 +21,7 @@ from mmray.storage.s3 import S3Store
 from mmray.storage.s3_access import arrow_options, s3_address, s3_client
 
 __all__ = [
+    "Checksum",
     "Entry",
     "LocalStore",
     "NamedCommits",
@@ -72,7 +74,9 @@ def commits_once(store: Store) -> bool:
     key = f".mmray-check-{uuid.uuid4().hex}"
     try:
         try:
-            return store.commit(key, b"mmray") and not store.commit(key, b"later")
+            # The first answer may be lost, and then the repeated request finds its own object: the key is new.
+            store.commit(key, b"mmray")
+            return not store.commit(key, b"later") and store.read(key) == b"mmray"
         except (OSError, StorageError):
             # Perhaps it is the condition that is refused: what is wrong with a plain write is raised.
             store.put(key, b"mmray")

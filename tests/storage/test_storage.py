@@ -15,7 +15,7 @@ import pytest
 
 from mmray.errors import InputError, StorageError
 from mmray.storage import LocalStore, Store, commits_once, open_store
-from tests.storage.stores import Unconditional, Unwilling, Wrapped
+from tests.storage.stores import Forgetful, Unconditional, Unwilling, Wrapped
 
 BIG = 1 << 20
 
@@ -214,6 +214,11 @@ def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError):
         store.list()
+
+
+def test_a_lost_answer_is_no_store_without_conditions(store: Store) -> None:
+    assert commits_once(Forgetful(store))
+    assert store.list() == []
 
 
 def test_a_check_leaves_nothing(store: Store) -> None:
