@@ -6,7 +6,6 @@ import io
 import logging
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from mmray.errors import InputError, ShardError
 from mmray.results.report.content import WHOLE, gather
 from mmray.results.report.pages import write_pages, write_whole
 from mmray.results.run import Run
+from mmray.runs.home import resolve_data
 from mmray.storage import open_object, open_store
 
 SIDE = 224
@@ -72,15 +72,12 @@ def data_pictures(run: Run, data: str | None, wanted: Collection[str]) -> dict[s
 def _pictures(run: Run, data: str, shards: Sequence[Shard] | None, wanted: set[str]) -> dict[str, bytes]:
     columns = Columns(**run.info["data"]["columns"])
     found: dict[str, bytes] = {}
-    home = run.info["home"]
     try:
-        # Relative paths of the data are those of where the census was begun.
-        with chdir(home if Path(home).is_dir() else "."):
-            for row in _rows(data, columns, shards):
-                if isinstance(row, Sample) and row.sample_id in wanted and row.sample_id not in found:
-                    found |= _picture_of(row)
-                    if len(found) == len(wanted):
-                        break
+        for row in _rows(resolve_data(data, run.info["home"]), columns, shards):
+            if isinstance(row, Sample) and row.sample_id in wanted and row.sample_id not in found:
+                found |= _picture_of(row)
+                if len(found) == len(wanted):
+                    break
     except (InputError, ShardError) as error:
         logger.warning("no pictures of %s: %s", data, error)
     return found

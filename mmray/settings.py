@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mmray.errors import InputError
 
@@ -20,6 +20,27 @@ EXECUTION = frozenset(
     {"out", "workers", "gpus_per_worker", "batch_size", "address", "retry_failed", "trust_remote_code"}
 )
 """Settings that say how the work is done and leave the result alone; a run may be continued with others."""
+
+
+def _check_workers(value: Any) -> Any:
+    if value is None:
+        return None
+    least, colon, most = str(value).partition(":")
+    if not (least.isdecimal() and int(least) >= 1 and (not colon or (most.isdecimal() and int(least) <= int(most)))):
+        raise ValueError("give a number of at least 1, or MIN:MAX such as 2:16")
+    return str(value)
+
+
+Workers = Annotated[str | None, BeforeValidator(_check_workers)]
+"""How many actors there are: a number, or MIN:MAX to let Ray add and remove some; None: as many as fit."""
+
+
+def worker_range(workers: str | None) -> tuple[int, int] | None:
+    """Return the fewest and the most workers, where that was asked for."""
+    if workers is None:
+        return None
+    least, _, most = workers.partition(":")
+    return int(least), int(most or least)
 
 
 class CensusSettings(BaseModel):
@@ -40,7 +61,7 @@ class CensusSettings(BaseModel):
     """Samples a shard: the unit of work, and what a crash costs."""
     batch_size: int = Field(32, ge=1)
     """Samples a forward pass; halved by itself where memory runs out."""
-    workers: str | None = None
+    workers: Workers = None
     """Actors, each with a model replica: a number, or MIN:MAX to let Ray add and remove some as work and machines
     allow. Default: one a GPU of the cluster; without GPUs one a core, at most four a machine, each with its part of the
     cores as threads."""
@@ -101,25 +122,10 @@ class CensusSettings(BaseModel):
     trust_remote_code: bool = False
     """Allow the checkpoint to run its own Python code. Off: only architectures of transformers."""
 
-    @field_validator("workers", mode="before")
-    @classmethod
-    def _check_workers(cls, value: Any) -> Any:
-        if value is None:
-            return None
-        least, colon, most = str(value).partition(":")
-        if not (
-            least.isdecimal() and int(least) >= 1 and (not colon or (most.isdecimal() and int(least) <= int(most)))
-        ):
-            raise ValueError("give a number of at least 1, or MIN:MAX such as 2:16")
-        return str(value)
-
     @property
     def worker_range(self) -> tuple[int, int] | None:
         """The fewest and the most workers, where that was asked for."""
-        if self.workers is None:
-            return None
-        least, _, most = self.workers.partition(":")
-        return int(least), int(most or least)
+        return worker_range(self.workers)
 
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that the results depend on; model, data and nouns are known by their digests instead."""

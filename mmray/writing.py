@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pyarrow as pa
 
 from mmray.derived import TABLES
-from mmray.storage import Store
+from mmray.storage import Checksum, Store
 from mmray.tables import to_bytes
 
 FILE_BYTES = 64 << 20
@@ -27,7 +27,8 @@ class TableWriter:
         self._small: list[pa.Table] = []
         self._bytes = 0
         self._first: bytes | None = None
-        self._written: list[str] = []
+        self.written: dict[str, Checksum] = {}
+        """What each file of the table is, by key, once the writer is closed."""
 
     def add(self, part: pa.Table) -> None:
         """Take in a part, and write what has come together once it is a file's worth."""
@@ -42,11 +43,11 @@ class TableWriter:
         """Write the rest, and remove files of an earlier and larger table."""
         if self._bytes or self._first is None:
             self._flush()
-        if self._first is not None and not self._written:
+        if self._first is not None and not self.written:
             # A folder of that name stays one: a local file can't take its place.
             self._put(f"{self.key}/{0:05d}.parquet" if self.store.list(f"{self.key}/") else self.key, self._first)
         for entry in self.store.list(self.key):
-            if entry.key not in self._written:
+            if entry.key not in self.written:
                 self.store.delete(entry.key)
 
     def _join_small(self) -> None:
@@ -63,19 +64,20 @@ class TableWriter:
             # Whether it is the only one is not known yet, and its name depends on that.
             self._first = data
             return
-        if not self._written:
+        if not self.written:
             self.store.delete(self.key)
             self._put(f"{self.key}/{0:05d}.parquet", self._first)
-        self._put(f"{self.key}/{len(self._written):05d}.parquet", data)
+        self._put(f"{self.key}/{len(self.written):05d}.parquet", data)
 
     def _put(self, key: str, data: bytes) -> None:
         self.store.put(key, data)
-        self._written.append(key)
+        self.written[key] = Checksum.of(data)
 
 
-def write_table(store: Store, name: str, parts: Iterable[pa.Table]) -> None:
-    """Write a run's table from parts in order."""
+def write_table(store: Store, name: str, parts: Iterable[pa.Table]) -> dict[str, Checksum]:
+    """Write a run's table from parts in order, and return what its files are."""
     writer = TableWriter(store, name)
     for part in parts:
         writer.add(part)
     writer.close()
+    return writer.written

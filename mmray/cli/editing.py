@@ -25,9 +25,14 @@ def edit(
     there.
     """
     from mmray.api import edit as make
+    from mmray.results.run import open_run
+    from mmray.runs.driver import drive_analysis
 
-    made = make(run, **edit_settings(settings).model_dump())
-    made.save(out)
+    checked = edit_settings(settings)
+    with drive_analysis(out) as lease:
+        made = make(open_run(run, patient=True), **checked.model_dump())
+        lease.look()
+        made.save(out)
     if as_json:
         print(json.dumps({"purposes": [asdict(purpose) for purpose in made.purposes], **made.facts}))
         return

@@ -39,8 +39,8 @@ from mmray.models.loading import digest, from_anywhere, resolve
 from mmray.perception.alignment import FACTS
 from mmray.perception.alignment_settings import AlignmentSettings
 from mmray.runs import RunFolder
-from mmray.runs.lease import driving
-from mmray.storage import open_store
+from mmray.runs.driver import drive
+from mmray.runs.lease import Lease
 from mmray.tables import EVALUATION_SCHEMAS
 from mmray.version import VERSION
 
@@ -82,16 +82,16 @@ def run_alignment(settings: AlignmentSettings, follow: Callable[[Progress], None
     info = _info(settings, manifest)
     RunFolder.at(settings.out).begin(info, manifest.to_json())
     folder = RunFolder.at(settings.out, patient=True)
-    with driving(folder.store), ray_session(settings.address):
+    with drive(folder) as lease, ray_session(settings.address):
         if not folder.store.exists(FACTS):
             with _told(folder, settings, manifest.samples * settings.epochs, follow):
                 _train(settings, folder, info)
         facts = json.loads(folder.store.read(FACTS))
-        rows = _validate(settings, plan, info["fingerprint"], follow)
-    measures = summarise(rows.measurements, plan.measured)
-    facts["measures"] = {name: value for name, value in measures.items() if value["n"]}
-    facts["validated_on"] = {"data": settings.validate_on, "digest": plan.manifest.digest, "samples": rows.samples}
-    folder.store.put(FACTS, json.dumps(facts, indent=1).encode())
+        rows = _validate(settings, plan, info["fingerprint"], follow, lease)
+        measures = summarise(rows.measurements, plan.measured)
+        facts["measures"] = {name: value for name, value in measures.items() if value["n"]}
+        facts["validated_on"] = {"data": settings.validate_on, "digest": plan.manifest.digest, "samples": rows.samples}
+        lease.guard(folder.store).put(FACTS, json.dumps(facts, indent=1).encode())
     training = facts["training"]
     return Aligned(
         out=settings.out,
@@ -187,12 +187,17 @@ class _Validated:
 
 
 def _validate(
-    settings: AlignmentSettings, plan: Plan, fingerprint: str, follow: Callable[[Progress], None]
+    settings: AlignmentSettings, plan: Plan, fingerprint: str, follow: Callable[[Progress], None], lease: Lease
 ) -> _Validated:
     """Have the joint model measured beside the original, unit by unit."""
     own = plan.fingerprint(fingerprint)
-    folder = RunFolder(open_store(f"{settings.out.rstrip('/')}/validation/{own}"))
-    info = {"fingerprint": own, "result_settings": plan.measured.model_dump(), "digests": {"alignment": fingerprint}}
+    folder = RunFolder.at(f"{settings.out.rstrip('/')}/validation/{own}", patient=True)
+    info = {
+        "fingerprint": own,
+        "result_settings": plan.measured.model_dump(),
+        "digests": {"alignment": fingerprint},
+        "shards": len(plan.manifest.shards),
+    }
     folder.begin(info, plan.manifest.to_json())
 
     def actors(units: list[int]) -> Any:
@@ -200,7 +205,7 @@ def _validate(
         return mapped(ValidationWorker, (plan, folder.store.uri), units, pool, ahead=0)
 
     sizes = [shard.samples for shard in plan.manifest.shards]
-    carry_out(folder, sizes, actors, follow, address=settings.address, retry_failed=settings.retry_failed)
+    carry_out(folder, sizes, actors, follow, lease, address=settings.address, retry_failed=settings.retry_failed)
     receipts = folder.receipts()
     return _Validated(
         folder.read_parts(receipts, "measurements", EVALUATION_SCHEMAS["measurements"]),

@@ -21,7 +21,6 @@ from mmray.perception.alignment import load_alignment
 from mmray.perception.alignment_settings import AlignmentSettings
 from mmray.perception.standing_in import OtherSight
 from mmray.runs import Receipt, RunFolder
-from mmray.storage import open_store
 
 UNIT = 50
 """Samples of a unit of work."""
@@ -72,7 +71,7 @@ class ValidationWorker(UnitWorker):
             settings = plan.settings
             pair = open_pair(settings)
             network = load_alignment(settings.out, pair.model, digest(resolve(settings.tower)), measured=False)
-            self.folder = RunFolder(open_store(folder))
+            self.folder = RunFolder.at(folder, patient=True)
             self.before = Before(pair.model)
             self.measuring = Measuring(self.before, OtherSight(pair.sight, network), plan.facts, plan.measured)
         except InputError as error:

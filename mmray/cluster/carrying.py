@@ -8,10 +8,11 @@ from itertools import accumulate
 
 import ray.data
 
-from mmray.cluster.census import Progress
+from mmray.cluster.census import Progress, check_complete
 from mmray.cluster.session import Pool, actor_pool, machines, ray_session
 from mmray.errors import InputError
 from mmray.runs import Receipt, RunFolder
+from mmray.settings import worker_range
 
 
 class Folders:
@@ -19,6 +20,7 @@ class Folders:
 
     def __init__(self, folders: Sequence[RunFolder], units: Sequence[int]) -> None:
         self.folders = folders
+        self.uri = ", ".join(folder.store.uri for folder in folders)
         self.starts = list(accumulate(units, initial=0))
 
     def place(self, number: int) -> tuple[int, int]:
@@ -50,15 +52,18 @@ def carry_out(
     samples: Sequence[int],
     actors: Callable[[list[int]], ray.data.Dataset],
     follow: Callable[[Progress], None],
+    check: Callable[[], None],
     *,
     address: str | None,
     retry_failed: bool,
 ) -> None:
     """Have every unit of a folder that is neither committed nor set aside done; `samples` has the size of each unit.
 
-    `actors` takes units and returns the receipts to come. Raises InputError for what a worker finds wrong with the
-    set-up.
+    `actors` takes units and returns the receipts to come. `check` raises where this driver is not to go on. Raises
+    InputError for what a worker finds wrong with the set-up, and where units are missing at the end.
     """
+    for part in folder.folders if isinstance(folder, Folders) else (folder,):
+        part.repair()
     done = folder.receipts()
     if not retry_failed:
         done |= folder.aside(done)
@@ -72,14 +77,19 @@ def carry_out(
     with ray_session(address):
         # Nothing is fetched ahead: what is committed is told at once, not when the next unit is done too.
         for receipts in actors(units).iter_batches(batch_size=None, prefetch_batches=0):
+            check()
             if problem := next(filter(None, receipts["problem"]), None):
                 raise InputError(problem)
             seen += int(sum(receipts["samples"]))
             failures += int(sum(receipts["failures"]))
             aside += sum(map(bool, receipts["reason"]))
             follow(Progress(seen, sum(samples), failures, aside))
+    done = folder.receipts()
+    over = done.keys() | folder.aside(done).keys()
+    missing = [number for number in range(len(samples)) if number not in over]
+    check_complete(folder.uri if isinstance(folder, Folders) else folder.store.uri, missing)
 
 
-def pool_for(workers: int | None, gpus_each: float | None, units: int) -> Pool:
+def pool_for(workers: str | None, gpus_each: float | None, units: int) -> Pool:
     """Return the pool of actors for so many units, of the number that was asked for, if one was."""
-    return actor_pool(None if workers is None else (workers, workers), gpus_each, machines(), units)
+    return actor_pool(worker_range(workers), gpus_each, machines(), units)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +24,9 @@ from mmray.neurons.concepts import NounSource, noun_source
 from mmray.neurons.planning import estimate
 from mmray.neurons.run_tables import DECODED, is_merged, merge_run
 from mmray.results.plan import Plan
-from mmray.runs import Receipt, RunFolder
-from mmray.runs.lease import driving
+from mmray.runs import DamagedUnitError, Receipt, RunFolder
+from mmray.runs.driver import drive
+from mmray.runs.lease import Lease
 from mmray.settings import CensusSettings
 from mmray.version import VERSION
 
@@ -59,16 +60,19 @@ def run_census(settings: CensusSettings, follow: Callable[[Progress], None] = la
     RunFolder.at(settings.out).begin(run_info(settings, source, manifest, nouns), manifest.to_json())
     folder = RunFolder.at(settings.out, patient=True)
     if unfinished(settings, folder):
-        with driving(folder.store) as check:
-            finish(settings, folder, nouns, follow, check)
+        with drive(folder) as lease:
+            finish(settings, folder, nouns, follow, lease)
     return outcome(settings.out, folder, time.perf_counter() - began)
 
 
 def unfinished(settings: CensusSettings, folder: RunFolder) -> bool:
     """Tell whether a run has shards to analyse, or tables that are not those of its shards."""
-    receipts = folder.receipts()
-    manifest = Manifest.from_json(folder.manifest())
-    return bool(_pending(settings, folder, manifest, receipts)) or not is_merged(folder, receipts)
+    try:
+        receipts = folder.receipts()
+        pending = _pending(settings, folder, _manifest(folder), receipts)
+    except DamagedUnitError:
+        return True
+    return bool(pending) or not is_merged(folder, receipts)
 
 
 def finish(
@@ -76,15 +80,21 @@ def finish(
     folder: RunFolder,
     nouns: NounSource,
     follow: Callable[[Progress], None],
-    check: Callable[[], None],
+    lease: Lease,
 ) -> None:
-    """Have all shards of a run analysed and its tables made; `check` raises where this driver is not to go on."""
-    _work(settings, folder, Manifest.from_json(folder.manifest()), nouns, follow, check)
-    if not is_merged(folder, folder.receipts()):
+    """Have all shards of a run analysed and its tables made, as long as this driver holds the lease."""
+    manifest = _manifest(folder)
+    folder.repair()
+    _work(settings, folder, manifest, nouns, follow, lease)
+    receipts = folder.receipts()
+    missing = _pending(settings.model_copy(update={"retry_failed": False}), folder, manifest, receipts)
+    check_complete(folder.store.uri, missing)
+    if not is_merged(folder, receipts):
         info = folder.info()
-        assert info is not None
-        facts = info["model"]
-        merge_run(folder, facts["widths"], settings.top_k, facts.get("module_widths", {}))
+        if info is None:
+            raise InputError(f"{folder.store.uri}: run.json is gone; put it back, or begin another run")
+        facts, guarded = info["model"], RunFolder(lease.guard(folder.store))
+        merge_run(guarded, facts["widths"], settings.top_k, facts.get("module_widths", {}))
 
 
 def outcome(out: str, folder: RunFolder, seconds: float) -> Outcome:
@@ -137,6 +147,22 @@ def run_info(settings: CensusSettings, source: Source, manifest: Manifest, nouns
         "versions": {"mmray": VERSION, "python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "ray", "pyarrow")},
     }
+
+
+def check_complete(uri: str, missing: Sequence[int]) -> None:
+    """Raise InputError if units are missing that were neither committed nor set aside after all work was done."""
+    if missing:
+        listed = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
+        raise InputError(f"{uri}: no receipt of unit {listed}: removed by others, or lost; run the same command again")
+
+
+def _manifest(folder: RunFolder) -> Manifest:
+    try:
+        return Manifest.from_json(folder.manifest())
+    except InputError as error:
+        raise InputError(
+            f"{folder.store.uri}: the manifest is damaged ({error}); begin another run, or put it back"
+        ) from error
 
 
 def _pending(

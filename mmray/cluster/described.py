@@ -21,13 +21,14 @@ class Analysis(Protocol):
         """Return a digest of those and of what they name."""
 
 
-def described(settings: Analysis, digests: dict[str, str]) -> dict[str, Any]:
-    """Return what `RunFolder.begin` is given: settings, digests, the fingerprint of both, and the version."""
+def described(settings: Analysis, digests: dict[str, str], units: int) -> dict[str, Any]:
+    """Return what `RunFolder.begin` is given: settings, digests, their fingerprint, units of work, and the version."""
     return {
         "settings": settings.model_dump(exclude={"address"}),
         "result_settings": settings.result_settings(),
         "digests": digests,
         "fingerprint": settings.fingerprint(digests),
+        "shards": units,
         "versions": {"mmray": VERSION},
     }
 

@@ -34,17 +34,18 @@ def edit_folder(run: Run, name: str) -> str:
 def make_edits(
     run: Run,
     edits: Mapping[str, EditSettings],
+    check: Callable[[], None],
     follow: Callable[[Progress], None] = lambda _: None,
     *,
-    workers: int | None = None,
+    workers: str | None = None,
     gpus_per_worker: float | None = None,
     address: str | None = None,
     retry_failed: bool = False,
 ) -> dict[str, str]:
     """Make edits of a run in parallel, or go on where that was stopped; return name → why, of those set aside.
 
-    Raises InputError, before any work, for a concept that the run does not know, or an edit of the same name that was
-    made with other settings.
+    `check` raises where this driver is not to go on. Raises InputError, before any work, for a concept that the run
+    does not know, or an edit of the same name that was made with other settings.
     """
     for name, settings in edits.items():
         _check(run, name, settings)
@@ -61,6 +62,7 @@ def make_edits(
             ahead=0,
         ),
         follow,
+        check,
         address=address,
         retry_failed=retry_failed,
     )
@@ -75,8 +77,8 @@ class EditWorker(UnitWorker):
         super().__init__(threads, home)
         self.edits = list(edits.items())
         self.material: dict[tuple[str, str | None], Material] = {}
-        self.folder = RunFolder(open_store(folder))
-        self.run = open_run(run)
+        self.folder = RunFolder.at(folder, patient=True)
+        self.run = open_run(run, patient=True)
 
     def unit(self, unit: int) -> Receipt:
         """Make one edit."""
@@ -129,6 +131,7 @@ def _folder(run: Run, edits: Mapping[str, EditSettings]) -> tuple[RunFolder, dic
         "result_settings": wanted,
         "digests": digests,
         "fingerprint": fingerprint,
+        "shards": len(edits),
         "versions": {"mmray": VERSION},
     }
-    return RunFolder(open_store(f"{run.uri}/edits/.making/{fingerprint}")), info
+    return RunFolder.at(f"{run.uri}/edits/.making/{fingerprint}", patient=True), info

@@ -11,6 +11,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +25,13 @@ from mmray.cluster.evaluation_worker import EvaluationWorker, Opener
 from mmray.cluster.finished import Finished
 from mmray.cluster.units import mapped_together
 from mmray.editing.edit import open_edit
+from mmray.evaluation.asks import Edit
 from mmray.evaluation.settings import EvaluationSettings
 from mmray.evaluation.summary import summarise
-from mmray.results.run import open_run
+from mmray.results.run import Run, open_run
 from mmray.runs import Receipt, RunFolder
-from mmray.storage import open_store
+from mmray.runs.driver import drive_analysis
+from mmray.runs.lease import Lease
 from mmray.tables import CAPTIONS_FILE, EVALUATION_FILE, EVALUATION_SCHEMAS, to_bytes
 
 
@@ -64,18 +67,32 @@ def run_evaluations(
     The settings differ in the edit alone; `seconds` of each outcome are those of all. Else as `run_evaluation`.
     """
     began = time.perf_counter()
-    run, edits = open_run(settings[0].run), [opener(one.edit) for one in settings]
+    run, edits = open_run(settings[0].run, patient=True), [opener(one.edit) for one in settings]
+    with ExitStack() as stack:
+        leases = [stack.enter_context(drive_analysis(_evaluations(one.edit))) for one in settings]
+        return _evaluated(settings, run, edits, opener, leases, follow, began)
+
+
+def _evaluated(
+    settings: Sequence[EvaluationSettings],
+    run: Run,
+    edits: Sequence[Edit],
+    opener: Opener,
+    leases: Sequence[Lease],
+    follow: Callable[[Progress], None],
+    began: float,
+) -> list[Evaluation]:
     plans = [plan_evaluation(one, run, edit.purposes) for one, edit in zip(settings, edits, strict=True)]
-    infos = [described(plan.settings, digests(plan, run)) for plan in plans]
+    infos = [described(plan.settings, digests(plan, run), len(plan.units)) for plan in plans]
     folders = [
-        RunFolder(open_store(f"{plan.settings.edit.rstrip('/')}/evaluations/{info['fingerprint']}"))
+        RunFolder.at(f"{_evaluations(plan.settings.edit)}/{info['fingerprint']}", patient=True)
         for plan, info in zip(plans, infos, strict=True)
     ]
     for plan, info, folder in zip(plans, infos, folders, strict=True):
         folder.begin(info, units_json(plan))
-    _work(plans, folders, opener, follow)
+    _work(plans, folders, opener, follow, leases)
     outcomes = []
-    for plan, info, folder, edit in zip(plans, infos, folders, edits, strict=True):
+    for plan, info, folder, edit, lease in zip(plans, infos, folders, edits, leases, strict=True):
         receipts = folder.receipts()
         measured, captions = _gathered(folder, receipts)
         outcome = Evaluation(
@@ -87,19 +104,32 @@ def run_evaluations(
             shards_aside=folder.reasons(receipts),
             seconds=time.perf_counter() - began,
         )
-        _write(outcome, plan, info["fingerprint"], captions)
+        _write(outcome, plan, info["fingerprint"], captions, lease)
         folder.finish({"samples": outcome.samples, "failures": outcome.failures})
         outcomes.append(outcome)
     return outcomes
 
 
+def _evaluations(edit: str) -> str:
+    return f"{edit.rstrip('/')}/evaluations"
+
+
 def _work(
-    plans: Sequence[Plan], folders: Sequence[RunFolder], opener: Opener, follow: Callable[[Progress], None]
+    plans: Sequence[Plan],
+    folders: Sequence[RunFolder],
+    opener: Opener,
+    follow: Callable[[Progress], None],
+    leases: Sequence[Lease],
 ) -> None:
     """Have every unit that is neither committed nor set aside measured, those of all edits that read the same together.
 
     (Units that read different data stay apart: there other samples may have the same identifiers.)
     """
+
+    def check() -> None:
+        for lease in leases:
+            lease()
+
     units = Folders(folders, [len(plan.units) for plan in plans])
     first = plans[0].settings
 
@@ -118,6 +148,7 @@ def _work(
         [unit.samples for plan in plans for unit in plan.units],
         actors,
         follow,
+        check,
         address=first.address,
         retry_failed=first.retry_failed,
     )
@@ -131,8 +162,8 @@ def _gathered(folder: RunFolder, receipts: dict[int, Receipt]) -> tuple[pa.Table
     return parts["measurements"], pa.Table.from_pylist(captions, schema=EVALUATION_SCHEMAS["captions"])
 
 
-def _write(outcome: Evaluation, plan: Plan, fingerprint: str, captions: pa.Table) -> None:
-    store = open_store(plan.settings.edit)
+def _write(outcome: Evaluation, plan: Plan, fingerprint: str, captions: pa.Table, lease: Lease) -> None:
+    store = lease.guard(RunFolder.at(plan.settings.edit, patient=True).store)
     content = {
         "measures": outcome.measures,
         "cost": outcome.facts,
@@ -141,7 +172,7 @@ def _write(outcome: Evaluation, plan: Plan, fingerprint: str, captions: pa.Table
         "samples": outcome.samples,
         "failures": outcome.failures,
         "units_aside": outcome.shards_aside,
-        "settings": plan.settings.result_settings(),
+        "settings": plan.settings.result_settings() | plan.settings.model_dump(include={"draws", "detector"}),
         "fingerprint": fingerprint,
         "seconds": round(outcome.seconds, 3),
     }

@@ -18,7 +18,6 @@ from mmray.evaluation.measuring import Measuring
 from mmray.evaluation.rows import Rows
 from mmray.neurons.model import load_model
 from mmray.runs import Receipt, RunFolder
-from mmray.storage import open_store
 
 Opener = Callable[[str], Edit]
 """From an edit's folder to the edit."""
@@ -33,7 +32,8 @@ class EvaluationWorker(UnitWorker):
     def __init__(self, plans: Sequence[Plan], folders: Sequence[str], opener: Opener, threads: int, home: str) -> None:
         super().__init__(threads, home)
         self.plans = plans
-        self.folders = Folders([RunFolder(open_store(uri)) for uri in folders], [len(plan.units) for plan in plans])
+        opened = [RunFolder.at(uri, patient=True) for uri in folders]
+        self.folders = Folders(opened, [len(plan.units) for plan in plans])
         self.opener = opener
         self.measuring: dict[int, Measuring] = {}
         self.read: tuple[str, int] | None = None

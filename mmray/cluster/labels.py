@@ -24,7 +24,7 @@ from mmray.cluster.census import Progress
 from mmray.cluster.labels_plan import Plan, plan_labels
 from mmray.cluster.labels_worker import LabelWorker, SumsWorker, Tests, TestsWorker
 from mmray.cluster.units import mapped
-from mmray.errors import InputError
+from mmray.errors import DamagedError, InputError
 from mmray.evaluation.labels import intervention_rows, stage_rows, steering_rows
 from mmray.label_tables import ANALYSIS, LABEL_SCHEMAS
 from mmray.neurons.labels.choices import label_rows, neuron_rows
@@ -35,8 +35,9 @@ from mmray.neurons.labels.settings import SelectivitySettings
 from mmray.neurons.labels.steering import steer_of
 from mmray.results.run import Run, open_run
 from mmray.runs import RunFolder
-from mmray.runs.lease import driving
-from mmray.storage import Store, open_store
+from mmray.runs.driver import drive_analysis
+from mmray.runs.lease import Lease
+from mmray.storage import Store
 from mmray.tables import read_table
 from mmray.version import VERSION
 from mmray.writing import write_table
@@ -73,21 +74,21 @@ def run_selectivity(settings: SelectivitySettings, follow: Follow = lambda _: No
     committed shard. Raises InputError for anything wrong with the set-up, or where another call is at work on the run.
     """
     began = time.perf_counter()
-    run = open_run(settings.run)
-    with driving(open_store(f"{run.uri}/selectivity")):
-        found, aside, outdated = _found(settings, run, follow)
+    run = open_run(settings.run, patient=True)
+    with drive_analysis(f"{run.uri}/selectivity") as lease:
+        found, aside, outdated = _found(settings, run, follow, lease)
     return Outcome(found, aside, time.perf_counter() - began, outdated)
 
 
 def _found(
-    settings: SelectivitySettings, run: Run, follow: Follow
+    settings: SelectivitySettings, run: Run, follow: Follow, lease: Lease
 ) -> tuple[dict[str, pa.Table], dict[int, str], tuple[str, ...]]:
     """Do the work and write the tables; return the rows of each, the shards set aside, and the tables outdated."""
-    store, facts = run.folder.store, settings.facts()
+    store, facts = lease.guard(run.folder.store), settings.facts()
     tested = f"selectivity/tested/{SelectivitySettings(run=run.uri, **_kept(settings, *OF_CONTROLS)).fingerprint()}"
     plan = plan_labels(settings, run, hold_out=settings.tests or store.exists(tested))
     widths = _widths(run, settings.module)
-    work = _Work(plan, run, follow)
+    work = _Work(plan, run, follow, lease)
     totals, shards = (_counted(run, plan), plan.shards) if _is_counted(plan) else work.sums()
     if not totals or not totals[QUANTITY[settings.method]].tokens[0].any():
         raise InputError(_nothing(run, work.aside))
@@ -147,10 +148,11 @@ def _widths(run: Run, module: str) -> list[int]:
 class _Work:
     """The two passes over the run's samples."""
 
-    def __init__(self, plan: Plan, run: Run, follow: Follow) -> None:
+    def __init__(self, plan: Plan, run: Run, follow: Follow, lease: Lease) -> None:
         self.plan = plan
         self.run = run
         self.follow = follow
+        self.lease = lease
         self.aside: dict[int, str] = {}
 
     def sums(self) -> tuple[dict[str, Totals], list[int]]:
@@ -189,9 +191,10 @@ class _Work:
             "result_settings": known.model_dump(exclude={"run"}),
             "digests": digests,
             "fingerprint": fingerprint,
+            "shards": len(self.plan.shards),
             "versions": {"mmray": VERSION},
         }
-        folder = RunFolder(open_store(f"{self.run.uri}/selectivity/{fingerprint}/{name}"))
+        folder = RunFolder.at(f"{self.run.uri}/selectivity/{fingerprint}/{name}", patient=True)
         folder.begin(info, json.dumps(self.plan.shards).encode())
         return folder
 
@@ -204,6 +207,7 @@ class _Work:
             sizes,
             lambda units: _actors(worker, arguments, plan.settings, units),
             self.follow,
+            self.lease,
             address=plan.settings.address,
             retry_failed=plan.settings.retry_failed,
         )
@@ -240,6 +244,8 @@ def _split(store: Store, name: str, facts: dict[str, str]) -> tuple[pa.Table, pa
     """Return the rows of this analysis in the run's table, and those of others."""
     try:
         before = read_table(store, name)
+    except DamagedError as error:
+        raise InputError(f"{error}; remove the table and run the same commands again") from error
     except FileNotFoundError:
         before = LABEL_SCHEMAS[name].empty_table()
     same = reduce(pc.and_, [pc.equal(before[field.name], facts[field.name]) for field in ANALYSIS])

@@ -24,7 +24,7 @@ from mmray.neurons.labels.sums import LabelSums
 from mmray.neurons.labels.testing import measured
 from mmray.neurons.model import load_model
 from mmray.runs import Receipt, RunFolder
-from mmray.storage import open_store
+from mmray.storage import patiently
 from mmray.tables import PART_SCHEMAS
 
 
@@ -45,9 +45,9 @@ class LabelWorker(UnitWorker):
         census = plan.census
         try:
             self.model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
-            self.folder = RunFolder(open_store(folder))
-            self.manifest = Manifest.from_json(RunFolder.at(plan.settings.run).manifest())
-            self.source = open_data(census)
+            self.folder = RunFolder.at(folder, patient=True)
+            self.manifest = Manifest.from_json(RunFolder.at(plan.settings.run, patient=True).manifest())
+            self.source = patiently(lambda: open_data(census))
         except InputError as error:
             self.problem = str(error)
 

@@ -41,8 +41,10 @@ from mmray.perception.alignment import alignment_digest
 from mmray.perception.joint import detector_digest
 from mmray.results.run import open_run
 from mmray.runs import RunFolder
+from mmray.runs.driver import drive_analysis
+from mmray.runs.lease import Lease
 from mmray.settings import census_settings
-from mmray.storage import Store, open_store
+from mmray.storage import Store
 from mmray.writing import write_table
 
 MOST_MISTAKES = 60
@@ -64,7 +66,7 @@ def run_opinions(settings: OpinionSettings, follow: Callable[[Progress], None] =
 
     Raises InputError for anything wrong with the set-up, before any work.
     """
-    run = open_run(settings.run)
+    run = open_run(settings.run, patient=True)
     census = census_settings(run.info["settings"])
     columns = Columns() if settings.data else columns_of(census)
     asked = Asked(census.dtype, census.trust_remote_code, census.prompt, census.prefix)
@@ -72,7 +74,8 @@ def run_opinions(settings: OpinionSettings, follow: Callable[[Progress], None] =
     if not plan.facts.vocabulary:
         raise InputError(f"{plan.data}: no column of objects, without which no claim can be judged")
     own = f"{run.uri}/opinions/{settings.fingerprint(_digests(plan))}"
-    return _look(plan, OpinionWorker, RunFolder(open_store(own)), run.folder.store, "claims", follow)
+    with drive_analysis(f"{run.uri}/opinions") as lease:
+        return _look(plan, OpinionWorker, RunFolder.at(own, patient=True), run.folder.store, "claims", follow, lease)
 
 
 def run_perturbation(settings: PerturbationSettings, follow: Callable[[Progress], None] = lambda _: None) -> Looked:
@@ -83,8 +86,9 @@ def run_perturbation(settings: PerturbationSettings, follow: Callable[[Progress]
     plan = _plan(settings, from_anywhere(settings.model), settings.data, Columns(), Asked())
     if not plan.facts.vocabulary and not (settings.source and settings.target and settings.unrelated):
         raise InputError(f"{plan.data}: no column of objects to draw from; give --source, --target and --unrelated")
-    folder = RunFolder.at(settings.out, patient=True)
-    looked = _look(plan, PerturbationWorker, folder, folder.store, "answers", follow)
+    with drive_analysis(settings.out) as lease:
+        folder = RunFolder.at(settings.out, patient=True)
+        looked = _look(plan, PerturbationWorker, folder, folder.store, "answers", follow, lease)
     if not looked.rows and looked.complete:
         raise InputError(
             f"{plan.data}: no image has objects to move from, to and between; give --source, --target and --unrelated"
@@ -93,18 +97,24 @@ def run_perturbation(settings: PerturbationSettings, follow: Callable[[Progress]
 
 
 def _look(
-    plan: Plan, worker: type[SightWorker], folder: RunFolder, store: Store, name: str, follow: Callable[..., None]
+    plan: Plan,
+    worker: type[SightWorker],
+    folder: RunFolder,
+    store: Store,
+    name: str,
+    follow: Callable[..., None],
+    lease: Lease,
 ) -> Looked:
     began = time.perf_counter()
     settings = plan.settings
-    folder.begin(described(settings, _digests(plan)), plan.manifest.to_json())
+    folder.begin(described(settings, _digests(plan), len(plan.manifest.shards)), plan.manifest.to_json())
 
     def actors(units: list[int]) -> Any:
         pool = pool_for(settings.workers, settings.gpus_per_worker, len(units))
         return mapped(worker, (plan, folder.store.uri), units, pool, ahead=0)
 
     sizes = [shard.samples for shard in plan.manifest.shards]
-    carry_out(folder, sizes, actors, follow, address=settings.address, retry_failed=settings.retry_failed)
+    carry_out(folder, sizes, actors, follow, lease, address=settings.address, retry_failed=settings.retry_failed)
     receipts = folder.receipts()
 
     rows = folder.read_parts(receipts, name, DERIVED[name])
@@ -113,6 +123,7 @@ def _look(
         if name == "claims"
         else ("changes", changes(rows, settings.draws, settings.seed))
     )
+    store = lease.guard(store)
     write_table(store, name, [rows])
     write_table(store, summary, [pa.Table.from_pylist(found, DERIVED[summary])])
     if name == "claims":

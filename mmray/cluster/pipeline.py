@@ -20,6 +20,8 @@ from mmray.editing.settings import edit_settings
 from mmray.errors import InputError
 from mmray.evaluation.settings import evaluation_settings
 from mmray.results.run import Run, open_run
+from mmray.runs.driver import drive_analysis
+from mmray.runs.lease import Lease
 from mmray.settings import census_settings, first_problem
 from mmray.storage import open_store
 from mmray.tables import CAPTIONS_FILE, from_bytes
@@ -84,17 +86,19 @@ def run_pipeline(settings: PipelineSettings, follow: Follow = lambda _, __: None
     census = census_settings(settings.census)
     with ray_session(census.address):
         outcome = run_census(census, partial(follow, "census"))
-        done = Pipeline(open_run(census.out), outcome)
+        done = Pipeline(open_run(census.out, patient=True), outcome)
         if settings.edits:
-            _edit(done, settings, follow)
+            with drive_analysis(f"{done.run.uri}/edits") as lease:
+                _edit(done, settings, follow, lease)
     return done
 
 
-def _edit(done: Pipeline, settings: PipelineSettings, follow: Follow) -> None:
+def _edit(done: Pipeline, settings: PipelineSettings, follow: Follow, lease: Lease) -> None:
     run, census = done.run, census_settings(settings.census)
     done.aside = make_edits(
         run,
         {name: edit_settings(wanted) for name, wanted in settings.edits.items()},
+        lease,
         partial(follow, "edits"),
         gpus_per_worker=census.gpus_per_worker,
         address=census.address,
@@ -105,9 +109,10 @@ def _edit(done: Pipeline, settings: PipelineSettings, follow: Follow) -> None:
         wanted = [_evaluation(settings, run.uri, edit_folder(run, name)) for name in done.edits]
         found = run_evaluations(wanted, partial(follow, "evaluations"))
         done.evaluations = dict(zip(done.edits, found, strict=True))
-    write_table(run.folder.store, "edits", [_table("edits", (_facts(name, done.edits[name]) for name in done.edits))])
-    write_table(run.folder.store, "evaluations", [_table("evaluations", _measures(done))])
-    write_table(run.folder.store, "edit_captions", [_table("edit_captions", _captions(done))])
+    store = lease.guard(run.folder.store)
+    write_table(store, "edits", [_table("edits", (_facts(name, done.edits[name]) for name in done.edits))])
+    write_table(store, "evaluations", [_table("evaluations", _measures(done))])
+    write_table(store, "edit_captions", [_table("edit_captions", _captions(done))])
 
 
 def _evaluation(settings: PipelineSettings, run: str, edit: str) -> Any:

@@ -25,7 +25,8 @@ from mmray.evaluation.properties.observations import summarise
 from mmray.evaluation.properties.settings import PropertySettings
 from mmray.results.run import Run, open_run
 from mmray.runs import RunFolder
-from mmray.storage import open_store
+from mmray.runs.driver import drive_analysis
+from mmray.runs.lease import Lease
 from mmray.writing import write_table
 
 
@@ -44,20 +45,28 @@ def run_properties(settings: PropertySettings, follow: Callable[[Progress], None
     `follow` hears of every committed unit; it counts concepts. Raises InputError for anything wrong with the set-up.
     """
     began = time.perf_counter()
-    run = open_run(settings.run)
+    run = open_run(settings.run, patient=True)
+    with drive_analysis(f"{run.uri}/properties") as lease:
+        return _measure(settings, run, lease, follow, began)
+
+
+def _measure(
+    settings: PropertySettings, run: Run, lease: Lease, follow: Callable[[Progress], None], began: float
+) -> Properties:
     plan = plan_properties(settings, run)
     folder, info = _folder(plan, run)
     folder.begin(info, json.dumps([[facts.concept for facts in unit] for unit in plan.units]).encode())
-    _work(plan, folder, follow)
+    _work(plan, folder, follow, lease)
     receipts = folder.receipts()
     observed, maps = (
         folder.read_parts(receipts, name, PROPERTY_SCHEMAS[name]) for name in ("observations", "heatmaps")
     )
+    store = lease.guard(run.folder.store)
     # A part that was not asked for keeps the table that an earlier call wrote.
     if settings.only != "maps":
-        write_table(run.folder.store, "properties", [summarise(observed, settings.draws, settings.seed)])
+        write_table(store, "properties", [summarise(observed, settings.draws, settings.seed)])
     if settings.only != "properties":
-        write_table(run.folder.store, "heatmaps", [maps])
+        write_table(store, "heatmaps", [maps])
     outcome = Properties(
         run=settings.run,
         concepts=plan.concepts,
@@ -72,17 +81,18 @@ def run_properties(settings: PropertySettings, follow: Callable[[Progress], None
 
 def _folder(plan: Plan, run: Run) -> tuple[RunFolder, dict[str, Any]]:
     """Return where the rows lie, and what that folder says of itself."""
-    info = described(plan.settings, digests_of(run))
-    return RunFolder(open_store(f"{run.uri}/properties/{info['fingerprint']}")), info
+    info = described(plan.settings, digests_of(run), len(plan.units))
+    return RunFolder.at(f"{run.uri}/properties/{info['fingerprint']}", patient=True), info
 
 
-def _work(plan: Plan, folder: RunFolder, follow: Callable[[Progress], None]) -> None:
+def _work(plan: Plan, folder: RunFolder, follow: Callable[[Progress], None], lease: Lease) -> None:
     """Have every unit that is neither committed nor set aside measured; progress counts concepts."""
     carry_out(
         folder,
         [len(unit) for unit in plan.units],
         lambda units: _actors(plan, folder, units),
         follow,
+        lease,
         address=plan.settings.address,
         retry_failed=plan.settings.retry_failed,
     )

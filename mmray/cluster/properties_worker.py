@@ -15,7 +15,7 @@ from mmray.evaluation.properties.subject import Study
 from mmray.neurons.model import load_model
 from mmray.results.run import open_run
 from mmray.runs import Receipt, RunFolder
-from mmray.storage import open_store, patiently
+from mmray.storage import patiently
 
 
 class PropertiesWorker(UnitWorker):
@@ -27,11 +27,11 @@ class PropertiesWorker(UnitWorker):
         try:
             census = plan.census
             model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
-            run = open_run(plan.settings.run)
+            run = open_run(plan.settings.run, patient=True)
             if list(model.widths) != run.info["model"]["widths"]:
                 raise InputError(f"{census.model}: not the model of {run.uri}, whose layers have other widths")
             neurons = run.table("neurons").sort_by([("layer", "ascending"), ("unit", "ascending")])
-            self.folder = RunFolder(open_store(folder))
+            self.folder = RunFolder.at(folder, patient=True)
             source = patiently(lambda: open_data(census))
             self.wanted = Wanted(source, plan.manifest, plan.shards, plan.captions)
             self.probe = Probe(Study(model, census, plan.nouns, neurons["tokens"].to_pylist()), plan.settings)

@@ -19,8 +19,8 @@ from mmray.models.loading import from_anywhere
 from mmray.results.drift import Drift, compare
 from mmray.results.run import open_run
 from mmray.runs import RunFolder
+from mmray.runs.driver import drive
 from mmray.runs.folder import check_same
-from mmray.runs.lease import driving
 from mmray.runs.refreshes import Refresh, begin_refresh, latest
 from mmray.settings import EXECUTION, census_settings
 from mmray.tables import read_table
@@ -56,7 +56,7 @@ def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, *
     out = folder.store.uri
     settings = census_settings(info["settings"] | {"retry_failed": False} | given | {"out": out})
     # Relative paths of the data and the model are those of the call that began the run.
-    with chdir(info["home"] if Path(info["home"]).is_dir() else "."), driving(folder.store) as check:
+    with chdir(info["home"] if Path(info["home"]).is_dir() else "."), drive(folder) as lease:
         settings = settings.model_copy(update={"model": from_anywhere(settings.model)})
         source, _, nouns = open_inputs(settings)
         before = Manifest.from_json(folder.manifest())
@@ -65,12 +65,12 @@ def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, *
         unchanged = now["digests"] | {"data": info["digests"]["data"]}
         check_same(info, now | {"digests": unchanged, "fingerprint": settings.fingerprint(**unchanged)}, out)
         if unfinished(settings, folder):
-            finish(settings, folder, nouns, follow, check)
+            finish(settings, folder, nouns, follow, lease)
         drift = _settle(folder, latest(folder.store))
         new_samples = after.samples - before.samples
         if new_samples:
             begun = begin_refresh(folder.store, {name: now[name] for name in CHANGED}, after.to_json())
-            finish(settings, folder, nouns, follow, check)
+            finish(settings, folder, nouns, follow, lease)
             drift = _settle(folder, begun)
     return Refreshed(outcome(uri, folder, time.perf_counter() - began), new_samples, drift)
 

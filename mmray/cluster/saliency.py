@@ -30,8 +30,9 @@ from mmray.perception.joint import detector_digest, detector_or_demo
 from mmray.perception.settings import SaliencySettings
 from mmray.results.run import Run, open_run
 from mmray.runs import RunFolder
+from mmray.runs.driver import drive_analysis
+from mmray.runs.lease import Lease
 from mmray.settings import census_settings
-from mmray.storage import open_store
 from mmray.writing import write_table
 
 TOGETHER = 16
@@ -56,7 +57,14 @@ def run_saliency(settings: SaliencySettings, follow: Callable[[Progress], None] 
     where the data has no boxes.
     """
     began = time.perf_counter()
-    run = open_run(settings.run)
+    run = open_run(settings.run, patient=True)
+    with drive_analysis(f"{run.uri}/saliency") as lease:
+        return _judge(settings, run, lease, follow, began)
+
+
+def _judge(
+    settings: SaliencySettings, run: Run, lease: Lease, follow: Callable[[Progress], None], began: float
+) -> Judged:
     plan = plan_saliency(settings, run)
     folder, info = _folder(plan, run)
     folder.begin(info, json.dumps(plan.units).encode())
@@ -71,6 +79,7 @@ def run_saliency(settings: SaliencySettings, follow: Callable[[Progress], None] 
             ahead=0,
         ),
         follow,
+        lease,
         address=settings.address,
         retry_failed=settings.retry_failed,
     )
@@ -85,8 +94,9 @@ def run_saliency(settings: SaliencySettings, follow: Callable[[Progress], None] 
             "--boxes-column of a census, and --images"
         )
     if len(observed):
-        write_table(run.folder.store, "saliency", [summarise_saliency(observed, settings.draws, settings.seed)])
-        write_table(run.folder.store, "saliency_maps", [maps])
+        store = lease.guard(run.folder.store)
+        write_table(store, "saliency", [summarise_saliency(observed, settings.draws, settings.seed)])
+        write_table(store, "saliency_maps", [maps])
     words = {(row["sample_id"], row["concept"]) for row in observed.select(["sample_id", "concept"]).to_pylist()}
     outcome = Judged(
         run=settings.run,
@@ -150,5 +160,5 @@ def _folder(plan: SaliencyPlan, run: Run) -> tuple[RunFolder, dict[str, Any]]:
         "detector": detector_digest(detector) if detector else "",
         "alignment": alignment_digest(settings.alignment) if settings.alignment else "",
     }
-    info = described(settings, digests)
-    return RunFolder(open_store(f"{run.uri}/saliency/{info['fingerprint']}")), info
+    info = described(settings, digests, len(plan.units))
+    return RunFolder.at(f"{run.uri}/saliency/{info['fingerprint']}", patient=True), info

@@ -19,7 +19,7 @@ from mmray.perception.methods import Located
 from mmray.perception.settings import SaliencySettings
 from mmray.runs import Receipt, RunFolder
 from mmray.settings import CensusSettings
-from mmray.storage import open_store, patiently
+from mmray.storage import patiently
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class SaliencyWorker(UnitWorker):
             model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
             joint = join_if_asked(model, plan.settings.detector, plan.settings.alignment)
             methods_of(plan.settings, detector=joint is not None)
-            self.folder = RunFolder(open_store(folder))
+            self.folder = RunFolder.at(folder, patient=True)
             source = patiently(lambda: open_data(census))
             self.wanted = Wanted(source, plan.manifest, plan.shards, plan.captions)
             self.judging = Judging(model, joint, plan.settings, census, plan.nouns, plan.located)

@@ -34,7 +34,7 @@ from mmray.perception.joint import join
 from mmray.perception.perturbing import Covariance, covariance
 from mmray.runs import Receipt, RunFolder
 from mmray.settings import Dtype
-from mmray.storage import open_store, patiently
+from mmray.storage import patiently
 
 REFERENCE, BATCH = 96, 16
 """Images that tell how embeddings vary, and how many of them are looked at at once."""
@@ -75,7 +75,7 @@ class SightWorker(UnitWorker):
         try:
             model = load_model(plan.model, plan.asked.dtype, trust_remote_code=plan.asked.trust_remote_code)
             self.joint = join(model, plan.settings.detector, plan.settings.alignment)
-            self.folder = RunFolder(open_store(folder))
+            self.folder = RunFolder.at(folder, patient=True)
             self.source = patiently(lambda: open_source(plan.data, plan.columns, captions=False))
         except InputError as error:
             self.problem = str(error)

@@ -19,7 +19,6 @@ from mmray.neurons.shard import ShardAnalysis
 from mmray.runs import Receipt, RunFolder
 from mmray.settings import CensusSettings
 from mmray.storage import patiently
-from mmray.tables import to_bytes
 
 DECODE = -1
 """Number of the unit of work that is not a shard: decoding all neurons."""
@@ -72,7 +71,7 @@ class CensusWorker(UnitWorker):
     def decode(self) -> Receipt:
         """Decode every neuron of the model and commit the table, unless it is there."""
         if not self.folder.store.exists(DECODED):
-            self.folder.store.commit(DECODED, to_bytes(decode_neurons(self.model, fold_norm=self.settings.fold_norm)))
+            self.folder.commit_table(DECODED, decode_neurons(self.model, fold_norm=self.settings.fold_norm))
         return Receipt(DECODE)
 
     def shard(self, shard_id: int) -> Receipt:

@@ -1,6 +1,6 @@
 """Edits as values: what is added to which neurons' rows of W_out, what for, and of which model.
 
-EDIT/edit.json           purposes, method and its settings, model digest, cost
+EDIT/edit.json           purposes, method and its settings, model digest, cost, and which rows are its own
 EDIT/edit.safetensors    layer [row], unit [row], delta [row, hidden]
 """
 
@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mmray.errors import InputError
+from mmray.errors import DamagedError, InputError
 from mmray.models.interventions import changed_rows
 from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows
 from mmray.neuron_names import neuron_name
-from mmray.storage import open_store
+from mmray.storage import Checksum, open_store
 from mmray.tables import CAPTIONS_FILE, EVALUATION_FILE
 
 FACTS, ROWS = "edit.json", "edit.safetensors"
@@ -135,8 +135,10 @@ class WeightEdit:
         for name in (FACTS, EVALUATION_FILE, CAPTIONS_FILE):
             store.delete(name)
         rows = {name: getattr(self, name).clone().contiguous() for name in ("layer", "unit", "delta")}
-        store.put(ROWS, save(rows))
+        data = save(rows)
+        store.put(ROWS, data)
         facts = {
+            "rows": asdict(Checksum.of(data, len(self.delta))),
             "model": self.model,
             "purposes": [asdict(purpose) for purpose in self.purposes],
             "settings": self.settings,
@@ -161,11 +163,17 @@ def open_edit(uri: str | Path) -> WeightEdit:
     store = open_store(uri)
     try:
         facts = json.loads(store.read(FACTS))
-        rows = load(store.read(ROWS))
+        data = store.read(ROWS)
+        # Edits of earlier versions do not say which rows are theirs.
+        if "rows" in facts:
+            Checksum(**facts["rows"]).check(data)
+        rows = load(data)
         purposes = tuple(_purpose(facts) for facts in facts["purposes"])
         return WeightEdit(
             rows["layer"], rows["unit"], rows["delta"], purposes, facts["model"], facts["settings"], facts["facts"]
         )
+    except DamagedError as error:
+        raise InputError(f"{uri}/{ROWS}: damaged ({error}); make the edit again") from error
     except FileNotFoundError as error:
         raise InputError(f"{uri}: no edit here (no {FACTS}); give a folder that mmray edit wrote") from error
     except (ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmray.errors import InputError
-from mmray.settings import first_problem
+from mmray.settings import Workers, first_problem
 
 
 class MeasureSettings(BaseModel):
@@ -62,9 +62,9 @@ class EvaluationSettings(MeasureSettings):
     """Use the first N samples only; all by default."""
     shard_size: int = Field(100, ge=1)
     """Samples a shard: the unit of work, and what a crash costs."""
-    workers: int | None = Field(None, ge=1)
-    """Actors, each with a model replica; default: one a GPU of the cluster; without GPUs one a core, at most four a
-    machine."""
+    workers: Workers = None
+    """Actors, each with a model replica: a number, or MIN:MAX to let Ray add and remove some. Default: one a GPU of the
+    cluster; without GPUs one a core, at most four a machine."""
     gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs a worker; default: 1 where the cluster has GPUs, else 0."""
     address: str | None = None
@@ -92,9 +92,9 @@ class EvaluationSettings(MeasureSettings):
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-EXECUTION = {"batch_size", "workers", "gpus_per_worker", "address", "retry_failed"}
-"""Settings that say how the work is done and leave the result alone."""
-NAMED = {"run", "edit", "data", "synonyms", "encoder", "mmedit", "mmedit_images", "text_questions"}
+EXECUTION = {"batch_size", "draws", "workers", "gpus_per_worker", "address", "retry_failed"}
+"""Settings that say how the work is done, or come after it."""
+NAMED = {"run", "edit", "data", "synonyms", "encoder", "detector", "mmedit", "mmedit_images", "text_questions"}
 """Settings that name files and folders."""
 
 

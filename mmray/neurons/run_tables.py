@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from mmray.neurons.merging import APPENDED, RunMerge
 from mmray.runs import Receipt, RunFolder
-from mmray.runs.folder import receipts_digest
-from mmray.tables import from_bytes
+from mmray.runs.receipts import receipts_digest
+from mmray.storage import Checksum
 from mmray.writing import TableWriter, write_table
 
 DECODED = "decoded.parquet"
@@ -26,7 +26,8 @@ READERS = 8
 def merge_run(folder: RunFolder, widths: Sequence[int], top_k: int, modules: Mapping[str, Sequence[int]]) -> None:
     """Write the tables of all that is committed, and then the totals.
 
-    What another driver or a late worker commits meanwhile is taken in too: the tables are made again.
+    What another driver or a late worker commits meanwhile is taken in too: the tables are made again. Raises
+    DamagedUnitError for a part that is not what was committed.
     """
     receipts = folder.receipts()
     while True:
@@ -40,7 +41,7 @@ def merge_run(folder: RunFolder, widths: Sequence[int], top_k: int, modules: Map
 def is_merged(folder: RunFolder, receipts: dict[int, Receipt]) -> bool:
     """Tell whether the run's tables are made from these receipts."""
     finished = folder.finished()
-    return finished is not None and finished.get("receipts") == receipts_digest(receipts)
+    return finished is not None and finished.get("receipts") == receipts_digest(receipts) and folder.has_tables()
 
 
 def _write_tables(
@@ -50,15 +51,19 @@ def _write_tables(
     top_k: int,
     modules: Mapping[str, Sequence[int]],
 ) -> None:
-    merge = RunMerge(widths, from_bytes(folder.store.read(DECODED)), top_k, modules)
+    # Readers are not to take tables of two versions for those of a finished run.
+    folder.store.delete("finished.json")
+    merge = RunMerge(widths, folder.read_table(DECODED), top_k, modules)
+    files: dict[str, Checksum] = {}
     writers = {name: TableWriter(folder.store, name) for name in APPENDED}
     for parts in _parts(folder, receipts.values()):
         for name, rows in merge.add(parts.__getitem__).items():
             writers[name].add(rows)
     for writer in writers.values():
         writer.close()
+        files |= writer.written
     for name, table in merge.tables():
-        write_table(folder.store, name, [table])
+        files |= write_table(folder.store, name, [table])
     done = receipts.values()
     folder.finish(
         {
@@ -69,7 +74,8 @@ def _write_tables(
             "occurrences": sum(receipt.occurrences for receipt in done),
             "concepts": len(merge.concepts.concepts),
             "compute_seconds": round(sum(receipt.seconds for receipt in done), 3),
-        }
+        },
+        files,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmray.errors import InputError
-from mmray.settings import first_problem
+from mmray.settings import Workers, first_problem
 
 EXECUTION = {"out", "workers", "gpus_per_worker", "address", "restarts", "checkpoint_every", "retry_failed"}
 """Settings that say how the work is done and leave the result alone."""
@@ -66,8 +66,9 @@ class AlignmentSettings(BaseModel):
     """Present objects of an image that POPE asks for, and as many absent ones a setting (published: 3)."""
     draws: int = Field(1000, ge=1)
     """Draws of the bootstrap over samples that intervals are made of."""
-    workers: int | None = Field(None, ge=1)
-    """Workers of the training; default: one a GPU of the cluster; without GPUs one a core, at most four a machine."""
+    workers: Workers = None
+    """Workers of the training: a number, or MIN:MAX, of which the training takes MIN and the validation as many as the
+    cluster has. Default: one a GPU of the cluster; without GPUs one a core, at most four a machine."""
     gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs a worker, of which its training takes the first; default: 1 where the cluster has GPUs, else 0."""
     address: str | None = None

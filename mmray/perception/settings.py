@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmray.errors import InputError
-from mmray.settings import first_problem
+from mmray.settings import Workers, first_problem
 
 EXECUTION = {"run", "draws", "workers", "gpus_per_worker", "address", "retry_failed"}
 """Settings that say how the work is done, or come after it."""
@@ -43,9 +43,9 @@ class SaliencySettings(BaseModel):
     """Draws of the bootstrap over images that intervals are made of."""
     seed: int = 0
     """Seed of the choice of images."""
-    workers: int | None = Field(None, ge=1)
-    """Actors, each with a model replica; default: one a GPU of the cluster; without GPUs one a core, at most four a
-    machine."""
+    workers: Workers = None
+    """Actors, each with a model replica: a number, or MIN:MAX to let Ray add and remove some. Default: one a GPU of the
+    cluster; without GPUs one a core, at most four a machine."""
     gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs a worker; default: 1 where the cluster has GPUs, else 0."""
     address: str | None = None

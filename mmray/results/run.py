@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmray.derived import MADE_BY, TABLES
-from mmray.errors import InputError
+from mmray.errors import DamagedError, InputError
 from mmray.neuron_names import parse_neuron
 from mmray.runs import RunFolder
+from mmray.runs.home import resolve_settings
 from mmray.tables import read_table
 
 ORDERS = {
@@ -53,12 +54,14 @@ class Status:
 class Run:
     """A run in a local folder or on S3; tables are read when asked for, and kept."""
 
-    def __init__(self, uri: str | Path) -> None:
-        self.folder = RunFolder.at(uri)
-        self.uri = self.folder.store.uri
-        info = self.folder.info()
+    def __init__(self, uri: str | Path, *, patient: bool = False) -> None:
+        # What is wrong with the address is told at once, by patient ones too.
+        info = RunFolder.at(uri).info()
         if info is None:
             raise InputError(f"{uri}: no run here (no run.json); give a folder that mmray census wrote")
+        info["settings"] = resolve_settings(info["settings"], info.get("home", "."))
+        self.folder = RunFolder.at(uri, patient=patient)
+        self.uri = self.folder.store.uri
         self.info: dict[str, Any] = info
         self._tables: dict[str, pa.Table] = {}
 
@@ -68,7 +71,10 @@ class Run:
             raise InputError(f"there is no table {name!r}; a run has {', '.join(TABLES)}")
         if name not in self._tables:
             try:
-                self._tables[name] = read_table(self.folder.store, name)
+                self._tables[name] = self._read(name)
+            except DamagedError as error:
+                remedy = f"make it again: {MADE_BY[name]}" if name in MADE_BY else "the same census makes it again"
+                raise InputError(f"{error}; {remedy}") from error
             except FileNotFoundError:
                 why = (
                     f"make it: {MADE_BY[name]}"
@@ -92,6 +98,17 @@ class Run:
         table = self.table("properties")
         column = table["concept"]
         return table.filter(pc.is_null(column) if concept is None else pc.equal(column, concept.casefold()))
+
+    def _read(self, name: str) -> pa.Table:
+        checksums = self.folder.table_checksums()
+        try:
+            return read_table(self.folder.store, name, checksums=checksums)
+        except DamagedError:
+            now = self.folder.table_checksums()
+            if now == checksums:
+                raise
+            # The tables were made again meanwhile.
+            return read_table(self.folder.store, name, checksums=now)
 
     def sql(self, query: str) -> pa.Table:
         """Return the answer of DuckDB to a query over the run's tables, by their names."""
@@ -175,9 +192,12 @@ class Run:
         return rows[:limit]
 
 
-def open_run(uri: str | Path) -> Run:
-    """Open a run; raises InputError where there is none."""
-    return Run(uri)
+def open_run(uri: str | Path, *, patient: bool = False) -> Run:
+    """Open a run; raises InputError where there is none.
+
+    Relative paths in its settings become those of where it was begun. A `patient` run waits out an outage of storage.
+    """
+    return Run(uri, patient=patient)
 
 
 def _of(table: pa.Table, layer: int, unit: int) -> pa.Table:

@@ -18,41 +18,48 @@ absent an object `commits-by-name` says so, and all commits are `mmray.storage.N
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import os
+import re
 import socket
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pyarrow as pa
 
-from mmray.errors import InputError
+from mmray.errors import DamagedError, InputError
+from mmray.runs.receipts import Receipt
 from mmray.runs.refreshes import latest
-from mmray.storage import NamedCommits, PatientStore, Store, commits_once, is_outage, open_store
-from mmray.tables import from_bytes, to_bytes
+from mmray.storage import Checksum, NamedCommits, PatientStore, Store, commits_once, is_outage, open_store
+from mmray.tables import SCHEMAS, from_bytes, to_bytes
 
 ATTEMPTS = 3
 """Times that a shard may be begun and not committed before it is set aside."""
 BY_NAME = "commits-by-name"
 """Key whose presence says how this run's store commits."""
+UNIT_KEY = re.compile(r"(?:receipts|aside)/(\d{6,})\.json|attempts/(\d{6,})/\d+|shards/(\d{6,})/[^/]+\.parquet")
+"""Keys of objects that belong to a unit. All others were put there by somebody else, and are left alone."""
+
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Receipt:
-    """What a committed shard amounts to, and where its parts lie; `reason` is set instead when it was set aside."""
+class DamagedUnitError(DamagedError):
+    """The receipt or a part of a unit is not what was written; says which, and how to have the unit done again."""
 
-    shard_id: int
-    samples: int = 0
-    occurrences: int = 0
-    failures: int = 0
-    seconds: float = 0.0
-    parts: dict[str, str] | None = None
-    reason: str | None = None
+    def __init__(self, folder: RunFolder, key: str, why: str, receipt: str) -> None:
+        super().__init__(f"{folder.store.uri}: {key}: {why}; remove {receipt} and run the same command again")
+        self.folder = folder
+        self.what = f"{folder.store.uri}: {key}: {why}; {receipt} is removed"
+        self.receipt = receipt
+
+    def discard(self) -> None:
+        """Remove the receipt, so that the unit is done again; only for who holds the run's lease."""
+        self.folder.store.delete(self.receipt)
 
 
 class RunFolder:
@@ -60,6 +67,7 @@ class RunFolder:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._began = ""
 
     @classmethod
     def at(cls, uri: str | Path, *, patient: bool = False) -> RunFolder:
@@ -79,25 +87,31 @@ class RunFolder:
         """
         before = self.info()
         if before is None:
-            if not isinstance(self.store, NamedCommits) and not commits_once(self.store):
-                self.store.put(BY_NAME, b"")
-                self.store = NamedCommits(self.store)
+            self.prepare()
             self.store.commit("run.json", json.dumps(info, indent=1, sort_keys=True).encode())
             before = self.info() or info
         check_same(before, info, self.store.uri)
         self.store.commit("manifest.json", manifest)
+
+    def prepare(self) -> None:
+        """Find out how the store commits, and note it there; raises InputError where nothing can be written."""
+        if not isinstance(self.store, NamedCommits) and not commits_once(self.store):
+            self.store.put(BY_NAME, b"")
+            self.store = NamedCommits(self.store)
 
     def info(self) -> dict[str, Any] | None:
         """Return run.json, as refreshes have left it; None where no run has begun.
 
         Raises InputError if it is no run's.
         """
-        try:
-            info: dict[str, Any] = json.loads(self.store.read("run.json"))
-            info["fingerprint"], info["result_settings"], info["digests"]
-            info |= latest(self.store).info
-        except FileNotFoundError:
+        data = self._read_if_there("run.json")
+        if data is None:
             return None
+        try:
+            info: dict[str, Any] = json.loads(data)
+            self._began = str(info["fingerprint"])
+            info["result_settings"], info["digests"]
+            info |= latest(self.store).info
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.store.uri}/run.json: not written by mmray; give another folder") from error
         return info
@@ -107,7 +121,7 @@ class RunFolder:
         return self.store.read(latest(self.store).manifest)
 
     def receipts(self) -> dict[int, Receipt]:
-        """Return the receipts of all committed shards by shard, in order."""
+        """Return the receipts of all committed shards by shard, in order; raises DamagedUnitError for a wrong one."""
         return self._receipts("receipts/")
 
     def aside(self, committed: Collection[int] = ()) -> dict[int, Receipt]:
@@ -119,23 +133,87 @@ class RunFolder:
         return {number: receipt.reason or "" for number, receipt in self.aside(committed).items()}
 
     def _receipts(self, prefix: str) -> dict[int, Receipt]:
-        keys = [entry.key for entry in self.store.list(prefix) if entry.key.endswith(".json")]
-        with ThreadPoolExecutor(16) as pool:
-            receipts = [Receipt(**json.loads(data)) for data in pool.map(self.store.read, keys)]
-        return {receipt.shard_id: receipt for receipt in sorted(receipts, key=lambda receipt: receipt.shard_id)}
+        receipts, damaged = self._read_receipts(prefix)
+        if damaged:
+            raise damaged[0]
+        return receipts
 
-    def receipt(self, shard_id: int) -> Receipt | None:
-        """Return a shard's receipt if it is committed."""
+    def _read_receipts(self, prefix: str) -> tuple[dict[int, Receipt], list[DamagedUnitError]]:
+        """Return the receipts below a prefix by unit, in order, and what is wrong with the others."""
+        numbered = [(unit_of(entry.key), entry.key) for entry in self.store.list(prefix)]
+        keys = dict(sorted((number, key) for number, key in numbered if number is not None))
+        # Read after the listing: a refresh may add units, and their receipts come later.
+        info = self.info() if keys else None
+        units = (info or {}).get("shards")
+        receipts: dict[int, Receipt] = {}
+        damaged: list[DamagedUnitError] = []
+        with ThreadPoolExecutor(16) as pool:
+            contents = list(pool.map(self._read_if_there, keys.values()))
+        for (number, key), data in zip(keys.items(), contents, strict=True):
+            try:
+                if data is not None:
+                    receipts[number] = self._checked(number, data, units)
+            except DamagedError as error:
+                damaged.append(DamagedUnitError(self, key, str(error), key))
+        return receipts, damaged
+
+    def _read_if_there(self, key: str) -> bytes | None:
         try:
-            return Receipt(**json.loads(self.store.read(f"receipts/{shard_id:06d}.json")))
+            return self.store.read(key)
         except FileNotFoundError:
             return None
+
+    def _checked(self, number: int, data: bytes, units: int | None = None) -> Receipt:
+        receipt = Receipt.from_json(data)
+        receipt.check(number, self._fingerprint(), units)
+        return receipt
+
+    def _fingerprint(self) -> str:
+        """Return the fingerprint that the run began with, which no refresh changes; empty where no run has begun."""
+        if not self._began:
+            self.info()
+        return self._began
+
+    def receipt(self, shard_id: int) -> Receipt | None:
+        """Return a shard's receipt if it is committed; raises DamagedUnitError for a wrong one."""
+        key = f"receipts/{shard_id:06d}.json"
+        data = self._read_if_there(key)
+        try:
+            return None if data is None else self._checked(shard_id, data)
+        except DamagedError as error:
+            raise DamagedUnitError(self, key, str(error), key) from error
+
+    def repair(self) -> None:
+        """Discard receipts that are wrong, or whose parts are gone or cut, so that their units are done again.
+
+        Only who holds the run's lease may call this. What parts contain is checked where they are read.
+        """
+        receipts, damaged = self._read_receipts("receipts/")
+        damaged += self._read_receipts("aside/")[1]
+        sizes = {entry.key: entry.size for entry in self.store.list("shards/")} if receipts else {}
+        for number, receipt in receipts.items():
+            for name, key in (receipt.parts or {}).items():
+                try:
+                    if key not in sizes:
+                        raise DamagedError("gone")
+                    if receipt.checksums is not None:
+                        receipt.checksums[name].check_size(sizes[key])
+                except DamagedError as error:
+                    damaged.append(DamagedUnitError(self, key, str(error), f"receipts/{number:06d}.json"))
+                    break
+        for damage in damaged:
+            logger.warning("%s, and the unit done again", damage.what)
+            damage.discard()
 
     def attempt(self, shard_id: int) -> int:
         """Count an attempt in storage, where it outlives the worker, and return its number from 1."""
         number = 1
-        worker = json.dumps({"worker": f"{socket.gethostname()}:{os.getpid()}"}).encode()
-        while not self.store.commit(f"attempts/{shard_id:06d}/{number}", worker):
+        worker = {"worker": f"{socket.gethostname()}:{os.getpid()}", "token": uuid4().hex}
+        data = json.dumps(worker).encode()
+        while not self.store.commit(key := f"attempts/{shard_id:06d}/{number}", data):
+            # A store whose answer was lost, and that was asked again, refuses what it has: it may be our own.
+            if self._read_if_there(key) == data:
+                break
             number += 1
         return number
 
@@ -146,13 +224,10 @@ class RunFolder:
     def set_aside(self, shard_id: int, samples: int, reason: str = "") -> Receipt:
         """Give a shard up, for a reason that no further attempt would mend, or else the last that an attempt left."""
         if not reason:
-            reasons = [
-                json.loads(self.store.read(entry.key)).get("reason") or "the worker died without a word"
-                for entry in self.store.list(f"attempts/{shard_id:06d}/")
-            ]
-            reason = f"given up after {ATTEMPTS} attempts: {reasons[min(ATTEMPTS, len(reasons)) - 1]}"
-        receipt = Receipt(shard_id, samples=samples, reason=reason)
-        self.store.commit(f"aside/{shard_id:06d}.json", json.dumps(asdict(receipt)).encode())
+            last = self._read_if_there(f"attempts/{shard_id:06d}/{ATTEMPTS}") or b""
+            reason = f"given up after {ATTEMPTS} attempts: {_reason(last) or 'the worker died without a word'}"
+        receipt = Receipt(shard_id, samples=samples, reason=reason, run=self._fingerprint())
+        self.store.commit(f"aside/{shard_id:06d}.json", receipt.to_json())
         return receipt
 
     def reopen(self, shards: Collection[int]) -> None:
@@ -162,16 +237,22 @@ class RunFolder:
         """
         self.store.delete("finished.json")
         for entry in self.store.list("attempts/") + self.store.list("aside/"):
-            if int(entry.key.split("/")[1].removesuffix(".json")) in shards:
+            if unit_of(entry.key) in shards:
                 self.store.delete(entry.key)
 
     def commit_shard(self, shard_id: int, tables: dict[str, pa.Table], samples: int, seconds: float) -> Receipt:
         """Write the shard's parts, then its receipt; return the receipt that counts, which may be an earlier one."""
         token = uuid4().hex[:8]
         parts = {name: f"shards/{shard_id:06d}/{token}-{name}.parquet" for name in tables}
+
+        def write(name: str) -> Checksum:
+            data = to_bytes(tables[name])
+            self.store.commit(parts[name], data)
+            return Checksum.of(data, len(tables[name]))
+
         try:
             with ThreadPoolExecutor(len(parts)) as pool:
-                list(pool.map(lambda name: self.store.commit(parts[name], to_bytes(tables[name])), tables))
+                checksums = dict(zip(tables, pool.map(write, tables), strict=True))
         except OSError as error:
             # A full disk must not be filled by one attempt after the other. (In an outage nothing can be removed.)
             if not is_outage(error):
@@ -186,11 +267,14 @@ class RunFolder:
             failures=len(set(tables["errors"]["source"].to_pylist())),
             seconds=round(seconds, 3),
             parts=parts,
+            run=self._fingerprint(),
+            checksums=checksums,
         )
-        if self.store.commit(f"receipts/{shard_id:06d}.json", json.dumps(asdict(receipt)).encode()):
+        if self.store.commit(f"receipts/{shard_id:06d}.json", receipt.to_json()):
             return receipt
         committed = self.receipt(shard_id)
-        assert committed is not None
+        if committed is None:
+            raise InputError(f"{self.store.uri}: receipts/{shard_id:06d}.json was removed meanwhile; run again")
         # A store whose answer was lost, and that was asked again, has our own receipt: its parts must stay.
         if committed != receipt:
             for key in parts.values():
@@ -198,15 +282,18 @@ class RunFolder:
         return committed
 
     def read_part(self, receipt: Receipt, name: str) -> pa.Table:
-        """Return one part of a committed shard; raises InputError if somebody has removed it."""
+        """Return one part of a committed shard; raises DamagedUnitError if it is not what was committed."""
         assert receipt.parts is not None
+        key, number = receipt.parts.get(name, name), receipt.shard_id
         try:
-            return from_bytes(self.store.read(receipt.parts[name]))
-        except FileNotFoundError as error:
-            number = f"{receipt.shard_id:06d}"
-            raise InputError(
-                f"{self.store.uri}: {receipt.parts[name]} is gone; remove receipts/{number}.json too and run again"
-            ) from error
+            data = self._read_if_there(key)
+            if data is None:
+                raise DamagedError("gone")
+            if receipt.checksums is not None:
+                receipt.checksums[name].check(data)
+            return from_bytes(data)
+        except DamagedError as error:
+            raise DamagedUnitError(self, key, str(error), f"receipts/{number:06d}.json") from error
 
     def read_parts(self, receipts: Mapping[int, Receipt], name: str, schema: pa.Schema) -> pa.Table:
         """Return one part of all these shards, put together."""
@@ -214,23 +301,77 @@ class RunFolder:
             [schema.empty_table(), *(self.read_part(receipt, name) for receipt in receipts.values())]
         )
 
-    def finish(self, totals: dict[str, Any]) -> None:
-        """Say that the tables are complete, and what they amount to."""
+    def commit_table(self, key: str, table: pa.Table) -> None:
+        """Write a table that belongs to the whole run, unless it is there, and then what its file is."""
+        data = to_bytes(table)
+        if self.store.commit(key, data):
+            self.store.put(f"{key}.json", json.dumps(asdict(Checksum.of(data, len(table)))).encode())
+
+    def read_table(self, key: str) -> pa.Table:
+        """Return a table that belongs to the whole run; raises DamagedUnitError if it is not what was written."""
+        try:
+            data, noted = self._read_if_there(key), self._read_if_there(f"{key}.json")
+            if data is None:
+                raise DamagedError("gone")
+            if noted is not None:
+                Checksum(**json.loads(noted)).check(data)
+            return from_bytes(data)
+        except (DamagedError, ValueError, TypeError) as error:
+            raise DamagedUnitError(self, key, str(error), key) from error
+
+    def finish(self, totals: dict[str, Any], tables: Mapping[str, Checksum] | None = None) -> None:
+        """Say that the tables are complete, what they amount to, and what their files are."""
+        if tables is not None:
+            totals = totals | {"tables": {key: asdict(checksum) for key, checksum in tables.items()}}
         self.store.put("finished.json", json.dumps(totals, indent=1).encode())
 
     def finished(self) -> dict[str, Any] | None:
-        """Return the totals of a finished run; None while it is not."""
+        """Return the totals of a finished run; None while it is not, or where they can't be read."""
         try:
-            totals: dict[str, Any] = json.loads(self.store.read("finished.json"))
-        except FileNotFoundError:
+            totals = json.loads(self.store.read("finished.json"))
+        except (FileNotFoundError, ValueError):
             return None
-        return totals
+        return totals if isinstance(totals, dict) else None
+
+    def table_checksums(self) -> dict[str, Checksum]:
+        """Return what the files of the finished run's tables are, by key; empty where that was not noted."""
+        try:
+            return {key: Checksum(**value) for key, value in (self.finished() or {}).get("tables", {}).items()}
+        except (TypeError, AttributeError):
+            return {}
+
+    def has_tables(self) -> bool:
+        """Return whether the tables that the run was finished with are all there, and as they were written."""
+        sizes = {entry.key: entry.size for entry in self.store.list("tables/")}
+        checksums = self.table_checksums()
+        if not checksums:
+            return all(any(key.startswith(f"tables/{name}.parquet") for key in sizes) for name in SCHEMAS)
+
+        def check(key: str) -> None:
+            checksums[key].check_size(sizes.get(key, 0))
+            checksums[key].check(self.store.read(key))
+
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(check, checksums))
+        except (DamagedError, FileNotFoundError) as error:
+            logger.warning("%s: a table is not what was written (%s); all are made again", self.store.uri, error)
+            return False
+        return True
 
 
-def receipts_digest(receipts: Mapping[int, Receipt]) -> str:
-    """Return a digest of which shards are committed, and by which attempt each."""
-    facts = json.dumps([[number, receipt.parts] for number, receipt in sorted(receipts.items())], sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+def unit_of(key: str) -> int | None:
+    """Return the number of the unit that an object belongs to; None if it was put there by others."""
+    match = UNIT_KEY.fullmatch(key)
+    return int(match[match.lastindex or 0]) if match else None
+
+
+def _reason(attempt: bytes) -> str | None:
+    """Return what an attempt died of, if it left word."""
+    try:
+        return json.loads(attempt).get("reason")  # type: ignore[no-any-return]
+    except (ValueError, AttributeError):
+        return None
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], uri: str) -> None:

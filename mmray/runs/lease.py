@@ -11,22 +11,25 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
 from mmray.errors import InputError, StorageError
-from mmray.storage import Store
+from mmray.runs.receipts import known_fields
+from mmray.storage import Entry, Store
 
 RENEWED = 5.0
 """Seconds between two renewals."""
 LIFETIME = 30.0
 """Seconds without a renewal after which an owner is taken for dead."""
+KEY = re.compile(r"lease/(\d+)\.json")
 
 _held: set[str] = set()
 """Tokens of the leases that this process holds or asks for. One that it could not release is not among them."""
@@ -50,6 +53,70 @@ class Owner:
     released: bool = False
 
 
+UNKNOWN = Owner("an unknown machine", 0, "", "", "")
+"""Stands for who wrote a lease that can't be read: whether it lives is seen from its renewals."""
+
+
+class Lease:
+    """A lease that is held."""
+
+    def __init__(self, store: Store, number: int) -> None:
+        self.store = store
+        self.number = number
+        self.lost = threading.Event()
+
+    def __call__(self) -> None:
+        """Raise InputError once the lease is known to be lost."""
+        if self.lost.is_set():
+            raise InputError(f"{self.store.uri}: another driver has taken the run over; leave it to that one")
+
+    def look(self) -> None:
+        """Look in storage, and raise InputError if the lease is lost: a process that was stopped does not know yet."""
+        if _last(self.store) != self.number:
+            self.lost.set()
+        self()
+
+    def guard(self, store: Store) -> Store:
+        """Return the store with a look at the lease before each change."""
+        return _Guarded(store, self)
+
+
+class _Guarded:
+    """A store whose changes are refused once a lease is lost."""
+
+    def __init__(self, inner: Store, lease: Lease) -> None:
+        self.inner = inner
+        self.uri = inner.uri
+        self.lease = lease
+
+    def read(self, key: str) -> bytes:
+        return self.inner.read(key)
+
+    def exists(self, key: str) -> bool:
+        return self.inner.exists(key)
+
+    def entry(self, key: str) -> Entry | None:
+        return self.inner.entry(key)
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        return self.inner.list(prefix)
+
+    def leftovers(self) -> Sequence[Entry]:
+        return self.inner.leftovers()
+
+    def commit(self, key: str, data: bytes) -> bool:
+        self.lease.look()
+        return self.inner.commit(key, data)
+
+    def put(self, key: str, data: bytes) -> None:
+        self.lease.look()
+        self.inner.put(key, data)
+
+    def delete(self, key: str) -> None:
+        self.lease.look()
+        self.inner.delete(key)
+
+
 def this_process() -> Owner:
     """Return this process as the owner of a lease."""
     pid = os.getpid()
@@ -57,8 +124,8 @@ def this_process() -> Owner:
 
 
 @contextmanager
-def driving(store: Store, renewed: float = RENEWED, lifetime: float = LIFETIME) -> Iterator[Callable[[], None]]:
-    """Hold the run's lease for a block; yields what to call now and then: it raises InputError once the lease is lost.
+def driving(store: Store, renewed: float = RENEWED, lifetime: float = LIFETIME) -> Iterator[Lease]:
+    """Hold the run's lease for a block; what it yields is to be called now and then: it raises InputError once lost.
 
     Raises InputError if another driver is alive. One on this machine that is not any more is succeeded at once,
     one elsewhere after `lifetime` seconds in which it is seen to renew nothing.
@@ -70,29 +137,25 @@ def driving(store: Store, renewed: float = RENEWED, lifetime: float = LIFETIME) 
     except BaseException:
         _held.discard(owner.token)
         raise
-    key = _key(number)
-    stop, lost = threading.Event(), threading.Event()
+    key, lease = _key(number), Lease(store, number)
+    stop = threading.Event()
 
     def renew() -> None:
         beats = 0
         while not stop.wait(renewed):
             try:
                 if _last(store) != number:
-                    lost.set()
+                    lease.lost.set()
                     return
                 beats += 1
                 store.put(key, _bytes(replace(owner, beats=beats)))
             except (OSError, StorageError) as error:
                 logger.warning("lease of %s: not renewed (%s)", store.uri, error)
 
-    def check() -> None:
-        if lost.is_set():
-            raise InputError(f"{store.uri}: another driver has taken the run over; leave it to that one")
-
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()
     try:
-        yield check
+        yield lease
     finally:
         stop.set()
         thread.join()
@@ -120,9 +183,10 @@ def _take(store: Store, owner: Owner, renewed: float, lifetime: float) -> int:
                     f"{store.uri}: another driver is at work on this run (process {before.pid} on {before.host}); "
                     "wait for it, or stop it first"
                 )
-        if store.commit(_key(number + 1), _bytes(owner)):
+        # A store whose answer was lost, and that was asked again, refuses what it has: it may be our own.
+        if store.commit(_key(number + 1), _bytes(owner)) or _owner(store, number + 1) == owner:
             for entry in store.list("lease/"):
-                if entry.key < _key(number + 1):
+                if KEY.fullmatch(entry.key) and entry.key < _key(number + 1):
                     store.delete(entry.key)
             return number + 1
 
@@ -139,15 +203,17 @@ def _renews(store: Store, number: int, owner: Owner, within: float, every: float
 
 
 def _last(store: Store) -> int:
-    numbers = [entry.key.removeprefix("lease/").removesuffix(".json") for entry in store.list("lease/")]
-    return max(map(int, numbers), default=0)
+    matches = [KEY.fullmatch(entry.key) for entry in store.list("lease/")]
+    return max((int(match[1]) for match in matches if match), default=0)
 
 
 def _owner(store: Store, number: int) -> Owner | None:
     try:
-        return Owner(**json.loads(store.read(_key(number))))
+        return Owner(**known_fields(Owner, json.loads(store.read(_key(number)))))
     except FileNotFoundError:
         return None
+    except (ValueError, TypeError):
+        return UNKNOWN
 
 
 def _key(number: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from uuid import uuid4
 
-from mmray.runs.folder import RunFolder
+from mmray.runs.folder import RunFolder, unit_of
 from mmray.runs.lease import driving
 from mmray.storage import Entry, Store
 
@@ -49,8 +49,9 @@ def orphans(folder: RunFolder) -> tuple[list[Entry], list[Entry]]:
     doubtful = [*folder.store.leftovers(), *folder.store.list(PROBES)]
     for entry in parts:
         if entry.key not in named:
-            committed = int(entry.key.split("/")[1]) in receipts
-            (useless if committed else doubtful).append(entry)
+            number = unit_of(entry.key)
+            if number is not None:
+                (useless if number in receipts else doubtful).append(entry)
     return useless, doubtful
 
 

@@ -12,7 +12,7 @@ from mmray.errors import DamagedError
 class Checksum:
     """What a stored object was when it was written."""
 
-    bytes: int
+    size: int
     sha256: str
     rows: int | None = None
     """Of a table."""
@@ -30,5 +30,5 @@ class Checksum:
 
     def check_size(self, size: int) -> None:
         """Raise DamagedError unless this is the size of what was written."""
-        if size != self.bytes:
-            raise DamagedError(f"{size:,} bytes instead of {self.bytes:,}")
+        if size != self.size:
+            raise DamagedError(f"{size:,} bytes instead of {self.size:,}")

@@ -78,6 +78,10 @@ def check_any_death(settings: CensusSettings, kind: type[RunFolder], root: Path)
         out = root / f"killed-{change}"
         here = settings.model_copy(update={"out": str(out)})
         died = not run(here, kind, HalfWritten(LocalStore(out), change))
+        keys = {entry.key for entry in LocalStore(out).list("shards/")}
+        for receipt in RunFolder(LocalStore(out)).receipts().values():
+            assert receipt.parts is not None
+            assert keys.issuperset(receipt.parts.values())
         assert run(here, kind, LocalStore(out))
         same_tables(open_run(out), undisturbed)
         assert not any(entry.key.rpartition("/")[2].startswith(".tmp") for entry in open_store(out).list())

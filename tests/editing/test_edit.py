@@ -1,6 +1,7 @@
 """Edits are values: applied and undone to the byte, added, written and read, and refused by another model."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -102,6 +103,25 @@ def test_what_is_no_edit_is_refused(open_model, tmp_path):
     (tmp_path / "edit.safetensors").write_bytes(b"cut short")
     with pytest.raises(InputError, match="damaged"):
         open_edit(tmp_path)
+
+
+def test_rows_of_another_edit_or_with_a_bit_flipped_are_refused(open_model, tmp_path):
+    for name, unit in (("one", 1), ("other", 2)):
+        edit_of(open_model("llava"), [(0, unit)]).save(tmp_path / name)
+    rows = tmp_path / "one" / "edit.safetensors"
+    own = rows.read_bytes()
+    flipped = bytearray(own)
+    flipped[-3] ^= 4
+    for damaged in (bytes(flipped), (tmp_path / "other" / "edit.safetensors").read_bytes()):
+        rows.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"edit\.safetensors: damaged .*; make the edit again$"):
+            open_edit(tmp_path / "one")
+    rows.write_bytes(own)
+    # An edit of an earlier version does not say which rows are its own.
+    facts = json.loads((tmp_path / "one" / "edit.json").read_text())
+    del facts["rows"]
+    (tmp_path / "one" / "edit.json").write_text(json.dumps(facts))
+    assert open_edit(tmp_path / "one").neurons == ["L0.u1"]
 
 
 @pytest.mark.parametrize("variant", ["llava", "blip2_opt"])

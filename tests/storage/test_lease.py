@@ -15,7 +15,7 @@ import pytest
 from mmray.errors import InputError, OutageError
 from mmray.runs.lease import Owner, driving, this_process
 from mmray.storage import Store
-from tests.storage.stores import Wrapped
+from tests.storage.stores import Forgetful, Wrapped
 
 SOON = {"renewed": 0.1, "lifetime": 0.8}
 
@@ -195,3 +195,49 @@ def test_an_outage_does_not_end_a_driver(store: Store) -> None:
         time.sleep(0.4)
         check()
         assert owner(store, 1).beats >= 1
+
+
+def test_a_lost_answer_is_no_other_driver(store: Store) -> None:
+    with driving(Forgetful(store), **SOON) as lease:
+        lease.look()
+        with pytest.raises(InputError, match="another driver"), driving(store, **SOON):
+            raise AssertionError("two drivers")
+    assert keys(store) == ["lease/000001.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"host": "x", "pi', b"[]", b'{"invented": 1}'])
+def test_a_cut_lease_is_waited_for_and_then_succeeded(store: Store, content: bytes) -> None:
+    store.put("lease/000001.json", content)
+    with driving(store, **SOON):
+        assert keys(store) == ["lease/000002.json"]
+
+
+def test_a_lease_of_a_later_version_is_read(store: Store) -> None:
+    store.put("lease/000001.json", json.dumps(asdict(this_process()) | {"invented": 1, "released": True}).encode())
+    with driving(store, renewed=0.1, lifetime=60):
+        assert keys(store) == ["lease/000002.json"]
+
+
+def test_files_of_others_are_no_leases(store: Store) -> None:
+    for name in (".DS_Store", "x.json", "000001.json.bak"):
+        store.put(f"lease/{name}", b"\x00")
+    with driving(store, **SOON):
+        assert "lease/000001.json" in keys(store)
+    assert len(keys(store)) == 4
+
+
+def test_a_driver_that_does_not_know_yet_that_it_was_succeeded_changes_nothing(store: Store) -> None:
+    with driving(store, renewed=60, lifetime=60) as lease:
+        guarded = lease.guard(store)
+        guarded.put("tables/a", b"mine")
+        leave(store, 2, elsewhere())
+        lease()
+        for change in (
+            lambda: guarded.put("tables/a", b"late"),
+            lambda: guarded.commit("tables/b", b"late"),
+            lambda: guarded.delete("tables/a"),
+        ):
+            with pytest.raises(InputError, match="another driver has taken the run over"):
+                change()
+        assert guarded.read("tables/a") == b"mine"
+        assert not guarded.exists("tables/b")

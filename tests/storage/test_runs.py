@@ -127,6 +127,10 @@ def test_attempts_are_counted_by_shard(store: Store) -> None:
     assert RunFolder(store).attempt(7) == 4
 
 
+def test_an_attempt_whose_answer_was_lost_is_counted_once(store: Store) -> None:
+    assert [RunFolder(Forgetful(store)).attempt(0) for _ in range(3)] == [1, 2, 3]
+
+
 def test_attempts_at_once_get_numbers_of_their_own(store: Store) -> None:
     with ThreadPoolExecutor(6) as pool:
         numbers = list(pool.map(lambda _: RunFolder(store).attempt(0), range(6)))

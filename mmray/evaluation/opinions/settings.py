@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmray.errors import InputError
 from mmray.evaluation.answers import reader
-from mmray.settings import first_problem
+from mmray.settings import Workers, first_problem
 
 
 class SightSettings(BaseModel):
@@ -38,9 +38,9 @@ class SightSettings(BaseModel):
     """Seed of all that is drawn."""
     draws: int = Field(1000, ge=1)
     """Draws of the bootstrap over samples that intervals are made of."""
-    workers: int | None = Field(None, ge=1)
-    """Actors, each with a model replica; default: one a GPU of the cluster; without GPUs one a core, at most four a
-    machine."""
+    workers: Workers = None
+    """Actors, each with a model replica: a number, or MIN:MAX to let Ray add and remove some. Default: one a GPU of the
+    cluster; without GPUs one a core, at most four a machine."""
     gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs a worker; default: 1 where the cluster has GPUs, else 0."""
     address: str | None = None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmray.errors import InputError
-from mmray.settings import Module, first_problem
+from mmray.settings import Module, Workers, first_problem
 
 Method = Literal["lape", "contribution"]
 Modality = Literal["text", "image", "both"]
@@ -81,8 +81,8 @@ class SelectivitySettings(BaseModel):
     """Of the draws."""
     batch_size: int = Field(32, ge=1)
     """Samples a forward pass."""
-    workers: int | None = Field(None, ge=1)
-    """Actors, each with a model replica; by default as for a census."""
+    workers: Workers = None
+    """Actors, each with a model replica: a number, or MIN:MAX; by default as for a census."""
     gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs a worker; by default as for a census."""
     address: str | None = None

@@ -1,0 +1,75 @@
+"""Receipts: what a committed unit amounts to, where its parts lie, and what tells them from any others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from mmray.errors import DamagedError
+from mmray.storage import Checksum
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a committed shard amounts to, and where its parts lie; `reason` is set instead when it was set aside."""
+
+    shard_id: int
+    samples: int = 0
+    occurrences: int = 0
+    failures: int = 0
+    seconds: float = 0.0
+    parts: dict[str, str] | None = None
+    reason: str | None = None
+    run: str = ""
+    """Fingerprint that the run began with; receipts of earlier versions have none."""
+    checksums: dict[str, Checksum] | None = None
+    """Of each part; receipts of earlier versions have none."""
+
+    def to_json(self) -> bytes:
+        """Return the bytes of the receipt's file."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Receipt:
+        """Return the receipt in a file, without what later versions have added; raises DamagedError for no receipt."""
+        try:
+            content = known_fields(cls, json.loads(data))
+            if content.get("checksums") is not None:
+                content["checksums"] = {name: Checksum(**value) for name, value in content["checksums"].items()}
+            receipt = cls(**content)
+            if not isinstance(receipt.shard_id, int) or not isinstance(receipt.parts, dict | None):
+                raise TypeError
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DamagedError("not a receipt, or a cut one") from error
+        return receipt
+
+    def check(self, number: int, run: str, units: int | None) -> None:
+        """Raise DamagedError unless this is the receipt of that unit of that run, which has so many units."""
+        if self.shard_id != number:
+            raise DamagedError(f"the receipt of unit {self.shard_id}")
+        if units is not None and number >= units:
+            raise DamagedError(f"the run has {units:,} units")
+        if run and self.run and self.run != run:
+            raise DamagedError("the receipt of another run")
+        if self.reason is None and not self.parts:
+            raise DamagedError("names no parts")
+        for key in (self.parts or {}).values():
+            if not key.startswith(f"shards/{number:06d}/"):
+                raise DamagedError(f"names {key}, a part of another unit")
+
+
+def receipts_digest(receipts: Mapping[int, Receipt]) -> str:
+    """Return a digest of which shards are committed, and by which attempt each."""
+    facts = json.dumps([[number, receipt.parts] for number, receipt in sorted(receipts.items())], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def known_fields(kind: Any, content: Any) -> dict[str, Any]:
+    """Return what a dataclass of this version knows of a JSON object; raises TypeError for anything but an object."""
+    if not isinstance(content, dict):
+        raise TypeError(f"{type(content).__name__} instead of an object")
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in content.items() if name in names}
