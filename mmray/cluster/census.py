@@ -17,6 +17,7 @@ from mmray.cluster.session import actor_pool, machines, ray_session
 from mmray.cluster.units import mapped
 from mmray.cluster.worker import DECODE, CensusWorker, open_data
 from mmray.datasets.contents import Source
+from mmray.datasets.limits import check_columns
 from mmray.datasets.shards import Manifest, cut
 from mmray.errors import InputError
 from mmray.models.loading import describe_model, digest, from_anywhere, resolve
@@ -57,6 +58,8 @@ def run_census(settings: CensusSettings, follow: Callable[[Progress], None] = la
     began = time.perf_counter()
     settings = settings.model_copy(update={"model": from_anywhere(settings.model)})
     source, manifest, nouns = open_inputs(settings)
+    if RunFolder.at(settings.out).info() is None:
+        check_columns(source, manifest)
     RunFolder.at(settings.out).begin(run_info(settings, source, manifest, nouns), manifest.to_json())
     folder = RunFolder.at(settings.out, patient=True)
     if unfinished(settings, folder):
@@ -112,6 +115,7 @@ def outcome(out: str, folder: RunFolder, seconds: float) -> Outcome:
 def plan_census(settings: CensusSettings) -> Plan:
     """Return what the census would cost, without running it."""
     source, manifest, nouns = open_inputs(settings)
+    check_columns(source, manifest)
     facts = describe_model(settings.model, trust_remote_code=settings.trust_remote_code)
     return estimate(settings, source, manifest, nouns, facts["widths"], facts["parameters"], facts["image_tokens"])
 

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from mmray.cluster.census import Outcome, Progress, finish, open_inputs, outcome, run_info, unfinished
+from mmray.datasets.limits import check_columns
 from mmray.datasets.shards import Manifest, extend
 from mmray.errors import InputError
 from mmray.models.loading import from_anywhere
@@ -61,6 +62,8 @@ def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, *
         source, _, nouns = open_inputs(settings)
         before = Manifest.from_json(folder.manifest())
         after = extend(before, source.files(), settings.shard_size, settings.limit)
+        if after.samples > before.samples:
+            check_columns(source, after)
         now = run_info(settings, source, after, nouns)
         unchanged = now["digests"] | {"data": info["digests"]["data"]}
         check_same(info, now | {"digests": unchanged, "fingerprint": settings.fingerprint(**unchanged)}, out)

@@ -63,7 +63,7 @@ USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
         "image_path",
     ),
     "caption": ("caption", "captions", *TEXT_ONLY_NAMES, "description"),
-    "sample_id": ("sample_id", "uid"),
+    "sample_id": ("sample_id", "uid", "id"),
     "language": ("language", "lang", "locale"),
     "domain": ("domain",),
     "objects": ("objects", "object_names"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 from mmray.datasets import places
@@ -62,6 +62,9 @@ class Source(Protocol):
     def object_cells(self) -> Iterable[Any]:
         """Return the cells of the objects column, which there must be."""
 
+    def cells(self, names: Sequence[str], path: str, start: int, stop: int) -> Iterator[Record]:
+        """Yield rows of one file with these columns alone, images not read; a bad row as the reason."""
+
     def objects_vocabulary(self) -> tuple[str, ...]:
         """Return the distinct names in the objects column, sorted; empty without such a column."""
 
@@ -104,6 +107,10 @@ class FileSource(ABC):
         """Yield rows `start` to `stop` (left out) of one file, a bad row as a `Failure`; none past the file's end."""
         records = self.records(path, start, stop)
         return samples(records, self.columns, self.captions, lambda names: self.fetch(path, names))
+
+    def cells(self, names: Sequence[str], path: str, start: int, stop: int) -> Iterator[Record]:
+        """Yield rows of one file with these columns alone, images not read; a bad row as the reason."""
+        return (record for _, record in replace(self, columns=Columns(labels=tuple(names))).records(path, start, stop))
 
     def objects_vocabulary(self) -> tuple[str, ...]:
         """Return the distinct names in the objects column, sorted; cells that can't be read are passed over."""

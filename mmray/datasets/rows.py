@@ -18,6 +18,8 @@ Fetch = Callable[[list[str]], list[bytes | str]]
 """Image names of the data → their bytes, or, as a string, why there are none."""
 
 ROWS_AT_ONCE = 32
+LONGEST_ID = 1_024
+"""Bytes of a sample id: tables repeat it for every neuron, so a long one fills memory."""
 BOX_TOLERANCE = 0.5
 """How far a box may reach beyond the image, in parts of it: objects are cut by the edge; pixels would be far above."""
 
@@ -84,6 +86,10 @@ def _sample(record: Record, source: str, image: bytes | str | None, columns: Col
         raise BadRowError(record)
     if isinstance(image, str):
         raise BadRowError(image)
+    known = given_id(None if columns.sample_id is None else record.get(columns.sample_id))
+    if len(known.encode()) > LONGEST_ID:
+        size = f"{len(known.encode()):,} bytes"
+        raise BadRowError(f"sample id of {size} in column {columns.sample_id!r}; at most {LONGEST_ID:,}")
     caption = _caption(record, columns, captions)
     objects = _optional(record, columns.objects, _names)
     boxes = _optional(record, columns.boxes, _boxes)
@@ -92,7 +98,7 @@ def _sample(record: Record, source: str, image: bytes | str | None, columns: Col
             raise BadRowError(f"{len(objects)} objects and {len(boxes)} boxes")
         boxes = tuple(box for name, box in zip(objects, boxes, strict=True) if name)
     return Sample(
-        sample_id=_known_id(record, columns) or digest_id(image, caption),
+        sample_id=known or digest_id(image, caption),
         source=source,
         image=image,
         caption=caption,
@@ -105,11 +111,17 @@ def _sample(record: Record, source: str, image: bytes | str | None, columns: Col
     )
 
 
-def _known_id(record: Record, columns: Columns) -> str:
-    """Return the identifier that the data gives, or an empty string."""
-    value = None if isinstance(record, str) or columns.sample_id is None else record.get(columns.sample_id)
+def given_id(value: Any) -> str:
+    """Return the sample id in a cell, or an empty string where there is none that tables can hold."""
     known = str(value) if isinstance(value, str | int | float) else ""
     return known if _storable(known) else ""
+
+
+def _known_id(record: Record, columns: Columns) -> str:
+    """Return the id that a bad row is reported by: its own unless that is too long."""
+    value = None if isinstance(record, str) or columns.sample_id is None else record.get(columns.sample_id)
+    known = given_id(value)
+    return known if len(known.encode()) <= LONGEST_ID else ""
 
 
 def _caption(record: Mapping[str, Any], columns: Columns, captions: bool) -> str:
@@ -123,11 +135,15 @@ def _caption(record: Mapping[str, Any], columns: Columns, captions: bool) -> str
     return _text(value, "caption")
 
 
-def _label(record: Mapping[str, Any], column: str | None) -> str | None:
-    value = None if column is None else record.get(column)
+def label_text(value: Any, column: str) -> str | None:
+    """Return the label in a cell, None in an empty one; raises `BadRowError`."""
     if value is None or value == "":
         return None
-    return _text(str(value) if isinstance(value, bool | int | float) else value, str(column))
+    return _text(str(value) if isinstance(value, bool | int | float) else value, column)
+
+
+def _label(record: Mapping[str, Any], column: str | None) -> str | None:
+    return None if column is None else label_text(record.get(column), column)
 
 
 def _optional(record: Mapping[str, Any], column: str | None, read: Callable[[Any], Any]) -> Any:

@@ -12,6 +12,8 @@ from mmray.datasets.samples import Failure, Sample
 from mmray.errors import InputError, ShardError
 
 FORMAT = 1
+DUPLICATE = "duplicate"
+"""Stage of a failure whose id another row has."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,20 @@ def extend(before: Manifest, files: Sequence[DataFile], shard_size: int, limit: 
 
 
 def read_shard(source: Source, shard: Shard) -> Iterator[Sample | Failure]:
-    """Yield the shard's samples and failures, as many as it has samples.
+    """Yield the shard's samples and failures, as many as it has samples; no two have the same given id.
 
-    Raises `ShardError` if a file now has fewer rows than when the data was cut.
+    Of rows with the same id the first that can be read is the sample, and the others are failures: whoever looks an id
+    up must not get the image of one row and the caption of another. Ids that are digests are equal where image and
+    caption are. Raises `ShardError` if a file now has fewer rows than when the data was cut.
     """
+    given, first = source.columns.sample_id is not None, dict[str, str]()
     for piece in shard.pieces:
         rows = 0
         for row in source.read(piece.path, piece.start, piece.stop):
             rows += 1
+            if given and isinstance(row, Sample) and first.setdefault(row.sample_id, row.source) != row.source:
+                message = f"sample id {row.sample_id!r} occurs twice; the first is used, at {first[row.sample_id]}"
+                row = Failure(row.sample_id, row.source, DUPLICATE, message)
             yield row
         if rows != piece.stop - piece.start:
             raise ShardError(
