@@ -18,6 +18,10 @@ from mmray.storage import Checksum, Store
 LOGIT = "logit before the final norm (after it with fold_norm)"
 ACTIVATION = "activation"
 COUNT = "count"
+EXACT = (
+    "whether every shard with the concept kept the neuron; if not, score, score_std, specific, selective and "
+    "activation lack what shards left out; a certified neuron is exact"
+)
 
 NEURON_ENTRY = pa.struct(
     [("layer", pa.int16()), ("unit", pa.int32()), ("score", pa.float32()), ("activation", pa.float32())]
@@ -68,9 +72,13 @@ SCHEMAS: dict[str, pa.Schema] = {
             field("share", pa.float64(), "part of occurrences, 0 to 1"),
             field("activation", pa.float64(), ACTIVATION),
             field("tokens", pa.list_(pa.string())),
-            field("certified", pa.bool_()),
+            field("certified", pa.bool_(), "no neuron left out could come before it by score"),
             field("selective", pa.float64(), LOGIT),
             field("selective_rank", pa.int32(), "from 1, by selective"),
+            field("n_images", pa.int64(), "different images among the occurrences"),
+            field("certified_specific", pa.bool_(), "no neuron left out could come before it by specific"),
+            field("certified_selective", pa.bool_(), "no neuron left out could come before it by selective"),
+            field("exact", pa.bool_(), EXACT),
         ]
     ),
     "neurons": pa.schema(

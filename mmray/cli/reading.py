@@ -51,7 +51,11 @@ def rank(
     by: Annotated[str, typer.Option("--by", help="Order by score, specific, selective or share.")] = "score",
     as_json: AsJson = False,
 ) -> None:
-    """Show a concept's neurons, highest first. A rank marked ? is not certified: more --candidates would settle it."""
+    """Show a concept's neurons, highest first.
+
+    A rank marked ? is not certified in the order shown: a neuron that some shard left out may belong before it; more
+    --candidates may settle that. There are no certificates by share.
+    """
     from mmray.results.run import open_run
     from mmray.results.terminal import concept_title, ranking
 

@@ -1,16 +1,18 @@
-"""How often each neuron is in the top-k of a concept's occurrences, counted over all shards."""
+"""Over all shards: how often a neuron is in the top-k of a concept's occurrences, and of how many images these are."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt64
 from numpy import ndarray
 
 COMPACT_AT = 1 << 20
 """Pairs of concept and neuron that are collected, at least, before they are counted together."""
+PAIR = np.dtype([("concept", np.int64), ("image", np.uint64)])
 
 
 class Hits:
@@ -51,3 +53,55 @@ class Hits:
         self._counts = np.zeros(len(self._pairs), np.int64)
         np.add.at(self._counts, inverse, counts)
         self._pending = []
+
+
+class ConceptImages:
+    """The different images of each concept's occurrences, as sorted pairs of concept and image."""
+
+    def __init__(self) -> None:
+        self.concepts: dict[str, int] = {}
+        self._pairs = np.zeros(0, PAIR)
+        self._pending: list[ndarray] = []
+
+    def add(self, concepts: Sequence[str], images: UInt64[ndarray, " occurrence"]) -> None:
+        """Take in a shard's occurrences: the concept and the image of each."""
+        pairs = np.empty(len(concepts), PAIR)
+        pairs["concept"] = [self.concepts.setdefault(name, len(self.concepts)) for name in concepts]
+        pairs["image"] = images
+        self._pending.append(_distinct(pairs))
+        if sum(map(len, self._pending)) > max(COMPACT_AT, len(self._pairs)):
+            self._compact()
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of different images of each concept."""
+        self._compact()
+        counts = np.bincount(self._pairs["concept"], minlength=len(self.concepts)).tolist()
+        return {name: counts[index] for name, index in self.concepts.items()}
+
+    def _compact(self) -> None:
+        self._pairs = _distinct(np.concatenate([self._pairs, *self._pending]))
+        self._pending = []
+
+
+def _distinct(pairs: ndarray) -> ndarray:
+    # Faster than `np.unique`, which compares records one by one.
+    pairs = pairs[np.lexsort((pairs["image"], pairs["concept"]))]
+    new = (pairs["concept"][1:] != pairs["concept"][:-1]) | (pairs["image"][1:] != pairs["image"][:-1])
+    distinct: ndarray = pairs[np.concatenate([np.ones(min(len(pairs), 1), bool), new])]
+    return distinct
+
+
+def image_numbers(captions: pa.Table) -> UInt64[ndarray, " sample"]:
+    """Return a number per row of `captions` that rows of one image share; a sample without an image has its own.
+
+    They are 64 bits of digests, so that no list of all images has to be kept.
+    """
+    names = captions["sample_id"].to_pylist()
+    images = captions["image"].to_pylist() if "image" in captions.column_names else [None] * len(names)
+    return np.array(
+        [
+            int(image or hashlib.sha256(b"\0" + name.encode()).hexdigest()[:16], 16)
+            for name, image in zip(names, images, strict=True)
+        ],
+        np.uint64,
+    )

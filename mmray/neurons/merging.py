@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from numpy import ndarray
 
 from mmray.neuron_names import neuron_name
-from mmray.neurons.hits import Hits
+from mmray.neurons.hits import ConceptImages, Hits, image_numbers
 from mmray.neurons.ranking import Shares, locate_index, rank_concept
 from mmray.neurons.reduction import ConceptMerge
 from mmray.neurons.statistics import EXAMPLES
@@ -51,6 +51,7 @@ class RunMerge:
         self.tokens: dict[ActivityKey, int] = {}
         self.examples = {sign: _Examples(sign, self.neurons) for sign in (1, -1)}
         self.hits = Hits(widths)
+        self.images = ConceptImages()
         self._layer, self._unit = locate_index(widths, np.arange(self.neurons))
 
     def add(self, read: ReadPart) -> dict[str, pa.Table]:
@@ -59,7 +60,12 @@ class RunMerge:
         self.concepts.add(read("concepts"), read("totals"))
         self.hits.add(rows["occurrences"])
         self._add_activity(read("activity"))
-        self._add_examples(read("examples"), np.array(rows["captions"]["sample_id"].to_pylist(), object))
+        names, images = rows["captions"]["sample_id"].to_pylist(), image_numbers(rows["captions"])
+        self._add_examples(read("examples"), np.array(names, object), images)
+        numbers = dict(zip(names, images, strict=True))
+        owners = rows["occurrences"]["sample_id"].to_pylist()
+        own = np.array([numbers[name] for name in owners], np.uint64)
+        self.images.add(rows["occurrences"]["concept"].to_pylist(), own)
         return rows
 
     def tables(self) -> Iterator[tuple[str, pa.Table]]:
@@ -71,10 +77,10 @@ class RunMerge:
 
     def rankings(self) -> pa.Table:
         """Return every concept's ranking, concepts in alphabetical order."""
-        shares = Shares(self.hits.counts())
+        shares, images = Shares(self.hits.counts()), self.images.counts()
         tokens = self.decoded["tokens"]
         ranked = [
-            rank_concept(concept, self.concepts.sums(concept), self.concepts, shares, self.widths, tokens)
+            rank_concept(concept, self.concepts, images[concept], shares, self.widths, tokens)
             for concept in sorted(self.concepts.concepts)
         ]
         return pa.concat_tables([SCHEMAS["rankings"].empty_table(), *ranked])
@@ -148,50 +154,52 @@ class RunMerge:
             for total, added in zip(self.activity[key], numbers, strict=True):
                 total += added
 
-    def _add_examples(self, rows: pa.Table, names: ndarray) -> None:
+    def _add_examples(self, rows: pa.Table, names: ndarray, images: ndarray) -> None:
         signs = rows["sign"].to_numpy()
         lists = [list_values(rows[name]) for name in ("activation", "sample", "position")]
         for sign, examples in self.examples.items():
             ranks = np.flatnonzero(signs == sign)
             if len(ranks):
                 activation, sample, position = (np.stack([values[rank] for rank in ranks]) for values in lists)
-                examples.add(activation, names[sample], position)
+                examples.add(activation, names[sample], position, images[sample])
 
 
 class _Examples:
-    """The most extreme samples of every neuron on one side, [rank, neuron]."""
+    """The most extreme samples of every neuron on one side, [rank, neuron], each of another image."""
 
     def __init__(self, sign: int, neurons: int) -> None:
         self.sign = sign
-        self.activation = np.zeros((0, neurons), np.float32)
-        self.sample = np.zeros((0, neurons), object)
-        self.position = np.zeros((0, neurons), np.int32)
+        self.activation = np.full((EXAMPLES, neurons), -sign * np.inf, np.float32)
+        self.sample = np.zeros((EXAMPLES, neurons), object)
+        self.position = np.zeros((EXAMPLES, neurons), np.int32)
+        self.image = np.zeros((EXAMPLES, neurons), np.uint64)
 
-    def add(self, activation: ndarray, sample: ndarray, position: ndarray) -> None:
-        """Take in one shard's samples, [rank, neuron]; of equal ones the earlier shard's stays ahead."""
-        if len(self.activation) < EXAMPLES:
-            changed = np.arange(activation.shape[1])
-            grown = [np.vstack(pair) for pair in zip(self._arrays(), (activation, sample, position), strict=True)]
-            kept = min(EXAMPLES, len(grown[0]))
-            self.activation, self.sample, self.position = (values[:kept].copy() for values in grown)
-        else:
-            # Of a long run only few neurons have a new extreme in a shard.
-            changed = np.flatnonzero((self.sign * activation).max(axis=0) > self.sign * self.activation[-1])
-            if not len(changed):
-                return
-            new = (activation[:, changed], sample[:, changed], position[:, changed])
-            old = (values[:, changed] for values in self._arrays())
-            grown = [np.vstack(pair) for pair in zip(old, new, strict=True)]
-        order = np.argsort(-self.sign * grown[0], axis=0, kind="stable")[: len(self.activation)]
-        for values, candidates in zip(self._arrays(), grown, strict=True):
+    def add(self, activation: ndarray, sample: ndarray, position: ndarray, image: ndarray) -> None:
+        """Take in one shard's samples, [rank, neuron]; of equal ones the earlier shard's stays ahead.
+
+        The shard has its highest sample of each of its EXAMPLES highest images, so the result is that of all samples.
+        """
+        # Of a long run only few neurons have a new extreme in a shard.
+        changed = np.flatnonzero((self.sign * activation).max(axis=0) > self.sign * self.activation[-1])
+        if not len(changed):
+            return
+        new = (activation[:, changed], sample[:, changed], position[:, changed], image[:, changed])
+        held = self._arrays()
+        grown = [np.vstack([old[:, changed], added]) for old, added in zip(held, new, strict=True)]
+        order = np.argsort(-self.sign * grown[0], axis=0, kind="stable")
+        activation, *_, image = ranked = [np.take_along_axis(values, order, 0) for values in grown]
+        lower = np.stack([(image[:rank] == image[rank]).any(axis=0) for rank in range(len(image))])
+        activation[lower] = -self.sign * np.inf
+        order = np.argsort(-self.sign * activation, axis=0, kind="stable")[:EXAMPLES]
+        for values, candidates in zip(held, ranked, strict=True):
             values[:, changed] = np.take_along_axis(candidates, order, 0)
 
-    def _arrays(self) -> tuple[ndarray, ndarray, ndarray]:
-        return self.activation, self.sample, self.position
+    def _arrays(self) -> tuple[ndarray, ndarray, ndarray, ndarray]:
+        return self.activation, self.sample, self.position, self.image
 
     def extreme(self) -> ndarray:
-        """Return each neuron's highest (lowest) activation."""
-        return self.activation[0] if len(self.activation) else np.zeros(self.activation.shape[1], np.float32)
+        """Return each neuron's highest (lowest) activation; 0 where none was seen."""
+        return np.where(np.isfinite(self.activation[0]), self.activation[0], np.float32(0))
 
     def table(self, layer: ndarray, unit: ndarray) -> pa.Table:
         """Return a row a neuron and rank, for neurons that any token was counted for."""

@@ -46,9 +46,14 @@ def specific_scores(scores: ConceptScores, total: Float64[ndarray, " all"], n: i
 
     Neurons that serve every noun head the plain ranking of a pre-trained model; this takes their common part away.
     """
-    others = n - scores.n
-    elsewhere = (total[scores.neuron] - scores.score) / others if others else np.zeros(len(scores.score))
-    return scores.score / scores.n - np.maximum(0, elsewhere)
+    return _specific(scores.score, scores.n, total[scores.neuron], n - scores.n)
+
+
+def _specific(
+    score: Float64[ndarray, " neuron"], n: int, total: Float64[ndarray, " neuron"], others: int
+) -> Float64[ndarray, " neuron"]:
+    elsewhere = (total - score) / others if others else np.zeros(len(score))
+    return score / n - np.maximum(0, elsewhere)
 
 
 def selective_scores(scores: ConceptScores, squares: Float64[ndarray, " all"], n: int) -> Float64[ndarray, " neuron"]:
@@ -62,18 +67,55 @@ def selective_scores(scores: ConceptScores, squares: Float64[ndarray, " all"], n
     return scores.score / scores.n - np.sqrt(np.maximum(0, elsewhere))
 
 
+def specific_certified(scores: ConceptScores, merge: ConceptMerge) -> ndarray:
+    """Return for each neuron whether no neuron left out could outrank it by `specific`.
+
+    The total over all nouns is known of every neuron, and `specific` grows with the sum over the concept: a neuron left
+    out has at most what the bound of that sum gives it.
+    """
+    others, rounding = merge.n - scores.n, merge.rounding(merge.n, merge.shards)
+    total = merge.total[scores.neuron]
+    outside = np.ones(merge.neurons, bool)
+    outside[scores.neuron] = False
+    left_out = -np.inf
+    if outside.any():
+        # It falls with the total: the highest is that of the lowest total.
+        lowest = merge.total.min(where=outside, initial=np.inf, keepdims=True) - rounding
+        left_out = float(_specific(np.array([scores.left_out]), scores.n, lowest, others)[0])
+    return scores.certify(
+        _specific(scores.score - scores.rounding, scores.n, total + rounding, others),
+        _specific(scores.upper, scores.n, total - rounding, others),
+        left_out,
+    )
+
+
+def selective_certified(scores: ConceptScores, merge: ConceptMerge) -> ndarray:
+    """Return for each neuron whether no neuron left out could outrank it by `selective`.
+
+    What a neuron left out squares to in other nouns is not known, so it has at most the bound of its mean contribution.
+    """
+    others = merge.n - scores.n
+    squares = merge.total_squares[scores.neuron]
+    rounding = 4 * np.finfo(np.float64).eps * (merge.n + merge.shards) * squares
+    elsewhere = np.maximum(0, squares - scores.squares) + rounding
+    least = (scores.score - scores.rounding) / scores.n - (np.sqrt(elsewhere / others) if others else 0)
+    return scores.certify(least, scores.upper / scores.n, scores.left_out / scores.n)
+
+
 def rank_concept(
     concept: str,
-    scores: ConceptScores,
     merge: ConceptMerge,
+    images: int,
     shares: Shares,
     widths: Sequence[int],
     tokens: pa.ChunkedArray,
 ) -> pa.Table:
     """Return the concept's rows of `rankings`: the RANKED highest by each of three orders, in order of score.
 
-    Ties go to the lower layer and unit. `tokens` is what every neuron writes, by its index over all layers.
+    Ties go to the lower layer and unit. `images` is the number of different images of its occurrences, `tokens` what
+    every neuron writes, by its index over all layers.
     """
+    scores = merge.sums(concept)
     specific = specific_scores(scores, merge.total, merge.n)
     selective = selective_scores(scores, merge.total_squares, merge.n)
     by_score, rank = _ranked(scores, scores.score)
@@ -102,6 +144,10 @@ def rank_concept(
             "certified": scores.certified()[rows],
             "selective": selective[rows],
             "selective_rank": selective_rank[rows],
+            "n_images": np.full(len(rows), images),
+            "certified_specific": specific_certified(scores, merge)[rows],
+            "certified_selective": selective_certified(scores, merge)[rows],
+            "exact": scores.exact[rows],
         },
         schema=SCHEMAS["rankings"],
     )

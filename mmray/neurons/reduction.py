@@ -136,6 +136,7 @@ class Merged:
     """One concept over all shards so far; arrays run over the neurons that any shard kept."""
 
     n: int = 0
+    shards: int = 0
     bound: float = 0.0
     parts: list[ndarray] = field(default_factory=list)
 
@@ -161,12 +162,14 @@ class ConceptMerge:
         self.total = np.zeros(neurons)
         self.total_squares = np.zeros(neurons)
         self.n = 0
+        self.shards = 0
 
     def add(self, concepts: pa.Table, totals: pa.Table) -> None:
         """Take in one shard."""
         self.total += list_values(totals["score"])[0]
         self.total_squares += list_values(totals["score_squares"])[0]
         self.n += totals["n"][0].as_py()
+        self.shards += 1
         every = np.arange(self.neurons)
         index = [every] * len(concepts) if concepts["neuron"].null_count else list_values(concepts["neuron"])
         sums = (vectors(concepts[name], dtype) for name, dtype in SUMS.items())
@@ -174,6 +177,7 @@ class ConceptMerge:
         for concept, n, bound, neuron, score, squares, activation in zip(*facts, index, *sums, strict=True):
             merged = self.concepts.setdefault(concept, Merged())
             merged.n += n
+            merged.shards += 1
             merged.bound += bound
             kept = [np.full(len(neuron), float(number)) for number in (n, bound)]
             merged.parts.append(np.stack([neuron, score, score**2 if n == 1 else squares, activation, *kept]))
@@ -187,7 +191,8 @@ class ConceptMerge:
         missing = n < merged.n
         # A shard that kept all has the bound -inf, and -inf - -inf is not a number; nothing is missing there.
         with np.errstate(invalid="ignore"):
-            upper = np.where(missing, score + merged.bound - kept_bound, score)
+            rounding = self.rounding(merged.n, merged.shards)
+            upper = np.where(missing, score + merged.bound - kept_bound + rounding, score)
         return ConceptScores(
             n=merged.n,
             neuron=neuron.astype(np.int64),
@@ -197,8 +202,18 @@ class ConceptMerge:
             activation=activation,
             upper=upper,
             exact=~missing,
-            left_out=merged.bound if len(neuron) < self.neurons else -np.inf,
+            left_out=merged.bound + rounding if len(neuron) < self.neurons else -np.inf,
+            rounding=rounding,
         )
+
+    def rounding(self, n: int, shards: int) -> float:
+        """Return the most that a sum of n scores, added up by shard, can be off by its rounding.
+
+        The standard bound, additions · eps · Σ |score|, with Cauchy's for the last factor; the bounds of shards, which
+        may be of another neuron each, are held by it as well.
+        """
+        largest = self.total_squares.max(initial=0.0)
+        return float(4 * np.finfo(np.float64).eps * (n + shards) * np.sqrt(n * shards * largest))
 
 
 @dataclass(frozen=True)
@@ -217,9 +232,21 @@ class ConceptScores:
     """Every shard with the concept kept the neuron, so that its sum is known."""
     left_out: float
     """The most that the sum of a neuron outside this list can be."""
+    rounding: float
+    """The most that a sum can be off by its rounding; `upper` and `left_out` have it in them where it matters."""
 
     def certified(self) -> ndarray:
-        """Tell for each neuron whether its sum is known and nothing unknown could reach it."""
-        unknown = np.where(self.exact, -np.inf, self.upper)
-        ceiling = max(self.left_out, float(unknown.max(initial=-np.inf)))
-        return np.asarray(self.exact & (self.score > ceiling))
+        """Return for each neuron whether its sum is known and nothing unknown could reach it."""
+        return self.certify(self.score - self.rounding, self.upper, self.left_out)
+
+    def certify(
+        self, least: Float64[ndarray, " neuron"], most: Float64[ndarray, " neuron"], left_out: float
+    ) -> ndarray:
+        """Return for each neuron whether all is known of it and nothing unknown could reach its place in an order.
+
+        Its number in that order is at least `least`, that of a neuron known in part at most its `most`, and that of a
+        neuron outside the list at most `left_out`.
+        """
+        unknown = np.where(self.exact, -np.inf, most)
+        ceiling = max(left_out, float(unknown.max(initial=-np.inf)))
+        return np.asarray(self.exact & (least > ceiling))

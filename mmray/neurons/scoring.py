@@ -90,6 +90,18 @@ def whole_nouns(places: Sequence[Place], scored: Scored) -> tuple[list[Place], S
     )
 
 
+def unsound_rows(places: Sequence[Place], scored: Scored, rows: int) -> list[int]:
+    """Return of each row of the batch how many neurons are not finite, score or activation, at its worst place."""
+    counts = torch.zeros(len(places), dtype=torch.long, device=scored.log_prob.device)
+    for score, activation in zip(scored.scores, scored.activation, strict=True):
+        finite = score.isfinite().logical_and_(activation.isfinite())
+        counts += finite.logical_not_().sum(1).to(counts.device)
+    worst = [0] * rows
+    for place, count in zip(places, counts.tolist(), strict=True):
+        worst[place.row] = max(worst[place.row], count)
+    return worst
+
+
 def _directions(model: LoadedModel, captured: Captured, *, folded: bool) -> list[Float[Tensor, "place hidden"]]:
     """Return, a list entry a layer, what a neuron's row is multiplied by to give its share of the token's logit."""
     table = unembedding_rows(model.network, model.parts)

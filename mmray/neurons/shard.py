@@ -23,7 +23,7 @@ from mmray.neurons.halving import FAILURES, free_memory, in_halves
 from mmray.neurons.occurrences import occurrence_table
 from mmray.neurons.places import Place, places_of
 from mmray.neurons.reduction import ConceptSums, candidates_kept
-from mmray.neurons.scoring import Scored, score_batch, whole_nouns
+from mmray.neurons.scoring import Scored, score_batch, unsound_rows, whole_nouns
 from mmray.neurons.statistics import TokenStatistics
 from mmray.neurons.towers import ModuleActivity
 from mmray.settings import CensusSettings
@@ -199,7 +199,8 @@ class ShardAnalysis:
         named = [(item.sample.sample_id, item.mentions) for item in items]
         places = places_of(batch, named, every=self.settings.pieces == "sum")
         labels = [_labels(item.sample) for item in items]
-        self.statistics.begin(labels, batch.runs)
+        digests = [image_digest(item.sample.image) for item in items]
+        self.statistics.begin(labels, batch.runs, digests)
         try:
             score, folded = self.settings.score, self.settings.fold_norm
             with self.module.watching(batch):
@@ -208,9 +209,15 @@ class ShardAnalysis:
             # Only the message leaves this block: the error holds the frames, and so the memory, of the failed forward.
             problem = str(error)
         else:
+            found = (self.statistics.unsound(), self.module.count(labels), unsound_rows(places, scored, len(items)))
+            unsound = [max(counts) for counts in zip(*found, strict=True)]
+            if any(unsound):
+                del scored
+                self._leave_out(items, unsound)
+                return
             self.statistics.commit()
-            self.module.commit(labels)
-            self._collect(items, *whole_nouns(places, scored))
+            self.module.commit()
+            self._collect(items, digests, *whole_nouns(places, scored))
             return
         if len(items) == 1:
             self._fail(items[0].sample, "forward", problem)
@@ -221,8 +228,20 @@ class ShardAnalysis:
             for kept, smaller in self._encode(half):
                 self._analyse(kept, smaller)
 
-    def _collect(self, items: list[Captioned], places: list[Place], scored: Scored) -> None:
-        for item in items:
+    def _leave_out(self, items: list[Captioned], unsound: Sequence[int]) -> None:
+        """Fail samples of a batch that have `unsound` neurons, and analyse the others without them.
+
+        One NaN or infinity in a sum is that neuron's of every concept for the whole run.
+        """
+        for item, count in zip(items, unsound, strict=True):
+            if count:
+                neurons = f"{count:,} neuron{'s' * (count > 1)}"
+                self._fail(item.sample, "score", f"NaN or infinity in the scores or activations of {neurons}")
+        for kept, smaller in self._encode([item for item, count in zip(items, unsound, strict=True) if not count]):
+            self._analyse(kept, smaller)
+
+    def _collect(self, items: list[Captioned], digests: list[str | None], places: list[Place], scored: Scored) -> None:
+        for item, digest in zip(items, digests, strict=True):
             self.captions.append(
                 {
                     "sample_id": item.sample.sample_id,
@@ -232,7 +251,7 @@ class ShardAnalysis:
                     "domain": item.sample.domain,
                     "shard_id": self.shard_id,
                     "labels": item.sample.labels,
-                    "image": image_digest(item.sample.image),
+                    "image": digest,
                 }
             )
         if not places:

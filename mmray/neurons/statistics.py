@@ -18,10 +18,12 @@ from mmray.models.prompting import Run
 from mmray.tables import PART_SCHEMAS
 
 MODALITIES = ("image", "text")
+NO_IMAGE = torch.iinfo(torch.int64).min
+"""Number of no sample's image."""
 CACHED, COPIED = 2**18, 2**26
 """Numbers that are reduced at a time: 1 MB a thread on a processor, 256 MB on a GPU."""
 EXAMPLES = 5
-"""Highest and lowest samples kept for each neuron."""
+"""Highest and lowest samples kept for each neuron, each of another image."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,20 @@ class _Batch:
     runs: list[Run]
     membership: Float[Tensor, "label sample"]
     spans: list[Span]
+    images: Int[Tensor, " sample"]
+    """Number of the image of each sample of the shard so far, the batch's own last."""
     seen: list[tuple[int, Float64[Tensor, "modality quantity label neuron"], Int[Tensor, " side"], Best]] = field(
         default_factory=list
     )
-    moved: dict[torch.device, tuple[Tensor, list[Span]]] = field(default_factory=dict)
+    unsound: list[Int[Tensor, " sample"]] = field(default_factory=list)
+    """Of each layer, the neurons whose sums over a sample's tokens are not finite."""
+    moved: dict[torch.device, tuple[Tensor, list[Span], Tensor]] = field(default_factory=dict)
 
-    def on(self, device: torch.device) -> tuple[Float[Tensor, "label sample"], list[Span]]:
-        """Return membership and spans on a device, moved there once: the layers of a model may lie on several."""
+    def on(self, device: torch.device) -> tuple[Float[Tensor, "label sample"], list[Span], Int[Tensor, " sample"]]:
+        """Return membership, spans and images on a device, moved once: the layers of a model may lie on several."""
         if device not in self.moved:
-            self.moved[device] = self.membership.to(device), [span.to(device) for span in self.spans]
+            spans = [span.to(device) for span in self.spans]
+            self.moved[device] = self.membership.to(device), spans, self.images.to(device)
         return self.moved[device]
 
 
@@ -82,11 +89,22 @@ class TokenStatistics:
         self.tokens: dict[tuple[int, str], int] = {}
         self.sums: dict[tuple[int, str], list[Tensor | None]] = {}
         self.extremes: dict[int, _Extremes] = {}
-        self.samples = 0
-        self._batch = _Batch([], torch.zeros(0, 0), [])
+        self.images: list[int] = []
+        self._numbers: dict[str, int] = {}
+        self._batch = _Batch([], torch.zeros(0, 0), [], torch.zeros(0))
 
-    def begin(self, labels: Sequence[dict[str, str]], runs: Sequence[Run]) -> None:
-        """Announce a batch: the labels of its samples by kind, and where image and caption stand."""
+    @property
+    def samples(self) -> int:
+        """Samples counted so far."""
+        return len(self.images)
+
+    def begin(
+        self, labels: Sequence[dict[str, str]], runs: Sequence[Run], images: Sequence[str | None] | None = None
+    ) -> None:
+        """Announce a batch: the labels of its samples by kind, where image and caption stand, and its images by digest.
+
+        A sample without a digest is taken for an image of its own.
+        """
         members = [
             [self.labels.setdefault(pair, len(self.labels)) for pair in (("all", "all"), *kinds.items())]
             for kinds in labels
@@ -94,7 +112,12 @@ class TokenStatistics:
         membership = torch.zeros(len(self.labels), len(labels))
         for row, indices in enumerate(members):
             membership[indices, row] = 1
-        self._batch = _Batch(list(runs), membership, token_spans(runs, len(labels)))
+        numbers = self.images + [
+            # Below zero, where no digest's number is.
+            self._numbers.setdefault(image, len(self._numbers)) if image is not None else -1 - number
+            for number, image in enumerate(images or [None] * len(labels), self.samples)
+        ]
+        self._batch = _Batch(list(runs), membership, token_spans(runs, len(labels)), torch.tensor(numbers))
 
     @torch.inference_mode()
     def add(self, layer: int, activation: Float[Tensor, "row neuron"], opened: Float[Tensor, "row neuron"]) -> None:
@@ -102,12 +125,18 @@ class TokenStatistics:
         batch = self._batch
         rows = batch.membership.shape[1]
         values, gates = (part.reshape(rows, -1, part.shape[-1]) for part in (activation, opened))
-        membership, spans = batch.on(values.device)
+        membership, spans, images = batch.on(values.device)
         by_sample, reached = reduce_tokens(values, gates, spans)
+        # What is not finite is not so squared, nor is what fp32 can't square.
+        batch.unsound.append((~by_sample[:, 2].sum(0).isfinite()).sum(1))
         by_label = (membership @ by_sample).double()
         if layer not in self.extremes:
             self.extremes[layer] = _Extremes(self.widths[layer], values.device)
-        batch.seen.append((layer, by_label, *self.extremes[layer].improved(values, reached, self.samples, spans)))
+        batch.seen.append((layer, by_label, *self.extremes[layer].improved(values, reached, spans, images)))
+
+    def unsound(self) -> list[int]:
+        """Return of each sample of the announced batch how many neurons have sums that are not finite."""
+        return torch.stack([part.cpu() for part in self._batch.unsound]).sum(0).tolist()
 
     @torch.inference_mode()
     def commit(self) -> None:
@@ -124,7 +153,7 @@ class TokenStatistics:
             for label in batch.membership[:, run.row].nonzero()[:, 0].tolist():
                 key = (label, run.modality)
                 self.tokens[key] = self.tokens.get(key, 0) + run.stop - run.start
-        self.samples += batch.membership.shape[1]
+        self.images = batch.images.tolist()
 
     def activity_table(self, module: str = "language") -> pa.Table:
         """Return the shard's activity: a row a label and modality, lists over all neurons of the module."""
@@ -151,7 +180,7 @@ class TokenStatistics:
         """Return the shard's extreme samples, numbered as they came: a row a sign and rank, lists over all neurons."""
         rows = []
         for sign in (1, -1):
-            for rank in range(min(EXAMPLES, self.samples)):
+            for rank in range(min(EXAMPLES, len(set(self.images)))):
                 parts = [
                     [part[rank].cpu() for part in _side(self.extremes[layer].best, sign)]
                     for layer in range(len(self.widths))
@@ -224,16 +253,22 @@ class _Extremes:
         self,
         values: Float[Tensor, "sample position neuron"],
         reached: Float[Tensor, "modality sample side"],
-        first: int,
         spans: Sequence[Span],
+        images: Int[Tensor, " sample"],
     ) -> tuple[Int[Tensor, " side"], Best]:
-        """Return the sides of neurons that a batch improves, and their best; its samples are numbered from `first`."""
+        """Return the sides of neurons that a batch improves, and their best samples, each of another image.
+
+        `images` has the image of each sample of the shard so far; the batch's own are the last.
+        """
         highest, width = reached.amax(0), values.shape[2]
+        first = len(images) - len(highest)
         sides = (highest.amax(0) > self.best.activation[-1]).nonzero()[:, 0]
         held, sample, position = (
             part.index_select(1, sides) for part in (self.best.activation, self.best.sample, self.best.position)
         )
-        activation, index = torch.cat([held, highest.index_select(1, sides)]).topk(EXAMPLES, dim=0)
+        candidates = torch.cat([held, highest.index_select(1, sides)])
+        pictured = torch.cat([images[sample], images[first:, None].expand(-1, len(sides))])
+        activation, index = _highest_of_images(candidates, pictured.masked_fill_(candidates == -torch.inf, NO_IMAGE))
         kept = index.clamp(max=EXAMPLES - 1)
         sample, position = sample.gather(0, kept), position.gather(0, kept)
         ranks = index.new_full((EXAMPLES + len(highest), len(sides)), -1)
@@ -258,6 +293,18 @@ class _Extremes:
         self.best.activation[:, sides] = better.activation
         self.best.sample[:, sides] = better.sample
         self.best.position[:, sides] = better.position
+
+
+def _highest_of_images(
+    candidates: Float[Tensor, "candidate side"], images: Int[Tensor, "candidate side"]
+) -> tuple[Float[Tensor, "rank side"], Int[Tensor, "rank side"]]:
+    """Return the EXAMPLES highest of different images and their indices; of equal ones the first. -inf fills up."""
+    found = []
+    for _ in range(EXAMPLES):
+        highest = candidates.max(dim=0)
+        found.append(highest)
+        candidates = candidates.masked_fill(images == images.gather(0, highest.indices[None]), -torch.inf)
+    return torch.stack([best.values for best in found]), torch.stack([best.indices for best in found])
 
 
 def _side(best: Best, sign: int) -> list[Tensor]:

@@ -56,16 +56,24 @@ class ModuleActivity:
         if not self._seen:
             self._forget()
 
-    def commit(self, labels: Sequence[dict[str, str]]) -> None:
-        """Count what was seen of a batch; nothing where it had no image."""
+    def count(self, labels: Sequence[dict[str, str]]) -> list[int]:
+        """Count what was seen of a batch until `commit`, and nothing where it had no image.
+
+        Return of each sample how many neurons have sums that are not finite.
+        """
         if self._batch is None:
-            return
+            return [0] * len(labels)
         runs = image_runs(self.model, self._batch, len(self._seen[0][1]) // len(labels))
         self.statistics.begin(labels, runs)
         for layer, activation, opened in self._seen:
             self.statistics.add(layer, activation.detach(), opened.detach())
-        self.statistics.commit()
-        self._forget()
+        return self.statistics.unsound()
+
+    def commit(self) -> None:
+        """Keep what was counted of a batch."""
+        if self._batch is not None:
+            self.statistics.commit()
+            self._forget()
 
     def _forget(self) -> None:
         self._seen, self._batch = [], None

@@ -25,6 +25,8 @@ ORDERS = {
     "share": ("share", "descending"),
 }
 """Column and direction that each `by` sorts a ranking by; ties go to the better rank."""
+CERTIFICATES = {"score": "certified", "specific": "certified_specific", "selective": "certified_selective"}
+"""Column that says, of each `by` that has such a certificate, whether a rank is certain."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,14 @@ class Run:
             raise InputError(f"no concept {concept!r} in {self.uri}; it has {', '.join(near)}, …")
         column, direction = ORDERS[by]
         return rows.sort_by([(column, direction), ("rank", "ascending")]).slice(0, k)
+
+    def images(self, concept: str) -> int | None:
+        """Return the number of different images of a concept's occurrences; None where the run does not tell."""
+        rankings = self.table("rankings")
+        if "n_images" not in rankings.column_names:
+            return None
+        counts = rankings["n_images"].filter(pc.equal(rankings["concept"], concept.casefold()))
+        return counts[0].as_py() if len(counts) else None
 
     def neuron(self, name: str, examples: int = 5) -> dict[str, Any]:
         """Return what is known of a neuron: its row of `neurons`, its concepts, its extreme samples with captions."""

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from mmray.results.drift import Drift
 from mmray.results.plan import Plan
-from mmray.results.run import Run, Status
+from mmray.results.run import CERTIFICATES, ORDERS, Run, Status
 
 SHOWN_TOKENS = 6
 
@@ -28,15 +28,21 @@ def tokens_text(tokens: Sequence[str], concept: str = "", limit: int = SHOWN_TOK
 
 
 def ranking(rows: pa.Table, title: Text, by: str = "score") -> Table:
-    """Return a concept's ranking as a table; the second number is `selective` where it is ordered by that."""
+    """Return a concept's ranking as a table; the second number is `selective` where it is ordered by that.
+
+    A rank that is not certified in this order is marked `?`; there are no certificates by share.
+    """
     second = "selective" if by == "selective" else "specific"
     table = Table(title=title, title_justify="left", box=None, header_style="dim", pad_edge=False)
     for name in ("rank", "neuron", "score", second, "share"):
         table.add_column(name, justify="left" if name == "neuron" else "right", no_wrap=True)
     # Only this column may shrink; its texts end in an ellipsis instead of taking a second line.
     table.add_column("tokens it promotes")
-    for row in rows.to_pylist():
-        rank = str(row["rank"]) if row["certified"] else f"{row['rank']}?"
+    column, certificate = ORDERS[by][0], CERTIFICATES.get(by, "")
+    for place, row in enumerate(rows.to_pylist(), 1):
+        # A run of an earlier version has certificates by score alone.
+        doubtful = row.get(certificate) is False
+        rank = f"{place if by == 'share' else row[column]}{'?' * doubtful}"
         numbers = (f"{row['score']:.3f}", f"{row[second]:.3f}", f"{row['share']:.0%}")
         table.add_row(rank, row["neuron"], *numbers, tokens_text(row["tokens"], row["concept"]))
     return table
@@ -46,8 +52,11 @@ def concept_title(run: Run, concept: str) -> Text:
     """Return the line above a concept's ranking."""
     unit = "logits after the final norm" if run.info["settings"]["fold_norm"] else "logits"
     n = run.concepts[concept.casefold()]
-    facts = f" · {n:,} occurrence{'s' * (n > 1)} · {run.info['settings']['score']} in {unit}"
-    return Text.assemble((concept.casefold(), "bold"), (facts, "dim"))
+    images = run.images(concept)
+    where = f" in {images:,} image{'s' * (images > 1)}" if images else ""
+    facts = f" · {n:,} occurrence{'s' * (n > 1)}{where} · {run.info['settings']['score']} in {unit}"
+    # Else it would be wrapped where a table of few rows ends.
+    return Text.assemble((concept.casefold(), "bold"), (facts, "dim"), no_wrap=True, overflow="ignore")
 
 
 def neuron(facts: dict[str, Any]) -> RenderableType:

@@ -263,3 +263,87 @@ def test_a_text_longer_than_the_model_reads_is_an_error(open_model):
     (row,) = tables["errors"].to_pylist()
     assert (row["sample_id"], row["stage"]) == ("s1", "read")
     assert row["message"].endswith(f"the model reads {model.context:,}: cut the text")
+
+
+def finite(tables):
+    """Tell whether every sum of a shard is a finite number."""
+    columns = {"concepts": list(SUMS), "totals": ["score", "score_squares"], "activity": ["sum", "sum_squares"]}
+    numbers = [numbers_of(tables[name], column) for name, own in columns.items() for column in own]
+    return all(np.isfinite(part).all() for column in numbers for part in column)
+
+
+def spoilt(monkeypatch, culprits, number, part="scores"):
+    """Make scores or activations of neurons 7 and 9 of the second layer this number at the samples' nouns."""
+    score = shard.score_batch
+
+    def spoil(model, batch, places, *arguments, **named):
+        scored = score(model, batch, places, *arguments, **named)
+        rows = [place for place, own in enumerate(places) if own.sample_id in culprits]
+        getattr(scored, part)[1][rows, 7] = number
+        getattr(scored, part)[1][rows, 9] = number
+        return scored
+
+    monkeypatch.setattr(shard, "score_batch", spoil)
+
+
+@pytest.mark.parametrize("part", ["scores", "activation"])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_not_finite_leave_the_sample_out(open_model, monkeypatch, number, part):
+    model = open_model("llava")
+    expected = analyse(model, [entry for entry in samples() if entry.sample_id not in ("s3", "s7")], batch_size=12)
+    spoilt(monkeypatch, {"s3", "s7"}, number, part)
+    tables = analyse(model, samples(), batch_size=12)
+    assert stages(tables) == {("s3", "score"), ("s7", "score")}
+    for row in tables["errors"].to_pylist():
+        assert row["message"] == "NaN or infinity in the scores or activations of 2 neurons"
+        assert row["source"] == f"row {row['sample_id'][1:]}"
+    assert finite(tables)
+    same(tables, expected)
+
+
+def test_a_shard_of_which_no_score_is_finite_has_empty_sums(open_model, monkeypatch):
+    model = open_model("llava")
+    spoilt(monkeypatch, {f"s{number}" for number in range(5)}, np.nan)
+    tables = analyse(model, samples(5))
+    assert stages(tables) == {(f"s{number}", "score") for number in range(5)}
+    assert {len(tables[name]) for name in ("captions", "occurrences", "concepts", "activity", "examples")} == {0}
+    assert finite(tables)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, 1e25])
+@pytest.mark.parametrize("module", ["language", "vision"])
+def test_activations_between_the_nouns_that_are_not_finite_leave_the_sample_out(
+    open_model, monkeypatch, number, module
+):
+    # Of 1e25 the square is infinite in fp32.
+    model = open_model("llava")
+    found = samples()
+    found[4] = sample(4, CAPTIONS[4], domain="bad")
+    expected = analyse(model, [*found[:4], *found[5:]], batch_size=12, module=module)
+    add = shard.TokenStatistics.add
+
+    def spoil(statistics, layer, activation, opened):
+        row = statistics._batch.membership[statistics.labels.get(("domain", "bad"), 0)].nonzero()[:, 0].tolist()
+        own = (statistics.widths == model.widths) == (module == "language")
+        if ("domain", "bad") in statistics.labels and row and own and layer == 0:
+            rows, activation = statistics._batch.membership.shape[1], activation.clone()
+            positions = activation.reshape(rows, -1, activation.shape[-1])
+            positions[row, next(run.start for run in statistics._batch.runs if run.row == row[0]), 3] = number
+        add(statistics, layer, activation, opened)
+
+    monkeypatch.setattr(shard.TokenStatistics, "add", spoil)
+    tables = analyse(model, found, batch_size=12, module=module)
+    (row,) = tables["errors"].to_pylist()
+    assert (row["sample_id"], row["stage"]) == ("s4", "score")
+    assert row["message"].endswith("activations of 1 neuron")
+    assert finite(tables)
+    same(tables, expected)
+
+
+@pytest.mark.parametrize("score", ["gradient", "effect", "activation"])
+def test_every_score_is_looked_at(open_model, monkeypatch, score):
+    model = open_model("llava")
+    spoilt(monkeypatch, {"s1"}, np.nan)
+    tables = analyse(model, samples(4), score=score)
+    assert stages(tables) == {("s1", "score")}
+    assert finite(tables)

@@ -1,16 +1,21 @@
 """A run's tables are sums, maxima and top-k of its shards' parts, in whatever order they come."""
 
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mmray.neurons.merging import RunMerge
+from mmray.datasets.samples import Sample
+from mmray.neurons.hits import ConceptImages
+from mmray.neurons.merging import RunMerge, _Examples
 from mmray.neurons.ranking import Shares, locate_index
 from mmray.neurons.statistics import EXAMPLES
 from mmray.tables import PART_SCHEMAS, SCHEMAS
-from tests.neurons.making import analyse, merged, samples
+from tests.neurons.making import CAPTIONS, analyse, merged, picture, png, sample, samples
 
 TOP = 4
 
@@ -161,3 +166,96 @@ def test_nothing_merged_gives_empty_tables(open_model):
         "examples": 0,
     }
     assert PART_SCHEMAS.keys() >= {"concepts", "totals", "activity", "examples"}
+
+
+def of_few_images() -> list[Sample]:
+    """Captions of four images in turns, and two texts without an image."""
+    found = [sample(number, CAPTIONS[number], image=png(picture(number % 4))) for number in range(10)]
+    return [*found, sample(10, CAPTIONS[10], image=None), sample(11, CAPTIONS[10], image=None)]
+
+
+def plain(samples, sign):
+    """Return the highest activations of a neuron, each of another image, from (image, activation) pairs."""
+    best = {}
+    for image, activation in samples:
+        best[image] = max(sign * activation, best.get(image, -np.inf))
+    return sorted(best.values(), reverse=True)[:EXAMPLES]
+
+
+SEEN = st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(-9, 9), st.integers(-9, 9)), min_size=1, max_size=24)
+
+
+@given(SEEN, st.lists(st.integers(0, 24), max_size=5).map(sorted), st.sampled_from([1, -1]), st.randoms())
+def test_examples_are_of_different_images_however_shards_are_cut(seen, cuts, sign, random):
+    edges = [0, *(min(place, len(seen)) for place in cuts), len(seen)]
+    shards = [part for first, last in pairwise(edges) if (part := list(enumerate(seen))[first:last])]
+    random.shuffle(shards)
+    examples = _Examples(sign, 2)
+    for part in shards:
+        # A shard hands on its highest sample of each of its highest images, as `TokenStatistics` does.
+        kept = np.full((EXAMPLES, 2), -sign * np.inf, np.float32)
+        samples, images = np.zeros((EXAMPLES, 2), object), np.zeros((EXAMPLES, 2), np.uint64)
+        for neuron in range(2):
+            best = {}
+            for number, (image, *activations) in sorted(part, key=lambda each: -sign * each[1][1 + neuron]):
+                best.setdefault(image, (activations[neuron], number))
+            for rank, (image, (activation, number)) in enumerate(list(best.items())[:EXAMPLES]):
+                kept[rank, neuron], samples[rank, neuron], images[rank, neuron] = activation, number, ord(image)
+        examples.add(kept, samples, np.zeros((EXAMPLES, 2), np.int32), images)
+    for neuron in range(2):
+        found = examples.activation[:, neuron]
+        found = found[np.isfinite(found)]
+        assert (sign * found).tolist() == plain([(image, both[neuron]) for image, *both in seen], sign)
+        named = [seen[number] for number in examples.sample[: len(found), neuron]]
+        assert len({image for image, *_ in named}) == len(named)
+        assert [both[neuron] for _, *both in named] == found.tolist()
+
+
+@pytest.mark.parametrize("cuts", [(12,), (3, 12), (1, 2, 7, 8, 12)])
+def test_captions_of_one_image_are_one_example(open_model, cuts):
+    model, found = open_model("llava"), of_few_images()
+    shards = [
+        analyse(model, found[first:last], shard_id=shard, batch_size=2)
+        for shard, (first, last) in enumerate(pairwise([0, *cuts]))
+    ]
+    images = {row["sample_id"]: row["image"] or row["sample_id"] for s in shards for row in s["captions"].to_pylist()}
+    alone = {entry.sample_id: analyse(model, [entry])["examples"].to_pylist() for entry in found}
+    examples = defaultdict(list)
+    for row in sorted(merged(model, shards)["examples"].to_pylist(), key=lambda row: row["rank"]):
+        examples[row["sign"], 48 * row["layer"] + row["unit"]].append(row)
+    assert len(examples) == 2 * 96
+    for (sign, neuron), rows in examples.items():
+        seen = [(images[name], own[0 if sign > 0 else 1]["activation"][neuron]) for name, own in alone.items()]
+        expected = plain(seen, sign)
+        assert [row["rank"] for row in rows] == list(range(1, len(expected) + 1))
+        np.testing.assert_allclose([sign * row["activation"] for row in rows], expected, rtol=1e-4, atol=1e-6)
+        assert len({images[row["sample_id"]] for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("cuts", [(12,), (3, 12), (1, 2, 7, 8, 12)])
+def test_images_of_a_concept_are_counted_once_over_all_shards(open_model, cuts):
+    model, found = open_model("llava"), of_few_images()
+    shards = [
+        analyse(model, found[first:last], shard_id=shard) for shard, (first, last) in enumerate(pairwise([0, *cuts]))
+    ]
+    images, expected = {entry.sample_id: entry.image or entry.sample_id for entry in found}, defaultdict(set)
+    for shard in shards:
+        for row in shard["occurrences"].to_pylist():
+            expected[row["concept"]].add(images[row["sample_id"]])
+    counts = {(row["concept"], row["n_images"]) for row in merged(model, shards)["rankings"].to_pylist()}
+    assert counts == {(concept, len(own)) for concept, own in expected.items()}
+    assert any(0 < count < len(found) for _, count in counts)
+
+
+@given(st.lists(st.lists(st.tuples(st.sampled_from(["dog", "cat"]), st.integers(0, 5)), max_size=9), max_size=6))
+def test_concept_images_are_distinct_pairs(shards):
+    counted = ConceptImages()
+    for part in shards:
+        counted.add([concept for concept, _ in part], np.array([image for _, image in part], np.uint64))
+        if len(part) % 2:
+            counted.counts()  # what was collected so far may be counted at any time
+    expected = defaultdict(set)
+    for part in shards:
+        for concept, image in part:
+            expected[concept].add(image)
+    assert counted.counts() == {concept: len(images) for concept, images in expected.items()}

@@ -1,10 +1,12 @@
 """Sums by concept do not depend on how occurrences were cut, and what is certified is right. Numbers are whole."""
 
 from collections import defaultdict
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -131,7 +133,7 @@ def test_a_certified_rank_is_the_true_one(occurrences, cuts, kept):
     merged = merge([shard(part, kept=kept) for part in cut(occurrences, cuts)])
     counts, sums, _ = by_hand(occurrences)
     for concept, (truth, squares, activation) in sums.items():
-        table = rank_concept(concept, merged.sums(concept), merged, Shares({}), WIDTHS, TEXTS)
+        table = rank_concept(concept, merged, 1, Shares({}), WIDTHS, TEXTS)
         ranks = true_ranks(truth)
         for row in table.to_pylist():
             neuron = sum(WIDTHS[: row["layer"]]) + row["unit"]
@@ -146,6 +148,73 @@ def test_a_certified_rank_is_the_true_one(occurrences, cuts, kept):
         if kept == NEURONS:
             assert all(table["certified"].to_pylist())
             assert len(table) == NEURONS
+
+
+REALS = st.lists(
+    st.floats(-1e6, 1e6, width=32) | st.sampled_from([0.1, -0.1, 1 / 3]), min_size=NEURONS, max_size=NEURONS
+)
+REAL_OCCURRENCES = st.lists(st.tuples(st.sampled_from(["dog", "cat", "owl"]), REALS, REALS), min_size=1, max_size=14)
+
+
+@given(REAL_OCCURRENCES, CUTS, st.integers(1, NEURONS))
+def test_bounds_hold_to_the_last_digit(occurrences, cuts, kept):
+    merged = merge([shard(part, kept=kept) for part in cut(occurrences, cuts)])
+    for concept in merged.concepts:
+        own = [np.float32(scores).astype(float) for name, scores, _ in occurrences if name == concept]
+        truth = np.array([Fraction(0)] * NEURONS)
+        for scores in own:
+            truth += [Fraction(value) for value in scores]
+        scores = merged.sums(concept)
+        for neuron, exact, upper in zip(scores.neuron, scores.exact, scores.upper, strict=True):
+            assert exact or Fraction(upper) >= truth[neuron]
+        for neuron in np.setdiff1d(np.arange(NEURONS), scores.neuron):
+            assert Fraction(scores.left_out) >= truth[neuron]
+
+
+ORDERS = {
+    "certified": ("rank", lambda score, others, squares: score),
+    "certified_specific": ("specific_rank", lambda score, others, squares: score - np.maximum(0, others)),
+    "certified_selective": ("selective_rank", lambda score, others, squares: score - np.sqrt(squares)),
+}
+
+
+@pytest.mark.parametrize("certificate", ORDERS)
+@given(OCCURRENCES | REAL_OCCURRENCES, CUTS, st.integers(1, NEURONS))
+def test_no_certificate_of_any_order_is_wrong(certificate, occurrences, cuts, kept):
+    merged = merge([shard(part, kept=kept) for part in cut(occurrences, cuts)])
+    rank, order = ORDERS[certificate]
+    for concept in merged.concepts:
+        own, others = (
+            np.array([np.float32(scores) for name, scores, _ in occurrences if (name == concept) is wanted], float)
+            for wanted in (True, False)
+        )
+        others = others.reshape(-1, NEURONS) if len(others) else np.zeros((1, NEURONS))
+        truth = order(own.mean(0), others.mean(0), np.square(others).mean(0))
+        # Neurons that rounding can't tell apart have no true order among themselves.
+        near = 1e-9 * max(1.0, np.abs(own).max(), np.abs(others).max())
+        table = rank_concept(concept, merged, 1, Shares({}), WIDTHS, TEXTS)
+        for row in table.to_pylist():
+            if row[certificate]:
+                assert row["exact"]
+                value = truth[sum(WIDTHS[: row["layer"]]) + row["unit"]]
+                assert (truth > value + near).sum() < row[rank] <= (truth >= value - near).sum()
+        if kept == NEURONS:
+            assert all(table[certificate].to_pylist())
+
+
+def test_a_neuron_left_out_that_is_first_by_specific_is_no_secret():
+    # By score, neuron 0 leads; it serves owls as well. Neuron 7, which no shard keeps, is the dog's own.
+    dog, owl = [9, 6, 6, 0, 0, 0, 0, 5], [9, 6, 6, 0, 0, 0, 0, 0]
+    shards = [shard([("dog", dog, dog), ("owl", owl, owl)], kept=3) for _ in range(4)]
+    rows = {row["neuron"]: row for row in rank_concept("dog", merge(shards), 1, Shares({}), WIDTHS, TEXTS).to_pylist()}
+    assert rows["L0.u0"]["certified"]
+    assert "L2.u2" not in rows
+    assert not any(row["certified_specific"] or row["certified_selective"] for row in rows.values())
+    # Without the owls' part in neuron 0 it is first in every order.
+    shards = [shard([("dog", dog, dog), ("owl", [0, *owl[1:]], owl)], kept=3) for _ in range(4)]
+    rows = {row["neuron"]: row for row in rank_concept("dog", merge(shards), 1, Shares({}), WIDTHS, TEXTS).to_pylist()}
+    assert all(rows["L0.u0"][certificate] for certificate in ORDERS)
+    assert {rows["L0.u0"][rank] for rank, _ in ORDERS.values()} == {1}
 
 
 def test_the_first_ranks_are_certified_where_they_lead_by_far():

@@ -26,12 +26,15 @@ LABELS = (
     {"language": "en", "domain": "art", "year": "7"},
 )
 
+IMAGES = (None, None, "a", "b", "c")
+
 
 @dataclass
 class Announced:
-    """A batch: its rows' labels and runs, and whole numbers as activations and gates of each layer."""
+    """A batch: its rows' labels, images and runs, and whole numbers as activations and gates of each layer."""
 
     labels: list[dict[str, str]]
+    images: list[str | None]
     runs: list[Run]
     positions: int
     activations: list[torch.Tensor]
@@ -54,19 +57,21 @@ def invent(random: Random, rows: int, ties: bool) -> Announced:
         torch.randint(-largest, largest + 1, (rows * positions, width), generator=generator).float()
         for width in (*WIDTHS, *WIDTHS)
     ]
-    return Announced([random.choice(LABELS) for _ in range(rows)], runs, positions, tensors[:2], tensors[2:])
+    labels, images = ([random.choice(several) for _ in range(rows)] for several in (LABELS, IMAGES))
+    return Announced(labels, images, runs, positions, tensors[:2], tensors[2:])
 
 
 def see(statistics: TokenStatistics, batch: Announced, layers: int = len(WIDTHS)) -> None:
-    statistics.begin(batch.labels, batch.runs)
+    statistics.begin(batch.labels, batch.runs, batch.images)
     for layer in range(layers):
         statistics.add(layer, batch.activations[layer], batch.gates[layer])
 
 
 def by_hand(batches: list[Announced]):
-    """Return activity by (kind, label, modality) and of each neuron the extreme of each sample, by plain loops."""
+    """Return activity by (kind, label, modality), of each neuron what each sample has, and the samples' images."""
     activity = defaultdict(lambda: [0, *np.zeros((3, sum(WIDTHS)))])
     extremes = defaultdict(list)
+    images: list[str | int] = []
     number = 0
     for batch in batches:
         for row, labels in enumerate(batch.labels):
@@ -88,12 +93,14 @@ def by_hand(batches: list[Announced]):
             for neuron in range(sum(WIDTHS)):
                 seen = {place: float(values[index, neuron]) for index, place, _ in tokens}
                 extremes[neuron].append((number, seen))
+            image = batch.images[row]
+            images.append(number if image is None else image)
             number += 1
-    return activity, extremes
+    return activity, extremes, images
 
 
 def check(statistics: TokenStatistics, batches: list[Announced], ties: bool) -> None:
-    activity, extremes = by_hand(batches)
+    activity, extremes, images = by_hand(batches)
     table = from_bytes(to_bytes(statistics.activity_table()))
     rows = {(row["label_kind"], row["label"], row["modality"]): row for row in table.to_pylist()}
     assert rows.keys() == activity.keys()
@@ -104,15 +111,18 @@ def check(statistics: TokenStatistics, batches: list[Announced], ties: bool) -> 
         assert rows[key]["sum"] == total.tolist()
         assert rows[key]["sum_squares"] == squares.tolist()
     examples = from_bytes(to_bytes(statistics.examples_table())).to_pylist()
-    ranks = min(EXAMPLES, statistics.samples)
+    ranks = min(EXAMPLES, len(set(images)))
     assert [(row["sign"], row["rank"]) for row in examples] == [(s, r + 1) for s in (1, -1) for r in range(ranks)]
     for sign in (1, -1):
         ranked = [row for row in examples if row["sign"] == sign]
         for neuron, seen in extremes.items():
-            best = sorted((max(sign * value for value in values.values()) for _, values in seen), reverse=True)
+            by_image = defaultdict(list)
+            for number, values in seen:
+                by_image[images[number]].append(max(sign * value for value in values.values()))
+            best = sorted(map(max, by_image.values()), reverse=True)
             found = [row["activation"][neuron] * sign for row in ranked]
             assert found == best[:EXAMPLES]
-            named = [row["sample"][neuron] for row in ranked]
+            named = [images[row["sample"][neuron]] for row in ranked]
             assert len(set(named)) == len(named)
             for row in ranked:
                 values = dict(seen)[row["sample"][neuron]]
@@ -133,6 +143,7 @@ def test_statistics_are_those_of_a_loop_over_tokens(seed, sizes, ties):
         see(statistics, batch)
         statistics.commit()
     assert statistics.samples == sum(sizes)
+    assert statistics.unsound() == [0] * sizes[-1]
     check(statistics, batches, ties)
 
 

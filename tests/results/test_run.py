@@ -17,7 +17,7 @@ CONTRACT = {
     "captions": "sample_id, caption, source, language, domain, shard_id, labels, image",
     "occurrences": "sample_id, concept, token, token_id, position, log_prob, neurons",
     "rankings": "concept, rank, layer, unit, neuron, score, score_std, specific, specific_rank, n, share, activation, "
-    "tokens, certified, selective, selective_rank",
+    "tokens, certified, selective, selective_rank, n_images, certified_specific, certified_selective, exact",
     "neurons": "layer, unit, neuron, n_concepts, n_tokens, n_active, mean, std, max, min, tokens, suppressed",
     "activity": "label_kind, label, modality, layer, unit, n_tokens, n_active, sum, sum_squares, module",
     "examples": "layer, unit, sign, rank, sample_id, position, activation",

@@ -3,11 +3,12 @@
 import io
 import re
 
+import pyarrow as pa
 import pytest
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
-from mmray.results.run import Run
+from mmray.results.run import CERTIFICATES, ORDERS, Run
 from mmray.results.terminal import concept_title, neuron, ranking, status, summary
 
 WIDTHS = (80, 100, 120)
@@ -43,11 +44,47 @@ def test_a_ranking_keeps_numbers_and_names_whole(run: Run, width: int) -> None:
 def test_ranks_that_are_not_certain_are_marked(run: Run) -> None:
     rows = run.rank(next(iter(run.concepts)), 2)
     certain = shown(ranking(rows, concept_title(run, next(iter(run.concepts)))), 80)
-    place = rows.schema.get_field_index("certified")
-    doubtful = rows.set_column(place, "certified", [[False, True]])
+    doubtful = certify(rows, certified=[False, True])
     marked = shown(ranking(doubtful, concept_title(run, next(iter(run.concepts)))), 80)
     assert not any("?" in line.split()[0] for line in certain[2:])
     assert [line.split()[0] for line in marked[2:]] == ["1?", "2"]
+
+
+def certify(rows: pa.Table, **certificates: list[bool]) -> pa.Table:
+    """Return the rows with other certificates."""
+    for name, values in certificates.items():
+        rows = rows.set_column(rows.schema.get_field_index(name), name, [values])
+    return rows
+
+
+@pytest.mark.parametrize("by", ORDERS)
+def test_the_certificate_shown_is_that_of_the_order_shown(run: Run, by: str) -> None:
+    concept = next(iter(run.concepts))
+    certificates = {"certified": [False] * 3, "certified_specific": [False] * 3, "certified_selective": [False] * 3}
+    certain = certify(run.rank(concept, 3, by), **{name: [True] * 3 for name in certificates})
+    doubtful = certificates | ({CERTIFICATES[by]: [True, False, True]} if by in CERTIFICATES else {})
+    for rows, marks in ((certain, ["", "", ""]), (certify(certain, **doubtful), ["", "?" * (by != "share"), ""])):
+        lines = shown(ranking(rows, concept_title(run, concept), by), 100)[2:]
+        # A rank is the place in the order shown, which for all but `share` is a column.
+        assert [line.split()[0] for line in lines] == [f"{rank}{mark}" for rank, mark in enumerate(marks, 1)]
+        assert [line.split()[1] for line in lines] == rows["neuron"].to_pylist()
+
+
+def test_a_run_of_an_earlier_version_shows_no_certificate_that_it_lacks(run: Run) -> None:
+    concept = next(iter(run.concepts))
+    rows = run.rank(concept, 3, "specific").drop_columns(["certified_specific", "n_images"])
+    lines = shown(ranking(rows, concept_title(run, concept), "specific"), 100)
+    assert [line.split()[0] for line in lines[2:]] == ["1", "2", "3"]
+
+
+def test_a_ranking_says_of_how_many_images_it_is(run: Run) -> None:
+    images = {row["sample_id"]: row["image"] for row in run.table("captions").to_pylist()}
+    for concept, n in list(run.concepts.items())[:5]:
+        own = [row["sample_id"] for row in run.table("occurrences").to_pylist() if row["concept"] == concept]
+        different = len({images[name] for name in own})
+        assert run.images(concept) == different
+        text = concept_title(run, concept).plain
+        assert f" · {n} occurrence{'s' * (n > 1)} in {different} image{'s' * (different > 1)} · " in text
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -31,6 +31,8 @@ class Concept:
     n: int
     token: str
     language: str | None
+    images: int | None
+    """Different images among them; None in a run of an earlier version."""
     probability: float
     """Mean probability of its first token at its occurrences."""
     neurons: list[dict[str, Any]] = field(default_factory=list)
@@ -52,6 +54,7 @@ class Concept:
         return {
             "name": self.name,
             "n": self.n,
+            "images": self.images,
             "language": self.language,
             "neuron": first["neuron"],
             "score": number(first["score"]),
@@ -95,6 +98,7 @@ def read_concepts(
             len(rows),
             rows[0]["token"],
             languages.most_common(1)[0][0],
+            ranked[name][0].get("n_images"),
             sum(exp(row["log_prob"]) for row in rows) / len(rows),
             ranked[name],
             list(dict.fromkeys([*first, *others]))[: max(SAMPLES, len(first))],

@@ -80,11 +80,11 @@ function concept(page) {
   return [
     h("div.crumbs", h("a", { href: "#/concepts" }, "Concepts"), "/", page.name, steps("concept", names, page.name, toConcept)),
     heading(page.name, null),
-    h("p.lead", [languageName(page.language), plural(page.n, "occurrence"), `P(noun) ${figure(page.probability, 3)}`, page.token !== page.name && `scored at its first token “${page.token}”`].filter(Boolean).join(" · ")),
+    h("p.lead", [languageName(page.language), page.images ? `${plural(page.n, "occurrence")} in ${plural(page.images, "image")}` : plural(page.n, "occurrence"), `P(noun) ${figure(page.probability, 3)}`, page.token !== page.name && `scored at its first token “${page.token}”`].filter(Boolean).join(" · ")),
     page.kin.length ? h("div.chips", { "aria-label": "Concepts that share neurons" }, h("span", { style: "border:0;background:none;padding-left:0" }, h("small", { style: "margin:0" }, "shares neurons with")), page.kin.map((row) => h("a", { href: toConcept(row.name), title: `${row.shared} of the ten highest neurons are the same` }, row.name, h("small", row.shared)))) : null,
     h("div.grid", samplesCard(page),
       card(h("h3", "Neurons"), sortable(`Neurons of ${page.name}`, [
-        { title: "rank", value: (row) => -row.rank, number: true, cell: (row) => `${row.rank}${row.certified ? "" : "?"}` },
+        { title: "rank by score", value: (row) => -row.rank, number: true, cell: (row) => `${row.rank}${row.certified ? "" : "?"}` },
         { title: "neuron", value: (row) => row.neuron, cell: (row) => neuronLink(row.neuron) },
         { title: "score", value: (row) => row.score, number: true, cell: (row) => [barCell(row.score, most, 2), " ", h("span.range", row.half === null ? "" : `± ${figure(row.half, 2)}`)] },
         { title: "specific", value: (row) => row.specific, number: true, cell: (row) => barCell(row.specific, most, 2, "bar.specific") },
