@@ -27,7 +27,7 @@ from mmray.cli import (  # noqa: F401  they register
     selectivity,
     sight,
 )
-from mmray.cli.options import app
+from mmray.cli.options import app, visible
 from mmray.errors import InputError
 
 BAD_INPUT = 2
@@ -61,6 +61,8 @@ def main(words: Callable[[], Sequence[str]] = lambda: sys.argv[1:]) -> NoReturn:
 
 
 def _refuse(message: str) -> NoReturn:
+    from mmray.storage import masked
+
     if message:
-        print(f"mmray: {' '.join(message.split())}", file=sys.stderr)
+        print(f"mmray: {visible(masked(' '.join(message.split())))}", file=sys.stderr)
     raise SystemExit(BAD_INPUT) from None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
 from mmray.settings import CensusSettings, Dtype
 
@@ -24,7 +25,25 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Multi-modal neurons of vision-language models, found and ranked as distributed Ray jobs.",
 )
-console = Console(highlight=False, soft_wrap=False)
+CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+"""Characters that a terminal obeys instead of showing, as they are shown."""
+
+
+def visible(text: str) -> str:
+    """Return text of any origin so that a terminal shows it: captions and names may hold escape sequences."""
+    return text.translate(CONTROL)
+
+
+class _Terminal(Console):
+    """Shows the control characters of what it is given; only its own styles are obeyed."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield the segments of a renderable."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+
+console = _Terminal(highlight=False, soft_wrap=False)
 
 
 def option(name: str, settings: type[BaseModel] = CensusSettings) -> Any:

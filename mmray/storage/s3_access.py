@@ -24,7 +24,7 @@ HOW_TO_MEND = {
 """Code of an S3 error → what the user can do; any other asks for the right to list, read and write."""
 BUSY = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "InternalError")
 """Codes of S3 errors that pass by themselves whatever their HTTP status."""
-SECRETS = re.compile(r"(?<=//)[^/@\s]+(?=@)")
+SECRETS = re.compile(r"(?<=//)[^/\s]+(?=@)")
 """User and password in an address: they must not reach a message, and so a log."""
 AMAZON = (".amazonaws.com", ".amazonaws.com.cn")
 """How the hosts end that pyarrow finds by the region alone."""
@@ -98,6 +98,11 @@ def s3_address(uri: str | Path) -> tuple[str, str] | None:
     return bucket, path
 
 
+def masked(text: str) -> str:
+    """Return the text without the users and passwords of the addresses in it."""
+    return SECRETS.sub("…", text)
+
+
 def is_passing(error: Exception) -> bool:
     """Tell whether S3 may answer if asked again later: it is not reached, overloaded, or in trouble itself."""
     from botocore.exceptions import ClientError, HTTPClientError
@@ -114,7 +119,7 @@ def s3_problem(error: Exception) -> str:
     from botocore.exceptions import ClientError, HTTPClientError, NoCredentialsError, PartialCredentialsError
     from botocore.exceptions import ConnectionError as UnreachableError
 
-    reason = SECRETS.sub("…", " ".join(str(error).split()))
+    reason = masked(" ".join(str(error).split()))
     if isinstance(error, ClientError):
         if is_passing(error):
             return f"{reason.rstrip('.')}; try again later"

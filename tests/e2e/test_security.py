@@ -17,11 +17,13 @@ import pytest
 import torch
 
 from mmray.datasets.images import LARGEST_IMAGE
+from mmray.datasets.sources import open_source
 from mmray.errors import InputError, StorageError
 from mmray.models.loading import load
 from mmray.results.run import open_run
 from mmray.settings import CensusSettings
 from mmray.storage import filesystem, open_store, s3_client
+from tests.e2e.conftest import Answer
 from tests.e2e.scenes import scenes, write
 from tests.running import census_here
 
@@ -131,6 +133,37 @@ def test_decompression_bombs_are_rows_in_errors(tiny: Callable[[str], Path], tmp
     (error,) = open_run(tmp_path / "run").table("errors").to_pylist()
     assert (error["sample_id"], error["stage"]) == (rows[1]["sample_id"], "decode")
     assert "pixels" in error["message"]
+
+
+@pytest.mark.parametrize("address", ["https://me:hush-hush@host/x", "gs://hush-hush@b", "ftp://me:a@hush-hush@host/x"])
+@pytest.mark.parametrize("option", ["data", "out"])
+def test_passwords_in_any_address_are_not_repeated(mmray: Callable[..., Answer], address: str, option: str) -> None:
+    given = {"model": "demo", "data": "demo", "out": "s3://bucket/run"} | {option: address}
+    refusal = mmray("census", *(word for name, value in given.items() for word in (f"--{name}", value))).refusal
+    assert "hush" not in refusal
+    assert address.rpartition("@")[2].partition("/")[0] in refusal
+    with pytest.raises(InputError) as error:
+        open_source(address)
+    assert "hush" not in str(error.value)
+
+
+def test_escape_sequences_of_the_data_do_not_reach_the_terminal(
+    tiny: Callable[[str], Path], mmray: Callable[..., Answer], tmp_path: Path
+) -> None:
+    rows = scenes(4)
+    for row in rows:
+        row["caption"] = f"\x1b]0;pwned\x07\x1b[2J{row['caption']}\x9b31m"
+        row["sample_id"] = f"\x1b[2J{row['sample_id']}"
+    rows[0]["image"] = {"bytes": b"none", "path": None}
+    census_here(tiny("llava"), write(tmp_path / "data.parquet", rows), tmp_path / "run")
+    example = open_run(tmp_path / "run").table("examples").to_pylist()[0]
+    shown = mmray("neuron", tmp_path / "run", f"L{example['layer']}.u{example['unit']}").out
+    assert "pwned" in shown and r"\x1b" in shown
+    status = mmray("status", tmp_path / "run").out
+    refusal = mmray("rank", tmp_path / "run", "\x1b[2J").refusal
+    assert "\x1b" in refusal.encode().decode("unicode_escape") and r"\x1b" in refusal
+    for text in (shown, status, refusal):
+        assert not any(character in text for character in "\x1b\x07\x9b")
 
 
 @pytest.mark.parametrize("address", ["s3://KEY:hush-hush@bucket/run", "s3://hush-hush@bucket"])
