@@ -11,9 +11,12 @@ from typing import Any, ClassVar
 from mmray.datasets.arrow import kinds_of_schema, records_of
 from mmray.datasets.columns import Columns, Kind, detect
 from mmray.datasets.contents import DataFile, FileSource
-from mmray.datasets.places import Place
+from mmray.datasets.hub_files import check_files
+from mmray.datasets.images import LARGEST_FILE
+from mmray.datasets.places import Place, leaves
 from mmray.datasets.rows import Record
 from mmray.errors import InputError
+from mmray.storage import read_file
 
 ROWS_AT_ONCE = 32
 NAMES_AT_ONCE = 65536
@@ -49,14 +52,14 @@ class HubSource(FileSource):
         from huggingface_hub.constants import HF_HUB_CACHE
 
         named = [datasets.config.HF_CACHE_HOME, HF_HUB_CACHE, *([self.place.folder] if self.place.folder else [])]
-        homes = [*map(Path, named), *(Path(home).resolve() for home in named)]
+        homes = [Path(home).resolve() for home in named]
 
         def one(name: str) -> bytes | str:
             file = (Path(self.place.folder) / name).absolute()
-            if ".." in file.parts or not any(file.is_relative_to(home) for home in homes):
+            if ".." in file.parts or leaves(file, homes):
                 return f"image name {name!r} leaves the data's folder"
             try:
-                return file.read_bytes() or f"image {name!r} is empty"
+                return read_file(file, LARGEST_FILE) or f"image {name!r} is empty"
             except (OSError, ValueError) as error:
                 return f"no image {name!r} ({error})"
 
@@ -84,6 +87,7 @@ def open_hub(data: str, asked: Columns, captions: bool) -> HubSource:
         raise InputError(f"{data}: no name; write hf:NAME or hf:NAME:SPLIT")
     folder = str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else ""
     name = folder or name
+    check_files(name)
     dataset = load(name, split)
     kinds: dict[str, Kind] = kinds_of_schema(dataset.features.arrow_schema)
     kinds |= {column: "text" for column, feature in dataset.features.items() if hasattr(feature, "int2str")}
