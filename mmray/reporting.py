@@ -13,12 +13,13 @@ from mmray.datasets.columns import Columns
 from mmray.datasets.images import decode_image
 from mmray.datasets.samples import Failure, Sample
 from mmray.datasets.shards import Manifest, Shard, cut, read_shard
-from mmray.datasets.sources import open_source
+from mmray.datasets.sources import Source, open_source
 from mmray.errors import InputError, ShardError
 from mmray.results.report.content import WHOLE, gather
 from mmray.results.report.pages import write_pages, write_whole
 from mmray.results.run import Run
 from mmray.runs.home import resolve_data
+from mmray.settings import BACKGROUND
 from mmray.storage import open_object, open_store
 
 SIDE = 224
@@ -73,7 +74,9 @@ def _pictures(run: Run, data: str, shards: Sequence[Shard] | None, wanted: set[s
     columns = Columns(**run.info["data"]["columns"])
     found: dict[str, bytes] = {}
     try:
-        for row in _rows(resolve_data(data, run.info["home"]), columns, shards):
+        # Shards are cut of what the census read: of its captions, where it scored those of the data.
+        captions = shards is not None and run.info["settings"]["captions"] == "dataset"
+        for row in _rows(open_source(resolve_data(data, run.info["home"]), columns, captions), shards):
             if isinstance(row, Sample) and row.sample_id in wanted and row.sample_id not in found:
                 found |= _picture_of(row)
                 if len(found) == len(wanted):
@@ -85,13 +88,12 @@ def _pictures(run: Run, data: str, shards: Sequence[Shard] | None, wanted: set[s
 
 def _picture_of(sample: Sample) -> dict[str, bytes]:
     try:
-        return {sample.sample_id: picture(sample.image)} if sample.image else {}
+        return {sample.sample_id: picture(sample.image, sample.background)} if sample.image else {}
     except ValueError:
         return {}  # the census has it in its table of errors
 
 
-def _rows(data: str, columns: Columns, shards: Sequence[Shard] | None) -> Iterator[Sample | Failure]:
-    source = open_source(data, columns, captions=False)
+def _rows(source: Source, shards: Sequence[Shard] | None) -> Iterator[Sample | Failure]:
     if shards is None:
         files = source.files()
         shards = cut(files, max(1, sum(file.rows for file in files))).shards
@@ -99,9 +101,9 @@ def _rows(data: str, columns: Columns, shards: Sequence[Shard] | None) -> Iterat
         yield from read_shard(source, shard)
 
 
-def picture(encoded: bytes) -> bytes:
+def picture(encoded: bytes, background: str = BACKGROUND) -> bytes:
     """Return an image as a small WebP; raises ValueError for anything that is no image."""
-    image: Any = decode_image(encoded)
+    image: Any = decode_image(encoded, background)
     image.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=QUALITY, method=4)

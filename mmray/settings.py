@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from mmray.errors import InputError
 
@@ -15,6 +15,9 @@ Score = Literal["contribution", "gate", "activation", "gradient", "gradient-last
 Pieces = Literal["first", "sum"]
 Module = Literal["language", "vision", "projector"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+
+BACKGROUND = "white"
+"""What shows behind transparent pixels."""
 
 EXECUTION = frozenset(
     {"out", "workers", "gpus_per_worker", "batch_size", "address", "retry_failed", "trust_remote_code"}
@@ -98,7 +101,7 @@ class CensusSettings(BaseModel):
     image_column: str | None = None
     """Column of the image; by default found by its usual names, as the other columns are."""
     caption_column: str | None = None
-    """Column of the caption; by default found by its usual names."""
+    """Column of the caption, or of a list of them, each of which is a sample; by default found by its usual names."""
     id_column: str | None = None
     """Column of the sample id; by default found by its usual names, else a digest of image and caption."""
     language_column: str | None = None
@@ -115,12 +118,27 @@ class CensusSettings(BaseModel):
     label_column: list[str] | None = None
     """Further column whose values label samples, for `mmray selectivity`; may be given more than once, by default
     none."""
+    background: str = BACKGROUND
+    """Colour behind transparent pixels of images: a name, or #rrggbb."""
     address: str | None = None
     """Ray cluster to join (auto, or ray://HOST:PORT); default: a local Ray of this process."""
     retry_failed: bool = False
     """Try shards again that an earlier call set aside."""
     trust_remote_code: bool = False
     """Allow the checkpoint to run its own Python code. Off: only architectures of transformers."""
+
+    @field_validator("background")
+    @classmethod
+    def _check_background(cls, value: str) -> str:
+        from PIL.ImageColor import getrgb
+
+        try:
+            opaque = len(getrgb(value)) == 3
+        except ValueError:
+            opaque = False
+        if not opaque:
+            raise ValueError("not an opaque colour; give a name such as white, or #rrggbb")
+        return value
 
     @property
     def worker_range(self) -> tuple[int, int] | None:

@@ -65,10 +65,7 @@ def _one(
 
     if out.suffix not in (".html", ".png"):
         raise InputError(f"--out {out}: neither .html nor .png")
-    try:
-        picture = open_image(file)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--image {file}: not an image that can be read ({error})") from error
+    picture = open_image(file)
     assert picture is not None
     model = load_model(name)
     joint = join_if_asked(model, settings.detector, settings.alignment)

@@ -114,7 +114,7 @@ def _step(
     for row in rows:
         try:
             if isinstance(row, Sample) and row.image is not None:
-                images.append(decode_image(row.image))
+                images.append(decode_image(row.image, row.background))
         except ValueError as error:
             logger.warning("%s: image can't be read: %s", row.source, error)
     counts = torch.tensor([len(images), len(rows) - len(images), 0.0], dtype=torch.float64)

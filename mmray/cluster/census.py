@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import platform
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from mmray.cluster.units import mapped
 from mmray.cluster.worker import DECODE, CensusWorker, open_data
 from mmray.datasets.contents import Source
 from mmray.datasets.limits import check_columns
-from mmray.datasets.shards import Manifest, cut
+from mmray.datasets.shards import Manifest, cut, read_shard
 from mmray.errors import InputError
 from mmray.models.loading import describe_model, digest, from_anywhere, resolve
 from mmray.neurons.concepts import NounSource, noun_source
@@ -30,6 +32,9 @@ from mmray.runs.driver import drive
 from mmray.runs.lease import Lease
 from mmray.settings import CensusSettings
 from mmray.version import VERSION
+
+PEEKED = 16
+"""Samples that the driver reads."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,8 @@ def open_inputs(settings: CensusSettings) -> tuple[Source, Manifest, NounSource]
     manifest = cut(source.files(), settings.shard_size, settings.limit)
     if not manifest.samples:
         raise InputError(f"{settings.data}: no sample in it")
+    # What is left out of samples is said when it is met first: here too, where it is heard.
+    deque(islice(read_shard(source, manifest.shards[0]), PEEKED), maxlen=0)
     vocabulary = source.objects_vocabulary() if settings.nouns in ("auto", "objects") else ()
     return source, manifest, noun_source(settings.nouns, vocabulary, source.translations())
 

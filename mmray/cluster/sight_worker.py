@@ -101,7 +101,7 @@ class SightWorker(UnitWorker):
                 try:
                     if row.image is None:
                         raise ValueError("no image")
-                    images.append(decode_image(row.image))
+                    images.append(decode_image(row.image, row.background))
                     samples.append(row)
                 except ValueError as error:
                     failures.append(Failure(row.sample_id, row.source, "decode", f"image can't be read: {error}"))
@@ -166,7 +166,7 @@ class PerturbationWorker(SightWorker):
         for row in chain.from_iterable(read_shard(self.source, shard) for shard in self.plan.manifest.shards):
             if isinstance(row, Sample) and row.image is not None:
                 with suppress(ValueError):
-                    yield decode_image(row.image)
+                    yield decode_image(row.image, row.background)
 
 
 PARTS: dict[type[SightSettings], tuple[str, ...]] = {

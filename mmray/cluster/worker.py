@@ -36,6 +36,7 @@ def columns_of(settings: CensusSettings) -> Columns:
         boxes=settings.boxes_column,
         questions=settings.questions_column,
         labels=tuple(settings.label_column or ()),
+        background=settings.background,
     )
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import Any, ClassVar
 
 from mmray.datasets import places
-from mmray.datasets.columns import Columns, detect, kinds_of_records
+from mmray.datasets.columns import OFF, Columns, detect, kinds_of_records
 from mmray.datasets.contents import DataFile, FileSource
 from mmray.datasets.folder import images_digest
 from mmray.datasets.places import Place
@@ -79,12 +79,16 @@ def open_coco(data: str, place: Place, asked: Columns, captions: bool, image_fol
 
     Raises `InputError` if a file is not COCO, no image is found, or a column is missing.
     """
+    if not captions:
+        asked = asked.model_copy(update={"caption": OFF})  # annotations, which hold it, are left out
     listed = [rows(place.folder, entry.key, entry.version, captions) for entry in place.entries]
     pairs = [row for found in listed for row in found if not isinstance(row, str)]
     # An image without captions has no caption column: look at those with, if there are any.
     telling = [row for row in pairs if row[1]] or pairs
     records = [record for row in telling[:PEEKED] if not isinstance(record := _record(row), str)]
     where = places.join(place.folder, place.entries[0].key)
+    if captions and not _has_captions(telling):
+        raise InputError(_without_captions(where, telling, sum(map(len, listed)) - len(pairs)))
     columns = detect(kinds_of_records(records), asked, where, captions)
     folders = []
     for entry, found in zip(place.entries, listed, strict=True):
@@ -92,6 +96,20 @@ def open_coco(data: str, place: Place, asked: Columns, captions: bool, image_fol
         names = [str(image.get(str(columns.image))) for image in first]
         folders.append(image_folder or _find_images(place.folder, entry.key, names))
     return CocoSource(data, place, columns, captions, tuple(folders))
+
+
+def _has_captions(telling: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> bool:
+    """Return whether there is an annotation, and it may be of a caption: not of an object."""
+    return any(note and not ("category_id" in note and "caption" not in note) for _, note in telling)
+
+
+def _without_captions(where: str, telling: Sequence[tuple[dict[str, Any], dict[str, Any]]], strays: int) -> str:
+    """Return why a file has no captions for its images."""
+    if any(note for _, note in telling):
+        return f"{where}: annotations of objects, without captions; name the captions file"
+    if strays:
+        return f"{where}: none of its annotations is of one of its images; take captions and images of one split"
+    return f"{where}: no annotations; name the captions file"
 
 
 def instances_key(captions_key: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from mmray.errors import InputError
+from mmray.settings import BACKGROUND
 
 Kind = Literal["text", "number", "bytes", "image", "texts", "boxes", "questions", "unknown", "other"]
 """What a column holds, as far as its type or first values tell; `unknown` (only nulls seen) fits everywhere."""
@@ -18,14 +19,17 @@ OFF = "none"
 
 
 class Columns(BaseModel):
-    """Columns of the data by name; one left out is found by its usual names, and `none` turns it off."""
+    """Columns of the data by name, and how its images are read.
+
+    A column left out is found by its usual names, and `none` turns it off.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     image: str | None = None
     """Column of the image: encoded bytes, a struct of bytes and path, or a path below the data's folder."""
     caption: str | None = None
-    """Column of the caption; of a list of captions the first that is not empty is used."""
+    """Column of the caption; of a list of captions each is a sample of the image."""
     sample_id: str | None = None
     """Column of the sample's identifier; without one it is a digest of image and caption."""
     language: str | None = None
@@ -40,6 +44,8 @@ class Columns(BaseModel):
     """Column of (question, answer) pairs."""
     labels: tuple[str, ...] = ()
     """Further columns whose values label a sample."""
+    background: str = BACKGROUND
+    """Colour behind transparent pixels."""
 
     def used(self) -> tuple[str, ...]:
         """Return the names of the columns to read, each once, in a fixed order."""
@@ -107,11 +113,14 @@ def detect(found: Mapping[str, Kind], asked: Columns, where: str, captions: bool
             f"no image and no caption column: {have}; name them: --image-column NAME --caption-column NAME"
         )
     if chosen["caption"] is None and captions:
-        raise InputError(f"no caption column: {have}; name it: --caption-column NAME")
+        raise InputError(f"no caption column: {have}{_unfit('caption', found)}; name it: --caption-column NAME")
     if chosen["image"] is None:
         text_only = asked.image == OFF or asked.caption is not None
         if not text_only and str(chosen["caption"]).lower() not in TEXT_ONLY_NAMES:
-            raise InputError(f"no image column: {have}; name it: --image-column NAME (text without images: {OFF})")
+            unfit = _unfit("image", found)
+            raise InputError(
+                f"no image column: {have}{unfit}; name it: --image-column NAME (text without images: {OFF})"
+            )
     return asked.model_copy(update=chosen)
 
 
@@ -166,6 +175,14 @@ def _choose(field: str, found: Mapping[str, Kind], asked: Columns, where: str) -
                 return name
     pictures = [name for name, kind in found.items() if kind == "image"]
     return pictures[0] if field == "image" and len(pictures) == 1 else None
+
+
+def _unfit(field: str, found: Mapping[str, Kind]) -> str:
+    """Return what is wrong with a column that has one of a field's usual names, to be added to a message."""
+    for name, kind in found.items():
+        if name.lower() in USUAL_NAMES[field] and kind not in (*ACCEPTED[field], "unknown"):
+            return f", but {name!r} holds {kind}, not {' or '.join(ACCEPTED[field])}"
+    return ""
 
 
 def _check(field: str, name: str, found: Mapping[str, Kind], where: str) -> None:

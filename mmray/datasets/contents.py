@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
 from mmray.datasets import places
@@ -13,10 +15,12 @@ from mmray.datasets.columns import Columns
 from mmray.datasets.places import Place
 from mmray.datasets.rows import BadRowError, Record, object_names, samples
 from mmray.datasets.samples import Failure, Sample
+from mmray.datasets.several import Starts, one_by_one, rows_of, starts_of
 from mmray.errors import InputError
 from mmray.storage import Entry
 
 TRANSLATIONS = "concepts.json"
+CACHED_FILES = 16
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class DataFile:
 
     path: str
     rows: int
+    """Its samples: rows, or the captions of rows that have a list of them."""
     size: int
     digest: str
 
@@ -63,7 +68,10 @@ class Source(Protocol):
         """Return the cells of the objects column, which there must be."""
 
     def cells(self, names: Sequence[str], path: str, start: int, stop: int) -> Iterator[Record]:
-        """Yield rows of one file with these columns alone, images not read; a bad row as the reason."""
+        """Yield the rows that hold these samples of one file, with these columns alone; a bad row as the reason.
+
+        Images are not read. A row of several captions is one, whichever of its samples are asked for.
+        """
 
     def objects_vocabulary(self) -> tuple[str, ...]:
         """Return the distinct names in the objects column, sorted; empty without such a column."""
@@ -79,10 +87,12 @@ class FileSource(ABC):
     place: Place
     columns: Columns
     captions: bool
+    listed: bool = field(default=False, kw_only=True)
+    """Whether the caption column holds lists."""
 
     @abstractmethod
     def files(self) -> list[DataFile]:
-        """Return the files in a fixed order, their rows counted without reading the images."""
+        """Return the files in a fixed order, their samples counted without reading the images."""
 
     @abstractmethod
     def records(self, path: str, start: int, stop: int) -> Iterator[tuple[str, Record]]:
@@ -105,12 +115,27 @@ class FileSource(ABC):
 
     def read(self, path: str, start: int, stop: int) -> Iterator[Sample | Failure]:
         """Yield rows `start` to `stop` (left out) of one file, a bad row as a `Failure`; none past the file's end."""
-        records = self.records(path, start, stop)
+        starts = self._starts(path)
+        if starts is None:
+            records = self.records(path, start, stop)
+        else:
+            rows = self.records(path, *rows_of(starts, start, stop))
+            records = one_by_one(rows, self.columns, starts, start, stop)
         return samples(records, self.columns, self.captions, lambda names: self.fetch(path, names))
 
     def cells(self, names: Sequence[str], path: str, start: int, stop: int) -> Iterator[Record]:
         """Yield rows of one file with these columns alone, images not read; a bad row as the reason."""
+        if (starts := self._starts(path)) is not None:
+            start, stop = rows_of(starts, start, stop)
         return (record for _, record in replace(self, columns=Columns(labels=tuple(names))).records(path, start, stop))
+
+    def samples_in(self, path: str, rows: int) -> int:
+        """Return how many samples a file's rows are: of a list of captions each is one."""
+        starts = self._starts(path)
+        return rows if starts is None else int(starts[-1])
+
+    def _starts(self, path: str) -> Starts | None:
+        return _starts(self, path) if self.listed and self.captions else None
 
     def objects_vocabulary(self) -> tuple[str, ...]:
         """Return the distinct names in the objects column, sorted; cells that can't be read are passed over."""
@@ -127,6 +152,13 @@ class FileSource(ABC):
     def translations(self) -> dict[str, dict[str, str]]:
         """Return concept → language → form, from a `concepts.json` beside the data; empty without one."""
         return read_translations(self.place.folder)
+
+
+@lru_cache(maxsize=CACHED_FILES)
+def _starts(source: FileSource, path: str) -> Starts:
+    column = str(source.columns.caption)
+    records = replace(source, columns=Columns(caption=column)).records(path, 0, sys.maxsize)
+    return starts_of((record for _, record in records), column)
 
 
 def read_translations(folder: str) -> dict[str, dict[str, str]]:

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -17,6 +18,7 @@ from mmray.datasets.columns import IMAGE_SUFFIXES, Columns, detect, kinds_of_rec
 from mmray.datasets.contents import DataFile, FileSource
 from mmray.datasets.places import Place
 from mmray.datasets.rows import Record
+from mmray.datasets.several import has_lists
 from mmray.errors import InputError
 from mmray.storage import open_store
 
@@ -34,7 +36,7 @@ class FolderSource(FileSource):
         """Return the metadata files; their sizes and digests take in the images in and below their folders."""
         described = []
         for entry in self.place.entries:
-            rows = len(lines(self.place.folder, entry.key, entry.version))
+            rows = self.samples_in(entry.key, len(lines(self.place.folder, entry.key, entry.version)))
             folder = places.join(self.place.folder, entry.key.rpartition("/")[0])
             images, size = images_digest(folder)
             digest = f"{places.identity(self.place.folder, entry, whole=True)} {images}"
@@ -66,8 +68,16 @@ def open_folder(data: str, place: Place, asked: Columns, captions: bool) -> Fold
         rows = (parse() for parse in lines(place.folder, entry.key, entry.version))
         if records := list(islice((row for row in rows if not isinstance(row, str)), PEEKED)):
             where = places.join(place.folder, entry.key)
-            return FolderSource(data, place, detect(kinds_of_records(records), asked, where, captions), captions)
+            columns = detect(kinds_of_records(records), asked, where, captions)
+            listed = has_lists(records, columns) or any(_has_list(place.folder, e.key, columns) for e in place.entries)
+            return FolderSource(data, place, columns, captions, listed=listed)
     raise InputError(f"{data}: no row of the metadata can be read; each needs a file_name and a caption")
+
+
+def _has_list(folder: str, key: str, columns: Columns) -> bool:
+    """Return whether a caption of a JSON lines file is a list, its lines not parsed: one may be far down."""
+    start = rb"%s\s*:\s*\[" % re.escape(json.dumps(columns.caption).encode())
+    return key.lower().endswith(".jsonl") and re.search(start, places.read(folder, key) or b"") is not None
 
 
 def images_digest(folder: str) -> tuple[str, int]:

@@ -36,7 +36,8 @@ class HubSource(FileSource):
     def files(self) -> list[DataFile]:
         """Return the split as one file; its size is that of the Arrow data."""
         dataset = load(self.name, self.split)
-        return [DataFile(self.split, dataset.num_rows, dataset.data.nbytes, dataset._fingerprint)]
+        rows = self.samples_in(self.split, dataset.num_rows)
+        return [DataFile(self.split, rows, dataset.data.nbytes, dataset._fingerprint)]
 
     def records(self, path: str, start: int, stop: int) -> Iterator[tuple[str, Record]]:
         """Yield rows of the split, images not decoded."""
@@ -92,7 +93,8 @@ def open_hub(data: str, asked: Columns, captions: bool) -> HubSource:
     kinds: dict[str, Kind] = kinds_of_schema(dataset.features.arrow_schema)
     kinds |= {column: "text" for column, feature in dataset.features.items() if hasattr(feature, "int2str")}
     columns = detect(kinds, asked, data, captions)
-    return HubSource(data, Place(folder, ()), columns, captions, name, split or str(dataset.split))
+    listed = kinds.get(str(columns.caption)) == "texts"
+    return HubSource(data, Place(folder, ()), columns, captions, name, split or str(dataset.split), listed=listed)
 
 
 @lru_cache(maxsize=CACHED_SETS)

@@ -33,13 +33,24 @@ def check_columns(source: Source, manifest: Manifest) -> None:
     column = source.columns.sample_id
     if column is None and not labels:
         return
-    parts = [(piece.path, piece.start, piece.stop) for shard in manifest.shards for piece in shard.pieces]
+    parts = _ranges(manifest)
     found = places.concurrently(lambda part: _values(source, part, labels), parts)
     for kind in labels:
         _check_label(source, kind, len(np.unique(np.concatenate([part[kind] for part in found]))))
     if column is not None:
         hashes = np.sort(np.concatenate([part[""] for part in found]))
         _check_ids(source, column, parts, frozenset(hashes[1:][hashes[1:] == hashes[:-1]].tolist()))
+
+
+def _ranges(manifest: Manifest) -> list[Part]:
+    """Return the manifest's samples as ranges of each file, as long as they are: two shards may share a row."""
+    ranges: list[Part] = []
+    for piece in (piece for shard in manifest.shards for piece in shard.pieces):
+        if ranges and ranges[-1][0] == piece.path and ranges[-1][2] == piece.start:
+            ranges[-1] = (piece.path, ranges[-1][1], piece.stop)
+        else:
+            ranges.append((piece.path, piece.start, piece.stop))
+    return ranges
 
 
 def _values(source: Source, part: Part, labels: Mapping[str, str]) -> dict[str, Int64[ndarray, " value"]]:

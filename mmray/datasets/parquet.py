@@ -20,6 +20,10 @@ from mmray.errors import InputError
 from mmray.storage import Entry, filesystem
 
 ROWS_AT_ONCE = 32
+HELD = 128 << 20
+"""Bytes that rows read at once may take; where a dictionary could make them more, there are fewer."""
+SUSPECT, RATIO = 256 << 20, 200
+"""A column of a row group that unpacks to more bytes, and to so many times its size, is not unpacked."""
 NAMES_AT_ONCE = 65536
 BUFFER = 4 << 20
 """Bytes a request asks for: a row group is read no further than its rows are wanted, and not kept in memory."""
@@ -44,6 +48,7 @@ class ParquetSource(FileSource):
                     rows: int = file.metadata.num_rows
             except UnreadableError:
                 rows = 1
+            rows = self.samples_in(entry.key, rows)
             return DataFile(entry.key, rows, entry.size, places.identity(self.place.folder, entry))
 
         return places.concurrently(describe, self.place.entries)
@@ -69,9 +74,10 @@ class ParquetSource(FileSource):
         names = [name for name in self.columns.used() if name in file.schema_arrow.names]
         row = first
         try:
+            at_once = _rows_at_once(file, group, names)
             with _damage(f"row group {group}"):
                 # Batches always start at the group's first row, so that damage hits the same rows whatever is asked.
-                for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=names):
+                for batch in file.iter_batches(at_once, row_groups=[group], columns=names):
                     wanted = batch.slice(max(0, start - row), max(0, stop - max(row, start)))
                     yield from enumerate(records_of(wanted), max(row, start))
                     row += batch.num_rows
@@ -103,11 +109,30 @@ def open_parquet(data: str, place: Place, asked: Columns, captions: bool) -> Par
             with _opened(place.folder, entry.key) as file:
                 kinds = kinds_of_schema(file.schema_arrow)
         except UnreadableError as error:
-            reason = reason or str(error)
+            where = places.join(place.folder, entry.key)
+            reason = reason or f"{where}: {str(error).removeprefix(f'{entry.key}: ')}"
         else:
             columns = detect(kinds, asked, places.join(place.folder, entry.key), captions)
-            return ParquetSource(data, place, columns, captions)
-    raise InputError(f"{data}: {reason}; write or copy it again")
+            listed = kinds.get(str(columns.caption)) == "texts"
+            return ParquetSource(data, place, columns, captions, listed=listed)
+    raise InputError(f"{reason}; write or copy it again")
+
+
+def _rows_at_once(file: pq.ParquetFile, group: int, names: list[str]) -> int:
+    """Return how many rows of a group may be read at once; raises `UnreadableError` for a bomb.
+
+    A value may be as large as its column unpacked, and by way of a dictionary each value of a batch may be.
+    """
+    facts = file.metadata.row_group(group)
+    largest = 0
+    for chunk in map(facts.column, range(facts.num_columns)):
+        name, size = chunk.path_in_schema.partition(".")[0], chunk.total_uncompressed_size
+        if name in names:
+            packed = chunk.total_compressed_size
+            if size > max(SUSPECT, RATIO * packed):
+                raise UnreadableError(f"row group {group}: column {name!r} unpacks from {packed:,} to {size:,} bytes")
+            largest += size
+    return max(1, min(ROWS_AT_ONCE, HELD // max(largest, 1)))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TypeVar, cast
 
+from mmray.datasets.images import LARGEST_FILE
 from mmray.datasets.patterns import SPECIAL, expand_braces, glob_expression
 from mmray.errors import InputError
 from mmray.storage import Entry, LocalStore, filesystem, open_store
@@ -123,19 +125,24 @@ def identity(folder: str, found: Entry, whole: bool = False) -> str:
 def fetch(folder: str, names: list[str]) -> list[bytes | str]:
     """Return the bytes of files below a folder, or, as a string, why a name has none.
 
-    A name that leaves the folder is refused. On S3 several are fetched at once, and an outage is raised rather than
-    returned: it is no property of the data.
+    A name or a link that leaves the folder is refused, and so is a file of more than `LARGEST_FILE` bytes. On S3
+    several are fetched at once, and an outage is raised rather than returned: it is no property of the data.
     """
     store = open_store(folder)
+    homes = link_homes(store.root) if isinstance(store, LocalStore) else ()
 
     def one(name: str) -> bytes | str:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
-            return f"image name {name!r} leaves the data's folder"
+            return f"image name {name!r} leaves the data's folder; give names below it, or the images' bytes"
         if not path.parts or "\0" in name or len(name.encode(errors="replace")) > LONGEST_KEY:
             return f"image name {name[:80]!r} can't be a file's"
         try:
-            return store.read(str(path)) or f"image {name!r} is empty"
+            if isinstance(store, LocalStore) and leaves(store.root / path, homes):
+                return f"image {name!r} is a link that leaves the data's folder; copy what it links to"
+            return store.read_at_most(str(path), LARGEST_FILE) or f"image {name!r} is empty"
+        except ValueError as error:
+            return f"image {name!r}: {error}"
         except FileNotFoundError:
             return f"no image {name!r} in {folder}"
         except OSError as error:
@@ -144,6 +151,19 @@ def fetch(folder: str, names: list[str]) -> list[bytes | str]:
             return f"image {name!r}: {error.strerror}"
 
     return [one(name) for name in names] if isinstance(store, LocalStore) else concurrently(one, names)
+
+
+def link_homes(root: Path) -> tuple[Path, ...]:
+    """Return the folders that links below `root`, a path without links, may lead to."""
+    # A snapshot in the Hugging Face cache is a folder of links to the blobs of the same data set.
+    parts = enumerate(root.parts)
+    return (root, *(Path(*root.parts[:depth], "blobs") for depth, name in parts if name == "snapshots"))
+
+
+def leaves(path: Path, homes: Iterable[Path]) -> bool:
+    """Return whether a path leads out of all of these folders, its links followed."""
+    resolved = Path(os.path.realpath(path))  # unlike `resolve`, without an error for links that go in a circle
+    return not any(resolved.is_relative_to(home) for home in homes)
 
 
 def is_outage(error: Exception) -> bool:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 from mmray.datasets.columns import Columns
+from mmray.datasets.images import LARGEST_FILE
 from mmray.datasets.samples import Failure, Sample, digest_id
+from mmray.storage import too_large
+
+logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any] | str
 """A row by column name; a string instead says why the row could not be read."""
+
+Image = bytes | tuple[str] | str | None
+"""A row's image: its bytes, its name, why there is none, or None in data without images."""
 
 Fetch = Callable[[list[str]], list[bytes | str]]
 """Image names of the data → their bytes, or, as a string, why there are none."""
@@ -20,6 +28,8 @@ Fetch = Callable[[list[str]], list[bytes | str]]
 ROWS_AT_ONCE = 32
 LONGEST_ID = 1_024
 """Bytes of a sample id: tables repeat it for every neuron, so a long one fills memory."""
+HELD = 128 << 20
+"""Bytes of images in rows above which no further one is taken at once."""
 BOX_TOLERANCE = 0.5
 """How far a box may reach beyond the image, in parts of it: objects are cut by the edge; pixels would be far above."""
 
@@ -34,20 +44,32 @@ def samples(
     """Yield one `Sample` or `Failure` (stage `read`) for each record, in order.
 
     Records come with the place they were read at. Images given by name are fetched for some tens of rows at once.
-    With `captions` false a missing or empty caption is no failure: the sample's caption is then empty.
+    With `captions` false a missing or empty caption is no failure: the sample's caption is then empty. Of a list of
+    captions it is then the first; else a list was to be parted before.
     """
-    rows = iter(records)
-    while batch := list(islice(rows, ROWS_AT_ONCE)):
-        images = [None if isinstance(record, str) else _image(record, columns) for _, record in batch]
+    rows = (
+        (source, record, None if isinstance(record, str) else _image(record, columns)) for source, record in records
+    )
+    while batch := list(_some(rows)):
+        images = [image for *_, image in batch]
         names = list(dict.fromkeys(name for image in images if isinstance(image, tuple) for name in image))
         fetched = dict(zip(names, fetch(names), strict=True)) if names else {}
-        for (source, record), image in zip(batch, images, strict=True):
+        for source, record, image in batch:
             try:
                 yield _sample(
                     record, source, fetched[image[0]] if isinstance(image, tuple) else image, columns, captions
                 )
             except BadRowError as error:
                 yield Failure(_known_id(record, columns), source, "read", str(error))
+
+
+def _some(rows: Iterator[tuple[str, Record, Image]]) -> Iterator[tuple[str, Record, Image]]:
+    held = 0
+    for row in islice(rows, ROWS_AT_ONCE):
+        yield row
+        held += len(row[2]) if isinstance(row[2], bytes) else 0
+        if held > HELD:
+            return
 
 
 def object_names(value: Any) -> tuple[str, ...]:
@@ -64,7 +86,7 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(_text(name, "objects").strip() for name in _list(value, "objects"))
 
 
-def _image(record: Mapping[str, Any], columns: Columns) -> bytes | tuple[str] | str | None:
+def _image(record: Mapping[str, Any], columns: Columns) -> Image:
     """Return an image's bytes, its name as a tuple of one, why there is none as a string, or None without images."""
     if columns.image is None:
         return None
@@ -72,6 +94,8 @@ def _image(record: Mapping[str, Any], columns: Columns) -> bytes | tuple[str] | 
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     match value:
+        case bytes() if len(value) > LARGEST_FILE:
+            return f"image: {too_large(len(value), LARGEST_FILE)}"
         case bytes() if value:
             return value
         case str() if value:
@@ -92,11 +116,6 @@ def _sample(record: Record, source: str, image: bytes | str | None, columns: Col
         raise BadRowError(f"sample id of {size} in column {columns.sample_id!r}; at most {LONGEST_ID:,}")
     caption = _caption(record, columns, captions)
     objects = _optional(record, columns.objects, _names)
-    boxes = _optional(record, columns.boxes, _boxes)
-    if objects is not None and boxes is not None:
-        if len(objects) != len(boxes):
-            raise BadRowError(f"{len(objects)} objects and {len(boxes)} boxes")
-        boxes = tuple(box for name, box in zip(objects, boxes, strict=True) if name)
     return Sample(
         sample_id=known or digest_id(image, caption),
         source=source,
@@ -105,9 +124,10 @@ def _sample(record: Record, source: str, image: bytes | str | None, columns: Col
         language=_label(record, columns.language),
         domain=_label(record, columns.domain),
         objects=None if objects is None else tuple(name for name in objects if name),
-        boxes=boxes,
+        boxes=_boxes_of(record, columns, objects),
         questions=_optional(record, columns.questions, _questions),
         labels={name: label for name in columns.labels if (label := _label(record, name)) is not None},
+        background=columns.background,
     )
 
 
@@ -126,13 +146,22 @@ def _known_id(record: Record, columns: Columns) -> str:
 
 def _caption(record: Mapping[str, Any], columns: Columns, captions: bool) -> str:
     value = None if columns.caption is None else record.get(columns.caption)
-    if isinstance(value, list):
-        value = next((text for text in value if not isinstance(text, str) or text.strip()), None)
+    found = captions_in(value)
+    if len(found) > 1 and captions:
+        raise BadRowError("a list of captions, where the first rows of the data have one text each")
+    value = found[0]
     if value is None or (isinstance(value, str) and not value.strip()):
         if captions:
             raise BadRowError(f"no caption in column {columns.caption!r}")
         return ""
     return _text(value, "caption")
+
+
+def captions_in(cell: Any) -> list[Any]:
+    """Return the captions in a cell: those of a list that are not empty; None, alone, where there is none."""
+    if not isinstance(cell, list):
+        return [cell]
+    return [text for text in cell if text is not None and (not isinstance(text, str) or text.strip())] or [None]
 
 
 def label_text(value: Any, column: str) -> str | None:
@@ -151,13 +180,40 @@ def _optional(record: Mapping[str, Any], column: str | None, read: Callable[[Any
     return None if value is None or value == "" else read(value)
 
 
+def _boxes_of(record: Mapping[str, Any], columns: Columns, objects: tuple[str, ...] | None) -> Any:
+    """Return the boxes of the objects that have a name; None, and once a warning, where boxes can't be used.
+
+    They are an extra, without which a sample is as good for most purposes.
+    """
+    try:
+        boxes = _optional(record, columns.boxes, _boxes)
+        if objects is None or boxes is None:
+            return boxes
+        if len(objects) != len(boxes):
+            raise BadRowError(f"{len(objects)} objects and {len(boxes)} boxes")
+    except BadRowError as error:
+        _warn_of_boxes(str(columns.boxes), str(error))
+        return None
+    return tuple(box for name, box in zip(objects, boxes, strict=True) if name)
+
+
+WARNED: set[str] = set()
+"""Columns of boxes that this process has warned of."""
+
+
+def _warn_of_boxes(column: str, reason: str) -> None:
+    if column not in WARNED:
+        WARNED.add(column)
+        logger.warning("column %r: %s; boxes that can't be used are left out, their samples kept", column, reason)
+
+
 def _boxes(value: Any) -> tuple[tuple[float, ...], ...]:
     boxes = []
     for box in _list(value, "boxes"):
         numbers = [number for number in _list(box, "boxes") if isinstance(number, int | float)]
         inside = all(-BOX_TOLERANCE <= number <= 1 + BOX_TOLERANCE for number in numbers if math.isfinite(number))
         if len(numbers) != 4 or len(box) != 4 or not inside or not all(map(math.isfinite, numbers)):
-            raise BadRowError(f"box {box} is not (x, y, width, height) in 0..1; --boxes-column none leaves boxes out")
+            raise BadRowError(f"box {box} is not (x, y, width, height) in 0..1 of the image")
         boxes.append(tuple(float(number) for number in numbers))
     return tuple(boxes)
 

@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from mmray.settings import BACKGROUND
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -13,7 +15,7 @@ class Sample:
 
     `image` is None for text-only data. `boxes` are (x, y, width, height) in 0..1 of the image, in the order of
     `objects`; `questions` are (question, answer) pairs; `labels` holds further label columns asked for by name;
-    `source` says where the sample was read, for messages.
+    `source` says where the sample was read, for messages; `background` is the colour behind transparent pixels.
     """
 
     sample_id: str
@@ -26,6 +28,7 @@ class Sample:
     boxes: tuple[tuple[float, ...], ...] | None = None
     questions: tuple[tuple[str, str], ...] | None = None
     labels: dict[str, str] = field(default_factory=dict)
+    background: str = BACKGROUND
 
     def boxes_of(
         self, concept: str, translations: Mapping[str, Mapping[str, str]]

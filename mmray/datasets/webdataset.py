@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -14,15 +15,19 @@ from typing import Any, BinaryIO, ClassVar
 from mmray.datasets import places
 from mmray.datasets.columns import IMAGE_SUFFIXES, Columns, Kind, detect, kinds_of_records
 from mmray.datasets.contents import DataFile, FileSource
+from mmray.datasets.images import LARGEST_FILE
 from mmray.datasets.places import Place
 from mmray.datasets.rows import Record
+from mmray.datasets.several import has_lists
 from mmray.errors import InputError
-from mmray.storage import Entry
+from mmray.storage import Entry, too_large
 
 FIELDS = "json"
 """Suffix of the member whose keys are columns too."""
 PEEKED = 16
 CACHED_TARS = 16
+LARGEST_TEXT = 16 << 20
+"""Bytes above which a text or JSON member, or a header, is refused unread."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class WebDatasetSource(FileSource):
         """Return the tars, their samples counted from headers; where a tar is cut short there is one more, bad row."""
 
         def describe(entry: Entry) -> DataFile:
-            rows = len(groups(self.place.folder, entry.key, entry.version))
+            rows = self.samples_in(entry.key, len(groups(self.place.folder, entry.key, entry.version)))
             return DataFile(entry.key, rows, entry.size, places.identity(self.place.folder, entry))
 
         return places.concurrently(describe, self.place.entries)
@@ -102,7 +107,8 @@ def open_webdataset(data: str, place: Place, asked: Columns, captions: bool) -> 
             picture = asked.image or next((suffix for suffix in kinds if suffix in IMAGE_SUFFIXES), None)
             asked = asked.model_copy(update={"image": picture})
             columns = detect(kinds, asked, places.join(place.folder, entry.key), captions)
-            return WebDatasetSource(data, place, columns, captions)
+            listed = has_lists(records, columns)
+            return WebDatasetSource(data, place, columns, captions, listed=listed)
     raise InputError(
         f"{data}: no samples in these tars, or damaged ones; each needs members such as 0001.jpg and 0001.txt"
     )
@@ -114,7 +120,7 @@ def groups(folder: str, key: str, version: str) -> tuple[Group, ...]:
     members: list[Member] = []
     with places.stream(folder, key) as file:
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(fileobj=_Bounded(file), mode="r:") as tar:
                 for info in tar:
                     if (member := _member(info)) is not None:
                         members.append(member)
@@ -131,6 +137,27 @@ def groups(folder: str, key: str, version: str) -> tuple[Group, ...]:
     return (*found, Group("end", (), f"tar {damage}: what followed is lost")) if damage else tuple(found)
 
 
+class _Bounded(io.BufferedIOBase):
+    """A tar whose headers are read: `tarfile` reads an extended header at once, however long it says it is."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next bytes; raises `tarfile.ReadError` for more than a header has."""
+        if size is None or size > LARGEST_TEXT:
+            raise tarfile.ReadError(f"a header of {too_large(size or 0, LARGEST_TEXT)}")
+        return self.file.read(size)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Go to a place in the tar."""
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the place in the tar."""
+        return self.file.tell()
+
+
 def _member(info: tarfile.TarInfo) -> Member | None:
     path = PurePosixPath(info.name)
     name, _, suffix = path.name.partition(".")
@@ -141,6 +168,8 @@ def _member(info: tarfile.TarInfo) -> Member | None:
         refusal = f"member {info.name!r} leaves the tar's folder"
     elif not info.isreg():
         refusal = f"member {info.name!r} is a link or a device, not a file"
+    elif info.issparse():
+        refusal = f"member {info.name!r} is sparse, which is not read"
     return Member(str(path.parent / name), suffix.lower(), info.offset_data, info.size, refusal)
 
 
@@ -160,6 +189,8 @@ def _record(tar: BinaryIO, group: Group, columns: Columns) -> Record:
         )
         if not is_image and member.suffix not in wanted | {FIELDS}:
             continue
+        if member.size > (most := LARGEST_FILE if is_image else LARGEST_TEXT):
+            return f"member {member.key}.{member.suffix}: {too_large(member.size, most)}"
         tar.seek(member.offset)
         content = tar.read(member.size)
         if len(content) != member.size:

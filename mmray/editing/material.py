@@ -123,7 +123,7 @@ class Material:
         tokens = tokenize_caption(self.model, prompt, answer)[0] if isinstance(answer, str) else answer
         return Example(
             prompt,
-            open_image(sample.image),
+            open_image(sample.image, sample.background),
             (*tokens, *self.ending(own)),
             sample_id=sample.sample_id,
             heard=self.heard.get(sample.sample_id) if self.written.get(sample.sample_id) == tokens else None,
@@ -154,7 +154,10 @@ class Material:
 
     def _write(self, samples: Sequence[Sample], *, hear: bool) -> None:
         """Have captions of one batch written; where memory runs out, in halves."""
-        images, prompts = [open_image(sample.image) for sample in samples], [self.ask(sample) for sample in samples]
+        images, prompts = (
+            [open_image(sample.image, sample.background) for sample in samples],
+            [self.ask(sample) for sample in samples],
+        )
         try:
             with hearing(self.model) if hear else nullcontext() as heard:
                 written = generate(self.model, prompts, images)

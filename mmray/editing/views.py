@@ -21,7 +21,7 @@ def views(sample: Sample, seed: int) -> list[Sample]:
 
     Views have identifiers of their own; their captions and boxes are the sample's, and may not hold.
     """
-    image = open_image(sample.image)
+    image = open_image(sample.image, sample.background)
     if image is None:
         return []
     draw = random.Random(f"{sample.sample_id} {seed}")

@@ -42,7 +42,7 @@ class Before:
         key = sample.sample_id, variant
         if key not in self._images:
             if variant == "":
-                self._images[key] = decode_image(sample.image) if sample.image is not None else None
+                self._images[key] = decode_image(sample.image, sample.background) if sample.image is not None else None
             else:
                 plain = self.image(sample)
                 self._images[key] = plain and _varied(plain, variant)

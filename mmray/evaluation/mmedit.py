@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mmray.datasets.images import decode_image
+from mmray.datasets.images import LARGEST_FILE, decode_image
 from mmray.errors import InputError
 from mmray.evaluation.asks import Ask, Edit
 from mmray.evaluation.before import Before
@@ -122,7 +122,7 @@ class _Made:
 
     def _read(self, number: int, name: str) -> Any:
         try:
-            return decode_image(self.store.read(name))
+            return decode_image(self.store.read_at_most(name, LARGEST_FILE))
         except (OSError, ValueError) as error:
             reason = "no such image" if isinstance(error, FileNotFoundError) else str(error)
             failure: dict[str, object] = {"sample_id": f"{NAME}{number}", "source": name, "stage": "read"}

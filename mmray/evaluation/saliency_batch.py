@@ -78,7 +78,7 @@ class Judging:
         places, words, boxes = self._asked(items, batch)
         if not places:
             return
-        images = [decode_image(item.sample.image or b"") for item in items]
+        images = [decode_image(item.sample.image or b"", item.sample.background) for item in items]
         looked = Looked(look_at(self.model, self.joint, batch, places, images), words, self.located)
         maps = draw_maps(looked, methods_of(self.settings, detector=self.joint is not None))
         rows["observations"].extend(observations(looked, maps, boxes, erased=self.settings.erasures))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import PIL.Image
 import torch
 from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor
 
+from mmray.datasets.images import decode_image, read_image, to_rgb
 from mmray.errors import InputError
 from mmray.models.interventions import by_layer
 from mmray.models.loading import LoadedModel, load
@@ -25,7 +24,7 @@ from mmray.neurons.concepts import find_forms
 from mmray.neurons.heatmaps import Wanted, patch_maps, placed
 from mmray.neurons.places import place_mentions
 from mmray.neurons.scoring import score_batch, whole_nouns
-from mmray.settings import Pieces
+from mmray.settings import BACKGROUND, Pieces
 
 
 class Model(LoadedModel):
@@ -94,15 +93,20 @@ class Model(LoadedModel):
 Kind = TypeVar("Kind", bound=Model)
 
 
-def open_image(image: Image | Path | str | bytes | None) -> Image | None:
-    """Return the picture in RGB, from a picture, a path or encoded bytes."""
+def open_image(image: Image | Path | str | bytes | None, background: str = BACKGROUND) -> Image | None:
+    """Return the picture in RGB, from a picture, a path or encoded bytes; `background` is behind transparent pixels.
+
+    Raises InputError, with the reason, for anything that is no image.
+    """
     if image is None:
         return None
-    if isinstance(image, bytes):
-        image = PIL.Image.open(io.BytesIO(image))
-    elif not isinstance(image, Image):
-        image = PIL.Image.open(image)
-    return image.convert("RGB")
+    try:
+        if isinstance(image, Image):
+            return to_rgb(image, background)
+        return decode_image(image, background) if isinstance(image, bytes) else read_image(image, background)
+    except ValueError as error:
+        what = image if isinstance(image, Path | str) else "image"
+        raise InputError(f"{what}: not an image that can be read ({error})") from error
 
 
 def load_model(

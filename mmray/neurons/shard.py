@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import pyarrow as pa
 import torch
@@ -17,6 +17,7 @@ from mmray.datasets.images import decode_image
 from mmray.datasets.samples import Failure, Sample, image_digest
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
+from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import Batch, encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, NounSource
 from mmray.neurons.halving import FAILURES, free_memory, in_halves
@@ -42,6 +43,10 @@ class Captioned:
     offsets: list[tuple[int, int]]
 
 
+HELD = 512 << 20
+"""Encoded bytes of images that are held at once; a shard of more is analysed in parts."""
+
+Item = TypeVar("Item")
 Encoded: TypeAlias = tuple[list[Captioned], Batch]
 
 
@@ -64,24 +69,26 @@ class ShardAnalysis:
     @torch.inference_mode()
     def run(self, samples: Iterable[Sample | Failure]) -> dict[str, pa.Table]:
         """Return the tables of `PART_SCHEMAS` but `decoded`; what fails is a row in `errors`."""
-        readable: list[Sample] = []
+        for part in within_budget(self._readable(samples), lambda sample: len(sample.image or b""), HELD):
+            if self.settings.captions == "dataset":
+                for items, batch in self.encoded(part):
+                    self._analyse(items, batch)
+                    del batch  # before the one after next is prepared: there are never three
+            else:
+                part.sort(key=lambda sample: (sample.image is None, sample.language or ""))
+                for chunk in _cut(part, self.settings.batch_size, lambda sample: sample.image is None):
+                    for pictured in self._pictured(chunk, lambda sample: sample):
+                        self._generate(pictured)
+        return self.tables()
+
+    def _readable(self, samples: Iterable[Sample | Failure]) -> Iterator[Sample]:
         for sample in samples:
             if isinstance(sample, Failure):
                 self.failures.append(sample)
             elif sample.image is None and self.settings.score == "gradient":
                 self._fail(sample, "read", "no image, over whose positions --score gradient sums")
             else:
-                readable.append(sample)
-        if self.settings.captions == "dataset":
-            for items, batch in self.encoded(readable):
-                self._analyse(items, batch)
-                del batch  # before the one after next is prepared: there are never three
-        else:
-            readable.sort(key=lambda sample: (sample.image is None, sample.language or ""))
-            for chunk in _cut(readable, self.settings.batch_size, lambda sample: sample.image is None):
-                read = [(sample, self._image(sample)) for sample in chunk]
-                self._generate([pair for pair in read if pair[1] is not None or pair[0].image is None])
-        return self.tables()
+                yield sample
 
     def tables(self) -> dict[str, pa.Table]:
         """Return what was collected."""
@@ -147,8 +154,16 @@ class ShardAnalysis:
                 yield from waiting.popleft().result()
 
     def _encode(self, chunk: list[Captioned]) -> list[Encoded]:
-        read = [(item, self._image(item.sample)) for item in chunk]
-        return self._halved([pair for pair in read if pair[1] is not None or pair[0].sample.image is None])
+        parts = self._pictured(chunk, lambda item: item.sample)
+        return [done for pairs in parts for done in self._halved(pairs)]
+
+    def _pictured(
+        self, items: Sequence[Item], sample: Callable[[Item], Sample]
+    ) -> Iterator[list[tuple[Item, Image | None]]]:
+        """Yield items with their decoded images, as many as the budget of pixels allows; without those of bad ones."""
+        for part in within_budget(items, lambda item: pixels_of(self.model, sample(item).image), BUDGET):
+            read = [(item, self._image(sample(item))) for item in part]
+            yield [pair for pair in read if pair[1] is not None or sample(pair[0]).image is None]
 
     def _halved(self, pairs: Sequence[tuple[Captioned, Image | None]]) -> list[Encoded]:
         """Encode; a sample that the processor refuses is left out."""
@@ -170,7 +185,7 @@ class ShardAnalysis:
         if sample.image is None:
             return None
         try:
-            return decode_image(sample.image)
+            return decode_image(sample.image, sample.background)
         except ValueError as error:
             self._fail(sample, "decode", f"image can't be read: {error}")
             return None

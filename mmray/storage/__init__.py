@@ -13,12 +13,12 @@ import pyarrow.fs as arrow_fs
 
 from mmray.errors import InputError, StorageError
 from mmray.storage.checksum import Checksum
-from mmray.storage.local import LocalStore
+from mmray.storage.local import LocalStore, read_file
 from mmray.storage.named import NamedCommits
-from mmray.storage.objects import Entry, Store
+from mmray.storage.objects import Entry, Store, too_large
 from mmray.storage.patience import PatientStore, is_outage, patiently
 from mmray.storage.s3 import S3Store
-from mmray.storage.s3_access import arrow_options, s3_address, s3_client
+from mmray.storage.s3_access import arrow_options, masked, s3_address, s3_client
 
 __all__ = [
     "Checksum",
@@ -31,21 +31,26 @@ __all__ = [
     "commits_once",
     "filesystem",
     "is_outage",
+    "masked",
     "open_object",
     "open_store",
     "patiently",
+    "read_file",
     "s3_client",
+    "too_large",
 ]
 
 
-def open_store(uri: str | Path) -> Store:
+def open_store(uri: str | Path) -> LocalStore | S3Store:
     """Return the store behind a local path or `s3://bucket/prefix`; raises `InputError` for another scheme."""
     if (address := s3_address(uri)) is not None:
         bucket, path = address
         return S3Store(bucket, path.strip("/"))
     if "://" in str(uri):
         scheme = str(uri).partition("://")[0]
-        raise InputError(f"{uri}: scheme {scheme!r} is not supported; use a local path or s3://bucket/prefix")
+        raise InputError(
+            f"{masked(str(uri))}: scheme {scheme!r} is not supported; use a local path or s3://bucket/prefix"
+        )
     return LocalStore(Path(uri).expanduser().resolve())
 
 

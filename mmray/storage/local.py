@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import uuid
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from mmray.storage.objects import Entry, check_key
+from mmray.storage.objects import Entry, check_key, too_large
 
 Entries: TypeAlias = list[Entry]
 
@@ -36,6 +37,13 @@ class LocalStore:
         except (NotADirectoryError, IsADirectoryError) as error:
             raise FileNotFoundError(path) from error
 
+    def read_at_most(self, key: str, most: int) -> bytes:
+        """Return the whole file; ValueError for one of more bytes, unread, or for what is no regular file."""
+        try:
+            return read_file(self._path(key), most)
+        except NotADirectoryError as error:
+            raise FileNotFoundError(self._path(key)) from error
+
     def exists(self, key: str) -> bool:
         """Tell whether the file is there."""
         return self._path(key).is_file()
@@ -44,8 +52,10 @@ class LocalStore:
         """Return the file's entry, or None if there is none."""
         try:
             status = self._path(key).stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return None
+            raise
         if not stat.S_ISREG(status.st_mode):
             return None
         return Entry(key, status.st_size, f"{status.st_size}-{status.st_mtime_ns}", status.st_mtime_ns / 1e9)
@@ -111,6 +121,20 @@ class LocalStore:
         path = self._path(key)
         if not path.is_dir():
             path.unlink(missing_ok=True)
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """Return a file's bytes; raises ValueError for one of more than `most` bytes, and for a pipe or a device.
+
+    Neither is read: a pipe without a writer would be waited for without end, and `/dev/zero` never ends.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        if status.st_size > most:
+            raise ValueError(too_large(status.st_size, most))
+        return file.read(most)
 
 
 def _unless_gone(error: OSError) -> None:

@@ -57,3 +57,8 @@ def check_key(key: str, uri: str) -> None:
     path = PurePosixPath(key)
     if ".." in path.parts or path.is_absolute():
         raise InputError(f"key {key!r} leaves {uri}")
+
+
+def too_large(size: int, most: int) -> str:
+    """Return why so many bytes are refused."""
+    return f"{size:,} bytes, more than {most:,}"

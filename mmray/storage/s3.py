@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mmray.errors import OutageError, StorageError
-from mmray.storage.objects import Entry, check_key
+from mmray.storage.objects import Entry, check_key, too_large
 from mmray.storage.s3_access import is_passing, s3_client, s3_problem
 
 CONFLICTS = 10
@@ -40,11 +40,23 @@ class S3Store:
 
     def read(self, key: str) -> bytes:
         """Return the whole object; `FileNotFoundError` if there is none."""
+        return self._read(key)
+
+    def read_at_most(self, key: str, most: int) -> bytes:
+        """Return the whole object; ValueError for one of more bytes, unread."""
+        return self._read(key, most)
+
+    def _read(self, key: str, most: int | None = None) -> bytes:
         with self._answer() as client:
             try:
-                body: bytes = client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+                found = client.get_object(Bucket=self.bucket, Key=self._key(key))
             except client.exceptions.NoSuchKey as error:
                 raise FileNotFoundError(f"{self.uri}/{key}") from error
+            size = found["ContentLength"]
+            body: bytes | None = None if most is not None and size > most else found["Body"].read()
+            found["Body"].close()
+        if body is None:
+            raise ValueError(too_large(size, size if most is None else most))
         return body
 
     def exists(self, key: str) -> bool:

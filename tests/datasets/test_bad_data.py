@@ -1,5 +1,7 @@
 """What can't be opened is told in one line that names it and says how to mend it."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +68,24 @@ def coco_cut_short(folder: Path, rows: list[Row]) -> None:
     path.write_text(path.read_text()[:100])
 
 
+def coco_of_another_split(folder: Path, rows: list[Row]) -> None:
+    path = write_coco(folder, rows)
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        annotation["image_id"] += 1000
+    path.write_text(json.dumps(content))
+
+
+def coco_objects(folder: Path, rows: list[Row]) -> None:
+    write_coco(folder, rows)
+    shutil.copy(folder / "annotations/instances_val2017.json", folder / "annotations/captions_val2017.json")
+
+
+def coco_without_annotations(folder: Path, rows: list[Row]) -> None:
+    path = write_coco(folder, rows)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+
+
 def empty_metadata(folder: Path, rows: list[Row]) -> None:
     write_jsonl(folder, rows).write_text("\nbroken\n")
 
@@ -82,6 +102,26 @@ BAD: dict[str, tuple[Callable[[Path, list[Row]], object], str]] = {
     "coco without images": (coco_without_images, r"images are not beside it; write .*captions_val2017\.json:IMAGES"),
     "coco that is not": (coco_that_is_not, "captions_val.json: not COCO JSON"),
     "coco cut short": (coco_cut_short, r"captions_val2017\.json: not JSON"),
+    "coco of another split": (
+        coco_of_another_split,
+        r"captions_val2017\.json: none of its annotations is of one of its images; take captions and images of one",
+    ),
+    "coco objects": (
+        coco_objects,
+        r"captions_val2017\.json: annotations of objects, without captions; name the captions",
+    ),
+    "coco without annotations": (
+        coco_without_annotations,
+        r"captions_val2017\.json: no annotations; name the captions",
+    ),
+    "captions that are numbers": (
+        lambda folder, rows: write_parquet(folder, [row | {"caption": 7} for row in rows]),
+        r"no caption column: .*, but 'caption' holds number, not text or texts; name it: --caption-column NAME",
+    ),
+    "images that are numbers": (
+        lambda folder, rows: write_parquet(folder, [row | {"image": 7} for row in rows]),
+        r"no image column: .*, but 'image' holds number, not image or bytes or text; name it: --image-column NAME",
+    ),
     "empty metadata": (empty_metadata, "no row of the metadata can be read"),
     "no captions": (
         lambda folder, rows: write_parquet(folder, [{"image": row["image"]} for row in rows]),
@@ -152,6 +192,14 @@ def test_a_missing_member_of_a_brace_pattern(tmp_path: Path, rows: list[Row]) ->
     write_tars(tmp_path, rows)
     with pytest.raises(InputError, match=r"no file matches .*part-002\.tar"):
         open_source(f"{tmp_path}/part-{{000..003}}.tar")
+
+
+def test_a_damaged_file_is_named_once(tmp_path: Path) -> None:
+    (tmp_path / "garbage.parquet").write_bytes(b"garbage" * 100)
+    for data in (tmp_path, tmp_path / "garbage.parquet", tmp_path / "*.parquet"):
+        with pytest.raises(InputError, match=r"garbage\.parquet: unreadable Parquet") as refusal:
+            open_source(str(data))
+        assert str(refusal.value).count("garbage.parquet") == 1
 
 
 def test_links_to_nothing_and_names_with_special_characters(tmp_path: Path, rows: list[Row]) -> None:

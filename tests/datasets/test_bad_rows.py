@@ -1,6 +1,7 @@
 """A bad row is a `Failure` in its place, with its identifier where that is known; its neighbours are untouched."""
 
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmray.datasets import places
+from mmray.datasets import rows as reading
 from mmray.datasets.columns import Columns
 from mmray.datasets.rows import object_names, samples
 from mmray.datasets.samples import Failure, Sample
@@ -73,11 +76,6 @@ def one(record: Any) -> Sample | Failure:
         ({"objects": 3}, "int where a list"),
         ({"objects": ["dog", None]}, "NoneType where text"),
         ({"objects": "[broken"}, "not a JSON list"),
-        ({"objects": ["dog"], "boxes": []}, "1 objects and 0 boxes"),
-        ({"boxes": [[0.1, 0.1, 0.5]]}, "not .x, y, width, height."),
-        ({"boxes": [[10, 10, 500, 500]]}, "in 0..1; --boxes-column none"),
-        ({"boxes": [[0.1, 0.1, float("nan"), 0.5]]}, "in 0..1"),
-        ({"boxes": [["a", 0.1, 0.1, 0.1]]}, "in 0..1"),
         ({"questions": [{"question": "Is it?"}]}, "NoneType where text"),
         ({"questions": [["Is it?", "Yes", "No"]]}, "pairs of question and answer"),
         ({"questions": ["Is it?"]}, "pairs of question and answer"),
@@ -89,6 +87,30 @@ def test_each_bad_cell(change: dict[str, Any], message: str) -> None:
     assert (row.sample_id, row.stage) == ("s1", "read")
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(row.message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objects": ["dog"], "boxes": []}, "1 objects and 0 boxes"),
+        ({"boxes": [[0.1, 0.1, 0.5]]}, "not (x, y, width, height)"),
+        ({"boxes": [[10, 10, 500, 500]]}, "in 0..1 of the image"),
+        ({"boxes": [[0.1, 0.1, float("nan"), 0.5]]}, "in 0..1"),
+        ({"boxes": [["a", 0.1, 0.1, 0.1]]}, "in 0..1"),
+        ({"boxes": 7}, "int where a list was expected"),
+    ],
+)
+def test_boxes_that_can_t_be_used_are_left_out_and_said_once(
+    change: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "WARNED", set())
+    for _ in range(3):
+        sample = one(GOOD | change)
+        assert isinstance(sample, Sample)
+        assert (sample.caption, sample.boxes) == ("A dog.", None)
+        assert sample.objects == (("dog",) if "objects" in change else None)
+    (record,) = caplog.records
+    assert "column 'boxes'" in record.message and message in record.message and "left out" in record.message
 
 
 def test_objects_without_a_name_are_left_out_with_their_boxes() -> None:
@@ -150,6 +172,56 @@ def test_image_folder(tmp_path: Path, rows: list[Row], put: Callable[[Path], str
     assert "can't be a file's" in found[7]
     assert read[1].sample_id == rows[1]["sample_id"]
     assert (read[3].sample_id, read[3].source) == ("", "metadata.jsonl#3")
+
+
+@pytest.mark.timeout(60)
+def test_links_pipes_devices_and_huge_files_in_an_image_folder(tmp_path: Path, rows: list[Row]) -> None:
+    write_jsonl(tmp_path / "data", rows)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/secret.jpg").write_bytes(rows[0]["image"]["bytes"])
+    images = tmp_path / "data/images"
+    for number in range(1, 7):
+        (images / f"000{number}.jpg").unlink()
+    (images / "0001.jpg").symlink_to(tmp_path / "outside/secret.jpg")
+    (images / "0002.jpg").symlink_to("../../outside/secret.jpg")
+    (images / "0003.jpg").symlink_to("/dev/zero")
+    os.mkfifo(images / "0004.jpg")
+    with (images / "0005.jpg").open("wb") as file:
+        file.truncate(2 << 30)
+    (images / "0006.jpg").symlink_to("0000.jpg")
+    (images / "0007.jpg").unlink()
+    (images / "0007.jpg").symlink_to("0007.jpg")
+    read = read_all(str(tmp_path / "data"))
+    found = failures(read)
+    assert sorted(found) == [1, 2, 3, 4, 5, 7]
+    assert all("is a link that leaves the data's folder" in found[number] for number in (1, 2, 3))
+    assert "not a regular file" in found[4]
+    assert "2,147,483,648 bytes, more than 67,108,864" in found[5]
+    assert isinstance(read[6], Sample) and read[6].image == rows[0]["image"]["bytes"]
+
+
+def test_a_folder_of_links_out_of_the_data(tmp_path: Path, rows: list[Row]) -> None:
+    write_jsonl(tmp_path / "data", rows)
+    (tmp_path / "data/images").rename(tmp_path / "images")
+    (tmp_path / "data/images").symlink_to(tmp_path / "images")
+    assert len(failures(read_all(str(tmp_path / "data")))) == len(rows)
+    # The folder that the user names may be a link itself, and a snapshot of the Hugging Face cache is one of links.
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    write_jsonl(tmp_path / "cache/snapshots/1234", rows)
+    (tmp_path / "cache/snapshots/1234/images").rename(tmp_path / "cache/blobs")
+    (tmp_path / "cache/snapshots/1234/images").symlink_to("../../blobs")
+    assert not failures(read_all(str(tmp_path / "cache/snapshots/1234")))
+
+
+def test_objects_too_large_are_refused_unread(
+    tmp_path: Path, rows: list[Row], upload: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "data", rows)
+    data = upload(tmp_path / "data")
+    monkeypatch.setattr(places, "LARGEST_FILE", max(len(row["image"]["bytes"]) for row in rows) - 1)
+    found = failures(read_all(data))
+    assert found and len(found) < len(rows)
+    assert all("bytes, more than" in message for message in found.values())
 
 
 def test_csv(tmp_path: Path, rows: list[Row]) -> None:
@@ -290,10 +362,10 @@ def test_coco(tmp_path: Path, rows: list[Row]) -> None:
     instances.write_text(json.dumps(content))
     read = read_all(str(path))
     found = failures(read)
-    assert sorted(found) == [0, 1, 2, 7, 8, 9, 10, 11]
+    assert sorted(found) == [0, 1, 7, 8, 9, 10, 11]
     assert "no image '000000000001.jpg'" in found[0]
     assert "objects: NoneType" in found[1]
-    assert "boxes" in found[2]
+    assert isinstance(read[2], Sample) and read[2].objects and read[2].boxes is None
     assert "no caption" in found[7] and "no caption" in found[8]
     assert (read[7].sample_id, read[8].sample_id) == ("8-108", "9")
     assert "without an id" in found[9]

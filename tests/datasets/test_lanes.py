@@ -1,12 +1,13 @@
 """Lanes: every sample once an epoch, the same steps for any number of workers, nothing read twice after a resume."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmray.datasets.columns import Columns
 from mmray.datasets.contents import DataFile
 from mmray.datasets.lanes import Lanes, cut_for_lanes
 from mmray.datasets.samples import Sample
@@ -19,6 +20,7 @@ class Numbered:
     """A source whose samples are named by file and row; it keeps which were read."""
 
     data: str = "numbered"
+    columns: Columns = field(default_factory=Columns)
 
     def __post_init__(self) -> None:
         self.seen: list[str] = []

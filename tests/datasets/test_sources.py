@@ -121,9 +121,6 @@ def test_captions_may_be_missing_when_the_model_writes_them(tmp_path: Path, rows
 
 
 def test_several_captions_of_an_image(tmp_path: Path, rows: list[Row]) -> None:
-    several = [{"image": row["image"], "captions": ["", row["caption"], "Another."]} for row in rows]
-    read = read_all(str(write_parquet(tmp_path / "parquet", several)))
-    assert [row.caption for row in read if isinstance(row, Sample)] == [row["caption"] for row in rows]
     path = write_coco(tmp_path / "coco", rows)
     content = json.loads(path.read_text())
     content["annotations"].append({"id": 7, "image_id": 1, "caption": "One more."})

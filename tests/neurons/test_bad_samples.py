@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from mmray.datasets import images
 from mmray.datasets.samples import Failure
@@ -66,6 +67,68 @@ def test_images_that_can_t_be_read_are_errors(open_model, monkeypatch):
     assert "60 × 60 pixels, more than 3,540" in messages["huge"]
     assert {row["source"] for row in tables["errors"].to_pylist()} == {f"row {number}" for number in range(4)}
     same(tables, analyse(model, good))
+
+
+@pytest.mark.parametrize("captions", ["dataset", "generate"])
+def test_a_batch_is_parted_where_its_pixels_are_too_many(open_model, monkeypatch, captions):
+    model = open_model("llava")
+    everything = NounSource("lexicon", lexicon={None: NOUNS})
+    expected = analyse(model, samples(), everything, batch_size=12, captions=captions)
+    decoded, most = [0], []
+    decode, work = shard.decode_image, "encode" if captions == "dataset" else "generate"
+
+    def count(encoded, background):
+        decoded[0] += 40 * 56
+        return decode(encoded, background)
+
+    def note(call):
+        def noted(*arguments):
+            most.append(decoded[0])
+            decoded[0] = 0
+            return call(*arguments)
+
+        return noted
+
+    monkeypatch.setattr(shard, "decode_image", count)
+    monkeypatch.setattr(shard, work, note(getattr(shard, work)))
+    monkeypatch.setattr(shard, "BUDGET", 5 * 40 * 56)
+    tables = analyse(model, samples(), everything, batch_size=12, captions=captions)
+    assert max(most) == 5 * 40 * 56
+    assert sum(most) == 12 * 40 * 56
+    same(tables, expected)
+
+
+@pytest.mark.parametrize("captions", ["dataset", "generate"])
+def test_a_shard_is_analysed_in_parts_where_its_images_are_too_large_together(open_model, monkeypatch, captions):
+    model = open_model("llava")
+    everything = NounSource("lexicon", lexicon={None: NOUNS})
+    found = samples()
+    expected = analyse(model, found, everything, batch_size=2, captions=captions)
+    sizes = [len(entry.image) for entry in found]
+    monkeypatch.setattr(shard, "HELD", 4 * max(sizes))
+    read, first = [], []
+    decode = shard.decode_image
+    monkeypatch.setattr(shard, "decode_image", lambda *given: first.append(len(read)) or decode(*given))
+
+    def reading():
+        for entry in found:
+            read.append(entry)
+            yield entry
+
+    tables = analyse(model, reading(), everything, batch_size=2, captions=captions)
+    assert first[0] == 5
+    same(tables, expected)
+
+
+def test_a_narrow_image_costs_itself_alone(open_model):
+    """A few hundred bytes, which a processor that scales the short side makes gigabytes of."""
+    model = open_model("llava")
+    narrow = sample(99, "a dog", image=png(Image.new("RGB", (150_000, 1))))
+    tables = analyse(model, [*samples(5), narrow, *samples()[5:]], batch_size=12)
+    (row,) = tables["errors"].to_pylist()
+    assert (row["sample_id"], row["stage"]) == ("s99", "decode")
+    assert "150,000 × 1 pixels: one side is more than 200 times the other" in row["message"]
+    same(tables, analyse(model, samples(), batch_size=12))
 
 
 def test_captions_that_can_t_be_used_are_errors(open_model):

@@ -34,7 +34,9 @@ def draw_maps(study: Study, unit: Sequence[Facts], samples: Mapping[str, Sample]
         asked: list[tuple[tuple[str, str], str, Wanted]] = []
         for row, item in enumerate(items):
             name = item.sample.sample_id
-            patches = patches_of(study.model, batch, row, decode_image(item.sample.image or b"").size)
+            patches = patches_of(
+                study.model, batch, row, decode_image(item.sample.image or b"", item.sample.background).size
+            )
             if patches is None:
                 continue
             for facts in askers[name]:

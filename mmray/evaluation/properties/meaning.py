@@ -100,7 +100,7 @@ def image_similarity(subject: Subject, found: Observations, clip: Clip) -> None:
     """Observe CLIPScore of the decoded tokens with the concept's images, beside that of another concept's neurons."""
     facts, own = subject.facts, set(subject.own_samples)
     shown = [item.sample for item in subject.items if item.sample.sample_id in own]
-    images = [decode_image(sample.image) for sample in shown if sample.image]
+    images = [decode_image(sample.image, sample.background) for sample in shown if sample.image]
     for method, neurons in (("score", facts.ranked["score"].neurons[:DECODED]), ("random pairing", facts.paired)):
         numbers = subject.study.numbers(neurons)
         text = ", ".join(token for number in numbers for token in subject.study.tokens[number][:CLIP_TOKENS])

@@ -70,7 +70,7 @@ def written(subject: Subject, items: Sequence[Captioned]) -> list[str]:
         return []
     settings, model = subject.study.settings, subject.model
     prompts = [prompt_text(model, settings.prompt, item.sample.language, prefix=settings.prefix) for item in items]
-    images = [decode_image(item.sample.image or b"") for item in items]
+    images = [decode_image(item.sample.image or b"", item.sample.background) for item in items]
     return [caption_of(model, tokens)[0] for tokens in generate(model, prompts, images, LONGEST)]
 
 

@@ -17,12 +17,13 @@ from mmray.errors import ShardError
 from mmray.models.capture import tap_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
+from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.captured import forward
 from mmray.neurons.halving import in_halves
 from mmray.neurons.places import Place
 from mmray.neurons.shard import prefix_given
-from mmray.settings import CensusSettings
+from mmray.settings import BACKGROUND, CensusSettings
 
 Result = TypeVar("Result")
 
@@ -37,6 +38,8 @@ class Said:
     prompt: str
     tokens: list[int]
     offsets: list[tuple[int, int]]
+    background: str = BACKGROUND
+    """Colour behind the image's transparent pixels."""
 
 
 def label_of(sample: Sample, by: str) -> str | None:
@@ -78,7 +81,7 @@ def _said(model: LoadedModel, sample: Sample, by: str, before: str, text: str) -
     if label is None or not text.strip():
         return None
     tokens, offsets = tokenize_caption(model, before, text)
-    return Said(sample.sample_id, label, sample.image, before, tokens, offsets) if tokens else None
+    return Said(sample.sample_id, label, sample.image, before, tokens, offsets, sample.background) if tokens else None
 
 
 def in_batches(
@@ -91,7 +94,7 @@ def in_batches(
     """
 
     def encoded(some: Sequence[Said]) -> Result:
-        images = [None if said.image is None else decode_image(said.image) for said in some]
+        images = [None if said.image is None else decode_image(said.image, said.background) for said in some]
         prompts = [said.prompt for said in some]
         return work(
             some, encode(model, prompts, images, [said.tokens for said in some], [said.offsets for said in some])
@@ -100,7 +103,8 @@ def in_batches(
     ordered = sorted(texts, key=lambda said: (said.image is None, said.prompt, len(said.tokens), said.sample_id))
     groups = [list(group) for _, group in groupby(ordered, key=lambda said: said.image is None)]
     cut = [alike[start : start + size] for alike in groups for start in range(0, len(alike), size)]
-    return [done for some in cut for done in in_halves(some, encoded, _refuse)]
+    parts = (part for some in cut for part in within_budget(some, lambda said: pixels_of(model, said.image), BUDGET))
+    return [done for part in parts for done in in_halves(part, encoded, _refuse)]
 
 
 def _refuse(said: Said, problem: str) -> None:

@@ -26,6 +26,7 @@ from mmray.datasets.samples import Sample
 from mmray.errors import InputError, ShardError
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
+from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import prompt_text
 from mmray.neurons.halving import FAILURES, in_halves
 from mmray.neurons.labels.selecting import Selection, Totals
@@ -170,7 +171,7 @@ def written(
             prompt_text(model, census.prompt, sample.language, image=sample.image is not None, prefix=census.prefix)
             for sample in some
         ]
-        images = [None if sample.image is None else decode_image(sample.image) for sample in some]
+        images = [None if sample.image is None else decode_image(sample.image, sample.background) for sample in some]
         before = generate(model, prompts, images)
         with steered(model, steer):
             after = generate(model, prompts, images)
@@ -180,7 +181,12 @@ def written(
             for sample, plain, changed in zip(some, *texts, strict=True)
         ]
 
-    return [row for some in _cut(samples, size) for rows in in_halves(some, both, _refuse, FAILURES) for row in rows]
+    parts = (
+        part
+        for some in _cut(samples, size)
+        for part in within_budget(some, lambda sample: pixels_of(model, sample.image), BUDGET)
+    )
+    return [row for part in parts for rows in in_halves(part, both, _refuse, FAILURES) for row in rows]
 
 
 def _refuse(sample: Sample, problem: str) -> None:

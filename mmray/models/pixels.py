@@ -1,0 +1,53 @@
+"""How many images are decoded at once: as many as a budget of pixels allows, whatever the batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from mmray.datasets.images import image_size
+from mmray.models.loading import LoadedModel
+
+BUDGET = 100_000_000
+"""Pixels of one batch; a pixel takes some 20 bytes between decoder and processor. An image of more is alone."""
+
+Item = TypeVar("Item")
+
+
+def within_budget(items: Iterable[Item], weigh: Callable[[Item], int], budget: int) -> Iterator[list[Item]]:
+    """Yield neighbours that together weigh no more than the budget; what alone weighs more is alone."""
+    part: list[Item] = []
+    held = 0
+    for item in items:
+        weight = weigh(item)
+        if part and held + weight > budget:
+            yield part
+            part, held = [], 0
+        part.append(item)
+        held += weight
+    if part:
+        yield part
+
+
+def pixels_of(model: LoadedModel, encoded: bytes | None) -> int:
+    """Return the pixels of an image where they are most: decoded, or as the processor scales it.
+
+    0 for none, and for what can't be decoded.
+    """
+    width, height = image_size(encoded) if encoded is not None else (0, 0)
+    return max(width * height, _scaled(model, width, height)) if width and height else 0
+
+
+def _scaled(model: LoadedModel, width: int, height: int) -> int:
+    """Return the pixels of a whole image as the processor scales it, before it cuts off anything."""
+    processor = getattr(model.processor, "image_processor", None)
+    size = dict(getattr(processor, "size", None) or {})
+    shortest, longest = size.get("shortest_edge"), size.get("longest_edge")
+    if shortest and longest and hasattr(processor, "merge_size"):
+        return int(min(max(width * height, shortest), longest))  # of these families the two are areas
+    ratio = max(width, height) / min(width, height)
+    if shortest:
+        return int(min(shortest**2 * ratio, longest**2 if longest else float("inf")))
+    if longest:
+        return int(longest**2 / ratio)
+    return int((size.get("height") or 0) * (size.get("width") or 0))
