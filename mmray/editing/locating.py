@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +10,7 @@ import pyarrow.compute as pc
 from mmray.editing.deltas import Neuron
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel
+from mmray.neurons.controls import layer_matched
 from mmray.results.run import Run
 
 
@@ -28,10 +27,17 @@ def located(run: Run, concept: str, count: int, layers: Sequence[int], by: str =
 
 
 def matched(model: LoadedModel, neurons: Sequence[Neuron], seed: int) -> list[Neuron]:
-    """Return as many random neurons of the same layers: the control."""
-    draw = random.Random(seed)
-    counts = Counter(layer for layer, _ in neurons)
-    return [(layer, unit) for layer, n in sorted(counts.items()) for unit in draw.sample(range(model.widths[layer]), n)]
+    """Return as many random neurons of the same layers, none of these among them: the control.
+
+    Raises InputError where a layer has not as many others.
+    """
+    drawn = layer_matched(model.widths, neurons, str(seed))
+    if len(drawn) < len(neurons):
+        raise InputError(
+            f"--method random: {len(neurons)} neurons are located and a layer has too few others; lower --neurons, or "
+            "edit more --layers"
+        )
+    return drawn
 
 
 def last_layers(model: LoadedModel, count: int) -> list[int]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import random
 import tempfile
 from collections import Counter, defaultdict
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ from mmray.datasets.samples import Sample
 from mmray.datasets.shards import cut, read_shard
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import noun_source
+from mmray.neurons.controls import layer_matched
 from mmray.neurons.model import Model, open_image
 from mmray.neurons.places import place_mentions
 from mmray.neurons.scoring import score_batch
@@ -60,15 +60,10 @@ def measure(run: Run, model: Model, samples: list[Sample], zeroed: int = 100, fr
     by_id = {sample.sample_id: sample for sample in samples}
     settings = ("untouched", "zeroed", "random")
     means: dict[str, list[float]] = {setting: [] for setting in settings}
-    generator = random.Random(0)
     for concept, _ in counts.most_common(frequent):
         rows = run.rank(concept, zeroed).select(["layer", "unit"]).to_pylist()
         best = [(row["layer"], row["unit"]) for row in rows]
-        chosen = [
-            (layer, unit)
-            for layer, count in Counter(layer for layer, _ in best).items()
-            for unit in generator.sample(range(model.widths[layer]), count)
-        ]
+        chosen = layer_matched(model.widths, best, concept)
         own = [by_id[sample_id] for sample_id in sorted(places[concept]) if sample_id in by_id]
         for setting, neurons in zip(settings, (None, best, chosen), strict=True):
             with mmray.ablate(model, neurons) if neurons else nullcontext():

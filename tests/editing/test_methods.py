@@ -153,6 +153,11 @@ def test_controls_are_of_the_same_layers(material, demo_run):
     others = matched(material.model, neurons, 0)
     assert sorted(layer for layer, _ in neurons) == sorted(layer for layer, _ in others)
     assert len(set(others)) == 30
+    # Half of a layer: drawn from all of it, a control would hold a quarter of these neurons.
+    half = [(7, unit) for unit in range(0, material.model.widths[7], 2)]
+    assert set(matched(material.model, half, 0)) == {(7, unit) for unit in range(1, material.model.widths[7], 2)}
+    with pytest.raises(InputError, match="a layer has too few others; lower --neurons"):
+        matched(material.model, [*half, (7, 1)], 0)
     harmed = sharing(demo_run, neurons)
     table = {r["sample_id"]: r["neurons"] for r in demo_run.table("occurrences").to_pylist()}
     assert all(
