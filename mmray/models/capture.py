@@ -72,6 +72,16 @@ def _tap_linear(
     stack.callback(module.register_forward_pre_hook(see).remove)
 
 
+def has_gates(network: PreTrainedModel, projections: Sequence[Projection]) -> bool:
+    """Return whether the gates of these projections can be read after their non-linearity."""
+    try:
+        for projection in projections:
+            gate_function(network, projection)
+    except InputError:
+        return False
+    return True
+
+
 def gate_function(network: PreTrainedModel, projection: Projection) -> Callable[[Tensor], Tensor]:
     """Return the non-linearity between the gate's Linear and the factor; the identity where there is no gate.
 

@@ -1,20 +1,23 @@
 """Where in an image neurons are active: activations over its patches as a map, the map's mask, and how well it points.
 
-The map is the published one (Pan et al. 2024): the activation of one neuron, or the mean of several, at each image
-token, bilinear to the image's size; the mask is what lies above the map's 95th percentile.
+As in Pan et al. (2024) a map is the activation of one neuron, or the mean of several, at each image token, bilinear to
+the image's size (between the patches' centres; the released code is half a patch off); the mask is what lies above the
+map's 95th percentile. Which number is a neuron's activation has changed in the released code: the gate after its
+non-linearity at first and now, the input of the output projection for a while. Both can be drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from mmray.models.capture import tap
+from mmray.models.capture import gate_function, tap
 from mmray.models.loading import LoadedModel
 from mmray.models.patches import Patches
 from mmray.models.prompting import Batch
@@ -35,35 +38,43 @@ Map = Float[Tensor, "row column"]
 class Wanted:
     """The map that is asked for: of these neurons, each with its sign, over the patches of a row of the batch.
 
-    Signs of -1 turn neurons round that write by negative activation. (The published map has no signs: where such
-    neurons are among the highest, their activations cancel those of the others.)
+    Signs of -1 turn neurons round that write by negative activation: without signs their activations cancel those of
+    the others. `gate` instead of the activation is what the released code draws, without signs.
     """
 
     row: int
     patches: Patches
     neurons: Neurons
     signs: Sequence[float] | None = None
+    of: Literal["activation", "gate"] = "activation"
 
 
 @torch.inference_mode()
 def patch_maps(
     model: LoadedModel, batch: Batch, wanted: Sequence[Wanted], run: Callable[[], object] | None = None
 ) -> list[Map]:
-    """Run the batch once, and return the mean activation of the neurons over the patches, of each map asked for.
+    """Run the batch once, and return the mean activation (or gate) of the neurons over the patches, a map for each ask.
 
-    `run` runs it where it is not to be run as it is.
+    `run` runs it where it is not to be run as it is. Raises InputError where gates are asked for and can't be read.
     """
     sums = [torch.zeros(len(ask.patches.positions)) for ask in wanted]
 
-    def receive(layer: int, activation: Tensor, _: Tensor) -> None:
+    gates = {
+        layer: gate_function(model.network, model.projections[layer])
+        for layer in {layer for ask in wanted if ask.of == "gate" for layer, _ in ask.neurons}
+    }
+
+    def receive(layer: int, activation: Tensor, opened: Tensor) -> None:
         for ask, total in zip(wanted, sums, strict=True):
             chosen = [place for place, (own, _) in enumerate(ask.neurons) if own == layer]
             if chosen:
                 rows = torch.tensor(ask.patches.positions) + ask.row * batch.positions
                 units = torch.tensor([ask.neurons[place][1] for place in chosen])
                 signs = torch.tensor([ask.signs[place] if ask.signs else 1.0 for place in chosen], dtype=torch.float)
-                part = activation[rows.to(activation.device)][:, units.to(activation.device)].float().cpu()
-                total += part @ signs
+                seen = opened if ask.of == "gate" else activation
+                part = seen[rows.to(seen.device)][:, units.to(seen.device)]
+                part = gates[layer](part) if ask.of == "gate" else part
+                total += part.float().cpu() @ signs
 
     with tap(model.network, model.projections, receive):
         forward(model, batch) if run is None else run()

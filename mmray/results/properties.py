@@ -9,7 +9,7 @@ from rich.text import Text
 from mmray.results.evaluation import number
 from mmray.results.run import Run
 
-LOCATED = ("score", "specific", "image", "contribution", "published")
+LOCATED = ("score", "specific", "image", "contribution", "unsigned", "gate")
 """Methods that chose neurons for the concept; all others are controls."""
 
 

@@ -31,8 +31,8 @@ FIGURES = (
     ("specificity", "auroc", 10, ("score", "specific", "layer-matched")),
     ("region_invariance", "overlap", 10, ("contribution", "other images")),
     ("image_invariance", "jaccard", 10, ("contribution", "other nouns")),
-    ("localisation", "pointing_game", 10, ("score", "specific", "published", "layer-matched", "chance")),
-    ("localisation", "iou", 10, ("score", "specific", "published", "layer-matched")),
+    ("localisation", "pointing_game", 10, ("score", "specific", "unsigned", "gate", "layer-matched", "chance")),
+    ("localisation", "iou", 10, ("score", "specific", "unsigned", "gate", "layer-matched")),
     *(
         (
             "comparison",

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from mmray.errors import InputError
 from mmray.models.capture import tap
-from mmray.models.patches import patches_of
+from mmray.models.patches import Patches, patches_of
 from mmray.neurons.captured import forward
 from mmray.neurons.heatmaps import SIDE, Wanted, mask, min_max, overlay, patch_maps, pointing, signed, upsample
 from tests.neurons.making import CAPTIONS, batch_of, picture
@@ -26,8 +27,6 @@ def test_maps_are_the_activations_of_the_image_tokens(open_model, variant):
     batch, _ = batch_of(model, CAPTIONS[:2])
     patches = patches_of(model, batch, 1, picture(1).size)
     if patches is None:
-        from mmray.models.patches import Patches
-
         spans = [range(run.start, run.stop) for run in batch.runs if run.row == 1 and run.modality == "image"]
         positions = [position for span in spans for position in span]
         patches = Patches(1, len(positions), tuple(positions))
@@ -42,6 +41,33 @@ def test_maps_are_the_activations_of_the_image_tokens(open_model, variant):
     found = patch_maps(model, batch, [Wanted(1, patches, neurons, signs), Wanted(1, patches, neurons)])
     torch.testing.assert_close(found[0].flatten(), expected)
     torch.testing.assert_close(found[1].flatten(), plain)
+
+
+@pytest.mark.parametrize("variant", ["llava", "qwen3_vl_moe", "blip2_opt"])
+def test_gate_maps_are_what_the_released_code_reads(open_model, variant):
+    """Its hooks keep the output of the MLP's activation function; a plain MLP's is the activation itself."""
+    model = open_model(variant)
+    batch, _ = batch_of(model, CAPTIONS[:2])
+    spans = [range(run.start, run.stop) for run in batch.runs if run.row == 1 and run.modality == "image"]
+    positions = [position for span in spans for position in span]
+    patches = Patches(1, len(positions), tuple(positions))
+    neurons = [(0, 1), (1, 2), (1, 3)]
+    opened, activation = {}, {}
+    with (
+        torch.inference_mode(),
+        tap(
+            model.network,
+            model.projections,
+            lambda layer, a, o: (activation.update({layer: a}), opened.update({layer: o})),
+        ),
+    ):
+        forward(model, batch)
+    rows = torch.tensor(positions) + batch.positions
+    seen = activation if variant == "blip2_opt" else {layer: functional.silu(gate) for layer, gate in opened.items()}
+    expected = sum(seen[layer][rows, unit].float() for layer, unit in neurons) / 3
+    found = patch_maps(model, batch, [Wanted(1, patches, neurons, None, "gate"), Wanted(1, patches, neurons)])
+    torch.testing.assert_close(found[0].flatten(), expected)
+    assert torch.equal(*found) == (variant == "blip2_opt")
 
 
 @given(GRID)

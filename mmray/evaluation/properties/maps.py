@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from mmray.datasets.images import decode_image
 from mmray.datasets.samples import Sample
 from mmray.evaluation.properties.observations import Key, Observations
 from mmray.evaluation.properties.settings import DECODED, RANKINGS
 from mmray.evaluation.properties.subject import Facts, Ranked, Study
+from mmray.models.capture import has_gates
 from mmray.models.patches import patches_of
 from mmray.neurons import controls
 from mmray.neurons.heatmaps import Map, Wanted, patch_maps, pointing
 
+UNSIGNED, GATE = "unsigned", "gate"
+"""Maps of the same neurons for comparison: their activations without signs, and their gates, as the released code."""
 SEVERAL = 2
 """Objects that an image needs for pointing to be a test: of a single one there is little beside it."""
 
 
 def draw_maps(study: Study, unit: Sequence[Facts], samples: Mapping[str, Sample]) -> Observations:
     """Draw the mean activation of the ten highest neurons of both rankings over these concepts' images, beside boxes.
+
+    For comparison against boxes alone: those of the same neurons without signs, of their gates, and of a control.
 
     An image that several concepts share is run once.
     """
@@ -41,7 +47,8 @@ def draw_maps(study: Study, unit: Sequence[Facts], samples: Mapping[str, Sample]
                 continue
             for facts in askers[name]:
                 for method, ranked in kinds[facts.concept].items():
-                    wanted = Wanted(row, patches, ranked.neurons[:DECODED], ranked.signs[:DECODED] or None)
+                    of: Literal["gate", "activation"] = "gate" if method == GATE else "activation"
+                    wanted = Wanted(row, patches, ranked.neurons[:DECODED], ranked.signs[:DECODED] or None, of)
                     asked.append(((facts.concept, name), method, wanted))
         maps = patch_maps(study.model, batch, [wanted for *_, wanted in asked])
         for (key, method, wanted), values in zip(asked, maps, strict=True):
@@ -55,12 +62,13 @@ def draw_maps(study: Study, unit: Sequence[Facts], samples: Mapping[str, Sample]
 
 
 def _kinds(study: Study, facts: Facts) -> dict[str, Ranked]:
-    """Return whose maps are drawn: both rankings', and for comparison the first one without signs and a control."""
+    """Return whose maps are drawn: both rankings', and for comparison the first one's without signs and a control."""
     score = facts.ranked["score"]
     matched = controls.layer_matched(study.model.widths, score.neurons[:DECODED], facts.concept)
     return {name: facts.ranked[name] for name in RANKINGS} | {
-        "published": Ranked(score.neurons, ()),
+        UNSIGNED: Ranked(score.neurons, ()),
         "layer-matched": Ranked(tuple(matched), ()),
+        **({GATE: Ranked(score.neurons, ())} if has_gates(study.model.network, study.model.projections) else {}),
     }
 
 

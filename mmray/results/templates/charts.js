@@ -55,7 +55,7 @@ const NAMES = {
   "activation-matched": "random, like activations",
 };
 const scaleOf = (...groups) => Math.max(0.05, ...groups.flat().map((row) => row.high ?? row.value));
-const LOCATED = new Set(["score", "specific", "image", "contribution", "published"]);
+const LOCATED = new Set(["score", "specific", "image", "contribution", "unsigned", "gate"]);
 const methodName = (name) => NAMES[name] || name;
 
 function lines(rows, x, value = (row) => row.value) {
