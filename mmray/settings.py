@@ -18,6 +18,17 @@ Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 BACKGROUND = "white"
 """What shows behind transparent pixels."""
+UNITS: dict[str, str] = {
+    "contribution": "logits before the final norm",
+    "gate": "logits before the final norm",
+    "activation": "",
+    "gradient": "logits",
+    "gradient-last": "logits",
+    "effect": "log-odds",
+    "random": "",
+}
+"""Unit of each score; an activation has none, nor has a random number."""
+FOLDED = "logits after the final norm"
 
 EXECUTION = frozenset(
     {"out", "workers", "gpus_per_worker", "batch_size", "address", "retry_failed", "trust_remote_code"}
@@ -80,10 +91,13 @@ class CensusSettings(BaseModel):
     score: Score = "contribution"
     """contribution: activation × ⟨row of W_out, unembedding of the token⟩; gate: the same with the gate alone, as the
     authors' released code; activation; gradient: gradient × activation over the image; gradient-last: at the predicting
-    position; effect: what ablating the neuron takes from the token's log-odds, to first order through all positions and
-    later layers, and its folded contribution (a backward pass a noun, as the gradients); random: a control."""
+    position; effect: what ablating the neuron alone takes from the token's log-odds, an estimate: first order through
+    all positions and later layers, and what its own write does to the final norm's scale (a backward pass a noun, as
+    the gradients); random: a control."""
     fold_norm: bool = False
-    """Score in logits after the final norm: its gain and the norm's root mean square at the position are applied."""
+    """Contributions in logits after the final norm: its gain and the root mean square at the position are applied. That
+    is the neuron's share of the logit with the norm's scale held; ablating a high one takes about half of it, since the
+    scale grows (see --score effect)."""
     pieces: Pieces = "first"
     """A noun of several tokens is scored at its first, or by the sum over all of them: its whole log-probability."""
     top_k: int = Field(20, ge=1)
@@ -172,6 +186,12 @@ def first_problem(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"setting {name!r} is missing"
     return f"setting {name} = {problem['input']!r}: {problem['msg']}"
+
+
+def unit_of(score: str, *, folded: bool) -> str:
+    """Return the unit of a score; empty where it has none."""
+    unit = UNITS[score]
+    return FOLDED if folded and score in ("contribution", "gate") else unit
 
 
 def describe(name: str) -> str:

@@ -15,7 +15,7 @@ from numpy import ndarray
 from mmray.errors import DamagedError
 from mmray.storage import Checksum, Store
 
-LOGIT = "logit before the final norm (after it with fold_norm)"
+SCORE = "by score: logit before the final norm (after it with fold_norm); gradients: logit; effect: log-odds"
 ACTIVATION = "activation"
 COUNT = "count"
 EXACT = (
@@ -54,7 +54,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             field("token_id", pa.int32()),
             field("position", pa.int32(), "index, in the unpadded sequence, of the position that predicts the token"),
             field("log_prob", pa.float32(), "nat"),
-            field("neurons", pa.list_(NEURON_ENTRY), LOGIT),
+            field("neurons", pa.list_(NEURON_ENTRY), SCORE),
         ]
     ),
     "rankings": pa.schema(
@@ -64,16 +64,21 @@ SCHEMAS: dict[str, pa.Schema] = {
             field("layer", pa.int16()),
             field("unit", pa.int32()),
             field("neuron", pa.string()),
-            field("score", pa.float64(), LOGIT),
-            field("score_std", pa.float64(), LOGIT),
-            field("specific", pa.float64(), LOGIT),
+            field("score", pa.float64(), SCORE),
+            field("score_std", pa.float64(), SCORE),
+            field("specific", pa.float64(), SCORE),
             field("specific_rank", pa.int32(), "from 1, by specific"),
             field("n", pa.int64(), "occurrences"),
             field("share", pa.float64(), "part of occurrences, 0 to 1"),
             field("activation", pa.float64(), ACTIVATION),
-            field("tokens", pa.list_(pa.string())),
+            field(
+                "tokens",
+                pa.list_(pa.string()),
+                "the ten it writes here, highest first: where its mean activation is "
+                "negative, those that it suppresses",
+            ),
             field("certified", pa.bool_(), "no neuron left out could come before it by score"),
-            field("selective", pa.float64(), LOGIT),
+            field("selective", pa.float64(), SCORE),
             field("selective_rank", pa.int32(), "from 1, by selective"),
             field("n_images", pa.int64(), "different images among the occurrences"),
             field("certified_specific", pa.bool_(), "no neuron left out could come before it by specific"),

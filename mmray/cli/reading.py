@@ -55,6 +55,9 @@ def rank(
 
     A rank marked ? is not certified in the order shown: a neuron that some shard left out may belong before it; more
     --candidates may settle that. There are no certificates by share.
+
+    A neuron adds activation × its row of W_out. Words behind − are of one whose activation is negative there: those
+    that its row suppresses.
     """
     from mmray.results.run import open_run
     from mmray.results.terminal import concept_title, ranking
@@ -100,7 +103,10 @@ def neuron(
     name: Annotated[str, typer.Argument(metavar="NEURON", help="Layer and unit, such as L7.u89.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show what a neuron writes, which concepts use it, and its highest and lowest examples."""
+    """Show what a neuron writes, which concepts use it, and its highest and lowest examples.
+
+    It writes other words by negative activation than by positive; concepts that use it so are marked −.
+    """
     from mmray.results.run import open_run
     from mmray.results.terminal import neuron as show
 

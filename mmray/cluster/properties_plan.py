@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from mmray.cluster.census import open_inputs
 from mmray.datasets.shards import Manifest
 from mmray.errors import InputError
-from mmray.evaluation.properties.settings import DECODED, MOST, RANKINGS, PropertySettings
+from mmray.evaluation.properties.settings import MOST, RANKINGS, PropertySettings
 from mmray.evaluation.properties.subject import Facts, Ranked
 from mmray.neurons.concepts import NounSource
 from mmray.results.run import Run
@@ -75,7 +75,7 @@ def plan_properties(settings: PropertySettings, run: Run) -> Plan:
             token=first[name]["token"],
             language=rows[images[name][0]]["language"],
             ranked=ranked[name],
-            paired=ranked[other]["score"].neurons[:DECODED],
+            paired=ranked[other]["score"],
             own=tuple(own),
             others=tuple(_others(name, shared, images, settings)) if own else (),
             maps=tuple(_varied(images[name], rows)[: settings.maps]) if name in mapped else (),

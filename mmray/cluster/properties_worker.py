@@ -34,7 +34,7 @@ class PropertiesWorker(UnitWorker):
             self.folder = RunFolder.at(folder, patient=True)
             source = patiently(lambda: open_data(census))
             self.wanted = Wanted(source, plan.manifest, plan.shards, plan.captions)
-            self.probe = Probe(Study(model, census, plan.nouns, neurons["tokens"].to_pylist()), plan.settings)
+            self.probe = Probe(Study(model, census, plan.nouns, neurons), plan.settings)
         except InputError as error:
             self.problem = str(error)
 

@@ -73,8 +73,8 @@ SCORES: dict[str, ScoreFunction] = {
 """The scores of one forward pass, by the name that `--score` takes."""
 
 GRADIENTS = ("gradient", "gradient-last", "effect")
-"""The scores that take a backward pass a noun; see `mmray.neurons.gradients`. `effect` adds its folded contribution
-once more: the direct part is exact, what goes through later layers is a first-order estimate, and so counts half."""
+"""The scores that take a backward pass a noun; see `mmray.neurons.gradients`. `effect` corrects first order for what
+the neuron's own write does to the final norm's scale; see `mmray.neurons.scoring.ablation_effects`."""
 
 
 def project(

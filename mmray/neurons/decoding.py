@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from jaxtyping import Float
+from numpy import ndarray
 from torch import Tensor, nn
 
 from mmray.models.generation import token_text
@@ -42,6 +45,17 @@ def decode_neurons(model: LoadedModel, *, fold_norm: bool) -> pa.Table:
             best = logits.topk(min(DECODED, logits.shape[1]), dim=1, largest=largest).indices
             columns[name].extend([texts[token] for token in row] for row in best.tolist())
     return pa.table(columns, schema=PART_SCHEMAS["decoded"])
+
+
+def written(decoded: pa.Table, neurons: Sequence[int] | ndarray, activations: Sequence[float] | ndarray) -> pa.Array:
+    """Return the ten tokens that each neuron writes at this activation: below zero, those that its row suppresses.
+
+    `decoded` has a row for each neuron over all layers in order, with its `tokens` and `suppressed`. A neuron adds
+    activation × row to the residual stream, so a negative activation turns the row around.
+    """
+    rows = decoded.select(["tokens", "suppressed"]).take(pa.array(neurons, pa.int64())).combine_chunks()
+    negative = pa.array(np.asarray(activations, np.float64) < 0)
+    return pc.if_else(negative, *(rows[name].combine_chunks() for name in ("suppressed", "tokens")))
 
 
 def _normed(norm: nn.Module, written: Float[Tensor, "neuron hidden"]) -> Float[Tensor, "neuron hidden"]:

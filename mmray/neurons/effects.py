@@ -10,10 +10,11 @@ from numpy import ndarray
 from torch import Tensor
 
 from mmray.models.loading import LoadedModel
+from mmray.models.norms import log_probability
 from mmray.models.prompting import Batch
 from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.places import Place
-from mmray.neurons.scoring import score_captured
+from mmray.neurons.scoring import ablation_effects
 from mmray.neurons.selection import Effects, choose
 
 
@@ -31,20 +32,23 @@ class CandidateEffects:
     def add(self, model: LoadedModel, batch: Batch, places: Sequence[Place]) -> None:
         """Run a batch forward, and backward for each noun."""
         products, captured = gradient_pass(model, batch, places, "effect")
-        direct = score_captured(model, captured, "contribution", folded=True)
-        self.keep([place.concept for place in places], products, direct.scores, direct.log_prob)
+        scores = ablation_effects(model, captured, products)
+        log_prob = log_probability(model, captured.hidden, captured.tokens)
+        self.keep([place.concept for place in places], products, scores, log_prob)
 
     def keep(
         self,
         concepts: Sequence[str],
         products: Sequence[Float[Tensor, "place neuron"]],
-        direct: Sequence[Float[Tensor, "place neuron"]],
+        scores: Sequence[Float[Tensor, "place neuron"]],
         log_probabilities: Float[Tensor, " place"],
     ) -> None:
-        """Keep the candidates' columns of a batch, a list entry a layer: first-order effects and contributions."""
-        effects = torch.cat([part.cpu() for part in products], dim=1)[:, self.union]
-        self._effects.append(effects)
-        self._scores.append(effects + torch.cat([part.cpu() for part in direct], dim=1)[:, self.union])
+        """Keep the candidates' columns of a batch, a list entry a layer: first-order effects, and the score `effect`.
+
+        Effects of a set add up to first order; what each neuron alone does to the final norm's scale does not.
+        """
+        for kept, given in ((self._effects, products), (self._scores, scores)):
+            kept.append(torch.cat([part.cpu() for part in given], dim=1)[:, self.union])
         self._log_probabilities.append(log_probabilities.cpu())
         self.concepts.extend(concepts)
 

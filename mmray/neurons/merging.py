@@ -78,9 +78,8 @@ class RunMerge:
     def rankings(self) -> pa.Table:
         """Return every concept's ranking, concepts in alphabetical order."""
         shares, images = Shares(self.hits.counts()), self.images.counts()
-        tokens = self.decoded["tokens"]
         ranked = [
-            rank_concept(concept, self.concepts, images[concept], shares, self.widths, tokens)
+            rank_concept(concept, self.concepts, images[concept], shares, self.widths, self.decoded)
             for concept in sorted(self.concepts.concepts)
         ]
         return pa.concat_tables([SCHEMAS["rankings"].empty_table(), *ranked])

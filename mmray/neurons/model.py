@@ -43,7 +43,7 @@ class Model(LoadedModel):
         language: str | None = None,
         pieces: Pieces = "first",
     ) -> Float[Tensor, "layer neuron"]:
-        """Return every neuron's score for a noun of the caption, on the CPU, in logits.
+        """Return every neuron's score for a noun of the caption, on the CPU; contributions in logits.
 
         Where the noun occurs more than once, the mean over its occurrences. Layers of fewer neurons are filled up with
         zeros; of a noun of several tokens the first is scored, or with `pieces="sum"` all. Raises InputError when the

@@ -11,6 +11,7 @@ from jaxtyping import Float64, Int64
 from numpy import ndarray
 
 from mmray.neuron_names import neuron_name
+from mmray.neurons.decoding import written
 from mmray.neurons.reduction import ConceptMerge, ConceptScores
 from mmray.tables import SCHEMAS
 
@@ -108,12 +109,13 @@ def rank_concept(
     images: int,
     shares: Shares,
     widths: Sequence[int],
-    tokens: pa.ChunkedArray,
+    decoded: pa.Table,
 ) -> pa.Table:
     """Return the concept's rows of `rankings`: the RANKED highest by each of three orders, in order of score.
 
-    Ties go to the lower layer and unit. `images` is the number of different images of its occurrences, `tokens` what
-    every neuron writes, by its index over all layers.
+    Ties go to the lower layer and unit. `images` is the number of different images of its occurrences. `decoded` has
+    what every neuron promotes and suppresses, by its index over all layers; `tokens` are those that it writes at this
+    concept, by the sign of its mean activation.
     """
     scores = merge.sums(concept)
     specific = specific_scores(scores, merge.total, merge.n)
@@ -140,7 +142,7 @@ def rank_concept(
             "n": np.full(len(rows), scores.n),
             "share": shares.of(concept, neurons) / scores.n,
             "activation": scores.activation[rows] / scores.n,
-            "tokens": tokens.take(pa.array(neurons)),
+            "tokens": written(decoded, neurons, scores.activation[rows]),
             "certified": scores.certified()[rows],
             "selective": selective[rows],
             "selective_rank": selective_rank[rows],

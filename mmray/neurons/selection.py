@@ -33,7 +33,7 @@ STEPS = 200
 
 @dataclass(frozen=True)
 class Effects:
-    """What ablating each candidate takes from log-odds, at the concept's places and at those of other nouns."""
+    """What ablating each candidate takes from log-odds, to first order, at the concept's places and at other nouns'."""
 
     own: Float[Tensor, "place candidate"]
     own_log_odds: Float[Tensor, " place"]

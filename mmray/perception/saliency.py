@@ -4,6 +4,9 @@
 logit in the embedding points where the gradient of the box's own logit for the word points. The others are its rivals.
 Maps are over a raster of SIDE × SIDE points of what the model sees, in the method's own unit: `min_max` of
 `mmray.neurons.heatmaps` makes them comparable, and forgets whether anything was aligned at all.
+
+Two choices differ from the released code: a word is explained at its first token (theirs: its last), and OWL-ViT's CLS
+is left out of both gradients' norms, which changes the cosines' size and hardly their order.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ class Run:
         joined = found.join(captions, "sample_id", join_type="left outer").sort_by(
             [("sign", "descending"), ("rank", "ascending")]
         )
-        columns = ["concept", "rank", "score", "specific", "specific_rank", "selective", "share", "n"]
+        columns = ["concept", "rank", "score", "specific", "specific_rank", "selective", "share", "n", "activation"]
         known: dict[str, Any] = facts[0] | {
             "concepts": concepts.select(columns).to_pylist(),
             "examples": joined.to_pylist(),

@@ -13,13 +13,16 @@ from rich.text import Text
 from mmray.results.drift import Drift
 from mmray.results.plan import Plan
 from mmray.results.run import CERTIFICATES, ORDERS, Run, Status
+from mmray.settings import unit_of
 
 SHOWN_TOKENS = 6
+NEGATIVE = "−"
+"""Marks a neuron whose activation is negative at the concept: it writes what its row of W_out suppresses."""
 
 
-def tokens_text(tokens: Sequence[str], concept: str = "", limit: int = SHOWN_TOKENS) -> Text:
+def tokens_text(tokens: Sequence[str], concept: str = "", limit: int = SHOWN_TOKENS, *, negative: bool = False) -> Text:
     """Return a neuron's tokens in one line, those that begin the concept in bold."""
-    text = Text(no_wrap=True, overflow="ellipsis")
+    text = Text(f"{NEGATIVE} " if negative else "", no_wrap=True, overflow="ellipsis")
     for token in tokens[:limit]:
         own = bool(concept) and len(token) > 1 and concept.startswith(token.casefold())
         text.append(token, "bold green" if own else "")
@@ -37,24 +40,26 @@ def ranking(rows: pa.Table, title: Text, by: str = "score") -> Table:
     for name in ("rank", "neuron", "score", second, "share"):
         table.add_column(name, justify="left" if name == "neuron" else "right", no_wrap=True)
     # Only this column may shrink; its texts end in an ellipsis instead of taking a second line.
-    table.add_column("tokens it promotes")
+    table.add_column(f"writes ({NEGATIVE}: by negative activation)")
     column, certificate = ORDERS[by][0], CERTIFICATES.get(by, "")
     for place, row in enumerate(rows.to_pylist(), 1):
         # A run of an earlier version has certificates by score alone.
         doubtful = row.get(certificate) is False
         rank = f"{place if by == 'share' else row[column]}{'?' * doubtful}"
         numbers = (f"{row['score']:.3f}", f"{row[second]:.3f}", f"{row['share']:.0%}")
-        table.add_row(rank, row["neuron"], *numbers, tokens_text(row["tokens"], row["concept"]))
+        written = tokens_text(row["tokens"], row["concept"], negative=row["activation"] < 0)
+        table.add_row(rank, row["neuron"], *numbers, written)
     return table
 
 
 def concept_title(run: Run, concept: str) -> Text:
     """Return the line above a concept's ranking."""
-    unit = "logits after the final norm" if run.info["settings"]["fold_norm"] else "logits"
+    settings = run.info["settings"]
+    unit = unit_of(settings["score"], folded=settings["fold_norm"])
     n = run.concepts[concept.casefold()]
     images = run.images(concept)
     where = f" in {images:,} image{'s' * (images > 1)}" if images else ""
-    facts = f" · {n:,} occurrence{'s' * (n > 1)}{where} · {run.info['settings']['score']} in {unit}"
+    facts = f" · {n:,} occurrence{'s' * (n > 1)}{where} · {settings['score']}" + (f" in {unit}" if unit else "")
     # Else it would be wrapped where a table of few rows ends.
     return Text.assemble((concept.casefold(), "bold"), (facts, "dim"), no_wrap=True, overflow="ignore")
 
@@ -64,15 +69,19 @@ def neuron(facts: dict[str, Any]) -> RenderableType:
     active = facts["n_active"] / max(facts["n_tokens"], 1)
     lines: list[RenderableType] = [
         Text(facts["neuron"], "bold"),
-        Text("promotes    ").append_text(tokens_text(facts["tokens"], limit=10)),
-        Text("suppresses  ").append_text(tokens_text(facts["suppressed"], limit=10)),
+        # What it adds to the stream is activation × row: each sign has its own words.
+        Text("writes +    ").append_text(tokens_text(facts["tokens"], limit=10)),
+        Text(f"writes {NEGATIVE}    ").append_text(tokens_text(facts["suppressed"], limit=10)),
         Text(
             f"activation  mean {facts['mean']:.3f}, std {facts['std']:.3f}, {facts['min']:.2f} to {facts['max']:.2f}; "
             f"open at {active:.1%} of {facts['n_tokens']:,} tokens"
         ),
     ]
     if facts["concepts"]:
-        shown = ", ".join(f"{row['concept']} (#{row['rank']}, {row['score']:.2f})" for row in facts["concepts"][:8])
+        shown = ", ".join(
+            f"{NEGATIVE + ' ' if row['activation'] < 0 else ''}{row['concept']} (#{row['rank']}, {row['score']:.2f})"
+            for row in facts["concepts"][:8]
+        )
         more = len(facts["concepts"]) - 8
         lines.append(Text(f"concepts    {shown}" + (f" and {more} more" if more > 0 else "")))
     table = Table(box=None, header_style="dim", pad_edge=False)

@@ -38,7 +38,7 @@ from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.places import places_of
 from mmray.neurons.ranking import locate_index, selective_scores, specific_scores
 from mmray.neurons.reduction import ConceptMerge, ConceptSums
-from mmray.neurons.scoring import score_batch, score_captured
+from mmray.neurons.scoring import ablation_effects, score_batch, score_captured
 from mmray.neurons.shard import ShardAnalysis
 from mmray.settings import CensusSettings, census_settings
 
@@ -122,11 +122,12 @@ class Located:
             concepts = [place.concept for place in places]
             # One forward for all scores but the published gradient.
             products, captured = gradient_pass(model, batch, places, "effect")
+            effects = ablation_effects(model, captured, products)
             direct = score_captured(model, captured, "contribution", folded=True)
-            self.seen.append((concepts, products, direct.scores, direct.log_prob))
+            self.seen.append((concepts, products, effects, direct.log_prob))
             for (score, folded), collected in sums.items():
                 if score == "effect":
-                    scores = [product + share for product, share in zip(products, direct.scores, strict=True)]
+                    scores = effects
                 elif score == "gradient":
                     scores = score_batch(model, batch, places, score).scores
                 else:

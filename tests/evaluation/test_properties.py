@@ -16,7 +16,7 @@ from mmray.derived import PROPERTY_SCHEMAS
 from mmray.evaluation.properties.comparing import METHODS, compare_methods
 from mmray.evaluation.properties.effects import MATCHED, Effects, noise
 from mmray.evaluation.properties.maps import box_of, draw_maps
-from mmray.evaluation.properties.meaning import invariance, region_invariance
+from mmray.evaluation.properties.meaning import invariance, region_invariance, sensitivity
 from mmray.evaluation.properties.observations import Key, Observations, summarise
 from mmray.evaluation.properties.probe import Probe
 from mmray.evaluation.properties.settings import DECODED, MOST, RANKINGS, property_settings
@@ -31,6 +31,10 @@ from tests.neurons.making import LEXICON, samples, settings
 Model = Callable[[str], Any]
 
 
+def decoded(count: int, tokens: str = "x", suppressed: str = "y") -> pa.Table:
+    return pa.table({"tokens": [[tokens]] * count, "suppressed": [[suppressed]] * count})
+
+
 @pytest.fixture(scope="module")
 def subject(open_model: Model) -> Subject:
     model = open_model("demo")
@@ -39,11 +43,11 @@ def subject(open_model: Model) -> Subject:
     others = [sample for sample in english if "hammer" not in sample.objects][:3]
     asked = census_settings({"model": "demo", "data": "demo", "out": "unused"})
     vocabulary = tuple(sorted({name for sample in english for name in sample.objects}))
-    study = Study(model, asked, NounSource("objects", vocabulary), [["x"]] * sum(model.widths))
+    study = Study(model, asked, NounSource("objects", vocabulary), decoded(sum(model.widths)))
     neurons = tuple((7, unit) for unit in range(MOST))
     ranked = {name: Ranked(neurons, (1.0,) * MOST) for name in RANKINGS}
     names = [tuple(sample.sample_id for sample in part) for part in (own, others)]
-    facts = Facts("hammer", "hammer", "en", ranked, neurons[:10], names[0], names[1], ())
+    facts = Facts("hammer", "hammer", "en", ranked, ranked["score"], names[0], names[1], ())
     encoded = study.encoded([*own, *others])
     assert encoded is not None
     return Subject(study, facts, *encoded)
@@ -53,11 +57,11 @@ def subject(open_model: Model) -> Subject:
 def test_nothing_is_said_of_patches_that_are_not_in_the_sequence(open_model, variant):
     model = open_model(variant)
     neurons = tuple((1, unit) for unit in range(DECODED))
-    study = Study(model, settings(), LEXICON, [["x"]] * sum(model.widths))
+    study = Study(model, settings(), LEXICON, decoded(sum(model.widths)))
     ranked = {name: Ranked(neurons, (1.0,) * DECODED) for name in RANKINGS}
     encoded = study.encoded(samples(8))
     assert encoded is not None
-    subject = Subject(study, Facts("dog", "dog", "en", ranked, neurons, ("s0", "s2", "s6"), (), ()), *encoded)
+    subject = Subject(study, Facts("dog", "dog", "en", ranked, ranked["score"], ("s0", "s2", "s6"), (), ()), *encoded)
     found = Observations()
     region_invariance(subject, found)
     assert bool(found.observations) == (variant == "llava")
@@ -92,6 +96,50 @@ def test_maps_of_several_concepts_are_those_of_each(subject):
     )
     assert len(found.heatmaps) == len(rows)
     assert [error["source"] for error in found.errors] == ["cat"]
+
+
+def test_maps_are_compared_with_those_of_gates_and_without_signs(subject):
+    given = {item.sample.sample_id: item.sample for item in subject.items}
+    several = [name for name in subject.facts.own if len(given[name].objects) > 1]
+    turned = Ranked(subject.facts.ranked["score"].neurons, (1.0, -1.0) * (MOST // 2))
+    facts = replace(subject.facts, maps=tuple(several), ranked=dict.fromkeys(RANKINGS, turned))
+    found = draw_maps(subject.study, [facts], given)
+    methods = {row["method"] for row in found.observations if row["measure"] == "iou"}
+    assert methods == {*RANKINGS, "unsigned", "gate", "layer-matched"}
+    assert {row["method"] for row in found.heatmaps} == set(RANKINGS)
+    values = {
+        method: [row["value"] for row in found.observations if (row["measure"], row["method"]) == ("iou", method)]
+        for method in methods
+    }
+    assert values["score"] == values["specific"]
+    assert len({tuple(values[method]) for method in ("score", "unsigned", "gate")}) == 3
+
+
+def test_what_neurons_write_is_told_by_their_sign(subject):
+    """The noun is what all neurons suppress: those write it whose activation is negative, in the run or here."""
+    facts = subject.facts
+    study = replace(subject.study, decoded=decoded(sum(subject.model.widths), "x", facts.concept))
+    neurons = facts.ranked["score"].neurons
+    signs = {"score": (1.0,) * MOST, "specific": (1.0,) * 9 + (-1.0,) * (MOST - 9)}
+    ranked = {name: Ranked(neurons, signs[name]) for name in RANKINGS}
+    given = Subject(study, replace(facts, ranked=ranked), subject.items, subject.batch)
+    found = Observations()
+    sensitivity(given, found)
+    compare_methods(given, Effects(given), found)
+    hits = {
+        (row["property"], row["method"], row["sample_id"]): row["value"]
+        for row in found.observations
+        if row["measure"] == "lemma_hit_rate"
+    }
+    assert hits["sensitivity", "score", "hammer"] == 0
+    assert hits["sensitivity", "specific", "hammer"] == 1
+    contributions, activations = given.contributions[given.own], given.signed
+    for place, name in enumerate(given.own_samples):
+        best = contributions[place].topk(DECODED).indices
+        assert hits["sensitivity", "image", name] == bool((activations[place, best] < 0).any())
+    best = contributions.mean(dim=0).topk(DECODED).indices
+    assert hits["comparison", "contribution", "hammer"] == bool((activations.mean(dim=0)[best] < 0).any())
+    assert 0 < hits["sensitivity", "uniform", "hammer"] <= 1
 
 
 def test_places_are_the_noun_in_its_images_and_others_elsewhere(subject):

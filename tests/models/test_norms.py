@@ -2,10 +2,19 @@
 
 import pytest
 import torch
+from torch.nn import functional
 
+from mmray.models import norms
 from mmray.models.capture import tap_input
-from mmray.models.norms import fold_norm, log_probability, token_logits
-from mmray.models.parts import unembedding_rows
+from mmray.models.norms import (
+    fold_norm,
+    log_odds_slope,
+    log_probability,
+    norm_curvature,
+    token_log_odds,
+    token_logits,
+)
+from mmray.models.parts import gain_of, output_rows, unembedding_rows
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import CAPTIONS, batch_of
 
@@ -67,3 +76,57 @@ def test_folded_direction_is_the_norm_s_slope(ends, name):
     step = 1e-3 * step * states.norm(dim=1, keepdim=True) / step.norm(dim=1, keepdim=True)
     before, after = (token_logits(model, (states + sign * step).float(), tokens).double() for sign in (-1, 1))
     torch.testing.assert_close((after - before) / 2, (step * folded).sum(1), rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *UNUSUAL])
+def test_the_slope_is_the_gradient_of_the_log_odds(ends, monkeypatch, name):
+    # The vocabulary is gone through in parts, the last of them smaller.
+    monkeypatch.setattr(norms, "TOKENS", 7)
+    model, states, tokens, _ = ends(name)
+    slope = log_odds_slope(model, states, tokens)
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = states.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(token_log_odds(model, leaf, tokens).sum(), leaf)
+        again = states.clone().requires_grad_()
+        (through,) = torch.autograd.grad((model.norm(again) * slope.clone()).sum(), again)
+    torch.testing.assert_close(through, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *UNUSUAL])
+def test_curvature_is_what_first_order_leaves_of_the_norm(ends, name):
+    """Each neuron's write is taken from the norm's input by itself, and the norm run again."""
+    model, states, tokens, _ = ends(name)
+    projection = model.projections[-1]
+    random = torch.Generator().manual_seed(0)
+    activation = 30 * torch.randn(len(tokens), 5, generator=random)
+    slope = torch.randn(states.shape, generator=random)
+    rows = output_rows(model.network, projection)
+    before = torch.randn(states.shape, generator=random) if projection.post_norm else None
+    held = fold_block_by_hand(model, projection, before)
+    found = norm_curvature(
+        model, projection, states, before, slope, functional.pad(activation, (0, len(rows) - activation.shape[1]))
+    )
+    for neuron in range(activation.shape[1]):
+        write = activation[:, neuron, None] * rows[neuron].float() * held
+        with torch.inference_mode(False):
+            given = (states.double().clone(), write.double().clone())
+            of_norm = lambda state: (exact_norm(model.norm, state) * slope.double()).sum(1)  # noqa: E731
+            _, first = torch.func.jvp(of_norm, (given[0],), (given[1],))
+            expected = of_norm(given[0]) - of_norm(given[0] - given[1]) - first
+        torch.testing.assert_close(found[:, neuron].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def fold_block_by_hand(model, projection, written):
+    """Return what each coordinate of a write is multiplied by before it reaches the residual stream."""
+    if projection.post_norm is None:
+        return projection.scale
+    norm = model.network.get_submodule(projection.post_norm)
+    return projection.scale * norm(written) / written
+
+
+def exact_norm(norm, states):
+    """Return the norm in fp64, from its definition."""
+    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if isinstance(norm, torch.nn.LayerNorm):
+        return functional.layer_norm(states, states.shape[-1:], norm.weight.double(), norm.bias.double(), epsilon)
+    return states * (states.square().mean(1, keepdim=True) + epsilon).rsqrt() * gain_of(norm).double()

@@ -9,6 +9,7 @@ from mmray.models.capture import tap, tap_input
 from mmray.models.norms import token_log_odds, token_logits
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.neurons.attribution import GRADIENTS, SCORES, Located, project
+from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.scoring import score_batch
 from mmray.neurons.statistics import TokenStatistics
 from tests.models.tiny import VARIANTS
@@ -150,7 +151,7 @@ def test_gradient_scores_are_what_a_step_along_the_activation_gives(open_model, 
         return
     statistics = TokenStatistics(model.widths)
     statistics.begin([{}] * len(TEXTS), batch.runs)
-    scored = score_batch(model, batch, places, score, statistics=statistics)
+    products, _ = gradient_pass(model, batch, places, score, statistics=statistics)
     statistics.commit()
     assert statistics.samples == len(TEXTS)
     place = places[1]
@@ -161,9 +162,7 @@ def test_gradient_scores_are_what_a_step_along_the_activation_gives(open_model, 
     }[score]
     rows = torch.cat([torch.arange(*span) for span in spans]) + place.row * batch.positions
     layer = 1 if score == "gradient-last" else 0
-    found = scored.scores[layer]
-    if score == "effect":
-        found = found - score_batch(model, batch, places, folded=True).scores[layer]
+    found = products[layer]
     unit = int(found[1].abs().argmax())
     projection = model.projections[layer]
     activation = {}

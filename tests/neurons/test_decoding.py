@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -10,8 +11,10 @@ from mmray.models.generation import token_text
 from mmray.models.loading import load
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.neurons import decoding
-from mmray.neurons.decoding import DECODED, decode_neurons
+from mmray.neurons.decoding import DECODED, decode_neurons, written
+from mmray.neurons.merging import RunMerge
 from mmray.tables import PART_SCHEMAS
+from tests.neurons.making import analyse, samples
 
 
 def normed(norm, row):
@@ -61,6 +64,31 @@ def test_the_demo_s_neurons_write_words(open_model):
     logits = unembedding_rows(model.network, model.parts)[: len(model.tokenizer)] @ rows[89]
     named = table["tokens"][7 * 1024 + 89].as_py()
     assert [token_text(model, token) for token in logits.topk(10).indices.tolist()] == named
+
+
+def test_a_neuron_writes_by_negative_activation_what_it_suppresses():
+    decoded = pa.table({"tokens": [["a"], ["b"], ["c"]], "suppressed": [["x"], ["y"], []]})
+    found = written(decoded, [2, 0, 0, 1, 2], [1.0, -0.5, 0.0, -2.0, -1.0])
+    assert found.to_pylist() == [["c"], ["x"], ["a"], ["y"], []]
+    assert written(decoded, [], []).to_pylist() == []
+
+
+def test_tokens_of_a_ranking_are_what_activation_times_row_raises_most(open_model):
+    model = open_model("llava")
+    merge = RunMerge(model.widths, decode_neurons(model, fold_norm=False), 5)
+    merge.add(analyse(model, samples(8)).__getitem__)
+    ranked = merge.rankings().to_pylist()
+    unembedding = unembedding_rows(model.network, model.parts)[: len(model.tokenizer)].double()
+    negative = 0
+    for row in ranked:
+        logits = unembedding @ (
+            row["activation"] * output_rows(model.network, model.projections[row["layer"]])[row["unit"]].double()
+        )
+        best = logits.topk(DECODED)
+        assert token_text(model, int(best.indices[0])) == row["tokens"][0]
+        assert len({token_text(model, token) for token in best.indices.tolist()} - set(row["tokens"])) <= 1
+        negative += row["activation"] < 0
+    assert 0.2 < negative / len(ranked) < 0.8
 
 
 def test_half_precision_decodes_as_its_numbers_do(tiny):

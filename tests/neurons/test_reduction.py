@@ -17,7 +17,7 @@ from mmray.tables import from_bytes, to_bytes
 
 WIDTHS = (3, 2, 3)
 NEURONS = sum(WIDTHS)
-TEXTS = pa.chunked_array([pa.array([["a"]] * NEURONS, pa.list_(pa.string()))])
+TEXTS = pa.table({"tokens": [["a"]] * NEURONS, "suppressed": [["b"]] * NEURONS})
 
 NUMBERS = st.lists(st.integers(-6, 6), min_size=NEURONS, max_size=NEURONS)
 OCCURRENCE = st.tuples(st.sampled_from(["dog", "cat", "owl"]), NUMBERS, NUMBERS)
@@ -143,6 +143,7 @@ def test_a_certified_rank_is_the_true_one(occurrences, cuts, kept):
             assert row["rank"] == ranks[neuron]
             assert row["score"] == truth[neuron] / n
             assert row["activation"] == activation[neuron] / n
+            assert row["tokens"] == ["b" if row["activation"] < 0 else "a"]
             assert abs(row["score_std"] - np.sqrt(squares[neuron] / n - (truth[neuron] / n) ** 2)) < 1e-6
         assert table["rank"].to_pylist() == list(range(1, len(table) + 1))
         if kept == NEURONS:

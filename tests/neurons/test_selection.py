@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmray.neurons.effects import CandidateEffects
+from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.scoring import score_batch
 from mmray.neurons.selection import Effects, choose, expected
 from tests.neurons.making import CAPTIONS, batch_of
@@ -65,18 +66,15 @@ def test_effects_are_kept_by_concept_and_candidate(open_model):
     for batch, places in batches:
         kept.add(model, batch, places)
     concepts = [place.concept for _, places in batches for place in places]
-    scores = torch.cat(
-        [
-            torch.cat(score_batch(model, *pair, "effect").scores, 1)
-            - torch.cat(score_batch(model, *pair, folded=True).scores, 1)
-            for pair in batches
-        ]
-    )
+    scores = torch.cat([torch.cat(score_batch(model, *pair, "effect").scores, 1) for pair in batches])
+    first = torch.cat([torch.cat(gradient_pass(model, *pair, "effect")[0], 1) for pair in batches])
     log_prob = torch.cat([score_batch(model, *pair).log_prob for pair in batches])
     for concept, neurons in candidates.items():
         own = torch.tensor([name == concept for name in concepts])
         found = kept.of(concept)
-        torch.testing.assert_close(found.own, scores[own][:, neurons], rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(found.others, scores[~own][:, neurons], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.own, first[own][:, neurons], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.others, first[~own][:, neurons], rtol=1e-4, atol=1e-6)
+        elsewhere = scores[~own][:, neurons].square().mean(0).sqrt()
+        torch.testing.assert_close(found.elsewhere, elsewhere, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(torch.sigmoid(found.own_log_odds), log_prob[own].exp(), rtol=1e-4, atol=1e-5)
         assert set(kept.choose(concept, 2)) <= set(neurons.tolist())

@@ -45,6 +45,9 @@ def test_concepts_are_those_of_the_rankings(dogs):
         for row in shown["neurons"]:
             assert row["score"] == pytest.approx(ranked[row["neuron"]]["score"], rel=1e-3)
             assert row["specific"] == pytest.approx(ranked[row["neuron"]]["specific"], rel=1e-3)
+            # What it writes is the table's, by the sign that it has at this concept.
+            assert row["tokens"] == ranked[row["neuron"]]["tokens"]
+            assert row["negative"] == (ranked[row["neuron"]]["activation"] < 0)
 
 
 def test_every_neuron_named_has_a_page_and_every_page_its_facts(dogs):
@@ -56,6 +59,8 @@ def test_every_neuron_named_has_a_page_and_every_page_its_facts(dogs):
         assert shown["tokens"] == facts["tokens"]
         assert [row["id"] for row in shown["examples"]] == [row["sample_id"] for row in facts["examples"]]
         assert {row["name"] for row in shown["concepts"]} <= {row["concept"] for row in facts["concepts"]}
+        negative = {row["concept"]: row["activation"] < 0 for row in facts["concepts"]}
+        assert all(row["negative"] == negative[row["name"]] for row in shown["concepts"])
 
 
 def test_layers_add_up(dogs):

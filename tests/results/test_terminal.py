@@ -1,15 +1,20 @@
 """What is shown can be read: numbers and names whole at any usual width, and the data's own brackets as they are."""
 
+import copy
 import io
 import re
+from typing import get_args
 
 import pyarrow as pa
 import pytest
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
+from mmray.neurons.attribution import GRADIENTS, SCORES
+from mmray.results.report.definitions import definitions
 from mmray.results.run import CERTIFICATES, ORDERS, Run
 from mmray.results.terminal import concept_title, neuron, ranking, status, summary
+from mmray.settings import UNITS, Score
 
 WIDTHS = (80, 100, 120)
 
@@ -37,7 +42,7 @@ def test_a_ranking_keeps_numbers_and_names_whole(run: Run, width: int) -> None:
             assert name == row["neuron"]
             assert (score, specific) == (f"{row['score']:.3f}", f"{row['specific']:.3f}")
             assert share == f"{row['share']:.0%}"
-            assert tokens.startswith("rhinoceros  reconnaissance")
+            assert tokens.removeprefix("− ").startswith("rhinoceros  reconnaissance")
             assert tokens.endswith("…")
 
 
@@ -96,8 +101,28 @@ def test_a_neuron_keeps_numbers_and_samples_whole(run: Run, width: int) -> None:
     for row in facts["examples"]:
         place = f"{row['activation']:.2f} +{row['position']}  {row['sample_id']}"
         assert re.search(place, text), place
-    for part in ("promotes", "suppresses", "activation", "concepts"):
+    for part in ("writes +", "writes −", "activation", "concepts"):
         assert any(line.startswith(part) for line in lines)
+
+
+def test_neurons_of_negative_activation_are_marked(run: Run) -> None:
+    """They write what their row suppresses, and the table says so of both."""
+    concept = next(iter(run.concepts))
+    rows = run.rank(concept, 10)
+    neurons = {row["neuron"]: row for row in run.table("neurons").to_pylist()}
+    lines = shown(ranking(rows, concept_title(run, concept)), 200)
+    assert "−: by negative activation" in lines[1]
+    for line, row in zip(lines[2:], rows.to_pylist(), strict=True):
+        negative = row["activation"] < 0
+        facts = neurons[row["neuron"]]
+        assert row["tokens"] == facts["suppressed" if negative else "tokens"]
+        assert ("%  − " in line) == negative
+    assert {row["activation"] < 0 for row in rows.to_pylist()} == {True, False}
+    for row in rows.to_pylist():
+        lines = shown(neuron(run.neuron(row["neuron"])), 400)
+        (concepts,) = [line for line in lines if line.startswith("concepts")]
+        assert (f"− {concept} (#{row['rank']}," in concepts) == (row["activation"] < 0)
+        assert f"{concept} (#{row['rank']}," in concepts
 
 
 def test_brackets_in_captions_are_no_markup(run: Run) -> None:
@@ -133,3 +158,26 @@ def test_a_summary_shows_each_concept(run: Run) -> None:
     concepts = list(run.concepts)[:3]
     text = "\n".join(shown(summary(run, concepts), 80))
     assert all(f"{concept} · " in text for concept in concepts)
+
+
+@pytest.mark.parametrize(
+    ("score", "folded", "told"),
+    [
+        ("contribution", False, "contribution in logits before the final norm"),
+        ("contribution", True, "contribution in logits after the final norm"),
+        ("effect", True, "effect in log-odds"),
+        ("gradient", True, "gradient in logits"),
+        ("activation", True, "activation"),
+    ],
+)
+def test_a_ranking_is_told_in_the_unit_of_its_score(run: Run, score: str, folded: bool, told: str) -> None:
+    run = copy.copy(run)
+    run.info = run.info | {"settings": run.info["settings"] | {"score": score, "fold_norm": folded}}
+    assert concept_title(run, next(iter(run.concepts))).plain.endswith(f" · {told}")
+    (definition,) = [row["text"] for row in definitions(run) if row["name"] == "score"]
+    assert f"of the {told.replace(' in ', ', in ')}: " in definition
+    assert ("about half" in definition) == (told == "contribution in logits after the final norm")
+
+
+def test_every_score_has_a_unit() -> None:
+    assert set(UNITS) == set(get_args(Score)) == {*SCORES, *GRADIENTS}

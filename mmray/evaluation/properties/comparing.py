@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -10,6 +12,7 @@ from mmray.evaluation.properties.effects import Effects
 from mmray.evaluation.properties.observations import Key, Observations
 from mmray.evaluation.properties.settings import DECODED, MOST
 from mmray.evaluation.properties.subject import Subject
+from mmray.models.capture import has_gates
 from mmray.models.interventions import ablate
 from mmray.neurons.properties import highest, lemma_hit, pairwise_jaccard, specific_order
 from mmray.neurons.scoring import score_batch
@@ -17,21 +20,28 @@ from mmray.neurons.scoring import score_batch
 METHODS = ("contribution", "folded", "specific", "gate", "activation", "gradient", "random")
 """Scores by which neurons are ranked; `folded` has the final norm in it, `specific` subtracts what others get.
 
-Without an image in the decoder's sequence there is no `gradient`, which sums over its positions.
+Without an image in the decoder's sequence there is no `gradient`, which sums over its positions; without gates that can
+be read there is no `gate`.
 """
 
 
 def compare_methods(subject: Subject, effects: Effects, found: Observations) -> None:
     """Observe every method's neurons."""
     facts, study = subject.facts, subject.study
+    model = subject.model
+    missing = {
+        "gradient": not model.parts.image_in_sequence,
+        "gate": not has_gates(model.network, model.projections),
+    }
     for method in METHODS:
-        if method == "gradient" and not subject.model.parts.image_in_sequence:
+        if missing.get(method):
             continue
         scores, order = ranked_by(subject, method)
         numbers = order.topk(min(MOST, len(order))).indices.tolist()
         neurons = study.names(numbers)
         falls = effects.falls(neurons, ablate(subject.model, neurons))[0]
-        hit = lemma_hit(study.decoded(numbers[:DECODED]), facts.concept, facts.token, facts.language)
+        tokens = chain.from_iterable(subject.written_here(numbers[:DECODED]))
+        hit = lemma_hit(tokens, facts.concept, facts.token, facts.language)
         found.add(Key("comparison", "lemma_hit_rate", method, DECODED), facts.concept, facts.concept, hit)
         rows = (
             ("zeroed_own", MOST, subject.own_samples, falls[subject.own].tolist()),

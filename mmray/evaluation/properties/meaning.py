@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from mmray.datasets.images import decode_image
 from mmray.errors import InputError
 from mmray.evaluation.properties.observations import Key, Observations
 from mmray.evaluation.properties.settings import DECODED, INVARIANCE_SIZES, RANKINGS
-from mmray.evaluation.properties.subject import Neurons, Subject
+from mmray.evaluation.properties.subject import Neurons, Ranked, Study, Subject
 from mmray.evaluation.quality import Encoder
 from mmray.models.blocks import permuted_image
 from mmray.neurons import controls
@@ -37,24 +39,30 @@ CLIP_TOKENS = 1
 
 
 def sensitivity(subject: Subject, found: Observations) -> None:
-    """Observe whether decoded tokens are the noun: the run's ranking's, each image's own highest, random neurons'."""
+    """Observe whether written tokens are the noun: the run's ranking's, each image's own highest, random neurons'."""
     concept, study, ranked = subject.facts.concept, subject.study, subject.facts.ranked
     # A concept has one ranking, whatever its images: here concepts are what is drawn.
     for method in RANKINGS:
-        _hits(subject, found, method, concept, [study.numbers(ranked[method].neurons[:DECODED])])
+        _hits(subject, found, method, concept, [_written(study, ranked[method])])
     best = ranked["score"].neurons[:DECODED]
     for method, draw in (("layer-matched", controls.layer_matched), ("uniform", controls.uniform)):
         drawn = [draw(subject.model.widths, best, f"{concept} {number}") for number in range(DRAWN)]
-        _hits(subject, found, method, concept, [study.numbers(neurons) for neurons in drawn])
+        _hits(subject, found, method, concept, [subject.written_here(study.numbers(neurons)) for neurons in drawn])
     own = subject.contributions[subject.own]
-    for sample_id, chosen in zip(subject.own_samples, highest(own, DECODED), strict=True):
-        _hits(subject, found, "image", sample_id, [sorted(chosen)])
+    for sample_id, chosen, signed in zip(subject.own_samples, highest(own, DECODED), subject.signed, strict=True):
+        numbers = sorted(chosen)
+        _hits(subject, found, "image", sample_id, [study.written(numbers, signed[numbers].tolist())])
 
 
-def _hits(subject: Subject, found: Observations, method: str, unit: str, sets: list[list[int]]) -> None:
-    """Observe the share of these sets of neurons that write the noun."""
+def _written(study: Study, ranked: Ranked) -> list[list[str]]:
+    """Return what each of the ten highest neurons of a ranking writes, by the sign that it has in the run."""
+    return study.written(study.numbers(ranked.neurons[:DECODED]), ranked.signs[:DECODED])
+
+
+def _hits(subject: Subject, found: Observations, method: str, unit: str, sets: Sequence[list[list[str]]]) -> None:
+    """Observe the share of these sets of neurons that write the noun; of each set the tokens of its neurons."""
     facts = subject.facts
-    decoded = [subject.study.decoded(numbers) for numbers in sets]
+    decoded = [list(chain.from_iterable(tokens)) for tokens in sets]
     hits = {
         "exact_hit_rate": [exact_hit(tokens, facts.token) for tokens in decoded],
         "lemma_hit_rate": [lemma_hit(tokens, facts.concept, facts.token, facts.language) for tokens in decoded],
@@ -65,10 +73,10 @@ def _hits(subject: Subject, found: Observations, method: str, unit: str, sets: l
 
 
 def text_similarity(subject: Subject, found: Observations, encoder: Encoder) -> None:
-    """Observe BERTScore of the decoded tokens to the noun, beside that of another concept's neurons."""
+    """Observe BERTScore of the written tokens to the noun, beside that of another concept's neurons."""
     facts = subject.facts
-    for method, neurons in (("score", facts.ranked["score"].neurons[:DECODED]), ("random pairing", facts.paired)):
-        text = ", ".join(subject.study.decoded(subject.study.numbers(neurons)))
+    for method, ranked in (("score", facts.ranked["score"]), ("random pairing", facts.paired)):
+        text = ", ".join(chain.from_iterable(_written(subject.study, ranked)))
         similar = encoder.match(text, facts.concept)
         found.add(Key("sensitivity", "bertscore", method, DECODED), facts.concept, facts.concept, similar)
 
@@ -97,13 +105,12 @@ class Clip:
 
 
 def image_similarity(subject: Subject, found: Observations, clip: Clip) -> None:
-    """Observe CLIPScore of the decoded tokens with the concept's images, beside that of another concept's neurons."""
+    """Observe CLIPScore of the written tokens with the concept's images, beside that of another concept's neurons."""
     facts, own = subject.facts, set(subject.own_samples)
     shown = [item.sample for item in subject.items if item.sample.sample_id in own]
     images = [decode_image(sample.image, sample.background) for sample in shown if sample.image]
-    for method, neurons in (("score", facts.ranked["score"].neurons[:DECODED]), ("random pairing", facts.paired)):
-        numbers = subject.study.numbers(neurons)
-        text = ", ".join(token for number in numbers for token in subject.study.tokens[number][:CLIP_TOKENS])
+    for method, ranked in (("score", facts.ranked["score"]), ("random pairing", facts.paired)):
+        text = ", ".join(token for tokens in _written(subject.study, ranked) for token in tokens[:CLIP_TOKENS])
         key = Key("sensitivity", "clipscore", method, DECODED)
         found.extend(key, facts.concept, [sample.sample_id for sample in shown], clip.scores(images, text))
 

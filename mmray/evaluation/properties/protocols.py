@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 FORCED = "teacher-forced along the caption; mean over images of"
 OTHERS = "the nouns of images without the concept"
 HITS = "of concepts; `image`: of images, each with its own ten highest"
+WRITTEN = "the ten tokens that one of the neurons writes (where its activation is negative, those its row suppresses)"
 GREEDY = "greedy captions before and after;"
 
 PROTOCOLS = {
-    "exact_hit_rate": f"one of the ten tokens of one of the neurons is the noun's scored token; {HITS}",
-    "lemma_hit_rate": f"one of the ten tokens of one of the neurons is a form of the noun, or its scored token; {HITS}",
+    "exact_hit_rate": f"the noun's scored token is among {WRITTEN}; {HITS}",
+    "lemma_hit_rate": f"a form of the noun, or its scored token, is among {WRITTEN}; {HITS}",
     "bertscore": "F1 of greedy matching of the ten highest neurons' tokens, ten each, to the noun; last layer of the "
     "encoder, no idf, not rescaled (Zhang et al. 2020)",
     "clipscore": "2.5 · max(cos, 0) of the image and the ten highest neurons' first tokens (Hessel et al. 2021)",
@@ -48,7 +49,8 @@ PROTOCOLS = {
     "amplified_other": f"{FORCED} by how much that lowers the probability of {OTHERS}",
     "pointing_game": "images of several objects with boxes: the highest point of the map lies in the object's box; the "
     "map is the mean of the neurons' activations, each with the sign that it has at the noun, bilinear; "
-    "“published”: without signs; chance: the part of the image that the box takes",
+    "“unsigned”: without signs; “gate”: of the same neurons' gates after their non-linearity, which the authors' "
+    "released code reads; chance: the part of the image that the box takes",
     "iou": "images of several objects with boxes: IoU of the map above its 95th percentile with the object's box",
 }
 """Measure → how it is measured."""

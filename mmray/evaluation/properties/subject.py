@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import pyarrow as pa
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -15,6 +16,7 @@ from mmray.models.blocks import Passage
 from mmray.models.prompting import Batch
 from mmray.neurons.captured import Captured, capturing, forward
 from mmray.neurons.concepts import NounSource
+from mmray.neurons.decoding import written
 from mmray.neurons.model import Model
 from mmray.neurons.places import Place, places_of
 from mmray.neurons.scoring import score_captured
@@ -34,13 +36,13 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the run knows of a concept; `paired` are the ten highest neurons of another one."""
+    """What the run knows of a concept; `paired` are the highest neurons of another one."""
 
     concept: str
     token: str
     language: str | None
     ranked: Mapping[str, Ranked]
-    paired: Neurons
+    paired: Ranked
     own: tuple[str, ...]
     others: tuple[str, ...]
     maps: tuple[str, ...]
@@ -53,8 +55,8 @@ class Study:
     model: Model
     settings: CensusSettings
     nouns: NounSource
-    tokens: Sequence[Sequence[str]]
-    """The ten tokens that each neuron promotes, over all layers in order."""
+    decoded: pa.Table
+    """What each neuron promotes and suppresses (`tokens`, `suppressed`), over all layers in order."""
 
     @cached_property
     def starts(self) -> list[int]:
@@ -73,9 +75,10 @@ class Study:
             found.append((layer, number - self.starts[layer]))
         return found
 
-    def decoded(self, numbers: Sequence[int]) -> list[str]:
-        """Return all the tokens that these neurons promote."""
-        return [token for number in numbers for token in self.tokens[number]]
+    def written(self, numbers: Sequence[int], signs: Sequence[float]) -> list[list[str]]:
+        """Return the ten tokens that each of these neurons writes by activation of these signs."""
+        found: list[list[str]] = written(self.decoded, numbers, signs).to_pylist()
+        return found
 
     def batches(self, samples: Sequence[Sample], size: int | None = None) -> Iterator[tuple[list[Captioned], Batch]]:
         """Yield the samples that have images in batches, as a census encodes them; of its size, unless one is given."""
@@ -143,6 +146,16 @@ class Subject:
     def contributions(self) -> Float[Tensor, "place neuron"]:
         """Every neuron's contribution at the places."""
         return self.scores()
+
+    @cached_property
+    def signed(self) -> Float[Tensor, "own neuron"]:
+        """Every neuron's activation at the concept's places, over all layers in order."""
+        found = self.plain[0].activations
+        return torch.cat([found[layer].cpu()[self.own] for layer in range(len(self.model.widths))], dim=1)
+
+    def written_here(self, numbers: Sequence[int]) -> list[list[str]]:
+        """Return the tokens that neurons write at the concept, by the sign of their mean activation at its places."""
+        return self.study.written(numbers, self.signed[:, numbers].mean(dim=0).tolist())
 
     @cached_property
     def activations(self) -> list[Float[Tensor, " neuron"]]:

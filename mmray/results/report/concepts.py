@@ -17,6 +17,8 @@ HIGHEST = 12
 BY_SPECIFIC = 10
 SAMPLES = 6
 """Example images of a concept."""
+FIRST_TOKENS, TOKENS = 5, 10
+"""Tokens shown of a concept's highest neuron in lists, and of each neuron on the concept's page."""
 KIN = 8
 """Concepts named that share neurons."""
 NORMAL = 1.96
@@ -45,7 +47,7 @@ class Concept:
 
     @property
     def is_read(self) -> bool:
-        """Tell whether its own token is among those that one of its ten highest neurons promotes."""
+        """Tell whether its own token is among those that one of its ten highest neurons writes."""
         return any(self.token in row["tokens"] for row in self.highest)
 
     def index_row(self) -> dict[str, Any]:
@@ -63,6 +65,7 @@ class Concept:
             "probability": number(self.probability),
             "read": self.is_read,
             "negative": first["activation"] < 0,
+            "tokens": first["tokens"][:FIRST_TOKENS],
             "sample": self.samples[0] if self.samples else None,
         }
 
@@ -158,11 +161,13 @@ def concept_page(
 def _neuron_row(row: Mapping[str, Any]) -> dict[str, Any]:
     # The interval of a mean over occurrences; of a single one nothing is known.
     half = NORMAL * row["score_std"] / sqrt(row["n"]) if row["n"] > 1 else None
-    numbers = {name: number(row[name]) for name in ("score", "specific", "share", "activation")}
+    numbers = {name: number(row[name]) for name in ("score", "specific", "share")}
     return numbers | {
         "neuron": row["neuron"],
         "rank": row["rank"],
         "specific_rank": row["specific_rank"],
         "half": number(half),
         "certified": row["certified"],
+        "negative": row["activation"] < 0,
+        "tokens": row["tokens"][:TOKENS],
     }

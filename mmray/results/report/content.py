@@ -16,6 +16,7 @@ from mmray.results.report.neurons import layer_profile, neuron_pages
 from mmray.results.report.opinions import second_opinion
 from mmray.results.report.saliency import saliency
 from mmray.results.run import Run
+from mmray.settings import unit_of
 
 WHOLE = 1500
 """Concepts with a page of their own in a report of one file, the most frequent; `--pages` has all."""
@@ -79,7 +80,7 @@ def gather(run: Run, edits: Sequence[str] = (), limit: int | None = WHOLE) -> Co
         "all_concepts": len(run.concepts),
         "neurons": [
             {key: page[key] for key in ("neuron", "layer", "n_concepts", "open", "max")}
-            | {"tokens": page["tokens"][:TOKENS], "suppressed": page["suppressed"][:TOKENS]}
+            | {"tokens": page["tokens"][:TOKENS]}
             for page in known
         ],
         "layers": layer_profile(run, concepts),
@@ -114,7 +115,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "concepts": len(run.concepts),
         "occurrences": sum(run.concepts.values()),
         "score": settings["score"],
-        "fold_norm": settings["fold_norm"],
+        "unit": unit_of(settings["score"], folded=settings["fold_norm"]),
         "captions": settings["captions"],
         "nouns": info["nouns"],
         "top_k": settings["top_k"],

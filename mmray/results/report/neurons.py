@@ -53,7 +53,8 @@ def _uses(concepts: Mapping[str, Concept]) -> dict[str, list[dict[str, Any]]]:
     for concept in concepts.values():
         for row in concept.neurons:
             numbers = {key: number(row[key]) for key in ("score", "specific")}
-            found[row["neuron"]].append({"name": concept.name, "rank": row["rank"], "n": concept.n, **numbers})
+            known = {"name": concept.name, "rank": row["rank"], "n": concept.n, "negative": row["activation"] < 0}
+            found[row["neuron"]].append(known | numbers)
     return {
         name: sorted(rows, key=lambda row: (row["rank"], -(row["score"] or 0)))[:CONCEPTS]
         for name, rows in found.items()

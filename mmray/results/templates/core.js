@@ -56,13 +56,14 @@ function figure(value, digits = 3) {
 const interval = (row, digits = 3) =>
   row.low === null || row.low === undefined ? "" : `${figure(row.low, digits)} to ${figure(row.high, digits)}`;
 
+const scoreName = INDEX.run.score + (INDEX.run.unit && ` in ${INDEX.run.unit}`);
 const toConcept = (name) => `#/concept/${encodeURIComponent(name)}`;
 const toNeuron = (name) => `#/neuron/${name}`;
 const conceptLink = (name) => (CONCEPTS.has(name) ? h("a", { href: toConcept(name) }, name) : h("span", name));
 const neuronLink = (name) => (NEURONS.has(name) ? h("a.mono", { href: toNeuron(name) }, name) : h("span.mono", name));
 
-// What a neuron adds to the logits most: where its activation is negative, what its row suppresses.
-const written = (name, negative) => NEURONS.get(name)?.[negative ? "suppressed" : "tokens"] || [];
+// Before the words, or the concept, of a neuron whose activation is negative there.
+const minus = (row) => row.negative && h("span", { title: "Its activation is negative here: it writes what its row of W_out suppresses." }, "− ");
 const begins = (concept, token) => token.length > 1 && concept.startsWith(token.toLowerCase());
 function tokens(words, concept = "", limit = 10) {
   const own = (word) => concept && (word === concept || begins(concept, word));

@@ -53,11 +53,11 @@ function conceptTable(rows) {
     { title: "language", value: (row) => row.language || "", cell: (row) => languageName(row.language) },
     { title: "occurrences", value: (row) => row.n, number: true, cell: (row) => whole(row.n) },
     { title: "highest neuron", value: (row) => row.neuron, cell: (row) => neuronLink(row.neuron) },
-    { title: "score", value: (row) => row.score, number: true, about: "mean contribution of its highest neuron, in logits", cell: (row) => barCell(row.score, most, 2, "bar") },
+    { title: "score", value: (row) => row.score, number: true, about: `mean ${scoreName} of its highest neuron`, cell: (row) => barCell(row.score, most, 2, "bar") },
     { title: "specific", value: (row) => row.specific, number: true, about: "the highest neuron's score less what it gives other nouns", cell: (row) => barCell(row.specific, most, 2, "bar.specific") },
     { title: "P(noun)", value: (row) => row.probability, number: true, cell: (row) => figure(row.probability, 3) },
     { title: "read", value: (row) => Number(row.read), about: "its own token is among those of its ten highest neurons", cell: (row) => (row.read ? "✓" : h("small", "–")) },
-    { title: "its highest neuron writes", kind: "tokens", cell: (row) => tokens(written(row.neuron, row.negative), row.name, 5) },
+    { title: "its highest neuron writes", kind: "tokens", cell: (row) => [minus(row), tokens(row.tokens, row.name)] },
   ], rows, { by: 3, to: (row) => toConcept(row.name) });
 }
 

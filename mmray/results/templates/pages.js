@@ -30,7 +30,7 @@ function overview() {
   const { run } = INDEX, best = [...INDEX.concepts].filter((row) => row.sample).slice(0, 24);
   const facts = [
     ["model", `${run.model} · ${run.family} · ${whole(run.parameters)} parameters`], ["data", `${run.data} · ${run.captions === "dataset" ? "the data's captions" : "the model's own captions"} · nouns from ${run.nouns}`],
-    ["score", `${run.score}, ${run.fold_norm ? "after" : "before"} the final norm, in logits`], ["prompt", run.prompt || "Describe the image in few words. (in the caption's language)"],
+    ["score", scoreName], ["prompt", run.prompt || "Describe the image in few words. (in the caption's language)"],
     ...Object.entries(run.labels).map(([kind, counts]) => [kind, Object.entries(counts).map(([name, count]) => `${kind === "language" ? languageName(name) : name} ${whole(count)}`).join(" · ")]),
     ["run", run.uri], ["work", `${figure(run.worker_seconds, 0)} seconds of workers`], ["fingerprint", run.fingerprint],
     ["versions", Object.entries(run.versions).map(([name, version]) => `${name} ${version}`).join(" · ")],
@@ -41,7 +41,7 @@ function overview() {
       run.failures ? tile(whole(run.failures), "samples failed") : null),
     h("h2", "Most frequent concepts"), under("What the highest neuron of each writes; in green, its own word. ", h("a", { href: "#/concepts" }, `All ${whole(INDEX.concepts.length)} concepts`)),
     h("div.grid.gallery", best.map((row) =>
-      h("a.card", { href: toConcept(row.name) }, picture({ id: row.sample, caption: row.name }), h("div.name", row.name, h("small", `${whole(row.n)}×`)), h("div.tokens", tokens(written(row.neuron, row.negative), row.name, 3))))),
+      h("a.card", { href: toConcept(row.name) }, picture({ id: row.sample, caption: row.name }), h("div.name", row.name, h("small", `${whole(row.n)}×`)), h("div.tokens", minus(row), tokens(row.tokens, row.name, 3))))),
     h("h2", "What the numbers are"), card(h("dl", INDEX.definitions.map(({ name, text }) => [h("dt", name), h("dd", text)]))),
     h("h2", "The run"), card(h("dl", facts.map(([name, text]) => [h("dt", name), h("dd", text)]))),
   ];
@@ -74,7 +74,6 @@ function samplesCard(page) {
 
 function concept(page) {
   const names = INDEX.concepts.map((row) => row.name), most = Math.max(...page.neurons.map((row) => row.score));
-  const rows = page.neurons.map((row) => ({ ...row, tokens: written(row.neuron, row.activation < 0) }));
   const zeroed = select(page.properties, { measure: "zeroed_own" });
   const others = select(page.properties, { measure: "zeroed_other" });
   return [
@@ -89,8 +88,8 @@ function concept(page) {
         { title: "score", value: (row) => row.score, number: true, cell: (row) => [barCell(row.score, most, 2), " ", h("span.range", row.half === null ? "" : `± ${figure(row.half, 2)}`)] },
         { title: "specific", value: (row) => row.specific, number: true, cell: (row) => barCell(row.specific, most, 2, "bar.specific") },
         { title: "share", value: (row) => row.share, number: true, cell: (row) => percent(row.share) },
-        { title: "writes", kind: "tokens", cell: (row) => [row.activation < 0 && h("span", { title: "Its activation is negative here: it adds what its row of W_out suppresses." }, "−"), tokens(row.tokens, page.name)] },
-      ], rows, { by: 0, to: (row) => toNeuron(row.neuron) })),
+        { title: "writes", kind: "tokens", cell: (row) => [minus(row), tokens(row.tokens, page.name)] },
+      ], page.neurons, { by: 0, to: (row) => toNeuron(row.neuron) })),
       zeroed.length ? h("div.grid.two",
         card(h("h3", "Its neurons zeroed"), dose(zeroed, `Fall of the probability of ${page.name} by neurons zeroed`, "neurons zeroed", (row) => row.neurons, "fall of P(noun)", scaleOf(zeroed, others)), under(`Mean over ${plural(zeroed[0].n, "image")} of ${page.name}, with 95 % bootstrap intervals over images.`)),
         others.length ? card(h("h3", "What that does to other nouns"), dose(others, "Fall of the probability of other nouns by neurons zeroed", "neurons zeroed", (row) => row.neurons, "fall of P(other nouns)", scaleOf(zeroed, others)), under("On the same scale: the nouns of images without it, beside the same controls.")) : null) : null),
@@ -109,10 +108,10 @@ function neuron(page) {
     h("div.crumbs", h("a", { href: "#/neurons" }, "Neurons"), "/", page.neuron, steps("neuron", names, page.neuron, toNeuron)),
     heading(page.neuron, `Layer ${page.layer} · among the highest of ${plural(page.n_concepts, "concept")} · activation ${figure(page.mean, 3)} ± ${figure(page.std, 3)}, ${figure(page.min, 2)} to ${figure(page.max, 2)} · open at ${percent(page.open)} of ${whole(page.n_tokens)} tokens`),
     h("div.grid.two",
-      card(h("h3", "Promotes"), h("div.chips", page.tokens.map((word) => h("span", word))), h("h3", "Suppresses"), h("div.chips", page.suppressed.map((word) => h("span", word))),
-        h("p.note", "A neuron of negative activation writes the opposite: there the second list is what it promotes.")),
+      card(h("h3", "Writes by positive activation"), h("div.chips", page.tokens.map((word) => h("span", word))), h("h3", "Writes by negative activation"), h("div.chips", page.suppressed.map((word) => h("span", word))),
+        h("p.note", "It adds activation × its row of W_out, which promotes the first words and suppresses the second. Concepts with a minus use it by negative activation.")),
       card(h("h3", "Concepts"), sortable(`Concepts of ${page.neuron}`, [
-        { title: "concept", value: (row) => row.name, cell: (row) => conceptLink(row.name) },
+        { title: "concept", value: (row) => row.name, cell: (row) => [minus(row), conceptLink(row.name)] },
         { title: "rank there", value: (row) => -row.rank, number: true, cell: (row) => row.rank },
         { title: "score", value: (row) => row.score, number: true, cell: (row) => figure(row.score, 2) },
         { title: "specific", value: (row) => row.specific, number: true, cell: (row) => figure(row.specific, 2) },
