@@ -106,8 +106,9 @@ class CensusSettings(BaseModel):
     """Neurons a concept that each shard keeps for the merge; more certify more ranks. Default: all of up to 16,384
     neurons, 2,048 of more."""
     nouns: str = "auto"
-    """Where concepts come from: objects (the data's column), textblob (English tagger), a lexicon FILE with a noun and
-    optionally its language a line; auto: objects where the data has them, else textblob."""
+    """Where concepts come from: objects (the data's column), hanta (tagger of English and German), textblob (English
+    tagger), a lexicon FILE with a noun, and after a tab optionally its language, per line; auto: objects where the data
+    has them, else hanta."""
     module: Module = "language"
     """Count the vision tower's or the projector's neurons too, in `activity`; scores are of the language decoder."""
     dtype: Dtype = "auto"

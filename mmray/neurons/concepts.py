@@ -11,9 +11,18 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 from mmray.errors import InputError
+from mmray.neurons.language_id import ARTICLES, language_code
+from mmray.neurons.tagger import LANGUAGES, Noun, hanta_nouns
+
+TAGGERS = {"hanta": tuple(LANGUAGES), "textblob": ("en",)}
+"""Noun sources that tag captions, each of the package of its name → the languages that it knows."""
+REVISION = 1
+"""Of this package's own part in tagging; another is another source of nouns for a run."""
+NAMED = ("objects", *TAGGERS, "auto")
 
 WORD = re.compile(r"\w+(?:-\w+)*")
 PIECE = re.compile(r"(?<=\w['’])\w")
@@ -35,7 +44,7 @@ class NounSource:
     """Where concepts come from, settled once by the driver and sent to every worker."""
 
     kind: str
-    """objects, textblob or lexicon."""
+    """objects, lexicon, or one of `TAGGERS`."""
     vocabulary: tuple[str, ...] = ()
     """All object names of the data: looked for in generated captions, which may name what is not in the image."""
     translations: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -47,32 +56,38 @@ class NounSource:
         self, caption: str, language: str | None, objects: tuple[str, ...] | None, *, generated: bool = False
     ) -> list[Mention]:
         """Return every mention of every noun in the caption, in order."""
-        if self.kind == "textblob":
-            return tagged_nouns(caption, language)
+        if self.kind in TAGGERS:
+            return tagged_nouns(caption, language, self.kind)
         if self.kind == "objects":
             looked_for = self.vocabulary if generated else objects or ()
             return find_forms(caption, object_forms(looked_for, language, self.translations), language)
         forms = self.lexicon.get(None, frozenset()) | self.lexicon.get(language, frozenset())
         return find_forms(caption, forms, language)
 
+    def knows(self, language: str) -> bool:
+        """Return whether nouns of this language can be found: any but by a tagger of others."""
+        return language in TAGGERS.get(self.kind, (language,))
+
     def digest(self, *, generated: bool) -> str:
         """Return a digest of all that decides which nouns are found, in captions of the data or in `generated` ones."""
         lexicon = sorted((language or "", sorted(nouns)) for language, nouns in self.lexicon.items())
         translations = sorted((name, sorted(names.items())) for name, names in self.translations.items())
         facts = repr((self.kind, self.vocabulary if generated else (), translations, lexicon))
+        if self.kind in TAGGERS:
+            facts += repr([REVISION, *((name, version(name)) for name in (self.kind, "py3langid", "simplemma"))])
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 def noun_source(nouns: str, vocabulary: Iterable[str], translations: Mapping[str, Mapping[str, str]]) -> NounSource:
-    """Return what `--nouns` names: auto takes objects where the data has them (a vocabulary), else textblob.
+    """Return what `--nouns` names: auto takes objects where the data has them (a vocabulary), else HanTa's taggers.
 
     Raises InputError for a missing lexicon file, or for objects of data that has none.
     """
     known = tuple(vocabulary)
     if nouns == "auto":
-        nouns = "objects" if known else "textblob"
-    if nouns == "textblob":
-        return NounSource("textblob")
+        nouns = "objects" if known else "hanta"
+    if nouns in TAGGERS:
+        return NounSource(nouns)
     if nouns == "objects":
         if not known:
             raise InputError("--nouns objects: the data has no objects column; name it with --objects-column")
@@ -83,7 +98,7 @@ def noun_source(nouns: str, vocabulary: Iterable[str], translations: Mapping[str
 def read_lexicon(path: Path) -> dict[str | None, frozenset[str]]:
     """Return the nouns of a lexicon by language (None: any): a noun a line, a tab and its language if it has one."""
     if not path.is_file():
-        raise InputError(f"--nouns {path}: no such file; give objects, textblob, auto or a file with a noun a line")
+        raise InputError(f"--nouns {path}: no such file; give {', '.join(NAMED)} or a file with a noun a line")
     forms: dict[str | None, set[str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         noun, _, language = line.partition("\t")
@@ -116,13 +131,27 @@ def find_forms(caption: str, forms: frozenset[str], language: str | None) -> lis
     return sorted(found, key=lambda mention: mention.start)
 
 
-def tagged_nouns(caption: str, language: str | None) -> list[Mention]:
-    """Return the nouns that TextBlob's pattern tagger finds, as simplemma's lemmas; English captions only."""
+def tagged_nouns(caption: str, language: str | None, tagger: str = "hanta") -> list[Mention]:
+    """Return the nouns that one of `TAGGERS` finds, in the singular.
+
+    Without a language the caption is in the one that it looks like; in one that the tagger does not know it has none.
+    """
+    code = language_code(caption, language)
+    if code not in TAGGERS[tagger]:
+        return []
+    nouns = textblob_nouns(caption) if tagger == "textblob" else hanta_nouns(caption, code)
+    return [
+        Mention(_singular(caption[noun.start : noun.stop], code, plural=noun.plural), noun.start, noun.stop)
+        for noun in nouns
+        if caption[noun.start : noun.stop].lower() not in ARTICLES
+    ]
+
+
+def textblob_nouns(caption: str) -> list[Noun]:
+    """Return the nouns that TextBlob's pattern tagger finds in an English caption."""
     from textblob.en import tag
 
-    if language is not None and not language.lower().startswith("en"):
-        return []
-    mentions, place = [], 0
+    nouns, place = [], 0
     for word, kind in tag(caption, tokenize=True):
         start = caption.find(word, place)
         if start < 0:
@@ -131,8 +160,14 @@ def tagged_nouns(caption: str, language: str | None) -> list[Mention]:
         # The tagger cuts can't and they'll in pieces, and calls some of them nouns.
         piece = len(word) == 1 or PIECE.match(caption, start)
         if kind.startswith("NN") and WORD.fullmatch(word) and not piece:
-            mentions.append(Mention(lemma(word, "en").casefold(), start, place))
-    return mentions
+            nouns.append(Noun(start, place, plural=kind.endswith("S")))
+    return nouns
+
+
+def _singular(word: str, language: str, *, plural: bool) -> str:
+    """Return a noun in lower case and in the singular; what English calls a saw is not the lemma of a verb, see."""
+    inflected = language != "en" or plural or (word.lower().endswith("s") and not word.lower().endswith("ss"))
+    return (lemma(word, language) if inflected else word).casefold()
 
 
 @cache

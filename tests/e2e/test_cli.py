@@ -42,7 +42,10 @@ def bad_census(folder: Path) -> dict[str, tuple[dict[str, object], str]]:
         "no such model": ({"model": "./nowhere"}, "./nowhere: no such model folder"),
         "out is below a file": ({"out": folder / "file" / "run"}, "file/run: can't write here (Not a directory)"),
         "out of another kind": ({"out": "gs://bucket/run"}, "scheme 'gs' is not supported; use a local path or s3://"),
-        "bad lexicon": ({"nouns": folder / "none.txt"}, "none.txt: no such file; give objects, textblob, auto or"),
+        "bad lexicon": (
+            {"nouns": folder / "none.txt"},
+            "none.txt: no such file; give objects, hanta, textblob, auto or",
+        ),
         "zero": ({"shard-size": 0}, "shard_size = 0: Input should be greater than or equal to 1"),
         "no number": ({"top-k": "many"}, "Invalid value for '--top-k'"),
         "no choice": ({"score": "best"}, "'best' is not one of 'contribution'"),
@@ -268,6 +271,7 @@ def test_plan_runs_nothing(mmray: Mmray, tmp_path: Path, monkeypatch: pytest.Mon
     plan = json.loads(answer.out)
     assert (plan["samples"], plan["shards"]) == (1536, 4)
     assert plan["hours"] > 0
+    assert (plan["sample"]["rows"], plan["sample"]["unreadable"], plan["warnings"]) == (64, 0, [])
     shown = mmray("plan", "--model", "demo", "--data", "demo", "--out", "run", "--limit", 100, "--shard-size", 30)
     assert re.search(r"samples +100,", shown.out)
     assert re.search(r"shards +4\n", shown.out)

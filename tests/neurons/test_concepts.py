@@ -7,13 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.errors import InputError
+from mmray.neurons import concepts
 from mmray.neurons.concepts import (
+    TAGGERS,
     NounSource,
     find_forms,
     lemma,
     noun_source,
     read_lexicon,
-    tagged_nouns,
 )
 from tests.neurons.making import demo_samples
 
@@ -129,37 +130,8 @@ def test_sources_that_can_t_be_are_refused_in_one_line(tmp_path):
             noun_source(nouns, vocabulary, {})
         assert "\n" not in str(refusal.value)
         assert nouns in str(refusal.value)
-    assert noun_source("auto", [], {}).kind == "textblob"
-
-
-def test_the_tagger_finds_english_nouns():
-    caption = "Two dogs and a brown horse ride the buses near the White House."
-    mentions = tagged_nouns(caption, "en")
-    assert [mention.concept for mention in mentions][:3] == ["dog", "horse", "bus"]
-    assert [caption[mention.start : mention.stop] for mention in mentions][:3] == ["dogs", "horse", "buses"]
-    assert tagged_nouns(caption, None) == tagged_nouns(caption, "en-GB") == mentions
-    assert tagged_nouns(caption, "de") == []
-    assert tagged_nouns("", "en") == []
-
-
-def test_pieces_of_words_are_not_tagged_nouns():
-    for caption in ("A cat can't see they'll eat the dog's food", "The cat’s dogs eat 'food' and I'm full"):
-        assert {mention.concept for mention in tagged_nouns(caption, "en")} == {"cat", "dog", "food"}
-
-
-TAGGED = st.lists(
-    st.sampled_from(
-        ["dog", "don't", "“dog”", "the", "...", "it's", "(cat)", "'s", "and/or", "3.5", "U.S.", "é", "\n", "-"]
-    ),
-    max_size=8,
-).map(" ".join)
-
-
-@given(TAGGED)
-def test_tagged_mentions_are_apart_in_order_and_in_the_caption(caption):
-    mentions = tagged_nouns(caption, "en")
-    assert all(lemma(caption[m.start : m.stop], "en").casefold() == m.concept for m in mentions)
-    assert all(first.stop <= second.start for first, second in pairwise(mentions))
+    assert noun_source("auto", [], {}).kind == "hanta"
+    assert noun_source("textblob", ["dog"], {}).kind == "textblob"
 
 
 def test_every_object_of_the_demo_is_found_where_its_language_names_it():
@@ -183,6 +155,7 @@ def test_the_digest_is_that_of_what_decides():
             NounSource("lexicon", lexicon={"en": frozenset({"dog"})}),
             NounSource("lexicon", lexicon={None: frozenset({"dog", "cat", "ball", "hat"})}),
             NounSource("textblob"),
+            NounSource("hanta"),
         ]
 
     digests = [source.digest(generated=True) for source in sources()]
@@ -192,3 +165,10 @@ def test_the_digest_is_that_of_what_decides():
     digests = [source.digest(generated=False) for source in sources()]
     assert len(set(digests)) == len(digests) - 1
     assert digests[0] == digests[1]
+
+
+def test_another_tagger_is_another_source(monkeypatch):
+    before = {kind: NounSource(kind).digest(generated=False) for kind in (*TAGGERS, "lexicon")}
+    monkeypatch.setattr(concepts, "version", lambda name: f"{name} of another day")
+    after = {kind: NounSource(kind).digest(generated=False) for kind in before}
+    assert {kind for kind in before if before[kind] != after[kind]} == set(TAGGERS)
