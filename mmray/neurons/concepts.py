@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mmray.errors import InputError
-from mmray.neurons.language_id import ARTICLES, language_code
+from mmray.neurons.language_id import ARTICLES, LANGUAGE_NAMES, language_code
 from mmray.neurons.tagger import LANGUAGES, Noun, hanta_nouns
 
 TAGGERS = {"hanta": tuple(LANGUAGES), "textblob": ("en",)}
@@ -100,10 +100,17 @@ def read_lexicon(path: Path) -> dict[str | None, frozenset[str]]:
     if not path.is_file():
         raise InputError(f"--nouns {path}: no such file; give {', '.join(NAMED)} or a file with a noun a line")
     forms: dict[str | None, set[str]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        noun, _, language = line.partition("\t")
-        if noun.strip() and not noun.startswith("#"):
-            forms.setdefault(language.strip() or None, set()).add(noun.strip().casefold())
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        noun, tab, language = line.partition("\t")
+        if not noun.strip() or noun.startswith("#"):
+            continue
+        *words, last = noun.split()
+        if words and not tab and last in LANGUAGE_NAMES:
+            raise InputError(
+                f"--nouns {path}, line {number}: {noun.strip()!r} ends in the language {last!r} after a blank; write a "
+                "tab before it, or behind it if it is a part of the noun"
+            )
+        forms.setdefault(language.strip() or None, set()).add(noun.strip().casefold())
     if not forms:
         raise InputError(f"--nouns {path}: no noun in it; write one a line")
     return {language: frozenset(found) for language, found in forms.items()}

@@ -134,6 +134,16 @@ def test_sources_that_can_t_be_are_refused_in_one_line(tmp_path):
     assert noun_source("textblob", ["dog"], {}).kind == "textblob"
 
 
+def test_a_lexicon_s_language_stands_behind_a_tab(tmp_path):
+    path = tmp_path / "nouns.txt"
+    path.write_text("dog\nlion en\n")
+    with pytest.raises(InputError, match=r"nouns\.txt, line 2: 'lion en' ends in the language 'en'.*tab") as refusal:
+        read_lexicon(path)
+    assert "\n" not in str(refusal.value)
+    path.write_text("musk ox\nlion  \ten\nphoto id\t\n")
+    assert read_lexicon(path) == {None: {"musk ox", "photo id"}, "en": {"lion"}}
+
+
 def test_every_object_of_the_demo_is_found_where_its_language_names_it():
     samples, nouns = demo_samples(96)
     assert {sample.language for sample in samples} == {"en", "es", "fr", "zh"}
