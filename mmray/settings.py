@@ -121,6 +121,9 @@ class CensusSettings(BaseModel):
     """Column of the sample id; by default found by its usual names, else a digest of image and caption."""
     language_column: str | None = None
     """Column of the caption's language (en, es, …); by default found by its usual names."""
+    language: str | None = None
+    """Language (en, es, …) of captions for which no column gives one; default: none, and a tagger of nouns takes the
+    language that a caption looks like."""
     domain_column: str | None = None
     """Column of the image's domain; by default found by its usual names."""
     objects_column: str | None = None

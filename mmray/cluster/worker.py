@@ -31,6 +31,7 @@ def columns_of(settings: CensusSettings) -> Columns:
         caption=settings.caption_column,
         sample_id=settings.id_column,
         language=settings.language_column,
+        caption_language=settings.language,
         domain=settings.domain_column,
         objects=settings.objects_column,
         boxes=settings.boxes_column,

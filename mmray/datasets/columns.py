@@ -42,6 +42,8 @@ class Columns(BaseModel):
     """Column of the objects' boxes, each (x, y, width, height) in 0..1 of the image."""
     questions: str | None = None
     """Column of (question, answer) pairs."""
+    caption_language: str | None = None
+    """Not a column: the language of captions for which the column gives none."""
     labels: tuple[str, ...] = ()
     """Further columns whose values label a sample."""
     background: str = BACKGROUND

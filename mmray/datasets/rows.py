@@ -121,7 +121,7 @@ def _sample(record: Record, source: str, image: bytes | str | None, columns: Col
         source=source,
         image=image,
         caption=caption,
-        language=_label(record, columns.language),
+        language=_label(record, columns.language) or columns.caption_language,
         domain=_label(record, columns.domain),
         objects=None if objects is None else tuple(name for name in objects if name),
         boxes=_boxes_of(record, columns, objects),
