@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pyarrow as pa
@@ -112,7 +113,11 @@ def run_census(model: str, data: str, out: str, **settings: Any) -> Run:
     """Run a census to its end, or go on with one that stopped, and open it.
 
     `settings` are those of `mmray census`, with underscores (`shard_size=500`); see `mmray.settings.CensusSettings`.
-    Failed samples and shards are in the run's `errors` table and status. Raises InputError for bad settings or input.
+    Failed samples and shards are in the run's `errors` table and status. Warns of captions in whose language no nouns
+    are found. Raises InputError for bad settings or input.
     """
-    drive_census(census_settings({"model": model, "data": data, "out": str(out), **settings}))
+    drive_census(
+        census_settings({"model": model, "data": data, "out": str(out), **settings}),
+        warn=lambda line: warnings.warn(line, stacklevel=4),
+    )
     return open_run(out)

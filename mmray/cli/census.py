@@ -44,7 +44,7 @@ def plan(as_json: AsJson = False, **settings: Any) -> None:
 
     estimate = plan_census(census_settings(settings))
     if as_json:
-        print(json.dumps(asdict(estimate) | {"hours": estimate.hours}))
+        print(json.dumps(asdict(estimate) | {"hours": estimate.hours, "warnings": estimate.sample.warnings}))
     else:
         console.print(show(estimate))
 
@@ -104,8 +104,13 @@ def _run_census(settings: CensusSettings) -> Outcome:
     from mmray.results.progress import follow_progress
 
     try:
-        with follow_progress(Console(stderr=True)) as follow:
-            return run_census(settings, follow)
+        stderr = Console(stderr=True, highlight=False)
+        with follow_progress(stderr) as follow:
+            return run_census(
+                settings,
+                follow,
+                lambda line: stderr.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True),
+            )
     except KeyboardInterrupt:
         print(f"mmray: stopped; the same command goes on with {settings.out}", file=sys.stderr)
         raise

@@ -23,8 +23,8 @@ from mmray.datasets.limits import check_columns
 from mmray.datasets.shards import Manifest, cut, read_shard
 from mmray.errors import InputError
 from mmray.models.loading import describe_model, digest, from_anywhere, resolve
-from mmray.neurons.concepts import NounSource, noun_source
-from mmray.neurons.planning import estimate
+from mmray.neurons.concepts import TAGGERS, NounSource, noun_source
+from mmray.neurons.planning import describe, estimate, first_rows
 from mmray.neurons.run_tables import DECODED, is_merged, merge_run
 from mmray.results.plan import Plan
 from mmray.runs import DamagedUnitError, Receipt, RunFolder
@@ -55,10 +55,15 @@ class Outcome(Finished):
     samples: int
 
 
-def run_census(settings: CensusSettings, follow: Callable[[Progress], None] = lambda _: None) -> Outcome:
+def run_census(
+    settings: CensusSettings,
+    follow: Callable[[Progress], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> Outcome:
     """Run a census to its end, or go on with one that stopped, and return what it amounts to.
 
-    `follow` hears of every committed shard. Raises InputError for anything wrong with the set-up, before any work.
+    `follow` hears of every committed shard, `warn` of captions whose language the tagger of nouns does not know. Raises
+    InputError for anything wrong with the set-up, before any work.
     """
     began = time.perf_counter()
     settings = settings.model_copy(update={"model": from_anywhere(settings.model)})
@@ -68,6 +73,9 @@ def run_census(settings: CensusSettings, follow: Callable[[Progress], None] = la
     RunFolder.at(settings.out).begin(run_info(settings, source, manifest, nouns), manifest.to_json())
     folder = RunFolder.at(settings.out, patient=True)
     if unfinished(settings, folder):
+        if nouns.kind in TAGGERS and settings.captions == "dataset":
+            for line in describe(*first_rows(source, manifest), nouns).warnings:
+                warn(line)
         with drive(folder) as lease:
             finish(settings, folder, nouns, follow, lease)
     return outcome(settings.out, folder, time.perf_counter() - began)

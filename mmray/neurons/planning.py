@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 
 import torch
 
 from mmray.datasets.contents import Source
-from mmray.datasets.samples import Sample
+from mmray.datasets.samples import Failure, Sample
 from mmray.datasets.shards import Manifest, read_shard
 from mmray.neurons.concepts import NounSource
+from mmray.neurons.language_id import language_code, language_name
 from mmray.neurons.reduction import candidates_kept
-from mmray.results.plan import Plan
+from mmray.results.plan import DataSample, Plan
 from mmray.settings import CensusSettings
 
 LOOKED_AT = 64
-"""Samples read to learn how long captions are and how many nouns they have."""
+"""Rows read to learn how long captions are, in which languages, and which nouns they have."""
+FREQUENT = 10
+"""Nouns listed."""
 EFFICIENCY = 0.6
 """Part of a large product's speed that a whole forward reaches; 0.5 to 0.7 was seen on CPUs and an H100."""
 CHARACTERS_A_TOKEN = 4
@@ -36,10 +40,9 @@ def estimate(
 
     Arithmetic is 2 · parameters a token (twice for `generate`); bytes are the committed parts and the final tables.
     """
-    rows = islice(read_shard(source, manifest.shards[0]), LOOKED_AT)
-    samples = [row for row in rows if isinstance(row, Sample)]
-    found = [len(nouns.find(sample.caption, sample.language, sample.objects)) for sample in samples]
-    occurrences = sum(found) / max(len(found), 1)
+    samples, failures = first_rows(source, manifest)
+    seen = describe(samples, failures, nouns)
+    occurrences = seen.nouns / max(len(samples), 1)
     characters = sum(len(sample.caption) for sample in samples) / max(len(samples), 1)
     positions = image_tokens + 16 + characters / CHARACTERS_A_TOKEN
     passes = 2 if settings.captions == "generate" else 1
@@ -60,6 +63,34 @@ def estimate(
         workers=(settings.worker_range or (0, torch.cuda.device_count()))[1] if torch.cuda.is_available() else 1,
         occurrences=occurrences,
         bytes_written=int(len(manifest.shards) * shard_bytes + manifest.samples * occurrences * settings.top_k * 14),
+        sample=seen,
+    )
+
+
+def first_rows(source: Source, manifest: Manifest) -> tuple[list[Sample], list[Failure]]:
+    """Return the first samples of the data, and what was unreadable among its first rows."""
+    rows = list(islice(read_shard(source, manifest.shards[0]), LOOKED_AT))
+    return [row for row in rows if isinstance(row, Sample)], [row for row in rows if isinstance(row, Failure)]
+
+
+def describe(samples: Sequence[Sample], failures: Sequence[Failure], nouns: NounSource) -> DataSample:
+    """Return what some rows hold: how many can be read, their languages, and the nouns of their captions."""
+    captioned = [sample for sample in samples if sample.caption.strip()]
+    found = [nouns.find(sample.caption, sample.language, sample.objects) for sample in captioned]
+    languages = Counter(language_code(sample.caption, sample.language) for sample in captioned)
+    unknown = [code for code in languages if not nouns.knows(code)]
+    return DataSample(
+        rows=len(samples) + len(failures),
+        unreadable=len(failures),
+        reason=f"{failures[0].source}: {failures[0].message}" if failures else "",
+        captions=len(captioned),
+        nouns=sum(map(len, found)),
+        without_nouns=sum(not mentions for mentions in found),
+        frequent=tuple(Counter(mention.concept for mentions in found for mention in mentions).most_common(FREQUENT)),
+        languages={language_name(code): count for code, count in languages.most_common()},
+        guessed=any(sample.language is None for sample in captioned),
+        unknown_languages={language_name(code): n for code, n in languages.most_common() if code in unknown},
+        source=nouns.kind,
     )
 
 

@@ -119,6 +119,10 @@ class ShardAnalysis:
         if len(tokens) > (self.model.context or len(tokens)):
             self._fail(sample, "read", f"{len(tokens):,} tokens; the model reads {self.model.context:,}: cut the text")
             return None
+        if (token := self.model.parts.image_token_id) in tokens:
+            written = self.model.tokenizer.decode([token])
+            self._fail(sample, "read", f"the caption has {written} in it, which stands for an image: take it out")
+            return None
         return Captioned(sample, prompt, sample.caption, self._nouns(sample, sample.caption), tokens, offsets)
 
     def _prompt(self, sample: Sample, *, image: bool) -> str:

@@ -155,8 +155,11 @@ def summary(run: Run, concepts: Sequence[str], k: int = 4) -> RenderableType:
 
 
 def plan(plan: Plan) -> RenderableType:
-    """Return what a census would cost."""
+    """Return what a census would cost, and what it would read."""
     duration = f"{plan.hours:.1f} hours" if plan.hours >= 1 else f"{plan.hours * 60:.1f} minutes"
+    seen = plan.sample
+    languages = ", ".join(f"{language} {count}" for language, count in seen.languages.items()) or "none"
+    nouns = ", ".join(f"{noun} {count}" for noun, count in seen.frequent) or "none"
     return Group(
         Text(f"samples   {plan.samples:,}, about {plan.positions:.0f} tokens and {plan.occurrences:.1f} nouns each"),
         Text(f"shards    {plan.shards:,}"),
@@ -165,4 +168,10 @@ def plan(plan: Plan) -> RenderableType:
             f"({plan.teraflops:,.0f} TFLOP at {plan.speed:.2g} TFLOP/s)"
         ),
         Text(f"bytes     about {plan.bytes_written / 1e9:.2g} GB written to the run"),
+        Text(
+            f"looked at {seen.rows} rows: {seen.unreadable} unreadable, {seen.without_nouns} without a noun; "
+            f"{'languages as guessed' if seen.guessed else 'languages'}: {languages}"
+        ),
+        Text(f"nouns     by {seen.source}: {nouns}"),
+        *(Text(f"warning   {line}", "yellow") for line in seen.warnings),
     )

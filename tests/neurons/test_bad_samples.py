@@ -131,6 +131,18 @@ def test_a_narrow_image_costs_itself_alone(open_model):
     same(tables, analyse(model, samples(), batch_size=12))
 
 
+def test_a_caption_with_the_image_token_costs_itself_alone(open_model):
+    model = open_model("llava")
+    token = model.tokenizer.decode([model.parts.image_token_id])
+    good = samples(3)
+    tables = analyse(model, [good[0], sample(20, f"a dog {token} and a cat", sample_id="token"), *good[1:]])
+    assert stages(tables) == {("token", "read")}
+    assert tables["errors"]["message"][0].as_py() == (
+        f"the caption has {token} in it, which stands for an image: take it out"
+    )
+    same(tables, analyse(model, good))
+
+
 def test_captions_that_can_t_be_used_are_errors(open_model):
     model = open_model("llava")
     good = samples(5)
