@@ -138,7 +138,7 @@ def log_odds_slope(
     table = unembedding_rows(model.network, model.parts)[: slope.shape[1]]
     total = torch.zeros(max(FEWEST_ROWS, len(slope)), table.shape[1], device=slope.device)
     # Some tokens at a time: in fp32 the whole table would take gigabytes.
-    for part, rows in zip(enough_rows(slope).split(TOKENS, dim=1), table.split(TOKENS), strict=True):
+    for part, rows in zip(torch.split(enough_rows(slope), TOKENS, dim=1), torch.split(table, TOKENS), strict=True):
         total += part @ rows.float()
     return total[: len(slope)] * model.parts.logit_scale
 
