@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -41,7 +43,7 @@ def ray_session(address: str | None) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     try:
         _reach(address)
-        with _held_back():
+        with _held_back(), _own_sigterm():
             ray.init(
                 address=address,
                 logging_level=logging.ERROR,
@@ -59,6 +61,21 @@ def ray_session(address: str | None) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this program's handler of SIGTERM, if it has one: Ray puts one in its place that exits with status 15."""
+    own = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as ended:
+        if callable(own) and ended.code == signal.SIGTERM:
+            own(signal.SIGTERM, None)
+        raise
+    finally:
+        if callable(own) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, own)
 
 
 class _Messages(io.TextIOBase):
