@@ -20,7 +20,7 @@ ACTIVATION = "activation"
 COUNT = "count"
 EXACT = (
     "whether every shard with the concept kept the neuron; if not, score, score_std, specific, selective and "
-    "activation lack what shards left out; a certified neuron is exact"
+    "activation lack what shards left out"
 )
 
 NEURON_ENTRY = pa.struct(
@@ -77,12 +77,12 @@ SCHEMAS: dict[str, pa.Schema] = {
                 "the ten it writes here, highest first: where its mean activation is "
                 "negative, those that it suppresses",
             ),
-            field("certified", pa.bool_(), "no neuron left out could come before it by score"),
+            field("certified", pa.bool_(), "whether its rank by score is certain, whatever shards left out"),
             field("selective", pa.float64(), SCORE),
             field("selective_rank", pa.int32(), "from 1, by selective"),
             field("n_images", pa.int64(), "different images among the occurrences"),
-            field("certified_specific", pa.bool_(), "no neuron left out could come before it by specific"),
-            field("certified_selective", pa.bool_(), "no neuron left out could come before it by selective"),
+            field("certified_specific", pa.bool_(), "whether its rank by specific is"),
+            field("certified_selective", pa.bool_(), "whether its rank by selective is"),
             field("exact", pa.bool_(), EXACT),
         ]
     ),
@@ -150,6 +150,7 @@ PART_SCHEMAS: dict[str, pa.Schema] = {
             field("concept", pa.string()),
             field("n", pa.int64(), "occurrences"),
             field("bound", pa.float64(), "largest sum of scores of a neuron that is not kept"),
+            field("floor", pa.float64(), "smallest sum of scores of a neuron that is not kept"),
             field("neuron", pa.list_(pa.int32()), "index over all layers; null: all neurons are kept"),
             field("score", pa.large_binary(), "fp64 sum over occurrences"),
             field("score_squares", pa.large_binary(), "fp64 sum of squares over occurrences; null where n is 1"),

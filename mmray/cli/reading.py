@@ -53,8 +53,8 @@ def rank(
 ) -> None:
     """Show a concept's neurons, highest first.
 
-    A rank marked ? is not certified in the order shown: a neuron that some shard left out may belong before it; more
-    --candidates may settle that. There are no certificates by share.
+    A rank marked ? is not certified in the order shown: what shards left out may change it, and more --candidates may
+    settle it. There are no certificates by share.
 
     A neuron adds activation × its row of W_out. Words behind − are of one whose activation is negative there: those
     that its row suppresses.

@@ -64,6 +64,8 @@ def estimate(
         occurrences=occurrences,
         bytes_written=int(len(manifest.shards) * shard_bytes + manifest.samples * occurrences * settings.top_k * 14),
         sample=seen,
+        neurons=neurons,
+        kept=kept,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Float64, Int64
 from numpy import ndarray
 
@@ -17,6 +18,9 @@ from mmray.tables import SCHEMAS
 
 RANKED = 256
 """Neurons a concept in `rankings`, by score, and as many by `specific` and by `selective`."""
+
+CERTAIN, OFTEN = 10, 5
+"""Ranks of each concept, and occurrences that it has at least, of which a run says how many are certified."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,10 @@ def selective_scores(scores: ConceptScores, squares: Float64[ndarray, " all"], n
 
 
 def specific_certified(scores: ConceptScores, merge: ConceptMerge) -> ndarray:
-    """Return for each neuron whether no neuron left out could outrank it by `specific`.
+    """Return for each neuron whether its place in the order of `specific` is known.
 
-    The total over all nouns is known of every neuron, and `specific` grows with the sum over the concept: a neuron left
-    out has at most what the bound of that sum gives it.
+    The total over all nouns is known of every neuron, and `specific` grows with the sum over the concept: the bounds of
+    that sum give its own.
     """
     others, rounding = merge.n - scores.n, merge.rounding(merge.n, merge.shards)
     total = merge.total[scores.neuron]
@@ -83,24 +87,37 @@ def specific_certified(scores: ConceptScores, merge: ConceptMerge) -> ndarray:
         # It falls with the total: the highest is that of the lowest total.
         lowest = merge.total.min(where=outside, initial=np.inf, keepdims=True) - rounding
         left_out = float(_specific(np.array([scores.left_out]), scores.n, lowest, others)[0])
-    return scores.certify(
-        _specific(scores.score - scores.rounding, scores.n, total + rounding, others),
-        _specific(scores.upper, scores.n, total - rounding, others),
-        left_out,
-    )
+    least = _specific(scores.lower - scores.rounding, scores.n, total + rounding, others)
+    most = _specific(scores.upper + scores.rounding, scores.n, total - rounding, others)
+    return scores.certify(least, most, left_out)
 
 
 def selective_certified(scores: ConceptScores, merge: ConceptMerge) -> ndarray:
-    """Return for each neuron whether no neuron left out could outrank it by `selective`.
+    """Return for each neuron whether its place in the order of `selective` is known.
 
-    What a neuron left out squares to in other nouns is not known, so it has at most the bound of its mean contribution.
+    The squares that shards left out may all be the concept's own, so that a neuron known in part has at most the bound
+    of its mean contribution.
     """
-    others = merge.n - scores.n
-    squares = merge.total_squares[scores.neuron]
-    rounding = 4 * np.finfo(np.float64).eps * (merge.n + merge.shards) * squares
-    elsewhere = np.maximum(0, squares - scores.squares) + rounding
-    least = (scores.score - scores.rounding) / scores.n - (np.sqrt(elsewhere / others) if others else 0)
-    return scores.certify(least, scores.upper / scores.n, scores.left_out / scores.n)
+    others, total = merge.n - scores.n, merge.total_squares[scores.neuron]
+    rounding = 4 * np.finfo(np.float64).eps * (merge.n + merge.shards) * total
+    squares = np.maximum(0, total - scores.squares)
+    highest, lowest = (
+        np.sqrt(np.maximum(0, squares + error) / others) if others else np.zeros(len(squares))
+        for error in (rounding, -rounding)
+    )
+    least = (scores.lower - scores.rounding) / scores.n - highest
+    most = (scores.upper + scores.rounding) / scores.n - np.where(scores.exact, lowest, 0)
+    return scores.certify(least, most, scores.left_out / scores.n)
+
+
+def certified_share(rankings: pa.Table) -> float | None:
+    """Return which part of the CERTAIN highest ranks by score is certified, of concepts that are often enough.
+
+    None where no concept is. A noun of few occurrences is in few shards, and certain whatever they keep.
+    """
+    near = pc.and_(pc.less_equal(rankings["rank"], CERTAIN), pc.greater_equal(rankings["n"], OFTEN))
+    certified = rankings["certified"].filter(near)
+    return pc.mean(certified).as_py() if len(certified) else None
 
 
 def rank_concept(

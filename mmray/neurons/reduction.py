@@ -88,12 +88,12 @@ class ConceptSums:
         order = torch.tensor([self.concepts[name] for name in names], dtype=torch.long)
         counts = np.array([self.counts[place] for place in order], np.int64)
         scores = self._summed("score", order)
-        bounds = np.full(len(names), -np.inf)
+        bounds, floors = np.full(len(names), -np.inf), np.full(len(names), np.inf)
         schema = PART_SCHEMAS["concepts"]
         index, best = pa.nulls(len(names), schema.field("neuron").type), None
         if kept < neurons:
             highest = scores.sort(dim=1, descending=True, stable=True)
-            bounds = highest.values[:, kept].numpy()
+            bounds, floors = highest.values[:, kept].numpy(), highest.values[:, -1].numpy()
             best = highest.indices[:, :kept].sort(dim=1).values
             index = list_column(best.numpy(), schema.field("neuron").type)
         columns = []
@@ -106,7 +106,7 @@ class ConceptSums:
                 sums = sums.gather(1, best[rows])
             columns.append(vector_column(sums.numpy(), present))
         concepts = pa.Table.from_arrays(
-            [pa.array(names, pa.string()), pa.array(counts), pa.array(bounds, pa.float64()), index, *columns],
+            [pa.array(names, pa.string()), pa.array(counts), pa.array(bounds), pa.array(floors), index, *columns],
             schema=schema,
         )
         every = PART_SCHEMAS["totals"]
@@ -138,10 +138,11 @@ class Merged:
     n: int = 0
     shards: int = 0
     bound: float = 0.0
+    floor: float = 0.0
     parts: list[ndarray] = field(default_factory=list)
 
-    def compact(self) -> Float64[ndarray, "6 neuron"]:
-        """Add up the collected parts: rows are neuron, score, squares, activation, n, bound of the shards kept in."""
+    def compact(self) -> Float64[ndarray, "7 neuron"]:
+        """Add up the collected parts: neuron, score, squares, activation, and n, bound, floor of the shards kept in."""
         if len(self.parts) > 1:
             if all(np.array_equal(part[0], self.parts[0][0]) for part in self.parts[1:]):
                 self.parts = [np.vstack([self.parts[0][0], sum(part[1:] for part in self.parts)])]
@@ -173,13 +174,14 @@ class ConceptMerge:
         every = np.arange(self.neurons)
         index = [every] * len(concepts) if concepts["neuron"].null_count else list_values(concepts["neuron"])
         sums = (vectors(concepts[name], dtype) for name, dtype in SUMS.items())
-        facts = (concepts[name].to_pylist() for name in ("concept", "n", "bound"))
-        for concept, n, bound, neuron, score, squares, activation in zip(*facts, index, *sums, strict=True):
+        facts = (concepts[name].to_pylist() for name in ("concept", "n", "bound", "floor"))
+        for concept, n, bound, floor, neuron, score, squares, activation in zip(*facts, index, *sums, strict=True):
             merged = self.concepts.setdefault(concept, Merged())
             merged.n += n
             merged.shards += 1
             merged.bound += bound
-            kept = [np.full(len(neuron), float(number)) for number in (n, bound)]
+            merged.floor += floor
+            kept = [np.full(len(neuron), float(number)) for number in (n, bound, floor)]
             merged.parts.append(np.stack([neuron, score, score**2 if n == 1 else squares, activation, *kept]))
             if len(merged.parts) >= COMPACT_AT:
                 merged.compact()
@@ -187,19 +189,21 @@ class ConceptMerge:
     def sums(self, concept: str) -> ConceptScores:
         """Return the concept's neurons that any shard kept, with what is known of each."""
         merged = self.concepts[concept]
-        neuron, score, squares, activation, n, kept_bound = merged.compact()
+        neuron, score, squares, activation, n, kept_bound, kept_floor = merged.compact()
         missing = n < merged.n
-        # A shard that kept all has the bound -inf, and -inf - -inf is not a number; nothing is missing there.
+        rounding = self.rounding(merged.n, merged.shards)
+        # A shard that kept all has infinite bounds, and inf - inf is not a number; nothing is missing there.
         with np.errstate(invalid="ignore"):
-            rounding = self.rounding(merged.n, merged.shards)
             upper = np.where(missing, score + merged.bound - kept_bound + rounding, score)
+            lower = np.where(missing, score + merged.floor - kept_floor - rounding, score)
         return ConceptScores(
             n=merged.n,
             neuron=neuron.astype(np.int64),
             # What a shard left out may be below zero: the sum so far can be more than the whole can come to.
-            score=np.minimum(score, upper),
+            score=np.clip(score, lower, upper),
             squares=squares,
             activation=activation,
+            lower=lower,
             upper=upper,
             exact=~missing,
             left_out=merged.bound + rounding if len(neuron) < self.neurons else -np.inf,
@@ -223,9 +227,11 @@ class ConceptScores:
     n: int
     neuron: Int64[ndarray, " neuron"]
     score: Float64[ndarray, " neuron"]
-    """The sum, or where it is not known the sum in the shards that kept the neuron, at most `upper`."""
+    """The sum, or where it is not known the sum in the shards that kept the neuron, within `lower` and `upper`."""
     squares: Float64[ndarray, " neuron"]
     activation: Float64[ndarray, " neuron"]
+    lower: Float64[ndarray, " neuron"]
+    """The least that the neuron's sum can be."""
     upper: Float64[ndarray, " neuron"]
     """The most that the neuron's sum can be."""
     exact: ndarray
@@ -236,17 +242,29 @@ class ConceptScores:
     """The most that a sum can be off by its rounding; `upper` and `left_out` have it in them where it matters."""
 
     def certified(self) -> ndarray:
-        """Return for each neuron whether its sum is known and nothing unknown could reach it."""
-        return self.certify(self.score - self.rounding, self.upper, self.left_out)
+        """Return for each neuron whether its place in the order of sums is known, as `certify`."""
+        return self.certify(self.lower - self.rounding, self.upper + self.rounding, self.left_out)
 
     def certify(
         self, least: Float64[ndarray, " neuron"], most: Float64[ndarray, " neuron"], left_out: float
     ) -> ndarray:
-        """Return for each neuron whether all is known of it and nothing unknown could reach its place in an order.
+        """Return for each neuron whether its place in an order is known, though numbers are known in part.
 
-        Its number in that order is at least `least`, that of a neuron known in part at most its `most`, and that of a
-        neuron outside the list at most `left_out`.
+        Its number there is between `least` and `most`, and that of a neuron outside the list at most `left_out`. The
+        place is known where each other neuron is above or below it for certain; two exact ones are told apart as they
+        are, to the rounding.
         """
-        unknown = np.where(self.exact, -np.inf, most)
-        ceiling = max(left_out, float(unknown.max(initial=-np.inf)))
-        return np.asarray(self.exact & (least > ceiling))
+        partial = _overlapping(least, most, ~self.exact)
+        exact = _overlapping(least, most, self.exact)
+        # A neuron known in part overlaps itself.
+        alone = np.where(self.exact, partial == 0, partial + exact == 1)
+        return np.asarray(alone & (least > left_out))
+
+
+def _overlapping(
+    least: Float64[ndarray, " neuron"], most: Float64[ndarray, " neuron"], of: ndarray
+) -> Int64[ndarray, " neuron"]:
+    """Return for each interval how many of the intervals `of` it overlaps."""
+    below = np.searchsorted(np.sort(most[of]), least, side="left")
+    not_above = np.searchsorted(np.sort(least[of]), most, side="right")
+    return np.asarray(not_above - below)

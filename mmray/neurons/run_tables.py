@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pyarrow as pa
 
 from mmray.neurons.merging import APPENDED, RunMerge
+from mmray.neurons.ranking import certified_share
 from mmray.runs import Receipt, RunFolder
 from mmray.runs.receipts import receipts_digest
 from mmray.storage import Checksum
@@ -62,8 +63,11 @@ def _write_tables(
     for writer in writers.values():
         writer.close()
         files |= writer.written
+    certified = None
     for name, table in merge.tables():
         files |= write_table(folder.store, name, [table])
+        if name == "rankings":
+            certified = certified_share(table)
     done = receipts.values()
     folder.finish(
         {
@@ -73,6 +77,7 @@ def _write_tables(
             "shards_aside": folder.reasons(receipts),
             "occurrences": sum(receipt.occurrences for receipt in done),
             "concepts": len(merge.concepts.concepts),
+            "certified": certified,
             "compute_seconds": round(sum(receipt.seconds for receipt in done), 3),
         },
         files,

@@ -75,6 +75,9 @@ class Plan:
     occurrences: float
     """Occurrences a sample."""
     bytes_written: int
+    neurons: int
+    kept: int
+    """Neurons that a shard keeps per concept; where they are not all, ranks may lack a certificate."""
     sample: DataSample
 
     @property

@@ -41,6 +41,8 @@ class Status:
     failures: int
     seconds: float
     finished: bool
+    certified: float | None = None
+    """Part of the ten highest ranks by score, of concepts of five occurrences and more, that is certified."""
 
     @property
     def pending(self) -> int:
@@ -182,6 +184,7 @@ class Run:
         """Return how far the run is, from what is committed."""
         receipts = self.folder.receipts()
         done = list(receipts.values())
+        finished = self.folder.finished()
         return Status(
             shards=self.info["shards"],
             shards_done=len(done),
@@ -190,7 +193,8 @@ class Run:
             samples_done=sum(receipt.samples for receipt in done),
             failures=sum(receipt.failures for receipt in done),
             seconds=sum(receipt.seconds for receipt in done),
-            finished=self.folder.finished() is not None,
+            finished=finished is not None,
+            certified=(finished or {}).get("certified"),
         )
 
     def failures(self, limit: int = 10) -> list[dict[str, Any]]:

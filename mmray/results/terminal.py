@@ -111,6 +111,13 @@ def status(status: Status, failures: Iterable[dict[str, Any]], uri: str) -> Rend
             f"{status.samples_per_second:.1f} a second and worker, {status.failures} failed"
         ),
     ]
+    if status.certified is not None:
+        lines.append(
+            Text(
+                f"ranks     {status.certified:.0%} of the ten highest by score certified, of concepts with 5 or more "
+                "occurrences"
+            )
+        )
     lines += [Text(f"shard {number} set aside: {reason}", "red") for number, reason in status.shards_aside.items()]
     lines += [Text(f"{row['stage']}: {row['source']}: {row['message']}", "yellow") for row in failures]
     return Group(*lines)
@@ -160,6 +167,10 @@ def plan(plan: Plan) -> RenderableType:
     seen = plan.sample
     languages = ", ".join(f"{language} {count}" for language, count in seen.languages.items()) or "none"
     nouns = ", ".join(f"{noun} {count}" for noun, count in seen.frequent) or "none"
+    kept = (
+        f"kept      {plan.kept:,} of {plan.neurons:,} neurons per concept and shard; with many shards few ranks are "
+        "certified, and more --candidates certify more"
+    )
     return Group(
         Text(f"samples   {plan.samples:,}, about {plan.positions:.0f} tokens and {plan.occurrences:.1f} nouns each"),
         Text(f"shards    {plan.shards:,}"),
@@ -174,4 +185,5 @@ def plan(plan: Plan) -> RenderableType:
         ),
         Text(f"nouns     by {seen.source}: {nouns}"),
         *(Text(f"warning   {line}", "yellow") for line in seen.warnings),
+        *([Text(kept)] if plan.kept < plan.neurons else []),
     )

@@ -178,6 +178,7 @@ def shard_tables(number: int, random: np.random.Generator) -> dict[str, pa.Table
         pa.array(distinct),
         pa.array([names.count(name) for name in distinct], pa.int64()),
         pa.array([-np.inf] * len(distinct)),
+        pa.array([np.inf] * len(distinct)),
         pa.nulls(len(distinct), schema.field("neuron").type),
         *(
             vector_column(random.normal(size=(len(distinct), neurons)).astype(kind), np.ones(len(distinct), bool))

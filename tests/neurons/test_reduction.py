@@ -11,7 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.neurons.ranking import Shares, rank_concept, selective_scores, specific_scores
+from mmray.neurons.ranking import (
+    CERTAIN,
+    OFTEN,
+    Shares,
+    certified_share,
+    rank_concept,
+    selective_scores,
+    specific_scores,
+)
 from mmray.neurons.reduction import ALL_KEPT, KEPT_OF_MORE, ConceptMerge, ConceptSums, candidates_kept
 from mmray.tables import from_bytes, to_bytes
 
@@ -115,6 +123,7 @@ def test_what_is_kept_of_some_bounds_what_is_not(occurrences, cuts, kept):
         assert scores.score[scores.exact].tolist() == truth[exact].tolist()
         assert scores.squares[scores.exact].tolist() == squares[exact].tolist()
         assert scores.activation[scores.exact].tolist() == activation[exact].tolist()
+        assert (scores.lower <= truth[scores.neuron]).all()
         assert (scores.upper >= truth[scores.neuron]).all()
         outside = np.setdiff1d(np.arange(NEURONS), scores.neuron)
         assert (truth[outside] <= scores.left_out).all()
@@ -141,6 +150,8 @@ def test_a_certified_rank_is_the_true_one(occurrences, cuts, kept):
                 continue
             n = counts[concept]
             assert row["rank"] == ranks[neuron]
+            if not row["exact"]:
+                continue
             assert row["score"] == truth[neuron] / n
             assert row["activation"] == activation[neuron] / n
             assert row["tokens"] == ["b" if row["activation"] < 0 else "a"]
@@ -166,8 +177,9 @@ def test_bounds_hold_to_the_last_digit(occurrences, cuts, kept):
         for scores in own:
             truth += [Fraction(value) for value in scores]
         scores = merged.sums(concept)
-        for neuron, exact, upper in zip(scores.neuron, scores.exact, scores.upper, strict=True):
-            assert exact or Fraction(upper) >= truth[neuron]
+        for neuron, exact, *bounds in zip(scores.neuron, scores.exact, scores.lower, scores.upper, strict=True):
+            lower, upper = bounds
+            assert exact or Fraction(lower) <= truth[neuron] <= Fraction(upper)
         for neuron in np.setdiff1d(np.arange(NEURONS), scores.neuron):
             assert Fraction(scores.left_out) >= truth[neuron]
 
@@ -196,7 +208,6 @@ def test_no_certificate_of_any_order_is_wrong(certificate, occurrences, cuts, ke
         table = rank_concept(concept, merged, 1, Shares({}), WIDTHS, TEXTS)
         for row in table.to_pylist():
             if row[certificate]:
-                assert row["exact"]
                 value = truth[sum(WIDTHS[: row["layer"]]) + row["unit"]]
                 assert (truth > value + near).sum() < row[rank] <= (truth >= value - near).sum()
         if kept == NEURONS:
@@ -216,6 +227,19 @@ def test_a_neuron_left_out_that_is_first_by_specific_is_no_secret():
     rows = {row["neuron"]: row for row in rank_concept("dog", merge(shards), 1, Shares({}), WIDTHS, TEXTS).to_pylist()}
     assert all(rows["L0.u0"][certificate] for certificate in ORDERS)
     assert {rows["L0.u0"][rank] for rank, _ in ORDERS.values()} == {1}
+
+
+@given(OCCURRENCES, CUTS, st.integers(1, NEURONS))
+def test_the_share_of_certified_ranks_is_that_of_frequent_concepts(occurrences, cuts, kept):
+    merged = merge([shard(part, kept=kept) for part in cut(occurrences, cuts)])
+    tables = [rank_concept(concept, merged, 1, Shares({}), WIDTHS, TEXTS) for concept in merged.concepts]
+    found = [
+        row["certified"]
+        for table in tables
+        for row in table.to_pylist()
+        if row["n"] >= OFTEN and row["rank"] <= CERTAIN
+    ]
+    assert certified_share(pa.concat_tables(tables)) == (sum(found) / len(found) if found else None)
 
 
 def test_the_first_ranks_are_certified_where_they_lead_by_far():

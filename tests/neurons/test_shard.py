@@ -157,7 +157,11 @@ def test_the_cut_into_shards_changes_no_rank(open_model, candidates):
         ]
         tables.append(merged(model, shards))
     certain = [
-        {(row["concept"], row["rank"]): row for row in table["rankings"].to_pylist() if row["certified"]}
+        {
+            (row["concept"], row["rank"]): row
+            for row in table["rankings"].to_pylist()
+            if row["certified"] and row["exact"]
+        }
         for table in tables
     ]
     for other in certain[1:]:

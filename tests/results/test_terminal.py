@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+from dataclasses import replace
 from typing import get_args
 
 import pyarrow as pa
@@ -11,9 +12,10 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from mmray.neurons.attribution import GRADIENTS, SCORES
+from mmray.results.plan import Plan
 from mmray.results.report.definitions import definitions
 from mmray.results.run import CERTIFICATES, ORDERS, Run
-from mmray.results.terminal import concept_title, neuron, ranking, status, summary
+from mmray.results.terminal import concept_title, neuron, plan, ranking, status, summary
 from mmray.settings import UNITS, Score
 
 WIDTHS = (80, 100, 120)
@@ -149,9 +151,22 @@ def test_status_says_what_failed_and_why(run: Run, width: int) -> None:
     assert "3 done, 0 pending, 0 set aside of 3" in text
     assert "24 of 24" in text
     assert "2 failed" in text
+    doubtful = replace(run.status(), certified=0.094)
+    shares = " ".join(" ".join(shown(status(doubtful, [], "x"), width)).split())
+    assert "ranks 9% of the ten highest by score certified, of concepts with 5 or more occurrences" in shares
+    earlier = replace(run.status(), certified=None)
+    assert not any(line.startswith("ranks") for line in shown(status(earlier, [], "x"), width))
     for row in run.failures():
         assert row["stage"] in text
         assert row["source"] in text
+
+
+@pytest.mark.parametrize(("kept", "said"), [(8192, False), (2048, True)])
+def test_a_plan_says_what_is_kept_where_that_is_not_all(kept: int, said: bool) -> None:
+    lines = shown(plan(Plan(500, 1, 80.0, 10**6, 1.0, 0.1, 1, 2.5, 10**6, 8192, kept)), 80)
+    text = " ".join(" ".join(lines).split())
+    assert ("kept 2,048 of 8,192 neurons per concept and shard" in text) == said
+    assert all(cell_len(line) <= 80 for line in lines)
 
 
 def test_a_summary_shows_each_concept(run: Run) -> None:
