@@ -7,10 +7,12 @@ import pyarrow as pa
 from mmray.label_tables import LABEL_SCHEMAS
 from mmray.tables import COUNT, EVALUATION_SCHEMAS, SCHEMAS, field
 
+INTERVAL = "95 %, over images: Wilson of shares, else bootstrap"
+
 MEASURED = (
     field("value", pa.float64()),
-    field("low", pa.float64(), "95 %, bootstrap over samples"),
-    field("high", pa.float64(), "95 %, bootstrap over samples"),
+    field("low", pa.float64(), INTERVAL),
+    field("high", pa.float64(), INTERVAL),
     field("n", pa.int64(), "claims, answers or samples"),
     field("protocol", pa.string()),
 )
@@ -25,9 +27,9 @@ DERIVED: dict[str, pa.Schema] = {
             field("neurons", pa.int32(), COUNT),
             field("strength", pa.float64(), "of noise: parts of the rows' own size; of amplification: the factor"),
             field("value", pa.float64()),
-            field("low", pa.float64(), "95 %, bootstrap over images"),
-            field("high", pa.float64(), "95 %, bootstrap over images"),
-            field("n", pa.int64(), "images"),
+            field("low", pa.float64(), INTERVAL),
+            field("high", pa.float64(), INTERVAL),
+            field("n", pa.int64(), "images; of what a ranking as a whole has, such as its hit rate, concepts"),
             field("protocol", pa.string()),
         ]
     ),
@@ -51,8 +53,8 @@ DERIVED: dict[str, pa.Schema] = {
             field("measure", pa.string(), "pointing_game, iou, max_box_accuracy, deletion, insertion"),
             field("method", pa.string(), "what drew the maps, or chance"),
             field("value", pa.float64()),
-            field("low", pa.float64(), "95 %, bootstrap over images"),
-            field("high", pa.float64(), "95 %, bootstrap over images"),
+            field("low", pa.float64(), INTERVAL),
+            field("high", pa.float64(), INTERVAL),
             field("words", pa.int64(), COUNT),
             field("n", pa.int64(), "images"),
             field("protocol", pa.string()),
@@ -95,9 +97,9 @@ DERIVED: dict[str, pa.Schema] = {
             field("measure", pa.string()),
             field("before", pa.float64()),
             field("after", pa.float64()),
-            field("low", pa.float64(), "95 %, bootstrap over samples, of after"),
-            field("high", pa.float64(), "95 %, bootstrap over samples, of after"),
-            field("n", pa.int64(), "samples"),
+            field("low", pa.float64(), f"of after: {INTERVAL}"),
+            field("high", pa.float64(), f"of after: {INTERVAL}"),
+            field("n", pa.int64(), "images; of text locality questions, of MMEdit records"),
             field("protocol", pa.string()),
         ]
     ),
@@ -105,6 +107,7 @@ DERIVED: dict[str, pa.Schema] = {
     "claims": pa.schema(
         [
             field("sample_id", pa.string()),
+            field("image", pa.string(), "key of the image, which all samples of it share"),
             field("kind", pa.string(), "caption; of questions present, random, popular or adversarial"),
             field("word", pa.string()),
             field("claimed", pa.bool_(), "the model says that it is there; null: neither yes nor no"),
@@ -147,6 +150,7 @@ DERIVED: dict[str, pa.Schema] = {
     "answers": pa.schema(
         [
             field("sample_id", pa.string()),
+            field("image", pa.string(), "key of the image, which all samples of it share"),
             field("condition", pa.string(), "original, one step, steps, plain steps, unrelated, random N, …"),
             field("source", pa.string()),
             field("target", pa.string()),

@@ -201,6 +201,7 @@ EVALUATION_SCHEMAS: dict[str, pa.Schema] = {
         [
             field("measure", pa.string()),
             field("sample_id", pa.string()),
+            field("image", pa.string(), "key of the image; null: of a question or record"),
             field("before", pa.list_(pa.float64()), "sums; most often what is counted, and of how many"),
             field("after", pa.list_(pa.float64()), "sums; most often what is counted, and of how many"),
         ]
@@ -212,6 +213,7 @@ EVALUATION_SCHEMAS: dict[str, pa.Schema] = {
             field("after", pa.string()),
             field("changed", pa.bool_()),
             field("role", pa.string(), "edited, source, unrelated or other"),
+            field("image", pa.string(), "key of the image, which all samples of it share"),
         ]
     ),
     "errors": SCHEMAS["errors"],

@@ -65,6 +65,24 @@ def loaded_with(open_model: Callable[[str], Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return COCO-like data with five captions per image (`tests.datasets.cocolike.CocoLike`)."""
+    from tests.datasets.cocolike import coco_like
+
+    return coco_like(tmp_path_factory.mktemp("coco"), images=24, held_out=8)
+
+
+@pytest.fixture(scope="session")
+def coco_run(coco: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the demo model's census of `coco.train`; shared by all tests: add to it, and leave its tables alone."""
+    from tests.running import census_here
+
+    out = tmp_path_factory.mktemp("coco") / "run"
+    assert census_here("demo", str(coco.train), out, shard_size=60).complete
+    return out
+
+
+@pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
     """Return the bucket of an S3 that answers on loopback only, for this process and those it starts."""
     from moto.server import ThreadedMotoServer

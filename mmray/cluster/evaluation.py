@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmray.cluster.carrying import Folders, carry_out, pool_for
 from mmray.cluster.census import Progress
@@ -26,6 +27,7 @@ from mmray.cluster.finished import Finished
 from mmray.cluster.units import mapped_together
 from mmray.editing.edit import open_edit
 from mmray.evaluation.asks import Edit
+from mmray.evaluation.scope import EDITED
 from mmray.evaluation.settings import EvaluationSettings
 from mmray.evaluation.summary import summarise
 from mmray.results.run import Run, open_run
@@ -94,7 +96,7 @@ def _evaluated(
     outcomes = []
     for plan, info, folder, edit, lease in zip(plans, infos, folders, edits, leases, strict=True):
         receipts = folder.receipts()
-        measured, captions = _gathered(folder, receipts)
+        measured, captions = _gathered(folder, receipts, plan)
         outcome = Evaluation(
             edit=plan.settings.edit,
             measures=summarise(measured, plan.settings),
@@ -154,12 +156,25 @@ def _work(
     )
 
 
-def _gathered(folder: RunFolder, receipts: dict[int, Receipt]) -> tuple[pa.Table, pa.Table]:
-    """Return the measurements of all units, and the captions, each sample once."""
-    parts = {name: folder.read_parts(receipts, name, EVALUATION_SCHEMAS[name]) for name in ("measurements", "captions")}
-    rows = {row["sample_id"]: row for row in reversed(parts["captions"].to_pylist())}
-    captions = [rows[name] for name in sorted(rows)]
-    return parts["measurements"], pa.Table.from_pylist(captions, schema=EVALUATION_SCHEMAS["captions"])
+def _gathered(folder: RunFolder, receipts: dict[int, Receipt], plan: Plan) -> tuple[pa.Table, pa.Table]:
+    """Return the measurements of all units, and the captions, each sample once.
+
+    An image that the edit was made on and that the data holds counts as it is there, and not again as one of the run's.
+    """
+
+    def read(name: str, *, own: bool) -> pa.Table:
+        some = {number: receipt for number, receipt in receipts.items() if (plan.units[number].kind == "own") == own}
+        return folder.read_parts(some, name, EVALUATION_SCHEMAS[name])
+
+    captions = read("captions", own=False)
+    known = captions.filter(pc.equal(captions["role"], EDITED))["image"].unique()
+    measured, captions = (
+        pa.concat_tables([data, own.filter(pc.invert(pc.is_in(own["image"], known)))])
+        for data, own in ((read(name, own=False), read(name, own=True)) for name in ("measurements", "captions"))
+    )
+    rows = {row["sample_id"]: row for row in reversed(captions.to_pylist())}
+    kept = [rows[name] for name in sorted(rows)]
+    return measured, pa.Table.from_pylist(kept, schema=EVALUATION_SCHEMAS["captions"])
 
 
 def _write(outcome: Evaluation, plan: Plan, fingerprint: str, captions: pa.Table, lease: Lease) -> None:

@@ -26,6 +26,7 @@ from mmray.perception.joint import detector_digest
 from mmray.results.run import Run
 from mmray.settings import CensusSettings
 from mmray.storage import Entry, open_object, open_store
+from mmray.tables import EVALUATION_SCHEMAS
 
 EDIT_FILES = ("edit.json", "edit.safetensors")
 """What an edit's folder holds of the edit itself."""
@@ -122,6 +123,8 @@ def digests(plan: Plan, run: Run) -> dict[str, str]:
         "data": plan.manifest.digest,
         "own": plan.own_manifest.digest if plan.own_manifest else "",
         "asked": plan.digest(),
+        # Parts without all these columns can't be continued.
+        "rows": ",".join(EVALUATION_SCHEMAS["measurements"].names),
         "edit": _digest([edit.entry(name) for name in EDIT_FILES]),
         "encoder": _digest(open_store(settings.encoder).list()) if settings.encoder else "",
     }
@@ -151,9 +154,9 @@ def _objects(source: Source) -> Iterator[tuple[str, ...]]:
 
 
 def _own(run: Run, purposes: Sequence[Purpose], manifest: Manifest) -> tuple[Manifest | None, list[Unit]]:
-    """Return the shards of the run's data that hold the samples of the edit, without what is measured on anyway.
+    """Return the shards of the run's data that hold the samples of the edit, without the rows that are measured anyway.
 
-    There those samples are known by their identifiers.
+    Of rows that the measured data holds in another form (COCO has its images once) the measurements are left out later.
     """
     own = _without(Manifest.from_json(run.folder.manifest()), manifest)
     wanted = {name for purpose in purposes for name in purpose.samples}

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmray.errors import InputError
+from mmray.image_keys import image_keys
 from mmray.neurons.labels.replicates import Replicates, draw
 from mmray.neurons.labels.settings import SelectivitySettings
 from mmray.results.run import Run
@@ -30,7 +30,7 @@ class Plan:
     """Sample → label, of all samples that have one."""
     held_out: frozenset[str]
     images: Mapping[str, str]
-    """Of samples that share an image: the first by name that has it, which stands for all of them."""
+    """The key of each sample's image."""
     replicates: Replicates
     """Of the samples that are selected from."""
     captions: Mapping[int, Mapping[str, str]]
@@ -78,9 +78,9 @@ def plan_labels(settings: SelectivitySettings, run: Run, hold_out: bool) -> Plan
     if unknown := [label for label in settings.steered or () if label not in labelled.values()]:
         known = ", ".join(sorted(set(labelled.values())))
         raise InputError(f"--steer {settings.steer}: no label {unknown[0]!r} in {known}")
-    images = _images(captions)
+    images = image_keys(captions)
     held_out = frozenset(
-        name for name in labelled if hold_out and _draw(settings.seed, images.get(name, name)) < settings.held_out
+        name for name in labelled if hold_out and _draw(settings.seed, images[name]) < settings.held_out
     )
     seen = [name for name in names if name in labelled and name not in held_out][: settings.samples]
     if settings.balance:
@@ -125,17 +125,6 @@ def _check_names(run: Run, names: Sequence[str], facts: Sequence[tuple[str | Non
                 f"{run.uri}: sample_id {name!r} stands {names.count(name)} times in the run, for unlike captions or "
                 "labels; take a census with --id-column NAME of ids that differ from row to row, or none for digests"
             )
-
-
-def _images(captions: pa.Table) -> dict[str, str]:
-    """Return the samples that share an image → the first of them by name."""
-    if "image" not in captions.column_names:
-        return {}
-    shared: dict[str, list[str]] = defaultdict(list)
-    for name, image in zip(captions["sample_id"].to_pylist(), captions["image"].to_pylist(), strict=True):
-        if image is not None:
-            shared[image].append(name)
-    return {name: min(names) for names in shared.values() if len(names) > 1 for name in names}
 
 
 def _found(run: Run, by: str, labels: set[str]) -> str:

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress
 from mmray.cluster.described import described
 from mmray.cluster.finished import Finished
-from mmray.cluster.sight_worker import Asked, OpinionWorker, PerturbationWorker, Plan, SightWorker
+from mmray.cluster.sight_worker import PARTS, Asked, OpinionWorker, PerturbationWorker, Plan, SightWorker
 from mmray.cluster.units import mapped
 from mmray.cluster.worker import columns_of
 from mmray.datasets.columns import Columns
@@ -29,7 +30,7 @@ from mmray.datasets.contents import Source
 from mmray.datasets.rows import BadRowError, object_names
 from mmray.datasets.shards import cut
 from mmray.datasets.sources import open_source
-from mmray.derived import DERIVED
+from mmray.derived import DERIVED, OPINION_SCHEMAS
 from mmray.errors import InputError
 from mmray.evaluation.facts import DataFacts, gather_facts
 from mmray.evaluation.naming import read_synonyms
@@ -167,6 +168,8 @@ def _digests(plan: Plan) -> dict[str, str]:
     translations = map(str, facts.translations.items())
     return {
         "model": digest(resolve(plan.model)),
+        # Parts without all these columns can't be continued.
+        "rows": ",".join(chain.from_iterable(OPINION_SCHEMAS[name].names for name in PARTS[type(plan.settings)])),
         "data": plan.manifest.digest,
         "cut": str([shard.samples for shard in plan.manifest.shards][:1]) + str(plan.manifest.samples),
         "detector": detector_digest(detector),

@@ -64,7 +64,7 @@ def _measure(
     store = lease.guard(run.folder.store)
     # A part that was not asked for keeps the table that an earlier call wrote.
     if settings.only != "maps":
-        write_table(store, "properties", [summarise(observed, settings.draws, settings.seed)])
+        write_table(store, "properties", [summarise(observed, settings.draws, settings.seed, plan.images)])
     if settings.only != "properties":
         write_table(store, "heatmaps", [maps])
     outcome = Properties(
@@ -81,7 +81,7 @@ def _measure(
 
 def _folder(plan: Plan, run: Run) -> tuple[RunFolder, dict[str, Any]]:
     """Return where the rows lie, and what that folder says of itself."""
-    info = described(plan.settings, digests_of(run), len(plan.units))
+    info = described(plan.settings, digests_of(run) | {"units": plan.digest()}, len(plan.units))
     return RunFolder.at(f"{run.uri}/properties/{info['fingerprint']}", patient=True), info
 
 

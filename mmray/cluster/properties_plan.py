@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from mmray.datasets.shards import Manifest
 from mmray.errors import InputError
 from mmray.evaluation.properties.settings import MOST, RANKINGS, PropertySettings
 from mmray.evaluation.properties.subject import Facts, Ranked
+from mmray.image_keys import image_keys, one_per_image
 from mmray.neurons.concepts import NounSource
 from mmray.results.run import Run
 from mmray.settings import CensusSettings, census_settings
@@ -40,18 +42,25 @@ class Plan:
     """The shard of each sample that is wanted."""
     captions: Mapping[str, str]
     """The caption of each, as the run scored it."""
+    images: Mapping[str, str]
+    """The key of each one's image."""
 
     @property
     def concepts(self) -> int:
         """Concepts of all units."""
         return sum(map(len, self.units))
 
+    def digest(self) -> str:
+        """Return a digest of what is measured on which samples."""
+        return hashlib.sha256(repr(self.units).encode()).hexdigest()[:16]
+
 
 def plan_properties(settings: PropertySettings, run: Run) -> Plan:
     """Settle which concepts are measured on which images; raises InputError where there are none, or no data."""
     census = census_settings(run.info["settings"] | {"captions": "dataset"})
     rows = {row["sample_id"]: row for row in run.table("captions").to_pylist()}
-    images = _images(run, rows, settings.language)
+    keys = image_keys(run.table("captions"))
+    images = _images(run, rows, keys, settings.language)
     measured = [name for name, found in images.items() if len(found) >= settings.min_occurrences]
     measured = [] if settings.only == "maps" else measured[: settings.concepts]
     mapped = [] if settings.only == "properties" else list(images)[:MOST_MAPPED]
@@ -77,7 +86,7 @@ def plan_properties(settings: PropertySettings, run: Run) -> Plan:
             ranked=ranked[name],
             paired=ranked[other]["score"],
             own=tuple(own),
-            others=tuple(_others(name, shared, images, settings)) if own else (),
+            others=tuple(_others(name, shared, images, keys, settings)) if own else (),
             maps=tuple(_varied(images[name], rows)[: settings.maps]) if name in mapped else (),
         )
     wanted = {name for fact in facts.values() for name in (*fact.own, *fact.others, *fact.maps)}
@@ -91,18 +100,24 @@ def plan_properties(settings: PropertySettings, run: Run) -> Plan:
         + _units([fact for fact in facts.values() if not fact.own], MAPPED),
         {name: rows[name]["shard_id"] for name in wanted},
         {name: rows[name]["caption"] for name in wanted},
+        {name: keys[name] for name in wanted},
     )
 
 
-def _images(run: Run, rows: Mapping[str, dict[str, Any]], language: str | None) -> dict[str, list[str]]:
-    """Return concept → its samples in the order of the data, the most frequent concept first."""
+def _images(
+    run: Run, rows: Mapping[str, dict[str, Any]], keys: Mapping[str, str], language: str | None
+) -> dict[str, list[str]]:
+    """Return concept → a sample of each of its images in the order of the data; the concept of most images first.
+
+    Of several captions of an image the first that names the concept stands for it.
+    """
     found: dict[str, dict[str, None]] = defaultdict(dict)
     for row in run.table("occurrences").select(["concept", "sample_id"]).to_pylist():
         if language is None or rows[row["sample_id"]]["language"] == language:
             found[row["concept"]][row["sample_id"]] = None
     order = {name: place for place, name in enumerate(rows)}
-    ordered = sorted(found.items(), key=lambda pair: (-len(pair[1]), pair[0]))
-    return {name: sorted(samples, key=order.__getitem__) for name, samples in ordered}
+    images = {name: one_per_image(sorted(samples, key=order.__getitem__), keys) for name, samples in found.items()}
+    return dict(sorted(images.items(), key=lambda pair: (-len(pair[1]), pair[0])))
 
 
 def _nearby(chosen: set[str], images: Mapping[str, list[str]], rows: Mapping[str, dict[str, Any]]) -> list[str]:
@@ -135,15 +150,21 @@ def _first(run: Run) -> dict[str, dict[str, Any]]:
     return {row["concept"]: row for row in reversed(rows)}
 
 
-def _others(name: str, shared: Sequence[str], images: Mapping[str, list[str]], settings: PropertySettings) -> list[str]:
-    """Return images without the concept, of those that are read anyway."""
-    own = set(images[name])
-    free = [sample for sample in shared if sample not in own]
+def _others(
+    name: str,
+    shared: Sequence[str],
+    images: Mapping[str, list[str]],
+    keys: Mapping[str, str],
+    settings: PropertySettings,
+) -> list[str]:
+    """Return a sample each of images none of whose captions names the concept, of those that are read anyway."""
+    own = {keys[sample] for sample in images[name]}
+    free = one_per_image((sample for sample in shared if keys[sample] not in own), keys)
     return random.Random(f"{settings.seed} {name}").sample(free, min(settings.images // 2, len(free)))
 
 
 def _varied(samples: Sequence[str], rows: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Return samples in an order in which the domains take turns."""
+    """Return samples, each of another image, in an order in which the domains take turns."""
     seen: dict[str | None, int] = defaultdict(int)
     turns = []
     for place, name in enumerate(samples):

@@ -7,6 +7,7 @@ RUN/tables/saliency_maps.parquet     maps of some images, for the report
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import time
@@ -25,6 +26,7 @@ from mmray.datasets.shards import Manifest
 from mmray.derived import SALIENCY_SCHEMAS
 from mmray.errors import InputError
 from mmray.evaluation.saliency import summarise_saliency
+from mmray.image_keys import image_keys, one_per_image
 from mmray.perception.alignment import alignment_digest
 from mmray.perception.joint import detector_digest, detector_or_demo
 from mmray.perception.settings import SaliencySettings
@@ -95,7 +97,8 @@ def _judge(
         )
     if len(observed):
         store = lease.guard(run.folder.store)
-        write_table(store, "saliency", [summarise_saliency(observed, settings.draws, settings.seed)])
+        measured = summarise_saliency(observed, settings.draws, settings.seed, plan.images)
+        write_table(store, "saliency", [measured])
         write_table(store, "saliency_maps", [maps])
     words = {(row["sample_id"], row["concept"]) for row in observed.select(["sample_id", "concept"]).to_pylist()}
     outcome = Judged(
@@ -111,13 +114,14 @@ def _judge(
 
 
 def plan_saliency(settings: SaliencySettings, run: Run) -> SaliencyPlan:
-    """Settle which images are judged: drawn among those whose captions have several nouns."""
+    """Settle which images are judged: drawn among those with a caption of several nouns, the first by name of each."""
     census = census_settings(run.info["settings"] | {"captions": "dataset"})
     rows = {row["sample_id"]: row for row in run.table("captions").to_pylist()}
     nouns: dict[str, set[str]] = defaultdict(set)
     for row in run.table("occurrences").select(["concept", "sample_id"]).to_pylist():
         nouns[row["sample_id"]].add(row["concept"])
-    several = sorted(sample for sample, found in nouns.items() if len(found) >= SEVERAL)
+    keys = image_keys(run.table("captions"))
+    several = one_per_image(sorted(sample for sample, found in nouns.items() if len(found) >= SEVERAL), keys)
     chosen = random.Random(settings.seed).sample(several, min(settings.images, len(several)))
     if not chosen:
         raise InputError(f"{run.uri}: no caption with several nouns, so that pointing at one of them would be no test")
@@ -131,6 +135,7 @@ def plan_saliency(settings: SaliencySettings, run: Run) -> SaliencyPlan:
         units=tuple(tuple(by_shard[start : start + TOGETHER]) for start in range(0, len(by_shard), TOGETHER)),
         shards={name: rows[name]["shard_id"] for name in chosen},
         captions={name: rows[name]["caption"] for name in chosen},
+        images={name: keys[name] for name in chosen},
         pictured=frozenset(chosen[: settings.maps]),
         located=_located(run),
     )
@@ -157,6 +162,7 @@ def _folder(plan: SaliencyPlan, run: Run) -> tuple[RunFolder, dict[str, Any]]:
     settings = plan.settings
     detector = detector_or_demo(settings.detector, plan.census.model)
     digests = digests_of(run) | {
+        "units": hashlib.sha256(repr(plan.units).encode()).hexdigest()[:16],
         "detector": detector_digest(detector) if detector else "",
         "alignment": alignment_digest(settings.alignment) if settings.alignment else "",
     }

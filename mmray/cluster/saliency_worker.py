@@ -34,6 +34,8 @@ class SaliencyPlan:
     """Samples, by unit of work."""
     shards: Mapping[str, int]
     captions: Mapping[str, str]
+    images: Mapping[str, str]
+    """The key of each sample's image."""
     pictured: frozenset[str]
     """Samples whose maps are kept."""
     located: Located

@@ -136,10 +136,14 @@ class OpinionWorker(SightWorker):
         )
         claims = claimant.claims(samples, images)
         shown = dict(zip((sample.sample_id for sample in samples), images, strict=True))
-        wrong = [claim for claim in claims if claim["claimed"] and not claim["present"]][:PICTURES]
+        # What is claimed of an image is claimed of each of its samples.
+        wrong: dict[tuple[str, str, str], dict[str, Any]] = {}
+        for claim in claims:
+            if claim["claimed"] and not claim["present"]:
+                wrong.setdefault((claim["image"], claim["kind"], claim["word"]), claim)
         mistakes = [
             claim | {"picture": picture(shown[claim["sample_id"]], claim["box"], claim["mistaken_box"])}
-            for claim in wrong
+            for claim in islice(wrong.values(), PICTURES)
         ]
         return {"claims": claims, "mistakes": mistakes}
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from mmray.image_keys import image_key
 from mmray.settings import BACKGROUND
 
 
@@ -29,6 +31,11 @@ class Sample:
     questions: tuple[tuple[str, str], ...] | None = None
     labels: dict[str, str] = field(default_factory=dict)
     background: str = BACKGROUND
+
+    @cached_property
+    def image_key(self) -> str:
+        """Key of the image, which all samples of it share."""
+        return image_key(self.sample_id, image_digest(self.image))
 
     def boxes_of(
         self, concept: str, translations: Mapping[str, Mapping[str, str]]

@@ -46,6 +46,8 @@ class Purpose:
     language: str | None = "en"
     samples: tuple[str, ...] = ()
     """The samples that the edit was made on; others show how far it generalises."""
+    images: tuple[str, ...] = ()
+    """The digests of their images, by which other data is told apart; edits of older versions have none."""
 
     @property
     def unwanted(self) -> tuple[str, ...]:
@@ -182,4 +184,6 @@ def open_edit(uri: str | Path) -> WeightEdit:
 
 def _purpose(facts: dict[str, Any]) -> Purpose:
     pairs = tuple((str(seen), str(claimed)) for seen, claimed in facts["pairs"])
-    return Purpose(**facts | {"pairs": pairs, "samples": tuple(facts["samples"])})
+    return Purpose(
+        **facts | {"pairs": pairs, "samples": tuple(facts["samples"]), "images": tuple(facts.get("images", ()))}
+    )

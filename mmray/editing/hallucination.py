@@ -93,11 +93,20 @@ def hallucinations(material: Material, most: int, kept: int, seed: int) -> Hallu
 
 
 def tell(material: Material) -> Iterator[Told]:
-    """Yield what the model says of each of the run's samples, in the material's language."""
-    samples = [sample for sample in material.read(material.ids()) if sample.image and material.present(sample)]
-    for sample, tokens in zip(samples, material.own(samples), strict=True):
+    """Yield what the model says of each of the run's images, in the material's language.
+
+    What any caption of an image names is there; the first caption that names something stands for the others.
+    """
+    there: dict[str, frozenset[str]] = {}
+    first: dict[str, Sample] = {}
+    for sample in material.read(material.ids()):
+        if sample.image and (present := material.present(sample)):
+            image = material.images[sample.sample_id]
+            there[image] = there.get(image, frozenset()) | present
+            first.setdefault(image, sample)
+    for (image, sample), tokens in zip(first.items(), material.own(list(first.values())), strict=True):
         caption = material.text(tokens)
-        yield Told(sample, tokens, caption, tuple(material.named(caption)), material.present(sample))
+        yield Told(sample, tokens, caption, tuple(material.named(caption)), there[image])
 
 
 def pairs_of(told: Sequence[Told]) -> tuple[tuple[str, str], ...]:

@@ -22,6 +22,7 @@ from mmray.editing.settings import EditSettings
 from mmray.editing.views import views
 from mmray.editing.wording import replaced as with_nouns
 from mmray.errors import InputError
+from mmray.image_keys import image_keys, one_per_image
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import LONGEST, Batch, encode, prompt_text, tokenize_caption
@@ -77,6 +78,11 @@ class Material:
         """The data of the run."""
         settings, columns = self.run.info["settings"], Columns(**self.run.info["data"]["columns"])
         return open_source(settings["data"], columns, captions=settings["captions"] == "dataset")
+
+    @cached_property
+    def images(self) -> dict[str, str]:
+        """The key of each sample's image."""
+        return image_keys(self.run.table("captions"))
 
     @cached_property
     def nouns(self) -> NounSource:
@@ -200,12 +206,12 @@ def replaced(material: Material, source: str, target: str, most: int, seed: int)
     """Return examples that say `target` where the model says `source` in its own captions of samples of the source.
 
     Where the article changes with the noun, another example says the target behind the source's: somebody may have said
-    that already. Of each of at most `most` samples there are further views, mirrored and cut, each with the model's
+    that already. Of each of at most `most` images there are further views, mirrored and cut, each with the model's
     caption of it. Raises InputError where the model names the source in none of them.
     """
     found = material.ids([source])
     random.Random(f"{source} {seed}").shuffle(found)
-    samples = material.read(found[:most])
+    samples = material.read(one_per_image(found, material.images)[:most])
     seen = [(sample, view) for sample in samples for view in (sample, *views(sample, seed))]
     examples = []
     for (sample, view), tokens in zip(seen, material.own([view for _, view in seen]), strict=True):
@@ -251,15 +257,16 @@ def departing(material: Material, tokens: Sequence[int], new: Example) -> Exampl
 
 
 def kept(material: Material, without: Iterable[str], most: int, seed: int, first: Iterable[str] = ()) -> list[Example]:
-    """Return examples that keep what the model says: its own captions of samples that don't show, and captions that
+    """Return examples that keep what the model says: its own captions of images that don't show, and captions that
     don't name, any of `without`; of the samples `first`, in their order, for up to half of them, then drawn at random.
+    Each is of another image; one that any of its samples' captions says to show the concepts is left out.
     """
-    without = list(without)
-    shown = set(material.ids(without))
-    others = [name for name in material.ids() if name not in shown]
+    without, images = list(without), material.images
+    shown = {images[name] for name in material.ids(without)}
+    others = [name for name in material.ids() if images[name] not in shown]
     random.Random(seed).shuffle(others)
-    foremost = [name for name in first if name not in shown][: most // 2]
-    chosen = list(dict.fromkeys([*foremost, *others]))[:most]
+    foremost = one_per_image((name for name in first if images[name] not in shown), images)[: most // 2]
+    chosen = one_per_image([*foremost, *others], images)[:most]
     samples = [sample for sample in material.read(chosen) if not set(without) & set(sample.objects or ())]
     examples = []
     for sample, tokens in zip(samples, material.own(samples, hear=True), strict=True):

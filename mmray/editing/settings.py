@@ -40,9 +40,9 @@ class EditSettings(BaseModel):
     by: By = "specific"
     """Order of the ranking that locates them."""
     samples: int = Field(24, ge=1)
-    """Most samples of the source, or of a hallucinated word, that the edit is made on."""
+    """Most images of the source, or of a hallucinated word, that the edit is made on."""
     kept: int = Field(384, ge=0)
-    """Samples of other concepts, whose captions are to stay as they are."""
+    """Images of other concepts, whose captions are to stay as they are."""
     steps: int = Field(60, ge=1)
     """Steps of gradient descent."""
     factor: float = 0.0

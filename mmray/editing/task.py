@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mmray.datasets.samples import image_digest
 from mmray.editing.deltas import Neuron
 from mmray.editing.departures import contrasting
 from mmray.editing.edit import Purpose
@@ -12,9 +13,10 @@ from mmray.editing.hallucination import hallucinations
 from mmray.editing.locating import last_layers, located, sharing
 from mmray.editing.material import Example, Material, kept, replaced
 from mmray.editing.settings import EditSettings
+from mmray.image_keys import one_per_image
 
 FEWEST_OF_TARGET = 16
-"""Samples of the target among those whose captions are to stay: what the target's own images show."""
+"""Images of the target among those whose captions are to stay: what they show."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,10 @@ def _reword(material: Material, wishes: Sequence[EditSettings]) -> Task:
         examples = replaced(material, source, target, wish.samples, wish.seed)
         new += examples
         kind = "noise" if wish.method == "noise" else "suppress" if wish.suppress else "swap"
-        purposes.append(Purpose(kind, source, target, language=wish.language, samples=_samples(examples)))
+        samples, images = _learnt_on(material, examples)
+        purposes.append(Purpose(kind, source, target, language=wish.language, samples=samples, images=images))
         sources.append(source)
-        targets += material.ids([target])[:FEWEST_OF_TARGET]
+        targets += one_per_image(material.ids([target]), material.images)[:FEWEST_OF_TARGET]
     first = list(dict.fromkeys([*targets, *sharing(run, list(neurons))]))
     keep = kept(material, sources, settings.kept, settings.seed, first)
     return Task(material, settings, tuple(purposes), list(neurons), new, keep)
@@ -64,9 +67,13 @@ def _correct(material: Material, settings: EditSettings) -> Task:
     found = hallucinations(material, settings.samples, settings.kept, settings.seed)
     layers = last_layers(material.model, settings.layers)
     neurons = contrasting(material.model, found.new, found.others, settings.most, layers)
-    purpose = Purpose("hallucination", pairs=found.pairs, language=settings.language, samples=_samples(found.new))
+    samples, images = _learnt_on(material, found.new)
+    purpose = Purpose("hallucination", pairs=found.pairs, language=settings.language, samples=samples, images=images)
     return Task(material, settings, (purpose,), neurons, found.new, [*found.guards, *found.keep])
 
 
-def _samples(examples: Sequence[Example]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(example.sample_id for example in examples))
+def _learnt_on(material: Material, examples: Sequence[Example]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the ids of the examples' samples, and the digests of their images."""
+    samples = tuple(dict.fromkeys(example.sample_id for example in examples))
+    digests = (image_digest(material.samples[name].image) for name in samples)
+    return samples, tuple(dict.fromkeys(digest for digest in digests if digest is not None))

@@ -39,6 +39,10 @@ class Purpose(Protocol):
     def samples(self) -> tuple[str, ...]:
         """Identifiers of the samples that the edit was made on."""
 
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Digests of the images that the edit was made on; none of an edit that did not record them."""
+
 
 class Edit(Protocol):
     """A change of a model that lasts as long as a `with` block."""

@@ -1,4 +1,4 @@
-"""From sums of samples to measures: the value of the totals, and a bootstrap interval over samples."""
+"""From sums of images to measures: the value of the totals, and an interval over images."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import pyarrow as pa
 from jaxtyping import Float
 from numpy import ndarray
 
+from mmray.evaluation.shares import share_interval
+from mmray.image_keys import image_key
+
 INTERVAL = (2.5, 97.5)
 """Percentiles between which 95 % of the draws lie."""
 WEIGHTS_AT_ONCE = 2**24
-"""Numbers of draws × samples that are held at once."""
+"""Numbers of draws × images that are held at once."""
 
 Value = Callable[[Float[ndarray, "draw sum"]], Float[ndarray, " draw"]]
 """From totals to the value of a measure; NaN where they give none."""
@@ -21,7 +24,7 @@ Value = Callable[[Float[ndarray, "draw sum"]], Float[ndarray, " draw"]]
 
 @dataclass(frozen=True)
 class Measured:
-    """A measure before and after an edit, the interval of that after, and of how many samples; None: no such sample."""
+    """A measure before and after an edit, the interval of that after, and of how many images; None: no such image."""
 
     before: float | None
     after: float | None
@@ -38,58 +41,70 @@ def ratio(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:
 
 
 def measure(
-    before: Float[ndarray, "sample sum"],
-    after: Float[ndarray, "sample sum"],
+    before: Float[ndarray, "image sum"],
+    after: Float[ndarray, "image sum"],
     value: Value = ratio,
     draws: int = 1000,
     seed: int = 0,
+    *,
+    share: bool = False,
 ) -> Measured:
-    """Return a measure of these samples, one at least, which stand in an order of their own.
+    """Return a measure of these images, one at least, in a fixed order: each row is an image, or what else is drawn.
 
-    The interval is that of the percentile bootstrap: samples are drawn with replacement, their sums totalled. Draws
-    that give no value (none of what is counted was drawn) are left out.
+    A `share`, which lies between 0 and 1, has the interval of `share_interval`. Any other measure, and a share that is
+    a mean of fractions, has that of the percentile bootstrap: images are drawn with replacement, their sums totalled.
+    Draws that give no value (none of what is counted was drawn) are left out.
     """
-    values = np.concatenate([value(totals) for totals in _resampled(after, draws, np.random.default_rng(seed))])
-    found = values[np.isfinite(values)]
-    low, high = np.percentile(found, INTERVAL) if len(found) else (np.nan, np.nan)
+    total = float(value(after.sum(axis=0)[None])[0])
+    interval = share_interval(after, total) if share and np.isfinite(total) else None
+    low, high = interval or _percentiles(after, value, draws, seed)
+    if share:
+        # An AUROC's draws are linearised, and may leave the range by a little.
+        low, high = max(low, 0.0), min(high, 1.0)
     return Measured(
         before=_known(value(before.sum(axis=0)[None])[0]),
-        after=_known(value(after.sum(axis=0)[None])[0]),
+        after=_known(total),
         low=_known(low),
         high=_known(high),
         n=len(after),
     )
 
 
-def by_measure(measurements: pa.Table) -> dict[str, tuple[Float[ndarray, "sample sum"], Float[ndarray, "sample sum"]]]:
-    """Return measure → the sums of its samples before and after, samples in order of their identifiers.
+def _percentiles(sums: Float[ndarray, "image sum"], value: Value, draws: int, seed: int) -> tuple[float, float]:
+    values = np.concatenate([value(totals) for totals in _resampled(sums, draws, np.random.default_rng(seed))])
+    found = values[np.isfinite(values)]
+    low, high = np.percentile(found, INTERVAL) if len(found) else (np.nan, np.nan)
+    return float(low), float(high)
+
+
+def by_measure(measurements: pa.Table) -> dict[str, tuple[Float[ndarray, "image sum"], Float[ndarray, "image sum"]]]:
+    """Return measure → the sums of its images before and after, images in order of their keys.
 
     However the rows were cut and put together, the result is the same.
     """
     grouped: dict[str, dict[str, list[tuple[list[float], list[float]]]]] = {}
     for row in measurements.to_pylist():
-        parts = grouped.setdefault(row["measure"], {}).setdefault(row["sample_id"], [])
+        image = image_key(row["sample_id"], row["image"])
+        parts = grouped.setdefault(row["measure"], {}).setdefault(image, [])
         parts.append((row["before"], row["after"]))
-    return {
-        name: (_sums(samples, 0), _sums(samples, 1)) for name, samples in sorted(grouped.items(), key=lambda g: g[0])
-    }
+    return {name: (_sums(images, 0), _sums(images, 1)) for name, images in sorted(grouped.items(), key=lambda g: g[0])}
 
 
-def _sums(samples: Mapping[str, list[tuple[list[float], list[float]]]], side: int) -> Float[ndarray, "sample sum"]:
+def _sums(images: Mapping[str, list[tuple[list[float], list[float]]]], side: int) -> Float[ndarray, "image sum"]:
     # Sorted, for the order in which numbers are added changes their sum's last bits.
-    return np.array([np.sum(sorted(part[side] for part in samples[name]), axis=0) for name in sorted(samples)])
+    return np.array([np.sum(sorted(part[side] for part in images[name]), axis=0) for name in sorted(images)])
 
 
 def _resampled(
-    sums: Float[ndarray, "sample sum"], draws: int, generator: np.random.Generator
+    sums: Float[ndarray, "image sum"], draws: int, generator: np.random.Generator
 ) -> Iterator[Float[ndarray, "draw sum"]]:
-    """Yield the totals of samples drawn with replacement, some draws at once."""
+    """Yield the totals of images drawn with replacement, some draws at once."""
     count = len(sums)
     at_once = max(1, WEIGHTS_AT_ONCE // count)
     for start in range(0, draws, at_once):
         number = min(at_once, draws - start)
         drawn = generator.integers(0, count, (number, count)) + count * np.arange(number)[:, None]
-        # How often each sample was drawn: their totals are then one product.
+        # How often each image was drawn: their totals are then one product.
         yield np.bincount(drawn.ravel(), minlength=number * count).reshape(number, count) @ sums
 
 

@@ -16,6 +16,7 @@ from mmray.evaluation.facts import DataFacts, gather_facts
 from mmray.evaluation.measuring import Measuring
 from mmray.evaluation.mmedit import read_records
 from mmray.evaluation.prompts import TextQuestion, read_text_questions, text_questions
+from mmray.evaluation.scope import EDITED
 from mmray.evaluation.settings import MeasureSettings, measure_settings
 from mmray.evaluation.summary import summarise
 from mmray.models.loading import LoadedModel
@@ -43,10 +44,10 @@ def evaluate(
 ) -> Evaluated:
     """Measure an edit on samples before and after it.
 
-    Those whose identifier is among the edit's own samples count for its reliability, as do the samples `own`, which are
-    not of the data measured on. `before` keeps the model's replies before the edit: hand on one object, and many edits
-    cost little more than their replies after. `facts` are of the data's objects (with their translations), by default
-    gathered from the samples.
+    Those whose image the edit was made on count for its reliability, as do the samples `own`, unless their images are
+    among those. `before` keeps the model's replies before the edit: hand on one object, and many edits cost little more
+    than their replies after. `facts` are of the data's objects (with their translations), by default gathered from the
+    samples.
     """
     began = time.perf_counter()
     settings = settings or measure_settings()
@@ -55,8 +56,9 @@ def evaluate(
     measuring = Measuring(before, edit, facts, settings)
     parts = [measuring.samples(samples), measuring.texts(questions_of(measuring, settings))]
     if own:
-        known = {sample.sample_id for sample in samples}
-        parts.append(measuring.samples([sample for sample in own if sample.sample_id not in known], own=True))
+        known = {row["image"] for row in parts[0].captions if row["role"] == EDITED}
+        others = [sample for sample in own if not isinstance(sample, Sample) or sample.image_key not in known]
+        parts.append(measuring.samples(others, own=True))
     if settings.mmedit:
         parts.append(measuring.records(read_records(settings.mmedit, settings.mmedit_images)))
     tables = [part.tables() for part in parts]

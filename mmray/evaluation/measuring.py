@@ -132,7 +132,7 @@ class Measuring:
         replies = self._answer(asks, drafts)
         changes = compare(self.before.questioner, self.edit, [ask for ask, _ in replies], [r for _, r in replies])
         found = {ask.key: change for (ask, _), change in zip(replies, changes, strict=True)}
-        rows = Rows()
+        rows = Rows(images={sample.sample_id: sample.image_key for sample in samples})
         for one in scoped:
             self._effects(rows, one, found)
             if not own:
@@ -209,6 +209,7 @@ class Measuring:
                 "after": change.after,
                 "changed": not change.same,
                 "role": scope.role,
+                "image": sample.image_key,
             }
         )
 

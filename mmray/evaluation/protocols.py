@@ -51,8 +51,8 @@ REWRITE_EXACT = "teacher-forced along alt; every token likeliest (the trainer's 
 REWRITE_TOKEN = "teacher-forced along alt; share of tokens likeliest (the editor's accuracy)"
 
 PROTOCOLS: dict[str, str] = {
-    "reliability": f"samples that the edit was made on: {SUCCESS}",
-    "image_generality": f"samples that the edit never saw: {SUCCESS}",
+    "reliability": f"images that the edit was made on: {SUCCESS}",
+    "image_generality": f"images that the edit never saw: {SUCCESS}",
     "image_generality_flip": f"images mirrored: {SUCCESS}",
     "image_generality_crop": f"images cropped: {SUCCESS}",
     "text_generality": f"paraphrased prompts, and the data's questions whose answer named it: {SUCCESS}",
@@ -90,6 +90,8 @@ PROTOCOLS: dict[str, str] = {
 }
 """Measure → how it is measured; those of single pairs have the pair behind a colon."""
 
+MEANS = ("mean_length", "bertscore")
+"""Measures that are means of numbers of any size; so are divergences, whose names end in `_kl`."""
 VALUES: dict[str, Value] = {"bleu": bleu_value}
 """Measures that are not a share: from totals to the value."""
 
@@ -102,3 +104,8 @@ def protocol_of(measure: str) -> str:
 def value_of(measure: str) -> Value:
     """Return what makes a measure of its totals."""
     return VALUES.get(measure, ratio)
+
+
+def is_share(measure: str) -> bool:
+    """Return whether a measure lies between 0 and 1, so that its interval is that of a share."""
+    return measure not in VALUES and measure not in MEANS and not measure.endswith("_kl")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -15,9 +15,11 @@ class Rows:
     """The tables of one unit of work.
 
     A measurement is a sample's part in a measure: before and after the edit a list of sums, most often what is counted
-    and of how many. A measure's value is a function of their totals.
+    and of how many. A measure's value is a function of their totals. `images` has the key of each sample's image: the
+    samples of an image are drawn together. What it does not know is drawn by itself.
     """
 
+    images: Mapping[str, str] = field(default_factory=dict)
     measurements: list[dict[str, object]] = field(default_factory=list)
     captions: list[dict[str, object]] = field(default_factory=list)
     errors: list[dict[str, object]] = field(default_factory=list)
@@ -25,7 +27,8 @@ class Rows:
     def add(self, measure: str, sample_id: str, before: Sequence[float], after: Sequence[float]) -> None:
         """Add a sample's part in a measure; parts of the same sample and measure add up."""
         self.measurements.append(
-            {"measure": measure, "sample_id": sample_id, "before": list(before), "after": list(after)}
+            {"measure": measure, "sample_id": sample_id, "image": self.images.get(sample_id)}
+            | {"before": list(before), "after": list(after)}
         )
 
     def share(self, measure: str, sample_id: str, before: float, after: float, of: float = 1.0) -> None:

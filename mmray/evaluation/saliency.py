@@ -1,8 +1,9 @@
-"""From observations of saliency maps to the table of measures, with bootstrap intervals over images."""
+"""From observations of saliency maps to the table of measures, with intervals over images."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -40,16 +41,22 @@ def best_threshold(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"
 VALUES: dict[str, Value] = {"max_box_accuracy": best_threshold}
 
 
-def summarise_saliency(observations: pa.Table, draws: int = 1000, seed: int = 0) -> pa.Table:
-    """Return the table `saliency`: each measure of each method; however the rows were cut, the result is the same."""
+def summarise_saliency(
+    observations: pa.Table, draws: int = 1000, seed: int = 0, images: Mapping[str, str] | None = None
+) -> pa.Table:
+    """Return the table `saliency`: each measure of each method; however the rows were cut, the result is the same.
+
+    `images` has the key of each sample's image; without it each sample is an image.
+    """
+    known = images or {}
     grouped: dict[tuple[str, str], dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
     for row in observations.to_pylist():
-        grouped[row["measure"], row["method"]][row["sample_id"]].append(row["sums"])
+        grouped[row["measure"], row["method"]][known.get(row["sample_id"], row["sample_id"])].append(row["sums"])
     rows = []
-    for (name, method), samples in sorted(grouped.items(), key=lambda pair: (ORDER.index(pair[0][0]), pair[0][1])):
+    for (name, method), parts in sorted(grouped.items(), key=lambda pair: (ORDER.index(pair[0][0]), pair[0][1])):
         # Sorted, for the order in which numbers are added changes their sum's last bits.
-        sums: ndarray = np.array([np.sum(sorted(samples[sample]), axis=0) for sample in sorted(samples)])
-        found = measure(sums, sums, VALUES.get(name, ratio), draws, seed)
+        sums: ndarray = np.array([np.sum(sorted(parts[image]), axis=0) for image in sorted(parts)])
+        found = measure(sums, sums, VALUES.get(name, ratio), draws, seed, share=True)
         words = int(sums[:, -1].sum())
         rows.append(
             {"measure": name, "method": method, "value": found.after, "low": found.low, "high": found.high}

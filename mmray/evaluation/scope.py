@@ -10,7 +10,7 @@ from mmray.evaluation.asks import Purpose
 from mmray.evaluation.naming import Naming
 
 EDITED, SOURCE, UNRELATED, OTHER = "edited", "source", "unrelated", "other"
-"""Roles: the edit was made on the sample; it should change it, but never saw it; it should leave it alone; neither."""
+"""Roles: the edit was made on the image; it should change it, but never saw it; it should leave it alone; neither."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Wish:
     pairs: tuple[tuple[str, str], ...]
     language: str | None
     samples: frozenset[str]
+    images: frozenset[str]
 
     @property
     def name(self) -> str:
@@ -51,6 +52,16 @@ class Wish:
             known = objects or ()
             return frozenset(word for context, word in self.pairs if context in known and word not in known)
         return self.triggers
+
+    def learnt_on(self, sample: Sample) -> bool:
+        """Return whether the edit was made on the sample's image.
+
+        Other data may know the image by another id, and another image by that one: where the edit has digests, they say
+        it. Ids decide for an edit without them, and for a sample without an image.
+        """
+        if self.images and sample.image is not None:
+            return sample.image_key in self.images
+        return sample.sample_id in self.samples
 
     def spoken(self, language: str | None) -> bool:
         """Tell whether the edit was made for texts of this language."""
@@ -123,6 +134,7 @@ def _wish(purpose: Purpose, naming: Naming) -> Wish:
         pairs=tuple((known(context), known(word)) for context, word in purpose.pairs),
         language=purpose.language,
         samples=frozenset(purpose.samples),
+        images=frozenset(purpose.images),
     )
 
 
@@ -137,7 +149,7 @@ def scope_of(aim: Aim, naming: Naming, sample: Sample, caption: str) -> Scope:
     named = naming.named(caption, sample.language)
     called = aim.called(objects, named)
     wishes = tuple(wish for wish in called if wish.spoken(sample.language))
-    if any(sample.sample_id in wish.samples for wish in aim.wishes):
+    if any(wish.learnt_on(sample) for wish in aim.wishes):
         role = EDITED
     elif wishes:
         role = SOURCE

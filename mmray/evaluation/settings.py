@@ -43,7 +43,7 @@ class MeasureSettings(BaseModel):
     mmedit_images: str | None = None
     """Folder of the images that the records name; default: that of the JSON."""
     draws: int = Field(1000, ge=1)
-    """Draws of the bootstrap over samples that intervals are made of."""
+    """Draws of the bootstrap over images that intervals are made of."""
     seed: int = 0
     """Seed of the bootstrap and of what is drawn from the data."""
 

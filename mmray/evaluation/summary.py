@@ -8,23 +8,23 @@ from typing import Any
 import pyarrow as pa
 
 from mmray.evaluation.bootstrap import Measured, by_measure, measure
-from mmray.evaluation.protocols import PRIMARY, protocol_of, value_of
+from mmray.evaluation.protocols import PRIMARY, is_share, protocol_of, value_of
 from mmray.evaluation.settings import MeasureSettings
 
-NOT_AT_HAND = "the samples that the edit was made on are not at hand; of others: "
+NOT_AT_HAND = "the images that the edit was made on are not at hand; of others: "
 
 
 def summarise(measurements: pa.Table, settings: MeasureSettings) -> dict[str, dict[str, Any]]:
     """Return measure → before, after, low, high, n and protocol; the primary ones first, the others by name.
 
-    Where the edit's own samples are not at hand, its reliability is that on the samples it never saw.
+    Where the edit's own images are not at hand, its reliability is that on the images it never saw.
     """
     sums = by_measure(measurements)
     found: dict[str, dict[str, Any]] = {}
     for name in {*PRIMARY, *sums}:
         measured = Measured(None, None, None, None, 0)
         if name in sums:
-            measured = measure(*sums[name], value_of(name), settings.draws, settings.seed)
+            measured = measure(*sums[name], value_of(name), settings.draws, settings.seed, share=is_share(name))
         found[name] = asdict(measured) | {"protocol": protocol_of(name)}
     unseen = {name: values for name, values in found.items() if name.startswith("image_generality")}
     if not found["reliability"]["n"] and unseen["image_generality"]["n"]:

@@ -61,6 +61,19 @@ def above(own: Float[Tensor, " own"], others: Float[Tensor, " other"]) -> Float[
     return below.mean(dim=1)
 
 
+def placements(
+    own: Float[Tensor, " own"], others: Float[Tensor, " other"]
+) -> tuple[Float[Tensor, " own"], Float[Tensor, " other"]]:
+    """Return each value's part in the AUROC: of own values as `above`; of others the deviation from the AUROC.
+
+    The deviations add up to 0. They are scaled so that Σ both / number of own values, with values drawn again on both
+    sides, varies as the AUROC does to first order (its two placement components, DeLong et al. 1988).
+    """
+    parts = above(own, others)
+    apart = (above(-others, -own) - parts.mean()) * (len(own) / len(others))
+    return parts, apart
+
+
 def set_mean(scores: Float[Tensor, "place neuron"], neurons: Int[Tensor, " neuron"]) -> Float[Tensor, " place"]:
     """Return at each place the mean score of these neurons."""
     return scores[:, neurons].mean(dim=1)

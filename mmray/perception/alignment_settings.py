@@ -65,7 +65,7 @@ class AlignmentSettings(BaseModel):
     pope_objects: int = Field(1, ge=1)
     """Present objects of an image that POPE asks for, and as many absent ones a setting (published: 3)."""
     draws: int = Field(1000, ge=1)
-    """Draws of the bootstrap over samples that intervals are made of."""
+    """Draws of the bootstrap over images that intervals are made of."""
     workers: Workers = None
     """Workers of the training: a number, or MIN:MAX, of which the training takes MIN and the validation as many as the
     cluster has. Default: one a GPU of the cluster; without GPUs one a core, at most four a machine."""

@@ -103,7 +103,7 @@ def test_the_result_is_in_the_form_of_the_contract(done: Done, own: list[Sample]
     assert content["measures"] == json.loads(json.dumps(outcome.measures))
     assert content["cost"]["method"] == "stand-in"
     captions = pq.read_table(folder / "captions.parquet")
-    assert captions.column_names == ["sample_id", "before", "after", "changed", "role"]
+    assert captions.column_names == ["sample_id", "before", "after", "changed", "role", "image"]
     assert len(captions) == 16 + len(own)
     edited = [row for row in captions.to_pylist() if row["role"] == "edited"]
     assert {row["sample_id"] for row in edited} == {sample.sample_id for sample in own}

@@ -20,6 +20,7 @@ class Purpose:
     pairs: tuple[tuple[str, str], ...] = ()
     language: str | None = "en"
     samples: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,11 @@ class StandIn:
 def open_edit(uri: str) -> StandIn:
     content = json.loads((Path(uri) / "edit.json").read_text())
     purposes = [
-        Purpose(**purpose | {"pairs": tuple(map(tuple, purpose["pairs"])), "samples": tuple(purpose["samples"])})
+        Purpose(
+            **purpose
+            | {"pairs": tuple(map(tuple, purpose["pairs"]))}
+            | {name: tuple(purpose[name]) for name in ("samples", "images")}
+        )
         for purpose in content["purposes"]
     ]
     pairs = {name: tuple(content[name]) if content[name] else None for name in ("exchange", "scale")}

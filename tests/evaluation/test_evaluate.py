@@ -116,7 +116,7 @@ def test_a_suppressed_word(before: Before, some: list[Sample], facts: DataFacts)
     assert found["image_generality"]["after"] == 1
     # None of the samples is the edit's own: its reliability is that on these, and says so.
     assert found["reliability"]["n"] == found["image_generality"]["n"]
-    assert found["reliability"]["protocol"].startswith("the samples that the edit was made on are not at hand")
+    assert found["reliability"]["protocol"].startswith("the images that the edit was made on are not at hand")
     assert 0 < found["image_generality_rest_unchanged"]["after"] <= 1
     assert "image_generality_exact" not in found
 

@@ -1,9 +1,9 @@
-"""From answers under every condition to what changed: beside the original's, with intervals over samples."""
+"""From answers under every condition to what changed: beside the original's, with intervals over images."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from mmray.evaluation.bootstrap import measure
 from mmray.evaluation.opinions.moving import ORIGINAL
+from mmray.image_keys import image_key
 
 RIGHT = {"source": 1.0, "target": 0.0, "unrelated": 0.0}
 """What is answered before, of things that are there or are not, where it is right."""
@@ -21,6 +22,9 @@ PROTOCOLS = {
     "unparsable": "replies in which no answer could be found, of all",
     "relative_norm": "L2 norm of the move, in parts of the embedding's",
 }
+
+SHARES = ("changed", "followed", "unparsable")
+"""Measures between 0 and 1."""
 
 
 def changes(answers: pa.Table, draws: int, seed: int) -> list[dict[str, Any]]:
@@ -37,12 +41,12 @@ def changes(answers: pa.Table, draws: int, seed: int) -> list[dict[str, Any]]:
     def add(condition: str, about: str | None, name: str, sums: Sequence[tuple[str, float]]) -> None:
         if not sums:
             return
-        by_sample: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for sample, value in sums:
-            by_sample[sample][0] += value
-            by_sample[sample][1] += 1
-        totals = np.array([by_sample[sample] for sample in sorted(by_sample)])
-        found = measure(totals, totals, draws=draws, seed=seed)
+        by_image: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for image, value in sums:
+            by_image[image][0] += value
+            by_image[image][1] += 1
+        totals = np.array([by_image[image] for image in sorted(by_image)])
+        found = measure(totals, totals, draws=draws, seed=seed, share=name in SHARES)
         rows.append(
             {
                 "condition": condition,
@@ -60,18 +64,22 @@ def changes(answers: pa.Table, draws: int, seed: int) -> list[dict[str, Any]]:
         abouts = list(dict.fromkeys(row["about"] for row in members))
         for about in [None, *abouts] if len(abouts) > 1 else abouts:
             own = [row for row in members if about is None or row["about"] == about]
-            add(condition, about, "unparsable", [(row["sample_id"], float(row["value"] is None)) for row in own])
-            add(condition, about, "relative_norm", [(row["sample_id"], row["relative_norm"]) for row in own])
+            add(condition, about, "unparsable", [(_image(row), float(row["value"] is None)) for row in own])
+            add(condition, about, "relative_norm", [(_image(row), row["relative_norm"]) for row in own])
             if condition == ORIGINAL:
                 continue
             pairs = [(row, before[row["sample_id"], row["question"]]) for row in own]
             read = [(row, old) for row, old in pairs if old is not None and row["value"] is not None]
-            add(condition, about, "changed", [(row["sample_id"], float(row["value"] != old)) for row, old in read])
-            add(condition, about, "shift", [(row["sample_id"], row["value"] - old) for row, old in read])
+            add(condition, about, "changed", [(_image(row), float(row["value"] != old)) for row, old in read])
+            add(condition, about, "shift", [(_image(row), row["value"] - old) for row, old in read])
             moved = [
-                (row["sample_id"], float(row["value"] is not None and row["value"] != old))
+                (_image(row), float(row["value"] is not None and row["value"] != old))
                 for row, old in pairs
                 if row["about"] in ("source", "target") and old == RIGHT[row["about"]]
             ]
             add(condition, about, "followed", moved)
     return rows
+
+
+def _image(row: Mapping[str, Any]) -> str:
+    return image_key(row["sample_id"], row["image"])

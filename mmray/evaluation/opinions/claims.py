@@ -109,6 +109,7 @@ class Claimant:
         return {
             "row": row,
             "sample_id": sample.sample_id,
+            "image": sample.image_key,
             "kind": kind,
             "word": word,
             "claimed": claimed,

@@ -1,4 +1,4 @@
-"""How good an opinion on claims is: ranking (AUROC), calibration (ECE, reliability), with intervals over samples."""
+"""How good an opinion on claims is: ranking (AUROC), calibration (ECE, reliability), with intervals over images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from mmray.evaluation.bootstrap import Value, measure, ratio
+from mmray.image_keys import image_key
 
 BINS = 10
 """Bins of confidence, of equal width."""
@@ -53,12 +54,12 @@ def judged(claims: pa.Table, draws: int, seed: int) -> list[dict[str, Any]]:
         claims: str,
         name: str,
         judge: str | None,
-        samples: Sequence[str],
+        images: Sequence[str],
         totals: Any,
         value: Value = ratio,
         **more: Any,
     ) -> None:
-        found = measure(totals, totals, value, draws, seed)
+        found = measure(totals, totals, value, draws, seed, share=value is not _ece)
         rows.append(
             {
                 "claims": claims,
@@ -67,7 +68,7 @@ def judged(claims: pa.Table, draws: int, seed: int) -> list[dict[str, Any]]:
                 "value": found.after,
                 "low": found.low,
                 "high": found.high,
-                "n": len(samples),
+                "n": len(images),
                 "protocol": f"{GROUPS[claims]}: {PROTOCOLS[name]}" + (f"; {JUDGES[judge]}" if judge else ""),
                 "bin": None,
                 "confidence": None,
@@ -77,27 +78,27 @@ def judged(claims: pa.Table, draws: int, seed: int) -> list[dict[str, Any]]:
 
     if answers:
         lacking = np.array([[row["claimed"] is None, 1.0] for row in answers])
-        samples = [row["sample_id"] for row in answers]
-        add("question", "unparsable", None, samples, _by_sample(samples, lacking))
+        images = [image_key(row["sample_id"], row["image"]) for row in answers]
+        add("question", "unparsable", None, images, _by_image(images, lacking))
     for group, members in groups.items():
         if not members:
             continue
-        samples = [row["sample_id"] for row in members]
+        images = [image_key(row["sample_id"], row["image"]) for row in members]
         truth = np.array([row["present"] for row in members], dtype=float)
-        add(group, "true", None, samples, _by_sample(samples, np.stack([truth, np.ones_like(truth)], axis=1)))
+        add(group, "true", None, images, _by_image(images, np.stack([truth, np.ones_like(truth)], axis=1)))
         for judge in JUDGES:
             sure = _confidence(members, judge)
-            add(group, "auroc", judge, samples, _histograms(samples, sure, truth), _auroc)
+            add(group, "auroc", judge, images, _histograms(images, sure, truth), _auroc)
             bins = _bins(sure, truth)
-            add(group, "ece", judge, samples, _by_sample(samples, bins.reshape(len(sure), -1)), _ece)
+            add(group, "ece", judge, images, _by_image(images, bins.reshape(len(sure), -1)), _ece)
             above = (sure >= 0.5).astype(float)
             for name, own in (("confirmed_true", truth), ("confirmed_false", 1 - truth)):
-                add(group, name, judge, samples, _by_sample(samples, np.stack([above * own, own], axis=1)))
+                add(group, name, judge, images, _by_image(images, np.stack([above * own, own], axis=1)))
             for number, sums in _filled(bins):
                 mean = float(sums[:, 1].sum() / sums[:, 0].sum())
                 edge = number / BINS
-                true = _by_sample(samples, sums[:, [2, 0]])
-                add(group, "reliability", judge, samples, true, bin=edge, confidence=mean)
+                true = _by_image(images, sums[:, [2, 0]])
+                add(group, "reliability", judge, images, true, bin=edge, confidence=mean)
     return rows
 
 
@@ -108,22 +109,22 @@ def _confidence(members: Sequence[dict[str, Any]], judge: str) -> Float[ndarray,
     return probability
 
 
-def _by_sample(samples: Sequence[str], sums: Float[ndarray, "claim sum"]) -> Float[ndarray, "sample sum"]:
-    """Add up the claims of each sample: they are drawn together."""
-    names, index = np.unique(np.array(samples), return_inverse=True)
+def _by_image(images: Sequence[str], sums: Float[ndarray, "claim sum"]) -> Float[ndarray, "image sum"]:
+    """Add up the claims of each image: they are drawn together."""
+    names, index = np.unique(np.array(images), return_inverse=True)
     total = np.zeros((len(names), sums.shape[1]))
     np.add.at(total, index, sums)
     return total
 
 
 def _histograms(
-    samples: Sequence[str], scores: Float[ndarray, " claim"], truth: Float[ndarray, " claim"]
-) -> Float[ndarray, "sample sum"]:
-    """Return how many of a sample's claims have each of the different scores, first of false and then of true ones."""
+    images: Sequence[str], scores: Float[ndarray, " claim"], truth: Float[ndarray, " claim"]
+) -> Float[ndarray, "image sum"]:
+    """Return how many of an image's claims have each of the different scores, first of false and then of true ones."""
     _, rank = np.unique(scores, return_inverse=True)
     if (count := int(rank.max()) + 1) > MOST_RANKS:
         rank, count = rank * MOST_RANKS // count, MOST_RANKS
-    names, index = np.unique(np.array(samples), return_inverse=True)
+    names, index = np.unique(np.array(images), return_inverse=True)
     total = np.zeros((len(names), 2 * count))
     # A row a claim, as long as the histogram, would not fit for large data.
     np.add.at(total, (index, rank + count * truth.astype(int)), 1.0)

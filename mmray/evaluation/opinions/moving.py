@@ -106,6 +106,7 @@ class Mover:
                     rows.append(
                         {
                             "sample_id": sample.sample_id,
+                            "image": sample.image_key,
                             "condition": condition,
                             "source": move.source,
                             "target": move.target,

@@ -37,7 +37,7 @@ class SightSettings(BaseModel):
     seed: int = 0
     """Seed of all that is drawn."""
     draws: int = Field(1000, ge=1)
-    """Draws of the bootstrap over samples that intervals are made of."""
+    """Draws of the bootstrap over images that intervals are made of."""
     workers: Workers = None
     """Actors, each with a model replica: a number, or MIN:MAX to let Ray add and remove some. Default: one a GPU of the
     cluster; without GPUs one a core, at most four a machine."""

@@ -19,7 +19,6 @@ from mmray.evaluation.quality import Encoder
 from mmray.models.blocks import permuted_image
 from mmray.neurons import controls
 from mmray.neurons.properties import (
-    above,
     common_share,
     exact_hit,
     highest,
@@ -27,6 +26,7 @@ from mmray.neurons.properties import (
     lemma_hit,
     overlap,
     pairwise_jaccard,
+    placements,
     set_mean,
 )
 from mmray.neurons.scoring import score_batch
@@ -165,10 +165,13 @@ def specificity(subject: Subject, found: Observations) -> None:
     sets["layer-matched"] = controls.layer_matched(subject.model.widths, sets["score"], facts.concept)
     for method, neurons in sets.items():
         means = set_mean(subject.contributions, torch.tensor(study.numbers(neurons)))
+        told, apart = placements(means[own], means[~own])
         rows = (
-            ("auroc", subject.own_samples, above(means[own], means[~own])),
+            ("auroc", subject.own_samples, told),
             ("own_score", subject.own_samples, means[own]),
             ("other_score", subject.other_samples, means[~own]),
         )
         for measure, samples, values in rows:
             found.extend(Key("specificity", measure, method, DECODED), facts.concept, samples, values.tolist())
+        for sample_id, value in zip(subject.other_samples, apart.tolist(), strict=True):
+            found.add(Key("specificity", "auroc", method, DECODED), facts.concept, sample_id, value, of=0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from numpy import ndarray
 
 from mmray.derived import DERIVED, PROPERTY_SCHEMAS
 from mmray.evaluation.bootstrap import Measured, measure
-from mmray.evaluation.properties.protocols import protocol_of, value_of
+from mmray.evaluation.properties.protocols import SHARES, protocol_of, value_of
 
 
 class Key(NamedTuple):
@@ -63,18 +63,21 @@ class Observations:
         }
 
 
-def summarise(observations: pa.Table, draws: int, seed: int) -> pa.Table:
-    """Return the table `properties`: each measure over all concepts, then by concept, with bootstrap intervals.
+def summarise(observations: pa.Table, draws: int, seed: int, images: Mapping[str, str] | None = None) -> pa.Table:
+    """Return the table `properties`: each measure over all concepts, then by concept, with intervals over images.
 
-    However the rows were cut and put together, the result is the same.
+    `images` has the key of each sample's image; without it each sample is an image. However the rows were cut and put
+    together, the result is the same.
     """
+    known = images or {}
     grouped: dict[tuple[Key, str | None], dict[str, list[tuple[float, float]]]] = defaultdict(dict)
     for row in observations.to_pylist():
         key = Key(*(row[name] for name in Key._fields))
         for concept in (None, row["concept"]):
-            grouped[key, concept].setdefault(row["sample_id"], []).append((row["value"], row["of"]))
+            image = known.get(row["sample_id"], row["sample_id"])
+            grouped[key, concept].setdefault(image, []).append((row["value"], row["of"]))
     ordered = sorted(grouped.items(), key=lambda pair: _order(*pair[0]))
-    rows = [_row(key, concept, samples, draws, seed) for (key, concept), samples in ordered]
+    rows = [_row(key, concept, parts, draws, seed) for (key, concept), parts in ordered]
     return pa.Table.from_pylist([row for row in rows if row["value"] is not None], schema=DERIVED["properties"])
 
 
@@ -83,11 +86,11 @@ def _order(key: Key, concept: str | None) -> tuple[object, ...]:
 
 
 def _row(
-    key: Key, concept: str | None, samples: dict[str, list[tuple[float, float]]], draws: int, seed: int
+    key: Key, concept: str | None, images: dict[str, list[tuple[float, float]]], draws: int, seed: int
 ) -> dict[str, object]:
     # Sorted, for the order in which numbers are added changes their sum's last bits.
-    sums: ndarray = np.array([np.sum(sorted(samples[name]), axis=0) for name in sorted(samples)])
-    found: Measured = measure(sums, sums, value_of(key.measure), draws, seed)
+    sums: ndarray = np.array([np.sum(sorted(images[name]), axis=0) for name in sorted(images)])
+    found: Measured = measure(sums, sums, value_of(key.measure), draws, seed, share=key.measure in SHARES)
     return key._asdict() | {
         "concept": concept,
         "value": found.after,

@@ -30,7 +30,8 @@ PROTOCOLS = {
     "common_share": "neurons among the n highest at the noun in every image of the concept, of n",
     "jaccard": "mean Jaccard index of the n highest neurons at the noun in two images of the concept; control: with "
     "images of other nouns",
-    "auroc": "mean contribution of the neurons to the noun that is due: its places against those of other nouns",
+    "auroc": "mean contribution of the neurons to the noun that is due: its places against those of other nouns; the "
+    "interval is over images of both sides, which are all counted",
     "own_score": "mean contribution of the neurons to the concept's noun at its places, in logits",
     "other_score": "mean contribution of the neurons to other nouns at theirs, in logits",
     "p_untouched": f"{FORCED} the probability of the noun's scored token",
@@ -56,11 +57,19 @@ PROTOCOLS = {
 """Measure → how it is measured."""
 
 COMPARISON = "ranked and measured on the same images; "
+IN_SAMPLE = "in-sample, measured on images that ranked the neurons; "
+RANKED = ("sensitivity", "specificity", "causal", "localisation")
+"""Properties whose neurons the run's rankings name."""
+UNRANKED = ("layer-matched", "activation-matched", "uniform", "image", "random pairing", "none", "chance")
+"""Methods of these properties whose neurons no ranking names: controls, and each image's own highest."""
 
 
 def protocol_of(key: Key) -> str:
     """Return how a measure is measured."""
-    return (COMPARISON if key.property == "comparison" else "") + PROTOCOLS[key.measure]
+    if key.property == "comparison":
+        return COMPARISON + PROTOCOLS[key.measure]
+    ranked = key.property in RANKED and key.method not in UNRANKED
+    return (IN_SAMPLE if ranked else "") + PROTOCOLS[key.measure]
 
 
 def perplexity_ratio(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:
@@ -68,6 +77,24 @@ def perplexity_ratio(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " dra
     ratios: Float[ndarray, " draw"] = np.exp(ratio(totals))
     return ratios
 
+
+SHARES = frozenset(
+    {
+        "exact_hit_rate",
+        "lemma_hit_rate",
+        "overlap",
+        "common_share",
+        "jaccard",
+        "auroc",
+        "zeroed_removed",
+        "zeroed_kept",
+        "noise_removed",
+        "noise_kept",
+        "pointing_game",
+        "iou",
+    }
+)
+"""Measures between 0 and 1, whose intervals are those of shares."""
 
 VALUES: dict[str, Value] = {"zeroed_perplexity": perplexity_ratio}
 """Measures that are not a mean: from totals to the value."""

@@ -40,7 +40,7 @@ class PropertySettings(BaseModel):
     concepts: int = Field(200, ge=1)
     """Concepts that are measured, the most frequent first."""
     min_occurrences: int = Field(5, ge=2)
-    """Occurrences that a concept needs to be measured."""
+    """Images that must show a concept for it to be measured."""
     language: str | None = None
     """Measure the concepts of captions in this language alone, such as en; by default of all."""
     images: int = Field(6, ge=2)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from mmray.image_keys import image_keys, one_per_image
 from mmray.results.run import Run
 
 HIGHEST = 12
@@ -80,8 +81,10 @@ def read_concepts(
 ) -> dict[str, Concept]:
     """Return the run's concepts, most frequent first, `limit` at most (None: all).
 
-    `chosen` are samples of a concept to be shown first, because there are heat maps of them.
+    `chosen` are samples of a concept to be shown first, because there are heat maps of them. All are of different
+    images.
     """
+    images = image_keys(run.table("captions"))
     gathered: dict[str, list[dict[str, Any]]] = defaultdict(list)
     columns = ["concept", "sample_id", "token", "log_prob"]
     for row in run.table("occurrences").select(columns).to_pylist():
@@ -95,7 +98,7 @@ def read_concepts(
         rows = gathered[name]
         languages = Counter(captions[row["sample_id"]]["language"] for row in rows)
         first = list(chosen.get(name, ()))
-        others = _varied([row["sample_id"] for row in rows], captions)
+        others = _varied(one_per_image((row["sample_id"] for row in rows), images), captions)
         found[name] = Concept(
             name,
             len(rows),
@@ -104,7 +107,7 @@ def read_concepts(
             ranked[name][0].get("n_images"),
             sum(exp(row["log_prob"]) for row in rows) / len(rows),
             ranked[name],
-            list(dict.fromkeys([*first, *others]))[: max(SAMPLES, len(first))],
+            one_per_image([*first, *others], images)[: max(SAMPLES, len(first))],
         )
     return found
 
@@ -124,7 +127,7 @@ def _varied(samples: Sequence[str], captions: Mapping[str, dict[str, Any]]) -> l
     """Return samples in an order in which the domains take turns."""
     seen: Counter[str | None] = Counter()
     turns = []
-    for place, name in enumerate(dict.fromkeys(samples)):
+    for place, name in enumerate(samples):
         domain = captions[name]["domain"]
         turns.append((seen[domain], place, name))
         seen[domain] += 1

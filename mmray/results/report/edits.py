@@ -14,6 +14,7 @@ import pyarrow as pa
 from safetensors.numpy import load
 
 from mmray.errors import InputError
+from mmray.image_keys import image_key, one_per_image
 from mmray.results.report.concepts import number
 from mmray.results.run import Run
 from mmray.storage import Store, open_store
@@ -129,12 +130,14 @@ def _measure(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chosen(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return captions to show: the changed ones first, those that it should change before the others."""
+    """Return captions to show, each of another image: changed ones first, those that it should change before others."""
 
     def order(row: Mapping[str, Any]) -> tuple[bool, int, str]:
         return row["before"] == row["after"], ORDER.get(str(row.get("role")), 2), row["sample_id"]
 
-    chosen = sorted(rows, key=order)[:SHOWN]
+    images = {row["sample_id"]: image_key(row["sample_id"], row.get("image")) for row in rows}
+    by_name = {row["sample_id"]: row for row in sorted(rows, key=order)}
+    chosen = [by_name[name] for name in one_per_image(by_name, images)[:SHOWN]]
     return [
         {"id": row["sample_id"], "before": row["before"], "after": row["after"], "role": row.get("role")}
         for row in chosen

@@ -58,7 +58,7 @@ function matrices(analysis) {
   return [...new Set(analysis.matrices.map((row) => row.measure))].map((measure) => {
     const found = select(analysis.matrices, { measure }), [title, unit] = CHANGES[measure] || [measure, "change"];
     const most = Math.max(...found.flatMap((shown) => shown.masks.flatMap((row) => row.cells.map((value) => Math.abs(value?.change ?? 0)))));
-    return [h("h3.part", `${title}: ${unit}`), under(`One row a mask with its number of neurons, one column a label of the samples measured; the frame is the label's own. 95 % intervals: bootstrap over samples. Orange rises, green falls: all on one scale, to ± ${figure(most)}.`),
+    return [h("h3.part", `${title}: ${unit}`), under(`One row a mask with its number of neurons, one column a label of the samples measured; the frame is the label's own. 95 % intervals: bootstrap over images. Orange rises, green falls: all on one scale, to ± ${figure(most)}.`),
       h("div.grid.two", found.map((shown) => matrix(analysis, shown, most)))];
   });
 }

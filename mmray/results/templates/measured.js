@@ -63,7 +63,7 @@ function propertiesPage() {
       h("details", h("summary", "How each was measured"), h("dl", protocols.map(([measure, text]) => [h("dt", measure), h("dd", text)])))))];
   });
   return [
-    heading("Properties", "What the located neurons mean, each figure beside the same figure of neurons that were not chosen for it. Intervals: 95 %, bootstrap over images."),
+    heading("Properties", "What the located neurons mean, each figure beside the same figure of neurons that were not chosen for it. Intervals: 95 %, over images."),
     shown, compared.length ? comparison(compared) : null,
   ];
 }

@@ -10,7 +10,7 @@ function saliencyPage() {
   const best = (measure) => (LOWER_IS_BETTER.has(measure) ? Math.min : Math.max)(...measures.filter((row) => row.measure === measure && !row.method.startsWith("random")).map((row) => row.value));
   const drawn = words.length ? Object.keys(words[0].maps) : [];
   return [
-    heading("Saliency", `Which part of the image a word of the caption comes from, by ${methods.length - 1} methods: ${whole(measures[0].words)} words of ${plural(measures[0].n, "image")} with several objects. Intervals: 95 %, bootstrap over images; the best of a column is bold.`),
+    heading("Saliency", `Which part of the image a word of the caption comes from, by ${methods.length - 1} methods: ${whole(measures[0].words)} words of ${plural(measures[0].n, "image")} with several objects. Intervals: 95 %, over images; the best of a column is bold.`),
     card(sortable("Measures of saliency maps", [
       { title: "method", value: (row) => row.method, cell: (row) => row.method },
       ...names.map((measure) => ({ title: measure.replaceAll("_", " "), number: true, about: measures.find((row) => row.measure === measure).protocol, value: (row) => row[measure]?.value ?? null,
