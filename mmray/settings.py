@@ -29,6 +29,8 @@ UNITS: dict[str, str] = {
 }
 """Unit of each score; an activation has none, nor has a random number."""
 FOLDED = "logits after the final norm"
+LONGEST = 64
+"""Tokens at most in a generated caption, where nothing else is asked for."""
 
 EXECUTION = frozenset(
     {"out", "workers", "gpus_per_worker", "batch_size", "address", "retry_failed", "trust_remote_code"}
@@ -83,6 +85,8 @@ class CensusSettings(BaseModel):
     """GPUs a worker: 2 or more share one replica; default: 1 where the cluster has GPUs, else 0."""
     captions: Captions = "dataset"
     """Score the data's captions (dataset), or what the model itself writes (generate)."""
+    longest: int = Field(LONGEST, ge=1)
+    """Tokens at most in a caption that the model writes; a longer one is cut off there."""
     prompt: str | None = None
     """Question before the caption; default: "Describe the image in few words." in the caption's language."""
     prefix: str | None = None
@@ -165,7 +169,10 @@ class CensusSettings(BaseModel):
 
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that the results depend on; model, data and nouns are known by their digests instead."""
-        return self.model_dump(exclude=set(EXECUTION) | {"model", "data", "nouns"})
+        known = {"model", "data", "nouns"}
+        # The data's captions are never cut off.
+        unused = {"longest"} if self.captions == "dataset" else set()
+        return self.model_dump(exclude=set(EXECUTION) | known | unused)
 
     def fingerprint(self, **digests: str) -> str:
         """Return a digest of all that the results depend on; the same for every way of doing the work."""

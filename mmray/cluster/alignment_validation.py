@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from mmray.cluster.alignment_training import open_pair
 from mmray.cluster.units import UnitWorker
-from mmray.datasets.rows import BadRowError, object_names
 from mmray.datasets.shards import Manifest, cut, read_shard
 from mmray.datasets.sources import open_source
 from mmray.errors import InputError
 from mmray.evaluation.before import Before
-from mmray.evaluation.facts import DataFacts, gather_facts
+from mmray.evaluation.facts import DataFacts
+from mmray.evaluation.ground_truth import survey
 from mmray.evaluation.measuring import Measuring
 from mmray.evaluation.settings import MeasureSettings, measure_settings
 from mmray.models.loading import digest, resolve
@@ -49,16 +49,17 @@ def plan_validation(settings: AlignmentSettings) -> Plan:
     manifest = cut(source.files(), UNIT, settings.validate_limit)
     if not manifest.samples:
         raise InputError(f"{settings.validate_on}: no sample in it")
-    objects = []
-    for cell in source.object_cells():
-        try:
-            objects.append(object_names(cell) if cell is not None else ())
-        except BadRowError:
-            continue
+    found = survey(source, None, None)
     measured = measure_settings(
-        text_count=0, bleu=False, pope_objects=settings.pope_objects, draws=settings.draws, seed=settings.seed
+        text_count=0,
+        bleu=False,
+        pope_objects=settings.pope_objects,
+        ground_truth=found.ground_truth,
+        synonyms=found.synonyms,
+        draws=settings.draws,
+        seed=settings.seed,
     )
-    return Plan(settings, measured, manifest, gather_facts(objects, source.translations()))
+    return Plan(settings, measured, manifest, found.facts)
 
 
 class ValidationWorker(UnitWorker):

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mmray.cluster.worker import columns_of, open_data
 from mmray.datasets.contents import Source
-from mmray.datasets.rows import BadRowError, object_names
 from mmray.datasets.shards import Manifest, Shard, cut
 from mmray.datasets.sources import open_source
 from mmray.errors import InputError
 from mmray.evaluation.asks import Purpose
-from mmray.evaluation.facts import DataFacts, gather_facts
+from mmray.evaluation.facts import DataFacts
+from mmray.evaluation.ground_truth import survey
 from mmray.evaluation.mmedit import Records, read_records
 from mmray.evaluation.naming import Naming
+from mmray.evaluation.object_words import open_words
 from mmray.evaluation.prompts import TextQuestion, read_text_questions, text_questions
 from mmray.evaluation.quality import has_bleu
 from mmray.evaluation.scope import aim_of
@@ -91,7 +92,9 @@ def plan_evaluation(settings: EvaluationSettings, run: Run, purposes: Sequence[P
     manifest = cut(source.files(), settings.shard_size, settings.limit)
     if not manifest.samples:
         raise InputError(f"{settings.data}: no sample in it")
-    facts = gather_facts(_objects(source), source.translations())
+    found = survey(source, settings.ground_truth, settings.synonyms)
+    settings = settings.model_copy(update={"ground_truth": found.ground_truth, "synonyms": found.synonyms})
+    facts = found.facts
     own_manifest, own_units = _own(run, purposes, manifest)
     words = aim_of(purposes, Naming(facts.vocabulary, facts.translations)).words
     asked = settings.text_questions
@@ -128,10 +131,10 @@ def digests(plan: Plan, run: Run) -> dict[str, str]:
         "edit": _digest([edit.entry(name) for name in EDIT_FILES]),
         "encoder": _digest(open_store(settings.encoder).list()) if settings.encoder else "",
     }
-    for name, uri in (("synonyms", settings.synonyms), ("mmedit", settings.mmedit)):
-        if uri:
-            store, key = open_object(uri)
-            found[name] = _digest([store.entry(key)])
+    found["words"] = open_words(settings.synonyms, plan.facts.vocabulary).digest()
+    if settings.mmedit:
+        store, key = open_object(settings.mmedit)
+        found["mmedit"] = _digest([store.entry(key)])
     if settings.mmedit_images:
         found["mmedit_images"] = _digest(open_store(settings.mmedit_images).list())
     if settings.detector:
@@ -142,15 +145,6 @@ def digests(plan: Plan, run: Run) -> dict[str, str]:
 def _digest(entries: Sequence[Entry | None]) -> str:
     listed = [(entry.key, entry.size, entry.version) for entry in entries if entry is not None]
     return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
-
-
-def _objects(source: Source) -> Iterator[tuple[str, ...]]:
-    """Yield the objects of every sample; cells that can't be read are passed over, for their rows fail."""
-    for cell in source.object_cells() if source.columns.objects is not None else ():
-        try:
-            yield object_names(cell) if cell is not None else ()
-        except BadRowError:
-            continue
 
 
 def _own(run: Run, purposes: Sequence[Purpose], manifest: Manifest) -> tuple[Manifest | None, list[Unit]]:

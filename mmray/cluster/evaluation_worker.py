@@ -40,7 +40,7 @@ class EvaluationWorker(UnitWorker):
         try:
             census, settings = plans[0].census, plans[0].settings
             model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
-            self.before = Before(model, settings.batch_size, settings.prompt)
+            self.before = Before(model, settings.batch_size, settings.prompt, settings.longest)
         except InputError as error:
             self.problem = str(error)
 

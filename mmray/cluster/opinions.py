@@ -26,14 +26,12 @@ from mmray.cluster.sight_worker import PARTS, Asked, OpinionWorker, Perturbation
 from mmray.cluster.units import mapped
 from mmray.cluster.worker import columns_of
 from mmray.datasets.columns import Columns
-from mmray.datasets.contents import Source
-from mmray.datasets.rows import BadRowError, object_names
 from mmray.datasets.shards import cut
 from mmray.datasets.sources import open_source
 from mmray.derived import DERIVED, OPINION_SCHEMAS
 from mmray.errors import InputError
-from mmray.evaluation.facts import DataFacts, gather_facts
-from mmray.evaluation.naming import read_synonyms
+from mmray.evaluation.ground_truth import survey
+from mmray.evaluation.object_words import NONE, ObjectWords, open_words
 from mmray.evaluation.opinions.changes import changes
 from mmray.evaluation.opinions.judging import judged
 from mmray.evaluation.opinions.settings import OpinionSettings, PerturbationSettings, SightSettings
@@ -74,7 +72,7 @@ def run_opinions(settings: OpinionSettings, follow: Callable[[Progress], None] =
     plan = _plan(settings, census.model, settings.data or census.data, columns, asked)
     if not plan.facts.vocabulary:
         raise InputError(f"{plan.data}: no column of objects, without which no claim can be judged")
-    own = f"{run.uri}/opinions/{settings.fingerprint(_digests(plan))}"
+    own = f"{run.uri}/opinions/{plan.settings.fingerprint(_digests(plan))}"
     with drive_analysis(f"{run.uri}/opinions") as lease:
         return _look(plan, OpinionWorker, RunFolder.at(own, patient=True), run.folder.store, "claims", follow, lease)
 
@@ -147,19 +145,13 @@ def _plan(settings: SightSettings, model: str, data: str, columns: Columns, aske
     manifest = cut(source.files(), settings.shard_size, settings.limit)
     if not manifest.samples:
         raise InputError(f"{data}: no sample in it")
-    listed = settings.synonyms if isinstance(settings, OpinionSettings) else None
-    synonyms = read_synonyms(listed) if listed else {}
-    return Plan(settings, model, data, columns, asked, manifest, _facts(source), synonyms)
-
-
-def _facts(source: Source) -> DataFacts:
-    objects = []
-    for cell in source.object_cells() if source.columns.objects is not None else ():
-        try:
-            objects.append(object_names(cell) if cell is not None else ())
-        except BadRowError:
-            continue
-    return gather_facts(objects, source.translations())
+    if not isinstance(settings, OpinionSettings):
+        facts = survey(source, "instances", NONE).facts
+        return Plan(settings, model, data, columns, asked, manifest, facts, ObjectWords())
+    found = survey(source, settings.ground_truth, settings.synonyms)
+    settings = settings.model_copy(update={"ground_truth": found.ground_truth, "synonyms": found.synonyms})
+    words = open_words(found.synonyms, found.facts.vocabulary)
+    return Plan(settings, model, data, columns, asked, manifest, found.facts, words)
 
 
 def _digests(plan: Plan) -> dict[str, str]:
@@ -177,5 +169,5 @@ def _digests(plan: Plan) -> dict[str, str]:
         "asked": json.dumps([plan.asked.dtype, plan.asked.prompt, plan.asked.prefix]),
         "columns": plan.columns.model_dump_json(),
         "objects": hashlib.sha256(repr((sorted(facts.counts.items()), sorted(translations))).encode()).hexdigest()[:16],
-        "synonyms": json.dumps(plan.synonyms, sort_keys=True),
+        "words": plan.words.digest(),
     }

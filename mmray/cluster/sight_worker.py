@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,9 @@ from mmray.datasets.sources import open_source
 from mmray.derived import OPINION_SCHEMAS
 from mmray.errors import InputError
 from mmray.evaluation.facts import DataFacts
-from mmray.evaluation.naming import Naming
+from mmray.evaluation.ground_truth import with_ground_truth
+from mmray.evaluation.naming import object_naming
+from mmray.evaluation.object_words import ObjectWords
 from mmray.evaluation.opinions.claims import Claimant
 from mmray.evaluation.opinions.mistakes import picture
 from mmray.evaluation.opinions.moving import Mover
@@ -63,7 +65,7 @@ class Plan:
     asked: Asked
     manifest: Manifest
     facts: DataFacts
-    synonyms: Mapping[str, tuple[str, ...]]
+    words: ObjectWords
 
 
 class SightWorker(UnitWorker):
@@ -119,11 +121,13 @@ class OpinionWorker(SightWorker):
         """Return claims, and pictures of those that are wrong."""
         settings, facts = self.plan.settings, self.plan.facts
         assert isinstance(settings, OpinionSettings)
+        naming = object_naming(facts.vocabulary, facts.translations, self.plan.words)
+        truth = settings.ground_truth or "instances"
+        samples = [with_ground_truth(sample, truth, naming) for sample in samples]
         known = [place for place, sample in enumerate(samples) if sample.objects is not None]
         samples, images = [samples[place] for place in known], [images[place] for place in known]
         if not samples:
             return {}
-        naming = Naming(facts.vocabulary, facts.translations, self.plan.synonyms)
         claimant = Claimant(
             self.joint,
             facts,
@@ -133,6 +137,7 @@ class OpinionWorker(SightWorker):
             settings.questions,
             settings.seed,
             settings.batch_size,
+            settings.longest,
         )
         claims = claimant.claims(samples, images)
         shown = dict(zip((sample.sample_id for sample in samples), images, strict=True))

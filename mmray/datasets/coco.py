@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from mmray.datasets.contents import DataFile, FileSource
 from mmray.datasets.folder import images_digest
 from mmray.datasets.places import Place
 from mmray.datasets.rows import Record
+from mmray.datasets.samples import Failure, Sample
 from mmray.errors import InputError
 from mmray.storage import open_store
 
@@ -25,6 +26,9 @@ TRIED = 4
 CACHED_FILES = 4
 IMAGE_FOLDERS = ("{split}", "../{split}", "images/{split}", "../images/{split}", "images", "../images", ".", "..")
 """Where the images of `captions_SPLIT.json` may lie, seen from its folder, the usual place first."""
+
+REFERENCES = "references"
+"""Key of an image: all its captions."""
 
 Row = tuple[dict[str, Any], dict[str, Any]] | str
 """An image and its annotation, empty if it has none; kept apart until read, to be small. Or why there is none."""
@@ -69,6 +73,21 @@ class CocoSource(FileSource):
         for entry in self.place.entries:
             records = (_record(row) for row in self._rows(entry.key))
             yield from (record.get(str(self.columns.objects)) for record in records if not isinstance(record, str))
+
+    def annotations(self) -> Iterator[tuple[Any, tuple[str, ...]]]:
+        """Yield the object names of each row, None without any, and all captions of its image."""
+        for entry in self.place.entries:
+            for row in self._rows(entry.key):
+                if not isinstance(row, str):
+                    yield (row[0] | row[1]).get(str(self.columns.objects)), _references(row)
+
+    def read(self, path: str, start: int, stop: int) -> Iterator[Sample | Failure]:
+        """Yield rows `start` to `stop` (left out) of one file, with all captions of the image that each is of."""
+        found = zip(self._rows(path)[start:stop], super().read(path, start, stop), strict=True)
+        yield from (
+            replace(sample, references=_references(row)) if isinstance(sample, Sample) else sample
+            for row, sample in found
+        )
 
     def _rows(self, path: str) -> tuple[Row, ...]:
         return rows(self.place.folder, path, self.entry(path).version, self.captions)
@@ -131,18 +150,25 @@ def rows(folder: str, key: str, version: str, captions: bool) -> tuple[Row, ...]
         else:
             images[identifier] = dict(image)
     by_image: dict[Any, list[Any]] = {identifier: [] for identifier in images}
-    for annotation in content.get("annotations", []) if captions else []:
+    for annotation in content.get("annotations", []):
         identifier = _identifier(annotation, "image_id")
         if identifier in by_image:
             by_image[identifier].append(annotation)
-        else:
+        elif captions:
             strays.append(f"annotation of image {identifier!r}, which is not among the images")
     if instances_key(key) != key and open_store(folder).entry(instances_key(key)) is not None:
         _add_objects(images, _load(folder, instances_key(key)))
     found: list[Row] = []
     for identifier, image in images.items():
-        found += [(image, annotation) for annotation in by_image[identifier]] or [(image, {})]
+        image[REFERENCES] = [annotation.get("caption") for annotation in by_image[identifier]]
+        own = by_image[identifier] if captions else []
+        found += [(image, annotation) for annotation in own] or [(image, {})]
     return (*found, *strays)
+
+
+def _references(row: Row) -> tuple[str, ...]:
+    found = () if isinstance(row, str) else row[0][REFERENCES]
+    return tuple(caption for caption in found if isinstance(caption, str) and caption.strip())
 
 
 def _record(row: Row) -> Record:

@@ -73,6 +73,9 @@ class Source(Protocol):
         Images are not read. A row of several captions is one, whichever of its samples are asked for.
         """
 
+    def annotations(self) -> Iterator[tuple[Any, tuple[str, ...]]]:
+        """Yield each row's cell of the objects column, None without one, and all captions of its image, where known."""
+
     def objects_vocabulary(self) -> tuple[str, ...]:
         """Return the distinct names in the objects column, sorted; empty without such a column."""
 
@@ -101,6 +104,10 @@ class FileSource(ABC):
     @abstractmethod
     def object_cells(self) -> Iterable[Any]:
         """Return the cells of the objects column."""
+
+    def annotations(self) -> Iterator[tuple[Any, tuple[str, ...]]]:
+        """Yield each row's cell of the objects column; nothing without one."""
+        yield from ((cell, ()) for cell in (self.object_cells() if self.columns.objects is not None else ()))
 
     def fetch(self, path: str, names: list[str]) -> list[bytes | str]:
         """Return the images that rows of a file name, as bytes or why not: below the file's own folder."""

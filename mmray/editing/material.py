@@ -25,10 +25,11 @@ from mmray.errors import InputError
 from mmray.image_keys import image_keys, one_per_image
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
-from mmray.models.prompting import LONGEST, Batch, encode, prompt_text, tokenize_caption
+from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, NounSource, find_forms, noun_source, object_forms
 from mmray.neurons.model import Model, load_model, open_image
 from mmray.results.run import Run
+from mmray.settings import LONGEST
 
 ROWS_A_BATCH = 32
 

@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from mmray.errors import InputError
 
+Parser = Literal["sentences", "released"]
+"""How a yes or no is read from an answer: sentence by sentence, or as POPE's released code does."""
+
+SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
 YES_OR_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+UNSURE = re.compile(
+    r"(?:\bnot|\bcannot|n[’']t) (?:\w+ )?(?:sure|clear|certain|know|tell|say|determine)\b"
+    r"|\b(?:unsure|unclear|(?:hard|difficult|impossible) to (?:tell|say|determine))\b",
+    re.IGNORECASE,
+)
+DENIED = re.compile(r"\b(?:not|cannot|none|neither|nor|without|lacks?|absent)\b|n[’']t\b", re.IGNORECASE)
+AFFIRMED = re.compile(
+    r"\b(?:there(?:[’']s| is| are)|(?:can|do|does) (?:\w+ )?see|(?:i|we) see|can be seen|it (?:is|does)"
+    r"|(?:image|picture|photo|scene) (?:does|has|contains?|shows?|includes?|features?|depicts?)"
+    r"|(?:is|are) (?:\w+ )?(?:visible|present|seen|shown|in the (?:image|picture|photo|scene)))\b",
+    re.IGNORECASE,
+)
+"""What a sentence without yes or no says: that it can't be told, that a thing is not there, and that it is."""
 AMOUNT = r"\d+(?:\.\d+)?"
 NUMBER = re.compile(rf"(?<!\w)-?{AMOUNT}")
 SCALES = tuple(
@@ -39,6 +57,9 @@ def value_of(reply: str, parse: str) -> float | None:
     Of several words the first is the answer; of different numbers none is, apart from those that name a scale. None
     where there is no answer: a reply that can't be read is none.
     """
+    if parse == "yes_no":
+        said = says_yes(reply)
+        return None if said is None else float(said)
     pattern = reader(parse)
     if parse == "number":
         for scale in SCALES:
@@ -48,5 +69,27 @@ def value_of(reply: str, parse: str) -> float | None:
     found = pattern.search(reply)
     if found is None:
         return None
-    first = "yes" if parse == "yes_no" else parse.split("|")[0].strip()
-    return float(found[0].casefold() == first.casefold())
+    return float(found[0].casefold() == parse.split("|")[0].strip().casefold())
+
+
+def says_yes(answer: str, parser: Parser = "sentences") -> bool | None:
+    """Return whether an answer is yes; None where it is neither yes nor no.
+
+    sentences: of the first sentence that says either, its first yes or no; in one with neither, whether it denies
+    ("There is not a dog") or affirms. Questions, and that it can't be told, are neither.
+    released: as POPE's code reads it, an answer is no if its first sentence has the word No, no or not as it is spelt
+    here, and else yes.
+    """
+    if parser == "released":
+        words = answer.partition(".")[0].replace(",", "").split(" ")
+        return not {"No", "no", "not"}.intersection(words)
+    for sentence in SENTENCE.findall(answer):
+        if found := YES_OR_NO.search(sentence):
+            return found[1].lower() == "yes"
+        if sentence.endswith("?") or UNSURE.search(sentence):
+            continue
+        if DENIED.search(sentence):
+            return False
+        if AFFIRMED.search(sentence):
+            return True
+    return None

@@ -8,8 +8,9 @@ from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor
 
-from mmray.models.prompting import LONGEST, encode
+from mmray.models.prompting import encode
 from mmray.perception.joint import JointModel
+from mmray.settings import LONGEST
 
 
 def replies(

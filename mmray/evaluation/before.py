@@ -14,7 +14,8 @@ from mmray.evaluation.opinions.second import SecondOpinion
 from mmray.evaluation.quality import Encoder
 from mmray.evaluation.questioner import Questioner
 from mmray.models.loading import LoadedModel
-from mmray.models.prompting import LONGEST, prompt_text, tokenize_caption
+from mmray.models.prompting import prompt_text, tokenize_caption
+from mmray.settings import LONGEST
 
 FLIP = "flip"
 CROPS = {"crop centre": (0.1, 0.1, 0.9, 0.9), "crop corner": (0.0, 0.0, 0.85, 0.85)}
@@ -28,10 +29,12 @@ class Before:
     not be applied while it is asked.
     """
 
-    def __init__(self, model: LoadedModel, batch_size: int = 32, prompt: str | None = None) -> None:
+    def __init__(
+        self, model: LoadedModel, batch_size: int = 32, prompt: str | None = None, longest: int = LONGEST
+    ) -> None:
         self.model = model
         self.prompt = prompt
-        self.questioner = Questioner(model, batch_size)
+        self.questioner = Questioner(model, batch_size, longest)
         self._replies: dict[tuple[str, str, str], Reply] = {}
         self._images: dict[tuple[str, str], Image | None] = {}
         self._opinions: dict[str, SecondOpinion] = {}
@@ -61,7 +64,7 @@ class Before:
 
     def cut(self, ask: Ask) -> bool:
         """Tell whether the model's answer, which is known, was cut off for its length: no end stands behind it."""
-        return len(self._replies[ask.key].tokens) >= LONGEST
+        return len(self._replies[ask.key].tokens) >= self.questioner.longest
 
     def replies(self, asks: Sequence[Ask], drafts: Sequence[Sequence[str]]) -> list[Reply]:
         """Return what the model answers; guesses of the answers save time."""

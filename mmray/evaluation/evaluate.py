@@ -13,8 +13,11 @@ from mmray.datasets.samples import Failure, Sample
 from mmray.evaluation.asks import Edit
 from mmray.evaluation.before import Before
 from mmray.evaluation.facts import DataFacts, gather_facts
+from mmray.evaluation.ground_truth import with_ground_truth
 from mmray.evaluation.measuring import Measuring
 from mmray.evaluation.mmedit import read_records
+from mmray.evaluation.naming import object_naming
+from mmray.evaluation.object_words import open_words, table_for
 from mmray.evaluation.prompts import TextQuestion, read_text_questions, text_questions
 from mmray.evaluation.scope import EDITED
 from mmray.evaluation.settings import MeasureSettings, measure_settings
@@ -50,9 +53,11 @@ def evaluate(
     samples.
     """
     began = time.perf_counter()
-    settings = settings or measure_settings()
-    before = before or Before(model, settings.batch_size, settings.prompt)
-    facts = facts or gather_facts(sample.objects for sample in samples if isinstance(sample, Sample))
+    readable = [sample for sample in samples if isinstance(sample, Sample)]
+    annotated = facts or gather_facts(sample.objects for sample in readable)
+    settings = _settled(settings or measure_settings(), annotated, readable)
+    before = before or Before(model, settings.batch_size, settings.prompt, settings.longest)
+    facts = facts or _facts(annotated, settings, readable)
     measuring = Measuring(before, edit, facts, settings)
     parts = [measuring.samples(samples), measuring.texts(questions_of(measuring, settings))]
     if own:
@@ -65,6 +70,22 @@ def evaluate(
     whole = {name: pa.concat_tables([table[name] for table in tables]) for name in tables[0]}
     measures = summarise(whole["measurements"], settings)
     return Evaluated(measures, whole["captions"], whole["errors"], time.perf_counter() - began)
+
+
+def _settled(settings: MeasureSettings, facts: DataFacts, samples: Sequence[Sample]) -> MeasureSettings:
+    """Return the settings with the ground truth and the words that these samples call for, where none are given."""
+    captioned = any(sample.references and sample.objects is not None for sample in samples)
+    truth = settings.ground_truth or ("union" if captioned else "instances")
+    synonyms = table_for(settings.synonyms, facts.vocabulary)
+    return settings.model_copy(update={"ground_truth": truth, "synonyms": synonyms})
+
+
+def _facts(annotated: DataFacts, settings: MeasureSettings, samples: Sequence[Sample]) -> DataFacts:
+    """Return the facts of these samples under the settings' ground truth."""
+    naming = object_naming(annotated.vocabulary, {}, open_words(settings.synonyms, annotated.vocabulary))
+    truth = settings.ground_truth or "instances"
+    objects = (with_ground_truth(sample, truth, naming).objects for sample in samples)
+    return gather_facts(objects, vocabulary=annotated.vocabulary)
 
 
 def questions_of(measuring: Measuring, settings: MeasureSettings) -> list[TextQuestion]:

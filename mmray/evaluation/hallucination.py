@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from mmray.evaluation.answers import YES_OR_NO
+from mmray.evaluation.answers import Parser, says_yes
 from mmray.evaluation.asks import Change
-from mmray.evaluation.facts import STRATEGIES, DataFacts
+from mmray.evaluation.facts import STRATEGIES, Adversarial, DataFacts, Positives
 from mmray.evaluation.naming import Naming
 from mmray.evaluation.rows import Rows
 
@@ -62,19 +62,24 @@ def confirmed(rows: Rows, name: str, confidence: Mapping[str, float], before: se
 
 
 def asked_objects(
-    facts: DataFacts, objects: frozenset[str], count: int, seed: str
+    facts: DataFacts,
+    objects: Collection[str],
+    count: int,
+    seed: str,
+    positives: Positives = "drawn",
+    adversarial: Adversarial = "object",
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the present objects that POPE asks a sample for, and as many absent ones by each strategy."""
-    present = random.Random(f"present {seed}").sample(sorted(objects), min(count, len(objects)))
+    """Return the present objects that POPE asks a sample for, and as many absent ones by each strategy.
+
+    Present ones are drawn, as many as there are; or the `first` ones, as released, of images that have enough.
+    """
+    if positives == "first":
+        present = list(objects)[:count] if len(objects) >= count else []
+    else:
+        present = random.Random(f"present {seed}").sample(sorted(objects), min(count, len(objects)))
     return present, {
-        strategy: facts.absent(strategy, objects, len(present), f"{strategy} {seed}") for strategy in STRATEGIES
+        strategy: facts.absent(strategy, objects, present, f"{strategy} {seed}", adversarial) for strategy in STRATEGIES
     }
-
-
-def says_yes(answer: str) -> bool | None:
-    """Return the first yes or no of an answer; None where it has neither."""
-    found = YES_OR_NO.search(answer)
-    return None if found is None else found[1].lower() == "yes"
 
 
 @dataclass(frozen=True)
@@ -101,9 +106,9 @@ class Confusion:
         }
 
 
-def confusion(present: Sequence[str], absent: Sequence[str]) -> Confusion:
+def confusion(present: Sequence[str], absent: Sequence[str], parser: Parser = "sentences") -> Confusion:
     """Count the answers to questions for present and for absent objects."""
-    there, lacking = [says_yes(answer) for answer in present], [says_yes(answer) for answer in absent]
+    there, lacking = ([says_yes(answer, parser) for answer in answers] for answers in (present, absent))
     return Confusion(
         yes_present=there.count(True),
         present=len(there),
@@ -115,11 +120,17 @@ def confusion(present: Sequence[str], absent: Sequence[str]) -> Confusion:
 
 
 def pope(
-    rows: Rows, name: str, present: Sequence[str], absent: Mapping[str, Sequence[str]], changes: Mapping[str, Change]
+    rows: Rows,
+    name: str,
+    present: Sequence[str],
+    absent: Mapping[str, Sequence[str]],
+    changes: Mapping[str, Change],
+    parser: Parser = "sentences",
 ) -> None:
     """Add a sample's part in POPE (Li et al. 2023); `changes` has each object's answers before and after the edit."""
     for strategy, others in absent.items():
-        before = confusion([changes[thing].before for thing in present], [changes[thing].before for thing in others])
-        after = confusion([changes[thing].after for thing in present], [changes[thing].after for thing in others])
+        there, lacking = ([changes[thing] for thing in things] for things in (present, others))
+        before = confusion([change.before for change in there], [change.before for change in lacking], parser)
+        after = confusion([change.after for change in there], [change.after for change in lacking], parser)
         for measure, sums in before.sums().items():
             rows.add(f"pope_{strategy}_{measure}", name, sums, after.sums()[measure])

@@ -12,9 +12,11 @@ from mmray.evaluation.before import CROPS, FLIP, Before
 from mmray.evaluation.comparing import compare, forced
 from mmray.evaluation.effects import caption_effects, forced_effects, generality, locality, rewritten
 from mmray.evaluation.facts import DataFacts
+from mmray.evaluation.ground_truth import with_ground_truth
 from mmray.evaluation.hallucination import asked_objects, chair, confirmed, hallucinated, pope
 from mmray.evaluation.mmedit import Records, measure_records
-from mmray.evaluation.naming import Naming, read_synonyms
+from mmray.evaluation.naming import object_naming
+from mmray.evaluation.object_words import open_words
 from mmray.evaluation.prompts import TextQuestion, paraphrases, presence
 from mmray.evaluation.quality import bleu, has_bleu, similarity
 from mmray.evaluation.questioner import surviving
@@ -68,10 +70,14 @@ class Measuring:
         self.edit = edit
         self.facts = facts
         self.settings = settings
-        synonyms = read_synonyms(settings.synonyms) if settings.synonyms else {}
-        known = Naming(facts.vocabulary, facts.translations, synonyms)
+        words = open_words(settings.synonyms, facts.vocabulary)
+        known = object_naming(facts.vocabulary, facts.translations, words)
         self.aim = aim_of(edit.purposes, known)
-        self.naming = Naming((*facts.vocabulary, *sorted(self.aim.words)), facts.translations, synonyms)
+        aimed = sorted(self.aim.words)
+        self.naming = object_naming((*facts.vocabulary, *aimed), facts.translations, words)
+        # In CHAIR a synonym stays one (man: person), even where the edit is about that word.
+        new = [word for word in aimed if not known.named(word, None)]
+        self.objects = object_naming((*facts.vocabulary, *new), facts.translations, words)
         self.bleu = has_bleu(settings.bleu)
         self.detector = before.opinion(settings.detector) if settings.detector else None
         self.encoder = before.encoder(settings.encoder) if settings.encoder else None
@@ -79,7 +85,8 @@ class Measuring:
     def samples(self, samples: Sequence[Sample | Failure], *, own: bool = False) -> Rows:
         """Return the rows of samples; `own`: they are not of the data, but what the edit was made on."""
         failures = [sample for sample in samples if isinstance(sample, Failure)]
-        readable = [sample for sample in samples if isinstance(sample, Sample)]
+        truth = self.settings.ground_truth or "instances"
+        readable = [with_ground_truth(sample, truth, self.objects) for sample in samples if isinstance(sample, Sample)]
         for sample in readable:
             try:
                 self.before.image(sample)
@@ -157,9 +164,7 @@ class Measuring:
         """Return what to ask about a sample; of what the edit was made on, that which shows its effect."""
         pairs = sample.questions or ()
         questions = [pair for pair in pairs if not own or self._about(sample, pair[1])]
-        objects = None if own or not self.settings.pope_objects else objects_of(sample)
-        seed = f"{self.settings.seed} {sample.sample_id}"
-        present, absent = asked_objects(self.facts, objects or frozenset(), self.settings.pope_objects, seed)
+        present, absent = ([], {}) if own or not self.settings.pope_objects else self._pope_objects(sample)
 
         def there(name: str) -> Ask:
             return self._ask(drafts, sample, presence(name), ["Yes", "No"])
@@ -170,6 +175,14 @@ class Measuring:
             questions=tuple(self._ask(drafts, sample, asked, [answer]) for asked, answer in questions),
             present={name: there(name) for name in present},
             absent={way: {name: there(name) for name in names} for way, names in absent.items() if names},
+        )
+
+    def _pope_objects(self, sample: Sample) -> tuple[list[str], dict[str, list[str]]]:
+        """Return the objects that POPE asks a sample for: present, and absent by strategy."""
+        settings, seed = self.settings, f"{self.settings.seed} {sample.sample_id}"
+        objects = tuple(dict.fromkeys(name.casefold() for name in sample.objects or ()))
+        return asked_objects(
+            self.facts, objects, settings.pope_objects, seed, settings.pope_positives, settings.pope_adversarial
         )
 
     def _about(self, sample: Sample, answer: str) -> bool:
@@ -218,7 +231,7 @@ class Measuring:
         sample, change, objects = asked.sample, found[asked.caption.key], objects_of(asked.sample)
         name, language = sample.sample_id, sample.language
         if objects is not None:
-            chair(rows, self.naming, name, objects, language, change.before, change.after)
+            chair(rows, self.objects, name, objects, language, change.before, change.after)
             named = self.naming.named(change.before, language), self.naming.named(change.after, language)
             hallucinated(rows, self.aim.pairs, name, objects, *named)
         image = self.before.image(sample)
@@ -228,7 +241,8 @@ class Measuring:
         if asked.present:
             asks = asked.present | {name: ask for asks in asked.absent.values() for name, ask in asks.items()}
             absent = {way: list(things) for way, things in asked.absent.items()}
-            pope(rows, name, list(asked.present), absent, {thing: found[ask.key] for thing, ask in asks.items()})
+            changes = {thing: found[ask.key] for thing, ask in asks.items()}
+            pope(rows, name, list(asked.present), absent, changes, self.settings.pope_parser)
         if self.bleu and sample.caption:
             bleu(rows, name, sample.caption, language, change.before, change.after)
 

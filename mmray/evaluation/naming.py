@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 
-from mmray.errors import InputError
+from mmray.evaluation.object_words import ObjectWords, Rules
 from mmray.neurons.concepts import Mention, find_forms
-from mmray.storage import open_object
 
 
 class Naming:
-    """Finds objects by their names: `dogs` names dog, `perro` in a Spanish text does, and what a synonym file lists."""
+    """Finds objects by their names: `dogs` names dog, `perro` in a Spanish text does, and what is listed as a synonym.
+
+    `rules` say in which phrases, and beside which words, a name is none.
+    """
 
     def __init__(
         self,
         vocabulary: Iterable[str],
         translations: Mapping[str, Mapping[str, str]],
         synonyms: Mapping[str, tuple[str, ...]] | None = None,
+        rules: Rules | None = None,
     ) -> None:
         self.vocabulary = tuple(dict.fromkeys(name.casefold() for name in vocabulary))
         self.translations = translations
         self.synonyms = synonyms or {}
+        self.rules = rules or Rules()
         self._forms: dict[str | None, tuple[dict[str, str], frozenset[str]]] = {}
 
     def form(self, name: str, language: str | None) -> str:
@@ -39,10 +42,16 @@ class Naming:
         """Return every mention of an object, in order, its concept the object's own name."""
         if language not in self._forms:
             listed = self._listed(language)
-            self._forms[language] = listed, frozenset(listed)
+            self._forms[language] = listed, frozenset((*listed, *self.rules.phrases))
         names, forms = self._forms[language]
-        found = find_forms(text, forms, language)
-        return [Mention(names[mention.concept], mention.start, mention.stop) for mention in found]
+        found = [(self.rules.phrases.get(m.concept, m.concept), m) for m in find_forms(text, forms, language)]
+        said = {word for word, _ in found}
+        hidden = {other for word, others in self.rules.hidden.items() if word in said for other in others}
+        return [
+            Mention(names[word], mention.start, mention.stop)
+            for word, mention in found
+            if word in names and word not in hidden
+        ]
 
     def named(self, text: str, language: str | None) -> set[str]:
         """Return the objects that a text names."""
@@ -58,17 +67,8 @@ class Naming:
         return forms
 
 
-def read_synonyms(uri: str) -> dict[str, tuple[str, ...]]:
-    """Return object → synonyms from a JSON file: `{"dog": ["puppy", …]}`, or lists whose first word is the object.
-
-    Raises InputError for a missing file or another form.
-    """
-    store, name = open_object(uri)
-    try:
-        content = json.loads(store.read(name))
-        rows = content.items() if isinstance(content, dict) else ((row[0], row[1:]) for row in content)
-        return {str(name).casefold(): tuple(map(str, words)) for name, words in rows if not isinstance(words, str)}
-    except FileNotFoundError:
-        raise InputError(f"--synonyms {uri}: no such file") from None
-    except (ValueError, TypeError, IndexError) as error:
-        raise InputError(f'--synonyms {uri}: not of the form {{"dog": ["puppy", …]}} ({error})') from error
+def object_naming(
+    vocabulary: Iterable[str], translations: Mapping[str, Mapping[str, str]], words: ObjectWords
+) -> Naming:
+    """Return the naming of the data's objects and of all that are listed beside them."""
+    return Naming((*vocabulary, *words.objects), translations, words.synonyms, words.rules)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from mmray.evaluation.answers import Parser
 from mmray.evaluation.bootstrap import Value, ratio
+from mmray.evaluation.facts import Adversarial, GroundTruth, Positives
+from mmray.evaluation.object_words import COCO
 from mmray.evaluation.quality import bleu_value
+from mmray.evaluation.settings import MeasureSettings
 
 PRIMARY = (
     "reliability",
@@ -92,13 +96,42 @@ PROTOCOLS: dict[str, str] = {
 
 MEANS = ("mean_length", "bertscore")
 """Measures that are means of numbers of any size; so are divergences, whose names end in `_kl`."""
+OBJECTS = ("chair_i", "chair_s", "recall", "hallucination", "companion_named")
+"""Measures of which objects are in the image, besides POPE's."""
+THERE: dict[GroundTruth, str] = {
+    "instances": "what is annotated",
+    "captions": "what its captions in the data name",
+    "union": "what is annotated or its captions in the data name",
+}
+PARSERS: dict[Parser, str] = {
+    "sentences": "the first sentence that says yes or no, denies or affirms is the answer",
+    "released": "no where the first sentence has No, no or not, else yes (released parser)",
+}
+POSITIVES: dict[Positives, str] = {
+    "drawn": "present objects drawn",
+    "first": "an image's first objects, of images that have enough",
+}
+ADVERSARIAL: dict[Adversarial, str] = {
+    "object": "most often with the object asked for",
+    "image": "most often with all objects of the image",
+}
+
 VALUES: dict[str, Value] = {"bleu": bleu_value}
 """Measures that are not a share: from totals to the value."""
 
 
-def protocol_of(measure: str) -> str:
+def protocol_of(measure: str, settings: MeasureSettings) -> str:
     """Return how a measure is measured."""
-    return PROTOCOLS[measure.partition(":")[0]]
+    name = measure.partition(":")[0]
+    said = [PROTOCOLS[name]]
+    if name.startswith("pope_"):
+        said += [PARSERS[settings.pope_parser], POSITIVES[settings.pope_positives]]
+        said += [ADVERSARIAL[settings.pope_adversarial]] if name.startswith("pope_adversarial") else []
+    if name.startswith(("pope_", *OBJECTS)) and settings.ground_truth is not None:
+        said.append(f"in the image: {THERE[settings.ground_truth]}")
+    if name in OBJECTS and settings.synonyms == COCO:
+        said.append("COCO's 80 objects and their synonyms, with CHAIR's rules")
+    return "; ".join(said)
 
 
 def value_of(measure: str) -> Value:

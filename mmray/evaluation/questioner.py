@@ -18,8 +18,9 @@ from mmray.errors import InputError
 from mmray.evaluation.asks import Ask, AskError, Reply, States
 from mmray.evaluation.states import StateReader
 from mmray.models.generation import end_tokens, generate
-from mmray.models.prompting import LONGEST
+from mmray.models.loading import LoadedModel
 from mmray.neurons.halving import FAILURES
+from mmray.settings import LONGEST
 
 Result = TypeVar("Result")
 
@@ -57,7 +58,11 @@ def surviving(measured: Callable[[], Result], drop: Callable[[Ask, str], None]) 
 
 
 class Questioner(StateReader):
-    """Asks one model, `batch_size` images at a time."""
+    """Asks one model, `batch_size` images at a time, for replies of `longest` tokens at most."""
+
+    def __init__(self, model: LoadedModel, batch_size: int, longest: int = LONGEST) -> None:
+        super().__init__(model, batch_size)
+        self.longest = longest
 
     @cached_property
     def special(self) -> frozenset[int]:
@@ -94,7 +99,9 @@ class Questioner(StateReader):
         """
         found: dict[int, Reply] = {}
         if self.plain:
-            trial = [(number, self.until_end(draft)[:LONGEST]) for number, some in enumerate(drafts) for draft in some]
+            trial = [
+                (number, self.until_end(draft)[: self.longest]) for number, some in enumerate(drafts) for draft in some
+            ]
             for _ in range(1 + CORRECTIONS):
                 trial, first = self._prove(asks, trial, found, first), None
             left = [number for number in range(len(asks)) if number not in found]
@@ -127,11 +134,11 @@ class Questioner(StateReader):
             kept = agreeing(draft, said)
             if self.banned(draft[:kept]):
                 continue  # generation would have gone another way
-            if kept >= LONGEST or said[kept] in self.special:
+            if kept >= self.longest or said[kept] in self.special:
                 states_kept = state.shortened(len(draft) - kept)
                 found[number] = Reply(draft[:kept], self.text(draft[:kept]), states_kept, steady=True)
             elif kept >= mended.get(number, (-1, []))[0]:
-                mended[number] = kept, self.until_end([*draft[:kept], *said[kept:]])[:LONGEST]
+                mended[number] = kept, self.until_end([*draft[:kept], *said[kept:]])[: self.longest]
         return [(number, draft) for number, (_, draft) in mended.items() if number not in found]
 
     def banned(self, tokens: list[int]) -> bool:
@@ -174,7 +181,7 @@ class Questioner(StateReader):
         """Generate one batch; where memory runs out or an ask can't be run, in halves, until the culprit is alone."""
         some = [asks[number] for number in numbers]
         try:
-            tokens = generate(self.model, [ask.prompt for ask in some], [ask.image for ask in some])
+            tokens = generate(self.model, [ask.prompt for ask in some], [ask.image for ask in some], self.longest)
         except (InputError, *FAILURES) as error:
             problem = " ".join(str(error).split())[:500]
         else:

@@ -9,7 +9,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmray.errors import InputError
-from mmray.settings import Workers, first_problem
+from mmray.evaluation.answers import Parser
+from mmray.evaluation.facts import Adversarial, GroundTruth, Positives
+from mmray.settings import LONGEST, Workers, first_problem
 
 
 class MeasureSettings(BaseModel):
@@ -27,10 +29,26 @@ class MeasureSettings(BaseModel):
     the data's objects."""
     text_count: int = Field(200, ge=0)
     """Questions without an image that are drawn from those about the data's objects."""
+    longest: int = Field(LONGEST, ge=1)
+    """Tokens at most in a caption or an answer; a longer one is cut off there. CHAIR is usually given at 64 or 512."""
+    ground_truth: GroundTruth | None = None
+    """Which objects are in an image, for CHAIR, POPE and hallucination: instances (annotated), captions (named by the
+    data's captions), or union (published). Default: union where the data is COCO with both, else instances."""
+    synonyms: str | None = None
+    """Words that count as an object: coco (a table of COCO's 80 objects, with CHAIR's rules), none, or a file: JSON of
+    object → synonyms, or lines as in CHAIR's synonyms.txt. All objects listed are looked for. Default: coco where every
+    object of the data is one of COCO's, else none."""
     pope_objects: int = Field(1, ge=0)
     """Present objects of an image that POPE asks for, and as many absent ones a setting (published: 3); 0: no POPE."""
-    synonyms: str | None = None
-    """JSON file of object → synonyms that count as the object."""
+    pope_positives: Positives = "drawn"
+    """Which present objects POPE asks for: drawn, from every image; first: an image's first ones, and no image that has
+    fewer (as published)."""
+    pope_adversarial: Adversarial = "object"
+    """POPE's adversarial objects: most often together with the object asked for (as published), or with all objects of
+    the image."""
+    pope_parser: Parser = "sentences"
+    """How POPE reads an answer: sentences (the first sentence that says yes or no, denies or affirms), or released (no
+    where the first sentence has No, no or not, else yes)."""
     encoder: str | None = None
     """Folder of a text encoder for BERTScore-style similarity to the data's captions; default: not measured."""
     detector: str | None = None

@@ -25,7 +25,7 @@ def summarise(measurements: pa.Table, settings: MeasureSettings) -> dict[str, di
         measured = Measured(None, None, None, None, 0)
         if name in sums:
             measured = measure(*sums[name], value_of(name), settings.draws, settings.seed, share=is_share(name))
-        found[name] = asdict(measured) | {"protocol": protocol_of(name)}
+        found[name] = asdict(measured) | {"protocol": protocol_of(name, settings)}
     unseen = {name: values for name, values in found.items() if name.startswith("image_generality")}
     if not found["reliability"]["n"] and unseen["image_generality"]["n"]:
         for name, values in unseen.items():

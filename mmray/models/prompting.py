@@ -37,10 +37,6 @@ PROMPTS = {
 ENDS = {"paligemma": "\n"}
 """What a family's processor writes behind the prompt by itself."""
 
-LONGEST = 64
-"""Tokens at most in a generated caption."""
-
-
 BEHIND = {
     "input_ids": None,
     "attention_mask": 1,

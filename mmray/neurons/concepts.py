@@ -10,11 +10,12 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
 from mmray.errors import InputError
+from mmray.neurons.inflection import singular, singulars
 from mmray.neurons.language_id import ARTICLES, LANGUAGE_NAMES, language_code
 from mmray.neurons.tagger import LANGUAGES, Noun, hanta_nouns
 
@@ -117,9 +118,9 @@ def read_lexicon(path: Path) -> dict[str | None, frozenset[str]]:
 
 
 def find_forms(caption: str, forms: frozenset[str], language: str | None) -> list[Mention]:
-    """Return the mentions of these nouns, longest first where they overlap; the last word may be inflected."""
+    """Return the mentions of these nouns, longest first where they overlap; the last word may be in the plural."""
     words = list(WORD.finditer(caption))
-    longest = max((len(WORD.findall(form)) for form in forms), default=0)
+    longest, unspaced = _shape(forms)
     found: list[Mention] = []
     taken = [False] * len(caption)
     for count in range(longest, 0, -1):
@@ -129,7 +130,7 @@ def find_forms(caption: str, forms: frozenset[str], language: str | None) -> lis
             if concept is not None and not any(taken[start:stop]):
                 found.append(Mention(concept, start, stop))
                 taken[start:stop] = [True] * (stop - start)
-    for form in sorted((form for form in forms if UNSPACED.search(form)), key=len, reverse=True):
+    for form in unspaced:
         # Not in the caption's casefold: that may be longer (ß is ss), and its characters then stand elsewhere.
         for match in re.finditer(re.escape(form), caption, re.IGNORECASE):
             if not any(taken[match.start() : match.end()]):
@@ -174,28 +175,23 @@ def textblob_nouns(caption: str) -> list[Noun]:
 def _singular(word: str, language: str, *, plural: bool) -> str:
     """Return a noun in lower case and in the singular; what English calls a saw is not the lemma of a verb, see."""
     inflected = language != "en" or plural or (word.lower().endswith("s") and not word.lower().endswith("ss"))
-    return (lemma(word, language) if inflected else word).casefold()
+    return singular(word, language) if inflected else word.casefold()
 
 
-@cache
-def lemma(word: str, language: str | None) -> str:
-    """Return the dictionary form of a word; the word itself in a language that simplemma does not know."""
-    # Imported here: its dictionaries take a second that reading a run need not spend.
-    import simplemma
-    from simplemma.strategies.dictionaries import dictionary_factory
-
-    code = (language or "en")[:2].lower()
-    if code not in dictionary_factory.SUPPORTED_LANGUAGES:
-        return word
-    return str(simplemma.lemmatize(word, lang=code))
+@lru_cache(maxsize=1024)
+def _shape(forms: frozenset[str]) -> tuple[int, tuple[str, ...]]:
+    """Return the words of the longest form, and the forms that are found as substrings, the longest first."""
+    unspaced = sorted((form for form in forms if UNSPACED.search(form)), key=len, reverse=True)
+    return max((len(WORD.findall(form)) for form in forms), default=0), tuple(unspaced)
 
 
 def _listed(caption: str, start: int, last: int, stop: int, forms: frozenset[str], language: str | None) -> str | None:
     text = caption[start:stop].casefold()
     if text in forms:
         return text
-    singular = caption[start:last].casefold() + lemma(caption[last:stop], language).casefold()
-    return singular if singular in forms else None
+    before = caption[start:last].casefold()
+    found = (before + singular for singular in singulars(caption[last:stop], language))
+    return next((form for form in found if form in forms), None)
 
 
 def object_forms(

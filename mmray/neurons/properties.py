@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmray.neurons.concepts import lemma
+from mmray.neurons.inflection import lemma
 
 
 def highest(scores: Float[Tensor, "place neuron"], count: int) -> list[frozenset[int]]:

@@ -200,7 +200,9 @@ class ShardAnalysis:
         def write(some: Sequence[tuple[Sample, Image | None]]) -> list[tuple[Sample, str, Image | None, list[int]]]:
             samples, images = [sample for sample, _ in some], [image for _, image in some]
             prompts = [self._prompt(sample, image=images[0] is not None) for sample in samples]
-            return list(zip(samples, prompts, images, generate(self.model, prompts, images), strict=True))
+            return list(
+                zip(samples, prompts, images, generate(self.model, prompts, images, self.settings.longest), strict=True)
+            )
 
         for written in in_halves(pairs, write, lambda pair, problem: self._fail(pair[0], "generate", problem)):
             kept = []

@@ -28,6 +28,7 @@ from mmray.evaluation.facts import gather_facts
 from mmray.evaluation.protocols import PRIMARY
 from mmray.evaluation.questioner import Questioner
 from mmray.evaluation.settings import evaluation_settings, measure_settings
+from tests.datasets.making import write_coco
 from tests.e2e.conftest import Answer
 from tests.e2e.conftest import mmray as mmray_command
 from tests.evaluation.standin import StandIn, open_edit, swap
@@ -295,6 +296,32 @@ def test_the_command(command: Callable[..., Answer], run: Path, edit: StandIn, t
     assert shown["measures"] == json.loads((folder / "evaluation.json").read_text())["measures"]
     assert "image_locality_span" not in answer.out
     assert "image_locality_span" in command(*arguments(run, folder), "--all").out
+
+
+def test_ground_truth_is_settled_by_the_data_and_told(run: Path, edit: StandIn, tmp_path: Path) -> None:
+    """COCO has captions beside its objects, of which CHAIR takes the union; the demo's data has one caption a row."""
+    known = [sample for sample in samples_of(EVALUATION, 60) if sample.objects and sample.boxes][:3]
+    images = [
+        {"image": {"bytes": s.image}, "objects": ["dog"], "boxes": s.boxes[:1], "caption": "A puppy and a man."}
+        for s in known
+        if s.boxes
+    ]
+    coco = write_coco(tmp_path / "coco", images)
+    folder = edit.save(tmp_path / "edit")
+    values = {"data": str(coco), "limit": 3, "text_count": 0, "pope_objects": 0}
+    recalls, fingerprints = {}, set()
+    for kind in (None, "instances", "captions"):
+        found = evaluated_here(run, folder, **values, ground_truth=kind).measures
+        content = json.loads((folder / "evaluation.json").read_text())
+        fingerprints.add(content["fingerprint"])
+        assert content["settings"]["ground_truth"] == (kind or "union")
+        assert "COCO's 80 objects" in found["chair_i"]["protocol"]
+        measured = pq.read_table(folder / "captions.parquet")
+        assert len(measured) >= 3
+        recalls[kind] = found["recall"]["protocol"]
+    assert len(fingerprints) == len(set(recalls.values())) == 3
+    with pytest.raises(InputError, match=r"--ground-truth captions: .* has no captions"):
+        evaluated_here(run, folder, ground_truth="captions")
 
 
 @pytest.mark.parametrize(

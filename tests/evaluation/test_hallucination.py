@@ -6,9 +6,10 @@ from collections import Counter
 import pytest
 
 from mmray.datasets.samples import Sample
+from mmray.evaluation.answers import says_yes
 from mmray.evaluation.asks import Change
 from mmray.evaluation.facts import DataFacts, gather_facts
-from mmray.evaluation.hallucination import asked_objects, chair, hallucinated, pope, says_yes
+from mmray.evaluation.hallucination import asked_objects, chair, hallucinated, pope
 from mmray.evaluation.naming import Naming
 from mmray.evaluation.rows import Rows
 from mmray.evaluation.settings import measure_settings
@@ -55,8 +56,8 @@ def test_absent_objects_of_every_strategy(all_scenes: list[Sample], facts: DataF
     counts = Counter(name for cell in cells for name in cell)
     for sample in all_scenes[:40]:
         objects = frozenset(sample.objects or ())
-        present, absent = asked_objects(facts, objects, 2, sample.sample_id)
-        assert (present, absent) == asked_objects(facts, objects, 2, sample.sample_id)
+        present, absent = asked_objects(facts, objects, 2, sample.sample_id, adversarial="image")
+        assert (present, absent) == asked_objects(facts, objects, 2, sample.sample_id, adversarial="image")
         assert set(present) <= objects
         assert len(present) == min(2, len(objects))
         for names in absent.values():
@@ -71,12 +72,73 @@ def test_absent_objects_of_every_strategy(all_scenes: list[Sample], facts: DataF
     assert len(drawn) > 100
 
 
+def released_adversarial(images: list[list[str]], count: int) -> list[list[str]]:
+    """What POPE's code asks for: for each of the first objects, what is most often with it, once an image."""
+    orders: dict[str, dict[str, int]] = {}
+    for image in images:
+        for name in image:
+            for other in image:
+                if other != name:
+                    orders.setdefault(name, {}).setdefault(other, 0)
+                    orders[name][other] += 1
+    asked = []
+    for image in images:
+        chosen: list[str] = []
+        for name in image[:count] if len(image) >= count else []:
+            order = sorted(orders.get(name, {}).items(), key=lambda pair: pair[1], reverse=True)
+            chosen += [other for other, _ in order if other not in chosen and other not in image][:1]
+        asked.append(chosen)
+    return asked
+
+
+def test_adversarial_objects_are_those_of_the_released_code(all_scenes: list[Sample]) -> None:
+    images = [list(dict.fromkeys(sample.objects or ())) for sample in all_scenes]
+    facts = gather_facts(images)
+    wanted = released_adversarial(images, 3)
+    found = [asked_objects(facts, image, 3, "0", positives="first") for image in images]
+    some = [number for number, image in enumerate(images) if len(image) >= 3]
+    assert len(some) > 20
+    for number, (present, absent) in enumerate(found):
+        assert present == (images[number][:3] if number in some else [])
+        # Where nothing else is ever together with an object, one is drawn.
+        assert set(wanted[number]) <= set(absent["adversarial"])
+        assert len(absent["adversarial"]) == len(present)
+    whole = [number for number in some if len(wanted[number]) == 3]
+    assert len(whole) > 20
+    assert all(found[number][1]["adversarial"] == wanted[number] for number in whole)
+    assert found != [asked_objects(facts, image, 3, "0", positives="first", adversarial="image") for image in images]
+
+
 @pytest.mark.parametrize(
-    ("answer", "said"),
-    [("Yes", True), ("no, there is none", False), ("Not at all", None), ("I see no yes", False), ("", None)],
+    ("answer", "said", "released"),
+    [
+        ("Yes", True, True),
+        ("no, there is none", False, False),
+        ("I see no yes", False, False),
+        ("", None, True),
+        ("There is not a dog in the image.", False, False),
+        ("There is a dog in the image.", True, True),
+        ("There's a dog.", True, True),
+        ("The image does not contain a dog.", False, False),
+        ("There isn't a dog", False, True),
+        ("I don’t see one. There is a cat.", False, True),
+        ("I do not see a dog. Yes, it may.", False, False),
+        ("NO", False, True),
+        ("No, there is not; yes, really.", False, False),
+        ("Not at all", False, True),
+        ("Yes, there is not only a dog but a cat.", True, False),
+        ("A dog can be seen, but not a cat", False, False),
+        ("Is there a dog? Yes.", True, True),
+        ("I am not sure. There is a dog.", True, False),
+        ("It is hard to say", None, True),
+        ("I can't tell", None, True),
+        ("Maybe", None, True),
+        ("Nowhere, a yesterday's knot", None, True),
+    ],
 )
-def test_the_first_yes_or_no_counts(answer: str, said: bool | None) -> None:
+def test_yes_and_no_by_either_parser(answer: str, said: bool | None, released: bool) -> None:
     assert says_yes(answer) is said
+    assert says_yes(answer, "released") is released
 
 
 def test_pope_against_a_plain_loop() -> None:

@@ -254,6 +254,22 @@ def test_claims_are_what_the_model_says_with_its_own_log_probability(joint, all_
         assert row["claimed"] == (row["log_prob"] > np.log(0.5))
 
 
+def test_claims_are_of_captions_as_long_as_asked_for(joint, all_scenes, before):
+    samples = [sample for sample in all_scenes if len(sample.objects) >= 3][:2]
+    images = [before.image(sample) for sample in samples]
+    facts = gather_facts(sample.objects for sample in all_scenes)
+    texts = {}
+    for longest in (64, 6):
+        claimant = Claimant(joint, facts, Naming(facts.vocabulary, facts.translations), None, None, 0, 0, 2, longest)
+        texts[longest] = {row["sample_id"]: row["text"] for row in claimant.claims(samples, images)}
+    assert texts[6]
+    assert all(texts[64][name].startswith(text) for name, text in texts[6].items())
+    assert all(
+        len(joint.model.tokenizer(text, add_special_tokens=False)["input_ids"]) > 6 for text in texts[64].values()
+    )
+    assert all(len(text) < len(texts[64][name]) for name, text in texts[6].items())
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_an_owl_gives_its_second_opinion_by_its_own_sight(family, open_model, all_scenes, before, tmp_path):
     """Of whatever model, without any network between the two."""

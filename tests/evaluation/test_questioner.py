@@ -51,6 +51,24 @@ def test_replies_are_those_of_generation(open_model: Callable[[str], Any], varia
         assert [reply.tokens for reply in questioner.replies(asks, drafts)] == wanted
 
 
+@pytest.mark.parametrize("longest", [1, 3, 80])
+def test_replies_are_as_long_as_asked_for(open_model: Callable[[str], Any], longest: int) -> None:
+    model = open_model("llava_next")
+    asks = asks_of(model)
+    wanted = [generate(model, [ask.prompt], [ask.image], longest)[0] for ask in asks]
+    assert max(map(len, wanted)) == longest
+    pairs = [
+        (ask, tokens) for ask, tokens in zip(asks, wanted, strict=True) if model.parts.image_token_id not in tokens
+    ]
+    asks, wanted = [ask for ask, _ in pairs], [tokens for _, tokens in pairs]
+    questioner = Questioner(model, 4, longest)
+    # A draft that goes on is cut where generation stops.
+    for drafts in ([[] for _ in asks], [[[*tokens, 5, 5]] for tokens in wanted]):
+        assert [reply.tokens for reply in questioner.replies(asks, drafts)] == wanted
+    before = Before(model, 4, longest=longest)
+    assert before.questioner.longest == longest
+
+
 def test_the_families_whose_prompts_share_a_row(open_model: Callable[[str], Any]) -> None:
     """Where they can, the states are those of rows of their own; the others are found out, not believed."""
     sharing = set()

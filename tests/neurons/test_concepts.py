@@ -12,10 +12,10 @@ from mmray.neurons.concepts import (
     TAGGERS,
     NounSource,
     find_forms,
-    lemma,
     noun_source,
     read_lexicon,
 )
+from mmray.neurons.inflection import lemma
 from tests.neurons.making import demo_samples
 
 

@@ -7,12 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
+from mmray.evaluation.opinions.settings import opinion_settings
+from mmray.evaluation.properties.settings import property_settings
+from mmray.evaluation.settings import evaluation_settings
 from mmray.models.generation import caption_of
 from mmray.models.prompting import encode, prompt_text
 from mmray.neurons import shard
 from mmray.neurons.concepts import WORD, Mention
 from mmray.neurons.places import place_mentions
 from mmray.neurons.scoring import score_batch
+from mmray.settings import census_settings
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import analyse, demo_samples, samples
 
@@ -30,8 +34,8 @@ def written(monkeypatch):
     seen = []
     generate = shard.generate
 
-    def spy(model, prompts, images):
-        rows = generate(model, prompts, images, longest=12)
+    def spy(model, prompts, images, longest):
+        rows = generate(model, prompts, images, min(longest, 12))
         seen.extend(zip(prompts, rows, strict=True))
         return rows
 
@@ -110,3 +114,34 @@ def test_every_score_takes_generated_captions(open_model, written, score):
     assert len(tables["occurrences"]) > 0
     assert len(tables["captions"]) == 4
     assert {row["stage"] for row in tables["errors"].to_pylist()} <= {"nouns"}
+
+
+def test_captions_are_as_long_as_asked_for(open_model, written):
+    model, found = open_model("llava_next"), samples(4)
+    for longest in (2, 5):
+        written.clear()
+        tables = analyse(model, found, EveryWord(), captions="generate", longest=longest)
+        assert max(len(tokens) for _, tokens in written) == longest
+        texts = {caption_of(model, tokens)[0] for _, tokens in written}
+        assert {row["caption"] for row in tables["captions"].to_pylist()} <= texts
+
+
+def test_the_length_of_generated_captions_is_in_the_fingerprint():
+    prints = {
+        captions: {
+            census_settings(
+                {"model": "m", "data": "d", "out": "o", "captions": captions, "longest": longest}
+            ).fingerprint()
+            for longest in (64, 512)
+        }
+        for captions in ("dataset", "generate")
+    }
+    assert len(prints["generate"]) == 2
+    # The data's captions are taken whole.
+    assert len(prints["dataset"]) == 1
+    assert len({property_settings({"run": "r", "longest": longest}).fingerprint({}) for longest in (32, 64)}) == 2
+    assert len({opinion_settings({"run": "r", "longest": longest}).fingerprint({}) for longest in (64, 512)}) == 2
+    asked = {"run": "r", "edit": "e", "data": "d"}
+    assert len({evaluation_settings(asked | {"longest": longest}).fingerprint({}) for longest in (64, 512)}) == 2
+    assert property_settings({"run": "r"}).longest == 32
+    assert evaluation_settings(asked).longest == opinion_settings({"run": "r"}).longest == 64

@@ -12,9 +12,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmray.datasets.samples import Sample
+from mmray.evaluation.answers import says_yes
 from mmray.evaluation.asking import replies
 from mmray.evaluation.facts import STRATEGIES, DataFacts
-from mmray.evaluation.hallucination import asked_objects, says_yes
+from mmray.evaluation.hallucination import asked_objects
 from mmray.evaluation.naming import Naming
 from mmray.evaluation.opinions.mistakes import Box, stands_at
 from mmray.evaluation.prompts import presence
@@ -24,6 +25,7 @@ from mmray.models.norms import log_probability, vocabulary_logits
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.places import place_mentions
 from mmray.perception.joint import JointModel
+from mmray.settings import LONGEST
 
 ANSWER = 8
 """Tokens at most of an answer to a yes/no question."""
@@ -42,6 +44,8 @@ class Claimant:
     """Present objects of an image that are asked for, and as many absent ones of each kind."""
     seed: int
     batch_size: int
+    longest: int = LONGEST
+    """Tokens at most in a caption."""
 
     def claims(self, samples: Sequence[Sample], images: Sequence[Image]) -> list[dict[str, Any]]:
         """Return a row for every object of the data that the model's captions name, and for every question.
@@ -60,7 +64,8 @@ class Claimant:
         """Write captions, and return the first mention of each object in each, with its log-probability."""
         model = self.joint.model
         prompts = [prompt_text(model, self.prompt, sample.language, prefix=self.prefix) for sample in samples]
-        written, states = zip(*replies(self.joint, prompts, images, embedding, self.batch_size), strict=True)
+        replied = replies(self.joint, prompts, images, embedding, self.batch_size, self.longest)
+        written, states = zip(*replied, strict=True)
         texts, offsets = zip(*(caption_of(model, tokens) for tokens in written), strict=True)
         batch = encode(model, prompts, images, written, offsets)
         rows: list[dict[str, Any]] = []

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmray.errors import InputError
 from mmray.evaluation.answers import reader
-from mmray.settings import Workers, first_problem
+from mmray.evaluation.facts import GroundTruth
+from mmray.settings import LONGEST, Workers, first_problem
 
 
 class SightSettings(BaseModel):
@@ -68,8 +69,15 @@ class OpinionSettings(SightSettings):
     questions: int = Field(1, ge=0)
     """Present objects of an image that are asked for, and as many absent ones of each kind (random, popular,
     adversarial); 0: captions alone."""
+    longest: int = Field(LONGEST, ge=1)
+    """Tokens at most in a caption; a longer one is cut off there."""
+    ground_truth: GroundTruth | None = None
+    """Which objects are in an image: instances (annotated), captions (named by the data's captions), or union. Default:
+    union where the data is COCO with both, else instances."""
     synonyms: str | None = None
-    """JSON file of object → synonyms that count as the object in captions."""
+    """Words that count as an object in captions: coco (a table of COCO's 80 objects, with CHAIR's rules), none, or a
+    file: JSON of object → synonyms, or lines as in CHAIR's synonyms.txt. All objects listed are looked for. Default:
+    coco where every object of the data is one of COCO's, else none."""
 
 
 class PerturbationSettings(SightSettings):

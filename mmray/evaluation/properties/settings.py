@@ -47,6 +47,8 @@ class PropertySettings(BaseModel):
     """Images of a concept, which run in one batch with half as many of others."""
     maps: int = Field(4, ge=1)
     """Images of a concept with heat maps."""
+    longest: int = Field(32, ge=1)
+    """Tokens at most in a caption that is written anew; a longer one is cut off there."""
     encoder: str | None = None
     """Folder of a text encoder for BERTScore of decoded tokens; default: not measured."""
     clip: str | None = None

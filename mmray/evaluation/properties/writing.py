@@ -16,9 +16,6 @@ from mmray.models.prompting import prompt_text
 from mmray.neurons import controls
 from mmray.neurons.shard import Captioned
 
-LONGEST = 32
-"""Tokens of a caption, at most."""
-
 
 class Writing:
     """Captions before and after; those before are kept, for images serve many concepts."""
@@ -71,7 +68,7 @@ def written(subject: Subject, items: Sequence[Captioned]) -> list[str]:
     settings, model = subject.study.settings, subject.model
     prompts = [prompt_text(model, settings.prompt, item.sample.language, prefix=settings.prefix) for item in items]
     images = [decode_image(item.sample.image or b"", item.sample.background) for item in items]
-    return [caption_of(model, tokens)[0] for tokens in generate(model, prompts, images, LONGEST)]
+    return [caption_of(model, tokens)[0] for tokens in generate(model, prompts, images, settings.longest)]
 
 
 def _some(subject: Subject) -> list[Captioned]:

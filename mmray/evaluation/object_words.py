@@ -1,0 +1,116 @@
+"""The words for objects: their synonyms, and the phrases in which such a word names something else.
+
+A table of COCO's 80 objects is shipped (`coco_objects.json`), with the rules that CHAIR (Rohrbach et al. 2018) hard
+codes for them: a baby elephant is no person, a toilet seat no chair, a train track no train.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mmray.errors import InputError
+from mmray.storage import open_object
+
+COCO, NONE = "coco", "none"
+"""Names of the shipped table and of no table, where a file may be given."""
+TABLE = Path(__file__).with_name("coco_objects.json")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What takes a word its meaning: phrases, and other words of the same text.
+
+    `phrases`: phrase → the word that it counts as; None: it counts as no object. `hidden`: word → words that count as
+    nothing in a text that has it.
+    """
+
+    phrases: Mapping[str, str | None] = field(default_factory=dict)
+    hidden: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ObjectWords:
+    """Object → its synonyms, and the rules for them. Every object listed is looked for, whether data has it or not."""
+
+    synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rules: Rules = field(default_factory=Rules)
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """The objects listed."""
+        return tuple(self.synonyms)
+
+    def digest(self) -> str:
+        """Return a digest of all that decides what a text names."""
+        facts = [self.synonyms, self.rules.phrases, self.rules.hidden]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def table_for(synonyms: str | None, vocabulary: Collection[str]) -> str:
+    """Return which words are used for data with these objects: those asked for; else COCO's for COCO's objects."""
+    if synonyms is not None:
+        return synonyms
+    return COCO if vocabulary and coco_words().synonyms.keys() >= set(vocabulary) else NONE
+
+
+def open_words(synonyms: str | None, vocabulary: Iterable[str]) -> ObjectWords:
+    """Return the words of `coco`, `none` or a file, for data with these objects; None: as `table_for` says.
+
+    COCO's rules go with any words for COCO's objects. Raises InputError for a file that can't be read.
+    """
+    objects = frozenset(vocabulary)
+    table = table_for(synonyms, objects)
+    if table == NONE:
+        return ObjectWords()
+    if table == COCO:
+        return coco_words()
+    listed = read_synonyms(table)
+    known = coco_words().synonyms.keys() >= objects | listed.keys()
+    return ObjectWords(listed, coco_words().rules if known else Rules())
+
+
+@cache
+def coco_words() -> ObjectWords:
+    """Return the shipped words for COCO's 80 objects."""
+    content: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    phrases: dict[str, str | None] = dict(content["phrases"])
+    phrases |= {f"{before} {word}": word for before, words in content["qualified"].items() for word in words}
+    return ObjectWords(
+        {name: tuple(words) for name, words in content["synonyms"].items()},
+        Rules(phrases, {word: tuple(words) for word, words in content["hidden"].items()}),
+    )
+
+
+def read_synonyms(uri: str) -> dict[str, tuple[str, ...]]:
+    """Return object → synonyms from a file, in lower case.
+
+    JSON: `{"dog": ["puppy", …]}`, or lists whose first word is the object. Else, as CHAIR's `synonyms.txt`: an object a
+    line, its name and synonyms parted by commas. Raises InputError for a missing file or another form.
+    """
+    store, name = open_object(uri)
+    try:
+        text = store.read(name).decode()
+        rows: Iterable[tuple[Any, Any]]
+        if name.lower().endswith(".json") or text.lstrip().startswith(("{", "[")):
+            content = json.loads(text)
+            rows = content.items() if isinstance(content, dict) else ((row[0], row[1:]) for row in content)
+        else:
+            lines = ([word.strip() for word in line.split(",") if word.strip()] for line in text.splitlines())
+            rows = ((words[0], words[1:]) for words in lines if words)
+        found: dict[str, tuple[str, ...]] = {}
+        for key, words in rows:
+            if not isinstance(words, str):
+                own = str(key).casefold()
+                found[own] = tuple(dict.fromkeys((*found.get(own, ()), *(str(word).casefold() for word in words))))
+    except FileNotFoundError:
+        raise InputError(f"--synonyms {uri}: no such file; give coco, none, or a file of synonyms") from None
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        form = '{"dog": ["puppy", …]}, nor a line such as "dog, puppy" per object'
+        raise InputError(f"--synonyms {uri}: not of the form {form} ({error})") from error
+    return found

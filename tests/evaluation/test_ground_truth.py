@@ -1,0 +1,154 @@
+"""What is in an image: annotated, named by its captions, or both; in the questions, in CHAIR and in the claims."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmray.datasets.samples import Sample
+from mmray.datasets.sources import open_source
+from mmray.errors import InputError
+from mmray.evaluation.before import Before
+from mmray.evaluation.evaluate import evaluate
+from mmray.evaluation.facts import gather_facts
+from mmray.evaluation.ground_truth import survey, with_ground_truth
+from mmray.evaluation.naming import object_naming
+from mmray.evaluation.object_words import COCO, NONE, coco_words
+from mmray.evaluation.settings import measure_settings
+from tests.datasets.making import read_all, write_coco
+from tests.evaluation.standin import swap
+from tests.evaluation.test_chair import reference
+
+SAID = (
+    "A man with his puppy",
+    "Two kittens on a couch",
+    "A baby elephant near train tracks",
+    "A bus, nothing else",
+    "Someone skiing",
+    "A table and a chair",
+)
+SHARED = {"cat", "dog", "pizza", "car", "boat", "apple"}
+"""Objects of the demo's scenes that COCO has too; the others are left out."""
+
+
+@pytest.fixture(scope="module")
+def images(all_scenes: list[Sample]) -> list[dict[str, Any]]:
+    """Each image's objects, and its five captions: of the demo's scenes those with an object of COCO's."""
+    generator = random.Random(0)
+    found = []
+    for sample in all_scenes:
+        pairs = [(n, b) for n, b in zip(sample.objects or (), sample.boxes or (), strict=True) if n in SHARED]
+        if pairs and sample.image is not None:
+            objects, boxes = zip(*pairs, strict=True)
+            captions = generator.sample(SAID, 5) if len(found) % 4 else []
+            found.append({"image": {"bytes": sample.image}, "objects": objects, "boxes": boxes, "captions": captions})
+    assert len(found) >= 12
+    return found[:12]
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory, images: list[dict[str, Any]]) -> Path:
+    """COCO with five captions an image, of some images none."""
+    file = write_coco(tmp_path_factory.mktemp("coco"), [image | {"caption": ""} for image in images])
+    content = json.loads(file.read_text())
+    content["annotations"] = [
+        {"id": 10 * number + place, "image_id": number, "caption": caption}
+        for number, image in enumerate(images, 1)
+        for place, caption in enumerate(image["captions"])
+    ]
+    file.write_text(json.dumps(content))
+    return file
+
+
+def truth_of(image: dict[str, Any], kind: str) -> set[str] | None:
+    """The rule, by the independent implementation of what a caption names."""
+    named = {name for caption in image["captions"] for name in reference().mentions(caption)}
+    if kind == "captions":
+        return named if image["captions"] else None
+    return set(image["objects"]) | (named if kind == "union" else set())
+
+
+@pytest.mark.parametrize("captions", [True, False])
+def test_coco_hands_on_every_caption_of_an_image(coco: Path, images: list[dict[str, Any]], captions: bool) -> None:
+    rows = [row for row in read_all(str(coco), captions=captions) if isinstance(row, Sample)]
+    counts = Counter(image_of(row) for row in rows)
+    for number, image in enumerate(images, 1):
+        own = [row for row in rows if image_of(row) == number]
+        assert all(row.references == tuple(image["captions"]) for row in own)
+        assert [row.caption for row in own] == (image["captions"] if captions else [""])
+        assert counts[number] == (len(image["captions"]) if captions else 1)
+
+
+def image_of(sample: Sample) -> int:
+    return int(sample.sample_id.partition("-")[0])
+
+
+@pytest.mark.parametrize("kind", ["instances", "captions", "union"])
+def test_ground_truth_by_name(coco: Path, images: list[dict[str, Any]], kind: Any) -> None:
+    source = open_source(str(coco), captions=False)
+    found = survey(source, kind, None)
+    assert (found.ground_truth, found.synonyms) == (kind, COCO)
+    truths = [truth_of(image, kind) for image in images]
+    assert found.facts.counts == Counter(name for truth in truths for name in truth or ())
+    naming = object_naming(found.facts.vocabulary, {}, coco_words())
+    for sample, image, truth in zip(read_all(str(coco), captions=False), images, truths, strict=True):
+        assert isinstance(sample, Sample)
+        there = with_ground_truth(sample, kind, naming)
+        assert (None if there.objects is None else set(there.objects)) == truth
+        boxes = dict(zip(there.objects or (), there.boxes or (), strict=False))
+        assert boxes.keys() == set(image["objects"]) & (truth or set())
+        assert all(boxes[name] in (sample.boxes or ()) for name in boxes)
+
+
+def test_the_union_is_the_default_where_captions_are_at_hand(coco: Path, images: list[dict[str, Any]]) -> None:
+    found = survey(open_source(str(coco), captions=False), None, None)
+    assert (found.ground_truth, found.synonyms) == ("union", COCO)
+    assert found == survey(open_source(str(coco), captions=False), "union", "coco")
+    # What no table lists is known by the data's own names alone.
+    bare = survey(open_source(str(coco), captions=False), None, NONE).facts
+    assert set(bare.vocabulary) == {name for image in images for name in image["objects"]}
+
+
+def test_without_captions_or_without_objects(coco: Path, tmp_path: Path, images: list[dict[str, Any]]) -> None:
+    demo = open_source("demo", captions=False)
+    assert (survey(demo, None, None).ground_truth, survey(demo, None, None).synonyms) == ("instances", NONE)
+    for kind in ("captions", "union"):
+        with pytest.raises(InputError, match=f"--ground-truth {kind}: demo has no captions"):
+            survey(demo, kind, None)
+    alone = write_coco(tmp_path, [image | {"caption": SAID[0]} for image in images])
+    (tmp_path / "annotations" / "instances_val2017.json").unlink()
+    source = open_source(str(alone), captions=False)
+    assert survey(source, None, None).facts == gather_facts(())
+    assert set(survey(source, "captions", None).facts.vocabulary) == {"person", "dog"}
+    with pytest.raises(InputError, match="has no objects"):
+        survey(source, "union", None)
+
+
+@pytest.mark.parametrize("kind", ["instances", "captions", "union"])
+def test_an_evaluation_on_coco_is_that_of_the_independent_chair(
+    demo: Any, before: Before, coco: Path, images: list[dict[str, Any]], kind: Any
+) -> None:
+    samples = read_all(str(coco), captions=False)
+    facts = survey(open_source(str(coco), captions=False), kind, None).facts
+    settings = measure_settings(text_count=0, draws=5, bleu=False, pope_objects=1, ground_truth=kind, synonyms=COCO)
+    before.forget()
+    found = evaluate(demo, swap("cat", "owl"), samples, settings, before=before, facts=facts)
+    before.forget()
+    texts = {row["sample_id"]: row for row in found.captions.to_pylist()}
+    truths = {str(number): truth_of(image, kind) for number, image in enumerate(images, 1)}
+    known = {name: truth for name, truth in truths.items() if truth is not None}
+    for side in ("before", "after"):
+        sentences, mentions = reference().chair([texts[name][side] for name in known], list(known.values()))
+        assert found.measures["chair_s"][side] == pytest.approx(sentences)
+        assert found.measures["chair_i"][side] == pytest.approx(mentions)
+    assert {"instances": "annotated", "captions": "captions", "union": "or its captions"}[kind] in (
+        found.measures["chair_i"]["protocol"]
+    )
+    # The edit is about an owl, which CHAIR goes on calling a bird.
+    assert any("owl" in text["after"] for text in texts.values())
+    # POPE asks by the same ground truth.
+    some = [truth for truth in known.values() if truth and truth < set(facts.vocabulary)]
+    assert found.measures["pope_random_recall"]["n"] == len(some) > 0
