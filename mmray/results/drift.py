@@ -26,10 +26,13 @@ CONCEPTS = pa.schema(
         ("overlap", pa.float64()),
         ("jaccard", pa.float64()),
         ("spearman", pa.float64()),
+        ("changed", pa.bool_()),
     ]
 )
 """A row is a concept of both runs: occurrences, rank-biased overlap, Jaccard index of the k highest, rank
-correlation."""
+correlation, and whether it has occurrences that it had not before."""
+SAME = 1e-5
+"""Largest difference of scores, as a fraction of the highest, that is rounding: machines add up in other orders."""
 
 
 class Tables(Protocol):
@@ -50,7 +53,11 @@ class Drift:
     k: int
     by: str
     drift: float
-    """1 − the mean rank-biased overlap of the concepts that both have: 0 the same rankings, 1 nothing in common."""
+    """1 − the mean rank-biased overlap of the concepts that both have and that changed: 0 the same rankings, 1 nothing
+    in common. Each concept counts once, however often it occurs."""
+    unchanged: int
+    """Concepts of both without an occurrence that was not there before: their rankings are the same, and no part of the
+    drift."""
     same_model: bool
     """The digest of the checkpoint is the same."""
     new: list[str]
@@ -64,7 +71,8 @@ class Drift:
     def summary(self, limit: int | None = None) -> dict[str, Any]:
         """Return the drift as plain values, its tables cut to so many rows."""
         rest = {name: getattr(self, name).slice(0, limit).to_pylist() for name in ("concepts", "neurons")}
-        plain = {name: getattr(self, name) for name in ("k", "by", "drift", "same_model", "new", "vanished")}
+        names = ("k", "by", "drift", "unchanged", "same_model", "new", "vanished")
+        plain = {name: getattr(self, name) for name in names}
         return plain | rest
 
 
@@ -80,12 +88,13 @@ def compare(before: Tables, after: Tables, k: int = 50, by: str = "score") -> Dr
     old, new = (_by_concept(run.table("rankings"), by) for run in (before, after))
     both = sorted(old.keys() & new.keys())
     rows = [_concept(concept, old[concept], new[concept], k) for concept in both]
-    rows.sort(key=lambda row: (row["overlap"], row["concept"]))
-    overlaps = [row["overlap"] for row in rows]
+    rows.sort(key=lambda row: (not row["changed"], row["overlap"], row["concept"]))
+    overlaps = [row["overlap"] for row in rows if row["changed"]]
     return Drift(
         k=k,
         by=by,
-        drift=1 - float(np.mean(overlaps)) if overlaps else float(bool(old or new)),
+        drift=1 - float(np.mean(overlaps)) if overlaps else float(bool(old or new) and not rows),
+        unchanged=len(rows) - len(overlaps),
         same_model=before.info["digests"]["model"] == after.info["digests"]["model"],
         new=sorted(new.keys() - old.keys()),
         vanished=sorted(old.keys() - new.keys()),
@@ -130,16 +139,20 @@ class _Ranking:
     neurons: list[str]
     """Highest first."""
     scores: dict[str, float]
+    """By the column that is compared."""
+    raw: dict[str, float]
+    """The scores themselves: those of other concepts' neurons play no part in them, as they do in `specific`."""
 
 
 def _by_concept(rankings: pa.Table, by: str) -> dict[str, _Ranking]:
     ordered = rankings.sort_by([("concept", "ascending"), (ORDERS[by], "ascending")])
-    columns = [ordered[name].to_pylist() for name in ("concept", "n", "neuron", by)]
+    columns = [ordered[name].to_pylist() for name in ("concept", "n", "neuron", by, "score")]
     found: dict[str, _Ranking] = {}
-    for concept, n, neuron, score in zip(*columns, strict=True):
-        ranking = found.setdefault(concept, _Ranking(n, [], {}))
+    for concept, n, neuron, value, score in zip(*columns, strict=True):
+        ranking = found.setdefault(concept, _Ranking(n, [], {}, {}))
         ranking.neurons.append(neuron)
-        ranking.scores[neuron] = score
+        ranking.scores[neuron] = value
+        ranking.raw[neuron] = score
     return found
 
 
@@ -155,7 +168,17 @@ def _concept(concept: str, old: _Ranking, new: _Ranking, k: int) -> dict[str, An
         "overlap": rank_biased_overlap(first, second),
         "jaccard": len(set(first) & set(second)) / len(together),
         "spearman": spearman(*scores) if known else None,
+        "changed": not _is_same(old, new),
     }
+
+
+def _is_same(old: _Ranking, new: _Ranking) -> bool:
+    """Return whether a concept has the occurrences that it had: as many, and the neurons of both lists score alike."""
+    shared = old.raw.keys() & new.raw.keys()
+    if old.n != new.n or not shared:
+        return False
+    first, second = (np.array([ranking.raw[neuron] for neuron in shared]) for ranking in (old, new))
+    return bool(np.allclose(first, second, rtol=0, atol=SAME * np.abs(first).max()))
 
 
 def _neurons(before: pa.Table, after: pa.Table) -> pa.Table:

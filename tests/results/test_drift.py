@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from mmray.errors import InputError
 from mmray.results.drift import compare, rank_biased_overlap, spearman
 from mmray.results.run import Run
+from mmray.results.terminal import drift as terminal_drift
 from mmray.tables import SCHEMAS
+from tests.results.test_terminal import shown
 
 RANKINGS = st.lists(st.sampled_from("abcdefghijklmnop"), unique=True, max_size=16)
 
@@ -115,11 +117,36 @@ def test_the_least_alike_come_first_and_drift_is_their_mean() -> None:
     assert drift.concepts["concept"].to_pylist() == ["cat", "owl", "dog"]
     assert drift.concepts["jaccard"].to_pylist() == [0, pytest.approx(3 / 5), 1]
     overlaps = drift.concepts["overlap"].to_pylist()
-    assert drift.drift == pytest.approx(1 - np.mean(overlaps))
+    # The dog is as it was: no part of the drift.
+    assert (drift.unchanged, drift.concepts["changed"].to_pylist()) == (1, [True, True, False])
+    assert drift.drift == pytest.approx(1 - np.mean(overlaps[:2]))
     # Only the highest k count, and the order is that which was asked for.
     assert compare(before, after, k=1).concepts["jaccard"].to_pylist() == [0, 0, 1]
     reverse = compare(before, after, k=1, by="specific").concepts.to_pylist()
     assert {row["concept"]: row["jaccard"] for row in reverse} == {"cat": 0, "dog": 1, "owl": 0}
+
+
+def test_concepts_without_new_occurrences_do_not_dilute_the_drift() -> None:
+    grown, still = ("dog", [1, 2, 3]), [(f"c{number}", [1, 2, 3]) for number in range(29)]
+    before, after = kept(grown, *still), kept(("dog", [3, 2, 1]), *still)
+    alone = compare(kept(grown), kept(("dog", [3, 2, 1])))
+    together = compare(before, after)
+    assert together.drift == alone.drift > 0.1
+    assert (together.unchanged, alone.unchanged) == (29, 0)
+    # Others' occurrences change `specific`, but a concept of the same scores has none of its own.
+    moved = after.tables["rankings"]
+    specific = pa.array(np.arange(len(moved), 0, -1), pa.float64())
+    after.tables["rankings"] = moved.set_column(moved.schema.get_field_index("specific"), "specific", specific)
+    assert compare(before, after, by="specific").unchanged == 29
+    # One more occurrence is a change, whatever the ranking.
+    counts = pa.array([4 if name == "c0" else 3 for name in moved["concept"].to_pylist()], pa.int64())
+    after.tables["rankings"] = moved.set_column(moved.schema.get_field_index("n"), "n", counts)
+    assert compare(before, after).unchanged == 28
+    text = "\n".join(shown(terminal_drift(together), 100))
+    assert "mean over 1 concepts" not in text
+    assert "mean over 1 concept," in text
+    assert "30 in both, 29 without new occurrences" in text
+    assert "c0" not in text
 
 
 def test_activity_shifts_are_in_standard_deviations() -> None:
