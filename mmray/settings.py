@@ -149,6 +149,13 @@ class CensusSettings(BaseModel):
     trust_remote_code: bool = False
     """Allow the checkpoint to run its own Python code. Off: only architectures of transformers."""
 
+    @field_validator("out")
+    @classmethod
+    def _check_out(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("give a folder, or s3://bucket/prefix")
+        return value
+
     @field_validator("background")
     @classmethod
     def _check_background(cls, value: str) -> str:
@@ -196,7 +203,7 @@ def first_problem(error: ValidationError) -> str:
         return f"there is no setting {name!r}"
     if problem["type"] == "missing":
         return f"setting {name!r} is missing"
-    return f"setting {name} = {problem['input']!r}: {problem['msg']}"
+    return f"setting {name} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
 
 
 def unit_of(score: str, *, folded: bool) -> str:

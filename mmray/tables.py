@@ -26,6 +26,8 @@ EXACT = (
 NEURON_ENTRY = pa.struct(
     [("layer", pa.int16()), ("unit", pa.int32()), ("score", pa.float32()), ("activation", pa.float32())]
 )
+LABEL_ENTRY = pa.struct([("key", pa.string()), ("value", pa.string())])
+"""What a map consists of: `datasets` can't read maps."""
 
 
 def field(name: str, kind: pa.DataType, unit: str = "") -> pa.Field:
@@ -42,7 +44,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             field("language", pa.string()),
             field("domain", pa.string()),
             field("shard_id", pa.int32()),
-            field("labels", pa.map_(pa.string(), pa.string()), "further labels of --label-column, by column"),
+            field("labels", pa.list_(LABEL_ENTRY), "further labels of --label-column: key the column, value the label"),
             field("image", pa.string(), "16 hexadecimal digits of the SHA-256 of its bytes; null: text alone"),
         ]
     ),
@@ -229,6 +231,10 @@ VECTORS_OF_A_PAGE = 16
 def to_bytes(table: pa.Table) -> bytes:
     """Return the table as the bytes of one Parquet file."""
     buffer = io.BytesIO()
+    if not len(table):
+        # No row group, rather than an empty one, which `datasets` takes for an error.
+        pq.ParquetWriter(buffer, table.schema).close()
+        return buffer.getvalue()
     # Dictionaries, compression and extremes are for text and columns of rows: on long lists of numbers they only cost
     # time.
     texts = [
@@ -259,11 +265,20 @@ def from_bytes(data: bytes) -> pa.Table:
     stream.write(data)
     try:
         # Not `read_table`, which goes by way of a data set: that takes longer than a small part itself.
-        return pq.ParquetFile(pa.BufferReader(stream.getvalue())).read()
+        return _without_maps(pq.ParquetFile(pa.BufferReader(stream.getvalue())).read())
     except MemoryError:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DamagedError(f"no whole Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _without_maps(table: pa.Table) -> pa.Table:
+    """Return the table as it is written now: runs of version 0.1.0 have maps."""
+    for place, column in enumerate(table.schema):
+        if pa.types.is_map(column.type):
+            entries = table.column(place).cast(pa.list_(LABEL_ENTRY))
+            table = table.set_column(place, column.with_type(entries.type), entries)
+    return table
 
 
 def read_table(

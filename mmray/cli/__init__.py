@@ -5,6 +5,9 @@ A module of this room holds commands of one kind, and is imported here, in the o
 
 from __future__ import annotations
 
+import codecs
+import io
+import json
 import os
 import signal
 import sys
@@ -31,13 +34,18 @@ from mmray.cli import (  # noqa: F401  they register
     selectivity,
     sight,
 )
-from mmray.cli.options import app, visible
+from mmray.cli.options import app, console, visible
 from mmray.errors import InputError
+from mmray.storage import is_full
 
 BAD_INPUT = 2
 """Exit status of a call that can't be carried out as it is."""
 TERMINATED = 128 + signal.SIGTERM
 """Exit status of a call that SIGTERM stopped."""
+PIPED_WIDTH = 10_000
+"""Columns of what is no terminal: its lines are as long as they are, and nothing is cut."""
+ESCAPED = "mmray-json-escapes"
+"""Name of the handler of characters that standard output's encoding lacks."""
 UsageError: Any = typer.BadParameter.__bases__[0]
 """What a wrong option raises; where it lies depends on typer's version."""
 
@@ -47,6 +55,7 @@ def main(words: Callable[[], Sequence[str]] = lambda: sys.argv[1:]) -> NoReturn:
 
     SIGTERM stops a command as Ctrl-C does: its lease is released, and the status is 143 instead of 130.
     """
+    _fit_output()
     with _stopped_by_sigterm() as stopped:
         try:
             _run(words)
@@ -95,8 +104,27 @@ def _run(words: Callable[[], Sequence[str]]) -> NoReturn:
     except OSError as error:
         if error.strerror is None:
             raise
-        _refuse(f"{error.filename or 'file system'}: {error.strerror}; mend it and run again")
+        cure = "make room and run again, it goes on" if is_full(error) else "mend it and run again"
+        _refuse(f"{error.filename or 'file system'}: {error.strerror}; {cure}")
     raise SystemExit(status)
+
+
+def _fit_output() -> None:
+    """Let a terminal that is not UTF-8 have every character, and a pipe whole lines."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors=ESCAPED)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPED_WIDTH
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    """Return what can't be encoded as JSON escapes: valid within JSON, and told apart from each other anywhere."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+codecs.register_error(ESCAPED, _escape)
 
 
 def _refuse(message: str) -> NoReturn:

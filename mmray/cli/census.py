@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from mmray.cli.options import INCOMPLETE, AsJson, app, console, say, with_settings
-from mmray.cli.showing import say_edits, say_meaning, say_report
+from mmray.cli.options import INCOMPLETE, AsJson, app, console, plural, say, with_settings
+from mmray.cli.showing import say_edits, say_meaning, say_report, say_shortfall
 from mmray.settings import CensusSettings, census_settings
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def _run_demo(run_folder: Path, *, quick: bool) -> bool:
         f"  {outcome.samples:,} scenes, {len(run.concepts)} concepts, {sum(run.concepts.values()):,} occurrences, "
         f"{sum(run.info['model']['widths']):,} neurons each, {outcome.seconds:.0f} s"
     )
+    say_shortfall(outcome)
     say("2 rankings: which neurons write a noun, and what else they write\n", "bold")
     console.print(summary(run, list(run.concepts)[:3]))
     complete = say_meaning(run_folder, *(QUICK if quick else FULL))
@@ -117,9 +118,10 @@ def _run_census(settings: CensusSettings) -> Outcome:
 
 
 def _say_outcome(outcome: Outcome) -> None:
-    say(f"{outcome.samples:,} samples in {outcome.seconds:.0f} s → {outcome.out}")
-    if outcome.failures:
-        say(f"{outcome.failures:,} samples failed; see: mmray status {outcome.out}", "yellow")
+    took = "already finished" if outcome.already else f"in {outcome.seconds:.0f} s"
+    say(f"{plural(outcome.samples, 'sample')} {took} → {outcome.out}")
+    say_shortfall(outcome)
     for number, reason in outcome.shards_aside.items():
         say(f"shard {number} set aside: {reason}", "red")
-    say(f"next: mmray rank {outcome.out} CONCEPT")
+    if outcome.occurrences:
+        say(f"next: mmray rank {outcome.out}")

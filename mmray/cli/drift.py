@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, option, say
+from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, option, plural, say
+from mmray.cli.showing import say_shortfall
 
 if TYPE_CHECKING:
     from mmray.results.drift import Drift
@@ -24,8 +25,8 @@ Limit = Annotated[
     float | None,
     typer.Option(
         "--limit",
-        help="Exit status 3 above this drift: 1 − the mean rank-biased overlap of the concepts' rankings, 0 to 1; "
-        "by default none.",
+        help="Exit status 3 above this drift: 1 − the mean rank-biased overlap of the rankings of concepts with new "
+        "occurrences, each counted once, 0 to 1; by default none.",
         min=0,
         max=1,
     ),
@@ -85,7 +86,8 @@ def refresh(
         drift = done.drift and done.drift.summary(LISTED)
         print(json.dumps(asdict(done.outcome) | {"new_samples": done.new_samples, "drift": drift}, ensure_ascii=False))
     else:
-        say(f"{done.new_samples:,} new samples in {done.outcome.seconds:.0f} s → {run}")
+        say(f"{plural(done.new_samples, 'new sample')} in {done.outcome.seconds:.0f} s → {run}")
+        say_shortfall(done.outcome)
         for number, reason in done.outcome.shards_aside.items():
             say(f"shard {number} set aside: {reason}", "red")
         if done.drift:

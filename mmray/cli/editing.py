@@ -25,10 +25,12 @@ def edit(
     there.
     """
     from mmray.api import edit as make
+    from mmray.editing.edit import check_free
     from mmray.results.run import open_run
     from mmray.runs.driver import drive_analysis
 
     checked = edit_settings(settings)
+    check_free(out, [checked])
     with drive_analysis(out) as lease:
         made = make(open_run(run, patient=True), **checked.model_dump())
         lease.look()

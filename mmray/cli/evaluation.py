@@ -42,4 +42,4 @@ def evaluate(
         )
         say(f"cost: {cost}" if cost else "", "dim")
         say(f"{outcome.samples:,} samples and questions in {outcome.seconds:.0f} s → {checked.edit}/evaluation.json")
-    end(outcome, "of them", quiet=as_json)
+    end(outcome, "sample", quiet=as_json)

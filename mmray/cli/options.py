@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 from mmray.settings import CensusSettings, Dtype
+from mmray.version import VERSION
 
 if TYPE_CHECKING:
     from mmray.cluster.finished import Finished
@@ -21,6 +22,7 @@ INCOMPLETE = 4
 
 app = typer.Typer(
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     rich_markup_mode="markdown",
     help="Multi-modal neurons of vision-language models, found and ranked as distributed Ray jobs.",
@@ -41,6 +43,21 @@ class _Terminal(Console):
         """Yield the segments of a renderable."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"mmray {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 console = _Terminal(highlight=False, soft_wrap=False)
@@ -95,14 +112,22 @@ RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run
 
 
 def end(outcome: Finished, what: str, *, quiet: bool = False) -> None:
-    """Say what of a piece of work failed or was set aside, unless told to be quiet, and exit with the status for it."""
+    """Say what of a piece of work failed or was set aside, unless told to be quiet, and exit with the status for it.
+
+    `what` names one of the things that may fail.
+    """
     if not quiet:
         for number, reason in outcome.shards_aside.items():
             say(f"unit {number} set aside: {reason}", "red")
         if outcome.failures:
-            say(f"{outcome.failures:,} {what} failed", "yellow")
+            say(f"{plural(outcome.failures, what)} failed", "yellow")
     if not outcome.complete:
         raise typer.Exit(INCOMPLETE)
+
+
+def plural(count: int, word: str) -> str:
+    """Return a number with what it counts: 1 sample, 2 samples."""
+    return f"{count:,} {word}{'s' * (count != 1)}"
 
 
 def say(line: str, style: str | None = None) -> None:

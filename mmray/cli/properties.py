@@ -43,4 +43,4 @@ def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> No
                 say("no region invariance and no gradient: the image is not in the decoder's sequence")
         say(f"{outcome.concepts:,} concepts, {outcome.heatmaps:,} heat maps in {outcome.seconds:.0f} s → {run}")
         say(f"next: mmray report {run}")
-    end(outcome, "concepts", quiet=as_json)
+    end(outcome, "concept", quiet=as_json)

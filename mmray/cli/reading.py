@@ -10,6 +10,9 @@ import typer
 
 from mmray.cli.options import AsJson, RunArgument, app, console, say
 
+FIRST = 10
+"""Failed samples that --json gives; all are in the run's table `errors`."""
+
 
 @app.command()
 def status(
@@ -25,7 +28,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Say how far a run is: shards done, pending, set aside; samples a second; failures with reasons."""
-    from mmray.results.run import open_run
+    from mmray.results.run import open_run, reasons
     from mmray.results.terminal import status as show
     from mmray.runs.sweep import sweep as sweep_run
 
@@ -35,7 +38,9 @@ def status(
     if as_json:
         more: dict[str, Any] = {"pending": found.pending, "samples_per_second": found.samples_per_second}
         more |= {"swept": asdict(swept)} if swept else {}
-        print(json.dumps(asdict(found) | more | {"first_failures": opened.failures()}))
+        failures = opened.failures()
+        more |= {"reasons": [asdict(reason) for reason in reasons(failures)], "first_failures": failures[:FIRST]}
+        print(json.dumps(asdict(found) | more))
         return
     if swept:
         young = f"; {swept.young} younger than an hour left" if swept.young else ""
@@ -46,12 +51,16 @@ def status(
 @app.command()
 def rank(
     run: RunArgument,
-    concept: Annotated[str, typer.Argument(help="A noun of the captions, such as dog.")],
-    k: Annotated[int, typer.Option("--k", help="Neurons to show.", min=1)] = 10,
+    concept: Annotated[
+        str | None, typer.Argument(help="A noun of the captions, such as dog; without it, all concepts are listed.")
+    ] = None,
+    k: Annotated[
+        int | None, typer.Option("--k", help="Neurons to show, by default 10; or concepts, by default all.", min=1)
+    ] = None,
     by: Annotated[str, typer.Option("--by", help="Order by score, specific, selective or share.")] = "score",
     as_json: AsJson = False,
 ) -> None:
-    """Show a concept's neurons, highest first.
+    """Show a concept's neurons, highest first, or without a concept those there are, each with its highest neuron.
 
     A rank marked ? is not certified in the order shown: what shards left out may change it, and more --candidates may
     settle it. There are no certificates by share.
@@ -60,10 +69,17 @@ def rank(
     that its row suppresses.
     """
     from mmray.results.run import open_run
-    from mmray.results.terminal import concept_title, ranking
+    from mmray.results.terminal import concept_list, concept_title, ranking
 
     opened = open_run(run)
-    rows = opened.rank(concept, k, by)
+    if concept is None:
+        listed = opened.concept_table(by).slice(0, k)
+        if as_json:
+            print(json.dumps(listed.to_pylist(), ensure_ascii=False))
+        else:
+            console.print(concept_list(listed, len(opened.concepts)))
+        return
+    rows = opened.rank(concept, k or 10, by)
     if as_json:
         print(json.dumps(rows.to_pylist(), ensure_ascii=False))
     else:

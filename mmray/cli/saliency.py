@@ -107,4 +107,4 @@ def _whole(settings: SaliencySettings, *, as_json: bool) -> None:
         say_sight(settings.alignment)
         say(f"{outcome.words:,} words of {outcome.images:,} images in {outcome.seconds:.0f} s → {settings.run}")
         say(f"next: mmray report {settings.run}")
-    end(outcome, "images", quiet=as_json)
+    end(outcome, "image", quiet=as_json)

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mmray.cli.options import console, say
+from mmray.cli.options import console, plural, say
 from mmray.settings import CensusSettings
+
+if TYPE_CHECKING:
+    from mmray.cluster.census import Outcome
 
 EDIT, QUICK_EDIT = {"kept": 256, "samples": 16}, {"kept": 64, "samples": 8, "steps": 30}
 """Of the demo's edits, what they are learnt on."""
 SCENES, QUICK_SCENES = 64, 24
 """That the demo's edits are measured on."""
+
+
+def say_shortfall(outcome: Outcome) -> None:
+    """Say how many samples of a census were skipped or failed, where any were."""
+    from mmray.results.terminal import skipped
+
+    for line in skipped(outcome.skipped, outcome.analysed):
+        say(f"{line}; see --nouns")
+    if outcome.failures:
+        say(f"{plural(outcome.failures, 'sample')} failed; see: mmray status {outcome.out}", "yellow")
 
 
 def say_meaning(run: Path, concepts: int, maps: int) -> bool:

@@ -94,4 +94,4 @@ def _end(outcome: Looked, what: str, as_json: bool) -> None:
     """Say where the rows are and what failed, and end with the status for it."""
     if not as_json:
         say(f"{outcome.rows:,} {what} of {outcome.samples:,} samples in {outcome.seconds:.0f} s → {outcome.out}")
-    end(outcome, "samples", quiet=as_json)
+    end(outcome, "sample", quiet=as_json)

@@ -6,7 +6,7 @@ import platform
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -30,7 +30,9 @@ from mmray.results.plan import Plan
 from mmray.runs import DamagedUnitError, Receipt, RunFolder
 from mmray.runs.driver import drive
 from mmray.runs.lease import Lease
+from mmray.runs.receipts import skipped
 from mmray.settings import CensusSettings
+from mmray.storage import lies_in, open_store
 from mmray.version import VERSION
 
 PEEKED = 16
@@ -53,6 +55,13 @@ class Outcome(Finished):
 
     out: str
     samples: int
+    skipped: dict[str, int]
+    """Samples that were counted and kept, but have nothing to rank neurons for, by reason; these are no failures."""
+    analysed: int
+    """Samples that failures and skips are counted of: all, but for a refresh those that it analysed."""
+    occurrences: int
+    already: bool = False
+    """All of it was done by earlier calls."""
 
 
 def run_census(
@@ -68,17 +77,37 @@ def run_census(
     began = time.perf_counter()
     settings = settings.model_copy(update={"model": from_anywhere(settings.model)})
     source, manifest, nouns = open_inputs(settings)
+    check_apart(settings.out, source)
+    info = run_info(settings, source, manifest, nouns)
     if RunFolder.at(settings.out).info() is None:
         check_columns(source, manifest)
-    RunFolder.at(settings.out).begin(run_info(settings, source, manifest, nouns), manifest.to_json())
+    _begin(RunFolder.at(settings.out), info, manifest)
     folder = RunFolder.at(settings.out, patient=True)
-    if unfinished(settings, folder):
+    work = unfinished(settings, folder)
+    if work:
         if nouns.kind in TAGGERS and settings.captions == "dataset":
             for line in describe(*first_rows(source, manifest), nouns).warnings:
                 warn(line)
         with drive(folder) as lease:
+            # Before the lease was held, another call may have put its own run in place of one that had no results.
+            folder.check_same(info)
             finish(settings, folder, nouns, follow, lease)
-    return outcome(settings.out, folder, time.perf_counter() - began)
+    done = outcome(settings.out, folder, time.perf_counter() - began)
+    return replace(done, already=not work)
+
+
+def check_apart(out: str, source: Source) -> None:
+    """Raise InputError where the run's folder would lie in the folder of its data, or the data in the run's folder."""
+    place = getattr(source, "place", None)
+    if place is None or not place.folder:
+        return
+    uri = open_store(out).uri
+    folder = open_store(place.folder).uri
+    whole = place.whole or not place.entries
+    if whole and lies_in(uri, folder):
+        raise InputError(f"--out {out}: lies in the data's folder {folder}; choose an OUT outside it")
+    if (whole and lies_in(folder, uri)) or any(lies_in(f"{folder}/{entry.key}", uri) for entry in place.entries):
+        raise InputError(f"--out {out}: the data {source.data} lies in it; choose a folder of the run's own")
 
 
 def unfinished(settings: CensusSettings, folder: RunFolder) -> bool:
@@ -113,14 +142,18 @@ def finish(
         merge_run(guarded, facts["widths"], settings.top_k, facts.get("module_widths", {}))
 
 
-def outcome(out: str, folder: RunFolder, seconds: float) -> Outcome:
-    """Return what the run amounts to."""
+def outcome(out: str, folder: RunFolder, seconds: float, since: int = 0) -> Outcome:
+    """Return what the run amounts to; what failed or was skipped is told of shards from number `since` on."""
     receipts = folder.receipts()
+    told = [receipt for receipt in receipts.values() if receipt.shard_id >= since]
     return Outcome(
         out=out,
         samples=sum(receipt.samples for receipt in receipts.values()),
-        failures=sum(receipt.failures for receipt in receipts.values()),
-        shards_aside=folder.reasons(receipts),
+        failures=sum(receipt.failures for receipt in told),
+        skipped=skipped(told),
+        analysed=sum(receipt.samples for receipt in told),
+        occurrences=sum(receipt.occurrences for receipt in receipts.values()),
+        shards_aside={shard: reason for shard, reason in folder.reasons(receipts).items() if shard >= since},
         seconds=seconds,
     )
 
@@ -182,6 +215,24 @@ def _manifest(folder: RunFolder) -> Manifest:
         raise InputError(
             f"{folder.store.uri}: the manifest is damaged ({error}); begin another run, or put it back"
         ) from error
+
+
+def _begin(folder: RunFolder, info: dict[str, Any], manifest: Manifest) -> None:
+    """Begin the run or join it; one of other settings without any result is replaced: it was refused, or mistyped."""
+
+    def is_in_the_way() -> bool:
+        before = folder.info()
+        return before is not None and before["fingerprint"] != info["fingerprint"] and not folder.has_results()
+
+    if is_in_the_way():
+        with drive(folder):
+            # Whoever held the lease until now may have got results.
+            if is_in_the_way():
+                folder.store.delete(DECODED)
+                folder.clear()
+            folder.begin(info, manifest.to_json())
+        return
+    folder.begin(info, manifest.to_json())
 
 
 def _pending(

@@ -14,14 +14,13 @@ from typing import Any
 from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress
 from mmray.cluster.units import UnitWorker, mapped
-from mmray.editing.edit import open_edit
+from mmray.editing.edit import check_free
 from mmray.editing.material import Material, open_material
 from mmray.editing.methods import make_edit
 from mmray.editing.settings import EditSettings
 from mmray.errors import InputError, StorageError
 from mmray.results.run import Run, open_run
 from mmray.runs import Receipt, RunFolder
-from mmray.storage import open_store
 from mmray.tables import SCHEMAS
 from mmray.version import VERSION
 
@@ -113,12 +112,7 @@ def _check(run: Run, name: str, settings: EditSettings) -> None:
         raise InputError(f"edit {name!r}: give it a name without slashes, the folder that it gets")
     for concept in filter(None, (settings.source, settings.suppress)):
         run.rank(concept, 1)
-    place = edit_folder(run, name)
-    if not open_store(place).exists("edit.json"):
-        return
-    before = open_edit(place).settings.get("wishes")
-    if before != [settings.model_dump()]:
-        raise InputError(f"{place}: an edit with other settings is there; give this one another name")
+    check_free(edit_folder(run, name), [settings])
 
 
 def _folder(run: Run, edits: Mapping[str, EditSettings]) -> tuple[RunFolder, dict[str, Any]]:

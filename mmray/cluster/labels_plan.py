@@ -114,7 +114,8 @@ def _labels(run: Run, by: str) -> list[str | None]:
         return found
     if "labels" not in captions.column_names:
         return [None] * len(captions)
-    return [dict(labels or ()).get(by) for labels in captions["labels"].to_pylist()]
+    known = [{entry["key"]: entry["value"] for entry in labels or ()} for labels in captions["labels"].to_pylist()]
+    return [labels.get(by) for labels in known]
 
 
 def _check_names(run: Run, names: Sequence[str], facts: Sequence[tuple[str | None, str]]) -> None:

@@ -65,7 +65,9 @@ class LabelWorker(UnitWorker):
         began = time.perf_counter()
         samples = list(self.samples(self.plan.shards[unit]))
         tables = self.tables(samples) | {"errors": PART_SCHEMAS["errors"].empty_table()}
-        return self.folder.commit_shard(unit, tables, len(samples), time.perf_counter() - began)
+        # Samples of one id are one, as they are in the plan.
+        count = len({sample.sample_id for sample in samples})
+        return self.folder.commit_shard(unit, tables, count, time.perf_counter() - began)
 
     def samples(self, shard: int) -> Iterator[Sample]:
         """Yield a shard's samples, with the captions that the run scored."""

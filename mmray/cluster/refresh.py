@@ -22,8 +22,8 @@ from mmray.results.run import open_run
 from mmray.runs import RunFolder
 from mmray.runs.driver import drive
 from mmray.runs.folder import check_same
-from mmray.runs.refreshes import Refresh, begin_refresh, latest
-from mmray.settings import EXECUTION, census_settings
+from mmray.runs.refreshes import Refresh, begin_refresh, folder_of, latest
+from mmray.settings import EXECUTION, CensusSettings, census_settings
 from mmray.tables import read_table
 
 CHANGED = ("digests", "fingerprint", "data", "shards")
@@ -35,6 +35,8 @@ class Refreshed:
     """What a refresh amounts to; no drift where the data had gained nothing."""
 
     outcome: Outcome
+    """Of the whole run. Only failures, skipped samples and shards set aside are those of what this refresh analysed: a
+    scheduled refresh must not fail forever because a sample once did."""
     new_samples: int
     drift: Drift | None
 
@@ -61,12 +63,13 @@ def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, *
         settings = settings.model_copy(update={"model": from_anywhere(settings.model)})
         source, _, nouns = open_inputs(settings)
         before = Manifest.from_json(folder.manifest())
-        after = extend(before, source.files(), settings.shard_size, settings.limit)
+        after = extend(before, source.files(), settings.shard_size, settings.limit, source.rows_digest)
         if after.samples > before.samples:
             check_columns(source, after)
         now = run_info(settings, source, after, nouns)
         unchanged = now["digests"] | {"data": info["digests"]["data"]}
         check_same(info, now | {"digests": unchanged, "fingerprint": settings.fingerprint(**unchanged)}, out)
+        settled = _settled(settings, folder, before)
         if unfinished(settings, folder):
             finish(settings, folder, nouns, follow, lease)
         drift = _settle(folder, latest(folder.store))
@@ -75,7 +78,21 @@ def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, *
             begun = begin_refresh(folder.store, {name: now[name] for name in CHANGED}, after.to_json())
             finish(settings, folder, nouns, follow, lease)
             drift = _settle(folder, begun)
-    return Refreshed(outcome(uri, folder, time.perf_counter() - began), new_samples, drift)
+    done = outcome(uri, folder, time.perf_counter() - began, since=settled)
+    return Refreshed(done, new_samples, drift)
+
+
+def _settled(settings: CensusSettings, folder: RunFolder, manifest: Manifest) -> int:
+    """Return how many shards, the first ones, an earlier call brought to their end and told of."""
+    if settings.retry_failed:
+        return 0
+    if not unfinished(settings, folder):
+        return len(manifest.shards)
+    number = latest(folder.store).number
+    if not number:
+        return 0
+    earlier = f"{folder_of(number - 1)}/manifest.json" if number > 1 else "manifest.json"
+    return len(Manifest.from_json(folder.store.read(earlier)).shards)
 
 
 def _settle(folder: RunFolder, refresh: Refresh) -> Drift | None:

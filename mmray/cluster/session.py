@@ -52,6 +52,8 @@ def ray_session(address: str | None) -> Iterator[None]:
             )
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
+        if address == "local":
+            raise InputError(f"can't start a local Ray ({reason}); give it a HOME and a TMPDIR to write to") from error
         raise InputError(f"--address {address}: no Ray cluster there ({reason})") from error
     with redirect_stdout(_Messages()):
         try:

@@ -18,9 +18,9 @@ import torch
 from mmray.cluster.session import Pool
 from mmray.errors import InputError, OutageError, StorageError
 from mmray.runs import ATTEMPTS, Receipt, RunFolder
-from mmray.storage import patiently
+from mmray.storage import FULL, patiently
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+DISK = (*FULL, errno.EROFS)
 """What a disk says that takes no more: not a unit's fault, and worth an end of the run."""
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class UnitWorker(ABC):
     def attempted(self, unit: int, samples: int, work: Callable[[], Receipt]) -> Receipt:
         """Do a unit's work unless it is committed; the third death of a worker or the third error sets it aside.
 
-        An outage of storage is waited out and then ends the run, as a full disk does: nothing is set aside for it.
+        An outage of storage or a full disk is waited out and then ends the run: nothing is set aside for it.
         """
         committed = self.folder.receipt(unit)
         if committed is not None:

@@ -56,6 +56,7 @@ class CensusWorker(UnitWorker):
         try:
             self.model = load_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
             self.folder = RunFolder.at(settings.out, patient=True)
+            self.fingerprint = self._begun()
             self.manifest = Manifest.from_json(self.folder.manifest())
             self.source = patiently(lambda: open_data(settings))
         except InputError as error:
@@ -65,6 +66,13 @@ class CensusWorker(UnitWorker):
                 f"{settings.out}: no run there for the worker on {socket.gethostname()}; give an OUT that every "
                 "machine of the cluster sees, such as s3://BUCKET/PREFIX"
             )
+
+    def _begun(self) -> str:
+        """Return the fingerprint of the run that is there."""
+        info = self.folder.info()
+        if info is None:
+            raise FileNotFoundError("run.json")
+        return str(info["fingerprint"])
 
     def unit(self, unit: int) -> Receipt:
         """Do one unit of work."""
@@ -86,4 +94,8 @@ class CensusWorker(UnitWorker):
         began = time.perf_counter()
         analysis = ShardAnalysis(self.model, self.settings, self.nouns, shard.shard_id)
         tables = analysis.run(read_shard(self.source, shard))
-        return self.folder.commit_shard(shard.shard_id, tables, shard.samples, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        if self._begun() != self.fingerprint:
+            # Its driver is dead, and another run has taken the place of one that had no results yet.
+            raise InputError(f"{self.folder.store.uri}: another run has been begun here; leave it to that one")
+        return self.folder.commit_shard(shard.shard_id, tables, shard.samples, seconds, analysis.skipped)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from mmray.datasets import places
 from mmray.datasets.columns import OFF, Columns, detect, kinds_of_records
 from mmray.datasets.contents import DataFile, FileSource
-from mmray.datasets.folder import images_digest
+from mmray.datasets.folder import image_sizes, images_digest, records_digest
 from mmray.datasets.places import Place
 from mmray.datasets.rows import Record
 from mmray.datasets.samples import Failure, Sample
@@ -50,14 +50,20 @@ class CocoSource(FileSource):
         """Return the captions files; their sizes and digests take in the instances file and the images."""
         described = []
         for entry, folder in zip(self.place.entries, self.image_folders, strict=True):
-            images, size = images_digest(folder)
+            images, size = images_digest(image_sizes(folder))
             digest = hashlib.sha256(images.encode())
             for part in (entry, open_store(self.place.folder).entry(instances_key(entry.key))):
                 if part is not None:
                     digest.update(places.identity(self.place.folder, part, whole=True).encode())
                     size += part.size
-            described.append(DataFile(entry.key, len(self._rows(entry.key)), size, digest.hexdigest()))
+            rows = len(self._rows(entry.key))
+            described.append(DataFile(entry.key, rows, size, digest.hexdigest(), self.rows_digest(entry.key, rows)))
         return described
+
+    def rows_digest(self, path: str, rows: int) -> str:
+        """Return a digest of a captions file's first rows, objects and boxes included, and of their images' sizes."""
+        found = (record for _, record in self.records(path, 0, rows))
+        return records_digest(found, str(self.columns.image), image_sizes(self._images(path)))
 
     def records(self, path: str, start: int, stop: int) -> Iterator[tuple[str, Record]]:
         """Yield rows of one captions file."""
@@ -65,8 +71,7 @@ class CocoSource(FileSource):
 
     def fetch(self, path: str, names: list[str]) -> list[bytes | str]:
         """Return the images that rows of a captions file name, as bytes or why not."""
-        numbers = {entry.key: number for number, entry in enumerate(self.place.entries)}
-        return places.fetch(self.image_folders[numbers[path]], names)
+        return places.fetch(self._images(path), names)
 
     def object_cells(self) -> Iterable[Any]:
         """Yield the object names of each row."""
@@ -88,6 +93,10 @@ class CocoSource(FileSource):
             replace(sample, references=_references(row)) if isinstance(sample, Sample) else sample
             for row, sample in found
         )
+
+    def _images(self, path: str) -> str:
+        numbers = {entry.key: number for number, entry in enumerate(self.place.entries)}
+        return self.image_folders[numbers[path]]
 
     def _rows(self, path: str) -> tuple[Row, ...]:
         return rows(self.place.folder, path, self.entry(path).version, self.captions)

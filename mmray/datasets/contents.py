@@ -30,7 +30,8 @@ class DataFile:
     The digest costs the same whatever the size. On S3 it is the ETag; for a local Parquet file or tar the SHA-256 of
     its size, first and last MiB; for a metadata or COCO file the SHA-256 of its content (on S3 its ETag) and of the
     names and sizes of the images; for `hf:` the fingerprint that `datasets` gives. A file whose rows cannot be counted
-    has one row, a failure.
+    has one row, a failure. `rows_digest` is that of its rows and their images, of a form of data whose files grow; of
+    others it is empty.
     """
 
     path: str
@@ -38,6 +39,7 @@ class DataFile:
     """Its samples: rows, or the captions of rows that have a list of them."""
     size: int
     digest: str
+    rows_digest: str = ""
 
 
 class Source(Protocol):
@@ -57,6 +59,9 @@ class Source(Protocol):
 
     def files(self) -> list[DataFile]:
         """Return the files in a fixed order, their rows counted without reading the images."""
+
+    def rows_digest(self, path: str, rows: int) -> str:
+        """Return a digest of a file's first rows and of the names and sizes of their images; empty as `DataFile`'s."""
 
     def read(self, path: str, start: int, stop: int) -> Iterator[Sample | Failure]:
         """Yield rows `start` to `stop` (left out) of one file, a bad row as a `Failure`; none past the file's end."""
@@ -108,6 +113,10 @@ class FileSource(ABC):
     def annotations(self) -> Iterator[tuple[Any, tuple[str, ...]]]:
         """Yield each row's cell of the objects column; nothing without one."""
         yield from ((cell, ()) for cell in (self.object_cells() if self.columns.objects is not None else ()))
+
+    def rows_digest(self, path: str, rows: int) -> str:
+        """Return a digest of a file's first rows and of the names and sizes of their images; empty as `DataFile`'s."""
+        return ""
 
     def fetch(self, path: str, names: list[str]) -> list[bytes | str]:
         """Return the images that rows of a file name, as bytes or why not: below the file's own folder."""

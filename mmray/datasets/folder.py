@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
@@ -38,10 +38,17 @@ class FolderSource(FileSource):
         for entry in self.place.entries:
             rows = self.samples_in(entry.key, len(lines(self.place.folder, entry.key, entry.version)))
             folder = places.join(self.place.folder, entry.key.rpartition("/")[0])
-            images, size = images_digest(folder)
+            images, size = images_digest(image_sizes(folder))
             digest = f"{places.identity(self.place.folder, entry, whole=True)} {images}"
-            described.append(DataFile(entry.key, rows, entry.size + size, hashlib.sha256(digest.encode()).hexdigest()))
+            whole = hashlib.sha256(digest.encode()).hexdigest()
+            described.append(DataFile(entry.key, rows, entry.size + size, whole, self.rows_digest(entry.key, rows)))
         return described
+
+    def rows_digest(self, path: str, rows: int) -> str:
+        """Return a digest of a metadata file's first rows and of the names and sizes of their images."""
+        folder = places.join(self.place.folder, path.rpartition("/")[0])
+        found = (record for _, record in self.records(path, 0, rows))
+        return records_digest(found, str(self.columns.image), image_sizes(folder))
 
     def records(self, path: str, start: int, stop: int) -> Iterator[tuple[str, Record]]:
         """Yield rows of one metadata file."""
@@ -80,14 +87,28 @@ def _has_list(folder: str, key: str, columns: Columns) -> bool:
     return key.lower().endswith(".jsonl") and re.search(start, places.read(folder, key) or b"") is not None
 
 
-def images_digest(folder: str) -> tuple[str, int]:
-    """Return a digest of the names and sizes of the images in and below a folder, and their bytes in all."""
-    digest, size = hashlib.sha256(), 0
-    for entry in open_store(folder).list():
-        if entry.key.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
-            digest.update(f"{entry.key}\0{entry.size}\n".encode(errors="surrogateescape"))
-            size += entry.size
-    return digest.hexdigest(), size
+def image_sizes(folder: str) -> dict[str, int]:
+    """Return the sizes in bytes of the images in and below a folder, by their names."""
+    listed = open_store(folder).list()
+    return {entry.key: entry.size for entry in listed if entry.key.rpartition(".")[2].lower() in IMAGE_SUFFIXES}
+
+
+def images_digest(sizes: Mapping[str, int]) -> tuple[str, int]:
+    """Return a digest of the names and sizes of images, and their bytes in all."""
+    digest = hashlib.sha256()
+    for name, size in sizes.items():
+        digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest(), sum(sizes.values())
+
+
+def records_digest(records: Iterable[Record], image: str, sizes: Mapping[str, int]) -> str:
+    """Return a digest of rows and of the sizes of the images that their column `image` names."""
+    digest = hashlib.sha256()
+    for record in records:
+        size = None if isinstance(record, str) else sizes.get(str(record.get(image)))
+        # Half a surrogate pair, which JSON can spell, is written as JSON spells it.
+        digest.update(json.dumps([record, size], sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
 
 
 @lru_cache(maxsize=CACHED_FILES)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from mmray.datasets.contents import DataFile, Source
 from mmray.datasets.samples import Failure, Sample
@@ -61,7 +61,9 @@ class Manifest:
         number = {file.path: index for index, file in enumerate(self.files)}
         content = {
             "format": FORMAT,
-            "files": [[file.path, file.rows, file.size, file.digest] for file in self.files],
+            "files": [
+                [file.path, file.rows, file.size, file.digest, *filter(None, [file.rows_digest])] for file in self.files
+            ],
             "shards": [
                 [shard.shard_id, *([number[piece.path], piece.start, piece.stop] for piece in shard.pieces)]
                 for shard in self.shards
@@ -113,24 +115,51 @@ def cut(files: Sequence[DataFile], shard_size: int, limit: int | None = None) ->
     return Manifest(tuple(files), tuple(shards))
 
 
-def extend(before: Manifest, files: Sequence[DataFile], shard_size: int, limit: int | None = None) -> Manifest:
-    """Return `before` with further shards of the files that have come since; its own shards stay as they are.
+def extend(
+    before: Manifest,
+    files: Sequence[DataFile],
+    shard_size: int,
+    limit: int | None = None,
+    rows_digest: Callable[[str, int], str] = lambda *_: "",
+) -> Manifest:
+    """Return `before` with further shards of what has come since; its own shards stay as they are.
 
-    Raises `InputError` if one of its files has changed or is gone: what was analysed would not be what is there.
+    That is files, and rows at the end of a file whose earlier rows are unchanged by `rows_digest`, a source's. Raises
+    `InputError` if a file has changed otherwise or is gone: what was analysed would not be what is there.
     """
     now = {file.path: file for file in files}
+    kept: list[DataFile] = []
+    start: dict[str, int] = {}
     for file in before.files:
         found = now.pop(file.path, None)
-        if found is None or (found.rows, found.digest) != (file.rows, file.digest):
-            state = "is gone" if found is None else "has changed"
+        if found is not None and (found.rows, found.digest) != (file.rows, file.digest):
+            start[file.path] = file.rows
+            may_have_grown = bool(file.rows_digest) and found.rows >= file.rows
+            if not may_have_grown or rows_digest(file.path, file.rows) != file.rows_digest:
+                found = None
+        if found is None:
+            state = "has changed" if file.path in start else "is gone"
             raise InputError(
-                f"{file.path} {state} since it was analysed; new data comes in new files, else begin another run"
+                f"{file.path} {state} since it was analysed; a refresh takes in new files, and rows added at the end "
+                "of metadata.jsonl, metadata.csv or COCO captions; begin another run in another OUT"
             )
-    added = cut(list(now.values()), shard_size, None if limit is None else max(0, limit - before.samples))
+        kept.append(found)
+    fresh = [replace(file, rows=file.rows - start[file.path]) for file in kept if file.path in start]
+    fresh += now.values()
+    added = cut(fresh, shard_size, None if limit is None else max(0, limit - before.samples))
     if not added.shards:
         return before
-    shards = (Shard(len(before.shards) + shard.shard_id, shard.pieces) for shard in added.shards)
-    return Manifest((*before.files, *added.files), (*before.shards, *shards))
+    shards = (
+        Shard(len(before.shards) + shard.shard_id, tuple(_moved(piece, start) for piece in shard.pieces))
+        for shard in added.shards
+    )
+    return Manifest((*kept, *now.values()), (*before.shards, *shards))
+
+
+def _moved(piece: Piece, start: Mapping[str, int]) -> Piece:
+    """Return a piece of a file's new rows as one of the whole file's."""
+    first = start.get(piece.path, 0)
+    return Piece(piece.path, first + piece.start, first + piece.stop)
 
 
 def read_shard(source: Source, shard: Shard) -> Iterator[Sample | Failure]:

@@ -7,7 +7,7 @@ EDIT/edit.safetensors    layer [row], unit [row], delta [row, hidden]
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from mmray.editing.settings import EditSettings
 from mmray.errors import DamagedError, InputError
 from mmray.models.interventions import changed_rows
 from mmray.models.loading import LoadedModel
@@ -147,6 +148,17 @@ class WeightEdit:
             "facts": self.facts,
         }
         store.put(FACTS, json.dumps(facts, indent=1, ensure_ascii=False).encode())
+
+
+def check_free(uri: str, wishes: Sequence[EditSettings]) -> None:
+    """Raise InputError if another edit lies in a folder than the one for these wishes."""
+    if not open_store(uri).exists(FACTS):
+        return
+    before = open_edit(uri)
+    if before.settings.get("wishes") != [wish.model_dump() for wish in wishes]:
+        raise InputError(
+            f"{uri}: holds an edit with other settings ({before.purpose.wish}); give this one another folder"
+        )
 
 
 def cost(delta: Float[Tensor, "row hidden"], seconds: float) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from mmray.errors import InputError
 from mmray.settings import first_problem
 
 Method = Literal["learned", "zero", "scale", "project", "noise", "random", "activation", "last-mlp", "rank-one", "lora"]
+WITHOUT_TARGET = ("zero", "scale", "project", "noise")
+"""Methods that only take away what neurons write: they can't have another word said."""
 By = Literal["specific", "score", "share"]
 
 
@@ -65,6 +67,10 @@ class EditSettings(BaseModel):
             raise ValueError("--source and --target go together")
         if swap and self.source == self.target:
             raise ValueError("--source and --target are the same")
+        if swap and self.method in WITHOUT_TARGET:
+            raise ValueError(
+                f"--method {self.method} can't have --target said; give --suppress {self.source}, or another method"
+            )
         return self
 
     @property

@@ -11,7 +11,7 @@ import pyarrow as pa
 from mmray.neurons.merging import APPENDED, RunMerge
 from mmray.neurons.ranking import certified_share
 from mmray.runs import Receipt, RunFolder
-from mmray.runs.receipts import receipts_digest
+from mmray.runs.receipts import receipts_digest, skipped
 from mmray.storage import Checksum
 from mmray.writing import TableWriter, write_table
 
@@ -74,6 +74,7 @@ def _write_tables(
             "receipts": receipts_digest(receipts),
             "samples": sum(receipt.samples for receipt in done),
             "failures": sum(receipt.failures for receipt in done),
+            "skipped": skipped(done),
             "shards_aside": folder.reasons(receipts),
             "occurrences": sum(receipt.occurrences for receipt in done),
             "concepts": len(merge.concepts.concepts),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,8 +50,12 @@ Item = TypeVar("Item")
 Encoded: TypeAlias = tuple[list[Captioned], Batch]
 
 
+NO_NOUN = "no noun"
+"""Why a sample is skipped: its caption has no noun to rank neurons for. It is kept in all that needs none."""
+
+
 class ShardAnalysis:
-    """Collects the tables of one shard."""
+    """Collects the tables of one shard, and how many of its samples were skipped, by reason."""
 
     def __init__(self, model: LoadedModel, settings: CensusSettings, nouns: NounSource, shard_id: int) -> None:
         self.model = model
@@ -65,10 +69,14 @@ class ShardAnalysis:
         self.captions: list[dict[str, object]] = []
         self.occurrences: list[pa.Table] = []
         self.failures: list[Failure] = []
+        self.skipped: Counter[str] = Counter()
 
     @torch.inference_mode()
     def run(self, samples: Iterable[Sample | Failure]) -> dict[str, pa.Table]:
-        """Return the tables of `PART_SCHEMAS` but `decoded`; what fails is a row in `errors`."""
+        """Return the tables of `PART_SCHEMAS` but `decoded`; what fails is a row in `errors`.
+
+        A caption without a noun is no failure: `skipped` counts it.
+        """
         for part in within_budget(self._readable(samples), lambda sample: len(sample.image or b""), HELD):
             if self.settings.captions == "dataset":
                 for items, batch in self.encoded(part):
@@ -136,10 +144,7 @@ class ShardAnalysis:
 
     def _nouns(self, sample: Sample, caption: str) -> list[Mention]:
         generated = self.settings.captions == "generate"
-        mentions = self.nouns.find(caption, sample.language, sample.objects, generated=generated)
-        if not mentions:
-            self._fail(sample, "nouns", f"no noun found in {caption!r}; see --nouns")
-        return mentions
+        return self.nouns.find(caption, sample.language, sample.objects, generated=generated)
 
     def _fail(self, sample: Sample, stage: str, message: str) -> None:
         self.failures.append(Failure(sample.sample_id, sample.source, stage, " ".join(message.split())[:500]))
@@ -263,6 +268,7 @@ class ShardAnalysis:
 
     def _collect(self, items: list[Captioned], digests: list[str | None], places: list[Place], scored: Scored) -> None:
         for item, digest in zip(items, digests, strict=True):
+            self.skipped[NO_NOUN] += not item.mentions
             self.captions.append(
                 {
                     "sample_id": item.sample.sample_id,
@@ -271,7 +277,7 @@ class ShardAnalysis:
                     "language": item.sample.language,
                     "domain": item.sample.domain,
                     "shard_id": self.shard_id,
-                    "labels": item.sample.labels,
+                    "labels": [{"key": name, "value": label} for name, label in item.sample.labels.items()],
                     "image": digest,
                 }
             )

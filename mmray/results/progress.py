@@ -55,9 +55,14 @@ def follow_progress(console: Console, things: str = "samples") -> Iterator[Calla
         task = bar.add_task("census", total=1, failed=0, things=things)
 
         def follow(counts: Counts) -> None:
-            bar.update(task, completed=counts.samples, total=counts.total, failed=counts.failures)
+            bar.update(task, completed=counts.samples, total=_total(counts), failed=counts.failures)
 
         yield follow
+
+
+def _total(counts: Counts) -> int:
+    # Samples of one id are one of the total, but each is counted where it is done.
+    return max(counts.total, counts.samples)
 
 
 def _plain(console: Console, things: str) -> Callable[[Counts], None]:
@@ -70,11 +75,12 @@ def _plain(console: Console, things: str) -> Callable[[Counts], None]:
         if first is None or counts.samples < first:
             first, began = counts.samples, time.monotonic()
         now = time.monotonic()
-        if now - last >= PLAIN_EVERY or counts.samples == counts.total:
+        total = _total(counts)
+        if now - last >= PLAIN_EVERY or counts.samples == total:
             last = now
             speed = (counts.samples - first) / max(now - began, 1e-9)
-            left = f", {(counts.total - counts.samples) / speed:.0f} s left" if speed else ""
-            done = f"{counts.samples:,} of {counts.total:,} {things}"
+            left = f", {(total - counts.samples) / speed:.0f} s left" if speed else ""
+            done = f"{counts.samples:,} of {total:,} {things}"
             console.print(f"{done}, {speed:.1f} {things}/s, {counts.failures} failed{left}")
 
     return follow

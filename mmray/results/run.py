@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +20,7 @@ from mmray.errors import DamagedError, InputError
 from mmray.neuron_names import parse_neuron
 from mmray.runs import RunFolder
 from mmray.runs.home import resolve_settings
+from mmray.runs.receipts import skipped
 from mmray.tables import read_table
 
 ORDERS = {
@@ -27,6 +32,10 @@ ORDERS = {
 """Column and direction that each `by` sorts a ranking by; ties go to the better rank."""
 CERTIFICATES = {"score": "certified", "specific": "certified_specific", "selective": "certified_selective"}
 """Column that says, of each `by` that has such a certificate, whether a rank is certain."""
+READERS = 16
+"""Parts that are read at once."""
+PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|0x[0-9a-f]+|\d[\d,.]*")
+"""What tells the message of one failed sample from that of another which failed for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,8 @@ class Status:
     samples: int
     samples_done: int
     failures: int
+    skipped: dict[str, int]
+    """Samples that were counted and kept, but have nothing to rank neurons for, by reason; these are no failures."""
     seconds: float
     finished: bool
     certified: float | None = None
@@ -135,13 +146,41 @@ class Run:
         counts = self.table("occurrences")["concept"].value_counts().to_pylist()
         return {row["values"]: row["counts"] for row in sorted(counts, key=lambda row: (-row["counts"], row["values"]))}
 
+    def concept_table(self, by: str = "score") -> pa.Table:
+        """Return every concept, most frequent first: concept, occurrences, images, and its highest neuron by `by`."""
+        _check_order(by)
+        occurrences = self.table("occurrences").select(["sample_id", "concept"])
+        captions = self.table("captions")
+        # Runs of earlier versions, and samples of text alone, have no image to tell from others.
+        named = captions["sample_id"]
+        image = pc.coalesce(captions["image"], named) if "image" in captions.column_names else named
+        images = dict(zip(named.to_pylist(), image.to_pylist(), strict=True))
+        seen: dict[str, set[str]] = defaultdict(set)
+        for sample, concept in zip(*(occurrences[name].to_pylist() for name in occurrences.column_names), strict=True):
+            seen[concept].add(images.get(sample, sample))
+        rankings = self.table("rankings")
+        column, direction = ORDERS[by]
+        ordered = rankings.select(["concept", "neuron", "rank", *{column} - {"rank"}]).sort_by(
+            [(column, direction), ("rank", "ascending")]
+        )
+        first: dict[str, str] = {}
+        for concept, neuron in zip(ordered["concept"].to_pylist(), ordered["neuron"].to_pylist(), strict=True):
+            first.setdefault(concept, neuron)
+        return pa.table(
+            {
+                "concept": pa.array(list(self.concepts), pa.string()),
+                "occurrences": pa.array(list(self.concepts.values()), pa.int64()),
+                "images": pa.array([len(seen[concept]) for concept in self.concepts], pa.int64()),
+                "neuron": pa.array([first.get(concept) for concept in self.concepts], pa.string()),
+            }
+        )
+
     def rank(self, concept: str, k: int = 10, by: str = "score") -> pa.Table:
         """Return the concept's k highest neurons by score, specific, selective or share; columns of `rankings`.
 
         Raises InputError for an unknown concept, with the nearest there are.
         """
-        if by not in ORDERS:
-            raise InputError(f"--by {by}: order by {', '.join(ORDERS)}")
+        _check_order(by)
         rankings = self.table("rankings")
         name = concept.casefold()
         rows = rankings.filter(pc.equal(rankings["concept"], name))
@@ -192,18 +231,36 @@ class Run:
             samples=self.info["data"]["samples"],
             samples_done=sum(receipt.samples for receipt in done),
             failures=sum(receipt.failures for receipt in done),
+            skipped=skipped(done),
             seconds=sum(receipt.seconds for receipt in done),
             finished=finished is not None,
             certified=(finished or {}).get("certified"),
         )
 
-    def failures(self, limit: int = 10) -> list[dict[str, Any]]:
-        """Return the first failed samples with their reasons, from what is committed."""
-        rows: list[dict[str, Any]] = []
-        for receipt in self.folder.receipts().values():
-            if receipt.failures and len(rows) < limit:
-                rows.extend(self.folder.read_part(receipt, "errors").to_pylist())
-        return rows[:limit]
+    def failures(self, limit: int | None = None) -> list[dict[str, Any]]:
+        """Return the failed samples, or the first of them, with their reasons, from what is committed."""
+        failed = [receipt for receipt in self.folder.receipts().values() if receipt.failures]
+        with ThreadPoolExecutor(READERS) as pool:
+            parts = pool.map(lambda receipt: self.folder.read_part(receipt, "errors"), failed[:limit])
+            return [row for part in parts for row in part.to_pylist()][:limit]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why samples failed: the stage and message of the first, and where they all lie in the data."""
+
+    stage: str
+    message: str
+    sources: tuple[str, ...]
+
+
+def reasons(failures: Iterable[Mapping[str, Any]]) -> list[Reason]:
+    """Return why samples failed, the most frequent first; messages that differ in names and numbers are one reason."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in failures:
+        groups.setdefault((row["stage"], PARTICULARS.sub("…", row["message"])), []).append(row)
+    found = [Reason(rows[0]["stage"], rows[0]["message"], tuple(r["source"] for r in rows)) for rows in groups.values()]
+    return sorted(found, key=lambda reason: -len(reason.sources))
 
 
 def open_run(uri: str | Path, *, patient: bool = False) -> Run:
@@ -212,6 +269,11 @@ def open_run(uri: str | Path, *, patient: bool = False) -> Run:
     Relative paths in its settings become those of where it was begun. A `patient` run waits out an outage of storage.
     """
     return Run(uri, patient=patient)
+
+
+def _check_order(by: str) -> None:
+    if by not in ORDERS:
+        raise InputError(f"--by {by}: order by {', '.join(ORDERS)}")
 
 
 def _of(table: pa.Table, layer: int, unit: int) -> pa.Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -12,12 +12,13 @@ from rich.text import Text
 
 from mmray.results.drift import Drift
 from mmray.results.plan import Plan
-from mmray.results.run import CERTIFICATES, ORDERS, Run, Status
+from mmray.results.run import CERTIFICATES, ORDERS, Reason, Run, Status, reasons
 from mmray.settings import unit_of
 
 SHOWN_TOKENS = 6
 NEGATIVE = "−"
 """Marks a neuron whose activation is negative at the concept: it writes what its row of W_out suppresses."""
+SHOWN_REASONS, SHOWN_SOURCES = 10, 3
 
 
 def tokens_text(tokens: Sequence[str], concept: str = "", limit: int = SHOWN_TOKENS, *, negative: bool = False) -> Text:
@@ -50,6 +51,17 @@ def ranking(rows: pa.Table, title: Text, by: str = "score") -> Table:
         written = tokens_text(row["tokens"], row["concept"], negative=row["activation"] < 0)
         table.add_row(rank, row["neuron"], *numbers, written)
     return table
+
+
+def concept_list(rows: pa.Table, of: int) -> RenderableType:
+    """Return concepts as a table; `of`: the number that the run has."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("concept", "occurrences", "images", "highest neuron"):
+        table.add_column(name, justify="right" if name in ("occurrences", "images") else "left", no_wrap=True)
+    for row in rows.to_pylist():
+        table.add_row(Text(row["concept"]), f"{row['occurrences']:,}", f"{row['images']:,}", row["neuron"] or "")
+    rest = [Text(f"and {of - len(rows):,} more", "dim")] if of > len(rows) else []
+    return Group(table, *rest)
 
 
 def concept_title(run: Run, concept: str) -> Text:
@@ -108,7 +120,7 @@ def status(status: Status, failures: Iterable[dict[str, Any]], uri: str) -> Rend
         ),
         Text(
             f"samples   {status.samples_done:,} of {status.samples:,}, "
-            f"{status.samples_per_second:.1f} a second and worker, {status.failures} failed"
+            f"{status.samples_per_second:.1f} a second and worker, {status.failures:,} failed"
         ),
     ]
     if status.certified is not None:
@@ -118,19 +130,42 @@ def status(status: Status, failures: Iterable[dict[str, Any]], uri: str) -> Rend
                 "occurrences"
             )
         )
+    lines += [Text(f"skipped   {line}") for line in skipped(status.skipped, status.samples_done)]
     lines += [Text(f"shard {number} set aside: {reason}", "red") for number, reason in status.shards_aside.items()]
-    lines += [Text(f"{row['stage']}: {row['source']}: {row['message']}", "yellow") for row in failures]
+    found = reasons(failures)
+    lines += [Text(_reason(reason), "yellow") for reason in found[:SHOWN_REASONS]]
+    if rest := found[SHOWN_REASONS:]:
+        failed = sum(len(reason.sources) for reason in rest)
+        lines.append(Text(f"and {failed:,} more for {len(rest):,} other reasons: see the table errors", "yellow"))
     return Group(*lines)
+
+
+def skipped(counts: Mapping[str, int], samples: int) -> list[str]:
+    """Return a line per reason for which samples were skipped."""
+    return [
+        f"{count:,} of {samples:,} captions {'has' if count == 1 else 'have'} {reason}"
+        for reason, count in counts.items()
+    ]
+
+
+def _reason(reason: Reason) -> str:
+    shown, more = reason.sources[:SHOWN_SOURCES], len(reason.sources) - SHOWN_SOURCES
+    where = ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")
+    count = f"{len(reason.sources):,} × " if len(reason.sources) > 1 else ""
+    return f"{count}{reason.stage}: {where}: {reason.message}"
 
 
 def drift(drift: Drift, rows: int = 8) -> RenderableType:
     """Return how two runs differ: the concepts least alike, and the neurons whose activity has shifted most."""
     model = "the same model" if drift.same_model else "another model"
+    changed = len(drift.concepts) - drift.unchanged
+    mean = f"mean over {changed:,} concept{'s' * (changed != 1)}"
     lines: list[RenderableType] = [
         Text.assemble(
             (f"drift {drift.drift:.3f}", "bold"),
-            (f" · {len(drift.concepts):,} concepts in both, their {drift.k} highest by {drift.by} · {model}", "dim"),
-        )
+            (f" · {mean}, their {drift.k} highest by {drift.by} · {model}", "dim"),
+        ),
+        Text(f"concepts  {len(drift.concepts):,} in both, {drift.unchanged:,} without new occurrences"),
     ]
     for title, names in (("new", drift.new), ("vanished", drift.vanished)):
         if names:
@@ -139,7 +174,7 @@ def drift(drift: Drift, rows: int = 8) -> RenderableType:
     concepts = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("concept", "overlap", f"Jaccard@{drift.k}", "Spearman", "occurrences"):
         concepts.add_column(name, justify="left" if name == "concept" else "right", no_wrap=True)
-    for row in drift.concepts.slice(0, rows).to_pylist():
+    for row in drift.concepts.slice(0, min(rows, changed)).to_pylist():
         correlation = "" if row["spearman"] is None else f"{row['spearman']:.3f}"
         counts = f"{row['n_before']:,} → {row['n_after']:,}"
         concepts.add_row(Text(row["concept"]), f"{row['overlap']:.3f}", f"{row['jaccard']:.3f}", correlation, counts)

@@ -27,6 +27,7 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from uuid import uuid4
 
@@ -35,7 +36,7 @@ import pyarrow as pa
 from mmray.errors import DamagedError, InputError
 from mmray.runs.receipts import Receipt
 from mmray.runs.refreshes import latest
-from mmray.storage import Checksum, NamedCommits, PatientStore, Store, commits_once, is_outage, open_store
+from mmray.storage import Checksum, NamedCommits, PatientStore, Store, commits_once, is_full, is_outage, open_store
 from mmray.tables import SCHEMAS, from_bytes, to_bytes
 
 ATTEMPTS = 3
@@ -98,6 +99,24 @@ class RunFolder:
         if not isinstance(self.store, NamedCommits) and not commits_once(self.store):
             self.store.put(BY_NAME, b"")
             self.store = NamedCommits(self.store)
+
+    def has_results(self) -> bool:
+        """Return whether the run holds anything that was computed: a committed shard, or one that was given up."""
+        return bool(self.store.list("receipts/") or self.store.list("aside/"))
+
+    def clear(self) -> None:
+        """Remove a run that has no results, so that another can begin here; only who holds its lease may call this."""
+        for entry in self.store.list():
+            if entry.key.split("/")[0] in ("manifest.json", "attempts", "shards"):
+                self.store.delete(entry.key)
+        self.store.delete("run.json")
+
+    def check_same(self, info: dict[str, Any]) -> None:
+        """Raise InputError, naming what differs, unless the run that is here is that of `info`."""
+        before = self.info()
+        if before is None:
+            raise InputError(f"{self.store.uri}: another call has removed this run; run again")
+        check_same(before, info, self.store.uri)
 
     def info(self) -> dict[str, Any] | None:
         """Return run.json, as refreshes have left it; None where no run has begun.
@@ -240,31 +259,43 @@ class RunFolder:
             if unit_of(entry.key) in shards:
                 self.store.delete(entry.key)
 
-    def commit_shard(self, shard_id: int, tables: dict[str, pa.Table], samples: int, seconds: float) -> Receipt:
+    def commit_shard(
+        self,
+        shard_id: int,
+        tables: dict[str, pa.Table],
+        samples: int,
+        seconds: float,
+        skipped: Mapping[str, int] = MappingProxyType({}),
+    ) -> Receipt:
         """Write the shard's parts, then its receipt; return the receipt that counts, which may be an earlier one."""
         token = uuid4().hex[:8]
         parts = {name: f"shards/{shard_id:06d}/{token}-{name}.parquet" for name in tables}
 
         def write(name: str) -> Checksum:
-            data = to_bytes(tables[name])
-            self.store.commit(parts[name], data)
-            return Checksum.of(data, len(tables[name]))
+            self.store.commit(parts[name], files[name])
+            return Checksum.of(files[name], len(tables[name]))
 
-        try:
-            with ThreadPoolExecutor(len(parts)) as pool:
+        with ThreadPoolExecutor(len(parts)) as pool:
+            files = dict(zip(tables, pool.map(to_bytes, tables.values()), strict=True))
+            try:
                 checksums = dict(zip(tables, pool.map(write, tables), strict=True))
-        except OSError as error:
-            # A full disk must not be filled by one attempt after the other. (In an outage nothing can be removed.)
-            if not is_outage(error):
-                for key in parts.values():
-                    self.store.delete(key)
-            raise
+            except OSError as error:
+                # A full disk must not be filled by one attempt after the other. (In an outage nothing can be removed.)
+                if not is_outage(error):
+                    for key in parts.values():
+                        self.store.delete(key)
+                if is_full(error):
+                    needed = sum(map(len, files.values())) / 1e6
+                    reason = f"{error.strerror}, where {needed:,.1f} MB are needed"
+                    raise OSError(error.errno, reason, self.store.uri) from error
+                raise
         receipt = Receipt(
             shard_id,
             samples=samples,
             occurrences=len(tables.get("occurrences", ())),
-            # A sample without a noun whose image can't be read either is two rows, and one sample.
+            # A sample may fail in more than one way.
             failures=len(set(tables["errors"]["source"].to_pylist())),
+            skipped={reason: count for reason, count in sorted(skipped.items()) if count},
             seconds=round(seconds, 3),
             parts=parts,
             run=self._fingerprint(),

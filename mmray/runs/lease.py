@@ -23,7 +23,7 @@ from uuid import uuid4
 
 from mmray.errors import InputError, StorageError
 from mmray.runs.receipts import known_fields
-from mmray.storage import Entry, Store
+from mmray.storage import Entry, Store, impatient
 
 RENEWED = 5.0
 """Seconds between two renewals."""
@@ -139,16 +139,18 @@ def driving(store: Store, renewed: float = RENEWED, lifetime: float = LIFETIME) 
         raise
     key, lease = _key(number), Lease(store, number)
     stop = threading.Event()
+    # A renewal that fails is tried again soon, and a release that fails may be left out: neither is to be waited for.
+    hasty = impatient(store)
 
     def renew() -> None:
         beats = 0
         while not stop.wait(renewed):
             try:
-                if _last(store) != number:
+                if _last(hasty) != number:
                     lease.lost.set()
                     return
                 beats += 1
-                store.put(key, _bytes(replace(owner, beats=beats)))
+                hasty.put(key, _bytes(replace(owner, beats=beats)))
             except (OSError, StorageError) as error:
                 logger.warning("lease of %s: not renewed (%s)", store.uri, error)
 
@@ -161,7 +163,7 @@ def driving(store: Store, renewed: float = RENEWED, lifetime: float = LIFETIME) 
         thread.join()
         _held.discard(owner.token)
         try:
-            store.put(key, _bytes(replace(owner, released=True)))
+            hasty.put(key, _bytes(replace(owner, released=True)))
         except (OSError, StorageError) as error:
             # It expires by itself; what the block raised matters more.
             logger.warning("lease of %s: not released (%s)", store.uri, error)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from mmray.errors import DamagedError
@@ -20,6 +21,8 @@ class Receipt:
     samples: int = 0
     occurrences: int = 0
     failures: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Samples that were counted and kept, but have nothing to rank neurons for, by reason; these are no failures."""
     seconds: float = 0.0
     parts: dict[str, str] | None = None
     reason: str | None = None
@@ -59,6 +62,14 @@ class Receipt:
         for key in (self.parts or {}).values():
             if not key.startswith(f"shards/{number:06d}/"):
                 raise DamagedError(f"names {key}, a part of another unit")
+
+
+def skipped(receipts: Iterable[Receipt]) -> dict[str, int]:
+    """Return how many samples of these units were skipped, by reason."""
+    counts: Counter[str] = Counter()
+    for receipt in receipts:
+        counts.update(receipt.skipped)
+    return dict(counts)
 
 
 def receipts_digest(receipts: Mapping[int, Receipt]) -> str:

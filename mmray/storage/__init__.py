@@ -16,11 +16,12 @@ from mmray.storage.checksum import Checksum
 from mmray.storage.local import LocalStore, read_file
 from mmray.storage.named import NamedCommits
 from mmray.storage.objects import Entry, Store, too_large
-from mmray.storage.patience import PatientStore, is_outage, patiently
+from mmray.storage.patience import FULL, PatientStore, is_full, is_outage, patiently
 from mmray.storage.s3 import S3Store
 from mmray.storage.s3_access import arrow_options, masked, s3_address, s3_client
 
 __all__ = [
+    "FULL",
     "Checksum",
     "Entry",
     "LocalStore",
@@ -30,7 +31,10 @@ __all__ = [
     "Store",
     "commits_once",
     "filesystem",
+    "impatient",
+    "is_full",
     "is_outage",
+    "lies_in",
     "masked",
     "open_object",
     "open_store",
@@ -43,6 +47,9 @@ __all__ = [
 
 def open_store(uri: str | Path) -> LocalStore | S3Store:
     """Return the store behind a local path or `s3://bucket/prefix`; raises `InputError` for another scheme."""
+    if not str(uri).strip():
+        # An unset variable of a shell; the current folder would be a surprise.
+        raise InputError("an empty path; give a folder, or s3://bucket/prefix")
     if (address := s3_address(uri)) is not None:
         bucket, path = address
         return S3Store(bucket, path.strip("/"))
@@ -52,6 +59,21 @@ def open_store(uri: str | Path) -> LocalStore | S3Store:
             f"{masked(str(uri))}: scheme {scheme!r} is not supported; use a local path or s3://bucket/prefix"
         )
     return LocalStore(Path(uri).expanduser().resolve())
+
+
+def lies_in(uri: str, folder: str) -> bool:
+    """Return whether a place is a folder or lies below it; both as the `uri` of a store."""
+    return uri == folder or uri.startswith(f"{folder.rstrip('/')}/")
+
+
+def impatient(store: Store) -> Store:
+    """Return the same store without its patience: every request is made once."""
+    match store:
+        case PatientStore():
+            return store.inner
+        case NamedCommits():
+            return NamedCommits(impatient(store.inner))
+    return store
 
 
 def open_object(uri: str | Path) -> tuple[Store, str]:

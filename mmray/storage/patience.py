@@ -1,7 +1,8 @@
-"""Wait out an outage of storage: the same request again, less and less often, until patience is at its end."""
+"""Wait out an outage of storage or a full disk: the same request again, less and less often, until patience ends."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import time
@@ -12,13 +13,16 @@ from mmray.errors import OutageError
 from mmray.storage.objects import Entry, Store
 
 PATIENCE = 600.0
-"""Seconds for which a run's driver and workers wait for storage to answer again."""
+"""Seconds for which a run's driver and workers wait for storage to answer again, or for room on a disk."""
 LONGEST_PAUSE = 10.0
 PASSING = re.compile(
     r"AWS Error (SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|NETWORK_CONNECTION|REQUEST_TIMEOUT|THROTTLING)"
     r"|AWS Error .*HTTP status (429|5\d\d)"
 )
 """What pyarrow, which knows no kinds of errors, writes of an outage of S3."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a disk says that has no room left, or none for this user."""
 
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
@@ -29,22 +33,29 @@ def is_outage(error: Exception) -> bool:
     return isinstance(error, OutageError) or (isinstance(error, OSError) and PASSING.search(str(error)) is not None)
 
 
+def is_full(error: Exception) -> bool:
+    """Return whether an error is that of a disk without room, which somebody may make."""
+    return isinstance(error, OSError) and error.errno in FULL
+
+
 def patiently(action: Callable[[], Result]) -> Result:
-    """Return what the action returns; after an outage do it again, for PATIENCE seconds, then raise the outage."""
+    """Return what the action returns; in an outage or on a full disk do it again, for PATIENCE seconds, then raise."""
     until, pause = time.monotonic() + PATIENCE, 1.0
     while True:
         try:
             return action()
         except (OSError, OutageError) as error:
-            if not is_outage(error) or time.monotonic() + pause > until:
+            left = until - time.monotonic()
+            # All of the time is used: where an action contains another, the outer one's is then over too.
+            if not (is_outage(error) or is_full(error)) or left <= 0:
                 raise
-            logger.warning("%s: again in %.0f s", error, pause)
-        time.sleep(pause)
+            logger.warning("%s: again in %.0f s", error, min(pause, left))
+        time.sleep(min(pause, left))
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
 class PatientStore:
-    """A store whose every request waits out an outage."""
+    """A store whose every request waits out an outage or a full disk."""
 
     def __init__(self, inner: Store) -> None:
         self.inner = inner

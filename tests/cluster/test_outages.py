@@ -130,8 +130,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_full_ends_the_run_and_loses_nothing(
-    settings: dict[str, Any], small_disk: Path, tmp_path: Path
+    settings: dict[str, Any], small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(patience, "PATIENCE", 0.0)
     with patch.object(worker, "load_model", cache(worker.load_model)):
         census_here(**settings, out=tmp_path / "undisturbed")
         ballast = small_disk / "ballast"

@@ -19,6 +19,8 @@ from mmray.runs import RunFolder
 from mmray.storage import open_store
 from mmray.tables import SCHEMAS
 from tests.cluster.test_worker import files
+from tests.datasets.making import write_coco, write_csv, write_jsonl
+from tests.e2e.scenes import scenes
 from tests.running import census_here, without_ray
 from tests.storage.stores import Killed, Mortal
 
@@ -137,6 +139,77 @@ def test_data_that_was_analysed_must_stay(model: Path, add: Callable[..., None],
     with pytest.raises(InputError, match=r"0\.parquet (is gone|has changed) since it was analysed"):
         refresh(out)
     assert {name: found for name, found in files(out).items() if not name.startswith("lease/")} == before
+
+
+def grow(form: str, folder: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write rows, or these and more after them, as an image folder or COCO; return what DATA is."""
+    if form == "coco":
+        return write_coco(folder, rows)
+    return (write_jsonl if form == "jsonl" else write_csv)(folder, rows).parent
+
+
+FORMS = ["jsonl", "csv", "coco"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_at_the_end_of_a_file_are_new_data(model: Path, tmp_path: Path, form: str) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    rows = scenes(9)
+    uri = str(grow(form, data, rows[:5]))
+    census_here(model, uri, out, shard_size=3)
+    committed = {name: found for name, found in files(out).items() if name.startswith(("shards/", "receipts/"))}
+    for count in (7, 9):
+        grow(form, data, rows[:count])
+        # The census names the command that takes them in, and that does.
+        with pytest.raises(InputError, match=rf"take in what it has gained: mmray refresh {out}$"):
+            census_here(model, uri, out, shard_size=3)
+        done = refresh(out)
+        assert (done.new_samples, done.outcome.samples, done.outcome.complete) == (2, count, True)
+        assert refresh(out).new_samples == 0
+    assert {name: found for name, found in files(out).items() if name in committed} == committed
+    # The run is that of all data, and the census knows it again.
+    assert census_here(model, uri, out, shard_size=3).already
+    census_here(model, uri, tmp_path / "whole", shard_size=3)
+    # Batches are of other samples, and so numbers differ by rounding.
+    for name, columns in {"captions": ["sample_id", "caption"], "occurrences": ["sample_id", "concept"]}.items():
+        ours, theirs = (by_sample(open_run(folder).table(name)) for folder in (out, tmp_path / "whole"))
+        assert ours.select(columns).equals(theirs.select(columns)), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("change", ["caption", "order", "fewer", "image", "objects"])
+def test_rows_that_were_analysed_must_stay(model: Path, tmp_path: Path, form: str, change: str) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    rows = scenes(7)
+    census_here(model, str(grow(form, data, rows[:5])), out, shard_size=3)
+    now = [dict(row) for row in rows]
+    if change == "caption":
+        now[2]["caption"] = "A dog."
+    elif change == "order":
+        now[1], now[2] = now[2], now[1]
+    elif change == "fewer":
+        now = now[:4]
+    elif change == "objects":
+        now[0] |= {"objects": ["dog"], "boxes": [[0.0, 0.0, 1.0, 1.0]]}
+    grow(form, data, now)
+    if change == "image":
+        picture = min(data.rglob("*.jpg"))
+        picture.write_bytes(picture.read_bytes() + b" ")
+    with pytest.raises(InputError, match=r"has changed since it was analysed.*begin another run in another OUT$"):
+        refresh(out)
+
+
+def test_a_manifest_of_an_earlier_version_is_read_and_its_file_may_not_grow(model: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    census_here(model, str(grow("jsonl", data, scenes(3))), out, shard_size=3)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert len(manifest["files"][0]) == 5
+    manifest["files"][0].pop()
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert refresh(out).new_samples == 0
+    grow("jsonl", data, scenes(4))
+    with pytest.raises(InputError, match="begin another run in another OUT"):
+        refresh(out)
 
 
 def test_another_model_is_no_refresh(model: Path, add: Callable[..., None], tmp_path: Path) -> None:

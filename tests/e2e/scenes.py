@@ -23,5 +23,5 @@ def bad_samples() -> list[dict[str, object]]:
     rows = scenes(12)
     rows[0]["image"] = {"bytes": b"no picture", "path": None}
     rows[1]["caption"] = ""
-    rows[2]["caption"] = "Nothing of note."
+    rows[2]["caption"] = "!!!"
     return rows

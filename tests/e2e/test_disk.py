@@ -1,12 +1,15 @@
 """An OUT that takes no more, or nothing at all: one line, and the run goes on once there is room."""
 
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from mmray.storage import patience
 from tests.e2e.conftest import Answer
 from tests.e2e.scenes import scenes, write
 from tests.running import without_ray
@@ -40,9 +43,47 @@ def test_a_disk_that_may_not_be_written(mmray: Mmray, tiny: Callable[[str], Path
     assert refusal.endswith("disk/run: can't write here (Read-only file system); choose another OUT or mend it")
 
 
-def test_a_full_disk_and_more_room(mmray: Mmray, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Return a clock that waiting moves at once; `then` is what happens at 300 seconds."""
+    found = SimpleNamespace(now=0.0, then=None)
+
+    def sleep(seconds: float) -> None:
+        found.now += seconds
+        if found.then is not None and found.now >= 300:
+            found.then()
+            found.then = None
+
+    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: found.now, sleep=sleep))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("size", "where"),
+    [
+        ("64k", r"disk/run: No space left on device, where [0-9.]+ MB are needed"),
+        ("128k", r"disk/run/tables/.*: No space left on device"),
+    ],
+)
+def test_a_full_disk_and_more_room(
+    mmray: Mmray, tiny: Callable[[str], Path], tmp_path: Path, clock: SimpleNamespace, size: str, where: str
+) -> None:
     command = arguments(tiny, tmp_path)
-    with mounted(tmp_path / "disk", "size=32k"), without_ray():
-        assert "disk/run: No space left on device; make room and run again" in mmray(*command).refusal
+    with mounted(tmp_path / "disk", f"size={size}"), without_ray():
+        answer = mmray(*command)
+        assert answer.status == 2
+        assert re.match(rf"mmray: .*{where}; make room and run again, it goes on$", answer.err.splitlines()[-1])
+        # The ten minutes that are promised.
+        assert 600 <= clock.now < 700  # threads that wait at once add up by this clock
         subprocess.run(["mount", "-o", "remount,size=8m", tmp_path / "disk"], check=True)
         assert mmray(*command).status == 0
+
+
+def test_room_that_is_made_in_time_is_all_that_it_takes(
+    mmray: Mmray, tiny: Callable[[str], Path], tmp_path: Path, clock: SimpleNamespace
+) -> None:
+    with mounted(tmp_path / "disk", "size=128k"), without_ray():
+        clock.then = lambda: subprocess.run(["mount", "-o", "remount,size=8m", tmp_path / "disk"], check=True)
+        answer = mmray(*arguments(tiny, tmp_path))
+    assert answer.status == 0, answer.err
+    assert 300 <= clock.now < 400

@@ -135,7 +135,7 @@ def test_samples_without_a_noun_are_counted_by_every_score(open_model, score, ca
     tables = analyse(open_model("llava"), [sample(1, "nothing"), sample(2, "at all")], score=score, captions=captions)
     assert len(tables["captions"]) == 2
     assert len(tables["occurrences"]) == 0
-    assert {row["stage"] for row in tables["errors"].to_pylist()} == {"nouns"}
+    assert len(tables["errors"]) == 0
     assert sum(tables["activity"]["n_tokens"].to_pylist()) > 0
 
 

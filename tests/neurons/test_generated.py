@@ -113,7 +113,7 @@ def test_every_score_takes_generated_captions(open_model, written, score):
     tables = analyse(open_model("llava_next"), samples(4), EveryWord(), captions="generate", score=score)
     assert len(tables["occurrences"]) > 0
     assert len(tables["captions"]) == 4
-    assert {row["stage"] for row in tables["errors"].to_pylist()} <= {"nouns"}
+    assert len(tables["errors"]) == 0
 
 
 def test_captions_are_as_long_as_asked_for(open_model, written):

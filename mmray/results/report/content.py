@@ -112,6 +112,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "neurons": sum(model["widths"]),
         "samples": status.samples_done,
         "failures": status.failures,
+        "skipped": status.skipped,
         "concepts": len(run.concepts),
         "occurrences": sum(run.concepts.values()),
         "score": settings["score"],

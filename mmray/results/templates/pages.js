@@ -38,7 +38,8 @@ function overview() {
   return [
     heading("Which neurons write which words", `Every one of the ${whole(run.neurons)} neurons in ${plural(run.layers, "layer")} of ${run.model} was scored at every noun ${run.captions === "dataset" ? "in the captions of" : "that it writes about"} ${plural(run.samples, "image")}.`),
     h("div.tiles", findings(), tile(whole(run.concepts), `concepts at ${plural(run.occurrences, "occurrence")}`), tile(whole(run.samples), "images with captions"),
-      run.failures ? tile(whole(run.failures), "samples failed") : null),
+      Object.entries(run.skipped).map(([reason, count]) => tile(whole(count), `captions with ${reason}, which are not ranked`)),
+      run.failures ? tile(whole(run.failures), `${run.failures === 1 ? "sample" : "samples"} failed`) : null),
     h("h2", "Most frequent concepts"), under("What the highest neuron of each writes; in green, its own word. ", h("a", { href: "#/concepts" }, `All ${whole(INDEX.concepts.length)} concepts`)),
     h("div.grid.gallery", best.map((row) =>
       h("a.card", { href: toConcept(row.name) }, picture({ id: row.sample, caption: row.name }), h("div.name", row.name, h("small", `${whole(row.n)}×`)), h("div.tokens", minus(row), tokens(row.tokens, row.name, 3))))),

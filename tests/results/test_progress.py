@@ -1,0 +1,27 @@
+"""Progress never says more than all, or less than nothing, of what is left."""
+
+import io
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from mmray.cluster.census import Progress
+from mmray.results import progress
+from mmray.results.progress import follow_progress
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@given(counts=st.lists(st.integers(0, 12), min_size=1, max_size=6), total=st.integers(1, 9))
+def test_no_count_is_beyond_the_total(terminal: bool, counts: list[int], total: int) -> None:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+    with pytest.MonkeyPatch.context() as patch, follow_progress(console) as follow:
+        patch.setattr(progress, "PLAIN_EVERY", 0.0)
+        for count in counts:
+            follow(Progress(count, total, 0, 0))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    for done, of in re.findall(r"(\d+) of (\d+)", said):
+        assert int(done) <= int(of)
+    assert "-" not in re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]|-:--:--", "", said)
