@@ -18,7 +18,7 @@ from mmray.datasets.columns import IMAGE_SUFFIXES, Columns, detect, kinds_of_rec
 from mmray.datasets.contents import DataFile, FileSource
 from mmray.datasets.places import Place
 from mmray.datasets.rows import Record
-from mmray.datasets.several import has_lists
+from mmray.datasets.several import has_lists, rows_of
 from mmray.errors import InputError
 from mmray.storage import open_store
 
@@ -45,8 +45,10 @@ class FolderSource(FileSource):
         return described
 
     def rows_digest(self, path: str, rows: int) -> str:
-        """Return a digest of a metadata file's first rows and of the names and sizes of their images."""
+        """Return a digest of the rows of a file's first samples, and of the names and sizes of their images."""
         folder = places.join(self.place.folder, path.rpartition("/")[0])
+        if (starts := self._starts(path)) is not None:
+            _, rows = rows_of(starts, 0, rows)
         found = (record for _, record in self.records(path, 0, rows))
         return records_digest(found, str(self.columns.image), image_sizes(folder))
 
