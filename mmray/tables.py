@@ -298,10 +298,11 @@ def read_table(
     known = {key: checksum for key, checksum in (checksums or {}).items() if is_file(key)}
     if known and known.keys() != set(files):
         raise DamagedError(f"{store.uri}/{table}: {len(files)} files instead of {len(known)}")
-    return pa.concat_tables([_read_file(store, key, known.get(key)) for key in files])
+    return pa.concat_tables([read_file(store, key, known.get(key)) for key in files])
 
 
-def _read_file(store: Store, key: str, checksum: Checksum | None) -> pa.Table:
+def read_file(store: Store, key: str, checksum: Checksum | None = None) -> pa.Table:
+    """Return the table in a file; raises DamagedError, which names the file, if it is not what was written."""
     data = store.read(key)
     try:
         if checksum is not None:

@@ -24,7 +24,7 @@ from mmray.runs.driver import drive_analysis
 from mmray.runs.lease import Lease
 from mmray.settings import census_settings, first_problem
 from mmray.storage import open_store
-from mmray.tables import CAPTIONS_FILE, from_bytes
+from mmray.tables import CAPTIONS_FILE, read_file
 from mmray.writing import write_table
 
 Follow = Callable[[str, Progress], None]
@@ -149,5 +149,5 @@ def _measures(done: Pipeline) -> Iterator[dict[str, Any]]:
 
 def _captions(done: Pipeline) -> Iterator[dict[str, Any]]:
     for name in done.evaluations:
-        rows = from_bytes(open_store(edit_folder(done.run, name)).read(CAPTIONS_FILE))
+        rows = read_file(open_store(edit_folder(done.run, name)), CAPTIONS_FILE)
         yield from ({"edit": name, **row} for row in rows.to_pylist())

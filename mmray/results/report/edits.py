@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from mmray.errors import InputError
+from mmray.errors import DamagedError, InputError
 from mmray.image_keys import image_key, one_per_image
 from mmray.results.report.concepts import number
 from mmray.results.run import Run
-from mmray.storage import Store, open_store
-from mmray.tables import CAPTIONS_FILE, EVALUATION_FILE, from_bytes, read_table
+from mmray.storage import Checksum, Store, open_store
+from mmray.tables import CAPTIONS_FILE, EVALUATION_FILE, read_file, read_table
 
 SHOWN = 12
 """Captions of an edit that are shown: first those that changed, of the samples that it should change."""
@@ -89,7 +90,7 @@ def _from_folder(store: Store, prefix: str, name: str) -> Edit | None:
         {key: value for key, value in shown.items() if value is not None},
         [_measure(row) for row in measures if row.get("n")],
         _chosen(rows),
-        _changed(store, f"{prefix}edit.safetensors"),
+        _changed(store, f"{prefix}edit.safetensors", facts.get("rows")),
         evaluation.get("data"),
     )
 
@@ -144,12 +145,20 @@ def _chosen(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _changed(store: Store, key: str) -> dict[str, Any]:
-    """Return how many rows of each layer the edit changes, and the neurons that it changes most."""
+def _changed(store: Store, key: str, known: dict[str, Any] | None) -> dict[str, Any]:
+    """Return how many rows of each layer the edit changes, and the neurons that it changes most.
+
+    `known` is what edit.json says of the file; edits of earlier versions have nothing there.
+    """
     try:
-        rows = load(store.read(key))
+        data = store.read(key)
+        if known is not None:
+            Checksum(**known).check(data)
+        rows = load(data)
     except FileNotFoundError:
         return {}
+    except (DamagedError, SafetensorError) as error:
+        raise InputError(f"{store.uri}/{key}: damaged ({error}); make the edit again") from error
     sizes = np.linalg.norm(rows["delta"].astype(np.float64), axis=1)
     layers, units = rows["layer"].tolist(), rows["unit"].tolist()
     strongest = np.argsort(-sizes, kind="stable")[:STRONGEST].tolist()
@@ -171,6 +180,6 @@ def _json(store: Store, key: str) -> dict[str, Any] | None:
 
 def _table(store: Store, key: str) -> pa.Table | None:
     try:
-        return from_bytes(store.read(key))
+        return read_file(store, key)
     except FileNotFoundError:
         return None
