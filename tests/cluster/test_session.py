@@ -145,3 +145,16 @@ def test_messages_of_ray_leave_stdout_to_results(capsys: pytest.CaptureFixture[s
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "(raylet) A worker died unexpectedly\n(raylet) out of memory\n"
+
+
+def test_a_home_that_can_not_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(30, "Read-only file system", "/home/nobody/.ray")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", refuse)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # Nobody gave an address: none is blamed.
+    said = r"^can't start a local Ray \(.*Read-only file system.*\); give it a HOME and a TMPDIR to write to$"
+    with pytest.raises(InputError, match=said), ray_session(None):
+        pass
