@@ -83,7 +83,7 @@ def test_a_refresh_from_a_file(job: Callable[..., Answer], config: Path, tmp_pat
         (["--config", "{}", "limit=many"], "Invalid value for '--limit'"),
         (
             ["--config", "{}", "workers=3:2"],
-            "setting workers = '3:2': Value error, give a number of at least 1, or MIN:MAX",
+            "setting workers = '3:2': give a number of at least 1, or MIN:MAX",
         ),
     ],
 )
