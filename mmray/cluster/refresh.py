@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from contextlib import chdir
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,12 +14,12 @@ from mmray.cluster.census import Outcome, Progress, finish, open_inputs, outcome
 from mmray.datasets.limits import check_columns
 from mmray.datasets.shards import Manifest, extend
 from mmray.errors import InputError
-from mmray.models.loading import from_anywhere
 from mmray.results.drift import Drift, compare
 from mmray.results.run import open_run
 from mmray.runs import RunFolder
 from mmray.runs.driver import drive
 from mmray.runs.folder import check_same
+from mmray.runs.home import resolve_settings
 from mmray.runs.refreshes import Refresh, begin_refresh, folder_of, latest
 from mmray.settings import EXECUTION, CensusSettings, census_settings
 from mmray.tables import read_table
@@ -55,12 +53,11 @@ def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, *
     given = {name: value for name, value in execution.items() if value is not None}
     if strange := given.keys() - EXECUTION:
         raise InputError(f"{', '.join(sorted(strange))}: a refresh keeps the run's settings")
-    # What was asked for once to retry shards is no habit of the run.
     out = folder.store.uri
-    settings = census_settings(info["settings"] | {"retry_failed": False} | given | {"out": out})
-    # Relative paths of the data and the model are those of the call that began the run.
-    with chdir(info["home"] if Path(info["home"]).is_dir() else "."), drive(folder) as lease:
-        settings = settings.model_copy(update={"model": from_anywhere(settings.model)})
+    known = resolve_settings(info["settings"], info["home"])
+    # What was asked for once to retry shards is no habit of the run.
+    settings = census_settings(known | {"retry_failed": False} | given | {"out": out})
+    with drive(folder) as lease:
         source, _, nouns = open_inputs(settings)
         before = Manifest.from_json(folder.manifest())
         after = extend(before, source.files(), settings.shard_size, settings.limit, source.rows_digest)
