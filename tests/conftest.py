@@ -1,5 +1,6 @@
 """Models for the tests of every room (tiny random checkpoints of each family, and the demo), and an S3 on loopback."""
 
+import fcntl
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -128,3 +129,28 @@ def ordinary_user(tmp_path: Path) -> Iterator[None]:
         os.seteuid(0)
         for folder, mode in modes.items():
             folder.chmod(mode)
+
+
+@pytest.fixture(scope="session")
+def ray_here(bucket: str) -> Iterator[str]:
+    """Start Ray once; its workers have the environment of this moment. Returns the bucket."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
+    import ray
+    import ray.data
+
+    # "local": a cluster that other tests have started at the same time is not joined.
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield bucket
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Hold other files' clusters off: two that are started at once may choose the same free port."""
+    # Processes of pytest-xdist have folders of their own in a common one.
+    with (tmp_path_factory.getbasetemp().parent / "clusters.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

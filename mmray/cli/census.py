@@ -55,7 +55,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="The first 256 scenes instead of all 1,536.")] = False,
 ) -> None:
     """Run the whole main job on the embedded model and data: no network, no GPU."""
-    from mmray.cluster.session import ray_session
+    from mmray.engine.session import ray_session
 
     console.file = sys.stdout  # while there is a Ray, what else is printed goes to stderr
     try:

@@ -27,12 +27,12 @@ from mmray.cluster.alignment_validation import Plan, ValidationWorker, plan_vali
 from mmray.cluster.carrying import carry_out, pool_for
 from mmray.cluster.census import Progress
 from mmray.cluster.finished import Finished
-from mmray.cluster.session import ray_session
 from mmray.cluster.units import mapped
 from mmray.datasets.columns import Columns
 from mmray.datasets.lanes import cut_for_lanes
 from mmray.datasets.shards import Manifest
 from mmray.datasets.sources import open_source
+from mmray.engine.session import ray_session
 from mmray.errors import InputError
 from mmray.evaluation.summary import summarise
 from mmray.models.loading import digest, from_anywhere, resolve

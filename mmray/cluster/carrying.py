@@ -9,7 +9,7 @@ from itertools import accumulate
 import ray.data
 
 from mmray.cluster.census import Progress, check_complete
-from mmray.cluster.session import Pool, actor_pool, machines, ray_session
+from mmray.engine.session import Pool, actor_pool, machines, ray_session
 from mmray.errors import InputError
 from mmray.runs import Receipt, RunFolder
 from mmray.settings import worker_range

@@ -15,12 +15,12 @@ from typing import Any
 import ray.data
 
 from mmray.cluster.finished import Finished
-from mmray.cluster.session import actor_pool, machines, ray_session
 from mmray.cluster.units import mapped
 from mmray.cluster.worker import DECODE, CensusWorker, open_data
 from mmray.datasets.contents import Source
 from mmray.datasets.limits import check_columns
 from mmray.datasets.shards import Manifest, cut, read_shard
+from mmray.engine.session import actor_pool, machines, ray_session
 from mmray.errors import InputError
 from mmray.models.loading import describe_model, digest, from_anywhere, resolve
 from mmray.neurons.concepts import TAGGERS, NounSource, noun_source

@@ -15,7 +15,7 @@ import pyarrow as pa
 import ray.data
 import torch
 
-from mmray.cluster.session import Pool
+from mmray.engine.session import Pool
 from mmray.errors import InputError, OutageError, StorageError
 from mmray.runs import ATTEMPTS, Receipt, RunFolder
 from mmray.storage import FULL, patiently

@@ -23,7 +23,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -224,10 +224,10 @@ class RunFolder:
             logger.warning("%s, and the unit done again", damage.what)
             damage.discard()
 
-    def attempt(self, shard_id: int) -> int:
+    def attempt(self, shard_id: int, node: str = "") -> int:
         """Count an attempt in storage, where it outlives the worker, and return its number from 1."""
         number = 1
-        worker = {"worker": f"{socket.gethostname()}:{os.getpid()}", "token": uuid4().hex}
+        worker = {"worker": f"{socket.gethostname()}:{os.getpid()}", "node": node, "token": uuid4().hex}
         data = json.dumps(worker).encode()
         while not self.store.commit(key := f"attempts/{shard_id:06d}/{number}", data):
             # A store whose answer was lost, and that was asked again, refuses what it has: it may be our own.
@@ -236,15 +236,28 @@ class RunFolder:
             number += 1
         return number
 
+    def deaths(self, shard_id: int, before: int, alive: Callable[[str], bool]) -> int:
+        """Return how many attempts before that number were the unit's own deaths.
+
+        One that left no word, and whose node is gone, died of its node: preempted, drained, or lost.
+        """
+        count = 0
+        for number in range(1, before):
+            record = _record(self._read_if_there(f"attempts/{shard_id:06d}/{number}") or b"")
+            node = record.get("node")
+            count += bool(record.get("reason") or not node or alive(str(node)))
+        return count
+
     def record_death(self, shard_id: int, number: int, reason: str) -> None:
         """Say what an attempt died of."""
         self.store.put(f"attempts/{shard_id:06d}/{number}", json.dumps({"reason": reason}).encode())
 
-    def set_aside(self, shard_id: int, samples: int, reason: str = "") -> Receipt:
-        """Give a shard up, for a reason that no further attempt would mend, or else the last that an attempt left."""
+    def set_aside(self, shard_id: int, samples: int, reason: str = "", last_attempt: int = ATTEMPTS) -> Receipt:
+        """Give a shard up, for a reason that no further attempt would mend, or else what its last attempt died of."""
         if not reason:
-            last = self._read_if_there(f"attempts/{shard_id:06d}/{ATTEMPTS}") or b""
-            reason = f"given up after {ATTEMPTS} attempts: {_reason(last) or 'the worker died without a word'}"
+            record = _record(self._read_if_there(f"attempts/{shard_id:06d}/{last_attempt}") or b"")
+            died_of = record.get("reason") or "the worker died without a word"
+            reason = f"given up after {ATTEMPTS} attempts: {died_of}"
         receipt = Receipt(shard_id, samples=samples, reason=reason, run=self._fingerprint())
         self.store.commit(f"aside/{shard_id:06d}.json", receipt.to_json())
         return receipt
@@ -266,8 +279,13 @@ class RunFolder:
         samples: int,
         seconds: float,
         skipped: Mapping[str, int] = MappingProxyType({}),
+        phases: Mapping[str, float] = MappingProxyType({}),
+        memory: Mapping[str, int] = MappingProxyType({}),
     ) -> Receipt:
-        """Write the shard's parts, then its receipt; return the receipt that counts, which may be an earlier one."""
+        """Write the shard's parts, then its receipt; return the receipt that counts, which may be an earlier one.
+
+        `phases` are the seconds of each phase of the work, `memory` the most bytes that the worker has held.
+        """
         token = uuid4().hex[:8]
         parts = {name: f"shards/{shard_id:06d}/{token}-{name}.parquet" for name in tables}
 
@@ -300,6 +318,8 @@ class RunFolder:
             parts=parts,
             run=self._fingerprint(),
             checksums=checksums,
+            phases={name: round(seconds, 3) for name, seconds in phases.items()},
+            memory=dict(memory),
         )
         if self.store.commit(f"receipts/{shard_id:06d}.json", receipt.to_json()):
             return receipt
@@ -397,12 +417,13 @@ def unit_of(key: str) -> int | None:
     return int(match[match.lastindex or 0]) if match else None
 
 
-def _reason(attempt: bytes) -> str | None:
-    """Return what an attempt died of, if it left word."""
+def _record(attempt: bytes) -> dict[str, Any]:
+    """Return what is known of an attempt; nothing where that can't be read."""
     try:
-        return json.loads(attempt).get("reason")  # type: ignore[no-any-return]
-    except (ValueError, AttributeError):
-        return None
+        record = json.loads(attempt)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], uri: str) -> None:

@@ -30,6 +30,10 @@ class Receipt:
     """Fingerprint that the run began with; receipts of earlier versions have none."""
     checksums: dict[str, Checksum] | None = None
     """Of each part; receipts of earlier versions have none."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds of each phase of the work: read, forward, …, as far as the job times them."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """The most bytes that the worker had held by then: `host`, `gpu`."""
 
     def to_json(self) -> bytes:
         """Return the bytes of the receipt's file."""

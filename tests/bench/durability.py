@@ -114,7 +114,7 @@ def merge(out: Path, count: int) -> None:
 
 def driver(out: Path, count: int) -> None:
     from mmray.cluster import census
-    from mmray.cluster.session import ray_session
+    from mmray.engine.session import ray_session
     from mmray.neurons.concepts import NounSource
     from mmray.settings import census_settings
 

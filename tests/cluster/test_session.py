@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.cluster.session import MOST_WORKERS, _held_back, _Messages, actor_pool, ray_session
+from mmray.engine.session import MOST_WORKERS, _held_back, _Messages, actor_pool, ray_session
 from mmray.errors import InputError
 
 CPU_MACHINES = st.lists(st.tuples(st.integers(1, 130).map(float), st.just(0.0)), min_size=1, max_size=8)
@@ -110,7 +110,7 @@ def test_an_address_without_a_cluster_is_told_soon(address: str, monkeypatch: py
 def test_native_code_is_not_heard_unless_it_fails() -> None:
     code = """
         import os, sys
-        from mmray.cluster.session import _held_back
+        from mmray.engine.session import _held_back
         with _held_back():
             os.write(2, b"noise")
         os.write(2, b"before ")

@@ -3,7 +3,7 @@
 import pytest
 
 from mmray.cluster import units
-from mmray.cluster.session import Pool
+from mmray.engine.session import Pool
 
 
 def test_a_pool_may_grow_as_far_as_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:

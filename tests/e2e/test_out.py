@@ -7,9 +7,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from mmray.cluster.session import actor_pool
 
 from mmray.cluster import census as driver
-from mmray.cluster.session import actor_pool
 from mmray.cluster.worker import CensusWorker
 from mmray.editing.closed import CLOSED
 from mmray.editing.edit import Purpose, WeightEdit, check_free, open_edit

@@ -8,7 +8,6 @@ import textwrap
 from pathlib import Path
 
 import pytest
-
 from mmray.cluster.session import _own_sigterm
 
 CENSUS = """

@@ -1,0 +1,189 @@
+"""The driver of every job: plan, lease, begin or resume, hand out, merge, make visible."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from mmray.engine.executors import Executor, executor_for
+from mmray.engine.job import Job, JobResult, Output, Parts, Plan, Progress
+from mmray.engine.units import WorkOrder
+from mmray.errors import InputError
+from mmray.runs import Receipt, RunFolder
+from mmray.runs.driver import drive_analysis
+from mmray.runs.lease import Lease
+from mmray.runs.receipts import receipts_digest
+from mmray.runs.snapshots import SnapshotWriter, newest, publish
+from mmray.storage import Store, open_store
+from mmray.version import VERSION
+
+Follow = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A job whose folder is there."""
+
+    job: Job[Any, Any]
+    plan: Plan[Any]
+    folder: RunFolder
+    fingerprint: str
+    lease: Lease
+
+
+def run(
+    job: Job[Any, Any],
+    *,
+    executor: Executor | None = None,
+    follow: Follow = lambda _: None,
+    lease: Lease | None = None,
+) -> JobResult:
+    """Run a job to its end, or resume one that stopped, and write what it amounts to.
+
+    `follow` is told of every committed unit. `lease` is given by a caller that holds it already. Raises InputError for
+    anything wrong with the set-up, before any work, and where another driver is at work on the same job.
+    """
+    return run_together([job], executor=executor, follow=follow, lease=lease)[0]
+
+
+def run_together(
+    jobs: Sequence[Job[Any, Any]],
+    *,
+    executor: Executor | None = None,
+    follow: Follow = lambda _: None,
+    lease: Lease | None = None,
+) -> list[JobResult]:
+    """Run jobs of one kind with one set of workers: units of one group run on one actor, whichever job they are of.
+
+    `seconds` of each result are those of all. Otherwise as `run`.
+    """
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        begun = []
+        for job in jobs:
+            held = lease or stack.enter_context(drive_analysis(f"{job.target}/{job.name}"))
+            begun.append(_begin(job, held))
+        _run_pending(begun, executor or executor_for(jobs[0].settings), follow)
+        return [_finish(one, began) for one in begun]
+
+
+def _begin(job: Job[Any, Any], lease: Lease) -> _Begun:
+    plan = job.plan()
+    fingerprint = job.settings.fingerprint(plan.digests)
+    folder = RunFolder.at(job.folder(fingerprint), patient=True)
+    folder.begin(
+        {
+            "job": job.name,
+            "settings": job.settings.model_dump(exclude={"address"}),
+            "result_settings": job.settings.result_settings(),
+            "digests": dict(plan.digests),
+            "fingerprint": fingerprint,
+            "versions": {"mmray": VERSION},
+        },
+        json.dumps({"units": len(plan.units), "sizes": [unit.size for unit in plan.units]}).encode(),
+    )
+    # Whether its store commits by name is known only now that the folder has begun.
+    return _Begun(job, plan, RunFolder.at(job.folder(fingerprint), patient=True), fingerprint, lease)
+
+
+def _run_pending(begun: Sequence[_Begun], executor: Executor, follow: Follow) -> None:
+    """Have every unit done that is neither committed nor quarantined."""
+    order = WorkOrder(
+        [one.job for one in begun],
+        [one.plan.context for one in begun],
+        [one.plan.units for one in begun],
+        [one.folder.store.uri for one in begun],
+        begun[0].job.settings.unit_timeout,
+    )
+    groups: dict[Any, list[int]] = {}
+    done: list[Receipt] = []
+    start = 0
+    for one in begun:
+        known = one.folder.receipts()
+        if not one.job.settings.retry_failed:
+            known |= one.folder.aside(known)
+        done += known.values()
+        pending = [number for number in range(len(one.plan.units)) if number not in known]
+        one.folder.reopen(pending)
+        for number in pending:
+            group = one.plan.units[number].group
+            groups.setdefault((start + number) if group is None else ("group", group), []).append(start + number)
+        start += len(one.plan.units)
+    total = sum(unit.size for one in begun for unit in one.plan.units)
+    size, failures = sum(receipt.samples for receipt in done), sum(receipt.failures for receipt in done)
+    quarantined = sum(receipt.reason is not None for receipt in done)
+    follow(Progress(size, total, failures, quarantined))
+    if not groups:
+        return
+    with executor.session():
+        for answers in executor.answers(order, list(groups.values())):
+            for answer in answers:
+                if answer.problem:
+                    raise InputError(answer.problem)
+                size += answer.size
+                failures += answer.failures
+                quarantined += bool(answer.reason)
+            for one in begun:
+                one.lease()
+            follow(Progress(size, total, failures, quarantined))
+
+
+def _finish(begun: _Begun, began: float) -> JobResult:
+    """Merge what is committed, unless the tables are made from it already, and return what it amounts to."""
+    job, folder = begun.job, begun.folder
+    store = open_store(job.target)
+    while True:
+        parts = _complete(begun)
+        made_from = {
+            "fingerprint": begun.fingerprint,
+            "receipts": receipts_digest(parts.receipts),
+            "settings": json.dumps(job.settings.merge_settings(), sort_keys=True),
+        }
+        snapshot = newest(store, job.name)
+        if snapshot is not None and snapshot.made_from == made_from:
+            headline = snapshot.headline
+        else:
+            headline = _merge(begun, parts, made_from, store)
+        # What a late worker commits meanwhile is taken in too.
+        if receipts_digest(folder.receipts()) == made_from["receipts"]:
+            break
+    return JobResult(
+        job=job.name,
+        done=sum(receipt.samples for receipt in parts.receipts.values()),
+        failures=sum(receipt.failures for receipt in parts.receipts.values()),
+        quarantined=folder.reasons(parts.receipts),
+        seconds=time.perf_counter() - began,
+        headline=headline,
+        parts=parts,
+    )
+
+
+def _complete(begun: _Begun) -> Parts:
+    """Return the committed parts; raises InputError unless each unit is committed or quarantined."""
+    folder, units = begun.folder, begun.plan.units
+    receipts = folder.receipts()
+    quarantined = folder.reasons(receipts)
+    missing = [number for number in range(len(units)) if number not in receipts and number not in quarantined]
+    if missing:
+        raise InputError(
+            f"{folder.store.uri}: {len(missing)} of {len(units)} units are neither committed nor quarantined "
+            f"(the first is unit {missing[0]}); run the same command again"
+        )
+    return Parts(folder, receipts, begun.job.parts)
+
+
+def _merge(begun: _Begun, parts: Parts, made_from: dict[str, str], store: Store) -> Mapping[str, Any]:
+    """Merge the parts and make what comes of them visible; return the headline."""
+    job, lease = begun.job, begun.lease
+    guarded = lease.guard(store)
+    output = Output(SnapshotWriter(guarded, job.name, lease.number))
+    headline = job.merge(begun.plan, parts, output)
+    for key, data in output.files.items():
+        guarded.put(key, data)
+    if output.snapshot.tables:
+        publish(guarded, output.snapshot.commit(made_from, headline))
+    return headline

@@ -1,0 +1,83 @@
+"""Units on the actors of a Ray cluster: one model replica per actor, on its own GPU or GPUs, or on CPU cores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+
+from mmray.engine.session import actor_pool, machines, ray_session
+from mmray.engine.units import Answer, Node, UnitRunner, WorkOrder
+
+
+class RayExecutor:
+    """Hands units to a pool of actors through Ray Data."""
+
+    def __init__(self, workers: tuple[int, int] | None, gpus_per_worker: float | None, address: str | None) -> None:
+        self.workers = workers
+        self.gpus_per_worker = gpus_per_worker
+        self.address = address
+
+    def session(self) -> AbstractContextManager[None]:
+        """Join the cluster, or start a local Ray that ends with the block."""
+        return ray_session(self.address)
+
+    def answers(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[Answer]]:
+        """Yield the answers of each group as its actor has done it."""
+        pool = actor_pool(self.workers, self.gpus_per_worker, machines(), len(groups))
+        answers = ray.data.from_arrow([pa.table({"unit": group}) for group in groups]).map_batches(
+            _Actor,
+            fn_constructor_args=(order, pool.threads, str(Path.cwd())),
+            batch_size=1,
+            # What waits is a number, and what comes back an answer: neither fills the object store. Nothing is fetched
+            # ahead: with few and unlike units one actor would have several of the large ones, and another none.
+            compute=ray.data.ActorPoolStrategy(
+                min_size=pool.workers, max_size=pool.most, max_tasks_in_flight_per_actor=1
+            ),
+            num_cpus=pool.cores,
+            num_gpus=pool.gpus or None,
+        )
+        for batch in answers.iter_batches(batch_size=None, prefetch_batches=0):
+            rows = zip(*(batch[name].tolist() for name in batch), strict=True)
+            yield [Answer(**dict(zip(batch, row, strict=True))) for row in rows]
+
+
+class _RayNode(Node):
+    """The node of the cluster that this actor lives on."""
+
+    def __init__(self) -> None:
+        self.name = ray.get_runtime_context().get_node_id()
+
+    def is_alive(self, name: str) -> bool:
+        """Return whether a node is still in the cluster."""
+        return any(node["NodeID"] == name and node["Alive"] for node in ray.nodes())
+
+    def stop(self) -> None:
+        """End the actor, which Ray replaces: native code that hangs can't be interrupted otherwise."""
+        os._exit(1)
+
+
+class _Actor:
+    """Answers batches of units, in columns as Ray Data has them."""
+
+    def __init__(self, order: WorkOrder, threads: int, home: str) -> None:
+        import torch
+
+        # A cluster's workers start elsewhere: relative paths are the driver's.
+        if Path(home).is_dir():
+            os.chdir(home)
+        torch.set_num_threads(threads)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.runner = UnitRunner(order, _RayNode())
+
+    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
+        answers = [asdict(self.runner.run(int(number))) for number in batch["unit"]]
+        return {name: [answer[name] for answer in answers] for name in answers[0]}

@@ -1,0 +1,116 @@
+"""Settings that every job shares, and how a setting says whether it changes results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mmray.errors import InputError
+
+ROLE = "role"
+"""Key of a field's extra schema. A field without one changes the result of a unit."""
+EXECUTION, AFTER, DIGEST = "execution", "after work", "digest"
+
+
+def execution(default: Any = ..., **constraints: Any) -> Any:
+    """Declare a setting that says where or how the work is done, and leaves every result alone."""
+    return Field(default, json_schema_extra={ROLE: EXECUTION}, **constraints)
+
+
+def after_work(default: Any = ..., **constraints: Any) -> Any:
+    """Declare a setting that only the merge reads: other values need no unit to run again."""
+    return Field(default, json_schema_extra={ROLE: AFTER}, **constraints)
+
+
+def known_by_digest(default: Any = ..., **constraints: Any) -> Any:
+    """Declare a setting that names something (a model, data): the fingerprint takes in its digest, not its path."""
+    return Field(default, json_schema_extra={ROLE: DIGEST}, **constraints)
+
+
+class JobSettings(BaseModel):
+    """How any job is run. Each job's settings add what it can be asked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    workers: str | None = execution(None)
+    """Actors, each with a model replica: a number, or MIN:MAX to let Ray add and remove some as work and machines
+    allow. Default: one per GPU of the cluster; without GPUs one per core, at most four per machine."""
+    gpus_per_worker: float | None = execution(None, ge=0)
+    """GPUs per worker; default: 1 where the cluster has GPUs, else 0."""
+    address: str | None = execution(None)
+    """Ray cluster to join (auto, or ray://HOST:PORT); default: a local Ray of this process."""
+    retry_failed: bool = execution(False)
+    """Try units again that an earlier call quarantined."""
+    unit_timeout: float | None = execution(None, gt=0)
+    """Seconds after which a unit that is not done counts as failed, and its worker is replaced; by default none."""
+    local: bool = execution(False)
+    """Run in this process, without Ray: one worker with all cores."""
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _check_workers(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        least, colon, most = str(value).partition(":")
+        if not (
+            least.isdecimal() and int(least) >= 1 and (not colon or (most.isdecimal() and int(least) <= int(most)))
+        ):
+            raise ValueError("give a number of at least 1, or MIN:MAX such as 2:16")
+        return str(value)
+
+    @property
+    def worker_range(self) -> tuple[int, int] | None:
+        """The fewest and the most workers, where that was asked for."""
+        if self.workers is None:
+            return None
+        least, _, most = self.workers.partition(":")
+        return int(least), int(most or least)
+
+    def result_settings(self) -> dict[str, Any]:
+        """Return the settings that a unit's result depends on, without those that name something."""
+        fields = type(self).model_fields
+        own = {name for name, field in fields.items() if not role_of(field.json_schema_extra)}
+        return self.model_dump(include=own)
+
+    def merge_settings(self) -> dict[str, Any]:
+        """Return the settings that the merge reads besides."""
+        fields = type(self).model_fields
+        return self.model_dump(
+            include={name for name, field in fields.items() if role_of(field.json_schema_extra) == AFTER}
+        )
+
+    def fingerprint(self, digests: Mapping[str, str]) -> str:
+        """Return a digest of all that a unit's result depends on; the same for every way of doing the work."""
+        facts = self.result_settings() | {"digests": dict(digests)}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def role_of(extra: Any) -> str:
+    """Return the role that a field's extra schema declares; empty for a setting that changes results."""
+    return str(extra.get(ROLE, "")) if isinstance(extra, dict) else ""
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def checked(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """Return checked settings; raises InputError naming the first setting that is wrong and what is allowed."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise InputError(first_problem(error)) from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first problem of a validation in one line: which setting, which value, what it should be."""
+    problem = error.errors()[0]
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown setting {name!r}"
+    if problem["type"] == "missing":
+        return f"setting {name!r} is missing"
+    return f"setting {name} = {problem['input']!r}: {problem['msg']}"

@@ -1,0 +1,71 @@
+"""A toy analysis in one file: how often each letter begins a line of a text file, per unit of ten lines."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import pyarrow as pa
+
+from mmray.engine import Job, JobSettings, Output, Parts, Plan, Unit, UnitResult, Worker, after_work, known_by_digest
+from mmray.errors import InputError
+
+LINES = 10
+
+
+class LetterSettings(JobSettings):
+    run: str = known_by_digest()
+    """Folder that the table is written to."""
+    text: str = known_by_digest()
+    """File with a line per sample."""
+    upper: bool = False
+    """Count upper-case letters."""
+    most: int = after_work(26, ge=1)
+    """Letters in the table."""
+
+
+class LetterJob(Job[LetterSettings, str]):
+    name = "letters"
+    unit_noun = "lines"
+    parts: ClassVar = {"counts": pa.schema([("letter", pa.string()), ("n", pa.int64())])}
+
+    @property
+    def target(self) -> str:
+        return self.settings.run
+
+    def plan(self) -> Plan[str]:
+        path = Path(self.settings.text).absolute()
+        if not path.is_file():
+            raise InputError(f"{self.settings.text}: no such file")
+        lines = path.read_text().splitlines()
+        units = [Unit(len(lines[i : i + LINES]), lines[i : i + LINES]) for i in range(0, len(lines), LINES)]
+        return Plan(units, {"text": str(hash(tuple(map(len, lines))))}, str(path))
+
+    def worker(self, context: str) -> Worker:
+        def count(unit: Unit) -> UnitResult:
+            if hook := HOOKS.get(os.environ.get("MMRAY_TEST_HOOK", "")):
+                hook(unit)
+            letters = Counter((line.upper() if self.settings.upper else line)[:1] for line in unit.payload)
+            rows = {"letter": list(letters), "n": list(letters.values())}
+            return UnitResult({"counts": pa.table(rows, self.parts["counts"])})
+
+        return count
+
+    def merge(self, plan: Plan[str], parts: Parts, output: Output) -> dict[str, int]:
+        total = (
+            parts.table("counts")
+            .group_by("letter")
+            .aggregate([("n", "sum")])
+            .rename_columns(["letter", "n"])
+            .sort_by("letter")
+        )
+        rows = total.slice(0, self.settings.most)
+        output.table("letters", rows)
+        return {"letters": len(rows)}
+
+
+HOOKS: dict[str, Callable[[Unit], None]] = {}
+"""What a test has a worker do before a unit, by the name in the environment."""
