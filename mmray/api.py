@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -12,12 +13,14 @@ from mmray.cluster.census import run_census as drive_census
 from mmray.cluster.evaluation import run_evaluation
 from mmray.cluster.labels import run_selectivity
 from mmray.cluster.opinions import run_opinions, run_perturbation
-from mmray.cluster.properties import run_properties
+from mmray.cluster.properties import PropertiesJob
 from mmray.cluster.saliency import run_saliency
 from mmray.editing.edit import WeightEdit
 from mmray.editing.material import open_material
 from mmray.editing.methods import make_edit
 from mmray.editing.settings import edit_settings
+from mmray.engine import run as run_job
+from mmray.errors import InputError
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
 from mmray.evaluation.properties.settings import property_settings
 from mmray.evaluation.settings import evaluation_settings
@@ -26,6 +29,18 @@ from mmray.perception.alignment_settings import alignment_settings
 from mmray.perception.settings import saliency_settings
 from mmray.results.run import Run, open_run
 from mmray.settings import census_settings
+
+EXECUTORS = ("ray", "local")
+"""Where a job may run: on Ray's actors, or in this process."""
+
+
+def _asked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as given from Python, where `executor="local"` asks for this process."""
+    given = dict(settings)
+    executor = given.pop("executor", "ray")
+    if executor not in EXECUTORS:
+        raise InputError(f"unknown executor {executor!r}; choose from {', '.join(EXECUTORS)}")
+    return given | ({"local": True} if executor == "local" else {})
 
 
 def edit(run: Run | str, **settings: Any) -> WeightEdit:
@@ -57,7 +72,7 @@ def properties(run: Run | str, **settings: Any) -> pa.Table:
     underscores. Raises InputError for bad settings, or where model or data can't be had.
     """
     uri = run.uri if isinstance(run, Run) else str(run)
-    run_properties(property_settings({"run": uri, **settings}))
+    run_job(PropertiesJob(property_settings({"run": uri, **_asked(settings)})))
     return open_run(uri).properties()
 
 

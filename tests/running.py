@@ -8,19 +8,18 @@ from unittest.mock import patch
 
 import numpy as np
 
-from mmray.cluster import carrying, census, editing, evaluation, pipeline, properties, saliency
-from mmray.cluster.census import Outcome, Progress
+from mmray.cluster import carrying, census, editing, evaluation, pipeline, saliency
+from mmray.cluster.census import Outcome
 from mmray.cluster.pipeline import Pipeline
-from mmray.cluster.properties import Properties
-from mmray.cluster.properties_plan import Plan
-from mmray.cluster.properties_worker import PropertiesWorker
+from mmray.cluster.properties import PropertiesJob
 from mmray.cluster.saliency import Judged
 from mmray.cluster.units import UnitWorker
 from mmray.cluster.worker import CensusWorker
+from mmray.engine import JobResult, Progress
+from mmray.engine import run as run_job
 from mmray.evaluation.properties.settings import property_settings
 from mmray.neurons.concepts import NounSource
 from mmray.perception.settings import saliency_settings
-from mmray.runs import RunFolder
 from mmray.settings import CensusSettings, census_settings
 
 
@@ -51,26 +50,11 @@ def census_here(model: Path | str, data: str, out: Path | str, **settings: objec
         )
 
 
-class _PropertiesHere:
-    """Stands for the dataset of receipts to come."""
-
-    def __init__(self, plan: Plan, folder: RunFolder, units: list[int]) -> None:
-        self.units = units
-        self.worker = PropertiesWorker(plan, folder.store.uri, 1, str(Path.cwd()))
-
-    def iter_batches(self, **_: object) -> Iterator[dict[str, list[Any]]]:
-        for unit in self.units:
-            yield self.worker({"unit": np.array([unit])})
-
-
-def properties_here(run: Path | str, **settings: object) -> Properties:
+def properties_here(run: Path | str, **settings: object) -> JobResult:
     """Measure a run's properties without Ray."""
     follow: Callable[[Progress], None] = settings.pop("follow", lambda _: None)  # type: ignore[assignment]
-    with (
-        patch.object(carrying, "ray_session", lambda _: nullcontext()),
-        patch.object(properties, "_actors", _PropertiesHere),
-    ):
-        return properties.run_properties(property_settings({"run": str(run), **settings}), follow)
+    asked = property_settings({"run": str(run), "local": True, **settings})
+    return run_job(PropertiesJob(asked), follow=follow)
 
 
 class WorkHere:

@@ -121,7 +121,7 @@ def _say_outcome(outcome: Outcome) -> None:
     took = "already finished" if outcome.already else f"in {outcome.seconds:.0f} s"
     say(f"{plural(outcome.samples, 'sample')} {took} → {outcome.out}")
     say_shortfall(outcome)
-    for number, reason in outcome.shards_aside.items():
+    for number, reason in outcome.quarantined.items():
         say(f"shard {number} set aside: {reason}", "red")
     if outcome.occurrences:
         say(f"next: mmray rank {outcome.out}")

@@ -88,7 +88,7 @@ def refresh(
     else:
         say(f"{plural(done.new_samples, 'new sample')} in {done.outcome.seconds:.0f} s → {run}")
         say_shortfall(done.outcome)
-        for number, reason in done.outcome.shards_aside.items():
+        for number, reason in done.outcome.quarantined.items():
             say(f"shard {number} set aside: {reason}", "red")
         if done.drift:
             _show(done.drift)

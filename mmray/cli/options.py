@@ -16,6 +16,7 @@ from mmray.version import VERSION
 
 if TYPE_CHECKING:
     from mmray.cluster.finished import Finished
+    from mmray.engine import JobResult
 
 INCOMPLETE = 4
 """Exit status of a run that ended although some samples or shards failed."""
@@ -111,13 +112,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run: a local path or s3://bucket/prefix.")]
 
 
-def end(outcome: Finished, what: str, *, quiet: bool = False) -> None:
+def end(outcome: Finished | JobResult, what: str, *, quiet: bool = False) -> None:
     """Say what of a piece of work failed or was set aside, unless told to be quiet, and exit with the status for it.
 
     `what` names one of the things that may fail.
     """
     if not quiet:
-        for number, reason in outcome.shards_aside.items():
+        for number, reason in outcome.quarantined.items():
             say(f"unit {number} set aside: {reason}", "red")
         if outcome.failures:
             say(f"{plural(outcome.failures, what)} failed", "yellow")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +16,8 @@ from mmray.evaluation.properties.settings import PropertySettings, property_sett
 @with_settings(PropertySettings)
 def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> None:
     """Measure what a run's neurons mean, beside controls, and draw heat maps: all written to the run's tables."""
-    from mmray.cluster.properties import run_properties
+    from mmray.cluster.properties import PropertiesJob
+    from mmray.engine import run as run_job
     from mmray.results.progress import follow_progress
     from mmray.results.properties import properties as show
     from mmray.results.run import open_run
@@ -25,7 +25,7 @@ def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> No
     checked = property_settings({"run": run, **settings})
     try:
         with follow_progress(Console(stderr=True), "concepts") as follow:
-            outcome = run_properties(checked, follow)
+            done = run_job(PropertiesJob(checked), follow=follow)
     except KeyboardInterrupt:
         print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
         raise
@@ -33,7 +33,7 @@ def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> No
     if as_json:
         table = opened.optional("properties")
         measured = opened.properties().to_pylist() if table is not None else []
-        print(json.dumps(asdict(outcome) | {"properties": measured}, ensure_ascii=False))
+        print(json.dumps(done.summary() | {"properties": measured}, ensure_ascii=False))
     else:
         if checked.only != "maps":
             found = opened.properties()
@@ -41,6 +41,7 @@ def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> No
             kinds = found["property"].to_pylist()
             if "image_invariance" in kinds and "region_invariance" not in kinds:
                 say("no region invariance and no gradient: the image is not in the decoder's sequence")
-        say(f"{outcome.concepts:,} concepts, {outcome.heatmaps:,} heat maps in {outcome.seconds:.0f} s → {run}")
+        counts = f"{done.headline['concepts']:,} concepts, {done.headline['heatmaps']:,} heat maps"
+        say(f"{counts} in {done.seconds:.0f} s → {run}")
         say(f"next: mmray report {run}")
-    end(outcome, "concept", quiet=as_json)
+    end(done, "concept", quiet=as_json)

@@ -37,7 +37,7 @@ def selectivity(run: RunArgument, as_json: AsJson = False, **settings: Any) -> N
     else:
         console.print(analysis(outcome.tables))
         say(f"{outcome.seconds:.0f} s → {run.rstrip('/')}/tables/{{{','.join(outcome.tables)}}}.parquet")
-        for number, reason in outcome.shards_aside.items():
+        for number, reason in outcome.quarantined.items():
             say(f"shard {number} set aside: {reason}", "red")
-    if outcome.shards_aside:
+    if outcome.quarantined:
         raise typer.Exit(INCOMPLETE)

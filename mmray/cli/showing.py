@@ -30,16 +30,18 @@ def say_shortfall(outcome: Outcome) -> None:
 
 def say_meaning(run: Path, concepts: int, maps: int) -> bool:
     """Draw heat maps of all concepts, measure the most frequent, and say what that shows; True where all went well."""
-    from mmray.cluster.properties import run_properties
+    from mmray.cluster.properties import PropertiesJob
+    from mmray.engine import run as run_job
     from mmray.evaluation.properties.settings import property_settings
     from mmray.results.properties import findings
     from mmray.results.run import open_run
 
     say("3 what they mean: properties of the most frequent concepts beside controls, heat maps of all", "bold")
-    measured = run_properties(property_settings({"run": str(run), "concepts": concepts, "maps": maps}))
+    settings = property_settings({"run": str(run), "concepts": concepts, "maps": maps})
+    measured = run_job(PropertiesJob(settings))
     for line in findings(open_run(run)):
         say(f"  {line}")
-    say(f"  {measured.heatmaps:,} heat maps, {measured.seconds:.0f} s")
+    say(f"  {measured.headline['heatmaps']:,} heat maps, {measured.seconds:.0f} s")
     return measured.complete
 
 

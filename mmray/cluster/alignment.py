@@ -25,13 +25,13 @@ import pyarrow as pa
 from mmray.cluster.alignment_training import PROBLEM, checkpoints, steps_of, train
 from mmray.cluster.alignment_validation import Plan, ValidationWorker, plan_validation
 from mmray.cluster.carrying import carry_out, pool_for
-from mmray.cluster.census import Progress
 from mmray.cluster.finished import Finished
 from mmray.cluster.units import mapped
 from mmray.datasets.columns import Columns
 from mmray.datasets.lanes import cut_for_lanes
 from mmray.datasets.shards import Manifest
 from mmray.datasets.sources import open_source
+from mmray.engine import Progress
 from mmray.engine.session import ray_session
 from mmray.errors import InputError
 from mmray.evaluation.summary import summarise
@@ -101,7 +101,7 @@ def run_alignment(settings: AlignmentSettings, follow: Callable[[Progress], None
         lost=training["lost"],
         loss=training["loss"],
         failures=rows.failures,
-        shards_aside=rows.aside,
+        quarantined=rows.aside,
         seconds=time.perf_counter() - began,
     )
 

@@ -8,7 +8,8 @@ from itertools import accumulate
 
 import ray.data
 
-from mmray.cluster.census import Progress, check_complete
+from mmray.cluster.census import check_complete
+from mmray.engine import Progress
 from mmray.engine.session import Pool, actor_pool, machines, ray_session
 from mmray.errors import InputError
 from mmray.runs import Receipt, RunFolder

@@ -20,6 +20,7 @@ from mmray.cluster.worker import DECODE, CensusWorker, open_data
 from mmray.datasets.contents import Source
 from mmray.datasets.limits import check_columns
 from mmray.datasets.shards import Manifest, cut, read_shard
+from mmray.engine import Progress
 from mmray.engine.session import actor_pool, machines, ray_session
 from mmray.errors import InputError
 from mmray.models.loading import describe_model, digest, from_anywhere, resolve
@@ -37,16 +38,6 @@ from mmray.version import VERSION
 
 PEEKED = 16
 """Samples that the driver reads."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a census is; counts cover all shards that are committed or set aside, of this and earlier calls."""
-
-    samples: int
-    total: int
-    failures: int
-    shards_aside: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +144,7 @@ def outcome(out: str, folder: RunFolder, seconds: float, since: int = 0) -> Outc
         skipped=skipped(told),
         analysed=sum(receipt.samples for receipt in told),
         occurrences=sum(receipt.occurrences for receipt in receipts.values()),
-        shards_aside={shard: reason for shard, reason in folder.reasons(receipts).items() if shard >= since},
+        quarantined={shard: reason for shard, reason in folder.reasons(receipts).items() if shard >= since},
         seconds=seconds,
     )
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mmray.cluster.carrying import carry_out, pool_for
-from mmray.cluster.census import Progress
 from mmray.cluster.units import UnitWorker, mapped
 from mmray.editing.edit import check_free
 from mmray.editing.material import Material, open_material
 from mmray.editing.methods import make_edit
 from mmray.editing.settings import EditSettings
+from mmray.engine import Progress
 from mmray.errors import InputError, StorageError
 from mmray.results.run import Run, open_run
 from mmray.runs import Receipt, RunFolder

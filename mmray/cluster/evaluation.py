@@ -19,13 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmray.cluster.carrying import Folders, carry_out, pool_for
-from mmray.cluster.census import Progress
 from mmray.cluster.described import described
 from mmray.cluster.evaluation_plan import Plan, digests, plan_evaluation, units_json
 from mmray.cluster.evaluation_worker import EvaluationWorker, Opener
 from mmray.cluster.finished import Finished
 from mmray.cluster.units import mapped_together
 from mmray.editing.edit import open_edit
+from mmray.engine import Progress
 from mmray.evaluation.asks import Edit
 from mmray.evaluation.scope import EDITED
 from mmray.evaluation.settings import EvaluationSettings
@@ -103,7 +103,7 @@ def _evaluated(
             facts=edit.facts,
             samples=sum(receipt.samples for receipt in receipts.values()),
             failures=sum(receipt.failures for receipt in receipts.values()),
-            shards_aside=folder.reasons(receipts),
+            quarantined=folder.reasons(receipts),
             seconds=time.perf_counter() - began,
         )
         _write(outcome, plan, info["fingerprint"], captions, lease)
@@ -186,7 +186,7 @@ def _write(outcome: Evaluation, plan: Plan, fingerprint: str, captions: pa.Table
         "run": plan.settings.run,
         "samples": outcome.samples,
         "failures": outcome.failures,
-        "units_aside": outcome.shards_aside,
+        "units_aside": outcome.quarantined,
         "settings": plan.settings.result_settings() | plan.settings.model_dump(include={"draws", "detector"}),
         "fingerprint": fingerprint,
         "seconds": round(outcome.seconds, 3),

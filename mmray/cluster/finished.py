@@ -11,11 +11,11 @@ class Finished:
 
     failures: int
     """Samples, or whatever is counted, that failed."""
-    shards_aside: dict[int, str]
+    quarantined: dict[int, str]
     """Unit of work → why it was set aside."""
     seconds: float
 
     @property
     def complete(self) -> bool:
         """Tell whether all went well."""
-        return not self.failures and not self.shards_aside
+        return not self.failures and not self.quarantined

@@ -20,10 +20,10 @@ import pyarrow.compute as pc
 import ray.data
 
 from mmray.cluster.carrying import carry_out, pool_for
-from mmray.cluster.census import Progress
 from mmray.cluster.labels_plan import Plan, plan_labels
 from mmray.cluster.labels_worker import LabelWorker, SumsWorker, Tests, TestsWorker
 from mmray.cluster.units import mapped
+from mmray.engine import Progress
 from mmray.errors import DamagedError, InputError
 from mmray.evaluation.labels import intervention_rows, stage_rows, steering_rows
 from mmray.label_tables import ANALYSIS, LABEL_SCHEMAS
@@ -60,7 +60,7 @@ class Outcome:
     """A finished analysis: the rows that it wrote, by table, and what could not be done."""
 
     tables: dict[str, pa.Table]
-    shards_aside: dict[int, str]
+    quarantined: dict[int, str]
     seconds: float
     outdated: tuple[str, ...]
     """Tables whose rows an earlier call measured of other neurons, and that have none of this analysis now."""

@@ -19,7 +19,6 @@ from typing import Any
 import pyarrow as pa
 
 from mmray.cluster.carrying import carry_out, pool_for
-from mmray.cluster.census import Progress
 from mmray.cluster.described import described
 from mmray.cluster.finished import Finished
 from mmray.cluster.sight_worker import PARTS, Asked, OpinionWorker, PerturbationWorker, Plan, SightWorker
@@ -29,6 +28,7 @@ from mmray.datasets.columns import Columns
 from mmray.datasets.shards import cut
 from mmray.datasets.sources import open_source
 from mmray.derived import DERIVED, OPINION_SCHEMAS
+from mmray.engine import Progress
 from mmray.errors import InputError
 from mmray.evaluation.ground_truth import survey
 from mmray.evaluation.object_words import NONE, ObjectWords, open_words
@@ -132,7 +132,7 @@ def _look(
         samples=sum(receipt.samples for receipt in receipts.values()),
         rows=len(rows),
         failures=sum(receipt.failures for receipt in receipts.values()),
-        shards_aside=folder.reasons(receipts),
+        quarantined=folder.reasons(receipts),
         measures=found,
         seconds=time.perf_counter() - began,
     )

@@ -10,12 +10,13 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mmray.cluster.census import Outcome, Progress, run_census
+from mmray.cluster.census import Outcome, run_census
 from mmray.cluster.editing import edit_folder, make_edits
 from mmray.cluster.evaluation import Evaluation, run_evaluations
 from mmray.derived import TABLES
 from mmray.editing.edit import WeightEdit, open_edit
 from mmray.editing.settings import edit_settings
+from mmray.engine import Progress
 from mmray.engine.session import ray_session
 from mmray.errors import InputError
 from mmray.evaluation.settings import evaluation_settings

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from mmray.cluster.census import open_inputs
 from mmray.datasets.shards import Manifest
+from mmray.engine import Plan, Unit
 from mmray.errors import InputError
 from mmray.evaluation.properties.settings import MOST, RANKINGS, PropertySettings
 from mmray.evaluation.properties.subject import Facts, Ranked
@@ -30,14 +31,12 @@ MOST_MAPPED = 1500
 
 
 @dataclass(frozen=True)
-class Plan:
+class Context:
     """All that workers need besides model and data."""
 
-    settings: PropertySettings
     census: CensusSettings
     manifest: Manifest
     nouns: NounSource
-    units: tuple[tuple[Facts, ...], ...]
     shards: Mapping[str, int]
     """The shard of each sample that is wanted."""
     captions: Mapping[str, str]
@@ -45,18 +44,12 @@ class Plan:
     images: Mapping[str, str]
     """The key of each one's image."""
 
-    @property
-    def concepts(self) -> int:
-        """Concepts of all units."""
-        return sum(map(len, self.units))
 
-    def digest(self) -> str:
-        """Return a digest of what is measured on which samples."""
-        return hashlib.sha256(repr(self.units).encode()).hexdigest()[:16]
+def plan_properties(settings: PropertySettings, run: Run) -> Plan[Context]:
+    """Settle which concepts are measured on which images; raises InputError where there are none, or no data.
 
-
-def plan_properties(settings: PropertySettings, run: Run) -> Plan:
-    """Settle which concepts are measured on which images; raises InputError where there are none, or no data."""
+    A unit's payload is the `Facts` of its concepts.
+    """
     census = census_settings(run.info["settings"] | {"captions": "dataset"})
     rows = {row["sample_id"]: row for row in run.table("captions").to_pylist()}
     keys = image_keys(run.table("captions"))
@@ -91,17 +84,18 @@ def plan_properties(settings: PropertySettings, run: Run) -> Plan:
         )
     wanted = {name for fact in facts.values() for name in (*fact.own, *fact.others, *fact.maps)}
     _, _, nouns = open_inputs(census_settings(run.info["settings"]))
-    return Plan(
-        settings,
+    units = _units([facts[name] for name in measured if name in facts], TOGETHER)
+    units += _units([fact for fact in facts.values() if not fact.own], MAPPED)
+    context = Context(
         census,
         Manifest.from_json(run.folder.manifest()),
         nouns,
-        _units([facts[name] for name in measured if name in facts], TOGETHER)
-        + _units([fact for fact in facts.values() if not fact.own], MAPPED),
         {name: rows[name]["shard_id"] for name in wanted},
         {name: rows[name]["caption"] for name in wanted},
         {name: keys[name] for name in wanted},
     )
+    measures = hashlib.sha256(repr([unit.payload for unit in units]).encode()).hexdigest()[:16]
+    return Plan(units, run.digests() | {"units": measures}, context)
 
 
 def _images(
@@ -174,5 +168,6 @@ def _varied(samples: Sequence[str], rows: Mapping[str, dict[str, Any]]) -> list[
     return [name for *_, name in sorted(turns)]
 
 
-def _units(facts: Sequence[Facts], size: int) -> tuple[tuple[Facts, ...], ...]:
-    return tuple(tuple(facts[start : start + size]) for start in range(0, len(facts), size))
+def _units(facts: Sequence[Facts], size: int) -> list[Unit]:
+    parts = (tuple(facts[start : start + size]) for start in range(0, len(facts), size))
+    return [Unit(len(part), part) for part in parts]

@@ -10,9 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmray.cluster.census import Outcome, Progress, finish, open_inputs, outcome, run_info, unfinished
+from mmray.cluster.census import Outcome, finish, open_inputs, outcome, run_info, unfinished
 from mmray.datasets.limits import check_columns
 from mmray.datasets.shards import Manifest, extend
+from mmray.engine import Progress
 from mmray.errors import InputError
 from mmray.results.drift import Drift, compare
 from mmray.results.run import open_run

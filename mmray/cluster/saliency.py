@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmray.cluster.carrying import carry_out, pool_for
-from mmray.cluster.census import Progress, open_inputs
+from mmray.cluster.census import open_inputs
 from mmray.cluster.described import described, digests_of
 from mmray.cluster.finished import Finished
 from mmray.cluster.saliency_worker import SaliencyPlan, SaliencyWorker
 from mmray.cluster.units import mapped
 from mmray.datasets.shards import Manifest
 from mmray.derived import SALIENCY_SCHEMAS
+from mmray.engine import Progress
 from mmray.errors import InputError
 from mmray.evaluation.saliency import summarise_saliency
 from mmray.image_keys import image_keys, one_per_image
@@ -106,7 +107,7 @@ def _judge(
         images=len({sample for sample, _ in words}),
         words=len(words),
         failures=sum(receipt.failures for receipt in receipts.values()),
-        shards_aside=aside,
+        quarantined=aside,
         seconds=time.perf_counter() - began,
     )
     folder.finish({"images": outcome.images, "failures": outcome.failures})

@@ -63,16 +63,17 @@ def run_together(
     """
     began = time.perf_counter()
     with ExitStack() as stack:
+        # Planned first: what is wrong with the set-up leaves no trace.
+        plans = [job.plan() for job in jobs]
         begun = []
-        for job in jobs:
+        for job, plan in zip(jobs, plans, strict=True):
             held = lease or stack.enter_context(drive_analysis(f"{job.target}/{job.name}"))
-            begun.append(_begin(job, held))
+            begun.append(_begin(job, plan, held))
         _run_pending(begun, executor or executor_for(jobs[0].settings), follow)
         return [_finish(one, began) for one in begun]
 
 
-def _begin(job: Job[Any, Any], lease: Lease) -> _Begun:
-    plan = job.plan()
+def _begin(job: Job[Any, Any], plan: Plan[Any], lease: Lease) -> _Begun:
     fingerprint = job.settings.fingerprint(plan.digests)
     folder = RunFolder.at(job.folder(fingerprint), patient=True)
     folder.begin(
@@ -82,6 +83,7 @@ def _begin(job: Job[Any, Any], lease: Lease) -> _Begun:
             "result_settings": job.settings.result_settings(),
             "digests": dict(plan.digests),
             "fingerprint": fingerprint,
+            "shards": len(plan.units),
             "versions": {"mmray": VERSION},
         },
         json.dumps({"units": len(plan.units), "sizes": [unit.size for unit in plan.units]}).encode(),
@@ -103,6 +105,7 @@ def _run_pending(begun: Sequence[_Begun], executor: Executor, follow: Follow) ->
     done: list[Receipt] = []
     start = 0
     for one in begun:
+        one.folder.repair()
         known = one.folder.receipts()
         if not one.job.settings.retry_failed:
             known |= one.folder.aside(known)

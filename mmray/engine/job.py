@@ -120,6 +120,11 @@ class JobResult:
         """Whether all went well."""
         return not self.failures and not self.quarantined
 
+    def summary(self) -> dict[str, Any]:
+        """Return what --json says of the job."""
+        own = ("job", "done", "failures", "quarantined", "seconds")
+        return {name: getattr(self, name) for name in own} | dict(self.headline)
+
 
 class Job(ABC, Generic[S, P]):
     """An analysis with its settings; instances are pickled to workers."""

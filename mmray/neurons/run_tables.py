@@ -75,7 +75,7 @@ def _write_tables(
             "samples": sum(receipt.samples for receipt in done),
             "failures": sum(receipt.failures for receipt in done),
             "skipped": skipped(done),
-            "shards_aside": folder.reasons(receipts),
+            "quarantined": folder.reasons(receipts),
             "occurrences": sum(receipt.occurrences for receipt in done),
             "concepts": len(merge.concepts.concepts),
             "certified": certified,

@@ -19,8 +19,8 @@ class Counts(Protocol):
     """How far the work is: samples done of total, and samples that failed."""
 
     @property
-    def samples(self) -> int:
-        """Samples committed or set aside."""
+    def done(self) -> int:
+        """Samples committed or quarantined."""
 
     @property
     def total(self) -> int:
@@ -55,14 +55,14 @@ def follow_progress(console: Console, things: str = "samples") -> Iterator[Calla
         task = bar.add_task("census", total=1, failed=0, things=things)
 
         def follow(counts: Counts) -> None:
-            bar.update(task, completed=counts.samples, total=_total(counts), failed=counts.failures)
+            bar.update(task, completed=counts.done, total=_total(counts), failed=counts.failures)
 
         yield follow
 
 
 def _total(counts: Counts) -> int:
     # Samples of one id are one of the total, but each is counted where it is done.
-    return max(counts.total, counts.samples)
+    return max(counts.total, counts.done)
 
 
 def _plain(console: Console, things: str) -> Callable[[Counts], None]:
@@ -72,15 +72,15 @@ def _plain(console: Console, things: str) -> Callable[[Counts], None]:
     def follow(counts: Counts) -> None:
         nonlocal last, first, began
         # Work of several passes is told from its beginning at each.
-        if first is None or counts.samples < first:
-            first, began = counts.samples, time.monotonic()
+        if first is None or counts.done < first:
+            first, began = counts.done, time.monotonic()
         now = time.monotonic()
         total = _total(counts)
-        if now - last >= PLAIN_EVERY or counts.samples == total:
+        if now - last >= PLAIN_EVERY or counts.done == total:
             last = now
-            speed = (counts.samples - first) / max(now - began, 1e-9)
-            left = f", {(total - counts.samples) / speed:.0f} s left" if speed else ""
-            done = f"{counts.samples:,} of {total:,} {things}"
+            speed = (counts.done - first) / max(now - began, 1e-9)
+            left = f", {(total - counts.done) / speed:.0f} s left" if speed else ""
+            done = f"{counts.done:,} of {total:,} {things}"
             console.print(f"{done}, {speed:.1f} {things}/s, {counts.failures} failed{left}")
 
     return follow

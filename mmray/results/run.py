@@ -21,6 +21,7 @@ from mmray.neuron_names import parse_neuron
 from mmray.runs import RunFolder
 from mmray.runs.home import resolve_settings
 from mmray.runs.receipts import skipped
+from mmray.runs.snapshots import Snapshot, open_snapshot, snapshots
 from mmray.tables import read_table
 
 ORDERS = {
@@ -44,7 +45,7 @@ class Status:
 
     shards: int
     shards_done: int
-    shards_aside: dict[int, str]
+    quarantined: dict[int, str]
     samples: int
     samples_done: int
     failures: int
@@ -58,7 +59,7 @@ class Status:
     @property
     def pending(self) -> int:
         """Shards that are neither done nor set aside."""
-        return self.shards - self.shards_done - len(self.shards_aside)
+        return self.shards - self.shards_done - len(self.quarantined)
 
     @property
     def samples_per_second(self) -> float:
@@ -101,9 +102,21 @@ class Run:
 
     def optional(self, name: str) -> pa.Table | None:
         """Return a table that not every run has; None where this one has not."""
-        if not self.folder.store.list(f"tables/{name}.parquet"):
+        if name not in self._snapshots and not self.folder.store.list(f"tables/{name}.parquet"):
             return None
         return self.table(name)
+
+    def digests(self) -> dict[str, str]:
+        """Return what tells the run's finished tables from those of any other run, or of the same one grown."""
+        finished = self.folder.finished() or {}
+        return {"run": self.info["fingerprint"], "receipts": str(finished.get("receipts"))}
+
+    @cached_property
+    def _snapshots(self) -> dict[str, Snapshot]:
+        """The newest snapshot of every analysis by table, all of this moment."""
+        store = self.folder.store
+        opened = [open_snapshot(store, job, numbers[0]) for job, numbers in snapshots(store).items()]
+        return {name: snapshot for snapshot in opened for name in snapshot.tables}
 
     def properties(self, concept: str | None = None) -> pa.Table:
         """Return what `mmray properties` measured, of a concept or over all of them (None); columns of `properties`.
@@ -115,6 +128,8 @@ class Run:
         return table.filter(pc.is_null(column) if concept is None else pc.equal(column, concept.casefold()))
 
     def _read(self, name: str) -> pa.Table:
+        if name in self._snapshots:
+            return self._snapshots[name].read(self.folder.store, name)
         checksums = self.folder.table_checksums()
         try:
             return read_table(self.folder.store, name, checksums=checksums)
@@ -227,7 +242,7 @@ class Run:
         return Status(
             shards=self.info["shards"],
             shards_done=len(done),
-            shards_aside=self.folder.reasons(receipts),
+            quarantined=self.folder.reasons(receipts),
             samples=self.info["data"]["samples"],
             samples_done=sum(receipt.samples for receipt in done),
             failures=sum(receipt.failures for receipt in done),

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 import mmray
-from mmray.cluster.properties import run_properties
+from mmray.cluster.properties import PropertiesJob
+from mmray.engine import run as run_job
 from mmray.evaluation.properties.settings import property_settings
 from mmray.reporting import write_report
 from mmray.results.run import Run
@@ -73,13 +74,14 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = arguments.run or str(mmray.run_census("demo", "demo", f"{folder}/run").uri)
-        done = run_properties(property_settings({"run": place, "language": arguments.language}))
+        done = run_job(PropertiesJob(property_settings({"run": place, "language": arguments.language})))
         run = mmray.open_run(place)
         show(run)
         began = time.perf_counter()
         report = Path(write_report(run, f"{folder}/report.html"))
         seconds, size = time.perf_counter() - began, report.stat().st_size / 1e6
-    print(f"properties of {done.concepts} concepts, {done.heatmaps} heat maps: {done.seconds:.0f} s")
+    counts = f"{done.headline['concepts']} concepts, {done.headline['heatmaps']} heat maps"
+    print(f"properties of {counts}: {done.seconds:.0f} s")
     print(f"report: {seconds:.1f} s, {size:.1f} MB")
 
 

@@ -56,7 +56,7 @@ def undisturbed(asked, tmp_path_factory, ray_here: str):
     with patch.object(alignment, "TOLD_EVERY", 0.02):
         done = run_alignment(
             alignment_settings({**asked, "out": out, "workers": 1}),
-            lambda progress: told.append((progress.samples, progress.total)),
+            lambda progress: told.append((progress.done, progress.total)),
         )
     assert (done.images, done.lost, done.steps) == (120, 0, 30)
     # A model with random weights may write the image's own token, and can't be asked along that.

@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.cluster.census import Outcome, Progress, run_census
+from mmray.cluster.census import Outcome, run_census
 from mmray.demo import DATA
+from mmray.engine import Progress
 from mmray.results.run import Run, open_run
 from mmray.settings import census_settings
 from mmray.storage import open_store
@@ -82,7 +83,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[float]
 
     def follow(progress: Progress) -> None:
         times = sorted(path.stat().st_mtime for path in out.glob("receipts/*.json"))
-        if progress.samples == 32 * (len(delays) + 1):
+        if progress.done == 32 * (len(delays) + 1):
             delays.append(time.time() - times[len(delays)])
 
     assert census(out, follow).complete
@@ -122,11 +123,11 @@ def test_workers_that_die_and_shards_that_never_succeed(undisturbed: Run, tmp_pa
     kills_once = Fault(caption_of(64), once=tmp_path / "killed")
     with faulty(always_raises, always_kills, kills_once):
         outcome = census(out, said.append)
-    assert set(outcome.shards_aside) == {0, 1}
-    assert outcome.shards_aside[0].startswith("given up after 3 attempts: RuntimeError: no luck")
-    assert outcome.shards_aside[1] == "given up after 3 attempts: the worker died without a word"
+    assert set(outcome.quarantined) == {0, 1}
+    assert outcome.quarantined[0].startswith("given up after 3 attempts: RuntimeError: no luck")
+    assert outcome.quarantined[1] == "given up after 3 attempts: the worker died without a word"
     assert not outcome.complete
-    assert (said[-1].samples, said[-1].shards_aside) == (SAMPLES, 2)
+    assert (said[-1].done, said[-1].quarantined) == (SAMPLES, 2)
     # The shard whose worker was killed once is there, at the second attempt, and whole.
     assert (tmp_path / "killed").exists()
     assert "000002/2" in attempts(out)
@@ -134,11 +135,11 @@ def test_workers_that_die_and_shards_that_never_succeed(undisturbed: Run, tmp_pa
     run = open_run(out)
     given = pq.read_table(DATA, columns=["sample_id"])["sample_id"].to_pylist()[64:SAMPLES]
     assert sorted(run.table("captions")["sample_id"].to_pylist()) == sorted(given)
-    assert (outcome.samples, run.status().shards_aside) == (32, outcome.shards_aside)
+    assert (outcome.samples, run.status().quarantined) == (32, outcome.quarantined)
     # Run again, the others stay aside, unless it is asked for.
     before = attempts(out)
     committed = receipts(out)
-    assert census(out).shards_aside == outcome.shards_aside
+    assert census(out).quarantined == outcome.quarantined
     assert attempts(out) == before
     assert census(out, retry_failed=True).complete
     assert committed.items() <= receipts(out).items()

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.cluster import carrying, evaluation
-from mmray.cluster.census import Progress
 from mmray.cluster.evaluation import Evaluation, run_evaluation, run_evaluations
 from mmray.cluster.evaluation_plan import _without
 from mmray.datasets.contents import DataFile
@@ -22,6 +21,7 @@ from mmray.datasets.samples import Sample
 from mmray.datasets.shards import Manifest, cut, read_shard
 from mmray.datasets.sources import open_source
 from mmray.demo import DATA, EVALUATION
+from mmray.engine import Progress
 from mmray.errors import InputError
 from mmray.evaluation.evaluate import evaluate
 from mmray.evaluation.facts import gather_facts
@@ -175,7 +175,7 @@ def test_it_goes_on_where_it_stopped(done: Done, run: Path, edit: StandIn, tmp_p
         pass
 
     def stop(progress: Progress) -> None:
-        if progress.samples >= 8:
+        if progress.done >= 8:
             raise StopError
 
     with pytest.raises(StopError):
@@ -217,7 +217,7 @@ def test_edits_measured_together_are_as_by_themselves_and_the_model_is_asked_onc
         pass
 
     def stop(progress: Progress) -> None:
-        if progress.samples:
+        if progress.done:
             raise StopError
 
     def mapped(worker: Any, arguments: Any, groups: Any, *rest: Any, **more: Any) -> WorkHere:
@@ -363,8 +363,8 @@ def test_units_that_never_succeed_are_set_aside(run: Path, edit: StandIn, tmp_pa
     wrong = replace(edit, scale=(99, 1.0), exchange=None)
     outcome = evaluated_here(run, wrong.save(tmp_path / "edit"), limit=4, text_count=1)
     # A shard of the data, one of the run's, and two of questions: one drawn, eight about the words.
-    assert len(outcome.shards_aside) == 4
-    assert "IndexError" in outcome.shards_aside[0]
+    assert len(outcome.quarantined) == 4
+    assert "IndexError" in outcome.quarantined[0]
     assert not outcome.complete
     assert outcome.measures["image_locality"] == {
         "before": None,

@@ -126,7 +126,7 @@ def test_properties_are_of_as_many_images_as_they_say(
         assert five["value"] == pytest.approx(one["value"], abs=0.12), five["concept"]
     # Concepts share images: over all of them each counts once.
     units = plan_properties(property_settings({"run": run.uri, **ASKED}), run).units
-    own = [name for unit in units for facts in unit for name in facts.own]
+    own = [name for unit in units for facts in unit.payload for name in facts.own]
     (whole,) = (row for row in found if row["concept"] is None)
     assert whole["n"] == len({images[name] for name in own}) < len(own)
 
@@ -300,5 +300,5 @@ def test_selectivity_holds_whole_images_out(coco: CocoLike, tiny: Callable[[str]
     assert not held & {images[name] for name in plan.replicates.samples}
     with here():
         outcome = run_selectivity(settings)
-    assert not outcome.shards_aside
+    assert not outcome.quarantined
     assert len(outcome.tables["interventions"])

@@ -55,7 +55,7 @@ def analysed(run: Path, **settings: Any) -> dict[str, list[dict[str, Any]]]:
     quick = {"permutations": 2, "bootstraps": 2, "batch_size": 20}
     with without_ray():
         outcome = run_selectivity(selectivity_settings({"run": str(run), **quick, **settings}))
-    assert not outcome.shards_aside
+    assert not outcome.quarantined
     return {name: rows.to_pylist() for name, rows in outcome.tables.items()}
 
 
@@ -196,7 +196,7 @@ def test_shards_set_aside_are_told_and_not_counted(run: Path, monkeypatch: pytes
     with without_ray(), monkeypatch.context() as patched:
         patched.setattr(LabelWorker, "samples", breaks({1}))
         outcome = run_selectivity(selectivity_settings({**quick, "seed": 2}))
-    assert list(outcome.shards_aside) == [1]
+    assert list(outcome.quarantined) == [1]
     captions = open_run(run).table("captions").to_pylist()
     counted = Counter(row["language"] for row in captions if row["shard_id"] != 1)
     assert {row["label"]: row["samples"] for row in outcome.tables["selective_labels"].to_pylist()} == counted

@@ -95,7 +95,7 @@ def test_claims_are_tables_of_the_run_and_a_stopped_one_goes_on(run):
             run_opinions(asked(run), stop)
         done = run_opinions(asked(run), lambda progress: seen.append(progress))
         assert done.complete
-        assert [progress.samples for progress in seen[2:]] == [2, 4]
+        assert [progress.done for progress in seen[2:]] == [2, 4]
         again = run_opinions(asked(run))
     opened = open_run(run)
     for name in MADE:

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import pytest
 
 from mmray.cluster import worker
-from mmray.cluster.census import Progress
+from mmray.engine import Progress
 from mmray.errors import InputError, OutageError
 from mmray.results.run import open_run
 from mmray.storage import open_store, patience, patiently, s3_client
@@ -82,14 +82,14 @@ def test_an_outage_that_outlasts_patience_ends_the_run_and_blames_no_shard(
     out = f"s3://{bucket}/{uuid.uuid4().hex}"
 
     def follow(progress: Progress) -> None:
-        if progress.samples == 2:
+        if progress.done == 2:
             proxy.down.set()
 
     with pytest.raises(InputError, match=r"^s3://.*ServiceUnavailable.*; try again later$") as refusal:
         census_here(**settings, out=out, follow=follow)
     assert "\n" not in str(refusal.value)
     proxy.down.clear()
-    assert open_run(out).status().shards_aside == {}
+    assert open_run(out).status().quarantined == {}
     assert census_here(**settings, out=out).complete
     assert open_run(out).status().shards_done == 4
 

@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmray.cli import main
-from mmray.cluster import carrying, editing, evaluation, labels, opinions, pipeline, properties, saliency
-from mmray.cluster import properties_worker as workers_of_properties
+from mmray.cluster import carrying, editing, evaluation, labels, opinions, pipeline, saliency
+from mmray.cluster import properties as properties_job
+from mmray.cluster.properties import PropertiesJob
 from mmray.demo import DATA
+from mmray.engine import run as run_job
 from mmray.errors import InputError
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
 from mmray.evaluation.properties.settings import property_settings
@@ -67,16 +69,16 @@ def in_this_process() -> Iterator[None]:
         for module in (carrying, pipeline):
             stack.enter_context(patch.object(module, "ray_session", lambda _: nullcontext()))
         stack.enter_context(patch.object(carrying, "machines", lambda: [(1.0, 0.0)]))
-        for module in (editing, labels, opinions, properties, saliency):
+        for module in (editing, labels, opinions, saliency):
             stack.enter_context(patch.object(module, "mapped", WorkHere))
         stack.enter_context(patch.object(evaluation, "mapped_together", WorkHere))
-        stack.enter_context(patch.object(workers_of_properties, "load_model", cache(load_model)))
+        stack.enter_context(patch.object(properties_job, "load_model", cache(load_model)))
         yield
 
 
 def on_properties(run: Path, _: Path) -> Any:
     sizes = {"concepts": 1, "min_occurrences": 2, "images": 2, "maps": 1, "draws": 10}
-    return properties.run_properties(property_settings({"run": str(run), **sizes}))
+    return run_job(PropertiesJob(property_settings({"run": str(run), "local": True, **sizes})))
 
 
 def on_saliency(run: Path, _: Path) -> Any:
@@ -158,7 +160,7 @@ def test_a_job_works_from_anywhere_and_without_hard_links(run: Path, tmp_path: P
     job, _ = JOBS[name]
     with in_this_process():
         outcome = job(run, tmp_path)
-    assert not getattr(outcome, "shards_aside", {})
+    assert not getattr(outcome, "quarantined", {})
 
 
 @pytest.mark.slow

@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from mmray.cluster.properties import run_properties
+from mmray.cluster.properties import PropertiesJob
 from mmray.derived import DERIVED
+from mmray.engine import run as run_job
 from mmray.errors import InputError
 from mmray.evaluation.properties.protocols import PROTOCOLS
 from mmray.evaluation.properties.settings import property_settings
@@ -36,7 +37,7 @@ def tables(run: Path) -> dict[str, pa.Table]:
 
 def without(run: Path) -> None:
     store = open_run(run).folder.store
-    for prefix in ("properties/", "tables/properties", "tables/heatmaps"):
+    for prefix in ("properties/", "snapshots/", "tables/properties", "tables/heatmaps"):
         for entry in store.list(prefix):
             store.delete(entry.key)
 
@@ -49,7 +50,7 @@ def test_before_them_the_tables_are_refused_with_what_makes_them(run):
 def test_tables_have_their_columns_and_every_measure_its_protocol(run):
     done = properties_here(run, **ASKED)
     assert done.complete, open_run(run).folder.store.list("properties/")
-    assert done.heatmaps == len(open_run(run).table("heatmaps"))
+    assert done.headline["heatmaps"] == len(open_run(run).table("heatmaps"))
     found = tables(run)
     for name, table in found.items():
         assert table.schema.names == DERIVED[name].names
@@ -136,5 +137,5 @@ def test_actors_give_what_one_process_gives(run):
     properties_here(run, **ASKED)
     before = tables(run)
     without(run)
-    assert run_properties(property_settings({"run": str(run), "workers": 2, **ASKED})).complete
+    assert run_job(PropertiesJob(property_settings({"run": str(run), "workers": 2, **ASKED}))).complete
     assert tables(run) == before

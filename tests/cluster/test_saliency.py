@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mmray.cluster.census import Progress
 from mmray.cluster.saliency import run_saliency
 from mmray.demo import DETECTOR
 from mmray.demo.scenes import World
 from mmray.derived import DERIVED
+from mmray.engine import Progress
 from mmray.errors import InputError
 from mmray.evaluation.saliency import PROTOCOLS
 from mmray.models.loading import digest

@@ -58,13 +58,13 @@ def test_a_file_that_changes_under_way_costs_its_shard(model: Path, data: Path, 
 
     outcome = census_here(model, str(data), tmp_path / "run", shard_size=8, follow=change)
     assert not outcome.complete
-    assert list(outcome.shards_aside) == [1]
-    assert "1.parquet" in outcome.shards_aside[1]
-    assert "changed since the run began" in outcome.shards_aside[1]
+    assert list(outcome.quarantined) == [1]
+    assert "1.parquet" in outcome.quarantined[1]
+    assert "changed since the run began" in outcome.quarantined[1]
     assert outcome.samples == 16
     run = open_run(tmp_path / "run")
     assert len(run.table("captions")) == 16
-    assert run.status().shards_aside == outcome.shards_aside
+    assert run.status().quarantined == outcome.quarantined
     assert run.status().pending == 0
 
 
@@ -97,7 +97,7 @@ def test_a_run_of_which_every_shard_is_set_aside(
 
     monkeypatch.setattr(ShardAnalysis, "run", run)
     outcome = census_here(model, str(data), tmp_path / "run", shard_size=8)
-    assert outcome.shards_aside == dict.fromkeys(range(3), "given up after 3 attempts: ValueError: never")
+    assert outcome.quarantined == dict.fromkeys(range(3), "given up after 3 attempts: ValueError: never")
     opened = open_run(tmp_path / "run")
     for name in SCHEMAS:
         assert opened.table(name).schema.names == SCHEMAS[name].names
@@ -138,7 +138,7 @@ def test_bad_input_found_in_a_shard_ends_the_run(
     monkeypatch.setattr(ShardAnalysis, "run", run)
     with pytest.raises(InputError, match=r"^the model takes no images; give another$"):
         census_here(model, str(data), tmp_path / "run")
-    assert not open_run(tmp_path / "run").status().shards_aside
+    assert not open_run(tmp_path / "run").status().quarantined
 
 
 def test_a_finished_run_is_left_as_it_is(model: Path, data: Path, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_finished_run_is_left_as_it_is(model: Path, data: Path, tmp_path: Path
     before = files(out)
     again = census_here(model, str(data), out, shard_size=8, batch_size=3)
     assert files(out) == before
-    assert (again.samples, again.failures, again.shards_aside) == (first.samples, 0, {})
+    assert (again.samples, again.failures, again.quarantined) == (first.samples, 0, {})
 
 
 def test_a_driver_that_died_while_merging_is_made_good(model: Path, data: Path, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_shard_both_set_aside_and_committed_counts_as_committed(model: Path, d
     folder.attempt(1)
     folder.set_aside(1, samples=8)
     status = open_run(out).status()
-    assert (status.shards_done, status.pending, status.shards_aside) == (3, 0, {})
+    assert (status.shards_done, status.pending, status.quarantined) == (3, 0, {})
     outcome = census_here(model, str(data), out, shard_size=8)
     assert outcome.complete
     assert open_store(out).exists("aside/000001.json")

@@ -218,8 +218,8 @@ def test_json_of_a_census(mmray: Mmray, tiny: Callable[[str], Path], tmp_path: P
     assert answer.status == 0
     outcome = json.loads(answer.out)
     counts = {"out", "samples", "analysed", "occurrences", "failures", "skipped"}
-    assert set(outcome) == {*counts, "shards_aside", "seconds", "already"}
-    assert (outcome["samples"], outcome["failures"], outcome["shards_aside"]) == (4, 0, {})
+    assert set(outcome) == {*counts, "quarantined", "seconds", "already"}
+    assert (outcome["samples"], outcome["failures"], outcome["quarantined"]) == (4, 0, {})
     assert outcome["occurrences"] >= 4
 
 

@@ -129,7 +129,7 @@ def test_decompression_bombs_are_rows_in_errors(tiny: Callable[[str], Path], tmp
     rows[1]["image"] = {"bytes": picture(side), "path": None}
     assert len(rows[1]["image"]["bytes"]) < 1 << 20
     outcome = census_here(tiny("llava"), str(write(tmp_path / "data.parquet", rows)), tmp_path / "run")
-    assert (outcome.samples, outcome.failures, outcome.shards_aside) == (4, 1, {})
+    assert (outcome.samples, outcome.failures, outcome.quarantined) == (4, 1, {})
     (error,) = open_run(tmp_path / "run").table("errors").to_pylist()
     assert (error["sample_id"], error["stage"]) == (rows[1]["sample_id"], "decode")
     assert "pixels" in error["message"]

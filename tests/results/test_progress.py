@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mmray.cluster.census import Progress
+from mmray.engine import Progress
 from mmray.results import progress
 from mmray.results.progress import follow_progress
 

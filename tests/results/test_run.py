@@ -143,7 +143,7 @@ def test_neurons_outside_the_model(run: Run, name: str) -> None:
 
 def test_status_adds_up(run: Run) -> None:
     status = run.status()
-    assert (status.shards, status.shards_done, status.pending, status.shards_aside) == (3, 3, 0, {})
+    assert (status.shards, status.shards_done, status.pending, status.quarantined) == (3, 3, 0, {})
     assert (status.samples, status.samples_done, status.failures, status.finished) == (24, 24, 2, True)
     assert status.failures == len(run.table("errors"))
     assert status.samples_per_second == pytest.approx(24 / status.seconds)

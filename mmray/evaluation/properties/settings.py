@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from mmray.errors import InputError
-from mmray.settings import Workers, first_problem
+from mmray.engine.settings import JobSettings, after_work, checked, execution
 
 SIZES = (1, 10, 50, 100)
 """Neurons zeroed: the dose."""
@@ -28,12 +25,10 @@ RANKINGS = ("score", "specific")
 """The run's orders whose neurons are measured."""
 
 
-class PropertySettings(BaseModel):
+class PropertySettings(JobSettings):
     """Everything that `mmray properties` can be told."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    run: str
+    run: str = execution()
     """Folder of the run."""
     only: Literal["maps", "properties"] | None = None
     """Draw heat maps, or measure properties, alone; by default both."""
@@ -53,37 +48,12 @@ class PropertySettings(BaseModel):
     """Folder of a text encoder for BERTScore of decoded tokens; default: not measured."""
     clip: str | None = None
     """Folder of a CLIP checkpoint for CLIPScore of decoded tokens; default: not measured."""
-    draws: int = Field(1000, ge=1)
+    draws: int = after_work(1000, ge=1)
     """Draws of the bootstrap over images that intervals are made of."""
     seed: int = 0
     """Seed of all that is drawn."""
-    workers: Workers = None
-    """Actors, each with a model replica: a number, or MIN:MAX to let Ray add and remove some. Default: one a GPU of the
-    cluster; without GPUs one a core, at most four a machine."""
-    gpus_per_worker: float | None = Field(None, ge=0)
-    """GPUs a worker; default: 1 where the cluster has GPUs, else 0."""
-    address: str | None = None
-    """Ray cluster to join (auto, or ray://HOST:PORT); default: a local Ray of this process."""
-    retry_failed: bool = False
-    """Try again what an earlier call set aside."""
-
-    def result_settings(self) -> dict[str, Any]:
-        """Return the settings that the rows of a unit depend on."""
-        return self.model_dump(exclude=EXECUTION)
-
-    def fingerprint(self, digests: dict[str, str]) -> str:
-        """Return a digest of all that the rows depend on; the same for every way of doing the work."""
-        facts = self.result_settings() | {"digests": digests}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-EXECUTION = {"run", "draws", "workers", "gpus_per_worker", "address", "retry_failed"}
-"""Settings that say how the work is done, or come after it."""
 
 
 def property_settings(values: dict[str, Any]) -> PropertySettings:
     """Return checked settings; raises InputError naming the first setting that is wrong and what is allowed."""
-    try:
-        return PropertySettings(**values)
-    except ValidationError as error:
-        raise InputError(first_problem(error)) from error
+    return checked(PropertySettings, values)

@@ -131,7 +131,7 @@ def _facts(run: Run) -> dict[str, Any]:
 
 def _failures(run: Run) -> dict[str, Any]:
     rows = run.table("errors").to_pylist()
-    aside = run.status().shards_aside
+    aside = run.status().quarantined
     return {
         "count": len(rows),
         "rows": [{key: row[key] for key in ("stage", "sample_id", "source", "message")} for row in rows[:FAILURES]],
