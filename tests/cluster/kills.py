@@ -73,6 +73,17 @@ class Bearer(NounSource):
         worker.RunFolder = KINDS[self.folder]  # type: ignore[misc]
 
 
+class Unleased:
+    """Stands for a lease where none is held: it is never lost."""
+
+    def __call__(self) -> None:
+        """Find nothing wrong."""
+
+    def guard(self, store: Store) -> Store:
+        """Return the store as it is."""
+        return store
+
+
 def drive(settings: dict[str, Any], kind: str, leased: bool, environment: dict[str, str]) -> None:
     """Run a census to its end in this process, which is a driver and nothing else; without a lease if so told."""
     # The server that this process is a fork of may have been started before there was a bucket.
@@ -80,8 +91,8 @@ def drive(settings: dict[str, Any], kind: str, leased: bool, environment: dict[s
     logging.disable(logging.ERROR)
     made: Callable[..., NounSource] = census.noun_source
     nouns = patch.object(census, "noun_source", lambda *given: Bearer(**vars(made(*given)), folder=kind))
-    driving = census.driving if leased else lambda _: nullcontext(lambda: None)
-    with nouns, patch.multiple(census, RunFolder=KINDS[kind], driving=driving):
+    held = census.drive if leased else lambda _: nullcontext(Unleased())
+    with nouns, patch.multiple(census, RunFolder=KINDS[kind], drive=held):
         outcome = census.run_census(census_settings(settings))
     raise SystemExit(0 if outcome.complete else 4)
 
