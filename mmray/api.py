@@ -11,10 +11,11 @@ import pyarrow as pa
 from mmray.cluster.alignment import run_alignment
 from mmray.cluster.census import run_census as drive_census
 from mmray.cluster.evaluation import run_evaluation
+from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.labels import run_selectivity
-from mmray.cluster.opinions import run_opinions, run_perturbation
+from mmray.cluster.perturb import PerturbJob
 from mmray.cluster.properties import PropertiesJob
-from mmray.cluster.saliency import run_saliency
+from mmray.cluster.saliency import SaliencyJob
 from mmray.editing.edit import WeightEdit
 from mmray.editing.material import open_material
 from mmray.editing.methods import make_edit
@@ -83,7 +84,7 @@ def saliency(run: Run | str, **settings: Any) -> pa.Table:
     word.) Raises InputError for bad settings, or where the data has no boxes.
     """
     uri = run.uri if isinstance(run, Run) else str(run)
-    run_saliency(saliency_settings({"run": uri, **settings}))
+    run_job(SaliencyJob(saliency_settings({"run": uri, **_asked(settings)})))
     return open_run(uri).table("saliency")
 
 
@@ -112,7 +113,7 @@ def hallucination(run: Run | str, **settings: Any) -> pa.Table:
     `mmray hallucination`, with underscores. Raises InputError for bad settings or input.
     """
     uri = run.uri if isinstance(run, Run) else str(run)
-    run_opinions(opinion_settings({"run": uri, **settings}))
+    run_job(HallucinationJob(opinion_settings({"run": uri, **_asked(settings)})))
     return open_run(uri).table("opinions")
 
 
@@ -121,7 +122,9 @@ def perturb(**settings: Any) -> list[dict[str, Any]]:
 
     `settings` are those of `mmray perturb`, with underscores. Raises InputError for bad settings or input.
     """
-    return run_perturbation(perturbation_settings(settings)).measures
+    done = run_job(PerturbJob(perturbation_settings(_asked(settings))))
+    measures: list[dict[str, Any]] = done.headline["measures"]
+    return measures
 
 
 def run_census(model: str, data: str, out: str, **settings: Any) -> Run:

@@ -8,11 +8,11 @@ from unittest.mock import patch
 
 import numpy as np
 
-from mmray.cluster import carrying, census, editing, evaluation, pipeline, saliency
+from mmray.cluster import carrying, census, editing, evaluation, pipeline
 from mmray.cluster.census import Outcome
 from mmray.cluster.pipeline import Pipeline
 from mmray.cluster.properties import PropertiesJob
-from mmray.cluster.saliency import Judged
+from mmray.cluster.saliency import SaliencyJob
 from mmray.cluster.units import UnitWorker
 from mmray.cluster.worker import CensusWorker
 from mmray.engine import JobResult, Progress
@@ -71,15 +71,11 @@ class WorkHere:
             yield self.worker({"unit": np.array(unit).reshape(-1)})
 
 
-def saliency_here(run: Path | str, **settings: object) -> Judged:
+def saliency_here(run: Path | str, **settings: object) -> JobResult:
     """Measure the saliency of a run's words without Ray."""
     follow: Callable[[Progress], None] = settings.pop("follow", lambda _: None)  # type: ignore[assignment]
-    with (
-        patch.object(carrying, "ray_session", lambda _: nullcontext()),
-        patch.object(carrying, "machines", lambda: [(1.0, 0.0)]),
-        patch.object(saliency, "mapped", WorkHere),
-    ):
-        return saliency.run_saliency(saliency_settings({"run": str(run), **settings}), follow)
+    asked = saliency_settings({"run": str(run), "local": True, **settings})
+    return run_job(SaliencyJob(asked), follow=follow)
 
 
 def pipeline_here(settings: dict[str, Any]) -> Pipeline:

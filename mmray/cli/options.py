@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
+from mmray.engine.settings import JobSettings
 from mmray.settings import CensusSettings, Dtype
 from mmray.version import VERSION
 
@@ -94,7 +96,7 @@ def with_settings(
                 default=defaults.get(name, inspect.Parameter.empty if field.is_required() else field.default),
                 annotation=Annotated[field.annotation, option(name, settings)],
             )
-            for name, field in settings.model_fields.items()
+            for name, field in _own_first(settings)
             if name not in own
         ]
         parameters += own.values()
@@ -104,6 +106,11 @@ def with_settings(
         return command
 
     return give
+
+
+def _own_first(settings: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
+    """Return the fields of settings, those that every job has last."""
+    return sorted(settings.model_fields.items(), key=lambda field: field[0] in JobSettings.model_fields)
 
 
 DtypeName = Annotated[Dtype, option("dtype")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,23 +87,25 @@ def _one(
 
 
 def _whole(settings: SaliencySettings, *, as_json: bool) -> None:
-    from mmray.cluster.saliency import run_saliency
+    from mmray.cluster.saliency import SaliencyJob
+    from mmray.engine import run as run_job
     from mmray.results.progress import follow_progress
     from mmray.results.run import open_run
     from mmray.results.saliency import saliency as show
 
     try:
         with follow_progress(Console(stderr=True), "images") as follow:
-            outcome = run_saliency(settings, follow)
+            done = run_job(SaliencyJob(settings), follow=follow)
     except KeyboardInterrupt:
         print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
         raise
     rows = open_run(settings.run).table("saliency")
     if as_json:
-        print(json.dumps(asdict(outcome) | {"saliency": rows.to_pylist()}, ensure_ascii=False))
+        print(json.dumps(done.summary() | {"saliency": rows.to_pylist()}, ensure_ascii=False))
     else:
         console.print(show(rows))
         say_sight(settings.alignment)
-        say(f"{outcome.words:,} words of {outcome.images:,} images in {outcome.seconds:.0f} s → {settings.run}")
+        counts = f"{done.headline['words']:,} words of {done.headline['images']:,} images"
+        say(f"{counts} in {done.seconds:.0f} s → {settings.run}")
         say(f"next: mmray report {settings.run}")
-    end(outcome, "image", quiet=as_json)
+    end(done, "image", quiet=as_json)

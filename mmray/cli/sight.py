@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +21,7 @@ from mmray.evaluation.opinions.settings import (
 )
 
 if TYPE_CHECKING:
-    from mmray.cluster.opinions import Looked
+    from mmray.engine import Job, JobResult
 
 
 @app.command()
@@ -36,48 +35,49 @@ def hallucination(
     **settings: Any,
 ) -> None:
     """Ask a detector whether what the model claims is there: nouns of its captions, answers to yes/no questions."""
-    from mmray.cluster.opinions import run_opinions
+    from mmray.cluster.hallucination import HallucinationJob
     from mmray.results.opinions import mistakes, opinions
     from mmray.results.run import open_run
 
     checked = opinion_settings({"run": run, **settings})
-    outcome = _followed(lambda follow: run_opinions(checked, follow))
+    done = _followed(HallucinationJob(checked))
     found = open_run(run).table("mistakes").to_pylist()
     if pictures is not None:
         _save(pictures, found)
     if as_json:
-        print(json.dumps(asdict(outcome), ensure_ascii=False))
+        print(json.dumps(done.summary(), ensure_ascii=False))
     else:
-        console.print(opinions(outcome.measures))
+        console.print(opinions(done.headline["measures"]))
         if found:
             console.print(mistakes(found))
         say_sight(checked.alignment)
-    _end(outcome, "claims", as_json)
+    _end(done, "claims", checked.run, as_json)
 
 
 @app.command()
 @with_settings(PerturbationSettings)
 def perturb(as_json: AsJson = False, **settings: Any) -> None:
     """Move what the model sees from one concept to another, ask again, and tell what changed, beside controls."""
-    from mmray.cluster.opinions import run_perturbation
+    from mmray.cluster.perturb import PerturbJob
     from mmray.results.opinions import changes
 
     checked = perturbation_settings(settings)
-    outcome = _followed(lambda follow: run_perturbation(checked, follow))
+    done = _followed(PerturbJob(checked))
     if as_json:
-        print(json.dumps(asdict(outcome), ensure_ascii=False))
+        print(json.dumps(done.summary(), ensure_ascii=False))
     else:
-        console.print(changes(outcome.measures))
+        console.print(changes(done.headline["measures"]))
         say_sight(checked.alignment)
-    _end(outcome, "answers", as_json)
+    _end(done, "answers", checked.out, as_json)
 
 
-def _followed(work: Callable[[Any], Looked]) -> Looked:
+def _followed(job: Job[Any, Any]) -> JobResult:
+    from mmray.engine import run as run_job
     from mmray.results.progress import follow_progress
 
     try:
         with follow_progress(Console(stderr=True)) as follow:
-            return work(follow)
+            return run_job(job, follow=follow)
     except KeyboardInterrupt:
         print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
         raise
@@ -90,8 +90,8 @@ def _save(folder: Path, found: Sequence[Mapping[str, Any]]) -> None:
         (folder / name.replace("/", "_")).write_bytes(row["picture"])
 
 
-def _end(outcome: Looked, what: str, as_json: bool) -> None:
+def _end(done: JobResult, what: str, where: str, as_json: bool) -> None:
     """Say where the rows are and what failed, and end with the status for it."""
     if not as_json:
-        say(f"{outcome.rows:,} {what} of {outcome.samples:,} samples in {outcome.seconds:.0f} s → {outcome.out}")
-    end(outcome, "sample", quiet=as_json)
+        say(f"{done.headline['rows']:,} {what} of {done.done:,} samples in {done.seconds:.0f} s → {where}")
+    end(done, "sample", quiet=as_json)

@@ -21,9 +21,12 @@ import torch
 from PIL import Image
 
 import mmray
-from mmray.cluster.opinions import Looked, run_opinions, run_perturbation
+from mmray.cluster.hallucination import HallucinationJob
+from mmray.cluster.perturb import PerturbJob
 from mmray.demo.dataset import write_parquet
 from mmray.demo.scenes import World
+from mmray.engine import JobResult
+from mmray.engine import run as run_job
 from mmray.evaluation.answers import value_of
 from mmray.evaluation.asks import Ask
 from mmray.evaluation.before import Before
@@ -44,9 +47,9 @@ def fresh(folder: str, count: int) -> str:
     return str(path)
 
 
-def show(done: Looked, name: str, hidden: tuple[str, ...] = ()) -> None:
-    print(f"{done.rows:,} {name} of {done.samples:,} scenes, {done.failures} failures, {done.seconds:.0f} s")
-    for row in done.measures:
+def show(done: JobResult, name: str, hidden: tuple[str, ...] = ()) -> None:
+    print(f"{done.headline['rows']:,} {name} of {done.done:,} scenes, {done.failures} failures, {done.seconds:.0f} s")
+    for row in done.headline["measures"]:
         if row["measure"] in hidden:
             continue
         first = row.get("claims") or row["condition"]
@@ -100,7 +103,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = fresh(folder, max(arguments.scenes, arguments.moved))
         run = mmray.run_census(arguments.model, data, f"{folder}/run", limit=4, workers="1")
-        done = run_opinions(opinion_settings({"run": run.uri, "data": data, "limit": arguments.scenes, **common}))
+        settings = opinion_settings({"run": run.uri, "data": data, "limit": arguments.scenes, **common})
+        done = run_job(HallucinationJob(settings))
         show(done, "claims", ("reliability",))
         mistakes = run.table("mistakes").to_pylist()
         for row in mistakes[:8]:
@@ -109,7 +113,7 @@ def main() -> None:
             for number, row in enumerate(mistakes):
                 Path(arguments.pictures, f"{number:03d}-{row['word']}.png").write_bytes(row["picture"])
         asked = {"model": arguments.model, "data": data, "out": f"{folder}/moved", "limit": arguments.moved}
-        moved = run_perturbation(perturbation_settings({**asked, "shard_size": 5, **common}))
+        moved = run_job(PerturbJob(perturbation_settings({**asked, "shard_size": 5, **common})))
         show(moved, "answers", ("shift",) if arguments.all else ("shift", "unparsable", "relative_norm"))
         print(f"  {replaced(arguments.model, data, f'{folder}/moved')}")
 

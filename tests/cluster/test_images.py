@@ -16,9 +16,9 @@ import pytest
 
 from mmray.cluster import carrying, evaluation, labels, opinions
 from mmray.cluster.evaluation import Evaluation, run_evaluation
+from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.labels import run_selectivity
 from mmray.cluster.labels_plan import plan_labels
-from mmray.cluster.opinions import run_opinions
 from mmray.cluster.properties_plan import plan_properties
 from mmray.cluster.saliency import plan_saliency
 from mmray.datasets.samples import Sample, image_digest
@@ -27,6 +27,7 @@ from mmray.editing.hallucination import tell
 from mmray.editing.material import Material, kept, replaced
 from mmray.editing.methods import make_edit
 from mmray.editing.settings import edit_settings
+from mmray.engine import run as run_job
 from mmray.evaluation.naming import Naming
 from mmray.evaluation.opinions.settings import opinion_settings
 from mmray.evaluation.properties.settings import property_settings
@@ -157,7 +158,7 @@ def test_maps_and_pictures_of_a_concept_are_of_different_images(run: Run, images
 
 def test_saliency_is_of_different_images_and_its_intervals_too(run: Run, images: dict[str, str]) -> None:
     plan = plan_saliency(saliency_settings({"run": run.uri}), run)
-    chosen = [name for unit in plan.units for name in unit]
+    chosen = [name for unit in plan.units for name in unit.payload]
     assert len(chosen) > 10
     assert distinct(chosen, images)
     row = {"measure": "iou", "method": "gradient", "concept": "dog"}
@@ -268,9 +269,9 @@ def test_intervals_of_claims_are_over_images(coco: CocoLike, run: Run) -> None:
     """The model says the same of each row of an image: five times the claims, and the intervals of one."""
     found = []
     for data in (coco.held_out, coco.exploded_held_out):
-        with here():
-            outcome = run_opinions(opinion_settings({"run": run.uri, "data": str(data), "questions": 0, "draws": 50}))
-        found.append({(row["measure"], row["judge"], row["bin"]): row for row in outcome.measures})
+        asked = {"run": run.uri, "data": str(data), "local": True, "questions": 0, "draws": 50}
+        done = run_job(HallucinationJob(opinion_settings(asked)))
+        found.append({(row["measure"], row["judge"], row["bin"]): row for row in done.headline["measures"]})
         claims = open_run(run.uri).table("claims")
         assert set(claims["image"].to_pylist()) == {image_digest(sample.image) for sample in samples_of(data)}
         mistakes = open_run(run.uri).table("mistakes").select(["sample_id", "word"]).to_pylist()

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from mmray.cluster.alignment import run_alignment
-from mmray.cluster.opinions import run_opinions, run_perturbation
-from mmray.cluster.saliency import run_saliency
+from mmray.cluster.hallucination import HallucinationJob
+from mmray.cluster.perturb import PerturbJob
+from mmray.cluster.saliency import SaliencyJob
+from mmray.engine import run as run_job
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
 from mmray.perception.alignment import FACTS, WEIGHTS
 from mmray.perception.alignment_settings import alignment_settings
@@ -47,15 +49,15 @@ def run(aligned: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> st
 
 
 def test_words_are_explained_by_every_method(aligned: dict[str, Any], run: str) -> None:
-    done = run_saliency(saliency_settings({"run": run, "images": 2, "maps": 1, **aligned["sight"]}))
-    assert done.complete and done.images == 2
+    done = run_job(SaliencyJob(saliency_settings({"run": run, "images": 2, "maps": 1, **aligned["sight"]})))
+    assert done.complete and done.headline["images"] == 2
     rows = open_run(run).table("saliency").to_pylist()
     assert {row["method"] for row in rows} == {*METHODS, CHANCE}
 
 
 def test_claims_are_judged(aligned: dict[str, Any], run: str) -> None:
-    done = run_opinions(opinion_settings({"run": run, "limit": 2, **aligned["sight"]}))
-    assert done.complete and done.rows
+    done = run_job(HallucinationJob(opinion_settings({"run": run, "limit": 2, **aligned["sight"]})))
+    assert done.complete and done.headline["rows"]
     claims = open_run(run).table("claims").to_pylist()
     assert {claim["kind"] for claim in claims} >= {"present", "random"}
     assert all(0 < claim["confidence"] < 1 for claim in claims)
@@ -64,7 +66,7 @@ def test_claims_are_judged(aligned: dict[str, Any], run: str) -> None:
 def test_what_is_seen_is_moved(aligned: dict[str, Any], tmp_path: Path) -> None:
     names = {"model": aligned["model"], "data": aligned["data"], "out": str(tmp_path / "moved")}
     settings = perturbation_settings({**names, "limit": 2, "steps": 2, **aligned["sight"]})
-    done = run_perturbation(settings)
+    done = run_job(PerturbJob(settings))
     assert done.complete
     answers = read_table(open_store(names["out"]), "answers").to_pylist()
     assert {answer["about"] for answer in answers} == {"source", "target", "unrelated"}
@@ -72,4 +74,4 @@ def test_what_is_seen_is_moved(aligned: dict[str, Any], tmp_path: Path) -> None:
     # What is known of the alignment is what it holds, and not when that was written.
     for name in (WEIGHTS, FACTS):
         os.utime(Path(aligned["sight"]["alignment"]) / name, (1, 1))
-    assert run_perturbation(settings).measures == done.measures
+    assert run_job(PerturbJob(settings)).headline["measures"] == done.headline["measures"]

@@ -1,8 +1,8 @@
 """Second opinions and moved embeddings as the commands run them: tables, resumed, on Ray or not; an edit's nouns."""
 
 import json
-from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pyarrow as pa
@@ -11,18 +11,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mmray.cluster import carrying, opinions, sight_worker
-from mmray.cluster.opinions import run_opinions, run_perturbation
-from mmray.cluster.sight_worker import Asked
-from mmray.datasets.columns import Columns
+from mmray.cluster import joint, perturb
+from mmray.cluster.hallucination import HallucinationJob
+from mmray.cluster.joint import Asked
+from mmray.cluster.perturb import PerturbJob
 from mmray.datasets.shards import read_shard
 from mmray.derived import DERIVED
+from mmray.engine import run as run_job
 from mmray.errors import InputError
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
 from mmray.results.run import open_run
+from mmray.storage import open_store
 from mmray.tables import read_table
 from tests.e2e.scenes import scenes, write
-from tests.running import WorkHere, census_here
+from tests.running import census_here
 
 OWN = {
     "source": "cat",
@@ -46,40 +48,37 @@ def run(tmp_path_factory, data):
     return str(out)
 
 
-def here() -> ExitStack:
-    """Do the work in this process."""
-    stack = ExitStack()
-    stack.enter_context(patch.object(carrying, "ray_session", lambda _: nullcontext()))
-    stack.enter_context(patch.object(carrying, "machines", lambda: [(1.0, 0.0)]))
-    stack.enter_context(patch.object(opinions, "mapped", WorkHere))
-    return stack
-
-
-def test_all_that_rows_depend_on_is_in_their_folders_name(data):
-    plan = opinions._plan(asked("run"), "demo", data, Columns(), Asked())
-    facts, columns = plan.facts, plan.columns
+def test_all_that_rows_depend_on_is_in_their_folders_name(run):
+    job = HallucinationJob(asked(run))
+    context = job.plan().context
+    facts, columns = context.facts, context.columns
     others = [
-        replace(plan, facts=replace(facts, translations={**facts.translations, "dog": {"es": "perro"}})),
-        replace(plan, columns=columns.model_copy(update={"objects": "tags"})),
-        *(replace(plan, asked=Asked(**given)) for given in ({"dtype": "bf16"}, {"prompt": "Say."}, {"prefix": "A"})),
+        replace(context, facts=replace(facts, translations={**facts.translations, "dog": {"es": "perro"}})),
+        replace(context, columns=columns.model_copy(update={"objects": "tags"})),
+        *(replace(context, asked=Asked(**given)) for given in ({"dtype": "bf16"}, {"prompt": "Say."}, {"prefix": "A"})),
     ]
-    names = [plan.settings.fingerprint(opinions._digests(some)) for some in (plan, *others)]
+    names = [job.settings.fingerprint(job.digests(some)) for some in (context, *others)]
     assert len(set(names)) == len(names)
-    assert plan.settings.fingerprint(opinions._digests(replace(plan, asked=Asked(trust_remote_code=True)))) == names[0]
+    trusting = replace(context, asked=replace(context.asked, trust_remote_code=True))
+    assert job.settings.fingerprint(job.digests(trusting)) == names[0]
 
 
-def test_the_model_is_loaded_as_its_census_had_it(data):
-    plan = opinions._plan(asked("run"), "demo", data, Columns(), Asked(dtype="bf16"))
-    assert sight_worker.OpinionWorker(plan, "out", 1, ".").joint.model.network.dtype == torch.bfloat16
+def test_the_model_is_loaded_as_its_census_had_it(run, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(joint, "join", lambda model, *_: loaded.append(model) or SimpleNamespace())
+    job = HallucinationJob(asked(run))
+    context = replace(job.plan().context, asked=Asked(dtype="bf16"))
+    job.worker(context)
+    assert loaded[0].network.dtype == torch.bfloat16
 
 
 def asked(run, **more):
-    return opinion_settings({"run": run, "shard_size": 2, "draws": 20, "limit": 4} | more)
+    return opinion_settings({"run": run, "local": True, "shard_size": 2, "draws": 20, "limit": 4} | more)
 
 
 def moved(data, out, **more):
     settings = {"model": "demo", "data": data, "out": str(out), "shard_size": 1, "draws": 20, "limit": 2, "steps": 2}
-    return perturbation_settings(settings | {"randoms": 1} | more)
+    return perturbation_settings(settings | {"local": True, "randoms": 1} | more)
 
 
 def test_claims_are_tables_of_the_run_and_a_stopped_one_goes_on(run):
@@ -90,42 +89,40 @@ def test_claims_are_tables_of_the_run_and_a_stopped_one_goes_on(run):
         if len(seen) == 2:
             raise KeyboardInterrupt
 
-    with here():
-        with pytest.raises(KeyboardInterrupt):
-            run_opinions(asked(run), stop)
-        done = run_opinions(asked(run), lambda progress: seen.append(progress))
-        assert done.complete
-        assert [progress.done for progress in seen[2:]] == [2, 4]
-        again = run_opinions(asked(run))
+    with pytest.raises(KeyboardInterrupt):
+        run_job(HallucinationJob(asked(run)), follow=stop)
+    done = run_job(HallucinationJob(asked(run)), follow=seen.append)
+    assert done.complete
+    assert [progress.done for progress in seen[2:]] == [2, 4]
+    again = run_job(HallucinationJob(asked(run)))
     opened = open_run(run)
     for name in MADE:
         assert opened.table(name).schema.names == DERIVED[name].names
     claims = opened.table("claims")
-    assert len(claims) == done.rows == again.rows
-    assert again.measures == done.measures
+    assert len(claims) == done.headline["rows"] == again.headline["rows"]
+    assert again.headline["measures"] == done.headline["measures"]
     wrong = pc.and_(claims["claimed"], pc.invert(claims["present"]))
     assert len(opened.table("mistakes")) == pc.sum(wrong.cast("int64")).as_py()
-    assert {row["judge"] for row in done.measures} == {None, "detector", "language model"}
+    assert {row["judge"] for row in done.headline["measures"]} == {None, "detector", "language model"}
 
 
 def test_a_synonym_is_a_claim_of_its_object(run, tmp_path):
     listed = tmp_path / "synonyms.json"
     captions = {}
-    with here():
-        run_opinions(asked(run, questions=0))
-        named = open_run(run).table("claims").to_pylist()
-        word = named[0]["word"]
-        # The data calls it otherwise: what the captions say is then a synonym at most.
-        data = tmp_path / "data.parquet"
-        pq.write_table(renamed(open_run(run).info["settings"]["data"], word, "thing"), data)
-        for listing in ({}, {"thing": [word]}):
-            listed.write_text(json.dumps(listing))
-            run_opinions(asked(run, questions=0, data=str(data), synonyms=str(listed)))
-            captions[bool(listing)] = [row["word"] for row in open_run(run).table("claims").to_pylist()]
+    run_job(HallucinationJob(asked(run, questions=0)))
+    named = open_run(run).table("claims").to_pylist()
+    word = named[0]["word"]
+    # The data calls it otherwise: what the captions say is then a synonym at most.
+    data = tmp_path / "data.parquet"
+    pq.write_table(renamed(open_run(run).info["settings"]["data"], word, "thing"), data)
+    for listing in ({}, {"thing": [word]}):
+        listed.write_text(json.dumps(listing))
+        run_job(HallucinationJob(asked(run, questions=0, data=str(data), synonyms=str(listed))))
+        captions[bool(listing)] = [row["word"] for row in open_run(run).table("claims").to_pylist()]
     assert captions[True].count("thing") == [row["word"] for row in named].count(word)
     assert captions[False] == [name for name in captions[True] if name != "thing"]
-    with here(), pytest.raises(InputError, match="no such file"):
-        run_opinions(asked(run, synonyms=str(tmp_path / "none.json")))
+    with pytest.raises(InputError, match="no such file"):
+        run_job(HallucinationJob(asked(run, synonyms=str(tmp_path / "none.json"))))
 
 
 def renamed(data: str, name: str, other: str) -> pa.Table:
@@ -137,52 +134,49 @@ def renamed(data: str, name: str, other: str) -> pa.Table:
 
 
 def test_answers_of_moves_are_tables_of_their_folder(data, tmp_path):
-    with here():
-        done = run_perturbation(moved(data, tmp_path / "moved"))
-        assert done.complete
-        store = opinions.open_store(tmp_path / "moved")
-        assert len(read_table(store, "answers")) == done.rows == 2 * 8 * 3
-        assert {row["condition"] for row in read_table(store, "changes").to_pylist()} >= {"steps", "random in place"}
-        with pytest.raises(InputError, match=r"holds a run with other settings \(norm was 0\.85, now 0\.1"):
-            run_perturbation(moved(data, tmp_path / "moved", norm=0.1))
+    done = run_job(PerturbJob(moved(data, tmp_path / "moved")))
+    assert done.complete
+    store = open_store(tmp_path / "moved")
+    assert len(read_table(store, "answers")) == done.headline["rows"] == 2 * 8 * 3
+    assert {row["condition"] for row in read_table(store, "changes").to_pylist()} >= {"steps", "random in place"}
+    with pytest.raises(InputError, match=r"holds a run with other settings \(norm was 0\.85, now 0\.1"):
+        run_job(PerturbJob(moved(data, tmp_path / "moved", norm=0.1)))
 
 
 def test_how_embeddings_vary_is_told_by_the_first_images_alone(data, tmp_path):
     """However large the data is."""
-    counting = patch.object(sight_worker, "read_shard", side_effect=read_shard)
-    with here(), patch.object(sight_worker, "REFERENCE", 2), counting as read:
-        assert run_perturbation(moved(data, tmp_path / "moved", limit=5, **OWN)).complete
-    assert [call.args[1].shard_id for call in read.call_args_list] == [0, 0, 1, 1, 2, 3, 4]
+    counting = patch.object(perturb, "read_shard", side_effect=read_shard)
+    with patch.object(perturb, "REFERENCE", 2), counting as read:
+        assert run_job(PerturbJob(moved(data, tmp_path / "moved", limit=5, **OWN))).complete
+    assert [call.args[1].shard_id for call in read.call_args_list] == [0, 1]
 
 
 def test_a_question_of_ones_own_is_asked_once_a_move(data, tmp_path):
-    with here():
-        done = run_perturbation(moved(data, tmp_path / "own", **OWN))
-    assert done.rows == 2 * 8
-    assert {row["about"] for row in done.measures} == {"question"}
+    done = run_job(PerturbJob(moved(data, tmp_path / "own", **OWN)))
+    assert done.headline["rows"] == 2 * 8
+    assert {row["about"] for row in done.headline["measures"]} == {"question"}
 
 
 def test_data_without_objects_is_refused(run, tmp_path):
     bare = tmp_path / "bare.parquet"
     pq.write_table(pq.read_table(write(tmp_path / "some.parquet", scenes(2))).drop_columns(["objects"]), bare)
     with pytest.raises(InputError, match="without which no claim can be judged"):
-        run_opinions(asked(run, data=str(bare)))
+        run_job(HallucinationJob(asked(run, data=str(bare))))
     with pytest.raises(InputError, match="give --source, --target and --unrelated"):
-        run_perturbation(moved(str(bare), tmp_path / "out"))
+        run_job(PerturbJob(moved(str(bare), tmp_path / "out")))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("alone", "ray_here")
 def test_actors_give_what_one_process_gives(run):
-    with here():
-        before = run_opinions(asked(run, seed=1))
+    before = run_job(HallucinationJob(asked(run, seed=1)))
     claims = open_run(run).table("claims")
     store = open_run(run).folder.store
-    for entry in store.list("opinions/"):
+    for entry in [*store.list("hallucination/"), *store.list("snapshots/")]:
         store.delete(entry.key)
-    after = run_opinions(asked(run, seed=1, workers=2))
+    after = run_job(HallucinationJob(asked(run, seed=1, workers=2, local=False)))
     assert after.complete
-    assert after.rows == before.rows
+    assert after.headline["rows"] == before.headline["rows"]
     found = open_run(run).table("claims")
     for name in ("sample_id", "kind", "word", "claimed", "present", "text"):
         assert found[name].equals(claims[name])

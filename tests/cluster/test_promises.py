@@ -13,9 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmray.cli import main
-from mmray.cluster import carrying, editing, evaluation, labels, opinions, pipeline, saliency
+from mmray.cluster import carrying, editing, evaluation, labels, pipeline
 from mmray.cluster import properties as properties_job
+from mmray.cluster.hallucination import HallucinationJob
+from mmray.cluster.perturb import PerturbJob
 from mmray.cluster.properties import PropertiesJob
+from mmray.cluster.saliency import SaliencyJob
 from mmray.demo import DATA
 from mmray.engine import run as run_job
 from mmray.errors import InputError
@@ -69,7 +72,7 @@ def in_this_process() -> Iterator[None]:
         for module in (carrying, pipeline):
             stack.enter_context(patch.object(module, "ray_session", lambda _: nullcontext()))
         stack.enter_context(patch.object(carrying, "machines", lambda: [(1.0, 0.0)]))
-        for module in (editing, labels, opinions, saliency):
+        for module in (editing, labels):
             stack.enter_context(patch.object(module, "mapped", WorkHere))
         stack.enter_context(patch.object(evaluation, "mapped_together", WorkHere))
         stack.enter_context(patch.object(properties_job, "load_model", cache(load_model)))
@@ -83,16 +86,18 @@ def on_properties(run: Path, _: Path) -> Any:
 
 def on_saliency(run: Path, _: Path) -> Any:
     sizes = {"images": 4, "maps": 1, "draws": 10, "methods": "detector"}
-    return saliency.run_saliency(saliency_settings({"run": str(run), **sizes}))
+    return run_job(SaliencyJob(saliency_settings({"run": str(run), "local": True, **sizes})))
 
 
 def on_hallucination(run: Path, _: Path) -> Any:
-    return opinions.run_opinions(opinion_settings({"run": str(run), "limit": 4, "draws": 10}))
+    values = {"run": str(run), "local": True, "limit": 4, "draws": 10}
+    return run_job(HallucinationJob(opinion_settings(values)))
 
 
 def on_perturb(run: Path, folder: Path) -> Any:
-    values = {"model": "demo", "data": str(run.parent / DATA_HERE), "out": str(folder / "moved")}
-    return opinions.run_perturbation(perturbation_settings({**values, "limit": 2, "steps": 2, "draws": 10}))
+    values: dict[str, Any] = {"model": "demo", "data": str(run.parent / DATA_HERE), "out": str(folder / "moved")}
+    values |= {"local": True, "limit": 2, "steps": 2, "draws": 10}
+    return run_job(PerturbJob(perturbation_settings(values)))
 
 
 def on_selectivity(run: Path, _: Path) -> Any:
@@ -132,8 +137,8 @@ def evaluate_on(edit: Path, run: Path, **more: object) -> Any:
 JOBS: dict[str, tuple[Job, str]] = {
     "properties": (on_properties, "{run}/properties"),
     "saliency": (on_saliency, "{run}/saliency"),
-    "hallucination": (on_hallucination, "{run}/opinions"),
-    "perturb": (on_perturb, "{folder}/moved"),
+    "hallucination": (on_hallucination, "{run}/hallucination"),
+    "perturb": (on_perturb, "{folder}/moved/perturb"),
     "selectivity": (on_selectivity, "{run}/selectivity"),
     "edit": (on_edit, "{folder}/edit"),
     "pipeline": (on_pipeline, "{folder}/run/edits"),

@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mmray.cluster.saliency import run_saliency
+from mmray.cluster.saliency import SaliencyJob
 from mmray.demo import DETECTOR
 from mmray.demo.scenes import World
 from mmray.derived import DERIVED
 from mmray.engine import Progress
+from mmray.engine import run as run_job
 from mmray.errors import InputError
 from mmray.evaluation.saliency import PROTOCOLS
 from mmray.models.loading import digest
@@ -51,14 +52,14 @@ def tables(run: Path) -> dict[str, pa.Table]:
 
 def without(run: Path) -> None:
     store = open_run(run).folder.store
-    for prefix in ("saliency/", "tables/saliency"):
+    for prefix in ("saliency/", "snapshots/", "tables/saliency"):
         for entry in store.list(prefix):
             store.delete(entry.key)
 
 
 def test_tables_have_their_columns_every_method_and_measure(run):
     done = saliency_here(run, images=3, maps=1, draws=50, erasures=True)
-    assert done.complete and done.images == 3
+    assert done.complete and done.headline["images"] == 3
     found = tables(run)
     for name, table in found.items():
         assert table.schema.names == DERIVED[name].names and len(table)
@@ -69,7 +70,7 @@ def test_tables_have_their_columns_every_method_and_measure(run):
     }
     for row in rows:
         assert 0 <= row["low"] <= row["value"] + 1e-9 and row["value"] <= row["high"] + 1e-9 <= 1 + 2e-9, row
-        assert row["n"] == 3 and row["words"] == done.words
+        assert row["n"] == 3 and row["words"] == done.headline["words"]
     assert {row["method"] for row in found["saliency_maps"].to_pylist()} == set(METHODS)
 
 
@@ -102,7 +103,7 @@ def test_another_detector_is_measured_anew_and_the_same_one_is_not(run, tmp_path
     def measured(detector: Path | None) -> bool:
         calls: list[Progress] = []
         saliency_here(run, **asked, detector=detector and str(detector), follow=calls.append)
-        return calls[0].samples == 0
+        return calls[0].done == 0
 
     assert measured(None)
     shutil.copytree(DETECTOR, heads)
@@ -178,7 +179,7 @@ def test_actors_give_what_one_process_gives(run):
     saliency_here(run, **ASKED)
     before = tables(run)
     without(run)
-    assert run_saliency(saliency_settings({"run": str(run), "workers": 2, **ASKED})).complete
+    assert run_job(SaliencyJob(saliency_settings({"run": str(run), "workers": 2, **ASKED}))).complete
     after = tables(run)
     assert after["saliency"].drop(["protocol"]).num_rows == before["saliency"].num_rows
     for own, other in zip(after["saliency"].to_pylist(), before["saliency"].to_pylist(), strict=True):

@@ -2,79 +2,53 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from typing import Any, ClassVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from mmray.engine.settings import JobSettings, after_work, checked, execution, known_by_digest
 from mmray.errors import InputError
 from mmray.evaluation.answers import reader
 from mmray.evaluation.facts import GroundTruth
-from mmray.settings import LONGEST, Workers, first_problem
+from mmray.settings import LONGEST
 
 
-class SightSettings(BaseModel):
-    """What both are told: the detector beside the model, and how the work is done."""
+class SightSettings(JobSettings):
+    """What both are told: the detector beside the model, and how the data is cut."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-    execution: ClassVar[frozenset[str]] = frozenset(
-        {"run", "model", "data", "out", "detector", "alignment", "batch_size", "draws", "workers"}
-        | {"gpus_per_worker", "address", "retry_failed", "synonyms"}
-    )
-    """Settings that leave the rows alone, or that are known by the digests of what they name."""
-
-    detector: str = "demo"
+    detector: str = known_by_digest("demo")
     """Detector on the model's own tower: `demo`, or a folder of heads; or an OWL-ViT or OWLv2 checkpoint, with
     --alignment."""
-    alignment: str | None = None
+    alignment: str | None = known_by_digest(None)
     """Folder of the network that `mmray align` made for the detector's tower and the model."""
     limit: int | None = Field(None, ge=1)
     """Use the first N samples only; all by default."""
     shard_size: int = Field(24, ge=1)
     """Samples a shard: the unit of work, and what a crash costs."""
-    batch_size: int = Field(24, ge=1)
+    batch_size: int = execution(24, ge=1)
     """Replies that are written at once."""
     seed: int = 0
     """Seed of all that is drawn."""
-    draws: int = Field(1000, ge=1)
+    draws: int = after_work(1000, ge=1)
     """Draws of the bootstrap over images that intervals are made of."""
-    workers: Workers = None
-    """Actors, each with a model replica: a number, or MIN:MAX to let Ray add and remove some. Default: one a GPU of the
-    cluster; without GPUs one a core, at most four a machine."""
-    gpus_per_worker: float | None = Field(None, ge=0)
-    """GPUs a worker; default: 1 where the cluster has GPUs, else 0."""
-    address: str | None = None
-    """Ray cluster to join (auto, or ray://HOST:PORT); default: a local Ray of this process."""
-    retry_failed: bool = False
-    """Try again what an earlier call set aside."""
-
-    def result_settings(self) -> dict[str, Any]:
-        """Return the settings that the rows of a unit depend on."""
-        return self.model_dump(exclude=set(self.execution))
-
-    def fingerprint(self, digests: dict[str, str]) -> str:
-        """Return a digest of all that the rows depend on; the same for every way of doing the work."""
-        facts = self.result_settings() | {"digests": digests}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class OpinionSettings(SightSettings):
     """Everything that `mmray hallucination` can be told."""
 
-    run: str
+    run: str = execution()
     """Folder of the run whose model is asked, and in whose tables the claims are written."""
-    data: str | None = None
+    data: str | None = known_by_digest(None)
     """Data with objects to ask about, as for a census; default: the run's own."""
     questions: int = Field(1, ge=0)
     """Present objects of an image that are asked for, and as many absent ones of each kind (random, popular,
     adversarial); 0: captions alone."""
     longest: int = Field(LONGEST, ge=1)
     """Tokens at most in a caption; a longer one is cut off there."""
-    ground_truth: GroundTruth | None = None
+    ground_truth: GroundTruth | None = known_by_digest(None)
     """Which objects are in an image: instances (annotated), captions (named by the data's captions), or union. Default:
     union where the data is COCO with both, else instances."""
-    synonyms: str | None = None
+    synonyms: str | None = known_by_digest(None)
     """Words that count as an object in captions: coco (a table of COCO's 80 objects, with CHAIR's rules), none, or a
     file: JSON of object → synonyms, or lines as in CHAIR's synonyms.txt. All objects listed are looked for. Default:
     coco where every object of the data is one of COCO's, else none."""
@@ -83,12 +57,12 @@ class OpinionSettings(SightSettings):
 class PerturbationSettings(SightSettings):
     """Everything that `mmray perturb` can be told."""
 
-    model: str
+    model: str = known_by_digest()
     """Hugging Face checkpoint folder, hub id, or `demo`."""
-    data: str
+    data: str = known_by_digest()
     """Images to ask about: `demo`, Parquet, WebDataset tars, image folder, COCO, or `hf:NAME[:SPLIT]`; local or
     s3://. Captions and objects are only needed where no --source or no --target is given."""
-    out: str
+    out: str = execution()
     """Folder of the rows and tables: a local path or s3://bucket/prefix."""
     source: str | None = None
     """What the detector sees and is to see no more, such as a man; default: an object of each image."""
@@ -114,18 +88,12 @@ class PerturbationSettings(SightSettings):
 
 def opinion_settings(values: dict[str, Any]) -> OpinionSettings:
     """Return checked settings; raises InputError naming the first setting that is wrong and what is allowed."""
-    try:
-        return OpinionSettings(**values)
-    except ValidationError as error:
-        raise InputError(first_problem(error)) from error
+    return checked(OpinionSettings, values)
 
 
 def perturbation_settings(values: dict[str, Any]) -> PerturbationSettings:
     """Return checked settings; raises InputError naming the first setting that is wrong and what is allowed."""
-    try:
-        settings = PerturbationSettings(**values)
-    except ValidationError as error:
-        raise InputError(first_problem(error)) from error
+    settings = checked(PerturbationSettings, values)
     reader(settings.parse)
     if settings.unrelated is not None and len(settings.unrelated) != 2:
         raise InputError(f"setting unrelated = {settings.unrelated!r}: give two things, between which a control moves")

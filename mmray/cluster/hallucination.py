@@ -1,0 +1,109 @@
+"""Hallucination as a job: what the model claims to see, sample by sample, beside what a detector says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, ClassVar
+
+import pyarrow as pa
+from PIL.Image import Image
+
+from mmray.cluster.joint import Asked, Context, JointJob, Look, Rows, open_cut, schemas_of
+from mmray.cluster.worker import columns_of
+from mmray.datasets.columns import Columns
+from mmray.datasets.contents import Source
+from mmray.datasets.samples import Sample
+from mmray.derived import DERIVED, OPINION_SCHEMAS
+from mmray.engine import Output, Parts, Plan
+from mmray.errors import InputError
+from mmray.evaluation.ground_truth import survey, with_ground_truth
+from mmray.evaluation.naming import object_naming
+from mmray.evaluation.object_words import open_words
+from mmray.evaluation.opinions.claims import Claimant
+from mmray.evaluation.opinions.judging import judged
+from mmray.evaluation.opinions.mistakes import picture
+from mmray.evaluation.opinions.settings import OpinionSettings
+from mmray.perception.joint import JointModel
+from mmray.results.run import open_run
+from mmray.settings import census_settings
+
+PICTURES, MOST_MISTAKES = 8, 60
+"""Pictures of mistakes that a unit keeps, and that a run keeps."""
+
+
+class HallucinationJob(JointJob[OpinionSettings]):
+    """Has a run's model say what it sees, and a detector judge that."""
+
+    name = "hallucination"
+    parts: ClassVar[dict[str, pa.Schema]] = schemas_of(OPINION_SCHEMAS, "claims", "mistakes")
+
+    @property
+    def target(self) -> str:
+        """The run."""
+        return self.settings.run
+
+    def plan(self) -> Plan[Context]:
+        """Settle the data, and what is in its images."""
+        settings, run = self.settings, open_run(self.settings.run, patient=True)
+        census = census_settings(run.info["settings"])
+        data = settings.data or census.data
+        columns = Columns() if settings.data else columns_of(census)
+        source, manifest = open_cut(settings, data, columns)
+        found = survey(source, settings.ground_truth, settings.synonyms)
+        if not found.facts.vocabulary:
+            raise InputError(f"{data}: no column of objects, without which no claim can be judged")
+        asked = Asked(census.dtype, census.trust_remote_code, census.prompt, census.prefix)
+        words = open_words(found.synonyms, found.facts.vocabulary)
+        return self.planned(
+            Context(census.model, data, columns, asked, manifest, found.facts, found.ground_truth, words)
+        )
+
+    def look(self, context: Context, joint: JointModel, source: Source) -> Look:
+        """Return what asks the model about a unit's samples, and the detector about its claims."""
+        settings, facts, asked = self.settings, context.facts, context.asked
+        naming = object_naming(facts.vocabulary, facts.translations, context.words)
+        claimant = Claimant(
+            joint,
+            facts,
+            naming,
+            asked.prompt,
+            asked.prefix,
+            settings.questions,
+            settings.seed,
+            settings.batch_size,
+            settings.longest,
+        )
+
+        def look(samples: Sequence[Sample], images: Sequence[Image]) -> Rows:
+            truths = [with_ground_truth(sample, context.ground_truth, naming) for sample in samples]
+            known = [place for place, sample in enumerate(truths) if sample.objects is not None]
+            if not known:
+                return {}
+            seen = [images[place] for place in known]
+            claims = claimant.claims([truths[place] for place in known], seen)
+            shown = dict(zip((truths[place].sample_id for place in known), seen, strict=True))
+            return {"claims": claims, "mistakes": _mistakes(claims, shown)}
+
+        return look
+
+    def merge(self, plan: Plan[Context], parts: Parts, output: Output) -> dict[str, Any]:
+        """Write the claims, how well both judges do, and pictures of mistakes."""
+        claims = parts.table("claims")
+        measures = judged(claims, self.settings.draws, self.settings.seed)
+        output.table("claims", claims)
+        output.table("opinions", pa.Table.from_pylist(measures, DERIVED["opinions"]))
+        output.table("mistakes", parts.table("mistakes")[:MOST_MISTAKES])
+        return {"rows": len(claims), "measures": measures}
+
+
+def _mistakes(claims: Sequence[dict[str, Any]], shown: dict[str, Image]) -> list[dict[str, Any]]:
+    """Return the first claims that are wrong, with pictures: what is claimed of an image counts once."""
+    wrong: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for claim in claims:
+        if claim["claimed"] and not claim["present"]:
+            wrong.setdefault((claim["image"], claim["kind"], claim["word"]), claim)
+    return [
+        claim | {"picture": picture(shown[claim["sample_id"]], claim["box"], claim["mistaken_box"])}
+        for claim in islice(wrong.values(), PICTURES)
+    ]

@@ -1,0 +1,102 @@
+"""Perturbation as a job: what the model sees is moved from one concept to another, and it is asked again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cache
+from itertools import chain, islice
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import torch
+from PIL.Image import Image
+
+from mmray.cluster.joint import Asked, Context, JointJob, Look, Rows, open_cut, schemas_of
+from mmray.datasets.columns import Columns
+from mmray.datasets.contents import Source
+from mmray.datasets.images import decode_image
+from mmray.datasets.samples import Sample
+from mmray.datasets.shards import Manifest, read_shard
+from mmray.derived import DERIVED, OPINION_SCHEMAS
+from mmray.engine import Output, Parts, Plan
+from mmray.errors import InputError
+from mmray.evaluation.ground_truth import survey
+from mmray.evaluation.object_words import NONE, ObjectWords
+from mmray.evaluation.opinions.changes import changes
+from mmray.evaluation.opinions.moving import Mover
+from mmray.evaluation.opinions.settings import PerturbationSettings
+from mmray.models.loading import from_anywhere
+from mmray.perception.joint import JointModel
+from mmray.perception.perturbing import Covariance, covariance
+
+REFERENCE, BATCH = 96, 16
+"""Images that tell how embeddings vary, and how many of them are looked at at once."""
+
+
+class PerturbJob(JointJob[PerturbationSettings]):
+    """Moves embeddings of images, beside controls, and records the answers under every condition."""
+
+    name = "perturb"
+    parts: ClassVar[dict[str, pa.Schema]] = schemas_of(OPINION_SCHEMAS, "answers")
+
+    @property
+    def target(self) -> str:
+        """OUT."""
+        return self.settings.out
+
+    def folder(self, fingerprint: str) -> str:
+        """Return OUT: it holds one analysis, and other settings are refused there."""
+        return self.target
+
+    def plan(self) -> Plan[Context]:
+        """Settle the data, and between what is moved."""
+        settings = self.settings
+        source, manifest = open_cut(settings, settings.data, Columns())
+        facts = survey(source, "instances", NONE).facts
+        if not facts.vocabulary and not (settings.source and settings.target and settings.unrelated):
+            raise InputError(
+                f"{settings.data}: no column of objects to draw from; give --source, --target and --unrelated"
+            )
+        model = from_anywhere(settings.model)
+        return self.planned(
+            Context(model, settings.data, Columns(), Asked(), manifest, facts, "instances", ObjectWords())
+        )
+
+    def look(self, context: Context, joint: JointModel, source: Source) -> Look:
+        """Return what moves a unit's images and asks about them."""
+
+        @cache
+        def varying() -> Covariance:
+            """Return how embeddings of the data's first images vary."""
+            images = list(islice(_images(source, context.manifest), REFERENCE))
+            parts = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+            embeddings = [joint.embed(joint.pixels(part)) for part in parts]
+            return covariance(torch.cat(embeddings), joint.sight.skipped)
+
+        def look(samples: Sequence[Sample], images: Sequence[Image]) -> Rows:
+            mover = Mover(joint, self.settings, context.facts.vocabulary, varying())
+            return {"answers": mover.rows(samples, images)}
+
+        return look
+
+    def merge(self, plan: Plan[Context], parts: Parts, output: Output) -> dict[str, Any]:
+        """Write the answers, and what changed; raises InputError where nothing could be moved."""
+        answers = parts.table("answers")
+        complete = len(parts.receipts) == len(plan.units) and not any(r.failures for r in parts.receipts.values())
+        if not len(answers) and complete:
+            raise InputError(
+                f"{self.settings.data}: no image has objects to move from, to and between; give --source, --target and "
+                "--unrelated"
+            )
+        measures = changes(answers, self.settings.draws, self.settings.seed)
+        output.table("answers", answers)
+        output.table("changes", pa.Table.from_pylist(measures, DERIVED["changes"]))
+        return {"rows": len(answers), "measures": measures}
+
+
+def _images(source: Source, manifest: Manifest) -> Iterator[Image]:
+    for row in chain.from_iterable(read_shard(source, shard) for shard in manifest.shards):
+        if isinstance(row, Sample) and row.image is not None:
+            with suppress(ValueError):
+                yield decode_image(row.image, row.background)
