@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -25,6 +26,7 @@ from mmray.evaluation.facts import DataFacts, GroundTruth
 from mmray.evaluation.object_words import ObjectWords
 from mmray.evaluation.opinions.settings import SightSettings
 from mmray.models.loading import digest, resolve
+from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.neurons.model import load_model
 from mmray.perception.alignment import alignment_digest
 from mmray.perception.joint import JointModel, detector_digest, join
@@ -80,8 +82,16 @@ class JointJob(Job[S, Context], Generic[S]):
         look = self.look(context, joint, source)
 
         def work(unit: Unit) -> UnitResult:
-            samples, images, failures = _decoded(read_shard(source, unit.payload))
-            rows = look(samples, images) if samples else {}
+            rows: Rows = defaultdict(list)
+            read = list(read_shard(source, unit.payload))
+            failures = [row for row in read if isinstance(row, Failure)]
+            readable = (row for row in read if isinstance(row, Sample))
+            # A few small files may unfold to more than memory holds.
+            for some in within_budget(readable, lambda sample: pixels_of(model, sample.image), BUDGET):
+                samples, images, undecoded = _decoded(some)
+                failures += undecoded
+                for name, found in (look(samples, images) if samples else {}).items():
+                    rows[name] += found
             rows["errors"] = [vars(failure) for failure in failures]
             schemas = {**self.parts, "errors": SCHEMAS["errors"]}
             return UnitResult(
@@ -125,22 +135,20 @@ def open_cut(settings: SightSettings, data: str, columns: Columns) -> tuple[Sour
     return source, manifest
 
 
-def _decoded(rows: Any) -> tuple[list[Sample], list[Image], list[Failure]]:
-    samples: list[Sample] = []
+def _decoded(samples: Sequence[Sample]) -> tuple[list[Sample], list[Image], list[Failure]]:
+    """Return the samples whose images can be decoded, their images, and the others as failures."""
+    found: list[Sample] = []
     images: list[Image] = []
     failures: list[Failure] = []
-    for row in rows:
-        if isinstance(row, Failure):
-            failures.append(row)
-            continue
+    for sample in samples:
         try:
-            if row.image is None:
+            if sample.image is None:
                 raise ValueError("no image")
-            images.append(decode_image(row.image, row.background))
-            samples.append(row)
+            images.append(decode_image(sample.image, sample.background))
+            found.append(sample)
         except ValueError as error:
-            failures.append(Failure(row.sample_id, row.source, "decode", f"image can't be read: {error}"))
-    return samples, images, failures
+            failures.append(Failure(sample.sample_id, sample.source, "decode", f"image can't be read: {error}"))
+    return found, images, failures
 
 
 def schemas_of(schemas: Mapping[str, pa.Schema], *names: str) -> dict[str, pa.Schema]:

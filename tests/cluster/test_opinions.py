@@ -180,3 +180,19 @@ def test_actors_give_what_one_process_gives(run):
     found = open_run(run).table("claims")
     for name in ("sample_id", "kind", "word", "claimed", "present", "text"):
         assert found[name].equals(claims[name])
+
+
+def test_images_that_are_too_many_pixels_together_are_looked_at_in_parts(run, monkeypatch):
+    whole = run_job(HallucinationJob(asked(run, seed=2)))
+    claims = open_run(run).table("claims").sort_by("sample_id")
+    sizes = []
+    decoded = joint._decoded
+    monkeypatch.setattr(joint, "_decoded", lambda samples: sizes.append(len(samples)) or decoded(samples))
+    monkeypatch.setattr(joint, "BUDGET", 1)
+    for entry in open_run(run).folder.store.list("hallucination/"):
+        open_run(run).folder.store.delete(entry.key)
+    parted = run_job(HallucinationJob(asked(run, seed=2)))
+    assert sizes == [1] * 4
+    assert parted.headline["rows"] == whole.headline["rows"]
+    found = open_run(run).table("claims").sort_by("sample_id")
+    assert sorted(found["word"].to_pylist()) == sorted(claims["word"].to_pylist())
