@@ -17,7 +17,7 @@ from mmray.runs import Receipt, RunFolder
 from mmray.runs.driver import drive_analysis
 from mmray.runs.lease import Lease
 from mmray.runs.receipts import receipts_digest
-from mmray.runs.snapshots import SnapshotWriter, newest, publish
+from mmray.runs.snapshots import SnapshotWriter, newest, next_fence, publish
 from mmray.storage import Store, open_store
 from mmray.version import VERSION
 
@@ -33,6 +33,8 @@ class _Begun:
     folder: RunFolder
     fingerprint: str
     lease: Lease
+    fence: int
+    """Number of its snapshots."""
 
 
 def run(
@@ -74,6 +76,7 @@ def run_together(
 
 
 def _begin(job: Job[Any, Any], plan: Plan[Any], lease: Lease) -> _Begun:
+    fence = next_fence(open_store(job.target), job.name, lease.number)
     fingerprint = job.settings.fingerprint(plan.digests)
     folder = RunFolder.at(job.folder(fingerprint), patient=True)
     folder.begin(
@@ -89,7 +92,7 @@ def _begin(job: Job[Any, Any], plan: Plan[Any], lease: Lease) -> _Begun:
         json.dumps({"units": len(plan.units), "sizes": [unit.size for unit in plan.units]}).encode(),
     )
     # Whether its store commits by name is known only now that the folder has begun.
-    return _Begun(job, plan, RunFolder.at(job.folder(fingerprint), patient=True), fingerprint, lease)
+    return _Begun(job, plan, RunFolder.at(job.folder(fingerprint), patient=True), fingerprint, lease, fence)
 
 
 def _run_pending(begun: Sequence[_Begun], executor: Executor, follow: Follow) -> None:
@@ -183,7 +186,7 @@ def _merge(begun: _Begun, parts: Parts, made_from: dict[str, str], store: Store)
     """Merge the parts and make what comes of them visible; return the headline."""
     job, lease = begun.job, begun.lease
     guarded = lease.guard(store)
-    output = Output(SnapshotWriter(guarded, job.name, lease.number))
+    output = Output(SnapshotWriter(guarded, job.name, begun.fence))
     headline = job.merge(begun.plan, parts, output)
     for key, data in output.files.items():
         guarded.put(key, data)

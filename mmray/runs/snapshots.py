@@ -1,12 +1,12 @@
 """Versions of a job's tables: written aside, made visible by one commit, read as one.
 
-    snapshots/census/000007-0002.json            the second merge under the seventh lease: its tables and their digests
+    snapshots/census/000007-0002.json            the second merge of the seventh driver: its tables and their digests
     snapshots/census/000007-0002/rankings/00000.parquet
     tables/rankings.parquet                      a copy of the newest, for other tools
 
-A snapshot is committed with the number of its driver's lease. A driver that has lost its lease commits a lower number
-than its successor, which nobody reads: it can't put old tables in place of new ones. A reader opens the snapshot with
-the highest number and finds every table of it, whatever is merged meanwhile.
+A snapshot is committed with a number that its driver settled when it took its lease. A driver that has lost its lease
+commits a lower number than its successor, which nobody reads: it can't put old tables in place of new ones. A reader
+opens the snapshot with the highest number and finds every table of it, whatever is merged meanwhile.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Snapshot:
 
     job: str
     number: str
-    """Number of the driver's lease, and of the merge under it."""
+    """Number of the driver, and of its merge."""
     made_from: Mapping[str, str]
     """What tells whether another merge would write anything else."""
     headline: Mapping[str, Any]
@@ -96,6 +96,15 @@ def open_snapshot(store: Store, job: str, number: str) -> Snapshot:
         ) from error
 
 
+def next_fence(store: Store, job: str, lease: int) -> int:
+    """Return the number for the snapshots of a driver that has just taken its lease: above all that there are.
+
+    That is the lease's number, unless somebody has removed the leases of earlier drivers.
+    """
+    numbers = snapshots(store, job).get(job, [])
+    return max(lease, _order(numbers[0])[0] + 1 if numbers else 0)
+
+
 def newest(store: Store, job: str) -> Snapshot | None:
     """Return a job's newest snapshot; None where it has none."""
     numbers = snapshots(store, job).get(job)
@@ -108,15 +117,16 @@ class SnapshotWriter:
 
     store: Store
     job: str
-    lease: int
+    fence: int
+    """What `next_fence` gave when the lease was taken."""
     number: str = ""
     tables: dict[str, _TableWriter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         own = [
-            number for number in snapshots(self.store, self.job).get(self.job, []) if _order(number)[0] == self.lease
+            number for number in snapshots(self.store, self.job).get(self.job, []) if _order(number)[0] == self.fence
         ]
-        self.number = f"{self.lease:06d}-{max((_order(number)[1] for number in own), default=0) + 1:04d}"
+        self.number = f"{self.fence:06d}-{max((_order(number)[1] for number in own), default=0) + 1:04d}"
 
     def add(self, name: str, part: pa.Table) -> None:
         """Take in rows of a table."""
@@ -128,7 +138,7 @@ class SnapshotWriter:
         """Make the tables visible at once, and return what readers see from now on.
 
         Tables of the snapshot before that were not written again stay as they are. Raises InputError where a driver
-        with a higher lease has committed meanwhile.
+        of a higher number has committed meanwhile.
         """
         written = {name: tuple(writer.close()) for name, writer in self.tables.items()}
         before = newest(self.store, self.job)

@@ -5,7 +5,7 @@ import pytest
 
 from mmray.errors import DamagedError, InputError
 from mmray.runs import snapshots as module
-from mmray.runs.snapshots import KEPT, SnapshotWriter, newest, open_snapshot, publish, snapshots
+from mmray.runs.snapshots import KEPT, SnapshotWriter, newest, next_fence, open_snapshot, publish, snapshots
 from mmray.storage import Store
 from mmray.tables import from_bytes, read_table
 
@@ -55,6 +55,14 @@ def test_a_driver_that_lost_its_lease_changes_nothing(store: Store) -> None:
     found = newest(store, "census")
     assert found is not None and found.read(store, "a") == rows(1, 2)
     assert read_table(store, "a") == rows(1, 2)
+
+
+def test_a_driver_comes_after_those_whose_leases_were_removed(store: Store) -> None:
+    assert next_fence(store, "census", 4) == 4
+    write(store, 4, a=rows(1))
+    assert next_fence(store, "census", 1) == 5
+    assert next_fence(store, "census", 9) == 9
+    assert next_fence(store, "properties", 1) == 1
 
 
 def test_a_table_that_is_not_written_again_stays(store: Store) -> None:
