@@ -21,8 +21,12 @@ class Folders:
 
     def __init__(self, folders: Sequence[RunFolder], units: Sequence[int]) -> None:
         self.folders = folders
-        self.uri = ", ".join(folder.store.uri for folder in folders)
         self.starts = list(accumulate(units, initial=0))
+
+    @property
+    def uri(self) -> str:
+        """Where all of them are."""
+        return ", ".join(folder.store.uri for folder in self.folders)
 
     def place(self, number: int) -> tuple[int, int]:
         """Return which folder a unit is of, and its number there."""

@@ -43,7 +43,7 @@ class HalfWritten(Mortal):
 @pytest.fixture
 def settings(tiny: Callable[[str], Path], tmp_path: Path) -> CensusSettings:
     data = write(tmp_path / "data.parquet", scenes(4))
-    values = {"model": str(tiny("llava")), "data": str(data), "out": "", "shard_size": 2, "top_k": 3}
+    values = {"model": str(tiny("llava")), "data": str(data), "out": "elsewhere", "shard_size": 2, "top_k": 3}
     return census_settings(values)
 
 

@@ -112,7 +112,7 @@ def test_receipts_of_earlier_versions_are_read(census: Callable[..., Answer], tm
 
 def test_a_refresh_answers_for_what_it_analysed(census: Callable[..., Answer], mmray: Mmray, tmp_path: Path) -> None:
     """A failure of the census is not one of every refresh after it."""
-    rows = nounless(1, 9)
+    rows = nounless(1, 10)
     rows[1]["image"] = {"bytes": b"no picture", "path": None}
     assert census(rows[:4], "--nouns", "textblob").status == 4
     with without_ray():
@@ -124,8 +124,8 @@ def test_a_refresh_answers_for_what_it_analysed(census: Callable[..., Answer], m
         found = json.loads(good.out)
         assert (found["new_samples"], found["failures"], found["skipped"], found["samples"]) == (4, 0, {}, 8)
         rows[8]["image"] = {"bytes": b"no picture", "path": None}
-        rows[4]["caption"] = NOUNLESS
-        write(tmp_path / "data" / "2.parquet", [rows[8], rows[4]])
+        rows[9]["caption"] = NOUNLESS
+        write(tmp_path / "data" / "2.parquet", [rows[8], rows[9]])
         bad = mmray("refresh", tmp_path / "run")
         assert bad.status == 4
         assert "2 new samples in " in bad.out

@@ -16,7 +16,7 @@ CENSUS = """
     from mmray.runs.lease import driving
     from mmray.storage import open_store
 
-    def run_census(settings, follow):
+    def run_census(settings, *_):
         with driving(open_store(settings.out)):
             print("at work", flush=True)
             time.sleep(60)

@@ -26,13 +26,17 @@ def worded(run: Run, tmp_path: Path) -> Run:
     import shutil
 
     shutil.copytree(run.uri, tmp_path / "run")
-    store = open_run(tmp_path / "run").folder.store
+    folder = open_run(tmp_path / "run").folder
+    files = folder.table_checksums()
     for name in ("rankings", "neurons"):
         table = run.table(name)
         for column in {"tokens", "suppressed"} & set(table.column_names):
             words = pa.array([WORDS] * len(table), pa.list_(pa.string()))
             table = table.set_column(table.schema.get_field_index(column), table.schema.field(column), words)
-        write_table(store, name, [table])
+        files |= write_table(folder.store, name, [table])
+    totals = folder.finished()
+    assert totals is not None
+    folder.finish(totals, files)
     return open_run(tmp_path / "run")
 
 
