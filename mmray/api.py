@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from mmray.cluster.alignment import run_alignment
 from mmray.cluster.census import run_census as drive_census
-from mmray.cluster.evaluation import run_evaluation
+from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.labels import run_selectivity
 from mmray.cluster.perturb import PerturbJob
@@ -63,7 +63,9 @@ def evaluate(run: Run | str, edit: str, data: str, **settings: Any) -> dict[str,
     samples in this process.) Raises InputError for bad settings or input.
     """
     uri = run.uri if isinstance(run, Run) else str(run)
-    return run_evaluation(evaluation_settings({"run": uri, "edit": str(edit), "data": data, **settings})).measures
+    asked = {"run": uri, "edit": str(edit), "data": data, **_asked(settings)}
+    measures: dict[str, dict[str, Any]] = run_job(EvaluationJob(evaluation_settings(asked))).headline["measures"]
+    return measures
 
 
 def properties(run: Run | str, **settings: Any) -> pa.Table:

@@ -1,16 +1,16 @@
 """A census or properties in this process, without Ray: driver and worker are the real ones, one after the other."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
-from mmray.cluster import carrying, census, editing, evaluation, pipeline
+from mmray.cluster import census
 from mmray.cluster.census import Outcome
-from mmray.cluster.pipeline import Pipeline
+from mmray.cluster.pipeline import Pipeline, pipeline_settings, run_pipeline
 from mmray.cluster.properties import PropertiesJob
 from mmray.cluster.saliency import SaliencyJob
 from mmray.cluster.units import UnitWorker
@@ -80,11 +80,5 @@ def saliency_here(run: Path | str, **settings: object) -> JobResult:
 
 def pipeline_here(settings: dict[str, Any]) -> Pipeline:
     """Run a pipeline without Ray."""
-    with ExitStack() as stack:
-        stack.enter_context(without_ray())
-        for module in (pipeline, carrying):
-            stack.enter_context(patch.object(module, "ray_session", lambda _: nullcontext()))
-        stack.enter_context(patch.object(carrying, "machines", lambda: [(1.0, 0.0)]))
-        stack.enter_context(patch.object(editing, "mapped", WorkHere))
-        stack.enter_context(patch.object(evaluation, "mapped_together", WorkHere))
-        return pipeline.run_pipeline(pipeline.pipeline_settings(settings))
+    with without_ray():
+        return run_pipeline(pipeline_settings(settings | {"local": True}))

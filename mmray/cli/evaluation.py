@@ -22,24 +22,26 @@ def evaluate(
     **settings: Any,
 ) -> None:
     """Measure an edit before and after: success, generality, locality, hallucination, caption quality, and its cost."""
-    from mmray.cluster.evaluation import run_evaluation
+    from mmray.cluster.evaluation import EvaluationJob
+    from mmray.engine import run as run_job
     from mmray.results.evaluation import measures
     from mmray.results.progress import follow_progress
 
     checked = evaluation_settings({"run": run, **settings})
     try:
         with follow_progress(Console(stderr=True)) as follow:
-            outcome = run_evaluation(checked, follow)
+            done = run_job(EvaluationJob(checked), follow=follow)
     except KeyboardInterrupt:
         print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
         raise
     if as_json:
-        print(json.dumps({"measures": outcome.measures, "cost": outcome.facts}, ensure_ascii=False, default=str))
+        print(json.dumps(done.summary(), ensure_ascii=False))
     else:
-        console.print(measures(outcome.measures, f"{checked.edit} on {checked.data}", everything=everything))
+        found = done.headline
+        console.print(measures(found["measures"], f"{checked.edit} on {checked.data}", everything=everything))
         cost = " · ".join(
-            f"{name} {value}" for name, value in outcome.facts.items() if not isinstance(value, dict | list)
+            f"{name} {value}" for name, value in found["cost"].items() if not isinstance(value, dict | list)
         )
         say(f"cost: {cost}" if cost else "", "dim")
-        say(f"{outcome.samples:,} samples and questions in {outcome.seconds:.0f} s → {checked.edit}/evaluation.json")
-    end(outcome, "sample", quiet=as_json)
+        say(f"{done.done:,} samples and questions in {done.seconds:.0f} s → {checked.edit}/evaluation.json")
+    end(done, "sample", quiet=as_json)

@@ -24,21 +24,23 @@ def pipeline(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME=VALUE …]", help="Change settings of the file: census.limit=64.")
     ] = None,
+    local: Annotated[bool, typer.Option("--local", help="Run every step in this process, without Ray.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run census → edits → evaluations. Run again, it goes on where it stopped."""
     from mmray.cluster.pipeline import pipeline_settings
     from mmray.results.evaluation import comparison
 
-    done = follow_pipeline(pipeline_settings(read_config(file, overrides or [])))
+    values = read_config(file, overrides or [])
+    done = follow_pipeline(pipeline_settings(values | {"local": True} if local else values))
     if as_json:
-        measures = {name: evaluation.measures for name, evaluation in done.evaluations.items()}
-        print(json.dumps({"run": done.run.uri, "evaluations": measures, "aside": done.aside}, ensure_ascii=False))
+        found = {"run": done.run.uri, "evaluations": done.measures, "quarantined": done.quarantined}
+        print(json.dumps(found, ensure_ascii=False))
     else:
         if done.evaluations:
-            console.print(comparison({name: found.measures for name, found in done.evaluations.items()}))
+            console.print(comparison(done.measures))
         say(f"{done.census.samples:,} samples, {len(done.edits):,} edits → {done.run.uri}")
-        for name, reason in done.aside.items():
+        for name, reason in done.quarantined.items():
             say(f"edit {name} set aside: {reason}", "red")
         say(f"next: mmray report {done.run.uri}")
     if not done.complete:

@@ -80,7 +80,7 @@ def say_edits(census: CensusSettings, *, quick: bool) -> bool:
             }
         )
     )
-    console.print(comparison({name: found.measures for name, found in done.evaluations.items()}))
+    console.print(comparison(done.measures))
     say(f"  on {scenes} other scenes, {time.perf_counter() - began:.0f} s")
     return done.complete
 

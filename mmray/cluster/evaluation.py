@@ -1,6 +1,6 @@
-"""The driver of evaluations: settle the units of work, hand them to actors, sum up their rows, write the result.
+"""Evaluations as jobs: a unit is a shard of data, of questions or of records, measured before and after an edit.
 
-EDIT/evaluations/FINGERPRINT/     the rows of each unit, committed once, as a run's shards are (`mmray.runs`)
+EDIT/evaluations/FINGERPRINT/     the rows of each unit
 EDIT/evaluation.json              the measures of the last evaluation that ended
 EDIT/captions.parquet             its captions before and after
 """
@@ -8,163 +8,141 @@ EDIT/captions.parquet             its captions before and after
 from __future__ import annotations
 
 import json
-import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmray.cluster.carrying import Folders, carry_out, pool_for
-from mmray.cluster.described import described
-from mmray.cluster.evaluation_plan import Plan, digests, plan_evaluation, units_json
-from mmray.cluster.evaluation_worker import EvaluationWorker, Opener
-from mmray.cluster.finished import Finished
-from mmray.cluster.units import mapped_together
+from mmray import engine
+from mmray.cluster.evaluation_plan import Context, Unit, open_measured, part_of, plan_evaluation
+from mmray.cluster.worker import open_data
+from mmray.datasets.samples import Sample
+from mmray.datasets.shards import read_shard
 from mmray.editing.edit import open_edit
-from mmray.engine import Progress
+from mmray.engine import Job, Output, Parts, Plan, UnitResult, Worker
 from mmray.evaluation.asks import Edit
+from mmray.evaluation.before import Before
+from mmray.evaluation.measuring import Measuring
+from mmray.evaluation.rows import Rows
 from mmray.evaluation.scope import EDITED
 from mmray.evaluation.settings import EvaluationSettings
 from mmray.evaluation.summary import summarise
-from mmray.results.run import Run, open_run
-from mmray.runs import Receipt, RunFolder
-from mmray.runs.driver import drive_analysis
-from mmray.runs.lease import Lease
+from mmray.neurons.model import load_model
+from mmray.results.run import open_run
 from mmray.tables import CAPTIONS_FILE, EVALUATION_FILE, EVALUATION_SCHEMAS, to_bytes
 
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation(Finished):
-    """What a finished evaluation amounts to; `measures` as evaluation.json has them."""
-
-    edit: str
-    measures: dict[str, dict[str, Any]]
-    facts: dict[str, Any]
-    samples: int
+Opener = Callable[[str], Edit]
+"""From an edit's folder to the edit."""
 
 
-def run_evaluation(
-    settings: EvaluationSettings,
-    follow: Callable[[Progress], None] = lambda _: None,
-    opener: Opener = open_edit,
-) -> Evaluation:
-    """Evaluate an edit to the end, or go on with an evaluation that stopped, and write and return what it shows.
+class EvaluationJob(Job[EvaluationSettings, Context]):
+    """Measures what an edit changed, and what it left alone.
 
-    `follow` hears of committed units. Raises InputError for anything wrong with the set-up, before any work.
-    """
-    return run_evaluations([settings], follow, opener)[0]
-
-
-def run_evaluations(
-    settings: Sequence[EvaluationSettings],
-    follow: Callable[[Progress], None] = lambda _: None,
-    opener: Opener = open_edit,
-) -> list[Evaluation]:
-    """Evaluate edits of one run together: the model is loaded, and asked before the edits, once for all of them.
-
-    The settings differ in the edit alone; `seconds` of each outcome are those of all. Else as `run_evaluation`.
-    """
-    began = time.perf_counter()
-    run, edits = open_run(settings[0].run, patient=True), [opener(one.edit) for one in settings]
-    with ExitStack() as stack:
-        leases = [stack.enter_context(drive_analysis(_evaluations(one.edit))) for one in settings]
-        return _evaluated(settings, run, edits, opener, leases, follow, began)
-
-
-def _evaluated(
-    settings: Sequence[EvaluationSettings],
-    run: Run,
-    edits: Sequence[Edit],
-    opener: Opener,
-    leases: Sequence[Lease],
-    follow: Callable[[Progress], None],
-    began: float,
-) -> list[Evaluation]:
-    plans = [plan_evaluation(one, run, edit.purposes) for one, edit in zip(settings, edits, strict=True)]
-    infos = [described(plan.settings, digests(plan, run), len(plan.units)) for plan in plans]
-    folders = [
-        RunFolder.at(f"{_evaluations(plan.settings.edit)}/{info['fingerprint']}", patient=True)
-        for plan, info in zip(plans, infos, strict=True)
-    ]
-    for plan, info, folder in zip(plans, infos, folders, strict=True):
-        folder.begin(info, units_json(plan))
-    _work(plans, folders, opener, follow, leases)
-    outcomes = []
-    for plan, info, folder, edit, lease in zip(plans, infos, folders, edits, leases, strict=True):
-        receipts = folder.receipts()
-        measured, captions = _gathered(folder, receipts, plan)
-        outcome = Evaluation(
-            edit=plan.settings.edit,
-            measures=summarise(measured, plan.settings),
-            facts=edit.facts,
-            samples=sum(receipt.samples for receipt in receipts.values()),
-            failures=sum(receipt.failures for receipt in receipts.values()),
-            quarantined=folder.reasons(receipts),
-            seconds=time.perf_counter() - began,
-        )
-        _write(outcome, plan, info["fingerprint"], captions, lease)
-        folder.finish({"samples": outcome.samples, "failures": outcome.failures})
-        outcomes.append(outcome)
-    return outcomes
-
-
-def _evaluations(edit: str) -> str:
-    return f"{edit.rstrip('/')}/evaluations"
-
-
-def _work(
-    plans: Sequence[Plan],
-    folders: Sequence[RunFolder],
-    opener: Opener,
-    follow: Callable[[Progress], None],
-    leases: Sequence[Lease],
-) -> None:
-    """Have every unit that is neither committed nor set aside measured, those of all edits that read the same together.
-
-    (Units that read different data stay apart: there other samples may have the same identifiers.)
+    Edits of one run that are evaluated together share the model and its answers before them: their settings differ in
+    the edit alone.
     """
 
-    def check() -> None:
-        for lease in leases:
-            lease()
+    name = "evaluations"
+    parts: ClassVar[dict[str, pa.Schema]] = {name: EVALUATION_SCHEMAS[name] for name in ("measurements", "captions")}
 
-    units = Folders(folders, [len(plan.units) for plan in plans])
-    first = plans[0].settings
+    def __init__(self, settings: EvaluationSettings, opener: Opener = open_edit) -> None:
+        super().__init__(settings)
+        self.opener = opener
 
-    def actors(wanted: list[int]) -> Any:
-        groups: dict[tuple[str, int], list[int]] = defaultdict(list)
-        for number in wanted:
-            edit, place = units.place(number)
-            unit = plans[edit].units[place]
-            groups[unit.kind, unit.number].append(number)
-        pool = pool_for(first.workers, first.gpus_per_worker, len(groups))
-        arguments = plans, [folder.store.uri for folder in folders], opener
-        return mapped_together(EvaluationWorker, arguments, list(groups.values()), pool, ahead=0)
+    @property
+    def target(self) -> str:
+        """The edit."""
+        return self.settings.edit.rstrip("/")
 
-    carry_out(
-        units,
-        [unit.samples for plan in plans for unit in plan.units],
-        actors,
-        follow,
-        check,
-        address=first.address,
-        retry_failed=first.retry_failed,
-    )
+    def plan(self) -> Plan[Context]:
+        """Settle what is measured and asked."""
+        edit = self.opener(self.settings.edit)
+        return plan_evaluation(self.settings, open_run(self.settings.run, patient=True), edit)
+
+    def worker(self, context: Context) -> Worker:
+        """Load the model and the edit, and return what measures a unit."""
+        return self.workers([self], [context])[0]
+
+    @classmethod
+    def workers(cls, jobs: Sequence[Job[EvaluationSettings, Context]], contexts: Sequence[Context]) -> list[Worker]:
+        """Load the model once; units that read the same are asked of it once, whatever edit each measures."""
+        census, settings = contexts[0].census, contexts[0].settings
+        model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
+        before = _SharedBefore(Before(model, settings.batch_size, settings.prompt, settings.longest))
+        return [before.worker(job, context) for job, context in zip(jobs, contexts, strict=True)]
+
+    def merge(self, plan: Plan[Context], parts: Parts, output: Output) -> dict[str, Any]:
+        """Write the measures with their intervals, and the captions before and after."""
+        settings = plan.context.settings
+        measured, captions = _gathered(plan, parts)
+        measures = summarise(measured, settings)
+        receipts = parts.receipts.values()
+        content = {
+            "measures": measures,
+            "cost": plan.context.cost,
+            "data": settings.data,
+            "run": settings.run,
+            "samples": sum(receipt.samples for receipt in receipts),
+            "failures": sum(receipt.failures for receipt in receipts),
+            "quarantined": parts.folder.reasons(parts.receipts),
+            "settings": settings.result_settings() | settings.model_dump(include={"draws", "detector"}),
+            "fingerprint": settings.fingerprint(plan.digests),
+            "seconds": round(sum(receipt.seconds for receipt in receipts), 3),
+        }
+        output.file(CAPTIONS_FILE, to_bytes(captions))
+        output.file(EVALUATION_FILE, json.dumps(content, indent=1, ensure_ascii=False, default=str).encode())
+        return {"edit": self.settings.edit, "measures": measures, "cost": plan.context.cost}
 
 
-def _gathered(folder: RunFolder, receipts: dict[int, Receipt], plan: Plan) -> tuple[pa.Table, pa.Table]:
+class _SharedBefore:
+    """The unedited model's answers, which the workers of all edits of an actor share."""
+
+    def __init__(self, before: Before) -> None:
+        self.before = before
+        self.group: object = None
+
+    def worker(self, job: Job[EvaluationSettings, Context], context: Context) -> Worker:
+        """Return what measures the units of one edit."""
+        assert isinstance(job, EvaluationJob)
+        edit = job.opener(context.settings.edit)
+        measuring = Measuring(self.before, edit, context.facts, context.settings)
+
+        def measure(unit: engine.Unit) -> UnitResult:
+            if unit.group != self.group:
+                # Units that read something else share no sample, and what is kept would only grow.
+                self.before.forget()
+                self.group = unit.group
+            return UnitResult(_measured(context, measuring, unit.payload).tables())
+
+        return measure
+
+
+def _measured(context: Context, measuring: Measuring, unit: Unit) -> Rows:
+    if unit.kind == "texts":
+        return measuring.texts(context.texts[unit.start : unit.start + unit.samples])
+    if unit.kind == "records":
+        assert context.records is not None
+        return measuring.records(part_of(context.records, unit))
+    if unit.kind == "data":
+        return measuring.samples(list(read_shard(open_measured(context.census), context.manifest.shards[unit.number])))
+    assert context.own_manifest is not None
+    found = read_shard(open_data(context.own), context.own_manifest.shards[unit.number])
+    wanted = set(unit.names)
+    return measuring.samples([s for s in found if isinstance(s, Sample) and s.sample_id in wanted], own=True)
+
+
+def _gathered(plan: Plan[Context], parts: Parts) -> tuple[pa.Table, pa.Table]:
     """Return the measurements of all units, and the captions, each sample once.
 
     An image that the edit was made on and that the data holds counts as it is there, and not again as one of the run's.
     """
 
     def read(name: str, *, own: bool) -> pa.Table:
-        some = {number: receipt for number, receipt in receipts.items() if (plan.units[number].kind == "own") == own}
-        return folder.read_parts(some, name, EVALUATION_SCHEMAS[name])
+        kinds = {number: plan.units[number].payload.kind for number in parts.receipts}
+        some = {number: receipt for number, receipt in parts.receipts.items() if (kinds[number] == "own") == own}
+        return replace(parts, receipts=some).table(name)
 
     captions = read("captions", own=False)
     known = captions.filter(pc.equal(captions["role"], EDITED))["image"].unique()
@@ -175,21 +153,3 @@ def _gathered(folder: RunFolder, receipts: dict[int, Receipt], plan: Plan) -> tu
     rows = {row["sample_id"]: row for row in reversed(captions.to_pylist())}
     kept = [rows[name] for name in sorted(rows)]
     return measured, pa.Table.from_pylist(kept, schema=EVALUATION_SCHEMAS["captions"])
-
-
-def _write(outcome: Evaluation, plan: Plan, fingerprint: str, captions: pa.Table, lease: Lease) -> None:
-    store = lease.guard(RunFolder.at(plan.settings.edit, patient=True).store)
-    content = {
-        "measures": outcome.measures,
-        "cost": outcome.facts,
-        "data": plan.settings.data,
-        "run": plan.settings.run,
-        "samples": outcome.samples,
-        "failures": outcome.failures,
-        "units_aside": outcome.quarantined,
-        "settings": plan.settings.result_settings() | plan.settings.model_dump(include={"draws", "detector"}),
-        "fingerprint": fingerprint,
-        "seconds": round(outcome.seconds, 3),
-    }
-    store.put(CAPTIONS_FILE, to_bytes(captions))
-    store.put(EVALUATION_FILE, json.dumps(content, indent=1, ensure_ascii=False, default=str).encode())

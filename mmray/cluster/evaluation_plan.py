@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from mmray import engine
 from mmray.cluster.worker import columns_of, open_data
 from mmray.datasets.contents import Source
 from mmray.datasets.shards import Manifest, Shard, cut
 from mmray.datasets.sources import open_source
 from mmray.errors import InputError
-from mmray.evaluation.asks import Purpose
+from mmray.evaluation.asks import Edit, Purpose
 from mmray.evaluation.facts import DataFacts
 from mmray.evaluation.ground_truth import survey
 from mmray.evaluation.mmedit import Records, read_records
@@ -49,10 +50,11 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that workers need besides the model and the edit; small beside the data."""
+class Context:
+    """All that workers need besides the model and the edit, and small compared with the data."""
 
     settings: EvaluationSettings
+    """The job's, with everything settled that the data decides."""
     census: CensusSettings
     """The settings of the run, read as the data to measure on."""
     own: CensusSettings
@@ -62,18 +64,8 @@ class Plan:
     facts: DataFacts
     texts: tuple[TextQuestion, ...]
     records: Records | None
-    units: tuple[Unit, ...]
-
-    @property
-    def samples(self) -> int:
-        """Samples, questions and records of all units."""
-        return sum(unit.samples for unit in self.units)
-
-    def digest(self) -> str:
-        """Return a digest of what is asked, beyond the data's content."""
-        records = self.records and [number for number, _ in self.records.records]
-        facts = sorted(self.facts.counts.items()), sorted(map(str, self.facts.translations.items()))
-        return hashlib.sha256(repr((self.texts, records, facts, self.units)).encode()).hexdigest()[:16]
+    cost: dict[str, Any]
+    """How the edit was made, and what it cost."""
 
 
 def open_measured(census: CensusSettings) -> Source:
@@ -81,8 +73,13 @@ def open_measured(census: CensusSettings) -> Source:
     return open_source(census.data, columns_of(census), captions=False)
 
 
-def plan_evaluation(settings: EvaluationSettings, run: Run, purposes: Sequence[Purpose]) -> Plan:
-    """Settle everything that an evaluation consists of; raises InputError for anything wrong with it."""
+def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engine.Plan[Context]:
+    """Settle everything that an evaluation consists of; raises InputError for anything wrong with it.
+
+    A unit's payload is a `Unit`, and its group what it reads: there the edits of one actor share the model's answers.
+    (Units that read different data stay apart: other samples may have the same identifiers.)
+    """
+    purposes = edit.purposes
     settings = settings.model_copy(update={"bleu": has_bleu(settings.bleu)})
     own = CensusSettings(**run.info["settings"])
     columns = {name: value for name in COLUMNS if (value := getattr(settings, name)) is not None}
@@ -104,7 +101,13 @@ def plan_evaluation(settings: EvaluationSettings, run: Run, purposes: Sequence[P
     units += own_units
     units += _parts("texts", len(texts), settings.shard_size)
     units += _parts("records", len(records.records) if records else 0, settings.shard_size)
-    return Plan(settings, census, own, manifest, own_manifest, facts, tuple(texts), records, tuple(units))
+    context = Context(settings, census, own, manifest, own_manifest, facts, tuple(texts), records, edit.facts)
+    return engine.Plan(
+        [engine.Unit(unit.samples, unit, (unit.kind, unit.number)) for unit in units],
+        _digests(context, run, tuple(units)),
+        context,
+        settings,
+    )
 
 
 def part_of(records: Records, unit: Unit) -> Records:
@@ -112,26 +115,21 @@ def part_of(records: Records, unit: Unit) -> Records:
     return replace(records, records=records.records[unit.start : unit.start + unit.samples])
 
 
-def units_json(plan: Plan) -> bytes:
-    """Return the units as the bytes that the evaluation's folder keeps."""
-    return json.dumps([vars(unit) for unit in plan.units], indent=0).encode()
-
-
-def digests(plan: Plan, run: Run) -> dict[str, str]:
+def _digests(context: Context, run: Run, units: tuple[Unit, ...]) -> dict[str, str]:
     """Return what the evaluation's result depends on, each by a digest."""
-    settings = plan.settings
+    settings = context.settings
     edit = open_store(settings.edit)
     found = {
         "model": run.info["digests"]["model"],
-        "data": plan.manifest.digest,
-        "own": plan.own_manifest.digest if plan.own_manifest else "",
-        "asked": plan.digest(),
+        "data": context.manifest.digest,
+        "own": context.own_manifest.digest if context.own_manifest else "",
+        "asked": _asked(context, units),
         # Parts without all these columns can't be continued.
         "rows": ",".join(EVALUATION_SCHEMAS["measurements"].names),
         "edit": _digest([edit.entry(name) for name in EDIT_FILES]),
         "encoder": _digest(open_store(settings.encoder).list()) if settings.encoder else "",
     }
-    found["words"] = open_words(settings.synonyms, plan.facts.vocabulary).digest()
+    found["words"] = open_words(settings.synonyms, context.facts.vocabulary).digest()
     if settings.mmedit:
         store, key = open_object(settings.mmedit)
         found["mmedit"] = _digest([store.entry(key)])
@@ -140,6 +138,13 @@ def digests(plan: Plan, run: Run) -> dict[str, str]:
     if settings.detector:
         found["detector"] = detector_digest(settings.detector)
     return found
+
+
+def _asked(context: Context, units: tuple[Unit, ...]) -> str:
+    """Return a digest of what is asked, beyond the data's content."""
+    records = context.records and [number for number, _ in context.records.records]
+    facts = sorted(context.facts.counts.items()), sorted(map(str, context.facts.translations.items()))
+    return hashlib.sha256(repr((context.texts, records, facts, units)).encode()).hexdigest()[:16]
 
 
 def _digest(entries: Sequence[Entry | None]) -> str:

@@ -1,35 +1,41 @@
-"""The whole chain as one job: census → edits, an actor each → an evaluation of each edit → tables of the run."""
+"""The whole chain as one call: census → edits, an actor each → an evaluation of each edit → tables of the run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmray.cluster.census import Outcome, run_census
-from mmray.cluster.editing import edit_folder, make_edits
-from mmray.cluster.evaluation import Evaluation, run_evaluations
+from mmray.cluster.editing import EditJob, NamedEditSettings, edit_folder
+from mmray.cluster.evaluation import EvaluationJob
 from mmray.derived import TABLES
 from mmray.editing.edit import WeightEdit, open_edit
 from mmray.editing.settings import edit_settings
-from mmray.engine import Progress
-from mmray.engine.session import ray_session
-from mmray.errors import InputError
-from mmray.evaluation.settings import evaluation_settings
+from mmray.engine import JobResult, JobSettings, Progress, executor_for, run_together
+from mmray.errors import DamagedError, InputError
+from mmray.evaluation.settings import EvaluationSettings, evaluation_settings
 from mmray.results.run import Run, open_run
 from mmray.runs.driver import drive_analysis
 from mmray.runs.lease import Lease
-from mmray.settings import census_settings, first_problem
-from mmray.storage import open_store
-from mmray.tables import CAPTIONS_FILE, read_file
-from mmray.writing import write_table
+from mmray.runs.snapshots import SnapshotWriter, newest, next_fence, publish
+from mmray.settings import CensusSettings, census_settings, first_problem
+from mmray.storage import Store, open_store
+from mmray.tables import CAPTIONS_FILE, read_file, read_table
+
+EDIT_TABLES = ("edits", "evaluations", "edit_captions")
+"""The run's tables that tell of its edits; each has a column `edit`."""
 
 Follow = Callable[[str, Progress], None]
 """Told of progress, with the name of the step."""
+
+logger = logging.getLogger(__name__)
 
 
 class PipelineSettings(BaseModel):
@@ -40,6 +46,8 @@ class PipelineSettings(BaseModel):
     census: dict[str, Any]
     edits: dict[str, dict[str, Any]] = Field(default_factory=dict)
     evaluation: dict[str, Any] = Field(default_factory=dict)
+    local: bool = False
+    """Run every step in this process, without Ray."""
 
 
 @dataclass
@@ -49,15 +57,20 @@ class Pipeline:
     run: Run
     census: Outcome
     edits: dict[str, WeightEdit] = field(default_factory=dict)
-    evaluations: dict[str, Evaluation] = field(default_factory=dict)
-    aside: dict[str, str] = field(default_factory=dict)
+    evaluations: dict[str, JobResult] = field(default_factory=dict)
+    quarantined: dict[str, str] = field(default_factory=dict)
     """Edits that could not be made, and why."""
 
     @property
     def complete(self) -> bool:
-        """Tell whether all went well."""
+        """Return whether all went well."""
         evaluated = all(evaluation.complete for evaluation in self.evaluations.values())
-        return self.census.complete and not self.aside and evaluated
+        return self.census.complete and not self.quarantined and evaluated
+
+    @property
+    def measures(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """The measures of each evaluated edit."""
+        return {name: evaluation.headline["measures"] for name, evaluation in self.evaluations.items()}
 
 
 def pipeline_settings(values: Mapping[str, Any]) -> PipelineSettings:
@@ -66,9 +79,9 @@ def pipeline_settings(values: Mapping[str, Any]) -> PipelineSettings:
         settings = PipelineSettings(**values)
     except ValidationError as error:
         raise InputError(
-            f"{first_problem(error)}; a pipeline has census, edits (name: settings) and evaluation"
+            f"{first_problem(error)}; a pipeline has census, edits (name: settings), evaluation and local"
         ) from error
-    census_settings(settings.census)
+    _census(settings)
     for name, wanted in settings.edits.items():
         try:
             edit_settings(wanted)
@@ -80,75 +93,120 @@ def pipeline_settings(values: Mapping[str, Any]) -> PipelineSettings:
 
 
 def run_pipeline(settings: PipelineSettings, follow: Follow = lambda _, __: None) -> Pipeline:
-    """Run a pipeline to its end, or go on where one stopped: what is done of any step is not done again.
+    """Run a pipeline to its end, or resume one that stopped: what is done of any step is not done again.
 
     Raises InputError for anything wrong with the set-up.
     """
-    census = census_settings(settings.census)
-    with ray_session(census.address):
+    with executor_for(JobSettings(**_execution(settings))).session():
+        census = _census(settings)
         outcome = run_census(census, partial(follow, "census"))
         done = Pipeline(open_run(census.out, patient=True), outcome)
         if settings.edits:
-            with drive_analysis(f"{done.run.uri}/edits") as lease:
+            with drive_analysis(f"{done.run.uri}/pipeline") as lease:
+                done.run.folder.prepare()
+                store = lease.guard(done.run.folder.store)
+                fence = next_fence(store, "pipeline", lease.number)
                 _edit(done, settings, follow, lease)
+                _write(done, list(settings.edits), SnapshotWriter(store, "pipeline", fence))
     return done
 
 
 def _edit(done: Pipeline, settings: PipelineSettings, follow: Follow, lease: Lease) -> None:
-    run, census = done.run, census_settings(settings.census)
-    done.aside = make_edits(
-        run,
-        {name: edit_settings(wanted) for name, wanted in settings.edits.items()},
-        lease,
-        partial(follow, "edits"),
-        gpus_per_worker=census.gpus_per_worker,
-        address=census.address,
-        retry_failed=census.retry_failed,
-    )
-    done.edits = {name: open_edit(edit_folder(run, name)) for name in settings.edits if name not in done.aside}
+    """Make the edits, and evaluate those that could be made."""
+    run, shared = done.run.uri, _execution(settings)
+    jobs = [
+        EditJob(NamedEditSettings(run=run, name=name, wish=edit_settings(wanted), **shared))
+        for name, wanted in settings.edits.items()
+    ]
+    for job, made in zip(jobs, run_together(jobs, follow=partial(follow, "edits"), lease=lease), strict=True):
+        name = job.settings.name
+        if made.quarantined:
+            done.quarantined[name] = made.quarantined[0]
+        else:
+            done.edits[name] = open_edit(job.target)
     if done.edits:
-        wanted = [_evaluation(settings, run.uri, edit_folder(run, name)) for name in done.edits]
-        found = run_evaluations(wanted, partial(follow, "evaluations"))
+        wanted = [EvaluationJob(_evaluation(settings, run, edit_folder(run, name))) for name in done.edits]
+        found = run_together(wanted, follow=partial(follow, "evaluations"))
         done.evaluations = dict(zip(done.edits, found, strict=True))
-    store = lease.guard(run.folder.store)
-    write_table(store, "edits", [_table("edits", (_facts(name, done.edits[name]) for name in done.edits))])
-    write_table(store, "evaluations", [_table("evaluations", _measures(done))])
-    write_table(store, "edit_captions", [_table("edit_captions", _captions(done))])
 
 
-def _evaluation(settings: PipelineSettings, run: str, edit: str) -> Any:
-    census = census_settings(settings.census)
-    shared = {"gpus_per_worker": census.gpus_per_worker, "address": census.address, "retry_failed": census.retry_failed}
+def _census(settings: PipelineSettings) -> CensusSettings:
+    return census_settings(settings.census)
+
+
+def _execution(settings: PipelineSettings) -> dict[str, Any]:
+    """Return how edits and evaluations are run: as the census is, unless the whole pipeline is local."""
+    census = _census(settings)
+    own = ("gpus_per_worker", "address", "retry_failed")
+    return {name: getattr(census, name) for name in own} | {"local": settings.local}
+
+
+def _evaluation(settings: PipelineSettings, run: str, edit: str) -> EvaluationSettings:
     try:
-        return evaluation_settings({**shared, **settings.evaluation, "run": run, "edit": edit})
+        return evaluation_settings({**_execution(settings), **settings.evaluation, "run": run, "edit": edit})
     except InputError as error:
         raise InputError(f"evaluation: {error}") from error
 
 
-def _table(name: str, rows: Iterator[dict[str, Any]]) -> pa.Table:
-    return pa.Table.from_pylist(list(rows), schema=TABLES[name])
+def _write(done: Pipeline, made: Sequence[str], writer: SnapshotWriter) -> None:
+    """Write the tables of the run's edits. Rows of edits that an earlier call made stay; all tables change at once."""
+    new = {"edits": _facts(done), "evaluations": _measures(done), "edit_captions": _captions(done)}
+    before = _earlier(writer.store)
+    tables = {name: _replaced(name, before[name], made, rows) for name, rows in new.items()}
+    if all(before[name] is not None and table.equals(before[name]) for name, table in tables.items()):
+        return
+    for name, table in tables.items():
+        writer.add(name, table)
+    publish(writer.store, writer.commit({}, {}))
 
 
-def _facts(name: str, edit: WeightEdit) -> dict[str, Any]:
-    purpose, wish = edit.purpose, edit.settings["wishes"][0]
-    return {
-        "edit": name,
-        "kind": purpose.kind,
-        "source": purpose.source,
-        "target": purpose.target,
-        "pairs": [{"context": context, "word": word} for context, word in purpose.pairs],
-        "method": wish["method"],
-        **{key: edit.facts[key] for key in ("rows_changed", "parameters_changed", "norm", "seconds")},
-    }
+def _earlier(store: Store) -> dict[str, pa.Table | None]:
+    """Return the tables as earlier calls have left them; None where there is none, or it is damaged."""
+    snapshot = newest(store, "pipeline")
+    found: dict[str, pa.Table | None] = dict.fromkeys(EDIT_TABLES)
+    for name in EDIT_TABLES:
+        try:
+            found[name] = snapshot.read(store, name) if snapshot else read_table(store, name)
+        except FileNotFoundError:
+            continue
+        except DamagedError as error:
+            logger.warning("%s (rows of edits that this pipeline does not name are lost)", error)
+    return found
+
+
+def _replaced(name: str, before: pa.Table | None, made: Sequence[str], rows: Iterable[dict[str, Any]]) -> pa.Table:
+    """Return a table with new rows in place of those of the edits made."""
+    schema = TABLES[name]
+    parts = [schema.empty_table()]
+    if before is not None:
+        parts.append(before.filter(pc.invert(pc.is_in(before["edit"], pa.array(made, pa.string())))))
+    # A table of an earlier version may lack a column that has come since.
+    return pa.concat_tables(
+        [*parts, pa.Table.from_pylist(list(rows), schema=schema)], promote_options="default"
+    ).combine_chunks()
+
+
+def _facts(done: Pipeline) -> Iterator[dict[str, Any]]:
+    for name, edit in done.edits.items():
+        purpose, wish = edit.purpose, edit.settings["wishes"][0]
+        yield {
+            "edit": name,
+            "kind": purpose.kind,
+            "source": purpose.source,
+            "target": purpose.target,
+            "pairs": [{"context": context, "word": word} for context, word in purpose.pairs],
+            "method": wish["method"],
+            **{key: edit.facts[key] for key in ("rows_changed", "parameters_changed", "norm", "seconds")},
+        }
 
 
 def _measures(done: Pipeline) -> Iterator[dict[str, Any]]:
-    for name, evaluation in done.evaluations.items():
-        for measure, row in evaluation.measures.items():
+    for name, measures in done.measures.items():
+        for measure, row in measures.items():
             yield {"edit": name, "measure": measure, **row}
 
 
 def _captions(done: Pipeline) -> Iterator[dict[str, Any]]:
     for name in done.evaluations:
-        rows = read_file(open_store(edit_folder(done.run, name)), CAPTIONS_FILE)
+        rows = read_file(open_store(edit_folder(done.run.uri, name)), CAPTIONS_FILE)
         yield from ({"edit": name, **row} for row in rows.to_pylist())

@@ -97,14 +97,7 @@ def mapped(
     `ahead`: units that an actor is given before it has done its last one. With few and unlike units one actor would
     have several of the large ones, and another none.
     """
-    return mapped_together(worker, arguments, [[unit] for unit in units], pool, ahead)
-
-
-def mapped_together(
-    worker: type[UnitWorker], arguments: Sequence[Any], groups: Sequence[Sequence[int]], pool: Pool, ahead: int = 1
-) -> ray.data.Dataset:
-    """Return the receipts to come of groups of units, of which each is one actor's; else as `mapped`."""
-    return ray.data.from_arrow([pa.table({"unit": group}) for group in groups]).map_batches(
+    return ray.data.from_arrow([pa.table({"unit": [unit]}) for unit in units]).map_batches(
         worker,
         fn_constructor_args=(*arguments, pool.threads, str(Path.cwd())),
         batch_size=1,

@@ -18,7 +18,7 @@ from mmray.runs.driver import drive_analysis
 from mmray.runs.lease import Lease
 from mmray.runs.receipts import receipts_digest
 from mmray.runs.snapshots import SnapshotWriter, newest, next_fence, publish
-from mmray.storage import Store, open_store
+from mmray.storage import Store
 from mmray.version import VERSION
 
 Follow = Callable[[Progress], None]
@@ -33,6 +33,8 @@ class _Begun:
     folder: RunFolder
     fingerprint: str
     lease: Lease
+    target: Store
+    """Where its tables and files go."""
     fence: int
     """Number of its snapshots."""
 
@@ -76,14 +78,18 @@ def run_together(
 
 
 def _begin(job: Job[Any, Any], plan: Plan[Any], lease: Lease) -> _Begun:
-    fence = next_fence(open_store(job.target), job.name, lease.number)
-    fingerprint = job.settings.fingerprint(plan.digests)
+    target = RunFolder.at(job.target, patient=True)
+    # Snapshots are committed there, which may be on a disk without hard links.
+    target.prepare()
+    fence = next_fence(target.store, job.name, lease.number)
+    settings = plan.settled or job.settings
+    fingerprint = settings.fingerprint(plan.digests)
     folder = RunFolder.at(job.folder(fingerprint), patient=True)
     folder.begin(
         {
             "job": job.name,
-            "settings": job.settings.model_dump(exclude={"address"}),
-            "result_settings": job.settings.result_settings(),
+            "settings": settings.model_dump(exclude={"address"}),
+            "result_settings": settings.result_settings(),
             "digests": dict(plan.digests),
             "fingerprint": fingerprint,
             "shards": len(plan.units),
@@ -92,7 +98,8 @@ def _begin(job: Job[Any, Any], plan: Plan[Any], lease: Lease) -> _Begun:
         json.dumps({"units": len(plan.units), "sizes": [unit.size for unit in plan.units]}).encode(),
     )
     # Whether its store commits by name is known only now that the folder has begun.
-    return _Begun(job, plan, RunFolder.at(job.folder(fingerprint), patient=True), fingerprint, lease, fence)
+    folder = RunFolder.at(job.folder(fingerprint), patient=True)
+    return _Begun(job, plan, folder, fingerprint, lease, target.store, fence)
 
 
 def _run_pending(begun: Sequence[_Begun], executor: Executor, follow: Follow) -> None:
@@ -140,8 +147,7 @@ def _run_pending(begun: Sequence[_Begun], executor: Executor, follow: Follow) ->
 
 def _finish(begun: _Begun, began: float) -> JobResult:
     """Merge what is committed, unless the tables are made from it already, and return what it amounts to."""
-    job, folder = begun.job, begun.folder
-    store = open_store(job.target)
+    job, folder, store = begun.job, begun.folder, begun.target
     while True:
         parts = _complete(begun)
         made_from = {
@@ -153,7 +159,7 @@ def _finish(begun: _Begun, began: float) -> JobResult:
         if snapshot is not None and snapshot.made_from == made_from:
             headline = snapshot.headline
         else:
-            headline = _merge(begun, parts, made_from, store)
+            headline = _merge(begun, parts, made_from)
         # What a late worker commits meanwhile is taken in too.
         if receipts_digest(folder.receipts()) == made_from["receipts"]:
             break
@@ -182,10 +188,10 @@ def _complete(begun: _Begun) -> Parts:
     return Parts(folder, receipts, begun.job.parts)
 
 
-def _merge(begun: _Begun, parts: Parts, made_from: dict[str, str], store: Store) -> Mapping[str, Any]:
+def _merge(begun: _Begun, parts: Parts, made_from: dict[str, str]) -> Mapping[str, Any]:
     """Merge the parts and make what comes of them visible; return the headline."""
     job, lease = begun.job, begun.lease
-    guarded = lease.guard(store)
+    guarded = lease.guard(begun.target)
     output = Output(SnapshotWriter(guarded, job.name, begun.fence))
     headline = job.merge(begun.plan, parts, output)
     for key, data in output.files.items():

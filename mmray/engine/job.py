@@ -50,6 +50,8 @@ class Plan(Generic[P]):
     digests: Mapping[str, str]
     """What results depend on besides settings: model, data, the run's tables, …"""
     context: P
+    settled: JobSettings | None = None
+    """The job's settings with what the plan has settled, where that is part of them; the fingerprint is theirs."""
 
 
 Worker = Callable[[Unit], UnitResult]

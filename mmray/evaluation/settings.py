@@ -1,17 +1,15 @@
-"""Typed settings of an evaluation, the documentation of each, and the fingerprint that its folder is named by."""
+"""Typed settings of an evaluation, with the documentation of each."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from mmray.errors import InputError
+from mmray.engine.settings import JobSettings, after_work, checked, execution, known_by_digest
 from mmray.evaluation.answers import Parser
 from mmray.evaluation.facts import Adversarial, GroundTruth, Positives
-from mmray.settings import LONGEST, Workers, first_problem
+from mmray.settings import LONGEST
 
 
 class MeasureSettings(BaseModel):
@@ -19,12 +17,12 @@ class MeasureSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = execution(32, ge=1)
     """Images a forward pass; halved by itself where memory runs out."""
     prompt: str | None = None
     """Question before captions; default: the run's, else "Describe the image in few words." in the caption's
     language."""
-    text_questions: str | None = None
+    text_questions: str | None = known_by_digest(None)
     """File with a question without an image a line, a tab and the expected answer behind it; default: questions about
     the data's objects."""
     text_count: int = Field(200, ge=0)
@@ -34,7 +32,7 @@ class MeasureSettings(BaseModel):
     ground_truth: GroundTruth | None = None
     """Which objects are in an image, for CHAIR, POPE and hallucination: instances (annotated), captions (named by the
     data's captions), or union (published). Default: union where the data is COCO with both, else instances."""
-    synonyms: str | None = None
+    synonyms: str | None = known_by_digest(None)
     """Words that count as an object: coco (a table of COCO's 80 objects, with CHAIR's rules), none, or a file: JSON of
     object → synonyms, or lines as in CHAIR's synonyms.txt. All objects listed are looked for. Default: coco where every
     object of the data is one of COCO's, else none."""
@@ -49,46 +47,37 @@ class MeasureSettings(BaseModel):
     pope_parser: Parser = "sentences"
     """How POPE reads an answer: sentences (the first sentence that says yes or no, denies or affirms), or released (no
     where the first sentence has No, no or not, else yes)."""
-    encoder: str | None = None
+    encoder: str | None = known_by_digest(None)
     """Folder of a text encoder for BERTScore-style similarity to the data's captions; default: not measured."""
-    detector: str | None = None
+    detector: str | None = known_by_digest(None)
     """Detector that no edit of neurons reaches, asked whether what captions name is there: on the model's own tower
     (`demo`, or a folder of heads), or an OWL-ViT or OWLv2 (folder or hub id); default: none is."""
     bleu: bool | None = None
     """Measure sacrebleu against the data's captions; default: where sacrebleu is installed."""
-    mmedit: str | None = None
+    mmedit: str | None = known_by_digest(None)
     """E-VQA or E-IC JSON of MMEdit, read as it is: its records are asked too."""
-    mmedit_images: str | None = None
+    mmedit_images: str | None = known_by_digest(None)
     """Folder of the images that the records name; default: that of the JSON."""
-    draws: int = Field(1000, ge=1)
+    draws: int = after_work(1000, ge=1)
     """Draws of the bootstrap over images that intervals are made of."""
     seed: int = 0
     """Seed of the bootstrap and of what is drawn from the data."""
 
 
-class EvaluationSettings(MeasureSettings):
+class EvaluationSettings(JobSettings, MeasureSettings):
     """Everything that `mmray evaluate` can be told."""
 
-    run: str
+    run: str = known_by_digest()
     """Folder of the run that the edit was made from."""
-    edit: str
+    edit: str = known_by_digest()
     """Folder of the edit."""
-    data: str
+    data: str = known_by_digest()
     """Data to measure on: `demo`, Parquet file, folder or glob, WebDataset tars, image folder with metadata, COCO
     captions JSON, or `hf:NAME[:SPLIT]`; local or s3://."""
     limit: int | None = Field(None, ge=1)
     """Use the first N samples only; all by default."""
     shard_size: int = Field(100, ge=1)
     """Samples a shard: the unit of work, and what a crash costs."""
-    workers: Workers = None
-    """Actors, each with a model replica: a number, or MIN:MAX to let Ray add and remove some. Default: one a GPU of the
-    cluster; without GPUs one a core, at most four a machine."""
-    gpus_per_worker: float | None = Field(None, ge=0)
-    """GPUs a worker; default: 1 where the cluster has GPUs, else 0."""
-    address: str | None = None
-    """Ray cluster to join (auto, or ray://HOST:PORT); default: a local Ray of this process."""
-    retry_failed: bool = False
-    """Try shards again that an earlier call set aside."""
     image_column: str | None = None
     """Column of the image; default: the run's."""
     caption_column: str | None = None
@@ -100,33 +89,12 @@ class EvaluationSettings(MeasureSettings):
     objects_column: str | None = None
     """Column with the list of objects in the image; default: the run's."""
 
-    def result_settings(self) -> dict[str, Any]:
-        """Return the settings that the result depends on; what they name is known by its digests instead."""
-        return self.model_dump(exclude=EXECUTION | NAMED)
-
-    def fingerprint(self, digests: dict[str, str]) -> str:
-        """Return a digest of all that the result depends on; the same for every way of doing the work."""
-        facts = self.result_settings() | {"digests": digests}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-EXECUTION = {"batch_size", "draws", "workers", "gpus_per_worker", "address", "retry_failed"}
-"""Settings that say how the work is done, or come after it."""
-NAMED = {"run", "edit", "data", "synonyms", "encoder", "detector", "mmedit", "mmedit_images", "text_questions"}
-"""Settings that name files and folders."""
-
 
 def evaluation_settings(values: dict[str, Any]) -> EvaluationSettings:
     """Return checked settings; raises InputError naming the first setting that is wrong and what is allowed."""
-    try:
-        return EvaluationSettings(**values)
-    except ValidationError as error:
-        raise InputError(first_problem(error)) from error
+    return checked(EvaluationSettings, values)
 
 
 def measure_settings(**values: Any) -> MeasureSettings:
     """Return checked settings; raises InputError naming the first setting that is wrong and what is allowed."""
-    try:
-        return MeasureSettings(**values)
-    except ValidationError as error:
-        raise InputError(first_problem(error)) from error
+    return checked(MeasureSettings, values)

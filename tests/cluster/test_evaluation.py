@@ -1,28 +1,30 @@
 """An evaluation as the command runs it: committed once, resumed, on Ray or not, and the same as in one process."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock, patch
 
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.cluster import carrying, evaluation
-from mmray.cluster.evaluation import Evaluation, run_evaluation, run_evaluations
+from mmray.cluster import evaluation
+from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.evaluation_plan import _without
 from mmray.datasets.contents import DataFile
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import Manifest, cut, read_shard
 from mmray.datasets.sources import open_source
 from mmray.demo import DATA, EVALUATION
-from mmray.engine import Progress
+from mmray.engine import JobResult, Progress, Unit, run_together
+from mmray.engine import run as run_job
+from mmray.engine.units import WorkOrder
 from mmray.errors import InputError
+from mmray.evaluation.before import Before
 from mmray.evaluation.evaluate import evaluate
 from mmray.evaluation.facts import gather_facts
 from mmray.evaluation.protocols import PRIMARY
@@ -32,31 +34,29 @@ from tests.datasets.making import write_coco
 from tests.e2e.conftest import Answer
 from tests.e2e.conftest import mmray as mmray_command
 from tests.evaluation.standin import StandIn, open_edit, swap
-from tests.running import WorkHere, census_here
+from tests.running import census_here
 
 __all__ = ["mmray_command"]
 
 SOURCE = "watermelon"
 ASKED = {"text_count": 6, "pope_objects": 1, "draws": 50, "bleu": False}
-SETTINGS = {"data": str(EVALUATION), "limit": 16, "shard_size": 8, "workers": 1} | ASKED
+SETTINGS = {"data": str(EVALUATION), "limit": 16, "shard_size": 8, "local": True} | ASKED
 
 
-@contextmanager
-def without_ray() -> Iterator[None]:
-    with (
-        patch.object(carrying, "ray_session", lambda _: nullcontext()),
-        patch.object(carrying, "machines", lambda: [(1.0, 0.0)]),
-        patch.object(evaluation, "mapped_together", WorkHere),
-    ):
-        yield
+def job(run: Path, edit: Path, **settings: object) -> EvaluationJob:
+    values = SETTINGS | {"run": str(run), "edit": str(edit)} | settings
+    return EvaluationJob(evaluation_settings(values), open_edit)
 
 
 def evaluated_here(
     run: Path, edit: Path, follow: Callable[[Progress], None] = lambda _: None, **settings: object
-) -> Evaluation:
-    values = SETTINGS | {"run": str(run), "edit": str(edit)} | settings
-    with without_ray():
-        return run_evaluation(evaluation_settings(values), follow, open_edit)
+) -> JobResult:
+    return run_job(job(run, edit, **settings), follow=follow)
+
+
+def measures(outcome: JobResult) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = outcome.headline["measures"]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +84,14 @@ def edit(own: list[Sample]) -> StandIn:
 
 
 @pytest.fixture(scope="module")
-def done(run: Path, edit: StandIn, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation, list[Progress]]:
+def done(run: Path, edit: StandIn, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, JobResult, list[Progress]]:
     """An undisturbed evaluation: the edit's folder, the outcome, and the progress that was told."""
     folder = edit.save(tmp_path_factory.mktemp("edits") / "swap")
     said: list[Progress] = []
     return folder, evaluated_here(run, folder, said.append), said
 
 
-Done = tuple[Path, Evaluation, list[Progress]]
+Done = tuple[Path, JobResult, list[Progress]]
 
 
 def test_the_result_is_in_the_form_of_the_contract(done: Done, own: list[Sample]) -> None:
@@ -101,7 +101,7 @@ def test_the_result_is_in_the_form_of_the_contract(done: Done, own: list[Sample]
     for row in content["measures"].values():
         assert set(row) == {"before", "after", "low", "high", "n", "protocol"}
         assert row["n"] == 0 or row["before"] is None or isinstance(row["before"], float)
-    assert content["measures"] == json.loads(json.dumps(outcome.measures))
+    assert content["measures"] == json.loads(json.dumps(measures(outcome)))
     assert content["cost"]["method"] == "stand-in"
     captions = pq.read_table(folder / "captions.parquet")
     assert captions.column_names == ["sample_id", "before", "after", "changed", "role", "image"]
@@ -112,7 +112,7 @@ def test_the_result_is_in_the_form_of_the_contract(done: Done, own: list[Sample]
     assert content["measures"]["reliability"]["n"] == named > 0
     assert content["measures"]["reliability"]["after"] == 1
     # Two shards, the questions and the run's own samples; each is told when it is committed.
-    assert (said[0].samples, said[-1].samples) == (0, said[-1].total)
+    assert (said[0].done, said[-1].done) == (0, said[-1].total)
     assert len(said) >= 5
 
 
@@ -138,7 +138,7 @@ def test_samples_behind_the_limit_count_for_reliability(run: Path, own: list[Sam
     found = evaluated_here(run, edit.save(tmp_path / "swap"), data="demo", limit=8)
     captions = pq.read_table(tmp_path / "swap" / "captions.parquet").to_pylist()
     named = {row["sample_id"]: row["before"] for row in captions}
-    assert found.measures["reliability"]["n"] == sum(SOURCE in named[sample.sample_id] for sample in own) > 0
+    assert measures(found)["reliability"]["n"] == sum(SOURCE in named[sample.sample_id] for sample in own) > 0
 
 
 def test_it_is_what_one_process_measures(done: Done, demo: Any, own: list[Sample], edit: StandIn) -> None:
@@ -146,9 +146,9 @@ def test_it_is_what_one_process_measures(done: Done, demo: Any, own: list[Sample
     facts = gather_facts((sample.objects for sample in samples_of(EVALUATION, 384)), source.translations())
     found = evaluate(demo, edit, samples_of(EVALUATION, 16), measure_settings(**ASKED), own=own, facts=facts)
     _, outcome, _ = done
-    assert list(found.measures) == list(outcome.measures)
+    assert list(found.measures) == list(measures(outcome))
     for name, row in found.measures.items():
-        assert row == pytest.approx(outcome.measures[name], abs=1e-6, nan_ok=True), name
+        assert row == pytest.approx(measures(outcome)[name], abs=1e-6, nan_ok=True), name
 
 
 @pytest.fixture(scope="module")
@@ -158,10 +158,10 @@ def demo() -> Any:
     return load_model("demo")
 
 
-def same(one: Evaluation, other: Evaluation) -> None:
-    assert list(one.measures) == list(other.measures)
-    for name, row in one.measures.items():
-        assert row == pytest.approx(other.measures[name], abs=1e-6), name
+def same(one: JobResult, other: JobResult) -> None:
+    assert list(measures(one)) == list(measures(other))
+    for name, row in measures(one).items():
+        assert row == pytest.approx(measures(other)[name], abs=1e-6), name
 
 
 def test_shards_change_nothing(done: Done, run: Path, edit: StandIn, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_it_goes_on_where_it_stopped(done: Done, run: Path, edit: StandIn, tmp_p
     assert not (folder / "evaluation.json").exists()
     said: list[Progress] = []
     same(evaluated_here(run, folder, said.append), done[1])
-    assert said[0].samples == 8
+    assert said[0].done == 8
     assert {path: path.read_bytes() for path in committed} == committed
     # Once more, and nothing is measured again; with other settings, everything is, beside it.
     before = {path: path.stat().st_mtime_ns for path in work.glob("shards/**/*")}
@@ -211,51 +211,77 @@ def test_edits_measured_together_are_as_by_themselves_and_the_model_is_asked_onc
     monkeypatch.setattr(Questioner, "replies", counted)
     alone = evaluated_here(run, other.save(tmp_path / "alone"))
     once, folders = len(asked), [edit.save(tmp_path / "edit"), other.save(tmp_path / "other")]
-    wanted = [evaluation_settings(SETTINGS | {"run": str(run), "edit": str(folder)}) for folder in folders]
+    jobs = [job(run, folder) for folder in folders]
 
     class StopError(Exception):
         pass
 
     def stop(progress: Progress) -> None:
-        if progress.done:
+        if progress.done >= 16:
             raise StopError
 
-    def mapped(worker: Any, arguments: Any, groups: Any, *rest: Any, **more: Any) -> WorkHere:
-        plans, *_ = arguments
-        places = carrying.Folders([Mock() for _ in plans], [len(plan.units) for plan in plans])
-        for group in groups:
-            units = [plans[edit].units[unit] for edit, unit in map(places.place, group)]
-            # Other data may have other samples of the same names.
-            assert len({(unit.kind, unit.number) for unit in units}) == 1
-        return WorkHere(worker, arguments, groups, *rest, **more)
-
     asked.clear()
-    with without_ray(), patch.object(evaluation, "mapped_together", mapped):
-        with pytest.raises(StopError):
-            run_evaluations(wanted, stop, open_edit)
-        # The first shard of the data, for both edits.
-        assert [len(list(folder.glob("evaluations/*/receipts/*"))) for folder in folders] == [1, 1]
-        found = run_evaluations(wanted, opener=open_edit)
+    with pytest.raises(StopError):
+        run_together(jobs, follow=stop)
+    # The first shard of the data, for both edits.
+    assert [len(list(folder.glob("evaluations/*/receipts/*"))) for folder in folders] == [1, 1]
+    found = run_together(jobs)
     assert len(asked) < 1.5 * once
     for outcome, by_itself in zip(found, (done[1], alone), strict=True):
         same(outcome, by_itself)
-        assert outcome.samples == by_itself.samples
+        assert outcome.done == by_itself.done
+
+
+def test_answers_are_kept_for_units_that_read_the_same_alone(
+    run: Path, edit: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other data may have other samples of the same names."""
+    said: list[object] = []
+    plain = EvaluationJob.workers.__func__  # type: ignore[attr-defined]
+
+    def watched(cls: type[EvaluationJob], jobs: Any, contexts: Any) -> list[Any]:
+        def telling(worker: Any) -> Any:
+            return lambda unit: (said.append(unit.group), worker(unit))[1]
+
+        return [telling(worker) for worker in plain(cls, jobs, contexts)]
+
+    forget = Before.forget
+    monkeypatch.setattr(Before, "forget", lambda self: (said.append(None), forget(self))[1])
+    monkeypatch.setattr(EvaluationJob, "workers", classmethod(watched))
+    small = {"limit": 8, "shard_size": 4, "text_count": 2}
+    run_together([job(run, edit.save(tmp_path / name), **small) for name in ("one", "other")])
+    groups = [group for group in said if group]
+    assert len(groups) == 2 * len(set(groups))
+    assert [one == other for one, other in pairwise(groups)] == [n % 2 == 0 for n in range(len(groups) - 1)]
+    # Told before the work: a group, its unit's forgetting, and the same group for the other edit.
+    assert [number for number, group in enumerate(said) if not group] == list(range(1, len(said), 3))
 
 
 @given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=5))
-def test_units_of_several_folders_have_numbers_of_their_own(sizes: list[int]) -> None:
-    folders = carrying.Folders([Mock() for _ in sizes], sizes)
-    places = [(folder, unit) for folder, size in enumerate(sizes) for unit in range(size)]
-    assert [folders.place(number) for number in range(sum(sizes))] == places
-    for name in ("receipts", "aside"):
-        for folder, size in zip(folders.folders, sizes, strict=True):
-            getattr(folder, name).return_value = {unit: (folder, unit) for unit in range(size)}
-    whole = {number: (folders.folders[folder], unit) for number, (folder, unit) in enumerate(places)}
-    assert folders.receipts() == whole
-    assert folders.aside({0}) == {number: place for number, place in whole.items() if number}
-    folders.reopen(range(0, sum(sizes), 2))
-    reopened = [{unit for own, unit in places[::2] if own == folder} for folder in range(len(sizes))]
-    assert [folder.reopen.call_args.args[0] for folder in folders.folders] == reopened
+def test_units_of_several_jobs_have_numbers_of_their_own(sizes: list[int]) -> None:
+    order = WorkOrder([], [], [[Unit(1)] * size for size in sizes], [])
+    places = [(job, unit) for job, size in enumerate(sizes) for unit in range(size)]
+    assert [order.place(number) for number in range(sum(sizes))] == places
+
+
+def test_other_draws_measure_nothing_again(
+    run: Path, edit: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = edit.save(tmp_path / "edit")
+    before = measures(evaluated_here(run, folder, limit=8))
+    work = {path: path.stat().st_mtime_ns for path in folder.glob("evaluations/*/shards/**/*")}
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(evaluation, "load_model", refuse)
+    after = measures(evaluated_here(run, folder, limit=8, draws=7))
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("evaluations/*/shards/**/*")} == work
+    assert {name: row["after"] for name, row in after.items()} == {name: row["after"] for name, row in before.items()}
+    assert after != before
+    written = json.loads((folder / "evaluation.json").read_text())
+    assert written["settings"]["draws"] == 7
+    assert written["measures"] == json.loads(json.dumps(after))
 
 
 def test_where_the_runs_data_has_gone(run: Path, edit: StandIn, tmp_path: Path) -> None:
@@ -270,20 +296,21 @@ def test_where_the_runs_data_has_gone(run: Path, edit: StandIn, tmp_path: Path) 
     (moved / "run.json").write_text(json.dumps(info))
     outcome = evaluated_here(moved, edit.save(tmp_path / "edit"), limit=4, text_count=0)
     assert outcome.complete
-    assert "reliability_exact" not in outcome.measures or outcome.measures["reliability"]["protocol"].startswith("the")
+    assert "reliability_exact" not in measures(outcome) or measures(outcome)["reliability"]["protocol"].startswith(
+        "the"
+    )
 
 
 @pytest.fixture
-def command(mmray_command: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Answer]]:
-    """The command line, with the stand-in for the edits of the package, and without Ray."""
-    monkeypatch.setattr(run_evaluation, "__defaults__", (lambda _: None, open_edit))
-    with without_ray():
-        yield mmray_command
+def command(mmray_command: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
+    """The command line, with the stand-in for the edits of the package."""
+    monkeypatch.setattr(EvaluationJob.__init__, "__defaults__", (open_edit,))
+    return mmray_command
 
 
 def arguments(run: Path, folder: Path) -> list[str]:
-    options = {"--edit": folder, "--data": EVALUATION, "--limit": 4, "--text-count": 2, "--draws": 10, "--workers": 1}
-    return ["evaluate", str(run), *(str(part) for pair in options.items() for part in pair), "--no-bleu"]
+    options = {"--edit": folder, "--data": EVALUATION, "--limit": 4, "--text-count": 2, "--draws": 10}
+    return ["evaluate", str(run), *(str(part) for pair in options.items() for part in pair), "--no-bleu", "--local"]
 
 
 def test_the_command(command: Callable[..., Answer], run: Path, edit: StandIn, tmp_path: Path) -> None:
@@ -311,7 +338,7 @@ def test_ground_truth_is_settled_by_the_data_and_told(run: Path, edit: StandIn, 
     values = {"data": str(coco), "limit": 3, "text_count": 0, "pope_objects": 0}
     recalls, fingerprints = {}, set()
     for kind in (None, "instances", "captions"):
-        found = evaluated_here(run, folder, **values, ground_truth=kind).measures
+        found = measures(evaluated_here(run, folder, **values, ground_truth=kind))
         content = json.loads((folder / "evaluation.json").read_text())
         fingerprints.add(content["fingerprint"])
         assert content["settings"]["ground_truth"] == (kind or "union")
@@ -355,8 +382,7 @@ def test_what_fails_is_status_4(command: Callable[..., Answer], run: Path, edit:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_here")
 def test_on_ray_with_two_workers(done: Done, run: Path, edit: StandIn, tmp_path: Path) -> None:
-    values = SETTINGS | {"run": str(run), "edit": str(edit.save(tmp_path / "edit")), "workers": 2}
-    same(run_evaluation(evaluation_settings(values), opener=open_edit), done[1])
+    same(evaluated_here(run, edit.save(tmp_path / "edit"), local=False, workers=2), done[1])
 
 
 def test_units_that_never_succeed_are_set_aside(run: Path, edit: StandIn, tmp_path: Path) -> None:
@@ -366,13 +392,13 @@ def test_units_that_never_succeed_are_set_aside(run: Path, edit: StandIn, tmp_pa
     assert len(outcome.quarantined) == 4
     assert "IndexError" in outcome.quarantined[0]
     assert not outcome.complete
-    assert outcome.measures["image_locality"] == {
+    assert measures(outcome)["image_locality"] == {
         "before": None,
         "after": None,
         "low": None,
         "high": None,
         "n": 0,
-        "protocol": outcome.measures["image_locality"]["protocol"],
+        "protocol": measures(outcome)["image_locality"]["protocol"],
     }
 
 
@@ -382,4 +408,4 @@ def test_an_edit_that_is_none(run: Path, tmp_path: Path) -> None:
 
     values = SETTINGS | {"run": str(run), "edit": str(tmp_path)}
     with pytest.raises(InputError, match="no edit here"):
-        run_evaluation(evaluation_settings(values), opener=refuse)
+        run_job(EvaluationJob(evaluation_settings(values), refuse))

@@ -14,8 +14,8 @@ from unittest.mock import patch
 import pyarrow as pa
 import pytest
 
-from mmray.cluster import carrying, evaluation, labels, opinions
-from mmray.cluster.evaluation import Evaluation, run_evaluation
+from mmray.cluster import carrying, labels
+from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.labels import run_selectivity
 from mmray.cluster.labels_plan import plan_labels
@@ -53,8 +53,6 @@ def here() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(carrying, "ray_session", lambda _: nullcontext()))
         stack.enter_context(patch.object(carrying, "machines", lambda: [(1.0, 0.0)]))
-        stack.enter_context(patch.object(evaluation, "mapped_together", WorkHere))
-        stack.enter_context(patch.object(opinions, "mapped", WorkHere))
         stack.enter_context(
             patch.object(labels, "_actors", lambda worker, arguments, _, units: WorkHere(worker, arguments, units))
         )
@@ -208,13 +206,13 @@ def test_an_edit_remembers_its_images(edit: Path, images: dict[str, str]) -> Non
     assert older == replace(purpose, images=())
 
 
-def evaluated(run: Run, edit: Path, data: Path) -> tuple[Evaluation, dict[str, dict[str, Any]]]:
-    """Return the outcome, and the captions by image."""
+def evaluated(run: Run, edit: Path, data: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Return the measures, and the captions by image."""
     settings = {"run": run.uri, "edit": str(edit), "data": str(data), "text_count": 2, "draws": 50, "bleu": False}
-    with here():
-        outcome = run_evaluation(evaluation_settings(settings | {"shard_size": 12, "pope_objects": 0}))
+    asked = settings | {"shard_size": 12, "pope_objects": 0, "local": True}
+    done = run_job(EvaluationJob(evaluation_settings(asked)))
     captions = pa.parquet.read_table(edit / "captions.parquet").to_pylist()
-    return outcome, {row["image"]: row for row in captions}
+    return done.headline["measures"], {row["image"]: row for row in captions}
 
 
 def test_generality_is_measured_on_images_that_the_edit_never_saw(coco: CocoLike, run: Run, edit: Path) -> None:
@@ -224,9 +222,9 @@ def test_generality_is_measured_on_images_that_the_edit_never_saw(coco: CocoLike
     assert {image for image, row in captions.items() if row["role"] == "edited"} == learnt
     # Each image once: not again among those of the run that the edit was made on.
     assert len(captions) == coco.images
-    assert own.measures["reliability"]["n"] == len(learnt)
+    assert own["reliability"]["n"] == len(learnt)
     sources = {image for image, row in captions.items() if row["role"] == "source"}
-    assert own.measures["image_generality"]["n"] == len(sources) > 0
+    assert own["image_generality"]["n"] == len(sources) > 0
     assert not sources & learnt
     rows = pa.parquet.read_table(edit / "captions.parquet")
     assert len(rows) == coco.images
@@ -240,11 +238,11 @@ def test_rows_of_the_same_image_change_nothing(coco: CocoLike, run: Run, edit: P
     assert not {image_digest(sample.image) for sample in samples_of(coco.held_out)} & learnt
     exploded, again = evaluated(run, edit, coco.exploded_held_out)
     assert {image: row["role"] for image, row in again.items()} == {i: row["role"] for i, row in captions.items()}
-    for name, row in exploded.measures.items():
-        assert row["n"] == once.measures[name]["n"], name
+    for name, row in exploded.items():
+        assert row["n"] == once[name]["n"], name
         # Tokens of a caption vary less than independent outcomes do: there n is their number, which copies raise.
         for side in ("after",) if name.endswith("_token") else ("after", "low", "high"):
-            assert row[side] == pytest.approx(once.measures[name][side], abs=0.02), (name, side)
+            assert row[side] == pytest.approx(once[name][side], abs=0.02), (name, side)
     shown = [row["id"] for row in gather(run, [str(edit)]).edits[0].captions]
     assert len(shown) == len({name.partition("-")[0] for name in shown}) > 5
 

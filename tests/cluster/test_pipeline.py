@@ -1,5 +1,6 @@
 """Census → edits → evaluations as one job: tables, resumption, and what is refused before any work."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,17 @@ from typing import Any
 import pytest
 import yaml
 
+from mmray.cluster import editing
 from mmray.cluster.pipeline import Pipeline
 from mmray.demo import EVALUATION
 from mmray.derived import TABLES
 from mmray.editing.edit import open_edit
+from mmray.editing.methods import make_edit
 from mmray.errors import InputError
 from mmray.results.run import open_run
+from mmray.runs.snapshots import snapshots
 from tests.e2e.conftest import mmray as mmray_command
-from tests.running import census_here, pipeline_here
+from tests.running import census_here, pipeline_here, without_ray
 
 __all__ = ["mmray_command"]
 QUICK = {"kept": 8, "steps": 2, "samples": 3, "neurons": 10}
@@ -60,11 +64,9 @@ def test_edits_lie_in_the_run_and_tables_tell_of_them(done: Pipeline, settings: 
     for name in ("edits", "evaluations", "edit_captions"):
         assert run.table(name).schema.names == TABLES[name].names
         assert set(run.table(name)["edit"].to_pylist()) == {"swap", "gone"}
-    for name, evaluation in done.evaluations.items():
+    for name, measures in done.measures.items():
         rows = {row["measure"]: row for row in run.table("evaluations").to_pylist() if row["edit"] == name}
-        assert {key: row["after"] for key, row in rows.items()} == {
-            key: row["after"] for key, row in evaluation.measures.items()
-        }
+        assert {key: row["after"] for key, row in rows.items()} == {key: row["after"] for key, row in measures.items()}
         assert open_edit(f"{run.uri}/edits/{name}").purposes == done.edits[name].purposes
     captions = run.table("edit_captions").to_pylist()
     assert all(row["changed"] == (row["before"] != row["after"]) for row in captions)
@@ -75,12 +77,12 @@ def test_again_nothing_is_done_again(done: Pipeline, settings: dict[str, Any]) -
     before = {name: (place / name).stat().st_mtime_ns for name in ("edit.json", "edit.safetensors")}
     again = pipeline_here(settings)
     assert {name: (place / name).stat().st_mtime_ns for name in before} == before
-    assert {n: e.measures for n, e in again.evaluations.items()} == {n: e.measures for n, e in done.evaluations.items()}
+    assert again.measures == done.measures
 
 
 def test_an_edit_that_is_gone_is_made_anew_and_the_same(done: Pipeline, settings: dict[str, Any]) -> None:
     run = open_run(settings["census"]["out"])
-    for entry in run.folder.store.list("edits/swap/") + run.folder.store.list("edits/.making/"):
+    for entry in run.folder.store.list("edits/swap/"):
         run.folder.store.delete(entry.key)
     again = pipeline_here(settings)
     assert again.edits["swap"].delta.equal(done.edits["swap"].delta)
@@ -93,11 +95,54 @@ def test_an_edit_that_cannot_be_made_is_set_aside_and_the_others_are_measured(
     swap = settings["edits"]["swap"]
     edits = {"swap": swap, "mute": swap | {"prompt": "Is it day or night?", "target": "no concept of the run"}}
     found = pipeline_here(settings | {"census": census, "edits": edits})
-    assert list(found.aside) == ["mute"]
-    assert "names it in none of its own captions" in found.aside["mute"]
+    assert list(found.quarantined) == ["mute"]
+    assert "names it in none of its own captions" in found.quarantined["mute"]
     assert not found.complete
     assert list(found.evaluations) == ["swap"]
-    assert found.evaluations["swap"].measures == done.evaluations["swap"].measures
+    assert found.measures["swap"] == done.measures["swap"]
+
+
+def tables_of(out: str) -> dict[str, list[dict[str, Any]]]:
+    return {name: open_run(out).table(name).to_pylist() for name in ("edits", "evaluations", "edit_captions")}
+
+
+def test_edits_of_an_earlier_call_stay_and_are_not_made_again(
+    done: Pipeline, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them alone, and one more: rows of the others are as before, each edit has its rows once."""
+    out = str(shutil.copytree(settings["census"]["out"], tmp_path / "run"))
+    before, gone = tables_of(out), settings["edits"]["gone"]
+    asked = settings | {"census": settings["census"] | {"out": out}}
+    made: list[str | None] = []
+
+    def spy(material: Any, wishes: Any) -> Any:
+        made.append(wishes[0].suppress)
+        return make_edit(material, wishes)
+
+    monkeypatch.setattr(editing, "make_edit", spy)
+    pipeline_here(asked | {"edits": {"more": gone, "swap": settings["edits"]["swap"]}})
+    assert made == [gone["suppress"]]
+    after = tables_of(out)
+    for name, rows in after.items():
+        edits = list(dict.fromkeys(row["edit"] for row in rows))
+        assert edits == ["gone", "more", "swap"]
+        for edit in ("gone", "swap"):
+            assert [row for row in rows if row["edit"] == edit] == [row for row in before[name] if row["edit"] == edit]
+        assert len([row for row in rows if row["edit"] == "more"]) == len(
+            [row for row in rows if row["edit"] == "gone"]
+        )
+    numbers = snapshots(open_run(out).folder.store)["pipeline"]
+    pipeline_here(asked | {"edits": {"more": gone, "swap": settings["edits"]["swap"]}})
+    assert snapshots(open_run(out).folder.store)["pipeline"] == numbers
+
+
+def test_a_damaged_table_is_written_anew(done: Pipeline, settings: dict[str, Any], tmp_path: Path) -> None:
+    out = str(shutil.copytree(settings["census"]["out"], tmp_path / "run"))
+    before = tables_of(out)
+    file = max(Path(out).glob("snapshots/pipeline/*/evaluations/*.parquet"))
+    file.write_bytes(file.read_bytes()[:-9])
+    pipeline_here(settings | {"census": settings["census"] | {"out": out}})
+    assert tables_of(out) == before
 
 
 @pytest.mark.parametrize(
@@ -120,6 +165,22 @@ def test_what_is_wrong_is_one_line(
     with pytest.raises(InputError, match=said) as refused:
         pipeline_here(settings | filled)
     assert "\n" not in str(refused.value)
+
+
+def test_the_command_in_this_process(
+    mmray_command: Any, settings: dict[str, Any], done: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("Ray is not to be used")
+
+    monkeypatch.setattr("mmray.engine.ray.RayExecutor", refuse)
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(settings))
+    with without_ray():
+        answer = mmray_command("pipeline", tmp_path / "pipeline.yaml", "--local", "--json")
+    assert answer.status == 0, answer.err
+    shown = json.loads(answer.out)
+    assert shown["evaluations"] == json.loads(json.dumps(done.measures))
+    assert shown["quarantined"] == {}
 
 
 @pytest.mark.slow

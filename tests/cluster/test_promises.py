@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmray.cli import main
-from mmray.cluster import carrying, editing, evaluation, labels, pipeline
+from mmray.cluster import carrying, labels
 from mmray.cluster import properties as properties_job
+from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.perturb import PerturbJob
+from mmray.cluster.pipeline import pipeline_settings, run_pipeline
 from mmray.cluster.properties import PropertiesJob
 from mmray.cluster.saliency import SaliencyJob
 from mmray.demo import DATA
@@ -69,12 +71,9 @@ def in_this_process() -> Iterator[None]:
     """Do the work of every job in this process, without Ray."""
     with ExitStack() as stack:
         stack.enter_context(without_ray())
-        for module in (carrying, pipeline):
-            stack.enter_context(patch.object(module, "ray_session", lambda _: nullcontext()))
+        stack.enter_context(patch.object(carrying, "ray_session", lambda _: nullcontext()))
         stack.enter_context(patch.object(carrying, "machines", lambda: [(1.0, 0.0)]))
-        for module in (editing, labels):
-            stack.enter_context(patch.object(module, "mapped", WorkHere))
-        stack.enter_context(patch.object(evaluation, "mapped_together", WorkHere))
+        stack.enter_context(patch.object(labels, "mapped", WorkHere))
         stack.enter_context(patch.object(properties_job, "load_model", cache(load_model)))
         yield
 
@@ -124,14 +123,14 @@ def on_pipeline(run: Path, folder: Path) -> Any:
     data = str(run.parent / DATA_HERE)
     census = {"model": "demo", "data": data, "out": str(folder / "run"), "shard_size": 12}
     asked = {"data": data, "limit": 4, "text_count": 0, "bleu": False, "draws": 10}
-    settings = {"census": census, "edits": {"no-broccoli": WISH}, "evaluation": asked}
-    return pipeline.run_pipeline(pipeline.pipeline_settings(settings))
+    settings = {"census": census, "edits": {"no-broccoli": WISH}, "evaluation": asked, "local": True}
+    return run_pipeline(pipeline_settings(settings))
 
 
 def evaluate_on(edit: Path, run: Path, **more: object) -> Any:
     asked = {"data": str(run.parent / DATA_HERE), "limit": 4, "text_count": 0, "bleu": False, "draws": 10}
-    values = {"run": str(run), "edit": str(edit), **asked, **more}
-    return evaluation.run_evaluation(evaluation_settings(values))
+    values = {"run": str(run), "edit": str(edit), "local": True, **asked, **more}
+    return run_job(EvaluationJob(evaluation_settings(values)))
 
 
 JOBS: dict[str, tuple[Job, str]] = {
@@ -141,7 +140,7 @@ JOBS: dict[str, tuple[Job, str]] = {
     "perturb": (on_perturb, "{folder}/moved/perturb"),
     "selectivity": (on_selectivity, "{run}/selectivity"),
     "edit": (on_edit, "{folder}/edit"),
-    "pipeline": (on_pipeline, "{folder}/run/edits"),
+    "pipeline": (on_pipeline, "{folder}/run/pipeline"),
 }
 """Job → how it is run, and where its lease lies."""
 
@@ -172,7 +171,7 @@ def test_a_job_works_from_anywhere_and_without_hard_links(run: Path, tmp_path: P
 @pytest.mark.usefixtures("elsewhere")
 def test_an_evaluation_works_without_hard_links(run: Path, edit: Path) -> None:
     with in_this_process():
-        assert evaluate_on(edit, run).samples
+        assert evaluate_on(edit, run).done
 
 
 @pytest.mark.parametrize("name", JOBS)
