@@ -27,7 +27,7 @@ _PLACES = {
     "perturb": "mmray.api",
     "open_edit": "mmray.editing.edit",
     "open_run": "mmray.results.run",
-    "select_neurons": "mmray.cluster.selecting",
+    "select_neurons": "mmray.api",
     "ablate": "mmray.models.interventions",
     "scale": "mmray.models.interventions",
     "set_to": "mmray.models.interventions",

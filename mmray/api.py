@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +16,7 @@ from mmray.cluster.labels import run_selectivity
 from mmray.cluster.perturb import PerturbJob
 from mmray.cluster.properties import PropertiesJob
 from mmray.cluster.saliency import SaliencyJob
+from mmray.cluster.selecting import Selection, SelectionJob, selections
 from mmray.editing.edit import WeightEdit
 from mmray.editing.material import open_material
 from mmray.editing.methods import make_edit
@@ -26,6 +27,7 @@ from mmray.evaluation.opinions.settings import opinion_settings, perturbation_se
 from mmray.evaluation.properties.settings import property_settings
 from mmray.evaluation.settings import evaluation_settings
 from mmray.neurons.labels.settings import selectivity_settings
+from mmray.neurons.selection_settings import selection_settings
 from mmray.perception.alignment_settings import alignment_settings
 from mmray.perception.settings import saliency_settings
 from mmray.results.run import Run, open_run
@@ -96,7 +98,22 @@ def selectivity(run: Run | str, **settings: Any) -> dict[str, pa.Table]:
     `settings` are those of `mmray selectivity`, with underscores. Raises InputError for bad settings or input.
     """
     uri = run.uri if isinstance(run, Run) else str(run)
-    return run_selectivity(selectivity_settings({"run": uri, **settings})).tables
+    return run_selectivity(selectivity_settings({"run": uri, **_asked(settings)})).tables
+
+
+def select_neurons(
+    run: Run | str, concepts: Sequence[str], count: int = 50, samples: int = 400, **settings: Any
+) -> list[Selection]:
+    """Choose, for each concept, `count` of the neurons that the run ranks, so that its noun falls and others stay.
+
+    The run's samples are gone through once more, `samples` of them, forward and backward for each noun: three or four
+    times a census of as many. Best on a run of `--score effect`, whose `selective` ranking has the right candidates.
+    `settings` are those of `mmray select`, with underscores. Raises InputError for an unknown concept, or where model
+    or data are no longer what the run saw.
+    """
+    uri = run.uri if isinstance(run, Run) else str(run)
+    asked = {"run": uri, "concepts": tuple(concepts), "k": count, "samples": samples, **_asked(settings)}
+    return selections(run_job(SelectionJob(selection_settings(asked))), open_run(uri))
 
 
 def align(**settings: Any) -> dict[str, dict[str, Any]]:
@@ -105,7 +122,7 @@ def align(**settings: Any) -> dict[str, dict[str, Any]]:
     `settings` are those of `mmray align`, with underscores. Returns the joint model's measures beside the original's.
     Raises InputError for bad settings or input.
     """
-    return run_alignment(alignment_settings(settings)).measures
+    return run_alignment(alignment_settings(_asked(settings))).measures
 
 
 def hallucination(run: Run | str, **settings: Any) -> pa.Table:

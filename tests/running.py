@@ -1,6 +1,6 @@
 """A census or properties in this process, without Ray: driver and worker are the real ones, one after the other."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from mmray.cluster.census import Outcome
 from mmray.cluster.pipeline import Pipeline, pipeline_settings, run_pipeline
 from mmray.cluster.properties import PropertiesJob
 from mmray.cluster.saliency import SaliencyJob
-from mmray.cluster.units import UnitWorker
 from mmray.cluster.worker import CensusWorker
 from mmray.engine import JobResult, Progress
 from mmray.engine import run as run_job
@@ -55,20 +54,6 @@ def properties_here(run: Path | str, **settings: object) -> JobResult:
     follow: Callable[[Progress], None] = settings.pop("follow", lambda _: None)  # type: ignore[assignment]
     asked = property_settings({"run": str(run), "local": True, **settings})
     return run_job(PropertiesJob(asked), follow=follow)
-
-
-class WorkHere:
-    """Stands for the dataset of receipts to come, of any worker."""
-
-    def __init__(
-        self, worker: type[UnitWorker], arguments: Sequence[Any], units: Sequence[Any], *_: object, **__: object
-    ):
-        self.worker = worker(*arguments, 1, str(Path.cwd()))
-        self.units = units
-
-    def iter_batches(self, **_: object) -> Iterator[dict[str, list[Any]]]:
-        for unit in self.units:
-            yield self.worker({"unit": np.array(unit).reshape(-1)})
 
 
 def saliency_here(run: Path | str, **settings: object) -> JobResult:

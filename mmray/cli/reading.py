@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from mmray.cli.options import AsJson, RunArgument, app, console, say
+from mmray.cli.options import AsJson, RunArgument, app, console, end, say, with_settings
+from mmray.neurons.selection_settings import SelectionSettings, selection_settings
 
 FIRST = 10
 """Failed samples that --json gives; all are in the run's table `errors`."""
@@ -87,30 +90,38 @@ def rank(
 
 
 @app.command()
+@with_settings(SelectionSettings)
 def select(
     run: RunArgument,
     concepts: Annotated[list[str], typer.Argument(metavar="CONCEPT...", help="Nouns of the captions, such as dog.")],
-    k: Annotated[int, typer.Option("--k", help="Neurons to choose.", min=1)] = 50,
-    samples: Annotated[int, typer.Option("--samples", help="Samples of the run to go through again.", min=1)] = 400,
     as_json: AsJson = False,
+    **settings: Any,
 ) -> None:
     """Choose a concept's neurons together: its noun goes with them, other nouns stay. Best after --score effect."""
-    from mmray.cluster.selecting import select_neurons
+    from mmray.cluster.selecting import SelectionJob, selections
+    from mmray.engine import run as run_job
+    from mmray.results.progress import follow_progress
     from mmray.results.run import open_run
     from mmray.results.terminal import concept_title, ranking
 
-    opened = open_run(run)
-    found = select_neurons(opened, concepts, k, samples)
+    checked = selection_settings({"run": run, "concepts": concepts, **settings})
+    try:
+        with follow_progress(Console(stderr=True)) as follow:
+            done = run_job(SelectionJob(checked), follow=follow)
+    except KeyboardInterrupt:
+        print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
+        raise
     if as_json:
-        facts = [vars(selection) | {"neurons": selection.neurons.to_pylist()} for selection in found]
-        print(json.dumps(facts, ensure_ascii=False))
-        return
-    for selection in found:
-        console.print(ranking(selection.neurons, concept_title(opened, selection.concept), "selective"))
-        say(
-            f"ablated together, to first order: {selection.concept} falls by {selection.own:.2f} nats at "
-            f"{selection.own_places} places, other nouns by {selection.others:.2f} at {selection.other_places}\n"
-        )
+        print(json.dumps(done.headline["selections"], ensure_ascii=False))
+    else:
+        opened = open_run(run)
+        for selection in selections(done, opened):
+            console.print(ranking(selection.neurons, concept_title(opened, selection.concept), "selective"))
+            say(
+                f"ablated together, to first order: {selection.concept} falls by {selection.own:.2f} nats at "
+                f"{selection.own_places} places, other nouns by {selection.others:.2f} at {selection.other_places}\n"
+            )
+    end(done, "sample", quiet=as_json)
 
 
 @app.command()

@@ -8,10 +8,9 @@ OUT/validation/FINGERPRINT/              the rows of each unit of the validation
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,28 +19,23 @@ from threading import Event, Thread
 from typing import Any
 from uuid import uuid4
 
-import pyarrow as pa
-
 from mmray.cluster.alignment_training import PROBLEM, checkpoints, steps_of, train
-from mmray.cluster.alignment_validation import Plan, ValidationWorker, plan_validation
-from mmray.cluster.carrying import carry_out, pool_for
+from mmray.cluster.alignment_validation import ValidationJob, plan_validation
 from mmray.cluster.finished import Finished
-from mmray.cluster.units import mapped
 from mmray.datasets.columns import Columns
 from mmray.datasets.lanes import cut_for_lanes
 from mmray.datasets.shards import Manifest
 from mmray.datasets.sources import open_source
-from mmray.engine import Progress
-from mmray.engine.session import ray_session
+from mmray.engine import Progress, executor_for
+from mmray.engine import run as run_job
+from mmray.engine.driver import Follow
+from mmray.engine.session import actor_pool, machines
 from mmray.errors import InputError
-from mmray.evaluation.summary import summarise
 from mmray.models.loading import digest, from_anywhere, resolve
 from mmray.perception.alignment import FACTS
 from mmray.perception.alignment_settings import AlignmentSettings
 from mmray.runs import RunFolder
 from mmray.runs.driver import drive
-from mmray.runs.lease import Lease
-from mmray.tables import EVALUATION_SCHEMAS
 from mmray.version import VERSION
 
 TOLD_EVERY = 2.0
@@ -65,7 +59,7 @@ class Aligned(Finished):
         return not self.lost and super().complete
 
 
-def run_alignment(settings: AlignmentSettings, follow: Callable[[Progress], None] = lambda _: None) -> Aligned:
+def run_alignment(settings: AlignmentSettings, follow: Follow = lambda _: None) -> Aligned:
     """Train and validate an aligned network to the end, or go on where that was stopped.
 
     `follow` hears of every checkpoint, and then of every unit of the validation. Raises InputError for anything wrong
@@ -78,30 +72,28 @@ def run_alignment(settings: AlignmentSettings, follow: Callable[[Progress], None
     manifest = cut_for_lanes(source.files(), settings.batch_size, settings.shard_size, settings.limit)
     if not manifest.samples:
         raise InputError(f"{settings.data}: no sample in it")
-    plan = plan_validation(settings)
+    validation = plan_validation(settings)
+    if settings.local and not RunFolder.at(settings.out).store.exists(FACTS):
+        raise InputError(f"--local: {settings.out} is not trained yet, and the training needs Ray; leave --local out")
     info = _info(settings, manifest)
     RunFolder.at(settings.out).begin(info, manifest.to_json())
-    folder = RunFolder.at(settings.out, patient=True)
-    with drive(folder) as lease, ray_session(settings.address):
+    folder, executor = RunFolder.at(settings.out, patient=True), executor_for(settings)
+    with drive(folder) as lease, executor.session():
         if not folder.store.exists(FACTS):
             with _told(folder, settings, manifest.samples * settings.epochs, follow):
                 _train(settings, folder, info)
-        facts = json.loads(folder.store.read(FACTS))
-        rows = _validate(settings, plan, info["fingerprint"], follow, lease)
-        measures = summarise(rows.measurements, plan.measured)
-        facts["measures"] = {name: value for name, value in measures.items() if value["n"]}
-        facts["validated_on"] = {"data": settings.validate_on, "digest": plan.manifest.digest, "samples": rows.samples}
-        lease.guard(folder.store).put(FACTS, json.dumps(facts, indent=1).encode())
-    training = facts["training"]
+        job = ValidationJob(settings, info["fingerprint"], validation)
+        done = run_job(job, executor=executor, follow=follow, lease=lease)
+    training = done.headline["training"]
     return Aligned(
         out=settings.out,
-        measures=facts["measures"],
+        measures=done.headline["measures"],
         steps=training["step"],
         images=training["seen"],
         lost=training["lost"],
         loss=training["loss"],
-        failures=rows.failures,
-        quarantined=rows.aside,
+        failures=done.failures,
+        quarantined=dict(done.quarantined),
         seconds=time.perf_counter() - began,
     )
 
@@ -122,9 +114,7 @@ def _info(settings: AlignmentSettings, manifest: Manifest) -> dict[str, Any]:
 
 
 @contextmanager
-def _told(
-    folder: RunFolder, settings: AlignmentSettings, images: int, follow: Callable[[Progress], None]
-) -> Iterator[None]:
+def _told(folder: RunFolder, settings: AlignmentSettings, images: int, follow: Follow) -> Iterator[None]:
     """Tell how many of so many images are learnt from by each new checkpoint while the block runs."""
     ended = Event()
 
@@ -150,7 +140,7 @@ def _train(settings: AlignmentSettings, folder: RunFolder, info: dict[str, Any])
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
-    pool = pool_for(settings.workers, settings.gpus_per_worker, settings.batch_size)
+    pool = actor_pool(settings.worker_range, settings.gpus_per_worker, machines(), settings.batch_size)
     folder.store.delete(PROBLEM)
     config = {
         "settings": settings,
@@ -176,40 +166,3 @@ def _train(settings: AlignmentSettings, folder: RunFolder, info: dict[str, Any])
         shutil.rmtree(state, ignore_errors=True)
     if folder.store.exists(PROBLEM):
         raise InputError(folder.store.read(PROBLEM).decode())
-
-
-@dataclass(frozen=True)
-class _Validated:
-    measurements: pa.Table
-    samples: int
-    failures: int
-    aside: dict[int, str]
-
-
-def _validate(
-    settings: AlignmentSettings, plan: Plan, fingerprint: str, follow: Callable[[Progress], None], lease: Lease
-) -> _Validated:
-    """Have the joint model measured beside the original, unit by unit."""
-    own = plan.fingerprint(fingerprint)
-    folder = RunFolder.at(f"{settings.out.rstrip('/')}/validation/{own}", patient=True)
-    info = {
-        "fingerprint": own,
-        "result_settings": plan.measured.model_dump(),
-        "digests": {"alignment": fingerprint},
-        "shards": len(plan.manifest.shards),
-    }
-    folder.begin(info, plan.manifest.to_json())
-
-    def actors(units: list[int]) -> Any:
-        pool = pool_for(settings.workers, settings.gpus_per_worker, len(units))
-        return mapped(ValidationWorker, (plan, folder.store.uri), units, pool, ahead=0)
-
-    sizes = [shard.samples for shard in plan.manifest.shards]
-    carry_out(folder, sizes, actors, follow, lease, address=settings.address, retry_failed=settings.retry_failed)
-    receipts = folder.receipts()
-    return _Validated(
-        folder.read_parts(receipts, "measurements", EVALUATION_SCHEMAS["measurements"]),
-        sum(receipt.samples for receipt in receipts.values()),
-        sum(receipt.failures for receipt in receipts.values()),
-        folder.reasons(receipts),
-    )

@@ -1,47 +1,47 @@
-"""The validation of an aligned network: what is asked, and the actor that asks the original and the joint model."""
+"""The validation of an aligned network as a job: a unit is a few samples, asked of the original and the joint model."""
 
 from __future__ import annotations
 
 import hashlib
-import time
+import json
 from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pyarrow as pa
 
 from mmray.cluster.alignment_training import open_pair
-from mmray.cluster.units import UnitWorker
 from mmray.datasets.shards import Manifest, cut, read_shard
 from mmray.datasets.sources import open_source
+from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
 from mmray.evaluation.before import Before
 from mmray.evaluation.facts import DataFacts
 from mmray.evaluation.ground_truth import survey
 from mmray.evaluation.measuring import Measuring
 from mmray.evaluation.settings import MeasureSettings, measure_settings
+from mmray.evaluation.summary import summarise
 from mmray.models.loading import digest, resolve
-from mmray.perception.alignment import load_alignment
+from mmray.perception.alignment import FACTS, load_alignment
 from mmray.perception.alignment_settings import AlignmentSettings
 from mmray.perception.standing_in import OtherSight
-from mmray.runs import Receipt, RunFolder
+from mmray.runs import RunFolder
+from mmray.storage import patiently
+from mmray.tables import EVALUATION_SCHEMAS
 
 UNIT = 50
 """Samples of a unit of work."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that the validation's workers need besides the weights."""
+class Validation:
+    """What is measured, and on which samples."""
 
-    settings: AlignmentSettings
     measured: MeasureSettings
     manifest: Manifest
     facts: DataFacts
 
-    def fingerprint(self, alignment: str) -> str:
-        """Return a digest of what is measured, and of which alignment."""
-        asked = repr((alignment, self.manifest.digest, self.manifest.samples, self.measured))
-        return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
-
-def plan_validation(settings: AlignmentSettings) -> Plan:
+def plan_validation(settings: AlignmentSettings) -> Validation:
     """Settle what is measured; raises InputError where the data has no objects."""
     source = open_source(settings.validate_on, captions=False)
     if source.columns.objects is None:
@@ -59,34 +59,61 @@ def plan_validation(settings: AlignmentSettings) -> Plan:
         draws=settings.draws,
         seed=settings.seed,
     )
-    return Plan(settings, measured, manifest, found.facts)
+    return Validation(measured, manifest, found.facts)
 
 
-class ValidationWorker(UnitWorker):
-    """Loads both models once, then answers each unit of work with the receipt of what it committed."""
+class ValidationJob(Job[AlignmentSettings, Validation]):
+    """Measures the joint model beside the original; `alignment` is the fingerprint of the training."""
 
-    def __init__(self, plan: Plan, folder: str, threads: int, home: str) -> None:
-        super().__init__(threads, home)
-        self.plan = plan
-        try:
-            settings = plan.settings
-            pair = open_pair(settings)
-            network = load_alignment(settings.out, pair.model, digest(resolve(settings.tower)), measured=False)
-            self.folder = RunFolder.at(folder, patient=True)
-            self.before = Before(pair.model)
-            self.measuring = Measuring(self.before, OtherSight(pair.sight, network), plan.facts, plan.measured)
-        except InputError as error:
-            self.problem = str(error)
+    name = "validation"
+    parts: ClassVar[dict[str, pa.Schema]] = {name: EVALUATION_SCHEMAS[name] for name in ("measurements", "captions")}
 
-    def unit(self, unit: int) -> Receipt:
-        """Measure and commit one unit of work."""
-        return self.attempted(unit, self.plan.manifest.shards[unit].samples, lambda: self.commit(unit))
+    def __init__(self, settings: AlignmentSettings, alignment: str, validation: Validation) -> None:
+        super().__init__(settings)
+        self.alignment = alignment
+        self.validation = validation
 
-    def commit(self, number: int) -> Receipt:
-        """Measure the samples of a unit, and commit their rows."""
-        began = time.perf_counter()
-        shard = self.plan.manifest.shards[number]
-        source = open_source(self.plan.settings.validate_on, captions=False)
-        tables = self.measuring.samples(list(read_shard(source, shard))).tables()
-        self.before.forget()
-        return self.folder.commit_shard(number, tables, shard.samples, time.perf_counter() - began)
+    @property
+    def target(self) -> str:
+        """The folder of the aligned network."""
+        return self.settings.out.rstrip("/")
+
+    def plan(self) -> Plan[Validation]:
+        """Return the samples in units of a few."""
+        known = self.validation
+        asked = repr(known.measured.model_dump(exclude={"draws"}))
+        digests = {
+            "alignment": self.alignment,
+            "data": known.manifest.digest,
+            "samples": str(known.manifest.samples),
+            "measured": hashlib.sha256(asked.encode()).hexdigest()[:16],
+        }
+        units = [Unit(shard.samples, shard.shard_id) for shard in known.manifest.shards]
+        return Plan(units, digests, known)
+
+    def worker(self, context: Validation) -> Worker:
+        """Load both models, and return what measures the samples of a unit."""
+        settings = self.settings
+        pair = open_pair(settings)
+        network = load_alignment(settings.out, pair.model, digest(resolve(settings.tower)), measured=False)
+        before = Before(pair.model)
+        measuring = Measuring(before, OtherSight(pair.sight, network), context.facts, context.measured)
+        source = patiently(lambda: open_source(settings.validate_on, captions=False))
+
+        def measure(unit: Unit) -> UnitResult:
+            samples = list(read_shard(source, context.manifest.shards[unit.payload]))
+            tables = measuring.samples(samples).tables()
+            before.forget()
+            return UnitResult(tables)
+
+        return measure
+
+    def merge(self, plan: Plan[Validation], parts: Parts, output: Output) -> dict[str, Any]:
+        """Put the measures beside the network that they are of."""
+        facts = json.loads(RunFolder.at(self.target, patient=True).store.read(FACTS))
+        measures = summarise(parts.table("measurements"), plan.context.measured)
+        facts["measures"] = {name: value for name, value in measures.items() if value["n"]}
+        samples = sum(receipt.samples for receipt in parts.receipts.values())
+        known = {"data": self.settings.validate_on, "digest": plan.context.manifest.digest, "samples": samples}
+        output.file(FACTS, json.dumps(facts | {"validated_on": known}, indent=1).encode())
+        return {"measures": facts["measures"], "training": facts["training"]}

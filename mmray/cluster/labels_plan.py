@@ -21,7 +21,7 @@ from mmray.settings import CensusSettings, census_settings
 
 
 @dataclass(frozen=True)
-class Plan:
+class LabelPlan:
     """All that workers need besides the model; small beside the data."""
 
     settings: SelectivitySettings
@@ -59,7 +59,7 @@ class Plan:
         return hashlib.sha256(json.dumps([listed, texts]).encode()).hexdigest()[:16]
 
 
-def plan_labels(settings: SelectivitySettings, run: Run, hold_out: bool) -> Plan:
+def plan_labels(settings: SelectivitySettings, run: Run, hold_out: bool) -> LabelPlan:
     """Settle which samples are looked at, and which the selection is not to see, if any.
 
     Raises InputError for a label that the run does not know or that nothing is left of on either side, and for samples
@@ -103,7 +103,7 @@ def plan_labels(settings: SelectivitySettings, run: Run, hold_out: bool) -> Plan
         if row["sample_id"] in wanted:
             by_shard[row["shard_id"]][row["sample_id"]] = row["caption"]
     census = census_settings(run.info["settings"])
-    return Plan(settings, census, labelled, held_out, images, replicates, dict(by_shard))
+    return LabelPlan(settings, census, labelled, held_out, images, replicates, dict(by_shard))
 
 
 def _labels(run: Run, by: str) -> list[str | None]:

@@ -1,28 +1,36 @@
-"""Choose neurons together from a run: a second pass over some of its samples, for the concepts that are named."""
+"""Choose neurons together from a run, as a job: a second pass over some of its samples, a unit per shard of them."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Int64
+from numpy import ndarray
 
 from mmray.cluster.census import open_inputs
-from mmray.datasets.contents import Source
+from mmray.cluster.worker import open_data
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import Manifest, extend, read_shard
+from mmray.engine import Job, JobResult, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
 from mmray.models.loading import digest, resolve
-from mmray.neurons.effects import CandidateEffects
+from mmray.neurons.concepts import NounSource
+from mmray.neurons.effects import EFFECTS, CandidateEffects
 from mmray.neurons.model import load_model
 from mmray.neurons.places import places_of
 from mmray.neurons.selection import expected
+from mmray.neurons.selection_settings import SelectionSettings
 from mmray.neurons.shard import ShardAnalysis
-from mmray.results.run import Run
-from mmray.settings import census_settings
+from mmray.results.run import Run, open_run
+from mmray.settings import CensusSettings, census_settings
+from mmray.storage import patiently
+from mmray.tables import SCHEMAS
 
 OWN_FIRST = 24
 """Samples of each concept that are looked for before others fill up the number."""
@@ -41,45 +49,114 @@ class Selection:
     other_places: int
 
 
-def select_neurons(run: Run, concepts: Sequence[str], count: int = 50, samples: int = 400) -> list[Selection]:
-    """Choose, for each concept, `count` of the neurons that the run ranks, so that its noun falls and others stay.
+@dataclass(frozen=True)
+class Context:
+    """What workers need besides model and data."""
 
-    The run's samples are gone through once more, `samples` of them, forward and backward for each noun: three or four
-    times a census of as many. Best on a run of `--score effect`, whose `selective` ranking has the right candidates.
-    Raises InputError for an unknown concept, or where model or data are no longer what the run saw.
-    """
-    candidates = {concept.casefold(): run.rank(concept, k=len(run.table("rankings"))) for concept in concepts}
-    census = census_settings(run.info["settings"])
-    source, _, nouns = open_inputs(census)
-    manifest = Manifest.from_json(run.folder.manifest())
-    extend(manifest, source.files(), census.shard_size, census.limit)  # refuses files that are not what they were
-    if digest(resolve(census.model)) != run.info["digests"]["model"]:
-        raise InputError(f"{census.model}: no longer the model of {run.uri}; begin another run with it: mmray census")
-    settings = census.model_copy(update={"captions": "dataset", "module": "language"})
-    model = load_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
-    starts = np.cumsum([0, *model.widths])
-    numbered = {
-        concept: starts[rows["layer"].to_numpy()] + rows["unit"].to_numpy() for concept, rows in candidates.items()
-    }
-    effects = CandidateEffects(numbered)
-    found = _samples(run, source, manifest, list(candidates), samples)
-    for items, batch in ShardAnalysis(model, settings, nouns, 0).encoded(found):
-        effects.add(model, batch, places_of(batch, [(item.sample.sample_id, item.mentions) for item in items]))
-    return [_selection(concept, rows, numbered[concept], effects, count) for concept, rows in candidates.items()]
+    census: CensusSettings
+    manifest: Manifest
+    nouns: NounSource
+    candidates: Mapping[str, Int64[ndarray, " candidate"]]
+    """Concept → the neurons that the run ranks, numbered over all layers."""
 
 
-def _selection(concept: str, rows: pa.Table, numbered: np.ndarray, effects: CandidateEffects, count: int) -> Selection:
-    seen, chosen = effects.of(concept), effects.choose(concept, count)
-    if not len(seen.own):
-        raise InputError(f"{concept}: none of the samples gone through names it; give more --samples")
-    places = {int(neuron): place for place, neuron in enumerate(numbered)}
-    index = [places[neuron] for neuron in chosen]
-    own, others = expected(seen, index)
-    return Selection(concept, rows.take(pa.array(index, pa.int64())), own, others, len(seen.own), len(seen.others))
+def selections(done: JobResult, run: Run) -> list[Selection]:
+    """Return what a finished job has chosen."""
+    schema = run.table("rankings").schema
+    return [
+        Selection(**{**found, "neurons": pa.Table.from_pylist(found["neurons"], schema=schema)})
+        for found in done.headline["selections"]
+    ]
 
 
-def _samples(run: Run, source: Source, manifest: Manifest, concepts: Sequence[str], limit: int) -> Iterator[Sample]:
-    """Yield the run's samples in order, with the captions that it scored: of each concept the first, then any."""
+class SelectionJob(Job[SelectionSettings, Context]):
+    """Finds what each candidate does to the nouns of some samples, and chooses those that go well together."""
+
+    name = "select"
+    parts: ClassVar[dict[str, pa.Schema]] = {"effects": EFFECTS}
+
+    @property
+    def target(self) -> str:
+        """The run."""
+        return self.settings.run
+
+    def plan(self) -> Plan[Context]:
+        """Settle which samples are gone through."""
+        run = open_run(self.settings.run, patient=True)
+        candidates = self._candidates(run)
+        census = census_settings(run.info["settings"])
+        source, _, nouns = open_inputs(census)
+        manifest = Manifest.from_json(run.folder.manifest())
+        extend(manifest, source.files(), census.shard_size, census.limit)  # refuses files that are not what they were
+        if digest(resolve(census.model)) != run.info["digests"]["model"]:
+            raise InputError(
+                f"{census.model}: no longer the model of {run.uri}; begin another run with it: mmray census"
+            )
+        widths = [int(width) for width in run.info["model"]["widths"]]
+        starts = np.cumsum([0, *widths])
+        numbered = {
+            concept: starts[rows["layer"].to_numpy()] + rows["unit"].to_numpy() for concept, rows in candidates.items()
+        }
+        shards = _captions(run, list(candidates), self.settings.samples)
+        units = [Unit(len(captions), (shard, captions)) for shard, captions in sorted(shards.items())]
+        own = census.model_copy(update={"captions": "dataset", "module": "language"})
+        return Plan(units, run.digests(), Context(own, manifest, nouns, numbered))
+
+    def worker(self, context: Context) -> Worker:
+        """Load the model, and return what finds the effects at a shard's nouns."""
+        census = context.census
+        model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
+        source = patiently(lambda: open_data(census))
+
+        def find(unit: Unit) -> UnitResult:
+            shard, captions = unit.payload
+            left = dict(captions)
+            samples = [
+                replace(row, caption=left.pop(row.sample_id))
+                for row in read_shard(source, context.manifest.shards[shard])
+                if isinstance(row, Sample) and row.sample_id in left
+            ]
+            analysis, effects = ShardAnalysis(model, census, context.nouns, shard), CandidateEffects(context.candidates)
+            for items, batch in analysis.encoded(samples):
+                effects.add(model, batch, places_of(batch, [(item.sample.sample_id, item.mentions) for item in items]))
+            errors = [vars(failure) | {"shard_id": shard} for failure in analysis.failures]
+            failed = pa.Table.from_pylist(errors, schema=SCHEMAS["errors"])
+            return UnitResult({"effects": effects.table(), "errors": failed})
+
+        return find
+
+    def merge(self, plan: Plan[Context], parts: Parts, output: Output) -> dict[str, Any]:
+        """Choose each concept's neurons; the run's tables stay as they are."""
+        effects = CandidateEffects(plan.context.candidates)
+        for part in parts.each("effects"):
+            effects.take(part)
+        rows = self._candidates(open_run(self.settings.run, patient=True))
+        return {"selections": [self._selection(concept, rows[concept], effects) for concept in rows]}
+
+    def _candidates(self, run: Run) -> dict[str, pa.Table]:
+        """Return concept → its rows of `rankings`."""
+        count = len(run.table("rankings"))
+        return {concept: run.rank(concept, k=count) for concept in self.settings.concepts}
+
+    def _selection(self, concept: str, rows: pa.Table, effects: CandidateEffects) -> dict[str, Any]:
+        seen, chosen = effects.of(concept), effects.choose(concept, self.settings.k)
+        if not len(seen.own):
+            raise InputError(f"{concept}: none of the samples gone through names it; give more --samples")
+        places = {int(neuron): place for place, neuron in enumerate(effects.candidates[concept])}
+        index = [places[neuron] for neuron in chosen]
+        own, others = expected(seen, index)
+        return {
+            "concept": concept,
+            "neurons": rows.take(pa.array(index, pa.int64())).to_pylist(),
+            "own": own,
+            "others": others,
+            "own_places": len(seen.own),
+            "other_places": len(seen.others),
+        }
+
+
+def _captions(run: Run, concepts: Sequence[str], limit: int) -> dict[int, dict[str, str]]:
+    """Return shard → sample → the caption that the run scored: of each concept the first samples, then any."""
     captions = run.table("captions")
     occurrences = run.table("occurrences").select(["sample_id", "concept"])
     wanted: dict[str, None] = {}
@@ -96,8 +173,11 @@ def _samples(run: Run, source: Source, manifest: Manifest, concepts: Sequence[st
         if len(wanted) >= limit:
             break
         wanted[sample_id] = None
-    texts = {row["sample_id"]: row["caption"] for row in near.to_pylist() if row["sample_id"] in wanted}
-    for shard_id in sorted(shards):
-        for sample in read_shard(source, manifest.shards[shard_id]):
-            if isinstance(sample, Sample) and sample.sample_id in texts:
-                yield replace(sample, caption=texts.pop(sample.sample_id))
+    by_shard: dict[int, dict[str, str]] = defaultdict(dict)
+    seen: set[str] = set()
+    # Samples of one id are one: that of the first shard.
+    for row in near.sort_by("shard_id").select(["sample_id", "shard_id", "caption"]).to_pylist():
+        if row["sample_id"] in wanted and row["sample_id"] not in seen:
+            seen.add(row["sample_id"])
+            by_shard[row["shard_id"]][row["sample_id"]] = row["caption"]
+    return dict(by_shard)

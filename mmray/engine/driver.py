@@ -14,10 +14,10 @@ from mmray.engine.job import Job, JobResult, Output, Parts, Plan, Progress
 from mmray.engine.units import WorkOrder
 from mmray.errors import InputError
 from mmray.runs import Receipt, RunFolder
-from mmray.runs.driver import drive_analysis
+from mmray.runs.driver import drive_analysis, open_target
 from mmray.runs.lease import Lease
 from mmray.runs.receipts import receipts_digest
-from mmray.runs.snapshots import SnapshotWriter, newest, next_fence, publish
+from mmray.runs.snapshots import SnapshotWriter, is_published, newest, next_fence, publish
 from mmray.storage import Store
 from mmray.version import VERSION
 
@@ -78,10 +78,8 @@ def run_together(
 
 
 def _begin(job: Job[Any, Any], plan: Plan[Any], lease: Lease) -> _Begun:
-    target = RunFolder.at(job.target, patient=True)
-    # Snapshots are committed there, which may be on a disk without hard links.
-    target.prepare()
-    fence = next_fence(target.store, job.name, lease.number)
+    target = open_target(job.target)
+    fence = next_fence(target, job.name, lease.number)
     settings = plan.settled or job.settings
     fingerprint = settings.fingerprint(plan.digests)
     folder = RunFolder.at(job.folder(fingerprint), patient=True)
@@ -99,7 +97,7 @@ def _begin(job: Job[Any, Any], plan: Plan[Any], lease: Lease) -> _Begun:
     )
     # Whether its store commits by name is known only now that the folder has begun.
     folder = RunFolder.at(job.folder(fingerprint), patient=True)
-    return _Begun(job, plan, folder, fingerprint, lease, target.store, fence)
+    return _Begun(job, plan, folder, fingerprint, lease, target, fence)
 
 
 def _run_pending(begun: Sequence[_Begun], executor: Executor, follow: Follow) -> None:
@@ -156,8 +154,10 @@ def _finish(begun: _Begun, began: float) -> JobResult:
             "settings": json.dumps(job.settings.merge_settings(), sort_keys=True),
         }
         snapshot = newest(store, job.name)
-        if snapshot is not None and snapshot.made_from == made_from:
+        if snapshot is not None and snapshot.made_from == made_from and not any(snapshot.verify(store)):
             headline = snapshot.headline
+            if not is_published(store, snapshot):
+                publish(begun.lease.guard(store), snapshot)
         else:
             headline = _merge(begun, parts, made_from)
         # What a late worker commits meanwhile is taken in too.

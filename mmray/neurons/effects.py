@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import pyarrow as pa
 import torch
 from jaxtyping import Float, Int64
 from numpy import ndarray
@@ -16,6 +18,17 @@ from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.places import Place
 from mmray.neurons.scoring import ablation_effects
 from mmray.neurons.selection import Effects, choose
+from mmray.tables import field, vector_column, vectors
+
+EFFECTS = pa.schema(
+    [
+        field("concept", pa.string()),
+        field("log_prob", pa.float32(), "nats, of the noun"),
+        field("effects", pa.large_binary(), "fp32 per candidate of any concept: log-odds, to first order"),
+        field("scores", pa.large_binary(), "fp32 per candidate: the score `effect`"),
+    ]
+)
+"""A row is a place; what a unit of work of `mmray select` commits."""
 
 
 class CandidateEffects:
@@ -51,6 +64,29 @@ class CandidateEffects:
             kept.append(torch.cat([part.cpu() for part in given], dim=1)[:, self.union])
         self._log_probabilities.append(log_probabilities.cpu())
         self.concepts.extend(concepts)
+
+    def table(self) -> pa.Table:
+        """Return what was collected: a row per place."""
+        if not self.concepts:
+            return EFFECTS.empty_table()
+        effects, scores = (torch.cat(kept).float().numpy() for kept in (self._effects, self._scores))
+        every = np.ones(len(self.concepts), bool)
+        columns = {
+            "concept": self.concepts,
+            "log_prob": torch.cat(self._log_probabilities).float().numpy(),
+            "effects": vector_column(effects, every),
+            "scores": vector_column(scores, every),
+        }
+        return pa.table(columns, schema=EFFECTS)
+
+    def take(self, part: pa.Table) -> None:
+        """Take in what another has collected for the same candidates."""
+        if not len(part):
+            return
+        for kept, name in ((self._effects, "effects"), (self._scores, "scores")):
+            kept.append(torch.from_numpy(np.stack(vectors(part[name], np.float32))))
+        self._log_probabilities.append(torch.tensor(part["log_prob"].to_numpy()))
+        self.concepts.extend(part["concept"].to_pylist())
 
     def of(self, concept: str) -> Effects:
         """Return what was collected for a concept's candidates."""

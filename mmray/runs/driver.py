@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from mmray.errors import InputError
 from mmray.runs.folder import DamagedUnitError, RunFolder
 from mmray.runs.lease import Lease, driving
+from mmray.storage import Store
 
 
 @contextmanager
@@ -28,7 +29,16 @@ def drive(folder: RunFolder) -> Iterator[Lease]:
 @contextmanager
 def drive_analysis(uri: str) -> Iterator[Lease]:
     """Hold the lease of an analysis whose folders are below a local path or `s3://bucket/prefix`; else as `drive`."""
+    with drive(_prepared(uri)) as lease:
+        yield lease
+
+
+def open_target(uri: str) -> Store:
+    """Return the store that a driver writes tables to: how it commits is found out where it lies now."""
+    return _prepared(uri).store
+
+
+def _prepared(uri: str) -> RunFolder:
     folder = RunFolder.at(uri, patient=True)
     folder.prepare()
-    with drive(folder) as lease:
-        yield lease
+    return folder

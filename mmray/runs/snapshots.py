@@ -214,6 +214,14 @@ def publish(store: Store, snapshot: Snapshot) -> None:
     _forget(store, snapshot.job)
 
 
+def is_published(store: Store, snapshot: Snapshot) -> bool:
+    """Return whether other tools find copies of its tables, by size: a driver may have died before it had made them."""
+    for name, files in snapshot.tables.items():
+        if [entry.size for entry in store.list(f"tables/{name}.parquet")] != [file.checksum.size for file in files]:
+            return False
+    return True
+
+
 def _forget(store: Store, job: str) -> None:
     """Remove snapshots but the newest, and files that none of those names."""
     numbers = snapshots(store, job).get(job, [])

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pyarrow as pa
 import pytest
 
-from mmray.cluster import carrying, labels
 from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.labels import run_selectivity
@@ -41,22 +38,10 @@ from mmray.results.report.content import gather
 from mmray.results.run import Run, open_run
 from tests.datasets.cocolike import CAPTIONS, CocoLike
 from tests.datasets.making import read_all
-from tests.running import WorkHere, census_here, properties_here
+from tests.running import census_here, properties_here
 
 ASKED = {"concepts": 2, "images": 5, "maps": 4, "min_occurrences": 4, "draws": 50}
 SOURCE = "hammer"
-
-
-@contextmanager
-def here() -> Iterator[None]:
-    """Do the work of every analysis in this process."""
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(carrying, "ray_session", lambda _: nullcontext()))
-        stack.enter_context(patch.object(carrying, "machines", lambda: [(1.0, 0.0)]))
-        stack.enter_context(
-            patch.object(labels, "_actors", lambda worker, arguments, _, units: WorkHere(worker, arguments, units))
-        )
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -291,13 +276,12 @@ def test_selectivity_holds_whole_images_out(coco: CocoLike, tiny: Callable[[str]
     images = image_keys(run.table("captions"))
     settings = selectivity_settings(
         {"run": str(out), "by": "domain", "held_out": 0.4, "seed": 1, "interventions": True}
-        | {"permutations": 1, "bootstraps": 1, "batch_size": 30}
+        | {"permutations": 1, "bootstraps": 1, "batch_size": 30, "local": True}
     )
     plan = plan_labels(settings, run, hold_out=True)
     held = {images[name] for name in plan.held_out}
     assert 0 < len(held) < coco.images
     assert not held & {images[name] for name in plan.replicates.samples}
-    with here():
-        outcome = run_selectivity(settings)
+    outcome = run_selectivity(settings)
     assert not outcome.quarantined
     assert len(outcome.tables["interventions"])

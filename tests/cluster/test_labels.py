@@ -1,23 +1,23 @@
 """`mmray selectivity` from a run to its tables, in this process: the driver and the workers are the real ones."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.cluster import carrying, labels
+from mmray.cluster import labels_jobs
 from mmray.cluster.labels import run_selectivity
-from mmray.cluster.labels_worker import LabelWorker
-from mmray.datasets.samples import Sample
+from mmray.datasets.contents import Source
+from mmray.datasets.samples import Failure, Sample
+from mmray.datasets.shards import Shard, read_shard
 from mmray.demo import DATA
 from mmray.errors import InputError, ShardError
+from mmray.label_tables import LABEL_SCHEMAS
 from mmray.neurons.labels.settings import selectivity_settings
 from mmray.results.run import open_run
 from mmray.runs.lease import driving
@@ -31,30 +31,11 @@ __all__ = ["mmray_command"]
 SCENES = 40
 
 
-class Here:
-    """Stands for the receipts to come: one worker in this process does the units."""
-
-    started = 0
-
-    def __init__(self, worker: Any, arguments: Any, _: Any, units: list[int]) -> None:
-        type(self).started += 1
-        self.units, self.worker = units, worker(*arguments, 1, str(Path.cwd()))
-
-    def iter_batches(self, **_: object) -> Iterator[dict[str, list[Any]]]:
-        for unit in self.units:
-            yield self.worker({"unit": np.array([unit])})
-
-
-@contextmanager
-def without_ray() -> Iterator[None]:
-    with patch.object(carrying, "ray_session", lambda _: nullcontext()), patch.object(labels, "_actors", Here):
-        yield
+QUICK: dict[str, Any] = {"permutations": 2, "bootstraps": 2, "batch_size": 20, "local": True}
 
 
 def analysed(run: Path, **settings: Any) -> dict[str, list[dict[str, Any]]]:
-    quick = {"permutations": 2, "bootstraps": 2, "batch_size": 20}
-    with without_ray():
-        outcome = run_selectivity(selectivity_settings({"run": str(run), **quick, **settings}))
+    outcome = run_selectivity(selectivity_settings({"run": str(run), **QUICK, **settings}))
     assert not outcome.quarantined
     return {name: rows.to_pylist() for name, rows in outcome.tables.items()}
 
@@ -129,15 +110,69 @@ def test_what_lape_chooses_can_be_steered_by(run: Path) -> None:
     assert first["steering"].startswith("chosen neurons set to 2 × their mean over answers, at the answer's positions")
 
 
+def files(run: Path) -> set[Path]:
+    """Return all files but those of leases: what is written anew has another name, but for copies of tables."""
+    return {file for file in run.rglob("*") if file.is_file() and file.parent.name != "lease"}
+
+
 def test_an_analysis_goes_on_where_it_was_and_leaves_others_alone(run: Path) -> None:
     first = analysed(run, rate=0.02)
-    started = Here.started
+    before = files(run)
     assert analysed(run, rate=0.02) == first
+    assert files(run) == before
     assert analysed(run, rate=0.03)["selectivity"] != first["selectivity"]
-    assert Here.started == started
+    written = {file.relative_to(run).parts[0] for file in files(run) ^ before}
+    assert written == {"snapshots"}, "another rate needs no pass over the samples"
     analysed(run, by="domain", permutations=0, bootstraps=0)
     kinds = open_run(run).table("selectivity")["label_kind"].to_pylist()
     assert {"language", "domain"} <= set(kinds)
+
+
+def kinds(run: Path) -> set[str]:
+    return set(open_run(run).table("selectivity")["label_kind"].to_pylist())
+
+
+def test_rows_of_all_analyses_are_one_snapshot(run: Path) -> None:
+    quick: dict[str, Any] = {"permutations": 0, "bootstraps": 0}
+    analysed(run, by="domain", **quick)
+    # What other tools read is a copy.
+    (run / "tables/selectivity.parquet").unlink()
+    analysed(run, by="background", **quick)
+    assert kinds(run) >= {"domain", "background"}
+    copy = run / "tables/selectivity.parquet"
+    written = copy.read_bytes()
+    copy.unlink()
+    analysed(run, by="background", **quick)
+    assert copy.read_bytes() == written
+    assert pq.read_table(copy).equals(open_run(run).table("selectivity"))
+
+
+def test_rows_that_an_earlier_version_wrote_stay(run: Path, tmp_path: Path) -> None:
+    quick: dict[str, Any] = {"permutations": 0, "bootstraps": 0}
+    analysed(run, by="domain", **quick)
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/snapshots/selectivity")
+    before = files(tmp_path / "run")
+    analysed(tmp_path / "run", by="domain", **quick)
+    assert files(tmp_path / "run") == before
+    analysed(tmp_path / "run", by="language", rate=0.04, **quick)
+    assert kinds(tmp_path / "run") == {"domain", "language"} | kinds(run)
+
+
+def test_a_damaged_table_is_told_and_made_anew(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quick: dict[str, Any] = {"permutations": 0, "bootstraps": 0}
+    found = analysed(run, by="domain", **quick)
+    shutil.copytree(run, tmp_path / "run")
+    for file in (tmp_path / "run/snapshots/selectivity").rglob("*.parquet"):
+        file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(InputError, match="run mmray selectivity again"):
+        open_run(tmp_path / "run").table("selectivity")
+    assert analysed(tmp_path / "run", by="domain", **quick) == found
+    assert "selectivity/00000.parquet" in caplog.text
+    assert "run those again, too" in caplog.text
+    assert kinds(tmp_path / "run") == {"domain"}
+    for name in LABEL_SCHEMAS:
+        open_run(tmp_path / "run").optional(name)
 
 
 def test_measures_of_other_neurons_leave_the_tables(run: Path) -> None:
@@ -170,31 +205,30 @@ def test_reading_again_leaves_what_was_measured(run: Path, method: str) -> None:
 
 
 def test_what_is_no_longer_true_is_told(run: Path, command: Callable[..., Answer]) -> None:
-    settings = ("--held-out", 0.4, "--permutations", 0, "--bootstraps", 0, "--json")
-    with without_ray():
-        assert "stages" not in command("selectivity", run, *settings, "--rate", 0.021, "--stages").err
-        assert "stages" not in command("selectivity", run, *settings, "--rate", 0.021).err
-        again = command("selectivity", run, *settings, "--rate", 0.031)
+    settings = ("--held-out", 0.4, "--permutations", 0, "--bootstraps", 0, "--json", "--local")
+    assert "stages" not in command("selectivity", run, *settings, "--rate", 0.021, "--stages").err
+    assert "stages" not in command("selectivity", run, *settings, "--rate", 0.021).err
+    again = command("selectivity", run, *settings, "--rate", 0.031)
     assert "mmray: stages: of other neurons than these, and so removed; ask for them again" in again.err
     assert "stages" not in json.loads(again.out)
 
 
 def test_shards_set_aside_are_told_and_not_counted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def breaks(shards: set[int]) -> Callable[[LabelWorker, int], Iterator[Sample]]:
-        def samples(worker: LabelWorker, shard: int, whole: Any = LabelWorker.samples) -> Iterator[Sample]:
-            if shard in shards:
+    def breaks(shards: set[int]) -> Callable[[Source, Shard], Iterator[Sample | Failure]]:
+        def read(source: Source, shard: Shard) -> Iterator[Sample | Failure]:
+            if shard.shard_id in shards:
                 raise ShardError("CUDA out of memory")
-            return iter(list(whole(worker, shard)))
+            return read_shard(source, shard)
 
-        return samples
+        return read
 
-    quick = {"run": str(run), "permutations": 1, "bootstraps": 0, "batch_size": 20, "method": "contribution"}
-    with without_ray(), monkeypatch.context() as patched:
-        patched.setattr(LabelWorker, "samples", breaks({0, 1, 2}))
+    quick = {**QUICK, "run": str(run), "permutations": 1, "bootstraps": 0, "method": "contribution"}
+    with monkeypatch.context() as patched:
+        patched.setattr(labels_jobs, "read_shard", breaks({0, 1, 2}))
         with pytest.raises(InputError, match=r"nothing was counted; shard 0 was set aside: .*out of memory"):
             run_selectivity(selectivity_settings({**quick, "seed": 1}))
-    with without_ray(), monkeypatch.context() as patched:
-        patched.setattr(LabelWorker, "samples", breaks({1}))
+    with monkeypatch.context() as patched:
+        patched.setattr(labels_jobs, "read_shard", breaks({1}))
         outcome = run_selectivity(selectivity_settings({**quick, "seed": 2}))
     assert list(outcome.quarantined) == [1]
     captions = open_run(run).table("captions").to_pylist()
@@ -275,10 +309,8 @@ def test_the_command(run: Path, command: Callable[..., Answer]) -> None:
     found = json.loads(command("selectivity", run, "--json", *table_only).out)
     assert {row["union"] for row in found["selective_labels"]} == {82}
     assert "--by mood: no sample has that label" in command("selectivity", run, "--by", "mood").refusal
-    with without_ray():
-        tested = command(
-            "selectivity", run, "--interventions", "--stages", "--steer", "en:es", "--held-out", 0.4, *quick
-        )
+    tests = ("--interventions", "--stages", "--steer", "en:es")
+    tested = command("selectivity", run, "--local", *tests, "--held-out", 0.4, *quick)
     assert tested.status == 0
     assert "change · nats a token, held-out texts" in tested.out
     assert "captions read like es" in tested.out

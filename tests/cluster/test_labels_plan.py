@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from mmray.cluster.labels_plan import Plan, plan_labels
+from mmray.cluster.labels_plan import LabelPlan, plan_labels
 from mmray.errors import InputError
 from mmray.neurons.labels.settings import selectivity_settings
 from mmray.tables import SCHEMAS
@@ -28,7 +28,7 @@ class Known:
         return self.tables[name]
 
 
-def planned(rows: list[dict[str, Any]], columns: list[str] | None = None, **settings: Any) -> Plan:
+def planned(rows: list[dict[str, Any]], columns: list[str] | None = None, **settings: Any) -> LabelPlan:
     checked = selectivity_settings({"run": "known", **settings})
     return plan_labels(checked, Known(rows, columns), checked.tests)  # type: ignore[arg-type]
 

@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmray.cli import main
-from mmray.cluster import carrying, labels
+from mmray.cluster import labels_jobs, selecting
 from mmray.cluster import properties as properties_job
 from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.hallucination import HallucinationJob
+from mmray.cluster.labels import run_selectivity
 from mmray.cluster.perturb import PerturbJob
 from mmray.cluster.pipeline import pipeline_settings, run_pipeline
 from mmray.cluster.properties import PropertiesJob
 from mmray.cluster.saliency import SaliencyJob
+from mmray.cluster.selecting import SelectionJob
 from mmray.demo import DATA
 from mmray.engine import run as run_job
 from mmray.errors import InputError
@@ -29,12 +31,13 @@ from mmray.evaluation.properties.settings import property_settings
 from mmray.evaluation.settings import EvaluationSettings, evaluation_settings
 from mmray.neurons.labels.settings import selectivity_settings
 from mmray.neurons.model import load_model
+from mmray.neurons.selection_settings import selection_settings
 from mmray.perception.alignment_settings import alignment_settings
 from mmray.perception.settings import saliency_settings
 from mmray.results.run import open_run
 from mmray.runs.driver import drive_analysis
 from mmray.settings import worker_range
-from tests.running import WorkHere, census_here, without_ray
+from tests.running import census_here, without_ray
 
 Job = Callable[[Path, Path], Any]
 """From a run and an empty folder to what the job amounts to."""
@@ -71,10 +74,9 @@ def in_this_process() -> Iterator[None]:
     """Do the work of every job in this process, without Ray."""
     with ExitStack() as stack:
         stack.enter_context(without_ray())
-        stack.enter_context(patch.object(carrying, "ray_session", lambda _: nullcontext()))
-        stack.enter_context(patch.object(carrying, "machines", lambda: [(1.0, 0.0)]))
-        stack.enter_context(patch.object(labels, "mapped", WorkHere))
-        stack.enter_context(patch.object(properties_job, "load_model", cache(load_model)))
+        cached = cache(load_model)
+        for module in (properties_job, labels_jobs, selecting):
+            stack.enter_context(patch.object(module, "load_model", cached))
         yield
 
 
@@ -100,8 +102,13 @@ def on_perturb(run: Path, folder: Path) -> Any:
 
 
 def on_selectivity(run: Path, _: Path) -> Any:
-    values = {"by": "domain", "permutations": 2, "bootstraps": 0}
-    return labels.run_selectivity(selectivity_settings({"run": str(run), **values}))
+    values = {"by": "domain", "permutations": 2, "bootstraps": 0, "local": True}
+    return run_selectivity(selectivity_settings({"run": str(run), **values}))
+
+
+def on_select(run: Path, _: Path) -> Any:
+    values = {"concepts": ("broccoli",), "k": 2, "samples": 4, "local": True}
+    return run_job(SelectionJob(selection_settings({"run": str(run), **values})))
 
 
 def on_edit(run: Path, folder: Path) -> Any:
@@ -139,6 +146,7 @@ JOBS: dict[str, tuple[Job, str]] = {
     "hallucination": (on_hallucination, "{run}/hallucination"),
     "perturb": (on_perturb, "{folder}/moved/perturb"),
     "selectivity": (on_selectivity, "{run}/selectivity"),
+    "select": (on_select, "{run}/select"),
     "edit": (on_edit, "{folder}/edit"),
     "pipeline": (on_pipeline, "{folder}/run/pipeline"),
 }

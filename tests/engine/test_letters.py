@@ -11,6 +11,7 @@ from mmray.engine.units import Node, UnitRunner
 from mmray.errors import InputError
 from mmray.runs import ATTEMPTS, RunFolder
 from mmray.runs.driver import drive_analysis
+from mmray.runs.snapshots import newest
 from mmray.storage import open_store
 from mmray.tables import read_table
 from tests.engine import words
@@ -65,6 +66,23 @@ def test_a_second_call_does_nothing(settings, hook):
     seen = hook()
     run(LetterJob(settings()))
     assert seen == []
+
+
+def test_a_table_that_is_cut_or_was_not_copied_is_made_again(settings, hook):
+    run(LetterJob(settings()))
+    seen = hook()
+    target = Path(settings().run)
+    whole = table(settings().run)
+    (target / "tables/letters.parquet").unlink()
+    run(LetterJob(settings()))
+    assert table(settings().run) == whole
+    (file,) = target.glob("snapshots/letters/*/letters/*.parquet")
+    file.write_bytes(file.read_bytes()[:-9])
+    (target / "tables/letters.parquet").unlink()
+    run(LetterJob(settings()))
+    assert table(settings().run) == whole
+    assert not list(newest(open_store(target), "letters").verify(open_store(target)))
+    assert not seen
 
 
 def test_a_stopped_job_goes_on(settings, hook):

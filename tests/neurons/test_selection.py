@@ -78,3 +78,19 @@ def test_effects_are_kept_by_concept_and_candidate(open_model):
         torch.testing.assert_close(found.elsewhere, elsewhere, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(torch.sigmoid(found.own_log_odds), log_prob[own].exp(), rtol=1e-4, atol=1e-5)
         assert set(kept.choose(concept, 2)) <= set(neurons.tolist())
+
+
+def test_effects_of_parts_are_those_of_the_whole(open_model):
+    model = open_model("llava")
+    candidates = {"dog": np.array([70, 3, 11]), "cat": np.array([3, 95])}
+    whole, gathered = CandidateEffects(candidates), CandidateEffects(candidates)
+    for pair in (batch_of(model, CAPTIONS[:2]), batch_of(model, CAPTIONS[2:4], first=2)):
+        part = CandidateEffects(candidates)
+        for collected in (whole, part):
+            collected.add(model, *pair)
+        gathered.take(part.table())
+        gathered.take(CandidateEffects(candidates).table())
+    for concept in candidates:
+        for own, other in zip(vars(whole.of(concept)).values(), vars(gathered.of(concept)).values(), strict=True):
+            assert torch.equal(own, other)
+        assert whole.choose(concept, 2) == gathered.choose(concept, 2)

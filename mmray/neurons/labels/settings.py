@@ -6,10 +6,11 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from mmray.engine.settings import JobSettings, checked, execution
 from mmray.errors import InputError
-from mmray.settings import Module, Workers, first_problem
+from mmray.settings import Module
 
 Method = Literal["lape", "contribution"]
 Modality = Literal["text", "image", "both"]
@@ -22,15 +23,14 @@ RATE = 0.01
 BAR = 0.95
 """Quantile, over the probabilities of all neurons and labels, that a label's own neuron has to exceed, as published."""
 
-EXECUTION = frozenset({"run", "batch_size", "workers", "gpus_per_worker", "address", "retry_failed"})
+CONTROLS = frozenset({"permutations", "bootstraps"})
+"""Settings that change what is said about a choice of neurons, and not the choice."""
 
 
-class SelectivitySettings(BaseModel):
-    """Everything that `mmray selectivity` can be told."""
+class SumsSettings(JobSettings):
+    """What the pass over samples depends on that neurons are chosen from."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    run: str
+    run: str = execution()
     """Folder of a run: a local path or s3://bucket/prefix."""
     by: str = "language"
     """What labels a sample: language, domain, or a column that the census was told of by --label-column."""
@@ -42,10 +42,6 @@ class SelectivitySettings(BaseModel):
     modality: Modality = "text"
     """Tokens that activity is counted at; of the vision tower and the projector always those of the image, and
     contributions are to those of the text."""
-    rate: float = Field(RATE, gt=0, le=1)
-    """Part of the neurons that is chosen: by lape in all, as published; by contribution for each label."""
-    bar: float = Field(BAR, gt=0, lt=1)
-    """Quantile of all probabilities that a neuron must exceed under a label to be its own (lape)."""
     balance: bool = False
     """Take as many samples of each label as give it about as many tokens as the label with the fewest has."""
     samples: int | None = Field(None, ge=1)
@@ -57,6 +53,22 @@ class SelectivitySettings(BaseModel):
     held_out: float = Field(0.25, gt=0, lt=1)
     """Part of the images that the selection does not see where --interventions, --steer or --stages need some; it
     does not see them later either, when neurons are chosen with the same settings and nothing is tested."""
+    seed: int = 0
+    """Of the draws."""
+    batch_size: int = execution(32, ge=1)
+    """Samples per forward pass."""
+
+
+class SelectivitySettings(SumsSettings):
+    """Everything that `mmray selectivity` can be told: how neurons are chosen from the sums, and how they are tested.
+
+    Test results depend on all of it.
+    """
+
+    rate: float = Field(RATE, gt=0, le=1)
+    """Part of the neurons that is chosen: by lape in all, as published; by contribution for each label."""
+    bar: float = Field(BAR, gt=0, lt=1)
+    """Quantile of all probabilities that a neuron must exceed under a label to be its own (lape)."""
     interventions: bool = False
     """Zero each label's neurons, and as many random ones of each layer, and measure every label's held-out texts and
     answers."""
@@ -77,22 +89,10 @@ class SelectivitySettings(BaseModel):
     """Where: from the position that writes the first token of the answer on, or at all positions, the image's too."""
     stages: bool = False
     """Read every layer by the logit lens at image and text positions, as it is and with each label's neurons zeroed."""
-    seed: int = 0
-    """Of the draws."""
-    batch_size: int = Field(32, ge=1)
-    """Samples a forward pass."""
-    workers: Workers = None
-    """Actors, each with a model replica: a number, or MIN:MAX; by default as for a census."""
-    gpus_per_worker: float | None = Field(None, ge=0)
-    """GPUs a worker; by default as for a census."""
-    address: str | None = None
-    """Ray cluster to join (auto, or ray://HOST:PORT); default: a local Ray of this process."""
-    retry_failed: bool = False
-    """Try shards again that an earlier call set aside."""
 
     @property
     def tests(self) -> bool:
-        """Tell whether something is measured on held-out samples."""
+        """Whether something is measured on held-out samples."""
         return self.interventions or self.stages or self.steer is not None
 
     @property
@@ -112,18 +112,20 @@ class SelectivitySettings(BaseModel):
         """Return what tells this analysis from others in a table."""
         return {"label_kind": self.by, "method": self.method, "module": self.module, "modality": self.looked_at}
 
-    def fingerprint(self, **digests: str) -> str:
-        """Return a digest of all that the results depend on."""
-        facts = self.model_dump(exclude=set(EXECUTION)) | digests
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    def sums(self) -> SumsSettings:
+        """Return the settings of the pass that neurons are chosen from."""
+        return SumsSettings(**self.model_dump(include=set(SumsSettings.model_fields)))
+
+    def choice(self) -> str:
+        """Return a digest of what decides which neurons are chosen; the same whatever they are tested by."""
+        own = self.model_dump(include={*SumsSettings.model_fields, "rate", "bar"} - CONTROLS)
+        facts = json.dumps(SelectivitySettings(**own).result_settings(), sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 def selectivity_settings(values: dict[str, Any]) -> SelectivitySettings:
     """Return checked settings; raises InputError naming the first that is wrong and what is allowed."""
-    try:
-        settings = SelectivitySettings(**values)
-    except ValidationError as error:
-        raise InputError(first_problem(error)) from error
+    settings = checked(SelectivitySettings, values)
     if settings.method == "contribution" and settings.module != "language":
         raise InputError("--method contribution: the vision tower and the projector write no token; use --method lape")
     if settings.method == "contribution" and settings.modality != "text":

@@ -1,0 +1,163 @@
+"""The two jobs of `mmray selectivity`, a unit per shard: sums by label, and tests of what was chosen from them."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
+
+import pyarrow as pa
+
+from mmray.cluster.labels_plan import LabelPlan
+from mmray.cluster.worker import open_data
+from mmray.datasets.contents import Source
+from mmray.datasets.samples import Sample
+from mmray.datasets.shards import Manifest, Shard, read_shard
+from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
+from mmray.label_tables import PASS_SCHEMAS
+from mmray.models.loading import LoadedModel
+from mmray.neurons.labels.masks import SELECTED, Mask
+from mmray.neurons.labels.material import captions_of, in_batches
+from mmray.neurons.labels.settings import SelectivitySettings, SumsSettings
+from mmray.neurons.labels.stages import Lens
+from mmray.neurons.labels.steering import Steer, written
+from mmray.neurons.labels.sums import LabelSums
+from mmray.neurons.labels.testing import measured
+from mmray.neurons.model import load_model
+from mmray.results.run import open_run
+from mmray.runs import RunFolder
+from mmray.storage import patiently
+
+S = TypeVar("S", bound=SumsSettings)
+
+
+class LabelJob(Job[S, LabelPlan]):
+    """A pass over the samples that have a label; what it amounts to is read from its parts."""
+
+    name = "selectivity"
+    step: ClassVar[str]
+    """Folder of the pass's parts, below its fingerprint's."""
+
+    def __init__(self, settings: S, labelled: LabelPlan) -> None:
+        super().__init__(settings)
+        self.labelled = labelled
+
+    @property
+    def target(self) -> str:
+        """The run."""
+        return self.settings.run
+
+    def folder(self, fingerprint: str) -> str:
+        """Return where shards are committed."""
+        return f"{super().folder(fingerprint)}/{self.step}"
+
+    def plan(self) -> Plan[LabelPlan]:
+        """Return the shards that hold samples with a label."""
+        labelled = self.labelled
+        units = [Unit(len(labelled.captions[shard]), shard) for shard in labelled.shards]
+        model = open_run(self.settings.run, patient=True).info["digests"]["model"]
+        return Plan(units, {"model": model, "samples": labelled.digest(), **self.digests()}, labelled)
+
+    def worker(self, context: LabelPlan) -> Worker:
+        """Load the model, and return what a shard's samples show."""
+        census = context.census
+        model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
+        manifest = Manifest.from_json(RunFolder.at(self.settings.run, patient=True).manifest())
+        source = patiently(lambda: open_data(census))
+
+        def show(unit: Unit) -> UnitResult:
+            samples = scored_samples(source, manifest.shards[unit.payload], context.captions[unit.payload])
+            return UnitResult(self.tables(model, list(samples)))
+
+        return show
+
+    def merge(self, plan: Plan[LabelPlan], parts: Parts, output: Output) -> dict[str, Any]:
+        """Leave the tables to the driver: they are made of both passes."""
+        return {}
+
+    @abstractmethod
+    def digests(self) -> Mapping[str, str]:
+        """Return what the pass depends on besides its settings, the model and the samples."""
+
+    @abstractmethod
+    def tables(self, model: LoadedModel, samples: list[Sample]) -> dict[str, pa.Table]:
+        """Return what is to be committed of a shard's samples."""
+
+
+def scored_samples(source: Source, shard: Shard, captions: Mapping[str, str]) -> Iterator[Sample]:
+    """Yield a shard's samples, with the captions that the run scored."""
+    for sample in read_shard(source, shard):
+        if isinstance(sample, Sample) and sample.sample_id in captions:
+            yield replace(sample, caption=captions[sample.sample_id])
+
+
+class SumsJob(LabelJob[SumsSettings]):
+    """Sums up what neurons do, by label and replicate, at the samples that are selected from."""
+
+    step = "sums"
+    parts: ClassVar[dict[str, pa.Schema]] = {"sums": PASS_SCHEMAS["sums"]}
+
+    def __init__(self, labelled: LabelPlan) -> None:
+        super().__init__(labelled.settings.sums(), labelled)
+
+    def digests(self) -> Mapping[str, str]:
+        """Return whether sums are kept by token of an answer, too."""
+        return {"course": str(self.labelled.settings.steer is not None)}
+
+    def tables(self, model: LoadedModel, samples: list[Sample]) -> dict[str, pa.Table]:
+        """Return the shard's sums over the samples that are selected from."""
+        plan, settings = self.labelled, self.labelled.settings
+        sums = LabelSums(model, settings, plan.replicates)
+        seen = [sample for sample in samples if sample.sample_id in plan.replicates.places]
+        in_batches(model, captions_of(model, seen, settings.by, plan.census), settings.batch_size, sums.add)
+        return {"sums": sums.table()}
+
+
+@dataclass(frozen=True)
+class Tests:
+    """What is done to the held-out samples."""
+
+    masks: tuple[Mask, ...]
+    steer: Steer | None
+
+    def digest(self) -> str:
+        """Return a digest of the neurons, and of what they are set to."""
+        found = hashlib.sha256(repr(self.masks).encode())
+        if self.steer is not None:
+            found.update(self.steer.neurons.tobytes() + self.steer.values.tobytes())
+        return found.hexdigest()[:16]
+
+
+class TestsJob(LabelJob[SelectivitySettings]):
+    """Tests what was chosen on held-out samples."""
+
+    step = "tests"
+    parts: ClassVar[dict[str, pa.Schema]] = {name: PASS_SCHEMAS[name] for name in ("measurements", "lens", "replies")}
+
+    def __init__(self, labelled: LabelPlan, tests: Tests) -> None:
+        super().__init__(labelled.settings, labelled)
+        self.tests = tests
+
+    def digests(self) -> Mapping[str, str]:
+        """Return which neurons are tested: without a quarantined shard, others may have been chosen."""
+        return {"neurons": self.tests.digest()}
+
+    def tables(self, model: LoadedModel, samples: list[Sample]) -> dict[str, pa.Table]:
+        """Return what the shard's held-out samples show; a part for every test that was asked for."""
+        plan, settings, census = self.labelled, self.settings, self.labelled.census
+        held = [sample for sample in samples if sample.sample_id in plan.held_out]
+        tables = {}
+        if settings.interventions:
+            tables["measurements"] = measured(model, held, self.tests.masks, settings, census)
+        if settings.stages:
+            own = [mask for mask in self.tests.masks if mask.control == SELECTED]
+            lens = Lens(model, own, settings.module)
+            in_batches(model, captions_of(model, held, settings.by, census), settings.batch_size, lens.add)
+            tables["lens"] = lens.table()
+        if self.tests.steer is not None:
+            source = [sample for sample in held if plan.labelled[sample.sample_id] == self.tests.steer.source]
+            rows = written(model, source, self.tests.steer, census, settings.batch_size)
+            tables["replies"] = pa.Table.from_pylist(rows, schema=PASS_SCHEMAS["replies"])
+        return tables
