@@ -221,7 +221,7 @@ def test_what_the_model_writes_follows_the_prefix(open_model, monkeypatch):
     seen = []
     generate = shard.generate
     monkeypatch.setattr(
-        shard, "generate", lambda model, prompts, images: seen.extend(prompts) or generate(model, prompts, images, 4)
+        shard, "generate", lambda model, prompts, images, _: seen.extend(prompts) or generate(model, prompts, images, 4)
     )
     model = open_model("llava")
     analyse(model, samples(3), captions="generate", prefix="An image of")
