@@ -33,7 +33,7 @@ LONGEST = 64
 """Tokens at most in a generated caption, where nothing else is asked for."""
 
 EXECUTION = frozenset(
-    {"out", "workers", "gpus_per_worker", "batch_size", "address", "retry_failed", "trust_remote_code"}
+    {"out", "workers", "gpus_per_worker", "batch_size", "address", "local", "retry_failed", "trust_remote_code"}
 )
 """Settings that say how the work is done and leave the result alone; a run may be continued with others."""
 
@@ -146,6 +146,8 @@ class CensusSettings(BaseModel):
     """Ray cluster to join (auto, or ray://HOST:PORT); default: a local Ray of this process."""
     retry_failed: bool = False
     """Try shards again that an earlier call set aside."""
+    local: bool = False
+    """Run in this process, without Ray: one worker with all cores."""
     trust_remote_code: bool = False
     """Allow the checkpoint to run its own Python code. Off: only architectures of transformers."""
 

@@ -6,47 +6,33 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
-
 from mmray.cluster import census
 from mmray.cluster.census import Outcome
 from mmray.cluster.pipeline import Pipeline, pipeline_settings, run_pipeline
 from mmray.cluster.properties import PropertiesJob
 from mmray.cluster.saliency import SaliencyJob
-from mmray.cluster.worker import CensusWorker
 from mmray.engine import JobResult, Progress
 from mmray.engine import run as run_job
 from mmray.evaluation.properties.settings import property_settings
-from mmray.neurons.concepts import NounSource
 from mmray.perception.settings import saliency_settings
 from mmray.settings import CensusSettings, census_settings
 
 
-class _Here:
-    """Stands for the dataset of receipts to come."""
-
-    def __init__(self, settings: CensusSettings, nouns: NounSource, units: list[int]) -> None:
-        self.units = units
-        self.worker = CensusWorker(settings, nouns, 1, str(Path.cwd()))
-
-    def iter_batches(self, **_: object) -> Iterator[dict[str, list[Any]]]:
-        for unit in self.units:
-            yield self.worker({"unit": np.array([unit])})
-
-
 def without_ray() -> AbstractContextManager[None]:
     """Make `run_census`, also that of the command line, do its work in this process."""
-    replaced = {"ray_session": lambda _: nullcontext(), "_actors": _Here}
-    return patch.multiple(census, **replaced)
+    receipts = census._receipts
+
+    def here(settings: CensusSettings, *rest: Any) -> Iterator[dict[str, Any]]:
+        return receipts(settings.model_copy(update={"local": True}), *rest)
+
+    return patch.multiple(census, ray_session=lambda _: nullcontext(), _receipts=here)
 
 
 def census_here(model: Path | str, data: str, out: Path | str, **settings: object) -> Outcome:
     """Run a census without Ray."""
     follow: Callable[[Progress], None] = settings.pop("follow", lambda _: None)  # type: ignore[assignment]
-    with without_ray():
-        return census.run_census(
-            census_settings({"model": str(model), "data": data, "out": str(out), **settings}), follow
-        )
+    asked = {"model": str(model), "data": data, "out": str(out), "local": True, **settings}
+    return census.run_census(census_settings(asked), follow)
 
 
 def properties_here(run: Path | str, **settings: object) -> JobResult:
@@ -65,5 +51,4 @@ def saliency_here(run: Path | str, **settings: object) -> JobResult:
 
 def pipeline_here(settings: dict[str, Any]) -> Pipeline:
     """Run a pipeline without Ray."""
-    with without_ray():
-        return run_pipeline(pipeline_settings(settings | {"local": True}))
+    return run_pipeline(pipeline_settings(settings | {"local": True}))

@@ -63,6 +63,7 @@ def refresh(
     gpus_per_worker: Annotated[float | None, option("gpus_per_worker")] = None,
     address: Annotated[str | None, option("address")] = None,
     retry_failed: Annotated[bool, option("retry_failed")] = False,
+    local: Annotated[bool, option("local")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Analyse what a run's data has gained since, merge it, and say how far the rankings have drifted."""
@@ -73,6 +74,7 @@ def refresh(
         "batch_size": batch_size,
         "workers": workers,
         "gpus_per_worker": gpus_per_worker,
+        "local": local,
         "address": address,
         "retry_failed": retry_failed or None,
     }

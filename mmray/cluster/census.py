@@ -5,14 +5,16 @@ from __future__ import annotations
 import platform
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import ray.data
+import numpy as np
+import torch
 
 from mmray.cluster.finished import Finished
 from mmray.cluster.units import mapped
@@ -254,9 +256,8 @@ def _work(
     if not units:
         return
     folder.reopen(pending)
-    with ray_session(settings.address):
-        # Nothing is fetched ahead: what is committed is told at once, not when the next shard is done too.
-        for receipts in _actors(settings, nouns, units).iter_batches(batch_size=None, prefetch_batches=0):
+    with nullcontext() if settings.local else ray_session(settings.address):
+        for receipts in _receipts(settings, nouns, units):
             check()
             if problem := next(filter(None, receipts["problem"]), None):
                 raise InputError(problem)
@@ -268,7 +269,12 @@ def _work(
             follow(Progress(samples, manifest.samples, failures, aside))
 
 
-def _actors(settings: CensusSettings, nouns: NounSource, units: list[int]) -> ray.data.Dataset:
-    """Return the receipts to come: the units of work, one a block, mapped over a pool of actors."""
+def _receipts(settings: CensusSettings, nouns: NounSource, units: list[int]) -> Iterator[dict[str, Any]]:
+    """Yield the receipts of the units of work as they come, those of a few units in columns."""
+    if settings.local:
+        worker = CensusWorker(settings, nouns, torch.get_num_threads(), str(Path.cwd()))
+        yield from (worker({"unit": np.array([unit])}) for unit in units)
+        return
     pool = actor_pool(settings.worker_range, settings.gpus_per_worker, machines(), len(units))
-    return mapped(CensusWorker, (settings, nouns), units, pool)
+    # Nothing is fetched ahead: what is committed is told at once, not when the next shard is done too.
+    yield from mapped(CensusWorker, (settings, nouns), units, pool).iter_batches(batch_size=None, prefetch_batches=0)

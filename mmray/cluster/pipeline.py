@@ -131,7 +131,7 @@ def _edit(done: Pipeline, settings: PipelineSettings, follow: Follow, lease: Lea
 
 
 def _census(settings: PipelineSettings) -> CensusSettings:
-    return census_settings(settings.census)
+    return census_settings(settings.census | ({"local": True} if settings.local else {}))
 
 
 def _execution(settings: PipelineSettings) -> dict[str, Any]:

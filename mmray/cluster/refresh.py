@@ -56,8 +56,8 @@ def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, *
         raise InputError(f"{', '.join(sorted(strange))}: a refresh keeps the run's settings")
     out = folder.store.uri
     known = resolve_settings(info["settings"], info["home"])
-    # What was asked for once to retry shards is no habit of the run.
-    settings = census_settings(known | {"retry_failed": False} | given | {"out": out})
+    # What was asked for once is no habit of the run.
+    settings = census_settings(known | {"retry_failed": False, "local": False} | given | {"out": out})
     with drive(folder) as lease:
         source, _, nouns = open_inputs(settings)
         before = Manifest.from_json(folder.manifest())

@@ -122,8 +122,8 @@ def driver(out: Path, count: int) -> None:
     with ray_session("local"), patch.object(census, "CensusWorker", Simulated):
         began = time.perf_counter()
         with peak_memory() as peak:
-            batches = census._actors(settings, NounSource("textblob"), list(range(count)))
-            seen = sum(len(batch["shard_id"]) for batch in batches.iter_batches(batch_size=None, prefetch_batches=0))
+            batches = census._receipts(settings, NounSource("textblob"), list(range(count)))
+            seen = sum(len(batch["shard_id"]) for batch in batches)
         took = time.perf_counter() - began
     assert seen == count
     print(f"{count:6d} shards through Ray: {took:.1f} s, driver's memory {peak():+.0f} MB above {base_memory():.0f}")

@@ -1,19 +1,20 @@
 """OUT: never by accident the current folder, the data's, or another edit's; a refused census leaves it free."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from mmray.cluster.session import actor_pool
 
 from mmray.cluster import census as driver
 from mmray.cluster.worker import CensusWorker
 from mmray.editing.closed import CLOSED
 from mmray.editing.edit import Purpose, WeightEdit, check_free, open_edit
 from mmray.editing.settings import WITHOUT_TARGET, edit_settings
+from mmray.engine.session import actor_pool
 from mmray.errors import InputError
 from mmray.results.run import Run, open_run
 from mmray.runs.lease import driving
@@ -104,10 +105,12 @@ def test_a_refused_census_leaves_out_to_the_corrected_one(
 def test_more_gpus_than_there_are_leave_no_run_in_the_way(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     data, out = write(tmp_path / "data.parquet", scenes(2)), tmp_path / "run"
 
-    def refuse(settings: object, nouns: object, units: list[int]) -> None:
+    def refuse(settings: object, nouns: object, units: list[int]) -> Iterator[dict[str, Any]]:
+        yield from ()
         actor_pool(None, 4.0, [(2.0, 0.0)], len(units))
 
-    with without_ray(), patch.object(driver, "_actors", refuse), pytest.raises(InputError, match="--gpus-per-worker 4"):
+    refused = patch.object(driver, "_receipts", refuse)
+    with without_ray(), refused, pytest.raises(InputError, match="--gpus-per-worker 4"):
         driver.run_census(
             census_settings({"model": str(tiny("llava")), "data": data, "out": str(out), "gpus_per_worker": 4})
         )

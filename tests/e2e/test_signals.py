@@ -8,7 +8,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from mmray.cluster.session import _own_sigterm
+
+from mmray.engine.session import _own_sigterm
 
 CENSUS = """
     import sys, time, types

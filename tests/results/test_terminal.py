@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from mmray.neurons.attribution import GRADIENTS, SCORES
-from mmray.results.plan import Plan
+from mmray.results.plan import DataSample, Plan
 from mmray.results.report.definitions import definitions
 from mmray.results.run import CERTIFICATES, ORDERS, Run
 from mmray.results.terminal import concept_title, neuron, plan, ranking, status, summary
@@ -163,7 +163,8 @@ def test_status_says_what_failed_and_why(run: Run, width: int) -> None:
 
 @pytest.mark.parametrize(("kept", "said"), [(8192, False), (2048, True)])
 def test_a_plan_says_what_is_kept_where_that_is_not_all(kept: int, said: bool) -> None:
-    lines = shown(plan(Plan(500, 1, 80.0, 10**6, 1.0, 0.1, 1, 2.5, 10**6, 8192, kept)), 80)
+    rows = DataSample(64, 0, "", 64, 160, 0, (("dog", 9),), {"English": 64}, False, {}, "objects")
+    lines = shown(plan(Plan(500, 1, 80.0, 10**6, 1.0, 0.1, 1, 2.5, 10**6, 8192, kept, rows)), 80)
     text = " ".join(" ".join(lines).split())
     assert ("kept 2,048 of 8,192 neurons per concept and shard" in text) == said
     assert all(cell_len(line) <= 80 for line in lines)
