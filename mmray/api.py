@@ -154,7 +154,7 @@ def run_census(model: str, data: str, out: str, **settings: Any) -> Run:
     are found. Raises InputError for bad settings or input.
     """
     drive_census(
-        census_settings({"model": model, "data": data, "out": str(out), **settings}),
+        census_settings({"model": model, "data": data, "out": str(out), **_asked(settings)}),
         warn=lambda line: warnings.warn(line, stacklevel=4),
     )
     return open_run(out)
