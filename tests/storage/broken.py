@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 import pyarrow as pa
 
@@ -12,7 +13,7 @@ from mmray.tables import from_bytes, to_bytes
 class ReceiptFirst(RunFolder):
     """Says that a shard is done before its parts are there."""
 
-    def commit_shard(self, shard_id: int, tables: dict[str, pa.Table], samples: int, seconds: float) -> Receipt:
+    def commit_shard(self, shard_id: int, tables: dict[str, pa.Table], samples: int, *_: Any, **__: Any) -> Receipt:
         parts = {name: f"shards/{shard_id:06d}/x-{name}.parquet" for name in tables}
         receipt = Receipt(shard_id, samples=samples, occurrences=len(tables["occurrences"]), parts=parts)
         if self.store.commit(f"receipts/{shard_id:06d}.json", json.dumps(asdict(receipt)).encode()):
@@ -24,9 +25,9 @@ class ReceiptFirst(RunFolder):
 class ReceiptReplaced(RunFolder):
     """A later worker's receipt takes the place of an earlier one."""
 
-    def commit_shard(self, shard_id: int, tables: dict[str, pa.Table], samples: int, seconds: float) -> Receipt:
+    def commit_shard(self, shard_id: int, *work: Any, **more: Any) -> Receipt:
         self.store.delete(f"receipts/{shard_id:06d}.json")
-        return super().commit_shard(shard_id, tables, samples, seconds)
+        return super().commit_shard(shard_id, *work, **more)
 
 
 class Appended(RunFolder):
