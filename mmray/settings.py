@@ -202,7 +202,7 @@ def first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"there is no setting {name!r}"
+        return f"unknown setting {name!r}"
     if problem["type"] == "missing":
         return f"setting {name!r} is missing"
     return f"setting {name} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"

@@ -120,7 +120,7 @@ RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run
 
 
 def end(outcome: Finished | JobResult, what: str, *, quiet: bool = False) -> None:
-    """Say what of a piece of work failed or was set aside, unless told to be quiet, and exit with the status for it.
+    """Say what of a piece of work failed or was quarantined, unless told to be quiet, and exit with the status for it.
 
     `what` names one of the things that may fail.
     """

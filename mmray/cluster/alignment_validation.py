@@ -63,7 +63,7 @@ def plan_validation(settings: AlignmentSettings) -> Validation:
 
 
 class ValidationJob(Job[AlignmentSettings, Validation]):
-    """Measures the joint model beside the original; `alignment` is the fingerprint of the training."""
+    """Measures the joint model next to the original; `alignment` is the fingerprint of the training."""
 
     name = "validation"
     parts: ClassVar[dict[str, pa.Schema]] = {name: EVALUATION_SCHEMAS[name] for name in ("measurements", "captions")}
@@ -109,7 +109,7 @@ class ValidationJob(Job[AlignmentSettings, Validation]):
         return measure
 
     def merge(self, plan: Plan[Validation], parts: Parts, output: Output) -> dict[str, Any]:
-        """Put the measures beside the network that they are of."""
+        """Put the measures next to the network that they are of."""
         facts = json.loads(RunFolder.at(self.target, patient=True).store.read(FACTS))
         measures = summarise(parts.table("measurements"), plan.context.measured)
         facts["measures"] = {name: value for name, value in measures.items() if value["n"]}

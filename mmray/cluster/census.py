@@ -195,7 +195,7 @@ def run_info(settings: CensusSettings, source: Source, manifest: Manifest, nouns
 
 
 def check_complete(uri: str, missing: Sequence[int]) -> None:
-    """Raise InputError if units are missing that were neither committed nor set aside after all work was done."""
+    """Raise InputError if units are missing that were neither committed nor quarantined after all work was done."""
     if missing:
         listed = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
         raise InputError(f"{uri}: no receipt of unit {listed}: removed by others, or lost; run the same command again")

@@ -1,4 +1,4 @@
-"""Hallucination as a job: what the model claims to see, sample by sample, beside what a detector says of it."""
+"""Hallucination as a job: what the model claims to see, sample by sample, and what a detector says of it."""
 
 from __future__ import annotations
 

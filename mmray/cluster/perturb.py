@@ -35,7 +35,7 @@ REFERENCE, BATCH = 96, 16
 
 
 class PerturbJob(JointJob[PerturbationSettings]):
-    """Moves embeddings of images, beside controls, and records the answers under every condition."""
+    """Moves embeddings of images, with controls, and records the answers under every condition."""
 
     name = "perturb"
     parts: ClassVar[dict[str, pa.Schema]] = schemas_of(OPINION_SCHEMAS, "answers")

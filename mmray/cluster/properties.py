@@ -22,7 +22,7 @@ from mmray.storage import patiently
 
 
 class PropertiesJob(Job[PropertySettings, Context]):
-    """Measures what a run's neurons mean, beside controls."""
+    """Measures what a run's neurons mean, with controls."""
 
     name = "properties"
     unit_noun = "concepts"

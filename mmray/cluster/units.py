@@ -73,7 +73,7 @@ class UnitWorker(ABC):
     def attempted(self, unit: int, samples: int, work: Callable[[], Receipt]) -> Receipt:
         """Do a unit's work unless it is committed; the third death of a worker or the third error sets it aside.
 
-        An outage of storage or a full disk is waited out and then ends the run: nothing is set aside for it.
+        An outage of storage or a full disk is waited out and then ends the run: nothing is quarantined for it.
         """
         committed = self.folder.receipt(unit)
         if committed is not None:

@@ -7,9 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmray.errors import InputError
+from mmray.settings import Workers, first_problem, worker_range
 
 ROLE = "role"
 """Key of a field's extra schema. A field without one changes the result of a unit."""
@@ -36,7 +37,7 @@ class JobSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    workers: str | None = execution(None)
+    workers: Workers = execution(None)
     """Actors, each with a model replica: a number, or MIN:MAX to let Ray add and remove some as work and machines
     allow. Default: one per GPU of the cluster; without GPUs one per core, at most four per machine."""
     gpus_per_worker: float | None = execution(None, ge=0)
@@ -50,25 +51,10 @@ class JobSettings(BaseModel):
     local: bool = execution(False)
     """Run in this process, without Ray: one worker with all cores."""
 
-    @field_validator("workers", mode="before")
-    @classmethod
-    def _check_workers(cls, value: Any) -> Any:
-        if value is None:
-            return None
-        least, colon, most = str(value).partition(":")
-        if not (
-            least.isdecimal() and int(least) >= 1 and (not colon or (most.isdecimal() and int(least) <= int(most)))
-        ):
-            raise ValueError("give a number of at least 1, or MIN:MAX such as 2:16")
-        return str(value)
-
     @property
     def worker_range(self) -> tuple[int, int] | None:
         """The fewest and the most workers, where that was asked for."""
-        if self.workers is None:
-            return None
-        least, _, most = self.workers.partition(":")
-        return int(least), int(most or least)
+        return worker_range(self.workers)
 
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that a unit's result depends on, without those that name something."""
@@ -103,14 +89,3 @@ def checked(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
         return kind(**values)
     except ValidationError as error:
         raise InputError(first_problem(error)) from error
-
-
-def first_problem(error: ValidationError) -> str:
-    """Return the first problem of a validation in one line: which setting, which value, what it should be."""
-    problem = error.errors()[0]
-    name = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"unknown setting {name!r}"
-    if problem["type"] == "missing":
-        return f"setting {name!r} is missing"
-    return f"setting {name} = {problem['input']!r}: {problem['msg']}"

@@ -36,13 +36,11 @@ def survey(source: Source, ground_truth: GroundTruth | None, synonyms: str | Non
         ground_truth = "union" if annotated and captioned else "instances"
     if ground_truth != "instances" and not captioned:
         raise InputError(
-            f"--ground-truth {ground_truth}: {source.data} has no captions beside each image's objects, as COCO's "
+            f"--ground-truth {ground_truth}: {source.data} has no captions next to each image's objects, as COCO's "
             "captions files have; give instances"
         )
     if ground_truth == "union" and not annotated:
-        raise InputError(
-            f"--ground-truth union: {source.data} has no objects; put COCO's instances file beside it, or give captions"
-        )
+        raise InputError(f"--ground-truth union: {source.data} has no objects; put COCO's instances file next to it")
     vocabulary = tuple(dict.fromkeys(name.casefold() for names, _ in rows for name in names or ()))
     if ground_truth == "captions" and not vocabulary and synonyms is None:
         synonyms = COCO

@@ -11,7 +11,7 @@ from mmray.neurons.concepts import Mention, find_forms
 class Naming:
     """Finds objects by their names: `dogs` names dog, `perro` in a Spanish text does, and what is listed as a synonym.
 
-    `rules` say in which phrases, and beside which words, a name is none.
+    `rules` say in which phrases, and next to which words, a name is none.
     """
 
     def __init__(
@@ -70,5 +70,5 @@ class Naming:
 def object_naming(
     vocabulary: Iterable[str], translations: Mapping[str, Mapping[str, str]], words: ObjectWords
 ) -> Naming:
-    """Return the naming of the data's objects and of all that are listed beside them."""
+    """Return the naming of the data's objects and of all that are listed with them."""
     return Naming((*vocabulary, *words.objects), translations, words.synonyms, words.rules)

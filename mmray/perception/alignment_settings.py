@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mmray.engine.settings import JobSettings, after_work, checked, execution, known_by_digest
+from mmray.settings import Workers
 
 Shape = Literal["projector", "mlp"]
 """LLaVA's own projector, or the deeper MLP of Giulivi & Boracchi (2024)."""
@@ -56,7 +57,7 @@ class AlignmentSettings(JobSettings):
     """Present objects of an image that POPE asks for, and as many absent ones a setting (published: 3)."""
     draws: int = after_work(1000, ge=1)
     """Draws of the bootstrap over images that intervals are made of."""
-    workers: str | None = execution(None)
+    workers: Workers = execution(None)
     """Workers of the training: a number, or MIN:MAX, of which the training takes MIN and the validation as many as the
     cluster has. Default: one per GPU of the cluster; without GPUs one per core, at most four per machine."""
     gpus_per_worker: float | None = execution(None, ge=0)

@@ -253,7 +253,7 @@ class RunFolder:
         self.store.put(f"attempts/{shard_id:06d}/{number}", json.dumps({"reason": reason}).encode())
 
     def set_aside(self, shard_id: int, samples: int, reason: str = "", last_attempt: int = ATTEMPTS) -> Receipt:
-        """Give a shard up, for a reason that no further attempt would mend, or else what its last attempt died of."""
+        """Give a shard up, for a reason that no further attempt would fix, or else what its last attempt died of."""
         if not reason:
             record = _record(self._read_if_there(f"attempts/{shard_id:06d}/{last_attempt}") or b"")
             died_of = record.get("reason") or "the worker died without a word"

@@ -1,4 +1,4 @@
-"""From answers under every condition to what changed: beside the original's, with intervals over images."""
+"""From answers under every condition to what changed, compared with the original's, with intervals over images."""
 
 from __future__ import annotations
 

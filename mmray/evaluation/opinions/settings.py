@@ -14,7 +14,7 @@ from mmray.settings import LONGEST
 
 
 class SightSettings(JobSettings):
-    """What both are told: the detector beside the model, and how the data is cut."""
+    """What both are told: the detector next to the model, and how the data is cut."""
 
     detector: str = known_by_digest("demo")
     """Detector on the model's own tower: `demo`, or a folder of heads; or an OWL-ViT or OWLv2 checkpoint, with

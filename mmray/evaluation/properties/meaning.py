@@ -73,7 +73,7 @@ def _hits(subject: Subject, found: Observations, method: str, unit: str, sets: S
 
 
 def text_similarity(subject: Subject, found: Observations, encoder: Encoder) -> None:
-    """Observe BERTScore of the written tokens to the noun, beside that of another concept's neurons."""
+    """Observe BERTScore of the written tokens to the noun, and that of another concept's neurons."""
     facts = subject.facts
     for method, ranked in (("score", facts.ranked["score"]), ("random pairing", facts.paired)):
         text = ", ".join(chain.from_iterable(_written(subject.study, ranked)))
@@ -105,7 +105,7 @@ class Clip:
 
 
 def image_similarity(subject: Subject, found: Observations, clip: Clip) -> None:
-    """Observe CLIPScore of the written tokens with the concept's images, beside that of another concept's neurons."""
+    """Observe CLIPScore of the written tokens with the concept's images, and that of another concept's neurons."""
     facts, own = subject.facts, set(subject.own_samples)
     shown = [item.sample for item in subject.items if item.sample.sample_id in own]
     images = [decode_image(sample.image, sample.background) for sample in shown if sample.image]
