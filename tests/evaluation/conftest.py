@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import cut, read_shard
@@ -14,12 +13,6 @@ from mmray.evaluation.before import Before
 from mmray.evaluation.facts import DataFacts, gather_facts
 
 SCENES = 24
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Keep torch to one thread: several workers share the cores."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -34,12 +34,6 @@ class Loaded:
         return transformers.AutoModelForImageTextToText.from_config(made, dtype=dtype)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Keep torch to one thread: the tensors are tiny, and several workers share the cores."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def loaded(tiny: Callable[[str], Path]) -> Callable[[str], Loaded]:
     """Return a variant's network, shared by all tests: leave it as it was."""

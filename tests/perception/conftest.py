@@ -5,18 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from mmray.demo.scenes import Scene, World
 from mmray.perception.joint import JointModel, join
 from tests.perception.owls import build_owl
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Keep torch to one thread: several workers share the cores."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
