@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from mmray.census.job import run_census as drive_census
 from mmray.cluster.alignment import run_alignment
-from mmray.cluster.census import run_census as drive_census
 from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.labels import run_selectivity

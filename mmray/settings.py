@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
-from mmray.errors import InputError
+from mmray.job_settings import JobSettings, checked, execution, known_by_digest
 
 Captions = Literal["dataset", "generate"]
 Score = Literal["contribution", "gate", "activation", "gradient", "gradient-last", "effect", "random"]
@@ -32,57 +30,23 @@ FOLDED = "logits after the final norm"
 LONGEST = 64
 """Tokens at most in a generated caption, where nothing else is asked for."""
 
-EXECUTION = frozenset(
-    {"out", "workers", "gpus_per_worker", "batch_size", "address", "local", "retry_failed", "trust_remote_code"}
-)
-"""Settings that say how the work is done and leave the result alone; a run may be continued with others."""
 
-
-def _check_workers(value: Any) -> Any:
-    if value is None:
-        return None
-    least, colon, most = str(value).partition(":")
-    if not (least.isdecimal() and int(least) >= 1 and (not colon or (most.isdecimal() and int(least) <= int(most)))):
-        raise ValueError("give a number of at least 1, or MIN:MAX such as 2:16")
-    return str(value)
-
-
-Workers = Annotated[str | None, BeforeValidator(_check_workers)]
-"""How many actors there are: a number, or MIN:MAX to let Ray add and remove some; None: as many as fit."""
-
-
-def worker_range(workers: str | None) -> tuple[int, int] | None:
-    """Return the fewest and the most workers, where that was asked for."""
-    if workers is None:
-        return None
-    least, _, most = workers.partition(":")
-    return int(least), int(most or least)
-
-
-class CensusSettings(BaseModel):
+class CensusSettings(JobSettings):
     """Everything that `mmray census` can be told."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    model: str
+    model: str = known_by_digest()
     """Hugging Face checkpoint folder, hub id, or `demo`."""
-    data: str
+    data: str = known_by_digest()
     """`demo`, Parquet file, folder or glob, WebDataset tars, image folder with metadata, COCO captions JSON, or
     `hf:NAME[:SPLIT]`; local or s3://."""
-    out: str
+    out: str = execution()
     """Folder of the run: a local path or s3://bucket/prefix."""
     limit: int | None = Field(None, ge=1)
     """Use the first N samples only; all by default."""
     shard_size: int = Field(500, ge=1)
     """Samples a shard: the unit of work, and what a crash costs."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = execution(32, ge=1)
     """Samples a forward pass; halved by itself where memory runs out."""
-    workers: Workers = None
-    """Actors, each with a model replica: a number, or MIN:MAX to let Ray add and remove some as work and machines
-    allow. Default: one a GPU of the cluster; without GPUs one a core, at most four a machine, each with its part of the
-    cores as threads."""
-    gpus_per_worker: float | None = Field(None, ge=0)
-    """GPUs a worker: 2 or more share one replica; default: 1 where the cluster has GPUs, else 0."""
     captions: Captions = "dataset"
     """Score the data's captions (dataset), or what the model itself writes (generate)."""
     longest: int = Field(LONGEST, ge=1)
@@ -109,7 +73,7 @@ class CensusSettings(BaseModel):
     candidates: int | None = Field(None, ge=1)
     """Neurons a concept that each shard keeps for the merge; more certify more ranks. Default: all of up to 16,384
     neurons, 2,048 of more."""
-    nouns: str = "auto"
+    nouns: str = known_by_digest("auto")
     """Where concepts come from: objects (the data's column), hanta (tagger of English and German), textblob (English
     tagger), a lexicon FILE with a noun, and after a tab optionally its language, per line; auto: objects where the data
     has them, else hanta."""
@@ -142,13 +106,7 @@ class CensusSettings(BaseModel):
     none."""
     background: str = BACKGROUND
     """Colour behind transparent pixels of images: a name, or #rrggbb."""
-    address: str | None = None
-    """Ray cluster to join (auto, or ray://HOST:PORT); default: a local Ray of this process."""
-    retry_failed: bool = False
-    """Try shards again that an earlier call set aside."""
-    local: bool = False
-    """Run in this process, without Ray: one worker with all cores."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = execution(False)
     """Allow the checkpoint to run its own Python code. Off: only architectures of transformers."""
 
     @field_validator("out")
@@ -171,41 +129,16 @@ class CensusSettings(BaseModel):
             raise ValueError("not an opaque colour; give a name such as white, or #rrggbb")
         return value
 
-    @property
-    def worker_range(self) -> tuple[int, int] | None:
-        """The fewest and the most workers, where that was asked for."""
-        return worker_range(self.workers)
-
     def result_settings(self) -> dict[str, Any]:
-        """Return the settings that the results depend on; model, data and nouns are known by their digests instead."""
-        known = {"model", "data", "nouns"}
+        """Return the settings that a shard's result depends on, without those that name something."""
         # The data's captions are never cut off.
         unused = {"longest"} if self.captions == "dataset" else set()
-        return self.model_dump(exclude=set(EXECUTION) | known | unused)
-
-    def fingerprint(self, **digests: str) -> str:
-        """Return a digest of all that the results depend on; the same for every way of doing the work."""
-        facts = self.result_settings() | digests
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return {name: value for name, value in super().result_settings().items() if name not in unused}
 
 
 def census_settings(values: dict[str, Any]) -> CensusSettings:
     """Return checked settings; raises InputError naming the first setting that is wrong and what is allowed."""
-    try:
-        return CensusSettings(**values)
-    except ValidationError as error:
-        raise InputError(first_problem(error)) from error
-
-
-def first_problem(error: ValidationError) -> str:
-    """Return the first problem of a validation in one line: which setting, which value, what it should be."""
-    problem = error.errors()[0]
-    name = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"unknown setting {name!r}"
-    if problem["type"] == "missing":
-        return f"setting {name!r} is missing"
-    return f"setting {name} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+    return checked(CensusSettings, values)
 
 
 def unit_of(score: str, *, folded: bool) -> str:

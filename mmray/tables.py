@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy import ndarray
 
 from mmray.errors import DamagedError
-from mmray.storage import Checksum, Store
+from mmray.storage import Store
 
 SCORE = "by score: logit before the final norm (after it with fold_norm); gradients: logit; effect: log-odds"
 ACTIVATION = "activation"
@@ -281,13 +280,10 @@ def _without_maps(table: pa.Table) -> pa.Table:
     return table
 
 
-def read_table(
-    store: Store, name: str, folder: str = "tables", checksums: Mapping[str, Checksum] | None = None
-) -> pa.Table:
-    """Return a run's table; `FileNotFoundError` where it was not written.
+def read_table(store: Store, name: str, folder: str = "tables") -> pa.Table:
+    """Return a table that lies in a file, or in a folder of numbered files; `FileNotFoundError` where it doesn't.
 
-    `checksums` has what is known of the files of this table and others, by key. Raises DamagedError, which names the
-    file, for one that is not what was written.
+    Raises DamagedError, which names the file, for one that is cut.
     """
     table = f"{folder}/{name}.parquet"
     # Others may have put files of their own there.
@@ -295,18 +291,13 @@ def read_table(
     files = [entry.key for entry in store.list(table) if is_file(entry.key)]
     if not files:
         raise FileNotFoundError(f"{store.uri}/{table}")
-    known = {key: checksum for key, checksum in (checksums or {}).items() if is_file(key)}
-    if known and known.keys() != set(files):
-        raise DamagedError(f"{store.uri}/{table}: {len(files)} files instead of {len(known)}")
-    return pa.concat_tables([read_file(store, key, known.get(key)) for key in files])
+    return pa.concat_tables([read_file(store, key) for key in files])
 
 
-def read_file(store: Store, key: str, checksum: Checksum | None = None) -> pa.Table:
-    """Return the table in a file; raises DamagedError, which names the file, if it is not what was written."""
+def read_file(store: Store, key: str) -> pa.Table:
+    """Return the table in a file; raises DamagedError, which names the file, if it is cut."""
     data = store.read(key)
     try:
-        if checksum is not None:
-            checksum.check(data)
         return from_bytes(data)
     except DamagedError as error:
         raise DamagedError(f"{store.uri}/{key}: {error}") from error

@@ -1,13 +1,12 @@
 """A census or properties in this process, without Ray: driver and worker are the real ones, one after the other."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-from mmray.cluster import census
-from mmray.cluster.census import Outcome
+import pyarrow as pa
+
+from mmray.census.job import Outcome, run_census
 from mmray.cluster.pipeline import Pipeline, pipeline_settings, run_pipeline
 from mmray.cluster.properties import PropertiesJob
 from mmray.cluster.saliency import SaliencyJob
@@ -15,24 +14,17 @@ from mmray.engine import JobResult, Progress
 from mmray.engine import run as run_job
 from mmray.evaluation.properties.settings import property_settings
 from mmray.perception.settings import saliency_settings
-from mmray.settings import CensusSettings, census_settings
-
-
-def without_ray() -> AbstractContextManager[None]:
-    """Make `run_census`, also that of the command line, do its work in this process."""
-    receipts = census._receipts
-
-    def here(settings: CensusSettings, *rest: Any) -> Iterator[dict[str, Any]]:
-        return receipts(settings.model_copy(update={"local": True}), *rest)
-
-    return patch.multiple(census, ray_session=lambda _: nullcontext(), _receipts=here)
+from mmray.runs.snapshots import SnapshotWriter, newest, next_fence, publish
+from mmray.settings import census_settings
+from mmray.storage import open_store
+from mmray.tables import SCHEMAS
 
 
 def census_here(model: Path | str, data: str, out: Path | str, **settings: object) -> Outcome:
     """Run a census without Ray."""
     follow: Callable[[Progress], None] = settings.pop("follow", lambda _: None)  # type: ignore[assignment]
     asked = {"model": str(model), "data": data, "out": str(out), "local": True, **settings}
-    return census.run_census(census_settings(asked), follow)
+    return run_census(census_settings(asked), follow)
 
 
 def properties_here(run: Path | str, **settings: object) -> JobResult:
@@ -52,3 +44,13 @@ def saliency_here(run: Path | str, **settings: object) -> JobResult:
 def pipeline_here(settings: dict[str, Any]) -> Pipeline:
     """Run a pipeline without Ray."""
     return run_pipeline(pipeline_settings(settings | {"local": True}))
+
+
+def write_table(run: Path | str, name: str, table: pa.Table) -> None:
+    """Put a table into a run, in place of one that is there; readers find it as if its job had made it."""
+    store = open_store(run)
+    job = "census" if name in SCHEMAS else "tests"
+    before = newest(store, job)
+    writer = SnapshotWriter(store, job, next_fence(store, job, 0))
+    writer.add(name, table)
+    publish(store, writer.commit(before.made_from if before else {}, before.headline if before else {}))

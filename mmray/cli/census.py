@@ -16,7 +16,7 @@ from mmray.cli.showing import say_edits, say_meaning, say_report, say_shortfall
 from mmray.settings import CensusSettings, census_settings
 
 if TYPE_CHECKING:
-    from mmray.cluster.census import Outcome
+    from mmray.census.job import Outcome
 
 FULL, QUICK = (12, 2), (3, 1)
 """Of the demo, concepts whose properties are measured, and images of each concept with heat maps."""
@@ -39,7 +39,7 @@ def census(as_json: AsJson = False, **settings: Any) -> None:
 @with_settings(out="runs/plan")
 def plan(as_json: AsJson = False, **settings: Any) -> None:
     """Say what a census would cost: samples, shards, hours, bytes. Nothing is run."""
-    from mmray.cluster.census import plan_census
+    from mmray.census.job import plan_census
     from mmray.results.terminal import plan as show
 
     estimate = plan_census(census_settings(settings))
@@ -101,7 +101,7 @@ def _run_demo(run_folder: Path, *, quick: bool) -> bool:
 
 
 def _run_census(settings: CensusSettings) -> Outcome:
-    from mmray.cluster.census import run_census
+    from mmray.census.job import run_census
     from mmray.results.progress import follow_progress
 
     try:

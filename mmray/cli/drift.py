@@ -67,7 +67,7 @@ def refresh(
     as_json: AsJson = False,
 ) -> None:
     """Analyse what a run's data has gained since, merge it, and say how far the rankings have drifted."""
-    from mmray.cluster.refresh import refresh_run
+    from mmray.census.refresh import refresh_run
     from mmray.results.progress import follow_progress
 
     execution: dict[str, Any] = {

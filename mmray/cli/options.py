@@ -12,12 +12,12 @@ from pydantic.fields import FieldInfo
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from mmray.engine.settings import JobSettings
+from mmray.job_settings import JobSettings
 from mmray.settings import CensusSettings, Dtype
 from mmray.version import VERSION
 
 if TYPE_CHECKING:
-    from mmray.cluster.finished import Finished
+    from mmray.cluster.alignment import Aligned
     from mmray.engine import JobResult
 
 INCOMPLETE = 4
@@ -119,7 +119,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run: a local path or s3://bucket/prefix.")]
 
 
-def end(outcome: Finished | JobResult, what: str, *, quiet: bool = False) -> None:
+def end(outcome: Aligned | JobResult, what: str, *, quiet: bool = False) -> None:
     """Say what of a piece of work failed or was quarantined, unless told to be quiet, and exit with the status for it.
 
     `what` names one of the things that may fail.

@@ -10,7 +10,7 @@ from mmray.cli.options import console, plural, say
 from mmray.settings import CensusSettings
 
 if TYPE_CHECKING:
-    from mmray.cluster.census import Outcome
+    from mmray.census.job import Outcome
 
 EDIT, QUICK_EDIT = {"kept": 256, "samples": 16}, {"kept": 64, "samples": 8, "steps": 30}
 """Of the demo's edits, what they are learnt on."""

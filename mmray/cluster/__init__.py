@@ -1,1 +1,1 @@
-"""The only room that imports ray: actors, the census driver, the pipeline."""
+"""Jobs on the runs of a census: properties, edits and their evaluation, saliency, …, and the pipeline of them."""

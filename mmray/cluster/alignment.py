@@ -21,7 +21,6 @@ from uuid import uuid4
 
 from mmray.cluster.alignment_training import PROBLEM, checkpoints, steps_of, train
 from mmray.cluster.alignment_validation import ValidationJob, plan_validation
-from mmray.cluster.finished import Finished
 from mmray.datasets.columns import Columns
 from mmray.datasets.lanes import cut_for_lanes
 from mmray.datasets.shards import Manifest
@@ -43,7 +42,7 @@ TOLD_EVERY = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Aligned(Finished):
+class Aligned:
     """What a finished alignment amounts to; `measures` has the original model before and the joint one after."""
 
     out: str
@@ -51,12 +50,18 @@ class Aligned(Finished):
     steps: int
     images: int
     lost: int
+    """Images that could not be read."""
     loss: float
+    failures: int
+    """Samples of the validation that failed."""
+    quarantined: dict[int, str]
+    """Unit of the validation → why it was given up."""
+    seconds: float
 
     @property
     def complete(self) -> bool:
-        """Tell whether every image could be read and every sample measured."""
-        return not self.lost and super().complete
+        """Return whether every image could be read and every sample measured."""
+        return not self.lost and not self.failures and not self.quarantined
 
 
 def run_alignment(settings: AlignmentSettings, follow: Follow = lambda _: None) -> Aligned:

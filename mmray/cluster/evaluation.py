@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmray import engine
+from mmray.census.inputs import open_data
 from mmray.cluster.evaluation_plan import Context, Unit, open_measured, part_of, plan_evaluation
-from mmray.cluster.worker import open_data
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import read_shard
 from mmray.editing.edit import open_edit

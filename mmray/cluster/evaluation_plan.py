@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mmray import engine
-from mmray.cluster.worker import columns_of, open_data
+from mmray.census.inputs import columns_of, open_data
 from mmray.datasets.contents import Source
 from mmray.datasets.shards import Manifest, Shard, cut
 from mmray.datasets.sources import open_source
@@ -159,7 +159,7 @@ def _own(run: Run, purposes: Sequence[Purpose], manifest: Manifest) -> tuple[Man
     """
     own = _without(Manifest.from_json(run.folder.manifest()), manifest)
     wanted = {name for purpose in purposes for name in purpose.samples}
-    if not own.samples or not wanted or run.folder.finished() is None:
+    if not own.samples or not wanted or run.snapshot is None:
         return None, []
     try:
         open_data(CensusSettings(**run.info["settings"]))

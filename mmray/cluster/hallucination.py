@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import pyarrow as pa
 from PIL.Image import Image
 
+from mmray.census.inputs import columns_of
 from mmray.cluster.joint import Asked, Context, JointJob, Look, Rows, open_cut, schemas_of
-from mmray.cluster.worker import columns_of
 from mmray.datasets.columns import Columns
 from mmray.datasets.contents import Source
 from mmray.datasets.samples import Sample

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, TypeVar
 
 import pyarrow as pa
 
+from mmray.census.inputs import open_data
 from mmray.cluster.labels_plan import LabelPlan
-from mmray.cluster.worker import open_data
 from mmray.datasets.contents import Source
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import Manifest, Shard, read_shard

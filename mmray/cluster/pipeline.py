@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mmray.cluster.census import Outcome, run_census
+from mmray.census.job import Outcome, run_census
 from mmray.cluster.editing import EditJob, NamedEditSettings, edit_folder
 from mmray.cluster.evaluation import EvaluationJob
 from mmray.derived import TABLES
@@ -21,11 +21,12 @@ from mmray.editing.settings import edit_settings
 from mmray.engine import JobResult, JobSettings, Progress, executor_for, run_together
 from mmray.errors import DamagedError, InputError
 from mmray.evaluation.settings import EvaluationSettings, evaluation_settings
+from mmray.job_settings import first_problem
 from mmray.results.run import Run, open_run
 from mmray.runs.driver import drive_analysis
 from mmray.runs.lease import Lease
 from mmray.runs.snapshots import SnapshotWriter, newest, next_fence, publish
-from mmray.settings import CensusSettings, census_settings, first_problem
+from mmray.settings import CensusSettings, census_settings
 from mmray.storage import Store, open_store
 from mmray.tables import CAPTIONS_FILE, read_file, read_table
 

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
+from mmray.census.inputs import open_data
 from mmray.cluster.properties_plan import Context, plan_properties
 from mmray.cluster.wanted import Wanted
-from mmray.cluster.worker import open_data
 from mmray.derived import PROPERTY_SCHEMAS
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError

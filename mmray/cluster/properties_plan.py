@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from mmray.cluster.census import open_inputs
+from mmray.census.inputs import open_inputs
 from mmray.datasets.shards import Manifest
 from mmray.engine import Plan, Unit
 from mmray.errors import InputError

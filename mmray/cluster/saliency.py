@@ -11,9 +11,8 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from mmray.cluster.census import open_inputs
+from mmray.census.inputs import open_data, open_inputs
 from mmray.cluster.wanted import Wanted
-from mmray.cluster.worker import open_data
 from mmray.datasets.shards import Manifest
 from mmray.derived import SALIENCY_SCHEMAS
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker

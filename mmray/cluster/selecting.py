@@ -13,8 +13,7 @@ import pyarrow.compute as pc
 from jaxtyping import Int64
 from numpy import ndarray
 
-from mmray.cluster.census import open_inputs
-from mmray.cluster.worker import open_data
+from mmray.census.inputs import open_data, open_inputs
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import Manifest, extend, read_shard
 from mmray.engine import Job, JobResult, Output, Parts, Plan, Unit, UnitResult, Worker

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mmray.errors import InputError
-from mmray.settings import first_problem
+from mmray.job_settings import first_problem
 
 Method = Literal["learned", "zero", "scale", "project", "noise", "random", "activation", "last-mlp", "rank-one", "lora"]
 WITHOUT_TARGET = ("zero", "scale", "project", "noise")

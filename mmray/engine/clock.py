@@ -6,9 +6,12 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _phases: ContextVar[dict[str, float] | None] = ContextVar("phases", default=None)
 """Seconds by phase of the unit that this context works on."""
@@ -38,6 +41,18 @@ def phase(name: str) -> Iterator[None]:
     finally:
         if seconds is not None:
             seconds[name] += time.perf_counter() - began
+
+
+def each_in_phase(name: str, items: Iterable[T]) -> Iterator[T]:
+    """Yield the items; the time that each takes to come counts as that phase, what is done with it does not."""
+    iterator = iter(items)
+    while True:
+        with phase(name):
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        yield item
 
 
 def peak_memory() -> dict[str, int]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from mmray.engine.executors import Executor, executor_for
@@ -17,11 +20,14 @@ from mmray.runs import Receipt, RunFolder
 from mmray.runs.driver import drive_analysis, open_target
 from mmray.runs.lease import Lease
 from mmray.runs.receipts import receipts_digest
-from mmray.runs.snapshots import SnapshotWriter, is_published, newest, next_fence, publish
+from mmray.runs.snapshots import SnapshotWriter, is_published, newest_whole, next_fence, publish
 from mmray.storage import Store
 from mmray.version import VERSION
 
 Follow = Callable[[Progress], None]
+
+LIBRARIES = ("torch", "transformers", "ray", "pyarrow")
+"""Whose versions run.json notes."""
 
 
 @dataclass(frozen=True)
@@ -42,39 +48,43 @@ class _Begun:
 def run(
     job: Job[Any, Any],
     *,
+    plan: Plan[Any] | None = None,
     executor: Executor | None = None,
     follow: Follow = lambda _: None,
     lease: Lease | None = None,
 ) -> JobResult:
     """Run a job to its end, or resume one that stopped, and write what it amounts to.
 
-    `follow` is told of every committed unit. `lease` is given by a caller that holds it already. Raises InputError for
-    anything wrong with the set-up, before any work, and where another driver is at work on the same job.
+    `follow` is told of every committed unit. `plan` and `lease` are given by a caller that has them already. Raises
+    InputError for anything wrong with the set-up, before any work, and where another driver is at work on the same job.
     """
-    return run_together([job], executor=executor, follow=follow, lease=lease)[0]
+    plans = None if plan is None else [plan]
+    return run_together([job], plans=plans, executor=executor, follow=follow, lease=lease)[0]
 
 
 def run_together(
     jobs: Sequence[Job[Any, Any]],
     *,
+    plans: Sequence[Plan[Any]] | None = None,
     executor: Executor | None = None,
     follow: Follow = lambda _: None,
     lease: Lease | None = None,
 ) -> list[JobResult]:
-    """Run jobs of one kind with one set of workers: units of one group run on one actor, whichever job they are of.
+    """Run jobs with one set of workers: units of one group run on one actor, whichever job they are of.
 
-    `seconds` of each result are those of all. Otherwise as `run`.
+    The first job's class makes the workers of all. Jobs are merged in the order given. `seconds` of each result are
+    those of all. Otherwise as `run`.
     """
     began = time.perf_counter()
     with ExitStack() as stack:
         # Planned first: what is wrong with the set-up leaves no trace.
-        plans = [job.plan() for job in jobs]
+        plans = [job.plan() for job in jobs] if plans is None else plans
         begun = []
         for job, plan in zip(jobs, plans, strict=True):
-            held = lease or stack.enter_context(drive_analysis(f"{job.target}/{job.name}"))
+            held = lease or stack.enter_context(drive_analysis(job.place))
             begun.append(_begin(job, plan, held))
-        _run_pending(begun, executor or executor_for(jobs[0].settings), follow)
-        return [_finish(one, began) for one in begun]
+        worked = _run_pending(begun, executor or executor_for(jobs[0].settings), follow)
+        return [_finish(one, began, worked=worked) for one in begun]
 
 
 def _begin(job: Job[Any, Any], plan: Plan[Any], lease: Lease) -> _Begun:
@@ -83,6 +93,7 @@ def _begin(job: Job[Any, Any], plan: Plan[Any], lease: Lease) -> _Begun:
     settings = plan.settled or job.settings
     fingerprint = settings.fingerprint(plan.digests)
     folder = RunFolder.at(job.folder(fingerprint), patient=True)
+    folder.make_way(fingerprint)
     folder.begin(
         {
             "job": job.name,
@@ -91,22 +102,26 @@ def _begin(job: Job[Any, Any], plan: Plan[Any], lease: Lease) -> _Begun:
             "digests": dict(plan.digests),
             "fingerprint": fingerprint,
             "shards": len(plan.units),
-            "versions": {"mmray": VERSION},
+            "home": str(Path.cwd()),
+            "versions": {"mmray": VERSION, "python": platform.python_version()}
+            | {name: version(name) for name in LIBRARIES},
+            **plan.facts,
         },
-        json.dumps({"units": len(plan.units), "sizes": [unit.size for unit in plan.units]}).encode(),
+        plan.manifest or json.dumps({"units": len(plan.units), "sizes": [unit.size for unit in plan.units]}).encode(),
     )
     # Whether its store commits by name is known only now that the folder has begun.
     folder = RunFolder.at(job.folder(fingerprint), patient=True)
     return _Begun(job, plan, folder, fingerprint, lease, target, fence)
 
 
-def _run_pending(begun: Sequence[_Begun], executor: Executor, follow: Follow) -> None:
-    """Have every unit done that is neither committed nor quarantined."""
+def _run_pending(begun: Sequence[_Begun], executor: Executor, follow: Follow) -> bool:
+    """Have every unit done that is neither committed nor quarantined; return whether there was any."""
     order = WorkOrder(
         [one.job for one in begun],
         [one.plan.context for one in begun],
         [one.plan.units for one in begun],
         [one.folder.store.uri for one in begun],
+        [one.fingerprint for one in begun],
         begun[0].job.settings.unit_timeout,
     )
     groups: dict[Any, list[int]] = {}
@@ -129,7 +144,7 @@ def _run_pending(begun: Sequence[_Begun], executor: Executor, follow: Follow) ->
     quarantined = sum(receipt.reason is not None for receipt in done)
     follow(Progress(size, total, failures, quarantined))
     if not groups:
-        return
+        return False
     with executor.session():
         for answers in executor.answers(order, list(groups.values())):
             for answer in answers:
@@ -141,9 +156,10 @@ def _run_pending(begun: Sequence[_Begun], executor: Executor, follow: Follow) ->
             for one in begun:
                 one.lease()
             follow(Progress(size, total, failures, quarantined))
+    return True
 
 
-def _finish(begun: _Begun, began: float) -> JobResult:
+def _finish(begun: _Begun, began: float, *, worked: bool) -> JobResult:
     """Merge what is committed, unless the tables are made from it already, and return what it amounts to."""
     job, folder, store = begun.job, begun.folder, begun.target
     while True:
@@ -153,13 +169,14 @@ def _finish(begun: _Begun, began: float) -> JobResult:
             "receipts": receipts_digest(parts.receipts),
             "settings": json.dumps(job.settings.merge_settings(), sort_keys=True),
         }
-        snapshot = newest(store, job.name)
+        snapshot = newest_whole(store, job.name)
         if snapshot is not None and snapshot.made_from == made_from and not any(snapshot.verify(store)):
             headline = snapshot.headline
             if not is_published(store, snapshot):
                 publish(begun.lease.guard(store), snapshot)
         else:
             headline = _merge(begun, parts, made_from)
+            worked = True
         # What a late worker commits meanwhile is taken in too.
         if receipts_digest(folder.receipts()) == made_from["receipts"]:
             break
@@ -171,6 +188,7 @@ def _finish(begun: _Begun, began: float) -> JobResult:
         seconds=time.perf_counter() - began,
         headline=headline,
         parts=parts,
+        already=not worked,
     )
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 import pyarrow as pa
 
-from mmray.engine.settings import JobSettings
+from mmray.job_settings import JobSettings
 from mmray.runs import Receipt, RunFolder
 from mmray.runs.snapshots import SnapshotWriter
 
 S = TypeVar("S", bound=JobSettings)
 P = TypeVar("P")
+
+UNITS_AHEAD = 3
+"""Units whose parts are being read while those of another are merged."""
+READERS = 8
 
 
 class UnitRefusedError(Exception):
@@ -52,6 +58,10 @@ class Plan(Generic[P]):
     context: P
     settled: JobSettings | None = None
     """The job's settings with what the plan has settled, where that is part of them; the fingerprint is theirs."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What run.json says besides what it says of every job."""
+    manifest: bytes | None = None
+    """What the job keeps of how its units were cut; by default their sizes."""
 
 
 Worker = Callable[[Unit], UnitResult]
@@ -85,6 +95,17 @@ class Parts:
         """Return one part of all units, put together."""
         return pa.concat_tables([self.schemas[name].empty_table(), *self.each(name)])
 
+    def by_unit(self, names: Collection[str]) -> Iterator[dict[str, pa.Table]]:
+        """Yield some parts of every unit by name, those of the next few units being read meanwhile."""
+        with ThreadPoolExecutor(READERS) as pool:
+            waiting: deque[dict[str, Future[pa.Table]]] = deque()
+            for receipt in self.receipts.values():
+                waiting.append({name: pool.submit(self.folder.read_part, receipt, name) for name in names})
+                if len(waiting) > UNITS_AHEAD:
+                    yield {name: part.result() for name, part in waiting.popleft().items()}
+            while waiting:
+                yield {name: part.result() for name, part in waiting.popleft().items()}
+
 
 @dataclass
 class Output:
@@ -116,6 +137,8 @@ class JobResult:
     seconds: float
     headline: Mapping[str, Any]
     parts: Parts
+    already: bool
+    """Whether earlier calls had done all of it."""
 
     @property
     def complete(self) -> bool:
@@ -144,7 +167,12 @@ class Job(ABC, Generic[S, P]):
     @property
     @abstractmethod
     def target(self) -> str:
-        """Folder whose tables and files the job writes: a run, an edit, or OUT; its lease lies in `target/name`."""
+        """Folder whose tables and files the job writes: a run, an edit, or OUT."""
+
+    @property
+    def place(self) -> str:
+        """Folder of the job's lease, below which its units are committed."""
+        return f"{self.target}/{self.name}"
 
     @abstractmethod
     def plan(self) -> Plan[P]:
@@ -163,7 +191,7 @@ class Job(ABC, Generic[S, P]):
 
     def folder(self, fingerprint: str) -> str:
         """Return where units are committed."""
-        return f"{self.target}/{self.name}/{fingerprint}"
+        return f"{self.place}/{fingerprint}"
 
     @classmethod
     def workers(cls, jobs: Sequence[Job[S, P]], contexts: Sequence[P]) -> list[Worker]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import socket
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -40,6 +41,7 @@ class WorkOrder:
     contexts: Sequence[Any]
     units: Sequence[Sequence[Unit]]
     folders: Sequence[str]
+    fingerprints: Sequence[str]
     unit_timeout: float | None = None
 
     def place(self, number: int) -> tuple[int, int]:
@@ -88,16 +90,23 @@ class UnitRunner:
         self.problem = ""
         self.folders = [RunFolder.at(uri, patient=True) for uri in order.folders]
         self.workers: list[Worker] = []
+        began = time.perf_counter()
         try:
+            for folder, fingerprint in zip(self.folders, order.fingerprints, strict=True):
+                _check_begun(folder, fingerprint)
             self.workers = type(order.jobs[0]).workers(order.jobs, order.contexts)
         except InputError as error:
             self.problem = str(error)
+        self.idle_since = time.perf_counter()
+        self.before = {"load": self.idle_since - began}
+        """Seconds of phases before the next unit, which its receipt notes."""
 
     def run(self, number: int) -> Answer:
         """Do one unit of work; nothing is done once there was a problem."""
         if self.problem:
             return Answer(problem=self.problem)
         job, own = self.order.place(number)
+        self.before["wait"] = time.perf_counter() - self.idle_since
         try:
             receipt = self._attempted(self.folders[job], own, self.order.units[job][own], self.workers[job])
         except InputError as error:
@@ -107,6 +116,7 @@ class UnitRunner:
                 raise
             uri = self.folders[job].store.uri
             self.problem = f"{uri}: {error.strerror}; make room and run again, it goes on"
+        self.before, self.idle_since = {}, time.perf_counter()
         if self.problem:
             return Answer(problem=self.problem)
         return Answer(receipt.samples, receipt.failures, receipt.reason or "")
@@ -128,7 +138,7 @@ class UnitRunner:
                 return folder.set_aside(number, unit.size, last_attempt=attempt - 1)
             try:
                 with time_limit(limit, self.node.stop, partial(folder.record_death, number, attempt, late)):
-                    return patiently(lambda: _committed(folder, number, unit, worker))
+                    return patiently(lambda: _committed(folder, number, unit, worker, self.before))
             except UnitRefusedError as error:
                 return folder.set_aside(number, unit.size, str(error))
             except Exception as error:
@@ -139,13 +149,25 @@ class UnitRunner:
                 folder.record_death(number, attempt, reason)
 
 
-def _committed(folder: RunFolder, number: int, unit: Unit, worker: Worker) -> Receipt:
+def _check_begun(folder: RunFolder, fingerprint: str) -> None:
+    """Raise InputError where this machine doesn't see what the driver has begun, or the driver is a dead one."""
+    info = folder.info()
+    if info is None:
+        raise InputError(
+            f"{folder.store.uri}: no run there for the worker on {socket.gethostname()}; give a folder that every "
+            "machine of the cluster sees, such as s3://BUCKET/PREFIX"
+        )
+    if info["fingerprint"] != fingerprint:
+        raise InputError(f"{folder.store.uri}: another run has been begun here; leave it to that one")
+
+
+def _committed(folder: RunFolder, number: int, unit: Unit, worker: Worker, before: Mapping[str, float]) -> Receipt:
     began = time.perf_counter()
     with timed_phases() as phases:
         result = worker(unit)
     tables = {"errors": SCHEMAS["errors"].empty_table(), **result.tables}
     seconds = time.perf_counter() - began
-    return folder.commit_shard(number, tables, unit.size, seconds, result.skipped, phases, peak_memory())
+    return folder.commit_shard(number, tables, unit.size, seconds, result.skipped, {**before, **phases}, peak_memory())
 
 
 def _is_no_fault_of_the_unit(error: Exception) -> bool:

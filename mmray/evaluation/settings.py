@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mmray.engine.settings import JobSettings, after_work, checked, execution, known_by_digest
 from mmray.evaluation.answers import Parser
 from mmray.evaluation.facts import Adversarial, GroundTruth, Positives
+from mmray.job_settings import JobSettings, after_work, checked, execution, known_by_digest
 from mmray.settings import LONGEST
 
 

@@ -15,6 +15,7 @@ from PIL.Image import Image
 
 from mmray.datasets.images import decode_image
 from mmray.datasets.samples import Failure, Sample, image_digest
+from mmray.engine.clock import each_in_phase, phase
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
@@ -77,9 +78,10 @@ class ShardAnalysis:
 
         A caption without a noun is no failure: `skipped` counts it.
         """
-        for part in within_budget(self._readable(samples), lambda sample: len(sample.image or b""), HELD):
+        parts = within_budget(self._readable(samples), lambda sample: len(sample.image or b""), HELD)
+        for part in each_in_phase("read", parts):
             if self.settings.captions == "dataset":
-                for items, batch in self.encoded(part):
+                for items, batch in each_in_phase("decode", self.encoded(part)):
                     self._analyse(items, batch)
                     del batch  # before the one after next is prepared: there are never three
             else:
@@ -87,7 +89,8 @@ class ShardAnalysis:
                 for chunk in _cut(part, self.settings.batch_size, lambda sample: sample.image is None):
                     for pictured in self._pictured(chunk, lambda sample: sample):
                         self._generate(pictured)
-        return self.tables()
+        with phase("reduce"):
+            return self.tables()
 
     def _readable(self, samples: Iterable[Sample | Failure]) -> Iterator[Sample]:
         for sample in samples:
@@ -205,9 +208,9 @@ class ShardAnalysis:
         def write(some: Sequence[tuple[Sample, Image | None]]) -> list[tuple[Sample, str, Image | None, list[int]]]:
             samples, images = [sample for sample, _ in some], [image for _, image in some]
             prompts = [self._prompt(sample, image=images[0] is not None) for sample in samples]
-            return list(
-                zip(samples, prompts, images, generate(self.model, prompts, images, self.settings.longest), strict=True)
-            )
+            with phase("generate"):
+                written = generate(self.model, prompts, images, self.settings.longest)
+            return list(zip(samples, prompts, images, written, strict=True))
 
         for written in in_halves(pairs, write, lambda pair, problem: self._fail(pair[0], "generate", problem)):
             kept = []
@@ -229,7 +232,7 @@ class ShardAnalysis:
         self.statistics.begin(labels, batch.runs, digests)
         try:
             score, folded = self.settings.score, self.settings.fold_norm
-            with self.module.watching(batch):
+            with phase("forward"), self.module.watching(batch):
                 scored = score_batch(self.model, batch, places, score, folded=folded, statistics=self.statistics)
         except FAILURES as error:
             # Only the message leaves this block: the error holds the frames, and so the memory, of the failed forward.
@@ -241,9 +244,10 @@ class ShardAnalysis:
                 del scored
                 self._leave_out(items, unsound)
                 return
-            self.statistics.commit()
-            self.module.commit()
-            self._collect(items, digests, *whole_nouns(places, scored))
+            with phase("reduce"):
+                self.statistics.commit()
+                self.module.commit()
+                self._collect(items, digests, *whole_nouns(places, scored))
             return
         if len(items) == 1:
             self._fail(items[0].sample, "forward", problem)

@@ -20,8 +20,8 @@ from mmray.errors import DamagedError, InputError
 from mmray.neuron_names import parse_neuron
 from mmray.runs import RunFolder
 from mmray.runs.home import resolve_settings
-from mmray.runs.receipts import skipped
-from mmray.runs.snapshots import Snapshot, open_snapshot, snapshots
+from mmray.runs.receipts import receipts_digest, skipped
+from mmray.runs.snapshots import Snapshot, newest, open_snapshot, snapshots
 from mmray.tables import read_table
 
 ORDERS = {
@@ -33,6 +33,8 @@ ORDERS = {
 """Column and direction that each `by` sorts a ranking by; ties go to the better rank."""
 CERTIFICATES = {"score": "certified", "specific": "certified_specific", "selective": "certified_selective"}
 """Column that says, of each `by` that has such a certificate, whether a rank is certain."""
+CENSUS = "census"
+"""Name of the job that writes a run's first tables."""
 READERS = 16
 """Parts that are read at once."""
 PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|0x[0-9a-f]+|\d[\d,.]*")
@@ -89,8 +91,7 @@ class Run:
             try:
                 self._tables[name] = self._read(name)
             except DamagedError as error:
-                remedy = f"make it again: {MADE_BY[name]}" if name in MADE_BY else "the same census makes it again"
-                raise InputError(f"{error}; {remedy}") from error
+                raise InputError(str(error)) from error
             except FileNotFoundError:
                 why = (
                     f"make it: {MADE_BY[name]}"
@@ -108,8 +109,13 @@ class Run:
 
     def digests(self) -> dict[str, str]:
         """Return what tells the run's finished tables from those of any other run, or of the same one grown."""
-        finished = self.folder.finished() or {}
-        return {"run": self.info["fingerprint"], "receipts": str(finished.get("receipts"))}
+        snapshot = self.snapshot
+        return {"run": self.info["fingerprint"], "receipts": snapshot.made_from["receipts"] if snapshot else "None"}
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """The newest version of the census's tables; None where no merge has ended yet."""
+        return newest(self.folder.store, CENSUS)
 
     @cached_property
     def _snapshots(self) -> dict[str, Snapshot]:
@@ -130,15 +136,12 @@ class Run:
     def _read(self, name: str) -> pa.Table:
         if name in self._snapshots:
             return self._snapshots[name].read(self.folder.store, name)
-        checksums = self.folder.table_checksums()
+        # Of a run whose tables an earlier version of mmray, or another program, has written.
         try:
-            return read_table(self.folder.store, name, checksums=checksums)
-        except DamagedError:
-            now = self.folder.table_checksums()
-            if now == checksums:
-                raise
-            # The tables were made again meanwhile.
-            return read_table(self.folder.store, name, checksums=now)
+            return read_table(self.folder.store, name)
+        except DamagedError as error:
+            remedy = f"make it again: {MADE_BY[name]}" if name in MADE_BY else "the same census makes it again"
+            raise DamagedError(f"{error}; {remedy}") from error
 
     def sql(self, query: str) -> pa.Table:
         """Return the answer of DuckDB to a query over the run's tables, by their names."""
@@ -238,7 +241,8 @@ class Run:
         """Return how far the run is, from what is committed."""
         receipts = self.folder.receipts()
         done = list(receipts.values())
-        finished = self.folder.finished()
+        snapshot = self.snapshot
+        finished = snapshot is not None and snapshot.made_from["receipts"] == receipts_digest(receipts)
         return Status(
             shards=self.info["shards"],
             shards_done=len(done),
@@ -248,8 +252,8 @@ class Run:
             failures=sum(receipt.failures for receipt in done),
             skipped=skipped(done),
             seconds=sum(receipt.seconds for receipt in done),
-            finished=finished is not None,
-            certified=(finished or {}).get("certified"),
+            finished=finished,
+            certified=snapshot.headline["certified"] if snapshot else None,
         )
 
     def failures(self, limit: int | None = None) -> list[dict[str, Any]]:

@@ -8,8 +8,8 @@
     shards/000012/5f3c-concepts.parquet   parts of shard 12, named by the attempt that wrote them
     receipts/000012.json              the receipt: names the parts; whichever attempt creates it first has committed
     aside/000012.json                 shard 12 was given up, and why
-    tables/rankings.parquet           what readers read, made from the committed parts alone
-    finished.json                     totals of the finished run
+    snapshots/census/                 its tables, made from the committed parts alone (`mmray.runs.snapshots`)
+    tables/rankings.parquet           a copy of each, for other tools
 
 A part is complete before its receipt names it, and a receipt is created only if absent: a killed worker leaves nothing
 but unnamed parts, and one that wakes up late can't replace what was committed. On a store that can't create only if
@@ -23,9 +23,9 @@ import logging
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -37,7 +37,7 @@ from mmray.errors import DamagedError, InputError
 from mmray.runs.receipts import Receipt
 from mmray.runs.refreshes import latest
 from mmray.storage import Checksum, NamedCommits, PatientStore, Store, commits_once, is_full, is_outage, open_store
-from mmray.tables import SCHEMAS, from_bytes, to_bytes
+from mmray.tables import from_bytes, to_bytes
 
 ATTEMPTS = 3
 """Times that a shard may be begun and not committed before it is set aside."""
@@ -100,23 +100,20 @@ class RunFolder:
             self.store.put(BY_NAME, b"")
             self.store = NamedCommits(self.store)
 
-    def has_results(self) -> bool:
-        """Return whether the run holds anything that was computed: a committed shard, or one that was given up."""
-        return bool(self.store.list("receipts/") or self.store.list("aside/"))
+    def make_way(self, fingerprint: str) -> None:
+        """Remove a run of another fingerprint that has no results: it was refused, or mistyped.
 
-    def clear(self) -> None:
-        """Remove a run that has no results, so that another can begin here; only who holds its lease may call this."""
+        Only who holds its lease may call this. A result is a committed unit, or one that was given up.
+        """
+        info = self.info()
+        results = [*self.store.list("receipts/"), *self.store.list("aside/")]
+        if info is None or info["fingerprint"] == fingerprint or results:
+            return
         for entry in self.store.list():
             if entry.key.split("/")[0] in ("manifest.json", "attempts", "shards"):
                 self.store.delete(entry.key)
         self.store.delete("run.json")
-
-    def check_same(self, info: dict[str, Any]) -> None:
-        """Raise InputError, naming what differs, unless the run that is here is that of `info`."""
-        before = self.info()
-        if before is None:
-            raise InputError(f"{self.store.uri}: another call has removed this run; run again")
-        check_same(before, info, self.store.uri)
+        self._began = ""
 
     def info(self) -> dict[str, Any] | None:
         """Return run.json, as refreshes have left it; None where no run has begun.
@@ -267,7 +264,6 @@ class RunFolder:
 
         An attempt that ended with its driver says nothing about the shard.
         """
-        self.store.delete("finished.json")
         for entry in self.store.list("attempts/") + self.store.list("aside/"):
             if unit_of(entry.key) in shards:
                 self.store.delete(entry.key)
@@ -286,7 +282,7 @@ class RunFolder:
 
         `phases` are the seconds of each phase of the work, `memory` the most bytes that the worker has held.
         """
-        token = uuid4().hex[:8]
+        token, began = uuid4().hex[:8], time.perf_counter()
         parts = {name: f"shards/{shard_id:06d}/{token}-{name}.parquet" for name in tables}
 
         def write(name: str) -> Checksum:
@@ -318,9 +314,10 @@ class RunFolder:
             parts=parts,
             run=self._fingerprint(),
             checksums=checksums,
-            phases={name: round(seconds, 3) for name, seconds in phases.items()},
+            phases={name: round(spent, 3) for name, spent in {**phases, "commit": time.perf_counter() - began}.items()},
             memory=dict(memory),
         )
+        self._check_not_replaced()
         if self.store.commit(f"receipts/{shard_id:06d}.json", receipt.to_json()):
             return receipt
         committed = self.receipt(shard_id)
@@ -331,6 +328,12 @@ class RunFolder:
             for key in parts.values():
                 self.store.delete(key)
         return committed
+
+    def _check_not_replaced(self) -> None:
+        """Raise InputError where another run has taken the place of one that had no results: its driver is dead."""
+        data = self._read_if_there("run.json")
+        if data is not None and self._began not in ("", str(json.loads(data).get("fingerprint"))):
+            raise InputError(f"{self.store.uri}: another run has been begun here; leave it to that one")
 
     def read_part(self, receipt: Receipt, name: str) -> pa.Table:
         """Return one part of a committed shard; raises DamagedUnitError if it is not what was committed."""
@@ -345,70 +348,6 @@ class RunFolder:
             return from_bytes(data)
         except DamagedError as error:
             raise DamagedUnitError(self, key, str(error), f"receipts/{number:06d}.json") from error
-
-    def read_parts(self, receipts: Mapping[int, Receipt], name: str, schema: pa.Schema) -> pa.Table:
-        """Return one part of all these shards, put together."""
-        return pa.concat_tables(
-            [schema.empty_table(), *(self.read_part(receipt, name) for receipt in receipts.values())]
-        )
-
-    def commit_table(self, key: str, table: pa.Table) -> None:
-        """Write a table that belongs to the whole run, unless it is there, and then what its file is."""
-        data = to_bytes(table)
-        if self.store.commit(key, data):
-            self.store.put(f"{key}.json", json.dumps(asdict(Checksum.of(data, len(table)))).encode())
-
-    def read_table(self, key: str) -> pa.Table:
-        """Return a table that belongs to the whole run; raises DamagedUnitError if it is not what was written."""
-        try:
-            data, noted = self._read_if_there(key), self._read_if_there(f"{key}.json")
-            if data is None:
-                raise DamagedError("gone")
-            if noted is not None:
-                Checksum(**json.loads(noted)).check(data)
-            return from_bytes(data)
-        except (DamagedError, ValueError, TypeError) as error:
-            raise DamagedUnitError(self, key, str(error), key) from error
-
-    def finish(self, totals: dict[str, Any], tables: Mapping[str, Checksum] | None = None) -> None:
-        """Say that the tables are complete, what they amount to, and what their files are."""
-        if tables is not None:
-            totals = totals | {"tables": {key: asdict(checksum) for key, checksum in tables.items()}}
-        self.store.put("finished.json", json.dumps(totals, indent=1).encode())
-
-    def finished(self) -> dict[str, Any] | None:
-        """Return the totals of a finished run; None while it is not, or where they can't be read."""
-        try:
-            totals = json.loads(self.store.read("finished.json"))
-        except (FileNotFoundError, ValueError):
-            return None
-        return totals if isinstance(totals, dict) else None
-
-    def table_checksums(self) -> dict[str, Checksum]:
-        """Return what the files of the finished run's tables are, by key; empty where that was not noted."""
-        try:
-            return {key: Checksum(**value) for key, value in (self.finished() or {}).get("tables", {}).items()}
-        except (TypeError, AttributeError):
-            return {}
-
-    def has_tables(self) -> bool:
-        """Return whether the tables that the run was finished with are all there, and as they were written."""
-        sizes = {entry.key: entry.size for entry in self.store.list("tables/")}
-        checksums = self.table_checksums()
-        if not checksums:
-            return all(any(key.startswith(f"tables/{name}.parquet") for key in sizes) for name in SCHEMAS)
-
-        def check(key: str) -> None:
-            checksums[key].check_size(sizes.get(key, 0))
-            checksums[key].check(self.store.read(key))
-
-        try:
-            with ThreadPoolExecutor(4) as pool:
-                list(pool.map(check, checksums))
-        except (DamagedError, FileNotFoundError) as error:
-            logger.warning("%s: a table is not what was written (%s); all are made again", self.store.uri, error)
-            return False
-        return True
 
 
 def unit_of(key: str) -> int | None:

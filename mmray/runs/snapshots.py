@@ -12,8 +12,10 @@ opens the snapshot with the highest number and finds every table of it, whatever
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,6 +31,8 @@ FILE_BYTES = 64 << 20
 """Size in memory at which a table is cut into a further file: what a writer holds at once, however large the table."""
 SMALL_PARTS = 64
 """Parts that are joined as they come: one of a few rows takes more memory for its schema than for these."""
+
+logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"snapshots/([^/]+)/(\d{6,}-\d{4,})\.json")
 
@@ -91,9 +95,7 @@ def open_snapshot(store: Store, job: str, number: str) -> Snapshot:
         }
         return Snapshot(job, number, content["made_from"], content["headline"], tables)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(
-            f"{store.uri}/{key}: not a snapshot, or a cut one; remove it and run mmray {job} again"
-        ) from error
+        raise DamagedError(f"{store.uri}/{key}: not a snapshot, or a cut one; run mmray {job} again") from error
 
 
 def next_fence(store: Store, job: str, lease: int) -> int:
@@ -103,6 +105,16 @@ def next_fence(store: Store, job: str, lease: int) -> int:
     """
     numbers = snapshots(store, job).get(job, [])
     return max(lease, _order(numbers[0])[0] + 1 if numbers else 0)
+
+
+def newest_whole(store: Store, job: str) -> Snapshot | None:
+    """Return a job's newest snapshot whose file can be read, for who is about to write another."""
+    for number in snapshots(store, job).get(job, []):
+        try:
+            return open_snapshot(store, job, number)
+        except DamagedError as error:
+            logger.warning("%s", error)
+    return None
 
 
 def newest(store: Store, job: str) -> Snapshot | None:
@@ -127,6 +139,8 @@ class SnapshotWriter:
             number for number in snapshots(self.store, self.job).get(self.job, []) if _order(number)[0] == self.fence
         ]
         self.number = f"{self.fence:06d}-{max((_order(number)[1] for number in own), default=0) + 1:04d}"
+        # A merge that died, of a full disk maybe, has left files that nobody names.
+        _forget(self.store, self.job)
 
     def add(self, name: str, part: pa.Table) -> None:
         """Take in rows of a table."""
@@ -141,7 +155,7 @@ class SnapshotWriter:
         of a higher number has committed meanwhile.
         """
         written = {name: tuple(writer.close()) for name, writer in self.tables.items()}
-        before = newest(self.store, self.job)
+        before = newest_whole(self.store, self.job)
         tables = dict(before.tables if before else {}) | written
         snapshot = Snapshot(self.job, self.number, dict(made_from), dict(headline), tables)
         content = {"made_from": snapshot.made_from, "headline": snapshot.headline, "tables": _plain(tables)}
@@ -224,10 +238,13 @@ def is_published(store: Store, snapshot: Snapshot) -> bool:
 
 def _forget(store: Store, job: str) -> None:
     """Remove snapshots but the newest, and files that none of those names."""
-    numbers = snapshots(store, job).get(job, [])
-    for number in numbers[KEPT:]:
+    kept: list[Snapshot] = []
+    for number in snapshots(store, job).get(job, []):
+        if len(kept) < KEPT:
+            with suppress(DamagedError):
+                kept.append(open_snapshot(store, job, number))
+                continue
         store.delete(f"snapshots/{job}/{number}.json")
-    kept = [open_snapshot(store, job, number) for number in numbers[:KEPT]]
     named = {file.key for snapshot in kept for files in snapshot.tables.values() for file in files}
     for entry in store.list(f"snapshots/{job}/"):
         if entry.key not in named and entry.key.endswith(".parquet"):

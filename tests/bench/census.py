@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 import torch
 
-from mmray.cluster.worker import open_data
+from mmray.census.inputs import open_data
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import cut, read_shard
 from mmray.models.loading import load

@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import mmray
-from mmray.cluster.worker import open_data
+from mmray.census.inputs import open_data
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import cut, read_shard
 from mmray.models.prompting import encode, prompt_text, tokenize_caption

@@ -29,11 +29,15 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 
+from mmray.census.job import DECODED, CensusJob, Context
+from mmray.engine import Output, Parts, Plan
+from mmray.neurons.concepts import NounSource
 from mmray.neurons.reduction import SUMS
-from mmray.neurons.run_tables import DECODED, is_merged, merge_run
 from mmray.runs import RunFolder
+from mmray.runs.snapshots import SnapshotWriter
+from mmray.settings import census_settings
 from mmray.storage import LocalStore
-from mmray.tables import PART_SCHEMAS, list_column, to_bytes, vector_column
+from mmray.tables import PART_SCHEMAS, SCHEMAS, list_column, vector_column
 
 WIDTHS = (64, 64)
 SAMPLES = 8
@@ -43,7 +47,7 @@ CONCEPTS = 60
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["overhead", "merge", "driver"])
+    parser.add_argument("what", choices=["overhead", "merge"])
     parser.add_argument("--shards", type=int, nargs="+", default=[100, 10_000])
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
@@ -53,19 +57,18 @@ def main() -> None:
             return
         for count in arguments.shards:
             # Each in a process of its own, whose memory is its own.
-            code = f"from tests.bench import durability; durability.{arguments.what}(durability.Path({out!r}), {count})"
+            code = f"from tests.bench import durability; durability.merge(durability.Path({out!r}), {count})"
             subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def overhead(out: Path, rounds: int) -> None:
     import torch
 
-    from mmray.cluster.worker import open_data
+    from mmray.census.inputs import open_data
     from mmray.datasets.shards import cut, read_shard
     from mmray.models.loading import load
     from mmray.neurons.concepts import noun_source
     from mmray.neurons.shard import ShardAnalysis
-    from mmray.settings import census_settings
 
     # As a census on a machine without GPUs has it by default: workers of one thread.
     torch.set_num_threads(1)
@@ -101,44 +104,18 @@ def merge(out: Path, count: int) -> None:
     with peak_memory() as peak:
         receipts = folder.receipts()
         listed = time.perf_counter() - began
-        merge_run(folder, WIDTHS, 20, {})
+        job = CensusJob(census_settings({"model": "demo", "data": "demo", "out": str(out)}))
+        context = Context(NounSource("textblob"), WIDTHS, {}, f"{folder.store.uri}/decoding")
+        writer = SnapshotWriter(folder.store, job.name, 1)
+        job.merge(Plan([], {}, context), Parts(folder, receipts, job.parts), Output(writer))
+        writer.commit({}, {})
     took = time.perf_counter() - began
     assert len(receipts) == count
-    assert is_merged(folder, receipts)
     size = sum(entry.size for entry in folder.store.list("shards/"))
     print(
         f"{count:6d} shards: listed in {listed:.1f} s, listed and merged in {took:.1f} s, "
         f"memory {peak():+.0f} MB above {base_memory():.0f}; {size / 1e6:.0f} MB of parts"
     )
-
-
-def driver(out: Path, count: int) -> None:
-    from mmray.cluster import census
-    from mmray.engine.session import ray_session
-    from mmray.neurons.concepts import NounSource
-    from mmray.settings import census_settings
-
-    settings = census_settings({"model": "demo", "data": "demo", "out": str(out), "workers": 1, "gpus_per_worker": 0})
-    with ray_session("local"), patch.object(census, "CensusWorker", Simulated):
-        began = time.perf_counter()
-        with peak_memory() as peak:
-            batches = census._receipts(settings, NounSource("textblob"), list(range(count)))
-            seen = sum(len(batch["shard_id"]) for batch in batches)
-        took = time.perf_counter() - began
-    assert seen == count
-    print(f"{count:6d} shards through Ray: {took:.1f} s, driver's memory {peak():+.0f} MB above {base_memory():.0f}")
-
-
-class Simulated:
-    """A worker that answers each unit with a receipt."""
-
-    def __init__(self, *_: object) -> None: ...
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        units = [int(unit) for unit in batch["unit"]]
-        nothing = ["" for _ in units]
-        counts = [SAMPLES for _ in units]
-        return {"shard_id": units, "samples": counts, "failures": units, "reason": nothing, "problem": nothing}
 
 
 def simulate(folder: RunFolder, count: int) -> None:
@@ -148,7 +125,9 @@ def simulate(folder: RunFolder, count: int) -> None:
     neurons = sum(WIDTHS)
     words = pa.array([["a"]] * neurons, pa.list_(pa.string()))
     with writes, ThreadPoolExecutor(4) as pool:
-        folder.store.put(DECODED, to_bytes(pa.table({"tokens": words, "suppressed": words})))
+        decoding = RunFolder(LocalStore(Path(folder.store.uri) / "decoding"))
+        decoded = {DECODED: pa.table({"tokens": words, "suppressed": words}), "errors": SCHEMAS["errors"].empty_table()}
+        decoding.commit_shard(0, decoded, 0, 0.0)
         kinds = [shard_tables(number, random) for number in range(min(count, 16))]
         list(pool.map(lambda number: folder.commit_shard(number, kinds[number % 16], SAMPLES, 1.0), range(count)))
 

@@ -27,7 +27,7 @@ import torch
 from numpy import ndarray
 
 import mmray.demo
-from mmray.cluster.worker import open_data
+from mmray.census.inputs import open_data
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import cut, read_shard
 from mmray.models.loading import LoadedModel, load

@@ -24,7 +24,7 @@ import pyarrow as pa
 import torch
 
 import mmray
-from mmray.cluster.worker import open_data
+from mmray.census.inputs import open_data
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import cut, read_shard
 from mmray.demo.scenes import load_concepts

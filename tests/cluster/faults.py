@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from mmray.cluster import census
+from mmray.census import inputs
 from mmray.neurons.concepts import Mention, NounSource
 
 SETTINGS: dict[str, Any] = {"model": "demo", "data": "demo", "limit": 96, "shard_size": 32}
@@ -49,5 +49,5 @@ class FaultyNouns(NounSource):
 
 def faulty(*faults: Fault) -> Any:
     """Make the census's driver hand these faults to its workers."""
-    made: Callable[..., NounSource] = census.noun_source
-    return patch.object(census, "noun_source", lambda *given: FaultyNouns(**vars(made(*given)), faults=faults))
+    made: Callable[..., NounSource] = inputs.noun_source
+    return patch.object(inputs, "noun_source", lambda *given: FaultyNouns(**vars(made(*given)), faults=faults))

@@ -7,18 +7,20 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
-
-from mmray.cluster import census, worker
+from mmray.census import inputs, job
+from mmray.engine import driver as engine_driver
+from mmray.engine import units as engine_units
+from mmray.engine.units import UnitRunner, WorkOrder
 from mmray.neurons.concepts import NounSource
 from mmray.runs import RunFolder
+from mmray.runs import driver as runs_driver
 from mmray.settings import census_settings
 from mmray.storage import Entry, Store, open_store
 from mmray.tables import PART_SCHEMAS
@@ -70,11 +72,13 @@ class Bearer(NounSource):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        worker.RunFolder = KINDS[self.folder]  # type: ignore[misc]
+        engine_units.RunFolder = KINDS[self.folder]  # type: ignore[misc]
 
 
 class Unleased:
     """Stands for a lease where none is held: it is never lost."""
+
+    number = 1
 
     def __call__(self) -> None:
         """Find nothing wrong."""
@@ -89,18 +93,31 @@ def drive(settings: dict[str, Any], kind: str, leased: bool, environment: dict[s
     # The server that this process is a fork of may have been started before there was a bucket.
     os.environ.update(environment)
     logging.disable(logging.ERROR)
-    made: Callable[..., NounSource] = census.noun_source
-    nouns = patch.object(census, "noun_source", lambda *given: Bearer(**vars(made(*given)), folder=kind))
-    held = census.drive if leased else lambda _: nullcontext(Unleased())
-    with nouns, patch.multiple(census, RunFolder=KINDS[kind], drive=held):
-        outcome = census.run_census(census_settings(settings))
+    made: Callable[..., NounSource] = inputs.noun_source
+    nouns = patch.object(inputs, "noun_source", lambda *given: Bearer(**vars(made(*given)), folder=kind))
+    held = engine_driver.drive_analysis if leased else lambda _: nullcontext(Unleased())
+    with nouns, folders_of(KINDS[kind]), patch.object(engine_driver, "drive_analysis", held):
+        outcome = job.run_census(census_settings(settings))
     raise SystemExit(0 if outcome.complete else 4)
 
 
-def work(settings: dict[str, Any], nouns: NounSource, unit: int) -> None:
-    """Be a worker without Ray, for one unit of work."""
-    with patch.object(worker, "RunFolder", OneAfterTheOther):
-        worker.CensusWorker(census_settings(settings), nouns, 1, str(Path.cwd()))({"unit": np.array([unit])})
+@contextmanager
+def folders_of(kind: type[RunFolder]) -> Iterator[None]:
+    """Have driver and workers of this process open folders of this kind."""
+    with ExitStack() as stack:
+        for module in (engine_driver, engine_units, runs_driver, job):
+            stack.enter_context(patch.object(module, "RunFolder", kind))
+        yield
+
+
+def work(settings: dict[str, Any], unit: int) -> None:
+    """Be a worker without Ray, for one unit of work of a census that has begun."""
+    census = job.CensusJob(census_settings(settings))
+    plan, fingerprint = census.plan(), RunFolder.at(census.place).info()
+    assert fingerprint is not None
+    order = WorkOrder([census], [plan.context], [plan.units], [census.place], [fingerprint["fingerprint"]])
+    with folders_of(OneAfterTheOther):
+        UnitRunner(order).run(unit)
 
 
 def cheap_processes() -> Any:
@@ -147,7 +164,7 @@ class Cluster:
     def actors(self) -> dict[int, int]:
         """Process numbers of the census's actors, each with the index of its node."""
         raylets = [node.all_processes["raylet"][0].process.pid for node in self.workers]
-        found = [(pid, parent) for pid, parent, name in processes() if parent in raylets and "CensusWorker" in name]
+        found = [(pid, parent) for pid, parent, name in processes() if parent in raylets and "_Actor" in name]
         return {pid: raylets.index(parent) for pid, parent in found}
 
     def replace_node(self, number: int) -> None:

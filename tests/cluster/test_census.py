@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.cluster.census import Outcome, run_census
+from mmray.census.job import Outcome, run_census
 from mmray.demo import DATA
 from mmray.engine import Progress
 from mmray.results.run import Run, open_run

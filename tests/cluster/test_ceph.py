@@ -12,9 +12,9 @@ from unittest.mock import patch
 
 import boto3
 import pytest
-
-from mmray.cluster.refresh import refresh_run
 from mmray.cluster.worker import ShardAnalysis
+
+from mmray.census.refresh import refresh_run
 from mmray.results.run import open_run
 from mmray.runs import RunFolder
 from mmray.runs.sweep import sweep
@@ -22,7 +22,7 @@ from mmray.storage import commits_once, open_store, s3_client
 from tests.cluster.test_deaths import same_tables
 from tests.e2e.conftest import mmray
 from tests.e2e.scenes import scenes, write
-from tests.running import census_here, without_ray
+from tests.running import census_here
 
 __all__ = ["mmray"]
 pytestmark = pytest.mark.slow
@@ -95,8 +95,7 @@ def test_a_run_from_beginning_to_end(
     assert first.items() <= {entry.key: entry.version for entry in open_store(out).list("receipts/")}.items()
     # refreshed,
     store.put("2.parquet", Path(write(tmp_path / "2.parquet", samples[12:])).read_bytes())
-    with without_ray():
-        refreshed = refresh_run(out)
+    refreshed = refresh_run(out, local=True)
     assert (refreshed.new_samples, refreshed.outcome.samples) == (3, 15)
     # and read back: it is the run that a local disk would hold.
     shutil.rmtree(tmp_path / "local", ignore_errors=True)
@@ -135,8 +134,7 @@ def test_a_wrong_secret_is_refused_in_one_line(
         assert refusal.endswith("check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         assert "a-wrong-secret" not in refusal
         data = f"s3://{ceph}/data"
-        with without_ray():
-            answer = mmray("census", "--model", "demo", "--data", data, "--out", f"s3://{ceph}/other")
+        answer = mmray("census", "--local", "--model", "demo", "--data", data, "--out", f"s3://{ceph}/other")
         assert "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in answer.refusal
     finally:
         s3_client.cache_clear()

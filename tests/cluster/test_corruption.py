@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from mmray.cluster import census
+from mmray.census.job import Outcome
+from mmray.engine import Progress
 from mmray.errors import InputError
 from mmray.results.run import open_run
 from mmray.runs import RunFolder
 from mmray.runs.lease import this_process
 from mmray.storage import open_store
-from mmray.tables import PART_SCHEMAS, SCHEMAS
+from mmray.tables import PART_SCHEMAS, SCHEMAS, read_table
 from tests.e2e.scenes import scenes, write
 from tests.running import census_here
 
@@ -42,7 +43,13 @@ def again(tiny: Callable[[str], Path], whole: Path, run: Path) -> Callable[[], N
     return lambda: check(census_here(tiny("llava"), str(whole / "data.parquet"), run, **SIZES))
 
 
-def check(outcome: census.Outcome) -> None:
+def unmerge(run: Path) -> None:
+    """Have the run's tables made again, as if its driver had died before they were visible."""
+    for snapshot in (run / "snapshots/census").glob("*.json"):
+        snapshot.unlink()
+
+
+def check(outcome: Outcome) -> None:
     assert outcome.complete
     assert outcome.samples == 6
 
@@ -97,7 +104,7 @@ def refused_once(again: Callable[[], None], *said: str) -> None:
 @pytest.mark.parametrize("name", [name for name in PART_SCHEMAS if name != "decoded"])
 def test_a_flipped_bit_in_a_part(run: Path, whole: Path, again: Callable[[], None], name: str) -> None:
     flip(part(run, 1, name))
-    (run / "finished.json").unlink()
+    unmerge(run)
     refused_once(again, f"-{name}.parquet: changed since", "receipts/000001.json is removed: run the same command")
     same_tables(run, whole)
 
@@ -105,7 +112,7 @@ def test_a_flipped_bit_in_a_part(run: Path, whole: Path, again: Callable[[], Non
 @pytest.mark.parametrize("names", [("concepts",), tuple(name for name in PART_SCHEMAS if name != "decoded")])
 def test_parts_of_another_shard(run: Path, whole: Path, again: Callable[[], None], names: tuple[str, ...]) -> None:
     exchange(run, *names)
-    (run / "finished.json").unlink()
+    unmerge(run)
     try:
         again()
     except InputError as refusal:  # of the same size: only reading them tells
@@ -119,7 +126,7 @@ def test_a_part_that_is_cut_or_gone_is_made_again_at_once(
     run: Path, whole: Path, again: Callable[[], None], damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(part(run, 1, "concepts"))
-    (run / "finished.json").unlink()
+    unmerge(run)
     again()
     assert "receipts/000001.json is removed, and the unit done again" in caplog.text
     same_tables(run, whole)
@@ -183,7 +190,7 @@ def test_a_wrong_receipt_is_told_and_its_shard_done_again(
 ) -> None:
     damage(run)
     if not finished:
-        (run / "finished.json").unlink()
+        unmerge(run)
     with pytest.raises(InputError, match=r"(receipts|aside)/0000.*json: .*; remove .* and run the same command again$"):
         open_run(run).status()
     again()
@@ -192,19 +199,16 @@ def test_a_wrong_receipt_is_told_and_its_shard_done_again(
 
 
 def test_a_receipt_that_vanishes_before_the_merge(
-    run: Path, whole: Path, again: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    run: Path, whole: Path, again: Callable[[], None], tiny: Callable[[str], Path]
 ) -> None:
     (run / "receipts/000002.json").unlink()
-    work = census._work
 
-    def lose(*given: object) -> None:
-        work(*given)  # type: ignore[arg-type]
-        (run / "receipts/000000.json").unlink()
+    def lose(progress: Progress) -> None:
+        if progress.done == progress.total:
+            (run / "receipts/000000.json").unlink()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(census, "_work", lose)
-        with pytest.raises(InputError, match="no receipt of unit 0: removed by others, or lost; run the same command"):
-            again()
+    with pytest.raises(InputError, match=r"1 of 3 units are neither committed nor quarantined \(the first is unit 0\)"):
+        census_here(tiny("llava"), str(whole / "data.parquet"), run, **SIZES, follow=lose)
     again()
     same_tables(run, whole)
 
@@ -220,8 +224,9 @@ def test_a_receipt_that_vanished_from_a_finished_run(run: Path, whole: Path, aga
 def test_a_damaged_table_is_noticed_and_made_again(
     run: Path, whole: Path, again: Callable[[], None], damage: Callable[[Path], None], name: str
 ) -> None:
-    damage(run / f"tables/{name}.parquet")
-    with pytest.raises(InputError, match=rf"{name}.*(the same census makes it again|run it again to go on)$"):
+    (file,) = (run / "snapshots/census").glob(f"*/{name}/00000.parquet")
+    damage(file)
+    with pytest.raises(InputError, match=rf"{name}.*; run mmray census again: it makes the tables anew$"):
         open_run(run).table(name)
     again()
     same_tables(run, whole)
@@ -231,22 +236,25 @@ def test_a_damaged_table_is_noticed_and_made_again(
 def test_what_neurons_write_is_decoded_again(
     run: Path, whole: Path, again: Callable[[], None], damage: Callable[[Path], None]
 ) -> None:
-    damage(run / "decoded.parquet")
-    (run / "finished.json").unlink()
+    (file,) = (run / "decoding").glob("*/shards/000000/*-decoded.parquet")
+    damage(file)
+    unmerge(run)
     try:
         again()
     except InputError as refusal:
-        assert "decoded.parquet is removed: run the same command again" in str(refusal)
+        assert "receipts/000000.json is removed: run the same command again" in str(refusal)
         again()
     same_tables(run, whole)
 
 
-@pytest.mark.parametrize("damage", [cut, empty, Path.unlink])
-def test_a_cut_end_locks_nothing(
+@pytest.mark.parametrize("damage", [cut, empty])
+def test_a_cut_snapshot_locks_nothing(
     run: Path, whole: Path, again: Callable[[], None], damage: Callable[[Path], None]
 ) -> None:
-    damage(run / "finished.json")
-    assert not open_run(run).status().finished
+    (snapshot,) = (run / "snapshots/census").glob("*.json")
+    damage(snapshot)
+    with pytest.raises(InputError, match=r"not a snapshot, or a cut one; run mmray census again$"):
+        open_run(run).status()
     again()
     same_tables(run, whole)
     assert open_run(run).status().finished
@@ -262,24 +270,19 @@ def test_what_a_run_is_can_not_be_made_up(
         again()
 
 
-def test_a_driver_that_lost_its_lease_writes_no_table(
-    run: Path, again: Callable[[], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (run / "finished.json").unlink()
-    merge = census.merge_run
+def test_a_driver_that_lost_its_lease_writes_no_table(run: Path, whole: Path, tiny: Callable[[str], Path]) -> None:
+    unmerge(run)
 
-    def merge_late(*given: object) -> None:
+    def lose(_: Progress) -> None:
         # As after a pause of the machine: nobody has told the driver yet.
         later = replace(this_process(), machine="another", token="theirs")
         open_store(run).put("lease/000099.json", json.dumps(asdict(later)).encode())
-        merge(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(census, "merge_run", merge_late)
     before = {file: file.stat().st_mtime_ns for file in (run / "tables").iterdir()}
     with pytest.raises(InputError, match="another driver has taken the run over; leave it to that one"):
-        again()
+        census_here(tiny("llava"), str(whole / "data.parquet"), run, **SIZES, follow=lose)
     assert {file: file.stat().st_mtime_ns for file in (run / "tables").iterdir()} == before
-    assert not (run / "finished.json").exists()
+    assert not list((run / "snapshots/census").glob("*.json"))
 
 
 def test_files_of_others_are_left_alone(run: Path, whole: Path, again: Callable[[], None]) -> None:
@@ -304,24 +307,20 @@ def test_a_receipt_of_a_later_version_is_read(run: Path, again: Callable[[], Non
 
 
 def test_a_run_of_an_earlier_version_is_read_without_checks(run: Path, whole: Path, again: Callable[[], None]) -> None:
-    for file in [*(run / "receipts").iterdir(), run / "finished.json"]:
+    for file in [*run.glob("receipts/*"), *run.glob("decoding/*/receipts/*")]:
         content = json.loads(file.read_text())
-        file.write_text(json.dumps({key: content[key] for key in content if key not in ("run", "checksums", "tables")}))
-    (run / "decoded.parquet.json").unlink()
-    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+        file.write_text(json.dumps({key: content[key] for key in content if key not in ("run", "checksums")}))
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.parent.name != "lease"}
     same_tables(run, whole)
     again()
     assert {file: file.read_bytes() for file in before} == before
-    (run / "finished.json").unlink()
+    unmerge(run)
     again()
     same_tables(run, whole)
 
 
-def test_a_table_that_an_earlier_version_wrote_and_somebody_removed(
-    run: Path, whole: Path, again: Callable[[], None]
-) -> None:
-    finished = json.loads((run / "finished.json").read_text())
-    (run / "finished.json").write_text(json.dumps({key: finished[key] for key in finished if key != "tables"}))
+def test_a_copy_of_a_table_that_somebody_removed(run: Path, whole: Path, again: Callable[[], None]) -> None:
     (run / "tables/rankings.parquet").unlink()
-    again()
     same_tables(run, whole)
+    again()
+    assert read_table(open_store(run), "rankings").equals(open_run(whole / "run").table("rankings"))

@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
@@ -12,19 +13,19 @@ from unittest.mock import patch
 import pyarrow as pa
 import pytest
 
-from mmray.cluster import census, worker
-from mmray.cluster.census import run_census
+from mmray.census import job
+from mmray.census.job import run_census
+from mmray.engine.units import UnitRunner
 from mmray.errors import InputError
 from mmray.results.run import Run, open_run
 from mmray.runs import RunFolder
 from mmray.settings import CensusSettings, census_settings
 from mmray.storage import Entry, LocalStore, open_store
 from mmray.tables import SCHEMAS
-from tests.cluster.kills import cheap_processes, within_a_commit, work
+from tests.cluster.kills import cheap_processes, folders_of, within_a_commit, work
 from tests.e2e.scenes import scenes, write
-from tests.running import without_ray
 from tests.storage.broken import Appended, ReceiptFirst
-from tests.storage.stores import Killed, Mortal
+from tests.storage.stores import Killed, Mortal, dying
 
 
 class HalfWritten(Mortal):
@@ -36,7 +37,7 @@ class HalfWritten(Mortal):
         except Killed:
             root = Path(self.uri)
             if root.is_dir():
-                (root / f".tmp-{self.left}").write_bytes(data[: len(data) // 2])
+                (root / f".tmp-{-self.life.left}").write_bytes(data[: len(data) // 2])
             raise
 
 
@@ -44,22 +45,23 @@ class HalfWritten(Mortal):
 def settings(tiny: Callable[[str], Path], tmp_path: Path) -> CensusSettings:
     data = write(tmp_path / "data.parquet", scenes(4))
     values = {"model": str(tiny("llava")), "data": str(data), "out": "elsewhere", "shard_size": 2, "top_k": 3}
-    return census_settings(values)
+    return census_settings(values | {"local": True})
 
 
-def run(settings: CensusSettings, kind: type[RunFolder], store: LocalStore | Mortal) -> bool:
-    """Run the census with this kind of folder on this store; tell whether it came to its end."""
-    at = classmethod(lambda cls, *_, **__: cls(store))
-    with (
-        without_ray(),
-        patch.multiple(census, RunFolder=kind),
-        patch.multiple(worker, RunFolder=kind, load_model=cache(worker.load_model)),
-        patch.object(kind, "at", at),
-    ):
+def run(settings: CensusSettings, kind: type[RunFolder] = RunFolder, changes: int | None = None) -> bool:
+    """Run the census with this kind of folder, to its n-th change; return whether it came to its end."""
+    with ExitStack() as stack:
+        stack.enter_context(folders_of(kind))
+        stack.enter_context(patch.object(job, "load_model", load_once))
+        if changes is not None:
+            stack.enter_context(dying(changes, HalfWritten))
         try:
             return run_census(settings).complete
         except Killed:
             return False
+
+
+load_once = cache(job.load_model)
 
 
 def same_tables(ours: Run, theirs: Run) -> None:
@@ -72,17 +74,17 @@ def same_tables(ours: Run, theirs: Run) -> None:
 def check_any_death(settings: CensusSettings, kind: type[RunFolder], root: Path) -> int:
     """Kill a census before each of its changes, and have another bring it to its end; return how often it was."""
     whole = settings.model_copy(update={"out": str(root / "undisturbed")})
-    assert run(whole, RunFolder, LocalStore(root / "undisturbed"))
+    assert run(whole)
     undisturbed = open_run(root / "undisturbed")
     for change in range(200):
         out = root / f"killed-{change}"
         here = settings.model_copy(update={"out": str(out)})
-        died = not run(here, kind, HalfWritten(LocalStore(out), change))
+        died = not run(here, kind, change)
         keys = {entry.key for entry in LocalStore(out).list("shards/")}
         for receipt in RunFolder(LocalStore(out)).receipts().values():
             assert receipt.parts is not None
             assert keys.issuperset(receipt.parts.values())
-        assert run(here, kind, LocalStore(out))
+        assert run(here, kind)
         same_tables(open_run(out), undisturbed)
         assert not any(entry.key.rpartition("/")[2].startswith(".tmp") for entry in open_store(out).list())
         shutil.rmtree(out)
@@ -93,8 +95,9 @@ def check_any_death(settings: CensusSettings, kind: type[RunFolder], root: Path)
 
 @pytest.mark.slow
 def test_a_census_may_die_at_any_moment(settings: CensusSettings, tmp_path: Path) -> None:
-    # Two shards of seven parts, their receipts and attempts; run, manifest, lease, decoded; seven tables, and the end.
-    assert check_any_death(settings, RunFolder, tmp_path) >= 2 * (7 + 2) + 4 + 8
+    # Two shards of seven parts, their receipts and attempts; what neurons write; run, manifest and lease, twice; seven
+    # tables, what makes them visible, and their copies.
+    assert check_any_death(settings, RunFolder, tmp_path) >= 2 * (7 + 2) + (2 + 2) + 2 * 3 + 7 + 1 + 7
 
 
 @pytest.mark.slow
@@ -104,6 +107,10 @@ def test_a_broken_commit_would_be_noticed(settings: CensusSettings, tmp_path: Pa
         check_any_death(settings, kind, tmp_path)
 
 
+def die(*_: object) -> None:
+    raise Killed
+
+
 def committed_objects(out: Path) -> list[Entry]:
     return [*open_store(out).list("shards/"), *open_store(out).list("receipts/")]
 
@@ -111,9 +118,10 @@ def committed_objects(out: Path) -> list[Entry]:
 def test_a_worker_that_wakes_after_its_shard_was_redone(settings: CensusSettings, tmp_path: Path) -> None:
     out = tmp_path / "run"
     here = settings.model_copy(update={"out": str(out)})
-    source, manifest, nouns = census.open_inputs(here)
-    RunFolder.at(out).begin(census.run_info(here, source, manifest, nouns), manifest.to_json())
-    sleeper = cheap_processes().Process(target=work, args=(here.model_dump(), nouns, 0))
+    # A driver begins the run, and dies before its first unit.
+    with patch.object(UnitRunner, "run", die), pytest.raises(Killed):
+        run_census(here)
+    sleeper = cheap_processes().Process(target=work, args=(here.model_dump(), 0))
     sleeper.start()
     try:
         until = time.monotonic() + 60
@@ -124,7 +132,7 @@ def test_a_worker_that_wakes_after_its_shard_was_redone(settings: CensusSettings
         # It falls asleep with its parts written and without a receipt, and another does its shard, and the rest.
         os.kill(sleeper.pid or 0, signal.SIGSTOP)
         assert within_a_commit(open_store(out))
-        assert run(here, RunFolder, LocalStore(out))
+        assert run(here)
         tables = {name: open_run(out).table(name) for name in SCHEMAS}
         committed = {entry.key: open_store(out).read(entry.key) for entry in committed_objects(out)}
         os.kill(sleeper.pid or 0, signal.SIGCONT)
@@ -136,5 +144,5 @@ def test_a_worker_that_wakes_after_its_shard_was_redone(settings: CensusSettings
     # What it had written is gone, and what the other committed stands.
     assert left.items() < committed.items()
     assert len(left) == 2 * 8
-    assert run(here, RunFolder, LocalStore(out))
+    assert run(here)
     assert all(open_run(out).table(name).equals(table) for name, table in tables.items())

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.cluster.census import run_census
+from mmray.census.job import run_census
 from mmray.errors import InputError
 from mmray.results.run import Run, open_run
 from mmray.settings import census_settings

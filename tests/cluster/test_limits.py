@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.cluster.refresh import refresh_run
+from mmray.census.refresh import refresh_run
 from mmray.demo import DATA
 from mmray.errors import InputError
 from mmray.results.run import open_run
-from tests.running import census_here, without_ray
+from tests.running import census_here
 
 
 def write(folder: Path, ids: list[str], name: str = "a.parquet", **columns: list[str]) -> str:
@@ -35,8 +35,8 @@ def test_a_refresh_takes_no_id_that_the_run_has(tiny: Callable[[str], Path], tmp
     data = write(tmp_path / "data", ["a", "b", "c"])
     census_here(tiny("llava"), data, tmp_path / "run", shard_size=2)
     write(tmp_path / "data", ["d", "b"], "b.parquet")
-    with without_ray(), pytest.raises(InputError, match="the first 'b'"):
-        refresh_run(str(tmp_path / "run"))
+    with pytest.raises(InputError, match="the first 'b'"):
+        refresh_run(str(tmp_path / "run"), local=True)
     assert open_run(tmp_path / "run").status().samples == 3
 
 

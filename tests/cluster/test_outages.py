@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 
-from mmray.cluster import worker
+from mmray.census import job
 from mmray.engine import Progress
 from mmray.errors import InputError, OutageError
 from mmray.results.run import open_run
@@ -54,7 +54,7 @@ def test_an_s3_that_answers_503_for_20_seconds(
     folder = f"s3://{bucket}/{uuid.uuid4().hex}"
     open_store(folder).put("data.parquet", Path(settings["data"]).read_bytes())
     until: list[float] = []
-    analyse = worker.ShardAnalysis.run
+    analyse = job.ShardAnalysis.run
 
     def run(self: Any, samples: Any) -> Any:
         # It begins while a shard is read, and lasts beyond what the clients try themselves.
@@ -64,7 +64,7 @@ def test_an_s3_that_answers_503_for_20_seconds(
             threading.Timer(OUTAGE, proxy.down.clear).start()
         return analyse(self, samples)
 
-    with patch.object(worker.ShardAnalysis, "run", run):
+    with patch.object(job.ShardAnalysis, "run", run):
         outcome = census_here(**settings | {"data": f"{folder}/data.parquet"}, out=f"{folder}/run")
     assert time.monotonic() > until[0]
     assert proxy.refused > 3
@@ -121,7 +121,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", folder], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=1280k", "tmpfs", folder], capture_output=True, text=True, check=False
     )
     if made.returncode:
         pytest.skip(f"no right to mount a file system ({made.stderr.strip()})")
@@ -133,7 +133,7 @@ def test_a_disk_that_is_full_ends_the_run_and_loses_nothing(
     settings: dict[str, Any], small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(patience, "PATIENCE", 0.0)
-    with patch.object(worker, "load_model", cache(worker.load_model)):
+    with patch.object(job, "load_model", cache(job.load_model)):
         census_here(**settings, out=tmp_path / "undisturbed")
         ballast = small_disk / "ballast"
         ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free))

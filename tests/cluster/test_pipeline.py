@@ -18,7 +18,7 @@ from mmray.errors import InputError
 from mmray.results.run import open_run
 from mmray.runs.snapshots import snapshots
 from tests.e2e.conftest import mmray as mmray_command
-from tests.running import census_here, pipeline_here, without_ray
+from tests.running import census_here, pipeline_here
 
 __all__ = ["mmray_command"]
 QUICK = {"kept": 8, "steps": 2, "samples": 3, "neurons": 10}
@@ -175,8 +175,7 @@ def test_the_command_in_this_process(
 
     monkeypatch.setattr("mmray.engine.ray.RayExecutor", refuse)
     (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(settings))
-    with without_ray():
-        answer = mmray_command("pipeline", tmp_path / "pipeline.yaml", "--local", "--json")
+    answer = mmray_command("pipeline", tmp_path / "pipeline.yaml", "--local", "--json")
     assert answer.status == 0, answer.err
     shown = json.loads(answer.out)
     assert shown["evaluations"] == json.loads(json.dumps(done.measures))

@@ -29,6 +29,7 @@ from mmray.errors import InputError
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
 from mmray.evaluation.properties.settings import property_settings
 from mmray.evaluation.settings import EvaluationSettings, evaluation_settings
+from mmray.job_settings import worker_range
 from mmray.neurons.labels.settings import selectivity_settings
 from mmray.neurons.model import load_model
 from mmray.neurons.selection_settings import selection_settings
@@ -36,8 +37,7 @@ from mmray.perception.alignment_settings import alignment_settings
 from mmray.perception.settings import saliency_settings
 from mmray.results.run import open_run
 from mmray.runs.driver import drive_analysis
-from mmray.settings import worker_range
-from tests.running import census_here, without_ray
+from tests.running import census_here
 
 Job = Callable[[Path, Path], Any]
 """From a run and an empty folder to what the job amounts to."""
@@ -73,7 +73,6 @@ WISH: dict[str, Any] = {"suppress": "broccoli", "method": "zero", "neurons": 2, 
 def in_this_process() -> Iterator[None]:
     """Do the work of every job in this process, without Ray."""
     with ExitStack() as stack:
-        stack.enter_context(without_ray())
         cached = cache(load_model)
         for module in (properties_job, labels_jobs, selecting):
             stack.enter_context(patch.object(module, "load_model", cached))

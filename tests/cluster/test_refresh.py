@@ -10,19 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.cluster.refresh import Refreshed, refresh_run
+from mmray.census.refresh import Refreshed, refresh_run
 from mmray.demo import DATA
 from mmray.errors import InputError
 from mmray.neurons.shard import ShardAnalysis
 from mmray.results.run import open_run
-from mmray.runs import RunFolder
-from mmray.storage import open_store
 from mmray.tables import SCHEMAS
 from tests.cluster.test_worker import files
 from tests.datasets.making import write_coco, write_csv, write_jsonl
 from tests.e2e.scenes import scenes
-from tests.running import census_here, without_ray
-from tests.storage.stores import Killed, Mortal
+from tests.running import census_here
+from tests.storage.stores import Killed, dying
 
 
 @pytest.fixture
@@ -46,8 +44,7 @@ def add(tmp_path: Path) -> Callable[..., None]:
 
 
 def refresh(out: Path, **execution: Any) -> Refreshed:
-    with without_ray():
-        return refresh_run(str(out), **execution)
+    return refresh_run(str(out), **execution, local=True)
 
 
 def by_sample(table: pa.Table) -> pa.Table:
@@ -279,10 +276,9 @@ def copy_of(run: Path, out: Path) -> None:
 
 def killed_before(change: int, out: Path) -> bool:
     """Refresh the run until its n-th change; tell whether that came."""
-    store = Mortal(open_store(out), change)
-    with without_ray(), patch.object(RunFolder, "at", classmethod(lambda cls, *_, **__: cls(store))):
+    with dying(change):
         try:
-            refresh_run(str(out))
+            refresh_run(str(out), local=True)
         except Killed:
             return True
     return False

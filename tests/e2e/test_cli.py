@@ -17,7 +17,6 @@ from mmray.results.run import Run
 from mmray.tables import SCHEMAS
 from tests.e2e.conftest import Answer
 from tests.e2e.scenes import bad_samples, scenes, write
-from tests.running import without_ray
 
 Mmray = Callable[..., Answer]
 
@@ -82,7 +81,7 @@ def test_bad_input_is_one_line_and_status_2(
     change, said = bad_census(tmp_path)[name]
     good = {"model": "demo", "data": write(tmp_path / "data.parquet", scenes(2)), "out": tmp_path / "run"}
     options = [str(part) for key, value in (good | change).items() for part in (f"--{key}", value)]
-    assert said in mmray("census", *options).refusal
+    assert said in mmray("census", "--local", *options).refusal
     # What is wrong before any work leaves no run behind.
     if name != "no cluster":
         assert not (tmp_path / "run").exists()
@@ -128,18 +127,16 @@ def test_bad_questions_to_a_run(mmray: Mmray, run: Run, arguments: list[str], sa
 
 def test_other_settings_on_a_run_are_refused(mmray: Mmray, run: Run) -> None:
     asked = ["--model", run.info["settings"]["model"], "--data", run.info["settings"]["data"], "--out", run.uri]
-    with without_ray():
-        refusal = mmray("census", *asked, "--shard-size", 10, "--top-k", 6, "--fold-norm").refusal
-        assert "(fold_norm was False, now True; top_k was 5, now 6); choose another OUT" in refusal
-        assert mmray("census", *asked, "--shard-size", 10, "--top-k", 5).status == 4
+    refusal = mmray("census", "--local", *asked, "--shard-size", 10, "--top-k", 6, "--fold-norm").refusal
+    assert "(fold_norm was False, now True; top_k was 5, now 6); choose another OUT" in refusal
+    assert mmray("census", "--local", *asked, "--shard-size", 10, "--top-k", 5).status == 4
 
 
 def test_bad_samples_are_rows_and_status_4(mmray: Mmray, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     rows = bad_samples()
     out = tmp_path / ("a rather long name, so that paths have to be kept whole " * 2).strip().replace(" ", "-")
     arguments = ["--model", tiny("llava"), "--data", write(tmp_path / "data.parquet", rows), "--out", out]
-    with without_ray():
-        answer = mmray("census", *arguments)
+    answer = mmray("census", "--local", *arguments)
     assert answer.status == 4
     assert f"12 samples in {answer.out.split()[3]} s → {out}\n" in answer.out
     assert "1 of 12 captions has no noun; see --nouns\n" in answer.out
@@ -171,11 +168,10 @@ def test_a_shard_set_aside_is_named(
         "--out",
         tmp_path / "r",
     ]
-    with without_ray():
-        answer = mmray("census", *arguments)
-        assert answer.status == 4
-        assert "shard 0 set aside: given up after 3 attempts: ValueError: [red]never" in answer.out
-        monkeypatch.undo()
+    answer = mmray("census", "--local", *arguments)
+    assert answer.status == 4
+    assert "shard 0 set aside: given up after 3 attempts: ValueError: [red]never" in answer.out
+    monkeypatch.undo()
     assert "1 set aside of 1" in mmray("status", tmp_path / "r").out
 
 
@@ -193,14 +189,13 @@ def test_an_interrupted_census_says_how_to_go_on(
 
     monkeypatch.setattr(ShardAnalysis, "run", interrupt)
     data, out = write(tmp_path / "data.parquet", scenes(6)), tmp_path / "run"
-    arguments = ["census", "--model", tiny("llava"), "--data", data, "--out", out, "--shard-size", 2]
-    with without_ray():
-        answer = mmray(*arguments)
-        assert (answer.status, answer.out) == (130, "")
-        assert answer.err.endswith(f"mmray: stopped; the same command goes on with {out}\n")
-        assert "1 done, 2 pending" in mmray("status", out).out
-        monkeypatch.setattr(ShardAnalysis, "run", analyse)
-        assert mmray(*arguments).status == 0
+    arguments = ["census", "--local", "--model", tiny("llava"), "--data", data, "--out", out, "--shard-size", 2]
+    answer = mmray(*arguments)
+    assert (answer.status, answer.out) == (130, "")
+    assert answer.err.endswith(f"mmray: stopped; the same command goes on with {out}\n")
+    assert "1 done, 2 pending" in mmray("status", out).out
+    monkeypatch.setattr(ShardAnalysis, "run", analyse)
+    assert mmray(*arguments).status == 0
     assert "3 done, 0 pending" in mmray("status", out).out
 
 
@@ -213,8 +208,7 @@ def test_json_of_a_census(mmray: Mmray, tiny: Callable[[str], Path], tmp_path: P
         "--out",
         tmp_path / "r",
     ]
-    with without_ray():
-        answer = mmray("census", *arguments, "--json")
+    answer = mmray("census", "--local", *arguments, "--json")
     assert answer.status == 0
     outcome = json.loads(answer.out)
     counts = {"out", "samples", "analysed", "occurrences", "failures", "skipped"}

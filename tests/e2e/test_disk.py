@@ -12,7 +12,6 @@ import pytest
 from mmray.storage import patience
 from tests.e2e.conftest import Answer
 from tests.e2e.scenes import scenes, write
-from tests.running import without_ray
 
 Mmray = Callable[..., Answer]
 
@@ -34,11 +33,11 @@ def mounted(folder: Path, options: str) -> Iterator[None]:
 
 def arguments(tiny: Callable[[str], Path], tmp_path: Path) -> list[object]:
     data = write(tmp_path / "data.parquet", scenes(4))
-    return ["census", "--model", tiny("llava"), "--data", data, "--out", tmp_path / "disk" / "run"]
+    return ["census", "--local", "--model", tiny("llava"), "--data", data, "--out", tmp_path / "disk" / "run"]
 
 
 def test_a_disk_that_may_not_be_written(mmray: Mmray, tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    with mounted(tmp_path / "disk", "ro"), without_ray():
+    with mounted(tmp_path / "disk", "ro"):
         refusal = mmray(*arguments(tiny, tmp_path)).refusal
     assert refusal.endswith("disk/run: can't write here (Read-only file system); choose another OUT or mend it")
 
@@ -62,14 +61,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     ("size", "where"),
     [
         ("64k", r"disk/run: No space left on device, where [0-9.]+ MB are needed"),
-        ("128k", r"disk/run/tables/.*: No space left on device"),
+        ("128k", r"disk/run/snapshots/.*: No space left on device"),
     ],
 )
 def test_a_full_disk_and_more_room(
     mmray: Mmray, tiny: Callable[[str], Path], tmp_path: Path, clock: SimpleNamespace, size: str, where: str
 ) -> None:
     command = arguments(tiny, tmp_path)
-    with mounted(tmp_path / "disk", f"size={size}"), without_ray():
+    with mounted(tmp_path / "disk", f"size={size}"):
         answer = mmray(*command)
         assert answer.status == 2
         assert re.match(rf"mmray: .*{where}; make room and run again, it goes on$", answer.err.splitlines()[-1])
@@ -82,7 +81,7 @@ def test_a_full_disk_and_more_room(
 def test_room_that_is_made_in_time_is_all_that_it_takes(
     mmray: Mmray, tiny: Callable[[str], Path], tmp_path: Path, clock: SimpleNamespace
 ) -> None:
-    with mounted(tmp_path / "disk", "size=128k"), without_ray():
+    with mounted(tmp_path / "disk", "size=128k"):
         clock.then = lambda: subprocess.run(["mount", "-o", "remount,size=8m", tmp_path / "disk"], check=True)
         answer = mmray(*arguments(tiny, tmp_path))
     assert answer.status == 0, answer.err

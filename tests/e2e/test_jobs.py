@@ -18,7 +18,6 @@ from mmray.errors import InputError
 from mmray.results.run import open_run
 from tests.e2e.conftest import Answer
 from tests.e2e.scenes import scenes, write
-from tests.running import without_ray
 
 JOBS = Path(__file__).parents[2] / "jobs"
 NAMES = st.text("abcxyz_", min_size=1, max_size=4)
@@ -27,12 +26,12 @@ VALUES = st.none() | st.booleans() | st.integers(-5, 5) | st.text("abc ", max_si
 
 @pytest.fixture
 def job(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
-    """Return what runs a job as `python jobs/NAME.py ARGUMENTS` does, without Ray."""
+    """Return what runs a job as `python jobs/NAME.py ARGUMENTS` does."""
 
     def call(name: str, *arguments: object) -> Answer:
         monkeypatch.setattr(sys, "argv", [f"jobs/{name}.py", *map(str, arguments)])
         capfd.readouterr()
-        with pytest.raises(SystemExit) as ended, without_ray():
+        with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(JOBS / f"{name}.py"), run_name="__main__")
         captured = capfd.readouterr()
         return Answer(int(ended.value.code or 0), captured.out, captured.err)
@@ -44,7 +43,7 @@ def job(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> C
 def config(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
     settings = {"model": str(tiny("llava")), "data": str(write(tmp_path / "data.parquet", scenes(6))), "shard_size": 2}
     path = tmp_path / "census.yaml"
-    path.write_text(yaml.safe_dump(settings | {"out": str(tmp_path / "run"), "workers": "1:2"}))
+    path.write_text(yaml.safe_dump(settings | {"out": str(tmp_path / "run"), "workers": "1:2", "local": True}))
     return path
 
 
@@ -65,7 +64,7 @@ def test_a_census_from_a_file(job: Callable[..., Answer], config: Path, tmp_path
 
 def test_a_refresh_from_a_file(job: Callable[..., Answer], config: Path, tmp_path: Path) -> None:
     assert job("census", "--config", config).status == 0
-    (tmp_path / "refresh.yaml").write_text(f"run: {tmp_path / 'run'}\nlimit: 0.2\njson: true\n")
+    (tmp_path / "refresh.yaml").write_text(f"run: {tmp_path / 'run'}\nlimit: 0.2\njson: true\nlocal: true\n")
     answer = job("refresh", "--config", tmp_path / "refresh.yaml", "batch_size=4")
     assert (answer.status, answer.err) == (0, "")
     assert '"new_samples": 0' in answer.out

@@ -1,20 +1,21 @@
 """OUT: never by accident the current folder, the data's, or another edit's; a refused census leaves it free."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 
-from mmray.cluster import census as driver
-from mmray.cluster.worker import CensusWorker
+from mmray.census.job import CensusJob
 from mmray.editing.closed import CLOSED
 from mmray.editing.edit import Purpose, WeightEdit, check_free, open_edit
 from mmray.editing.settings import WITHOUT_TARGET, edit_settings
+from mmray.engine import LocalExecutor
+from mmray.engine import run as run_job
 from mmray.engine.session import actor_pool
+from mmray.engine.units import Answer as UnitAnswer
+from mmray.engine.units import UnitRunner, WorkOrder
 from mmray.errors import InputError
 from mmray.results.run import Run, open_run
 from mmray.runs.lease import driving
@@ -23,7 +24,7 @@ from mmray.storage import open_store
 from tests.datasets.making import write_jsonl
 from tests.e2e.conftest import Answer
 from tests.e2e.scenes import scenes, write
-from tests.running import census_here, without_ray
+from tests.running import census_here
 
 Mmray = Callable[..., Answer]
 
@@ -35,8 +36,7 @@ def test_an_empty_out_is_refused(
     monkeypatch.chdir(tmp_path)
     said = "give a folder, or s3://bucket/prefix"
     settings = ["--model", run.info["settings"]["model"], "--data", run.info["settings"]["data"]]
-    with without_ray():
-        assert said in mmray("census", *settings, "--out", out).refusal
+    assert said in mmray("census", "--local", *settings, "--out", out).refusal
     concept = next(iter(run.concepts))
     assert said in mmray("edit", run.uri, "--suppress", concept, "--out", out).refusal
     assert list(tmp_path.iterdir()) == []
@@ -65,8 +65,7 @@ def test_data_and_run_lie_apart(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "folder" / "0.parquet", scenes(2))
-    with without_ray():
-        answer = mmray("census", "--model", tiny("llava"), "--data", data, "--out", out)
+    answer = mmray("census", "--local", "--model", tiny("llava"), "--data", data, "--out", out)
     if said is None:
         assert answer.status == 0
     else:
@@ -91,10 +90,9 @@ def test_a_refused_census_leaves_out_to_the_corrected_one(
     weights.write_bytes(weights.read_bytes()[: 1 << 12])
     data = write(tmp_path / "data.parquet", scenes(4))
     out = tmp_path / "run"
-    with without_ray():
-        refusal = mmray("census", "--model", broken, "--data", data, "--out", out).refusal
-        assert "broken" in refusal
-        answer = mmray("census", "--model", tiny("llava"), "--data", data, "--out", out)
+    refusal = mmray("census", "--local", "--model", broken, "--data", data, "--out", out).refusal
+    assert "broken" in refusal
+    answer = mmray("census", "--local", "--model", tiny("llava"), "--data", data, "--out", out)
     assert answer.status == 0, answer.err
     census_here(tiny("llava"), data, tmp_path / "undisturbed")
     run, undisturbed = open_run(out), open_run(tmp_path / "undisturbed")
@@ -105,15 +103,14 @@ def test_a_refused_census_leaves_out_to_the_corrected_one(
 def test_more_gpus_than_there_are_leave_no_run_in_the_way(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     data, out = write(tmp_path / "data.parquet", scenes(2)), tmp_path / "run"
 
-    def refuse(settings: object, nouns: object, units: list[int]) -> Iterator[dict[str, Any]]:
-        yield from ()
-        actor_pool(None, 4.0, [(2.0, 0.0)], len(units))
+    class Refusing(LocalExecutor):
+        def answers(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[UnitAnswer]]:
+            actor_pool(None, 4.0, [(2.0, 0.0)], len(groups))
+            yield from super().answers(order, groups)
 
-    refused = patch.object(driver, "_receipts", refuse)
-    with without_ray(), refused, pytest.raises(InputError, match="--gpus-per-worker 4"):
-        driver.run_census(
-            census_settings({"model": str(tiny("llava")), "data": data, "out": str(out), "gpus_per_worker": 4})
-        )
+    asked = census_settings({"model": str(tiny("llava")), "data": data, "out": str(out)})
+    with pytest.raises(InputError, match="--gpus-per-worker 4"):
+        run_job(CensusJob(asked), executor=Refusing())
     assert census_here(tiny("llava"), data, out, top_k=3).complete
     assert open_run(out).info["settings"]["top_k"] == 3
 
@@ -147,19 +144,22 @@ def test_a_run_that_is_driven_stays_without_a_result(tiny: Callable[[str], Path]
 def test_a_worker_of_the_replaced_run_commits_nothing(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     """A worker outlives its driver for a while: what it computed is of other settings than the run that came after."""
     data, out = write(tmp_path / "data.parquet", scenes(4)), tmp_path / "run"
-    left: list[CensusWorker] = []
-    init = CensusWorker.__init__
+    left: list[UnitRunner] = []
 
-    def refused(self: CensusWorker, *arguments: object) -> None:
-        init(self, *arguments)  # type: ignore[arg-type]
-        left.append(self)
-        raise KeyboardInterrupt
+    class Stopped(LocalExecutor):
+        """Its worker has loaded the model when the driver ends."""
 
-    with patch.object(CensusWorker, "__init__", refused), pytest.raises(KeyboardInterrupt):
-        census_here(tiny("llava"), data, out, shard_size=2)
+        def answers(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[UnitAnswer]]:
+            left.append(UnitRunner(order))
+            raise KeyboardInterrupt
+
+    asked = census_settings({"model": str(tiny("llava")), "data": data, "out": str(out), "shard_size": 2})
+    with pytest.raises(KeyboardInterrupt):
+        run_job(CensusJob(asked), executor=Stopped())
     census_here(tiny("llava"), data, out, shard_size=4)
-    with pytest.raises(InputError, match="another run has been begun here"):
-        left[0].analyse(left[0].manifest.shards[1])
+    assert "another run has been begun here" in left[0].run(1).problem
+    # and one that comes as late as that does not even load it.
+    assert "another run has been begun here" in UnitRunner(left[0].order).run(1).problem
     assert list(open_run(out).folder.receipts()) == [0]
 
 

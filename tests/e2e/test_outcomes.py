@@ -15,7 +15,6 @@ from mmray.runs import Receipt
 from tests.e2e.conftest import Answer
 from tests.e2e.scenes import scenes, write
 from tests.results.test_terminal import shown
-from tests.running import without_ray
 
 Mmray = Callable[..., Answer]
 Rows = list[dict[str, object]]
@@ -30,8 +29,7 @@ def census(mmray: Mmray, tiny: Callable[[str], Path], tmp_path: Path) -> Callabl
         data = write(tmp_path / "data" / "0.parquet", rows)
         folder = Path(data).parent
         common = ["--model", tiny("llava"), "--data", folder, "--out", tmp_path / "run", "--shard-size", 4]
-        with without_ray():
-            return mmray("census", *common, *options)
+        return mmray("census", "--local", *common, *options)
 
     return take
 
@@ -59,9 +57,7 @@ def test_captions_without_a_noun_are_skipped_and_no_failure(
     # Where they are counted: per shard, in all, and in what is said of the run.
     receipts = list(run.folder.receipts().values())
     assert [receipt.skipped for receipt in receipts] == [{"no noun": 3}, {}, {}]
-    finished = run.folder.finished()
-    assert finished is not None
-    assert (finished["skipped"], finished["failures"]) == ({"no noun": 3}, 0)
+    assert run.status().finished
     status = mmray("status", run.uri)
     assert "skipped   3 of 10 captions have no noun" in status.out
     assert json.loads(mmray("status", run.uri, "--json").out)["skipped"] == {"no noun": 3}
@@ -115,23 +111,22 @@ def test_a_refresh_answers_for_what_it_analysed(census: Callable[..., Answer], m
     rows = nounless(1, 10)
     rows[1]["image"] = {"bytes": b"no picture", "path": None}
     assert census(rows[:4], "--nouns", "textblob").status == 4
-    with without_ray():
-        nothing = mmray("refresh", tmp_path / "run")
-        assert (nothing.status, nothing.out.count("\n")) == (0, 1)
-        write(tmp_path / "data" / "1.parquet", rows[4:8])
-        good = mmray("refresh", tmp_path / "run", "--json")
-        assert good.status == 0
-        found = json.loads(good.out)
-        assert (found["new_samples"], found["failures"], found["skipped"], found["samples"]) == (4, 0, {}, 8)
-        rows[8]["image"] = {"bytes": b"no picture", "path": None}
-        rows[9]["caption"] = NOUNLESS
-        write(tmp_path / "data" / "2.parquet", [rows[8], rows[9]])
-        bad = mmray("refresh", tmp_path / "run")
-        assert bad.status == 4
-        assert "2 new samples in " in bad.out
-        assert "1 of 2 captions has no noun" in bad.out
-        assert "1 sample failed; see: mmray status" in bad.out
-        assert mmray("refresh", tmp_path / "run").status == 0
+    nothing = mmray("refresh", "--local", tmp_path / "run")
+    assert (nothing.status, nothing.out.count("\n")) == (0, 1)
+    write(tmp_path / "data" / "1.parquet", rows[4:8])
+    good = mmray("refresh", "--local", tmp_path / "run", "--json")
+    assert good.status == 0
+    found = json.loads(good.out)
+    assert (found["new_samples"], found["failures"], found["skipped"], found["samples"]) == (4, 0, {}, 8)
+    rows[8]["image"] = {"bytes": b"no picture", "path": None}
+    rows[9]["caption"] = NOUNLESS
+    write(tmp_path / "data" / "2.parquet", [rows[8], rows[9]])
+    bad = mmray("refresh", "--local", tmp_path / "run")
+    assert bad.status == 4
+    assert "2 new samples in " in bad.out
+    assert "1 of 2 captions has no noun" in bad.out
+    assert "1 sample failed; see: mmray status" in bad.out
+    assert mmray("refresh", "--local", tmp_path / "run").status == 0
     status = open_run(tmp_path / "run").status()
     assert (status.failures, status.skipped) == (2, {"no noun": 2})
 
@@ -150,11 +145,10 @@ def test_a_refresh_that_was_stopped_answers_for_its_shards_alone(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with without_ray():
-        monkeypatch.setattr(ShardAnalysis, "run", interrupt)
-        assert mmray("refresh", tmp_path / "run").status == 130
-        monkeypatch.setattr(ShardAnalysis, "run", analyse)
-        assert mmray("refresh", tmp_path / "run").status == 0
+    monkeypatch.setattr(ShardAnalysis, "run", interrupt)
+    assert mmray("refresh", "--local", tmp_path / "run").status == 130
+    monkeypatch.setattr(ShardAnalysis, "run", analyse)
+    assert mmray("refresh", "--local", tmp_path / "run").status == 0
     assert open_run(tmp_path / "run").status().samples_done == 8
 
 

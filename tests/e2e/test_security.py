@@ -139,7 +139,9 @@ def test_decompression_bombs_are_rows_in_errors(tiny: Callable[[str], Path], tmp
 @pytest.mark.parametrize("option", ["data", "out"])
 def test_passwords_in_any_address_are_not_repeated(mmray: Callable[..., Answer], address: str, option: str) -> None:
     given = {"model": "demo", "data": "demo", "out": "s3://bucket/run"} | {option: address}
-    refusal = mmray("census", *(word for name, value in given.items() for word in (f"--{name}", value))).refusal
+    refusal = mmray(
+        "census", "--local", *(word for name, value in given.items() for word in (f"--{name}", value))
+    ).refusal
     assert "hush" not in refusal
     assert address.rpartition("@")[2].partition("/")[0] in refusal
     with pytest.raises(InputError) as error:

@@ -13,8 +13,8 @@ import pytest
 
 from mmray.results.run import Run, open_run
 from mmray.version import VERSION
-from mmray.writing import write_table
 from tests.e2e.conftest import Answer
+from tests.running import write_table
 
 Mmray = Callable[..., Answer]
 WORDS = ["锤子", "naïve", "😀", "a→b", "молоток", "reconnaissance"]
@@ -26,17 +26,12 @@ def worded(run: Run, tmp_path: Path) -> Run:
     import shutil
 
     shutil.copytree(run.uri, tmp_path / "run")
-    folder = open_run(tmp_path / "run").folder
-    files = folder.table_checksums()
     for name in ("rankings", "neurons"):
         table = run.table(name)
         for column in {"tokens", "suppressed"} & set(table.column_names):
             words = pa.array([WORDS] * len(table), pa.list_(pa.string()))
             table = table.set_column(table.schema.get_field_index(column), table.schema.field(column), words)
-        files |= write_table(folder.store, name, [table])
-    totals = folder.finished()
-    assert totals is not None
-    folder.finish(totals, files)
+        write_table(tmp_path / "run", name, table)
     return open_run(tmp_path / "run")
 
 

@@ -5,8 +5,8 @@ import ray
 
 import mmray
 from mmray.engine import JobSettings, LocalExecutor, checked, executor_for
-from mmray.engine.settings import execution
 from mmray.errors import InputError
+from mmray.job_settings import execution
 
 
 def test_a_census_runs_in_this_process(tmp_path, tiny, monkeypatch):

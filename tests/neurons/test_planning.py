@@ -9,16 +9,16 @@ import pytest
 from rich.console import Console
 
 import mmray
-from mmray.cluster import census
-from mmray.cluster.census import plan_census
+from mmray.census.inputs import open_inputs
+from mmray.census.job import plan_census, run_census
 from mmray.datasets.samples import Failure, Sample
 from mmray.neurons.concepts import NounSource
-from mmray.neurons.planning import describe
+from mmray.neurons.planning import describe, first_rows
+from mmray.results.plan import Plan
 from mmray.results.terminal import plan as shown
 from mmray.settings import census_settings
 from tests.bench.nouns import OTHERS
 from tests.neurons.making import picture, png
-from tests.running import without_ray
 
 HANTA = NounSource("hanta")
 ENGLISH = ["A dog on a bench.", "Two dogs run.", "A man with a dog and a cat"]
@@ -77,7 +77,7 @@ def write(path: Path, captions: Sequence[str | None]) -> str:
     return str(path)
 
 
-def text(plan: census.Plan) -> str:
+def text(plan: Plan) -> str:
     console = Console(width=400)
     with console.capture() as capture:
         console.print(shown(plan))
@@ -103,19 +103,19 @@ def test_a_census_warns_before_its_work(tmp_path: Path, monkeypatch: pytest.Monk
     data, said = write(tmp_path / "data.parquet", [*SPANISH[:5], "A dog."]), []
 
     def run(**settings: object) -> None:
-        census.run_census(census_settings({"model": "demo", "data": data, "out": "run", **settings}), warn=said.append)
+        asked = {"model": "demo", "data": data, "out": "run", "local": True, **settings}
+        run_census(census_settings(asked), warn=said.append)
 
-    with without_ray():
-        run()
-        assert len(said) == 1
-        assert said[0].startswith("captions seem to be in Spanish")
-        # A finished run has no work left, and a list of nouns is for any language.
-        run()
-        (tmp_path / "nouns.txt").write_text("perro\nmujer\n")
-        run(out="other", nouns="nouns.txt")
-        assert len(said) == 1
-        with pytest.warns(UserWarning, match="seem to be in Spanish"):
-            mmray.run_census(model="demo", data=data, out="third")
+    run()
+    assert len(said) == 1
+    assert said[0].startswith("captions seem to be in Spanish")
+    # A finished run has no work left, and a list of nouns is for any language.
+    run()
+    (tmp_path / "nouns.txt").write_text("perro\nmujer\n")
+    run(out="other", nouns="nouns.txt")
+    assert len(said) == 1
+    with pytest.warns(UserWarning, match="seem to be in Spanish"):
+        mmray.run_census(model="demo", data=data, out="third", local=True)
 
 
 def test_the_language_of_all_captions_is_that_of_samples_without_one(tmp_path: Path) -> None:
@@ -123,6 +123,6 @@ def test_the_language_of_all_captions_is_that_of_samples_without_one(tmp_path: P
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
     settings = {"model": "demo", "data": str(tmp_path / "data.parquet"), "out": "run", "image_column": "none"}
     for language in ("es", None):
-        source, manifest, _ = census.open_inputs(census_settings({**settings, "language": language}))
-        first, _ = census.first_rows(source, manifest)
+        source, manifest, _ = open_inputs(census_settings({**settings, "language": language}))
+        first, _ = first_rows(source, manifest)
         assert [row.language for row in first] == ["fr", language, language]

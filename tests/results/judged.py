@@ -8,7 +8,7 @@ from PIL import Image
 
 from mmray.derived import DERIVED
 from mmray.results.run import open_run
-from mmray.writing import write_table
+from tests.running import write_table
 
 
 def add_judgements(out: Path) -> None:
@@ -33,4 +33,4 @@ def add_judgements(out: Path) -> None:
         "mistakes": [claim | {"confidence": 0.1, "log_prob": -0.2, "picture": picture.getvalue()}] * 3,
     }
     for name, rows in tables.items():
-        write_table(run.folder.store, name, [pa.Table.from_pylist(rows, schema=DERIVED[name])])
+        write_table(run.uri, name, pa.Table.from_pylist(rows, schema=DERIVED[name]))

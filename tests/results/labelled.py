@@ -6,8 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from mmray.label_tables import LABEL_SCHEMAS
-from mmray.storage import open_store
-from mmray.writing import write_table
+from tests.running import write_table
 
 LABELS = ("en", "<b>%{x}</b>")
 LAYERS = 3
@@ -18,7 +17,6 @@ EFFECTS = {"selected": 2.0, "random": 0.01, "shuffled": 0.02}
 
 def add_labels(run: Path) -> None:
     """Add the tables to a run: everything by language, only the choice of neurons by domain."""
-    store = open_store(run)
     rows = {
         "selectivity": [*_neurons(LANGUAGE), *_neurons(DOMAIN)],
         "selective_labels": [*_labels(LANGUAGE), *_labels(DOMAIN)],
@@ -27,7 +25,7 @@ def add_labels(run: Path) -> None:
         "stages": _stages(),
     }
     for name, found in rows.items():
-        write_table(store, name, [pa.Table.from_pylist(found, schema=LABEL_SCHEMAS[name])])
+        write_table(run, name, pa.Table.from_pylist(found, schema=LABEL_SCHEMAS[name]))
 
 
 def _neurons(facts: dict[str, str]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from mmray.derived import DERIVED
 from mmray.results.report.content import gather
 from mmray.results.report.opinions import second_opinion
 from mmray.results.run import open_run
-from mmray.writing import write_table
+from tests.running import write_table
 
 
 def test_a_run_that_was_not_judged_has_no_such_page(run):
@@ -18,11 +18,10 @@ def test_a_run_that_was_not_judged_has_no_such_page(run):
 
 def test_measures_and_mistakes_are_those_of_the_tables(run, tmp_path):
     shutil.copytree(run.uri, tmp_path / "run")
-    store = open_run(tmp_path / "run").folder.store
     measure = {"claims": "caption", "measure": "auroc", "judge": "detector", "value": 0.91, "n": 7, "protocol": "words"}
     mistake = {"kind": "caption", "word": "<b>", "text": "An image of <b>.", "confidence": 0.25, "picture": b"\x89PNG"}
     for name, row in (("opinions", measure), ("mistakes", mistake)):
-        write_table(store, name, [pa.Table.from_pylist([row], schema=DERIVED[name])])
+        write_table(tmp_path / "run", name, pa.Table.from_pylist([row], schema=DERIVED[name]))
     found = second_opinion(open_run(tmp_path / "run"))
     assert measure.items() <= found["measures"][0].items()
     assert found["mistakes"][0]["word"] == "<b>"

@@ -9,7 +9,7 @@ from mmray.derived import DERIVED
 from mmray.results.report.content import gather
 from mmray.results.report.saliency import WORDS, saliency
 from mmray.results.run import open_run
-from mmray.writing import write_table
+from tests.running import write_table
 
 
 def test_a_run_that_was_not_measured_has_no_such_page(run):
@@ -29,7 +29,7 @@ def test_measures_and_maps_are_those_of_the_tables(run, tmp_path):
         for method in ("alignment", "gradient")
     ]
     for name, rows in (("saliency", [measure]), ("saliency_maps", maps)):
-        write_table(opened.folder.store, name, [pa.Table.from_pylist(rows, schema=DERIVED[name])])
+        write_table(opened.uri, name, pa.Table.from_pylist(rows, schema=DERIVED[name]))
     content = gather(open_run(tmp_path / "run"))
     assert measure.items() <= content.index["saliency"]["measures"][0].items()
     words = saliency(open_run(tmp_path / "run"))["words"]

@@ -4,14 +4,12 @@ import subprocess
 import sys
 import textwrap
 
-import pyarrow as pa
 import pytest
 
 from mmray.errors import InputError
 from mmray.results.run import ORDERS, Run, open_run
 from mmray.storage import open_store
-from mmray.tables import ROW_GROUP, SCHEMAS, read_table
-from mmray.writing import FILE_BYTES, write_table
+from mmray.tables import SCHEMAS
 
 CONTRACT = {
     "captions": "sample_id, caption, source, language, domain, shard_id, labels, image",
@@ -166,33 +164,3 @@ def test_folders_without_a_run(tmp_path: object, name: str) -> None:
     open_store(str(tmp_path)).put("file", b"")
     with pytest.raises(InputError, match=rf"{name}: no run here .*; give a folder that mmray census wrote"):
         open_run(f"{tmp_path}/{name}")
-
-
-def test_large_tables_are_several_files(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Occurrences, the widest rows of the large tables, take some 300 bytes: a file has whole row groups of them.
-    assert FILE_BYTES > 300 * ROW_GROUP
-    store = open_store(f"{tmp_path}/run")
-    parts = [pa.Table.from_pylist([{"message": f"{part}"}] * 6, schema=SCHEMAS["errors"]) for part in range(5)]
-    monkeypatch.setattr("mmray.writing.FILE_BYTES", 2 * parts[0].nbytes)
-    write_table(store, "errors", parts)
-    keys = [entry.key for entry in store.list("tables/")]
-    assert keys == [f"tables/errors.parquet/{number:05d}.parquet" for number in range(3)]
-    assert read_table(store, "errors").equals(pa.concat_tables(parts))
-    # Written again with fewer rows, nothing of the longer table stays; and it may grow again.
-    for count in (3, 1, 5, 0):
-        write_table(store, "errors", parts[:count])
-        assert read_table(store, "errors").equals(pa.concat_tables([SCHEMAS["errors"].empty_table(), *parts[:count]]))
-
-
-def test_a_table_without_rows_has_its_columns(tmp_path: object) -> None:
-    store = open_store(f"{tmp_path}/run")
-    write_table(store, "errors", [])
-    assert read_table(store, "errors").schema == SCHEMAS["errors"]
-
-
-def test_parts_that_lack_a_later_column_still_make_a_table(tmp_path: object) -> None:
-    store, schema = open_store(f"{tmp_path}/run"), SCHEMAS["captions"]
-    part = pa.Table.from_pylist([{"sample_id": "s", "caption": "a dog", "shard_id": 0, "image": "1"}], schema=schema)
-    write_table(store, "captions", [part.drop_columns("image"), part])
-    assert read_table(store, "captions").schema == schema
-    assert read_table(store, "captions")["image"].to_pylist() == [None, "1"]

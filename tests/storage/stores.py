@@ -1,11 +1,15 @@
 """Stores that go wrong on purpose, round a real one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from threading import Lock
 from typing import Any
+from unittest.mock import patch
 
 from mmray.errors import StorageError
-from mmray.storage import Entry, Store
+from mmray.runs import folder
+from mmray.storage import Entry, Store, open_store
 
 
 class Killed(BaseException):
@@ -44,19 +48,29 @@ class Wrapped:
         return self.inner.leftovers()
 
 
-class Mortal(Wrapped):
-    """Dies before its n-th change, counted from 0; every later change of the same process dies too."""
+class Life:
+    """Ends before the n-th change to storage, counted from 0, and stays ended."""
 
-    def __init__(self, inner: Store, changes: int) -> None:
-        super().__init__(inner)
+    def __init__(self, changes: int) -> None:
         self.left = changes
         self.lock = Lock()
 
-    def _live(self) -> None:
+    def live(self) -> None:
         with self.lock:
             self.left -= 1
             if self.left < 0:
                 raise Killed
+
+
+class Mortal(Wrapped):
+    """Dies before its n-th change, counted from 0; every later change of the same process dies too."""
+
+    def __init__(self, inner: Store, life: int | Life) -> None:
+        super().__init__(inner)
+        self.life = Life(life) if isinstance(life, int) else life
+
+    def _live(self) -> None:
+        self.life.live()
 
     def commit(self, key: str, data: bytes) -> bool:
         self._live()
@@ -107,3 +121,15 @@ class Meanwhile(Wrapped):
             self.happen()
         self.left -= 1
         return self.inner.commit(key, data)
+
+
+@contextmanager
+def dying(changes: int, kind: type[Mortal] = Mortal) -> Iterator[None]:
+    """Have this process die before its n-th change to any of the folders that it opens within the block."""
+    life = Life(changes)
+
+    def mortal(uri: str | Path) -> Store:
+        return kind(open_store(uri), life)
+
+    with patch.object(folder, "open_store", mortal):
+        yield

@@ -176,19 +176,9 @@ def test_going_on_forgets_the_attempts_that_ended_with_the_driver(store: Store) 
         die(folder, shard_id, None, None, None)
     folder.set_aside(2, samples=1)
     folder.set_aside(3, samples=1)
-    folder.finish({})
     folder.reopen([0, 2])
     assert list(folder.aside()) == [3]
     assert [folder.attempt(shard_id) for shard_id in range(4)] == [1, 4, 1, 4]
-    assert folder.finished() is None
-
-
-def test_totals_of_a_finished_run(store: Store) -> None:
-    folder = RunFolder(store)
-    assert folder.finished() is None
-    folder.finish({"samples": 3})
-    folder.finish({"samples": 4})
-    assert folder.finished() == {"samples": 4}
 
 
 def test_a_run_begins_once_and_is_joined_by_its_like(store: Store) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import Field
 
-from mmray.engine.settings import JobSettings, after_work, checked, execution, known_by_digest
 from mmray.errors import InputError
 from mmray.evaluation.answers import reader
 from mmray.evaluation.facts import GroundTruth
+from mmray.job_settings import JobSettings, after_work, checked, execution, known_by_digest
 from mmray.settings import LONGEST
 
 

@@ -5,28 +5,28 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
-from mmray.cluster.census import Outcome, finish, open_inputs, outcome, run_info, unfinished
+from mmray.census.inputs import open_inputs
+from mmray.census.job import CensusJob, Context, Outcome, outcome_of, run_planned
 from mmray.datasets.limits import check_columns
 from mmray.datasets.shards import Manifest, extend
-from mmray.engine import Progress
+from mmray.engine import Plan, Progress
 from mmray.errors import InputError
 from mmray.results.drift import Drift, compare
 from mmray.results.run import open_run
 from mmray.runs import RunFolder
 from mmray.runs.driver import drive
-from mmray.runs.folder import check_same
 from mmray.runs.home import resolve_settings
 from mmray.runs.refreshes import Refresh, begin_refresh, folder_of, latest
-from mmray.settings import EXECUTION, CensusSettings, census_settings
+from mmray.settings import CensusSettings, census_settings
 from mmray.tables import read_table
 
-CHANGED = ("digests", "fingerprint", "data", "shards")
-"""What a refresh changes in run.json."""
+EXECUTION = frozenset(CensusSettings.execution_settings())
+"""Settings that a refresh may be given: they leave the run's results alone."""
 
 
 @dataclass(frozen=True)
@@ -58,38 +58,43 @@ def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, *
     known = resolve_settings(info["settings"], info["home"])
     # What was asked for once is no habit of the run.
     settings = census_settings(known | {"retry_failed": False, "local": False} | given | {"out": out})
+    job = CensusJob(settings)
     with drive(folder) as lease:
         source, _, nouns = open_inputs(settings)
         before = Manifest.from_json(folder.manifest())
         after = extend(before, source.files(), settings.shard_size, settings.limit, source.rows_digest)
         if after.samples > before.samples:
             check_columns(source, after)
-        now = run_info(settings, source, after, nouns)
-        unchanged = now["digests"] | {"data": info["digests"]["data"]}
-        check_same(info, now | {"digests": unchanged, "fingerprint": settings.fingerprint(**unchanged)}, out)
-        settled = _settled(settings, folder, before)
-        if unfinished(settings, folder):
-            finish(settings, folder, nouns, follow, lease)
-        drift = _settle(folder, latest(folder.store))
-        new_samples = after.samples - before.samples
-        if new_samples:
-            begun = begin_refresh(folder.store, {name: now[name] for name in CHANGED}, after.to_json())
-            finish(settings, folder, nouns, follow, lease)
+        last = latest(folder.store)
+        done = run_planned(settings, job.plan_for(source, before, nouns), follow, lease)
+        settled = _settled(folder, before, last, already=done.already) if not settings.retry_failed else 0
+        drift = _settle(folder, last)
+        if after.samples > before.samples:
+            plan = job.plan_for(source, after, nouns)
+            begun = begin_refresh(folder.store, _changes(settings, plan), after.to_json())
+            done = run_planned(settings, plan, follow, lease)
             drift = _settle(folder, begun)
-    done = outcome(uri, folder, time.perf_counter() - began, since=settled)
-    return Refreshed(done, new_samples, drift)
+    finished = replace(done, seconds=time.perf_counter() - began)
+    return Refreshed(outcome_of(settings, finished, since=settled), after.samples - before.samples, drift)
 
 
-def _settled(settings: CensusSettings, folder: RunFolder, manifest: Manifest) -> int:
+def _changes(settings: CensusSettings, plan: Plan[Context]) -> dict[str, Any]:
+    """Return what a refresh changes in run.json."""
+    return {
+        "digests": dict(plan.digests),
+        "fingerprint": settings.fingerprint(plan.digests),
+        "data": plan.facts["data"],
+        "shards": len(plan.units),
+    }
+
+
+def _settled(folder: RunFolder, manifest: Manifest, last: Refresh, *, already: bool) -> int:
     """Return how many shards, the first ones, an earlier call brought to their end and told of."""
-    if settings.retry_failed:
-        return 0
-    if not unfinished(settings, folder):
+    if already:
         return len(manifest.shards)
-    number = latest(folder.store).number
-    if not number:
+    if not last.number:
         return 0
-    earlier = f"{folder_of(number - 1)}/manifest.json" if number > 1 else "manifest.json"
+    earlier = f"{folder_of(last.number - 1)}/manifest.json" if last.number > 1 else "manifest.json"
     return len(Manifest.from_json(folder.store.read(earlier)).shards)
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mmray.errors import InputError
-from mmray.settings import Workers, first_problem, worker_range
 
 ROLE = "role"
 """Key of a field's extra schema. A field without one changes the result of a unit."""
@@ -30,6 +29,27 @@ def after_work(default: Any = ..., **constraints: Any) -> Any:
 def known_by_digest(default: Any = ..., **constraints: Any) -> Any:
     """Declare a setting that names something (a model, data): the fingerprint takes in its digest, not its path."""
     return Field(default, json_schema_extra={ROLE: DIGEST}, **constraints)
+
+
+def _check_workers(value: Any) -> Any:
+    if value is None:
+        return None
+    least, colon, most = str(value).partition(":")
+    if not (least.isdecimal() and int(least) >= 1 and (not colon or (most.isdecimal() and int(least) <= int(most)))):
+        raise ValueError("give a number of at least 1, or MIN:MAX such as 2:16")
+    return str(value)
+
+
+Workers = Annotated[str | None, BeforeValidator(_check_workers)]
+"""How many actors there are: a number, or MIN:MAX to let Ray add and remove some; None: as many as fit."""
+
+
+def worker_range(workers: str | None) -> tuple[int, int] | None:
+    """Return the fewest and the most workers, where that was asked for."""
+    if workers is None:
+        return None
+    least, _, most = workers.partition(":")
+    return int(least), int(most or least)
 
 
 class JobSettings(BaseModel):
@@ -55,6 +75,11 @@ class JobSettings(BaseModel):
     def worker_range(self) -> tuple[int, int] | None:
         """The fewest and the most workers, where that was asked for."""
         return worker_range(self.workers)
+
+    @classmethod
+    def execution_settings(cls) -> list[str]:
+        """Return the names of the settings that leave every result alone."""
+        return [name for name, field in cls.model_fields.items() if role_of(field.json_schema_extra) == EXECUTION]
 
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that a unit's result depends on, without those that name something."""
@@ -89,3 +114,14 @@ def checked(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
         return kind(**values)
     except ValidationError as error:
         raise InputError(first_problem(error)) from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first problem of a validation in one line: which setting, which value, what it should be."""
+    problem = error.errors()[0]
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown setting {name!r}"
+    if problem["type"] == "missing":
+        return f"setting {name!r} is missing"
+    return f"setting {name} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"

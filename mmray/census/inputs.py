@@ -1,0 +1,66 @@
+"""What a census reads: its data as settings name it, the shards cut from that, and where concepts come from."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import islice
+
+from mmray.datasets.columns import Columns
+from mmray.datasets.contents import Source
+from mmray.datasets.shards import Manifest, cut, read_shard
+from mmray.datasets.sources import open_source
+from mmray.errors import InputError
+from mmray.neurons.concepts import NounSource, noun_source
+from mmray.settings import CensusSettings
+from mmray.storage import lies_in, open_store
+
+PEEKED = 16
+"""Samples that the driver reads."""
+
+
+def columns_of(settings: CensusSettings) -> Columns:
+    """Return the columns that the settings name."""
+    return Columns(
+        image=settings.image_column,
+        caption=settings.caption_column,
+        sample_id=settings.id_column,
+        language=settings.language_column,
+        caption_language=settings.language,
+        domain=settings.domain_column,
+        objects=settings.objects_column,
+        boxes=settings.boxes_column,
+        questions=settings.questions_column,
+        labels=tuple(settings.label_column or ()),
+        background=settings.background,
+    )
+
+
+def open_data(settings: CensusSettings) -> Source:
+    """Return the source of the settings' data."""
+    return open_source(settings.data, columns_of(settings), captions=settings.captions == "dataset")
+
+
+def open_inputs(settings: CensusSettings) -> tuple[Source, Manifest, NounSource]:
+    """Return the data, its shards as they would be cut now, and where concepts come from."""
+    source = open_data(settings)
+    manifest = cut(source.files(), settings.shard_size, settings.limit)
+    if not manifest.samples:
+        raise InputError(f"{settings.data}: no sample in it")
+    # What is left out of samples is logged when it is first met: here the driver logs it, too.
+    deque(islice(read_shard(source, manifest.shards[0]), PEEKED), maxlen=0)
+    vocabulary = source.objects_vocabulary() if settings.nouns in ("auto", "objects") else ()
+    return source, manifest, noun_source(settings.nouns, vocabulary, source.translations())
+
+
+def check_apart(out: str, source: Source) -> None:
+    """Raise InputError where the run's folder would lie in the folder of its data, or the data in the run's folder."""
+    place = getattr(source, "place", None)
+    if place is None or not place.folder:
+        return
+    uri = open_store(out).uri
+    folder = open_store(place.folder).uri
+    whole = place.whole or not place.entries
+    if whole and lies_in(uri, folder):
+        raise InputError(f"--out {out}: lies in the data's folder {folder}; choose an OUT outside it")
+    if (whole and lies_in(folder, uri)) or any(lies_in(f"{folder}/{entry.key}", uri) for entry in place.entries):
+        raise InputError(f"--out {out}: the data {source.data} lies in it; choose a folder of the run's own")

@@ -1,0 +1,299 @@
+"""The census as a job: a unit is a shard of samples; merged into the seven tables of a run.
+
+What every neuron writes is a job of its own, of one unit that the same workers do: it depends on the model alone.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
+
+import pyarrow as pa
+
+from mmray.census.inputs import check_apart, open_data, open_inputs
+from mmray.datasets.contents import Source
+from mmray.datasets.limits import check_columns
+from mmray.datasets.shards import Manifest, read_shard
+from mmray.engine import Job, JobResult, Output, Parts, Plan, Progress, Unit, UnitResult, Worker, run_together
+from mmray.errors import InputError
+from mmray.models.loading import LoadedModel, describe_model, digest, from_anywhere, resolve
+from mmray.neurons.concepts import TAGGERS, NounSource
+from mmray.neurons.decoding import decode_neurons
+from mmray.neurons.merging import APPENDED, RunMerge
+from mmray.neurons.model import load_model
+from mmray.neurons.planning import describe, estimate, first_rows
+from mmray.neurons.ranking import certified_share
+from mmray.neurons.shard import ShardAnalysis
+from mmray.results.plan import Plan as Estimate
+from mmray.runs import RunFolder
+from mmray.runs.lease import Lease
+from mmray.runs.receipts import skipped
+from mmray.settings import CensusSettings
+from mmray.storage import patiently
+from mmray.tables import PART_SCHEMAS, SCHEMAS
+
+DECODED = "decoded"
+P = TypeVar("P")
+Follow = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that workers and the merge need besides settings and shards."""
+
+    nouns: NounSource
+    widths: tuple[int, ...]
+    """Neurons per layer."""
+    module_widths: dict[str, list[int]]
+    decoding: str
+    """Folder with the part that says what every neuron writes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a finished census amounts to."""
+
+    out: str
+    samples: int
+    failures: int
+    skipped: dict[str, int]
+    """Samples that were counted and kept, but have nothing to rank neurons for, by reason; these are no failures."""
+    analysed: int
+    """Samples that failures and skips are counted of: all, but for a refresh those that it analysed."""
+    occurrences: int
+    quarantined: dict[int, str]
+    """Shard → why it was given up."""
+    seconds: float
+    already: bool
+    """All of it was done by earlier calls."""
+
+    @property
+    def complete(self) -> bool:
+        """Return whether all went well."""
+        return not self.failures and not self.quarantined
+
+
+class ModelJob(Job[CensusSettings, P]):
+    """A job that a census's workers do with the model that they have loaded."""
+
+    @property
+    def target(self) -> str:
+        """The run."""
+        return self.settings.out
+
+    @abstractmethod
+    def worker_with(self, model: LoadedModel, context: P) -> Worker:
+        """Return what turns a unit into its parts."""
+
+    def worker(self, context: P) -> Worker:
+        """Load the model, and return what turns a unit into its parts."""
+        return self.workers([self], [context])[0]
+
+    @classmethod
+    def workers(cls, jobs: Sequence[Job[Any, Any]], contexts: Sequence[Any]) -> list[Worker]:
+        """Return a worker per job, all with one model."""
+        settings = jobs[0].settings
+        model = load_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
+        both = zip(jobs, contexts, strict=True)
+        return [job.worker_with(model, context) for job, context in both if isinstance(job, ModelJob)]
+
+
+class CensusJob(ModelJob[Context]):
+    """Captures, scores and reduces every neuron over the samples of each shard, and ranks them."""
+
+    name = "census"
+    parts: ClassVar[dict[str, pa.Schema]] = {
+        name: schema for name, schema in PART_SCHEMAS.items() if name not in (DECODED, "errors")
+    }
+
+    @property
+    def place(self) -> str:
+        """The run itself: it holds one census, and other settings are refused there."""
+        return self.target
+
+    def folder(self, fingerprint: str) -> str:
+        """Return the run."""
+        return self.target
+
+    def plan(self) -> Plan[Context]:
+        """Settle the shards: as the data is cut now, or as the run has them, if it has begun with these settings."""
+        source, manifest, nouns = open_inputs(self.settings)
+        check_apart(self.settings.out, source)
+        plan = self.plan_for(source, manifest, nouns)
+        # What is wrong with the address is told at once.
+        folder = RunFolder.at(self.settings.out)
+        begun = folder.info()
+        if begun is None:
+            check_columns(source, manifest)
+        elif begun["fingerprint"] == self.settings.fingerprint(plan.digests):
+            # A refresh has added shards to those that there were.
+            manifest = _begun_manifest(folder) or manifest
+            plan = replace(plan, units=_units(manifest), manifest=manifest.to_json())
+        return plan
+
+    def plan_for(self, source: Source, manifest: Manifest, nouns: NounSource) -> Plan[Context]:
+        """Return the plan for these shards. A unit's payload is its shard."""
+        settings = self.settings
+        model = describe_model(settings.model, trust_remote_code=settings.trust_remote_code)
+        decoding, model_digest = DecodingJob(settings), digest(resolve(settings.model))
+        digests = {
+            "model": model_digest,
+            "data": manifest.digest,
+            "nouns": nouns.digest(generated=settings.captions == "generate"),
+        }
+        return Plan(
+            _units(manifest),
+            digests,
+            Context(
+                nouns=nouns,
+                widths=tuple(model["widths"]),
+                module_widths=model.get("module_widths", {}),
+                decoding=decoding.folder(settings.fingerprint(decoding.plan_for(model_digest).digests)),
+            ),
+            facts={
+                "model": model,
+                "data": {"kind": source.kind, "columns": source.columns.model_dump(), "samples": manifest.samples},
+                "nouns": nouns.kind,
+            },
+            manifest=manifest.to_json(),
+        )
+
+    def worker_with(self, model: LoadedModel, context: Context) -> Worker:
+        """Return what analyses a shard."""
+        source = patiently(lambda: open_data(self.settings))
+
+        def analyse(unit: Unit) -> UnitResult:
+            shard = unit.payload
+            analysis = ShardAnalysis(model, self.settings, context.nouns, shard.shard_id)
+            tables = analysis.run(read_shard(source, shard))
+            return UnitResult(tables, analysis.skipped)
+
+        return analyse
+
+    def merge(self, plan: Plan[Context], parts: Parts, output: Output) -> dict[str, Any]:
+        """Write the seven tables of the run."""
+        context = plan.context
+        merge = RunMerge(context.widths, _decoded(context.decoding), self.settings.top_k, context.module_widths)
+        for name in APPENDED:
+            output.table(name, SCHEMAS[name].empty_table())
+        for unit in parts.by_unit([*self.parts, "errors"]):
+            for name, rows in merge.add(unit.__getitem__).items():
+                output.table(name, rows)
+        certified = None
+        for name, table in merge.tables():
+            output.table(name, table)
+            if name == "rankings":
+                certified = certified_share(table)
+        receipts = parts.receipts.values()
+        return {
+            "samples": sum(receipt.samples for receipt in receipts),
+            "occurrences": sum(receipt.occurrences for receipt in receipts),
+            "concepts": len(merge.concepts.concepts),
+            "certified": certified,
+        }
+
+
+class DecodingJob(ModelJob[None]):
+    """Says what every neuron of a census writes: the tokens that its row of W_out raises and lowers most."""
+
+    name = "decoding"
+    parts: ClassVar[dict[str, pa.Schema]] = {DECODED: PART_SCHEMAS[DECODED]}
+
+    def plan(self) -> Plan[None]:
+        """Return one unit, which is no sample."""
+        return self.plan_for(digest(resolve(self.settings.model)))
+
+    def plan_for(self, model: str) -> Plan[None]:
+        """Return the plan for a model of that digest."""
+        return Plan([Unit(0)], {"model": model}, None)
+
+    def worker_with(self, model: LoadedModel, context: None) -> Worker:
+        """Return what decodes all neurons."""
+        return lambda _: UnitResult({DECODED: decode_neurons(model, fold_norm=self.settings.fold_norm)})
+
+    def merge(self, plan: Plan[None], parts: Parts, output: Output) -> dict[str, Any]:
+        """Leave the part where it is: the census reads it."""
+        return {}
+
+
+def run_census(
+    settings: CensusSettings, follow: Follow = lambda _: None, warn: Callable[[str], None] = lambda _: None
+) -> Outcome:
+    """Run a census to its end, or resume one that stopped, and return what it amounts to.
+
+    `follow` is told of every committed shard, `warn` of captions whose language the tagger of nouns does not know.
+    Raises InputError for anything wrong with the set-up, before any work.
+    """
+    settings = settings.model_copy(update={"model": from_anywhere(settings.model)})
+    plan = CensusJob(settings).plan()
+    warned = plan.context.nouns.kind not in TAGGERS or settings.captions != "dataset"
+
+    def follow_and_warn(progress: Progress) -> None:
+        nonlocal warned
+        if not warned and progress.done < progress.total:
+            rows = first_rows(open_data(settings), Manifest.from_json(plan.manifest or b""))
+            for line in describe(*rows, plan.context.nouns).warnings:
+                warn(line)
+            warned = True
+        follow(progress)
+
+    return outcome_of(settings, run_planned(settings, plan, follow_and_warn))
+
+
+def run_planned(settings: CensusSettings, plan: Plan[Context], follow: Follow, lease: Lease | None = None) -> JobResult:
+    """Run a census that is planned already, and the decoding of its neurons with the same workers."""
+    decoding = DecodingJob(settings)
+    jobs: list[Job[Any, Any]] = [CensusJob(settings), decoding]
+    return run_together(jobs, plans=[plan, decoding.plan_for(plan.digests["model"])], follow=follow, lease=lease)[0]
+
+
+def outcome_of(settings: CensusSettings, done: JobResult, since: int = 0) -> Outcome:
+    """Return what the run amounts to; what failed or was skipped is told of shards from number `since` on."""
+    receipts = done.parts.receipts
+    told = [receipt for number, receipt in receipts.items() if number >= since]
+    return Outcome(
+        out=settings.out,
+        samples=done.done,
+        failures=sum(receipt.failures for receipt in told),
+        skipped=skipped(told),
+        analysed=sum(receipt.samples for receipt in told),
+        occurrences=sum(receipt.occurrences for receipt in receipts.values()),
+        quarantined={shard: reason for shard, reason in done.quarantined.items() if shard >= since},
+        seconds=done.seconds,
+        already=done.already,
+    )
+
+
+def plan_census(settings: CensusSettings) -> Estimate:
+    """Return what the census would cost, without running it."""
+    source, manifest, nouns = open_inputs(settings)
+    check_columns(source, manifest)
+    facts = describe_model(settings.model, trust_remote_code=settings.trust_remote_code)
+    return estimate(settings, source, manifest, nouns, facts["widths"], facts["parameters"], facts["image_tokens"])
+
+
+def _units(manifest: Manifest) -> list[Unit]:
+    return [Unit(shard.samples, shard) for shard in manifest.shards]
+
+
+def _begun_manifest(folder: RunFolder) -> Manifest | None:
+    """Return the shards of a run that has begun; None where its driver died before it had written them."""
+    try:
+        return Manifest.from_json(folder.manifest())
+    except FileNotFoundError:
+        return None
+    except InputError as error:
+        raise InputError(
+            f"{folder.store.uri}: the manifest is damaged ({error}); begin another run, or put it back"
+        ) from error
+
+
+def _decoded(uri: str) -> pa.Table:
+    folder = RunFolder.at(uri, patient=True)
+    receipt = folder.receipt(0)
+    if receipt is None:
+        reason = folder.reasons().get(0, "its receipt is gone")
+        raise InputError(f"{uri}: what the neurons write is not known: {reason}; run again with --retry-failed")
+    return folder.read_part(receipt, DECODED)
