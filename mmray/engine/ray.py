@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ import ray.data
 
 from mmray.engine.session import actor_pool, machines, ray_session
 from mmray.engine.units import Answer, Node, UnitRunner, WorkOrder
+
+MOST_TASKS = 1000
+"""Tasks that Ray Data is given: each costs its driver milliseconds and kilobytes. Of more units, some share one."""
+TASKS_PER_WORKER = 50
+"""Tasks that each worker has at least, where there are so many units: fewer leave some idle in the end."""
 
 
 class RayExecutor:
@@ -31,9 +37,10 @@ class RayExecutor:
         return ray_session(self.address)
 
     def answers(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[Answer]]:
-        """Yield the answers of each group as its actor has done it."""
+        """Yield the answers of each task, a group or a few, as its actor has done it."""
         pool = actor_pool(self.workers, self.gpus_per_worker, machines(), len(groups))
-        answers = ray.data.from_arrow([pa.table({"unit": group}) for group in groups]).map_batches(
+        tasks = _tasks(groups, max(MOST_TASKS, TASKS_PER_WORKER * pool.most))
+        answers = ray.data.from_blocks([pa.table({"unit": numbers}) for numbers in tasks]).map_batches(
             _Actor,
             fn_constructor_args=(order, pool.threads, str(Path.cwd())),
             batch_size=1,
@@ -48,6 +55,12 @@ class RayExecutor:
         for batch in answers.iter_batches(batch_size=None, prefetch_batches=0):
             rows = zip(*(batch[name].tolist() for name in batch), strict=True)
             yield [Answer(**dict(zip(batch, row, strict=True))) for row in rows]
+
+
+def _tasks(groups: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """Return the units of each task: those of one group, or of a few where there are more than `most` groups."""
+    each = -(-len(groups) // most)
+    return [list(chain(*groups[start : start + each])) for start in range(0, len(groups), each)]
 
 
 class _RayNode(Node):

@@ -264,8 +264,9 @@ class RunFolder:
 
         An attempt that ended with its driver says nothing about the shard.
         """
+        wanted = set(shards)
         for entry in self.store.list("attempts/") + self.store.list("aside/"):
-            if unit_of(entry.key) in shards:
+            if unit_of(entry.key) in wanted:
                 self.store.delete(entry.key)
 
     def commit_shard(

@@ -50,15 +50,7 @@ class LocalStore:
 
     def entry(self, key: str) -> Entry | None:
         """Return the file's entry, or None if there is none."""
-        try:
-            status = self._path(key).stat()
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                return None
-            raise
-        if not stat.S_ISREG(status.st_mode):
-            return None
-        return Entry(key, status.st_size, f"{status.st_size}-{status.st_mtime_ns}", status.st_mtime_ns / 1e9)
+        return _entry(self._path(key), key)
 
     def list(self, prefix: str = "") -> list[Entry]:
         """Return every file whose key starts with `prefix`; temporary files are left out."""
@@ -70,13 +62,15 @@ class LocalStore:
 
     def _entries(self, prefix: str, *, temporary: bool) -> Entries:
         folder = self._path(prefix.rpartition("/")[0])
+        root = os.fspath(self.root)
         entries = []
         for parent, _, names in os.walk(folder, onerror=_unless_gone):
+            # A run of many units has as many folders: `Path` would take most of the time.
+            inside = parent.removeprefix(root).strip(os.sep).replace(os.sep, "/")
             for name in names:
-                path = Path(parent) / name
-                key = path.relative_to(self.root).as_posix()
+                key = f"{inside}/{name}" if inside else name
                 if key.startswith(prefix) and name.startswith(TEMPORARY) == temporary:
-                    entries.append(self.entry(key))
+                    entries.append(_entry(Path(parent, name), key))
         # A file may have gone since it was listed, or be a link to nothing.
         return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.key)
 
@@ -137,6 +131,18 @@ def read_file(path: Path, most: int) -> bytes:
         if status.st_size > most:
             raise ValueError(too_large(status.st_size, most))
         return file.read(most)
+
+
+def _entry(path: Path, key: str) -> Entry | None:
+    try:
+        status = path.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return Entry(key, status.st_size, f"{status.st_size}-{status.st_mtime_ns}", status.st_mtime_ns / 1e9)
 
 
 def _unless_gone(error: OSError) -> None:
