@@ -1,10 +1,7 @@
 """A toy analysis in one file: how often each letter begins a line of a text file, per unit of ten lines."""
 
-from __future__ import annotations
-
-import os
+import hashlib
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,7 +24,7 @@ class LetterSettings(JobSettings):
     """Letters in the table."""
 
 
-class LetterJob(Job[LetterSettings, str]):
+class LetterJob(Job[LetterSettings, None]):
     name = "letters"
     unit_noun = "lines"
     parts: ClassVar = {"counts": pa.schema([("letter", pa.string()), ("n", pa.int64())])}
@@ -36,36 +33,24 @@ class LetterJob(Job[LetterSettings, str]):
     def target(self) -> str:
         return self.settings.run
 
-    def plan(self) -> Plan[str]:
-        path = Path(self.settings.text).absolute()
+    def plan(self) -> Plan[None]:
+        path = Path(self.settings.text)
         if not path.is_file():
             raise InputError(f"{self.settings.text}: no such file")
         lines = path.read_text().splitlines()
         units = [Unit(len(lines[i : i + LINES]), lines[i : i + LINES]) for i in range(0, len(lines), LINES)]
-        return Plan(units, {"text": str(hash(tuple(map(len, lines))))}, str(path))
+        return Plan(units, {"text": hashlib.sha256(path.read_bytes()).hexdigest()}, None)
 
-    def worker(self, context: str) -> Worker:
+    def worker(self, context: None) -> Worker:
         def count(unit: Unit) -> UnitResult:
-            if hook := HOOKS.get(os.environ.get("MMRAY_TEST_HOOK", "")):
-                hook(unit)
             letters = Counter((line.upper() if self.settings.upper else line)[:1] for line in unit.payload)
             rows = {"letter": list(letters), "n": list(letters.values())}
             return UnitResult({"counts": pa.table(rows, self.parts["counts"])})
 
         return count
 
-    def merge(self, plan: Plan[str], parts: Parts, output: Output) -> dict[str, int]:
-        total = (
-            parts.table("counts")
-            .group_by("letter")
-            .aggregate([("n", "sum")])
-            .rename_columns(["letter", "n"])
-            .sort_by("letter")
-        )
-        rows = total.slice(0, self.settings.most)
+    def merge(self, plan: Plan[None], parts: Parts, output: Output) -> dict[str, int]:
+        total = parts.table("counts").group_by("letter").aggregate([("n", "sum")]).rename_columns(["letter", "n"])
+        rows = total.sort_by("letter").slice(0, self.settings.most)
         output.table("letters", rows)
         return {"letters": len(rows)}
-
-
-HOOKS: dict[str, Callable[[Unit], None]] = {}
-"""What a test has a worker do before a unit, by the name in the environment."""

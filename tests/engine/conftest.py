@@ -1,0 +1,28 @@
+"""The toy job, ready to be asked for."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmray.engine import checked
+from tests.engine.words import LetterJob, LetterSettings
+
+LINES = [f"{'abc'[n % 3]}{n}" for n in range(95)]
+
+
+@pytest.fixture
+def letters(tmp_path: Path) -> Callable[..., LetterJob]:
+    """Return what makes the toy job, on ten units of text, with these settings."""
+    (tmp_path / "text.txt").write_text("\n".join(LINES))
+    known = {"run": str(tmp_path / "run"), "text": str(tmp_path / "text.txt"), "local": True}
+    return lambda **settings: LetterJob(checked(LetterSettings, known | settings))
+
+
+def counted(job: LetterJob) -> dict[str, list[Any]]:
+    """Return the toy's table."""
+    from mmray.storage import open_store
+    from mmray.tables import read_table
+
+    return read_table(open_store(job.target), "letters").to_pydict()
