@@ -8,6 +8,7 @@ from mmray.runs import snapshots as module
 from mmray.runs.snapshots import KEPT, SnapshotWriter, newest, next_fence, open_snapshot, publish, snapshots
 from mmray.storage import Store
 from mmray.tables import from_bytes, read_table
+from tests.storage.stores import Forgetful
 
 
 def rows(*values: int) -> pa.Table:
@@ -55,6 +56,12 @@ def test_a_driver_that_lost_its_lease_changes_nothing(store: Store) -> None:
     found = newest(store, "census")
     assert found is not None and found.read(store, "a") == rows(1, 2)
     assert read_table(store, "a") == rows(1, 2)
+
+
+def test_a_commit_whose_answer_was_lost_stands(store: Store) -> None:
+    assert write(Forgetful(store), 1, 7, a=rows(1)).number == "000001-0001"
+    found = newest(store, "census")
+    assert found is not None and found.headline == {"samples": 7}
 
 
 def test_a_driver_comes_after_those_whose_leases_were_removed(store: Store) -> None:
