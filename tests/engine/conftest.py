@@ -1,12 +1,15 @@
 """The toy job, ready to be asked for."""
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mmray.engine import checked
+from tests.engine.jobs import prepare
+from tests.engine.suite import Suite
 from tests.engine.words import LetterJob, LetterSettings
 
 LINES = [f"{'abc'[n % 3]}{n}" for n in range(95)]
@@ -18,6 +21,20 @@ def letters(tmp_path: Path) -> Callable[..., LetterJob]:
     (tmp_path / "text.txt").write_text("\n".join(LINES))
     known = {"run": str(tmp_path / "run"), "text": str(tmp_path / "text.txt"), "local": True}
     return lambda **settings: LetterJob(checked(LetterSettings, known | settings))
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[Path]:
+    """Return a folder in memory where there is one: these tests write much, and each file is synced."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def suite(tiny: Callable[[str], Path], memory: Path) -> Suite:
+    (memory / "base").mkdir()
+    return Suite(prepare(memory / "base", tiny("llava")), memory)
 
 
 def counted(job: LetterJob) -> dict[str, list[Any]]:

@@ -53,4 +53,5 @@ class LetterJob(Job[LetterSettings, None]):
         total = parts.table("counts").group_by("letter").aggregate([("n", "sum")]).rename_columns(["letter", "n"])
         rows = total.sort_by("letter").slice(0, self.settings.most)
         output.table("letters", rows)
+        output.table("total", pa.table({"n": [sum(rows["n"].to_pylist())]}))
         return {"letters": len(rows)}

@@ -15,7 +15,7 @@ class ReceiptFirst(RunFolder):
 
     def commit_shard(self, shard_id: int, tables: dict[str, pa.Table], samples: int, *_: Any, **__: Any) -> Receipt:
         parts = {name: f"shards/{shard_id:06d}/x-{name}.parquet" for name in tables}
-        receipt = Receipt(shard_id, samples=samples, occurrences=len(tables["occurrences"]), parts=parts)
+        receipt = Receipt(shard_id, samples=samples, occurrences=len(tables.get("occurrences", ())), parts=parts)
         if self.store.commit(f"receipts/{shard_id:06d}.json", json.dumps(asdict(receipt)).encode()):
             for name, table in tables.items():
                 self.store.commit(parts[name], to_bytes(table))

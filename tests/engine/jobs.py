@@ -1,0 +1,245 @@
+"""Every job of the package at a size that a test can run again and again, and what such a run left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from mmray.cluster.alignment_training import open_pair
+from mmray.cluster.alignment_validation import ValidationJob, plan_validation
+from mmray.cluster.editing import EditJob, NamedEditSettings
+from mmray.cluster.evaluation import EvaluationJob
+from mmray.cluster.hallucination import HallucinationJob
+from mmray.cluster.labels_jobs import SumsJob, Tests, TestsJob
+from mmray.cluster.labels_plan import plan_labels
+from mmray.cluster.perturb import PerturbJob
+from mmray.cluster.properties import PropertiesJob
+from mmray.cluster.saliency import SaliencyJob
+from mmray.cluster.selecting import SelectionJob
+from mmray.demo import DATA
+from mmray.editing.edit import open_edit
+from mmray.editing.settings import EditSettings
+from mmray.engine import Executor, Job, JobResult, checked, run
+from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
+from mmray.evaluation.properties.settings import property_settings
+from mmray.evaluation.settings import evaluation_settings
+from mmray.models.loading import digest, resolve
+from mmray.neurons.labels.masks import Mask
+from mmray.neurons.labels.settings import selectivity_settings
+from mmray.neurons.selection_settings import selection_settings
+from mmray.perception.alignment import save_alignment
+from mmray.perception.alignment_settings import alignment_settings
+from mmray.perception.settings import saliency_settings
+from mmray.results.run import open_run
+from mmray.runs import RunFolder
+from mmray.runs.snapshots import newest
+from mmray.storage import open_store
+from tests.engine.words import LetterJob, LetterSettings
+from tests.running import census_here
+
+SAMPLES, SHARD = 24, 12
+WISH: dict[str, Any] = {"suppress": "broccoli", "method": "zero", "neurons": 2, "samples": 2, "kept": 0}
+AnyJob: TypeAlias = Job[Any, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder of one test, and in it copies of what jobs write into."""
+
+    root: Path
+
+    @property
+    def run(self) -> str:
+        """A run of the demo model."""
+        return str(self.root / "run")
+
+    @property
+    def edit(self) -> str:
+        """An edit made from it."""
+        return str(self.root / "edit")
+
+    @property
+    def aligned(self) -> str:
+        """A network that nobody trained."""
+        return str(self.root / "aligned")
+
+    @property
+    def data(self) -> str:
+        """The run's data."""
+        return str(self.root / "data.parquet")
+
+    def copy(self, root: Path) -> Place:
+        """Return a place with the same contents; files are shared, for a store replaces them and changes none."""
+        shutil.copytree(self.root, root, copy_function=os.link)
+        return Place(root)
+
+
+def prepare(root: Path, tiny: Path) -> Place:
+    """Make a place: a run whose data is named by a relative path, an edit of it, an untrained network."""
+    from mmray.api import edit
+
+    place = Place(root)
+    rows = [row for row in pq.read_table(DATA).slice(0, 3 * SAMPLES).to_pylist() if row["language"] == "en"][:SAMPLES]
+    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(DATA)), place.data)
+    (root / "text.txt").write_text("\n".join(f"{'abc'[n % 3]}{n}" for n in range(25)))
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        assert census_here("demo", "data.parquet", "run", shard_size=SHARD).complete
+    finally:
+        os.chdir(before)
+    edit(place.run, **WISH).save(place.edit)
+    settings = _alignment(place, str(tiny))
+    pair = open_pair(settings)
+    digests = {name: digest(resolve(getattr(settings, name))) for name in ("tower", "model")}
+    torch.manual_seed(1)  # by some random weights the model writes the image's own token at every sample
+    network = pair.network(settings.network, settings.hidden)
+    training = {"step": 1, "seen": 4, "lost": 0, "loss": 0.5}
+    save_alignment(open_store(settings.out), network, {"digests": digests, "training": training})
+    (root / "tiny").write_text(str(tiny))
+    return place
+
+
+@dataclass(frozen=True)
+class Case:
+    """One job of the suite."""
+
+    name: str
+    make: Callable[..., AnyJob]
+    """Makes the job at a place; settings may be given besides."""
+    change: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that make other results."""
+    refused: bool = False
+    """Whether its folder takes no other settings; else both results are kept."""
+    later: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that the merge alone reads."""
+    files: tuple[str, ...] = ()
+    """Files of its target that it writes besides tables."""
+    saves: bool = False
+    """Whether its worker itself writes what it is for, so that remembered results are not enough."""
+    slow: bool = False
+
+    def run(self, place: Place, executor: Executor | None = None, **settings: Any) -> JobResult:
+        """Run the job, in this process unless an executor is given."""
+        return run(self.make(place, **settings), executor=executor)
+
+    def fingerprint(self, place: Place, **settings: Any) -> str:
+        """Return the fingerprint of the job at a place."""
+        job = self.make(place, **settings)
+        plan = job.plan()
+        found: str = (plan.settled or job.settings).fingerprint(plan.digests)
+        return found
+
+    def parts_folder(self, place: Place) -> Path:
+        """Return where the job's units are committed."""
+        return Path(self.make(place).folder(self.fingerprint(place)))
+
+    def left(self, place: Place, result: JobResult) -> dict[str, Any]:
+        """Return what a run left behind, by name: tables, parts, files, and what it said; the place's path aside."""
+        job = self.make(place)
+        store = RunFolder.at(job.target).store
+        committed = {name for receipt in result.parts.receipts.values() for name in receipt.parts or {}}
+        found: dict[str, Any] = {f"part {name}": result.parts.table(name) for name in job.parts if name in committed}
+        snapshot = newest(store, job.name)
+        if snapshot is not None:
+            found |= {name: snapshot.read(store, name) for name in snapshot.tables}
+            found |= {
+                f"tables/{name}": pq.read_table(Path(job.target, f"tables/{name}.parquet")) for name in snapshot.tables
+            }
+        found |= {key: store.read(key) for key in self.files}
+        found["headline"] = json.dumps(result.headline, sort_keys=True, default=str).replace(str(place.root), "")
+        return found
+
+
+def letters(place: Place, **more: Any) -> AnyJob:
+    known = {"run": str(place.root / "letters"), "text": str(place.root / "text.txt"), "local": True}
+    return LetterJob(checked(LetterSettings, known | more))
+
+
+def properties(place: Place, **more: Any) -> AnyJob:
+    sizes = {"concepts": 4, "min_occurrences": 2, "images": 2, "maps": 1, "draws": 10, "language": "en"}
+    return PropertiesJob(property_settings({"run": place.run, "local": True, **sizes, **more}))
+
+
+def saliency(place: Place, **more: Any) -> AnyJob:
+    sizes = {"images": 8, "maps": 1, "draws": 10, "methods": "detector"}
+    return SaliencyJob(saliency_settings({"run": place.run, "local": True, **sizes, **more}))
+
+
+def hallucination(place: Place, **more: Any) -> AnyJob:
+    sizes = {"limit": 4, "shard_size": 2, "draws": 10}
+    return HallucinationJob(opinion_settings({"run": place.run, "local": True, **sizes, **more}))
+
+
+def perturb(place: Place, **more: Any) -> AnyJob:
+    known = {"model": "demo", "data": place.data, "out": str(place.root / "moved"), "local": True}
+    sizes = {"limit": 2, "shard_size": 1, "steps": 2, "draws": 10}
+    return PerturbJob(perturbation_settings({**known, **sizes, **more}))
+
+
+def sums(place: Place, **more: Any) -> AnyJob:
+    return SumsJob(_labelled(place, **more))
+
+
+def interventions(place: Place, **more: Any) -> AnyJob:
+    labelled = _labelled(place, **more)
+    masks = tuple(Mask(label, "selected", ((0, number), (1, number))) for number, label in enumerate(labelled.labels))
+    return TestsJob(labelled, Tests(masks, None))
+
+
+def _labelled(place: Place, **more: Any) -> Any:
+    sizes = {"by": "domain", "permutations": 2, "bootstraps": 0, "interventions": True}
+    settings = selectivity_settings({"run": place.run, "local": True, **sizes, **more})
+    return plan_labels(settings, open_run(place.run), hold_out=True)
+
+
+def select(place: Place, **more: Any) -> AnyJob:
+    known = {"run": place.run, "concepts": ("broccoli",), "k": 2, "samples": 16, "local": True}
+    return SelectionJob(selection_settings({**known, **more}))
+
+
+def edit(place: Place, **more: Any) -> AnyJob:
+    wish = {**WISH, **{name: more.pop(name) for name in list(more) if name in EditSettings.model_fields}}
+    known = {"run": place.run, "name": "no-broccoli", "wish": wish, "local": True}
+    return EditJob(checked(NamedEditSettings, {**known, **more}))
+
+
+def evaluation(place: Place, **more: Any) -> AnyJob:
+    known = {"run": place.run, "edit": place.edit, "data": place.data, "local": True}
+    sizes = {"limit": 4, "shard_size": 2, "text_count": 0, "bleu": False, "draws": 10}
+    return EvaluationJob(evaluation_settings({**known, **sizes, **more}), open_edit)
+
+
+def validation(place: Place, **more: Any) -> AnyJob:
+    settings = _alignment(place, (place.root / "tiny").read_text(), **more)
+    return ValidationJob(settings, "a training", plan_validation(settings))
+
+
+def _alignment(place: Place, tiny: str, **more: Any) -> Any:
+    known = {"tower": tiny, "model": tiny, "data": place.data, "validate_on": place.data, "out": place.aligned}
+    return alignment_settings({**known, "hidden": 16, "draws": 20, "validate_limit": 4, "local": True, **more})
+
+
+CASES = [
+    Case("letters", letters, {"upper": True}, later={"most": 1}),
+    Case("properties", properties, {"images": 3}, later={"draws": 11}, slow=True),
+    Case("saliency", saliency, {"images": 9}, later={"draws": 11}),
+    Case("hallucination", hallucination, {"seed": 1}, later={"draws": 11}),
+    Case("perturb", perturb, {"seed": 1}, refused=True, later={"draws": 11}),
+    Case("sums", sums, {"modality": "both"}),
+    Case("interventions", interventions, {"modality": "both"}),
+    Case("select", select, {"samples": 12}),
+    Case("edit", edit, {"neurons": 3}, refused=True, files=("edit.safetensors",), saves=True),
+    Case("evaluation", evaluation, {"seed": 1}, files=("captions.parquet",)),
+    Case("validation", validation, {"pope_objects": 2}),
+]
+"""All jobs but the census, which is not one yet; the toy first."""
