@@ -12,9 +12,9 @@ from unittest.mock import patch
 
 import boto3
 import pytest
-from mmray.cluster.worker import ShardAnalysis
 
 from mmray.census.refresh import refresh_run
+from mmray.neurons.shard import ShardAnalysis
 from mmray.results.run import open_run
 from mmray.runs import RunFolder
 from mmray.runs.sweep import sweep

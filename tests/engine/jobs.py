@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from mmray.census.job import CensusJob, DecodingJob
 from mmray.cluster.alignment_training import open_pair
 from mmray.cluster.alignment_validation import ValidationJob, plan_validation
 from mmray.cluster.editing import EditJob, NamedEditSettings
@@ -42,6 +43,7 @@ from mmray.perception.settings import saliency_settings
 from mmray.results.run import open_run
 from mmray.runs import RunFolder
 from mmray.runs.snapshots import newest
+from mmray.settings import CensusSettings, census_settings
 from mmray.storage import open_store
 from tests.engine.words import LetterJob, LetterSettings
 from tests.running import census_here
@@ -61,6 +63,11 @@ class Place:
     def run(self) -> str:
         """A run of the demo model."""
         return str(self.root / "run")
+
+    @property
+    def census(self) -> str:
+        """A run that has not begun, of which it is known what neurons write."""
+        return str(self.root / "census")
 
     @property
     def edit(self) -> str:
@@ -97,6 +104,7 @@ def prepare(root: Path, tiny: Path) -> Place:
         assert census_here("demo", "data.parquet", "run", shard_size=SHARD).complete
     finally:
         os.chdir(before)
+    run(DecodingJob(_census(place)))
     edit(place.run, **WISH).save(place.edit)
     settings = _alignment(place, str(tiny))
     pair = open_pair(settings)
@@ -126,6 +134,8 @@ class Case:
     """Files of its target that it writes besides tables."""
     saves: bool = False
     """Whether its worker itself writes what it is for, so that remembered results are not enough."""
+    single: bool = False
+    """Whether it has one unit."""
     slow: bool = False
 
     def run(self, place: Place, executor: Executor | None = None, **settings: Any) -> JobResult:
@@ -163,6 +173,19 @@ class Case:
 def letters(place: Place, **more: Any) -> AnyJob:
     known = {"run": str(place.root / "letters"), "text": str(place.root / "text.txt"), "local": True}
     return LetterJob(checked(LetterSettings, known | more))
+
+
+def census(place: Place, **more: Any) -> AnyJob:
+    return CensusJob(_census(place, **more))
+
+
+def decoding(place: Place, **more: Any) -> AnyJob:
+    return DecodingJob(_census(place, **({"out": str(place.root / "decoded")} | more)))
+
+
+def _census(place: Place, **more: Any) -> CensusSettings:
+    known = {"model": "demo", "data": place.data, "out": place.census, "shard_size": 8, "local": True}
+    return census_settings(known | more)
 
 
 def properties(place: Place, **more: Any) -> AnyJob:
@@ -231,6 +254,8 @@ def _alignment(place: Place, tiny: str, **more: Any) -> Any:
 
 CASES = [
     Case("letters", letters, {"upper": True}, later={"most": 1}),
+    Case("census", census, {"score": "gate"}, refused=True),
+    Case("decoding", decoding, {"fold_norm": True}, single=True),
     Case("properties", properties, {"images": 3}, later={"draws": 11}, slow=True),
     Case("saliency", saliency, {"images": 9}, later={"draws": 11}),
     Case("hallucination", hallucination, {"seed": 1}, later={"draws": 11}),
@@ -238,8 +263,8 @@ CASES = [
     Case("sums", sums, {"modality": "both"}),
     Case("interventions", interventions, {"modality": "both"}),
     Case("select", select, {"samples": 12}),
-    Case("edit", edit, {"neurons": 3}, refused=True, files=("edit.safetensors",), saves=True),
+    Case("edit", edit, {"neurons": 3}, refused=True, files=("edit.safetensors",), saves=True, single=True),
     Case("evaluation", evaluation, {"seed": 1}, files=("captions.parquet",)),
     Case("validation", validation, {"pope_objects": 2}),
 ]
-"""All jobs but the census, which is not one yet; the toy first."""
+"""All jobs, the toy first."""

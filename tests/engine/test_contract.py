@@ -115,7 +115,7 @@ def test_a_second_driver_is_refused(suite: Suite, case: Case) -> None:
     job = case.make(place)
     executor = suite.executor(case)
     with (
-        drive_analysis(f"{job.target}/{job.name}"),
+        drive_analysis(job.place),
         pytest.raises(InputError, match=rf"another driver is at work on this run \(process {os.getpid()} on "),
     ):
         case.run(place, executor)
@@ -127,7 +127,7 @@ def check_a_late_driver(suite: Suite, case: Case, moment: int) -> None:
     """Stop a driver before a change, let another take over and do all, and let the first go on."""
     place = suite.place()
     job = case.make(place)
-    leases = Path(job.target, job.name, "lease")
+    leases = Path(job.place, "lease")
     theirs: list[dict[str, Any]] = []
 
     def take_over() -> None:
@@ -264,13 +264,11 @@ def check_attempts(case: Case, place: Place) -> None:
 # --- units and settings
 
 
-@every_job
+@each(case for case in CASES if not case.single)
 def test_the_third_failure_is_quarantined_and_the_rest_done(suite: Suite, case: Case) -> None:
     suite.reference(case)
     place = suite.place()
     units = case.make(place).plan().units
-    if len(units) == 1:
-        pytest.skip("of one unit nothing is left")
 
     def fail(unit: Unit) -> None:
         if repr(unit) == repr(units[0]):
