@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from mmray.features import FEATURES
 from mmray.label_tables import LABEL_SCHEMAS
 from mmray.tables import COUNT, EVALUATION_SCHEMAS, SCHEMAS, field
 
@@ -180,15 +181,9 @@ TABLES: dict[str, pa.Schema] = SCHEMAS | DERIVED
 """Every table that a run may have."""
 
 MADE_BY = {
-    "properties": "mmray properties RUN",
-    "heatmaps": "mmray properties RUN",
-    **dict.fromkeys(("saliency", "saliency_maps"), "mmray saliency RUN"),
-    **dict.fromkeys(("edits", "evaluations", "edit_captions"), "mmray pipeline FILE"),
-    **dict.fromkeys(("claims", "opinions", "mistakes"), "mmray hallucination RUN"),
-    **dict.fromkeys(("answers", "changes"), "mmray perturb"),
-    **dict.fromkeys(LABEL_SCHEMAS, "mmray selectivity RUN"),
+    table: feature.command for feature in FEATURES.values() if feature.name != "census" for table in feature.tables
 }
-"""Table → the command that makes it."""
+"""Table → the command that makes it, unless the census does."""
 
 PROPERTY_SCHEMAS: dict[str, pa.Schema] = {
     # A row is an image's part in one measure; the totals over images make the measure.

@@ -1,0 +1,69 @@
+"""Every feature that runs as a job, one line each: what commands, status, sweep, checks and tables derive from.
+
+Jobs are named, not imported: reading results needs neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A job under its name, which is also its folder in a run and that of its snapshots."""
+
+    name: str
+    jobs: tuple[str, ...]
+    """MODULE:CLASS of each job; a selection and its tests, for example, are two."""
+    command: str
+    """Renews its tables."""
+    tables: tuple[str, ...] = ()
+    noun: str = "samples"
+    """What sizes of its units count."""
+
+
+FEATURES: dict[str, Feature] = {
+    feature.name: feature
+    for feature in (
+        Feature(
+            "census",
+            ("mmray.census.job:CensusJob",),
+            "mmray census --model MODEL --data DATA --out RUN",
+            ("captions", "occurrences", "rankings", "neurons", "activity", "examples", "errors"),
+        ),
+        Feature("decoding", ("mmray.census.job:DecodingJob",), "mmray census --model MODEL --data DATA --out RUN"),
+        Feature(
+            "properties",
+            ("mmray.cluster.properties:PropertiesJob",),
+            "mmray properties RUN",
+            ("properties", "heatmaps"),
+            "concepts",
+        ),
+        Feature("select", ("mmray.cluster.selecting:SelectionJob",), "mmray select RUN CONCEPT..."),
+        Feature(
+            "selectivity",
+            ("mmray.cluster.labels_jobs:SumsJob", "mmray.cluster.labels_jobs:TestsJob"),
+            "mmray selectivity RUN --by COLUMN",
+            ("selectivity", "selective_labels", "interventions", "steering", "stages"),
+        ),
+        Feature(
+            "saliency",
+            ("mmray.cluster.saliency:SaliencyJob",),
+            "mmray saliency RUN",
+            ("saliency", "saliency_maps"),
+            "images",
+        ),
+        Feature(
+            "hallucination",
+            ("mmray.cluster.hallucination:HallucinationJob",),
+            "mmray hallucination RUN",
+            ("claims", "opinions", "mistakes"),
+        ),
+        Feature("perturb", ("mmray.cluster.perturb:PerturbJob",), "mmray perturb --out OUT", ("answers", "changes")),
+        Feature("making", ("mmray.cluster.editing:EditJob",), "mmray pipeline FILE", noun="edits"),
+        Feature("evaluations", ("mmray.cluster.evaluation:EvaluationJob",), "mmray evaluate RUN --edit EDIT"),
+        Feature("pipeline", (), "mmray pipeline FILE", ("edits", "evaluations", "edit_captions")),
+        Feature("validation", ("mmray.cluster.alignment_validation:ValidationJob",), "mmray align --out OUT"),
+    )
+}
+"""By name, in the order in which status shows them."""
