@@ -33,6 +33,7 @@ from mmray.cli import (  # noqa: F401  they register
     saliency,
     selectivity,
     sight,
+    status,
 )
 from mmray.cli.options import app, console, visible
 from mmray.errors import InputError

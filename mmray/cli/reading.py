@@ -1,10 +1,9 @@
-"""What a run holds: its state, rankings and neurons."""
+"""What a run holds: its rankings and neurons."""
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -12,43 +11,6 @@ from rich.console import Console
 
 from mmray.cli.options import AsJson, RunArgument, app, console, end, say, with_settings
 from mmray.neurons.selection_settings import SelectionSettings, selection_settings
-
-FIRST = 10
-"""Failed samples that --json gives; all are in the run's table `errors`."""
-
-
-@app.command()
-def status(
-    run: RunArgument,
-    sweep: Annotated[
-        bool,
-        typer.Option(
-            "--sweep",
-            help="First remove what killed and late workers left: parts of shards that no receipt names, half-written "
-            "files. What a worker might still commit is left for an hour.",
-        ),
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Say how far a run is: shards done, pending, set aside; samples a second; failures with reasons."""
-    from mmray.results.run import open_run, reasons
-    from mmray.results.terminal import status as show
-    from mmray.runs.sweep import sweep as sweep_run
-
-    opened = open_run(run)
-    swept = sweep_run(opened.folder) if sweep else None
-    found = opened.status()
-    if as_json:
-        more: dict[str, Any] = {"pending": found.pending, "samples_per_second": found.samples_per_second}
-        more |= {"swept": asdict(swept)} if swept else {}
-        failures = opened.failures()
-        more |= {"reasons": [asdict(reason) for reason in reasons(failures)], "first_failures": failures[:FIRST]}
-        print(json.dumps(asdict(found) | more))
-        return
-    if swept:
-        young = f"; {swept.young} younger than an hour left" if swept.young else ""
-        say(f"swept {swept.objects} objects, {swept.bytes / 1e6:.1f} MB{young}")
-    console.print(show(found, opened.failures(), opened.uri))
 
 
 @app.command()

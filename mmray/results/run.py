@@ -20,7 +20,8 @@ from mmray.errors import DamagedError, InputError
 from mmray.neuron_names import parse_neuron
 from mmray.runs import RunFolder
 from mmray.runs.home import resolve_settings
-from mmray.runs.receipts import receipts_digest, skipped
+from mmray.runs.lease import Driver, last_driver
+from mmray.runs.receipts import NOTHING, Cost, cost, receipts_digest, skipped
 from mmray.runs.snapshots import Snapshot, newest, open_snapshot, snapshots
 from mmray.tables import read_table
 
@@ -57,6 +58,10 @@ class Status:
     finished: bool
     certified: float | None = None
     """Part of the ten highest ranks by score, of concepts of five occurrences and more, that is certified."""
+    cost: Cost = NOTHING
+    """What it took."""
+    driver: Driver | None = None
+    """Who drives it, or did last."""
 
     @property
     def pending(self) -> int:
@@ -254,6 +259,8 @@ class Run:
             seconds=sum(receipt.seconds for receipt in done),
             finished=finished,
             certified=snapshot.headline["certified"] if snapshot else None,
+            cost=cost(done),
+            driver=last_driver(self.folder.store),
         )
 
     def failures(self, limit: int | None = None) -> list[dict[str, Any]]:

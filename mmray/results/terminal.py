@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +14,9 @@ from rich.text import Text
 from mmray.results.drift import Drift
 from mmray.results.plan import Plan
 from mmray.results.run import CERTIFICATES, ORDERS, Reason, Run, Status, reasons
+from mmray.results.status import AnalysisStatus
+from mmray.runs.lease import Driver
+from mmray.runs.receipts import Cost
 from mmray.settings import unit_of
 
 SHOWN_TOKENS = 6
@@ -130,6 +134,10 @@ def status(status: Status, failures: Iterable[dict[str, Any]], uri: str) -> Rend
                 "occurrences"
             )
         )
+    if status.driver is not None:
+        lines.append(Text(f"driver    {_driver(status.driver)}"))
+    if spent := spending(status.cost):
+        lines.append(Text(f"time      {spent}"))
     lines += [Text(f"skipped   {line}") for line in skipped(status.skipped, status.samples_done)]
     lines += [Text(f"shard {number} set aside: {reason}", "red") for number, reason in status.quarantined.items()]
     found = reasons(failures)
@@ -138,6 +146,70 @@ def status(status: Status, failures: Iterable[dict[str, Any]], uri: str) -> Rend
         failed = sum(len(reason.sources) for reason in rest)
         lines.append(Text(f"and {failed:,} more for {len(rest):,} other reasons: see the table errors", "yellow"))
     return Group(*lines)
+
+
+def spending(cost: Cost) -> str:
+    """Return where workers' time and memory went, the longest phase first; empty where receipts don't tell."""
+    timed = {name: seconds / cost.seconds for name, seconds in cost.phases.items()} if cost.seconds else {}
+    rest = 1 - sum(timed.values())
+    shares = [f"{name} {share:.0%}" for name, share in (timed | ({"other": rest} if rest >= 0.01 else {})).items()]
+    held = [f"{size / 1e9:.1f} GB of {where} memory" for where, size in cost.memory.items()]
+    spent = [f"{', '.join(shares)} of {cost.seconds:,.0f} s"] if timed else []
+    return "; ".join(spent + ([f"at most {' and '.join(held)} per worker"] if held else []))
+
+
+def analyses(found: Sequence[AnalysisStatus]) -> RenderableType:
+    """Return how far each analysis is: a row each, then what is to be said or done about it."""
+    shown = [one for one in found if not one.at_rest]
+    counts: dict[str, list[int]] = {
+        "pending": [one.pending for one in shown],
+        "quarantined": [len(one.quarantined) for one in shown],
+        "failed": [one.failures for one in shown],
+    }
+    # What is zero everywhere needs no column.
+    told = {name: numbers for name, numbers in counts.items() if any(numbers)}
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("analysis", "done", *told, "tables"):
+        table.add_column(name, justify="left" if name in ("analysis", "tables") else "right", no_wrap=True)
+    for row, one in enumerate(shown):
+        numbers = [_units(numbers[row]) if name != "failed" else f"{numbers[row]:,}" for name, numbers in told.items()]
+        done = f"{one.size_done:,} of {one.size:,} {one.noun}"
+        state = Text(one.tables, "" if one.tables in ("", "current") else "yellow")
+        table.add_row(Text(one.title), done, *numbers, state)
+    lines: list[RenderableType] = [
+        Text(f"{one.title}: {line}", style) for one in shown for line, style in _remarks(one)
+    ]
+    if rest := len(found) - len(shown):
+        lines.append(Text(f"and {rest:,} finished with other settings", "dim"))
+    return Group(Text(), table, *lines)
+
+
+def _units(count: int) -> str:
+    return f"{count:,} unit{'s' * (count != 1)}" if count else "0"
+
+
+def _driver(driver: Driver) -> str:
+    if driver.state == "at work":
+        return f"at work: process {driver.pid} on {driver.host}"
+    return f"{driver.state} {datetime.fromtimestamp(driver.seen):%Y-%m-%d %H:%M}"
+
+
+def _remarks(one: AnalysisStatus) -> Iterator[tuple[str, str]]:
+    """Yield what is to be said of an analysis, each line with its style."""
+    facts = [f"{one.rate:.2g} {one.noun}/s per worker"] if one.rate else []
+    facts += [spent] if (spent := spending(one.cost)) else []
+    facts += [f"driver {_driver(one.driver)}"] if one.driver is not None else []
+    if facts:
+        yield "; ".join(facts), "dim"
+    yield from ((line, "") for line in skipped(one.skipped, one.size_done))
+    yield from ((f"unit {number} quarantined: {reason}", "red") for number, reason in one.quarantined.items())
+    yield from ((line, "red") for line in one.damage)
+    if one.at_work:
+        return
+    if one.pending:
+        yield f"not finished; go on with: {one.renew}", "yellow"
+    elif one.tables not in ("", "current"):
+        yield f"tables {one.tables}; renew them: {one.renew}", "yellow"
 
 
 def skipped(counts: Mapping[str, int], samples: int) -> list[str]:

@@ -148,6 +148,12 @@ class RunFolder:
         """Return why shards were given up, by shard; not those that a late worker has `committed`."""
         return {number: receipt.reason or "" for number, receipt in self.aside(committed).items()}
 
+    def readable_receipts(self) -> tuple[dict[int, Receipt], dict[int, Receipt], list[DamagedUnitError]]:
+        """Return the receipts of committed units, those of quarantined ones, and what is wrong with any others."""
+        committed, damaged = self._read_receipts("receipts/")
+        aside, more = self._read_receipts("aside/")
+        return committed, {number: one for number, one in aside.items() if number not in committed}, damaged + more
+
     def _receipts(self, prefix: str) -> dict[int, Receipt]:
         receipts, damaged = self._read_receipts(prefix)
         if damaged:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 from uuid import uuid4
 
 from mmray.errors import InputError, StorageError
@@ -191,6 +192,32 @@ def _take(store: Store, owner: Owner, renewed: float, lifetime: float) -> int:
                 if KEY.fullmatch(entry.key) and entry.key < _key(number + 1):
                     store.delete(entry.key)
             return number + 1
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The last process that has held a lease."""
+
+    host: str
+    pid: int
+    state: Literal["at work", "ended", "died"]
+    seen: float
+    """When it last renewed or released the lease, in seconds since 1970 by the store's clock."""
+
+
+def last_driver(store: Store) -> Driver | None:
+    """Return who drives a run, or did last; None where nobody ever has, or the lease can't be read.
+
+    Of a process elsewhere only its renewals are known: without one for LIFETIME, by this machine's clock, it has died.
+    """
+    number = _last(store)
+    owner, entry = _owner(store, number), store.entry(_key(number))
+    if owner is None or owner is UNKNOWN or entry is None:
+        return None
+    alive = _alive(owner)
+    if alive is None:
+        alive = time.time() - entry.modified < LIFETIME
+    return Driver(owner.host, owner.pid, "ended" if owner.released else "at work" if alive else "died", entry.modified)
 
 
 def _renews(store: Store, number: int, owner: Owner, within: float, every: float = RENEWED / 5) -> bool:

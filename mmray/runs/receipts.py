@@ -47,8 +47,12 @@ class Receipt:
             if content.get("checksums") is not None:
                 content["checksums"] = {name: Checksum(**value) for name, value in content["checksums"].items()}
             receipt = cls(**content)
-            if not isinstance(receipt.shard_id, int) or not isinstance(receipt.parts, dict | None):
+            counts = (receipt.shard_id, receipt.samples, receipt.occurrences, receipt.failures)
+            if not all(isinstance(count, int) for count in counts) or not isinstance(receipt.parts, dict | None):
                 raise TypeError
+            # Such as are added up.
+            cost([receipt])
+            skipped([receipt])
         except (ValueError, TypeError, AttributeError) as error:
             raise DamagedError("not a receipt, or a cut one") from error
         return receipt
@@ -74,6 +78,30 @@ def skipped(receipts: Iterable[Receipt]) -> dict[str, int]:
     for receipt in receipts:
         counts.update(receipt.skipped)
     return dict(counts)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What units took, in all, of the workers' time; and what the largest worker held."""
+
+    seconds: float
+    phases: dict[str, float]
+    """Seconds by phase, the longest first, as far as the work is timed."""
+    memory: dict[str, int]
+    """Bytes at most: `host`, `gpu`."""
+
+
+NOTHING = Cost(0.0, {}, {})
+
+
+def cost(receipts: Iterable[Receipt]) -> Cost:
+    """Return what these units took."""
+    seconds, phases, memory = 0.0, Counter[str](), Counter[str]()
+    for receipt in receipts:
+        seconds += receipt.seconds
+        phases.update(receipt.phases)
+        memory |= Counter(receipt.memory)
+    return Cost(round(seconds, 3), {name: round(value, 3) for name, value in phases.most_common()}, dict(memory))
 
 
 def receipts_digest(receipts: Mapping[int, Receipt]) -> str:

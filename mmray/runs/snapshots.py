@@ -93,7 +93,7 @@ def open_snapshot(store: Store, job: str, number: str) -> Snapshot:
             name: tuple(TableFile(file["key"], Checksum(**file["checksum"])) for file in files)
             for name, files in content["tables"].items()
         }
-        return Snapshot(job, number, content["made_from"], content["headline"], tables)
+        return Snapshot(job, number, dict(content["made_from"]), dict(content["headline"]), tables)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{store.uri}/{key}: not a snapshot, or a cut one; run mmray {job} again") from error
 

@@ -1,12 +1,20 @@
-"""The command line in this process, and a small run for it to read."""
+"""The command line in this process, and a small run for it to read: as it is, or with a toy analysis."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from mmray.cli import main
+from mmray.engine import JobResult, Plan, Unit, checked
+from mmray.engine import run as run_job
+from mmray.features import FEATURES, Feature
+from mmray.results.run import Run, open_run
+from tests.engine import words
+from tests.engine.words import LetterJob, LetterSettings
 from tests.results.conftest import run
 
 __all__ = ["Answer", "mmray", "run"]
@@ -45,3 +53,45 @@ def mmray(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         return Answer(int(ended.value.code or 0), captured.out, captured.err)
 
     return call
+
+
+LINES = [f"{'abc'[n % 3]}{n}" for n in range(95)]
+
+
+class CountJob(LetterJob):
+    """The toy, on a census."""
+
+    def plan(self) -> Plan[str]:
+        plan = super().plan()
+        return Plan(plan.units, {**plan.digests, **open_run(self.settings.run).digests()}, plan.context)
+
+
+@pytest.fixture
+def census(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A run of this test's own, and a feature that it may have been analysed with."""
+    monkeypatch.setitem(FEATURES, "letters", Feature("letters", (), "mmray letters RUN", ("letters",), "lines"))
+    shutil.copytree(run.uri, tmp_path / "run")
+    return str(tmp_path / "run")
+
+
+@pytest.fixture
+def count(census: str, tmp_path: Path) -> Callable[..., JobResult]:
+    """Return what runs the toy on the census, with other settings where they are given."""
+    (tmp_path / "text.txt").write_text("\n".join(LINES))
+
+    def call(**settings: object) -> JobResult:
+        asked = {"run": census, "text": str(tmp_path / "text.txt"), "local": True, **settings}
+        return run_job(CountJob(checked(LetterSettings, asked)))
+
+    return call
+
+
+@pytest.fixture
+def hook(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Unit], None]], None]:
+    """Return what has the toy's worker do something before each unit."""
+
+    def install(action: Callable[[Unit], None]) -> None:
+        monkeypatch.setitem(words.HOOKS, "test", action)
+        monkeypatch.setenv("MMRAY_TEST_HOOK", "test")
+
+    return install

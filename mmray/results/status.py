@@ -1,0 +1,170 @@
+"""How far each analysis of a run is, who drives it, and whether its tables are those of its parts and of the census."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from mmray.errors import DamagedError, InputError, StorageError
+from mmray.results.run import Run
+from mmray.runs import Receipt
+from mmray.runs.analyses import Analysis, find_analyses
+from mmray.runs.folder import RunFolder
+from mmray.runs.lease import Driver, last_driver
+from mmray.runs.receipts import Cost, cost, receipts_digest, skipped
+from mmray.runs.snapshots import Snapshot, newest
+
+READERS = 8
+"""Analyses that are looked at at once."""
+
+Tables = Literal["", "current", "not made", "older than the parts", "older than the census", "of other settings"]
+"""State of an analysis's tables; empty for one that makes none and that the census has not left behind."""
+
+
+@dataclass(frozen=True)
+class AnalysisStatus:
+    """How far an analysis is."""
+
+    name: str
+    title: str
+    folder: str
+    """Below the run's."""
+    noun: str
+    """What sizes count."""
+    units: int
+    units_done: int
+    quarantined: dict[int, str]
+    size: int
+    size_done: int
+    failures: int
+    skipped: dict[str, int]
+    cost: Cost
+    tables: Tables
+    renew: str
+    """The command that goes on with it, or renews its tables."""
+    driver: Driver | None
+    damage: tuple[str, ...]
+    """What is wrong with its files, a line each."""
+
+    @property
+    def pending(self) -> int:
+        """Units that are neither done nor quarantined."""
+        return self.units - self.units_done - len(self.quarantined)
+
+    @property
+    def rate(self) -> float:
+        """What is counted, per second of a worker's time."""
+        return self.size_done / self.cost.seconds if self.cost.seconds else 0.0
+
+    @property
+    def at_work(self) -> bool:
+        """Whether somebody drives it."""
+        return self.driver is not None and self.driver.state == "at work"
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing is left to be said or done about it but that it once was computed with other settings."""
+        return self.tables == "of other settings" and not (self.pending or self.quarantined or self.damage)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what --json says of it."""
+        return asdict(self) | {"pending": self.pending, "rate": self.rate}
+
+
+def analyses(run: Run) -> list[AnalysisStatus]:
+    """Return how far each analysis is that the run's folder holds."""
+    census = run.digests()["receipts"] if run.snapshot else ""
+    found = find_analyses(run.folder.store)
+    last: dict[tuple[str, str, str], Analysis] = {}
+    for analysis in found:
+        last.setdefault((analysis.target, analysis.feature.name, analysis.step), analysis)
+
+    def look(analysis: Analysis) -> AnalysisStatus:
+        return _status(analysis, census, is_last=analysis in last.values())
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(look, found))
+
+
+def _status(analysis: Analysis, census: str, *, is_last: bool) -> AnalysisStatus:
+    folder, damage = analysis.folder(), []
+    info: Mapping[str, Any] = {}
+    done: dict[int, Receipt] = {}
+    aside: dict[int, Receipt] = {}
+    sizes: list[int] = []
+    snapshot = None
+    try:
+        info = folder.info() or {}
+        done, aside, wrong = folder.readable_receipts()
+        damage += [str(error) for error in wrong]
+        sizes = _sizes(folder)
+        snapshot = newest(analysis.tables(), analysis.feature.name)
+    except StorageError:
+        raise
+    except InputError as error:
+        damage.append(str(error))
+    units = len(sizes) or len(done) + len(aside)
+    receipts = [*done.values(), *aside.values()]
+    size_done = sum(receipt.samples for receipt in receipts)
+    finished = bool(info) and len(done) + len(aside) >= units
+    return AnalysisStatus(
+        name=analysis.feature.name,
+        title=analysis.title,
+        folder=analysis.key,
+        noun=analysis.feature.noun,
+        units=units,
+        units_done=len(done),
+        quarantined={number: receipt.reason or "" for number, receipt in aside.items()},
+        size=max(sum(sizes), size_done),
+        size_done=size_done,
+        failures=sum(receipt.failures for receipt in done.values()),
+        skipped=skipped(done.values()),
+        cost=cost(done.values()),
+        tables=_tables(analysis, info, snapshot, done, census, finished=finished, is_last=is_last),
+        renew=analysis.command,
+        driver=last_driver(analysis.lease()),
+        damage=tuple(damage),
+    )
+
+
+def _sizes(folder: RunFolder) -> list[int]:
+    """Return the sizes of an analysis's units; raises DamagedError where they can't be read."""
+    try:
+        return [int(size) for size in json.loads(folder.manifest())["sizes"]]
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{folder.store.uri}/manifest.json: damaged or gone; the same command makes it") from error
+
+
+def _tables(
+    analysis: Analysis,
+    info: Mapping[str, Any],
+    snapshot: Snapshot | None,
+    done: Mapping[int, Receipt],
+    census: str,
+    *,
+    finished: bool,
+    is_last: bool,
+) -> Tables:
+    """Return the state of an analysis's tables."""
+    behind: Tables = "older than the census"
+    digests = info.get("digests")
+    begun_on = digests.get("receipts", census) if isinstance(digests, dict) else census
+    is_behind = bool(census) and begun_on != census
+    if not analysis.feature.tables:
+        if finished and not is_last:
+            return "of other settings"
+        return behind if is_behind else ""
+    if snapshot is None:
+        return "not made"
+    made_from = snapshot.made_from
+    if "fingerprint" not in made_from:
+        # Several analyses share the tables, each with the census that it was made from.
+        return behind if census and any(receipts != census for receipts in made_from.values()) else "current"
+    if made_from["fingerprint"] != info.get("fingerprint"):
+        return "not made" if is_last else "of other settings"
+    if made_from.get("receipts") != receipts_digest(done):
+        return "older than the parts"
+    return behind if is_behind else "current"

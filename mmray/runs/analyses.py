@@ -1,0 +1,79 @@
+"""The analyses that a run's folder holds, found by what lies there: every folder that a job has begun.
+
+saliency/872f33d1080408c6/run.json             an analysis of the run, under the fingerprint of its settings
+selectivity/0b1c…/tests/run.json               a step of one
+edits/NAME/evaluations/51aa…/run.json          an analysis of one of the run's edits
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from mmray.features import FEATURES, Feature
+from mmray.runs.folder import RunFolder
+from mmray.storage import Entry, Store
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A folder that a job has begun, below that of a run."""
+
+    feature: Feature
+    root: str
+    """Where the run lies."""
+    target: str
+    """Below it, what the job writes tables for: empty for the run itself, or an edit."""
+    step: str
+    key: str
+    """Below it, where units are committed."""
+    begun: float
+    """When, in seconds since 1970 by the store's clock."""
+
+    @property
+    def title(self) -> str:
+        """What people call it: the feature, with its step, and the edit that it is of."""
+        edit = self.target.removeprefix("edits/")
+        return " ".join(filter(None, (self.feature.name, self.step, edit and f"of {edit}")))
+
+    @property
+    def command(self) -> str:
+        """What renews it."""
+        edit = f"{self.root}/{self.target}"
+        return re.sub(r"\bEDIT\b", edit, re.sub(r"\bRUN\b", self.root, self.feature.command))
+
+    def folder(self) -> RunFolder:
+        """Return where units are committed."""
+        return RunFolder.at(f"{self.root}/{self.key}")
+
+    def lease(self) -> Store:
+        """Return the store of the lease that whoever drives it holds."""
+        return RunFolder.at("/".join(filter(None, (self.root, self.target, self.feature.name)))).store
+
+    def tables(self) -> Store:
+        """Return the store of its tables."""
+        return RunFolder.at("/".join(filter(None, (self.root, self.target)))).store
+
+
+def find_analyses(store: Store) -> list[Analysis]:
+    """Return all that have begun: those of the run, then those of its edits; of each the last begun first."""
+    names = [name for name in FEATURES if name != "census"]
+    prefixes = [*(f"{name}/" for name in names), "edits/"]
+    with ThreadPoolExecutor(len(prefixes)) as pool:
+        entries = [entry for found in pool.map(store.list, prefixes) for entry in found]
+    return sorted(
+        _analyses(store.uri, names, entries),
+        key=lambda found: (found.target, names.index(found.feature.name), -found.begun, found.key),
+    )
+
+
+def _analyses(root: str, names: Sequence[str], entries: Iterable[Entry]) -> Iterable[Analysis]:
+    place = rf"(?P<key>(?:(?P<target>.+)/)?(?P<name>{'|'.join(names)})/[0-9a-f]{{16}}(?:/(?P<step>[^/]+))?)"
+    # The end is that of a commit on a store without conditions.
+    begun = re.compile(rf"{place}/run\.json(?:~[^/]+)?")
+    for entry in entries:
+        if match := begun.fullmatch(entry.key):
+            feature = FEATURES[match["name"]]
+            yield Analysis(feature, root, match["target"] or "", match["step"] or "", match["key"], entry.modified)
