@@ -12,7 +12,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.live import Live
 
-from mmray.cli.options import AsJson, RunArgument, app, console, say
+from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, say
 
 if TYPE_CHECKING:
     from mmray.results.run import Status
@@ -38,8 +38,9 @@ def status(
         bool,
         typer.Option(
             "--sweep",
-            help="First remove what killed and late workers left: parts of shards that no receipt names, half-written "
-            "files. What a worker might still commit is left for an hour.",
+            help="First remove what killed and late workers left: parts that no receipt names, half-written files, "
+            "notes on attempts at what is committed. What a worker might still commit is left for an hour; a job "
+            "that is driven is left alone (exit status 4).",
         ),
     ] = False,
     as_json: AsJson = False,
@@ -48,12 +49,14 @@ def status(
     time; who drives it; and which tables are older than what they are made from, with the command that renews them.
     """
     from mmray.results.run import open_run
-    from mmray.runs.sweep import sweep as sweep_run
+    from mmray.runs.sweep import sweep_run
 
     swept = sweep_run(open_run(run).folder) if sweep else None
     if swept and not as_json:
         young = f"; {swept.young} younger than an hour left" if swept.young else ""
         say(f"swept {swept.objects} objects, {swept.bytes / 1e6:.1f} MB{young}")
+        for reason in swept.left:
+            say(f"not swept: {reason}", "yellow")
     if watch:
         _watch(run, as_json=as_json)
         return
@@ -63,6 +66,8 @@ def status(
     else:
         # Lines with paths and commands stay whole at any width.
         console.print(seen.view(), soft_wrap=True)
+    if swept and swept.left:
+        raise typer.Exit(INCOMPLETE)
 
 
 @dataclass(frozen=True)

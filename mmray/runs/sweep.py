@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from uuid import uuid4
 
+from mmray.errors import InputError
+from mmray.runs.analyses import find_analyses
 from mmray.runs.folder import RunFolder, unit_of
 from mmray.runs.lease import driving
+from mmray.runs.snapshots import open_snapshot, snapshots
 from mmray.storage import Entry, Store
 
 GRACE = 3600.0
@@ -22,26 +26,86 @@ class Swept:
     objects: int
     bytes: int
     young: int
+    left: tuple[str, ...] = ()
+    """Why a job was left alone, such as that it is driven."""
+
+
+def sweep_run(folder: RunFolder, grace: float = GRACE) -> Swept:
+    """Sweep a run and each of its analyses; a job that is driven, or whose receipts are damaged, is left alone."""
+    swept: list[Swept] = []
+    left: list[str] = []
+    for job in _jobs(folder):
+        try:
+            swept.append(_sweep(job, grace))
+        except InputError as error:
+            left.append(str(error))
+    objects, size, young = (sum(getattr(one, name) for one in swept) for name in ("objects", "bytes", "young"))
+    return Swept(objects, size, young, tuple(left))
 
 
 def sweep(folder: RunFolder, grace: float = GRACE) -> Swept:
     """Remove parts that no receipt names, half-written files, and probes; raises InputError while the run is driven."""
-    with driving(folder.store):
-        now = _clock(folder.store)
-        useless, doubtful = orphans(folder)
-        young = [entry for entry in doubtful if entry.modified > now - grace]
-        removed = useless + [entry for entry in doubtful if entry.modified <= now - grace]
-        for entry in removed:
-            folder.store.delete(entry.key)
+    return _sweep(_Job("census", folder.store, folder.store, [folder]), grace)
+
+
+@dataclass
+class _Job:
+    """A job of a run: who drives it holds the lease of all its folders."""
+
+    name: str
+    lease: Store
+    tables: Store
+    folders: list[RunFolder]
+
+
+def _jobs(run: RunFolder) -> Iterable[_Job]:
+    store = run.store
+    found = {("", "census"): _Job("census", store, store, [run])}
+    for name in snapshots(store):
+        if name != "census":
+            # Such as a pipeline, which has tables and no units of its own.
+            found["", name] = _Job(name, RunFolder.at(f"{store.uri}/{name}").store, store, [])
+    for analysis in find_analyses(store):
+        name = analysis.feature.name
+        job = found.setdefault((analysis.target, name), _Job(name, analysis.lease(), analysis.tables(), []))
+        job.folders.append(analysis.folder())
+    return found.values()
+
+
+def _sweep(job: _Job, grace: float) -> Swept:
+    with driving(job.lease):
+        now = _clock(job.lease)
+        young: list[Entry] = []
+        removed: list[Entry] = []
+        for store, useless, doubtful in [
+            *((folder.store, *orphans(folder)) for folder in job.folders),
+            (job.tables, [], _unnamed(job.tables, job.name)),
+        ]:
+            old = [entry for entry in doubtful if entry.modified <= now - grace]
+            young += [entry for entry in doubtful if entry.modified > now - grace]
+            for entry in useless + old:
+                store.delete(entry.key)
+            removed += useless + old
     return Swept(len(removed), sum(entry.size for entry in removed), len(young))
+
+
+def _unnamed(store: Store, job: str) -> list[Entry]:
+    """Return the files of tables that no snapshot of a job names: of merges that were killed."""
+    files = [entry for entry in store.list(f"snapshots/{job}/") if entry.key.endswith(".parquet")]
+    # The snapshots after the files: what is committed in between is seen as named.
+    opened = [open_snapshot(store, job, number) for number in snapshots(store, job).get(job, [])]
+    named = {file.key for snapshot in opened for table in snapshot.tables.values() for file in table}
+    return [entry for entry in files if entry.key not in named]
 
 
 def orphans(folder: RunFolder) -> tuple[list[Entry], list[Entry]]:
     """Return the objects that nobody can need any more, and those that an unfinished attempt might.
 
-    A shard that is committed stays as its receipt says: other parts of it are of attempts that came too late.
+    A shard that is committed stays as its receipt says: other parts of it are of attempts that came too late, and what
+    was noted of its attempts, or of why it was given up before, is of no use any more.
     """
     parts = folder.store.list("shards/")
+    notes = folder.store.list("attempts/") + folder.store.list("aside/")
     # The receipts after the parts: a shard that is committed in between is seen as committed.
     receipts = folder.receipts()
     named = {key for receipt in receipts.values() for key in (receipt.parts or {}).values()}
@@ -52,6 +116,7 @@ def orphans(folder: RunFolder) -> tuple[list[Entry], list[Entry]]:
             number = unit_of(entry.key)
             if number is not None:
                 (useless if number in receipts else doubtful).append(entry)
+    useless += [entry for entry in notes if unit_of(entry.key) in receipts]
     return useless, doubtful
 
 

@@ -1,6 +1,7 @@
 """What status tells of a run's analyses, tried on a toy that has a line in the table of features."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -217,3 +218,45 @@ def test_a_worker_that_loses_an_answer_leaves_its_unit_pending(census, count, mo
         count()
     assert only(census).pending == 10
     assert RunFolder.commit_shard is real
+
+
+def orphan(folder):
+    """Leave the part of an attempt at unit 0 that came too late, and return it."""
+    path = folder / "shards/000000/0badcafe-counts.parquet"
+    path.write_bytes(b"late")
+    return path
+
+
+def contents(census):
+    files = (path for path in Path(census).rglob("*") if path.is_file())
+    return {str(path): path.read_bytes() for path in files if not {"lease", "attempts"} & set(path.parts)}
+
+
+def test_a_sweep_takes_orphans_of_analyses_and_nothing_else(mmray, census, count):
+    count()
+    count(upper=True)
+    before = contents(census)
+    late = [orphan(begun.parent) for begun in Path(census, "letters").glob("*/run.json")]
+    half = Path(census, "snapshots/letters/.tmp-half")
+    half.write_bytes(b"half")
+    os.utime(half, (1, 1))
+    answer = mmray("status", census, "--sweep")
+    assert answer.status == 0
+    assert len(late) == 2
+    assert "swept" in answer.out
+    assert contents(census) == before
+    assert not list(Path(census, "letters").glob("*/attempts/*/*"))
+    assert mmray("status", census, "--sweep").out.startswith("swept 0 objects")
+
+
+def test_a_job_at_work_is_not_swept_and_the_others_are(mmray, census, count):
+    count()
+    (begun,) = Path(census, "letters").glob("*/run.json")
+    late = [orphan(begun.parent), orphan(Path(census))]
+    with drive_analysis(f"{census}/letters"):
+        answer = mmray("status", census, "--sweep")
+    assert answer.status == 4
+    assert f"not swept: {census}/letters: another driver is at work" in answer.out
+    assert [path.exists() for path in late] == [True, False]
+    assert mmray("status", census, "--sweep").status == 0
+    assert not late[0].exists()

@@ -8,6 +8,7 @@ import pytest
 from mmray.errors import InputError
 from mmray.runs import RunFolder
 from mmray.runs.lease import driving
+from mmray.runs.snapshots import SnapshotWriter
 from mmray.runs.sweep import sweep
 from mmray.storage import LocalStore, Store
 from tests.storage.stores import Killed, Mortal
@@ -87,4 +88,28 @@ def test_a_run_at_work_is_not_swept(store: Store) -> None:
     before = contents(store)
     with driving(store), pytest.raises(InputError, match="another driver is at work"):
         sweep(folder, grace=0)
+    assert contents(store) == before
+
+
+def test_notes_on_attempts_at_what_is_committed_go(store: Store) -> None:
+    folder = begun(store)
+    before = contents(store)
+    folder.attempt(0)
+    folder.set_aside(0, 1, "given up")
+    kept = f"attempts/{1:06d}/{folder.attempt(1)}"
+    assert sweep(folder).objects == 2
+    assert contents(store) == before | {kept: store.read(kept)}
+
+
+def test_files_of_a_merge_that_was_killed_go_after_an_hour(store: Store) -> None:
+    folder = begun(store)
+    writer = SnapshotWriter(store, "census", 1)
+    writer.add("captions", tables()["captions"])
+    writer.commit({}, {})
+    before = contents(store)
+    killed = SnapshotWriter(store, "census", 2)
+    killed.add("captions", tables()["captions"])
+    killed.tables["captions"].close()
+    assert (sweep(folder).objects, sweep(folder).young) == (0, 1)
+    assert sweep(folder, grace=-5).objects == 1
     assert contents(store) == before
