@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -12,6 +13,9 @@ from mmray.cli import main
 from mmray.cli.options import app
 from mmray.config import read_config
 from mmray.errors import InputError
+
+ONCE = ("retry_failed", "address")
+"""Settings of one call, which a later one need not share."""
 
 
 def run_job(command: str) -> NoReturn:
@@ -61,3 +65,27 @@ def words_of(command: str, settings: Mapping[str, Any]) -> list[str]:
     if left:
         raise InputError(f"there is no setting {next(iter(left))!r}; see mmray {command} --help")
     return [command, *options, "--", *positions]
+
+
+def command_line(template: str, places: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+    """Return a call of a command with these settings, without those that are the default.
+
+    `places` are settings that are not what they were, such as RUN from where this is asked. Where the settings are not
+    those of the command, such as those of a pipeline's step, or there is no such command, it is the template.
+    """
+    name = template.split()[1]
+    command = typer.main.get_command(app).commands.get(name)  # type: ignore[attr-defined]
+    if command is None:
+        return template
+    parameters = {parameter.name: parameter for parameter in command.params}
+    known = {**settings, **{place: value for place, value in places.items() if place in settings}}
+    if any(parameter.required and known.get(word) is None for word, parameter in parameters.items()):
+        return template
+    own = {
+        word: value
+        for word, value in known.items()
+        if word in parameters and word not in ONCE and (parameters[word].required or value != parameters[word].default)
+    }
+    words = words_of(name, own)
+    end = words.index("--")
+    return shlex.join(["mmray", name, *words[end + 1 :], *words[1:end]])

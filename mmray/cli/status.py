@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
 from rich.live import Live
 
-from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, say
+from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, plural, say
+from mmray.errors import DamagedError
 
 if TYPE_CHECKING:
     from mmray.results.run import Status
     from mmray.results.status import AnalysisStatus
+    from mmray.runs.verification import Problem, Verified
 
+DAMAGED = 3
+"""Exit status of --verify where a file is not what was written."""
 FIRST = 10
 """Failed samples that --json gives; all are in the run's table `errors`."""
 REFRESHED, LOOKING = 3.0, 0.2
@@ -43,6 +47,14 @@ def status(
             "that is driven is left alone (exit status 4).",
         ),
     ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Read every committed part, snapshot and table file; name each that is damaged or missing, with the "
+            "command that redoes it (exit status 3), and files that mmray did not write.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say how far a run and each of its analyses is: done, pending, quarantined, and why; what failed; what took the
@@ -50,6 +62,7 @@ def status(
     """
     from mmray.results.run import open_run
     from mmray.runs.sweep import sweep_run
+    from mmray.runs.verification import verify_run
 
     swept = sweep_run(open_run(run).folder) if sweep else None
     if swept and not as_json:
@@ -60,14 +73,53 @@ def status(
     if watch:
         _watch(run, as_json=as_json)
         return
-    seen = _look(run)
+    verified = verify_run(open_run(run).folder) if verify else None
+    problems = [_told(problem, run) for problem in verified.problems] if verified else []
+    try:
+        seen = _look(run)
+    except DamagedError:
+        if not problems:
+            raise
+        # What can't be counted is among the problems.
+        seen = None
     if as_json:
-        print(json.dumps(seen.summary() | ({"swept": asdict(swept)} if swept else {})))
+        more = {"swept": asdict(swept)} if swept else {}
+        more |= {"verified": {**asdict(verified), "problems": problems}} if verified else {}
+        print(json.dumps((seen.summary() if seen else {}) | more))
     else:
-        # Lines with paths and commands stay whole at any width.
-        console.print(seen.view(), soft_wrap=True)
+        if seen:
+            # Lines with paths and commands stay whole at any width.
+            console.print(seen.view(), soft_wrap=True)
+        if verified:
+            _say_verified(verified, problems)
+    if problems:
+        raise typer.Exit(DAMAGED)
     if swept and swept.left:
         raise typer.Exit(INCOMPLETE)
+
+
+def _say_verified(verified: Verified, problems: Sequence[Mapping[str, str]]) -> None:
+    read = f"{verified.files:,} files, {verified.bytes / 1e6:,.1f} MB"
+    wrong = plural(len(problems), "file") + f" damaged or missing; {read} as they were written"
+    say(f"\nverified: {wrong if problems else f'{read}, all as they were written'}")
+    for problem in problems:
+        say(f"{problem['path']}: {problem['why']}; {problem['redo']}", "red")
+    for path in verified.foreign:
+        say(f"{path}: not written by mmray; it changes nothing, and may be removed", "yellow")
+
+
+def _told(problem: Problem, uri: str) -> dict[str, str]:
+    """Return a problem with what redoes the file."""
+    steps = [f"remove {problem.remove}"] if problem.remove else []
+    steps += [f"run: {_command(problem.command, uri, problem.settings)}"] if problem.command else []
+    return {"path": problem.path, "why": problem.why, "redo": ", then ".join(steps)}
+
+
+def _command(template: str, uri: str, settings: Mapping[str, Any]) -> str:
+    """Return the call that has made something of a run."""
+    from mmray.cli.job import command_line
+
+    return command_line(template, {"run": uri, "out": uri}, settings)
 
 
 @dataclass(frozen=True)
@@ -127,7 +179,8 @@ def _look(uri: str) -> _Seen:
     from mmray.results.status import analyses
 
     run = open_run(uri)
-    return _Seen(run.uri, run.status(), run.failures(), analyses(run))
+    found = [replace(one, renew=_command(one.renew, run.uri, one.settings)) for one in analyses(run)]
+    return _Seen(run.uri, run.status(), run.failures(), found)
 
 
 def _watch(uri: str, *, as_json: bool) -> None:

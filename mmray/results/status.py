@@ -45,6 +45,8 @@ class AnalysisStatus:
     tables: Tables
     renew: str
     """The command that goes on with it, or renews its tables."""
+    settings: Mapping[str, Any]
+    """Those that it was called with."""
     driver: Driver | None
     damage: tuple[str, ...]
     """What is wrong with its files, a line each."""
@@ -125,6 +127,7 @@ def _status(analysis: Analysis, census: str, *, is_last: bool) -> AnalysisStatus
         cost=cost(done.values()),
         tables=_tables(analysis, info, snapshot, done, census, finished=finished, is_last=is_last),
         renew=analysis.command,
+        settings=settings if isinstance(settings := info.get("settings"), dict) else {},
         driver=last_driver(analysis.lease()),
         damage=tuple(damage),
     )

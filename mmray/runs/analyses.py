@@ -8,12 +8,13 @@ edits/NAME/evaluations/51aa…/run.json          an analysis of one of the run's
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from mmray.features import FEATURES, Feature
 from mmray.runs.folder import RunFolder
+from mmray.runs.snapshots import snapshots
 from mmray.storage import Entry, Store
 
 
@@ -41,8 +42,7 @@ class Analysis:
     @property
     def command(self) -> str:
         """What renews it."""
-        edit = f"{self.root}/{self.target}"
-        return re.sub(r"\bEDIT\b", edit, re.sub(r"\bRUN\b", self.root, self.feature.command))
+        return _filled(self.feature.command, {"RUN": self.root, "EDIT": f"{self.root}/{self.target}"})
 
     def folder(self) -> RunFolder:
         """Return where units are committed."""
@@ -77,3 +77,43 @@ def _analyses(root: str, names: Sequence[str], entries: Iterable[Entry]) -> Iter
         if match := begun.fullmatch(entry.key):
             feature = FEATURES[match["name"]]
             yield Analysis(feature, root, match["target"] or "", match["step"] or "", match["key"], entry.modified)
+
+
+@dataclass(frozen=True)
+class RunJob:
+    """A job of a run: who drives it holds the lease of all its folders."""
+
+    feature: Feature
+    command: str
+    """What renews it."""
+    lease: Store
+    tables: Store
+    """Where its tables and snapshots lie."""
+    folders: list[RunFolder]
+    """Where its units are committed, the last begun first."""
+
+
+def census_of(run: RunFolder) -> RunJob:
+    """Return the job that every run begins with."""
+    command = _filled(FEATURES["census"].command, {"OUT": run.store.uri})
+    return RunJob(FEATURES["census"], command, run.store, run.store, [run])
+
+
+def jobs_of(run: RunFolder) -> list[RunJob]:
+    """Return the census and all that has been made of it."""
+    store = run.store
+    found = {("", "census"): census_of(run)}
+    for name in snapshots(store):
+        if name in FEATURES and name != "census":
+            # Such as a pipeline, which has tables and no units of its own.
+            command = _filled(FEATURES[name].command, {"RUN": store.uri})
+            found["", name] = RunJob(FEATURES[name], command, RunFolder.at(f"{store.uri}/{name}").store, store, [])
+    for analysis in find_analyses(store):
+        job = RunJob(analysis.feature, analysis.command, analysis.lease(), analysis.tables(), [])
+        found.setdefault((analysis.target, analysis.feature.name), job).folders.append(analysis.folder())
+    return list(found.values())
+
+
+def _filled(command: str, places: Mapping[str, str]) -> str:
+    """Return a command with its words in capitals replaced."""
+    return " ".join(places.get(word, word) for word in command.split())

@@ -55,6 +55,8 @@ class DamagedUnitError(DamagedError):
     def __init__(self, folder: RunFolder, key: str, why: str, receipt: str) -> None:
         super().__init__(f"{folder.store.uri}: {key}: {why}; remove {receipt} and run the same command again")
         self.folder = folder
+        self.key = key
+        self.why = why
         self.what = f"{folder.store.uri}: {key}: {why}; {receipt} is removed"
         self.receipt = receipt
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from uuid import uuid4
 
 from mmray.errors import InputError
-from mmray.runs.analyses import find_analyses
+from mmray.runs.analyses import RunJob, census_of, jobs_of
 from mmray.runs.folder import RunFolder, unit_of
 from mmray.runs.lease import driving
 from mmray.runs.snapshots import open_snapshot, snapshots
@@ -34,7 +33,7 @@ def sweep_run(folder: RunFolder, grace: float = GRACE) -> Swept:
     """Sweep a run and each of its analyses; a job that is driven, or whose receipts are damaged, is left alone."""
     swept: list[Swept] = []
     left: list[str] = []
-    for job in _jobs(folder):
+    for job in jobs_of(folder):
         try:
             swept.append(_sweep(job, grace))
         except InputError as error:
@@ -45,41 +44,17 @@ def sweep_run(folder: RunFolder, grace: float = GRACE) -> Swept:
 
 def sweep(folder: RunFolder, grace: float = GRACE) -> Swept:
     """Remove parts that no receipt names, half-written files, and probes; raises InputError while the run is driven."""
-    return _sweep(_Job("census", folder.store, folder.store, [folder]), grace)
+    return _sweep(census_of(folder), grace)
 
 
-@dataclass
-class _Job:
-    """A job of a run: who drives it holds the lease of all its folders."""
-
-    name: str
-    lease: Store
-    tables: Store
-    folders: list[RunFolder]
-
-
-def _jobs(run: RunFolder) -> Iterable[_Job]:
-    store = run.store
-    found = {("", "census"): _Job("census", store, store, [run])}
-    for name in snapshots(store):
-        if name != "census":
-            # Such as a pipeline, which has tables and no units of its own.
-            found["", name] = _Job(name, RunFolder.at(f"{store.uri}/{name}").store, store, [])
-    for analysis in find_analyses(store):
-        name = analysis.feature.name
-        job = found.setdefault((analysis.target, name), _Job(name, analysis.lease(), analysis.tables(), []))
-        job.folders.append(analysis.folder())
-    return found.values()
-
-
-def _sweep(job: _Job, grace: float) -> Swept:
+def _sweep(job: RunJob, grace: float) -> Swept:
     with driving(job.lease):
         now = _clock(job.lease)
         young: list[Entry] = []
         removed: list[Entry] = []
         for store, useless, doubtful in [
             *((folder.store, *orphans(folder)) for folder in job.folders),
-            (job.tables, [], _unnamed(job.tables, job.name)),
+            (job.tables, [], _unnamed(job.tables, job.feature.name)),
         ]:
             old = [entry for entry in doubtful if entry.modified <= now - grace]
             young += [entry for entry in doubtful if entry.modified > now - grace]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmray.cli import status as cli
+from mmray.cli.job import command_line
 from mmray.engine import LocalExecutor
 from mmray.results.run import Run, open_run
 from mmray.results.status import analyses
@@ -17,6 +18,14 @@ from mmray.runs import RunFolder
 from mmray.runs.analyses import find_analyses
 from mmray.runs.driver import drive_analysis
 from tests.e2e.conftest import LINES
+
+
+def test_a_command_says_what_is_not_the_default():
+    settings = {"run": "old", "images": 40, "local": True, "seed": 0, "retry_failed": True, "detector": None}
+    command = command_line("mmray saliency RUN", {"run": "new run"}, settings)
+    assert command == "mmray saliency 'new run' --images=40 --local"
+    # Settings of a step say nothing about the file of the whole.
+    assert command_line("mmray pipeline FILE", {"run": "r"}, {"run": "r", "name": "x"}) == "mmray pipeline FILE"
 
 
 def fail(unit):
