@@ -25,6 +25,7 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL.Image import Image, Transpose
 
+from mmray.engine.clock import phase
 from mmray.settings import BACKGROUND
 from mmray.storage import read_file, too_large
 
@@ -49,6 +50,7 @@ TURNS = {
 """EXIF orientation → how the stored pixels have to be turned."""
 
 
+@phase("decode")
 def decode_image(encoded: bytes, background: str = BACKGROUND) -> Image:
     """Return the picture in RGB; raises ValueError, with the reason, for anything that is none."""
     try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from mmray.datasets.contents import DataFile, Source
 from mmray.datasets.samples import Failure, Sample
+from mmray.engine.clock import timed
 from mmray.errors import InputError, ShardError
 
 FORMAT = 1
@@ -172,7 +173,7 @@ def read_shard(source: Source, shard: Shard) -> Iterator[Sample | Failure]:
     given, first = source.columns.sample_id is not None, dict[str, str]()
     for piece in shard.pieces:
         rows = 0
-        for row in source.read(piece.path, piece.start, piece.stop):
+        for row in timed("read", source.read(piece.path, piece.start, piece.stop)):
             rows += 1
             if given and isinstance(row, Sample) and first.setdefault(row.sample_id, row.source) != row.source:
                 message = f"sample id {row.sample_id!r} occurs twice; the first is used, at {first[row.sample_id]}"

@@ -11,45 +11,53 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
-T = TypeVar("T")
+Item = TypeVar("Item")
 
 _phases: ContextVar[dict[str, float] | None] = ContextVar("phases", default=None)
 """Seconds by phase of the unit that this context works on."""
+_phase: ContextVar[str | None] = ContextVar("phase", default=None)
+"""The phase that it is in."""
 
 
 @contextmanager
 def timed_phases() -> Iterator[dict[str, float]]:
     """Collect the seconds of every `phase` within the block, in this thread."""
     seconds: dict[str, float] = defaultdict(float)
-    token = _phases.set(seconds)
+    tokens = _phases.set(seconds), _phase.set(None)
     try:
         yield seconds
     finally:
-        _phases.reset(token)
+        _phases.reset(tokens[0])
+        _phase.reset(tokens[1])
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Count the block's time as that phase of the unit at work: read, forward, score, reduce, …
+    """Count the block's time, or a decorated function's, as that phase of the unit at work: read, forward, score, …
 
-    Without a unit at work nothing is counted. On a GPU a phase ends when its results are asked for, which may be in
-    the next one.
+    A phase within another is not counted as the other's. Without a unit at work nothing is counted. On a GPU a phase
+    ends when its results are asked for, which may be in the next one.
     """
-    seconds, began = _phases.get(), time.perf_counter()
+    seconds, outer, began = _phases.get(), _phase.get(), time.perf_counter()
+    token = _phase.set(name)
     try:
         yield
     finally:
+        _phase.reset(token)
         if seconds is not None:
-            seconds[name] += time.perf_counter() - began
+            spent = time.perf_counter() - began
+            seconds[name] += spent
+            if outer is not None:
+                seconds[outer] -= spent
 
 
-def each_in_phase(name: str, items: Iterable[T]) -> Iterator[T]:
-    """Yield the items; the time that each takes to come counts as that phase, what is done with it does not."""
-    iterator = iter(items)
+def timed(name: str, items: Iterable[Item]) -> Iterator[Item]:
+    """Yield the items; the time that each takes to come is that phase's."""
+    waiting = iter(items)
     while True:
         with phase(name):
             try:
-                item = next(iterator)
+                item = next(waiting)
             except StopIteration:
                 return
         yield item

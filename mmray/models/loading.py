@@ -6,6 +6,7 @@ import hashlib
 import textwrap
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import mmray.demo
+from mmray.engine.clock import phase
 from mmray.errors import InputError
 from mmray.models.checkpoint import WEIGHTS, check_config, checkpoint_files
 from mmray.models.layout import Parts, Projection
@@ -189,6 +191,7 @@ def load(
         )
     network.eval().requires_grad_(False)
     _write_plainly(network)
+    _time_forward(network)
     if not shared:
         try:
             network.to(device)
@@ -202,6 +205,21 @@ def load(
         parts=locate(network),
         unused=tuple(sorted(report["unexpected_keys"])),
     )
+
+
+def _time_forward(network: PreTrainedModel) -> None:
+    """Count the network's passes, those of a generation too, as a phase of the unit at work."""
+    running: list[AbstractContextManager[None]] = []
+
+    def begin(*_: Any) -> None:
+        running.append(phase("forward"))
+        running[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        running.pop().__exit__(None, None, None)
+
+    network.register_forward_pre_hook(begin)
+    network.register_forward_hook(end, always_call=True)
 
 
 def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmray.engine.clock import phase
 from mmray.models.capture import gate_function
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import fold_block, fold_norm, log_odds_slope, log_probability, norm_curvature
@@ -32,6 +33,7 @@ class Scored:
     log_prob: Float[Tensor, " place"]
 
 
+@phase("score")
 @torch.inference_mode()
 def score_batch(
     model: LoadedModel,

@@ -15,7 +15,7 @@ from PIL.Image import Image
 
 from mmray.datasets.images import decode_image
 from mmray.datasets.samples import Failure, Sample, image_digest
-from mmray.engine.clock import each_in_phase, phase
+from mmray.engine.clock import phase
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
@@ -78,10 +78,9 @@ class ShardAnalysis:
 
         A caption without a noun is no failure: `skipped` counts it.
         """
-        parts = within_budget(self._readable(samples), lambda sample: len(sample.image or b""), HELD)
-        for part in each_in_phase("read", parts):
+        for part in within_budget(self._readable(samples), lambda sample: len(sample.image or b""), HELD):
             if self.settings.captions == "dataset":
-                for items, batch in each_in_phase("decode", self.encoded(part)):
+                for items, batch in self.encoded(part):
                     self._analyse(items, batch)
                     del batch  # before the one after next is prepared: there are never three
             else:
@@ -89,8 +88,7 @@ class ShardAnalysis:
                 for chunk in _cut(part, self.settings.batch_size, lambda sample: sample.image is None):
                     for pictured in self._pictured(chunk, lambda sample: sample):
                         self._generate(pictured)
-        with phase("reduce"):
-            return self.tables()
+        return self.tables()
 
     def _readable(self, samples: Iterable[Sample | Failure]) -> Iterator[Sample]:
         for sample in samples:
@@ -101,6 +99,7 @@ class ShardAnalysis:
             else:
                 yield sample
 
+    @phase("reduce")
     def tables(self) -> dict[str, pa.Table]:
         """Return what was collected."""
         concepts, totals = self.sums.tables(candidates_kept(self.settings.candidates, sum(self.model.widths)))
@@ -161,9 +160,9 @@ class ShardAnalysis:
             for chunk in _cut(captioned, self.settings.batch_size, lambda item: item.sample.image is None):
                 waiting.append(ahead.submit(self._encode, chunk))
                 if len(waiting) > 1:
-                    yield from waiting.popleft().result()
+                    yield from _awaited(waiting.popleft())
             while waiting:
-                yield from waiting.popleft().result()
+                yield from _awaited(waiting.popleft())
 
     def _encode(self, chunk: list[Captioned]) -> list[Encoded]:
         parts = self._pictured(chunk, lambda item: item.sample)
@@ -208,9 +207,9 @@ class ShardAnalysis:
         def write(some: Sequence[tuple[Sample, Image | None]]) -> list[tuple[Sample, str, Image | None, list[int]]]:
             samples, images = [sample for sample, _ in some], [image for _, image in some]
             prompts = [self._prompt(sample, image=images[0] is not None) for sample in samples]
-            with phase("generate"):
-                written = generate(self.model, prompts, images, self.settings.longest)
-            return list(zip(samples, prompts, images, written, strict=True))
+            return list(
+                zip(samples, prompts, images, generate(self.model, prompts, images, self.settings.longest), strict=True)
+            )
 
         for written in in_halves(pairs, write, lambda pair, problem: self._fail(pair[0], "generate", problem)):
             kept = []
@@ -232,7 +231,7 @@ class ShardAnalysis:
         self.statistics.begin(labels, batch.runs, digests)
         try:
             score, folded = self.settings.score, self.settings.fold_norm
-            with phase("forward"), self.module.watching(batch):
+            with self.module.watching(batch):
                 scored = score_batch(self.model, batch, places, score, folded=folded, statistics=self.statistics)
         except FAILURES as error:
             # Only the message leaves this block: the error holds the frames, and so the memory, of the failed forward.
@@ -244,10 +243,9 @@ class ShardAnalysis:
                 del scored
                 self._leave_out(items, unsound)
                 return
-            with phase("reduce"):
-                self.statistics.commit()
-                self.module.commit()
-                self._collect(items, digests, *whole_nouns(places, scored))
+            self.statistics.commit()
+            self.module.commit()
+            self._collect(items, digests, *whole_nouns(places, scored))
             return
         if len(items) == 1:
             self._fail(items[0].sample, "forward", problem)
@@ -270,6 +268,7 @@ class ShardAnalysis:
         for kept, smaller in self._encode([item for item, count in zip(items, unsound, strict=True) if not count]):
             self._analyse(kept, smaller)
 
+    @phase("reduce")
     def _collect(self, items: list[Captioned], digests: list[str | None], places: list[Place], scored: Scored) -> None:
         for item, digest in zip(items, digests, strict=True):
             self.skipped[NO_NOUN] += not item.mentions
@@ -291,6 +290,11 @@ class ShardAnalysis:
         for layer, (scores, activation) in enumerate(zip(scored.scores, scored.activation, strict=True)):
             self.sums.add(layer, scores, activation)
         self.occurrences.append(occurrence_table(self.model, places, scored, self.settings.top_k))
+
+
+@phase("decode")
+def _awaited(ahead: Future[list[Encoded]]) -> list[Encoded]:
+    return ahead.result()
 
 
 def prefix_given(settings: CensusSettings, caption: str) -> str | None:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,14 @@ import pytest
 from mmray.cli import status as cli
 from mmray.cli.job import command_line
 from mmray.engine import LocalExecutor
+from mmray.engine.clock import phase
 from mmray.results.run import Run, open_run
 from mmray.results.status import analyses
 from mmray.runs import RunFolder
 from mmray.runs.analyses import find_analyses
 from mmray.runs.driver import drive_analysis
 from tests.e2e.conftest import LINES
+from tests.running import properties_here
 
 
 def test_a_command_says_what_is_not_the_default():
@@ -269,3 +273,31 @@ def test_a_job_at_work_is_not_swept_and_the_others_are(mmray, census, count):
     assert [path.exists() for path in late] == [True, False]
     assert mmray("status", census, "--sweep").status == 0
     assert not late[0].exists()
+
+
+def test_where_time_and_memory_went(mmray, census, count, hook):
+    def work(unit):
+        with phase("read"):
+            time.sleep(0.03)
+        with phase("forward"):
+            time.sleep(0.01)
+
+    hook(work)
+    count()
+    found = only(census)
+    assert list(found.cost.phases) == ["read", "forward"]
+    assert 0.3 <= found.cost.phases["read"] <= found.cost.seconds
+    (line,) = [line for line in mmray("status", census).out.splitlines() if "per worker" in line and "read" in line]
+    shares = {name: int(share) for name, share in re.findall(r"(\w+) (\d+)%", line)}
+    assert shares["read"] > shares["forward"] > 0
+    assert abs(sum(shares.values()) - 100) <= 2
+    assert "GB of host memory" in line
+
+
+def test_measuring_a_model_is_told_by_phase(tmp_path, run):
+    out = tmp_path / "run"
+    shutil.copytree(run.uri, out)
+    properties_here(out, concepts=1, images=2, maps=1)
+    (found,) = analyses(open_run(out))
+    assert {"read", "decode", "forward"} <= set(found.cost.phases)
+    assert sum(found.cost.phases.values()) <= found.cost.seconds
