@@ -20,6 +20,8 @@ class Feature:
     tables: tuple[str, ...] = ()
     noun: str = "samples"
     """What sizes of its units count."""
+    part_of: str = ""
+    """The feature that it is a part of, which status names it by unless something is wrong with it."""
 
 
 FEATURES: dict[str, Feature] = {
@@ -31,7 +33,12 @@ FEATURES: dict[str, Feature] = {
             "mmray census --model MODEL --data DATA --out RUN",
             ("captions", "occurrences", "rankings", "neurons", "activity", "examples", "errors"),
         ),
-        Feature("decoding", ("mmray.census.job:DecodingJob",), "mmray census --model MODEL --data DATA --out RUN"),
+        Feature(
+            "decoding",
+            ("mmray.census.job:DecodingJob",),
+            "mmray census --model MODEL --data DATA --out RUN",
+            part_of="census",
+        ),
         Feature(
             "properties",
             ("mmray.cluster.properties:PropertiesJob",),

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mmray.errors import DamagedError, InputError, StorageError
+from mmray.features import FEATURES
 from mmray.results.run import Run
 from mmray.runs import Receipt
 from mmray.runs.analyses import Analysis, find_analyses
@@ -88,7 +89,9 @@ def analyses(run: Run) -> list[AnalysisStatus]:
         return _status(analysis, census, is_last=analysis in last.values())
 
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(look, found))
+        looked = list(pool.map(look, found))
+    parts = {feature.name for feature in FEATURES.values() if feature.part_of}
+    return [one for one in looked if one.name not in parts or one.pending or one.quarantined or one.damage]
 
 
 def _status(analysis: Analysis, census: str, *, is_last: bool) -> AnalysisStatus:

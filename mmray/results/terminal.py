@@ -16,7 +16,7 @@ from mmray.results.plan import Plan
 from mmray.results.run import CERTIFICATES, ORDERS, Reason, Run, Status, reasons
 from mmray.results.status import AnalysisStatus
 from mmray.runs.lease import Driver
-from mmray.runs.receipts import Cost
+from mmray.runs.receipts import AROUND, Cost
 from mmray.settings import unit_of
 
 SHOWN_TOKENS = 6
@@ -150,11 +150,12 @@ def status(status: Status, failures: Iterable[dict[str, Any]], uri: str) -> Rend
 
 def spending(cost: Cost) -> str:
     """Return where workers' time and memory went, the longest phase first; empty where receipts don't tell."""
-    timed = {name: seconds / cost.seconds for name, seconds in cost.phases.items()} if cost.seconds else {}
+    whole = cost.seconds + sum(cost.phases.get(name, 0.0) for name in AROUND)
+    timed = {name: seconds / whole for name, seconds in cost.phases.items()} if whole else {}
     rest = 1 - sum(timed.values())
     shares = [f"{name} {share:.0%}" for name, share in (timed | ({"other": rest} if rest >= 0.01 else {})).items()]
     held = [f"{size / 1e9:.1f} GB of {where} memory" for where, size in cost.memory.items()]
-    spent = [f"{', '.join(shares)} of {cost.seconds:,.0f} s"] if timed else []
+    spent = [f"{', '.join(shares)} of {whole:,.0f} s"] if timed else []
     return "; ".join(spent + ([f"at most {' and '.join(held)} per worker"] if held else []))
 
 

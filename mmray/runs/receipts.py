@@ -31,7 +31,7 @@ class Receipt:
     checksums: dict[str, Checksum] | None = None
     """Of each part; receipts of earlier versions have none."""
     phases: dict[str, float] = field(default_factory=dict)
-    """Seconds of each phase of the work: read, forward, …, as far as the job times them."""
+    """Seconds of each phase of the work: read, forward, …, as far as the job times them; and of `AROUND`."""
     memory: dict[str, int] = field(default_factory=dict)
     """The most bytes that the worker had held by then: `host`, `gpu`."""
 
@@ -91,6 +91,8 @@ class Cost:
     """Bytes at most: `host`, `gpu`."""
 
 
+AROUND = ("load", "wait", "commit")
+"""Phases before and after a unit's work, which its `seconds` leave out."""
 NOTHING = Cost(0.0, {}, {})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +21,6 @@ READERS = 8
 """Files that are read at once."""
 UNIT_FOLDERS = ("attempts/", "receipts/", "aside/", "shards/")
 SNAPSHOT_FILE = re.compile(r"snapshots/[^/]+/\d{6,}-\d{4,}(\.json|/[^/]+/\d{5,}\.parquet)")
-DECODED = "decoded.parquet"
-"""What the census writes of the whole run, with its checksum next to it."""
-
 EDIT, EDIT_ROWS = "edit.json", "edit.safetensors"
 """Of an edit: what it is, with the checksum of its rows, and the rows."""
 
@@ -81,12 +78,12 @@ class _Verification:
     def verify(self) -> None:
         infos = [self._info(folder) for folder in self.job.folders]
         self.settings = next((info["settings"] for info in infos if "settings" in info), {})
-        finished = self._tables()
+        made_from = self._tables()
         if self.job.feature.name == "making":
             self._edit(self.job.tables)
         for folder, info in zip(self.job.folders, infos, strict=True):
             if info:
-                self._units(folder, info, is_finished=finished(info, folder))
+                self._units(folder, info, is_finished=info["fingerprint"] == made_from)
 
     def _info(self, folder: RunFolder) -> dict[str, Any]:
         try:
@@ -120,19 +117,8 @@ class _Verification:
                     self._passed([size])
                 elif store.exists(found.receipt):
                     self._wrong(store, found.key, found.why, remove=found.receipt)
-        if store.exists(f"{DECODED}.json"):
-            self._noted(store, DECODED)
         for prefix in UNIT_FOLDERS:
             self.foreign += [f"{store.uri}/{entry.key}" for entry in store.list(prefix) if unit_of(entry.key) is None]
-
-    def _noted(self, store: Store, key: str) -> None:
-        """Check a file that has its checksum next to it."""
-        try:
-            checksum = Checksum(**json.loads(store.read(f"{key}.json")))
-        except (ValueError, TypeError):
-            self._wrong(store, f"{key}.json", "no checksum, or a cut one", remove=f"{key}.json")
-            return
-        self._file(store, key, checksum, remove=key)
 
     def _edit(self, store: Store) -> None:
         """Check an edit's rows; whether there is one at all, the receipt of its making says."""
@@ -145,8 +131,8 @@ class _Verification:
             return
         self._file(store, EDIT_ROWS, checksum, remove=EDIT)
 
-    def _tables(self) -> Callable[[Mapping[str, Any], RunFolder], bool]:
-        """Check snapshots and copies of tables; return what tells whether tables were made of a folder's units."""
+    def _tables(self) -> str | None:
+        """Check snapshots and copies of tables; return the fingerprint of the units that the last were made from."""
         store, name = self.job.tables, self.job.feature.name
         last = None
         for place, number in enumerate(snapshots(store, name).get(name, [])):
@@ -155,19 +141,12 @@ class _Verification:
         if last is not None:
             for key, checksum in _copies(store, last):
                 self._file(store, key, checksum, remove=key)
-        for key, checksum in (self.job.folders[0].table_checksums() if name == "census" else {}).items():
-            self._file(store, key, checksum)
         self.foreign += [
             f"{store.uri}/{entry.key}"
             for entry in store.list(f"snapshots/{name}/")
             if not SNAPSHOT_FILE.fullmatch(entry.key)
         ]
-        made_from = last.made_from.get("fingerprint") if last else None
-
-        def is_finished(info: Mapping[str, Any], folder: RunFolder) -> bool:
-            return bool(info) and (folder.finished() is not None or info["fingerprint"] == made_from)
-
-        return is_finished
+        return last.made_from.get("fingerprint") if last else None
 
     def _snapshot(self, store: Store, number: str, *, is_last: bool) -> Snapshot | None:
         """Check a version of the tables; earlier ones are there for comparison, and can only be removed."""

@@ -5,15 +5,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from mmray.cli import main
-from mmray.engine import JobResult, Plan, Unit, checked
+from mmray.engine import JobResult, Plan, Unit, UnitResult, Worker, checked
 from mmray.engine import run as run_job
 from mmray.features import FEATURES, Feature
 from mmray.results.run import Run, open_run
-from tests.engine import words
 from tests.engine.words import LetterJob, LetterSettings
 from tests.results.conftest import run
 
@@ -61,15 +61,27 @@ LINES = [f"{'abc'[n % 3]}{n}" for n in range(95)]
 class CountJob(LetterJob):
     """The toy, on a census."""
 
-    def plan(self) -> Plan[str]:
+    before: ClassVar[Callable[[Unit], None]] = staticmethod(lambda _: None)
+    """What a test has it do before each unit."""
+
+    def plan(self) -> Plan[None]:
         plan = super().plan()
         return Plan(plan.units, {**plan.digests, **open_run(self.settings.run).digests()}, plan.context)
+
+    def worker(self, context: None) -> Worker:
+        count = super().worker(context)
+
+        def work(unit: Unit) -> UnitResult:
+            type(self).before(unit)
+            return count(unit)
+
+        return work
 
 
 @pytest.fixture
 def census(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A run of this test's own, and a feature that it may have been analysed with."""
-    monkeypatch.setitem(FEATURES, "letters", Feature("letters", (), "mmray letters RUN", ("letters",), "lines"))
+    monkeypatch.setitem(FEATURES, "letters", Feature("letters", (), "mmray letters RUN", ("letters", "total"), "lines"))
     shutil.copytree(run.uri, tmp_path / "run")
     return str(tmp_path / "run")
 
@@ -90,8 +102,4 @@ def count(census: str, tmp_path: Path) -> Callable[..., JobResult]:
 def hook(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Unit], None]], None]:
     """Return what has the toy's worker do something before each unit."""
 
-    def install(action: Callable[[Unit], None]) -> None:
-        monkeypatch.setitem(words.HOOKS, "test", action)
-        monkeypatch.setenv("MMRAY_TEST_HOOK", "test")
-
-    return install
+    return lambda action: monkeypatch.setattr(CountJob, "before", staticmethod(action))

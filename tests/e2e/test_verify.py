@@ -27,7 +27,8 @@ def checked_files(census):
             *root.glob("snapshots/letters/*/*/*.parquet"),
             root / "tables/letters.parquet",
             *root.glob("shards/000001/*.parquet"),
-            root / "decoded.parquet",
+            *root.glob("decoding/*/shards/*/*.parquet"),
+            *root.glob("snapshots/census/*/*/*.parquet"),
         ]
     )
 
