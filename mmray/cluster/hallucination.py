@@ -76,7 +76,7 @@ class HallucinationJob(JointJob[OpinionSettings]):
         )
 
         def look(samples: Sequence[Sample], images: Sequence[Image]) -> Rows:
-            truths = [with_ground_truth(sample, context.ground_truth, naming) for sample in samples]
+            truths = [with_ground_truth(sample, context.ground_truth, naming, facts.references) for sample in samples]
             known = [place for place, sample in enumerate(truths) if sample.objects is not None]
             if not known:
                 return {}

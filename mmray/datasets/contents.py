@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Protocol
 from mmray.datasets import places
 from mmray.datasets.columns import Columns
 from mmray.datasets.places import Place
-from mmray.datasets.rows import BadRowError, Record, object_names, samples
+from mmray.datasets.rows import BadRowError, Record, object_names, references, samples
 from mmray.datasets.samples import Failure, Sample
-from mmray.datasets.several import Starts, one_by_one, rows_of, starts_of
+from mmray.datasets.several import Starts, lists_in, one_by_one, rows_of, starts_of
 from mmray.errors import InputError
 from mmray.storage import Entry
 
@@ -111,8 +111,18 @@ class FileSource(ABC):
         """Return the cells of the objects column."""
 
     def annotations(self) -> Iterator[tuple[Any, tuple[str, ...]]]:
-        """Yield each row's cell of the objects column; nothing without one."""
-        yield from ((cell, ()) for cell in (self.object_cells() if self.columns.objects is not None else ()))
+        """Yield each row's cell of the objects column, None without one, and a list of captions; images are not read.
+
+        Nothing where the rows have neither.
+        """
+        if not self.listed:
+            yield from ((cell, ()) for cell in (self.object_cells() if self.columns.objects is not None else ()))
+            return
+        told = replace(self, columns=Columns(caption=self.columns.caption, objects=self.columns.objects))
+        for file in self.files():
+            for _, record in lists_in(told.records(file.path, 0, sys.maxsize), told.columns):
+                if not isinstance(record, str):
+                    yield record.get(str(told.columns.objects)), references(record.get(str(told.columns.caption)))
 
     def rows_digest(self, path: str, rows: int) -> str:
         """Return a digest of a file's first rows and of the names and sizes of their images; empty as `DataFile`'s."""
@@ -134,6 +144,8 @@ class FileSource(ABC):
         starts = self._starts(path)
         if starts is None:
             records = self.records(path, start, stop)
+            if self.listed:
+                records = lists_in(records, self.columns)
         else:
             rows = self.records(path, *rows_of(starts, start, stop))
             records = one_by_one(rows, self.columns, starts, start, stop)

@@ -128,6 +128,7 @@ def _sample(record: Record, source: str, image: bytes | str | None, columns: Col
         questions=_optional(record, columns.questions, _questions),
         labels={name: label for name in columns.labels if (label := _label(record, name)) is not None},
         background=columns.background,
+        references=references(None if columns.caption is None else record.get(columns.caption)),
     )
 
 
@@ -162,6 +163,11 @@ def captions_in(cell: Any) -> list[Any]:
     if not isinstance(cell, list):
         return [cell]
     return [text for text in cell if text is not None and (not isinstance(text, str) or text.strip())] or [None]
+
+
+def references(cell: Any) -> tuple[str, ...]:
+    """Return what people wrote about a row's image: the captions of a list; of a text nothing is known to be all."""
+    return tuple(text for text in captions_in(cell) if isinstance(text, str)) if isinstance(cell, list) else ()
 
 
 def label_text(value: Any, column: str) -> str | None:

@@ -17,8 +17,8 @@ class Sample:
 
     `image` is None for text-only data. `boxes` are (x, y, width, height) in 0..1 of the image, in the order of
     `objects`; `questions` are (question, answer) pairs; `labels` holds further label columns asked for by name;
-    `references` are all captions that people gave the image, where the source knows them; `source` says where the
-    sample was read, for messages; `background` is the colour behind transparent pixels.
+    `references` are all captions that people gave the image, where a row tells (COCO, lists of captions); `source` says
+    where the sample was read, for messages; `background` is the colour behind transparent pixels.
     """
 
     sample_id: str

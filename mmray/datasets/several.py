@@ -54,6 +54,13 @@ def one_by_one(
     yield from islice(parted, start - int(starts[first]), stop - int(starts[first]))
 
 
+def lists_in(records: Iterable[tuple[str, Record]], columns: Columns) -> Iterator[tuple[str, Record]]:
+    """Yield whole rows, their captions as a list where they are one, however it is written."""
+    column = str(columns.caption)
+    for source, record in records:
+        yield source, record if isinstance(record, str) else {**record, column: cell(record, column)}
+
+
 def _parts(record: Record, columns: Columns, count: int) -> Iterator[Record]:
     captions = [] if isinstance(record, str) else captions_in(cell(record, str(columns.caption)))
     if isinstance(record, str) or len(captions) != count:

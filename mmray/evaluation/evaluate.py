@@ -13,7 +13,7 @@ from mmray.datasets.samples import Failure, Sample
 from mmray.evaluation.asks import Edit
 from mmray.evaluation.before import Before
 from mmray.evaluation.facts import DataFacts, gather_facts
-from mmray.evaluation.ground_truth import with_ground_truth
+from mmray.evaluation.ground_truth import captions_by_image, with_ground_truth
 from mmray.evaluation.measuring import Measuring
 from mmray.evaluation.mmedit import read_records
 from mmray.evaluation.naming import object_naming
@@ -84,8 +84,9 @@ def _facts(annotated: DataFacts, settings: MeasureSettings, samples: Sequence[Sa
     """Return the facts of these samples under the settings' ground truth."""
     naming = object_naming(annotated.vocabulary, {}, open_words(settings.synonyms, annotated.vocabulary))
     truth = settings.ground_truth or "instances"
-    objects = (with_ground_truth(sample, truth, naming).objects for sample in samples)
-    return gather_facts(objects, vocabulary=annotated.vocabulary)
+    references = captions_by_image((s.image_key, s.caption) for s in samples) if truth != "instances" else {}
+    objects = (with_ground_truth(sample, truth, naming, references).objects for sample in samples)
+    return gather_facts(objects, vocabulary=annotated.vocabulary, references=references)
 
 
 def questions_of(measuring: Measuring, settings: MeasureSettings) -> list[TextQuestion]:

@@ -20,12 +20,16 @@ GroundTruth = Literal["instances", "captions", "union"]
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Names of the data's objects, in how many samples each is, and in how many with which other."""
+    """Names of the data's objects, in how many samples each is, and in how many with which other.
+
+    `references`: key of an image → all its captions, of data that has them in several rows, where they were asked for.
+    """
 
     vocabulary: tuple[str, ...] = ()
     translations: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     together: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    references: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def absent(
         self, strategy: str, objects: Collection[str], present: Sequence[str], seed: str, adversarial: Adversarial
@@ -68,6 +72,7 @@ def gather_facts(
     objects: Iterable[Iterable[str] | None],
     translations: Mapping[str, Mapping[str, str]] | None = None,
     vocabulary: Iterable[str] = (),
+    references: Mapping[str, tuple[str, ...]] | None = None,
 ) -> DataFacts:
     """Return the facts of data whose samples have these objects (None: not known); names in lower case.
 
@@ -85,4 +90,5 @@ def gather_facts(
         translations={name.casefold(): dict(forms) for name, forms in (translations or {}).items()},
         counts=dict(counts),
         together={name: dict(others) for name, others in together.items()},
+        references=references or {},
     )

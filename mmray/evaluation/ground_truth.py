@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mmray.datasets.contents import Source
@@ -26,29 +26,41 @@ class Survey:
 def survey(source: Source, ground_truth: GroundTruth | None, synonyms: str | None) -> Survey:
     """Return what questions need to know of the whole data.
 
-    By default ground truth is the union (as CHAIR's) where the source knows the captions and the objects of images,
-    else the annotated objects. Raises InputError for a ground truth that the data can't give.
+    By default ground truth is the union (as CHAIR's) where rows hold all captions and the objects of their image, else
+    the annotated objects. Captions in several rows are brought together only where they are asked for, because every
+    image is read to tell which rows share one. Raises InputError for a ground truth that the data can't give.
     """
     rows = list(_annotations(source))
     annotated = source.columns.objects is not None
-    captioned = any(captions for _, captions in rows)
+    captioned = any(row.captions for row in rows)
+    references: dict[str, tuple[str, ...]] = {}
     if ground_truth is None:
         ground_truth = "union" if annotated and captioned else "instances"
-    if ground_truth != "instances" and not captioned:
-        raise InputError(
-            f"--ground-truth {ground_truth}: {source.data} has no captions next to each image's objects, as COCO's "
-            "captions files have; give instances"
-        )
+    elif ground_truth != "instances" and not captioned:
+        rows = list(_samples(source))
+        references = captions_by_image((row.image, caption) for row in rows for caption in row.captions)
+        rows = [replace(row, captions=references.get(row.image, ())) for row in rows]
+        if not references:
+            raise InputError(f"--ground-truth {ground_truth}: {source.data} has no captions; give instances")
     if ground_truth == "union" and not annotated:
         raise InputError(f"--ground-truth union: {source.data} has no objects; put COCO's instances file next to it")
-    vocabulary = tuple(dict.fromkeys(name.casefold() for names, _ in rows for name in names or ()))
+    vocabulary = tuple(dict.fromkeys(name.casefold() for row in rows for name in row.objects or ()))
     if ground_truth == "captions" and not vocabulary and synonyms is None:
         synonyms = COCO
     synonyms = table_for(synonyms, vocabulary)
     translations = source.translations()
     naming = object_naming(vocabulary, translations, open_words(synonyms, vocabulary))
-    there = (objects_there(names, captions, None, ground_truth, naming) for names, captions in rows)
-    return Survey(gather_facts(there, translations, vocabulary), ground_truth, synonyms)
+    there = (objects_there(row.objects, row.captions, row.language, ground_truth, naming) for row in rows)
+    return Survey(gather_facts(there, translations, vocabulary, references), ground_truth, synonyms)
+
+
+def captions_by_image(said: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
+    """Return key of an image → its distinct captions, from pairs of a sample's image key and its caption."""
+    found: dict[str, dict[str, None]] = {}
+    for image, caption in said:
+        if caption:
+            found.setdefault(image, {})[caption] = None
+    return {image: tuple(captions) for image, captions in found.items()}
 
 
 def objects_there(
@@ -68,11 +80,17 @@ def objects_there(
     return None if found is None else tuple(dict.fromkeys(found))
 
 
-def with_ground_truth(sample: Sample, ground_truth: GroundTruth, naming: Naming) -> Sample:
-    """Return the sample with what counts as its objects; those that have boxes come first, as boxes need it."""
+def with_ground_truth(
+    sample: Sample, ground_truth: GroundTruth, naming: Naming, references: Mapping[str, tuple[str, ...]]
+) -> Sample:
+    """Return the sample with what counts as its objects; those that have boxes come first, as boxes need it.
+
+    `references`: key of an image → all its captions, for samples that don't hold them.
+    """
     if ground_truth == "instances":
         return sample
-    there = objects_there(sample.objects, sample.references, sample.language, ground_truth, naming)
+    captions = sample.references or references.get(sample.image_key, ())
+    there = objects_there(sample.objects, captions, sample.language, ground_truth, naming)
     if there is None:
         return replace(sample, objects=None, boxes=None)
     boxes = sample.boxes or ()
@@ -85,10 +103,26 @@ def with_ground_truth(sample: Sample, ground_truth: GroundTruth, naming: Naming)
     )
 
 
-def _annotations(source: Source) -> Iterator[tuple[tuple[str, ...] | None, tuple[str, ...]]]:
+@dataclass(frozen=True)
+class _Row:
+    objects: tuple[str, ...] | None
+    captions: tuple[str, ...]
+    language: str | None = None
+    image: str = ""
+
+
+def _annotations(source: Source) -> Iterator[_Row]:
     """Yield each row's objects and captions; rows whose objects can't be read are passed over, for they fail."""
     for cell, captions in source.annotations():
         try:
-            yield None if cell is None else object_names(cell), captions
+            yield _Row(None if cell is None else object_names(cell), captions)
         except BadRowError:
             continue
+
+
+def _samples(source: Source) -> Iterator[_Row]:
+    """Yield the objects, the caption and the image's key of every sample; rows that can't be read are passed over."""
+    for file in source.files():
+        for row in source.read(file.path, 0, file.rows):
+            if isinstance(row, Sample):
+                yield _Row(row.objects, (row.caption,), row.language, row.image_key)

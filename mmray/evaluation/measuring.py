@@ -86,7 +86,10 @@ class Measuring:
         """Return the rows of samples; `own`: they are not of the data, but what the edit was made on."""
         failures = [sample for sample in samples if isinstance(sample, Failure)]
         truth = self.settings.ground_truth or "instances"
-        readable = [with_ground_truth(sample, truth, self.objects) for sample in samples if isinstance(sample, Sample)]
+        known = self.facts.references
+        readable = [
+            with_ground_truth(sample, truth, self.objects, known) for sample in samples if isinstance(sample, Sample)
+        ]
         for sample in readable:
             try:
                 self.before.image(sample)

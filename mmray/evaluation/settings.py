@@ -31,7 +31,9 @@ class MeasureSettings(BaseModel):
     """Tokens at most in a caption or an answer; a longer one is cut off there. CHAIR is usually given at 64 or 512."""
     ground_truth: GroundTruth | None = None
     """Which objects are in an image, for CHAIR, POPE and hallucination: instances (annotated), captions (named by the
-    data's captions), or union (published). Default: union where the data is COCO with both, else instances."""
+    data's captions), or union (published). Default: union where the data has objects and lists each image's captions
+    (COCO, a column of lists), else instances. Captions in several rows are matched by their image, which is read once
+    more for it."""
     synonyms: str | None = known_by_digest(None)
     """Words that count as an object: coco (a table of COCO's 80 objects, with CHAIR's rules), none, or a file: JSON of
     object → synonyms, or lines as in CHAIR's synonyms.txt. All objects listed are looked for. Default: coco where every

@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mmray.evaluation.ground_truth import survey, with_ground_truth
 from mmray.evaluation.naming import object_naming
 from mmray.evaluation.object_words import COCO, NONE, coco_words
 from mmray.evaluation.settings import measure_settings
-from tests.datasets.making import read_all, write_coco
+from tests.datasets.making import read_all, write_coco, write_csv, write_jsonl, write_parquet, write_tar
 from tests.evaluation.standin import swap
 from tests.evaluation.test_chair import reference
 
@@ -96,7 +97,7 @@ def test_ground_truth_by_name(coco: Path, images: list[dict[str, Any]], kind: An
     naming = object_naming(found.facts.vocabulary, {}, coco_words())
     for sample, image, truth in zip(read_all(str(coco), captions=False), images, truths, strict=True):
         assert isinstance(sample, Sample)
-        there = with_ground_truth(sample, kind, naming)
+        there = with_ground_truth(sample, kind, naming, found.facts.references)
         assert (None if there.objects is None else set(there.objects)) == truth
         boxes = dict(zip(there.objects or (), there.boxes or (), strict=False))
         assert boxes.keys() == set(image["objects"]) & (truth or set())
@@ -115,9 +116,10 @@ def test_the_union_is_the_default_where_captions_are_at_hand(coco: Path, images:
 def test_without_captions_or_without_objects(coco: Path, tmp_path: Path, images: list[dict[str, Any]]) -> None:
     demo = open_source("demo", captions=False)
     assert (survey(demo, None, None).ground_truth, survey(demo, None, None).synonyms) == ("instances", NONE)
+    bare = write_parquet(tmp_path / "bare", [{key: image[key] for key in ("image", "objects")} for image in images])
     for kind in ("captions", "union"):
-        with pytest.raises(InputError, match=f"--ground-truth {kind}: demo has no captions"):
-            survey(demo, kind, None)
+        with pytest.raises(InputError, match=f"--ground-truth {kind}: .* has no captions; give instances"):
+            survey(open_source(str(bare), captions=False), kind, None)
     alone = write_coco(tmp_path, [image | {"caption": SAID[0]} for image in images])
     (tmp_path / "annotations" / "instances_val2017.json").unlink()
     source = open_source(str(alone), captions=False)
@@ -125,6 +127,93 @@ def test_without_captions_or_without_objects(coco: Path, tmp_path: Path, images:
     assert set(survey(source, "captions", None).facts.vocabulary) == {"person", "dog"}
     with pytest.raises(InputError, match="has no objects"):
         survey(source, "union", None)
+
+
+def write_tars(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write one tar whose json members hold the captions."""
+    named = [(f"{number:04}", row) for number, row in enumerate(rows)]
+    return write_tar(
+        folder / "data.tar",
+        [
+            member
+            for name, row in named
+            for member in (
+                (f"{name}.jpg", row["image"]["bytes"]),
+                (f"{name}.json", json.dumps({key: row[key] for key in row if key != "image"}).encode()),
+            )
+        ],
+    )
+
+
+LISTS: dict[str, Callable[[Path, list[dict[str, Any]]], Path]] = {
+    "parquet": write_parquet,
+    "jsonl": write_jsonl,
+    "csv": write_csv,
+    "tars": write_tars,
+}
+"""Forms of data whose caption column can hold lists, or one caption per row."""
+
+
+@pytest.mark.parametrize("form", LISTS)
+def test_rows_with_lists_of_captions_give_what_coco_gives(
+    coco: Path, images: list[dict[str, Any]], tmp_path: Path, form: str
+) -> None:
+    listed = [image | {"caption": image["captions"]} for image in images]
+    source = open_source(str(LISTS[form](tmp_path / form, without(listed))), captions=False)
+    found = survey(source, None, None)
+    assert found == survey(open_source(str(coco), captions=False), None, None)
+    assert found.ground_truth == "union"
+    rows = [row for row in read_all(source.data, captions=False) if isinstance(row, Sample)]
+    assert [list(row.references) for row in rows] == [image["captions"] for image in images]
+
+
+@pytest.mark.parametrize("form", LISTS)
+@pytest.mark.parametrize("kind", ["captions", "union"])
+def test_captions_in_rows_of_their_own_are_brought_together_by_their_image(
+    images: list[dict[str, Any]], tmp_path: Path, form: str, kind: Any
+) -> None:
+    # In no order: rows of an image need not be neighbours.
+    exploded = [image | {"caption": caption} for image in images for caption in image["captions"]]
+    random.Random(1).shuffle(exploded)
+    source = open_source(str(LISTS[form](tmp_path / form, without(exploded))), captions=False)
+    assert survey(source, None, None).ground_truth == "instances"
+    found = survey(source, kind, None)
+    truths = {image["image"]["bytes"]: truth_of(image, kind) for image in images}
+    naming = object_naming(found.facts.vocabulary, {}, coco_words())
+    rows = [row for row in read_all(source.data, captions=False) if isinstance(row, Sample)]
+    assert len(rows) == len(exploded)
+    for row in rows:
+        assert row.image is not None
+        truth = with_ground_truth(row, kind, naming, found.facts.references)
+        assert set(truth.objects or ()) == truths[row.image]
+    assert found.facts.counts == Counter(name for row in rows for name in truths[row.image or b""] or ())
+
+
+def without(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out what is not a column of the data (a second one of captions), and write objects as lists."""
+    return [{key: row[key] for key in row if key != "captions"} | {"objects": list(row["objects"])} for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["captions", "union"])
+def test_an_evaluation_of_exploded_rows_is_that_of_the_independent_chair(
+    demo: Any, before: Before, images: list[dict[str, Any]], tmp_path: Path, kind: Any
+) -> None:
+    exploded = [image | {"caption": caption} for image in images for caption in image["captions"]]
+    path = write_parquet(tmp_path, without(exploded))
+    samples = read_all(str(path), captions=False)
+    settings = measure_settings(text_count=0, draws=5, bleu=False, pope_objects=0, ground_truth=kind, synonyms=COCO)
+    facts = survey(open_source(str(path), captions=False), kind, None).facts
+    truths = {image["image"]["bytes"]: truth_of(image, kind) for image in images}
+    by_name = {row.sample_id: truths[row.image or b""] or set() for row in samples if isinstance(row, Sample)}
+    # In a job the facts are of the whole data, whatever part of it is at hand; in one process the samples give them.
+    for known in (facts, None):
+        before.forget()
+        found = evaluate(demo, swap("cat", "owl"), samples, settings, before=before, facts=known)
+        texts = {row["sample_id"]: row["before"] for row in found.captions.to_pylist()}
+        sentences, mentions = reference().chair([texts[name] for name in by_name], list(by_name.values()))
+        assert found.measures["chair_s"]["before"] == pytest.approx(sentences)
+        assert found.measures["chair_i"]["before"] == pytest.approx(mentions)
+    before.forget()
 
 
 @pytest.mark.parametrize("kind", ["instances", "captions", "union"])

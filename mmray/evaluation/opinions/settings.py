@@ -47,7 +47,8 @@ class OpinionSettings(SightSettings):
     """Tokens at most in a caption; a longer one is cut off there."""
     ground_truth: GroundTruth | None = known_by_digest(None)
     """Which objects are in an image: instances (annotated), captions (named by the data's captions), or union. Default:
-    union where the data is COCO with both, else instances."""
+    union where the data has objects and lists each image's captions (COCO, a column of lists), else instances. Captions
+    in several rows are matched by their image, which is read once more for it."""
     synonyms: str | None = known_by_digest(None)
     """Words that count as an object in captions: coco (a table of COCO's 80 objects, with CHAIR's rules), none, or a
     file: JSON of object → synonyms, or lines as in CHAIR's synonyms.txt. All objects listed are looked for. Default:
