@@ -11,7 +11,6 @@ from itertools import groupby
 
 import pyarrow.compute as pc
 import torch
-from PIL.Image import Image
 
 from mmray.datasets.columns import Columns
 from mmray.datasets.samples import Sample
@@ -25,11 +24,12 @@ from mmray.errors import InputError
 from mmray.image_keys import image_keys, one_per_image
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
+from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, NounSource, find_forms, noun_source, object_forms
 from mmray.neurons.model import Model, load_model, open_image
 from mmray.results.run import Run
-from mmray.settings import LONGEST
+from mmray.settings import BACKGROUND, LONGEST
 
 ROWS_A_BATCH = 32
 
@@ -38,6 +38,7 @@ ROWS_A_BATCH = 32
 class Example:
     """An answer that the model is to give, or to go on giving, to a prompt about an image; token ids, with its end.
 
+    The image stays encoded until it is needed: of hundreds of photographs not all fit in memory decoded.
     `avoided` is what it would say otherwise: the token to predict no more, by its place in the answer. `said` is the
     place behind the new words from which on their first token is not to come again; None: nothing new is said. `heard`
     is what the model held while it wrote the answer, of an answer of its own. What stands before the place `learnt` is
@@ -45,12 +46,13 @@ class Example:
     """
 
     prompt: str
-    image: Image | None
+    image: bytes | None
     tokens: tuple[int, ...]
     avoided: tuple[int, int] | None = None
     said: int | None = None
     learnt: int = 0
     sample_id: str = ""
+    background: str = BACKGROUND
     heard: Heard | None = field(default=None, compare=False, repr=False)
 
 
@@ -130,9 +132,10 @@ class Material:
         tokens = tokenize_caption(self.model, prompt, answer)[0] if isinstance(answer, str) else answer
         return Example(
             prompt,
-            open_image(sample.image, sample.background),
+            sample.image,
             (*tokens, *self.ending(own)),
             sample_id=sample.sample_id,
+            background=sample.background,
             heard=self.heard.get(sample.sample_id) if self.written.get(sample.sample_id) == tokens else None,
         )
 
@@ -155,8 +158,8 @@ class Material:
         `hear`: what the model holds while it writes them is kept, too; some tens of thousands of numbers a token.
         """
         new = [sample for sample in samples if sample.sample_id not in self.written]
-        for start in range(0, len(new), 2 * ROWS_A_BATCH):
-            self._write(new[start : start + 2 * ROWS_A_BATCH], hear=hear)
+        for some in within_budget(new, lambda sample: pixels_of(self.model, sample.image), BUDGET, 2 * ROWS_A_BATCH):
+            self._write(some, hear=hear)
         return [self.written[sample.sample_id] for sample in samples]
 
     def _write(self, samples: Sequence[Sample], *, hear: bool) -> None:
@@ -281,10 +284,13 @@ def batches(model: LoadedModel, examples: Sequence[Example]) -> list[Batch]:
     """Return the examples as batches of the network, in order; neighbours without an image apart."""
     found = []
     for _, group in groupby(examples, key=lambda example: example.image is None):
-        alike = list(group)
-        for start in range(0, len(alike), ROWS_A_BATCH):
-            chunk = alike[start : start + ROWS_A_BATCH]
-            tokens = [list(example.tokens) for example in chunk]
-            prompts, images = [example.prompt for example in chunk], [example.image for example in chunk]
-            found.append(encode(model, prompts, images, tokens, [[(0, 0)] * len(row) for row in tokens]))
+        for chunk in within_budget(group, lambda example: pixels_of(model, example.image), BUDGET, ROWS_A_BATCH):
+            found.append(_batch(model, chunk))
     return found
+
+
+def _batch(model: LoadedModel, examples: Sequence[Example]) -> Batch:
+    tokens = [list(example.tokens) for example in examples]
+    prompts = [example.prompt for example in examples]
+    images = [open_image(example.image, example.background) for example in examples]
+    return encode(model, prompts, images, tokens, [[(0, 0)] * len(row) for row in tokens])

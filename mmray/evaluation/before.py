@@ -89,6 +89,10 @@ class Before:
     def forget(self) -> None:
         """Drop what is kept of samples."""
         self._replies.clear()
+        self.forget_images()
+
+    def forget_images(self) -> None:
+        """Drop the decoded images; the replies stay."""
         self._images.clear()
 
 

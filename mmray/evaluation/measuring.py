@@ -23,6 +23,7 @@ from mmray.evaluation.questioner import surviving
 from mmray.evaluation.rows import Rows
 from mmray.evaluation.scope import UNRELATED, Scope, aim_of, objects_of, scope_of
 from mmray.evaluation.settings import MeasureSettings
+from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import prompt_text
 
 QUESTIONS = ("text_generality", "text_generality_questions")
@@ -84,12 +85,22 @@ class Measuring:
 
     def samples(self, samples: Sequence[Sample | Failure], *, own: bool = False) -> Rows:
         """Return the rows of samples; `own`: they are not of the data, but what the edit was made on."""
-        failures = [sample for sample in samples if isinstance(sample, Failure)]
-        truth = self.settings.ground_truth or "instances"
-        known = self.facts.references
-        readable = [
+        truth, known = self.settings.ground_truth or "instances", self.facts.references
+        readable = (
             with_ground_truth(sample, truth, self.objects, known) for sample in samples if isinstance(sample, Sample)
-        ]
+        )
+        rows = Rows(errors=[vars(sample) for sample in samples if isinstance(sample, Failure)])
+        parts = list(within_budget(readable, lambda sample: pixels_of(self.before.model, sample.image), BUDGET))
+        for part in parts:
+            rows.extend(self._readable(part, own))
+            if len(parts) > 1:
+                self.before.forget_images()
+        rows.errors.sort(key=lambda row: (row["source"], row["sample_id"], row["stage"]))
+        return rows
+
+    def _readable(self, readable: Sequence[Sample], own: bool) -> Rows:
+        """Return the rows of samples whose images can be held decoded together."""
+        failures: list[Failure] = []
         for sample in readable:
             try:
                 self.before.image(sample)
@@ -102,7 +113,7 @@ class Measuring:
             failures.append(_failure(kept.pop(ask.sample_id), "forward", reason))
 
         rows = surviving(lambda: self._measured(list(kept.values()), own), drop)
-        rows.errors = [vars(failure) for failure in sorted(failures, key=lambda f: (f.source, f.sample_id, f.stage))]
+        rows.errors = [vars(failure) for failure in failures]
         return rows
 
     def texts(self, questions: Sequence[TextQuestion]) -> Rows:

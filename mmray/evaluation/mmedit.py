@@ -20,8 +20,9 @@ from mmray.evaluation.comparing import compare, forced, whole_ranks
 from mmray.evaluation.effects import locality
 from mmray.evaluation.questioner import surviving
 from mmray.evaluation.rows import Rows
+from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import prompt_text
-from mmray.storage import open_object, open_store
+from mmray.storage import LocalStore, S3Store, open_object, open_store
 
 NAME = "mmedit: "
 """What stands before a record's number where its rows name it."""
@@ -36,6 +37,8 @@ REWRITES = {
 """Measure → the record's fields of the prompt and the image that should lead to `alt`."""
 LEFT = {"mmedit_text_locality": ("loc", "", "loc_ans"), "mmedit_image_locality": ("m_loc_q", "m_loc", "m_loc_a")}
 """Measure → the record's fields of the prompt, the image and the expected answer that should stay."""
+IMAGES = ("image", "image_rephrase", "m_loc")
+"""A record's fields of images."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,28 @@ def read_records(uri: str, images: str | None) -> Records:
 
 def measure_records(before: Before, edit: Edit, records: Records) -> Rows:
     """Return the rows of records; one whose image or prompt can't be had is a row in `errors`, the others count."""
+    rows = Rows()
+    store = open_store(records.folder)
+    for part in within_budget(records.records, lambda pair: _pixels(before, store, pair[1]), BUDGET):
+        rows.extend(_measured(before, edit, replace(records, records=tuple(part))))
+    return rows
+
+
+def _pixels(before: Before, store: LocalStore | S3Store, record: dict[str, Any]) -> int:
+    """Return the pixels of a record's images."""
+    names = {str(record[image]) for image in IMAGES if record.get(image)}
+    return sum(pixels_of(before.model, _encoded(store, name)) for name in names)
+
+
+def _encoded(store: LocalStore | S3Store, name: str) -> bytes | None:
+    try:
+        return store.read_at_most(name, LARGEST_FILE)
+    except (OSError, ValueError):
+        return None  # The record's row in `errors` says why.
+
+
+def _measured(before: Before, edit: Edit, records: Records) -> Rows:
+    """Return the rows of records whose images can be held decoded together."""
     kept = dict(records.records)
     lost: list[dict[str, object]] = []
 

@@ -19,6 +19,7 @@ from mmray.evaluation.asks import Ask, AskError, Reply, States
 from mmray.evaluation.states import StateReader
 from mmray.models.generation import end_tokens, generate
 from mmray.models.loading import LoadedModel
+from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.neurons.halving import FAILURES
 from mmray.settings import LONGEST
 
@@ -173,8 +174,8 @@ class Questioner(StateReader):
             groups[len(self.model.tokenizer(ask.prompt)["input_ids"]), shape].append(number)
         written: dict[int, list[int]] = {}
         for group in groups.values():
-            for start in range(0, len(group), size):
-                self._generate(asks, group[start : start + size], written)
+            for numbers in within_budget(group, lambda number: pixels_of(self.model, asks[number].image), BUDGET, size):
+                self._generate(asks, numbers, written)
         return [written[number] for number in range(len(asks))]
 
     def _generate(self, asks: Sequence[Ask], numbers: list[int], written: dict[int, list[int]]) -> None:

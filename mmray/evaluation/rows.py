@@ -41,6 +41,12 @@ class Rows:
         found = [float(outcome) for outcome in outcomes]
         self.share(measure, sample_id, len(found), sum(found), len(found))
 
+    def extend(self, other: Rows) -> None:
+        """Add the rows of another part of the unit."""
+        self.measurements += other.measurements
+        self.captions += other.captions
+        self.errors += other.errors
+
     def tables(self) -> dict[str, pa.Table]:
         """Return what was collected."""
         return {

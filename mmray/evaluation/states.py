@@ -16,6 +16,7 @@ from mmray.models.capture import tap, tap_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.packing import Placed, alone, packed
+from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.neurons.captured import forward
 from mmray.neurons.halving import FAILURES
 
@@ -74,6 +75,10 @@ class StateReader:
 
     def _batches(self, asks: Sequence[Ask], replies: Sequence[list[int]]) -> Iterator[list[list[int]]]:
         """Yield batches: lists of rows, a row the asks that share it. Rows of one kind and like length go together."""
+
+        def pixels(row: list[int]) -> int:
+            return pixels_of(self.model, asks[row[0]].image)
+
         by_row: dict[object, list[int]] = defaultdict(list)
         for number, ask in enumerate(asks):
             by_row[id(ask.image) if self.shares and ask.image is not None else -number].append(number)
@@ -82,7 +87,7 @@ class StateReader:
             kinds[asks[row[0]].image is None, len(row) > 1].append(row)
         for rows in kinds.values():
             rows.sort(key=lambda row: sum(len(asks[number].prompt) + len(replies[number]) for number in row))
-            yield from (rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size))
+            yield from within_budget(rows, pixels, BUDGET, self.batch_size)
 
     def _run(
         self, asks: Sequence[Ask], replies: Sequence[list[int]], rows: list[list[int]], found: dict[int, States]

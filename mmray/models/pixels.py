@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from PIL.Image import Image
+
 from mmray.datasets.images import image_size
 from mmray.models.loading import LoadedModel
 
@@ -14,13 +16,15 @@ BUDGET = 100_000_000
 Item = TypeVar("Item")
 
 
-def within_budget(items: Iterable[Item], weigh: Callable[[Item], int], budget: int) -> Iterator[list[Item]]:
-    """Yield neighbours that together weigh no more than the budget; what alone weighs more is alone."""
+def within_budget(
+    items: Iterable[Item], weigh: Callable[[Item], int], budget: int, most: int | None = None
+) -> Iterator[list[Item]]:
+    """Yield neighbours, at most `most`, that together weigh no more than the budget; what weighs more is alone."""
     part: list[Item] = []
     held = 0
     for item in items:
         weight = weigh(item)
-        if part and held + weight > budget:
+        if part and (held + weight > budget or len(part) == most):
             yield part
             part, held = [], 0
         part.append(item)
@@ -29,12 +33,12 @@ def within_budget(items: Iterable[Item], weigh: Callable[[Item], int], budget: i
         yield part
 
 
-def pixels_of(model: LoadedModel, encoded: bytes | None) -> int:
-    """Return the pixels of an image where they are most: decoded, or as the processor scales it.
+def pixels_of(model: LoadedModel, image: Image | bytes | None) -> int:
+    """Return the pixels of an image, encoded or decoded, where they are most: decoded, or as the processor scales it.
 
     0 for none, and for what can't be decoded.
     """
-    width, height = image_size(encoded) if encoded is not None else (0, 0)
+    width, height = image.size if isinstance(image, Image) else image_size(image) if image is not None else (0, 0)
     return max(width * height, _scaled(model, width, height)) if width and height else 0
 
 

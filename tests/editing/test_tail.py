@@ -1,5 +1,6 @@
 """What is run again behind the first edited MLP is what the whole network computes, in every family, edited or not."""
 
+import io
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -18,6 +19,14 @@ from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import prompt_text
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import CAPTIONS, batch_of, picture
+
+
+def png(image):
+    """Return a picture as a file of it."""
+    written = io.BytesIO()
+    image.save(written, "png")
+    return written.getvalue()
+
 
 NEURONS = {"last": [(1, 3), (1, 20), (1, 7)], "both": [(0, 5), (1, 3), (0, 11)], "first": [(0, 2)]}
 
@@ -85,7 +94,7 @@ def test_what_was_heard_is_what_a_forward_gives(open_model, variant):
     with hearing(model) as heard:
         written = generate(model, prompts, images, 5)
     answers = [
-        Example(prompt, image, tuple(tokens), heard=heard.of(row, len(tokens)))
+        Example(prompt, png(image), tuple(tokens), heard=heard.of(row, len(tokens)))
         for row, (prompt, image, tokens) in enumerate(zip(prompts, images, written, strict=True))
         if tokens
     ]

@@ -17,12 +17,15 @@ from mmray.models.prompting import prompt_text, run_processor
 from tests.models.variants import VARIANTS
 
 
-@given(st.lists(st.integers(0, 20), max_size=30), st.integers(1, 40))
-def test_parts_are_neighbours_within_the_budget_and_as_few_as_can_be(weights: list[int], budget: int) -> None:
-    parts = list(within_budget(weights, lambda weight: weight, budget))
+@given(st.lists(st.integers(0, 20), max_size=30), st.integers(1, 40), st.integers(1, 8) | st.none())
+def test_parts_are_neighbours_within_the_budget_and_as_few_as_can_be(
+    weights: list[int], budget: int, most: int | None
+) -> None:
+    parts = list(within_budget(weights, lambda weight: weight, budget, most))
     assert [weight for part in parts for weight in part] == weights
     assert all(sum(part) <= budget or len(part) == 1 for part in parts)
-    assert all(sum(part) + after[0] > budget for part, after in pairwise(parts))
+    assert all(len(part) <= (most or len(weights)) for part in parts)
+    assert all(sum(part) + after[0] > budget or len(part) == most for part, after in pairwise(parts))
 
 
 def png(width: int, height: int) -> bytes:

@@ -17,6 +17,7 @@ from mmray.evaluation.properties.settings import DECODED, INVARIANCE_SIZES, RANK
 from mmray.evaluation.properties.subject import Neurons, Ranked, Study, Subject
 from mmray.evaluation.quality import Encoder
 from mmray.models.blocks import permuted_image
+from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.neurons import controls
 from mmray.neurons.properties import (
     common_share,
@@ -108,11 +109,12 @@ def image_similarity(subject: Subject, found: Observations, clip: Clip) -> None:
     """Observe CLIPScore of the written tokens with the concept's images, and that of another concept's neurons."""
     facts, own = subject.facts, set(subject.own_samples)
     shown = [item.sample for item in subject.items if item.sample.sample_id in own]
-    images = [decode_image(sample.image, sample.background) for sample in shown if sample.image]
     for method, ranked in (("score", facts.ranked["score"]), ("random pairing", facts.paired)):
         text = ", ".join(token for tokens in _written(subject.study, ranked) for token in tokens[:CLIP_TOKENS])
         key = Key("sensitivity", "clipscore", method, DECODED)
-        found.extend(key, facts.concept, [sample.sample_id for sample in shown], clip.scores(images, text))
+        for part in within_budget(shown, lambda sample: pixels_of(subject.model, sample.image), BUDGET):
+            scores = clip.scores([decode_image(sample.image or b"", sample.background) for sample in part], text)
+            found.extend(key, facts.concept, [sample.sample_id for sample in part], scores)
 
 
 def invariance(subject: Subject, found: Observations) -> None:

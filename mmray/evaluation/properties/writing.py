@@ -12,6 +12,7 @@ from mmray.evaluation.properties.settings import MOST, SIGMAS, WRITTEN
 from mmray.evaluation.properties.subject import Neurons, Subject
 from mmray.models.generation import caption_of, generate
 from mmray.models.interventions import ablate
+from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import prompt_text
 from mmray.neurons import controls
 from mmray.neurons.shard import Captioned
@@ -63,8 +64,11 @@ class Writing:
 
 def written(subject: Subject, items: Sequence[Captioned]) -> list[str]:
     """Return the model's own captions of these images."""
-    if not items:
-        return []
+    parts = within_budget(items, lambda item: pixels_of(subject.model, item.sample.image), BUDGET)
+    return [text for part in parts for text in _written_together(subject, part)]
+
+
+def _written_together(subject: Subject, items: Sequence[Captioned]) -> list[str]:
     settings, model = subject.study.settings, subject.model
     prompts = [prompt_text(model, settings.prompt, item.sample.language, prefix=settings.prefix) for item in items]
     images = [decode_image(item.sample.image or b"", item.sample.background) for item in items]

@@ -102,8 +102,11 @@ def in_batches(
 
     ordered = sorted(texts, key=lambda said: (said.image is None, said.prompt, len(said.tokens), said.sample_id))
     groups = [list(group) for _, group in groupby(ordered, key=lambda said: said.image is None)]
-    cut = [alike[start : start + size] for alike in groups for start in range(0, len(alike), size)]
-    parts = (part for some in cut for part in within_budget(some, lambda said: pixels_of(model, said.image), BUDGET))
+    parts = (
+        part
+        for alike in groups
+        for part in within_budget(alike, lambda said: pixels_of(model, said.image), BUDGET, size)
+    )
     return [done for part in parts for done in in_halves(part, encoded, _refuse)]
 
 
