@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import textwrap
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_utils,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -173,13 +175,14 @@ def load(
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        network, report = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=number_format,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **({"device_map": "auto"} if shared else {}),
-        )
+        with _without_report():
+            network, report = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                dtype=number_format,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **({"device_map": "auto"} if shared else {}),
+            )
     except SafetensorError as error:
         raise InputError(f"{name}: damaged weights ({_shortened(error)}); copy the checkpoint again") from error
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, UnpicklingError) as error:
@@ -259,6 +262,18 @@ def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, A
         "image_tokens": int(getattr(config, "image_seq_length", None) or 576),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
     }
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Silence transformers' table of missing and unexpected weights: the former are refused in one line."""
+    logger = logging.getLogger(modeling_utils.__name__)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def refuse_missing(name: str, missing: Collection[str]) -> None:

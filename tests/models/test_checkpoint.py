@@ -1,6 +1,7 @@
 """A checkpoint is what its files say: nothing is drawn at random, fetched from elsewhere, or left out of its digest."""
 
 import json
+import logging
 import shutil
 import sys
 
@@ -49,6 +50,20 @@ def test_any_missing_weight_is_refused_by_name(tiny, tmp_path):
         assert "weights that the model needs are missing from the checkpoint (1: " in message
         assert name.rsplit(".", 2)[-2] in message
         shutil.rmtree(folder)
+
+
+def test_a_missing_weight_is_told_once(copy):
+    without(copy, next(name for name in weight_names(copy) if "lm_head" in name))
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = said.append
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(handler)
+    try:
+        refusal(load, str(copy))
+    finally:
+        logger.removeHandler(handler)
+    assert said == []
 
 
 def test_a_tied_unembedding_is_not_missing(tiny):
