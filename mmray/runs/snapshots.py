@@ -231,9 +231,15 @@ def publish(store: Store, snapshot: Snapshot) -> None:
 
 
 def is_published(store: Store, snapshot: Snapshot) -> bool:
-    """Return whether other tools find copies of its tables, by size: a driver may have died before it had made them."""
+    """Return whether other tools find its tables as they are: a driver may have died before it had copied them."""
     for name, files in snapshot.tables.items():
-        if [entry.size for entry in store.list(f"tables/{name}.parquet")] != [file.checksum.size for file in files]:
+        copies = store.list(f"tables/{name}.parquet")
+        if [entry.size for entry in copies] != [file.checksum.size for file in files]:
+            return False
+        try:
+            for entry, file in zip(copies, files, strict=True):
+                file.checksum.check(store.read(entry.key))
+        except (DamagedError, FileNotFoundError):
             return False
     return True
 
