@@ -23,7 +23,7 @@ def letters(tmp_path: Path) -> Callable[..., LetterJob]:
     return lambda **settings: LetterJob(checked(LetterSettings, known | settings))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def memory() -> Iterator[Path]:
     """Return a folder in memory where there is one: these tests write much, and each file is synced."""
     shared = Path("/dev/shm")
@@ -31,7 +31,7 @@ def memory() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def suite(tiny: Callable[[str], Path], memory: Path) -> Suite:
     (memory / "base").mkdir()
     return Suite(prepare(memory / "base", tiny("llava")), memory)

@@ -136,6 +136,8 @@ class Case:
     """Whether its worker itself writes what it is for, so that remembered results are not enough."""
     single: bool = False
     """Whether it has one unit."""
+    merges: bool = True
+    """Whether its merge reads its parts; else who runs it does."""
     slow: bool = False
 
     def run(self, place: Place, executor: Executor | None = None, **settings: Any) -> JobResult:
@@ -255,15 +257,17 @@ def _alignment(place: Place, tiny: str, **more: Any) -> Any:
 CASES = [
     Case("letters", letters, {"upper": True}, later={"most": 1}),
     Case("census", census, {"score": "gate"}, refused=True),
-    Case("decoding", decoding, {"fold_norm": True}, single=True),
+    Case("decoding", decoding, {"fold_norm": True}, merges=False, single=True),
     Case("properties", properties, {"images": 3}, later={"draws": 11}, slow=True),
     Case("saliency", saliency, {"images": 9}, later={"draws": 11}),
     Case("hallucination", hallucination, {"seed": 1}, later={"draws": 11}),
     Case("perturb", perturb, {"seed": 1}, refused=True, later={"draws": 11}),
-    Case("sums", sums, {"modality": "both"}),
-    Case("interventions", interventions, {"modality": "both"}),
+    Case("sums", sums, {"modality": "both"}, merges=False),
+    Case("interventions", interventions, {"modality": "both"}, merges=False),
     Case("select", select, {"samples": 12}),
-    Case("edit", edit, {"neurons": 3}, refused=True, files=("edit.safetensors",), saves=True, single=True),
+    Case(
+        "edit", edit, {"neurons": 3}, refused=True, files=("edit.safetensors",), saves=True, merges=False, single=True
+    ),
     Case("evaluation", evaluation, {"seed": 1}, files=("captions.parquet",)),
     Case("validation", validation, {"pope_objects": 2}),
 ]
