@@ -12,6 +12,7 @@ from torch.nn import functional
 from mmray.datasets.images import decode_image
 from mmray.datasets.samples import Sample
 from mmray.derived import SALIENCY_SCHEMAS
+from mmray.engine.clock import phase
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
@@ -81,7 +82,8 @@ class Judging:
         images = [decode_image(item.sample.image or b"", item.sample.background) for item in items]
         looked = Looked(look_at(self.model, self.joint, batch, places, images), words, self.located)
         maps = draw_maps(looked, methods_of(self.settings, detector=self.joint is not None))
-        rows["observations"].extend(observations(looked, maps, boxes, erased=self.settings.erasures))
+        with phase("judge"):
+            rows["observations"].extend(observations(looked, maps, boxes, erased=self.settings.erasures))
         for number, place in enumerate(places):
             if place.sample_id in pictured:
                 kept = {method: found[number] for method, found in maps.items()}

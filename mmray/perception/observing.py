@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from mmray.engine.clock import phase
 from mmray.perception.erasing import erasure_curves, erasure_ends
 from mmray.perception.measures import (
     Boxes,
@@ -23,7 +24,11 @@ CHANCE = "chance"
 
 def draw_maps(looked: Looked, methods: Sequence[str]) -> dict[str, list[Saliency]]:
     """Return the maps of all places by each method."""
-    return {name: [method_of(name)(looked, number) for number in range(len(looked.words))] for name in methods}
+    maps = {}
+    for name in methods:
+        with phase(name):
+            maps[name] = [method_of(name)(looked, number) for number in range(len(looked.words))]
+    return maps
 
 
 def observations(

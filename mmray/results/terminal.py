@@ -151,11 +151,12 @@ def status(status: Status, failures: Iterable[dict[str, Any]], uri: str) -> Rend
 def spending(cost: Cost) -> str:
     """Return where workers' time and memory went, the longest phase first; empty where receipts don't tell."""
     whole = cost.seconds + sum(cost.phases.get(name, 0.0) for name in AROUND)
-    timed = {name: seconds / whole for name, seconds in cost.phases.items()} if whole else {}
-    rest = 1 - sum(timed.values())
-    shares = [f"{name} {share:.0%}" for name, share in (timed | ({"other": rest} if rest >= 0.01 else {})).items()]
+    phases = {name: seconds / whole for name, seconds in cost.phases.items()} if whole else {}
+    told = {name: share for name, share in phases.items() if share >= 0.01}
+    rest = {"other": 1 - sum(told.values())} if sum(told.values()) <= 0.99 else {}
+    shares = [f"{name} {share:.0%}" for name, share in (told | rest).items()]
     held = [f"{size / 1e9:.1f} GB of {where} memory" for where, size in cost.memory.items()]
-    spent = [f"{', '.join(shares)} of {whole:,.0f} s"] if timed else []
+    spent = [f"{', '.join(shares)} of {whole:,.0f} s"] if phases else []
     return "; ".join(spent + ([f"at most {' and '.join(held)} per worker"] if held else []))
 
 

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 
 from mmray.datasets.samples import Sample
+from mmray.engine.clock import phase
 from mmray.evaluation.properties.comparing import compare_methods
 from mmray.evaluation.properties.effects import Effects
 from mmray.evaluation.properties.maps import draw_maps
@@ -48,7 +49,7 @@ class Probe:
         mapped = [facts for facts in unit if facts.maps]
         for drawn in in_halves(
             mapped,
-            lambda part: draw_maps(self.study, part, samples),
+            lambda part: phase("maps")(draw_maps)(self.study, part, samples),
             lambda facts, problem: found.fail(facts.concept, f"heat maps: {problem}"),
             errors=FAILURES,
         ):
@@ -78,8 +79,10 @@ class Probe:
         region_invariance(subject, found)
         invariance(subject, found)
         specificity(subject, found)
-        effects = Effects(subject, self.resumes)
-        self.resumes = effects.ablator.resumes
-        effects.observe(found)
+        with phase("ablate"):
+            effects = Effects(subject, self.resumes)
+            self.resumes = effects.ablator.resumes
+            effects.observe(found)
         compare_methods(subject, effects, found)
-        self.writing.observe(subject, found)
+        with phase("write"):
+            self.writing.observe(subject, found)
