@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Group, RenderableType
 from rich.live import Live
+from rich.text import Text
 
 from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, plural, say
 from mmray.errors import DamagedError
@@ -18,6 +19,7 @@ from mmray.errors import DamagedError
 if TYPE_CHECKING:
     from mmray.results.run import Status
     from mmray.results.status import AnalysisStatus
+    from mmray.runs.folder import RunFolder
     from mmray.runs.verification import Problem, Verified
 
 DAMAGED = 3
@@ -60,23 +62,23 @@ def status(
     """Say how far a run and each of its analyses is: done, pending, quarantined, and why; what failed; what took the
     time; who drives it; and which tables are older than what they are made from, with the command that renews them.
     """
-    from mmray.results.run import open_run
     from mmray.runs.sweep import sweep_run
     from mmray.runs.verification import verify_run
 
-    swept = sweep_run(open_run(run).folder) if sweep else None
+    folder = _folder(run)
+    swept = sweep_run(folder) if sweep else None
     if swept and not as_json:
         young = f"; {swept.young} younger than an hour left" if swept.young else ""
         say(f"swept {swept.objects} objects, {swept.bytes / 1e6:.1f} MB{young}")
         for reason in swept.left:
             say(f"not swept: {reason}", "yellow")
     if watch:
-        _watch(run, as_json=as_json)
+        _watch(folder, as_json=as_json)
         return
-    verified = verify_run(open_run(run).folder) if verify else None
-    problems = [_told(problem, run) for problem in verified.problems] if verified else []
+    verified = verify_run(folder) if verify else None
+    problems = [_told(problem, folder) for problem in verified.problems] if verified else []
     try:
-        seen = _look(run)
+        seen = _look(folder)
     except DamagedError:
         if not problems:
             raise
@@ -108,100 +110,118 @@ def _say_verified(verified: Verified, problems: Sequence[Mapping[str, str]]) -> 
         say(f"{path}: not written by mmray; it changes nothing, and may be removed", "yellow")
 
 
-def _told(problem: Problem, uri: str) -> dict[str, str]:
+def _told(problem: Problem, folder: RunFolder) -> dict[str, str]:
     """Return a problem with what redoes the file."""
     steps = [f"remove {problem.remove}"] if problem.remove else []
-    steps += [f"run: {_command(problem.command, uri, problem.settings)}"] if problem.command else []
+    steps += [f"run: {_command(problem.command, folder, problem.settings)}"] if problem.command else []
     return {"path": problem.path, "why": problem.why, "redo": ", then ".join(steps)}
 
 
-def _command(template: str, uri: str, settings: Mapping[str, Any]) -> str:
-    """Return the call that has made something of a run."""
+def _command(template: str, folder: RunFolder, settings: Mapping[str, Any]) -> str:
+    """Return the call that has made something of a folder, which may have been moved since."""
     from mmray.cli.job import command_line
+    from mmray.runs.analyses import is_run
 
-    return command_line(template, {"run": uri, "out": uri}, settings)
+    uri = folder.store.uri
+    return command_line(template, {"run" if is_run(folder) else "edit": uri, "out": uri}, settings)
+
+
+def _folder(uri: str) -> RunFolder:
+    """Return the folder of a run, of an edit, or OUT; raises InputError where nothing has begun."""
+    from mmray.results.run import open_run
+    from mmray.runs.analyses import find_analyses, is_run
+    from mmray.runs.folder import RunFolder
+
+    folder = RunFolder.at(uri)
+    return folder if not is_run(folder) and find_analyses(folder.store) else open_run(uri).folder
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A run at one moment."""
+    """A folder at one moment."""
 
     uri: str
-    census: Status
+    census: Status | None
+    """Of a run; an edit, for example, has analyses alone."""
     failures: list[dict[str, Any]]
     analyses: list[AnalysisStatus]
 
     @property
     def over(self) -> bool:
         """Whether nothing is at work or left to do."""
+        if any(one.at_work or (one.pending and not one.at_rest) for one in self.analyses):
+            return False
         census = self.census
-        at_work = census.driver is not None and census.driver.state == "at work"
-        left = [one for one in self.analyses if one.at_work or (one.pending and not one.at_rest)]
-        return census.finished and not (census.pending or at_work or left)
+        return census is None or (
+            census.finished and not census.pending and (census.driver is None or census.driver.state != "at work")
+        )
 
     def summary(self) -> dict[str, Any]:
         """Return what --json says."""
         from mmray.results.run import reasons
 
+        analyses = {"analyses": [one.summary() for one in self.analyses]}
+        if self.census is None:
+            return analyses
         more = {"pending": self.census.pending, "samples_per_second": self.census.samples_per_second}
-        return (
-            asdict(self.census)
-            | more
-            | {
-                "reasons": [asdict(reason) for reason in reasons(self.failures)],
-                "first_failures": self.failures[:FIRST],
-                "analyses": [one.summary() for one in self.analyses],
-            }
-        )
+        failed = {
+            "reasons": [asdict(reason) for reason in reasons(self.failures)],
+            "first_failures": self.failures[:FIRST],
+        }
+        return asdict(self.census) | more | failed | analyses
 
     def view(self) -> RenderableType:
         """Return what the terminal shows."""
         from mmray.results.terminal import analyses, status
 
-        census = status(self.census, self.failures, self.uri)
-        return Group(census, analyses(self.analyses)) if self.analyses else census
+        first = Text(self.uri, "bold") if self.census is None else status(self.census, self.failures, self.uri)
+        return Group(first, analyses(self.analyses)) if self.analyses else first
 
     def line(self) -> str:
         """Return how far everything is, in one line."""
-        census = self.census
-        counts = [
-            f"census {census.shards_done:,} of {census.shards:,} shards",
-            f"{census.samples_done:,} of {census.samples:,} samples",
-        ]
+        failed = sum(one.failures for one in self.analyses)
+        aside = sum(len(one.quarantined) for one in self.analyses)
+        counts = []
+        if census := self.census:
+            counts += [f"census {census.shards_done:,} of {census.shards:,} shards"]
+            counts += [f"{census.samples_done:,} of {census.samples:,} samples"]
+            failed += census.failures
+            aside += len(census.quarantined)
         counts += [f"{one.title} {one.size_done:,} of {one.size:,} {one.noun}" for one in self.analyses if one.pending]
-        failed = census.failures + sum(one.failures for one in self.analyses)
-        aside = len(census.quarantined) + sum(len(one.quarantined) for one in self.analyses)
         return ", ".join([*counts, f"{failed:,} failed", f"{aside:,} quarantined"])
 
 
-def _look(uri: str) -> _Seen:
+def _look(folder: RunFolder) -> _Seen:
     from mmray.results.run import open_run
     from mmray.results.status import analyses
+    from mmray.runs.analyses import is_run
 
-    run = open_run(uri)
-    found = [replace(one, renew=_command(one.renew, run.uri, one.settings)) for one in analyses(run)]
+    run = open_run(folder.store.uri) if is_run(folder) else None
+    found = [replace(one, renew=_command(one.renew, folder, one.settings)) for one in analyses(folder, run)]
+    if run is None:
+        return _Seen(folder.store.uri, None, [], found)
     return _Seen(run.uri, run.status(), run.failures(), found)
 
 
-def _watch(uri: str, *, as_json: bool) -> None:
+def _watch(folder: RunFolder, *, as_json: bool) -> None:
     """Look again and again until all is done, or the user has seen enough."""
     try:
         if as_json:
-            _follow(uri, lambda seen: json.dumps(seen.summary()), print)
+            _follow(folder, lambda seen: json.dumps(seen.summary()), print)
         elif console.is_terminal:
             with Live(console=console, auto_refresh=False) as live:
-                _follow(uri, _Seen.view, lambda view: live.update(view, refresh=True))
+                _follow(folder, _Seen.view, lambda view: live.update(view, refresh=True))
         else:
-            _follow(uri, _Seen.line, say)
+            _follow(folder, _Seen.line, say)
     except KeyboardInterrupt:
         return
 
 
-def _follow(uri: str, shown: Callable[[_Seen], Any], show: Callable[[Any], None]) -> None:
+def _follow(folder: RunFolder, shown: Callable[[_Seen], Any], show: Callable[[Any], None]) -> None:
     last = None
     while True:
         began = time.monotonic()
-        seen = _look(uri)
+        seen = _look(folder)
         now = shown(seen)
         if now != last:
             show(now)

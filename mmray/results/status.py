@@ -77,10 +77,10 @@ class AnalysisStatus:
         return asdict(self) | {"pending": self.pending, "rate": self.rate}
 
 
-def analyses(run: Run) -> list[AnalysisStatus]:
-    """Return how far each analysis is that the run's folder holds."""
-    census = run.digests()["receipts"] if run.snapshot else ""
-    found = find_analyses(run.folder.store)
+def analyses(folder: RunFolder, run: Run | None) -> list[AnalysisStatus]:
+    """Return how far each analysis is that a folder holds: that of a run, or of an edit, or of OUT (None)."""
+    census = run.digests()["receipts"] if run is not None and run.snapshot else ""
+    found = find_analyses(folder.store)
     last: dict[tuple[str, str, str], Analysis] = {}
     for analysis in found:
         last.setdefault((analysis.target, analysis.feature.name, analysis.step), analysis)

@@ -7,6 +7,7 @@ edits/NAME/evaluations/51aa…/run.json          an analysis of one of the run's
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,27 +47,51 @@ class Analysis:
 
     def folder(self) -> RunFolder:
         """Return where units are committed."""
-        return RunFolder.at(f"{self.root}/{self.key}")
+        return RunFolder.at(_joined(self.root, self.key))
 
     def lease(self) -> Store:
         """Return the store of the lease that whoever drives it holds."""
-        return RunFolder.at("/".join(filter(None, (self.root, self.target, self.feature.name)))).store
+        return RunFolder.at(_joined(self.root, self.target, self.feature.name)).store
 
     def tables(self) -> Store:
         """Return the store of its tables."""
-        return RunFolder.at("/".join(filter(None, (self.root, self.target)))).store
+        return RunFolder.at(_joined(self.root, self.target)).store
 
 
 def find_analyses(store: Store) -> list[Analysis]:
-    """Return all that have begun: those of the run, then those of its edits; of each the last begun first."""
+    """Return all that have begun: those of the run, then those of its edits; of each the last begun first.
+
+    Such a folder may itself be that of an analysis, as the OUT of `mmray perturb` is.
+    """
     names = [name for name in FEATURES if name != "census"]
     prefixes = [*(f"{name}/" for name in names), "edits/"]
     with ThreadPoolExecutor(len(prefixes)) as pool:
         entries = [entry for found in pool.map(store.list, prefixes) for entry in found]
     return sorted(
-        _analyses(store.uri, names, entries),
+        [*_itself(store), *_analyses(store.uri, names, entries)],
         key=lambda found: (found.target, names.index(found.feature.name), -found.begun, found.key),
     )
+
+
+def is_run(folder: RunFolder) -> bool:
+    """Return whether a folder holds a run: its run.json names no job but the census."""
+    return folder.store.exists("run.json") and _begun_as(folder.store) == "census"
+
+
+def _begun_as(store: Store) -> str:
+    """Return the job that a folder's run.json names; the census where it names none."""
+    try:
+        content = json.loads(store.read("run.json"))
+    except (FileNotFoundError, ValueError):
+        return "census"
+    name = content.get("job") if isinstance(content, dict) else None
+    return name if isinstance(name, str) and name in FEATURES else "census"
+
+
+def _itself(store: Store) -> Iterable[Analysis]:
+    entry, name = store.entry("run.json"), _begun_as(store)
+    if entry and name != "census":
+        yield Analysis(FEATURES[name], store.uri, "", "", "", entry.modified)
 
 
 def _analyses(root: str, names: Sequence[str], entries: Iterable[Entry]) -> Iterable[Analysis]:
@@ -102,7 +127,7 @@ def census_of(run: RunFolder) -> RunJob:
 def jobs_of(run: RunFolder) -> list[RunJob]:
     """Return the census and all that has been made of it."""
     store = run.store
-    found = {("", "census"): census_of(run)}
+    found = {("", "census"): census_of(run)} if is_run(run) else {}
     for name in snapshots(store):
         if name in FEATURES and name != "census":
             # Such as a pipeline, which has tables and no units of its own.
@@ -112,6 +137,10 @@ def jobs_of(run: RunFolder) -> list[RunJob]:
         job = RunJob(analysis.feature, analysis.command, analysis.lease(), analysis.tables(), [])
         found.setdefault((analysis.target, analysis.feature.name), job).folders.append(analysis.folder())
     return list(found.values())
+
+
+def _joined(*parts: str) -> str:
+    return "/".join(filter(None, parts))
 
 
 def _filled(command: str, places: Mapping[str, str]) -> str:

@@ -46,8 +46,12 @@ def stop_at(line):
     return stop
 
 
+def analyses_of(census):
+    return analyses(RunFolder.at(census), open_run(census))
+
+
 def only(census):
-    (found,) = analyses(open_run(census))
+    (found,) = analyses_of(census)
     return found
 
 
@@ -110,7 +114,7 @@ def test_tables_of_an_earlier_census_are_stale_until_they_are_made_again(mmray, 
     assert only(census).tables == "older than the census"
     assert f"tables older than the census; renew them: mmray letters {census}" in mmray("status", census).out
     count()
-    now, before = analyses(open_run(census))
+    now, before = analyses_of(census)
     assert (now.tables, before.tables) == ("current", "of other settings")
 
 
@@ -299,7 +303,27 @@ def test_measuring_a_model_is_told_by_phase(tmp_path, run):
     out = tmp_path / "run"
     shutil.copytree(run.uri, out)
     properties_here(out, concepts=1, images=2, maps=1)
-    (found,) = analyses(open_run(out))
+    (found,) = analyses_of(out)
     assert {"read", "decode", "forward"} <= set(found.cost.phases)
     within = [seconds for name, seconds in found.cost.phases.items() if name not in AROUND]
     assert sum(within) <= found.cost.seconds
+
+
+def test_a_folder_that_is_no_run_has_a_status_too(mmray, census, count, tmp_path):
+    """An edit has evaluations, say; the folder of a job that keeps its units in OUT is an analysis itself."""
+    count()
+    edit, out = tmp_path / "edit", tmp_path / "out"
+    shutil.copytree(f"{census}/letters", edit / "letters")
+    (begun,) = Path(census, "letters").glob("*/run.json")
+    shutil.copytree(begun.parent, out)
+    for folder in (edit, out):
+        answer = mmray("status", folder, "--verify", "--sweep")
+        assert (answer.status, answer.err) == (0, "")
+        assert "95 of 95 lines" in answer.out
+        assert "shards" not in answer.out
+        (told,) = json.loads(mmray("status", folder, "--json").out)["analyses"]
+        assert told["units_done"] == 10
+        assert mmray("status", folder, "--watch").status == 0
+    next(out.glob("shards/000001/*-counts.parquet")).write_bytes(b"")
+    assert mmray("status", out, "--verify").status == 3
+    assert "no run here" in mmray("status", tmp_path).refusal
