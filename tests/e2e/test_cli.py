@@ -81,7 +81,7 @@ def test_bad_input_is_one_line_and_status_2(
     change, said = bad_census(tmp_path)[name]
     good = {"model": "demo", "data": write(tmp_path / "data.parquet", scenes(2)), "out": tmp_path / "run"}
     options = [str(part) for key, value in (good | change).items() for part in (f"--{key}", value)]
-    assert said in mmray("census", "--local", *options).refusal
+    assert said in mmray("census", *options).refusal
     # What is wrong before any work leaves no run behind.
     if name != "no cluster":
         assert not (tmp_path / "run").exists()
