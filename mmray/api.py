@@ -82,7 +82,7 @@ def properties(run: Run | str, **settings: Any) -> pa.Table:
 
 
 def saliency(run: Run | str, **settings: Any) -> pa.Table:
-    """Hold saliency maps of a run's words against boxes, or go on where that was stopped; returns the measures.
+    """Measure saliency maps of a run's words against boxes, or resume; returns the measures.
 
     `settings` are those of `mmray saliency RUN`, with underscores. (`load_model(…).saliency(…)` is the map of one
     word.) Raises InputError for bad settings, or where the data has no boxes.
@@ -119,7 +119,7 @@ def select_neurons(
 def align(**settings: Any) -> dict[str, dict[str, Any]]:
     """Train a network that makes a LLaVA's image tokens of another tower's embedding, or go on where that was stopped.
 
-    `settings` are those of `mmray align`, with underscores. Returns the joint model's measures beside the original's.
+    `settings` are those of `mmray align`, with underscores. Returns the joint model's measures next to the original's.
     Raises InputError for bad settings or input.
     """
     return run_alignment(alignment_settings(_asked(settings))).measures
@@ -137,7 +137,7 @@ def hallucination(run: Run | str, **settings: Any) -> pa.Table:
 
 
 def perturb(**settings: Any) -> list[dict[str, Any]]:
-    """Move what a model sees from one concept to another, ask again, and return what changed, beside controls.
+    """Move what a model sees from one concept to another, ask again, and return what changed, with controls.
 
     `settings` are those of `mmray perturb`, with underscores. Raises InputError for bad settings or input.
     """

@@ -20,7 +20,7 @@ PLAIN = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads `1:8` as text: YAML 1.1 makes it 68, seconds in all; nor is `no` false, or 2026-01-01 a date."""
+    """Reads `1:8` as text: YAML 1.1 makes it 68, seconds in all; and `no` is not false, 2026-01-01 not a date."""
 
 
 _Loader.yaml_implicit_resolvers = {

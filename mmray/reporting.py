@@ -35,8 +35,8 @@ def write_report(
     """Write the report of a run, and return where it is.
 
     `out` is a file (default: RUN/report.html); with `pages` it is a folder of many small files instead, for runs with
-    thousands of concepts. Both may be s3://. `edits` are folders of edits to show besides those in RUN/edits. Where the
-    data can't be read any more, the report has no pictures. Raises InputError for a run without tables yet.
+    thousands of concepts. Both may be s3://. `edits` are folders of edits to show, added to those in RUN/edits.
+    Where the data can't be read any more, the report has no pictures. Raises InputError for a run without tables yet.
     """
     content = gather(run, edits, None if pages else WHOLE)
     pictures = run_pictures(run, content.samples())

@@ -114,7 +114,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             field("n_active", pa.int64(), "tokens at which the gate is open"),
             field("sum", pa.float64(), ACTIVATION),
             field("sum_squares", pa.float64(), "activation squared"),
-            field("module", pa.string(), "language, or what --module asks for besides"),
+            field("module", pa.string(), "language, or what --module adds"),
         ]
     ),
     "examples": pa.schema(

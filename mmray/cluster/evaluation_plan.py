@@ -51,7 +51,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Context:
-    """All that workers need besides the model and the edit, and small compared with the data."""
+    """All that workers need other than the model and the edit, and small compared with the data."""
 
     settings: EvaluationSettings
     """The job's, with everything settled that the data decides."""

@@ -54,7 +54,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Context:
-    """All that workers need besides model, detector and data."""
+    """All that workers need other than model, detector and data."""
 
     model: str
     data: str

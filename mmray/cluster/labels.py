@@ -187,7 +187,9 @@ def _counted(run: Run, plan: LabelPlan) -> dict[str, Totals]:
 
 def _nothing(run: Run, aside: Mapping[int, str]) -> str:
     for shard, reason in aside.items():
-        return f"{run.uri}: nothing was counted; shard {shard} was set aside: {reason} (--retry-failed tries it again)"
+        return (
+            f"{run.uri}: nothing was counted; shard {shard} was quarantined: {reason} (--retry-failed tries it again)"
+        )
     return f"{run.uri}: no token of this kind was counted; see the census's --module, and --modality"
 
 

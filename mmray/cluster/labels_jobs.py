@@ -79,7 +79,7 @@ class LabelJob(Job[S, LabelPlan]):
 
     @abstractmethod
     def digests(self) -> Mapping[str, str]:
-        """Return what the pass depends on besides its settings, the model and the samples."""
+        """Return what else the pass depends on than its settings, the model and the samples."""
 
     @abstractmethod
     def tables(self, model: LoadedModel, samples: list[Sample]) -> dict[str, pa.Table]:

@@ -22,7 +22,7 @@ from mmray.settings import CensusSettings, census_settings
 
 @dataclass(frozen=True)
 class LabelPlan:
-    """All that workers need besides the model; small beside the data."""
+    """All that workers need other than the model; small compared with the data."""
 
     settings: SelectivitySettings
     census: CensusSettings

@@ -32,7 +32,7 @@ MOST_MAPPED = 1500
 
 @dataclass(frozen=True)
 class Context:
-    """All that workers need besides model and data."""
+    """All that workers need other than model and data."""
 
     census: CensusSettings
     manifest: Manifest

@@ -38,7 +38,7 @@ SEVERAL = 2
 
 @dataclass(frozen=True)
 class Context:
-    """All that workers need besides model and data."""
+    """All that workers need other than model and data."""
 
     census: CensusSettings
     manifest: Manifest

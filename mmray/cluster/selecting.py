@@ -50,7 +50,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Context:
-    """What workers need besides model and data."""
+    """What workers need other than model and data."""
 
     census: CensusSettings
     manifest: Manifest

@@ -1,4 +1,4 @@
-"""COCO captions: annotations JSON and its images; the `instances` file beside it gives objects and boxes."""
+"""COCO captions: annotations JSON and its images; the `instances` file in the same folder gives objects and boxes."""
 
 from __future__ import annotations
 
@@ -243,4 +243,4 @@ def _find_images(folder: str, key: str, names: list[str]) -> str:
         candidate = places.beside(home, pattern.format(split=split))
         if any(isinstance(content, bytes) for content in places.fetch(candidate, names)):
             return candidate
-    raise InputError(f"{places.join(folder, key)}: its images are not beside it; write {key}:IMAGES_FOLDER")
+    raise InputError(f"{places.join(folder, key)}: its images are not next to it; write {key}:IMAGES_FOLDER")

@@ -167,7 +167,7 @@ def leaves(path: Path, homes: Iterable[Path]) -> bool:
 
 
 def is_outage(error: Exception) -> bool:
-    """Tell whether an error of pyarrow's is the store's: it must end the attempt, not become failed rows."""
+    """Return whether an error of pyarrow's is the store's: it must end the attempt, not become failed rows."""
     return "AWS Error" in str(error) and not isinstance(error, FileNotFoundError)
 
 

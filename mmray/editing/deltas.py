@@ -52,7 +52,7 @@ class Deltas:
         return min(self.units)
 
     def written(self, layer: int, activation: Float[Tensor, "... unit"]) -> Float[Tensor, "... hidden"]:
-        """Return what a layer's MLP writes besides, from the activations of its neurons here."""
+        """Return what the edit adds to a layer's MLP output, from the activations of its neurons here."""
         return activation.float() @ self.rows(layer)
 
     @contextmanager

@@ -8,7 +8,7 @@ and averaged over answers (Pan et al. 2024 with the guards of FiNE, Pan et al. 2
       − log (1 − p(old token))                where the new answer leaves the old one
       − log (1 − p(new words' first token))   behind the new words: not again
     + keep · KL(before ‖ now)                 at the kept answers' tokens that come nearest to another answer
-    + calm · mean ‖what is written besides‖² / mean ‖W_out row‖²      at every token of the kept answers
+    + calm · mean ‖what the edit adds‖² / mean ‖W_out row‖²      at every token of the kept answers
     + size · Σ ‖Δ row‖² / mean ‖W_out row‖²
 
 Where new words begin, − log p may be that with their first token's logit lowered (`Course.lead`): a word that only just
@@ -123,7 +123,7 @@ class _Kept:
         return (self.before.exp() * (self.before - self.near.logits(deltas).log_softmax(1))).sum()
 
     def stir(self, deltas: Deltas) -> Float[Tensor, ""]:
-        """Return the mean ‖what is written besides‖² over mean ‖W_out row‖², of the first edited layer."""
+        """Return the mean ‖what the edit adds‖² over mean ‖W_out row‖², of the first edited layer."""
         rows = deltas.rows(deltas.first)
         return (rows * (self.moment @ rows)).sum() / (deltas.scales[deltas.first] ** 2 * rows.shape[1])
 

@@ -32,7 +32,7 @@ from mmray.neurons.captured import forward
 
 @dataclass(frozen=True)
 class _Later:
-    """A block behind the first edited one: what it was given besides hidden states, and what was added before it."""
+    """A block after the first edited one: its inputs other than hidden states, and what was added before it."""
 
     block: nn.Module
     arguments: tuple[Any, ...]

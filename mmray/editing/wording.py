@@ -69,7 +69,7 @@ def without(caption: str, mention: Mention, language: str | None) -> set[str]:
 
 
 def rest_kept(before: str, after: str, mention: Mention, language: str | None) -> bool:
-    """Tell whether all but one noun phrase is unchanged: what stands before and behind it, to the letter.
+    """Return whether all but one noun phrase is unchanged: what stands before and after it, to the letter.
 
     Something else may stand in its place, or nothing where it was one of a list.
     """

@@ -35,7 +35,7 @@ SCALES = tuple(
         rf"\bof\s*{AMOUNT}",
     )
 )
-"""What names a scale beside an answer, in the order in which it is left out: 7/10, from 1 to 10, 7 of 10."""
+"""What names a scale next to an answer, in the order in which it is left out: 7/10, from 1 to 10, 7 of 10."""
 
 
 def reader(parse: str) -> re.Pattern[str]:

@@ -150,7 +150,7 @@ class Change:
 
     @property
     def same(self) -> bool:
-        """Tell whether the greedy reply is the same to the letter."""
+        """Return whether the greedy reply is the same to the letter."""
         return self.before == self.after
 
 

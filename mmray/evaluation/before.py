@@ -63,7 +63,7 @@ class Before:
         return tokenize_caption(self.model, ask.prompt, text)[0]
 
     def cut(self, ask: Ask) -> bool:
-        """Tell whether the model's answer, which is known, was cut off for its length: no end stands behind it."""
+        """Return whether the model's answer, which is known, was cut off for its length: it has no end token."""
         return len(self._replies[ask.key].tokens) >= self.questioner.longest
 
     def replies(self, asks: Sequence[Ask], drafts: Sequence[Sequence[str]]) -> list[Reply]:
@@ -75,7 +75,7 @@ class Before:
         return [self._replies[ask.key] for ask in asks]
 
     def opinion(self, detector: str) -> SecondOpinion:
-        """Return a detector's opinion beside the model, the same object each time; raises InputError as it does."""
+        """Return a detector's opinion next to the model's, the same object each time; raises InputError as it does."""
         if detector not in self._opinions:
             self._opinions[detector] = SecondOpinion(self.model, detector)
         return self._opinions[detector]

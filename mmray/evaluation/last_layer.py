@@ -55,7 +55,7 @@ class LastLayer:
         return States(self._shifted(before.hidden, before.activation), top=top)
 
     def agrees(self, found: States | None, proof: States) -> bool:
-        """Tell whether states found so are those of a forward."""
+        """Return whether states found so are those of a forward."""
         assert found is not None
         ours, theirs = (
             vocabulary_logits(self.reader.model, states.hidden).log_softmax(dim=1) for states in (found, proof)

@@ -180,5 +180,5 @@ def _locality(rows: Rows, before: Before, edit: Edit, items: Sequence[tuple[str,
 
 
 def _same(reply: str, alt: str) -> bool:
-    """Tell whether two answers are equal but for case, blanks at the ends and a full stop."""
+    """Return whether two answers are equal but for case, blanks at the ends and a full stop."""
     return reply.strip().rstrip(".").casefold() == alt.strip().rstrip(".").casefold()

@@ -97,7 +97,7 @@ PROTOCOLS: dict[str, str] = {
 MEANS = ("mean_length", "bertscore")
 """Measures that are means of numbers of any size; so are divergences, whose names end in `_kl`."""
 OBJECTS = ("chair_i", "chair_s", "recall", "hallucination", "companion_named")
-"""Measures of which objects are in the image, besides POPE's."""
+"""Measures of which objects are in the image, other than POPE's."""
 THERE: dict[GroundTruth, str] = {
     "instances": "what is annotated",
     "captions": "what its captions in the data name",

@@ -25,7 +25,7 @@ TEXTS_AT_ONCE = 64
 
 
 def has_bleu(wanted: bool | None) -> bool:
-    """Tell whether BLEU is to be measured: as wanted, or where sacrebleu is installed; InputError where it must be."""
+    """Return whether to measure BLEU: as wanted, or where sacrebleu is installed; InputError where it must be."""
     installed = find_spec("sacrebleu") is not None
     if wanted and not installed:
         raise InputError("--bleu: sacrebleu is not installed; pip install 'mmray[evaluation]', or leave --bleu out")

@@ -26,7 +26,7 @@ from mmray.settings import LONGEST
 Result = TypeVar("Result")
 
 CORRECTIONS = 2
-"""Times that a failed draft is mended by the model's likeliest tokens along it, before a reply is generated."""
+"""Times that a failed draft is corrected by the model's likeliest tokens along it, before a reply is generated."""
 CHANGES_GREEDY: dict[str, tuple[object, ...]] = {
     "repetition_penalty": (None, 1.0),
     "encoder_repetition_penalty": (None, 1.0),
@@ -83,7 +83,7 @@ class Questioner(StateReader):
 
     @property
     def plain(self) -> bool:
-        """Tell whether greedy generation takes the likeliest token at each step, unless that is banned.
+        """Return whether greedy generation takes the likeliest token at each step, unless that is banned.
 
         What stands in for an edit may change the settings of generation: they are read each time.
         """
@@ -94,7 +94,7 @@ class Questioner(StateReader):
     def replies(
         self, asks: Sequence[Ask], drafts: Sequence[Sequence[list[int]]], first: Sequence[States] | None = None
     ) -> list[Reply]:
-        """Return the greedy replies; an ask's drafts are tried first, and mended twice where they fail.
+        """Return the greedy replies; an ask's drafts are tried first, and corrected twice where they fail.
 
         `first` are the states along the drafts, one an ask, where they are known.
         """
@@ -122,13 +122,13 @@ class Questioner(StateReader):
         found: dict[int, Reply],
         known: Sequence[States] | None = None,
     ) -> list[tuple[int, list[int]]]:
-        """Put down the drafts that are greedy replies, and return one draft of each other ask, mended.
+        """Put down the drafts that are greedy replies, and return one corrected draft of each other ask.
 
-        A draft is mended by the likeliest tokens along it, from the first that is another on. Of several drafts it is
-        the one that held longest.
+        A draft is corrected by the likeliest tokens along it, from the first that differs. Of several drafts it is the
+        one that held longest.
         """
         states = known or self.along([asks[number] for number, _ in drafts], [draft for _, draft in drafts])
-        mended: dict[int, tuple[int, list[int]]] = {}
+        corrected: dict[int, tuple[int, list[int]]] = {}
         for (number, draft), state, said in zip(
             drafts, states, self.likeliest([state.hidden for state in states]), strict=True
         ):
@@ -138,12 +138,12 @@ class Questioner(StateReader):
             if kept >= self.longest or said[kept] in self.special:
                 states_kept = state.shortened(len(draft) - kept)
                 found[number] = Reply(draft[:kept], self.text(draft[:kept]), states_kept, steady=True)
-            elif kept >= mended.get(number, (-1, []))[0]:
-                mended[number] = kept, self.until_end([*draft[:kept], *said[kept:]])[: self.longest]
-        return [(number, draft) for number, (_, draft) in mended.items() if number not in found]
+            elif kept >= corrected.get(number, (-1, []))[0]:
+                corrected[number] = kept, self.until_end([*draft[:kept], *said[kept:]])[: self.longest]
+        return [(number, draft) for number, (_, draft) in corrected.items() if number not in found]
 
     def banned(self, tokens: list[int]) -> bool:
-        """Tell whether the settings of generation forbid what these tokens hold."""
+        """Return whether the settings of generation forbid what these tokens hold."""
         words: list[list[int]] = self.model.network.generation_config.bad_words_ids or []
         return any(tokens[at : at + len(word)] == word for word in words for at in range(len(tokens)))
 

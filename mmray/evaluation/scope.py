@@ -64,7 +64,7 @@ class Wish:
         return sample.sample_id in self.samples
 
     def spoken(self, language: str | None) -> bool:
-        """Tell whether the edit was made for texts of this language."""
+        """Return whether the edit was made for texts of this language."""
         return self.language is None or language is None or language == self.language
 
 
@@ -94,7 +94,7 @@ class Aim:
 
 
 def reached(wishes: Sequence[Wish], objects: Collection[str] | None, before: set[str], after: set[str]) -> bool:
-    """Tell whether a text is as these wishes want it, from what it names before and after: words gone, targets named.
+    """Return whether a text is as these wishes want it, from what it names before and after: words gone, targets named.
 
     What one wish takes away another may put there.
     """

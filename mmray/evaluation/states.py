@@ -23,7 +23,7 @@ from mmray.neurons.halving import FAILURES
 RANKS = 10
 """Likeliest tokens that are compared rank by rank."""
 LOGITS_AT_ONCE = 2**23
-"""Logits that are held at once, besides those of a forward."""
+"""Logits that are held at once, on top of those of a forward."""
 KEPT_NUMBERS = 2**18
 """Numbers that are kept of one ask for the whole of its sequence, at most."""
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.3}
@@ -167,7 +167,7 @@ class StateReader:
         return torch.cat(best).to(torch.int32).cpu()
 
     def _proven(self, asks: Sequence[Ask], replies: Sequence[list[int]]) -> bool | None:
-        """Tell whether prompts about one image may share a row: whether the model then says the same.
+        """Return whether prompts about one image may share a row: whether the model then says the same.
 
         None as long as no image has two asks.
         """

@@ -95,4 +95,4 @@ def gate_function(network: PreTrainedModel, projection: Projection) -> Callable[
         function = getattr(mlp, name, None)
         if callable(function) and (not projection.experts or has_plain_gate(mlp)):
             return function  # type: ignore[no-any-return]
-    raise InputError(f"{gate}: no activation function beside it; use --score contribution")
+    raise InputError(f"{gate}: no activation function next to it; use --score contribution")

@@ -143,7 +143,7 @@ def _routed(
 
 
 def has_plain_gate(module: Any) -> bool:
-    """Tell whether the experts' gate is the first half of what enters, `act_fn` opens it, and the rest is a factor.
+    """Return whether the experts' gate is the first half of what enters, `act_fn` opens it, and the rest is a factor.
 
     Tried rather than read, for some experts mix or bound the halves in ways of their own.
     """

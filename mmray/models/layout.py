@@ -54,7 +54,7 @@ class Parts:
 
     @property
     def image_in_sequence(self) -> bool:
-        """Tell whether the image takes places in the decoder's own sequence, beside the caption."""
+        """Return whether the image takes places in the decoder's own sequence, next to the caption."""
         return self.image == "tokens" and not self.encoder_decoder
 
     def of(self, module: str) -> tuple[Projection, ...]:

@@ -54,7 +54,7 @@ def patches_of(model: LoadedModel, batch: Batch, row: int, size: tuple[int, int]
 
 
 def _merged(model: LoadedModel, batch: Batch, row: int, positions: Sequence[int]) -> Patches | None:
-    """Qwen-VL: the grid is told beside the pixels, before neighbouring patches are merged."""
+    """Qwen-VL: the grid comes with the pixels, before neighbouring patches are merged."""
     merge = int(getattr(model.processor.image_processor, "merge_size", 1))
     _, height, width = (int(number) for number in batch.inputs["image_grid_thw"][row])
     rows, columns = height // merge, width // merge

@@ -45,12 +45,12 @@ def common_share(sets: Sequence[frozenset[int]]) -> float:
 
 
 def exact_hit(tokens: Iterable[str], word: str) -> bool:
-    """Tell whether one of the decoded tokens is the word, in any case."""
+    """Return whether one of the decoded tokens is the word, in any case."""
     return any(token.casefold() == word.casefold() for token in tokens)
 
 
 def lemma_hit(tokens: Iterable[str], concept: str, first: str, language: str | None) -> bool:
-    """Tell whether one of the decoded tokens is the concept in any form, or its own first token as it is scored."""
+    """Return whether one of the decoded tokens is the concept in any form, or its own first token as it is scored."""
     wanted = {concept, first.casefold(), lemma(concept, language).casefold()}
     return any(token.casefold() in wanted or lemma(token, language).casefold() in wanted for token in tokens)
 

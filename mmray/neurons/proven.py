@@ -21,7 +21,7 @@ from mmray.version import VERSION
 
 
 def is_proven(model: LoadedModel) -> bool:
-    """Tell whether the model was proven before, as it is now."""
+    """Return whether the model was proven before, as it is now."""
     return _note(model).is_file()
 
 

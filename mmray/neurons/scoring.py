@@ -46,7 +46,7 @@ def score_batch(
 ) -> Scored:
     """Run the batch once, teacher-forced, and score every neuron at these places.
 
-    The scores of GRADIENTS take a backward pass a noun besides. `statistics` must have been told of the batch.
+    The scores of GRADIENTS add a backward pass per noun. `statistics` must have been told of the batch.
     """
     if score not in GRADIENTS:
         with capturing(model, batch, places, statistics) as captured:

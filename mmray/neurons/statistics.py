@@ -127,7 +127,7 @@ class TokenStatistics:
         values, gates = (part.reshape(rows, -1, part.shape[-1]) for part in (activation, opened))
         membership, spans, images = batch.on(values.device)
         by_sample, reached = reduce_tokens(values, gates, spans)
-        # What is not finite is not so squared, nor is what fp32 can't square.
+        # What is not finite, or overflows when squared in fp32, is not finite squared.
         batch.unsound.append((~by_sample[:, 2].sum(0).isfinite()).sum(1))
         by_label = (membership @ by_sample).double()
         if layer not in self.extremes:

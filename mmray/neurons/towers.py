@@ -1,4 +1,4 @@
-"""The activity of the vision tower's or the projector's neurons, counted beside that of the language decoder.
+"""The activity of the vision tower's or the projector's neurons, counted next to that of the language decoder.
 
 All positions of the image that the module computes count, a class token among them, but for those that only fill up.
 Prompt and caption never get there.
@@ -95,7 +95,7 @@ def image_runs(model: LoadedModel, batch: Batch, positions: int) -> list[Run]:
 
 
 def uniform(batch: Batch) -> bool:
-    """Tell whether every sample of a batch takes as many rows of the vision tower as the next."""
+    """Return whether every sample of a batch takes as many rows of the vision tower as the next."""
     inputs: Mapping[str, Tensor] = batch.inputs
     sizes = [inputs[name] for name in SIZES if name in inputs]
     if any(len(size) != len(batch.tokens) or bool((size != size[:1]).any()) for size in sizes):

@@ -86,7 +86,7 @@ class Pair:
         left, top, width, height = self.sight.covers(image.size)
         if (left, top, width, height) == covered(self.model, image.width / image.height):
             return image
-        # OWLv2 makes a square of an image by adding below or beside it.
+        # OWLv2 makes a square of an image by adding below or to the right of it.
         seen = new("RGB", (round(width * image.width), round(height * image.height)), self.sight.filling)
         seen.paste(image, (-round(left * image.width), -round(top * image.height)))
         side = int(self.model.network.config.vision_config.image_size)
@@ -133,7 +133,7 @@ def load_alignment(folder: str, model: LoadedModel, tower_digest: str, *, measur
     """Read a network W, frozen, for a LLaVA and a tower of this digest.
 
     Raises InputError where there is none, where it is another tower's or another LLaVA's, or, unless `measured` is
-    False, where the joint model has not been measured beside the original.
+    False, where the joint model has not been measured next to the original.
     """
     with _refusing(folder):
         facts, store = _facts(folder)
@@ -144,7 +144,7 @@ def load_alignment(folder: str, model: LoadedModel, tower_digest: str, *, measur
         if own != wanted:
             raise InputError(f"{folder}: aligned with another {what} (digest {own}, this one has {wanted})")
     if measured and not facts.get("measures"):
-        raise InputError(f"{folder}: not measured yet beside the original; run the same mmray align again, it ends so")
+        raise InputError(f"{folder}: not measured yet next to the original; run the same mmray align again")
     return network.to(model.device).eval().requires_grad_(False)
 
 

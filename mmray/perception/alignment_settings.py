@@ -29,7 +29,7 @@ class AlignmentSettings(JobSettings):
     out: str = execution()
     """Folder of the aligned network and its checkpoints: a local path or s3://bucket/prefix."""
     validate_on: str = after_work()
-    """Data with objects that the joint model is measured on beside the original, before anything is claimed of it."""
+    """Data with objects that the joint model is measured on next to the original, before anything is claimed of it."""
     limit: int | None = Field(None, ge=1)
     """Use the first N images only; all by default."""
     network: Shape = "mlp"

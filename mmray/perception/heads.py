@@ -1,4 +1,4 @@
-r"""A detector's heads on a captioner's own frozen tower: what they compute, and how they are kept beside their model.
+r"""A detector's heads on a captioner's own frozen tower: what they compute, and how they are kept next to their model.
 
     embedding t ─► projection + positions ─► transformer layers ─┬─► class head ─► cosine with the queries ─► logits
                                                                  └─► box head ─► from the patch's centre ─► boxes

@@ -37,7 +37,7 @@ DEMO = "demo"
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """A detector beside a model, with the sight that it judges images by."""
+    """A detector next to a model, with the sight that it judges images by."""
 
     model: LoadedModel
     detector: Detector
@@ -122,7 +122,7 @@ def load_joint(name: str, detector: str = DEMO, alignment: str | None = None) ->
 
 
 def join(model: LoadedModel, detector: str = DEMO, alignment: str | None = None) -> JointModel:
-    """Put a detector beside a model that is loaded already; as `load_joint`."""
+    """Put a detector next to a model that is loaded already; as `load_joint`."""
     judge = judge_beside(model, detector)
     if isinstance(judge.sight, OwnTower):
         if alignment is not None:
@@ -140,7 +140,7 @@ def join(model: LoadedModel, detector: str = DEMO, alignment: str | None = None)
 
 
 def judge_beside(model: LoadedModel, detector: str) -> Judge:
-    """Load a detector that judges images beside a model; an OWL-ViT or OWLv2 does so by its own sight.
+    """Load a detector that judges images for a model; an OWL-ViT or OWLv2 does so by its own sight.
 
     Raises InputError where it can't be loaded, or where its heads are another model's.
     """
@@ -157,7 +157,7 @@ def detector_or_demo(detector: str | None, model: str) -> str | None:
 
 
 def join_if_asked(model: LoadedModel, detector: str | None, alignment: str | None) -> JointModel | None:
-    """Put the detector that is asked for beside a model, by default the demo's beside the demo's; None without one.
+    """Put the detector that is asked for next to a model, by default the demo's next to the demo's; None without one.
 
     Raises InputError as `join`, and for an alignment without a detector.
     """

@@ -43,7 +43,7 @@ def objects_mask(boxes: Boxes, covers: Sequence[float]) -> Bool[Tensor, "point p
 
 
 def points_at(values: Raster, objects: Bool[Tensor, "point point"]) -> bool:
-    """Tell whether the highest point lies in an object's box: the pointing game."""
+    """Return whether the highest point lies in an object's box: the pointing game."""
     return bool(objects[highest(values)])
 
 

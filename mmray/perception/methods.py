@@ -43,7 +43,7 @@ class Looked:
     def joint(self) -> JointLook:
         """The look through a joint model. Raises InputError where there is no detector."""
         if not isinstance(self.look, JointLook):
-            raise InputError(f"{self.look.model.name}: no detector beside it; give --detector, or another --method")
+            raise InputError(f"{self.look.model.name}: no detector for it; give --detector, or another --method")
         return self.look
 
     def query(self, number: int) -> Float[Tensor, "1 dim"]:

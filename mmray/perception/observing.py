@@ -1,4 +1,4 @@
-"""What is observed of a word's maps beside its object's boxes: rows of numbers that add up over images."""
+"""What is observed of a word's maps and its object's boxes: rows of numbers that add up over images."""
 
 from __future__ import annotations
 

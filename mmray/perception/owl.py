@@ -110,7 +110,7 @@ class Owl(NamedTuple):
 
 
 def is_owl(name: str) -> bool:
-    """Tell whether a checkpoint is an OWL-ViT or OWLv2. Raises InputError where there is no such checkpoint."""
+    """Return whether a checkpoint is an OWL-ViT or OWLv2. Raises InputError where there is no such checkpoint."""
     try:
         return AutoConfig.from_pretrained(resolve(name)).model_type in KINDS
     except (OSError, ValueError, KeyError):

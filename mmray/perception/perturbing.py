@@ -26,7 +26,7 @@ COPIES, NOISE = 4, 0.5
 """Copies of the embedding, and the noise in each in parts of an embedding's own deviation, that a gradient is the mean
 of: what is left is what does not hang on small things."""
 BEYOND = 0.1
-"""Weight of the two logits themselves beside their logarithms' probabilities, which end where the detector is sure."""
+"""Weight of the two logits themselves, on top of their log-probabilities, which end where the detector is sure."""
 
 Embedding = Float[Tensor, "row place width"]
 Covariance = Float[Tensor, "width width"]

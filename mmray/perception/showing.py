@@ -1,4 +1,4 @@
-"""A word's maps over its image as a picture, and as one page of HTML with the numbers beside it."""
+"""A word's maps over its image as a picture, and as one page of HTML with the numbers next to it."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Sight(Protocol):
 
     @property
     def filling(self) -> tuple[int, int, int]:
-        """The colour that the tower sees beside an image, where it sees more than that."""
+        """The colour that the tower sees around an image, where it sees more than that."""
 
     def pixels(self, images: Sequence[Image]) -> Float[Tensor, "row channel height width"]:
         """Return images as the tower takes them."""

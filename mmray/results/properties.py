@@ -1,4 +1,4 @@
-"""What properties look like in the terminal: each measure beside its controls."""
+"""What properties look like in the terminal: each measure with its controls."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class Status:
 
     @property
     def pending(self) -> int:
-        """Shards that are neither done nor set aside."""
+        """Shards that are neither done nor quarantined."""
         return self.shards - self.shards_done - len(self.quarantined)
 
     @property

@@ -26,7 +26,7 @@ def saliency(rows: pa.Table) -> Table:
 
 
 def _cell(row: dict[str, float] | None) -> Text:
-    """Return a value, and the interval where there is one beside or below it."""
+    """Return a value, and the interval where there is one, next to or below it."""
     if row is None:
         return Text("–")
     return Text(number(row["value"])).append(f" {row['low']:.2f}–{row['high']:.2f}", "dim")

@@ -28,7 +28,7 @@ def analysis(tables: Mapping[str, pa.Table]) -> RenderableType:
 
 
 def labels(summary: pa.Table, neurons: pa.Table) -> Table:
-    """Return a row a label: its neurons beside what chance gives, how stable they are, and in which layers."""
+    """Return a row per label: its neurons and what chance gives, how stable they are, and in which layers."""
     rows = summary.to_pylist()
     first = rows[0]
     facts = f"{first['method']} · {first['module']} · {first['modality']} tokens · {first['union']:,} neurons in all"

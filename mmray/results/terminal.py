@@ -119,7 +119,7 @@ def status(status: Status, failures: Iterable[dict[str, Any]], uri: str) -> Rend
     lines: list[RenderableType] = [
         Text.assemble((uri, "bold"), (f" · {state}", "dim")),
         Text(
-            f"shards    {status.shards_done} done, {status.pending} pending, {len(status.quarantined)} set aside "
+            f"shards    {status.shards_done} done, {status.pending} pending, {len(status.quarantined)} quarantined "
             f"of {status.shards}"
         ),
         Text(
@@ -139,7 +139,7 @@ def status(status: Status, failures: Iterable[dict[str, Any]], uri: str) -> Rend
     if spent := spending(status.cost):
         lines.append(Text(f"time      {spent}"))
     lines += [Text(f"skipped   {line}") for line in skipped(status.skipped, status.samples_done)]
-    lines += [Text(f"shard {number} set aside: {reason}", "red") for number, reason in status.quarantined.items()]
+    lines += [Text(f"shard {number} quarantined: {reason}", "red") for number, reason in status.quarantined.items()]
     found = reasons(failures)
     lines += [Text(_reason(reason), "yellow") for reason in found[:SHOWN_REASONS]]
     if rest := found[SHOWN_REASONS:]:

@@ -93,7 +93,7 @@ def filesystem(uri: str | Path) -> tuple[arrow_fs.FileSystem, str]:
 
 
 def commits_once(store: Store) -> bool:
-    """Tell whether the store keeps what was committed first, by committing twice a small object that is then removed.
+    """Return whether the store keeps what was committed first, by committing twice a small object that is then removed.
 
     False for a file system without hard links, and for an S3 that refuses or disregards conditions: `NamedCommits`
     serves there. Raises `InputError`, before any work, where nothing can be written at all: no permission, a full disk.

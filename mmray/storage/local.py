@@ -45,7 +45,7 @@ class LocalStore:
             raise FileNotFoundError(self._path(key)) from error
 
     def exists(self, key: str) -> bool:
-        """Tell whether the file is there."""
+        """Return whether the file is there."""
         return self._path(key).is_file()
 
     def entry(self, key: str) -> Entry | None:

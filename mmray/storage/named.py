@@ -40,7 +40,7 @@ class NamedCommits:
         return self.inner.read(first.key if first else key)
 
     def exists(self, key: str) -> bool:
-        """Tell whether the object is there."""
+        """Return whether the object is there."""
         return self._first(key) is not None
 
     def entry(self, key: str) -> Entry | None:

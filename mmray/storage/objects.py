@@ -31,7 +31,7 @@ class Store(Protocol):
         """Return the whole object; `FileNotFoundError` if there is none."""
 
     def exists(self, key: str) -> bool:
-        """Tell whether the object is there."""
+        """Return whether the object is there."""
 
     def entry(self, key: str) -> Entry | None:
         """Return the object's entry, or None if there is none."""

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_outage(error: Exception) -> bool:
-    """Tell whether an error is storage's and passes by itself."""
+    """Return whether an error is storage's and passes by itself."""
     return isinstance(error, OutageError) or (isinstance(error, OSError) and PASSING.search(str(error)) is not None)
 
 
@@ -66,7 +66,7 @@ class PatientStore:
         return patiently(lambda: self.inner.read(key))
 
     def exists(self, key: str) -> bool:
-        """Tell whether the object is there."""
+        """Return whether the object is there."""
         return patiently(lambda: self.inner.exists(key))
 
     def entry(self, key: str) -> Entry | None:

@@ -60,7 +60,7 @@ class S3Store:
         return body
 
     def exists(self, key: str) -> bool:
-        """Tell whether the object is there."""
+        """Return whether the object is there."""
         return self.entry(key) is not None
 
     def entry(self, key: str) -> Entry | None:

@@ -104,7 +104,7 @@ def masked(text: str) -> str:
 
 
 def is_passing(error: Exception) -> bool:
-    """Tell whether S3 may answer if asked again later: it is not reached, overloaded, or in trouble itself."""
+    """Return whether S3 may answer if asked again later: it is not reached, overloaded, or in trouble itself."""
     from botocore.exceptions import ClientError, HTTPClientError
     from botocore.exceptions import ConnectionError as UnreachableError
 

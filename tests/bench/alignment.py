@@ -1,7 +1,7 @@
 """A LLaVA that sees by another's tower: `python -m tests.bench.alignment --tower CHECKPOINT`.
 
 W is trained from the tower into the model (the demo by default) on rendered scenes, with Ray Train and two workers, of
-which one is killed at the first checkpoint. Then object recall, CHAIR and POPE of the joint model beside the
+which one is killed at the first checkpoint. Then object recall, CHAIR and POPE of the joint model next to the
 original's, on other scenes.
 """
 

@@ -1,7 +1,7 @@
 """What the demo's neurons mean, in the figures that matter: `python -m tests.bench.properties [RUN]`.
 
 English concepts with five or more images: how many are written by one of their ten highest neurons, what zeroing their
-hundred highest does to the noun and to others, how often heat maps peak on the object in scenes of several; each beside
+hundred highest does to the noun and to others, how often heat maps peak on the object in scenes of several; each with
 its controls, with 95 % bootstrap intervals over images (of hit rates: over concepts). Then seconds and bytes.
 
 Without RUN a census of the demo is made first. Properties that RUN has already are measured again only where asked

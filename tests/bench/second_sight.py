@@ -3,8 +3,8 @@
     python -m tests.bench.second_sight --model demo
     python -m tests.bench.second_sight --model CHECKPOINT --detector HEADS
 
-Captions of fresh scenes: AUROC of the detector's confidence in their nouns, beside the model's own log-probability; the
-same of yes/no questions. Then yes/no answers before and after moves, beside controls of equal norm and beside scenes in
+Captions of fresh scenes: AUROC of the detector's confidence in their nouns, next to the model's own log-probability;
+the same of yes/no questions. Then yes/no answers before and after moves, with controls of equal norm, and scenes in
 which the object really is another.
 """
 

@@ -4,7 +4,7 @@ language  each language's neurons zeroed, by LAPE as published and by contributi
           captions, the other languages', and random neurons of the same layers
 steering  English prompts steered to Spanish: which neurons, how many, set to what, where; captions that turn
 domain    the domains' neurons of the vision tower and of the decoder, by image tokens and by text tokens apart:
-          matrix with intervals, beside shuffled labels
+          matrix with intervals, with shuffled labels
 cost      time of a census with its tables of activity, and without
 
 Without RUN, a census of the demo's data, vision tower and all, is made first; RUN is one made with `--module vision`.

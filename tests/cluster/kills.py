@@ -128,7 +128,7 @@ def cheap_processes() -> Any:
 
 
 def within_a_commit(store: Store) -> bool:
-    """Tell whether a shard has some of its parts and not yet all that belongs to it."""
+    """Return whether a shard has some of its parts and not yet all that belongs to it."""
     found: dict[str, int] = {}
     for entry in [*store.list("shards/"), *store.list("receipts/")]:
         shard = entry.key.split("/")[1].removesuffix(".json")

@@ -109,7 +109,7 @@ def test_a_run_from_beginning_to_end(
     status = mmray("status", out, "--sweep")
     assert status.status == 0
     assert "swept 0 objects" in status.out
-    assert "5 done, 0 pending, 0 set aside of 5" in status.out
+    assert "5 done, 0 pending, 0 quarantined of 5" in status.out
     assert mmray("diff", out, tmp_path / "run", "--limit", 0.001).status == 0
 
 

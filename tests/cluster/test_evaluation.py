@@ -188,7 +188,7 @@ def test_it_goes_on_where_it_stopped(done: Done, run: Path, edit: StandIn, tmp_p
     same(evaluated_here(run, folder, said.append), done[1])
     assert said[0].done == 8
     assert {path: path.read_bytes() for path in committed} == committed
-    # Once more, and nothing is measured again; with other settings, everything is, beside it.
+    # Once more, and nothing is measured again; with other settings, everything is, next to it.
     before = {path: path.stat().st_mtime_ns for path in work.glob("shards/**/*")}
     same(evaluated_here(run, folder), done[1])
     assert {path: path.stat().st_mtime_ns for path in work.glob("shards/**/*")} == before
@@ -326,7 +326,7 @@ def test_the_command(command: Callable[..., Answer], run: Path, edit: StandIn, t
 
 
 def test_ground_truth_is_settled_by_the_data_and_told(run: Path, edit: StandIn, tmp_path: Path) -> None:
-    """COCO has captions beside its objects, of which CHAIR takes the union; the demo's data has one caption a row."""
+    """COCO has captions as well as objects, of which CHAIR takes the union; the demo's data has one caption a row."""
     known = [sample for sample in samples_of(EVALUATION, 60) if sample.objects and sample.boxes][:3]
     images = [
         {"image": {"bytes": s.image}, "objects": ["dog"], "boxes": s.boxes[:1], "caption": "A puppy and a man."}

@@ -216,7 +216,7 @@ def test_generality_is_measured_on_images_that_the_edit_never_saw(coco: CocoLike
 
 
 def test_rows_of_the_same_image_change_nothing(coco: CocoLike, run: Run, edit: Path) -> None:
-    """On held-out images, with the samples that the edit was made on beside them: each image weighs the same."""
+    """On held-out images, with the samples that the edit was made on next to them: each image weighs the same."""
     learnt = set(open_edit(edit).purposes[0].images)
     once, captions = evaluated(run, edit, coco.held_out)
     assert {image for image, row in captions.items() if row["role"] == "edited"} == learnt

@@ -225,7 +225,7 @@ def test_shards_set_aside_are_told_and_not_counted(run: Path, monkeypatch: pytes
     quick = {**QUICK, "run": str(run), "permutations": 1, "bootstraps": 0, "method": "contribution"}
     with monkeypatch.context() as patched:
         patched.setattr(labels_jobs, "read_shard", breaks({0, 1, 2}))
-        with pytest.raises(InputError, match=r"nothing was counted; shard 0 was set aside: .*out of memory"):
+        with pytest.raises(InputError, match=r"nothing was counted; shard 0 was quarantined: .*out of memory"):
             run_selectivity(selectivity_settings({**quick, "seed": 1}))
     with monkeypatch.context() as patched:
         patched.setattr(labels_jobs, "read_shard", breaks({1}))

@@ -134,7 +134,7 @@ def test_a_model_without_a_detector_has_the_other_methods(tmp_path, tiny):
     assert done.complete
     rows = open_run(tmp_path / "run").table("saliency").to_pylist()
     assert {row["method"] for row in rows} == set(METHODS) - set(OF_BOXES) | {CHANCE}
-    # A control stands beside the measures that the part of the image is no chance level of.
+    # A control goes with the measures that the part of the image is no chance level of.
     assert {row["measure"] for row in rows if row["method"] == "random-patches"} >= {"iou", "max_box_accuracy"}
     with pytest.raises(InputError, match="--methods alignment: it weighs a detector's boxes; give --detector"):
         saliency_here(tmp_path / "run", methods="alignment")

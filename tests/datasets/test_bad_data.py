@@ -99,7 +99,7 @@ BAD: dict[str, tuple[Callable[[Path, list[Row]], object], str]] = {
     "images alone": (images_alone, r"images without captions; add a metadata\.jsonl"),
     "compressed tar": (compressed_tar, "compressed tars .*; decompress"),
     "empty tar": (empty_tar, "no samples in these tars, or damaged"),
-    "coco without images": (coco_without_images, r"images are not beside it; write .*captions_val2017\.json:IMAGES"),
+    "coco without images": (coco_without_images, r"images are not next to it; write .*captions_val2017\.json:IMAGES"),
     "coco that is not": (coco_that_is_not, "captions_val.json: not COCO JSON"),
     "coco cut short": (coco_cut_short, r"captions_val2017\.json: not JSON"),
     "coco of another split": (

@@ -9,7 +9,7 @@ from mmray.demo import DATA
 
 
 def scenes(count: int) -> list[dict[str, object]]:
-    # Objects have English names, and no concepts.json that translates them lies beside data written here.
+    # Objects have English names, and no concepts.json that translates them lies next to data written here.
     return [row for row in pq.read_table(DATA).slice(0, 8 * count).to_pylist() if row["language"] == "en"][:count]
 
 

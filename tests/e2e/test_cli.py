@@ -172,7 +172,7 @@ def test_a_shard_set_aside_is_named(
     assert answer.status == 4
     assert "shard 0 set aside: given up after 3 attempts: ValueError: [red]never" in answer.out
     monkeypatch.undo()
-    assert "1 set aside of 1" in mmray("status", tmp_path / "r").out
+    assert "1 quarantined of 1" in mmray("status", tmp_path / "r").out
 
 
 def test_an_interrupted_census_says_how_to_go_on(

@@ -41,7 +41,7 @@ def test_a_census_on_its_own_ray_keeps_the_terminal_clean(tiny: Callable[[str], 
         assert pq.read_table(out / "tables" / f"{name}.parquet").schema.names == schema.names, name
 
 
-@pytest.mark.timeout(1500)  # a minute and a half by itself; on a busy machine, beside other tests, four times that
+@pytest.mark.timeout(1500)  # a minute and a half by itself; on a busy machine, next to other tests, four times that
 def test_the_demo_and_the_command_it_names_next(tmp_path: Path) -> None:
     script = str(Path(sys.executable).with_name("mmray"))
     command = [script, "demo", "--quick", "--out", str(tmp_path / "demo")]

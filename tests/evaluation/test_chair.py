@@ -1,4 +1,4 @@
-"""CHAIR beside an implementation of its rules that shares nothing with the package but the table of words."""
+"""CHAIR compared with an implementation of its rules that shares nothing with the package but the table of words."""
 
 import json
 import random
@@ -172,7 +172,7 @@ def lines(rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(", ".join(row) for row in rows) + "\n"
 
 
-def test_the_published_form_of_synonyms_is_read_beside_json(tmp_path: Path) -> None:
+def test_the_published_form_of_synonyms_is_read_as_well_as_json(tmp_path: Path) -> None:
     (tmp_path / "synonyms.txt").write_text(lines([name, *words] for name, words in TABLE.items()) + "\n")
     (tmp_path / "synonyms.json").write_text(json.dumps(TABLE))
     (tmp_path / "few.txt").write_text("Dog, puppy,  hot dog \n\ndog,Pup\ndragon\n")

@@ -22,7 +22,7 @@ Write = Callable[[list[dict[str, Any]]], str]
 
 @pytest.fixture
 def write(tmp_path: Path, scenes: list[Sample]) -> Write:
-    """Write records; the images a.jpg and b.jpg are beside them, in a folder of their own."""
+    """Write records; the images a.jpg and b.jpg are next to them, in a folder of their own."""
     (tmp_path / "images").mkdir()
     for name, sample in zip("ab", scenes, strict=False):
         (tmp_path / "images" / f"{name}.jpg").write_bytes(sample.image or b"")

@@ -283,7 +283,7 @@ def test_an_owl_gives_its_second_opinion_by_its_own_sight(family, open_model, al
     assert found == pytest.approx(dict(zip(words, sure.tolist(), strict=True)), abs=1e-5)
 
 
-def test_every_move_is_asked_about_beside_its_controls(joint, all_scenes, before):
+def test_every_move_is_asked_about_with_its_controls(joint, all_scenes, before):
     samples = all_scenes[:2]
     vocabulary = tuple(sorted({name for sample in all_scenes[:30] for name in sample.objects or ()}))
     settings = perturbation_settings(SETTINGS)
@@ -316,7 +316,7 @@ def test_a_move_is_drawn_from_what_the_image_has_and_lacks():
 
 
 @pytest.mark.parametrize("named", [{}, {"unrelated": ["bee", "elk"]}, {"source": "dog", "target": "ant"}])
-def test_what_is_asked_beside_source_and_target_is_no_end_of_any_move(named):
+def test_what_else_is_asked_than_source_and_target_is_no_end_of_any_move(named):
     vocabulary = ("ant", "bee", "cat", "dog", "elk", "fox", "owl")
     settings = perturbation_settings(SETTINGS | named)
     for number in range(20):

@@ -171,7 +171,7 @@ def test_noise_is_in_parts_of_the_rows_own_size(subject):
     assert added.square().mean().sqrt() == pytest.approx(float(0.5 * size), rel=0.15)
 
 
-def test_effects_observe_every_dose_beside_its_control(subject):
+def test_effects_observe_every_dose_with_its_control(subject):
     found = Observations()
     Effects(subject).observe(found)
     rows = found.tables()["observations"].to_pylist()

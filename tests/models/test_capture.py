@@ -128,7 +128,7 @@ def test_without_a_gate_the_activation_opens_the_neuron(open_model):
         assert gate_function(model.network, model.projections[layer])(opened) is opened
 
 
-def test_a_gate_without_a_function_beside_it_is_named(open_model):
+def test_a_gate_without_a_function_next_to_it_is_named(open_model):
     mlp = SimpleNamespace(act_fn=None)
     network = SimpleNamespace(get_submodule=lambda _: mlp)
     with pytest.raises(InputError, match=r"layers\.0\.mlp\.gate_proj: no activation function"):

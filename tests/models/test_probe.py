@@ -68,7 +68,7 @@ def test_decoders_outside_the_table_are_probed(loaded, decoder, dtype):
         assert found.scale == pytest.approx(scale, rel=0.02)
 
 
-def test_an_adapter_beside_the_mlp_is_no_projection(loaded):
+def test_an_adapter_next_to_the_mlp_is_no_projection(loaded):
     # It is fed and added as an MLP is, but narrower than what it writes.
     network = loaded("llava").variation(model_type="starcoder2")
     for block in network.model.language_model.layers:

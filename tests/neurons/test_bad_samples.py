@@ -363,7 +363,7 @@ def test_a_text_longer_than_the_model_reads_is_an_error(open_model):
 
 
 def finite(tables):
-    """Tell whether every sum of a shard is a finite number."""
+    """Return whether every sum of a shard is a finite number."""
     columns = {"concepts": list(SUMS), "totals": ["score", "score_squares"], "activity": ["sum", "sum_squares"]}
     numbers = [numbers_of(tables[name], column) for name, own in columns.items() for column in own]
     return all(np.isfinite(part).all() for column in numbers for part in column)

@@ -57,7 +57,7 @@ def test_scripts_without_blanks_are_searched_for_substrings():
     assert found("图片里有熊猫和熊。", "熊", "熊猫", language="zh") == [("熊猫", 4, 6), ("熊", 7, 8)]
     assert found("犬と犬", "犬", language="ja") == [("犬", 0, 1), ("犬", 2, 3)]
     assert found("หมาและแมว", "แมว", language="th") == [("แมว", 6, 9)]
-    # Other scripts stand beside them; casefold makes ß two letters, and İ two.
+    # Other scripts stand next to them; casefold makes ß two letters, and İ two.
     assert found("die Straße der İ 犬 und ein Hund", "犬", "hund", language="de") == [("犬", 17, 18), ("hund", 27, 31)]
 
 

@@ -136,7 +136,7 @@ def test_a_models_heat_map_has_the_images_size(open_model):
     image = picture(0, 40, 80)
     found = model.heat_map(image, ["L0.u1", "L1.u2"])
     assert found.shape == (40, 80)
-    # The middle alone is seen: beside it there is nothing but the lowest value.
+    # The middle alone is seen: around it there is nothing but the lowest value.
     assert (found[:, :19] == found.min()).all()
     assert (found[:, 61:] == found.min()).all()
     turned = model.heat_map(image, ["L0.u1", "L1.u2"], signs=[-1, -1])

@@ -114,7 +114,7 @@ def test_an_output_that_is_not_of_these_neurons_is_refused_when_the_model_loads(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_mixed_up_among_many_neurons_fail_the_check(loaded_with, monkeypatch, dtype):
-    # A token's contributions cancel: beside the sum of their sizes, what is wrong with them all is four per cent.
+    # A token's contributions cancel: of the sum of their sizes, what is wrong with them all is four per cent.
     model = loaded_with("llava", intermediate_size=11_008)
     model.network.to(DTYPES[dtype])
     assert not failing(model)

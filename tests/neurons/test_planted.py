@@ -17,7 +17,7 @@ FRAMES = ("An image of a {}", "A photo of a {}", "the girl and a {}", "a {}", "i
 NOUNS = ("dog", "cat", "ball", "horse", "hat")
 CAPTIONS = [frame.format(noun) for frame in FRAMES for noun in NOUNS]
 ENTRANCES = {"gate_proj": ("gate_proj", "up_proj"), "fc2": ("fc1",)}
-"""The Linears before the activation, by one that stands beside them."""
+"""The Linears before the activation, by one that stands next to them."""
 
 
 @pytest.fixture(scope="module", params=["llava", "qwen2_vl", "blip2_opt", "internvl"])
@@ -25,8 +25,8 @@ def model(request, tiny):
     """Return a model of its own with a neuron that opens where a noun is next, and writes `dog`'s first token."""
     model = load_model(str(tiny(request.param)))
     network, projection = model.network, model.projections[LAYER]
-    parent, _, beside = (projection.gate or projection.path).rpartition(".")
-    entrances = [network.get_submodule(f"{parent}.{name}") for name in ENTRANCES[beside]]
+    parent, _, sibling = (projection.gate or projection.path).rpartition(".")
+    entrances = [network.get_submodule(f"{parent}.{name}") for name in ENTRANCES[sibling]]
     states = []
     handle = entrances[0].register_forward_hook(lambda *call: states.append(call[1][0].flatten(0, -2)))
     batch, places = batch_of(model, CAPTIONS)

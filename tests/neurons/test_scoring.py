@@ -158,7 +158,7 @@ def test_a_forward_fills_no_cache(open_model, variant):
 
 
 def rows_are_independent(model, samples) -> bool:
-    """Tell whether this machine gives a row of the plain network's logits the same bits alone as among others."""
+    """Return whether this machine gives a row of the plain network's logits the same bits alone as among others."""
     captions = [sample.caption for sample in samples]
     whole, _ = batch_of(model, captions)
     with torch.inference_mode():

@@ -15,7 +15,7 @@ CASES += [("blip2_t5", "contribution"), ("gemma3", "contribution"), ("internvl",
 
 
 def close(found, expected):
-    """Compare to 1e-4 relative; sums that cancel, to 1e-5 of the largest beside them."""
+    """Compare to 1e-4 relative; sums that cancel, to 1e-5 of the largest next to them."""
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * float(np.abs(expected).max()))
 
 

@@ -81,7 +81,7 @@ def test_images_of_different_sizes_count_as_they_do_alone(open_model, variant):
 
 
 def test_tiles_that_an_image_lacks_do_not_count(open_model):
-    """One image of one tile beside one of two, in one batch: the class token and the patches of each tile."""
+    """One image of one tile and one of two, in one batch: the class token and the patches of each tile."""
     model = open_model("mllama")
     pictures = [png(picture(number, *size)) for number, size in enumerate([(40, 40), (40, 80)])]
     found = [sample(number, CAPTIONS[number], image=image, domain=str(number)) for number, image in enumerate(pictures)]

@@ -128,7 +128,7 @@ def test_a_model_with_its_own_sight_standing_in_says_the_same(pair):
         assert not torch.allclose(one.hidden, other.hidden)
 
 
-def test_both_towers_see_the_same_beside_an_image_that_is_no_square(owl, open_model):
+def test_both_towers_see_the_same_around_an_image_that_is_no_square(owl, open_model):
     pair = Pair(open_sight(str(owl("owlv2")), "cpu"), open_model("llava"))
     for image in pictures((32, 20), (12, 32)):
         assert torch.equal(pair.sight.pixels([pair._alike(image)]), pair.sight.pixels([image]))

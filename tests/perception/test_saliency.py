@@ -114,7 +114,7 @@ def test_families_without_a_detector_have_the_maps_of_patches(family, open_model
     looked = Looked(look_at(model, None, batch, places, [picture]), ["dog"])
     for name, method in METHODS.items():
         if name in OF_BOXES:
-            with pytest.raises(InputError, match="no detector beside it"):
+            with pytest.raises(InputError, match="no detector for it"):
                 method(looked, 0)
         else:
             values = method(looked, 0).values

@@ -15,7 +15,7 @@ from tests.running import census_here
 @pytest.fixture(scope="session")
 def run(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("results")
-    # Objects have English names, and no concepts.json that translates them lies beside data written here.
+    # Objects have English names, and no concepts.json that translates them lies next to data written here.
     rows = [row for row in pq.read_table(DATA).slice(0, 120).to_pylist() if row["language"] == "en"][:24]
     rows[3]["image"] = {"bytes": b"no picture", "path": None}
     rows[5]["caption"] = ""

@@ -148,7 +148,7 @@ def test_long_names_of_samples_leave_room_for_captions(run: Run) -> None:
 def test_status_says_what_failed_and_why(run: Run, width: int) -> None:
     text = " ".join(" ".join(shown(status(run.status(), run.failures(), "runs/[b]x"), width)).split())
     assert "runs/[b]x · finished" in text
-    assert "3 done, 0 pending, 0 set aside of 3" in text
+    assert "3 done, 0 pending, 0 quarantined of 3" in text
     assert "24 of 24" in text
     assert "2 failed" in text
     doubtful = replace(run.status(), certified=0.094)

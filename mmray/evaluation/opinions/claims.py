@@ -50,7 +50,7 @@ class Claimant:
     def claims(self, samples: Sequence[Sample], images: Sequence[Image]) -> list[dict[str, Any]]:
         """Return a row for every object of the data that the model's captions name, and for every question.
 
-        What captions name besides is no claim: whether it is there is not known.
+        What else captions name is no claim: whether it is there is not known.
         """
         embedding = self.joint.embed(self.joint.pixels(images))
         named = self._captions(samples, images, embedding) + self._answers(samples, images, embedding)

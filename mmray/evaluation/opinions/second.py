@@ -1,4 +1,4 @@
-"""A detector beside a model that is measured already: how sure it is of what captions name."""
+"""A detector for a model that is measured already: how sure it is of what captions name."""
 
 from __future__ import annotations
 

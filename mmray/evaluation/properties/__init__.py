@@ -1,1 +1,1 @@
-"""What located neurons mean: properties measured concept by concept, each beside its controls."""
+"""What located neurons mean: properties measured concept by concept, each with its controls."""

@@ -19,11 +19,11 @@ from mmray.neurons.heatmaps import Map, Wanted, patch_maps, pointing
 UNSIGNED, GATE = "unsigned", "gate"
 """Maps of the same neurons for comparison: their activations without signs, and their gates, as the released code."""
 SEVERAL = 2
-"""Objects that an image needs for pointing to be a test: of a single one there is little beside it."""
+"""Objects that an image needs for pointing to be a test: of a single one, hardly anything else is in it."""
 
 
 def draw_maps(study: Study, unit: Sequence[Facts], samples: Mapping[str, Sample]) -> Observations:
-    """Draw the mean activation of the ten highest neurons of both rankings over these concepts' images, beside boxes.
+    """Draw the mean activation of the ten highest neurons of both rankings over these concepts' images, with boxes.
 
     For comparison against boxes alone: those of the same neurons without signs, of their gates, and of a control.
 

@@ -116,7 +116,7 @@ class Subject:
 
     @property
     def usable(self) -> bool:
-        """Tell whether there are two images of the concept, and one of others."""
+        """Return whether there are two images of the concept, and one of others."""
         return int(self.own.sum()) > 1 and not bool(self.own.all())
 
     @cached_property

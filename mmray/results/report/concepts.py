@@ -48,7 +48,7 @@ class Concept:
 
     @property
     def is_read(self) -> bool:
-        """Tell whether its own token is among those that one of its ten highest neurons writes."""
+        """Return whether its own token is among those that one of its ten highest neurons writes."""
         return any(self.token in row["tokens"] for row in self.highest)
 
     def index_row(self) -> dict[str, Any]:

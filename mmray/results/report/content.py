@@ -150,7 +150,7 @@ def _properties(run: Run) -> tuple[dict[str, list[dict[str, Any]]], list[dict[st
         if concept is None:
             summary.append(kept)
         elif (row["property"], row["measure"]) in OF_CONCEPTS:
-            # Protocols are told once, beside the figures over all concepts.
+            # Protocols are given once, next to the figures over all concepts.
             by_concept[concept].append(
                 {name: value for name, value in kept.items() if name not in ("property", "protocol")}
             )

@@ -45,7 +45,7 @@ def _by_analysis(run: Run, name: str) -> defaultdict[tuple[str, ...], list[Row]]
 
 
 def _labels(rows: Sequence[Row], neurons: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return a row a label: its neurons beside what chance gives, by layer, and the first of them."""
+    """Return a row per label: its neurons and what chance gives, by layer, and the first of them."""
     first: dict[str, list[str]] = defaultdict(list)
     for row in sorted(neurons, key=lambda row: row["rank"]):
         if len(first[row["label"]]) < FIRST:

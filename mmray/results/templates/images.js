@@ -71,7 +71,7 @@ function boxOf(box) {
   return drawing;
 }
 
-// Layers over a picture cover the image itself, whatever room is left beside it, or a part of it.
+// Layers over a picture cover the image itself, whatever room is left next to it, or a part of it.
 function fitted(image, layer, part = [0, 0, 1, 1]) {
   const place = () => {
     const wide = image.naturalWidth / image.naturalHeight || 1;

@@ -106,9 +106,9 @@ function shiftPlot(analysis, rows, position) {
 }
 
 function labelsPage() {
-  if (!INDEX.labels.length) return [heading("Languages and domains", "Not analysed yet. `mmray selectivity RUN --by language` chooses the neurons of each language, or of each domain, beside chance.")];
+  if (!INDEX.labels.length) return [heading("Languages and domains", "Not analysed yet. `mmray selectivity RUN --by language` chooses the neurons of each language, or of each domain, with chance levels.")];
   return [
-    heading("Languages and domains", "The neurons that one language or domain has to itself, beside what chance gives; what zeroing them does to every label's samples, and what setting them does to the words: both on samples that the choice did not see."),
+    heading("Languages and domains", "The neurons that one language or domain has to itself, and what chance gives; what zeroing them does to every label's samples, and what setting them does to the words: both on samples that the choice did not see."),
     INDEX.labels.length > 1 ? h("div.chips", { role: "group", "aria-label": "Analyses" }, INDEX.labels.map((row, at) => h("button", { type: "button", onclick: () => document.getElementById(`analysis-${at}`).scrollIntoView() }, analysisName(row)))) : null,
     INDEX.labels.map((row, at) => [
       h("h2", { id: `analysis-${at}` }, analysisName(row).replace(/^./, (letter) => letter.toUpperCase())), under(`${plural(row.union, "neuron")} chosen in all.`),

@@ -1,4 +1,4 @@
-// What was measured: properties beside their controls, the comparison of methods, and edits.
+// What was measured: properties with their controls, the comparison of methods, and edits.
 "use strict";
 const MEASURES = {
   exact_hit_rate: "own token promoted", lemma_hit_rate: "own word promoted, in any form", bertscore: "BERTScore of the tokens", clipscore: "CLIPScore of the tokens",
@@ -53,7 +53,7 @@ function sectionCharts(name, rows) {
 
 function propertiesPage() {
   const rows = INDEX.properties;
-  if (!rows.length) return [heading("Properties", "Not measured yet. `mmray properties RUN` measures what a concept's neurons mean, beside controls, and draws the heat maps.")];
+  if (!rows.length) return [heading("Properties", "Not measured yet. `mmray properties RUN` measures what a concept's neurons mean, with controls, and draws the heat maps.")];
   const compared = select(rows, { property: "comparison" });
   const shown = SECTIONS.map(([name, title, question]) => {
     const own = select(rows, { property: name });
@@ -63,7 +63,7 @@ function propertiesPage() {
       h("details", h("summary", "How each was measured"), h("dl", protocols.map(([measure, text]) => [h("dt", measure), h("dd", text)])))))];
   });
   return [
-    heading("Properties", "What the located neurons mean, each figure beside the same figure of neurons that were not chosen for it. Intervals: 95 %, over images."),
+    heading("Properties", "What the located neurons mean, each figure with the same figure for neurons that were not chosen for it. Intervals: 95 %, over images."),
     shown, compared.length ? comparison(compared) : null,
   ];
 }

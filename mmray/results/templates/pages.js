@@ -65,7 +65,7 @@ function samplesCard(page) {
         ...chips("Layer", [["heat", "heat map"], ["signed", "signed"], ["mask", "mask"], ["image", "image"]], how, (value) => { how = value; fill(); }).childNodes)] : []));
     place.replaceChildren(...page.samples.map((sample) => {
       const map = sample.maps[ranking];
-      const found = map && map.hit !== null ? ` · peak ${map.hit ? "on" : "beside"} the object` : "";
+      const found = map && map.hit !== null ? ` · peak ${map.hit ? "on" : "off"} the object` : "";
       return h("figure", picture(sample, map, how), h("figcaption", caption(DATA.captions[sample.id], page.name), map && h("div.range", `${figure(map.low, 2)} to ${figure(map.high, 2)}${found}`)));
     }));
   }
@@ -93,7 +93,7 @@ function concept(page) {
       ], page.neurons, { by: 0, to: (row) => toNeuron(row.neuron) })),
       zeroed.length ? h("div.grid.two",
         card(h("h3", "Its neurons zeroed"), dose(zeroed, `Fall of the probability of ${page.name} by neurons zeroed`, "neurons zeroed", (row) => row.neurons, "fall of P(noun)", scaleOf(zeroed, others)), under(`Mean over ${plural(zeroed[0].n, "image")} of ${page.name}, with 95 % bootstrap intervals over images.`)),
-        others.length ? card(h("h3", "What that does to other nouns"), dose(others, "Fall of the probability of other nouns by neurons zeroed", "neurons zeroed", (row) => row.neurons, "fall of P(other nouns)", scaleOf(zeroed, others)), under("On the same scale: the nouns of images without it, beside the same controls.")) : null) : null),
+        others.length ? card(h("h3", "What that does to other nouns"), dose(others, "Fall of the probability of other nouns by neurons zeroed", "neurons zeroed", (row) => row.neurons, "fall of P(other nouns)", scaleOf(zeroed, others)), under("On the same scale: the nouns of images without it, with the same controls.")) : null) : null),
   ];
 }
 
@@ -140,8 +140,8 @@ function failuresPage() {
   const { count, rows, aside } = INDEX.failures;
   if (!count && !aside.length) return [heading("Failures", "None: every sample of the data was analysed.")];
   return [
-    heading("Failures", `${plural(count, "sample")} failed${aside.length ? `, ${plural(aside.length, "shard")} set aside` : ""}; all others are in this report.`),
-    aside.length ? card(h("h3", "Shards set aside"), h("dl", aside.map((row) => [h("dt", `shard ${row.shard}`), h("dd", row.reason)]))) : null,
+    heading("Failures", `${plural(count, "sample")} failed${aside.length ? `, ${plural(aside.length, "shard")} quarantined` : ""}; all others are in this report.`),
+    aside.length ? card(h("h3", "Quarantined shards"), h("dl", aside.map((row) => [h("dt", `shard ${row.shard}`), h("dd", row.reason)]))) : null,
     rows.length ? card(sortable("Failed samples", [
       { title: "stage", value: (row) => row.stage, cell: (row) => row.stage }, { title: "why", value: (row) => row.message, kind: "text", cell: (row) => row.message },
       { title: "where", value: (row) => row.source, cell: (row) => row.source }, { title: "sample", value: (row) => row.sample_id || "", cell: (row) => h("code", row.sample_id || "") },

@@ -1,10 +1,10 @@
-// Where words come from: what each method's maps are worth, and the maps beside each other.
+// Where words come from: what each method's maps are worth, and the maps side by side.
 "use strict";
 const LOWER_IS_BETTER = new Set(["deletion"]);
 
 function saliencyPage() {
   const { measures, words } = INDEX.saliency;
-  if (!measures.length) return [heading("Saliency", "Not measured yet. `mmray saliency RUN` holds maps of where words come from against the boxes of the data.")];
+  if (!measures.length) return [heading("Saliency", "Not measured yet. `mmray saliency RUN` compares maps of where words come from with the boxes of the data.")];
   const methods = [...new Set(measures.map((row) => row.method))], names = [...new Set(measures.map((row) => row.measure))];
   const table = methods.map((method) => ({ method, ...Object.fromEntries(names.map((measure) => [measure, one(measures, { method, measure })])) }));
   const best = (measure) => (LOWER_IS_BETTER.has(measure) ? Math.min : Math.max)(...measures.filter((row) => row.measure === measure && !row.method.startsWith("random")).map((row) => row.value));
@@ -21,7 +21,7 @@ function saliencyPage() {
       h("figure", picture(row), h("figcaption", caption(DATA.captions[row.id], row.word))),
       drawn.filter((method) => row.maps[method]).map((method) => {
         const map = row.maps[method];
-        return h("figure", picture(row, map), h("figcaption", h("b", method), h("div.range", `${figure(map.low, 3)} to ${figure(map.high, 3)} · peak ${map.hit ? "on" : "beside"} the object`)));
+        return h("figure", picture(row, map), h("figcaption", h("b", method), h("div.range", `${figure(map.low, 3)} to ${figure(map.high, 3)} · peak ${map.hit ? "on" : "off"} the object`)));
       })))),
   ];
 }
