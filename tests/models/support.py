@@ -1,4 +1,7 @@
-"""The README's table of families, made from the tiny checkpoints: `python -m tests.models.support` writes it anew."""
+"""The table of families in mmray/models/README.md, made from the tiny checkpoints.
+
+`python -m tests.models.support` writes it anew.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from mmray.models.loading import LoadedModel
 from mmray.neurons.checking import check_model
 from tests.models.tiny import VARIANTS, build
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "mmray/models/README.md"
 SECTION = re.compile(
     r"(<!-- families: python -m tests\.models\.support -->\n\n).*?(\n<!-- families end -->)", re.DOTALL
 )

@@ -1,4 +1,4 @@
-"""The README tells of every family what the code finds and proves."""
+"""The README of the models lists for every family what the code finds and checks."""
 
 from mmray.neurons.checking import CHECKS
 from tests.models.support import NAMES, README, SECTION, table, written
