@@ -1,4 +1,4 @@
-"""The driver of an alignment: train W on Ray Train, then measure the joint model beside the original.
+"""The driver of an alignment: train W on Ray Train, then measure the joint model next to the original.
 
 OUT/run.json, manifest.json, lease/      as of a census (`mmray.runs`); the manifest has the images to learn from
 OUT/checkpoints/                         how far the training is (`mmray.cluster.alignment_training`)
