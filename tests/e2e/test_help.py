@@ -77,7 +77,7 @@ def test_help_has_every_setting_with_its_default(mmray: Mmray, monkeypatch: pyte
         ("shard_size", "Samples a shard"),
         ("batch_size", "Samples a forward pass"),
         ("workers", "Actors"),
-        ("gpus_per_worker", "GPUs a worker"),
+        ("gpus_per_worker", "GPUs per worker"),
         ("top_k", "Neurons"),
         ("candidates", "Neurons a concept"),
     ],
