@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from mmray.errors import InputError, OutageError
-from mmray.runs.lease import Owner, driving, this_process
+from mmray.runs.lease import LIFETIME, Owner, driving, last_driver, this_process
 from mmray.storage import Store
 from tests.storage.stores import Forgetful, Wrapped
 
@@ -241,3 +241,29 @@ def test_a_driver_that_does_not_know_yet_that_it_was_succeeded_changes_nothing(s
                 change()
         assert guarded.read("tables/a") == b"mine"
         assert not guarded.exists("tables/b")
+
+
+def test_who_drove_last(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert last_driver(store) is None
+    with driving(store, **SOON):
+        driver = last_driver(store)
+        assert driver is not None
+        assert (driver.pid, driver.state) == (os.getpid(), "at work")
+    driver = last_driver(store)
+    assert driver is not None and driver.state == "ended"
+    leave(store, 2, replace(this_process(), pid=os.getppid(), started="long ago"))
+    driver = last_driver(store)
+    assert driver is not None and driver.state == "died"
+    leave(store, 3, elsewhere())
+    driver = last_driver(store)
+    assert driver is not None and (driver.host, driver.state) == ("elsewhere", "at work")
+    later = time.time() + LIFETIME + 60
+    monkeypatch.setattr(time, "time", lambda: later)
+    driver = last_driver(store)
+    assert driver is not None and driver.state == "died"
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"pid": 1}'])
+def test_a_lease_that_cannot_be_read_names_nobody(store: Store, content: bytes) -> None:
+    store.put("lease/000001.json", content)
+    assert last_driver(store) is None
