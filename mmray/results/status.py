@@ -130,7 +130,7 @@ def _status(analysis: Analysis, census: str, *, is_last: bool) -> AnalysisStatus
         cost=cost(done.values()),
         tables=_tables(analysis, info, snapshot, done, census, finished=finished, is_last=is_last),
         renew=analysis.command,
-        settings=settings if isinstance(settings := info.get("settings"), dict) else {},
+        settings=info.get("settings", {}),
         driver=last_driver(analysis.lease()),
         damage=tuple(damage),
     )
@@ -156,8 +156,7 @@ def _tables(
 ) -> Tables:
     """Return the state of an analysis's tables."""
     behind: Tables = "older than the census"
-    digests = info.get("digests")
-    begun_on = digests.get("receipts", census) if isinstance(digests, dict) else census
+    begun_on = info.get("digests", {}).get("receipts", census)
     is_behind = bool(census) and begun_on != census
     if not analysis.feature.tables:
         if finished and not is_last:

@@ -128,7 +128,10 @@ class RunFolder:
         try:
             info: dict[str, Any] = json.loads(data)
             self._began = str(info["fingerprint"])
-            info["result_settings"], info["digests"]
+            if not isinstance(info["result_settings"], dict) or not isinstance(info["digests"], dict):
+                raise TypeError
+            if not isinstance(info.get("settings", {}), dict) or not isinstance(info.get("shards", 0), int):
+                raise TypeError
             info |= latest(self.store).info
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.store.uri}/run.json: not written by mmray; give another folder") from error

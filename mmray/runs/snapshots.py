@@ -93,6 +93,8 @@ def open_snapshot(store: Store, job: str, number: str) -> Snapshot:
             name: tuple(TableFile(file["key"], Checksum(**file["checksum"])) for file in files)
             for name, files in content["tables"].items()
         }
+        if not all(file.key.startswith(f"snapshots/{job}/") for files in tables.values() for file in files):
+            raise ValueError("files of another job")
         return Snapshot(job, number, dict(content["made_from"]), dict(content["headline"]), tables)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{store.uri}/{key}: not a snapshot, or a cut one; run mmray {job} again") from error

@@ -107,7 +107,7 @@ class _Verification:
             self._wrong(store, damage.key, damage.why, remove=damage.receipt)
         if is_finished:
             known = {*committed, *aside, *(unit_of(damage.key) for damage in damaged)}
-            for number in range(int(info["shards"])):
+            for number in range(info.get("shards", 0)):
                 if number not in known:
                     self._wrong(store, f"receipts/{number:06d}.json", "gone")
         parts = [(receipt, name) for receipt in committed.values() for name in receipt.parts or {}]

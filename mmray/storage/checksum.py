@@ -17,6 +17,11 @@ class Checksum:
     rows: int | None = None
     """Of a table."""
 
+    def __post_init__(self) -> None:
+        # Read from a file that anybody may have written.
+        if not isinstance(self.size, int) or not isinstance(self.sha256, str):
+            raise TypeError(f"not a checksum: {self.size!r}, {self.sha256!r}")
+
     @classmethod
     def of(cls, data: bytes, rows: int | None = None) -> Checksum:
         """Return the checksum of these bytes."""

@@ -155,7 +155,22 @@ def test_edits_have_analyses_of_their_own(census, count):
     assert titles == ["decoding", "letters", "letters of dog-cat"]
 
 
-CONTENTS = (b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"shard_id": 0, "samples": "x"}', b'{"fingerprint": 3}', None)
+STRANGE = json.dumps(
+    {"fingerprint": "f", "result_settings": 1, "digests": [], "settings": "s", "shards": "x", "sizes": ["y"]}
+    | {"made_from": {}, "headline": {}, "tables": {"letters": [{"key": 3, "checksum": {"size": 1, "sha256": 2}}]}}
+).encode()
+"""Keys as they should be, and nothing else."""
+CONTENTS = (
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"\xff\xfe",
+    b'{"shard_id": 0, "samples": "x"}',
+    b'{"fingerprint": 3}',
+    STRANGE,
+    None,
+)
 PLACES = ("run.json", "manifest.json", "receipts/000000.json", "aside/000001.json", "lease", "snapshot")
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from mmray.runs import RunFolder
 from mmray.runs.verification import verify_run
+from tests.e2e.test_status import CONTENTS, PLACES
 
 
 def flipped(data):
@@ -162,3 +163,22 @@ def test_a_run_that_cannot_be_counted_is_verified_all_the_same(mmray, census):
     answer = mmray("status", census, "--verify")
     assert (answer.status, answer.err) == (3, "")
     assert f"{receipt}: not a receipt, or a cut one; remove {receipt}, then run: mmray census" in answer.out
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("place", [*PLACES, "decoded.parquet.json", "finished.json", "snapshots/x.json"])
+def test_nothing_that_lies_in_a_run_is_a_traceback(census, count, place, content):
+    count()
+    (begun,) = Path(census, "letters").glob("*/run.json")
+    path = begun.parent / place
+    if place == "lease":
+        (path,) = Path(census, "letters/lease").glob("*.json")
+    elif place == "snapshot":
+        (path,) = Path(census, "snapshots/letters").glob("*.json")
+    elif not path.parent.parent.is_dir() or place in ("decoded.parquet.json", "finished.json"):
+        path = Path(census, place)
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if content is not None:
+        path.write_bytes(content)
+    verify_run(RunFolder.at(census))
