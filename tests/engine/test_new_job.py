@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from mmray.engine import LocalExecutor, run
+from mmray.engine import LocalExecutor, UnitRefusedError, run
 from mmray.errors import InputError
-from mmray.runs import ATTEMPTS
+from mmray.features import FEATURES, Feature
+from mmray.results.status import analyses
+from mmray.runs import ATTEMPTS, RunFolder
 from mmray.runs.driver import drive_analysis
+from mmray.runs.sweep import sweep_run
 from tests.engine import words
 from tests.engine.conftest import LINES, counted
 from tests.engine.executors import Watched
@@ -75,4 +78,35 @@ def test_settings_are_told_apart(letters: Letters) -> None:
     assert (len(other.seen), counted(letters())["letter"]) == (10, ["A", "B", "C"])
 
 
-# To come with `mmray.features`: `mmray letters`, `mmray status` and `mmray status --sweep`, by a line in FEATURES.
+@pytest.fixture
+def listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """List the toy among the features: its one line outside its own file."""
+    toy = Feature("letters", ("tests.engine.words:LetterJob",), "mmray letters RUN", ("letters", "total"), "lines")
+    monkeypatch.setitem(FEATURES, toy.name, toy)
+
+
+@pytest.mark.usefixtures("listed")
+def test_status(letters: Letters) -> None:
+    def refuse(unit: words.Unit) -> None:
+        if "b1" in unit.payload:
+            raise UnitRefusedError("nothing to count")
+
+    run(letters(), executor=Watched(refuse))
+    (status,) = analyses(RunFolder.at(letters().target), None)
+    assert (status.title, status.noun, status.renew) == ("letters", "lines", f"mmray letters {letters().target}")
+    assert (status.units, status.units_done, status.pending, status.size_done) == (10, 9, 0, len(LINES))
+    assert (status.quarantined, status.tables, status.damage) == ({0: "nothing to count"}, "current", ())
+
+
+@pytest.mark.usefixtures("listed")
+def test_sweep(letters: Letters) -> None:
+    parts = run(letters()).parts
+    orphan = Path(parts.folder.store.uri, "shards/000001/late-counts.parquet")
+    orphan.write_bytes(b"of an attempt that came too late")
+    swept = sweep_run(RunFolder.at(letters().target))
+    # And what was noted of ten attempts, which nobody needs once their units are committed.
+    assert (swept.objects, orphan.exists()) == (1 + 10, False)
+    assert run(letters()).parts.receipts == parts.receipts
+
+
+# What it does not get yet is a command line: commands are modules of `mmray.cli`, and not made of FEATURES.
