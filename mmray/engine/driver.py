@@ -128,8 +128,7 @@ def _run_pending(begun: Sequence[_Begun], executor: Executor, follow: Follow) ->
     done: list[Receipt] = []
     start = 0
     for one in begun:
-        one.folder.repair()
-        known = one.folder.receipts()
+        known = one.folder.repair()
         if not one.job.settings.retry_failed:
             known |= one.folder.aside(known)
         done += known.values()
@@ -178,7 +177,7 @@ def _finish(begun: _Begun, began: float, *, worked: bool) -> JobResult:
             headline = _merge(begun, parts, made_from)
             worked = True
         # What a late worker commits meanwhile is taken in too.
-        if receipts_digest(folder.receipts()) == made_from["receipts"]:
+        if folder.committed() == parts.receipts.keys():
             break
     return JobResult(
         job=job.name,

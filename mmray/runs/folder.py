@@ -145,6 +145,10 @@ class RunFolder:
         """Return the receipts of all committed shards by shard, in order; raises DamagedUnitError for a wrong one."""
         return self._receipts("receipts/")
 
+    def committed(self) -> set[int]:
+        """Return which shards have a receipt, unread."""
+        return {unit for entry in self.store.list("receipts/") if (unit := unit_of(entry.key)) is not None}
+
     def aside(self, committed: Collection[int] = ()) -> dict[int, Receipt]:
         """Return the shards that were given up, with their reasons; not those that a late worker has `committed`."""
         return {number: receipt for number, receipt in self._receipts("aside/").items() if number not in committed}
@@ -210,10 +214,11 @@ class RunFolder:
         except DamagedError as error:
             raise DamagedUnitError(self, key, str(error), key) from error
 
-    def repair(self) -> None:
+    def repair(self) -> dict[int, Receipt]:
         """Discard receipts that are wrong, or whose parts are gone or cut, so that their units are done again.
 
-        Only who holds the run's lease may call this. What parts contain is checked where they are read.
+        Return those that stay, by shard. Only who holds the run's lease may call this. What parts contain is checked
+        where they are read.
         """
         receipts, damaged = self._read_receipts("receipts/")
         damaged += self._read_receipts("aside/")[1]
@@ -231,6 +236,8 @@ class RunFolder:
         for damage in damaged:
             logger.warning("%s, and the unit done again", damage.what)
             damage.discard()
+        discarded = {damage.receipt for damage in damaged}
+        return {number: one for number, one in receipts.items() if f"receipts/{number:06d}.json" not in discarded}
 
     def attempt(self, shard_id: int, node: str = "") -> int:
         """Count an attempt in storage, where it outlives the worker, and return its number from 1."""
