@@ -268,12 +268,16 @@ def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, A
 def _without_report() -> Iterator[None]:
     """Silence transformers' table of missing and unexpected weights: the former are refused in one line."""
     logger = logging.getLogger(modeling_utils.__name__)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def severe(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    # Not by the logger's level: at a higher one, transformers looks for faults of parallel layers and warns of them.
+    logger.addFilter(severe)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.removeFilter(severe)
 
 
 def refuse_missing(name: str, missing: Collection[str]) -> None:
