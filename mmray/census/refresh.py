@@ -34,7 +34,7 @@ class Refreshed:
     """What a refresh amounts to; no drift where the data had gained nothing."""
 
     outcome: Outcome
-    """Of the whole run. Only failures, skipped samples and shards set aside are those of what this refresh analysed: a
+    """Of the whole run. Only failures, skipped samples and shards quarantined are those of what this refresh analysed: a
     scheduled refresh must not fail forever because a sample once did."""
     new_samples: int
     drift: Drift | None

@@ -59,6 +59,6 @@ def align(as_json: AsJson = False, **settings: Any) -> None:
         if outcome.lost or outcome.failures:
             say(f"{outcome.lost:,} images could not be read, {outcome.failures:,} samples not measured", "yellow")
         for number, reason in outcome.quarantined.items():
-            say(f"unit {number} of the validation set aside: {reason}", "red")
+            say(f"unit {number} of the validation quarantined: {reason}", "red")
     if not outcome.complete:
         raise typer.Exit(INCOMPLETE)

@@ -122,6 +122,6 @@ def _say_outcome(outcome: Outcome) -> None:
     say(f"{plural(outcome.samples, 'sample')} {took} → {outcome.out}")
     say_shortfall(outcome)
     for number, reason in outcome.quarantined.items():
-        say(f"shard {number} set aside: {reason}", "red")
+        say(f"shard {number} quarantined: {reason}", "red")
     if outcome.occurrences:
         say(f"next: mmray rank {outcome.out}")

@@ -91,7 +91,7 @@ def refresh(
         say(f"{plural(done.new_samples, 'new sample')} in {done.outcome.seconds:.0f} s → {run}")
         say_shortfall(done.outcome)
         for number, reason in done.outcome.quarantined.items():
-            say(f"shard {number} set aside: {reason}", "red")
+            say(f"shard {number} quarantined: {reason}", "red")
         if done.drift:
             _show(done.drift)
     if done.drift:

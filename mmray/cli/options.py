@@ -126,7 +126,7 @@ def end(outcome: Aligned | JobResult, what: str, *, quiet: bool = False) -> None
     """
     if not quiet:
         for number, reason in outcome.quarantined.items():
-            say(f"unit {number} set aside: {reason}", "red")
+            say(f"unit {number} quarantined: {reason}", "red")
         if outcome.failures:
             say(f"{plural(outcome.failures, what)} failed", "yellow")
     if not outcome.complete:

@@ -41,7 +41,7 @@ def pipeline(
             console.print(comparison(done.measures))
         say(f"{done.census.samples:,} samples, {len(done.edits):,} edits → {done.run.uri}")
         for name, reason in done.quarantined.items():
-            say(f"edit {name} set aside: {reason}", "red")
+            say(f"edit {name} quarantined: {reason}", "red")
         say(f"next: mmray report {done.run.uri}")
     if not done.complete:
         raise typer.Exit(INCOMPLETE)

@@ -38,6 +38,6 @@ def selectivity(run: RunArgument, as_json: AsJson = False, **settings: Any) -> N
         console.print(analysis(outcome.tables))
         say(f"{outcome.seconds:.0f} s → {run.rstrip('/')}/tables/{{{','.join(outcome.tables)}}}.parquet")
         for number, reason in outcome.quarantined.items():
-            say(f"shard {number} set aside: {reason}", "red")
+            say(f"shard {number} quarantined: {reason}", "red")
     if outcome.quarantined:
         raise typer.Exit(INCOMPLETE)

@@ -130,7 +130,7 @@ def _run_pending(begun: Sequence[_Begun], executor: Executor, follow: Follow) ->
     for one in begun:
         known = one.folder.repair()
         if not one.job.settings.retry_failed:
-            known |= one.folder.aside(known)
+            known |= one.folder.quarantined(known)
         done += known.values()
         pending = [number for number in range(len(one.plan.units)) if number not in known]
         one.folder.reopen(pending)

@@ -135,12 +135,12 @@ class UnitRunner:
         while True:
             attempt = folder.attempt(number, self.node.name)
             if folder.deaths(number, attempt, self.node.is_alive) >= ATTEMPTS or attempt > MOST_ATTEMPTS:
-                return folder.set_aside(number, unit.size, last_attempt=attempt - 1)
+                return folder.quarantine(number, unit.size, last_attempt=attempt - 1)
             try:
                 with time_limit(limit, self.node.stop, partial(folder.record_death, number, attempt, late)):
                     return patiently(lambda: _committed(folder, number, unit, worker, self.before))
             except UnitRefusedError as error:
-                return folder.set_aside(number, unit.size, str(error))
+                return folder.quarantine(number, unit.size, str(error))
             except Exception as error:
                 if _is_no_fault_of_the_unit(error):
                     raise

@@ -40,7 +40,7 @@ from mmray.storage import Checksum, NamedCommits, PatientStore, Store, commits_o
 from mmray.tables import from_bytes, to_bytes
 
 ATTEMPTS = 3
-"""Times that a shard may be begun and not committed before it is set aside."""
+"""Times that a shard may be begun and not committed before it is quarantined."""
 BY_NAME = "commits-by-name"
 """Key whose presence says how this run's store commits."""
 UNIT_KEY = re.compile(r"(?:receipts|aside)/(\d{6,})\.json|attempts/(\d{6,})/\d+|shards/(\d{6,})/[^/]+\.parquet")
@@ -149,13 +149,13 @@ class RunFolder:
         """Return which shards have a receipt, unread."""
         return {unit for entry in self.store.list("receipts/") if (unit := unit_of(entry.key)) is not None}
 
-    def aside(self, committed: Collection[int] = ()) -> dict[int, Receipt]:
+    def quarantined(self, committed: Collection[int] = ()) -> dict[int, Receipt]:
         """Return the shards that were given up, with their reasons; not those that a late worker has `committed`."""
         return {number: receipt for number, receipt in self._receipts("aside/").items() if number not in committed}
 
     def reasons(self, committed: Collection[int] = ()) -> dict[int, str]:
         """Return why shards were given up, by shard; not those that a late worker has `committed`."""
-        return {number: receipt.reason or "" for number, receipt in self.aside(committed).items()}
+        return {number: receipt.reason or "" for number, receipt in self.quarantined(committed).items()}
 
     def readable_receipts(self) -> tuple[dict[int, Receipt], dict[int, Receipt], list[DamagedUnitError]]:
         """Return the receipts of committed units, those of quarantined ones, and what is wrong with any others."""
@@ -267,7 +267,7 @@ class RunFolder:
         """Say what an attempt died of."""
         self.store.put(f"attempts/{shard_id:06d}/{number}", json.dumps({"reason": reason}).encode())
 
-    def set_aside(self, shard_id: int, samples: int, reason: str = "", last_attempt: int = ATTEMPTS) -> Receipt:
+    def quarantine(self, shard_id: int, samples: int, reason: str = "", last_attempt: int = ATTEMPTS) -> Receipt:
         """Give a shard up, for a reason that no further attempt would fix, or else what its last attempt died of."""
         if not reason:
             record = _record(self._read_if_there(f"attempts/{shard_id:06d}/{last_attempt}") or b"")

@@ -15,7 +15,7 @@ from mmray.storage import Checksum
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a committed shard amounts to, and where its parts lie; `reason` is set instead when it was set aside."""
+    """What a committed shard amounts to, and where its parts lie; `reason` is set instead when it was quarantined."""
 
     shard_id: int
     samples: int = 0

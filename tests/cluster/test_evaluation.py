@@ -385,7 +385,7 @@ def test_on_ray_with_two_workers(done: Done, run: Path, edit: StandIn, tmp_path:
     same(evaluated_here(run, edit.save(tmp_path / "edit"), local=False, workers=2), done[1])
 
 
-def test_units_that_never_succeed_are_set_aside(run: Path, edit: StandIn, tmp_path: Path) -> None:
+def test_units_that_never_succeed_are_quarantined(run: Path, edit: StandIn, tmp_path: Path) -> None:
     wrong = replace(edit, scale=(99, 1.0), exchange=None)
     outcome = evaluated_here(run, wrong.save(tmp_path / "edit"), limit=4, text_count=1)
     # A shard of the data, one of the run's, and two of questions: one drawn, eight about the words.

@@ -213,7 +213,7 @@ def test_what_is_no_longer_true_is_told(run: Path, command: Callable[..., Answer
     assert "stages" not in json.loads(again.out)
 
 
-def test_shards_set_aside_are_told_and_not_counted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_quarantined_are_told_and_not_counted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks(shards: set[int]) -> Callable[[Source, Shard], Iterator[Sample | Failure]]:
         def read(source: Source, shard: Shard) -> Iterator[Sample | Failure]:
             if shard.shard_id in shards:

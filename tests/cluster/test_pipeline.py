@@ -88,7 +88,7 @@ def test_an_edit_that_is_gone_is_made_anew_and_the_same(done: Pipeline, settings
     assert again.edits["swap"].delta.equal(done.edits["swap"].delta)
 
 
-def test_an_edit_that_cannot_be_made_is_set_aside_and_the_others_are_measured(
+def test_an_edit_that_cannot_be_made_is_quarantined_and_the_others_are_measured(
     done: Pipeline, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     census = settings["census"] | {"out": str(shutil.copytree(settings["census"]["out"], tmp_path / "run"))}

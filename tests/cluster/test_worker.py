@@ -95,7 +95,7 @@ def test_a_shard_that_fails_twice_is_committed_at_the_third_attempt(
         assert open_run(tmp_path / "run").table(name).equals(open_run(tmp_path / "undisturbed").table(name)), name
 
 
-def test_a_run_of_which_every_shard_is_set_aside(
+def test_a_run_of_which_every_shard_is_quarantined(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(*_: object) -> None:
@@ -219,12 +219,12 @@ def test_a_run_that_cannot_be_written_is_told_before_any_work(model: Path, data:
         census_here(model, str(data), tmp_path / "file" / "run")
 
 
-def test_a_shard_both_set_aside_and_committed_counts_as_committed(model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_shard_both_quarantined_and_committed_counts_as_committed(model: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     census_here(model, str(data), out, shard_size=8)
     folder = RunFolder(LocalStore(out))
     folder.attempt(1)
-    folder.set_aside(1, samples=8)
+    folder.quarantine(1, samples=8)
     status = open_run(out).status()
     assert (status.shards_done, status.pending, status.quarantined) == (3, 0, {})
     outcome = census_here(model, str(data), out, shard_size=8)

@@ -151,7 +151,7 @@ def test_bad_samples_are_rows_and_status_4(mmray: Mmray, tiny: Callable[[str], P
     assert all(row["message"][:20] in status.out for row in errors)
 
 
-def test_a_shard_set_aside_is_named(
+def test_a_shard_quarantined_is_named(
     mmray: Mmray, tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mmray.neurons.shard import ShardAnalysis
@@ -170,7 +170,7 @@ def test_a_shard_set_aside_is_named(
     ]
     answer = mmray("census", "--local", *arguments)
     assert answer.status == 4
-    assert "shard 0 set aside: given up after 3 attempts: ValueError: [red]never" in answer.out
+    assert "shard 0 quarantined: given up after 3 attempts: ValueError: [red]never" in answer.out
     monkeypatch.undo()
     assert "1 quarantined of 1" in mmray("status", tmp_path / "r").out
 

@@ -144,40 +144,40 @@ def die(folder: RunFolder, shard_id: int, *reasons: str | None) -> None:
             folder.record_death(shard_id, number, reason)
 
 
-def test_a_shard_is_set_aside_with_what_its_last_attempt_died_of(store: Store) -> None:
+def test_a_shard_is_quarantined_with_what_its_last_attempt_died_of(store: Store) -> None:
     folder = RunFolder(store)
     die(folder, 3, "ValueError: first", None, "OSError: disk full")
     assert folder.attempt(3) > ATTEMPTS
-    receipt = folder.set_aside(3, samples=10)
+    receipt = folder.quarantine(3, samples=10)
     assert receipt.reason == f"given up after {ATTEMPTS} attempts: OSError: disk full"
-    assert folder.aside() == {3: receipt}
+    assert folder.quarantined() == {3: receipt}
     assert receipt.samples == 10
 
 
 def test_a_worker_that_dies_without_a_word(store: Store) -> None:
     folder = RunFolder(store)
     die(folder, 0, "ValueError: x", None, None)
-    assert "the worker died without a word" in str(folder.set_aside(0, samples=1).reason)
+    assert "the worker died without a word" in str(folder.quarantine(0, samples=1).reason)
 
 
-def test_a_shard_that_a_late_worker_commits_after_all_is_not_set_aside(store: Store) -> None:
+def test_a_shard_that_a_late_worker_commits_after_all_is_not_quarantined(store: Store) -> None:
     folder = RunFolder(store)
     die(folder, 0, None, None, None)
     die(folder, 1, None, None, None)
-    folder.set_aside(0, samples=1)
-    folder.set_aside(1, samples=1)
+    folder.quarantine(0, samples=1)
+    folder.quarantine(1, samples=1)
     folder.commit_shard(0, tables(), 1, 1.0)
-    assert list(folder.aside(folder.receipts())) == [1]
+    assert list(folder.quarantined(folder.receipts())) == [1]
 
 
 def test_going_on_forgets_the_attempts_that_ended_with_the_driver(store: Store) -> None:
     folder = RunFolder(store)
     for shard_id in range(4):
         die(folder, shard_id, None, None, None)
-    folder.set_aside(2, samples=1)
-    folder.set_aside(3, samples=1)
+    folder.quarantine(2, samples=1)
+    folder.quarantine(3, samples=1)
     folder.reopen([0, 2])
-    assert list(folder.aside()) == [3]
+    assert list(folder.quarantined()) == [3]
     assert [folder.attempt(shard_id) for shard_id in range(4)] == [1, 4, 1, 4]
 
 

@@ -95,7 +95,7 @@ def test_notes_on_attempts_at_what_is_committed_go(store: Store) -> None:
     folder = begun(store)
     before = contents(store)
     folder.attempt(0)
-    folder.set_aside(0, 1, "given up")
+    folder.quarantine(0, 1, "given up")
     kept = f"attempts/{1:06d}/{folder.attempt(1)}"
     assert sweep(folder).objects == 2
     assert contents(store) == before | {kept: store.read(kept)}
