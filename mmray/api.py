@@ -58,7 +58,7 @@ def edit(run: Run | str, **settings: Any) -> WeightEdit:
 
 
 def evaluate(run: Run | str, edit: str, data: str, **settings: Any) -> dict[str, dict[str, Any]]:
-    """Evaluate an edit's folder on data, or go on with an evaluation that stopped, and return its measures.
+    """Evaluate an edit's folder on data, or resume an evaluation that stopped, and return its measures.
 
     They are those of `EDIT/evaluation.json`: measure → before, after, low, high, n, protocol. `settings` are those of
     `mmray evaluate`, with underscores. (`mmray.evaluation.evaluate.evaluate` does the same to a loaded model and
@@ -147,7 +147,7 @@ def perturb(**settings: Any) -> list[dict[str, Any]]:
 
 
 def run_census(model: str, data: str, out: str, **settings: Any) -> Run:
-    """Run a census to its end, or go on with one that stopped, and open it.
+    """Run a census to its end, or resume one that stopped, and open it.
 
     `settings` are those of `mmray census`, with underscores (`shard_size=500`); see `mmray.settings.CensusSettings`.
     Failed samples and shards are in the run's `errors` table and status. Warns of captions in whose language no nouns

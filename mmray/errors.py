@@ -1,4 +1,4 @@
-"""The errors that a user can mend: each says in one line what is wrong, where, and how to mend it."""
+"""The errors that a user can fix: each says in one line what is wrong, where, and how to fix it."""
 
 
 class InputError(Exception):

@@ -88,7 +88,7 @@ class JobSettings(BaseModel):
         return self.model_dump(include=own)
 
     def merge_settings(self) -> dict[str, Any]:
-        """Return the settings that the merge reads besides."""
+        """Return the settings that the merge alone reads."""
         fields = type(self).model_fields
         return self.model_dump(
             include={name for name, field in fields.items() if role_of(field.json_schema_extra) == AFTER}

@@ -41,7 +41,7 @@ Follow = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class Context:
-    """All that workers and the merge need besides settings and shards."""
+    """All that workers and the merge need in addition to settings and shards."""
 
     nouns: NounSource
     widths: tuple[int, ...]

@@ -34,8 +34,8 @@ class Refreshed:
     """What a refresh amounts to; no drift where the data had gained nothing."""
 
     outcome: Outcome
-    """Of the whole run. Only failures, skipped samples and shards quarantined are those of what this refresh analysed: a
-    scheduled refresh must not fail forever because a sample once did."""
+    """Of the whole run. Only failures, skipped samples and quarantined shards are those of what this refresh analysed:
+    a scheduled refresh must not fail forever because a sample once did."""
     new_samples: int
     drift: Drift | None
 

@@ -105,7 +105,7 @@ def _run(words: Callable[[], Sequence[str]]) -> NoReturn:
     except OSError as error:
         if error.strerror is None:
             raise
-        cure = "make room and run again, it goes on" if is_full(error) else "fix it and run again"
+        cure = "make room and run the same command again to resume" if is_full(error) else "fix it and run again"
         _refuse(f"{error.filename or 'file system'}: {error.strerror}; {cure}")
     raise SystemExit(status)
 

@@ -14,7 +14,7 @@ from mmray.cli.options import INCOMPLETE, AsJson, app, console, say, with_settin
 from mmray.perception.alignment_settings import AlignmentSettings, alignment_settings
 
 TOLD = {"recall": "recall of objects", "pope_random_f1": "POPE (random) F1"}
-"""Measures of an alignment that stand beside what is found by it."""
+"""Measures of an alignment next to what is found by it."""
 
 
 def say_sight(alignment: str | None) -> None:
@@ -45,7 +45,7 @@ def align(as_json: AsJson = False, **settings: Any) -> None:
         with follow_progress(Console(stderr=True), "images") as follow:
             outcome = run_alignment(checked, follow)
     except KeyboardInterrupt:
-        print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
+        print("mmray: stopped; run the same command again to resume", file=sys.stderr)
         raise
     if as_json:
         print(json.dumps(asdict(outcome), ensure_ascii=False))

@@ -25,7 +25,7 @@ FULL, QUICK = (12, 2), (3, 1)
 @app.command()
 @with_settings()
 def census(as_json: AsJson = False, **settings: Any) -> None:
-    """Capture, score, reduce and rank every neuron on image-caption data. Run again, it goes on where it stopped."""
+    """Capture, score, reduce and rank every neuron on image-caption data. Run it again to resume."""
     outcome = _run_census(census_settings(settings))
     if as_json:
         print(json.dumps(asdict(outcome)))
@@ -113,7 +113,7 @@ def _run_census(settings: CensusSettings) -> Outcome:
                 lambda line: stderr.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True),
             )
     except KeyboardInterrupt:
-        print(f"mmray: stopped; the same command goes on with {settings.out}", file=sys.stderr)
+        print(f"mmray: stopped; run the same command again to resume {settings.out}", file=sys.stderr)
         raise
 
 

@@ -82,7 +82,7 @@ def refresh(
         with follow_progress(Console(stderr=True)) as follow:
             done = refresh_run(run, follow, **execution)
     except KeyboardInterrupt:
-        print(f"mmray: stopped; the same command goes on with {run}", file=sys.stderr)
+        print(f"mmray: stopped; run the same command again to resume {run}", file=sys.stderr)
         raise
     if as_json:
         drift = done.drift and done.drift.summary(LISTED)

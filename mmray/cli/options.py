@@ -70,7 +70,7 @@ def option(name: str, settings: type[BaseModel] = CensusSettings) -> Any:
     """Return the option of that setting, its documentation as help."""
     field = settings.model_fields[name]
     flag = f"--{name.replace('_', '-')}"
-    # Where None is a third state besides yes and no, both have names.
+    # Where None is a third state next to yes and no, both have names.
     names = f"{flag}/--no-{name.replace('_', '-')}" if field.annotation == (bool | None) else flag
     return typer.Option(names, help=" ".join((field.description or "").split()))
 

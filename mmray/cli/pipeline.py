@@ -27,7 +27,7 @@ def pipeline(
     local: Annotated[bool, typer.Option("--local", help="Run every step in this process, without Ray.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run census → edits → evaluations. Run again, it goes on where it stopped."""
+    """Run census → edits → evaluations. Run it again to resume."""
     from mmray.cluster.pipeline import pipeline_settings
     from mmray.results.evaluation import comparison
 
@@ -55,7 +55,7 @@ def follow_pipeline(settings: PipelineSettings) -> Pipeline:
         with ExitStack() as bars:
             return run_pipeline(settings, _follow(bars))
     except KeyboardInterrupt:
-        print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
+        print("mmray: stopped; run the same command again to resume", file=sys.stderr)
         raise
 
 

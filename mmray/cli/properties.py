@@ -1,4 +1,4 @@
-"""What located neurons mean: properties beside their controls, and heat maps."""
+"""What located neurons mean: properties with their controls, and heat maps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmray.evaluation.properties.settings import PropertySettings, property_sett
 @app.command()
 @with_settings(PropertySettings)
 def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> None:
-    """Measure what a run's neurons mean, beside controls, and draw heat maps: all written to the run's tables."""
+    """Measure what a run's neurons mean, with controls, and draw heat maps: all written to the run's tables."""
     from mmray.cluster.properties import PropertiesJob
     from mmray.engine import run as run_job
     from mmray.results.progress import follow_progress
@@ -27,7 +27,7 @@ def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> No
         with follow_progress(Console(stderr=True), "concepts") as follow:
             done = run_job(PropertiesJob(checked), follow=follow)
     except KeyboardInterrupt:
-        print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
+        print("mmray: stopped; run the same command again to resume", file=sys.stderr)
         raise
     opened = open_run(run)
     if as_json:

@@ -71,7 +71,7 @@ def select(
         with follow_progress(Console(stderr=True)) as follow:
             done = run_job(SelectionJob(checked), follow=follow)
     except KeyboardInterrupt:
-        print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
+        print("mmray: stopped; run the same command again to resume", file=sys.stderr)
         raise
     if as_json:
         print(json.dumps(done.headline["selections"], ensure_ascii=False))

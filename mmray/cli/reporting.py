@@ -27,7 +27,7 @@ def report(
     edit: Annotated[
         list[str] | None,
         typer.Option(
-            "--edit", metavar="EDIT", help="Folder of a further edit to show besides RUN/edits/*; repeatable."
+            "--edit", metavar="EDIT", help="Folder of a further edit to show in addition to RUN/edits/*; repeatable."
         ),
     ] = None,
 ) -> None:

@@ -97,7 +97,7 @@ def _whole(settings: SaliencySettings, *, as_json: bool) -> None:
         with follow_progress(Console(stderr=True), "images") as follow:
             done = run_job(SaliencyJob(settings), follow=follow)
     except KeyboardInterrupt:
-        print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
+        print("mmray: stopped; run the same command again to resume", file=sys.stderr)
         raise
     rows = open_run(settings.run).table("saliency")
     if as_json:

@@ -16,7 +16,7 @@ from mmray.neurons.labels.settings import SelectivitySettings, selectivity_setti
 @app.command()
 @with_settings(SelectivitySettings)
 def selectivity(run: RunArgument, as_json: AsJson = False, **settings: Any) -> None:
-    """Choose the neurons of each language, domain or other label, beside chance; zero them, steer by them."""
+    """Choose the neurons of each language, domain or other label, and compare with chance; zero them, steer by them."""
     from mmray.cluster.labels import run_selectivity
     from mmray.results.progress import follow_progress
     from mmray.results.selectivity import analysis
@@ -26,7 +26,7 @@ def selectivity(run: RunArgument, as_json: AsJson = False, **settings: Any) -> N
         with follow_progress(Console(stderr=True)) as follow:
             outcome = run_selectivity(checked, follow)
     except KeyboardInterrupt:
-        print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
+        print("mmray: stopped; run the same command again to resume", file=sys.stderr)
         raise
     if outcome.outdated:
         names = ", ".join(outcome.outdated)

@@ -36,7 +36,7 @@ def say_meaning(run: Path, concepts: int, maps: int) -> bool:
     from mmray.results.properties import findings
     from mmray.results.run import open_run
 
-    say("3 what they mean: properties of the most frequent concepts beside controls, heat maps of all", "bold")
+    say("3 what they mean: properties of the most frequent concepts with controls, heat maps of all", "bold")
     settings = property_settings({"run": str(run), "concepts": concepts, "maps": maps})
     measured = run_job(PropertiesJob(settings))
     for line in findings(open_run(run)):
@@ -46,7 +46,7 @@ def say_meaning(run: Path, concepts: int, maps: int) -> bool:
 
 
 def say_edits(census: CensusSettings, *, quick: bool) -> bool:
-    """Edit the demo and say what that did, beside a control; True where all went well."""
+    """Edit the demo and say what that did, with a control; True where all went well."""
     from mmray.cli.pipeline import follow_pipeline
     from mmray.cluster.pipeline import pipeline_settings
     from mmray.demo import EVALUATION

@@ -57,7 +57,7 @@ def hallucination(
 @app.command()
 @with_settings(PerturbationSettings)
 def perturb(as_json: AsJson = False, **settings: Any) -> None:
-    """Move what the model sees from one concept to another, ask again, and tell what changed, beside controls."""
+    """Move what the model sees from one concept to another, ask again, and tell what changed, with controls."""
     from mmray.cluster.perturb import PerturbJob
     from mmray.results.opinions import changes
 
@@ -79,7 +79,7 @@ def _followed(job: Job[Any, Any]) -> JobResult:
         with follow_progress(Console(stderr=True)) as follow:
             return run_job(job, follow=follow)
     except KeyboardInterrupt:
-        print("mmray: stopped; the same command goes on where it was", file=sys.stderr)
+        print("mmray: stopped; run the same command again to resume", file=sys.stderr)
         raise
 
 

@@ -166,7 +166,7 @@ def _train(settings: AlignmentSettings, folder: RunFolder, info: dict[str, Any])
         TorchTrainer(train, train_loop_config=config, scaling_config=scaling, run_config=own).fit()
     except (RuntimeError, TrainingFailedError) as error:
         reason = " ".join(str(error).split())[-300:]
-        raise InputError(f"{settings.out}: training ended ({reason}); run again, it goes on") from error
+        raise InputError(f"{settings.out}: training ended ({reason}); run again to resume") from error
     finally:
         shutil.rmtree(state, ignore_errors=True)
     if folder.store.exists(PROBLEM):

@@ -66,7 +66,7 @@ def open_pair(settings: AlignmentSettings, device: torch.device | None = None) -
 def train(config: dict[str, Any]) -> None:
     """Train to the end, or go on: the function that Ray Train runs in every worker.
 
-    What is wrong with the set-up no restart mends: it is written down, and the workers end.
+    What is wrong with the set-up no restart fixes: it is written down, and the workers end.
     """
     settings: AlignmentSettings = config["settings"]
     if Path(config["home"]).is_dir():

@@ -104,7 +104,7 @@ def detect(found: Mapping[str, Kind], asked: Columns, where: str, captions: bool
     A column asked for must be there and hold the right thing; the others are found by their usual names, and the
     image also by its type. Data without an image is accepted as text-only when its text column is called `text` or was
     asked for; data without captions only if `captions` is false.
-    Raises `InputError` naming `where`, the columns there are, and the option that mends it.
+    Raises `InputError` naming `where`, the columns there are, and the option that fixes it.
     """
     chosen: dict[str, str | None] = {field: _choose(field, found, asked, where) for field in USUAL_NAMES}
     for label in asked.labels:

@@ -67,7 +67,7 @@ class Source(Protocol):
         """Yield rows `start` to `stop` (left out) of one file, a bad row as a `Failure`; none past the file's end."""
 
     def translations(self) -> dict[str, dict[str, str]]:
-        """Return concept → language → form, from a `concepts.json` beside the data; empty without one."""
+        """Return concept → language → form, from a `concepts.json` next to the data; empty without one."""
 
     def object_cells(self) -> Iterable[Any]:
         """Return the cells of the objects column, which there must be."""
@@ -178,7 +178,7 @@ class FileSource(ABC):
         return tuple(sorted(names))
 
     def translations(self) -> dict[str, dict[str, str]]:
-        """Return concept → language → form, from a `concepts.json` beside the data; empty without one."""
+        """Return concept → language → form, from a `concepts.json` next to the data; empty without one."""
         return read_translations(self.place.folder)
 
 
@@ -203,5 +203,5 @@ def read_translations(folder: str) -> dict[str, dict[str, str]]:
     except (ValueError, KeyError, TypeError) as error:
         form = '[{"concept": NAME, "names": {LANGUAGE: FORM}}]'
         raise InputError(
-            f"{where}: not of the form {form} ({type(error).__name__}: {error}); mend or move it"
+            f"{where}: not of the form {form} ({type(error).__name__}: {error}); fix or move it"
         ) from error

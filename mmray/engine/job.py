@@ -50,16 +50,16 @@ class UnitResult:
 
 @dataclass(frozen=True)
 class Plan(Generic[P]):
-    """What a job consists of. Units are known by their place; `context` is all that workers need besides."""
+    """What a job consists of. Units are known by their place; `context` is all that workers need, too."""
 
     units: Sequence[Unit]
     digests: Mapping[str, str]
-    """What results depend on besides settings: model, data, the run's tables, …"""
+    """What results depend on in addition to settings: model, data, the run's tables, …"""
     context: P
     settled: JobSettings | None = None
     """The job's settings with what the plan has settled, where that is part of them; the fingerprint is theirs."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What run.json says besides what it says of every job."""
+    """What run.json says in addition to what it says of every job."""
     manifest: bytes | None = None
     """What the job keeps of how its units were cut; by default their sizes."""
 

@@ -115,7 +115,7 @@ class UnitRunner:
             if error.errno not in DISK:
                 raise
             uri = self.folders[job].store.uri
-            self.problem = f"{uri}: {error.strerror}; make room and run again, it goes on"
+            self.problem = f"{uri}: {error.strerror}; make room and run the same command again to resume"
         self.before, self.idle_since = {}, time.perf_counter()
         if self.problem:
             return Answer(problem=self.problem)

@@ -209,7 +209,7 @@ def _remarks(one: AnalysisStatus) -> Iterator[tuple[str, str]]:
     if one.at_work:
         return
     if one.pending:
-        yield f"not finished; go on with: {one.renew}", "yellow"
+        yield f"not finished; resume with: {one.renew}", "yellow"
     elif one.tables not in ("", "current"):
         yield f"tables {one.tables}; renew them: {one.renew}", "yellow"
 

@@ -112,4 +112,4 @@ def commits_once(store: Store) -> bool:
             store.delete(key)
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"{store.uri}: can't write here ({reason}); choose another OUT or mend it") from error
+        raise InputError(f"{store.uri}: can't write here ({reason}); choose another OUT or fix it") from error

@@ -115,7 +115,7 @@ def is_passing(error: Exception) -> bool:
 
 
 def s3_problem(error: Exception) -> str:
-    """Return what S3 or the way to it refuses, in one line, and how to mend it."""
+    """Return what S3 or the way to it refuses, in one line, and how to fix it."""
     from botocore.exceptions import ClientError, HTTPClientError, NoCredentialsError, PartialCredentialsError
     from botocore.exceptions import ConnectionError as UnreachableError
 

@@ -1,4 +1,4 @@
-"""What can't be opened is told in one line that names it and says how to mend it."""
+"""What can't be opened is told in one line that names it and says how to fix it."""
 
 import json
 import shutil

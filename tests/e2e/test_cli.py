@@ -192,7 +192,7 @@ def test_an_interrupted_census_says_how_to_go_on(
     arguments = ["census", "--local", "--model", tiny("llava"), "--data", data, "--out", out, "--shard-size", 2]
     answer = mmray(*arguments)
     assert (answer.status, answer.out) == (130, "")
-    assert answer.err.endswith(f"mmray: stopped; the same command goes on with {out}\n")
+    assert answer.err.endswith(f"mmray: stopped; run the same command again to resume {out}\n")
     assert "1 done, 2 pending" in mmray("status", out).out
     monkeypatch.setattr(ShardAnalysis, "run", analyse)
     assert mmray(*arguments).status == 0

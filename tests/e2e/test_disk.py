@@ -39,7 +39,7 @@ def arguments(tiny: Callable[[str], Path], tmp_path: Path) -> list[object]:
 def test_a_disk_that_may_not_be_written(mmray: Mmray, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "ro"):
         refusal = mmray(*arguments(tiny, tmp_path)).refusal
-    assert refusal.endswith("disk/run: can't write here (Read-only file system); choose another OUT or mend it")
+    assert refusal.endswith("disk/run: can't write here (Read-only file system); choose another OUT or fix it")
 
 
 @pytest.fixture
@@ -71,7 +71,9 @@ def test_a_full_disk_and_more_room(
     with mounted(tmp_path / "disk", f"size={size}"):
         answer = mmray(*command)
         assert answer.status == 2
-        assert re.match(rf"mmray: .*{where}; make room and run again, it goes on$", answer.err.splitlines()[-1])
+        assert re.match(
+            rf"mmray: .*{where}; make room and run the same command again to resume$", answer.err.splitlines()[-1]
+        )
         # The ten minutes that are promised.
         assert 600 <= clock.now < 700  # threads that wait at once add up by this clock
         subprocess.run(["mount", "-o", "remount,size=8m", tmp_path / "disk"], check=True)

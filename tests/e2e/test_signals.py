@@ -36,7 +36,7 @@ def test_a_command_that_is_stopped_says_so_and_lets_go(tmp_path: Path, sent: sig
         driver.send_signal(sent)
         _, said = driver.communicate(timeout=30)
     assert driver.returncode == status
-    assert said == f"mmray: stopped; the same command goes on with {tmp_path}\n"
+    assert said == f"mmray: stopped; run the same command again to resume {tmp_path}\n"
     assert json.loads((tmp_path / "lease/000001.json").read_text())["released"]
 
 

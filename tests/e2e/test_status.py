@@ -82,7 +82,7 @@ def test_a_stopped_analysis(mmray, census, count, hook):
     assert (found.units_done, found.pending, found.size_done, found.tables) == (3, 7, 30, "not made")
     out = mmray("status", census).out
     assert "7 units" in out
-    assert f"letters: not finished; go on with: mmray letters {census}" in out
+    assert f"letters: not finished; resume with: mmray letters {census}" in out
     hook(lambda _: None)
     count()
     assert only(census).tables == "current"
