@@ -1,10 +1,11 @@
-"""The whole chain as one command: census, edits, evaluations."""
+"""The whole chain as one command: census, further analyses, edits, evaluations."""
 
 from __future__ import annotations
 
 import json
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from mmray.cli.options import INCOMPLETE, AsJson, app, console, say
 from mmray.config import read_config
+from mmray.features import FEATURES
 
 if TYPE_CHECKING:
     from mmray.cluster.pipeline import Follow, Pipeline, PipelineSettings
@@ -20,25 +22,37 @@ if TYPE_CHECKING:
 
 @app.command()
 def pipeline(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file with `census`, `edits` and `evaluation`.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="YAML file with `census`, `steps`, `edits`, `evaluation`.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME=VALUE …]", help="Change settings of the file: census.limit=64.")
     ] = None,
     local: Annotated[bool, typer.Option("--local", help="Run every step in this process, without Ray.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run census → edits → evaluations. Run it again to resume."""
+    """Run census → further analyses → edits → evaluations. Run it again to resume."""
     from mmray.cluster.pipeline import pipeline_settings
     from mmray.results.evaluation import comparison
 
     values = read_config(file, overrides or [])
     done = follow_pipeline(pipeline_settings(values | {"local": True} if local else values))
     if as_json:
-        found = {"run": done.run.uri, "evaluations": done.measures, "quarantined": done.quarantined}
+        steps = {title: asdict(step) for title, step in done.steps.items()}
+        found = {
+            "run": done.run.uri,
+            "steps": steps,
+            "evaluations": done.measures,
+            "quarantined": done.quarantined,
+        }
         print(json.dumps(found, ensure_ascii=False))
     else:
         if done.evaluations:
             console.print(comparison(done.measures))
+        for title, step in done.steps.items():
+            say(f"{title}: {step.seconds:.0f} s")
+            for number, reason in step.quarantined.items():
+                say(f"{title}, unit {number} quarantined: {reason}", "red")
         say(f"{done.census.samples:,} samples, {len(done.edits):,} edits → {done.run.uri}")
         for name, reason in done.quarantined.items():
             say(f"edit {name} quarantined: {reason}", "red")
@@ -68,7 +82,8 @@ def _follow(bars: ExitStack) -> Follow:
     def follow(step: str, progress: Any) -> None:
         if step not in shown:
             bars.close()
-            things = "edits" if step == "edits" else "samples"
+            feature = FEATURES.get(step.split()[0])
+            things = "edits" if step == "edits" else feature.noun if feature else "samples"
             shown[step] = bars.enter_context(follow_progress(Console(stderr=True), things))
         shown[step](progress)
 

@@ -1,4 +1,4 @@
-"""The whole chain as one call: census → edits, an actor each → an evaluation of each edit → tables of the run."""
+"""The whole chain as one call: census → further analyses → edits, an actor each → their evaluations → tables."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mmray.census.job import Outcome, run_census
 from mmray.cluster.editing import EditJob, NamedEditSettings, edit_folder
 from mmray.cluster.evaluation import EvaluationJob
+from mmray.cluster.steps import STEPS, StepResult, checked_steps
 from mmray.derived import TABLES
 from mmray.editing.edit import WeightEdit, open_edit
 from mmray.editing.settings import edit_settings
@@ -45,6 +46,8 @@ class PipelineSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     census: dict[str, Any]
+    steps: list[dict[str, dict[str, Any] | None]] = Field(default_factory=list)
+    """Analyses of the run in this order, each by its command's name with its settings."""
     edits: dict[str, dict[str, Any]] = Field(default_factory=dict)
     evaluation: dict[str, Any] = Field(default_factory=dict)
     local: bool = False
@@ -57,6 +60,8 @@ class Pipeline:
 
     run: Run
     census: Outcome
+    steps: dict[str, StepResult] = field(default_factory=dict)
+    """By title: the analysis, with a number from its second time on."""
     edits: dict[str, WeightEdit] = field(default_factory=dict)
     evaluations: dict[str, JobResult] = field(default_factory=dict)
     quarantined: dict[str, str] = field(default_factory=dict)
@@ -65,8 +70,9 @@ class Pipeline:
     @property
     def complete(self) -> bool:
         """Return whether all went well."""
+        analysed = all(step.complete for step in self.steps.values())
         evaluated = all(evaluation.complete for evaluation in self.evaluations.values())
-        return self.census.complete and not self.quarantined and evaluated
+        return self.census.complete and analysed and not self.quarantined and evaluated
 
     @property
     def measures(self) -> dict[str, dict[str, dict[str, Any]]]:
@@ -80,9 +86,10 @@ def pipeline_settings(values: Mapping[str, Any]) -> PipelineSettings:
         settings = PipelineSettings(**values)
     except ValidationError as error:
         raise InputError(
-            f"{first_problem(error)}; a pipeline has census, edits (name: settings), evaluation and local"
+            f"{first_problem(error)}; a pipeline has census, steps, edits (name: settings), evaluation and local"
         ) from error
     _census(settings)
+    checked_steps(settings.steps, _execution(settings) | {"run": "RUN"})
     for name, wanted in settings.edits.items():
         try:
             edit_settings(wanted)
@@ -102,6 +109,8 @@ def run_pipeline(settings: PipelineSettings, follow: Follow = lambda _, __: None
         census = _census(settings)
         outcome = run_census(census, partial(follow, "census"))
         done = Pipeline(open_run(census.out, patient=True), outcome)
+        for title, kind, own in checked_steps(settings.steps, _execution(settings) | {"run": done.run.uri}):
+            done.steps[title] = STEPS[kind].run(own, partial(follow, title))
         if settings.edits:
             with drive_analysis(f"{done.run.uri}/pipeline") as lease:
                 done.run.folder.prepare()
@@ -136,7 +145,7 @@ def _census(settings: PipelineSettings) -> CensusSettings:
 
 
 def _execution(settings: PipelineSettings) -> dict[str, Any]:
-    """Return how edits and evaluations are run: as the census is, unless the whole pipeline is local."""
+    """Return how all that follows the census is run: as that is, unless the whole pipeline is local."""
     census = _census(settings)
     own = ("gpus_per_worker", "address", "retry_failed")
     return {name: getattr(census, name) for name in own} | {"local": settings.local}

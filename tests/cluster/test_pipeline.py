@@ -154,6 +154,9 @@ def test_a_damaged_table_is_written_anew(done: Pipeline, settings: dict[str, Any
         ({"evaluation": {"limit": 3}}, "evaluation: "),
         ({"evaluation": {"data": "demo", "limits": 3}}, "limits"),
         ({"censuses": {}}, "censuses"),
+        ({"steps": [{"properties": {"concept": 3}}]}, "steps, properties: unknown setting 'concept'"),
+        ({"steps": [{"census": {}}]}, "steps: census: name one of properties, select, selectivity, saliency"),
+        ({"steps": [{"select": None, "saliency": None}]}, "steps: saliency, select: name one of"),
         ({"census": {"model": "demo"}}, "data"),
         ({"edits": {"swap": {"suppress": "{known}", **QUICK}}}, "other settings"),
     ],
@@ -165,6 +168,28 @@ def test_what_is_wrong_is_one_line(
     with pytest.raises(InputError, match=said) as refused:
         pipeline_here(settings | filled)
     assert "\n" not in str(refused.value)
+
+
+def test_steps_are_analyses_of_the_run_and_resume(concepts: tuple[Path, list[str]], tmp_path: Path) -> None:
+    out, (one, *_) = concepts
+    shutil.copytree(out, tmp_path / "run")
+    census = {"model": "demo", "data": "demo", "out": str(tmp_path / "run"), "limit": 64, "shard_size": 64}
+    chance = {"permutations": 2, "bootstraps": 0}
+    steps: list[dict[str, Any]] = [
+        {"selectivity": {"by": "domain", **chance}},
+        {"selectivity": {"by": "language", **chance}},
+        {"select": {"concepts": [one], "k": 2, "samples": 4}},
+        {"properties": {"concepts": 1, "images": 2, "maps": 1, "draws": 10, "min_occurrences": 2}},
+    ]
+    done = pipeline_here({"census": census, "steps": steps})
+    assert list(done.steps) == ["selectivity", "selectivity 2", "select", "properties"]
+    assert done.complete
+    assert {"selectivity", "properties"} <= {name for name in TABLES if done.run.optional(name) is not None}
+    # What an earlier step has written of the same tables stays.
+    assert set(done.run.table("selectivity")["label_kind"].to_pylist()) == {"domain", "language"}
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("shards/*/*.parquet")}
+    assert pipeline_here({"census": census, "steps": steps}).complete
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("shards/*/*.parquet")} == parts
 
 
 def test_the_command_in_this_process(
