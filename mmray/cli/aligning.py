@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from typing import Any
 
 import typer
-from rich.console import Console
 
-from mmray.cli.options import INCOMPLETE, AsJson, app, console, say, with_settings
+from mmray.cli.options import INCOMPLETE, AsJson, app, console, followed, say, with_settings
 from mmray.perception.alignment_settings import AlignmentSettings, alignment_settings
 
 TOLD = {"recall": "recall of objects", "pope_random_f1": "POPE (random) F1"}
@@ -38,15 +36,10 @@ def align(as_json: AsJson = False, **settings: Any) -> None:
     """Train a network that makes a LLaVA's image tokens of a detector's embedding, and measure the joint model."""
     from mmray.cluster.alignment import run_alignment
     from mmray.results.evaluation import measures
-    from mmray.results.progress import follow_progress
 
     checked = alignment_settings(settings)
-    try:
-        with follow_progress(Console(stderr=True), "images") as follow:
-            outcome = run_alignment(checked, follow)
-    except KeyboardInterrupt:
-        print("mmray: stopped; run the same command again to resume", file=sys.stderr)
-        raise
+    with followed("images") as follow:
+        outcome = run_alignment(checked, follow)
     if as_json:
         print(json.dumps(asdict(outcome), ensure_ascii=False))
     else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from mmray.cli.options import INCOMPLETE, AsJson, app, console, plural, say, with_settings
+from mmray.cli.options import INCOMPLETE, AsJson, app, console, followed, plural, say, with_settings
 from mmray.cli.showing import say_edits, say_meaning, say_report, say_shortfall
 from mmray.settings import CensusSettings, census_settings
 
@@ -102,19 +102,14 @@ def _run_demo(run_folder: Path, *, quick: bool) -> bool:
 
 def _run_census(settings: CensusSettings) -> Outcome:
     from mmray.census.job import run_census
-    from mmray.results.progress import follow_progress
 
-    try:
-        stderr = Console(stderr=True, highlight=False)
-        with follow_progress(stderr) as follow:
-            return run_census(
-                settings,
-                follow,
-                lambda line: stderr.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True),
-            )
-    except KeyboardInterrupt:
-        print(f"mmray: stopped; run the same command again to resume {settings.out}", file=sys.stderr)
-        raise
+    stderr = Console(stderr=True, highlight=False)
+    with followed(what=settings.out) as follow:
+        return run_census(
+            settings,
+            follow,
+            lambda line: stderr.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True),
+        )
 
 
 def _say_outcome(outcome: Outcome) -> None:

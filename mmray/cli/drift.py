@@ -8,9 +8,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, option, plural, say
+from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, followed, option, plural, say
 from mmray.cli.showing import say_shortfall
 
 if TYPE_CHECKING:
@@ -68,7 +67,6 @@ def refresh(
 ) -> None:
     """Analyse what a run's data has gained since, merge it, and say how far the rankings have drifted."""
     from mmray.census.refresh import refresh_run
-    from mmray.results.progress import follow_progress
 
     execution: dict[str, Any] = {
         "batch_size": batch_size,
@@ -78,12 +76,8 @@ def refresh(
         "address": address,
         "retry_failed": retry_failed or None,
     }
-    try:
-        with follow_progress(Console(stderr=True)) as follow:
-            done = refresh_run(run, follow, **execution)
-    except KeyboardInterrupt:
-        print(f"mmray: stopped; run the same command again to resume {run}", file=sys.stderr)
-        raise
+    with followed(what=run) as follow:
+        done = refresh_run(run, follow, **execution)
     if as_json:
         drift = done.drift and done.drift.summary(LISTED)
         print(json.dumps(asdict(done.outcome) | {"new_samples": done.new_samples, "drift": drift}, ensure_ascii=False))

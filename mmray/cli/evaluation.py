@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from mmray.cli.options import AsJson, RunArgument, app, console, end, say, with_settings
+from mmray.cli.options import AsJson, RunArgument, app, console, end, followed, say, with_settings
 from mmray.evaluation.settings import EvaluationSettings, evaluation_settings
 
 
@@ -25,15 +23,10 @@ def evaluate(
     from mmray.cluster.evaluation import EvaluationJob
     from mmray.engine import run as run_job
     from mmray.results.evaluation import measures
-    from mmray.results.progress import follow_progress
 
     checked = evaluation_settings({"run": run, **settings})
-    try:
-        with follow_progress(Console(stderr=True)) as follow:
-            done = run_job(EvaluationJob(checked), follow=follow)
-    except KeyboardInterrupt:
-        print("mmray: stopped; run the same command again to resume", file=sys.stderr)
-        raise
+    with followed() as follow:
+        done = run_job(EvaluationJob(checked), follow=follow)
     if as_json:
         print(json.dumps(done.summary(), ensure_ascii=False))
     else:

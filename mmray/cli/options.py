@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +21,7 @@ from mmray.version import VERSION
 if TYPE_CHECKING:
     from mmray.cluster.alignment import Aligned
     from mmray.engine import JobResult
+    from mmray.results.progress import Counts
 
 INCOMPLETE = 4
 """Exit status of a run that ended although some samples or shards failed."""
@@ -131,6 +134,25 @@ def end(outcome: Aligned | JobResult, what: str, *, quiet: bool = False) -> None
             say(f"{plural(outcome.failures, what)} failed", "yellow")
     if not outcome.complete:
         raise typer.Exit(INCOMPLETE)
+
+
+@contextmanager
+def resumable(what: str = "") -> Iterator[None]:
+    """Have a stop within the block say, before it ends the command, how to resume."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"mmray: stopped; run the same command again to resume {what}".rstrip(), file=sys.stderr)
+        raise
+
+
+@contextmanager
+def followed(things: str = "samples", what: str = "") -> Iterator[Callable[[Counts], None]]:
+    """Yield what shows how many of these things are done; a stop within the block says how to resume."""
+    from mmray.results.progress import follow_progress
+
+    with resumable(what), follow_progress(Console(stderr=True, highlight=False), things) as follow:
+        yield follow
 
 
 def plural(count: int, word: str) -> str:

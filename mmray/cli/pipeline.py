@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from mmray.cli.options import INCOMPLETE, AsJson, app, console, say
+from mmray.cli.options import INCOMPLETE, AsJson, app, console, resumable, say
 from mmray.config import read_config
 from mmray.features import FEATURES
 
@@ -65,12 +64,8 @@ def follow_pipeline(settings: PipelineSettings) -> Pipeline:
     """Run a pipeline, and show how far each of its steps is."""
     from mmray.cluster.pipeline import run_pipeline
 
-    try:
-        with ExitStack() as bars:
-            return run_pipeline(settings, _follow(bars))
-    except KeyboardInterrupt:
-        print("mmray: stopped; run the same command again to resume", file=sys.stderr)
-        raise
+    with resumable(), ExitStack() as bars:
+        return run_pipeline(settings, _follow(bars))
 
 
 def _follow(bars: ExitStack) -> Follow:

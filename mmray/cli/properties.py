@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
-from rich.console import Console
-
-from mmray.cli.options import AsJson, RunArgument, app, console, end, say, with_settings
+from mmray.cli.options import AsJson, RunArgument, app, console, end, followed, say, with_settings
 from mmray.evaluation.properties.settings import PropertySettings, property_settings
 
 
@@ -18,17 +15,12 @@ def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> No
     """Measure what a run's neurons mean, with controls, and draw heat maps: all written to the run's tables."""
     from mmray.cluster.properties import PropertiesJob
     from mmray.engine import run as run_job
-    from mmray.results.progress import follow_progress
     from mmray.results.properties import properties as show
     from mmray.results.run import open_run
 
     checked = property_settings({"run": run, **settings})
-    try:
-        with follow_progress(Console(stderr=True), "concepts") as follow:
-            done = run_job(PropertiesJob(checked), follow=follow)
-    except KeyboardInterrupt:
-        print("mmray: stopped; run the same command again to resume", file=sys.stderr)
-        raise
+    with followed("concepts") as follow:
+        done = run_job(PropertiesJob(checked), follow=follow)
     opened = open_run(run)
     if as_json:
         table = opened.optional("properties")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from mmray.cli.options import AsJson, RunArgument, app, console, end, say, with_settings
+from mmray.cli.options import AsJson, RunArgument, app, console, end, followed, say, with_settings
 from mmray.neurons.selection_settings import SelectionSettings, selection_settings
 
 
@@ -62,17 +60,12 @@ def select(
     """Choose a concept's neurons together: its noun goes with them, other nouns stay. Best after --score effect."""
     from mmray.cluster.selecting import SelectionJob, selections
     from mmray.engine import run as run_job
-    from mmray.results.progress import follow_progress
     from mmray.results.run import open_run
     from mmray.results.terminal import concept_title, ranking
 
     checked = selection_settings({"run": run, "concepts": concepts, **settings})
-    try:
-        with follow_progress(Console(stderr=True)) as follow:
-            done = run_job(SelectionJob(checked), follow=follow)
-    except KeyboardInterrupt:
-        print("mmray: stopped; run the same command again to resume", file=sys.stderr)
-        raise
+    with followed() as follow:
+        done = run_job(SelectionJob(checked), follow=follow)
     if as_json:
         print(json.dumps(done.headline["selections"], ensure_ascii=False))
     else:

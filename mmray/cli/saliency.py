@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from mmray.cli.aligning import say_sight
-from mmray.cli.options import AsJson, app, console, end, say, with_settings
+from mmray.cli.options import AsJson, app, console, end, followed, say, with_settings
 from mmray.errors import InputError
 from mmray.perception.settings import SaliencySettings, saliency_settings
 
@@ -89,16 +87,11 @@ def _one(
 def _whole(settings: SaliencySettings, *, as_json: bool) -> None:
     from mmray.cluster.saliency import SaliencyJob
     from mmray.engine import run as run_job
-    from mmray.results.progress import follow_progress
     from mmray.results.run import open_run
     from mmray.results.saliency import saliency as show
 
-    try:
-        with follow_progress(Console(stderr=True), "images") as follow:
-            done = run_job(SaliencyJob(settings), follow=follow)
-    except KeyboardInterrupt:
-        print("mmray: stopped; run the same command again to resume", file=sys.stderr)
-        raise
+    with followed("images") as follow:
+        done = run_job(SaliencyJob(settings), follow=follow)
     rows = open_run(settings.run).table("saliency")
     if as_json:
         print(json.dumps(done.summary() | {"saliency": rows.to_pylist()}, ensure_ascii=False))

@@ -7,9 +7,8 @@ import sys
 from typing import Any
 
 import typer
-from rich.console import Console
 
-from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, say, with_settings
+from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, followed, say, with_settings
 from mmray.neurons.labels.settings import SelectivitySettings, selectivity_settings
 
 
@@ -18,16 +17,11 @@ from mmray.neurons.labels.settings import SelectivitySettings, selectivity_setti
 def selectivity(run: RunArgument, as_json: AsJson = False, **settings: Any) -> None:
     """Choose the neurons of each language, domain or other label, and compare with chance; zero them, steer by them."""
     from mmray.cluster.labels import run_selectivity
-    from mmray.results.progress import follow_progress
     from mmray.results.selectivity import analysis
 
     checked = selectivity_settings({"run": run, **settings})
-    try:
-        with follow_progress(Console(stderr=True)) as follow:
-            outcome = run_selectivity(checked, follow)
-    except KeyboardInterrupt:
-        print("mmray: stopped; run the same command again to resume", file=sys.stderr)
-        raise
+    with followed() as follow:
+        outcome = run_selectivity(checked, follow)
     if outcome.outdated:
         names = ", ".join(outcome.outdated)
         print(f"mmray: {names}: of other neurons than these, and so removed; ask for them again", file=sys.stderr)

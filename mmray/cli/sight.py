@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from mmray.cli.aligning import say_sight
-from mmray.cli.options import AsJson, RunArgument, app, console, end, say, with_settings
+from mmray.cli.options import AsJson, RunArgument, app, console, end, followed, say, with_settings
 from mmray.evaluation.opinions.settings import (
     OpinionSettings,
     PerturbationSettings,
@@ -73,14 +71,9 @@ def perturb(as_json: AsJson = False, **settings: Any) -> None:
 
 def _followed(job: Job[Any, Any]) -> JobResult:
     from mmray.engine import run as run_job
-    from mmray.results.progress import follow_progress
 
-    try:
-        with follow_progress(Console(stderr=True)) as follow:
-            return run_job(job, follow=follow)
-    except KeyboardInterrupt:
-        print("mmray: stopped; run the same command again to resume", file=sys.stderr)
-        raise
+    with followed() as follow:
+        return run_job(job, follow=follow)
 
 
 def _save(folder: Path, found: Sequence[Mapping[str, Any]]) -> None:
