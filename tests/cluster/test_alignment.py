@@ -146,5 +146,8 @@ def test_data_without_objects_is_refused_before_any_work(asked, tmp_path: Path):
 
 def test_a_training_that_fails_for_good_is_one_line(asked, tmp_path: Path, ray_here: str):
     failed = WorkerGroupError("a worker raised", {0: ValueError("bad luck")})
-    with patch("ray.train.torch.TorchTrainer.fit", side_effect=failed), pytest.raises(InputError, match="run again to resume"):
+    with (
+        patch("ray.train.torch.TorchTrainer.fit", side_effect=failed),
+        pytest.raises(InputError, match="run again to resume"),
+    ):
         run_alignment(alignment_settings({**asked, "out": str(tmp_path / "out"), "workers": 1}))

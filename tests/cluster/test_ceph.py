@@ -106,6 +106,8 @@ def test_a_run_from_beginning_to_end(
     same_tables(open_run(out), open_run(tmp_path / "run"))
     concept = next(iter(open_run(out).concepts))
     assert concept in mmray("rank", out, concept).out
+    # What is noted of attempts is of no use once their units are committed.
+    assert ", 0.0 MB" in mmray("status", out, "--sweep").out
     status = mmray("status", out, "--sweep")
     assert status.status == 0
     assert "swept 0 objects" in status.out

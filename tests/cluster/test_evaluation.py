@@ -259,7 +259,7 @@ def test_answers_are_kept_for_units_that_read_the_same_alone(
 
 @given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=5))
 def test_units_of_several_jobs_have_numbers_of_their_own(sizes: list[int]) -> None:
-    order = WorkOrder([], [], [[Unit(1)] * size for size in sizes], [])
+    order = WorkOrder([], [], [[Unit(1)] * size for size in sizes], [], [])
     places = [(job, unit) for job, size in enumerate(sizes) for unit in range(size)]
     assert [order.place(number) for number in range(sum(sizes))] == places
 
