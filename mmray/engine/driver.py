@@ -55,8 +55,9 @@ def run(
 ) -> JobResult:
     """Run a job to its end, or resume one that stopped, and write what it amounts to.
 
-    `follow` is told of every committed unit. `plan` and `lease` are given by a caller that has them already. Raises
-    InputError for anything wrong with the set-up, before any work, and where another driver is at work on the same job.
+    `follow` is told of every committed unit, and nothing where there is no work. `plan` and `lease` are given by a
+    caller that has them already. Raises InputError for anything wrong with the set-up, before any work, and where
+    another driver is at work on the same job.
     """
     plans = None if plan is None else [plan]
     return run_together([job], plans=plans, executor=executor, follow=follow, lease=lease)[0]
@@ -141,9 +142,9 @@ def _run_pending(begun: Sequence[_Begun], executor: Executor, follow: Follow) ->
     total = sum(unit.size for one in begun for unit in one.plan.units)
     size, failures = sum(receipt.samples for receipt in done), sum(receipt.failures for receipt in done)
     quarantined = sum(receipt.reason is not None for receipt in done)
-    follow(Progress(size, total, failures, quarantined))
     if not groups:
         return False
+    follow(Progress(size, total, failures, quarantined))
     with executor.session():
         for answers in executor.answers(order, list(groups.values())):
             for answer in answers:

@@ -272,6 +272,7 @@ def test_what_a_run_is_can_not_be_made_up(
 
 def test_a_driver_that_lost_its_lease_writes_no_table(run: Path, whole: Path, tiny: Callable[[str], Path]) -> None:
     unmerge(run)
+    (run / "receipts/000002.json").unlink()
 
     def lose(_: Progress) -> None:
         # As after a pause of the machine: nobody has told the driver yet.

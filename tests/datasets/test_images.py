@@ -251,7 +251,7 @@ def test_python_reads_pictures_as_the_data_does(tmp_path: Path) -> None:
 def test_the_background_is_a_setting_that_samples_carry(tmp_path: Path, rows: list[Row]) -> None:
     settings = {"model": "demo", "data": "demo", "out": "run"}
     plain, black = census_settings(settings), census_settings(settings | {"background": "black"})
-    assert plain.fingerprint() != black.fingerprint()
+    assert plain.fingerprint({}) != black.fingerprint({})
     assert black.result_settings()["background"] == "black"
     for wrong in ("no colour", "#12", "#11223344", "rgba(0, 0, 0, 0)"):
         with pytest.raises(InputError, match=r"setting background = .*: .*not an opaque colour"):
