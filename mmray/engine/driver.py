@@ -144,7 +144,8 @@ def _run_pending(begun: Sequence[_Begun], executor: Executor, follow: Follow) ->
     quarantined = sum(receipt.reason is not None for receipt in done)
     if not groups:
         return False
-    follow(Progress(size, total, failures, quarantined))
+    told = Progress(size, total, failures, quarantined)
+    follow(told)
     with executor.session():
         for answers in executor.answers(order, list(groups.values())):
             for answer in answers:
@@ -155,7 +156,11 @@ def _run_pending(begun: Sequence[_Begun], executor: Executor, follow: Follow) ->
                 quarantined += bool(answer.reason)
             for one in begun:
                 one.lease()
-            follow(Progress(size, total, failures, quarantined))
+            progress = Progress(size, total, failures, quarantined)
+            # A unit may be no sample, such as one that decodes neurons.
+            if progress != told:
+                follow(progress)
+            told = progress
     return True
 
 

@@ -314,11 +314,9 @@ def test_where_time_and_memory_went(mmray, census, count, hook):
     assert "GB of host memory" in line
 
 
-def test_measuring_a_model_is_told_by_phase(tmp_path, run):
-    out = tmp_path / "run"
-    shutil.copytree(run.uri, out)
-    properties_here(out, concepts=1, images=2, maps=1)
-    (found,) = analyses_of(out)
+def test_measuring_a_model_is_told_by_phase(census):
+    properties_here(census, concepts=1, images=2, maps=1)
+    (found,) = analyses_of(census)
     assert {"read", "decode", "forward"} <= set(found.cost.phases)
     within = [seconds for name, seconds in found.cost.phases.items() if name not in AROUND]
     assert sum(within) <= found.cost.seconds

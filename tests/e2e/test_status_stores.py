@@ -52,9 +52,9 @@ def test_every_store_tells_the_same(mmray: Mmray, counted: Store) -> None:
 def test_every_store_is_verified(mmray: Mmray, counted: Store) -> None:
     answer = mmray("status", counted.uri, "--verify", "--json")
     assert answer.status == 0
-    # Ten receipts, two parts of each, a snapshot with one file, and its copy.
+    # Ten receipts, two parts of each, a snapshot with two files, and their copies.
     verified = json.loads(answer.out)["verified"]
-    assert (verified["files"], verified["problems"], verified["foreign"]) == (10 + 20 + 3, [], [])
+    assert (verified["files"], verified["problems"], verified["foreign"]) == (10 + 20 + 1 + 2 * 2, [], [])
     key = part_of(counted, 3)
     counted.put(key, counted.read(key)[:-1])
     answer = mmray("status", counted.uri, "--verify", "--json")
