@@ -125,12 +125,19 @@ class SelectionJob(Job[SelectionSettings, Context]):
         return find
 
     def merge(self, plan: Plan[Context], parts: Parts, output: Output) -> dict[str, Any]:
-        """Choose each concept's neurons; the run's tables stay as they are."""
+        """Choose each concept's neurons; the run's tables stay as they are.
+
+        A concept that only quarantined units name has no selection. Raises InputError for one that no unit names.
+        """
         effects = CandidateEffects(plan.context.candidates)
         for part in parts.each("effects"):
             effects.take(part)
         rows = self._candidates(open_run(self.settings.run, patient=True))
-        return {"selections": [self._selection(concept, rows[concept], effects) for concept in rows]}
+        named = [concept for concept in rows if concept in effects.concepts]
+        if len(named) < len(rows) and len(parts.receipts) == len(plan.units):
+            concept = next(concept for concept in rows if concept not in named)
+            raise InputError(f"{concept}: none of the samples gone through names it; give more --samples")
+        return {"selections": [self._selection(concept, rows[concept], effects) for concept in named]}
 
     def _candidates(self, run: Run) -> dict[str, pa.Table]:
         """Return concept → its rows of `rankings`."""
@@ -139,8 +146,6 @@ class SelectionJob(Job[SelectionSettings, Context]):
 
     def _selection(self, concept: str, rows: pa.Table, effects: CandidateEffects) -> dict[str, Any]:
         seen, chosen = effects.of(concept), effects.choose(concept, self.settings.k)
-        if not len(seen.own):
-            raise InputError(f"{concept}: none of the samples gone through names it; give more --samples")
         places = {int(neuron): place for place, neuron in enumerate(effects.candidates[concept])}
         index = [places[neuron] for neuron in chosen]
         own, others = expected(seen, index)
