@@ -131,7 +131,7 @@ def test_the_length_of_generated_captions_is_in_the_fingerprint():
         captions: {
             census_settings(
                 {"model": "m", "data": "d", "out": "o", "captions": captions, "longest": longest}
-            ).fingerprint()
+            ).fingerprint({})
             for longest in (64, 512)
         }
         for captions in ("dataset", "generate")
