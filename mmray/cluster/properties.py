@@ -6,9 +6,8 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from mmray.census.inputs import open_data
-from mmray.cluster.properties_plan import Context, plan_properties
-from mmray.cluster.wanted import Wanted
+from mmray.cluster.properties_plan import plan_properties
+from mmray.cluster.wanted import RunSamples
 from mmray.derived import PROPERTY_SCHEMAS
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
@@ -18,10 +17,9 @@ from mmray.evaluation.properties.settings import PropertySettings
 from mmray.evaluation.properties.subject import Study
 from mmray.neurons.model import load_model
 from mmray.results.run import open_run
-from mmray.storage import patiently
 
 
-class PropertiesJob(Job[PropertySettings, Context]):
+class PropertiesJob(Job[PropertySettings, RunSamples]):
     """Measures what a run's neurons mean, with controls."""
 
     name = "properties"
@@ -33,11 +31,11 @@ class PropertiesJob(Job[PropertySettings, Context]):
         """The run."""
         return self.settings.run
 
-    def plan(self) -> Plan[Context]:
+    def plan(self) -> Plan[RunSamples]:
         """Settle which concepts are measured on which images."""
         return plan_properties(self.settings, open_run(self.settings.run, patient=True))
 
-    def worker(self, context: Context) -> Worker:
+    def worker(self, context: RunSamples) -> Worker:
         """Load the model, and return what measures the concepts of a unit."""
         census = context.census
         model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
@@ -45,8 +43,7 @@ class PropertiesJob(Job[PropertySettings, Context]):
         if list(model.widths) != run.info["model"]["widths"]:
             raise InputError(f"{census.model}: not the model of {run.uri}, whose layers have other widths")
         neurons = run.table("neurons").sort_by([("layer", "ascending"), ("unit", "ascending")])
-        source = patiently(lambda: open_data(census))
-        wanted = Wanted(source, context.manifest, context.shards, context.captions)
+        wanted = context.wanted()
         probe = Probe(Study(model, census, context.nouns, neurons), self.settings)
 
         def measure(unit: Unit) -> UnitResult:
@@ -57,7 +54,7 @@ class PropertiesJob(Job[PropertySettings, Context]):
 
         return measure
 
-    def merge(self, plan: Plan[Context], parts: Parts, output: Output) -> dict[str, Any]:
+    def merge(self, plan: Plan[RunSamples], parts: Parts, output: Output) -> dict[str, Any]:
         """Write the measures with their intervals, and the heat maps."""
         settings, maps = self.settings, parts.table("heatmaps")
         # A part that was not asked for keeps the table that an earlier call wrote.

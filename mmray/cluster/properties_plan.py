@@ -6,21 +6,20 @@ import hashlib
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.compute as pc
 
 from mmray.census.inputs import open_inputs
+from mmray.cluster.wanted import RunSamples
 from mmray.datasets.shards import Manifest
 from mmray.engine import Plan, Unit
 from mmray.errors import InputError
 from mmray.evaluation.properties.settings import MOST, RANKINGS, PropertySettings
 from mmray.evaluation.properties.subject import Facts, Ranked
 from mmray.image_keys import image_keys, one_per_image
-from mmray.neurons.concepts import NounSource
 from mmray.results.run import Run
-from mmray.settings import CensusSettings, census_settings
+from mmray.settings import census_settings
 
 TOGETHER = 4
 """Concepts of a unit of work that are measured."""
@@ -30,22 +29,7 @@ MOST_MAPPED = 1500
 """Concepts that have heat maps, the most frequent first."""
 
 
-@dataclass(frozen=True)
-class Context:
-    """All that workers need other than model and data."""
-
-    census: CensusSettings
-    manifest: Manifest
-    nouns: NounSource
-    shards: Mapping[str, int]
-    """The shard of each sample that is wanted."""
-    captions: Mapping[str, str]
-    """The caption of each, as the run scored it."""
-    images: Mapping[str, str]
-    """The key of each one's image."""
-
-
-def plan_properties(settings: PropertySettings, run: Run) -> Plan[Context]:
+def plan_properties(settings: PropertySettings, run: Run) -> Plan[RunSamples]:
     """Settle which concepts are measured on which images; raises InputError where there are none, or no data.
 
     A unit's payload is the `Facts` of its concepts.
@@ -86,7 +70,7 @@ def plan_properties(settings: PropertySettings, run: Run) -> Plan[Context]:
     _, _, nouns = open_inputs(census_settings(run.info["settings"]))
     units = _units([facts[name] for name in measured if name in facts], TOGETHER)
     units += _units([fact for fact in facts.values() if not fact.own], MAPPED)
-    context = Context(
+    context = RunSamples(
         census,
         Manifest.from_json(run.folder.manifest()),
         nouns,

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from mmray.census.inputs import open_data, open_inputs
-from mmray.cluster.wanted import Wanted
+from mmray.census.inputs import open_inputs
+from mmray.cluster.wanted import RunSamples
 from mmray.datasets.shards import Manifest
 from mmray.derived import SALIENCY_SCHEMAS
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
@@ -20,15 +20,13 @@ from mmray.errors import InputError
 from mmray.evaluation.saliency import summarise_saliency
 from mmray.evaluation.saliency_batch import Judging, methods_of
 from mmray.image_keys import image_keys, one_per_image
-from mmray.neurons.concepts import NounSource
 from mmray.neurons.model import load_model
 from mmray.perception.alignment import alignment_digest
 from mmray.perception.joint import detector_digest, detector_or_demo, join_if_asked
 from mmray.perception.methods import Located
 from mmray.perception.settings import SaliencySettings
 from mmray.results.run import Run, open_run
-from mmray.settings import CensusSettings, census_settings
-from mmray.storage import patiently
+from mmray.settings import census_settings
 
 TOGETHER = 16
 """Images of a unit of work."""
@@ -37,16 +35,9 @@ SEVERAL = 2
 
 
 @dataclass(frozen=True)
-class Context:
+class Context(RunSamples):
     """All that workers need other than model and data."""
 
-    census: CensusSettings
-    manifest: Manifest
-    nouns: NounSource
-    shards: Mapping[str, int]
-    captions: Mapping[str, str]
-    images: Mapping[str, str]
-    """The key of each sample's image."""
     pictured: frozenset[str]
     """Samples whose maps are kept."""
     located: Located
@@ -74,8 +65,7 @@ class SaliencyJob(Job[SaliencySettings, Context]):
         model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
         joint = join_if_asked(model, settings.detector, settings.alignment)
         methods_of(settings, detector=joint is not None)
-        source = patiently(lambda: open_data(census))
-        wanted = Wanted(source, context.manifest, context.shards, context.captions)
+        wanted = context.wanted()
         judging = Judging(model, joint, settings, census, context.nouns, context.located)
 
         def judge(unit: Unit) -> UnitResult:

@@ -6,9 +6,13 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
+from mmray.census.inputs import open_data
 from mmray.datasets.contents import Source
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import Manifest, read_shard
+from mmray.neurons.concepts import NounSource
+from mmray.settings import CensusSettings
+from mmray.storage import patiently
 
 SHARDS_KEPT = 64
 """Shards whose wanted samples are kept, encoded as they are."""
@@ -43,3 +47,22 @@ class Wanted:
                 self.kept.popitem(last=False)
         self.kept.move_to_end(number)
         return self.kept[number]
+
+
+@dataclass(frozen=True)
+class RunSamples:
+    """All that workers on samples of a run need other than model and data."""
+
+    census: CensusSettings
+    manifest: Manifest
+    nouns: NounSource
+    shards: Mapping[str, int]
+    """The shard of each sample that is wanted."""
+    captions: Mapping[str, str]
+    """The caption of each, as the run scored it."""
+    images: Mapping[str, str]
+    """The key of each one's image."""
+
+    def wanted(self) -> Wanted:
+        """Open the data, and return what reads these samples."""
+        return Wanted(patiently(lambda: open_data(self.census)), self.manifest, self.shards, self.captions)
