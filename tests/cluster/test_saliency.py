@@ -80,7 +80,7 @@ def test_a_stopped_one_goes_on_and_gives_the_same_and_a_second_call_does_nothing
     before = tables(run)
     calls = []
     saliency_here(run, **ASKED, follow=calls.append)
-    assert len(calls) == 1
+    assert calls == []
     without(run)
     seen = []
 
@@ -103,7 +103,7 @@ def test_another_detector_is_measured_anew_and_the_same_one_is_not(run, tmp_path
     def measured(detector: Path | None) -> bool:
         calls: list[Progress] = []
         saliency_here(run, **asked, detector=detector and str(detector), follow=calls.append)
-        return calls[0].done == 0
+        return bool(calls)
 
     assert measured(None)
     shutil.copytree(DETECTOR, heads)
