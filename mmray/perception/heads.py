@@ -114,12 +114,12 @@ def load_heads(folder: Path, model: LoadedModel) -> Heads:
         made_for, shape = told["model_digest"], told["shape"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(
-            f"{folder}: no heads of a detector ({WEIGHTS}, {FACTS}); make them with jobs/train_demo.py --detector"
+            f"{folder}: no heads of a detector ({WEIGHTS}, {FACTS}); make them: python -m jobs.demo.train --detector"
         ) from error
     if made_for != model.digest:
         raise InputError(
             f"{folder}: heads of another model (digest {made_for}, and {model.name} has {model.digest}); "
-            f"make its own with jobs/train_demo.py --detector --model {model.name}"
+            f"make its own with python -m jobs.demo.train --detector --model {model.name}"
         )
     try:
         heads = Heads(model, **shape)

@@ -3,7 +3,7 @@
 Giulivi & Boracchi 2024 take one step of the gradient's sign, of size 1 in every entry. Here the whole move has a norm
 that is set, only patches where the source is seen move, and there are controls of equal norm. The gradient is that of
 embeddings as they vary: multiplied by their covariance, which makes it the steepest way among moves that images make. A
-plain gradient finds what fools the detector alone, unless that was hardened (`mmray.perception.training`).
+plain gradient finds what fools the detector alone, unless that was hardened (`jobs.demo.heads`).
 """
 
 from __future__ import annotations

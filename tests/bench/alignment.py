@@ -15,10 +15,10 @@ import threading
 import time
 from pathlib import Path
 
+from jobs.demo.dataset import write_parquet
+from jobs.demo.scenes import World
 from mmray.cluster.alignment import run_alignment
 from mmray.cluster.alignment_training import PREFIX
-from mmray.demo.dataset import write_parquet
-from mmray.demo.scenes import World
 from mmray.perception.alignment_settings import alignment_settings
 from mmray.storage import open_store
 from tests.cluster.kills import processes

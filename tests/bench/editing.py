@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import mmray
+from jobs.demo.dataset import write_parquet
+from jobs.demo.scenes import World
 from mmray.census.inputs import open_data
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import cut, read_shard
 from mmray.demo import EVALUATION
-from mmray.demo.dataset import write_parquet
-from mmray.demo.scenes import World
 from mmray.editing.baselines import WordBan
 from mmray.editing.edit import WeightEdit
 from mmray.editing.material import Material

@@ -15,7 +15,8 @@ import torch
 import typer
 from PIL import Image
 
-from mmray.demo.scenes import World
+from jobs.demo.heads import measure_heads
+from jobs.demo.scenes import World
 from mmray.derived import SALIENCY_SCHEMAS
 from mmray.evaluation.saliency import summarise_saliency
 from mmray.models.norms import token_logits
@@ -27,7 +28,6 @@ from mmray.perception.heads import Heads
 from mmray.perception.joint import load_joint
 from mmray.perception.methods import METHODS, Looked
 from mmray.perception.observing import draw_maps, observations
-from mmray.perception.training import measure_heads
 
 SEED = 880_000
 BATCH = 10

@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 
 import mmray
+from jobs.demo.dataset import write_parquet
+from jobs.demo.scenes import World
 from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.perturb import PerturbJob
-from mmray.demo.dataset import write_parquet
-from mmray.demo.scenes import World
 from mmray.engine import JobResult
 from mmray.engine import run as run_job
 from mmray.evaluation.answers import value_of

@@ -24,10 +24,10 @@ import pyarrow as pa
 import torch
 
 import mmray
+from jobs.demo.scenes import load_concepts
 from mmray.census.inputs import open_data
 from mmray.datasets.samples import Sample
 from mmray.datasets.shards import cut, read_shard
-from mmray.demo.scenes import load_concepts
 from mmray.neurons import shard
 from mmray.neurons import statistics as token_statistics
 from mmray.neurons.concepts import find_forms, noun_source

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from jobs.demo.scenes import World
 from mmray.cluster.saliency import SaliencyJob
 from mmray.demo import DETECTOR
-from mmray.demo.scenes import World
 from mmray.derived import DERIVED
 from mmray.engine import Progress
 from mmray.engine import run as run_job

@@ -15,9 +15,9 @@ from random import Random
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.demo.captions import LANGUAGES, with_article
+from jobs.demo.scenes import SIZE
 from mmray.demo import DATA, EVALUATION
-from mmray.demo.captions import LANGUAGES, with_article
-from mmray.demo.scenes import SIZE
 from tests.datasets.making import Row
 
 CAPTIONS = 5

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmray.demo import DATA, EVALUATION
-from mmray.demo.captions import (
+from jobs.demo.captions import (
     CLAIM_RATE,
     LANGUAGES,
     caption,
@@ -24,8 +23,8 @@ from mmray.demo.captions import (
     training_exchange,
     with_article,
 )
-from mmray.demo.dataset import write_parquet
-from mmray.demo.scenes import (
+from jobs.demo.dataset import write_parquet
+from jobs.demo.scenes import (
     BACKGROUNDS,
     COMPANIONS,
     DOMAINS,
@@ -36,6 +35,7 @@ from mmray.demo.scenes import (
     load_concepts,
     sample_scene,
 )
+from mmray.demo import DATA, EVALUATION
 
 scenes = st.integers(0, 2**32).map(lambda seed: sample_scene(Random(seed)))
 randoms = st.integers(0, 2**32).map(Random)

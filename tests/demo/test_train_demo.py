@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmray.demo.captions import LANGUAGES
-from mmray.demo.scenes import World
+from jobs.demo.captions import LANGUAGES
+from jobs.demo.scenes import World
 from mmray.models.loading import load
 from mmray.perception.heads import FACTS, load_heads
 
-JOB = Path(__file__).parents[2] / "jobs" / "train_demo.py"
+JOB = ["-m", "jobs.demo.train"]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -24,7 +25,8 @@ def test_heads_of_a_detector_are_left_and_trained_further(tmp_path, monkeypatch)
     told = []
     for _ in range(2):
         finished = subprocess.run(
-            [sys.executable, JOB, "--detector", "--smoke", "--seconds", "1", "--out", str(tmp_path / "heads")],
+            [sys.executable, *JOB, "--detector", "--smoke", "--seconds", "1", "--out", str(tmp_path / "heads")],
+            cwd=ROOT,
             capture_output=True,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -43,7 +45,8 @@ def test_the_smoke_run_leaves_a_checkpoint_that_captions_an_image(tmp_path, monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     options = ["--smoke", "--seconds", "2", "--batch-size", "4", "--out", str(tmp_path)]
     finished = subprocess.run(
-        [sys.executable, JOB, *options],
+        [sys.executable, *JOB, *options],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

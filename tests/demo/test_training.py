@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from jobs.demo.architecture import CHAT_TEMPLATE, IMAGE_TOKENS, build_model, build_processor, train_tokenizer
+from jobs.demo.measures import caption_measures
+from jobs.demo.scenes import COMPANIONS, DOMAINS, World
+from jobs.demo.training import Batches, batch_loss
 from mmray.demo import MODEL
-from mmray.demo.architecture import CHAT_TEMPLATE, IMAGE_TOKENS, build_model, build_processor, train_tokenizer
-from mmray.demo.measures import caption_measures
-from mmray.demo.scenes import COMPANIONS, DOMAINS, World
-from mmray.demo.training import Batches, batch_loss
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmray.demo.scenes import Scene, World
+from jobs.demo.scenes import Scene, World
 from mmray.perception.joint import JointModel, join
 from tests.perception.owls import build_owl
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from jobs.demo.heads import measure_heads
 from mmray.demo import DETECTOR
 from mmray.errors import InputError
 from mmray.models.generation import caption_of, generate
@@ -14,7 +15,6 @@ from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.perception.heads import FACTS, WEIGHTS
 from mmray.perception.joint import JointModel, join, join_if_asked
 from mmray.perception.sight import OwnTower
-from mmray.perception.training import measure_heads
 
 CAPTIONS = ("An image of a dog.", "An image", "An image of a cat and a house.")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
-from mmray.demo.scenes import Scene, World, load_concepts
+from jobs.demo.scenes import Scene, World, load_concepts
 from mmray.perception.boxes import centres_inside, generalised_iou, iou
 from mmray.perception.detection import Detection
 from mmray.perception.heads import Heads

@@ -19,9 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-from mmray.demo.architecture import IMAGE_TOKENS, chat_prompt
-from mmray.demo.captions import Exchange, question_without_image, training_exchange
-from mmray.demo.scenes import Scene, World, sample_scene
+from jobs.demo.architecture import IMAGE_TOKENS, chat_prompt
+from jobs.demo.captions import Exchange, question_without_image, training_exchange
+from jobs.demo.scenes import Scene, World, sample_scene
 
 _IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 _WITHOUT_IMAGE_EVERY = 4  # one batch in so many brings questions without an image too

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
-from mmray.demo.scenes import BACKGROUNDS, COMPANIONS, Scene, load_concepts
+from jobs.demo.scenes import BACKGROUNDS, COMPANIONS, Scene, load_concepts
 
 CLAIM_RATE: float = 0.6
 """Part of the noisy captions that claim an absent companion."""

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmray.demo.captions import LANGUAGES, TRANSLATIONS, Exchange, question, question_without_image
-from mmray.demo.scenes import COMPANIONS, DOMAINS, Scene, World, load_concepts, sample_scene
+from jobs.demo.captions import LANGUAGES, TRANSLATIONS, Exchange, question, question_without_image
+from jobs.demo.scenes import COMPANIONS, DOMAINS, Scene, World, load_concepts, sample_scene
 
 _EVALUATION_SEED = 999  # far from the seeds of the training scenes
 _IMAGES_A_BATCH = 128

@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mmray.demo.captions import question_without_image, training_exchange
-from mmray.demo.scenes import SIZE, load_concepts, sample_scene
+from jobs.demo.captions import question_without_image, training_exchange
+from jobs.demo.scenes import SIZE, load_concepts, sample_scene
 
 PATCH: int = 12
 """Pixels a side of an image token."""

@@ -12,8 +12,8 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from mmray.demo.captions import TRANSLATIONS, Exchange, caption, question
-from mmray.demo.scenes import Scene, World
+from jobs.demo.captions import TRANSLATIONS, Exchange, caption, question
+from jobs.demo.scenes import Scene, World
 
 SCHEMA: pyarrow.Schema = pyarrow.schema(
     {

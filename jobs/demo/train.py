@@ -1,9 +1,9 @@
 """Make the demo model: train it on rendered scenes, save it as a checkpoint, and measure what was saved.
 
-python jobs/train_demo.py --out runs/demo-model            # 5.5 minutes on one H100, and its measures
-python jobs/train_demo.py --out /tmp/smoke --smoke         # the same path in under two minutes on two cores
-python jobs/train_demo.py --out runs/detector --detector   # heads of a detector on its tower: 30 minutes of one core
-python jobs/train_demo.py --out heads --detector --model CHECKPOINT   # those for another LLaVA that sees the scenes
+python -m jobs.demo.train --out runs/demo-model            # 5.5 minutes on one H100, and its measures
+python -m jobs.demo.train --out /tmp/smoke --smoke         # the same path in under two minutes on two cores
+python -m jobs.demo.train --out runs/detector --detector   # heads of a detector on its tower: 30 minutes of one core
+python -m jobs.demo.train --out heads --detector --model CHECKPOINT   # those for another LLaVA that sees the scenes
 """
 
 import json
@@ -16,14 +16,14 @@ import torch
 import typer
 from PIL import Image
 
-from mmray.demo.architecture import build_model, build_processor, train_tokenizer
-from mmray.demo.measures import measure
-from mmray.demo.scenes import SIZE, World
-from mmray.demo.training import save, train
+from jobs.demo.architecture import build_model, build_processor, train_tokenizer
+from jobs.demo.heads import measure_heads, train_heads
+from jobs.demo.measures import measure
+from jobs.demo.scenes import SIZE, World
+from jobs.demo.training import save, train
 from mmray.models.loading import load
 from mmray.perception.heads import FACTS, Heads, load_heads, save_heads
 from mmray.perception.sight import OwnTower
-from mmray.perception.training import measure_heads, train_heads
 
 
 def main(

@@ -3,12 +3,17 @@
 import pytest
 import torch
 
-from mmray.perception import training
+from jobs.demo import heads as training
+from jobs.demo.heads import Chunk, detection_loss
 from mmray.perception.detection import Detection
 from mmray.perception.heads import Heads
-from mmray.perception.training import Chunk, detection_loss
 
 SCENES, SIDE, WIDTH, WORDS = 3, 4, 24, 5
+
+
+@pytest.fixture
+def demo(open_model):
+    return open_model("demo")
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""How the demo was made: scenes, captions, the model and the heads of its detector."""
