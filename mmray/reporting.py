@@ -9,11 +9,11 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmray.datasets.columns import Columns
-from mmray.datasets.images import decode_image
-from mmray.datasets.samples import Failure, Sample
-from mmray.datasets.shards import Manifest, Shard, cut, read_shard
-from mmray.datasets.sources import Source, open_source
+from mmray.data.columns import Columns
+from mmray.data.images import decode_image
+from mmray.data.samples import Failure, Sample
+from mmray.data.shards import Manifest, Shard, cut, read_shard
+from mmray.data.sources import Source, open_source
 from mmray.errors import InputError, ShardError
 from mmray.results.report.content import WHOLE, gather
 from mmray.results.report.pages import write_pages, write_whole

@@ -78,8 +78,8 @@ def loaded_with(open_model: Callable[[str], Any]) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def coco(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return COCO-like data with five captions per image (`tests.datasets.cocolike.CocoLike`)."""
-    from tests.datasets.cocolike import coco_like
+    """Return COCO-like data with five captions per image (`tests.data.cocolike.CocoLike`)."""
+    from tests.data.cocolike import coco_like
 
     return coco_like(tmp_path_factory.mktemp("coco"), images=24, held_out=8)
 

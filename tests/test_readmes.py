@@ -34,7 +34,7 @@ ROOMS = (
     "mmray/editing",
     "mmray/perception",
     "mmray/models",
-    "mmray/datasets",
+    "mmray/data",
     "mmray/runs",
     "mmray/results",
     "jobs",
@@ -122,9 +122,13 @@ def problem_of(words: list[str]) -> str | None:
 
 
 def unknown_option(script: Path, words: list[str]) -> str | None:
-    """Return the first option of a script's call that its source does not define."""
+    """Return the first option of a script's call that its source does not define, as argparse's or as typer's."""
     source = script.read_text(encoding="utf-8")
-    return next((f"no option {word}" for word in words if word.startswith("--") and f'"{word}"' not in source), None)
+    for word in words:
+        typed = f"{word.lstrip('-').replace('-', '_')}: Annotated["
+        if word.startswith("--") and f'"{word}"' not in source and typed not in source:
+            return f"no option {word}"
+    return None
 
 
 def bad_commands(text: str) -> Iterator[str]:

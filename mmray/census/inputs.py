@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from itertools import islice
 
-from mmray.datasets.columns import Columns
-from mmray.datasets.contents import Source
-from mmray.datasets.shards import Manifest, cut, read_shard
-from mmray.datasets.sources import open_source
+from mmray.data.columns import Columns
+from mmray.data.shards import Manifest, cut, read_shard
+from mmray.data.source import Source
+from mmray.data.sources import open_source
 from mmray.errors import InputError
 from mmray.neurons.concepts import NounSource, noun_source
 from mmray.settings import CensusSettings

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, TypeVar
 import pyarrow as pa
 
 from mmray.census.inputs import check_apart, open_data, open_inputs
-from mmray.datasets.contents import Source
-from mmray.datasets.limits import check_columns
-from mmray.datasets.shards import Manifest, read_shard
+from mmray.data.limits import check_columns
+from mmray.data.shards import Manifest, read_shard
+from mmray.data.source import Source
 from mmray.engine import Job, JobResult, Output, Parts, Plan, Progress, Unit, UnitResult, Worker, run_together
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel, describe_model, digest, from_anywhere, resolve

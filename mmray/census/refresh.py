@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from mmray.census.inputs import open_inputs
 from mmray.census.job import CensusJob, Context, Outcome, outcome_of, run_planned
-from mmray.datasets.limits import check_columns
-from mmray.datasets.shards import Manifest, extend
+from mmray.data.limits import check_columns
+from mmray.data.shards import Manifest, extend
 from mmray.engine import Plan, Progress
 from mmray.errors import InputError
 from mmray.results.drift import Drift, compare

@@ -21,10 +21,10 @@ from uuid import uuid4
 
 from mmray.cluster.alignment_training import PROBLEM, checkpoints, steps_of, train
 from mmray.cluster.alignment_validation import ValidationJob, plan_validation
-from mmray.datasets.columns import Columns
-from mmray.datasets.lanes import cut_for_lanes
-from mmray.datasets.shards import Manifest
-from mmray.datasets.sources import open_source
+from mmray.data.columns import Columns
+from mmray.data.shards import Manifest
+from mmray.data.sources import open_source
+from mmray.data.training_order import cut_for_lanes
 from mmray.engine import Progress, executor_for
 from mmray.engine import run as run_job
 from mmray.engine.driver import Follow

@@ -22,12 +22,12 @@ from ray.train.torch import get_device, prepare_model
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from mmray.datasets.columns import Columns
-from mmray.datasets.images import decode_image
-from mmray.datasets.lanes import Lanes
-from mmray.datasets.samples import Failure, Sample
-from mmray.datasets.shards import Manifest
-from mmray.datasets.sources import open_source
+from mmray.data.columns import Columns
+from mmray.data.images import decode_image
+from mmray.data.samples import Failure, Sample
+from mmray.data.shards import Manifest
+from mmray.data.sources import open_source
+from mmray.data.training_order import Lanes
 from mmray.errors import InputError
 from mmray.perception.alignment import Alignment, Pair, alignment_loss, optimiser, save_alignment
 from mmray.perception.alignment_settings import AlignmentSettings

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from mmray.cluster.alignment_training import open_pair
-from mmray.datasets.shards import Manifest, cut, read_shard
-from mmray.datasets.sources import open_source
+from mmray.data.shards import Manifest, cut, read_shard
+from mmray.data.sources import open_source
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
 from mmray.evaluation.before import Before

@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 from mmray import engine
 from mmray.census.inputs import open_data
 from mmray.cluster.evaluation_plan import Context, Unit, open_measured, part_of, plan_evaluation
-from mmray.datasets.samples import Sample
-from mmray.datasets.shards import read_shard
+from mmray.data.samples import Sample
+from mmray.data.shards import read_shard
 from mmray.editing.edit import open_edit
 from mmray.engine import Job, Output, Parts, Plan, UnitResult, Worker
 from mmray.evaluation.asks import Edit

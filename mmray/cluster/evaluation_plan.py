@@ -10,9 +10,9 @@ from typing import Any
 
 from mmray import engine
 from mmray.census.inputs import columns_of, open_data
-from mmray.datasets.contents import Source
-from mmray.datasets.shards import Manifest, Shard, cut
-from mmray.datasets.sources import open_source
+from mmray.data.shards import Manifest, Shard, cut
+from mmray.data.source import Source
+from mmray.data.sources import open_source
 from mmray.errors import InputError
 from mmray.evaluation.asks import Edit, Purpose
 from mmray.evaluation.facts import DataFacts

@@ -11,9 +11,9 @@ from PIL.Image import Image
 
 from mmray.census.inputs import columns_of
 from mmray.cluster.joint import Asked, Context, JointJob, Look, Rows, open_cut, schemas_of
-from mmray.datasets.columns import Columns
-from mmray.datasets.contents import Source
-from mmray.datasets.samples import Sample
+from mmray.data.columns import Columns
+from mmray.data.samples import Sample
+from mmray.data.source import Source
 from mmray.derived import DERIVED, OPINION_SCHEMAS
 from mmray.engine import Output, Parts, Plan
 from mmray.errors import InputError

@@ -14,12 +14,12 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import pyarrow as pa
 from PIL.Image import Image
 
-from mmray.datasets.columns import Columns
-from mmray.datasets.contents import Source
-from mmray.datasets.images import decode_image
-from mmray.datasets.samples import Failure, Sample
-from mmray.datasets.shards import Manifest, cut, read_shard
-from mmray.datasets.sources import open_source
+from mmray.data.columns import Columns
+from mmray.data.images import decode_image
+from mmray.data.samples import Failure, Sample
+from mmray.data.shards import Manifest, cut, read_shard
+from mmray.data.source import Source
+from mmray.data.sources import open_source
 from mmray.engine import Job, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
 from mmray.evaluation.facts import DataFacts, GroundTruth

@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from mmray.census.inputs import open_data
 from mmray.cluster.labels_plan import LabelPlan
-from mmray.datasets.contents import Source
-from mmray.datasets.samples import Sample
-from mmray.datasets.shards import Manifest, Shard, read_shard
+from mmray.data.samples import Sample
+from mmray.data.shards import Manifest, Shard, read_shard
+from mmray.data.source import Source
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.label_tables import PASS_SCHEMAS
 from mmray.models.loading import LoadedModel

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.compute as pc
 
+from mmray.data.image_keys import image_keys
 from mmray.errors import InputError
-from mmray.image_keys import image_keys
 from mmray.neurons.labels.replicates import Replicates, draw
 from mmray.neurons.labels.settings import SelectivitySettings
 from mmray.results.run import Run

@@ -13,11 +13,11 @@ import torch
 from PIL.Image import Image
 
 from mmray.cluster.joint import Asked, Context, JointJob, Look, Rows, open_cut, schemas_of
-from mmray.datasets.columns import Columns
-from mmray.datasets.contents import Source
-from mmray.datasets.images import decode_image
-from mmray.datasets.samples import Sample
-from mmray.datasets.shards import Manifest, read_shard
+from mmray.data.columns import Columns
+from mmray.data.images import decode_image
+from mmray.data.samples import Sample
+from mmray.data.shards import Manifest, read_shard
+from mmray.data.source import Source
 from mmray.derived import DERIVED, OPINION_SCHEMAS
 from mmray.engine import Output, Parts, Plan
 from mmray.errors import InputError

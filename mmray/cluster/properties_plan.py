@@ -12,12 +12,12 @@ import pyarrow.compute as pc
 
 from mmray.census.inputs import open_inputs
 from mmray.cluster.wanted import RunSamples
-from mmray.datasets.shards import Manifest
+from mmray.data.image_keys import image_keys, one_per_image
+from mmray.data.shards import Manifest
 from mmray.engine import Plan, Unit
 from mmray.errors import InputError
 from mmray.evaluation.properties.settings import MOST, RANKINGS, PropertySettings
 from mmray.evaluation.properties.subject import Facts, Ranked
-from mmray.image_keys import image_keys, one_per_image
 from mmray.results.run import Run
 from mmray.settings import census_settings
 

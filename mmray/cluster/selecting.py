@@ -14,8 +14,8 @@ from jaxtyping import Int64
 from numpy import ndarray
 
 from mmray.census.inputs import open_data, open_inputs
-from mmray.datasets.samples import Sample
-from mmray.datasets.shards import Manifest, extend, read_shard
+from mmray.data.samples import Sample
+from mmray.data.shards import Manifest, extend, read_shard
 from mmray.engine import Job, JobResult, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
 from mmray.models.loading import digest, resolve

@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from mmray.census.inputs import open_data
-from mmray.datasets.contents import Source
-from mmray.datasets.samples import Sample
-from mmray.datasets.shards import Manifest, read_shard
+from mmray.data.samples import Sample
+from mmray.data.shards import Manifest, read_shard
+from mmray.data.source import Source
 from mmray.neurons.concepts import NounSource
 from mmray.settings import CensusSettings
 from mmray.storage import patiently

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mmray.datasets.samples import Sample
+from mmray.data.samples import Sample
 from mmray.editing.learning import log_likelihoods
 from mmray.editing.material import Example, Material, departing
 from mmray.editing.wording import replaced, without

@@ -12,16 +12,16 @@ from itertools import groupby
 import pyarrow.compute as pc
 import torch
 
-from mmray.datasets.columns import Columns
-from mmray.datasets.samples import Sample
-from mmray.datasets.shards import Manifest, read_shard
-from mmray.datasets.sources import Source, open_source
+from mmray.data.columns import Columns
+from mmray.data.image_keys import image_keys, one_per_image
+from mmray.data.samples import Sample
+from mmray.data.shards import Manifest, read_shard
+from mmray.data.sources import Source, open_source
 from mmray.editing.heard import Heard, hearing
 from mmray.editing.settings import EditSettings
 from mmray.editing.views import views
 from mmray.editing.wording import replaced as with_nouns
 from mmray.errors import InputError
-from mmray.image_keys import image_keys, one_per_image
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.pixels import BUDGET, pixels_of, within_budget

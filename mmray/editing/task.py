@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmray.datasets.samples import image_digest
+from mmray.data.image_keys import one_per_image
+from mmray.data.samples import image_digest
 from mmray.editing.deltas import Neuron
 from mmray.editing.departures import contrasting
 from mmray.editing.edit import Purpose
@@ -13,7 +14,6 @@ from mmray.editing.hallucination import hallucinations
 from mmray.editing.locating import last_layers, located, sharing
 from mmray.editing.material import Example, Material, kept, replaced
 from mmray.editing.settings import EditSettings
-from mmray.image_keys import one_per_image
 
 FEWEST_OF_TARGET = 16
 """Images of the target among those whose captions are to stay: what they show."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from PIL import ImageOps
 from PIL.Image import Image
 
-from mmray.datasets.samples import Sample
+from mmray.data.samples import Sample
 from mmray.neurons.model import open_image
 
 LEAST = 0.85

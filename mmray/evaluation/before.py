@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from PIL import ImageOps
 from PIL.Image import Image
 
-from mmray.datasets.images import decode_image
-from mmray.datasets.samples import Sample
+from mmray.data.images import decode_image
+from mmray.data.samples import Sample
 from mmray.evaluation.asks import Ask, Reply
 from mmray.evaluation.opinions.second import SecondOpinion
 from mmray.evaluation.quality import Encoder

@@ -10,8 +10,8 @@ import pyarrow as pa
 from jaxtyping import Float
 from numpy import ndarray
 
+from mmray.data.image_keys import image_key
 from mmray.evaluation.shares import share_interval
-from mmray.image_keys import image_key
 
 INTERVAL = (2.5, 97.5)
 """Percentiles between which 95 % of the draws lie."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mmray.datasets.samples import Sample
+from mmray.data.samples import Sample
 from mmray.editing.wording import replaced, rest_kept
 from mmray.evaluation.asks import Change
 from mmray.evaluation.naming import Naming

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmray.datasets.samples import Failure, Sample
+from mmray.data.samples import Failure, Sample
 from mmray.evaluation.asks import Edit
 from mmray.evaluation.before import Before
 from mmray.evaluation.facts import DataFacts, gather_facts

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mmray.datasets.contents import Source
-from mmray.datasets.rows import BadRowError, object_names
-from mmray.datasets.samples import Sample
+from mmray.data.rows import BadRowError, object_names
+from mmray.data.samples import Sample
+from mmray.data.source import Source
 from mmray.errors import InputError
 from mmray.evaluation.facts import DataFacts, GroundTruth, gather_facts
 from mmray.evaluation.naming import Naming, object_naming

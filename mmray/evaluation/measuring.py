@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from mmray.datasets.samples import Failure, Sample
+from mmray.data.samples import Failure, Sample
 from mmray.evaluation.asks import Ask, Change, Edit, Reply
 from mmray.evaluation.before import CROPS, FLIP, Before
 from mmray.evaluation.comparing import compare, forced

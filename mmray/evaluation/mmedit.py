@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mmray.datasets.images import LARGEST_FILE, decode_image
+from mmray.data.images import LARGEST_FILE, decode_image
 from mmray.errors import InputError
 from mmray.evaluation.asks import Ask, Edit
 from mmray.evaluation.before import Before

@@ -9,8 +9,8 @@ import pyarrow as pa
 import torch
 from torch.nn import functional
 
-from mmray.datasets.images import decode_image
-from mmray.datasets.samples import Sample
+from mmray.data.images import decode_image
+from mmray.data.samples import Sample
 from mmray.derived import SALIENCY_SCHEMAS
 from mmray.engine.clock import phase
 from mmray.errors import InputError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from mmray.datasets.samples import Sample
+from mmray.data.samples import Sample
 from mmray.evaluation.asks import Purpose
 from mmray.evaluation.naming import Naming
 

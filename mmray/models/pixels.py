@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from PIL.Image import Image
 
-from mmray.datasets.images import image_size
+from mmray.data.images import image_size
 from mmray.models.loading import LoadedModel
 
 BUDGET = 100_000_000

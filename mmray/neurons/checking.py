@@ -12,7 +12,7 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
-from mmray.datasets.samples import Sample
+from mmray.data.samples import Sample
 from mmray.errors import InputError
 from mmray.models.blocks import block_of
 from mmray.models.capture import tap, tap_input

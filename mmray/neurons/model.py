@@ -11,7 +11,7 @@ from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor
 
-from mmray.datasets.images import decode_image, read_image, to_rgb
+from mmray.data.images import decode_image, read_image, to_rgb
 from mmray.errors import InputError
 from mmray.models.interventions import by_layer
 from mmray.models.loading import LoadedModel, load

@@ -9,9 +9,9 @@ from itertools import islice
 
 import torch
 
-from mmray.datasets.contents import Source
-from mmray.datasets.samples import Failure, Sample
-from mmray.datasets.shards import Manifest, read_shard
+from mmray.data.samples import Failure, Sample
+from mmray.data.shards import Manifest, read_shard
+from mmray.data.source import Source
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.language_id import language_code, language_name
 from mmray.neurons.reduction import candidates_kept

@@ -13,8 +13,8 @@ import pyarrow as pa
 import torch
 from PIL.Image import Image
 
-from mmray.datasets.images import decode_image
-from mmray.datasets.samples import Failure, Sample, image_digest
+from mmray.data.images import decode_image
+from mmray.data.samples import Failure, Sample, image_digest
 from mmray.engine.clock import phase
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel

@@ -107,8 +107,8 @@ def random_batch(model: LoadedModel, size: int, seed: int) -> tuple[Batch, list[
 def demo_batches(device: str, size: int, count: int) -> tuple[LoadedModel, list[tuple[Batch, list[Place]]]]:
     """Return the demo model, and batches of its scenes with the places of their nouns."""
     from mmray.census.inputs import open_data
-    from mmray.datasets.samples import Sample
-    from mmray.datasets.shards import cut, read_shard
+    from mmray.data.samples import Sample
+    from mmray.data.shards import cut, read_shard
     from mmray.neurons.concepts import noun_source
     from mmray.neurons.places import place_mentions
     from mmray.neurons.shard import ShardAnalysis

@@ -23,8 +23,8 @@ from collections.abc import Callable
 import torch
 
 from mmray.census.inputs import open_data
-from mmray.datasets.samples import Sample
-from mmray.datasets.shards import cut, read_shard
+from mmray.data.samples import Sample
+from mmray.data.shards import cut, read_shard
 from mmray.models.loading import load
 from mmray.models.prompting import Batch
 from mmray.neurons.captured import forward

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import mmray
 from mmray.census.inputs import open_data
-from mmray.datasets.samples import Sample
-from mmray.datasets.shards import cut, read_shard
+from mmray.data.samples import Sample
+from mmray.data.shards import cut, read_shard
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import noun_source
 from mmray.neurons.controls import layer_matched

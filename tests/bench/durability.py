@@ -65,7 +65,7 @@ def overhead(out: Path, rounds: int) -> None:
     import torch
 
     from mmray.census.inputs import open_data
-    from mmray.datasets.shards import cut, read_shard
+    from mmray.data.shards import cut, read_shard
     from mmray.models.loading import load
     from mmray.neurons.concepts import noun_source
     from mmray.neurons.shard import ShardAnalysis

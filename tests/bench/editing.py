@@ -27,8 +27,8 @@ import mmray
 from jobs.demo.dataset import write_parquet
 from jobs.demo.scenes import World
 from mmray.census.inputs import open_data
-from mmray.datasets.samples import Sample
-from mmray.datasets.shards import cut, read_shard
+from mmray.data.samples import Sample
+from mmray.data.shards import cut, read_shard
 from mmray.demo import EVALUATION
 from mmray.editing.baselines import WordBan
 from mmray.editing.edit import WeightEdit

@@ -28,8 +28,8 @@ from numpy import ndarray
 
 import mmray.demo
 from mmray.census.inputs import open_data
-from mmray.datasets.samples import Sample
-from mmray.datasets.shards import cut, read_shard
+from mmray.data.samples import Sample
+from mmray.data.shards import cut, read_shard
 from mmray.models.loading import LoadedModel, load
 from mmray.neurons.ablating import Ablator
 from mmray.neurons.concepts import NounSource, noun_source

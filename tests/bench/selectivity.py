@@ -26,8 +26,8 @@ import torch
 import mmray
 from jobs.demo.scenes import load_concepts
 from mmray.census.inputs import open_data
-from mmray.datasets.samples import Sample
-from mmray.datasets.shards import cut, read_shard
+from mmray.data.samples import Sample
+from mmray.data.shards import cut, read_shard
 from mmray.neurons import shard
 from mmray.neurons import statistics as token_statistics
 from mmray.neurons.concepts import find_forms, noun_source

@@ -15,7 +15,7 @@ from safetensors.torch import load
 from mmray.cluster import alignment, alignment_training
 from mmray.cluster.alignment import Aligned, run_alignment
 from mmray.cluster.alignment_training import open_pair
-from mmray.datasets.shards import Manifest
+from mmray.data.shards import Manifest
 from mmray.errors import InputError
 from mmray.perception.alignment import WEIGHTS
 from mmray.perception.alignment_settings import alignment_settings

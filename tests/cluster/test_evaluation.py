@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from mmray.cluster import evaluation
 from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.evaluation_plan import _without
-from mmray.datasets.contents import DataFile
-from mmray.datasets.samples import Sample
-from mmray.datasets.shards import Manifest, cut, read_shard
-from mmray.datasets.sources import open_source
+from mmray.data.samples import Sample
+from mmray.data.shards import Manifest, cut, read_shard
+from mmray.data.source import DataFile
+from mmray.data.sources import open_source
 from mmray.demo import DATA, EVALUATION
 from mmray.engine import JobResult, Progress, Unit, run_together
 from mmray.engine import run as run_job
@@ -30,7 +30,7 @@ from mmray.evaluation.facts import gather_facts
 from mmray.evaluation.protocols import PRIMARY
 from mmray.evaluation.questioner import Questioner
 from mmray.evaluation.settings import evaluation_settings, measure_settings
-from tests.datasets.making import write_coco
+from tests.data.making import write_coco
 from tests.e2e.conftest import Answer
 from tests.e2e.conftest import mmray as mmray_command
 from tests.evaluation.standin import StandIn, open_edit, swap

@@ -18,7 +18,8 @@ from mmray.cluster.labels import run_selectivity
 from mmray.cluster.labels_plan import plan_labels
 from mmray.cluster.properties_plan import plan_properties
 from mmray.cluster.saliency import plan_saliency
-from mmray.datasets.samples import Sample, image_digest
+from mmray.data.image_keys import image_key, image_keys, one_per_image
+from mmray.data.samples import Sample, image_digest
 from mmray.editing.edit import Purpose, open_edit
 from mmray.editing.hallucination import tell
 from mmray.editing.material import Material, kept, replaced
@@ -31,13 +32,12 @@ from mmray.evaluation.properties.settings import property_settings
 from mmray.evaluation.saliency import summarise_saliency
 from mmray.evaluation.scope import EDITED, aim_of, scope_of
 from mmray.evaluation.settings import evaluation_settings
-from mmray.image_keys import image_key, image_keys, one_per_image
 from mmray.neurons.labels.settings import selectivity_settings
 from mmray.perception.settings import saliency_settings
 from mmray.results.report.content import gather
 from mmray.results.run import Run, open_run
-from tests.datasets.cocolike import CAPTIONS, CocoLike
-from tests.datasets.making import read_all
+from tests.data.cocolike import CAPTIONS, CocoLike
+from tests.data.making import read_all
 from tests.running import census_here, properties_here
 
 ASKED = {"concepts": 2, "images": 5, "maps": 4, "min_occurrences": 4, "draws": 50}

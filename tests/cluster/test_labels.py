@@ -12,9 +12,9 @@ import pytest
 
 from mmray.cluster import labels_jobs
 from mmray.cluster.labels import run_selectivity
-from mmray.datasets.contents import Source
-from mmray.datasets.samples import Failure, Sample
-from mmray.datasets.shards import Shard, read_shard
+from mmray.data.samples import Failure, Sample
+from mmray.data.shards import Shard, read_shard
+from mmray.data.source import Source
 from mmray.demo import DATA
 from mmray.errors import InputError, ShardError
 from mmray.label_tables import LABEL_SCHEMAS

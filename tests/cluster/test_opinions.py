@@ -15,7 +15,7 @@ from mmray.cluster import joint, perturb
 from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.joint import Asked
 from mmray.cluster.perturb import PerturbJob
-from mmray.datasets.shards import read_shard
+from mmray.data.shards import read_shard
 from mmray.derived import DERIVED
 from mmray.engine import run as run_job
 from mmray.errors import InputError

@@ -17,7 +17,7 @@ from mmray.neurons.shard import ShardAnalysis
 from mmray.results.run import open_run
 from mmray.tables import SCHEMAS
 from tests.cluster.test_worker import files
-from tests.datasets.making import write_coco, write_csv, write_jsonl
+from tests.data.making import write_coco, write_csv, write_jsonl
 from tests.e2e.scenes import scenes
 from tests.running import census_here
 from tests.storage.stores import Killed, dying

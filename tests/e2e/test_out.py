@@ -21,7 +21,7 @@ from mmray.results.run import Run, open_run
 from mmray.runs.lease import driving
 from mmray.settings import census_settings
 from mmray.storage import open_store
-from tests.datasets.making import write_jsonl
+from tests.data.making import write_jsonl
 from tests.e2e.conftest import Answer
 from tests.e2e.scenes import scenes, write
 from tests.running import census_here

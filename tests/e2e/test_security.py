@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from mmray.datasets.images import LARGEST_IMAGE
-from mmray.datasets.sources import open_source
+from mmray.data.images import LARGEST_IMAGE
+from mmray.data.sources import open_source
 from mmray.errors import InputError, StorageError
 from mmray.models.loading import load
 from mmray.results.run import open_run

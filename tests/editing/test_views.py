@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image, ImageOps
 
-from mmray.datasets.samples import Sample
+from mmray.data.samples import Sample
 from mmray.editing.views import LEAST, views
 from mmray.neurons.model import open_image
 

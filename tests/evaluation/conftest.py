@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from mmray.datasets.samples import Sample
-from mmray.datasets.shards import cut, read_shard
-from mmray.datasets.sources import open_source
+from mmray.data.samples import Sample
+from mmray.data.shards import cut, read_shard
+from mmray.data.sources import open_source
 from mmray.demo import EVALUATION
 from mmray.evaluation.before import Before
 from mmray.evaluation.facts import DataFacts, gather_facts

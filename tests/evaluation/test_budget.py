@@ -13,8 +13,8 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from mmray.datasets import images
-from mmray.datasets.samples import Sample
+from mmray.data import images
+from mmray.data.samples import Sample
 from mmray.editing import material
 from mmray.editing.material import Material, batches
 from mmray.evaluation import measuring, mmedit, questioner, states

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmray.datasets.samples import Failure, Sample
+from mmray.data.samples import Failure, Sample
 from mmray.editing.edit import WeightEdit
 from mmray.evaluation.before import Before
 from mmray.evaluation.comparing import compare

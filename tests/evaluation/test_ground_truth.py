@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mmray.datasets.samples import Sample
-from mmray.datasets.sources import open_source
+from mmray.data.samples import Sample
+from mmray.data.sources import open_source
 from mmray.errors import InputError
 from mmray.evaluation.before import Before
 from mmray.evaluation.evaluate import evaluate
@@ -19,7 +19,7 @@ from mmray.evaluation.ground_truth import survey, with_ground_truth
 from mmray.evaluation.naming import object_naming
 from mmray.evaluation.object_words import COCO, NONE, coco_words
 from mmray.evaluation.settings import measure_settings
-from tests.datasets.making import read_all, write_coco, write_csv, write_jsonl, write_parquet, write_tar
+from tests.data.making import read_all, write_coco, write_csv, write_jsonl, write_parquet, write_tar
 from tests.evaluation.standin import swap
 from tests.evaluation.test_chair import reference
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from mmray.datasets.samples import Sample
+from mmray.data.samples import Sample
 from mmray.evaluation.answers import says_yes
 from mmray.evaluation.asks import Change
 from mmray.evaluation.facts import DataFacts, gather_facts

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmray.datasets.samples import Sample
+from mmray.data.samples import Sample
 from mmray.errors import InputError
 from mmray.evaluation.before import Before
 from mmray.evaluation.mmedit import measure_records, read_records

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmray.datasets.samples import Sample
+from mmray.data.samples import Sample
 from mmray.derived import DERIVED
 from mmray.errors import InputError
 from mmray.evaluation.answers import value_of

@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 import torch
 
-from mmray.datasets.samples import Sample
+from mmray.data.samples import Sample
 from mmray.evaluation.asks import Ask, AskError
 from mmray.evaluation.before import Before
 from mmray.evaluation.questioner import Questioner

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.datasets.images import LARGEST_RATIO
+from mmray.data.images import LARGEST_RATIO
 from mmray.models.pixels import pixels_of, within_budget
 from mmray.models.prompting import prompt_text, run_processor
 from tests.models.variants import VARIANTS

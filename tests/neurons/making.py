@@ -10,10 +10,10 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from mmray.datasets.columns import Columns
-from mmray.datasets.samples import Sample
-from mmray.datasets.shards import cut, read_shard
-from mmray.datasets.sources import open_source
+from mmray.data.columns import Columns
+from mmray.data.samples import Sample
+from mmray.data.shards import cut, read_shard
+from mmray.data.sources import open_source
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import NounSource, find_forms, noun_source

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmray.datasets.samples import Sample
+from mmray.data.samples import Sample
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import PROMPTS
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mmray.datasets import images
-from mmray.datasets.samples import Failure
+from mmray.data import images
+from mmray.data.samples import Failure
 from mmray.models import generation
 from mmray.neurons import scoring, shard
 from mmray.neurons.concepts import NounSource

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.datasets.samples import Sample
+from mmray.data.samples import Sample
 from mmray.neurons.hits import ConceptImages
 from mmray.neurons.merging import RunMerge, _Examples
 from mmray.neurons.ranking import Shares, locate_index

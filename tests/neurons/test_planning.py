@@ -11,7 +11,7 @@ from rich.console import Console
 import mmray
 from mmray.census.inputs import open_inputs
 from mmray.census.job import plan_census, run_census
-from mmray.datasets.samples import Failure, Sample
+from mmray.data.samples import Failure, Sample
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.planning import describe, first_rows
 from mmray.results.plan import Plan

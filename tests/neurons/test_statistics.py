@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.datasets.samples import Sample
+from mmray.data.samples import Sample
 from mmray.models.capture import tap
 from mmray.models.prompting import Run
 from mmray.neurons import statistics

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor
 
-from mmray.datasets.samples import Sample
+from mmray.data.samples import Sample
 from mmray.evaluation.answers import says_yes
 from mmray.evaluation.asking import replies
 from mmray.evaluation.facts import STRATEGIES, DataFacts

@@ -10,8 +10,8 @@ import pyarrow as pa
 from jaxtyping import Float
 from numpy import ndarray
 
+from mmray.data.image_keys import image_key
 from mmray.evaluation.bootstrap import Value, measure, ratio
-from mmray.image_keys import image_key
 
 BINS = 10
 """Bins of confidence, of equal width."""

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor
 
-from mmray.datasets.samples import Sample
+from mmray.data.samples import Sample
 from mmray.errors import InputError
 from mmray.evaluation.answers import value_of
 from mmray.evaluation.asking import replies

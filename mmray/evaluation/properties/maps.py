@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from mmray.datasets.images import decode_image
-from mmray.datasets.samples import Sample
+from mmray.data.images import decode_image
+from mmray.data.samples import Sample
 from mmray.evaluation.properties.observations import Key, Observations
 from mmray.evaluation.properties.settings import DECODED, RANKINGS
 from mmray.evaluation.properties.subject import Facts, Ranked, Study

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from mmray.datasets.images import decode_image
+from mmray.data.images import decode_image
 from mmray.errors import InputError
 from mmray.evaluation.properties.observations import Key, Observations
 from mmray.evaluation.properties.settings import DECODED, INVARIANCE_SIZES, RANKINGS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Mapping, Sequence
 
-from mmray.datasets.samples import Sample
+from mmray.data.samples import Sample
 from mmray.engine.clock import phase
 from mmray.evaluation.properties.comparing import compare_methods
 from mmray.evaluation.properties.effects import Effects

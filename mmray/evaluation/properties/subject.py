@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mmray.datasets.samples import Sample
+from mmray.data.samples import Sample
 from mmray.models.blocks import Passage
 from mmray.models.prompting import Batch
 from mmray.neurons.captured import Captured, capturing, forward

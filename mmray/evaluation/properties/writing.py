@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
-from mmray.datasets.images import decode_image
+from mmray.data.images import decode_image
 from mmray.evaluation.properties.effects import MATCHED, noise
 from mmray.evaluation.properties.observations import Key, Observations
 from mmray.evaluation.properties.settings import MOST, SIGMAS, WRITTEN

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmray.datasets.images import decode_image
-from mmray.datasets.samples import Sample
+from mmray.data.images import decode_image
+from mmray.data.samples import Sample
 from mmray.errors import ShardError
 from mmray.models.capture import tap_input
 from mmray.models.loading import LoadedModel

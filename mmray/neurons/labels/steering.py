@@ -21,8 +21,8 @@ from jaxtyping import Float, Float64, Int
 from numpy import ndarray
 from torch import Tensor, nn
 
-from mmray.datasets.images import decode_image
-from mmray.datasets.samples import Sample
+from mmray.data.images import decode_image
+from mmray.data.samples import Sample
 from mmray.errors import InputError, ShardError
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel

@@ -11,7 +11,7 @@ import pyarrow as pa
 from jaxtyping import Float
 from torch import Tensor
 
-from mmray.datasets.samples import Sample
+from mmray.data.samples import Sample
 from mmray.label_tables import PASS_SCHEMAS
 from mmray.models.interventions import ablate
 from mmray.models.loading import LoadedModel

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from mmray.image_keys import image_keys, one_per_image
+from mmray.data.image_keys import image_keys, one_per_image
 from mmray.results.run import Run
 
 HIGHEST = 12

@@ -14,8 +14,8 @@ import pyarrow as pa
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from mmray.data.image_keys import image_key, one_per_image
 from mmray.errors import DamagedError, InputError
-from mmray.image_keys import image_key, one_per_image
 from mmray.results.report.concepts import number
 from mmray.results.run import Run
 from mmray.storage import Checksum, Store, open_store

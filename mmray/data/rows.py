@@ -1,0 +1,258 @@
+"""One row of any source to a `Sample`, or to the `Failure` that says why not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from mmray.data.columns import Columns
+from mmray.data.images import LARGEST_FILE
+from mmray.data.samples import Failure, Sample, digest_id
+from mmray.storage import too_large
+
+logger = logging.getLogger(__name__)
+
+Record = Mapping[str, Any] | str
+"""A row by column name; a string instead says why the row could not be read."""
+
+Image = bytes | tuple[str] | str | None
+"""A row's image: its bytes, its name, why there is none, or None in data without images."""
+
+Fetch = Callable[[list[str]], list[bytes | str]]
+"""Image names of the data → their bytes, or, as a string, why there are none."""
+
+ROWS_AT_ONCE = 32
+LONGEST_ID = 1_024
+"""Bytes of a sample id: tables repeat it for every neuron, so a long one fills memory."""
+HELD = 128 << 20
+"""Bytes of images in rows above which no further one is taken at once."""
+BOX_TOLERANCE = 0.5
+"""How far a box may reach beyond the image, in parts of it: objects are cut by the edge; pixels would be far above."""
+
+
+class BadRowError(ValueError):
+    """Why one row is no sample."""
+
+
+def samples(
+    records: Iterable[tuple[str, Record]], columns: Columns, captions: bool, fetch: Fetch
+) -> Iterator[Sample | Failure]:
+    """Yield one `Sample` or `Failure` (stage `read`) for each record, in order.
+
+    Records come with the place they were read at. Images given by name are fetched for some tens of rows at once.
+    With `captions` false a missing or empty caption is no failure: the sample's caption is then empty. Of a list of
+    captions it is then the first; else a list was to be parted before.
+    """
+    rows = (
+        (source, record, None if isinstance(record, str) else _image(record, columns)) for source, record in records
+    )
+    while batch := list(_some(rows)):
+        images = [image for *_, image in batch]
+        names = list(dict.fromkeys(name for image in images if isinstance(image, tuple) for name in image))
+        fetched = dict(zip(names, fetch(names), strict=True)) if names else {}
+        for source, record, image in batch:
+            try:
+                yield _sample(
+                    record, source, fetched[image[0]] if isinstance(image, tuple) else image, columns, captions
+                )
+            except BadRowError as error:
+                yield Failure(_known_id(record, columns), source, "read", str(error))
+
+
+def _some(rows: Iterator[tuple[str, Record, Image]]) -> Iterator[tuple[str, Record, Image]]:
+    held = 0
+    for row in islice(rows, ROWS_AT_ONCE):
+        yield row
+        held += len(row[2]) if isinstance(row[2], bytes) else 0
+        if held > HELD:
+            return
+
+
+def object_names(value: Any) -> tuple[str, ...]:
+    """Return the object names in a cell: a list, a JSON list or words parted by commas; raises `BadRowError`.
+
+    Blank ones are left out.
+    """
+    return tuple(name for name in _names(value) if name)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) and not value.lstrip().startswith("["):
+        value = [name for name in value.split(",") if name.strip()]
+    return tuple(_text(name, "objects").strip() for name in _list(value, "objects"))
+
+
+def _image(record: Mapping[str, Any], columns: Columns) -> Image:
+    """Return an image's bytes, its name as a tuple of one, why there is none as a string, or None without images."""
+    if columns.image is None:
+        return None
+    value = record.get(columns.image)
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    match value:
+        case bytes() if len(value) > LARGEST_FILE:
+            return f"image: {too_large(len(value), LARGEST_FILE)}"
+        case bytes() if value:
+            return value
+        case str() if value:
+            return (value,)
+        case None | b"" | "":
+            return f"no image in column {columns.image!r}"
+    return f"column {columns.image!r} holds {type(value).__name__}, not an image"
+
+
+def _sample(record: Record, source: str, image: bytes | str | None, columns: Columns, captions: bool) -> Sample:
+    if isinstance(record, str):
+        raise BadRowError(record)
+    if isinstance(image, str):
+        raise BadRowError(image)
+    known = given_id(None if columns.sample_id is None else record.get(columns.sample_id))
+    if len(known.encode()) > LONGEST_ID:
+        size = f"{len(known.encode()):,} bytes"
+        raise BadRowError(f"sample id of {size} in column {columns.sample_id!r}; at most {LONGEST_ID:,}")
+    caption = _caption(record, columns, captions)
+    objects = _optional(record, columns.objects, _names)
+    return Sample(
+        sample_id=known or digest_id(image, caption),
+        source=source,
+        image=image,
+        caption=caption,
+        language=_label(record, columns.language) or columns.caption_language,
+        domain=_label(record, columns.domain),
+        objects=None if objects is None else tuple(name for name in objects if name),
+        boxes=_boxes_of(record, columns, objects),
+        questions=_optional(record, columns.questions, _questions),
+        labels={name: label for name in columns.labels if (label := _label(record, name)) is not None},
+        background=columns.background,
+        references=references(None if columns.caption is None else record.get(columns.caption)),
+    )
+
+
+def given_id(value: Any) -> str:
+    """Return the sample id in a cell, or an empty string where there is none that tables can hold."""
+    known = str(value) if isinstance(value, str | int | float) else ""
+    return known if _storable(known) else ""
+
+
+def _known_id(record: Record, columns: Columns) -> str:
+    """Return the id that a bad row is reported by: its own unless that is too long."""
+    value = None if isinstance(record, str) or columns.sample_id is None else record.get(columns.sample_id)
+    known = given_id(value)
+    return known if len(known.encode()) <= LONGEST_ID else ""
+
+
+def _caption(record: Mapping[str, Any], columns: Columns, captions: bool) -> str:
+    value = None if columns.caption is None else record.get(columns.caption)
+    found = captions_in(value)
+    if len(found) > 1 and captions:
+        raise BadRowError("a list of captions, where the first rows of the data have one text each")
+    value = found[0]
+    if value is None or (isinstance(value, str) and not value.strip()):
+        if captions:
+            raise BadRowError(f"no caption in column {columns.caption!r}")
+        return ""
+    return _text(value, "caption")
+
+
+def captions_in(cell: Any) -> list[Any]:
+    """Return the captions in a cell: those of a list that are not empty; None, alone, where there is none."""
+    if not isinstance(cell, list):
+        return [cell]
+    return [text for text in cell if text is not None and (not isinstance(text, str) or text.strip())] or [None]
+
+
+def references(cell: Any) -> tuple[str, ...]:
+    """Return what people wrote about a row's image: the captions of a list; of a text nothing is known to be all."""
+    return tuple(text for text in captions_in(cell) if isinstance(text, str)) if isinstance(cell, list) else ()
+
+
+def label_text(value: Any, column: str) -> str | None:
+    """Return the label in a cell, None in an empty one; raises `BadRowError`."""
+    if value is None or value == "":
+        return None
+    return _text(str(value) if isinstance(value, bool | int | float) else value, column)
+
+
+def _label(record: Mapping[str, Any], column: str | None) -> str | None:
+    return None if column is None else label_text(record.get(column), column)
+
+
+def _optional(record: Mapping[str, Any], column: str | None, read: Callable[[Any], Any]) -> Any:
+    value = None if column is None else record.get(column)
+    return None if value is None or value == "" else read(value)
+
+
+def _boxes_of(record: Mapping[str, Any], columns: Columns, objects: tuple[str, ...] | None) -> Any:
+    """Return the boxes of the objects that have a name; None, and once a warning, where boxes can't be used.
+
+    They are an extra, without which a sample is as good for most purposes.
+    """
+    try:
+        boxes = _optional(record, columns.boxes, _boxes)
+        if objects is None or boxes is None:
+            return boxes
+        if len(objects) != len(boxes):
+            raise BadRowError(f"{len(objects)} objects and {len(boxes)} boxes")
+    except BadRowError as error:
+        _warn_of_boxes(str(columns.boxes), str(error))
+        return None
+    return tuple(box for name, box in zip(objects, boxes, strict=True) if name)
+
+
+WARNED: set[str] = set()
+"""Columns of boxes that this process has warned of."""
+
+
+def _warn_of_boxes(column: str, reason: str) -> None:
+    if column not in WARNED:
+        WARNED.add(column)
+        logger.warning("column %r: %s; boxes that can't be used are left out, their samples kept", column, reason)
+
+
+def _boxes(value: Any) -> tuple[tuple[float, ...], ...]:
+    boxes = []
+    for box in _list(value, "boxes"):
+        numbers = [number for number in _list(box, "boxes") if isinstance(number, int | float)]
+        inside = all(-BOX_TOLERANCE <= number <= 1 + BOX_TOLERANCE for number in numbers if math.isfinite(number))
+        if len(numbers) != 4 or len(box) != 4 or not inside or not all(map(math.isfinite, numbers)):
+            raise BadRowError(f"box {box} is not (x, y, width, height) in 0..1 of the image")
+        boxes.append(tuple(float(number) for number in numbers))
+    return tuple(boxes)
+
+
+def _questions(value: Any) -> tuple[tuple[str, str], ...]:
+    pairs = []
+    for item in _list(value, "questions"):
+        pair = [item.get("question"), item.get("answer")] if isinstance(item, Mapping) else item
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRowError("questions must be pairs of question and answer; --questions-column none leaves them out")
+        pairs.append((_text(pair[0], "questions"), _text(pair[1], "questions")))
+    return tuple(pairs)
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise BadRowError(f"{name}: not a JSON list ({error})") from error
+    if not isinstance(value, list):
+        raise BadRowError(f"{name}: {type(value).__name__} where a list was expected")
+    return value
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRowError(f"{name}: {type(value).__name__} where text was expected")
+    if not _storable(value):
+        raise BadRowError(f"{name}: not valid Unicode")
+    return value
+
+
+def _storable(text: str) -> bool:
+    # JSON can spell half a surrogate pair, which neither UTF-8 nor Parquet can hold.
+    return not any("\ud800" <= character <= "\udfff" for character in text)
