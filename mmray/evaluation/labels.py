@@ -10,12 +10,12 @@ import pyarrow as pa
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from mmray.evaluation.bootstrap import measure
 from mmray.label_tables import LABEL_SCHEMAS
 from mmray.neurons.labels.masks import Mask
 from mmray.neurons.labels.recognising import Recogniser
 from mmray.neurons.labels.settings import SelectivitySettings
 from mmray.neurons.labels.steering import Steer
+from mmray.statistics.bootstrap import measure
 
 SHOWN_TOKENS = 10
 

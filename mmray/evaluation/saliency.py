@@ -11,8 +11,8 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from mmray.derived import DERIVED
-from mmray.evaluation.bootstrap import Value, measure, ratio
 from mmray.perception.measures import OVERLAP, STEPS, THRESHOLDS
+from mmray.statistics.bootstrap import Value, measure, ratio
 
 SEVERAL = "words of images with several objects, teacher-forced;"
 ERASED = (

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from mmray.data.image_keys import image_key
-from mmray.evaluation.bootstrap import measure
 from mmray.evaluation.opinions.moving import ORIGINAL
+from mmray.statistics.bootstrap import measure
 
 RIGHT = {"source": 1.0, "target": 0.0, "unrelated": 0.0}
 """What is answered before, of things that are there or are not, where it is right."""

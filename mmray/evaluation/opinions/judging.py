@@ -11,7 +11,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from mmray.data.image_keys import image_key
-from mmray.evaluation.bootstrap import Value, measure, ratio
+from mmray.statistics.bootstrap import Value, measure, ratio
 
 BINS = 10
 """Bins of confidence, of equal width."""

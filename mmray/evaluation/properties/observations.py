@@ -12,8 +12,8 @@ import pyarrow as pa
 from numpy import ndarray
 
 from mmray.derived import DERIVED, PROPERTY_SCHEMAS
-from mmray.evaluation.bootstrap import Measured, measure
 from mmray.evaluation.properties.protocols import SHARES, protocol_of, value_of
+from mmray.statistics.bootstrap import Measured, measure
 
 
 class Key(NamedTuple):

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from mmray.evaluation.bootstrap import Value, ratio
+from mmray.statistics.bootstrap import Value, ratio
 
 if TYPE_CHECKING:
     from mmray.evaluation.properties.observations import Key

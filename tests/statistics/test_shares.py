@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.evaluation.bootstrap import measure
 from mmray.evaluation.properties.observations import Key, Observations, summarise
 from mmray.evaluation.protocols import PROTOCOLS, is_share
-from mmray.evaluation.shares import NORMAL, share_interval, wilson
 from mmray.neurons.properties import above, placements
+from mmray.statistics.bootstrap import measure
+from mmray.statistics.shares import NORMAL, share_interval, wilson
 
 
 def sums(outcomes: np.ndarray, of: float = 1.0) -> np.ndarray:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from mmray.data.image_keys import image_key
-from mmray.evaluation.shares import share_interval
+from mmray.statistics.shares import share_interval
 
 INTERVAL = (2.5, 97.5)
 """Percentiles between which 95 % of the draws lie."""

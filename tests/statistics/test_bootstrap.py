@@ -5,8 +5,8 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.evaluation.bootstrap import by_measure, measure
 from mmray.evaluation.rows import Rows
+from mmray.statistics.bootstrap import by_measure, measure
 
 
 def sums(values: np.ndarray) -> np.ndarray:

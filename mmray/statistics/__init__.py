@@ -1,0 +1,1 @@
+"""Bootstrap and Wilson intervals: images are resampled, not captions."""
