@@ -11,7 +11,7 @@ from typing import Any
 
 from mmray.data.columns import Columns
 from mmray.data.images import decode_image
-from mmray.data.samples import Failure, Sample
+from mmray.data.samples import BACKGROUND, Failure, Sample
 from mmray.data.shards import Manifest, Shard, cut, read_shard
 from mmray.data.sources import Source, open_source
 from mmray.errors import InputError, ShardError
@@ -19,7 +19,6 @@ from mmray.results.report.content import WHOLE, gather
 from mmray.results.report.pages import write_pages, write_whole
 from mmray.results.run import Run
 from mmray.runs.home import resolve_data
-from mmray.settings import BACKGROUND
 from mmray.storage import open_object, open_store
 
 SIDE = 224

@@ -6,29 +6,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from mmray.data.samples import BACKGROUND
 from mmray.job_settings import JobSettings, checked, execution, known_by_digest
+from mmray.models.options import LONGEST, Dtype, Module
+from mmray.neurons.scores import Pieces, Score, scores_help
 
 Captions = Literal["dataset", "generate"]
-Score = Literal["contribution", "gate", "activation", "gradient", "gradient-last", "effect", "random"]
-Pieces = Literal["first", "sum"]
-Module = Literal["language", "vision", "projector"]
-Dtype = Literal["auto", "fp32", "bf16", "fp16"]
-
-BACKGROUND = "white"
-"""What shows behind transparent pixels."""
-UNITS: dict[str, str] = {
-    "contribution": "logits before the final norm",
-    "gate": "logits before the final norm",
-    "activation": "",
-    "gradient": "logits",
-    "gradient-last": "logits",
-    "effect": "log-odds",
-    "random": "",
-}
-"""Unit of each score; an activation has none, nor has a random number."""
-FOLDED = "logits after the final norm"
-LONGEST = 64
-"""Tokens at most in a generated caption, where nothing else is asked for."""
 
 
 class CensusSettings(JobSettings):
@@ -56,12 +39,7 @@ class CensusSettings(JobSettings):
     prefix: str | None = None
     """Words that every answer is made to begin with, by default none; as published: "An image of". A caption that
     begins with them already is not given them twice, and a generated one is what the model writes behind them."""
-    score: Score = "contribution"
-    """contribution: activation × ⟨row of W_out, unembedding of the token⟩; gate: the same with the gate alone, as the
-    authors' released code; activation; gradient: gradient × activation over the image; gradient-last: at the predicting
-    position; effect: what ablating the neuron alone takes from the token's log-odds, an estimate: first order through
-    all positions and later layers, and what its own write does to the final norm's scale (a backward pass a noun, as
-    the gradients); random: a control."""
+    score: Score = Field("contribution", description=scores_help())
     fold_norm: bool = False
     """Contributions in logits after the final norm: its gain and the root mean square at the position are applied. That
     is the neuron's share of the logit with the norm's scale held; ablating a high one takes about half of it, since the
@@ -139,12 +117,6 @@ class CensusSettings(JobSettings):
 def census_settings(values: dict[str, Any]) -> CensusSettings:
     """Return checked settings; raises InputError naming the first setting that is wrong and what is allowed."""
     return checked(CensusSettings, values)
-
-
-def unit_of(score: str, *, folded: bool) -> str:
-    """Return the unit of a score; empty where it has none."""
-    unit = UNITS[score]
-    return FOLDED if folded and score in ("contribution", "gate") else unit
 
 
 def describe(name: str) -> str:

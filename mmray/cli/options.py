@@ -15,7 +15,8 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 from mmray.job_settings import JobSettings
-from mmray.settings import CensusSettings, Dtype
+from mmray.models.options import Dtype
+from mmray.settings import CensusSettings
 from mmray.version import VERSION
 
 if TYPE_CHECKING:

@@ -26,11 +26,11 @@ from mmray.evaluation.facts import DataFacts, GroundTruth
 from mmray.evaluation.object_words import ObjectWords
 from mmray.evaluation.opinions.settings import SightSettings
 from mmray.models.loading import digest, resolve
+from mmray.models.options import Dtype
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.neurons.model import load_model
 from mmray.perception.alignment import alignment_digest
 from mmray.perception.joint import JointModel, detector_digest, join
-from mmray.settings import Dtype
 from mmray.storage import patiently
 from mmray.tables import SCHEMAS
 

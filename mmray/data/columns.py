@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from mmray.data.samples import BACKGROUND
 from mmray.errors import InputError
-from mmray.settings import BACKGROUND
 
 Kind = Literal["text", "number", "bytes", "image", "texts", "boxes", "questions", "unknown", "other"]
 """What a column holds, as far as its type or first values tell; `unknown` (only nulls seen) fits everywhere."""

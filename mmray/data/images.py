@@ -25,8 +25,8 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL.Image import Image, Transpose
 
+from mmray.data.samples import BACKGROUND
 from mmray.engine.clock import phase
-from mmray.settings import BACKGROUND
 from mmray.storage import read_file, too_large
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")

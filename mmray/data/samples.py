@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from mmray.data.image_keys import image_key
-from mmray.settings import BACKGROUND
+
+BACKGROUND = "white"
+"""What shows behind transparent pixels."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 
 from mmray.data.columns import Columns
 from mmray.data.image_keys import image_keys, one_per_image
-from mmray.data.samples import Sample
+from mmray.data.samples import BACKGROUND, Sample
 from mmray.data.shards import Manifest, read_shard
 from mmray.data.sources import Source, open_source
 from mmray.editing.heard import Heard, hearing
@@ -24,12 +24,12 @@ from mmray.editing.wording import replaced as with_nouns
 from mmray.errors import InputError
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
+from mmray.models.options import LONGEST
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, NounSource, find_forms, noun_source, object_forms
 from mmray.neurons.model import Model, load_model, open_image
 from mmray.results.run import Run
-from mmray.settings import BACKGROUND, LONGEST
 
 ROWS_A_BATCH = 32
 

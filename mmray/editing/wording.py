@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from mmray.neurons.concepts import Mention
+from mmray.neurons.inflection import article
 
 ARTICLE = re.compile(r"\b(?:an|a|the)\s+$", re.IGNORECASE)
 """An English article right before a noun."""
@@ -13,16 +14,6 @@ INDEFINITE = re.compile(r"\b(a)n?(\s+)$", re.IGNORECASE)
 CONJUNCTIONS = {"en": " and ", "es": " y ", "fr": " et ", "zh": " 和 "}
 """What stands before the last thing of a list, by language."""
 COMMA = ", "
-
-
-def article(word: str) -> str:
-    """Return "a" or "an" as the word's first letter wants it: by spelling alone, so "an unicorn"."""
-    return "an" if word[:1].lower() in "aeiou" else "a"
-
-
-def with_article(word: str) -> str:
-    """Return the word behind its indefinite article."""
-    return f"{article(word)} {word}"
 
 
 def replaced(caption: str, words: Sequence[tuple[Mention, str]], language: str | None, *, agreeing: bool = True) -> str:

@@ -11,11 +11,11 @@ from mmray.data.images import decode_image
 from mmray.data.samples import Sample
 from mmray.evaluation.asks import Ask, Reply
 from mmray.evaluation.opinions.second import SecondOpinion
-from mmray.evaluation.quality import Encoder
 from mmray.evaluation.questioner import Questioner
+from mmray.models.encoder import Encoder
 from mmray.models.loading import LoadedModel
+from mmray.models.options import LONGEST
 from mmray.models.prompting import prompt_text, tokenize_caption
-from mmray.settings import LONGEST
 
 FLIP = "flip"
 CROPS = {"crop centre": (0.1, 0.1, 0.9, 0.9), "crop corner": (0.0, 0.0, 0.85, 0.85)}

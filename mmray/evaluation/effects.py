@@ -8,9 +8,9 @@ from dataclasses import replace
 from mmray.data.samples import Sample
 from mmray.editing.wording import replaced, rest_kept
 from mmray.evaluation.asks import Change
-from mmray.evaluation.naming import Naming
+from mmray.evaluation.naming import Naming, objects_of
 from mmray.evaluation.rows import Rows
-from mmray.evaluation.scope import EDITED, SOURCE, UNRELATED, Aim, Scope, Wish, objects_of, reached
+from mmray.evaluation.scope import EDITED, SOURCE, UNRELATED, Aim, Scope, Wish, reached
 from mmray.neurons.concepts import Mention
 
 MEASURES = {EDITED: "reliability", SOURCE: "image_generality"}

@@ -92,3 +92,24 @@ def gather_facts(
         together={name: dict(others) for name, others in together.items()},
         references=references or {},
     )
+
+
+def asked_objects(
+    facts: DataFacts,
+    objects: Collection[str],
+    count: int,
+    seed: str,
+    positives: Positives = "drawn",
+    adversarial: Adversarial = "object",
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the present objects that POPE asks a sample for, and as many absent ones by each strategy.
+
+    Present ones are drawn, as many as there are; or the `first` ones, as released, of images that have enough.
+    """
+    if positives == "first":
+        present = list(objects)[:count] if len(objects) >= count else []
+    else:
+        present = random.Random(f"present {seed}").sample(sorted(objects), min(count, len(objects)))
+    return present, {
+        strategy: facts.absent(strategy, objects, present, f"{strategy} {seed}", adversarial) for strategy in STRATEGIES
+    }

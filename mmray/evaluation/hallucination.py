@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mmray.evaluation.answers import Parser, says_yes
 from mmray.evaluation.asks import Change
-from mmray.evaluation.facts import STRATEGIES, Adversarial, DataFacts, Positives
 from mmray.evaluation.naming import Naming
 from mmray.evaluation.rows import Rows
 
@@ -59,27 +57,6 @@ def confirmed(rows: Rows, name: str, confidence: Mapping[str, float], before: se
     if after - before:
         # Before the edit there is none of these to confirm.
         rows.add("confirmed_new", name, (0.0, 0.0), counts(after - before))
-
-
-def asked_objects(
-    facts: DataFacts,
-    objects: Collection[str],
-    count: int,
-    seed: str,
-    positives: Positives = "drawn",
-    adversarial: Adversarial = "object",
-) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the present objects that POPE asks a sample for, and as many absent ones by each strategy.
-
-    Present ones are drawn, as many as there are; or the `first` ones, as released, of images that have enough.
-    """
-    if positives == "first":
-        present = list(objects)[:count] if len(objects) >= count else []
-    else:
-        present = random.Random(f"present {seed}").sample(sorted(objects), min(count, len(objects)))
-    return present, {
-        strategy: facts.absent(strategy, objects, present, f"{strategy} {seed}", adversarial) for strategy in STRATEGIES
-    }
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from mmray.data.samples import Sample
 from mmray.evaluation.object_words import ObjectWords, Rules
 from mmray.neurons.concepts import Mention, find_forms
 
@@ -72,3 +73,8 @@ def object_naming(
 ) -> Naming:
     """Return the naming of the data's objects and of all that are listed with them."""
     return Naming((*vocabulary, *words.objects), translations, words.synonyms, words.rules)
+
+
+def objects_of(sample: Sample) -> frozenset[str] | None:
+    """Return what is in the image, in lower case; None where that is not known."""
+    return None if sample.objects is None else frozenset(name.casefold() for name in sample.objects)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from mmray.editing.wording import with_article
 from mmray.errors import InputError
 from mmray.evaluation.facts import DataFacts
+from mmray.neurons.inflection import with_article
 from mmray.storage import open_object
 
 PARAPHRASES: dict[str, tuple[str, ...]] = {

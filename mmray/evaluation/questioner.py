@@ -19,9 +19,9 @@ from mmray.evaluation.asks import Ask, AskError, Reply, States
 from mmray.evaluation.states import StateReader
 from mmray.models.generation import end_tokens, generate
 from mmray.models.loading import LoadedModel
+from mmray.models.options import LONGEST
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.neurons.halving import FAILURES
-from mmray.settings import LONGEST
 
 Result = TypeVar("Result")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mmray.data.samples import Sample
 from mmray.evaluation.asks import Purpose
-from mmray.evaluation.naming import Naming
+from mmray.evaluation.naming import Naming, objects_of
 
 EDITED, SOURCE, UNRELATED, OTHER = "edited", "source", "unrelated", "other"
 """Roles: the edit was made on the image; it should change it, but never saw it; it should leave it alone; neither."""
@@ -136,11 +136,6 @@ def _wish(purpose: Purpose, naming: Naming) -> Wish:
         samples=frozenset(purpose.samples),
         images=frozenset(purpose.images),
     )
-
-
-def objects_of(sample: Sample) -> frozenset[str] | None:
-    """Return what is in the image, in lower case; None where that is not known."""
-    return None if sample.objects is None else frozenset(name.casefold() for name in sample.objects)
 
 
 def scope_of(aim: Aim, naming: Naming, sample: Sample, caption: str) -> Scope:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mmray.evaluation.answers import Parser
 from mmray.evaluation.facts import Adversarial, GroundTruth, Positives
 from mmray.job_settings import JobSettings, after_work, checked, execution, known_by_digest
-from mmray.settings import LONGEST
+from mmray.models.options import LONGEST
 
 
 class MeasureSettings(BaseModel):

@@ -10,8 +10,8 @@ import torch
 from PIL.Image import Image
 
 from mmray.models.loading import LoadedModel
+from mmray.models.options import LONGEST
 from mmray.models.prompting import pad_left, run_processor
-from mmray.settings import LONGEST
 
 
 @torch.inference_mode()

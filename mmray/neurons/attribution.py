@@ -64,17 +64,13 @@ def random(located: Located) -> Float[Tensor, "occurrence neuron"]:
     return drawn.to(located.activation)
 
 
-SCORES: dict[str, ScoreFunction] = {
+FUNCTIONS: dict[str, ScoreFunction] = {
     "contribution": contribution,
     "gate": gate,
     "activation": activation,
     "random": random,
 }
-"""The scores of one forward pass, by the name that `--score` takes."""
-
-GRADIENTS = ("gradient", "gradient-last", "effect")
-"""The scores that take a backward pass a noun; see `mmray.neurons.gradients`. `effect` corrects first order for what
-the neuron's own write does to the final norm's scale; see `mmray.neurons.scoring.ablation_effects`."""
+"""The scores of one forward pass, by their names in `mmray.neurons.scores`."""
 
 
 def project(

@@ -245,3 +245,13 @@ def _romance(word: str, code: str) -> tuple[str, ...]:
 def _plain(word: str) -> str:
     """Return a word without its accents."""
     return "".join(letter for letter in unicodedata.normalize("NFD", word) if not unicodedata.combining(letter))
+
+
+def article(word: str) -> str:
+    """Return "a" or "an" as the word's first letter wants it: by spelling alone, so "an unicorn"."""
+    return "an" if word[:1].lower() in "aeiou" else "a"
+
+
+def with_article(word: str) -> str:
+    """Return the word behind its indefinite article."""
+    return f"{article(word)} {word}"

@@ -12,19 +12,19 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmray.data.images import decode_image, read_image, to_rgb
+from mmray.data.samples import BACKGROUND
 from mmray.errors import InputError
 from mmray.models.interventions import by_layer
 from mmray.models.loading import LoadedModel, load
 from mmray.models.patches import patches_of
 from mmray.models.prompting import encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neuron_names import parse_neuron
-from mmray.neurons.attribution import GRADIENTS, SCORES
 from mmray.neurons.checking import assert_sound
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.heatmaps import Wanted, patch_maps, placed
 from mmray.neurons.places import place_mentions
+from mmray.neurons.scores import SCORES, Pieces
 from mmray.neurons.scoring import score_batch, whole_nouns
-from mmray.settings import BACKGROUND, Pieces
 
 
 class Model(LoadedModel):
@@ -49,8 +49,8 @@ class Model(LoadedModel):
         zeros; of a noun of several tokens the first is scored, or with `pieces="sum"` all. Raises InputError when the
         caption does not name the concept, or for a score that there is not.
         """
-        if score not in (known := (*SCORES, *GRADIENTS)):
-            raise InputError(f"no score {score!r}; give one of {', '.join(known)}")
+        if score not in SCORES:
+            raise InputError(f"unknown score {score!r}; choose from {', '.join(SCORES)}")
         mentions = find_forms(caption, frozenset({concept.casefold()}), language)
         if not mentions:
             raise InputError(f"the caption {caption!r} does not name {concept!r}")

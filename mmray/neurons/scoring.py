@@ -17,10 +17,11 @@ from mmray.models.loading import LoadedModel
 from mmray.models.norms import fold_block, fold_norm, log_odds_slope, log_probability, norm_curvature
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.models.prompting import Batch
-from mmray.neurons.attribution import GRADIENTS, SCORES, Located, project
+from mmray.neurons.attribution import FUNCTIONS, Located, project
 from mmray.neurons.captured import Captured, capturing, forward
 from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.places import Place
+from mmray.neurons.scores import SCORES
 from mmray.neurons.statistics import TokenStatistics
 
 
@@ -46,9 +47,9 @@ def score_batch(
 ) -> Scored:
     """Run the batch once, teacher-forced, and score every neuron at these places.
 
-    The scores of GRADIENTS add a backward pass per noun. `statistics` must have been told of the batch.
+    Some scores add a backward pass per noun. `statistics` must have been told of the batch.
     """
-    if score not in GRADIENTS:
+    if not SCORES[score].backward:
         with capturing(model, batch, places, statistics) as captured:
             forward(model, batch)
         return score_captured(model, captured, score, folded=folded)
@@ -81,7 +82,7 @@ def ablation_effects(
 
 @torch.inference_mode()
 def score_captured(model: LoadedModel, captured: Captured, score: str, *, folded: bool = False) -> Scored:
-    """Score every neuron at the captured places by one of SCORES."""
+    """Score every neuron at the captured places by one of FUNCTIONS."""
     directions = _directions(model, captured, folded=folded)
     activations = [captured.activations[layer] for layer in range(len(model.widths))]
     scores = []
@@ -91,7 +92,7 @@ def score_captured(model: LoadedModel, captured: Captured, score: str, *, folded
             gate = gate_function(model.network, projection)(captured.opened[layer]).float()
         rows = output_rows(model.network, projection).to(activation.device)
         projected = project(directions[layer].to(activation.device), rows)
-        scores.append(SCORES[score](Located(activation, gate, projected, _seeds(captured.places, layer))))
+        scores.append(FUNCTIONS[score](Located(activation, gate, projected, _seeds(captured.places, layer))))
     return Scored(scores, activations, log_probability(model, captured.hidden, captured.tokens))
 
 

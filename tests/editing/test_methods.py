@@ -19,11 +19,11 @@ from mmray.editing.tail import batched, tail, tails
 from mmray.editing.task import prepare
 from mmray.errors import InputError
 from mmray.models.generation import generate
+from mmray.models.options import LONGEST
 from mmray.models.prompting import prompt_text
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.model import open_image
 from mmray.results.run import open_run
-from mmray.settings import LONGEST
 from tests.running import census_here
 
 

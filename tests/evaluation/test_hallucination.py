@@ -8,8 +8,8 @@ import pytest
 from mmray.data.samples import Sample
 from mmray.evaluation.answers import says_yes
 from mmray.evaluation.asks import Change
-from mmray.evaluation.facts import DataFacts, gather_facts
-from mmray.evaluation.hallucination import asked_objects, chair, hallucinated, pope
+from mmray.evaluation.facts import DataFacts, asked_objects, gather_facts
+from mmray.evaluation.hallucination import chair, hallucinated, pope
 from mmray.evaluation.naming import Naming
 from mmray.evaluation.rows import Rows
 from mmray.evaluation.settings import measure_settings

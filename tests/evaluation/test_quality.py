@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from mmray.errors import InputError
-from mmray.evaluation.quality import Encoder, bleu_sums, bleu_value, has_bleu
+from mmray.evaluation.quality import bleu_sums, bleu_value, has_bleu
+from mmray.models.encoder import Encoder
 
 PAIRS = [
     ("An image of a dog and a cat.", "An image of a dog, a cat and a ball."),

@@ -3,8 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.editing.wording import replaced, rest_kept, with_article
+from mmray.editing.wording import replaced, rest_kept
 from mmray.neurons.concepts import Mention, find_forms
+from mmray.neurons.inflection import with_article
 
 THINGS = ("dog", "apple", "unicorn", "ball", "owl", "hot dog", "egg")
 CONJUNCTIONS = {"en": " and ", "es": " y ", "fr": " et ", "zh": " 和 "}

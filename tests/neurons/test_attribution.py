@@ -8,13 +8,15 @@ from mmray.errors import InputError
 from mmray.models.capture import tap, tap_input
 from mmray.models.norms import token_log_odds, token_logits
 from mmray.models.parts import output_rows, unembedding_rows
-from mmray.neurons.attribution import GRADIENTS, SCORES, Located, project
+from mmray.neurons.attribution import FUNCTIONS, Located, project
 from mmray.neurons.gradients import gradient_pass
+from mmray.neurons.scores import SCORES
 from mmray.neurons.scoring import score_batch
 from mmray.neurons.statistics import TokenStatistics
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import CAPTIONS, analyse, batch_of, demo_samples, sample
 
+BACKWARD = [name for name, kind in SCORES.items() if kind.backward]
 GATES = {"llava": "act_fn", "gemma3": "act_fn", "instructblip_t5": "act", "mllama": "act_fn"}
 TEXTS = (CAPTIONS[0], CAPTIONS[3], CAPTIONS[2])
 
@@ -27,7 +29,7 @@ def located(seed=0):
 
 def test_scores_are_their_formulas():
     given = located()
-    for name, score in SCORES.items():
+    for name, score in FUNCTIONS.items():
         found = score(given)
         assert found.shape == (4, 6), name
         for occurrence in range(4):
@@ -42,11 +44,11 @@ def test_scores_are_their_formulas():
                 }
                 if name in expected:
                     assert float(found[occurrence, neuron]) == pytest.approx(expected[name])
-    assert set(SCORES) == {"contribution", "gate", "activation", "random"}
+    assert set(FUNCTIONS) == {"contribution", "gate", "activation", "random"}
 
 
 def test_random_is_a_function_of_the_seed_alone():
-    first, second = SCORES["random"](located(0)), SCORES["random"](located(1))
+    first, second = FUNCTIONS["random"](located(0)), FUNCTIONS["random"](located(1))
     assert torch.equal(first, second)
     assert torch.equal(first[0], first[3])
     assert not torch.isclose(first[0], first[1]).any()
@@ -129,7 +131,7 @@ def test_random_scores_belong_to_the_sample_whatever_its_batch(open_model):
     assert {entry[0] for neurons in lists[0].values() for entry in neurons} == {0, 1}
 
 
-@pytest.mark.parametrize("score", [*SCORES, *GRADIENTS])
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("captions", ["dataset", "generate"])
 def test_samples_without_a_noun_are_counted_by_every_score(open_model, score, captions):
     tables = analyse(open_model("llava"), [sample(1, "nothing"), sample(2, "at all")], score=score, captions=captions)
@@ -139,7 +141,7 @@ def test_samples_without_a_noun_are_counted_by_every_score(open_model, score, ca
     assert sum(tables["activity"]["n_tokens"].to_pylist()) > 0
 
 
-@pytest.mark.parametrize("score", GRADIENTS)
+@pytest.mark.parametrize("score", BACKWARD)
 @pytest.mark.parametrize("variant", ["llava", "blip2_opt", "gemma3", "qwen3_vl_moe", "blip2_t5", "mllama"])
 def test_gradient_scores_are_what_a_step_along_the_activation_gives(open_model, variant, score):
     # Scale one neuron's activation a little, at the positions that count: the logit moves by step × score.

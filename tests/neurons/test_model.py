@@ -170,7 +170,7 @@ def test_a_part_in_another_number_format_is_proven_again(tiny):
 
 
 def test_what_there_is_not_is_said_in_a_line(tiny, open_model):
-    with pytest.raises(InputError, match="no score 'foo'; give one of contribution"):
+    with pytest.raises(InputError, match="unknown score 'foo'; choose from contribution"):
         open_model("llava").contributions(picture(0), CAPTIONS[0], "dog", score="foo")
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="does not go on cuda"):

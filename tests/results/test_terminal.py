@@ -11,12 +11,12 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
-from mmray.neurons.attribution import GRADIENTS, SCORES
+from mmray.neurons.attribution import FUNCTIONS
+from mmray.neurons.scores import SCORES, Score
 from mmray.results.plan import DataSample, Plan
 from mmray.results.report.definitions import definitions
 from mmray.results.run import CERTIFICATES, ORDERS, Run
 from mmray.results.terminal import concept_title, neuron, plan, ranking, status, summary
-from mmray.settings import UNITS, Score
 
 WIDTHS = (80, 100, 120)
 
@@ -195,5 +195,6 @@ def test_a_ranking_is_told_in_the_unit_of_its_score(run: Run, score: str, folded
     assert ("about half" in definition) == (told == "contribution in logits after the final norm")
 
 
-def test_every_score_has_a_unit() -> None:
-    assert set(UNITS) == set(get_args(Score)) == {*SCORES, *GRADIENTS}
+def test_every_score_is_a_function_of_one_forward_or_takes_a_backward_pass() -> None:
+    assert set(FUNCTIONS) == {name for name, kind in SCORES.items() if not kind.backward}
+    assert get_args(Score) == tuple(SCORES)

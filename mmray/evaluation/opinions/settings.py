@@ -10,7 +10,7 @@ from mmray.errors import InputError
 from mmray.evaluation.answers import reader
 from mmray.evaluation.facts import GroundTruth
 from mmray.job_settings import JobSettings, after_work, checked, execution, known_by_digest
-from mmray.settings import LONGEST
+from mmray.models.options import LONGEST
 
 
 class SightSettings(JobSettings):

@@ -15,8 +15,8 @@ from mmray.errors import InputError
 from mmray.evaluation.properties.observations import Key, Observations
 from mmray.evaluation.properties.settings import DECODED, INVARIANCE_SIZES, RANKINGS
 from mmray.evaluation.properties.subject import Neurons, Ranked, Study, Subject
-from mmray.evaluation.quality import Encoder
 from mmray.models.blocks import permuted_image
+from mmray.models.encoder import Encoder
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.neurons import controls
 from mmray.neurons.properties import (

@@ -23,7 +23,7 @@ from mmray.evaluation.properties.observations import Observations
 from mmray.evaluation.properties.settings import PropertySettings
 from mmray.evaluation.properties.subject import Facts, Study, Subject
 from mmray.evaluation.properties.writing import Writing
-from mmray.evaluation.quality import Encoder
+from mmray.models.encoder import Encoder
 from mmray.neurons.halving import FAILURES, in_halves
 
 

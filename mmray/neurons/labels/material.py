@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmray.data.images import decode_image
-from mmray.data.samples import Sample
+from mmray.data.samples import BACKGROUND, Sample
 from mmray.errors import ShardError
 from mmray.models.capture import tap_input
 from mmray.models.loading import LoadedModel
@@ -23,7 +23,7 @@ from mmray.neurons.captured import forward
 from mmray.neurons.halving import in_halves
 from mmray.neurons.places import Place
 from mmray.neurons.shard import prefix_given
-from mmray.settings import BACKGROUND, CensusSettings
+from mmray.settings import CensusSettings
 
 Result = TypeVar("Result")
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from mmray.errors import InputError
 from mmray.job_settings import JobSettings, checked, execution
-from mmray.settings import Module
+from mmray.models.options import Module
 
 Method = Literal["lape", "contribution"]
 Modality = Literal["text", "image", "both"]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mmray.neurons.scores import unit_of
 from mmray.results.report.concepts import concept_page, kin_of, number, read_concepts
 from mmray.results.report.definitions import definitions
 from mmray.results.report.edits import Edit, read_edits
@@ -16,7 +17,6 @@ from mmray.results.report.neurons import layer_profile, neuron_pages
 from mmray.results.report.opinions import second_opinion
 from mmray.results.report.saliency import saliency
 from mmray.results.run import Run
-from mmray.settings import unit_of
 
 WHOLE = 1500
 """Concepts with a page of their own in a report of one file, the most frequent; `--pages` has all."""

@@ -2,21 +2,8 @@
 
 from __future__ import annotations
 
+from mmray.neurons.scores import FOLDED, SCORES, unit_of
 from mmray.results.run import Run
-from mmray.settings import FOLDED, unit_of
-
-SCORES = {
-    "contribution": "activation × ⟨row of W_out, unembedding column of the token⟩: the neuron's exact additive share "
-    "of the token's logit (Pan et al. 2024)",
-    "gate": "gate × ⟨row of W_out, unembedding column of the token⟩, as the authors' released code has it",
-    "activation": "the activation alone, blind to the token",
-    "gradient": "gradient of the token's logit × activation, summed over the image's positions "
-    "(Schwettmann et al. 2023)",
-    "gradient-last": "gradient of the token's logit × activation at the predicting position",
-    "effect": "estimate of what ablating the neuron alone takes from the token's log-odds: first order through all "
-    "positions and later layers, and what its own write does to the final norm's scale",
-    "random": "drawn at random: a control",
-}
 
 HELD = " (with the final norm's scale held: ablating a high neuron takes about half of it)"
 
@@ -33,8 +20,8 @@ def definitions(run: Run) -> list[dict[str, str]]:
         "neuron": "an input of an MLP output projection in the language decoder; L7.u89 is unit 89 of layer 7, layers "
         "counted from 0",
         "score": f"mean over the concept's occurrences of the {settings['score']}{f', in {unit}' if unit else ''}: "
-        f"{SCORES[settings['score']]}{HELD if unit == FOLDED else ''}. The interval holds the mean at 95 %, from the "
-        "scatter over occurrences",
+        f"{SCORES[settings['score']].definition}{HELD if unit == FOLDED else ''}. The interval holds the mean at 95 %, "
+        "from the scatter over occurrences",
         "specific": "score minus max(0, the neuron's mean score for the noun at all other nouns' occurrences): what it "
         "gives this noun and no other",
         "share": f"part of the occurrences at which the neuron is among the {settings['top_k']} highest of all",
