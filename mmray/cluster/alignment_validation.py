@@ -15,12 +15,12 @@ from mmray.data.sources import open_source
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
 from mmray.evaluation.before import Before
-from mmray.evaluation.facts import DataFacts
-from mmray.evaluation.ground_truth import survey
 from mmray.evaluation.measuring import Measuring
 from mmray.evaluation.settings import MeasureSettings, measure_settings
 from mmray.evaluation.summary import summarise
 from mmray.models.loading import digest, resolve
+from mmray.objects.ground_truth import survey
+from mmray.objects.statistics import DataFacts
 from mmray.perception.alignment import FACTS, load_alignment
 from mmray.perception.alignment_settings import AlignmentSettings
 from mmray.perception.standing_in import OtherSight

@@ -15,15 +15,15 @@ from mmray.data.source import Source
 from mmray.data.sources import open_source
 from mmray.errors import InputError
 from mmray.evaluation.asks import Edit, Purpose
-from mmray.evaluation.facts import DataFacts
-from mmray.evaluation.ground_truth import survey
 from mmray.evaluation.mmedit import Records, read_records
-from mmray.evaluation.naming import Naming
-from mmray.evaluation.object_words import open_words
-from mmray.evaluation.prompts import TextQuestion, read_text_questions, text_questions
 from mmray.evaluation.quality import has_bleu
 from mmray.evaluation.scope import aim_of
 from mmray.evaluation.settings import EvaluationSettings
+from mmray.objects.ground_truth import survey
+from mmray.objects.naming import Naming
+from mmray.objects.prompts import TextQuestion, read_text_questions, text_questions
+from mmray.objects.statistics import DataFacts
+from mmray.objects.words import open_words
 from mmray.perception.joint import detector_digest
 from mmray.results.run import Run
 from mmray.settings import CensusSettings

@@ -17,13 +17,13 @@ from mmray.data.source import Source
 from mmray.derived import DERIVED, OPINION_SCHEMAS
 from mmray.engine import Output, Parts, Plan
 from mmray.errors import InputError
-from mmray.evaluation.ground_truth import survey, with_ground_truth
-from mmray.evaluation.naming import object_naming
-from mmray.evaluation.object_words import open_words
 from mmray.evaluation.opinions.claims import Claimant
 from mmray.evaluation.opinions.judging import judged
 from mmray.evaluation.opinions.mistakes import picture
 from mmray.evaluation.opinions.settings import OpinionSettings
+from mmray.objects.ground_truth import survey, with_ground_truth
+from mmray.objects.naming import object_naming
+from mmray.objects.words import open_words
 from mmray.perception.joint import JointModel
 from mmray.results.run import open_run
 from mmray.settings import census_settings

@@ -22,13 +22,13 @@ from mmray.data.source import Source
 from mmray.data.sources import open_source
 from mmray.engine import Job, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
-from mmray.evaluation.facts import DataFacts, GroundTruth
-from mmray.evaluation.object_words import ObjectWords
 from mmray.evaluation.opinions.settings import SightSettings
 from mmray.models.loading import digest, resolve
 from mmray.models.options import Dtype
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.neurons.model import load_model
+from mmray.objects.statistics import DataFacts, GroundTruth
+from mmray.objects.words import ObjectWords
 from mmray.perception.alignment import alignment_digest
 from mmray.perception.joint import JointModel, detector_digest, join
 from mmray.storage import patiently

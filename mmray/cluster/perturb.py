@@ -21,12 +21,12 @@ from mmray.data.source import Source
 from mmray.derived import DERIVED, OPINION_SCHEMAS
 from mmray.engine import Output, Parts, Plan
 from mmray.errors import InputError
-from mmray.evaluation.ground_truth import survey
-from mmray.evaluation.object_words import NONE, ObjectWords
 from mmray.evaluation.opinions.changes import changes
 from mmray.evaluation.opinions.moving import Mover
 from mmray.evaluation.opinions.settings import PerturbationSettings
 from mmray.models.loading import from_anywhere
+from mmray.objects.ground_truth import survey
+from mmray.objects.words import NONE, ObjectWords
 from mmray.perception.joint import JointModel
 from mmray.perception.perturbing import Covariance, covariance
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from mmray.data.samples import Sample
 from mmray.editing.wording import replaced, rest_kept
 from mmray.evaluation.asks import Change
-from mmray.evaluation.naming import Naming, objects_of
 from mmray.evaluation.rows import Rows
 from mmray.evaluation.scope import EDITED, SOURCE, UNRELATED, Aim, Scope, Wish, reached
 from mmray.neurons.concepts import Mention
+from mmray.objects.naming import Naming, objects_of
 
 MEASURES = {EDITED: "reliability", SOURCE: "image_generality"}
 """Role of a caption in scope → the measure that it counts for."""

@@ -12,17 +12,17 @@ import pyarrow as pa
 from mmray.data.samples import Failure, Sample
 from mmray.evaluation.asks import Edit
 from mmray.evaluation.before import Before
-from mmray.evaluation.facts import DataFacts, gather_facts
-from mmray.evaluation.ground_truth import captions_by_image, with_ground_truth
 from mmray.evaluation.measuring import Measuring
 from mmray.evaluation.mmedit import read_records
-from mmray.evaluation.naming import object_naming
-from mmray.evaluation.object_words import open_words, table_for
-from mmray.evaluation.prompts import TextQuestion, read_text_questions, text_questions
 from mmray.evaluation.scope import EDITED
 from mmray.evaluation.settings import MeasureSettings, measure_settings
 from mmray.evaluation.summary import summarise
 from mmray.models.loading import LoadedModel
+from mmray.objects.ground_truth import captions_by_image, with_ground_truth
+from mmray.objects.naming import object_naming
+from mmray.objects.prompts import TextQuestion, read_text_questions, text_questions
+from mmray.objects.statistics import DataFacts, gather_facts
+from mmray.objects.words import open_words, table_for
 
 
 @dataclass(frozen=True)

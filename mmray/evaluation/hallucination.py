@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mmray.evaluation.answers import Parser, says_yes
 from mmray.evaluation.asks import Change
-from mmray.evaluation.naming import Naming
 from mmray.evaluation.rows import Rows
+from mmray.objects.answers import Parser, says_yes
+from mmray.objects.naming import Naming
 
 SURE = 0.5
 """Confidence of a detector from which on it confirms."""

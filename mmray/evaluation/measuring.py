@@ -11,13 +11,8 @@ from mmray.evaluation.asks import Ask, Change, Edit, Reply
 from mmray.evaluation.before import CROPS, FLIP, Before
 from mmray.evaluation.comparing import compare, forced
 from mmray.evaluation.effects import caption_effects, forced_effects, generality, locality, rewritten
-from mmray.evaluation.facts import DataFacts, asked_objects
-from mmray.evaluation.ground_truth import with_ground_truth
 from mmray.evaluation.hallucination import chair, confirmed, hallucinated, pope
 from mmray.evaluation.mmedit import Records, measure_records
-from mmray.evaluation.naming import object_naming, objects_of
-from mmray.evaluation.object_words import open_words
-from mmray.evaluation.prompts import TextQuestion, paraphrases, presence
 from mmray.evaluation.quality import bleu, has_bleu, similarity
 from mmray.evaluation.questioner import surviving
 from mmray.evaluation.rows import Rows
@@ -25,6 +20,11 @@ from mmray.evaluation.scope import UNRELATED, Scope, aim_of, scope_of
 from mmray.evaluation.settings import MeasureSettings
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import prompt_text
+from mmray.objects.ground_truth import with_ground_truth
+from mmray.objects.naming import object_naming, objects_of
+from mmray.objects.prompts import TextQuestion, paraphrases, presence
+from mmray.objects.statistics import DataFacts, asked_objects
+from mmray.objects.words import open_words
 
 QUESTIONS = ("text_generality", "text_generality_questions")
 PROMPTS = ("text_generality", "text_generality_prompts")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mmray.evaluation.answers import Parser
-from mmray.evaluation.facts import Adversarial, GroundTruth, Positives
-from mmray.evaluation.object_words import COCO
 from mmray.evaluation.quality import bleu_value
 from mmray.evaluation.settings import MeasureSettings
+from mmray.objects.answers import Parser
+from mmray.objects.statistics import Adversarial, GroundTruth, Positives
+from mmray.objects.words import COCO
 from mmray.statistics.bootstrap import Value, ratio
 
 PRIMARY = (

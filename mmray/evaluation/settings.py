@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mmray.evaluation.answers import Parser
-from mmray.evaluation.facts import Adversarial, GroundTruth, Positives
 from mmray.job_settings import JobSettings, after_work, checked, execution, known_by_digest
 from mmray.models.options import LONGEST
+from mmray.objects.answers import Parser
+from mmray.objects.statistics import Adversarial, GroundTruth, Positives
 
 
 class MeasureSettings(BaseModel):

@@ -37,9 +37,9 @@ from mmray.editing.methods import make_edit
 from mmray.editing.settings import EditSettings, edit_settings
 from mmray.evaluation.before import Before
 from mmray.evaluation.evaluate import Evaluated, evaluate
-from mmray.evaluation.facts import DataFacts, gather_facts
 from mmray.evaluation.settings import measure_settings
 from mmray.neurons.model import load_model
+from mmray.objects.statistics import DataFacts, gather_facts
 from mmray.settings import census_settings
 
 SEED = 2024

@@ -27,13 +27,13 @@ from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.perturb import PerturbJob
 from mmray.engine import JobResult
 from mmray.engine import run as run_job
-from mmray.evaluation.answers import value_of
 from mmray.evaluation.asks import Ask
 from mmray.evaluation.before import Before
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
-from mmray.evaluation.prompts import presence
 from mmray.models.prompting import prompt_text
 from mmray.neurons.model import load_model
+from mmray.objects.answers import value_of
+from mmray.objects.prompts import presence
 from mmray.perception.sight import OwnTower
 from mmray.storage import open_store
 from mmray.tables import read_table

@@ -26,10 +26,10 @@ from mmray.engine.units import WorkOrder
 from mmray.errors import InputError
 from mmray.evaluation.before import Before
 from mmray.evaluation.evaluate import evaluate
-from mmray.evaluation.facts import gather_facts
 from mmray.evaluation.protocols import PRIMARY
 from mmray.evaluation.questioner import Questioner
 from mmray.evaluation.settings import evaluation_settings, measure_settings
+from mmray.objects.statistics import gather_facts
 from tests.data.making import write_coco
 from tests.e2e.conftest import Answer
 from tests.e2e.conftest import mmray as mmray_command

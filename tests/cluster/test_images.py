@@ -26,13 +26,13 @@ from mmray.editing.material import Material, kept, replaced
 from mmray.editing.methods import make_edit
 from mmray.editing.settings import edit_settings
 from mmray.engine import run as run_job
-from mmray.evaluation.naming import Naming
 from mmray.evaluation.opinions.settings import opinion_settings
 from mmray.evaluation.properties.settings import property_settings
 from mmray.evaluation.saliency import summarise_saliency
 from mmray.evaluation.scope import EDITED, aim_of, scope_of
 from mmray.evaluation.settings import evaluation_settings
 from mmray.neurons.labels.settings import selectivity_settings
+from mmray.objects.naming import Naming
 from mmray.perception.settings import saliency_settings
 from mmray.results.report.content import gather
 from mmray.results.run import Run, open_run

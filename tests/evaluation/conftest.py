@@ -10,7 +10,7 @@ from mmray.data.shards import cut, read_shard
 from mmray.data.sources import open_source
 from mmray.demo import EVALUATION
 from mmray.evaluation.before import Before
-from mmray.evaluation.facts import DataFacts, gather_facts
+from mmray.objects.statistics import DataFacts, gather_facts
 
 SCENES = 24
 

@@ -20,12 +20,12 @@ from mmray.editing.material import Material, batches
 from mmray.evaluation import measuring, mmedit, questioner, states
 from mmray.evaluation.before import Before
 from mmray.evaluation.evaluate import evaluate
-from mmray.evaluation.facts import DataFacts
 from mmray.evaluation.mmedit import measure_records, read_records
 from mmray.evaluation.properties import meaning, writing
 from mmray.evaluation.properties.observations import Observations
 from mmray.evaluation.settings import measure_settings
 from mmray.neurons.shard import Captioned
+from mmray.objects.statistics import DataFacts
 from mmray.settings import CensusSettings
 from tests.evaluation.standin import swap
 

@@ -12,17 +12,15 @@ from hypothesis import strategies as st
 from textblob.en.inflect import singularize
 
 from mmray.errors import InputError
-from mmray.evaluation import object_words
 from mmray.evaluation.hallucination import chair
-from mmray.evaluation.naming import object_naming
-from mmray.evaluation.object_words import COCO, NONE, ObjectWords, coco_words, open_words, read_synonyms
 from mmray.evaluation.rows import Rows
 from mmray.evaluation.settings import measure_settings
 from mmray.evaluation.summary import summarise
+from mmray.objects import words
+from mmray.objects.naming import object_naming
+from mmray.objects.words import COCO, NONE, ObjectWords, coco_words, open_words, read_synonyms
 
-TABLE: dict[str, list[str]] = json.loads((Path(object_words.__file__).parent / "coco_objects.json").read_text())[
-    "synonyms"
-]
+TABLE: dict[str, list[str]] = json.loads((Path(words.__file__).parent / "coco_objects.json").read_text())["synonyms"]
 ANIMALS = ["bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub"]
 VEHICLES = ["jet", "train"]
 IRREGULAR = {

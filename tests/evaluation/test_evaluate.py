@@ -12,7 +12,6 @@ from mmray.editing.edit import WeightEdit
 from mmray.evaluation.before import Before
 from mmray.evaluation.comparing import compare
 from mmray.evaluation.evaluate import Evaluated, evaluate
-from mmray.evaluation.facts import DataFacts
 from mmray.evaluation.last_layer import LastLayer
 from mmray.evaluation.measuring import Measuring
 from mmray.evaluation.protocols import PRIMARY
@@ -21,6 +20,7 @@ from mmray.evaluation.settings import MeasureSettings, measure_settings
 from mmray.evaluation.summary import summarise
 from mmray.models.loading import digest
 from mmray.models.prompting import encode
+from mmray.objects.statistics import DataFacts
 from tests.evaluation.standin import Purpose, StandIn, swap
 
 SETTINGS = measure_settings(text_count=20, draws=100, bleu=True)

@@ -14,11 +14,11 @@ from mmray.data.sources import open_source
 from mmray.errors import InputError
 from mmray.evaluation.before import Before
 from mmray.evaluation.evaluate import evaluate
-from mmray.evaluation.facts import gather_facts
-from mmray.evaluation.ground_truth import survey, with_ground_truth
-from mmray.evaluation.naming import object_naming
-from mmray.evaluation.object_words import COCO, NONE, coco_words
 from mmray.evaluation.settings import measure_settings
+from mmray.objects.ground_truth import survey, with_ground_truth
+from mmray.objects.naming import object_naming
+from mmray.objects.statistics import gather_facts
+from mmray.objects.words import COCO, NONE, coco_words
 from tests.data.making import read_all, write_coco, write_csv, write_jsonl, write_parquet, write_tar
 from tests.evaluation.standin import swap
 from tests.evaluation.test_chair import reference

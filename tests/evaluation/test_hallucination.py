@@ -6,14 +6,14 @@ from collections import Counter
 import pytest
 
 from mmray.data.samples import Sample
-from mmray.evaluation.answers import says_yes
 from mmray.evaluation.asks import Change
-from mmray.evaluation.facts import DataFacts, asked_objects, gather_facts
 from mmray.evaluation.hallucination import chair, hallucinated, pope
-from mmray.evaluation.naming import Naming
 from mmray.evaluation.rows import Rows
 from mmray.evaluation.settings import measure_settings
 from mmray.evaluation.summary import summarise
+from mmray.objects.answers import says_yes
+from mmray.objects.naming import Naming
+from mmray.objects.statistics import DataFacts, asked_objects, gather_facts
 
 
 def summed(rows: Rows) -> dict[str, tuple[float | None, float | None]]:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mmray.errors import InputError
-from mmray.evaluation.naming import Naming
-from mmray.evaluation.object_words import read_synonyms
+from mmray.objects.naming import Naming
+from mmray.objects.words import read_synonyms
 
 TRANSLATIONS = {"dog": {"en": "dog", "es": "perro"}, "bird": {"es": "pájaro", "zh": "鸟"}}
 

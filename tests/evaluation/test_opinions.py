@@ -14,9 +14,6 @@ from PIL import Image
 from mmray.data.samples import Sample
 from mmray.derived import DERIVED
 from mmray.errors import InputError
-from mmray.evaluation.answers import value_of
-from mmray.evaluation.facts import gather_facts
-from mmray.evaluation.naming import Naming
 from mmray.evaluation.opinions import judging
 from mmray.evaluation.opinions.changes import changes
 from mmray.evaluation.opinions.claims import Claimant
@@ -26,6 +23,9 @@ from mmray.evaluation.opinions.moving import Mover, drawn_move
 from mmray.evaluation.opinions.second import SecondOpinion
 from mmray.evaluation.opinions.settings import perturbation_settings
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
+from mmray.objects.answers import value_of
+from mmray.objects.naming import Naming
+from mmray.objects.statistics import gather_facts
 from mmray.perception.heads import Heads
 from mmray.perception.joint import JointModel
 from mmray.perception.owl import QUERY

@@ -12,17 +12,17 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmray.data.samples import Sample
-from mmray.evaluation.answers import says_yes
 from mmray.evaluation.asking import replies
-from mmray.evaluation.facts import STRATEGIES, DataFacts, asked_objects
-from mmray.evaluation.naming import Naming, objects_of
 from mmray.evaluation.opinions.mistakes import Box, stands_at
-from mmray.evaluation.prompts import presence
 from mmray.models.generation import caption_of
 from mmray.models.norms import log_probability, vocabulary_logits
 from mmray.models.options import LONGEST
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.places import place_mentions
+from mmray.objects.answers import says_yes
+from mmray.objects.naming import Naming, objects_of
+from mmray.objects.prompts import presence
+from mmray.objects.statistics import STRATEGIES, DataFacts, asked_objects
 from mmray.perception.joint import JointModel
 
 ANSWER = 8

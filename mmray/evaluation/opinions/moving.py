@@ -20,11 +20,11 @@ from torch import Tensor
 
 from mmray.data.samples import Sample
 from mmray.errors import InputError
-from mmray.evaluation.answers import value_of
 from mmray.evaluation.asking import replies
 from mmray.evaluation.opinions.settings import PerturbationSettings
-from mmray.evaluation.prompts import presence
 from mmray.models.prompting import prompt_text
+from mmray.objects.answers import value_of
+from mmray.objects.prompts import presence
 from mmray.perception.joint import JointModel
 from mmray.perception.perturbing import Covariance, as_far, confidences, moved, moved_at_random, relative_norms
 

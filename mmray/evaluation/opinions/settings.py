@@ -7,10 +7,10 @@ from typing import Any
 from pydantic import Field
 
 from mmray.errors import InputError
-from mmray.evaluation.answers import reader
-from mmray.evaluation.facts import GroundTruth
 from mmray.job_settings import JobSettings, after_work, checked, execution, known_by_digest
 from mmray.models.options import LONGEST
+from mmray.objects.answers import reader
+from mmray.objects.statistics import GroundTruth
 
 
 class SightSettings(JobSettings):

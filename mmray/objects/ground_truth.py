@@ -9,9 +9,9 @@ from mmray.data.rows import BadRowError, object_names
 from mmray.data.samples import Sample
 from mmray.data.source import Source
 from mmray.errors import InputError
-from mmray.evaluation.facts import DataFacts, GroundTruth, gather_facts
-from mmray.evaluation.naming import Naming, object_naming
-from mmray.evaluation.object_words import COCO, open_words, table_for
+from mmray.objects.naming import Naming, object_naming
+from mmray.objects.statistics import DataFacts, GroundTruth, gather_facts
+from mmray.objects.words import COCO, open_words, table_for
 
 
 @dataclass(frozen=True)

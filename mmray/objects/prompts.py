@@ -6,8 +6,8 @@ import random
 from dataclasses import dataclass
 
 from mmray.errors import InputError
-from mmray.evaluation.facts import DataFacts
 from mmray.neurons.inflection import with_article
+from mmray.objects.statistics import DataFacts
 from mmray.storage import open_object
 
 PARAPHRASES: dict[str, tuple[str, ...]] = {

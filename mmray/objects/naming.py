@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from mmray.data.samples import Sample
-from mmray.evaluation.object_words import ObjectWords, Rules
 from mmray.neurons.concepts import Mention, find_forms
+from mmray.objects.words import ObjectWords, Rules
 
 
 class Naming:

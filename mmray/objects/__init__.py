@@ -1,0 +1,1 @@
+"""What an image shows, and which objects a text names: words, ground truth, questions, answers."""
