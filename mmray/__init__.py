@@ -19,7 +19,7 @@ _PLACES = {
     "evaluate": "mmray.api",
     "properties": "mmray.api",
     "saliency": "mmray.api",
-    "load_joint": "mmray.perception.joint",
+    "load_joint": "mmray.detector.joint",
     "write_report": "mmray.reporting",
     "selectivity": "mmray.api",
     "align": "mmray.api",

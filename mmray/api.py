@@ -17,6 +17,7 @@ from mmray.cluster.perturb import PerturbJob
 from mmray.cluster.properties import PropertiesJob
 from mmray.cluster.saliency import SaliencyJob
 from mmray.cluster.selecting import Selection, SelectionJob, selections
+from mmray.detector.alignment_settings import alignment_settings
 from mmray.editing.edit import WeightEdit
 from mmray.editing.material import open_material
 from mmray.editing.methods import make_edit
@@ -28,7 +29,6 @@ from mmray.evaluation.properties.settings import property_settings
 from mmray.evaluation.settings import evaluation_settings
 from mmray.neurons.labels.settings import selectivity_settings
 from mmray.neurons.selection_settings import selection_settings
-from mmray.perception.alignment_settings import alignment_settings
 from mmray.perception.settings import saliency_settings
 from mmray.results.run import Run, open_run
 from mmray.settings import census_settings

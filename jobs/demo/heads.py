@@ -16,10 +16,10 @@ from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
 from jobs.demo.scenes import Scene, World, load_concepts
-from mmray.perception.boxes import centres_inside, generalised_iou, iou
-from mmray.perception.detection import Detection
-from mmray.perception.heads import Heads
-from mmray.perception.sight import OwnTower
+from mmray.detector.boxes import centres_inside, generalised_iou, iou
+from mmray.detector.detection import Detection
+from mmray.detector.heads import Heads
+from mmray.detector.vision_tower import OwnTower
 
 SEED = 7_000
 """Seed of the scenes that heads are trained on; further chunks have those that follow."""

@@ -21,9 +21,9 @@ from jobs.demo.heads import measure_heads, train_heads
 from jobs.demo.measures import measure
 from jobs.demo.scenes import SIZE, World
 from jobs.demo.training import save, train
+from mmray.detector.heads import FACTS, Heads, load_heads, save_heads
+from mmray.detector.vision_tower import OwnTower
 from mmray.models.loading import load
-from mmray.perception.heads import FACTS, Heads, load_heads, save_heads
-from mmray.perception.sight import OwnTower
 
 
 def main(

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from mmray.cli.options import INCOMPLETE, AsJson, app, console, followed, say, with_settings
-from mmray.perception.alignment_settings import AlignmentSettings, alignment_settings
+from mmray.detector.alignment_settings import AlignmentSettings, alignment_settings
 
 TOLD = {"recall": "recall of objects", "pope_random_f1": "POPE (random) F1"}
 """Measures of an alignment next to what is found by it."""
@@ -18,7 +18,7 @@ TOLD = {"recall": "recall of objects", "pope_random_f1": "POPE (random) F1"}
 def say_sight(alignment: str | None) -> None:
     """Say how well a model does by the sight that an aligned network gives it, if one does."""
     if alignment is not None:
-        from mmray.perception.alignment import alignment_measures
+        from mmray.detector.alignment import alignment_measures
         from mmray.results.evaluation import number
 
         found = alignment_measures(alignment)

@@ -54,9 +54,9 @@ def _one(
     *,
     as_json: bool,
 ) -> None:
+    from mmray.detector.joint import join_if_asked
     from mmray.evaluation.saliency_batch import methods_of
     from mmray.neurons.model import open_image
-    from mmray.perception.joint import join_if_asked
     from mmray.perception.model import explain, load_model
     from mmray.perception.showing import numbers, over, page
 

@@ -25,14 +25,14 @@ from mmray.data.columns import Columns
 from mmray.data.shards import Manifest
 from mmray.data.sources import open_source
 from mmray.data.training_order import cut_for_lanes
+from mmray.detector.alignment import FACTS
+from mmray.detector.alignment_settings import AlignmentSettings
 from mmray.engine import Progress, executor_for
 from mmray.engine import run as run_job
 from mmray.engine.driver import Follow
 from mmray.engine.session import actor_pool, machines
 from mmray.errors import InputError
 from mmray.models.loading import digest, from_anywhere, resolve
-from mmray.perception.alignment import FACTS
-from mmray.perception.alignment_settings import AlignmentSettings
 from mmray.runs import RunFolder
 from mmray.runs.driver import drive
 from mmray.version import VERSION

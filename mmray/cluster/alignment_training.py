@@ -28,10 +28,10 @@ from mmray.data.samples import Failure, Sample
 from mmray.data.shards import Manifest
 from mmray.data.sources import open_source
 from mmray.data.training_order import Lanes
+from mmray.detector.alignment import Alignment, Pair, alignment_loss, optimiser, save_alignment
+from mmray.detector.alignment_settings import AlignmentSettings
+from mmray.detector.vision_tower import open_sight
 from mmray.errors import InputError
-from mmray.perception.alignment import Alignment, Pair, alignment_loss, optimiser, save_alignment
-from mmray.perception.alignment_settings import AlignmentSettings
-from mmray.perception.sight import open_sight
 from mmray.runs import RunFolder
 from mmray.storage import Store, patiently
 

@@ -12,6 +12,8 @@ import pyarrow as pa
 from mmray.cluster.alignment_training import open_pair
 from mmray.data.shards import Manifest, cut, read_shard
 from mmray.data.sources import open_source
+from mmray.detector.alignment import FACTS, load_alignment
+from mmray.detector.alignment_settings import AlignmentSettings
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
 from mmray.evaluation.before import Before
@@ -21,8 +23,6 @@ from mmray.evaluation.summary import summarise
 from mmray.models.loading import digest, resolve
 from mmray.objects.ground_truth import survey
 from mmray.objects.statistics import DataFacts
-from mmray.perception.alignment import FACTS, load_alignment
-from mmray.perception.alignment_settings import AlignmentSettings
 from mmray.perception.standing_in import OtherSight
 from mmray.runs import RunFolder
 from mmray.storage import patiently

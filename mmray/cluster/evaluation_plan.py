@@ -13,6 +13,7 @@ from mmray.census.inputs import columns_of, open_data
 from mmray.data.shards import Manifest, Shard, cut
 from mmray.data.source import Source
 from mmray.data.sources import open_source
+from mmray.detector.joint import detector_digest
 from mmray.errors import InputError
 from mmray.evaluation.asks import Edit, Purpose
 from mmray.evaluation.mmedit import Records, read_records
@@ -24,7 +25,6 @@ from mmray.objects.naming import Naming
 from mmray.objects.prompts import TextQuestion, read_text_questions, text_questions
 from mmray.objects.statistics import DataFacts
 from mmray.objects.words import open_words
-from mmray.perception.joint import detector_digest
 from mmray.results.run import Run
 from mmray.settings import CensusSettings
 from mmray.storage import Entry, open_object, open_store

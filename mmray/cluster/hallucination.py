@@ -15,6 +15,7 @@ from mmray.data.columns import Columns
 from mmray.data.samples import Sample
 from mmray.data.source import Source
 from mmray.derived import DERIVED, OPINION_SCHEMAS
+from mmray.detector.joint import JointModel
 from mmray.engine import Output, Parts, Plan
 from mmray.errors import InputError
 from mmray.evaluation.opinions.claims import Claimant
@@ -24,7 +25,6 @@ from mmray.evaluation.opinions.settings import OpinionSettings
 from mmray.objects.ground_truth import survey, with_ground_truth
 from mmray.objects.naming import object_naming
 from mmray.objects.words import open_words
-from mmray.perception.joint import JointModel
 from mmray.results.run import open_run
 from mmray.settings import census_settings
 

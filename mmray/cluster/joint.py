@@ -20,6 +20,8 @@ from mmray.data.samples import Failure, Sample
 from mmray.data.shards import Manifest, cut, read_shard
 from mmray.data.source import Source
 from mmray.data.sources import open_source
+from mmray.detector.alignment import alignment_digest
+from mmray.detector.joint import JointModel, detector_digest, join
 from mmray.engine import Job, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
 from mmray.evaluation.opinions.settings import SightSettings
@@ -29,8 +31,6 @@ from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.neurons.model import load_model
 from mmray.objects.statistics import DataFacts, GroundTruth
 from mmray.objects.words import ObjectWords
-from mmray.perception.alignment import alignment_digest
-from mmray.perception.joint import JointModel, detector_digest, join
 from mmray.storage import patiently
 from mmray.tables import SCHEMAS
 

@@ -19,6 +19,7 @@ from mmray.data.samples import Sample
 from mmray.data.shards import Manifest, read_shard
 from mmray.data.source import Source
 from mmray.derived import DERIVED, OPINION_SCHEMAS
+from mmray.detector.joint import JointModel
 from mmray.engine import Output, Parts, Plan
 from mmray.errors import InputError
 from mmray.evaluation.opinions.changes import changes
@@ -27,7 +28,6 @@ from mmray.evaluation.opinions.settings import PerturbationSettings
 from mmray.models.loading import from_anywhere
 from mmray.objects.ground_truth import survey
 from mmray.objects.words import NONE, ObjectWords
-from mmray.perception.joint import JointModel
 from mmray.perception.perturbing import Covariance, covariance
 
 REFERENCE, BATCH = 96, 16

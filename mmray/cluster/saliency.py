@@ -16,13 +16,13 @@ from mmray.cluster.wanted import RunSamples
 from mmray.data.image_keys import image_keys, one_per_image
 from mmray.data.shards import Manifest
 from mmray.derived import SALIENCY_SCHEMAS
+from mmray.detector.alignment import alignment_digest
+from mmray.detector.joint import detector_digest, detector_or_demo, join_if_asked
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
 from mmray.evaluation.saliency import summarise_saliency
 from mmray.evaluation.saliency_batch import Judging, methods_of
 from mmray.neurons.model import load_model
-from mmray.perception.alignment import alignment_digest
-from mmray.perception.joint import detector_digest, detector_or_demo, join_if_asked
 from mmray.perception.methods import Located
 from mmray.perception.settings import SaliencySettings
 from mmray.results.run import Run, open_run

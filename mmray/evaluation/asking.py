@@ -8,9 +8,9 @@ from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor
 
+from mmray.detector.joint import JointModel
 from mmray.models.options import LONGEST
 from mmray.models.prompting import encode
-from mmray.perception.joint import JointModel
 
 
 def replies(

@@ -12,6 +12,7 @@ from torch.nn import functional
 from mmray.data.images import decode_image
 from mmray.data.samples import Sample
 from mmray.derived import SALIENCY_SCHEMAS
+from mmray.detector.joint import JointModel
 from mmray.engine.clock import phase
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel
@@ -20,7 +21,6 @@ from mmray.neurons.concepts import NounSource
 from mmray.neurons.places import Place, places_of
 from mmray.neurons.shard import Captioned, ShardAnalysis
 from mmray.perception.asking import look_at
-from mmray.perception.joint import JointModel
 from mmray.perception.measures import Boxes, objects_mask, points_at
 from mmray.perception.methods import METHODS, OF_BOXES, Located, Looked, method_of
 from mmray.perception.observing import draw_maps, observations

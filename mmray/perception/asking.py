@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from PIL.Image import Image
 
+from mmray.detector.joint import JointModel
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, find_forms
 from mmray.neurons.places import Place, place_mentions
-from mmray.perception.joint import JointModel
 from mmray.perception.look import JointLook, Look, SequenceLook
 
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mmray.detector.joint import JointModel
 from mmray.errors import InputError
 from mmray.models.blocks import block_of
 from mmray.models.capture import tap_input
@@ -19,7 +20,6 @@ from mmray.models.norms import log_probability, token_logits
 from mmray.models.patches import Patches, patches_of
 from mmray.models.prompting import Batch
 from mmray.neurons.places import Place, rank_in_row
-from mmray.perception.joint import JointModel
 
 Seen = Float[Tensor, "row patch width"]
 """What stands for the images of a batch, and is differentiated in: a joint model's embedding, or the image tokens."""

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmray.detector.detection import Detection
 from mmray.errors import InputError
 from mmray.neurons.captured import capturing
 from mmray.neurons.heatmaps import Map, Wanted, patch_maps
 from mmray.neurons.places import Place
 from mmray.neurons.scoring import score_captured
 from mmray.perception.attention import attention_rollout
-from mmray.perception.detection import Detection
 from mmray.perception.look import JointLook, Look
 from mmray.perception.pulling import Outputs, box_cosines
 from mmray.perception.saliency import Saliency, gradient_input, gradient_norm, paint, spread

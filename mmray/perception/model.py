@@ -10,6 +10,7 @@ from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor
 
+from mmray.detector.joint import JointModel, join_if_asked
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import prompt_text
@@ -17,7 +18,6 @@ from mmray.neurons.heatmaps import placed
 from mmray.neurons.model import Model as NeuronModel
 from mmray.neurons.model import load_checked, open_image
 from mmray.perception.asking import ask, look_at
-from mmray.perception.joint import JointModel, join_if_asked
 from mmray.perception.methods import METHODS, Looked, method_of
 from mmray.perception.saliency import Saliency
 

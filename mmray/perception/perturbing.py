@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from mmray.perception.boxes import centres_inside
-from mmray.perception.joint import JointModel, Judge
+from mmray.detector.boxes import centres_inside
+from mmray.detector.joint import JointModel, Judge
 
 SHOWS = 0.5
 """Part of the highest confidence above which a box counts as one where the concept is."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmray.perception.detection import Detector
+from mmray.detector.detection import Detector
 from mmray.perception.saliency import cosines
 
 Outputs: TypeAlias = Literal["class", "boxes", "any"]

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmray.detector.boxes import centres_inside
 from mmray.neurons.heatmaps import SIDE, upsample
-from mmray.perception.boxes import centres_inside
 
 Raster = Float[Tensor, "point point"]
 

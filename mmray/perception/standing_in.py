@@ -10,9 +10,9 @@ from typing import Any
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from mmray.detector.vision_tower import PROJECTOR, Sight
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel
-from mmray.perception.sight import PROJECTOR, Sight
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from jobs.demo.dataset import write_parquet
 from jobs.demo.scenes import World
 from mmray.cluster.alignment import run_alignment
 from mmray.cluster.alignment_training import PREFIX
-from mmray.perception.alignment_settings import alignment_settings
+from mmray.detector.alignment_settings import alignment_settings
 from mmray.storage import open_store
 from tests.cluster.kills import processes
 

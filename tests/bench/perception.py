@@ -18,14 +18,14 @@ from PIL import Image
 from jobs.demo.heads import measure_heads
 from jobs.demo.scenes import World
 from mmray.derived import SALIENCY_SCHEMAS
+from mmray.detector.heads import Heads
+from mmray.detector.joint import load_joint
 from mmray.evaluation.saliency import summarise_saliency
 from mmray.models.norms import token_logits
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.places import places_of
 from mmray.perception.asking import look_at
-from mmray.perception.heads import Heads
-from mmray.perception.joint import load_joint
 from mmray.perception.methods import METHODS, Looked
 from mmray.perception.observing import draw_maps, observations
 

@@ -25,6 +25,7 @@ from jobs.demo.dataset import write_parquet
 from jobs.demo.scenes import World
 from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.perturb import PerturbJob
+from mmray.detector.vision_tower import OwnTower
 from mmray.engine import JobResult
 from mmray.engine import run as run_job
 from mmray.evaluation.asks import Ask
@@ -34,7 +35,6 @@ from mmray.models.prompting import prompt_text
 from mmray.neurons.model import load_model
 from mmray.objects.answers import value_of
 from mmray.objects.prompts import presence
-from mmray.perception.sight import OwnTower
 from mmray.storage import open_store
 from mmray.tables import read_table
 

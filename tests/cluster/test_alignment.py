@@ -16,9 +16,9 @@ from mmray.cluster import alignment, alignment_training
 from mmray.cluster.alignment import Aligned, run_alignment
 from mmray.cluster.alignment_training import open_pair
 from mmray.data.shards import Manifest
+from mmray.detector.alignment import WEIGHTS
+from mmray.detector.alignment_settings import alignment_settings
 from mmray.errors import InputError
-from mmray.perception.alignment import WEIGHTS
-from mmray.perception.alignment_settings import alignment_settings
 from mmray.storage import open_store
 from tests.bench.alignment import own_workers
 from tests.cluster.kills import cheap_processes

@@ -9,11 +9,11 @@ import torch
 
 from mmray.cluster.alignment import Aligned, run_alignment
 from mmray.cluster.alignment_training import open_pair
+from mmray.detector.alignment import alignment_measures, save_alignment
+from mmray.detector.alignment_settings import AlignmentSettings, alignment_settings
 from mmray.engine import Progress
 from mmray.errors import InputError
 from mmray.models.loading import digest, resolve
-from mmray.perception.alignment import alignment_measures, save_alignment
-from mmray.perception.alignment_settings import AlignmentSettings, alignment_settings
 from mmray.runs.driver import drive_analysis
 from mmray.storage import open_store
 from tests.e2e.scenes import scenes, write

@@ -15,17 +15,17 @@ from jobs.demo.scenes import World
 from mmray.cluster.saliency import SaliencyJob
 from mmray.demo import DETECTOR
 from mmray.derived import DERIVED
+from mmray.detector.alignment import Pair, save_alignment
+from mmray.detector.heads import WEIGHTS
+from mmray.detector.vision_tower import open_sight
 from mmray.engine import Progress
 from mmray.engine import run as run_job
 from mmray.errors import InputError
 from mmray.evaluation.saliency import PROTOCOLS
 from mmray.models.loading import digest
-from mmray.perception.alignment import Pair, save_alignment
-from mmray.perception.heads import WEIGHTS
 from mmray.perception.methods import METHODS, OF_BOXES
 from mmray.perception.observing import CHANCE
 from mmray.perception.settings import saliency_settings
-from mmray.perception.sight import open_sight
 from mmray.results.run import open_run
 from mmray.storage import open_store
 from tests.e2e.conftest import Answer

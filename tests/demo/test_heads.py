@@ -5,8 +5,8 @@ import torch
 
 from jobs.demo import heads as training
 from jobs.demo.heads import Chunk, detection_loss
-from mmray.perception.detection import Detection
-from mmray.perception.heads import Heads
+from mmray.detector.detection import Detection
+from mmray.detector.heads import Heads
 
 SCENES, SIDE, WIDTH, WORDS = 3, 4, 24, 5
 

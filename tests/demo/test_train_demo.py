@@ -12,8 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from jobs.demo.captions import LANGUAGES
 from jobs.demo.scenes import World
+from mmray.detector.heads import FACTS, load_heads
 from mmray.models.loading import load
-from mmray.perception.heads import FACTS, load_heads
 
 JOB = ["-m", "jobs.demo.train"]
 ROOT = Path(__file__).parents[2]

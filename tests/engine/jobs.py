@@ -27,6 +27,8 @@ from mmray.cluster.properties import PropertiesJob
 from mmray.cluster.saliency import SaliencyJob
 from mmray.cluster.selecting import SelectionJob
 from mmray.demo import DATA
+from mmray.detector.alignment import save_alignment
+from mmray.detector.alignment_settings import alignment_settings
 from mmray.editing.edit import open_edit
 from mmray.editing.settings import EditSettings
 from mmray.engine import Executor, Job, JobResult, checked, run
@@ -37,8 +39,6 @@ from mmray.models.loading import digest, resolve
 from mmray.neurons.labels.masks import Mask
 from mmray.neurons.labels.settings import selectivity_settings
 from mmray.neurons.selection_settings import selection_settings
-from mmray.perception.alignment import save_alignment
-from mmray.perception.alignment_settings import alignment_settings
 from mmray.perception.settings import saliency_settings
 from mmray.results.run import open_run
 from mmray.runs import RunFolder

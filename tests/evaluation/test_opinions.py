@@ -13,6 +13,10 @@ from PIL import Image
 
 from mmray.data.samples import Sample
 from mmray.derived import DERIVED
+from mmray.detector.heads import Heads
+from mmray.detector.joint import JointModel
+from mmray.detector.owl import QUERY
+from mmray.detector.vision_tower import OwnTower
 from mmray.errors import InputError
 from mmray.evaluation.opinions import judging
 from mmray.evaluation.opinions.changes import changes
@@ -26,11 +30,7 @@ from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.objects.answers import value_of
 from mmray.objects.naming import Naming
 from mmray.objects.statistics import gather_facts
-from mmray.perception.heads import Heads
-from mmray.perception.joint import JointModel
-from mmray.perception.owl import QUERY
 from mmray.perception.perturbing import covariance, moved, moved_at_random, relative_norms, shown
-from mmray.perception.sight import OwnTower
 from tests.perception.owls import build_owl
 
 CLAIM = st.tuples(st.integers(0, 4), st.booleans(), st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.95, 1.0]))

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from jobs.demo.scenes import Scene, World
-from mmray.perception.joint import JointModel, join
+from mmray.detector.joint import JointModel, join
 from tests.perception.owls import build_owl
 
 

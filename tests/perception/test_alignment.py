@@ -8,13 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmray.errors import InputError
-from mmray.evaluation.asks import Ask
-from mmray.evaluation.questioner import Questioner
-from mmray.models.loading import digest
-from mmray.models.prompting import prompt_text
-from mmray.neurons.heatmaps import placed
-from mmray.perception.alignment import (
+from mmray.detector.alignment import (
     WEIGHTS,
     Alignment,
     Pair,
@@ -24,9 +18,15 @@ from mmray.perception.alignment import (
     optimiser,
     save_alignment,
 )
-from mmray.perception.joint import join
+from mmray.detector.joint import join
+from mmray.detector.vision_tower import OwnTower, open_sight
+from mmray.errors import InputError
+from mmray.evaluation.asks import Ask
+from mmray.evaluation.questioner import Questioner
+from mmray.models.loading import digest
+from mmray.models.prompting import prompt_text
+from mmray.neurons.heatmaps import placed
 from mmray.perception.model import explain, load_model
-from mmray.perception.sight import OwnTower, open_sight
 from mmray.perception.standing_in import OtherSight
 from mmray.storage import open_store
 

@@ -8,13 +8,13 @@ import torch
 
 from jobs.demo.heads import measure_heads
 from mmray.demo import DETECTOR
+from mmray.detector.heads import FACTS, WEIGHTS
+from mmray.detector.joint import JointModel, join, join_if_asked
+from mmray.detector.vision_tower import OwnTower
 from mmray.errors import InputError
 from mmray.models.generation import caption_of, generate
 from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
-from mmray.perception.heads import FACTS, WEIGHTS
-from mmray.perception.joint import JointModel, join, join_if_asked
-from mmray.perception.sight import OwnTower
 
 CAPTIONS = ("An image of a dog.", "An image", "An image of a cat and a house.")
 

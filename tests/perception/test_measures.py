@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.derived import SALIENCY_SCHEMAS
+from mmray.detector.boxes import generalised_iou, iou
 from mmray.evaluation.saliency import summarise_saliency
 from mmray.neurons.heatmaps import SIDE
 from mmray.perception.asking import ask, look_at
-from mmray.perception.boxes import generalised_iou, iou
 from mmray.perception.erasing import erasure_curves, erasure_ends
 from mmray.perception.measures import (
     THRESHOLDS,

@@ -6,12 +6,12 @@ import transformers
 from PIL import Image
 from torch import nn
 
+from mmray.detector.joint import JointModel, join
+from mmray.detector.owl import QUERY, open_owl
 from mmray.errors import InputError
 from mmray.perception.asking import ask
-from mmray.perception.joint import JointModel, join
 from mmray.perception.methods import METHODS
 from mmray.perception.model import explain
-from mmray.perception.owl import QUERY, open_owl
 from tests.models.pieces import WIDTH
 
 CAPTION = "A dog and a red ball."

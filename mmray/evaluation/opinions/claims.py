@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmray.data.samples import Sample
+from mmray.detector.joint import JointModel
 from mmray.evaluation.asking import replies
 from mmray.evaluation.opinions.mistakes import Box, stands_at
 from mmray.models.generation import caption_of
@@ -23,7 +24,6 @@ from mmray.objects.answers import says_yes
 from mmray.objects.naming import Naming, objects_of
 from mmray.objects.prompts import presence
 from mmray.objects.statistics import STRATEGIES, DataFacts, asked_objects
-from mmray.perception.joint import JointModel
 
 ANSWER = 8
 """Tokens at most of an answer to a yes/no question."""

@@ -10,7 +10,7 @@ import torch
 from PIL import ImageDraw
 from PIL.Image import Image, Resampling
 
-from mmray.perception.boxes import iou
+from mmray.detector.boxes import iou
 
 Box: TypeAlias = Sequence[float]
 """x, y, width and height in parts of the image."""

@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 from PIL.Image import Image
 
+from mmray.detector.joint import judge_beside
 from mmray.models.loading import LoadedModel
-from mmray.perception.joint import judge_beside
 from mmray.perception.perturbing import confidences
 
 

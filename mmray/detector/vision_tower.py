@@ -10,11 +10,11 @@ from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from mmray.detector.owl import is_owl, open_owl
 from mmray.errors import InputError
 from mmray.models.capture import tap_input
 from mmray.models.loading import LoadedModel, load
 from mmray.models.patches import covered
-from mmray.perception.owl import is_owl, open_owl
 
 PROJECTOR = "model.multi_modal_projector"
 """Module that makes image tokens of the tower's features, in the families that have a tower and one projector."""

@@ -23,11 +23,11 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmray.detector.alignment_settings import Shape
+from mmray.detector.vision_tower import OwnTower, Sight
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel
 from mmray.models.patches import covered
-from mmray.perception.alignment_settings import Shape
-from mmray.perception.sight import OwnTower, Sight
 from mmray.storage import Store, open_store
 
 WEIGHTS, FACTS = "alignment.safetensors", "alignment.json"

@@ -18,11 +18,11 @@ from PIL.Image import Image, new
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor, Owlv2ForObjectDetection, OwlViTForObjectDetection
 
+from mmray.detector.detection import Detection, Detector
 from mmray.errors import InputError
 from mmray.models.checkpoint import check_config
 from mmray.models.loading import refuse_missing, resolve
 from mmray.models.patches import WHOLE
-from mmray.perception.detection import Detection, Detector
 
 KINDS: dict[str, Any] = {"owlvit": OwlViTForObjectDetection, "owlv2": Owlv2ForObjectDetection}
 QUERY = "a photo of a {}"

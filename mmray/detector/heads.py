@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmray.detector.detection import Detection, Detector
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel
-from mmray.perception.detection import Detection, Detector
 
 WEIGHTS, FACTS = "heads.safetensors", "heads.json"
 """Files of a folder of heads."""

@@ -18,17 +18,17 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 import mmray.demo
+from mmray.detector.alignment import load_alignment
+from mmray.detector.detection import Detection, Detector
+from mmray.detector.heads import FACTS, load_heads
+from mmray.detector.owl import open_owl
+from mmray.detector.vision_tower import OwnTower, Sight
 from mmray.errors import InputError
 from mmray.models.capture import tap_input
 from mmray.models.generation import end_tokens, until_special
 from mmray.models.loading import LoadedModel, digest, load, resolve
 from mmray.models.options import LONGEST
 from mmray.models.prompting import Batch, pad_left
-from mmray.perception.alignment import load_alignment
-from mmray.perception.detection import Detection, Detector
-from mmray.perception.heads import FACTS, load_heads
-from mmray.perception.owl import open_owl
-from mmray.perception.sight import OwnTower, Sight
 
 __all__ = ["Detection", "Detector", "JointModel", "Judge", "load_joint"]
 
