@@ -32,7 +32,7 @@ ROOMS = (
     "mmray/neurons",
     "mmray/evaluation",
     "mmray/editing",
-    "mmray/perception",
+    "mmray/detector",
     "mmray/models",
     "mmray/data",
     "mmray/runs",
