@@ -35,9 +35,9 @@ from mmray.cli import (  # noqa: F401  they register
     sight,
     status,
 )
-from mmray.cli.options import app, console, visible
 from mmray.errors import InputError
 from mmray.storage import is_full
+from mmray.terminal.options import app, console, visible
 
 BAD_INPUT = 2
 """Exit status of a call that can't be carried out as it is."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import typer
 
-from mmray.cli.options import INCOMPLETE, AsJson, app, console, followed, say, with_settings
 from mmray.detector.alignment_settings import AlignmentSettings, alignment_settings
+from mmray.terminal.options import INCOMPLETE, AsJson, app, console, followed, say, with_settings
 
 TOLD = {"recall": "recall of objects", "pope_random_f1": "POPE (random) F1"}
 """Measures of an alignment next to what is found by it."""

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from mmray.cli.options import INCOMPLETE, AsJson, app, console, followed, plural, say, with_settings
 from mmray.cli.showing import say_edits, say_meaning, say_report, say_shortfall
 from mmray.settings import CensusSettings, census_settings
+from mmray.terminal.options import INCOMPLETE, AsJson, app, console, followed, plural, say, with_settings
 
 if TYPE_CHECKING:
     from mmray.census.job import Outcome

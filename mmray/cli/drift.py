@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, followed, option, plural, say
 from mmray.cli.showing import say_shortfall
+from mmray.terminal.options import INCOMPLETE, AsJson, RunArgument, app, console, followed, option, plural, say
 
 if TYPE_CHECKING:
     from mmray.results.drift import Drift

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from mmray.cli.options import AsJson, DtypeName, RunArgument, TrustRemoteCode, app, say, with_settings
 from mmray.editing.settings import EditSettings, edit_settings
 from mmray.settings import describe
+from mmray.terminal.options import AsJson, DtypeName, RunArgument, TrustRemoteCode, app, say, with_settings
 
 
 @app.command()

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 import typer
 
 from mmray.cli import main
-from mmray.cli.options import app
-from mmray.config import read_config
 from mmray.errors import InputError
+from mmray.terminal.config import read_config
+from mmray.terminal.options import app
 
 ONCE = ("retry_failed", "address")
 """Settings of one call, which a later one need not share."""

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from mmray.cli.options import AsJson, DtypeName, TrustRemoteCode, app, console
 from mmray.errors import InputError
 from mmray.settings import describe
+from mmray.terminal.options import AsJson, DtypeName, TrustRemoteCode, app, console
 
 
 @app.command("check-model")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from mmray.cli.options import INCOMPLETE, AsJson, app, console, resumable, say
-from mmray.config import read_config
 from mmray.features import FEATURES
+from mmray.terminal.config import read_config
+from mmray.terminal.options import INCOMPLETE, AsJson, app, console, resumable, say
 
 if TYPE_CHECKING:
     from mmray.cluster.pipeline import Follow, Pipeline, PipelineSettings
@@ -70,7 +70,7 @@ def follow_pipeline(settings: PipelineSettings) -> Pipeline:
 
 def _follow(bars: ExitStack) -> Follow:
     """Return what shows a step's progress: a bar for each step, one after the other."""
-    from mmray.results.progress import follow_progress
+    from mmray.terminal.progress import follow_progress
 
     shown: dict[str, Any] = {}
 

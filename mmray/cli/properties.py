@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from mmray.cli.options import AsJson, RunArgument, app, console, end, followed, say, with_settings
 from mmray.evaluation.properties.settings import PropertySettings, property_settings
+from mmray.terminal.options import AsJson, RunArgument, app, console, end, followed, say, with_settings
 
 
 @app.command()

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mmray.cli.options import AsJson, RunArgument, app, console, end, followed, say, with_settings
 from mmray.neurons.selection_settings import SelectionSettings, selection_settings
+from mmray.terminal.options import AsJson, RunArgument, app, console, end, followed, say, with_settings
 
 
 @app.command()

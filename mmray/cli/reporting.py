@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmray.cli.options import RunArgument, app, say
+from mmray.terminal.options import RunArgument, app, say
 
 
 @app.command()

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from mmray.cli.aligning import say_sight
-from mmray.cli.options import AsJson, app, console, end, followed, say, with_settings
 from mmray.errors import InputError
 from mmray.perception.settings import SaliencySettings, saliency_settings
+from mmray.terminal.options import AsJson, app, console, end, followed, say, with_settings
 
 
 @app.command()

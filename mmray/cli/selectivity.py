@@ -8,8 +8,8 @@ from typing import Any
 
 import typer
 
-from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, followed, say, with_settings
 from mmray.neurons.labels.settings import SelectivitySettings, selectivity_settings
+from mmray.terminal.options import INCOMPLETE, AsJson, RunArgument, app, console, followed, say, with_settings
 
 
 @app.command()

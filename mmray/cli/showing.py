@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmray.cli.options import console, plural, say
 from mmray.settings import CensusSettings
+from mmray.terminal.options import console, plural, say
 
 if TYPE_CHECKING:
     from mmray.census.job import Outcome

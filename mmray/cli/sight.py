@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmray.cli.aligning import say_sight
-from mmray.cli.options import AsJson, RunArgument, app, console, end, followed, say, with_settings
 from mmray.evaluation.opinions.settings import (
     OpinionSettings,
     PerturbationSettings,
     opinion_settings,
     perturbation_settings,
 )
+from mmray.terminal.options import AsJson, RunArgument, app, console, end, followed, say, with_settings
 
 if TYPE_CHECKING:
     from mmray.engine import Job, JobResult

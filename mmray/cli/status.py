@@ -13,8 +13,8 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from mmray.cli.options import INCOMPLETE, AsJson, RunArgument, app, console, plural, say
 from mmray.errors import DamagedError
+from mmray.terminal.options import INCOMPLETE, AsJson, RunArgument, app, console, plural, say
 
 if TYPE_CHECKING:
     from mmray.results.run import Status

@@ -11,8 +11,8 @@ import yaml
 
 from mmray.cli.job import words_of
 from mmray.cluster.pipeline import pipeline_settings
-from mmray.config import read_config
 from mmray.settings import census_settings
+from mmray.terminal.config import read_config
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "jobs" / "kubernetes"

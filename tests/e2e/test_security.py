@@ -44,7 +44,7 @@ DANGEROUS = {
     *("torch.load", "np.load", "numpy.load", "yaml.load", "yaml.unsafe_load"),
 }
 """Modules and calls that can run what they are given."""
-ALLOWED = {("mmray/config.py", "yaml.load"), ("jobs/demo/scenes.py", "numpy.load")}
+ALLOWED = {("mmray/terminal/config.py", "yaml.load"), ("jobs/demo/scenes.py", "numpy.load")}
 """With YAML's safe loader, and with pickled arrays refused, as is the default."""
 
 

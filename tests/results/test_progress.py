@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mmray.engine import Progress
-from mmray.results import progress
-from mmray.results.progress import follow_progress
+from mmray.terminal import progress
+from mmray.terminal.progress import follow_progress
 
 
 @pytest.mark.parametrize("terminal", [False, True])

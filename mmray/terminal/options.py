@@ -22,7 +22,7 @@ from mmray.version import VERSION
 if TYPE_CHECKING:
     from mmray.cluster.alignment import Aligned
     from mmray.engine import JobResult
-    from mmray.results.progress import Counts
+    from mmray.terminal.progress import Counts
 
 INCOMPLETE = 4
 """Exit status of a run that ended although some samples or shards failed."""
@@ -150,7 +150,7 @@ def resumable(what: str = "") -> Iterator[None]:
 @contextmanager
 def followed(things: str = "samples", what: str = "") -> Iterator[Callable[[Counts], None]]:
     """Yield what shows how many of these things are done; a stop within the block says how to resume."""
-    from mmray.results.progress import follow_progress
+    from mmray.terminal.progress import follow_progress
 
     with resumable(what), follow_progress(Console(stderr=True, highlight=False), things) as follow:
         yield follow

@@ -1,0 +1,1 @@
+"""What every command shares: console, options, progress, configuration files."""
