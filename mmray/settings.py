@@ -117,8 +117,3 @@ class CensusSettings(JobSettings):
 def census_settings(values: dict[str, Any]) -> CensusSettings:
     """Return checked settings; raises InputError naming the first setting that is wrong and what is allowed."""
     return checked(CensusSettings, values)
-
-
-def describe(name: str) -> str:
-    """Return the documentation of one setting, for the command line's help."""
-    return " ".join((CensusSettings.model_fields[name].description or "").split())

@@ -19,7 +19,7 @@ def say_sight(alignment: str | None) -> None:
     """Say how well a model does by the sight that an aligned network gives it, if one does."""
     if alignment is not None:
         from mmray.detector.alignment import alignment_measures
-        from mmray.results.evaluation import number
+        from mmray.terminal.figures import number
 
         found = alignment_measures(alignment)
         told = [

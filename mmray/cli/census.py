@@ -23,7 +23,7 @@ FULL, QUICK = (12, 2), (3, 1)
 
 
 @app.command()
-@with_settings()
+@with_settings(CensusSettings)
 def census(as_json: AsJson = False, **settings: Any) -> None:
     """Capture, score, reduce and rank every neuron on image-caption data. Run it again to resume."""
     outcome = _run_census(census_settings(settings))
@@ -36,7 +36,7 @@ def census(as_json: AsJson = False, **settings: Any) -> None:
 
 
 @app.command()
-@with_settings(out="runs/plan")
+@with_settings(CensusSettings, out="runs/plan")
 def plan(as_json: AsJson = False, **settings: Any) -> None:
     """Say what a census would cost: samples, shards, hours, bytes. Nothing is run."""
     from mmray.census.job import plan_census

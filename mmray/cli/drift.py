@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmray.cli.showing import say_shortfall
+from mmray.settings import CensusSettings
 from mmray.terminal.options import INCOMPLETE, AsJson, RunArgument, app, console, followed, option, plural, say
 
 if TYPE_CHECKING:
@@ -57,12 +58,12 @@ def diff(
 def refresh(
     run: RunArgument,
     limit: Limit = None,
-    batch_size: Annotated[int | None, option("batch_size")] = None,
-    workers: Annotated[str | None, option("workers")] = None,
-    gpus_per_worker: Annotated[float | None, option("gpus_per_worker")] = None,
-    address: Annotated[str | None, option("address")] = None,
-    retry_failed: Annotated[bool, option("retry_failed")] = False,
-    local: Annotated[bool, option("local")] = False,
+    batch_size: Annotated[int | None, option("batch_size", CensusSettings)] = None,
+    workers: Annotated[str | None, option("workers", CensusSettings)] = None,
+    gpus_per_worker: Annotated[float | None, option("gpus_per_worker", CensusSettings)] = None,
+    address: Annotated[str | None, option("address", CensusSettings)] = None,
+    retry_failed: Annotated[bool, option("retry_failed", CensusSettings)] = False,
+    local: Annotated[bool, option("local", CensusSettings)] = False,
     as_json: AsJson = False,
 ) -> None:
     """Analyse what a run's data has gained since, merge it, and say how far the rankings have drifted."""

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from mmray.editing.settings import EditSettings, edit_settings
-from mmray.settings import describe
-from mmray.terminal.options import AsJson, DtypeName, RunArgument, TrustRemoteCode, app, say, with_settings
+from mmray.models.options import Dtype
+from mmray.settings import CensusSettings
+from mmray.terminal.options import AsJson, RunArgument, app, option, say, with_settings
 
 
 @app.command()
@@ -47,10 +48,10 @@ def edit(
 @app.command()
 def apply(
     edit: Annotated[str, typer.Argument(metavar="EDIT", help="Folder of an edit.")],
-    model: Annotated[str, typer.Option("--model", help=describe("model"))],
+    model: Annotated[str, option("model", CensusSettings)],
     out: Annotated[str, typer.Option("--out", help="Local folder of the edited checkpoint; it must be empty.")],
-    dtype: DtypeName = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    dtype: Annotated[Dtype, option("dtype", CensusSettings)] = "auto",
+    trust_remote_code: Annotated[bool, option("trust_remote_code", CensusSettings)] = False,
 ) -> None:
     """Write a complete edited checkpoint, which from_pretrained loads."""
     from mmray.editing.checkpoint import write_checkpoint

@@ -10,15 +10,16 @@ import typer
 from rich.markup import escape
 
 from mmray.errors import InputError
-from mmray.settings import describe
-from mmray.terminal.options import AsJson, DtypeName, TrustRemoteCode, app, console
+from mmray.models.options import Dtype
+from mmray.settings import CensusSettings
+from mmray.terminal.options import AsJson, app, console, help_of, option
 
 
 @app.command("check-model")
 def check_model(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=describe("model"))],
-    dtype: DtypeName = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=help_of("model", CensusSettings))],
+    dtype: Annotated[Dtype, option("dtype", CensusSettings)] = "auto",
+    trust_remote_code: Annotated[bool, option("trust_remote_code", CensusSettings)] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show which parts of a model were found, and prove them: exit status 2 names a claim that fails."""

@@ -8,7 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-DIGITS = 3
+from mmray.terminal.figures import number
+
 HIDDEN = ("_span", "_legacy_top1", "_token", "_unparsable")
 """Endings of measures that only `--all` shows."""
 KINDS = ("legacy", "teacher-forced", "greedy")
@@ -63,8 +64,3 @@ def comparison(edits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
         if any(row.get("n") for row in rows):
             table.add_row(name.replace("_", " "), *(number(row["after"]) if row.get("n") else "–" for row in rows))
     return table
-
-
-def number(value: float | None) -> str:
-    """Return a measure's value; a dash where there is none."""
-    return "–" if value is None else f"{value:z.{DIGITS}f}"

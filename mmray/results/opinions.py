@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from mmray.results.evaluation import number
+from mmray.terminal.figures import number
 
 SHOWN_MISTAKES = 10
 Row = Mapping[str, Any]

@@ -6,8 +6,8 @@ import pyarrow as pa
 from rich.table import Table
 from rich.text import Text
 
-from mmray.results.evaluation import number
 from mmray.results.run import Run
+from mmray.terminal.figures import number
 
 LOCATED = ("score", "specific", "image", "contribution", "unsigned", "gate")
 """Methods that chose neurons for the concept; all others are controls."""

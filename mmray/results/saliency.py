@@ -6,7 +6,7 @@ import pyarrow as pa
 from rich.table import Table
 from rich.text import Text
 
-from mmray.results.evaluation import number
+from mmray.terminal.figures import number
 
 
 def saliency(rows: pa.Table) -> Table:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 from pydantic import BaseModel
@@ -15,13 +15,9 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 from mmray.job_settings import JobSettings
-from mmray.models.options import Dtype
-from mmray.settings import CensusSettings
 from mmray.version import VERSION
 
 if TYPE_CHECKING:
-    from mmray.cluster.alignment import Aligned
-    from mmray.engine import JobResult
     from mmray.terminal.progress import Counts
 
 INCOMPLETE = 4
@@ -70,18 +66,21 @@ def _options(
 console = _Terminal(highlight=False, soft_wrap=False)
 
 
-def option(name: str, settings: type[BaseModel] = CensusSettings) -> Any:
+def help_of(name: str, settings: type[BaseModel]) -> str:
+    """Return the documentation of a setting, in one line."""
+    return " ".join((settings.model_fields[name].description or "").split())
+
+
+def option(name: str, settings: type[BaseModel]) -> Any:
     """Return the option of that setting, its documentation as help."""
     field = settings.model_fields[name]
     flag = f"--{name.replace('_', '-')}"
     # Where None is a third state next to yes and no, both have names.
     names = f"{flag}/--no-{name.replace('_', '-')}" if field.annotation == (bool | None) else flag
-    return typer.Option(names, help=" ".join((field.description or "").split()))
+    return typer.Option(names, help=help_of(name, settings))
 
 
-def with_settings(
-    settings: type[BaseModel] = CensusSettings, **defaults: Any
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_settings(settings: type[BaseModel], **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command every setting that it does not take itself as an option, handed on as a keyword.
 
     `defaults` are the command's own.
@@ -117,13 +116,27 @@ def _own_first(settings: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
     return sorted(settings.model_fields.items(), key=lambda field: field[0] in JobSettings.model_fields)
 
 
-DtypeName = Annotated[Dtype, option("dtype")]
-TrustRemoteCode = Annotated[bool, option("trust_remote_code")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run: a local path or s3://bucket/prefix.")]
 
 
-def end(outcome: Aligned | JobResult, what: str, *, quiet: bool = False) -> None:
+class Outcome(Protocol):
+    """What came of a piece of work."""
+
+    @property
+    def quarantined(self) -> Mapping[int, str]:
+        """Why units were given up, by unit."""
+
+    @property
+    def failures(self) -> int:
+        """Samples that failed."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing failed and nothing was given up."""
+
+
+def end(outcome: Outcome, what: str, *, quiet: bool = False) -> None:
     """Say what of a piece of work failed or was quarantined, unless told to be quiet, and exit with the status for it.
 
     `what` names one of the things that may fail.
