@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from mmray.census.model_check import check_model
 from mmray.models.loading import LoadedModel
-from mmray.neurons.checking import check_model
 from tests.models.tiny import VARIANTS, build
 
 README = Path(__file__).parents[2] / "mmray/models/README.md"

@@ -1,0 +1,27 @@
+"""Whether a model is understood: the claims that loading checks, and a census of two samples."""
+
+from __future__ import annotations
+
+import io
+
+from mmray.data.samples import Sample
+from mmray.models.loading import LoadedModel
+from mmray.neurons.checking import CAPTIONS, CHECKS, NOUNS, Check, check_parts, picture
+from mmray.neurons.shard import ShardAnalysis
+from mmray.settings import census_settings
+
+
+def check_model(model: LoadedModel) -> list[Check]:
+    """Return every claim about a model, and whether it holds."""
+    return check_parts(model, CHECKS | {"a census of two samples": small_census})
+
+
+def small_census(model: LoadedModel) -> tuple[bool, str]:
+    """Two samples go through the whole of a worker's job."""
+    buffer = io.BytesIO()
+    picture().save(buffer, "PNG")
+    samples = [Sample(str(number), "check", buffer.getvalue(), text, "en") for number, text in enumerate(CAPTIONS)]
+    settings = census_settings({"model": model.name, "data": "check", "out": "check"})
+    tables = ShardAnalysis(model, settings, NOUNS, 0).run(samples)
+    found, failed = len(tables["occurrences"]), tables["errors"]["message"].to_pylist()
+    return found == 4 and not failed, f"{found} occurrences in 2 captions" + (f"; {failed[0]}" if failed else "")
