@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from mmray.data.samples import BACKGROUND
-from mmray.job_settings import JobSettings, checked, execution, known_by_digest
+from mmray.engine.settings import JobSettings, checked, execution, known_by_digest
 from mmray.models.options import LONGEST, Dtype, Module
 from mmray.neurons.scores import Pieces, Score, scores_help
 

@@ -20,9 +20,9 @@ from mmray.derived import TABLES
 from mmray.editing.edit import WeightEdit, open_edit
 from mmray.editing.settings import edit_settings
 from mmray.engine import JobResult, JobSettings, Progress, executor_for, run_together
+from mmray.engine.settings import first_problem
 from mmray.errors import DamagedError, InputError
 from mmray.evaluation.settings import EvaluationSettings, evaluation_settings
-from mmray.job_settings import first_problem
 from mmray.results.run import Run, open_run
 from mmray.runs.driver import drive_analysis
 from mmray.runs.lease import Lease

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mmray.job_settings import JobSettings, Workers, after_work, checked, execution, known_by_digest
+from mmray.engine.settings import JobSettings, Workers, after_work, checked, execution, known_by_digest
 
 Shape = Literal["projector", "mlp"]
 """LLaVA's own projector, or the deeper MLP of Giulivi & Boracchi (2024)."""

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mmray.engine.settings import first_problem
 from mmray.errors import InputError
-from mmray.job_settings import first_problem
 
 Method = Literal["learned", "zero", "scale", "project", "noise", "random", "activation", "last-mlp", "rank-one", "lora"]
 WITHOUT_TARGET = ("zero", "scale", "project", "noise")

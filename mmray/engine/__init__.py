@@ -8,7 +8,7 @@ quarantine, receipts, merge. Ray itself is imported by `RayExecutor` alone.
 from mmray.engine.driver import run, run_together
 from mmray.engine.executors import Executor, LocalExecutor, executor_for
 from mmray.engine.job import Job, JobResult, Output, Parts, Plan, Progress, Unit, UnitRefusedError, UnitResult, Worker
-from mmray.job_settings import JobSettings, after_work, checked, execution, known_by_digest
+from mmray.engine.settings import JobSettings, after_work, checked, execution, known_by_digest
 
 __all__ = [
     "Executor",

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+from mmray.engine.settings import JobSettings
 from mmray.engine.units import Answer, UnitRunner, WorkOrder
-from mmray.job_settings import JobSettings
 
 
 class Executor(Protocol):

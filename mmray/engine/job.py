@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import pyarrow as pa
 
-from mmray.job_settings import JobSettings
+from mmray.engine.settings import JobSettings
 from mmray.runs import Receipt, RunFolder
 from mmray.runs.snapshots import SnapshotWriter
 

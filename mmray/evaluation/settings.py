@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mmray.job_settings import JobSettings, after_work, checked, execution, known_by_digest
+from mmray.engine.settings import JobSettings, after_work, checked, execution, known_by_digest
 from mmray.models.options import LONGEST
 from mmray.objects.answers import Parser
 from mmray.objects.statistics import Adversarial, GroundTruth, Positives

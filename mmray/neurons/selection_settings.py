@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from mmray.job_settings import JobSettings, after_work, checked, execution
+from mmray.engine.settings import JobSettings, after_work, checked, execution
 
 
 class SelectionSettings(JobSettings):

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from mmray.job_settings import JobSettings, after_work, checked, execution, known_by_digest
+from mmray.engine.settings import JobSettings, after_work, checked, execution, known_by_digest
 
 
 class SaliencySettings(JobSettings):

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from mmray.job_settings import JobSettings
+from mmray.engine.settings import JobSettings
 from mmray.version import VERSION
 
 if TYPE_CHECKING:

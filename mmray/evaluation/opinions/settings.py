@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import Field
 
+from mmray.engine.settings import JobSettings, after_work, checked, execution, known_by_digest
 from mmray.errors import InputError
-from mmray.job_settings import JobSettings, after_work, checked, execution, known_by_digest
 from mmray.models.options import LONGEST
 from mmray.objects.answers import reader
 from mmray.objects.statistics import GroundTruth

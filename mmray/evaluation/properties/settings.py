@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mmray.job_settings import JobSettings, after_work, checked, execution
+from mmray.engine.settings import JobSettings, after_work, checked, execution
 
 SIZES = (1, 10, 50, 100)
 """Neurons zeroed: the dose."""

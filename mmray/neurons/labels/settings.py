@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from mmray.engine.settings import JobSettings, checked, execution
 from mmray.errors import InputError
-from mmray.job_settings import JobSettings, checked, execution
 from mmray.models.options import Module
 
 Method = Literal["lape", "contribution"]
