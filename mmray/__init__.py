@@ -26,7 +26,7 @@ _PLACES = {
     "hallucination": "mmray.api",
     "perturb": "mmray.api",
     "open_edit": "mmray.editing.edit",
-    "open_run": "mmray.results.run",
+    "open_run": "mmray.runs.run",
     "select_neurons": "mmray.api",
     "ablate": "mmray.models.interventions",
     "scale": "mmray.models.interventions",

@@ -30,7 +30,7 @@ from mmray.evaluation.settings import evaluation_settings
 from mmray.neurons.labels.settings import selectivity_settings
 from mmray.neurons.selection_settings import selection_settings
 from mmray.perception.settings import saliency_settings
-from mmray.results.run import Run, open_run
+from mmray.runs.run import Run, open_run
 from mmray.settings import census_settings
 
 EXECUTORS = ("ray", "local")

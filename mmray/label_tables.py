@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from mmray.tables import field
+from mmray.runs.tables import field
 
 ANALYSIS = (
     field("label_kind", pa.string(), "language, domain, or another column"),

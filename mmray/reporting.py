@@ -17,8 +17,8 @@ from mmray.data.sources import Source, open_source
 from mmray.errors import InputError, ShardError
 from mmray.results.report.content import WHOLE, gather
 from mmray.results.report.pages import write_pages, write_whole
-from mmray.results.run import Run
 from mmray.runs.home import resolve_data
+from mmray.runs.run import Run
 from mmray.storage import open_object, open_store
 
 SIDE = 224

@@ -15,9 +15,9 @@ from mmray.engine import run as run_job
 from mmray.evaluation.properties.settings import property_settings
 from mmray.perception.settings import saliency_settings
 from mmray.runs.snapshots import SnapshotWriter, newest, next_fence, publish
+from mmray.runs.tables import SCHEMAS
 from mmray.settings import census_settings
 from mmray.storage import open_store
-from mmray.tables import SCHEMAS
 
 
 def census_here(model: Path | str, data: str, out: Path | str, **settings: object) -> Outcome:

@@ -8,9 +8,9 @@ from pkgutil import resolve_name
 import pytest
 
 import mmray
-from mmray.derived import MADE_BY, TABLES
 from mmray.engine import Job
 from mmray.features import FEATURES
+from mmray.runs.derived import MADE_BY, TABLES
 
 ROOT = Path(mmray.__file__).parent
 

@@ -17,7 +17,7 @@ import typer
 import mmray
 from mmray.cli import UsageError, app
 from mmray.perception.model import Model
-from mmray.results.run import Run
+from mmray.runs.run import Run
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (".github", "jobs", "mmray", "tests")

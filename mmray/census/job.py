@@ -30,9 +30,9 @@ from mmray.results.plan import Plan as Estimate
 from mmray.runs import RunFolder
 from mmray.runs.lease import Lease
 from mmray.runs.receipts import skipped
+from mmray.runs.tables import PART_SCHEMAS, SCHEMAS
 from mmray.settings import CensusSettings
 from mmray.storage import patiently
-from mmray.tables import PART_SCHEMAS, SCHEMAS
 
 DECODED = "decoded"
 P = TypeVar("P")

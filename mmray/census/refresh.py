@@ -17,13 +17,13 @@ from mmray.data.shards import Manifest, extend
 from mmray.engine import Plan, Progress
 from mmray.errors import InputError
 from mmray.results.drift import Drift, compare
-from mmray.results.run import open_run
 from mmray.runs import RunFolder
 from mmray.runs.driver import drive
 from mmray.runs.home import resolve_settings
 from mmray.runs.refreshes import Refresh, begin_refresh, folder_of, latest
+from mmray.runs.run import open_run
+from mmray.runs.tables import read_table
 from mmray.settings import CensusSettings, census_settings
-from mmray.tables import read_table
 
 EXECUTION = frozenset(CensusSettings.execution_settings())
 """Settings that a refresh may be given: they leave the run's results alone."""

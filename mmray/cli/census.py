@@ -69,8 +69,8 @@ def demo(
 
 def _run_demo(run_folder: Path, *, quick: bool) -> bool:
     """Run the demo's steps, and say what each found; True where all went well."""
-    from mmray.results.run import open_run
     from mmray.results.terminal import summary
+    from mmray.runs.run import open_run
 
     say(f"1 census of the demo's scenes on a local Ray → {run_folder}", "bold")
     settings = census_settings(

@@ -44,7 +44,7 @@ def diff(
 ) -> None:
     """Say how far the rankings of two runs have drifted apart, and which neurons' activity has shifted."""
     from mmray.results.drift import compare
-    from mmray.results.run import open_run
+    from mmray.runs.run import open_run
 
     drift = compare(open_run(before), open_run(after), k, by)
     if as_json:

@@ -27,8 +27,8 @@ def edit(
     """
     from mmray.api import edit as make
     from mmray.editing.edit import check_free
-    from mmray.results.run import open_run
     from mmray.runs.driver import drive_analysis
+    from mmray.runs.run import open_run
 
     checked = edit_settings(settings)
     check_free(out, [checked])

@@ -16,7 +16,7 @@ def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> No
     from mmray.cluster.properties import PropertiesJob
     from mmray.engine import run as run_job
     from mmray.results.properties import properties as show
-    from mmray.results.run import open_run
+    from mmray.runs.run import open_run
 
     checked = property_settings({"run": run, **settings})
     with followed("concepts") as follow:

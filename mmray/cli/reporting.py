@@ -33,6 +33,6 @@ def report(
 ) -> None:
     """Write what a run found as one HTML file that needs no network: concepts, neurons, images, properties, edits."""
     from mmray.reporting import write_report
-    from mmray.results.run import open_run
+    from mmray.runs.run import open_run
 
     say(write_report(open_run(run), out, edit or (), pages))

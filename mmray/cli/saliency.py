@@ -87,8 +87,8 @@ def _one(
 def _whole(settings: SaliencySettings, *, as_json: bool) -> None:
     from mmray.cluster.saliency import SaliencyJob
     from mmray.engine import run as run_job
-    from mmray.results.run import open_run
     from mmray.results.saliency import saliency as show
+    from mmray.runs.run import open_run
 
     with followed("images") as follow:
         done = run_job(SaliencyJob(settings), follow=follow)

@@ -34,7 +34,7 @@ def say_meaning(run: Path, concepts: int, maps: int) -> bool:
     from mmray.engine import run as run_job
     from mmray.evaluation.properties.settings import property_settings
     from mmray.results.properties import findings
-    from mmray.results.run import open_run
+    from mmray.runs.run import open_run
 
     say("3 what they mean: properties of the most frequent concepts with controls, heat maps of all", "bold")
     settings = property_settings({"run": str(run), "concepts": concepts, "maps": maps})
@@ -51,7 +51,7 @@ def say_edits(census: CensusSettings, *, quick: bool) -> bool:
     from mmray.cluster.pipeline import pipeline_settings
     from mmray.demo import EVALUATION
     from mmray.results.evaluation import comparison
-    from mmray.results.run import open_run
+    from mmray.runs.run import open_run
 
     source, _, target = list(open_run(census.out).concepts)[:3]
     say(
@@ -88,7 +88,7 @@ def say_edits(census: CensusSettings, *, quick: bool) -> bool:
 def say_report(run: Path) -> None:
     """Write the report, and say where it is."""
     from mmray.reporting import write_report
-    from mmray.results.run import open_run
+    from mmray.runs.run import open_run
 
     began = time.perf_counter()
     place = write_report(open_run(run))

@@ -35,7 +35,7 @@ def hallucination(
     """Ask a detector whether what the model claims is there: nouns of its captions, answers to yes/no questions."""
     from mmray.cluster.hallucination import HallucinationJob
     from mmray.results.opinions import mistakes, opinions
-    from mmray.results.run import open_run
+    from mmray.runs.run import open_run
 
     checked = opinion_settings({"run": run, **settings})
     done = _followed(HallucinationJob(checked))

@@ -17,9 +17,9 @@ from mmray.errors import DamagedError
 from mmray.terminal.options import INCOMPLETE, AsJson, RunArgument, app, console, plural, say
 
 if TYPE_CHECKING:
-    from mmray.results.run import Status
-    from mmray.results.status import AnalysisStatus
     from mmray.runs.folder import RunFolder
+    from mmray.runs.run import Status
+    from mmray.runs.status import AnalysisStatus
     from mmray.runs.verification import Problem, Verified
 
 DAMAGED = 3
@@ -128,9 +128,9 @@ def _command(template: str, folder: RunFolder, settings: Mapping[str, Any]) -> s
 
 def _folder(uri: str) -> RunFolder:
     """Return the folder of a run, of an edit, or OUT; raises InputError where nothing has begun."""
-    from mmray.results.run import open_run
     from mmray.runs.analyses import find_analyses, is_run
     from mmray.runs.folder import RunFolder
+    from mmray.runs.run import open_run
 
     folder = RunFolder.at(uri)
     return folder if not is_run(folder) and find_analyses(folder.store) else open_run(uri).folder
@@ -158,7 +158,7 @@ class _Seen:
 
     def summary(self) -> dict[str, Any]:
         """Return what --json says."""
-        from mmray.results.run import reasons
+        from mmray.runs.run import reasons
 
         analyses = {"analyses": [one.summary() for one in self.analyses]}
         if self.census is None:
@@ -192,9 +192,9 @@ class _Seen:
 
 
 def _look(folder: RunFolder) -> _Seen:
-    from mmray.results.run import open_run
-    from mmray.results.status import analyses
     from mmray.runs.analyses import is_run
+    from mmray.runs.run import open_run
+    from mmray.runs.status import analyses
 
     run = open_run(folder.store.uri) if is_run(folder) else None
     found = [replace(one, renew=_command(one.renew, folder, one.settings)) for one in analyses(folder, run)]

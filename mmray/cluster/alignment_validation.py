@@ -25,8 +25,8 @@ from mmray.objects.ground_truth import survey
 from mmray.objects.statistics import DataFacts
 from mmray.perception.standing_in import OtherSight
 from mmray.runs import RunFolder
+from mmray.runs.tables import EVALUATION_SCHEMAS
 from mmray.storage import patiently
-from mmray.tables import EVALUATION_SCHEMAS
 
 UNIT = 50
 """Samples of a unit of work."""

@@ -28,7 +28,7 @@ from mmray.engine import (
     known_by_digest,
 )
 from mmray.errors import InputError, StorageError
-from mmray.results.run import open_run
+from mmray.runs.run import open_run
 
 
 class NamedEditSettings(JobSettings):

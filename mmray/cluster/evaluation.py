@@ -30,8 +30,8 @@ from mmray.evaluation.scope import EDITED
 from mmray.evaluation.settings import EvaluationSettings
 from mmray.evaluation.summary import summarise
 from mmray.neurons.model import load_model
-from mmray.results.run import open_run
-from mmray.tables import CAPTIONS_FILE, EVALUATION_FILE, EVALUATION_SCHEMAS, to_bytes
+from mmray.runs.run import open_run
+from mmray.runs.tables import CAPTIONS_FILE, EVALUATION_FILE, EVALUATION_SCHEMAS, to_bytes
 
 Opener = Callable[[str], Edit]
 """From an edit's folder to the edit."""

@@ -25,10 +25,10 @@ from mmray.objects.naming import Naming
 from mmray.objects.prompts import TextQuestion, read_text_questions, text_questions
 from mmray.objects.statistics import DataFacts
 from mmray.objects.words import open_words
-from mmray.results.run import Run
+from mmray.runs.run import Run
+from mmray.runs.tables import EVALUATION_SCHEMAS
 from mmray.settings import CensusSettings
 from mmray.storage import Entry, open_object, open_store
-from mmray.tables import EVALUATION_SCHEMAS
 
 EDIT_FILES = ("edit.json", "edit.safetensors")
 """What an edit's folder holds of the edit itself."""

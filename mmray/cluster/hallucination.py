@@ -14,7 +14,6 @@ from mmray.cluster.joint import Asked, Context, JointJob, Look, Rows, open_cut, 
 from mmray.data.columns import Columns
 from mmray.data.samples import Sample
 from mmray.data.source import Source
-from mmray.derived import DERIVED, OPINION_SCHEMAS
 from mmray.detector.joint import JointModel
 from mmray.engine import Output, Parts, Plan
 from mmray.errors import InputError
@@ -25,7 +24,8 @@ from mmray.evaluation.opinions.settings import OpinionSettings
 from mmray.objects.ground_truth import survey, with_ground_truth
 from mmray.objects.naming import object_naming
 from mmray.objects.words import open_words
-from mmray.results.run import open_run
+from mmray.runs.derived import DERIVED, OPINION_SCHEMAS
+from mmray.runs.run import open_run
 from mmray.settings import census_settings
 
 PICTURES, MOST_MISTAKES = 8, 60

@@ -31,8 +31,8 @@ from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.neurons.model import load_model
 from mmray.objects.statistics import DataFacts, GroundTruth
 from mmray.objects.words import ObjectWords
+from mmray.runs.tables import SCHEMAS
 from mmray.storage import patiently
-from mmray.tables import SCHEMAS
 
 S = TypeVar("S", bound=SightSettings)
 

@@ -31,12 +31,12 @@ from mmray.neurons.labels.recognising import recogniser
 from mmray.neurons.labels.selecting import QUANTITY, Selection, Totals, add_up, of_activity, select
 from mmray.neurons.labels.settings import SelectivitySettings
 from mmray.neurons.labels.steering import steer_of
-from mmray.results.run import Run, open_run
 from mmray.runs.driver import drive_analysis, open_target
 from mmray.runs.lease import Lease
+from mmray.runs.run import Run, open_run
 from mmray.runs.snapshots import Snapshot, SnapshotWriter, is_published, newest, next_fence, publish
+from mmray.runs.tables import read_table
 from mmray.storage import Store
-from mmray.tables import read_table
 
 OF_HELD_OUT = ("interventions", "stages", "steering")
 """Tables of what was measured of the chosen neurons."""

@@ -26,8 +26,8 @@ from mmray.neurons.labels.steering import Steer, written
 from mmray.neurons.labels.sums import LabelSums
 from mmray.neurons.labels.testing import measured
 from mmray.neurons.model import load_model
-from mmray.results.run import open_run
 from mmray.runs import RunFolder
+from mmray.runs.run import open_run
 from mmray.storage import patiently
 
 S = TypeVar("S", bound=SumsSettings)

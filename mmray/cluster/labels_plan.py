@@ -16,7 +16,7 @@ from mmray.data.image_keys import image_keys
 from mmray.errors import InputError
 from mmray.neurons.labels.replicates import Replicates, draw
 from mmray.neurons.labels.settings import SelectivitySettings
-from mmray.results.run import Run
+from mmray.runs.run import Run
 from mmray.settings import CensusSettings, census_settings
 
 

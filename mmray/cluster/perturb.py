@@ -18,7 +18,6 @@ from mmray.data.images import decode_image
 from mmray.data.samples import Sample
 from mmray.data.shards import Manifest, read_shard
 from mmray.data.source import Source
-from mmray.derived import DERIVED, OPINION_SCHEMAS
 from mmray.detector.joint import JointModel
 from mmray.engine import Output, Parts, Plan
 from mmray.errors import InputError
@@ -29,6 +28,7 @@ from mmray.models.loading import from_anywhere
 from mmray.objects.ground_truth import survey
 from mmray.objects.words import NONE, ObjectWords
 from mmray.perception.perturbing import Covariance, covariance
+from mmray.runs.derived import DERIVED, OPINION_SCHEMAS
 
 REFERENCE, BATCH = 96, 16
 """Images that tell how embeddings vary, and how many of them are looked at at once."""

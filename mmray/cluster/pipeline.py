@@ -16,20 +16,20 @@ from mmray.census.job import Outcome, run_census
 from mmray.cluster.editing import EditJob, NamedEditSettings, edit_folder
 from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.steps import STEPS, StepResult, checked_steps
-from mmray.derived import TABLES
 from mmray.editing.edit import WeightEdit, open_edit
 from mmray.editing.settings import edit_settings
 from mmray.engine import JobResult, JobSettings, Progress, executor_for, run_together
 from mmray.engine.settings import first_problem
 from mmray.errors import DamagedError, InputError
 from mmray.evaluation.settings import EvaluationSettings, evaluation_settings
-from mmray.results.run import Run, open_run
+from mmray.runs.derived import TABLES
 from mmray.runs.driver import drive_analysis
 from mmray.runs.lease import Lease
+from mmray.runs.run import Run, open_run
 from mmray.runs.snapshots import SnapshotWriter, newest, next_fence, publish
+from mmray.runs.tables import CAPTIONS_FILE, read_file, read_table
 from mmray.settings import CensusSettings, census_settings
 from mmray.storage import Store, open_store
-from mmray.tables import CAPTIONS_FILE, read_file, read_table
 
 EDIT_TABLES = ("edits", "evaluations", "edit_captions")
 """The run's tables that tell of its edits; each has a column `edit`."""

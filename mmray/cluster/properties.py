@@ -8,7 +8,6 @@ import pyarrow as pa
 
 from mmray.cluster.properties_plan import plan_properties
 from mmray.cluster.wanted import RunSamples
-from mmray.derived import PROPERTY_SCHEMAS
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
 from mmray.evaluation.properties.observations import Observations, summarise
@@ -16,7 +15,8 @@ from mmray.evaluation.properties.probe import Probe
 from mmray.evaluation.properties.settings import PropertySettings
 from mmray.evaluation.properties.subject import Study
 from mmray.neurons.model import load_model
-from mmray.results.run import open_run
+from mmray.runs.derived import PROPERTY_SCHEMAS
+from mmray.runs.run import open_run
 
 
 class PropertiesJob(Job[PropertySettings, RunSamples]):

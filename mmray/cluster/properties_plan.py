@@ -18,7 +18,7 @@ from mmray.engine import Plan, Unit
 from mmray.errors import InputError
 from mmray.evaluation.properties.settings import MOST, RANKINGS, PropertySettings
 from mmray.evaluation.properties.subject import Facts, Ranked
-from mmray.results.run import Run
+from mmray.runs.run import Run
 from mmray.settings import census_settings
 
 TOGETHER = 4

@@ -15,7 +15,6 @@ from mmray.census.inputs import open_inputs
 from mmray.cluster.wanted import RunSamples
 from mmray.data.image_keys import image_keys, one_per_image
 from mmray.data.shards import Manifest
-from mmray.derived import SALIENCY_SCHEMAS
 from mmray.detector.alignment import alignment_digest
 from mmray.detector.joint import detector_digest, detector_or_demo, join_if_asked
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
@@ -25,7 +24,8 @@ from mmray.evaluation.saliency_batch import Judging, methods_of
 from mmray.neurons.model import load_model
 from mmray.perception.methods import Located
 from mmray.perception.settings import SaliencySettings
-from mmray.results.run import Run, open_run
+from mmray.runs.derived import SALIENCY_SCHEMAS
+from mmray.runs.run import Run, open_run
 from mmray.settings import census_settings
 
 TOGETHER = 16

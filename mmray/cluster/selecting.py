@@ -26,10 +26,10 @@ from mmray.neurons.places import places_of
 from mmray.neurons.selection import expected
 from mmray.neurons.selection_settings import SelectionSettings
 from mmray.neurons.shard import ShardAnalysis
-from mmray.results.run import Run, open_run
+from mmray.runs.run import Run, open_run
+from mmray.runs.tables import SCHEMAS
 from mmray.settings import CensusSettings, census_settings
 from mmray.storage import patiently
-from mmray.tables import SCHEMAS
 
 OWN_FIRST = 24
 """Samples of each concept that are looked for before others fill up the number."""

@@ -26,8 +26,8 @@ from mmray.models.interventions import changed_rows
 from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows
 from mmray.neuron_names import neuron_name
+from mmray.runs.tables import CAPTIONS_FILE, EVALUATION_FILE
 from mmray.storage import Checksum, open_store
-from mmray.tables import CAPTIONS_FILE, EVALUATION_FILE
 
 FACTS, ROWS = "edit.json", "edit.safetensors"
 

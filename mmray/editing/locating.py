@@ -11,7 +11,7 @@ from mmray.editing.deltas import Neuron
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel
 from mmray.neurons.controls import layer_matched
-from mmray.results.run import Run
+from mmray.runs.run import Run
 
 
 def located(run: Run, concept: str, count: int, layers: Sequence[int], by: str = "specific") -> list[Neuron]:

@@ -29,7 +29,7 @@ from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, NounSource, find_forms, noun_source, object_forms
 from mmray.neurons.model import Model, load_model, open_image
-from mmray.results.run import Run
+from mmray.runs.run import Run
 
 ROWS_A_BATCH = 32
 

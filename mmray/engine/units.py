@@ -18,8 +18,8 @@ from mmray.engine.job import Job, Unit, UnitRefusedError, Worker
 from mmray.engine.limits import TimeLimitError, interrupt_main_thread, time_limit
 from mmray.errors import InputError, OutageError, StorageError
 from mmray.runs import ATTEMPTS, Receipt, RunFolder
+from mmray.runs.tables import SCHEMAS
 from mmray.storage import patiently
-from mmray.tables import SCHEMAS
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """What a disk says that takes no more: not a unit's fault, and worth an end of the run."""

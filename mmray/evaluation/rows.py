@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from mmray.tables import EVALUATION_SCHEMAS
+from mmray.runs.tables import EVALUATION_SCHEMAS
 
 
 @dataclass

@@ -10,8 +10,8 @@ import pyarrow as pa
 from jaxtyping import Float
 from numpy import ndarray
 
-from mmray.derived import DERIVED
 from mmray.perception.measures import OVERLAP, STEPS, THRESHOLDS
+from mmray.runs.derived import DERIVED
 from mmray.statistics.bootstrap import Value, measure, ratio
 
 SEVERAL = "words of images with several objects, teacher-forced;"

@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from mmray.data.images import decode_image
 from mmray.data.samples import Sample
-from mmray.derived import SALIENCY_SCHEMAS
 from mmray.detector.joint import JointModel
 from mmray.engine.clock import phase
 from mmray.errors import InputError
@@ -26,6 +25,7 @@ from mmray.perception.methods import METHODS, OF_BOXES, Located, Looked, method_
 from mmray.perception.observing import draw_maps, observations
 from mmray.perception.saliency import Saliency
 from mmray.perception.settings import SaliencySettings
+from mmray.runs.derived import SALIENCY_SCHEMAS
 from mmray.settings import CensusSettings
 
 SEVERAL = 2

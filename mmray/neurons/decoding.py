@@ -16,7 +16,7 @@ from mmray.models.generation import token_text
 from mmray.models.layout import Projection
 from mmray.models.loading import LoadedModel
 from mmray.models.parts import gain_of, output_rows, unembedding_rows
-from mmray.tables import PART_SCHEMAS
+from mmray.runs.tables import PART_SCHEMAS
 
 DECODED = 10
 """Tokens listed at each end."""

@@ -18,7 +18,7 @@ from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.places import Place
 from mmray.neurons.scoring import ablation_effects
 from mmray.neurons.selection import Effects, choose
-from mmray.tables import field, vector_column, vectors
+from mmray.runs.tables import field, vector_column, vectors
 
 EFFECTS = pa.schema(
     [

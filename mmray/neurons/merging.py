@@ -19,7 +19,7 @@ from mmray.neurons.hits import ConceptImages, Hits, image_numbers
 from mmray.neurons.ranking import Shares, locate_index, rank_concept
 from mmray.neurons.reduction import ConceptMerge
 from mmray.neurons.statistics import EXAMPLES
-from mmray.tables import SCHEMAS, list_values
+from mmray.runs.tables import SCHEMAS, list_values
 
 ActivityKey = tuple[str, str, str, str]
 """Module, kind of label, label, modality."""

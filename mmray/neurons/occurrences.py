@@ -11,7 +11,7 @@ from mmray.models.generation import token_text
 from mmray.models.loading import LoadedModel
 from mmray.neurons.places import Place
 from mmray.neurons.scoring import Scored
-from mmray.tables import NEURON_ENTRY, PART_SCHEMAS
+from mmray.runs.tables import NEURON_ENTRY, PART_SCHEMAS
 
 
 def occurrence_table(model: LoadedModel, places: Sequence[Place], scored: Scored, top_k: int) -> pa.Table:

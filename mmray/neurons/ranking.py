@@ -14,7 +14,7 @@ from numpy import ndarray
 from mmray.neuron_names import neuron_name
 from mmray.neurons.decoding import written
 from mmray.neurons.reduction import ConceptMerge, ConceptScores
-from mmray.tables import SCHEMAS
+from mmray.runs.tables import SCHEMAS
 
 RANKED = 256
 """Neurons a concept in `rankings`, by score, and as many by `specific` and by `selective`."""

@@ -18,7 +18,7 @@ from jaxtyping import Float, Float64, Int, Int64
 from numpy import ndarray
 from torch import Tensor
 
-from mmray.tables import PART_SCHEMAS, list_column, list_values, vector_column, vectors
+from mmray.runs.tables import PART_SCHEMAS, list_column, list_values, vector_column, vectors
 
 ALL_KEPT = 16_384
 """Up to so many neurons, every one is kept and every rank is certified."""

@@ -28,8 +28,8 @@ from mmray.neurons.reduction import ConceptSums, candidates_kept
 from mmray.neurons.scoring import Scored, score_batch, unsound_rows, whole_nouns
 from mmray.neurons.statistics import TokenStatistics
 from mmray.neurons.towers import ModuleActivity
+from mmray.runs.tables import PART_SCHEMAS
 from mmray.settings import CensusSettings
-from mmray.tables import PART_SCHEMAS
 
 
 @dataclass(frozen=True)

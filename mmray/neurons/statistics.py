@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from mmray.models.prompting import Run
-from mmray.tables import PART_SCHEMAS
+from mmray.runs.tables import PART_SCHEMAS
 
 MODALITIES = ("image", "text")
 NO_IMAGE = torch.iinfo(torch.int64).min

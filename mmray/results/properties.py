@@ -6,7 +6,7 @@ import pyarrow as pa
 from rich.table import Table
 from rich.text import Text
 
-from mmray.results.run import Run
+from mmray.runs.run import Run
 from mmray.terminal.figures import number
 
 LOCATED = ("score", "specific", "image", "contribution", "unsigned", "gate")

@@ -14,10 +14,10 @@ from rich.text import Text
 from mmray.neurons.scores import unit_of
 from mmray.results.drift import Drift
 from mmray.results.plan import Plan
-from mmray.results.run import CERTIFICATES, ORDERS, Reason, Run, Status, reasons
-from mmray.results.status import AnalysisStatus
 from mmray.runs.lease import Driver
 from mmray.runs.receipts import AROUND, Cost
+from mmray.runs.run import CERTIFICATES, ORDERS, Reason, Run, Status, reasons
+from mmray.runs.status import AnalysisStatus
 
 SHOWN_TOKENS = 6
 NEGATIVE = "−"

@@ -36,8 +36,8 @@ import pyarrow as pa
 from mmray.errors import DamagedError, InputError
 from mmray.runs.receipts import Receipt
 from mmray.runs.refreshes import latest
+from mmray.runs.tables import from_bytes, to_bytes
 from mmray.storage import Checksum, NamedCommits, PatientStore, Store, commits_once, is_full, is_outage, open_store
-from mmray.tables import from_bytes, to_bytes
 
 ATTEMPTS = 3
 """Times that a shard may be begun and not committed before it is quarantined."""

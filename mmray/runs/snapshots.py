@@ -22,8 +22,8 @@ from typing import Any
 import pyarrow as pa
 
 from mmray.errors import DamagedError, InputError
+from mmray.runs.tables import from_bytes, to_bytes
 from mmray.storage import Checksum, Store
-from mmray.tables import from_bytes, to_bytes
 
 KEPT = 3
 """Snapshots of a job that stay: the newest, that of readers at work, and the one before, to compare with."""

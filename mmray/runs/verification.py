@@ -14,8 +14,8 @@ from mmray.runs.analyses import RunJob, jobs_of
 from mmray.runs.folder import DamagedUnitError, RunFolder, unit_of
 from mmray.runs.receipts import Receipt
 from mmray.runs.snapshots import Snapshot, open_snapshot, snapshots
+from mmray.runs.tables import from_bytes
 from mmray.storage import Checksum, Store
-from mmray.tables import from_bytes
 
 READERS = 8
 """Files that are read at once."""

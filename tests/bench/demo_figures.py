@@ -27,7 +27,7 @@ from mmray.neurons.controls import layer_matched
 from mmray.neurons.model import Model, open_image
 from mmray.neurons.places import place_mentions
 from mmray.neurons.scoring import score_batch
-from mmray.results.run import Run
+from mmray.runs.run import Run
 from mmray.settings import census_settings
 
 

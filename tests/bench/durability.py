@@ -35,9 +35,9 @@ from mmray.neurons.concepts import NounSource
 from mmray.neurons.reduction import SUMS
 from mmray.runs import RunFolder
 from mmray.runs.snapshots import SnapshotWriter
+from mmray.runs.tables import PART_SCHEMAS, SCHEMAS, list_column, vector_column
 from mmray.settings import census_settings
 from mmray.storage import LocalStore
-from mmray.tables import PART_SCHEMAS, SCHEMAS, list_column, vector_column
 
 WIDTHS = (64, 64)
 SAMPLES = 8

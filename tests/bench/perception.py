@@ -17,7 +17,6 @@ from PIL import Image
 
 from jobs.demo.heads import measure_heads
 from jobs.demo.scenes import World
-from mmray.derived import SALIENCY_SCHEMAS
 from mmray.detector.heads import Heads
 from mmray.detector.joint import load_joint
 from mmray.evaluation.saliency import summarise_saliency
@@ -28,6 +27,7 @@ from mmray.neurons.places import places_of
 from mmray.perception.asking import look_at
 from mmray.perception.methods import METHODS, Looked
 from mmray.perception.observing import draw_maps, observations
+from mmray.runs.derived import SALIENCY_SCHEMAS
 
 SEED = 880_000
 BATCH = 10

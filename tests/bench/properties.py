@@ -20,7 +20,7 @@ from mmray.cluster.properties import PropertiesJob
 from mmray.engine import run as run_job
 from mmray.evaluation.properties.settings import property_settings
 from mmray.reporting import write_report
-from mmray.results.run import Run
+from mmray.runs.run import Run
 
 FIGURES = (
     ("sensitivity", "lemma_hit_rate", 10, ("score", "specific", "layer-matched", "uniform")),

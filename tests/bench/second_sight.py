@@ -35,8 +35,8 @@ from mmray.models.prompting import prompt_text
 from mmray.neurons.model import load_model
 from mmray.objects.answers import value_of
 from mmray.objects.prompts import presence
+from mmray.runs.tables import read_table
 from mmray.storage import open_store
-from mmray.tables import read_table
 
 SEED = 80_001
 

@@ -21,9 +21,9 @@ from mmray.engine.units import UnitRunner, WorkOrder
 from mmray.neurons.concepts import NounSource
 from mmray.runs import RunFolder
 from mmray.runs import driver as runs_driver
+from mmray.runs.tables import PART_SCHEMAS
 from mmray.settings import census_settings
 from mmray.storage import Entry, Store, open_store
-from mmray.tables import PART_SCHEMAS
 from tests.storage.broken import Appended, ReceiptFirst
 from tests.storage.stores import Wrapped
 

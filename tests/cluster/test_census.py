@@ -12,7 +12,7 @@ import pytest
 from mmray.census.job import Outcome, run_census
 from mmray.demo import DATA
 from mmray.engine import Progress
-from mmray.results.run import Run, open_run
+from mmray.runs.run import Run, open_run
 from mmray.settings import census_settings
 from mmray.storage import open_store
 from tests.cluster.faults import SETTINGS, Fault, faulty

@@ -15,8 +15,8 @@ import pytest
 
 from mmray.census.refresh import refresh_run
 from mmray.neurons.shard import ShardAnalysis
-from mmray.results.run import open_run
 from mmray.runs import RunFolder
+from mmray.runs.run import open_run
 from mmray.runs.sweep import sweep
 from mmray.storage import commits_once, open_store, s3_client
 from tests.cluster.test_deaths import same_tables

@@ -11,11 +11,11 @@ import pytest
 from mmray.census.job import Outcome
 from mmray.engine import Progress
 from mmray.errors import InputError
-from mmray.results.run import open_run
 from mmray.runs import RunFolder
 from mmray.runs.lease import this_process
+from mmray.runs.run import open_run
+from mmray.runs.tables import PART_SCHEMAS, SCHEMAS, read_table
 from mmray.storage import open_store
-from mmray.tables import PART_SCHEMAS, SCHEMAS, read_table
 from tests.e2e.scenes import scenes, write
 from tests.running import census_here
 

@@ -17,11 +17,11 @@ from mmray.census import job
 from mmray.census.job import run_census
 from mmray.engine.units import UnitRunner
 from mmray.errors import InputError
-from mmray.results.run import Run, open_run
 from mmray.runs import RunFolder
+from mmray.runs.run import Run, open_run
+from mmray.runs.tables import SCHEMAS
 from mmray.settings import CensusSettings, census_settings
 from mmray.storage import Entry, LocalStore, open_store
-from mmray.tables import SCHEMAS
 from tests.cluster.kills import cheap_processes, folders_of, within_a_commit, work
 from tests.e2e.scenes import scenes, write
 from tests.storage.broken import Appended, ReceiptFirst

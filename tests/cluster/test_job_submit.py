@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from mmray.results.run import open_run
+from mmray.runs.run import open_run
 from mmray.storage import open_store
 from tests.e2e.scenes import scenes, write
 from tests.running import census_here

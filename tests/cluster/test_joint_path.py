@@ -17,9 +17,9 @@ from mmray.evaluation.opinions.settings import opinion_settings, perturbation_se
 from mmray.perception.methods import METHODS
 from mmray.perception.observing import CHANCE
 from mmray.perception.settings import saliency_settings
-from mmray.results.run import open_run
+from mmray.runs.run import open_run
+from mmray.runs.tables import read_table
 from mmray.storage import open_store
-from mmray.tables import read_table
 from tests.e2e.scenes import scenes, write
 from tests.perception.owls import build_owl
 from tests.running import census_here

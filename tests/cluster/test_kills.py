@@ -10,7 +10,7 @@ import pytest
 
 from mmray.census.job import run_census
 from mmray.errors import InputError
-from mmray.results.run import Run, open_run
+from mmray.runs.run import Run, open_run
 from mmray.settings import census_settings
 from tests.cluster.kills import Cluster, Killer, cluster
 from tests.cluster.test_deaths import same_tables

@@ -19,8 +19,8 @@ from mmray.demo import DATA
 from mmray.errors import InputError, ShardError
 from mmray.label_tables import LABEL_SCHEMAS
 from mmray.neurons.labels.settings import selectivity_settings
-from mmray.results.run import open_run
 from mmray.runs.lease import driving
+from mmray.runs.run import open_run
 from mmray.storage import open_store
 from tests.e2e.conftest import Answer
 from tests.e2e.conftest import mmray as mmray_command

@@ -9,7 +9,7 @@ import pytest
 from mmray.cluster.labels_plan import LabelPlan, plan_labels
 from mmray.errors import InputError
 from mmray.neurons.labels.settings import selectivity_settings
-from mmray.tables import SCHEMAS
+from mmray.runs.tables import SCHEMAS
 
 IMAGES = 40
 

@@ -10,7 +10,7 @@ import pytest
 from mmray.census.refresh import refresh_run
 from mmray.demo import DATA
 from mmray.errors import InputError
-from mmray.results.run import open_run
+from mmray.runs.run import open_run
 from tests.running import census_here
 
 

@@ -8,8 +8,8 @@ import safetensors.torch
 
 from mmray.errors import InputError
 from mmray.models import loading
-from mmray.results.run import open_run
 from mmray.runs.home import resolve_settings
+from mmray.runs.run import open_run
 from tests.running import census_here
 
 FEW = {"limit": 2, "shard_size": 2, "nouns": "textblob"}

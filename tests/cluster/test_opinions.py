@@ -16,13 +16,13 @@ from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.joint import Asked
 from mmray.cluster.perturb import PerturbJob
 from mmray.data.shards import read_shard
-from mmray.derived import DERIVED
 from mmray.engine import run as run_job
 from mmray.errors import InputError
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
-from mmray.results.run import open_run
+from mmray.runs.derived import DERIVED
+from mmray.runs.run import open_run
+from mmray.runs.tables import read_table
 from mmray.storage import open_store
-from mmray.tables import read_table
 from tests.e2e.scenes import scenes, write
 from tests.running import census_here
 

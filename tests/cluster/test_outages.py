@@ -17,7 +17,7 @@ import pytest
 from mmray.census import job
 from mmray.engine import Progress
 from mmray.errors import InputError, OutageError
-from mmray.results.run import open_run
+from mmray.runs.run import open_run
 from mmray.storage import open_store, patience, patiently, s3_client
 from tests.cluster.test_deaths import same_tables
 from tests.e2e.scenes import scenes, write

@@ -11,11 +11,11 @@ import yaml
 from mmray.cluster import editing
 from mmray.cluster.pipeline import Pipeline
 from mmray.demo import EVALUATION
-from mmray.derived import TABLES
 from mmray.editing.edit import open_edit
 from mmray.editing.methods import make_edit
 from mmray.errors import InputError
-from mmray.results.run import open_run
+from mmray.runs.derived import TABLES
+from mmray.runs.run import open_run
 from mmray.runs.snapshots import snapshots
 from tests.e2e.conftest import mmray as mmray_command
 from tests.running import census_here, pipeline_here

@@ -8,12 +8,12 @@ import pyarrow.compute as pc
 import pytest
 
 from mmray.cluster.properties import PropertiesJob
-from mmray.derived import DERIVED
 from mmray.engine import run as run_job
 from mmray.errors import InputError
 from mmray.evaluation.properties.protocols import PROTOCOLS
 from mmray.evaluation.properties.settings import property_settings
-from mmray.results.run import open_run
+from mmray.runs.derived import DERIVED
+from mmray.runs.run import open_run
 from tests.e2e.conftest import Answer
 from tests.e2e.conftest import mmray as mmray_command
 from tests.running import census_here, properties_here

@@ -14,8 +14,8 @@ from mmray.census.refresh import Refreshed, refresh_run
 from mmray.demo import DATA
 from mmray.errors import InputError
 from mmray.neurons.shard import ShardAnalysis
-from mmray.results.run import open_run
-from mmray.tables import SCHEMAS
+from mmray.runs.run import open_run
+from mmray.runs.tables import SCHEMAS
 from tests.cluster.test_worker import files
 from tests.data.making import write_coco, write_csv, write_jsonl
 from tests.e2e.scenes import scenes

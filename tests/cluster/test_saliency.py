@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from jobs.demo.scenes import World
 from mmray.cluster.saliency import SaliencyJob
 from mmray.demo import DETECTOR
-from mmray.derived import DERIVED
 from mmray.detector.alignment import Pair, save_alignment
 from mmray.detector.heads import WEIGHTS
 from mmray.detector.vision_tower import open_sight
@@ -26,7 +25,8 @@ from mmray.models.loading import digest
 from mmray.perception.methods import METHODS, OF_BOXES
 from mmray.perception.observing import CHANCE
 from mmray.perception.settings import saliency_settings
-from mmray.results.run import open_run
+from mmray.runs.derived import DERIVED
+from mmray.runs.run import open_run
 from mmray.storage import open_store
 from tests.e2e.conftest import Answer
 from tests.e2e.conftest import mmray as mmray_command

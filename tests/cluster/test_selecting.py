@@ -12,7 +12,7 @@ import pytest
 from mmray.api import select_neurons
 from mmray.demo import DATA
 from mmray.errors import InputError
-from mmray.results.run import Run, open_run
+from mmray.runs.run import Run, open_run
 from tests.e2e.conftest import Answer, mmray
 from tests.running import census_here
 

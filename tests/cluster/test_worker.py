@@ -18,11 +18,11 @@ from mmray.engine.ray import _Actor
 from mmray.engine.units import WorkOrder
 from mmray.errors import InputError, StorageError
 from mmray.neurons.shard import ShardAnalysis
-from mmray.results.run import Run, open_run
 from mmray.runs import RunFolder
+from mmray.runs.run import Run, open_run
+from mmray.runs.tables import SCHEMAS
 from mmray.settings import census_settings
 from mmray.storage import LocalStore, open_store
-from mmray.tables import SCHEMAS
 from tests.running import census_here
 
 

@@ -13,7 +13,7 @@ from mmray.cli import main
 from mmray.engine import JobResult, Plan, Unit, UnitResult, Worker, checked
 from mmray.engine import run as run_job
 from mmray.features import FEATURES, Feature
-from mmray.results.run import Run, open_run
+from mmray.runs.run import Run, open_run
 from tests.engine.words import LetterJob, LetterSettings
 from tests.results.conftest import run
 

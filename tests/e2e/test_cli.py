@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmray.demo import DATA
-from mmray.results.run import Run
-from mmray.tables import SCHEMAS
+from mmray.runs.run import Run
+from mmray.runs.tables import SCHEMAS
 from tests.e2e.conftest import Answer
 from tests.e2e.scenes import bad_samples, scenes, write
 

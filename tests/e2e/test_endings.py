@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mmray.results.run import Run
+from mmray.runs.run import Run
 
 TIMES, AT_ONCE = 24, 4
 

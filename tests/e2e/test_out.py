@@ -17,8 +17,8 @@ from mmray.engine.session import actor_pool
 from mmray.engine.units import Answer as UnitAnswer
 from mmray.engine.units import UnitRunner, WorkOrder
 from mmray.errors import InputError
-from mmray.results.run import Run, open_run
 from mmray.runs.lease import driving
+from mmray.runs.run import Run, open_run
 from mmray.settings import census_settings
 from mmray.storage import open_store
 from tests.data.making import write_jsonl

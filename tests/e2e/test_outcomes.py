@@ -9,9 +9,9 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from mmray.results.run import open_run, reasons
 from mmray.results.terminal import status as status_view
 from mmray.runs import Receipt
+from mmray.runs.run import open_run, reasons
 from tests.e2e.conftest import Answer
 from tests.e2e.scenes import scenes, write
 from tests.results.test_terminal import shown

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmray.results.run import Run
+from mmray.runs.run import Run
 from mmray.storage import open_store
 from tests.conftest import BUCKET
 from tests.e2e.conftest import Answer

@@ -15,12 +15,12 @@ from mmray.cli import status as cli
 from mmray.cli.job import command_line
 from mmray.engine import LocalExecutor
 from mmray.engine.clock import phase
-from mmray.results.run import Run, open_run
-from mmray.results.status import analyses
 from mmray.runs import RunFolder
 from mmray.runs.analyses import find_analyses
 from mmray.runs.driver import drive_analysis
 from mmray.runs.receipts import AROUND
+from mmray.runs.run import Run, open_run
+from mmray.runs.status import analyses
 from tests.e2e.conftest import LINES
 from tests.running import properties_here
 

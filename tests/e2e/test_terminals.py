@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from mmray.results.run import Run, open_run
+from mmray.runs.run import Run, open_run
 from mmray.version import VERSION
 from tests.e2e.conftest import Answer
 from tests.running import write_table

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.tables import SCHEMAS
+from mmray.runs.tables import SCHEMAS
 from tests.e2e.scenes import bad_samples, write
 
 pytestmark = pytest.mark.slow

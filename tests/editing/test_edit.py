@@ -13,7 +13,7 @@ from mmray.editing.checkpoint import write_checkpoint
 from mmray.editing.edit import Purpose, WeightEdit, open_edit
 from mmray.errors import InputError
 from mmray.models.loading import digest, load
-from mmray.tables import CAPTIONS_FILE, EVALUATION_FILE
+from mmray.runs.tables import CAPTIONS_FILE, EVALUATION_FILE
 from tests.models.test_interventions import logits, weights
 
 FAMILIES = ["llava", "qwen3_vl_moe", "blip2_opt", "blip2_t5", "gemma3", "mllama"]

@@ -11,7 +11,7 @@ from mmray.editing.settings import edit_settings
 from mmray.errors import InputError
 from mmray.models.generation import generate
 from mmray.neurons.model import open_image
-from mmray.results.run import open_run
+from mmray.runs.run import open_run
 from tests.running import census_here
 
 

@@ -23,7 +23,7 @@ from mmray.models.options import LONGEST
 from mmray.models.prompting import prompt_text
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.model import open_image
-from mmray.results.run import open_run
+from mmray.runs.run import open_run
 from tests.running import census_here
 
 

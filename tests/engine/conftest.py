@@ -39,7 +39,7 @@ def suite(tiny: Callable[[str], Path], memory: Path) -> Suite:
 
 def counted(job: LetterJob) -> dict[str, list[Any]]:
     """Return the toy's table."""
+    from mmray.runs.tables import read_table
     from mmray.storage import open_store
-    from mmray.tables import read_table
 
     return read_table(open_store(job.target), "letters").to_pydict()

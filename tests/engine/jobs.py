@@ -40,8 +40,8 @@ from mmray.neurons.labels.masks import Mask
 from mmray.neurons.labels.settings import selectivity_settings
 from mmray.neurons.selection_settings import selection_settings
 from mmray.perception.settings import saliency_settings
-from mmray.results.run import open_run
 from mmray.runs import RunFolder
+from mmray.runs.run import open_run
 from mmray.runs.snapshots import newest
 from mmray.settings import CensusSettings, census_settings
 from mmray.storage import open_store

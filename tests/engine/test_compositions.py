@@ -13,8 +13,8 @@ from mmray.cluster.pipeline import pipeline_settings, run_pipeline
 from mmray.editing.edit import open_edit
 from mmray.errors import InputError
 from mmray.neurons.labels.settings import selectivity_settings
-from mmray.results.run import open_run
 from mmray.runs.driver import drive_analysis
+from mmray.runs.run import open_run
 from tests.engine.jobs import SHARD, WISH, Place
 from tests.engine.suite import Suite, elsewhere, without_links
 

@@ -8,9 +8,9 @@ import pytest
 from mmray.engine import LocalExecutor, UnitRefusedError, run
 from mmray.errors import InputError
 from mmray.features import FEATURES, Feature
-from mmray.results.status import analyses
 from mmray.runs import ATTEMPTS, RunFolder
 from mmray.runs.driver import drive_analysis
+from mmray.runs.status import analyses
 from mmray.runs.sweep import sweep_run
 from tests.engine import words
 from tests.engine.conftest import LINES, counted

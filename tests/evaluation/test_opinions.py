@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmray.data.samples import Sample
-from mmray.derived import DERIVED
 from mmray.detector.heads import Heads
 from mmray.detector.joint import JointModel
 from mmray.detector.owl import QUERY
@@ -31,6 +30,7 @@ from mmray.objects.answers import value_of
 from mmray.objects.naming import Naming
 from mmray.objects.statistics import gather_facts
 from mmray.perception.perturbing import covariance, moved, moved_at_random, relative_norms, shown
+from mmray.runs.derived import DERIVED
 from tests.perception.owls import build_owl
 
 CLAIM = st.tuples(st.integers(0, 4), st.booleans(), st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.95, 1.0]))

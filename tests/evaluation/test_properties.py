@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import mmray
 from mmray.demo import DATA
-from mmray.derived import PROPERTY_SCHEMAS
 from mmray.evaluation.properties.comparing import METHODS, compare_methods
 from mmray.evaluation.properties.effects import MATCHED, Effects, noise
 from mmray.evaluation.properties.maps import box_of, draw_maps
@@ -24,6 +23,7 @@ from mmray.evaluation.properties.subject import Facts, Ranked, Study, Subject
 from mmray.models.parts import output_rows
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.scoring import score_batch
+from mmray.runs.derived import PROPERTY_SCHEMAS
 from mmray.settings import census_settings
 from tests.cluster.test_evaluation import samples_of
 from tests.neurons.making import LEXICON, samples, settings

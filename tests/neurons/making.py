@@ -20,8 +20,8 @@ from mmray.neurons.concepts import NounSource, find_forms, noun_source
 from mmray.neurons.merging import RunMerge
 from mmray.neurons.places import Place, place_mentions
 from mmray.neurons.shard import ShardAnalysis
+from mmray.runs.tables import from_bytes, to_bytes
 from mmray.settings import CensusSettings, census_settings
-from mmray.tables import from_bytes, to_bytes
 
 NOUNS = frozenset({"dog", "cat", "ball", "chair", "tree", "boy", "girl", "horse", "water", "hat", "table", "bird"})
 LEXICON = NounSource("lexicon", lexicon={None: NOUNS})

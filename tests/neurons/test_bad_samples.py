@@ -14,7 +14,7 @@ from mmray.models import generation
 from mmray.neurons import scoring, shard
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.reduction import SUMS
-from mmray.tables import vectors
+from mmray.runs.tables import vectors
 from tests.neurons.making import CAPTIONS, LEXICON, NOUNS, analyse, merged, picture, png, sample, samples, settings
 
 

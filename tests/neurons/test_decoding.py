@@ -13,7 +13,7 @@ from mmray.models.parts import output_rows, unembedding_rows
 from mmray.neurons import decoding
 from mmray.neurons.decoding import DECODED, decode_neurons, written
 from mmray.neurons.merging import RunMerge
-from mmray.tables import PART_SCHEMAS
+from mmray.runs.tables import PART_SCHEMAS
 from tests.neurons.making import analyse, samples
 
 

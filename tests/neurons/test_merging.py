@@ -14,7 +14,7 @@ from mmray.neurons.hits import ConceptImages
 from mmray.neurons.merging import RunMerge, _Examples
 from mmray.neurons.ranking import Shares, locate_index
 from mmray.neurons.statistics import EXAMPLES
-from mmray.tables import PART_SCHEMAS, SCHEMAS
+from mmray.runs.tables import PART_SCHEMAS, SCHEMAS
 from tests.neurons.making import CAPTIONS, analyse, merged, picture, png, sample, samples
 
 TOP = 4

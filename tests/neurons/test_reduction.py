@@ -21,7 +21,7 @@ from mmray.neurons.ranking import (
     specific_scores,
 )
 from mmray.neurons.reduction import ALL_KEPT, KEPT_OF_MORE, ConceptMerge, ConceptSums, candidates_kept
-from mmray.tables import from_bytes, to_bytes
+from mmray.runs.tables import from_bytes, to_bytes
 
 WIDTHS = (3, 2, 3)
 NEURONS = sum(WIDTHS)

@@ -15,7 +15,7 @@ from mmray.models.capture import tap
 from mmray.models.prompting import Run
 from mmray.neurons import statistics
 from mmray.neurons.statistics import EXAMPLES, MODALITIES, TokenStatistics, reduce_tokens, token_spans
-from mmray.tables import from_bytes, to_bytes
+from mmray.runs.tables import from_bytes, to_bytes
 from tests.neurons.making import CAPTIONS, analyse, batch_of, sample, samples
 
 WIDTHS = (3, 2)

@@ -6,7 +6,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.derived import SALIENCY_SCHEMAS
 from mmray.detector.boxes import generalised_iou, iou
 from mmray.evaluation.saliency import summarise_saliency
 from mmray.neurons.heatmaps import SIDE
@@ -22,6 +21,7 @@ from mmray.perception.measures import (
     patch_order,
     points_at,
 )
+from mmray.runs.derived import SALIENCY_SCHEMAS
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 sides = st.floats(0.2, 0.5)

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmray.demo import DATA
-from mmray.results.run import Run, open_run
+from mmray.runs.run import Run, open_run
 from tests.running import census_here
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 from PIL import Image
 
-from mmray.derived import DERIVED
-from mmray.results.run import open_run
+from mmray.runs.derived import DERIVED
+from mmray.runs.run import open_run
 from tests.running import write_table
 
 

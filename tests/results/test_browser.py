@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmray.reporting import write_report
-from mmray.results.run import open_run
+from mmray.runs.run import open_run
 from tests.results.dogs import dog_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from mmray.errors import InputError
 from mmray.results.drift import compare, rank_biased_overlap, spearman
-from mmray.results.run import Run
 from mmray.results.terminal import drift as terminal_drift
-from mmray.tables import SCHEMAS
+from mmray.runs.run import Run
+from mmray.runs.tables import SCHEMAS
 from tests.results.test_terminal import shown
 
 RANKINGS = st.lists(st.sampled_from("abcdefghijklmnop"), unique=True, max_size=16)

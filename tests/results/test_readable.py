@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.derived import TABLES
-from mmray.results.run import Run, open_run
-from mmray.tables import SCHEMAS, from_bytes, to_bytes
+from mmray.runs.derived import TABLES
+from mmray.runs.run import Run, open_run
+from mmray.runs.tables import SCHEMAS, from_bytes, to_bytes
 from tests.e2e.scenes import scenes, write
 from tests.running import census_here
 

@@ -13,9 +13,9 @@ from mmray.errors import InputError
 from mmray.reporting import write_report
 from mmray.results.report.content import gather
 from mmray.results.report.edits import read_edits
-from mmray.results.run import Run, open_run
+from mmray.runs.run import Run, open_run
+from mmray.runs.tables import EVALUATION_SCHEMAS, to_bytes
 from mmray.storage import open_store
-from mmray.tables import EVALUATION_SCHEMAS, to_bytes
 from tests.results.dogs import dog_run
 
 

@@ -9,7 +9,7 @@ import pytest
 from mmray.reporting import write_report
 from mmray.results.report.content import gather
 from mmray.results.report.labels import CAPTIONS, label_analyses
-from mmray.results.run import Run, open_run
+from mmray.runs.run import Run, open_run
 from tests.results.labelled import DOMAIN, EFFECTS, LABELS, LANGUAGE, add_labels
 
 

@@ -5,10 +5,10 @@ import shutil
 
 import pyarrow as pa
 
-from mmray.derived import DERIVED
 from mmray.results.report.content import gather
 from mmray.results.report.opinions import second_opinion
-from mmray.results.run import open_run
+from mmray.runs.derived import DERIVED
+from mmray.runs.run import open_run
 from tests.running import write_table
 
 

@@ -7,9 +7,9 @@ import textwrap
 import pytest
 
 from mmray.errors import InputError
-from mmray.results.run import ORDERS, Run, open_run
+from mmray.runs.run import ORDERS, Run, open_run
+from mmray.runs.tables import SCHEMAS
 from mmray.storage import open_store
-from mmray.tables import SCHEMAS
 
 CONTRACT = {
     "captions": "sample_id, caption, source, language, domain, shard_id, labels, image",

@@ -15,8 +15,8 @@ from mmray.neurons.attribution import FUNCTIONS
 from mmray.neurons.scores import SCORES, Score
 from mmray.results.plan import DataSample, Plan
 from mmray.results.report.definitions import definitions
-from mmray.results.run import CERTIFICATES, ORDERS, Run
 from mmray.results.terminal import concept_title, neuron, plan, ranking, status, summary
+from mmray.runs.run import CERTIFICATES, ORDERS, Run
 
 WIDTHS = (80, 100, 120)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from mmray.runs import Receipt, RunFolder
-from mmray.tables import from_bytes, to_bytes
+from mmray.runs.tables import from_bytes, to_bytes
 
 
 class ReceiptFirst(RunFolder):

@@ -10,8 +10,8 @@ import pytest
 
 from mmray.errors import InputError
 from mmray.runs import ATTEMPTS, Receipt, RunFolder
+from mmray.runs.tables import PART_SCHEMAS
 from mmray.storage import LocalStore, Store
-from mmray.tables import PART_SCHEMAS
 from tests.storage.broken import ReceiptFirst, ReceiptReplaced
 from tests.storage.stores import Forgetful, Killed, Meanwhile, Mortal
 

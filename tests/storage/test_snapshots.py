@@ -6,8 +6,8 @@ import pytest
 from mmray.errors import DamagedError, InputError
 from mmray.runs import snapshots as module
 from mmray.runs.snapshots import KEPT, SnapshotWriter, newest, next_fence, open_snapshot, publish, snapshots
+from mmray.runs.tables import from_bytes, read_table
 from mmray.storage import Store
-from mmray.tables import from_bytes, read_table
 from tests.storage.stores import Forgetful
 
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from mmray.errors import DamagedError
+from mmray.runs.tables import from_bytes, read_table, to_bytes
 from mmray.storage import Store
-from mmray.tables import from_bytes, read_table, to_bytes
 
 
 def table() -> pa.Table:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
-from mmray.derived import TABLES
 from mmray.neuron_names import neuron_name
 from mmray.neurons.labels.masks import named
 from mmray.neurons.labels.selecting import Selection
+from mmray.runs.derived import TABLES
 
 
 def neuron_rows(

@@ -15,7 +15,7 @@ from torch import Tensor
 from mmray.neurons.labels import contrast, published
 from mmray.neurons.labels.published import Chosen
 from mmray.neurons.labels.settings import SelectivitySettings
-from mmray.tables import vectors
+from mmray.runs.tables import vectors
 
 QUANTITY = {"lape": "active", "contribution": "contribution"}
 """What each method chooses by."""

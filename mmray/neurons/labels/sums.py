@@ -31,7 +31,7 @@ from mmray.neurons.labels.settings import SelectivitySettings
 from mmray.neurons.scoring import score_captured
 from mmray.neurons.statistics import MODALITIES, Span, reduce_tokens, token_spans
 from mmray.neurons.towers import image_runs, uniform
-from mmray.tables import vector_column
+from mmray.runs.tables import vector_column
 
 STEPS = 12
 """First tokens of a text whose activations are kept apart; later ones count as the last of them."""

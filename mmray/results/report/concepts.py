@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from mmray.data.image_keys import image_keys, one_per_image
-from mmray.results.run import Run
+from mmray.runs.run import Run
 
 HIGHEST = 12
 """Neurons by score that a concept's page lists; those of the ten highest by `specific` are added."""

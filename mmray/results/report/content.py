@@ -16,7 +16,7 @@ from mmray.results.report.maps import map_of
 from mmray.results.report.neurons import layer_profile, neuron_pages
 from mmray.results.report.opinions import second_opinion
 from mmray.results.report.saliency import saliency
-from mmray.results.run import Run
+from mmray.runs.run import Run
 
 WHOLE = 1500
 """Concepts with a page of their own in a report of one file, the most frequent; `--pages` has all."""

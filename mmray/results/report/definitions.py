@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mmray.neurons.scores import FOLDED, SCORES, unit_of
-from mmray.results.run import Run
+from mmray.runs.run import Run
 
 HELD = " (with the final norm's scale held: ablating a high neuron takes about half of it)"
 

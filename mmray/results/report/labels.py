@@ -8,7 +8,7 @@ from typing import Any
 
 from mmray.label_tables import ANALYSIS, LABEL_SCHEMAS
 from mmray.results.report.concepts import number
-from mmray.results.run import Run
+from mmray.runs.run import Run
 
 FIRST = 8
 """Neurons of a label that its row lists."""

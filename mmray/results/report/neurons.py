@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from mmray.neuron_names import neuron_name
 from mmray.results.report.concepts import Concept, number
-from mmray.results.run import Run
+from mmray.runs.run import Run
 
 EXAMPLES = 5
 """Samples at each end."""

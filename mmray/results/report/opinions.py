@@ -6,7 +6,7 @@ import base64
 from typing import Any
 
 from mmray.results.report.concepts import number
-from mmray.results.run import Run
+from mmray.runs.run import Run
 
 PICTURES = 24
 """Pictures of mistakes that are shown."""

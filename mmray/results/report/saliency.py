@@ -6,7 +6,7 @@ from typing import Any
 
 from mmray.results.report.concepts import number
 from mmray.results.report.maps import map_of
-from mmray.results.run import Run
+from mmray.runs.run import Run
 
 WORDS = 24
 """Words whose maps are shown."""

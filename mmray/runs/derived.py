@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from mmray.features import FEATURES
 from mmray.label_tables import LABEL_SCHEMAS
-from mmray.tables import COUNT, EVALUATION_SCHEMAS, SCHEMAS, field
+from mmray.runs.tables import COUNT, EVALUATION_SCHEMAS, SCHEMAS, field
 
 INTERVAL = "95 %, over images: Wilson of shares, else bootstrap"
 

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from mmray.errors import DamagedError, InputError, StorageError
 from mmray.features import FEATURES
-from mmray.results.run import Run
 from mmray.runs import Receipt
 from mmray.runs.analyses import Analysis, find_analyses
 from mmray.runs.folder import RunFolder
 from mmray.runs.lease import Driver, last_driver
 from mmray.runs.receipts import Cost, cost, receipts_digest, skipped
+from mmray.runs.run import Run
 from mmray.runs.snapshots import Snapshot, newest
 
 READERS = 8

@@ -15,15 +15,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmray.derived import MADE_BY, TABLES
 from mmray.errors import DamagedError, InputError
 from mmray.neuron_names import parse_neuron
 from mmray.runs import RunFolder
+from mmray.runs.derived import MADE_BY, TABLES
 from mmray.runs.home import resolve_settings
 from mmray.runs.lease import Driver, last_driver
 from mmray.runs.receipts import NOTHING, Cost, cost, receipts_digest, skipped
 from mmray.runs.snapshots import Snapshot, newest, open_snapshot, snapshots
-from mmray.tables import read_table
+from mmray.runs.tables import read_table
 
 ORDERS = {
     "score": ("rank", "ascending"),
