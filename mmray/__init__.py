@@ -20,7 +20,7 @@ _PLACES = {
     "properties": "mmray.api",
     "saliency": "mmray.api",
     "load_joint": "mmray.detector.joint",
-    "write_report": "mmray.reporting",
+    "write_report": "mmray.report.writing",
     "selectivity": "mmray.api",
     "align": "mmray.api",
     "hallucination": "mmray.api",

@@ -32,7 +32,7 @@ def report(
     ] = None,
 ) -> None:
     """Write what a run found as one HTML file that needs no network: concepts, neurons, images, properties, edits."""
-    from mmray.reporting import write_report
+    from mmray.report.writing import write_report
     from mmray.runs.run import open_run
 
     say(write_report(open_run(run), out, edit or (), pages))

@@ -87,7 +87,7 @@ def say_edits(census: CensusSettings, *, quick: bool) -> bool:
 
 def say_report(run: Path) -> None:
     """Write the report, and say where it is."""
-    from mmray.reporting import write_report
+    from mmray.report.writing import write_report
     from mmray.runs.run import open_run
 
     began = time.perf_counter()

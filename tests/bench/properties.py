@@ -19,7 +19,7 @@ import mmray
 from mmray.cluster.properties import PropertiesJob
 from mmray.engine import run as run_job
 from mmray.evaluation.properties.settings import property_settings
-from mmray.reporting import write_report
+from mmray.report.writing import write_report
 from mmray.runs.run import Run
 
 FIGURES = (

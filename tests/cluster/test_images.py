@@ -34,7 +34,7 @@ from mmray.evaluation.settings import evaluation_settings
 from mmray.neurons.labels.settings import selectivity_settings
 from mmray.objects.naming import Naming
 from mmray.perception.settings import saliency_settings
-from mmray.results.report.content import gather
+from mmray.report.content import gather
 from mmray.runs.run import Run, open_run
 from tests.data.cocolike import CAPTIONS, CocoLike
 from tests.data.making import read_all

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mmray.reporting import write_report
+from mmray.report.writing import write_report
 from mmray.runs.run import open_run
 from tests.results.dogs import dog_run
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmray.reporting import run_pictures
+from mmray.report.writing import run_pictures
 from mmray.runs.run import open_run
 from tests.data.making import write_coco, write_parquet
 from tests.e2e.scenes import scenes

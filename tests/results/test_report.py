@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from mmray.errors import InputError
-from mmray.reporting import write_report
-from mmray.results.report.content import gather
+from mmray.report.content import gather
+from mmray.report.writing import write_report
 from mmray.results.report.edits import read_edits
 from mmray.runs.run import Run, open_run
 from mmray.runs.tables import EVALUATION_SCHEMAS, to_bytes
@@ -185,7 +185,7 @@ def test_a_folder_without_an_edit_is_refused(dogs, tmp_path):
 def test_a_report_needs_neither_torch_nor_ray(run, tmp_path):
     code = f"""
         import sys, mmray
-        from mmray.reporting import write_report
+        from mmray.report.writing import write_report
         write_report(mmray.open_run({run.uri!r}), {str(tmp_path / "report.html")!r})
         print(sorted({{"torch", "ray", "transformers", "torchvision"}} & set(sys.modules)))
     """

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mmray.reporting import write_report
-from mmray.results.report.content import gather
+from mmray.report.content import gather
+from mmray.report.writing import write_report
 from mmray.results.report.labels import CAPTIONS, label_analyses
 from mmray.runs.run import Run, open_run
 from tests.results.labelled import DOMAIN, EFFECTS, LABELS, LANGUAGE, add_labels

@@ -5,7 +5,7 @@ import shutil
 
 import pyarrow as pa
 
-from mmray.results.report.content import gather
+from mmray.report.content import gather
 from mmray.results.report.opinions import second_opinion
 from mmray.runs.derived import DERIVED
 from mmray.runs.run import open_run

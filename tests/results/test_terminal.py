@@ -13,8 +13,8 @@ from rich.console import Console, RenderableType
 
 from mmray.neurons.attribution import FUNCTIONS
 from mmray.neurons.scores import SCORES, Score
+from mmray.report.definitions import definitions
 from mmray.results.plan import DataSample, Plan
-from mmray.results.report.definitions import definitions
 from mmray.results.terminal import concept_title, neuron, plan, ranking, status, summary
 from mmray.runs.run import CERTIFICATES, ORDERS, Run
 

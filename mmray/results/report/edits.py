@@ -16,7 +16,7 @@ from safetensors.numpy import load
 
 from mmray.data.image_keys import image_key, one_per_image
 from mmray.errors import DamagedError, InputError
-from mmray.results.report.concepts import number
+from mmray.report.concepts import number
 from mmray.runs.run import Run
 from mmray.runs.tables import CAPTIONS_FILE, EVALUATION_FILE, read_file, read_table
 from mmray.storage import Checksum, Store, open_store

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmray.label_tables import ANALYSIS, LABEL_SCHEMAS
-from mmray.results.report.concepts import number
+from mmray.report.concepts import number
 from mmray.runs.run import Run
 
 FIRST = 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from mmray.results.report.concepts import number
+from mmray.report.concepts import number
 from mmray.runs.run import Run
 
 PICTURES = 24

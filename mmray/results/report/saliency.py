@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmray.results.report.concepts import number
-from mmray.results.report.maps import map_of
+from mmray.report.concepts import number
+from mmray.report.maps import map_of
 from mmray.runs.run import Run
 
 WORDS = 24

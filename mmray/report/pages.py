@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from mmray.results.report.content import Content, samples_of
+from mmray.report.content import Content, samples_of
 from mmray.storage import Store
 
 SCRIPTS = (

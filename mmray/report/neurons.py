@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmray.neuron_names import neuron_name
-from mmray.results.report.concepts import Concept, number
+from mmray.report.concepts import Concept, number
 from mmray.runs.run import Run
 
 EXAMPLES = 5

@@ -15,8 +15,8 @@ from mmray.data.samples import BACKGROUND, Failure, Sample
 from mmray.data.shards import Manifest, Shard, cut, read_shard
 from mmray.data.sources import Source, open_source
 from mmray.errors import InputError, ShardError
-from mmray.results.report.content import WHOLE, gather
-from mmray.results.report.pages import write_pages, write_whole
+from mmray.report.content import WHOLE, gather
+from mmray.report.pages import write_pages, write_whole
 from mmray.runs.home import resolve_data
 from mmray.runs.run import Run
 from mmray.storage import open_object, open_store

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mmray.results.report.concepts import number
+from mmray.report.concepts import number
 
 
 def map_of(row: Mapping[str, Any]) -> dict[str, Any]:
