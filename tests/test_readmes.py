@@ -208,7 +208,7 @@ def test_every_command_is_shown_in_a_readme(command):
 
 
 def test_the_picture_of_the_report_is_small():
-    picture = ROOT / "mmray/results/report/report.png"
+    picture = ROOT / "mmray/report/report.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size <= 150_000
 

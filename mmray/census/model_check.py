@@ -6,8 +6,8 @@ import io
 
 from mmray.data.samples import Sample
 from mmray.models.loading import LoadedModel
-from mmray.neurons.checking import CAPTIONS, CHECKS, NOUNS, Check, check_parts, picture
 from mmray.neurons.shard import ShardAnalysis
+from mmray.neurons.validation import CAPTIONS, CHECKS, NOUNS, Check, check_parts, picture
 from mmray.settings import census_settings
 
 

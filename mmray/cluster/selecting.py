@@ -22,10 +22,10 @@ from mmray.models.loading import digest, resolve
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.effects import EFFECTS, CandidateEffects
 from mmray.neurons.model import load_model
-from mmray.neurons.places import places_of
 from mmray.neurons.selection import expected
 from mmray.neurons.selection_settings import SelectionSettings
 from mmray.neurons.shard import ShardAnalysis
+from mmray.neurons.token_positions import places_of
 from mmray.runs.run import Run, open_run
 from mmray.runs.tables import SCHEMAS
 from mmray.settings import CensusSettings, census_settings

@@ -27,7 +27,7 @@ from mmray.models.capture import tap, tap_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import Batch
-from mmray.neurons.captured import forward
+from mmray.neurons.activation_cache import forward
 
 
 @dataclass(frozen=True)

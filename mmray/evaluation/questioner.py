@@ -21,7 +21,7 @@ from mmray.models.generation import end_tokens, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.options import LONGEST
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
-from mmray.neurons.halving import FAILURES
+from mmray.neurons.split_on_oom import FAILURES
 
 Result = TypeVar("Result")
 

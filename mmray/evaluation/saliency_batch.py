@@ -17,8 +17,8 @@ from mmray.errors import InputError
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
 from mmray.neurons.concepts import NounSource
-from mmray.neurons.places import Place, places_of
 from mmray.neurons.shard import Captioned, ShardAnalysis
+from mmray.neurons.token_positions import Place, places_of
 from mmray.perception.asking import look_at
 from mmray.perception.measures import Boxes, objects_mask, points_at
 from mmray.perception.methods import METHODS, OF_BOXES, Located, Looked, method_of

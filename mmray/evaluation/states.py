@@ -17,8 +17,8 @@ from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.packing import Placed, alone, packed
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
-from mmray.neurons.captured import forward
-from mmray.neurons.halving import FAILURES
+from mmray.neurons.activation_cache import forward
+from mmray.neurons.split_on_oom import FAILURES
 
 RANKS = 10
 """Likeliest tokens that are compared rank by rank."""

@@ -20,9 +20,9 @@ from mmray.models.loading import LoadedModel
 from mmray.models.norms import token_log_odds, token_logits
 from mmray.models.parts import output_rows
 from mmray.models.prompting import Batch
-from mmray.neurons.captured import Captured, capturing, forward
-from mmray.neurons.places import Place, rank_in_row
+from mmray.neurons.activation_cache import Captured, capturing, forward
 from mmray.neurons.statistics import TokenStatistics
+from mmray.neurons.token_positions import Place, rank_in_row
 
 
 def gradient_pass(

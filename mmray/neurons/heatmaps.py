@@ -21,7 +21,7 @@ from mmray.models.capture import gate_function, tap
 from mmray.models.loading import LoadedModel
 from mmray.models.patches import Patches
 from mmray.models.prompting import Batch
-from mmray.neurons.captured import forward
+from mmray.neurons.activation_cache import forward
 
 PERCENTILE = 0.95
 """Part of the pixels that lie below the mask's threshold (Pan et al. 2024)."""

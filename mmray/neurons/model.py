@@ -19,12 +19,12 @@ from mmray.models.loading import LoadedModel, load
 from mmray.models.patches import patches_of
 from mmray.models.prompting import encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neuron_names import parse_neuron
-from mmray.neurons.checking import assert_sound
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.heatmaps import Wanted, patch_maps, placed
-from mmray.neurons.places import place_mentions
 from mmray.neurons.scores import SCORES, Pieces
 from mmray.neurons.scoring import score_batch, whole_nouns
+from mmray.neurons.token_positions import place_mentions
+from mmray.neurons.validation import assert_sound
 
 
 class Model(LoadedModel):

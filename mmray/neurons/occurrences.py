@@ -9,8 +9,8 @@ import torch
 
 from mmray.models.generation import token_text
 from mmray.models.loading import LoadedModel
-from mmray.neurons.places import Place
 from mmray.neurons.scoring import Scored
+from mmray.neurons.token_positions import Place
 from mmray.runs.tables import NEURON_ENTRY, PART_SCHEMAS
 
 

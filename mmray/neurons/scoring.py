@@ -17,12 +17,12 @@ from mmray.models.loading import LoadedModel
 from mmray.models.norms import fold_block, fold_norm, log_odds_slope, log_probability, norm_curvature
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.models.prompting import Batch
+from mmray.neurons.activation_cache import Captured, capturing, forward
 from mmray.neurons.attribution import FUNCTIONS, Located, project
-from mmray.neurons.captured import Captured, capturing, forward
 from mmray.neurons.gradients import gradient_pass
-from mmray.neurons.places import Place
 from mmray.neurons.scores import SCORES
 from mmray.neurons.statistics import TokenStatistics
+from mmray.neurons.token_positions import Place
 
 
 @dataclass(frozen=True)

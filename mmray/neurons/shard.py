@@ -21,13 +21,13 @@ from mmray.models.loading import LoadedModel
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import Batch, encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, NounSource
-from mmray.neurons.halving import FAILURES, free_memory, in_halves
+from mmray.neurons.module_activity import ModuleActivity
 from mmray.neurons.occurrences import occurrence_table
-from mmray.neurons.places import Place, places_of
 from mmray.neurons.reduction import ConceptSums, candidates_kept
 from mmray.neurons.scoring import Scored, score_batch, unsound_rows, whole_nouns
+from mmray.neurons.split_on_oom import FAILURES, free_memory, in_halves
 from mmray.neurons.statistics import TokenStatistics
-from mmray.neurons.towers import ModuleActivity
+from mmray.neurons.token_positions import Place, places_of
 from mmray.runs.tables import PART_SCHEMAS
 from mmray.settings import CensusSettings
 

@@ -12,7 +12,7 @@ from mmray.errors import InputError
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, find_forms
-from mmray.neurons.places import Place, place_mentions
+from mmray.neurons.token_positions import Place, place_mentions
 from mmray.perception.look import JointLook, Look, SequenceLook
 
 

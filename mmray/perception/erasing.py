@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmray.neurons.places import rank_in_row
+from mmray.neurons.token_positions import rank_in_row
 from mmray.perception.look import Look
 from mmray.perception.measures import STEPS
 

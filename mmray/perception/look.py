@@ -19,7 +19,7 @@ from mmray.models.loading import LoadedModel
 from mmray.models.norms import log_probability, token_logits
 from mmray.models.patches import Patches, patches_of
 from mmray.models.prompting import Batch
-from mmray.neurons.places import Place, rank_in_row
+from mmray.neurons.token_positions import Place, rank_in_row
 
 Seen = Float[Tensor, "row patch width"]
 """What stands for the images of a batch, and is differentiated in: a joint model's embedding, or the image tokens."""

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mmray.detector.detection import Detection
 from mmray.errors import InputError
-from mmray.neurons.captured import capturing
+from mmray.neurons.activation_cache import capturing
 from mmray.neurons.heatmaps import Map, Wanted, patch_maps
-from mmray.neurons.places import Place
 from mmray.neurons.scoring import score_captured
+from mmray.neurons.token_positions import Place
 from mmray.perception.attention import attention_rollout
 from mmray.perception.look import JointLook, Look
 from mmray.perception.pulling import Outputs, box_cosines

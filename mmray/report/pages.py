@@ -84,7 +84,7 @@ def _script(text: str) -> str:
 
 @cache
 def _template(name: str) -> str:
-    return (resources.files("mmray.results") / "templates" / name).read_text(encoding="utf-8")
+    return (resources.files("mmray.report") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _plotly() -> str:

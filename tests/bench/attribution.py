@@ -28,11 +28,11 @@ from mmray.models.capture import tap
 from mmray.models.loading import LoadedModel, load
 from mmray.models.parts import locate, output_rows, unembedding_rows
 from mmray.models.prompting import Batch, Run
-from mmray.neurons.captured import forward
-from mmray.neurons.places import Place
+from mmray.neurons.activation_cache import forward
 from mmray.neurons.reduction import ConceptSums
 from mmray.neurons.scoring import score_batch
 from mmray.neurons.statistics import TokenStatistics
+from mmray.neurons.token_positions import Place
 
 PROMPT_TOKENS, CAPTION_TOKENS, NOUNS = 16, 16, 3
 
@@ -110,8 +110,8 @@ def demo_batches(device: str, size: int, count: int) -> tuple[LoadedModel, list[
     from mmray.data.samples import Sample
     from mmray.data.shards import cut, read_shard
     from mmray.neurons.concepts import noun_source
-    from mmray.neurons.places import place_mentions
     from mmray.neurons.shard import ShardAnalysis
+    from mmray.neurons.token_positions import place_mentions
     from mmray.settings import census_settings
 
     settings = census_settings({"model": "demo", "data": "demo", "out": "unused", "batch_size": size})

@@ -24,10 +24,10 @@ import mmray
 from mmray.models.loading import LoadedModel, load
 from mmray.models.norms import token_log_odds, token_logits
 from mmray.models.prompting import Batch
-from mmray.neurons.captured import Captured, capturing, forward
+from mmray.neurons.activation_cache import Captured, capturing, forward
 from mmray.neurons.gradients import gradient_pass
-from mmray.neurons.places import Place, places_of
 from mmray.neurons.scoring import ablation_effects, score_captured
+from mmray.neurons.token_positions import Place, places_of
 from tests.bench.localisation import Data, read
 
 REAL = {

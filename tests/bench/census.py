@@ -27,7 +27,7 @@ from mmray.data.samples import Sample
 from mmray.data.shards import cut, read_shard
 from mmray.models.loading import load
 from mmray.models.prompting import Batch
-from mmray.neurons.captured import forward
+from mmray.neurons.activation_cache import forward
 from mmray.neurons.concepts import noun_source
 from mmray.neurons.shard import ShardAnalysis
 from mmray.runs import RunFolder

@@ -25,8 +25,8 @@ from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import noun_source
 from mmray.neurons.controls import layer_matched
 from mmray.neurons.model import Model, open_image
-from mmray.neurons.places import place_mentions
 from mmray.neurons.scoring import score_batch
+from mmray.neurons.token_positions import place_mentions
 from mmray.runs.run import Run
 from mmray.settings import census_settings
 

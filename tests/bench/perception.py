@@ -23,7 +23,7 @@ from mmray.evaluation.saliency import summarise_saliency
 from mmray.models.norms import token_logits
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import find_forms
-from mmray.neurons.places import places_of
+from mmray.neurons.token_positions import places_of
 from mmray.perception.asking import look_at
 from mmray.perception.methods import METHODS, Looked
 from mmray.perception.observing import draw_maps, observations

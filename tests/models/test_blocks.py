@@ -5,7 +5,7 @@ import torch
 
 from mmray.models.blocks import Passage, permuted_image
 from mmray.models.capture import tap_input
-from mmray.neurons.captured import forward
+from mmray.neurons.activation_cache import forward
 from mmray.neurons.scoring import score_batch
 from tests.neurons.making import CAPTIONS, batch_of
 

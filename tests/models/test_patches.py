@@ -50,7 +50,7 @@ def test_a_bright_corner_shows_in_its_patch(open_model, variant):
 
     from mmray.models.blocks import Passage
     from mmray.models.prompting import encode, prompt_text, tokenize_caption
-    from mmray.neurons.captured import forward
+    from mmray.neurons.activation_cache import forward
 
     model = open_model(variant)
     side = 64

@@ -1,6 +1,6 @@
 """The README of the models lists for every family what the code finds and checks."""
 
-from mmray.neurons.checking import CHECKS
+from mmray.neurons.validation import CHECKS
 from tests.models.support import NAMES, README, SECTION, table, written
 from tests.models.tiny import VARIANTS
 

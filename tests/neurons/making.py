@@ -18,8 +18,8 @@ from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import NounSource, find_forms, noun_source
 from mmray.neurons.merging import RunMerge
-from mmray.neurons.places import Place, place_mentions
 from mmray.neurons.shard import ShardAnalysis
+from mmray.neurons.token_positions import Place, place_mentions
 from mmray.runs.tables import from_bytes, to_bytes
 from mmray.settings import CensusSettings, census_settings
 

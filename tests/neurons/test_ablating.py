@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mmray
-from mmray.neurons.ablating import Ablator
+from mmray.neurons.ablation import Ablator
 from mmray.neurons.scoring import score_batch
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import CAPTIONS, batch_of

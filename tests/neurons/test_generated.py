@@ -14,8 +14,8 @@ from mmray.models.generation import caption_of
 from mmray.models.prompting import encode, prompt_text
 from mmray.neurons import shard
 from mmray.neurons.concepts import WORD, Mention
-from mmray.neurons.places import place_mentions
 from mmray.neurons.scoring import score_batch
+from mmray.neurons.token_positions import place_mentions
 from mmray.settings import census_settings
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import analyse, demo_samples, samples

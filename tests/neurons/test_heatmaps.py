@@ -9,7 +9,7 @@ from torch.nn import functional
 from mmray.errors import InputError
 from mmray.models.capture import tap
 from mmray.models.patches import Patches, patches_of
-from mmray.neurons.captured import forward
+from mmray.neurons.activation_cache import forward
 from mmray.neurons.heatmaps import SIDE, Wanted, mask, min_max, overlay, patch_maps, pointing, signed, upsample
 from tests.neurons.making import CAPTIONS, batch_of, picture
 

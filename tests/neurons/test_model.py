@@ -10,10 +10,10 @@ from mmray.census.model_check import check_model
 from mmray.errors import InputError
 from mmray.models.loading import DTYPES, load
 from mmray.models.parts import output_rows
-from mmray.neurons import proven
-from mmray.neurons.checking import CHECKS, assert_sound
+from mmray.neurons import validation_cache
 from mmray.neurons.model import Model, load_model
-from mmray.neurons.proven import is_proven
+from mmray.neurons.validation import CHECKS, assert_sound
+from mmray.neurons.validation_cache import is_proven
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import CAPTIONS, picture, png
 
@@ -120,7 +120,7 @@ def test_rows_mixed_up_among_many_neurons_fail_the_check(loaded_with, monkeypatc
     model.network.to(DTYPES[dtype])
     assert not failing(model)
     order = torch.randperm(model.widths[0], generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr("mmray.neurons.checking.output_rows", lambda *of: output_rows(*of)[order])
+    monkeypatch.setattr("mmray.neurons.validation.output_rows", lambda *of: output_rows(*of)[order])
     assert failing(model) == {next(iter(CHECKS))}
 
 
@@ -155,7 +155,7 @@ def test_a_proven_checkpoint_is_proven_again_only_when_it_has_changed(tiny, tmp_
 
 def test_a_check_that_can_t_be_tried_has_failed(open_model, monkeypatch):
     model = open_model("blip2_opt")
-    monkeypatch.setattr("mmray.neurons.checking.encode", lambda *_: (_ for _ in ()).throw(ValueError("no\nway")))
+    monkeypatch.setattr("mmray.neurons.validation.encode", lambda *_: (_ for _ in ()).throw(ValueError("no\nway")))
     checks = check_model(model)
     details = {check.name: check.detail for check in checks if not check.passed}
     assert set(details) == set(CHECKS)
@@ -164,10 +164,15 @@ def test_a_check_that_can_t_be_tried_has_failed(open_model, monkeypatch):
 
 def test_a_part_in_another_number_format_is_proven_again(tiny):
     """BLIP's queries stay in fp32, and are its first weights."""
-    names = {proven.fingerprint(load(str(tiny("blip2_opt")), dtype, "cpu", wrap=Model)) for dtype in ("fp32", "fp16")}
+    names = {
+        validation_cache.fingerprint(load(str(tiny("blip2_opt")), dtype, "cpu", wrap=Model))
+        for dtype in ("fp32", "fp16")
+    }
     assert len(names) == 2
     model = load(str(tiny("llava")), "fp32", "cpu", wrap=Model)
-    assert proven.fingerprint(model) != proven.fingerprint(replace(model, parts=replace(model.parts, logit_scale=2)))
+    assert validation_cache.fingerprint(model) != validation_cache.fingerprint(
+        replace(model, parts=replace(model.parts, logit_scale=2))
+    )
 
 
 def test_what_there_is_not_is_said_in_a_line(tiny, open_model):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mmray.models.prompting import Batch, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, find_forms
-from mmray.neurons.places import place_mentions, rank_in_row
+from mmray.neurons.token_positions import place_mentions, rank_in_row
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import NOUNS, demo_samples
 

@@ -7,7 +7,7 @@ import mmray
 from mmray.models.generation import generate
 from mmray.models.parts import set_output_rows, unembedding_rows
 from mmray.models.prompting import prompt_text
-from mmray.neurons.captured import forward
+from mmray.neurons.activation_cache import forward
 from mmray.neurons.model import load_model
 from tests.neurons.making import analyse, batch_of, merged, picture, sample
 

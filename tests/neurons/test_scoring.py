@@ -6,11 +6,11 @@ import torch
 from mmray.models.capture import tap_input
 from mmray.models.norms import fold_norm
 from mmray.models.parts import unembedding_rows
-from mmray.neurons.captured import forward
+from mmray.neurons.activation_cache import forward
 from mmray.neurons.concepts import find_forms
-from mmray.neurons.places import place_mentions
 from mmray.neurons.scoring import score_batch, whole_nouns
 from mmray.neurons.statistics import TokenStatistics
+from mmray.neurons.token_positions import place_mentions
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import (
     CAPTIONS,

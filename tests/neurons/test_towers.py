@@ -7,9 +7,9 @@ import pytest
 
 from mmray.errors import InputError
 from mmray.models.capture import tap
-from mmray.neurons.captured import forward
+from mmray.neurons.activation_cache import forward
 from mmray.neurons.merging import RunMerge
-from mmray.neurons.towers import ModuleActivity
+from mmray.neurons.module_activity import ModuleActivity
 from tests.models.tiny import VARIANTS
 from tests.models.variants import PATCH, SIDE
 from tests.neurons.making import CAPTIONS, analyse, batch_of, picture, png, sample, samples

@@ -10,7 +10,7 @@ from mmray.errors import InputError
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.heatmaps import SIDE, placed
-from mmray.neurons.places import places_of
+from mmray.neurons.token_positions import places_of
 from mmray.perception.asking import ask, look_at, mentions_of
 from mmray.perception.methods import METHODS, OF_BOXES, Looked
 from mmray.perception.model import explain

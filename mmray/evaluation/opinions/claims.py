@@ -19,7 +19,7 @@ from mmray.models.generation import caption_of
 from mmray.models.norms import log_probability, vocabulary_logits
 from mmray.models.options import LONGEST
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
-from mmray.neurons.places import place_mentions
+from mmray.neurons.token_positions import place_mentions
 from mmray.objects.answers import says_yes
 from mmray.objects.naming import Naming, objects_of
 from mmray.objects.prompts import presence

@@ -17,8 +17,8 @@ from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows
 from mmray.models.prompting import Batch
 from mmray.neurons import controls
-from mmray.neurons.ablating import Ablator
-from mmray.neurons.places import Place
+from mmray.neurons.ablation import Ablator
+from mmray.neurons.token_positions import Place
 
 MATCHED, LIKE, UNIFORM = "layer-matched", "activation-matched", "uniform"
 

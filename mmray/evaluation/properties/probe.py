@@ -24,7 +24,7 @@ from mmray.evaluation.properties.settings import PropertySettings
 from mmray.evaluation.properties.subject import Facts, Study, Subject
 from mmray.evaluation.properties.writing import Writing
 from mmray.models.encoder import Encoder
-from mmray.neurons.halving import FAILURES, in_halves
+from mmray.neurons.split_on_oom import FAILURES, in_halves
 
 
 class Probe:

@@ -14,13 +14,13 @@ from torch import Tensor
 from mmray.data.samples import Sample
 from mmray.models.blocks import Passage
 from mmray.models.prompting import Batch
-from mmray.neurons.captured import Captured, capturing, forward
+from mmray.neurons.activation_cache import Captured, capturing, forward
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.decoding import written
 from mmray.neurons.model import Model
-from mmray.neurons.places import Place, places_of
 from mmray.neurons.scoring import score_captured
 from mmray.neurons.shard import Captioned, ShardAnalysis
+from mmray.neurons.token_positions import Place, places_of
 from mmray.settings import CensusSettings
 
 Neurons = Sequence[tuple[int, int]]

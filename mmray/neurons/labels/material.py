@@ -19,10 +19,10 @@ from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
-from mmray.neurons.captured import forward
-from mmray.neurons.halving import in_halves
-from mmray.neurons.places import Place
+from mmray.neurons.activation_cache import forward
 from mmray.neurons.shard import prefix_given
+from mmray.neurons.split_on_oom import in_halves
+from mmray.neurons.token_positions import Place
 from mmray.settings import CensusSettings
 
 Result = TypeVar("Result")

@@ -21,7 +21,7 @@ from mmray.models.interventions import ablate
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import Batch
-from mmray.neurons.captured import forward
+from mmray.neurons.activation_cache import forward
 from mmray.neurons.labels.masks import Mask
 from mmray.neurons.labels.material import Said, token_places
 

@@ -28,9 +28,9 @@ from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import prompt_text
-from mmray.neurons.halving import FAILURES, in_halves
 from mmray.neurons.labels.selecting import Selection, Totals
 from mmray.neurons.labels.settings import SelectivitySettings
+from mmray.neurons.split_on_oom import FAILURES, in_halves
 from mmray.settings import CensusSettings
 
 COURSE = "course"

@@ -23,14 +23,14 @@ from mmray.models.capture import tap
 from mmray.models.layout import Projection
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
-from mmray.neurons.captured import Captured, capturing, forward
+from mmray.neurons.activation_cache import Captured, capturing, forward
 from mmray.neurons.labels.material import Said, by_text, token_places
 from mmray.neurons.labels.replicates import Replicates
 from mmray.neurons.labels.selecting import number_of
 from mmray.neurons.labels.settings import SelectivitySettings
+from mmray.neurons.module_activity import image_runs, uniform
 from mmray.neurons.scoring import score_captured
 from mmray.neurons.statistics import MODALITIES, Span, reduce_tokens, token_spans
-from mmray.neurons.towers import image_runs, uniform
 from mmray.runs.tables import vector_column
 
 STEPS = 12

@@ -7,7 +7,7 @@ from mmray.models.blocks import block_of
 from mmray.models.generation import caption_of, generate
 from mmray.models.interventions import ablate
 from mmray.models.prompting import prompt_text
-from mmray.neurons.captured import forward
+from mmray.neurons.activation_cache import forward
 from mmray.neurons.labels import material, stages
 from mmray.neurons.labels.masks import Mask
 from mmray.neurons.labels.material import captions_of, in_batches

@@ -21,8 +21,8 @@ from mmray.models.interventions import ablate
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import log_probability
 from mmray.models.prompting import Batch
-from mmray.neurons.captured import forward
-from mmray.neurons.places import Place
+from mmray.neurons.activation_cache import forward
+from mmray.neurons.token_positions import Place
 
 Neurons = Sequence[tuple[int, int]]
 TOLERANCE = 1e-3

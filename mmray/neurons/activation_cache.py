@@ -16,8 +16,8 @@ from torch import Tensor
 from mmray.models.capture import tap, tap_input
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
-from mmray.neurons.places import Place
 from mmray.neurons.statistics import TokenStatistics
+from mmray.neurons.token_positions import Place
 
 
 @dataclass

@@ -19,11 +19,11 @@ from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
-from mmray.neurons.captured import forward
+from mmray.neurons.activation_cache import forward
 from mmray.neurons.concepts import NounSource
-from mmray.neurons.places import place_mentions
-from mmray.neurons.proven import is_proven, remember
 from mmray.neurons.scoring import score_batch
+from mmray.neurons.token_positions import place_mentions
+from mmray.neurons.validation_cache import is_proven, remember
 
 CAPTIONS = ("An image of a dog and a cat.", "An image of a dog and a big red car.")
 NOUNS = NounSource("lexicon", lexicon={None: frozenset({"dog", "cat", "car"})})
