@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmray.census.job import run_census as drive_census
 from mmray.cluster.alignment import run_alignment
 from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.hallucination import HallucinationJob
@@ -27,11 +26,12 @@ from mmray.errors import InputError
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
 from mmray.evaluation.properties.settings import property_settings
 from mmray.evaluation.settings import evaluation_settings
+from mmray.features.census.job import run_census as drive_census
+from mmray.features.census.settings import census_settings
 from mmray.neurons.labels.settings import selectivity_settings
 from mmray.neurons.selection_settings import selection_settings
 from mmray.perception.settings import saliency_settings
 from mmray.runs.run import Run, open_run
-from mmray.settings import census_settings
 
 EXECUTORS = ("ray", "local")
 """Where a job may run: on Ray's actors, or in this process."""
@@ -149,8 +149,8 @@ def perturb(**settings: Any) -> list[dict[str, Any]]:
 def run_census(model: str, data: str, out: str, **settings: Any) -> Run:
     """Run a census to its end, or resume one that stopped, and open it.
 
-    `settings` are those of `mmray census`, with underscores (`shard_size=500`); see `mmray.settings.CensusSettings`.
-    Failed samples and shards are in the run's `errors` table and status. Warns of captions in whose language no nouns
+    `settings` are those of `mmray census`, with underscores (`shard_size=500`); see `CensusSettings` of
+    `mmray.features.census.settings`. Failed samples and shards are in the run's `errors` table and status. Warns of captions in whose language no nouns
     are found. Raises InputError for bad settings or input.
     """
     drive_census(

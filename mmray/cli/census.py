@@ -12,11 +12,11 @@ import typer
 from rich.console import Console
 
 from mmray.cli.showing import say_edits, say_meaning, say_report, say_shortfall
-from mmray.settings import CensusSettings, census_settings
+from mmray.features.census.settings import CensusSettings, census_settings
 from mmray.terminal.options import INCOMPLETE, AsJson, app, console, followed, plural, say, with_settings
 
 if TYPE_CHECKING:
-    from mmray.census.job import Outcome
+    from mmray.features.census.job import Outcome
 
 FULL, QUICK = (12, 2), (3, 1)
 """Of the demo, concepts whose properties are measured, and images of each concept with heat maps."""
@@ -39,8 +39,8 @@ def census(as_json: AsJson = False, **settings: Any) -> None:
 @with_settings(CensusSettings, out="runs/plan")
 def plan(as_json: AsJson = False, **settings: Any) -> None:
     """Say what a census would cost: samples, shards, hours, bytes. Nothing is run."""
-    from mmray.census.job import plan_census
-    from mmray.results.terminal import plan as show
+    from mmray.features.census.job import plan_census
+    from mmray.features.census.view import plan as show
 
     estimate = plan_census(census_settings(settings))
     if as_json:
@@ -69,7 +69,7 @@ def demo(
 
 def _run_demo(run_folder: Path, *, quick: bool) -> bool:
     """Run the demo's steps, and say what each found; True where all went well."""
-    from mmray.results.terminal import summary
+    from mmray.features.census.view import summary
     from mmray.runs.run import open_run
 
     say(f"1 census of the demo's scenes on a local Ray → {run_folder}", "bold")
@@ -101,7 +101,7 @@ def _run_demo(run_folder: Path, *, quick: bool) -> bool:
 
 
 def _run_census(settings: CensusSettings) -> Outcome:
-    from mmray.census.job import run_census
+    from mmray.features.census.job import run_census
 
     stderr = Console(stderr=True, highlight=False)
     with followed(what=settings.out) as follow:

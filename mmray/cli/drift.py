@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmray.cli.showing import say_shortfall
-from mmray.settings import CensusSettings
+from mmray.features.census.settings import CensusSettings
 from mmray.terminal.options import INCOMPLETE, AsJson, RunArgument, app, console, followed, option, plural, say
 
 if TYPE_CHECKING:
-    from mmray.results.drift import Drift
+    from mmray.features.census.drift import Drift
 
 DRIFTED = 3
 """Exit status of a comparison whose drift is above the limit."""
@@ -43,7 +43,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Say how far the rankings of two runs have drifted apart, and which neurons' activity has shifted."""
-    from mmray.results.drift import compare
+    from mmray.features.census.drift import compare
     from mmray.runs.run import open_run
 
     drift = compare(open_run(before), open_run(after), k, by)
@@ -67,7 +67,7 @@ def refresh(
     as_json: AsJson = False,
 ) -> None:
     """Analyse what a run's data has gained since, merge it, and say how far the rankings have drifted."""
-    from mmray.census.refresh import refresh_run
+    from mmray.features.census.refresh import refresh_run
 
     execution: dict[str, Any] = {
         "batch_size": batch_size,
@@ -96,7 +96,7 @@ def refresh(
 
 
 def _show(drift: Drift) -> None:
-    from mmray.results.terminal import drift as show
+    from mmray.features.census.view import drift as show
 
     console.print(show(drift))
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from mmray.editing.settings import EditSettings, edit_settings
+from mmray.features.census.settings import CensusSettings
 from mmray.models.options import Dtype
-from mmray.settings import CensusSettings
 from mmray.terminal.options import AsJson, RunArgument, app, option, say, with_settings
 
 

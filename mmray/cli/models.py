@@ -10,8 +10,8 @@ import typer
 from rich.markup import escape
 
 from mmray.errors import InputError
+from mmray.features.census.settings import CensusSettings
 from mmray.models.options import Dtype
-from mmray.settings import CensusSettings
 from mmray.terminal.options import AsJson, app, console, help_of, option
 
 
@@ -23,7 +23,7 @@ def check_model(
     as_json: AsJson = False,
 ) -> None:
     """Show which parts of a model were found, and prove them: exit status 2 names a claim that fails."""
-    from mmray.census.model_check import check_model as prove
+    from mmray.features.census.model_check import check_model as prove
     from mmray.models.loading import load
     from mmray.results.model_tree import claims, parts_tree
 

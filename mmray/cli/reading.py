@@ -31,7 +31,7 @@ def rank(
     A neuron adds activation × its row of W_out. Words behind − are of one whose activation is negative there: those
     that its row suppresses.
     """
-    from mmray.results.terminal import concept_list, concept_title, ranking
+    from mmray.features.census.view import concept_list, concept_title, ranking
     from mmray.runs.run import open_run
 
     opened = open_run(run)
@@ -60,7 +60,7 @@ def select(
     """Choose a concept's neurons together: its noun goes with them, other nouns stay. Best after --score effect."""
     from mmray.cluster.selecting import SelectionJob, selections
     from mmray.engine import run as run_job
-    from mmray.results.terminal import concept_title, ranking
+    from mmray.features.census.view import concept_title, ranking
     from mmray.runs.run import open_run
 
     checked = selection_settings({"run": run, "concepts": concepts, **settings})
@@ -89,7 +89,7 @@ def neuron(
 
     It writes other words by negative activation than by positive; concepts that use it so are marked −.
     """
-    from mmray.results.terminal import neuron as show
+    from mmray.features.census.view import neuron as show
     from mmray.runs.run import open_run
 
     facts = open_run(run).neuron(name)

@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmray.settings import CensusSettings
+from mmray.features.census.settings import CensusSettings
 from mmray.terminal.options import console, plural, say
 
 if TYPE_CHECKING:
-    from mmray.census.job import Outcome
+    from mmray.features.census.job import Outcome
 
 EDIT, QUICK_EDIT = {"kept": 256, "samples": 16}, {"kept": 64, "samples": 8, "steps": 30}
 """Of the demo's edits, what they are learnt on."""
@@ -20,7 +20,7 @@ SCENES, QUICK_SCENES = 64, 24
 
 def say_shortfall(outcome: Outcome) -> None:
     """Say how many samples of a census were skipped or failed, where any were."""
-    from mmray.results.terminal import skipped
+    from mmray.features.census.view import skipped
 
     for line in skipped(outcome.skipped, outcome.analysed):
         say(f"{line}; see --nouns")

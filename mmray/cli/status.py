@@ -172,7 +172,7 @@ class _Seen:
 
     def view(self) -> RenderableType:
         """Return what the terminal shows."""
-        from mmray.results.terminal import analyses, status
+        from mmray.features.census.view import analyses, status
 
         first = Text(self.uri, "bold") if self.census is None else status(self.census, self.failures, self.uri)
         return Group(first, analyses(self.analyses)) if self.analyses else first

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmray import engine
-from mmray.census.inputs import open_data
 from mmray.cluster.evaluation_plan import Context, Unit, open_measured, part_of, plan_evaluation
 from mmray.data.samples import Sample
 from mmray.data.shards import read_shard
@@ -29,6 +28,7 @@ from mmray.evaluation.rows import Rows
 from mmray.evaluation.scope import EDITED
 from mmray.evaluation.settings import EvaluationSettings
 from mmray.evaluation.summary import summarise
+from mmray.features.census.inputs import open_data
 from mmray.neurons.model import load_model
 from mmray.runs.run import open_run
 from mmray.runs.tables import CAPTIONS_FILE, EVALUATION_FILE, EVALUATION_SCHEMAS, to_bytes

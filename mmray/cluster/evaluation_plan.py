@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mmray import engine
-from mmray.census.inputs import columns_of, open_data
 from mmray.data.shards import Manifest, Shard, cut
 from mmray.data.source import Source
 from mmray.data.sources import open_source
@@ -20,6 +19,8 @@ from mmray.evaluation.mmedit import Records, read_records
 from mmray.evaluation.quality import has_bleu
 from mmray.evaluation.scope import aim_of
 from mmray.evaluation.settings import EvaluationSettings
+from mmray.features.census.inputs import columns_of, open_data
+from mmray.features.census.settings import CensusSettings
 from mmray.objects.ground_truth import survey
 from mmray.objects.naming import Naming
 from mmray.objects.prompts import TextQuestion, read_text_questions, text_questions
@@ -27,7 +28,6 @@ from mmray.objects.statistics import DataFacts
 from mmray.objects.words import open_words
 from mmray.runs.run import Run
 from mmray.runs.tables import EVALUATION_SCHEMAS
-from mmray.settings import CensusSettings
 from mmray.storage import Entry, open_object, open_store
 
 EDIT_FILES = ("edit.json", "edit.safetensors")

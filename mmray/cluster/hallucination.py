@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import pyarrow as pa
 from PIL.Image import Image
 
-from mmray.census.inputs import columns_of
 from mmray.cluster.joint import Asked, Context, JointJob, Look, Rows, open_cut, schemas_of
 from mmray.data.columns import Columns
 from mmray.data.samples import Sample
@@ -21,12 +20,13 @@ from mmray.evaluation.opinions.claims import Claimant
 from mmray.evaluation.opinions.judging import judged
 from mmray.evaluation.opinions.mistakes import picture
 from mmray.evaluation.opinions.settings import OpinionSettings
+from mmray.features.census.inputs import columns_of
+from mmray.features.census.settings import census_settings
 from mmray.objects.ground_truth import survey, with_ground_truth
 from mmray.objects.naming import object_naming
 from mmray.objects.words import open_words
 from mmray.runs.derived import DERIVED, OPINION_SCHEMAS
 from mmray.runs.run import open_run
-from mmray.settings import census_settings
 
 PICTURES, MOST_MISTAKES = 8, 60
 """Pictures of mistakes that a unit keeps, and that a run keeps."""

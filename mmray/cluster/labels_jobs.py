@@ -10,12 +10,12 @@ from typing import Any, ClassVar, TypeVar
 
 import pyarrow as pa
 
-from mmray.census.inputs import open_data
 from mmray.cluster.labels_plan import LabelPlan
 from mmray.data.samples import Sample
 from mmray.data.shards import Manifest, Shard, read_shard
 from mmray.data.source import Source
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
+from mmray.features.census.inputs import open_data
 from mmray.label_tables import PASS_SCHEMAS
 from mmray.models.loading import LoadedModel
 from mmray.neurons.labels.masks import SELECTED, Mask

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mmray.census.job import Outcome, run_census
 from mmray.cluster.editing import EditJob, NamedEditSettings, edit_folder
 from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.steps import STEPS, StepResult, checked_steps
@@ -22,13 +21,14 @@ from mmray.engine import JobResult, JobSettings, Progress, executor_for, run_tog
 from mmray.engine.settings import first_problem
 from mmray.errors import DamagedError, InputError
 from mmray.evaluation.settings import EvaluationSettings, evaluation_settings
+from mmray.features.census.job import Outcome, run_census
+from mmray.features.census.settings import CensusSettings, census_settings
 from mmray.runs.derived import TABLES
 from mmray.runs.driver import drive_analysis
 from mmray.runs.lease import Lease
 from mmray.runs.run import Run, open_run
 from mmray.runs.snapshots import SnapshotWriter, newest, next_fence, publish
 from mmray.runs.tables import CAPTIONS_FILE, read_file, read_table
-from mmray.settings import CensusSettings, census_settings
 from mmray.storage import Store, open_store
 
 EDIT_TABLES = ("edits", "evaluations", "edit_captions")

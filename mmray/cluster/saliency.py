@@ -11,8 +11,6 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from mmray.census.inputs import open_inputs
-from mmray.cluster.wanted import RunSamples
 from mmray.data.image_keys import image_keys, one_per_image
 from mmray.data.shards import Manifest
 from mmray.detector.alignment import alignment_digest
@@ -21,12 +19,14 @@ from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
 from mmray.evaluation.saliency import summarise_saliency
 from mmray.evaluation.saliency_batch import Judging, methods_of
+from mmray.features.census.inputs import open_inputs
+from mmray.features.census.run_samples import RunSamples
+from mmray.features.census.settings import census_settings
 from mmray.neurons.model import load_model
 from mmray.perception.methods import Located
 from mmray.perception.settings import SaliencySettings
 from mmray.runs.derived import SALIENCY_SCHEMAS
 from mmray.runs.run import Run, open_run
-from mmray.settings import census_settings
 
 TOGETHER = 16
 """Images of a unit of work."""

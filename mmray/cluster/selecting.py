@@ -13,22 +13,22 @@ import pyarrow.compute as pc
 from jaxtyping import Int64
 from numpy import ndarray
 
-from mmray.census.inputs import open_data, open_inputs
 from mmray.data.samples import Sample
 from mmray.data.shards import Manifest, extend, read_shard
 from mmray.engine import Job, JobResult, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
+from mmray.features.census.inputs import open_data, open_inputs
+from mmray.features.census.settings import CensusSettings, census_settings
+from mmray.features.census.shard import ShardAnalysis
 from mmray.models.loading import digest, resolve
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.effects import EFFECTS, CandidateEffects
 from mmray.neurons.model import load_model
 from mmray.neurons.selection import expected
 from mmray.neurons.selection_settings import SelectionSettings
-from mmray.neurons.shard import ShardAnalysis
 from mmray.neurons.token_positions import places_of
 from mmray.runs.run import Run, open_run
 from mmray.runs.tables import SCHEMAS
-from mmray.settings import CensusSettings, census_settings
 from mmray.storage import patiently
 
 OWN_FIRST = 24

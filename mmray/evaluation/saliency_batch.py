@@ -14,10 +14,11 @@ from mmray.data.samples import Sample
 from mmray.detector.joint import JointModel
 from mmray.engine.clock import phase
 from mmray.errors import InputError
+from mmray.features.census.settings import CensusSettings
+from mmray.features.census.shard import Captioned, ShardAnalysis
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
 from mmray.neurons.concepts import NounSource
-from mmray.neurons.shard import Captioned, ShardAnalysis
 from mmray.neurons.token_positions import Place, places_of
 from mmray.perception.asking import look_at
 from mmray.perception.measures import Boxes, objects_mask, points_at
@@ -26,7 +27,6 @@ from mmray.perception.observing import draw_maps, observations
 from mmray.perception.saliency import Saliency
 from mmray.perception.settings import SaliencySettings
 from mmray.runs.derived import SALIENCY_SCHEMAS
-from mmray.settings import CensusSettings
 
 SEVERAL = 2
 """Different objects that an image needs for pointing to be a test."""

@@ -29,13 +29,13 @@ FEATURES: dict[str, Feature] = {
     for feature in (
         Feature(
             "census",
-            ("mmray.census.job:CensusJob",),
+            ("mmray.features.census.job:CensusJob",),
             "mmray census --model MODEL --data DATA --out RUN",
             ("captions", "occurrences", "rankings", "neurons", "activity", "examples", "errors"),
         ),
         Feature(
             "decoding",
-            ("mmray.census.job:DecodingJob",),
+            ("mmray.features.census.job:DecodingJob",),
             "mmray census --model MODEL --data DATA --out RUN",
             part_of="census",
         ),

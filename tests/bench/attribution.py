@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from mmray.features.census.reduction import ConceptSums
 from mmray.models.capture import tap
 from mmray.models.loading import LoadedModel, load
 from mmray.models.parts import locate, output_rows, unembedding_rows
 from mmray.models.prompting import Batch, Run
 from mmray.neurons.activation_cache import forward
-from mmray.neurons.reduction import ConceptSums
 from mmray.neurons.scoring import score_batch
 from mmray.neurons.statistics import TokenStatistics
 from mmray.neurons.token_positions import Place
@@ -106,13 +106,13 @@ def random_batch(model: LoadedModel, size: int, seed: int) -> tuple[Batch, list[
 
 def demo_batches(device: str, size: int, count: int) -> tuple[LoadedModel, list[tuple[Batch, list[Place]]]]:
     """Return the demo model, and batches of its scenes with the places of their nouns."""
-    from mmray.census.inputs import open_data
     from mmray.data.samples import Sample
     from mmray.data.shards import cut, read_shard
+    from mmray.features.census.inputs import open_data
+    from mmray.features.census.settings import census_settings
+    from mmray.features.census.shard import ShardAnalysis
     from mmray.neurons.concepts import noun_source
-    from mmray.neurons.shard import ShardAnalysis
     from mmray.neurons.token_positions import place_mentions
-    from mmray.settings import census_settings
 
     settings = census_settings({"model": "demo", "data": "demo", "out": "unused", "batch_size": size})
     model, source = load("demo", device=device), open_data(settings)

@@ -22,16 +22,16 @@ from collections.abc import Callable
 
 import torch
 
-from mmray.census.inputs import open_data
 from mmray.data.samples import Sample
 from mmray.data.shards import cut, read_shard
+from mmray.features.census.inputs import open_data
+from mmray.features.census.settings import census_settings
+from mmray.features.census.shard import ShardAnalysis
 from mmray.models.loading import load
 from mmray.models.prompting import Batch
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.concepts import noun_source
-from mmray.neurons.shard import ShardAnalysis
 from mmray.runs import RunFolder
-from mmray.settings import census_settings
 
 
 def main() -> None:

@@ -18,9 +18,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import mmray
-from mmray.census.inputs import open_data
 from mmray.data.samples import Sample
 from mmray.data.shards import cut, read_shard
+from mmray.features.census.inputs import open_data
+from mmray.features.census.settings import census_settings
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import noun_source
 from mmray.neurons.controls import layer_matched
@@ -28,7 +29,6 @@ from mmray.neurons.model import Model, open_image
 from mmray.neurons.scoring import score_batch
 from mmray.neurons.token_positions import place_mentions
 from mmray.runs.run import Run
-from mmray.settings import census_settings
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,14 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 
-from mmray.census.job import DECODED, CensusJob, Context
 from mmray.engine import Output, Parts, Plan
+from mmray.features.census.job import DECODED, CensusJob, Context
+from mmray.features.census.reduction import SUMS
+from mmray.features.census.settings import census_settings
 from mmray.neurons.concepts import NounSource
-from mmray.neurons.reduction import SUMS
 from mmray.runs import RunFolder
 from mmray.runs.snapshots import SnapshotWriter
 from mmray.runs.tables import PART_SCHEMAS, SCHEMAS, list_column, vector_column
-from mmray.settings import census_settings
 from mmray.storage import LocalStore
 
 WIDTHS = (64, 64)
@@ -64,11 +64,11 @@ def main() -> None:
 def overhead(out: Path, rounds: int) -> None:
     import torch
 
-    from mmray.census.inputs import open_data
     from mmray.data.shards import cut, read_shard
+    from mmray.features.census.inputs import open_data
+    from mmray.features.census.shard import ShardAnalysis
     from mmray.models.loading import load
     from mmray.neurons.concepts import noun_source
-    from mmray.neurons.shard import ShardAnalysis
 
     # As a census on a machine without GPUs has it by default: workers of one thread.
     torch.set_num_threads(1)

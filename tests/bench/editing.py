@@ -26,7 +26,6 @@ from typing import Any
 import mmray
 from jobs.demo.dataset import write_parquet
 from jobs.demo.scenes import World
-from mmray.census.inputs import open_data
 from mmray.data.samples import Sample
 from mmray.data.shards import cut, read_shard
 from mmray.demo import EVALUATION
@@ -38,9 +37,10 @@ from mmray.editing.settings import EditSettings, edit_settings
 from mmray.evaluation.before import Before
 from mmray.evaluation.evaluate import Evaluated, evaluate
 from mmray.evaluation.settings import measure_settings
+from mmray.features.census.inputs import open_data
+from mmray.features.census.settings import census_settings
 from mmray.neurons.model import load_model
 from mmray.objects.statistics import DataFacts, gather_facts
-from mmray.settings import census_settings
 
 SEED = 2024
 """Draws the pairs of concepts."""

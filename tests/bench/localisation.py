@@ -27,20 +27,20 @@ import torch
 from numpy import ndarray
 
 import mmray.demo
-from mmray.census.inputs import open_data
 from mmray.data.samples import Sample
 from mmray.data.shards import cut, read_shard
+from mmray.features.census.inputs import open_data
+from mmray.features.census.ranking import locate_index, selective_scores, specific_scores
+from mmray.features.census.reduction import ConceptMerge, ConceptSums
+from mmray.features.census.settings import CensusSettings, census_settings
+from mmray.features.census.shard import ShardAnalysis
 from mmray.models.loading import LoadedModel, load
 from mmray.neurons.ablation import Ablator
 from mmray.neurons.concepts import NounSource, noun_source
 from mmray.neurons.effects import CandidateEffects
 from mmray.neurons.gradients import gradient_pass
-from mmray.neurons.ranking import locate_index, selective_scores, specific_scores
-from mmray.neurons.reduction import ConceptMerge, ConceptSums
 from mmray.neurons.scoring import ablation_effects, score_batch, score_captured
-from mmray.neurons.shard import ShardAnalysis
 from mmray.neurons.token_positions import places_of
-from mmray.settings import CensusSettings, census_settings
 
 SIZES = (10, 50, 100)
 """Neurons zeroed."""

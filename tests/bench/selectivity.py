@@ -25,15 +25,15 @@ import torch
 
 import mmray
 from jobs.demo.scenes import load_concepts
-from mmray.census.inputs import open_data
 from mmray.data.samples import Sample
 from mmray.data.shards import cut, read_shard
-from mmray.neurons import shard
+from mmray.features.census import shard
+from mmray.features.census.inputs import open_data
+from mmray.features.census.settings import census_settings
+from mmray.features.census.shard import ShardAnalysis
 from mmray.neurons import statistics as token_statistics
 from mmray.neurons.concepts import find_forms, noun_source
-from mmray.neurons.shard import ShardAnalysis
 from mmray.neurons.statistics import Span
-from mmray.settings import census_settings
 
 PARTS = ("language", "steering", "domain", "cost")
 RATES = {"contribution": (0.05, 0.02, 0.01), "lape": (0.01, 0.05)}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from mmray.census import inputs
+from mmray.features.census import inputs
 from mmray.neurons.concepts import Mention, NounSource
 
 SETTINGS: dict[str, Any] = {"model": "demo", "data": "demo", "limit": 96, "shard_size": 32}

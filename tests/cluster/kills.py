@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from mmray.census import inputs, job
 from mmray.engine import driver as engine_driver
 from mmray.engine import units as engine_units
 from mmray.engine.units import UnitRunner, WorkOrder
+from mmray.features.census import inputs, job
+from mmray.features.census.settings import census_settings
 from mmray.neurons.concepts import NounSource
 from mmray.runs import RunFolder
 from mmray.runs import driver as runs_driver
 from mmray.runs.tables import PART_SCHEMAS
-from mmray.settings import census_settings
 from mmray.storage import Entry, Store, open_store
 from tests.storage.broken import Appended, ReceiptFirst
 from tests.storage.stores import Wrapped

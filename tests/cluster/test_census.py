@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.census.job import Outcome, run_census
 from mmray.demo import DATA
 from mmray.engine import Progress
+from mmray.features.census.job import Outcome, run_census
+from mmray.features.census.settings import census_settings
 from mmray.runs.run import Run, open_run
-from mmray.settings import census_settings
 from mmray.storage import open_store
 from tests.cluster.faults import SETTINGS, Fault, faulty
 

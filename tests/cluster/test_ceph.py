@@ -13,8 +13,8 @@ from unittest.mock import patch
 import boto3
 import pytest
 
-from mmray.census.refresh import refresh_run
-from mmray.neurons.shard import ShardAnalysis
+from mmray.features.census.refresh import refresh_run
+from mmray.features.census.shard import ShardAnalysis
 from mmray.runs import RunFolder
 from mmray.runs.run import open_run
 from mmray.runs.sweep import sweep

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mmray.census.job import Outcome
 from mmray.engine import Progress
 from mmray.errors import InputError
+from mmray.features.census.job import Outcome
 from mmray.runs import RunFolder
 from mmray.runs.lease import this_process
 from mmray.runs.run import open_run

@@ -13,14 +13,14 @@ from unittest.mock import patch
 import pyarrow as pa
 import pytest
 
-from mmray.census import job
-from mmray.census.job import run_census
 from mmray.engine.units import UnitRunner
 from mmray.errors import InputError
+from mmray.features.census import job
+from mmray.features.census.job import run_census
+from mmray.features.census.settings import CensusSettings, census_settings
 from mmray.runs import RunFolder
 from mmray.runs.run import Run, open_run
 from mmray.runs.tables import SCHEMAS
-from mmray.settings import CensusSettings, census_settings
 from mmray.storage import Entry, LocalStore, open_store
 from tests.cluster.kills import cheap_processes, folders_of, within_a_commit, work
 from tests.e2e.scenes import scenes, write

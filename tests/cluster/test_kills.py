@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.census.job import run_census
 from mmray.errors import InputError
+from mmray.features.census.job import run_census
+from mmray.features.census.settings import census_settings
 from mmray.runs.run import Run, open_run
-from mmray.settings import census_settings
 from tests.cluster.kills import Cluster, Killer, cluster
 from tests.cluster.test_deaths import same_tables
 from tests.e2e.scenes import scenes, write

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.census.refresh import refresh_run
 from mmray.demo import DATA
 from mmray.errors import InputError
+from mmray.features.census.refresh import refresh_run
 from mmray.runs.run import open_run
 from tests.running import census_here
 

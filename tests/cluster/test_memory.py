@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
-from mmray.neurons import shard
+from mmray.features.census import shard
 from tests.e2e.scenes import scenes, write
 from tests.running import census_here
 

@@ -14,9 +14,9 @@ from unittest.mock import patch
 
 import pytest
 
-from mmray.census import job
 from mmray.engine import Progress
 from mmray.errors import InputError, OutageError
+from mmray.features.census import job
 from mmray.runs.run import open_run
 from mmray.storage import open_store, patience, patiently, s3_client
 from tests.cluster.test_deaths import same_tables

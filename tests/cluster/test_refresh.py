@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.census.refresh import Refreshed, refresh_run
 from mmray.demo import DATA
 from mmray.errors import InputError
-from mmray.neurons.shard import ShardAnalysis
+from mmray.features.census.refresh import Refreshed, refresh_run
+from mmray.features.census.shard import ShardAnalysis
 from mmray.runs.run import open_run
 from mmray.runs.tables import SCHEMAS
 from tests.cluster.test_worker import files

@@ -12,16 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.census.job import CensusJob
 from mmray.demo import DATA
 from mmray.engine.ray import _Actor
 from mmray.engine.units import WorkOrder
 from mmray.errors import InputError, StorageError
-from mmray.neurons.shard import ShardAnalysis
+from mmray.features.census.job import CensusJob
+from mmray.features.census.settings import census_settings
+from mmray.features.census.shard import ShardAnalysis
 from mmray.runs import RunFolder
 from mmray.runs.run import Run, open_run
 from mmray.runs.tables import SCHEMAS
-from mmray.settings import census_settings
 from mmray.storage import LocalStore, open_store
 from tests.running import census_here
 

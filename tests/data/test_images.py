@@ -21,8 +21,8 @@ from mmray.data import images
 from mmray.data.columns import Columns
 from mmray.data.images import LARGEST_FILE, LARGEST_RATIO, TURNS, decode_image, read_image, to_rgb
 from mmray.errors import InputError
+from mmray.features.census.settings import census_settings
 from mmray.neurons.model import open_image
-from mmray.settings import census_settings
 from tests.data.making import Row, read_all, write_parquet
 
 PIXELS = arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(4)))

@@ -154,7 +154,7 @@ def test_bad_samples_are_rows_and_status_4(mmray: Mmray, tiny: Callable[[str], P
 def test_a_shard_quarantined_is_named(
     mmray: Mmray, tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmray.neurons.shard import ShardAnalysis
+    from mmray.features.census.shard import ShardAnalysis
 
     def run(*_: object) -> None:
         raise ValueError("[red]never")
@@ -178,7 +178,7 @@ def test_a_shard_quarantined_is_named(
 def test_an_interrupted_census_says_how_to_go_on(
     mmray: Mmray, tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmray.neurons.shard import ShardAnalysis
+    from mmray.features.census.shard import ShardAnalysis
 
     analyse = ShardAnalysis.run
 

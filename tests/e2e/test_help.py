@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mmray.settings import CensusSettings
+from mmray.features.census.settings import CensusSettings
 from tests.e2e.conftest import Answer
 
 Mmray = Callable[..., Answer]

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmray.census.job import CensusJob
 from mmray.editing.closed import CLOSED
 from mmray.editing.edit import Purpose, WeightEdit, check_free, open_edit
 from mmray.editing.settings import WITHOUT_TARGET, edit_settings
@@ -17,9 +16,10 @@ from mmray.engine.session import actor_pool
 from mmray.engine.units import Answer as UnitAnswer
 from mmray.engine.units import UnitRunner, WorkOrder
 from mmray.errors import InputError
+from mmray.features.census.job import CensusJob
+from mmray.features.census.settings import census_settings
 from mmray.runs.lease import driving
 from mmray.runs.run import Run, open_run
-from mmray.settings import census_settings
 from mmray.storage import open_store
 from tests.data.making import write_jsonl
 from tests.e2e.conftest import Answer

@@ -9,7 +9,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from mmray.results.terminal import status as status_view
+from mmray.features.census.view import status as status_view
 from mmray.runs import Receipt
 from mmray.runs.run import open_run, reasons
 from tests.e2e.conftest import Answer
@@ -134,7 +134,7 @@ def test_a_refresh_answers_for_what_it_analysed(census: Callable[..., Answer], m
 def test_a_refresh_that_was_stopped_answers_for_its_shards_alone(
     census: Callable[..., Answer], mmray: Mmray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmray.neurons.shard import ShardAnalysis
+    from mmray.features.census.shard import ShardAnalysis
 
     rows = scenes(8)
     rows[0]["image"] = {"bytes": b"no picture", "path": None}

@@ -19,9 +19,9 @@ import torch
 from mmray.data.images import LARGEST_IMAGE
 from mmray.data.sources import open_source
 from mmray.errors import InputError, StorageError
+from mmray.features.census.settings import CensusSettings
 from mmray.models.loading import load
 from mmray.runs.run import open_run
-from mmray.settings import CensusSettings
 from mmray.storage import filesystem, open_store, s3_client
 from tests.e2e.conftest import Answer
 from tests.e2e.scenes import scenes, write

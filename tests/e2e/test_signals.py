@@ -22,7 +22,7 @@ CENSUS = """
             print("at work", flush=True)
             time.sleep(60)
 
-    sys.modules["mmray.census.job"] = types.SimpleNamespace(run_census=run_census)
+    sys.modules["mmray.features.census.job"] = types.SimpleNamespace(run_census=run_census)
     main(lambda: ["census", "--model=demo", "--data=demo", f"--out={sys.argv[1]}"])
 """
 

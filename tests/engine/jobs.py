@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from mmray.census.job import CensusJob, DecodingJob
 from mmray.cluster.alignment_training import open_pair
 from mmray.cluster.alignment_validation import ValidationJob, plan_validation
 from mmray.cluster.editing import EditJob, NamedEditSettings
@@ -35,6 +34,8 @@ from mmray.engine import Executor, Job, JobResult, checked, run
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
 from mmray.evaluation.properties.settings import property_settings
 from mmray.evaluation.settings import evaluation_settings
+from mmray.features.census.job import CensusJob, DecodingJob
+from mmray.features.census.settings import CensusSettings, census_settings
 from mmray.models.loading import digest, resolve
 from mmray.neurons.labels.masks import Mask
 from mmray.neurons.labels.settings import selectivity_settings
@@ -43,7 +44,6 @@ from mmray.perception.settings import saliency_settings
 from mmray.runs import RunFolder
 from mmray.runs.run import open_run
 from mmray.runs.snapshots import newest
-from mmray.settings import CensusSettings, census_settings
 from mmray.storage import open_store
 from tests.engine.words import LetterJob, LetterSettings
 from tests.running import census_here

@@ -24,9 +24,9 @@ from mmray.evaluation.mmedit import measure_records, read_records
 from mmray.evaluation.properties import meaning, writing
 from mmray.evaluation.properties.observations import Observations
 from mmray.evaluation.settings import measure_settings
-from mmray.neurons.shard import Captioned
+from mmray.features.census.settings import CensusSettings
+from mmray.features.census.shard import Captioned
 from mmray.objects.statistics import DataFacts
-from mmray.settings import CensusSettings
 from tests.evaluation.standin import swap
 
 SIDE, FILES, TOGETHER = 600, 8, 2

@@ -20,11 +20,11 @@ from mmray.evaluation.properties.observations import Key, Observations, summaris
 from mmray.evaluation.properties.probe import Probe
 from mmray.evaluation.properties.settings import DECODED, MOST, RANKINGS, property_settings
 from mmray.evaluation.properties.subject import Facts, Ranked, Study, Subject
+from mmray.features.census.settings import census_settings
 from mmray.models.parts import output_rows
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.scoring import score_batch
 from mmray.runs.derived import PROPERTY_SCHEMAS
-from mmray.settings import census_settings
 from tests.cluster.test_evaluation import samples_of
 from tests.neurons.making import LEXICON, samples, settings
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from mmray.census.model_check import check_model
+from mmray.features.census.model_check import check_model
 from mmray.models.loading import LoadedModel
 from tests.models.tiny import VARIANTS, build
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mmray.errors import InputError
+from mmray.features.census import shard
 from mmray.models.capture import tap_input
 from mmray.models.prompting import PROMPTS, encode, prompt_text, run_processor, tokenize_caption
-from mmray.neurons import shard
 from mmray.neurons.model import load_model
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import CAPTIONS, analyse, batch_of, picture, samples

@@ -14,14 +14,14 @@ from mmray.data.columns import Columns
 from mmray.data.samples import Sample
 from mmray.data.shards import cut, read_shard
 from mmray.data.sources import open_source
+from mmray.features.census.merging import RunMerge
+from mmray.features.census.settings import CensusSettings, census_settings
+from mmray.features.census.shard import ShardAnalysis
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import NounSource, find_forms, noun_source
-from mmray.neurons.merging import RunMerge
-from mmray.neurons.shard import ShardAnalysis
 from mmray.neurons.token_positions import Place, place_mentions
 from mmray.runs.tables import from_bytes, to_bytes
-from mmray.settings import CensusSettings, census_settings
 
 NOUNS = frozenset({"dog", "cat", "ball", "chair", "tree", "boy", "girl", "horse", "water", "hat", "table", "bird"})
 LEXICON = NounSource("lexicon", lexicon={None: NOUNS})

@@ -10,10 +10,11 @@ from PIL import Image
 
 from mmray.data import images
 from mmray.data.samples import Failure
+from mmray.features.census import shard
+from mmray.features.census.reduction import SUMS
 from mmray.models import generation
-from mmray.neurons import scoring, shard
+from mmray.neurons import scoring
 from mmray.neurons.concepts import NounSource
-from mmray.neurons.reduction import SUMS
 from mmray.runs.tables import vectors
 from tests.neurons.making import CAPTIONS, LEXICON, NOUNS, analyse, merged, picture, png, sample, samples, settings
 

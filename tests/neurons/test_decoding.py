@@ -7,12 +7,12 @@ import pyarrow as pa
 import pytest
 import torch
 
+from mmray.features.census import decoding
+from mmray.features.census.decoding import DECODED, decode_neurons, written
+from mmray.features.census.merging import RunMerge
 from mmray.models.generation import token_text
 from mmray.models.loading import load
 from mmray.models.parts import output_rows, unembedding_rows
-from mmray.neurons import decoding
-from mmray.neurons.decoding import DECODED, decode_neurons, written
-from mmray.neurons.merging import RunMerge
 from mmray.runs.tables import PART_SCHEMAS
 from tests.neurons.making import analyse, samples
 

@@ -10,13 +10,13 @@ from PIL import Image
 from mmray.evaluation.opinions.settings import opinion_settings
 from mmray.evaluation.properties.settings import property_settings
 from mmray.evaluation.settings import evaluation_settings
+from mmray.features.census import shard
+from mmray.features.census.settings import census_settings
 from mmray.models.generation import caption_of
 from mmray.models.prompting import encode, prompt_text
-from mmray.neurons import shard
 from mmray.neurons.concepts import WORD, Mention
 from mmray.neurons.scoring import score_batch
 from mmray.neurons.token_positions import place_mentions
-from mmray.settings import census_settings
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import analyse, demo_samples, samples
 

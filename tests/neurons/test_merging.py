@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.data.samples import Sample
-from mmray.neurons.hits import ConceptImages
-from mmray.neurons.merging import RunMerge, _Examples
-from mmray.neurons.ranking import Shares, locate_index
+from mmray.features.census.merging import RunMerge, _Examples
+from mmray.features.census.ranking import Shares, locate_index
+from mmray.features.census.topk_counts import ConceptImages
 from mmray.neurons.statistics import EXAMPLES
 from mmray.runs.tables import PART_SCHEMAS, SCHEMAS
 from tests.neurons.making import CAPTIONS, analyse, merged, picture, png, sample, samples

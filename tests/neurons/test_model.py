@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmray.census.model_check import check_model
 from mmray.errors import InputError
+from mmray.features.census.model_check import check_model
 from mmray.models.loading import DTYPES, load
 from mmray.models.parts import output_rows
 from mmray.neurons import validation_cache

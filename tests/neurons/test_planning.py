@@ -9,14 +9,14 @@ import pytest
 from rich.console import Console
 
 import mmray
-from mmray.census.inputs import open_inputs
-from mmray.census.job import plan_census, run_census
 from mmray.data.samples import Failure, Sample
+from mmray.features.census.inputs import open_inputs
+from mmray.features.census.job import plan_census, run_census
+from mmray.features.census.plan import Plan
+from mmray.features.census.planning import describe, first_rows
+from mmray.features.census.settings import census_settings
+from mmray.features.census.view import plan as shown
 from mmray.neurons.concepts import NounSource
-from mmray.neurons.planning import describe, first_rows
-from mmray.results.plan import Plan
-from mmray.results.terminal import plan as shown
-from mmray.settings import census_settings
 from tests.bench.nouns import OTHERS
 from tests.neurons.making import picture, png
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.neurons.ranking import (
+from mmray.features.census.ranking import (
     CERTAIN,
     OFTEN,
     Shares,
@@ -20,7 +20,7 @@ from mmray.neurons.ranking import (
     selective_scores,
     specific_scores,
 )
-from mmray.neurons.reduction import ALL_KEPT, KEPT_OF_MORE, ConceptMerge, ConceptSums, candidates_kept
+from mmray.features.census.reduction import ALL_KEPT, KEPT_OF_MORE, ConceptMerge, ConceptSums, candidates_kept
 from mmray.runs.tables import from_bytes, to_bytes
 
 WIDTHS = (3, 2, 3)

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from mmray.neurons.ranking import RANKED
+from mmray.features.census.ranking import RANKED
 from tests.neurons import naive
 from tests.neurons.making import NOUNS, analyse, demo_samples, merged, samples
 

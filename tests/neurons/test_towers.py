@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mmray.errors import InputError
+from mmray.features.census.merging import RunMerge
 from mmray.models.capture import tap
 from mmray.neurons.activation_cache import forward
-from mmray.neurons.merging import RunMerge
 from mmray.neurons.module_activity import ModuleActivity
 from tests.models.tiny import VARIANTS
 from tests.models.variants import PATCH, SIDE

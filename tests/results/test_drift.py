@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.errors import InputError
-from mmray.results.drift import compare, rank_biased_overlap, spearman
-from mmray.results.terminal import drift as terminal_drift
+from mmray.features.census.drift import compare, rank_biased_overlap, spearman
+from mmray.features.census.view import drift as terminal_drift
 from mmray.runs.run import Run
 from mmray.runs.tables import SCHEMAS
 from tests.results.test_terminal import shown

@@ -11,11 +11,11 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
+from mmray.features.census.plan import DataSample, Plan
+from mmray.features.census.view import concept_title, neuron, plan, ranking, status, summary
 from mmray.neurons.attribution import FUNCTIONS
 from mmray.neurons.scores import SCORES, Score
 from mmray.report.definitions import definitions
-from mmray.results.plan import DataSample, Plan
-from mmray.results.terminal import concept_title, neuron, plan, ranking, status, summary
 from mmray.runs.run import CERTIFICATES, ORDERS, Run
 
 WIDTHS = (80, 100, 120)

@@ -12,16 +12,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmray.data.samples import Sample
+from mmray.features.census.decoding import written
+from mmray.features.census.settings import CensusSettings
+from mmray.features.census.shard import Captioned, ShardAnalysis
 from mmray.models.blocks import Passage
 from mmray.models.prompting import Batch
 from mmray.neurons.activation_cache import Captured, capturing, forward
 from mmray.neurons.concepts import NounSource
-from mmray.neurons.decoding import written
 from mmray.neurons.model import Model
 from mmray.neurons.scoring import score_captured
-from mmray.neurons.shard import Captioned, ShardAnalysis
 from mmray.neurons.token_positions import Place, places_of
-from mmray.settings import CensusSettings
 
 Neurons = Sequence[tuple[int, int]]
 

@@ -10,12 +10,12 @@ from mmray.evaluation.properties.effects import MATCHED, noise
 from mmray.evaluation.properties.observations import Key, Observations
 from mmray.evaluation.properties.settings import MOST, SIGMAS, WRITTEN
 from mmray.evaluation.properties.subject import Neurons, Subject
+from mmray.features.census.shard import Captioned
 from mmray.models.generation import caption_of, generate
 from mmray.models.interventions import ablate
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import prompt_text
 from mmray.neurons import controls
-from mmray.neurons.shard import Captioned
 
 
 class Writing:

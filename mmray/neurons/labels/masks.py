@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
+from mmray.features.census.ranking import locate_index
 from mmray.neurons.labels.published import Chosen
 from mmray.neurons.labels.selecting import Selection
-from mmray.neurons.ranking import locate_index
 
 SELECTED, RANDOM, SHUFFLED = "selected", "random", "shuffled"
 

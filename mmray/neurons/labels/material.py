@@ -14,16 +14,16 @@ from torch import Tensor
 from mmray.data.images import decode_image
 from mmray.data.samples import BACKGROUND, Sample
 from mmray.errors import ShardError
+from mmray.features.census.settings import CensusSettings
+from mmray.features.census.shard import prefix_given
 from mmray.models.capture import tap_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.activation_cache import forward
-from mmray.neurons.shard import prefix_given
 from mmray.neurons.split_on_oom import in_halves
 from mmray.neurons.token_positions import Place
-from mmray.settings import CensusSettings
 
 Result = TypeVar("Result")
 

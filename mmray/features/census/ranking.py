@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 from jaxtyping import Float64, Int64
 from numpy import ndarray
 
+from mmray.features.census.decoding import written
+from mmray.features.census.reduction import ConceptMerge, ConceptScores
 from mmray.neuron_names import neuron_name
-from mmray.neurons.decoding import written
-from mmray.neurons.reduction import ConceptMerge, ConceptScores
 from mmray.runs.tables import SCHEMAS
 
 RANKED = 256

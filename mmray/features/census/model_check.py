@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 
 from mmray.data.samples import Sample
+from mmray.features.census.settings import census_settings
+from mmray.features.census.shard import ShardAnalysis
 from mmray.models.loading import LoadedModel
-from mmray.neurons.shard import ShardAnalysis
 from mmray.neurons.validation import CAPTIONS, CHECKS, NOUNS, Check, check_parts, picture
-from mmray.settings import census_settings
 
 
 def check_model(model: LoadedModel) -> list[Check]:

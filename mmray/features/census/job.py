@@ -12,26 +12,26 @@ from typing import Any, ClassVar, TypeVar
 
 import pyarrow as pa
 
-from mmray.census.inputs import check_apart, open_data, open_inputs
 from mmray.data.limits import check_columns
 from mmray.data.shards import Manifest, read_shard
 from mmray.data.source import Source
 from mmray.engine import Job, JobResult, Output, Parts, Plan, Progress, Unit, UnitResult, Worker, run_together
 from mmray.errors import InputError
+from mmray.features.census.decoding import decode_neurons
+from mmray.features.census.inputs import check_apart, open_data, open_inputs
+from mmray.features.census.merging import APPENDED, RunMerge
+from mmray.features.census.plan import Plan as Estimate
+from mmray.features.census.planning import describe, estimate, first_rows
+from mmray.features.census.ranking import certified_share
+from mmray.features.census.settings import CensusSettings
+from mmray.features.census.shard import ShardAnalysis
 from mmray.models.loading import LoadedModel, describe_model, digest, from_anywhere, resolve
 from mmray.neurons.concepts import TAGGERS, NounSource
-from mmray.neurons.decoding import decode_neurons
-from mmray.neurons.merging import APPENDED, RunMerge
 from mmray.neurons.model import load_model
-from mmray.neurons.planning import describe, estimate, first_rows
-from mmray.neurons.ranking import certified_share
-from mmray.neurons.shard import ShardAnalysis
-from mmray.results.plan import Plan as Estimate
 from mmray.runs import RunFolder
 from mmray.runs.lease import Lease
 from mmray.runs.receipts import skipped
 from mmray.runs.tables import PART_SCHEMAS, SCHEMAS
-from mmray.settings import CensusSettings
 from mmray.storage import patiently
 
 DECODED = "decoded"

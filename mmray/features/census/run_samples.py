@@ -6,12 +6,12 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from mmray.census.inputs import open_data
 from mmray.data.samples import Sample
 from mmray.data.shards import Manifest, read_shard
 from mmray.data.source import Source
+from mmray.features.census.inputs import open_data
+from mmray.features.census.settings import CensusSettings
 from mmray.neurons.concepts import NounSource
-from mmray.settings import CensusSettings
 from mmray.storage import patiently
 
 SHARDS_KEPT = 64

@@ -10,20 +10,20 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmray.census.inputs import open_inputs
-from mmray.census.job import CensusJob, Context, Outcome, outcome_of, run_planned
 from mmray.data.limits import check_columns
 from mmray.data.shards import Manifest, extend
 from mmray.engine import Plan, Progress
 from mmray.errors import InputError
-from mmray.results.drift import Drift, compare
+from mmray.features.census.drift import Drift, compare
+from mmray.features.census.inputs import open_inputs
+from mmray.features.census.job import CensusJob, Context, Outcome, outcome_of, run_planned
+from mmray.features.census.settings import CensusSettings, census_settings
 from mmray.runs import RunFolder
 from mmray.runs.driver import drive
 from mmray.runs.home import resolve_settings
 from mmray.runs.refreshes import Refresh, begin_refresh, folder_of, latest
 from mmray.runs.run import open_run
 from mmray.runs.tables import read_table
-from mmray.settings import CensusSettings, census_settings
 
 EXECUTION = frozenset(CensusSettings.execution_settings())
 """Settings that a refresh may be given: they leave the run's results alone."""

@@ -10,8 +10,8 @@ from mmray.data.shards import Manifest, cut, read_shard
 from mmray.data.source import Source
 from mmray.data.sources import open_source
 from mmray.errors import InputError
+from mmray.features.census.settings import CensusSettings
 from mmray.neurons.concepts import NounSource, noun_source
-from mmray.settings import CensusSettings
 from mmray.storage import lies_in, open_store
 
 PEEKED = 16

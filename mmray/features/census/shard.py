@@ -16,20 +16,20 @@ from PIL.Image import Image
 from mmray.data.images import decode_image
 from mmray.data.samples import Failure, Sample, image_digest
 from mmray.engine.clock import phase
+from mmray.features.census.occurrences import occurrence_table
+from mmray.features.census.reduction import ConceptSums, candidates_kept
+from mmray.features.census.settings import CensusSettings
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import Batch, encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, NounSource
 from mmray.neurons.module_activity import ModuleActivity
-from mmray.neurons.occurrences import occurrence_table
-from mmray.neurons.reduction import ConceptSums, candidates_kept
 from mmray.neurons.scoring import Scored, score_batch, unsound_rows, whole_nouns
 from mmray.neurons.split_on_oom import FAILURES, free_memory, in_halves
 from mmray.neurons.statistics import TokenStatistics
 from mmray.neurons.token_positions import Place, places_of
 from mmray.runs.tables import PART_SCHEMAS
-from mmray.settings import CensusSettings
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mmray.features.census.drift import Drift
+from mmray.features.census.plan import Plan
 from mmray.neurons.scores import unit_of
-from mmray.results.drift import Drift
-from mmray.results.plan import Plan
 from mmray.runs.lease import Driver
 from mmray.runs.receipts import AROUND, Cost
 from mmray.runs.run import CERTIFICATES, ORDERS, Reason, Run, Status, reasons

@@ -14,10 +14,10 @@ import pyarrow as pa
 from jaxtyping import Int64
 from numpy import ndarray
 
+from mmray.features.census.ranking import Shares, locate_index, rank_concept
+from mmray.features.census.reduction import ConceptMerge
+from mmray.features.census.topk_counts import ConceptImages, Hits, image_numbers
 from mmray.neuron_names import neuron_name
-from mmray.neurons.hits import ConceptImages, Hits, image_numbers
-from mmray.neurons.ranking import Shares, locate_index, rank_concept
-from mmray.neurons.reduction import ConceptMerge
 from mmray.neurons.statistics import EXAMPLES
 from mmray.runs.tables import SCHEMAS, list_values
 

@@ -12,11 +12,11 @@ import torch
 from mmray.data.samples import Failure, Sample
 from mmray.data.shards import Manifest, read_shard
 from mmray.data.source import Source
+from mmray.features.census.plan import DataSample, Plan
+from mmray.features.census.reduction import candidates_kept
+from mmray.features.census.settings import CensusSettings
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.language_id import language_code, language_name
-from mmray.neurons.reduction import candidates_kept
-from mmray.results.plan import DataSample, Plan
-from mmray.settings import CensusSettings
 
 LOOKED_AT = 64
 """Rows read to learn how long captions are, in which languages, and which nouns they have."""
