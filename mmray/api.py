@@ -13,7 +13,6 @@ from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.labels import run_selectivity
 from mmray.cluster.perturb import PerturbJob
-from mmray.cluster.properties import PropertiesJob
 from mmray.cluster.saliency import SaliencyJob
 from mmray.cluster.selecting import Selection, SelectionJob, selections
 from mmray.detector.alignment_settings import alignment_settings
@@ -24,10 +23,11 @@ from mmray.editing.settings import edit_settings
 from mmray.engine import run as run_job
 from mmray.errors import InputError
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
-from mmray.evaluation.properties.settings import property_settings
 from mmray.evaluation.settings import evaluation_settings
 from mmray.features.census.job import run_census as drive_census
 from mmray.features.census.settings import census_settings
+from mmray.features.properties.job import PropertiesJob
+from mmray.features.properties.settings import property_settings
 from mmray.neurons.labels.settings import selectivity_settings
 from mmray.neurons.selection_settings import selection_settings
 from mmray.perception.settings import saliency_settings

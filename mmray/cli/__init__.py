@@ -27,7 +27,6 @@ from mmray.cli import (  # noqa: F401  they register
     evaluation,
     models,
     pipeline,
-    properties,
     reading,
     reporting,
     saliency,
@@ -36,6 +35,7 @@ from mmray.cli import (  # noqa: F401  they register
     status,
 )
 from mmray.errors import InputError
+from mmray.features.properties import command  # noqa: F401  they register
 from mmray.storage import is_full
 from mmray.terminal.options import app, console, visible
 

@@ -30,10 +30,10 @@ def say_shortfall(outcome: Outcome) -> None:
 
 def say_meaning(run: Path, concepts: int, maps: int) -> bool:
     """Draw heat maps of all concepts, measure the most frequent, and say what that shows; True where all went well."""
-    from mmray.cluster.properties import PropertiesJob
     from mmray.engine import run as run_job
-    from mmray.evaluation.properties.settings import property_settings
-    from mmray.results.properties import findings
+    from mmray.features.properties.job import PropertiesJob
+    from mmray.features.properties.settings import property_settings
+    from mmray.features.properties.view import findings
     from mmray.runs.run import open_run
 
     say("3 what they mean: properties of the most frequent concepts with controls, heat maps of all", "bold")

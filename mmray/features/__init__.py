@@ -41,7 +41,7 @@ FEATURES: dict[str, Feature] = {
         ),
         Feature(
             "properties",
-            ("mmray.cluster.properties:PropertiesJob",),
+            ("mmray.features.properties.job:PropertiesJob",),
             "mmray properties RUN",
             ("properties", "heatmaps"),
             "concepts",

@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 import mmray
-from mmray.cluster.properties import PropertiesJob
 from mmray.engine import run as run_job
-from mmray.evaluation.properties.settings import property_settings
+from mmray.features.properties.job import PropertiesJob
+from mmray.features.properties.settings import property_settings
 from mmray.report.writing import write_report
 from mmray.runs.run import Run
 

@@ -16,7 +16,6 @@ from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.labels import run_selectivity
 from mmray.cluster.labels_plan import plan_labels
-from mmray.cluster.properties_plan import plan_properties
 from mmray.cluster.saliency import plan_saliency
 from mmray.data.image_keys import image_key, image_keys, one_per_image
 from mmray.data.samples import Sample, image_digest
@@ -27,10 +26,11 @@ from mmray.editing.methods import make_edit
 from mmray.editing.settings import edit_settings
 from mmray.engine import run as run_job
 from mmray.evaluation.opinions.settings import opinion_settings
-from mmray.evaluation.properties.settings import property_settings
 from mmray.evaluation.saliency import summarise_saliency
 from mmray.evaluation.scope import EDITED, aim_of, scope_of
 from mmray.evaluation.settings import evaluation_settings
+from mmray.features.properties.plan import plan_properties
+from mmray.features.properties.settings import property_settings
 from mmray.neurons.labels.settings import selectivity_settings
 from mmray.objects.naming import Naming
 from mmray.perception.settings import saliency_settings

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from mmray.cluster.properties import PropertiesJob
 from mmray.engine import run as run_job
 from mmray.errors import InputError
-from mmray.evaluation.properties.protocols import PROTOCOLS
-from mmray.evaluation.properties.settings import property_settings
+from mmray.features.properties.job import PropertiesJob
+from mmray.features.properties.protocols import PROTOCOLS
+from mmray.features.properties.settings import property_settings
 from mmray.runs.derived import DERIVED
 from mmray.runs.run import open_run
 from tests.e2e.conftest import Answer
@@ -102,7 +102,7 @@ def test_maps_alone_leave_the_properties_as_they_are(run):
 
 
 def test_a_concept_that_fails_is_told_and_the_others_go_on(run, monkeypatch):
-    from mmray.evaluation.properties import probe
+    from mmray.features.properties import probe
 
     whole = probe.sensitivity
 

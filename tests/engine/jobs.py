@@ -22,7 +22,6 @@ from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.labels_jobs import SumsJob, Tests, TestsJob
 from mmray.cluster.labels_plan import plan_labels
 from mmray.cluster.perturb import PerturbJob
-from mmray.cluster.properties import PropertiesJob
 from mmray.cluster.saliency import SaliencyJob
 from mmray.cluster.selecting import SelectionJob
 from mmray.demo import DATA
@@ -32,10 +31,11 @@ from mmray.editing.edit import open_edit
 from mmray.editing.settings import EditSettings
 from mmray.engine import Executor, Job, JobResult, checked, run
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
-from mmray.evaluation.properties.settings import property_settings
 from mmray.evaluation.settings import evaluation_settings
 from mmray.features.census.job import CensusJob, DecodingJob
 from mmray.features.census.settings import CensusSettings, census_settings
+from mmray.features.properties.job import PropertiesJob
+from mmray.features.properties.settings import property_settings
 from mmray.models.loading import digest, resolve
 from mmray.neurons.labels.masks import Mask
 from mmray.neurons.labels.settings import selectivity_settings

@@ -21,11 +21,11 @@ from mmray.evaluation import measuring, mmedit, questioner, states
 from mmray.evaluation.before import Before
 from mmray.evaluation.evaluate import evaluate
 from mmray.evaluation.mmedit import measure_records, read_records
-from mmray.evaluation.properties import meaning, writing
-from mmray.evaluation.properties.observations import Observations
 from mmray.evaluation.settings import measure_settings
 from mmray.features.census.settings import CensusSettings
 from mmray.features.census.shard import Captioned
+from mmray.features.properties import meaning, writing
+from mmray.features.properties.observations import Observations
 from mmray.objects.statistics import DataFacts
 from tests.evaluation.standin import swap
 

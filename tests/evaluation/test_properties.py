@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 import mmray
 from mmray.demo import DATA
-from mmray.evaluation.properties.comparing import METHODS, compare_methods
-from mmray.evaluation.properties.effects import MATCHED, Effects, noise
-from mmray.evaluation.properties.maps import box_of, draw_maps
-from mmray.evaluation.properties.meaning import invariance, region_invariance, sensitivity
-from mmray.evaluation.properties.observations import Key, Observations, summarise
-from mmray.evaluation.properties.probe import Probe
-from mmray.evaluation.properties.settings import DECODED, MOST, RANKINGS, property_settings
-from mmray.evaluation.properties.subject import Facts, Ranked, Study, Subject
 from mmray.features.census.settings import census_settings
+from mmray.features.properties.comparing import METHODS, compare_methods
+from mmray.features.properties.effects import MATCHED, Effects, noise
+from mmray.features.properties.maps import box_of, draw_maps
+from mmray.features.properties.meaning import invariance, region_invariance, sensitivity
+from mmray.features.properties.observations import Key, Observations, summarise
+from mmray.features.properties.probe import Probe
+from mmray.features.properties.settings import DECODED, MOST, RANKINGS, property_settings
+from mmray.features.properties.subject import Facts, Ranked, Study, Subject
 from mmray.models.parts import output_rows
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.scoring import score_batch
@@ -225,7 +225,7 @@ def test_clipscore_is_two_and_a_half_times_the_cosine():
 
     from transformers import BatchFeature, CLIPConfig, CLIPModel
 
-    from mmray.evaluation.properties.meaning import CLIP_WEIGHT, Clip
+    from mmray.features.properties.meaning import CLIP_WEIGHT, Clip
 
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = small | {"vocab_size": 50, "eos_token_id": 49, "bos_token_id": 48}
@@ -244,7 +244,7 @@ def test_clipscore_is_two_and_a_half_times_the_cosine():
 @pytest.mark.parametrize("folder", ["nowhere", "."])
 def test_folders_that_hold_no_clip_are_refused(folder, tmp_path):
     from mmray.errors import InputError
-    from mmray.evaluation.properties.meaning import Clip
+    from mmray.features.properties.meaning import Clip
 
     with pytest.raises(InputError, match=r"no config\.json there; give the folder of a CLIP"):
         Clip(str(tmp_path / folder), torch.device("cpu"))

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.neurons import controls
-from mmray.neurons.properties import (
+from mmray.features.properties.measures import (
     above,
     common_share,
     exact_hit,
@@ -20,6 +19,7 @@ from mmray.neurons.properties import (
     set_mean,
     specific_order,
 )
+from mmray.neurons import controls
 
 SETS = st.sets(st.integers(0, 20), min_size=1, max_size=8).map(frozenset)
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.evaluation.properties.observations import Key, Observations, summarise
 from mmray.evaluation.protocols import PROTOCOLS, is_share
-from mmray.neurons.properties import above, placements
+from mmray.features.properties.measures import above, placements
+from mmray.features.properties.observations import Key, Observations, summarise
 from mmray.statistics.bootstrap import measure
 from mmray.statistics.shares import NORMAL, share_interval, wilson
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy import ndarray
 
-from mmray.evaluation.properties.protocols import SHARES, protocol_of, value_of
+from mmray.features.properties.protocols import SHARES, protocol_of, value_of
 from mmray.runs.derived import DERIVED, PROPERTY_SCHEMAS
 from mmray.statistics.bootstrap import Measured, measure
 

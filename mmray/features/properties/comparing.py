@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmray.evaluation.properties.effects import Effects
-from mmray.evaluation.properties.observations import Key, Observations
-from mmray.evaluation.properties.settings import DECODED, MOST
-from mmray.evaluation.properties.subject import Subject
+from mmray.features.properties.effects import Effects
+from mmray.features.properties.measures import highest, lemma_hit, pairwise_jaccard, specific_order
+from mmray.features.properties.observations import Key, Observations
+from mmray.features.properties.settings import DECODED, MOST
+from mmray.features.properties.subject import Subject
 from mmray.models.capture import has_gates
 from mmray.models.interventions import ablate
-from mmray.neurons.properties import highest, lemma_hit, pairwise_jaccard, specific_order
 from mmray.neurons.scoring import score_batch
 
 METHODS = ("contribution", "folded", "specific", "gate", "activation", "gradient", "random")

@@ -14,11 +14,11 @@ from mmray.data.image_keys import image_keys, one_per_image
 from mmray.data.shards import Manifest
 from mmray.engine import Plan, Unit
 from mmray.errors import InputError
-from mmray.evaluation.properties.settings import MOST, RANKINGS, PropertySettings
-from mmray.evaluation.properties.subject import Facts, Ranked
 from mmray.features.census.inputs import open_inputs
 from mmray.features.census.run_samples import RunSamples
 from mmray.features.census.settings import census_settings
+from mmray.features.properties.settings import MOST, RANKINGS, PropertySettings
+from mmray.features.properties.subject import Facts, Ranked
 from mmray.runs.run import Run
 
 TOGETHER = 4

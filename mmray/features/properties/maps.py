@@ -8,9 +8,9 @@ from typing import Literal
 
 from mmray.data.images import decode_image
 from mmray.data.samples import Sample
-from mmray.evaluation.properties.observations import Key, Observations
-from mmray.evaluation.properties.settings import DECODED, RANKINGS
-from mmray.evaluation.properties.subject import Facts, Ranked, Study
+from mmray.features.properties.observations import Key, Observations
+from mmray.features.properties.settings import DECODED, RANKINGS
+from mmray.features.properties.subject import Facts, Ranked, Study
 from mmray.models.capture import has_gates
 from mmray.models.patches import patches_of
 from mmray.neurons import controls

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from mmray.data.samples import Sample
 from mmray.engine.clock import phase
-from mmray.evaluation.properties.comparing import compare_methods
-from mmray.evaluation.properties.effects import Effects
-from mmray.evaluation.properties.maps import draw_maps
-from mmray.evaluation.properties.meaning import (
+from mmray.features.properties.comparing import compare_methods
+from mmray.features.properties.effects import Effects
+from mmray.features.properties.maps import draw_maps
+from mmray.features.properties.meaning import (
     Clip,
     image_similarity,
     invariance,
@@ -19,10 +19,10 @@ from mmray.evaluation.properties.meaning import (
     specificity,
     text_similarity,
 )
-from mmray.evaluation.properties.observations import Observations
-from mmray.evaluation.properties.settings import PropertySettings
-from mmray.evaluation.properties.subject import Facts, Study, Subject
-from mmray.evaluation.properties.writing import Writing
+from mmray.features.properties.observations import Observations
+from mmray.features.properties.settings import PropertySettings
+from mmray.features.properties.subject import Facts, Study, Subject
+from mmray.features.properties.writing import Writing
 from mmray.models.encoder import Encoder
 from mmray.neurons.split_on_oom import FAILURES, in_halves
 

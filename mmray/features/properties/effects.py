@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmray.evaluation.properties.observations import Key, Observations
-from mmray.evaluation.properties.settings import DECODED, FACTORS, MOST, RANKINGS, SIGMAS, SIZES
-from mmray.evaluation.properties.subject import Neurons, Subject
+from mmray.features.properties.observations import Key, Observations
+from mmray.features.properties.settings import DECODED, FACTORS, MOST, RANKINGS, SIGMAS, SIZES
+from mmray.features.properties.subject import Neurons, Subject
 from mmray.models.interventions import ablate, add_noise, by_layer, scale
 from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows

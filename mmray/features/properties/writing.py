@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 from mmray.data.images import decode_image
-from mmray.evaluation.properties.effects import MATCHED, noise
-from mmray.evaluation.properties.observations import Key, Observations
-from mmray.evaluation.properties.settings import MOST, SIGMAS, WRITTEN
-from mmray.evaluation.properties.subject import Neurons, Subject
 from mmray.features.census.shard import Captioned
+from mmray.features.properties.effects import MATCHED, noise
+from mmray.features.properties.observations import Key, Observations
+from mmray.features.properties.settings import MOST, SIGMAS, WRITTEN
+from mmray.features.properties.subject import Neurons, Subject
 from mmray.models.generation import caption_of, generate
 from mmray.models.interventions import ablate
 from mmray.models.pixels import BUDGET, pixels_of, within_budget

@@ -11,7 +11,7 @@ from numpy import ndarray
 from mmray.statistics.bootstrap import Value, ratio
 
 if TYPE_CHECKING:
-    from mmray.evaluation.properties.observations import Key
+    from mmray.features.properties.observations import Key
 
 FORCED = "teacher-forced along the caption; mean over images of"
 OTHERS = "the nouns of images without the concept"

@@ -12,14 +12,7 @@ from PIL.Image import Image
 
 from mmray.data.images import decode_image
 from mmray.errors import InputError
-from mmray.evaluation.properties.observations import Key, Observations
-from mmray.evaluation.properties.settings import DECODED, INVARIANCE_SIZES, RANKINGS
-from mmray.evaluation.properties.subject import Neurons, Ranked, Study, Subject
-from mmray.models.blocks import permuted_image
-from mmray.models.encoder import Encoder
-from mmray.models.pixels import BUDGET, pixels_of, within_budget
-from mmray.neurons import controls
-from mmray.neurons.properties import (
+from mmray.features.properties.measures import (
     common_share,
     exact_hit,
     highest,
@@ -30,6 +23,13 @@ from mmray.neurons.properties import (
     placements,
     set_mean,
 )
+from mmray.features.properties.observations import Key, Observations
+from mmray.features.properties.settings import DECODED, INVARIANCE_SIZES, RANKINGS
+from mmray.features.properties.subject import Neurons, Ranked, Study, Subject
+from mmray.models.blocks import permuted_image
+from mmray.models.encoder import Encoder
+from mmray.models.pixels import BUDGET, pixels_of, within_budget
+from mmray.neurons import controls
 from mmray.neurons.scoring import score_batch
 
 DRAWN = 20

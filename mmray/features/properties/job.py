@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from mmray.cluster.properties_plan import plan_properties
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
-from mmray.evaluation.properties.observations import Observations, summarise
-from mmray.evaluation.properties.probe import Probe
-from mmray.evaluation.properties.settings import PropertySettings
-from mmray.evaluation.properties.subject import Study
 from mmray.features.census.run_samples import RunSamples
+from mmray.features.properties.observations import Observations, summarise
+from mmray.features.properties.plan import plan_properties
+from mmray.features.properties.probe import Probe
+from mmray.features.properties.settings import PropertySettings
+from mmray.features.properties.subject import Study
 from mmray.neurons.model import load_model
 from mmray.runs.derived import PROPERTY_SCHEMAS
 from mmray.runs.run import open_run

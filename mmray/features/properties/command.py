@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from mmray.evaluation.properties.settings import PropertySettings, property_settings
+from mmray.features.properties.settings import PropertySettings, property_settings
 from mmray.terminal.options import AsJson, RunArgument, app, console, end, followed, say, with_settings
 
 
@@ -13,9 +13,9 @@ from mmray.terminal.options import AsJson, RunArgument, app, console, end, follo
 @with_settings(PropertySettings)
 def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> None:
     """Measure what a run's neurons mean, with controls, and draw heat maps: all written to the run's tables."""
-    from mmray.cluster.properties import PropertiesJob
     from mmray.engine import run as run_job
-    from mmray.results.properties import properties as show
+    from mmray.features.properties.job import PropertiesJob
+    from mmray.features.properties.view import properties as show
     from mmray.runs.run import open_run
 
     checked = property_settings({"run": run, **settings})

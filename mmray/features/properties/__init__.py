@@ -1,0 +1,1 @@
+"""Properties of neurons: sensitivity, invariance, specificity and causal effect, next to controls."""
