@@ -14,7 +14,6 @@ from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.labels import run_selectivity
 from mmray.cluster.perturb import PerturbJob
 from mmray.cluster.saliency import SaliencyJob
-from mmray.cluster.selecting import Selection, SelectionJob, selections
 from mmray.detector.alignment_settings import alignment_settings
 from mmray.editing.edit import WeightEdit
 from mmray.editing.material import open_material
@@ -28,8 +27,9 @@ from mmray.features.census.job import run_census as drive_census
 from mmray.features.census.settings import census_settings
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
+from mmray.features.select.job import Selection, SelectionJob, selections
+from mmray.features.select.settings import selection_settings
 from mmray.neurons.labels.settings import selectivity_settings
-from mmray.neurons.selection_settings import selection_settings
 from mmray.perception.settings import saliency_settings
 from mmray.runs.run import Run, open_run
 

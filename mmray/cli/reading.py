@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmray.neurons.selection_settings import SelectionSettings, selection_settings
+from mmray.features.select.settings import SelectionSettings, selection_settings
 from mmray.terminal.options import AsJson, RunArgument, app, console, end, followed, say, with_settings
 
 
@@ -58,9 +58,9 @@ def select(
     **settings: Any,
 ) -> None:
     """Choose a concept's neurons together: its noun goes with them, other nouns stay. Best after --score effect."""
-    from mmray.cluster.selecting import SelectionJob, selections
     from mmray.engine import run as run_job
     from mmray.features.census.view import concept_title, ranking
+    from mmray.features.select.job import SelectionJob, selections
     from mmray.runs.run import open_run
 
     checked = selection_settings({"run": run, "concepts": concepts, **settings})

@@ -46,7 +46,7 @@ FEATURES: dict[str, Feature] = {
             ("properties", "heatmaps"),
             "concepts",
         ),
-        Feature("select", ("mmray.cluster.selecting:SelectionJob",), "mmray select RUN CONCEPT..."),
+        Feature("select", ("mmray.features.select.job:SelectionJob",), "mmray select RUN CONCEPT..."),
         Feature(
             "selectivity",
             ("mmray.cluster.labels_jobs:SumsJob", "mmray.cluster.labels_jobs:TestsJob"),

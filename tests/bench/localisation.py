@@ -34,10 +34,10 @@ from mmray.features.census.ranking import locate_index, selective_scores, specif
 from mmray.features.census.reduction import ConceptMerge, ConceptSums
 from mmray.features.census.settings import CensusSettings, census_settings
 from mmray.features.census.shard import ShardAnalysis
+from mmray.features.select.effects import CandidateEffects
 from mmray.models.loading import LoadedModel, load
 from mmray.neurons.ablation import Ablator
 from mmray.neurons.concepts import NounSource, noun_source
-from mmray.neurons.effects import CandidateEffects
 from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.scoring import ablation_effects, score_batch, score_captured
 from mmray.neurons.token_positions import places_of

@@ -23,7 +23,6 @@ from mmray.cluster.labels_jobs import SumsJob, Tests, TestsJob
 from mmray.cluster.labels_plan import plan_labels
 from mmray.cluster.perturb import PerturbJob
 from mmray.cluster.saliency import SaliencyJob
-from mmray.cluster.selecting import SelectionJob
 from mmray.demo import DATA
 from mmray.detector.alignment import save_alignment
 from mmray.detector.alignment_settings import alignment_settings
@@ -36,10 +35,11 @@ from mmray.features.census.job import CensusJob, DecodingJob
 from mmray.features.census.settings import CensusSettings, census_settings
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
+from mmray.features.select.job import SelectionJob
+from mmray.features.select.settings import selection_settings
 from mmray.models.loading import digest, resolve
 from mmray.neurons.labels.masks import Mask
 from mmray.neurons.labels.settings import selectivity_settings
-from mmray.neurons.selection_settings import selection_settings
 from mmray.perception.settings import saliency_settings
 from mmray.runs import RunFolder
 from mmray.runs.run import open_run

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mmray.neurons.effects import CandidateEffects
+from mmray.features.select.effects import CandidateEffects
+from mmray.features.select.selection import Effects, choose, expected
 from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.scoring import score_batch
-from mmray.neurons.selection import Effects, choose, expected
 from tests.neurons.making import CAPTIONS, batch_of
 
 

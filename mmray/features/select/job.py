@@ -20,12 +20,12 @@ from mmray.errors import InputError
 from mmray.features.census.inputs import open_data, open_inputs
 from mmray.features.census.settings import CensusSettings, census_settings
 from mmray.features.census.shard import ShardAnalysis
+from mmray.features.select.effects import EFFECTS, CandidateEffects
+from mmray.features.select.selection import expected
+from mmray.features.select.settings import SelectionSettings
 from mmray.models.loading import digest, resolve
 from mmray.neurons.concepts import NounSource
-from mmray.neurons.effects import EFFECTS, CandidateEffects
 from mmray.neurons.model import load_model
-from mmray.neurons.selection import expected
-from mmray.neurons.selection_settings import SelectionSettings
 from mmray.neurons.token_positions import places_of
 from mmray.runs.run import Run, open_run
 from mmray.runs.tables import SCHEMAS

@@ -11,12 +11,12 @@ from jaxtyping import Float, Int64
 from numpy import ndarray
 from torch import Tensor
 
+from mmray.features.select.selection import Effects, choose
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import log_probability
 from mmray.models.prompting import Batch
 from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.scoring import ablation_effects
-from mmray.neurons.selection import Effects, choose
 from mmray.neurons.token_positions import Place
 from mmray.runs.tables import field, vector_column, vectors
 
