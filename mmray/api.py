@@ -11,7 +11,6 @@ import pyarrow as pa
 from mmray.cluster.alignment import run_alignment
 from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.hallucination import HallucinationJob
-from mmray.cluster.labels import run_selectivity
 from mmray.cluster.perturb import PerturbJob
 from mmray.cluster.saliency import SaliencyJob
 from mmray.detector.alignment_settings import alignment_settings
@@ -29,7 +28,8 @@ from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
 from mmray.features.select.job import Selection, SelectionJob, selections
 from mmray.features.select.settings import selection_settings
-from mmray.neurons.labels.settings import selectivity_settings
+from mmray.features.selectivity.driver import run_selectivity
+from mmray.features.selectivity.settings import selectivity_settings
 from mmray.perception.settings import saliency_settings
 from mmray.runs.run import Run, open_run
 

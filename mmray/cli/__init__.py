@@ -30,12 +30,12 @@ from mmray.cli import (  # noqa: F401  they register
     reading,
     reporting,
     saliency,
-    selectivity,
     sight,
     status,
 )
 from mmray.errors import InputError
 from mmray.features.properties import command  # noqa: F401  they register
+from mmray.features.selectivity import command  # noqa: F401  they register
 from mmray.storage import is_full
 from mmray.terminal.options import app, console, visible
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmray.cluster.hallucination import HallucinationJob
-from mmray.cluster.labels import run_selectivity
 from mmray.cluster.saliency import SaliencyJob
 from mmray.engine import Job, JobSettings, Progress
 from mmray.engine import run as run_job
@@ -17,7 +16,8 @@ from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
 from mmray.features.select.job import SelectionJob
 from mmray.features.select.settings import selection_settings
-from mmray.neurons.labels.settings import selectivity_settings
+from mmray.features.selectivity.driver import run_selectivity
+from mmray.features.selectivity.settings import selectivity_settings
 from mmray.perception.settings import saliency_settings
 
 Follow = Callable[[Progress], None]

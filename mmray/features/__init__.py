@@ -49,7 +49,7 @@ FEATURES: dict[str, Feature] = {
         Feature("select", ("mmray.features.select.job:SelectionJob",), "mmray select RUN CONCEPT..."),
         Feature(
             "selectivity",
-            ("mmray.cluster.labels_jobs:SumsJob", "mmray.cluster.labels_jobs:TestsJob"),
+            ("mmray.features.selectivity.job:SumsJob", "mmray.features.selectivity.job:TestsJob"),
             "mmray selectivity RUN --by COLUMN",
             ("selectivity", "selective_labels", "interventions", "steering", "stages"),
         ),

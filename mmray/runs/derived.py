@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from mmray.features import FEATURES
-from mmray.label_tables import LABEL_SCHEMAS
+from mmray.features.selectivity.tables import LABEL_SCHEMAS
 from mmray.runs.tables import COUNT, EVALUATION_SCHEMAS, SCHEMAS, field
 
 INTERVAL = "95 %, over images: Wilson of shares, else bootstrap"

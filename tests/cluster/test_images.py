@@ -14,8 +14,6 @@ import pytest
 
 from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.hallucination import HallucinationJob
-from mmray.cluster.labels import run_selectivity
-from mmray.cluster.labels_plan import plan_labels
 from mmray.cluster.saliency import plan_saliency
 from mmray.data.image_keys import image_key, image_keys, one_per_image
 from mmray.data.samples import Sample, image_digest
@@ -31,7 +29,9 @@ from mmray.evaluation.scope import EDITED, aim_of, scope_of
 from mmray.evaluation.settings import evaluation_settings
 from mmray.features.properties.plan import plan_properties
 from mmray.features.properties.settings import property_settings
-from mmray.neurons.labels.settings import selectivity_settings
+from mmray.features.selectivity.driver import run_selectivity
+from mmray.features.selectivity.plan import plan_labels
+from mmray.features.selectivity.settings import selectivity_settings
 from mmray.objects.naming import Naming
 from mmray.perception.settings import saliency_settings
 from mmray.report.content import gather

@@ -10,15 +10,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.cluster import labels_jobs
-from mmray.cluster.labels import run_selectivity
 from mmray.data.samples import Failure, Sample
 from mmray.data.shards import Shard, read_shard
 from mmray.data.source import Source
 from mmray.demo import DATA
 from mmray.errors import InputError, ShardError
-from mmray.label_tables import LABEL_SCHEMAS
-from mmray.neurons.labels.settings import selectivity_settings
+from mmray.features.selectivity.driver import run_selectivity
+from mmray.features.selectivity.settings import selectivity_settings
+from mmray.features.selectivity.tables import LABEL_SCHEMAS
 from mmray.runs.lease import driving
 from mmray.runs.run import open_run
 from mmray.storage import open_store

@@ -6,9 +6,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from mmray.cluster.labels_plan import LabelPlan, plan_labels
 from mmray.errors import InputError
-from mmray.neurons.labels.settings import selectivity_settings
+from mmray.features.selectivity.plan import LabelPlan, plan_labels
+from mmray.features.selectivity.settings import selectivity_settings
 from mmray.runs.tables import SCHEMAS
 
 IMAGES = 40

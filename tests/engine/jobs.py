@@ -19,8 +19,6 @@ from mmray.cluster.alignment_validation import ValidationJob, plan_validation
 from mmray.cluster.editing import EditJob, NamedEditSettings
 from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.hallucination import HallucinationJob
-from mmray.cluster.labels_jobs import SumsJob, Tests, TestsJob
-from mmray.cluster.labels_plan import plan_labels
 from mmray.cluster.perturb import PerturbJob
 from mmray.cluster.saliency import SaliencyJob
 from mmray.demo import DATA
@@ -37,9 +35,11 @@ from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
 from mmray.features.select.job import SelectionJob
 from mmray.features.select.settings import selection_settings
+from mmray.features.selectivity.job import SumsJob, Tests, TestsJob
+from mmray.features.selectivity.masks import Mask
+from mmray.features.selectivity.plan import plan_labels
+from mmray.features.selectivity.settings import selectivity_settings
 from mmray.models.loading import digest, resolve
-from mmray.neurons.labels.masks import Mask
-from mmray.neurons.labels.settings import selectivity_settings
 from mmray.perception.settings import saliency_settings
 from mmray.runs import RunFolder
 from mmray.runs.run import open_run

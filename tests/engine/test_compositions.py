@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from mmray.cli import main
-from mmray.cluster.labels import run_selectivity
 from mmray.cluster.pipeline import pipeline_settings, run_pipeline
 from mmray.editing.edit import open_edit
 from mmray.errors import InputError
-from mmray.neurons.labels.settings import selectivity_settings
+from mmray.features.selectivity.driver import run_selectivity
+from mmray.features.selectivity.settings import selectivity_settings
 from mmray.runs.driver import drive_analysis
 from mmray.runs.run import open_run
 from tests.engine.jobs import SHARD, WISH, Place

@@ -13,7 +13,7 @@ from mmray.errors import InputError
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
 from mmray.evaluation.settings import EvaluationSettings, evaluation_settings
 from mmray.features.properties.settings import property_settings
-from mmray.neurons.labels.settings import selectivity_settings
+from mmray.features.selectivity.settings import selectivity_settings
 from mmray.perception.settings import saliency_settings
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmray.label_tables import LABEL_SCHEMAS
+from mmray.features.selectivity.tables import LABEL_SCHEMAS
 from tests.running import write_table
 
 LABELS = ("en", "<b>%{x}</b>")

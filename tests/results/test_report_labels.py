@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from mmray.features.selectivity.report import CAPTIONS, label_analyses
 from mmray.report.content import gather
 from mmray.report.writing import write_report
-from mmray.results.report.labels import CAPTIONS, label_analyses
 from mmray.runs.run import Run, open_run
 from tests.results.labelled import DOMAIN, EFFECTS, LABELS, LANGUAGE, add_labels
 

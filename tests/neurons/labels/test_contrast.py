@@ -2,7 +2,7 @@
 
 import torch
 
-from mmray.neurons.labels.contrast import choose, contrasts
+from mmray.features.selectivity.contrast import choose, contrasts
 
 
 def test_a_contrast_is_what_no_other_label_gets():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mmray.neurons.labels.masks import named, random_like
+from mmray.features.selectivity.masks import named, random_like
 
 WIDTHS = (10, 4, 20)
 

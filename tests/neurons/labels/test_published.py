@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from mmray.neurons.labels.published import bar_of, choose, entropies, probabilities
+from mmray.features.selectivity.lape import bar_of, choose, entropies, probabilities
 
 SIZES = [(1, 100, 2), (2, 64, 4), (4, 333, 7), (32, 1024, 6)]
 """Layers, width, labels."""

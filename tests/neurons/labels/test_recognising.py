@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 from hypothesis import given
 
-from mmray.neurons.labels.recognising import recogniser, words_of
+from mmray.features.selectivity.reply_language import recogniser, words_of
 
 KNOWN = recogniser(
     [

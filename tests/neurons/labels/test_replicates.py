@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given
 
-from mmray.neurons.labels.replicates import draw
+from mmray.features.selectivity.replicates import draw
 
 NAMES = st.text("abcdef", min_size=1, max_size=4)
 labelled = st.dictionaries(NAMES, st.sampled_from("xyz"), min_size=3, max_size=30)

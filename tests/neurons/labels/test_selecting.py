@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from mmray.neurons.labels import contrast, published
-from mmray.neurons.labels.choices import label_rows
-from mmray.neurons.labels.replicates import draw
-from mmray.neurons.labels.selecting import QUANTITY, Totals, select
-from mmray.neurons.labels.settings import selectivity_settings
+from mmray.features.selectivity import contrast, lape
+from mmray.features.selectivity.choices import label_rows
+from mmray.features.selectivity.replicates import draw
+from mmray.features.selectivity.selection import QUANTITY, Totals, select
+from mmray.features.selectivity.settings import selectivity_settings
 
 SAMPLES, NEURONS, TOKENS, PERMUTATIONS, BOOTSTRAPS = 120, 400, 20, 19, 10
 PLANTED = {"x": 7, "y": 200}
@@ -32,10 +32,10 @@ def chosen(method, planted, rate=0.01):
 
 
 def scores(totals, replicate, settings):
-    amount = published.probabilities(totals.sums[replicate], totals.tokens[replicate])
+    amount = lape.probabilities(totals.sums[replicate], totals.tokens[replicate])
     if settings.method == "contribution":
         return contrast.contrasts(amount).amax(dim=1).neg()
-    return published.filtered_entropies(amount, published.bar_of(amount, settings.bar))
+    return lape.filtered_entropies(amount, lape.bar_of(amount, settings.bar))
 
 
 @pytest.mark.parametrize("method", QUANTITY)
@@ -80,9 +80,9 @@ def test_controls_are_those_of_a_loop(method, planted):
         for replicate in range(1 + PERMUTATIONS, 1 + PERMUTATIONS + BOOTSTRAPS):
             sums, tokens = totals.sums[replicate], totals.tokens[replicate]
             if method == "lape":
-                other = published.choose(sums, tokens, settings.rate, settings.bar)
+                other = lape.choose(sums, tokens, settings.rate, settings.bar)
             else:
-                other = contrast.choose(published.probabilities(sums, tokens), settings.rate)
+                other = contrast.choose(lape.probabilities(sums, tokens), settings.rate)
             again = set(other.of(place).tolist())
             overlaps.append(len(own & again) / len(own | again))
             for neuron in own & again:

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from mmray.errors import InputError
+from mmray.features.selectivity import steering
+from mmray.features.selectivity.selection import Totals
+from mmray.features.selectivity.steering import Steer, course_means, mean_of, steered, telling_apart, written
 from mmray.models.capture import tap
 from mmray.models.generation import generate
 from mmray.models.prompting import prompt_text
-from mmray.neurons.labels import steering
-from mmray.neurons.labels.selecting import Totals
-from mmray.neurons.labels.steering import Steer, course_means, mean_of, steered, telling_apart, written
 from tests.neurons.making import hooks, picture, samples, settings
 
 

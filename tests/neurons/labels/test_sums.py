@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from mmray.errors import ShardError
+from mmray.features.selectivity import sums
+from mmray.features.selectivity.material import captions_of, in_batches, token_places
+from mmray.features.selectivity.replicates import draw
+from mmray.features.selectivity.selection import add_up, of_activity
+from mmray.features.selectivity.settings import selectivity_settings
+from mmray.features.selectivity.sums import STEPS, LabelSums
 from mmray.models.prompting import prompt_text
-from mmray.neurons.labels import sums
-from mmray.neurons.labels.material import captions_of, in_batches, token_places
-from mmray.neurons.labels.replicates import draw
-from mmray.neurons.labels.selecting import add_up, of_activity
-from mmray.neurons.labels.settings import selectivity_settings
-from mmray.neurons.labels.sums import STEPS, LabelSums
 from mmray.neurons.scoring import score_batch
 from tests.neurons.making import analyse, merged, samples
 from tests.neurons.making import settings as told

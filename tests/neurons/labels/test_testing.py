@@ -3,17 +3,17 @@
 import pytest
 import torch
 
+from mmray.features.selectivity import logit_lens, material
+from mmray.features.selectivity.interventions import measured
+from mmray.features.selectivity.logit_lens import Lens
+from mmray.features.selectivity.masks import Mask
+from mmray.features.selectivity.material import captions_of, in_batches
+from mmray.features.selectivity.settings import selectivity_settings
 from mmray.models.blocks import block_of
 from mmray.models.generation import caption_of, generate
 from mmray.models.interventions import ablate
 from mmray.models.prompting import prompt_text
 from mmray.neurons.activation_cache import forward
-from mmray.neurons.labels import material, stages
-from mmray.neurons.labels.masks import Mask
-from mmray.neurons.labels.material import captions_of, in_batches
-from mmray.neurons.labels.settings import selectivity_settings
-from mmray.neurons.labels.stages import Lens
-from mmray.neurons.labels.testing import measured
 from mmray.neurons.model import open_image
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import hooks, samples, settings
@@ -146,7 +146,7 @@ def test_the_lens_is_that_of_the_model_s_own_states(open_model, kind):
     lens.add(texts, batch)
     start = batch.caption_start[0] - 1
     (image,) = [run for run in batch.runs if run.modality == "image"]
-    count = min(stages.POSITIONS_OF_AN_IMAGE, image.stop - image.start)
+    count = min(logit_lens.POSITIONS_OF_AN_IMAGE, image.stop - image.start)
     positions = {
         "text": list(range(start, start + len(texts[0].tokens))),
         "image": [image.start + number * (image.stop - image.start) // count for number in range(count)],

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmray.label_tables import ANALYSIS, LABEL_SCHEMAS
+from mmray.features.selectivity.tables import ANALYSIS, LABEL_SCHEMAS
 from mmray.report.concepts import number
 from mmray.runs.run import Run
 

@@ -11,8 +11,8 @@ from jaxtyping import Int
 from numpy import ndarray
 
 from mmray.features.census.ranking import locate_index
-from mmray.neurons.labels.published import Chosen
-from mmray.neurons.labels.selecting import Selection
+from mmray.features.selectivity.lape import Chosen
+from mmray.features.selectivity.selection import Selection
 
 SELECTED, RANDOM, SHUFFLED = "selected", "random", "shuffled"
 

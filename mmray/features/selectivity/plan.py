@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from mmray.data.image_keys import image_keys
 from mmray.errors import InputError
 from mmray.features.census.settings import CensusSettings, census_settings
-from mmray.neurons.labels.replicates import Replicates, draw
-from mmray.neurons.labels.settings import SelectivitySettings
+from mmray.features.selectivity.replicates import Replicates, draw
+from mmray.features.selectivity.settings import SelectivitySettings
 from mmray.runs.run import Run
 
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from mmray.data.samples import Sample
 from mmray.features.census.settings import CensusSettings
-from mmray.label_tables import PASS_SCHEMAS
+from mmray.features.selectivity.masks import Mask
+from mmray.features.selectivity.material import Said, answers_of, by_text, captions_of, in_batches, read, token_places
+from mmray.features.selectivity.settings import SelectivitySettings
+from mmray.features.selectivity.tables import PASS_SCHEMAS
 from mmray.models.interventions import ablate
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
-from mmray.neurons.labels.masks import Mask
-from mmray.neurons.labels.material import Said, answers_of, by_text, captions_of, in_batches, read, token_places
-from mmray.neurons.labels.settings import SelectivitySettings
 
 Reading: TypeAlias = tuple[Mask | None, Said, Float[Tensor, "token 2"]]
 """A text under a mask: of each token the nats that it costs, and 1 where it is the likeliest."""

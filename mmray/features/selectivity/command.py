@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from mmray.neurons.labels.settings import SelectivitySettings, selectivity_settings
+from mmray.features.selectivity.settings import SelectivitySettings, selectivity_settings
 from mmray.terminal.options import INCOMPLETE, AsJson, RunArgument, app, console, followed, say, with_settings
 
 
@@ -16,8 +16,8 @@ from mmray.terminal.options import INCOMPLETE, AsJson, RunArgument, app, console
 @with_settings(SelectivitySettings)
 def selectivity(run: RunArgument, as_json: AsJson = False, **settings: Any) -> None:
     """Choose the neurons of each language, domain or other label, and compare with chance; zero them, steer by them."""
-    from mmray.cluster.labels import run_selectivity
-    from mmray.results.selectivity import analysis
+    from mmray.features.selectivity.driver import run_selectivity
+    from mmray.features.selectivity.view import analysis
 
     checked = selectivity_settings({"run": run, **settings})
     with followed() as follow:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from mmray.neurons.labels.settings import BAR, RATE
+from mmray.features.selectivity.settings import BAR, RATE
 
 
 @dataclass(frozen=True)

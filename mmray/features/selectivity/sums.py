@@ -18,16 +18,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmray.errors import InputError
-from mmray.label_tables import PASS_SCHEMAS
+from mmray.features.selectivity.material import Said, by_text, token_places
+from mmray.features.selectivity.replicates import Replicates
+from mmray.features.selectivity.selection import number_of
+from mmray.features.selectivity.settings import SelectivitySettings
+from mmray.features.selectivity.tables import PASS_SCHEMAS
 from mmray.models.capture import tap
 from mmray.models.layout import Projection
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
 from mmray.neurons.activation_cache import Captured, capturing, forward
-from mmray.neurons.labels.material import Said, by_text, token_places
-from mmray.neurons.labels.replicates import Replicates
-from mmray.neurons.labels.selecting import number_of
-from mmray.neurons.labels.settings import SelectivitySettings
 from mmray.neurons.module_activity import image_runs, uniform
 from mmray.neurons.scoring import score_captured
 from mmray.neurons.statistics import MODALITIES, Span, reduce_tokens, token_spans

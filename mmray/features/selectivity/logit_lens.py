@@ -15,15 +15,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mmray.label_tables import PASS_SCHEMAS
+from mmray.features.selectivity.masks import Mask
+from mmray.features.selectivity.material import Said, token_places
+from mmray.features.selectivity.tables import PASS_SCHEMAS
 from mmray.models.blocks import block_of
 from mmray.models.interventions import ablate
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import Batch
 from mmray.neurons.activation_cache import forward
-from mmray.neurons.labels.masks import Mask
-from mmray.neurons.labels.material import Said, token_places
 
 KEPT_TOKENS = 50
 """Likeliest tokens that a unit of work keeps of a layer; ten of the sum are shown."""

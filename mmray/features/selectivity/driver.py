@@ -17,20 +17,20 @@ from functools import reduce
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmray.cluster.labels_jobs import LabelJob, SumsJob, Tests, TestsJob
-from mmray.cluster.labels_plan import LabelPlan, plan_labels
 from mmray.engine import JobResult
 from mmray.engine import run as run_job
 from mmray.engine.driver import Follow
 from mmray.errors import DamagedError, InputError
-from mmray.evaluation.labels import intervention_rows, stage_rows, steering_rows
-from mmray.label_tables import ANALYSIS, LABEL_SCHEMAS
-from mmray.neurons.labels.choices import label_rows, neuron_rows
-from mmray.neurons.labels.masks import masks_of
-from mmray.neurons.labels.recognising import recogniser
-from mmray.neurons.labels.selecting import QUANTITY, Selection, Totals, add_up, of_activity, select
-from mmray.neurons.labels.settings import SelectivitySettings
-from mmray.neurons.labels.steering import steer_of
+from mmray.features.selectivity.choices import label_rows, neuron_rows
+from mmray.features.selectivity.job import LabelJob, SumsJob, Tests, TestsJob
+from mmray.features.selectivity.masks import masks_of
+from mmray.features.selectivity.measures import intervention_rows, stage_rows, steering_rows
+from mmray.features.selectivity.plan import LabelPlan, plan_labels
+from mmray.features.selectivity.reply_language import recogniser
+from mmray.features.selectivity.selection import QUANTITY, Selection, Totals, add_up, of_activity, select
+from mmray.features.selectivity.settings import SelectivitySettings
+from mmray.features.selectivity.steering import steer_of
+from mmray.features.selectivity.tables import ANALYSIS, LABEL_SCHEMAS
 from mmray.runs.driver import drive_analysis, open_target
 from mmray.runs.lease import Lease
 from mmray.runs.run import Run, open_run

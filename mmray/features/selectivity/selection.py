@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from mmray.neurons.labels import contrast, published
-from mmray.neurons.labels.published import Chosen
-from mmray.neurons.labels.settings import SelectivitySettings
+from mmray.features.selectivity import contrast, lape
+from mmray.features.selectivity.lape import Chosen
+from mmray.features.selectivity.settings import SelectivitySettings
 from mmray.runs.tables import vectors
 
 QUANTITY = {"lape": "active", "contribution": "contribution"}
@@ -103,7 +103,7 @@ def select(totals: dict[str, Totals], settings: SelectivitySettings, permutation
     lowest = settings.method == "lape"
     cut = _cuts(chosen[0], lowest)
     shuffled, drawn = chosen[1 : 1 + permutations], chosen[1 + permutations :]
-    mean_square = published.probabilities(squares.sums[0], squares.tokens[0])
+    mean_square = lape.probabilities(squares.sums[0], squares.tokens[0])
     member = _membership(chosen[0], by.sums.shape[1])
     again = [_membership(other, by.sums.shape[1]) for other in drawn]
     as_good = scores[1:] <= scores[0] if lowest else scores[1:] >= scores[0]
@@ -111,8 +111,8 @@ def select(totals: dict[str, Totals], settings: SelectivitySettings, permutation
     owned = [_owners(by.sums[1 + number], by.tokens[1 + number], settings) for number in range(permutations)]
     return Selection(
         chosen=chosen[0],
-        amount=published.probabilities(by.sums[0], by.tokens[0]),
-        magnitude_entropy=published.entropies(mean_square.sqrt()),
+        amount=lape.probabilities(by.sums[0], by.tokens[0]),
+        magnitude_entropy=lape.entropies(mean_square.sqrt()),
         tokens=by.tokens[0],
         cut=cut,
         p_value=(1.0 + as_good.sum(dim=0).double()) / (1 + permutations) if permutations else None,
@@ -125,14 +125,14 @@ def select(totals: dict[str, Totals], settings: SelectivitySettings, permutation
 
 def _choose(sums: Tensor, tokens: Tensor, settings: SelectivitySettings) -> Chosen:
     if settings.method == "lape":
-        return published.choose(sums, tokens, settings.rate, settings.bar)
-    return contrast.choose(published.probabilities(sums, tokens), settings.rate)
+        return lape.choose(sums, tokens, settings.rate, settings.bar)
+    return contrast.choose(lape.probabilities(sums, tokens), settings.rate)
 
 
 def _scores(sums: Tensor, tokens: Tensor, settings: SelectivitySettings) -> Float64[Tensor, " neuron"]:
-    amount = published.probabilities(sums, tokens)
+    amount = lape.probabilities(sums, tokens)
     if settings.method == "lape":
-        return published.filtered_entropies(amount, published.bar_of(amount, settings.bar))
+        return lape.filtered_entropies(amount, lape.bar_of(amount, settings.bar))
     return contrast.contrasts(amount).amax(dim=1)
 
 
@@ -148,9 +148,9 @@ def _cuts(chosen: Chosen, lowest: bool) -> Float64[Tensor, " label"]:
 
 def _owners(sums: Tensor, tokens: Tensor, settings: SelectivitySettings) -> Bool[Tensor, "neuron label"]:
     """Tell which label each neuron would belong to if it were chosen."""
-    amount = published.probabilities(sums, tokens)
+    amount = lape.probabilities(sums, tokens)
     if settings.method == "lape":
-        return amount > published.bar_of(amount, settings.bar)
+        return amount > lape.bar_of(amount, settings.bar)
     return contrast.contrasts(amount) > 0
 
 

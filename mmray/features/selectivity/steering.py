@@ -25,12 +25,12 @@ from mmray.data.images import decode_image
 from mmray.data.samples import Sample
 from mmray.errors import InputError, ShardError
 from mmray.features.census.settings import CensusSettings
+from mmray.features.selectivity.selection import Selection, Totals
+from mmray.features.selectivity.settings import SelectivitySettings
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import prompt_text
-from mmray.neurons.labels.selecting import Selection, Totals
-from mmray.neurons.labels.settings import SelectivitySettings
 from mmray.neurons.split_on_oom import FAILURES, in_halves
 
 COURSE = "course"

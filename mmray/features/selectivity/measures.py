@@ -10,11 +10,11 @@ import pyarrow as pa
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from mmray.label_tables import LABEL_SCHEMAS
-from mmray.neurons.labels.masks import Mask
-from mmray.neurons.labels.recognising import Recogniser
-from mmray.neurons.labels.settings import SelectivitySettings
-from mmray.neurons.labels.steering import Steer
+from mmray.features.selectivity.masks import Mask
+from mmray.features.selectivity.reply_language import Recogniser
+from mmray.features.selectivity.settings import SelectivitySettings
+from mmray.features.selectivity.steering import Steer
+from mmray.features.selectivity.tables import LABEL_SCHEMAS
 from mmray.statistics.bootstrap import measure
 
 SHOWN_TOKENS = 10

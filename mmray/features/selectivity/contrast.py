@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from mmray.neurons.labels.published import Chosen
+from mmray.features.selectivity.lape import Chosen
 
 
 def contrasts(contribution: Float[Tensor, "neuron label"]) -> Float64[Tensor, "neuron label"]:

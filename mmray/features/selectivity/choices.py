@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
+from mmray.features.selectivity.masks import named
+from mmray.features.selectivity.selection import Selection
 from mmray.neuron_names import neuron_name
-from mmray.neurons.labels.masks import named
-from mmray.neurons.labels.selecting import Selection
 from mmray.runs.derived import TABLES
 
 

@@ -10,21 +10,21 @@ from typing import Any, ClassVar, TypeVar
 
 import pyarrow as pa
 
-from mmray.cluster.labels_plan import LabelPlan
 from mmray.data.samples import Sample
 from mmray.data.shards import Manifest, Shard, read_shard
 from mmray.data.source import Source
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.features.census.inputs import open_data
-from mmray.label_tables import PASS_SCHEMAS
+from mmray.features.selectivity.interventions import measured
+from mmray.features.selectivity.logit_lens import Lens
+from mmray.features.selectivity.masks import SELECTED, Mask
+from mmray.features.selectivity.material import captions_of, in_batches
+from mmray.features.selectivity.plan import LabelPlan
+from mmray.features.selectivity.settings import SelectivitySettings, SumsSettings
+from mmray.features.selectivity.steering import Steer, written
+from mmray.features.selectivity.sums import LabelSums
+from mmray.features.selectivity.tables import PASS_SCHEMAS
 from mmray.models.loading import LoadedModel
-from mmray.neurons.labels.masks import SELECTED, Mask
-from mmray.neurons.labels.material import captions_of, in_batches
-from mmray.neurons.labels.settings import SelectivitySettings, SumsSettings
-from mmray.neurons.labels.stages import Lens
-from mmray.neurons.labels.steering import Steer, written
-from mmray.neurons.labels.sums import LabelSums
-from mmray.neurons.labels.testing import measured
 from mmray.neurons.model import load_model
 from mmray.runs import RunFolder
 from mmray.runs.run import open_run
