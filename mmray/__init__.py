@@ -13,7 +13,7 @@ from mmray.version import VERSION
 __version__ = VERSION
 
 _PLACES = {
-    "load_model": "mmray.perception.model",
+    "load_model": "mmray.features.saliency.model",
     "run_census": "mmray.api",
     "edit": "mmray.api",
     "evaluate": "mmray.api",

@@ -12,7 +12,6 @@ from mmray.cluster.alignment import run_alignment
 from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.perturb import PerturbJob
-from mmray.cluster.saliency import SaliencyJob
 from mmray.detector.alignment_settings import alignment_settings
 from mmray.editing.edit import WeightEdit
 from mmray.editing.material import open_material
@@ -26,11 +25,12 @@ from mmray.features.census.job import run_census as drive_census
 from mmray.features.census.settings import census_settings
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
+from mmray.features.saliency.job import SaliencyJob
+from mmray.features.saliency.settings import saliency_settings
 from mmray.features.select.job import Selection, SelectionJob, selections
 from mmray.features.select.settings import selection_settings
 from mmray.features.selectivity.driver import run_selectivity
 from mmray.features.selectivity.settings import selectivity_settings
-from mmray.perception.settings import saliency_settings
 from mmray.runs.run import Run, open_run
 
 EXECUTORS = ("ray", "local")

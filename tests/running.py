@@ -7,14 +7,14 @@ from typing import Any
 import pyarrow as pa
 
 from mmray.cluster.pipeline import Pipeline, pipeline_settings, run_pipeline
-from mmray.cluster.saliency import SaliencyJob
 from mmray.engine import JobResult, Progress
 from mmray.engine import run as run_job
 from mmray.features.census.job import Outcome, run_census
 from mmray.features.census.settings import census_settings
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
-from mmray.perception.settings import saliency_settings
+from mmray.features.saliency.job import SaliencyJob
+from mmray.features.saliency.settings import saliency_settings
 from mmray.runs.snapshots import SnapshotWriter, newest, next_fence, publish
 from mmray.runs.tables import SCHEMAS
 from mmray.storage import open_store

@@ -16,7 +16,7 @@ import typer
 
 import mmray
 from mmray.cli import UsageError, app
-from mmray.perception.model import Model
+from mmray.features.saliency.model import Model
 from mmray.runs.run import Run
 
 ROOT = Path(__file__).parents[1]

@@ -19,22 +19,10 @@ from typing import Any, NoReturn
 
 import typer
 
-from mmray.cli import (  # noqa: F401  they register
-    aligning,
-    census,
-    drift,
-    editing,
-    evaluation,
-    models,
-    pipeline,
-    reading,
-    reporting,
-    saliency,
-    sight,
-    status,
-)
+from mmray.cli import aligning, census, drift, editing, evaluation, models, pipeline, reading, reporting, sight, status  # noqa: F401  they register
 from mmray.errors import InputError
 from mmray.features.properties import command  # noqa: F401  they register
+from mmray.features.saliency import command  # noqa: F401  they register
 from mmray.features.selectivity import command  # noqa: F401  they register
 from mmray.storage import is_full
 from mmray.terminal.options import app, console, visible

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmray.cluster.hallucination import HallucinationJob
-from mmray.cluster.saliency import SaliencyJob
 from mmray.engine import Job, JobSettings, Progress
 from mmray.engine import run as run_job
 from mmray.errors import InputError
 from mmray.evaluation.opinions.settings import opinion_settings
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
+from mmray.features.saliency.job import SaliencyJob
+from mmray.features.saliency.settings import saliency_settings
 from mmray.features.select.job import SelectionJob
 from mmray.features.select.settings import selection_settings
 from mmray.features.selectivity.driver import run_selectivity
 from mmray.features.selectivity.settings import selectivity_settings
-from mmray.perception.settings import saliency_settings
 
 Follow = Callable[[Progress], None]
 

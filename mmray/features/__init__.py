@@ -55,7 +55,7 @@ FEATURES: dict[str, Feature] = {
         ),
         Feature(
             "saliency",
-            ("mmray.cluster.saliency:SaliencyJob",),
+            ("mmray.features.saliency.job:SaliencyJob",),
             "mmray saliency RUN",
             ("saliency", "saliency_maps"),
             "images",

@@ -19,14 +19,14 @@ from jobs.demo.heads import measure_heads
 from jobs.demo.scenes import World
 from mmray.detector.heads import Heads
 from mmray.detector.joint import load_joint
-from mmray.evaluation.saliency import summarise_saliency
+from mmray.features.saliency.methods import METHODS, Looked
+from mmray.features.saliency.observations import draw_maps, observations
+from mmray.features.saliency.questions import look_at
+from mmray.features.saliency.summary import summarise_saliency
 from mmray.models.norms import token_logits
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.token_positions import places_of
-from mmray.perception.asking import look_at
-from mmray.perception.methods import METHODS, Looked
-from mmray.perception.observing import draw_maps, observations
 from mmray.runs.derived import SALIENCY_SCHEMAS
 
 SEED = 880_000

@@ -14,7 +14,6 @@ import pytest
 
 from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.hallucination import HallucinationJob
-from mmray.cluster.saliency import plan_saliency
 from mmray.data.image_keys import image_key, image_keys, one_per_image
 from mmray.data.samples import Sample, image_digest
 from mmray.editing.edit import Purpose, open_edit
@@ -24,16 +23,17 @@ from mmray.editing.methods import make_edit
 from mmray.editing.settings import edit_settings
 from mmray.engine import run as run_job
 from mmray.evaluation.opinions.settings import opinion_settings
-from mmray.evaluation.saliency import summarise_saliency
 from mmray.evaluation.scope import EDITED, aim_of, scope_of
 from mmray.evaluation.settings import evaluation_settings
 from mmray.features.properties.plan import plan_properties
 from mmray.features.properties.settings import property_settings
+from mmray.features.saliency.job import plan_saliency
+from mmray.features.saliency.settings import saliency_settings
+from mmray.features.saliency.summary import summarise_saliency
 from mmray.features.selectivity.driver import run_selectivity
 from mmray.features.selectivity.plan import plan_labels
 from mmray.features.selectivity.settings import selectivity_settings
 from mmray.objects.naming import Naming
-from mmray.perception.settings import saliency_settings
 from mmray.report.content import gather
 from mmray.runs.run import Run, open_run
 from tests.data.cocolike import CAPTIONS, CocoLike

@@ -9,14 +9,14 @@ import pytest
 from mmray.cluster.alignment import run_alignment
 from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.perturb import PerturbJob
-from mmray.cluster.saliency import SaliencyJob
 from mmray.detector.alignment import FACTS, WEIGHTS
 from mmray.detector.alignment_settings import alignment_settings
 from mmray.engine import run as run_job
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
-from mmray.perception.methods import METHODS
-from mmray.perception.observing import CHANCE
-from mmray.perception.settings import saliency_settings
+from mmray.features.saliency.job import SaliencyJob
+from mmray.features.saliency.methods import METHODS
+from mmray.features.saliency.observations import CHANCE
+from mmray.features.saliency.settings import saliency_settings
 from mmray.runs.run import open_run
 from mmray.runs.tables import read_table
 from mmray.storage import open_store

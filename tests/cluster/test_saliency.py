@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from jobs.demo.scenes import World
-from mmray.cluster.saliency import SaliencyJob
 from mmray.demo import DETECTOR
 from mmray.detector.alignment import Pair, save_alignment
 from mmray.detector.heads import WEIGHTS
@@ -20,11 +19,12 @@ from mmray.detector.vision_tower import open_sight
 from mmray.engine import Progress
 from mmray.engine import run as run_job
 from mmray.errors import InputError
-from mmray.evaluation.saliency import PROTOCOLS
+from mmray.features.saliency.job import SaliencyJob
+from mmray.features.saliency.methods import METHODS, OF_BOXES
+from mmray.features.saliency.observations import CHANCE
+from mmray.features.saliency.settings import saliency_settings
+from mmray.features.saliency.summary import PROTOCOLS
 from mmray.models.loading import digest
-from mmray.perception.methods import METHODS, OF_BOXES
-from mmray.perception.observing import CHANCE
-from mmray.perception.settings import saliency_settings
 from mmray.runs.derived import DERIVED
 from mmray.runs.run import open_run
 from mmray.storage import open_store

@@ -20,7 +20,6 @@ from mmray.cluster.editing import EditJob, NamedEditSettings
 from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.perturb import PerturbJob
-from mmray.cluster.saliency import SaliencyJob
 from mmray.demo import DATA
 from mmray.detector.alignment import save_alignment
 from mmray.detector.alignment_settings import alignment_settings
@@ -33,6 +32,8 @@ from mmray.features.census.job import CensusJob, DecodingJob
 from mmray.features.census.settings import CensusSettings, census_settings
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
+from mmray.features.saliency.job import SaliencyJob
+from mmray.features.saliency.settings import saliency_settings
 from mmray.features.select.job import SelectionJob
 from mmray.features.select.settings import selection_settings
 from mmray.features.selectivity.job import SumsJob, Tests, TestsJob
@@ -40,7 +41,6 @@ from mmray.features.selectivity.masks import Mask
 from mmray.features.selectivity.plan import plan_labels
 from mmray.features.selectivity.settings import selectivity_settings
 from mmray.models.loading import digest, resolve
-from mmray.perception.settings import saliency_settings
 from mmray.runs import RunFolder
 from mmray.runs.run import open_run
 from mmray.runs.snapshots import newest

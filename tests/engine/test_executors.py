@@ -13,8 +13,8 @@ from mmray.errors import InputError
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
 from mmray.evaluation.settings import EvaluationSettings, evaluation_settings
 from mmray.features.properties.settings import property_settings
+from mmray.features.saliency.settings import saliency_settings
 from mmray.features.selectivity.settings import selectivity_settings
-from mmray.perception.settings import saliency_settings
 
 
 def test_a_census_runs_in_this_process(tmp_path, tiny, monkeypatch):

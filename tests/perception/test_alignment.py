@@ -23,10 +23,10 @@ from mmray.detector.vision_tower import OwnTower, open_sight
 from mmray.errors import InputError
 from mmray.evaluation.asks import Ask
 from mmray.evaluation.questioner import Questioner
+from mmray.features.saliency.model import explain, load_model
 from mmray.models.loading import digest
 from mmray.models.prompting import prompt_text
 from mmray.neurons.heatmaps import placed
-from mmray.perception.model import explain, load_model
 from mmray.perception.standing_in import OtherSight
 from mmray.storage import open_store
 

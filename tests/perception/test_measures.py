@@ -7,11 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.detector.boxes import generalised_iou, iou
-from mmray.evaluation.saliency import summarise_saliency
-from mmray.neurons.heatmaps import SIDE
-from mmray.perception.asking import ask, look_at
-from mmray.perception.erasing import erasure_curves, erasure_ends
-from mmray.perception.measures import (
+from mmray.features.saliency.insertion_deletion import erasure_curves, erasure_ends
+from mmray.features.saliency.measures import (
     THRESHOLDS,
     area_under,
     boxes_found,
@@ -21,6 +18,9 @@ from mmray.perception.measures import (
     patch_order,
     points_at,
 )
+from mmray.features.saliency.questions import ask, look_at
+from mmray.features.saliency.summary import summarise_saliency
+from mmray.neurons.heatmaps import SIDE
 from mmray.runs.derived import SALIENCY_SCHEMAS
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)

@@ -9,9 +9,9 @@ from torch import nn
 from mmray.detector.joint import JointModel, join
 from mmray.detector.owl import QUERY, open_owl
 from mmray.errors import InputError
-from mmray.perception.asking import ask
-from mmray.perception.methods import METHODS
-from mmray.perception.model import explain
+from mmray.features.saliency.methods import METHODS
+from mmray.features.saliency.model import explain
+from mmray.features.saliency.questions import ask
 from tests.models.pieces import WIDTH
 
 CAPTION = "A dog and a red ball."

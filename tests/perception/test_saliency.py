@@ -7,14 +7,14 @@ from PIL import Image
 import mmray
 from mmray.detector.joint import join_if_asked
 from mmray.errors import InputError
+from mmray.features.saliency.maps import cosines, paint, rollout
+from mmray.features.saliency.methods import METHODS, OF_BOXES, Looked
+from mmray.features.saliency.model import explain
+from mmray.features.saliency.questions import ask, look_at, mentions_of
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.heatmaps import SIDE, placed
 from mmray.neurons.token_positions import places_of
-from mmray.perception.asking import ask, look_at, mentions_of
-from mmray.perception.methods import METHODS, OF_BOXES, Looked
-from mmray.perception.model import explain
-from mmray.perception.saliency import cosines, paint, rollout
 
 
 def looked_at(model, joint, images, captions, words):

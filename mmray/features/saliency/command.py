@@ -10,7 +10,7 @@ import typer
 
 from mmray.cli.aligning import say_sight
 from mmray.errors import InputError
-from mmray.perception.settings import SaliencySettings, saliency_settings
+from mmray.features.saliency.settings import SaliencySettings, saliency_settings
 from mmray.terminal.options import AsJson, app, console, end, followed, say, with_settings
 
 
@@ -55,10 +55,10 @@ def _one(
     as_json: bool,
 ) -> None:
     from mmray.detector.joint import join_if_asked
-    from mmray.evaluation.saliency_batch import methods_of
+    from mmray.features.saliency.batch import methods_of
+    from mmray.features.saliency.model import explain, load_model
+    from mmray.features.saliency.render import numbers, over, page
     from mmray.neurons.model import open_image
-    from mmray.perception.model import explain, load_model
-    from mmray.perception.showing import numbers, over, page
 
     if out.suffix not in (".html", ".png"):
         raise InputError(f"--out {out}: neither .html nor .png")
@@ -85,9 +85,9 @@ def _one(
 
 
 def _whole(settings: SaliencySettings, *, as_json: bool) -> None:
-    from mmray.cluster.saliency import SaliencyJob
     from mmray.engine import run as run_job
-    from mmray.results.saliency import saliency as show
+    from mmray.features.saliency.job import SaliencyJob
+    from mmray.features.saliency.view import saliency as show
     from mmray.runs.run import open_run
 
     with followed("images") as follow:

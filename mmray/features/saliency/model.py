@@ -11,15 +11,15 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmray.detector.joint import JointModel, join_if_asked
+from mmray.features.saliency.maps import Saliency
+from mmray.features.saliency.methods import METHODS, Looked, method_of
+from mmray.features.saliency.questions import ask, look_at
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import prompt_text
 from mmray.neurons.heatmaps import placed
 from mmray.neurons.model import Model as NeuronModel
 from mmray.neurons.model import load_checked, open_image
-from mmray.perception.asking import ask, look_at
-from mmray.perception.methods import METHODS, Looked, method_of
-from mmray.perception.saliency import Saliency
 
 
 class Answer(NamedTuple):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from mmray.engine.clock import phase
-from mmray.perception.erasing import erasure_curves, erasure_ends
-from mmray.perception.measures import (
+from mmray.features.saliency.insertion_deletion import erasure_curves, erasure_ends
+from mmray.features.saliency.maps import Saliency
+from mmray.features.saliency.measures import (
     Boxes,
     area_under,
     boxes_found,
@@ -15,8 +16,7 @@ from mmray.perception.measures import (
     patch_order,
     points_at,
 )
-from mmray.perception.methods import Looked, method_of
-from mmray.perception.saliency import Saliency
+from mmray.features.saliency.methods import Looked, method_of
 
 CHANCE = "chance"
 """The method of a point drawn at random: the part of the map that the object takes."""

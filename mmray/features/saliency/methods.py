@@ -14,14 +14,14 @@ from torch import Tensor
 
 from mmray.detector.detection import Detection
 from mmray.errors import InputError
+from mmray.features.saliency.attention import attention_rollout
+from mmray.features.saliency.gradient_alignment import Outputs, box_cosines
+from mmray.features.saliency.maps import Saliency, gradient_input, gradient_norm, paint, spread
+from mmray.features.saliency.saliency_input import JointLook, Look
 from mmray.neurons.activation_cache import capturing
 from mmray.neurons.heatmaps import Map, Wanted, patch_maps
 from mmray.neurons.scoring import score_captured
 from mmray.neurons.token_positions import Place
-from mmray.perception.attention import attention_rollout
-from mmray.perception.look import JointLook, Look
-from mmray.perception.pulling import Outputs, box_cosines
-from mmray.perception.saliency import Saliency, gradient_input, gradient_norm, paint, spread
 
 NEURONS = 10
 """Neurons whose mean activation is a map (Pan et al. 2024)."""

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmray.features.saliency.measures import STEPS
+from mmray.features.saliency.saliency_input import Look
 from mmray.neurons.token_positions import rank_in_row
-from mmray.perception.look import Look
-from mmray.perception.measures import STEPS
 
 Ends: TypeAlias = tuple[Float[Tensor, " place"], Float[Tensor, " place"]]
 """The probability of each place's token with the whole image, and with nothing of it."""

@@ -17,14 +17,14 @@ from mmray.detector.alignment import alignment_digest
 from mmray.detector.joint import detector_digest, detector_or_demo, join_if_asked
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
-from mmray.evaluation.saliency import summarise_saliency
-from mmray.evaluation.saliency_batch import Judging, methods_of
 from mmray.features.census.inputs import open_inputs
 from mmray.features.census.run_samples import RunSamples
 from mmray.features.census.settings import census_settings
+from mmray.features.saliency.batch import Judging, methods_of
+from mmray.features.saliency.methods import Located
+from mmray.features.saliency.settings import SaliencySettings
+from mmray.features.saliency.summary import summarise_saliency
 from mmray.neurons.model import load_model
-from mmray.perception.methods import Located
-from mmray.perception.settings import SaliencySettings
 from mmray.runs.derived import SALIENCY_SCHEMAS
 from mmray.runs.run import Run, open_run
 

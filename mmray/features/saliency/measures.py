@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from mmray.features.saliency.maps import Raster
 from mmray.neurons.heatmaps import PERCENTILE, inside, min_max
-from mmray.perception.saliency import Raster
 
 THRESHOLDS = tuple(number / 20 for number in range(20))
 """Of min-max maps, for MaxBoxAcc: the best one over all images counts."""

@@ -16,16 +16,16 @@ from mmray.engine.clock import phase
 from mmray.errors import InputError
 from mmray.features.census.settings import CensusSettings
 from mmray.features.census.shard import Captioned, ShardAnalysis
+from mmray.features.saliency.maps import Saliency
+from mmray.features.saliency.measures import Boxes, objects_mask, points_at
+from mmray.features.saliency.methods import METHODS, OF_BOXES, Located, Looked, method_of
+from mmray.features.saliency.observations import draw_maps, observations
+from mmray.features.saliency.questions import look_at
+from mmray.features.saliency.settings import SaliencySettings
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.token_positions import Place, places_of
-from mmray.perception.asking import look_at
-from mmray.perception.measures import Boxes, objects_mask, points_at
-from mmray.perception.methods import METHODS, OF_BOXES, Located, Looked, method_of
-from mmray.perception.observing import draw_maps, observations
-from mmray.perception.saliency import Saliency
-from mmray.perception.settings import SaliencySettings
 from mmray.runs.derived import SALIENCY_SCHEMAS
 
 SEVERAL = 2

@@ -10,7 +10,7 @@ import pyarrow as pa
 from jaxtyping import Float
 from numpy import ndarray
 
-from mmray.perception.measures import OVERLAP, STEPS, THRESHOLDS
+from mmray.features.saliency.measures import OVERLAP, STEPS, THRESHOLDS
 from mmray.runs.derived import DERIVED
 from mmray.statistics.bootstrap import Value, measure, ratio
 

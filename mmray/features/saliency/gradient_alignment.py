@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmray.detector.detection import Detector
-from mmray.perception.saliency import cosines
+from mmray.features.saliency.maps import cosines
 
 Outputs: TypeAlias = Literal["class", "boxes", "any"]
 """Of each box: its logit for the query, its four coordinates, or all five."""

@@ -9,11 +9,11 @@ from PIL.Image import Image
 
 from mmray.detector.joint import JointModel
 from mmray.errors import InputError
+from mmray.features.saliency.saliency_input import JointLook, Look, SequenceLook
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, find_forms
 from mmray.neurons.token_positions import Place, place_mentions
-from mmray.perception.look import JointLook, Look, SequenceLook
 
 
 def mentions_of(caption: str, word: str, language: str | None = None) -> list[Mention]:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from mmray.features.saliency.maps import Saliency
+from mmray.features.saliency.measures import highest
+from mmray.features.saliency.model import Answer
 from mmray.neurons.heatmaps import overlay, placed
-from mmray.perception.measures import highest
-from mmray.perception.model import Answer
-from mmray.perception.saliency import Saliency
 
 SHOWN = 384
 """Pixels of a picture's longer side, at least."""

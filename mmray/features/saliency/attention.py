@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmray.errors import InputError
-from mmray.perception.look import Look
-from mmray.perception.saliency import rollout
+from mmray.features.saliency.maps import rollout
+from mmray.features.saliency.saliency_input import Look
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Where in an image a word comes from, by several methods, measured against boxes."""
