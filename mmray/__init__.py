@@ -25,7 +25,7 @@ _PLACES = {
     "align": "mmray.api",
     "hallucination": "mmray.api",
     "perturb": "mmray.api",
-    "open_edit": "mmray.editing.edit",
+    "open_edit": "mmray.features.editing.edit",
     "open_run": "mmray.runs.run",
     "select_neurons": "mmray.api",
     "ablate": "mmray.models.interventions",

@@ -13,16 +13,16 @@ from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.perturb import PerturbJob
 from mmray.detector.alignment_settings import alignment_settings
-from mmray.editing.edit import WeightEdit
-from mmray.editing.material import open_material
-from mmray.editing.methods import make_edit
-from mmray.editing.settings import edit_settings
 from mmray.engine import run as run_job
 from mmray.errors import InputError
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
 from mmray.evaluation.settings import evaluation_settings
 from mmray.features.census.job import run_census as drive_census
 from mmray.features.census.settings import census_settings
+from mmray.features.editing.dataset import open_material
+from mmray.features.editing.edit import WeightEdit
+from mmray.features.editing.methods import make_edit
+from mmray.features.editing.settings import edit_settings
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
 from mmray.features.saliency.job import SaliencyJob

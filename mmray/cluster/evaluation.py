@@ -19,7 +19,6 @@ from mmray import engine
 from mmray.cluster.evaluation_plan import Context, Unit, open_measured, part_of, plan_evaluation
 from mmray.data.samples import Sample
 from mmray.data.shards import read_shard
-from mmray.editing.edit import open_edit
 from mmray.engine import Job, Output, Parts, Plan, UnitResult, Worker
 from mmray.evaluation.asks import Edit
 from mmray.evaluation.before import Before
@@ -29,6 +28,7 @@ from mmray.evaluation.scope import EDITED
 from mmray.evaluation.settings import EvaluationSettings
 from mmray.evaluation.summary import summarise
 from mmray.features.census.inputs import open_data
+from mmray.features.editing.edit import open_edit
 from mmray.neurons.model import load_model
 from mmray.runs.run import open_run
 from mmray.runs.tables import CAPTIONS_FILE, EVALUATION_FILE, EVALUATION_SCHEMAS, to_bytes

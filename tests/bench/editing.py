@@ -29,16 +29,16 @@ from jobs.demo.scenes import World
 from mmray.data.samples import Sample
 from mmray.data.shards import cut, read_shard
 from mmray.demo import EVALUATION
-from mmray.editing.baselines import WordBan
-from mmray.editing.edit import WeightEdit
-from mmray.editing.material import Material
-from mmray.editing.methods import make_edit
-from mmray.editing.settings import EditSettings, edit_settings
 from mmray.evaluation.before import Before
 from mmray.evaluation.evaluate import Evaluated, evaluate
 from mmray.evaluation.settings import measure_settings
 from mmray.features.census.inputs import open_data
 from mmray.features.census.settings import census_settings
+from mmray.features.editing.baselines import WordBan
+from mmray.features.editing.dataset import Material
+from mmray.features.editing.edit import WeightEdit
+from mmray.features.editing.methods import make_edit
+from mmray.features.editing.settings import EditSettings, edit_settings
 from mmray.neurons.model import load_model
 from mmray.objects.statistics import DataFacts, gather_facts
 

@@ -7,9 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmray.editing.closed import CLOSED
-from mmray.editing.edit import Purpose, WeightEdit, check_free, open_edit
-from mmray.editing.settings import WITHOUT_TARGET, edit_settings
 from mmray.engine import LocalExecutor
 from mmray.engine import run as run_job
 from mmray.engine.session import actor_pool
@@ -18,6 +15,9 @@ from mmray.engine.units import UnitRunner, WorkOrder
 from mmray.errors import InputError
 from mmray.features.census.job import CensusJob
 from mmray.features.census.settings import census_settings
+from mmray.features.editing.closed_form import CLOSED
+from mmray.features.editing.edit import Purpose, WeightEdit, check_free, open_edit
+from mmray.features.editing.settings import WITHOUT_TARGET, edit_settings
 from mmray.runs.lease import driving
 from mmray.runs.run import Run, open_run
 from mmray.storage import open_store

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mmray
-from mmray.editing.checkpoint import write_checkpoint
-from mmray.editing.edit import Purpose, WeightEdit, open_edit
 from mmray.errors import InputError
+from mmray.features.editing.checkpoint import write_checkpoint
+from mmray.features.editing.edit import Purpose, WeightEdit, open_edit
 from mmray.models.loading import digest, load
 from mmray.runs.tables import CAPTIONS_FILE, EVALUATION_FILE
 from tests.models.test_interventions import logits, weights

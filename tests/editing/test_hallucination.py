@@ -2,13 +2,13 @@
 
 import pytest
 
-from mmray.editing.departures import contrasting, departures
-from mmray.editing.hallucination import hallucinations, pairs_of, tell
-from mmray.editing.learning import log_likelihoods
-from mmray.editing.material import Material
-from mmray.editing.methods import make_edit
-from mmray.editing.settings import edit_settings
 from mmray.errors import InputError
+from mmray.features.editing.dataset import Material
+from mmray.features.editing.divergence import contrasting, departures
+from mmray.features.editing.methods import make_edit
+from mmray.features.editing.reduction_samples import hallucinations, pairs_of, tell
+from mmray.features.editing.settings import edit_settings
+from mmray.features.editing.training import log_likelihoods
 from mmray.models.generation import generate
 from mmray.neurons.model import open_image
 from mmray.runs.run import open_run
@@ -137,7 +137,7 @@ def test_an_edit_takes_the_hallucination_away_and_leaves_what_is_right(material,
 
 def test_a_model_that_claims_nothing_wrong_is_refused(material, monkeypatch):
     right = [one for one in tell(material) if not one.wrong]
-    monkeypatch.setattr("mmray.editing.hallucination.tell", lambda _: iter(right))
+    monkeypatch.setattr("mmray.features.editing.reduction_samples.tell", lambda _: iter(right))
     with pytest.raises(InputError, match="claims nothing") as refused:
         hallucinations(material, 8, 48, 0)
     assert "\n" not in str(refused.value)

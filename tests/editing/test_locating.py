@@ -8,8 +8,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from mmray.editing.locating import matched
 from mmray.errors import InputError
+from mmray.features.editing.locating import matched
 
 WIDTH = 8
 MODEL: Any = SimpleNamespace(widths=(WIDTH, WIDTH, WIDTH))

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 import mmray
-from mmray.editing.baselines import WordBan, banned_tokens
-from mmray.editing.closed import CLOSED, Row
-from mmray.editing.deltas import Deltas
-from mmray.editing.edit import Purpose
-from mmray.editing.learning import Course, learn
-from mmray.editing.locating import located, matched, sharing
-from mmray.editing.material import Material, departing, kept, replaced
-from mmray.editing.methods import METHODS, make_edit
-from mmray.editing.settings import edit_settings
-from mmray.editing.tail import batched, tail, tails
-from mmray.editing.task import prepare
 from mmray.errors import InputError
+from mmray.features.editing.baselines import WordBan, banned_tokens
+from mmray.features.editing.closed_form import CLOSED, Row
+from mmray.features.editing.dataset import Material, departing, kept, replaced
+from mmray.features.editing.deltas import Deltas
+from mmray.features.editing.edit import Purpose
+from mmray.features.editing.locating import located, matched, sharing
+from mmray.features.editing.methods import METHODS, make_edit
+from mmray.features.editing.resumed_forward import batched, tail, tails
+from mmray.features.editing.settings import edit_settings
+from mmray.features.editing.task import prepare
+from mmray.features.editing.training import Course, learn
 from mmray.models.generation import generate
 from mmray.models.options import LONGEST
 from mmray.models.prompting import prompt_text

@@ -7,12 +7,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from mmray.editing.baselines import RankOne
-from mmray.editing.deltas import Deltas
-from mmray.editing.edit import Purpose, WeightEdit
-from mmray.editing.heard import hearing
-from mmray.editing.material import Example
-from mmray.editing.tail import joined, tail, tails
+from mmray.features.editing.baselines import RankOne
+from mmray.features.editing.dataset import Example
+from mmray.features.editing.deltas import Deltas
+from mmray.features.editing.edit import Purpose, WeightEdit
+from mmray.features.editing.generation_cache import hearing
+from mmray.features.editing.resumed_forward import joined, tail, tails
 from mmray.models.generation import generate
 from mmray.models.loading import digest
 from mmray.models.norms import vocabulary_logits

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmray.data.samples import Sample
-from mmray.editing.views import LEAST, views
+from mmray.features.editing.augmentation import LEAST, views
 from mmray.neurons.model import open_image
 
 

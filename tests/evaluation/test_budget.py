@@ -15,8 +15,6 @@ import pytest
 
 from mmray.data import images
 from mmray.data.samples import Sample
-from mmray.editing import material
-from mmray.editing.material import Material, batches
 from mmray.evaluation import measuring, mmedit, questioner, states
 from mmray.evaluation.before import Before
 from mmray.evaluation.evaluate import evaluate
@@ -24,6 +22,7 @@ from mmray.evaluation.mmedit import measure_records, read_records
 from mmray.evaluation.settings import measure_settings
 from mmray.features.census.settings import CensusSettings
 from mmray.features.census.shard import Captioned
+from mmray.features.editing.dataset import Material, batches
 from mmray.features.properties import meaning, writing
 from mmray.features.properties.observations import Observations
 from mmray.objects.statistics import DataFacts

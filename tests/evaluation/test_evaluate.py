@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from mmray.data.samples import Failure, Sample
-from mmray.editing.edit import WeightEdit
 from mmray.evaluation.before import Before
 from mmray.evaluation.comparing import compare
 from mmray.evaluation.evaluate import Evaluated, evaluate
@@ -18,6 +17,7 @@ from mmray.evaluation.protocols import PRIMARY
 from mmray.evaluation.questioner import Questioner
 from mmray.evaluation.settings import MeasureSettings, measure_settings
 from mmray.evaluation.summary import summarise
+from mmray.features.editing.edit import WeightEdit
 from mmray.models.loading import digest
 from mmray.models.prompting import encode
 from mmray.objects.statistics import DataFacts

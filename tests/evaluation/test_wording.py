@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.editing.wording import replaced, rest_kept
+from mmray.features.editing.caption_rewriting import replaced, rest_kept
 from mmray.neurons.concepts import Mention, find_forms
 from mmray.neurons.inflection import with_article
 

@@ -11,8 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from mmray.cli import app
-from mmray.editing.checkpoint import write_checkpoint
 from mmray.errors import InputError
+from mmray.features.editing.checkpoint import write_checkpoint
 from mmray.models.checkpoint import checkpoint_files
 from mmray.models.loading import describe_model, digest, load
 from mmray.models.templates import CHARACTERS, render

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from mmray.errors import InputError
+from mmray.features.editing.report import read_edits
 from mmray.report.content import gather
 from mmray.report.writing import write_report
-from mmray.results.report.edits import read_edits
 from mmray.runs.run import Run, open_run
 from mmray.runs.tables import EVALUATION_SCHEMAS, to_bytes
 from mmray.storage import open_store

@@ -19,9 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache
 
-from mmray.editing.deltas import Deltas
-from mmray.editing.heard import Heard
-from mmray.editing.material import Example, batches
+from mmray.features.editing.dataset import Example, batches
+from mmray.features.editing.deltas import Deltas
+from mmray.features.editing.generation_cache import Heard
 from mmray.models.blocks import block_of, left_by
 from mmray.models.capture import tap, tap_input
 from mmray.models.loading import LoadedModel

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from mmray.data.image_keys import one_per_image
 from mmray.data.samples import image_digest
-from mmray.editing.deltas import Neuron
-from mmray.editing.departures import contrasting
-from mmray.editing.edit import Purpose
-from mmray.editing.hallucination import hallucinations
-from mmray.editing.locating import last_layers, located, sharing
-from mmray.editing.material import Example, Material, kept, replaced
-from mmray.editing.settings import EditSettings
+from mmray.features.editing.dataset import Example, Material, kept, replaced
+from mmray.features.editing.deltas import Neuron
+from mmray.features.editing.divergence import contrasting
+from mmray.features.editing.edit import Purpose
+from mmray.features.editing.locating import last_layers, located, sharing
+from mmray.features.editing.reduction_samples import hallucinations
+from mmray.features.editing.settings import EditSettings
 
 FEWEST_OF_TARGET = 16
 """Images of the target among those whose captions are to stay: what they show."""

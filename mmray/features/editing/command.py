@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mmray.editing.settings import EditSettings, edit_settings
 from mmray.features.census.settings import CensusSettings
+from mmray.features.editing.settings import EditSettings, edit_settings
 from mmray.models.options import Dtype
 from mmray.terminal.options import AsJson, RunArgument, app, option, say, with_settings
 
@@ -26,7 +26,7 @@ def edit(
     there.
     """
     from mmray.api import edit as make
-    from mmray.editing.edit import check_free
+    from mmray.features.editing.edit import check_free
     from mmray.runs.driver import drive_analysis
     from mmray.runs.run import open_run
 
@@ -54,8 +54,8 @@ def apply(
     trust_remote_code: Annotated[bool, option("trust_remote_code", CensusSettings)] = False,
 ) -> None:
     """Write a complete edited checkpoint, which from_pretrained loads."""
-    from mmray.editing.checkpoint import write_checkpoint
-    from mmray.editing.edit import open_edit
+    from mmray.features.editing.checkpoint import write_checkpoint
+    from mmray.features.editing.edit import open_edit
     from mmray.models.loading import load
 
     made = open_edit(edit)

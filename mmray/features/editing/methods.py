@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import torch
 
-from mmray.editing.baselines import LowRank, banned_tokens, most_active, rank_one, whole_layers
-from mmray.editing.closed import CLOSED, Row
-from mmray.editing.deltas import Deltas
-from mmray.editing.edit import WeightEdit, cost
-from mmray.editing.learning import Course, learn
-from mmray.editing.locating import last_layers, matched
-from mmray.editing.material import Material
-from mmray.editing.settings import EditSettings
-from mmray.editing.task import Task, prepare
+from mmray.features.editing.baselines import LowRank, banned_tokens, most_active, rank_one, whole_layers
+from mmray.features.editing.closed_form import CLOSED, Row
+from mmray.features.editing.dataset import Material
+from mmray.features.editing.deltas import Deltas
+from mmray.features.editing.edit import WeightEdit, cost
+from mmray.features.editing.locating import last_layers, matched
+from mmray.features.editing.settings import EditSettings
+from mmray.features.editing.task import Task, prepare
+from mmray.features.editing.training import Course, learn
 from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows, unembedding_rows
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmray.editing.settings import EditSettings
+from mmray.features.editing.settings import EditSettings
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmray.editing.deltas import Deltas, Neuron, RankOne
-from mmray.editing.departures import departures
-from mmray.editing.edit import Purpose
-from mmray.editing.material import Example
-from mmray.editing.tail import tails
 from mmray.errors import InputError
+from mmray.features.editing.dataset import Example
+from mmray.features.editing.deltas import Deltas, Neuron, RankOne
+from mmray.features.editing.divergence import departures
+from mmray.features.editing.edit import Purpose
+from mmray.features.editing.resumed_forward import tails
 from mmray.models.loading import LoadedModel
 
 RANK = 8

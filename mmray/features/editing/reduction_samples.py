@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mmray.data.samples import Sample
-from mmray.editing.learning import log_likelihoods
-from mmray.editing.material import Example, Material, departing
-from mmray.editing.wording import replaced, without
 from mmray.errors import InputError
+from mmray.features.editing.caption_rewriting import replaced, without
+from mmray.features.editing.dataset import Example, Material, departing
+from mmray.features.editing.training import log_likelihoods
 from mmray.neurons.concepts import Mention
 
 FEWEST = 3

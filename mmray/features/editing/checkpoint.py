@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from mmray.editing.edit import WeightEdit
 from mmray.errors import InputError
+from mmray.features.editing.edit import WeightEdit
 from mmray.models.checkpoint import INDEXES, checkpoint_files
 from mmray.models.loading import LoadedModel
 

@@ -17,11 +17,11 @@ from mmray.data.image_keys import image_keys, one_per_image
 from mmray.data.samples import BACKGROUND, Sample
 from mmray.data.shards import Manifest, read_shard
 from mmray.data.sources import Source, open_source
-from mmray.editing.heard import Heard, hearing
-from mmray.editing.settings import EditSettings
-from mmray.editing.views import views
-from mmray.editing.wording import replaced as with_nouns
 from mmray.errors import InputError
+from mmray.features.editing.augmentation import views
+from mmray.features.editing.caption_rewriting import replaced as with_nouns
+from mmray.features.editing.generation_cache import Heard, hearing
+from mmray.features.editing.settings import EditSettings
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.options import LONGEST

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mmray.editing.settings import EditSettings
 from mmray.errors import DamagedError, InputError
+from mmray.features.editing.settings import EditSettings
 from mmray.models.interventions import changed_rows
 from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows

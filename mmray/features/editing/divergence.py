@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmray.editing.deltas import Deltas, Neuron
-from mmray.editing.material import Example
-from mmray.editing.tail import batched, tail
+from mmray.features.editing.dataset import Example
+from mmray.features.editing.deltas import Deltas, Neuron
+from mmray.features.editing.resumed_forward import batched, tail
 from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows, unembedding_rows
 

@@ -31,9 +31,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmray.editing.deltas import Deltas
-from mmray.editing.material import Example
-from mmray.editing.tail import Tail, batched, tail, tails
+from mmray.features.editing.dataset import Example
+from mmray.features.editing.deltas import Deltas
+from mmray.features.editing.resumed_forward import Tail, batched, tail, tails
 from mmray.models.loading import LoadedModel
 
 PIECE = 1024

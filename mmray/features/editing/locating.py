@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow.compute as pc
 
-from mmray.editing.deltas import Neuron
 from mmray.errors import InputError
+from mmray.features.editing.deltas import Neuron
 from mmray.models.loading import LoadedModel
 from mmray.neurons.controls import layer_matched
 from mmray.runs.run import Run

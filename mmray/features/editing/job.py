@@ -10,10 +10,6 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from mmray.editing.edit import check_free
-from mmray.editing.material import Material, open_material
-from mmray.editing.methods import make_edit
-from mmray.editing.settings import EditSettings
 from mmray.engine import (
     Job,
     JobSettings,
@@ -28,6 +24,10 @@ from mmray.engine import (
     known_by_digest,
 )
 from mmray.errors import InputError, StorageError
+from mmray.features.editing.dataset import Material, open_material
+from mmray.features.editing.edit import check_free
+from mmray.features.editing.methods import make_edit
+from mmray.features.editing.settings import EditSettings
 from mmray.runs.run import open_run
 
 

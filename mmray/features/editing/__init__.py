@@ -1,0 +1,1 @@
+"""Weight edits of located neurons: replace a word, suppress it, or reduce hallucinated objects."""
