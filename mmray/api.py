@@ -9,20 +9,20 @@ from typing import Any
 import pyarrow as pa
 
 from mmray.cluster.alignment import run_alignment
-from mmray.cluster.evaluation import EvaluationJob
 from mmray.cluster.hallucination import HallucinationJob
 from mmray.cluster.perturb import PerturbJob
 from mmray.detector.alignment_settings import alignment_settings
 from mmray.engine import run as run_job
 from mmray.errors import InputError
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
-from mmray.evaluation.settings import evaluation_settings
 from mmray.features.census.job import run_census as drive_census
 from mmray.features.census.settings import census_settings
 from mmray.features.editing.dataset import open_material
 from mmray.features.editing.edit import WeightEdit
 from mmray.features.editing.methods import make_edit
 from mmray.features.editing.settings import edit_settings
+from mmray.features.evaluation.job import EvaluationJob
+from mmray.features.evaluation.settings import evaluation_settings
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
 from mmray.features.saliency.job import SaliencyJob
@@ -61,7 +61,7 @@ def evaluate(run: Run | str, edit: str, data: str, **settings: Any) -> dict[str,
     """Evaluate an edit's folder on data, or resume an evaluation that stopped, and return its measures.
 
     They are those of `EDIT/evaluation.json`: measure → before, after, low, high, n, protocol. `settings` are those of
-    `mmray evaluate`, with underscores. (`mmray.evaluation.evaluate.evaluate` does the same to a loaded model and
+    `mmray evaluate`, with underscores. (`mmray.features.evaluation.evaluate.evaluate` does the same to a loaded model and
     samples in this process.) Raises InputError for bad settings or input.
     """
     uri = run.uri if isinstance(run, Run) else str(run)

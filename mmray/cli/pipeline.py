@@ -32,7 +32,7 @@ def pipeline(
 ) -> None:
     """Run census → further analyses → edits → evaluations. Run it again to resume."""
     from mmray.cluster.pipeline import pipeline_settings
-    from mmray.results.evaluation import comparison
+    from mmray.features.evaluation.view import comparison
 
     values = read_config(file, overrides or [])
     done = follow_pipeline(pipeline_settings(values | {"local": True} if local else values))

@@ -50,7 +50,7 @@ def say_edits(census: CensusSettings, *, quick: bool) -> bool:
     from mmray.cli.pipeline import follow_pipeline
     from mmray.cluster.pipeline import pipeline_settings
     from mmray.demo import EVALUATION
-    from mmray.results.evaluation import comparison
+    from mmray.features.evaluation.view import comparison
     from mmray.runs.run import open_run
 
     source, _, target = list(open_run(census.out).concepts)[:3]

@@ -16,10 +16,10 @@ from mmray.detector.alignment import FACTS, load_alignment
 from mmray.detector.alignment_settings import AlignmentSettings
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
-from mmray.evaluation.before import Before
-from mmray.evaluation.measuring import Measuring
-from mmray.evaluation.settings import MeasureSettings, measure_settings
-from mmray.evaluation.summary import summarise
+from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.evaluator import Measuring
+from mmray.features.evaluation.settings import MeasureSettings, measure_settings
+from mmray.features.evaluation.summary import summarise
 from mmray.models.loading import digest, resolve
 from mmray.objects.ground_truth import survey
 from mmray.objects.statistics import DataFacts

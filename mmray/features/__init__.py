@@ -68,7 +68,7 @@ FEATURES: dict[str, Feature] = {
         ),
         Feature("perturb", ("mmray.cluster.perturb:PerturbJob",), "mmray perturb --out OUT", ("answers", "changes")),
         Feature("making", ("mmray.features.editing.job:EditJob",), "mmray pipeline FILE", noun="edits"),
-        Feature("evaluations", ("mmray.cluster.evaluation:EvaluationJob",), "mmray evaluate RUN --edit EDIT"),
+        Feature("evaluations", ("mmray.features.evaluation.job:EvaluationJob",), "mmray evaluate RUN --edit EDIT"),
         Feature("pipeline", (), "mmray pipeline FILE", ("edits", "evaluations", "edit_captions")),
         Feature("validation", ("mmray.cluster.alignment_validation:ValidationJob",), "mmray align --out OUT"),
     )

@@ -29,9 +29,6 @@ from jobs.demo.scenes import World
 from mmray.data.samples import Sample
 from mmray.data.shards import cut, read_shard
 from mmray.demo import EVALUATION
-from mmray.evaluation.before import Before
-from mmray.evaluation.evaluate import Evaluated, evaluate
-from mmray.evaluation.settings import measure_settings
 from mmray.features.census.inputs import open_data
 from mmray.features.census.settings import census_settings
 from mmray.features.editing.baselines import WordBan
@@ -39,6 +36,9 @@ from mmray.features.editing.dataset import Material
 from mmray.features.editing.edit import WeightEdit
 from mmray.features.editing.methods import make_edit
 from mmray.features.editing.settings import EditSettings, edit_settings
+from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.evaluate import Evaluated, evaluate
+from mmray.features.evaluation.settings import measure_settings
 from mmray.neurons.model import load_model
 from mmray.objects.statistics import DataFacts, gather_facts
 

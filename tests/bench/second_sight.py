@@ -28,9 +28,9 @@ from mmray.cluster.perturb import PerturbJob
 from mmray.detector.vision_tower import OwnTower
 from mmray.engine import JobResult
 from mmray.engine import run as run_job
-from mmray.evaluation.asks import Ask
-from mmray.evaluation.before import Before
 from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
+from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.queries import Ask
 from mmray.models.prompting import prompt_text
 from mmray.neurons.model import load_model
 from mmray.objects.answers import value_of

@@ -12,9 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.cluster import evaluation
-from mmray.cluster.evaluation import EvaluationJob
-from mmray.cluster.evaluation_plan import _without
 from mmray.data.samples import Sample
 from mmray.data.shards import Manifest, cut, read_shard
 from mmray.data.source import DataFile
@@ -24,11 +21,14 @@ from mmray.engine import JobResult, Progress, Unit, run_together
 from mmray.engine import run as run_job
 from mmray.engine.units import WorkOrder
 from mmray.errors import InputError
-from mmray.evaluation.before import Before
-from mmray.evaluation.evaluate import evaluate
-from mmray.evaluation.protocols import PRIMARY
-from mmray.evaluation.questioner import Questioner
-from mmray.evaluation.settings import evaluation_settings, measure_settings
+from mmray.features.evaluation import job
+from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.draft_verifier import Questioner
+from mmray.features.evaluation.evaluate import evaluate
+from mmray.features.evaluation.job import EvaluationJob
+from mmray.features.evaluation.plan import _without
+from mmray.features.evaluation.protocols import PRIMARY
+from mmray.features.evaluation.settings import evaluation_settings, measure_settings
 from mmray.objects.statistics import gather_facts
 from tests.data.making import write_coco
 from tests.e2e.conftest import Answer
@@ -96,7 +96,7 @@ Done = tuple[Path, JobResult, list[Progress]]
 
 def test_the_result_is_in_the_form_of_the_contract(done: Done, own: list[Sample]) -> None:
     folder, outcome, said = done
-    content = json.loads((folder / "evaluation.json").read_text())
+    content = json.loads((folder / "job.json").read_text())
     assert list(content["measures"])[: len(PRIMARY)] == list(PRIMARY)
     for row in content["measures"].values():
         assert set(row) == {"before", "after", "low", "high", "n", "protocol"}
@@ -183,7 +183,7 @@ def test_it_goes_on_where_it_stopped(done: Done, run: Path, edit: StandIn, tmp_p
     (work,) = (path.parent for path in folder.glob("evaluations/*/run.json"))
     committed = {path: path.read_bytes() for path in work.glob("receipts/*.json")}
     assert len(committed) == 1
-    assert not (folder / "evaluation.json").exists()
+    assert not (folder / "job.json").exists()
     said: list[Progress] = []
     same(evaluated_here(run, folder, said.append), done[1])
     assert said[0].done == 8
@@ -279,7 +279,7 @@ def test_other_draws_measure_nothing_again(
     assert {path: path.stat().st_mtime_ns for path in folder.glob("evaluations/*/shards/**/*")} == work
     assert {name: row["after"] for name, row in after.items()} == {name: row["after"] for name, row in before.items()}
     assert after != before
-    written = json.loads((folder / "evaluation.json").read_text())
+    written = json.loads((folder / "job.json").read_text())
     assert written["settings"]["draws"] == 7
     assert written["measures"] == json.loads(json.dumps(after))
 
@@ -320,7 +320,7 @@ def test_the_command(command: Callable[..., Answer], run: Path, edit: StandIn, t
     assert "image_locality" in answer.out
     assert "method stand-in" in answer.out
     shown = json.loads(command(*arguments(run, folder), "--json").out)
-    assert shown["measures"] == json.loads((folder / "evaluation.json").read_text())["measures"]
+    assert shown["measures"] == json.loads((folder / "job.json").read_text())["measures"]
     assert "image_locality_span" not in answer.out
     assert "image_locality_span" in command(*arguments(run, folder), "--all").out
 
@@ -339,7 +339,7 @@ def test_ground_truth_is_settled_by_the_data_and_told(run: Path, edit: StandIn, 
     recalls, fingerprints = {}, set()
     for kind in (None, "instances", "captions"):
         found = measures(evaluated_here(run, folder, **values, ground_truth=kind))
-        content = json.loads((folder / "evaluation.json").read_text())
+        content = json.loads((folder / "job.json").read_text())
         fingerprints.add(content["fingerprint"])
         assert content["settings"]["ground_truth"] == (kind or "union")
         assert "COCO's 80 objects" in found["chair_i"]["protocol"]

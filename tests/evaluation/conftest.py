@@ -9,7 +9,7 @@ from mmray.data.samples import Sample
 from mmray.data.shards import cut, read_shard
 from mmray.data.sources import open_source
 from mmray.demo import EVALUATION
-from mmray.evaluation.before import Before
+from mmray.features.evaluation.baseline_replies import Before
 from mmray.objects.statistics import DataFacts, gather_facts
 
 SCENES = 24

@@ -15,14 +15,14 @@ import pytest
 
 from mmray.data import images
 from mmray.data.samples import Sample
-from mmray.evaluation import measuring, mmedit, questioner, states
-from mmray.evaluation.before import Before
-from mmray.evaluation.evaluate import evaluate
-from mmray.evaluation.mmedit import measure_records, read_records
-from mmray.evaluation.settings import measure_settings
 from mmray.features.census.settings import CensusSettings
 from mmray.features.census.shard import Captioned
 from mmray.features.editing.dataset import Material, batches
+from mmray.features.evaluation import mmedit
+from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.evaluate import evaluate
+from mmray.features.evaluation.mmedit import measure_records, read_records
+from mmray.features.evaluation.settings import measure_settings
 from mmray.features.properties import meaning, writing
 from mmray.features.properties.observations import Observations
 from mmray.objects.statistics import DataFacts

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from textblob.en.inflect import singularize
 
 from mmray.errors import InputError
-from mmray.evaluation.hallucination import chair
-from mmray.evaluation.rows import Rows
-from mmray.evaluation.settings import measure_settings
-from mmray.evaluation.summary import summarise
+from mmray.features.evaluation.chair import chair
+from mmray.features.evaluation.measurement_buffer import Rows
+from mmray.features.evaluation.settings import measure_settings
+from mmray.features.evaluation.summary import summarise
 from mmray.objects import words
 from mmray.objects.naming import object_naming
 from mmray.objects.words import COCO, NONE, ObjectWords, coco_words, open_words, read_synonyms

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from mmray.data.samples import Failure, Sample
-from mmray.evaluation.before import Before
-from mmray.evaluation.comparing import compare
-from mmray.evaluation.evaluate import Evaluated, evaluate
-from mmray.evaluation.last_layer import LastLayer
-from mmray.evaluation.measuring import Measuring
-from mmray.evaluation.protocols import PRIMARY
-from mmray.evaluation.questioner import Questioner
-from mmray.evaluation.settings import MeasureSettings, measure_settings
-from mmray.evaluation.summary import summarise
 from mmray.features.editing.edit import WeightEdit
+from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.comparing import compare
+from mmray.features.evaluation.draft_verifier import Questioner
+from mmray.features.evaluation.evaluate import Evaluated, evaluate
+from mmray.features.evaluation.evaluator import Measuring
+from mmray.features.evaluation.last_layer import LastLayer
+from mmray.features.evaluation.protocols import PRIMARY
+from mmray.features.evaluation.settings import MeasureSettings, measure_settings
+from mmray.features.evaluation.summary import summarise
 from mmray.models.loading import digest
 from mmray.models.prompting import encode
 from mmray.objects.statistics import DataFacts

@@ -12,9 +12,9 @@ import pytest
 from mmray.data.samples import Sample
 from mmray.data.sources import open_source
 from mmray.errors import InputError
-from mmray.evaluation.before import Before
-from mmray.evaluation.evaluate import evaluate
-from mmray.evaluation.settings import measure_settings
+from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.evaluate import evaluate
+from mmray.features.evaluation.settings import measure_settings
 from mmray.objects.ground_truth import survey, with_ground_truth
 from mmray.objects.naming import object_naming
 from mmray.objects.statistics import gather_facts

@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 
 from mmray.data.samples import Sample
-from mmray.evaluation.asks import Change
-from mmray.evaluation.hallucination import chair, hallucinated, pope
-from mmray.evaluation.rows import Rows
-from mmray.evaluation.settings import measure_settings
-from mmray.evaluation.summary import summarise
+from mmray.features.evaluation.chair import chair, hallucinated, pope
+from mmray.features.evaluation.measurement_buffer import Rows
+from mmray.features.evaluation.queries import Change
+from mmray.features.evaluation.settings import measure_settings
+from mmray.features.evaluation.summary import summarise
 from mmray.objects.answers import says_yes
 from mmray.objects.naming import Naming
 from mmray.objects.statistics import DataFacts, asked_objects, gather_facts

@@ -10,10 +10,10 @@ import torch
 
 from mmray.data.samples import Sample
 from mmray.errors import InputError
-from mmray.evaluation.before import Before
-from mmray.evaluation.mmedit import measure_records, read_records
-from mmray.evaluation.settings import measure_settings
-from mmray.evaluation.summary import summarise
+from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.mmedit import measure_records, read_records
+from mmray.features.evaluation.settings import measure_settings
+from mmray.features.evaluation.summary import summarise
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from tests.evaluation.standin import Purpose, StandIn, swap
 

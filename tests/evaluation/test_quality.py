@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from mmray.errors import InputError
-from mmray.evaluation.quality import bleu_sums, bleu_value, has_bleu
+from mmray.features.evaluation.quality import bleu_sums, bleu_value, has_bleu
 from mmray.models.encoder import Encoder
 
 PAIRS = [
@@ -31,7 +31,7 @@ def test_summed_parts_are_the_corpus_score() -> None:
 def test_without_sacrebleu_it_is_left_out_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert has_bleu(None)
     assert not has_bleu(False)
-    monkeypatch.setattr("mmray.evaluation.quality.find_spec", lambda _: None)
+    monkeypatch.setattr("mmray.features.evaluation.quality.find_spec", lambda _: None)
     assert util.find_spec("sacrebleu") is not None
     assert not has_bleu(None)
     with pytest.raises(InputError, match=r"pip install 'mmray\[evaluation\]'"):

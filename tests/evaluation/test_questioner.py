@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mmray.data.samples import Sample
-from mmray.evaluation.asks import Ask, AskError
-from mmray.evaluation.before import Before
-from mmray.evaluation.questioner import Questioner
+from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.draft_verifier import Questioner
+from mmray.features.evaluation.queries import Ask, AskError
 from mmray.models.generation import generate
 from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import prompt_text

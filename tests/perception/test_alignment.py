@@ -21,8 +21,8 @@ from mmray.detector.alignment import (
 from mmray.detector.joint import join
 from mmray.detector.vision_tower import OwnTower, open_sight
 from mmray.errors import InputError
-from mmray.evaluation.asks import Ask
-from mmray.evaluation.questioner import Questioner
+from mmray.features.evaluation.draft_verifier import Questioner
+from mmray.features.evaluation.queries import Ask
 from mmray.features.saliency.model import explain, load_model
 from mmray.models.loading import digest
 from mmray.models.prompting import prompt_text

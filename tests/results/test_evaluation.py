@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from mmray.results.evaluation import comparison
+from mmray.features.evaluation.view import comparison
 
 
 def shown(edits) -> list[list[str]]:

@@ -5,7 +5,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.evaluation.rows import Rows
+from mmray.features.evaluation.measurement_buffer import Rows
 from mmray.statistics.bootstrap import by_measure, measure
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.evaluation.protocols import PROTOCOLS, is_share
+from mmray.features.evaluation.protocols import PROTOCOLS, is_share
 from mmray.features.properties.measures import above, placements
 from mmray.features.properties.observations import Key, Observations, summarise
 from mmray.statistics.bootstrap import measure

@@ -14,12 +14,12 @@ from typing import Any
 
 from mmray.data.images import LARGEST_FILE, decode_image
 from mmray.errors import InputError
-from mmray.evaluation.asks import Ask, Edit
-from mmray.evaluation.before import Before
-from mmray.evaluation.comparing import compare, forced, whole_ranks
-from mmray.evaluation.effects import locality
-from mmray.evaluation.questioner import surviving
-from mmray.evaluation.rows import Rows
+from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.comparing import compare, forced, whole_ranks
+from mmray.features.evaluation.draft_verifier import surviving
+from mmray.features.evaluation.effects import locality
+from mmray.features.evaluation.measurement_buffer import Rows
+from mmray.features.evaluation.queries import Ask, Edit
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import prompt_text
 from mmray.storage import LocalStore, S3Store, open_object, open_store

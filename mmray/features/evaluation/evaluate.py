@@ -10,13 +10,13 @@ from typing import Any
 import pyarrow as pa
 
 from mmray.data.samples import Failure, Sample
-from mmray.evaluation.asks import Edit
-from mmray.evaluation.before import Before
-from mmray.evaluation.measuring import Measuring
-from mmray.evaluation.mmedit import read_records
-from mmray.evaluation.scope import EDITED
-from mmray.evaluation.settings import MeasureSettings, measure_settings
-from mmray.evaluation.summary import summarise
+from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.edit_targets import EDITED
+from mmray.features.evaluation.evaluator import Measuring
+from mmray.features.evaluation.mmedit import read_records
+from mmray.features.evaluation.queries import Edit
+from mmray.features.evaluation.settings import MeasureSettings, measure_settings
+from mmray.features.evaluation.summary import summarise
 from mmray.models.loading import LoadedModel
 from mmray.objects.ground_truth import captions_by_image, with_ground_truth
 from mmray.objects.naming import object_naming

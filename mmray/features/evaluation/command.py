@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmray.evaluation.settings import EvaluationSettings, evaluation_settings
+from mmray.features.evaluation.settings import EvaluationSettings, evaluation_settings
 from mmray.terminal.options import AsJson, RunArgument, app, console, end, followed, say, with_settings
 
 
@@ -20,9 +20,9 @@ def evaluate(
     **settings: Any,
 ) -> None:
     """Measure an edit before and after: success, generality, locality, hallucination, caption quality, and its cost."""
-    from mmray.cluster.evaluation import EvaluationJob
     from mmray.engine import run as run_job
-    from mmray.results.evaluation import measures
+    from mmray.features.evaluation.job import EvaluationJob
+    from mmray.features.evaluation.view import measures
 
     checked = evaluation_settings({"run": run, **settings})
     with followed() as follow:

@@ -16,19 +16,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmray import engine
-from mmray.cluster.evaluation_plan import Context, Unit, open_measured, part_of, plan_evaluation
 from mmray.data.samples import Sample
 from mmray.data.shards import read_shard
 from mmray.engine import Job, Output, Parts, Plan, UnitResult, Worker
-from mmray.evaluation.asks import Edit
-from mmray.evaluation.before import Before
-from mmray.evaluation.measuring import Measuring
-from mmray.evaluation.rows import Rows
-from mmray.evaluation.scope import EDITED
-from mmray.evaluation.settings import EvaluationSettings
-from mmray.evaluation.summary import summarise
 from mmray.features.census.inputs import open_data
 from mmray.features.editing.edit import open_edit
+from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.edit_targets import EDITED
+from mmray.features.evaluation.evaluator import Measuring
+from mmray.features.evaluation.measurement_buffer import Rows
+from mmray.features.evaluation.plan import Context, Unit, open_measured, part_of, plan_evaluation
+from mmray.features.evaluation.queries import Edit
+from mmray.features.evaluation.settings import EvaluationSettings
+from mmray.features.evaluation.summary import summarise
 from mmray.neurons.model import load_model
 from mmray.runs.run import open_run
 from mmray.runs.tables import CAPTIONS_FILE, EVALUATION_FILE, EVALUATION_SCHEMAS, to_bytes

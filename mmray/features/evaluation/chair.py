@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mmray.evaluation.asks import Change
-from mmray.evaluation.rows import Rows
+from mmray.features.evaluation.measurement_buffer import Rows
+from mmray.features.evaluation.queries import Change
 from mmray.objects.answers import Parser, says_yes
 from mmray.objects.naming import Naming
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mmray.data.samples import Sample
-from mmray.evaluation.asks import Change
-from mmray.evaluation.rows import Rows
-from mmray.evaluation.scope import EDITED, SOURCE, UNRELATED, Aim, Scope, Wish, reached
 from mmray.features.editing.caption_rewriting import replaced, rest_kept
+from mmray.features.evaluation.edit_targets import EDITED, SOURCE, UNRELATED, Aim, Scope, Wish, reached
+from mmray.features.evaluation.measurement_buffer import Rows
+from mmray.features.evaluation.queries import Change
 from mmray.neurons.concepts import Mention
 from mmray.objects.naming import Naming, objects_of
 

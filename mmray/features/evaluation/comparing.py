@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmray.evaluation.asks import Ask, Change, Edit, Reply, States, chunks
-from mmray.evaluation.last_layer import LastLayer
-from mmray.evaluation.questioner import Questioner
+from mmray.features.evaluation.draft_verifier import Questioner
+from mmray.features.evaluation.last_layer import LastLayer
+from mmray.features.evaluation.queries import Ask, Change, Edit, Reply, States, chunks
 from mmray.models.norms import vocabulary_logits
 
 LEAST = -100.0

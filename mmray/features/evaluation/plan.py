@@ -14,13 +14,13 @@ from mmray.data.source import Source
 from mmray.data.sources import open_source
 from mmray.detector.joint import detector_digest
 from mmray.errors import InputError
-from mmray.evaluation.asks import Edit, Purpose
-from mmray.evaluation.mmedit import Records, read_records
-from mmray.evaluation.quality import has_bleu
-from mmray.evaluation.scope import aim_of
-from mmray.evaluation.settings import EvaluationSettings
 from mmray.features.census.inputs import columns_of, open_data
 from mmray.features.census.settings import CensusSettings
+from mmray.features.evaluation.edit_targets import aim_of
+from mmray.features.evaluation.mmedit import Records, read_records
+from mmray.features.evaluation.quality import has_bleu
+from mmray.features.evaluation.queries import Edit, Purpose
+from mmray.features.evaluation.settings import EvaluationSettings
 from mmray.objects.ground_truth import survey
 from mmray.objects.naming import Naming
 from mmray.objects.prompts import TextQuestion, read_text_questions, text_questions

@@ -15,8 +15,8 @@ from typing import TypeVar
 import torch
 
 from mmray.errors import InputError
-from mmray.evaluation.asks import Ask, AskError, Reply, States
-from mmray.evaluation.states import StateReader
+from mmray.features.evaluation.queries import Ask, AskError, Reply, States
+from mmray.features.evaluation.teacher_forced_states import StateReader
 from mmray.models.generation import end_tokens, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.options import LONGEST

@@ -7,8 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmray.evaluation.protocols import PRIMARY, is_share, protocol_of, value_of
-from mmray.evaluation.settings import MeasureSettings
+from mmray.features.evaluation.protocols import PRIMARY, is_share, protocol_of, value_of
+from mmray.features.evaluation.settings import MeasureSettings
 from mmray.statistics.bootstrap import Measured, by_measure, measure
 
 NOT_AT_HAND = "the images that the edit was made on are not at hand; of others: "

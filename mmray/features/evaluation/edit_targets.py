@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mmray.data.samples import Sample
-from mmray.evaluation.asks import Purpose
+from mmray.features.evaluation.queries import Purpose
 from mmray.objects.naming import Naming, objects_of
 
 EDITED, SOURCE, UNRELATED, OTHER = "edited", "source", "unrelated", "other"

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from mmray.errors import InputError
-from mmray.evaluation.rows import Rows
+from mmray.features.evaluation.measurement_buffer import Rows
 from mmray.models.encoder import Encoder
 
 ORDERS = 4

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mmray.evaluation.quality import bleu_value
-from mmray.evaluation.settings import MeasureSettings
+from mmray.features.evaluation.quality import bleu_value
+from mmray.features.evaluation.settings import MeasureSettings
 from mmray.objects.answers import Parser
 from mmray.objects.statistics import Adversarial, GroundTruth, Positives
 from mmray.objects.words import COCO

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmray.errors import InputError
-from mmray.evaluation.asks import Ask, AskError, States
+from mmray.features.evaluation.queries import Ask, AskError, States
 from mmray.models.capture import tap, tap_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from mmray.data.samples import Failure, Sample
-from mmray.evaluation.asks import Ask, Change, Edit, Reply
-from mmray.evaluation.before import CROPS, FLIP, Before
-from mmray.evaluation.comparing import compare, forced
-from mmray.evaluation.effects import caption_effects, forced_effects, generality, locality, rewritten
-from mmray.evaluation.hallucination import chair, confirmed, hallucinated, pope
-from mmray.evaluation.mmedit import Records, measure_records
-from mmray.evaluation.quality import bleu, has_bleu, similarity
-from mmray.evaluation.questioner import surviving
-from mmray.evaluation.rows import Rows
-from mmray.evaluation.scope import UNRELATED, Scope, aim_of, scope_of
-from mmray.evaluation.settings import MeasureSettings
+from mmray.features.evaluation.baseline_replies import CROPS, FLIP, Before
+from mmray.features.evaluation.chair import chair, confirmed, hallucinated, pope
+from mmray.features.evaluation.comparing import compare, forced
+from mmray.features.evaluation.draft_verifier import surviving
+from mmray.features.evaluation.edit_targets import UNRELATED, Scope, aim_of, scope_of
+from mmray.features.evaluation.effects import caption_effects, forced_effects, generality, locality, rewritten
+from mmray.features.evaluation.measurement_buffer import Rows
+from mmray.features.evaluation.mmedit import Records, measure_records
+from mmray.features.evaluation.quality import bleu, has_bleu, similarity
+from mmray.features.evaluation.queries import Ask, Change, Edit, Reply
+from mmray.features.evaluation.settings import MeasureSettings
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import prompt_text
 from mmray.objects.ground_truth import with_ground_truth

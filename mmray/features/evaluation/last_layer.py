@@ -12,9 +12,9 @@ from functools import cached_property
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmray.evaluation.asks import Edit, States
-from mmray.evaluation.states import TOLERANCE, StateReader
 from mmray.features.editing.edit import WeightEdit
+from mmray.features.evaluation.queries import Edit, States
+from mmray.features.evaluation.teacher_forced_states import TOLERANCE, StateReader
 from mmray.models.norms import vocabulary_logits
 from mmray.models.parts import output_rows
 
