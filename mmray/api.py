@@ -9,12 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from mmray.cluster.alignment import run_alignment
-from mmray.cluster.hallucination import HallucinationJob
-from mmray.cluster.perturb import PerturbJob
 from mmray.detector.alignment_settings import alignment_settings
 from mmray.engine import run as run_job
 from mmray.errors import InputError
-from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
 from mmray.features.census.job import run_census as drive_census
 from mmray.features.census.settings import census_settings
 from mmray.features.editing.dataset import open_material
@@ -23,6 +20,9 @@ from mmray.features.editing.methods import make_edit
 from mmray.features.editing.settings import edit_settings
 from mmray.features.evaluation.job import EvaluationJob
 from mmray.features.evaluation.settings import evaluation_settings
+from mmray.features.hallucination.job import HallucinationJob
+from mmray.features.hallucination.perturb_job import PerturbJob
+from mmray.features.hallucination.settings import opinion_settings, perturbation_settings
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
 from mmray.features.saliency.job import SaliencyJob

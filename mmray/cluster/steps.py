@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mmray.cluster.hallucination import HallucinationJob
 from mmray.engine import Job, JobSettings, Progress
 from mmray.engine import run as run_job
 from mmray.errors import InputError
-from mmray.evaluation.opinions.settings import opinion_settings
+from mmray.features.hallucination.job import HallucinationJob
+from mmray.features.hallucination.settings import opinion_settings
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
 from mmray.features.saliency.job import SaliencyJob

@@ -62,11 +62,16 @@ FEATURES: dict[str, Feature] = {
         ),
         Feature(
             "hallucination",
-            ("mmray.cluster.hallucination:HallucinationJob",),
+            ("mmray.features.hallucination.job:HallucinationJob",),
             "mmray hallucination RUN",
             ("claims", "opinions", "mistakes"),
         ),
-        Feature("perturb", ("mmray.cluster.perturb:PerturbJob",), "mmray perturb --out OUT", ("answers", "changes")),
+        Feature(
+            "perturb",
+            ("mmray.features.hallucination.perturb_job:PerturbJob",),
+            "mmray perturb --out OUT",
+            ("answers", "changes"),
+        ),
         Feature("making", ("mmray.features.editing.job:EditJob",), "mmray pipeline FILE", noun="edits"),
         Feature("evaluations", ("mmray.features.evaluation.job:EvaluationJob",), "mmray evaluate RUN --edit EDIT"),
         Feature("pipeline", (), "mmray pipeline FILE", ("edits", "evaluations", "edit_captions")),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmray.features.editing.report import Edit, read_edits
+from mmray.features.hallucination.report import second_opinion
 from mmray.features.saliency.report import saliency
 from mmray.features.selectivity.report import label_analyses
 from mmray.neurons.scores import unit_of
@@ -15,7 +16,6 @@ from mmray.report.concepts import concept_page, kin_of, number, read_concepts
 from mmray.report.definitions import definitions
 from mmray.report.maps import map_of
 from mmray.report.neurons import layer_profile, neuron_pages
-from mmray.results.report.opinions import second_opinion
 from mmray.runs.run import Run
 
 WHOLE = 1500

@@ -23,14 +23,14 @@ from PIL import Image
 import mmray
 from jobs.demo.dataset import write_parquet
 from jobs.demo.scenes import World
-from mmray.cluster.hallucination import HallucinationJob
-from mmray.cluster.perturb import PerturbJob
 from mmray.detector.vision_tower import OwnTower
 from mmray.engine import JobResult
 from mmray.engine import run as run_job
-from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
 from mmray.features.evaluation.baseline_replies import Before
 from mmray.features.evaluation.queries import Ask
+from mmray.features.hallucination.job import HallucinationJob
+from mmray.features.hallucination.perturb_job import PerturbJob
+from mmray.features.hallucination.settings import opinion_settings, perturbation_settings
 from mmray.models.prompting import prompt_text
 from mmray.neurons.model import load_model
 from mmray.objects.answers import value_of

@@ -12,11 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from mmray.cluster.hallucination import HallucinationJob
 from mmray.data.image_keys import image_key, image_keys, one_per_image
 from mmray.data.samples import Sample, image_digest
 from mmray.engine import run as run_job
-from mmray.evaluation.opinions.settings import opinion_settings
 from mmray.features.editing.dataset import Material, kept, replaced
 from mmray.features.editing.edit import Purpose, open_edit
 from mmray.features.editing.methods import make_edit
@@ -25,6 +23,8 @@ from mmray.features.editing.settings import edit_settings
 from mmray.features.evaluation.edit_targets import EDITED, aim_of, scope_of
 from mmray.features.evaluation.job import EvaluationJob
 from mmray.features.evaluation.settings import evaluation_settings
+from mmray.features.hallucination.job import HallucinationJob
+from mmray.features.hallucination.settings import opinion_settings
 from mmray.features.properties.plan import plan_properties
 from mmray.features.properties.settings import property_settings
 from mmray.features.saliency.job import plan_saliency

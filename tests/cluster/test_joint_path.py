@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from mmray.cluster.alignment import run_alignment
-from mmray.cluster.hallucination import HallucinationJob
-from mmray.cluster.perturb import PerturbJob
 from mmray.detector.alignment import FACTS, WEIGHTS
 from mmray.detector.alignment_settings import alignment_settings
 from mmray.engine import run as run_job
-from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
+from mmray.features.hallucination.job import HallucinationJob
+from mmray.features.hallucination.perturb_job import PerturbJob
+from mmray.features.hallucination.settings import opinion_settings, perturbation_settings
 from mmray.features.saliency.job import SaliencyJob
 from mmray.features.saliency.methods import METHODS
 from mmray.features.saliency.observations import CHANCE

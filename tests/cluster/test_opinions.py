@@ -11,14 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mmray.cluster import joint, perturb
-from mmray.cluster.hallucination import HallucinationJob
-from mmray.cluster.joint import Asked
-from mmray.cluster.perturb import PerturbJob
 from mmray.data.shards import read_shard
 from mmray.engine import run as run_job
 from mmray.errors import InputError
-from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
+from mmray.features.hallucination import inputs
+from mmray.features.hallucination.inputs import Asked
+from mmray.features.hallucination.job import HallucinationJob
+from mmray.features.hallucination.perturb_job import PerturbJob
+from mmray.features.hallucination.settings import opinion_settings, perturbation_settings
 from mmray.runs.derived import DERIVED
 from mmray.runs.run import open_run
 from mmray.runs.tables import read_table
@@ -186,7 +186,7 @@ def test_images_that_are_too_many_pixels_together_are_looked_at_in_parts(run, mo
     whole = run_job(HallucinationJob(asked(run, seed=2)))
     claims = open_run(run).table("claims").sort_by("sample_id")
     sizes = []
-    decoded = joint._decoded
+    decoded = inputs._decoded
     monkeypatch.setattr(joint, "_decoded", lambda samples: sizes.append(len(samples)) or decoded(samples))
     monkeypatch.setattr(joint, "BUDGET", 1)
     for entry in open_run(run).folder.store.list("hallucination/"):

@@ -16,13 +16,10 @@ import torch
 
 from mmray.cluster.alignment_training import open_pair
 from mmray.cluster.alignment_validation import ValidationJob, plan_validation
-from mmray.cluster.hallucination import HallucinationJob
-from mmray.cluster.perturb import PerturbJob
 from mmray.demo import DATA
 from mmray.detector.alignment import save_alignment
 from mmray.detector.alignment_settings import alignment_settings
 from mmray.engine import Executor, Job, JobResult, checked, run
-from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
 from mmray.features.census.job import CensusJob, DecodingJob
 from mmray.features.census.settings import CensusSettings, census_settings
 from mmray.features.editing.edit import open_edit
@@ -30,6 +27,9 @@ from mmray.features.editing.job import EditJob, NamedEditSettings
 from mmray.features.editing.settings import EditSettings
 from mmray.features.evaluation.job import EvaluationJob
 from mmray.features.evaluation.settings import evaluation_settings
+from mmray.features.hallucination.job import HallucinationJob
+from mmray.features.hallucination.perturb_job import PerturbJob
+from mmray.features.hallucination.settings import opinion_settings, perturbation_settings
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
 from mmray.features.saliency.job import SaliencyJob

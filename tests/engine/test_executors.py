@@ -10,8 +10,8 @@ from mmray.detector.alignment_settings import alignment_settings
 from mmray.engine import JobSettings, LocalExecutor, checked, executor_for
 from mmray.engine.settings import execution
 from mmray.errors import InputError
-from mmray.evaluation.opinions.settings import opinion_settings, perturbation_settings
 from mmray.features.evaluation.settings import EvaluationSettings, evaluation_settings
+from mmray.features.hallucination.settings import opinion_settings, perturbation_settings
 from mmray.features.properties.settings import property_settings
 from mmray.features.saliency.settings import saliency_settings
 from mmray.features.selectivity.settings import selectivity_settings

@@ -17,19 +17,19 @@ from mmray.detector.joint import JointModel
 from mmray.detector.owl import QUERY
 from mmray.detector.vision_tower import OwnTower
 from mmray.errors import InputError
-from mmray.evaluation.opinions import judging
-from mmray.evaluation.opinions.changes import changes
-from mmray.evaluation.opinions.claims import Claimant
-from mmray.evaluation.opinions.judging import judged
-from mmray.evaluation.opinions.mistakes import picture, stands_at
-from mmray.evaluation.opinions.moving import Mover, drawn_move
-from mmray.evaluation.opinions.second import SecondOpinion
-from mmray.evaluation.opinions.settings import perturbation_settings
+from mmray.features.hallucination import measures
+from mmray.features.hallucination.claims import Claimant
+from mmray.features.hallucination.measures import judged
+from mmray.features.hallucination.mistakes import picture, stands_at
+from mmray.features.hallucination.perturb import covariance, moved, moved_at_random, relative_norms, shown
+from mmray.features.hallucination.perturb_answers import Mover, drawn_move
+from mmray.features.hallucination.perturb_measures import changes
+from mmray.features.hallucination.second_opinion import SecondOpinion
+from mmray.features.hallucination.settings import perturbation_settings
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.objects.answers import value_of
 from mmray.objects.naming import Naming
 from mmray.objects.statistics import gather_facts
-from mmray.perception.perturbing import covariance, moved, moved_at_random, relative_norms, shown
 from mmray.runs.derived import DERIVED
 from tests.perception.owls import build_owl
 
@@ -84,7 +84,7 @@ def test_auroc_and_calibration_are_those_of_a_naive_count(rows):
 def test_claims_are_summed_into_their_samples_as_one_row_each_would_be(rows, most):
     samples, truth, scores = (list(column) for column in zip(*rows, strict=True))
     with patch.object(judging, "MOST_RANKS", most):
-        totals = judging._histograms(list(map(str, samples)), np.array(scores), np.array(truth, dtype=float))
+        totals = measures._histograms(list(map(str, samples)), np.array(scores), np.array(truth, dtype=float))
     order = sorted(set(scores))
     most = min(most, len(order))
     naive = np.zeros((len(set(samples)), 2, totals.shape[1] // 2))

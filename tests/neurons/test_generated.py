@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mmray.evaluation.opinions.settings import opinion_settings
 from mmray.features.census import shard
 from mmray.features.census.settings import census_settings
 from mmray.features.evaluation.settings import evaluation_settings
+from mmray.features.hallucination.settings import opinion_settings
 from mmray.features.properties.settings import property_settings
 from mmray.models.generation import caption_of
 from mmray.models.prompting import encode, prompt_text

@@ -5,8 +5,8 @@ import shutil
 
 import pyarrow as pa
 
+from mmray.features.hallucination.report import second_opinion
 from mmray.report.content import gather
-from mmray.results.report.opinions import second_opinion
 from mmray.runs.derived import DERIVED
 from mmray.runs.run import open_run
 from tests.running import write_table

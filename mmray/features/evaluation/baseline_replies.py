@@ -9,9 +9,9 @@ from PIL.Image import Image
 
 from mmray.data.images import decode_image
 from mmray.data.samples import Sample
-from mmray.evaluation.opinions.second import SecondOpinion
 from mmray.features.evaluation.draft_verifier import Questioner
 from mmray.features.evaluation.queries import Ask, Reply
+from mmray.features.hallucination.second_opinion import SecondOpinion
 from mmray.models.encoder import Encoder
 from mmray.models.loading import LoadedModel
 from mmray.models.options import LONGEST

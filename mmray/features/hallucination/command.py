@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmray.cli.aligning import say_sight
-from mmray.evaluation.opinions.settings import (
+from mmray.features.hallucination.settings import (
     OpinionSettings,
     PerturbationSettings,
     opinion_settings,
@@ -33,8 +33,8 @@ def hallucination(
     **settings: Any,
 ) -> None:
     """Ask a detector whether what the model claims is there: nouns of its captions, answers to yes/no questions."""
-    from mmray.cluster.hallucination import HallucinationJob
-    from mmray.results.opinions import mistakes, opinions
+    from mmray.features.hallucination.job import HallucinationJob
+    from mmray.features.hallucination.view import mistakes, opinions
     from mmray.runs.run import open_run
 
     checked = opinion_settings({"run": run, **settings})
@@ -56,8 +56,8 @@ def hallucination(
 @with_settings(PerturbationSettings)
 def perturb(as_json: AsJson = False, **settings: Any) -> None:
     """Move what the model sees from one concept to another, ask again, and tell what changed, with controls."""
-    from mmray.cluster.perturb import PerturbJob
-    from mmray.results.opinions import changes
+    from mmray.features.hallucination.perturb_job import PerturbJob
+    from mmray.features.hallucination.view import changes
 
     checked = perturbation_settings(settings)
     done = _followed(PerturbJob(checked))

@@ -9,19 +9,19 @@ from typing import Any, ClassVar
 import pyarrow as pa
 from PIL.Image import Image
 
-from mmray.cluster.joint import Asked, Context, JointJob, Look, Rows, open_cut, schemas_of
 from mmray.data.columns import Columns
 from mmray.data.samples import Sample
 from mmray.data.source import Source
 from mmray.detector.joint import JointModel
 from mmray.engine import Output, Parts, Plan
 from mmray.errors import InputError
-from mmray.evaluation.opinions.claims import Claimant
-from mmray.evaluation.opinions.judging import judged
-from mmray.evaluation.opinions.mistakes import picture
-from mmray.evaluation.opinions.settings import OpinionSettings
 from mmray.features.census.inputs import columns_of
 from mmray.features.census.settings import census_settings
+from mmray.features.hallucination.claims import Claimant
+from mmray.features.hallucination.inputs import Asked, Context, JointJob, Look, Rows, open_cut, schemas_of
+from mmray.features.hallucination.measures import judged
+from mmray.features.hallucination.mistakes import picture
+from mmray.features.hallucination.settings import OpinionSettings
 from mmray.objects.ground_truth import survey, with_ground_truth
 from mmray.objects.naming import object_naming
 from mmray.objects.words import open_words

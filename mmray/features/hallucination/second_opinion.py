@@ -7,8 +7,8 @@ from collections.abc import Collection
 from PIL.Image import Image
 
 from mmray.detector.joint import judge_beside
+from mmray.features.hallucination.perturb import confidences
 from mmray.models.loading import LoadedModel
-from mmray.perception.perturbing import confidences
 
 
 class SecondOpinion:

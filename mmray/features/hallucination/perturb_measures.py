@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmray.data.image_keys import image_key
-from mmray.evaluation.opinions.moving import ORIGINAL
+from mmray.features.hallucination.perturb_answers import ORIGINAL
 from mmray.statistics.bootstrap import measure
 
 RIGHT = {"source": 1.0, "target": 0.0, "unrelated": 0.0}

@@ -21,12 +21,12 @@ from torch import Tensor
 from mmray.data.samples import Sample
 from mmray.detector.joint import JointModel
 from mmray.errors import InputError
-from mmray.evaluation.asking import replies
-from mmray.evaluation.opinions.settings import PerturbationSettings
+from mmray.features.hallucination.perturb import Covariance, as_far, confidences, moved, moved_at_random, relative_norms
+from mmray.features.hallucination.questions import replies
+from mmray.features.hallucination.settings import PerturbationSettings
 from mmray.models.prompting import prompt_text
 from mmray.objects.answers import value_of
 from mmray.objects.prompts import presence
-from mmray.perception.perturbing import Covariance, as_far, confidences, moved, moved_at_random, relative_norms
 
 ANSWER = 16
 """Tokens at most of an answer."""

@@ -24,7 +24,7 @@ from mmray.detector.alignment import alignment_digest
 from mmray.detector.joint import JointModel, detector_digest, join
 from mmray.engine import Job, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
-from mmray.evaluation.opinions.settings import SightSettings
+from mmray.features.hallucination.settings import SightSettings
 from mmray.models.loading import digest, resolve
 from mmray.models.options import Dtype
 from mmray.models.pixels import BUDGET, pixels_of, within_budget

@@ -12,7 +12,6 @@ import pyarrow as pa
 import torch
 from PIL.Image import Image
 
-from mmray.cluster.joint import Asked, Context, JointJob, Look, Rows, open_cut, schemas_of
 from mmray.data.columns import Columns
 from mmray.data.images import decode_image
 from mmray.data.samples import Sample
@@ -21,13 +20,14 @@ from mmray.data.source import Source
 from mmray.detector.joint import JointModel
 from mmray.engine import Output, Parts, Plan
 from mmray.errors import InputError
-from mmray.evaluation.opinions.changes import changes
-from mmray.evaluation.opinions.moving import Mover
-from mmray.evaluation.opinions.settings import PerturbationSettings
+from mmray.features.hallucination.inputs import Asked, Context, JointJob, Look, Rows, open_cut, schemas_of
+from mmray.features.hallucination.perturb import Covariance, covariance
+from mmray.features.hallucination.perturb_answers import Mover
+from mmray.features.hallucination.perturb_measures import changes
+from mmray.features.hallucination.settings import PerturbationSettings
 from mmray.models.loading import from_anywhere
 from mmray.objects.ground_truth import survey
 from mmray.objects.words import NONE, ObjectWords
-from mmray.perception.perturbing import Covariance, covariance
 from mmray.runs.derived import DERIVED, OPINION_SCHEMAS
 
 REFERENCE, BATCH = 96, 16

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mmray.data.samples import Sample
 from mmray.detector.joint import JointModel
-from mmray.evaluation.asking import replies
-from mmray.evaluation.opinions.mistakes import Box, stands_at
+from mmray.features.hallucination.mistakes import Box, stands_at
+from mmray.features.hallucination.questions import replies
 from mmray.models.generation import caption_of
 from mmray.models.norms import log_probability, vocabulary_logits
 from mmray.models.options import LONGEST
