@@ -75,7 +75,7 @@ FEATURES: dict[str, Feature] = {
         Feature("making", ("mmray.features.editing.job:EditJob",), "mmray pipeline FILE", noun="edits"),
         Feature("evaluations", ("mmray.features.evaluation.job:EvaluationJob",), "mmray evaluate RUN --edit EDIT"),
         Feature("pipeline", (), "mmray pipeline FILE", ("edits", "evaluations", "edit_captions")),
-        Feature("validation", ("mmray.cluster.alignment_validation:ValidationJob",), "mmray align --out OUT"),
+        Feature("validation", ("mmray.features.alignment.validation:ValidationJob",), "mmray align --out OUT"),
     )
 }
 """By name, in the order in which status shows them."""

@@ -12,13 +12,13 @@ import torch
 from ray.train import WorkerGroupError
 from safetensors.torch import load
 
-from mmray.cluster import alignment, alignment_training
-from mmray.cluster.alignment import Aligned, run_alignment
-from mmray.cluster.alignment_training import open_pair
 from mmray.data.shards import Manifest
 from mmray.detector.alignment import WEIGHTS
 from mmray.detector.alignment_settings import alignment_settings
 from mmray.errors import InputError
+from mmray.features.alignment import training
+from mmray.features.alignment.job import Aligned, run_alignment
+from mmray.features.alignment.training import open_pair
 from mmray.storage import open_store
 from tests.bench.alignment import own_workers
 from tests.cluster.kills import cheap_processes
@@ -85,7 +85,7 @@ def test_with_a_worker_killed_and_another_number_of_workers_it_is_the_same(asked
         while not struck:
             time.sleep(0.05)
             workers = own_workers()
-            if workers and store.list(alignment_training.PREFIX):
+            if workers and store.list(training.PREFIX):
                 os.kill(workers[-1], signal.SIGKILL)
                 struck.append(workers[-1])
 
@@ -106,7 +106,7 @@ def test_with_its_driver_killed_it_goes_on_and_is_the_same(asked, undisturbed: A
     driver.start()
     store = open_store(settings.out)
     until = time.monotonic() + 120
-    while not store.list(alignment_training.PREFIX):
+    while not store.list(training.PREFIX):
         assert driver.is_alive() and time.monotonic() < until
         time.sleep(0.02)
     driver.kill()
@@ -127,7 +127,7 @@ def test_a_worker_keeps_to_its_own_device(asked, tmp_path: Path):
         patch.object(alignment_training, "open_pair", side_effect=InputError("enough")) as opened,
         pytest.raises(InputError, match="enough"),
     ):
-        alignment_training._train(settings, folder, {})
+        training._train(settings, folder, {})
     opened.assert_called_once_with(settings, own)
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from mmray.cluster.alignment import Aligned, run_alignment
-from mmray.cluster.alignment_training import open_pair
 from mmray.detector.alignment import alignment_measures, save_alignment
 from mmray.detector.alignment_settings import AlignmentSettings, alignment_settings
 from mmray.engine import Progress
 from mmray.errors import InputError
+from mmray.features.alignment.job import Aligned, run_alignment
+from mmray.features.alignment.training import open_pair
 from mmray.models.loading import digest, resolve
 from mmray.runs.driver import drive_analysis
 from mmray.storage import open_store

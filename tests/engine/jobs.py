@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from mmray.cluster.alignment_training import open_pair
-from mmray.cluster.alignment_validation import ValidationJob, plan_validation
 from mmray.demo import DATA
 from mmray.detector.alignment import save_alignment
 from mmray.detector.alignment_settings import alignment_settings
 from mmray.engine import Executor, Job, JobResult, checked, run
+from mmray.features.alignment.training import open_pair
+from mmray.features.alignment.validation import ValidationJob, plan_validation
 from mmray.features.census.job import CensusJob, DecodingJob
 from mmray.features.census.settings import CensusSettings, census_settings
 from mmray.features.editing.edit import open_edit

@@ -21,13 +21,13 @@ from mmray.detector.alignment import (
 from mmray.detector.joint import join
 from mmray.detector.vision_tower import OwnTower, open_sight
 from mmray.errors import InputError
+from mmray.features.alignment.tower_swap import OtherSight
 from mmray.features.evaluation.draft_verifier import Questioner
 from mmray.features.evaluation.queries import Ask
 from mmray.features.saliency.model import explain, load_model
 from mmray.models.loading import digest
 from mmray.models.prompting import prompt_text
 from mmray.neurons.heatmaps import placed
-from mmray.perception.standing_in import OtherSight
 from mmray.storage import open_store
 
 MEASURED = {"recall": {"before": 1.0, "after": 1.0, "n": 1}}

@@ -34,7 +34,7 @@ def say_sight(alignment: str | None) -> None:
 @with_settings(AlignmentSettings)
 def align(as_json: AsJson = False, **settings: Any) -> None:
     """Train a network that makes a LLaVA's image tokens of a detector's embedding, and measure the joint model."""
-    from mmray.cluster.alignment import run_alignment
+    from mmray.features.alignment.job import run_alignment
     from mmray.features.evaluation.view import measures
 
     checked = alignment_settings(settings)

@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from mmray.cluster.alignment_training import open_pair
 from mmray.data.shards import Manifest, cut, read_shard
 from mmray.data.sources import open_source
 from mmray.detector.alignment import FACTS, load_alignment
 from mmray.detector.alignment_settings import AlignmentSettings
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
+from mmray.features.alignment.tower_swap import OtherSight
+from mmray.features.alignment.training import open_pair
 from mmray.features.evaluation.baseline_replies import Before
 from mmray.features.evaluation.evaluator import Measuring
 from mmray.features.evaluation.settings import MeasureSettings, measure_settings
@@ -23,7 +24,6 @@ from mmray.features.evaluation.summary import summarise
 from mmray.models.loading import digest, resolve
 from mmray.objects.ground_truth import survey
 from mmray.objects.statistics import DataFacts
-from mmray.perception.standing_in import OtherSight
 from mmray.runs import RunFolder
 from mmray.runs.tables import EVALUATION_SCHEMAS
 from mmray.storage import patiently

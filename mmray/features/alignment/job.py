@@ -1,7 +1,7 @@
 """The driver of an alignment: train W on Ray Train, then measure the joint model next to the original.
 
 OUT/run.json, manifest.json, lease/      as of a census (`mmray.runs`); the manifest has the images to learn from
-OUT/checkpoints/                         how far the training is (`mmray.cluster.alignment_training`)
+OUT/checkpoints/                         how far the training is (`mmray.features.alignment.training`)
 OUT/alignment.safetensors, .json         W; its shape, digests of tower and LLaVA, and once they are taken its measures
 OUT/validation/FINGERPRINT/              the rows of each unit of the validation, committed once
 """
@@ -19,8 +19,6 @@ from threading import Event, Thread
 from typing import Any
 from uuid import uuid4
 
-from mmray.cluster.alignment_training import PROBLEM, checkpoints, steps_of, train
-from mmray.cluster.alignment_validation import ValidationJob, plan_validation
 from mmray.data.columns import Columns
 from mmray.data.shards import Manifest
 from mmray.data.sources import open_source
@@ -32,6 +30,8 @@ from mmray.engine import run as run_job
 from mmray.engine.driver import Follow
 from mmray.engine.session import actor_pool, machines
 from mmray.errors import InputError
+from mmray.features.alignment.training import PROBLEM, checkpoints, steps_of, train
+from mmray.features.alignment.validation import ValidationJob, plan_validation
 from mmray.models.loading import digest, from_anywhere, resolve
 from mmray.runs import RunFolder
 from mmray.runs.driver import drive

@@ -1,0 +1,1 @@
+"""Train a network that lets a LLaVA see through a detector's tower, and validate it."""
