@@ -6,11 +6,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmray.cluster.pipeline import Pipeline, pipeline_settings, run_pipeline
 from mmray.engine import JobResult, Progress
 from mmray.engine import run as run_job
 from mmray.features.census.job import Outcome, run_census
 from mmray.features.census.settings import census_settings
+from mmray.features.pipeline.job import Pipeline, pipeline_settings, run_pipeline
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
 from mmray.features.saliency.job import SaliencyJob

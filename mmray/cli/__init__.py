@@ -19,12 +19,13 @@ from typing import Any, NoReturn
 
 import typer
 
-from mmray.cli import census, drift, models, pipeline, reading, reporting, status  # noqa: F401  they register
+from mmray.cli import census, drift, models, reading, reporting, status  # noqa: F401  they register
 from mmray.errors import InputError
 from mmray.features.alignment import command  # noqa: F401  they register
 from mmray.features.editing import command  # noqa: F401  they register
 from mmray.features.evaluation import command  # noqa: F401  they register
 from mmray.features.hallucination import command  # noqa: F401  they register
+from mmray.features.pipeline import command  # noqa: F401  they register
 from mmray.features.properties import command  # noqa: F401  they register
 from mmray.features.saliency import command  # noqa: F401  they register
 from mmray.features.selectivity import command  # noqa: F401  they register

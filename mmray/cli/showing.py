@@ -47,10 +47,10 @@ def say_meaning(run: Path, concepts: int, maps: int) -> bool:
 
 def say_edits(census: CensusSettings, *, quick: bool) -> bool:
     """Edit the demo and say what that did, with a control; True where all went well."""
-    from mmray.cli.pipeline import follow_pipeline
-    from mmray.cluster.pipeline import pipeline_settings
     from mmray.demo import EVALUATION
     from mmray.features.evaluation.view import comparison
+    from mmray.features.pipeline.command import follow_pipeline
+    from mmray.features.pipeline.job import pipeline_settings
     from mmray.runs.run import open_run
 
     source, _, target = list(open_run(census.out).concepts)[:3]

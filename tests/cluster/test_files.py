@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from mmray.cli.job import words_of
-from mmray.cluster.pipeline import pipeline_settings
 from mmray.features.census.settings import census_settings
+from mmray.features.pipeline.job import pipeline_settings
 from mmray.terminal.config import read_config
 
 ROOT = Path(__file__).parents[2]

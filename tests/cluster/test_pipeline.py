@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from mmray.cluster.pipeline import Pipeline
 from mmray.demo import EVALUATION
 from mmray.errors import InputError
 from mmray.features.editing.edit import open_edit
 from mmray.features.editing.methods import make_edit
+from mmray.features.pipeline.job import Pipeline
 from mmray.runs.derived import TABLES
 from mmray.runs.run import open_run
 from mmray.runs.snapshots import snapshots

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.cli.job import words_of
-from mmray.cluster.pipeline import pipeline_settings
 from mmray.errors import InputError
+from mmray.features.pipeline.job import pipeline_settings
 from mmray.runs.run import open_run
 from mmray.terminal.config import read_config
 from tests.e2e.conftest import Answer

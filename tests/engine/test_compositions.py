@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from mmray.cli import main
-from mmray.cluster.pipeline import pipeline_settings, run_pipeline
 from mmray.errors import InputError
 from mmray.features.editing.edit import open_edit
+from mmray.features.pipeline.job import pipeline_settings, run_pipeline
 from mmray.features.selectivity.driver import run_selectivity
 from mmray.features.selectivity.settings import selectivity_settings
 from mmray.runs.driver import drive_analysis

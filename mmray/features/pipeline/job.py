@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mmray.cluster.steps import STEPS, StepResult, checked_steps
 from mmray.engine import JobResult, JobSettings, Progress, executor_for, run_together
 from mmray.engine.settings import first_problem
 from mmray.errors import DamagedError, InputError
@@ -23,6 +22,7 @@ from mmray.features.editing.job import EditJob, NamedEditSettings, edit_folder
 from mmray.features.editing.settings import edit_settings
 from mmray.features.evaluation.job import EvaluationJob
 from mmray.features.evaluation.settings import EvaluationSettings, evaluation_settings
+from mmray.features.pipeline.steps import STEPS, StepResult, checked_steps
 from mmray.runs.derived import TABLES
 from mmray.runs.driver import drive_analysis
 from mmray.runs.lease import Lease

@@ -16,7 +16,7 @@ from mmray.terminal.config import read_config
 from mmray.terminal.options import INCOMPLETE, AsJson, app, console, resumable, say
 
 if TYPE_CHECKING:
-    from mmray.cluster.pipeline import Follow, Pipeline, PipelineSettings
+    from mmray.features.pipeline.job import Follow, Pipeline, PipelineSettings
 
 
 @app.command()
@@ -31,8 +31,8 @@ def pipeline(
     as_json: AsJson = False,
 ) -> None:
     """Run census → further analyses → edits → evaluations. Run it again to resume."""
-    from mmray.cluster.pipeline import pipeline_settings
     from mmray.features.evaluation.view import comparison
+    from mmray.features.pipeline.job import pipeline_settings
 
     values = read_config(file, overrides or [])
     done = follow_pipeline(pipeline_settings(values | {"local": True} if local else values))
@@ -62,7 +62,7 @@ def pipeline(
 
 def follow_pipeline(settings: PipelineSettings) -> Pipeline:
     """Run a pipeline, and show how far each of its steps is."""
-    from mmray.cluster.pipeline import run_pipeline
+    from mmray.features.pipeline.job import run_pipeline
 
     with resumable(), ExitStack() as bars:
         return run_pipeline(settings, _follow(bars))

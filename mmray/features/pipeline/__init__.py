@@ -1,0 +1,1 @@
+"""Census, analyses, edits and evaluations as one job, from one file."""
