@@ -50,8 +50,8 @@ def edit(run: Run | str, **settings: Any) -> WeightEdit:
     """Edit the neurons that a run located for a concept, on the run's model and data; `applied`, `save` and `+` use it.
 
     `settings` are those of `mmray edit`, with underscores: `source` and `target`, or `suppress`, or
-    `reduce_hallucination=True`. Raises InputError for
-    bad settings, a concept that the run does not know or the model never says.
+    `reduce_hallucination=True`. Raises InputError for bad settings, a concept that the run does not know or the model
+    never says.
     """
     checked = edit_settings(settings)
     return make_edit(open_material(run if isinstance(run, Run) else open_run(run), checked), [checked])
@@ -149,9 +149,9 @@ def perturb(**settings: Any) -> list[dict[str, Any]]:
 def run_census(model: str, data: str, out: str, **settings: Any) -> Run:
     """Run a census to its end, or resume one that stopped, and open it.
 
-    `settings` are those of `mmray census`, with underscores (`shard_size=500`); see `CensusSettings` of
-    `mmray.features.census.settings`. Failed samples and shards are in the run's `errors` table and status. Warns of captions in whose language no nouns
-    are found. Raises InputError for bad settings or input.
+    `settings` are those of `mmray census`, with underscores (`shard_size=500`); see
+    `mmray.features.census.settings.CensusSettings`. Failed samples and shards are in the run's `errors` table and status.
+    Warns of captions in whose language no nouns are found. Raises InputError for bad settings or input.
     """
     drive_census(
         census_settings({"model": model, "data": data, "out": str(out), **_asked(settings)}),

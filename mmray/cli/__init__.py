@@ -1,6 +1,6 @@
 """The command line: parse, call, print. Exit status 0 done, 2 bad input, 3 drift, 4 finished but something failed.
 
-A module of this room holds commands of one kind, and is imported here, in the order of `mmray --help`.
+Commands stand in the rooms of their features; `mmray.cli.commands` imports all of them.
 """
 
 from __future__ import annotations
@@ -19,16 +19,8 @@ from typing import Any, NoReturn
 
 import typer
 
-from mmray.cli import census, drift, models, reading, reporting, status  # noqa: F401  they register
+import mmray.cli.commands  # noqa: F401  they register
 from mmray.errors import InputError
-from mmray.features.alignment import command  # noqa: F401  they register
-from mmray.features.editing import command  # noqa: F401  they register
-from mmray.features.evaluation import command  # noqa: F401  they register
-from mmray.features.hallucination import command  # noqa: F401  they register
-from mmray.features.pipeline import command  # noqa: F401  they register
-from mmray.features.properties import command  # noqa: F401  they register
-from mmray.features.saliency import command  # noqa: F401  they register
-from mmray.features.selectivity import command  # noqa: F401  they register
 from mmray.storage import is_full
 from mmray.terminal.options import app, console, visible
 

@@ -23,9 +23,9 @@ def check_model(
     as_json: AsJson = False,
 ) -> None:
     """Show which parts of a model were found, and prove them: exit status 2 names a claim that fails."""
+    from mmray.cli.model_tree import claims, parts_tree
     from mmray.features.census.model_check import check_model as prove
     from mmray.models.loading import load
-    from mmray.results.model_tree import claims, parts_tree
 
     loaded = load(model, dtype, trust_remote_code=trust_remote_code)
     checks = prove(loaded)

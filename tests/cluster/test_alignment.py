@@ -16,6 +16,7 @@ from mmray.data.shards import Manifest
 from mmray.detector.alignment import WEIGHTS
 from mmray.detector.alignment_settings import alignment_settings
 from mmray.errors import InputError
+from mmray.features.alignment import job as alignment_job
 from mmray.features.alignment import training
 from mmray.features.alignment.job import Aligned, run_alignment
 from mmray.features.alignment.training import open_pair
@@ -53,7 +54,7 @@ def weights(out: str):
 def undisturbed(asked, tmp_path_factory, ray_here: str):
     out = str(tmp_path_factory.mktemp("undisturbed") / "out")
     told: list[tuple[int, int]] = []
-    with patch.object(alignment, "TOLD_EVERY", 0.02):
+    with patch.object(alignment_job, "TOLD_EVERY", 0.02):
         done = run_alignment(
             alignment_settings({**asked, "out": out, "workers": 1}),
             lambda progress: told.append((progress.done, progress.total)),
@@ -123,8 +124,8 @@ def test_a_worker_keeps_to_its_own_device(asked, tmp_path: Path):
     assert {value.device for part in (pair.model.network, pair.sight) for value in part.parameters()} == {own}
     folder = Mock(manifest=Manifest((), ()).to_json)
     with (
-        patch.object(alignment_training, "get_device", lambda: own),
-        patch.object(alignment_training, "open_pair", side_effect=InputError("enough")) as opened,
+        patch.object(training, "get_device", lambda: own),
+        patch.object(training, "open_pair", side_effect=InputError("enough")) as opened,
         pytest.raises(InputError, match="enough"),
     ):
         training._train(settings, folder, {})

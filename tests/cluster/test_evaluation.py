@@ -21,7 +21,7 @@ from mmray.engine import JobResult, Progress, Unit, run_together
 from mmray.engine import run as run_job
 from mmray.engine.units import WorkOrder
 from mmray.errors import InputError
-from mmray.features.evaluation import job
+from mmray.features.evaluation import job as evaluation_job
 from mmray.features.evaluation.baseline_replies import Before
 from mmray.features.evaluation.draft_verifier import Questioner
 from mmray.features.evaluation.evaluate import evaluate
@@ -96,7 +96,7 @@ Done = tuple[Path, JobResult, list[Progress]]
 
 def test_the_result_is_in_the_form_of_the_contract(done: Done, own: list[Sample]) -> None:
     folder, outcome, said = done
-    content = json.loads((folder / "job.json").read_text())
+    content = json.loads((folder / "evaluation.json").read_text())
     assert list(content["measures"])[: len(PRIMARY)] == list(PRIMARY)
     for row in content["measures"].values():
         assert set(row) == {"before", "after", "low", "high", "n", "protocol"}
@@ -183,7 +183,7 @@ def test_it_goes_on_where_it_stopped(done: Done, run: Path, edit: StandIn, tmp_p
     (work,) = (path.parent for path in folder.glob("evaluations/*/run.json"))
     committed = {path: path.read_bytes() for path in work.glob("receipts/*.json")}
     assert len(committed) == 1
-    assert not (folder / "job.json").exists()
+    assert not (folder / "evaluation.json").exists()
     said: list[Progress] = []
     same(evaluated_here(run, folder, said.append), done[1])
     assert said[0].done == 8
@@ -274,12 +274,12 @@ def test_other_draws_measure_nothing_again(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(evaluation, "load_model", refuse)
+    monkeypatch.setattr(evaluation_job, "load_model", refuse)
     after = measures(evaluated_here(run, folder, limit=8, draws=7))
     assert {path: path.stat().st_mtime_ns for path in folder.glob("evaluations/*/shards/**/*")} == work
     assert {name: row["after"] for name, row in after.items()} == {name: row["after"] for name, row in before.items()}
     assert after != before
-    written = json.loads((folder / "job.json").read_text())
+    written = json.loads((folder / "evaluation.json").read_text())
     assert written["settings"]["draws"] == 7
     assert written["measures"] == json.loads(json.dumps(after))
 
@@ -320,7 +320,7 @@ def test_the_command(command: Callable[..., Answer], run: Path, edit: StandIn, t
     assert "image_locality" in answer.out
     assert "method stand-in" in answer.out
     shown = json.loads(command(*arguments(run, folder), "--json").out)
-    assert shown["measures"] == json.loads((folder / "job.json").read_text())["measures"]
+    assert shown["measures"] == json.loads((folder / "evaluation.json").read_text())["measures"]
     assert "image_locality_span" not in answer.out
     assert "image_locality_span" in command(*arguments(run, folder), "--all").out
 
@@ -339,7 +339,7 @@ def test_ground_truth_is_settled_by_the_data_and_told(run: Path, edit: StandIn, 
     recalls, fingerprints = {}, set()
     for kind in (None, "instances", "captions"):
         found = measures(evaluated_here(run, folder, **values, ground_truth=kind))
-        content = json.loads((folder / "job.json").read_text())
+        content = json.loads((folder / "evaluation.json").read_text())
         fingerprints.add(content["fingerprint"])
         assert content["settings"]["ground_truth"] == (kind or "union")
         assert "COCO's 80 objects" in found["chair_i"]["protocol"]

@@ -14,7 +14,7 @@ import torch
 from mmray.data.shards import read_shard
 from mmray.engine import run as run_job
 from mmray.errors import InputError
-from mmray.features.hallucination import inputs
+from mmray.features.hallucination import inputs, perturb_job
 from mmray.features.hallucination.inputs import Asked
 from mmray.features.hallucination.job import HallucinationJob
 from mmray.features.hallucination.perturb_job import PerturbJob
@@ -65,7 +65,7 @@ def test_all_that_rows_depend_on_is_in_their_folders_name(run):
 
 def test_the_model_is_loaded_as_its_census_had_it(run, monkeypatch):
     loaded = []
-    monkeypatch.setattr(joint, "join", lambda model, *_: loaded.append(model) or SimpleNamespace())
+    monkeypatch.setattr(inputs, "join", lambda model, *_: loaded.append(model) or SimpleNamespace())
     job = HallucinationJob(asked(run))
     context = replace(job.plan().context, asked=Asked(dtype="bf16"))
     job.worker(context)
@@ -145,8 +145,8 @@ def test_answers_of_moves_are_tables_of_their_folder(data, tmp_path):
 
 def test_how_embeddings_vary_is_told_by_the_first_images_alone(data, tmp_path):
     """However large the data is."""
-    counting = patch.object(perturb, "read_shard", side_effect=read_shard)
-    with patch.object(perturb, "REFERENCE", 2), counting as read:
+    counting = patch.object(perturb_job, "read_shard", side_effect=read_shard)
+    with patch.object(perturb_job, "REFERENCE", 2), counting as read:
         assert run_job(PerturbJob(moved(data, tmp_path / "moved", limit=5, **OWN))).complete
     assert [call.args[1].shard_id for call in read.call_args_list] == [0, 1]
 
@@ -187,8 +187,8 @@ def test_images_that_are_too_many_pixels_together_are_looked_at_in_parts(run, mo
     claims = open_run(run).table("claims").sort_by("sample_id")
     sizes = []
     decoded = inputs._decoded
-    monkeypatch.setattr(joint, "_decoded", lambda samples: sizes.append(len(samples)) or decoded(samples))
-    monkeypatch.setattr(joint, "BUDGET", 1)
+    monkeypatch.setattr(inputs, "_decoded", lambda samples: sizes.append(len(samples)) or decoded(samples))
+    monkeypatch.setattr(inputs, "BUDGET", 1)
     for entry in open_run(run).folder.store.list("hallucination/"):
         open_run(run).folder.store.delete(entry.key)
     parted = run_job(HallucinationJob(asked(run, seed=2)))

@@ -10,6 +10,7 @@ import yaml
 
 from mmray.demo import EVALUATION
 from mmray.errors import InputError
+from mmray.features.editing import job as editing_job
 from mmray.features.editing.edit import open_edit
 from mmray.features.editing.methods import make_edit
 from mmray.features.pipeline.job import Pipeline
@@ -118,7 +119,7 @@ def test_edits_of_an_earlier_call_stay_and_are_not_made_again(
         made.append(wishes[0].suppress)
         return make_edit(material, wishes)
 
-    monkeypatch.setattr(editing, "make_edit", spy)
+    monkeypatch.setattr(editing_job, "make_edit", spy)
     pipeline_here(asked | {"edits": {"more": gone, "swap": settings["edits"]["swap"]}})
     assert made == [gone["suppress"]]
     after = tables_of(out)

@@ -17,8 +17,9 @@ from mmray.data import images
 from mmray.data.samples import Sample
 from mmray.features.census.settings import CensusSettings
 from mmray.features.census.shard import Captioned
+from mmray.features.editing import dataset
 from mmray.features.editing.dataset import Material, batches
-from mmray.features.evaluation import mmedit
+from mmray.features.evaluation import draft_verifier, evaluator, mmedit, teacher_forced_states
 from mmray.features.evaluation.baseline_replies import Before
 from mmray.features.evaluation.evaluate import evaluate
 from mmray.features.evaluation.mmedit import measure_records, read_records
@@ -59,7 +60,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
         return image
 
     monkeypatch.setattr(images, "to_rgb", watched)
-    for module in (measuring, questioner, states, mmedit, material, meaning, writing):
+    for module in (evaluator, draft_verifier, teacher_forced_states, mmedit, dataset, meaning, writing):
         monkeypatch.setattr(module, "BUDGET", TOGETHER * SIDE * SIDE)
     yield found
     assert found.decoded >= FILES
@@ -88,7 +89,7 @@ def test_an_evaluation_decodes_its_samples_in_parts(
     parted = evaluate(demo, edit, large, settings, before=before, facts=facts)
     most = held.most
     before.forget()
-    for module in (measuring, questioner, states):
+    for module in (evaluator, draft_verifier, teacher_forced_states):
         monkeypatch.setattr(module, "BUDGET", 1 << 40)
     whole = evaluate(demo, edit, large, settings, before=before, facts=facts)
     before.forget()

@@ -83,7 +83,7 @@ def test_auroc_and_calibration_are_those_of_a_naive_count(rows):
 @given(st.lists(CLAIM, min_size=1, max_size=30), st.integers(2, 8))
 def test_claims_are_summed_into_their_samples_as_one_row_each_would_be(rows, most):
     samples, truth, scores = (list(column) for column in zip(*rows, strict=True))
-    with patch.object(judging, "MOST_RANKS", most):
+    with patch.object(measures, "MOST_RANKS", most):
         totals = measures._histograms(list(map(str, samples)), np.array(scores), np.array(truth, dtype=float))
     order = sorted(set(scores))
     most = min(most, len(order))

@@ -75,7 +75,7 @@ def test_batches_that_do_not_fit_are_halved(open_model, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(model, batch)
 
-    for place in (material, stages):
+    for place in (material, logit_lens):
         monkeypatch.setattr(place, "forward", short)
     assert looked() == expected
     assert {1, 2, 4} <= set(calls)

@@ -1,34 +1,78 @@
-"""The last steps of the demo: what the neurons mean, edits, and the report, each said in a few lines."""
+"""The command `mmray demo`: the whole main job, each step said in a few lines."""
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-from mmray.features.census.settings import CensusSettings
-from mmray.terminal.options import console, plural, say
+import typer
 
-if TYPE_CHECKING:
-    from mmray.features.census.job import Outcome
+from mmray.features.census.command import follow_census, say_shortfall
+from mmray.features.census.settings import CensusSettings, census_settings
+from mmray.terminal.options import INCOMPLETE, app, console, say
 
+FULL, QUICK = (12, 2), (3, 1)
+"""Of the demo, concepts whose properties are measured, and images of each concept with heat maps."""
 EDIT, QUICK_EDIT = {"kept": 256, "samples": 16}, {"kept": 64, "samples": 8, "steps": 30}
 """Of the demo's edits, what they are learnt on."""
 SCENES, QUICK_SCENES = 64, 24
 """That the demo's edits are measured on."""
 
 
-def say_shortfall(outcome: Outcome) -> None:
-    """Say how many samples of a census were skipped or failed, where any were."""
-    from mmray.features.census.view import skipped
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("mmray-demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="The first 256 scenes instead of all 1,536.")] = False,
+) -> None:
+    """Run the whole main job on the embedded model and data: no network, no GPU."""
+    from mmray.engine.session import ray_session
 
-    for line in skipped(outcome.skipped, outcome.analysed):
-        say(f"{line}; see --nouns")
-    if outcome.failures:
-        say(f"{plural(outcome.failures, 'sample')} failed; see: mmray status {outcome.out}", "yellow")
+    console.file = sys.stdout  # while there is a Ray, what else is printed goes to stderr
+    try:
+        with ray_session(None):  # one for all the steps
+            complete = _run_demo(out / ("quick" if quick else "full"), quick=quick)
+    finally:
+        console.file = None  # type: ignore[assignment]  # whatever sys.stdout is, as before
+    if not complete:
+        raise typer.Exit(INCOMPLETE)
 
 
-def say_meaning(run: Path, concepts: int, maps: int) -> bool:
+def _run_demo(run_folder: Path, *, quick: bool) -> bool:
+    """Run the demo's steps, and say what each found; True where all went well."""
+    from mmray.features.census.view import summary
+    from mmray.runs.run import open_run
+
+    say(f"1 census of the demo's scenes on a local Ray → {run_folder}", "bold")
+    settings = census_settings(
+        {
+            "model": "demo",
+            "data": "demo",
+            "out": str(run_folder),
+            "limit": 256 if quick else None,
+            "shard_size": 128 if quick else 256,
+        }
+    )
+    outcome = follow_census(settings)
+    run = open_run(run_folder)
+    console.print(
+        f"  {outcome.samples:,} scenes, {len(run.concepts)} concepts, {sum(run.concepts.values()):,} occurrences, "
+        f"{sum(run.info['model']['widths']):,} neurons each, {outcome.seconds:.0f} s"
+    )
+    say_shortfall(outcome)
+    say("2 rankings: which neurons write a noun, and what else they write\n", "bold")
+    console.print(summary(run, list(run.concepts)[:3]))
+    complete = _say_meaning(run_folder, *(QUICK if quick else FULL))
+    complete &= _say_edits(settings, quick=quick)
+    _say_report(run_folder)
+    concept = next(iter(run.concepts))
+    first = run.rank(concept, 1)["neuron"][0].as_py()
+    say(f"next: mmray rank {run_folder} {concept} · mmray neuron {run_folder} {first}")
+    return outcome.complete and complete
+
+
+def _say_meaning(run: Path, concepts: int, maps: int) -> bool:
     """Draw heat maps of all concepts, measure the most frequent, and say what that shows; True where all went well."""
     from mmray.engine import run as run_job
     from mmray.features.properties.job import PropertiesJob
@@ -45,7 +89,7 @@ def say_meaning(run: Path, concepts: int, maps: int) -> bool:
     return measured.complete
 
 
-def say_edits(census: CensusSettings, *, quick: bool) -> bool:
+def _say_edits(census: CensusSettings, *, quick: bool) -> bool:
     """Edit the demo and say what that did, with a control; True where all went well."""
     from mmray.demo import EVALUATION
     from mmray.features.evaluation.view import comparison
@@ -85,7 +129,7 @@ def say_edits(census: CensusSettings, *, quick: bool) -> bool:
     return done.complete
 
 
-def say_report(run: Path) -> None:
+def _say_report(run: Path) -> None:
     """Write the report, and say where it is."""
     from mmray.report.writing import write_report
     from mmray.runs.run import open_run

@@ -1,0 +1,41 @@
+"""The command `mmray select`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from mmray.features.select.settings import SelectionSettings, selection_settings
+from mmray.terminal.options import AsJson, RunArgument, app, console, end, followed, say, with_settings
+
+
+@app.command()
+@with_settings(SelectionSettings)
+def select(
+    run: RunArgument,
+    concepts: Annotated[list[str], typer.Argument(metavar="CONCEPT...", help="Nouns of the captions, such as dog.")],
+    as_json: AsJson = False,
+    **settings: Any,
+) -> None:
+    """Choose a concept's neurons together: its noun goes with them, other nouns stay. Best after --score effect."""
+    from mmray.engine import run as run_job
+    from mmray.features.census.view import concept_title, ranking
+    from mmray.features.select.job import SelectionJob, selections
+    from mmray.runs.run import open_run
+
+    checked = selection_settings({"run": run, "concepts": concepts, **settings})
+    with followed() as follow:
+        done = run_job(SelectionJob(checked), follow=follow)
+    if as_json:
+        print(json.dumps(done.headline["selections"], ensure_ascii=False))
+    else:
+        opened = open_run(run)
+        for selection in selections(done, opened):
+            console.print(ranking(selection.neurons, concept_title(opened, selection.concept), "selective"))
+            say(
+                f"ablated together, to first order: {selection.concept} falls by {selection.own:.2f} nats at "
+                f"{selection.own_places} places, other nouns by {selection.others:.2f} at {selection.other_places}\n"
+            )
+    end(done, "sample", quiet=as_json)

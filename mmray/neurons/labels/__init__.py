@@ -1,1 +1,0 @@
-"""Neurons of a label (a language, a domain, any column): chosen from activity or contributions, and put to the test."""

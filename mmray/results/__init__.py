@@ -1,1 +1,0 @@
-"""Reading a run: tables, queries, rankings, status. Needs neither torch nor ray."""

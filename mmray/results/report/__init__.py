@@ -1,1 +1,0 @@
-"""The report: a run's findings as web pages that need nothing but a browser."""
