@@ -14,9 +14,8 @@ from mmray.errors import InputError
 from mmray.features.alignment.job import run_alignment
 from mmray.features.census.job import run_census as drive_census
 from mmray.features.census.settings import census_settings
-from mmray.features.editing.dataset import open_material
 from mmray.features.editing.edit import WeightEdit
-from mmray.features.editing.methods import make_edit
+from mmray.features.editing.methods import edit_run
 from mmray.features.editing.settings import edit_settings
 from mmray.features.evaluation.job import EvaluationJob
 from mmray.features.evaluation.settings import evaluation_settings
@@ -53,16 +52,15 @@ def edit(run: Run | str, **settings: Any) -> WeightEdit:
     `reduce_hallucination=True`. Raises InputError for bad settings, a concept that the run does not know or the model
     never says.
     """
-    checked = edit_settings(settings)
-    return make_edit(open_material(run if isinstance(run, Run) else open_run(run), checked), [checked])
+    return edit_run(run if isinstance(run, Run) else open_run(run), edit_settings(settings))
 
 
 def evaluate(run: Run | str, edit: str, data: str, **settings: Any) -> dict[str, dict[str, Any]]:
     """Evaluate an edit's folder on data, or resume an evaluation that stopped, and return its measures.
 
     They are those of `EDIT/evaluation.json`: measure → before, after, low, high, n, protocol. `settings` are those of
-    `mmray evaluate`, with underscores. (`mmray.features.evaluation.evaluate.evaluate` does the same to a loaded model and
-    samples in this process.) Raises InputError for bad settings or input.
+    `mmray evaluate`, with underscores. (`mmray.features.evaluation.evaluate.evaluate` does the same to a loaded model
+    and samples in this process.) Raises InputError for bad settings or input.
     """
     uri = run.uri if isinstance(run, Run) else str(run)
     asked = {"run": uri, "edit": str(edit), "data": data, **_asked(settings)}
@@ -150,8 +148,8 @@ def run_census(model: str, data: str, out: str, **settings: Any) -> Run:
     """Run a census to its end, or resume one that stopped, and open it.
 
     `settings` are those of `mmray census`, with underscores (`shard_size=500`); see
-    `mmray.features.census.settings.CensusSettings`. Failed samples and shards are in the run's `errors` table and status.
-    Warns of captions in whose language no nouns are found. Raises InputError for bad settings or input.
+    `mmray.features.census.settings.CensusSettings`. Failed samples and shards are in the run's `errors` table and
+    status. Warns of captions in whose language no nouns are found. Raises InputError for bad settings or input.
     """
     drive_census(
         census_settings({"model": model, "data": data, "out": str(out), **_asked(settings)}),

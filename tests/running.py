@@ -10,13 +10,13 @@ from mmray.engine import JobResult, Progress
 from mmray.engine import run as run_job
 from mmray.features.census.job import Outcome, run_census
 from mmray.features.census.settings import census_settings
+from mmray.features.census.tables import TABLES
 from mmray.features.pipeline.job import Pipeline, pipeline_settings, run_pipeline
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
 from mmray.features.saliency.job import SaliencyJob
 from mmray.features.saliency.settings import saliency_settings
 from mmray.runs.snapshots import SnapshotWriter, newest, next_fence, publish
-from mmray.runs.tables import SCHEMAS
 from mmray.storage import open_store
 
 
@@ -49,7 +49,7 @@ def pipeline_here(settings: dict[str, Any]) -> Pipeline:
 def write_table(run: Path | str, name: str, table: pa.Table) -> None:
     """Put a table into a run, in place of one that is there; readers find it as if its job had made it."""
     store = open_store(run)
-    job = "census" if name in SCHEMAS else "tests"
+    job = "census" if name in TABLES else "tests"
     before = newest(store, job)
     writer = SnapshotWriter(store, job, next_fence(store, job, 0))
     writer.add(name, table)

@@ -9,8 +9,7 @@ import pytest
 
 import mmray
 from mmray.engine import Job
-from mmray.features import FEATURES
-from mmray.runs.derived import MADE_BY, TABLES
+from mmray.features import FEATURES, command_for, table_schemas
 
 ROOT = Path(mmray.__file__).parent
 
@@ -48,6 +47,12 @@ def test_a_line_says_what_its_jobs_say(feature):
 
 def test_every_table_is_made_by_one_feature():
     made = [table for feature in FEATURES.values() for table in feature.tables]
-    assert sorted(made) == sorted(TABLES)
-    assert MADE_BY["saliency_maps"] == "mmray saliency RUN"
-    assert "rankings" not in MADE_BY
+    assert sorted(made) == sorted(table_schemas())
+    assert command_for("saliency_maps") == "mmray saliency RUN"
+
+
+def test_no_room_has_a_table_that_no_feature_names():
+    for feature in FEATURES.values():
+        if feature.schemas:
+            named = {table for other in FEATURES.values() if other.schemas == feature.schemas for table in other.tables}
+            assert set(resolve_name(f"{feature.schemas}:TABLES")) == named

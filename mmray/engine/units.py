@@ -18,7 +18,7 @@ from mmray.engine.job import Job, Unit, UnitRefusedError, Worker
 from mmray.engine.limits import TimeLimitError, interrupt_main_thread, time_limit
 from mmray.errors import InputError, OutageError, StorageError
 from mmray.runs import ATTEMPTS, Receipt, RunFolder
-from mmray.runs.tables import SCHEMAS
+from mmray.runs.tables import ERRORS
 from mmray.storage import patiently
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -165,7 +165,7 @@ def _committed(folder: RunFolder, number: int, unit: Unit, worker: Worker, befor
     began = time.perf_counter()
     with timed_phases() as phases:
         result = worker(unit)
-    tables = {"errors": SCHEMAS["errors"].empty_table(), **result.tables}
+    tables = {"errors": ERRORS.empty_table(), **result.tables}
     seconds = time.perf_counter() - began
     return folder.commit_shard(number, tables, unit.size, seconds, result.skipped, {**before, **phases}, peak_memory())
 

@@ -1,11 +1,18 @@
-"""Every feature that runs as a job, one line each: what commands, status, sweep, checks and tables derive from.
+"""Every feature that runs as a job, one entry each: what tables, status, sweep, checks and the report derive from.
 
-Jobs are named, not imported: reading results needs neither torch nor ray.
+Modules are named, not imported: reading results needs neither torch nor ray.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ROOM = "mmray.features"
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,10 @@ class Feature:
     """What sizes of its units count."""
     part_of: str = ""
     """The feature that it is a part of, which status names it by unless something is wrong with it."""
+    schemas: str = ""
+    """Module whose TABLES are the schemas of its tables by name."""
+    report: str = ""
+    """MODULE:FUNCTION of its section of the report; its script is `report.js` in the module's folder."""
 
 
 FEATURES: dict[str, Feature] = {
@@ -29,53 +40,90 @@ FEATURES: dict[str, Feature] = {
     for feature in (
         Feature(
             "census",
-            ("mmray.features.census.job:CensusJob",),
+            (f"{ROOM}.census.job:CensusJob",),
             "mmray census --model MODEL --data DATA --out RUN",
             ("captions", "occurrences", "rankings", "neurons", "activity", "examples", "errors"),
+            schemas=f"{ROOM}.census.tables",
         ),
         Feature(
             "decoding",
-            ("mmray.features.census.job:DecodingJob",),
+            (f"{ROOM}.census.job:DecodingJob",),
             "mmray census --model MODEL --data DATA --out RUN",
             part_of="census",
         ),
         Feature(
             "properties",
-            ("mmray.features.properties.job:PropertiesJob",),
+            (f"{ROOM}.properties.job:PropertiesJob",),
             "mmray properties RUN",
             ("properties", "heatmaps"),
             "concepts",
+            schemas=f"{ROOM}.properties.tables",
+            report=f"{ROOM}.properties.report:section",
         ),
-        Feature("select", ("mmray.features.select.job:SelectionJob",), "mmray select RUN CONCEPT..."),
+        Feature("select", (f"{ROOM}.select.job:SelectionJob",), "mmray select RUN CONCEPT..."),
         Feature(
             "selectivity",
-            ("mmray.features.selectivity.job:SumsJob", "mmray.features.selectivity.job:TestsJob"),
+            (f"{ROOM}.selectivity.job:SumsJob", f"{ROOM}.selectivity.job:TestsJob"),
             "mmray selectivity RUN --by COLUMN",
             ("selectivity", "selective_labels", "interventions", "steering", "stages"),
+            schemas=f"{ROOM}.selectivity.tables",
+            report=f"{ROOM}.selectivity.report:section",
         ),
         Feature(
             "saliency",
-            ("mmray.features.saliency.job:SaliencyJob",),
+            (f"{ROOM}.saliency.job:SaliencyJob",),
             "mmray saliency RUN",
             ("saliency", "saliency_maps"),
             "images",
+            schemas=f"{ROOM}.saliency.tables",
+            report=f"{ROOM}.saliency.report:section",
         ),
         Feature(
             "hallucination",
-            ("mmray.features.hallucination.job:HallucinationJob",),
+            (f"{ROOM}.hallucination.job:HallucinationJob",),
             "mmray hallucination RUN",
             ("claims", "opinions", "mistakes"),
+            schemas=f"{ROOM}.hallucination.tables",
+            report=f"{ROOM}.hallucination.report:section",
         ),
         Feature(
             "perturb",
-            ("mmray.features.hallucination.perturb_job:PerturbJob",),
+            (f"{ROOM}.hallucination.perturb_job:PerturbJob",),
             "mmray perturb --out OUT",
             ("answers", "changes"),
+            schemas=f"{ROOM}.hallucination.tables",
         ),
-        Feature("making", ("mmray.features.editing.job:EditJob",), "mmray pipeline FILE", noun="edits"),
-        Feature("evaluations", ("mmray.features.evaluation.job:EvaluationJob",), "mmray evaluate RUN --edit EDIT"),
-        Feature("pipeline", (), "mmray pipeline FILE", ("edits", "evaluations", "edit_captions")),
-        Feature("validation", ("mmray.features.alignment.validation:ValidationJob",), "mmray align --out OUT"),
+        Feature(
+            "editing",
+            (f"{ROOM}.editing.job:EditJob",),
+            "mmray pipeline FILE",
+            noun="edits",
+            report=f"{ROOM}.editing.report:section",
+        ),
+        Feature("evaluation", (f"{ROOM}.evaluation.job:EvaluationJob",), "mmray evaluate RUN --edit EDIT"),
+        Feature(
+            "pipeline",
+            (),
+            "mmray pipeline FILE",
+            ("edits", "evaluations", "edit_captions"),
+            schemas=f"{ROOM}.pipeline.tables",
+        ),
+        Feature("validation", (f"{ROOM}.alignment.validation:ValidationJob",), "mmray align --out OUT"),
     )
 }
 """By name, in the order in which status shows them."""
+
+
+def table_schemas() -> dict[str, pa.Schema]:
+    """Return the schema of every table that a run may have, by name."""
+    return {
+        name: import_module(feature.schemas).TABLES[name]
+        for feature in FEATURES.values()
+        if feature.schemas
+        for name in feature.tables
+    }
+
+
+def command_for(table: str) -> str:
+    """Return the command that makes a table of a run."""
+    return next(feature.command for feature in FEATURES.values() if table in feature.tables)

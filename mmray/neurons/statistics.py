@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from mmray.models.prompting import Run
-from mmray.runs.tables import PART_SCHEMAS
+from mmray.neurons.tables import STATISTICS
 
 MODALITIES = ("image", "text")
 NO_IMAGE = torch.iinfo(torch.int64).min
@@ -174,7 +174,7 @@ class TokenStatistics:
                     "module": module,
                 }
             )
-        return pa.Table.from_pylist(rows, schema=PART_SCHEMAS["activity"])
+        return pa.Table.from_pylist(rows, schema=STATISTICS["activity"])
 
     def examples_table(self) -> pa.Table:
         """Return the shard's extreme samples, numbered as they came: a row a sign and rank, lists over all neurons."""
@@ -188,7 +188,7 @@ class TokenStatistics:
                 values, samples, positions = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
                 row = {"sign": sign, "rank": rank + 1, "activation": values * sign}
                 rows.append(row | {"sample": samples, "position": positions})
-        return pa.Table.from_pylist(rows, schema=PART_SCHEMAS["examples"])
+        return pa.Table.from_pylist(rows, schema=STATISTICS["examples"])
 
 
 def token_spans(runs: Iterable[Run], rows: int) -> list[Span]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any
 
-from mmray.features.editing.report import Edit, read_edits
-from mmray.features.hallucination.report import second_opinion
-from mmray.features.saliency.report import saliency
-from mmray.features.selectivity.report import label_analyses
+from mmray.features import FEATURES
 from mmray.neurons.scores import unit_of
 from mmray.report.concepts import concept_page, kin_of, number, read_concepts
 from mmray.report.definitions import definitions
 from mmray.report.maps import map_of
 from mmray.report.neurons import layer_profile, neuron_pages
+from mmray.report.section import Request, Section
 from mmray.runs.run import Run
 
 WHOLE = 1500
@@ -34,7 +33,7 @@ class Content:
     index: dict[str, Any]
     concepts: dict[str, dict[str, Any]]
     neurons: dict[str, dict[str, Any]]
-    edits: list[Edit]
+    sections: list[Section]
     captions: dict[str, str]
 
     @property
@@ -46,11 +45,19 @@ class Content:
     def samples(self) -> list[str]:
         """Return the samples of the run whose images the pages show."""
         shown = [name for part in self.parts.values() for name in samples_of(part)]
-        return list(dict.fromkeys([*shown, *self.explained()]))
+        return list(dict.fromkeys([*shown, *self.of_sections()]))
 
-    def explained(self) -> list[str]:
-        """Return the samples that the index itself shows: those whose words have saliency maps."""
-        return [row["id"] for row in self.index["saliency"]["words"]]
+    def of_sections(self) -> list[str]:
+        """Return the samples that the features' pages show, which load with the index."""
+        return [name for section in self.sections for name in section.samples]
+
+    def elsewhere(self) -> dict[str, set[str]]:
+        """Return the samples of other data whose images the pages show, by the data."""
+        found: dict[str, set[str]] = defaultdict(set)
+        for section in self.sections:
+            for data, names in section.elsewhere:
+                found[data] |= names
+        return found
 
 
 def samples_of(part: dict[str, Any]) -> list[str]:
@@ -61,7 +68,7 @@ def samples_of(part: dict[str, Any]) -> list[str]:
 def gather(run: Run, edits: Sequence[str] = (), limit: int | None = WHOLE) -> Content:
     """Return what a report on the run says, with the edits in these folders; `limit` concepts at most (None: all)."""
     maps = _maps(run)
-    by_concept, summary = _properties(run)
+    by_concept = _properties(run)
     captions = {row["sample_id"]: row for row in run.table("captions").to_pylist()}
     concepts = read_concepts(run, captions, {name: list(found) for name, found in maps.items()}, limit)
     kin = kin_of(concepts)
@@ -70,7 +77,10 @@ def gather(run: Run, edits: Sequence[str] = (), limit: int | None = WHOLE) -> Co
         for name, concept in concepts.items()
     }
     neurons = neuron_pages(run, concepts)
-    found = read_edits(run, edits)
+    asked = Request(run, edits)
+    sections: dict[str, Section] = {
+        name: resolve_name(feature.report)(asked) for name, feature in FEATURES.items() if feature.report
+    }
     known = [page for page in neurons.values() if page["concepts"]]
     known.sort(key=lambda page: (-len(page["concepts"]), page["neuron"]))
     index = {
@@ -84,14 +94,12 @@ def gather(run: Run, edits: Sequence[str] = (), limit: int | None = WHOLE) -> Co
             for page in known
         ],
         "layers": layer_profile(run, concepts),
-        "properties": summary,
-        "labels": label_analyses(run),
-        "opinions": second_opinion(run),
-        "saliency": saliency(run),
-        "edits": [edit.page() for edit in found],
         "failures": _failures(run),
+        **{name: section.page for name, section in sections.items()},
     }
-    return Content(index, pages, neurons, found, {name: row["caption"] for name, row in captions.items()})
+    return Content(
+        index, pages, neurons, list(sections.values()), {name: row["caption"] for name, row in captions.items()}
+    )
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -139,22 +147,18 @@ def _failures(run: Run) -> dict[str, Any]:
     }
 
 
-def _properties(run: Run) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
-    """Return the rows of `properties` by concept, and those over all concepts."""
+def _properties(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of `properties` that a concept's own page shows, by concept."""
     by_concept: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    summary = []
     table = run.optional("properties")
     for row in table.to_pylist() if table is not None else ():
-        concept = row.pop("concept")
-        kept = {name: number(value) if isinstance(value, float) else value for name, value in row.items()}
-        if concept is None:
-            summary.append(kept)
-        elif (row["property"], row["measure"]) in OF_CONCEPTS:
+        if row["concept"] is not None and (row["property"], row["measure"]) in OF_CONCEPTS:
             # Protocols are given once, next to the figures over all concepts.
-            by_concept[concept].append(
-                {name: value for name, value in kept.items() if name not in ("property", "protocol")}
+            kept = {name: value for name, value in row.items() if name not in ("concept", "property", "protocol")}
+            by_concept[row["concept"]].append(
+                {name: number(value) if isinstance(value, float) else value for name, value in kept.items()}
             )
-    return by_concept, summary
+    return by_concept
 
 
 def _maps(run: Run) -> dict[str, dict[str, dict[str, Any]]]:

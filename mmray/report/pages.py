@@ -12,21 +12,12 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from mmray.features import FEATURES
 from mmray.report.content import Content, samples_of
 from mmray.storage import Store
 
-SCRIPTS = (
-    "core.js",
-    "images.js",
-    "charts.js",
-    "lists.js",
-    "measured.js",
-    "labels.js",
-    "opinions.js",
-    "saliency.js",
-    "pages.js",
-    "start.js",
-)
+BEFORE = ("core.js", "images.js", "charts.js", "lists.js", "pages.js")
+"""Scripts that those of features build on; `start.js` comes last."""
 PLOTLY = "plotly.min.js"
 WRITERS = 16
 """Files that are written at once: each waits for the disk, or for S3."""
@@ -52,7 +43,7 @@ def write_pages(content: Content, images: Mapping[str, bytes], store: Store) -> 
         captions = {name: content.captions.get(name) for name in samples_of(part)}
         written[files[key]] = f"receive({_embedded(key)},{_embedded(part)},{_embedded(captions)})".encode()
     data = {"index": content.index, "parts": {}, "files": files, "images": places}
-    data["captions"] = {name: content.captions.get(name) for name in content.explained()}
+    data["captions"] = {name: content.captions.get(name) for name in content.of_sections()}
     written["data/index.js"] = f"var DATA = {_embedded(data)};".encode()
     written[PLOTLY] = _plotly().encode()
     with ThreadPoolExecutor(WRITERS) as pool:
@@ -65,9 +56,7 @@ def _page(content: Content, **more: Any) -> str:
     environment = Environment(undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_template("report.html"))
     title = content.index["run"]["name"].replace("&", "&amp;").replace("<", "&lt;")
-    return template.render(
-        title=title, style=_template("report.css"), scripts=[_template(name) for name in SCRIPTS], **more
-    )
+    return template.render(title=title, style=_template("report.css"), scripts=_scripts(), **more)
 
 
 def _embedded(value: Any) -> str:
@@ -80,6 +69,12 @@ def _embedded(value: Any) -> str:
 
 def _script(text: str) -> str:
     return text.replace("</script", "<\\/script")
+
+
+def _scripts() -> list[str]:
+    rooms = [feature.report.rpartition(".")[0] for feature in FEATURES.values() if feature.report]
+    own = [(resources.files(room) / "report.js").read_text(encoding="utf-8") for room in rooms]
+    return [*map(_template, BEFORE), *own, _template("start.js")]
 
 
 @cache

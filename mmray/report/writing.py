@@ -39,9 +39,8 @@ def write_report(
     """
     content = gather(run, edits, None if pages else WHOLE)
     pictures = run_pictures(run, content.samples())
-    for edit in content.edits:
-        wanted = {row["id"] for row in edit.captions} - set(pictures)
-        pictures |= data_pictures(run, edit.data, wanted)
+    for data, names in content.elsewhere().items():
+        pictures |= data_pictures(run, data, names - set(pictures))
     if pages:
         write_pages(content, pictures, open_store(pages))
         return f"{str(pages).rstrip('/')}/index.html"
@@ -62,9 +61,9 @@ def run_pictures(run: Run, wanted: Collection[str]) -> dict[str, bytes]:
     return _pictures(run, run.info["settings"]["data"], [shards[number] for number in sorted(by_shard)], names)
 
 
-def data_pictures(run: Run, data: str | None, wanted: Collection[str]) -> dict[str, bytes]:
+def data_pictures(run: Run, data: str, wanted: Collection[str]) -> dict[str, bytes]:
     """Return small pictures of samples of other data, with the run's columns; all of it is gone through."""
-    if not wanted or data is None:
+    if not wanted:
         return {}
     return _pictures(run, data, None, set(wanted))
 

@@ -2,7 +2,7 @@
 
 saliency/872f33d1080408c6/run.json             an analysis of the run, under the fingerprint of its settings
 selectivity/0b1c…/tests/run.json               a step of one
-edits/NAME/evaluations/51aa…/run.json          an analysis of one of the run's edits
+edits/NAME/evaluation/51aa…/run.json          an analysis of one of the run's edits
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmray.errors import DamagedError, InputError
+from mmray.features import FEATURES, command_for, table_schemas
 from mmray.neuron_names import parse_neuron
 from mmray.runs import RunFolder
-from mmray.runs.derived import MADE_BY, TABLES
 from mmray.runs.home import resolve_settings
 from mmray.runs.lease import Driver, last_driver
 from mmray.runs.receipts import NOTHING, Cost, cost, receipts_digest, skipped
@@ -90,8 +90,8 @@ class Run:
 
     def table(self, name: str) -> pa.Table:
         """Return one of the run's tables; raises InputError for an unknown one or a run without its tables yet."""
-        if name not in TABLES:
-            raise InputError(f"there is no table {name!r}; a run has {', '.join(TABLES)}")
+        if name not in (known := table_schemas()):
+            raise InputError(f"unknown table {name!r}; a run has {', '.join(known)}")
         if name not in self._tables:
             try:
                 self._tables[name] = self._read(name)
@@ -99,9 +99,9 @@ class Run:
                 raise InputError(str(error)) from error
             except FileNotFoundError:
                 why = (
-                    f"make it: {MADE_BY[name]}"
-                    if name in MADE_BY
-                    else "the census has not ended: run it again to go on"
+                    "the census has not ended: run it again to resume"
+                    if name in FEATURES[CENSUS].tables
+                    else f"make it: {command_for(name)}"
                 )
                 raise InputError(f"{self.uri}: no table {name!r} yet; {why}") from None
         return self._tables[name]
@@ -145,7 +145,8 @@ class Run:
         try:
             return read_table(self.folder.store, name)
         except DamagedError as error:
-            remedy = f"make it again: {MADE_BY[name]}" if name in MADE_BY else "the same census makes it again"
+            by_census = name in FEATURES[CENSUS].tables
+            remedy = "the same census makes it again" if by_census else f"make it again: {command_for(name)}"
             raise DamagedError(f"{error}; {remedy}") from error
 
     def sql(self, query: str) -> pa.Table:
@@ -154,7 +155,7 @@ class Run:
 
         with duckdb.connect() as connection:
             connection.execute("SET enable_external_access = false")
-            for name in TABLES:
+            for name in table_schemas():
                 if name in query.casefold():
                     connection.register(name, self.table(name))
             try:

@@ -79,7 +79,7 @@ class _Verification:
         infos = [self._info(folder) for folder in self.job.folders]
         self.settings = next((info["settings"] for info in infos if "settings" in info), {})
         made_from = self._tables()
-        if self.job.feature.name == "making":
+        if self.job.feature.name == "editing":
             self._edit(self.job.tables)
         for folder, info in zip(self.job.folders, infos, strict=True):
             if info:

@@ -33,10 +33,11 @@ from mmray.engine import Output, Parts, Plan
 from mmray.features.census.job import DECODED, CensusJob, Context
 from mmray.features.census.reduction import SUMS
 from mmray.features.census.settings import census_settings
+from mmray.features.census.tables import PARTS, TABLES
 from mmray.neurons.concepts import NounSource
 from mmray.runs import RunFolder
 from mmray.runs.snapshots import SnapshotWriter
-from mmray.runs.tables import PART_SCHEMAS, SCHEMAS, list_column, vector_column
+from mmray.runs.tables import list_column, vector_column
 from mmray.storage import LocalStore
 
 WIDTHS = (64, 64)
@@ -126,7 +127,7 @@ def simulate(folder: RunFolder, count: int) -> None:
     words = pa.array([["a"]] * neurons, pa.list_(pa.string()))
     with writes, ThreadPoolExecutor(4) as pool:
         decoding = RunFolder(LocalStore(Path(folder.store.uri) / "decoding"))
-        decoded = {DECODED: pa.table({"tokens": words, "suppressed": words}), "errors": SCHEMAS["errors"].empty_table()}
+        decoded = {DECODED: pa.table({"tokens": words, "suppressed": words}), "errors": TABLES["errors"].empty_table()}
         decoding.commit_shard(0, decoded, 0, 0.0)
         kinds = [shard_tables(number, random) for number in range(min(count, 16))]
         list(pool.map(lambda number: folder.commit_shard(number, kinds[number % 16], SAMPLES, 1.0), range(count)))
@@ -145,13 +146,13 @@ def shard_tables(number: int, random: np.random.Generator) -> dict[str, pa.Table
         for _ in names
     ]
     distinct = sorted(set(names))
-    schema = PART_SCHEMAS["concepts"]
+    schema = PARTS["concepts"]
 
     def lists(kind: pa.DataType, rows: int) -> pa.ListArray:
         return list_column(random.normal(size=(rows, neurons)), kind)
 
     def column(name: str, part: str, rows: int) -> pa.ListArray:
-        return lists(PART_SCHEMAS[part].field(name).type, rows)
+        return lists(PARTS[part].field(name).type, rows)
 
     concepts = [
         pa.array(distinct),
@@ -168,7 +169,7 @@ def shard_tables(number: int, random: np.random.Generator) -> dict[str, pa.Table
     activity["module"] = ["language"] * 2
     sums = {name: column(name, "activity", 2) for name in ("n_active", "sum", "sum_squares")}
     ranks = [(sign, rank) for sign in (1, -1) for rank in range(1, 6)]
-    picks = list_column(random.integers(0, SAMPLES, (10, neurons)), PART_SCHEMAS["examples"].field("sample").type)
+    picks = list_column(random.integers(0, SAMPLES, (10, neurons)), PARTS["examples"].field("sample").type)
     examples = {
         "sign": pa.array([sign for sign, _ in ranks], pa.int8()),
         "rank": pa.array([rank for _, rank in ranks], pa.int16()),
@@ -183,23 +184,23 @@ def shard_tables(number: int, random: np.random.Generator) -> dict[str, pa.Table
                 {"sample_id": name, "caption": caption, "source": "dataset", "language": "en", "shard_id": number}
                 for name in samples
             ],
-            schema=PART_SCHEMAS["captions"],
+            schema=PARTS["captions"],
         ),
         "occurrences": pa.Table.from_pylist(
             [
                 {"sample_id": sample, "concept": name, "token": "x", "token_id": 1, "position": 1, "neurons": listed}
                 for sample, name, listed in zip(samples, names, best, strict=True)
             ],
-            schema=PART_SCHEMAS["occurrences"],
+            schema=PARTS["occurrences"],
         ),
-        "errors": PART_SCHEMAS["errors"].empty_table(),
+        "errors": PARTS["errors"].empty_table(),
         "concepts": pa.Table.from_arrays(concepts, schema=schema),
         "totals": pa.Table.from_arrays(
             [pa.array([SAMPLES], pa.int64()), column("score", "totals", 1), column("score_squares", "totals", 1)],
-            schema=PART_SCHEMAS["totals"],
+            schema=PARTS["totals"],
         ),
-        "activity": pa.table(activity | sums, schema=PART_SCHEMAS["activity"]),
-        "examples": pa.table(examples, schema=PART_SCHEMAS["examples"]),
+        "activity": pa.table(activity | sums, schema=PARTS["activity"]),
+        "examples": pa.table(examples, schema=PARTS["examples"]),
     }
 
 

@@ -23,11 +23,11 @@ from mmray.features.saliency.methods import METHODS, Looked
 from mmray.features.saliency.observations import draw_maps, observations
 from mmray.features.saliency.questions import look_at
 from mmray.features.saliency.summary import summarise_saliency
+from mmray.features.saliency.tables import PARTS
 from mmray.models.norms import token_logits
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.token_positions import places_of
-from mmray.runs.derived import SALIENCY_SCHEMAS
 
 SEED = 880_000
 BATCH = 10
@@ -86,7 +86,7 @@ def main(
         looked, boxes = looked_at(joint, world, chosen[start : start + BATCH])
         for row in observations(looked, draw_maps(looked, methods.split(",")), boxes, erased=erased):
             rows.append(row | {"sample_id": f"{start}-{row['sample_id']}"})
-    table = summarise_saliency(pa.Table.from_pylist(rows, schema=SALIENCY_SCHEMAS["observations"]))
+    table = summarise_saliency(pa.Table.from_pylist(rows, schema=PARTS["observations"]))
     for row in table.to_pylist():
         print(
             f"{row['measure']:<18}{row['method']:<18}{row['value']:>7.3f}  "

@@ -19,10 +19,10 @@ from mmray.engine import units as engine_units
 from mmray.engine.units import UnitRunner, WorkOrder
 from mmray.features.census import inputs, job
 from mmray.features.census.settings import census_settings
+from mmray.features.census.tables import PARTS
 from mmray.neurons.concepts import NounSource
 from mmray.runs import RunFolder
 from mmray.runs import driver as runs_driver
-from mmray.runs.tables import PART_SCHEMAS
 from mmray.storage import Entry, Store, open_store
 from tests.storage.broken import Appended, ReceiptFirst
 from tests.storage.stores import Wrapped
@@ -133,7 +133,7 @@ def within_a_commit(store: Store) -> bool:
     for entry in [*store.list("shards/"), *store.list("receipts/")]:
         shard = entry.key.split("/")[1].removesuffix(".json")
         found[shard] = found.get(shard, 0) + 1
-    return any(1 < count < len(PART_SCHEMAS) for count in found.values())  # all but `decoded`, and the receipt
+    return any(1 < count < len(PARTS) for count in found.values())  # all but `decoded`, and the receipt
 
 
 @contextmanager

@@ -11,10 +11,11 @@ import pytest
 from mmray.engine import Progress
 from mmray.errors import InputError
 from mmray.features.census.job import Outcome
+from mmray.features.census.tables import PARTS, TABLES
 from mmray.runs import RunFolder
 from mmray.runs.lease import this_process
 from mmray.runs.run import open_run
-from mmray.runs.tables import PART_SCHEMAS, SCHEMAS, read_table
+from mmray.runs.tables import read_table
 from mmray.storage import open_store
 from tests.e2e.scenes import scenes, write
 from tests.running import census_here
@@ -55,7 +56,7 @@ def check(outcome: Outcome) -> None:
 
 
 def same_tables(run: Path, whole: Path) -> None:
-    for name in SCHEMAS:
+    for name in TABLES:
         assert open_run(run).table(name).equals(open_run(whole / "run").table(name)), name
 
 
@@ -101,7 +102,7 @@ def refused_once(again: Callable[[], None], *said: str) -> None:
     again()
 
 
-@pytest.mark.parametrize("name", [name for name in PART_SCHEMAS if name != "decoded"])
+@pytest.mark.parametrize("name", [name for name in PARTS if name != "decoded"])
 def test_a_flipped_bit_in_a_part(run: Path, whole: Path, again: Callable[[], None], name: str) -> None:
     flip(part(run, 1, name))
     unmerge(run)
@@ -109,7 +110,7 @@ def test_a_flipped_bit_in_a_part(run: Path, whole: Path, again: Callable[[], Non
     same_tables(run, whole)
 
 
-@pytest.mark.parametrize("names", [("concepts",), tuple(name for name in PART_SCHEMAS if name != "decoded")])
+@pytest.mark.parametrize("names", [("concepts",), tuple(name for name in PARTS if name != "decoded")])
 def test_parts_of_another_shard(run: Path, whole: Path, again: Callable[[], None], names: tuple[str, ...]) -> None:
     exchange(run, *names)
     unmerge(run)

@@ -18,9 +18,9 @@ from mmray.errors import InputError
 from mmray.features.census import job
 from mmray.features.census.job import run_census
 from mmray.features.census.settings import CensusSettings, census_settings
+from mmray.features.census.tables import TABLES
 from mmray.runs import RunFolder
 from mmray.runs.run import Run, open_run
-from mmray.runs.tables import SCHEMAS
 from mmray.storage import Entry, LocalStore, open_store
 from tests.cluster.kills import cheap_processes, folders_of, within_a_commit, work
 from tests.e2e.scenes import scenes, write
@@ -67,7 +67,7 @@ load_once = cache(job.load_model)
 def same_tables(ours: Run, theirs: Run) -> None:
     samples = ours.table("captions")["sample_id"].to_pylist()
     assert len(samples) == len(set(samples))
-    for name in SCHEMAS:
+    for name in TABLES:
         assert ours.table(name).equals(theirs.table(name)), name
 
 
@@ -133,7 +133,7 @@ def test_a_worker_that_wakes_after_its_shard_was_redone(settings: CensusSettings
         os.kill(sleeper.pid or 0, signal.SIGSTOP)
         assert within_a_commit(open_store(out))
         assert run(here)
-        tables = {name: open_run(out).table(name) for name in SCHEMAS}
+        tables = {name: open_run(out).table(name) for name in TABLES}
         committed = {entry.key: open_store(out).read(entry.key) for entry in committed_objects(out)}
         os.kill(sleeper.pid or 0, signal.SIGCONT)
         sleeper.join(60)

@@ -18,7 +18,7 @@ from mmray.errors import InputError, ShardError
 from mmray.features.selectivity import job as selectivity_job
 from mmray.features.selectivity.driver import run_selectivity
 from mmray.features.selectivity.settings import selectivity_settings
-from mmray.features.selectivity.tables import LABEL_SCHEMAS
+from mmray.features.selectivity.tables import TABLES
 from mmray.runs.lease import driving
 from mmray.runs.run import open_run
 from mmray.storage import open_store
@@ -171,7 +171,7 @@ def test_a_damaged_table_is_told_and_made_anew(run: Path, tmp_path: Path, caplog
     assert "selectivity/00000.parquet" in caplog.text
     assert "run those again, too" in caplog.text
     assert kinds(tmp_path / "run") == {"domain"}
-    for name in LABEL_SCHEMAS:
+    for name in TABLES:
         open_run(tmp_path / "run").optional(name)
 
 

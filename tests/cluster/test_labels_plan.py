@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 
 from mmray.errors import InputError
+from mmray.features.census.tables import TABLES
 from mmray.features.selectivity.plan import LabelPlan, plan_labels
 from mmray.features.selectivity.settings import selectivity_settings
-from mmray.runs.tables import SCHEMAS
 
 IMAGES = 40
 
@@ -20,7 +20,7 @@ class Known:
     uri = "runs/known"
 
     def __init__(self, rows: list[dict[str, Any]], columns: list[str] | None = None) -> None:
-        captions = pa.Table.from_pylist([{"shard_id": 0, **row} for row in rows], schema=SCHEMAS["captions"])
+        captions = pa.Table.from_pylist([{"shard_id": 0, **row} for row in rows], schema=TABLES["captions"])
         self.tables = {"captions": captions.select(columns or captions.column_names)}
         self.info = {"settings": {"model": "demo", "data": "none", "out": "nowhere"}}
 
@@ -62,7 +62,7 @@ def test_captions_of_an_image_are_drawn_again_together():
 
 
 def test_a_run_without_images_digests_goes_by_samples():
-    columns = [name for name in SCHEMAS["captions"].names if name != "image"]
+    columns = [name for name in TABLES["captions"].names if name != "image"]
     plan = planned(rows(), columns, interventions=True, held_out=0.4)
     assert all(name == image for name, image in plan.images.items())
     assert plan.held_out

@@ -19,7 +19,7 @@ from mmray.features.hallucination.inputs import Asked
 from mmray.features.hallucination.job import HallucinationJob
 from mmray.features.hallucination.perturb_job import PerturbJob
 from mmray.features.hallucination.settings import opinion_settings, perturbation_settings
-from mmray.runs.derived import DERIVED
+from mmray.features.hallucination.tables import TABLES
 from mmray.runs.run import open_run
 from mmray.runs.tables import read_table
 from mmray.storage import open_store
@@ -97,7 +97,7 @@ def test_claims_are_tables_of_the_run_and_a_stopped_one_goes_on(run):
     again = run_job(HallucinationJob(asked(run)))
     opened = open_run(run)
     for name in MADE:
-        assert opened.table(name).schema.names == DERIVED[name].names
+        assert opened.table(name).schema.names == TABLES[name].names
     claims = opened.table("claims")
     assert len(claims) == done.headline["rows"] == again.headline["rows"]
     assert again.headline["measures"] == done.headline["measures"]

@@ -10,11 +10,11 @@ import yaml
 
 from mmray.demo import EVALUATION
 from mmray.errors import InputError
+from mmray.features import table_schemas
 from mmray.features.editing import job as editing_job
 from mmray.features.editing.edit import open_edit
 from mmray.features.editing.methods import make_edit
 from mmray.features.pipeline.job import Pipeline
-from mmray.runs.derived import TABLES
 from mmray.runs.run import open_run
 from mmray.runs.snapshots import snapshots
 from tests.e2e.conftest import mmray as mmray_command
@@ -62,7 +62,7 @@ def test_edits_lie_in_the_run_and_tables_tell_of_them(done: Pipeline, settings: 
     run = open_run(settings["census"]["out"])
     assert run.table("edits")["edit"].to_pylist() == ["swap", "gone"]
     for name in ("edits", "evaluations", "edit_captions"):
-        assert run.table(name).schema.names == TABLES[name].names
+        assert run.table(name).schema.names == table_schemas()[name].names
         assert set(run.table(name)["edit"].to_pylist()) == {"swap", "gone"}
     for name, measures in done.measures.items():
         rows = {row["measure"]: row for row in run.table("evaluations").to_pylist() if row["edit"] == name}
@@ -184,7 +184,7 @@ def test_steps_are_analyses_of_the_run_and_resume(concepts: tuple[Path, list[str
     done = pipeline_here({"census": census, "steps": steps})
     assert list(done.steps) == ["selectivity", "selectivity 2", "select", "properties"]
     assert done.complete
-    assert {"selectivity", "properties"} <= {name for name in TABLES if done.run.optional(name) is not None}
+    assert {"selectivity", "properties"} <= {name for name in table_schemas() if done.run.optional(name) is not None}
     # What an earlier step has written of the same tables stays.
     assert set(done.run.table("selectivity")["label_kind"].to_pylist()) == {"domain", "language"}
     parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("shards/*/*.parquet")}

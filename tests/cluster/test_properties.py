@@ -12,7 +12,7 @@ from mmray.errors import InputError
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.protocols import PROTOCOLS
 from mmray.features.properties.settings import property_settings
-from mmray.runs.derived import DERIVED
+from mmray.features.properties.tables import TABLES
 from mmray.runs.run import open_run
 from tests.e2e.conftest import Answer
 from tests.e2e.conftest import mmray as mmray_command
@@ -53,7 +53,7 @@ def test_tables_have_their_columns_and_every_measure_its_protocol(run):
     assert done.headline["heatmaps"] == len(open_run(run).table("heatmaps"))
     found = tables(run)
     for name, table in found.items():
-        assert table.schema.names == DERIVED[name].names
+        assert table.schema.names == TABLES[name].names
         assert len(table)
     rows = found["properties"].to_pylist()
     assert {row["measure"] for row in rows} | {"bertscore", "clipscore"} == set(PROTOCOLS)

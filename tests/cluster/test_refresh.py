@@ -14,8 +14,8 @@ from mmray.demo import DATA
 from mmray.errors import InputError
 from mmray.features.census.refresh import Refreshed, refresh_run
 from mmray.features.census.shard import ShardAnalysis
+from mmray.features.census.tables import TABLES
 from mmray.runs.run import open_run
-from mmray.runs.tables import SCHEMAS
 from tests.cluster.test_worker import files
 from tests.data.making import write_coco, write_csv, write_jsonl
 from tests.e2e.scenes import scenes
@@ -259,7 +259,7 @@ def test_a_refresh_may_die_at_any_moment(model: Path, add: Callable[..., None], 
         drifts.add((out / "refreshes" / "000001" / "drift.json").read_text())
         assert not (out / "refreshes" / "000002").exists()
         assert done.outcome.samples == 8
-        for name in SCHEMAS:
+        for name in TABLES:
             assert run.table(name).equals(expected.setdefault(name, run.table(name))), (name, change)
         if not died:
             assert change > 20

@@ -24,8 +24,8 @@ from mmray.features.saliency.methods import METHODS, OF_BOXES
 from mmray.features.saliency.observations import CHANCE
 from mmray.features.saliency.settings import saliency_settings
 from mmray.features.saliency.summary import PROTOCOLS
+from mmray.features.saliency.tables import TABLES
 from mmray.models.loading import digest
-from mmray.runs.derived import DERIVED
 from mmray.runs.run import open_run
 from mmray.storage import open_store
 from tests.e2e.conftest import Answer
@@ -62,7 +62,7 @@ def test_tables_have_their_columns_every_method_and_measure(run):
     assert done.complete and done.headline["images"] == 3
     found = tables(run)
     for name, table in found.items():
-        assert table.schema.names == DERIVED[name].names and len(table)
+        assert table.schema.names == TABLES[name].names and len(table)
     rows = found["saliency"].to_pylist()
     assert {(row["measure"], row["method"]) for row in rows} == {
         *((measure, method) for measure in PROTOCOLS for method in METHODS),

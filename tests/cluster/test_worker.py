@@ -19,9 +19,9 @@ from mmray.errors import InputError, StorageError
 from mmray.features.census.job import CensusJob
 from mmray.features.census.settings import census_settings
 from mmray.features.census.shard import ShardAnalysis
+from mmray.features.census.tables import TABLES
 from mmray.runs import RunFolder
 from mmray.runs.run import Run, open_run
-from mmray.runs.tables import SCHEMAS
 from mmray.storage import LocalStore, open_store
 from tests.running import census_here
 
@@ -91,7 +91,7 @@ def test_a_shard_that_fails_twice_is_committed_at_the_third_attempt(
     assert outcome.complete
     assert not failures
     assert outcome.samples == undisturbed.samples
-    for name in SCHEMAS:
+    for name in TABLES:
         assert open_run(tmp_path / "run").table(name).equals(open_run(tmp_path / "undisturbed").table(name)), name
 
 
@@ -105,8 +105,8 @@ def test_a_run_of_which_every_shard_is_quarantined(
     outcome = census_here(model, str(data), tmp_path / "run", shard_size=8)
     assert outcome.quarantined == dict.fromkeys(range(3), "given up after 3 attempts: ValueError: never")
     opened = open_run(tmp_path / "run")
-    for name in SCHEMAS:
-        assert opened.table(name).schema.names == SCHEMAS[name].names
+    for name in TABLES:
+        assert opened.table(name).schema.names == TABLES[name].names
     with pytest.raises(InputError, match="no concept 'dog'"):
         opened.rank("dog")
 
@@ -161,7 +161,7 @@ def test_a_finished_run_is_left_as_it_is(model: Path, data: Path, tmp_path: Path
 def test_a_driver_that_died_while_merging_is_made_good(model: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     census_here(model, str(data), out, shard_size=8)
-    tables = {name: open_run(out).table(name) for name in SCHEMAS}
+    tables = {name: open_run(out).table(name) for name in TABLES}
     before = files(out)
     # Some of its tables were written, and none were visible yet.
     (snapshot,) = (out / "snapshots" / "census").glob("*.json")

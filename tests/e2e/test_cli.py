@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmray.demo import DATA
+from mmray.features.census.tables import TABLES
 from mmray.runs.run import Run
-from mmray.runs.tables import SCHEMAS
 from tests.e2e.conftest import Answer
 from tests.e2e.scenes import bad_samples, scenes, write
 
@@ -220,14 +220,14 @@ def test_json_of_a_census(mmray: Mmray, tiny: Callable[[str], Path], tmp_path: P
 def test_json_of_what_is_read(mmray: Mmray, run: Run) -> None:
     status = json.loads(mmray("status", run.uri, "--json").out)
     assert (status["samples_done"], status["failures"], status["finished"], status["pending"]) == (24, 2, True, 0)
-    assert set(status["first_failures"][0]) == set(SCHEMAS["errors"].names)
+    assert set(status["first_failures"][0]) == set(TABLES["errors"].names)
     concept = next(iter(run.concepts))
     for by in ("score", "specific", "selective", "share"):
         ranked = json.loads(mmray("rank", run.uri, concept, "--k", 3, "--by", by, "--json").out)
         assert ranked == run.rank(concept, 3, by).to_pylist()
-        assert set(ranked[0]) == set(SCHEMAS["rankings"].names)
+        assert set(ranked[0]) == set(TABLES["rankings"].names)
     facts = json.loads(mmray("neuron", run.uri, ranked[0]["neuron"], "--json").out)
-    assert set(facts) == {*SCHEMAS["neurons"].names, "concepts", "examples"}
+    assert set(facts) == {*TABLES["neurons"].names, "concepts", "examples"}
     assert {row["sign"] for row in facts["examples"]} == {1, -1}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.runs.tables import SCHEMAS
+from mmray.features.census.tables import TABLES
 from tests.e2e.scenes import bad_samples, write
 
 pytestmark = pytest.mark.slow
@@ -37,7 +37,7 @@ def test_a_census_on_its_own_ray_keeps_the_terminal_clean(tiny: Callable[[str], 
     assert (told["failures"], told["skipped"]) == (2, {"no noun": 1})
     # Nothing of Ray's: where there is no terminal, progress is a line a minute and one at the end.
     assert re.fullmatch(r"12 of 12 samples, .* 2 failed.*\n", answer.stderr)
-    for name, schema in SCHEMAS.items():
+    for name, schema in TABLES.items():
         assert pq.read_table(out / "tables" / f"{name}.parquet").schema.names == schema.names, name
 
 

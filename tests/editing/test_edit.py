@@ -12,8 +12,8 @@ import mmray
 from mmray.errors import InputError
 from mmray.features.editing.checkpoint import write_checkpoint
 from mmray.features.editing.edit import Purpose, WeightEdit, open_edit
+from mmray.features.editing.files import CAPTIONS_FILE, EVALUATION_FILE
 from mmray.models.loading import digest, load
-from mmray.runs.tables import CAPTIONS_FILE, EVALUATION_FILE
 from tests.models.test_interventions import logits, weights
 
 FAMILIES = ["llava", "qwen3_vl_moe", "blip2_opt", "blip2_t5", "gemma3", "mllama"]

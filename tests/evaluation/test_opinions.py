@@ -26,11 +26,11 @@ from mmray.features.hallucination.perturb_answers import Mover, drawn_move
 from mmray.features.hallucination.perturb_measures import changes
 from mmray.features.hallucination.second_opinion import SecondOpinion
 from mmray.features.hallucination.settings import perturbation_settings
+from mmray.features.hallucination.tables import TABLES
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.objects.answers import value_of
 from mmray.objects.naming import Naming
 from mmray.objects.statistics import gather_facts
-from mmray.runs.derived import DERIVED
 from tests.perception.owls import build_owl
 
 CLAIM = st.tuples(st.integers(0, 4), st.booleans(), st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.95, 1.0]))
@@ -58,7 +58,7 @@ def table(rows):
         }
         for sample, present, confidence in rows
     ]
-    return pa.Table.from_pylist(claims, schema=DERIVED["claims"])
+    return pa.Table.from_pylist(claims, schema=TABLES["claims"])
 
 
 @given(st.lists(CLAIM, min_size=1, max_size=30))
@@ -151,7 +151,7 @@ def test_what_cannot_be_read_is_counted_and_in_no_other_figure():
     rows += [answer("steps", "question", value, str(n)) for n, value in enumerate((7.0, 9.0, None))]
     found = {
         (row["condition"], row["measure"]): row
-        for row in changes(pa.Table.from_pylist(rows, schema=DERIVED["answers"]), 20, 0)
+        for row in changes(pa.Table.from_pylist(rows, schema=TABLES["answers"]), 20, 0)
     }
     assert found["steps", "unparsable"]["value"] == pytest.approx(1 / 3)
     assert (found["steps", "shift"]["value"], found["steps", "shift"]["n"]) == (3.0, 1)
@@ -164,7 +164,7 @@ def test_only_answers_that_were_right_before_can_follow():
     rows += [answer(f"random {n}", about, 1.0) for n in (1, 2) for about in ("source", "target", "unrelated")]
     found = {
         (row["condition"], row["about"], row["measure"]): row
-        for row in changes(pa.Table.from_pylist(rows, schema=DERIVED["answers"]), 20, 0)
+        for row in changes(pa.Table.from_pylist(rows, schema=TABLES["answers"]), 20, 0)
     }
     assert (found["steps", None, "followed"]["value"], found["steps", None, "followed"]["n"]) == (1.0, 1)
     assert ("steps", "target", "followed") not in found

@@ -21,10 +21,10 @@ from mmray.features.properties.observations import Key, Observations, summarise
 from mmray.features.properties.probe import Probe
 from mmray.features.properties.settings import DECODED, MOST, RANKINGS, property_settings
 from mmray.features.properties.subject import Facts, Ranked, Study, Subject
+from mmray.features.properties.tables import PARTS
 from mmray.models.parts import output_rows
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.scoring import score_batch
-from mmray.runs.derived import PROPERTY_SCHEMAS
 from tests.cluster.test_evaluation import samples_of
 from tests.neurons.making import LEXICON, samples, settings
 
@@ -216,7 +216,7 @@ def test_means_are_sums_over_images_in_any_order(rows, random):
     random.shuffle(order)
     shuffled = found.tables()["observations"].take(pa.array(order))
     assert summarise(shuffled, 20, 0) == table
-    assert shuffled.schema == PROPERTY_SCHEMAS["observations"]
+    assert shuffled.schema == PARTS["observations"]
 
 
 def test_clipscore_is_two_and_a_half_times_the_cosine():

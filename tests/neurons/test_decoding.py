@@ -10,10 +10,10 @@ import torch
 from mmray.features.census import decoding
 from mmray.features.census.decoding import DECODED, decode_neurons, written
 from mmray.features.census.merging import RunMerge
+from mmray.features.census.tables import PARTS
 from mmray.models.generation import token_text
 from mmray.models.loading import load
 from mmray.models.parts import output_rows, unembedding_rows
-from mmray.runs.tables import PART_SCHEMAS
 from tests.neurons.making import analyse, samples
 
 
@@ -30,7 +30,7 @@ def test_tokens_are_the_ends_of_the_projection(open_model, monkeypatch, variant,
     # Neurons are decoded in many blocks, the last of them smaller.
     monkeypatch.setattr(decoding, "CHUNK", 7 * len(model.tokenizer))
     table = decode_neurons(model, fold_norm=folded)
-    assert table.schema.equals(PART_SCHEMAS["decoded"])
+    assert table.schema.equals(PARTS["decoded"])
     unembedding = unembedding_rows(model.network, model.parts).double()
     count = min(len(model.tokenizer), len(unembedding))
     expected = []

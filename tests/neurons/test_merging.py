@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from mmray.data.samples import Sample
 from mmray.features.census.merging import RunMerge, _Examples
 from mmray.features.census.ranking import Shares, locate_index
+from mmray.features.census.tables import PARTS, TABLES
 from mmray.features.census.topk_counts import ConceptImages
 from mmray.neurons.statistics import EXAMPLES
-from mmray.runs.tables import PART_SCHEMAS, SCHEMAS
 from tests.neurons.making import CAPTIONS, analyse, merged, picture, png, sample, samples
 
 TOP = 4
@@ -38,7 +38,7 @@ def tables(open_model, shards):
 def test_tables_have_the_schemas_that_readers_know(tables):
     assert tables.keys() == {"rankings", "neurons", "activity", "examples"}
     for name, table in tables.items():
-        assert table.schema.equals(SCHEMAS[name])
+        assert table.schema.equals(TABLES[name])
         assert len(table) > 0
 
 
@@ -165,7 +165,7 @@ def test_nothing_merged_gives_empty_tables(open_model):
         "activity": 0,
         "examples": 0,
     }
-    assert PART_SCHEMAS.keys() >= {"concepts", "totals", "activity", "examples"}
+    assert PARTS.keys() >= {"concepts", "totals", "activity", "examples"}
 
 
 def of_few_images() -> list[Sample]:

@@ -20,8 +20,8 @@ from mmray.features.saliency.measures import (
 )
 from mmray.features.saliency.questions import ask, look_at
 from mmray.features.saliency.summary import summarise_saliency
+from mmray.features.saliency.tables import PARTS
 from mmray.neurons.heatmaps import SIDE
-from mmray.runs.derived import SALIENCY_SCHEMAS
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 sides = st.floats(0.2, 0.5)
@@ -113,7 +113,7 @@ def rows(samples: int) -> list[dict[str, object]]:
 
 
 def table(found: list[dict[str, object]]) -> pa.Table:
-    return pa.Table.from_pylist(found, schema=SALIENCY_SCHEMAS["observations"])
+    return pa.Table.from_pylist(found, schema=PARTS["observations"])
 
 
 def test_measures_are_means_and_one_threshold_serves_all_images():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 from PIL import Image
 
-from mmray.runs.derived import DERIVED
+from mmray.features import table_schemas
 from mmray.runs.run import open_run
 from tests.running import write_table
 
@@ -33,4 +33,4 @@ def add_judgements(out: Path) -> None:
         "mistakes": [claim | {"confidence": 0.1, "log_prob": -0.2, "picture": picture.getvalue()}] * 3,
     }
     for name, rows in tables.items():
-        write_table(run.uri, name, pa.Table.from_pylist(rows, schema=DERIVED[name]))
+        write_table(run.uri, name, pa.Table.from_pylist(rows, schema=table_schemas()[name]))

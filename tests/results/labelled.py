@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmray.features.selectivity.tables import LABEL_SCHEMAS
+from mmray.features.selectivity.tables import TABLES
 from tests.running import write_table
 
 LABELS = ("en", "<b>%{x}</b>")
@@ -25,7 +25,7 @@ def add_labels(run: Path) -> None:
         "stages": _stages(),
     }
     for name, found in rows.items():
-        write_table(run, name, pa.Table.from_pylist(found, schema=LABEL_SCHEMAS[name]))
+        write_table(run, name, pa.Table.from_pylist(found, schema=TABLES[name]))
 
 
 def _neurons(facts: dict[str, str]) -> list[dict[str, Any]]:

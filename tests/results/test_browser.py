@@ -168,7 +168,7 @@ def test_both_themes(page):
 def test_nothing_is_wider_than_the_window(page, width):
     page.set_viewport_size({"width": width, "height": 800})
     hashes = page.eval_on_selector_all("nav a", "links => links.map((link) => link.getAttribute('href'))")
-    assert {"#/", "#/labels", "#/saliency", "#/opinions"} <= set(hashes)
+    assert {"#/", "#/selectivity", "#/saliency", "#/hallucination"} <= set(hashes)
     for hash in (*hashes, "#/concept/dog", "#/failures"):
         page.evaluate(f"location.hash = '{hash}'")
         page.wait_for_timeout(150)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from mmray.errors import InputError
 from mmray.features.census.drift import compare, rank_biased_overlap, spearman
+from mmray.features.census.tables import TABLES
 from mmray.features.census.view import drift as terminal_drift
 from mmray.runs.run import Run
-from mmray.runs.tables import SCHEMAS
 from tests.results.test_terminal import shown
 
 RANKINGS = st.lists(st.sampled_from("abcdefghijklmnop"), unique=True, max_size=16)
@@ -39,7 +39,7 @@ def rankings(*concepts: tuple[str, list[int]]) -> pa.Table:
         for concept, units in concepts
         for rank, unit in enumerate(units, 1)
     ]
-    return pa.Table.from_pylist(rows, schema=SCHEMAS["rankings"])
+    return pa.Table.from_pylist(rows, schema=TABLES["rankings"])
 
 
 def neurons(mean: list[float], active: list[int], std: float = 2.0) -> pa.Table:
@@ -47,7 +47,7 @@ def neurons(mean: list[float], active: list[int], std: float = 2.0) -> pa.Table:
         {"neuron": f"L0.u{unit}", "n_tokens": 100, "n_active": active[unit], "mean": mean[unit], "std": std}
         for unit in range(len(mean))
     ]
-    return pa.Table.from_pylist(rows, schema=SCHEMAS["neurons"])
+    return pa.Table.from_pylist(rows, schema=TABLES["neurons"])
 
 
 def kept(*concepts: tuple[str, list[int]], digest: str = "m", **of_neurons: Any) -> Kept:

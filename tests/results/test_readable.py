@@ -9,13 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.runs.derived import TABLES
+from mmray.features import table_schemas
+from mmray.features.census.tables import TABLES
 from mmray.runs.run import Run, open_run
-from mmray.runs.tables import SCHEMAS, from_bytes, to_bytes
+from mmray.runs.tables import from_bytes, to_bytes
 from tests.e2e.scenes import scenes, write
 from tests.running import census_here
 
 datasets = pytest.importorskip("datasets")
+
+SCHEMAS = table_schemas()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", TABLES)
 def test_datasets_loads_every_table(run: Run, labelled: Run, name: str, tmp_path: Path) -> None:
     for opened in (run, labelled):
         file = f"{opened.uri}/tables/{name}.parquet"
@@ -52,20 +55,20 @@ def test_datasets_loads_every_table(run: Run, labelled: Run, name: str, tmp_path
 
 @pytest.mark.usefixtures("quiet")
 def test_an_empty_file_among_others_is_no_error(tmp_path: Path) -> None:
-    rows = pa.Table.from_pylist([{"stage": "read", "message": "no caption"}], schema=SCHEMAS["errors"])
-    for number, table in enumerate((SCHEMAS["errors"].empty_table(), rows)):
+    rows = pa.Table.from_pylist([{"stage": "read", "message": "no caption"}], schema=TABLES["errors"])
+    for number, table in enumerate((TABLES["errors"].empty_table(), rows)):
         (tmp_path / f"{number}.parquet").write_bytes(to_bytes(table))
     files = sorted(map(str, tmp_path.glob("*.parquet")))
     loaded = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"), split="train")
     assert list(loaded) == rows.to_pylist()
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", SCHEMAS)
 def test_no_table_has_a_type_that_datasets_lacks(name: str) -> None:
-    datasets.Features.from_arrow_schema(TABLES[name])
-    empty = from_bytes(to_bytes(TABLES[name].empty_table()))
-    assert empty.schema.equals(TABLES[name])
-    assert [field.metadata for field in empty.schema] == [field.metadata for field in TABLES[name]]
+    datasets.Features.from_arrow_schema(SCHEMAS[name])
+    empty = from_bytes(to_bytes(SCHEMAS[name].empty_table()))
+    assert empty.schema.equals(SCHEMAS[name])
+    assert [field.metadata for field in empty.schema] == [field.metadata for field in SCHEMAS[name]]
 
 
 def test_labels_are_key_and_value(labelled: Run) -> None:
@@ -79,6 +82,6 @@ def test_maps_of_earlier_versions_are_read_as_lists() -> None:
     buffer = pa.BufferOutputStream()
     pq.write_table(old, buffer)
     now = from_bytes(buffer.getvalue().to_pybytes())
-    assert now.schema.field("labels").type == SCHEMAS["captions"].field("labels").type
+    assert now.schema.field("labels").type == TABLES["captions"].field("labels").type
     pairs = [{"key": "a", "value": "b"}, {"key": "c", "value": "d"}]
     assert now["labels"].to_pylist() == [pairs, None, []]

@@ -11,10 +11,11 @@ import pytest
 
 from mmray.errors import InputError
 from mmray.features.editing.report import read_edits
+from mmray.features.evaluation.tables import PARTS
 from mmray.report.content import gather
 from mmray.report.writing import write_report
 from mmray.runs.run import Run, open_run
-from mmray.runs.tables import EVALUATION_SCHEMAS, to_bytes
+from mmray.runs.tables import to_bytes
 from mmray.storage import open_store
 from tests.results.dogs import dog_run
 
@@ -162,7 +163,7 @@ def edit_folder(folder: Path) -> None:
         {"sample_id": "a", "before": "a tree", "after": "a tree", "changed": False, "role": "unrelated"},
         {"sample_id": "b", "before": "a dog", "after": "a cat", "changed": True, "role": "source"},
     ]
-    store.put("captions.parquet", to_bytes(pa.Table.from_pylist(captions, schema=EVALUATION_SCHEMAS["captions"])))
+    store.put("captions.parquet", to_bytes(pa.Table.from_pylist(captions, schema=PARTS["captions"])))
 
 
 def test_edits_are_read_from_their_folders(dogs, tmp_path):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mmray.features.selectivity.report import CAPTIONS, label_analyses
+from mmray.features.selectivity.report import CAPTIONS, section
 from mmray.report.content import gather
+from mmray.report.section import Request
 from mmray.report.writing import write_report
 from mmray.runs.run import Run, open_run
 from tests.results.labelled import DOMAIN, EFFECTS, LABELS, LANGUAGE, add_labels
@@ -22,12 +23,12 @@ def labelled(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_a_run_without_such_tables_has_no_such_page(run, labelled):
-    assert gather(run).index["labels"] == []
-    assert len(gather(labelled).index["labels"]) == 2
+    assert gather(run).index["selectivity"] == []
+    assert len(gather(labelled).index["selectivity"]) == 2
 
 
 def test_analyses_are_told_apart(labelled):
-    by_language, by_domain = label_analyses(labelled)
+    by_language, by_domain = section(Request(labelled)).page
     assert LANGUAGE.items() <= by_language.items()
     assert DOMAIN.items() <= by_domain.items()
     assert by_language["matrices"]
@@ -35,7 +36,7 @@ def test_analyses_are_told_apart(labelled):
 
 
 def test_labels_have_their_layers_and_first_neurons(labelled):
-    for analysis in label_analyses(labelled):
+    for analysis in section(Request(labelled)).page:
         assert [row["label"] for row in analysis["labels"]] == list(LABELS)
         for row in analysis["labels"]:
             assert sum(row["layers"]) == row["neurons"]
@@ -43,7 +44,7 @@ def test_labels_have_their_layers_and_first_neurons(labelled):
 
 
 def test_matrices_are_the_table_with_the_own_label_on_the_diagonal(labelled):
-    matrices = label_analyses(labelled)[0]["matrices"]
+    matrices = section(Request(labelled)).page[0]["matrices"]
     assert [(row["measure"], row["control"]) for row in matrices] == [
         (measure, control) for measure in ("nll", "accuracy") for control in EFFECTS
     ]
@@ -62,7 +63,7 @@ def test_matrices_are_the_table_with_the_own_label_on_the_diagonal(labelled):
 
 
 def test_shares_of_steering_are_over_all_captions_and_failures_are_among_the_examples(labelled):
-    (pair,) = label_analyses(labelled)[0]["steering"]
+    (pair,) = section(Request(labelled)).page[0]["steering"]
     rows = labelled.table("steering").to_pylist()
     assert pair["n"] == len(rows)
     assert pair["turned"] == sum(row["label_after"] == LABELS[1] for row in rows)

@@ -5,9 +5,10 @@ import shutil
 
 import pyarrow as pa
 
-from mmray.features.saliency.report import WORDS, saliency
+from mmray.features.saliency.report import WORDS, section
+from mmray.features.saliency.tables import TABLES
 from mmray.report.content import gather
-from mmray.runs.derived import DERIVED
+from mmray.report.section import Request
 from mmray.runs.run import open_run
 from tests.running import write_table
 
@@ -29,10 +30,10 @@ def test_measures_and_maps_are_those_of_the_tables(run, tmp_path):
         for method in ("alignment", "gradient")
     ]
     for name, rows in (("saliency", [measure]), ("saliency_maps", maps)):
-        write_table(opened.uri, name, pa.Table.from_pylist(rows, schema=DERIVED[name]))
+        write_table(opened.uri, name, pa.Table.from_pylist(rows, schema=TABLES[name]))
     content = gather(open_run(tmp_path / "run"))
     assert measure.items() <= content.index["saliency"]["measures"][0].items()
-    words = saliency(open_run(tmp_path / "run"))["words"]
+    words = section(Request(open_run(tmp_path / "run"))).page["words"]
     assert len(words) == WORDS and all(set(row["maps"]) == {"alignment", "gradient"} for row in words)
     map_ = words[0]["maps"]["alignment"]
     assert base64.b64decode(map_["values"]) == bytes([0, 64, 128, 255]) and map_["box"] == [0.1, 0.2, 0.3, 0.4]

@@ -7,8 +7,8 @@ import textwrap
 import pytest
 
 from mmray.errors import InputError
+from mmray.features.census.tables import TABLES
 from mmray.runs.run import ORDERS, Run, open_run
-from mmray.runs.tables import SCHEMAS
 from mmray.storage import open_store
 
 CONTRACT = {
@@ -44,13 +44,13 @@ def test_reading_a_run_loads_neither_torch_nor_ray(run: Run) -> None:
 def test_tables_have_the_columns_of_the_contract(run: Run, name: str) -> None:
     table = run.table(name)
     assert table.schema.names == CONTRACT[name].split(", ")
-    assert table.schema.types == SCHEMAS[name].types
+    assert table.schema.types == TABLES[name].types
     assert len(table)
 
 
 def test_there_are_no_other_tables(run: Run) -> None:
-    assert set(SCHEMAS) == set(CONTRACT)
-    with pytest.raises(InputError, match="no table 'ranking'; a run has captions, occurrences, rankings"):
+    assert set(TABLES) == set(CONTRACT)
+    with pytest.raises(InputError, match="unknown table 'ranking'; a run has captions, occurrences, rankings"):
         run.table("ranking")
 
 
@@ -94,7 +94,7 @@ def test_an_unknown_concept_names_near_ones(run: Run) -> None:
 
 
 def test_sql_sees_every_table(run: Run) -> None:
-    for name in SCHEMAS:
+    for name in TABLES:
         counted = run.sql(f"SELECT count(*) AS n FROM {name.upper()}")
         assert counted["n"].to_pylist() == [len(run.table(name))], name
     joined = run.sql(

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from mmray.errors import InputError
+from mmray.features.census.tables import PARTS
 from mmray.runs import ATTEMPTS, Receipt, RunFolder
-from mmray.runs.tables import PART_SCHEMAS
 from mmray.storage import LocalStore, Store
 from tests.storage.broken import ReceiptFirst, ReceiptReplaced
 from tests.storage.stores import Forgetful, Killed, Meanwhile, Mortal
@@ -18,9 +18,9 @@ from tests.storage.stores import Forgetful, Killed, Meanwhile, Mortal
 
 def tables(mark: str = "s0") -> dict[str, pa.Table]:
     """Parts of a shard with one sample, named by the mark."""
-    made = {name: schema.empty_table() for name, schema in PART_SCHEMAS.items() if name != "decoded"}
+    made = {name: schema.empty_table() for name, schema in PARTS.items() if name != "decoded"}
     caption = {"sample_id": mark, "caption": "A dog.", "source": "dataset", "shard_id": 0}
-    made["captions"] = pa.Table.from_pylist([caption], schema=PART_SCHEMAS["captions"])
+    made["captions"] = pa.Table.from_pylist([caption], schema=PARTS["captions"])
     return made
 
 
@@ -107,8 +107,8 @@ def test_a_lost_answer_loses_no_parts(store: Store) -> None:
 def test_receipts_say_what_a_shard_amounts_to_and_come_in_order(store: Store) -> None:
     folder = RunFolder(store)
     parts = tables()
-    parts["errors"] = pa.Table.from_pylist([{"source": source} for source in "abb"], schema=PART_SCHEMAS["errors"])
-    parts["occurrences"] = pa.Table.from_pylist([{"concept": "dog"}] * 3, schema=PART_SCHEMAS["occurrences"])
+    parts["errors"] = pa.Table.from_pylist([{"source": source} for source in "abb"], schema=PARTS["errors"])
+    parts["occurrences"] = pa.Table.from_pylist([{"concept": "dog"}] * 3, schema=PARTS["occurrences"])
     for shard_id in (11, 2, 1_000_000):
         folder.commit_shard(shard_id, parts, 5, 1.23456)
     receipts = folder.receipts()

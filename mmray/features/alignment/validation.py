@@ -21,11 +21,11 @@ from mmray.features.evaluation.baseline_replies import Before
 from mmray.features.evaluation.evaluator import Measuring
 from mmray.features.evaluation.settings import MeasureSettings, measure_settings
 from mmray.features.evaluation.summary import summarise
+from mmray.features.evaluation.tables import PARTS
 from mmray.models.loading import digest, resolve
 from mmray.objects.ground_truth import survey
 from mmray.objects.statistics import DataFacts
 from mmray.runs import RunFolder
-from mmray.runs.tables import EVALUATION_SCHEMAS
 from mmray.storage import patiently
 
 UNIT = 50
@@ -66,7 +66,7 @@ class ValidationJob(Job[AlignmentSettings, Validation]):
     """Measures the joint model next to the original; `alignment` is the fingerprint of the training."""
 
     name = "validation"
-    parts: ClassVar[dict[str, pa.Schema]] = {name: EVALUATION_SCHEMAS[name] for name in ("measurements", "captions")}
+    parts: ClassVar[dict[str, pa.Schema]] = {name: PARTS[name] for name in ("measurements", "captions")}
 
     def __init__(self, settings: AlignmentSettings, alignment: str, validation: Validation) -> None:
         super().__init__(settings)

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor, nn
 
+from mmray.features.census.tables import PARTS
 from mmray.models.generation import token_text
 from mmray.models.layout import Projection
 from mmray.models.loading import LoadedModel
 from mmray.models.parts import gain_of, output_rows, unembedding_rows
-from mmray.runs.tables import PART_SCHEMAS
 
 DECODED = 10
 """Tokens listed at each end."""
@@ -44,7 +44,7 @@ def decode_neurons(model: LoadedModel, *, fold_norm: bool) -> pa.Table:
         for name, largest in (("tokens", True), ("suppressed", False)):
             best = logits.topk(min(DECODED, logits.shape[1]), dim=1, largest=largest).indices
             columns[name].extend([texts[token] for token in row] for row in best.tolist())
-    return pa.table(columns, schema=PART_SCHEMAS["decoded"])
+    return pa.table(columns, schema=PARTS["decoded"])
 
 
 def written(decoded: pa.Table, neurons: Sequence[int] | ndarray, activations: Sequence[float] | ndarray) -> pa.Array:

@@ -25,13 +25,13 @@ from mmray.features.census.planning import describe, estimate, first_rows
 from mmray.features.census.ranking import certified_share
 from mmray.features.census.settings import CensusSettings
 from mmray.features.census.shard import ShardAnalysis
+from mmray.features.census.tables import PARTS, TABLES
 from mmray.models.loading import LoadedModel, describe_model, digest, from_anywhere, resolve
 from mmray.neurons.concepts import TAGGERS, NounSource
 from mmray.neurons.model import load_model
 from mmray.runs import RunFolder
 from mmray.runs.lease import Lease
 from mmray.runs.receipts import skipped
-from mmray.runs.tables import PART_SCHEMAS, SCHEMAS
 from mmray.storage import patiently
 
 DECODED = "decoded"
@@ -105,7 +105,7 @@ class CensusJob(ModelJob[Context]):
 
     name = "census"
     parts: ClassVar[dict[str, pa.Schema]] = {
-        name: schema for name, schema in PART_SCHEMAS.items() if name not in (DECODED, "errors")
+        name: schema for name, schema in PARTS.items() if name not in (DECODED, "errors")
     }
 
     @property
@@ -177,7 +177,7 @@ class CensusJob(ModelJob[Context]):
         context = plan.context
         merge = RunMerge(context.widths, _decoded(context.decoding), self.settings.top_k, context.module_widths)
         for name in APPENDED:
-            output.table(name, SCHEMAS[name].empty_table())
+            output.table(name, TABLES[name].empty_table())
         for unit in parts.by_unit([*self.parts, "errors"]):
             for name, rows in merge.add(unit.__getitem__).items():
                 output.table(name, rows)
@@ -199,7 +199,7 @@ class DecodingJob(ModelJob[None]):
     """Says what every neuron of a census writes: the tokens that its row of W_out raises and lowers most."""
 
     name = "decoding"
-    parts: ClassVar[dict[str, pa.Schema]] = {DECODED: PART_SCHEMAS[DECODED]}
+    parts: ClassVar[dict[str, pa.Schema]] = {DECODED: PARTS[DECODED]}
 
     def plan(self) -> Plan[None]:
         """Return one unit, which is no sample."""

@@ -16,10 +16,11 @@ from numpy import ndarray
 
 from mmray.features.census.ranking import Shares, locate_index, rank_concept
 from mmray.features.census.reduction import ConceptMerge
+from mmray.features.census.tables import TABLES
 from mmray.features.census.topk_counts import ConceptImages, Hits, image_numbers
 from mmray.neuron_names import neuron_name
 from mmray.neurons.statistics import EXAMPLES
-from mmray.runs.tables import SCHEMAS, list_values
+from mmray.runs.tables import list_values
 
 ActivityKey = tuple[str, str, str, str]
 """Module, kind of label, label, modality."""
@@ -82,7 +83,7 @@ class RunMerge:
             rank_concept(concept, self.concepts, images[concept], shares, self.widths, self.decoded)
             for concept in sorted(self.concepts.concepts)
         ]
-        return pa.concat_tables([SCHEMAS["rankings"].empty_table(), *ranked])
+        return pa.concat_tables([TABLES["rankings"].empty_table(), *ranked])
 
     def neuron_table(self) -> pa.Table:
         """Return a row a neuron: what it does over all counted tokens, and what it writes."""
@@ -105,12 +106,12 @@ class RunMerge:
                 "tokens": self.decoded["tokens"],
                 "suppressed": self.decoded["suppressed"],
             },
-            schema=SCHEMAS["neurons"],
+            schema=TABLES["neurons"],
         )
 
     def activity_table(self) -> pa.Table:
         """Return a row a module, label, modality and neuron."""
-        tables = [SCHEMAS["activity"].empty_table()]
+        tables = [TABLES["activity"].empty_table()]
         for key, (active, total, squares) in sorted(self.activity.items()):
             constants = dict(zip(("module", "label_kind", "label", "modality"), key, strict=True))
             widths = self.module_widths[key[0]]
@@ -127,7 +128,7 @@ class RunMerge:
                         "sum": total,
                         "sum_squares": squares,
                     },
-                    schema=SCHEMAS["activity"],
+                    schema=TABLES["activity"],
                 )
             )
         return pa.concat_tables(tables)
@@ -213,5 +214,5 @@ class _Examples:
                 "position": self.position[ranks, neurons],
                 "activation": self.activation[ranks, neurons],
             },
-            schema=SCHEMAS["examples"],
+            schema=TABLES["examples"],
         )

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import pyarrow as pa
 import torch
 
+from mmray.features.census.tables import NEURON_ENTRY, PARTS
 from mmray.models.generation import token_text
 from mmray.models.loading import LoadedModel
 from mmray.neurons.scoring import Scored
 from mmray.neurons.token_positions import Place
-from mmray.runs.tables import NEURON_ENTRY, PART_SCHEMAS
 
 
 def occurrence_table(model: LoadedModel, places: Sequence[Place], scored: Scored, top_k: int) -> pa.Table:
@@ -43,5 +43,5 @@ def occurrence_table(model: LoadedModel, places: Sequence[Place], scored: Scored
             pa.array(scored.log_prob.float().cpu().numpy()),
             pa.ListArray.from_arrays(offsets, entries),
         ],
-        schema=PART_SCHEMAS["occurrences"],
+        schema=PARTS["occurrences"],
     )

@@ -13,8 +13,8 @@ from numpy import ndarray
 
 from mmray.features.census.decoding import written
 from mmray.features.census.reduction import ConceptMerge, ConceptScores
+from mmray.features.census.tables import TABLES
 from mmray.neuron_names import neuron_name
-from mmray.runs.tables import SCHEMAS
 
 RANKED = 256
 """Neurons a concept in `rankings`, by score, and as many by `specific` and by `selective`."""
@@ -168,7 +168,7 @@ def rank_concept(
             "certified_selective": selective_certified(scores, merge)[rows],
             "exact": scores.exact[rows],
         },
-        schema=SCHEMAS["rankings"],
+        schema=TABLES["rankings"],
     )
 
 

@@ -18,7 +18,8 @@ from jaxtyping import Float, Float64, Int, Int64
 from numpy import ndarray
 from torch import Tensor
 
-from mmray.runs.tables import PART_SCHEMAS, list_column, list_values, vector_column, vectors
+from mmray.features.census.tables import PARTS
+from mmray.runs.tables import list_column, list_values, vector_column, vectors
 
 ALL_KEPT = 16_384
 """Up to so many neurons, every one is kept and every rank is certified."""
@@ -89,7 +90,7 @@ class ConceptSums:
         counts = np.array([self.counts[place] for place in order], np.int64)
         scores = self._summed("score", order)
         bounds, floors = np.full(len(names), -np.inf), np.full(len(names), np.inf)
-        schema = PART_SCHEMAS["concepts"]
+        schema = PARTS["concepts"]
         index, best = pa.nulls(len(names), schema.field("neuron").type), None
         if kept < neurons:
             highest = scores.sort(dim=1, descending=True, stable=True)
@@ -109,7 +110,7 @@ class ConceptSums:
             [pa.array(names, pa.string()), pa.array(counts), pa.array(bounds), pa.array(floors), index, *columns],
             schema=schema,
         )
-        every = PART_SCHEMAS["totals"]
+        every = PARTS["totals"]
         totals = [list_column(self._total(name)[None], every.field(name).type) for name in every.names[1:]]
         return concepts, pa.Table.from_arrays([pa.array([counts.sum()]), *totals], schema=every)
 

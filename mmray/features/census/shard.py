@@ -19,6 +19,7 @@ from mmray.engine.clock import phase
 from mmray.features.census.occurrences import occurrence_table
 from mmray.features.census.reduction import ConceptSums, candidates_kept
 from mmray.features.census.settings import CensusSettings
+from mmray.features.census.tables import PARTS
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
@@ -29,7 +30,6 @@ from mmray.neurons.scoring import Scored, score_batch, unsound_rows, whole_nouns
 from mmray.neurons.split_on_oom import FAILURES, free_memory, in_halves
 from mmray.neurons.statistics import TokenStatistics
 from mmray.neurons.token_positions import Place, places_of
-from mmray.runs.tables import PART_SCHEMAS
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class ShardAnalysis:
 
     @torch.inference_mode()
     def run(self, samples: Iterable[Sample | Failure]) -> dict[str, pa.Table]:
-        """Return the tables of `PART_SCHEMAS` but `decoded`; what fails is a row in `errors`.
+        """Return the tables of `PARTS` but `decoded`; what fails is a row in `errors`.
 
         A caption without a noun is no failure: `skipped` counts it.
         """
@@ -107,9 +107,9 @@ class ShardAnalysis:
         failures = sorted(self.failures, key=lambda failure: (failure.source, failure.sample_id, failure.stage))
         errors = [vars(failure) | {"shard_id": self.shard_id} for failure in failures]
         return {
-            "captions": pa.Table.from_pylist(self.captions, schema=PART_SCHEMAS["captions"]),
-            "occurrences": pa.concat_tables([PART_SCHEMAS["occurrences"].empty_table(), *self.occurrences]),
-            "errors": pa.Table.from_pylist(errors, schema=PART_SCHEMAS["errors"]),
+            "captions": pa.Table.from_pylist(self.captions, schema=PARTS["captions"]),
+            "occurrences": pa.concat_tables([PARTS["occurrences"].empty_table(), *self.occurrences]),
+            "errors": pa.Table.from_pylist(errors, schema=PARTS["errors"]),
             "concepts": concepts,
             "totals": totals,
             "activity": pa.concat_tables([self.statistics.activity_table(), self.module.activity_table()]),

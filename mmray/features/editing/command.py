@@ -25,15 +25,15 @@ def edit(
     """Edit the neurons that a run located, so that the model says another word, or a word no more, or less that is not
     there.
     """
-    from mmray.api import edit as make
     from mmray.features.editing.edit import check_free
+    from mmray.features.editing.methods import edit_run
     from mmray.runs.driver import drive_analysis
     from mmray.runs.run import open_run
 
     checked = edit_settings(settings)
     check_free(out, [checked])
     with drive_analysis(out) as lease:
-        made = make(open_run(run, patient=True), **checked.model_dump())
+        made = edit_run(open_run(run, patient=True), checked)
         lease.look()
         made.save(out)
     if as_json:

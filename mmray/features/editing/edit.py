@@ -21,12 +21,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mmray.errors import DamagedError, InputError
+from mmray.features.editing.files import CAPTIONS_FILE, EVALUATION_FILE
 from mmray.features.editing.settings import EditSettings
 from mmray.models.interventions import changed_rows
 from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows
 from mmray.neuron_names import neuron_name
-from mmray.runs.tables import CAPTIONS_FILE, EVALUATION_FILE
 from mmray.storage import Checksum, open_store
 
 FACTS, ROWS = "edit.json", "edit.safetensors"

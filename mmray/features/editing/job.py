@@ -1,6 +1,6 @@
 """Edits of a run as jobs of one unit each: RUN/edits/NAME, an edit like any other.
 
-RUN/edits/NAME/making/FINGERPRINT/    the receipt of the edit, and attempts at it
+RUN/edits/NAME/editing/FINGERPRINT/    the receipt of the edit, and attempts at it
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class NamedEditSettings(JobSettings):
 class EditJob(Job[NamedEditSettings, None]):
     """Makes one edit of a run. Edits that are made together share the model and what it says of the run's samples."""
 
-    name = "making"
+    name = "editing"
     unit_noun = "edits"
     parts: ClassVar[dict[str, pa.Schema]] = {}
 

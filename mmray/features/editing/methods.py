@@ -11,7 +11,7 @@ import torch
 
 from mmray.features.editing.baselines import LowRank, banned_tokens, most_active, rank_one, whole_layers
 from mmray.features.editing.closed_form import CLOSED, Row
-from mmray.features.editing.dataset import Material
+from mmray.features.editing.dataset import Material, open_material
 from mmray.features.editing.deltas import Deltas
 from mmray.features.editing.edit import WeightEdit, cost
 from mmray.features.editing.locating import last_layers, matched
@@ -20,6 +20,7 @@ from mmray.features.editing.task import Task, prepare
 from mmray.features.editing.training import Course, learn
 from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows, unembedding_rows
+from mmray.runs.run import Run
 
 Method = Callable[[Task], Deltas]
 
@@ -87,6 +88,11 @@ METHODS: dict[str, Method] = {
     **dict.fromkeys(CLOSED, closed_form),
 }
 """The methods that change weights, by the name that `--method` takes."""
+
+
+def edit_run(run: Run, settings: EditSettings) -> WeightEdit:
+    """Make an edit on a run's model and data; raises as `make_edit` and `open_material`."""
+    return make_edit(open_material(run, settings), [settings])
 
 
 def make_edit(material: Material, wishes: Sequence[EditSettings]) -> WeightEdit:

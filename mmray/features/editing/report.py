@@ -16,9 +16,11 @@ from safetensors.numpy import load
 
 from mmray.data.image_keys import image_key, one_per_image
 from mmray.errors import DamagedError, InputError
+from mmray.features.editing.files import CAPTIONS_FILE, EVALUATION_FILE
 from mmray.report.concepts import number
+from mmray.report.section import Request, Section
 from mmray.runs.run import Run
-from mmray.runs.tables import CAPTIONS_FILE, EVALUATION_FILE, read_file, read_table
+from mmray.runs.tables import read_file, read_table
 from mmray.storage import Checksum, Store, open_store
 
 SHOWN = 12
@@ -47,6 +49,15 @@ class Edit:
             "captions": self.captions,
             "changed": self.changed,
         }
+
+
+def section(request: Request) -> Section:
+    """Return the page of every edit, and the images of its captions; raises InputError as `read_edits`."""
+    found = read_edits(request.run, request.edits)
+    shown = [(edit.data, frozenset(row["id"] for row in edit.captions)) for edit in found]
+    return Section(
+        [edit.page() for edit in found], elsewhere=[(data, names) for data, names in shown if data and names]
+    )
 
 
 def read_edits(run: Run, folders: Sequence[str]) -> list[Edit]:

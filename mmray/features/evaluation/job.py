@@ -1,6 +1,6 @@
 """Evaluations as jobs: a unit is a shard of data, of questions or of records, measured before and after an edit.
 
-EDIT/evaluations/FINGERPRINT/     the rows of each unit
+EDIT/evaluation/ FINGERPRINT/     the rows of each unit
 EDIT/evaluation.json              the measures of the last evaluation that ended
 EDIT/captions.parquet             its captions before and after
 """
@@ -21,6 +21,7 @@ from mmray.data.shards import read_shard
 from mmray.engine import Job, Output, Parts, Plan, UnitResult, Worker
 from mmray.features.census.inputs import open_data
 from mmray.features.editing.edit import open_edit
+from mmray.features.editing.files import CAPTIONS_FILE, EVALUATION_FILE
 from mmray.features.evaluation.baseline_replies import Before
 from mmray.features.evaluation.edit_targets import EDITED
 from mmray.features.evaluation.evaluator import Measuring
@@ -29,9 +30,10 @@ from mmray.features.evaluation.plan import Context, Unit, open_measured, part_of
 from mmray.features.evaluation.queries import Edit
 from mmray.features.evaluation.settings import EvaluationSettings
 from mmray.features.evaluation.summary import summarise
+from mmray.features.evaluation.tables import PARTS
 from mmray.neurons.model import load_model
 from mmray.runs.run import open_run
-from mmray.runs.tables import CAPTIONS_FILE, EVALUATION_FILE, EVALUATION_SCHEMAS, to_bytes
+from mmray.runs.tables import to_bytes
 
 Opener = Callable[[str], Edit]
 """From an edit's folder to the edit."""
@@ -44,8 +46,8 @@ class EvaluationJob(Job[EvaluationSettings, Context]):
     the edit alone.
     """
 
-    name = "evaluations"
-    parts: ClassVar[dict[str, pa.Schema]] = {name: EVALUATION_SCHEMAS[name] for name in ("measurements", "captions")}
+    name = "evaluation"
+    parts: ClassVar[dict[str, pa.Schema]] = {name: PARTS[name] for name in ("measurements", "captions")}
 
     def __init__(self, settings: EvaluationSettings, opener: Opener = open_edit) -> None:
         super().__init__(settings)
@@ -152,4 +154,4 @@ def _gathered(plan: Plan[Context], parts: Parts) -> tuple[pa.Table, pa.Table]:
     )
     rows = {row["sample_id"]: row for row in reversed(captions.to_pylist())}
     kept = [rows[name] for name in sorted(rows)]
-    return measured, pa.Table.from_pylist(kept, schema=EVALUATION_SCHEMAS["captions"])
+    return measured, pa.Table.from_pylist(kept, schema=PARTS["captions"])

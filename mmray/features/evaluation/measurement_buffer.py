@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from mmray.runs.tables import EVALUATION_SCHEMAS
+from mmray.features.evaluation.tables import PARTS
 
 
 @dataclass
@@ -49,7 +49,4 @@ class Rows:
 
     def tables(self) -> dict[str, pa.Table]:
         """Return what was collected."""
-        return {
-            name: pa.Table.from_pylist(getattr(self, name), schema=EVALUATION_SCHEMAS[name])
-            for name in EVALUATION_SCHEMAS
-        }
+        return {name: pa.Table.from_pylist(getattr(self, name), schema=PARTS[name]) for name in PARTS}

@@ -21,13 +21,13 @@ from mmray.features.evaluation.mmedit import Records, read_records
 from mmray.features.evaluation.quality import has_bleu
 from mmray.features.evaluation.queries import Edit, Purpose
 from mmray.features.evaluation.settings import EvaluationSettings
+from mmray.features.evaluation.tables import PARTS
 from mmray.objects.ground_truth import survey
 from mmray.objects.naming import Naming
 from mmray.objects.prompts import TextQuestion, read_text_questions, text_questions
 from mmray.objects.statistics import DataFacts
 from mmray.objects.words import open_words
 from mmray.runs.run import Run
-from mmray.runs.tables import EVALUATION_SCHEMAS
 from mmray.storage import Entry, open_object, open_store
 
 EDIT_FILES = ("edit.json", "edit.safetensors")
@@ -125,7 +125,7 @@ def _digests(context: Context, run: Run, units: tuple[Unit, ...]) -> dict[str, s
         "own": context.own_manifest.digest if context.own_manifest else "",
         "asked": _asked(context, units),
         # Parts without all these columns can't be continued.
-        "rows": ",".join(EVALUATION_SCHEMAS["measurements"].names),
+        "rows": ",".join(PARTS["measurements"].names),
         "edit": _digest([edit.entry(name) for name in EDIT_FILES]),
         "encoder": _digest(open_store(settings.encoder).list()) if settings.encoder else "",
     }

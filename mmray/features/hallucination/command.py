@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmray.features.alignment.command import say_sight
+from mmray.detector.view import say_sight
 from mmray.features.hallucination.settings import (
     OpinionSettings,
     PerturbationSettings,

@@ -31,7 +31,7 @@ from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.neurons.model import load_model
 from mmray.objects.statistics import DataFacts, GroundTruth
 from mmray.objects.words import ObjectWords
-from mmray.runs.tables import SCHEMAS
+from mmray.runs.tables import ERRORS
 from mmray.storage import patiently
 
 S = TypeVar("S", bound=SightSettings)
@@ -93,7 +93,7 @@ class JointJob(Job[S, Context], Generic[S]):
                 for name, found in (look(samples, images) if samples else {}).items():
                     rows[name] += found
             rows["errors"] = [vars(failure) for failure in failures]
-            schemas = {**self.parts, "errors": SCHEMAS["errors"]}
+            schemas = {**self.parts, "errors": ERRORS}
             return UnitResult(
                 {name: pa.Table.from_pylist(rows.get(name, []), schema) for name, schema in schemas.items()}
             )

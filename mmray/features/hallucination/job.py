@@ -22,10 +22,10 @@ from mmray.features.hallucination.inputs import Asked, Context, JointJob, Look, 
 from mmray.features.hallucination.measures import judged
 from mmray.features.hallucination.mistakes import picture
 from mmray.features.hallucination.settings import OpinionSettings
+from mmray.features.hallucination.tables import PARTS, TABLES
 from mmray.objects.ground_truth import survey, with_ground_truth
 from mmray.objects.naming import object_naming
 from mmray.objects.words import open_words
-from mmray.runs.derived import DERIVED, OPINION_SCHEMAS
 from mmray.runs.run import open_run
 
 PICTURES, MOST_MISTAKES = 8, 60
@@ -36,7 +36,7 @@ class HallucinationJob(JointJob[OpinionSettings]):
     """Has a run's model say what it sees, and a detector judge that."""
 
     name = "hallucination"
-    parts: ClassVar[dict[str, pa.Schema]] = schemas_of(OPINION_SCHEMAS, "claims", "mistakes")
+    parts: ClassVar[dict[str, pa.Schema]] = schemas_of(PARTS, "claims", "mistakes")
 
     @property
     def target(self) -> str:
@@ -92,7 +92,7 @@ class HallucinationJob(JointJob[OpinionSettings]):
         claims = parts.table("claims")
         measures = judged(claims, self.settings.draws, self.settings.seed)
         output.table("claims", claims)
-        output.table("opinions", pa.Table.from_pylist(measures, DERIVED["opinions"]))
+        output.table("opinions", pa.Table.from_pylist(measures, TABLES["opinions"]))
         output.table("mistakes", parts.table("mistakes")[:MOST_MISTAKES])
         return {"rows": len(claims), "measures": measures}
 

@@ -25,10 +25,10 @@ from mmray.features.hallucination.perturb import Covariance, covariance
 from mmray.features.hallucination.perturb_answers import Mover
 from mmray.features.hallucination.perturb_measures import changes
 from mmray.features.hallucination.settings import PerturbationSettings
+from mmray.features.hallucination.tables import PARTS, TABLES
 from mmray.models.loading import from_anywhere
 from mmray.objects.ground_truth import survey
 from mmray.objects.words import NONE, ObjectWords
-from mmray.runs.derived import DERIVED, OPINION_SCHEMAS
 
 REFERENCE, BATCH = 96, 16
 """Images that tell how embeddings vary, and how many of them are looked at at once."""
@@ -38,7 +38,7 @@ class PerturbJob(JointJob[PerturbationSettings]):
     """Moves embeddings of images, with controls, and records the answers under every condition."""
 
     name = "perturb"
-    parts: ClassVar[dict[str, pa.Schema]] = schemas_of(OPINION_SCHEMAS, "answers")
+    parts: ClassVar[dict[str, pa.Schema]] = schemas_of(PARTS, "answers")
 
     @property
     def target(self) -> str:
@@ -91,7 +91,7 @@ class PerturbJob(JointJob[PerturbationSettings]):
             )
         measures = changes(answers, self.settings.draws, self.settings.seed)
         output.table("answers", answers)
-        output.table("changes", pa.Table.from_pylist(measures, DERIVED["changes"]))
+        output.table("changes", pa.Table.from_pylist(measures, TABLES["changes"]))
         return {"rows": len(answers), "measures": measures}
 
 

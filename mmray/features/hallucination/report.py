@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import base64
-from typing import Any
 
 from mmray.report.concepts import number
-from mmray.runs.run import Run
+from mmray.report.section import Request, Section
 
 PICTURES = 24
 """Pictures of mistakes that are shown."""
 NUMBERS = ("value", "low", "high", "bin", "confidence")
 
 
-def second_opinion(run: Run) -> dict[str, Any]:
+def section(request: Request) -> Section:
     """Return the measures and the mistakes that the page shows; empty lists where there are none yet."""
+    run = request.run
     measures, mistakes = run.optional("opinions"), run.optional("mistakes")
-    return {
+    page = {
         "measures": [
             row | {name: number(row[name]) for name in NUMBERS} for row in (measures.to_pylist() if measures else ())
         ],
@@ -27,3 +27,4 @@ def second_opinion(run: Run) -> dict[str, Any]:
             for row in (mistakes.to_pylist()[:PICTURES] if mistakes else ())
         ],
     }
+    return Section(page)

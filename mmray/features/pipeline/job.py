@@ -18,20 +18,20 @@ from mmray.errors import DamagedError, InputError
 from mmray.features.census.job import Outcome, run_census
 from mmray.features.census.settings import CensusSettings, census_settings
 from mmray.features.editing.edit import WeightEdit, open_edit
+from mmray.features.editing.files import CAPTIONS_FILE
 from mmray.features.editing.job import EditJob, NamedEditSettings, edit_folder
 from mmray.features.editing.settings import edit_settings
 from mmray.features.evaluation.job import EvaluationJob
 from mmray.features.evaluation.settings import EvaluationSettings, evaluation_settings
 from mmray.features.pipeline.steps import STEPS, StepResult, checked_steps
-from mmray.runs.derived import TABLES
+from mmray.features.pipeline.tables import TABLES
 from mmray.runs.driver import drive_analysis
 from mmray.runs.lease import Lease
 from mmray.runs.run import Run, open_run
 from mmray.runs.snapshots import SnapshotWriter, newest, next_fence, publish
-from mmray.runs.tables import CAPTIONS_FILE, read_file, read_table
+from mmray.runs.tables import read_file, read_table
 from mmray.storage import Store, open_store
 
-EDIT_TABLES = ("edits", "evaluations", "edit_captions")
 """The run's tables that tell of its edits; each has a column `edit`."""
 
 Follow = Callable[[str, Progress], None]
@@ -173,8 +173,8 @@ def _write(done: Pipeline, made: Sequence[str], writer: SnapshotWriter) -> None:
 def _earlier(store: Store) -> dict[str, pa.Table | None]:
     """Return the tables as earlier calls have left them; None where there is none, or it is damaged."""
     snapshot = newest(store, "pipeline")
-    found: dict[str, pa.Table | None] = dict.fromkeys(EDIT_TABLES)
-    for name in EDIT_TABLES:
+    found: dict[str, pa.Table | None] = dict.fromkeys(TABLES)
+    for name in TABLES:
         try:
             found[name] = snapshot.read(store, name) if snapshot else read_table(store, name)
         except FileNotFoundError:

@@ -14,8 +14,8 @@ from mmray.features.properties.plan import plan_properties
 from mmray.features.properties.probe import Probe
 from mmray.features.properties.settings import PropertySettings
 from mmray.features.properties.subject import Study
+from mmray.features.properties.tables import PARTS
 from mmray.neurons.model import load_model
-from mmray.runs.derived import PROPERTY_SCHEMAS
 from mmray.runs.run import open_run
 
 
@@ -24,7 +24,7 @@ class PropertiesJob(Job[PropertySettings, RunSamples]):
 
     name = "properties"
     unit_noun = "concepts"
-    parts: ClassVar[dict[str, pa.Schema]] = {name: PROPERTY_SCHEMAS[name] for name in ("observations", "heatmaps")}
+    parts: ClassVar[dict[str, pa.Schema]] = {name: PARTS[name] for name in ("observations", "heatmaps")}
 
     @property
     def target(self) -> str:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy import ndarray
 
 from mmray.features.properties.protocols import SHARES, protocol_of, value_of
-from mmray.runs.derived import DERIVED, PROPERTY_SCHEMAS
+from mmray.features.properties.tables import PARTS, TABLES
 from mmray.statistics.bootstrap import Measured, measure
 
 
@@ -58,9 +58,7 @@ class Observations:
 
     def tables(self) -> dict[str, pa.Table]:
         """Return what was collected."""
-        return {
-            name: pa.Table.from_pylist(getattr(self, name), schema=schema) for name, schema in PROPERTY_SCHEMAS.items()
-        }
+        return {name: pa.Table.from_pylist(getattr(self, name), schema=schema) for name, schema in PARTS.items()}
 
 
 def summarise(observations: pa.Table, draws: int, seed: int, images: Mapping[str, str] | None = None) -> pa.Table:
@@ -78,7 +76,7 @@ def summarise(observations: pa.Table, draws: int, seed: int, images: Mapping[str
             grouped[key, concept].setdefault(image, []).append((row["value"], row["of"]))
     ordered = sorted(grouped.items(), key=lambda pair: _order(*pair[0]))
     rows = [_row(key, concept, parts, draws, seed) for (key, concept), parts in ordered]
-    return pa.Table.from_pylist([row for row in rows if row["value"] is not None], schema=DERIVED["properties"])
+    return pa.Table.from_pylist([row for row in rows if row["value"] is not None], schema=TABLES["properties"])
 
 
 def _order(key: Key, concept: str | None) -> tuple[object, ...]:

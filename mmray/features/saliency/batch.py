@@ -22,11 +22,11 @@ from mmray.features.saliency.methods import METHODS, OF_BOXES, Located, Looked, 
 from mmray.features.saliency.observations import draw_maps, observations
 from mmray.features.saliency.questions import look_at
 from mmray.features.saliency.settings import SaliencySettings
+from mmray.features.saliency.tables import PARTS
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.token_positions import Place, places_of
-from mmray.runs.derived import SALIENCY_SCHEMAS
 
 SEVERAL = 2
 """Different objects that an image needs for pointing to be a test."""
@@ -65,12 +65,12 @@ class Judging:
         """Return what is observed of samples, and the number that failed; maps of those `pictured` are kept."""
         census = self.census.model_copy(update={"batch_size": TOGETHER})
         analysis = ShardAnalysis(self.model, census, self.nouns, 0)
-        rows: dict[str, list[dict[str, object]]] = {name: [] for name in SALIENCY_SCHEMAS}
+        rows: dict[str, list[dict[str, object]]] = {name: [] for name in PARTS}
         judged = [sample for sample in samples if sample.image and len(set(sample.objects or ())) >= SEVERAL]
         for items, batch in analysis.encoded([sample for sample in judged if sample.boxes]):
             self._batch(items, batch, pictured, rows)
         rows["errors"] = [vars(failure) | {"shard_id": 0} for failure in analysis.failures]
-        tables = {name: pa.Table.from_pylist(rows[name], schema=schema) for name, schema in SALIENCY_SCHEMAS.items()}
+        tables = {name: pa.Table.from_pylist(rows[name], schema=schema) for name, schema in PARTS.items()}
         return tables, len(analysis.failures)
 
     def _batch(

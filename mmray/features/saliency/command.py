@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mmray.detector.view import say_sight
 from mmray.errors import InputError
-from mmray.features.alignment.command import say_sight
 from mmray.features.saliency.settings import SaliencySettings, saliency_settings
 from mmray.terminal.options import AsJson, app, console, end, followed, say, with_settings
 

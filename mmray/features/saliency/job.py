@@ -24,8 +24,8 @@ from mmray.features.saliency.batch import Judging, methods_of
 from mmray.features.saliency.methods import Located
 from mmray.features.saliency.settings import SaliencySettings
 from mmray.features.saliency.summary import summarise_saliency
+from mmray.features.saliency.tables import PARTS
 from mmray.neurons.model import load_model
-from mmray.runs.derived import SALIENCY_SCHEMAS
 from mmray.runs.run import Run, open_run
 
 TOGETHER = 16
@@ -48,7 +48,7 @@ class SaliencyJob(Job[SaliencySettings, Context]):
 
     name = "saliency"
     unit_noun = "images"
-    parts: ClassVar[dict[str, pa.Schema]] = {name: SALIENCY_SCHEMAS[name] for name in ("observations", "saliency_maps")}
+    parts: ClassVar[dict[str, pa.Schema]] = {name: PARTS[name] for name in ("observations", "saliency_maps")}
 
     @property
     def target(self) -> str:

@@ -6,14 +6,15 @@ from typing import Any
 
 from mmray.report.concepts import number
 from mmray.report.maps import map_of
-from mmray.runs.run import Run
+from mmray.report.section import Request, Section
 
 WORDS = 24
 """Words whose maps are shown."""
 
 
-def saliency(run: Run) -> dict[str, Any]:
+def section(request: Request) -> Section:
     """Return the measures and the words that the page shows; empty lists where there are none yet."""
+    run = request.run
     measures, maps = run.optional("saliency"), run.optional("saliency_maps")
     words: dict[tuple[str, str], dict[str, Any]] = {}
     for row in maps.to_pylist() if maps is not None else ():
@@ -24,7 +25,8 @@ def saliency(run: Run) -> dict[str, Any]:
         word = words.setdefault(key, {"id": row["sample_id"], "word": row["concept"], "maps": {}})
         word["maps"][row["method"]] = map_of(row) | {"box": box}
     rows = measures.to_pylist() if measures is not None else []
-    return {
+    page = {
         "measures": [row | {name: number(row[name]) for name in ("value", "low", "high")} for row in rows],
         "words": list(words.values()),
     }
+    return Section(page, samples=[word["id"] for word in words.values()])

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from mmray.features.saliency.measures import OVERLAP, STEPS, THRESHOLDS
-from mmray.runs.derived import DERIVED
+from mmray.features.saliency.tables import TABLES
 from mmray.statistics.bootstrap import Value, measure, ratio
 
 SEVERAL = "words of images with several objects, teacher-forced;"
@@ -62,4 +62,4 @@ def summarise_saliency(
             {"measure": name, "method": method, "value": found.after, "low": found.low, "high": found.high}
             | {"words": words, "n": found.n, "protocol": PROTOCOLS[name]}
         )
-    return pa.Table.from_pylist(rows, schema=DERIVED["saliency"])
+    return pa.Table.from_pylist(rows, schema=TABLES["saliency"])

@@ -28,7 +28,7 @@ from mmray.neurons.concepts import NounSource
 from mmray.neurons.model import load_model
 from mmray.neurons.token_positions import places_of
 from mmray.runs.run import Run, open_run
-from mmray.runs.tables import SCHEMAS
+from mmray.runs.tables import ERRORS
 from mmray.storage import patiently
 
 OWN_FIRST = 24
@@ -119,7 +119,7 @@ class SelectionJob(Job[SelectionSettings, Context]):
             for items, batch in analysis.encoded(samples):
                 effects.add(model, batch, places_of(batch, [(item.sample.sample_id, item.mentions) for item in items]))
             errors = [vars(failure) | {"shard_id": shard} for failure in analysis.failures]
-            failed = pa.Table.from_pylist(errors, schema=SCHEMAS["errors"])
+            failed = pa.Table.from_pylist(errors, schema=ERRORS)
             return UnitResult({"effects": effects.table(), "errors": failed})
 
         return find

@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from mmray.features.selectivity.masks import named
 from mmray.features.selectivity.selection import Selection
+from mmray.features.selectivity.tables import TABLES
 from mmray.neuron_names import neuron_name
-from mmray.runs.derived import TABLES
 
 
 def neuron_rows(

@@ -30,7 +30,7 @@ from mmray.features.selectivity.reply_language import recogniser
 from mmray.features.selectivity.selection import QUANTITY, Selection, Totals, add_up, of_activity, select
 from mmray.features.selectivity.settings import SelectivitySettings
 from mmray.features.selectivity.steering import steer_of
-from mmray.features.selectivity.tables import ANALYSIS, LABEL_SCHEMAS
+from mmray.features.selectivity.tables import ANALYSIS, TABLES
 from mmray.runs.driver import drive_analysis, open_target
 from mmray.runs.lease import Lease
 from mmray.runs.run import Run, open_run
@@ -115,7 +115,7 @@ class _Analysis:
         rows, damaged = dict(found), set()
         own: dict[str, pa.Table] = {}
         others: dict[str, pa.Table] = {}
-        for name, schema in LABEL_SCHEMAS.items():
+        for name, schema in TABLES.items():
             try:
                 present = _present(store, before, name)
             except DamagedError as error:
@@ -136,7 +136,7 @@ class _Analysis:
             writer = SnapshotWriter(store, LabelJob.name, self.fence)
             for name in changed:
                 # Rows of an earlier version may lack a column that has come since.
-                for part in (LABEL_SCHEMAS[name].empty_table(), others[name], rows[name]):
+                for part in (TABLES[name].empty_table(), others[name], rows[name]):
                     writer.add(name, part)
             publish(store, writer.commit(made_from, {name: len(table) for name, table in found.items()}))
         elif before is not None and not is_published(store, before):
@@ -208,7 +208,7 @@ def _present(store: Store, snapshot: Snapshot | None, name: str) -> pa.Table:
     try:
         return read_table(store, name)
     except FileNotFoundError:
-        return LABEL_SCHEMAS[name].empty_table()
+        return TABLES[name].empty_table()
 
 
 def _split(table: pa.Table, facts: Mapping[str, str]) -> tuple[pa.Table, pa.Table]:

@@ -16,7 +16,7 @@ from mmray.features.census.settings import CensusSettings
 from mmray.features.selectivity.masks import Mask
 from mmray.features.selectivity.material import Said, answers_of, by_text, captions_of, in_batches, read, token_places
 from mmray.features.selectivity.settings import SelectivitySettings
-from mmray.features.selectivity.tables import PASS_SCHEMAS
+from mmray.features.selectivity.tables import PARTS
 from mmray.models.interventions import ablate
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
@@ -53,7 +53,7 @@ def measured(
         for mask, said, tokens in found:
             right[mask, said.label, said.sample_id].append(bool(tokens[:, 1].all()))
     rows += [_row(*key, "accuracy", float(sum(answers)), len(answers)) for key, answers in right.items()]
-    return pa.Table.from_pylist(rows, schema=PASS_SCHEMAS["measurements"])
+    return pa.Table.from_pylist(rows, schema=PARTS["measurements"])
 
 
 def _readings(

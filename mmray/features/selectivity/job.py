@@ -23,7 +23,7 @@ from mmray.features.selectivity.plan import LabelPlan
 from mmray.features.selectivity.settings import SelectivitySettings, SumsSettings
 from mmray.features.selectivity.steering import Steer, written
 from mmray.features.selectivity.sums import LabelSums
-from mmray.features.selectivity.tables import PASS_SCHEMAS
+from mmray.features.selectivity.tables import PARTS
 from mmray.models.loading import LoadedModel
 from mmray.neurons.model import load_model
 from mmray.runs import RunFolder
@@ -97,7 +97,7 @@ class SumsJob(LabelJob[SumsSettings]):
     """Sums up what neurons do, by label and replicate, at the samples that are selected from."""
 
     step = "sums"
-    parts: ClassVar[dict[str, pa.Schema]] = {"sums": PASS_SCHEMAS["sums"]}
+    parts: ClassVar[dict[str, pa.Schema]] = {"sums": PARTS["sums"]}
 
     def __init__(self, labelled: LabelPlan) -> None:
         super().__init__(labelled.settings.sums(), labelled)
@@ -134,7 +134,7 @@ class TestsJob(LabelJob[SelectivitySettings]):
     """Tests what was chosen on held-out samples."""
 
     step = "tests"
-    parts: ClassVar[dict[str, pa.Schema]] = {name: PASS_SCHEMAS[name] for name in ("measurements", "lens", "replies")}
+    parts: ClassVar[dict[str, pa.Schema]] = {name: PARTS[name] for name in ("measurements", "lens", "replies")}
 
     def __init__(self, labelled: LabelPlan, tests: Tests) -> None:
         super().__init__(labelled.settings, labelled)
@@ -159,5 +159,5 @@ class TestsJob(LabelJob[SelectivitySettings]):
         if self.tests.steer is not None:
             source = [sample for sample in held if plan.labelled[sample.sample_id] == self.tests.steer.source]
             rows = written(model, source, self.tests.steer, census, settings.batch_size)
-            tables["replies"] = pa.Table.from_pylist(rows, schema=PASS_SCHEMAS["replies"])
+            tables["replies"] = pa.Table.from_pylist(rows, schema=PARTS["replies"])
         return tables

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmray.features.selectivity.masks import Mask
 from mmray.features.selectivity.material import Said, token_places
-from mmray.features.selectivity.tables import PASS_SCHEMAS
+from mmray.features.selectivity.tables import PARTS
 from mmray.models.blocks import block_of
 from mmray.models.interventions import ablate
 from mmray.models.loading import LoadedModel
@@ -93,7 +93,7 @@ class Lens:
             }
             for (masked, layer, kind), stage in self._stages.items()
         ]
-        return pa.Table.from_pylist(rows, schema=PASS_SCHEMAS["lens"])
+        return pa.Table.from_pylist(rows, schema=PARTS["lens"])
 
     def _states(self, batch: Batch, positions: dict[str, Tensor]) -> dict[str, list[Float[Tensor, "place hidden"]]]:
         found: dict[str, list[Tensor]] = {kind: [] for kind in positions}

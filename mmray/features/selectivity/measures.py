@@ -14,7 +14,7 @@ from mmray.features.selectivity.masks import Mask
 from mmray.features.selectivity.reply_language import Recogniser
 from mmray.features.selectivity.settings import SelectivitySettings
 from mmray.features.selectivity.steering import Steer
-from mmray.features.selectivity.tables import LABEL_SCHEMAS
+from mmray.features.selectivity.tables import TABLES
 from mmray.statistics.bootstrap import measure
 
 SHOWN_TOKENS = 10
@@ -65,7 +65,7 @@ def intervention_rows(
                     "n": len(samples),
                 }
             )
-    return pa.Table.from_pylist(rows, schema=LABEL_SCHEMAS["interventions"])
+    return pa.Table.from_pylist(rows, schema=TABLES["interventions"])
 
 
 def _summed(numbers: Float[ndarray, "sample sum"], image: Int[ndarray, " sample"]) -> Float[ndarray, "image sum"]:
@@ -103,7 +103,7 @@ def stage_rows(parts: Iterable[pa.Table], facts: Mapping[str, str]) -> pa.Table:
                 "shares": [number / count for _, number in frequent],
             }
         )
-    return pa.Table.from_pylist(rows, schema=LABEL_SCHEMAS["stages"])
+    return pa.Table.from_pylist(rows, schema=TABLES["stages"])
 
 
 def steering_rows(
@@ -133,4 +133,4 @@ def steering_rows(
         for part in parts
         for reply in part.to_pylist()
     ]
-    return pa.Table.from_pylist(rows, schema=LABEL_SCHEMAS["steering"])
+    return pa.Table.from_pylist(rows, schema=TABLES["steering"])

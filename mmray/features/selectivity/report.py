@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmray.features.selectivity.tables import ANALYSIS, LABEL_SCHEMAS
+from mmray.features.selectivity.tables import ANALYSIS, TABLES
 from mmray.report.concepts import number
+from mmray.report.section import Request, Section
 from mmray.runs.run import Run
 
 FIRST = 8
@@ -20,10 +21,10 @@ TOKENS = 5
 Row = Mapping[str, Any]
 
 
-def label_analyses(run: Run) -> list[dict[str, Any]]:
+def section(request: Request) -> Section:
     """Return what the page shows of each analysis of the run, in the order of its table; none where there is none."""
-    found = {name: _by_analysis(run, name) for name in LABEL_SCHEMAS}
-    return [
+    found = {name: _by_analysis(request.run, name) for name in TABLES}
+    page = [
         dict(zip((column.name for column in ANALYSIS), analysis, strict=True))
         | {
             "union": rows[0]["union"],
@@ -34,6 +35,7 @@ def label_analyses(run: Run) -> list[dict[str, Any]]:
         }
         for analysis, rows in found["selective_labels"].items()
     ]
+    return Section(page)
 
 
 def _by_analysis(run: Run, name: str) -> defaultdict[tuple[str, ...], list[Row]]:

@@ -22,7 +22,7 @@ from mmray.features.selectivity.material import Said, by_text, token_places
 from mmray.features.selectivity.replicates import Replicates
 from mmray.features.selectivity.selection import number_of
 from mmray.features.selectivity.settings import SelectivitySettings
-from mmray.features.selectivity.tables import PASS_SCHEMAS
+from mmray.features.selectivity.tables import PARTS
 from mmray.models.capture import tap
 from mmray.models.layout import Projection
 from mmray.models.loading import LoadedModel
@@ -97,7 +97,7 @@ class LabelSums:
 
     def table(self) -> pa.Table:
         """Return the sums: a row a quantity, replicate and label."""
-        labels, schema = self.replicates.labels, PASS_SCHEMAS["sums"]
+        labels, schema = self.replicates.labels, PARTS["sums"]
         tables = [schema.empty_table()]
         for quantity, sums in self._sums.items():
             numbers = np.arange(len(sums))

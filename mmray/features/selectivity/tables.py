@@ -20,7 +20,7 @@ INTERVAL = (
     field("n", pa.int64(), "samples"),
 )
 
-LABEL_SCHEMAS: dict[str, pa.Schema] = {
+TABLES: dict[str, pa.Schema] = {
     # A row is a neuron of a label.
     "selectivity": pa.schema(
         [
@@ -102,7 +102,7 @@ LABEL_SCHEMAS: dict[str, pa.Schema] = {
 }
 """The tables that an analysis of labels adds to a run."""
 
-PASS_SCHEMAS: dict[str, pa.Schema] = {
+PARTS: dict[str, pa.Schema] = {
     "sums": pa.schema(
         [
             field("quantity", pa.string(), "active, squares, contribution; of steering: spread, course NN"),

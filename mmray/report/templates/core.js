@@ -5,6 +5,12 @@ const INDEX = DATA.index;
 const CONCEPTS = new Map(INDEX.concepts.map((row) => [row.name, row]));
 const NEURONS = new Map(INDEX.neurons.map((row) => [row.neuron, row]));
 const waiting = new Map();
+const PAGES = [];
+
+// Every page of the report: its address, its title, what makes it, and whether the menu shows it.
+function addPage(path, title, make, shown = true) {
+  PAGES.push({ path, title, make, shown });
+}
 
 // A page's own data: embedded, or in a file of its own that is loaded once.
 function part(key) {

@@ -1,4 +1,4 @@
-// The pages: overview, a concept, a neuron, layers, properties, edits, failures.
+// The pages of a census: overview, a concept, a neuron, layers, failures.
 "use strict";
 const select = (rows, wanted) => rows.filter((row) => Object.entries(wanted).every(([name, value]) => row[name] === value));
 const one = (rows, wanted) => select(rows, wanted)[0];
@@ -148,3 +148,8 @@ function failuresPage() {
     ], rows)) : null,
   ];
 }
+
+addPage("", "Overview", overview);
+addPage("concepts", "Concepts", conceptsPage);
+addPage("neurons", "Neurons", neuronsPage);
+addPage("layers", "Layers", layersPage);

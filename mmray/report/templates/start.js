@@ -1,13 +1,9 @@
 // Addresses to pages, search, keys and themes.
 "use strict";
 const main = document.getElementById("main"), search = document.getElementById("search"), found = document.getElementById("found");
-const PAGES = [
-  ["", "Overview", overview], ["concepts", "Concepts", conceptsPage], ["neurons", "Neurons", neuronsPage], ["layers", "Layers", layersPage],
-  ["properties", "Properties", propertiesPage], ["labels", "Languages and domains", labelsPage], ["saliency", "Saliency", saliencyPage], ["opinions", "Second opinion", opinionsPage], ["edits", "Edits", editsPage], ["failures", "Failures", failuresPage],
-];
-const has = { labels: INDEX.labels.length, saliency: INDEX.saliency.measures.length, opinions: INDEX.opinions.measures.length, failures: INDEX.failures.count || INDEX.failures.aside.length };
-const menu = PAGES.filter(([name]) => !(name in has) || has[name]);
-document.querySelector("nav").append(...menu.map(([name, title]) => h("a", { href: `#/${name}`, "data-page": name }, title)));
+addPage("failures", "Failures", failuresPage, INDEX.failures.count || INDEX.failures.aside.length);
+const menu = PAGES.filter((page) => page.shown);
+document.querySelector("nav").append(...menu.map(({ path, title }) => h("a", { href: `#/${path}`, "data-page": path }, title)));
 document.querySelector("footer").append(
   h("span", `mmray ${INDEX.run.versions.mmray}`), h("span", INDEX.run.uri), h("span", h("kbd", "/"), " search"), h("span", h("kbd", "←"), " ", h("kbd", "→"), " previous, next"), h("span", h("kbd", "Esc"), " back to the list"), h("span", h("kbd", "t"), " theme"));
 
@@ -17,8 +13,8 @@ let turn = 0;
 async function route() {
   const mine = ++turn;
   const [page = "", name = ""] = location.hash.replace(/^#\//, "").split("/").map(decodeURIComponent);
-  const known = PAGES.find(([path]) => path === page);
-  let content = known ? known[2](name) : missing(page);
+  const known = PAGES.find(({ path }) => path === page);
+  let content = known ? known.make(name) : missing(page);
   if (page === "concept" || page === "neuron") {
     const data = await part(`${page[0]}:${name}`);
     if (mine !== turn) return;
@@ -29,7 +25,7 @@ async function route() {
   const place = { concept: "concepts", neuron: "neurons" }[page] || page;
   document.querySelectorAll("nav a").forEach((link) => link.toggleAttribute("aria-current", link.dataset.page === place));
   document.querySelector("nav a[aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
-  document.title = `${name || (known && known[1]) || "mmray"} · ${INDEX.run.name} · mmray`;
+  document.title = `${name || (known && known.title) || "mmray"} · ${INDEX.run.name} · mmray`;
   close();
   window.scrollTo(0, 0);
 }

@@ -105,15 +105,17 @@ function shiftPlot(analysis, rows, position) {
   ]);
 }
 
-function labelsPage() {
-  if (!INDEX.labels.length) return [heading("Languages and domains", "Not analysed yet. `mmray selectivity RUN --by language` chooses the neurons of each language, or of each domain, with chance levels.")];
+function selectivityPage() {
+  if (!INDEX.selectivity.length) return [heading("Languages and domains", "Not analysed yet. `mmray selectivity RUN --by language` chooses the neurons of each language, or of each domain, with chance levels.")];
   return [
     heading("Languages and domains", "The neurons that one language or domain has to itself, and what chance gives; what zeroing them does to every label's samples, and what setting them does to the words: both on samples that the choice did not see."),
-    INDEX.labels.length > 1 ? h("div.chips", { role: "group", "aria-label": "Analyses" }, INDEX.labels.map((row, at) => h("button", { type: "button", onclick: () => document.getElementById(`analysis-${at}`).scrollIntoView() }, analysisName(row)))) : null,
-    INDEX.labels.map((row, at) => [
+    INDEX.selectivity.length > 1 ? h("div.chips", { role: "group", "aria-label": "Analyses" }, INDEX.selectivity.map((row, at) => h("button", { type: "button", onclick: () => document.getElementById(`analysis-${at}`).scrollIntoView() }, analysisName(row)))) : null,
+    INDEX.selectivity.map((row, at) => [
       h("h2", { id: `analysis-${at}` }, analysisName(row).replace(/^./, (letter) => letter.toUpperCase())), under(`${plural(row.union, "neuron")} chosen in all.`),
       h("div.grid", card(h("h3", "Neurons by layer"), labelLayers(row)), card(labelTable(row))),
       matrices(row), row.steering.map((pair) => steeringPart(row, pair)), row.stages.length ? stagesPart(row) : null,
     ]),
   ];
 }
+
+addPage("selectivity", "Languages and domains", selectivityPage, INDEX.selectivity.length);

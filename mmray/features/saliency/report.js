@@ -25,3 +25,5 @@ function saliencyPage() {
       })))),
   ];
 }
+
+addPage("saliency", "Saliency", saliencyPage, INDEX.saliency.measures.length);

@@ -4,7 +4,7 @@ const CLAIMS = { caption: "nouns of its captions", question: "yes/no questions",
 const JUDGES = { detector: "own", "language model": "other" };
 
 function reliabilityPlot(claims) {
-  const rows = select(INDEX.opinions.measures, { claims, measure: "reliability" });
+  const rows = select(INDEX.hallucination.measures, { claims, measure: "reliability" });
   return plot(`Reliability of ${CLAIMS[claims]}`, () => [
     [
       { x: [0, 1], y: [0, 1], mode: "lines", line: { color: colour("control"), dash: "dot", width: 1 }, hoverinfo: "skip", showlegend: false },
@@ -17,8 +17,8 @@ function reliabilityPlot(claims) {
   ]);
 }
 
-function opinionsPage() {
-  const { measures, mistakes } = INDEX.opinions;
+function hallucinationPage() {
+  const { measures, mistakes } = INDEX.hallucination;
   if (!measures.length) return [heading("Second opinion", "Not asked yet. `mmray hallucination RUN` asks a detector whether what the model claims is there.")];
   const shown = measures.filter((row) => row.measure !== "reliability"), found = (judge) => one(measures, { claims: "caption", measure: "auroc", judge });
   const tiles = Object.keys(JUDGES).filter(found).map((judge) => tile(figure(found(judge).value), `AUROC of the ${judge}'s confidence: nouns of captions that are there, above those that are not (95 %: ${interval(found(judge))})`, judge === "detector"));
@@ -35,3 +35,5 @@ function opinionsPage() {
     ], shown, { keep: true, limit: 60 })),
   ];
 }
+
+addPage("hallucination", "Second opinion", hallucinationPage, INDEX.hallucination.measures.length);

@@ -1,0 +1,48 @@
+// Edits: what each changed, its measures, and captions before and after.
+"use strict";
+// The words of two captions that differ, by their longest common sequence.
+function differing(before, after) {
+  const [one, two] = [before.split(" "), after.split(" ")];
+  const table = Array.from({ length: one.length + 1 }, () => new Uint16Array(two.length + 1));
+  for (let i = one.length - 1; i >= 0; i--)
+    for (let j = two.length - 1; j >= 0; j--) table[i][j] = one[i] === two[j] ? table[i + 1][j + 1] + 1 : Math.max(table[i + 1][j], table[i][j + 1]);
+  const [old, now] = [[], []];
+  let i = 0, j = 0;
+  while (i < one.length || j < two.length) {
+    if (i < one.length && j < two.length && one[i] === two[j]) { old.push(one[i++], " "); now.push(two[j++], " "); }
+    else if (j >= two.length || (i < one.length && table[i + 1][j] >= table[i][j + 1])) old.push(h("del", one[i++]), " ");
+    else now.push(h("ins", two[j++]), " ");
+  }
+  return [old, now];
+}
+
+function editCard(edit) {
+  const { facts, changed } = edit;
+  const words = { purpose: "purpose", method: "method", seconds: "seconds", rows_changed: "neurons changed", parameters_changed: "parameters changed", bytes: "bytes", norm: "size (L2 norm)", neurons: "neurons" };
+  const values = Object.entries(facts).filter(([name]) => words[name]);
+  const measures = edit.measures.map((row) => ({ ...row, property: "edit" }));
+  return [
+    h("h2", { id: edit.name }, facts.purpose || edit.name), under(edit.name),
+    h("div.grid",
+      h("div.grid.two",
+        card(h("h3", "The edit"), h("dl", values.map(([name, value]) => [h("dt", words[name]), h("dd", typeof value === "number" ? figure(value, Number.isInteger(value) ? 0 : 2) : value)])),
+          changed.layers ? [h("h3", { style: "margin-top:14px" }, "What changed where"), h("div.chips", Object.entries(changed.layers).map(([layer, count]) => h("span", `L${layer}`, h("small", plural(count, "neuron"))))),
+            h("div.chips", changed.strongest.map((row) => h("span", neuronLink(row.neuron), h("small", figure(row.norm, 2)))))] : null),
+        measures.length ? card(h("h3", "Before and after"), sortable("Measures of the edit", [
+          { title: "measure", value: (row) => row.measure, cell: (row) => h("span", { title: row.protocol }, row.measure.replaceAll("_", " ")) },
+          { title: "before", value: (row) => row.before, number: true, cell: (row) => figure(row.before) },
+          { title: "after, 95 % interval", value: (row) => row.after, number: true, cell: (row) => [figure(row.after), " ", h("span.range", interval(row))] },
+          { title: "n", value: (row) => row.n, number: true, cell: (row) => whole(row.n) },
+        ], measures, { keep: true, limit: 12 })) : null),
+      edit.captions.length ? card(h("h3", "Captions before and after"), edit.captions.map((row) => {
+        const [before, after] = differing(row.before || "", row.after || "");
+        return h("div.pair", picture({ id: row.id, caption: row.before }), h("div", h("p", before), h("p", row.before === row.after ? h("span.range", "unchanged") : after), h("small.range", row.role === "source" ? "it should change" : row.role === "unrelated" ? "it should stay" : row.role || "")));
+      })) : null),
+  ];
+}
+
+const editsPage = () => (INDEX.editing.length
+  ? [heading("Edits", "Rows added to what located neurons write, so that the model says another word; each measured before and after."), INDEX.editing.map(editCard)]
+  : [heading("Edits", "None in this run's folder. `mmray edit RUN --source dog --target cat --out RUN/edits/dog-cat` makes one, and `mmray evaluate` measures it.")]);
+
+addPage("edits", "Edits", editsPage);
