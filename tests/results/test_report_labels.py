@@ -81,7 +81,7 @@ def test_the_page_is_json_without_nan_and_without_markup(labelled, tmp_path):
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
-    (shown, _) = json.loads(data, parse_constant=refuse)["index"]["labels"]
+    (shown, _) = json.loads(data, parse_constant=refuse)["index"]["selectivity"]
     assert shown["labels"][0]["chance"] is None
     assert shown["stages"][0]["tokens"][0] == "</script>"
     assert LABELS[1] not in page
