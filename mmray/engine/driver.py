@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mmray.runs.driver import drive_analysis, open_target
 from mmray.runs.lease import Lease
 from mmray.runs.receipts import receipts_digest
 from mmray.runs.snapshots import SnapshotWriter, is_published, newest_whole, next_fence, publish
-from mmray.storage import Store
+from mmray.storage import Store, patiently
 from mmray.version import VERSION
 
 Follow = Callable[[Progress], None]
@@ -83,7 +84,7 @@ def run_together(
         begun = []
         for job, plan in zip(jobs, plans, strict=True):
             held = lease or stack.enter_context(drive_analysis(job.place))
-            begun.append(_begin(job, plan, held))
+            begun.append(patiently(partial(_begin, job, plan, held)))
         worked = _run_pending(begun, executor or executor_for(jobs[0].settings), follow)
         return [_finish(one, began, worked=worked) for one in begun]
 
@@ -93,7 +94,7 @@ def _begin(job: Job[Any, Any], plan: Plan[Any], lease: Lease) -> _Begun:
     fence = next_fence(target, job.name, lease.number)
     settings = plan.settled or job.settings
     fingerprint = settings.fingerprint(plan.digests)
-    folder = RunFolder.at(job.folder(fingerprint), patient=True)
+    folder = RunFolder.at(job.folder(fingerprint))
     folder.make_way(fingerprint)
     folder.begin(
         {
@@ -111,7 +112,7 @@ def _begin(job: Job[Any, Any], plan: Plan[Any], lease: Lease) -> _Begun:
         plan.manifest or json.dumps({"units": len(plan.units), "sizes": [unit.size for unit in plan.units]}).encode(),
     )
     # Whether its store commits by name is known only now that the folder has begun.
-    folder = RunFolder.at(job.folder(fingerprint), patient=True)
+    folder = RunFolder.at(job.folder(fingerprint))
     return _Begun(job, plan, folder, fingerprint, lease, target, fence)
 
 

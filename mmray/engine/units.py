@@ -88,13 +88,15 @@ class UnitRunner:
         self.order = order
         self.node = node or Node()
         self.problem = ""
-        self.folders = [RunFolder.at(uri, patient=True) for uri in order.folders]
+        self.folders: list[RunFolder] = []
         self.workers: list[Worker] = []
         began = time.perf_counter()
         try:
-            for folder, fingerprint in zip(self.folders, order.fingerprints, strict=True):
-                _check_begun(folder, fingerprint)
-            self.workers = type(order.jobs[0]).workers(order.jobs, order.contexts)
+            # The driver has reached all of this: an outage here passes.
+            self.folders = [
+                patiently(partial(_begun, *where)) for where in zip(order.folders, order.fingerprints, strict=True)
+            ]
+            self.workers = patiently(lambda: type(order.jobs[0]).workers(order.jobs, order.contexts))
         except InputError as error:
             self.problem = str(error)
         self.idle_since = time.perf_counter()
@@ -149,8 +151,12 @@ class UnitRunner:
                 folder.record_death(number, attempt, reason)
 
 
-def _check_begun(folder: RunFolder, fingerprint: str) -> None:
-    """Raise InputError where this machine doesn't see what the driver has begun, or the driver is a dead one."""
+def _begun(uri: str, fingerprint: str) -> RunFolder:
+    """Return the folder of units that the driver has begun.
+
+    Raises InputError where this machine doesn't see it, or the driver is a dead one.
+    """
+    folder = RunFolder.at(uri)
     info = folder.info()
     if info is None:
         raise InputError(
@@ -159,6 +165,7 @@ def _check_begun(folder: RunFolder, fingerprint: str) -> None:
         )
     if info["fingerprint"] != fingerprint:
         raise InputError(f"{folder.store.uri}: another run has been begun here; leave it to that one")
+    return folder
 
 
 def _committed(folder: RunFolder, number: int, unit: Unit, worker: Worker, before: Mapping[str, float]) -> Receipt:

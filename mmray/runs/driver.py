@@ -39,6 +39,6 @@ def open_target(uri: str) -> Store:
 
 
 def _prepared(uri: str) -> RunFolder:
-    folder = RunFolder.at(uri, patient=True)
+    folder = RunFolder.at(uri)
     folder.prepare()
     return folder

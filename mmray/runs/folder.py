@@ -73,12 +73,12 @@ class RunFolder:
         self._began = ""
 
     @classmethod
-    def at(cls, uri: str | Path, *, patient: bool = False) -> RunFolder:
+    def at(cls, uri: str | Path) -> RunFolder:
         """Return the folder at a local path or `s3://bucket/prefix`, whether a run is there or not.
 
-        A `patient` one waits out an outage of storage.
+        An outage now is raised at once; later ones are waited out.
         """
-        store = PatientStore(open_store(uri)) if patient else open_store(uri)
+        store = PatientStore(open_store(uri))
         return cls(NamedCommits(store) if store.exists(BY_NAME) else store)
 
     def begin(self, info: dict[str, Any], manifest: bytes) -> None:

@@ -77,13 +77,12 @@ class Status:
 class Run:
     """A run in a local folder or on S3; tables are read when asked for, and kept."""
 
-    def __init__(self, uri: str | Path, *, patient: bool = False) -> None:
-        # What is wrong with the address is told at once, by patient ones too.
-        info = RunFolder.at(uri).info()
+    def __init__(self, uri: str | Path) -> None:
+        self.folder = RunFolder.at(uri)
+        info = self.folder.info()
         if info is None:
             raise InputError(f"{uri}: no run here (no run.json); give a folder that mmray census wrote")
         info["settings"] = resolve_settings(info["settings"], info.get("home", "."))
-        self.folder = RunFolder.at(uri, patient=patient)
         self.uri = self.folder.store.uri
         self.info: dict[str, Any] = info
         self._tables: dict[str, pa.Table] = {}
@@ -290,12 +289,12 @@ def reasons(failures: Iterable[Mapping[str, Any]]) -> list[Reason]:
     return sorted(found, key=lambda reason: -len(reason.sources))
 
 
-def open_run(uri: str | Path, *, patient: bool = False) -> Run:
+def open_run(uri: str | Path) -> Run:
     """Open a run; raises InputError where there is none.
 
-    Relative paths in its settings become those of where it was begun. A `patient` run waits out an outage of storage.
+    Relative paths in its settings become those of where it was begun.
     """
-    return Run(uri, patient=patient)
+    return Run(uri)
 
 
 def _check_order(by: str) -> None:

@@ -55,40 +55,51 @@ def patiently(action: Callable[[], Result]) -> Result:
 
 
 class PatientStore:
-    """A store whose every request waits out an outage or a full disk."""
+    """A store whose requests wait out an outage or a full disk, once it has answered one.
+
+    Until then an outage may be a wrong address, which no waiting helps: it is raised at once.
+    """
 
     def __init__(self, inner: Store) -> None:
         self.inner = inner
         self.uri = inner.uri
+        self._answered = False
+
+    def _request(self, action: Callable[[], Result]) -> Result:
+        if self._answered:
+            return patiently(action)
+        found = action()
+        self._answered = True
+        return found
 
     def read(self, key: str) -> bytes:
         """Return the whole object; `FileNotFoundError` if there is none."""
-        return patiently(lambda: self.inner.read(key))
+        return self._request(lambda: self.inner.read(key))
 
     def exists(self, key: str) -> bool:
         """Return whether the object is there."""
-        return patiently(lambda: self.inner.exists(key))
+        return self._request(lambda: self.inner.exists(key))
 
     def entry(self, key: str) -> Entry | None:
         """Return the object's entry, or None if there is none."""
-        return patiently(lambda: self.inner.entry(key))
+        return self._request(lambda: self.inner.entry(key))
 
     def list(self, prefix: str = "") -> list[Entry]:
         """Return every object whose key starts with `prefix`, in order of key."""
-        return patiently(lambda: self.inner.list(prefix))
+        return self._request(lambda: self.inner.list(prefix))
 
     def commit(self, key: str, data: bytes) -> bool:
         """Create the object; False, and nothing changed, if it already exists."""
-        return patiently(lambda: self.inner.commit(key, data))
+        return self._request(lambda: self.inner.commit(key, data))
 
     def put(self, key: str, data: bytes) -> None:
         """Create or replace the object, whole or not at all."""
-        patiently(lambda: self.inner.put(key, data))
+        self._request(lambda: self.inner.put(key, data))
 
     def delete(self, key: str) -> None:
         """Remove the object if it is there."""
-        patiently(lambda: self.inner.delete(key))
+        self._request(lambda: self.inner.delete(key))
 
     def leftovers(self) -> Sequence[Entry]:
         """Return what killed writers left half-written; no other method shows it, and `delete` removes it."""
-        return patiently(self.inner.leftovers)
+        return self._request(self.inner.leftovers)

@@ -44,8 +44,8 @@ class OneAfterTheOther(RunFolder):
     """Commits the parts of a shard slowly and in order, and is otherwise as it is."""
 
     @classmethod
-    def at(cls, uri: Path | str, *, patient: bool = False) -> RunFolder:
-        found = RunFolder.at(uri, patient=patient)
+    def at(cls, uri: Path | str) -> RunFolder:
+        found = RunFolder.at(uri)
         return cls(Slow(found.store))
 
 

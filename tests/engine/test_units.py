@@ -3,16 +3,18 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from mmray.engine import LocalExecutor, Unit, UnitRefusedError, run
+from mmray.engine import LocalExecutor, Progress, Unit, UnitRefusedError, run
 from mmray.engine.clock import phase
 from mmray.engine.units import Answer, Node, UnitRunner, WorkOrder
-from mmray.errors import InputError
+from mmray.errors import InputError, OutageError
 from mmray.runs import ATTEMPTS, RunFolder
 from mmray.runs.snapshots import newest
-from mmray.storage import open_store
+from mmray.storage import open_store, patience
 from tests.engine.conftest import counted
 from tests.engine.executors import Watched
 from tests.engine.words import LetterJob
@@ -83,6 +85,28 @@ def test_a_worker_that_died_with_its_node_says_nothing_about_the_unit(letters: L
     result = run(letters(), executor=Dying())
     assert result.complete == gone
     assert gone or result.quarantined == {0: f"given up after {ATTEMPTS} attempts: the worker died without a word"}
+
+
+def test_a_worker_that_starts_in_an_outage_waits_for_its_end(letters: Letters, monkeypatch: pytest.MonkeyPatch) -> None:
+    outages = iter(["of the folder", "of what the worker loads"])
+    opened, made = RunFolder.at, LetterJob.worker
+
+    def unless_down(action: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*given: Any) -> Any:
+            if (outage := next(outages, None)) is not None:
+                raise OutageError(outage)
+            return action(*given)
+
+        return act
+
+    def begin(progress: Progress) -> None:
+        if not progress.done:
+            monkeypatch.setattr(RunFolder, "at", unless_down(opened))
+            monkeypatch.setattr(LetterJob, "worker", unless_down(made))
+
+    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: None))
+    assert run(letters(), follow=begin).complete
+    assert next(outages, None) is None
 
 
 def test_receipts_say_where_time_and_memory_went(letters: Letters) -> None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from mmray.errors import OutageError
-from mmray.runs import RunFolder
+from mmray.runs import RunFolder, folder
 from mmray.runs.lease import driving
 from mmray.storage import LocalStore, NamedCommits, PatientStore, impatient, patience, patiently
 from tests.storage.test_runs import tables
@@ -42,6 +42,24 @@ class Disk(LocalStore):
         return super().commit(key, data)
 
     put = commit  # type: ignore[assignment]
+
+
+class Network(LocalStore):
+    """A store that can't be reached while it is down."""
+
+    down = True
+
+    def exists(self, key: str) -> bool:
+        """Fail, or do as the real one."""
+        if self.down:
+            raise OutageError("down")
+        return super().exists(key)
+
+
+def answered(store: PatientStore) -> PatientStore:
+    """Return the store after its first answer."""
+    store.list()
+    return store
 
 
 @pytest.mark.parametrize("problem", [errno.ENOSPC, errno.EDQUOT, "outage"])
@@ -76,6 +94,37 @@ def test_an_action_within_another_is_waited_for_once(clock: SimpleNamespace) -> 
     assert (begun, clock.now) == ([0], 630)
 
 
+def test_an_outage_before_the_first_answer_is_raised_at_once(clock: SimpleNamespace, tmp_path: Path) -> None:
+    network = Network(tmp_path)
+    store = PatientStore(network)
+    for _ in range(2):
+        with pytest.raises(OutageError):
+            store.exists("a")
+    assert clock.now == 0
+    network.down = False
+    assert not store.exists("a")
+    network.down = True
+    clock.at[60.0] = lambda: setattr(network, "down", False)
+    assert not store.exists("a")
+    assert clock.now >= 60
+
+
+def test_a_folder_has_answered_once_it_is_open(
+    clock: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Network(tmp_path)
+    monkeypatch.setattr(folder, "open_store", lambda _: network)
+    with pytest.raises(OutageError):
+        RunFolder.at(tmp_path)
+    assert clock.now == 0
+    network.down = False
+    opened = RunFolder.at(tmp_path)
+    network.down = True
+    clock.at[60.0] = lambda: setattr(network, "down", False)
+    assert not opened.store.exists("run.json")
+    assert clock.now >= 60
+
+
 @pytest.mark.parametrize("problem", [errno.EROFS, errno.EACCES, errno.EIO])
 def test_what_no_waiting_helps_is_raised_at_once(clock: SimpleNamespace, problem: int) -> None:
     def action() -> None:
@@ -89,14 +138,14 @@ def test_what_no_waiting_helps_is_raised_at_once(clock: SimpleNamespace, problem
 def test_a_shard_is_committed_once_there_is_room(clock: SimpleNamespace, tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     clock.at[300.0] = lambda: setattr(disk, "full", 0)
-    receipt = RunFolder(PatientStore(disk)).commit_shard(0, tables(), 1, 1.0)
+    receipt = RunFolder(answered(PatientStore(disk))).commit_shard(0, tables(), 1, 1.0)
     assert RunFolder(disk).receipts() == {0: receipt}
     assert 300 <= clock.now < 600
 
 
 def test_a_disk_that_stays_full_says_what_the_shard_needs(clock: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"No space left on device, where [0-9.]+ MB are needed") as raised:
-        RunFolder(PatientStore(Disk(tmp_path))).commit_shard(0, tables(), 1, 1.0)
+        RunFolder(answered(PatientStore(Disk(tmp_path)))).commit_shard(0, tables(), 1, 1.0)
     assert raised.value.errno == errno.ENOSPC
     assert raised.value.filename == str(tmp_path)
     # What a disk is full of is not a shard's that could not be committed.

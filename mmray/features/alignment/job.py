@@ -82,7 +82,7 @@ def run_alignment(settings: AlignmentSettings, follow: Follow = lambda _: None) 
         raise InputError(f"--local: {settings.out} is not trained yet, and the training needs Ray; leave --local out")
     info = _info(settings, manifest)
     RunFolder.at(settings.out).begin(info, manifest.to_json())
-    folder, executor = RunFolder.at(settings.out, patient=True), executor_for(settings)
+    folder, executor = RunFolder.at(settings.out), executor_for(settings)
     with drive(folder) as lease, executor.session():
         if not folder.store.exists(FACTS):
             with _told(folder, settings, manifest.samples * settings.epochs, follow):

@@ -72,7 +72,7 @@ def train(config: dict[str, Any]) -> None:
     if Path(config["home"]).is_dir():
         os.chdir(config["home"])
     torch.set_num_threads(config["threads"])
-    folder = RunFolder.at(settings.out, patient=True)
+    folder = patiently(lambda: RunFolder.at(settings.out))
     if folder.store.exists(PROBLEM):
         return
     try:

@@ -98,7 +98,7 @@ class ValidationJob(Job[AlignmentSettings, Validation]):
         network = load_alignment(settings.out, pair.model, digest(resolve(settings.tower)), measured=False)
         before = Before(pair.model)
         measuring = Measuring(before, OtherSight(pair.sight, network), context.facts, context.measured)
-        source = patiently(lambda: open_source(settings.validate_on, captions=False))
+        source = open_source(settings.validate_on, captions=False)
 
         def measure(unit: Unit) -> UnitResult:
             samples = list(read_shard(source, context.manifest.shards[unit.payload]))
@@ -110,7 +110,7 @@ class ValidationJob(Job[AlignmentSettings, Validation]):
 
     def merge(self, plan: Plan[Validation], parts: Parts, output: Output) -> dict[str, Any]:
         """Put the measures next to the network that they are of."""
-        facts = json.loads(RunFolder.at(self.target, patient=True).store.read(FACTS))
+        facts = json.loads(patiently(lambda: RunFolder.at(self.target)).store.read(FACTS))
         measures = summarise(parts.table("measurements"), plan.context.measured)
         facts["measures"] = {name: value for name, value in measures.items() if value["n"]}
         samples = sum(receipt.samples for receipt in parts.receipts.values())

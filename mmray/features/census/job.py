@@ -162,7 +162,7 @@ class CensusJob(ModelJob[Context]):
 
     def worker_with(self, model: LoadedModel, context: Context) -> Worker:
         """Return what analyses a shard."""
-        source = patiently(lambda: open_data(self.settings))
+        source = open_data(self.settings)
 
         def analyse(unit: Unit) -> UnitResult:
             shard = unit.payload
@@ -291,7 +291,7 @@ def _begun_manifest(folder: RunFolder) -> Manifest | None:
 
 
 def _decoded(uri: str) -> pa.Table:
-    folder = RunFolder.at(uri, patient=True)
+    folder = patiently(lambda: RunFolder.at(uri))
     receipt = folder.receipt(0)
     if receipt is None:
         reason = folder.reasons().get(0, "its receipt is gone")

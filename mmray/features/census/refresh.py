@@ -47,7 +47,7 @@ def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, *
     census that was stopped is brought to its end first. Raises InputError if data that was analysed has changed.
     """
     began = time.perf_counter()
-    folder = RunFolder.at(uri, patient=True)
+    folder = RunFolder.at(uri)
     info = folder.info()
     if info is None:
         raise InputError(f"{uri}: no run here (no run.json); give a folder that mmray census wrote")

@@ -12,7 +12,6 @@ from mmray.data.source import Source
 from mmray.features.census.inputs import open_data
 from mmray.features.census.settings import CensusSettings
 from mmray.neurons.concepts import NounSource
-from mmray.storage import patiently
 
 SHARDS_KEPT = 64
 """Shards whose wanted samples are kept, encoded as they are."""
@@ -65,4 +64,4 @@ class RunSamples:
 
     def wanted(self) -> Wanted:
         """Open the data, and return what reads these samples."""
-        return Wanted(patiently(lambda: open_data(self.census)), self.manifest, self.shards, self.captions)
+        return Wanted(open_data(self.census), self.manifest, self.shards, self.captions)

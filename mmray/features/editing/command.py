@@ -33,7 +33,7 @@ def edit(
     checked = edit_settings(settings)
     check_free(out, [checked])
     with drive_analysis(out) as lease:
-        made = edit_run(open_run(run, patient=True), checked)
+        made = edit_run(open_run(run), checked)
         lease.look()
         made.save(out)
     if as_json:

@@ -59,7 +59,7 @@ class EditJob(Job[NamedEditSettings, None]):
         name, wish = self.settings.name, self.settings.wish
         if not name or set(name) & set("/\\"):
             raise InputError(f"edit {name!r}: give it a name without slashes, the folder that it gets")
-        run = open_run(self.settings.run, patient=True)
+        run = open_run(self.settings.run)
         for concept in filter(None, (wish.source, wish.suppress)):
             run.rank(concept, 1)
         check_free(self.target, [wish])
@@ -72,7 +72,7 @@ class EditJob(Job[NamedEditSettings, None]):
     @classmethod
     def workers(cls, jobs: Sequence[Job[NamedEditSettings, None]], contexts: Sequence[None]) -> list[Worker]:
         """Return what makes the edits, on material that is opened once."""
-        run = open_run(jobs[0].settings.run, patient=True)
+        run = open_run(jobs[0].settings.run)
         opened: dict[tuple[str, str | None], Material] = {}
 
         def worker(job: Job[NamedEditSettings, None]) -> Worker:

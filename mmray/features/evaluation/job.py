@@ -61,7 +61,7 @@ class EvaluationJob(Job[EvaluationSettings, Context]):
     def plan(self) -> Plan[Context]:
         """Settle what is measured and asked."""
         edit = self.opener(self.settings.edit)
-        return plan_evaluation(self.settings, open_run(self.settings.run, patient=True), edit)
+        return plan_evaluation(self.settings, open_run(self.settings.run), edit)
 
     def worker(self, context: Context) -> Worker:
         """Load the model and the edit, and return what measures a unit."""

@@ -32,7 +32,6 @@ from mmray.neurons.model import load_model
 from mmray.objects.statistics import DataFacts, GroundTruth
 from mmray.objects.words import ObjectWords
 from mmray.runs.tables import ERRORS
-from mmray.storage import patiently
 
 S = TypeVar("S", bound=SightSettings)
 
@@ -78,7 +77,7 @@ class JointJob(Job[S, Context], Generic[S]):
         """Load the joint model, and return what reads a unit and looks at it."""
         model = load_model(context.model, context.asked.dtype, trust_remote_code=context.asked.trust_remote_code)
         joint = join(model, self.settings.detector, self.settings.alignment)
-        source = patiently(lambda: open_source(context.data, context.columns, captions=False))
+        source = open_source(context.data, context.columns, captions=False)
         look = self.look(context, joint, source)
 
         def work(unit: Unit) -> UnitResult:

@@ -45,7 +45,7 @@ class HallucinationJob(JointJob[OpinionSettings]):
 
     def plan(self) -> Plan[Context]:
         """Settle the data, and what is in its images."""
-        settings, run = self.settings, open_run(self.settings.run, patient=True)
+        settings, run = self.settings, open_run(self.settings.run)
         census = census_settings(run.info["settings"])
         data = settings.data or census.data
         columns = Columns() if settings.data else columns_of(census)

@@ -108,7 +108,7 @@ def run_pipeline(settings: PipelineSettings, follow: Follow = lambda _, __: None
     with executor_for(JobSettings(**_execution(settings))).session():
         census = _census(settings)
         outcome = run_census(census, partial(follow, "census"))
-        done = Pipeline(open_run(census.out, patient=True), outcome)
+        done = Pipeline(open_run(census.out), outcome)
         for title, kind, own in checked_steps(settings.steps, _execution(settings) | {"run": done.run.uri}):
             done.steps[title] = STEPS[kind].run(own, partial(follow, title))
         if settings.edits:

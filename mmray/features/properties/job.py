@@ -33,13 +33,13 @@ class PropertiesJob(Job[PropertySettings, RunSamples]):
 
     def plan(self) -> Plan[RunSamples]:
         """Settle which concepts are measured on which images."""
-        return plan_properties(self.settings, open_run(self.settings.run, patient=True))
+        return plan_properties(self.settings, open_run(self.settings.run))
 
     def worker(self, context: RunSamples) -> Worker:
         """Load the model, and return what measures the concepts of a unit."""
         census = context.census
         model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
-        run = open_run(self.settings.run, patient=True)
+        run = open_run(self.settings.run)
         if list(model.widths) != run.info["model"]["widths"]:
             raise InputError(f"{census.model}: not the model of {run.uri}, whose layers have other widths")
         neurons = run.table("neurons").sort_by([("layer", "ascending"), ("unit", "ascending")])

@@ -57,7 +57,7 @@ class SaliencyJob(Job[SaliencySettings, Context]):
 
     def plan(self) -> Plan[Context]:
         """Settle which images are judged."""
-        return plan_saliency(self.settings, open_run(self.settings.run, patient=True))
+        return plan_saliency(self.settings, open_run(self.settings.run))
 
     def worker(self, context: Context) -> Worker:
         """Load the model with its detector, and return what maps the words of a unit's images."""

@@ -81,7 +81,7 @@ class SelectionJob(Job[SelectionSettings, Context]):
 
     def plan(self) -> Plan[Context]:
         """Settle which samples are gone through."""
-        run = open_run(self.settings.run, patient=True)
+        run = open_run(self.settings.run)
         candidates = self._candidates(run)
         census = census_settings(run.info["settings"])
         source, _, nouns = open_inputs(census)
@@ -105,7 +105,7 @@ class SelectionJob(Job[SelectionSettings, Context]):
         """Load the model, and return what finds the effects at a shard's nouns."""
         census = context.census
         model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
-        source = patiently(lambda: open_data(census))
+        source = open_data(census)
 
         def find(unit: Unit) -> UnitResult:
             shard, captions = unit.payload
@@ -132,7 +132,7 @@ class SelectionJob(Job[SelectionSettings, Context]):
         effects = CandidateEffects(plan.context.candidates)
         for part in parts.each("effects"):
             effects.take(part)
-        rows = self._candidates(open_run(self.settings.run, patient=True))
+        rows = self._candidates(patiently(lambda: open_run(self.settings.run)))
         named = [concept for concept in rows if concept in effects.concepts]
         if len(named) < len(rows) and len(parts.receipts) == len(plan.units):
             concept = next(concept for concept in rows if concept not in named)

@@ -66,7 +66,7 @@ def run_selectivity(settings: SelectivitySettings, follow: Follow = lambda _: No
     committed shard. Raises InputError for anything wrong with the set-up, or where another call is at work on the run.
     """
     began = time.perf_counter()
-    run = open_run(settings.run, patient=True)
+    run = open_run(settings.run)
     with drive_analysis(f"{run.uri}/{LabelJob.name}") as lease:
         analysis = _Analysis(settings, run, follow, lease)
         found = analysis.tables()

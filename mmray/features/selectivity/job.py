@@ -28,7 +28,6 @@ from mmray.models.loading import LoadedModel
 from mmray.neurons.model import load_model
 from mmray.runs import RunFolder
 from mmray.runs.run import open_run
-from mmray.storage import patiently
 
 S = TypeVar("S", bound=SumsSettings)
 
@@ -57,15 +56,15 @@ class LabelJob(Job[S, LabelPlan]):
         """Return the shards that hold samples with a label."""
         labelled = self.labelled
         units = [Unit(len(labelled.captions[shard]), shard) for shard in labelled.shards]
-        model = open_run(self.settings.run, patient=True).info["digests"]["model"]
+        model = open_run(self.settings.run).info["digests"]["model"]
         return Plan(units, {"model": model, "samples": labelled.digest(), **self.digests()}, labelled)
 
     def worker(self, context: LabelPlan) -> Worker:
         """Load the model, and return what a shard's samples show."""
         census = context.census
         model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
-        manifest = Manifest.from_json(RunFolder.at(self.settings.run, patient=True).manifest())
-        source = patiently(lambda: open_data(census))
+        manifest = Manifest.from_json(RunFolder.at(self.settings.run).manifest())
+        source = open_data(census)
 
         def show(unit: Unit) -> UnitResult:
             samples = scored_samples(source, manifest.shards[unit.payload], context.captions[unit.payload])
