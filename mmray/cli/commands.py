@@ -1,6 +1,7 @@
 """Every command: importing a module registers those that it holds."""
 
 import mmray.cli.demo
+import mmray.cli.features
 import mmray.cli.models
 import mmray.cli.report
 import mmray.cli.status

@@ -33,6 +33,9 @@ class Feature:
     """Module whose TABLES are the schemas of its tables by name."""
     report: str = ""
     """MODULE:FUNCTION of its section of the report; its script is `report.js` in the module's folder."""
+    settings: str = ""
+    """MODULE:CLASS of its job's settings, where its command is made from this entry; the class's docstring is the
+    command's help. Empty for a feature whose room has a `command.py`."""
 
 
 FEATURES: dict[str, Feature] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
@@ -18,6 +18,7 @@ from mmray.engine.settings import JobSettings
 from mmray.version import VERSION
 
 if TYPE_CHECKING:
+    from mmray.engine import Job, JobResult
     from mmray.terminal.progress import Counts
 
 INCOMPLETE = 4
@@ -80,10 +81,17 @@ def option(name: str, settings: type[BaseModel]) -> Any:
     return typer.Option(names, help=help_of(name, settings))
 
 
-def with_settings(settings: type[BaseModel], **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command every setting that it does not take itself as an option, handed on as a keyword.
+def argument(name: str, settings: type[BaseModel]) -> Any:
+    """Return the argument of that setting, its documentation as help."""
+    return typer.Argument(metavar=name.upper(), help=help_of(name, settings))
 
-    `defaults` are the command's own.
+
+def with_settings(
+    settings: type[BaseModel], arguments: Collection[str] = (), **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command every setting that it does not take itself, handed on as a keyword.
+
+    Each is an option, except those named as `arguments`. `defaults` are the command's own.
     """
 
     def give(command: Callable[..., None]) -> Callable[..., None]:
@@ -97,7 +105,7 @@ def with_settings(settings: type[BaseModel], **defaults: Any) -> Callable[[Calla
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=defaults.get(name, inspect.Parameter.empty if field.is_required() else field.default),
-                annotation=Annotated[field.annotation, option(name, settings)],
+                annotation=Annotated[field.annotation, (argument if name in arguments else option)(name, settings)],
             )
             for name, field in _own_first(settings)
             if name not in own
@@ -167,6 +175,14 @@ def followed(things: str = "samples", what: str = "") -> Iterator[Callable[[Coun
 
     with resumable(what), follow_progress(Console(stderr=True, highlight=False), things) as follow:
         yield follow
+
+
+def run_followed(job: Job[Any, Any]) -> JobResult:
+    """Run a job, and show how far it is."""
+    from mmray.engine import run
+
+    with followed(job.unit_noun) as follow:
+        return run(job, follow=follow)
 
 
 def plural(count: int, word: str) -> str:

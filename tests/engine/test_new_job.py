@@ -1,5 +1,10 @@
 """A new analysis in one short file gets everything else from the engine; this is the list."""
 
+import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,11 +83,88 @@ def test_settings_are_told_apart(letters: Letters) -> None:
     assert (len(other.seen), counted(letters())["letter"]) == (10, ["A", "B", "C"])
 
 
+TOY = Feature(
+    "letters",
+    ("tests.engine.words:LetterJob",),
+    "mmray letters RUN --text FILE",
+    ("letters", "total"),
+    "lines",
+    settings="tests.engine.words:LetterSettings",
+)
+"""Its one line outside its own file."""
+COMMAND = f"""
+import sys
+from mmray.features import FEATURES, Feature
+FEATURES["letters"] = {TOY!r}
+from mmray.cli import main
+try:
+    main()
+finally:
+    if "--help" in sys.argv:
+        assert not {{"torch", "ray"}} & set(sys.modules)
+"""
+"""What `mmray` is once that line is there."""
+
+
+def mmray(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line with the toy's line in `mmray.features`."""
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-c", COMMAND, *map(str, words)], capture_output=True, text=True, check=False, env=environment
+    )
+
+
+def test_help_of_its_command() -> None:
+    overview, own = mmray("--help"), mmray("letters", "--help")
+    assert (overview.returncode, own.returncode) == (0, 0), overview.stderr + own.stderr
+    assert re.search(r"letters +Count how often each letter begins a line of a text file\.", overview.stdout)
+    assert re.search(r"Usage: mmray letters \[OPTIONS\] \{?RUN\b", own.stdout)
+    for option in ("--text", "--upper", "--most", "--workers", "--retry-failed", "--local", "--json"):
+        assert option in own.stdout
+
+
+def test_command(letters: Letters) -> None:
+    settings = letters().settings
+    words = ("letters", settings.run, "--text", settings.text, "--local")
+    first, again = mmray(*words, "--upper"), mmray(*words, "--upper", "--most", 2, "--json")
+    assert first.stdout.splitlines()[0] == "letters: 3"
+    assert re.fullmatch(rf"95 lines in \d s → {settings.run}", first.stdout.splitlines()[1])
+    assert json.loads(again.stdout) | {"seconds": 0} == {
+        "job": "letters",
+        "done": 95,
+        "failures": 0,
+        "quarantined": {},
+        "seconds": 0,
+        "letters": 2,
+    }
+    assert counted(letters())["letter"] == ["A", "B"]
+    assert mmray(*words, "--upper", "--most", 2).stdout.splitlines()[1] == f"95 lines already finished → {settings.run}"
+    missing = mmray("letters", settings.run, "--text", "nowhere.txt", "--local")
+    assert (missing.returncode, missing.stderr) == (2, "mmray: nowhere.txt: no such file\n")
+
+
+def test_command_resumes_and_its_status_tells_of_quarantine(letters: Letters) -> None:
+    def stop(unit: words.Unit) -> None:
+        if "b1" in unit.payload:
+            raise UnitRefusedError("nothing to count")
+        if len(stopped.seen) == 4:
+            raise KeyboardInterrupt
+
+    stopped, settings = Watched(stop), letters().settings
+    with pytest.raises(KeyboardInterrupt):
+        run(letters(), executor=stopped)
+    asked = ("letters", settings.run, "--text", settings.text, "--local")
+    resumed = mmray(*asked)
+    assert (resumed.returncode, resumed.stdout.splitlines()[-1]) == (4, "unit 0 quarantined: nothing to count")
+    assert counted(letters())["n"] == [28, 29, 28]
+    assert mmray(*asked, "--retry-failed").returncode == 0
+    assert counted(letters())["n"] == [32, 32, 31]
+
+
 @pytest.fixture
 def listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """List the toy among the features: its one line outside its own file."""
-    toy = Feature("letters", ("tests.engine.words:LetterJob",), "mmray letters RUN", ("letters", "total"), "lines")
-    monkeypatch.setitem(FEATURES, toy.name, toy)
+    """List the toy among the features."""
+    monkeypatch.setitem(FEATURES, TOY.name, TOY)
 
 
 @pytest.mark.usefixtures("listed")
@@ -93,7 +175,11 @@ def test_status(letters: Letters) -> None:
 
     run(letters(), executor=Watched(refuse))
     (status,) = analyses(RunFolder.at(letters().target), None)
-    assert (status.title, status.noun, status.renew) == ("letters", "lines", f"mmray letters {letters().target}")
+    assert (status.title, status.noun, status.renew) == (
+        "letters",
+        "lines",
+        f"mmray letters {letters().target} --text FILE",
+    )
     assert (status.units, status.units_done, status.pending, status.size_done) == (10, 9, 0, len(LINES))
     assert (status.quarantined, status.tables, status.damage) == ({0: "nothing to count"}, "current", ())
 
@@ -107,6 +193,3 @@ def test_sweep(letters: Letters) -> None:
     # And what was noted of ten attempts, which nobody needs once their units are committed.
     assert (swept.objects, orphan.exists()) == (1 + 10, False)
     assert run(letters()).parts.receipts == parts.receipts
-
-
-# What it does not get yet is a command line: commands are modules of `mmray.cli`, and not made of FEATURES.

@@ -14,6 +14,8 @@ LINES = 10
 
 
 class LetterSettings(JobSettings):
+    """Count how often each letter begins a line of a text file."""
+
     run: str = known_by_digest()
     """Folder that the table is written to."""
     text: str = known_by_digest()

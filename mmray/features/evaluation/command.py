@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mmray.features.evaluation.settings import EvaluationSettings, evaluation_settings
-from mmray.terminal.options import AsJson, RunArgument, app, console, end, followed, say, with_settings
+from mmray.terminal.options import AsJson, RunArgument, app, console, end, run_followed, say, with_settings
 
 
 @app.command()
@@ -20,13 +20,11 @@ def evaluate(
     **settings: Any,
 ) -> None:
     """Measure an edit before and after: success, generality, locality, hallucination, caption quality, and its cost."""
-    from mmray.engine import run as run_job
     from mmray.features.evaluation.job import EvaluationJob
     from mmray.features.evaluation.view import measures
 
     checked = evaluation_settings({"run": run, **settings})
-    with followed() as follow:
-        done = run_job(EvaluationJob(checked), follow=follow)
+    done = run_followed(EvaluationJob(checked))
     if as_json:
         print(json.dumps(done.summary(), ensure_ascii=False))
     else:

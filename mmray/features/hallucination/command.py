@@ -16,10 +16,10 @@ from mmray.features.hallucination.settings import (
     opinion_settings,
     perturbation_settings,
 )
-from mmray.terminal.options import AsJson, RunArgument, app, console, end, followed, say, with_settings
+from mmray.terminal.options import AsJson, RunArgument, app, console, end, run_followed, say, with_settings
 
 if TYPE_CHECKING:
-    from mmray.engine import Job, JobResult
+    from mmray.engine import JobResult
 
 
 @app.command()
@@ -38,7 +38,7 @@ def hallucination(
     from mmray.runs.run import open_run
 
     checked = opinion_settings({"run": run, **settings})
-    done = _followed(HallucinationJob(checked))
+    done = run_followed(HallucinationJob(checked))
     found = open_run(run).table("mistakes").to_pylist()
     if pictures is not None:
         _save(pictures, found)
@@ -60,20 +60,13 @@ def perturb(as_json: AsJson = False, **settings: Any) -> None:
     from mmray.features.hallucination.view import changes
 
     checked = perturbation_settings(settings)
-    done = _followed(PerturbJob(checked))
+    done = run_followed(PerturbJob(checked))
     if as_json:
         print(json.dumps(done.summary(), ensure_ascii=False))
     else:
         console.print(changes(done.headline["measures"]))
         say_sight(checked.alignment)
     _end(done, "answers", checked.out, as_json)
-
-
-def _followed(job: Job[Any, Any]) -> JobResult:
-    from mmray.engine import run as run_job
-
-    with followed() as follow:
-        return run_job(job, follow=follow)
 
 
 def _save(folder: Path, found: Sequence[Mapping[str, Any]]) -> None:

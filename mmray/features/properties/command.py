@@ -6,21 +6,19 @@ import json
 from typing import Any
 
 from mmray.features.properties.settings import PropertySettings, property_settings
-from mmray.terminal.options import AsJson, RunArgument, app, console, end, followed, say, with_settings
+from mmray.terminal.options import AsJson, RunArgument, app, console, end, run_followed, say, with_settings
 
 
 @app.command()
 @with_settings(PropertySettings)
 def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> None:
     """Measure what a run's neurons mean, with controls, and draw heat maps: all written to the run's tables."""
-    from mmray.engine import run as run_job
     from mmray.features.properties.job import PropertiesJob
     from mmray.features.properties.view import properties as show
     from mmray.runs.run import open_run
 
     checked = property_settings({"run": run, **settings})
-    with followed("concepts") as follow:
-        done = run_job(PropertiesJob(checked), follow=follow)
+    done = run_followed(PropertiesJob(checked))
     opened = open_run(run)
     if as_json:
         table = opened.optional("properties")

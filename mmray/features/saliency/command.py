@@ -11,7 +11,7 @@ import typer
 from mmray.detector.view import say_sight
 from mmray.errors import InputError
 from mmray.features.saliency.settings import SaliencySettings, saliency_settings
-from mmray.terminal.options import AsJson, app, console, end, followed, say, with_settings
+from mmray.terminal.options import AsJson, app, console, end, run_followed, say, with_settings
 
 
 @app.command()
@@ -85,13 +85,11 @@ def _one(
 
 
 def _whole(settings: SaliencySettings, *, as_json: bool) -> None:
-    from mmray.engine import run as run_job
     from mmray.features.saliency.job import SaliencyJob
     from mmray.features.saliency.view import saliency as show
     from mmray.runs.run import open_run
 
-    with followed("images") as follow:
-        done = run_job(SaliencyJob(settings), follow=follow)
+    done = run_followed(SaliencyJob(settings))
     rows = open_run(settings.run).table("saliency")
     if as_json:
         print(json.dumps(done.summary() | {"saliency": rows.to_pylist()}, ensure_ascii=False))

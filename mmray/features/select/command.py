@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mmray.features.select.settings import SelectionSettings, selection_settings
-from mmray.terminal.options import AsJson, RunArgument, app, console, end, followed, say, with_settings
+from mmray.terminal.options import AsJson, RunArgument, app, console, end, run_followed, say, with_settings
 
 
 @app.command()
@@ -20,14 +20,12 @@ def select(
     **settings: Any,
 ) -> None:
     """Choose a concept's neurons together: its noun goes with them, other nouns stay. Best after --score effect."""
-    from mmray.engine import run as run_job
     from mmray.features.census.view import concept_title, ranking
     from mmray.features.select.job import SelectionJob, selections
     from mmray.runs.run import open_run
 
     checked = selection_settings({"run": run, "concepts": concepts, **settings})
-    with followed() as follow:
-        done = run_job(SelectionJob(checked), follow=follow)
+    done = run_followed(SelectionJob(checked))
     if as_json:
         print(json.dumps(done.headline["selections"], ensure_ascii=False))
     else:

@@ -1,0 +1,41 @@
+"""Commands made from `mmray.features`: those of features that name their settings there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pkgutil import resolve_name
+from typing import Any
+
+from mmray.engine.settings import JobSettings, checked
+from mmray.features import FEATURES, Feature
+from mmray.terminal.options import AsJson, app, end, run_followed, say, with_settings
+
+
+def add_command(feature: Feature) -> None:
+    """Add a feature's command; settings named in capitals in its `command`, such as RUN, are arguments."""
+    _, name, *words = feature.command.split()
+    kind: type[JobSettings] = resolve_name(feature.settings)
+    arguments = [word.lower() for word, before in zip(words, [name, *words], strict=False) if before[0] != "-"]
+    app.command(name, help=kind.__doc__)(with_settings(kind, arguments)(_command(feature, kind)))
+
+
+def _command(feature: Feature, kind: type[JobSettings]) -> Callable[..., None]:
+    def command(as_json: AsJson = False, **settings: Any) -> None:
+        job = resolve_name(feature.jobs[0])(checked(kind, settings))
+        done = run_followed(job)
+        if as_json:
+            print(json.dumps(done.summary(), ensure_ascii=False))
+        else:
+            for name, value in done.headline.items():
+                say(f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+            took = "already finished" if done.already else f"in {done.seconds:.0f} s"
+            say(f"{done.done:,} {feature.noun} {took} → {job.target}")
+        end(done, feature.noun.removesuffix("s"), quiet=as_json)
+
+    return command
+
+
+for listed in FEATURES.values():
+    if listed.settings:
+        add_command(listed)
