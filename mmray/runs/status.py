@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -23,6 +23,7 @@ READERS = 8
 
 Tables = Literal["", "current", "not made", "older than the parts", "older than the census", "of other settings"]
 """State of an analysis's tables; empty for one that makes none and that the census has not left behind."""
+STALE: tuple[Tables, ...] = ("older than the parts", "older than the census")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def analyses(folder: RunFolder, run: Run | None) -> list[AnalysisStatus]:
     with ThreadPoolExecutor(READERS) as pool:
         looked = list(pool.map(look, found))
     parts = {feature.name for feature in FEATURES.values() if feature.part_of}
-    return [one for one in looked if one.name not in parts or one.pending or one.quarantined or one.damage]
+    told = [one for one in looked if one.name not in parts or one.pending or one.quarantined or one.damage]
+    return told if run is None else [*told, *_pipeline(folder, census)]
 
 
 def _status(analysis: Analysis, census: str, *, is_last: bool) -> AnalysisStatus:
@@ -142,6 +144,58 @@ def _sizes(folder: RunFolder) -> list[int]:
         return [int(size) for size in json.loads(folder.manifest())["sizes"]]
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{folder.store.uri}/manifest.json: damaged or gone; the same command makes it") from error
+
+
+def _pipeline(run: RunFolder, census: str) -> Iterator[AnalysisStatus]:
+    """Yield the state of the tables that a pipeline makes of a run's edits, if there are any: it has no units."""
+    feature, made_from, damage = FEATURES["pipeline"], dict[str, str](), ""
+    try:
+        snapshot = newest(run.store, feature.name)
+        if snapshot is None or not snapshot.made_from:
+            # Earlier versions did not note what they made them from.
+            return
+        made_from |= snapshot.made_from
+    except DamagedError as error:
+        damage = str(error)
+    with ThreadPoolExecutor(READERS) as pool:
+        states = set(pool.map(lambda key: _of_parts(run, key, made_from[key], census), made_from))
+    edits = len({key.split("/")[1] for key in made_from})
+    yield AnalysisStatus(
+        name=feature.name,
+        title=feature.name,
+        folder="",
+        noun=feature.noun,
+        units=edits,
+        units_done=edits,
+        quarantined={},
+        size=edits,
+        size_done=edits,
+        failures=0,
+        skipped={},
+        cost=NOTHING,
+        tables="not made" if damage else next((state for state in STALE if state in states), "current"),
+        renew=feature.command,
+        settings={},
+        driver=last_driver(RunFolder.at(f"{run.store.uri}/{feature.name}").store),
+        damage=(damage,) if damage else (),
+    )
+
+
+def _of_parts(run: RunFolder, key: str, digest: str, census: str) -> Tables:
+    """Return the state of tables made from the parts in a folder below the run's, whose receipts had that digest."""
+    folder = RunFolder.at(f"{run.store.uri}/{key}")
+    try:
+        info, (done, *_) = folder.info() or {}, folder.readable_receipts()
+    except StorageError:
+        raise
+    except InputError:
+        # The analysis that the folder belongs to says what is damaged.
+        return "older than the parts"
+    if receipts_digest(done) != digest:
+        return "older than the parts"
+    return (
+        "older than the census" if census and info.get("digests", {}).get("receipts", census) != census else "current"
+    )
 
 
 def _tables(

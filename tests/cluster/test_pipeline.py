@@ -136,6 +136,37 @@ def test_edits_of_an_earlier_call_stay_and_are_not_made_again(
     assert snapshots(open_run(out).folder.store)["pipeline"] == numbers
 
 
+def test_status_tells_when_tables_are_older_than_what_they_are_made_from(
+    done: Pipeline, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    out = str(shutil.copytree(settings["census"]["out"], tmp_path / "run"))
+    asked = settings | {"census": settings["census"] | {"out": out}}
+
+    def state() -> tuple[int, str]:
+        (found,) = [one for one in analyses(RunFolder.at(out), open_run(out)) if one.name == "pipeline"]
+        assert (found.size_done, found.pending, found.renew) == (found.size, 0, "mmray pipeline FILE")
+        return found.size, found.tables
+
+    def redo(unit: Path) -> None:
+        """Have a unit done again: by another attempt, so that its receipt is another."""
+        (unit / "receipts/000000.json").unlink()
+
+    assert state() == (2, "current")
+    (evaluation,) = Path(out).glob("edits/gone/evaluations/*/run.json")
+    redo(evaluation.parent)
+    assert state() == (2, "older than the parts")
+    # Rows of an edit that a call does not name are not renewed by it.
+    pipeline_here(asked | {"edits": {"swap": settings["edits"]["swap"]}})
+    assert state() == (2, "older than the parts")
+    pipeline_here(asked)
+    assert state() == (2, "current")
+    redo(Path(out))
+    census_here("demo", "demo", out, limit=64, shard_size=64)
+    assert state() == (2, "older than the census")
+    pipeline_here(asked)
+    assert state() == (2, "current")
+
+
 def test_a_damaged_table_is_written_anew(done: Pipeline, settings: dict[str, Any], tmp_path: Path) -> None:
     out = str(shutil.copytree(settings["census"]["out"], tmp_path / "run"))
     before = tables_of(out)

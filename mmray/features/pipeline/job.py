@@ -116,14 +116,18 @@ def run_pipeline(settings: PipelineSettings, follow: Follow = lambda _, __: None
                 done.run.folder.prepare()
                 store = lease.guard(done.run.folder.store)
                 fence = next_fence(store, "pipeline", lease.number)
-                _edit(done, settings, follow, lease)
-                _write(done, list(settings.edits), SnapshotWriter(store, "pipeline", fence))
+                made_from = _edit(done, settings, follow, lease)
+                _write(done, list(settings.edits), made_from, SnapshotWriter(store, "pipeline", fence))
     return done
 
 
-def _edit(done: Pipeline, settings: PipelineSettings, follow: Follow, lease: Lease) -> None:
-    """Make the edits, and evaluate those that could be made."""
+def _edit(done: Pipeline, settings: PipelineSettings, follow: Follow, lease: Lease) -> dict[str, str]:
+    """Make the edits, and evaluate those that could be made.
+
+    Returns the digest of the receipts that tables are made from, by their folder below the run's.
+    """
     run, shared = done.run.uri, _execution(settings)
+    results: list[JobResult] = []
     jobs = [
         EditJob(NamedEditSettings(run=run, name=name, wish=edit_settings(wanted), **shared))
         for name, wanted in settings.edits.items()
@@ -134,10 +138,16 @@ def _edit(done: Pipeline, settings: PipelineSettings, follow: Follow, lease: Lea
             done.quarantined[name] = made.quarantined[0]
         else:
             done.edits[name] = open_edit(job.target)
+            results.append(made)
     if done.edits:
         wanted = [EvaluationJob(_evaluation(settings, run, edit_folder(run, name))) for name in done.edits]
         found = run_together(wanted, follow=partial(follow, "evaluations"))
         done.evaluations = dict(zip(done.edits, found, strict=True))
+        results += found
+    return {
+        result.parts.folder.store.uri.removeprefix(f"{run}/"): receipts_digest(result.parts.receipts)
+        for result in results
+    }
 
 
 def _census(settings: PipelineSettings) -> CensusSettings:
@@ -158,19 +168,27 @@ def _evaluation(settings: PipelineSettings, run: str, edit: str) -> EvaluationSe
         raise InputError(f"evaluation: {error}") from error
 
 
-def _write(done: Pipeline, made: Sequence[str], writer: SnapshotWriter) -> None:
+def _write(done: Pipeline, made: Sequence[str], made_from: Mapping[str, str], writer: SnapshotWriter) -> None:
     """Write the tables of the run's edits. Rows of edits that an earlier call made stay; all tables change at once."""
     new = {"edits": _facts(done), "evaluations": _measures(done), "edit_captions": _captions(done)}
-    before = _earlier(writer.store)
+    snapshot = newest(writer.store, "pipeline")
+    before = _earlier(writer.store, snapshot)
     tables = {name: _replaced(name, before[name], made, rows) for name, rows in new.items()}
-    if all(before[name] is not None and table.equals(before[name]) for name, table in tables.items()):
+    made_from = {**_of_others(snapshot.made_from, made), **made_from} if snapshot else made_from
+    same = all(before[name] is not None and table.equals(before[name]) for name, table in tables.items())
+    if same and snapshot and snapshot.made_from == made_from:
         return
     for name, table in tables.items():
         writer.add(name, table)
-    publish(writer.store, writer.commit({}, {}))
+    publish(writer.store, writer.commit(made_from, {}))
 
 
-def _earlier(store: Store) -> dict[str, pa.Table | None]:
+def _of_others(made_from: Mapping[str, str], made: Sequence[str]) -> dict[str, str]:
+    """Return what rows of other edits than those made now are made from."""
+    return {folder: digest for folder, digest in made_from.items() if folder.split("/")[1] not in made}
+
+
+def _earlier(store: Store, snapshot: Snapshot | None) -> dict[str, pa.Table | None]:
     """Return the tables as earlier calls have left them; None where there is none, or it is damaged."""
     snapshot = newest(store, "pipeline")
     found: dict[str, pa.Table | None] = dict.fromkeys(TABLES)
