@@ -1,11 +1,14 @@
 """Properties as the command runs them: committed once, resumed, on Ray or not, the same every time; refusals."""
 
+import re
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from PIL import Image
 
 from mmray.engine import run as run_job
 from mmray.errors import InputError
@@ -119,6 +122,24 @@ def test_a_concept_that_fails_is_told_and_the_others_go_on(run, monkeypatch):
     causal = open_run(run).sql("select distinct concept from properties where property = 'causal'")
     assert causal["concept"].null_count == 1
     assert len(causal) == 2  # the other concept, and all that were measured
+
+
+def test_an_image_beyond_the_budget_of_pixels_is_a_row_of_errors(run, monkeypatch):
+    known = {sample.sample_id: sample for sample in samples_of(DATA, 48)}
+    ((width, height),) = {Image.open(BytesIO(sample.image)).size for sample in known.values()}
+    # Both concepts have two images, and three of others.
+    monkeypatch.setattr(shard, "BUDGET", 4 * width * height)
+    done = properties_here(run, **ASKED | {"images": 6, "only": "properties"})
+    errors = pa.concat_tables(done.parts.each("errors")).to_pylist()
+    left_out = [row for row in errors if row["sample_id"] is not None]
+    assert len(left_out) == ASKED["concepts"]
+    for row in left_out:
+        assert (row["source"], row["stage"]) == (known[row["sample_id"]].source, "encode")
+        assert re.fullmatch(
+            r"left out of \w+: with the concept's other images more than 100,000,000 pixels", row["message"]
+        )
+    assert done.failures == len({row["source"] for row in errors})
+    assert not done.complete
 
 
 def test_a_language_without_concepts_is_refused(run):

@@ -56,6 +56,12 @@ class Observations:
             }
         )
 
+    def leave_out(self, concept: str, failure: Failure) -> None:
+        """Add an image that a concept is measured without."""
+        self.errors.append(
+            vars(failure) | {"shard_id": None, "message": f"left out of {concept}: {failure.message}"[:500]}
+        )
+
     def tables(self) -> dict[str, pa.Table]:
         """Return what was collected."""
         return {name: pa.Table.from_pylist(getattr(self, name), schema=schema) for name, schema in PARTS.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from mmray.data.samples import Sample
 from mmray.engine.clock import phase
@@ -67,7 +68,8 @@ class Probe:
             found.fail(facts.concept, f"{type(error).__name__}: {error} ({where.name})")
 
     def _measure(self, facts: Facts, samples: Mapping[str, Sample], found: Observations) -> None:
-        encoded = self.study.encoded([samples[name] for name in (*facts.own, *facts.others) if name in samples])
+        chosen = [samples[name] for name in (*facts.own, *facts.others) if name in samples]
+        encoded = self.study.encoded(chosen, partial(found.leave_out, facts.concept))
         subject = Subject(self.study, facts, *encoded) if encoded is not None else None
         if subject is None or not subject.usable:
             raise ValueError("fewer than two of its images, or none of others, can be used")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,6 +16,7 @@ from mmray.features.census.decoding import written
 from mmray.features.census.settings import CensusSettings
 from mmray.features.census.shard import Captioned, ShardAnalysis
 from mmray.models.blocks import Passage
+from mmray.models.pixels import BUDGET
 from mmray.models.prompting import Batch
 from mmray.neurons.activation_cache import Captured, capturing, forward
 from mmray.neurons.concepts import NounSource
@@ -24,6 +25,8 @@ from mmray.neurons.scoring import score_captured
 from mmray.neurons.token_positions import Place, places_of
 
 Neurons = Sequence[tuple[int, int]]
+TOO_LARGE = f"with the concept's other images more than {BUDGET:,} pixels"
+"""Why an image is left out of a concept's batch."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,35 @@ class Study:
 
     def batches(self, samples: Sequence[Sample], size: int | None = None) -> Iterator[tuple[list[Captioned], Batch]]:
         """Yield the samples that have images in batches, as a census encodes them; of its size, unless one is given."""
-        settings = self.settings if size is None else self.settings.model_copy(update={"batch_size": size})
-        pictured = [sample for sample in samples if sample.image is not None]
-        yield from ShardAnalysis(self.model, settings, self.nouns, 0).encoded(pictured)
+        yield from self._analysis(size or self.settings.batch_size).encoded(_pictured(samples))
 
-    def encoded(self, samples: Sequence[Sample]) -> tuple[list[Captioned], Batch] | None:
-        """Return the samples in one batch; None where none of them can be used."""
-        # Where the processor refuses some samples, the largest part stands for all.
-        return max(self.batches(samples, max(1, len(samples))), key=lambda pair: len(pair[0]), default=None)
+    def encoded(
+        self, samples: Sequence[Sample], leave_out: Callable[[Failure], None] = lambda _: None
+    ) -> tuple[list[Captioned], Batch] | None:
+        """Return the samples that have images in one batch; None where none of them can be used.
+
+        `leave_out` is told of each that is not in it. Images of more than BUDGET pixels are several batches, of which
+        the largest stands for all.
+        """
+        analysis = self._analysis(max(1, len(samples)))
+        largest: tuple[list[Captioned], Batch] | None = None
+        for items, batch in analysis.encoded(_pictured(samples)):
+            smaller = items
+            if largest is None or len(items) > len(largest[0]):
+                smaller, largest = largest[0] if largest else [], (items, batch)
+            for item in smaller:
+                leave_out(Failure(item.sample.sample_id, item.sample.source, "encode", TOO_LARGE))
+        for failure in analysis.failures:
+            leave_out(failure)
+        return largest
+
+    def _analysis(self, batch_size: int) -> ShardAnalysis:
+        settings = self.settings.model_copy(update={"batch_size": batch_size})
+        return ShardAnalysis(self.model, settings, self.nouns, 0)
+
+
+def _pictured(samples: Sequence[Sample]) -> list[Sample]:
+    return [sample for sample in samples if sample.image is not None]
 
 
 class Subject:
