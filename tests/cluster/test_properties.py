@@ -46,6 +46,7 @@ def without(run: Path) -> None:
 
 
 def test_before_them_the_tables_are_refused_with_what_makes_them(run):
+    without(run)
     with pytest.raises(InputError, match="no table 'properties' yet; make it: mmray properties RUN"):
         open_run(run).properties()
 
@@ -71,6 +72,7 @@ def test_tables_have_their_columns_and_every_measure_its_protocol(run):
 
 
 def test_a_second_call_measures_nothing_again(run):
+    properties_here(run, **ASKED)
     before = tables(run)
     calls = []
     properties_here(run, **ASKED, follow=calls.append)
