@@ -109,6 +109,7 @@ FEATURES: dict[str, Feature] = {
             (),
             "mmray pipeline FILE",
             ("edits", "evaluations", "edit_captions"),
+            "edits",
             schemas=f"{ROOM}.pipeline.tables",
         ),
         Feature("validation", (f"{ROOM}.alignment.validation:ValidationJob",), "mmray align --out OUT"),

@@ -14,7 +14,7 @@ from mmray.runs import Receipt
 from mmray.runs.analyses import Analysis, find_analyses
 from mmray.runs.folder import RunFolder
 from mmray.runs.lease import Driver, last_driver
-from mmray.runs.receipts import Cost, cost, receipts_digest, skipped
+from mmray.runs.receipts import NOTHING, Cost, cost, receipts_digest, skipped
 from mmray.runs.run import Run
 from mmray.runs.snapshots import Snapshot, newest
 

@@ -15,8 +15,10 @@ from mmray.features.editing import job as editing_job
 from mmray.features.editing.edit import open_edit
 from mmray.features.editing.methods import make_edit
 from mmray.features.pipeline.job import Pipeline
+from mmray.runs import RunFolder
 from mmray.runs.run import open_run
 from mmray.runs.snapshots import snapshots
+from mmray.runs.status import analyses
 from tests.e2e.conftest import mmray as mmray_command
 from tests.running import census_here, pipeline_here
 

@@ -10,13 +10,16 @@ import pyarrow.compute as pc
 import pytest
 from PIL import Image
 
+from mmray.demo import DATA
 from mmray.engine import run as run_job
 from mmray.errors import InputError
+from mmray.features.census import shard
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.protocols import PROTOCOLS
 from mmray.features.properties.settings import property_settings
 from mmray.features.properties.tables import TABLES
 from mmray.runs.run import open_run
+from tests.cluster.test_evaluation import samples_of
 from tests.e2e.conftest import Answer
 from tests.e2e.conftest import mmray as mmray_command
 from tests.running import census_here, properties_here

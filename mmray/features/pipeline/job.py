@@ -27,8 +27,9 @@ from mmray.features.pipeline.steps import STEPS, StepResult, checked_steps
 from mmray.features.pipeline.tables import TABLES
 from mmray.runs.driver import drive_analysis
 from mmray.runs.lease import Lease
+from mmray.runs.receipts import receipts_digest
 from mmray.runs.run import Run, open_run
-from mmray.runs.snapshots import SnapshotWriter, newest, next_fence, publish
+from mmray.runs.snapshots import Snapshot, SnapshotWriter, newest, next_fence, publish
 from mmray.runs.tables import read_file, read_table
 from mmray.storage import Store, open_store
 
@@ -190,7 +191,6 @@ def _of_others(made_from: Mapping[str, str], made: Sequence[str]) -> dict[str, s
 
 def _earlier(store: Store, snapshot: Snapshot | None) -> dict[str, pa.Table | None]:
     """Return the tables as earlier calls have left them; None where there is none, or it is damaged."""
-    snapshot = newest(store, "pipeline")
     found: dict[str, pa.Table | None] = dict.fromkeys(TABLES)
     for name in TABLES:
         try:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy import ndarray
 
+from mmray.data.samples import Failure
 from mmray.features.properties.protocols import SHARES, protocol_of, value_of
 from mmray.features.properties.tables import PARTS, TABLES
 from mmray.statistics.bootstrap import Measured, measure

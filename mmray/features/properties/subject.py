@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mmray.data.samples import Sample
+from mmray.data.samples import Failure, Sample
 from mmray.features.census.decoding import written
 from mmray.features.census.settings import CensusSettings
 from mmray.features.census.shard import Captioned, ShardAnalysis
