@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from mmray.engine import JobResult, Progress
 from mmray.engine import run as run_job
-from mmray.features.census.job import Outcome, run_census
+from mmray.features.census.job import CensusResult, run_census
 from mmray.features.census.settings import census_settings
 from mmray.features.census.tables import TABLES
 from mmray.features.pipeline.job import Pipeline, pipeline_settings, run_pipeline
@@ -20,7 +20,7 @@ from mmray.runs.snapshots import SnapshotWriter, newest, next_fence, publish
 from mmray.storage import open_store
 
 
-def census_here(model: Path | str, data: str, out: Path | str, **settings: object) -> Outcome:
+def census_here(model: Path | str, data: str, out: Path | str, **settings: object) -> CensusResult:
     """Run a census without Ray."""
     follow: Callable[[Progress], None] = settings.pop("follow", lambda _: None)  # type: ignore[assignment]
     asked = {"model": str(model), "data": data, "out": str(out), "local": True, **settings}

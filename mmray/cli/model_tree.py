@@ -10,7 +10,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 
-class Projection(Protocol):
+class ProjectionRow(Protocol):
     """One MLP output projection."""
 
     @property
@@ -47,7 +47,7 @@ class Claim(Protocol):
 
 
 def parts_tree(
-    title: str, modules: Mapping[str, Sequence[Projection]], final_norm: str, unembedding: str, image: str
+    title: str, modules: Mapping[str, Sequence[ProjectionRow]], final_norm: str, unembedding: str, image: str
 ) -> Tree:
     """Return the parts: MLPs by module, final norm, unembedding, and how the image enters."""
     tree = Tree(Text.from_markup(title), guide_style="dim")
@@ -75,7 +75,7 @@ def claims(checks: Iterable[Claim]) -> RenderableType:
     return Group(*lines)
 
 
-def _path(projection: Projection) -> Text:
+def _path(projection: ProjectionRow) -> Text:
     gated = f"gate {projection.gate.rpartition('.')[2]}" if projection.gate else "no gate"
     kind = f"{projection.experts} experts" if projection.experts else gated
     return Text(projection.path).append(f"  {projection.width:,} neurons, {kind}", "dim")

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from mmray.data import places
 from mmray.data.columns import OFF, Columns, detect, kinds_of_records
 from mmray.data.folder import image_sizes, images_digest, records_digest
-from mmray.data.places import Place
+from mmray.data.places import DataLocation
 from mmray.data.rows import Record
 from mmray.data.samples import Failure, Sample
 from mmray.data.source import DataFile, FileSource
@@ -102,7 +102,9 @@ class CocoSource(FileSource):
         return rows(self.place.folder, path, self.entry(path).version, self.captions)
 
 
-def open_coco(data: str, place: Place, asked: Columns, captions: bool, image_folder: str | None = None) -> CocoSource:
+def open_coco(
+    data: str, place: DataLocation, asked: Columns, captions: bool, image_folder: str | None = None
+) -> CocoSource:
     """Return the source of captions files, their images in `image_folder` or in one of the usual places.
 
     Raises `InputError` if a file is not COCO, no image is found, or a column is missing.

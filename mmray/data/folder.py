@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from mmray.data import places
 from mmray.data.caption_lists import has_lists, rows_of
 from mmray.data.columns import IMAGE_SUFFIXES, Columns, detect, kinds_of_records
-from mmray.data.places import Place
+from mmray.data.places import DataLocation
 from mmray.data.rows import Record
 from mmray.data.source import DataFile, FileSource
 from mmray.errors import InputError
@@ -65,7 +65,7 @@ class FolderSource(FileSource):
                     yield record.get(str(self.columns.objects))
 
 
-def open_folder(data: str, place: Place, asked: Columns, captions: bool) -> FolderSource:
+def open_folder(data: str, place: DataLocation, asked: Columns, captions: bool) -> FolderSource:
     """Return the source of metadata files; its columns are those of the first rows of the first file that has any.
 
     Raises `InputError` if none has, a folder has two metadata files, or a column is missing.

@@ -12,7 +12,7 @@ from mmray.data.arrow import kinds_of_schema, records_of
 from mmray.data.columns import Columns, Kind, detect
 from mmray.data.hub_files import check_files
 from mmray.data.images import LARGEST_FILE
-from mmray.data.places import Place, leaves
+from mmray.data.places import DataLocation, leaves
 from mmray.data.rows import Record
 from mmray.data.source import DataFile, FileSource
 from mmray.errors import InputError
@@ -94,7 +94,9 @@ def open_hub(data: str, asked: Columns, captions: bool) -> HubSource:
     kinds |= {column: "text" for column, feature in dataset.features.items() if hasattr(feature, "int2str")}
     columns = detect(kinds, asked, data, captions)
     listed = kinds.get(str(columns.caption)) == "texts"
-    return HubSource(data, Place(folder, ()), columns, captions, name, split or str(dataset.split), listed=listed)
+    return HubSource(
+        data, DataLocation(folder, ()), columns, captions, name, split or str(dataset.split), listed=listed
+    )
 
 
 @lru_cache(maxsize=CACHED_SETS)

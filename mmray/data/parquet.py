@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from mmray.data import places
 from mmray.data.arrow import kinds_of_schema, records_of
 from mmray.data.columns import Columns, detect
-from mmray.data.places import Place
+from mmray.data.places import DataLocation
 from mmray.data.rows import Record
 from mmray.data.source import DataFile, FileSource
 from mmray.errors import InputError
@@ -98,7 +98,7 @@ class ParquetSource(FileSource):
                 continue  # `read` reports its rows.
 
 
-def open_parquet(data: str, place: Place, asked: Columns, captions: bool) -> ParquetSource:
+def open_parquet(data: str, place: DataLocation, asked: Columns, captions: bool) -> ParquetSource:
     """Return the source of Parquet files; its columns are those of the first file that can be read.
 
     Raises `InputError` if none can, or a column is missing.

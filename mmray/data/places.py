@@ -30,7 +30,7 @@ LANDMARKS = ("metadata.{jsonl,csv}", "captions*.json", "annotations/captions*.js
 
 
 @dataclass(frozen=True)
-class Place:
+class DataLocation:
     """A folder, and which of its files are the data (keys below it, sorted); `whole` if the folder itself was named."""
 
     folder: str
@@ -38,7 +38,7 @@ class Place:
     whole: bool = False
 
 
-def find(data: str) -> Place:
+def find(data: str) -> DataLocation:
     """Return the files that `data` names: one file, a folder's, or those that a glob or brace pattern matches.
 
     Of a folder they are its `LANDMARKS`, or else all files below it but hidden ones (a part of the path starts with
@@ -53,18 +53,18 @@ def find(data: str) -> Place:
         folder = parent or ("/" if data.startswith("/") else ".")
         store = open_store(folder)
         if (found := store.entry(name)) is not None:
-            return Place(store.uri, (found,))
+            return DataLocation(store.uri, (found,))
     is_folder = not remote and Path(data).expanduser().is_dir()
     if not is_folder and SPECIAL.search(data):
         return _matches(data)
     store = open_store(data)
     for landmark in LANDMARKS:
         if landmarks := [item for pattern in expand_braces(landmark) for item in _glob(store.uri, pattern)]:
-            return Place(store.uri, tuple(landmarks), whole=True)
+            return DataLocation(store.uri, tuple(landmarks), whole=True)
     listed = tuple(item for item in store.list() if not HIDDEN.search(item.key))
     if not listed:
         raise InputError(f"{data}: {'no files there' if is_folder else 'no such file or folder'}; check the path")
-    return Place(store.uri, listed, whole=True)
+    return DataLocation(store.uri, listed, whole=True)
 
 
 def join(folder: str, key: str) -> str:
@@ -188,7 +188,7 @@ def concurrently(function: Callable[[Item], Result], items: Iterable[Item]) -> l
         return list(pool.map(function, items))
 
 
-def _matches(data: str) -> Place:
+def _matches(data: str) -> DataLocation:
     plain = SPECIAL.split(data, maxsplit=1)[0]
     folder = plain.rpartition("/")[0] or ("/" if plain.startswith("/") else ".")
     rest = data if folder == "." else data[len(folder) :].lstrip("/")
@@ -199,7 +199,7 @@ def _matches(data: str) -> Place:
             what = join(folder, pattern)
             raise InputError(f"{data}: no file matches {what}; check the pattern, and quote it in a shell")
         found |= {item.key: item for item in here}
-    return Place(open_store(folder).uri, tuple(found[key] for key in sorted(found)))
+    return DataLocation(open_store(folder).uri, tuple(found[key] for key in sorted(found)))
 
 
 def _glob(folder: str, pattern: str) -> list[Entry]:

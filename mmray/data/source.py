@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 from mmray.data import places
 from mmray.data.caption_lists import Starts, lists_in, one_by_one, rows_of, starts_of
 from mmray.data.columns import Columns
-from mmray.data.places import Place
+from mmray.data.places import DataLocation
 from mmray.data.rows import BadRowError, Record, object_names, references, samples
 from mmray.data.samples import Failure, Sample
 from mmray.errors import InputError
@@ -92,7 +92,7 @@ class FileSource(ABC):
     kind: ClassVar[str]
 
     data: str
-    place: Place
+    place: DataLocation
     columns: Columns
     captions: bool
     listed: bool = field(default=False, kw_only=True)

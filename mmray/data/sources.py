@@ -11,7 +11,7 @@ from mmray.data.columns import IMAGE_SUFFIXES, Columns
 from mmray.data.folder import open_folder
 from mmray.data.hub import open_hub
 from mmray.data.parquet import open_parquet
-from mmray.data.places import Place, find, store_errors
+from mmray.data.places import DataLocation, find, store_errors
 from mmray.data.source import DataFile, Source
 from mmray.data.webdataset import open_webdataset
 from mmray.errors import InputError
@@ -34,7 +34,7 @@ NAMES_IN_FOLDERS = {
 NAMES_ALONE = {"*.parquet": "parquet", "*.tar": "webdataset", "*.jsonl": "folder", "*.csv": "folder", "*.json": "coco"}
 """Pattern of a file's name → its kind, for files that the user named."""
 
-OPENERS: dict[str, Callable[[str, Place, Columns, bool], Source]] = {
+OPENERS: dict[str, Callable[[str, DataLocation, Columns, bool], Source]] = {
     "folder": open_folder,
     "coco": open_coco,
     "parquet": open_parquet,
@@ -67,7 +67,7 @@ def open_source(data: str, columns: Columns | None = None, captions: bool = True
         return OPENERS[kind](data, place, asked, captions)
 
 
-def _recognise(data: str, place: Place) -> tuple[str, Place]:
+def _recognise(data: str, place: DataLocation) -> tuple[str, DataLocation]:
     """Return the kind of data, and the place with that kind's files alone; raises `InputError` unless there is one."""
     names = NAMES_IN_FOLDERS if place.whole else NAMES_ALONE
     by_kind = defaultdict(list)
@@ -79,7 +79,7 @@ def _recognise(data: str, place: Place) -> tuple[str, Place]:
     if len(by_kind) > 1:
         raise InputError(f"{data}: holds {' and '.join(sorted(by_kind))} data; name one, such as '{data}/*.parquet'")
     for kind, entries in by_kind.items():
-        return kind, Place(place.folder, tuple(entries), place.whole)
+        return kind, DataLocation(place.folder, tuple(entries), place.whole)
     suffixes = {entry.key.lower().partition(".")[2] for entry in place.entries}
     if suffixes & set(IMAGE_SUFFIXES):
         raise InputError(f"{data}: images without captions; add a metadata.jsonl of file_name and caption")

@@ -20,7 +20,7 @@ from mmray.data.shards import Manifest, Piece, Shard, cut, read_shard
 from mmray.data.source import DataFile, Source
 
 
-def cut_for_lanes(files: Sequence[DataFile], lanes: int, shard_size: int, limit: int | None = None) -> Manifest:
+def cut_for_training(files: Sequence[DataFile], lanes: int, shard_size: int, limit: int | None = None) -> Manifest:
     """Return shards of at most `shard_size` samples, as many for every lane as far as they go."""
     samples = sum(file.rows for file in files)
     samples = samples if limit is None else min(samples, limit)
@@ -29,7 +29,7 @@ def cut_for_lanes(files: Sequence[DataFile], lanes: int, shard_size: int, limit:
 
 
 @dataclass(frozen=True)
-class Lanes:
+class TrainingOrder:
     """The order in which a training goes through the shards of its data."""
 
     manifest: Manifest

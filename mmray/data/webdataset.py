@@ -16,7 +16,7 @@ from mmray.data import places
 from mmray.data.caption_lists import has_lists
 from mmray.data.columns import IMAGE_SUFFIXES, Columns, Kind, detect, kinds_of_records
 from mmray.data.images import LARGEST_FILE
-from mmray.data.places import Place
+from mmray.data.places import DataLocation
 from mmray.data.rows import Record
 from mmray.data.source import DataFile, FileSource
 from mmray.errors import InputError
@@ -87,7 +87,7 @@ class WebDatasetSource(FileSource):
                         yield record.get(str(columns.objects))
 
 
-def open_webdataset(data: str, place: Place, asked: Columns, captions: bool) -> WebDatasetSource:
+def open_webdataset(data: str, place: DataLocation, asked: Columns, captions: bool) -> WebDatasetSource:
     """Return the source of tars; its columns are those of the first samples of the first tar that has any.
 
     Raises `InputError` if none has, or a column is missing.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmray.detector.alignment_settings import Shape
-from mmray.detector.vision_tower import OwnTower, Sight
+from mmray.detector.vision_tower import OwnTower, VisionTower
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel
 from mmray.models.patches import covered
@@ -63,7 +63,7 @@ class Alignment(nn.Module):
 class Pair:
     """What W learns from: a tower, and the LLaVA whose image tokens it is to make; both frozen."""
 
-    sight: Sight
+    sight: VisionTower
     model: LoadedModel
 
     @torch.no_grad()

@@ -22,9 +22,9 @@ from mmray.detector.alignment import load_alignment
 from mmray.detector.detection import Detection, Detector
 from mmray.detector.heads import FACTS, load_heads
 from mmray.detector.owl import open_owl
-from mmray.detector.vision_tower import OwnTower, Sight
+from mmray.detector.vision_tower import OwnTower, VisionTower
 from mmray.errors import InputError
-from mmray.models.capture import tap_input
+from mmray.models.capture import capture_input
 from mmray.models.generation import end_tokens, until_special
 from mmray.models.loading import LoadedModel, digest, load, resolve
 from mmray.models.options import LONGEST
@@ -41,7 +41,7 @@ class Judge:
 
     model: LoadedModel
     detector: Detector
-    sight: Sight
+    sight: VisionTower
 
     def pixels(self, images: Sequence[Image]) -> Float[Tensor, "row channel height width"]:
         """Return images as the sight takes them."""
@@ -105,7 +105,7 @@ class JointModel(Judge):
         """
         inputs = self.inputs(replace(batch, inputs=pad_left(batch.inputs)), embedding)
         states: list[Tensor] = []
-        with tap_input(self.model.norm, lambda entered: states.append(entered[:, -1])):
+        with capture_input(self.model.norm, lambda entered: states.append(entered[:, -1])):
             written = self.model.network.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
         ends = end_tokens(self.model)
         return [until_special(row, ends) for row in written.tolist()], torch.stack(states, dim=1)

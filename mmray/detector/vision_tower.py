@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmray.detector.owl import is_owl, open_owl
 from mmray.errors import InputError
-from mmray.models.capture import tap_input
+from mmray.models.capture import capture_input
 from mmray.models.loading import LoadedModel, load
 from mmray.models.patches import covered
 
@@ -20,7 +20,7 @@ PROJECTOR = "model.multi_modal_projector"
 """Module that makes image tokens of the tower's features, in the families that have a tower and one projector."""
 
 
-class Sight(Protocol):
+class VisionTower(Protocol):
     """A tower: pixels to the embedding t, whose patches stand row by row behind `skipped` others (CLS)."""
 
     skipped: int
@@ -71,7 +71,7 @@ class OwnTower(nn.Module):
     def forward(self, pixel_values: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row patch width"]:
         """Return the features that the projector is given."""
         seen: list[Tensor] = []
-        with tap_input(self.projector, seen.append):
+        with capture_input(self.projector, seen.append):
             self.model.network.get_image_features(pixel_values)
         return seen[0]
 
@@ -82,7 +82,7 @@ class OwnTower(nn.Module):
         return found
 
 
-def open_sight(name: str, device: torch.device | str) -> Sight:
+def open_tower(name: str, device: torch.device | str) -> VisionTower:
     """Load the tower of a checkpoint: an OWL-ViT's or OWLv2's up to the last layer, or a LLaVA's own.
 
     Raises InputError for other kinds.

@@ -22,7 +22,7 @@ from mmray.runs.driver import drive_analysis, open_target
 from mmray.runs.lease import Lease
 from mmray.runs.receipts import receipts_digest
 from mmray.runs.snapshots import SnapshotWriter, is_published, newest_whole, next_fence, publish
-from mmray.storage import Store, patiently
+from mmray.storage import Store, with_retries
 from mmray.version import VERSION
 
 Follow = Callable[[Progress], None]
@@ -84,7 +84,7 @@ def run_together(
         begun = []
         for job, plan in zip(jobs, plans, strict=True):
             held = lease or stack.enter_context(drive_analysis(job.place))
-            begun.append(patiently(partial(_begin, job, plan, held)))
+            begun.append(with_retries(partial(_begin, job, plan, held)))
         worked = _run_pending(begun, executor or executor_for(jobs[0].settings), follow)
         return [_finish(one, began, worked=worked) for one in begun]
 

@@ -19,7 +19,7 @@ from mmray.engine.limits import TimeLimitError, interrupt_main_thread, time_limi
 from mmray.errors import InputError, OutageError, StorageError
 from mmray.runs import ATTEMPTS, Receipt, RunFolder
 from mmray.runs.tables import ERRORS
-from mmray.storage import patiently
+from mmray.storage import with_retries
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """What a disk says that takes no more: not a unit's fault, and worth an end of the run."""
@@ -94,9 +94,9 @@ class UnitRunner:
         try:
             # The driver has reached all of this: an outage here passes.
             self.folders = [
-                patiently(partial(_begun, *where)) for where in zip(order.folders, order.fingerprints, strict=True)
+                with_retries(partial(_begun, *where)) for where in zip(order.folders, order.fingerprints, strict=True)
             ]
-            self.workers = patiently(lambda: type(order.jobs[0]).workers(order.jobs, order.contexts))
+            self.workers = with_retries(lambda: type(order.jobs[0]).workers(order.jobs, order.contexts))
         except InputError as error:
             self.problem = str(error)
         self.idle_since = time.perf_counter()
@@ -140,7 +140,7 @@ class UnitRunner:
                 return folder.quarantine(number, unit.size, last_attempt=attempt - 1)
             try:
                 with time_limit(limit, self.node.stop, partial(folder.record_death, number, attempt, late)):
-                    return patiently(lambda: _committed(folder, number, unit, worker, self.before))
+                    return with_retries(lambda: _committed(folder, number, unit, worker, self.before))
             except UnitRefusedError as error:
                 return folder.quarantine(number, unit.size, str(error))
             except Exception as error:

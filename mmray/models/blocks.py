@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mmray.models.capture import tap_input
+from mmray.models.capture import capture_input
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
 
@@ -29,7 +29,7 @@ def block_of(model: LoadedModel, layer: int) -> nn.Module:
     return block
 
 
-class Passage:
+class BlockRecorder:
     """What went through the decoder's blocks in a forward, and the way from any MLP to the end once more."""
 
     def __init__(self, model: LoadedModel) -> None:
@@ -61,7 +61,7 @@ class Passage:
             self.end = states
 
         with ExitStack() as stack:
-            stack.enter_context(tap_input(self.model.norm, keep_end))
+            stack.enter_context(capture_input(self.model.norm, keep_end))
             for block, projection in zip(self.blocks, self.model.projections, strict=False):
                 stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(leave).remove)

@@ -25,7 +25,9 @@ so, it is the activation itself.
 
 
 @contextmanager
-def tap(network: PreTrainedModel, projections: Sequence[Projection], receive: Receive) -> Iterator[None]:
+def capture_activations(
+    network: PreTrainedModel, projections: Sequence[Projection], receive: Receive
+) -> Iterator[None]:
     """Hand the inputs of these MLP output projections to `receive` as each forward computes them.
 
     Activations are those of the network's own number format, and must not be changed in place.
@@ -42,7 +44,7 @@ def tap(network: PreTrainedModel, projections: Sequence[Projection], receive: Re
 
 
 @contextmanager
-def tap_input(module: nn.Module, receive: Callable[[Tensor], None]) -> Iterator[None]:
+def capture_input(module: nn.Module, receive: Callable[[Tensor], None]) -> Iterator[None]:
     """Hand the first input of a module (the final norm, say) to `receive` at each forward."""
 
     def see(_: nn.Module, arguments: tuple[Any, ...]) -> None:

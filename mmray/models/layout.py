@@ -30,7 +30,7 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModelParts:
     """The parts of one model that neurons are found, scored and edited in."""
 
     family: str

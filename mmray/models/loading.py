@@ -32,7 +32,7 @@ import mmray.demo
 from mmray.engine.clock import phase
 from mmray.errors import InputError
 from mmray.models.checkpoint import WEIGHTS, check_config, checkpoint_files
-from mmray.models.layout import Parts, Projection
+from mmray.models.layout import ModelParts, Projection
 from mmray.models.parts import locate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,7 +50,7 @@ class LoadedModel:
     folder: Path
     network: PreTrainedModel
     processor: Any
-    parts: Parts
+    parts: ModelParts
     unused: tuple[str, ...] = ()
     """Weights of the checkpoint that the network has no place for."""
 

@@ -41,7 +41,7 @@ class Placed:
     positions: list[list[int]]
 
 
-def alone(
+def unshared(
     model: LoadedModel, prompts: Sequence[str], images: Sequence[Image | None], replies: Sequence[list[int]]
 ) -> Placed:
     """Return the batch in which each prompt, with its reply behind it, has a row of its own."""
@@ -50,7 +50,7 @@ def alone(
     return Placed(batch, list(range(len(replies))), positions)
 
 
-def packed(
+def shared_prefix(
     model: LoadedModel,
     images: Sequence[Image],
     prompts: Sequence[Sequence[str]],

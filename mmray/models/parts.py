@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from mmray.errors import InputError
 from mmray.models.experts import set_expert_rows
 from mmray.models.families import DECODERS, FAMILIES, TOWERS, Decoder, Family, Stack
-from mmray.models.layout import Parts, Projection
+from mmray.models.layout import ModelParts, Projection
 from mmray.models.probe import probe
 
 __all__ = [
-    "Parts",
+    "ModelParts",
     "Projection",
     "gain_of",
     "locate",
@@ -28,7 +28,7 @@ class _MissingError(Exception):
     """A row of the table points at something that this model does not have, or not in that shape."""
 
 
-def locate(model: PreTrainedModel) -> Parts:
+def locate(model: PreTrainedModel) -> ModelParts:
     """Find the model's parts by the table of families, or where no row of it fits, by the structural probe.
 
     Raises InputError where neither finds them, or where weights are quantised.
@@ -42,7 +42,7 @@ def locate(model: PreTrainedModel) -> Parts:
     return parts
 
 
-def _find(model: PreTrainedModel) -> Parts:
+def _find(model: PreTrainedModel) -> ModelParts:
     text_type = model.config.get_text_config().model_type
     family, decoder = FAMILIES.get(model.config.model_type), DECODERS.get(text_type)
     if family is None or decoder is None:
@@ -56,7 +56,7 @@ def _find(model: PreTrainedModel) -> Parts:
             raise InputError(f"{model.config.model_type} with {text_type}: {missing}; and {error}") from error
 
 
-def read_table(model: PreTrainedModel, family: Family, decoder: Decoder) -> Parts:
+def read_table(model: PreTrainedModel, family: Family, decoder: Decoder) -> ModelParts:
     """Read the parts where the table says they are, and check that each is there, of its kind, and one for each layer.
 
     A vision tower that the table does not know leaves `vision` empty. Raises _MissingError for all other parts.
@@ -76,7 +76,7 @@ def read_table(model: PreTrainedModel, family: Family, decoder: Decoder) -> Part
     if model.get_submodule(family.unembedding) is not model.get_output_embeddings():
         raise _MissingError(f"{family.unembedding} is not the model's output embeddings")
     scaled = bool(getattr(text_config, "scale_decoder_outputs", False))
-    return Parts(
+    return ModelParts(
         family=config.model_type,
         projections=language + vision + projector,
         final_norm=final_norm,
@@ -116,7 +116,7 @@ def set_output_rows(
         output_rows(model, projection)[units] = rows
 
 
-def unembedding_rows(model: PreTrainedModel, parts: Parts) -> Float[Tensor, "vocabulary hidden"]:
+def unembedding_rows(model: PreTrainedModel, parts: ModelParts) -> Float[Tensor, "vocabulary hidden"]:
     """Return the unembedding's rows, one a token: a view of the weight."""
     weight: Tensor = model.get_submodule(parts.unembedding).get_parameter("weight")
     return weight

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmray.errors import InputError
-from mmray.models.layout import Parts, Projection
+from mmray.models.layout import ModelParts, Projection
 
 Change = Callable[[Tensor], Tensor]
 
@@ -43,7 +43,7 @@ class Call:
 
 
 @torch.no_grad()
-def probe(model: PreTrainedModel) -> Parts:
+def probe(model: PreTrainedModel) -> ModelParts:
     """Find the language projections, the final norm and the unembedding; vision and projector are left out.
 
     Runs four tokens of text through the language model once, then its blocks alone a few times each. Raises
@@ -65,7 +65,7 @@ def probe(model: PreTrainedModel) -> Parts:
         projections = tuple(_projection(kind, layer, block, calls) for layer, block in enumerate(blocks))
     finally:
         model.train(training)
-    return Parts(
+    return ModelParts(
         family="probed",
         projections=projections,
         final_norm=norm.path,

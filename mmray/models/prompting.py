@@ -52,7 +52,7 @@ CAUSAL_TYPE = {"paligemma": 1}
 
 
 @dataclass(frozen=True)
-class Run:
+class TokenSpan:
     """Neighbouring positions `[start, stop)` of one row that hold one modality: `image` or caption `text`."""
 
     row: int
@@ -74,7 +74,7 @@ class Batch:
     caption_start: list[int]
     tokens: list[list[int]]
     offsets: list[list[tuple[int, int]]]
-    runs: list[Run]
+    runs: list[TokenSpan]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the inputs on the device, pixels in the network's number format."""
@@ -229,19 +229,19 @@ def _behind_encoder(
         decoder[row, : len(caption) + 1] = torch.tensor([start, *caption])
         mask[row, : len(caption) + 1] = 1
     inputs = features | {"decoder_input_ids": decoder, "decoder_attention_mask": mask}
-    runs = [Run(row, 1, 1 + len(caption), "text") for row, caption in enumerate(tokens)]
+    runs = [TokenSpan(row, 1, 1 + len(caption), "text") for row, caption in enumerate(tokens)]
     return Batch(inputs, total, [1] * len(tokens), list(tokens), list(offsets), runs)
 
 
 def _runs(
     model: LoadedModel, ids: Int[Tensor, "row position"], lengths: list[int], tokens: Sequence[list[int]]
-) -> list[Run]:
+) -> list[TokenSpan]:
     runs, image_token = [], model.parts.image_token_id if model.parts.image_in_sequence else None
     for row, (length, caption) in enumerate(zip(lengths, tokens, strict=True)):
         is_image = ids[row, :length].eq(-1 if image_token is None else image_token).tolist()
         for image, group in groupby(range(length), key=is_image.__getitem__):
             if image:
                 places = list(group)
-                runs.append(Run(row, places[0], places[-1] + 1, "image"))
-        runs.append(Run(row, length, length + len(caption), "text"))
+                runs.append(TokenSpan(row, places[0], places[-1] + 1, "image"))
+        runs.append(TokenSpan(row, length, length + len(caption), "text"))
     return runs

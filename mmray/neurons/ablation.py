@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmray.models.blocks import Passage
-from mmray.models.capture import tap_input
+from mmray.models.blocks import BlockRecorder
+from mmray.models.capture import capture_input
 from mmray.models.interventions import ablate
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import log_probability
 from mmray.models.prompting import Batch
 from mmray.neurons.activation_cache import forward
-from mmray.neurons.token_positions import Place
+from mmray.neurons.token_positions import TokenPosition
 
 Neurons = Sequence[tuple[int, int]]
 TOLERANCE = 1e-3
@@ -41,8 +41,8 @@ class Ablator:
         self,
         model: LoadedModel,
         batch: Batch,
-        places: Sequence[Place],
-        passage: Passage | None = None,
+        places: Sequence[TokenPosition],
+        passage: BlockRecorder | None = None,
         *,
         resumes: bool | None = None,
     ) -> None:
@@ -69,8 +69,8 @@ class Ablator:
         with change:
             return (self._from(first) if self.resumes else self._whole()) - self.untouched
 
-    def _passed(self) -> Passage:
-        passage = Passage(self.model)
+    def _passed(self) -> BlockRecorder:
+        passage = BlockRecorder(self.model)
         with passage.recording():
             forward(self.model, self.batch)
         return passage
@@ -88,7 +88,7 @@ class Ablator:
 
     def _whole(self) -> Float[Tensor, " place"]:
         kept: list[Tensor] = []
-        with tap_input(self.model.norm, kept.append):
+        with capture_input(self.model.norm, kept.append):
             forward(self.model, self.batch)
         return self._log_probabilities(self._read(kept[-1]))
 

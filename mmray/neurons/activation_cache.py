@@ -13,18 +13,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmray.models.capture import tap, tap_input
+from mmray.models.capture import capture_activations, capture_input
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
 from mmray.neurons.statistics import TokenStatistics
-from mmray.neurons.token_positions import Place
+from mmray.neurons.token_positions import TokenPosition
 
 
 @dataclass
-class Captured:
+class ActivationCache:
     """What stands at the places, by layer."""
 
-    places: Sequence[Place]
+    places: Sequence[TokenPosition]
     rows: Int[Tensor, " place"]
     """The places in the batch with its rows one behind the other."""
     activations: dict[int, Float[Tensor, "place neuron"]] = field(default_factory=dict)
@@ -42,16 +42,16 @@ class Captured:
 
 
 @contextmanager
-def capturing(
-    model: LoadedModel, batch: Batch, places: Sequence[Place], statistics: TokenStatistics | None = None
-) -> Iterator[Captured]:
+def cache_activations(
+    model: LoadedModel, batch: Batch, places: Sequence[TokenPosition], statistics: TokenStatistics | None = None
+) -> Iterator[ActivationCache]:
     """Keep what stands at these places while the block runs the batch; it is complete once the block has ended.
 
     Activations of the chosen positions alone are kept, on the device, as each layer computes them; `statistics` sees
     the layers in passing and must have been told of the batch.
     """
     rows = torch.tensor([place.row * batch.positions + place.position for place in places], dtype=torch.long)
-    captured = Captured(places, rows)
+    captured = ActivationCache(places, rows)
 
     def receive(layer: int, activation: Tensor, opened: Tensor) -> None:
         activation, opened = activation.detach(), opened.detach()
@@ -67,12 +67,12 @@ def capturing(
         captured.written[layer] = output.detach().flatten(0, -2)[rows.to(output.device)]
 
     with ExitStack() as stack:
-        stack.enter_context(tap(model.network, model.projections, receive))
-        stack.enter_context(tap_input(model.norm, receive_final))
+        stack.enter_context(capture_activations(model.network, model.projections, receive))
+        stack.enter_context(capture_input(model.norm, receive_final))
         for layer, projection in enumerate(model.projections):
             if projection.post_norm is not None:
                 norm = model.network.get_submodule(projection.post_norm)
-                stack.enter_context(tap_input(norm, partial(receive_written, layer)))
+                stack.enter_context(capture_input(norm, partial(receive_written, layer)))
         yield captured
     # Without an image Mllama leaves its cross-attention blocks out: their neurons do nothing.
     for layer in sorted(set(range(len(model.widths))) - set(captured.activations)):

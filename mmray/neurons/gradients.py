@@ -14,25 +14,25 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmray.errors import InputError
-from mmray.models.capture import tap
+from mmray.models.capture import capture_activations
 from mmray.models.layout import Projection
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import token_log_odds, token_logits
 from mmray.models.parts import output_rows
 from mmray.models.prompting import Batch
-from mmray.neurons.activation_cache import Captured, capturing, forward
+from mmray.neurons.activation_cache import ActivationCache, cache_activations, forward
 from mmray.neurons.statistics import TokenStatistics
-from mmray.neurons.token_positions import Place, rank_in_row
+from mmray.neurons.token_positions import TokenPosition, rank_in_row
 
 
 def gradient_pass(
     model: LoadedModel,
     batch: Batch,
-    places: Sequence[Place],
+    places: Sequence[TokenPosition],
     score: str,
     *,
     statistics: TokenStatistics | None = None,
-) -> tuple[list[Float[Tensor, "place neuron"]], Captured]:
+) -> tuple[list[Float[Tensor, "place neuron"]], ActivationCache]:
     """Return gradient × activation at each place, a list entry a layer, and what else the forward showed.
 
     `gradient`: of the token's logit, summed over the image's positions, as published; `gradient-last`: at the
@@ -53,8 +53,10 @@ def gradient_pass(
     ends: dict[int, Tensor] = {}
     activations: dict[int, Tensor] = {}
     with torch.inference_mode(False), torch.enable_grad():
-        with capturing(model, batch, places, statistics) as captured, ExitStack() as taps:
-            taps.enter_context(tap(model.network, model.projections, lambda n, seen, _: activations.update({n: seen})))
+        with cache_activations(model, batch, places, statistics) as captured, ExitStack() as taps:
+            taps.enter_context(
+                capture_activations(model.network, model.projections, lambda n, seen, _: activations.update({n: seen}))
+            )
             for layer, projection in enumerate(model.projections):
                 taps.callback(_keep_end(model.network.get_submodule(projection.path), projection, layer, ends).remove)
             forward(model, batch)
@@ -99,7 +101,7 @@ def _keep_end(module: nn.Module, projection: Projection, layer: int, ends: dict[
     return module.register_forward_pre_hook(see_input)
 
 
-def _rows(batch: Batch, place: Place, score: str) -> Tensor:
+def _rows(batch: Batch, place: TokenPosition, score: str) -> Tensor:
     """Return the rows of the flattened batch that the products are summed over."""
     first = place.row * batch.positions
     if score == "gradient-last":

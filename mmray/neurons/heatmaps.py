@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from mmray.models.capture import gate_function, tap
+from mmray.models.capture import capture_activations, gate_function
 from mmray.models.loading import LoadedModel
 from mmray.models.patches import Patches
 from mmray.models.prompting import Batch
@@ -35,7 +35,7 @@ Map = Float[Tensor, "row column"]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class MapRequest:
     """The map that is asked for: of these neurons, each with its sign, over the patches of a row of the batch.
 
     Signs of -1 turn neurons round that write by negative activation: without signs their activations cancel those of
@@ -51,7 +51,7 @@ class Wanted:
 
 @torch.inference_mode()
 def patch_maps(
-    model: LoadedModel, batch: Batch, wanted: Sequence[Wanted], run: Callable[[], object] | None = None
+    model: LoadedModel, batch: Batch, wanted: Sequence[MapRequest], run: Callable[[], object] | None = None
 ) -> list[Map]:
     """Run the batch once, and return the mean activation (or gate) of the neurons over the patches, a map for each ask.
 
@@ -76,7 +76,7 @@ def patch_maps(
                 part = gates[layer](part) if ask.of == "gate" else part
                 total += part.float().cpu() @ signs
 
-    with tap(model.network, model.projections, receive):
+    with capture_activations(model.network, model.projections, receive):
         forward(model, batch) if run is None else run()
     return [
         total.reshape(ask.patches.rows, ask.patches.columns) / max(len(ask.neurons), 1)

@@ -20,14 +20,14 @@ from mmray.models.patches import patches_of
 from mmray.models.prompting import encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neuron_names import parse_neuron
 from mmray.neurons.concepts import find_forms
-from mmray.neurons.heatmaps import Wanted, patch_maps, placed
+from mmray.neurons.heatmaps import MapRequest, patch_maps, placed
 from mmray.neurons.scores import SCORES, Pieces
 from mmray.neurons.scoring import score_batch, whole_nouns
 from mmray.neurons.token_positions import place_mentions
 from mmray.neurons.validation import assert_sound
 
 
-class Model(LoadedModel):
+class NeuronModel(LoadedModel):
     """A vision-language model with its processor and parts."""
 
     def contributions(
@@ -86,11 +86,11 @@ class Model(LoadedModel):
         if patches is None:
             raise InputError(f"{self.name}: its image is no grid of tokens in the sequence, so there are no heat maps")
         by_layer(self, neurons)  # refuses neurons that the model does not have
-        (values,) = patch_maps(self, batch, [Wanted(0, patches, [parse_neuron(name) for name in neurons], signs)])
+        (values,) = patch_maps(self, batch, [MapRequest(0, patches, [parse_neuron(name) for name in neurons], signs)])
         return placed(values, patches.covers, picture.height, picture.width)
 
 
-Kind = TypeVar("Kind", bound=Model)
+Kind = TypeVar("Kind", bound=NeuronModel)
 
 
 def open_image(image: Image | Path | str | bytes | None, background: str = BACKGROUND) -> Image | None:
@@ -111,12 +111,12 @@ def open_image(image: Image | Path | str | bytes | None, background: str = BACKG
 
 def load_model(
     name: str, dtype: str = "auto", device: str | torch.device | None = None, *, trust_remote_code: bool = False
-) -> Model:
+) -> NeuronModel:
     """Load a checkpoint folder, a hub id or `demo` for inference, and check its parts; see `mmray.models.loading.load`.
 
     Raises InputError where it can't be loaded, or where its parts are not what they are taken for.
     """
-    return load_checked(Model, name, dtype, device, trust_remote_code=trust_remote_code)
+    return load_checked(NeuronModel, name, dtype, device, trust_remote_code=trust_remote_code)
 
 
 def load_checked(

@@ -13,10 +13,10 @@ import pyarrow as pa
 from torch import Tensor
 
 from mmray.errors import InputError
-from mmray.models.capture import tap
+from mmray.models.capture import capture_activations
 from mmray.models.families import TILED
 from mmray.models.loading import LoadedModel
-from mmray.models.prompting import Batch, Run
+from mmray.models.prompting import Batch, TokenSpan
 from mmray.neurons.statistics import TokenStatistics
 
 SIZES = ("image_grid_thw", "image_sizes", "pixel_attention_mask")
@@ -48,7 +48,7 @@ class ModuleActivity:
             raise ValueError("images of different sizes share no batch with --module vision or projector")
         self._seen, self._batch = [], batch
         try:
-            with tap(self.model.network, self.projections, lambda *seen: self._seen.append(seen)):
+            with capture_activations(self.model.network, self.projections, lambda *seen: self._seen.append(seen)):
                 yield
         except BaseException:
             self._forget()  # what failed may be tried again in halves, and needs the memory
@@ -83,15 +83,15 @@ class ModuleActivity:
         return self.statistics.activity_table(self.module)
 
 
-def image_runs(model: LoadedModel, batch: Batch, positions: int) -> list[Run]:
+def image_runs(model: LoadedModel, batch: Batch, positions: int) -> list[TokenSpan]:
     """Return which of a module's rows, so many a sample, are the image's own: all, but where tiles are filled up."""
     vision = getattr(model.network.config, "vision_config", None)
     mask = batch.inputs.get(TILED.get(getattr(vision, "model_type", ""), ""))
     if vision is None or mask is None:
-        return [Run(row, 0, positions, "image") for row in range(len(batch.tokens))]
+        return [TokenSpan(row, 0, positions, "image") for row in range(len(batch.tokens))]
     tiles = mask.flatten(1)
     rows, patches = positions // tiles.shape[1], 1 + (vision.image_size // vision.patch_size) ** 2
-    return [Run(row, tile * rows, tile * rows + patches, "image") for row, tile in tiles.nonzero().tolist()]
+    return [TokenSpan(row, tile * rows, tile * rows + patches, "image") for row, tile in tiles.nonzero().tolist()]
 
 
 def uniform(batch: Batch) -> bool:

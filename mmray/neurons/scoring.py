@@ -17,12 +17,12 @@ from mmray.models.loading import LoadedModel
 from mmray.models.norms import fold_block, fold_norm, log_odds_slope, log_probability, norm_curvature
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.models.prompting import Batch
-from mmray.neurons.activation_cache import Captured, capturing, forward
+from mmray.neurons.activation_cache import ActivationCache, cache_activations, forward
 from mmray.neurons.attribution import FUNCTIONS, Located, project
 from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.scores import SCORES
 from mmray.neurons.statistics import TokenStatistics
-from mmray.neurons.token_positions import Place
+from mmray.neurons.token_positions import TokenPosition
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Scored:
 def score_batch(
     model: LoadedModel,
     batch: Batch,
-    places: Sequence[Place],
+    places: Sequence[TokenPosition],
     score: str = "contribution",
     *,
     folded: bool = False,
@@ -50,7 +50,7 @@ def score_batch(
     Some scores add a backward pass per noun. `statistics` must have been told of the batch.
     """
     if not SCORES[score].backward:
-        with capturing(model, batch, places, statistics) as captured:
+        with cache_activations(model, batch, places, statistics) as captured:
             forward(model, batch)
         return score_captured(model, captured, score, folded=folded)
     products, captured = gradient_pass(model, batch, places, score, statistics=statistics)
@@ -62,7 +62,7 @@ def score_batch(
 
 @torch.inference_mode()
 def ablation_effects(
-    model: LoadedModel, captured: Captured, products: Sequence[Float[Tensor, "place neuron"]]
+    model: LoadedModel, captured: ActivationCache, products: Sequence[Float[Tensor, "place neuron"]]
 ) -> list[Float[Tensor, "place neuron"]]:
     """Return an estimate of what ablating each neuron alone takes from the token's log-odds at each place.
 
@@ -81,7 +81,7 @@ def ablation_effects(
 
 
 @torch.inference_mode()
-def score_captured(model: LoadedModel, captured: Captured, score: str, *, folded: bool = False) -> Scored:
+def score_captured(model: LoadedModel, captured: ActivationCache, score: str, *, folded: bool = False) -> Scored:
     """Score every neuron at the captured places by one of FUNCTIONS."""
     directions = _directions(model, captured, folded=folded)
     activations = [captured.activations[layer] for layer in range(len(model.widths))]
@@ -96,7 +96,7 @@ def score_captured(model: LoadedModel, captured: Captured, score: str, *, folded
     return Scored(scores, activations, log_probability(model, captured.hidden, captured.tokens))
 
 
-def whole_nouns(places: Sequence[Place], scored: Scored) -> tuple[list[Place], Scored]:
+def whole_nouns(places: Sequence[TokenPosition], scored: Scored) -> tuple[list[TokenPosition], Scored]:
     """Add up what the tokens of each noun were scored; the place and the activation are those of its first token."""
     first = [number for number, place in enumerate(places) if place.piece == 0]
     if len(first) == len(places):
@@ -112,7 +112,7 @@ def whole_nouns(places: Sequence[Place], scored: Scored) -> tuple[list[Place], S
     )
 
 
-def unsound_rows(places: Sequence[Place], scored: Scored, rows: int) -> list[int]:
+def unsound_rows(places: Sequence[TokenPosition], scored: Scored, rows: int) -> list[int]:
     """Return of each row of the batch how many neurons are not finite, score or activation, at its worst place."""
     counts = torch.zeros(len(places), dtype=torch.long, device=scored.log_prob.device)
     for score, activation in zip(scored.scores, scored.activation, strict=True):
@@ -124,7 +124,7 @@ def unsound_rows(places: Sequence[Place], scored: Scored, rows: int) -> list[int
     return worst
 
 
-def _directions(model: LoadedModel, captured: Captured, *, folded: bool) -> list[Float[Tensor, "place hidden"]]:
+def _directions(model: LoadedModel, captured: ActivationCache, *, folded: bool) -> list[Float[Tensor, "place hidden"]]:
     """Return, a list entry a layer, what a neuron's row is multiplied by to give its share of the token's logit."""
     table = unembedding_rows(model.network, model.parts)
     unembedding = table[captured.tokens.to(table.device)].float()
@@ -137,5 +137,5 @@ def _directions(model: LoadedModel, captured: Captured, *, folded: bool) -> list
     ]
 
 
-def _seeds(places: Sequence[Place], layer: int) -> Tensor:
+def _seeds(places: Sequence[TokenPosition], layer: int) -> Tensor:
     return torch.tensor([zlib.crc32(f"{place.sample_id} {place.position} {layer}".encode()) for place in places])

@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_halves(
+def split_on_failure(
     items: Sequence[Item],
     work: Callable[[Sequence[Item]], Result],
     alone: Callable[[Item, str], None],
@@ -39,7 +39,7 @@ def in_halves(
         return []
     free_memory()
     middle = len(items) // 2
-    return [done for half in (items[:middle], items[middle:]) for done in in_halves(half, work, alone, errors)]
+    return [done for half in (items[:middle], items[middle:]) for done in split_on_failure(half, work, alone, errors)]
 
 
 def free_memory() -> None:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from mmray.models.prompting import Run
+from mmray.models.prompting import TokenSpan
 from mmray.neurons.tables import STATISTICS
 
 MODALITIES = ("image", "text")
@@ -56,7 +56,7 @@ class Span:
 class _Batch:
     """An announced batch: membership is 1 where a sample (column) has a label (row); what was seen of each layer."""
 
-    runs: list[Run]
+    runs: list[TokenSpan]
     membership: Float[Tensor, "label sample"]
     spans: list[Span]
     images: Int[Tensor, " sample"]
@@ -99,7 +99,7 @@ class TokenStatistics:
         return len(self.images)
 
     def begin(
-        self, labels: Sequence[dict[str, str]], runs: Sequence[Run], images: Sequence[str | None] | None = None
+        self, labels: Sequence[dict[str, str]], runs: Sequence[TokenSpan], images: Sequence[str | None] | None = None
     ) -> None:
         """Announce a batch: the labels of its samples by kind, where image and caption stand, and its images by digest.
 
@@ -191,10 +191,10 @@ class TokenStatistics:
         return pa.Table.from_pylist(rows, schema=STATISTICS["examples"])
 
 
-def token_spans(runs: Iterable[Run], rows: int) -> list[Span]:
+def token_spans(runs: Iterable[TokenSpan], rows: int) -> list[Span]:
     """Return the span of each of MODALITIES; an empty one where the batch has none of it."""
     spans = []
-    by_modality: dict[str, list[Run]] = {modality: [] for modality in MODALITIES}
+    by_modality: dict[str, list[TokenSpan]] = {modality: [] for modality in MODALITIES}
     for run in runs:
         by_modality[run.modality].append(run)
     for found in by_modality.values():

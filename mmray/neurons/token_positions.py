@@ -11,7 +11,7 @@ from mmray.neurons.concepts import Mention
 
 
 @dataclass(frozen=True)
-class Place:
+class TokenPosition:
     """One occurrence in a batch: the row, the position whose output predicts the token, and the token."""
 
     row: int
@@ -25,7 +25,7 @@ class Place:
 
 def place_mentions(
     batch: Batch, row: int, sample_id: str, mentions: Sequence[Mention], *, every: bool = False
-) -> list[Place]:
+) -> list[TokenPosition]:
     """Return the place that predicts the first token of each mention, aligned by the characters that tokens cover.
 
     With `every`, the places of all its tokens: those that cover a character of it.
@@ -36,11 +36,13 @@ def place_mentions(
         spelling = [index for index in behind[1:] if every and batch.offsets[row][index][0] < mention.stop]
         for piece, index in enumerate([*behind[:1], *spelling]):
             position = batch.caption_start[row] + index - 1
-            places.append(Place(row, position, batch.tokens[row][index], mention.concept, sample_id, piece))
+            places.append(TokenPosition(row, position, batch.tokens[row][index], mention.concept, sample_id, piece))
     return places
 
 
-def places_of(batch: Batch, named: Sequence[tuple[str, Sequence[Mention]]], *, every: bool = False) -> list[Place]:
+def places_of(
+    batch: Batch, named: Sequence[tuple[str, Sequence[Mention]]], *, every: bool = False
+) -> list[TokenPosition]:
     """Return the places of all rows, whose sample ids and mentions are `named`; see `place_mentions`."""
     return [
         place
@@ -49,7 +51,7 @@ def places_of(batch: Batch, named: Sequence[tuple[str, Sequence[Mention]]], *, e
     ]
 
 
-def rank_in_row(places: Sequence[Place]) -> list[int]:
+def rank_in_row(places: Sequence[TokenPosition]) -> list[int]:
     """Return of each place how many places of the same row come before it."""
     seen: Counter[int] = Counter()
     ranks = []

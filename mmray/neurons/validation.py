@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmray.errors import InputError
 from mmray.models.blocks import block_of
-from mmray.models.capture import tap, tap_input
+from mmray.models.capture import capture_activations, capture_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.parts import output_rows, unembedding_rows
@@ -23,7 +23,7 @@ from mmray.neurons.activation_cache import forward
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.scoring import score_batch
 from mmray.neurons.token_positions import place_mentions
-from mmray.neurons.validation_cache import is_proven, remember
+from mmray.neurons.validation_cache import is_validated, remember
 
 CAPTIONS = ("An image of a dog and a cat.", "An image of a dog and a big red car.")
 NOUNS = NounSource("lexicon", lexicon={None: frozenset({"dog", "cat", "car"})})
@@ -66,7 +66,7 @@ def assert_sound(model: LoadedModel) -> None:
 
     A checkpoint that was proven on this machine is not tried again, until a file of it or a version changes.
     """
-    if is_proven(model):
+    if is_validated(model):
         return
     for name, test in CHECKS.items():
         passed, detail = test(model)
@@ -106,7 +106,9 @@ def identity(model: LoadedModel) -> tuple[bool, str]:
 
     with ExitStack() as stack:
         stack.enter_context(
-            tap(model.network, model.projections, lambda _, seen, __: activations.append(seen[row].float()))
+            capture_activations(
+                model.network, model.projections, lambda _, seen, __: activations.append(seen[row].float())
+            )
         )
         for projection in model.projections:
             module = model.network.get_submodule(projection.path)
@@ -127,7 +129,7 @@ def logits_follow(model: LoadedModel) -> tuple[bool, str]:
     """What enters the final norm gives, by norm and unembedding as they were found, the network's own logits."""
     batch = example(model)
     states: list[Tensor] = []
-    with tap_input(model.norm, states.append):
+    with capture_input(model.norm, states.append):
         logits = model.network(**batch.to(model.device, model.network.dtype)).logits
     row = batch.caption_start[0]
     error = _error(vocabulary_logits(model, states[-1][0, row][None])[0], logits[0, row].float())
@@ -140,7 +142,7 @@ def hooks_neutral(model: LoadedModel) -> tuple[bool, str]:
     batch = example(model)
     inputs = batch.to(model.device, model.network.dtype)
     plain = model.network(**inputs).logits
-    with tap(model.network, model.projections, lambda *_: None):
+    with capture_activations(model.network, model.projections, lambda *_: None):
         hooked = model.network(**inputs).logits
     return torch.equal(plain, hooked), "logits bit-equal" if torch.equal(plain, hooked) else "logits differ"
 

@@ -20,7 +20,7 @@ from mmray.models.loading import LoadedModel
 from mmray.version import VERSION
 
 
-def is_proven(model: LoadedModel) -> bool:
+def is_validated(model: LoadedModel) -> bool:
     """Return whether the model was proven before, as it is now."""
     return _note(model).is_file()
 

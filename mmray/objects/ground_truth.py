@@ -9,8 +9,8 @@ from mmray.data.rows import BadRowError, object_names
 from mmray.data.samples import Sample
 from mmray.data.source import Source
 from mmray.errors import InputError
-from mmray.objects.naming import Naming, object_naming
-from mmray.objects.statistics import DataFacts, GroundTruth, gather_facts
+from mmray.objects.naming import ObjectLexicon, object_naming
+from mmray.objects.statistics import GroundTruth, ObjectStatistics, gather_statistics
 from mmray.objects.words import COCO, open_words, table_for
 
 
@@ -18,7 +18,7 @@ from mmray.objects.words import COCO, open_words, table_for
 class Survey:
     """The facts of data under a ground truth, and the settings that were chosen for it where none were given."""
 
-    facts: DataFacts
+    facts: ObjectStatistics
     ground_truth: GroundTruth
     synonyms: str
 
@@ -51,7 +51,7 @@ def survey(source: Source, ground_truth: GroundTruth | None, synonyms: str | Non
     translations = source.translations()
     naming = object_naming(vocabulary, translations, open_words(synonyms, vocabulary))
     there = (objects_there(row.objects, row.captions, row.language, ground_truth, naming) for row in rows)
-    return Survey(gather_facts(there, translations, vocabulary, references), ground_truth, synonyms)
+    return Survey(gather_statistics(there, translations, vocabulary, references), ground_truth, synonyms)
 
 
 def captions_by_image(said: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
@@ -68,7 +68,7 @@ def objects_there(
     captions: Sequence[str],
     language: str | None,
     ground_truth: GroundTruth,
-    naming: Naming,
+    naming: ObjectLexicon,
 ) -> tuple[str, ...] | None:
     """Return the distinct objects that count as being in an image, annotated ones first; None: not known."""
     listed = None if annotated is None else [name.casefold() for name in annotated]
@@ -81,7 +81,7 @@ def objects_there(
 
 
 def with_ground_truth(
-    sample: Sample, ground_truth: GroundTruth, naming: Naming, references: Mapping[str, tuple[str, ...]]
+    sample: Sample, ground_truth: GroundTruth, naming: ObjectLexicon, references: Mapping[str, tuple[str, ...]]
 ) -> Sample:
     """Return the sample with what counts as its objects; those that have boxes come first, as boxes need it.
 

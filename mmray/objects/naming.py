@@ -9,7 +9,7 @@ from mmray.neurons.concepts import Mention, find_forms
 from mmray.objects.words import ObjectWords, Rules
 
 
-class Naming:
+class ObjectLexicon:
     """Finds objects by their names: `dogs` names dog, `perro` in a Spanish text does, and what is listed as a synonym.
 
     `rules` say in which phrases, and next to which words, a name is none.
@@ -70,9 +70,9 @@ class Naming:
 
 def object_naming(
     vocabulary: Iterable[str], translations: Mapping[str, Mapping[str, str]], words: ObjectWords
-) -> Naming:
+) -> ObjectLexicon:
     """Return the naming of the data's objects and of all that are listed with them."""
-    return Naming((*vocabulary, *words.objects), translations, words.synonyms, words.rules)
+    return ObjectLexicon((*vocabulary, *words.objects), translations, words.synonyms, words.rules)
 
 
 def objects_of(sample: Sample) -> frozenset[str] | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mmray.errors import InputError
 from mmray.neurons.inflection import with_article
-from mmray.objects.statistics import DataFacts
+from mmray.objects.statistics import ObjectStatistics
 from mmray.storage import open_object
 
 PARAPHRASES: dict[str, tuple[str, ...]] = {
@@ -64,7 +64,7 @@ def presence(name: str) -> str:
     return PRESENCE.format(thing=with_article(name))
 
 
-def text_questions(facts: DataFacts, words: frozenset[str], count: int, seed: int) -> list[TextQuestion]:
+def text_questions(facts: ObjectStatistics, words: frozenset[str], count: int, seed: int) -> list[TextQuestion]:
     """Return questions without an image about the data's objects: `count` drawn evenly, and all about these words.
 
     Those about an edited word are apart: whether they should change is not for locality to say.

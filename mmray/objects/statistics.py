@@ -19,7 +19,7 @@ GroundTruth = Literal["instances", "captions", "union"]
 
 
 @dataclass(frozen=True)
-class DataFacts:
+class ObjectStatistics:
     """Names of the data's objects, in how many samples each is, and in how many with which other.
 
     `references`: key of an image → all its captions, of data that has them in several rows, where they were asked for.
@@ -68,12 +68,12 @@ class DataFacts:
         return chosen
 
 
-def gather_facts(
+def gather_statistics(
     objects: Iterable[Iterable[str] | None],
     translations: Mapping[str, Mapping[str, str]] | None = None,
     vocabulary: Iterable[str] = (),
     references: Mapping[str, tuple[str, ...]] | None = None,
-) -> DataFacts:
+) -> ObjectStatistics:
     """Return the facts of data whose samples have these objects (None: not known); names in lower case.
 
     `vocabulary` are objects of the data that perhaps no sample has.
@@ -85,7 +85,7 @@ def gather_facts(
         counts.update(names)
         for name in names:
             together.setdefault(name, Counter()).update(other for other in names if other != name)
-    return DataFacts(
+    return ObjectStatistics(
         vocabulary=tuple(sorted(counts.keys() | {name.casefold() for name in vocabulary})),
         translations={name.casefold(): dict(forms) for name, forms in (translations or {}).items()},
         counts=dict(counts),
@@ -95,7 +95,7 @@ def gather_facts(
 
 
 def asked_objects(
-    facts: DataFacts,
+    facts: ObjectStatistics,
     objects: Collection[str],
     count: int,
     seed: str,

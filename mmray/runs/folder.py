@@ -37,7 +37,7 @@ from mmray.errors import DamagedError, InputError
 from mmray.runs.receipts import Receipt
 from mmray.runs.refreshes import latest
 from mmray.runs.tables import from_bytes, to_bytes
-from mmray.storage import Checksum, NamedCommits, PatientStore, Store, commits_once, is_full, is_outage, open_store
+from mmray.storage import Checksum, NamedCommits, RetryingStore, Store, commits_once, is_full, is_outage, open_store
 
 ATTEMPTS = 3
 """Times that a shard may be begun and not committed before it is quarantined."""
@@ -78,7 +78,7 @@ class RunFolder:
 
         An outage now is raised at once; later ones are waited out.
         """
-        store = PatientStore(open_store(uri))
+        store = RetryingStore(open_store(uri))
         return cls(NamedCommits(store) if store.exists(BY_NAME) else store)
 
     def begin(self, info: dict[str, Any], manifest: bytes) -> None:

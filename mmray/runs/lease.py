@@ -24,7 +24,7 @@ from uuid import uuid4
 
 from mmray.errors import InputError, StorageError
 from mmray.runs.receipts import known_fields
-from mmray.storage import Entry, Store, impatient
+from mmray.storage import Entry, Store, without_retries
 
 RENEWED = 5.0
 """Seconds between two renewals."""
@@ -141,7 +141,7 @@ def driving(store: Store, renewed: float = RENEWED, lifetime: float = LIFETIME) 
     key, lease = _key(number), Lease(store, number)
     stop = threading.Event()
     # A renewal that fails is tried again soon, and a release that fails may be left out: neither is to be waited for.
-    hasty = impatient(store)
+    hasty = without_retries(store)
 
     def renew() -> None:
         beats = 0

@@ -16,7 +16,7 @@ from mmray.storage.checksum import Checksum
 from mmray.storage.local import LocalStore, read_file
 from mmray.storage.named import NamedCommits
 from mmray.storage.objects import Entry, Store, too_large
-from mmray.storage.patience import FULL, PatientStore, is_full, is_outage, patiently
+from mmray.storage.patience import FULL, RetryingStore, is_full, is_outage, with_retries
 from mmray.storage.s3 import S3Store
 from mmray.storage.s3_access import arrow_options, masked, s3_address, s3_client
 
@@ -26,22 +26,22 @@ __all__ = [
     "Entry",
     "LocalStore",
     "NamedCommits",
-    "PatientStore",
+    "RetryingStore",
     "S3Store",
     "Store",
     "commits_once",
     "filesystem",
-    "impatient",
     "is_full",
     "is_outage",
     "lies_in",
     "masked",
     "open_object",
     "open_store",
-    "patiently",
     "read_file",
     "s3_client",
     "too_large",
+    "with_retries",
+    "without_retries",
 ]
 
 
@@ -66,13 +66,13 @@ def lies_in(uri: str, folder: str) -> bool:
     return uri == folder or uri.startswith(f"{folder.rstrip('/')}/")
 
 
-def impatient(store: Store) -> Store:
+def without_retries(store: Store) -> Store:
     """Return the same store without its patience: every request is made once."""
     match store:
-        case PatientStore():
+        case RetryingStore():
             return store.inner
         case NamedCommits():
-            return NamedCommits(impatient(store.inner))
+            return NamedCommits(without_retries(store.inner))
     return store
 
 

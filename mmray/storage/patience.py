@@ -38,7 +38,7 @@ def is_full(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in FULL
 
 
-def patiently(action: Callable[[], Result]) -> Result:
+def with_retries(action: Callable[[], Result]) -> Result:
     """Return what the action returns; in an outage or on a full disk do it again, for PATIENCE seconds, then raise."""
     until, pause = time.monotonic() + PATIENCE, 1.0
     while True:
@@ -54,7 +54,7 @@ def patiently(action: Callable[[], Result]) -> Result:
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-class PatientStore:
+class RetryingStore:
     """A store whose requests wait out an outage or a full disk, once it has answered one.
 
     Until then an outage may be a wrong address, which no waiting helps: it is raised at once.
@@ -67,7 +67,7 @@ class PatientStore:
 
     def _request(self, action: Callable[[], Result]) -> Result:
         if self._answered:
-            return patiently(action)
+            return with_retries(action)
         found = action()
         self._answered = True
         return found

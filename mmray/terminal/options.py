@@ -128,7 +128,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run: a local path or s3://bucket/prefix.")]
 
 
-class Outcome(Protocol):
+class Ended(Protocol):
     """What came of a piece of work."""
 
     @property
@@ -144,7 +144,7 @@ class Outcome(Protocol):
         """Whether nothing failed and nothing was given up."""
 
 
-def end(outcome: Outcome, what: str, *, quiet: bool = False) -> None:
+def end(outcome: Ended, what: str, *, quiet: bool = False) -> None:
     """Say what of a piece of work failed or was quarantined, unless told to be quiet, and exit with the status for it.
 
     `what` names one of the things that may fail.

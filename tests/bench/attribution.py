@@ -25,14 +25,14 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mmray.features.census.reduction import ConceptSums
-from mmray.models.capture import tap
+from mmray.models.capture import capture_activations
 from mmray.models.loading import LoadedModel, load
 from mmray.models.parts import locate, output_rows, unembedding_rows
-from mmray.models.prompting import Batch, Run
+from mmray.models.prompting import Batch, TokenSpan
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.scoring import score_batch
 from mmray.neurons.statistics import TokenStatistics
-from mmray.neurons.token_positions import Place
+from mmray.neurons.token_positions import TokenPosition
 
 PROMPT_TOKENS, CAPTION_TOKENS, NOUNS = 16, 16, 3
 
@@ -76,7 +76,7 @@ def shaped(device: str, shape: Shape) -> LoadedModel:
     return LoadedModel("random weights", Path(), network, SimpleNamespace(tokenizer=tokenizer), locate(network))
 
 
-def random_batch(model: LoadedModel, size: int, seed: int) -> tuple[Batch, list[Place]]:
+def random_batch(model: LoadedModel, size: int, seed: int) -> tuple[Batch, list[TokenPosition]]:
     """Return inputs of random tokens and pixels, and three places a sample."""
     generator = torch.Generator().manual_seed(seed)
     vision = model.network.config.vision_config
@@ -91,10 +91,12 @@ def random_batch(model: LoadedModel, size: int, seed: int) -> tuple[Batch, list[
         "pixel_values": torch.randn(size, 3, pixels, pixels, generator=generator),
     }
     runs = [
-        run for row in range(size) for run in (Run(row, 5, 5 + image_tokens, "image"), Run(row, start, length, "text"))
+        run
+        for row in range(size)
+        for run in (TokenSpan(row, 5, 5 + image_tokens, "image"), TokenSpan(row, start, length, "text"))
     ]
     places = [
-        Place(
+        TokenPosition(
             row, start + 3 + 4 * noun, int(ids[row, start + 4 + 4 * noun]), f"noun{(row * NOUNS + noun) % 80}", str(row)
         )
         for row in range(size)
@@ -104,7 +106,7 @@ def random_batch(model: LoadedModel, size: int, seed: int) -> tuple[Batch, list[
     return batch, places
 
 
-def demo_batches(device: str, size: int, count: int) -> tuple[LoadedModel, list[tuple[Batch, list[Place]]]]:
+def demo_batches(device: str, size: int, count: int) -> tuple[LoadedModel, list[tuple[Batch, list[TokenPosition]]]]:
     """Return the demo model, and batches of its scenes with the places of their nouns."""
     from mmray.data.samples import Sample
     from mmray.data.shards import cut, read_shard
@@ -138,7 +140,7 @@ class Census:
         self.statistics = TokenStatistics(model.widths)
         self.sums = ConceptSums(model.widths)
 
-    def step(self, batch: Batch, places: list[Place], *, tokens: bool = True) -> None:
+    def step(self, batch: Batch, places: list[TokenPosition], *, tokens: bool = True) -> None:
         """Score, reduce, and take the top-k of one batch; `tokens` counts every token's activity too."""
         rows = len(batch.caption_start)
         if tokens:
@@ -176,7 +178,7 @@ class Published:
         ]
 
     @torch.inference_mode()
-    def image(self, batch: Batch, places: list[Place], row: int) -> None:
+    def image(self, batch: Batch, places: list[TokenPosition], row: int) -> None:
         """Caption one image step by step, then score its nouns."""
         network: Any = self.model.network
         inputs = batch.to(self.model.device, network.dtype)
@@ -187,7 +189,7 @@ class Published:
         def receive(layer: int, activation: torch.Tensor, opened: torch.Tensor) -> None:
             activations[-1].append(torch.nn.functional.silu(opened).cpu())
 
-        with tap(network, self.model.projections, receive):
+        with capture_activations(network, self.model.projections, receive):
             for step in range(steps):
                 activations.append([])
                 ids = inputs["input_ids"][row : row + 1, : start + step]

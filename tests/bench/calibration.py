@@ -24,10 +24,10 @@ import mmray
 from mmray.models.loading import LoadedModel, load
 from mmray.models.norms import token_log_odds, token_logits
 from mmray.models.prompting import Batch
-from mmray.neurons.activation_cache import Captured, capturing, forward
+from mmray.neurons.activation_cache import ActivationCache, cache_activations, forward
 from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.scoring import ablation_effects, score_captured
-from mmray.neurons.token_positions import Place, places_of
+from mmray.neurons.token_positions import TokenPosition, places_of
 from tests.bench.localisation import Data, read
 
 REAL = {
@@ -39,7 +39,7 @@ REAL = {
 """What each score's prediction is compared with."""
 
 
-def predictions(model: LoadedModel, batch: Batch, places: Sequence[Place]) -> dict[str, list[Tensor]]:
+def predictions(model: LoadedModel, batch: Batch, places: Sequence[TokenPosition]) -> dict[str, list[Tensor]]:
     """Return the scores by name, a list entry for each layer."""
     products, captured = gradient_pass(model, batch, places, "effect")
     return {
@@ -50,10 +50,10 @@ def predictions(model: LoadedModel, batch: Batch, places: Sequence[Place]) -> di
     }
 
 
-def ends(model: LoadedModel, batch: Batch, places: Sequence[Place]) -> dict[str, Tensor]:
+def ends(model: LoadedModel, batch: Batch, places: Sequence[TokenPosition]) -> dict[str, Tensor]:
     """Return each place's log-odds and logit of its token."""
-    captured: Captured
-    with torch.inference_mode(), capturing(model, batch, places) as captured:
+    captured: ActivationCache
+    with torch.inference_mode(), cache_activations(model, batch, places) as captured:
         forward(model, batch)
     functions = {"log-odds": token_log_odds, "logit": token_logits}
     return {name: function(model, captured.hidden, captured.tokens).cpu() for name, function in functions.items()}

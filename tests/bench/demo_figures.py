@@ -25,7 +25,7 @@ from mmray.features.census.settings import census_settings
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import noun_source
 from mmray.neurons.controls import layer_matched
-from mmray.neurons.model import Model, open_image
+from mmray.neurons.model import NeuronModel, open_image
 from mmray.neurons.scoring import score_batch
 from mmray.neurons.token_positions import place_mentions
 from mmray.runs.run import Run
@@ -42,7 +42,7 @@ class Figures:
     random: float
 
 
-def measure(run: Run, model: Model, samples: list[Sample], zeroed: int = 100, frequent: int = 12) -> Figures:
+def measure(run: Run, model: NeuronModel, samples: list[Sample], zeroed: int = 100, frequent: int = 12) -> Figures:
     """Measure both figures on these samples (English ones are used)."""
     english = {row["sample_id"] for row in run.table("captions").to_pylist() if row["language"] == "en"}
     occurrences = [row for row in run.table("occurrences").to_pylist() if row["sample_id"] in english]
@@ -73,7 +73,7 @@ def measure(run: Run, model: Model, samples: list[Sample], zeroed: int = 100, fr
     )
 
 
-def noun_probability(model: Model, samples: list[Sample], concept: str) -> float:
+def noun_probability(model: NeuronModel, samples: list[Sample], concept: str) -> float:
     """Return the mean probability of the concept's first token, over its occurrences in these samples' captions."""
     prompts = [prompt_text(model, None, sample.language) for sample in samples]
     encoded = [tokenize_caption(model, prompt, sample.caption) for prompt, sample in zip(prompts, samples, strict=True)]

@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmray.engine import Output, Parts, Plan
-from mmray.features.census.job import DECODED, CensusJob, Context
+from mmray.features.census.job import DECODED, CensusContext, CensusJob
 from mmray.features.census.reduction import SUMS
 from mmray.features.census.settings import census_settings
 from mmray.features.census.tables import PARTS, TABLES
@@ -106,7 +106,7 @@ def merge(out: Path, count: int) -> None:
         receipts = folder.receipts()
         listed = time.perf_counter() - began
         job = CensusJob(census_settings({"model": "demo", "data": "demo", "out": str(out)}))
-        context = Context(NounSource("textblob"), WIDTHS, {}, f"{folder.store.uri}/decoding")
+        context = CensusContext(NounSource("textblob"), WIDTHS, {}, f"{folder.store.uri}/decoding")
         writer = SnapshotWriter(folder.store, job.name, 1)
         job.merge(Plan([], {}, context), Parts(folder, receipts, job.parts), Output(writer))
         writer.commit({}, {})

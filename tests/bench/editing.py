@@ -32,15 +32,15 @@ from mmray.demo import EVALUATION
 from mmray.features.census.inputs import open_data
 from mmray.features.census.settings import census_settings
 from mmray.features.editing.baselines import WordBan
-from mmray.features.editing.dataset import Material
+from mmray.features.editing.dataset import EditDataset
 from mmray.features.editing.edit import WeightEdit
 from mmray.features.editing.methods import make_edit
 from mmray.features.editing.settings import EditSettings, edit_settings
-from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.evaluate import Evaluated, evaluate
 from mmray.features.evaluation.settings import measure_settings
 from mmray.neurons.model import load_model
-from mmray.objects.statistics import DataFacts, gather_facts
+from mmray.objects.statistics import ObjectStatistics, gather_statistics
 
 SEED = 2024
 """Draws the pairs of concepts."""
@@ -65,13 +65,13 @@ HALLUCINATION = ("hallucination", "companion_named", "chair_i", "chair_s", "reca
 class Ground:
     """A run to edit on, and samples to measure on."""
 
-    material: Material
+    material: EditDataset
     samples: list[Sample]
-    facts: DataFacts
-    before: Before = field(init=False)
+    facts: ObjectStatistics
+    before: BaselineReplies = field(init=False)
 
     def __post_init__(self) -> None:
-        self.before = Before(self.material.model)
+        self.before = BaselineReplies(self.material.model)
 
     @classmethod
     def at(cls, run: mmray.Run, evaluation: str) -> Ground:
@@ -81,8 +81,8 @@ class Ground:
         source = open_data(census_settings({"model": "demo", "data": evaluation, "out": "unused"}))
         (shard,) = cut(source.files(), 10**6).shards
         samples = [row for row in read_shard(source, shard) if isinstance(row, Sample)]
-        facts = gather_facts((sample.objects for sample in samples), source.translations())
-        return cls(Material(model, run, prompt=settings["prompt"]), samples, facts)
+        facts = gather_statistics((sample.objects for sample in samples), source.translations())
+        return cls(EditDataset(model, run, prompt=settings["prompt"]), samples, facts)
 
     def pairs(self, count: int) -> list[tuple[str, str]]:
         """Return random pairs of concepts that the run names three times or more and the other samples show."""

@@ -19,7 +19,7 @@ from jobs.demo.heads import measure_heads
 from jobs.demo.scenes import World
 from mmray.detector.heads import Heads
 from mmray.detector.joint import load_joint
-from mmray.features.saliency.methods import METHODS, Looked
+from mmray.features.saliency.methods import METHODS, Explained
 from mmray.features.saliency.observations import draw_maps, observations
 from mmray.features.saliency.questions import look_at
 from mmray.features.saliency.summary import summarise_saliency
@@ -51,7 +51,7 @@ def looked_at(joint, world, scenes):
     ]
     places = places_of(batch, named)
     boxes = [[scenes[place.row].boxes[scenes[place.row].objects.index(place.concept)]] for place in places]
-    return Looked(look_at(model, joint, batch, places, images), [place.concept for place in places]), boxes
+    return Explained(look_at(model, joint, batch, places, images), [place.concept for place in places]), boxes
 
 
 def seconds(joint, world, scene, method):

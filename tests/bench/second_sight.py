@@ -26,8 +26,8 @@ from jobs.demo.scenes import World
 from mmray.detector.vision_tower import OwnTower
 from mmray.engine import JobResult
 from mmray.engine import run as run_job
-from mmray.features.evaluation.baseline_replies import Before
-from mmray.features.evaluation.queries import Ask
+from mmray.features.evaluation.baseline_replies import BaselineReplies
+from mmray.features.evaluation.queries import Query
 from mmray.features.hallucination.job import HallucinationJob
 from mmray.features.hallucination.perturb_job import PerturbJob
 from mmray.features.hallucination.settings import opinion_settings, perturbation_settings
@@ -61,7 +61,7 @@ def show(done: JobResult, name: str, hidden: tuple[str, ...] = ()) -> None:
 
 def replaced(model_name: str, data: str, out: str) -> str:
     """Ask about scenes in which the source really is exchanged for the target: what a perfect move would reach."""
-    before = Before(load_model(model_name), 24)
+    before = BaselineReplies(load_model(model_name), 24)
     answers = read_table(open_store(out), "answers").to_pylist()
     value = {(row["sample_id"], row["condition"], row["about"]): row["value"] for row in answers}
     moves = {row["sample_id"]: (row["source"], row["target"]) for row in answers}
@@ -76,7 +76,7 @@ def replaced(model_name: str, data: str, out: str) -> str:
         with torch.no_grad():
             seen = [tower(tower.pixels([image])) for image in images]
         norms.append(float((seen[1] - seen[0]).norm() / seen[0].norm()))
-        asks = [Ask(sample, prompt_text(before.model, presence(name), None), images[1]) for name in (source, target)]
+        asks = [Query(sample, prompt_text(before.model, presence(name), None), images[1]) for name in (source, target)]
         texts = [before.questioner.text(tokens) for tokens in before.questioner.write(asks)]
         for about, right, text in zip(("source", "target"), (1.0, 0.0), texts, strict=True):
             if value[sample, "original", about] == right:

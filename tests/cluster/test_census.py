@@ -11,7 +11,7 @@ import pytest
 
 from mmray.demo import DATA
 from mmray.engine import Progress
-from mmray.features.census.job import Outcome, run_census
+from mmray.features.census.job import CensusResult, run_census
 from mmray.features.census.settings import census_settings
 from mmray.runs.run import Run, open_run
 from mmray.storage import open_store
@@ -41,7 +41,7 @@ BY_SAMPLE = {"captions": ["sample_id"], "occurrences": ["sample_id", "position"]
 """Tables whose rows stand in the order of shards; they are compared in this one."""
 
 
-def census(out: Path | str, follow: Callable[[Progress], None] = lambda _: None, **settings: object) -> Outcome:
+def census(out: Path | str, follow: Callable[[Progress], None] = lambda _: None, **settings: object) -> CensusResult:
     return run_census(census_settings(SETTINGS | {"out": str(out), "workers": 1} | settings), follow)
 
 

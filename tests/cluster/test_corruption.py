@@ -10,7 +10,7 @@ import pytest
 
 from mmray.engine import Progress
 from mmray.errors import InputError
-from mmray.features.census.job import Outcome
+from mmray.features.census.job import CensusResult
 from mmray.features.census.tables import PARTS, TABLES
 from mmray.runs import RunFolder
 from mmray.runs.lease import this_process
@@ -50,7 +50,7 @@ def unmerge(run: Path) -> None:
         snapshot.unlink()
 
 
-def check(outcome: Outcome) -> None:
+def check(outcome: CensusResult) -> None:
     assert outcome.complete
     assert outcome.samples == 6
 

@@ -22,14 +22,14 @@ from mmray.engine import run as run_job
 from mmray.engine.units import WorkOrder
 from mmray.errors import InputError
 from mmray.features.evaluation import job as evaluation_job
-from mmray.features.evaluation.baseline_replies import Before
-from mmray.features.evaluation.draft_verifier import Questioner
+from mmray.features.evaluation.baseline_replies import BaselineReplies
+from mmray.features.evaluation.draft_verifier import DraftVerifier
 from mmray.features.evaluation.evaluate import evaluate
 from mmray.features.evaluation.job import EvaluationJob
 from mmray.features.evaluation.plan import _without
 from mmray.features.evaluation.protocols import PRIMARY
 from mmray.features.evaluation.settings import evaluation_settings, measure_settings
-from mmray.objects.statistics import gather_facts
+from mmray.objects.statistics import gather_statistics
 from tests.data.making import write_coco
 from tests.e2e.conftest import Answer
 from tests.e2e.conftest import mmray as mmray_command
@@ -143,7 +143,7 @@ def test_samples_behind_the_limit_count_for_reliability(run: Path, own: list[Sam
 
 def test_it_is_what_one_process_measures(done: Done, demo: Any, own: list[Sample], edit: StandIn) -> None:
     source = open_source(str(EVALUATION))
-    facts = gather_facts((sample.objects for sample in samples_of(EVALUATION, 384)), source.translations())
+    facts = gather_statistics((sample.objects for sample in samples_of(EVALUATION, 384)), source.translations())
     found = evaluate(demo, edit, samples_of(EVALUATION, 16), measure_settings(**ASKED), own=own, facts=facts)
     _, outcome, _ = done
     assert list(found.measures) == list(measures(outcome))
@@ -202,13 +202,13 @@ def test_edits_measured_together_are_as_by_themselves_and_the_model_is_asked_onc
     """Stopped in between too; what is asked of the unedited model alone for the second edit are its own questions."""
     other = swap(SOURCE, "guitar", edit.purposes[0].samples)
     asked: list[str] = []
-    plain = Questioner.replies
+    plain = DraftVerifier.replies
 
-    def counted(self: Questioner, asks: list[Any], guesses: list[Any], *after: Any) -> Any:
+    def counted(self: DraftVerifier, asks: list[Any], guesses: list[Any], *after: Any) -> Any:
         asked.extend(ask.key[0] for ask in asks if not after)
         return plain(self, asks, guesses, *after)
 
-    monkeypatch.setattr(Questioner, "replies", counted)
+    monkeypatch.setattr(DraftVerifier, "replies", counted)
     alone = evaluated_here(run, other.save(tmp_path / "alone"))
     once, folders = len(asked), [edit.save(tmp_path / "edit"), other.save(tmp_path / "other")]
     jobs = [job(run, folder) for folder in folders]
@@ -245,8 +245,8 @@ def test_answers_are_kept_for_units_that_read_the_same_alone(
 
         return [telling(worker) for worker in plain(cls, jobs, contexts)]
 
-    forget = Before.forget
-    monkeypatch.setattr(Before, "forget", lambda self: (said.append(None), forget(self))[1])
+    forget = BaselineReplies.forget
+    monkeypatch.setattr(BaselineReplies, "forget", lambda self: (said.append(None), forget(self))[1])
     monkeypatch.setattr(EvaluationJob, "workers", classmethod(watched))
     small = {"limit": 8, "shard_size": 4, "text_count": 2}
     run_together([job(run, edit.save(tmp_path / name), **small) for name in ("one", "other")])

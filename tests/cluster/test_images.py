@@ -15,7 +15,7 @@ import pytest
 from mmray.data.image_keys import image_key, image_keys, one_per_image
 from mmray.data.samples import Sample, image_digest
 from mmray.engine import run as run_job
-from mmray.features.editing.dataset import Material, kept, replaced
+from mmray.features.editing.dataset import EditDataset, kept, replaced
 from mmray.features.editing.edit import Purpose, open_edit
 from mmray.features.editing.methods import make_edit
 from mmray.features.editing.reduction_samples import tell
@@ -33,7 +33,7 @@ from mmray.features.saliency.summary import summarise_saliency
 from mmray.features.selectivity.driver import run_selectivity
 from mmray.features.selectivity.plan import plan_labels
 from mmray.features.selectivity.settings import selectivity_settings
-from mmray.objects.naming import Naming
+from mmray.objects.naming import ObjectLexicon
 from mmray.report.content import gather
 from mmray.runs.run import Run, open_run
 from tests.data.cocolike import CAPTIONS, CocoLike
@@ -55,12 +55,12 @@ def images(run: Run) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def material(open_model: Callable[[str], Any], run: Run) -> Material:
-    return Material(open_model("demo"), run)
+def material(open_model: Callable[[str], Any], run: Run) -> EditDataset:
+    return EditDataset(open_model("demo"), run)
 
 
 @pytest.fixture(scope="module")
-def edit(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def edit(material: EditDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quick edit of the run; what it does is of no interest, what it learnt on is."""
     folder = tmp_path_factory.mktemp("edit") / "swap"
     wish = edit_settings(
@@ -154,7 +154,7 @@ def test_saliency_is_of_different_images_and_its_intervals_too(run: Run, images:
 
 
 def test_an_edit_learns_on_different_images_and_keeps_none_that_shows_the_source(
-    material: Material, images: dict[str, str]
+    material: EditDataset, images: dict[str, str]
 ) -> None:
     new, rest = replaced(material, SOURCE, "dog", 4, 0), kept(material, [SOURCE], 40, 0)
     learnt = {example.sample_id for example in new}
@@ -165,7 +165,7 @@ def test_an_edit_learns_on_different_images_and_keeps_none_that_shows_the_source
     assert not shown & {images[example.sample_id] for example in rest}
 
 
-def test_what_any_caption_of_an_image_names_is_there(material: Material, images: dict[str, str]) -> None:
+def test_what_any_caption_of_an_image_names_is_there(material: EditDataset, images: dict[str, str]) -> None:
     told = list(tell(material))
     assert distinct([one.sample.sample_id for one in told], images)
     assert len(told) == len(set(images.values()))
@@ -234,7 +234,7 @@ def test_rows_of_the_same_image_change_nothing(coco: CocoLike, run: Run, edit: P
 
 def test_digests_decide_before_ids() -> None:
     """Ids do where the edit has no digests, or the sample no image."""
-    naming = Naming((SOURCE, "dog"), {})
+    naming = ObjectLexicon((SOURCE, "dog"), {})
     picture = Sample("a", "there", b"pixels", "A hammer.", objects=(SOURCE,))
     same, text = replace(picture, sample_id="another"), replace(picture, image=None)
     other = replace(picture, image=b"other pixels")

@@ -18,7 +18,7 @@ from mmray.engine import Progress
 from mmray.errors import InputError, OutageError
 from mmray.features.census import job
 from mmray.runs.run import open_run
-from mmray.storage import open_store, patience, patiently, s3_client
+from mmray.storage import open_store, patience, s3_client, with_retries
 from tests.cluster.test_deaths import same_tables
 from tests.e2e.scenes import scenes, write
 from tests.running import census_here
@@ -111,7 +111,7 @@ def test_only_outages_are_waited_out(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error)):
-        patiently(action)
+        with_retries(action)
     assert len(calls) == 1
 
 

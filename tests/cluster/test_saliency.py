@@ -15,7 +15,7 @@ from jobs.demo.scenes import World
 from mmray.demo import DETECTOR
 from mmray.detector.alignment import Pair, save_alignment
 from mmray.detector.heads import WEIGHTS
-from mmray.detector.vision_tower import open_sight
+from mmray.detector.vision_tower import open_tower
 from mmray.engine import Progress
 from mmray.engine import run as run_job
 from mmray.errors import InputError
@@ -162,7 +162,7 @@ def test_what_an_aligned_network_shows_is_told_with_how_well_it_does(
 ):
     owl, model, image = build_owl("owlvit", tmp_path / "owl"), open_model("llava"), tmp_path / "grey.png"
     Image.new("RGB", (40, 40), "grey").save(image)
-    network = Pair(open_sight(str(owl), "cpu"), model).network("projector", 1)
+    network = Pair(open_tower(str(owl), "cpu"), model).network("projector", 1)
     measures = {"recall": {"before": 0.95, "after": 0.9}}
     facts = {"digests": {"tower": digest(owl), "model": model.digest}, "measures": measures}
     save_alignment(open_store(tmp_path / "W"), network, facts)

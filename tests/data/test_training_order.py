@@ -1,4 +1,4 @@
-"""Lanes: every sample once an epoch, the same steps for any number of workers, nothing read twice after a resume."""
+"""Every sample once an epoch, the same steps for any number of workers, and nothing read twice after a resume."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mmray.data.columns import Columns
 from mmray.data.samples import Sample
 from mmray.data.source import DataFile
-from mmray.data.training_order import Lanes, cut_for_lanes
+from mmray.data.training_order import TrainingOrder, cut_for_training
 
 FILES = st.lists(st.integers(1, 30), min_size=1, max_size=4)
 
@@ -31,12 +31,12 @@ class Numbered:
             yield Sample(f"{path}:{row}", path, None, "")
 
 
-def lanes(rows: list[int], count: int, size: int, seed: int = 0) -> Lanes:
+def lanes(rows: list[int], count: int, size: int, seed: int = 0) -> TrainingOrder:
     files = [DataFile(str(number), length, 1, "x") for number, length in enumerate(rows)]
-    return Lanes(cut_for_lanes(files, count, size), count, seed)
+    return TrainingOrder(cut_for_training(files, count, size), count, seed)
 
 
-def steps(made: Lanes, own, epoch: int = 0, start: int = 0) -> list[list[str]]:
+def steps(made: TrainingOrder, own, epoch: int = 0, start: int = 0) -> list[list[str]]:
     return [[row.sample_id for row in rows] for rows in made.read(Numbered(), epoch, own, start)]
 
 

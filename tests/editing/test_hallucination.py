@@ -3,8 +3,8 @@
 import pytest
 
 from mmray.errors import InputError
-from mmray.features.editing.dataset import Material
-from mmray.features.editing.divergence import contrasting, departures
+from mmray.features.editing.dataset import EditDataset
+from mmray.features.editing.divergence import contrasting, divergence
 from mmray.features.editing.methods import make_edit
 from mmray.features.editing.reduction_samples import hallucinations, pairs_of, tell
 from mmray.features.editing.settings import edit_settings
@@ -19,7 +19,7 @@ from tests.running import census_here
 def material(open_model, tmp_path_factory):
     out = tmp_path_factory.mktemp("hallucination") / "run"
     census_here("demo", "demo", out, limit=384, shard_size=200)
-    return Material(open_model("demo"), open_run(out))
+    return EditDataset(open_model("demo"), open_run(out))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_located_neurons_are_those_of_the_highest_contrast(material, found):
     model, last = material.model, len(material.model.widths) - 1
     neurons = contrasting(model, found.new, [], 5, [last])
     assert {layer for layer, _ in neurons} == {last}
-    activation = departures(model, found.new, last)
+    activation = divergence(model, found.new, last)
     table = model.network.lm_head.weight.float()
     said = [e.avoided[1] for e in found.new]
     wanted = [e.tokens[e.avoided[0]] for e in found.new]

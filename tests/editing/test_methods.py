@@ -9,15 +9,15 @@ import mmray
 from mmray.errors import InputError
 from mmray.features.editing.baselines import WordBan, banned_tokens
 from mmray.features.editing.closed_form import CLOSED, Row
-from mmray.features.editing.dataset import Material, departing, kept, replaced
+from mmray.features.editing.dataset import EditDataset, departing, kept, replaced
 from mmray.features.editing.deltas import Deltas
 from mmray.features.editing.edit import Purpose
 from mmray.features.editing.locating import located, matched, sharing
 from mmray.features.editing.methods import METHODS, make_edit
-from mmray.features.editing.resumed_forward import batched, tail, tails
+from mmray.features.editing.resumed_forward import batched, resume, resume_all
 from mmray.features.editing.settings import edit_settings
 from mmray.features.editing.task import prepare
-from mmray.features.editing.training import Course, learn
+from mmray.features.editing.training import TrainingConfig, learn
 from mmray.models.generation import generate
 from mmray.models.options import LONGEST
 from mmray.models.prompting import prompt_text
@@ -36,7 +36,7 @@ def demo_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def material(open_model, demo_run):
-    return Material(open_model("demo"), demo_run)
+    return EditDataset(open_model("demo"), demo_run)
 
 
 def row(name, **settings):
@@ -124,8 +124,8 @@ def test_kept_captions_are_learnt_on_as_they_were_heard(material):
     assert all(example.heard for example in rest)
     deltas = Deltas(model, [(len(model.widths) - 1, unit) for unit in range(40)])
     with torch.no_grad():
-        ((recalled, rows),) = tails(model, rest, deltas)
-        ((forward, others),) = tails(model, [replace(example, heard=None) for example in rows], deltas)
+        ((recalled, rows),) = resume_all(model, rest, deltas)
+        ((forward, others),) = resume_all(model, [replace(example, heard=None) for example in rows], deltas)
         order = sorted(range(len(others)), key=lambda number: rows.index(others[number]))
         apart = [forward.logits()[forward.rows == number] for number in order]
         assert torch.allclose(recalled.logits(), torch.cat(apart), atol=1e-3)
@@ -209,10 +209,10 @@ def test_learning_goes_on_until_new_answers_are_taken_in(material):
     task = prepare(material, [edit_settings({"source": "hammer", "target": "dog", "kept": 16, "samples": 4})])
     for steps, courses in ((2, 2), (40, 3)):
         deltas = Deltas(material.model, task.neurons)
-        losses = learn(material.model, deltas, task.new, task.keep, Course(steps=steps, courses=courses))
+        losses = learn(material.model, deltas, task.new, task.keep, TrainingConfig(steps=steps, courses=courses))
         done, rest = divmod(len(losses), steps)
         with torch.no_grad():
-            behind = [tail(material.model, batch, deltas) for batch, _ in batched(material.model, task.new)]
+            behind = [resume(material.model, batch, deltas) for batch, _ in batched(material.model, task.new)]
             wrong = [part.rows[part.logits(deltas).argmax(1) != part.targets].unique() for part in behind]
         taken_in = sum(map(len, wrong)) <= 0.05 * len(task.new)
         assert rest == 0
@@ -227,11 +227,11 @@ def test_new_words_lead_by_more_where_they_are_to(material):
     smallest = []
     for lead in (0.0, 5.0):
         deltas = Deltas(material.model, task.neurons)
-        learn(material.model, deltas, task.new, task.keep, Course(steps=40, lead=lead))
+        learn(material.model, deltas, task.new, task.keep, TrainingConfig(steps=40, margin=lead))
         leads = []
         for batch, rows in batched(material.model, task.new):
             with torch.no_grad():
-                said = tail(material.model, batch, deltas).logits(deltas)
+                said = resume(material.model, batch, deltas).logits(deltas)
             said = said.split([len(example.tokens) for example in rows])
             for logits, example in zip(said, rows, strict=True):
                 place, old = example.avoided

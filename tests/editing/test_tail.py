@@ -11,8 +11,8 @@ from mmray.features.editing.baselines import RankOne
 from mmray.features.editing.dataset import Example
 from mmray.features.editing.deltas import Deltas
 from mmray.features.editing.edit import Purpose, WeightEdit
-from mmray.features.editing.generation_cache import hearing
-from mmray.features.editing.resumed_forward import joined, tail, tails
+from mmray.features.editing.generation_cache import record_generation
+from mmray.features.editing.resumed_forward import joined, resume, resume_all
 from mmray.models.generation import generate
 from mmray.models.loading import digest
 from mmray.models.norms import vocabulary_logits
@@ -61,7 +61,7 @@ def test_tail_is_the_network(open_model, variant, where):
     model = open_model(variant)
     batch, _ = batch_of(model, CAPTIONS[:3])
     deltas = filled(model, NEURONS[where])
-    behind = tail(model, batch, deltas)
+    behind = resume(model, batch, deltas)
     plain = whole(model, batch)
     with torch.no_grad():
         assert torch.allclose(behind.logits(), plain, rtol=1e-4, atol=1e-5)
@@ -77,7 +77,7 @@ def test_tail_is_the_network(open_model, variant, where):
 def test_tails_are_joined_and_cut(open_model, variant):
     model = open_model(variant)
     deltas = filled(model, NEURONS["last"])
-    parts = [tail(model, batch_of(model, CAPTIONS[start : start + 2])[0], deltas) for start in (0, 2)]
+    parts = [resume(model, batch_of(model, CAPTIONS[start : start + 2])[0], deltas) for start in (0, 2)]
     with torch.no_grad():
         apart = torch.cat([part.logits(deltas) for part in parts])
         together = joined(parts)
@@ -91,7 +91,7 @@ def test_tails_are_joined_and_cut(open_model, variant):
 def test_what_was_heard_is_what_a_forward_gives(open_model, variant):
     model = open_model(variant)
     prompts, images = [prompt_text(model, None, "en")] * 3, [picture(seed) for seed in range(3)]
-    with hearing(model) as heard:
+    with record_generation(model) as heard:
         written = generate(model, prompts, images, 5)
     answers = [
         Example(prompt, png(image), tuple(tokens), heard=heard.of(row, len(tokens)))
@@ -102,14 +102,14 @@ def test_what_was_heard_is_what_a_forward_gives(open_model, variant):
     assert [answer.heard is None for answer in answers] == [silent] * len(answers)
     deltas = filled(model, NEURONS["last"])
     for answer in answers:
-        ((recalled, _),) = tails(model, [answer], deltas)
-        ((forward, _),) = tails(model, [replace(answer, heard=None)], deltas)
+        ((recalled, _),) = resume_all(model, [answer], deltas)
+        ((forward, _),) = resume_all(model, [replace(answer, heard=None)], deltas)
         assert torch.equal(recalled.targets, forward.targets)
         with torch.no_grad():
             assert torch.allclose(recalled.logits(deltas), forward.logits(deltas), rtol=1e-3, atol=1e-4)
     assert answers
     assert heard.of(0, 6) is None
-    with patch.object(model.network.generation_config, "guidance_scale", 1.0), hearing(model) as heard:
+    with patch.object(model.network.generation_config, "guidance_scale", 1.0), record_generation(model) as heard:
         generate(model, prompts, images, 5)
     assert heard.of(0, 1) is None
 
@@ -118,7 +118,7 @@ def test_the_loss_reaches_every_delta(open_model):
     model = open_model("llava")
     deltas = Deltas(model, NEURONS["both"])
     batch, _ = batch_of(model, CAPTIONS[:2])
-    tail(model, batch, deltas).logits(deltas).square().sum().backward()
+    resume(model, batch, deltas).logits(deltas).square().sum().backward()
     assert all(bool(learnt.grad.abs().sum(dim=1).gt(0).all()) for (learnt,) in deltas.learnt.values())
 
 
@@ -135,6 +135,6 @@ def test_rank_one_rows_are_a_product(open_model):
 def test_states_feed_the_final_norm(open_model):
     model = open_model("llava")
     deltas = Deltas(model, NEURONS["last"])
-    behind = tail(model, batch_of(model, CAPTIONS[:2])[0], deltas)
+    behind = resume(model, batch_of(model, CAPTIONS[:2])[0], deltas)
     with torch.no_grad():
         assert torch.equal(vocabulary_logits(model, behind.states(None)), behind.logits())

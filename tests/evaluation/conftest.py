@@ -9,8 +9,8 @@ from mmray.data.samples import Sample
 from mmray.data.shards import cut, read_shard
 from mmray.data.sources import open_source
 from mmray.demo import EVALUATION
-from mmray.features.evaluation.baseline_replies import Before
-from mmray.objects.statistics import DataFacts, gather_facts
+from mmray.features.evaluation.baseline_replies import BaselineReplies
+from mmray.objects.statistics import ObjectStatistics, gather_statistics
 
 SCENES = 24
 
@@ -33,10 +33,10 @@ def scenes(all_scenes: list[Sample]) -> list[Sample]:
 
 
 @pytest.fixture(scope="session")
-def facts(all_scenes: list[Sample]) -> DataFacts:
-    return gather_facts((sample.objects for sample in all_scenes), open_source(str(EVALUATION)).translations())
+def facts(all_scenes: list[Sample]) -> ObjectStatistics:
+    return gather_statistics((sample.objects for sample in all_scenes), open_source(str(EVALUATION)).translations())
 
 
 @pytest.fixture(scope="session")
-def before(demo: Any) -> Before:
-    return Before(demo, batch_size=8)
+def before(demo: Any) -> BaselineReplies:
+    return BaselineReplies(demo, batch_size=8)

@@ -18,15 +18,15 @@ from mmray.data.samples import Sample
 from mmray.features.census.settings import CensusSettings
 from mmray.features.census.shard import Captioned
 from mmray.features.editing import dataset
-from mmray.features.editing.dataset import Material, batches
+from mmray.features.editing.dataset import EditDataset, batches
 from mmray.features.evaluation import draft_verifier, evaluator, mmedit, teacher_forced_states
-from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.evaluate import evaluate
 from mmray.features.evaluation.mmedit import measure_records, read_records
 from mmray.features.evaluation.settings import measure_settings
 from mmray.features.properties import meaning, writing
 from mmray.features.properties.observations import Observations
-from mmray.objects.statistics import DataFacts
+from mmray.objects.statistics import ObjectStatistics
 from tests.evaluation.standin import swap
 
 SIDE, FILES, TOGETHER = 600, 8, 2
@@ -81,7 +81,12 @@ def enlarged(image: bytes) -> bytes:
 
 
 def test_an_evaluation_decodes_its_samples_in_parts(
-    demo: Any, before: Before, facts: DataFacts, large: list[Sample], held: Held, monkeypatch: pytest.MonkeyPatch
+    demo: Any,
+    before: BaselineReplies,
+    facts: ObjectStatistics,
+    large: list[Sample],
+    held: Held,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = measure_settings(text_count=0, draws=5, bleu=False)
     edit = swap(next(iter(large[0].objects or ())), "owl")
@@ -102,7 +107,7 @@ def test_an_evaluation_decodes_its_samples_in_parts(
 
 
 def test_records_of_mmedit_are_measured_in_parts(
-    before: Before, large: list[Sample], held: Held, tmp_path: Path
+    before: BaselineReplies, large: list[Sample], held: Held, tmp_path: Path
 ) -> None:
     for number, sample in enumerate(large):
         (tmp_path / f"{number}.png").write_bytes(sample.image or b"")
@@ -115,7 +120,7 @@ def test_records_of_mmedit_are_measured_in_parts(
 
 
 def test_an_edit_decodes_what_it_learns_from_in_parts(demo: Any, large: list[Sample], held: Held) -> None:
-    learnt: Any = Material(demo, SimpleNamespace())  # type: ignore[arg-type]
+    learnt: Any = EditDataset(demo, SimpleNamespace())  # type: ignore[arg-type]
     own = learnt.own(large)
     assert held.most == TOGETHER * SIDE * SIDE
     held.most = 0

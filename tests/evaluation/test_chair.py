@@ -13,7 +13,7 @@ from textblob.en.inflect import singularize
 
 from mmray.errors import InputError
 from mmray.features.evaluation.chair import chair
-from mmray.features.evaluation.measurement_buffer import Rows
+from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 from mmray.features.evaluation.settings import measure_settings
 from mmray.features.evaluation.summary import summarise
 from mmray.objects import words
@@ -104,7 +104,7 @@ def reference() -> Reference:
 
 
 def measured(words: ObjectWords, captions: Sequence[str], truths: Sequence[set[str]]) -> tuple[float | None, ...]:
-    naming, rows = object_naming((), {}, words), Rows()
+    naming, rows = object_naming((), {}, words), MeasurementBuffer()
     for number, (caption, truth) in enumerate(zip(captions, truths, strict=True)):
         chair(rows, naming, str(number), frozenset(truth), None, caption, caption)
     found = summarise(rows.tables()["measurements"], measure_settings(draws=2))

@@ -9,18 +9,18 @@ import torch
 
 from mmray.data.samples import Failure, Sample
 from mmray.features.editing.edit import WeightEdit
-from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.comparing import compare
-from mmray.features.evaluation.draft_verifier import Questioner
+from mmray.features.evaluation.draft_verifier import DraftVerifier
 from mmray.features.evaluation.evaluate import Evaluated, evaluate
-from mmray.features.evaluation.evaluator import Measuring
+from mmray.features.evaluation.evaluator import EditEvaluator
 from mmray.features.evaluation.last_layer import LastLayer
 from mmray.features.evaluation.protocols import PRIMARY
 from mmray.features.evaluation.settings import MeasureSettings, measure_settings
 from mmray.features.evaluation.summary import summarise
 from mmray.models.loading import digest
 from mmray.models.prompting import encode
-from mmray.objects.statistics import DataFacts
+from mmray.objects.statistics import ObjectStatistics
 from tests.evaluation.standin import Purpose, StandIn, swap
 
 SETTINGS = measure_settings(text_count=20, draws=100, bleu=True)
@@ -35,7 +35,9 @@ def some(all_scenes: list[Sample]) -> list[Sample]:
     return [*cats, *others, replace(others[0], sample_id="spanish", language="es", caption="Una imagen.")]
 
 
-def measured(before: Before, edit: StandIn, samples: Sequence[Sample], facts: DataFacts, **changes: Any) -> Evaluated:
+def measured(
+    before: BaselineReplies, edit: StandIn, samples: Sequence[Sample], facts: ObjectStatistics, **changes: Any
+) -> Evaluated:
     settings = MeasureSettings(**(SETTINGS.model_dump() | changes))
     return evaluate(before.model, edit, samples, settings, before=before, facts=facts)
 
@@ -50,7 +52,7 @@ def close(one: Evaluated, other: Evaluated) -> None:
     assert one.captions.sort_by("sample_id").equals(other.captions.sort_by("sample_id"))
 
 
-def test_without_an_edit_nothing_differs(before: Before, some: list[Sample], facts: DataFacts) -> None:
+def test_without_an_edit_nothing_differs(before: BaselineReplies, some: list[Sample], facts: ObjectStatistics) -> None:
     pairs = ((CAT, "mouse"), ("pizza", "spaghetti"))
     for purpose in (
         Purpose("swap", CAT, "dog", samples=(some[0].sample_id,)),
@@ -67,7 +69,7 @@ def test_without_an_edit_nothing_differs(before: Before, some: list[Sample], fac
         assert set(PRIMARY) <= set(found.measures)
 
 
-def test_a_perfect_swap(before: Before, some: list[Sample], facts: DataFacts) -> None:
+def test_a_perfect_swap(before: BaselineReplies, some: list[Sample], facts: ObjectStatistics) -> None:
     """Cat and dog change places in what the model writes: every measure but locality of dogs is known beforehand."""
     own = some[0]
     found = measured(before, swap(CAT, "dog", (own.sample_id,)), some, facts)
@@ -95,7 +97,7 @@ def test_a_perfect_swap(before: Before, some: list[Sample], facts: DataFacts) ->
     assert measures["text_locality_about"]["n"] == 8
 
 
-def test_several_edits_in_one(before: Before, some: list[Sample], facts: DataFacts) -> None:
+def test_several_edits_in_one(before: BaselineReplies, some: list[Sample], facts: ObjectStatistics) -> None:
     """Each purpose has its own figure: the one that is carried out, and the one that is not."""
     others = [name for sample in some for name in sample.objects or () if name not in (CAT, "mouse", "dog")]
     idle = others[-1]
@@ -110,7 +112,7 @@ def test_several_edits_in_one(before: Before, some: list[Sample], facts: DataFac
     assert measured(before, both, some, facts).measures["image_generality"]["after"] == 1
 
 
-def test_a_suppressed_word(before: Before, some: list[Sample], facts: DataFacts) -> None:
+def test_a_suppressed_word(before: BaselineReplies, some: list[Sample], facts: ObjectStatistics) -> None:
     edit = StandIn((Purpose("suppress", CAT),), exchange=(CAT, "dog"))
     found = measured(before, edit, some, facts).measures
     assert found["image_generality"]["after"] == 1
@@ -121,7 +123,7 @@ def test_a_suppressed_word(before: Before, some: list[Sample], facts: DataFacts)
     assert "image_generality_exact" not in found
 
 
-def test_a_hallucination_of_a_pair(before: Before, some: list[Sample], facts: DataFacts) -> None:
+def test_a_hallucination_of_a_pair(before: BaselineReplies, some: list[Sample], facts: ObjectStatistics) -> None:
     """The hallucinated mouse is written as a dog: it goes where it is absent, and also where it is not."""
     edit = StandIn((Purpose("hallucination", pairs=((CAT, "mouse"),)),), exchange=("mouse", "dog"))
     found = measured(before, edit, some, facts)
@@ -141,12 +143,14 @@ def test_a_hallucination_of_a_pair(before: Before, some: list[Sample], facts: Da
     assert {captions[sample.sample_id]["role"] for sample in with_it} == {"other"}
 
 
-def test_batches_and_cuts_change_nothing(demo: Any, before: Before, some: list[Sample], facts: DataFacts) -> None:
+def test_batches_and_cuts_change_nothing(
+    demo: Any, before: BaselineReplies, some: list[Sample], facts: ObjectStatistics
+) -> None:
     some = [*some[:4], *some[8:12], some[-1]]
     edit = swap(CAT, "dog", (some[0].sample_id, some[5].sample_id))
     whole = measured(before, edit, some, facts)
-    close(measured(Before(demo, batch_size=3), edit, some[::-1], facts), whole)
-    measuring = Measuring(Before(demo, batch_size=5), edit, facts, SETTINGS)
+    close(measured(BaselineReplies(demo, batch_size=3), edit, some[::-1], facts), whole)
+    measuring = EditEvaluator(BaselineReplies(demo, batch_size=5), edit, facts, SETTINGS)
     rows = measuring.texts([])
     for start in range(0, len(some), 4):
         part = measuring.samples(some[start : start + 4])
@@ -160,14 +164,14 @@ def test_batches_and_cuts_change_nothing(demo: Any, before: Before, some: list[S
 
 @pytest.mark.parametrize("change", [{"scale": (7, 0.6)}, {"ban": CAT}], ids=["noise", "ban"])
 def test_verified_replies_are_those_of_whole_regeneration(
-    demo: Any, before: Before, some: list[Sample], change: dict[str, Any]
+    demo: Any, before: BaselineReplies, some: list[Sample], change: dict[str, Any]
 ) -> None:
     """Under a change that breaks some captions and leaves others, and under one that leaves the logits alone."""
     asks = [before.ask(sample, question) for sample in some for question in (None, "What is in the image?")]
     replies = before.replies(asks, [[sample.caption] for sample in some for _ in range(2)])
     edit = StandIn((Purpose("noise"),), **change)
     changes = compare(before.questioner, edit, asks, replies)
-    questioner = Questioner(demo, 8)
+    questioner = DraftVerifier(demo, 8)
     with edit.applied(demo):
         written = [questioner.text(tokens) for tokens in questioner.write(asks)]
     assert [change.after for change in changes] == written
@@ -186,7 +190,7 @@ def last_layer_edit(model: Any, layers: Sequence[int]) -> WeightEdit:
     )
 
 
-def test_an_edit_of_the_last_layer_needs_no_forward(demo: Any, before: Before, some: list[Sample]) -> None:
+def test_an_edit_of_the_last_layer_needs_no_forward(demo: Any, before: BaselineReplies, some: list[Sample]) -> None:
     """Its states follow from those before it, to the same texts and distances as by running the model."""
     asks = [before.ask(sample, question, whole=question is None) for sample in some for question in (None, "Is it?")]
     replies = before.replies(asks, [[sample.caption] for sample in some for _ in range(2)])
@@ -210,7 +214,7 @@ def test_an_edit_of_the_last_layer_needs_no_forward(demo: Any, before: Before, s
 
 
 @torch.no_grad()
-def test_distances_against_plain_forwards(demo: Any, before: Before, some: list[Sample]) -> None:
+def test_distances_against_plain_forwards(demo: Any, before: BaselineReplies, some: list[Sample]) -> None:
     edit = StandIn((Purpose("noise"),), scale=(6, 0.5))
     asks = [before.ask(sample, whole=True) for sample in some[:3]]
     replies = before.replies(asks, [[sample.caption] for sample in some[:3]])
@@ -232,7 +236,9 @@ def test_distances_against_plain_forwards(demo: Any, before: Before, some: list[
         assert 0 < change.ranks < 1
 
 
-def test_what_fails_is_a_row_and_the_rest_counts(before: Before, some: list[Sample], facts: DataFacts) -> None:
+def test_what_fails_is_a_row_and_the_rest_counts(
+    before: BaselineReplies, some: list[Sample], facts: ObjectStatistics
+) -> None:
     bad = replace(some[0], sample_id="bad", image=b"no image")
     unread = Failure("unread", "file row 3", "read", "no image in column 'image'")
     found = evaluate(before.model, swap(CAT, "dog"), [unread, bad, *some[1:4]], SETTINGS, before=before, facts=facts)
@@ -242,7 +248,7 @@ def test_what_fails_is_a_row_and_the_rest_counts(before: Before, some: list[Samp
     assert found.measures["chair_s"]["n"] == 3
     # An image that can be read, and that the model refuses.
     with pytest.MonkeyPatch.context() as patch:
-        fresh = Before(before.model)
+        fresh = BaselineReplies(before.model)
         ask = fresh.ask
         patch.setattr(fresh, "ask", lambda s, *a, **k: replace(ask(s, *a, **k), **_broken(s, some[1].sample_id)))
         broken = evaluate(before.model, swap(CAT, "dog"), some[1:4], SETTINGS, before=fresh, facts=facts)
@@ -255,7 +261,9 @@ def _broken(sample: Sample, name: str) -> dict[str, str]:
     return {"prompt": "no place for an image"} if sample.sample_id == name else {}
 
 
-def test_a_detector_confirms_what_captions_name(before: Before, some: list[Sample], facts: DataFacts) -> None:
+def test_a_detector_confirms_what_captions_name(
+    before: BaselineReplies, some: list[Sample], facts: ObjectStatistics
+) -> None:
     there = measured(before, swap(CAT, "dog"), some, facts, detector="demo", pope_objects=0).measures
     without = measured(before, swap(CAT, "dog"), some, facts, pope_objects=0).measures
     assert not {"confirmed", "confirmed_new"} & set(without)

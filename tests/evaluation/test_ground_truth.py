@@ -12,12 +12,12 @@ import pytest
 from mmray.data.samples import Sample
 from mmray.data.sources import open_source
 from mmray.errors import InputError
-from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.evaluate import evaluate
 from mmray.features.evaluation.settings import measure_settings
 from mmray.objects.ground_truth import survey, with_ground_truth
 from mmray.objects.naming import object_naming
-from mmray.objects.statistics import gather_facts
+from mmray.objects.statistics import gather_statistics
 from mmray.objects.words import COCO, NONE, coco_words
 from tests.data.making import read_all, write_coco, write_csv, write_jsonl, write_parquet, write_tar
 from tests.evaluation.standin import swap
@@ -123,7 +123,7 @@ def test_without_captions_or_without_objects(coco: Path, tmp_path: Path, images:
     alone = write_coco(tmp_path, [image | {"caption": SAID[0]} for image in images])
     (tmp_path / "annotations" / "instances_val2017.json").unlink()
     source = open_source(str(alone), captions=False)
-    assert survey(source, None, None).facts == gather_facts(())
+    assert survey(source, None, None).facts == gather_statistics(())
     assert set(survey(source, "captions", None).facts.vocabulary) == {"person", "dog"}
     with pytest.raises(InputError, match="has no objects"):
         survey(source, "union", None)
@@ -196,7 +196,7 @@ def without(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", ["captions", "union"])
 def test_an_evaluation_of_exploded_rows_is_that_of_the_independent_chair(
-    demo: Any, before: Before, images: list[dict[str, Any]], tmp_path: Path, kind: Any
+    demo: Any, before: BaselineReplies, images: list[dict[str, Any]], tmp_path: Path, kind: Any
 ) -> None:
     exploded = [image | {"caption": caption} for image in images for caption in image["captions"]]
     path = write_parquet(tmp_path, without(exploded))
@@ -218,7 +218,7 @@ def test_an_evaluation_of_exploded_rows_is_that_of_the_independent_chair(
 
 @pytest.mark.parametrize("kind", ["instances", "captions", "union"])
 def test_an_evaluation_on_coco_is_that_of_the_independent_chair(
-    demo: Any, before: Before, coco: Path, images: list[dict[str, Any]], kind: Any
+    demo: Any, before: BaselineReplies, coco: Path, images: list[dict[str, Any]], kind: Any
 ) -> None:
     samples = read_all(str(coco), captions=False)
     facts = survey(open_source(str(coco), captions=False), kind, None).facts

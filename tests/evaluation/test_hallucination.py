@@ -7,23 +7,23 @@ import pytest
 
 from mmray.data.samples import Sample
 from mmray.features.evaluation.chair import chair, hallucinated, pope
-from mmray.features.evaluation.measurement_buffer import Rows
+from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 from mmray.features.evaluation.queries import Change
 from mmray.features.evaluation.settings import measure_settings
 from mmray.features.evaluation.summary import summarise
 from mmray.objects.answers import says_yes
-from mmray.objects.naming import Naming
-from mmray.objects.statistics import DataFacts, asked_objects, gather_facts
+from mmray.objects.naming import ObjectLexicon
+from mmray.objects.statistics import ObjectStatistics, asked_objects, gather_statistics
 
 
-def summed(rows: Rows) -> dict[str, tuple[float | None, float | None]]:
+def summed(rows: MeasurementBuffer) -> dict[str, tuple[float | None, float | None]]:
     found = summarise(rows.tables()["measurements"], measure_settings(draws=10))
     return {name: (row["before"], row["after"]) for name, row in found.items() if row["n"]}
 
 
 def test_chair_by_hand() -> None:
-    naming = Naming(("dog", "cat", "car", "tree"), {}, {"dog": ("puppy",)})
-    rows = Rows()
+    naming = ObjectLexicon(("dog", "cat", "car", "tree"), {}, {"dog": ("puppy",)})
+    rows = MeasurementBuffer()
     # Three mentions before, one of them wrong; after it two, both right, of which one twice.
     chair(rows, naming, "a", frozenset({"dog", "tree"}), "en", "A dog, a cat and trees.", "A dog and a puppy.")
     # Nothing named before; after it two cars that are not there, of three mentions.
@@ -37,7 +37,7 @@ def test_chair_by_hand() -> None:
 
 def test_pairs_by_hand() -> None:
     pairs = [("cat", "mouse"), ("sun", "moon")]
-    rows = Rows()
+    rows = MeasurementBuffer()
     hallucinated(rows, pairs, "a", frozenset({"cat"}), {"cat", "mouse"}, {"cat"})
     hallucinated(rows, pairs, "b", frozenset({"cat", "sun"}), {"cat", "sun"}, {"cat", "moon"})
     hallucinated(rows, pairs, "c", frozenset({"cat", "mouse"}), {"mouse"}, set())
@@ -51,7 +51,7 @@ def test_pairs_by_hand() -> None:
     }
 
 
-def test_absent_objects_of_every_strategy(all_scenes: list[Sample], facts: DataFacts) -> None:
+def test_absent_objects_of_every_strategy(all_scenes: list[Sample], facts: ObjectStatistics) -> None:
     cells = [set(sample.objects or ()) for sample in all_scenes]
     counts = Counter(name for cell in cells for name in cell)
     for sample in all_scenes[:40]:
@@ -93,7 +93,7 @@ def released_adversarial(images: list[list[str]], count: int) -> list[list[str]]
 
 def test_adversarial_objects_are_those_of_the_released_code(all_scenes: list[Sample]) -> None:
     images = [list(dict.fromkeys(sample.objects or ())) for sample in all_scenes]
-    facts = gather_facts(images)
+    facts = gather_statistics(images)
     wanted = released_adversarial(images, 3)
     found = [asked_objects(facts, image, 3, "0", positives="first") for image in images]
     some = [number for number, image in enumerate(images) if len(image) >= 3]
@@ -143,8 +143,8 @@ def test_yes_and_no_by_either_parser(answer: str, said: bool | None, released: b
 
 def test_pope_against_a_plain_loop() -> None:
     generator = random.Random(0)
-    facts = gather_facts([("a", "b"), ("c",), ("d", "e")])
-    rows, asked = Rows(), []
+    facts = gather_statistics([("a", "b"), ("c",), ("d", "e")])
+    rows, asked = MeasurementBuffer(), []
     for number in range(40):
         objects = frozenset(generator.sample(facts.vocabulary, 2))
         present, absent = asked_objects(facts, objects, 2, str(number))

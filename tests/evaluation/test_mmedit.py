@@ -10,7 +10,7 @@ import torch
 
 from mmray.data.samples import Sample
 from mmray.errors import InputError
-from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.mmedit import measure_records, read_records
 from mmray.features.evaluation.settings import measure_settings
 from mmray.features.evaluation.summary import summarise
@@ -66,7 +66,7 @@ def test_other_files_are_refused_in_one_line(write: Write, records: list[Any], m
         read_records(write(records), None)
 
 
-def test_a_missing_image_costs_only_what_needs_it(before: Before, write: Write) -> None:
+def test_a_missing_image_costs_only_what_needs_it(before: BaselineReplies, write: Write) -> None:
     records = read_records(write([RECORD | {"image": "none.jpg"}, RECORD]), None)
     rows = measure_records(before, StandIn((Purpose(),)), records)
     assert [(row["source"], row["message"]) for row in rows.errors] == [("none.jpg", "no such image")]
@@ -80,7 +80,7 @@ def test_a_missing_image_costs_only_what_needs_it(before: Before, write: Write) 
 @torch.no_grad()
 @pytest.mark.parametrize("edit", [swap("chair", "dog"), StandIn((Purpose(),), scale=(6, 0.4))], ids=["swap", "noise"])
 def test_metrics_against_plain_forwards(
-    demo: Any, before: Before, write: Write, scenes: list[Sample], edit: StandIn
+    demo: Any, before: BaselineReplies, write: Write, scenes: list[Sample], edit: StandIn
 ) -> None:
     """Rewrites along `alt` without its end; MMEdit's locality along the given answer, over the whole sequence."""
     records = read_records(write([RECORD]), None)

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from mmray.errors import InputError
-from mmray.objects.naming import Naming
+from mmray.objects.naming import ObjectLexicon
 from mmray.objects.words import read_synonyms
 
 TRANSLATIONS = {"dog": {"en": "dog", "es": "perro"}, "bird": {"es": "pájaro", "zh": "鸟"}}
 
 
 def test_objects_are_known_by_every_name() -> None:
-    naming = Naming(("dog", "Hot Dog", "bird"), TRANSLATIONS, {"dog": ("puppy", "hound")})
+    naming = ObjectLexicon(("dog", "Hot Dog", "bird"), TRANSLATIONS, {"dog": ("puppy", "hound")})
     found = [m.concept for m in naming.mentions("Two dogs, a puppy, a hot dog and Birds", "en")]
     assert found == ["dog", "dog", "hot dog", "bird"]
     assert naming.named("Un perro y un pájaro, no un dog", "es") == {"dog", "bird"}
@@ -22,12 +22,12 @@ def test_objects_are_known_by_every_name() -> None:
 
 
 def test_a_name_is_never_anothers_synonym() -> None:
-    naming = Naming(("cat", "kitten"), {}, {"cat": ("kitten",)})
+    naming = ObjectLexicon(("cat", "kitten"), {}, {"cat": ("kitten",)})
     assert naming.named("a kitten", "en") == {"kitten"}
 
 
 def test_words_of_a_language_are_the_objects_they_name() -> None:
-    naming = Naming(("dog", "bird"), TRANSLATIONS)
+    naming = ObjectLexicon(("dog", "bird"), TRANSLATIONS)
     assert naming.canonical("Perro", "es") == "dog"
     assert naming.canonical("perro", "en") == naming.canonical("perro", None) == "perro"
     assert naming.canonical("dog", "es") == "dog"

@@ -29,8 +29,8 @@ from mmray.features.hallucination.settings import perturbation_settings
 from mmray.features.hallucination.tables import TABLES
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.objects.answers import value_of
-from mmray.objects.naming import Naming
-from mmray.objects.statistics import gather_facts
+from mmray.objects.naming import ObjectLexicon
+from mmray.objects.statistics import gather_statistics
 from tests.perception.owls import build_owl
 
 CLAIM = st.tuples(st.integers(0, 4), st.booleans(), st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.95, 1.0]))
@@ -227,8 +227,8 @@ def test_what_the_language_model_never_sees_is_not_moved(joint, embedding, monke
 def test_claims_are_what_the_model_says_with_its_own_log_probability(joint, all_scenes, before, prefix):
     samples = all_scenes[:3]
     images = [before.image(sample) for sample in samples]
-    facts = gather_facts(sample.objects for sample in all_scenes[:30])
-    naming = Naming(facts.vocabulary, facts.translations)
+    facts = gather_statistics(sample.objects for sample in all_scenes[:30])
+    naming = ObjectLexicon(facts.vocabulary, facts.translations)
     rows = Claimant(joint, facts, naming, None, prefix, 1, 0, 2).claims(samples, images)
     captions = [row for row in rows if row["kind"] == "caption"]
     assert captions
@@ -257,10 +257,12 @@ def test_claims_are_what_the_model_says_with_its_own_log_probability(joint, all_
 def test_claims_are_of_captions_as_long_as_asked_for(joint, all_scenes, before):
     samples = [sample for sample in all_scenes if len(sample.objects) >= 3][:2]
     images = [before.image(sample) for sample in samples]
-    facts = gather_facts(sample.objects for sample in all_scenes)
+    facts = gather_statistics(sample.objects for sample in all_scenes)
     texts = {}
     for longest in (64, 6):
-        claimant = Claimant(joint, facts, Naming(facts.vocabulary, facts.translations), None, None, 0, 0, 2, longest)
+        claimant = Claimant(
+            joint, facts, ObjectLexicon(facts.vocabulary, facts.translations), None, None, 0, 0, 2, longest
+        )
         texts[longest] = {row["sample_id"]: row["text"] for row in claimant.claims(samples, images)}
     assert texts[6]
     assert all(texts[64][name].startswith(text) for name, text in texts[6].items())

@@ -14,7 +14,7 @@ import mmray
 from mmray.demo import DATA
 from mmray.features.census.settings import census_settings
 from mmray.features.properties.comparing import METHODS, compare_methods
-from mmray.features.properties.effects import MATCHED, Effects, noise
+from mmray.features.properties.effects import MATCHED, AblationEffects, noise
 from mmray.features.properties.maps import box_of, draw_maps
 from mmray.features.properties.meaning import invariance, region_invariance, sensitivity
 from mmray.features.properties.observations import Key, Observations, summarise
@@ -66,7 +66,7 @@ def test_nothing_is_said_of_patches_that_are_not_in_the_sequence(open_model, var
     region_invariance(subject, found)
     assert bool(found.observations) == (variant == "llava")
     invariance(subject, found)
-    compare_methods(subject, Effects(subject), found)
+    compare_methods(subject, AblationEffects(subject), found)
     rows = found.tables()["observations"].to_pylist()
     methods = {row["method"] for row in rows if row["property"] == "comparison"}
     assert methods == set(METHODS) - (set() if variant == "llava" else {"gradient"})
@@ -125,7 +125,7 @@ def test_what_neurons_write_is_told_by_their_sign(subject):
     given = Subject(study, replace(facts, ranked=ranked), subject.items, subject.batch)
     found = Observations()
     sensitivity(given, found)
-    compare_methods(given, Effects(given), found)
+    compare_methods(given, AblationEffects(given), found)
     hits = {
         (row["property"], row["method"], row["sample_id"]): row["value"]
         for row in found.observations
@@ -150,7 +150,7 @@ def test_places_are_the_noun_in_its_images_and_others_elsewhere(subject):
 
 
 def test_falls_are_those_of_plain_forwards(subject):
-    effects, neurons = Effects(subject), subject.facts.ranked["score"].neurons
+    effects, neurons = AblationEffects(subject), subject.facts.ranked["score"].neurons
     model, batch, places = subject.model, subject.batch, subject.places
     before = score_batch(model, batch, places).log_prob.exp()
     for change in (mmray.ablate, lambda *given: noise(*given, 2.0), lambda *given: mmray.scale(*given, 5.0)):
@@ -173,7 +173,7 @@ def test_noise_is_in_parts_of_the_rows_own_size(subject):
 
 def test_effects_observe_every_dose_with_its_control(subject):
     found = Observations()
-    Effects(subject).observe(found)
+    AblationEffects(subject).observe(found)
     rows = found.tables()["observations"].to_pylist()
     seen = {(row["measure"], row["method"], row["neurons"]) for row in rows}
     assert {("zeroed_own", method, MOST) for method in (*RANKINGS, MATCHED, "activation-matched", "uniform")} <= seen

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mmray.data.samples import Sample
-from mmray.features.evaluation.baseline_replies import Before
-from mmray.features.evaluation.draft_verifier import Questioner
-from mmray.features.evaluation.queries import Ask, AskError
+from mmray.features.evaluation.baseline_replies import BaselineReplies
+from mmray.features.evaluation.draft_verifier import DraftVerifier
+from mmray.features.evaluation.queries import Query, QueryError
 from mmray.models.generation import generate
 from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import prompt_text
@@ -25,13 +25,13 @@ def pictures(count: int) -> list[PIL.Image.Image]:
     return [PIL.Image.fromarray(one.numpy()) for one in pixels]
 
 
-def asks_of(model: Any, count: int = 2) -> list[Ask]:
+def asks_of(model: Any, count: int = 2) -> list[Query]:
     images = pictures(count)
     prompts = [prompt_text(model, question, "en") for question in QUESTIONS]
-    return [Ask(str(n), prompt, image, whole=True) for n, image in enumerate(images) for prompt in prompts]
+    return [Query(str(n), prompt, image, whole=True) for n, image in enumerate(images) for prompt in prompts]
 
 
-def generated(questioner: Questioner, asks: list[Ask]) -> list[list[int]]:
+def generated(questioner: DraftVerifier, asks: list[Query]) -> list[list[int]]:
     """What generation writes, each ask by itself."""
     return [generate(questioner.model, [ask.prompt], [ask.image])[0] for ask in asks]
 
@@ -39,7 +39,7 @@ def generated(questioner: Questioner, asks: list[Ask]) -> list[list[int]]:
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_replies_are_those_of_generation(open_model: Callable[[str], Any], variant: str) -> None:
     model = open_model(variant)
-    questioner = Questioner(model, 4)
+    questioner = DraftVerifier(model, 4)
     # Random weights may write the token of an image, along which no forward can be run.
     written = [(ask, tokens) for ask in asks_of(model) for tokens in generated(questioner, [ask])]
     pairs = [(ask, tokens) for ask, tokens in written if model.parts.image_token_id not in tokens]
@@ -61,11 +61,11 @@ def test_replies_are_as_long_as_asked_for(open_model: Callable[[str], Any], long
         (ask, tokens) for ask, tokens in zip(asks, wanted, strict=True) if model.parts.image_token_id not in tokens
     ]
     asks, wanted = [ask for ask, _ in pairs], [tokens for _, tokens in pairs]
-    questioner = Questioner(model, 4, longest)
+    questioner = DraftVerifier(model, 4, longest)
     # A draft that goes on is cut where generation stops.
     for drafts in ([[] for _ in asks], [[[*tokens, 5, 5]] for tokens in wanted]):
         assert [reply.tokens for reply in questioner.replies(asks, drafts)] == wanted
-    before = Before(model, 4, longest=longest)
+    before = BaselineReplies(model, 4, longest=longest)
     assert before.questioner.longest == longest
 
 
@@ -77,7 +77,7 @@ def test_the_families_whose_prompts_share_a_row(open_model: Callable[[str], Any]
         asks = asks_of(model)
         words = model.tokenizer(" a dog and", add_special_tokens=False)["input_ids"]
         replies = [words[: 1 + number % 3] for number in range(len(asks))]
-        one, other = Questioner(model, 4), Questioner(model, 4)
+        one, other = DraftVerifier(model, 4), DraftVerifier(model, 4)
         other.shares = False
         for shared, alone in zip(one.along(asks, replies), other.along(asks, replies), strict=True):
             ours, theirs = (vocabulary_logits(model, s.hidden).log_softmax(dim=1) for s in (shared, alone))
@@ -94,10 +94,10 @@ def test_the_families_whose_prompts_share_a_row(open_model: Callable[[str], Any]
 def test_settings_that_penalise_tokens_are_respected(open_model: Callable[[str], Any]) -> None:
     model = open_model("llava")
     asks = asks_of(model)
-    before = generated(Questioner(model, 4), asks)
+    before = generated(DraftVerifier(model, 4), asks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.network.generation_config, "repetition_penalty", 3.0)
-        questioner = Questioner(model, 4)
+        questioner = DraftVerifier(model, 4)
         wanted = generated(questioner, asks)
         replies = questioner.replies(asks, [[tokens] for tokens in before])
     assert wanted != before
@@ -105,7 +105,7 @@ def test_settings_that_penalise_tokens_are_respected(open_model: Callable[[str],
     assert not any(reply.steady for reply in replies)
 
 
-def test_several_drafts_and_texts_of_the_demo(demo: Any, scenes: list[Sample], before: Before) -> None:
+def test_several_drafts_and_texts_of_the_demo(demo: Any, scenes: list[Sample], before: BaselineReplies) -> None:
     asks = [before.ask(sample, question) for sample in scenes for question, _ in sample.questions or ()]
     replies = before.replies(asks, [["Yes", "No"] for _ in asks])
     said = {reply.text for reply in replies}
@@ -122,7 +122,7 @@ def test_several_drafts_and_texts_of_the_demo(demo: Any, scenes: list[Sample], b
 def test_what_the_model_cannot_be_given_is_named(open_model: Callable[[str], Any]) -> None:
     model = open_model("llava")
     asks = asks_of(model)
-    bad = Ask("bad", "no place for an image", asks[0].image)
-    with pytest.raises(AskError) as raised:
-        Questioner(model, 4).along([*asks, bad], [[5]] * (len(asks) + 1))
+    bad = Query("bad", "no place for an image", asks[0].image)
+    with pytest.raises(QueryError) as raised:
+        DraftVerifier(model, 4).along([*asks, bad], [[5]] * (len(asks) + 1))
     assert raised.value.ask is bad

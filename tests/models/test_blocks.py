@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mmray.models.blocks import Passage, permuted_image
-from mmray.models.capture import tap_input
+from mmray.models.blocks import BlockRecorder, permuted_image
+from mmray.models.capture import capture_input
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.scoring import score_batch
 from tests.neurons.making import CAPTIONS, batch_of
@@ -14,9 +14,9 @@ from tests.neurons.making import CAPTIONS, batch_of
 def test_the_last_blocks_give_what_they_gave(open_model, variant):
     model = open_model(variant)
     batch, _ = batch_of(model, CAPTIONS[:3])
-    passage, ends = Passage(model), []
+    passage, ends = BlockRecorder(model), []
     with torch.inference_mode():
-        with passage.recording(), tap_input(model.norm, ends.append):
+        with passage.recording(), capture_input(model.norm, ends.append):
             forward(model, batch)
         read = torch.arange(0, len(batch.tokens) * batch.positions, 3)
         again = passage.again(len(passage.blocks) - 1, read)
@@ -26,7 +26,7 @@ def test_the_last_blocks_give_what_they_gave(open_model, variant):
 def test_a_passage_leaves_no_hooks(open_model):
     model = open_model("llava")
     batch, _ = batch_of(model, CAPTIONS[:2])
-    passage = Passage(model)
+    passage = BlockRecorder(model)
     with torch.inference_mode(), passage.recording():
         forward(model, batch)
     count = len(passage.entered)
@@ -55,7 +55,7 @@ def test_captions_and_prompts_are_not_permuted(open_model):
         # The embeddings as the first block's own norm sees them: behind the hook that permutes.
         states = []
         norm = model.network.get_submodule(model.projections[0].path.rsplit(".mlp", 1)[0] + ".input_layernorm")
-        with torch.inference_mode(), tap_input(norm, states.append):
+        with torch.inference_mode(), capture_input(norm, states.append):
             forward(model, batch)
         return states[0]
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from mmray.errors import InputError
-from mmray.models.capture import gate_function, tap, tap_input
+from mmray.models.capture import capture_activations, capture_input, gate_function
 from mmray.neurons.scoring import score_batch
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import CAPTIONS, batch_of, hooks
@@ -23,7 +23,7 @@ LINEAR = [variant for variant in VARIANTS if variant != "qwen3_vl_moe"]
 
 def captured(model, batch):
     seen = []
-    with torch.inference_mode(), tap(model.network, model.projections, lambda *call: seen.append(call)):
+    with torch.inference_mode(), capture_activations(model.network, model.projections, lambda *call: seen.append(call)):
         model.network(**batch.to(model.device, model.network.dtype))
     return seen
 
@@ -144,7 +144,7 @@ def test_hooks_go_whatever_happens(open_model, variant):
     def refuse(*_):
         raise RuntimeError("no more memory")
 
-    for context in (tap(model.network, model.projections, refuse), tap_input(model.norm, refuse)):
+    for context in (capture_activations(model.network, model.projections, refuse), capture_input(model.norm, refuse)):
         with pytest.raises(RuntimeError, match="no more memory"), context:
             assert hooks(model.network) > before
             model.network(**batch.to(model.device, model.network.dtype))

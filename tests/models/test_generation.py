@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from mmray.models.capture import tap_input
+from mmray.models.capture import capture_input
 from mmray.models.generation import caption_of, generate, token_text
 from mmray.models.loading import load
 from mmray.models.norms import log_probability
@@ -110,7 +110,7 @@ def test_the_demo_s_captions_are_its_greedy_choices(open_model):
     assert all(3 < len(tokens) < 40 for tokens in written)
     batch = encode(model, prompts, images, written, [[(0, 0)] * len(tokens) for tokens in written])
     states = []
-    with torch.inference_mode(), tap_input(model.norm, states.append):
+    with torch.inference_mode(), capture_input(model.norm, states.append):
         logits = model.network(**batch.to(model.device, model.network.dtype)).logits
     for row, tokens in enumerate(written):
         start = batch.caption_start[row]

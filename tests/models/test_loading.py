@@ -13,7 +13,7 @@ import mmray
 import mmray.demo
 from mmray.errors import InputError
 from mmray.models.loading import describe_model, digest, load, resolve
-from mmray.neurons.model import Model
+from mmray.neurons.model import NeuronModel
 from tests.models.tiny import VARIANTS
 
 
@@ -144,7 +144,7 @@ def test_a_family_outside_the_table_is_described_by_the_probe(loaded_with, tmp_p
 def test_a_loaded_model_is_frozen_and_in_the_asked_format(tiny):
     for dtype, expected in {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}.items():
         model = mmray.load_model(str(tiny("llava")), dtype=dtype, device="cpu")
-        assert isinstance(model, Model)
+        assert isinstance(model, NeuronModel)
         assert {parameter.dtype for parameter in model.network.parameters()} == {expected}
         assert not any(parameter.requires_grad for parameter in model.network.parameters())
         assert not model.network.training

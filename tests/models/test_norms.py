@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from mmray.models import norms
-from mmray.models.capture import tap_input
+from mmray.models.capture import capture_input
 from mmray.models.norms import (
     fold_norm,
     log_odds_slope,
@@ -33,7 +33,7 @@ def ends(open_model, loaded_with):
         model = loaded_with(UNUSUAL[name][0], **UNUSUAL[name][1]) if name in UNUSUAL else open_model(name)
         batch, _ = batch_of(model, CAPTIONS[:2])
         states = []
-        with torch.inference_mode(), tap_input(model.norm, states.append):
+        with torch.inference_mode(), capture_input(model.norm, states.append):
             logits = model.network(**batch.to(model.device, model.network.dtype)).logits
         places = [
             (row, batch.caption_start[row] + index - 1) for row in (0, 1) for index in range(len(batch.tokens[row]))

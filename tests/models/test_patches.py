@@ -48,7 +48,7 @@ def test_a_bright_corner_shows_in_its_patch(open_model, variant):
     """What changes most in the first block's input, when a corner of the image does, is that corner's patch."""
     from PIL import Image
 
-    from mmray.models.blocks import Passage
+    from mmray.models.blocks import BlockRecorder
     from mmray.models.prompting import encode, prompt_text, tokenize_caption
     from mmray.neurons.activation_cache import forward
 
@@ -62,7 +62,7 @@ def test_a_bright_corner_shows_in_its_patch(open_model, variant):
         prompt = prompt_text(model, None, "en")
         tokens, offsets = tokenize_caption(model, prompt, "a dog")
         batch = encode(model, [prompt], [image], [tokens], [offsets])
-        passage = Passage(model)
+        passage = BlockRecorder(model)
         with torch.inference_mode(), passage.recording():
             forward(model, batch)
         patches = patches_of(model, batch, 0, image.size)

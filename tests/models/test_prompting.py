@@ -9,7 +9,7 @@ import torch
 
 from mmray.errors import InputError
 from mmray.features.census import shard
-from mmray.models.capture import tap_input
+from mmray.models.capture import capture_input
 from mmray.models.prompting import PROMPTS, encode, prompt_text, run_processor, tokenize_caption
 from mmray.neurons.model import load_model
 from tests.models.tiny import VARIANTS
@@ -22,7 +22,7 @@ TEXTS = (CAPTIONS[0], CAPTIONS[3], CAPTIONS[2])
 def caption_states(model, batch):
     """The final norm's input at every position, rows apart."""
     states = []
-    with torch.inference_mode(), tap_input(model.norm, states.append):
+    with torch.inference_mode(), capture_input(model.norm, states.append):
         model.network(**batch.to(model.device, model.network.dtype))
     return states[0]
 

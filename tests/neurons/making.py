@@ -20,7 +20,7 @@ from mmray.features.census.shard import ShardAnalysis
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import NounSource, find_forms, noun_source
-from mmray.neurons.token_positions import Place, place_mentions
+from mmray.neurons.token_positions import TokenPosition, place_mentions
 from mmray.runs.tables import from_bytes, to_bytes
 
 NOUNS = frozenset({"dog", "cat", "ball", "chair", "tree", "boy", "girl", "horse", "water", "hat", "table", "bird"})
@@ -98,7 +98,7 @@ def demo_samples(count: int) -> tuple[tuple[Sample, ...], NounSource]:
 
 def batch_of(
     model: LoadedModel, captions: Sequence[str], first: int = 0, languages: Sequence[str] = ()
-) -> tuple[Batch, list[Place]]:
+) -> tuple[Batch, list[TokenPosition]]:
     """Return these captions with a picture each as one batch, and the places where nouns are predicted."""
     prompts = [prompt_text(model, None, language) for language in languages or ["en"] * len(captions)]
     pairs = [tokenize_caption(model, prompt, caption) for prompt, caption in zip(prompts, captions, strict=True)]

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from mmray.errors import InputError
-from mmray.models.capture import tap, tap_input
+from mmray.models.capture import capture_activations, capture_input
 from mmray.models.norms import token_log_odds, token_logits
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.neurons.attribution import FUNCTIONS, Located, project
@@ -101,7 +101,10 @@ def test_activation_score_is_the_activation(open_model, variant):
     model = open_model(variant)
     batch, places = batch_of(model, TEXTS)
     seen = {}
-    with torch.inference_mode(), tap(model.network, model.projections, lambda *call: seen.update({call[0]: call[1]})):
+    with (
+        torch.inference_mode(),
+        capture_activations(model.network, model.projections, lambda *call: seen.update({call[0]: call[1]})),
+    ):
         model.network(**batch.to(model.device, model.network.dtype))
     scored = score_batch(model, batch, places, "activation")
     rows = [place.row * batch.positions + place.position for place in places]
@@ -168,7 +171,10 @@ def test_gradient_scores_are_what_a_step_along_the_activation_gives(open_model, 
     unit = int(found[1].abs().argmax())
     projection = model.projections[layer]
     activation = {}
-    with torch.inference_mode(), tap(model.network, [projection], lambda *call: activation.update({0: call[1]})):
+    with (
+        torch.inference_mode(),
+        capture_activations(model.network, [projection], lambda *call: activation.update({0: call[1]})),
+    ):
         model.network(**batch.to(model.device, model.network.dtype))
     row = output_rows(model.network, projection)[unit]
     logits = []
@@ -179,7 +185,7 @@ def test_gradient_scores_are_what_a_step_along_the_activation_gives(open_model, 
         module = model.network.get_submodule(projection.path)
         handle = module.register_forward_hook(lambda *call, written=written: call[2] + written.view(call[2].shape))
         states = []
-        with torch.inference_mode(), tap_input(model.norm, states.append):
+        with torch.inference_mode(), capture_input(model.norm, states.append):
             model.network(**batch.to(model.device, model.network.dtype))
         handle.remove()
         state = states[0][place.row, place.position]

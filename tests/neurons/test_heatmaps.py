@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from mmray.errors import InputError
-from mmray.models.capture import tap
+from mmray.models.capture import capture_activations
 from mmray.models.patches import Patches, patches_of
 from mmray.neurons.activation_cache import forward
-from mmray.neurons.heatmaps import SIDE, Wanted, mask, min_max, overlay, patch_maps, pointing, signed, upsample
+from mmray.neurons.heatmaps import SIDE, MapRequest, mask, min_max, overlay, patch_maps, pointing, signed, upsample
 from tests.neurons.making import CAPTIONS, batch_of, picture
 
 # Subnormal numbers vanish when they are divided, sign and all.
@@ -32,13 +32,16 @@ def test_maps_are_the_activations_of_the_image_tokens(open_model, variant):
         patches = Patches(1, len(positions), tuple(positions))
     neurons, signs = [(0, 1), (1, 2), (1, 3)], [1.0, -1.0, 1.0]
     seen = {}
-    with torch.inference_mode(), tap(model.network, model.projections, lambda layer, a, _: seen.update({layer: a})):
+    with (
+        torch.inference_mode(),
+        capture_activations(model.network, model.projections, lambda layer, a, _: seen.update({layer: a})),
+    ):
         forward(model, batch)
     rows = torch.tensor(patches.positions) + batch.positions
     parts = [seen[layer][rows, unit].float() for layer, unit in neurons]
     expected = (parts[0] - parts[1] + parts[2]) / 3
     plain = (parts[0] + parts[1] + parts[2]) / 3
-    found = patch_maps(model, batch, [Wanted(1, patches, neurons, signs), Wanted(1, patches, neurons)])
+    found = patch_maps(model, batch, [MapRequest(1, patches, neurons, signs), MapRequest(1, patches, neurons)])
     torch.testing.assert_close(found[0].flatten(), expected)
     torch.testing.assert_close(found[1].flatten(), plain)
 
@@ -55,7 +58,7 @@ def test_gate_maps_are_what_the_released_code_reads(open_model, variant):
     opened, activation = {}, {}
     with (
         torch.inference_mode(),
-        tap(
+        capture_activations(
             model.network,
             model.projections,
             lambda layer, a, o: (activation.update({layer: a}), opened.update({layer: o})),
@@ -65,7 +68,7 @@ def test_gate_maps_are_what_the_released_code_reads(open_model, variant):
     rows = torch.tensor(positions) + batch.positions
     seen = activation if variant == "blip2_opt" else {layer: functional.silu(gate) for layer, gate in opened.items()}
     expected = sum(seen[layer][rows, unit].float() for layer, unit in neurons) / 3
-    found = patch_maps(model, batch, [Wanted(1, patches, neurons, None, "gate"), Wanted(1, patches, neurons)])
+    found = patch_maps(model, batch, [MapRequest(1, patches, neurons, None, "gate"), MapRequest(1, patches, neurons)])
     torch.testing.assert_close(found[0].flatten(), expected)
     assert torch.equal(*found) == (variant == "blip2_opt")
 

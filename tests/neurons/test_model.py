@@ -11,9 +11,9 @@ from mmray.features.census.model_check import check_model
 from mmray.models.loading import DTYPES, load
 from mmray.models.parts import output_rows
 from mmray.neurons import validation_cache
-from mmray.neurons.model import Model, load_model
+from mmray.neurons.model import NeuronModel, load_model
 from mmray.neurons.validation import CHECKS, assert_sound
-from mmray.neurons.validation_cache import is_proven
+from mmray.neurons.validation_cache import is_validated
 from tests.models.tiny import VARIANTS
 from tests.neurons.making import CAPTIONS, picture, png
 
@@ -97,7 +97,7 @@ def test_captions_that_see_their_own_end_fail_the_check(open_model, monkeypatch)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_output_that_is_not_of_these_neurons_is_refused_when_the_model_loads(tiny, monkeypatch, tmp_path, dtype):
-    model = load(str(tiny("llava")), dtype, "cpu", wrap=Model)
+    model = load(str(tiny("llava")), dtype, "cpu", wrap=NeuronModel)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     module = model.network.get_submodule(model.projections[0].path)
     handle = module.register_forward_hook(lambda *call: call[2] * 1.01)
@@ -106,11 +106,11 @@ def test_an_output_that_is_not_of_these_neurons_is_refused_when_the_model_loads(
             assert_sound(model)
         assert "check-model" in str(refusal.value)
         assert failing(model) == {next(iter(CHECKS))}
-        assert not is_proven(model)
+        assert not is_validated(model)
     finally:
         handle.remove()
     assert_sound(model)
-    assert is_proven(model)
+    assert is_validated(model)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -127,7 +127,7 @@ def test_rows_mixed_up_among_many_neurons_fail_the_check(loaded_with, monkeypatc
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("wrong", [{"final_norm": "model.language_model.layers.0.input_layernorm"}, {"logit_scale": 2}])
 def test_another_norm_or_scale_than_the_last_fails_the_check(tiny, dtype, wrong):
-    model = load(str(tiny("llava")), dtype, "cpu", wrap=Model)
+    model = load(str(tiny("llava")), dtype, "cpu", wrap=NeuronModel)
     assert failing(replace(model, parts=replace(model.parts, **wrong))) == {"logits = unembedding · final norm"}
 
 
@@ -165,11 +165,11 @@ def test_a_check_that_can_t_be_tried_has_failed(open_model, monkeypatch):
 def test_a_part_in_another_number_format_is_proven_again(tiny):
     """BLIP's queries stay in fp32, and are its first weights."""
     names = {
-        validation_cache.fingerprint(load(str(tiny("blip2_opt")), dtype, "cpu", wrap=Model))
+        validation_cache.fingerprint(load(str(tiny("blip2_opt")), dtype, "cpu", wrap=NeuronModel))
         for dtype in ("fp32", "fp16")
     }
     assert len(names) == 2
-    model = load(str(tiny("llava")), "fp32", "cpu", wrap=Model)
+    model = load(str(tiny("llava")), "fp32", "cpu", wrap=NeuronModel)
     assert validation_cache.fingerprint(model) != validation_cache.fingerprint(
         replace(model, parts=replace(model.parts, logit_scale=2))
     )

@@ -12,7 +12,7 @@ import mmray
 from mmray.data.samples import Failure, Sample
 from mmray.features.census.inputs import open_inputs
 from mmray.features.census.job import plan_census, run_census
-from mmray.features.census.plan import Plan
+from mmray.features.census.plan import CensusEstimate
 from mmray.features.census.planning import describe, first_rows
 from mmray.features.census.settings import census_settings
 from mmray.features.census.view import plan as shown
@@ -77,7 +77,7 @@ def write(path: Path, captions: Sequence[str | None]) -> str:
     return str(path)
 
 
-def text(plan: Plan) -> str:
+def text(plan: CensusEstimate) -> str:
     console = Console(width=400)
     with console.capture() as capture:
         console.print(shown(plan))

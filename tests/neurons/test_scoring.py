@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmray.models.capture import tap_input
+from mmray.models.capture import capture_input
 from mmray.models.norms import fold_norm
 from mmray.models.parts import unembedding_rows
 from mmray.neurons.activation_cache import forward
@@ -79,7 +79,7 @@ def test_folded_state_is_the_logit(open_model, variant):
     batch, places = batch_of(model, TEXTS)
     rows = [place.row * batch.positions + place.position for place in places]
     states = []
-    with torch.inference_mode(), tap_input(model.norm, states.append):
+    with torch.inference_mode(), capture_input(model.norm, states.append):
         logits = model.network(**batch.to(model.device, model.network.dtype)).logits.flatten(0, 1)[rows]
     states = states[0].flatten(0, 1)[rows]
     unembedding = columns(model, places)
@@ -99,7 +99,7 @@ def test_folded_contributions_add_up_to_the_block_s_share_of_the_logit(open_mode
     states = []
     with (
         outputs_of(model, [*(projection.path for projection in model.projections), *norms]) as outputs,
-        tap_input(model.norm, states.append),
+        capture_input(model.norm, states.append),
     ):
         scored = score_batch(model, batch, places, folded=True)
     folded = fold_norm(model, states[0].flatten(0, 1)[rows], columns(model, places)).double()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmray.features.select.effects import CandidateEffects
-from mmray.features.select.selection import Effects, choose, expected
+from mmray.features.select.selection import CandidateSums, choose, expected
 from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.scoring import score_batch
 from tests.neurons.making import CAPTIONS, batch_of
@@ -16,7 +16,9 @@ from tests.neurons.making import CAPTIONS, batch_of
 def effects(own, others, own_odds=2.0, other_odds=2.0, elsewhere=None):
     own, others = torch.tensor(own), torch.tensor(others)
     elsewhere = others.square().mean(0).sqrt() if elsewhere is None else torch.tensor(elsewhere)
-    return Effects(own, torch.full((len(own),), own_odds), others, torch.full((len(others),), other_odds), elsewhere)
+    return CandidateSums(
+        own, torch.full((len(own),), own_odds), others, torch.full((len(others),), other_odds), elsewhere
+    )
 
 
 def test_a_neuron_that_hurts_others_as_much_is_left_out():
@@ -39,7 +41,7 @@ def test_small_harm_to_the_same_noun_adds_up():
 def test_the_chosen_set_is_about_as_good_as_the_best(seed):
     random = torch.Generator().manual_seed(seed)
     own, others = torch.rand(3, 9, generator=random) * 2, torch.randn(20, 9, generator=random) * 0.4
-    given = Effects(own, torch.full((3,), 3.0), others, torch.full((20,), 1.0), torch.zeros(9))
+    given = CandidateSums(own, torch.full((3,), 3.0), others, torch.full((20,), 1.0), torch.zeros(9))
     values = {
         chosen: own[:, chosen].sum(1).mean() - 5 * abs(expected(given, chosen)[1])
         for chosen in itertools.combinations(range(9), 4)

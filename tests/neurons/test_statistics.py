@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.data.samples import Sample
-from mmray.models.capture import tap
-from mmray.models.prompting import Run
+from mmray.models.capture import capture_activations
+from mmray.models.prompting import TokenSpan
 from mmray.neurons import statistics
 from mmray.neurons.statistics import EXAMPLES, MODALITIES, TokenStatistics, reduce_tokens, token_spans
 from mmray.runs.tables import from_bytes, to_bytes
@@ -35,7 +35,7 @@ class Announced:
 
     labels: list[dict[str, str]]
     images: list[str | None]
-    runs: list[Run]
+    runs: list[TokenSpan]
     positions: int
     activations: list[torch.Tensor]
     gates: list[torch.Tensor]
@@ -48,9 +48,9 @@ def invent(random: Random, rows: int, ties: bool) -> Announced:
         start = random.choice([1, 2])
         for _ in range(random.choice([0, 1, 2])):
             stop = start + random.choice([1, 2])
-            runs.append(Run(row, start, stop, "image"))
+            runs.append(TokenSpan(row, start, stop, "image"))
             start = stop + random.choice([0, 1])
-        runs.append(Run(row, start, start + random.choice([1, 2, 5]), "text"))
+        runs.append(TokenSpan(row, start, start + random.choice([1, 2, 5]), "text"))
     random.shuffle(runs)
     largest, generator = 3 if ties else 400, torch.Generator().manual_seed(random.randrange(2**30))
     tensors = [
@@ -184,7 +184,10 @@ def test_of_a_model_every_image_and_caption_token_counts_once(open_model, varian
     model = open_model(variant)
     batch, _ = batch_of(model, CAPTIONS[:4])
     seen = {}
-    with torch.inference_mode(), tap(model.network, model.projections, lambda *call: seen.update({call[0]: call[1:]})):
+    with (
+        torch.inference_mode(),
+        capture_activations(model.network, model.projections, lambda *call: seen.update({call[0]: call[1:]})),
+    ):
         model.network(**batch.to(model.device, model.network.dtype))
     statistics = TokenStatistics(model.widths)
     statistics.begin([{}] * 4, batch.runs)

@@ -7,7 +7,7 @@ import pytest
 
 from mmray.errors import InputError
 from mmray.features.census.merging import RunMerge
-from mmray.models.capture import tap
+from mmray.models.capture import capture_activations
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.module_activity import ModuleActivity
 from tests.models.tiny import VARIANTS
@@ -39,7 +39,7 @@ def check(model, module):
         batch, _ = batch_of(model, [CAPTIONS[number]], first=number)
         projections = [projection for projection in model.parts.of(module) if not projection.reads_text]
         seen = {}
-        with tap(model.network, projections, lambda *call, seen=seen: seen.update({call[0]: call[1:]})):
+        with capture_activations(model.network, projections, lambda *call, seen=seen: seen.update({call[0]: call[1:]})):
             forward(model, batch)
         seen = {layer: [own(model, batch, rows) for rows in pair] for layer, pair in seen.items()}
         tokens += len(seen[0][0])

@@ -19,11 +19,11 @@ from mmray.detector.alignment import (
     save_alignment,
 )
 from mmray.detector.joint import join
-from mmray.detector.vision_tower import OwnTower, open_sight
+from mmray.detector.vision_tower import OwnTower, open_tower
 from mmray.errors import InputError
 from mmray.features.alignment.tower_swap import OtherSight
-from mmray.features.evaluation.draft_verifier import Questioner
-from mmray.features.evaluation.queries import Ask
+from mmray.features.evaluation.draft_verifier import DraftVerifier
+from mmray.features.evaluation.queries import Query
 from mmray.features.saliency.model import explain, load_model
 from mmray.models.loading import digest
 from mmray.models.prompting import prompt_text
@@ -113,11 +113,11 @@ def test_its_digest_is_that_of_what_it_is(pair, tmp_path):
 def test_a_model_with_its_own_sight_standing_in_says_the_same(pair):
     model = pair.model
     asks = [
-        Ask(str(number), prompt_text(model, question, None), image)
+        Query(str(number), prompt_text(model, question, None), image)
         for number, image in enumerate(pictures((32, 32), (40, 40)))
         for question in ("What is in the picture?", "Describe the image in few words.")
     ]
-    questioner = Questioner(model, 4)
+    questioner = DraftVerifier(model, 4)
     before = questioner.write(asks)
     with OtherSight(pair.sight, pair.sight.projector).applied(model):
         assert questioner.write(asks) == before
@@ -129,7 +129,7 @@ def test_a_model_with_its_own_sight_standing_in_says_the_same(pair):
 
 
 def test_both_towers_see_the_same_around_an_image_that_is_no_square(owl, open_model):
-    pair = Pair(open_sight(str(owl("owlv2")), "cpu"), open_model("llava"))
+    pair = Pair(open_tower(str(owl("owlv2")), "cpu"), open_model("llava"))
     for image in pictures((32, 20), (12, 32)):
         assert torch.equal(pair.sight.pixels([pair._alike(image)]), pair.sight.pixels([image]))
 
@@ -137,7 +137,7 @@ def test_both_towers_see_the_same_around_an_image_that_is_no_square(owl, open_mo
 @pytest.mark.parametrize("kind", ["owlvit", "owlv2"])
 def test_an_owls_embedding_gets_image_tokens(kind, owl, open_model, tmp_path):
     folder, model = owl(kind), open_model("llava")
-    pair = Pair(open_sight(str(folder), "cpu"), model)
+    pair = Pair(open_tower(str(folder), "cpu"), model)
     embedding, tokens = pair.examples(pictures((32, 32), (48, 30)))
     network = pair.network("mlp", 8)
     assert embedding.shape[1] == tokens.shape[1] + pair.sight.skipped

@@ -8,7 +8,7 @@ import mmray
 from mmray.detector.joint import join_if_asked
 from mmray.errors import InputError
 from mmray.features.saliency.maps import cosines, paint, rollout
-from mmray.features.saliency.methods import METHODS, OF_BOXES, Looked
+from mmray.features.saliency.methods import METHODS, OF_BOXES, Explained
 from mmray.features.saliency.model import explain
 from mmray.features.saliency.questions import ask, look_at, mentions_of
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
@@ -23,7 +23,7 @@ def looked_at(model, joint, images, captions, words):
     batch = encode(model, [before] * len(images), images, list(tokens), list(offsets))
     named = [("", find_forms(caption, frozenset(own), "en")) for caption, own in zip(captions, words, strict=True)]
     places = places_of(batch, named)
-    return Looked(look_at(model, joint, batch, places, images), [place.concept for place in places])
+    return Explained(look_at(model, joint, batch, places, images), [place.concept for place in places])
 
 
 def test_the_gradient_is_the_difference_quotient_of_the_logit(joint, images):
@@ -111,7 +111,7 @@ def test_families_without_a_detector_have_the_maps_of_patches(family, open_model
     model = open_model(family)
     picture = Image.fromarray(torch.randint(256, (40, 56, 3), dtype=torch.uint8).numpy())
     batch, places = ask(model, picture, "A dog and a ball.", "dog")
-    looked = Looked(look_at(model, None, batch, places, [picture]), ["dog"])
+    looked = Explained(look_at(model, None, batch, places, [picture]), ["dog"])
     for name, method in METHODS.items():
         if name in OF_BOXES:
             with pytest.raises(InputError, match="no detector for it"):

@@ -11,7 +11,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
-from mmray.features.census.plan import DataSample, Plan
+from mmray.features.census.plan import CensusEstimate, DataSample
 from mmray.features.census.view import concept_title, neuron, plan, ranking, status, summary
 from mmray.neurons.attribution import FUNCTIONS
 from mmray.neurons.scores import SCORES, Score
@@ -164,7 +164,7 @@ def test_status_says_what_failed_and_why(run: Run, width: int) -> None:
 @pytest.mark.parametrize(("kept", "said"), [(8192, False), (2048, True)])
 def test_a_plan_says_what_is_kept_where_that_is_not_all(kept: int, said: bool) -> None:
     rows = DataSample(64, 0, "", 64, 160, 0, (("dog", 9),), {"English": 64}, False, {}, "objects")
-    lines = shown(plan(Plan(500, 1, 80.0, 10**6, 1.0, 0.1, 1, 2.5, 10**6, 8192, kept, rows)), 80)
+    lines = shown(plan(CensusEstimate(500, 1, 80.0, 10**6, 1.0, 0.1, 1, 2.5, 10**6, 8192, kept, rows)), 80)
     text = " ".join(" ".join(lines).split())
     assert ("kept 2,048 of 8,192 neurons per concept and shard" in text) == said
     assert all(cell_len(line) <= 80 for line in lines)

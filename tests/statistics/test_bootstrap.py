@@ -5,7 +5,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.features.evaluation.measurement_buffer import Rows
+from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 from mmray.statistics.bootstrap import by_measure, measure
 
 
@@ -52,7 +52,7 @@ def test_order_and_cut_change_not_a_bit(
     parts: list[tuple[str, str, float, int]], random: object, data: st.DataObject
 ) -> None:
     def table(parts: list[tuple[str, str, float, int]]) -> pa.Table:
-        rows = Rows()
+        rows = MeasurementBuffer()
         for name, sample, value, of in parts:
             rows.share(name, sample, value / 3, value, of)
         return rows.tables()["measurements"]

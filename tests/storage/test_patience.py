@@ -12,7 +12,7 @@ import pytest
 from mmray.errors import OutageError
 from mmray.runs import RunFolder, folder
 from mmray.runs.lease import driving
-from mmray.storage import LocalStore, NamedCommits, PatientStore, impatient, patience, patiently
+from mmray.storage import LocalStore, NamedCommits, RetryingStore, patience, with_retries, without_retries
 from tests.storage.test_runs import tables
 
 
@@ -56,7 +56,7 @@ class Network(LocalStore):
         return super().exists(key)
 
 
-def answered(store: PatientStore) -> PatientStore:
+def answered(store: RetryingStore) -> RetryingStore:
     """Return the store after its first answer."""
     store.list()
     return store
@@ -72,7 +72,7 @@ def test_ten_minutes_are_waited_for_room(clock: SimpleNamespace, problem: int | 
         raise error
 
     with pytest.raises(type(error)) as raised:
-        patiently(action)
+        with_retries(action)
     assert raised.value is error
     assert clock.now == 600
     assert max(later - earlier for earlier, later in pairwise(calls)) <= patience.LONGEST_PAUSE
@@ -87,16 +87,16 @@ def test_an_action_within_another_is_waited_for_once(clock: SimpleNamespace) -> 
     def work() -> None:
         begun.append(clock.now)
         clock.now += 30
-        patiently(full)
+        with_retries(full)
 
     with pytest.raises(OSError, match="No space left"):
-        patiently(work)
+        with_retries(work)
     assert (begun, clock.now) == ([0], 630)
 
 
 def test_an_outage_before_the_first_answer_is_raised_at_once(clock: SimpleNamespace, tmp_path: Path) -> None:
     network = Network(tmp_path)
-    store = PatientStore(network)
+    store = RetryingStore(network)
     for _ in range(2):
         with pytest.raises(OutageError):
             store.exists("a")
@@ -131,21 +131,21 @@ def test_what_no_waiting_helps_is_raised_at_once(clock: SimpleNamespace, problem
         raise OSError(problem, os.strerror(problem))
 
     with pytest.raises(OSError, match=os.strerror(problem)):
-        patiently(action)
+        with_retries(action)
     assert clock.now == 0
 
 
 def test_a_shard_is_committed_once_there_is_room(clock: SimpleNamespace, tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     clock.at[300.0] = lambda: setattr(disk, "full", 0)
-    receipt = RunFolder(answered(PatientStore(disk))).commit_shard(0, tables(), 1, 1.0)
+    receipt = RunFolder(answered(RetryingStore(disk))).commit_shard(0, tables(), 1, 1.0)
     assert RunFolder(disk).receipts() == {0: receipt}
     assert 300 <= clock.now < 600
 
 
 def test_a_disk_that_stays_full_says_what_the_shard_needs(clock: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"No space left on device, where [0-9.]+ MB are needed") as raised:
-        RunFolder(answered(PatientStore(Disk(tmp_path)))).commit_shard(0, tables(), 1, 1.0)
+        RunFolder(answered(RetryingStore(Disk(tmp_path)))).commit_shard(0, tables(), 1, 1.0)
     assert raised.value.errno == errno.ENOSPC
     assert raised.value.filename == str(tmp_path)
     # What a disk is full of is not a shard's that could not be committed.
@@ -155,20 +155,20 @@ def test_a_disk_that_stays_full_says_what_the_shard_needs(clock: SimpleNamespace
 def test_the_end_of_a_lease_waits_for_nothing(clock: SimpleNamespace, tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     disk.full = 0
-    with driving(PatientStore(disk)):
+    with driving(RetryingStore(disk)):
         disk.full = errno.ENOSPC
     assert clock.now == 0
 
 
-@pytest.mark.parametrize("wrap", [lambda store: store, PatientStore, lambda store: NamedCommits(PatientStore(store))])
+@pytest.mark.parametrize("wrap", [lambda store: store, RetryingStore, lambda store: NamedCommits(RetryingStore(store))])
 def test_a_store_without_its_patience_is_the_same_store(
     clock: SimpleNamespace, tmp_path: Path, wrap: Callable[..., object]
 ) -> None:
     disk = Disk(tmp_path)
-    store = impatient(wrap(disk))  # type: ignore[arg-type]
+    store = without_retries(wrap(disk))  # type: ignore[arg-type]
     with pytest.raises(OSError, match="No space left"):
         store.put("a", b"b")
     assert clock.now == 0
     disk.full = 0
     assert store.commit("a", b"b")
-    assert impatient(wrap(disk)).read("a") == b"b"  # type: ignore[arg-type]
+    assert without_retries(wrap(disk)).read("a") == b"b"  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from uuid import uuid4
 from mmray.data.columns import Columns
 from mmray.data.shards import Manifest
 from mmray.data.sources import open_source
-from mmray.data.training_order import cut_for_lanes
+from mmray.data.training_order import cut_for_training
 from mmray.detector.alignment import FACTS
 from mmray.detector.alignment_settings import AlignmentSettings
 from mmray.engine import Progress, executor_for
@@ -74,7 +74,7 @@ def run_alignment(settings: AlignmentSettings, follow: Follow = lambda _: None) 
     models = {"model": from_anywhere(settings.model), "tower": from_anywhere(settings.tower)}
     settings = settings.model_copy(update=models)
     source = open_source(settings.data, Columns(), captions=False)
-    manifest = cut_for_lanes(source.files(), settings.batch_size, settings.shard_size, settings.limit)
+    manifest = cut_for_training(source.files(), settings.batch_size, settings.shard_size, settings.limit)
     if not manifest.samples:
         raise InputError(f"{settings.data}: no sample in it")
     validation = plan_validation(settings)

@@ -10,7 +10,7 @@ from typing import Any
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from mmray.detector.vision_tower import PROJECTOR, Sight
+from mmray.detector.vision_tower import PROJECTOR, VisionTower
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel
 
@@ -19,7 +19,7 @@ from mmray.models.loading import LoadedModel
 class OtherSight:
     """Another tower with a network aligned to the model's tokens, measured as an edit of the model is."""
 
-    sight: Sight
+    sight: VisionTower
     network: nn.Module
     purposes: tuple[Any, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)

@@ -27,13 +27,13 @@ from mmray.data.images import decode_image
 from mmray.data.samples import Failure, Sample
 from mmray.data.shards import Manifest
 from mmray.data.sources import open_source
-from mmray.data.training_order import Lanes
+from mmray.data.training_order import TrainingOrder
 from mmray.detector.alignment import Alignment, Pair, alignment_loss, optimiser, save_alignment
 from mmray.detector.alignment_settings import AlignmentSettings
-from mmray.detector.vision_tower import open_sight
+from mmray.detector.vision_tower import open_tower
 from mmray.errors import InputError
 from mmray.runs import RunFolder
-from mmray.storage import Store, patiently
+from mmray.storage import Store, with_retries
 
 PREFIX, SUFFIX = "checkpoints/", ".safetensors"
 KEPT = 2
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far a training is: steps of all epochs, images learnt from, images that could not be read, the last loss."""
 
     step: int = 0
@@ -60,7 +60,7 @@ def open_pair(settings: AlignmentSettings, device: torch.device | None = None) -
     from mmray.models.loading import load as load_model
 
     model = load_model(settings.model, device=device)
-    return Pair(open_sight(settings.tower, device or model.device), model)
+    return Pair(open_tower(settings.tower, device or model.device), model)
 
 
 def train(config: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ def train(config: dict[str, Any]) -> None:
     if Path(config["home"]).is_dir():
         os.chdir(config["home"])
     torch.set_num_threads(config["threads"])
-    folder = patiently(lambda: RunFolder.at(settings.out))
+    folder = with_retries(lambda: RunFolder.at(settings.out))
     if folder.store.exists(PROBLEM):
         return
     try:
@@ -82,7 +82,7 @@ def train(config: dict[str, Any]) -> None:
 
 
 def _train(settings: AlignmentSettings, folder: RunFolder, facts: dict[str, Any]) -> None:
-    lanes = Lanes(Manifest.from_json(folder.manifest()), settings.batch_size, settings.seed)
+    lanes = TrainingOrder(Manifest.from_json(folder.manifest()), settings.batch_size, settings.seed)
     # Ray Train shows a worker the GPUs of all workers of its machine.
     pair = open_pair(settings, get_device())
     torch.manual_seed(settings.seed)
@@ -92,7 +92,7 @@ def _train(settings: AlignmentSettings, folder: RunFolder, facts: dict[str, Any]
     context = ray.train.get_context()
     own = range(context.get_world_rank(), lanes.count, context.get_world_size())
     wrapped: nn.Module = prepare_model(network, move_to_device=False)
-    source = patiently(lambda: open_source(settings.data, Columns(), captions=False))
+    source = with_retries(lambda: open_source(settings.data, Columns(), captions=False))
     before = 0
     for epoch in range(settings.epochs):
         steps = lanes.steps(epoch)
@@ -107,7 +107,11 @@ def _train(settings: AlignmentSettings, folder: RunFolder, facts: dict[str, Any]
 
 
 def _step(
-    pair: Pair, network: nn.Module, learner: torch.optim.Optimizer, rows: Sequence[Sample | Failure], done: Progress
+    pair: Pair,
+    network: nn.Module,
+    learner: torch.optim.Optimizer,
+    rows: Sequence[Sample | Failure],
+    done: TrainingProgress,
 ) -> None:
     """Learn from one step's rows: the gradient is that of the mean over all workers' images."""
     images = []
@@ -148,7 +152,7 @@ def _sum(values: Tensor) -> None:
         values.copy_(moved)
 
 
-def _checkpoint(store: Store, network: Alignment, learner: torch.optim.Optimizer, done: Progress) -> None:
+def _checkpoint(store: Store, network: Alignment, learner: torch.optim.Optimizer, done: TrainingProgress) -> None:
     """Commit how far the training is; the first worker does, and all wait for it."""
     if ray.train.get_context().get_world_rank() == 0:
         store.commit(f"{PREFIX}{done.step:08d}{SUFFIX}", _bytes(network, learner, done))
@@ -157,7 +161,7 @@ def _checkpoint(store: Store, network: Alignment, learner: torch.optim.Optimizer
     ray.train.report(vars(done))
 
 
-def _bytes(network: Alignment, learner: torch.optim.Optimizer, done: Progress) -> bytes:
+def _bytes(network: Alignment, learner: torch.optim.Optimizer, done: TrainingProgress) -> bytes:
     tensors = {f"weights.{name}": value for name, value in network.state_dict().items()}
     for name, parameter in network.named_parameters():
         for moment in MOMENTS:
@@ -178,7 +182,9 @@ def steps_of(checkpoint: str) -> int:
     return int(checkpoint.removeprefix(PREFIX).removesuffix(SUFFIX))
 
 
-def restore(store: Store, key: str, network: Alignment, learner: torch.optim.Optimizer | None = None) -> Progress:
+def restore(
+    store: Store, key: str, network: Alignment, learner: torch.optim.Optimizer | None = None
+) -> TrainingProgress:
     """Read a checkpoint into a network, and where one is given into its optimiser."""
     tensors = load(store.read(key))
     step, seen, lost, loss = tensors.pop("progress").tolist()
@@ -187,12 +193,12 @@ def restore(store: Store, key: str, network: Alignment, learner: torch.optim.Opt
         assert learner is not None
         moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS}
         learner.state[parameter] = {"step": torch.tensor(float(step)), **moments}
-    return Progress(int(step), int(seen), int(lost), loss)
+    return TrainingProgress(int(step), int(seen), int(lost), loss)
 
 
-def _resume(store: Store, network: Alignment, learner: torch.optim.Optimizer) -> Progress:
+def _resume(store: Store, network: Alignment, learner: torch.optim.Optimizer) -> TrainingProgress:
     """Begin where the last checkpoint is; the first worker says which."""
     last: list[str | None] = [next(reversed(checkpoints(store)), None)]
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.broadcast_object_list(last, src=0)
-    return restore(store, last[0], network, learner) if last[0] else Progress()
+    return restore(store, last[0], network, learner) if last[0] else TrainingProgress()

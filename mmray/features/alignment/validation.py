@@ -17,16 +17,16 @@ from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
 from mmray.features.alignment.tower_swap import OtherSight
 from mmray.features.alignment.training import open_pair
-from mmray.features.evaluation.baseline_replies import Before
-from mmray.features.evaluation.evaluator import Measuring
+from mmray.features.evaluation.baseline_replies import BaselineReplies
+from mmray.features.evaluation.evaluator import EditEvaluator
 from mmray.features.evaluation.settings import MeasureSettings, measure_settings
 from mmray.features.evaluation.summary import summarise
 from mmray.features.evaluation.tables import PARTS
 from mmray.models.loading import digest, resolve
 from mmray.objects.ground_truth import survey
-from mmray.objects.statistics import DataFacts
+from mmray.objects.statistics import ObjectStatistics
 from mmray.runs import RunFolder
-from mmray.storage import patiently
+from mmray.storage import with_retries
 
 UNIT = 50
 """Samples of a unit of work."""
@@ -38,7 +38,7 @@ class Validation:
 
     measured: MeasureSettings
     manifest: Manifest
-    facts: DataFacts
+    facts: ObjectStatistics
 
 
 def plan_validation(settings: AlignmentSettings) -> Validation:
@@ -96,8 +96,8 @@ class ValidationJob(Job[AlignmentSettings, Validation]):
         settings = self.settings
         pair = open_pair(settings)
         network = load_alignment(settings.out, pair.model, digest(resolve(settings.tower)), measured=False)
-        before = Before(pair.model)
-        measuring = Measuring(before, OtherSight(pair.sight, network), context.facts, context.measured)
+        before = BaselineReplies(pair.model)
+        measuring = EditEvaluator(before, OtherSight(pair.sight, network), context.facts, context.measured)
         source = open_source(settings.validate_on, captions=False)
 
         def measure(unit: Unit) -> UnitResult:
@@ -110,7 +110,7 @@ class ValidationJob(Job[AlignmentSettings, Validation]):
 
     def merge(self, plan: Plan[Validation], parts: Parts, output: Output) -> dict[str, Any]:
         """Put the measures next to the network that they are of."""
-        facts = json.loads(patiently(lambda: RunFolder.at(self.target)).store.read(FACTS))
+        facts = json.loads(with_retries(lambda: RunFolder.at(self.target)).store.read(FACTS))
         measures = summarise(parts.table("measurements"), plan.context.measured)
         facts["measures"] = {name: value for name, value in measures.items() if value["n"]}
         samples = sum(receipt.samples for receipt in parts.receipts.values())

@@ -26,7 +26,7 @@ from mmray.terminal.options import (
 
 if TYPE_CHECKING:
     from mmray.features.census.drift import Drift
-    from mmray.features.census.job import Outcome
+    from mmray.features.census.job import CensusResult
 
 
 @app.command()
@@ -56,7 +56,7 @@ def plan(as_json: AsJson = False, **settings: Any) -> None:
         console.print(show(estimate))
 
 
-def follow_census(settings: CensusSettings) -> Outcome:
+def follow_census(settings: CensusSettings) -> CensusResult:
     """Run a census, and show how far it is."""
     from mmray.features.census.job import run_census
 
@@ -69,7 +69,7 @@ def follow_census(settings: CensusSettings) -> Outcome:
         )
 
 
-def _say_outcome(outcome: Outcome) -> None:
+def _say_outcome(outcome: CensusResult) -> None:
     took = "already finished" if outcome.already else f"in {outcome.seconds:.0f} s"
     say(f"{plural(outcome.samples, 'sample')} {took} → {outcome.out}")
     say_shortfall(outcome)
@@ -79,7 +79,7 @@ def _say_outcome(outcome: Outcome) -> None:
         say(f"next: mmray rank {outcome.out}")
 
 
-def say_shortfall(outcome: Outcome) -> None:
+def say_shortfall(outcome: CensusResult) -> None:
     """Say how many samples of a census were skipped or failed, where any were."""
     from mmray.features.census.view import skipped
 

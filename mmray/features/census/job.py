@@ -20,7 +20,7 @@ from mmray.errors import InputError
 from mmray.features.census.decoding import decode_neurons
 from mmray.features.census.inputs import check_apart, open_data, open_inputs
 from mmray.features.census.merging import APPENDED, RunMerge
-from mmray.features.census.plan import Plan as Estimate
+from mmray.features.census.plan import CensusEstimate
 from mmray.features.census.planning import describe, estimate, first_rows
 from mmray.features.census.ranking import certified_share
 from mmray.features.census.settings import CensusSettings
@@ -32,7 +32,7 @@ from mmray.neurons.model import load_model
 from mmray.runs import RunFolder
 from mmray.runs.lease import Lease
 from mmray.runs.receipts import skipped
-from mmray.storage import patiently
+from mmray.storage import with_retries
 
 DECODED = "decoded"
 P = TypeVar("P")
@@ -40,7 +40,7 @@ Follow = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
-class Context:
+class CensusContext:
     """All that workers and the merge need in addition to settings and shards."""
 
     nouns: NounSource
@@ -52,7 +52,7 @@ class Context:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class CensusResult:
     """What a finished census amounts to."""
 
     out: str
@@ -100,7 +100,7 @@ class ModelJob(Job[CensusSettings, P]):
         return [job.worker_with(model, context) for job, context in both if isinstance(job, ModelJob)]
 
 
-class CensusJob(ModelJob[Context]):
+class CensusJob(ModelJob[CensusContext]):
     """Captures, scores and reduces every neuron over the samples of each shard, and ranks them."""
 
     name = "census"
@@ -117,7 +117,7 @@ class CensusJob(ModelJob[Context]):
         """Return the run."""
         return self.target
 
-    def plan(self) -> Plan[Context]:
+    def plan(self) -> Plan[CensusContext]:
         """Settle the shards: as the data is cut now, or as the run has them, if it has begun with these settings."""
         source, manifest, nouns = open_inputs(self.settings)
         check_apart(self.settings.out, source)
@@ -133,7 +133,7 @@ class CensusJob(ModelJob[Context]):
             plan = replace(plan, units=_units(manifest), manifest=manifest.to_json())
         return plan
 
-    def plan_for(self, source: Source, manifest: Manifest, nouns: NounSource) -> Plan[Context]:
+    def plan_for(self, source: Source, manifest: Manifest, nouns: NounSource) -> Plan[CensusContext]:
         """Return the plan for these shards. A unit's payload is its shard."""
         settings = self.settings
         model = describe_model(settings.model, trust_remote_code=settings.trust_remote_code)
@@ -146,7 +146,7 @@ class CensusJob(ModelJob[Context]):
         return Plan(
             _units(manifest),
             digests,
-            Context(
+            CensusContext(
                 nouns=nouns,
                 widths=tuple(model["widths"]),
                 module_widths=model.get("module_widths", {}),
@@ -160,7 +160,7 @@ class CensusJob(ModelJob[Context]):
             manifest=manifest.to_json(),
         )
 
-    def worker_with(self, model: LoadedModel, context: Context) -> Worker:
+    def worker_with(self, model: LoadedModel, context: CensusContext) -> Worker:
         """Return what analyses a shard."""
         source = open_data(self.settings)
 
@@ -172,7 +172,7 @@ class CensusJob(ModelJob[Context]):
 
         return analyse
 
-    def merge(self, plan: Plan[Context], parts: Parts, output: Output) -> dict[str, Any]:
+    def merge(self, plan: Plan[CensusContext], parts: Parts, output: Output) -> dict[str, Any]:
         """Write the seven tables of the run."""
         context = plan.context
         merge = RunMerge(context.widths, _decoded(context.decoding), self.settings.top_k, context.module_widths)
@@ -220,7 +220,7 @@ class DecodingJob(ModelJob[None]):
 
 def run_census(
     settings: CensusSettings, follow: Follow = lambda _: None, warn: Callable[[str], None] = lambda _: None
-) -> Outcome:
+) -> CensusResult:
     """Run a census to its end, or resume one that stopped, and return what it amounts to.
 
     `follow` is told of every committed shard, `warn` of captions whose language the tagger of nouns does not know.
@@ -242,18 +242,20 @@ def run_census(
     return outcome_of(settings, run_planned(settings, plan, follow_and_warn))
 
 
-def run_planned(settings: CensusSettings, plan: Plan[Context], follow: Follow, lease: Lease | None = None) -> JobResult:
+def run_planned(
+    settings: CensusSettings, plan: Plan[CensusContext], follow: Follow, lease: Lease | None = None
+) -> JobResult:
     """Run a census that is planned already, and the decoding of its neurons with the same workers."""
     decoding = DecodingJob(settings)
     jobs: list[Job[Any, Any]] = [CensusJob(settings), decoding]
     return run_together(jobs, plans=[plan, decoding.plan_for(plan.digests["model"])], follow=follow, lease=lease)[0]
 
 
-def outcome_of(settings: CensusSettings, done: JobResult, since: int = 0) -> Outcome:
+def outcome_of(settings: CensusSettings, done: JobResult, since: int = 0) -> CensusResult:
     """Return what the run amounts to; what failed or was skipped is told of shards from number `since` on."""
     receipts = done.parts.receipts
     told = [receipt for number, receipt in receipts.items() if number >= since]
-    return Outcome(
+    return CensusResult(
         out=settings.out,
         samples=done.done,
         failures=sum(receipt.failures for receipt in told),
@@ -266,7 +268,7 @@ def outcome_of(settings: CensusSettings, done: JobResult, since: int = 0) -> Out
     )
 
 
-def plan_census(settings: CensusSettings) -> Estimate:
+def plan_census(settings: CensusSettings) -> CensusEstimate:
     """Return what the census would cost, without running it."""
     source, manifest, nouns = open_inputs(settings)
     check_columns(source, manifest)
@@ -291,7 +293,7 @@ def _begun_manifest(folder: RunFolder) -> Manifest | None:
 
 
 def _decoded(uri: str) -> pa.Table:
-    folder = patiently(lambda: RunFolder.at(uri))
+    folder = with_retries(lambda: RunFolder.at(uri))
     receipt = folder.receipt(0)
     if receipt is None:
         reason = folder.reasons().get(0, "its receipt is gone")

@@ -11,10 +11,10 @@ from mmray.features.census.tables import NEURON_ENTRY, PARTS
 from mmray.models.generation import token_text
 from mmray.models.loading import LoadedModel
 from mmray.neurons.scoring import Scored
-from mmray.neurons.token_positions import Place
+from mmray.neurons.token_positions import TokenPosition
 
 
-def occurrence_table(model: LoadedModel, places: Sequence[Place], scored: Scored, top_k: int) -> pa.Table:
+def occurrence_table(model: LoadedModel, places: Sequence[TokenPosition], scored: Scored, top_k: int) -> pa.Table:
     """Return a row a place: its token, the token's log-probability, and its `top_k` highest neurons, highest first."""
     device = scored.scores[0].device
     scores = torch.cat([part.to(device) for part in scored.scores], dim=1)

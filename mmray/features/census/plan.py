@@ -59,7 +59,7 @@ MANY, MOST = 0.1, 0.5
 
 
 @dataclass(frozen=True)
-class Plan:
+class CensusEstimate:
     """Estimates made without running anything: from the configuration, some captions, and one product of matrices."""
 
     samples: int

@@ -12,7 +12,7 @@ import torch
 from mmray.data.samples import Failure, Sample
 from mmray.data.shards import Manifest, read_shard
 from mmray.data.source import Source
-from mmray.features.census.plan import DataSample, Plan
+from mmray.features.census.plan import CensusEstimate, DataSample
 from mmray.features.census.reduction import candidates_kept
 from mmray.features.census.settings import CensusSettings
 from mmray.neurons.concepts import NounSource
@@ -35,7 +35,7 @@ def estimate(
     widths: Sequence[int],
     parameters: int,
     image_tokens: int,
-) -> Plan:
+) -> CensusEstimate:
     """Return what the census would cost; nothing is run but one product of matrices for half a second.
 
     Arithmetic is 2 · parameters a token (twice for `generate`); bytes are the committed parts and the final tables.
@@ -52,7 +52,7 @@ def estimate(
     concepts = min(settings.shard_size, manifest.samples) * occurrences / 2
     labels = 2 * (1 + len({sample.language for sample in samples}) + len({sample.domain for sample in samples}))
     shard_bytes = concepts * kept * 20 + neurons * (labels * 24 + 10 * 12)
-    return Plan(
+    return CensusEstimate(
         samples=manifest.samples,
         shards=len(manifest.shards),
         positions=positions,

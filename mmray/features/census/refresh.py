@@ -16,7 +16,7 @@ from mmray.engine import Plan, Progress
 from mmray.errors import InputError
 from mmray.features.census.drift import Drift, compare
 from mmray.features.census.inputs import open_inputs
-from mmray.features.census.job import CensusJob, Context, Outcome, outcome_of, run_planned
+from mmray.features.census.job import CensusContext, CensusJob, CensusResult, outcome_of, run_planned
 from mmray.features.census.settings import CensusSettings, census_settings
 from mmray.runs import RunFolder
 from mmray.runs.driver import drive
@@ -33,7 +33,7 @@ EXECUTION = frozenset(CensusSettings.execution_settings())
 class Refreshed:
     """What a refresh amounts to; no drift where the data had gained nothing."""
 
-    outcome: Outcome
+    outcome: CensusResult
     """Of the whole run. Only failures, skipped samples and quarantined shards are those of what this refresh analysed:
     a scheduled refresh must not fail forever because a sample once did."""
     new_samples: int
@@ -78,7 +78,7 @@ def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, *
     return Refreshed(outcome_of(settings, finished, since=settled), after.samples - before.samples, drift)
 
 
-def _changes(settings: CensusSettings, plan: Plan[Context]) -> dict[str, Any]:
+def _changes(settings: CensusSettings, plan: Plan[CensusContext]) -> dict[str, Any]:
     """Return what a refresh changes in run.json."""
     return {
         "digests": dict(plan.digests),

@@ -18,7 +18,7 @@ SHARDS_KEPT = 64
 
 
 @dataclass
-class Wanted:
+class SampleCache:
     """Samples of a run by their names: `shards` has the shard of each, `captions` what the run scored."""
 
     source: Source
@@ -62,6 +62,6 @@ class RunSamples:
     images: Mapping[str, str]
     """The key of each one's image."""
 
-    def wanted(self) -> Wanted:
+    def wanted(self) -> SampleCache:
         """Open the data, and return what reads these samples."""
-        return Wanted(open_data(self.census), self.manifest, self.shards, self.captions)
+        return SampleCache(open_data(self.census), self.manifest, self.shards, self.captions)

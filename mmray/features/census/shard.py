@@ -27,9 +27,9 @@ from mmray.models.prompting import Batch, encode, prefix_before, prompt_text, to
 from mmray.neurons.concepts import Mention, NounSource
 from mmray.neurons.module_activity import ModuleActivity
 from mmray.neurons.scoring import Scored, score_batch, unsound_rows, whole_nouns
-from mmray.neurons.split_on_oom import FAILURES, free_memory, in_halves
+from mmray.neurons.split_on_oom import FAILURES, free_memory, split_on_failure
 from mmray.neurons.statistics import TokenStatistics
-from mmray.neurons.token_positions import Place, places_of
+from mmray.neurons.token_positions import TokenPosition, places_of
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class ShardAnalysis:
             self._fail(pair[0].sample, "encode", problem)
 
         # Processors raise all kinds of errors.
-        return in_halves(pairs, self._batch, refused, errors=(Exception,))
+        return split_on_failure(pairs, self._batch, refused, errors=(Exception,))
 
     def _batch(self, pairs: Sequence[tuple[Captioned, Image | None]]) -> Encoded:
         items = [item for item, _ in pairs]
@@ -211,7 +211,7 @@ class ShardAnalysis:
                 zip(samples, prompts, images, generate(self.model, prompts, images, self.settings.longest), strict=True)
             )
 
-        for written in in_halves(pairs, write, lambda pair, problem: self._fail(pair[0], "generate", problem)):
+        for written in split_on_failure(pairs, write, lambda pair, problem: self._fail(pair[0], "generate", problem)):
             kept = []
             for sample, prompt, image, tokens in written:
                 caption, offsets = caption_of(self.model, tokens)
@@ -269,7 +269,9 @@ class ShardAnalysis:
             self._analyse(kept, smaller)
 
     @phase("reduce")
-    def _collect(self, items: list[Captioned], digests: list[str | None], places: list[Place], scored: Scored) -> None:
+    def _collect(
+        self, items: list[Captioned], digests: list[str | None], places: list[TokenPosition], scored: Scored
+    ) -> None:
         for item, digest in zip(items, digests, strict=True):
             self.skipped[NO_NOUN] += not item.mentions
             self.captions.append(

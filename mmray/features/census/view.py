@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmray.features.census.drift import Drift
-from mmray.features.census.plan import Plan
+from mmray.features.census.plan import CensusEstimate
 from mmray.neurons.scores import unit_of
 from mmray.runs.lease import Driver
 from mmray.runs.receipts import AROUND, Cost
@@ -270,7 +270,7 @@ def summary(run: Run, concepts: Sequence[str], k: int = 4) -> RenderableType:
     return Group(*parts)
 
 
-def plan(plan: Plan) -> RenderableType:
+def plan(plan: CensusEstimate) -> RenderableType:
     """Return what a census would cost, and what it would read."""
     duration = f"{plan.hours:.1f} hours" if plan.hours >= 1 else f"{plan.hours * 60:.1f} minutes"
     seen = plan.sample

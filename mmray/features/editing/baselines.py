@@ -14,9 +14,9 @@ from torch import Tensor
 from mmray.errors import InputError
 from mmray.features.editing.dataset import Example
 from mmray.features.editing.deltas import Deltas, Neuron, RankOne
-from mmray.features.editing.divergence import departures
+from mmray.features.editing.divergence import divergence
 from mmray.features.editing.edit import Purpose
-from mmray.features.editing.resumed_forward import tails
+from mmray.features.editing.resumed_forward import resume_all
 from mmray.models.loading import LoadedModel
 
 RANK = 8
@@ -35,7 +35,7 @@ def most_active(model: LoadedModel, new: Sequence[Example], count: int, layers: 
     """Return the neurons most active where the old word was to be predicted, the paper's baseline."""
     found: list[tuple[float, int, int]] = []
     for layer in layers:
-        mean = departures(model, new, layer).mean(dim=0)
+        mean = divergence(model, new, layer).mean(dim=0)
         best = mean.topk(min(count, len(mean)))
         found += [(float(value), layer, int(unit)) for value, unit in zip(best.values, best.indices, strict=True)]
     return [(layer, unit) for _, layer, unit in sorted(found, reverse=True)[:count]]
@@ -51,9 +51,9 @@ def rank_one(model: LoadedModel, new: Sequence[Example], keep: Sequence[Example]
     """
     if not keep:
         raise InputError("rank-one needs captions that are to stay; raise --kept, or analyse more samples")
-    key = departures(model, new, layer).mean(dim=0)
+    key = divergence(model, new, layer).mean(dim=0)
     seen = Deltas(model, whole_layers(model, [layer]))
-    others = torch.cat([part.activation.flatten(0, -2) for part, _ in tails(model, keep, seen)])
+    others = torch.cat([part.activation.flatten(0, -2) for part, _ in resume_all(model, keep, seen)])
     moment = others.T @ others / len(others)
     ridge = RIDGE * moment.diagonal().mean() * torch.eye(len(key), device=key.device)
     direction = torch.linalg.solve(moment + ridge, key)

@@ -20,7 +20,7 @@ from mmray.data.sources import Source, open_source
 from mmray.errors import InputError
 from mmray.features.editing.augmentation import views
 from mmray.features.editing.caption_rewriting import replaced as with_nouns
-from mmray.features.editing.generation_cache import Heard, hearing
+from mmray.features.editing.generation_cache import GenerationCache, record_generation
 from mmray.features.editing.settings import EditSettings
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
@@ -28,7 +28,7 @@ from mmray.models.options import LONGEST
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, NounSource, find_forms, noun_source, object_forms
-from mmray.neurons.model import Model, load_model, open_image
+from mmray.neurons.model import NeuronModel, load_model, open_image
 from mmray.runs.run import Run
 
 ROWS_A_BATCH = 32
@@ -53,20 +53,20 @@ class Example:
     learnt: int = 0
     sample_id: str = ""
     background: str = BACKGROUND
-    heard: Heard | None = field(default=None, compare=False, repr=False)
+    heard: GenerationCache | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass
-class Material:
+class EditDataset:
     """Samples of a run by id, and the captions that the model itself writes of them, each written once."""
 
-    model: Model
+    model: NeuronModel
     run: Run
     language: str = "en"
     prompt: str | None = None
     samples: dict[str, Sample] = field(default_factory=dict)
     written: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    heard: dict[str, Heard | None] = field(default_factory=dict)
+    heard: dict[str, GenerationCache | None] = field(default_factory=dict)
     """What the model held while it wrote some of them."""
 
     @property
@@ -169,7 +169,7 @@ class Material:
             [self.ask(sample) for sample in samples],
         )
         try:
-            with hearing(self.model) if hear else nullcontext() as heard:
+            with record_generation(self.model) if hear else nullcontext() as heard:
                 written = generate(self.model, prompts, images)
         except torch.OutOfMemoryError:
             if len(samples) == 1:
@@ -199,14 +199,14 @@ class Material:
         return list(dict.fromkeys(rows["sample_id"].to_pylist()))
 
 
-def open_material(run: Run, settings: EditSettings) -> Material:
+def open_edit_dataset(run: Run, settings: EditSettings) -> EditDataset:
     """Return the material for an edit of a run, on the run's model, which is loaded."""
     known = run.info["settings"]
     model = load_model(known["model"], known["dtype"], trust_remote_code=known["trust_remote_code"])
-    return Material(model, run, settings.language, settings.prompt or known["prompt"])
+    return EditDataset(model, run, settings.language, settings.prompt or known["prompt"])
 
 
-def replaced(material: Material, source: str, target: str, most: int, seed: int) -> list[Example]:
+def replaced(material: EditDataset, source: str, target: str, most: int, seed: int) -> list[Example]:
     """Return examples that say `target` where the model says `source` in its own captions of samples of the source.
 
     Where the article changes with the noun, another example says the target behind the source's: somebody may have said
@@ -232,7 +232,7 @@ def replaced(material: Material, source: str, target: str, most: int, seed: int)
 
 
 def _rewritten(
-    material: Material,
+    material: EditDataset,
     sample: Sample,
     tokens: Sequence[int],
     said: str,
@@ -248,7 +248,7 @@ def _rewritten(
     return [example, replace(behind, learnt=behind.avoided[0] if behind.avoided else 0)]
 
 
-def departing(material: Material, tokens: Sequence[int], new: Example) -> Example:
+def departing(material: EditDataset, tokens: Sequence[int], new: Example) -> Example:
     """Return an example with the place where it leaves what the model says (`tokens`), and where it has joined it."""
     before = (*tokens, *material.ending(tokens))
     place = next((n for n, pair in enumerate(zip(before, new.tokens, strict=False)) if pair[0] != pair[1]), None)
@@ -260,7 +260,9 @@ def departing(material: Material, tokens: Sequence[int], new: Example) -> Exampl
     return replace(new, avoided=(place, before[place]), said=behind)
 
 
-def kept(material: Material, without: Iterable[str], most: int, seed: int, first: Iterable[str] = ()) -> list[Example]:
+def kept(
+    material: EditDataset, without: Iterable[str], most: int, seed: int, first: Iterable[str] = ()
+) -> list[Example]:
     """Return examples that keep what the model says: its own captions of images that don't show, and captions that
     don't name, any of `without`; of the samples `first`, in their order, for up to half of them, then drawn at random.
     Each is of another image; one that any of its samples' captions says to show the concepts is left out.

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from mmray.features.editing.dataset import Example
 from mmray.features.editing.deltas import Deltas, Neuron
-from mmray.features.editing.resumed_forward import batched, tail
+from mmray.features.editing.resumed_forward import batched, resume
 from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows, unembedding_rows
 
 
 @torch.no_grad()
-def departures(model: LoadedModel, examples: Sequence[Example], layer: int) -> Float[Tensor, "answer unit"]:
+def divergence(model: LoadedModel, examples: Sequence[Example], layer: int) -> Float[Tensor, "answer unit"]:
     """Return a layer's activations at the place of each answer where it leaves what was said before."""
     return torch.cat([activation for activation, _ in _parts(model, examples, layer)])
 
@@ -59,7 +59,7 @@ def _parts(model: LoadedModel, examples: Sequence[Example], layer: int) -> list[
     seen = Deltas(model, [(layer, unit) for unit in range(model.widths[layer])])
     leaving = [example for example in examples if example.avoided]
     for batch, rows in batched(model, leaving):
-        part = tail(model, batch, seen)
+        part = resume(model, batch, seen)
         activation = part.activation if part.places is None else part.activation.flatten(0, -2)[part.places]
         starts = (torch.bincount(part.rows).cumsum(0) - torch.bincount(part.rows)).tolist()
         left = [(start, example.tokens, example.avoided) for start, example in zip(starts, rows, strict=True)]

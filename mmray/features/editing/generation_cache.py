@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmray.models.blocks import block_of, left_by
-from mmray.models.capture import tap, tap_input
+from mmray.models.capture import capture_activations, capture_input
 from mmray.models.loading import LoadedModel
 
 SPLIT = ("prefill_chunk_size", "guidance_scale", "prompt_lookup_num_tokens", "cache_implementation")
@@ -24,7 +24,7 @@ SPLIT = ("prefill_chunk_size", "guidance_scale", "prompt_lookup_num_tokens", "ca
 
 
 @dataclass(frozen=True)
-class Heard:
+class GenerationCache:
     """The last block where the model predicts each token of an answer, end included."""
 
     hidden: Float[Tensor, "token hidden"]
@@ -38,7 +38,7 @@ class Heard:
 
 
 @dataclass
-class Hearing:
+class GenerationRecorder:
     """What was heard of a batch of answers: of each forward, its last position, row by row."""
 
     hidden: list[Tensor] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Hearing:
     normed: list[Tensor] = field(default_factory=list)
     """What enters the final norm."""
 
-    def of(self, row: int, tokens: int) -> Heard | None:
+    def of(self, row: int, tokens: int) -> GenerationCache | None:
         """Return what was heard of a row's first tokens; None where not all of them were."""
         if tokens > min(len(self.hidden), len(self.normed)):
             return None
@@ -56,17 +56,17 @@ class Hearing:
             for steps in (self.hidden, self.activation, self.written, self.normed)
         )
         assert hidden is not None and activation is not None and normed is not None
-        return Heard(hidden, activation, written, None if torch.equal(hidden, normed) else normed - hidden)
+        return GenerationCache(hidden, activation, written, None if torch.equal(hidden, normed) else normed - hidden)
 
 
 @contextmanager
-def hearing(model: LoadedModel) -> Iterator[Hearing]:
+def record_generation(model: LoadedModel) -> Iterator[GenerationRecorder]:
     """Hear what the last block holds at the last position of each forward while the block lasts.
 
     Nothing is heard of encoder-decoders, which may write special tokens first, of routed experts, whose neurons are too
     many to keep, and of models whose settings of generation are among `SPLIT`.
     """
-    heard = Hearing()
+    heard = GenerationRecorder()
     layer = len(model.widths) - 1
     projection = model.projections[layer]
     split = any(getattr(model.network.generation_config, name, None) for name in SPLIT)
@@ -87,8 +87,10 @@ def hearing(model: LoadedModel) -> Iterator[Hearing]:
 
     with ExitStack() as stack:
         stack.callback(block_of(model, layer).register_forward_hook(leave).remove)
-        stack.enter_context(tap(model.network, [projection], lambda _, activation, __: rows.append(activation)))
+        stack.enter_context(
+            capture_activations(model.network, [projection], lambda _, activation, __: rows.append(activation))
+        )
         if projection.post_norm is not None:
-            stack.enter_context(tap_input(model.network.get_submodule(projection.post_norm), written.append))
-        stack.enter_context(tap_input(model.norm, lambda states: heard.normed.append(states[:, -1].clone())))
+            stack.enter_context(capture_input(model.network.get_submodule(projection.post_norm), written.append))
+        stack.enter_context(capture_input(model.norm, lambda states: heard.normed.append(states[:, -1].clone())))
         yield heard

@@ -24,7 +24,7 @@ from mmray.engine import (
     known_by_digest,
 )
 from mmray.errors import InputError, StorageError
-from mmray.features.editing.dataset import Material, open_material
+from mmray.features.editing.dataset import EditDataset, open_edit_dataset
 from mmray.features.editing.edit import check_free
 from mmray.features.editing.methods import make_edit
 from mmray.features.editing.settings import EditSettings
@@ -73,7 +73,7 @@ class EditJob(Job[NamedEditSettings, None]):
     def workers(cls, jobs: Sequence[Job[NamedEditSettings, None]], contexts: Sequence[None]) -> list[Worker]:
         """Return what makes the edits, on material that is opened once."""
         run = open_run(jobs[0].settings.run)
-        opened: dict[tuple[str, str | None], Material] = {}
+        opened: dict[tuple[str, str | None], EditDataset] = {}
 
         def worker(job: Job[NamedEditSettings, None]) -> Worker:
             wish = job.settings.wish
@@ -81,7 +81,7 @@ class EditJob(Job[NamedEditSettings, None]):
 
             def make(_: Unit) -> UnitResult:
                 if key not in opened:
-                    opened[key] = open_material(run, wish)
+                    opened[key] = open_edit_dataset(run, wish)
                 material = opened[key]
                 try:
                     edit = make_edit(material, [wish])

@@ -11,20 +11,20 @@ import torch
 
 from mmray.features.editing.baselines import LowRank, banned_tokens, most_active, rank_one, whole_layers
 from mmray.features.editing.closed_form import CLOSED, Row
-from mmray.features.editing.dataset import Material, open_material
+from mmray.features.editing.dataset import EditDataset, open_edit_dataset
 from mmray.features.editing.deltas import Deltas
 from mmray.features.editing.edit import WeightEdit, cost
 from mmray.features.editing.locating import last_layers, matched
 from mmray.features.editing.settings import EditSettings
 from mmray.features.editing.task import Task, prepare
-from mmray.features.editing.training import Course, learn
+from mmray.features.editing.training import TrainingConfig, learn
 from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.runs.run import Run
 
 Method = Callable[[Task], Deltas]
 
-SWAP_LEAD, SWAP_KEEP = 5.0, 30.0
+SWAP_MARGIN, SWAP_KEEP = 5.0, 30.0
 """Of a single swap, logits by which the target is to lead on the source's images, and what the answers that are to stay
 weigh against that. What suppresses a word need not say another so firmly, and where many edits share the neurons there
 is no room for it."""
@@ -91,11 +91,11 @@ METHODS: dict[str, Method] = {
 
 
 def edit_run(run: Run, settings: EditSettings) -> WeightEdit:
-    """Make an edit on a run's model and data; raises as `make_edit` and `open_material`."""
-    return make_edit(open_material(run, settings), [settings])
+    """Make an edit on a run's model and data; raises as `make_edit` and `open_edit_dataset`."""
+    return make_edit(open_edit_dataset(run, settings), [settings])
 
 
-def make_edit(material: Material, wishes: Sequence[EditSettings]) -> WeightEdit:
+def make_edit(material: EditDataset, wishes: Sequence[EditSettings]) -> WeightEdit:
     """Make one edit for all the wishes, which agree in all but what they are for.
 
     Raises InputError for a concept that the run does not know or the model never says.
@@ -119,10 +119,10 @@ def make_edit(material: Material, wishes: Sequence[EditSettings]) -> WeightEdit:
 
 
 def _learn(task: Task, deltas: Deltas) -> Deltas:
-    course = Course(steps=task.settings.steps, seed=task.settings.seed)
+    config = TrainingConfig(steps=task.settings.steps, seed=task.settings.seed)
     if [purpose.kind for purpose in task.purposes] == ["swap"]:
-        course = replace(course, lead=SWAP_LEAD, keep=SWAP_KEEP)
-    learn(task.material.model, deltas, task.new, task.keep, course)
+        config = replace(config, margin=SWAP_MARGIN, keep=SWAP_KEEP)
+    learn(task.material.model, deltas, task.new, task.keep, config)
     return deltas
 
 

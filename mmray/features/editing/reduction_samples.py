@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from mmray.data.samples import Sample
 from mmray.errors import InputError
 from mmray.features.editing.caption_rewriting import replaced, without
-from mmray.features.editing.dataset import Example, Material, departing
+from mmray.features.editing.dataset import EditDataset, Example, departing
 from mmray.features.editing.training import log_likelihoods
 from mmray.neurons.concepts import Mention
 
@@ -60,7 +60,7 @@ class Hallucinations:
     keep: list[Example]
 
 
-def hallucinations(material: Material, most: int, kept: int, seed: int) -> Hallucinations:
+def hallucinations(material: EditDataset, most: int, kept: int, seed: int) -> Hallucinations:
     """Find what the model hallucinates, from `most` captions a word, and what it should say.
 
     Raises InputError where the model names nothing that is not there.
@@ -92,7 +92,7 @@ def hallucinations(material: Material, most: int, kept: int, seed: int) -> Hallu
     )
 
 
-def tell(material: Material) -> Iterator[Told]:
+def tell(material: EditDataset) -> Iterator[Told]:
     """Yield what the model says of each of the run's images, in the material's language.
 
     What any caption of an image names is there; the first caption that names something stands for the others.
@@ -130,7 +130,7 @@ def pairs_of(told: Sequence[Told]) -> tuple[tuple[str, str], ...]:
     return tuple((context, word) for _, context, word in sorted(pairs, key=lambda row: (-row[0], row[1:])))
 
 
-def _corrected(material: Material, told: Sequence[Told]) -> list[Example]:
+def _corrected(material: EditDataset, told: Sequence[Told]) -> list[Example]:
     """Return each caption with what is not there taken out, in the likeliest of several wordings.
 
     Wordings: without the noun in its list of things; with what is there and not named in its place; the data's own
@@ -148,7 +148,7 @@ def _corrected(material: Material, told: Sequence[Told]) -> list[Example]:
     return best
 
 
-def _wordings(material: Material, told: Told) -> set[str]:
+def _wordings(material: EditDataset, told: Told) -> set[str]:
     language = material.language
     wanted = _words(told.mentions) & told.present
     found = {told.sample.caption} if (told.sample.language or "en") == language else set()
@@ -161,14 +161,14 @@ def _wordings(material: Material, told: Told) -> set[str]:
     return {caption for caption in found if wanted <= _words(material.named(caption)) <= told.present}
 
 
-def _without_first(material: Material, told: Told, caption: str) -> Iterator[str]:
+def _without_first(material: EditDataset, told: Told, caption: str) -> Iterator[str]:
     """Yield the caption without its first noun that is not there."""
     wrong = next((mention for mention in material.named(caption) if mention.concept not in told.present), None)
     if wrong is not None:
         yield from without(caption, wrong, material.language)
 
 
-def _others(material: Material, told: Told, words: set[str]) -> list[Example]:
+def _others(material: EditDataset, told: Told, words: set[str]) -> list[Example]:
     """Return the caption without a hallucinated word that it rightly names, as what would be wrong to say."""
     mention = next(mention for mention in told.mentions if mention.concept in words)
     found = sorted(without(told.caption, mention, material.language))

@@ -30,7 +30,7 @@ ORDER = {"source": 0, "edited": 1, "other": 2, "unrelated": 3}
 
 
 @dataclass
-class Edit:
+class EditPage:
     """An edit as a page shows it; `data` is where its captions' images lie."""
 
     name: str
@@ -60,7 +60,7 @@ def section(request: Request) -> Section:
     )
 
 
-def read_edits(run: Run, folders: Sequence[str]) -> list[Edit]:
+def read_edits(run: Run, folders: Sequence[str]) -> list[EditPage]:
     """Return the edits in the folders given, those in RUN/edits, and those of the run's own tables; each name once.
 
     Raises InputError for a given folder without an edit.
@@ -84,7 +84,7 @@ def read_edits(run: Run, folders: Sequence[str]) -> list[Edit]:
     return list(found.values())
 
 
-def _from_folder(store: Store, prefix: str, name: str) -> Edit | None:
+def _from_folder(store: Store, prefix: str, name: str) -> EditPage | None:
     facts = _json(store, f"{prefix}edit.json")
     if facts is None:
         return None
@@ -96,7 +96,7 @@ def _from_folder(store: Store, prefix: str, name: str) -> Edit | None:
     measures = [{"measure": measure, **values} for measure, values in evaluation.get("measures", {}).items()]
     captions = _table(store, f"{prefix}{CAPTIONS_FILE}")
     rows = captions.to_pylist() if captions is not None else []
-    return Edit(
+    return EditPage(
         name,
         {key: value for key, value in shown.items() if value is not None},
         [_measure(row) for row in measures if row.get("n")],
@@ -112,7 +112,7 @@ def _methods(settings: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys([*chain(*parts), *(wish["method"] for wish in settings.get("wishes", []))]))
 
 
-def _from_tables(store: Store) -> list[Edit]:
+def _from_tables(store: Store) -> list[EditPage]:
     """Return the edits of a pipeline's run; none where it has no such tables."""
     tables = {}
     for name in ("edits", "evaluations", "edit_captions"):
@@ -126,7 +126,7 @@ def _from_tables(store: Store) -> list[Edit]:
         measures = [_measure(row) for row in tables["evaluations"] if row["edit"] == name and row.get("n")]
         captions = [row for row in tables["edit_captions"] if row["edit"] == name]
         shown = {key: value for key, value in facts.items() if isinstance(value, int | float | str)}
-        found.append(Edit(name, shown, measures, _chosen(captions)))
+        found.append(EditPage(name, shown, measures, _chosen(captions)))
     return found
 
 

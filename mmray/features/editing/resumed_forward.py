@@ -21,9 +21,9 @@ from transformers import Cache
 
 from mmray.features.editing.dataset import Example, batches
 from mmray.features.editing.deltas import Deltas
-from mmray.features.editing.generation_cache import Heard
+from mmray.features.editing.generation_cache import GenerationCache
 from mmray.models.blocks import block_of, left_by
-from mmray.models.capture import tap, tap_input
+from mmray.models.capture import capture_activations, capture_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import Batch
@@ -50,7 +50,7 @@ class _Later:
 
 
 @dataclass(frozen=True)
-class Tail:
+class ResumedForward:
     """One batch behind the first edited MLP.
 
     `targets[place]` is the token that the place predicts, of the row `rows[place]`; places run row by row over all
@@ -88,7 +88,7 @@ class Tail:
         """Return the logits, in fp32, at the places, with what the deltas write; None: without."""
         return vocabulary_logits(self.model, self.states(deltas)).to(self.hidden.device)
 
-    def at(self, chosen: Int[Tensor, " chosen"]) -> Tail:
+    def at(self, chosen: Int[Tensor, " chosen"]) -> ResumedForward:
         """Return the tail with these places alone; of one without later blocks."""
         return replace(
             self,
@@ -114,7 +114,9 @@ class Tail:
         return added.to(self.hidden.dtype) * projection.scale
 
 
-def tails(model: LoadedModel, examples: Sequence[Example], deltas: Deltas) -> list[tuple[Tail, list[Example]]]:
+def resume_all(
+    model: LoadedModel, examples: Sequence[Example], deltas: Deltas
+) -> list[tuple[ResumedForward, list[Example]]]:
     """Return the examples behind the first edited MLP, in one piece where no later block has to be run.
 
     An answer of the model's own is not run where what the model held while it wrote it is all that is needed.
@@ -122,7 +124,7 @@ def tails(model: LoadedModel, examples: Sequence[Example], deltas: Deltas) -> li
     known = [example for example in examples if example.heard] if deltas.first == len(model.widths) - 1 else []
     taken = set(map(id, known))
     rest = [example for example in examples if id(example) not in taken]
-    parts = [(tail(model, batch, deltas), rows) for batch, rows in batched(model, rest)]
+    parts = [(resume(model, batch, deltas), rows) for batch, rows in batched(model, rest)]
     if known:
         parts.append((_recalled(model, known, deltas), known))
     if len(parts) < 2 or parts[0][0].later:
@@ -130,13 +132,13 @@ def tails(model: LoadedModel, examples: Sequence[Example], deltas: Deltas) -> li
     return [(joined([part for part, _ in parts]), [row for _, rows in parts for row in rows])]
 
 
-def _recalled(model: LoadedModel, examples: Sequence[Example], deltas: Deltas) -> Tail:
+def _recalled(model: LoadedModel, examples: Sequence[Example], deltas: Deltas) -> ResumedForward:
     """Return the tail of answers that the model wrote itself, of an edit of the last layer."""
     heard = [example.heard for example in examples if example.heard]
     units = deltas.units[deltas.first]
     hidden, written, after = _joined(heard)
     counts = torch.tensor([len(example.tokens) for example in examples], device=hidden.device)
-    return Tail(
+    return ResumedForward(
         model=model,
         targets=torch.tensor([token for example in examples for token in example.tokens], device=hidden.device),
         rows=torch.repeat_interleave(counts),
@@ -149,7 +151,7 @@ def _recalled(model: LoadedModel, examples: Sequence[Example], deltas: Deltas) -
     )
 
 
-def joined(parts: Sequence[Tail]) -> Tail:
+def joined(parts: Sequence[ResumedForward]) -> ResumedForward:
     """Return tails without later blocks as one; rows are numbered through."""
     counts = accumulate((int(part.rows.max()) + 1 for part in parts), initial=0)
     hidden, written, after = _joined(parts)
@@ -164,7 +166,7 @@ def joined(parts: Sequence[Tail]) -> Tail:
     )
 
 
-def _joined(parts: Sequence[Tail] | Sequence[Heard]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _joined(parts: Sequence[ResumedForward] | Sequence[GenerationCache]) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return what parts hold as `hidden`, `written` and `after`, each in one."""
     written = [part.written for part in parts if part.written is not None]
     # What was added to one part behind the last block may be nothing in another.
@@ -188,7 +190,7 @@ def batched(model: LoadedModel, examples: Sequence[Example]) -> list[tuple[Batch
 
 
 @torch.no_grad()
-def tail(model: LoadedModel, batch: Batch, deltas: Deltas) -> Tail:
+def resume(model: LoadedModel, batch: Batch, deltas: Deltas) -> ResumedForward:
     """Run the batch once, and keep what the deltas' layers need to be run again."""
     first = deltas.first
     projections = model.projections[first:]
@@ -212,11 +214,11 @@ def tail(model: LoadedModel, batch: Batch, deltas: Deltas) -> Tail:
         for number, block in enumerate(blocks):
             stack.callback(block.register_forward_pre_hook(partial(enter, number), with_kwargs=True).remove)
             stack.callback(block.register_forward_hook(partial(leave, number)).remove)
-        stack.enter_context(tap(model.network, projections[:1], receive))
+        stack.enter_context(capture_activations(model.network, projections[:1], receive))
         if projections[0].post_norm is not None:
             norm = model.network.get_submodule(projections[0].post_norm)
-            stack.enter_context(tap_input(norm, written.append))
-        stack.enter_context(tap_input(model.norm, final.append))
+            stack.enter_context(capture_input(norm, written.append))
+        stack.enter_context(capture_input(model.norm, final.append))
         forward(model, batch)
     # Mllama leaves its cross-attention blocks out where there is no image: then nothing of theirs is written.
     ran = [number for number in sorted(left) if number > 0]
@@ -235,7 +237,7 @@ def tail(model: LoadedModel, batch: Batch, deltas: Deltas) -> Tail:
     else:
         hidden, chosen = hidden.flatten(0, -2), places
         after = None if after is None else after.flatten(0, -2)[places]
-    return Tail(
+    return ResumedForward(
         model=model,
         targets=torch.tensor([token for tokens in batch.tokens for token in tokens], device=hidden.device),
         rows=torch.tensor([row for row, tokens in enumerate(batch.tokens) for _ in tokens], device=hidden.device),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mmray.data.image_keys import one_per_image
 from mmray.data.samples import image_digest
-from mmray.features.editing.dataset import Example, Material, kept, replaced
+from mmray.features.editing.dataset import EditDataset, Example, kept, replaced
 from mmray.features.editing.deltas import Neuron
 from mmray.features.editing.divergence import contrasting
 from mmray.features.editing.edit import Purpose
@@ -23,7 +23,7 @@ FEWEST_OF_TARGET = 16
 class Task:
     """What an edit is to do, settled."""
 
-    material: Material
+    material: EditDataset
     settings: EditSettings
     purposes: tuple[Purpose, ...]
     neurons: list[Neuron]
@@ -31,7 +31,7 @@ class Task:
     keep: list[Example]
 
 
-def prepare(material: Material, wishes: Sequence[EditSettings]) -> Task:
+def prepare(material: EditDataset, wishes: Sequence[EditSettings]) -> Task:
     """Settle what an edit for all the wishes is learnt on and which neurons it may change.
 
     Raises InputError for a concept that the run does not know or the model never says.
@@ -39,7 +39,7 @@ def prepare(material: Material, wishes: Sequence[EditSettings]) -> Task:
     return _correct(material, wishes[0]) if wishes[0].reduce_hallucination else _reword(material, wishes)
 
 
-def _reword(material: Material, wishes: Sequence[EditSettings]) -> Task:
+def _reword(material: EditDataset, wishes: Sequence[EditSettings]) -> Task:
     """Settle edits that have words take the place of others."""
     model, run = material.model, material.run
     settings = wishes[0]
@@ -62,7 +62,7 @@ def _reword(material: Material, wishes: Sequence[EditSettings]) -> Task:
     return Task(material, settings, tuple(purposes), list(neurons), new, keep)
 
 
-def _correct(material: Material, settings: EditSettings) -> Task:
+def _correct(material: EditDataset, settings: EditSettings) -> Task:
     """Settle an edit that takes from captions what is not in the image."""
     found = hallucinations(material, settings.samples, settings.kept, settings.seed)
     layers = last_layers(material.model, settings.layers)
@@ -72,7 +72,7 @@ def _correct(material: Material, settings: EditSettings) -> Task:
     return Task(material, settings, (purpose,), neurons, found.new, [*found.guards, *found.keep])
 
 
-def _learnt_on(material: Material, examples: Sequence[Example]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _learnt_on(material: EditDataset, examples: Sequence[Example]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the ids of the examples' samples, and the digests of their images."""
     samples = tuple(dict.fromkeys(example.sample_id for example in examples))
     digests = (image_digest(material.samples[name].image) for name in samples)

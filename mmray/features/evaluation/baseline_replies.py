@@ -9,8 +9,8 @@ from PIL.Image import Image
 
 from mmray.data.images import decode_image
 from mmray.data.samples import Sample
-from mmray.features.evaluation.draft_verifier import Questioner
-from mmray.features.evaluation.queries import Ask, Reply
+from mmray.features.evaluation.draft_verifier import DraftVerifier
+from mmray.features.evaluation.queries import Query, Reply
 from mmray.features.hallucination.second_opinion import SecondOpinion
 from mmray.models.encoder import Encoder
 from mmray.models.loading import LoadedModel
@@ -22,7 +22,7 @@ CROPS = {"crop centre": (0.1, 0.1, 0.9, 0.9), "crop corner": (0.0, 0.0, 0.85, 0.
 """Parts of the image that are kept: left, top, right and bottom, in 0..1."""
 
 
-class Before:
+class BaselineReplies:
     """Replies of one model, each made when it is first asked for.
 
     Samples are known by their `sample_id`: those of one such object must have identifiers of their own. An edit must
@@ -34,7 +34,7 @@ class Before:
     ) -> None:
         self.model = model
         self.prompt = prompt
-        self.questioner = Questioner(model, batch_size, longest)
+        self.questioner = DraftVerifier(model, batch_size, longest)
         self._replies: dict[tuple[str, str, str], Reply] = {}
         self._images: dict[tuple[str, str], Image | None] = {}
         self._opinions: dict[str, SecondOpinion] = {}
@@ -51,22 +51,22 @@ class Before:
                 self._images[key] = plain and _varied(plain, variant)
         return self._images[key]
 
-    def ask(self, sample: Sample, question: str | None = None, variant: str = "", *, whole: bool = False) -> Ask:
+    def ask(self, sample: Sample, question: str | None = None, variant: str = "", *, whole: bool = False) -> Query:
         """Return the ask of a question about a sample's image; of its caption where no question is given."""
         image = self.image(sample, variant)
         asked = self.prompt if question is None else question
         prompt = prompt_text(self.model, asked, sample.language, image=image is not None)
-        return Ask(sample.sample_id, prompt, image, variant, whole)
+        return Query(sample.sample_id, prompt, image, variant, whole)
 
-    def tokens(self, ask: Ask, text: str) -> list[int]:
+    def tokens(self, ask: Query, text: str) -> list[int]:
         """Return the tokens of a text as they follow the prompt."""
         return tokenize_caption(self.model, ask.prompt, text)[0]
 
-    def cut(self, ask: Ask) -> bool:
+    def cut(self, ask: Query) -> bool:
         """Return whether the model's answer, which is known, was cut off for its length: it has no end token."""
         return len(self._replies[ask.key].tokens) >= self.questioner.longest
 
-    def replies(self, asks: Sequence[Ask], drafts: Sequence[Sequence[str]]) -> list[Reply]:
+    def replies(self, asks: Sequence[Query], drafts: Sequence[Sequence[str]]) -> list[Reply]:
         """Return what the model answers; guesses of the answers save time."""
         missing = {ask.key: number for number, ask in enumerate(asks) if ask.key not in self._replies}
         new = [asks[number] for number in missing.values()]

@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mmray.features.evaluation.measurement_buffer import Rows
+from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 from mmray.features.evaluation.queries import Change
 from mmray.objects.answers import Parser, says_yes
-from mmray.objects.naming import Naming
+from mmray.objects.naming import ObjectLexicon
 
 SURE = 0.5
 """Confidence of a detector from which on it confirms."""
@@ -17,7 +17,13 @@ WORDS = re.compile(r"\w+(?:[-'’]\w+)*")
 
 
 def chair(
-    rows: Rows, naming: Naming, name: str, objects: frozenset[str], language: str | None, before: str, after: str
+    rows: MeasurementBuffer,
+    naming: ObjectLexicon,
+    name: str,
+    objects: frozenset[str],
+    language: str | None,
+    before: str,
+    after: str,
 ) -> None:
     """Add a caption's part in CHAIR (Rohrbach et al. 2018), object recall and mean length.
 
@@ -36,7 +42,12 @@ def chair(
 
 
 def hallucinated(
-    rows: Rows, pairs: Sequence[tuple[str, str]], name: str, objects: frozenset[str], before: set[str], after: set[str]
+    rows: MeasurementBuffer,
+    pairs: Sequence[tuple[str, str]],
+    name: str,
+    objects: frozenset[str],
+    before: set[str],
+    after: set[str],
 ) -> None:
     """Add, for each pair whose context is there, whether its word is named: where it is absent, and where present."""
     for context, word in pairs:
@@ -46,7 +57,9 @@ def hallucinated(
             rows.share(f"{measure}:{context}→{word}", name, word in before, word in after)
 
 
-def confirmed(rows: Rows, name: str, confidence: Mapping[str, float], before: set[str], after: set[str]) -> None:
+def confirmed(
+    rows: MeasurementBuffer, name: str, confidence: Mapping[str, float], before: set[str], after: set[str]
+) -> None:
     """Add how many of the objects that a caption names a detector confirms, and of those that came with the edit."""
 
     def counts(named: set[str]) -> tuple[float, float]:
@@ -97,7 +110,7 @@ def confusion(present: Sequence[str], absent: Sequence[str], parser: Parser = "s
 
 
 def pope(
-    rows: Rows,
+    rows: MeasurementBuffer,
     name: str,
     present: Sequence[str],
     absent: Mapping[str, Sequence[str]],

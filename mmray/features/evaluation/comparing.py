@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmray.features.evaluation.draft_verifier import Questioner
+from mmray.features.evaluation.draft_verifier import DraftVerifier
 from mmray.features.evaluation.last_layer import LastLayer
-from mmray.features.evaluation.queries import Ask, Change, Edit, Reply, States, chunks
+from mmray.features.evaluation.queries import Change, Edit, Query, Reply, States, chunks
 from mmray.models.norms import vocabulary_logits
 
 LEAST = -100.0
@@ -20,7 +20,7 @@ LOGITS_AT_ONCE = 2**27
 
 
 @torch.inference_mode()
-def compare(questioner: Questioner, edit: Edit, asks: Sequence[Ask], replies: Sequence[Reply]) -> list[Change]:
+def compare(questioner: DraftVerifier, edit: Edit, asks: Sequence[Query], replies: Sequence[Reply]) -> list[Change]:
     """Return the change of each ask, whose replies before the edit are given.
 
     The edit is applied once for as many asks as the logits before it fit in memory.
@@ -44,7 +44,7 @@ def compare(questioner: Questioner, edit: Edit, asks: Sequence[Ask], replies: Se
 
 
 def _states_after(
-    questioner: Questioner, last: LastLayer | None, asks: Sequence[Ask], before: Sequence[Reply]
+    questioner: DraftVerifier, last: LastLayer | None, asks: Sequence[Query], before: Sequence[Reply]
 ) -> list[States]:
     """Return the states along the replies before the edit: of an edit of the last layer alone without a forward."""
     tokens = [reply.tokens for reply in before]
@@ -63,7 +63,7 @@ def _states_after(
 
 @torch.inference_mode()
 def forced(
-    questioner: Questioner, edit: Edit, asks: Sequence[Ask], replies: Sequence[list[int]]
+    questioner: DraftVerifier, edit: Edit, asks: Sequence[Query], replies: Sequence[list[int]]
 ) -> list[tuple[list[int], list[int]]]:
     """Return the likeliest tokens along these replies, their ends included, before and after the edit."""
     if not asks:
@@ -76,7 +76,7 @@ def forced(
 
 @torch.inference_mode()
 def whole_ranks(
-    questioner: Questioner, edit: Edit, asks: Sequence[Ask], replies: Sequence[list[int]]
+    questioner: DraftVerifier, edit: Edit, asks: Sequence[Query], replies: Sequence[list[int]]
 ) -> list[tuple[float | None, float | None]]:
     """Return `ranks` and `firsts` of a `Change` along these replies instead of the model's own."""
     before = questioner.along(asks, replies)
@@ -93,7 +93,7 @@ def _ranks(before: Tensor | None, after: Tensor | None) -> tuple[float | None, f
 
 
 def _replies_after(
-    questioner: Questioner, asks: Sequence[Ask], before: Sequence[Reply], states: Sequence[States]
+    questioner: DraftVerifier, asks: Sequence[Query], before: Sequence[Reply], states: Sequence[States]
 ) -> list[tuple[list[int], str]]:
     """Return tokens and texts after the edit: generated where the likeliest tokens along the reply are others now.
 
@@ -113,7 +113,7 @@ def _replies_after(
 
 
 def _distances(
-    questioner: Questioner, before: Float[Tensor, "place vocabulary"], hidden: Float[Tensor, "place hidden"]
+    questioner: DraftVerifier, before: Float[Tensor, "place vocabulary"], hidden: Float[Tensor, "place hidden"]
 ) -> tuple[Tensor, Tensor]:
     """Return at each place whether the likeliest token is the same, and KL(before ‖ after) in nats."""
     same, divergence, size = [], [], questioner.rows_at_once

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from mmray.errors import InputError
-from mmray.features.evaluation.queries import Ask, AskError, Reply, States
+from mmray.features.evaluation.queries import Query, QueryError, Reply, States
 from mmray.features.evaluation.teacher_forced_states import StateReader
 from mmray.models.generation import end_tokens, generate
 from mmray.models.loading import LoadedModel
@@ -49,16 +49,16 @@ def agreeing(tokens: list[int], others: list[int]) -> int:
     return next((place for place, (token, other) in pairs if token != other), min(len(tokens), len(others)))
 
 
-def surviving(measured: Callable[[], Result], drop: Callable[[Ask, str], None]) -> Result:
+def surviving(measured: Callable[[], Result], drop: Callable[[Query, str], None]) -> Result:
     """Return what can be measured: what the model can't be given is dropped, one at a time."""
     while True:
         try:
             return measured()
-        except AskError as error:
+        except QueryError as error:
             drop(error.ask, str(error))
 
 
-class Questioner(StateReader):
+class DraftVerifier(StateReader):
     """Asks one model, `batch_size` images at a time, for replies of `longest` tokens at most."""
 
     def __init__(self, model: LoadedModel, batch_size: int, longest: int = LONGEST) -> None:
@@ -92,7 +92,7 @@ class Questioner(StateReader):
 
     @torch.inference_mode()
     def replies(
-        self, asks: Sequence[Ask], drafts: Sequence[Sequence[list[int]]], first: Sequence[States] | None = None
+        self, asks: Sequence[Query], drafts: Sequence[Sequence[list[int]]], first: Sequence[States] | None = None
     ) -> list[Reply]:
         """Return the greedy replies; an ask's drafts are tried first, and corrected twice where they fail.
 
@@ -117,7 +117,7 @@ class Questioner(StateReader):
 
     def _prove(
         self,
-        asks: Sequence[Ask],
+        asks: Sequence[Query],
         drafts: Sequence[tuple[int, list[int]]],
         found: dict[int, Reply],
         known: Sequence[States] | None = None,
@@ -158,15 +158,15 @@ class Questioner(StateReader):
         return str(self.model.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)).lstrip()
 
     @torch.inference_mode()
-    def write(self, asks: Sequence[Ask]) -> list[list[int]]:
+    def write(self, asks: Sequence[Query]) -> list[list[int]]:
         """Return the tokens that the model generates greedily."""
         return self._write(asks, self.batch_size)
 
-    def write_alone(self, asks: Sequence[Ask]) -> list[list[int]]:
+    def write_alone(self, asks: Sequence[Query]) -> list[list[int]]:
         """Return what the model generates where a near tie may turn on what shares the batch: each by itself."""
         return self._write(asks, 1 if self.plain else self.batch_size)
 
-    def _write(self, asks: Sequence[Ask], size: int) -> list[list[int]]:
+    def _write(self, asks: Sequence[Query], size: int) -> list[list[int]]:
         # Prompts of one length need no padding, which would shift their positions.
         groups: dict[object, list[int]] = defaultdict(list)
         for number, ask in enumerate(asks):
@@ -178,7 +178,7 @@ class Questioner(StateReader):
                 self._generate(asks, numbers, written)
         return [written[number] for number in range(len(asks))]
 
-    def _generate(self, asks: Sequence[Ask], numbers: list[int], written: dict[int, list[int]]) -> None:
+    def _generate(self, asks: Sequence[Query], numbers: list[int], written: dict[int, list[int]]) -> None:
         """Generate one batch; where memory runs out or an ask can't be run, in halves, until the culprit is alone."""
         some = [asks[number] for number in numbers]
         try:
@@ -189,7 +189,7 @@ class Questioner(StateReader):
             written |= zip(numbers, tokens, strict=True)
             return
         if len(numbers) == 1:
-            raise AskError(some[0], problem)
+            raise QueryError(some[0], problem)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._generate(asks, numbers[: len(numbers) // 2], written)

@@ -6,15 +6,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mmray.data.samples import Sample
-from mmray.features.evaluation.queries import Purpose
-from mmray.objects.naming import Naming, objects_of
+from mmray.features.evaluation.queries import EditPurpose
+from mmray.objects.naming import ObjectLexicon, objects_of
 
 EDITED, SOURCE, UNRELATED, OTHER = "edited", "source", "unrelated", "other"
 """Roles: the edit was made on the image; it should change it, but never saw it; it should leave it alone; neither."""
 
 
 @dataclass(frozen=True)
-class Wish:
+class EditTarget:
     """One purpose of an edit, in the names of the data's objects."""
 
     kind: str
@@ -69,10 +69,10 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Aim:
+class EditTargets:
     """All wishes of an edit: one, or of several edits in one those of each."""
 
-    wishes: tuple[Wish, ...]
+    wishes: tuple[EditTarget, ...]
 
     @property
     def words(self) -> frozenset[str]:
@@ -88,12 +88,12 @@ class Aim:
         """Return the words that should go where these objects are."""
         return frozenset[str]().union(*(wish.gone(objects) for wish in self.wishes))
 
-    def called(self, objects: Collection[str] | None, named: Collection[str]) -> tuple[Wish, ...]:
+    def called(self, objects: Collection[str] | None, named: Collection[str]) -> tuple[EditTarget, ...]:
         """Return the wishes that have something to do in a text that names these things, where these objects are."""
         return tuple(wish for wish in self.wishes if wish.gone(objects) & set(named))
 
 
-def reached(wishes: Sequence[Wish], objects: Collection[str] | None, before: set[str], after: set[str]) -> bool:
+def reached(wishes: Sequence[EditTarget], objects: Collection[str] | None, before: set[str], after: set[str]) -> bool:
     """Return whether a text is as these wishes want it, from what it names before and after: words gone, targets named.
 
     What one wish takes away another may put there.
@@ -104,7 +104,7 @@ def reached(wishes: Sequence[Wish], objects: Collection[str] | None, before: set
 
 
 @dataclass(frozen=True)
-class Scope:
+class TargetsOfSample:
     """The role of a sample's caption, and the wishes that have something to do there.
 
     `wishes` are those in whose language the caption is; `foreign` the others. `gone` are all words that should go from
@@ -114,20 +114,20 @@ class Scope:
     role: str
     objects: frozenset[str] | None
     gone: frozenset[str]
-    wishes: tuple[Wish, ...]
-    foreign: tuple[Wish, ...]
+    wishes: tuple[EditTarget, ...]
+    foreign: tuple[EditTarget, ...]
 
 
-def aim_of(purposes: Sequence[Purpose], naming: Naming) -> Aim:
+def aim_of(purposes: Sequence[EditPurpose], naming: ObjectLexicon) -> EditTargets:
     """Return the purposes with their words as the data's objects are called."""
-    return Aim(tuple(_wish(purpose, naming) for purpose in purposes))
+    return EditTargets(tuple(_wish(purpose, naming) for purpose in purposes))
 
 
-def _wish(purpose: Purpose, naming: Naming) -> Wish:
+def _wish(purpose: EditPurpose, naming: ObjectLexicon) -> EditTarget:
     def known(word: str) -> str:
         return naming.canonical(word, purpose.language)
 
-    return Wish(
+    return EditTarget(
         kind=purpose.kind,
         source=known(purpose.source) if purpose.source else None,
         target=known(purpose.target) if purpose.target else None,
@@ -138,7 +138,7 @@ def _wish(purpose: Purpose, naming: Naming) -> Wish:
     )
 
 
-def scope_of(aim: Aim, naming: Naming, sample: Sample, caption: str) -> Scope:
+def scope_of(aim: EditTargets, naming: ObjectLexicon, sample: Sample, caption: str) -> TargetsOfSample:
     """Return what the edit is to do at a sample whose caption was this before it."""
     objects = objects_of(sample)
     named = naming.named(caption, sample.language)
@@ -151,4 +151,6 @@ def scope_of(aim: Aim, naming: Naming, sample: Sample, caption: str) -> Scope:
     else:
         there = (objects or frozenset()) | naming.named(sample.caption, sample.language) | named
         role = OTHER if any(wish.triggers & there for wish in aim.wishes) else UNRELATED
-    return Scope(role, objects, aim.gone(objects), wishes, tuple(wish for wish in called if wish not in wishes))
+    return TargetsOfSample(
+        role, objects, aim.gone(objects), wishes, tuple(wish for wish in called if wish not in wishes)
+    )

@@ -7,17 +7,25 @@ from dataclasses import replace
 
 from mmray.data.samples import Sample
 from mmray.features.editing.caption_rewriting import replaced, rest_kept
-from mmray.features.evaluation.edit_targets import EDITED, SOURCE, UNRELATED, Aim, Scope, Wish, reached
-from mmray.features.evaluation.measurement_buffer import Rows
+from mmray.features.evaluation.edit_targets import (
+    EDITED,
+    SOURCE,
+    UNRELATED,
+    EditTarget,
+    EditTargets,
+    TargetsOfSample,
+    reached,
+)
+from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 from mmray.features.evaluation.queries import Change
 from mmray.neurons.concepts import Mention
-from mmray.objects.naming import Naming, objects_of
+from mmray.objects.naming import ObjectLexicon, objects_of
 
 MEASURES = {EDITED: "reliability", SOURCE: "image_generality"}
 """Role of a caption in scope → the measure that it counts for."""
 
 
-def rewritten(wishes: Sequence[Wish], naming: Naming, caption: str, language: str | None) -> str | None:
+def rewritten(wishes: Sequence[EditTarget], naming: ObjectLexicon, caption: str, language: str | None) -> str | None:
     """Return the caption that these wishes should lead to; None unless they are swaps."""
     words = {wish.source: naming.form(wish.target, language) for wish in wishes if wish.kind == "swap" and wish.target}
     if not wishes or len(words) < len(wishes):
@@ -31,7 +39,13 @@ def rewritten(wishes: Sequence[Wish], naming: Naming, caption: str, language: st
 
 
 def caption_effects(
-    rows: Rows, naming: Naming, sample: Sample, scope: Scope, change: Change, *, several: bool = False
+    rows: MeasurementBuffer,
+    naming: ObjectLexicon,
+    sample: Sample,
+    scope: TargetsOfSample,
+    change: Change,
+    *,
+    several: bool = False,
 ) -> None:
     """Add the rows of one caption; `several`: the edit has several purposes, whose success is told one by one too."""
     name, language = sample.sample_id, sample.language
@@ -56,7 +70,12 @@ def caption_effects(
 
 
 def forced_effects(
-    rows: Rows, scope: Scope, name: str, tokens: list[int], before: Sequence[int], after: Sequence[int]
+    rows: MeasurementBuffer,
+    scope: TargetsOfSample,
+    name: str,
+    tokens: list[int],
+    before: Sequence[int],
+    after: Sequence[int],
 ) -> None:
     """Add the rows of a rewritten caption, teacher-forced: its tokens and end, and the likeliest ones along it."""
     measure = f"{MEASURES[scope.role]}_teacher_forced"
@@ -65,7 +84,14 @@ def forced_effects(
     rows.share(f"{measure}_token", name, sum(right[0]), sum(right[1]), len(tokens))
 
 
-def generality(rows: Rows, measures: Sequence[str], aim: Aim, naming: Naming, sample: Sample, change: Change) -> None:
+def generality(
+    rows: MeasurementBuffer,
+    measures: Sequence[str],
+    aim: EditTargets,
+    naming: ObjectLexicon,
+    sample: Sample,
+    change: Change,
+) -> None:
     """Add the rows of another prompt or image, where the reply before the edit has a word that should go."""
     objects = objects_of(sample)
     named = naming.named(change.before, sample.language), naming.named(change.after, sample.language)
@@ -75,7 +101,7 @@ def generality(rows: Rows, measures: Sequence[str], aim: Aim, naming: Naming, sa
             rows.share(measure, sample.sample_id, 0, success)
 
 
-def locality(rows: Rows, measure: str, name: str, changes: Sequence[Change]) -> None:
+def locality(rows: MeasurementBuffer, measure: str, name: str, changes: Sequence[Change]) -> None:
     """Add the rows of replies that should be as before, by every protocol."""
     if not changes:
         return

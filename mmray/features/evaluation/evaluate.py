@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 
 from mmray.data.samples import Failure, Sample
-from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.edit_targets import EDITED
-from mmray.features.evaluation.evaluator import Measuring
+from mmray.features.evaluation.evaluator import EditEvaluator
 from mmray.features.evaluation.mmedit import read_records
 from mmray.features.evaluation.queries import Edit
 from mmray.features.evaluation.settings import MeasureSettings, measure_settings
@@ -21,7 +21,7 @@ from mmray.models.loading import LoadedModel
 from mmray.objects.ground_truth import captions_by_image, with_ground_truth
 from mmray.objects.naming import object_naming
 from mmray.objects.prompts import TextQuestion, read_text_questions, text_questions
-from mmray.objects.statistics import DataFacts, gather_facts
+from mmray.objects.statistics import ObjectStatistics, gather_statistics
 from mmray.objects.words import open_words, table_for
 
 
@@ -41,9 +41,9 @@ def evaluate(
     samples: Sequence[Sample | Failure],
     settings: MeasureSettings | None = None,
     *,
-    before: Before | None = None,
+    before: BaselineReplies | None = None,
     own: Sequence[Sample | Failure] = (),
-    facts: DataFacts | None = None,
+    facts: ObjectStatistics | None = None,
 ) -> Evaluated:
     """Measure an edit on samples before and after it.
 
@@ -54,11 +54,11 @@ def evaluate(
     """
     began = time.perf_counter()
     readable = [sample for sample in samples if isinstance(sample, Sample)]
-    annotated = facts or gather_facts(sample.objects for sample in readable)
+    annotated = facts or gather_statistics(sample.objects for sample in readable)
     settings = _settled(settings or measure_settings(), annotated, readable)
-    before = before or Before(model, settings.batch_size, settings.prompt, settings.longest)
+    before = before or BaselineReplies(model, settings.batch_size, settings.prompt, settings.longest)
     facts = facts or _facts(annotated, settings, readable)
-    measuring = Measuring(before, edit, facts, settings)
+    measuring = EditEvaluator(before, edit, facts, settings)
     parts = [measuring.samples(samples), measuring.texts(questions_of(measuring, settings))]
     if own:
         known = {row["image"] for row in parts[0].captions if row["role"] == EDITED}
@@ -72,7 +72,7 @@ def evaluate(
     return Evaluated(measures, whole["captions"], whole["errors"], time.perf_counter() - began)
 
 
-def _settled(settings: MeasureSettings, facts: DataFacts, samples: Sequence[Sample]) -> MeasureSettings:
+def _settled(settings: MeasureSettings, facts: ObjectStatistics, samples: Sequence[Sample]) -> MeasureSettings:
     """Return the settings with the ground truth and the words that these samples call for, where none are given."""
     captioned = any(sample.references and sample.objects is not None for sample in samples)
     truth = settings.ground_truth or ("union" if captioned else "instances")
@@ -80,16 +80,16 @@ def _settled(settings: MeasureSettings, facts: DataFacts, samples: Sequence[Samp
     return settings.model_copy(update={"ground_truth": truth, "synonyms": synonyms})
 
 
-def _facts(annotated: DataFacts, settings: MeasureSettings, samples: Sequence[Sample]) -> DataFacts:
+def _facts(annotated: ObjectStatistics, settings: MeasureSettings, samples: Sequence[Sample]) -> ObjectStatistics:
     """Return the facts of these samples under the settings' ground truth."""
     naming = object_naming(annotated.vocabulary, {}, open_words(settings.synonyms, annotated.vocabulary))
     truth = settings.ground_truth or "instances"
     references = captions_by_image((s.image_key, s.caption) for s in samples) if truth != "instances" else {}
     objects = (with_ground_truth(sample, truth, naming, references).objects for sample in samples)
-    return gather_facts(objects, vocabulary=annotated.vocabulary, references=references)
+    return gather_statistics(objects, vocabulary=annotated.vocabulary, references=references)
 
 
-def questions_of(measuring: Measuring, settings: MeasureSettings) -> list[TextQuestion]:
+def questions_of(measuring: EditEvaluator, settings: MeasureSettings) -> list[TextQuestion]:
     """Return the questions without an image: those of the settings' file, or about the data's objects."""
     if settings.text_questions:
         return read_text_questions(settings.text_questions)

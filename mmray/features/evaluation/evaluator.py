@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from mmray.data.samples import Failure, Sample
-from mmray.features.evaluation.baseline_replies import CROPS, FLIP, Before
+from mmray.features.evaluation.baseline_replies import CROPS, FLIP, BaselineReplies
 from mmray.features.evaluation.chair import chair, confirmed, hallucinated, pope
 from mmray.features.evaluation.comparing import compare, forced
 from mmray.features.evaluation.draft_verifier import surviving
-from mmray.features.evaluation.edit_targets import UNRELATED, Scope, aim_of, scope_of
+from mmray.features.evaluation.edit_targets import UNRELATED, TargetsOfSample, aim_of, scope_of
 from mmray.features.evaluation.effects import caption_effects, forced_effects, generality, locality, rewritten
-from mmray.features.evaluation.measurement_buffer import Rows
+from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 from mmray.features.evaluation.mmedit import Records, measure_records
 from mmray.features.evaluation.quality import bleu, has_bleu, similarity
-from mmray.features.evaluation.queries import Ask, Change, Edit, Reply
+from mmray.features.evaluation.queries import Change, Edit, Query, Reply
 from mmray.features.evaluation.settings import MeasureSettings
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import prompt_text
 from mmray.objects.ground_truth import with_ground_truth
 from mmray.objects.naming import object_naming, objects_of
 from mmray.objects.prompts import TextQuestion, paraphrases, presence
-from mmray.objects.statistics import DataFacts, asked_objects
+from mmray.objects.statistics import ObjectStatistics, asked_objects
 from mmray.objects.words import open_words
 
 QUESTIONS = ("text_generality", "text_generality_questions")
@@ -41,12 +41,12 @@ class _Asked:
     """What is asked about a sample whatever the edit is about; the questions are in the order of the sample's."""
 
     sample: Sample
-    caption: Ask
-    questions: tuple[Ask, ...]
-    present: dict[str, Ask]
-    absent: dict[str, dict[str, Ask]]
+    caption: Query
+    questions: tuple[Query, ...]
+    present: dict[str, Query]
+    absent: dict[str, dict[str, Query]]
 
-    def asks(self) -> Iterator[Ask]:
+    def asks(self) -> Iterator[Query]:
         """Yield all asks, some perhaps twice."""
         yield from (self.caption, *self.questions, *self.present.values())
         for asks in self.absent.values():
@@ -58,15 +58,15 @@ class _Scoped:
     """A sample with what the edit is to do there, and what is asked for that alone."""
 
     asked: _Asked
-    scope: Scope
-    paraphrases: tuple[Ask, ...]
-    variants: tuple[Ask, ...]
+    scope: TargetsOfSample
+    paraphrases: tuple[Query, ...]
+    variants: tuple[Query, ...]
 
 
-class Measuring:
+class EditEvaluator:
     """One edit against one model's replies before it."""
 
-    def __init__(self, before: Before, edit: Edit, facts: DataFacts, settings: MeasureSettings) -> None:
+    def __init__(self, before: BaselineReplies, edit: Edit, facts: ObjectStatistics, settings: MeasureSettings) -> None:
         self.before = before
         self.edit = edit
         self.facts = facts
@@ -83,13 +83,13 @@ class Measuring:
         self.detector = before.opinion(settings.detector) if settings.detector else None
         self.encoder = before.encoder(settings.encoder) if settings.encoder else None
 
-    def samples(self, samples: Sequence[Sample | Failure], *, own: bool = False) -> Rows:
+    def samples(self, samples: Sequence[Sample | Failure], *, own: bool = False) -> MeasurementBuffer:
         """Return the rows of samples; `own`: they are not of the data, but what the edit was made on."""
         truth, known = self.settings.ground_truth or "instances", self.facts.references
         readable = (
             with_ground_truth(sample, truth, self.objects, known) for sample in samples if isinstance(sample, Sample)
         )
-        rows = Rows(errors=[vars(sample) for sample in samples if isinstance(sample, Failure)])
+        rows = MeasurementBuffer(errors=[vars(sample) for sample in samples if isinstance(sample, Failure)])
         parts = list(within_budget(readable, lambda sample: pixels_of(self.before.model, sample.image), BUDGET))
         for part in parts:
             rows.extend(self._readable(part, own))
@@ -98,7 +98,7 @@ class Measuring:
         rows.errors.sort(key=lambda row: (row["source"], row["sample_id"], row["stage"]))
         return rows
 
-    def _readable(self, readable: Sequence[Sample], own: bool) -> Rows:
+    def _readable(self, readable: Sequence[Sample], own: bool) -> MeasurementBuffer:
         """Return the rows of samples whose images can be held decoded together."""
         failures: list[Failure] = []
         for sample in readable:
@@ -109,27 +109,27 @@ class Measuring:
         lost = {failure.sample_id for failure in failures}
         kept = {sample.sample_id: sample for sample in readable if sample.sample_id not in lost}
 
-        def drop(ask: Ask, reason: str) -> None:
+        def drop(ask: Query, reason: str) -> None:
             failures.append(_failure(kept.pop(ask.sample_id), "forward", reason))
 
         rows = surviving(lambda: self._measured(list(kept.values()), own), drop)
         rows.errors = [vars(failure) for failure in failures]
         return rows
 
-    def texts(self, questions: Sequence[TextQuestion]) -> Rows:
+    def texts(self, questions: Sequence[TextQuestion]) -> MeasurementBuffer:
         """Return the rows of questions without an image."""
         model = self.before.model
         kept = {f"text: {question.name}": question for question in questions}
         lost: list[Failure] = []
 
-        def drop(ask: Ask, reason: str) -> None:
+        def drop(ask: Query, reason: str) -> None:
             kept.pop(ask.sample_id)
             lost.append(Failure(ask.sample_id, "text questions", "forward", reason))
 
-        def measured() -> Rows:
-            rows = Rows()
+        def measured() -> MeasurementBuffer:
+            rows = MeasurementBuffer()
             prompts = [prompt_text(model, question.question, "en", image=False) for question in kept.values()]
-            asks = [Ask(name, prompt, None, whole=True) for name, prompt in zip(kept, prompts, strict=True)]
+            asks = [Query(name, prompt, None, whole=True) for name, prompt in zip(kept, prompts, strict=True)]
             replies = self.before.replies(asks, [[question.draft] for question in kept.values()])
             changes = compare(self.before.questioner, self.edit, asks, replies)
             for (name, question), change in zip(kept.items(), changes, strict=True):
@@ -140,11 +140,11 @@ class Measuring:
         rows.errors = [vars(failure) for failure in lost]
         return rows
 
-    def records(self, records: Records) -> Rows:
+    def records(self, records: Records) -> MeasurementBuffer:
         """Return the rows of MMEdit's records."""
         return measure_records(self.before, self.edit, records)
 
-    def _measured(self, samples: Sequence[Sample], own: bool) -> Rows:
+    def _measured(self, samples: Sequence[Sample], own: bool) -> MeasurementBuffer:
         drafts: Drafts = {}
         asked = [self._asked(sample, own, drafts) for sample in samples]
         self._answer([ask for one in asked for ask in one.asks()], drafts)
@@ -153,7 +153,7 @@ class Measuring:
         replies = self._answer(asks, drafts)
         changes = compare(self.before.questioner, self.edit, [ask for ask, _ in replies], [r for _, r in replies])
         found = {ask.key: change for (ask, _), change in zip(replies, changes, strict=True)}
-        rows = Rows(images={sample.sample_id: sample.image_key for sample in samples})
+        rows = MeasurementBuffer(images={sample.sample_id: sample.image_key for sample in samples})
         for one in scoped:
             self._effects(rows, one, found)
             if not own:
@@ -164,12 +164,14 @@ class Measuring:
             similarity(rows, self.encoder, [(s.sample_id, s.caption, c.before, c.after) for s, c in texts])
         return rows
 
-    def _answer(self, asks: Sequence[Ask], drafts: Drafts) -> list[tuple[Ask, Reply]]:
+    def _answer(self, asks: Sequence[Query], drafts: Drafts) -> list[tuple[Query, Reply]]:
         """Return each ask once, with the reply before the edit."""
         once = list({ask.key: ask for ask in asks}.values())
         return list(zip(once, self.before.replies(once, [drafts[ask.key] for ask in once]), strict=True))
 
-    def _ask(self, drafts: Drafts, sample: Sample, question: str | None, guesses: list[str], variant: str = "") -> Ask:
+    def _ask(
+        self, drafts: Drafts, sample: Sample, question: str | None, guesses: list[str], variant: str = ""
+    ) -> Query:
         made = self.before.ask(sample, question, variant, whole=question is None and not variant)
         drafts.setdefault(made.key, guesses)
         return made
@@ -180,7 +182,7 @@ class Measuring:
         questions = [pair for pair in pairs if not own or self._about(sample, pair[1])]
         present, absent = ([], {}) if own or not self.settings.pope_objects else self._pope_objects(sample)
 
-        def there(name: str) -> Ask:
+        def there(name: str) -> Query:
             return self._ask(drafts, sample, presence(name), ["Yes", "No"])
 
         return _Asked(
@@ -216,7 +218,7 @@ class Measuring:
             variants=tuple(self._ask(drafts, sample, None, [caption.text], variant) for variant in variants),
         )
 
-    def _effects(self, rows: Rows, scoped: _Scoped, found: dict[tuple[str, str, str], Change]) -> None:
+    def _effects(self, rows: MeasurementBuffer, scoped: _Scoped, found: dict[tuple[str, str, str], Change]) -> None:
         """Add what the edit did to one sample's texts."""
         sample, scope, change = scoped.asked.sample, scoped.scope, found[scoped.asked.caption.key]
         several = len(self.aim.wishes) > 1
@@ -240,7 +242,7 @@ class Measuring:
             }
         )
 
-    def _whole(self, rows: Rows, asked: _Asked, found: dict[tuple[str, str, str], Change]) -> None:
+    def _whole(self, rows: MeasurementBuffer, asked: _Asked, found: dict[tuple[str, str, str], Change]) -> None:
         """Add what one sample of the data shows whatever the edit is about: hallucination and caption quality."""
         sample, change, objects = asked.sample, found[asked.caption.key], objects_of(asked.sample)
         name, language = sample.sample_id, sample.language
@@ -260,9 +262,11 @@ class Measuring:
         if self.bleu and sample.caption:
             bleu(rows, name, sample.caption, language, change.before, change.after)
 
-    def _forced(self, rows: Rows, scoped: Sequence[_Scoped], found: dict[tuple[str, str, str], Change]) -> None:
+    def _forced(
+        self, rows: MeasurementBuffer, scoped: Sequence[_Scoped], found: dict[tuple[str, str, str], Change]
+    ) -> None:
         """Add how likely the edited model finds the captions that a swap should lead to."""
-        wanted: list[tuple[_Scoped, Ask, list[int]]] = []
+        wanted: list[tuple[_Scoped, Query, list[int]]] = []
         for one in scoped:
             ask, language = one.asked.caption, one.asked.sample.language
             text = rewritten(one.scope.wishes, self.naming, found[ask.key].before, language)

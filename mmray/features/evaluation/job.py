@@ -22,11 +22,11 @@ from mmray.engine import Job, Output, Parts, Plan, UnitResult, Worker
 from mmray.features.census.inputs import open_data
 from mmray.features.editing.edit import open_edit
 from mmray.features.editing.files import CAPTIONS_FILE, EVALUATION_FILE
-from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.edit_targets import EDITED
-from mmray.features.evaluation.evaluator import Measuring
-from mmray.features.evaluation.measurement_buffer import Rows
-from mmray.features.evaluation.plan import Context, Unit, open_measured, part_of, plan_evaluation
+from mmray.features.evaluation.evaluator import EditEvaluator
+from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
+from mmray.features.evaluation.plan import EvaluationContext, EvaluationUnit, open_measured, part_of, plan_evaluation
 from mmray.features.evaluation.queries import Edit
 from mmray.features.evaluation.settings import EvaluationSettings
 from mmray.features.evaluation.summary import summarise
@@ -39,7 +39,7 @@ Opener = Callable[[str], Edit]
 """From an edit's folder to the edit."""
 
 
-class EvaluationJob(Job[EvaluationSettings, Context]):
+class EvaluationJob(Job[EvaluationSettings, EvaluationContext]):
     """Measures what an edit changed, and what it left alone.
 
     Edits of one run that are evaluated together share the model and its answers before them: their settings differ in
@@ -58,24 +58,26 @@ class EvaluationJob(Job[EvaluationSettings, Context]):
         """The edit."""
         return self.settings.edit.rstrip("/")
 
-    def plan(self) -> Plan[Context]:
+    def plan(self) -> Plan[EvaluationContext]:
         """Settle what is measured and asked."""
         edit = self.opener(self.settings.edit)
         return plan_evaluation(self.settings, open_run(self.settings.run), edit)
 
-    def worker(self, context: Context) -> Worker:
+    def worker(self, context: EvaluationContext) -> Worker:
         """Load the model and the edit, and return what measures a unit."""
         return self.workers([self], [context])[0]
 
     @classmethod
-    def workers(cls, jobs: Sequence[Job[EvaluationSettings, Context]], contexts: Sequence[Context]) -> list[Worker]:
+    def workers(
+        cls, jobs: Sequence[Job[EvaluationSettings, EvaluationContext]], contexts: Sequence[EvaluationContext]
+    ) -> list[Worker]:
         """Load the model once; units that read the same are asked of it once, whatever edit each measures."""
         census, settings = contexts[0].census, contexts[0].settings
         model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
-        before = _SharedBefore(Before(model, settings.batch_size, settings.prompt, settings.longest))
+        before = _SharedBefore(BaselineReplies(model, settings.batch_size, settings.prompt, settings.longest))
         return [before.worker(job, context) for job, context in zip(jobs, contexts, strict=True)]
 
-    def merge(self, plan: Plan[Context], parts: Parts, output: Output) -> dict[str, Any]:
+    def merge(self, plan: Plan[EvaluationContext], parts: Parts, output: Output) -> dict[str, Any]:
         """Write the measures with their intervals, and the captions before and after."""
         settings = plan.context.settings
         measured, captions = _gathered(plan, parts)
@@ -101,15 +103,15 @@ class EvaluationJob(Job[EvaluationSettings, Context]):
 class _SharedBefore:
     """The unedited model's answers, which the workers of all edits of an actor share."""
 
-    def __init__(self, before: Before) -> None:
+    def __init__(self, before: BaselineReplies) -> None:
         self.before = before
         self.group: object = None
 
-    def worker(self, job: Job[EvaluationSettings, Context], context: Context) -> Worker:
+    def worker(self, job: Job[EvaluationSettings, EvaluationContext], context: EvaluationContext) -> Worker:
         """Return what measures the units of one edit."""
         assert isinstance(job, EvaluationJob)
         edit = job.opener(context.settings.edit)
-        measuring = Measuring(self.before, edit, context.facts, context.settings)
+        measuring = EditEvaluator(self.before, edit, context.facts, context.settings)
 
         def measure(unit: engine.Unit) -> UnitResult:
             if unit.group != self.group:
@@ -121,7 +123,7 @@ class _SharedBefore:
         return measure
 
 
-def _measured(context: Context, measuring: Measuring, unit: Unit) -> Rows:
+def _measured(context: EvaluationContext, measuring: EditEvaluator, unit: EvaluationUnit) -> MeasurementBuffer:
     if unit.kind == "texts":
         return measuring.texts(context.texts[unit.start : unit.start + unit.samples])
     if unit.kind == "records":
@@ -135,7 +137,7 @@ def _measured(context: Context, measuring: Measuring, unit: Unit) -> Rows:
     return measuring.samples([s for s in found if isinstance(s, Sample) and s.sample_id in wanted], own=True)
 
 
-def _gathered(plan: Plan[Context], parts: Parts) -> tuple[pa.Table, pa.Table]:
+def _gathered(plan: Plan[EvaluationContext], parts: Parts) -> tuple[pa.Table, pa.Table]:
     """Return the measurements of all units, and the captions, each sample once.
 
     An image that the edit was made on and that the data holds counts as it is there, and not again as one of the run's.

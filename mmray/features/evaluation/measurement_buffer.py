@@ -11,7 +11,7 @@ from mmray.features.evaluation.tables import PARTS
 
 
 @dataclass
-class Rows:
+class MeasurementBuffer:
     """The tables of one unit of work.
 
     A measurement is a sample's part in a measure: before and after the edit a list of sums, most often what is counted
@@ -41,7 +41,7 @@ class Rows:
         found = [float(outcome) for outcome in outcomes]
         self.share(measure, sample_id, len(found), sum(found), len(found))
 
-    def extend(self, other: Rows) -> None:
+    def extend(self, other: MeasurementBuffer) -> None:
         """Add the rows of another part of the unit."""
         self.measurements += other.measurements
         self.captions += other.captions

@@ -14,12 +14,12 @@ from typing import Any
 
 from mmray.data.images import LARGEST_FILE, decode_image
 from mmray.errors import InputError
-from mmray.features.evaluation.baseline_replies import Before
+from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.comparing import compare, forced, whole_ranks
 from mmray.features.evaluation.draft_verifier import surviving
 from mmray.features.evaluation.effects import locality
-from mmray.features.evaluation.measurement_buffer import Rows
-from mmray.features.evaluation.queries import Ask, Edit
+from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
+from mmray.features.evaluation.queries import Edit, Query
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import prompt_text
 from mmray.storage import LocalStore, S3Store, open_object, open_store
@@ -72,16 +72,16 @@ def read_records(uri: str, images: str | None) -> Records:
     return Records(images or store.uri, kept, len(content) - len(kept))
 
 
-def measure_records(before: Before, edit: Edit, records: Records) -> Rows:
+def measure_records(before: BaselineReplies, edit: Edit, records: Records) -> MeasurementBuffer:
     """Return the rows of records; one whose image or prompt can't be had is a row in `errors`, the others count."""
-    rows = Rows()
+    rows = MeasurementBuffer()
     store = open_store(records.folder)
     for part in within_budget(records.records, lambda pair: _pixels(before, store, pair[1]), BUDGET):
         rows.extend(_measured(before, edit, replace(records, records=tuple(part))))
     return rows
 
 
-def _pixels(before: Before, store: LocalStore | S3Store, record: dict[str, Any]) -> int:
+def _pixels(before: BaselineReplies, store: LocalStore | S3Store, record: dict[str, Any]) -> int:
     """Return the pixels of a record's images."""
     names = {str(record[image]) for image in IMAGES if record.get(image)}
     return sum(pixels_of(before.model, _encoded(store, name)) for name in names)
@@ -94,17 +94,17 @@ def _encoded(store: LocalStore | S3Store, name: str) -> bytes | None:
         return None  # The record's row in `errors` says why.
 
 
-def _measured(before: Before, edit: Edit, records: Records) -> Rows:
+def _measured(before: BaselineReplies, edit: Edit, records: Records) -> MeasurementBuffer:
     """Return the rows of records whose images can be held decoded together."""
     kept = dict(records.records)
     lost: list[dict[str, object]] = []
 
-    def drop(ask: Ask, reason: str) -> None:
+    def drop(ask: Query, reason: str) -> None:
         kept.pop(int(ask.sample_id.removeprefix(NAME)))
         lost.append({"sample_id": ask.sample_id, "source": ask.variant, "stage": "forward", "message": reason})
 
-    def measured() -> Rows:
-        rows = Rows()
+    def measured() -> MeasurementBuffer:
+        rows = MeasurementBuffer()
         made = _Made(before, records.folder, rows)
         changed, left = [], []
         for number, record in kept.items():
@@ -126,13 +126,13 @@ def _measured(before: Before, edit: Edit, records: Records) -> Rows:
 class _Made:
     """Makes the asks of records, each image read once."""
 
-    def __init__(self, before: Before, folder: str, rows: Rows) -> None:
+    def __init__(self, before: BaselineReplies, folder: str, rows: MeasurementBuffer) -> None:
         self.before = before
         self.store = open_store(folder)
         self.rows = rows
         self.images: dict[str, Any] = {}
 
-    def ask(self, number: int, record: dict[str, Any], prompt: str, image: str, wrapped: str = "{}") -> Ask | None:
+    def ask(self, number: int, record: dict[str, Any], prompt: str, image: str, wrapped: str = "{}") -> Query | None:
         """Return the ask of a record's field; None where it has no such field or its image can't be read."""
         question, name = record.get(prompt), record.get(image) if image else None
         if not question or (image and not name):
@@ -143,7 +143,7 @@ class _Made:
         if image and picture is None:
             return None
         text = prompt_text(self.before.model, wrapped.format(question), "en", image=picture is not None)
-        return Ask(f"{NAME}{number}", text, picture, str(name or ""), whole=True)
+        return Query(f"{NAME}{number}", text, picture, str(name or ""), whole=True)
 
     def _read(self, number: int, name: str) -> Any:
         try:
@@ -155,7 +155,9 @@ class _Made:
             return None
 
 
-def _rewrites(rows: Rows, before: Before, edit: Edit, items: Sequence[tuple[str, Ask, str]]) -> None:
+def _rewrites(
+    rows: MeasurementBuffer, before: BaselineReplies, edit: Edit, items: Sequence[tuple[str, Query, str]]
+) -> None:
     """Add, by each protocol, whether the model answers what the record wants."""
     asks, wanted = [ask for _, ask, _ in items], [alt for *_, alt in items]
     targets = [before.tokens(ask, alt) for ask, alt in zip(asks, wanted, strict=True)]
@@ -169,7 +171,9 @@ def _rewrites(rows: Rows, before: Before, edit: Edit, items: Sequence[tuple[str,
         rows.share(f"{measure}_token", ask.sample_id, sum(right[0]) / len(target), sum(right[1]) / len(target))
 
 
-def _locality(rows: Rows, before: Before, edit: Edit, items: Sequence[tuple[str, Ask, str]]) -> None:
+def _locality(
+    rows: MeasurementBuffer, before: BaselineReplies, edit: Edit, items: Sequence[tuple[str, Query, str]]
+) -> None:
     """Add how far replies that should stay are as before: along the model's own, and MMEdit's way along the answer."""
     asks, answers = [ask for _, ask, _ in items], [answer for *_, answer in items]
     changes = compare(before.questioner, edit, asks, before.replies(asks, [[answer] for answer in answers]))

@@ -19,13 +19,13 @@ from mmray.features.census.settings import CensusSettings
 from mmray.features.evaluation.edit_targets import aim_of
 from mmray.features.evaluation.mmedit import Records, read_records
 from mmray.features.evaluation.quality import has_bleu
-from mmray.features.evaluation.queries import Edit, Purpose
+from mmray.features.evaluation.queries import Edit, EditPurpose
 from mmray.features.evaluation.settings import EvaluationSettings
 from mmray.features.evaluation.tables import PARTS
 from mmray.objects.ground_truth import survey
-from mmray.objects.naming import Naming
+from mmray.objects.naming import ObjectLexicon
 from mmray.objects.prompts import TextQuestion, read_text_questions, text_questions
-from mmray.objects.statistics import DataFacts
+from mmray.objects.statistics import ObjectStatistics
 from mmray.objects.words import open_words
 from mmray.runs.run import Run
 from mmray.storage import Entry, open_object, open_store
@@ -36,7 +36,7 @@ COLUMNS = ("image_column", "caption_column", "id_column", "language_column", "ob
 
 
 @dataclass(frozen=True)
-class Unit:
+class EvaluationUnit:
     """One unit of work: a shard of the data, samples of a shard of the run's data, questions or records, by number."""
 
     kind: str
@@ -50,7 +50,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Context:
+class EvaluationContext:
     """All that workers need other than the model and the edit, and small compared with the data."""
 
     settings: EvaluationSettings
@@ -61,7 +61,7 @@ class Context:
     """The settings of the run as they are: where the edit's own samples lie."""
     manifest: Manifest
     own_manifest: Manifest | None
-    facts: DataFacts
+    facts: ObjectStatistics
     texts: tuple[TextQuestion, ...]
     records: Records | None
     cost: dict[str, Any]
@@ -73,11 +73,11 @@ def open_measured(census: CensusSettings) -> Source:
     return open_source(census.data, columns_of(census), captions=False)
 
 
-def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engine.Plan[Context]:
+def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engine.Plan[EvaluationContext]:
     """Settle everything that an evaluation consists of; raises InputError for anything wrong with it.
 
-    A unit's payload is a `Unit`, and its group what it reads: there the edits of one actor share the model's answers.
-    (Units that read different data stay apart: other samples may have the same identifiers.)
+    A unit's payload is an `EvaluationUnit`, and its group what it reads: there the edits of one actor share the
+    model's answers. (Units that read different data stay apart: other samples may have the same identifiers.)
     """
     purposes = edit.purposes
     settings = settings.model_copy(update={"bleu": has_bleu(settings.bleu)})
@@ -93,15 +93,15 @@ def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engin
     settings = settings.model_copy(update={"ground_truth": found.ground_truth, "synonyms": found.synonyms})
     facts = found.facts
     own_manifest, own_units = _own(run, purposes, manifest)
-    words = aim_of(purposes, Naming(facts.vocabulary, facts.translations)).words
+    words = aim_of(purposes, ObjectLexicon(facts.vocabulary, facts.translations)).words
     asked = settings.text_questions
     texts = read_text_questions(asked) if asked else text_questions(facts, words, settings.text_count, settings.seed)
     records = read_records(settings.mmedit, settings.mmedit_images) if settings.mmedit else None
-    units = [Unit("data", shard.shard_id, shard.samples) for shard in manifest.shards]
+    units = [EvaluationUnit("data", shard.shard_id, shard.samples) for shard in manifest.shards]
     units += own_units
     units += _parts("texts", len(texts), settings.shard_size)
     units += _parts("records", len(records.records) if records else 0, settings.shard_size)
-    context = Context(settings, census, own, manifest, own_manifest, facts, tuple(texts), records, edit.facts)
+    context = EvaluationContext(settings, census, own, manifest, own_manifest, facts, tuple(texts), records, edit.facts)
     return engine.Plan(
         [engine.Unit(unit.samples, unit, (unit.kind, unit.number)) for unit in units],
         _digests(context, run, tuple(units)),
@@ -110,12 +110,12 @@ def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engin
     )
 
 
-def part_of(records: Records, unit: Unit) -> Records:
+def part_of(records: Records, unit: EvaluationUnit) -> Records:
     """Return the records of a unit."""
     return replace(records, records=records.records[unit.start : unit.start + unit.samples])
 
 
-def _digests(context: Context, run: Run, units: tuple[Unit, ...]) -> dict[str, str]:
+def _digests(context: EvaluationContext, run: Run, units: tuple[EvaluationUnit, ...]) -> dict[str, str]:
     """Return what the evaluation's result depends on, each by a digest."""
     settings = context.settings
     edit = open_store(settings.edit)
@@ -140,7 +140,7 @@ def _digests(context: Context, run: Run, units: tuple[Unit, ...]) -> dict[str, s
     return found
 
 
-def _asked(context: Context, units: tuple[Unit, ...]) -> str:
+def _asked(context: EvaluationContext, units: tuple[EvaluationUnit, ...]) -> str:
     """Return a digest of what is asked, beyond the data's content."""
     records = context.records and [number for number, _ in context.records.records]
     facts = sorted(context.facts.counts.items()), sorted(map(str, context.facts.translations.items()))
@@ -152,7 +152,7 @@ def _digest(entries: Sequence[Entry | None]) -> str:
     return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
 
 
-def _own(run: Run, purposes: Sequence[Purpose], manifest: Manifest) -> tuple[Manifest | None, list[Unit]]:
+def _own(run: Run, purposes: Sequence[EditPurpose], manifest: Manifest) -> tuple[Manifest | None, list[EvaluationUnit]]:
     """Return the shards of the run's data that hold the samples of the edit, without the rows that are measured anyway.
 
     Of rows that the measured data holds in another form (COCO has its images once) the measurements are left out later.
@@ -172,7 +172,7 @@ def _own(run: Run, purposes: Sequence[Purpose], manifest: Manifest) -> tuple[Man
         if row["sample_id"] in wanted:
             by_shard[row["shard_id"]].append(row["sample_id"])
     units = [
-        Unit("own", shard, len(names), tuple(sorted(names)))
+        EvaluationUnit("own", shard, len(names), tuple(sorted(names)))
         for shard, names in sorted(by_shard.items())
         if own.shards[shard].samples
     ]
@@ -199,6 +199,6 @@ def _without(own: Manifest, measured: Manifest) -> Manifest:
     return Manifest(own.files, tuple(shards))
 
 
-def _parts(kind: str, count: int, size: int) -> list[Unit]:
+def _parts(kind: str, count: int, size: int) -> list[EvaluationUnit]:
     starts = range(0, count, size)
-    return [Unit(kind, number, min(size, count - start), start=start) for number, start in enumerate(starts)]
+    return [EvaluationUnit(kind, number, min(size, count - start), start=start) for number, start in enumerate(starts)]

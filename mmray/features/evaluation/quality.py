@@ -10,7 +10,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from mmray.errors import InputError
-from mmray.features.evaluation.measurement_buffer import Rows
+from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 from mmray.models.encoder import Encoder
 
 ORDERS = 4
@@ -27,7 +27,7 @@ def has_bleu(wanted: bool | None) -> bool:
     return installed if wanted is None else wanted
 
 
-def bleu(rows: Rows, name: str, reference: str, language: str | None, before: str, after: str) -> None:
+def bleu(rows: MeasurementBuffer, name: str, reference: str, language: str | None, before: str, after: str) -> None:
     """Add a caption's part in corpus BLEU: lengths, and n-grams that match, of all."""
     rows.add("bleu", name, bleu_sums(before, reference, language), bleu_sums(after, reference, language))
 
@@ -53,7 +53,7 @@ def bleu_value(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:
     return np.array(found)
 
 
-def similarity(rows: Rows, encoder: Encoder, captions: Sequence[tuple[str, str, str, str]]) -> None:
+def similarity(rows: MeasurementBuffer, encoder: Encoder, captions: Sequence[tuple[str, str, str, str]]) -> None:
     """Add the similarity of captions to the data's: (sample_id, reference, before, after) of each."""
     encoder.vectors([text for _, *texts in captions for text in texts])
     for name, reference, before, after in captions:

@@ -12,7 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 
-class Purpose(Protocol):
+class EditPurpose(Protocol):
     """What an edit was made for."""
 
     @property
@@ -49,7 +49,7 @@ class Edit(Protocol):
 
     @property
     def purposes(self) -> Sequence[Any]:
-        """What it was made for, each a `Purpose`; of several edits in one, that of each."""
+        """What it was made for, each a `EditPurpose`; of several edits in one, that of each."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class Edit(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Ask:
+class Query:
     """One prompt, in the family's template, about one image or about none.
 
     `variant` says what was done to the sample's image: as it is (an empty text), flipped, cropped, or none shown.
@@ -79,10 +79,10 @@ class Ask:
         return (self.sample_id, self.variant, self.prompt)
 
 
-class AskError(Exception):
+class QueryError(Exception):
     """A prompt that the model can't be given."""
 
-    def __init__(self, ask: Ask, reason: str) -> None:
+    def __init__(self, ask: Query, reason: str) -> None:
         super().__init__(reason)
         self.ask = ask
 

@@ -11,11 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmray.errors import InputError
-from mmray.features.evaluation.queries import Ask, AskError, States
-from mmray.models.capture import tap, tap_input
+from mmray.features.evaluation.queries import Query, QueryError, States
+from mmray.models.capture import capture_activations, capture_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
-from mmray.models.packing import Placed, alone, packed
+from mmray.models.packing import Placed, shared_prefix, unshared
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.split_on_oom import FAILURES
@@ -52,7 +52,7 @@ class StateReader:
         return max(1, LOGITS_AT_ONCE // self.vocabulary)
 
     @torch.inference_mode()
-    def along(self, asks: Sequence[Ask], replies: Sequence[list[int]]) -> list[States]:
+    def along(self, asks: Sequence[Query], replies: Sequence[list[int]]) -> list[States]:
         """Return the model's states along these replies: at what predicts each token, and the end.
 
         Raises AskError for an ask that the model can't be given.
@@ -73,7 +73,7 @@ class StateReader:
         said = torch.cat([vocabulary_logits(self.model, part).argmax(dim=1) for part in rows]).cpu()
         return [part.tolist() for part in torch.split(said, [len(part) for part in hidden])]
 
-    def _batches(self, asks: Sequence[Ask], replies: Sequence[list[int]]) -> Iterator[list[list[int]]]:
+    def _batches(self, asks: Sequence[Query], replies: Sequence[list[int]]) -> Iterator[list[list[int]]]:
         """Yield batches: lists of rows, a row the asks that share it. Rows of one kind and like length go together."""
 
         def pixels(row: list[int]) -> int:
@@ -90,7 +90,7 @@ class StateReader:
             yield from within_budget(rows, pixels, BUDGET, self.batch_size)
 
     def _run(
-        self, asks: Sequence[Ask], replies: Sequence[list[int]], rows: list[list[int]], found: dict[int, States]
+        self, asks: Sequence[Query], replies: Sequence[list[int]], rows: list[list[int]], found: dict[int, States]
     ) -> None:
         """Run one batch; where memory runs out or an ask can't be run, in halves, until the culprit is alone."""
         try:
@@ -100,21 +100,23 @@ class StateReader:
             # Only the message leaves this block: the error holds the frames, and so the memory, of the failed forward.
             problem = " ".join(str(error).split())[:500]
         if len(rows) == len(rows[0]) == 1:
-            raise AskError(asks[rows[0][0]], problem)
+            raise QueryError(asks[rows[0][0]], problem)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         halves = [rows[: len(rows) // 2], rows[len(rows) // 2 :]] if len(rows) > 1 else [[[n]] for n in rows[0]]
         for half in halves:
             self._run(asks, replies, half, found)
 
-    def _read(self, asks: Sequence[Ask], replies: Sequence[list[int]], rows: list[list[int]]) -> dict[int, States]:
+    def _read(self, asks: Sequence[Query], replies: Sequence[list[int]], rows: list[list[int]]) -> dict[int, States]:
         numbers = [number for row in rows for number in row]
         placed = self._placed(asks, replies, rows)
         final: list[Tensor] = []
         written: list[Tensor] = []
         with (
-            tap_input(self.model.norm, final.append),
-            tap(self.model.network, self.model.projections[-1:], lambda _, activation, __: written.append(activation)),
+            capture_input(self.model.norm, final.append),
+            capture_activations(
+                self.model.network, self.model.projections[-1:], lambda _, activation, __: written.append(activation)
+            ),
         ):
             forward(self.model, placed.batch)
         states = final[-1].reshape(-1, placed.batch.positions, final[-1].shape[-1])
@@ -128,7 +130,7 @@ class StateReader:
 
     def _of(
         self,
-        ask: Ask,
+        ask: Query,
         length: int,
         states: Float[Tensor, "position hidden"],
         activations: Float[Tensor, "row position neuron"] | None,
@@ -147,18 +149,18 @@ class StateReader:
             whole=(own, activation) if ask.whole and small and activation is not None else None,
         )
 
-    def _placed(self, asks: Sequence[Ask], replies: Sequence[list[int]], rows: list[list[int]]) -> Placed:
+    def _placed(self, asks: Sequence[Query], replies: Sequence[list[int]], rows: list[list[int]]) -> Placed:
         if len(rows[0]) > 1:
             images = [image for row in rows if (image := asks[row[0]].image) is not None]
             prompts = [[asks[number].prompt for number in row] for row in rows]
-            placed = packed(self.model, images, prompts, [[replies[number] for number in row] for row in rows])
+            placed = shared_prefix(self.model, images, prompts, [[replies[number] for number in row] for row in rows])
             if placed is None:
                 raise ValueError("prompts can't share a row")
             return placed
         numbers = [row[0] for row in rows]
         alike = [asks[number] for number in numbers]
         images_alone = [ask.image for ask in alike]
-        return alone(self.model, [ask.prompt for ask in alike], images_alone, [replies[n] for n in numbers])
+        return unshared(self.model, [ask.prompt for ask in alike], images_alone, [replies[n] for n in numbers])
 
     def top(self, states: Float[Tensor, "position hidden"]) -> Int[Tensor, "position rank"]:
         """Return the likeliest tokens at these positions, the likeliest first."""
@@ -166,7 +168,7 @@ class StateReader:
         best = [vocabulary_logits(self.model, part).topk(RANKS, dim=1).indices for part in parts]
         return torch.cat(best).to(torch.int32).cpu()
 
-    def _proven(self, asks: Sequence[Ask], replies: Sequence[list[int]]) -> bool | None:
+    def _proven(self, asks: Sequence[Query], replies: Sequence[list[int]]) -> bool | None:
         """Return whether prompts about one image may share a row: whether the model then says the same.
 
         None as long as no image has two asks.

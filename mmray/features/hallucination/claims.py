@@ -21,9 +21,9 @@ from mmray.models.options import LONGEST
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.token_positions import place_mentions
 from mmray.objects.answers import says_yes
-from mmray.objects.naming import Naming, objects_of
+from mmray.objects.naming import ObjectLexicon, objects_of
 from mmray.objects.prompts import presence
-from mmray.objects.statistics import STRATEGIES, DataFacts, asked_objects
+from mmray.objects.statistics import STRATEGIES, ObjectStatistics, asked_objects
 
 ANSWER = 8
 """Tokens at most of an answer to a yes/no question."""
@@ -34,8 +34,8 @@ class Claimant:
     """A joint model that is asked about samples whose objects are known."""
 
     joint: JointModel
-    facts: DataFacts
-    naming: Naming
+    facts: ObjectStatistics
+    naming: ObjectLexicon
     prompt: str | None
     prefix: str | None
     questions: int

@@ -29,7 +29,7 @@ from mmray.models.loading import digest, resolve
 from mmray.models.options import Dtype
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.neurons.model import load_model
-from mmray.objects.statistics import DataFacts, GroundTruth
+from mmray.objects.statistics import GroundTruth, ObjectStatistics
 from mmray.objects.words import ObjectWords
 from mmray.runs.tables import ERRORS
 
@@ -52,7 +52,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Context:
+class JointContext:
     """All that workers need other than model, detector and data."""
 
     model: str
@@ -60,20 +60,20 @@ class Context:
     columns: Columns
     asked: Asked
     manifest: Manifest
-    facts: DataFacts
+    facts: ObjectStatistics
     ground_truth: GroundTruth
     """What is in an image, as settled by the data."""
     words: ObjectWords
 
 
-class JointJob(Job[S, Context], Generic[S]):
+class JointJob(Job[S, JointContext], Generic[S]):
     """A job that looks at each sample's image through a joint model; a unit's payload is a shard."""
 
     @abstractmethod
-    def look(self, context: Context, joint: JointModel, source: Source) -> Look:
+    def look(self, context: JointContext, joint: JointModel, source: Source) -> Look:
         """Return what makes rows of a unit's samples."""
 
-    def worker(self, context: Context) -> Worker:
+    def worker(self, context: JointContext) -> Worker:
         """Load the joint model, and return what reads a unit and looks at it."""
         model = load_model(context.model, context.asked.dtype, trust_remote_code=context.asked.trust_remote_code)
         joint = join(model, self.settings.detector, self.settings.alignment)
@@ -99,12 +99,12 @@ class JointJob(Job[S, Context], Generic[S]):
 
         return work
 
-    def planned(self, context: Context) -> Plan[Context]:
+    def planned(self, context: JointContext) -> Plan[JointContext]:
         """Return the plan of that context: a unit per shard."""
         shards = context.manifest.shards
         return Plan([Unit(shard.samples, shard) for shard in shards], self.digests(context), context)
 
-    def digests(self, context: Context) -> dict[str, str]:
+    def digests(self, context: JointContext) -> dict[str, str]:
         """Return what the rows depend on, each by a digest."""
         facts, manifest, alignment = context.facts, context.manifest, self.settings.alignment
         translations = map(str, facts.translations.items())

@@ -18,7 +18,7 @@ from mmray.errors import InputError
 from mmray.features.census.inputs import columns_of
 from mmray.features.census.settings import census_settings
 from mmray.features.hallucination.claims import Claimant
-from mmray.features.hallucination.inputs import Asked, Context, JointJob, Look, Rows, open_cut, schemas_of
+from mmray.features.hallucination.inputs import Asked, JointContext, JointJob, Look, Rows, open_cut, schemas_of
 from mmray.features.hallucination.measures import judged
 from mmray.features.hallucination.mistakes import picture
 from mmray.features.hallucination.settings import OpinionSettings
@@ -43,7 +43,7 @@ class HallucinationJob(JointJob[OpinionSettings]):
         """The run."""
         return self.settings.run
 
-    def plan(self) -> Plan[Context]:
+    def plan(self) -> Plan[JointContext]:
         """Settle the data, and what is in its images."""
         settings, run = self.settings, open_run(self.settings.run)
         census = census_settings(run.info["settings"])
@@ -56,10 +56,10 @@ class HallucinationJob(JointJob[OpinionSettings]):
         asked = Asked(census.dtype, census.trust_remote_code, census.prompt, census.prefix)
         words = open_words(found.synonyms, found.facts.vocabulary)
         return self.planned(
-            Context(census.model, data, columns, asked, manifest, found.facts, found.ground_truth, words)
+            JointContext(census.model, data, columns, asked, manifest, found.facts, found.ground_truth, words)
         )
 
-    def look(self, context: Context, joint: JointModel, source: Source) -> Look:
+    def look(self, context: JointContext, joint: JointModel, source: Source) -> Look:
         """Return what asks the model about a unit's samples, and the detector about its claims."""
         settings, facts, asked = self.settings, context.facts, context.asked
         naming = object_naming(facts.vocabulary, facts.translations, context.words)
@@ -87,7 +87,7 @@ class HallucinationJob(JointJob[OpinionSettings]):
 
         return look
 
-    def merge(self, plan: Plan[Context], parts: Parts, output: Output) -> dict[str, Any]:
+    def merge(self, plan: Plan[JointContext], parts: Parts, output: Output) -> dict[str, Any]:
         """Write the claims, how well both judges do, and pictures of mistakes."""
         claims = parts.table("claims")
         measures = judged(claims, self.settings.draws, self.settings.seed)

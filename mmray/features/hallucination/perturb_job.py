@@ -20,7 +20,7 @@ from mmray.data.source import Source
 from mmray.detector.joint import JointModel
 from mmray.engine import Output, Parts, Plan
 from mmray.errors import InputError
-from mmray.features.hallucination.inputs import Asked, Context, JointJob, Look, Rows, open_cut, schemas_of
+from mmray.features.hallucination.inputs import Asked, JointContext, JointJob, Look, Rows, open_cut, schemas_of
 from mmray.features.hallucination.perturb import Covariance, covariance
 from mmray.features.hallucination.perturb_answers import Mover
 from mmray.features.hallucination.perturb_measures import changes
@@ -49,7 +49,7 @@ class PerturbJob(JointJob[PerturbationSettings]):
         """Return OUT: it holds one analysis, and other settings are refused there."""
         return self.target
 
-    def plan(self) -> Plan[Context]:
+    def plan(self) -> Plan[JointContext]:
         """Settle the data, and between what is moved."""
         settings = self.settings
         source, manifest = open_cut(settings, settings.data, Columns())
@@ -60,10 +60,10 @@ class PerturbJob(JointJob[PerturbationSettings]):
             )
         model = from_anywhere(settings.model)
         return self.planned(
-            Context(model, settings.data, Columns(), Asked(), manifest, facts, "instances", ObjectWords())
+            JointContext(model, settings.data, Columns(), Asked(), manifest, facts, "instances", ObjectWords())
         )
 
-    def look(self, context: Context, joint: JointModel, source: Source) -> Look:
+    def look(self, context: JointContext, joint: JointModel, source: Source) -> Look:
         """Return what moves a unit's images and asks about them."""
 
         @cache
@@ -80,7 +80,7 @@ class PerturbJob(JointJob[PerturbationSettings]):
 
         return look
 
-    def merge(self, plan: Plan[Context], parts: Parts, output: Output) -> dict[str, Any]:
+    def merge(self, plan: Plan[JointContext], parts: Parts, output: Output) -> dict[str, Any]:
         """Write the answers, and what changed; raises InputError where nothing could be moved."""
         answers = parts.table("answers")
         complete = len(parts.receipts) == len(plan.units) and not any(r.failures for r in parts.receipts.values())

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mmray.engine import JobResult, JobSettings, Progress, executor_for, run_together
 from mmray.engine.settings import first_problem
 from mmray.errors import DamagedError, InputError
-from mmray.features.census.job import Outcome, run_census
+from mmray.features.census.job import CensusResult, run_census
 from mmray.features.census.settings import CensusSettings, census_settings
 from mmray.features.editing.edit import WeightEdit, open_edit
 from mmray.features.editing.files import CAPTIONS_FILE
@@ -60,7 +60,7 @@ class Pipeline:
     """What a finished pipeline amounts to."""
 
     run: Run
-    census: Outcome
+    census: CensusResult
     steps: dict[str, StepResult] = field(default_factory=dict)
     """By title: the analysis, with a number from its second time on."""
     edits: dict[str, WeightEdit] = field(default_factory=dict)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmray.features.properties.effects import Effects
+from mmray.features.properties.effects import AblationEffects
 from mmray.features.properties.measures import highest, lemma_hit, pairwise_jaccard, specific_order
 from mmray.features.properties.observations import Key, Observations
 from mmray.features.properties.settings import DECODED, MOST
@@ -25,7 +25,7 @@ be read there is no `gate`.
 """
 
 
-def compare_methods(subject: Subject, effects: Effects, found: Observations) -> None:
+def compare_methods(subject: Subject, effects: AblationEffects, found: Observations) -> None:
     """Observe every method's neurons."""
     facts, study = subject.facts, subject.study
     model = subject.model

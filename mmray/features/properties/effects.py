@@ -18,12 +18,12 @@ from mmray.models.parts import output_rows
 from mmray.models.prompting import Batch
 from mmray.neurons import controls
 from mmray.neurons.ablation import Ablator
-from mmray.neurons.token_positions import Place
+from mmray.neurons.token_positions import TokenPosition
 
 MATCHED, LIKE, UNIFORM = "layer-matched", "activation-matched", "uniform"
 
 
-class Effects:
+class AblationEffects:
     """One concept's images, with the places of nouns, of every token, and of the concept's token at other nouns.
 
     `resumes` is what an earlier concept's `ablator` has shown of the model.
@@ -35,7 +35,7 @@ class Effects:
         nouns = subject.places
         others = [place for place in nouns if place.concept != self.concept]
         token = next(place.token for place in nouns if place.concept == self.concept)
-        named = [Place(place.row, place.position, token, self.concept, place.sample_id) for place in others]
+        named = [TokenPosition(place.row, place.position, token, self.concept, place.sample_id) for place in others]
         rows = {place.row: place.sample_id for place in others}
         words = [place for row, name in rows.items() for place in every_token(subject.batch, row, name)]
         self.ablator = Ablator(
@@ -121,7 +121,7 @@ def noise(model: LoadedModel, neurons: Neurons, sigma: float) -> AbstractContext
     return add_noise(model, neurons, sigma * float(size))
 
 
-def every_token(batch: Batch, row: int, sample_id: str) -> list[Place]:
+def every_token(batch: Batch, row: int, sample_id: str) -> list[TokenPosition]:
     """Return the place of every token of a row's caption."""
     start = batch.caption_start[row]
-    return [Place(row, start + at - 1, token, "", sample_id) for at, token in enumerate(batch.tokens[row])]
+    return [TokenPosition(row, start + at - 1, token, "", sample_id) for at, token in enumerate(batch.tokens[row])]

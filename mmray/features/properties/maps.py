@@ -14,7 +14,7 @@ from mmray.features.properties.subject import Facts, Ranked, Study
 from mmray.models.capture import has_gates
 from mmray.models.patches import patches_of
 from mmray.neurons import controls
-from mmray.neurons.heatmaps import Map, Wanted, patch_maps, pointing
+from mmray.neurons.heatmaps import Map, MapRequest, patch_maps, pointing
 
 UNSIGNED, GATE = "unsigned", "gate"
 """Maps of the same neurons for comparison: their activations without signs, and their gates, as the released code."""
@@ -35,9 +35,9 @@ def draw_maps(study: Study, unit: Sequence[Facts], samples: Mapping[str, Sample]
             if name in samples:
                 askers[name].append(facts)
     kinds = {facts.concept: _kinds(study, facts) for facts in unit}
-    drawn: dict[tuple[str, str], list[tuple[str, Wanted, Map]]] = defaultdict(list)
+    drawn: dict[tuple[str, str], list[tuple[str, MapRequest, Map]]] = defaultdict(list)
     for items, batch in study.batches([samples[name] for name in askers]):
-        asked: list[tuple[tuple[str, str], str, Wanted]] = []
+        asked: list[tuple[tuple[str, str], str, MapRequest]] = []
         for row, item in enumerate(items):
             name = item.sample.sample_id
             patches = patches_of(
@@ -48,7 +48,7 @@ def draw_maps(study: Study, unit: Sequence[Facts], samples: Mapping[str, Sample]
             for facts in askers[name]:
                 for method, ranked in kinds[facts.concept].items():
                     of: Literal["gate", "activation"] = "gate" if method == GATE else "activation"
-                    wanted = Wanted(row, patches, ranked.neurons[:DECODED], ranked.signs[:DECODED] or None, of)
+                    wanted = MapRequest(row, patches, ranked.neurons[:DECODED], ranked.signs[:DECODED] or None, of)
                     asked.append(((facts.concept, name), method, wanted))
         maps = patch_maps(study.model, batch, [wanted for *_, wanted in asked])
         for (key, method, wanted), values in zip(asked, maps, strict=True):
@@ -73,7 +73,7 @@ def _kinds(study: Study, facts: Facts) -> dict[str, Ranked]:
 
 
 def _keep(
-    study: Study, facts: Facts, sample: Sample, method: str, ask: Wanted, values: Map, found: Observations
+    study: Study, facts: Facts, sample: Sample, method: str, ask: MapRequest, values: Map, found: Observations
 ) -> None:
     box = box_of(study, facts, sample)
     held = pointing(values, box, ask.patches.covers) if box is not None else None

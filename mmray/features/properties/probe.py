@@ -9,7 +9,7 @@ from functools import partial
 from mmray.data.samples import Sample
 from mmray.engine.clock import phase
 from mmray.features.properties.comparing import compare_methods
-from mmray.features.properties.effects import Effects
+from mmray.features.properties.effects import AblationEffects
 from mmray.features.properties.maps import draw_maps
 from mmray.features.properties.meaning import (
     Clip,
@@ -25,7 +25,7 @@ from mmray.features.properties.settings import PropertySettings
 from mmray.features.properties.subject import Facts, Study, Subject
 from mmray.features.properties.writing import Writing
 from mmray.models.encoder import Encoder
-from mmray.neurons.split_on_oom import FAILURES, in_halves
+from mmray.neurons.split_on_oom import FAILURES, split_on_failure
 
 
 class Probe:
@@ -48,7 +48,7 @@ class Probe:
             if facts.own:
                 self._concept(facts, samples, found)
         mapped = [facts for facts in unit if facts.maps]
-        for drawn in in_halves(
+        for drawn in split_on_failure(
             mapped,
             lambda part: phase("maps")(draw_maps)(self.study, part, samples),
             lambda facts, problem: found.fail(facts.concept, f"heat maps: {problem}"),
@@ -82,7 +82,7 @@ class Probe:
         invariance(subject, found)
         specificity(subject, found)
         with phase("ablate"):
-            effects = Effects(subject, self.resumes)
+            effects = AblationEffects(subject, self.resumes)
             self.resumes = effects.ablator.resumes
             effects.observe(found)
         compare_methods(subject, effects, found)

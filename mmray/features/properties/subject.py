@@ -15,14 +15,14 @@ from mmray.data.samples import Failure, Sample
 from mmray.features.census.decoding import written
 from mmray.features.census.settings import CensusSettings
 from mmray.features.census.shard import Captioned, ShardAnalysis
-from mmray.models.blocks import Passage
+from mmray.models.blocks import BlockRecorder
 from mmray.models.pixels import BUDGET
 from mmray.models.prompting import Batch
-from mmray.neurons.activation_cache import Captured, capturing, forward
+from mmray.neurons.activation_cache import ActivationCache, cache_activations, forward
 from mmray.neurons.concepts import NounSource
-from mmray.neurons.model import Model
+from mmray.neurons.model import NeuronModel
 from mmray.neurons.scoring import score_captured
-from mmray.neurons.token_positions import Place, places_of
+from mmray.neurons.token_positions import TokenPosition, places_of
 
 Neurons = Sequence[tuple[int, int]]
 TOO_LARGE = f"with the concept's other images more than {BUDGET:,} pixels"
@@ -55,7 +55,7 @@ class Facts:
 class Study:
     """What all concepts of a run share."""
 
-    model: Model
+    model: NeuronModel
     settings: CensusSettings
     nouns: NounSource
     decoded: pa.Table
@@ -126,7 +126,7 @@ class Subject:
         own_samples = set(facts.own)
         # A concept's first place in a caption stands for the image; other nouns are those of images without it.
         first = {place.sample_id: place for place in reversed(found) if place.concept == facts.concept}
-        self.places: list[Place] = [
+        self.places: list[TokenPosition] = [
             place
             for place in found
             if first.get(place.sample_id) is place
@@ -154,10 +154,14 @@ class Subject:
         return [place.sample_id for place in self.places if place.concept != self.facts.concept]
 
     @cached_property
-    def plain(self) -> tuple[Captured, Passage]:
+    def plain(self) -> tuple[ActivationCache, BlockRecorder]:
         """What a plain forward shows at the places, and the way that it took through the blocks."""
-        passage = Passage(self.model)
-        with torch.inference_mode(), passage.recording(), capturing(self.model, self.batch, self.places) as captured:
+        passage = BlockRecorder(self.model)
+        with (
+            torch.inference_mode(),
+            passage.recording(),
+            cache_activations(self.model, self.batch, self.places) as captured,
+        ):
             forward(self.model, self.batch)
         return captured, passage
 

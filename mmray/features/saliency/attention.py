@@ -8,11 +8,11 @@ from torch import Tensor
 
 from mmray.errors import InputError
 from mmray.features.saliency.maps import rollout
-from mmray.features.saliency.saliency_input import Look
+from mmray.features.saliency.saliency_input import SaliencyInput
 
 
 @torch.no_grad()
-def attention_rollout(look: Look) -> list[Float[Tensor, "query key"]]:
+def attention_rollout(look: SaliencyInput) -> list[Float[Tensor, "query key"]]:
     """Return for each row how much of each position reaches each other one, by attention alone.
 
     Raises InputError where the family does not tell its attention.

@@ -18,7 +18,7 @@ from mmray.features.census.settings import CensusSettings
 from mmray.features.census.shard import Captioned, ShardAnalysis
 from mmray.features.saliency.maps import Saliency
 from mmray.features.saliency.measures import Boxes, objects_mask, points_at
-from mmray.features.saliency.methods import METHODS, OF_BOXES, Located, Looked, method_of
+from mmray.features.saliency.methods import METHODS, OF_BOXES, Explained, Located, method_of
 from mmray.features.saliency.observations import draw_maps, observations
 from mmray.features.saliency.questions import look_at
 from mmray.features.saliency.settings import SaliencySettings
@@ -26,7 +26,7 @@ from mmray.features.saliency.tables import PARTS
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
 from mmray.neurons.concepts import NounSource
-from mmray.neurons.token_positions import Place, places_of
+from mmray.neurons.token_positions import TokenPosition, places_of
 
 SEVERAL = 2
 """Different objects that an image needs for pointing to be a test."""
@@ -80,7 +80,7 @@ class Judging:
         if not places:
             return
         images = [decode_image(item.sample.image or b"", item.sample.background) for item in items]
-        looked = Looked(look_at(self.model, self.joint, batch, places, images), words, self.located)
+        looked = Explained(look_at(self.model, self.joint, batch, places, images), words, self.located)
         maps = draw_maps(looked, methods_of(self.settings, detector=self.joint is not None))
         with phase("judge"):
             rows["observations"].extend(observations(looked, maps, boxes, erased=self.settings.erasures))
@@ -89,9 +89,9 @@ class Judging:
                 kept = {method: found[number] for method, found in maps.items()}
                 rows["saliency_maps"].extend(_pictures(looked, place, boxes[number], kept))
 
-    def _asked(self, items: list[Captioned], batch: Batch) -> tuple[list[Place], list[str], list[Boxes]]:
+    def _asked(self, items: list[Captioned], batch: Batch) -> tuple[list[TokenPosition], list[str], list[Boxes]]:
         """Return the first place of each object that has boxes, the detector's word for it, and the boxes."""
-        found: dict[tuple[int, str], tuple[Place, str, Boxes]] = {}
+        found: dict[tuple[int, str], tuple[TokenPosition, str, Boxes]] = {}
         for place in places_of(batch, [(item.sample.sample_id, item.mentions) for item in items]):
             name, boxes = items[place.row].sample.boxes_of(place.concept, self.nouns.translations)
             if boxes:
@@ -100,7 +100,9 @@ class Judging:
         return [place for place, _, _ in asked], [name for _, name, _ in asked], [boxes for _, _, boxes in asked]
 
 
-def _pictures(looked: Looked, place: Place, boxes: Boxes, maps: dict[str, Saliency]) -> list[dict[str, object]]:
+def _pictures(
+    looked: Explained, place: TokenPosition, boxes: Boxes, maps: dict[str, Saliency]
+) -> list[dict[str, object]]:
     covers = looked.look.grid(place.row).covers
     objects = objects_mask(boxes, covers)
     return [

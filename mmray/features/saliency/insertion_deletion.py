@@ -14,14 +14,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmray.features.saliency.measures import STEPS
-from mmray.features.saliency.saliency_input import Look
+from mmray.features.saliency.saliency_input import SaliencyInput
 from mmray.neurons.token_positions import rank_in_row
 
 Ends: TypeAlias = tuple[Float[Tensor, " place"], Float[Tensor, " place"]]
 """The probability of each place's token with the whole image, and with nothing of it."""
 
 
-def erasure_ends(look: Look) -> Ends:
+def erasure_ends(look: SaliencyInput) -> Ends:
     """Return where every curve begins and ends, whatever the order."""
     bare = look.seen.clone()
     for row in {place.row for place in look.places}:
@@ -30,7 +30,7 @@ def erasure_ends(look: Look) -> Ends:
 
 
 def erasure_curves(
-    look: Look, orders: Sequence[Int[Tensor, " patch"]], ends: Ends, steps: int = STEPS
+    look: SaliencyInput, orders: Sequence[Int[Tensor, " patch"]], ends: Ends, steps: int = STEPS
 ) -> tuple[Float[Tensor, "place step"], Float[Tensor, "place step"]]:
     """Return the probability of each place's token as patches go, and as they come back, in the places' orders.
 

@@ -35,7 +35,7 @@ SEVERAL = 2
 
 
 @dataclass(frozen=True)
-class Context(RunSamples):
+class SaliencyContext(RunSamples):
     """All that workers need other than model and data."""
 
     pictured: frozenset[str]
@@ -43,7 +43,7 @@ class Context(RunSamples):
     located: Located
 
 
-class SaliencyJob(Job[SaliencySettings, Context]):
+class SaliencyJob(Job[SaliencySettings, SaliencyContext]):
     """Measures how well each method's maps of a run's words point at their objects."""
 
     name = "saliency"
@@ -55,11 +55,11 @@ class SaliencyJob(Job[SaliencySettings, Context]):
         """The run."""
         return self.settings.run
 
-    def plan(self) -> Plan[Context]:
+    def plan(self) -> Plan[SaliencyContext]:
         """Settle which images are judged."""
         return plan_saliency(self.settings, open_run(self.settings.run))
 
-    def worker(self, context: Context) -> Worker:
+    def worker(self, context: SaliencyContext) -> Worker:
         """Load the model with its detector, and return what maps the words of a unit's images."""
         census, settings = context.census, self.settings
         model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
@@ -76,7 +76,7 @@ class SaliencyJob(Job[SaliencySettings, Context]):
 
         return judge
 
-    def merge(self, plan: Plan[Context], parts: Parts, output: Output) -> dict[str, Any]:
+    def merge(self, plan: Plan[SaliencyContext], parts: Parts, output: Output) -> dict[str, Any]:
         """Write the measures of every method, and the maps of some images; raises InputError where there are none."""
         observed, context, settings = parts.table("observations"), plan.context, self.settings
         if not len(observed) and len(parts.receipts) == len(plan.units):
@@ -92,7 +92,7 @@ class SaliencyJob(Job[SaliencySettings, Context]):
         return {"images": len({sample for sample, _ in words}), "words": len(words)}
 
 
-def plan_saliency(settings: SaliencySettings, run: Run) -> Plan[Context]:
+def plan_saliency(settings: SaliencySettings, run: Run) -> Plan[SaliencyContext]:
     """Settle which images are judged: drawn among those with a caption of several nouns, the first by name of each.
 
     A unit's payload is the names of its samples.
@@ -116,7 +116,7 @@ def plan_saliency(settings: SaliencySettings, run: Run) -> Plan[Context]:
         "detector": detector_digest(detector) if detector else "",
         "alignment": alignment_digest(settings.alignment) if settings.alignment else "",
     }
-    context = Context(
+    context = SaliencyContext(
         census=census,
         manifest=Manifest.from_json(run.folder.manifest()),
         nouns=source,

@@ -12,17 +12,16 @@ from torch import Tensor
 
 from mmray.detector.joint import JointModel, join_if_asked
 from mmray.features.saliency.maps import Saliency
-from mmray.features.saliency.methods import METHODS, Looked, method_of
+from mmray.features.saliency.methods import METHODS, Explained, method_of
 from mmray.features.saliency.questions import ask, look_at
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import prompt_text
 from mmray.neurons.heatmaps import placed
-from mmray.neurons.model import Model as NeuronModel
-from mmray.neurons.model import load_checked, open_image
+from mmray.neurons.model import NeuronModel, load_checked, open_image
 
 
-class Answer(NamedTuple):
+class Explanation(NamedTuple):
     """What was asked about, and the maps of it by method, over the part of the image that the model sees."""
 
     caption: str
@@ -73,14 +72,14 @@ def explain(
     methods: tuple[str, ...] = tuple(METHODS),
     prompt: str | None = None,
     language: str | None = None,
-) -> Answer:
-    """Return maps of a word of a caption, by default of the model's own; see `Model.saliency`."""
+) -> Explanation:
+    """Return maps of a word of a caption, by default of the model's own; see `NeuronModel.saliency`."""
     said = caption if caption is not None else own_caption(model, image, prompt, language)
     batch, places = ask(model, image, said, word, prompt=prompt, language=language)
     look = look_at(model, joint, batch, places, [image])
-    looked = Looked(look, [word])
+    looked = Explained(look, [word])
     maps = {name: method_of(name)(looked, 0) for name in methods}
-    return Answer(said, float(look.probabilities(look.seen, places)[0]), maps, look.grid(0).covers)
+    return Explanation(said, float(look.probabilities(look.seen, places)[0]), maps, look.grid(0).covers)
 
 
 @torch.inference_mode()

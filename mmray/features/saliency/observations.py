@@ -16,13 +16,13 @@ from mmray.features.saliency.measures import (
     patch_order,
     points_at,
 )
-from mmray.features.saliency.methods import Looked, method_of
+from mmray.features.saliency.methods import Explained, method_of
 
 CHANCE = "chance"
 """The method of a point drawn at random: the part of the map that the object takes."""
 
 
-def draw_maps(looked: Looked, methods: Sequence[str]) -> dict[str, list[Saliency]]:
+def draw_maps(looked: Explained, methods: Sequence[str]) -> dict[str, list[Saliency]]:
     """Return the maps of all places by each method."""
     maps = {}
     for name in methods:
@@ -32,7 +32,7 @@ def draw_maps(looked: Looked, methods: Sequence[str]) -> dict[str, list[Saliency
 
 
 def observations(
-    looked: Looked, maps: dict[str, list[Saliency]], boxes: Sequence[Boxes], *, erased: bool
+    looked: Explained, maps: dict[str, list[Saliency]], boxes: Sequence[Boxes], *, erased: bool
 ) -> Iterator[dict[str, object]]:
     """Yield a row a measure, method and place: sums, the last of which is what the others are divided by.
 

@@ -9,11 +9,11 @@ from PIL.Image import Image
 
 from mmray.detector.joint import JointModel
 from mmray.errors import InputError
-from mmray.features.saliency.saliency_input import JointLook, Look, SequenceLook
+from mmray.features.saliency.saliency_input import JointInput, SaliencyInput, SequenceInput
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, find_forms
-from mmray.neurons.token_positions import Place, place_mentions
+from mmray.neurons.token_positions import TokenPosition, place_mentions
 
 
 def mentions_of(caption: str, word: str, language: str | None = None) -> list[Mention]:
@@ -40,7 +40,7 @@ def ask(
     prompt: str | None = None,
     prefix: str | None = None,
     language: str | None = None,
-) -> tuple[Batch, list[Place]]:
+) -> tuple[Batch, list[TokenPosition]]:
     """Return a batch of one row, and the place that predicts the first token of the word's first mention."""
     mention = mentions_of(caption, word, language)[0]
     before = prompt_text(model, prompt, language, prefix=prefix_before(caption, prefix))
@@ -50,10 +50,10 @@ def ask(
 
 
 def look_at(
-    model: LoadedModel, joint: JointModel | None, batch: Batch, places: Sequence[Place], images: Sequence[Image]
-) -> Look:
+    model: LoadedModel, joint: JointModel | None, batch: Batch, places: Sequence[TokenPosition], images: Sequence[Image]
+) -> SaliencyInput:
     """Return a look through the joint model where there is one, and else at the image tokens in the sequence."""
     sizes = [image.size for image in images]
     if joint is None:
-        return SequenceLook(model, batch, places, sizes)
-    return JointLook(joint, batch, places, joint.pixels(images), sizes)
+        return SequenceInput(model, batch, places, sizes)
+    return JointInput(joint, batch, places, joint.pixels(images), sizes)

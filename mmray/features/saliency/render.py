@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from mmray.features.saliency.maps import Saliency
 from mmray.features.saliency.measures import highest
-from mmray.features.saliency.model import Answer
+from mmray.features.saliency.model import Explanation
 from mmray.neurons.heatmaps import overlay, placed
 
 SHOWN = 384
@@ -49,7 +49,7 @@ def best_boxes(saliency: Saliency, covers: Sequence[float]) -> list[tuple[float,
     return [(float(weight), tuple(box.tolist())) for weight, box in zip(found.values, boxes, strict=True)]
 
 
-def numbers(answer: Answer) -> list[dict[str, Any]]:
+def numbers(answer: Explanation) -> list[dict[str, Any]]:
     """Return what each map says in numbers: its range, its highest point and its best boxes, in parts of the image."""
     rows = []
     for method, saliency in answer.maps.items():
@@ -69,7 +69,7 @@ def numbers(answer: Answer) -> list[dict[str, Any]]:
     return rows
 
 
-def page(image: Image.Image, word: str, answer: Answer) -> str:
+def page(image: Image.Image, word: str, answer: Explanation) -> str:
     """Return one self-contained page: the image, and under each method's name its map with its numbers."""
     figures = [_figure(_larger(image), "the image", "")]
     for row in numbers(answer):

@@ -14,25 +14,25 @@ from torch import Tensor, nn
 from mmray.detector.joint import JointModel
 from mmray.errors import InputError
 from mmray.models.blocks import block_of
-from mmray.models.capture import tap_input
+from mmray.models.capture import capture_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import log_probability, token_logits
 from mmray.models.patches import Patches, patches_of
 from mmray.models.prompting import Batch
-from mmray.neurons.token_positions import Place, rank_in_row
+from mmray.neurons.token_positions import TokenPosition, rank_in_row
 
 Seen = Float[Tensor, "row patch width"]
 """What stands for the images of a batch, and is differentiated in: a joint model's embedding, or the image tokens."""
 
 
-class Look(ABC):
+class SaliencyInput(ABC):
     """A batch with the places in it whose words are asked about; `sizes` are its images', width and height in pixels.
 
     Raises InputError where an image's tokens are no grid in the sequence.
     """
 
     def __init__(
-        self, model: LoadedModel, batch: Batch, places: Sequence[Place], sizes: Sequence[tuple[int, int]]
+        self, model: LoadedModel, batch: Batch, places: Sequence[TokenPosition], sizes: Sequence[tuple[int, int]]
     ) -> None:
         self.model, self.batch, self.places, self.sizes = model, batch, places, sizes
         found = [patches_of(model, batch, row, size) for row, size in enumerate(sizes)]
@@ -76,15 +76,15 @@ class Look(ABC):
         return [self.patches(found[place], own.row).float() for place, own in enumerate(self.places)]
 
     @torch.no_grad()
-    def probabilities(self, seen: Seen, places: Sequence[Place]) -> Float[Tensor, " place"]:
+    def probabilities(self, seen: Seen, places: Sequence[TokenPosition]) -> Float[Tensor, " place"]:
         """Return the probability of each place's token where the rows see this instead."""
         return self._at_places(seen, places, log_probability).exp()
 
     def _at_places(
-        self, seen: Seen, places: Sequence[Place], read: Callable[[LoadedModel, Tensor, Tensor], Tensor]
+        self, seen: Seen, places: Sequence[TokenPosition], read: Callable[[LoadedModel, Tensor, Tensor], Tensor]
     ) -> Float[Tensor, " place"]:
         states: list[Tensor] = []
-        with tap_input(self.model.norm, states.append):
+        with capture_input(self.model.norm, states.append):
             self.run(seen)
         rows = torch.tensor([place.row * self.batch.positions + place.position for place in places])
         hidden = states[0].reshape(-1, states[0].shape[-1])
@@ -92,11 +92,16 @@ class Look(ABC):
         return read(self.model, hidden[rows.to(hidden.device)], tokens)
 
 
-class JointLook(Look):
+class JointInput(SaliencyInput):
     """A look through a joint model's sight."""
 
     def __init__(
-        self, joint: JointModel, batch: Batch, places: Sequence[Place], pixels: Tensor, sizes: Sequence[tuple[int, int]]
+        self,
+        joint: JointModel,
+        batch: Batch,
+        places: Sequence[TokenPosition],
+        pixels: Tensor,
+        sizes: Sequence[tuple[int, int]],
     ) -> None:
         super().__init__(joint.model, batch, places, sizes)
         self.joint, self.pixels = joint, pixels
@@ -117,14 +122,14 @@ class JointLook(Look):
         return self.model.network(**self.joint.inputs(self.batch, seen), use_cache=False, logits_to_keep=1, **options)
 
 
-class SequenceLook(Look):
+class SequenceInput(SaliencyInput):
     """A look at the image tokens in the sequence, as they enter the first block: for any family that has them there."""
 
     @cached_property
     def seen(self) -> Seen:
         """What enters the first block."""
         entered: list[Tensor] = []
-        with torch.no_grad(), tap_input(block_of(self.model, 0), entered.append):
+        with torch.no_grad(), capture_input(block_of(self.model, 0), entered.append):
             self._forward()
         return entered[0]
 

@@ -11,13 +11,13 @@ from jaxtyping import Float, Int64
 from numpy import ndarray
 from torch import Tensor
 
-from mmray.features.select.selection import Effects, choose
+from mmray.features.select.selection import CandidateSums, choose
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import log_probability
 from mmray.models.prompting import Batch
 from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.scoring import ablation_effects
-from mmray.neurons.token_positions import Place
+from mmray.neurons.token_positions import TokenPosition
 from mmray.runs.tables import field, vector_column, vectors
 
 EFFECTS = pa.schema(
@@ -42,7 +42,7 @@ class CandidateEffects:
         self._scores: list[Float[Tensor, "place candidate"]] = []
         self._log_probabilities: list[Float[Tensor, " place"]] = []
 
-    def add(self, model: LoadedModel, batch: Batch, places: Sequence[Place]) -> None:
+    def add(self, model: LoadedModel, batch: Batch, places: Sequence[TokenPosition]) -> None:
         """Run a batch forward, and backward for each noun."""
         products, captured = gradient_pass(model, batch, places, "effect")
         scores = ablation_effects(model, captured, products)
@@ -88,7 +88,7 @@ class CandidateEffects:
         self._log_probabilities.append(torch.tensor(part["log_prob"].to_numpy()))
         self.concepts.extend(part["concept"].to_pylist())
 
-    def of(self, concept: str) -> Effects:
+    def of(self, concept: str) -> CandidateSums:
         """Return what was collected for a concept's candidates."""
         columns = torch.searchsorted(self.union, self.candidates[concept])
         effects, scores = torch.cat(self._effects)[:, columns], torch.cat(self._scores)[:, columns]
@@ -96,7 +96,7 @@ class CandidateEffects:
         log_odds = torch.logit(probability).float()
         own = torch.tensor([name == concept for name in self.concepts])
         elsewhere = scores[~own].square().mean(dim=0).sqrt().nan_to_num()
-        return Effects(effects[own], log_odds[own], effects[~own], log_odds[~own], elsewhere)
+        return CandidateSums(effects[own], log_odds[own], effects[~own], log_odds[~own], elsewhere)
 
     def choose(self, concept: str, count: int) -> list[int]:
         """Return the concept's neurons, chosen together."""

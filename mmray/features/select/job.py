@@ -29,7 +29,7 @@ from mmray.neurons.model import load_model
 from mmray.neurons.token_positions import places_of
 from mmray.runs.run import Run, open_run
 from mmray.runs.tables import ERRORS
-from mmray.storage import patiently
+from mmray.storage import with_retries
 
 OWN_FIRST = 24
 """Samples of each concept that are looked for before others fill up the number."""
@@ -49,7 +49,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Context:
+class SelectionContext:
     """What workers need other than model and data."""
 
     census: CensusSettings
@@ -68,7 +68,7 @@ def selections(done: JobResult, run: Run) -> list[Selection]:
     ]
 
 
-class SelectionJob(Job[SelectionSettings, Context]):
+class SelectionJob(Job[SelectionSettings, SelectionContext]):
     """Finds what each candidate does to the nouns of some samples, and chooses those that go well together."""
 
     name = "select"
@@ -79,7 +79,7 @@ class SelectionJob(Job[SelectionSettings, Context]):
         """The run."""
         return self.settings.run
 
-    def plan(self) -> Plan[Context]:
+    def plan(self) -> Plan[SelectionContext]:
         """Settle which samples are gone through."""
         run = open_run(self.settings.run)
         candidates = self._candidates(run)
@@ -99,9 +99,9 @@ class SelectionJob(Job[SelectionSettings, Context]):
         shards = _captions(run, list(candidates), self.settings.samples)
         units = [Unit(len(captions), (shard, captions)) for shard, captions in sorted(shards.items())]
         own = census.model_copy(update={"captions": "dataset", "module": "language"})
-        return Plan(units, run.digests(), Context(own, manifest, nouns, numbered))
+        return Plan(units, run.digests(), SelectionContext(own, manifest, nouns, numbered))
 
-    def worker(self, context: Context) -> Worker:
+    def worker(self, context: SelectionContext) -> Worker:
         """Load the model, and return what finds the effects at a shard's nouns."""
         census = context.census
         model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
@@ -124,7 +124,7 @@ class SelectionJob(Job[SelectionSettings, Context]):
 
         return find
 
-    def merge(self, plan: Plan[Context], parts: Parts, output: Output) -> dict[str, Any]:
+    def merge(self, plan: Plan[SelectionContext], parts: Parts, output: Output) -> dict[str, Any]:
         """Choose each concept's neurons; the run's tables stay as they are.
 
         A concept that only quarantined units name has no selection. Raises InputError for one that no unit names.
@@ -132,7 +132,7 @@ class SelectionJob(Job[SelectionSettings, Context]):
         effects = CandidateEffects(plan.context.candidates)
         for part in parts.each("effects"):
             effects.take(part)
-        rows = self._candidates(patiently(lambda: open_run(self.settings.run)))
+        rows = self._candidates(with_retries(lambda: open_run(self.settings.run)))
         named = [concept for concept in rows if concept in effects.concepts]
         if len(named) < len(rows) and len(parts.receipts) == len(plan.units):
             concept = next(concept for concept in rows if concept not in named)

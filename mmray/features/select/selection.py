@@ -32,7 +32,7 @@ STEPS = 200
 
 
 @dataclass(frozen=True)
-class Effects:
+class CandidateSums:
     """What ablating each candidate takes from log-odds, to first order, at the concept's places and at other nouns'."""
 
     own: Float[Tensor, "place candidate"]
@@ -43,7 +43,7 @@ class Effects:
     """Root mean square of the score `effect` at the other places."""
 
 
-def choose(effects: Effects, count: int) -> Float[Tensor, " count"]:
+def choose(effects: CandidateSums, count: int) -> Float[Tensor, " count"]:
     """Return the indices of the candidates in the set of `count`, of the highest weight first.
 
     Deterministic: no draw is made. Takes STEPS products with the matrix of others, a second for a thousand places.
@@ -67,7 +67,7 @@ def choose(effects: Effects, count: int) -> Float[Tensor, " count"]:
     return weights.topk(count).indices
 
 
-def expected(effects: Effects, chosen: Sequence[int]) -> tuple[float, float]:
+def expected(effects: CandidateSums, chosen: Sequence[int]) -> tuple[float, float]:
     """Return, in nats to first order, by how much the set lowers its own noun and the others."""
     falls = []
     for part, log_odds in ((effects.own, effects.own_log_odds), (effects.others, effects.other_log_odds)):

@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 
 from mmray.features.selectivity.masks import named
-from mmray.features.selectivity.selection import Selection
+from mmray.features.selectivity.selection import LabelSelection
 from mmray.features.selectivity.tables import TABLES
 from mmray.neuron_names import neuron_name
 
 
 def neuron_rows(
-    selection: Selection, labels: Sequence[str], widths: Sequence[int], facts: Mapping[str, str]
+    selection: LabelSelection, labels: Sequence[str], widths: Sequence[int], facts: Mapping[str, str]
 ) -> pa.Table:
     """Return a row a label's neuron; `facts` tell the analysis."""
     scores = dict(zip(selection.chosen.neurons.tolist(), selection.chosen.score.tolist(), strict=True))
@@ -41,7 +41,7 @@ def neuron_rows(
 
 
 def label_rows(
-    selection: Selection,
+    selection: LabelSelection,
     labels: Sequence[str],
     samples: Mapping[str, int],
     widths: Sequence[int],

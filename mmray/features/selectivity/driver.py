@@ -27,7 +27,7 @@ from mmray.features.selectivity.masks import masks_of
 from mmray.features.selectivity.measures import intervention_rows, stage_rows, steering_rows
 from mmray.features.selectivity.plan import LabelPlan, plan_labels
 from mmray.features.selectivity.reply_language import recogniser
-from mmray.features.selectivity.selection import QUANTITY, Selection, Totals, add_up, of_activity, select
+from mmray.features.selectivity.selection import QUANTITY, LabelSelection, Totals, add_up, of_activity, select
 from mmray.features.selectivity.settings import SelectivitySettings
 from mmray.features.selectivity.steering import steer_of
 from mmray.features.selectivity.tables import ANALYSIS, TABLES
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SelectivityResult:
     """A finished analysis: the rows that it wrote, by table, and what could not be done."""
 
     tables: dict[str, pa.Table]
@@ -58,7 +58,7 @@ class Outcome:
     """Tables whose rows an earlier call measured of other neurons, and that have none of this analysis now."""
 
 
-def run_selectivity(settings: SelectivitySettings, follow: Follow = lambda _: None) -> Outcome:
+def run_selectivity(settings: SelectivitySettings, follow: Follow = lambda _: None) -> SelectivityResult:
     """Choose each label's neurons and test them as asked; what was done by an earlier call is not done again.
 
     Tests of an earlier call stay in the tables while the same neurons are chosen; a choice that was tested once is made
@@ -71,7 +71,7 @@ def run_selectivity(settings: SelectivitySettings, follow: Follow = lambda _: No
         analysis = _Analysis(settings, run, follow, lease)
         found = analysis.tables()
         outdated = analysis.write(found)
-    return Outcome(found, analysis.quarantined, time.perf_counter() - began, outdated)
+    return SelectivityResult(found, analysis.quarantined, time.perf_counter() - began, outdated)
 
 
 class _Analysis:
@@ -149,7 +149,7 @@ class _Analysis:
         totals = add_up(done.parts.each("sums"), self.plan.labels)
         return totals, [self.plan.shards[unit] for unit in done.parts.receipts]
 
-    def _tests(self, totals: dict[str, Totals], selection: Selection) -> dict[str, pa.Table]:
+    def _tests(self, totals: dict[str, Totals], selection: LabelSelection) -> dict[str, pa.Table]:
         """Return the rows of the tests that were asked for."""
         plan, settings, facts = self.plan, self.settings, self.settings.facts()
         masks = tuple(masks_of(selection, plan.labels, self.widths, settings.seed))

@@ -12,7 +12,7 @@ from numpy import ndarray
 
 from mmray.features.census.ranking import locate_index
 from mmray.features.selectivity.lape import Chosen
-from mmray.features.selectivity.selection import Selection
+from mmray.features.selectivity.selection import LabelSelection
 
 SELECTED, RANDOM, SHUFFLED = "selected", "random", "shuffled"
 
@@ -27,7 +27,7 @@ class Mask:
     """(layer, unit) within the module."""
 
 
-def masks_of(selection: Selection, labels: Sequence[str], widths: Sequence[int], seed: int) -> list[Mask]:
+def masks_of(selection: LabelSelection, labels: Sequence[str], widths: Sequence[int], seed: int) -> list[Mask]:
     """Return the masks of every label that has neurons: selected, random, and with shuffled labels where known."""
     generator = np.random.default_rng(seed)
     masks = []

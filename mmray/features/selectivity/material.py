@@ -16,14 +16,14 @@ from mmray.data.samples import BACKGROUND, Sample
 from mmray.errors import ShardError
 from mmray.features.census.settings import CensusSettings
 from mmray.features.census.shard import prefix_given
-from mmray.models.capture import tap_input
+from mmray.models.capture import capture_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.activation_cache import forward
-from mmray.neurons.split_on_oom import in_halves
-from mmray.neurons.token_positions import Place
+from mmray.neurons.split_on_oom import split_on_failure
+from mmray.neurons.token_positions import TokenPosition
 
 Result = TypeVar("Result")
 
@@ -107,27 +107,27 @@ def in_batches(
         for alike in groups
         for part in within_budget(alike, lambda said: pixels_of(model, said.image), BUDGET, size)
     )
-    return [done for part in parts for done in in_halves(part, encoded, _refuse)]
+    return [done for part in parts for done in split_on_failure(part, encoded, _refuse)]
 
 
 def _refuse(said: Said, problem: str) -> None:
     raise ShardError(f"sample {said.sample_id}: {problem}")
 
 
-def token_places(batch: Batch, texts: Sequence[Said]) -> list[Place]:
+def token_places(batch: Batch, texts: Sequence[Said]) -> list[TokenPosition]:
     """Return the places that predict the tokens of each row's text, row by row."""
     return [
-        Place(row, batch.caption_start[row] + number - 1, token, said.label, said.sample_id)
+        TokenPosition(row, batch.caption_start[row] + number - 1, token, said.label, said.sample_id)
         for row, said in enumerate(texts)
         for number, token in enumerate(batch.tokens[row])
     ]
 
 
 @torch.inference_mode()
-def read(model: LoadedModel, batch: Batch, places: Sequence[Place]) -> Float[Tensor, "place 2"]:
+def read(model: LoadedModel, batch: Batch, places: Sequence[TokenPosition]) -> Float[Tensor, "place 2"]:
     """Run a batch; return of each place the nats that its token costs, and 1 where it is the likeliest."""
     states: list[Tensor] = []
-    with tap_input(model.norm, states.append):
+    with capture_input(model.norm, states.append):
         forward(model, batch)
     rows = torch.tensor([place.row * batch.positions + place.position for place in places])
     tokens = torch.tensor([place.token for place in places])
@@ -137,7 +137,7 @@ def read(model: LoadedModel, batch: Batch, places: Sequence[Place]) -> Float[Ten
     return torch.stack([costs, (logits.argmax(dim=1) == tokens).float()], dim=1)
 
 
-def by_text(places: Sequence[Place]) -> list[slice]:
+def by_text(places: Sequence[TokenPosition]) -> list[slice]:
     """Return the part of the places that belongs to each row."""
     found, start = [], 0
     for _, group in groupby(places, key=lambda place: place.row):

@@ -35,7 +35,7 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Selection:
+class LabelSelection:
     """The neurons of each label, and the controls of their choice."""
 
     chosen: Chosen
@@ -95,7 +95,7 @@ def of_activity(rows: pa.Table, labels: tuple[str, ...], modality: str, neurons:
     return {"active": Totals(active, tokens[:, 0]), "squares": Totals(squares, tokens[:, 0])}
 
 
-def select(totals: dict[str, Totals], settings: SelectivitySettings, permutations: int) -> Selection:
+def select(totals: dict[str, Totals], settings: SelectivitySettings, permutations: int) -> LabelSelection:
     """Choose each label's neurons, from the data as it is and from every replicate."""
     by, squares = totals[QUANTITY[settings.method]], totals["squares"]
     chosen = [_choose(by.sums[number], by.tokens[number], settings) for number in range(len(by.sums))]
@@ -109,7 +109,7 @@ def select(totals: dict[str, Totals], settings: SelectivitySettings, permutation
     as_good = scores[1:] <= scores[0] if lowest else scores[1:] >= scores[0]
     beyond = scores[1:, :, None] <= cut if lowest else scores[1:, :, None] >= cut
     owned = [_owners(by.sums[1 + number], by.tokens[1 + number], settings) for number in range(permutations)]
-    return Selection(
+    return LabelSelection(
         chosen=chosen[0],
         amount=lape.probabilities(by.sums[0], by.tokens[0]),
         magnitude_entropy=lape.entropies(mean_square.sqrt()),

@@ -25,13 +25,13 @@ from mmray.data.images import decode_image
 from mmray.data.samples import Sample
 from mmray.errors import InputError, ShardError
 from mmray.features.census.settings import CensusSettings
-from mmray.features.selectivity.selection import Selection, Totals
+from mmray.features.selectivity.selection import LabelSelection, Totals
 from mmray.features.selectivity.settings import SelectivitySettings
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import prompt_text
-from mmray.neurons.split_on_oom import FAILURES, in_halves
+from mmray.neurons.split_on_oom import FAILURES, split_on_failure
 
 COURSE = "course"
 
@@ -49,7 +49,7 @@ class Steer:
 
 
 def steer_of(
-    settings: SelectivitySettings, selection: Selection, totals: dict[str, Totals], labels: Sequence[str]
+    settings: SelectivitySettings, selection: LabelSelection, totals: dict[str, Totals], labels: Sequence[str]
 ) -> Steer:
     """Return what to set; raises InputError where no neuron of one of the two labels was chosen to be set."""
     assert settings.steered is not None
@@ -186,7 +186,7 @@ def written(
         for some in _cut(samples, size)
         for part in within_budget(some, lambda sample: pixels_of(model, sample.image), BUDGET)
     )
-    return [row for part in parts for rows in in_halves(part, both, _refuse, FAILURES) for row in rows]
+    return [row for part in parts for rows in split_on_failure(part, both, _refuse, FAILURES) for row in rows]
 
 
 def _refuse(sample: Sample, problem: str) -> None:

@@ -23,11 +23,11 @@ from mmray.features.selectivity.replicates import Replicates
 from mmray.features.selectivity.selection import number_of
 from mmray.features.selectivity.settings import SelectivitySettings
 from mmray.features.selectivity.tables import PARTS
-from mmray.models.capture import tap
+from mmray.models.capture import capture_activations
 from mmray.models.layout import Projection
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
-from mmray.neurons.activation_cache import Captured, capturing, forward
+from mmray.neurons.activation_cache import ActivationCache, cache_activations, forward
 from mmray.neurons.module_activity import image_runs, uniform
 from mmray.neurons.scoring import score_captured
 from mmray.neurons.statistics import MODALITIES, Span, reduce_tokens, token_spans
@@ -83,7 +83,7 @@ class LabelSums:
         with ExitStack() as stack:
             activity = None if contributions else stack.enter_context(self._counting(batch))
             looked_at = contributions or self.settings.steer is not None
-            captured = stack.enter_context(capturing(self.model, batch, places)) if looked_at else None
+            captured = stack.enter_context(cache_activations(self.model, batch, places)) if looked_at else None
             forward(self.model, batch)
         found: list[Found] = []
         if activity is not None:
@@ -136,7 +136,7 @@ class LabelSums:
             summed, _ = reduce_tokens(values, gates, [span.to(values.device) for span in activity.spans])
             activity.layers[layer] = summed.sum(dim=0).cpu()
 
-        with tap(self.model.network, self.projections, receive):
+        with capture_activations(self.model.network, self.projections, receive):
             yield activity
 
     def _activity(self, activity: Activity, counted: Tensor) -> Iterator[Found]:
@@ -166,14 +166,14 @@ class LabelSums:
         spans = token_spans(batch.runs, rows)
         return [span for name, span in zip(MODALITIES, spans, strict=True) if name in wanted]
 
-    def _contributions(self, captured: Captured, parts: Sequence[slice], counted: Tensor) -> Iterator[Found]:
+    def _contributions(self, captured: ActivationCache, parts: Sequence[slice], counted: Tensor) -> Iterator[Found]:
         scored = score_captured(self.model, captured, "contribution", folded=True)
         tokens = _sizes(parts)
         yield "contribution", counted, _summed(scored.scores, parts), tokens
         squares = [layer.square() for layer in scored.activation]
         yield "squares", self._observed(counted), _summed(squares, parts), tokens
 
-    def _course(self, captured: Captured, parts: Sequence[slice], counted: Tensor) -> Iterator[Found]:
+    def _course(self, captured: ActivationCache, parts: Sequence[slice], counted: Tensor) -> Iterator[Found]:
         """Yield the activations at the places that write a text: at each of its first tokens, and how they spread."""
         layers = [captured.activations[layer] for layer in range(len(self.projections))]
         observed = self._observed(counted)

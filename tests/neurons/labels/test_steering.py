@@ -8,7 +8,7 @@ from mmray.errors import InputError
 from mmray.features.selectivity import steering
 from mmray.features.selectivity.selection import Totals
 from mmray.features.selectivity.steering import Steer, course_means, mean_of, steered, telling_apart, written
-from mmray.models.capture import tap
+from mmray.models.capture import capture_activations
 from mmray.models.generation import generate
 from mmray.models.prompting import prompt_text
 from tests.neurons.making import hooks, picture, samples, settings
@@ -29,7 +29,7 @@ def seen_while(model, plan):
             place = 1 if number == 0 else unit
             seen.append((number, activation[:, place].clone()))
 
-    with steered(model, plan), tap(model.network, model.projections, receive):
+    with steered(model, plan), capture_activations(model.network, model.projections, receive):
         generate(model, [prompt_text(model, None, "en")], [picture(1)], longest=5)
     return {0: [a for n, a in seen if n == 0], layer: [a for n, a in seen if n == layer]}
 
