@@ -154,7 +154,7 @@ def test_status_tells_when_tables_are_older_than_what_they_are_made_from(
         (unit / "receipts/000000.json").unlink()
 
     assert state() == (2, "current")
-    (evaluation,) = Path(out).glob("edits/gone/evaluations/*/run.json")
+    (evaluation,) = Path(out).glob("edits/gone/evaluation/*/run.json")
     redo(evaluation.parent)
     assert state() == (2, "older than the parts")
     # Rows of an edit that a call does not name are not renewed by it.

@@ -47,20 +47,16 @@ class Observations:
 
     def fail(self, concept: str, problem: str) -> None:
         """Add a concept that could not be measured, or not wholly."""
-        self.errors.append(
-            {
-                "sample_id": None,
-                "source": concept,
-                "shard_id": None,
-                "stage": "properties",
-                "message": " ".join(problem.split())[:500],
-            }
-        )
+        self._error(None, concept, "properties", problem)
 
     def leave_out(self, concept: str, failure: Failure) -> None:
-        """Add an image that a concept is measured without."""
+        """Add an image that a concept is measured without; what fails is the concept, as units count concepts."""
+        self._error(failure.sample_id, concept, failure.stage, f"{failure.source}: left out: {failure.message}")
+
+    def _error(self, sample_id: str | None, concept: str, stage: str, problem: str) -> None:
+        message = " ".join(problem.split())[:500]
         self.errors.append(
-            vars(failure) | {"shard_id": None, "message": f"left out of {concept}: {failure.message}"[:500]}
+            {"sample_id": sample_id, "source": concept, "shard_id": None, "stage": stage, "message": message}
         )
 
     def tables(self) -> dict[str, pa.Table]:
