@@ -5,7 +5,7 @@ the committed parts become tables. `run` does the rest: lease, fingerprint, begi
 quarantine, receipts, merge. Ray itself is imported by `RayExecutor` alone.
 """
 
-from mmray.engine.driver import run, run_together
+from mmray.engine.driver import run, run_side_by_side, run_together
 from mmray.engine.executors import Executor, LocalExecutor, executor_for
 from mmray.engine.job import Job, JobResult, Output, Parts, Plan, Progress, Unit, UnitRefusedError, UnitResult, Worker
 from mmray.engine.settings import JobSettings, after_work, checked, execution, known_by_digest
@@ -30,5 +30,6 @@ __all__ = [
     "executor_for",
     "known_by_digest",
     "run",
+    "run_side_by_side",
     "run_together",
 ]

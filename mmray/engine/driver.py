@@ -77,16 +77,39 @@ def run_together(
     The first job's class makes the workers of all. Jobs are merged in the order given. `seconds` of each result are
     those of all. Otherwise as `run`.
     """
+    plans = [job.plan() for job in jobs] if plans is None else plans
+    return _run_teams([list(zip(jobs, plans, strict=True))], executor, follow, lease)[0]
+
+
+def run_side_by_side(
+    jobs: Sequence[Job[Any, Any]], *, executor: Executor | None = None, follow: Follow = lambda _: None
+) -> list[JobResult]:
+    """Run jobs that share nothing at the same time, each with workers of its own; in turn without a cluster.
+
+    They take equal parts of the cluster, and what one leaves the others get. `follow` is told of all of them together.
+    Jobs are merged in the order given, when all are done. Otherwise as `run`.
+    """
+    return [results[0] for results in _run_teams([[(job, job.plan())] for job in jobs], executor, follow)]
+
+
+def _run_teams(
+    teams: Sequence[Sequence[tuple[Job[Any, Any], Plan[Any]]]],
+    executor: Executor | None,
+    follow: Follow,
+    lease: Lease | None = None,
+) -> list[list[JobResult]]:
+    """Run jobs that are planned already: planning first, what is wrong with the set-up leaves no trace."""
     began = time.perf_counter()
     with ExitStack() as stack:
-        # Planned first: what is wrong with the set-up leaves no trace.
-        plans = [job.plan() for job in jobs] if plans is None else plans
-        begun = []
-        for job, plan in zip(jobs, plans, strict=True):
-            held = lease or stack.enter_context(drive_analysis(job.place))
-            begun.append(with_retries(partial(_begin, job, plan, held)))
-        worked = _run_pending(begun, executor or executor_for(jobs[0].settings), follow)
-        return [_finish(one, began, worked=worked) for one in begun]
+        begun: list[list[_Begun]] = [[] for _ in teams]
+        for team, started in zip(teams, begun, strict=True):
+            for job, plan in team:
+                held = lease or stack.enter_context(drive_analysis(job.place))
+                started.append(with_retries(partial(_begin, job, plan, held)))
+        worked = _run_pending(begun, executor or executor_for(teams[0][0][0].settings), follow)
+        return [
+            [_finish(one, began, worked=any_work) for one in team] for team, any_work in zip(begun, worked, strict=True)
+        ]
 
 
 def _begin(job: Job[Any, Any], plan: Plan[Any], lease: Lease) -> _Begun:
@@ -116,8 +139,39 @@ def _begin(job: Job[Any, Any], plan: Plan[Any], lease: Lease) -> _Begun:
     return _Begun(job, plan, folder, fingerprint, lease, target, fence)
 
 
-def _run_pending(begun: Sequence[_Begun], executor: Executor, follow: Follow) -> bool:
-    """Have every unit done that is neither committed nor quarantined; return whether there was any."""
+def _run_pending(teams: Sequence[Sequence[_Begun]], executor: Executor, follow: Follow) -> list[bool]:
+    """Have every unit done that is neither committed nor quarantined; return for each team whether there was any."""
+    done: list[Receipt] = []
+    orders = [_order(team, done) for team in teams]
+    work = [(order, groups) for order, groups in orders if groups]
+    everyone = [one for team in teams for one in team]
+    total = sum(unit.size for one in everyone for unit in one.plan.units)
+    size, failures = sum(receipt.samples for receipt in done), sum(receipt.failures for receipt in done)
+    quarantined = sum(receipt.reason is not None for receipt in done)
+    if not work:
+        return [False] * len(teams)
+    told = Progress(size, total, failures, quarantined)
+    follow(told)
+    with executor.session():
+        for answers in executor.answers(*work[0]) if len(work) == 1 else executor.side_by_side(work):
+            for answer in answers:
+                if answer.problem:
+                    raise InputError(answer.problem)
+                size += answer.size
+                failures += answer.failures
+                quarantined += bool(answer.reason)
+            for one in everyone:
+                one.lease()
+            progress = Progress(size, total, failures, quarantined)
+            # A unit may be no sample, such as one that decodes neurons.
+            if progress != told:
+                follow(progress)
+            told = progress
+    return [bool(groups) for _, groups in orders]
+
+
+def _order(begun: Sequence[_Begun], done: list[Receipt]) -> tuple[WorkOrder, list[list[int]]]:
+    """Return what the workers of a team are given, and its pending units by group; adds the receipts of the others."""
     order = WorkOrder(
         [one.job for one in begun],
         [one.plan.context for one in begun],
@@ -127,7 +181,6 @@ def _run_pending(begun: Sequence[_Begun], executor: Executor, follow: Follow) ->
         begun[0].job.settings.unit_timeout,
     )
     groups: dict[Any, list[int]] = {}
-    done: list[Receipt] = []
     start = 0
     for one in begun:
         known = one.folder.repair()
@@ -140,29 +193,7 @@ def _run_pending(begun: Sequence[_Begun], executor: Executor, follow: Follow) ->
             group = one.plan.units[number].group
             groups.setdefault((start + number) if group is None else ("group", group), []).append(start + number)
         start += len(one.plan.units)
-    total = sum(unit.size for one in begun for unit in one.plan.units)
-    size, failures = sum(receipt.samples for receipt in done), sum(receipt.failures for receipt in done)
-    quarantined = sum(receipt.reason is not None for receipt in done)
-    if not groups:
-        return False
-    told = Progress(size, total, failures, quarantined)
-    follow(told)
-    with executor.session():
-        for answers in executor.answers(order, list(groups.values())):
-            for answer in answers:
-                if answer.problem:
-                    raise InputError(answer.problem)
-                size += answer.size
-                failures += answer.failures
-                quarantined += bool(answer.reason)
-            for one in begun:
-                one.lease()
-            progress = Progress(size, total, failures, quarantined)
-            # A unit may be no sample, such as one that decodes neurons.
-            if progress != told:
-                follow(progress)
-            told = progress
-    return True
+    return order, list(groups.values())
 
 
 def _finish(begun: _Begun, began: float, *, worked: bool) -> JobResult:

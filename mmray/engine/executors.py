@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from mmray.engine.settings import JobSettings
 from mmray.engine.units import Answer, UnitRunner, WorkOrder
+
+Work: TypeAlias = tuple[WorkOrder, Sequence[Sequence[int]]]
+"""An order with the groups of its units that are to be done."""
 
 
 class Executor(Protocol):
@@ -18,6 +21,9 @@ class Executor(Protocol):
 
     def answers(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[Answer]]:
         """Yield the answers of all units; each group runs on one worker, in order."""
+
+    def side_by_side(self, work: Sequence[Work]) -> Iterator[Sequence[Answer]]:
+        """Yield the answers of several orders, each carried out by workers of its own."""
 
 
 class LocalExecutor:
@@ -33,6 +39,11 @@ class LocalExecutor:
         for group in groups:
             for number in group:
                 yield [runner.run(number)]
+
+    def side_by_side(self, work: Sequence[Work]) -> Iterator[Sequence[Answer]]:
+        """Yield the answers of one order after the other: this process is one worker."""
+        for order, groups in work:
+            yield from self.answers(order, groups)
 
 
 def executor_for(settings: JobSettings) -> Executor:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from mmray.engine.executors import Work
 from mmray.engine.session import actor_pool, machines, ray_session
 from mmray.engine.units import Answer, Node, UnitRunner, WorkOrder
 
@@ -38,23 +39,33 @@ class RayExecutor:
 
     def answers(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[Answer]]:
         """Yield the answers of each task, a group or a few, as its actor has done it."""
+        yield from self.side_by_side([(order, groups)])
+
+    def side_by_side(self, work: Sequence[Work]) -> Iterator[Sequence[Answer]]:
+        """Yield the answers of several orders, whose pools of actors run at the same time."""
+        first, *others = [self._dataset(order, groups, len(work)) for order, groups in work]
+        # One execution of all: Ray Data gives each pool what the others leave.
+        together = first.union(*others) if others else first
+        for batch in together.iter_batches(batch_size=None, prefetch_batches=0):
+            rows = zip(*(batch[name].tolist() for name in batch), strict=True)
+            yield [Answer(**dict(zip(batch, row, strict=True))) for row in rows]
+
+    def _dataset(self, order: WorkOrder, groups: Sequence[Sequence[int]], orders: int) -> ray.data.Dataset:
+        """Return the answers of an order, still to be computed by an equal part of the actors that fit."""
         pool = actor_pool(self.workers, self.gpus_per_worker, machines(), len(groups))
         tasks = _tasks(groups, max(MOST_TASKS, TASKS_PER_WORKER * pool.most))
-        answers = ray.data.from_blocks([pa.table({"unit": numbers}) for numbers in tasks]).map_batches(
+        return ray.data.from_blocks([pa.table({"unit": numbers}) for numbers in tasks]).map_batches(
             _Actor,
             fn_constructor_args=(order, pool.threads, str(Path.cwd())),
             batch_size=1,
             # What waits is a number, and what comes back an answer: neither fills the object store. Nothing is fetched
             # ahead: with few and unlike units one actor would have several of the large ones, and another none.
             compute=ray.data.ActorPoolStrategy(
-                min_size=pool.workers, max_size=pool.most, max_tasks_in_flight_per_actor=1
+                min_size=max(1, pool.workers // orders), max_size=pool.most, max_tasks_in_flight_per_actor=1
             ),
             num_cpus=pool.cores,
             num_gpus=pool.gpus or None,
         )
-        for batch in answers.iter_batches(batch_size=None, prefetch_batches=0):
-            rows = zip(*(batch[name].tolist() for name in batch), strict=True)
-            yield [Answer(**dict(zip(batch, row, strict=True))) for row in rows]
 
 
 def _tasks(groups: Sequence[Sequence[int]], most: int) -> list[list[int]]:

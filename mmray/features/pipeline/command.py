@@ -69,7 +69,7 @@ def follow_pipeline(settings: PipelineSettings) -> Pipeline:
 
 
 def _follow(bars: ExitStack) -> Follow:
-    """Return what shows a step's progress: a bar for each step, one after the other."""
+    """Return what shows a step's progress: one bar after the other, of a step or of those that run side by side."""
     from mmray.terminal.progress import follow_progress
 
     shown: dict[str, Any] = {}
@@ -78,7 +78,7 @@ def _follow(bars: ExitStack) -> Follow:
         if step not in shown:
             bars.close()
             feature = FEATURES.get(step.split()[0])
-            things = "edits" if step == "edits" else feature.noun if feature else "samples"
+            things = {"edits": "edits", "evaluations": "samples"}.get(step, feature.noun if feature else "items")
             shown[step] = bars.enter_context(follow_progress(Console(stderr=True), things))
         shown[step](progress)
 

@@ -23,7 +23,7 @@ from mmray.features.editing.job import EditJob, NamedEditSettings, edit_folder
 from mmray.features.editing.settings import edit_settings
 from mmray.features.evaluation.job import EvaluationJob
 from mmray.features.evaluation.settings import EvaluationSettings, evaluation_settings
-from mmray.features.pipeline.steps import STEPS, StepResult, checked_steps
+from mmray.features.pipeline.steps import StepResult, checked_steps, run_steps
 from mmray.features.pipeline.tables import TABLES
 from mmray.runs.driver import drive_analysis
 from mmray.runs.lease import Lease
@@ -32,8 +32,6 @@ from mmray.runs.run import Run, open_run
 from mmray.runs.snapshots import Snapshot, SnapshotWriter, newest, next_fence, publish
 from mmray.runs.tables import read_file, read_table
 from mmray.storage import Store, open_store
-
-"""The run's tables that tell of its edits; each has a column `edit`."""
 
 Follow = Callable[[str, Progress], None]
 """Told of progress, with the name of the step."""
@@ -48,7 +46,7 @@ class PipelineSettings(BaseModel):
 
     census: dict[str, Any]
     steps: list[dict[str, dict[str, Any] | None]] = Field(default_factory=list)
-    """Analyses of the run in this order, each by its command's name with its settings."""
+    """Analyses of the run in this order, each by its command's name with its settings; neighbours run side by side."""
     edits: dict[str, dict[str, Any]] = Field(default_factory=dict)
     evaluation: dict[str, Any] = Field(default_factory=dict)
     local: bool = False
@@ -110,8 +108,7 @@ def run_pipeline(settings: PipelineSettings, follow: Follow = lambda _, __: None
         census = _census(settings)
         outcome = run_census(census, partial(follow, "census"))
         done = Pipeline(open_run(census.out), outcome)
-        for title, kind, own in checked_steps(settings.steps, _execution(settings) | {"run": done.run.uri}):
-            done.steps[title] = STEPS[kind].run(own, partial(follow, title))
+        done.steps = run_steps(checked_steps(settings.steps, _execution(settings) | {"run": done.run.uri}), follow)
         if settings.edits:
             with drive_analysis(f"{done.run.uri}/pipeline") as lease:
                 done.run.folder.prepare()

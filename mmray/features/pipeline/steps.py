@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from mmray.engine import Job, JobSettings, Progress
-from mmray.engine import run as run_job
+from mmray.engine import Job, JobSettings, Progress, run_side_by_side
 from mmray.errors import InputError
 from mmray.features.hallucination.job import HallucinationJob
 from mmray.features.hallucination.settings import opinion_settings
@@ -19,8 +19,6 @@ from mmray.features.select.job import SelectionJob
 from mmray.features.select.settings import selection_settings
 from mmray.features.selectivity.driver import run_selectivity
 from mmray.features.selectivity.settings import selectivity_settings
-
-Follow = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -45,47 +43,77 @@ class Step:
 
     settings: Callable[[dict[str, Any]], JobSettings]
     """Checks settings, that of the run included; raises InputError."""
-    run: Callable[[Any, Follow], StepResult]
-
-
-def _of_job(job: type[Job[Any, Any]]) -> Callable[[Any, Follow], StepResult]:
-    def run(settings: JobSettings, follow: Follow) -> StepResult:
-        done = run_job(job(settings), follow=follow)
-        return StepResult(done.failures, done.quarantined, done.seconds)
-
-    return run
-
-
-def _selectivity(settings: Any, follow: Follow) -> StepResult:
-    done = run_selectivity(settings, follow)
-    return StepResult(0, done.quarantined, done.seconds)
+    job: type[Job[Any, Any]] | None = None
+    """None for selectivity, which is two jobs, one after the other."""
 
 
 STEPS: dict[str, Step] = {
-    "properties": Step(property_settings, _of_job(PropertiesJob)),
-    "select": Step(selection_settings, _of_job(SelectionJob)),
-    "selectivity": Step(selectivity_settings, _selectivity),
-    "saliency": Step(saliency_settings, _of_job(SaliencyJob)),
-    "hallucination": Step(opinion_settings, _of_job(HallucinationJob)),
+    "properties": Step(property_settings, PropertiesJob),
+    "select": Step(selection_settings, SelectionJob),
+    "selectivity": Step(selectivity_settings),
+    "saliency": Step(saliency_settings, SaliencyJob),
+    "hallucination": Step(opinion_settings, HallucinationJob),
 }
 
 
-def checked_steps(
-    asked: list[dict[str, dict[str, Any] | None]], common: Mapping[str, Any]
-) -> list[tuple[str, str, JobSettings]]:
-    """Return title, kind and checked settings of each step; `common` are settings that a step doesn't give itself.
+@dataclass(frozen=True)
+class CheckedStep:
+    """A step of a pipeline whose settings are right."""
+
+    title: str
+    kind: str
+    settings: Any
+
+    def fits(self, others: Sequence[CheckedStep]) -> bool:
+        """Return whether it may run next to others: one job, of another kind, asking for the same workers."""
+        alike = all(_placement(other.settings) == _placement(self.settings) for other in others)
+        return STEPS[self.kind].job is not None and all(other.kind != self.kind for other in others) and alike
+
+
+def run_steps(steps: Sequence[CheckedStep], follow: Callable[[str, Progress], None]) -> dict[str, StepResult]:
+    """Run steps, neighbours side by side where they can be, and return what each amounts to by title."""
+    results: dict[str, StepResult] = {}
+    for group in _groups(steps):
+        title = ", ".join(step.title for step in group)
+        if STEPS[group[0].kind].job is None:
+            done = run_selectivity(group[0].settings, partial(follow, title))
+            results[title] = StepResult(0, done.quarantined, done.seconds)
+            continue
+        jobs = [job(step.settings) for step in group if (job := STEPS[step.kind].job)]
+        ended = run_side_by_side(jobs, follow=partial(follow, title))
+        for step, one in zip(group, ended, strict=True):
+            results[step.title] = StepResult(one.failures, one.quarantined, one.seconds)
+    return results
+
+
+def _groups(steps: Sequence[CheckedStep]) -> list[list[CheckedStep]]:
+    groups: list[list[CheckedStep]] = []
+    for step in steps:
+        if groups and STEPS[groups[-1][0].kind].job is not None and step.fits(groups[-1]):
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return groups
+
+
+def _placement(settings: JobSettings) -> tuple[object, ...]:
+    return settings.workers, settings.gpus_per_worker, settings.address, settings.local
+
+
+def checked_steps(asked: list[dict[str, dict[str, Any] | None]], common: Mapping[str, Any]) -> list[CheckedStep]:
+    """Return the steps with their settings checked; `common` are settings that a step doesn't give itself.
 
     Raises InputError naming the first step that is wrong.
     """
-    steps: list[tuple[str, str, JobSettings]] = []
+    steps: list[CheckedStep] = []
     for entry in asked:
         if len(entry) != 1 or not entry.keys() <= STEPS.keys():
             raise InputError(f"steps: {', '.join(entry) or 'nothing'}: name one of {', '.join(STEPS)} per step")
         ((kind, own),) = entry.items()
-        count = sum(kind == before for _, before, _ in steps)
+        count = sum(step.kind == kind for step in steps)
         title = f"{kind} {count + 1}" if count else kind
         try:
-            steps.append((title, kind, STEPS[kind].settings({**common, **(own or {})})))
+            steps.append(CheckedStep(title, kind, STEPS[kind].settings({**common, **(own or {})})))
         except InputError as error:
             raise InputError(f"steps, {title}: {error}") from error
     return steps
