@@ -1,21 +1,21 @@
-"""The errors that a user can fix: each says in one line what is wrong, where, and how to fix it."""
+"""Errors that a user can fix: each message says in one line what is wrong, where, and how to fix it."""
 
 
 class InputError(Exception):
-    """Bad input or set-up; the command line prints the message alone and ends with status 2."""
+    """Bad input or set-up; the command line prints only the message and exits with status 2."""
 
 
 class StorageError(InputError):
-    """Storage refused: credentials, permission, a bucket that is not there."""
+    """Storage refused a request: credentials, permissions, or a missing bucket."""
 
 
 class OutageError(StorageError):
-    """Storage can't be reached or asks for patience; it passes by itself, and is no shard's fault."""
+    """Storage is unreachable or throttles requests; passes by itself, and is no shard's fault."""
 
 
 class ShardError(Exception):
-    """A shard that could not be finished; the run goes on without it and ends with status 4."""
+    """A shard that could not be finished; the run continues without it and exits with status 4."""
 
 
 class DamagedError(InputError):
-    """Something stored is not what was written: cut, changed, or taken from somewhere else."""
+    """A stored object is not what was written: truncated, changed, or from somewhere else."""

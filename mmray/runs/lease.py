@@ -15,7 +15,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from uuid import uuid4
 
 from mmray.errors import InputError, StorageError
 from mmray.runs.receipts import known_fields
-from mmray.storage import Entry, Store, without_retries
+from mmray.storage import Store, WrappedStore, without_retries
 
 RENEWED = 5.0
 """Seconds between two renewals."""
@@ -79,43 +79,27 @@ class Lease:
 
     def guard(self, store: Store) -> Store:
         """Return the store with a look at the lease before each change."""
-        return _Guarded(store, self)
+        return _GuardedStore(store, self)
 
 
-class _Guarded:
-    """A store whose changes are refused once a lease is lost."""
+class _GuardedStore(WrappedStore):
+    """A store that checks a lease before each change, and refuses the change if it is lost."""
 
     def __init__(self, inner: Store, lease: Lease) -> None:
-        self.inner = inner
-        self.uri = inner.uri
+        super().__init__(inner)
         self.lease = lease
-
-    def read(self, key: str) -> bytes:
-        return self.inner.read(key)
-
-    def exists(self, key: str) -> bool:
-        return self.inner.exists(key)
-
-    def entry(self, key: str) -> Entry | None:
-        return self.inner.entry(key)
-
-    def list(self, prefix: str = "") -> list[Entry]:
-        return self.inner.list(prefix)
-
-    def leftovers(self) -> Sequence[Entry]:
-        return self.inner.leftovers()
 
     def commit(self, key: str, data: bytes) -> bool:
         self.lease.look()
-        return self.inner.commit(key, data)
+        return super().commit(key, data)
 
     def put(self, key: str, data: bytes) -> None:
         self.lease.look()
-        self.inner.put(key, data)
+        super().put(key, data)
 
     def delete(self, key: str) -> None:
         self.lease.look()
-        self.inner.delete(key)
+        super().delete(key)
 
 
 def this_process() -> Owner:

@@ -85,7 +85,7 @@ def orphans(folder: RunFolder) -> tuple[list[Entry], list[Entry]]:
     receipts = folder.receipts()
     named = {key for receipt in receipts.values() for key in (receipt.parts or {}).values()}
     useless: list[Entry] = []
-    doubtful = [*folder.store.leftovers(), *folder.store.list(PROBES)]
+    doubtful = [*folder.store.incomplete_writes(), *folder.store.list(PROBES)]
     for entry in parts:
         if entry.key not in named:
             number = unit_of(entry.key)

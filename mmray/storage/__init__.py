@@ -1,7 +1,7 @@
 """One door to local folders and S3 prefixes: read, list, commit once.
 
-A *commit* creates a key only if it is absent, and whole or not at all: a reader never sees half an object, and a late
-writer can't replace what an earlier one committed. The bytes are complete in memory before anything is written.
+A *commit* creates a key only if it is absent, and atomically: a reader never sees half an object, and a late writer
+can't replace what an earlier one committed. The bytes are complete in memory before anything is written.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from pathlib import Path
 import pyarrow.fs as arrow_fs
 
 from mmray.errors import InputError, StorageError
-from mmray.storage.checksum import Checksum
 from mmray.storage.local import LocalStore, read_file
 from mmray.storage.named import NamedCommits
-from mmray.storage.objects import Entry, Store, too_large
-from mmray.storage.patience import FULL, RetryingStore, is_full, is_outage, with_retries
+from mmray.storage.objects import Checksum, Entry, Store, WrappedStore, too_large
+from mmray.storage.retries import FULL, RetryingStore, is_full, is_outage, with_retries, without_retries
 from mmray.storage.s3 import S3Store
 from mmray.storage.s3_access import arrow_options, masked, s3_address, s3_client
 
@@ -29,6 +28,7 @@ __all__ = [
     "RetryingStore",
     "S3Store",
     "Store",
+    "WrappedStore",
     "commits_once",
     "filesystem",
     "is_full",
@@ -46,9 +46,9 @@ __all__ = [
 
 
 def open_store(uri: str | Path) -> LocalStore | S3Store:
-    """Return the store behind a local path or `s3://bucket/prefix`; raises `InputError` for another scheme."""
+    """Return the store at a local path or `s3://bucket/prefix`; raises `InputError` for another scheme."""
     if not str(uri).strip():
-        # An unset variable of a shell; the current folder would be a surprise.
+        # Probably an unset shell variable: writing to the current folder instead would surprise the user.
         raise InputError("an empty path; give a folder, or s3://bucket/prefix")
     if (address := s3_address(uri)) is not None:
         bucket, path = address
@@ -62,22 +62,12 @@ def open_store(uri: str | Path) -> LocalStore | S3Store:
 
 
 def lies_in(uri: str, folder: str) -> bool:
-    """Return whether a place is a folder or lies below it; both as the `uri` of a store."""
+    """Return whether a location is the folder itself or inside it; both are the `uri` of a store."""
     return uri == folder or uri.startswith(f"{folder.rstrip('/')}/")
 
 
-def without_retries(store: Store) -> Store:
-    """Return the same store without its patience: every request is made once."""
-    match store:
-        case RetryingStore():
-            return store.inner
-        case NamedCommits():
-            return NamedCommits(without_retries(store.inner))
-    return store
-
-
 def open_object(uri: str | Path) -> tuple[Store, str]:
-    """Return the store of the folder that an object lies in, and the object's key there."""
+    """Return the store of an object's folder, and the object's key in it."""
     folder, _, name = str(uri).rstrip("/").rpartition("/")
     return open_store(folder or ("/" if str(uri).startswith("/") else ".")), name
 
@@ -93,19 +83,20 @@ def filesystem(uri: str | Path) -> tuple[arrow_fs.FileSystem, str]:
 
 
 def commits_once(store: Store) -> bool:
-    """Return whether the store keeps what was committed first, by committing twice a small object that is then removed.
+    """Return whether the store supports create-if-absent, by committing a small object twice and then removing it.
 
-    False for a file system without hard links, and for an S3 that refuses or disregards conditions: `NamedCommits`
-    serves there. Raises `InputError`, before any work, where nothing can be written at all: no permission, a full disk.
+    False for a file system without hard links, and for an S3 that rejects or ignores conditions; use `NamedCommits`
+    there. Raises `InputError`, before any work, if nothing can be written at all: no permission, a full disk.
     """
     key = f".mmray-check-{uuid.uuid4().hex}"
     try:
         try:
-            # The first answer may be lost, and then the repeated request finds its own object: the key is new.
+            # The result of the first commit is ignored: if its response was lost, the retried request finds its own
+            # object and reports a conflict.
             store.commit(key, b"mmray")
             return not store.commit(key, b"later") and store.read(key) == b"mmray"
         except (OSError, StorageError):
-            # Perhaps it is the condition that is refused: what is wrong with a plain write is raised.
+            # Perhaps only the condition was rejected. If a plain write fails, too, its error is the one to report.
             store.put(key, b"mmray")
             return False
         finally:

@@ -1,66 +1,64 @@
-"""Commits on a store that can't create if absent: every one is an object of its own name, and a key's first counts."""
+"""Commits for a store without create-if-absent: each commit is an object of its own, and a key's oldest one counts."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TypeAlias
 from uuid import uuid4
 
 from mmray.storage.objects import Entry, Store
 
-Entries: TypeAlias = list[Entry]
-
 SEPARATOR = "~"
-"""Stands in an object's name between the key and what is the commit's own."""
+"""Separates the key from the commit's own suffix in an object's name."""
 
 
 class NamedCommits:
-    """A store whose `put` is whole but whose conditions are disregarded, or that lacks them.
+    """A store whose `put` is atomic, but which ignores or lacks conditional writes.
 
-    A commit writes `KEY~TIME-RANDOM` and then looks which object of the key is the first by the store's clock. Two
-    that are written within the same moment may both be told that they are the first; readers agree on one. That is
-    enough for a run: parts of shards are named by their attempt, and equal whoever computed them. What `put` wrote
-    under the key itself goes before any commit.
+    A commit writes `KEY~TIME-RANDOM`, then checks which object of the key is the oldest by the store's clock. Two
+    commits at the same moment may both be told that they won, but all readers agree on one. That is enough for a run:
+    parts are named by their attempt, and equal whoever computed them. What `put` wrote under the key itself takes
+    precedence over any commit.
     """
 
     def __init__(self, inner: Store) -> None:
         self.inner = inner
         self.uri = inner.uri
 
-    def _first(self, key: str) -> Entry | None:
-        named = self.inner.list(f"{key}{SEPARATOR}")
-        return self.inner.entry(key) or min(named, key=_age, default=None)
+    def _winner(self, key: str) -> Entry | None:
+        commits = self.inner.list(f"{key}{SEPARATOR}")
+        return self.inner.entry(key) or min(commits, key=_precedence, default=None)
 
     def read(self, key: str) -> bytes:
         """Return the whole object; `FileNotFoundError` if there is none."""
-        first = self._first(key)
-        return self.inner.read(first.key if first else key)
+        winner = self._winner(key)
+        return self.inner.read(winner.key if winner else key)
 
     def exists(self, key: str) -> bool:
-        """Return whether the object is there."""
-        return self._first(key) is not None
+        """Return whether the object exists."""
+        return self._winner(key) is not None
 
     def entry(self, key: str) -> Entry | None:
         """Return the object's entry, or None if there is none."""
-        first = self._first(key)
-        return first and replace(first, key=key)
+        winner = self._winner(key)
+        return winner and replace(winner, key=key)
 
     def list(self, prefix: str = "") -> list[Entry]:
         """Return every object whose key starts with `prefix`, in order of key."""
-        firsts = {key: min(entries, key=_age) for key, entries in self._by_key(prefix).items()}
-        return [replace(firsts[key], key=key) for key in sorted(firsts)]
+        by_key = _by_key(self.inner.list(prefix))
+        return [replace(min(by_key[key], key=_precedence), key=key) for key in sorted(by_key)]
 
     def commit(self, key: str, data: bytes) -> bool:
-        """Create the object under a name of its own; False, and the name removed, if the key has an earlier one."""
+        """Create the object under a name of its own; False, with that name removed, if the key has an older one."""
         if self.exists(key):
             return False
         name = f"{key}{SEPARATOR}{time.time_ns():020d}-{uuid4().hex[:8]}"
         self.inner.put(name, data)
-        first = self._first(key)
-        if first is not None and first.key != name:
+        # Decided by the store's clock, not by the time in the name: clocks of machines differ.
+        winner = self._winner(key)
+        if winner is not None and winner.key != name:
             self.inner.delete(name)
             return False
         return True
@@ -70,24 +68,26 @@ class NamedCommits:
         self.inner.put(key, data)
 
     def delete(self, key: str) -> None:
-        """Remove the object if it is there, with all that was committed under its key."""
+        """Remove the object, with every commit of its key."""
+        # The commits first: if this is interrupted, no older commit takes the place of what was put.
         for entry in self.inner.list(f"{key}{SEPARATOR}"):
             self.inner.delete(entry.key)
         self.inner.delete(key)
 
-    def leftovers(self) -> Sequence[Entry]:
-        """Return what killed writers left half-written, and commits that were not their key's first."""
-        grouped = self._by_key("").values()
-        shadowed = [entry for entries in grouped for entry in sorted(entries, key=_age)[1:]]
-        return [*self.inner.leftovers(), *shadowed]
-
-    def _by_key(self, prefix: str) -> dict[str, Entries]:
-        found: dict[str, Entries] = defaultdict(list)
-        for entry in self.inner.list(prefix):
-            found[entry.key.partition(SEPARATOR)[0]].append(entry)
-        return found
+    def incomplete_writes(self) -> Sequence[Entry]:
+        """Return what killed writers left half-written, and commits that lost to an older one."""
+        groups = _by_key(self.inner.list()).values()
+        shadowed = [entry for entries in groups for entry in sorted(entries, key=_precedence)[1:]]
+        return [*self.inner.incomplete_writes(), *shadowed]
 
 
-def _age(entry: Entry) -> tuple[bool, float, str]:
-    """Order a key's objects: first what was put under the key itself, then the earliest commit."""
+def _by_key(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+    groups: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        groups[entry.key.partition(SEPARATOR)[0]].append(entry)
+    return groups
+
+
+def _precedence(entry: Entry) -> tuple[bool, float, str]:
+    """Sort a key's objects: first what was put under the key itself, then the oldest commit."""
     return SEPARATOR in entry.key, entry.modified, entry.key

@@ -9,10 +9,10 @@ from typing import Any
 
 from mmray.errors import OutageError, StorageError
 from mmray.storage.objects import Entry, check_key, too_large
-from mmray.storage.s3_access import is_passing, s3_client, s3_problem
+from mmray.storage.s3_access import is_transient, s3_client, s3_problem
 
 CONFLICTS = 10
-"""Times that a conditional request is made while S3 answers that another one on the same key is under way (409)."""
+"""Attempts at a conditional write while S3 reports another write to the same key in progress (status 409)."""
 
 
 class S3Store:
@@ -29,13 +29,13 @@ class S3Store:
 
     @contextmanager
     def _answer(self) -> Iterator[Any]:
-        """Yield the client; raise what goes wrong as a `StorageError` of one line."""
+        """Yield the client, and turn its errors into a `StorageError` of one line."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
             yield s3_client()
         except (BotoCoreError, ClientError, ValueError) as error:
-            kind = OutageError if is_passing(error) else StorageError
+            kind = OutageError if is_transient(error) else StorageError
             raise kind(f"{self.uri}: {s3_problem(error)}") from error
 
     def read(self, key: str) -> bytes:
@@ -43,24 +43,25 @@ class S3Store:
         return self._read(key)
 
     def read_at_most(self, key: str, most: int) -> bytes:
-        """Return the whole object; ValueError for one of more bytes, unread."""
+        """Return the whole object; ValueError, before reading it, if it is larger."""
         return self._read(key, most)
 
     def _read(self, key: str, most: int | None = None) -> bytes:
         with self._answer() as client:
             try:
-                found = client.get_object(Bucket=self.bucket, Key=self._key(key))
+                response = client.get_object(Bucket=self.bucket, Key=self._key(key))
             except client.exceptions.NoSuchKey as error:
                 raise FileNotFoundError(f"{self.uri}/{key}") from error
-            size = found["ContentLength"]
-            body: bytes | None = None if most is not None and size > most else found["Body"].read()
-            found["Body"].close()
+            size = response["ContentLength"]
+            body: bytes | None = None if most is not None and size > most else response["Body"].read()
+            # An unread body would keep its connection out of the pool.
+            response["Body"].close()
         if body is None:
             raise ValueError(too_large(size, size if most is None else most))
         return body
 
     def exists(self, key: str) -> bool:
-        """Return whether the object is there."""
+        """Return whether the object exists."""
         return self.entry(key) is not None
 
     def entry(self, key: str) -> Entry | None:
@@ -73,7 +74,7 @@ class S3Store:
             except ClientError as error:
                 if _status(error) == 404:
                     return None
-                # The answer to a HEAD has no body that could say why: a listing's has.
+                # The response to a HEAD has no body that says why it was refused; that to a listing does, and raises.
                 client.list_objects_v2(Bucket=self.bucket, Prefix=self._key(key), MaxKeys=1)
                 raise
         return Entry(key, head["ContentLength"], head["ETag"].strip('"'), head["LastModified"].timestamp())
@@ -97,7 +98,7 @@ class S3Store:
     def commit(self, key: str, data: bytes) -> bool:
         """Create the object by one conditional request; False if it exists.
 
-        A request that is repeated because its answer was lost finds its own object, and so returns False too.
+        A request retried because its response was lost finds its own object, and so returns False too.
         """
         from botocore.exceptions import ClientError
 
@@ -113,7 +114,7 @@ class S3Store:
                     time.sleep(1)
                 else:
                     return True
-        raise StorageError(f"{self.uri}: {key} is fought over by other writers; run again")
+        raise StorageError(f"{self.uri}: {key} is being written by others at the same time; run again")
 
     def put(self, key: str, data: bytes) -> None:
         """Create or replace the object in one request."""
@@ -121,12 +122,12 @@ class S3Store:
             client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
 
     def delete(self, key: str) -> None:
-        """Remove the object if it is there."""
+        """Remove the object if it exists."""
         with self._answer() as client:
             client.delete_object(Bucket=self.bucket, Key=self._key(key))
 
-    def leftovers(self) -> Sequence[Entry]:
-        """Return nothing: an object is one request, and S3 keeps none that did not come to its end."""
+    def incomplete_writes(self) -> Sequence[Entry]:
+        """Return nothing: an object is one request, and S3 discards requests that were cut off."""
         return []
 
 

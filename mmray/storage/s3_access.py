@@ -1,4 +1,4 @@
-"""The way to S3: addresses, one set of credentials, region and endpoint for boto3 and pyarrow, and what it refuses."""
+"""Access to S3: addresses, the same credentials, region and endpoint for boto3 and pyarrow, and error messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyarrow.fs import AwsStandardS3RetryStrategy
 
 from mmray.errors import InputError, StorageError
 
-HOW_TO_MEND = {
+REMEDIES = {
     "NoSuchBucket": "create the bucket or check its name",
     "InvalidAccessKeyId": "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "SignatureDoesNotMatch": "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
@@ -21,13 +21,13 @@ HOW_TO_MEND = {
     "PermanentRedirect": "set AWS_DEFAULT_REGION to the bucket's region",
     "AuthorizationHeaderMalformed": "set AWS_DEFAULT_REGION to the bucket's region",
 }
-"""Code of an S3 error → what the user can do; any other asks for the right to list, read and write."""
+"""S3 error code → what the user can do. For any other code, the message asks for permissions."""
 BUSY = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "InternalError")
-"""Codes of S3 errors that pass by themselves whatever their HTTP status."""
+"""Error codes that are transient whatever their HTTP status."""
 SECRETS = re.compile(r"(?<=//)[^/\s]+(?=@)")
-"""User and password in an address: they must not reach a message, and so a log."""
+"""User and password in an address: they must not reach messages and logs."""
 AMAZON = (".amazonaws.com", ".amazonaws.com.cn")
-"""How the hosts end that pyarrow finds by the region alone."""
+"""Suffixes of hosts that pyarrow finds by the region alone."""
 
 
 @cache
@@ -39,9 +39,10 @@ def _session() -> Any:
 
 @cache
 def s3_client() -> Any:
-    """Return this process's S3 client, with retries for throttling and outages of some seconds."""
+    """Return this process's S3 client, with retries for throttling and outages of a few seconds."""
     from botocore.config import Config
 
+    # A new client follows a changed environment only with a new session.
     _session.cache_clear()
     return _session().client("s3", config=Config(retries={"mode": "adaptive", "max_attempts": _attempts()}))
 
@@ -51,10 +52,10 @@ def _attempts() -> int:
 
 
 def arrow_options() -> dict[str, Any]:
-    """Return the arguments of `pyarrow.fs.S3FileSystem` that make it go the way of `s3_client`.
+    """Return arguments for `pyarrow.fs.S3FileSystem` that give it the same access as `s3_client`.
 
-    pyarrow alone reads fewer places: of the files neither an endpoint nor a region, and no profile that assumes a role
-    by SSO. Credentials are those of this moment: ask again for a file that is opened later.
+    pyarrow by itself reads neither endpoint nor region from the AWS files, and can't assume a role by SSO. Credentials
+    may expire: call this again for each file that is opened.
     """
     from botocore.exceptions import BotoCoreError, NoCredentialsError
 
@@ -80,9 +81,9 @@ def arrow_options() -> dict[str, Any]:
 
 
 def s3_address(uri: str | Path) -> tuple[str, str] | None:
-    """Return bucket and path of an S3 address, None for anything else; `?` and `#` are letters like any other.
+    """Return bucket and path of an S3 address, or None for anything else; `?` and `#` are ordinary characters.
 
-    Raises InputError for an address without a bucket, or with a password in it: run.json would keep it.
+    Raises InputError for an address without a bucket, or with a password.
     """
     scheme, colon, rest = str(uri).partition(":")
     if not colon or scheme.lower() != "s3":
@@ -91,6 +92,7 @@ def s3_address(uri: str | Path) -> tuple[str, str] | None:
     if not rest.startswith("//") or not bucket:
         raise InputError(f"{uri}: no bucket; write s3://BUCKET/PREFIX")
     if "@" in bucket:
+        # run.json and every log would keep the password.
         raise InputError(
             f"s3://…@{bucket.rpartition('@')[2]}: credentials don't belong in an address; set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
@@ -99,12 +101,12 @@ def s3_address(uri: str | Path) -> tuple[str, str] | None:
 
 
 def masked(text: str) -> str:
-    """Return the text without the users and passwords of the addresses in it."""
+    """Return the text with user names and passwords removed from the addresses in it."""
     return SECRETS.sub("…", text)
 
 
-def is_passing(error: Exception) -> bool:
-    """Return whether S3 may answer if asked again later: it is not reached, overloaded, or in trouble itself."""
+def is_transient(error: Exception) -> bool:
+    """Return whether a later request may succeed: S3 was unreachable, overloaded or failing itself."""
     from botocore.exceptions import ClientError, HTTPClientError
     from botocore.exceptions import ConnectionError as UnreachableError
 
@@ -115,16 +117,16 @@ def is_passing(error: Exception) -> bool:
 
 
 def s3_problem(error: Exception) -> str:
-    """Return what S3 or the way to it refuses, in one line, and how to fix it."""
+    """Return what went wrong with a request to S3, in one line, and how to fix it."""
     from botocore.exceptions import ClientError, HTTPClientError, NoCredentialsError, PartialCredentialsError
     from botocore.exceptions import ConnectionError as UnreachableError
 
     reason = masked(" ".join(str(error).split()))
     if isinstance(error, ClientError):
-        if is_passing(error):
+        if is_transient(error):
             return f"{reason.rstrip('.')}; try again later"
         code = error.response.get("Error", {}).get("Code", "")
-        return f"{reason}; {HOW_TO_MEND.get(code, 'check the credentials and their right to list, read and write')}"
+        return f"{reason}; {REMEDIES.get(code, 'check the credentials and their right to list, read and write')}"
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         return f"{reason}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     if isinstance(error, HTTPClientError | UnreachableError):

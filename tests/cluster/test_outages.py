@@ -18,7 +18,7 @@ from mmray.engine import Progress
 from mmray.errors import InputError, OutageError
 from mmray.features.census import job
 from mmray.runs.run import open_run
-from mmray.storage import open_store, patience, s3_client, with_retries
+from mmray.storage import open_store, retries, s3_client, with_retries
 from tests.cluster.test_deaths import same_tables
 from tests.e2e.scenes import scenes, write
 from tests.running import census_here
@@ -78,7 +78,7 @@ def test_an_s3_that_answers_503_for_20_seconds(
 def test_an_outage_that_outlasts_patience_ends_the_run_and_blames_no_shard(
     settings: dict[str, Any], proxy: Proxy, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "PATIENCE", 1.5)
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 1.5)
     out = f"s3://{bucket}/{uuid.uuid4().hex}"
 
     def follow(progress: Progress) -> None:
@@ -132,7 +132,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_is_full_ends_the_run_and_loses_nothing(
     settings: dict[str, Any], small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "PATIENCE", 0.0)
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 0.0)
     with patch.object(job, "load_model", cache(job.load_model)):
         census_here(**settings, out=tmp_path / "undisturbed")
         ballast = small_disk / "ballast"

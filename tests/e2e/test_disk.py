@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mmray.storage import patience
+from mmray.storage import retries
 from tests.e2e.conftest import Answer
 from tests.e2e.scenes import scenes, write
 
@@ -53,7 +53,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             found.then()
             found.then = None
 
-    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: found.now, sleep=sleep))
+    monkeypatch.setattr(retries, "time", SimpleNamespace(monotonic=lambda: found.now, sleep=sleep))
     return found
 
 

@@ -20,7 +20,7 @@ from mmray.runs import ATTEMPTS, RunFolder
 from mmray.runs.driver import drive_analysis
 from mmray.runs.lease import Lease
 from mmray.runs.snapshots import newest
-from mmray.storage import patience
+from mmray.storage import retries
 from tests.engine.disturbed import (
     Always,
     Change,
@@ -248,7 +248,7 @@ def test_hard_links_and_the_folder_do_not_matter(suite: Suite, case: Case) -> No
 
 @every_job
 def test_a_full_disk_blames_no_unit(suite: Suite, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "PATIENCE", 0.0)
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 0.0)
     for moment in moments_of(suite, case):
         place = suite.place()
         with disturbed(Full(moment)):
@@ -280,7 +280,7 @@ def test_lost_answers_change_nothing(suite: Suite, case: Case) -> None:
 
 
 def test_an_answer_that_is_lost_at_any_change(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "PATIENCE", 0.02)
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 0.02)
     for moment in moments_of(suite, TOY):
         place = suite.place()
         with disturbed(LosesAnswer(moment)):

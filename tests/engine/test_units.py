@@ -14,7 +14,7 @@ from mmray.engine.units import Answer, Node, UnitRunner, WorkOrder
 from mmray.errors import InputError, OutageError
 from mmray.runs import ATTEMPTS, RunFolder
 from mmray.runs.snapshots import newest
-from mmray.storage import open_store, patience
+from mmray.storage import open_store, retries
 from tests.engine.conftest import counted
 from tests.engine.executors import Watched
 from tests.engine.words import LetterJob
@@ -104,7 +104,7 @@ def test_a_worker_that_starts_in_an_outage_waits_for_its_end(letters: Letters, m
             monkeypatch.setattr(RunFolder, "at", unless_down(opened))
             monkeypatch.setattr(LetterJob, "worker", unless_down(made))
 
-    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: None))
+    monkeypatch.setattr(retries, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: None))
     assert run(letters(), follow=begin).complete
     assert next(outages, None) is None
 

@@ -44,8 +44,8 @@ class Wrapped:
     def delete(self, key: str) -> None:
         self.inner.delete(key)
 
-    def leftovers(self) -> Sequence[Entry]:
-        return self.inner.leftovers()
+    def incomplete_writes(self) -> Sequence[Entry]:
+        return self.inner.incomplete_writes()
 
 
 class Life:

@@ -72,9 +72,9 @@ def test_of_two_that_commit_within_one_moment_readers_see_one(store: Store) -> N
         assert named.read("key") == b"first"
     assert {named.read("key") for _ in range(3)} <= {b"first", b"second"}
     assert [entry.key for entry in named.list()] == ["key"]
-    assert len(named.leftovers()) == 1
+    assert len(named.incomplete_writes()) == 1
     kept = named.read("key")
-    named.delete(named.leftovers()[0].key)
+    named.delete(named.incomplete_writes()[0].key)
     assert named.read("key") == kept
 
 

@@ -12,7 +12,7 @@ import pytest
 from mmray.errors import OutageError
 from mmray.runs import RunFolder, folder
 from mmray.runs.lease import driving
-from mmray.storage import LocalStore, NamedCommits, RetryingStore, patience, with_retries, without_retries
+from mmray.storage import LocalStore, NamedCommits, RetryingStore, retries, with_retries, without_retries
 from tests.storage.test_runs import tables
 
 
@@ -26,7 +26,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         for due in [due for due in found.at if due <= found.now]:
             found.at.pop(due)()
 
-    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: found.now, sleep=sleep))
+    monkeypatch.setattr(retries, "time", SimpleNamespace(monotonic=lambda: found.now, sleep=sleep))
     return found
 
 
@@ -75,7 +75,7 @@ def test_ten_minutes_are_waited_for_room(clock: SimpleNamespace, problem: int | 
         with_retries(action)
     assert raised.value is error
     assert clock.now == 600
-    assert max(later - earlier for earlier, later in pairwise(calls)) <= patience.LONGEST_PAUSE
+    assert max(later - earlier for earlier, later in pairwise(calls)) <= retries.LONGEST_PAUSE
 
 
 def test_an_action_within_another_is_waited_for_once(clock: SimpleNamespace) -> None:
@@ -161,7 +161,7 @@ def test_the_end_of_a_lease_waits_for_nothing(clock: SimpleNamespace, tmp_path: 
 
 
 @pytest.mark.parametrize("wrap", [lambda store: store, RetryingStore, lambda store: NamedCommits(RetryingStore(store))])
-def test_a_store_without_its_patience_is_the_same_store(
+def test_a_store_without_retries_is_the_same_store(
     clock: SimpleNamespace, tmp_path: Path, wrap: Callable[..., object]
 ) -> None:
     disk = Disk(tmp_path)
