@@ -1,4 +1,4 @@
-"""Every README is true to the code: links lead somewhere, commands parse, Python compiles and names what exists."""
+"""Every README is true to the code: links, files and tables exist, commands parse, Python names what exists."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import typer
 
 import mmray
 from mmray.cli import UsageError, app
+from mmray.features import FEATURES
 from mmray.features.saliency.model import Model
 from mmray.runs.run import Run
 
@@ -27,25 +28,19 @@ SET_UP = (
     "    pip install -e . && mmray demo            # the whole main job on the embedded model and data",
     "    pip install -e '.[test]' && pytest         # the tests",
 )
-ROOMS = (
-    "mmray",
-    "mmray/neurons",
-    "mmray/evaluation",
-    "mmray/editing",
-    "mmray/detector",
-    "mmray/models",
-    "mmray/data",
-    "mmray/runs",
-    "mmray/results",
-    "jobs",
-    "tests/bench",
-)
+FEATURE_ROOMS = sorted(file.parent for file in (ROOT / "mmray/features").glob("*/__init__.py"))
+ROOMS = [file.parent for file in READMES if file.name == "README.md" and file.parent != ROOT]
 """Folders whose README tells what the front page leaves out."""
+ENTRANCES = (ROOT / "README.md", ROOT / "mmray/README.md")
+"""Pages that between them lead to every room."""
+SECTIONS = ("Tables", "Method", "Results", "Limits")
+"""What the README of a feature tells, next to its question and its command."""
 
 FENCE = re.compile(r"^(`{3,})(\w*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"^ {4}(\S.*)$", re.MULTILINE)
 INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+FILE = re.compile(r"[\w./-]*\w\.(?:py|js)")
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 MEMBERS = {"mmray": mmray, "run": Run, "model": Model}
 """Name in the examples → what its attributes are looked up in."""
@@ -80,6 +75,20 @@ def broken_links(file: Path) -> Iterator[str]:
         target = (file.parent / path).resolve() if path else file
         if not target.exists() or (anchor and anchor not in slugs(target.read_text(encoding="utf-8"))):
             yield link
+
+
+def missing_files(file: Path) -> Iterator[str]:
+    """Yield the scripts that a page names and that don't exist: seen from it, the top, the package, or a feature."""
+    folders = (file.parent, ROOT, ROOT / "mmray", *FEATURE_ROOMS)
+    for code in INLINE.findall(prose(file.read_text(encoding="utf-8"))):
+        if FILE.fullmatch(code) and not any((folder / code).is_file() for folder in folders):
+            yield code
+
+
+def linked_from(file: Path) -> set[Path]:
+    """Return the files that a page links to."""
+    links = LINK.findall(file.read_text(encoding="utf-8"))
+    return {(file.parent / link.partition("#")[0]).resolve() for link in links}
 
 
 def shell_lines(text: str) -> Iterator[list[str]]:
@@ -193,12 +202,30 @@ def test_the_front_page_is_short_and_has_the_commands_that_set_up():
     assert all(command in lines for command in SET_UP)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_the_front_page_leads_to_every_room_s_readme(room):
-    linked = {
-        (ROOT / link.partition("#")[0]).resolve() for link in LINK.findall(READMES[0].read_text(encoding="utf-8"))
-    }
-    assert ROOT / room / "README.md" in linked
+@pytest.mark.parametrize("room", ROOMS, ids=name_of)
+def test_the_entrances_lead_to_every_room_s_readme(room):
+    assert any(room / "README.md" in (linked_from(page) | {page}) for page in ENTRANCES)
+
+
+@pytest.mark.parametrize("room", FEATURE_ROOMS, ids=name_of)
+def test_a_feature_s_readme_is_complete_and_on_the_front_page(room):
+    text = (room / "README.md").read_text(encoding="utf-8")
+    assert room / "README.md" in linked_from(READMES[0])
+    assert "**Question.**" in text
+    assert any(words[0] == "mmray" for words in shell_lines(text))
+    headings = re.findall(r"^#+ (\w+)", prose(text), re.MULTILINE)
+    assert [section for section in SECTIONS if section not in headings] == []
+
+
+@pytest.mark.parametrize("feature", [feature for feature in FEATURES.values() if feature.schemas], ids=lambda f: f.name)
+def test_a_feature_s_readme_has_a_line_for_each_of_its_tables(feature):
+    text = (ROOT / Path(*feature.schemas.split(".")).parent / "README.md").read_text(encoding="utf-8")
+    assert [table for table in feature.tables if f"\n| `{table}` |" not in text] == []
+
+
+@pytest.mark.parametrize("file", READMES, ids=name_of)
+def test_every_script_that_a_readme_names_exists(file):
+    assert list(missing_files(file)) == []
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
@@ -230,6 +257,14 @@ def test_a_broken_link_is_found(tmp_path, link, broken):
     page = tmp_path / "page.md"
     page.write_text(f"# Here, to stay\n\n## Here to stay\n\n{link}\n\n```text\n[a](in a block, no link.md)\n```\n")
     assert list(broken_links(page)) == [link.partition("(")[2].rstrip(")")] * broken
+
+
+@pytest.mark.parametrize("name", ["gone.py", "mmray/gone.py", "gone/report.js"])
+def test_a_script_that_does_not_exist_is_found(tmp_path, name):
+    (tmp_path / "here.py").touch()
+    page = tmp_path / "page.md"
+    page.write_text(f"`here.py`, `mmray/api.py`, `{name}`, but not `a.parquet`, nor:\n\n```text\n`no.py`\n```\n")
+    assert list(missing_files(page)) == [name]
 
 
 @pytest.mark.parametrize(
