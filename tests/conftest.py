@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,10 @@ import pytest
 # Examples are the same at every run, and a busy machine fails no test by its slowness.
 hypothesis.settings.register_profile("mmray", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("mmray")
+
+# Assertions of shared helpers say what differs, as those of tests do.
+pytest.register_assert_rewrite("tests.support")
+pytest_plugins = ["tests.support.command", "tests.support.joint_models", "tests.support.small_run"]
 
 BUCKET = "mmray-test"
 
@@ -40,7 +45,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return the checkpoint folder of a variant, built once a session and worker."""
-    from tests.models.tiny import build
+    from tests.support.tiny import build
 
     root = tmp_path_factory.mktemp("tiny")
     return cache(lambda variant: build(variant, root / variant))
@@ -55,6 +60,11 @@ def open_model(tiny: Callable[[str], Path]) -> Callable[[str], Any]:
 
 
 @pytest.fixture(scope="session")
+def demo(open_model: Callable[[str], Any]) -> Any:
+    return open_model("demo")
+
+
+@pytest.fixture(scope="session")
 def loaded_with(open_model: Callable[[str], Any]) -> Callable[..., Any]:
     """Return a variant whose decoder's configuration differs in these settings, with seeded random weights."""
     from dataclasses import replace
@@ -62,7 +72,7 @@ def loaded_with(open_model: Callable[[str], Any]) -> Callable[..., Any]:
     import torch
 
     from mmray.models.parts import locate
-    from tests.models.conftest import Loaded
+    from tests.support.networks import Loaded
 
     def make(variant: str, **settings: Any) -> Any:
         model = open_model(variant)
@@ -78,8 +88,8 @@ def loaded_with(open_model: Callable[[str], Any]) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def coco(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return COCO-like data with five captions per image (`tests.data.cocolike.CocoLike`)."""
-    from tests.data.cocolike import coco_like
+    """Return COCO-like data with five captions per image (`tests.support.coco_like.CocoLike`)."""
+    from tests.support.coco_like import coco_like
 
     return coco_like(tmp_path_factory.mktemp("coco"), images=24, held_out=8)
 
@@ -87,7 +97,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="session")
 def coco_run(coco: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the demo model's census of `coco.train`; shared by all tests: add to it, and leave its tables alone."""
-    from tests.running import census_here
+    from tests.support.local_jobs import census_here
 
     out = tmp_path_factory.mktemp("coco") / "run"
     assert census_here("demo", str(coco.train), out, shard_size=60).complete
@@ -120,6 +130,16 @@ def bucket() -> Iterator[str]:
         yield BUCKET
         storage.s3_client.cache_clear()
     server.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """Return a fresh store of each kind."""
+    from mmray.storage import open_store
+
+    if request.param == "local":
+        return open_store(tmp_path / "store")
+    return open_store(f"s3://{request.getfixturevalue('bucket')}/{uuid.uuid4().hex}/run")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from mmray.detector.alignment_settings import alignment_settings
 from mmray.features.alignment.job import run_alignment
 from mmray.features.alignment.training import PREFIX
 from mmray.storage import open_store
-from tests.cluster.kills import processes
+from tests.support.kills import processes
 
 SHOWN = ("recall", "chair_i", "chair_s", "pope_random_f1", "pope_popular_f1", "pope_adversarial_f1")
 SEEDS = {"train": 70_001, "validate": 70_002}

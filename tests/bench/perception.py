@@ -61,7 +61,7 @@ def seconds(joint, world, scene, method):
         looked, _ = looked_at(joint, world, [scene])
         look = looked.look
         start = time.process_time()
-        leaf = joint.sight(look.pixels).detach().requires_grad_()
+        leaf = joint.tower(look.pixels).detach().requires_grad_()
         logit = look._at_places(leaf, look.places[:1], token_logits).sum()
         (logit + joint.detect(leaf, looked.words[:1]).logits.max()).backward()
         plain.append(time.process_time() - start)
@@ -99,7 +99,7 @@ def main(
             f"{torch.get_num_threads()} threads"
         )
     if isinstance(joint.detector, Heads):
-        print(measure_heads(joint.detector, joint.sight))
+        print(measure_heads(joint.detector, joint.tower))
 
 
 if __name__ == "__main__":

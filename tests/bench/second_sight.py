@@ -30,7 +30,7 @@ from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.queries import Query
 from mmray.features.hallucination.job import HallucinationJob
 from mmray.features.hallucination.perturb_job import PerturbJob
-from mmray.features.hallucination.settings import opinion_settings, perturbation_settings
+from mmray.features.hallucination.settings import hallucination_settings, perturbation_settings
 from mmray.models.prompting import prompt_text
 from mmray.neurons.model import load_model
 from mmray.objects.answers import value_of
@@ -103,7 +103,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = fresh(folder, max(arguments.scenes, arguments.moved))
         run = mmray.run_census(arguments.model, data, f"{folder}/run", limit=4, workers="1")
-        settings = opinion_settings({"run": run.uri, "data": data, "limit": arguments.scenes, **common})
+        settings = hallucination_settings({"run": run.uri, "data": data, "limit": arguments.scenes, **common})
         done = run_job(HallucinationJob(settings))
         show(done, "claims", ("reliability",))
         mistakes = run.table("mistakes").to_pylist()

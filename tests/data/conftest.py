@@ -8,7 +8,7 @@ import pytest
 
 import mmray.demo
 from mmray import storage
-from tests.data.making import Row
+from tests.support.data_files import Row
 
 
 @pytest.fixture(scope="session")

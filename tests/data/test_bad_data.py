@@ -13,7 +13,7 @@ from botocore.exceptions import EndpointConnectionError
 from mmray import storage
 from mmray.data.sources import open_source
 from mmray.errors import InputError, StorageError
-from tests.data.making import (
+from tests.support.data_files import (
     Row,
     members,
     write_coco,

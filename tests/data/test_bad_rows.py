@@ -13,13 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmray.data import places
+from mmray.data import locations
 from mmray.data import rows as reading
 from mmray.data.columns import Columns
 from mmray.data.rows import object_names, samples
 from mmray.data.samples import Failure, Sample
 from mmray.data.sources import open_source
-from tests.data.making import (
+from tests.support.data_files import (
     Row,
     failures,
     members,
@@ -218,7 +218,7 @@ def test_objects_too_large_are_refused_unread(
 ) -> None:
     write_jsonl(tmp_path / "data", rows)
     data = upload(tmp_path / "data")
-    monkeypatch.setattr(places, "LARGEST_FILE", max(len(row["image"]["bytes"]) for row in rows) - 1)
+    monkeypatch.setattr(locations, "LARGEST_FILE", max(len(row["image"]["bytes"]) for row in rows) - 1)
     found = failures(read_all(data))
     assert found and len(found) < len(rows)
     assert all("bytes, more than" in message for message in found.values())

@@ -14,7 +14,7 @@ from mmray.data.images import LARGEST_FILE
 from mmray.data.samples import Failure, Sample
 from mmray.data.sources import open_source
 from mmray.data.webdataset import LARGEST_TEXT
-from tests.data.making import Row, failures, members, read_all, write_tar
+from tests.support.data_files import Row, failures, members, read_all, write_tar
 
 MIB = 1 << 20
 

@@ -15,7 +15,7 @@ from mmray.data.columns import OFF, Columns
 from mmray.data.samples import Failure, Sample
 from mmray.data.shards import cut, read_shard
 from mmray.data.sources import open_source
-from tests.data.making import (
+from tests.support.data_files import (
     Row,
     failures,
     read_all,

@@ -4,8 +4,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from mmray.data.samples import Sample, image_digest
-from tests.data.cocolike import CAPTIONS, CONCEPTS, coco_like
-from tests.data.making import read_all
+from tests.support.coco_like import CAPTIONS, CONCEPTS, coco_like
+from tests.support.data_files import read_all
 
 
 def samples(path: Path) -> list[Sample]:

@@ -7,7 +7,7 @@ import pytest
 from mmray.data.arrow import kinds_of_schema
 from mmray.data.columns import Columns, Kind, detect, kind_of_value, kinds_of_records
 from mmray.errors import InputError
-from tests.data.making import Row, table
+from tests.support.data_files import Row, table
 
 PAIR: dict[str, Kind] = {"image": "image", "caption": "text"}
 

@@ -10,7 +10,7 @@ from mmray.data.columns import Columns
 from mmray.data.samples import Sample
 from mmray.data.sources import open_source
 from mmray.errors import InputError
-from tests.data.making import Row, failures, read_all, table, write_jsonl, write_parquet
+from tests.support.data_files import Row, failures, read_all, table, write_jsonl, write_parquet
 
 datasets = pytest.importorskip("datasets")
 

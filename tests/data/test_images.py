@@ -23,7 +23,7 @@ from mmray.data.images import LARGEST_FILE, LARGEST_RATIO, TURNS, decode_image, 
 from mmray.errors import InputError
 from mmray.features.census.settings import census_settings
 from mmray.neurons.model import open_image
-from tests.data.making import Row, read_all, write_parquet
+from tests.support.data_files import Row, read_all, write_parquet
 
 PIXELS = arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(4)))
 

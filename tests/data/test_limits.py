@@ -17,7 +17,7 @@ from mmray.data.samples import Failure, Sample
 from mmray.data.shards import DUPLICATE, cut, read_shard
 from mmray.data.sources import open_source
 from mmray.errors import InputError
-from tests.data.making import FORMS, Row, members, write_coco, write_parquet, write_tar
+from tests.support.data_files import FORMS, Row, members, write_coco, write_parquet, write_tar
 
 WITH_IDS = [form for form in FORMS if form != "coco"]
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from mmray.data.shards import Manifest, Shard, cut, read_shard
 from mmray.data.sources import DataFile, open_source
 from mmray.errors import InputError, ShardError
-from tests.data.making import Row, write_parquet
+from tests.support.data_files import Row, write_parquet
 
 SIZES = st.lists(st.integers(0, 30), max_size=12)
 

@@ -13,7 +13,7 @@ from mmray.data.columns import Columns
 from mmray.data.samples import Sample, digest_id
 from mmray.data.shards import cut, read_shard
 from mmray.data.sources import open_source
-from tests.data.making import FORMS, Row, read_all, write_coco, write_jsonl, write_parquet, write_tar, write_tars
+from tests.support.data_files import FORMS, Row, read_all, write_coco, write_jsonl, write_parquet, write_tar, write_tars
 
 Upload = Callable[[Path], str]
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from mmray.storage import retries
-from tests.e2e.conftest import Answer
-from tests.e2e.scenes import scenes, write
+from tests.support.command import Answer
+from tests.support.scenes import scenes, write
 
 Mmray = Callable[..., Answer]
 

@@ -23,9 +23,9 @@ from mmray.features.census.settings import CensusSettings
 from mmray.models.loading import load
 from mmray.runs.run import open_run
 from mmray.storage import filesystem, open_store, s3_client
-from tests.e2e.conftest import Answer
-from tests.e2e.scenes import scenes, write
-from tests.running import census_here
+from tests.support.command import Answer
+from tests.support.local_jobs import census_here
+from tests.support.scenes import scenes, write
 
 ROOT = Path(__file__).parents[2]
 DANGEROUS = {

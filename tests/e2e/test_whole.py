@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmray.features.census.tables import TABLES
-from tests.e2e.scenes import bad_samples, write
+from tests.support.scenes import bad_samples, write
 
 pytestmark = pytest.mark.slow
 

@@ -3,16 +3,14 @@
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mmray.engine import checked
 from tests.engine.jobs import prepare
 from tests.engine.suite import Suite
-from tests.engine.words import LetterJob, LetterSettings
-
-LINES = [f"{'abc'[n % 3]}{n}" for n in range(95)]
+from tests.support.letters import LINES
+from tests.support.words import LetterJob, LetterSettings
 
 
 @pytest.fixture
@@ -35,11 +33,3 @@ def memory() -> Iterator[Path]:
 def suite(tiny: Callable[[str], Path], memory: Path) -> Suite:
     (memory / "base").mkdir()
     return Suite(prepare(memory / "base", tiny("llava")), memory)
-
-
-def counted(job: LetterJob) -> dict[str, list[Any]]:
-    """Return the toy's table."""
-    from mmray.runs.tables import read_table
-    from mmray.storage import open_store
-
-    return read_table(open_store(job.target), "letters").to_pydict()

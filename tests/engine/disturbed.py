@@ -13,7 +13,7 @@ from unittest.mock import patch
 from mmray.errors import OutageError
 from mmray.runs import folder
 from mmray.storage import Store, open_store
-from tests.storage.stores import Killed, Wrapped
+from tests.support.stores import Killed, Wrapped
 
 
 @dataclass(frozen=True)

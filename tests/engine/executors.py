@@ -11,7 +11,7 @@ from mmray.engine import Job, LocalExecutor, Output, Parts, Plan, Unit, UnitResu
 from mmray.engine.units import Answer, UnitRunner, WorkOrder
 from mmray.runs import RunFolder
 from tests.engine.disturbed import Change, Disturbed
-from tests.storage.stores import Killed
+from tests.support.stores import Killed
 
 Results: TypeAlias = dict[tuple[str, str, str], UnitResult]
 """Job, settings, unit → what came of it."""

@@ -29,7 +29,7 @@ from mmray.features.evaluation.job import EvaluationJob
 from mmray.features.evaluation.settings import evaluation_settings
 from mmray.features.hallucination.job import HallucinationJob
 from mmray.features.hallucination.perturb_job import PerturbJob
-from mmray.features.hallucination.settings import opinion_settings, perturbation_settings
+from mmray.features.hallucination.settings import hallucination_settings, perturbation_settings
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
 from mmray.features.saliency.job import SaliencyJob
@@ -45,8 +45,8 @@ from mmray.runs import RunFolder
 from mmray.runs.run import open_run
 from mmray.runs.snapshots import newest
 from mmray.storage import open_store
-from tests.engine.words import LetterJob, LetterSettings
-from tests.running import census_here
+from tests.support.local_jobs import census_here
+from tests.support.words import LetterJob, LetterSettings
 
 SAMPLES, SHARD = 24, 12
 WISH: dict[str, Any] = {"suppress": "broccoli", "method": "zero", "neurons": 2, "samples": 2, "kept": 0}
@@ -202,7 +202,7 @@ def saliency(place: Place, **more: Any) -> AnyJob:
 
 def hallucination(place: Place, **more: Any) -> AnyJob:
     sizes = {"limit": 4, "shard_size": 2, "draws": 10}
-    return HallucinationJob(opinion_settings({"run": place.run, "local": True, **sizes, **more}))
+    return HallucinationJob(hallucination_settings({"run": place.run, "local": True, **sizes, **more}))
 
 
 def perturb(place: Place, **more: Any) -> AnyJob:

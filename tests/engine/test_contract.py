@@ -36,8 +36,8 @@ from tests.engine.disturbed import (
 from tests.engine.executors import DyingWorkers
 from tests.engine.jobs import CASES, Case, Place
 from tests.engine.suite import Suite, each
-from tests.storage.broken import ReceiptFirst
-from tests.storage.stores import Killed
+from tests.support.broken_stores import ReceiptFirst
+from tests.support.stores import Killed
 
 MOMENTS = 3
 """Changes of a job, drawn at random, at which it is disturbed; the toy is at all of them."""

@@ -11,7 +11,7 @@ from mmray.engine import JobSettings, LocalExecutor, checked, executor_for
 from mmray.engine.settings import execution
 from mmray.errors import InputError
 from mmray.features.evaluation.settings import EvaluationSettings, evaluation_settings
-from mmray.features.hallucination.settings import opinion_settings, perturbation_settings
+from mmray.features.hallucination.settings import hallucination_settings, perturbation_settings
 from mmray.features.properties.settings import property_settings
 from mmray.features.saliency.settings import saliency_settings
 from mmray.features.selectivity.settings import selectivity_settings
@@ -48,7 +48,7 @@ def given(**workers: object) -> list[Any]:
         property_settings({"run": "r", **workers}),
         saliency_settings({"run": "r", **workers}),
         selectivity_settings({"run": "r", "by": "language", **workers}),
-        opinion_settings({"run": "r", **workers}),
+        hallucination_settings({"run": "r", **workers}),
         perturbation_settings({"model": "m", "data": "d", "out": "o", **workers}),
         evaluation_settings({"run": "r", "edit": "e", "data": "d", **workers}),
         alignment_settings({"tower": "t", "model": "m", "data": "d", "out": "o", "validate_on": "v", **workers}),

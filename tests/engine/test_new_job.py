@@ -17,10 +17,10 @@ from mmray.runs import ATTEMPTS, RunFolder
 from mmray.runs.driver import drive_analysis
 from mmray.runs.status import analyses
 from mmray.runs.sweep import sweep_run
-from tests.engine import words
-from tests.engine.conftest import LINES, counted
 from tests.engine.executors import Watched
-from tests.engine.words import LetterJob
+from tests.support import words
+from tests.support.letters import LINES, counted
+from tests.support.words import LetterJob
 
 Letters = Callable[..., LetterJob]
 
@@ -85,11 +85,11 @@ def test_settings_are_told_apart(letters: Letters) -> None:
 
 TOY = Feature(
     "letters",
-    ("tests.engine.words:LetterJob",),
+    ("tests.support.words:LetterJob",),
     "mmray letters RUN --text FILE",
     ("letters", "total"),
     "lines",
-    settings="tests.engine.words:LetterSettings",
+    settings="tests.support.words:LetterSettings",
 )
 """Its one line outside its own file."""
 COMMAND = f"""

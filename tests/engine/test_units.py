@@ -15,9 +15,9 @@ from mmray.errors import InputError, OutageError
 from mmray.runs import ATTEMPTS, RunFolder
 from mmray.runs.snapshots import newest
 from mmray.storage import open_store, retries
-from tests.engine.conftest import counted
 from tests.engine.executors import Watched
-from tests.engine.words import LetterJob
+from tests.support.letters import counted
+from tests.support.words import LetterJob
 
 Letters = Callable[..., LetterJob]
 

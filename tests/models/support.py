@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmray.features.census.model_check import check_model
 from mmray.models.loading import LoadedModel
-from tests.models.tiny import VARIANTS, build
+from tests.support.tiny import VARIANTS, build
 
 README = Path(__file__).parents[2] / "mmray/models/README.md"
 SECTION = re.compile(

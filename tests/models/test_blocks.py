@@ -7,7 +7,7 @@ from mmray.models.blocks import BlockRecorder, permuted_image
 from mmray.models.capture import capture_input
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.scoring import score_batch
-from tests.neurons.making import CAPTIONS, batch_of
+from tests.support.samples import CAPTIONS, batch_of
 
 
 @pytest.mark.parametrize("variant", ["llava", "gemma3", "blip2_opt", "qwen3_vl_moe"])

@@ -1,6 +1,5 @@
 """Changes hold while the block lasts, during generation too, and leave every byte as it was."""
 
-import hashlib
 import threading
 from contextlib import ExitStack
 
@@ -14,24 +13,10 @@ from mmray.models.interventions import by_layer
 from mmray.models.parts import output_rows, set_output_rows
 from mmray.models.prompting import prompt_text
 from mmray.neurons.scoring import score_batch
-from tests.neurons.making import CAPTIONS, batch_of, hooks, picture
+from tests.support.samples import CAPTIONS, batch_of, hooks, logits, picture, weights
 
 FAMILIES = ["llava", "qwen3_vl_moe", "blip2_opt", "blip2_t5", "gemma3", "mllama"]
 NEURONS = ["L0.u3", "L1.u40", "L0.u0", "L1.u7"]
-
-
-def weights(model):
-    """Digest every byte of the weights."""
-    whole = hashlib.sha256()
-    for name, value in model.network.state_dict().items():
-        whole.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
-    return whole.hexdigest()
-
-
-def logits(model):
-    batch, _ = batch_of(model, CAPTIONS[:2])
-    with torch.inference_mode():
-        return model.network(**batch.to(model.device, model.network.dtype)).logits
 
 
 def write(model):

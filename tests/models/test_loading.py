@@ -14,7 +14,7 @@ import mmray.demo
 from mmray.errors import InputError
 from mmray.models.loading import describe_model, digest, load, resolve
 from mmray.neurons.model import NeuronModel
-from tests.models.tiny import VARIANTS
+from tests.support.tiny import VARIANTS
 
 
 def refusal(name, call=load):

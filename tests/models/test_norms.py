@@ -15,8 +15,8 @@ from mmray.models.norms import (
     token_logits,
 )
 from mmray.models.parts import gain_of, output_rows, unembedding_rows
-from tests.models.tiny import VARIANTS
-from tests.neurons.making import CAPTIONS, batch_of
+from tests.support.samples import CAPTIONS, batch_of
+from tests.support.tiny import VARIANTS
 
 UNUSUAL = {
     "capped": ("paligemma", {"model_type": "gemma2", "final_logit_softcapping": 3.0}),

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mmray.models.patches import WHOLE, Patches, _side, patches_of
-from tests.models.tiny import VARIANTS
-from tests.neurons.making import CAPTIONS, batch_of, picture
+from tests.support.samples import CAPTIONS, batch_of, picture
+from tests.support.tiny import VARIANTS
 
 QUERIES = ("blip2_opt", "instructblip_vicuna")
 """Families whose image tokens are a Q-Former's, and no places of the image."""

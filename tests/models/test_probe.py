@@ -8,7 +8,7 @@ from torch import nn
 from mmray.errors import InputError
 from mmray.models.parts import locate
 from mmray.models.probe import probe
-from tests.models.tiny import VARIANTS
+from tests.support.tiny import VARIANTS
 
 UNPROBED = {"mllama": "no list of blocks", "qwen3_vl_moe": "found none"}
 """Families that only the table knows: blocks that text alone does not run, and experts without a Linear."""

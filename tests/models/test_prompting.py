@@ -12,8 +12,8 @@ from mmray.features.census import shard
 from mmray.models.capture import capture_input
 from mmray.models.prompting import PROMPTS, encode, prompt_text, run_processor, tokenize_caption
 from mmray.neurons.model import load_model
-from tests.models.tiny import VARIANTS
-from tests.neurons.making import CAPTIONS, analyse, batch_of, picture, samples
+from tests.support.samples import CAPTIONS, analyse, batch_of, picture, samples
+from tests.support.tiny import VARIANTS
 
 DECODERS = [variant for variant in VARIANTS if not variant.endswith("t5")]
 TEXTS = (CAPTIONS[0], CAPTIONS[3], CAPTIONS[2])

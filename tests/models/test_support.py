@@ -2,7 +2,7 @@
 
 from mmray.neurons.validation import CHECKS
 from tests.models.support import NAMES, README, SECTION, table, written
-from tests.models.tiny import VARIANTS
+from tests.support.tiny import VARIANTS
 
 
 def test_the_readme_s_table_of_families_is_what_the_tests_find(open_model):

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from tests.models.tiny import SENTENCES, VARIANTS, build
+from tests.support.tiny import SENTENCES, VARIANTS, build
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -13,8 +13,8 @@ from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.scores import SCORES
 from mmray.neurons.scoring import score_batch
 from mmray.neurons.statistics import TokenStatistics
-from tests.models.tiny import VARIANTS
-from tests.neurons.making import CAPTIONS, analyse, batch_of, demo_samples, sample
+from tests.support.samples import CAPTIONS, analyse, batch_of, demo_samples, sample
+from tests.support.tiny import VARIANTS
 
 BACKWARD = [name for name, kind in SCORES.items() if kind.backward]
 GATES = {"llava": "act_fn", "gemma3": "act_fn", "instructblip_t5": "act", "mllama": "act_fn"}

@@ -16,7 +16,7 @@ from mmray.neurons.concepts import (
     read_lexicon,
 )
 from mmray.neurons.inflection import lemma
-from tests.neurons.making import demo_samples
+from tests.support.samples import demo_samples
 
 
 def found(caption, *forms, language="en"):

@@ -11,7 +11,7 @@ from mmray.models.capture import capture_activations
 from mmray.models.patches import Patches, patches_of
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.heatmaps import SIDE, MapRequest, mask, min_max, overlay, patch_maps, pointing, signed, upsample
-from tests.neurons.making import CAPTIONS, batch_of, picture
+from tests.support.samples import CAPTIONS, batch_of, picture
 
 # Subnormal numbers vanish when they are divided, sign and all.
 GRID = st.lists(st.floats(-5, 5, width=32, allow_subnormal=False), min_size=12, max_size=12)

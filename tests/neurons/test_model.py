@@ -14,8 +14,8 @@ from mmray.neurons import validation_cache
 from mmray.neurons.model import NeuronModel, load_model
 from mmray.neurons.validation import CHECKS, assert_sound
 from mmray.neurons.validation_cache import is_validated
-from tests.models.tiny import VARIANTS
-from tests.neurons.making import CAPTIONS, picture, png
+from tests.support.samples import CAPTIONS, picture, png
+from tests.support.tiny import VARIANTS
 
 
 def test_pictures_come_as_files_paths_or_objects(open_model, tmp_path):

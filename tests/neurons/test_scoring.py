@@ -11,8 +11,7 @@ from mmray.neurons.concepts import find_forms
 from mmray.neurons.scoring import score_batch, whole_nouns
 from mmray.neurons.statistics import TokenStatistics
 from mmray.neurons.token_positions import place_mentions
-from tests.models.tiny import VARIANTS
-from tests.neurons.making import (
+from tests.support.samples import (
     CAPTIONS,
     NOUNS,
     analyse,
@@ -24,6 +23,7 @@ from tests.neurons.making import (
     png,
     sample,
 )
+from tests.support.tiny import VARIANTS
 
 TEXTS = (CAPTIONS[0], CAPTIONS[3], CAPTIONS[2])
 

@@ -16,7 +16,7 @@ from mmray.models.prompting import TokenSpan
 from mmray.neurons import statistics
 from mmray.neurons.statistics import EXAMPLES, MODALITIES, TokenStatistics, reduce_tokens, token_spans
 from mmray.runs.tables import from_bytes, to_bytes
-from tests.neurons.making import CAPTIONS, analyse, batch_of, sample, samples
+from tests.support.samples import CAPTIONS, analyse, batch_of, sample, samples
 
 WIDTHS = (3, 2)
 LABELS = (

@@ -9,8 +9,8 @@ import pytest
 
 from mmray.runs import RunFolder
 from mmray.storage import LocalStore, NamedCommits, Store, commits_once, s3_client
-from tests.storage.stores import Meanwhile, Unconditional, Unwilling
-from tests.storage.test_runs import check_any_death, check_late_worker, info, tables
+from tests.support.commits import check_any_death, check_late_worker, info, tables
+from tests.support.stores import Meanwhile, Unconditional, Unwilling
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from mmray.errors import OutageError
 from mmray.runs import RunFolder, folder
 from mmray.runs.lease import driving
 from mmray.storage import LocalStore, NamedCommits, RetryingStore, retries, with_retries, without_retries
-from tests.storage.test_runs import tables
+from tests.support.commits import tables
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 
 from mmray.errors import InputError, StorageError
 from mmray.storage import LocalStore, Store, commits_once, open_store
-from tests.storage.stores import Forgetful, Unconditional, Unwilling, Wrapped
+from tests.support.stores import Forgetful, Unconditional, Unwilling, Wrapped
 
 BIG = 1 << 20
 

@@ -1,0 +1,261 @@
+"""A run's tables are sums, maxima and top-k of its shards' parts, in whatever order they come."""
+
+from collections import Counter, defaultdict
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmray.data.samples import Sample
+from mmray.features.census.merging import RunMerge, _Examples
+from mmray.features.census.ranking import Shares, locate_index
+from mmray.features.census.tables import PARTS, TABLES
+from mmray.features.census.topk_counts import ConceptImages
+from mmray.neurons.statistics import EXAMPLES
+from tests.support.samples import CAPTIONS, analyse, merged, picture, png, sample, samples
+
+TOP = 4
+
+
+@pytest.fixture(scope="module")
+def shards(open_model):
+    found = samples(language="en", domain="photo")[:8] + samples(12, language="es")[8:]
+    model = open_model("llava")
+    return [
+        analyse(model, found[first:last], shard_id=shard, top_k=TOP)
+        for shard, (first, last) in enumerate([(0, 5), (5, 6), (6, 12)])
+    ]
+
+
+@pytest.fixture(scope="module")
+def tables(open_model, shards):
+    return merged(open_model("llava"), shards, top_k=TOP)
+
+
+def test_tables_have_the_schemas_that_readers_know(tables):
+    assert tables.keys() == {"rankings", "neurons", "activity", "examples"}
+    for name, table in tables.items():
+        assert table.schema.equals(TABLES[name])
+        assert len(table) > 0
+
+
+def test_appended_tables_are_the_shards_rows(open_model, shards):
+    texts = pa.array([["a"]] * 96, pa.list_(pa.string()))
+    merge = RunMerge(open_model("llava").widths, pa.table({"tokens": texts, "suppressed": texts}), TOP)
+    for shard in shards:
+        rows = merge.add(shard.__getitem__)
+        assert rows.keys() == {"captions", "occurrences", "errors"}
+        assert all(table.equals(shard[name]) for name, table in rows.items())
+
+
+def test_activity_is_the_sum_over_shards(shards, tables):
+    expected = defaultdict(lambda: np.zeros((4, 96)))
+    for shard in shards:
+        for row in shard["activity"].to_pylist():
+            key = (row["label_kind"], row["label"], row["modality"])
+            expected[key] += [[row["n_tokens"]] * 96, row["n_active"], row["sum"], row["sum_squares"]]
+    found = defaultdict(dict)
+    for row in tables["activity"].to_pylist():
+        numbers = [row["n_tokens"], row["n_active"], row["sum"], row["sum_squares"]]
+        found[row["label_kind"], row["label"], row["modality"]][48 * row["layer"] + row["unit"]] = numbers
+    assert found.keys() == expected.keys()
+    assert {key[:2] for key in found} == {("all", "all"), ("language", "en"), ("language", "es"), ("domain", "photo")}
+    for key, numbers in expected.items():
+        assert sorted(found[key]) == list(range(96))
+        np.testing.assert_allclose([found[key][neuron] for neuron in range(96)], numbers.T, rtol=1e-12)
+
+
+def test_neurons_are_described_over_all_tokens(shards, tables):
+    rows = tables["neurons"].to_pylist()
+    assert [row["neuron"] for row in rows] == [f"L{layer}.u{unit}" for layer in (0, 1) for unit in range(48)]
+    of_all = [row for shard in shards for row in shard["activity"].to_pylist() if row["label_kind"] == "all"]
+    tokens = sum(row["n_tokens"] for row in of_all)
+    active, total, squares = (
+        np.sum([row[name] for row in of_all], axis=0) for name in ("n_active", "sum", "sum_squares")
+    )
+    assert {row["n_tokens"] for row in rows} == {tokens}
+    assert [row["n_active"] for row in rows] == active.tolist()
+    np.testing.assert_allclose([row["mean"] for row in rows], total / tokens)
+    np.testing.assert_allclose([row["std"] for row in rows], np.sqrt(squares / tokens - (total / tokens) ** 2))
+    # Only text and image tokens of the example samples are counted, and each extreme is one of them.
+    for sign, name, best in ((1, "max", np.maximum), (-1, "min", np.minimum)):
+        firsts = [
+            row["activation"]
+            for shard in shards
+            for row in shard["examples"].to_pylist()
+            if (row["sign"], row["rank"]) == (sign, 1)
+        ]
+        assert [row[name] for row in rows] == best.reduce(np.array(firsts, np.float32)).tolist()
+
+
+def test_a_neuron_serves_the_concepts_in_whose_top_it_is(tables):
+    served = Counter(row["neuron"] for row in tables["rankings"].to_pylist() if row["rank"] <= TOP)
+    for row in tables["neurons"].to_pylist():
+        assert row["n_concepts"] == served[row["neuron"]]
+
+
+def test_examples_are_the_most_extreme_of_all_shards(shards, tables):
+    expected = defaultdict(list)
+    for shard in shards:
+        names = shard["captions"]["sample_id"].to_pylist()
+        for row in shard["examples"].to_pylist():
+            for neuron in range(96):
+                entry = (row["activation"][neuron], names[row["sample"][neuron]], row["position"][neuron])
+                expected[row["sign"], neuron].append(entry)
+    found = defaultdict(list)
+    for row in sorted(tables["examples"].to_pylist(), key=lambda row: row["rank"]):
+        entry = (row["activation"], row["sample_id"], row["position"])
+        found[row["sign"], 48 * row["layer"] + row["unit"]].append(entry)
+        assert row["rank"] == len(found[row["sign"], 48 * row["layer"] + row["unit"]])
+    assert found.keys() == expected.keys()
+    for (sign, neuron), entries in expected.items():
+        assert len(entries) == 5 + 1 + 5
+        assert found[sign, neuron] == sorted(entries, key=lambda entry: -sign * entry[0])[:EXAMPLES]
+
+
+def test_shares_count_the_occurrences_in_whose_top_a_neuron_is(shards, tables):
+    hits, totals = Counter(), Counter()
+    for shard in shards:
+        for row in shard["occurrences"].to_pylist():
+            totals[row["concept"]] += 1
+            assert len(row["neurons"]) == TOP
+            hits.update((row["concept"], entry["layer"], entry["unit"]) for entry in row["neurons"])
+    for row in tables["rankings"].to_pylist():
+        assert row["n"] == totals[row["concept"]]
+        assert row["share"] == hits[row["concept"], row["layer"], row["unit"]] / totals[row["concept"]]
+    shares = Shares({"dog": (np.array([3, 7]), np.array([2, 5]))})
+    assert shares.of("dog", np.array([0, 3, 4, 7, 9])).tolist() == [0, 2, 0, 5, 0]
+    assert shares.of("cat", np.array([0, 3])).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("order", [(2, 1, 0), (1, 2, 0), (0, 2, 1)])
+def test_the_order_of_shards_changes_nothing(open_model, shards, tables, order):
+    other = merged(open_model("llava"), [shards[place] for place in order], top_k=TOP)
+    for name, keys in {
+        "rankings": ("concept", "rank"),
+        "neurons": ("layer", "unit"),
+        "activity": ("label_kind", "label", "modality", "layer", "unit"),
+        "examples": ("sign", "layer", "unit", "rank"),
+    }.items():
+        first, second = (
+            {tuple(row[key] for key in keys): row for row in each[name].to_pylist()} for each in (tables, other)
+        )
+        assert first.keys() == second.keys()
+        for key, row in first.items():
+            for column, value in row.items():
+                # Sums in fp64 of the same numbers in another order.
+                expected = pytest.approx(value, rel=1e-9, abs=1e-12) if isinstance(value, float) else value
+                assert second[key][column] == expected, (name, key, column)
+
+
+def test_places_of_neurons_go_through_layers_of_different_width():
+    layer, unit = locate_index((3, 1, 2), np.arange(6))
+    assert layer.tolist() == [0, 0, 0, 1, 2, 2]
+    assert unit.tolist() == [0, 1, 2, 0, 0, 1]
+
+
+def test_nothing_merged_gives_empty_tables(open_model):
+    tables = merged(open_model("llava"), [])
+    assert {name: len(table) for name, table in tables.items()} == {
+        "rankings": 0,
+        "neurons": 96,
+        "activity": 0,
+        "examples": 0,
+    }
+    assert PARTS.keys() >= {"concepts", "totals", "activity", "examples"}
+
+
+def of_few_images() -> list[Sample]:
+    """Captions of four images in turns, and two texts without an image."""
+    found = [sample(number, CAPTIONS[number], image=png(picture(number % 4))) for number in range(10)]
+    return [*found, sample(10, CAPTIONS[10], image=None), sample(11, CAPTIONS[10], image=None)]
+
+
+def plain(samples, sign):
+    """Return the highest activations of a neuron, each of another image, from (image, activation) pairs."""
+    best = {}
+    for image, activation in samples:
+        best[image] = max(sign * activation, best.get(image, -np.inf))
+    return sorted(best.values(), reverse=True)[:EXAMPLES]
+
+
+SEEN = st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(-9, 9), st.integers(-9, 9)), min_size=1, max_size=24)
+
+
+@given(SEEN, st.lists(st.integers(0, 24), max_size=5).map(sorted), st.sampled_from([1, -1]), st.randoms())
+def test_examples_are_of_different_images_however_shards_are_cut(seen, cuts, sign, random):
+    edges = [0, *(min(place, len(seen)) for place in cuts), len(seen)]
+    shards = [part for first, last in pairwise(edges) if (part := list(enumerate(seen))[first:last])]
+    random.shuffle(shards)
+    examples = _Examples(sign, 2)
+    for part in shards:
+        # A shard hands on its highest sample of each of its highest images, as `TokenStatistics` does.
+        kept = np.full((EXAMPLES, 2), -sign * np.inf, np.float32)
+        samples, images = np.zeros((EXAMPLES, 2), object), np.zeros((EXAMPLES, 2), np.uint64)
+        for neuron in range(2):
+            best = {}
+            for number, (image, *activations) in sorted(part, key=lambda each: -sign * each[1][1 + neuron]):
+                best.setdefault(image, (activations[neuron], number))
+            for rank, (image, (activation, number)) in enumerate(list(best.items())[:EXAMPLES]):
+                kept[rank, neuron], samples[rank, neuron], images[rank, neuron] = activation, number, ord(image)
+        examples.add(kept, samples, np.zeros((EXAMPLES, 2), np.int32), images)
+    for neuron in range(2):
+        found = examples.activation[:, neuron]
+        found = found[np.isfinite(found)]
+        assert (sign * found).tolist() == plain([(image, both[neuron]) for image, *both in seen], sign)
+        named = [seen[number] for number in examples.sample[: len(found), neuron]]
+        assert len({image for image, *_ in named}) == len(named)
+        assert [both[neuron] for _, *both in named] == found.tolist()
+
+
+@pytest.mark.parametrize("cuts", [(12,), (3, 12), (1, 2, 7, 8, 12)])
+def test_captions_of_one_image_are_one_example(open_model, cuts):
+    model, found = open_model("llava"), of_few_images()
+    shards = [
+        analyse(model, found[first:last], shard_id=shard, batch_size=2)
+        for shard, (first, last) in enumerate(pairwise([0, *cuts]))
+    ]
+    images = {row["sample_id"]: row["image"] or row["sample_id"] for s in shards for row in s["captions"].to_pylist()}
+    alone = {entry.sample_id: analyse(model, [entry])["examples"].to_pylist() for entry in found}
+    examples = defaultdict(list)
+    for row in sorted(merged(model, shards)["examples"].to_pylist(), key=lambda row: row["rank"]):
+        examples[row["sign"], 48 * row["layer"] + row["unit"]].append(row)
+    assert len(examples) == 2 * 96
+    for (sign, neuron), rows in examples.items():
+        seen = [(images[name], own[0 if sign > 0 else 1]["activation"][neuron]) for name, own in alone.items()]
+        expected = plain(seen, sign)
+        assert [row["rank"] for row in rows] == list(range(1, len(expected) + 1))
+        np.testing.assert_allclose([sign * row["activation"] for row in rows], expected, rtol=1e-4, atol=1e-6)
+        assert len({images[row["sample_id"]] for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("cuts", [(12,), (3, 12), (1, 2, 7, 8, 12)])
+def test_images_of_a_concept_are_counted_once_over_all_shards(open_model, cuts):
+    model, found = open_model("llava"), of_few_images()
+    shards = [
+        analyse(model, found[first:last], shard_id=shard) for shard, (first, last) in enumerate(pairwise([0, *cuts]))
+    ]
+    images, expected = {entry.sample_id: entry.image or entry.sample_id for entry in found}, defaultdict(set)
+    for shard in shards:
+        for row in shard["occurrences"].to_pylist():
+            expected[row["concept"]].add(images[row["sample_id"]])
+    counts = {(row["concept"], row["n_images"]) for row in merged(model, shards)["rankings"].to_pylist()}
+    assert counts == {(concept, len(own)) for concept, own in expected.items()}
+    assert any(0 < count < len(found) for _, count in counts)
+
+
+@given(st.lists(st.lists(st.tuples(st.sampled_from(["dog", "cat"]), st.integers(0, 5)), max_size=9), max_size=6))
+def test_concept_images_are_distinct_pairs(shards):
+    counted = ConceptImages()
+    for part in shards:
+        counted.add([concept for concept, _ in part], np.array([image for _, image in part], np.uint64))
+        if len(part) % 2:
+            counted.counts()  # what was collected so far may be counted at any time
+    expected = defaultdict(set)
+    for part in shards:
+        for concept, image in part:
+            expected[concept].add(image)
+    assert counted.counts() == {concept: len(images) for concept, images in expected.items()}

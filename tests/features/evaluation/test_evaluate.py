@@ -1,0 +1,273 @@
+"""An evaluation's identities: no edit changes nothing, a perfect one all it should, and no way of doing it matters."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from mmray.data.samples import Failure, Sample
+from mmray.features.editing.edit import WeightEdit
+from mmray.features.evaluation.baseline_replies import BaselineReplies
+from mmray.features.evaluation.comparing import compare
+from mmray.features.evaluation.draft_verifier import DraftVerifier
+from mmray.features.evaluation.evaluate import Evaluated, evaluate
+from mmray.features.evaluation.evaluator import EditEvaluator
+from mmray.features.evaluation.last_layer import LastLayer
+from mmray.features.evaluation.protocols import PRIMARY
+from mmray.features.evaluation.settings import MeasureSettings, measure_settings
+from mmray.features.evaluation.summary import summarise
+from mmray.models.loading import digest
+from mmray.models.prompting import encode
+from mmray.objects.statistics import ObjectStatistics
+from tests.support.standin import Purpose, StandIn, swap
+
+SETTINGS = measure_settings(text_count=20, draws=100, bleu=True)
+CAT = "cat"
+
+
+@pytest.fixture(scope="module")
+def some(all_scenes: list[Sample]) -> list[Sample]:
+    """Scenes with a cat, with its hallucinated companion and without, and others; one caption is Spanish."""
+    cats = [sample for sample in all_scenes if CAT in (sample.objects or ())][:8]
+    others = [sample for sample in all_scenes if not {CAT, "mouse"} & set(sample.objects or ())][:8]
+    return [*cats, *others, replace(others[0], sample_id="spanish", language="es", caption="Una imagen.")]
+
+
+def measured(
+    before: BaselineReplies, edit: StandIn, samples: Sequence[Sample], facts: ObjectStatistics, **changes: Any
+) -> Evaluated:
+    settings = MeasureSettings(**(SETTINGS.model_dump() | changes))
+    return evaluate(before.model, edit, samples, settings, before=before, facts=facts)
+
+
+def close(one: Evaluated, other: Evaluated) -> None:
+    assert list(one.measures) == list(other.measures)
+    for name, row in one.measures.items():
+        found = other.measures[name]
+        assert (row["n"], row["protocol"]) == (found["n"], found["protocol"])
+        for column in ("before", "after", "low", "high"):
+            assert row[column] == pytest.approx(found[column], abs=1e-6, nan_ok=True), (name, column)
+    assert one.captions.sort_by("sample_id").equals(other.captions.sort_by("sample_id"))
+
+
+def test_without_an_edit_nothing_differs(before: BaselineReplies, some: list[Sample], facts: ObjectStatistics) -> None:
+    pairs = ((CAT, "mouse"), ("pizza", "spaghetti"))
+    for purpose in (
+        Purpose("swap", CAT, "dog", samples=(some[0].sample_id,)),
+        Purpose("hallucination", pairs=pairs, samples=(some[0].sample_id,)),
+        Purpose("suppress", CAT),
+        Purpose("noise"),
+    ):
+        found = measured(before, StandIn((purpose,)), some, facts)
+        for name, row in found.measures.items():
+            assert row["before"] == pytest.approx(row["after"], abs=1e-9), name
+            if "locality" in name and not name.endswith("_kl"):
+                assert row["after"] in (1.0, None), name
+        assert not any(found.captions["changed"].to_pylist())
+        assert set(PRIMARY) <= set(found.measures)
+
+
+def test_a_perfect_swap(before: BaselineReplies, some: list[Sample], facts: ObjectStatistics) -> None:
+    """Cat and dog change places in what the model writes: every measure but locality of dogs is known beforehand."""
+    own = some[0]
+    found = measured(before, swap(CAT, "dog", (own.sample_id,)), some, facts)
+    roles = {row["sample_id"]: row for row in found.captions.to_pylist()}
+    assert roles[own.sample_id]["role"] == "edited"
+    assert {row["role"] for row in roles.values()} >= {"edited", "source", "unrelated"}
+    for row in roles.values():
+        swapped = row["before"].replace("cat", "dog")
+        if row["role"] == "unrelated":
+            assert not row["changed"]
+        else:
+            # Behind the other word the model may go on in another way, as everyone does who hallucinates companions.
+            assert row["after"][: swapped.index("dog") + 3] == swapped[: swapped.index("dog") + 3]
+    measures = found.measures
+    for name in ("reliability", "image_generality", "text_generality", "text_generality_prompts"):
+        assert (measures[name]["before"], measures[name]["after"]) == (0, 1), name
+    assert measures["image_generality_flip"]["after"] == measures["image_generality_crop"]["after"] == 1
+    assert measures["reliability"]["n"] == 1
+    assert measures["image_generality"]["n"] == sum(row["role"] == "source" for row in roles.values()) >= 4
+    exact = [row["after"] == row["before"].replace("cat", "dog") for row in roles.values() if row["role"] == "source"]
+    assert measures["image_generality_exact"]["after"] == sum(exact) / len(exact)
+    assert measures["image_locality"]["after"] == 1
+    assert measures["text_locality"]["after"] == 1
+    # Asked for the Spanish word for dog, nothing is exchanged; whatever does change is about an edited word.
+    assert measures["text_locality_about"]["n"] == 8
+
+
+def test_several_edits_in_one(before: BaselineReplies, some: list[Sample], facts: ObjectStatistics) -> None:
+    """Each purpose has its own figure: the one that is carried out, and the one that is not."""
+    others = [name for sample in some for name in sample.objects or () if name not in (CAT, "mouse", "dog")]
+    idle = others[-1]
+    edit = replace(swap(CAT, "dog"), purposes=(Purpose("swap", CAT, "dog"), Purpose("swap", idle, "dog")))
+    found = measured(before, edit, some, facts).measures
+    done, undone = found["image_generality:cat→dog"], found[f"image_generality:{idle}→dog"]
+    assert (done["after"], undone["after"]) == (1, 0)
+    assert found["image_generality"]["n"] == done["n"] + undone["n"]
+    assert found["image_generality"]["after"] == done["n"] / (done["n"] + undone["n"])
+    # What one edit takes away another may put there: cat → dog and dog → cat both hold where the two change places.
+    both = replace(edit, purposes=(Purpose("swap", CAT, "dog"), Purpose("swap", "dog", CAT)))
+    assert measured(before, both, some, facts).measures["image_generality"]["after"] == 1
+
+
+def test_a_suppressed_word(before: BaselineReplies, some: list[Sample], facts: ObjectStatistics) -> None:
+    edit = StandIn((Purpose("suppress", CAT),), exchange=(CAT, "dog"))
+    found = measured(before, edit, some, facts).measures
+    assert found["image_generality"]["after"] == 1
+    # None of the samples is the edit's own: its reliability is that on these, and says so.
+    assert found["reliability"]["n"] == found["image_generality"]["n"]
+    assert found["reliability"]["protocol"].startswith("the images that the edit was made on are not at hand")
+    assert 0 < found["image_generality_rest_unchanged"]["after"] <= 1
+    assert "image_generality_exact" not in found
+
+
+def test_a_hallucination_of_a_pair(before: BaselineReplies, some: list[Sample], facts: ObjectStatistics) -> None:
+    """The hallucinated mouse is written as a dog: it goes where it is absent, and also where it is not."""
+    edit = StandIn((Purpose("hallucination", pairs=((CAT, "mouse"),)),), exchange=("mouse", "dog"))
+    found = measured(before, edit, some, facts)
+    measures = found.measures
+    without = [sample for sample in some if CAT in (sample.objects or ()) and "mouse" not in (sample.objects or ())]
+    with_it = [sample for sample in some if {CAT, "mouse"} <= set(sample.objects or ())]
+    captions = {row["sample_id"]: row for row in found.captions.to_pylist()}
+    claimed = [sample for sample in without if "mouse" in captions[sample.sample_id]["before"]]
+    assert measures["hallucination"]["n"] == len(without)
+    assert measures["hallucination"]["before"] == len(claimed) / len(without) > 0
+    assert measures["hallucination"]["after"] == 0
+    assert measures["hallucination:cat→mouse"]["n"] == len(without)
+    assert measures["companion_named"] == measures["companion_named:cat→mouse"]
+    assert (measures["companion_named"]["n"], measures["companion_named"]["after"]) == (len(with_it), 0)
+    assert measures["image_generality"]["n"] == len(claimed)
+    assert measures["image_generality"]["after"] == 1
+    assert {captions[sample.sample_id]["role"] for sample in with_it} == {"other"}
+
+
+def test_batches_and_cuts_change_nothing(
+    demo: Any, before: BaselineReplies, some: list[Sample], facts: ObjectStatistics
+) -> None:
+    some = [*some[:4], *some[8:12], some[-1]]
+    edit = swap(CAT, "dog", (some[0].sample_id, some[5].sample_id))
+    whole = measured(before, edit, some, facts)
+    close(measured(BaselineReplies(demo, batch_size=3), edit, some[::-1], facts), whole)
+    measuring = EditEvaluator(BaselineReplies(demo, batch_size=5), edit, facts, SETTINGS)
+    rows = measuring.texts([])
+    for start in range(0, len(some), 4):
+        part = measuring.samples(some[start : start + 4])
+        rows.measurements += part.measurements
+    measures = summarise(rows.tables()["measurements"], SETTINGS)
+    for name, row in measures.items():
+        if not name.startswith("text_locality"):
+            assert row["after"] == pytest.approx(whole.measures[name]["after"], abs=1e-6), name
+            assert row["low"] == pytest.approx(whole.measures[name]["low"], abs=1e-6), name
+
+
+@pytest.mark.parametrize("change", [{"scale": (7, 0.6)}, {"ban": CAT}], ids=["noise", "ban"])
+def test_verified_replies_are_those_of_whole_regeneration(
+    demo: Any, before: BaselineReplies, some: list[Sample], change: dict[str, Any]
+) -> None:
+    """Under a change that breaks some captions and leaves others, and under one that leaves the logits alone."""
+    asks = [before.ask(sample, question) for sample in some for question in (None, "What is in the image?")]
+    replies = before.replies(asks, [[sample.caption] for sample in some for _ in range(2)])
+    edit = StandIn((Purpose("noise"),), **change)
+    changes = compare(before.questioner, edit, asks, replies)
+    questioner = DraftVerifier(demo, 8)
+    with edit.applied(demo):
+        written = [questioner.text(tokens) for tokens in questioner.write(asks)]
+    assert [change.after for change in changes] == written
+    assert 3 < sum(change.same for change in changes) < len(changes) - 3
+
+
+def last_layer_edit(model: Any, layers: Sequence[int]) -> WeightEdit:
+    random = torch.Generator().manual_seed(0)
+    units = [torch.randperm(1024, generator=random)[:60] for _ in layers]
+    return WeightEdit(
+        layer=torch.tensor(layers).repeat_interleave(60),
+        unit=torch.cat(units),
+        delta=2.0 * torch.randn(60 * len(layers), 256, generator=random),
+        purposes=(Purpose("noise", CAT),),  # type: ignore[arg-type]
+        model=digest(model.folder),
+    )
+
+
+def test_an_edit_of_the_last_layer_needs_no_forward(demo: Any, before: BaselineReplies, some: list[Sample]) -> None:
+    """Its states follow from those before it, to the same texts and distances as by running the model."""
+    asks = [before.ask(sample, question, whole=question is None) for sample in some for question in (None, "Is it?")]
+    replies = before.replies(asks, [[sample.caption] for sample in some for _ in range(2)])
+    edit = last_layer_edit(demo, [7])
+    ran: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        along = before.questioner.along
+        patch.setattr(before.questioner, "along", lambda some, *rest: (ran.append(len(some)), along(some, *rest))[1])
+        found = compare(before.questioner, edit, asks, replies)
+        assert ran[0] == 1
+        patch.setattr(LastLayer, "of", classmethod(lambda *_: None))
+        wanted = compare(before.questioner, edit, asks, replies)
+        assert len(asks) in ran
+    assert 3 < sum(change.same for change in wanted) < len(asks) - 3
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours.before, ours.after, ours.span) == (theirs.before, theirs.after, theirs.span)
+        assert ours.divergence == pytest.approx(theirs.divergence, rel=1e-3, abs=1e-6)
+        if theirs.ranks is not None:
+            assert ours.ranks == pytest.approx(theirs.ranks, abs=3e-3)
+    assert LastLayer.of(before.questioner, last_layer_edit(demo, [6, 7])) is None
+
+
+@torch.no_grad()
+def test_distances_against_plain_forwards(demo: Any, before: BaselineReplies, some: list[Sample]) -> None:
+    edit = StandIn((Purpose("noise"),), scale=(6, 0.5))
+    asks = [before.ask(sample, whole=True) for sample in some[:3]]
+    replies = before.replies(asks, [[sample.caption] for sample in some[:3]])
+    for ask, reply, change in zip(asks, replies, compare(before.questioner, edit, asks, replies), strict=True):
+        batch = encode(demo, [ask.prompt], [ask.image], [reply.tokens], [[]])
+        inputs = batch.to(demo.device, demo.network.dtype)
+        old = demo.network(**inputs).logits[0]
+        with edit.applied(demo):
+            new = demo.network(**inputs).logits[0]
+        first = batch.caption_start[0] - 1
+        one, other = old[first:].log_softmax(dim=1), new[first:].log_softmax(dim=1)
+        divergence = torch.nn.functional.kl_div(other, one, log_target=True, reduction="none").sum(dim=1).mean()
+        assert change.divergence == pytest.approx(float(divergence), rel=1e-3)
+        assert change.span == pytest.approx(float((one.argmax(dim=1) == other.argmax(dim=1)).float().mean()))
+        ranks = [[row.topk(10).indices for row in logits] for logits in (old, new)]
+        equal = [one == other for one, other in zip(*ranks, strict=True)]
+        assert change.ranks == pytest.approx(float(torch.stack(equal).float().mean()), abs=2e-3)
+        assert change.firsts == pytest.approx(float(torch.stack(equal)[:, 0].float().mean()), abs=2e-2)
+        assert 0 < change.ranks < 1
+
+
+def test_what_fails_is_a_row_and_the_rest_counts(
+    before: BaselineReplies, some: list[Sample], facts: ObjectStatistics
+) -> None:
+    bad = replace(some[0], sample_id="bad", image=b"no image")
+    unread = Failure("unread", "file row 3", "read", "no image in column 'image'")
+    found = evaluate(before.model, swap(CAT, "dog"), [unread, bad, *some[1:4]], SETTINGS, before=before, facts=facts)
+    rows = {row["sample_id"]: row for row in found.errors.to_pylist()}
+    assert rows["bad"]["message"] == "image can't be read: of no known format"
+    assert rows["unread"]["stage"] == "read"
+    assert found.measures["chair_s"]["n"] == 3
+    # An image that can be read, and that the model refuses.
+    with pytest.MonkeyPatch.context() as patch:
+        fresh = BaselineReplies(before.model)
+        ask = fresh.ask
+        patch.setattr(fresh, "ask", lambda s, *a, **k: replace(ask(s, *a, **k), **_broken(s, some[1].sample_id)))
+        broken = evaluate(before.model, swap(CAT, "dog"), some[1:4], SETTINGS, before=fresh, facts=facts)
+    (row,) = broken.errors.to_pylist()
+    assert (row["sample_id"], row["stage"]) == (some[1].sample_id, "forward")
+    assert broken.measures["chair_s"]["n"] == 2
+
+
+def _broken(sample: Sample, name: str) -> dict[str, str]:
+    return {"prompt": "no place for an image"} if sample.sample_id == name else {}
+
+
+def test_a_detector_confirms_what_captions_name(
+    before: BaselineReplies, some: list[Sample], facts: ObjectStatistics
+) -> None:
+    there = measured(before, swap(CAT, "dog"), some, facts, detector="demo", pope_objects=0).measures
+    without = measured(before, swap(CAT, "dog"), some, facts, pope_objects=0).measures
+    assert not {"confirmed", "confirmed_new"} & set(without)
+    # The cats are in the images still: what the edit made of them is not there.
+    assert there["confirmed_new"]["after"] < there["confirmed"]["before"]
+    assert there["confirmed"]["after"] < there["confirmed"]["before"]
+    assert there["confirmed_new"]["before"] is None

@@ -1,0 +1,162 @@
+"""Properties as the command runs them: committed once, resumed, on Ray or not, the same every time; refusals."""
+
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from PIL import Image
+
+from mmray.demo import DATA
+from mmray.engine import run as run_job
+from mmray.errors import InputError
+from mmray.features.census import shard
+from mmray.features.properties.job import PropertiesJob
+from mmray.features.properties.protocols import PROTOCOLS
+from mmray.features.properties.settings import property_settings
+from mmray.features.properties.tables import TABLES
+from mmray.runs.run import open_run
+from tests.support.command import Answer
+from tests.support.local_jobs import census_here, properties_here
+from tests.support.samples import samples_of
+
+MADE = ("properties", "heatmaps")
+ASKED = {"concepts": 2, "min_occurrences": 2, "images": 3, "maps": 2, "draws": 50}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("properties") / "run"
+    assert census_here("demo", "demo", out, limit=48, shard_size=24).complete
+    return out
+
+
+def tables(run: Path) -> dict[str, pa.Table]:
+    opened = open_run(run)
+    return {name: opened.table(name) for name in MADE}
+
+
+def without(run: Path) -> None:
+    store = open_run(run).folder.store
+    for prefix in ("properties/", "snapshots/", "tables/properties", "tables/heatmaps"):
+        for entry in store.list(prefix):
+            store.delete(entry.key)
+
+
+def test_before_them_the_tables_are_refused_with_what_makes_them(run):
+    without(run)
+    with pytest.raises(InputError, match="no table 'properties' yet; make it: mmray properties RUN"):
+        open_run(run).properties()
+
+
+def test_tables_have_their_columns_and_every_measure_its_protocol(run):
+    done = properties_here(run, **ASKED)
+    assert done.complete, open_run(run).folder.store.list("properties/")
+    assert done.headline["heatmaps"] == len(open_run(run).table("heatmaps"))
+    found = tables(run)
+    for name, table in found.items():
+        assert table.schema.names == TABLES[name].names
+        assert len(table)
+    rows = found["properties"].to_pylist()
+    assert {row["measure"] for row in rows} | {"bertscore", "clipscore"} == set(PROTOCOLS)
+    assert all(row["protocol"].endswith(PROTOCOLS[row["measure"]]) for row in rows)
+    for row in rows:
+        assert row["n"] > 0
+        assert row["low"] is None or row["low"] - 1e-9 <= row["value"] <= row["high"] + 1e-9, row
+    summary = open_run(run).properties()
+    assert pc.all(pc.is_null(summary["concept"])).as_py()
+    controls = {(row["measure"], row["method"]) for row in summary.to_pylist()}
+    assert {("zeroed_own", name) for name in ("score", "layer-matched", "activation-matched", "uniform")} <= controls
+
+
+def test_a_second_call_measures_nothing_again(run):
+    properties_here(run, **ASKED)
+    before = tables(run)
+    calls = []
+    properties_here(run, **ASKED, follow=calls.append)
+    assert calls == []
+    assert tables(run) == before
+
+
+def test_a_stopped_one_goes_on_and_gives_the_same(run):
+    properties_here(run, **ASKED)
+    before = tables(run)
+    without(run)
+    seen = []
+
+    def stop(progress) -> None:
+        seen.append(progress)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        properties_here(run, **ASKED, follow=stop)
+    assert properties_here(run, **ASKED).complete
+    assert tables(run) == before
+
+
+def test_maps_alone_leave_the_properties_as_they_are(run):
+    properties_here(run, **ASKED)
+    before = tables(run)
+    properties_here(run, **ASKED | {"only": "maps", "maps": 1})
+    after = tables(run)
+    assert after["properties"] == before["properties"]
+    assert len(after["heatmaps"]) < len(before["heatmaps"])
+
+
+def test_a_concept_that_fails_is_told_and_the_others_go_on(run, monkeypatch):
+    from mmray.features.properties import probe
+
+    whole = probe.sensitivity
+
+    def failing(subject, found) -> None:
+        if failing.first:
+            failing.first = False
+            raise RuntimeError("out of memory")
+        whole(subject, found)
+
+    failing.first = True
+    monkeypatch.setattr(probe, "sensitivity", failing)
+    done = properties_here(run, **ASKED | {"seed": 1})
+    assert (done.failures, done.complete) == (1, False)
+    causal = open_run(run).sql("select distinct concept from properties where property = 'causal'")
+    assert causal["concept"].null_count == 1
+    assert len(causal) == 2  # the other concept, and all that were measured
+
+
+def test_an_image_beyond_the_budget_of_pixels_is_a_row_of_errors(run, monkeypatch):
+    known = {sample.sample_id: sample for sample in samples_of(DATA, 48)}
+    ((width, height),) = {Image.open(BytesIO(sample.image)).size for sample in known.values()}
+    # Both concepts have two images, and three of others.
+    monkeypatch.setattr(shard, "BUDGET", 4 * width * height)
+    done = properties_here(run, **ASKED | {"images": 6, "only": "properties"})
+    errors = pa.concat_tables(done.parts.each("errors")).to_pylist()
+    left_out = [row for row in errors if row["sample_id"] is not None]
+    assert len({row["source"] for row in left_out}) == len(left_out) == done.failures == ASKED["concepts"]
+    for row in left_out:
+        source = known[row["sample_id"]].source
+        assert row["message"] == f"{source}: left out: with the concept's other images more than 100,000,000 pixels"
+        assert row["stage"] == "encode"
+    assert not done.complete
+
+
+def test_a_language_without_concepts_is_refused(run):
+    with pytest.raises(InputError, match="no concept with 2 images in language 'xx'; lower --min-occurrences"):
+        properties_here(run, **ASKED | {"language": "xx"})
+
+
+def test_wrong_settings_are_one_line(run, mmray: Callable[..., Answer]):
+    assert "min_occurrences" in mmray("properties", run, "--min-occurrences", 1).refusal
+    assert "no run here" in mmray("properties", run / "nowhere").refusal
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("alone", "ray_here")
+def test_actors_give_what_one_process_gives(run):
+    properties_here(run, **ASKED)
+    before = tables(run)
+    without(run)
+    assert run_job(PropertiesJob(property_settings({"run": str(run), "workers": 2, **ASKED}))).complete
+    assert tables(run) == before

@@ -1,0 +1,176 @@
+"""The report in headless Chromium: no error, search, pages, pictures, both themes, keys, two widths.
+
+Skipped where there is no Chromium; `.ci/run` installs Debian's where it may.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mmray.report.writing import write_report
+from mmray.runs.run import open_run
+from tests.support.dogs import dog_run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BESIDE = """[...document.querySelectorAll('figure')].filter((figure) => [...figure.querySelectorAll('*')].some((part) =>
+part.getBoundingClientRect().right > figure.getBoundingClientRect().right + 1)).length"""
+"""Figures that something stands out of: it would lie over the next one."""
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module", params=["whole", "pages"])
+def place(request: pytest.FixtureRequest, made: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("browser")
+    run = open_run(made)
+    whole = request.param == "whole"
+    return f"file://{write_report(run, folder / 'report.html') if whole else write_report(run, pages=folder / 'pages')}"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return dog_run(tmp_path_factory.mktemp("dogs"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as started:
+        found = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(browser, place):
+    # Waiting for functions is left out: they are evaluated within the page, which its own policy refuses.
+    shown = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    said: list[str] = []
+    shown.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    shown.on("pageerror", lambda error: said.append(str(error)))
+    shown.on("request", lambda asked: said.append(asked.url) if asked.url.startswith("http") else None)
+    shown.goto(place)
+    shown.wait_for_selector("h1")
+    yield shown
+    assert said == []
+    shown.close()
+
+
+def test_search_finds_a_concept_and_its_page_opens_with_pictures(page):
+    page.keyboard.press("/")
+    page.keyboard.type("dog")
+    assert page.locator("#found li").first.inner_text().startswith("dog")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("h1:text-is('dog')")
+    while not page.evaluate("[...document.querySelectorAll('main img')].every((image) => image.complete)"):
+        page.wait_for_timeout(50)
+    widths = page.eval_on_selector_all("main img", "images => images.map((image) => image.naturalWidth)")
+    assert len(widths) >= 4
+    assert min(widths) > 0
+    texts = page.eval_on_selector_all("main img", "images => images.map((image) => image.alt)")
+    assert all("dog" in text for text in texts)
+    assert page.locator("main canvas").count() == 2  # the samples with heat maps
+    assert page.locator("tbody tr").count() >= 10
+
+
+def test_heat_maps_change_and_go(page):
+    page.evaluate("location.hash = '#/concept/dog'")
+    page.wait_for_selector("canvas")
+
+    def colours() -> str:
+        return page.evaluate("document.querySelector('main canvas').toDataURL()")
+
+    heat = colours()
+    page.get_by_role("button", name="mask").click()
+    assert colours() != heat
+    page.get_by_role("button", name="image", exact=True).click()
+    assert page.locator("main canvas").count() == 0
+
+
+def test_every_page_opens(page):
+    links = page.eval_on_selector_all("nav a", "links => links.map((link) => link.getAttribute('href'))")
+    assert len(links) >= 6
+    for link in links:
+        page.evaluate(f"location.hash = {link!r}")
+        page.wait_for_selector(f"nav a[aria-current][href='{link}']")
+        assert page.locator("h1").inner_text()
+        assert "undefined" not in page.locator("main").inner_text()
+        assert "NaN" not in page.locator("main").inner_text()
+
+
+def test_a_neuron_opens_from_a_concept(page):
+    page.evaluate("location.hash = '#/concept/dog'")
+    page.wait_for_selector("tbody a.mono")
+    name = page.locator("tbody a.mono").first.inner_text()
+    page.locator("tbody a.mono").first.click()
+    page.wait_for_selector(f"h1:text-is('{name}')")
+    assert page.locator("figure").count() == 10
+    page.wait_for_selector(".plot .main-svg")
+
+
+def test_concepts_sort_and_walk_by_keys(page):
+    page.evaluate("location.hash = '#/concepts'")
+    page.wait_for_selector("tbody tr")
+    counts = page.eval_on_selector_all("tbody tr td:nth-child(4)", "cells => cells.map((cell) => +cell.textContent)")
+    assert counts == sorted(counts, reverse=True)
+    page.get_by_role("button", name="concept").click()
+    names = page.eval_on_selector_all("tbody tr td:nth-child(2)", "cells => cells.map((cell) => cell.textContent)")
+    assert names == sorted(names)
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    assert page.locator("tr.at td").nth(1).inner_text() == names[1]
+    page.evaluate("location.hash = '#/concept/dog'")
+    page.wait_for_selector("h1:text-is('dog')")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("h1:not(:text-is('dog'))")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("h1:text-is('Concepts')")
+
+
+def test_languages_and_domains_are_told_as_texts(page):
+    page.get_by_role("link", name="Languages and domains").click()
+    page.wait_for_selector(".plot .main-svg")
+    assert page.locator("h2").count() == 2
+    # Two measures with three controls of two masks and two labels; the frame is the mask's own label.
+    assert page.locator("table.matrix").count() == 6
+    assert page.locator("table.matrix td").count() == 24
+    assert page.locator("table.matrix td.own").count() == 12
+    first = page.locator("table.matrix td").first
+    assert first.inner_text().split() == ["+2.000", "1.900", "to", "2.100"]
+    assert "English: 1.000 → 3.000, +2.000 (95 %: 1.900 to 2.100), 5 samples" in first.get_attribute("title")
+    assert page.locator("h2 + p, .turns li, .matrix th").filter(has_text="<b>").count() > 0
+    assert page.locator("main b:text-is('%{x}'), main i, main script").count() == 0
+    assert all(page.eval_on_selector_all(".plot", "plots => plots.map((plot) => plot.getAttribute('aria-label'))"))
+    assert page.locator(".xtitle").all_text_contents()[:1] == ["layer"]
+
+
+def background(page) -> tuple[int, ...]:
+    said = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    return tuple(int(part) for part in said.removeprefix("rgb(").removesuffix(")").split(","))
+
+
+def test_both_themes(page):
+    assert min(background(page)) > 200
+    page.emulate_media(color_scheme="dark")
+    assert max(background(page)) < 60
+    page.locator("#theme").click()
+    assert min(background(page)) > 200
+    page.emulate_media(color_scheme="light")
+    page.locator("#theme").click()
+    assert max(background(page)) < 60
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_wider_than_the_window(page, width):
+    page.set_viewport_size({"width": width, "height": 800})
+    hashes = page.eval_on_selector_all("nav a", "links => links.map((link) => link.getAttribute('href'))")
+    assert {"#/", "#/selectivity", "#/saliency", "#/hallucination"} <= set(hashes)
+    for hash in (*hashes, "#/concept/dog", "#/failures"):
+        page.evaluate(f"location.hash = '{hash}'")
+        page.wait_for_timeout(150)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, hash
+        assert page.evaluate(BESIDE) == 0, hash
