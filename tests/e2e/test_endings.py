@@ -15,7 +15,7 @@ TIMES, AT_ONCE = 24, 4
 @pytest.mark.slow
 def test_status_ends_without_an_abort_however_often(run: Run) -> None:
     # A thread of Arrow that let go of Python's memory during shutdown aborted one process in twelve. That no thread
-    # does is tested exactly in tests/storage/test_tables.py.
+    # does is tested exactly in tests/runs/test_tables.py.
     environment = os.environ | {"OMP_NUM_THREADS": "4"}  # Arrow's threads, however many cores there are
     command = [sys.executable, "-m", "mmray", "status", run.uri]
 
