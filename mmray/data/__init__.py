@@ -1,1 +1,1 @@
-"""Image-caption data: where it lies, which columns it has, and how it is cut into shards."""
+"""Image-caption data: input formats, columns, images, and how data is cut into shards."""

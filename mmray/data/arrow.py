@@ -1,4 +1,4 @@
-"""Arrow schemas and batches in the words of this room: what a column holds, and rows as records."""
+"""From Arrow to this package: what a column holds, by its type, and batches as records."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from mmray.data.rows import Record
 
 
 def records_of(batch: pa.RecordBatch) -> Iterator[Record]:
-    """Yield a batch's rows by column name; a row whose text is not UTF-8 as the reason."""
+    """Yield a batch's rows by column name; a row whose text is not UTF-8 becomes the reason."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:
+        # Row by row, which is slow, so that one bad row does not fail the others.
         for row in range(batch.num_rows):
             try:
                 yield batch.slice(row, 1).to_pylist()[0]
@@ -23,27 +24,28 @@ def records_of(batch: pa.RecordBatch) -> Iterator[Record]:
 
 
 def kinds_of_schema(schema: pa.Schema) -> dict[str, Kind]:
-    """Return what each column holds, judged by its type."""
+    """Return what each column holds, by its Arrow type."""
     return {field.name: _kind(field.type) for field in schema}
 
 
-def _kind(kind: pa.DataType) -> Kind:
-    if isinstance(kind, pa.BaseExtensionType):
-        return _kind(kind.storage_type)
+def _kind(arrow_type: pa.DataType) -> Kind:
+    if isinstance(arrow_type, pa.BaseExtensionType):
+        return _kind(arrow_type.storage_type)
     types = pa.types
-    if types.is_dictionary(kind):
-        return _kind(kind.value_type)
-    if types.is_null(kind):
+    if types.is_dictionary(arrow_type):
+        return _kind(arrow_type.value_type)
+    if types.is_null(arrow_type):
         return "unknown"
-    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+    if types.is_string(arrow_type) or types.is_large_string(arrow_type) or types.is_string_view(arrow_type):
         return "text"
-    if types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind):
+    if types.is_boolean(arrow_type) or types.is_integer(arrow_type) or types.is_floating(arrow_type):
         return "number"
-    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind):
+    if types.is_binary(arrow_type) or types.is_large_binary(arrow_type) or types.is_binary_view(arrow_type):
         return "bytes"
-    if types.is_struct(kind):
-        return "image" if {field.name for field in kind} & {"bytes", "path"} else "other"
-    return _kind_of_list(kind.value_type) if _is_list(kind) else "other"
+    if types.is_struct(arrow_type):
+        # Hugging Face's Image feature.
+        return "image" if {field.name for field in arrow_type} & {"bytes", "path"} else "other"
+    return _kind_of_list(arrow_type.value_type) if _is_list(arrow_type) else "other"
 
 
 def _kind_of_list(item: pa.DataType) -> Kind:
@@ -55,6 +57,5 @@ def _kind_of_list(item: pa.DataType) -> Kind:
     return "texts" if _kind(item) == "text" else "unknown" if pa.types.is_null(item) else "other"
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    types = pa.types
-    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
+def _is_list(arrow_type: pa.DataType) -> bool:
+    return isinstance(arrow_type, pa.ListType | pa.LargeListType | pa.FixedSizeListType)

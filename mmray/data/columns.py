@@ -1,4 +1,4 @@
-"""Which columns of the data hold the image, the caption and the rest: named by the user, or found by usual names."""
+"""Which columns hold the image, the caption and the rest: named by the user, or found by their usual names."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from mmray.data.samples import BACKGROUND
 from mmray.errors import InputError
 
 Kind = Literal["text", "number", "bytes", "image", "texts", "boxes", "questions", "unknown", "other"]
-"""What a column holds, as far as its type or first values tell; `unknown` (only nulls seen) fits everywhere."""
+"""What a column holds, by its type or first values; `unknown` (only nulls seen) fits everywhere."""
 
 OFF = "none"
-"""Given as a column's name: don't use such a column, even if there is one."""
+"""As a column's name: don't use such a column, even if there is one."""
 
 
 class Columns(BaseModel):
-    """Columns of the data by name, and how its images are read.
+    """Columns of the data by name, and how images are read.
 
-    A column left out is found by its usual names, and `none` turns it off.
+    A column not given is found by its usual names; `none` turns it off.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -29,7 +29,7 @@ class Columns(BaseModel):
     image: str | None = None
     """Column of the image: encoded bytes, a struct of bytes and path, or a path below the data's folder."""
     caption: str | None = None
-    """Column of the caption; of a list of captions each is a sample of the image."""
+    """Column of the caption; each caption of a list is a sample of the image."""
     sample_id: str | None = None
     """Column of the sample's identifier; without one it is a digest of image and caption."""
     language: str | None = None
@@ -43,7 +43,7 @@ class Columns(BaseModel):
     questions: str | None = None
     """Column of (question, answer) pairs."""
     caption_language: str | None = None
-    """Not a column: the language of captions for which the column gives none."""
+    """Not a column: the language of captions whose row names none."""
     labels: tuple[str, ...] = ()
     """Further columns whose values label a sample."""
     background: str = BACKGROUND
@@ -60,15 +60,9 @@ TEXT_ONLY_NAMES = ("text", "sentence", "sentences", "txt")
 
 USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     "image": (
-        "image",
-        "img",
-        "picture",
-        "photo",
-        "image_bytes",
+        *("image", "img", "picture", "photo", "image_bytes"),
         *IMAGE_SUFFIXES,
-        "file_name",
-        "filename",
-        "image_path",
+        *("file_name", "filename", "image_path"),
     ),
     "caption": ("caption", "captions", *TEXT_ONLY_NAMES, "description"),
     "sample_id": ("sample_id", "uid", "id"),
@@ -78,7 +72,7 @@ USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     "boxes": ("boxes", "bboxes"),
     "questions": ("questions", "qa"),
 }
-"""Field of `Columns` → names to look for, the likeliest first, compared without case."""
+"""Field of `Columns` → names to look for, most likely first, compared without case."""
 
 ACCEPTED: Mapping[str, tuple[Kind, ...]] = {
     "image": ("image", "bytes", "text"),
@@ -93,21 +87,20 @@ ACCEPTED: Mapping[str, tuple[Kind, ...]] = {
 }
 """Field of `Columns` → what its column may hold."""
 
-
 OPTIONS = {"sample_id": "id", "labels": "label"}
-"""Field of `Columns` → its word in `--WORD-column`, where that is another."""
+"""Field of `Columns` → WORD in `--WORD-column`, where the two differ."""
 
 
-def detect(found: Mapping[str, Kind], asked: Columns, where: str, captions: bool = True) -> Columns:
-    """Return the columns to read of those `found`, which maps a name to what the column holds.
+def detect(found: Mapping[str, Kind], requested: Columns, where: str, captions: bool = True) -> Columns:
+    """Return the columns to read, out of those `found` (name → what it holds).
 
-    A column asked for must be there and hold the right thing; the others are found by their usual names, and the
-    image also by its type. Data without an image is accepted as text-only when its text column is called `text` or was
-    asked for; data without captions only if `captions` is false.
-    Raises `InputError` naming `where`, the columns there are, and the option that fixes it.
+    A requested column must exist and hold the right thing. Others are found by their usual names, the image also by
+    its type. Data without an image counts as text-only if its text column was requested or is called `text`; data
+    without captions is accepted only if `captions` is false.
+    Raises `InputError` naming `where`, the existing columns, and the option that fixes it.
     """
-    chosen: dict[str, str | None] = {field: _choose(field, found, asked, where) for field in USUAL_NAMES}
-    for label in asked.labels:
+    chosen: dict[str, str | None] = {field: _choose(field, found, requested, where) for field in USUAL_NAMES}
+    for label in requested.labels:
         _check("labels", label, found, where)
     have = f"{where} has the columns {', '.join(found) or 'none'}"
     if chosen["image"] is None and chosen["caption"] is None:
@@ -117,17 +110,17 @@ def detect(found: Mapping[str, Kind], asked: Columns, where: str, captions: bool
     if chosen["caption"] is None and captions:
         raise InputError(f"no caption column: {have}{_unfit('caption', found)}; name it: --caption-column NAME")
     if chosen["image"] is None:
-        text_only = asked.image == OFF or asked.caption is not None
+        text_only = requested.image == OFF or requested.caption is not None
         if not text_only and str(chosen["caption"]).lower() not in TEXT_ONLY_NAMES:
             unfit = _unfit("image", found)
             raise InputError(
                 f"no image column: {have}{unfit}; name it: --image-column NAME (text without images: {OFF})"
             )
-    return asked.model_copy(update=chosen)
+    return requested.model_copy(update=chosen)
 
 
 def kind_of_value(value: Any) -> Kind:
-    """Return what a column holds, judged by one of its values; a string that is a JSON list counts as that list."""
+    """Return what a column holds, by one of its values; a string that is a JSON list counts as that list."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -154,7 +147,7 @@ def kind_of_value(value: Any) -> Kind:
 
 
 def kinds_of_records(records: Iterable[Mapping[str, Any]]) -> dict[str, Kind]:
-    """Return what each column holds, by its first value in `records` that tells."""
+    """Return what each column holds, by its first value in `records` that is not empty."""
     kinds: dict[str, Kind] = {}
     for record in records:
         for name, value in record.items():
@@ -163,8 +156,8 @@ def kinds_of_records(records: Iterable[Mapping[str, Any]]) -> dict[str, Kind]:
     return kinds
 
 
-def _choose(field: str, found: Mapping[str, Kind], asked: Columns, where: str) -> str | None:
-    name: str | None = getattr(asked, field)
+def _choose(field: str, found: Mapping[str, Kind], requested: Columns, where: str) -> str | None:
+    name: str | None = getattr(requested, field)
     if name is not None:
         if name == OFF and name not in found:
             return None
@@ -173,14 +166,15 @@ def _choose(field: str, found: Mapping[str, Kind], asked: Columns, where: str) -
     fitting = [name for name, kind in found.items() if kind in (*ACCEPTED[field], "unknown")]
     for usual in USUAL_NAMES[field]:
         for name in fitting:
-            if name.lower() == usual and name not in asked.labels:
+            if name.lower() == usual and name not in requested.labels:
                 return name
-    pictures = [name for name, kind in found.items() if kind == "image"]
-    return pictures[0] if field == "image" and len(pictures) == 1 else None
+    # An unusual name, but the only column of images.
+    images = [name for name, kind in found.items() if kind == "image"]
+    return images[0] if field == "image" and len(images) == 1 else None
 
 
 def _unfit(field: str, found: Mapping[str, Kind]) -> str:
-    """Return what is wrong with a column that has one of a field's usual names, to be added to a message."""
+    """Return what is wrong with a column of a usual name, to add to a message; empty if there is none."""
     for name, kind in found.items():
         if name.lower() in USUAL_NAMES[field] and kind not in (*ACCEPTED[field], "unknown"):
             return f", but {name!r} holds {kind}, not {' or '.join(ACCEPTED[field])}"

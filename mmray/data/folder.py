@@ -11,92 +11,91 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from mmray.data import places
-from mmray.data.caption_lists import has_lists, rows_of
+from mmray.data import locations
+from mmray.data.caption_lists import has_lists, rows_holding
 from mmray.data.columns import IMAGE_SUFFIXES, Columns, detect, kinds_of_records
-from mmray.data.places import DataLocation
+from mmray.data.locations import DataLocation
 from mmray.data.rows import Record
-from mmray.data.source import DataFile, FileSource
+from mmray.data.source import DataFile, Source
 from mmray.errors import InputError
 from mmray.storage import open_store
 
 PEEKED = 16
+"""Rows whose values tell what the columns hold."""
 CACHED_FILES = 4
 
 
 @dataclass(frozen=True)
-class FolderSource(FileSource):
-    """Metadata files, a row a sample; image names are relative to the metadata's folder."""
+class FolderSource(Source):
+    """Metadata files, one row per sample; image names are relative to the metadata's folder."""
 
     kind: ClassVar[str] = "folder"
 
     def files(self) -> list[DataFile]:
-        """Return the metadata files; their sizes and digests take in the images in and below their folders."""
-        described = []
-        for entry in self.place.entries:
-            rows = self.samples_in(entry.key, len(lines(self.place.folder, entry.key, entry.version)))
-            folder = places.join(self.place.folder, entry.key.rpartition("/")[0])
+        """Return the metadata files; sizes and digests include the images in and below their folders."""
+        files = []
+        for entry in self.location.entries:
+            rows = self.samples_in(entry.key, len(lines(self.location.folder, entry.key, entry.version)))
+            folder = locations.join(self.location.folder, entry.key.rpartition("/")[0])
             images, size = images_digest(image_sizes(folder))
-            digest = f"{places.identity(self.place.folder, entry, whole=True)} {images}"
+            digest = f"{locations.identity(self.location.folder, entry, whole=True)} {images}"
             whole = hashlib.sha256(digest.encode()).hexdigest()
-            described.append(DataFile(entry.key, rows, entry.size + size, whole, self.rows_digest(entry.key, rows)))
-        return described
+            files.append(DataFile(entry.key, rows, entry.size + size, whole, self.rows_digest(entry.key, rows)))
+        return files
 
     def rows_digest(self, path: str, rows: int) -> str:
         """Return a digest of the rows of a file's first samples, and of the names and sizes of their images."""
-        folder = places.join(self.place.folder, path.rpartition("/")[0])
-        if (starts := self._starts(path)) is not None:
-            _, rows = rows_of(starts, 0, rows)
-        found = (record for _, record in self.records(path, 0, rows))
-        return records_digest(found, str(self.columns.image), image_sizes(folder))
+        folder = locations.join(self.location.folder, path.rpartition("/")[0])
+        if (starts := self._row_starts(path)) is not None:
+            _, rows = rows_holding(starts, 0, rows)
+        records = (record for _, record in self.records(path, 0, rows))
+        return records_digest(records, str(self.columns.image), image_sizes(folder))
 
     def records(self, path: str, start: int, stop: int) -> Iterator[tuple[str, Record]]:
         """Yield rows of one metadata file."""
-        parsers = lines(self.place.folder, path, self.entry(path).version)[start:stop]
+        parsers = lines(self.location.folder, path, self.entry(path).version)[start:stop]
         yield from ((f"{path}#{row}", parse()) for row, parse in enumerate(parsers, start))
 
-    def object_cells(self) -> Iterable[Any]:
-        """Yield the cells of the objects column."""
-        for entry in self.place.entries:
-            for _, record in self.records(entry.key, 0, len(lines(self.place.folder, entry.key, entry.version))):
-                if not isinstance(record, str):
-                    yield record.get(str(self.columns.objects))
 
+def open_folder(data: str, location: DataLocation, requested: Columns, captions: bool) -> FolderSource:
+    """Open metadata files; columns are taken from the first rows of the first file that has any.
 
-def open_folder(data: str, place: DataLocation, asked: Columns, captions: bool) -> FolderSource:
-    """Return the source of metadata files; its columns are those of the first rows of the first file that has any.
-
-    Raises `InputError` if none has, a folder has two metadata files, or a column is missing.
+    Raises `InputError` if none has rows, a folder has two metadata files, or a column is missing.
     """
-    folders = [entry.key.rpartition("/")[0] for entry in place.entries]
-    if place.whole and len(set(folders)) < len(folders):
+    folders = [entry.key.rpartition("/")[0] for entry in location.entries]
+    if location.whole and len(set(folders)) < len(folders):
         raise InputError(f"{data}: a folder has both metadata.jsonl and metadata.csv; name the one to read")
-    for entry in place.entries:
-        rows = (parse() for parse in lines(place.folder, entry.key, entry.version))
+    for entry in location.entries:
+        rows = (parse() for parse in lines(location.folder, entry.key, entry.version))
         if records := list(islice((row for row in rows if not isinstance(row, str)), PEEKED)):
-            where = places.join(place.folder, entry.key)
-            columns = detect(kinds_of_records(records), asked, where, captions)
-            listed = has_lists(records, columns) or any(_has_list(place.folder, e.key, columns) for e in place.entries)
-            return FolderSource(data, place, columns, captions, listed=listed)
+            where = locations.join(location.folder, entry.key)
+            columns = detect(kinds_of_records(records), requested, where, captions)
+            lists = has_lists(records, columns) or any(
+                _has_list(location.folder, entry.key, columns) for entry in location.entries
+            )
+            return FolderSource(data, location, columns, captions, caption_lists=lists)
     raise InputError(f"{data}: no row of the metadata can be read; each needs a file_name and a caption")
 
 
 def _has_list(folder: str, key: str, columns: Columns) -> bool:
-    """Return whether a caption of a JSON lines file is a list, its lines not parsed: one may be far down."""
+    """Return whether any caption of a JSON lines file is a list.
+
+    The whole file is searched, because the first list may be far down; as bytes, because parsing takes long.
+    """
     start = rb"%s\s*:\s*\[" % re.escape(json.dumps(columns.caption).encode())
-    return key.lower().endswith(".jsonl") and re.search(start, places.read(folder, key) or b"") is not None
+    return key.lower().endswith(".jsonl") and re.search(start, locations.read(folder, key) or b"") is not None
 
 
 def image_sizes(folder: str) -> dict[str, int]:
     """Return the sizes in bytes of the images in and below a folder, by their names."""
-    listed = open_store(folder).list()
-    return {entry.key: entry.size for entry in listed if entry.key.rpartition(".")[2].lower() in IMAGE_SUFFIXES}
+    entries = open_store(folder).list()
+    return {entry.key: entry.size for entry in entries if entry.key.rpartition(".")[2].lower() in IMAGE_SUFFIXES}
 
 
 def images_digest(sizes: Mapping[str, int]) -> tuple[str, int]:
-    """Return a digest of the names and sizes of images, and their bytes in all."""
+    """Return a digest of images' names and sizes, and their total bytes."""
     digest = hashlib.sha256()
     for name, size in sizes.items():
         digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
@@ -104,21 +103,21 @@ def images_digest(sizes: Mapping[str, int]) -> tuple[str, int]:
 
 
 def records_digest(records: Iterable[Record], image: str, sizes: Mapping[str, int]) -> str:
-    """Return a digest of rows and of the sizes of the images that their column `image` names."""
+    """Return a digest of rows, and of the sizes of the images that column `image` names."""
     digest = hashlib.sha256()
     for record in records:
         size = None if isinstance(record, str) else sizes.get(str(record.get(image)))
-        # Half a surrogate pair, which JSON can spell, is written as JSON spells it.
+        # ASCII JSON: a lone surrogate, which JSON can spell, could not be encoded as UTF-8.
         digest.update(json.dumps([record, size], sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
 
 @lru_cache(maxsize=CACHED_FILES)
 def lines(folder: str, key: str, version: str) -> tuple[Callable[[], Record], ...]:
-    """Return a parser for each row of a metadata file."""
-    content = places.read(folder, key)
+    """Return a parser for each row of a metadata file. Parsed rows would take several times the file's memory."""
+    content = locations.read(folder, key)
     if content is None:
-        raise InputError(f"{places.join(folder, key)}: gone; check the path")
+        raise InputError(f"{locations.join(folder, key)}: gone; check the path")
     if key.lower().endswith(".csv"):
         return tuple(_csv_rows(content))
     return tuple(partial(_json_row, line) for line in content.splitlines() if line.strip())
@@ -133,7 +132,7 @@ def _json_row(line: bytes) -> Record:
 
 
 def _csv_rows(content: bytes) -> Iterator[Callable[[], Record]]:
-    # What is not UTF-8 becomes half surrogates, which are refused row by row where text is wanted.
+    # Bytes that are not UTF-8 become lone surrogates; rows that use them as text fail one by one.
     reader = csv.reader(io.StringIO(content.decode("utf-8-sig", errors="surrogateescape"), newline=""))
     header: list[str] | None = None
     while True:

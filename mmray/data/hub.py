@@ -1,4 +1,4 @@
-"""`hf:NAME[:SPLIT]`: a data set of the Hugging Face hub, or of a local folder, through the `datasets` library."""
+"""`hf:NAME[:SPLIT]`: a data set of the Hugging Face hub or a local folder, read by the `datasets` library."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from mmray.data.arrow import kinds_of_schema, records_of
 from mmray.data.columns import Columns, Kind, detect
 from mmray.data.hub_files import check_files
 from mmray.data.images import LARGEST_FILE
-from mmray.data.places import DataLocation, leaves
+from mmray.data.locations import DataLocation, escapes
 from mmray.data.rows import Record
-from mmray.data.source import DataFile, FileSource
+from mmray.data.source import DataFile, Source
 from mmray.errors import InputError
 from mmray.storage import read_file
 
+PREFIX = "hf:"
 ROWS_AT_ONCE = 32
 NAMES_AT_ONCE = 65536
 DEFAULT_SPLIT = "train"
@@ -25,8 +26,8 @@ CACHED_SETS = 4
 
 
 @dataclass(frozen=True)
-class HubSource(FileSource):
-    """One split; as a file its path is the split's name, its digest the fingerprint that `datasets` gives it."""
+class HubSource(Source):
+    """One split. As a file, its path is the split's name and its digest the fingerprint from `datasets`."""
 
     kind: ClassVar[str] = "hub"
 
@@ -40,7 +41,7 @@ class HubSource(FileSource):
         return [DataFile(self.split, rows, dataset.data.nbytes, dataset._fingerprint)]
 
     def records(self, path: str, start: int, stop: int) -> Iterator[tuple[str, Record]]:
-        """Yield rows of the split, images not decoded."""
+        """Yield rows of the split; images stay encoded."""
         dataset = load(self.name, path)
         for first in range(start, min(stop, dataset.num_rows), ROWS_AT_ONCE):
             batch = _table(dataset, self.columns)[first : min(stop, first + ROWS_AT_ONCE)]
@@ -48,16 +49,16 @@ class HubSource(FileSource):
             yield from ((f"{path}#{row}", record) for row, record in enumerate(rows, first))
 
     def fetch(self, path: str, names: list[str]) -> list[bytes | str]:
-        """Return images that `datasets` left as files: in the local folder or in its own cache, nowhere else."""
+        """Return images that `datasets` left as files, from the local folder or its caches; nothing else is read."""
         import datasets
         from huggingface_hub.constants import HF_HUB_CACHE
 
-        named = [datasets.config.HF_CACHE_HOME, HF_HUB_CACHE, *([self.place.folder] if self.place.folder else [])]
-        homes = [Path(home).resolve() for home in named]
+        folders = [datasets.config.HF_CACHE_HOME, HF_HUB_CACHE, self.location.folder]
+        roots = [Path(folder).resolve() for folder in folders if folder]
 
         def one(name: str) -> bytes | str:
-            file = (Path(self.place.folder) / name).absolute()
-            if ".." in file.parts or leaves(file, homes):
+            file = (Path(self.location.folder) / name).absolute()
+            if ".." in file.parts or escapes(file, roots):
                 return f"image name {name!r} leaves the data's folder"
             try:
                 return read_file(file, LARGEST_FILE) or f"image {name!r} is empty"
@@ -67,23 +68,23 @@ class HubSource(FileSource):
         return [one(name) for name in names]
 
     def object_cells(self) -> Iterable[Any]:
-        """Yield the cells of the objects column, no other column read."""
+        """Yield the cells of the objects column; no other column is read."""
         dataset = load(self.name, self.split)
         table = _table(dataset, Columns(objects=self.columns.objects))
         for first in range(0, dataset.num_rows, NAMES_AT_ONCE):
             yield from table[first : first + NAMES_AT_ONCE].column(0).to_pylist()
 
     def translations(self) -> dict[str, dict[str, str]]:
-        """Return concept → language → form, from a `concepts.json` in a local folder; else empty."""
-        return super().translations() if self.place.folder else {}
+        """Return concept → language → form, from `concepts.json` in a local folder; empty for the hub."""
+        return super().translations() if self.location.folder else {}
 
 
-def open_hub(data: str, asked: Columns, captions: bool) -> HubSource:
-    """Return the source of `hf:NAME[:SPLIT]`, the split `train` or the only one if none is named.
+def open_hub(data: str, _: DataLocation, requested: Columns, captions: bool) -> HubSource:
+    """Open `hf:NAME[:SPLIT]`. Without SPLIT it is `train`, or the only split.
 
-    Raises `InputError` if the data set or split can't be had, or a column is missing.
+    Raises `InputError` if the data set or split can't be loaded, or a column is missing.
     """
-    name, _, split = data.removeprefix("hf:").partition(":")
+    name, _, split = data.removeprefix(PREFIX).partition(":")
     if not name:
         raise InputError(f"{data}: no name; write hf:NAME or hf:NAME:SPLIT")
     folder = str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else ""
@@ -91,17 +92,17 @@ def open_hub(data: str, asked: Columns, captions: bool) -> HubSource:
     check_files(name)
     dataset = load(name, split)
     kinds: dict[str, Kind] = kinds_of_schema(dataset.features.arrow_schema)
+    # Classes are stored as numbers, and read as their names.
     kinds |= {column: "text" for column, feature in dataset.features.items() if hasattr(feature, "int2str")}
-    columns = detect(kinds, asked, data, captions)
-    listed = kinds.get(str(columns.caption)) == "texts"
-    return HubSource(
-        data, DataLocation(folder, ()), columns, captions, name, split or str(dataset.split), listed=listed
-    )
+    columns = detect(kinds, requested, data, captions)
+    location, split = DataLocation(folder, ()), split or str(dataset.split)
+    lists = kinds.get(str(columns.caption)) == "texts"
+    return HubSource(data, location, columns, captions, name, split, caption_lists=lists)
 
 
 @lru_cache(maxsize=CACHED_SETS)
 def load(name: str, split: str) -> Any:
-    """Return the `datasets.Dataset`; raises `InputError` if it can't be had, or the split must be named."""
+    """Return the `datasets.Dataset`; raises `InputError` if it can't be loaded or needs a split."""
     import datasets
 
     saved = (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file()
@@ -129,7 +130,7 @@ def _table(dataset: Any, columns: Columns) -> Any:
 
 
 def _with_names(record: Record, features: Any) -> Record:
-    """Return the record with the names of classes in place of their numbers."""
+    """Return the record with class numbers replaced by class names."""
     if isinstance(record, str):
         return record
     return {column: _class_name(value, features[column]) for column, value in record.items()}
@@ -138,5 +139,5 @@ def _with_names(record: Record, features: Any) -> Record:
 def _class_name(value: Any, feature: Any) -> Any:
     if not hasattr(feature, "int2str"):
         return value
-    # A negative class means that the label is not known.
+    # A negative class means that the label is unknown.
     return None if value is None or value < 0 else feature.int2str(value)

@@ -1,4 +1,4 @@
-"""What a data set of the hub says that its files are: `datasets` would read, or request, any path or address."""
+"""Check which files a data set names as its own: `datasets` would read any path, and request any address."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mmray.data.places import leaves, link_homes
+from mmray.data.locations import escapes, link_roots
 from mmray.errors import InputError
 
 CARD, YAML = "README.md", ".huggingface.yaml"
 
 
 def check_files(name: str) -> None:
-    """Raise `InputError` if a data set, by its name or its folder, names or links files that are not its own."""
+    """Raise `InputError` if a data set, given by name or folder, names or links to files outside itself."""
     folder = Path(name)
     local = folder.is_dir()
-    named = [*(_of_card(name, local)), *(_of_saved(folder) if local else ())]
-    for path in named:
+    for path in (*_in_card(name, local), *(_in_state(folder) if local else ())):
         if _is_foreign(path.removeprefix(f"hf://datasets/{name}/")):
             raise InputError(f"hf:{name}: names {path!r} as a file, which is not its own; fetch it, and name your copy")
     if local:
-        homes = link_homes(folder.resolve())
+        roots = link_roots(folder.resolve())
         for link in _links(folder):
-            if leaves(link, homes):
+            if escapes(link, roots):
                 raise InputError(f"hf:{name}: {link.relative_to(folder)} is a link out of it; copy what it links to")
 
 
@@ -34,8 +33,8 @@ def _is_foreign(path: str) -> bool:
     return "://" in path or "::" in path or plain.is_absolute() or ".." in plain.parts or path.startswith("~")
 
 
-def _of_card(name: str, local: bool) -> Iterator[str]:
-    """Yield the files and folders that the configurations in a data set's card name."""
+def _in_card(name: str, local: bool) -> Iterator[str]:
+    """Yield the files and folders that the data set's card names in its configurations."""
     import yaml
     from huggingface_hub import DatasetCard
 
@@ -44,12 +43,12 @@ def _of_card(name: str, local: bool) -> Iterator[str]:
         if path is None or not path.is_file():
             continue
         try:
-            facts = DatasetCard.load(path).data.to_dict() if file == CARD else yaml.safe_load(path.read_bytes())
+            card = DatasetCard.load(path).data.to_dict() if file == CARD else yaml.safe_load(path.read_bytes())
         except (ValueError, yaml.YAMLError):
-            continue  # `datasets` refuses it, too
-        configurations = facts.get("configs") if isinstance(facts, dict) else None
-        for found in configurations if isinstance(configurations, list) else ():
-            yield from _texts([found.get("data_files"), found.get("data_dir")] if isinstance(found, dict) else ())
+            continue  # `datasets` refuses it too, with a better message.
+        configs = card.get("configs") if isinstance(card, dict) else None
+        for config in configs if isinstance(configs, list) else ():
+            yield from _strings([config.get("data_files"), config.get("data_dir")] if isinstance(config, dict) else ())
 
 
 def _fetched(name: str, file: str) -> Path | None:
@@ -59,26 +58,26 @@ def _fetched(name: str, file: str) -> Path | None:
     try:
         return Path(hf_hub_download(name, file, repo_type="dataset"))
     except (EntryNotFoundError, OSError, ValueError):
-        return None  # there is none; or none of its files can be had either, which `datasets` says better
+        return None  # No such file; or no access to the data set, which `datasets` reports better.
 
 
-def _of_saved(folder: Path) -> Iterator[str]:
-    """Yield the files and folders that a saved data set names."""
+def _in_state(folder: Path) -> Iterator[str]:
+    """Yield the files and folders that a data set written by `save_to_disk` names."""
     for path in (folder / "dataset_dict.json", *folder.glob("state.json"), *folder.glob("*/state.json")):
         try:
-            facts = json.loads(path.read_bytes())
-            yield from _texts([facts.get("splits"), [file["filename"] for file in facts.get("_data_files") or ()]])
+            state = json.loads(path.read_bytes())
+            yield from _strings([state.get("splits"), [file["filename"] for file in state.get("_data_files") or ()]])
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            continue  # as above
+            continue  # As above.
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Yield the texts in nested lists and dicts; of a dict its values."""
+def _strings(value: Any) -> Iterator[str]:
+    """Yield the strings in nested lists and in the values of nested dicts."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from _texts(inner)
+            yield from _strings(inner)
 
 
 def _links(folder: Path) -> Iterator[Path]:

@@ -1,13 +1,12 @@
-"""Encoded images (JPEG, PNG, …) to RGB pictures; the package has no other decoder.
+"""Decode images (JPEG, PNG, …) to RGB; the package has no other decoder.
 
-Pillow's `convert("RGB")` alone would lose what an image shows: it drops alpha, clips 16 bits to 8, and knows nothing of
-orientation. Here
+Pillow's `convert("RGB")` alone loses content: it drops alpha, clips 16 bits to 8, and ignores orientation. Here
 
-- transparent pixels show a background, white unless told otherwise;
+- transparent pixels show a background, white by default;
 - the EXIF orientation is applied;
-- 16-bit grey is divided by 257; so are 32-bit integers within 0..65535, others are stretched from their range;
-- floats are multiplied by 255 if they lie within 0..1, others are stretched from their range;
-- CMYK and YCbCr are converted without colour profiles; of an animation the first frame is taken.
+- 16-bit grey, and 32-bit integers within 0..65535, are divided by 257; other integers are scaled from their range;
+- floats within 0..1 are multiplied by 255; other floats are scaled from their range;
+- CMYK and YCbCr are converted without colour profiles; animations give their first frame.
 """
 
 from __future__ import annotations
@@ -29,15 +28,16 @@ from mmray.data.samples import BACKGROUND
 from mmray.engine.clock import phase
 from mmray.storage import read_file, too_large
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Formats that are read. Pillow knows more; one of them, EPS, it hands to a program that runs the file's code."""
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Formats that are read. Not all that Pillow knows: it passes EPS to Ghostscript, which runs code in the file."""
 LARGEST_FILE = 64 << 20
-"""Encoded bytes above which an image is refused, where possible before they are read."""
+"""Largest encoded image in bytes; checked before reading where possible."""
 LARGEST_IMAGE = 178_956_970
-"""Pixels above which an image is refused before it is decoded: a small file can unfold to gigabytes."""
+"""Most pixels of an image, checked before decoding: a small file can unpack to gigabytes. Pillow's own limit."""
 LARGEST_RATIO = 200
-"""Long side ÷ short side above which an image is refused: processors that scale the short side would enlarge it."""
+"""Largest ratio of long to short side: processors that scale the short side up would blow up the long one."""
 ORIENTATION = 0x0112
+"""EXIF tag."""
 TURNS = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -47,12 +47,12 @@ TURNS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-"""EXIF orientation → how the stored pixels have to be turned."""
+"""EXIF orientation → the transpose that shows the stored pixels upright."""
 
 
 @phase("decode")
 def decode_image(encoded: bytes, background: str = BACKGROUND) -> Image:
-    """Return the picture in RGB; raises ValueError, with the reason, for anything that is none."""
+    """Return the image in RGB; raises ValueError with the reason if it can't be decoded."""
     try:
         if len(encoded) > LARGEST_FILE:
             raise ValueError(too_large(len(encoded), LARGEST_FILE))
@@ -62,24 +62,24 @@ def decode_image(encoded: bytes, background: str = BACKGROUND) -> Image:
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(f"more than {LARGEST_IMAGE:,} pixels") from error
     except PIL.UnidentifiedImageError as error:
-        # Pillow's own words for it hold an address in memory, which no two runs share.
+        # Pillow's message holds a memory address, which would differ between runs in the table `errors`.
         raise ValueError("of no known format") from error
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
 def image_size(encoded: bytes) -> tuple[int, int]:
-    """Return width and height as stored, nothing decoded; zeros for anything that `decode_image` refuses."""
+    """Return width and height as stored, without decoding; zeros if `decode_image` would refuse the image."""
     try:
         size = PIL.Image.open(io.BytesIO(encoded), formats=_formats()).size
         _check_size(*size)
-    except Exception:  # noqa: BLE001  `decode_image` has the reason
+    except Exception:  # noqa: BLE001  `decode_image` reports it
         return 0, 0
     return size
 
 
 def read_image(file: Path | str, background: str = BACKGROUND) -> Image:
-    """Return the picture in a file in RGB; raises ValueError, with the reason, for anything that is none."""
+    """Return the image in a file in RGB; raises ValueError with the reason if it can't be read."""
     try:
         return decode_image(read_file(Path(file), LARGEST_FILE), background)
     except OSError as error:
@@ -87,17 +87,18 @@ def read_image(file: Path | str, background: str = BACKGROUND) -> Image:
 
 
 def to_rgb(image: Image, background: str = BACKGROUND) -> Image:
-    """Return a picture of any mode in RGB, by the rules above; raises ValueError for a mode that has none."""
-    image.load()  # before anything is asked about it: a PNG's EXIF data may come last
+    """Return an image of any mode in RGB, by the rules above; raises ValueError for values that are not finite."""
+    image.load()  # First of all: a PNG's EXIF data may come after its pixels.
     turn = TURNS.get(_orientation(image))
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        found = _grey(image, background)
+        rgb = _grey(image, background)
     elif image.has_transparency_data:
-        seen = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
-        found = PIL.Image.alpha_composite(PIL.Image.new("RGBA", seen.size, background), seen).convert("RGB")
+        # Pillow can't convert premultiplied grey (La) to RGBA in one step.
+        layer = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+        rgb = PIL.Image.alpha_composite(PIL.Image.new("RGBA", layer.size, background), layer).convert("RGB")
     else:
-        found = image.convert("RGB")
-    return found if turn is None else found.transpose(turn)
+        rgb = image.convert("RGB")
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def _check_size(width: int, height: int) -> None:
@@ -109,20 +110,20 @@ def _check_size(width: int, height: int) -> None:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Return the formats that this Pillow reads: not every build has all."""
+    """Return the formats that this build of Pillow reads."""
     PIL.Image.init()
-    return tuple(name for name in FORMATS if name in PIL.Image.OPEN)
+    return tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)
 
 
 def _orientation(image: Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except (ValueError, TypeError, KeyError, SyntaxError, OSError, struct.error):
-        return 1  # Damaged EXIF data says nothing; the pixels are there all the same.
+        return 1  # Damaged EXIF data; the pixels are fine.
 
 
 def _grey(image: Image, background: str) -> Image:
-    """Return a picture of one deep channel in RGB; where it says which value is transparent, that is background."""
+    """Return an image of one deep channel in RGB; its transparent value, if it names one, shows the background."""
     values = np.asarray(image)
     grey = PIL.Image.fromarray(_eight_bits(values)).convert("RGB")
     transparent: Any = image.info.get("transparency")
@@ -140,5 +141,6 @@ def _eight_bits(values: ndarray) -> UInt8[ndarray, "height width"]:
     elif low >= 0 and high < 1 << 16:
         low, high = 0.0, float((1 << 16) - 1)
     scale = 255 / (high - low) if high > low else 0.0
+    # In fp64, which holds every 32-bit integer.
     scaled: ndarray = np.rint((values.astype(np.float64) - low) * scale)
     return scaled.astype(np.uint8)

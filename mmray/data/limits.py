@@ -1,4 +1,4 @@
-"""What data must keep to before any work: every id is one row's, and a label has few values."""
+"""Limits checked before any work: ids are unique, and a label has few values."""
 
 from __future__ import annotations
 
@@ -8,43 +8,44 @@ import numpy as np
 from jaxtyping import Int64
 from numpy import ndarray
 
-from mmray.data import places
+from mmray.data import locations
 from mmray.data.rows import BadRowError, given_id, label_text
 from mmray.data.shards import Manifest
 from mmray.data.source import Source
 from mmray.errors import InputError
 
 MOST_LABELS = 256
-"""Values of one kind of label: each is counted apart, 17 MB per shard for a model of 350,000 neurons."""
+"""Most values of one kind of label. Each value costs 17 MB per shard for a model of 350,000 neurons."""
 FIXED = ("language", "domain")
 """Kinds of labels that have an option of their own."""
 
-Part = tuple[str, int, int]
-"""Rows of one file: its path, the first row, and the row after the last."""
+Range = tuple[str, int, int]
+"""Samples of one file: its path, the first sample, and the one after the last."""
 
 
 def check_columns(source: Source, manifest: Manifest) -> None:
-    """Check the ids and labels of all rows in the manifest; images are not read.
+    """Check the ids and labels of all rows in the manifest, without reading images.
 
-    Raises `InputError` for an id that occurs twice, and for a label of more than MOST_LABELS values.
+    Raises `InputError` for an id that occurs twice, and for a label with more than MOST_LABELS values.
     """
     named = {kind: getattr(source.columns, kind) for kind in FIXED} | {name: name for name in source.columns.labels}
     labels = {kind: column for kind, column in named.items() if column is not None}
     column = source.columns.sample_id
     if column is None and not labels:
         return
-    parts = _ranges(manifest)
-    found = places.concurrently(lambda part: _values(source, part, labels), parts)
+    ranges = _ranges(manifest)
+    hashes = locations.concurrently(lambda part: _hashes(source, part, labels), ranges)
     for kind in labels:
-        _check_label(source, kind, len(np.unique(np.concatenate([part[kind] for part in found]))))
+        _check_label(source, kind, len(np.unique(np.concatenate([part[kind] for part in hashes]))))
     if column is not None:
-        hashes = np.sort(np.concatenate([part[""] for part in found]))
-        _check_ids(source, column, parts, frozenset(hashes[1:][hashes[1:] == hashes[:-1]].tolist()))
+        ids = np.sort(np.concatenate([part[""] for part in hashes]))
+        # Equal hashes are only suspects: the ids themselves are compared in a second pass.
+        _check_ids(source, column, ranges, frozenset(ids[1:][ids[1:] == ids[:-1]].tolist()))
 
 
-def _ranges(manifest: Manifest) -> list[Part]:
-    """Return the manifest's samples as ranges of each file, as long as they are: two shards may share a row."""
-    ranges: list[Part] = []
+def _ranges(manifest: Manifest) -> list[Range]:
+    """Return the manifest's samples as ranges of files, joined where they touch: two shards may share a row."""
+    ranges: list[Range] = []
     for piece in (piece for shard in manifest.shards for piece in shard.pieces):
         if ranges and ranges[-1][0] == piece.path and ranges[-1][2] == piece.start:
             ranges[-1] = (piece.path, ranges[-1][1], piece.stop)
@@ -53,17 +54,15 @@ def _ranges(manifest: Manifest) -> list[Part]:
     return ranges
 
 
-def _values(source: Source, part: Part, labels: Mapping[str, str]) -> dict[str, Int64[ndarray, " value"]]:
-    """Return hashes of the ids (under "") and of the different values of each label.
-
-    Hashes, because ten million texts would take a gigabyte.
-    """
+def _hashes(source: Source, part: Range, labels: Mapping[str, str]) -> dict[str, Int64[ndarray, " value"]]:
+    """Return hashes of the ids (under "") and of the distinct values of each label."""
+    # Hashes, because ten million strings would take a gigabyte.
     ids: list[int] = []
     values: dict[str, set[int]] = {kind: set() for kind in labels}
     id_column = source.columns.sample_id
     for record in _records(source, part, [*labels.values(), id_column]):
-        if known := given_id(record.get(id_column)) if id_column is not None else "":
-            ids.append(hash(known))
+        if sample_id := given_id(record.get(id_column)) if id_column is not None else "":
+            ids.append(hash(sample_id))
         for kind, column in labels.items():
             try:
                 label = label_text(record.get(column), column)
@@ -83,24 +82,24 @@ def _check_label(source: Source, kind: str, count: int) -> None:
         )
 
 
-def _check_ids(source: Source, column: str, parts: list[Part], suspects: frozenset[int]) -> None:
-    """Raise `InputError` if ids with these hashes, which occur twice, are the same."""
+def _check_ids(source: Source, column: str, ranges: list[Range], suspects: frozenset[int]) -> None:
+    """Raise `InputError` if two rows have the same id; only ids with these hashes can be repeated."""
     seen: set[str] = set()
-    again: list[str] = []
-    for part in parts if suspects else ():
+    repeated: list[str] = []
+    for part in ranges if suspects else ():
         for record in _records(source, part, [column]):
-            known = given_id(record.get(column))
-            if hash(known) in suspects:
-                again += [known] if known in seen else []
-                seen.add(known)
-    if again:
-        rows = "1 row has" if len(again) == 1 else f"{len(again):,} rows have"
+            sample_id = given_id(record.get(column))
+            if hash(sample_id) in suspects:
+                repeated += [sample_id] if sample_id in seen else []
+                seen.add(sample_id)
+    if repeated:
+        rows = "1 row has" if len(repeated) == 1 else f"{len(repeated):,} rows have"
         raise InputError(
-            f"{source.data}: {rows} the id of an earlier row in column {column!r}, the first {again[0][:80]!r}; name "
-            "another column with --id-column, or use --id-column none for digests of image and caption"
+            f"{source.data}: {rows} the id of an earlier row in column {column!r}, the first {repeated[0][:80]!r}; "
+            "name another column with --id-column, or use --id-column none for digests of image and caption"
         )
 
 
-def _records(source: Source, part: Part, columns: list[str | None]) -> Iterator[Mapping[str, object]]:
+def _records(source: Source, part: Range, columns: list[str | None]) -> Iterator[Mapping[str, object]]:
     names = list(dict.fromkeys(name for name in columns if name is not None))
     return (record for record in source.cells(names, *part) if not isinstance(record, str))

@@ -1,4 +1,4 @@
-"""Parquet files: rows counted from footers, read by row group, only the columns needed."""
+"""Parquet files: rows are counted from footers and read by row group, with only the needed columns."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmray.data import places
+from mmray.data import locations
 from mmray.data.arrow import kinds_of_schema, records_of
 from mmray.data.columns import Columns, detect
-from mmray.data.places import DataLocation
+from mmray.data.locations import DataLocation
 from mmray.data.rows import Record
-from mmray.data.source import DataFile, FileSource
+from mmray.data.source import DataFile, Source
 from mmray.errors import InputError
 from mmray.storage import Entry, filesystem
 
 ROWS_AT_ONCE = 32
 HELD = 128 << 20
-"""Bytes that rows read at once may take; where a dictionary could make them more, there are fewer."""
+"""Bytes that one batch of rows may take."""
 SUSPECT, RATIO = 256 << 20, 200
-"""A column of a row group that unpacks to more bytes, and to so many times its size, is not unpacked."""
+"""A column of a row group is refused as a bomb if it unpacks to more bytes and to more than RATIO times its size."""
 NAMES_AT_ONCE = 65536
 BUFFER = 4 << 20
-"""Bytes a request asks for: a row group is read no further than its rows are wanted, and not kept in memory."""
+"""Bytes per request: a row group is streamed, and read no further than the last row needed."""
 
 
 class UnreadableError(Exception):
@@ -34,29 +34,29 @@ class UnreadableError(Exception):
 
 
 @dataclass(frozen=True)
-class ParquetSource(FileSource):
+class ParquetSource(Source):
     """Parquet files of one folder, in the order of their paths."""
 
     kind: ClassVar[str] = "parquet"
 
     def files(self) -> list[DataFile]:
-        """Return the files, their rows from their footers; one without a readable footer counts as one bad row."""
+        """Return the files, rows counted from footers; a file without a readable footer counts as one bad row."""
 
         def describe(entry: Entry) -> DataFile:
             try:
-                with _opened(self.place.folder, entry.key) as file:
+                with _opened(self.location.folder, entry.key) as file:
                     rows: int = file.metadata.num_rows
             except UnreadableError:
                 rows = 1
             rows = self.samples_in(entry.key, rows)
-            return DataFile(entry.key, rows, entry.size, places.identity(self.place.folder, entry))
+            return DataFile(entry.key, rows, entry.size, locations.identity(self.location.folder, entry))
 
-        return places.concurrently(describe, self.place.entries)
+        return locations.concurrently(describe, self.location.entries)
 
     def records(self, path: str, start: int, stop: int) -> Iterator[tuple[str, Record]]:
-        """Yield rows of one file; of a damaged row group each row, from the damage on, as the reason."""
+        """Yield rows of one file; in a damaged row group, every row from the damage on becomes the reason."""
         try:
-            with _opened(self.place.folder, path) as file:
+            with _opened(self.location.folder, path) as file:
                 first = 0
                 for group in range(file.num_row_groups):
                     last = first + file.metadata.row_group(group).num_rows
@@ -76,7 +76,7 @@ class ParquetSource(FileSource):
         try:
             at_once = _rows_at_once(file, group, names)
             with _damage(f"row group {group}"):
-                # Batches always start at the group's first row, so that damage hits the same rows whatever is asked.
+                # Batches always start at the group's first row, so that damage hits the same rows in every shard.
                 for batch in file.iter_batches(at_once, row_groups=[group], columns=names):
                     wanted = batch.slice(max(0, start - row), max(0, stop - max(row, start)))
                     yield from enumerate(records_of(wanted), max(row, start))
@@ -87,10 +87,10 @@ class ParquetSource(FileSource):
             yield from ((lost, str(error)) for lost in range(max(row, start), stop))
 
     def object_cells(self) -> Iterable[Any]:
-        """Yield the cells of the objects column, no other column read."""
-        for entry in self.place.entries:
+        """Yield the cells of the objects column; no other column is read."""
+        for entry in self.location.entries:
             try:
-                with _opened(self.place.folder, entry.key) as file, _damage(entry.key):
+                with _opened(self.location.folder, entry.key) as file, _damage(entry.key):
                     if self.columns.objects in file.schema_arrow.names:
                         for batch in file.iter_batches(NAMES_AT_ONCE, columns=[self.columns.objects]):
                             yield from batch.column(0).to_pylist()
@@ -98,46 +98,44 @@ class ParquetSource(FileSource):
                 continue  # `read` reports its rows.
 
 
-def open_parquet(data: str, place: DataLocation, asked: Columns, captions: bool) -> ParquetSource:
-    """Return the source of Parquet files; its columns are those of the first file that can be read.
+def open_parquet(data: str, location: DataLocation, requested: Columns, captions: bool) -> ParquetSource:
+    """Open Parquet files; columns are taken from the first readable file.
 
-    Raises `InputError` if none can, or a column is missing.
+    Raises `InputError` if no file can be read, or a column is missing.
     """
     reason = ""
-    for entry in place.entries:
+    for entry in location.entries:
         try:
-            with _opened(place.folder, entry.key) as file:
+            with _opened(location.folder, entry.key) as file:
                 kinds = kinds_of_schema(file.schema_arrow)
         except UnreadableError as error:
-            where = places.join(place.folder, entry.key)
+            where = locations.join(location.folder, entry.key)
             reason = reason or f"{where}: {str(error).removeprefix(f'{entry.key}: ')}"
         else:
-            columns = detect(kinds, asked, places.join(place.folder, entry.key), captions)
-            listed = kinds.get(str(columns.caption)) == "texts"
-            return ParquetSource(data, place, columns, captions, listed=listed)
+            columns = detect(kinds, requested, locations.join(location.folder, entry.key), captions)
+            lists = kinds.get(str(columns.caption)) == "texts"
+            return ParquetSource(data, location, columns, captions, caption_lists=lists)
     raise InputError(f"{reason}; write or copy it again")
 
 
 def _rows_at_once(file: pq.ParquetFile, group: int, names: list[str]) -> int:
-    """Return how many rows of a group may be read at once; raises `UnreadableError` for a bomb.
-
-    A value may be as large as its column unpacked, and by way of a dictionary each value of a batch may be.
-    """
-    facts = file.metadata.row_group(group)
-    largest = 0
-    for chunk in map(facts.column, range(facts.num_columns)):
+    """Return how many rows of a group to read at once; raises `UnreadableError` for a decompression bomb."""
+    metadata = file.metadata.row_group(group)
+    row_size = 0
+    for chunk in map(metadata.column, range(metadata.num_columns)):
         name, size = chunk.path_in_schema.partition(".")[0], chunk.total_uncompressed_size
         if name in names:
             packed = chunk.total_compressed_size
             if size > max(SUSPECT, RATIO * packed):
                 raise UnreadableError(f"row group {group}: column {name!r} unpacks from {packed:,} to {size:,} bytes")
-            largest += size
-    return max(1, min(ROWS_AT_ONCE, HELD // max(largest, 1)))
+            # The worst case: with dictionary encoding every row may repeat the column's one large value.
+            row_size += size
+    return max(1, min(ROWS_AT_ONCE, HELD // max(row_size, 1)))
 
 
 @contextmanager
 def _opened(folder: str, key: str) -> Iterator[pq.ParquetFile]:
-    system, path = filesystem(places.join(folder, key))
+    system, path = filesystem(locations.join(folder, key))
     with _damage(key):
         stream = system.open_input_file(path)
     with stream:
@@ -151,6 +149,6 @@ def _damage(what: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        if places.is_outage(error):
+        if locations.is_outage(error):
             raise
         raise UnreadableError(f"{what}: unreadable Parquet ({str(error).splitlines()[0]})") from error

@@ -1,4 +1,4 @@
-"""One row of any source to a `Sample`, or to the `Failure` that says why not."""
+"""Turn one row of any source into a `Sample`, or into a `Failure` that says why not."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from mmray.storage import too_large
 logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any] | str
-"""A row by column name; a string instead says why the row could not be read."""
+"""A row by column name, or a string that says why the row could not be read."""
 
 Image = bytes | tuple[str] | str | None
-"""A row's image: its bytes, its name, why there is none, or None in data without images."""
+"""A row's image: bytes, its name as a tuple of one, a string that says why there is none, or None without images."""
 
 Fetch = Callable[[list[str]], list[bytes | str]]
-"""Image names of the data → their bytes, or, as a string, why there are none."""
+"""Image names → their bytes, or a string that says why there are none."""
 
 ROWS_AT_ONCE = 32
 LONGEST_ID = 1_024
-"""Bytes of a sample id: tables repeat it for every neuron, so a long one fills memory."""
+"""Most bytes of a sample id: tables repeat it for every neuron, so a long one fills memory."""
 HELD = 128 << 20
-"""Bytes of images in rows above which no further one is taken at once."""
+"""Bytes of images above which a batch of rows takes no further row."""
 BOX_TOLERANCE = 0.5
-"""How far a box may reach beyond the image, in parts of it: objects are cut by the edge; pixels would be far above."""
+"""How far a box may reach beyond the image, as a fraction of it. Boxes given in pixels exceed it by far."""
 
 
 class BadRowError(ValueError):
@@ -43,14 +43,14 @@ def samples(
 ) -> Iterator[Sample | Failure]:
     """Yield one `Sample` or `Failure` (stage `read`) for each record, in order.
 
-    Records come with the place they were read at. Images given by name are fetched for some tens of rows at once.
-    With `captions` false a missing or empty caption is no failure: the sample's caption is then empty. Of a list of
-    captions it is then the first; else a list was to be parted before.
+    Records come with where they were read. Images given by name are fetched for up to ROWS_AT_ONCE rows together.
+    With `captions` true, lists of captions must have been split before. Otherwise a list gives its first caption, and
+    a missing caption becomes an empty one.
     """
     rows = (
         (source, record, None if isinstance(record, str) else _image(record, columns)) for source, record in records
     )
-    while batch := list(_some(rows)):
+    while batch := list(_batch(rows)):
         images = [image for *_, image in batch]
         names = list(dict.fromkeys(name for image in images if isinstance(image, tuple) for name in image))
         fetched = dict(zip(names, fetch(names), strict=True)) if names else {}
@@ -63,7 +63,7 @@ def samples(
                 yield Failure(_known_id(record, columns), source, "read", str(error))
 
 
-def _some(rows: Iterator[tuple[str, Record, Image]]) -> Iterator[tuple[str, Record, Image]]:
+def _batch(rows: Iterator[tuple[str, Record, Image]]) -> Iterator[tuple[str, Record, Image]]:
     held = 0
     for row in islice(rows, ROWS_AT_ONCE):
         yield row
@@ -73,9 +73,9 @@ def _some(rows: Iterator[tuple[str, Record, Image]]) -> Iterator[tuple[str, Reco
 
 
 def object_names(value: Any) -> tuple[str, ...]:
-    """Return the object names in a cell: a list, a JSON list or words parted by commas; raises `BadRowError`.
+    """Return the object names in a cell that is a list, a JSON list or comma-separated; blank ones are left out.
 
-    Blank ones are left out.
+    Raises `BadRowError`.
     """
     return tuple(name for name in _names(value) if name)
 
@@ -87,7 +87,6 @@ def _names(value: Any) -> tuple[str, ...]:
 
 
 def _image(record: Mapping[str, Any], columns: Columns) -> Image:
-    """Return an image's bytes, its name as a tuple of one, why there is none as a string, or None without images."""
     if columns.image is None:
         return None
     value = record.get(columns.image)
@@ -110,14 +109,14 @@ def _sample(record: Record, source: str, image: bytes | str | None, columns: Col
         raise BadRowError(record)
     if isinstance(image, str):
         raise BadRowError(image)
-    known = given_id(None if columns.sample_id is None else record.get(columns.sample_id))
-    if len(known.encode()) > LONGEST_ID:
-        size = f"{len(known.encode()):,} bytes"
+    sample_id = given_id(None if columns.sample_id is None else record.get(columns.sample_id))
+    if len(sample_id.encode()) > LONGEST_ID:
+        size = f"{len(sample_id.encode()):,} bytes"
         raise BadRowError(f"sample id of {size} in column {columns.sample_id!r}; at most {LONGEST_ID:,}")
     caption = _caption(record, columns, captions)
     objects = _optional(record, columns.objects, _names)
     return Sample(
-        sample_id=known or digest_id(image, caption),
+        sample_id=sample_id or digest_id(image, caption),
         source=source,
         image=image,
         caption=caption,
@@ -133,24 +132,24 @@ def _sample(record: Record, source: str, image: bytes | str | None, columns: Col
 
 
 def given_id(value: Any) -> str:
-    """Return the sample id in a cell, or an empty string where there is none that tables can hold."""
-    known = str(value) if isinstance(value, str | int | float) else ""
-    return known if _storable(known) else ""
+    """Return the sample id in a cell, or an empty string if there is none that tables can hold."""
+    text = str(value) if isinstance(value, str | int | float) else ""
+    return text if _storable(text) else ""
 
 
 def _known_id(record: Record, columns: Columns) -> str:
-    """Return the id that a bad row is reported by: its own unless that is too long."""
+    """Return the id to report a bad row by; empty if it has none, or one that is too long."""
     value = None if isinstance(record, str) or columns.sample_id is None else record.get(columns.sample_id)
-    known = given_id(value)
-    return known if len(known.encode()) <= LONGEST_ID else ""
+    sample_id = given_id(value)
+    return sample_id if len(sample_id.encode()) <= LONGEST_ID else ""
 
 
 def _caption(record: Mapping[str, Any], columns: Columns, captions: bool) -> str:
     value = None if columns.caption is None else record.get(columns.caption)
-    found = captions_in(value)
-    if len(found) > 1 and captions:
+    texts = captions_in(value)
+    if len(texts) > 1 and captions:
         raise BadRowError("a list of captions, where the first rows of the data have one text each")
-    value = found[0]
+    value = texts[0]
     if value is None or (isinstance(value, str) and not value.strip()):
         if captions:
             raise BadRowError(f"no caption in column {columns.caption!r}")
@@ -159,19 +158,19 @@ def _caption(record: Mapping[str, Any], columns: Columns, captions: bool) -> str
 
 
 def captions_in(cell: Any) -> list[Any]:
-    """Return the captions in a cell: those of a list that are not empty; None, alone, where there is none."""
+    """Return the captions in a cell: the non-empty ones of a list, or [None] if there are none."""
     if not isinstance(cell, list):
         return [cell]
     return [text for text in cell if text is not None and (not isinstance(text, str) or text.strip())] or [None]
 
 
 def references(cell: Any) -> tuple[str, ...]:
-    """Return what people wrote about a row's image: the captions of a list; of a text nothing is known to be all."""
+    """Return the reference captions of a row's image, those of a list; a single text need not be all, so none."""
     return tuple(text for text in captions_in(cell) if isinstance(text, str)) if isinstance(cell, list) else ()
 
 
 def label_text(value: Any, column: str) -> str | None:
-    """Return the label in a cell, None in an empty one; raises `BadRowError`."""
+    """Return the label in a cell, None for an empty one; raises `BadRowError`."""
     if value is None or value == "":
         return None
     return _text(str(value) if isinstance(value, bool | int | float) else value, column)
@@ -187,10 +186,8 @@ def _optional(record: Mapping[str, Any], column: str | None, read: Callable[[Any
 
 
 def _boxes_of(record: Mapping[str, Any], columns: Columns, objects: tuple[str, ...] | None) -> Any:
-    """Return the boxes of the objects that have a name; None, and once a warning, where boxes can't be used.
-
-    They are an extra, without which a sample is as good for most purposes.
-    """
+    """Return the boxes of the objects that have a name, or None if the boxes can't be used."""
+    # Only a warning: most analyses don't need boxes, so the sample is kept.
     try:
         boxes = _optional(record, columns.boxes, _boxes)
         if objects is None or boxes is None:
@@ -204,7 +201,7 @@ def _boxes_of(record: Mapping[str, Any], columns: Columns, objects: tuple[str, .
 
 
 WARNED: set[str] = set()
-"""Columns of boxes that this process has warned of."""
+"""Columns of boxes that this process has warned about, each once."""
 
 
 def _warn_of_boxes(column: str, reason: str) -> None:
@@ -254,5 +251,5 @@ def _text(value: Any, name: str) -> str:
 
 
 def _storable(text: str) -> bool:
-    # JSON can spell half a surrogate pair, which neither UTF-8 nor Parquet can hold.
+    # JSON can spell a lone surrogate, which neither UTF-8 nor Parquet can hold.
     return not any("\ud800" <= character <= "\udfff" for character in text)

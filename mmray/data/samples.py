@@ -1,4 +1,4 @@
-"""What every source hands on: a sample, or the reason why there is none."""
+"""What every source yields: samples, and failures that say why a row gave none."""
 
 from __future__ import annotations
 
@@ -10,55 +10,55 @@ from functools import cached_property
 from mmray.data.image_keys import image_key
 
 BACKGROUND = "white"
-"""What shows behind transparent pixels."""
+"""Colour shown by transparent pixels."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its caption, as stored: the image is still encoded (JPEG, PNG, …).
-
-    `image` is None for text-only data. `boxes` are (x, y, width, height) in 0..1 of the image, in the order of
-    `objects`; `questions` are (question, answer) pairs; `labels` holds further label columns asked for by name;
-    `references` are all captions that people gave the image, where a row tells (COCO, lists of captions); `source` says
-    where the sample was read, for messages; `background` is the colour behind transparent pixels.
-    """
+    """One image with its caption."""
 
     sample_id: str
     source: str
+    """Where the sample was read, for messages."""
     image: bytes | None
+    """Still encoded (JPEG, PNG, …); None for text-only data."""
     caption: str
     language: str | None = None
     domain: str | None = None
     objects: tuple[str, ...] | None = None
     boxes: tuple[tuple[float, ...], ...] | None = None
+    """(x, y, width, height) in 0..1 of the image, in the order of `objects`."""
     questions: tuple[tuple[str, str], ...] | None = None
+    """(question, answer) pairs."""
     labels: dict[str, str] = field(default_factory=dict)
+    """Values of the columns named by `--label-column`."""
     background: str = BACKGROUND
     references: tuple[str, ...] = ()
+    """All captions that people gave the image, where the data tells (COCO, lists of captions)."""
 
     @cached_property
     def image_key(self) -> str:
-        """Key of the image, which all samples of it share."""
+        """Key of the image, shared by all its samples."""
         return image_key(self.sample_id, image_digest(self.image))
 
     def boxes_of(
         self, concept: str, translations: Mapping[str, Mapping[str, str]]
     ) -> tuple[str, list[tuple[float, ...]]]:
-        """Return the name in `objects` of what a concept names in the sample's language, and its boxes, if it has any.
+        """Return the object that a concept names in the sample's language, and its boxes, if it has any.
 
-        `translations`: object names by language, of each of `objects`.
+        `translations` maps object → language → name. A concept that is no object of the image is returned as it is.
         """
         for name in dict.fromkeys(self.objects or ()):
-            called = translations.get(name, {}).get(self.language or "", name)
-            if concept in (name.casefold(), called.casefold()):
+            translated = translations.get(name, {}).get(self.language or "", name)
+            if concept in (name.casefold(), translated.casefold()):
                 pairs = zip(self.objects or (), self.boxes or (), strict=False)
-                return name, [box for own, box in pairs if own == name]
+                return name, [box for other, box in pairs if other == name]
         return concept, []
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One sample that could not be used: which, from where, at which stage (read, decode, …), and why."""
+    """A sample that could not be used: which one, where it was read, the stage that failed (read, decode, …), why."""
 
     sample_id: str
     source: str
@@ -67,12 +67,12 @@ class Failure:
 
 
 def image_digest(image: bytes | None) -> str | None:
-    """Return what tells an image from others, 16 hexadecimal digits of its bytes; None without one."""
+    """Return an image's digest: 16 hexadecimal digits of the SHA-256 of its bytes; None without an image."""
     return None if image is None else hashlib.sha256(image).hexdigest()[:16]
 
 
 def digest_id(image: bytes | None, caption: str) -> str:
-    """Return the identifier of a sample that has none: 16 hexadecimal digits of its image bytes and caption."""
+    """Return an id for a sample without one: 16 hexadecimal digits of the SHA-256 of image bytes and caption."""
     digest = hashlib.sha256(image or b"")
     digest.update(b"\0" + caption.encode())
     return digest.hexdigest()[:16]

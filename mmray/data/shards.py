@@ -1,4 +1,4 @@
-"""The data cut once into numbered shards: a pure function of its files, and every sample in exactly one."""
+"""Cut data once into numbered shards: a pure function of its files, with every sample in exactly one shard."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mmray.errors import InputError, ShardError
 
 FORMAT = 1
 DUPLICATE = "duplicate"
-"""Stage of a failure whose id another row has."""
+"""Stage of a failure whose id an earlier row has."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows `start` to `stop` (left out) of one file of the data."""
+    """Samples `start` to `stop` (exclusive) of one file."""
 
     path: str
     start: int
@@ -35,22 +35,22 @@ class Shard:
 
     @property
     def samples(self) -> int:
-        """Number of samples, those that will fail to be read included."""
+        """Number of samples, including those that can't be read."""
         return sum(piece.stop - piece.start for piece in self.pieces)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of the data as they were, and the shards cut from them."""
+    """The data's files as they were when it was cut, and the shards."""
 
     files: tuple[DataFile, ...]
     shards: tuple[Shard, ...]
 
     @property
     def digest(self) -> str:
-        """Hexadecimal SHA-256 of the files' paths, rows and content digests; not of how they were cut."""
-        listed = json.dumps([[file.path, file.rows, file.digest] for file in self.files])
-        return hashlib.sha256(listed.encode()).hexdigest()
+        """Hexadecimal SHA-256 of the files' paths, rows and content digests, whatever the shard size."""
+        files = json.dumps([[file.path, file.rows, file.digest] for file in self.files])
+        return hashlib.sha256(files.encode()).hexdigest()
 
     @property
     def samples(self) -> int:
@@ -58,7 +58,7 @@ class Manifest:
         return sum(shard.samples for shard in self.shards)
 
     def to_json(self) -> bytes:
-        """Return the manifest as compact JSON: equal manifests give equal bytes, some 30 bytes a shard."""
+        """Return the manifest as compact JSON, about 30 bytes per shard; equal manifests give equal bytes."""
         number = {file.path: index for index, file in enumerate(self.files)}
         content = {
             "format": FORMAT,
@@ -90,9 +90,9 @@ class Manifest:
 
 
 def cut(files: Sequence[DataFile], shard_size: int, limit: int | None = None) -> Manifest:
-    """Return the first `limit` samples of `files` (None: all) in shards of `shard_size`, the last one maybe smaller.
+    """Cut the first `limit` samples of `files` (None: all) into shards of `shard_size`; the last may be smaller.
 
-    Shards are contiguous and may span files: which samples are in shard n depends on the sequence of samples alone.
+    Shards are contiguous and may span files, so shard n depends only on the sequence of samples.
     Raises `InputError` unless `shard_size` is at least 1 and `limit` at least 0.
     """
     if shard_size < 1 or (limit is not None and limit < 0):
@@ -123,53 +123,54 @@ def extend(
     limit: int | None = None,
     rows_digest: Callable[[str, int], str] = lambda *_: "",
 ) -> Manifest:
-    """Return `before` with further shards of what has come since; its own shards stay as they are.
+    """Return `before` with shards added for new files and appended rows; its own shards stay as they are.
 
-    That is files, and rows at the end of a file whose earlier rows are unchanged by `rows_digest`, a source's. Raises
-    `InputError` if a file has changed otherwise or is gone: what was analysed would not be what is there.
+    `rows_digest` is the source's: it shows that a grown file's earlier rows are unchanged. Raises `InputError` if a
+    file is gone, or has changed in another way: the results so far would be of data that no longer exists.
     """
     now = {file.path: file for file in files}
     kept: list[DataFile] = []
     start: dict[str, int] = {}
     for file in before.files:
-        found = now.pop(file.path, None)
-        if found is not None and (found.rows, found.digest) != (file.rows, file.digest):
+        current = now.pop(file.path, None)
+        if current is not None and (current.rows, current.digest) != (file.rows, file.digest):
             start[file.path] = file.rows
-            may_have_grown = bool(file.rows_digest) and found.rows >= file.rows
+            may_have_grown = bool(file.rows_digest) and current.rows >= file.rows
             if not may_have_grown or rows_digest(file.path, file.rows) != file.rows_digest:
-                found = None
-        if found is None:
+                current = None
+        if current is None:
             state = "has changed" if file.path in start else "is gone"
             raise InputError(
                 f"{file.path} {state} since it was analysed; a refresh takes in new files, and rows added at the end "
                 "of metadata.jsonl, metadata.csv or COCO captions; begin another run in another OUT"
             )
-        kept.append(found)
-    fresh = [replace(file, rows=file.rows - start[file.path]) for file in kept if file.path in start]
-    fresh += now.values()
-    added = cut(fresh, shard_size, None if limit is None else max(0, limit - before.samples))
-    if not added.shards:
+        kept.append(current)
+    # Appended rows are cut as if they were files of their own, and then shifted behind the earlier rows.
+    added = [replace(file, rows=file.rows - start[file.path]) for file in kept if file.path in start]
+    added += now.values()
+    new = cut(added, shard_size, None if limit is None else max(0, limit - before.samples))
+    if not new.shards:
         return before
     shards = (
-        Shard(len(before.shards) + shard.shard_id, tuple(_moved(piece, start) for piece in shard.pieces))
-        for shard in added.shards
+        Shard(len(before.shards) + shard.shard_id, tuple(_shifted(piece, start) for piece in shard.pieces))
+        for shard in new.shards
     )
     return Manifest((*kept, *now.values()), (*before.shards, *shards))
 
 
-def _moved(piece: Piece, start: Mapping[str, int]) -> Piece:
-    """Return a piece of a file's new rows as one of the whole file's."""
+def _shifted(piece: Piece, start: Mapping[str, int]) -> Piece:
     first = start.get(piece.path, 0)
     return Piece(piece.path, first + piece.start, first + piece.stop)
 
 
 def read_shard(source: Source, shard: Shard) -> Iterator[Sample | Failure]:
-    """Yield the shard's samples and failures, as many as it has samples; no two have the same given id.
+    """Yield the shard's samples and failures, exactly `shard.samples` of them.
 
-    Of rows with the same id the first that can be read is the sample, and the others are failures: whoever looks an id
-    up must not get the image of one row and the caption of another. Ids that are digests are equal where image and
-    caption are. Raises `ShardError` if a file now has fewer rows than when the data was cut.
+    Of rows with the same given id, the first readable one is the sample and the others are failures. Ids that are
+    digests may repeat: image and caption are then equal too. Raises `ShardError` if a file now has fewer rows than
+    when the data was cut.
     """
+    # Otherwise a lookup by id could join the image of one row with the caption of another.
     given, first = source.columns.sample_id is not None, dict[str, str]()
     for piece in shard.pieces:
         rows = 0

@@ -1,11 +1,11 @@
-"""Data in the order of a training: steps of one sample a lane, which any number of workers can share.
+"""The order of training data: each step takes one sample from every slot of the batch.
 
     step      0   1   2  …
-    lane 0    a   b   c  …     the shards of an epoch, drawn in another order each, one after the other
-    lane 1    k   l   m  …     a worker has lanes of its own, and reads their shards alone
+    slot 0    a   b   c  …     every epoch deals the shuffled shards to the slots
+    slot 1    k   l   m  …     a worker owns some slots, and reads only their shards
     …
 
-What a step holds depends on the seed alone, not on the number of workers, nor on whether the training was resumed.
+A step's samples depend only on the seed, not on the number of workers or on whether training was resumed.
 """
 
 from __future__ import annotations
@@ -20,54 +20,54 @@ from mmray.data.shards import Manifest, Piece, Shard, cut, read_shard
 from mmray.data.source import DataFile, Source
 
 
-def cut_for_training(files: Sequence[DataFile], lanes: int, shard_size: int, limit: int | None = None) -> Manifest:
-    """Return shards of at most `shard_size` samples, as many for every lane as far as they go."""
+def cut_for_training(files: Sequence[DataFile], batch_size: int, shard_size: int, limit: int | None = None) -> Manifest:
+    """Cut data into shards of at most `shard_size` samples, equally many per slot where the data allows it."""
     samples = sum(file.rows for file in files)
     samples = samples if limit is None else min(samples, limit)
-    shards = ceil(samples / (shard_size * lanes)) * lanes
+    shards = ceil(samples / (shard_size * batch_size)) * batch_size
     return cut(files, max(1, ceil(samples / max(shards, 1))), limit)
 
 
 @dataclass(frozen=True)
 class TrainingOrder:
-    """The order in which a training goes through the shards of its data."""
+    """The order in which training visits the shards of its data."""
 
     manifest: Manifest
-    count: int
-    """Lanes: samples a step, all workers together."""
+    batch_size: int
+    """Slots: samples per step, over all workers."""
     seed: int
 
-    def shards(self, epoch: int, lane: int) -> list[Shard]:
-        """Return the shards of a lane in an epoch."""
+    def shards(self, epoch: int, slot: int) -> list[Shard]:
+        """Return the shards of a slot in an epoch."""
         order = list(self.manifest.shards)
         random.Random(f"{self.seed} {epoch}").shuffle(order)
-        return order[lane :: self.count]
+        return order[slot :: self.batch_size]
 
     def steps(self, epoch: int) -> int:
-        """Return the steps of an epoch: the samples of its longest lane. Every sample comes once."""
-        lengths = (sum(shard.samples for shard in self.shards(epoch, lane)) for lane in range(self.count))
+        """Return the steps of an epoch: the samples of its longest slot. Every sample comes once."""
+        lengths = (sum(shard.samples for shard in self.shards(epoch, slot)) for slot in range(self.batch_size))
         return max(lengths, default=0)
 
-    def read(self, source: Source, epoch: int, lanes: Sequence[int], start: int) -> Iterator[list[Sample | Failure]]:
-        """Yield the samples of these lanes, a list a step from step `start` on; what is before it is not read."""
-        rows = [_rows(source, self.shards(epoch, lane), start) for lane in lanes]
+    def read(self, source: Source, epoch: int, slots: Sequence[int], start: int) -> Iterator[list[Sample | Failure]]:
+        """Yield the samples of these slots, one list per step from step `start` on; earlier ones are not read."""
+        rows = [_rows(source, self.shards(epoch, slot), start) for slot in slots]
         for _ in range(start, self.steps(epoch)):
-            yield [row for lane in rows if (row := next(lane, None)) is not None]
+            # Shorter slots run out before the epoch ends.
+            yield [row for slot in rows if (row := next(slot, None)) is not None]
 
 
-def _rows(source: Source, shards: Sequence[Shard], skipped: int) -> Iterator[Sample | Failure]:
+def _rows(source: Source, shards: Sequence[Shard], skip: int) -> Iterator[Sample | Failure]:
     for shard in shards:
-        if skipped < shard.samples:
-            yield from read_shard(source, _behind(shard, skipped))
-        skipped = max(0, skipped - shard.samples)
+        if skip < shard.samples:
+            yield from read_shard(source, _without_first(shard, skip))
+        skip = max(0, skip - shard.samples)
 
 
-def _behind(shard: Shard, skipped: int) -> Shard:
-    """Return the shard without its first samples."""
+def _without_first(shard: Shard, skip: int) -> Shard:
     pieces = []
     for piece in shard.pieces:
-        start = min(piece.start + skipped, piece.stop)
-        skipped -= start - piece.start
+        start = min(piece.start + skip, piece.stop)
+        skip -= start - piece.start
         if start < piece.stop:
             pieces.append(Piece(piece.path, start, piece.stop))
     return replace(shard, pieces=tuple(pieces))

@@ -1,38 +1,39 @@
-"""WebDataset tars: samples counted from member headers, and read by offset; nothing is extracted or unpickled."""
+"""WebDataset tars: samples are counted from member headers and read by offset; nothing is extracted or unpickled."""
 
 from __future__ import annotations
 
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, islice
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, ClassVar
 
-from mmray.data import places
+from mmray.data import locations
 from mmray.data.caption_lists import has_lists
 from mmray.data.columns import IMAGE_SUFFIXES, Columns, Kind, detect, kinds_of_records
 from mmray.data.images import LARGEST_FILE
-from mmray.data.places import DataLocation
+from mmray.data.locations import DataLocation
 from mmray.data.rows import Record
-from mmray.data.source import DataFile, FileSource
+from mmray.data.source import DataFile, Source
 from mmray.errors import InputError
 from mmray.storage import Entry, too_large
 
 FIELDS = "json"
 """Suffix of the member whose keys are columns too."""
 PEEKED = 16
+"""Samples whose members tell what the columns are."""
 CACHED_TARS = 16
 LARGEST_TEXT = 16 << 20
-"""Bytes above which a text or JSON member, or a header, is refused unread."""
+"""Largest text or JSON member, or header, in bytes; larger ones are refused unread."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One file in a tar: its name before and after the first dot, and where its bytes are."""
+    """One file in a tar: its name before and after the first dot, where its bytes are, and why it is refused."""
 
     key: str
     suffix: str
@@ -43,7 +44,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """The members of one sample, or why there is none."""
+    """The members of one sample, or why the sample is refused."""
 
     key: str
     members: tuple[Member, ...]
@@ -51,64 +52,53 @@ class Group:
 
 
 @dataclass(frozen=True)
-class WebDatasetSource(FileSource):
-    """Tars of one folder, in the order of their paths; adjacent members of one name before the first dot are a sample.
+class WebDatasetSource(Source):
+    """Tars of one folder, in the order of their paths. Adjacent members that share a stem are one sample.
 
-    A column is a suffix (`jpg`, `txt`) or a key of the `json` member; any image suffix serves as the image column.
+    A column is a suffix (`jpg`, `txt`) or a key of the `json` member. Any image suffix serves as the image column.
     """
 
     kind: ClassVar[str] = "webdataset"
 
     def files(self) -> list[DataFile]:
-        """Return the tars, their samples counted from headers; where a tar is cut short there is one more, bad row."""
+        """Return the tars, samples counted from headers; a tar that is cut short has one bad row more."""
 
         def describe(entry: Entry) -> DataFile:
-            rows = self.samples_in(entry.key, len(groups(self.place.folder, entry.key, entry.version)))
-            return DataFile(entry.key, rows, entry.size, places.identity(self.place.folder, entry))
+            rows = self.samples_in(entry.key, len(groups(self.location.folder, entry.key, entry.version)))
+            return DataFile(entry.key, rows, entry.size, locations.identity(self.location.folder, entry))
 
-        return places.concurrently(describe, self.place.entries)
+        return locations.concurrently(describe, self.location.entries)
 
     def records(self, path: str, start: int, stop: int) -> Iterator[tuple[str, Record]]:
-        """Yield samples of one tar, only their wanted members read."""
-        listed = groups(self.place.folder, path, self.entry(path).version)[start:stop]
-        if listed:
-            with places.stream(self.place.folder, path) as tar:
-                for group in listed:
+        """Yield samples of one tar; only the members of needed columns are read."""
+        if chosen := groups(self.location.folder, path, self.entry(path).version)[start:stop]:
+            with locations.stream(self.location.folder, path) as tar:
+                for group in chosen:
                     yield f"{path}#{group.key}", _record(tar, group, self.columns)
 
-    def object_cells(self) -> Iterable[Any]:
-        """Yield the cells of the objects column; of the members only that column and the `json` one are read."""
-        columns = Columns(objects=self.columns.objects)
-        for entry in self.place.entries:
-            with places.stream(self.place.folder, entry.key) as tar:
-                for group in groups(self.place.folder, entry.key, entry.version):
-                    record = _record(tar, group, columns)
-                    if not isinstance(record, str):
-                        yield record.get(str(columns.objects))
 
+def open_webdataset(data: str, location: DataLocation, requested: Columns, captions: bool) -> WebDatasetSource:
+    """Open tars; columns are taken from the first samples of the first tar that has any.
 
-def open_webdataset(data: str, place: DataLocation, asked: Columns, captions: bool) -> WebDatasetSource:
-    """Return the source of tars; its columns are those of the first samples of the first tar that has any.
-
-    Raises `InputError` if none has, or a column is missing.
+    Raises `InputError` if no tar has samples, or a column is missing.
     """
-    for entry in place.entries:
+    for entry in location.entries:
         kinds: dict[str, Kind] = {}
         records = []
-        with places.stream(place.folder, entry.key) as tar:
-            for group in islice(groups(place.folder, entry.key, entry.version), PEEKED):
+        with locations.stream(location.folder, entry.key) as tar:
+            for group in islice(groups(location.folder, entry.key, entry.version), PEEKED):
                 kinds |= {member.suffix: "unknown" for member in group.members if member.suffix != FIELDS}
                 kinds |= {suffix: "bytes" for suffix in kinds if suffix in IMAGE_SUFFIXES}
-                record = _record(tar, group, asked)
+                record = _record(tar, group, requested)
                 records += [] if isinstance(record, str) else [record]
         if kinds:
             kinds = kinds_of_records(records) | kinds
-            # An image in the tar, whatever its suffix, and not a path that its json member may hold.
-            picture = asked.image or next((suffix for suffix in kinds if suffix in IMAGE_SUFFIXES), None)
-            asked = asked.model_copy(update={"image": picture})
-            columns = detect(kinds, asked, places.join(place.folder, entry.key), captions)
-            listed = has_lists(records, columns)
-            return WebDatasetSource(data, place, columns, captions, listed=listed)
+            # Prefer an image in the tar to a path in the json member.
+            image = requested.image or next((suffix for suffix in kinds if suffix in IMAGE_SUFFIXES), None)
+            requested = requested.model_copy(update={"image": image})
+            columns = detect(kinds, requested, locations.join(location.folder, entry.key), captions)
+            lists = has_lists(records, columns)
+            return WebDatasetSource(data, location, columns, captions, caption_lists=lists)
     raise InputError(
         f"{data}: no samples in these tars, or damaged ones; each needs members such as 0001.jpg and 0001.txt"
     )
@@ -116,21 +106,21 @@ def open_webdataset(data: str, place: DataLocation, asked: Columns, captions: bo
 
 @lru_cache(maxsize=CACHED_TARS)
 def groups(folder: str, key: str, version: str) -> tuple[Group, ...]:
-    """Return the samples of a tar in order; if it is cut short or damaged, one more that says so."""
+    """Return the samples of a tar in order; a tar that is cut short or damaged has one more, which says so."""
     members: list[Member] = []
-    with places.stream(folder, key) as file:
+    with locations.stream(folder, key) as file:
         try:
             with tarfile.open(fileobj=_Bounded(file), mode="r:") as tar:
                 for info in tar:
                     if (member := _member(info)) is not None:
                         members.append(member)
                 end = tar.offset
-            # `tarfile` takes a damaged header for the end; the end is two blocks of zeros.
+            # `tarfile` takes a damaged header for the end. The real end is two blocks of zeros.
             file.seek(end)
             block = file.read(tarfile.BLOCKSIZE)
             damage = "" if block and not block.strip(b"\0") else f"cut short or damaged at byte {end}"
         except (tarfile.TarError, OSError) as error:
-            if places.is_outage(error):
+            if locations.is_outage(error):
                 raise
             damage = f"cut short or damaged ({error})"
     found = [_group(key, tuple(same)) for key, same in groupby(members, key=lambda member: member.key)]
@@ -138,23 +128,23 @@ def groups(folder: str, key: str, version: str) -> tuple[Group, ...]:
 
 
 class _Bounded(io.BufferedIOBase):
-    """A tar whose headers are read: `tarfile` reads an extended header at once, however long it says it is."""
+    """A tar that refuses huge reads: `tarfile` reads an extended header whole, however long it claims to be."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Return the next bytes; raises `tarfile.ReadError` for more than a header has."""
+        """Return the next bytes; raises `tarfile.ReadError` for more than LARGEST_TEXT."""
         if size is None or size > LARGEST_TEXT:
             raise tarfile.ReadError(f"a header of {too_large(size or 0, LARGEST_TEXT)}")
         return self.file.read(size)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Go to a place in the tar."""
+        """Move to an offset in the tar."""
         return self.file.seek(offset, whence)
 
     def tell(self) -> int:
-        """Return the place in the tar."""
+        """Return the offset in the tar."""
         return self.file.tell()
 
 

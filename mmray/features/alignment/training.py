@@ -82,7 +82,7 @@ def train(config: dict[str, Any]) -> None:
 
 
 def _train(settings: AlignmentSettings, folder: RunFolder, facts: dict[str, Any]) -> None:
-    lanes = TrainingOrder(Manifest.from_json(folder.manifest()), settings.batch_size, settings.seed)
+    order = TrainingOrder(Manifest.from_json(folder.manifest()), settings.batch_size, settings.seed)
     # Ray Train shows a worker the GPUs of all workers of its machine.
     pair = open_pair(settings, get_device())
     torch.manual_seed(settings.seed)
@@ -90,13 +90,13 @@ def _train(settings: AlignmentSettings, folder: RunFolder, facts: dict[str, Any]
     learner = optimiser(network, settings.learning_rate, settings.weight_decay)
     done = _resume(folder.store, network, learner)
     context = ray.train.get_context()
-    own = range(context.get_world_rank(), lanes.count, context.get_world_size())
+    own = range(context.get_world_rank(), order.batch_size, context.get_world_size())
     wrapped: nn.Module = prepare_model(network, move_to_device=False)
     source = with_retries(lambda: open_source(settings.data, Columns(), captions=False))
     before = 0
     for epoch in range(settings.epochs):
-        steps = lanes.steps(epoch)
-        for rows in lanes.read(source, epoch, own, max(0, done.step - before)) if done.step < before + steps else ():
+        steps = order.steps(epoch)
+        for rows in order.read(source, epoch, own, max(0, done.step - before)) if done.step < before + steps else ():
             _step(pair, wrapped, learner, rows, done)
             if done.step % settings.checkpoint_every == 0:
                 _checkpoint(folder.store, network, learner, done)

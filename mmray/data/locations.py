@@ -1,4 +1,4 @@
-"""Where data lies: files behind a path, folder, glob or brace pattern, on disk or on S3, and what identifies them."""
+"""Find the files that DATA names (a path, folder, glob or brace pattern, on disk or S3), read and identify them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TypeVar, cast
 
-from mmray.data.globbing import SPECIAL, expand_braces, glob_expression
 from mmray.data.images import LARGEST_FILE
 from mmray.errors import InputError
 from mmray.storage import Entry, LocalStore, filesystem, open_store
@@ -22,16 +22,21 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MIB = 1 << 20
-THREADS = 8  # Below the ten connections that an S3 client keeps open.
+SPECIAL = re.compile(r"[*?\[{]")
+BRACES = re.compile(r"\{([^{}]*)\}")
+WILDCARDS = re.compile(r"(\*\*/|\*|\?|\[[^\]]*\])")
+MEANINGS = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
+THREADS = 8  # Fewer than the ten connections that an S3 client keeps open.
 LONGEST_KEY = 1024
-HIDDEN = re.compile(r"(^|/)[._]|(^|/)$")  # The last: S3's marker of an empty folder.
+"""Longest key of an S3 object, in bytes."""
+HIDDEN = re.compile(r"(^|/)[._]|(^|/)$")  # The second alternative is S3's marker of an empty folder.
 LANDMARKS = ("metadata.{jsonl,csv}", "captions*.json", "annotations/captions*.json")
-"""Files that make a folder data without a look at the rest, which may be a million images; the first ones found do."""
+"""Files that identify a folder's data. Looked for first, because listing a million images takes minutes."""
 
 
 @dataclass(frozen=True)
 class DataLocation:
-    """A folder, and which of its files are the data (keys below it, sorted); `whole` if the folder itself was named."""
+    """A folder, the files in it that are the data (sorted keys), and whether the user named the folder itself."""
 
     folder: str
     entries: tuple[Entry, ...]
@@ -39,11 +44,11 @@ class DataLocation:
 
 
 def find(data: str) -> DataLocation:
-    """Return the files that `data` names: one file, a folder's, or those that a glob or brace pattern matches.
+    """Return the files that `data` names: one file, a folder's files, or the matches of a glob or brace pattern.
 
-    Of a folder they are its `LANDMARKS`, or else all files below it but hidden ones (a part of the path starts with
-    `.` or `_`). Raises `InputError` if there is no such path, or nothing in it, or a member of a brace pattern is
-    missing.
+    A folder's files are its `LANDMARKS`, or else all files below it except hidden ones (some part of the path starts
+    with `.` or `_`). Raises `InputError` if the path doesn't exist, is empty, or an alternative of a brace pattern
+    matches nothing.
     """
     if not data:
         raise InputError("DATA is empty; name a file, a folder or s3://BUCKET/PREFIX")
@@ -55,16 +60,17 @@ def find(data: str) -> DataLocation:
         if (found := store.entry(name)) is not None:
             return DataLocation(store.uri, (found,))
     is_folder = not remote and Path(data).expanduser().is_dir()
+    # After looking for the path itself, whose name may contain a bracket.
     if not is_folder and SPECIAL.search(data):
         return _matches(data)
     store = open_store(data)
     for landmark in LANDMARKS:
         if landmarks := [item for pattern in expand_braces(landmark) for item in _glob(store.uri, pattern)]:
             return DataLocation(store.uri, tuple(landmarks), whole=True)
-    listed = tuple(item for item in store.list() if not HIDDEN.search(item.key))
-    if not listed:
+    entries = tuple(item for item in store.list() if not HIDDEN.search(item.key))
+    if not entries:
         raise InputError(f"{data}: {'no files there' if is_folder else 'no such file or folder'}; check the path")
-    return DataLocation(store.uri, listed, whole=True)
+    return DataLocation(store.uri, entries, whole=True)
 
 
 def join(folder: str, key: str) -> str:
@@ -72,8 +78,8 @@ def join(folder: str, key: str) -> str:
     return f"{folder.rstrip('/')}/{key}" if key else folder
 
 
-def beside(folder: str, path: str) -> str:
-    """Return the URI of a path seen from a folder; `..` is the folder above."""
+def resolve(folder: str, path: str) -> str:
+    """Return the URI of a path relative to a folder; `..` is the parent."""
     for part in path.split("/"):
         folder = folder.rpartition("/")[0] if part == ".." else folder if part == "." else join(folder, part)
     return folder
@@ -88,9 +94,9 @@ def read(folder: str, key: str) -> bytes | None:
 
 
 def stream(folder: str, key: str) -> BinaryIO:
-    """Return a file to read at random; on S3 each request asks for a mebibyte, so that near reads share one.
+    """Open a file for random access; raises `InputError` if it is missing or may not be read.
 
-    Raises `InputError` if it is gone or not ours to read.
+    On S3 each request fetches a mebibyte, so that neighbouring reads share one.
     """
     system, path = filesystem(join(folder, key))
     try:
@@ -100,9 +106,9 @@ def stream(folder: str, key: str) -> BinaryIO:
 
 
 def identity(folder: str, found: Entry, whole: bool = False) -> str:
-    """Return what identifies a file's content: its ETag on S3, else the SHA-256 of its size, first and last MiB.
+    """Return a digest of a file's content: its ETag on S3, else the SHA-256 of its size, first and last MiB.
 
-    With `whole` a local file is read completely instead. Raises `InputError` if it can't be read.
+    With `whole`, a local file is read completely. Raises `InputError` if it can't be read.
     """
     store = open_store(folder)
     if not isinstance(store, LocalStore):
@@ -123,13 +129,13 @@ def identity(folder: str, found: Entry, whole: bool = False) -> str:
 
 
 def fetch(folder: str, names: list[str]) -> list[bytes | str]:
-    """Return the bytes of files below a folder, or, as a string, why a name has none.
+    """Return the bytes of files below a folder, or a string that says why a name has none.
 
-    A name or a link that leaves the folder is refused, and so is a file of more than `LARGEST_FILE` bytes. On S3
-    several are fetched at once, and an outage is raised rather than returned: it is no property of the data.
+    Names and links that leave the folder are refused, and files larger than `LARGEST_FILE`. On S3 several files are
+    fetched at once. An S3 outage is raised, not returned: it says nothing about the data.
     """
     store = open_store(folder)
-    homes = link_homes(store.root) if isinstance(store, LocalStore) else ()
+    roots = link_roots(store.root) if isinstance(store, LocalStore) else ()
 
     def one(name: str) -> bytes | str:
         path = PurePosixPath(name)
@@ -138,7 +144,7 @@ def fetch(folder: str, names: list[str]) -> list[bytes | str]:
         if not path.parts or "\0" in name or len(name.encode(errors="replace")) > LONGEST_KEY:
             return f"image name {name[:80]!r} can't be a file's"
         try:
-            if isinstance(store, LocalStore) and leaves(store.root / path, homes):
+            if isinstance(store, LocalStore) and escapes(store.root / path, roots):
                 return f"image {name!r} is a link that leaves the data's folder; copy what it links to"
             return store.read_at_most(str(path), LARGEST_FILE) or f"image {name!r} is empty"
         except ValueError as error:
@@ -153,27 +159,27 @@ def fetch(folder: str, names: list[str]) -> list[bytes | str]:
     return [one(name) for name in names] if isinstance(store, LocalStore) else concurrently(one, names)
 
 
-def link_homes(root: Path) -> tuple[Path, ...]:
-    """Return the folders that links below `root`, a path without links, may lead to."""
-    # A snapshot in the Hugging Face cache is a folder of links to the blobs of the same data set.
+def link_roots(root: Path) -> tuple[Path, ...]:
+    """Return the folders that links below `root` may lead to; `root` itself must be free of links."""
+    # A snapshot in the Hugging Face cache is a folder of links to the data set's blobs.
     parts = enumerate(root.parts)
     return (root, *(Path(*root.parts[:depth], "blobs") for depth, name in parts if name == "snapshots"))
 
 
-def leaves(path: Path, homes: Iterable[Path]) -> bool:
-    """Return whether a path leads out of all of these folders, its links followed."""
-    resolved = Path(os.path.realpath(path))  # unlike `resolve`, without an error for links that go in a circle
-    return not any(resolved.is_relative_to(home) for home in homes)
+def escapes(path: Path, roots: Iterable[Path]) -> bool:
+    """Return whether a path, with links followed, lies outside all of these folders."""
+    resolved = Path(os.path.realpath(path))  # Unlike `Path.resolve`, it does not raise for circular links.
+    return not any(resolved.is_relative_to(root) for root in roots)
 
 
 def is_outage(error: Exception) -> bool:
-    """Return whether an error of pyarrow's is the store's: it must end the attempt, not become failed rows."""
+    """Return whether pyarrow's error is an S3 outage, which must end the attempt and not become failed rows."""
     return "AWS Error" in str(error) and not isinstance(error, FileNotFoundError)
 
 
 @contextmanager
 def store_errors(data: str) -> Iterator[None]:
-    """Turn what a disk or S3 refuses into an `InputError`, for the opening of data."""
+    """Turn errors of the disk or S3, while data is opened, into an `InputError`."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
@@ -183,7 +189,7 @@ def store_errors(data: str) -> Iterator[None]:
 
 
 def concurrently(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Return the function's results in the order of the items, some of them worked on at once."""
+    """Return the function's results in the order of the items, computed by THREADS threads."""
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(function, items))
 
@@ -209,3 +215,30 @@ def _glob(folder: str, pattern: str) -> list[Entry]:
         return [found for key in keys if (found := store.entry(key)) is not None]
     expression = glob_expression(pattern)
     return [item for item in store.list(SPECIAL.split(pattern, maxsplit=1)[0]) if expression.fullmatch(item.key)]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Return the expansions of `{a,b}` and `{000..003}` in a pattern, in order; ranges keep leading zeros."""
+    parts = BRACES.split(pattern)
+    choices = [_alternatives(part) if index % 2 else [part] for index, part in enumerate(parts)]
+    return ["".join(chosen) for chosen in product(*choices)]
+
+
+def glob_expression(pattern: str) -> re.Pattern[str]:
+    """Return a glob as a regular expression, for S3: as in `pathlib`, `*` stays in a folder and `**/` crosses them."""
+    expression = ""
+    for piece in WILDCARDS.split(pattern):
+        if len(piece) > 2 and piece.startswith("["):
+            expression += "[^" + piece[2:] if piece[1] == "!" else piece
+        else:
+            expression += MEANINGS.get(piece, re.escape(piece))
+    return re.compile(expression)
+
+
+def _alternatives(inside: str) -> list[str]:
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    if bounds is None:
+        return inside.split(",")
+    first, last = bounds.groups()
+    width = len(first) if first.startswith("0") else 0
+    return [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
