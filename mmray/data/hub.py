@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -79,7 +79,7 @@ class HubSource(Source):
         return super().translations() if self.location.folder else {}
 
 
-def open_hub(data: str, _: DataLocation, requested: Columns, captions: bool) -> HubSource:
+def open_hub(data: str, location: DataLocation, requested: Columns, captions: bool) -> HubSource:
     """Open `hf:NAME[:SPLIT]`. Without SPLIT it is `train`, or the only split.
 
     Raises `InputError` if the data set or split can't be loaded, or a column is missing.
@@ -95,7 +95,7 @@ def open_hub(data: str, _: DataLocation, requested: Columns, captions: bool) -> 
     # Classes are stored as numbers, and read as their names.
     kinds |= {column: "text" for column, feature in dataset.features.items() if hasattr(feature, "int2str")}
     columns = detect(kinds, requested, data, captions)
-    location, split = DataLocation(folder, ()), split or str(dataset.split)
+    location, split = replace(location, folder=folder), split or str(dataset.split)
     lists = kinds.get(str(columns.caption)) == "texts"
     return HubSource(data, location, columns, captions, name, split, caption_lists=lists)
 
