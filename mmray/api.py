@@ -21,7 +21,7 @@ from mmray.features.evaluation.job import EvaluationJob
 from mmray.features.evaluation.settings import evaluation_settings
 from mmray.features.hallucination.job import HallucinationJob
 from mmray.features.hallucination.perturb_job import PerturbJob
-from mmray.features.hallucination.settings import opinion_settings, perturbation_settings
+from mmray.features.hallucination.settings import hallucination_settings, perturbation_settings
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
 from mmray.features.saliency.job import SaliencyJob
@@ -130,7 +130,7 @@ def hallucination(run: Run | str, **settings: Any) -> pa.Table:
     `mmray hallucination`, with underscores. Raises InputError for bad settings or input.
     """
     uri = run.uri if isinstance(run, Run) else str(run)
-    run_job(HallucinationJob(opinion_settings({"run": uri, **_asked(settings)})))
+    run_job(HallucinationJob(hallucination_settings({"run": uri, **_asked(settings)})))
     return open_run(uri).table("opinions")
 
 

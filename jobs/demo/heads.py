@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
+from torchvision.ops import box_iou, generalized_box_iou_loss
 
 from jobs.demo.scenes import Scene, World, load_concepts
-from mmray.detector.boxes import centres_inside, generalised_iou, iou
+from mmray.detector.boxes import centres_inside, corners
 from mmray.detector.detection import Detection
 from mmray.detector.heads import Heads
 from mmray.detector.vision_tower import OwnTower
@@ -196,7 +197,8 @@ def detection_loss(found: Detection, batch: Chunk, side: int) -> Float[Tensor, "
     rivals = torch.cat([found.logits, torch.zeros_like(found.logits[..., :1])], dim=2)
     choice = functional.cross_entropy(rivals.flatten(0, 1), answer.flatten(), reduction="sum") / len(rows)
     true, predicted = batch.boxes[rows, objects], found.boxes[rows, patches]
-    places = 5 * (true - predicted).abs().sum(dim=1) + 2 * (1 - generalised_iou(true, predicted))
+    overlap: Tensor = generalized_box_iou_loss(corners(true), corners(predicted))
+    places = 5 * (true - predicted).abs().sum(dim=1) + 2 * overlap
     return focal + choice + _BOX_WEIGHT * places.mean() / 4
 
 
@@ -230,7 +232,7 @@ def measure_heads(heads: Heads, tower: OwnTower, count: int = 512, seed: int = F
     return Measures(
         objects=len(rows),
         pointing=float(inside.gather(1, best[:, None]).float().mean()),
-        recall=float((iou(true, found.boxes[rows, best]) >= 0.5).float().mean()),
+        recall=float((box_iou(corners(true), corners(found.boxes[rows, best])).diagonal() >= 0.5).float().mean()),
         presence=_auroc(highest, absent),
     )
 

@@ -1,1 +1,1 @@
-"""A joint model: one vision embedding for an open-vocabulary detector and for the language model."""
+"""The joint model: one vision embedding for an open-vocabulary detector and for the language model."""

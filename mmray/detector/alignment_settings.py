@@ -1,4 +1,4 @@
-"""Typed settings of an alignment, the documentation of each, and the fingerprint that its folder keeps."""
+"""Settings of `mmray align`, each with its documentation."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ Shape = Literal["projector", "mlp"]
 
 
 class AlignmentSettings(JobSettings):
-    """Everything that `mmray align` can be told; what the training is told by default is as published.
+    """All settings of `mmray align`; defaults of the training are as published.
 
-    The work is the training: what is said of the validation comes after it.
+    Validation settings may change without training again, because they are applied after the training.
     """
 
     tower: str = known_by_digest()
-    """Checkpoint of the tower that the detector sees by: an OWL-ViT or OWLv2, or a LLaVA's own; a folder, hub id, or
-    `demo`."""
+    """Checkpoint with the detector's tower: an OWL-ViT or OWLv2, or a LLaVA's own; a folder, hub id, or `demo`."""
     model: str = known_by_digest()
-    """LLaVA whose image tokens are to be made: checkpoint folder, hub id, or `demo`."""
+    """LLaVA whose image tokens the network makes: checkpoint folder, hub id, or `demo`."""
     data: str = known_by_digest()
-    """Images to learn from, no text is read: `demo`, Parquet, WebDataset tars, image folder, COCO, or
+    """Images to train on, text is not read: `demo`, Parquet, WebDataset tars, image folder, COCO, or
     `hf:NAME[:SPLIT]`; local or s3://."""
     out: str = execution()
     """Folder of the aligned network and its checkpoints: a local path or s3://bucket/prefix."""
     validate_on: str = after_work()
-    """Data with objects that the joint model is measured on next to the original, before anything is claimed of it."""
+    """Data with objects, on which the joint model is compared with the original before it is used."""
     limit: int | None = Field(None, ge=1)
     """Use the first N images only; all by default."""
     network: Shape = "mlp"
@@ -41,32 +40,32 @@ class AlignmentSettings(JobSettings):
     weight_decay: float = Field(1e-2, ge=0)
     """Of AdamW."""
     batch_size: int = Field(16, ge=1)
-    """Images a step, all workers together."""
+    """Images per step, over all workers."""
     epochs: int = Field(1, ge=1)
-    """Times that every image is gone through."""
+    """Passes over the images."""
     shard_size: int = Field(500, ge=1)
-    """Images that are read one after the other, at most."""
+    """Images per shard; a shard is read in order."""
     seed: int = 0
-    """Seed of the network's first weights, of the order of images, and of the validation."""
+    """Seed of the initial weights, the order of images, and the validation."""
     checkpoint_every: int = execution(200, ge=1)
-    """Steps between two checkpoints: what a crash costs."""
+    """Steps between checkpoints: the most that a crash costs."""
     validate_limit: int = after_work(500, ge=1)
-    """Samples that are measured."""
+    """Samples in the validation."""
     pope_objects: int = after_work(1, ge=1)
-    """Present objects of an image that POPE asks for, and as many absent ones a setting (published: 3)."""
+    """Present objects per image that POPE asks about, and as many absent ones per setting (published: 3)."""
     draws: int = after_work(1000, ge=1)
-    """Draws of the bootstrap over images that intervals are made of."""
+    """Bootstrap draws over images, for intervals."""
     workers: Workers = execution(None)
-    """Workers of the training: a number, or MIN:MAX, of which the training takes MIN and the validation as many as the
-    cluster has. Default: one per GPU of the cluster; without GPUs one per core, at most four per machine."""
+    """Workers: a number, or MIN:MAX, where the training takes MIN and the validation scales with the cluster. Default:
+    one per GPU of the cluster; without GPUs one per core, at most four per machine."""
     gpus_per_worker: float | None = execution(None, ge=0)
-    """GPUs per worker, of which its training takes the first; default: 1 where the cluster has GPUs, else 0."""
+    """GPUs per worker; the training uses the first. Default: 1 where the cluster has GPUs, else 0."""
     local: bool = execution(False)
-    """Validate in this process, without Ray; the training needs Ray, and must have ended."""
+    """Validate in this process, without Ray; the training, which needs Ray, must have ended."""
     restarts: int = execution(20, ge=0)
-    """Times that a training whose workers die begins again at its last checkpoint; the same command does so too."""
+    """Times that the training restarts at its last checkpoint when workers die; the same command resumes it too."""
 
 
 def alignment_settings(values: dict[str, Any]) -> AlignmentSettings:
-    """Return checked settings; raises InputError naming the first setting that is wrong and what is allowed."""
+    """Return validated settings. Raises InputError naming the first wrong setting and what is allowed."""
     return checked(AlignmentSettings, values)

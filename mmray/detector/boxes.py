@@ -1,16 +1,37 @@
-"""Boxes (x, y, width, height in 0..1) against each other and against a grid of patches."""
+"""Boxes in 0..1 as x, y, width, height: conversions, and which patches of a grid they contain."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torchvision.ops import box_convert
 
 Boxes = Float[Tensor, "... 4"]
 
 
+def corners(boxes: Boxes) -> Boxes:
+    """Return left, top, right and bottom of boxes: the form that `torchvision.ops` expects."""
+    converted: Tensor = box_convert(boxes, "xywh", "xyxy")
+    return converted
+
+
+def from_centres(boxes: Boxes) -> Boxes:
+    """Return boxes given by their centre and size as x, y, width, height."""
+    # Not box_convert: it goes through corners, which changes the last bits of width and height.
+    return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., 2:]], dim=-1)
+
+
+def in_image(boxes: Boxes, covers: Sequence[float]) -> Boxes:
+    """Return boxes of what a tower sees as boxes of the image, of which it sees the part `covers`."""
+    left, top, width, height = covers
+    return boxes * boxes.new_tensor([width, height, width, height]) + boxes.new_tensor([left, top, 0.0, 0.0])
+
+
 def centres(side: int, device: torch.device | None = None) -> Float[Tensor, "patch 2"]:
-    """Return x and y of the patches' centres, row by row, of a grid with so many rows and columns."""
+    """Return x and y of the patch centres of a grid of side × side patches, row by row."""
     middle = (torch.arange(side, device=device) + 0.5) / side
     down, across = torch.meshgrid(middle, middle, indexing="ij")
     return torch.stack([across, down], dim=-1).flatten(0, 1)
@@ -20,25 +41,3 @@ def centres_inside(boxes: Float[Tensor, "row box 4"], side: int) -> Bool[Tensor,
     """Return which patches of the grid have their centre in each box."""
     offset = centres(side, boxes.device) - boxes[..., None, :2]
     return ((offset >= 0) & (offset < boxes[..., None, 2:])).all(dim=-1)
-
-
-def iou(first: Boxes, second: Boxes) -> Float[Tensor, ...]:
-    """Return intersection over union, box by box."""
-    intersection, union, _ = _areas(first, second)
-    return intersection / union.clamp(min=1e-9)
-
-
-def generalised_iou(first: Boxes, second: Boxes) -> Float[Tensor, ...]:
-    """Return the IoU minus the part of the smallest box round both that neither takes (Rezatofighi et al. 2019)."""
-    intersection, union, around = _areas(first, second)
-    return intersection / union.clamp(min=1e-9) - (around - union) / around.clamp(min=1e-9)
-
-
-def _areas(first: Boxes, second: Boxes) -> tuple[Tensor, Tensor, Tensor]:
-    """Return intersection, union, and the area of the smallest box round both."""
-    first_end, second_end = first[..., :2] + first[..., 2:], second[..., :2] + second[..., 2:]
-    start, end = torch.maximum(first[..., :2], second[..., :2]), torch.minimum(first_end, second_end)
-    intersection = (end - start).clamp(min=0).prod(dim=-1)
-    union = first[..., 2:].prod(dim=-1) + second[..., 2:].prod(dim=-1) - intersection
-    around = (torch.maximum(first_end, second_end) - torch.minimum(first[..., :2], second[..., :2])).prod(dim=-1)
-    return intersection, union, around

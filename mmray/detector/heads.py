@@ -1,9 +1,9 @@
-r"""A detector's heads on a captioner's own frozen tower: what they compute, and how they are kept next to their model.
+r"""Detector heads on a captioner's own frozen tower: the network, and its files.
 
     embedding t ─► projection + positions ─► transformer layers ─┬─► class head ─► cosine with the queries ─► logits
                                                                  └─► box head ─► from the patch's centre ─► boxes
 
-Queries are the language model's own embeddings of a word's tokens, through a learned projection.
+A query is the mean of the language model's input embeddings of a word's tokens, through a learned projection.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmray.detector.detection import Detection, Detector
+from mmray.detector.boxes import centres, from_centres
+from mmray.detector.detection import Detection, Detector, check_words
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel
 
 WEIGHTS, FACTS = "heads.safetensors", "heads.json"
-"""Files of a folder of heads."""
+"""Files of a folder of heads. JSON keys of the second: model_digest, shape, and facts of the training."""
 
 
 class Heads(Detector):
-    """Class and box heads over a tower's patches; `shape` is what they are built from, the same at every loading."""
+    """Class and box heads over a tower's patches; `shape` holds the arguments that rebuild them."""
 
     def __init__(self, model: LoadedModel, side: int, width: int, layers: int = 1, hidden: int = 192) -> None:
         super().__init__()
         self.shape = {"side": side, "width": width, "layers": layers, "hidden": hidden}
-        # Kept in a tuple, so that the model's weights are not the heads'.
+        # In a tuple, so that torch does not register the model's weights as the heads' own.
         self._model = (model,)
         words = int(model.network.get_input_embeddings().weight.shape[1])
         self.enter = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden))
@@ -51,12 +52,13 @@ class Heads(Detector):
         self.to_query = nn.Linear(2 * hidden, hidden)
         self.register_buffer("anchors", _anchors(side), persistent=False)
         with torch.no_grad():
-            self.to_scale.bias.copy_(torch.tensor([2.5, -6.0]))  # so that at first nothing is confident
+            self.to_scale.bias.copy_(torch.tensor([2.5, -6.0]))  # untrained heads are confident of nothing
 
     @torch.no_grad()
     def word_embeddings(self, words: Sequence[str]) -> Float[Tensor, "query embedding"]:
-        """Return the mean of the language model's embeddings of each word's tokens, as they stand behind a blank; in
-        lower case, as the heads learnt them.
+        """Return the mean of the language model's embeddings of each word's tokens.
+
+        A word is tokenized in lower case after a blank, as in the heads' training.
         """
         (model,) = self._model
         table: Tensor = model.network.get_input_embeddings().weight
@@ -67,17 +69,16 @@ class Heads(Detector):
         return torch.stack(rows).to(self.place.device)
 
     def queries(self, words: Sequence[str]) -> Float[Tensor, "query dim"]:
-        """Return a vector of norm 1 for each word. Raises InputError where there is no word."""
-        if not words or not all(word.strip() for word in words):
-            raise InputError("the detector was asked for no word; name what it shall look for")
+        """Return a vector of norm 1 per word. Raises InputError for an empty word or none."""
+        check_words(words)
         return self.project(self.word_embeddings(words))
 
     def project(self, embeddings: Float[Tensor, "query embedding"]) -> Float[Tensor, "query dim"]:
-        """Return the queries that word embeddings make."""
+        """Return the queries of word embeddings."""
         return functional.normalize(self.to_query(self.from_word(embeddings)), dim=1)
 
     def forward(self, embedding: Float[Tensor, "row patch width"], queries: Float[Tensor, "query dim"]) -> Detection:
-        """Return a box a patch, and its logits: the cosine with each query, by a scale and a shift of the patch's."""
+        """Return one box per patch; a logit is the cosine with a query, scaled and shifted per patch."""
         states = self.enter(embedding) + self.place
         for block in self.blocks:
             states = block(states)
@@ -85,46 +86,42 @@ class Heads(Detector):
         cosines = functional.normalize(self.to_class(states), dim=2) @ queries.T
         scale, shift = self.to_scale(states).split(1, dim=2)
         boxes = (self.to_box(states) + self.anchors).sigmoid()
-        corners = boxes[..., :2] - boxes[..., 2:] / 2
-        return Detection(cosines * scale.exp() + shift, torch.cat([corners, boxes[..., 2:]], dim=2))
+        return Detection(cosines * scale.exp() + shift, from_centres(boxes))
 
 
 def _anchors(side: int) -> Float[Tensor, "patch 4"]:
-    """Return what each patch's own centre, and a third of the image's side, are before the sigmoid."""
-    centres = (torch.arange(side) + 0.5) / side
-    down, across = torch.meshgrid(centres, centres, indexing="ij")
-    size = torch.full_like(across, 1 / 3)
-    return torch.stack([across, down, size, size], dim=-1).flatten(0, 1).logit()
+    """Return each patch's default box before the sigmoid: around its centre, a third of the image wide and high."""
+    return torch.cat([centres(side), torch.full((side * side, 2), 1 / 3)], dim=1).logit()
 
 
 def save_heads(heads: Heads, folder: Path, model: LoadedModel, facts: dict[str, Any]) -> None:
-    """Write heads in half precision, with the digest of the model that they are for and facts of their training."""
+    """Write heads in half precision, with the digest of their model and facts of their training."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().half().contiguous() for name, value in heads.state_dict().items()}
     save_file(weights, folder / WEIGHTS)
-    told = {"model_digest": model.digest, "shape": heads.shape, **facts}
-    (folder / FACTS).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    described = {"model_digest": model.digest, "shape": heads.shape, **facts}
+    (folder / FACTS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
 def load_heads(folder: Path, model: LoadedModel) -> Heads:
-    """Read heads for a model. Raises InputError where the folder has none, or has those of another model."""
+    """Read heads for a model. Raises InputError where the folder has none, or those of another model."""
     try:
-        told = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        described = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         weights = {name: value.float() for name, value in load_file(folder / WEIGHTS).items()}
-        made_for, shape = told["model_digest"], told["shape"]
+        made_for, shape = described["model_digest"], described["shape"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(
-            f"{folder}: no heads of a detector ({WEIGHTS}, {FACTS}); make them: python -m jobs.demo.train --detector"
+            f"{folder}: no detector heads ({WEIGHTS}, {FACTS}); make them: python -m jobs.demo.train --detector"
         ) from error
     if made_for != model.digest:
         raise InputError(
-            f"{folder}: heads of another model (digest {made_for}, and {model.name} has {model.digest}); "
+            f"{folder}: heads of another model (digest {made_for}; {model.name} has {model.digest}); "
             f"make its own with python -m jobs.demo.train --detector --model {model.name}"
         )
     try:
         heads = Heads(model, **shape)
         heads.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
-        raise InputError(f"{folder}: its weights are not those of the shape that {FACTS} tells") from error
+        raise InputError(f"{folder}: its weights do not have the shape that {FACTS} gives") from error
     heads.eval().requires_grad_(False)
     return heads.to(model.device)

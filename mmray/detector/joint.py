@@ -1,14 +1,14 @@
 r"""The joint model (Giulivi & Boracchi 2024): one vision embedding feeds a detector and the language model.
 
-    image ─► sight ─► embedding t ─┬─► detector ─► boxes with a logit a word
+    image ─► tower ─► embedding t ─┬─► detector ─► boxes with a logit per word
                                    └─► tokens ───► image tokens ─► language model ─► words
 
-All weights are frozen: gradients are those in t, and say what text and boxes have of the same sight.
+All weights are frozen. Gradients are taken with respect to t, so those of words and those of boxes can be compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,71 +28,87 @@ from mmray.models.capture import capture_input
 from mmray.models.generation import end_tokens, until_special
 from mmray.models.loading import LoadedModel, digest, load, resolve
 from mmray.models.options import LONGEST
-from mmray.models.prompting import Batch, pad_left
-
-__all__ = ["Detection", "Detector", "JointModel", "Judge", "load_joint"]
+from mmray.models.prompting import Batch, encode, pad_left
 
 DEMO = "demo"
 
 
 @dataclass(frozen=True, eq=False)
-class Judge:
-    """A detector next to a model, with the sight that it judges images by."""
+class ImageDetector:
+    """A detector with the tower whose embedding it reads, on the device and in the number format of a model."""
 
     model: LoadedModel
     detector: Detector
-    sight: VisionTower
+    tower: VisionTower
 
     def pixels(self, images: Sequence[Image]) -> Float[Tensor, "row channel height width"]:
-        """Return images as the sight takes them."""
-        return self.sight.pixels(images).to(self.model.device, self.model.network.dtype)
+        """Return images as the tower takes them."""
+        return self.tower.pixels(images).to(self.model.device, self.model.network.dtype)
 
     @torch.no_grad()
     def embed(self, pixel_values: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row patch width"]:
-        """Return the shared vision embedding t, outside any graph: `t.requires_grad_()` begins one."""
-        embedding: Tensor = self.sight(pixel_values)
+        """Return the vision embedding t, detached: `t.requires_grad_()` starts a graph."""
+        embedding: Tensor = self.tower(pixel_values)
         return embedding
 
     def detect(self, embedding: Float[Tensor, "row patch width"], words: Sequence[str]) -> Detection:
-        """Return the detector's boxes, and their logits for these words."""
+        """Return the detector's boxes and their logits for these words, differentiable in the embedding."""
         with torch.no_grad():
             queries = self.detector.queries(words)
         found: Detection = self.detector(embedding.float(), queries)
         return found
 
+    @torch.no_grad()
+    def confidences(
+        self, embedding: Float[Tensor, "row patch width"], words: Sequence[str]
+    ) -> Float[Tensor, "row query"]:
+        """Return the detector's confidence in each word: the highest probability of any box."""
+        return self.detect(embedding, words).logits.sigmoid().amax(dim=1)
+
+    def confidence(self, image: Image, words: Collection[str]) -> dict[str, float]:
+        """Return the detector's confidence in each of the words, for one image."""
+        if not words:
+            return {}
+        queries = sorted(words)
+        found = self.confidences(self.embed(self.pixels([image])), queries)
+        return dict(zip(queries, found[0].tolist(), strict=True))
+
 
 @dataclass(frozen=True, eq=False)
-class JointModel(Judge):
-    """A language model and a detector that see the same embedding of an image.
+class JointModel(ImageDetector):
+    """A language model and a detector that read the same embedding of an image.
 
-    `tokens` makes image tokens of an embedding: the model's own projector, or a network aligned to it.
+    `tokens` turns the embedding into image tokens: the model's own projector, or a network aligned to it.
     """
 
     tokens: nn.Module
 
     def logits(self, batch: Batch, embedding: Float[Tensor, "row patch width"]) -> Float[Tensor, "row position token"]:
-        """Run the language model on the batch, the embedding in place of its images; differentiable in the embedding.
+        """Run the language model on the batch with the embedding in place of its images.
 
-        The logits at a position are of the token behind it. Raises InputError where the embedding's image tokens do
-        not fill the places that the sequence has for them.
+        Differentiable in the embedding. Logits at a position predict the next token. Raises InputError as `inputs`.
         """
         found: Tensor = self.model.network(**self.inputs(batch, embedding), use_cache=False).logits
         return found
 
     def inputs(self, batch: Batch, embedding: Float[Tensor, "row patch width"]) -> dict[str, Tensor]:
-        """Return the network's inputs for a batch: embeddings of its sequence, image tokens from the embedding."""
+        """Return the network's inputs for a batch: its token embeddings, with image tokens made of the embedding.
+
+        Raises InputError where there are more or fewer image tokens than positions for them.
+        """
         device = self.model.device
         ids = batch.inputs["input_ids"].to(device)
-        words = self.model.network.get_input_embeddings()(ids)
-        places = ids.eq(-1 if (own := self.model.parts.image_token_id) is None else own)
-        seen = self.tokens(embedding).to(words.device, words.dtype)
-        if int(places.sum()) != seen.shape[0] * seen.shape[1]:
+        text = self.model.network.get_input_embeddings()(ids)
+        image_token = self.model.parts.image_token_id
+        is_image = ids.eq(-1 if image_token is None else image_token)
+        tokens = self.tokens(embedding).to(text.device, text.dtype)
+        if int(is_image.sum()) != tokens.shape[0] * tokens.shape[1]:
             raise InputError(
-                f"{self.model.name}: {int(places.sum())} places for image tokens and {seen.shape[0] * seen.shape[1]} "
-                "of them; the aligned network has to make as many as the model's own projector"
+                f"{self.model.name}: {tokens.shape[0] * tokens.shape[1]} image tokens for {int(is_image.sum())} "
+                "positions; the aligned network has to make as many as the model's own projector"
             )
         return {
-            "inputs_embeds": words.masked_scatter(places[..., None], seen),
+            "inputs_embeds": text.masked_scatter(is_image[..., None], tokens),
             "attention_mask": batch.inputs["attention_mask"].to(device),
         }
 
@@ -100,64 +116,84 @@ class JointModel(Judge):
     def generate(
         self, batch: Batch, embedding: Float[Tensor, "row patch width"], longest: int = LONGEST
     ) -> tuple[list[list[int]], Float[Tensor, "row token hidden"]]:
-        """Return the token ids that the model writes greedily behind each row, without the end of sequence, and what
-        entered the final norm where each was predicted.
+        """Return each row's greedy continuation, without the end of sequence, and the states that predicted it.
+
+        The states are the final norm's inputs, one per generated token.
         """
+        # Padding goes to the left here: every row then continues at the last position.
         inputs = self.inputs(replace(batch, inputs=pad_left(batch.inputs)), embedding)
         states: list[Tensor] = []
         with capture_input(self.model.norm, lambda entered: states.append(entered[:, -1])):
-            written = self.model.network.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
+            generated = self.model.network.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
         ends = end_tokens(self.model)
-        return [until_special(row, ends) for row in written.tolist()], torch.stack(states, dim=1)
+        return [until_special(row, ends) for row in generated.tolist()], torch.stack(states, dim=1)
+
+    def replies(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image],
+        embedding: Float[Tensor, "row patch width"],
+        batch_size: int,
+        longest: int = LONGEST,
+    ) -> Iterator[tuple[list[int], Float[Tensor, "token hidden"]]]:
+        """Yield the greedy reply to each prompt about the embedding in its row, with states as `generate` returns.
+
+        Only the size of `images` matters, because the number of image tokens may depend on it.
+        """
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            empty: list[list[int]] = [[] for _ in prompts[part]]
+            batch = encode(self.model, prompts[part], images[part], empty, [[] for _ in empty])
+            yield from zip(*self.generate(batch, embedding[part], longest), strict=True)
 
 
 def load_joint(name: str, detector: str = DEMO, alignment: str | None = None) -> JointModel:
-    """Load a model with a detector on one embedding.
+    """Load a model and a detector that read one embedding.
 
     `detector` is `demo` (the shipped heads on the demo's tower), a folder of heads trained on the model's own tower, or
-    an OWL-ViT or OWLv2 checkpoint (folder or hub id), with `alignment` a folder of the network that makes the model's
-    image tokens of its embedding. Raises InputError where they can't be loaded or don't belong together.
+    an OWL-ViT or OWLv2 checkpoint (folder or hub id). The last needs `alignment`, the folder of a network from its
+    embedding to the model's image tokens. Raises InputError where they can't be loaded or don't belong together.
     """
     return join(load(name), detector, alignment)
 
 
 def join(model: LoadedModel, detector: str = DEMO, alignment: str | None = None) -> JointModel:
-    """Put a detector next to a model that is loaded already; as `load_joint`."""
-    judge = judge_beside(model, detector)
-    if isinstance(judge.sight, OwnTower):
+    """Add a detector to a loaded model; arguments and errors as in `load_joint`."""
+    found = load_detector(model, detector)
+    if isinstance(found.tower, OwnTower):
         if alignment is not None:
             raise InputError(
                 f"--alignment {alignment}: the detector {detector} sees by {model.name}'s own tower, where there is "
                 "nothing to align; name the OWL-ViT or OWLv2 by --detector"
             )
-        return JointModel(model, judge.detector, judge.sight, judge.sight.projector)
+        return JointModel(model, found.detector, found.tower, found.tower.projector)
     if alignment is None:
         raise InputError(
-            f"{detector}: its embedding is no {model.name}'s; give --alignment, the network between the two"
+            f"{detector}: its embedding is not {model.name}'s; give --alignment, the network between the two"
         )
     tokens = load_alignment(alignment, model, digest(resolve(detector)))
-    return JointModel(model, judge.detector, judge.sight, tokens)
+    return JointModel(model, found.detector, found.tower, tokens)
 
 
-def judge_beside(model: LoadedModel, detector: str) -> Judge:
-    """Load a detector that judges images for a model; an OWL-ViT or OWLv2 does so by its own sight.
+def load_detector(model: LoadedModel, detector: str) -> ImageDetector:
+    """Load a detector next to a model. An OWL-ViT or OWLv2 brings its own tower, so any model will do.
 
-    Raises InputError where it can't be loaded, or where its heads are another model's.
+    Raises InputError where it can't be loaded, or where its heads belong to another model.
     """
     folder = _heads(detector)
     if folder is not None:
-        return Judge(model, load_heads(folder, model), OwnTower(model))
+        return ImageDetector(model, load_heads(folder, model), OwnTower(model))
     owl = open_owl(detector, model.device)
-    return Judge(model, owl.detector, owl.sight)
+    return ImageDetector(model, owl.detector, owl.tower)
 
 
 def detector_or_demo(detector: str | None, model: str) -> str | None:
-    """Return the detector that is asked for; by default that of the demo where it is the model, else none."""
+    """Return the detector given; by default the demo's for the demo model, else none."""
     return detector or (DEMO if model == DEMO else None)
 
 
-def join_if_asked(model: LoadedModel, detector: str | None, alignment: str | None) -> JointModel | None:
-    """Put the detector that is asked for next to a model, by default the demo's next to the demo's; None without one.
+def join_if_given(model: LoadedModel, detector: str | None, alignment: str | None) -> JointModel | None:
+    """Add the detector of `detector_or_demo` to a model; None where there is none.
 
     Raises InputError as `join`, and for an alignment without a detector.
     """
@@ -168,11 +204,11 @@ def join_if_asked(model: LoadedModel, detector: str | None, alignment: str | Non
 
 
 def detector_digest(detector: str) -> str:
-    """Return a digest of what a detector's files hold. Raises InputError where there is none."""
+    """Return a digest of a detector's files. Raises InputError where there is none."""
     return digest(_heads(detector) or resolve(detector))
 
 
 def _heads(detector: str) -> Path | None:
-    """Return the folder of a detector's heads; None where it is not heads on a model's own tower."""
+    """Return the folder of a detector's heads; None for a detector with a tower of its own."""
     folder = mmray.demo.DETECTOR if detector == DEMO else Path(detector).expanduser()
     return folder if detector == DEMO or (folder / FACTS).is_file() else None

@@ -1,15 +1,14 @@
-"""OWL-ViT and OWLv2 as one embedding with what stands on it: the tower up to its last layer, and the detector's rest.
+"""OWL-ViT and OWLv2 (Minderer et al. 2022), cut in two: a tower up to its last layer, and a detector on top of it.
 
     pixels ─► all layers but the last ─► t (CLS first) ─► last layer ─► norms, patch × CLS ─► class and box heads
 
-(Minderer et al. 2022; the cut is that of Giulivi & Boracchi 2024.)
+The cut is that of Giulivi & Boracchi (2024).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,8 @@ from PIL.Image import Image, new
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor, Owlv2ForObjectDetection, OwlViTForObjectDetection
 
-from mmray.detector.detection import Detection, Detector
+from mmray.detector.boxes import from_centres
+from mmray.detector.detection import Detection, Detector, check_words
 from mmray.errors import InputError
 from mmray.models.checkpoint import check_config
 from mmray.models.loading import refuse_missing, resolve
@@ -26,10 +26,10 @@ from mmray.models.patches import WHOLE
 
 KINDS: dict[str, Any] = {"owlvit": OwlViTForObjectDetection, "owlv2": Owlv2ForObjectDetection}
 QUERY = "a photo of a {}"
-"""What the detector is asked for (as published)."""
+"""Text of a query, as published."""
 
 
-class OwlSight(nn.Module):
+class OwlTower(nn.Module):
     """The tower up to its last layer."""
 
     skipped = 1
@@ -41,26 +41,28 @@ class OwlSight(nn.Module):
         self.side = int(network.num_patches_width)
 
     def pixels(self, images: Sequence[Image]) -> Float[Tensor, "row channel height width"]:
-        """Return what the detector's own image processor makes of the images."""
+        """Return images as the detector's own image processor prepares them."""
         pixels: Tensor = self.processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
         return pixels
 
     def covers(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """Return what the tower sees: the image, which OWLv2 makes a square of by adding to the right or below."""
+        """Return the part of the image that the tower sees: for OWLv2, the image padded to a square."""
         if not getattr(self.processor.image_processor, "do_pad", False):
             return WHOLE
+        # Padding goes to the right and below, so the part begins in the image's corner and may be larger than 1.
         return (0.0, 0.0, max(size) / size[0], max(size) / size[1])
 
     @cached_property
-    def filling(self) -> tuple[int, int, int]:
-        """The colour of what is added, by what the processor makes of a white line: versions of it differ."""
+    def padding_colour(self) -> tuple[int, int, int]:
+        """The colour that the processor pads with."""
+        # Read off a padded white line, because the colour differs between versions of transformers.
         processor = self.processor.image_processor
         added = self.pixels([new("RGB", (2, 1), "white")])[0, :, -1, -1]
         red, green, blue = added * torch.tensor(processor.image_std) + torch.tensor(processor.image_mean)
         return round(255 * float(red)), round(255 * float(green)), round(255 * float(blue))
 
     def forward(self, pixel_values: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row place width"]:
-        """Return what enters the last layer."""
+        """Return the input of the last layer."""
         dtype = self.tower.embeddings.patch_embedding.weight.dtype
         states: Tensor = self.tower.pre_layernorm(self.tower.embeddings(pixel_values.to(dtype)))
         for layer in self.tower.encoder.layers[:-1]:
@@ -77,9 +79,8 @@ class OwlDetector(Detector):
 
     @torch.no_grad()
     def queries(self, words: Sequence[str]) -> Float[Tensor, "query dim"]:
-        """Return the text tower's embeddings of the words. Raises InputError where there is no word."""
-        if not words or not all(word.strip() for word in words):
-            raise InputError("the detector was asked for no word; name what it shall look for")
+        """Return the text tower's embeddings of the words. Raises InputError for an empty word or none."""
+        check_words(words)
         inputs = self.processor.tokenizer(
             [QUERY.format(word) for word in words],
             padding="max_length",
@@ -88,25 +89,25 @@ class OwlDetector(Detector):
             max_length=self.network.config.text_config.max_position_embeddings,
         ).to(self.network.device)
         found = _inner(self.network).get_text_features(**inputs)
+        # Newer versions of transformers return an output object, older ones the tensor.
         embeddings: Tensor = getattr(found, "pooler_output", found)
         return embeddings
 
     def forward(self, embedding: Float[Tensor, "row place width"], queries: Float[Tensor, "query dim"]) -> Detection:
-        """Return a box a patch, and its logits."""
+        """Return one box per patch, and its logits."""
         tower = _inner(self.network).vision_model
         states = tower.post_layernorm(tower.encoder.layers[-1](embedding.to(self.network.dtype), None))
         patches = self.network.layer_norm(states[:, 1:] * states[:, :1])
         logits, _ = self.network.class_head(patches, queries.expand(len(patches), -1, -1), None)
         boxes = (self.network.box_head(patches) + self.network.box_bias.to(patches.device)).sigmoid().float()
-        return Detection(logits.float(), torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., 2:]], dim=2))
+        return Detection(logits.float(), from_centres(boxes))
 
 
 class Owl(NamedTuple):
-    """A detector with its own sight, and the folder that it was loaded from."""
+    """A detector with its own tower."""
 
-    sight: OwlSight
+    tower: OwlTower
     detector: OwlDetector
-    folder: Path
 
 
 def is_owl(name: str) -> bool:
@@ -133,7 +134,7 @@ def open_owl(name: str, device: torch.device | str) -> Owl:
         raise InputError(
             f"{name}: not a detector that transformers can load ({' '.join(str(error).split())[:200]})"
         ) from error
-    return Owl(OwlSight(network, processor), OwlDetector(network, processor), folder)
+    return Owl(OwlTower(network, processor), OwlDetector(network, processor))
 
 
 def _inner(network: Any) -> Any:

@@ -1,23 +1,23 @@
-"""What the terminal says of an aligned network that a model looks through."""
+"""What the terminal says about an aligned network next to results that it took part in."""
 
 from __future__ import annotations
 
 from mmray.terminal.options import say
 
-TOLD = {"recall": "recall of objects", "pope_random_f1": "POPE (random) F1"}
-"""Measures of an alignment next to what is found by it."""
+LABELS = {"recall": "recall of objects", "pope_random_f1": "POPE (random) F1"}
+"""The measures of an alignment that are shown."""
 
 
-def say_sight(alignment: str | None) -> None:
-    """Say how well a model does by the sight that an aligned network gives it, if one does."""
-    if alignment is not None:
+def say_alignment(folder: str | None) -> None:
+    """Say how well the model does through an aligned network, compared with its own tower. None: it uses none."""
+    if folder is not None:
         from mmray.detector.alignment import alignment_measures
         from mmray.terminal.figures import number
 
-        found = alignment_measures(alignment)
-        told = [
-            f"{words} {number(found[name]['after'])} (its own: {number(found[name]['before'])})"
-            for name, words in TOLD.items()
-            if name in found
+        measures = alignment_measures(folder)
+        parts = [
+            f"{label} {number(measures[name]['after'])} (its own: {number(measures[name]['before'])})"
+            for name, label in LABELS.items()
+            if name in measures
         ]
-        say(f"by the sight of {alignment}: {', '.join(told)}")
+        say(f"by the sight of {folder}: {', '.join(parts)}")

@@ -1,4 +1,4 @@
-"""Towers as a joint model sees through them: images to pixels, pixels to the embedding that all else is made of."""
+"""Vision towers of a joint model: images to pixels, pixels to the embedding that both heads read."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from mmray.models.loading import LoadedModel, load
 from mmray.models.patches import covered
 
 PROJECTOR = "model.multi_modal_projector"
-"""Module that makes image tokens of the tower's features, in the families that have a tower and one projector."""
+"""Module that turns tower features into image tokens, in the families with one tower and one projector."""
 
 
 class VisionTower(Protocol):
-    """A tower: pixels to the embedding t, whose patches stand row by row behind `skipped` others (CLS)."""
+    """A tower: pixels to the embedding t, whose patches follow row by row after `skipped` others (CLS)."""
 
     skipped: int
     side: int
-    """Patches in a row of the grid, and rows."""
+    """Patches per row and per column of the grid."""
 
     @property
-    def filling(self) -> tuple[int, int, int]:
-        """The colour that the tower sees around an image, where it sees more than that."""
+    def padding_colour(self) -> tuple[int, int, int]:
+        """The colour around an image, for towers that see more than the image."""
 
     def pixels(self, images: Sequence[Image]) -> Float[Tensor, "row channel height width"]:
         """Return images as the tower takes them."""
@@ -42,51 +42,52 @@ class VisionTower(Protocol):
 
 
 class OwnTower(nn.Module):
-    """A LLaVA's own tower: the embedding is what goes into its projector, without CLS where the model leaves it out."""
+    """A LLaVA's own tower: the embedding is its projector's input, without CLS where the model drops it."""
 
     skipped = 0
-    filling = (0, 0, 0)
-    """Nowhere: it sees a part of an image, or all of it."""
+    padding_colour = (0, 0, 0)
+    """Unused: this tower never sees more than the image."""
 
     def __init__(self, model: LoadedModel) -> None:
         super().__init__()
         if model.parts.family not in ("llava", "vipllava"):
             raise InputError(
-                f"{model.name}: {model.parts.family} has no tower with one projector; heads of a detector go on a LLaVA"
+                f"{model.name}: {model.parts.family} has no tower with one projector; detector heads need a LLaVA"
             )
         self.model = model
         vision = model.network.config.vision_config
         self.side = int(vision.image_size) // int(vision.patch_size)
 
     def pixels(self, images: Sequence[Image]) -> Float[Tensor, "row channel height width"]:
-        """Return what the model's own image processor makes of the images."""
+        """Return images as the model's own image processor prepares them."""
         processed: Any = self.model.processor.image_processor(images=list(images), return_tensors="pt")
         pixels: Tensor = processed["pixel_values"]
         return pixels
 
     def covers(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """Return the part that is left where the processor cuts out the middle."""
+        """Return the part of the image that the processor's centre crop keeps."""
         return covered(self.model, size[0] / size[1])
 
     def forward(self, pixel_values: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row patch width"]:
-        """Return the features that the projector is given."""
-        seen: list[Tensor] = []
-        with capture_input(self.projector, seen.append):
+        """Return the features that enter the projector."""
+        # Captured, because which layer's features enter, and whether with CLS, is up to the model's configuration.
+        features: list[Tensor] = []
+        with capture_input(self.projector, features.append):
             self.model.network.get_image_features(pixel_values)
-        return seen[0]
+        return features[0]
 
     @property
     def projector(self) -> nn.Module:
-        """The model's own projector, which makes image tokens of an embedding."""
+        """The model's own projector, from an embedding to image tokens."""
         found: nn.Module = self.model.network.get_submodule(PROJECTOR)
         return found
 
 
 def open_tower(name: str, device: torch.device | str) -> VisionTower:
-    """Load the tower of a checkpoint: an OWL-ViT's or OWLv2's up to the last layer, or a LLaVA's own.
+    """Load the tower of a checkpoint: an OWL-ViT's or OWLv2's up to its last layer, or a LLaVA's own.
 
     Raises InputError for other kinds.
     """
     if is_owl(name):
-        return open_owl(name, device).sight
+        return open_owl(name, device).tower
     return OwnTower(load(name, device=device))

@@ -1,1 +1,1 @@
-"""What an image shows, and which objects a text names: words, ground truth, questions, answers."""
+"""Objects in images and texts: names and synonyms, ground truth, questions, answers."""

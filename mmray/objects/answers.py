@@ -1,4 +1,4 @@
-"""Answers read from replies, or none where they can't be read."""
+"""Read answers from replies: yes or no, a number, or one of two words."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AFFIRMED = re.compile(
     r"|(?:is|are) (?:\w+ )?(?:visible|present|seen|shown|in the (?:image|picture|photo|scene)))\b",
     re.IGNORECASE,
 )
-"""What a sentence without yes or no says: that it can't be told, that a thing is not there, and that it is."""
+"""Phrases of sentences without yes or no: unsure, denying, affirming."""
 AMOUNT = r"\d+(?:\.\d+)?"
 NUMBER = re.compile(rf"(?<!\w)-?{AMOUNT}")
 SCALES = tuple(
@@ -35,11 +35,11 @@ SCALES = tuple(
         rf"\bof\s*{AMOUNT}",
     )
 )
-"""What names a scale next to an answer, in the order in which it is left out: 7/10, from 1 to 10, 7 of 10."""
+"""Numbers that name a scale next to the answer (7/10, from 1 to 10, 7 of 10), in the order they are removed."""
 
 
 def reader(parse: str) -> re.Pattern[str]:
-    """Return what finds an answer in a reply: `yes_no`, `number`, or words between bars such as `man|woman`.
+    """Return the pattern of an answer for `yes_no`, `number`, or two words such as `man|woman`.
 
     Raises InputError for anything else.
     """
@@ -52,14 +52,13 @@ def reader(parse: str) -> re.Pattern[str]:
 
 
 def value_of(reply: str, parse: str) -> float | None:
-    """Return the answer in a reply: its number; or 1 for yes and for the first of two words, else 0.
+    """Return the answer in a reply: a number; or 1 for yes or the first of two words, else 0. None: unreadable.
 
-    Of several words the first is the answer; of different numbers none is, apart from those that name a scale. None
-    where there is no answer: a reply that can't be read is none.
+    The first of several words counts. Of several different numbers none does, apart from those that name a scale.
     """
     if parse == "yes_no":
-        said = says_yes(reply)
-        return None if said is None else float(said)
+        answer = says_yes(reply)
+        return None if answer is None else float(answer)
     pattern = reader(parse)
     if parse == "number":
         for scale in SCALES:
@@ -73,12 +72,11 @@ def value_of(reply: str, parse: str) -> float | None:
 
 
 def says_yes(answer: str, parser: Parser = "sentences") -> bool | None:
-    """Return whether an answer is yes; None where it is neither yes nor no.
+    """Return whether an answer is yes; None: neither yes nor no.
 
-    sentences: of the first sentence that says either, its first yes or no; in one with neither, whether it denies
-    ("There is not a dog") or affirms. Questions, and that it can't be told, are neither.
-    released: as POPE's code reads it, an answer is no if its first sentence has the word No, no or not as it is spelt
-    here, and else yes.
+    sentences: the first yes or no of the first sentence with either. A sentence with neither counts if it denies
+    ("There is not a dog") or affirms; questions and "I am not sure" don't.
+    released: as in POPE's code, no if the first sentence has the word No, no or not, else yes.
     """
     if parser == "released":
         words = answer.partition(".")[0].replace(",", "").split(" ")
@@ -88,6 +86,7 @@ def says_yes(answer: str, parser: Parser = "sentences") -> bool | None:
             return found[1].lower() == "yes"
         if sentence.endswith("?") or UNSURE.search(sentence):
             continue
+        # Denial first: "There is not a dog" affirms too.
         if DENIED.search(sentence):
             return False
         if AFFIRMED.search(sentence):

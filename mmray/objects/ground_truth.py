@@ -1,4 +1,4 @@
-"""Which objects count as being in an image: those annotated, those that people's captions name, or both."""
+"""Which objects count as being in an image: annotated ones, those that human captions name, or both."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from mmray.data.rows import BadRowError, object_names
 from mmray.data.samples import Sample
 from mmray.data.source import Source
 from mmray.errors import InputError
-from mmray.objects.naming import ObjectLexicon, object_naming
+from mmray.objects.lexicon import ObjectLexicon, object_lexicon
 from mmray.objects.statistics import GroundTruth, ObjectStatistics, gather_statistics
 from mmray.objects.words import COCO, open_words, table_for
 
 
 @dataclass(frozen=True)
 class Survey:
-    """The facts of data under a ground truth, and the settings that were chosen for it where none were given."""
+    """Object statistics of data under a ground truth, with the defaults of both settings resolved."""
 
-    facts: ObjectStatistics
+    statistics: ObjectStatistics
     ground_truth: GroundTruth
     synonyms: str
 
 
 def survey(source: Source, ground_truth: GroundTruth | None, synonyms: str | None) -> Survey:
-    """Return what questions need to know of the whole data.
+    """Return the object statistics of the whole data.
 
-    By default ground truth is the union (as CHAIR's) where rows hold all captions and the objects of their image, else
-    the annotated objects. Captions in several rows are brought together only where they are asked for, because every
-    image is read to tell which rows share one. Raises InputError for a ground truth that the data can't give.
+    The default ground truth is the union (as in CHAIR) where rows list the captions and objects of their image, else
+    the annotated objects. Raises InputError for a ground truth that the data can't give.
     """
     rows = list(_annotations(source))
     annotated = source.columns.objects is not None
@@ -37,6 +36,7 @@ def survey(source: Source, ground_truth: GroundTruth | None, synonyms: str | Non
     if ground_truth is None:
         ground_truth = "union" if annotated and captioned else "instances"
     elif ground_truth != "instances" and not captioned:
+        # Captions are in several rows. Only on request, because every image is read to find the rows that share it.
         rows = list(_samples(source))
         references = captions_by_image((row.image, caption) for row in rows for caption in row.captions)
         rows = [replace(row, captions=references.get(row.image, ())) for row in rows]
@@ -49,30 +49,30 @@ def survey(source: Source, ground_truth: GroundTruth | None, synonyms: str | Non
         synonyms = COCO
     synonyms = table_for(synonyms, vocabulary)
     translations = source.translations()
-    naming = object_naming(vocabulary, translations, open_words(synonyms, vocabulary))
-    there = (objects_there(row.objects, row.captions, row.language, ground_truth, naming) for row in rows)
-    return Survey(gather_statistics(there, translations, vocabulary, references), ground_truth, synonyms)
+    lexicon = object_lexicon(vocabulary, translations, open_words(synonyms, vocabulary))
+    objects = (objects_in_image(row.objects, row.captions, row.language, ground_truth, lexicon) for row in rows)
+    return Survey(gather_statistics(objects, translations, vocabulary, references), ground_truth, synonyms)
 
 
-def captions_by_image(said: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
-    """Return key of an image → its distinct captions, from pairs of a sample's image key and its caption."""
+def captions_by_image(pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
+    """Return image key → its distinct captions, from pairs of a sample's image key and caption."""
     found: dict[str, dict[str, None]] = {}
-    for image, caption in said:
+    for image, caption in pairs:
         if caption:
             found.setdefault(image, {})[caption] = None
     return {image: tuple(captions) for image, captions in found.items()}
 
 
-def objects_there(
+def objects_in_image(
     annotated: Sequence[str] | None,
     captions: Sequence[str],
     language: str | None,
     ground_truth: GroundTruth,
-    naming: ObjectLexicon,
+    lexicon: ObjectLexicon,
 ) -> tuple[str, ...] | None:
-    """Return the distinct objects that count as being in an image, annotated ones first; None: not known."""
+    """Return the distinct objects that count as being in an image, annotated ones first; None: unknown."""
     listed = None if annotated is None else [name.casefold() for name in annotated]
-    named = [mention.concept for caption in captions for mention in naming.mentions(caption, language)]
+    named = [mention.concept for caption in captions for mention in lexicon.mentions(caption, language)]
     if ground_truth == "captions":
         found = named if captions else None
     else:
@@ -81,25 +81,26 @@ def objects_there(
 
 
 def with_ground_truth(
-    sample: Sample, ground_truth: GroundTruth, naming: ObjectLexicon, references: Mapping[str, tuple[str, ...]]
+    sample: Sample, ground_truth: GroundTruth, lexicon: ObjectLexicon, references: Mapping[str, tuple[str, ...]]
 ) -> Sample:
-    """Return the sample with what counts as its objects; those that have boxes come first, as boxes need it.
+    """Return the sample with the objects that count as being in its image.
 
-    `references`: key of an image → all its captions, for samples that don't hold them.
+    `references`: image key → all its captions, for samples that don't hold them.
     """
     if ground_truth == "instances":
         return sample
     captions = sample.references or references.get(sample.image_key, ())
-    there = objects_there(sample.objects, captions, sample.language, ground_truth, naming)
-    if there is None:
+    objects = objects_in_image(sample.objects, captions, sample.language, ground_truth, lexicon)
+    if objects is None:
         return replace(sample, objects=None, boxes=None)
-    boxes = sample.boxes or ()
-    kept = [(name, box) for name, box in zip(sample.objects or (), boxes, strict=False) if name.casefold() in there]
-    known = {name.casefold() for name, _ in kept}
+    pairs = zip(sample.objects or (), sample.boxes or (), strict=False)
+    boxed = [(name, box) for name, box in pairs if name.casefold() in objects]
+    with_box = {name.casefold() for name, _ in boxed}
     return replace(
         sample,
-        objects=(*(name for name, _ in kept), *(name for name in there if name not in known)),
-        boxes=None if sample.boxes is None else tuple(box for _, box in kept),
+        # Boxes belong to objects by position, so objects that captions add have to come last.
+        objects=(*(name for name, _ in boxed), *(name for name in objects if name not in with_box)),
+        boxes=None if sample.boxes is None else tuple(box for _, box in boxed),
     )
 
 
@@ -112,7 +113,7 @@ class _Row:
 
 
 def _annotations(source: Source) -> Iterator[_Row]:
-    """Yield each row's objects and captions; rows whose objects can't be read are passed over, for they fail."""
+    """Yield each row's objects and captions, skipping rows whose objects can't be read: jobs report those as failed."""
     for cell, captions in source.annotations():
         try:
             yield _Row(None if cell is None else object_names(cell), captions)
@@ -121,7 +122,7 @@ def _annotations(source: Source) -> Iterator[_Row]:
 
 
 def _samples(source: Source) -> Iterator[_Row]:
-    """Yield the objects, the caption and the image's key of every sample; rows that can't be read are passed over."""
+    """Yield objects, caption and image key of every sample, skipping rows that can't be read."""
     for file in source.files():
         for row in source.read(file.path, 0, file.rows):
             if isinstance(row, Sample):

@@ -1,4 +1,4 @@
-"""The words of every prompt: paraphrases for captions, questions of POPE, questions without an image."""
+"""Wording of prompts: paraphrases of the caption prompt, POPE's question, questions without an image."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ PARAPHRASES: dict[str, tuple[str, ...]] = {
         "用 几句 话 描述 图片 。",
     ),
 }
-"""Other ways to ask for a caption, by its language, like the templates of MMEdit's E-IC; others get the English."""
+"""Other prompts for a caption by language, like the templates of MMEdit's E-IC. English serves other languages."""
 
 PRESENCE = "Is there {thing} in the image?"
-"""The question of POPE."""
+"""POPE's question."""
 KIND = "What kind of thing is {thing}?"
 TRANSLATION = "What is the {language} word for {name}?"
 LANGUAGES = {"es": "Spanish", "fr": "French", "zh": "Chinese", "de": "German", "it": "Italian", "pt": "Portuguese"}
-"""Languages that are asked for by name."""
+"""Languages that questions name."""
 
 
 @dataclass(frozen=True)
 class TextQuestion:
-    """A question without an image; `draft` is a guess of the answer, and `about` says that it names an edited word."""
+    """A question without an image. `draft`: a guess of the answer. `about`: it names an edited word."""
 
     name: str
     question: str
@@ -55,25 +55,25 @@ class TextQuestion:
 
 
 def paraphrases(language: str | None) -> tuple[str, ...]:
-    """Return other prompts for a caption in that language."""
+    """Return other prompts for a caption in a language."""
     return PARAPHRASES.get((language or "en")[:2].lower(), PARAPHRASES["en"])
 
 
 def presence(name: str) -> str:
-    """Return the question whether a thing is in the image."""
+    """Return the question whether an object is in the image."""
     return PRESENCE.format(thing=with_article(name))
 
 
-def text_questions(facts: ObjectStatistics, words: frozenset[str], count: int, seed: int) -> list[TextQuestion]:
-    """Return questions without an image about the data's objects: `count` drawn evenly, and all about these words.
+def text_questions(statistics: ObjectStatistics, words: frozenset[str], count: int, seed: int) -> list[TextQuestion]:
+    """Return questions without an image about the data's objects: `count` random ones, and all about edited words.
 
-    Those about an edited word are apart: whether they should change is not for locality to say.
+    Questions about edited words are marked: locality leaves them out, because an edit may rightly change them.
     """
     made: list[TextQuestion] = []
-    for name in facts.vocabulary:
+    for name in statistics.vocabulary:
         about = name in words
         made.append(TextQuestion(f"kind of {name}", KIND.format(thing=with_article(name)), "", about))
-        for code, form in facts.translations.get(name, {}).items():
+        for code, form in statistics.translations.get(name, {}).items():
             if code in LANGUAGES:
                 question = TRANSLATION.format(language=LANGUAGES[code], name=name)
                 made.append(TextQuestion(f"{code} of {name}", question, form, about))
@@ -83,12 +83,12 @@ def text_questions(facts: ObjectStatistics, words: frozenset[str], count: int, s
 
 
 def read_text_questions(uri: str) -> list[TextQuestion]:
-    """Return the questions of a text file, one a line, a tab and the expected answer behind it if there is one."""
+    """Return the questions of a text file: one per line, optionally followed by a tab and the expected answer."""
     store, name = open_object(uri)
     try:
         content = store.read(name).decode()
     except FileNotFoundError:
-        raise InputError(f"--text-questions {uri}: no such file; give one with a question a line") from None
+        raise InputError(f"--text-questions {uri}: no such file; give one with a question per line") from None
     except UnicodeDecodeError as error:
         raise InputError(f"--text-questions {uri}: not UTF-8 ({error})") from None
     lines = [line.partition("\t") for line in content.splitlines() if line.strip()]

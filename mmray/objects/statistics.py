@@ -1,4 +1,4 @@
-"""What the questions of an evaluation need to know of the whole data: its objects, how frequent, and which together."""
+"""Object statistics of the whole data (frequency, co-occurrence), and the objects that POPE asks about."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Literal
 STRATEGIES = ("random", "popular", "adversarial")
 """How POPE chooses absent objects (Li et al. 2023)."""
 Adversarial = Literal["object", "image"]
-"""What POPE's adversarial objects are most often together with: the object asked for, or all of the image's."""
+"""POPE's adversarial objects co-occur most with the object asked about, or with all objects of the image."""
 Positives = Literal["drawn", "first"]
-"""Which present objects POPE asks for."""
+"""Which present objects POPE asks about: random ones, or the first of the image."""
 GroundTruth = Literal["instances", "captions", "union"]
-"""What counts as being in an image: annotated objects, those that people's captions name, or both."""
+"""What counts as being in an image: annotated objects, those that human captions name, or both."""
 
 
 @dataclass(frozen=True)
 class ObjectStatistics:
-    """Names of the data's objects, in how many samples each is, and in how many with which other.
+    """The data's objects, in how many samples each one is, and with which others.
 
-    `references`: key of an image → all its captions, of data that has them in several rows, where they were asked for.
+    `references`: image key → all its captions, for data that has them in several rows; empty where not needed.
     """
 
     vocabulary: tuple[str, ...] = ()
@@ -34,10 +34,10 @@ class ObjectStatistics:
     def absent(
         self, strategy: str, objects: Collection[str], present: Sequence[str], seed: str, adversarial: Adversarial
     ) -> list[str]:
-        """Return an object that a sample with these lacks for each of those that it is asked for, if there are so many.
+        """Return as many objects that a sample lacks as `present` ones are asked about; fewer if the data has fewer.
 
-        random: drawn evenly; popular: the data's most frequent; adversarial: what is most often together with the
-        object asked for (`object`, as POPE's code does), or with all of the image's (`image`).
+        random: uniform. popular: the most frequent in the data. adversarial: those that co-occur most often with each
+        object asked about (`object`, as in POPE's code) or with all of the image's (`image`).
         """
         others = [name for name in self.vocabulary if name not in objects]
         if strategy == "random":
@@ -52,13 +52,11 @@ class ObjectStatistics:
         return others[: len(present)]
 
     def _companions(self, others: Sequence[str], present: Sequence[str], seed: str) -> list[str]:
-        """Return for each present object the absent one most often with it; one drawn where none ever is.
-
-        Of equals the one that the data has first, as POPE's code has it.
-        """
+        """Return for each present object the absent one that co-occurs most with it; a random one where none does."""
         left, chosen = dict.fromkeys(others), []
         for name in present:
             shared = self.together.get(name, {})
+            # The sort is stable: of equals the one that the data has first, as in POPE's code.
             best = next((other for other in sorted(shared, key=lambda other: -shared[other]) if other in left), None)
             if best is None and left:
                 best = random.Random(f"{seed} {name}").choice(list(left))
@@ -74,9 +72,9 @@ def gather_statistics(
     vocabulary: Iterable[str] = (),
     references: Mapping[str, tuple[str, ...]] | None = None,
 ) -> ObjectStatistics:
-    """Return the facts of data whose samples have these objects (None: not known); names in lower case.
+    """Return the statistics of samples with these objects (None: unknown); names in lower case.
 
-    `vocabulary` are objects of the data that perhaps no sample has.
+    `vocabulary` adds objects that no sample may have.
     """
     counts = Counter[str]()
     together: dict[str, Counter[str]] = {}
@@ -94,22 +92,25 @@ def gather_statistics(
     )
 
 
-def asked_objects(
-    facts: ObjectStatistics,
+def choose_pope_objects(
+    statistics: ObjectStatistics,
     objects: Collection[str],
     count: int,
     seed: str,
     positives: Positives = "drawn",
     adversarial: Adversarial = "object",
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the present objects that POPE asks a sample for, and as many absent ones by each strategy.
+    """Return the present objects that POPE asks a sample about, and as many absent ones by each strategy.
 
-    Present ones are drawn, as many as there are; or the `first` ones, as released, of images that have enough.
+    `drawn`: `count` random ones, or all if there are fewer. `first`: the first `count`, as in POPE's released
+    questions, which leave out images with fewer.
     """
     if positives == "first":
         present = list(objects)[:count] if len(objects) >= count else []
     else:
         present = random.Random(f"present {seed}").sample(sorted(objects), min(count, len(objects)))
-    return present, {
-        strategy: facts.absent(strategy, objects, present, f"{strategy} {seed}", adversarial) for strategy in STRATEGIES
+    absent = {
+        strategy: statistics.absent(strategy, objects, present, f"{strategy} {seed}", adversarial)
+        for strategy in STRATEGIES
     }
+    return present, absent

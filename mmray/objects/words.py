@@ -1,7 +1,7 @@
-"""The words for objects: their synonyms, and the phrases in which such a word names something else.
+"""Synonyms of objects, and phrases in which such a word names something else.
 
-A table of COCO's 80 objects is shipped (`coco_objects.json`), with the rules that CHAIR (Rohrbach et al. 2018) hard
-codes for them: a baby elephant is no person, a toilet seat no chair, a train track no train.
+`coco_objects.json` has COCO's 80 objects, with the rules that CHAIR (Rohrbach et al. 2018) hard-codes for them: a baby
+elephant is no person, a toilet seat no chair, a train track no train.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from mmray.errors import InputError
 from mmray.storage import open_object
 
 COCO, NONE = "coco", "none"
-"""Names of the shipped table and of no table, where a file may be given."""
+"""Settings for the shipped table, and for no table; anything else is a file."""
 TABLE = Path(__file__).with_name("coco_objects.json")
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What takes a word its meaning: phrases, and other words of the same text.
+    """When a word does not count as its object: in phrases, and next to other words of the same text.
 
-    `phrases`: phrase → the word that it counts as; None: it counts as no object. `hidden`: word → words that count as
-    nothing in a text that has it.
+    `phrases`: phrase → the object that it counts as; None: none. `hidden`: word → words that don't count in a text that
+    has it.
     """
 
     phrases: Mapping[str, str | None] = field(default_factory=dict)
@@ -36,33 +36,33 @@ class Rules:
 
 @dataclass(frozen=True)
 class ObjectWords:
-    """Object → its synonyms, and the rules for them. Every object listed is looked for, whether data has it or not."""
+    """Synonyms by object, and the rules for them. Every listed object counts, whether the data has it or not."""
 
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rules: Rules = field(default_factory=Rules)
 
     @property
     def objects(self) -> tuple[str, ...]:
-        """The objects listed."""
+        """The listed objects."""
         return tuple(self.synonyms)
 
     def digest(self) -> str:
-        """Return a digest of all that decides what a text names."""
-        facts = [self.synonyms, self.rules.phrases, self.rules.hidden]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        """Return a digest of everything that decides which objects a text names."""
+        parts = [self.synonyms, self.rules.phrases, self.rules.hidden]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def table_for(synonyms: str | None, vocabulary: Collection[str]) -> str:
-    """Return which words are used for data with these objects: those asked for; else COCO's for COCO's objects."""
+    """Return the given setting; by default COCO's table for data with COCO's objects only, else none."""
     if synonyms is not None:
         return synonyms
     return COCO if vocabulary and coco_words().synonyms.keys() >= set(vocabulary) else NONE
 
 
 def open_words(synonyms: str | None, vocabulary: Iterable[str]) -> ObjectWords:
-    """Return the words of `coco`, `none` or a file, for data with these objects; None: as `table_for` says.
+    """Return the words of `coco`, `none` or a file for data with these objects; None: the default of `table_for`.
 
-    COCO's rules go with any words for COCO's objects. Raises InputError for a file that can't be read.
+    Raises InputError for a file that can't be read.
     """
     objects = frozenset(vocabulary)
     table = table_for(synonyms, objects)
@@ -71,6 +71,7 @@ def open_words(synonyms: str | None, vocabulary: Iterable[str]) -> ObjectWords:
     if table == COCO:
         return coco_words()
     listed = read_synonyms(table)
+    # CHAIR's rules hold for COCO's objects, whatever their synonyms; they would be wrong for other objects.
     known = coco_words().synonyms.keys() >= objects | listed.keys()
     return ObjectWords(listed, coco_words().rules if known else Rules())
 
@@ -80,7 +81,7 @@ def coco_words() -> ObjectWords:
     """Return the shipped words for COCO's 80 objects."""
     content: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
     phrases: dict[str, str | None] = dict(content["phrases"])
-    phrases |= {f"{before} {word}": word for before, words in content["qualified"].items() for word in words}
+    phrases |= {f"{qualifier} {word}": word for qualifier, words in content["qualified"].items() for word in words}
     return ObjectWords(
         {name: tuple(words) for name, words in content["synonyms"].items()},
         Rules(phrases, {word: tuple(words) for word, words in content["hidden"].items()}),
@@ -90,8 +91,8 @@ def coco_words() -> ObjectWords:
 def read_synonyms(uri: str) -> dict[str, tuple[str, ...]]:
     """Return object → synonyms from a file, in lower case.
 
-    JSON: `{"dog": ["puppy", …]}`, or lists whose first word is the object. Else, as CHAIR's `synonyms.txt`: an object a
-    line, its name and synonyms parted by commas. Raises InputError for a missing file or another form.
+    JSON: `{"dog": ["puppy", …]}`, or lists whose first word is the object. Else text as CHAIR's `synonyms.txt`: a line
+    per object, its name and synonyms separated by commas. Raises InputError for a missing file or another form.
     """
     store, name = open_object(uri)
     try:

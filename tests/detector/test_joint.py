@@ -86,7 +86,7 @@ def test_heads_of_another_model_are_refused(tmp_path, demo, open_model):
     shutil.copytree(DETECTOR, tmp_path / "heads")
     told = json.loads((tmp_path / "heads" / FACTS).read_text())
     (tmp_path / "heads" / FACTS).write_text(json.dumps(told | {"shape": told["shape"] | {"hidden": 96}}))
-    with pytest.raises(InputError, match="not those of the shape"):
+    with pytest.raises(InputError, match="do not have the shape"):
         join(demo, str(tmp_path / "heads"))
     (tmp_path / "heads" / WEIGHTS).write_bytes(b"nothing")
     with pytest.raises(InputError, match="no detector heads"):

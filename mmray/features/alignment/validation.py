@@ -59,7 +59,7 @@ def plan_validation(settings: AlignmentSettings) -> Validation:
         draws=settings.draws,
         seed=settings.seed,
     )
-    return Validation(measured, manifest, found.facts)
+    return Validation(measured, manifest, found.statistics)
 
 
 class ValidationJob(Job[AlignmentSettings, Validation]):
@@ -97,7 +97,7 @@ class ValidationJob(Job[AlignmentSettings, Validation]):
         pair = open_pair(settings)
         network = load_alignment(settings.out, pair.model, digest(resolve(settings.tower)), measured=False)
         before = BaselineReplies(pair.model)
-        measuring = EditEvaluator(before, OtherSight(pair.sight, network), context.facts, context.measured)
+        measuring = EditEvaluator(before, OtherSight(pair.tower, network), context.facts, context.measured)
         source = open_source(settings.validate_on, captions=False)
 
         def measure(unit: Unit) -> UnitResult:

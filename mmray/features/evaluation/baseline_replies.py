@@ -9,9 +9,9 @@ from PIL.Image import Image
 
 from mmray.data.images import decode_image
 from mmray.data.samples import Sample
+from mmray.detector.joint import ImageDetector, load_detector
 from mmray.features.evaluation.draft_verifier import DraftVerifier
 from mmray.features.evaluation.queries import Query, Reply
-from mmray.features.hallucination.second_opinion import SecondOpinion
 from mmray.models.encoder import Encoder
 from mmray.models.loading import LoadedModel
 from mmray.models.options import LONGEST
@@ -37,7 +37,7 @@ class BaselineReplies:
         self.questioner = DraftVerifier(model, batch_size, longest)
         self._replies: dict[tuple[str, str, str], Reply] = {}
         self._images: dict[tuple[str, str], Image | None] = {}
-        self._opinions: dict[str, SecondOpinion] = {}
+        self._opinions: dict[str, ImageDetector] = {}
         self._encoders: dict[str, Encoder] = {}
 
     def image(self, sample: Sample, variant: str = "") -> Image | None:
@@ -74,10 +74,10 @@ class BaselineReplies:
         self._replies |= zip(missing, self.questioner.replies(new, guesses), strict=True)
         return [self._replies[ask.key] for ask in asks]
 
-    def opinion(self, detector: str) -> SecondOpinion:
+    def opinion(self, detector: str) -> ImageDetector:
         """Return a detector's opinion next to the model's, the same object each time; raises InputError as it does."""
         if detector not in self._opinions:
-            self._opinions[detector] = SecondOpinion(self.model, detector)
+            self._opinions[detector] = load_detector(self.model, detector)
         return self._opinions[detector]
 
     def encoder(self, name: str) -> Encoder:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 from mmray.features.evaluation.queries import Change
 from mmray.objects.answers import Parser, says_yes
-from mmray.objects.naming import ObjectLexicon
+from mmray.objects.lexicon import ObjectLexicon
 
 SURE = 0.5
 """Confidence of a detector from which on it confirms."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mmray.data.samples import Sample
 from mmray.features.evaluation.queries import EditPurpose
-from mmray.objects.naming import ObjectLexicon, objects_of
+from mmray.objects.lexicon import ObjectLexicon, objects_of
 
 EDITED, SOURCE, UNRELATED, OTHER = "edited", "source", "unrelated", "other"
 """Roles: the edit was made on the image; it should change it, but never saw it; it should leave it alone; neither."""

@@ -19,7 +19,7 @@ from mmray.features.evaluation.edit_targets import (
 from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 from mmray.features.evaluation.queries import Change
 from mmray.neurons.concepts import Mention
-from mmray.objects.naming import ObjectLexicon, objects_of
+from mmray.objects.lexicon import ObjectLexicon, objects_of
 
 MEASURES = {EDITED: "reliability", SOURCE: "image_generality"}
 """Role of a caption in scope → the measure that it counts for."""

@@ -19,7 +19,7 @@ from mmray.features.evaluation.settings import MeasureSettings, measure_settings
 from mmray.features.evaluation.summary import summarise
 from mmray.models.loading import LoadedModel
 from mmray.objects.ground_truth import captions_by_image, with_ground_truth
-from mmray.objects.naming import object_naming
+from mmray.objects.lexicon import object_lexicon
 from mmray.objects.prompts import TextQuestion, read_text_questions, text_questions
 from mmray.objects.statistics import ObjectStatistics, gather_statistics
 from mmray.objects.words import open_words, table_for
@@ -82,7 +82,7 @@ def _settled(settings: MeasureSettings, facts: ObjectStatistics, samples: Sequen
 
 def _facts(annotated: ObjectStatistics, settings: MeasureSettings, samples: Sequence[Sample]) -> ObjectStatistics:
     """Return the facts of these samples under the settings' ground truth."""
-    naming = object_naming(annotated.vocabulary, {}, open_words(settings.synonyms, annotated.vocabulary))
+    naming = object_lexicon(annotated.vocabulary, {}, open_words(settings.synonyms, annotated.vocabulary))
     truth = settings.ground_truth or "instances"
     references = captions_by_image((s.image_key, s.caption) for s in samples) if truth != "instances" else {}
     objects = (with_ground_truth(sample, truth, naming, references).objects for sample in samples)

@@ -21,9 +21,9 @@ from mmray.features.evaluation.settings import MeasureSettings
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import prompt_text
 from mmray.objects.ground_truth import with_ground_truth
-from mmray.objects.naming import object_naming, objects_of
+from mmray.objects.lexicon import object_lexicon, objects_of
 from mmray.objects.prompts import TextQuestion, paraphrases, presence
-from mmray.objects.statistics import ObjectStatistics, asked_objects
+from mmray.objects.statistics import ObjectStatistics, choose_pope_objects
 from mmray.objects.words import open_words
 
 QUESTIONS = ("text_generality", "text_generality_questions")
@@ -72,13 +72,13 @@ class EditEvaluator:
         self.facts = facts
         self.settings = settings
         words = open_words(settings.synonyms, facts.vocabulary)
-        known = object_naming(facts.vocabulary, facts.translations, words)
+        known = object_lexicon(facts.vocabulary, facts.translations, words)
         self.aim = aim_of(edit.purposes, known)
         aimed = sorted(self.aim.words)
-        self.naming = object_naming((*facts.vocabulary, *aimed), facts.translations, words)
+        self.naming = object_lexicon((*facts.vocabulary, *aimed), facts.translations, words)
         # In CHAIR a synonym stays one (man: person), even where the edit is about that word.
         new = [word for word in aimed if not known.named(word, None)]
-        self.objects = object_naming((*facts.vocabulary, *new), facts.translations, words)
+        self.objects = object_lexicon((*facts.vocabulary, *new), facts.translations, words)
         self.bleu = has_bleu(settings.bleu)
         self.detector = before.opinion(settings.detector) if settings.detector else None
         self.encoder = before.encoder(settings.encoder) if settings.encoder else None
@@ -197,7 +197,7 @@ class EditEvaluator:
         """Return the objects that POPE asks a sample for: present, and absent by strategy."""
         settings, seed = self.settings, f"{self.settings.seed} {sample.sample_id}"
         objects = tuple(dict.fromkeys(name.casefold() for name in sample.objects or ()))
-        return asked_objects(
+        return choose_pope_objects(
             self.facts, objects, settings.pope_objects, seed, settings.pope_positives, settings.pope_adversarial
         )
 

@@ -23,7 +23,7 @@ from mmray.features.evaluation.queries import Edit, EditPurpose
 from mmray.features.evaluation.settings import EvaluationSettings
 from mmray.features.evaluation.tables import PARTS
 from mmray.objects.ground_truth import survey
-from mmray.objects.naming import ObjectLexicon
+from mmray.objects.lexicon import ObjectLexicon
 from mmray.objects.prompts import TextQuestion, read_text_questions, text_questions
 from mmray.objects.statistics import ObjectStatistics
 from mmray.objects.words import open_words
@@ -91,7 +91,7 @@ def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engin
         raise InputError(f"{settings.data}: no sample in it")
     found = survey(source, settings.ground_truth, settings.synonyms)
     settings = settings.model_copy(update={"ground_truth": found.ground_truth, "synonyms": found.synonyms})
-    facts = found.facts
+    facts = found.statistics
     own_manifest, own_units = _own(run, purposes, manifest)
     words = aim_of(purposes, ObjectLexicon(facts.vocabulary, facts.translations)).words
     asked = settings.text_questions

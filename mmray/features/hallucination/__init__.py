@@ -1,1 +1,1 @@
-"""What a model claims and a detector contradicts; and what changes when its embedding is moved (perturb)."""
+"""Hallucination: what a model claims and a detector contradicts; perturb: what changes when its embedding is moved."""

@@ -1,4 +1,4 @@
-"""What the model sees by another's judgement: a second opinion on its claims, and answers about a sight that moves."""
+"""Commands: a detector's second opinion on the model's claims, and answers about perturbed embeddings."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmray.detector.view import say_sight
+from mmray.detector.view import say_alignment
 from mmray.features.hallucination.settings import (
-    OpinionSettings,
+    HallucinationSettings,
     PerturbationSettings,
-    opinion_settings,
+    hallucination_settings,
     perturbation_settings,
 )
 from mmray.terminal.options import AsJson, RunArgument, app, console, end, run_followed, say, with_settings
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 @app.command()
-@with_settings(OpinionSettings)
+@with_settings(HallucinationSettings)
 def hallucination(
     run: RunArgument,
     pictures: Annotated[
-        Path | None, typer.Option("--pictures", help="Folder for pictures of what was mistaken for what.")
+        Path | None, typer.Option("--pictures", help="Folder to write pictures of mistakes to.")
     ] = None,
     as_json: AsJson = False,
     **settings: Any,
@@ -37,25 +37,25 @@ def hallucination(
     from mmray.features.hallucination.view import mistakes, opinions
     from mmray.runs.run import open_run
 
-    checked = opinion_settings({"run": run, **settings})
+    checked = hallucination_settings({"run": run, **settings})
     done = run_followed(HallucinationJob(checked))
     found = open_run(run).table("mistakes").to_pylist()
     if pictures is not None:
-        _save(pictures, found)
+        _save_pictures(pictures, found)
     if as_json:
         print(json.dumps(done.summary(), ensure_ascii=False))
     else:
         console.print(opinions(done.headline["measures"]))
         if found:
             console.print(mistakes(found))
-        say_sight(checked.alignment)
+        say_alignment(checked.alignment)
     _end(done, "claims", checked.run, as_json)
 
 
 @app.command()
 @with_settings(PerturbationSettings)
 def perturb(as_json: AsJson = False, **settings: Any) -> None:
-    """Move what the model sees from one concept to another, ask again, and tell what changed, with controls."""
+    """Move what the model sees from one concept to another, ask again, and measure what changed, with controls."""
     from mmray.features.hallucination.perturb_job import PerturbJob
     from mmray.features.hallucination.view import changes
 
@@ -65,19 +65,20 @@ def perturb(as_json: AsJson = False, **settings: Any) -> None:
         print(json.dumps(done.summary(), ensure_ascii=False))
     else:
         console.print(changes(done.headline["measures"]))
-        say_sight(checked.alignment)
+        say_alignment(checked.alignment)
     _end(done, "answers", checked.out, as_json)
 
 
-def _save(folder: Path, found: Sequence[Mapping[str, Any]]) -> None:
+def _save_pictures(folder: Path, found: Sequence[Mapping[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(found):
         name = f"{number:03d} {row['word']} for {row['mistaken_for'] or 'nothing'} in {row['sample_id']}.png"
+        # Sample names may be paths.
         (folder / name.replace("/", "_")).write_bytes(row["picture"])
 
 
-def _end(done: JobResult, what: str, where: str, as_json: bool) -> None:
-    """Say where the rows are and what failed, and end with the status for it."""
+def _end(done: JobResult, noun: str, folder: str, as_json: bool) -> None:
+    """Say where the rows are and what failed, and exit with the status for it."""
     if not as_json:
-        say(f"{done.headline['rows']:,} {what} of {done.done:,} samples in {done.seconds:.0f} s → {where}")
+        say(f"{done.headline['rows']:,} {noun} of {done.done:,} samples in {done.seconds:.0f} s → {folder}")
     end(done, "sample", quiet=as_json)

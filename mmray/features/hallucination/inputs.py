@@ -1,4 +1,4 @@
-"""What jobs share that look through a joint model (a model with its detector): plan, loading, reading of a unit."""
+"""What the jobs of this feature share: planning, loading of the joint model, and reading of a unit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -24,7 +24,7 @@ from mmray.detector.alignment import alignment_digest
 from mmray.detector.joint import JointModel, detector_digest, join
 from mmray.engine import Job, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
-from mmray.features.hallucination.settings import SightSettings
+from mmray.features.hallucination.settings import DetectorSettings
 from mmray.models.loading import digest, resolve
 from mmray.models.options import Dtype
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
@@ -33,17 +33,17 @@ from mmray.objects.statistics import GroundTruth, ObjectStatistics
 from mmray.objects.words import ObjectWords
 from mmray.runs.tables import ERRORS
 
-S = TypeVar("S", bound=SightSettings)
+S = TypeVar("S", bound=DetectorSettings)
 
 Rows: TypeAlias = dict[str, list[dict[str, Any]]]
 """Rows by the name of their part."""
-Look: TypeAlias = Callable[[Sequence[Sample], Sequence[Image]], Rows]
-"""Makes rows of samples and their images."""
+Analysis: TypeAlias = Callable[[Sequence[Sample], Sequence[Image]], Rows]
+"""Makes rows from samples and their decoded images."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How the model is loaded, and asked for a caption: as its census did."""
+class ModelOptions:
+    """How the model is loaded, and how captions are prompted: as in its census."""
 
     dtype: Dtype = "auto"
     trust_remote_code: bool = False
@@ -53,43 +53,44 @@ class Asked:
 
 @dataclass(frozen=True)
 class JointContext:
-    """All that workers need other than model, detector and data."""
+    """All that workers need besides model, detector and data."""
 
     model: str
     data: str
     columns: Columns
-    asked: Asked
+    options: ModelOptions
     manifest: Manifest
-    facts: ObjectStatistics
+    statistics: ObjectStatistics
     ground_truth: GroundTruth
-    """What is in an image, as settled by the data."""
+    """What counts as being in an image, with the default resolved."""
     words: ObjectWords
 
 
 class JointJob(Job[S, JointContext], Generic[S]):
-    """A job that looks at each sample's image through a joint model; a unit's payload is a shard."""
+    """A job that analyses each sample's image with a joint model; a unit's payload is a shard."""
 
     @abstractmethod
-    def look(self, context: JointContext, joint: JointModel, source: Source) -> Look:
-        """Return what makes rows of a unit's samples."""
+    def analysis(self, context: JointContext, joint: JointModel, source: Source) -> Analysis:
+        """Return the function that makes rows from a unit's samples."""
 
     def worker(self, context: JointContext) -> Worker:
-        """Load the joint model, and return what reads a unit and looks at it."""
-        model = load_model(context.model, context.asked.dtype, trust_remote_code=context.asked.trust_remote_code)
+        """Load the joint model, and return the function that reads and analyses a unit."""
+        options = context.options
+        model = load_model(context.model, options.dtype, trust_remote_code=options.trust_remote_code)
         joint = join(model, self.settings.detector, self.settings.alignment)
         source = open_source(context.data, context.columns, captions=False)
-        look = self.look(context, joint, source)
+        analyse = self.analysis(context, joint, source)
 
         def work(unit: Unit) -> UnitResult:
             rows: Rows = defaultdict(list)
             read = list(read_shard(source, unit.payload))
             failures = [row for row in read if isinstance(row, Failure)]
             readable = (row for row in read if isinstance(row, Sample))
-            # A few small files may unfold to more than memory holds.
-            for some in within_budget(readable, lambda sample: pixels_of(model, sample.image), BUDGET):
-                samples, images, undecoded = _decoded(some)
+            # Small compressed files may decode to more than memory holds, so a shard is decoded in parts.
+            for part in within_budget(readable, lambda sample: pixels_of(model, sample.image), BUDGET):
+                samples, images, undecoded = _decoded(part)
                 failures += undecoded
-                for name, found in (look(samples, images) if samples else {}).items():
+                for name, found in (analyse(samples, images) if samples else {}).items():
                     rows[name] += found
             rows["errors"] = [vars(failure) for failure in failures]
             schemas = {**self.parts, "errors": ERRORS}
@@ -100,24 +101,25 @@ class JointJob(Job[S, JointContext], Generic[S]):
         return work
 
     def planned(self, context: JointContext) -> Plan[JointContext]:
-        """Return the plan of that context: a unit per shard."""
+        """Return the plan for a context: one unit per shard."""
         shards = context.manifest.shards
         return Plan([Unit(shard.samples, shard) for shard in shards], self.digests(context), context)
 
     def digests(self, context: JointContext) -> dict[str, str]:
-        """Return what the rows depend on, each by a digest."""
-        facts, manifest, alignment = context.facts, context.manifest, self.settings.alignment
-        translations = map(str, facts.translations.items())
-        objects = repr((sorted(facts.counts.items()), sorted(translations)))
+        """Return what the rows depend on besides settings."""
+        # Keys and values are in the fingerprints of existing folders: changing one makes their parts useless.
+        statistics, manifest, alignment = context.statistics, context.manifest, self.settings.alignment
+        translations = map(str, statistics.translations.items())
+        objects = repr((sorted(statistics.counts.items()), sorted(translations)))
         return {
             "model": digest(resolve(context.model)),
-            # Parts without all these columns can't be continued.
+            # A version with other columns can't continue the parts of this one.
             "rows": ",".join(chain.from_iterable(schema.names for schema in self.parts.values())),
             "data": manifest.digest,
             "cut": str([shard.samples for shard in manifest.shards][:1]) + str(manifest.samples),
             "detector": detector_digest(self.settings.detector),
             "alignment": alignment_digest(alignment) if alignment else "",
-            "asked": json.dumps([context.asked.dtype, context.asked.prompt, context.asked.prefix]),
+            "asked": json.dumps([context.options.dtype, context.options.prompt, context.options.prefix]),
             "columns": context.columns.model_dump_json(),
             "objects": hashlib.sha256(objects.encode()).hexdigest()[:16],
             "ground_truth": context.ground_truth,
@@ -125,8 +127,8 @@ class JointJob(Job[S, JointContext], Generic[S]):
         }
 
 
-def open_cut(settings: SightSettings, data: str, columns: Columns) -> tuple[Source, Manifest]:
-    """Return the data, and its shards; raises InputError where there is no sample."""
+def open_cut(settings: DetectorSettings, data: str, columns: Columns) -> tuple[Source, Manifest]:
+    """Return the data and its shards. Raises InputError for data without samples."""
     source = open_source(data, columns, captions=False)
     manifest = cut(source.files(), settings.shard_size, settings.limit)
     if not manifest.samples:
@@ -135,7 +137,7 @@ def open_cut(settings: SightSettings, data: str, columns: Columns) -> tuple[Sour
 
 
 def _decoded(samples: Sequence[Sample]) -> tuple[list[Sample], list[Image], list[Failure]]:
-    """Return the samples whose images can be decoded, their images, and the others as failures."""
+    """Return the samples whose images can be decoded, their images, and a failure for each of the others."""
     found: list[Sample] = []
     images: list[Image] = []
     failures: list[Failure] = []
@@ -148,8 +150,3 @@ def _decoded(samples: Sequence[Sample]) -> tuple[list[Sample], list[Image], list
         except ValueError as error:
             failures.append(Failure(sample.sample_id, sample.source, "decode", f"image can't be read: {error}"))
     return found, images, failures
-
-
-def schemas_of(schemas: Mapping[str, pa.Schema], *names: str) -> dict[str, pa.Schema]:
-    """Return the schemas of these parts."""
-    return {name: schemas[name] for name in names}

@@ -1,4 +1,4 @@
-"""Hallucination as a job: what the model claims to see, sample by sample, and what a detector says of it."""
+"""Hallucination as a job: collect a model's claims sample by sample, and have a detector judge them."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from mmray.engine import Output, Parts, Plan
 from mmray.errors import InputError
 from mmray.features.census.inputs import columns_of
 from mmray.features.census.settings import census_settings
-from mmray.features.hallucination.claims import Claimant
-from mmray.features.hallucination.inputs import Asked, JointContext, JointJob, Look, Rows, open_cut, schemas_of
+from mmray.features.hallucination.claims import Claim, ClaimCollector
+from mmray.features.hallucination.inputs import Analysis, JointContext, JointJob, ModelOptions, Rows, open_cut
 from mmray.features.hallucination.measures import judged
 from mmray.features.hallucination.mistakes import picture
-from mmray.features.hallucination.settings import OpinionSettings
-from mmray.features.hallucination.tables import PARTS, TABLES
+from mmray.features.hallucination.settings import HallucinationSettings
+from mmray.features.hallucination.tables import TABLES
 from mmray.objects.ground_truth import survey, with_ground_truth
-from mmray.objects.naming import object_naming
+from mmray.objects.lexicon import object_lexicon
 from mmray.objects.words import open_words
 from mmray.runs.run import open_run
 
-PICTURES, MOST_MISTAKES = 8, 60
+PICTURES, MAX_MISTAKES = 8, 60
 """Pictures of mistakes that a unit keeps, and that a run keeps."""
 
 
-class HallucinationJob(JointJob[OpinionSettings]):
-    """Has a run's model say what it sees, and a detector judge that."""
+class HallucinationJob(JointJob[HallucinationSettings]):
+    """Collects the claims of a run's model, and has a detector judge them."""
 
     name = "hallucination"
-    parts: ClassVar[dict[str, pa.Schema]] = schemas_of(PARTS, "claims", "mistakes")
+    parts: ClassVar[dict[str, pa.Schema]] = {name: TABLES[name] for name in ("claims", "mistakes")}
 
     @property
     def target(self) -> str:
@@ -44,66 +44,65 @@ class HallucinationJob(JointJob[OpinionSettings]):
         return self.settings.run
 
     def plan(self) -> Plan[JointContext]:
-        """Settle the data, and what is in its images."""
+        """Open the data, and settle what counts as being in its images."""
         settings, run = self.settings, open_run(self.settings.run)
         census = census_settings(run.info["settings"])
         data = settings.data or census.data
         columns = Columns() if settings.data else columns_of(census)
         source, manifest = open_cut(settings, data, columns)
         found = survey(source, settings.ground_truth, settings.synonyms)
-        if not found.facts.vocabulary:
+        if not found.statistics.vocabulary:
             raise InputError(f"{data}: no column of objects, without which no claim can be judged")
-        asked = Asked(census.dtype, census.trust_remote_code, census.prompt, census.prefix)
-        words = open_words(found.synonyms, found.facts.vocabulary)
+        options = ModelOptions(census.dtype, census.trust_remote_code, census.prompt, census.prefix)
+        words = open_words(found.synonyms, found.statistics.vocabulary)
         return self.planned(
-            JointContext(census.model, data, columns, asked, manifest, found.facts, found.ground_truth, words)
+            JointContext(census.model, data, columns, options, manifest, found.statistics, found.ground_truth, words)
         )
 
-    def look(self, context: JointContext, joint: JointModel, source: Source) -> Look:
-        """Return what asks the model about a unit's samples, and the detector about its claims."""
-        settings, facts, asked = self.settings, context.facts, context.asked
-        naming = object_naming(facts.vocabulary, facts.translations, context.words)
-        claimant = Claimant(
+    def analysis(self, context: JointContext, joint: JointModel, source: Source) -> Analysis:
+        """Return the function that collects and judges the claims about a unit's samples."""
+        settings, statistics = self.settings, context.statistics
+        lexicon = object_lexicon(statistics.vocabulary, statistics.translations, context.words)
+        collector = ClaimCollector(
             joint,
-            facts,
-            naming,
-            asked.prompt,
-            asked.prefix,
+            statistics,
+            lexicon,
+            context.options.prompt,
+            context.options.prefix,
             settings.questions,
             settings.seed,
             settings.batch_size,
             settings.longest,
         )
 
-        def look(samples: Sequence[Sample], images: Sequence[Image]) -> Rows:
-            truths = [with_ground_truth(sample, context.ground_truth, naming, facts.references) for sample in samples]
-            known = [place for place, sample in enumerate(truths) if sample.objects is not None]
+        def analyse(samples: Sequence[Sample], images: Sequence[Image]) -> Rows:
+            truth, references = context.ground_truth, statistics.references
+            annotated = (with_ground_truth(sample, truth, lexicon, references) for sample in samples)
+            known = [pair for pair in zip(annotated, images, strict=True) if pair[0].objects is not None]
             if not known:
                 return {}
-            seen = [images[place] for place in known]
-            claims = claimant.claims([truths[place] for place in known], seen)
-            shown = dict(zip((truths[place].sample_id for place in known), seen, strict=True))
-            return {"claims": claims, "mistakes": _mistakes(claims, shown)}
+            claims = collector.claims([sample for sample, _ in known], [image for _, image in known])
+            return {"claims": claims, "mistakes": _mistakes(claims, {s.sample_id: image for s, image in known})}
 
-        return look
+        return analyse
 
     def merge(self, plan: Plan[JointContext], parts: Parts, output: Output) -> dict[str, Any]:
-        """Write the claims, how well both judges do, and pictures of mistakes."""
+        """Write the claims, measures of both judges, and pictures of mistakes."""
         claims = parts.table("claims")
         measures = judged(claims, self.settings.draws, self.settings.seed)
         output.table("claims", claims)
         output.table("opinions", pa.Table.from_pylist(measures, TABLES["opinions"]))
-        output.table("mistakes", parts.table("mistakes")[:MOST_MISTAKES])
+        output.table("mistakes", parts.table("mistakes")[:MAX_MISTAKES])
         return {"rows": len(claims), "measures": measures}
 
 
-def _mistakes(claims: Sequence[dict[str, Any]], shown: dict[str, Image]) -> list[dict[str, Any]]:
-    """Return the first claims that are wrong, with pictures: what is claimed of an image counts once."""
-    wrong: dict[tuple[str, str, str], dict[str, Any]] = {}
+def _mistakes(claims: Sequence[Claim], images: dict[str, Image]) -> list[dict[str, Any]]:
+    """Return the first wrong claims with pictures. Samples of one image that repeat a claim count once."""
+    wrong: dict[tuple[str, str, str], Claim] = {}
     for claim in claims:
         if claim["claimed"] and not claim["present"]:
             wrong.setdefault((claim["image"], claim["kind"], claim["word"]), claim)
     return [
-        claim | {"picture": picture(shown[claim["sample_id"]], claim["box"], claim["mistaken_box"])}
+        claim | {"picture": picture(images[claim["sample_id"]], claim["box"], claim["mistaken_box"])}
         for claim in islice(wrong.values(), PICTURES)
     ]

@@ -1,9 +1,10 @@
 """Move a vision embedding from one concept to another along the detector's gradient, and by as much at random.
 
-Giulivi & Boracchi 2024 take one step of the gradient's sign, of size 1 in every entry. Here the whole move has a norm
-that is set, only patches where the source is seen move, and there are controls of equal norm. The gradient is that of
-embeddings as they vary: multiplied by their covariance, which makes it the steepest way among moves that images make. A
-plain gradient finds what fools the detector alone, unless that was hardened (`jobs.demo.heads`).
+Giulivi & Boracchi (2024) take one step along the sign of the gradient, of size 1 in every entry. Here a move has a set
+norm, changes only patches where the source is seen, and is compared with controls of the same norm.
+
+The gradient is multiplied by the covariance of embeddings: the steepest direction among those that images vary in. The
+plain gradient finds changes that fool the detector alone, unless it was trained against them (`jobs.demo.heads`).
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmray.detector.boxes import centres_inside
-from mmray.detector.joint import JointModel, Judge
+from mmray.detector.joint import JointModel
 
-SHOWS = 0.5
-"""Part of the highest confidence above which a box counts as one where the concept is."""
-AHEAD = 6.0
-"""Lengths of the steps together, in parts of the norm: a way that turns still gets on."""
+SEEN_SHARE = 0.5
+"""A box shows the concept if its confidence is at least this fraction of the highest."""
+PATH_LENGTH = 6.0
+"""Length of all steps together, relative to the bound of the norm. A path that turns needs more than 1."""
 COPIES, NOISE = 4, 0.5
-"""Copies of the embedding, and the noise in each in parts of an embedding's own deviation, that a gradient is the mean
-of: what is left is what does not hang on small things."""
-BEYOND = 0.1
-"""Weight of the two logits themselves, on top of their log-probabilities, which end where the detector is sure."""
+"""A gradient is the mean over this many noisy copies; noise is relative to the embeddings' standard deviation. As in
+SmoothGrad, averaging removes directions that depend on tiny details."""
+LOGIT_WEIGHT = 0.1
+"""Weight of the logits next to log-probabilities, whose gradient vanishes once the detector is sure."""
 
 Embedding = Float[Tensor, "row place width"]
 Covariance = Float[Tensor, "width width"]
 
 
 def covariance(embedding: Embedding, skipped: int) -> Covariance:
-    """Return how embeddings' patches vary."""
+    """Return the covariance of embeddings' patches, without the first `skipped` positions (CLS)."""
     patches = embedding[:, skipped:].flatten(0, 1).float()
     return torch.cov(patches.T)
 
@@ -41,24 +42,19 @@ def covariance(embedding: Embedding, skipped: int) -> Covariance:
 def shown(
     joint: JointModel, embedding: Embedding, word: str
 ) -> tuple[Bool[Tensor, "row box"], Bool[Tensor, "row place 1"]]:
-    """Return where the detector sees a word best: the boxes, the highest and those at least half as confident, and the
-    patches that one of them touches.
+    """Return the boxes in which the detector sees a word, and the patches that they touch.
+
+    Boxes count from half the highest confidence on.
     """
-    side, skipped = joint.sight.side, joint.sight.skipped
+    side, skipped = joint.tower.side, joint.tower.skipped
     with torch.no_grad():
         found = joint.detect(embedding, [word])
     confidence = found.logits[..., 0].sigmoid()
-    chosen = confidence >= SHOWS * confidence.amax(dim=1, keepdim=True)
+    chosen = confidence >= SEEN_SHARE * confidence.amax(dim=1, keepdim=True)
+    # Grown by half a patch on each side, a box contains the centres of all patches that it touches.
     grown = torch.cat([found.boxes[..., :2] - 0.5 / side, found.boxes[..., 2:] + 1 / side], dim=-1)
     touched = (centres_inside(grown, side) & chosen[..., None]).any(dim=1)
     return chosen, functional.pad(touched, (skipped, 0))[..., None]
-
-
-def confidences(judge: Judge, embedding: Embedding, words: list[str]) -> Float[Tensor, "row query"]:
-    """Return how sure the detector is of each word: the highest probability of any box."""
-    with torch.no_grad():
-        sure: Tensor = judge.detect(embedding, words).logits.sigmoid().amax(dim=1)
-    return sure
 
 
 def moved(
@@ -73,80 +69,83 @@ def moved(
     plain: bool = False,
     seed: int = 0,
 ) -> Embedding:
-    """Return the embedding moved from a concept towards another.
+    """Return the embedding moved from a source concept towards a target.
 
-    Each of the steps goes along the gradient of log p(target) where the source was seen, and log(1 − p(source)) of all
-    boxes; a tenth of the two logits keeps it going where the detector is sure already, and the language model may not
-    be. Only the patches under the boxes where the source was seen move. The whole move is kept to `norm`, a part of the
-    embedding's own norm over the patches. One step goes all the way along the first gradient. `plain`: along the
-    gradient as it is, not of embeddings as they vary.
+    A step follows the gradient of log p(target) in the boxes where the source was seen, plus log(1 − p(source)) in all
+    boxes, plus a tenth of the difference of logits. Only patches under the source's boxes move. The whole move is
+    bounded by `norm`, a fraction of the embedding's own norm over the patches; a single step has that length.
+    `varying` is the covariance of embeddings; `plain` leaves it out of the gradient.
     """
-    start, skipped = embedding.detach(), joint.sight.skipped
+    start, skipped = embedding.detach(), joint.tower.skipped
     boxes, movable = shown(joint, start, source)
     boxes = boxes.repeat(COPIES, 1)
     bound = norm * _length(start[:, skipped:])
-    length = bound if steps == 1 else AHEAD * bound / steps
+    step = bound if steps == 1 else PATH_LENGTH * bound / steps
     deviation = NOISE * varying.diagonal().mean().sqrt()
-    random = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     move = torch.zeros_like(start)
     with torch.inference_mode(False), torch.enable_grad():
         for _ in range(steps):
             copies = (start + move).repeat(COPIES, 1, 1)
-            leaf = (copies + deviation * _noise(copies, random)).detach().requires_grad_()
+            leaf = (copies + deviation * _noise(copies, generator)).detach().requires_grad_()
             old, new = joint.detect(leaf, [source, target]).logits.unbind(dim=-1)
-            gain = (functional.logsigmoid(new) + BEYOND * (new - old)) * boxes + functional.logsigmoid(-old)
+            # The logits keep a move going where the detector is sure already and the language model may not be.
+            gain = (functional.logsigmoid(new) + LOGIT_WEIGHT * (new - old)) * boxes + functional.logsigmoid(-old)
             (gradient,) = torch.autograd.grad(gain.sum(), leaf)
             gradient = gradient.reshape(COPIES, *start.shape).mean(dim=0) * movable
-            way = gradient if plain else (gradient.float() @ varying).to(gradient.dtype)
-            move = _bounded(move + length * _direction(way, skipped), bound)
+            direction = gradient if plain else (gradient.float() @ varying).to(gradient.dtype)
+            move = move + step * _direction(direction, skipped)
+            move = move * (bound / _length(move).clamp(min=1e-12)).clamp(max=1.0)
     return start + move
 
 
-def as_far(embedding: Embedding, there: Embedding, like: Embedding) -> Embedding:
-    """Return a move, `there` its outcome, cut or stretched to the length of another, `like` its outcome."""
-    move = there - embedding
-    stretched: Embedding = embedding + move * (_length(like - embedding) / _length(move).clamp(min=1e-12))
-    return stretched
+def rescaled(embedding: Embedding, other: Embedding, reference: Embedding) -> Embedding:
+    """Return the move from the embedding to `other`, scaled to the length of the move to `reference`."""
+    move = other - embedding
+    result: Embedding = embedding + move * (_length(reference - embedding) / _length(move).clamp(min=1e-12))
+    return result
 
 
 def moved_at_random(
     joint: JointModel,
     embedding: Embedding,
-    like: Embedding,
+    reference: Embedding,
     seed: int,
     *,
     in_place: bool = False,
     varying: Covariance | None = None,
 ) -> Embedding:
-    """Return the embedding moved as far as another move, `like` its outcome, in a direction drawn at random.
+    """Return the embedding moved in a random direction by the length of the move to `reference`.
 
-    `in_place`: as far in each patch as the other move went there; else over all patches alike. `varying`: drawn as
-    embeddings vary; else in any direction.
+    `in_place`: by the reference's length in each patch, instead of over all patches alike. `varying`: drawn with this
+    covariance, instead of white.
     """
-    move = like - embedding
+    move = reference - embedding
     noise = _noise(move, torch.Generator().manual_seed(seed))
     if varying is not None:
+        # The symmetric root. Covariances of few patches are singular, and rounding makes some eigenvalues negative.
         values, vectors = torch.linalg.eigh(varying.double())
         root = vectors * values.clamp(min=0).sqrt() @ vectors.T
         noise = (noise.double() @ root).to(move.dtype)
     if not in_place:
-        return embedding + _direction(noise, joint.sight.skipped) * _length(move)
+        return embedding + _direction(noise, joint.tower.skipped) * _length(move)
     placed: Embedding = embedding + functional.normalize(noise, dim=2) * move.norm(dim=2, keepdim=True)
     return placed
 
 
-def relative_norms(embedding: Embedding, there: Embedding, skipped: int) -> Sequence[tuple[float, float]]:
-    """Return the L2 norm of each row's move, and what part of the embedding's own norm over the patches it is."""
-    moves, whole = _length(there - embedding).flatten(), _length(embedding[:, skipped:]).flatten()
+def relative_norms(embedding: Embedding, other: Embedding, skipped: int) -> Sequence[tuple[float, float]]:
+    """Return each row's L2 norm of the move, and its fraction of the embedding's own norm over the patches."""
+    moves, whole = _length(other - embedding).flatten(), _length(embedding[:, skipped:]).flatten()
     return list(zip(moves.tolist(), (moves / whole).tolist(), strict=True))
 
 
-def _noise(like: Embedding, random: torch.Generator) -> Embedding:
-    return torch.randn(like.shape, generator=random).to(like.device, like.dtype)
+def _noise(like: Embedding, generator: torch.Generator) -> Embedding:
+    # Drawn on the CPU: a GPU's generator gives other numbers for the same seed.
+    return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
 
 
 def _direction(values: Embedding, skipped: int) -> Embedding:
-    """Return each row at length 1, nothing before the patches."""
+    """Return each row scaled to length 1, with zeros before the patches."""
     kept = torch.cat([torch.zeros_like(values[:, :skipped]), values[:, skipped:]], dim=1)
     direction: Tensor = kept / _length(kept).clamp(min=1e-12)
     return direction
@@ -155,7 +154,3 @@ def _direction(values: Embedding, skipped: int) -> Embedding:
 def _length(values: Embedding) -> Float[Tensor, "row 1 1"]:
     length: Tensor = values.flatten(1).norm(dim=1)[:, None, None]
     return length
-
-
-def _bounded(move: Embedding, bound: Float[Tensor, "row 1 1"]) -> Embedding:
-    return move * (bound / _length(move).clamp(min=1e-12)).clamp(max=1.0)

@@ -1,4 +1,4 @@
-"""Perturbation as a job: what the model sees is moved from one concept to another, and it is asked again."""
+"""Perturbation as a job: move what the model sees from one concept to another, and ask again."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from mmray.data.source import Source
 from mmray.detector.joint import JointModel
 from mmray.engine import Output, Parts, Plan
 from mmray.errors import InputError
-from mmray.features.hallucination.inputs import Asked, JointContext, JointJob, Look, Rows, open_cut, schemas_of
+from mmray.features.hallucination.inputs import Analysis, JointContext, JointJob, ModelOptions, Rows, open_cut
 from mmray.features.hallucination.perturb import Covariance, covariance
-from mmray.features.hallucination.perturb_answers import Mover
+from mmray.features.hallucination.perturb_answers import Perturber
 from mmray.features.hallucination.perturb_measures import changes
 from mmray.features.hallucination.settings import PerturbationSettings
-from mmray.features.hallucination.tables import PARTS, TABLES
+from mmray.features.hallucination.tables import TABLES
 from mmray.models.loading import from_anywhere
 from mmray.objects.ground_truth import survey
 from mmray.objects.words import NONE, ObjectWords
 
 REFERENCE, BATCH = 96, 16
-"""Images that tell how embeddings vary, and how many of them are looked at at once."""
+"""Images that the covariance of embeddings is taken over, and how many of them are embedded at once."""
 
 
 class PerturbJob(JointJob[PerturbationSettings]):
     """Moves embeddings of images, with controls, and records the answers under every condition."""
 
     name = "perturb"
-    parts: ClassVar[dict[str, pa.Schema]] = schemas_of(PARTS, "answers")
+    parts: ClassVar[dict[str, pa.Schema]] = {"answers": TABLES["answers"]}
 
     @property
     def target(self) -> str:
@@ -46,42 +46,44 @@ class PerturbJob(JointJob[PerturbationSettings]):
         return self.settings.out
 
     def folder(self, fingerprint: str) -> str:
-        """Return OUT: it holds one analysis, and other settings are refused there."""
+        """Return OUT. It holds one analysis; another one with other settings is refused."""
         return self.target
 
     def plan(self) -> Plan[JointContext]:
-        """Settle the data, and between what is moved."""
+        """Open the data, and collect the objects to move between."""
         settings = self.settings
         source, manifest = open_cut(settings, settings.data, Columns())
-        facts = survey(source, "instances", NONE).facts
-        if not facts.vocabulary and not (settings.source and settings.target and settings.unrelated):
+        statistics = survey(source, "instances", NONE).statistics
+        if not statistics.vocabulary and not (settings.source and settings.target and settings.unrelated):
             raise InputError(
                 f"{settings.data}: no column of objects to draw from; give --source, --target and --unrelated"
             )
         model = from_anywhere(settings.model)
         return self.planned(
-            JointContext(model, settings.data, Columns(), Asked(), manifest, facts, "instances", ObjectWords())
+            JointContext(
+                model, settings.data, Columns(), ModelOptions(), manifest, statistics, "instances", ObjectWords()
+            )
         )
 
-    def look(self, context: JointContext, joint: JointModel, source: Source) -> Look:
-        """Return what moves a unit's images and asks about them."""
+    def analysis(self, context: JointContext, joint: JointModel, source: Source) -> Analysis:
+        """Return the function that moves the embeddings of a unit's images and asks about them."""
 
         @cache
         def varying() -> Covariance:
-            """Return how embeddings of the data's first images vary."""
+            # Over the data's first images, whatever the unit: results must not depend on how the data was cut.
             images = list(islice(_images(source, context.manifest), REFERENCE))
-            parts = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
-            embeddings = [joint.embed(joint.pixels(part)) for part in parts]
-            return covariance(torch.cat(embeddings), joint.sight.skipped)
+            batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+            embeddings = [joint.embed(joint.pixels(batch)) for batch in batches]
+            return covariance(torch.cat(embeddings), joint.tower.skipped)
 
-        def look(samples: Sequence[Sample], images: Sequence[Image]) -> Rows:
-            mover = Mover(joint, self.settings, context.facts.vocabulary, varying())
-            return {"answers": mover.rows(samples, images)}
+        def analyse(samples: Sequence[Sample], images: Sequence[Image]) -> Rows:
+            perturber = Perturber(joint, self.settings, context.statistics.vocabulary, varying())
+            return {"answers": perturber.rows(samples, images)}
 
-        return look
+        return analyse
 
     def merge(self, plan: Plan[JointContext], parts: Parts, output: Output) -> dict[str, Any]:
-        """Write the answers, and what changed; raises InputError where nothing could be moved."""
+        """Write the answers and the changes. Raises InputError where no image had concepts to move between."""
         answers = parts.table("answers")
         complete = len(parts.receipts) == len(plan.units) and not any(r.failures for r in parts.receipts.values())
         if not len(answers) and complete:

@@ -1,4 +1,4 @@
-"""The second opinion of a report: what a detector says of the model's claims, and pictures of those that are wrong."""
+"""The report's page of second opinions: measures of the judges, and pictures of wrong claims."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from mmray.report.concepts import number
 from mmray.report.section import Request, Section
 
 PICTURES = 24
-"""Pictures of mistakes that are shown."""
+"""Pictures of mistakes on the page."""
 NUMBERS = ("value", "low", "high", "bin", "confidence")
 
 
 def section(request: Request) -> Section:
-    """Return the measures and the mistakes that the page shows; empty lists where there are none yet."""
-    run = request.run
-    measures, mistakes = run.optional("opinions"), run.optional("mistakes")
+    """Return the page's measures and mistakes; empty lists for a run without them."""
+    measures, mistakes = (request.run.optional(name) for name in ("opinions", "mistakes"))
     page = {
         "measures": [
             row | {name: number(row[name]) for name in NUMBERS} for row in (measures.to_pylist() if measures else ())

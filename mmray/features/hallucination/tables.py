@@ -1,25 +1,25 @@
-"""Tables of `mmray hallucination` and `mmray perturb`, and what a unit of their work commits."""
+"""Tables of `mmray hallucination` and `mmray perturb`, with units. Units of work commit parts of the same schemas."""
 
 from __future__ import annotations
 
 import pyarrow as pa
 
-from mmray.runs.tables import ERRORS, field
+from mmray.runs.tables import field
 from mmray.statistics.tables import MEASURED
 
 TABLES: dict[str, pa.Schema] = {
     "claims": pa.schema(
         [
             field("sample_id", pa.string()),
-            field("image", pa.string(), "key of the image, which all samples of it share"),
-            field("kind", pa.string(), "caption; of questions present, random, popular or adversarial"),
+            field("image", pa.string(), "key of the image, shared by all its samples"),
+            field("kind", pa.string(), "caption; for questions: present, random, popular or adversarial"),
             field("word", pa.string()),
-            field("claimed", pa.bool_(), "the model says that it is there; null: neither yes nor no"),
-            field("present", pa.bool_(), "it is among the sample's objects"),
+            field("claimed", pa.bool_(), "the model says it is there; null: neither yes nor no"),
+            field("present", pa.bool_(), "whether the image has it"),
             field("confidence", pa.float64(), "the detector's: highest probability of any box"),
-            field("log_prob", pa.float64(), "the model's own, of the noun's tokens, or of yes against no; nats"),
+            field("log_prob", pa.float64(), "the model's own: of the noun's tokens, or of yes against no; nats"),
             field("box", pa.list_(pa.float64()), "the detector's best box for it: x, y, width, height, 0 to 1"),
-            field("mistaken_for", pa.string(), "of a wrong claim: the object that stands there"),
+            field("mistaken_for", pa.string(), "for a wrong claim: the object under the box"),
             field("mistaken_box", pa.list_(pa.float64()), "that object's box"),
             field("text", pa.string(), "caption or answer"),
         ]
@@ -28,42 +28,37 @@ TABLES: dict[str, pa.Schema] = {
         [
             field("claims", pa.string(), "caption, question, yes or no"),
             field("measure", pa.string()),
-            field("judge", pa.string(), "detector, or language model; null: of neither"),
-            field("bin", pa.float64(), "of reliability: the bin's lower edge"),
-            field("confidence", pa.float64(), "of reliability: the bin's mean confidence"),
+            field("judge", pa.string(), "detector or language model; null: neither"),
+            field("bin", pa.float64(), "for reliability: the bin's lower edge"),
+            field("confidence", pa.float64(), "for reliability: the bin's mean confidence"),
             *MEASURED,
         ]
     ),
     "mistakes": pa.schema(
         [
-            *(
-                field(name, kind)
-                for name, kind in (
-                    ("sample_id", pa.string()),
-                    ("kind", pa.string()),
-                    ("word", pa.string()),
-                    ("text", pa.string()),
-                    ("confidence", pa.float64()),
-                    ("log_prob", pa.float64()),
-                    ("mistaken_for", pa.string()),
-                )
-            ),
-            field("picture", pa.binary(), "PNG; red: the claimed object's best box, blue: what stands there"),
+            field("sample_id", pa.string()),
+            field("kind", pa.string()),
+            field("word", pa.string()),
+            field("text", pa.string()),
+            field("confidence", pa.float64()),
+            field("log_prob", pa.float64()),
+            field("mistaken_for", pa.string()),
+            field("picture", pa.binary(), "PNG; red: the claimed object's best box, blue: the object that is there"),
         ]
     ),
     "answers": pa.schema(
         [
             field("sample_id", pa.string()),
-            field("image", pa.string(), "key of the image, which all samples of it share"),
+            field("image", pa.string(), "key of the image, shared by all its samples"),
             field("condition", pa.string(), "original, one step, steps, plain steps, unrelated, random N, …"),
             field("source", pa.string()),
             field("target", pa.string()),
             field("about", pa.string(), "source, target, unrelated, or question"),
             field("question", pa.string()),
             field("reply", pa.string()),
-            field("value", pa.float64(), "the answer; null: none could be read"),
-            field("norm", pa.float64(), "L2, of the move"),
-            field("relative_norm", pa.float64(), "in parts of the embedding's"),
+            field("value", pa.float64(), "the answer; null: the reply has none"),
+            field("norm", pa.float64(), "L2 norm of the move"),
+            field("relative_norm", pa.float64(), "as a fraction of the embedding's norm"),
             field("source_confidence", pa.float64(), "the detector's, after the move"),
             field("target_confidence", pa.float64(), "the detector's, after the move"),
         ]
@@ -77,10 +72,4 @@ TABLES: dict[str, pa.Schema] = {
         ]
     ),
 }
-"""What it adds to a run."""
-
-PARTS: dict[str, pa.Schema] = {
-    **{name: TABLES[name] for name in ("claims", "mistakes", "answers")},
-    "errors": ERRORS,
-}
-"""What units of work of second opinions and of moved embeddings commit."""
+"""By name."""

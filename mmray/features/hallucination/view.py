@@ -1,4 +1,4 @@
-"""What second opinions and moved embeddings look like in the terminal."""
+"""Second opinions and perturbations in the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 
 
 def opinions(measures: Sequence[Row]) -> Table:
-    """Return the measures of second opinions: a row a kind of claim and judge, with 95 % intervals."""
+    """Return measures of second opinions: a row per kind of claim and judge, AUROC with its 95 % interval."""
     names = {"auroc": "AUROC", "ece": "calibration error", "confirmed_true": "sure of", "confirmed_false": "of false"}
     table = _table("claims", "judge", numbers=("true", *names.values(), "n"))
     for claims in dict.fromkeys(row["claims"] for row in measures):
@@ -25,12 +25,12 @@ def opinions(measures: Sequence[Row]) -> Table:
             values = [_value(found.get((judge, name)), interval=name == "auroc") for name in names]
             count = next(row["n"] for (own, _), row in found.items() if own == judge)
             table.add_row(claims, judge, true, *values, f"{count:,}")
-            true = Text()
+            true = Text()  # the share of true claims does not depend on the judge
     return table
 
 
 def mistakes(found: Sequence[Row]) -> Table:
-    """Return what was claimed, with both confidences, and what stands there."""
+    """Return wrong claims: both confidences, and the object that is there."""
     table = _table("claimed", "stands there", "said", numbers=("detector", "log-probability"))
     for row in found[:SHOWN_MISTAKES]:
         table.add_row(
@@ -40,8 +40,8 @@ def mistakes(found: Sequence[Row]) -> Table:
 
 
 def changes(measures: Sequence[Row]) -> Table:
-    """Return what changed under every condition: a row each, with 95 % intervals."""
-    shown = {
+    """Return measures of change: a row per condition, `turned` with its 95 % interval."""
+    columns = {
         "turned": (None, "followed"),
         "source": ("source", "followed"),
         "target": ("target", "followed"),
@@ -52,10 +52,10 @@ def changes(measures: Sequence[Row]) -> Table:
     }
     conditions = dict.fromkeys(row["condition"] for row in measures)
     found = {(row["condition"], row["about"], row["measure"]): row for row in measures}
-    wanted = {name: key for name, key in shown.items() if any((one, *key) in found for one in conditions)}
-    table = _table("condition", numbers=tuple(wanted))
+    shown = {name: key for name, key in columns.items() if any((one, *key) in found for one in conditions)}
+    table = _table("condition", numbers=tuple(shown))
     for one in conditions:
-        table.add_row(one, *(_value(found.get((one, *key)), interval=name == "turned") for name, key in wanted.items()))
+        table.add_row(one, *(_value(found.get((one, *key)), interval=name == "turned") for name, key in shown.items()))
     return table
 
 
@@ -70,7 +70,7 @@ def _table(*words: str, numbers: Sequence[str]) -> Table:
 
 
 def _value(row: Row | None, *, interval: bool = False) -> Text:
-    """Return a measure's value, with its interval where that is asked for and there is one."""
+    """Return a measure's value, on request with its interval; a dash where it has none."""
     if row is None or row["value"] is None:
         return Text("–")
     text = Text(number(row["value"]))

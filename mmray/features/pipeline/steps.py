@@ -10,7 +10,7 @@ from typing import Any
 from mmray.engine import Job, JobSettings, Progress, run_side_by_side
 from mmray.errors import InputError
 from mmray.features.hallucination.job import HallucinationJob
-from mmray.features.hallucination.settings import opinion_settings
+from mmray.features.hallucination.settings import hallucination_settings
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
 from mmray.features.saliency.job import SaliencyJob
@@ -52,7 +52,7 @@ STEPS: dict[str, Step] = {
     "select": Step(selection_settings, SelectionJob),
     "selectivity": Step(selectivity_settings),
     "saliency": Step(saliency_settings, SaliencyJob),
-    "hallucination": Step(opinion_settings, HallucinationJob),
+    "hallucination": Step(hallucination_settings, HallucinationJob),
 }
 
 

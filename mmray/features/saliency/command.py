@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmray.detector.view import say_sight
+from mmray.detector.view import say_alignment
 from mmray.errors import InputError
 from mmray.features.saliency.settings import SaliencySettings, saliency_settings
 from mmray.terminal.options import AsJson, app, console, end, run_followed, say, with_settings
@@ -54,7 +54,7 @@ def _one(
     *,
     as_json: bool,
 ) -> None:
-    from mmray.detector.joint import join_if_asked
+    from mmray.detector.joint import join_if_given
     from mmray.features.saliency.batch import methods_of
     from mmray.features.saliency.model import explain, load_model
     from mmray.features.saliency.render import numbers, over, page
@@ -65,7 +65,7 @@ def _one(
     picture = open_image(file)
     assert picture is not None
     model = load_model(name)
-    joint = join_if_asked(model, settings.detector, settings.alignment)
+    joint = join_if_given(model, settings.detector, settings.alignment)
     methods = methods_of(settings, detector=joint is not None)
     answer = explain(model, joint, picture, word, caption, methods=methods, prompt=prompt)
     if out.suffix == ".png":
@@ -78,7 +78,7 @@ def _one(
         print(json.dumps(told | {"out": str(out)}, ensure_ascii=False))
         return
     say(f"“{answer.caption}” · P({word}) = {answer.probability:.3f}", "bold")
-    say_sight(settings.alignment)
+    say_alignment(settings.alignment)
     for row in rows:
         say(f"  {row['method']:<16} {row['lowest']:>9.4f} to {row['highest']:<9.4f} at {row['x']:.2f}, {row['y']:.2f}")
     say(f"→ {out}")
@@ -95,7 +95,7 @@ def _whole(settings: SaliencySettings, *, as_json: bool) -> None:
         print(json.dumps(done.summary() | {"saliency": rows.to_pylist()}, ensure_ascii=False))
     else:
         console.print(show(rows))
-        say_sight(settings.alignment)
+        say_alignment(settings.alignment)
         counts = f"{done.headline['words']:,} words of {done.headline['images']:,} images"
         say(f"{counts} in {done.seconds:.0f} s → {settings.run}")
         say(f"next: mmray report {settings.run}")

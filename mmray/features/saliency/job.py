@@ -14,7 +14,7 @@ import pyarrow as pa
 from mmray.data.image_keys import image_keys, one_per_image
 from mmray.data.shards import Manifest
 from mmray.detector.alignment import alignment_digest
-from mmray.detector.joint import detector_digest, detector_or_demo, join_if_asked
+from mmray.detector.joint import detector_digest, detector_or_demo, join_if_given
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
 from mmray.features.census.inputs import open_inputs
@@ -63,9 +63,9 @@ class SaliencyJob(Job[SaliencySettings, SaliencyContext]):
         """Load the model with its detector, and return what maps the words of a unit's images."""
         census, settings = context.census, self.settings
         model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
-        joint = join_if_asked(model, settings.detector, settings.alignment)
+        joint = join_if_given(model, settings.detector, settings.alignment)
         methods_of(settings, detector=joint is not None)
-        wanted = context.wanted()
+        wanted = context.open_cache()
         judging = Judging(model, joint, settings, census, context.nouns, context.located)
 
         def judge(unit: Unit) -> UnitResult:

@@ -116,7 +116,7 @@ def alignment_any(looked: Explained, number: int) -> Saliency:
 
 def _aligned(looked: Explained, number: int, outputs: Outputs) -> Saliency:
     look, place = looked.joint, looked.look.places[number]
-    detector, seen, skipped = look.joint.detector, look.seen[place.row], look.joint.sight.skipped
+    detector, seen, skipped = look.joint.detector, look.seen[place.row], look.joint.tower.skipped
     found, boxes = box_cosines(detector, seen, looked.query(number), look.gradients[number], outputs, skipped)
     weights = found.max(dim=1).values
     return Saliency(paint(boxes, weights), weights, boxes)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor
 
-from mmray.detector.joint import JointModel, join_if_asked
+from mmray.detector.joint import JointModel, join_if_given
 from mmray.features.saliency.maps import Saliency
 from mmray.features.saliency.methods import METHODS, Explained, method_of
 from mmray.features.saliency.questions import ask, look_at
@@ -57,7 +57,7 @@ class Model(NeuronModel):
         picture = open_image(image)
         assert picture is not None
         method_of(method)
-        joint = join_if_asked(self, detector, alignment)
+        joint = join_if_given(self, detector, alignment)
         found = explain(self, joint, picture, word, caption, methods=(method,), prompt=prompt, language=language)
         return placed(found.maps[method].values.cpu(), found.covers, picture.height, picture.width)
 

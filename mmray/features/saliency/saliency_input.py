@@ -113,7 +113,7 @@ class JointInput(SaliencyInput):
 
     def grid(self, row: int) -> Patches:
         """Return the sight's grid."""
-        sight = self.joint.sight
+        sight = self.joint.tower
         positions = range(sight.skipped, sight.skipped + sight.side**2)
         return Patches(sight.side, sight.side, tuple(positions), sight.covers(self.sizes[row]))
 

@@ -15,7 +15,7 @@ from mmray.data.shards import read_shard
 from mmray.engine import run as run_job
 from mmray.errors import InputError
 from mmray.features.hallucination import inputs, perturb_job
-from mmray.features.hallucination.inputs import Asked
+from mmray.features.hallucination.inputs import ModelOptions
 from mmray.features.hallucination.job import HallucinationJob
 from mmray.features.hallucination.perturb_job import PerturbJob
 from mmray.features.hallucination.settings import hallucination_settings, perturbation_settings
@@ -51,15 +51,21 @@ def run(tmp_path_factory, data):
 def test_all_that_rows_depend_on_is_in_their_folders_name(run):
     job = HallucinationJob(asked(run))
     context = job.plan().context
-    facts, columns = context.facts, context.columns
+    statistics, columns = context.statistics, context.columns
     others = [
-        replace(context, facts=replace(facts, translations={**facts.translations, "dog": {"es": "perro"}})),
+        replace(
+            context,
+            statistics=replace(statistics, translations={**statistics.translations, "dog": {"es": "perro"}}),
+        ),
         replace(context, columns=columns.model_copy(update={"objects": "tags"})),
-        *(replace(context, asked=Asked(**given)) for given in ({"dtype": "bf16"}, {"prompt": "Say."}, {"prefix": "A"})),
+        *(
+            replace(context, options=ModelOptions(**given))
+            for given in ({"dtype": "bf16"}, {"prompt": "Say."}, {"prefix": "A"})
+        ),
     ]
     names = [job.settings.fingerprint(job.digests(some)) for some in (context, *others)]
     assert len(set(names)) == len(names)
-    trusting = replace(context, asked=replace(context.asked, trust_remote_code=True))
+    trusting = replace(context, options=replace(context.options, trust_remote_code=True))
     assert job.settings.fingerprint(job.digests(trusting)) == names[0]
 
 
@@ -67,7 +73,7 @@ def test_the_model_is_loaded_as_its_census_had_it(run, monkeypatch):
     loaded = []
     monkeypatch.setattr(inputs, "join", lambda model, *_: loaded.append(model) or SimpleNamespace())
     job = HallucinationJob(asked(run))
-    context = replace(job.plan().context, asked=Asked(dtype="bf16"))
+    context = replace(job.plan().context, options=ModelOptions(dtype="bf16"))
     job.worker(context)
     assert loaded[0].network.dtype == torch.bfloat16
 

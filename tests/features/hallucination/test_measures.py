@@ -22,7 +22,7 @@ from mmray.features.hallucination.claims import ClaimCollector
 from mmray.features.hallucination.measures import judged
 from mmray.features.hallucination.mistakes import object_under, picture
 from mmray.features.hallucination.perturb import covariance, moved, moved_at_random, relative_norms, shown
-from mmray.features.hallucination.perturb_answers import Mover, drawn_move
+from mmray.features.hallucination.perturb_answers import Perturber, drawn_move
 from mmray.features.hallucination.perturb_measures import changes
 from mmray.features.hallucination.settings import perturbation_settings
 from mmray.features.hallucination.tables import TABLES
@@ -82,7 +82,7 @@ def test_auroc_and_calibration_are_those_of_a_naive_count(rows):
 @given(st.lists(CLAIM, min_size=1, max_size=30), st.integers(2, 8))
 def test_claims_are_summed_into_their_samples_as_one_row_each_would_be(rows, most):
     samples, truth, scores = (list(column) for column in zip(*rows, strict=True))
-    with patch.object(measures, "MOST_RANKS", most):
+    with patch.object(measures, "MAX_RANKS", most):
         totals = measures._histograms(list(map(str, samples)), np.array(scores), np.array(truth, dtype=float))
     order = sorted(set(scores))
     most = min(most, len(order))
@@ -290,7 +290,7 @@ def test_every_move_is_asked_about_with_its_controls(joint, all_scenes, before):
     settings = perturbation_settings(SETTINGS)
     images = [before.image(sample) for sample in samples]
     varying = covariance(joint.embed(joint.pixels(images)), 0)
-    rows = Mover(joint, settings, vocabulary, varying).rows(samples, images)
+    rows = Perturber(joint, settings, vocabulary, varying).rows(samples, images)
     conditions = {"original", "one step", "steps", "plain steps", "unrelated"}
     conditions |= {"random 1", "random in place 1", "random natural 1"}
     asked = {(row["sample_id"], row["condition"], row["about"]) for row in rows}

@@ -10,9 +10,9 @@ from mmray.objects.words import ObjectWords, Rules
 
 
 class ObjectLexicon:
-    """Finds objects by their names: `dogs` names dog, `perro` in a Spanish text does, and what is listed as a synonym.
+    """Finds objects in texts: `dogs` names dog, and so do its synonyms and, in a Spanish text, `perro`.
 
-    `rules` say in which phrases, and next to which words, a name is none.
+    `rules` give the phrases and the neighbouring words that take a name its meaning.
     """
 
     def __init__(
@@ -29,25 +29,26 @@ class ObjectLexicon:
         self._forms: dict[str | None, tuple[dict[str, str], frozenset[str]]] = {}
 
     def form(self, name: str, language: str | None) -> str:
-        """Return an object's name in a language; as it is where there is no translation."""
+        """Return an object's name in a language; the name itself without a translation."""
         return self.translations.get(name, {}).get(language or "", name) or name
 
     def canonical(self, word: str, language: str | None) -> str:
-        """Return the object that a word of a language is the name of; the word itself where there is none."""
+        """Return the object that a word names in a language; the word itself if none."""
         word = word.casefold()
         if word in self.vocabulary or language is None:
             return word
         return next((name for name in self.vocabulary if self.form(name, language).casefold() == word), word)
 
     def mentions(self, text: str, language: str | None) -> list[Mention]:
-        """Return every mention of an object, in order, its concept the object's own name."""
+        """Return every mention of an object in order; its concept is the object's own name."""
         if language not in self._forms:
-            listed = self._listed(language)
-            self._forms[language] = listed, frozenset((*listed, *self.rules.phrases))
+            names = self._names_by_form(language)
+            # Phrases are searched for too: the longer match wins, so "hot dog" is not found as a dog.
+            self._forms[language] = names, frozenset((*names, *self.rules.phrases))
         names, forms = self._forms[language]
         found = [(self.rules.phrases.get(m.concept, m.concept), m) for m in find_forms(text, forms, language)]
-        said = {word for word, _ in found}
-        hidden = {other for word, others in self.rules.hidden.items() if word in said for other in others}
+        words = {word for word, _ in found}
+        hidden = {other for word, others in self.rules.hidden.items() if word in words for other in others}
         return [
             Mention(names[word], mention.start, mention.stop)
             for word, mention in found
@@ -55,26 +56,26 @@ class ObjectLexicon:
         ]
 
     def named(self, text: str, language: str | None) -> set[str]:
-        """Return the objects that a text names."""
+        """Return the objects that a text names, without repetition."""
         return {mention.concept for mention in self.mentions(text, language)}
 
-    def _listed(self, language: str | None) -> dict[str, str]:
+    def _names_by_form(self, language: str | None) -> dict[str, str]:
         forms: dict[str, str] = {}
         for name in self.vocabulary:
             for form in (self.form(name, language), *self.synonyms.get(name, ())):
                 forms.setdefault(form.casefold(), name)
-        # An object's own name is never another's synonym.
+        # An object's own name overrides another's synonym. Reversed: of objects with one name the first counts.
         forms |= {self.form(name, language).casefold(): name for name in reversed(self.vocabulary)}
         return forms
 
 
-def object_naming(
+def object_lexicon(
     vocabulary: Iterable[str], translations: Mapping[str, Mapping[str, str]], words: ObjectWords
 ) -> ObjectLexicon:
-    """Return the naming of the data's objects and of all that are listed with them."""
+    """Return the lexicon of the data's objects and of all objects that `words` lists."""
     return ObjectLexicon((*vocabulary, *words.objects), translations, words.synonyms, words.rules)
 
 
 def objects_of(sample: Sample) -> frozenset[str] | None:
-    """Return what is in the image, in lower case; None where that is not known."""
+    """Return a sample's objects in lower case; None: unknown."""
     return None if sample.objects is None else frozenset(name.casefold() for name in sample.objects)
