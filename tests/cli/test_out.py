@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from mmray.engine.units import UnitRunner, WorkOrder
 from mmray.errors import InputError
 from mmray.features.census.job import CensusJob
 from mmray.features.census.settings import census_settings
-from mmray.features.editing.closed_form import CLOSED
+from mmray.features.editing import closed_form
 from mmray.features.editing.edit import Purpose, WeightEdit, check_free, open_edit
-from mmray.features.editing.settings import WITHOUT_TARGET, edit_settings
+from mmray.features.editing.edit_methods import EDIT_METHODS
+from mmray.features.editing.settings import edit_settings
 from mmray.runs.lease import driving
 from mmray.runs.run import Run, open_run
 from mmray.storage import open_store
@@ -184,16 +186,18 @@ def test_an_edit_is_not_written_over_another(mmray: Mmray, run: Run, tmp_path: P
     assert open_edit(folder).purpose.source == first
 
 
-@pytest.mark.parametrize("method", WITHOUT_TARGET)
+@pytest.mark.parametrize("method", [name for name, method in EDIT_METHODS.items() if method.closed_form])
 def test_a_target_is_refused_by_methods_that_only_take_away(
     mmray: Mmray, run: Run, tmp_path: Path, method: str
 ) -> None:
     first, second, *_ = run.concepts
     asked = ["edit", run.uri, "--source", first, "--target", second, "--method", method, "--out", tmp_path / "edit"]
-    assert f"--method {method} can't have --target said; give --suppress {first}" in mmray(*asked).refusal
+    assert f"--method {method} can't write --target; give --suppress {first}" in mmray(*asked).refusal
     assert not (tmp_path / "edit").exists()
     assert edit_settings({"suppress": first, "method": method}).concept == first
 
 
-def test_the_methods_without_a_target_are_the_closed_forms() -> None:
-    assert sorted(WITHOUT_TARGET) == sorted(CLOSED)
+def test_closed_forms_are_the_methods_that_can_t_write_a_target() -> None:
+    for method in EDIT_METHODS.values():
+        function = resolve_name(method.function)
+        assert method.closed_form == (function.__module__ == closed_form.__name__)

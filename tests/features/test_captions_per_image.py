@@ -18,7 +18,7 @@ from mmray.engine import run as run_job
 from mmray.features.editing.dataset import EditDataset, kept, replaced
 from mmray.features.editing.edit import Purpose, open_edit
 from mmray.features.editing.methods import make_edit
-from mmray.features.editing.reduction_samples import tell
+from mmray.features.editing.reduction_samples import own_captions
 from mmray.features.editing.settings import edit_settings
 from mmray.features.evaluation.edit_targets import EDITED, aim_of, scope_of
 from mmray.features.evaluation.job import EvaluationJob
@@ -55,18 +55,18 @@ def images(run: Run) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def material(open_model: Callable[[str], Any], run: Run) -> EditDataset:
+def dataset(open_model: Callable[[str], Any], run: Run) -> EditDataset:
     return EditDataset(open_model("demo"), run)
 
 
 @pytest.fixture(scope="module")
-def edit(material: EditDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def edit(dataset: EditDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quick edit of the run; what it does is of no interest, what it learnt on is."""
     folder = tmp_path_factory.mktemp("edit") / "swap"
     wish = edit_settings(
         {"source": SOURCE, "target": "dog", "samples": 3, "kept": 6, "steps": 2, "neurons": 5, "language": "en"}
     )
-    make_edit(material, [wish]).save(folder)
+    make_edit(dataset, [wish]).save(folder)
     return folder
 
 
@@ -154,27 +154,27 @@ def test_saliency_is_of_different_images_and_its_intervals_too(run: Run, images:
 
 
 def test_an_edit_learns_on_different_images_and_keeps_none_that_shows_the_source(
-    material: EditDataset, images: dict[str, str]
+    dataset: EditDataset, images: dict[str, str]
 ) -> None:
-    new, rest = replaced(material, SOURCE, "dog", 4, 0), kept(material, [SOURCE], 40, 0)
+    new, rest = replaced(dataset, SOURCE, "dog", 4, 0), kept(dataset, [SOURCE], 40, 0)
     learnt = {example.sample_id for example in new}
     assert distinct(sorted(learnt), images)
     assert distinct([example.sample_id for example in rest], images)
-    shown = {images[name] for name in material.ids([SOURCE])}
+    shown = {images[name] for name in dataset.ids([SOURCE])}
     assert {images[name] for name in learnt} <= shown
     assert not shown & {images[example.sample_id] for example in rest}
 
 
-def test_what_any_caption_of_an_image_names_is_there(material: EditDataset, images: dict[str, str]) -> None:
-    told = list(tell(material))
+def test_what_any_caption_of_an_image_names_is_there(dataset: EditDataset, images: dict[str, str]) -> None:
+    told = list(own_captions(dataset))
     assert distinct([one.sample.sample_id for one in told], images)
     assert len(told) == len(set(images.values()))
-    by_captions = replace(material, written=material.written)
-    by_captions.__dict__["nouns"] = replace(material.nouns, kind="lexicon")
+    by_captions = replace(dataset, caption_tokens=dataset.caption_tokens)
+    by_captions.__dict__["nouns"] = replace(dataset.nouns, kind="lexicon")
     names = {image: set[str]() for image in images.values()}
-    for row in material.run.table("occurrences").to_pylist():
+    for row in dataset.run.table("occurrences").to_pylist():
         names[images[row["sample_id"]]].add(row["concept"])
-    for one in tell(by_captions):
+    for one in own_captions(by_captions):
         assert one.present >= names[images[one.sample.sample_id]]
 
 

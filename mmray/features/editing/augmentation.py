@@ -1,4 +1,4 @@
-"""A sample seen in other ways: what an edit learns from so few images is to hold for others too."""
+"""Mirrored and cropped views of a sample's image, so that an edit made on a few images holds for others too."""
 
 from __future__ import annotations
 
@@ -12,33 +12,32 @@ from PIL.Image import Image
 from mmray.data.samples import Sample
 from mmray.neurons.model import open_image
 
-LEAST = 0.85
-"""Part of each side that is left at least when a view is cut out."""
+SMALLEST_SIDE = 0.85
+"""A crop keeps at least this share of each side: less may cut off the object that the caption names."""
 
 
 def views(sample: Sample, seed: int) -> list[Sample]:
-    """Return the sample mirrored, and cut at random; nothing without an image.
+    """Return the sample mirrored, and randomly cropped; nothing for a sample without an image.
 
-    Views have identifiers of their own; their captions and boxes are the sample's, and may not hold.
+    Views have identifiers of their own. Their captions and boxes are the sample's, and may not fit them.
     """
     image = open_image(sample.image, sample.background)
     if image is None:
         return []
-    draw = random.Random(f"{sample.sample_id} {seed}")
-    made = (ImageOps.mirror(image), _cut(image, draw))
+    rng = random.Random(f"{sample.sample_id} {seed}")
     return [
-        replace(sample, sample_id=f"{sample.sample_id}, view {number} by {seed}", image=_encoded(view))
-        for number, view in enumerate(made, 1)
+        replace(sample, sample_id=f"{sample.sample_id}, view {number} by {seed}", image=_as_png(view))
+        for number, view in enumerate((ImageOps.mirror(image), _crop(image, rng)), 1)
     ]
 
 
-def _cut(image: Image, draw: random.Random) -> Image:
-    width, height = (round(side * draw.uniform(LEAST, 1)) for side in image.size)
-    left, top = draw.randint(0, image.width - width), draw.randint(0, image.height - height)
+def _crop(image: Image, rng: random.Random) -> Image:
+    width, height = (round(side * rng.uniform(SMALLEST_SIDE, 1)) for side in image.size)
+    left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
     return image.crop((left, top, left + width, top + height))
 
 
-def _encoded(image: Image) -> bytes:
-    written = io.BytesIO()
-    image.save(written, "png")
-    return written.getvalue()
+def _as_png(image: Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What edits are held against: other neurons, a whole MLP, a rank-one change, LoRA, and a ban at decoding."""
+"""Baselines of edits: other neurons, a whole MLP, a rank-one change, LoRA, and a word ban in decoding."""
 
 from __future__ import annotations
 
@@ -14,46 +14,39 @@ from torch import Tensor
 from mmray.errors import InputError
 from mmray.features.editing.dataset import Example
 from mmray.features.editing.deltas import Deltas, Neuron, RankOne
-from mmray.features.editing.divergence import divergence
+from mmray.features.editing.divergence import divergence, highest
 from mmray.features.editing.edit import Purpose
 from mmray.features.editing.resumed_forward import resume_all
 from mmray.models.loading import LoadedModel
 
-RANK = 8
-"""Of the LoRA baseline."""
+LORA_RANK = 8
 RIDGE = 1e-2
-"""Added to the covariance's diagonal, in units of its mean: few places make it singular."""
+"""Added to the covariance's diagonal, in units of its mean: with few positions the covariance is singular."""
 
 
 def whole_layers(model: LoadedModel, layers: Sequence[int]) -> list[Neuron]:
-    """Return every neuron of these layers; of the last one, fine-tuning its W_out is FT-L (Meng et al. 2022)."""
+    """Return every neuron of these layers. Learning all of the last layer's is FT-L (Meng et al. 2022)."""
     return [(layer, unit) for layer in layers for unit in range(model.widths[layer])]
 
 
-@torch.no_grad()
 def most_active(model: LoadedModel, new: Sequence[Example], count: int, layers: Sequence[int]) -> list[Neuron]:
-    """Return the neurons most active where the old word was to be predicted, the paper's baseline."""
-    found: list[tuple[float, int, int]] = []
-    for layer in layers:
-        mean = divergence(model, new, layer).mean(dim=0)
-        best = mean.topk(min(count, len(mean)))
-        found += [(float(value), layer, int(unit)) for value, unit in zip(best.values, best.indices, strict=True)]
-    return [(layer, unit) for _, layer, unit in sorted(found, reverse=True)[:count]]
+    """Return the neurons most active where the model predicts the old word, the paper's baseline."""
+    return highest({layer: divergence(model, new, layer).mean(dim=0) for layer in layers}, count)
 
 
 @torch.no_grad()
 def rank_one(model: LoadedModel, new: Sequence[Example], keep: Sequence[Example], layer: int) -> RankOne:
-    """Return a rank-one change of one layer, as ROME's: u = C⁻¹k / kᵀC⁻¹k, v left to learn.
+    """Return a rank-one change of one layer as in ROME: u = C⁻¹k / kᵀC⁻¹k, and v to be learned.
 
-    k is the mean activation where the old word was to be predicted, C the second moment of activations at the kept
-    answers' places. What was written at k changes by v, and as little as can be elsewhere. Raises InputError where
-    there are no such answers.
+    k is the mean activation where the model predicts the old word, and C the second moment of activations along the
+    kept answers. The MLP output at k then changes by v, and as little as possible elsewhere. Raises InputError if there
+    are no kept answers.
     """
     if not keep:
         raise InputError("rank-one needs captions that are to stay; raise --kept, or analyse more samples")
     key = divergence(model, new, layer).mean(dim=0)
-    seen = Deltas(model, whole_layers(model, [layer]))
-    others = torch.cat([part.activation.flatten(0, -2) for part, _ in resume_all(model, keep, seen)])
+    all_units = Deltas(model, whole_layers(model, [layer]))
+    others = torch.cat([part.activation.flatten(0, -2) for part, _ in resume_all(model, keep, all_units)])
     moment = others.T @ others / len(others)
     ridge = RIDGE * moment.diagonal().mean() * torch.eye(len(key), device=key.device)
     direction = torch.linalg.solve(moment + ridge, key)
@@ -61,7 +54,7 @@ def rank_one(model: LoadedModel, new: Sequence[Example], keep: Sequence[Example]
 
 
 class LowRank(Deltas):
-    """A LoRA (Hu et al. 2022) of peft on a layer's output projection; `close` takes it out of the network again."""
+    """A peft LoRA (Hu et al. 2022) on a layer's output projection; `close` removes it from the network."""
 
     def __init__(self, model: LoadedModel, layer: int) -> None:
         try:
@@ -74,15 +67,15 @@ class LowRank(Deltas):
         super().__init__(model, whole_layers(model, [layer]))
         self.path = path
         self.plain = model.network.get_submodule(path)
-        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[path])
+        config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=[path])
         inject_adapter_in_model(config, model.network)
-        self.module: Any = model.network.get_submodule(path)
-        a, b = (getattr(self.module, name)["default"].weight for name in ("lora_A", "lora_B"))
-        self.learnt[layer] = [a.requires_grad_(), b.requires_grad_()]
+        adapted: Any = model.network.get_submodule(path)
+        a, b = (getattr(adapted, name)["default"].weight for name in ("lora_A", "lora_B"))
+        self.parameters[layer] = [a.requires_grad_(), b.requires_grad_()]
 
     def rows(self, layer: int) -> Float[Tensor, "unit hidden"]:
         """Return what the adapter adds to W_out's rows."""
-        a, b = self.learnt[layer]
+        a, b = self.parameters[layer]
         return (b.float() @ a.float()).T
 
     def close(self) -> None:
@@ -93,21 +86,16 @@ class LowRank(Deltas):
 
 @dataclass(frozen=True, eq=False)
 class WordBan:
-    """No edit: the word's tokens are forbidden while the model writes."""
+    """Not an edit: generation may not write the words' tokens. It can be evaluated like an edit."""
 
     model: LoadedModel
     words: tuple[str, ...]
     purposes: tuple[Purpose, ...]
     facts: dict[str, Any] = field(default_factory=lambda: {"seconds": 0.0, "parameters_changed": 0})
 
-    @property
-    def purpose(self) -> Purpose:
-        """The purpose."""
-        return self.purposes[0]
-
     @contextmanager
     def applied(self, model: LoadedModel) -> Iterator[None]:
-        """Forbid the words in all that the model generates while the block lasts; weights and logits stay."""
+        """Ban the words in all that the model generates inside the block; weights and logits stay."""
         settings: Any = model.network.generation_config
         before = settings.bad_words_ids
         settings.bad_words_ids = banned_tokens(model, self.words)
@@ -118,7 +106,7 @@ class WordBan:
 
 
 def banned_tokens(model: LoadedModel, words: Sequence[str]) -> list[list[int]]:
-    """Return the words' token ids, as they stand within a sentence and at its beginning."""
+    """Return the words' token ids within a sentence, at its start, and as English plurals."""
     spellings = [form for word in words for form in (f" {word}", word, f" {word}s")]
     found = [model.tokenizer(form, add_special_tokens=False)["input_ids"] for form in spellings]
     return [list(ids) for ids in dict.fromkeys(map(tuple, found)) if ids]

@@ -1,4 +1,4 @@
-"""An edit made part of a checkpoint: a complete folder that `from_pretrained` loads."""
+"""Write an edit into a checkpoint: a complete folder that `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ WEIGHT_FILES = (".safetensors", ".bin")
 
 
 def write_checkpoint(model: LoadedModel, edit: WeightEdit, out: str | Path) -> None:
-    """Write the model with the edit in its weights, in the number format that it is loaded in, and its processor.
+    """Write the edited weights, in the number format in which the model is loaded, and the model's processor.
 
-    Raises InputError for another model than the edit's own, or a folder that holds anything.
+    Raises InputError if the edit was made on another model, or if `out` is not an empty local folder.
     """
     edit.check(model)
     if "://" in str(out):
@@ -25,14 +25,14 @@ def write_checkpoint(model: LoadedModel, edit: WeightEdit, out: str | Path) -> N
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{out}: not an empty folder; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    # The checkpoint's own files of tokens and processing, to the byte; transformers writes the rest anew.
+    # Tokenizer and processor files are copied to the byte: saving them anew may change them.
     for name, path in checkpoint_files(model.folder).items():
         if path.suffix not in WEIGHT_FILES and name not in INDEXES:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy(path, folder / name)
     with edit.applied(model):
         model.network.save_pretrained(folder)
-    # The loaded model leaves its settings of generation alone, which go on with the checkpoint all the same.
+    # Loading drops most generation settings, so save_pretrained would lose them.
     settings = model.folder / "generation_config.json"
     if settings.is_file():
         shutil.copy(settings, folder)

@@ -1,8 +1,7 @@
-"""Edits in closed form: neurons' rows of W_out zeroed, scaled, made blind to a word, or disturbed."""
+"""Closed-form edits: set neurons' rows of W_out to zero, scale them, make them blind to a word, or add noise."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +12,8 @@ from mmray.features.editing.settings import EditSettings
 
 
 @dataclass(frozen=True)
-class Row:
-    """What a closed form sees of one layer's neurons."""
+class LayerRows:
+    """One layer's located rows of W_out, and what a closed form may use. It returns the change of the rows."""
 
     rows: Float[Tensor, "unit hidden"]
     word: Float[Tensor, "token hidden"]
@@ -23,34 +22,27 @@ class Row:
     generator: torch.Generator
 
 
-def zero(given: Row) -> Float[Tensor, "unit hidden"]:
-    """Return what leaves the neurons nothing to write."""
-    return -given.rows
+def zero(layer: LayerRows) -> Float[Tensor, "unit hidden"]:
+    """Return the change that sets the rows to zero."""
+    return -layer.rows
 
 
-def scale(given: Row) -> Float[Tensor, "unit hidden"]:
-    """Return what multiplies what the neurons write by `factor`."""
-    return (given.settings.factor - 1.0) * given.rows
+def scale(layer: LayerRows) -> Float[Tensor, "unit hidden"]:
+    """Return the change that multiplies the rows by `factor`."""
+    return (layer.settings.factor - 1.0) * layer.rows
 
 
-def project(given: Row) -> Float[Tensor, "unit hidden"]:
-    """Return what takes from the rows all that raises or lowers the word's tokens: their part in the span of the
-    tokens' unembeddings.
+def project(layer: LayerRows) -> Float[Tensor, "unit hidden"]:
+    """Return the change that removes the rows' part in the span of the tokens' unembeddings.
+
+    The edited neurons then neither raise nor lower the logits of the word's tokens.
     """
-    basis: Tensor = torch.linalg.qr(given.word.T)[0]
-    return -(given.rows @ basis) @ basis.T
+    basis: Tensor = torch.linalg.qr(layer.word.T)[0]
+    return -(layer.rows @ basis) @ basis.T
 
 
-def noise(given: Row) -> Float[Tensor, "unit hidden"]:
+def noise(layer: LayerRows) -> Float[Tensor, "unit hidden"]:
     """Return independent Gaussian noise of deviation `sigma`, the published perturbation (Pan et al. 2024)."""
-    drawn = torch.randn(given.rows.shape, generator=given.generator)
-    return given.settings.sigma * drawn.to(given.rows.device)
-
-
-CLOSED: dict[str, Callable[[Row], Float[Tensor, "unit hidden"]]] = {
-    "zero": zero,
-    "scale": scale,
-    "project": project,
-    "noise": noise,
-}
-"""The closed forms by the name that `--method` takes."""
+    # Drawn on the CPU, where the generator lives, so that every device gets the same noise.
+    drawn = torch.randn(layer.rows.shape, generator=layer.generator)
+    return layer.settings.sigma * drawn.to(layer.rows.device)

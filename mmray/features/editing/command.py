@@ -1,4 +1,4 @@
-"""Edits: made on a run's concept, and made part of a checkpoint."""
+"""The commands `mmray edit` and `mmray apply`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ def edit(
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
-    """Edit the neurons that a run located, so that the model says another word, or a word no more, or less that is not
-    there.
-    """
+    """Edit located neurons to replace a word, suppress a word, or reduce hallucinated objects."""
     from mmray.features.editing.edit import check_free
     from mmray.features.editing.methods import edit_run
     from mmray.runs.driver import drive_analysis
@@ -41,7 +39,7 @@ def edit(
         return
     facts, purpose = made.facts, made.purpose
     changed = f"{facts['rows_changed']:,} neurons changed in {facts['seconds']:.0f} s"
-    say(f"{purpose.wish}: {changed} → {out}")
+    say(f"{purpose.summary}: {changed} → {out}")
     say(f"next: mmray evaluate {run} --edit {out} --data DATA")
 
 

@@ -1,4 +1,4 @@
-"""What an edit is learnt on: the run's own samples, what the model says of them, and what it is to say instead."""
+"""The training data of an edit: the run's samples, the model's own captions of them, and what it should say instead."""
 
 from __future__ import annotations
 
@@ -31,43 +31,44 @@ from mmray.neurons.concepts import Mention, NounSource, find_forms, noun_source,
 from mmray.neurons.model import NeuronModel, load_model, open_image
 from mmray.runs.run import Run
 
-ROWS_A_BATCH = 32
+BATCH_ROWS = 32
 
 
 @dataclass(frozen=True)
 class Example:
-    """An answer that the model is to give, or to go on giving, to a prompt about an image; token ids, with its end.
-
-    The image stays encoded until it is needed: of hundreds of photographs not all fit in memory decoded.
-    `avoided` is what it would say otherwise: the token to predict no more, by its place in the answer. `said` is the
-    place behind the new words from which on their first token is not to come again; None: nothing new is said. `heard`
-    is what the model held while it wrote the answer, of an answer of its own. What stands before the place `learnt` is
-    read, and not to be said.
-    """
+    """An answer that the model should give, or keep giving, to a prompt about an image."""
 
     prompt: str
     image: bytes | None
+    """Encoded until it is needed: hundreds of decoded photographs don't fit in memory."""
     tokens: tuple[int, ...]
-    avoided: tuple[int, int] | None = None
-    said: int | None = None
-    learnt: int = 0
+    """Of the answer, with its end."""
+    rejected: tuple[int, int] | None = None
+    """Where the answer departs from the model's own: the position in the answer, and the token that the model says
+    there."""
+    no_repeat_from: int | None = None
+    """Position after the new words, from which their first token must not come again; None if nothing new is said."""
+    loss_from: int = 0
+    """Tokens before this position are context: they are not learned."""
     sample_id: str = ""
     background: str = BACKGROUND
-    heard: GenerationCache | None = field(default=None, compare=False, repr=False)
+    cache: GenerationCache | None = field(default=None, compare=False, repr=False)
+    """Recorded while the model wrote the answer, if the answer is its own."""
 
 
 @dataclass
 class EditDataset:
-    """Samples of a run by id, and the captions that the model itself writes of them, each written once."""
+    """Samples of a run by id, and the model's own captions of them, each written once."""
 
     model: NeuronModel
     run: Run
     language: str = "en"
     prompt: str | None = None
     samples: dict[str, Sample] = field(default_factory=dict)
-    written: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    heard: dict[str, GenerationCache | None] = field(default_factory=dict)
-    """What the model held while it wrote some of them."""
+    caption_tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of the model's own captions, by sample id."""
+    caches: dict[str, GenerationCache | None] = field(default_factory=dict)
+    """Recorded while the model wrote some of these captions."""
 
     @property
     def end(self) -> int:
@@ -95,7 +96,7 @@ class EditDataset:
         return noun_source(nouns, vocabulary, self.source.translations())
 
     def _forms(self, concept: str) -> set[str]:
-        """Return a concept and its names in other languages, where the data translates its objects."""
+        """Return a concept and its names in other languages, if the data translates its objects."""
         same = [
             names
             for name, names in self.nouns.translations.items()
@@ -103,45 +104,45 @@ class EditDataset:
         ]
         return {concept, *(form.casefold() for names in same for form in names.values())}
 
-    def named(self, caption: str) -> list[Mention]:
-        """Return the mentions of concepts in a caption of the model's own."""
+    def mentions(self, caption: str) -> list[Mention]:
+        """Return the mentions of concepts in one of the model's own captions."""
         return self.nouns.find(caption, self.language, None, generated=True)
 
     def present(self, sample: Sample) -> frozenset[str]:
-        """Return the concepts that are there: the sample's objects, else what its caption names; in the language."""
+        """Return the concepts in a sample, named in the edit's language: its objects, else the nouns of its caption."""
         if self.nouns.kind == "objects":
             return object_forms(sample.objects or (), self.language, self.nouns.translations)
         if (sample.language or self.language) != self.language:
             return frozenset()
-        return frozenset(mention.concept for mention in self.named(sample.caption))
+        return frozenset(mention.concept for mention in self.mentions(sample.caption))
 
-    def ask(self, sample: Sample) -> str:
-        """Return the prompt of a caption of the sample."""
+    def prompt_for(self, sample: Sample) -> str:
+        """Return the prompt for a caption of the sample."""
         return prompt_text(self.model, self.prompt, self.language, image=sample.image is not None)
 
-    def ending(self, own: Sequence[int]) -> tuple[int, ...]:
-        """Return the end behind a caption of the model's own; nothing behind one that was cut off for its length."""
+    def end_of(self, own: Sequence[int]) -> tuple[int, ...]:
+        """Return the end token of one of the model's own captions; nothing for one that was cut off at LONGEST."""
         return (self.end,) if len(own) < LONGEST else ()
 
     def example(self, sample: Sample, answer: str | Sequence[int], own: Sequence[int]) -> Example:
-        """Return a caption of a sample as an example: `own`, the model's, or another that takes its place.
+        """Return a caption of a sample as an example: the model's own caption `own`, or a text that replaces it.
 
-        A text is tokenised as it follows the prompt.
+        A text is tokenised as the continuation of the prompt.
         """
-        prompt = self.ask(sample)
+        prompt = self.prompt_for(sample)
         tokens = tokenize_caption(self.model, prompt, answer)[0] if isinstance(answer, str) else answer
         return Example(
             prompt,
             sample.image,
-            (*tokens, *self.ending(own)),
+            (*tokens, *self.end_of(own)),
             sample_id=sample.sample_id,
             background=sample.background,
-            heard=self.heard.get(sample.sample_id) if self.written.get(sample.sample_id) == tokens else None,
+            cache=self.caches.get(sample.sample_id) if self.caption_tokens.get(sample.sample_id) == tokens else None,
         )
 
-    def read(self, wanted: Iterable[str]) -> list[Sample]:
-        """Return the samples of these ids, in their order; what can't be read any more is left out."""
-        missing = set(wanted := list(wanted)) - set(self.samples)
+    def read(self, sample_ids: Iterable[str]) -> list[Sample]:
+        """Return the samples with these ids, in their order, without those that can no longer be read."""
+        missing = set(sample_ids := list(sample_ids)) - set(self.samples)
         if missing:
             captions = self.run.table("captions").select(["sample_id", "shard_id"])
             held = captions.filter(pc.is_in(captions["sample_id"], pc.cast(sorted(missing), "string")))
@@ -150,48 +151,46 @@ class EditDataset:
                 for row in read_shard(self.source, manifest.shards[shard]):
                     if isinstance(row, Sample) and row.sample_id in missing:
                         self.samples[row.sample_id] = row
-        return [self.samples[name] for name in wanted if name in self.samples]
+        return [self.samples[name] for name in sample_ids if name in self.samples]
 
-    def own(self, samples: Sequence[Sample], *, hear: bool = False) -> list[tuple[int, ...]]:
-        """Return the token ids of the model's own greedy captions of these samples, without the end.
+    def own_captions(self, samples: Sequence[Sample], *, cache: bool = False) -> list[tuple[int, ...]]:
+        """Return the token ids of the model's own greedy captions of these samples, without the end token.
 
-        `hear`: what the model holds while it writes them is kept, too; some tens of thousands of numbers a token.
+        `cache` also keeps a `GenerationCache` of each, tens of thousands of numbers per token.
         """
-        new = [sample for sample in samples if sample.sample_id not in self.written]
-        for some in within_budget(new, lambda sample: pixels_of(self.model, sample.image), BUDGET, 2 * ROWS_A_BATCH):
-            self._write(some, hear=hear)
-        return [self.written[sample.sample_id] for sample in samples]
+        new = [sample for sample in samples if sample.sample_id not in self.caption_tokens]
+        for batch in within_budget(new, lambda sample: pixels_of(self.model, sample.image), BUDGET, 2 * BATCH_ROWS):
+            self._write(batch, cache=cache)
+        return [self.caption_tokens[sample.sample_id] for sample in samples]
 
-    def _write(self, samples: Sequence[Sample], *, hear: bool) -> None:
-        """Have captions of one batch written; where memory runs out, in halves."""
-        images, prompts = (
-            [open_image(sample.image, sample.background) for sample in samples],
-            [self.ask(sample) for sample in samples],
-        )
+    def _write(self, samples: Sequence[Sample], *, cache: bool) -> None:
+        """Generate the captions of one batch; if memory runs out, of each half."""
+        images = [open_image(sample.image, sample.background) for sample in samples]
+        prompts = [self.prompt_for(sample) for sample in samples]
         try:
-            with record_generation(self.model) if hear else nullcontext() as heard:
-                written = generate(self.model, prompts, images)
+            with record_generation(self.model) if cache else nullcontext() as recorder:
+                captions = generate(self.model, prompts, images)
         except torch.OutOfMemoryError:
             if len(samples) == 1:
                 raise
-            written = None
-        if written is None:
-            # Not within the handler, whose traceback holds on to what filled the memory.
+            captions = None
+        if captions is None:
+            # Outside the handler: its traceback would keep alive the tensors that filled the memory.
             torch.cuda.empty_cache()
-            self._write(samples[: len(samples) // 2], hear=hear)
-            self._write(samples[len(samples) // 2 :], hear=hear)
+            self._write(samples[: len(samples) // 2], cache=cache)
+            self._write(samples[len(samples) // 2 :], cache=cache)
             return
-        for row, (sample, tokens) in enumerate(zip(samples, written, strict=True)):
-            self.written[sample.sample_id] = tuple(tokens)
-            if heard:
-                self.heard[sample.sample_id] = heard.of(row, len(tokens) + len(self.ending(tokens)))
+        for row, (sample, tokens) in enumerate(zip(samples, captions, strict=True)):
+            self.caption_tokens[sample.sample_id] = tuple(tokens)
+            if recorder:
+                self.caches[sample.sample_id] = recorder.of(row, len(tokens) + len(self.end_of(tokens)))
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Return what tokens say."""
+        """Return the text of an answer's tokens."""
         return caption_of(self.model, list(tokens))[0].strip()
 
     def ids(self, concepts: Iterable[str] | None = None) -> list[str]:
-        """Return the ids of all samples, or of those at which one of the concepts occurs in any language, in order."""
+        """Return the ids of all samples in order, or of those whose caption names a concept, in any language."""
         rows = self.run.table("captions" if concepts is None else "occurrences")
         if concepts is not None:
             forms = {form for concept in concepts for form in self._forms(concept)}
@@ -200,29 +199,27 @@ class EditDataset:
 
 
 def open_edit_dataset(run: Run, settings: EditSettings) -> EditDataset:
-    """Return the material for an edit of a run, on the run's model, which is loaded."""
+    """Load the run's model, and return the dataset for an edit of the run."""
     known = run.info["settings"]
     model = load_model(known["model"], known["dtype"], trust_remote_code=known["trust_remote_code"])
     return EditDataset(model, run, settings.language, settings.prompt or known["prompt"])
 
 
-def replaced(material: EditDataset, source: str, target: str, most: int, seed: int) -> list[Example]:
-    """Return examples that say `target` where the model says `source` in its own captions of samples of the source.
+def replaced(dataset: EditDataset, source: str, target: str, most: int, seed: int) -> list[Example]:
+    """Return the model's own captions of images of the source, with `target` in place of `source`.
 
-    Where the article changes with the noun, another example says the target behind the source's: somebody may have said
-    that already. Of each of at most `most` images there are further views, mirrored and cut, each with the model's
-    caption of it. Raises InputError where the model names the source in none of them.
+    At most `most` images are used, each also mirrored and cropped, each view with the model's own caption of it. If the
+    article changes with the noun, a second example has the target after the source's article. Raises InputError if the
+    model names the source in none of its captions.
     """
-    found = material.ids([source])
+    found = dataset.ids([source])
     random.Random(f"{source} {seed}").shuffle(found)
-    samples = material.read(one_per_image(found, material.images)[:most])
+    samples = dataset.read(one_per_image(found, dataset.images)[:most])
     seen = [(sample, view) for sample in samples for view in (sample, *views(sample, seed))]
     examples = []
-    for (sample, view), tokens in zip(seen, material.own([view for _, view in seen]), strict=True):
-        said = material.text(tokens)
-        if find_forms(said, frozenset({source}), material.language):
-            rewritten = _rewritten(material, view, tokens, said, source, target)
-            examples += [replace(example, sample_id=sample.sample_id) for example in rewritten]
+    for (sample, view), tokens in zip(seen, dataset.own_captions([view for _, view in seen]), strict=True):
+        rewritten = _rewritten(dataset, view, tokens, source, target)
+        examples += [replace(example, sample_id=sample.sample_id) for example in rewritten]
     if not examples:
         raise InputError(
             f"{source!r}: the model names it in none of its own captions of {len(samples)} samples; "
@@ -231,68 +228,65 @@ def replaced(material: EditDataset, source: str, target: str, most: int, seed: i
     return examples
 
 
-def _rewritten(
-    material: EditDataset,
-    sample: Sample,
-    tokens: Sequence[int],
-    said: str,
-    source: str,
-    target: str,
-) -> list[Example]:
-    words = [(mention, target) for mention in find_forms(said, frozenset({source}), material.language)]
-    agreeing, literal = (with_nouns(said, words, material.language, agreeing=each) for each in (True, False))
-    example = departing(material, tokens, material.example(sample, agreeing, tokens))
+def _rewritten(dataset: EditDataset, sample: Sample, tokens: Sequence[int], source: str, target: str) -> list[Example]:
+    """Return one own caption with the target in place of the source; nothing if it doesn't name the source."""
+    caption = dataset.text(tokens)
+    words = [(mention, target) for mention in find_forms(caption, frozenset({source}), dataset.language)]
+    if not words:
+        return []
+    agreeing, literal = (with_nouns(caption, words, dataset.language, agreeing=each) for each in (True, False))
+    example = departing(dataset, tokens, dataset.example(sample, agreeing, tokens))
     if literal == agreeing:
         return [example]
-    behind = departing(material, tokens, material.example(sample, literal, tokens))
-    return [example, replace(behind, learnt=behind.avoided[0] if behind.avoided else 0)]
+    # Decoding is greedy from left to right: if "a" is already said, "ant" must still follow where "an ant" was meant.
+    after_article = departing(dataset, tokens, dataset.example(sample, literal, tokens))
+    return [example, replace(after_article, loss_from=after_article.rejected[0] if after_article.rejected else 0)]
 
 
-def departing(material: EditDataset, tokens: Sequence[int], new: Example) -> Example:
-    """Return an example with the place where it leaves what the model says (`tokens`), and where it has joined it."""
-    before = (*tokens, *material.ending(tokens))
-    place = next((n for n, pair in enumerate(zip(before, new.tokens, strict=False)) if pair[0] != pair[1]), None)
-    if place is None:
+def departing(dataset: EditDataset, own: Sequence[int], new: Example) -> Example:
+    """Return an example with the positions where it departs from the model's own caption `own`, and rejoins it."""
+    before = (*own, *dataset.end_of(own))
+    start = _first_difference(before, new.tokens)
+    if start is None:
         return new
-    behind = len(new.tokens) - next(
-        (n for n, pair in enumerate(zip(before[::-1], new.tokens[::-1], strict=False)) if pair[0] != pair[1]), 0
-    )
-    return replace(new, avoided=(place, before[place]), said=behind)
+    shared_end = _first_difference(before[::-1], new.tokens[::-1]) or 0
+    return replace(new, rejected=(start, before[start]), no_repeat_from=len(new.tokens) - shared_end)
+
+
+def _first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((position for position, (left, right) in pairs if left != right), None)
 
 
 def kept(
-    material: EditDataset, without: Iterable[str], most: int, seed: int, first: Iterable[str] = ()
+    dataset: EditDataset, without: Iterable[str], most: int, seed: int, first: Iterable[str] = ()
 ) -> list[Example]:
-    """Return examples that keep what the model says: its own captions of images that don't show, and captions that
-    don't name, any of `without`; of the samples `first`, in their order, for up to half of them, then drawn at random.
-    Each is of another image; one that any of its samples' captions says to show the concepts is left out.
+    """Return the model's own captions of images without any concept in `without`, which the edit must not change.
+
+    Up to half of them are of the samples `first`, in their order; the others are drawn at random. Each is of a
+    different image. An image is left out if any of its samples' captions names such a concept, or the model does.
     """
-    without, images = list(without), material.images
-    shown = {images[name] for name in material.ids(without)}
-    others = [name for name in material.ids() if images[name] not in shown]
+    without, images = list(without), dataset.images
+    shown = {images[name] for name in dataset.ids(without)}
+    others = [name for name in dataset.ids() if images[name] not in shown]
     random.Random(seed).shuffle(others)
-    foremost = one_per_image((name for name in first if images[name] not in shown), images)[: most // 2]
-    chosen = one_per_image([*foremost, *others], images)[:most]
-    samples = [sample for sample in material.read(chosen) if not set(without) & set(sample.objects or ())]
-    examples = []
-    for sample, tokens in zip(samples, material.own(samples, hear=True), strict=True):
-        said = material.text(tokens)
-        if not find_forms(said, frozenset(without), material.language):
-            examples.append(material.example(sample, tokens, tokens))
-    return examples
+    preferred = one_per_image((name for name in first if images[name] not in shown), images)[: most // 2]
+    chosen = one_per_image([*preferred, *others], images)[:most]
+    samples = [sample for sample in dataset.read(chosen) if not set(without) & set(sample.objects or ())]
+    return [
+        dataset.example(sample, tokens, tokens)
+        for sample, tokens in zip(samples, dataset.own_captions(samples, cache=True), strict=True)
+        if not find_forms(dataset.text(tokens), frozenset(without), dataset.language)
+    ]
 
 
 def batches(model: LoadedModel, examples: Sequence[Example]) -> list[Batch]:
-    """Return the examples as batches of the network, in order; neighbours without an image apart."""
+    """Return the examples as batches, in order; examples with and without an image never share a batch."""
     found = []
     for _, group in groupby(examples, key=lambda example: example.image is None):
-        for chunk in within_budget(group, lambda example: pixels_of(model, example.image), BUDGET, ROWS_A_BATCH):
-            found.append(_batch(model, chunk))
+        for chunk in within_budget(group, lambda example: pixels_of(model, example.image), BUDGET, BATCH_ROWS):
+            tokens = [list(example.tokens) for example in chunk]
+            images = [open_image(example.image, example.background) for example in chunk]
+            prompts = [example.prompt for example in chunk]
+            found.append(encode(model, prompts, images, tokens, [[(0, 0)] * len(row) for row in tokens]))
     return found
-
-
-def _batch(model: LoadedModel, examples: Sequence[Example]) -> Batch:
-    tokens = [list(example.tokens) for example in examples]
-    prompts = [example.prompt for example in examples]
-    images = [open_image(example.image, example.background) for example in examples]
-    return encode(model, prompts, images, tokens, [[(0, 0)] * len(row) for row in tokens])

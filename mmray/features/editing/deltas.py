@@ -1,4 +1,4 @@
-"""What is added to neurons' rows of W_out, by layer: learnt as tensors, added to what the MLPs write by hooks."""
+"""Changes of neurons' rows of W_out, by layer: learned as tensors, and applied by hooks on the MLP outputs."""
 
 from __future__ import annotations
 
@@ -21,46 +21,47 @@ Neuron = tuple[int, int]
 
 
 class Deltas:
-    """A row of W_out's width for each of some neurons, zero to begin with."""
+    """One change of a row of W_out per neuron, zero to begin with."""
 
     def __init__(self, model: LoadedModel, neurons: Iterable[Neuron]) -> None:
         self.model = model
         self.units: dict[int, Int[Tensor, " unit"]] = {}
         self.scales: dict[int, float] = {}
-        self.learnt: dict[int, list[Tensor]] = {}
+        """Standard deviation of each layer's W_out."""
+        self.parameters: dict[int, list[Tensor]] = {}
         for layer, units in sorted(by_layer(model, neurons).items()):
             rows = output_rows(model.network, model.projections[layer])
             self.units[layer] = torch.tensor(units, device=rows.device)
             self.scales[layer] = float(rows.float().std())
-            self.learnt[layer] = self.start(rows[self.units[layer]])
+            self.parameters[layer] = self.initial(rows[self.units[layer]])
 
-    def start(self, rows: Float[Tensor, "unit hidden"]) -> list[Tensor]:
-        """Return what is learnt of a layer, given its neurons' rows of W_out."""
+    def initial(self, rows: Float[Tensor, "unit hidden"]) -> list[Tensor]:
+        """Return the parameters of a layer before learning, given its neurons' rows of W_out."""
         return [torch.zeros_like(rows, dtype=torch.float32, requires_grad=True)]
 
     def rows(self, layer: int) -> Float[Tensor, "unit hidden"]:
         """Return what is added to the rows of a layer's neurons."""
-        return self.learnt[layer][0]
+        return self.parameters[layer][0]
 
-    def step(self, layer: int) -> float:
-        """Return the unit of a step of what is learnt of a layer: the root mean square of its W_out."""
+    def step_size(self, layer: int) -> float:
+        """Return the unit of the learning rate of a layer's parameters."""
         return self.scales[layer]
 
     @property
     def first(self) -> int:
-        """The lowest layer that has a neuron."""
+        """The lowest edited layer."""
         return min(self.units)
 
-    def written(self, layer: int, activation: Float[Tensor, "... unit"]) -> Float[Tensor, "... hidden"]:
-        """Return what the edit adds to a layer's MLP output, from the activations of its neurons here."""
+    def output(self, layer: int, activation: Float[Tensor, "... unit"]) -> Float[Tensor, "... hidden"]:
+        """Return what the edit adds to a layer's MLP output, given the activations of its neurons."""
         return activation.float() @ self.rows(layer)
 
     @contextmanager
-    def added(self, beyond: int = -1) -> Iterator[None]:
-        """Add the rows to what the MLPs of layers above `beyond` write, at every position, while the block lasts."""
+    def added(self, above: int = -1) -> Iterator[None]:
+        """Add the edit to the MLP outputs of layers above `above`, at every position, inside the block."""
         with ExitStack() as stack:
             for layer in self.units:
-                if layer > beyond:
+                if layer > above:
                     module = self.model.network.get_submodule(self.model.projections[layer].path)
                     hook = partial(self._add, layer)
                     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
@@ -73,25 +74,28 @@ class Deltas:
             activation = expert_activation(module, *arguments, **named)
         else:
             activation = arguments[0]
-        return output + self.written(layer, activation[..., self.units[layer]]).to(output.dtype)
+        return output + self.output(layer, activation[..., self.units[layer]]).to(output.dtype)
 
 
 class RankOne(Deltas):
-    """Rows u ⊗ v of one layer: u fixed, v learnt (as ROME, Meng et al. 2022, with the objective of `learning`)."""
+    """The change u ⊗ v of all rows of one layer: u is fixed and v learned, as in ROME (Meng et al. 2022).
 
-    def __init__(self, model: LoadedModel, layer: int, direction: Float[Tensor, " unit"], size: float) -> None:
+    v is learned with the objective of `mmray.features.editing.training`, not ROME's.
+    """
+
+    def __init__(self, model: LoadedModel, layer: int, direction: Float[Tensor, " unit"], key_norm: float) -> None:
         self.direction = direction
-        self.size = size
+        self.key_norm = key_norm
         super().__init__(model, [(layer, unit) for unit in range(model.widths[layer])])
 
-    def step(self, layer: int) -> float:
-        """Return the unit of a step of v: what a step of single rows adds up to at activations of norm `size`."""
-        return self.scales[layer] * self.size
+    def step_size(self, layer: int) -> float:
+        """Return the unit of the learning rate of v: the change of the MLP output when every row takes one step."""
+        return self.scales[layer] * self.key_norm
 
-    def start(self, rows: Float[Tensor, "unit hidden"]) -> list[Tensor]:
+    def initial(self, rows: Float[Tensor, "unit hidden"]) -> list[Tensor]:
         """Return v, zero to begin with."""
         return [torch.zeros(rows.shape[1], device=rows.device, requires_grad=True)]
 
     def rows(self, layer: int) -> Float[Tensor, "unit hidden"]:
         """Return u ⊗ v."""
-        return torch.outer(self.direction, self.learnt[layer][0])
+        return torch.outer(self.direction, self.parameters[layer][0])

@@ -1,4 +1,4 @@
-"""What the network holds where an answer that it is to give leaves what it would say."""
+"""The network's activations where a new answer departs from what the model says, and the neurons that matter there."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from mmray.models.parts import output_rows, unembedding_rows
 
 @torch.no_grad()
 def divergence(model: LoadedModel, examples: Sequence[Example], layer: int) -> Float[Tensor, "answer unit"]:
-    """Return a layer's activations at the place of each answer where it leaves what was said before."""
-    return torch.cat([activation for activation, _ in _parts(model, examples, layer)])
+    """Return a layer's activations at the position where each answer departs from what the model says."""
+    return torch.cat([activation for activation, _ in _divergence_by_batch(model, examples, layer)])
 
 
 @torch.no_grad()
@@ -27,16 +27,24 @@ def contrasting(
 ) -> list[Neuron]:
     """Return the neurons that write a word where it is wrong, in contrast to where it is right.
 
-    A neuron's part in what is said, where an answer leaves it, is activation × ⟨row of W_out, unembedding of the token
-    said − that of the answer's⟩, in logits before the final norm. They are ordered by its mean over `wrong`, answers
-    that ought to be given, less max(0, its mean over `right`), answers that ought not.
+    A neuron's part in the word is activation × ⟨row of W_out, unembedding of the model's token − that of the answer's⟩,
+    in logits before the final norm, where the answer departs. Neurons are ranked by its mean over `wrong` minus
+    max(0, its mean over `right`). The answers of `wrong` should be given; those of `right` should not.
     """
-    found: list[tuple[float, int, int]] = []
+    parts: dict[int, Tensor] = {}
     for layer in layers:
-        here = _mean_part(model, wrong, layer)
+        parts[layer] = _mean_part(model, wrong, layer)
         if right:
-            here = here - _mean_part(model, right, layer).clamp(min=0)
-        best = here.topk(min(count, len(here)))
+            # Clamped: a neuron that lowers the word where it is right is no better a target for that.
+            parts[layer] = parts[layer] - _mean_part(model, right, layer).clamp(min=0)
+    return highest(parts, count)
+
+
+def highest(values: dict[int, Float[Tensor, " unit"]], count: int) -> list[Neuron]:
+    """Return the neurons with the highest values of all layers, the highest first."""
+    found: list[tuple[float, int, int]] = []
+    for layer, row in values.items():
+        best = row.topk(min(count, len(row)))
         found += [(float(value), layer, int(unit)) for value, unit in zip(best.values, best.indices, strict=True)]
     return [(layer, unit) for _, layer, unit in sorted(found, reverse=True)[:count]]
 
@@ -45,25 +53,30 @@ def _mean_part(model: LoadedModel, examples: Sequence[Example], layer: int) -> F
     rows = output_rows(model.network, model.projections[layer])
     unembedding = unembedding_rows(model.network, model.parts)
     total, count = torch.zeros(len(rows)), 0
-    for activation, pairs in _parts(model, examples, layer):
-        said, wanted = torch.tensor(pairs, device=unembedding.device).T
-        direction = (unembedding[said] - unembedding[wanted]).float().to(rows.device)
+    for activation, pairs in _divergence_by_batch(model, examples, layer):
+        rejected, wanted = torch.tensor(pairs, device=unembedding.device).T
+        direction = (unembedding[rejected] - unembedding[wanted]).float().to(rows.device)
         total += (activation.to(rows.device) * (direction @ rows.float().T)).sum(dim=0).cpu()
         count += len(pairs)
     return total / max(count, 1)
 
 
-def _parts(model: LoadedModel, examples: Sequence[Example], layer: int) -> list[tuple[Tensor, list[tuple[int, int]]]]:
-    """Return, batch by batch, activations and the token said and the answer's, where an answer leaves what was said."""
+def _divergence_by_batch(
+    model: LoadedModel, examples: Sequence[Example], layer: int
+) -> list[tuple[Tensor, list[tuple[int, int]]]]:
+    """Return, per batch, the activations where answers depart, and the model's token and the answer's there."""
     found = []
-    seen = Deltas(model, [(layer, unit) for unit in range(model.widths[layer])])
-    leaving = [example for example in examples if example.avoided]
-    for batch, rows in batched(model, leaving):
-        part = resume(model, batch, seen)
-        activation = part.activation if part.places is None else part.activation.flatten(0, -2)[part.places]
-        starts = (torch.bincount(part.rows).cumsum(0) - torch.bincount(part.rows)).tolist()
-        left = [(start, example.tokens, example.avoided) for start, example in zip(starts, rows, strict=True)]
-        places = [start + avoided[0] for start, _, avoided in left if avoided]
-        pairs = [(avoided[1], tokens[avoided[0]]) for _, tokens, avoided in left if avoided]
-        found.append((activation[places], pairs))
+    all_units = Deltas(model, [(layer, unit) for unit in range(model.widths[layer])])
+    for batch, rows in batched(model, [example for example in examples if example.rejected]):
+        part = resume(model, batch, all_units)
+        activation = part.activation if part.positions is None else part.activation.flatten(0, -2)[part.positions]
+        lengths = torch.bincount(part.rows)
+        starts = (lengths.cumsum(0) - lengths).tolist()
+        departures = [
+            (start + example.rejected[0], example.rejected[1], example.tokens[example.rejected[0]])
+            for start, example in zip(starts, rows, strict=True)
+            if example.rejected
+        ]
+        positions = [position for position, _, _ in departures]
+        found.append((activation[positions], [(rejected, wanted) for _, rejected, wanted in departures]))
     return found

@@ -1,6 +1,6 @@
-"""Edits as values: what is added to which neurons' rows of W_out, what for, and of which model.
+"""Edits as values: what is added to which neurons' rows of W_out, for which purpose, and of which model.
 
-EDIT/edit.json           purposes, method and its settings, model digest, cost, and which rows are its own
+EDIT/edit.json           purposes, method and its settings, model digest, cost, and the checksum of its rows
 EDIT/edit.safetensors    layer [row], unit [row], delta [row, hidden]
 """
 
@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mmray.errors import DamagedError, InputError
-from mmray.features.editing.files import CAPTIONS_FILE, EVALUATION_FILE
+from mmray.features.editing.files import CAPTIONS_FILE, EVALUATION_FILE, FACTS_FILE, ROWS_FILE
 from mmray.features.editing.settings import EditSettings
 from mmray.models.interventions import changed_rows
 from mmray.models.loading import LoadedModel
@@ -29,35 +29,33 @@ from mmray.models.parts import output_rows
 from mmray.neuron_names import neuron_name
 from mmray.storage import Checksum, open_store
 
-FACTS, ROWS = "edit.json", "edit.safetensors"
-
 
 @dataclass(frozen=True)
 class Purpose:
-    """What an edit is made for."""
+    """What an edit was made for."""
 
     kind: str
     """swap, suppress, hallucination or noise."""
     source: str | None = None
-    """The concept that is to vanish from what the model says."""
+    """The concept to remove from what the model says."""
     target: str | None = None
-    """What it is to say instead."""
+    """What the model should say instead."""
     pairs: tuple[tuple[str, str], ...] = ()
-    """Of a hallucination edit: what is seen, and the word that the model claims with it."""
+    """Of a hallucination edit: an object in the image, and the word that the model claims with it."""
     language: str | None = "en"
     samples: tuple[str, ...] = ()
-    """The samples that the edit was made on; others show how far it generalises."""
+    """The samples that the edit was made on. Evaluation counts others as generality."""
     images: tuple[str, ...] = ()
-    """The digests of their images, by which other data is told apart; edits of older versions have none."""
+    """The digests of their images, which identify them in other data; edits of older versions have none."""
 
     @property
     def unwanted(self) -> tuple[str, ...]:
-        """The words that are to be said no more, or only where they are right."""
+        """The words that the model should no longer say, or only where they are right."""
         return (self.source,) if self.source else tuple(dict.fromkeys(word for _, word in self.pairs))
 
     @property
-    def wish(self) -> str:
-        """What the edit is for, in short."""
+    def summary(self) -> str:
+        """What the edit is for, in a few words."""
         if self.kind == "hallucination":
             return "hallucination of " + ", ".join(self.unwanted)
         return f"{self.source} → {self.target}"
@@ -65,7 +63,7 @@ class Purpose:
 
 @dataclass(frozen=True, eq=False)
 class WeightEdit:
-    """Rows that are added to W_out: one a neuron, each neuron once."""
+    """Rows to add to W_out: one per neuron, each neuron once."""
 
     layer: Int[Tensor, " row"]
     unit: Int[Tensor, " row"]
@@ -75,11 +73,11 @@ class WeightEdit:
     """Digest of the checkpoint that the edit fits."""
     settings: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
-    """Cost and course: seconds, parameters changed, memory, steps."""
+    """The cost: seconds, rows and parameters changed, bytes, norm."""
 
     @property
     def purpose(self) -> Purpose:
-        """The first purpose, of most edits the only one."""
+        """The first purpose; most edits have only one."""
         return self.purposes[0]
 
     @cached_property
@@ -88,7 +86,7 @@ class WeightEdit:
         return [neuron_name(*pair) for pair in zip(self.layer.tolist(), self.unit.tolist(), strict=True)]
 
     def check(self, model: LoadedModel) -> None:
-        """Raise InputError unless the edit was made on this very model."""
+        """Raise InputError unless the edit was made on this model."""
         if model.digest != self.model:
             raise InputError(
                 f"the edit was made on another model (digest {self.model}); {model.name} has {model.digest}"
@@ -96,9 +94,9 @@ class WeightEdit:
 
     @contextmanager
     def applied(self, model: LoadedModel) -> Iterator[None]:
-        """Add the rows to the model's weights while the block lasts; they are byte-equal afterwards.
+        """Add the rows to the model's weights inside the block; the weights are byte-equal afterwards.
 
-        Raises InputError for another model than the edit's own.
+        Raises InputError if the edit was made on another model.
         """
         self.check(model)
         with ExitStack() as stack:
@@ -106,13 +104,13 @@ class WeightEdit:
                 chosen = self.layer == layer
                 units, rows = self.unit[chosen], output_rows(model.network, model.projections[layer])
                 before = rows[units.to(rows.device)]
-                # Added in fp32, whatever the model's number format.
+                # Added in fp32: a small delta can vanish in a sum of half-precision numbers.
                 after = (before.float() + self.delta[chosen].to(before.device)).to(before.dtype)
                 stack.enter_context(changed_rows(model, layer, units.tolist(), after))
             yield
 
     def __add__(self, other: WeightEdit) -> WeightEdit:
-        """Return both edits in one; of a neuron that both change, the rows add up."""
+        """Return both edits as one; the rows of a neuron that both change add up."""
         if self.model != other.model:
             raise InputError(f"edits of two models ({self.model} and {other.model}) can't be added")
         pairs = torch.stack([torch.cat([self.layer, other.layer]), torch.cat([self.unit, other.unit])], dim=1)
@@ -130,16 +128,12 @@ class WeightEdit:
         )
 
     def save(self, uri: str | Path) -> None:
-        """Write the edit to a folder, local or s3://; edit.json comes last, so that it tells a whole edit.
-
-        An edit that was there before goes, and what was measured of it.
-        """
+        """Write the edit to a folder, local or s3://. It replaces an earlier edit there, and that one's evaluation."""
         store = open_store(uri)
-        for name in (FACTS, EVALUATION_FILE, CAPTIONS_FILE):
+        for name in (FACTS_FILE, EVALUATION_FILE, CAPTIONS_FILE):
             store.delete(name)
-        rows = {name: getattr(self, name).clone().contiguous() for name in ("layer", "unit", "delta")}
-        data = save(rows)
-        store.put(ROWS, data)
+        data = save({name: getattr(self, name).clone().contiguous() for name in ("layer", "unit", "delta")})
+        store.put(ROWS_FILE, data)
         facts = {
             "rows": asdict(Checksum.of(data, len(self.delta))),
             "model": self.model,
@@ -147,22 +141,23 @@ class WeightEdit:
             "settings": self.settings,
             "facts": self.facts,
         }
-        store.put(FACTS, json.dumps(facts, indent=1, ensure_ascii=False).encode())
+        # Last: an edit is there if edit.json is, so a crash before this leaves none.
+        store.put(FACTS_FILE, json.dumps(facts, indent=1, ensure_ascii=False).encode())
 
 
-def check_free(uri: str, wishes: Sequence[EditSettings]) -> None:
-    """Raise InputError if another edit lies in a folder than the one for these wishes."""
-    if not open_store(uri).exists(FACTS):
+def check_free(uri: str, requests: Sequence[EditSettings]) -> None:
+    """Raise InputError if the folder holds an edit with other settings than these."""
+    if not open_store(uri).exists(FACTS_FILE):
         return
     before = open_edit(uri)
-    if before.settings.get("wishes") != [wish.model_dump() for wish in wishes]:
+    if before.settings.get("wishes") != [request.model_dump() for request in requests]:
         raise InputError(
-            f"{uri}: holds an edit with other settings ({before.purpose.wish}); give this one another folder"
+            f"{uri}: holds an edit with other settings ({before.purpose.summary}); give this one another folder"
         )
 
 
 def cost(delta: Float[Tensor, "row hidden"], seconds: float) -> dict[str, Any]:
-    """Return what an edit costs: seconds, rows and parameters changed, bytes of the edit, and its size (L2 norm)."""
+    """Return the cost of an edit: seconds, rows and parameters changed, bytes, and the L2 norm of the change."""
     return {
         "seconds": round(seconds, 2),
         "rows_changed": len(delta),
@@ -173,12 +168,12 @@ def cost(delta: Float[Tensor, "row hidden"], seconds: float) -> dict[str, Any]:
 
 
 def open_edit(uri: str | Path) -> WeightEdit:
-    """Open an edit; raises InputError where there is none, or what is there is damaged."""
+    """Open an edit; raises InputError if there is none, or it is damaged."""
     store = open_store(uri)
     try:
-        facts = json.loads(store.read(FACTS))
-        data = store.read(ROWS)
-        # Edits of earlier versions do not say which rows are theirs.
+        facts = json.loads(store.read(FACTS_FILE))
+        data = store.read(ROWS_FILE)
+        # Edits of earlier versions have no checksum of their rows.
         if "rows" in facts:
             Checksum(**facts["rows"]).check(data)
         rows = load(data)
@@ -187,15 +182,15 @@ def open_edit(uri: str | Path) -> WeightEdit:
             rows["layer"], rows["unit"], rows["delta"], purposes, facts["model"], facts["settings"], facts["facts"]
         )
     except DamagedError as error:
-        raise InputError(f"{uri}/{ROWS}: damaged ({error}); make the edit again") from error
+        raise InputError(f"{uri}/{ROWS_FILE}: damaged ({error}); make the edit again") from error
     except FileNotFoundError as error:
-        raise InputError(f"{uri}: no edit here (no {FACTS}); give a folder that mmray edit wrote") from error
+        raise InputError(f"{uri}: no edit here (no {FACTS_FILE}); give a folder that mmray edit wrote") from error
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{uri}: not an edit, or a damaged one ({type(error).__name__}: {error})") from error
 
 
 def _purpose(facts: dict[str, Any]) -> Purpose:
-    pairs = tuple((str(seen), str(claimed)) for seen, claimed in facts["pairs"])
-    return Purpose(
-        **facts | {"pairs": pairs, "samples": tuple(facts["samples"]), "images": tuple(facts.get("images", ()))}
-    )
+    # JSON has lists where a purpose has tuples.
+    pairs = tuple((str(context), str(word)) for context, word in facts["pairs"])
+    samples, images = tuple(facts["samples"]), tuple(facts.get("images", ()))
+    return Purpose(**facts | {"pairs": pairs, "samples": samples, "images": images})

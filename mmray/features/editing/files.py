@@ -1,4 +1,6 @@
-"""Files of an edit's folder that an evaluation writes."""
+"""Files of an edit's folder."""
 
+FACTS_FILE, ROWS_FILE = "edit.json", "edit.safetensors"
+"""The edit itself; the first is written last, so that it marks a complete edit."""
 EVALUATION_FILE, CAPTIONS_FILE = "evaluation.json", "captions.parquet"
-"""In an edit's folder: the measures of its last evaluation, and the captions before and after."""
+"""The measures of its last evaluation, and the captions before and after."""

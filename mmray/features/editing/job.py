@@ -1,6 +1,6 @@
-"""Edits of a run as jobs of one unit each: RUN/edits/NAME, an edit like any other.
+"""The job that makes an edit of a run in RUN/edits/NAME. It has one unit.
 
-RUN/edits/NAME/editing/FINGERPRINT/    the receipt of the edit, and attempts at it
+RUN/edits/NAME/editing/FINGERPRINT/    the edit's receipt, and the attempts at it
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ class NamedEditSettings(JobSettings):
     """Folder of the run."""
     name: str = execution()
     """Name of the edit, and of its folder."""
+    # Part of the fingerprint: another name would make finished edits start again.
     wish: EditSettings
     """What the edit is for, and how it is made."""
 
 
 class EditJob(Job[NamedEditSettings, None]):
-    """Makes one edit of a run. Edits that are made together share the model and what it says of the run's samples."""
+    """Makes one edit of a run. Edits made together share the model and its captions of the run's samples."""
 
     name = "editing"
     unit_noun = "edits"
@@ -51,48 +52,49 @@ class EditJob(Job[NamedEditSettings, None]):
 
     @property
     def target(self) -> str:
-        """The edit."""
+        """The edit's folder."""
         return edit_folder(self.settings.run, self.settings.name)
 
     def plan(self) -> Plan[None]:
         """Check that the run knows the edit's concepts, and that no other edit has the name."""
-        name, wish = self.settings.name, self.settings.wish
+        name, request = self.settings.name, self.settings.wish
         if not name or set(name) & set("/\\"):
-            raise InputError(f"edit {name!r}: give it a name without slashes, the folder that it gets")
+            raise InputError(f"edit {name!r}: give it a name without slashes; its folder is called so")
         run = open_run(self.settings.run)
-        for concept in filter(None, (wish.source, wish.suppress)):
+        for concept in filter(None, (request.source, request.suppress)):
             run.rank(concept, 1)
-        check_free(self.target, [wish])
+        check_free(self.target, [request])
         return Plan([Unit(1)], run.digests(), None)
 
     def worker(self, context: None) -> Worker:
-        """Return what makes the edit."""
+        """Return the function that makes the edit."""
         return self.workers([self], [context])[0]
 
     @classmethod
     def workers(cls, jobs: Sequence[Job[NamedEditSettings, None]], contexts: Sequence[None]) -> list[Worker]:
-        """Return what makes the edits, on material that is opened once."""
+        """Return the functions that make the edits; those of one language and prompt share a dataset."""
         run = open_run(jobs[0].settings.run)
-        opened: dict[tuple[str, str | None], EditDataset] = {}
+        datasets: dict[tuple[str, str | None], EditDataset] = {}
 
         def worker(job: Job[NamedEditSettings, None]) -> Worker:
-            wish = job.settings.wish
-            key = (wish.language, wish.prompt)
+            request = job.settings.wish
+            key = (request.language, request.prompt)
 
             def make(_: Unit) -> UnitResult:
-                if key not in opened:
-                    opened[key] = open_edit_dataset(run, wish)
-                material = opened[key]
+                if key not in datasets:
+                    datasets[key] = open_edit_dataset(run, request)
+                dataset = datasets[key]
                 try:
-                    edit = make_edit(material, [wish])
+                    edit = make_edit(dataset, [request])
                 except StorageError:
+                    # An InputError too, but a retry may get past it.
                     raise
                 except InputError as error:
-                    # The others may be made: what is wrong is wrong with this one.
+                    # Only this edit is wrong; the others can still be made.
                     raise UnitRefusedError(str(error)) from error
                 finally:
-                    # What was kept while captions were written serves one edit; of many it would fill the memory.
-                    material.heard.clear()
+                    # Caches serve one edit; kept for many, they would fill the memory.
+                    dataset.caches.clear()
                 edit.save(job.target)
                 return UnitResult({})
 
@@ -101,10 +103,10 @@ class EditJob(Job[NamedEditSettings, None]):
         return [worker(job) for job in jobs]
 
     def merge(self, plan: Plan[None], parts: Parts, output: Output) -> dict[str, Any]:
-        """Write nothing: an edit is written where it is made, edit.json last."""
+        """Write nothing: the worker has saved the edit."""
         return {"edit": self.target}
 
 
 def edit_folder(run: str, name: str) -> str:
-    """Return where an edit of a run lies."""
+    """Return the folder of a run's edit."""
     return f"{run.rstrip('/')}/edits/{name}"

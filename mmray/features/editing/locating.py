@@ -1,4 +1,4 @@
-"""Which neurons an edit may change: those that a run's rankings name for a concept, and the controls."""
+"""The neurons that an edit may change: those that a run's rankings name for a concept, and random controls."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mmray.runs.run import Run
 
 
 def located(run: Run, concept: str, count: int, layers: Sequence[int], by: str = "specific") -> list[Neuron]:
-    """Return the concept's neurons in these layers, the first `count` by score, specific or share.
+    """Return the first `count` neurons of the concept's ranking that are in these layers.
 
-    Raises InputError for a concept that the run does not know.
+    Raises InputError if the run does not know the concept, or ranks none of its neurons there.
     """
     rows = run.rank(concept, len(run.table("rankings")), by)
     rows = rows.filter(pc.is_in(rows["layer"], pc.cast(list(layers), "int16"))).slice(0, count)
@@ -27,9 +27,9 @@ def located(run: Run, concept: str, count: int, layers: Sequence[int], by: str =
 
 
 def matched(model: LoadedModel, neurons: Sequence[Neuron], seed: int) -> list[Neuron]:
-    """Return as many random neurons of the same layers, none of these among them: the control.
+    """Return as many random neurons per layer, none of the given ones among them: the control.
 
-    Raises InputError where a layer has not as many others.
+    Raises InputError if a layer has too few others.
     """
     drawn = layer_matched(model.widths, neurons, str(seed))
     if len(drawn) < len(neurons):
@@ -47,20 +47,19 @@ def last_layers(model: LoadedModel, count: int) -> list[int]:
 
 
 def sharing(run: Run, neurons: Sequence[Neuron]) -> list[str]:
-    """Return the ids of samples at whose nouns these neurons are among the highest, those that use most first.
+    """Return the samples with a noun that these neurons are among the highest for, by falling sum of their scores.
 
-    What an edit of the neurons could harm: samples of other concepts that the same neurons write.
+    These are the captions that an edit of the neurons is most likely to harm.
     """
     occurrences = run.table("occurrences").select(["sample_id", "neurons"]).combine_chunks()
     lists = occurrences["neurons"].combine_chunks()
     entries, parents = pc.list_flatten(lists), pc.list_parent_indices(lists)
+    # Layer and unit as one integer, so that membership is one vectorised test.
     code = entries.field("layer").to_numpy().astype(np.int64) << 32 | entries.field("unit").to_numpy()
     used = np.isin(code, [layer << 32 | unit for layer, unit in neurons])
     weight = np.bincount(
         parents.to_numpy()[used], np.maximum(entries.field("score").to_numpy()[used], 0), minlength=len(occurrences)
     )
     names = occurrences["sample_id"].to_numpy(zero_copy_only=False)
-    found: dict[str, float] = {}
-    for place in np.argsort(-weight, kind="stable")[: int((weight > 0).sum())]:
-        found.setdefault(names[place], float(weight[place]))
-    return list(found)
+    order = np.argsort(-weight, kind="stable")[: int((weight > 0).sum())]
+    return list(dict.fromkeys(names[order].tolist()))

@@ -1,7 +1,7 @@
-"""Hallucinations of a model in its own captions of a run's samples: which words, in which contexts, and what is right.
+"""What to learn from to reduce hallucination: the hallucinations in the model's own captions, and corrected captions.
 
-A hallucination is a noun that the model names and the sample lacks: by the data's objects, else by its caption. A pair
-(context, word) is an object that is there and the word that the model claims with it.
+A hallucination is a noun that the model names and the sample lacks, by the data's objects, else by its caption. A pair
+(context, word) is an object in the image and the word that the model claims with it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from mmray.features.editing.dataset import EditDataset, Example, departing
 from mmray.features.editing.training import log_likelihoods
 from mmray.neurons.concepts import Mention
 
-FEWEST = 3
-"""Captions in which a word must be claimed with a context for the two to be a pair."""
-RATE = 0.1
-"""And of those with the context and without the word, the least part that claims it."""
+FEWEST_CLAIMS = 3
+"""Captions that must claim a word with a context for the two to be a pair."""
+LOWEST_RATE = 0.1
+"""Smallest share of samples with the context and without the word whose captions claim the word, for a pair."""
 
 
 @dataclass(frozen=True)
-class Told:
-    """What the model says of a sample, and what of it is there."""
+class OwnCaption:
+    """The model's own caption of a sample, and what of it is in the image."""
 
     sample: Sample
     tokens: tuple[int, ...]
@@ -36,91 +36,91 @@ class Told:
 
     @property
     def wrong(self) -> list[Mention]:
-        """The nouns that are named and not there."""
+        """The nouns that are named but absent."""
         return [mention for mention in self.mentions if mention.concept not in self.present]
 
     @property
     def missed(self) -> list[str]:
-        """What is there and not named."""
+        """The objects that are present but not named."""
         return sorted(self.present - {mention.concept for mention in self.mentions})
 
 
 @dataclass(frozen=True)
 class Hallucinations:
-    """What an edit against hallucination is learnt on.
-
-    `new`: captions with what is not there taken out. `guards`: captions that rightly name a hallucinated word; for each
-    `others` has a caption without that word, for the contrast alone. `keep`: captions with nothing wrong in them.
-    """
+    """What an edit against hallucination is learned from."""
 
     pairs: tuple[tuple[str, str], ...]
     new: list[Example]
+    """Captions without the absent objects."""
     guards: list[Example]
-    others: list[Example]
+    """Captions that rightly name a hallucinated word; the edit must keep them."""
+    without_guarded_word: list[Example]
+    """Captions of guards without that word: used to locate neurons, never learned."""
     keep: list[Example]
+    """Captions with nothing wrong in them."""
 
 
-def hallucinations(material: EditDataset, most: int, kept: int, seed: int) -> Hallucinations:
-    """Find what the model hallucinates, from `most` captions a word, and what it should say.
+def hallucinations(dataset: EditDataset, most: int, kept: int, seed: int) -> Hallucinations:
+    """Find what the model hallucinates, in at most `most` captions per word, and what it should say.
 
-    Raises InputError where the model names nothing that is not there.
+    Raises InputError if the model names nothing absent often enough.
     """
-    told = list(tell(material))
-    random.Random(seed).shuffle(told)
-    pairs = pairs_of(told)
+    captions = list(own_captions(dataset))
+    random.Random(seed).shuffle(captions)
+    pairs = pairs_of(captions)
     words = {word for _, word in pairs}
-    claims = [one for one in told if words & _words(one.wrong)]
-    new = _corrected(material, _few(claims, words, most))
+    claims = [caption for caption in captions if words & _concepts(caption.wrong)]
+    new = _corrected(dataset, _most_per_word(claims, words, most))
     if not new:
         raise InputError(
-            f"{material.run.uri}: the model claims nothing {FEWEST} times or more that is not there; "
+            f"{dataset.run.uri}: the model claims nothing {FEWEST_CLAIMS} times or more that is not there; "
             "analyse more samples, or use --suppress WORD"
         )
-    right = [one for one in told if not one.wrong]
-    named = _few([one for one in right if words & _words(one.mentions)], words, most)
-    known = {id(one) for one in named}
+    right = [caption for caption in captions if not caption.wrong]
+    guards = _most_per_word([caption for caption in right if words & _concepts(caption.mentions)], words, most)
+    guarded = {id(caption) for caption in guards}
     contexts = {context for context, _ in pairs}
-    # First those with a context: that is where it must be told whether the word is there.
-    rest = sorted((one for one in right if id(one) not in known), key=lambda one: not contexts & one.present)
-    others = [_others(material, one, words) for one in named]
+    # Images with a context first: there the model must tell whether the word is present.
+    rest = sorted((c for c in right if id(c) not in guarded), key=lambda caption: not contexts & caption.present)
+    shortened = [_without_guarded_word(dataset, caption, words) for caption in guards]
     return Hallucinations(
         pairs=pairs,
         new=new,
-        guards=[material.example(one.sample, one.tokens, one.tokens) for one in named],
-        others=[example for examples in others for example in examples[:1]],
-        keep=[material.example(one.sample, one.tokens, one.tokens) for one in rest[:kept]],
+        guards=[dataset.example(caption.sample, caption.tokens, caption.tokens) for caption in guards],
+        without_guarded_word=[example for examples in shortened for example in examples[:1]],
+        keep=[dataset.example(caption.sample, caption.tokens, caption.tokens) for caption in rest[:kept]],
     )
 
 
-def tell(material: EditDataset) -> Iterator[Told]:
-    """Yield what the model says of each of the run's images, in the material's language.
+def own_captions(dataset: EditDataset) -> Iterator[OwnCaption]:
+    """Yield the model's caption of each of the run's images that shows something, in the dataset's language.
 
-    What any caption of an image names is there; the first caption that names something stands for the others.
+    What any caption of an image names is present. One sample stands for all samples of its image.
     """
-    there: dict[str, frozenset[str]] = {}
+    present: dict[str, frozenset[str]] = {}
     first: dict[str, Sample] = {}
-    for sample in material.read(material.ids()):
-        if sample.image and (present := material.present(sample)):
-            image = material.images[sample.sample_id]
-            there[image] = there.get(image, frozenset()) | present
+    for sample in dataset.read(dataset.ids()):
+        if sample.image and (shown := dataset.present(sample)):
+            image = dataset.images[sample.sample_id]
+            present[image] = present.get(image, frozenset()) | shown
             first.setdefault(image, sample)
-    for (image, sample), tokens in zip(first.items(), material.own(list(first.values())), strict=True):
-        caption = material.text(tokens)
-        yield Told(sample, tokens, caption, tuple(material.named(caption)), there[image])
+    for (image, sample), tokens in zip(first.items(), dataset.own_captions(list(first.values())), strict=True):
+        caption = dataset.text(tokens)
+        yield OwnCaption(sample, tokens, caption, tuple(dataset.mentions(caption)), present[image])
 
 
-def pairs_of(told: Sequence[Told]) -> tuple[tuple[str, str], ...]:
+def pairs_of(captions: Sequence[OwnCaption]) -> tuple[tuple[str, str], ...]:
     """Return the pairs of a context and a hallucinated word, the most frequent first.
 
-    Of several contexts of a word those count whose rate, claims of the word where the context is there and the word is
-    not, is at least half of the highest.
+    The rate of a pair is the share of samples with the context and without the word whose captions claim the word. A
+    word keeps the contexts with at least half its highest rate.
     """
-    claimed = Counter((context, wrong) for one in told for wrong in _words(one.wrong) for context in one.present)
+    claimed = Counter((context, word) for one in captions for word in _concepts(one.wrong) for context in one.present)
     found: dict[str, list[tuple[float, int, str]]] = {}
     for (context, word), count in claimed.items():
-        places = sum(context in one.present and word not in one.present for one in told)
-        if count >= FEWEST and count >= RATE * places:
-            found.setdefault(word, []).append((count / places, count, context))
+        chances = sum(context in caption.present and word not in caption.present for caption in captions)
+        if count >= FEWEST_CLAIMS and count >= LOWEST_RATE * chances:
+            found.setdefault(word, []).append((count / chances, count, context))
     pairs = [
         (count, context, word)
         for word, rows in found.items()
@@ -130,62 +130,64 @@ def pairs_of(told: Sequence[Told]) -> tuple[tuple[str, str], ...]:
     return tuple((context, word) for _, context, word in sorted(pairs, key=lambda row: (-row[0], row[1:])))
 
 
-def _corrected(material: EditDataset, told: Sequence[Told]) -> list[Example]:
-    """Return each caption with what is not there taken out, in the likeliest of several wordings.
-
-    Wordings: without the noun in its list of things; with what is there and not named in its place; the data's own
-    caption, where it is in this language.
-    """
-    wordings = [(one, sorted(_wordings(material, one))) for one in told]
-    examples = [material.example(one.sample, wording, one.tokens) for one, found in wordings for wording in found]
-    likely = iter(zip(log_likelihoods(material.model, examples), examples, strict=True))
+def _corrected(dataset: EditDataset, captions: Sequence[OwnCaption]) -> list[Example]:
+    """Return each caption without the absent objects, in the wording that the model finds likeliest."""
+    wordings = [(caption, sorted(_wordings(dataset, caption))) for caption in captions]
+    examples = [dataset.example(one.sample, wording, one.tokens) for one, found in wordings for wording in found]
+    scored = iter(zip(log_likelihoods(dataset.model, examples), examples, strict=True))
     best = []
-    for one, found in wordings:
-        rows = [next(likely) for _ in found]
+    for caption, found in wordings:
+        rows = [next(scored) for _ in found]
         if rows:
             example = max(rows, key=lambda row: row[0])[1]
-            best.append(replace(departing(material, one.tokens, example), said=None))
+            # Nothing new is named, so there is no word to ban afterwards.
+            best.append(replace(departing(dataset, caption.tokens, example), no_repeat_from=None))
     return best
 
 
-def _wordings(material: EditDataset, told: Told) -> set[str]:
-    language = material.language
-    wanted = _words(told.mentions) & told.present
-    found = {told.sample.caption} if (told.sample.language or "en") == language else set()
-    captions = {told.caption}
-    for _ in told.wrong:
-        captions = {shorter for caption in captions for shorter in _without_first(material, told, caption)}
+def _wordings(dataset: EditDataset, own: OwnCaption) -> set[str]:
+    """Return captions that name nothing absent and all that the model rightly named.
+
+    Candidates: the caption with the absent nouns dropped from their lists; with the one absent noun replaced by the one
+    missed object; and the data's own caption, if it is in this language.
+    """
+    language = dataset.language
+    rightly_named = _concepts(own.mentions) & own.present
+    found = {own.sample.caption} if (own.sample.language or "en") == language else set()
+    captions = {own.caption}
+    for _ in own.wrong:
+        captions = {shorter for caption in captions for shorter in _without_first_wrong(dataset, own, caption)}
     found |= captions
-    if len(told.wrong) == len(told.missed) == 1:
-        found.add(replaced(told.caption, [(told.wrong[0], told.missed[0])], language))
-    return {caption for caption in found if wanted <= _words(material.named(caption)) <= told.present}
+    if len(own.wrong) == len(own.missed) == 1:
+        found.add(replaced(own.caption, [(own.wrong[0], own.missed[0])], language))
+    return {caption for caption in found if rightly_named <= _concepts(dataset.mentions(caption)) <= own.present}
 
 
-def _without_first(material: EditDataset, told: Told, caption: str) -> Iterator[str]:
-    """Yield the caption without its first noun that is not there."""
-    wrong = next((mention for mention in material.named(caption) if mention.concept not in told.present), None)
+def _without_first_wrong(dataset: EditDataset, own: OwnCaption, caption: str) -> Iterator[str]:
+    """Yield the caption without its first absent noun."""
+    wrong = next((mention for mention in dataset.mentions(caption) if mention.concept not in own.present), None)
     if wrong is not None:
-        yield from without(caption, wrong, material.language)
+        yield from without(caption, wrong, dataset.language)
 
 
-def _others(material: EditDataset, told: Told, words: set[str]) -> list[Example]:
-    """Return the caption without a hallucinated word that it rightly names, as what would be wrong to say."""
-    mention = next(mention for mention in told.mentions if mention.concept in words)
-    found = sorted(without(told.caption, mention, material.language))
-    return [departing(material, told.tokens, material.example(told.sample, caption, told.tokens)) for caption in found]
+def _without_guarded_word(dataset: EditDataset, own: OwnCaption, words: set[str]) -> list[Example]:
+    """Return the caption without a hallucinated word that it rightly names: what would be wrong to say."""
+    mention = next(mention for mention in own.mentions if mention.concept in words)
+    found = sorted(without(own.caption, mention, dataset.language))
+    return [departing(dataset, own.tokens, dataset.example(own.sample, caption, own.tokens)) for caption in found]
 
 
-def _few(told: Sequence[Told], words: set[str], most: int) -> list[Told]:
-    """Return those that name a word that fewer than `most` before them name."""
+def _most_per_word(captions: Sequence[OwnCaption], words: set[str], most: int) -> list[OwnCaption]:
+    """Return the captions that name a word which fewer than `most` earlier ones name."""
     counts = Counter[str]()
     found = []
-    for one in told:
-        named = words & _words(one.mentions)
+    for caption in captions:
+        named = words & _concepts(caption.mentions)
         if any(counts[word] < most for word in named):
-            found.append(one)
+            found.append(caption)
             counts.update(named)
     return found
 
 
-def _words(mentions: Iterable[Mention]) -> set[str]:
+def _concepts(mentions: Iterable[Mention]) -> set[str]:
     return {mention.concept for mention in mentions}

@@ -1,4 +1,4 @@
-"""The edits of a report: what each was for, what it changed and where, its measures and its captions."""
+"""The report's page of edits: what each was for, what it changed and where, its measures and its captions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.numpy import load
 
 from mmray.data.image_keys import image_key, one_per_image
 from mmray.errors import DamagedError, InputError
-from mmray.features.editing.files import CAPTIONS_FILE, EVALUATION_FILE
+from mmray.features.editing.files import CAPTIONS_FILE, EVALUATION_FILE, FACTS_FILE, ROWS_FILE
 from mmray.report.concepts import number
 from mmray.report.section import Request, Section
 from mmray.runs.run import Run
@@ -24,14 +24,15 @@ from mmray.runs.tables import read_file, read_table
 from mmray.storage import Checksum, Store, open_store
 
 SHOWN = 12
-"""Captions of an edit that are shown: first those that changed, of the samples that it should change."""
+"""Captions shown per edit."""
 STRONGEST = 8
-ORDER = {"source": 0, "edited": 1, "other": 2, "unrelated": 3}
+"""Neurons shown per edit: those that it changes most."""
+ROLE_ORDER = {"source": 0, "edited": 1, "other": 2, "unrelated": 3}
 
 
 @dataclass
 class EditPage:
-    """An edit as a page shows it; `data` is where its captions' images lie."""
+    """An edit as the page shows it; `data` holds the images of its captions."""
 
     name: str
     facts: dict[str, Any] = field(default_factory=dict)
@@ -40,43 +41,32 @@ class EditPage:
     changed: dict[str, Any] = field(default_factory=dict)
     data: str | None = None
 
-    def page(self) -> dict[str, Any]:
-        """Return what the page shows."""
-        return {
-            "name": self.name,
-            "facts": self.facts,
-            "measures": self.measures,
-            "captions": self.captions,
-            "changed": self.changed,
-        }
-
 
 def section(request: Request) -> Section:
-    """Return the page of every edit, and the images of its captions; raises InputError as `read_edits`."""
+    """Return the page of every edit, and which images its captions need; raises InputError as `read_edits`."""
     found = read_edits(request.run, request.edits)
     shown = [(edit.data, frozenset(row["id"] for row in edit.captions)) for edit in found]
-    return Section(
-        [edit.page() for edit in found], elsewhere=[(data, names) for data, names in shown if data and names]
-    )
+    pages = [{name: value for name, value in vars(edit).items() if name != "data"} for edit in found]
+    return Section(pages, elsewhere=[(data, names) for data, names in shown if data and names])
 
 
 def read_edits(run: Run, folders: Sequence[str]) -> list[EditPage]:
-    """Return the edits in the folders given, those in RUN/edits, and those of the run's own tables; each name once.
+    """Return the edits in the given folders, in RUN/edits, and in the run's own tables; the first of each name counts.
 
-    Raises InputError for a given folder without an edit.
+    Raises InputError if a given folder has no edit.
     """
     found = {}
     for folder in folders:
         edit = _from_folder(open_store(folder), "", folder.rstrip("/").rpartition("/")[2])
         if edit is None:
-            raise InputError(f"--edit {folder}: no edit here (no edit.json); give a folder that mmray edit wrote")
+            raise InputError(f"--edit {folder}: no edit here (no {FACTS_FILE}); give a folder that mmray edit wrote")
         found[edit.name] = edit
     store = run.folder.store
     for entry in store.list("edits/"):
-        place, _, key = entry.key.rpartition("/")
-        if key == "edit.json":
-            name = place.removeprefix("edits/")
-            edit = _from_folder(store, f"{place}/", name)
+        folder, _, file = entry.key.rpartition("/")
+        if file == FACTS_FILE:
+            name = folder.removeprefix("edits/")
+            edit = _from_folder(store, f"{folder}/", name)
             if edit is not None:
                 found.setdefault(name, edit)
     for edit in _from_tables(store):
@@ -85,13 +75,12 @@ def read_edits(run: Run, folders: Sequence[str]) -> list[EditPage]:
 
 
 def _from_folder(store: Store, prefix: str, name: str) -> EditPage | None:
-    facts = _json(store, f"{prefix}edit.json")
+    facts = _json(store, f"{prefix}{FACTS_FILE}")
     if facts is None:
         return None
-    purposes = facts.get("purposes", [])
-    said = " · ".join(_purpose(purpose) for purpose in purposes)
+    purpose = " · ".join(_purpose(row) for row in facts.get("purposes", []))
     cost = {key: value for key, value in facts.get("facts", {}).items() if isinstance(value, int | float | str)}
-    shown = {"purpose": said, "method": " · ".join(_methods(facts.get("settings", {}))) or None, **cost}
+    shown = {"purpose": purpose, "method": " · ".join(_methods(facts.get("settings", {}))) or None, **cost}
     evaluation = _json(store, f"{prefix}{EVALUATION_FILE}") or {}
     measures = [{"measure": measure, **values} for measure, values in evaluation.get("measures", {}).items()]
     captions = _table(store, f"{prefix}{CAPTIONS_FILE}")
@@ -101,19 +90,19 @@ def _from_folder(store: Store, prefix: str, name: str) -> EditPage | None:
         {key: value for key, value in shown.items() if value is not None},
         [_measure(row) for row in measures if row.get("n")],
         _chosen(rows),
-        _changed(store, f"{prefix}edit.safetensors", facts.get("rows")),
+        _changed(store, f"{prefix}{ROWS_FILE}", facts.get("rows")),
         evaluation.get("data"),
     )
 
 
 def _methods(settings: dict[str, Any]) -> list[str]:
-    """Return the methods by which an edit, or each of those that were added up, was made."""
+    """Return the methods by which an edit, or each edit in a sum, was made."""
     parts = [_methods(part) for part in settings.get("sum", [])]
-    return list(dict.fromkeys([*chain(*parts), *(wish["method"] for wish in settings.get("wishes", []))]))
+    return list(dict.fromkeys([*chain(*parts), *(request["method"] for request in settings.get("wishes", []))]))
 
 
 def _from_tables(store: Store) -> list[EditPage]:
-    """Return the edits of a pipeline's run; none where it has no such tables."""
+    """Return the edits in the tables of a pipeline's run; none if it has no such tables."""
     tables = {}
     for name in ("edits", "evaluations", "edit_captions"):
         try:
@@ -142,10 +131,10 @@ def _measure(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chosen(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return captions to show, each of another image: changed ones first, those that it should change before others."""
+    """Return the captions to show, one per image: changed ones first, and of these the ones that should change."""
 
     def order(row: Mapping[str, Any]) -> tuple[bool, int, str]:
-        return row["before"] == row["after"], ORDER.get(str(row.get("role")), 2), row["sample_id"]
+        return row["before"] == row["after"], ROLE_ORDER.get(str(row.get("role")), 2), row["sample_id"]
 
     images = {row["sample_id"]: image_key(row["sample_id"], row.get("image")) for row in rows}
     by_name = {row["sample_id"]: row for row in sorted(rows, key=order)}
@@ -156,15 +145,15 @@ def _chosen(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _changed(store: Store, key: str, known: dict[str, Any] | None) -> dict[str, Any]:
-    """Return how many rows of each layer the edit changes, and the neurons that it changes most.
+def _changed(store: Store, key: str, checksum: dict[str, Any] | None) -> dict[str, Any]:
+    """Return how many rows the edit changes per layer, and the neurons that it changes most.
 
-    `known` is what edit.json says of the file; edits of earlier versions have nothing there.
+    `checksum` is the file's entry in edit.json; edits of earlier versions have none.
     """
     try:
         data = store.read(key)
-        if known is not None:
-            Checksum(**known).check(data)
+        if checksum is not None:
+            Checksum(**checksum).check(data)
         rows = load(data)
     except FileNotFoundError:
         return {}

@@ -1,8 +1,8 @@
-"""A batch behind the first edited MLP: run once up to there, and from there again at each step of learning.
+"""Run a batch once up to the first edited MLP, and resume from there at each step of learning.
 
-What an edit of late layers can't change is computed once a batch: vision tower, projector, early blocks, and the first
-edited block up to what its MLP writes. A step then adds what the deltas write, and runs the later blocks alone. An edit
-of the last layer needs no block at all, and only the places that predict a token of the answer.
+What an edit of late layers can't change is computed once per batch: vision tower, projector, early blocks, and the
+first edited block up to its MLP output. A step then adds what the deltas write, and runs the later blocks only. An
+edit of the last layer needs no block at all, and only the positions that predict a token of the answer.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from mmray.neurons.activation_cache import forward
 
 
 @dataclass(frozen=True)
-class _Later:
-    """A block after the first edited one: its inputs other than hidden states, and what was added before it."""
+class _LaterBlock:
+    """A block after the first edited one: its inputs other than hidden states, and what is added before it."""
 
     block: nn.Module
     arguments: tuple[Any, ...]
     named: dict[str, Any]
     hidden_named: bool
-    before: Tensor | None
+    added_before: Tensor | None
 
     def run(self, hidden: Tensor) -> Tensor:
-        """Return what the block makes of these hidden states."""
-        if self.before is not None:
-            hidden = hidden + self.before
+        """Return the block's output for these hidden states."""
+        if self.added_before is not None:
+            hidden = hidden + self.added_before
         if self.hidden_named:
             return left_by(self.block(*self.arguments, hidden_states=hidden, **self.named))
         return left_by(self.block(hidden, *self.arguments, **self.named))
@@ -51,135 +51,139 @@ class _Later:
 
 @dataclass(frozen=True)
 class ResumedForward:
-    """One batch behind the first edited MLP.
+    """One batch after the first edited MLP.
 
-    `targets[place]` is the token that the place predicts, of the row `rows[place]`; places run row by row over all
-    tokens of the answers.
+    `targets[i]` is the token that position i predicts, and `rows[i]` the number of its answer. Positions are those of
+    all answers' tokens, answer by answer.
     """
 
     model: LoadedModel
-    targets: Int[Tensor, " place"]
-    rows: Int[Tensor, " place"]
-    places: Int[Tensor, " place"] | None
-    """Index of each place in (row, position); None where `hidden` has the places alone."""
+    targets: Int[Tensor, " position"]
+    rows: Int[Tensor, " position"]
+    positions: Int[Tensor, " position"] | None
+    """Index of each into the flattened (row, position); None if `hidden` holds these positions alone."""
     hidden: Float[Tensor, "*rows hidden"]
-    """What leaves the first edited block, untouched."""
+    """Output of the first edited block, without the edit."""
     activation: Float[Tensor, "*rows unit"]
     """Of its edited neurons."""
-    written: Float[Tensor, "*rows hidden"] | None
-    """What its MLP writes, where a norm stands behind it."""
-    later: tuple[_Later, ...]
-    after: Tensor | None
-    """What was added between the last block and the final norm."""
+    mlp_out: Float[Tensor, "*rows hidden"] | None
+    """Output of its MLP, if a norm follows it."""
+    later_blocks: tuple[_LaterBlock, ...]
+    added_after: Tensor | None
+    """What is added between the last block and the final norm."""
 
-    def states(self, deltas: Deltas | None) -> Float[Tensor, "place hidden"]:
-        """Return the final norm's input at the places, with what the deltas write; None: without."""
+    def states(self, deltas: Deltas | None) -> Float[Tensor, "position hidden"]:
+        """Return the final norm's input at the positions, with the deltas applied; None: without."""
         if deltas is None:
-            hidden = self._behind(self.hidden)
+            hidden = self._run_later_blocks(self.hidden)
         else:
             layer = deltas.first
-            with deltas.added(beyond=layer):
-                hidden = self._behind(self.hidden + self._through(layer, deltas.written(layer, self.activation)))
-        # Of a model on several devices, all of learning is where the first edited block is.
+            with deltas.added(above=layer):
+                added = self._reaching_the_residual(layer, deltas.output(layer, self.activation))
+                hidden = self._run_later_blocks(self.hidden + added)
+        # A model may span several devices: everything learned from is on that of the first edited block.
         hidden = hidden.to(self.hidden.device)
-        return hidden if self.places is None else hidden.flatten(0, -2)[self.places]
+        return hidden if self.positions is None else hidden.flatten(0, -2)[self.positions]
 
-    def logits(self, deltas: Deltas | None = None) -> Float[Tensor, "place vocabulary"]:
-        """Return the logits, in fp32, at the places, with what the deltas write; None: without."""
+    def logits(self, deltas: Deltas | None = None) -> Float[Tensor, "position vocabulary"]:
+        """Return the fp32 logits at the positions, with the deltas applied; None: without."""
         return vocabulary_logits(self.model, self.states(deltas)).to(self.hidden.device)
 
     def at(self, chosen: Int[Tensor, " chosen"]) -> ResumedForward:
-        """Return the tail with these places alone; of one without later blocks."""
+        """Return these positions alone; only for a forward without later blocks."""
         return replace(
             self,
             targets=self.targets[chosen],
             rows=self.rows[chosen],
             hidden=self.hidden[chosen],
             activation=self.activation[chosen],
-            written=None if self.written is None else self.written[chosen],
-            after=None if self.after is None else self.after[chosen],
+            mlp_out=None if self.mlp_out is None else self.mlp_out[chosen],
+            added_after=None if self.added_after is None else self.added_after[chosen],
         )
 
-    def _behind(self, hidden: Tensor) -> Tensor:
-        for block in self.later:
+    def _run_later_blocks(self, hidden: Tensor) -> Tensor:
+        for block in self.later_blocks:
             hidden = block.run(hidden)
-        return hidden if self.after is None else hidden + self.after
+        return hidden if self.added_after is None else hidden + self.added_after
 
-    def _through(self, layer: int, added: Tensor) -> Tensor:
-        """Return what reaches the residual stream of something added to what the MLP writes."""
+    def _reaching_the_residual(self, layer: int, added: Tensor) -> Tensor:
+        """Return by how much the residual stream changes if `added` is added to the MLP output."""
         projection = self.model.projections[layer]
-        if self.written is not None and projection.post_norm is not None:
+        if self.mlp_out is not None and projection.post_norm is not None:
+            # A norm is not linear: its output for the sum is not the sum of its outputs.
             norm = self.model.network.get_submodule(projection.post_norm)
-            added = norm(self.written + added.to(self.written.dtype)) - norm(self.written)
+            added = norm(self.mlp_out + added.to(self.mlp_out.dtype)) - norm(self.mlp_out)
         return added.to(self.hidden.dtype) * projection.scale
 
 
 def resume_all(
     model: LoadedModel, examples: Sequence[Example], deltas: Deltas
 ) -> list[tuple[ResumedForward, list[Example]]]:
-    """Return the examples behind the first edited MLP, in one piece where no later block has to be run.
+    """Return the resumed forwards of the examples, with the examples of each; one for all if no later block runs.
 
-    An answer of the model's own is not run where what the model held while it wrote it is all that is needed.
+    If only the last layer is edited, answers with a `GenerationCache` need no forward.
     """
-    known = [example for example in examples if example.heard] if deltas.first == len(model.widths) - 1 else []
-    taken = set(map(id, known))
-    rest = [example for example in examples if id(example) not in taken]
+    cached = [example for example in examples if example.cache] if deltas.first == len(model.widths) - 1 else []
+    skipped = set(map(id, cached))
+    rest = [example for example in examples if id(example) not in skipped]
     parts = [(resume(model, batch, deltas), rows) for batch, rows in batched(model, rest)]
-    if known:
-        parts.append((_recalled(model, known, deltas), known))
-    if len(parts) < 2 or parts[0][0].later:
+    if cached:
+        parts.append((_from_caches(model, cached, deltas), cached))
+    if len(parts) < 2 or parts[0][0].later_blocks:
         return parts
     return [(joined([part for part, _ in parts]), [row for _, rows in parts for row in rows])]
 
 
-def _recalled(model: LoadedModel, examples: Sequence[Example], deltas: Deltas) -> ResumedForward:
-    """Return the tail of answers that the model wrote itself, of an edit of the last layer."""
-    heard = [example.heard for example in examples if example.heard]
+def _from_caches(model: LoadedModel, examples: Sequence[Example], deltas: Deltas) -> ResumedForward:
+    """Return the resumed forward of answers with a cache, for an edit of the last layer."""
+    caches = [example.cache for example in examples if example.cache]
     units = deltas.units[deltas.first]
-    hidden, written, after = _joined(heard)
+    hidden, mlp_out, added_after = _concatenated(caches)
     counts = torch.tensor([len(example.tokens) for example in examples], device=hidden.device)
     return ResumedForward(
         model=model,
         targets=torch.tensor([token for example in examples for token in example.tokens], device=hidden.device),
         rows=torch.repeat_interleave(counts),
-        places=None,
+        positions=None,
         hidden=hidden,
-        activation=torch.cat([one.activation[:, units].float() for one in heard]),
-        written=written,
-        later=(),
-        after=after,
+        activation=torch.cat([cache.activation[:, units].float() for cache in caches]),
+        mlp_out=mlp_out,
+        later_blocks=(),
+        added_after=added_after,
     )
 
 
 def joined(parts: Sequence[ResumedForward]) -> ResumedForward:
-    """Return tails without later blocks as one; rows are numbered through."""
+    """Return forwards without later blocks as one; their answers are numbered consecutively."""
     counts = accumulate((int(part.rows.max()) + 1 for part in parts), initial=0)
-    hidden, written, after = _joined(parts)
+    hidden, mlp_out, added_after = _concatenated(parts)
     return replace(
         parts[0],
         targets=torch.cat([part.targets for part in parts]),
         rows=torch.cat([part.rows + count for part, count in zip(parts, counts, strict=False)]),
         hidden=hidden,
         activation=torch.cat([part.activation for part in parts]),
-        written=written,
-        after=after,
+        mlp_out=mlp_out,
+        added_after=added_after,
     )
 
 
-def _joined(parts: Sequence[ResumedForward] | Sequence[GenerationCache]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return what parts hold as `hidden`, `written` and `after`, each in one."""
-    written = [part.written for part in parts if part.written is not None]
-    # What was added to one part behind the last block may be nothing in another.
-    after = [torch.zeros_like(part.hidden) if part.after is None else part.after for part in parts]
+def _concatenated(
+    parts: Sequence[ResumedForward] | Sequence[GenerationCache],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return `hidden`, `mlp_out` and `added_after` of all parts."""
+    mlp_out = [part.mlp_out for part in parts if part.mlp_out is not None]
+    # One part may have nothing added after the last block where another has something.
+    added = [torch.zeros_like(part.hidden) if part.added_after is None else part.added_after for part in parts]
     return (
         torch.cat([part.hidden for part in parts]),
-        torch.cat(written) if written else None,
-        torch.cat(after) if any(part.after is not None for part in parts) else None,
+        torch.cat(mlp_out) if mlp_out else None,
+        torch.cat(added) if any(part.added_after is not None for part in parts) else None,
     )
 
 
 def batched(model: LoadedModel, examples: Sequence[Example]) -> list[tuple[Batch, list[Example]]]:
-    """Return the examples as batches of like length, with the examples of each batch's rows."""
+    """Return the examples as batches of similar length, with the examples of each batch's rows."""
     ordered = sorted(examples, key=lambda example: (example.image is None, len(example.tokens)))
     found, start = [], 0
     for batch in batches(model, ordered):
@@ -191,72 +195,75 @@ def batched(model: LoadedModel, examples: Sequence[Example]) -> list[tuple[Batch
 
 @torch.no_grad()
 def resume(model: LoadedModel, batch: Batch, deltas: Deltas) -> ResumedForward:
-    """Run the batch once, and keep what the deltas' layers need to be run again."""
+    """Forward the batch once, and keep what is needed to resume it from the first edited layer."""
     first = deltas.first
     projections = model.projections[first:]
     blocks = [block_of(model, layer) for layer in range(first, len(model.projections))]
-    given: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    left: dict[int, Tensor] = {}
+    inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    outputs: dict[int, Tensor] = {}
     final: list[Tensor] = []
     activations: list[Tensor] = []
-    written: list[Tensor] = []
+    mlp_outs: list[Tensor] = []
 
-    def enter(number: int, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given[number] = (arguments, named)
+    def before(number: int, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        inputs[number] = (arguments, named)
 
-    def leave(number: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        left[number] = left_by(output)
+    def after(number: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        outputs[number] = left_by(output)
 
     def receive(_: int, activation: Tensor, __: Tensor) -> None:
         activations.append(activation[:, deltas.units[first]].float())
 
     with ExitStack() as stack:
         for number, block in enumerate(blocks):
-            stack.callback(block.register_forward_pre_hook(partial(enter, number), with_kwargs=True).remove)
-            stack.callback(block.register_forward_hook(partial(leave, number)).remove)
+            stack.callback(block.register_forward_pre_hook(partial(before, number), with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(partial(after, number)).remove)
         stack.enter_context(capture_activations(model.network, projections[:1], receive))
         if projections[0].post_norm is not None:
             norm = model.network.get_submodule(projections[0].post_norm)
-            stack.enter_context(capture_input(norm, written.append))
+            stack.enter_context(capture_input(norm, mlp_outs.append))
         stack.enter_context(capture_input(model.norm, final.append))
         forward(model, batch)
-    # Mllama leaves its cross-attention blocks out where there is no image: then nothing of theirs is written.
-    ran = [number for number in sorted(left) if number > 0]
-    hidden = left[0] if 0 in left else given[ran[0]][0][0]
-    later = []
-    for number in ran:
-        later.append(_later(blocks[number], *given[number], hidden=left[max(n for n in left if n < number)]))
+    # Mllama skips its cross-attention blocks without an image: these then have no output.
+    ran = [number for number in sorted(outputs) if number > 0]
+    hidden = outputs[0] if 0 in outputs else inputs[ran[0]][0][0]
+    later_blocks = [
+        _later_block(blocks[number], *inputs[number], previous=outputs[max(n for n in outputs if n < number)])
+        for number in ran
+    ]
     starts = [row * batch.positions + start - 1 for row, start in enumerate(batch.caption_start)]
-    places = torch.tensor(
+    positions = torch.tensor(
         [start + index for start, tokens in zip(starts, batch.tokens, strict=True) for index in range(len(tokens))],
         device=hidden.device,
     )
-    after = _added(final[-1], left[max(left)])
-    if later:
+    added_after = _added(final[-1], outputs[max(outputs)])
+    if later_blocks:
         chosen: Any = slice(None)
     else:
-        hidden, chosen = hidden.flatten(0, -2), places
-        after = None if after is None else after.flatten(0, -2)[places]
+        hidden, chosen = hidden.flatten(0, -2), positions
+        added_after = None if added_after is None else added_after.flatten(0, -2)[positions]
     return ResumedForward(
         model=model,
         targets=torch.tensor([token for tokens in batch.tokens for token in tokens], device=hidden.device),
         rows=torch.tensor([row for row, tokens in enumerate(batch.tokens) for _ in tokens], device=hidden.device),
-        places=places if later else None,
+        positions=positions if later_blocks else None,
         hidden=hidden[chosen],
         activation=activations[0].view(*hidden.shape[:-1], -1)[chosen],
-        written=written[0].view(hidden.shape)[chosen] if written else None,
-        later=tuple(later),
-        after=after,
+        mlp_out=mlp_outs[0].view(hidden.shape)[chosen] if mlp_outs else None,
+        later_blocks=tuple(later_blocks),
+        added_after=added_after,
     )
 
 
-def _later(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], hidden: Tensor) -> _Later:
-    """Describe a later block, whose predecessor left `hidden`."""
+def _later_block(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], previous: Tensor) -> _LaterBlock:
+    """Return a later block with its inputs; `previous` is the output of the block before it."""
     hidden_named = "hidden_states" in named
     entered = named["hidden_states"] if hidden_named else arguments[0]
-    # With its cache of keys and values a block would see the sequence twice.
+    # Without the KV cache, which already holds this sequence: the block would attend to it twice.
     others = {name: value for name, value in named.items() if name != "hidden_states" and not isinstance(value, Cache)}
-    return _Later(block, arguments if hidden_named else arguments[1:], others, hidden_named, _added(entered, hidden))
+    return _LaterBlock(
+        block, arguments if hidden_named else arguments[1:], others, hidden_named, _added(entered, previous)
+    )
 
 
 def _added(later: Tensor, earlier: Tensor) -> Tensor | None:

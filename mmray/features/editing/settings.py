@@ -1,4 +1,4 @@
-"""Typed settings of an edit, with the documentation of each."""
+"""Settings of an edit, with the documentation of each."""
 
 from __future__ import annotations
 
@@ -8,55 +8,50 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mmray.engine.settings import first_problem
 from mmray.errors import InputError
+from mmray.features.editing.edit_methods import EDIT_METHODS, Method, methods_help
 
-Method = Literal["learned", "zero", "scale", "project", "noise", "random", "activation", "last-mlp", "rank-one", "lora"]
-WITHOUT_TARGET = ("zero", "scale", "project", "noise")
-"""Methods that only take away what neurons write: they can't have another word said."""
 By = Literal["specific", "score", "share"]
 
 
 class EditSettings(BaseModel):
-    """Everything that `mmray edit` can be told."""
+    """What an edit is for, and how it is made: the options of `mmray edit`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     source: str | None = None
-    """Concept that the model is to name no more; by default none is swapped."""
+    """Concept to replace in what the model says; needs --target. Default: no swap."""
     target: str | None = None
-    """What it is to say instead of the source; goes with --source, by default none."""
+    """Word to say instead of the source; needs --source. Default: no swap."""
     suppress: str | None = None
-    """Word that is to vanish: instead of a swap; by default none."""
+    """Word to remove from what the model says, instead of a swap. Default: none."""
     reduce_hallucination: bool = False
-    """Find what the model claims and is not there, in its own captions of the run's samples, and unlearn it: instead of
-    a swap; off by default."""
+    """Find objects that the model names and that are not there, in its own captions of the run's samples, and unlearn
+    them, instead of a swap. Off by default."""
     replacement: str = "object"
-    """Neutral word that takes the place of a suppressed one."""
-    method: Method = "learned"
-    """learned: deltas of the located neurons; zero, scale, project: closed forms to suppress; noise: the published
-    perturbation; controls and baselines: random and activation (the same objective on other neurons), last-mlp (FT-L),
-    rank-one (as ROME, one layer), lora (needs peft)."""
+    """Neutral word that replaces a suppressed one."""
+    method: Method = Field("learned", description=methods_help())
     neurons: int | None = Field(None, ge=1)
-    """Most neurons that are edited; default: 50 for a swap, which has to have the target said, and 30 else."""
+    """Most neurons to edit. Default: 50 for a swap, which must also write the target, else 30."""
     layers: int = Field(1, ge=1)
-    """Last layers whose neurons may be edited. An edit of the last layer alone is learnt without running any block."""
+    """Number of last layers whose neurons may be edited. With 1, learning runs no block of the network."""
     by: By = "specific"
-    """Order of the ranking that locates them."""
+    """Order of the ranking that locates the neurons."""
     samples: int = Field(24, ge=1)
-    """Most images of the source, or of a hallucinated word, that the edit is made on."""
+    """Most images of the source, or of each hallucinated word, to make the edit on."""
     kept: int = Field(384, ge=0)
-    """Images of other concepts, whose captions are to stay as they are."""
+    """Images of other concepts whose captions must stay as they are."""
     steps: int = Field(60, ge=1)
     """Steps of gradient descent."""
     factor: float = 0.0
-    """With --method scale: what the neurons' rows are multiplied by."""
+    """With --method scale: factor for the neurons' rows."""
     sigma: float = Field(0.1, ge=0)
-    """With --method noise: standard deviation of what is added to each number of the rows."""
+    """With --method noise: standard deviation of the noise on each number of the rows."""
     language: str = "en"
-    """Language of the captions that are edited."""
+    """Language of the captions to edit."""
     prompt: str | None = None
     """Question before the caption; default: as in the census."""
     seed: int = 0
-    """Seed of every draw."""
+    """Seed of every random draw."""
 
     @model_validator(mode="after")
     def _one_task(self) -> EditSettings:
@@ -67,26 +62,26 @@ class EditSettings(BaseModel):
             raise ValueError("--source and --target go together")
         if swap and self.source == self.target:
             raise ValueError("--source and --target are the same")
-        if swap and self.method in WITHOUT_TARGET:
+        if swap and EDIT_METHODS[self.method].closed_form:
             raise ValueError(
-                f"--method {self.method} can't have --target said; give --suppress {self.source}, or another method"
+                f"--method {self.method} can't write --target; give --suppress {self.source}, or another method"
             )
         return self
 
     @property
     def concept(self) -> str:
-        """The concept that is to vanish, in lower case."""
+        """The concept to remove, in lower case."""
         return (self.source or self.suppress or "").casefold()
 
     @property
-    def most(self) -> int:
-        """The most neurons that are edited."""
-        return self.neurons or (50 if self.source else 30)
+    def new_word(self) -> str:
+        """The word to say instead of the concept."""
+        return self.target or self.replacement
 
     @property
-    def instead(self) -> str:
-        """What is to be said instead."""
-        return self.target or self.replacement
+    def neuron_limit(self) -> int:
+        """The most neurons to edit."""
+        return self.neurons or (50 if self.source else 30)
 
 
 def edit_settings(values: dict[str, Any]) -> EditSettings:
@@ -95,6 +90,6 @@ def edit_settings(values: dict[str, Any]) -> EditSettings:
         return EditSettings(**values)
     except ValidationError as error:
         problem = error.errors()[0]
-        raise InputError(
-            problem["msg"].removeprefix("Value error, ") if not problem["loc"] else first_problem(error)
-        ) from error
+        # A problem of several settings together has no location, and its message already names the options.
+        message = problem["msg"].removeprefix("Value error, ") if not problem["loc"] else first_problem(error)
+        raise InputError(message) from error

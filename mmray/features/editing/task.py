@@ -1,4 +1,4 @@
-"""What an edit is to do, settled before any method begins: answers that change and stay, and the neurons located."""
+"""What an edit should do, settled before its method runs: the answers to change and to keep, and the neurons."""
 
 from __future__ import annotations
 
@@ -14,66 +14,71 @@ from mmray.features.editing.edit import Purpose
 from mmray.features.editing.locating import last_layers, located, sharing
 from mmray.features.editing.reduction_samples import hallucinations
 from mmray.features.editing.settings import EditSettings
+from mmray.neurons.model import NeuronModel
 
-FEWEST_OF_TARGET = 16
-"""Images of the target among those whose captions are to stay: what they show."""
+TARGET_IMAGES = 16
+"""Kept images that show each target, so that captions of the target itself stay too."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What an edit is to do, settled."""
+    """What an edit should do."""
 
-    material: EditDataset
+    model: NeuronModel
     settings: EditSettings
     purposes: tuple[Purpose, ...]
     neurons: list[Neuron]
     new: list[Example]
+    """Answers that the model should give."""
     keep: list[Example]
+    """Answers that it should go on giving."""
 
 
-def prepare(material: EditDataset, wishes: Sequence[EditSettings]) -> Task:
-    """Settle what an edit for all the wishes is learnt on and which neurons it may change.
+def prepare(dataset: EditDataset, requests: Sequence[EditSettings]) -> Task:
+    """Settle what an edit for all requests is learned from, and which neurons it may change.
 
     Raises InputError for a concept that the run does not know or the model never says.
     """
-    return _correct(material, wishes[0]) if wishes[0].reduce_hallucination else _reword(material, wishes)
+    if requests[0].reduce_hallucination:
+        return _hallucination_task(dataset, requests[0])
+    return _rewording_task(dataset, requests)
 
 
-def _reword(material: EditDataset, wishes: Sequence[EditSettings]) -> Task:
-    """Settle edits that have words take the place of others."""
-    model, run = material.model, material.run
-    settings = wishes[0]
+def _rewording_task(dataset: EditDataset, requests: Sequence[EditSettings]) -> Task:
+    """Settle an edit that replaces words by others."""
+    model, run = dataset.model, dataset.run
+    settings = requests[0]
     layers = last_layers(model, settings.layers)
     neurons: dict[Neuron, None] = {}
     new: list[Example] = []
-    purposes, sources, targets = [], [], []
-    for wish in wishes:
-        source, target = wish.concept, wish.instead
-        neurons |= dict.fromkeys(located(run, source, wish.most, layers, wish.by))
-        examples = replaced(material, source, target, wish.samples, wish.seed)
+    purposes, sources, target_samples = [], [], []
+    for request in requests:
+        source, target = request.concept, request.new_word
+        neurons |= dict.fromkeys(located(run, source, request.neuron_limit, layers, request.by))
+        examples = replaced(dataset, source, target, request.samples, request.seed)
         new += examples
-        kind = "noise" if wish.method == "noise" else "suppress" if wish.suppress else "swap"
-        samples, images = _learnt_on(material, examples)
-        purposes.append(Purpose(kind, source, target, language=wish.language, samples=samples, images=images))
+        kind = "noise" if request.method == "noise" else "suppress" if request.suppress else "swap"
+        samples, images = _made_on(dataset, examples)
+        purposes.append(Purpose(kind, source, target, language=request.language, samples=samples, images=images))
         sources.append(source)
-        targets += one_per_image(material.ids([target]), material.images)[:FEWEST_OF_TARGET]
-    first = list(dict.fromkeys([*targets, *sharing(run, list(neurons))]))
-    keep = kept(material, sources, settings.kept, settings.seed, first)
-    return Task(material, settings, tuple(purposes), list(neurons), new, keep)
+        target_samples += one_per_image(dataset.ids([target]), dataset.images)[:TARGET_IMAGES]
+    first = list(dict.fromkeys([*target_samples, *sharing(run, list(neurons))]))
+    keep = kept(dataset, sources, settings.kept, settings.seed, first)
+    return Task(model, settings, tuple(purposes), list(neurons), new, keep)
 
 
-def _correct(material: EditDataset, settings: EditSettings) -> Task:
-    """Settle an edit that takes from captions what is not in the image."""
-    found = hallucinations(material, settings.samples, settings.kept, settings.seed)
-    layers = last_layers(material.model, settings.layers)
-    neurons = contrasting(material.model, found.new, found.others, settings.most, layers)
-    samples, images = _learnt_on(material, found.new)
+def _hallucination_task(dataset: EditDataset, settings: EditSettings) -> Task:
+    """Settle an edit that removes from captions what is not in the image."""
+    found = hallucinations(dataset, settings.samples, settings.kept, settings.seed)
+    layers = last_layers(dataset.model, settings.layers)
+    neurons = contrasting(dataset.model, found.new, found.without_guarded_word, settings.neuron_limit, layers)
+    samples, images = _made_on(dataset, found.new)
     purpose = Purpose("hallucination", pairs=found.pairs, language=settings.language, samples=samples, images=images)
-    return Task(material, settings, (purpose,), neurons, found.new, [*found.guards, *found.keep])
+    return Task(dataset.model, settings, (purpose,), neurons, found.new, [*found.guards, *found.keep])
 
 
-def _learnt_on(material: EditDataset, examples: Sequence[Example]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _made_on(dataset: EditDataset, examples: Sequence[Example]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the ids of the examples' samples, and the digests of their images."""
     samples = tuple(dict.fromkeys(example.sample_id for example in examples))
-    digests = (image_digest(material.samples[name].image) for name in samples)
+    digests = (image_digest(dataset.samples[name].image) for name in samples)
     return samples, tuple(dict.fromkeys(digest for digest in digests if digest is not None))

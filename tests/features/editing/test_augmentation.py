@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmray.data.samples import Sample
-from mmray.features.editing.augmentation import LEAST, views
+from mmray.features.editing.augmentation import SMALLEST_SIDE, views
 from mmray.neurons.model import open_image
 
 
@@ -28,8 +28,8 @@ def test_views_show_the_image_s_own_pixels() -> None:
     top, left = part[0, 0, 1:]
     height, width = part.shape[:2]
     assert np.array_equal(part, pixels[top : top + height, left : left + width])
-    assert height >= LEAST * 40 - 1
-    assert width >= LEAST * 60 - 1
+    assert height >= SMALLEST_SIDE * 40 - 1
+    assert width >= SMALLEST_SIDE * 60 - 1
     assert len({view.sample_id for view in (sample, mirrored, cut, *views(sample, 1))}) == 5
     assert views(sample, 0) == [mirrored, cut]
     assert any(views(sample, seed)[1].image != cut.image for seed in range(1, 4))

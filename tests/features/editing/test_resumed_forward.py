@@ -51,7 +51,7 @@ def filled(model, neurons):
     deltas = Deltas(model, neurons)
     generator = torch.Generator().manual_seed(0)
     for layer in deltas.units:
-        deltas.learnt[layer][0].data.normal_(std=0.3, generator=generator)
+        deltas.parameters[layer][0].data.normal_(std=0.3, generator=generator)
     return deltas
 
 
@@ -91,27 +91,27 @@ def test_tails_are_joined_and_cut(open_model, variant):
 def test_what_was_heard_is_what_a_forward_gives(open_model, variant):
     model = open_model(variant)
     prompts, images = [prompt_text(model, None, "en")] * 3, [picture(seed) for seed in range(3)]
-    with record_generation(model) as heard:
+    with record_generation(model) as recorder:
         written = generate(model, prompts, images, 5)
     answers = [
-        Example(prompt, png(image), tuple(tokens), heard=heard.of(row, len(tokens)))
+        Example(prompt, png(image), tuple(tokens), cache=recorder.of(row, len(tokens)))
         for row, (prompt, image, tokens) in enumerate(zip(prompts, images, written, strict=True))
         if tokens
     ]
     silent = model.parts.encoder_decoder or bool(model.projections[1].experts)
-    assert [answer.heard is None for answer in answers] == [silent] * len(answers)
+    assert [answer.cache is None for answer in answers] == [silent] * len(answers)
     deltas = filled(model, NEURONS["last"])
     for answer in answers:
         ((recalled, _),) = resume_all(model, [answer], deltas)
-        ((forward, _),) = resume_all(model, [replace(answer, heard=None)], deltas)
+        ((forward, _),) = resume_all(model, [replace(answer, cache=None)], deltas)
         assert torch.equal(recalled.targets, forward.targets)
         with torch.no_grad():
             assert torch.allclose(recalled.logits(deltas), forward.logits(deltas), rtol=1e-3, atol=1e-4)
     assert answers
-    assert heard.of(0, 6) is None
-    with patch.object(model.network.generation_config, "guidance_scale", 1.0), record_generation(model) as heard:
+    assert recorder.of(0, 6) is None
+    with patch.object(model.network.generation_config, "guidance_scale", 1.0), record_generation(model) as recorder:
         generate(model, prompts, images, 5)
-    assert heard.of(0, 1) is None
+    assert recorder.of(0, 1) is None
 
 
 def test_the_loss_reaches_every_delta(open_model):
@@ -119,14 +119,14 @@ def test_the_loss_reaches_every_delta(open_model):
     deltas = Deltas(model, NEURONS["both"])
     batch, _ = batch_of(model, CAPTIONS[:2])
     resume(model, batch, deltas).logits(deltas).square().sum().backward()
-    assert all(bool(learnt.grad.abs().sum(dim=1).gt(0).all()) for (learnt,) in deltas.learnt.values())
+    assert all(bool(learnt.grad.abs().sum(dim=1).gt(0).all()) for (learnt,) in deltas.parameters.values())
 
 
 def test_rank_one_rows_are_a_product(open_model):
     model = open_model("llava")
     direction = torch.linspace(0, 1, model.widths[1])
     deltas = RankOne(model, 1, direction, 1.0)
-    deltas.learnt[1][0].data.fill_(0.5)
+    deltas.parameters[1][0].data.fill_(0.5)
     rows = deltas.rows(1)
     assert torch.linalg.matrix_rank(rows.detach()) == 1
     assert torch.equal(rows.detach()[:, 0], direction * 0.5)
