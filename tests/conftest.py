@@ -18,7 +18,7 @@ hypothesis.settings.load_profile("mmray")
 
 # Assertions of shared helpers say what differs, as those of tests do.
 pytest.register_assert_rewrite("tests.support")
-pytest_plugins = ["tests.support.command", "tests.support.joint_models", "tests.support.small_run"]
+pytest_plugins = [f"tests.support.{name}" for name in ("command", "joint_models", "shared", "small_run")]
 
 BUCKET = "mmray-test"
 
@@ -43,12 +43,11 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return the checkpoint folder of a variant, built once a session and worker."""
+def tiny(shared: Callable[[str, Callable[[Path], object]], Path]) -> Callable[[str], Path]:
+    """Return the checkpoint folder of a variant, built once per session."""
     from tests.support.tiny import build
 
-    root = tmp_path_factory.mktemp("tiny")
-    return cache(lambda variant: build(variant, root / variant))
+    return cache(lambda variant: shared(variant, lambda folder: build(variant, folder)))
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ Skipped where there is no Chromium; `.ci/run` installs Debian's where it may.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,8 +32,8 @@ def place(request: pytest.FixtureRequest, made: Path, tmp_path_factory: pytest.T
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return dog_run(tmp_path_factory.mktemp("dogs"))
+def made(shared: Callable[..., Path]) -> Path:
+    return shared("dogs", dog_run) / "run"
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ from tests.support.dogs import dog_run
 
 
 @pytest.fixture(scope="module")
-def dogs(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return open_run(dog_run(tmp_path_factory.mktemp("report")))
+def dogs(shared: Callable[..., Path]) -> Run:
+    return open_run(shared("dogs", dog_run) / "run")
 
 
 @pytest.fixture(scope="module")

@@ -6,96 +6,95 @@ from mmray.errors import InputError
 from mmray.features.editing.dataset import EditDataset
 from mmray.features.editing.divergence import contrasting, divergence
 from mmray.features.editing.methods import make_edit
-from mmray.features.editing.reduction_samples import hallucinations, pairs_of, tell
+from mmray.features.editing.reduction_samples import hallucinations, own_captions, pairs_of
 from mmray.features.editing.settings import edit_settings
 from mmray.features.editing.training import log_likelihoods
 from mmray.models.generation import generate
 from mmray.neurons.model import open_image
 from mmray.runs.run import open_run
-from tests.support.local_jobs import census_here
 
 
 @pytest.fixture(scope="module")
-def material(open_model, tmp_path_factory):
-    out = tmp_path_factory.mktemp("hallucination") / "run"
-    census_here("demo", "demo", out, limit=384, shard_size=200)
-    return EditDataset(open_model("demo"), open_run(out))
+def dataset(open_model, demo_census):
+    return EditDataset(open_model("demo"), open_run(demo_census(384, shard_size=200)))
 
 
 @pytest.fixture(scope="module")
-def told(material):
-    return list(tell(material))
+def captions(dataset):
+    return list(own_captions(dataset))
 
 
 @pytest.fixture(scope="module")
-def found(material):
-    return hallucinations(material, 8, 48, 0)
+def found(dataset):
+    return hallucinations(dataset, 8, 48, 0)
 
 
-def test_what_is_wrong_and_what_is_missed_is_a_matter_of_the_objects(told):
-    assert len(told) == 384
-    for one in told:
+def test_what_is_wrong_and_what_is_missed_is_a_matter_of_the_objects(captions):
+    assert len(captions) == 384
+    for one in captions:
         named = {mention.concept for mention in one.mentions}
         assert {mention.concept for mention in one.wrong} == named - one.present
         assert set(one.missed) == one.present - named
         assert all(one.caption[m.start : m.stop].casefold().startswith(m.concept[:3]) for m in one.mentions)
 
 
-def test_a_pair_is_a_context_and_what_is_claimed_with_it(told):
-    pairs = pairs_of(told)
+def test_a_pair_is_a_context_and_what_is_claimed_with_it(captions):
+    pairs = pairs_of(captions)
     assert pairs
     for context, word in pairs:
-        claims = [one for one in told if context in one.present and word in {m.concept for m in one.wrong}]
+        claims = [one for one in captions if context in one.present and word in {m.concept for m in one.wrong}]
         assert len(claims) >= 3
-        absent = [one for one in told if context in one.present and word not in one.present]
+        absent = [one for one in captions if context in one.present and word not in one.present]
         assert len(claims) >= 0.1 * len(absent)
     # Where the word is always right, it is none.
     words = {word for _, word in pairs}
-    right = [one for one in told if not words & {m.concept for m in one.wrong}]
+    right = [one for one in captions if not words & {m.concept for m in one.wrong}]
     assert not {word for _, word in pairs_of(right)} & words
 
 
-def test_new_captions_name_what_is_there_and_leave_what_was_said_at_one_place(material, told, found):
-    by_id = {one.sample.sample_id: one for one in told}
+def test_new_captions_name_what_is_there_and_leave_what_was_said_at_one_place(dataset, captions, found):
+    by_id = {one.sample.sample_id: one for one in captions}
     for example in found.new:
         one = by_id[example.sample_id]
-        named = {mention.concept for mention in material.named(material.text(example.tokens[:-1]))}
+        named = {mention.concept for mention in dataset.mentions(dataset.text(example.tokens[:-1]))}
         assert named <= one.present
         assert named >= {m.concept for m in one.mentions} & one.present
-        place, said = example.avoided
-        assert (*one.tokens, material.end)[:place] == example.tokens[:place]
-        assert (*one.tokens, material.end)[place] == said != example.tokens[place]
+        place, said = example.rejected
+        assert (*one.tokens, dataset.end)[:place] == example.tokens[:place]
+        assert (*one.tokens, dataset.end)[place] == said != example.tokens[place]
 
 
-def test_guards_say_a_hallucinated_word_where_it_is_right_and_kept_captions_have_nothing_wrong(material, told, found):
-    by_id = {one.sample.sample_id: one for one in told}
+def test_guards_say_a_hallucinated_word_where_it_is_right_and_kept_captions_have_nothing_wrong(
+    dataset, captions, found
+):
+    by_id = {one.sample.sample_id: one for one in captions}
     words = {word for _, word in found.pairs}
     for example in [*found.guards, *found.keep]:
         one = by_id[example.sample_id]
         assert not one.wrong
-        assert example.tokens == (*one.tokens, material.end)
+        assert example.tokens == (*one.tokens, dataset.end)
     assert all(words & {m.concept for m in by_id[e.sample_id].mentions} for e in found.guards)
     assert not {e.sample_id for e in found.guards} & {e.sample_id for e in found.keep}
     assert len(found.keep) == 48
 
 
-def test_the_likelihood_is_highest_for_what_the_model_itself_says(material, found):
-    written = [(material.samples[e.sample_id], material.written[e.sample_id]) for e in found.new[:6]]
-    own = [material.example(sample, tokens, tokens) for sample, tokens in written]
+def test_the_likelihood_is_highest_for_what_the_model_itself_says(dataset, found):
+    written = [(dataset.samples[e.sample_id], dataset.caption_tokens[e.sample_id]) for e in found.new[:6]]
+    own = [dataset.example(sample, tokens, tokens) for sample, tokens in written]
     assert all(
         a > b
-        for a, b in zip(log_likelihoods(material.model, own), log_likelihoods(material.model, found.new), strict=False)
+        for a, b in zip(log_likelihoods(dataset.model, own), log_likelihoods(dataset.model, found.new), strict=False)
     )
 
 
-def test_located_neurons_are_those_of_the_highest_contrast(material, found):
-    model, last = material.model, len(material.model.widths) - 1
+def test_located_neurons_are_those_of_the_highest_contrast(dataset, found):
+    model, last = dataset.model, len(dataset.model.widths) - 1
     neurons = contrasting(model, found.new, [], 5, [last])
     assert {layer for layer, _ in neurons} == {last}
     activation = divergence(model, found.new, last)
     table = model.network.lm_head.weight.float()
-    said = [e.avoided[1] for e in found.new]
-    wanted = [e.tokens[e.avoided[0]] for e in found.new]
+    said = [e.rejected[1] for e in found.new]
+    wanted = [e.tokens[e.rejected[0]] for e in found.new]
     rows = model.network.get_submodule(model.projections[last].path).weight.float().T
     # The batches sort answers by length, the mean does not care.
     order = sorted(range(len(said)), key=lambda n: len(found.new[n].tokens))
@@ -107,9 +106,9 @@ def test_located_neurons_are_those_of_the_highest_contrast(material, found):
 
 
 @pytest.mark.slow
-def test_an_edit_takes_the_hallucination_away_and_leaves_what_is_right(material, found):
+def test_an_edit_takes_the_hallucination_away_and_leaves_what_is_right(dataset, found):
     edit = make_edit(
-        material,
+        dataset,
         [edit_settings({"reduce_hallucination": True, "samples": 16, "kept": 96, "neurons": 150, "steps": 40})],
     )
     assert edit.purpose.pairs == found.pairs
@@ -118,26 +117,26 @@ def test_an_edit_takes_the_hallucination_away_and_leaves_what_is_right(material,
     def say(examples):
         prompts, images = (
             [e.prompt for e in examples],
-            [open_image(material.samples[e.sample_id].image) for e in examples],
+            [open_image(dataset.samples[e.sample_id].image) for e in examples],
         )
-        return [tuple(tokens) for tokens in generate(material.model, prompts, images)]
+        return [tuple(tokens) for tokens in generate(dataset.model, prompts, images)]
 
-    with edit.applied(material.model):
+    with edit.applied(dataset.model):
         new, guards = say(found.new), say(found.guards)
     words = set(edit.purpose.unwanted)
-    rights = {e.sample_id: material.present(material.samples[e.sample_id]) for e in found.new}
+    rights = {e.sample_id: dataset.present(dataset.samples[e.sample_id]) for e in found.new}
     wrong = sum(
-        bool(words & {m.concept for m in material.named(material.text(tokens))} - rights[e.sample_id])
+        bool(words & {m.concept for m in dataset.mentions(dataset.text(tokens))} - rights[e.sample_id])
         for e, tokens in zip(found.new, new, strict=True)
     )
     assert wrong <= 0.1 * len(new)
-    kept = sum(words & {m.concept for m in material.named(material.text(tokens))} != set() for tokens in guards)
+    kept = sum(words & {m.concept for m in dataset.mentions(dataset.text(tokens))} != set() for tokens in guards)
     assert kept >= 0.9 * len(guards)
 
 
-def test_a_model_that_claims_nothing_wrong_is_refused(material, monkeypatch):
-    right = [one for one in tell(material) if not one.wrong]
-    monkeypatch.setattr("mmray.features.editing.reduction_samples.tell", lambda _: iter(right))
+def test_a_model_that_claims_nothing_wrong_is_refused(dataset, monkeypatch):
+    right = [one for one in own_captions(dataset) if not one.wrong]
+    monkeypatch.setattr("mmray.features.editing.reduction_samples.own_captions", lambda _: iter(right))
     with pytest.raises(InputError, match="claims nothing") as refused:
-        hallucinations(material, 8, 48, 0)
+        hallucinations(dataset, 8, 48, 0)
     assert "\n" not in str(refused.value)

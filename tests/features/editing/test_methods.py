@@ -7,13 +7,15 @@ import torch
 
 import mmray
 from mmray.errors import InputError
+from mmray.features.editing import closed_form
 from mmray.features.editing.baselines import WordBan, banned_tokens
-from mmray.features.editing.closed_form import CLOSED, Row
+from mmray.features.editing.closed_form import LayerRows
 from mmray.features.editing.dataset import EditDataset, departing, kept, replaced
 from mmray.features.editing.deltas import Deltas
 from mmray.features.editing.edit import Purpose
+from mmray.features.editing.edit_methods import EDIT_METHODS
 from mmray.features.editing.locating import located, matched, sharing
-from mmray.features.editing.methods import METHODS, make_edit
+from mmray.features.editing.methods import make_edit
 from mmray.features.editing.resumed_forward import batched, resume, resume_all
 from mmray.features.editing.settings import edit_settings
 from mmray.features.editing.task import prepare
@@ -24,40 +26,37 @@ from mmray.models.prompting import prompt_text
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.model import open_image
 from mmray.runs.run import open_run
-from tests.support.local_jobs import census_here
 
 
 @pytest.fixture(scope="module")
-def demo_run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("editing") / "run"
-    census_here("demo", "demo", out, limit=384, shard_size=200)
-    return open_run(out)
+def demo_run(demo_census):
+    return open_run(demo_census(384, shard_size=200))
 
 
 @pytest.fixture(scope="module")
-def material(open_model, demo_run):
+def dataset(open_model, demo_run):
     return EditDataset(open_model("demo"), demo_run)
 
 
 def row(name, **settings):
     generator = torch.Generator().manual_seed(3)
     rows, word = torch.randn(6, 16, generator=generator), torch.randn(2, 16, generator=generator)
-    return Row(rows, word, edit_settings({"suppress": "dog", "method": name, **settings}), generator)
+    return LayerRows(rows, word, edit_settings({"suppress": "dog", "method": name, **settings}), generator)
 
 
 def test_zeroed_rows_are_zero():
     given = row("zero")
-    assert torch.equal(given.rows + CLOSED["zero"](given), torch.zeros(6, 16))
+    assert torch.equal(given.rows + closed_form.zero(given), torch.zeros(6, 16))
 
 
 def test_scaled_rows_are_scaled():
     given = row("scale", factor=0.25)
-    assert torch.allclose(given.rows + CLOSED["scale"](given), 0.25 * given.rows)
+    assert torch.allclose(given.rows + closed_form.scale(given), 0.25 * given.rows)
 
 
 def test_projected_rows_are_blind_to_the_word_and_lose_nothing_else():
     given = row("project")
-    after = given.rows + CLOSED["project"](given)
+    after = given.rows + closed_form.project(given)
     assert (after @ given.word.T).abs().max() < 1e-5
     across = torch.linalg.svd(given.word)[2][2:]
     assert torch.allclose(after @ across.T, given.rows @ across.T, atol=1e-5)
@@ -65,8 +64,8 @@ def test_projected_rows_are_blind_to_the_word_and_lose_nothing_else():
 
 def test_noise_has_the_deviation_asked_for():
     given = row("noise", sigma=0.5)
-    wide = Row(torch.zeros(400, 400), given.word, given.settings, given.generator)
-    assert float(CLOSED["noise"](wide).std()) == pytest.approx(0.5, rel=0.02)
+    wide = LayerRows(torch.zeros(400, 400), given.word, given.settings, given.generator)
+    assert float(closed_form.noise(wide).std()) == pytest.approx(0.5, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -86,46 +85,46 @@ def test_wrong_settings_are_one_line(wrong, word):
     assert "\n" not in str(refused.value)
 
 
-def test_material_says_the_new_and_keeps_the_rest(material):
-    new, rest = replaced(material, "hammer", "ant", 8, 0), kept(material, ["hammer"], 24, 0)
+def test_material_says_the_new_and_keeps_the_rest(dataset):
+    new, rest = replaced(dataset, "hammer", "ant", 8, 0), kept(dataset, ["hammer"], 24, 0)
     for example in new:
-        said = material.text(example.tokens[:-1])
+        said = dataset.text(example.tokens[:-1])
         assert find_forms(said, frozenset({"ant"}), "en")
         assert not find_forms(said, frozenset({"hammer"}), "en")
-        place, old = example.avoided
+        place, old = example.rejected
         assert example.tokens[place] != old
-        assert place < example.said <= len(example.tokens)
-    shown = set(material.ids(["hammer"]))
+        assert place < example.no_repeat_from <= len(example.tokens)
+    shown = set(dataset.ids(["hammer"]))
     assert {example.sample_id for example in new} <= shown
     assert len(new) > len({example.sample_id for example in new})  # further views, too
     assert len(rest) == 24
-    assert not any("hammer" in material.text(example.tokens) for example in rest)
+    assert not any("hammer" in dataset.text(example.tokens) for example in rest)
     with pytest.raises(InputError, match="names it in none"):
-        replaced(material, "no such thing", "ant", 8, 0)
+        replaced(dataset, "no such thing", "ant", 8, 0)
 
 
-def test_where_the_article_changes_the_new_word_is_learnt_behind_the_old_one_too(material):
-    pairs = replaced(material, "hammer", "ant", 4, 0)
-    text = [material.text(example.tokens[:-1]) for example in pairs]
+def test_where_the_article_changes_the_new_word_is_learnt_behind_the_old_one_too(dataset):
+    pairs = replaced(dataset, "hammer", "ant", 4, 0)
+    text = [dataset.text(example.tokens[:-1]) for example in pairs]
     both = [number for number, said in enumerate(text) if "an ant" in said]
     assert both
     for number in both:
         agreeing, behind = pairs[number], pairs[number + 1]
         assert text[number + 1] == text[number].replace("an ant", "a ant")
-        place, token = behind.avoided
-        assert material.text([token]) == "hammer"
-        assert (agreeing.learnt, behind.learnt) == (0, place)
-    assert all(example.learnt == 0 for example in replaced(material, "hammer", "dog", 4, 0))
+        place, token = behind.rejected
+        assert dataset.text([token]) == "hammer"
+        assert (agreeing.loss_from, behind.loss_from) == (0, place)
+    assert all(example.loss_from == 0 for example in replaced(dataset, "hammer", "dog", 4, 0))
 
 
-def test_kept_captions_are_learnt_on_as_they_were_heard(material):
-    rest = kept(replace(material, written={}, heard={}), ["ant"], 12, 5)
-    model = material.model
-    assert all(example.heard for example in rest)
+def test_kept_captions_are_learnt_on_as_they_were_heard(dataset):
+    rest = kept(replace(dataset, caption_tokens={}, caches={}), ["ant"], 12, 5)
+    model = dataset.model
+    assert all(example.cache for example in rest)
     deltas = Deltas(model, [(len(model.widths) - 1, unit) for unit in range(40)])
     with torch.no_grad():
         ((recalled, rows),) = resume_all(model, rest, deltas)
-        ((forward, others),) = resume_all(model, [replace(example, heard=None) for example in rows], deltas)
+        ((forward, others),) = resume_all(model, [replace(example, cache=None) for example in rows], deltas)
         order = sorted(range(len(others)), key=lambda number: rows.index(others[number]))
         apart = [forward.logits()[forward.rows == number] for number in order]
         assert torch.allclose(recalled.logits(), torch.cat(apart), atol=1e-3)
@@ -133,32 +132,32 @@ def test_kept_captions_are_learnt_on_as_they_were_heard(material):
     assert torch.equal(recalled.logits().argmax(dim=1), recalled.targets)
 
 
-def test_a_caption_that_was_cut_off_teaches_no_end(material):
-    (sample,) = material.read(material.ids(["hammer"])[:1])
-    tokens = material.own([sample])[0]
+def test_a_caption_that_was_cut_off_teaches_no_end(dataset):
+    (sample,) = dataset.read(dataset.ids(["hammer"])[:1])
+    tokens = dataset.own_captions([sample])[0]
     long = (tokens * LONGEST)[:LONGEST]
-    assert material.example(sample, tokens, tokens).tokens == (*tokens, material.end)
-    assert material.example(sample, long, long).tokens == long
-    changed = departing(material, long, material.example(sample, "An image of a dog", long))
-    assert material.end not in changed.tokens
-    assert changed.avoided
+    assert dataset.example(sample, tokens, tokens).tokens == (*tokens, dataset.end)
+    assert dataset.example(sample, long, long).tokens == long
+    changed = departing(dataset, long, dataset.example(sample, "An image of a dog", long))
+    assert dataset.end not in changed.tokens
+    assert changed.rejected
 
 
-def test_rank_one_says_that_it_needs_captions_that_stay(material):
+def test_rank_one_says_that_it_needs_captions_that_stay(dataset):
     with pytest.raises(InputError, match="raise --kept"):
-        make_edit(material, [edit_settings({"source": "hammer", "target": "dog", "method": "rank-one", "kept": 0})])
+        make_edit(dataset, [edit_settings({"source": "hammer", "target": "dog", "method": "rank-one", "kept": 0})])
 
 
-def test_controls_are_of_the_same_layers(material, demo_run):
+def test_controls_are_of_the_same_layers(dataset, demo_run):
     neurons = located(demo_run, "hammer", 30, [6, 7])
-    others = matched(material.model, neurons, 0)
+    others = matched(dataset.model, neurons, 0)
     assert sorted(layer for layer, _ in neurons) == sorted(layer for layer, _ in others)
     assert len(set(others)) == 30
     # Half of a layer: drawn from all of it, a control would hold a quarter of these neurons.
-    half = [(7, unit) for unit in range(0, material.model.widths[7], 2)]
-    assert set(matched(material.model, half, 0)) == {(7, unit) for unit in range(1, material.model.widths[7], 2)}
+    half = [(7, unit) for unit in range(0, dataset.model.widths[7], 2)]
+    assert set(matched(dataset.model, half, 0)) == {(7, unit) for unit in range(1, dataset.model.widths[7], 2)}
     with pytest.raises(InputError, match="a layer has too few others; lower --neurons"):
-        matched(material.model, [*half, (7, 1)], 0)
+        matched(dataset.model, [*half, (7, 1)], 0)
     harmed = sharing(demo_run, neurons)
     table = {r["sample_id"]: r["neurons"] for r in demo_run.table("occurrences").to_pylist()}
     assert all(
@@ -168,32 +167,32 @@ def test_controls_are_of_the_same_layers(material, demo_run):
     ) or len(harmed) < len(table)
 
 
-def test_a_banned_word_is_not_written(material):
-    model = material.model
-    sample = material.read(material.ids(["hammer"])[:1])
+def test_a_banned_word_is_not_written(dataset):
+    model = dataset.model
+    sample = dataset.read(dataset.ids(["hammer"])[:1])
     images, prompts = [open_image(sample[0].image)], [prompt_text(model, None, "en")]
     before = generate(model, prompts, images)
-    assert "hammer" in material.text(before[0])
+    assert "hammer" in dataset.text(before[0])
     ban = WordBan(model, ("hammer",), (Purpose("suppress", "hammer"),))
     with ban.applied(model):
-        assert "hammer" not in material.text(generate(model, prompts, images)[0])
+        assert "hammer" not in dataset.text(generate(model, prompts, images)[0])
     assert generate(model, prompts, images) == before
     assert banned_tokens(model, ("hammer",))
 
 
 @pytest.mark.slow
-def test_a_swap_swaps_and_leaves_others_alone(material):
+def test_a_swap_swaps_and_leaves_others_alone(dataset):
     settings = {"source": "hammer", "target": "dog", "kept": 96, "samples": 12}
-    edit = make_edit(material, [edit_settings(settings)])
-    control = make_edit(material, [edit_settings(settings | {"method": "random", "steps": 1})])
-    model = material.model
+    edit = make_edit(dataset, [edit_settings(settings)])
+    control = make_edit(dataset, [edit_settings(settings | {"method": "random", "steps": 1})])
+    model = dataset.model
     assert edit.facts["rows_changed"] <= 100
-    own = material.read(edit.purpose.samples)
-    others = [s for s in material.read(material.ids()) if "hammer" not in s.objects][-64:]
+    own = dataset.read(edit.purpose.samples)
+    others = [s for s in dataset.read(dataset.ids()) if "hammer" not in s.objects][-64:]
 
     def say(samples):
         prompts, images = [prompt_text(model, None, "en")] * len(samples), [open_image(s.image) for s in samples]
-        return [material.text(tokens) for tokens in generate(model, prompts, images)]
+        return [dataset.text(tokens) for tokens in generate(model, prompts, images)]
 
     before = say(others)
     with edit.applied(model):
@@ -205,36 +204,36 @@ def test_a_swap_swaps_and_leaves_others_alone(material):
     assert say(others) == before
 
 
-def test_learning_goes_on_until_new_answers_are_taken_in(material):
-    task = prepare(material, [edit_settings({"source": "hammer", "target": "dog", "kept": 16, "samples": 4})])
-    for steps, courses in ((2, 2), (40, 3)):
-        deltas = Deltas(material.model, task.neurons)
-        losses = learn(material.model, deltas, task.new, task.keep, TrainingConfig(steps=steps, courses=courses))
+def test_learning_goes_on_until_new_answers_are_taken_in(dataset):
+    task = prepare(dataset, [edit_settings({"source": "hammer", "target": "dog", "kept": 16, "samples": 4})])
+    for steps, rounds in ((2, 2), (40, 3)):
+        deltas = Deltas(dataset.model, task.neurons)
+        losses = learn(dataset.model, deltas, task.new, task.keep, TrainingConfig(steps=steps, rounds=rounds))
         done, rest = divmod(len(losses), steps)
         with torch.no_grad():
-            behind = [resume(material.model, batch, deltas) for batch, _ in batched(material.model, task.new)]
+            behind = [resume(dataset.model, batch, deltas) for batch, _ in batched(dataset.model, task.new)]
             wrong = [part.rows[part.logits(deltas).argmax(1) != part.targets].unique() for part in behind]
         taken_in = sum(map(len, wrong)) <= 0.05 * len(task.new)
         assert rest == 0
-        assert 1 <= done <= courses
-        assert taken_in or done == courses
+        assert 1 <= done <= rounds
+        assert taken_in or done == rounds
         # Two steps are too few, and forty enough: so both ends are seen.
         assert taken_in == (steps == 40)
 
 
-def test_new_words_lead_by_more_where_they_are_to(material):
-    task = prepare(material, [edit_settings({"source": "hammer", "target": "dog", "kept": 16, "samples": 4})])
+def test_new_words_lead_by_more_where_they_are_to(dataset):
+    task = prepare(dataset, [edit_settings({"source": "hammer", "target": "dog", "kept": 16, "samples": 4})])
     smallest = []
     for lead in (0.0, 5.0):
-        deltas = Deltas(material.model, task.neurons)
-        learn(material.model, deltas, task.new, task.keep, TrainingConfig(steps=40, margin=lead))
+        deltas = Deltas(dataset.model, task.neurons)
+        learn(dataset.model, deltas, task.new, task.keep, TrainingConfig(steps=40, margin=lead))
         leads = []
-        for batch, rows in batched(material.model, task.new):
+        for batch, rows in batched(dataset.model, task.new):
             with torch.no_grad():
-                said = resume(material.model, batch, deltas).logits(deltas)
+                said = resume(dataset.model, batch, deltas).logits(deltas)
             said = said.split([len(example.tokens) for example in rows])
             for logits, example in zip(said, rows, strict=True):
-                place, old = example.avoided
+                place, old = example.rejected
                 leads.append(float(logits[place, example.tokens[place]] - logits[place, old]))
         smallest.append(min(leads))
     assert smallest[1] > smallest[0] + 1
@@ -242,18 +241,18 @@ def test_new_words_lead_by_more_where_they_are_to(material):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_gives_an_edit(material, method):
+@pytest.mark.parametrize("method", EDIT_METHODS)
+def test_every_method_gives_an_edit(dataset, method):
     pytest.importorskip("peft" if method == "lora" else "torch", reason="the extra `baselines` is not installed")
     made = make_edit(
-        material,
+        dataset,
         [edit_settings({"suppress": "hammer", "method": method, "kept": 16, "samples": 4, "steps": 2, "factor": 0.5})],
     )
     assert made.purpose.source == "hammer"
     assert bool(made.delta.abs().sum() > 0)
-    names = [name for name, _ in material.model.network.named_modules()]
+    names = [name for name, _ in dataset.model.network.named_modules()]
     assert not any("lora" in name for name in names)
-    with made.applied(material.model):
+    with made.applied(dataset.model):
         pass
 
 

@@ -32,7 +32,6 @@ from mmray.features.evaluation.settings import evaluation_settings, measure_sett
 from mmray.objects.statistics import gather_statistics
 from tests.support.command import Answer
 from tests.support.data_files import write_coco
-from tests.support.local_jobs import census_here
 from tests.support.samples import samples_of
 from tests.support.standin import StandIn, open_edit, swap
 
@@ -58,10 +57,8 @@ def measures(outcome: JobResult) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("evaluation") / "run"
-    assert census_here("demo", "demo", out, limit=48, shard_size=24).complete
-    return out
+def run(own_census: Callable[..., Path]) -> Path:
+    return own_census(48, shard_size=24)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,8 @@ QUICK = {"kept": 8, "steps": 2, "samples": 3, "neurons": 10}
 
 
 @pytest.fixture(scope="module")
-def concepts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    out = tmp_path_factory.mktemp("pipeline") / "run"
-    census_here("demo", "demo", out, limit=64, shard_size=64)
+def concepts(own_census: Callable[..., Path]) -> tuple[Path, list[str]]:
+    out = own_census(64, shard_size=64)
     run = open_run(out)
     english = {row["sample_id"] for row in run.table("captions").to_pylist() if row["language"] == "en"}
     named = [row["concept"] for row in run.table("occurrences").to_pylist() if row["sample_id"] in english]

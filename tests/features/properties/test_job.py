@@ -19,7 +19,7 @@ from mmray.features.properties.settings import property_settings
 from mmray.features.properties.tables import TABLES
 from mmray.runs.run import open_run
 from tests.support.command import Answer
-from tests.support.local_jobs import census_here, properties_here
+from tests.support.local_jobs import properties_here
 from tests.support.samples import samples_of
 
 MADE = ("properties", "heatmaps")
@@ -27,10 +27,8 @@ ASKED = {"concepts": 2, "min_occurrences": 2, "images": 3, "maps": 2, "draws": 5
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("properties") / "run"
-    assert census_here("demo", "demo", out, limit=48, shard_size=24).complete
-    return out
+def run(own_census: Callable[..., Path]) -> Path:
+    return own_census(48, shard_size=24)
 
 
 def tables(run: Path) -> dict[str, pa.Table]:

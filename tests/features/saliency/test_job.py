@@ -37,10 +37,8 @@ ASKED = {"images": 20, "maps": 2, "draws": 50, "methods": "alignment, gradient, 
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("saliency") / "run"
-    assert census_here("demo", "demo", out, limit=48, shard_size=24).complete
-    return out
+def run(own_census: Callable[..., Path]) -> Path:
+    return own_census(48, shard_size=24)
 
 
 def tables(run: Path) -> dict[str, pa.Table]:
