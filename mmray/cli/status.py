@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mmray.runs.folder import RunFolder
     from mmray.runs.run import Status
     from mmray.runs.status import AnalysisStatus
-    from mmray.runs.verification import Problem, Verified
+    from mmray.runs.verification import Problem, VerificationResult
 
 DAMAGED = 3
 """Exit status of --verify where a file is not what was written."""
@@ -100,7 +100,7 @@ def status(
         raise typer.Exit(INCOMPLETE)
 
 
-def _say_verified(verified: Verified, problems: Sequence[Mapping[str, str]]) -> None:
+def _say_verified(verified: VerificationResult, problems: Sequence[Mapping[str, str]]) -> None:
     read = f"{verified.files:,} files, {verified.bytes / 1e6:,.1f} MB"
     wrong = plural(len(problems), "file") + f" damaged or missing; {read} as they were written"
     say(f"\nverified: {wrong if problems else f'{read}, all as they were written'}")

@@ -21,7 +21,7 @@ from mmray.runs import Receipt, RunFolder
 from mmray.runs.driver import drive_analysis, open_target
 from mmray.runs.lease import Lease
 from mmray.runs.receipts import receipts_digest
-from mmray.runs.snapshots import SnapshotWriter, is_published, newest_whole, next_fence, publish
+from mmray.runs.snapshots import SnapshotWriter, is_published, newest_readable, next_fence, publish
 from mmray.storage import Store, with_retries
 from mmray.version import VERSION
 
@@ -161,7 +161,7 @@ def _run_pending(teams: Sequence[Sequence[_Begun]], executor: Executor, follow: 
                 failures += answer.failures
                 quarantined += bool(answer.reason)
             for one in everyone:
-                one.lease()
+                one.lease.check()
             progress = Progress(size, total, failures, quarantined)
             # A unit may be no sample, such as one that decodes neurons.
             if progress != told:
@@ -206,7 +206,7 @@ def _finish(begun: _Begun, began: float, *, worked: bool) -> JobResult:
             "receipts": receipts_digest(parts.receipts),
             "settings": json.dumps(job.settings.merge_settings(), sort_keys=True),
         }
-        snapshot = newest_whole(store, job.name)
+        snapshot = newest_readable(store, job.name)
         if snapshot is not None and snapshot.made_from == made_from and not any(snapshot.verify(store)):
             headline = snapshot.headline
             if not is_published(store, snapshot):

@@ -1,4 +1,4 @@
-"""A run in its folder: what lies where, how shards are committed, who drives it, and what is left over."""
+"""A run on disk: its folder, receipts, lease, snapshots of tables, status, verification and sweep."""
 
 from mmray.runs.folder import ATTEMPTS, DamagedUnitError, RunFolder
 from mmray.runs.receipts import Receipt

@@ -1,8 +1,8 @@
-"""The analyses that a run's folder holds, found by what lies there: every folder that a job has begun.
+"""Find the analyses in a run's folder: every folder in which a job has begun.
 
 saliency/872f33d1080408c6/run.json             an analysis of the run, under the fingerprint of its settings
-selectivity/0b1c…/tests/run.json               a step of one
-edits/NAME/evaluation/51aa…/run.json          an analysis of one of the run's edits
+selectivity/0b1c…/tests/run.json               a step of an analysis
+edits/NAME/evaluation/51aa…/run.json           an analysis of one of the run's edits
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from mmray.storage import Entry, Store
 
 @dataclass(frozen=True)
 class Analysis:
-    """A folder that a job has begun, below that of a run."""
+    """A folder inside a run's in which a job has begun."""
 
     feature: Feature
     root: str
-    """Where the run lies."""
+    """The run's folder."""
     target: str
-    """Below it, what the job writes tables for: empty for the run itself, or an edit."""
+    """What the job writes tables for, relative to the run: empty for the run itself, or `edits/NAME`."""
     step: str
     key: str
-    """Below it, where units are committed."""
+    """Folder of its units, relative to the run."""
     begun: float
-    """When, in seconds since 1970 by the store's clock."""
+    """Time in seconds since 1970 by the store's clock."""
 
     @property
     def title(self) -> str:
-        """What people call it: the feature, with its step, and the edit that it is of."""
+        """Its name for users: the feature, the step, and the edit."""
         edit = self.target.removeprefix("edits/")
         return " ".join(filter(None, (self.feature.name, self.step, edit and f"of {edit}")))
 
     @property
     def command(self) -> str:
-        """What renews it."""
+        """The command that resumes it or makes its tables again."""
         return _filled(self.feature.command, {"RUN": self.root, "EDIT": f"{self.root}/{self.target}"})
 
     def folder(self) -> RunFolder:
-        """Return where units are committed."""
+        """Return the folder of its units."""
         return RunFolder.at(_joined(self.root, self.key))
 
     def lease(self) -> Store:
-        """Return the store of the lease that whoever drives it holds."""
+        """Return the store of its lease."""
         return RunFolder.at(_joined(self.root, self.target, self.feature.name)).store
 
     def tables(self) -> Store:
@@ -59,27 +59,27 @@ class Analysis:
 
 
 def find_analyses(store: Store) -> list[Analysis]:
-    """Return all that have begun: those of the run, then those of its edits; of each the last begun first.
+    """Return the analyses that have begun: the run's, then its edits'; of each feature the latest first.
 
-    Such a folder may itself be that of an analysis, as the OUT of `mmray perturb` is.
+    The folder may also be that of a single analysis, such as the OUT of `mmray perturb`.
     """
     names = [name for name in FEATURES if name != "census"]
     prefixes = [*(f"{name}/" for name in names), "edits/"]
     with ThreadPoolExecutor(len(prefixes)) as pool:
         entries = [entry for found in pool.map(store.list, prefixes) for entry in found]
     return sorted(
-        [*_itself(store), *_analyses(store.uri, names, entries)],
+        [*_analysis_at_root(store), *_analyses_below(store.uri, names, entries)],
         key=lambda found: (found.target, names.index(found.feature.name), -found.begun, found.key),
     )
 
 
 def is_run(folder: RunFolder) -> bool:
-    """Return whether a folder holds a run: its run.json names no job but the census."""
-    return folder.store.exists("run.json") and _begun_as(folder.store) == "census"
+    """Return whether a folder holds a run: a run.json that belongs to a census."""
+    return folder.store.exists("run.json") and _job_name(folder.store) == "census"
 
 
-def _begun_as(store: Store) -> str:
-    """Return the job that a folder's run.json names; the census where it names none."""
+def _job_name(store: Store) -> str:
+    """Return the job that a folder's run.json names; the census if it names none, as in earlier versions."""
     try:
         content = json.loads(store.read("run.json"))
     except (FileNotFoundError, ValueError):
@@ -88,16 +88,16 @@ def _begun_as(store: Store) -> str:
     return name if isinstance(name, str) and name in FEATURES else "census"
 
 
-def _itself(store: Store) -> Iterable[Analysis]:
-    entry, name = store.entry("run.json"), _begun_as(store)
+def _analysis_at_root(store: Store) -> Iterable[Analysis]:
+    entry, name = store.entry("run.json"), _job_name(store)
     if entry and name != "census":
         yield Analysis(FEATURES[name], store.uri, "", "", "", entry.modified)
 
 
-def _analyses(root: str, names: Sequence[str], entries: Iterable[Entry]) -> Iterable[Analysis]:
-    place = rf"(?P<key>(?:(?P<target>.+)/)?(?P<name>{'|'.join(names)})/[0-9a-f]{{16}}(?:/(?P<step>[^/]+))?)"
-    # The end is that of a commit on a store without conditions.
-    begun = re.compile(rf"{place}/run\.json(?:~[^/]+)?")
+def _analyses_below(root: str, names: Sequence[str], entries: Iterable[Entry]) -> Iterable[Analysis]:
+    folder = rf"(?P<key>(?:(?P<target>.+)/)?(?P<name>{'|'.join(names)})/[0-9a-f]{{16}}(?:/(?P<step>[^/]+))?)"
+    # The optional suffix is that of `NamedCommits`.
+    begun = re.compile(rf"{folder}/run\.json(?:~[^/]+)?")
     for entry in entries:
         if match := begun.fullmatch(entry.key):
             feature = FEATURES[match["name"]]
@@ -106,37 +106,37 @@ def _analyses(root: str, names: Sequence[str], entries: Iterable[Entry]) -> Iter
 
 @dataclass(frozen=True)
 class RunJob:
-    """A job of a run: who drives it holds the lease of all its folders."""
+    """A job of a run; one lease covers all its folders."""
 
     feature: Feature
     command: str
-    """What renews it."""
+    """Resumes it or makes its tables again."""
     lease: Store
     tables: Store
-    """Where its tables and snapshots lie."""
+    """Store of its tables and snapshots."""
     folders: list[RunFolder]
-    """Where its units are committed, the last begun first."""
+    """Folders of its units, the latest first."""
 
 
 def census_of(run: RunFolder) -> RunJob:
-    """Return the job that every run begins with."""
+    """Return a run's census as a job."""
     command = _filled(FEATURES["census"].command, {"OUT": run.store.uri})
     return RunJob(FEATURES["census"], command, run.store, run.store, [run])
 
 
 def jobs_of(run: RunFolder) -> list[RunJob]:
-    """Return the census and all that has been made of it."""
+    """Return a run's census and all analyses of it."""
     store = run.store
-    found = {("", "census"): census_of(run)} if is_run(run) else {}
+    jobs = {("", "census"): census_of(run)} if is_run(run) else {}
     for name in snapshots(store):
         if name in FEATURES and name != "census":
-            # Such as a pipeline, which has tables and no units of its own.
+            # A pipeline, for example, has tables but no units of its own.
             command = _filled(FEATURES[name].command, {"RUN": store.uri})
-            found["", name] = RunJob(FEATURES[name], command, RunFolder.at(f"{store.uri}/{name}").store, store, [])
+            jobs["", name] = RunJob(FEATURES[name], command, RunFolder.at(f"{store.uri}/{name}").store, store, [])
     for analysis in find_analyses(store):
         job = RunJob(analysis.feature, analysis.command, analysis.lease(), analysis.tables(), [])
-        found.setdefault((analysis.target, analysis.feature.name), job).folders.append(analysis.folder())
-    return list(found.values())
+        jobs.setdefault((analysis.target, analysis.feature.name), job).folders.append(analysis.folder())
+    return list(jobs.values())
 
 
 def _joined(*parts: str) -> str:
@@ -144,5 +144,5 @@ def _joined(*parts: str) -> str:
 
 
 def _filled(command: str, places: Mapping[str, str]) -> str:
-    """Return a command with its words in capitals replaced."""
+    """Return a command with placeholders such as RUN replaced."""
     return " ".join(places.get(word, word) for word in command.split())

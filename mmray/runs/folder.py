@@ -1,19 +1,19 @@
-"""The folder of a run: which object lies where, how a shard is committed, and what its receipts say.
+"""The folder of a run: its layout, and how shards are committed, retried and quarantined.
 
-    run.json                          settings, fingerprint, versions, model, data digest: written once
-    manifest.json                     which samples are in which shard: written once
-    lease/000003.json                 who drives the run (`mmray.runs.lease`)
-    refreshes/000001/                 what the data had gained (`mmray.runs.refreshes`)
-    attempts/000012/1                 a worker began shard 12 for the first time; where, and what it died of
+    run.json                          settings, fingerprint, versions, model, data digest; written once
+    manifest.json                     which samples are in which shard; written once
+    lease/000003.json                 which process drives the run (`mmray.runs.lease`)
+    refreshes/000001/                 data added later (`mmray.runs.refreshes`)
+    attempts/000012/1                 first attempt at shard 12: on which worker, and why it failed
     shards/000012/5f3c-concepts.parquet   parts of shard 12, named by the attempt that wrote them
-    receipts/000012.json              the receipt: names the parts; whichever attempt creates it first has committed
-    aside/000012.json                 shard 12 was given up, and why
-    snapshots/census/                 its tables, made from the committed parts alone (`mmray.runs.snapshots`)
-    tables/rankings.parquet           a copy of each, for other tools
+    receipts/000012.json              the receipt names the parts; the first attempt to create it has committed
+    aside/000012.json                 shard 12 is quarantined, with the reason
+    snapshots/census/                 tables, made from the committed parts alone (`mmray.runs.snapshots`)
+    tables/rankings.parquet           a copy of each table, for other tools
 
-A part is complete before its receipt names it, and a receipt is created only if absent: a killed worker leaves nothing
-but unnamed parts, and one that wakes up late can't replace what was committed. On a store that can't create only if
-absent an object `commits-by-name` says so, and all commits are `mmray.storage.NamedCommits`.
+A part is complete before its receipt names it, and a receipt is created only if absent. So a killed worker leaves
+nothing but unnamed parts, and one that wakes up late can't replace what was committed. On a store without
+create-if-absent, an object `commits-by-name` says so, and all commits go through `mmray.storage.NamedCommits`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import socket
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -34,34 +33,29 @@ from uuid import uuid4
 import pyarrow as pa
 
 from mmray.errors import DamagedError, InputError
-from mmray.runs.receipts import Receipt
+from mmray.runs.receipts import Receipt, unit_of
 from mmray.runs.refreshes import latest
 from mmray.runs.tables import from_bytes, to_bytes
 from mmray.storage import Checksum, NamedCommits, RetryingStore, Store, commits_once, is_full, is_outage, open_store
 
 ATTEMPTS = 3
-"""Times that a shard may be begun and not committed before it is quarantined."""
+"""Attempts at a shard without a commit before it is quarantined."""
 BY_NAME = "commits-by-name"
-"""Key whose presence says how this run's store commits."""
-UNIT_KEY = re.compile(r"(?:receipts|aside)/(\d{6,})\.json|attempts/(\d{6,})/\d+|shards/(\d{6,})/[^/]+\.parquet")
-"""Keys of objects that belong to a unit. All others were put there by somebody else, and are left alone."""
-
+"""Key whose presence says that this run's store commits by name."""
 logger = logging.getLogger(__name__)
 
 
 class DamagedUnitError(DamagedError):
-    """The receipt or a part of a unit is not what was written; says which, and how to have the unit done again."""
+    """The receipt or a part of a unit is not what was written; the message says how to have the unit done again."""
 
     def __init__(self, folder: RunFolder, key: str, why: str, receipt: str) -> None:
         super().__init__(f"{folder.store.uri}: {key}: {why}; remove {receipt} and run the same command again")
-        self.folder = folder
-        self.key = key
-        self.why = why
+        self.folder, self.key, self.why = folder, key, why
         self.what = f"{folder.store.uri}: {key}: {why}; {receipt} is removed"
         self.receipt = receipt
 
     def discard(self) -> None:
-        """Remove the receipt, so that the unit is done again; only for who holds the run's lease."""
+        """Remove the receipt, so that the unit is done again. The caller must hold the run's lease."""
         self.folder.store.delete(self.receipt)
 
 
@@ -74,42 +68,45 @@ class RunFolder:
 
     @classmethod
     def at(cls, uri: str | Path) -> RunFolder:
-        """Return the folder at a local path or `s3://bucket/prefix`, whether a run is there or not.
+        """Return the folder at a local path or `s3://bucket/prefix`, whether or not it holds a run.
 
-        An outage now is raised at once; later ones are waited out.
+        An outage during this call raises at once; later ones are retried.
         """
         store = RetryingStore(open_store(uri))
         return cls(NamedCommits(store) if store.exists(BY_NAME) else store)
 
     def begin(self, info: dict[str, Any], manifest: bytes) -> None:
-        """Create the run, or join the one that is there; raises InputError if that has other settings.
+        """Create the run, or join the existing one; raises InputError if that has other settings.
 
-        Of several that begin at once the first to commit run.json wins. The manifest comes after it, so that only
-        those whose settings are the run's can write it, and theirs are equal. What is wrong with the store is told
-        here, before any work.
+        A store that can't be written to raises here, before any work.
         """
-        before = self.info()
-        if before is None:
+        existing = self.info()
+        if existing is None:
             self.prepare()
+            # Of several drivers that begin at once, the first to commit run.json wins: read back what counts.
             self.store.commit("run.json", json.dumps(info, indent=1, sort_keys=True).encode())
-            before = self.info() or info
-        check_same(before, info, self.store.uri)
+            existing = self.info() or info
+        _check_same_settings(existing, info, self.store.uri)
+        # Written last, so that only drivers with the run's settings write it: their manifests are equal.
         self.store.commit("manifest.json", manifest)
 
     def prepare(self) -> None:
-        """Find out how the store commits, and note it there; raises InputError where nothing can be written."""
+        """Detect how the store commits, and record it there; raises InputError if nothing can be written."""
         if not isinstance(self.store, NamedCommits) and not commits_once(self.store):
             self.store.put(BY_NAME, b"")
             self.store = NamedCommits(self.store)
 
     def make_way(self, fingerprint: str) -> None:
-        """Remove a run of another fingerprint that has no results: it was refused, or mistyped.
+        """Remove a run of another fingerprint without results, such as one with a mistyped setting.
 
-        Only who holds its lease may call this. A result is a committed unit, or one that was given up.
+        A result is a committed or quarantined unit. The caller must hold the run's lease.
         """
         info = self.info()
-        results = [*self.store.list("receipts/"), *self.store.list("aside/")]
-        if info is None or info["fingerprint"] == fingerprint or results:
+        if (
+            info is None
+            or info["fingerprint"] == fingerprint
+            or self.store.list("receipts/") + self.store.list("aside/")
+        ):
             return
         for entry in self.store.list():
             if entry.key.split("/")[0] in ("manifest.json", "attempts", "shards"):
@@ -118,9 +115,9 @@ class RunFolder:
         self._began = ""
 
     def info(self) -> dict[str, Any] | None:
-        """Return run.json, as refreshes have left it; None where no run has begun.
+        """Return run.json with the changes of refreshes, or None if no run has begun.
 
-        Raises InputError if it is no run's.
+        Raises InputError if mmray did not write it.
         """
         data = self._read_if_there("run.json")
         if data is None:
@@ -128,9 +125,8 @@ class RunFolder:
         try:
             info: dict[str, Any] = json.loads(data)
             self._began = str(info["fingerprint"])
-            if not isinstance(info["result_settings"], dict) or not isinstance(info["digests"], dict):
-                raise TypeError
-            if not isinstance(info.get("settings", {}), dict) or not isinstance(info.get("shards", 0), int):
+            objects = (info["result_settings"], info["digests"], info.get("settings", {}))
+            if not all(isinstance(part, dict) for part in objects) or not isinstance(info.get("shards", 0), int):
                 raise TypeError
             info |= latest(self.store).info
         except (ValueError, KeyError, TypeError) as error:
@@ -138,30 +134,30 @@ class RunFolder:
         return info
 
     def manifest(self) -> bytes:
-        """Return the bytes of the manifest, with all that refreshes have added."""
+        """Return the bytes of the manifest, including what refreshes have added."""
         return self.store.read(latest(self.store).manifest)
 
     def receipts(self) -> dict[int, Receipt]:
-        """Return the receipts of all committed shards by shard, in order; raises DamagedUnitError for a wrong one."""
+        """Return the receipts of committed shards by number, in order; raises DamagedUnitError for a damaged one."""
         return self._receipts("receipts/")
 
     def committed(self) -> set[int]:
-        """Return which shards have a receipt, unread."""
+        """Return which shards have a receipt, without reading any."""
         return {unit for entry in self.store.list("receipts/") if (unit := unit_of(entry.key)) is not None}
 
     def quarantined(self, committed: Collection[int] = ()) -> dict[int, Receipt]:
-        """Return the shards that were given up, with their reasons; not those that a late worker has `committed`."""
+        """Return the receipts of quarantined shards, without those that a late worker has `committed` after all."""
         return {number: receipt for number, receipt in self._receipts("aside/").items() if number not in committed}
 
     def reasons(self, committed: Collection[int] = ()) -> dict[int, str]:
-        """Return why shards were given up, by shard; not those that a late worker has `committed`."""
+        """Return why each shard was quarantined, without those that a late worker has `committed` after all."""
         return {number: receipt.reason or "" for number, receipt in self.quarantined(committed).items()}
 
     def readable_receipts(self) -> tuple[dict[int, Receipt], dict[int, Receipt], list[DamagedUnitError]]:
-        """Return the receipts of committed units, those of quarantined ones, and what is wrong with any others."""
+        """Return the receipts of committed units, those of quarantined units, and the errors of damaged ones."""
         committed, damaged = self._read_receipts("receipts/")
-        aside, more = self._read_receipts("aside/")
-        return committed, {number: one for number, one in aside.items() if number not in committed}, damaged + more
+        quarantined, more = self._read_receipts("aside/")
+        return committed, {key: one for key, one in quarantined.items() if key not in committed}, damaged + more
 
     def _receipts(self, prefix: str) -> dict[int, Receipt]:
         receipts, damaged = self._read_receipts(prefix)
@@ -170,17 +166,16 @@ class RunFolder:
         return receipts
 
     def _read_receipts(self, prefix: str) -> tuple[dict[int, Receipt], list[DamagedUnitError]]:
-        """Return the receipts below a prefix by unit, in order, and what is wrong with the others."""
-        numbered = [(unit_of(entry.key), entry.key) for entry in self.store.list(prefix)]
-        keys = dict(sorted((number, key) for number, key in numbered if number is not None))
-        # Read after the listing: a refresh may add units, and their receipts come later.
+        """Return the valid receipts under a prefix by unit, in order, and the errors of the others."""
+        keys = {number: entry.key for entry in self.store.list(prefix) if (number := unit_of(entry.key)) is not None}
+        # Read after the listing: a refresh may add units meanwhile, and writes run.json before their receipts.
         info = self.info() if keys else None
         units = (info or {}).get("shards")
         receipts: dict[int, Receipt] = {}
         damaged: list[DamagedUnitError] = []
         with ThreadPoolExecutor(16) as pool:
             contents = list(pool.map(self._read_if_there, keys.values()))
-        for (number, key), data in zip(keys.items(), contents, strict=True):
+        for (number, key), data in sorted(zip(keys.items(), contents, strict=True)):
             try:
                 if data is not None:
                     receipts[number] = self._checked(number, data, units)
@@ -200,13 +195,13 @@ class RunFolder:
         return receipt
 
     def _fingerprint(self) -> str:
-        """Return the fingerprint that the run began with, which no refresh changes; empty where no run has begun."""
+        # That of the run's beginning, which refreshes keep; empty if no run has begun.
         if not self._began:
             self.info()
         return self._began
 
     def receipt(self, shard_id: int) -> Receipt | None:
-        """Return a shard's receipt if it is committed; raises DamagedUnitError for a wrong one."""
+        """Return a shard's receipt, or None if it isn't committed; raises DamagedUnitError for a damaged one."""
         key = f"receipts/{shard_id:06d}.json"
         data = self._read_if_there(key)
         try:
@@ -215,13 +210,13 @@ class RunFolder:
             raise DamagedUnitError(self, key, str(error), key) from error
 
     def repair(self) -> dict[int, Receipt]:
-        """Discard receipts that are wrong, or whose parts are gone or cut, so that their units are done again.
+        """Discard damaged receipts, and receipts with missing or truncated parts, so that their units are done again.
 
-        Return those that stay, by shard. Only who holds the run's lease may call this. What parts contain is checked
-        where they are read.
+        Returns the remaining receipts by shard. The caller must hold the run's lease.
         """
         receipts, damaged = self._read_receipts("receipts/")
         damaged += self._read_receipts("aside/")[1]
+        # Sizes come from one listing. The bytes of parts are checked when they are read.
         sizes = {entry.key: entry.size for entry in self.store.list("shards/")} if receipts else {}
         for number, receipt in receipts.items():
             for name, key in (receipt.parts or {}).items():
@@ -234,57 +229,55 @@ class RunFolder:
                     damaged.append(DamagedUnitError(self, key, str(error), f"receipts/{number:06d}.json"))
                     break
         for damage in damaged:
-            logger.warning("%s, and the unit done again", damage.what)
+            logger.warning("%s; its unit will be done again", damage.what)
             damage.discard()
         discarded = {damage.receipt for damage in damaged}
         return {number: one for number, one in receipts.items() if f"receipts/{number:06d}.json" not in discarded}
 
     def attempt(self, shard_id: int, node: str = "") -> int:
-        """Count an attempt in storage, where it outlives the worker, and return its number from 1."""
+        """Record an attempt and return its number, from 1.
+
+        Attempts are counted in storage because Ray restarts a dead worker forever, without telling it why.
+        """
         number = 1
-        worker = {"worker": f"{socket.gethostname()}:{os.getpid()}", "node": node, "token": uuid4().hex}
-        data = json.dumps(worker).encode()
+        worker = f"{socket.gethostname()}:{os.getpid()}"
+        data = json.dumps({"worker": worker, "node": node, "token": uuid4().hex}).encode()
         while not self.store.commit(key := f"attempts/{shard_id:06d}/{number}", data):
-            # A store whose answer was lost, and that was asked again, refuses what it has: it may be our own.
+            # A commit retried after a lost response finds its own object.
             if self._read_if_there(key) == data:
                 break
             number += 1
         return number
 
     def deaths(self, shard_id: int, before: int, alive: Callable[[str], bool]) -> int:
-        """Return how many attempts before that number were the unit's own deaths.
-
-        One that left no word, and whose node is gone, died of its node: preempted, drained, or lost.
-        """
+        """Return how many attempts before number `before` failed because of the unit itself."""
         count = 0
         for number in range(1, before):
             record = _record(self._read_if_there(f"attempts/{shard_id:06d}/{number}") or b"")
             node = record.get("node")
+            # An attempt without a reason on a node that is gone was lost with the node: preempted or drained.
             count += bool(record.get("reason") or not node or alive(str(node)))
         return count
 
     def record_death(self, shard_id: int, number: int, reason: str) -> None:
-        """Say what an attempt died of."""
+        """Record why an attempt failed."""
         self.store.put(f"attempts/{shard_id:06d}/{number}", json.dumps({"reason": reason}).encode())
 
     def quarantine(self, shard_id: int, samples: int, reason: str = "", last_attempt: int = ATTEMPTS) -> Receipt:
-        """Give a shard up, for a reason that no further attempt would fix, or else what its last attempt died of."""
+        """Quarantine a shard, with the given reason or else that of its last attempt."""
         if not reason:
             record = _record(self._read_if_there(f"attempts/{shard_id:06d}/{last_attempt}") or b"")
-            died_of = record.get("reason") or "the worker died without a word"
-            reason = f"given up after {ATTEMPTS} attempts: {died_of}"
+            reason = f"given up after {ATTEMPTS} attempts: {record.get('reason') or 'the worker died without a word'}"
         receipt = Receipt(shard_id, samples=samples, reason=reason, run=self._fingerprint())
         self.store.commit(f"aside/{shard_id:06d}.json", receipt.to_json())
         return receipt
 
     def reopen(self, shards: Collection[int]) -> None:
-        """Make a stopped run ready to go on with these shards, as if they had never been begun.
-
-        An attempt that ended with its driver says nothing about the shard.
-        """
-        wanted = set(shards)
+        """Forget attempts and quarantine of these shards, so that a resumed run starts them afresh."""
+        # An attempt that was interrupted together with its driver says nothing about the shard.
+        pending = set(shards)
         for entry in self.store.list("attempts/") + self.store.list("aside/"):
-            if unit_of(entry.key) in wanted:
+            if unit_of(entry.key) in pending:
                 self.store.delete(entry.key)
 
     def commit_shard(
@@ -297,36 +290,18 @@ class RunFolder:
         phases: Mapping[str, float] = MappingProxyType({}),
         memory: Mapping[str, int] = MappingProxyType({}),
     ) -> Receipt:
-        """Write the shard's parts, then its receipt; return the receipt that counts, which may be an earlier one.
+        """Write the shard's parts, then its receipt; return the receipt that counts, perhaps that of another attempt.
 
-        `phases` are the seconds of each phase of the work, `memory` the most bytes that the worker has held.
+        `phases` are seconds per phase of the work, `memory` the worker's peak in bytes.
         """
         token, began = uuid4().hex[:8], time.perf_counter()
         parts = {name: f"shards/{shard_id:06d}/{token}-{name}.parquet" for name in tables}
-
-        def write(name: str) -> Checksum:
-            self.store.commit(parts[name], files[name])
-            return Checksum.of(files[name], len(tables[name]))
-
-        with ThreadPoolExecutor(len(parts)) as pool:
-            files = dict(zip(tables, pool.map(to_bytes, tables.values()), strict=True))
-            try:
-                checksums = dict(zip(tables, pool.map(write, tables), strict=True))
-            except OSError as error:
-                # A full disk must not be filled by one attempt after the other. (In an outage nothing can be removed.)
-                if not is_outage(error):
-                    for key in parts.values():
-                        self.store.delete(key)
-                if is_full(error):
-                    needed = sum(map(len, files.values())) / 1e6
-                    reason = f"{error.strerror}, where {needed:,.1f} MB are needed"
-                    raise OSError(error.errno, reason, self.store.uri) from error
-                raise
+        checksums = self._write_parts(parts, tables)
         receipt = Receipt(
             shard_id,
             samples=samples,
             occurrences=len(tables.get("occurrences", ())),
-            # A sample may fail in more than one way.
+            # A sample may have several rows.
             failures=len(set(tables["errors"]["source"].to_pylist())),
             skipped={reason: count for reason, count in sorted(skipped.items()) if count},
             seconds=round(seconds, 3),
@@ -342,14 +317,36 @@ class RunFolder:
         committed = self.receipt(shard_id)
         if committed is None:
             raise InputError(f"{self.store.uri}: receipts/{shard_id:06d}.json was removed meanwhile; run again")
-        # A store whose answer was lost, and that was asked again, has our own receipt: its parts must stay.
+        # A commit retried after a lost response finds our own receipt: then the parts must stay.
         if committed != receipt:
             for key in parts.values():
                 self.store.delete(key)
         return committed
 
+    def _write_parts(self, parts: Mapping[str, str], tables: Mapping[str, pa.Table]) -> dict[str, Checksum]:
+        """Write each table under its key in `parts`; return their checksums."""
+
+        def write(name: str) -> Checksum:
+            self.store.commit(parts[name], files[name])
+            return Checksum.of(files[name], len(tables[name]))
+
+        with ThreadPoolExecutor(len(parts)) as pool:
+            files = dict(zip(tables, pool.map(to_bytes, tables.values()), strict=True))
+            try:
+                return dict(zip(tables, pool.map(write, tables), strict=True))
+            except OSError as error:
+                # Otherwise each retry would fill the disk further. In an outage nothing can be removed anyway.
+                if not is_outage(error):
+                    for key in parts.values():
+                        self.store.delete(key)
+                if is_full(error):
+                    needed = sum(map(len, files.values())) / 1e6
+                    reason = f"{error.strerror}, where {needed:,.1f} MB are needed"
+                    raise OSError(error.errno, reason, self.store.uri) from error
+                raise
+
     def _check_not_replaced(self) -> None:
-        """Raise InputError where another run has taken the place of one that had no results: its driver is dead."""
+        """Raise InputError if another run has replaced this one (`make_way`): this worker's driver is dead."""
         data = self._read_if_there("run.json")
         if data is not None and self._began not in ("", str(json.loads(data).get("fingerprint"))):
             raise InputError(f"{self.store.uri}: another run has been begun here; leave it to that one")
@@ -369,14 +366,8 @@ class RunFolder:
             raise DamagedUnitError(self, key, str(error), f"receipts/{number:06d}.json") from error
 
 
-def unit_of(key: str) -> int | None:
-    """Return the number of the unit that an object belongs to; None if it was put there by others."""
-    match = UNIT_KEY.fullmatch(key)
-    return int(match[match.lastindex or 0]) if match else None
-
-
 def _record(attempt: bytes) -> dict[str, Any]:
-    """Return what is known of an attempt; nothing where that can't be read."""
+    """Return the record of an attempt; empty if it can't be read."""
     try:
         record = json.loads(attempt)
     except ValueError:
@@ -384,20 +375,20 @@ def _record(attempt: bytes) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def check_same(before: dict[str, Any], now: dict[str, Any], uri: str) -> None:
-    """Raise InputError, naming what differs, unless a run's info is that of the run that is asked for now."""
-    if before["fingerprint"] == now["fingerprint"]:
+def _check_same_settings(existing: dict[str, Any], requested: dict[str, Any], uri: str) -> None:
+    """Raise InputError, naming what differs, unless the existing run has the requested settings and inputs."""
+    if existing["fingerprint"] == requested["fingerprint"]:
         return
-    old, new = before["result_settings"], now["result_settings"]
+    old, new = existing["result_settings"], requested["result_settings"]
     changes = [
         f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
         for name in sorted(old | new)
         if old.get(name) != new.get(name)
     ]
-    others = [name for name, digest in before["digests"].items() if digest != now["digests"].get(name)]
+    others = [name for name, digest in existing["digests"].items() if digest != requested["digests"].get(name)]
     if not changes and others == ["data"]:
         raise InputError(
-            f"{uri}: holds a run of other data; choose another OUT, or take in what it has gained: mmray refresh {uri}"
+            f"{uri}: holds a run of other data; choose another OUT, or add what is new: mmray refresh {uri}"
         )
     changes += [f"other {name}" for name in others]
     raise InputError(f"{uri}: holds a run with other settings ({'; '.join(changes)}); choose another OUT")

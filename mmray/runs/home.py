@@ -1,4 +1,4 @@
-"""Where a run was begun: the folder that relative paths in its settings are relative to, wherever a command runs."""
+"""Resolve relative paths in a run's settings against the folder where the run was begun (its home)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 COCO_WITH_IMAGES = re.compile(r"(.+\.json):(.+)")
-"""DATA that names COCO captions and, after a colon, the folder of their images."""
+"""DATA in the form CAPTIONS.json:IMAGE_FOLDER."""
 NOUN_SOURCES = frozenset({"auto", "objects", "textblob"})
-"""Values of `nouns` that are not a file."""
+"""Values of the setting `nouns` that are not a file."""
 
 
 def resolve_path(path: str, home: str) -> str:
-    """Return a local path as it is from anywhere: a relative one is relative to `home`.
+    """Return a local path resolved against `home`.
 
-    Absolute paths, `~` and URIs stay as they are. So does every path if `home` is not a folder on this machine.
+    Absolute paths, `~` and URIs stay the same. So does every path if `home` is not a folder on this machine.
     """
     if "://" in path or path.startswith(("/", "~")) or not Path(home).is_dir():
         return path
@@ -23,25 +23,25 @@ def resolve_path(path: str, home: str) -> str:
 
 
 def resolve_data(data: str, home: str) -> str:
-    """Return DATA with its paths as they are from anywhere; see `resolve_path`."""
+    """Return DATA with its paths resolved against `home`; see `resolve_path`."""
     if data == "demo":
         return data
     if data.startswith("hf:"):
-        # A folder, or else a name on the hub; a split may follow.
+        # A folder or a name on the hub, with an optional split.
         folder, colon, split = data.removeprefix("hf:").partition(":")
-        found = resolve_path(folder, home)
-        return f"hf:{found}{colon}{split}" if Path(found).is_dir() else data
+        resolved = resolve_path(folder, home)
+        return f"hf:{resolved}{colon}{split}" if Path(resolved).is_dir() else data
     if match := COCO_WITH_IMAGES.fullmatch(data):
         return ":".join(resolve_path(path, home) for path in match.groups())
     return resolve_path(data, home)
 
 
 def resolve_settings(settings: dict[str, Any], home: str) -> dict[str, Any]:
-    """Return the settings of a run's census with its paths as they are from anywhere."""
-    found = settings | {"data": resolve_data(settings["data"], home)}
-    # Runs record a model's full path; earlier versions recorded what was typed, which may be an id on the hub.
+    """Return the settings of a run's census with their paths resolved against `home`."""
+    resolved = settings | {"data": resolve_data(settings["data"], home)}
+    # Earlier versions recorded the model as typed, which may be an id on the hub; now it is a full path.
     model = resolve_path(settings["model"], home)
-    found["model"] = model if Path(model).is_dir() else settings["model"]
+    resolved["model"] = model if Path(model).is_dir() else settings["model"]
     if settings.get("nouns", "auto") not in NOUN_SOURCES:
-        found["nouns"] = resolve_path(settings["nouns"], home)
-    return found
+        resolved["nouns"] = resolve_path(settings["nouns"], home)
+    return resolved

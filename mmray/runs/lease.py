@@ -1,9 +1,9 @@
-"""Who drives a run: one process at a time, as long as it renews its lease.
+"""The lease of a run: one process at a time drives it, for as long as it renews its lease.
 
-`lease/000003.json` belongs to the third driver. Only its owner renews it; who takes the run over creates the next
-number, which a store grants to one alone. Whether an owner elsewhere lives is seen from its renewals, by the watcher's
-own clock: clocks of machines need not agree. Two drivers that slip through all the same harm nothing, for shards are
-committed once.
+`lease/000003.json` belongs to the third driver, and only its owner renews it. A successor creates the next number,
+which the store grants only once. Owners on other machines are alive while their renewals continue, timed by the
+observer's own clock, because clocks of machines differ. Two drivers at once would do no harm: shards are committed
+once.
 """
 
 from __future__ import annotations
@@ -29,33 +29,34 @@ from mmray.storage import Store, WrappedStore, without_retries
 RENEWED = 5.0
 """Seconds between two renewals."""
 LIFETIME = 30.0
-"""Seconds without a renewal after which an owner is taken for dead."""
+"""Seconds without a renewal after which an owner counts as dead."""
 KEY = re.compile(r"lease/(\d+)\.json")
 
 _held: set[str] = set()
-"""Tokens of the leases that this process holds or asks for. One that it could not release is not among them."""
+"""Tokens of the leases that this process holds or is acquiring; without those that it failed to release."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that holds a lease, and how often it has renewed it."""
+    """The process that holds a lease; this is the content of the lease's file."""
 
     host: str
     pid: int
     machine: str
-    """The machine's boot and the name space of its process numbers; empty where the system does not tell them."""
+    """Boot id and process namespace of the machine; empty if the system does not provide them."""
     started: str
-    """When the process began, as the system counts it: process numbers are used again."""
+    """Start time of the process in the system's count, because process numbers are reused."""
     token: str
-    """What tells leases of one process from each other."""
+    """Unique per lease, because one process may hold several."""
     beats: int = 0
+    """Renewals so far."""
     released: bool = False
 
 
 UNKNOWN = Owner("an unknown machine", 0, "", "", "")
-"""Stands for who wrote a lease that can't be read: whether it lives is seen from its renewals."""
+"""Owner of an unreadable lease; only its renewals show whether it is alive."""
 
 
 class Lease:
@@ -66,19 +67,20 @@ class Lease:
         self.number = number
         self.lost = threading.Event()
 
-    def __call__(self) -> None:
+    def check(self) -> None:
         """Raise InputError once the lease is known to be lost."""
         if self.lost.is_set():
             raise InputError(f"{self.store.uri}: another driver has taken the run over; leave it to that one")
 
-    def look(self) -> None:
-        """Look in storage, and raise InputError if the lease is lost: a process that was stopped does not know yet."""
+    def verify(self) -> None:
+        """Check the lease in storage, and raise InputError if it is lost."""
+        # A process that was suspended, such as by SIGSTOP, has not noticed yet that another one took over.
         if _last(self.store) != self.number:
             self.lost.set()
-        self()
+        self.check()
 
     def guard(self, store: Store) -> Store:
-        """Return the store with a look at the lease before each change."""
+        """Return the store with a check of the lease before each change."""
         return _GuardedStore(store, self)
 
 
@@ -90,15 +92,15 @@ class _GuardedStore(WrappedStore):
         self.lease = lease
 
     def commit(self, key: str, data: bytes) -> bool:
-        self.lease.look()
+        self.lease.verify()
         return super().commit(key, data)
 
     def put(self, key: str, data: bytes) -> None:
-        self.lease.look()
+        self.lease.verify()
         super().put(key, data)
 
     def delete(self, key: str) -> None:
-        self.lease.look()
+        self.lease.verify()
         super().delete(key)
 
 
@@ -109,33 +111,34 @@ def this_process() -> Owner:
 
 
 @contextmanager
-def driving(store: Store, renewed: float = RENEWED, lifetime: float = LIFETIME) -> Iterator[Lease]:
-    """Hold the run's lease for a block; what it yields is to be called now and then: it raises InputError once lost.
+def hold_lease(store: Store, renewed: float = RENEWED, lifetime: float = LIFETIME) -> Iterator[Lease]:
+    """Hold the run's lease during a block, renewing it every `renewed` seconds in a thread.
 
-    Raises InputError if another driver is alive. One on this machine that is not any more is succeeded at once,
-    one elsewhere after `lifetime` seconds in which it is seen to renew nothing.
+    Call `check` of the lease now and then: it raises InputError once the lease is lost. Raises InputError if another
+    driver is alive. A dead driver on this machine is succeeded at once, one elsewhere after `lifetime` seconds without
+    a renewal.
     """
     owner = this_process()
     _held.add(owner.token)
     try:
-        number = _take(store, owner, renewed, lifetime)
+        number = _acquire(store, owner, renewed, lifetime)
     except BaseException:
         _held.discard(owner.token)
         raise
     key, lease = _key(number), Lease(store, number)
     stop = threading.Event()
-    # A renewal that fails is tried again soon, and a release that fails may be left out: neither is to be waited for.
-    hasty = without_retries(store)
+    # No retries: a failed renewal is repeated soon anyway, and a failed release must not delay the exit.
+    direct = without_retries(store)
 
     def renew() -> None:
         beats = 0
         while not stop.wait(renewed):
             try:
-                if _last(hasty) != number:
+                if _last(direct) != number:
                     lease.lost.set()
                     return
                 beats += 1
-                hasty.put(key, _bytes(replace(owner, beats=beats)))
+                direct.put(key, _bytes(replace(owner, beats=beats)))
             except (OSError, StorageError) as error:
                 logger.warning("lease of %s: not renewed (%s)", store.uri, error)
 
@@ -148,29 +151,32 @@ def driving(store: Store, renewed: float = RENEWED, lifetime: float = LIFETIME) 
         thread.join()
         _held.discard(owner.token)
         try:
-            hasty.put(key, _bytes(replace(owner, released=True)))
+            direct.put(key, _bytes(replace(owner, released=True)))
         except (OSError, StorageError) as error:
-            # It expires by itself; what the block raised matters more.
+            # The lease expires by itself, and this must not hide an exception of the block.
             logger.warning("lease of %s: not released (%s)", store.uri, error)
 
 
-def _take(store: Store, owner: Owner, renewed: float, lifetime: float) -> int:
+def _acquire(store: Store, owner: Owner, renewed: float, lifetime: float) -> int:
     while True:
         number = _last(store)
-        before = _owner(store, number)
-        if before is not None and not before.released:
-            alive = _alive(before)
+        holder = _owner(store, number)
+        if holder is not None and not holder.released:
+            alive = _is_alive(holder)
             if alive is None:
                 logger.warning(
-                    "%s: looking for %.0f s at most whether its driver on %s is alive", store.uri, lifetime, before.host
+                    "%s: waiting up to %.0f s to see whether its driver on %s is alive",
+                    store.uri,
+                    lifetime,
+                    holder.host,
                 )
-                alive = _renews(store, number, before, lifetime, every=renewed / 5)
+                alive = _is_renewed(store, number, holder, lifetime, every=renewed / 5)
             if alive:
                 raise InputError(
-                    f"{store.uri}: another driver is at work on this run (process {before.pid} on {before.host}); "
+                    f"{store.uri}: another driver is at work on this run (process {holder.pid} on {holder.host}); "
                     "wait for it, or stop it first"
                 )
-        # A store whose answer was lost, and that was asked again, refuses what it has: it may be our own.
+        # A commit retried after a lost response finds its own object.
         if store.commit(_key(number + 1), _bytes(owner)) or _owner(store, number + 1) == owner:
             for entry in store.list("lease/"):
                 if KEY.fullmatch(entry.key) and entry.key < _key(number + 1):
@@ -180,34 +186,34 @@ def _take(store: Store, owner: Owner, renewed: float, lifetime: float) -> int:
 
 @dataclass(frozen=True)
 class Driver:
-    """The last process that has held a lease."""
+    """The last process that held a lease."""
 
     host: str
     pid: int
     state: Literal["at work", "ended", "died"]
     seen: float
-    """When it last renewed or released the lease, in seconds since 1970 by the store's clock."""
+    """Time of its last renewal or release, in seconds since 1970 by the store's clock."""
 
 
 def last_driver(store: Store) -> Driver | None:
-    """Return who drives a run, or did last; None where nobody ever has, or the lease can't be read.
+    """Return who drives a run, or did last; None if nobody ever has, or the lease can't be read.
 
-    Of a process elsewhere only its renewals are known: without one for LIFETIME, by this machine's clock, it has died.
+    A process on another machine counts as dead after LIFETIME without a renewal, by this machine's clock.
     """
     number = _last(store)
     owner, entry = _owner(store, number), store.entry(_key(number))
     if owner is None or owner is UNKNOWN or entry is None:
         return None
-    alive = _alive(owner)
+    alive = _is_alive(owner)
     if alive is None:
         alive = time.time() - entry.modified < LIFETIME
     return Driver(owner.host, owner.pid, "ended" if owner.released else "at work" if alive else "died", entry.modified)
 
 
-def _renews(store: Store, number: int, owner: Owner, within: float, every: float = RENEWED / 5) -> bool:
-    """Watch a lease until it is renewed or followed (True), released, or the time is over."""
-    until = time.monotonic() + within
-    while time.monotonic() < until:
+def _is_renewed(store: Store, number: int, owner: Owner, within: float, every: float = RENEWED / 5) -> bool:
+    """Return whether a lease is renewed or succeeded by another within that many seconds."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
         time.sleep(every)
         now = _owner(store, number)
         if _last(store) != number or now != owner:
@@ -237,8 +243,8 @@ def _bytes(owner: Owner) -> bytes:
     return json.dumps(asdict(owner)).encode()
 
 
-def _alive(owner: Owner) -> bool | None:
-    """Tell whether the process drives the run; None if it is another machine's, or the system does not say."""
+def _is_alive(owner: Owner) -> bool | None:
+    """Return whether the process drives the run; None if it is on another machine, or the system can't say."""
     if not owner.machine or owner.machine != _machine():
         return None
     if owner.pid == os.getpid():
@@ -256,8 +262,10 @@ def _machine() -> str:
 
 def _started(pid: int) -> str | None:
     try:
-        # After the name in brackets, which may hold anything: the 22nd field in all, the state being the third.
+        # Start time is field 22 of `proc(5)`, state is field 3. Split after the command name in parentheses (field 2),
+        # which may contain spaces and parentheses itself.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
+    # A zombie drives nothing any more.
     return None if fields[0] == "Z" else fields[19]

@@ -1,9 +1,10 @@
-"""Receipts: what a committed unit amounts to, where its parts lie, and what tells them from any others."""
+"""Receipts of committed and quarantined units: counts, keys and checksums of their parts, and what they cost."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -12,28 +13,31 @@ from typing import Any
 from mmray.errors import DamagedError
 from mmray.storage import Checksum
 
+UNIT_KEY = re.compile(r"(?:receipts|aside)/(\d{6,})\.json|attempts/(\d{6,})/\d+|shards/(\d{6,})/[^/]+\.parquet")
+"""Keys of objects that belong to a unit. All other objects are not ours, and are left alone."""
+
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a committed shard amounts to, and where its parts lie; `reason` is set instead when it was quarantined."""
+    """Counts of a committed shard and the keys of its parts; a quarantined one has a `reason` instead."""
 
     shard_id: int
     samples: int = 0
     occurrences: int = 0
     failures: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
-    """Samples that were counted and kept, but have nothing to rank neurons for, by reason; these are no failures."""
+    """Samples with nothing to rank neurons for, by reason; they are counted in `samples`, and are no failures."""
     seconds: float = 0.0
     parts: dict[str, str] | None = None
     reason: str | None = None
     run: str = ""
-    """Fingerprint that the run began with; receipts of earlier versions have none."""
+    """Fingerprint that the run began with; empty in receipts of earlier versions."""
     checksums: dict[str, Checksum] | None = None
-    """Of each part; receipts of earlier versions have none."""
+    """Of each part; None in receipts of earlier versions."""
     phases: dict[str, float] = field(default_factory=dict)
-    """Seconds of each phase of the work: read, forward, …, as far as the job times them; and of `AROUND`."""
+    """Seconds per phase: those that the job times (read, forward, …), and `AROUND`."""
     memory: dict[str, int] = field(default_factory=dict)
-    """The most bytes that the worker had held by then: `host`, `gpu`."""
+    """Peak bytes of the worker so far: `host`, `gpu`."""
 
     def to_json(self) -> bytes:
         """Return the bytes of the receipt's file."""
@@ -41,7 +45,7 @@ class Receipt:
 
     @classmethod
     def from_json(cls, data: bytes) -> Receipt:
-        """Return the receipt in a file, without what later versions have added; raises DamagedError for no receipt."""
+        """Return the receipt in a file, ignoring fields of later versions; raises DamagedError for anything else."""
         try:
             content = known_fields(cls, json.loads(data))
             if content.get("checksums") is not None:
@@ -50,15 +54,15 @@ class Receipt:
             counts = (receipt.shard_id, receipt.samples, receipt.occurrences, receipt.failures)
             if not all(isinstance(count, int) for count in counts) or not isinstance(receipt.parts, dict | None):
                 raise TypeError
-            # Such as are added up.
+            # Adding them up checks that all values are numbers.
             cost([receipt])
             skipped([receipt])
         except (ValueError, TypeError, AttributeError) as error:
-            raise DamagedError("not a receipt, or a cut one") from error
+            raise DamagedError("not a receipt, or a truncated one") from error
         return receipt
 
     def check(self, number: int, run: str, units: int | None) -> None:
-        """Raise DamagedError unless this is the receipt of that unit of that run, which has so many units."""
+        """Raise DamagedError unless this receipt belongs to this unit of this run, which has `units` units."""
         if self.shard_id != number:
             raise DamagedError(f"the receipt of unit {self.shard_id}")
         if units is not None and number >= units:
@@ -72,6 +76,12 @@ class Receipt:
                 raise DamagedError(f"names {key}, a part of another unit")
 
 
+def unit_of(key: str) -> int | None:
+    """Return the number of the unit that an object belongs to; None if it is not ours."""
+    match = UNIT_KEY.fullmatch(key)
+    return int(match[match.lastindex or 0]) if match else None
+
+
 def skipped(receipts: Iterable[Receipt]) -> dict[str, int]:
     """Return how many samples of these units were skipped, by reason."""
     counts: Counter[str] = Counter()
@@ -82,38 +92,39 @@ def skipped(receipts: Iterable[Receipt]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What units took, in all, of the workers' time; and what the largest worker held."""
+    """Total worker time of units, and the peak memory of the largest worker."""
 
     seconds: float
     phases: dict[str, float]
-    """Seconds by phase, the longest first, as far as the work is timed."""
+    """Seconds by phase, longest first; covers only what the job times."""
     memory: dict[str, int]
-    """Bytes at most: `host`, `gpu`."""
+    """Peak bytes: `host`, `gpu`."""
 
 
 AROUND = ("load", "wait", "commit")
-"""Phases before and after a unit's work, which its `seconds` leave out."""
-NOTHING = Cost(0.0, {}, {})
+"""Phases before and after a unit's work, which its `seconds` don't include."""
+NO_COST = Cost(0.0, {}, {})
 
 
 def cost(receipts: Iterable[Receipt]) -> Cost:
-    """Return what these units took."""
+    """Return the total cost of these units."""
     seconds, phases, memory = 0.0, Counter[str](), Counter[str]()
     for receipt in receipts:
         seconds += receipt.seconds
         phases.update(receipt.phases)
-        memory |= Counter(receipt.memory)
+        memory |= Counter(receipt.memory)  # the union of counters takes the maximum
     return Cost(round(seconds, 3), {name: round(value, 3) for name, value in phases.most_common()}, dict(memory))
 
 
 def receipts_digest(receipts: Mapping[int, Receipt]) -> str:
     """Return a digest of which shards are committed, and by which attempt each."""
-    facts = json.dumps([[number, receipt.parts] for number, receipt in sorted(receipts.items())], sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+    # Keys of parts name the attempt: a unit that was done again changes the digest.
+    attempts = json.dumps([[number, receipt.parts] for number, receipt in sorted(receipts.items())], sort_keys=True)
+    return hashlib.sha256(attempts.encode()).hexdigest()[:16]
 
 
 def known_fields(kind: Any, content: Any) -> dict[str, Any]:
-    """Return what a dataclass of this version knows of a JSON object; raises TypeError for anything but an object."""
+    """Return the entries of a JSON object that are fields of a dataclass; raises TypeError for any other JSON."""
     if not isinstance(content, dict):
         raise TypeError(f"{type(content).__name__} instead of an object")
     names = {field.name for field in fields(kind)}

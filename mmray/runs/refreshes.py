@@ -1,9 +1,9 @@
-"""What a run's data had gained, one numbered refresh after the other, each written once.
+"""Numbered refreshes of a run, each of which adds the shards of new data; their files are written once.
 
-refreshes/000001/before/rankings.parquet   tables as they were before it
-refreshes/000001/manifest.json             all shards: the earlier ones as they were, then those of the new data
-refreshes/000001/run.json                  what it changes in run.json; with this the refresh has begun
-refreshes/000001/drift.json                what it has changed in the rankings; with this it has ended
+refreshes/000001/before/rankings.parquet   tables before the refresh
+refreshes/000001/manifest.json             all shards: the earlier ones unchanged, then those of the new data
+refreshes/000001/run.json                  changes to run.json; marks the refresh as begun
+refreshes/000001/drift.json                changes of the rankings; marks the refresh as finished
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 from mmray.storage import Store
 
-BEFORE = ("rankings", "neurons")
-"""Tables that are kept as they were, for the comparison."""
+COMPARED_TABLES = ("rankings", "neurons")
+"""Tables that are copied first, so that drift compares with them."""
 
 
 @dataclass(frozen=True)
 class Refresh:
-    """One refresh; number 0 is the run as it began."""
+    """One refresh; number 0 is the original run."""
 
     number: int = 0
     manifest: str = "manifest.json"
@@ -28,12 +28,12 @@ class Refresh:
 
     @property
     def folder(self) -> str:
-        """Where its objects lie."""
+        """Prefix of its objects."""
         return folder_of(self.number)
 
 
 def folder_of(number: int) -> str:
-    """Return where the objects of a refresh lie."""
+    """Return the prefix of a refresh's objects."""
     return f"refreshes/{number:06d}"
 
 
@@ -47,15 +47,13 @@ def latest(store: Store) -> Refresh:
 
 
 def begin_refresh(store: Store, info: dict[str, Any], manifest: bytes) -> Refresh:
-    """Keep the tables as they are and add new shards to the run; the run goes on from where it was if this is stopped.
-
-    Only who holds the run's lease may call this.
-    """
+    """Copy the current tables and add new shards to the run. The caller must hold the run's lease."""
     number = latest(store).number + 1
     folder = folder_of(number)
     for entry in store.list("tables/"):
-        if entry.key.split("/")[1].removesuffix(".parquet") in BEFORE:
+        if entry.key.split("/")[1].removesuffix(".parquet") in COMPARED_TABLES:
             store.put(f"{folder}/before/{entry.key.removeprefix('tables/')}", store.read(entry.key))
     store.put(f"{folder}/manifest.json", manifest)
+    # Last: until this is committed, the run continues without the refresh.
     store.commit(f"{folder}/run.json", json.dumps(info, indent=1, sort_keys=True).encode())
     return latest(store)

@@ -1,4 +1,4 @@
-"""Open a run and ask it things: rankings, neurons, any table, SQL over all of them."""
+"""Open a run and read its results: rankings, neurons, tables, SQL over them, and status."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mmray.neuron_names import parse_neuron
 from mmray.runs import RunFolder
 from mmray.runs.home import resolve_settings
 from mmray.runs.lease import Driver, last_driver
-from mmray.runs.receipts import NOTHING, Cost, cost, receipts_digest, skipped
+from mmray.runs.receipts import NO_COST, Cost, cost, receipts_digest, skipped
 from mmray.runs.snapshots import Snapshot, newest, open_snapshot, snapshots
 from mmray.runs.tables import read_table
 
@@ -31,20 +31,20 @@ ORDERS = {
     "selective": ("selective_rank", "ascending"),
     "share": ("share", "descending"),
 }
-"""Column and direction that each `by` sorts a ranking by; ties go to the better rank."""
+"""Sort column and direction of a ranking for each `by`; ties are broken by `rank`."""
 CERTIFICATES = {"score": "certified", "specific": "certified_specific", "selective": "certified_selective"}
-"""Column that says, of each `by` that has such a certificate, whether a rank is certain."""
+"""Column with the certificate of each rank, for every `by` that has one."""
 CENSUS = "census"
 """Name of the job that writes a run's first tables."""
 READERS = 16
-"""Parts that are read at once."""
-PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|0x[0-9a-f]+|\d[\d,.]*")
-"""What tells the message of one failed sample from that of another which failed for the same reason."""
+"""Parts that are read in parallel."""
+SPECIFICS = re.compile(r"'[^']*'|\"[^\"]*\"|0x[0-9a-f]+|\d[\d,.]*")
+"""Names and numbers in messages, by which failures with the same reason differ."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run is."""
+    """Progress of a run's census."""
 
     shards: int
     shards_done: int
@@ -53,29 +53,29 @@ class Status:
     samples_done: int
     failures: int
     skipped: dict[str, int]
-    """Samples that were counted and kept, but have nothing to rank neurons for, by reason; these are no failures."""
+    """Samples with nothing to rank neurons for, by reason; they are counted as done, and are no failures."""
     seconds: float
     finished: bool
     certified: float | None = None
-    """Part of the ten highest ranks by score, of concepts of five occurrences and more, that is certified."""
-    cost: Cost = NOTHING
-    """What it took."""
+    """Fraction of certified ranks among the top ten by score of concepts with at least five occurrences."""
+    cost: Cost = NO_COST
+    """Worker time and memory."""
     driver: Driver | None = None
-    """Who drives it, or did last."""
+    """The process that drives it, or did last."""
 
     @property
     def pending(self) -> int:
-        """Shards that are neither done nor quarantined."""
+        """Shards neither done nor quarantined."""
         return self.shards - self.shards_done - len(self.quarantined)
 
     @property
     def samples_per_second(self) -> float:
-        """Samples a second of a worker's time."""
+        """Samples per second of worker time."""
         return self.samples_done / self.seconds if self.seconds else 0.0
 
 
 class Run:
-    """A run in a local folder or on S3; tables are read when asked for, and kept."""
+    """A run in a local folder or on S3; tables are read on first use and cached."""
 
     def __init__(self, uri: str | Path) -> None:
         self.folder = RunFolder.at(uri)
@@ -88,7 +88,7 @@ class Run:
         self._tables: dict[str, pa.Table] = {}
 
     def table(self, name: str) -> pa.Table:
-        """Return one of the run's tables; raises InputError for an unknown one or a run without its tables yet."""
+        """Return one of the run's tables; raises InputError for an unknown table, or one not made yet."""
         if name not in (known := table_schemas()):
             raise InputError(f"unknown table {name!r}; a run has {', '.join(known)}")
         if name not in self._tables:
@@ -106,32 +106,32 @@ class Run:
         return self._tables[name]
 
     def optional(self, name: str) -> pa.Table | None:
-        """Return a table that not every run has; None where this one has not."""
+        """Return a table, or None if this run doesn't have it."""
         if name not in self._snapshots and not self.folder.store.list(f"tables/{name}.parquet"):
             return None
         return self.table(name)
 
     def digests(self) -> dict[str, str]:
-        """Return what tells the run's finished tables from those of any other run, or of the same one grown."""
+        """Return digests that identify the run's tables; a refresh changes them."""
         snapshot = self.snapshot
         return {"run": self.info["fingerprint"], "receipts": snapshot.made_from["receipts"] if snapshot else "None"}
 
     @property
     def snapshot(self) -> Snapshot | None:
-        """The newest version of the census's tables; None where no merge has ended yet."""
+        """The newest version of the census's tables; None before the first merge has finished."""
         return newest(self.folder.store, CENSUS)
 
     @cached_property
     def _snapshots(self) -> dict[str, Snapshot]:
-        """The newest snapshot of every analysis by table, all of this moment."""
+        """Table → the newest snapshot that holds it; from one listing, so that tables fit together."""
         store = self.folder.store
         opened = [open_snapshot(store, job, numbers[0]) for job, numbers in snapshots(store).items()]
         return {name: snapshot for snapshot in opened for name in snapshot.tables}
 
     def properties(self, concept: str | None = None) -> pa.Table:
-        """Return what `mmray properties` measured, of a concept or over all of them (None); columns of `properties`.
+        """Return the rows of `properties` for a concept, or those over all concepts (None).
 
-        Raises InputError where nothing has been measured yet. (`mmray.properties(run)` measures.)
+        Raises InputError if nothing has been measured yet. (`mmray.properties(run)` measures.)
         """
         table = self.table("properties")
         column = table["concept"]
@@ -140,7 +140,7 @@ class Run:
     def _read(self, name: str) -> pa.Table:
         if name in self._snapshots:
             return self._snapshots[name].read(self.folder.store, name)
-        # Of a run whose tables an earlier version of mmray, or another program, has written.
+        # Without a snapshot: tables written by an earlier version of mmray, or by another program.
         try:
             return read_table(self.folder.store, name)
         except DamagedError as error:
@@ -149,17 +149,18 @@ class Run:
             raise DamagedError(f"{error}; {remedy}") from error
 
     def sql(self, query: str) -> pa.Table:
-        """Return the answer of DuckDB to a query over the run's tables, by their names."""
+        """Return the result of a DuckDB query over the run's tables."""
         import duckdb
 
         with duckdb.connect() as connection:
+            # A query copied from anywhere must not read or write other files.
             connection.execute("SET enable_external_access = false")
             for name in table_schemas():
                 if name in query.casefold():
                     connection.register(name, self.table(name))
             try:
-                answer = connection.sql(query)
-                return pa.table({}) if answer is None else answer.to_arrow_table()
+                result = connection.sql(query)
+                return pa.table({}) if result is None else result.to_arrow_table()
             except duckdb.Error as error:
                 raise InputError(f"SQL: {str(error).splitlines()[0]}") from error
 
@@ -174,13 +175,13 @@ class Run:
         _check_order(by)
         occurrences = self.table("occurrences").select(["sample_id", "concept"])
         captions = self.table("captions")
-        # Runs of earlier versions, and samples of text alone, have no image to tell from others.
-        named = captions["sample_id"]
-        image = pc.coalesce(captions["image"], named) if "image" in captions.column_names else named
-        images = dict(zip(named.to_pylist(), image.to_pylist(), strict=True))
-        seen: dict[str, set[str]] = defaultdict(set)
+        # Text-only samples, and all samples of earlier versions, have no image: each counts as one of its own.
+        ids = captions["sample_id"]
+        image = pc.coalesce(captions["image"], ids) if "image" in captions.column_names else ids
+        image_of = dict(zip(ids.to_pylist(), image.to_pylist(), strict=True))
+        images: dict[str, set[str]] = defaultdict(set)
         for sample, concept in zip(*(occurrences[name].to_pylist() for name in occurrences.column_names), strict=True):
-            seen[concept].add(images.get(sample, sample))
+            images[concept].add(image_of.get(sample, sample))
         rankings = self.table("rankings")
         column, direction = ORDERS[by]
         ordered = rankings.select(["concept", "neuron", "rank", *{column} - {"rank"}]).sort_by(
@@ -193,7 +194,7 @@ class Run:
             {
                 "concept": pa.array(list(self.concepts), pa.string()),
                 "occurrences": pa.array(list(self.concepts.values()), pa.int64()),
-                "images": pa.array([len(seen[concept]) for concept in self.concepts], pa.int64()),
+                "images": pa.array([len(images[concept]) for concept in self.concepts], pa.int64()),
                 "neuron": pa.array([first.get(concept) for concept in self.concepts], pa.string()),
             }
         )
@@ -201,20 +202,20 @@ class Run:
     def rank(self, concept: str, k: int = 10, by: str = "score") -> pa.Table:
         """Return the concept's k highest neurons by score, specific, selective or share; columns of `rankings`.
 
-        Raises InputError for an unknown concept, with the nearest there are.
+        Raises InputError for an unknown concept, with suggestions.
         """
         _check_order(by)
         rankings = self.table("rankings")
         name = concept.casefold()
         rows = rankings.filter(pc.equal(rankings["concept"], name))
         if not len(rows):
-            near = difflib.get_close_matches(name, self.concepts, n=3) or list(self.concepts)[:3]
-            raise InputError(f"no concept {concept!r} in {self.uri}; it has {', '.join(near)}, …")
+            similar = difflib.get_close_matches(name, self.concepts, n=3) or list(self.concepts)[:3]
+            raise InputError(f"no concept {concept!r} in {self.uri}; it has {', '.join(similar)}, …")
         column, direction = ORDERS[by]
         return rows.sort_by([(column, direction), ("rank", "ascending")]).slice(0, k)
 
     def images(self, concept: str) -> int | None:
-        """Return the number of different images of a concept's occurrences; None where the run does not tell."""
+        """Return the number of distinct images of a concept's occurrences; None in runs of earlier versions."""
         rankings = self.table("rankings")
         if "n_images" not in rankings.column_names:
             return None
@@ -222,31 +223,36 @@ class Run:
         return counts[0].as_py() if len(counts) else None
 
     def neuron(self, name: str, examples: int = 5) -> dict[str, Any]:
-        """Return what is known of a neuron: its row of `neurons`, its concepts, its extreme samples with captions."""
+        """Return a neuron's row of `neurons`, its concepts, and its extreme samples with captions.
+
+        Raises InputError for a neuron outside the model.
+        """
         layer, unit = parse_neuron(name)
-        facts = _of(self.table("neurons"), layer, unit).to_pylist()
-        if not facts:
+        rows = _of_neuron(self.table("neurons"), layer, unit).to_pylist()
+        if not rows:
             widths = self.info["model"]["widths"]
             raise InputError(f"{name} is outside the model: {len(widths)} layers of {max(widths)} neurons, from L0.u0")
-        concepts = _of(self.table("rankings"), layer, unit).sort_by([("rank", "ascending"), ("score", "descending")])
-        found = _of(self.table("examples"), layer, unit)
-        found = found.filter(pc.less_equal(found["rank"], examples))
+        concepts = _of_neuron(self.table("rankings"), layer, unit).sort_by(
+            [("rank", "ascending"), ("score", "descending")]
+        )
+        samples = _of_neuron(self.table("examples"), layer, unit)
+        samples = samples.filter(pc.less_equal(samples["rank"], examples))
         captions = self.table("captions").select(["sample_id", "caption"])
-        joined = found.join(captions, "sample_id", join_type="left outer").sort_by(
+        samples = samples.join(captions, "sample_id", join_type="left outer").sort_by(
             [("sign", "descending"), ("rank", "ascending")]
         )
         columns = ["concept", "rank", "score", "specific", "specific_rank", "selective", "share", "n", "activation"]
-        known: dict[str, Any] = facts[0] | {
+        return dict(rows[0]) | {
             "concepts": concepts.select(columns).to_pylist(),
-            "examples": joined.to_pylist(),
+            "examples": samples.to_pylist(),
         }
-        return known
 
     def status(self) -> Status:
-        """Return how far the run is, from what is committed."""
+        """Return the run's progress, from what is committed."""
         receipts = self.folder.receipts()
         done = list(receipts.values())
         snapshot = self.snapshot
+        # Tables older than the last receipt have yet to be merged again.
         finished = snapshot is not None and snapshot.made_from["receipts"] == receipts_digest(receipts)
         return Status(
             shards=self.info["shards"],
@@ -264,16 +270,17 @@ class Run:
         )
 
     def failures(self, limit: int | None = None) -> list[dict[str, Any]]:
-        """Return the failed samples, or the first of them, with their reasons, from what is committed."""
+        """Return the rows of `errors` that are committed, or the first `limit` of them."""
         failed = [receipt for receipt in self.folder.receipts().values() if receipt.failures]
         with ThreadPoolExecutor(READERS) as pool:
+            # Each of these parts has at least one row: `limit` parts are enough.
             parts = pool.map(lambda receipt: self.folder.read_part(receipt, "errors"), failed[:limit])
             return [row for part in parts for row in part.to_pylist()][:limit]
 
 
 @dataclass(frozen=True)
 class Reason:
-    """Why samples failed: the stage and message of the first, and where they all lie in the data."""
+    """Samples that failed for one reason: stage and message of the first, and where all of them are in the data."""
 
     stage: str
     message: str
@@ -281,18 +288,18 @@ class Reason:
 
 
 def reasons(failures: Iterable[Mapping[str, Any]]) -> list[Reason]:
-    """Return why samples failed, the most frequent first; messages that differ in names and numbers are one reason."""
+    """Group failures by reason, the most frequent first; messages that differ only in names and numbers are one."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in failures:
-        groups.setdefault((row["stage"], PARTICULARS.sub("…", row["message"])), []).append(row)
+        groups.setdefault((row["stage"], SPECIFICS.sub("…", row["message"])), []).append(row)
     found = [Reason(rows[0]["stage"], rows[0]["message"], tuple(r["source"] for r in rows)) for rows in groups.values()]
     return sorted(found, key=lambda reason: -len(reason.sources))
 
 
 def open_run(uri: str | Path) -> Run:
-    """Open a run; raises InputError where there is none.
+    """Open a run; raises InputError if there is none.
 
-    Relative paths in its settings become those of where it was begun.
+    Relative paths in its settings are resolved against the folder where it was begun.
     """
     return Run(uri)
 
@@ -302,5 +309,5 @@ def _check_order(by: str) -> None:
         raise InputError(f"--by {by}: order by {', '.join(ORDERS)}")
 
 
-def _of(table: pa.Table, layer: int, unit: int) -> pa.Table:
+def _of_neuron(table: pa.Table, layer: int, unit: int) -> pa.Table:
     return table.filter(pc.and_(pc.equal(table["layer"], layer), pc.equal(table["unit"], unit)))

@@ -1,12 +1,12 @@
-"""Versions of a job's tables: written aside, made visible by one commit, read as one.
+"""Snapshots: versions of all of a job's tables, each made visible by one commit.
 
-    snapshots/census/000007-0002.json            the second merge of the seventh driver: its tables and their digests
+    snapshots/census/000007-0002.json            second merge of the seventh driver: its tables and their checksums
     snapshots/census/000007-0002/rankings/00000.parquet
-    tables/rankings.parquet                      a copy of the newest, for other tools
+    tables/rankings.parquet                      a copy of the newest version, for other tools
 
-A snapshot is committed with a number that its driver settled when it took its lease. A driver that has lost its lease
-commits a lower number than its successor, which nobody reads: it can't put old tables in place of new ones. A reader
-opens the snapshot with the highest number and finds every table of it, whatever is merged meanwhile.
+The first number is a fencing token, which a driver fixes when it takes its lease. A driver that has lost its lease
+commits a lower number than its successor, so it can't replace new tables by old ones. Readers open the snapshot with
+the highest number, and see all its tables, whatever is merged meanwhile.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -26,11 +26,11 @@ from mmray.runs.tables import from_bytes, to_bytes
 from mmray.storage import Checksum, Store
 
 KEPT = 3
-"""Snapshots of a job that stay: the newest, that of readers at work, and the one before, to compare with."""
+"""Snapshots of a job that are kept: the newest, one that readers may still use, and one to compare with."""
 FILE_BYTES = 64 << 20
-"""Size in memory at which a table is cut into a further file: what a writer holds at once, however large the table."""
+"""Bytes in memory at which a table starts a further file; bounds what a writer holds."""
 SMALL_PARTS = 64
-"""Parts that are joined as they come: one of a few rows takes more memory for its schema than for these."""
+"""Parts that are buffered before they are joined: in small parts, the schema takes more memory than the rows."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,19 +51,19 @@ class Snapshot:
 
     job: str
     number: str
-    """Number of the driver, and of its merge."""
+    """Fencing token and number of the merge."""
     made_from: Mapping[str, str]
-    """What tells whether another merge would write anything else."""
+    """Digests of the inputs; a merge with the same ones would write the same tables."""
     headline: Mapping[str, Any]
     tables: Mapping[str, tuple[TableFile, ...]]
 
     @property
     def folder(self) -> str:
-        """Where its files lie."""
+        """Prefix of its files."""
         return f"snapshots/{self.job}/{self.number}"
 
     def read(self, store: Store, name: str) -> pa.Table:
-        """Return one of its tables; raises DamagedError, naming the file, where it isn't what was written."""
+        """Return one of its tables; raises DamagedError, naming the file, if it isn't what was written."""
         return pa.concat_tables([_read(store, self.job, file) for file in self.tables[name]])
 
     def verify(self, store: Store) -> Iterator[str]:
@@ -85,7 +85,7 @@ def snapshots(store: Store, job: str | None = None) -> dict[str, list[str]]:
 
 
 def open_snapshot(store: Store, job: str, number: str) -> Snapshot:
-    """Return a committed snapshot; raises DamagedError where its file is cut."""
+    """Return a committed snapshot; raises DamagedError if its file is damaged."""
     key = f"snapshots/{job}/{number}.json"
     try:
         content = json.loads(store.read(key))
@@ -97,20 +97,18 @@ def open_snapshot(store: Store, job: str, number: str) -> Snapshot:
             raise ValueError("files of another job")
         return Snapshot(job, number, dict(content["made_from"]), dict(content["headline"]), tables)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{store.uri}/{key}: not a snapshot, or a cut one; run mmray {job} again") from error
+        raise DamagedError(f"{store.uri}/{key}: not a snapshot, or a truncated one; run mmray {job} again") from error
 
 
 def next_fence(store: Store, job: str, lease: int) -> int:
-    """Return the number for the snapshots of a driver that has just taken its lease: above all that there are.
-
-    That is the lease's number, unless somebody has removed the leases of earlier drivers.
-    """
+    """Return the fencing token of a driver that has just taken its lease: above those of all snapshots."""
+    # Normally the lease's own number, unless someone has removed the leases of earlier drivers.
     numbers = snapshots(store, job).get(job, [])
     return max(lease, _order(numbers[0])[0] + 1 if numbers else 0)
 
 
-def newest_whole(store: Store, job: str) -> Snapshot | None:
-    """Return a job's newest snapshot whose file can be read, for who is about to write another."""
+def newest_readable(store: Store, job: str) -> Snapshot | None:
+    """Return a job's newest undamaged snapshot; for writers, which replace a damaged one instead of raising."""
     for number in snapshots(store, job).get(job, []):
         try:
             return open_snapshot(store, job, number)
@@ -120,49 +118,49 @@ def newest_whole(store: Store, job: str) -> Snapshot | None:
 
 
 def newest(store: Store, job: str) -> Snapshot | None:
-    """Return a job's newest snapshot; None where it has none."""
+    """Return a job's newest snapshot, or None."""
     numbers = snapshots(store, job).get(job)
     return open_snapshot(store, job, numbers[0]) if numbers else None
 
 
 @dataclass
 class SnapshotWriter:
-    """Writes the tables of a snapshot, part by part; nothing is seen of them until `commit`."""
+    """Writes the tables of a snapshot part by part; readers see nothing of them until `commit`."""
 
     store: Store
     job: str
     fence: int
-    """What `next_fence` gave when the lease was taken."""
+    """From `next_fence`, called when the lease was taken."""
     number: str = ""
     tables: dict[str, _TableWriter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        own = [
-            number for number in snapshots(self.store, self.job).get(self.job, []) if _order(number)[0] == self.fence
-        ]
-        self.number = f"{self.fence:06d}-{max((_order(number)[1] for number in own), default=0) + 1:04d}"
-        # A merge that died, of a full disk maybe, has left files that nobody names.
-        _forget(self.store, self.job)
+        orders = map(_order, snapshots(self.store, self.job).get(self.job, []))
+        merges = [merge for fence, merge in orders if fence == self.fence]
+        self.number = f"{self.fence:06d}-{max(merges, default=0) + 1:04d}"
+        # A merge that died, perhaps of a full disk, has left files that no snapshot names.
+        _prune(self.store, self.job)
 
     def add(self, name: str, part: pa.Table) -> None:
-        """Take in rows of a table."""
+        """Append rows to a table."""
         if name not in self.tables:
             self.tables[name] = _TableWriter(self.store, f"snapshots/{self.job}/{self.number}/{name}", part.schema)
         self.tables[name].add(part)
 
     def commit(self, made_from: Mapping[str, str], headline: Mapping[str, Any]) -> Snapshot:
-        """Make the tables visible at once, and return what readers see from now on.
+        """Make all tables visible at once, and return the snapshot that readers now see.
 
-        Tables of the snapshot before that were not written again stay as they are. Raises InputError where a driver
-        of a higher number has committed meanwhile.
+        Tables of the previous snapshot that were not written again are kept. Raises InputError if a driver with a
+        higher fencing token has committed meanwhile.
         """
         written = {name: tuple(writer.close()) for name, writer in self.tables.items()}
-        before = newest_whole(self.store, self.job)
-        tables = dict(before.tables if before else {}) | written
+        previous = newest_readable(self.store, self.job)
+        tables = dict(previous.tables if previous else {}) | written
         snapshot = Snapshot(self.job, self.number, dict(made_from), dict(headline), tables)
-        content = {"made_from": snapshot.made_from, "headline": snapshot.headline, "tables": _plain(tables)}
+        plain = {name: [asdict(file) for file in files] for name, files in tables.items()}
+        content = {"made_from": snapshot.made_from, "headline": snapshot.headline, "tables": plain}
         key, data = f"{snapshot.folder}.json", json.dumps(content, indent=1, sort_keys=True).encode()
-        # A store whose answer was lost, and that was asked again, refuses what it has: it may be our own.
+        # A commit retried after a lost response finds its own object.
         if not self.store.commit(key, data) and self.store.read(key) != data:
             raise InputError(f"{self.store.uri}: snapshot {self.number} of {self.job} is taken; run the command again")
         if snapshots(self.store, self.job)[self.job][0] != self.number:
@@ -171,19 +169,19 @@ class SnapshotWriter:
 
 
 class _TableWriter:
-    """Writes a table from parts in order: what is held at once does not grow with it."""
+    """Writes a table from parts, in order; memory does not grow with the table."""
 
     def __init__(self, store: Store, folder: str, schema: pa.Schema) -> None:
         self.store = store
         self.folder = folder
         self.schema = schema
         self.files: list[TableFile] = []
-        self._gathered: list[pa.Table] = []
+        self._joined: list[pa.Table] = []
         self._small: list[pa.Table] = []
         self._bytes = 0
 
     def add(self, part: pa.Table) -> None:
-        """Take in a part, and write what has come together once it is a file's worth."""
+        """Append a part, and write a file once there is enough for one."""
         self._small.append(part)
         self._bytes += part.nbytes
         if len(self._small) == SMALL_PARTS:
@@ -193,20 +191,21 @@ class _TableWriter:
 
     def close(self) -> list[TableFile]:
         """Write the rest, and return the table's files."""
+        # An empty table is a file, too: it has a schema.
         if self._bytes or self._small or not self.files:
             self._flush()
         return self.files
 
     def _join_small(self) -> None:
-        # A part of an earlier version may lack a column that has come since.
+        # Parts committed by an earlier version may lack a newer column, which is then filled with nulls.
         whole = pa.concat_tables([self.schema.empty_table(), *self._small], promote_options="default")
-        self._gathered.append(whole.combine_chunks())
+        self._joined.append(whole.combine_chunks())
         self._small = []
 
     def _flush(self) -> None:
         self._join_small()
-        table = pa.concat_tables(self._gathered)
-        self._gathered, self._bytes = [], 0
+        table = pa.concat_tables(self._joined)
+        self._joined, self._bytes = [], 0
         data = to_bytes(table)
         key = f"{self.folder}/{len(self.files):05d}.parquet"
         self.store.put(key, data)
@@ -214,26 +213,27 @@ class _TableWriter:
 
 
 def publish(store: Store, snapshot: Snapshot) -> None:
-    """Copy a snapshot's tables to `tables/NAME.parquet` for other tools, and remove snapshots that nobody needs.
+    """Copy a snapshot's tables to `tables/NAME.parquet` for other tools, and remove old snapshots.
 
-    A table of one file is a file of that name, a larger one a folder.
+    A table of several files becomes a folder of that name.
     """
     for name, files in snapshot.tables.items():
-        place = f"tables/{name}.parquet"
-        stale = {entry.key for entry in store.list(place)}
-        folder = len(files) > 1 or f"{place}/00000.parquet" in stale
-        targets = [f"{place}/{number:05d}.parquet" if folder else place for number in range(len(files))]
+        path = f"tables/{name}.parquet"
+        stale = {entry.key for entry in store.list(path)}
+        # Once a folder, always a folder: a local file can't replace it in one step.
+        folder = len(files) > 1 or f"{path}/00000.parquet" in stale
+        targets = [f"{path}/{number:05d}.parquet" if folder else path for number in range(len(files))]
         if folder:
-            store.delete(place)
+            store.delete(path)
         for file, target in zip(files, targets, strict=True):
             store.put(target, store.read(file.key))
-        for key in stale - {*targets, place}:
+        for key in stale - {*targets, path}:
             store.delete(key)
-    _forget(store, snapshot.job)
+    _prune(store, snapshot.job)
 
 
 def is_published(store: Store, snapshot: Snapshot) -> bool:
-    """Return whether other tools find its tables as they are: a driver may have died before it had copied them."""
+    """Return whether the copies in `tables/` are those of a snapshot; a driver may have died before copying them."""
     for name, files in snapshot.tables.items():
         copies = store.list(f"tables/{name}.parquet")
         if [entry.size for entry in copies] != [file.checksum.size for file in files]:
@@ -246,8 +246,8 @@ def is_published(store: Store, snapshot: Snapshot) -> bool:
     return True
 
 
-def _forget(store: Store, job: str) -> None:
-    """Remove snapshots but the newest, and files that none of those names."""
+def _prune(store: Store, job: str) -> None:
+    """Remove all but the newest snapshots, and files that none of these names."""
     kept: list[Snapshot] = []
     for number in snapshots(store, job).get(job, []):
         if len(kept) < KEPT:
@@ -266,19 +266,11 @@ def _read(store: Store, job: str, file: TableFile) -> pa.Table:
         data = store.read(file.key)
         file.checksum.check(data)
         return from_bytes(data)
-    except FileNotFoundError as error:
-        why = "is gone"
-        raise DamagedError(f"{store.uri}/{file.key}: {why}; run mmray {job} again: it makes the tables anew") from error
-    except DamagedError as error:
-        raise DamagedError(
-            f"{store.uri}/{file.key}: {error}; run mmray {job} again: it makes the tables anew"
-        ) from error
-
-
-def _plain(tables: Mapping[str, Iterable[TableFile]]) -> dict[str, list[dict[str, Any]]]:
-    return {name: [asdict(file) for file in files] for name, files in tables.items()}
+    except (FileNotFoundError, DamagedError) as error:
+        why = "is gone" if isinstance(error, FileNotFoundError) else str(error)
+        raise DamagedError(f"{store.uri}/{file.key}: {why}; run mmray {job} again to rebuild the tables") from error
 
 
 def _order(number: str) -> tuple[int, int]:
-    lease, _, merge = number.partition("-")
-    return int(lease), int(merge)
+    fence, _, merge = number.partition("-")
+    return int(fence), int(merge)

@@ -1,4 +1,4 @@
-"""How far each analysis of a run is, who drives it, and whether its tables are those of its parts and of the census."""
+"""Progress of each analysis of a run, its driver, and whether its tables are up to date with parts and census."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from mmray.runs import Receipt
 from mmray.runs.analyses import Analysis, find_analyses
 from mmray.runs.folder import RunFolder
 from mmray.runs.lease import Driver, last_driver
-from mmray.runs.receipts import NOTHING, Cost, cost, receipts_digest, skipped
+from mmray.runs.receipts import NO_COST, Cost, cost, receipts_digest, skipped
 from mmray.runs.run import Run
 from mmray.runs.snapshots import Snapshot, newest
 
 READERS = 8
-"""Analyses that are looked at at once."""
+"""Analyses that are read in parallel."""
 
 Tables = Literal["", "current", "not made", "older than the parts", "older than the census", "of other settings"]
-"""State of an analysis's tables; empty for one that makes none and that the census has not left behind."""
+"""State of an analysis's tables; empty for one without tables that is as new as the census."""
 STALE: tuple[Tables, ...] = ("older than the parts", "older than the census")
 
 
 @dataclass(frozen=True)
 class AnalysisStatus:
-    """How far an analysis is."""
+    """Progress of an analysis, and the state of its tables."""
 
     name: str
     title: str
     folder: str
-    """Below the run's."""
+    """Relative to the run."""
     noun: str
-    """What sizes count."""
+    """What `size` counts."""
     units: int
     units_done: int
     quarantined: dict[int, str]
@@ -46,77 +46,75 @@ class AnalysisStatus:
     cost: Cost
     tables: Tables
     renew: str
-    """The command that goes on with it, or renews its tables."""
+    """The command that resumes it or makes its tables again."""
     settings: Mapping[str, Any]
-    """Those that it was called with."""
+    """The settings that it was called with."""
     driver: Driver | None
     damage: tuple[str, ...]
-    """What is wrong with its files, a line each."""
+    """Problems with its files, one line each."""
 
     @property
     def pending(self) -> int:
-        """Units that are neither done nor quarantined."""
+        """Units neither done nor quarantined."""
         return self.units - self.units_done - len(self.quarantined)
 
     @property
     def rate(self) -> float:
-        """What is counted, per second of a worker's time."""
+        """Processed size per second of worker time."""
         return self.size_done / self.cost.seconds if self.cost.seconds else 0.0
 
     @property
     def at_work(self) -> bool:
-        """Whether somebody drives it."""
+        """Whether a driver is alive."""
         return self.driver is not None and self.driver.state == "at work"
 
     @property
     def at_rest(self) -> bool:
-        """Whether nothing is left to be said or done about it but that it once was computed with other settings."""
+        """Whether it is complete and undamaged, and only superseded by a later one with other settings."""
         return self.tables == "of other settings" and not (self.pending or self.quarantined or self.damage)
 
     def summary(self) -> dict[str, Any]:
-        """Return what --json says of it."""
+        """Return its entry in the output of --json."""
         return asdict(self) | {"pending": self.pending, "rate": self.rate}
 
 
 def analyses(folder: RunFolder, run: Run | None) -> list[AnalysisStatus]:
-    """Return how far each analysis is that a folder holds: that of a run, or of an edit, or of OUT (None)."""
+    """Return the status of each analysis in a folder; `run` is None for the folder of an edit, or OUT of a job."""
     census = run.digests()["receipts"] if run is not None and run.snapshot else ""
     found = find_analyses(folder.store)
-    last: dict[tuple[str, str, str], Analysis] = {}
+    # The latest of each kind comes first. Only its tables are current; earlier ones had other settings.
+    latest: dict[tuple[str, str, str], Analysis] = {}
     for analysis in found:
-        last.setdefault((analysis.target, analysis.feature.name, analysis.step), analysis)
-
-    def look(analysis: Analysis) -> AnalysisStatus:
-        return _status(analysis, census, is_last=analysis in last.values())
-
+        latest.setdefault((analysis.target, analysis.feature.name, analysis.step), analysis)
     with ThreadPoolExecutor(READERS) as pool:
-        looked = list(pool.map(look, found))
+        statuses = list(pool.map(lambda one: _status(one, census, is_last=one in latest.values()), found))
     parts = {feature.name for feature in FEATURES.values() if feature.part_of}
-    told = [one for one in looked if one.name not in parts or one.pending or one.quarantined or one.damage]
-    return told if run is None else [*told, *_pipeline(folder, census)]
+    shown = [one for one in statuses if one.name not in parts or one.pending or one.quarantined or one.damage]
+    return shown if run is None else [*shown, *_pipeline(folder, census)]
 
 
 def _status(analysis: Analysis, census: str, *, is_last: bool) -> AnalysisStatus:
     folder, damage = analysis.folder(), []
     info: Mapping[str, Any] = {}
     done: dict[int, Receipt] = {}
-    aside: dict[int, Receipt] = {}
+    quarantined: dict[int, Receipt] = {}
     sizes: list[int] = []
     snapshot = None
     try:
         info = folder.info() or {}
-        done, aside, wrong = folder.readable_receipts()
+        done, quarantined, wrong = folder.readable_receipts()
         damage += [str(error) for error in wrong]
         sizes = _sizes(folder)
         snapshot = newest(analysis.tables(), analysis.feature.name)
     except StorageError:
         raise
     except InputError as error:
+        # Damage is part of the status; only storage that can't be read at all ends the command.
         damage.append(str(error))
-    units = len(sizes) or len(done) + len(aside)
-    receipts = [*done.values(), *aside.values()]
+    units = len(sizes) or len(done) + len(quarantined)
+    receipts = [*done.values(), *quarantined.values()]
     size_done = sum(receipt.samples for receipt in receipts)
-    finished = bool(info) and len(done) + len(aside) >= units
+    finished = bool(info) and len(done) + len(quarantined) >= units
     return AnalysisStatus(
         name=analysis.feature.name,
         title=analysis.title,
@@ -124,7 +122,7 @@ def _status(analysis: Analysis, census: str, *, is_last: bool) -> AnalysisStatus
         noun=analysis.feature.noun,
         units=units,
         units_done=len(done),
-        quarantined={number: receipt.reason or "" for number, receipt in aside.items()},
+        quarantined={number: receipt.reason or "" for number, receipt in quarantined.items()},
         size=max(sum(sizes), size_done),
         size_done=size_done,
         failures=sum(receipt.failures for receipt in done.values()),
@@ -139,7 +137,7 @@ def _status(analysis: Analysis, census: str, *, is_last: bool) -> AnalysisStatus
 
 
 def _sizes(folder: RunFolder) -> list[int]:
-    """Return the sizes of an analysis's units; raises DamagedError where they can't be read."""
+    """Return the sizes of an analysis's units; raises DamagedError if the manifest is damaged or missing."""
     try:
         return [int(size) for size in json.loads(folder.manifest())["sizes"]]
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
@@ -147,18 +145,18 @@ def _sizes(folder: RunFolder) -> list[int]:
 
 
 def _pipeline(run: RunFolder, census: str) -> Iterator[AnalysisStatus]:
-    """Yield the state of the tables that a pipeline makes of a run's edits, if there are any: it has no units."""
+    """Yield the state of the tables that a pipeline makes of a run's edits, if it has made any; it has no units."""
     feature, made_from, damage = FEATURES["pipeline"], dict[str, str](), ""
     try:
         snapshot = newest(run.store, feature.name)
         if snapshot is None or not snapshot.made_from:
-            # Earlier versions did not note what they made them from.
+            # Earlier versions did not record what the tables were made from.
             return
         made_from |= snapshot.made_from
     except DamagedError as error:
         damage = str(error)
     with ThreadPoolExecutor(READERS) as pool:
-        states = set(pool.map(lambda key: _of_parts(run, key, made_from[key], census), made_from))
+        states = set(pool.map(lambda key: _state_of_parts(run, key, made_from[key], census), made_from))
     edits = len({key.split("/")[1] for key in made_from})
     yield AnalysisStatus(
         name=feature.name,
@@ -172,7 +170,7 @@ def _pipeline(run: RunFolder, census: str) -> Iterator[AnalysisStatus]:
         size_done=edits,
         failures=0,
         skipped={},
-        cost=NOTHING,
+        cost=NO_COST,
         tables="not made" if damage else next((state for state in STALE if state in states), "current"),
         renew=feature.command,
         settings={},
@@ -181,21 +179,20 @@ def _pipeline(run: RunFolder, census: str) -> Iterator[AnalysisStatus]:
     )
 
 
-def _of_parts(run: RunFolder, key: str, digest: str, census: str) -> Tables:
-    """Return the state of tables made from the parts in a folder below the run's, whose receipts had that digest."""
+def _state_of_parts(run: RunFolder, key: str, digest: str, census: str) -> Tables:
+    """Return the state of tables made from parts in a folder of the run, whose receipts had this digest then."""
     folder = RunFolder.at(f"{run.store.uri}/{key}")
     try:
         info, (done, *_) = folder.info() or {}, folder.readable_receipts()
     except StorageError:
         raise
     except InputError:
-        # The analysis that the folder belongs to says what is damaged.
+        # The status of that folder's own analysis names the damage.
         return "older than the parts"
     if receipts_digest(done) != digest:
         return "older than the parts"
-    return (
-        "older than the census" if census and info.get("digests", {}).get("receipts", census) != census else "current"
-    )
+    begun_on = info.get("digests", {}).get("receipts", census)
+    return "older than the census" if census and begun_on != census else "current"
 
 
 def _tables(
@@ -209,21 +206,21 @@ def _tables(
     is_last: bool,
 ) -> Tables:
     """Return the state of an analysis's tables."""
-    behind: Tables = "older than the census"
+    outdated: Tables = "older than the census"
     begun_on = info.get("digests", {}).get("receipts", census)
-    is_behind = bool(census) and begun_on != census
+    is_outdated = bool(census) and begun_on != census
     if not analysis.feature.tables:
         if finished and not is_last:
             return "of other settings"
-        return behind if is_behind else ""
+        return outdated if is_outdated else ""
     if snapshot is None:
         return "not made"
     made_from = snapshot.made_from
     if "fingerprint" not in made_from:
-        # Several analyses share the tables, each with the census that it was made from.
-        return behind if census and any(receipts != census for receipts in made_from.values()) else "current"
+        # Several analyses share the tables; `made_from` has the census receipts of each.
+        return outdated if census and any(receipts != census for receipts in made_from.values()) else "current"
     if made_from["fingerprint"] != info.get("fingerprint"):
         return "not made" if is_last else "of other settings"
     if made_from.get("receipts") != receipts_digest(done):
         return "older than the parts"
-    return behind if is_behind else "current"
+    return outdated if is_outdated else "current"

@@ -1,4 +1,4 @@
-"""Columns with their units, the Parquet bytes of a table, and the table that every job has: what failed."""
+"""Reading and writing tables as Parquet, columns with units, and the schema of the table `errors`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmray.errors import DamagedError
 from mmray.storage import Store
 
 LABEL_ENTRY = pa.struct([("key", pa.string()), ("value", pa.string())])
-"""What a map consists of: `datasets` can't read maps."""
+"""Entry of a column that replaces a map, because `datasets` can't read maps."""
 
 
 def field(name: str, kind: pa.DataType, unit: str = "") -> pa.Field:
@@ -32,51 +32,50 @@ ERRORS = pa.schema(
         field("message", pa.string()),
     ]
 )
-"""What failed: the table `errors` of a run, and a part of every unit."""
+"""Failed samples: the table `errors` of a run, and a part of every unit."""
 
 ROW_GROUP = 100_000
-"""Rows of a row group: many small ones make every later read slow."""
-VECTORS_OF_A_PAGE = 16
-"""Rows that are written without a look at the size of the page; vectors are up to megabytes, a page 2 GB."""
+"""Rows per row group; many small groups slow down every read."""
+VECTORS_PER_PAGE = 16
+"""Rows written before Parquet checks the page size. Vectors take up to megabytes, and a page must stay below 2 GB."""
 
 
 def to_bytes(table: pa.Table) -> bytes:
     """Return the table as the bytes of one Parquet file."""
     buffer = io.BytesIO()
     if not len(table):
-        # No row group, rather than an empty one, which `datasets` takes for an error.
+        # Without any row group: `datasets` rejects an empty one.
         pq.ParquetWriter(buffer, table.schema).close()
         return buffer.getvalue()
-    # Dictionaries, compression and extremes are for text and columns of rows: on long lists of numbers they only cost
-    # time.
+    # Dictionaries, compression and statistics pay off for text and scalars; for long vectors they only cost time.
     texts = [
         name for name, kind in zip(table.schema.names, table.schema.types, strict=True) if pa.types.is_string(kind)
     ]
-    sums = any(
+    vectors = any(
         pa.types.is_large_binary(kind) or (pa.types.is_list(kind) and pa.types.is_floating(kind.value_type))
         for kind in table.schema.types
     )
     pq.write_table(
         table,
         buffer,
-        compression="none" if sums else "zstd",
-        compression_level=None if sums else 1,
+        compression="none" if vectors else "zstd",
+        compression_level=None if vectors else 1,
         row_group_size=ROW_GROUP,
         use_dictionary=texts,
-        write_statistics=not sums,
-        write_batch_size=VECTORS_OF_A_PAGE if sums else None,
+        write_statistics=not vectors,
+        write_batch_size=VECTORS_PER_PAGE if vectors else None,
     )
     return buffer.getvalue()
 
 
 def from_bytes(data: bytes) -> pa.Table:
     """Return the table that `to_bytes` wrote; raises DamagedError for anything else."""
-    # Arrow's threads may outlive the call, and drop its last references. A reference to Python's own bytes that is
-    # dropped while Python ends aborts the process, so that Arrow gets memory of its own.
+    # Copy the bytes to Arrow's own memory. Arrow's threads may outlive this call and hold the last reference to its
+    # input; dropping a reference to Python bytes while the interpreter shuts down aborts the process.
     stream = pa.BufferOutputStream()
     stream.write(data)
     try:
-        # Not `read_table`, which goes by way of a data set: that takes longer than a small part itself.
+        # `read_table` would build a dataset first, which takes longer than reading a small part.
         return _without_maps(pq.ParquetFile(pa.BufferReader(stream.getvalue())).read())
     except MemoryError:
         raise
@@ -85,21 +84,21 @@ def from_bytes(data: bytes) -> pa.Table:
 
 
 def _without_maps(table: pa.Table) -> pa.Table:
-    """Return the table as it is written now: runs of version 0.1.0 have maps."""
-    for place, column in enumerate(table.schema):
+    """Return the table with maps as lists of entries; runs of version 0.1.0 have maps."""
+    for position, column in enumerate(table.schema):
         if pa.types.is_map(column.type):
-            entries = table.column(place).cast(pa.list_(LABEL_ENTRY))
-            table = table.set_column(place, column.with_type(entries.type), entries)
+            entries = table.column(position).cast(pa.list_(LABEL_ENTRY))
+            table = table.set_column(position, column.with_type(entries.type), entries)
     return table
 
 
 def read_table(store: Store, name: str, folder: str = "tables") -> pa.Table:
-    """Return a table that lies in a file, or in a folder of numbered files; `FileNotFoundError` where it doesn't.
+    """Return a table from a file, or a folder of numbered files; `FileNotFoundError` if there is neither.
 
-    Raises DamagedError, which names the file, for one that is cut.
+    Raises DamagedError, naming the file, for a damaged one.
     """
     table = f"{folder}/{name}.parquet"
-    # Others may have put files of their own there.
+    # Other programs may have written files of their own there.
     is_file = re.compile(f"{re.escape(table)}(/[0-9]+[.]parquet)?").fullmatch
     files = [entry.key for entry in store.list(table) if is_file(entry.key)]
     if not files:
@@ -108,7 +107,7 @@ def read_table(store: Store, name: str, folder: str = "tables") -> pa.Table:
 
 
 def read_file(store: Store, key: str) -> pa.Table:
-    """Return the table in a file; raises DamagedError, which names the file, if it is cut."""
+    """Return the table in a file; raises DamagedError, naming the file, if it is damaged."""
     data = store.read(key)
     try:
         return from_bytes(data)
@@ -117,16 +116,16 @@ def read_file(store: Store, key: str) -> pa.Table:
 
 
 def list_column(rows: ndarray, kind: pa.DataType) -> pa.ListArray:
-    """Return a column whose lists are the rows of a matrix; many times faster than through Python lists."""
+    """Return a column whose lists are the rows of a matrix; much faster than through Python lists."""
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * np.int32(rows.shape[1])
     values = np.ascontiguousarray(rows).reshape(-1).astype(kind.value_type.to_pandas_dtype(), copy=False)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
 def vector_column(rows: ndarray, present: ndarray) -> pa.LargeBinaryArray:
-    """Return a column of vectors, whose bytes are written and read twice as fast as a list's numbers.
+    """Return a column of vectors as raw bytes, which are written and read twice as fast as lists.
 
-    `present` tells of each row of the column whether it has a vector, the next row of the matrix; the others are null.
+    `present` marks the rows of the column that have a vector (the next row of the matrix); the others are null.
     """
     starts = np.concatenate([[0], np.cumsum(present * rows[:1].nbytes)]).astype(np.int64)
     buffers = [pa.array(present).buffers()[1], pa.py_buffer(starts), pa.py_buffer(np.ascontiguousarray(rows))]
@@ -134,7 +133,7 @@ def vector_column(rows: ndarray, present: ndarray) -> pa.LargeBinaryArray:
 
 
 def vectors(column: pa.ChunkedArray, dtype: type[np.float64 | np.float32 | np.int32]) -> list[ndarray]:
-    """Return the vectors of a column, of which it does not know the number format; a null is an empty one."""
+    """Return the vectors of a `vector_column`, whose bytes don't record their dtype; a null is an empty vector."""
     return [np.frombuffer(value.as_buffer() or b"", dtype) for chunk in column.chunks for value in chunk]
 
 
@@ -142,7 +141,7 @@ def list_values(column: pa.ChunkedArray) -> list[ndarray]:
     """Return the lists of a column as arrays, without a copy where there are no nulls."""
     arrays: list[ndarray] = []
     for chunk in column.chunks:
-        # The values as they lie: `flatten` would go through a kernel, which for short columns takes longest of all.
+        # The raw buffer: `flatten` calls a kernel, whose overhead dominates for short columns.
         values, offsets = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
         arrays.extend(values[start:stop] for start, stop in pairwise(offsets))
     return arrays

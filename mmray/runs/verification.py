@@ -1,4 +1,4 @@
-"""Read everything that a run and its analyses have committed, and say which files are not what was written."""
+"""Verify a run: read everything that it and its analyses have committed, and find damaged or missing files."""
 
 from __future__ import annotations
 
@@ -11,54 +11,54 @@ from typing import Any
 
 from mmray.errors import DamagedError, InputError, StorageError
 from mmray.runs.analyses import RunJob, jobs_of
-from mmray.runs.folder import DamagedUnitError, RunFolder, unit_of
-from mmray.runs.receipts import Receipt
+from mmray.runs.folder import DamagedUnitError, RunFolder
+from mmray.runs.receipts import Receipt, unit_of
 from mmray.runs.snapshots import Snapshot, open_snapshot, snapshots
 from mmray.runs.tables import from_bytes
 from mmray.storage import Checksum, Store
 
 READERS = 8
-"""Files that are read at once."""
+"""Files that are read in parallel."""
 UNIT_FOLDERS = ("attempts/", "receipts/", "aside/", "shards/")
 SNAPSHOT_FILE = re.compile(r"snapshots/[^/]+/\d{6,}-\d{4,}(\.json|/[^/]+/\d{5,}\.parquet)")
 EDIT, EDIT_ROWS = "edit.json", "edit.safetensors"
-"""Of an edit: what it is, with the checksum of its rows, and the rows."""
+"""Files of an edit: its description, with the checksum of its rows, and the rows."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A file that is not what was written, and how to have it written again."""
+    """A damaged or missing file, and how to make it again."""
 
     path: str
     why: str
     command: str
-    """Redoes it; empty where nothing can, or need."""
+    """Makes it again; empty if nothing can, or needs to."""
     settings: Mapping[str, Any]
-    """Those that the command was called with."""
+    """The settings that the command was called with."""
     remove: str = ""
-    """What is to be removed before that."""
+    """File to remove before that."""
 
 
 @dataclass(frozen=True)
-class Verified:
-    """What was read, and what is wrong with it."""
+class VerificationResult:
+    """What was read, and the problems found."""
 
     files: int
     bytes: int
     problems: tuple[Problem, ...]
     foreign: tuple[str, ...]
-    """Files in the folders of units and snapshots that mmray did not write; they change nothing."""
+    """Files in folders of units and snapshots that mmray did not write; harmless."""
 
 
-def verify_run(folder: RunFolder) -> Verified:
-    """Read every receipt, part, snapshot and table file of a run and its analyses, and check each against its note.
+def verify_run(folder: RunFolder) -> VerificationResult:
+    """Read every receipt, part, snapshot and table file of a run and its analyses, and check their checksums.
 
-    What a driver removes meanwhile, for it has something better, is no problem.
+    Files that a driver replaces meanwhile are no problem.
     """
     jobs = [_Verification(job) for job in jobs_of(folder)]
     for job in jobs:
         job.verify()
-    return Verified(
+    return VerificationResult(
         sum(job.files for job in jobs),
         sum(job.bytes for job in jobs),
         tuple(problem for job in jobs for problem in job.problems),
@@ -68,6 +68,8 @@ def verify_run(folder: RunFolder) -> Verified:
 
 @dataclass
 class _Verification:
+    """The verification of one job."""
+
     job: RunJob
     files: int = 0
     bytes: int = 0
@@ -91,96 +93,100 @@ class _Verification:
         except StorageError:
             raise
         except InputError:
-            self._wrong(folder.store, "run.json", "not written by mmray, or cut", remove="run.json")
+            self._report(folder.store, "run.json", "not written by mmray, or truncated", remove="run.json")
             return {}
 
     def _units(self, folder: RunFolder, info: Mapping[str, Any], *, is_finished: bool) -> None:
-        """Check what was committed of units, and that nothing is gone once tables were made of them."""
+        """Check receipts and parts of units; if tables were made from them, also that none is missing."""
         store = folder.store
         try:
             json.loads(folder.manifest())
         except (FileNotFoundError, ValueError):
-            self._wrong(store, "manifest.json", "gone or cut", remove="manifest.json")
-        committed, aside, damaged = folder.readable_receipts()
-        self._passed(entry.size for prefix in UNIT_FOLDERS[1:3] for entry in store.list(prefix))
+            self._report(store, "manifest.json", "gone or truncated", remove="manifest.json")
+        committed, quarantined, damaged = folder.readable_receipts()
+        self._count(entry.size for prefix in UNIT_FOLDERS[1:3] for entry in store.list(prefix))
         for damage in damaged:
-            self._wrong(store, damage.key, damage.why, remove=damage.receipt)
+            self._report(store, damage.key, damage.why, remove=damage.receipt)
         if is_finished:
-            known = {*committed, *aside, *(unit_of(damage.key) for damage in damaged)}
+            known = {*committed, *quarantined, *(unit_of(damage.key) for damage in damaged)}
             for number in range(info.get("shards", 0)):
                 if number not in known:
-                    self._wrong(store, f"receipts/{number:06d}.json", "gone")
+                    self._report(store, f"receipts/{number:06d}.json", "gone")
         parts = [(receipt, name) for receipt in committed.values() for name in receipt.parts or {}]
         with ThreadPoolExecutor(READERS) as pool:
             for found, size in pool.map(lambda part: _read_part(folder, *part), parts):
                 if found is None:
-                    self._passed([size])
+                    self._count([size])
+                # Without its receipt, a driver has discarded the unit since it was listed.
                 elif store.exists(found.receipt):
-                    self._wrong(store, found.key, found.why, remove=found.receipt)
+                    self._report(store, found.key, found.why, remove=found.receipt)
         for prefix in UNIT_FOLDERS:
             self.foreign += [f"{store.uri}/{entry.key}" for entry in store.list(prefix) if unit_of(entry.key) is None]
 
     def _edit(self, store: Store) -> None:
-        """Check an edit's rows; whether there is one at all, the receipt of its making says."""
+        """Check an edit's rows."""
         try:
             checksum = Checksum(**json.loads(store.read(EDIT))["rows"])
         except FileNotFoundError:
+            # Not made yet: the receipt of its unit is missing, too, and is reported.
             return
         except (ValueError, KeyError, TypeError):
-            self._wrong(store, EDIT, "no edit, or a cut one", remove=EDIT)
+            self._report(store, EDIT, "no edit, or a truncated one", remove=EDIT)
             return
         self._file(store, EDIT_ROWS, checksum, remove=EDIT)
 
     def _tables(self) -> str | None:
-        """Check snapshots and copies of tables; return the fingerprint of the units that the last were made from."""
+        """Check snapshots and copies of tables; return the fingerprint of the units that the newest were made from."""
         store, name = self.job.tables, self.job.feature.name
-        last = None
-        for place, number in enumerate(snapshots(store, name).get(name, [])):
-            snapshot = self._snapshot(store, number, is_last=not place)
-            last = snapshot if not place else last
-        if last is not None:
-            for key, checksum in _copies(store, last):
+        found = [
+            self._snapshot(store, number, is_newest=not age)
+            for age, number in enumerate(snapshots(store, name).get(name, []))
+        ]
+        newest = found[0] if found else None
+        if newest is not None:
+            for key, checksum in _copies(store, newest):
                 self._file(store, key, checksum, remove=key)
         self.foreign += [
             f"{store.uri}/{entry.key}"
             for entry in store.list(f"snapshots/{name}/")
             if not SNAPSHOT_FILE.fullmatch(entry.key)
         ]
-        return last.made_from.get("fingerprint") if last else None
+        return newest.made_from.get("fingerprint") if newest else None
 
-    def _snapshot(self, store: Store, number: str, *, is_last: bool) -> Snapshot | None:
-        """Check a version of the tables; earlier ones are there for comparison, and can only be removed."""
+    def _snapshot(self, store: Store, number: str, *, is_newest: bool) -> Snapshot | None:
+        """Check a version of the tables."""
         key = f"snapshots/{self.job.feature.name}/{number}.json"
         try:
             snapshot = open_snapshot(store, self.job.feature.name, number)
         except FileNotFoundError:
             return None
         except DamagedError:
-            self._wrong(store, key, "not a snapshot, or a cut one", remove=key)
+            self._report(store, key, "not a snapshot, or a truncated one", remove=key)
             return None
-        self._passed([0])
+        self._count([0])
         for file in (file for files in snapshot.tables.values() for file in files):
-            if is_last:
+            if is_newest:
                 self._file(store, file.key, file.checksum)
             else:
+                # Earlier versions are only for comparison: nothing makes them again.
                 self._file(store, file.key, file.checksum, remove=key, command="")
         return snapshot
 
     def _file(self, store: Store, key: str, checksum: Checksum, remove: str = "", command: str | None = None) -> None:
         problem = _damage(store, key, checksum)
         if problem is None:
-            self._passed([checksum.size])
+            self._count([checksum.size])
         else:
-            self._wrong(store, key, problem, remove, command)
+            self._report(store, key, problem, remove, command)
 
-    def _passed(self, sizes: Iterable[int]) -> None:
+    def _count(self, sizes: Iterable[int]) -> None:
         for size in sizes:
             self.files += 1
             self.bytes += size
 
-    def _wrong(self, store: Store, key: str, why: str, remove: str = "", command: str | None = None) -> None:
+    def _report(self, store: Store, key: str, why: str, remove: str = "", command: str | None = None) -> None:
         path = f"{store.uri}/{key}"
-        # Versions of the tables share the files that have stayed the same.
+        # Versions of the tables share unchanged files: report each file once.
         if path not in {problem.path for problem in self.problems}:
             removed = f"{store.uri}/{remove}" if remove else ""
             redo = self.job.command if command is None else command
@@ -188,16 +194,16 @@ class _Verification:
 
 
 def _copies(store: Store, snapshot: Snapshot) -> Iterator[tuple[str, Checksum]]:
-    """Yield the places of the copies that other tools read, with what each is."""
+    """Yield the keys of a snapshot's copies in `tables/`, with their checksums."""
     for name, files in snapshot.tables.items():
-        place = f"tables/{name}.parquet"
-        in_folder = len(files) > 1 or bool(store.list(f"{place}/"))
+        path = f"tables/{name}.parquet"
+        in_folder = len(files) > 1 or bool(store.list(f"{path}/"))
         for number, file in enumerate(files):
-            yield (f"{place}/{number:05d}.parquet" if in_folder else place), file.checksum
+            yield (f"{path}/{number:05d}.parquet" if in_folder else path), file.checksum
 
 
 def _read_part(folder: RunFolder, receipt: Receipt, name: str) -> tuple[DamagedUnitError | None, int]:
-    """Return what is wrong with a part, and its size."""
+    """Return the damage of a part, or None, and its size."""
     try:
         table = folder.read_part(receipt, name)
         checksum = (receipt.checksums or {}).get(name)

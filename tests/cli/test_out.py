@@ -20,7 +20,7 @@ from mmray.features.editing import closed_form
 from mmray.features.editing.edit import Purpose, WeightEdit, check_free, open_edit
 from mmray.features.editing.edit_methods import EDIT_METHODS
 from mmray.features.editing.settings import edit_settings
-from mmray.runs.lease import driving
+from mmray.runs.lease import hold_lease
 from mmray.runs.run import Run, open_run
 from mmray.storage import open_store
 from tests.support.command import Answer
@@ -138,7 +138,7 @@ def test_a_run_that_is_driven_stays_without_a_result(tiny: Callable[[str], Path]
     for entry in store.list("receipts/"):
         store.delete(entry.key)
     before = store.read("run.json")
-    with driving(store), pytest.raises(InputError, match="another driver is at work on this run"):
+    with hold_lease(store), pytest.raises(InputError, match="another driver is at work on this run"):
         census_here(tiny("llava"), data, out, shard_size=3)
     assert store.read("run.json") == before
 

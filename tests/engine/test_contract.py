@@ -203,7 +203,7 @@ def test_a_late_driver_of_another_job_does_no_harm(suite: Suite, case: Case) -> 
 
 def test_a_lease_that_nobody_looks_at_would_be_noticed(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     moments = moments_of(suite, TOY)
-    monkeypatch.setattr(Lease, "look", lambda _: None)
+    monkeypatch.setattr(Lease, "verify", lambda _: None)
     with pytest.raises(AssertionError, match="written without a lease"):
         for moment in moments:
             check_a_late_driver(suite, TOY, moment)

@@ -14,11 +14,11 @@ from mmray.engine.session import _own_sigterm
 CENSUS = """
     import sys, time, types
     from mmray.cli import main
-    from mmray.runs.lease import driving
+    from mmray.runs.lease import hold_lease
     from mmray.storage import open_store
 
     def run_census(settings, *_):
-        with driving(open_store(settings.out)):
+        with hold_lease(open_store(settings.out)):
             print("at work", flush=True)
             time.sleep(60)
 

@@ -123,6 +123,6 @@ def test_damage_is_named_with_the_command_that_repairs_it(store: Store) -> None:
     store.delete(key)
     assert len(list(snapshot.verify(store))) == 1
     store.put(f"{snapshot.folder}.json", b'{"made_from": {}')
-    with pytest.raises(DamagedError, match=r"000001-0001\.json: not a snapshot, or a cut one"):
+    with pytest.raises(DamagedError, match=r"000001-0001\.json: not a snapshot, or a truncated one"):
         open_snapshot(store, "census", snapshot.number)
     assert from_bytes(store.read(snapshot.tables["b"][0].key)) == rows(2)

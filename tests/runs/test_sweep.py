@@ -7,7 +7,7 @@ import pytest
 
 from mmray.errors import InputError
 from mmray.runs import RunFolder
-from mmray.runs.lease import driving
+from mmray.runs.lease import hold_lease
 from mmray.runs.snapshots import SnapshotWriter
 from mmray.runs.sweep import sweep
 from mmray.storage import LocalStore, Store
@@ -86,7 +86,7 @@ def test_a_run_at_work_is_not_swept(store: Store) -> None:
     folder = begun(store)
     die_in_commit(store, 0)
     before = contents(store)
-    with driving(store), pytest.raises(InputError, match="another driver is at work"):
+    with hold_lease(store), pytest.raises(InputError, match="another driver is at work"):
         sweep(folder, grace=0)
     assert contents(store) == before
 

@@ -162,7 +162,7 @@ def test_a_run_that_cannot_be_counted_is_verified_all_the_same(mmray, census):
     assert receipt.name in mmray("status", census).refusal
     answer = mmray("status", census, "--verify")
     assert (answer.status, answer.err) == (3, "")
-    assert f"{receipt}: not a receipt, or a cut one; remove {receipt}, then run: mmray census" in answer.out
+    assert f"{receipt}: not a receipt, or a truncated one; remove {receipt}, then run: mmray census" in answer.out
 
 
 @pytest.mark.parametrize("content", CONTENTS)

@@ -11,7 +11,7 @@ import pytest
 
 from mmray.errors import OutageError
 from mmray.runs import RunFolder, folder
-from mmray.runs.lease import driving
+from mmray.runs.lease import hold_lease
 from mmray.storage import LocalStore, NamedCommits, RetryingStore, retries, with_retries, without_retries
 from tests.support.commits import tables
 
@@ -155,7 +155,7 @@ def test_a_disk_that_stays_full_says_what_the_shard_needs(clock: SimpleNamespace
 def test_the_end_of_a_lease_waits_for_nothing(clock: SimpleNamespace, tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     disk.full = 0
-    with driving(RetryingStore(disk)):
+    with hold_lease(RetryingStore(disk)):
         disk.full = errno.ENOSPC
     assert clock.now == 0
 

@@ -80,7 +80,7 @@ class Unleased:
 
     number = 1
 
-    def __call__(self) -> None:
+    def check(self) -> None:
         """Find nothing wrong."""
 
     def guard(self, store: Store) -> Store:

@@ -32,7 +32,7 @@ def edit(
     check_free(out, [checked])
     with drive_analysis(out) as lease:
         made = edit_run(open_run(run), checked)
-        lease.look()
+        lease.verify()
         made.save(out)
     if as_json:
         print(json.dumps({"purposes": [asdict(purpose) for purpose in made.purposes], **made.facts}))

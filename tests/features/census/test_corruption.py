@@ -129,7 +129,7 @@ def test_a_part_that_is_cut_or_gone_is_made_again_at_once(
     damage(part(run, 1, "concepts"))
     unmerge(run)
     again()
-    assert "receipts/000001.json is removed, and the unit done again" in caplog.text
+    assert "receipts/000001.json is removed; its unit will be done again" in caplog.text
     same_tables(run, whole)
 
 
@@ -227,7 +227,7 @@ def test_a_damaged_table_is_noticed_and_made_again(
 ) -> None:
     (file,) = (run / "snapshots/census").glob(f"*/{name}/00000.parquet")
     damage(file)
-    with pytest.raises(InputError, match=rf"{name}.*; run mmray census again: it makes the tables anew$"):
+    with pytest.raises(InputError, match=rf"{name}.*; run mmray census again to rebuild the tables$"):
         open_run(run).table(name)
     again()
     same_tables(run, whole)
@@ -254,7 +254,7 @@ def test_a_cut_snapshot_locks_nothing(
 ) -> None:
     (snapshot,) = (run / "snapshots/census").glob("*.json")
     damage(snapshot)
-    with pytest.raises(InputError, match=r"not a snapshot, or a cut one; run mmray census again$"):
+    with pytest.raises(InputError, match=r"not a snapshot, or a truncated one; run mmray census again$"):
         open_run(run).status()
     again()
     same_tables(run, whole)

@@ -157,7 +157,7 @@ def test_rows_at_the_end_of_a_file_are_new_data(model: Path, tmp_path: Path, for
     for count in (7, 9):
         grow(form, data, rows[:count])
         # The census names the command that takes them in, and that does.
-        with pytest.raises(InputError, match=rf"take in what it has gained: mmray refresh {out}$"):
+        with pytest.raises(InputError, match=rf"add what is new: mmray refresh {out}$"):
             census_here(model, uri, out, shard_size=3)
         done = refresh(out)
         assert (done.new_samples, done.outcome.samples, done.outcome.complete) == (2, count, True)

@@ -19,7 +19,7 @@ from mmray.features.selectivity import job as selectivity_job
 from mmray.features.selectivity.driver import run_selectivity
 from mmray.features.selectivity.settings import selectivity_settings
 from mmray.features.selectivity.tables import TABLES
-from mmray.runs.lease import driving
+from mmray.runs.lease import hold_lease
 from mmray.runs.run import open_run
 from mmray.storage import open_store
 from tests.support.command import Answer
@@ -234,7 +234,7 @@ def test_shards_quarantined_are_told_and_not_counted(run: Path, monkeypatch: pyt
 
 
 def test_two_calls_do_not_mix_their_rows(run: Path) -> None:
-    with driving(open_store(f"{run}/selectivity")), pytest.raises(InputError, match="another driver is at work"):
+    with hold_lease(open_store(f"{run}/selectivity")), pytest.raises(InputError, match="another driver is at work"):
         analysed(run)
 
 
