@@ -1,4 +1,4 @@
-"""The commands of a census: census, plan, rank, neuron, diff, refresh."""
+"""The commands census, plan, rank, neuron, diff and refresh."""
 
 from __future__ import annotations
 
@@ -28,16 +28,36 @@ if TYPE_CHECKING:
     from mmray.features.census.drift import Drift
     from mmray.features.census.job import CensusResult
 
+DRIFTED = 3
+"""Exit status of a comparison whose drift is above --limit."""
+LISTED = 20
+"""Concepts and neurons that --json lists; drift.json in the run has all, and so has Python."""
+
+Limit = Annotated[
+    float | None,
+    typer.Option(
+        "--limit",
+        help="Exit with status 3 if the drift is above this, 0 to 1; default: none. The drift is 1 − the mean "
+        "rank-biased overlap of the rankings of concepts with new occurrences.",
+        min=0,
+        max=1,
+    ),
+]
+
 
 @app.command()
 @with_settings(CensusSettings)
 def census(as_json: AsJson = False, **settings: Any) -> None:
-    """Capture, score, reduce and rank every neuron on image-caption data. Run it again to resume."""
+    """Capture, score and rank every neuron on image-caption data. Run it again to resume."""
     outcome = follow_census(census_settings(settings))
     if as_json:
         print(json.dumps(asdict(outcome)))
     else:
-        _say_outcome(outcome)
+        took = "already finished" if outcome.already else f"in {outcome.seconds:.0f} s"
+        say(f"{plural(outcome.samples, 'sample')} {took} → {outcome.out}")
+        _say_problems(outcome)
+        if outcome.occurrences:
+            say(f"next: mmray rank {outcome.out}")
     if not outcome.complete:
         raise typer.Exit(INCOMPLETE)
 
@@ -45,7 +65,7 @@ def census(as_json: AsJson = False, **settings: Any) -> None:
 @app.command()
 @with_settings(CensusSettings, out="runs/plan")
 def plan(as_json: AsJson = False, **settings: Any) -> None:
-    """Say what a census would cost: samples, shards, hours, bytes. Nothing is run."""
+    """Estimate what a census would cost: samples, shards, hours, bytes. Runs nothing."""
     from mmray.features.census.job import plan_census
     from mmray.features.census.view import plan as show
 
@@ -57,7 +77,7 @@ def plan(as_json: AsJson = False, **settings: Any) -> None:
 
 
 def follow_census(settings: CensusSettings) -> CensusResult:
-    """Run a census, and show how far it is."""
+    """Run a census, and show its progress."""
     from mmray.features.census.job import run_census
 
     stderr = Console(stderr=True, highlight=False)
@@ -69,18 +89,14 @@ def follow_census(settings: CensusSettings) -> CensusResult:
         )
 
 
-def _say_outcome(outcome: CensusResult) -> None:
-    took = "already finished" if outcome.already else f"in {outcome.seconds:.0f} s"
-    say(f"{plural(outcome.samples, 'sample')} {took} → {outcome.out}")
+def _say_problems(outcome: CensusResult) -> None:
     say_shortfall(outcome)
     for number, reason in outcome.quarantined.items():
         say(f"shard {number} quarantined: {reason}", "red")
-    if outcome.occurrences:
-        say(f"next: mmray rank {outcome.out}")
 
 
 def say_shortfall(outcome: CensusResult) -> None:
-    """Say how many samples of a census were skipped or failed, where any were."""
+    """Print how many samples of a census were skipped or failed, if any."""
     from mmray.features.census.view import skipped
 
     for line in skipped(outcome.skipped, outcome.analysed):
@@ -93,21 +109,19 @@ def say_shortfall(outcome: CensusResult) -> None:
 def rank(
     run: RunArgument,
     concept: Annotated[
-        str | None, typer.Argument(help="A noun of the captions, such as dog; without it, all concepts are listed.")
+        str | None, typer.Argument(help="A noun of the captions, such as dog; without it, list all concepts.")
     ] = None,
     k: Annotated[
-        int | None, typer.Option("--k", help="Neurons to show, by default 10; or concepts, by default all.", min=1)
+        int | None, typer.Option("--k", help="Neurons to show, default: 10; or concepts, default: all.", min=1)
     ] = None,
     by: Annotated[str, typer.Option("--by", help="Order by score, specific, selective or share.")] = "score",
     as_json: AsJson = False,
 ) -> None:
-    """Show a concept's neurons, highest first, or without a concept those there are, each with its highest neuron.
+    """Show a concept's neurons, highest first; without a concept, list all concepts with their highest neuron.
 
-    A rank marked ? is not certified in the order shown: what shards left out may change it, and more --candidates may
-    settle it. There are no certificates by share.
+    A rank marked ? is not certified: neurons that shards left out may change it, and more --candidates may settle it.
 
-    A neuron adds activation × its row of W_out. Words behind − are of one whose activation is negative there: those
-    that its row suppresses.
+    Words after − belong to a neuron with negative activation there: they are those that its row of W_out suppresses.
     """
     from mmray.features.census.view import concept_list, concept_title, ranking
     from mmray.runs.run import open_run
@@ -133,9 +147,9 @@ def neuron(
     name: Annotated[str, typer.Argument(metavar="NEURON", help="Layer and unit, such as L7.u89.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show what a neuron writes, which concepts use it, and its highest and lowest examples.
+    """Show the words that a neuron writes, the concepts that use it, and its highest and lowest examples.
 
-    It writes other words by negative activation than by positive; concepts that use it so are marked −.
+    With negative activation it writes other words than with positive. Concepts that use it that way are marked −.
     """
     from mmray.features.census.view import neuron as show
     from mmray.runs.run import open_run
@@ -147,36 +161,16 @@ def neuron(
         console.print(show(facts))
 
 
-DRIFTED = 3
-"""Exit status of a comparison whose drift is above the limit."""
-
-
-LISTED = 20
-"""Concepts and neurons that --json gives; all are in the run's drift.json or to be had from Python."""
-
-
-Limit = Annotated[
-    float | None,
-    typer.Option(
-        "--limit",
-        help="Exit status 3 above this drift: 1 − the mean rank-biased overlap of the rankings of concepts with new "
-        "occurrences, each counted once, 0 to 1; by default none.",
-        min=0,
-        max=1,
-    ),
-]
-
-
 @app.command()
 def diff(
     before: Annotated[str, typer.Argument(metavar="RUN_A", help="A run: a local path or s3://bucket/prefix.")],
     after: Annotated[str, typer.Argument(metavar="RUN_B", help="The run to compare with it.")],
-    k: Annotated[int, typer.Option("--k", help="Neurons a concept that are compared.", min=1)] = 50,
+    k: Annotated[int, typer.Option("--k", help="Neurons per concept to compare.", min=1)] = 50,
     by: Annotated[str, typer.Option("--by", help="Order by score or specific.")] = "score",
     limit: Limit = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say how far the rankings of two runs have drifted apart, and which neurons' activity has shifted."""
+    """Show how far the rankings of two runs have drifted apart, and which neurons' activity has shifted."""
     from mmray.features.census.drift import compare
     from mmray.runs.run import open_run
 
@@ -185,7 +179,7 @@ def diff(
         print(json.dumps(drift.summary(LISTED), ensure_ascii=False))
     else:
         _show(drift)
-    _hold_to(limit, drift)
+    _check_limit(limit, drift)
 
 
 @app.command()
@@ -200,7 +194,7 @@ def refresh(
     local: Annotated[bool, option("local", CensusSettings)] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Analyse what a run's data has gained since, merge it, and say how far the rankings have drifted."""
+    """Analyse data added since the run, merge it, and show how far the rankings have drifted."""
     from mmray.features.census.refresh import refresh_run
 
     execution: dict[str, Any] = {
@@ -209,7 +203,7 @@ def refresh(
         "gpus_per_worker": gpus_per_worker,
         "local": local,
         "address": address,
-        "retry_failed": retry_failed or None,
+        "retry_failed": retry_failed,
     }
     with followed(what=run) as follow:
         done = refresh_run(run, follow, **execution)
@@ -218,13 +212,11 @@ def refresh(
         print(json.dumps(asdict(done.outcome) | {"new_samples": done.new_samples, "drift": drift}, ensure_ascii=False))
     else:
         say(f"{plural(done.new_samples, 'new sample')} in {done.outcome.seconds:.0f} s → {run}")
-        say_shortfall(done.outcome)
-        for number, reason in done.outcome.quarantined.items():
-            say(f"shard {number} quarantined: {reason}", "red")
+        _say_problems(done.outcome)
         if done.drift:
             _show(done.drift)
     if done.drift:
-        _hold_to(limit, done.drift)
+        _check_limit(limit, done.drift)
     if not done.outcome.complete:
         raise typer.Exit(INCOMPLETE)
 
@@ -235,7 +227,8 @@ def _show(drift: Drift) -> None:
     console.print(show(drift))
 
 
-def _hold_to(limit: float | None, drift: Drift) -> None:
+def _check_limit(limit: float | None, drift: Drift) -> None:
+    """Exit with DRIFTED if the drift is above the limit."""
     if limit is not None and drift.drift > limit:
         print(f"mmray: drift {drift.drift:.3f} is above the limit of {limit:g}", file=sys.stderr)
         raise typer.Exit(DRIFTED)

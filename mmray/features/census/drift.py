@@ -1,4 +1,4 @@
-"""How the rankings and activities of two runs differ: concept by concept and neuron by neuron."""
+"""Differences between the rankings and activities of two runs, per concept and per neuron."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from numpy import ndarray
 from mmray.errors import InputError
 
 PERSISTENCE = 0.9
-"""How far down a list rank-biased overlap looks: with 0.9 its first ten places have 86 % of the weight."""
+"""Parameter p of rank-biased overlap: with 0.9 the first ten ranks have 86 % of the weight."""
 ORDERS = {"score": "rank", "specific": "specific_rank"}
-"""What rankings can be compared by → the column with a neuron's place."""
+"""Column to compare rankings by → the column with the rank."""
 
 CONCEPTS = pa.schema(
     [
@@ -29,18 +29,18 @@ CONCEPTS = pa.schema(
         ("changed", pa.bool_()),
     ]
 )
-"""A row is a concept of both runs: occurrences, rank-biased overlap, Jaccard index of the k highest, rank
-correlation, and whether it has occurrences that it had not before."""
-SAME = 1e-5
-"""Largest difference of scores, as a fraction of the highest, that is rounding: machines add up in other orders."""
+"""One row per concept of both runs: occurrences, rank-biased overlap, Jaccard index of the k highest, rank
+correlation, and whether the concept has new occurrences."""
+ROUNDING = 1e-5
+"""Difference of scores, as a fraction of the highest, that counts as rounding: machines may sum in another order."""
 
 
 class Tables(Protocol):
-    """What is compared: a run, or tables that were kept of it."""
+    """Tables to compare: a run's, or a copy of earlier ones."""
 
     @property
     def info(self) -> dict[str, Any]:
-        """What its run.json says."""
+        """Contents of the run's run.json."""
 
     def table(self, name: str) -> pa.Table:
         """Return one of its tables."""
@@ -48,43 +48,40 @@ class Tables(Protocol):
 
 @dataclass(frozen=True)
 class Drift:
-    """What has changed from one run to another."""
+    """Differences between two runs."""
 
     k: int
     by: str
     drift: float
-    """1 − the mean rank-biased overlap of the concepts that both have and that changed: 0 the same rankings, 1 nothing
-    in common. Each concept counts once, however often it occurs."""
+    """1 − the mean rank-biased overlap over concepts of both runs with new occurrences: 0 for the same rankings, 1 for
+    nothing in common. Each concept counts once, however often it occurs."""
     unchanged: int
-    """Concepts of both without an occurrence that was not there before: their rankings are the same, and no part of the
-    drift."""
+    """Concepts of both runs without new occurrences. Their rankings are the same, and `drift` ignores them."""
     same_model: bool
-    """The digest of the checkpoint is the same."""
+    """Whether the checkpoints have the same digest."""
     new: list[str]
     vanished: list[str]
     concepts: pa.Table
     """Columns of `CONCEPTS`, the least alike first."""
     neurons: pa.Table
-    """A row a neuron: how often it is active and its mean before and after, and the shift of the mean in standard
-    deviations; the largest shift first."""
+    """One row per neuron: fraction of active tokens and mean activation in both runs, and the shift of the mean in
+    standard deviations; the largest shift first."""
 
     def summary(self, limit: int | None = None) -> dict[str, Any]:
-        """Return the drift as plain values, its tables cut to so many rows."""
-        rest = {name: getattr(self, name).slice(0, limit).to_pylist() for name in ("concepts", "neurons")}
-        names = ("k", "by", "drift", "unchanged", "same_model", "new", "vanished")
-        plain = {name: getattr(self, name) for name in names}
-        return plain | rest
+        """Return the drift as plain values, with at most `limit` rows of each table."""
+        tables = {name: getattr(self, name).slice(0, limit).to_pylist() for name in ("concepts", "neurons")}
+        return vars(self) | tables
 
 
 def compare(before: Tables, after: Tables, k: int = 50, by: str = "score") -> Drift:
-    """Return the drift of the k highest neurons of each concept, by score or specific.
+    """Return the drift of the k highest neurons of each concept, by score or by specific.
 
-    Raises InputError for runs of models of other shapes, whose neurons have nothing to do with each other.
+    Raises InputError if the models have different shapes, because their neurons then don't correspond.
     """
     if by not in ORDERS:
-        raise InputError(f"--by {by}: compare by {', '.join(ORDERS)}")
+        raise InputError(f"--by {by}: choose from {', '.join(ORDERS)}")
     if before.info["model"]["widths"] != after.info["model"]["widths"]:
-        raise InputError("the runs are of models of other shapes; their neurons can't be compared")
+        raise InputError("the runs' models have different shapes; compare runs of the same architecture")
     old, new = (_by_concept(run.table("rankings"), by) for run in (before, after))
     both = sorted(old.keys() & new.keys())
     rows = [_concept(concept, old[concept], new[concept], k) for concept in both]
@@ -93,6 +90,7 @@ def compare(before: Tables, after: Tables, k: int = 50, by: str = "score") -> Dr
     return Drift(
         k=k,
         by=by,
+        # Without changed concepts: 1 if no concept is common to both runs, else 0.
         drift=1 - float(np.mean(overlaps)) if overlaps else float(bool(old or new) and not rows),
         unchanged=len(rows) - len(overlaps),
         same_model=before.info["digests"]["model"] == after.info["digests"]["model"],
@@ -104,7 +102,7 @@ def compare(before: Tables, after: Tables, k: int = 50, by: str = "score") -> Dr
 
 
 def rank_biased_overlap(first: list[str], second: list[str], persistence: float = PERSISTENCE) -> float:
-    """Return the extrapolated rank-biased overlap of two rankings, 0 to 1, over the length that both have.
+    """Return the extrapolated rank-biased overlap of two rankings, 0 to 1, over the length of the shorter one.
 
     Webber, Moffat and Zobel (2010), A similarity measure for indefinite rankings, equation 23.
     """
@@ -114,19 +112,17 @@ def rank_biased_overlap(first: list[str], second: list[str], persistence: float 
     seen_first: set[str] = set()
     seen_second: set[str] = set()
     total, common = 0.0, 0
-    for place in range(1, depth + 1):
-        one, other = first[place - 1], second[place - 1]
+    for rank, (one, other) in enumerate(zip(first, second, strict=False), 1):
         seen_first.add(one)
         seen_second.add(other)
+        # Both are added first, so an item at the same rank of both lists would count twice.
         common += (one in seen_second) + (other in seen_first) - (one == other)
-        total += common / place * persistence**place
+        total += common / rank * persistence**rank
     return common / depth * persistence**depth + (1 - persistence) / persistence * total
 
 
 def spearman(first: Float64[ndarray, " item"], second: Float64[ndarray, " item"]) -> float | None:
-    """Return the rank correlation of two lists of scores of the same items, ties at their mean rank; None if one is
-    constant.
-    """
+    """Return the rank correlation of two lists of scores of the same items; None if one of them is constant."""
     ranks = [_mean_ranks(scores) for scores in (first, second)]
     centred = [values - values.mean() for values in ranks]
     scale = float(np.sqrt(np.square(centred[0]).sum() * np.square(centred[1]).sum()))
@@ -139,9 +135,9 @@ class _Ranking:
     neurons: list[str]
     """Highest first."""
     scores: dict[str, float]
-    """By the column that is compared."""
+    """Values of the column that is compared."""
     raw: dict[str, float]
-    """The scores themselves: those of other concepts' neurons play no part in them, as they do in `specific`."""
+    """Values of `score`, which unlike `specific` does not depend on other concepts."""
 
 
 def _by_concept(rankings: pa.Table, by: str) -> dict[str, _Ranking]:
@@ -173,12 +169,12 @@ def _concept(concept: str, old: _Ranking, new: _Ranking, k: int) -> dict[str, An
 
 
 def _is_same(old: _Ranking, new: _Ranking) -> bool:
-    """Return whether a concept has the occurrences that it had: as many, and the neurons of both lists score alike."""
+    """Return whether a concept has the same occurrences: the same number, and equal scores up to rounding."""
     shared = old.raw.keys() & new.raw.keys()
     if old.n != new.n or not shared:
         return False
     first, second = (np.array([ranking.raw[neuron] for neuron in shared]) for ranking in (old, new))
-    return bool(np.allclose(first, second, rtol=0, atol=SAME * np.abs(first).max()))
+    return bool(np.allclose(first, second, rtol=0, atol=ROUNDING * np.abs(first).max()))
 
 
 def _neurons(before: pa.Table, after: pa.Table) -> pa.Table:
@@ -187,6 +183,7 @@ def _neurons(before: pa.Table, after: pa.Table) -> pa.Table:
         active.append(table["n_active"].to_numpy() / np.maximum(table["n_tokens"].to_numpy(), 1))
         means.append(table["mean"].to_numpy())
         spreads.append(table["std"].to_numpy())
+    # Pooled as for Cohen's d; a neuron that never varies has no shift.
     spread = np.sqrt((np.square(spreads[0]) + np.square(spreads[1])) / 2)
     change = means[1] - means[0]
     shift = np.divide(change, spread, out=np.zeros_like(change), where=spread > 0)
@@ -205,6 +202,7 @@ def _neurons(before: pa.Table, after: pa.Table) -> pa.Table:
 
 
 def _mean_ranks(scores: Float64[ndarray, " item"]) -> Float64[ndarray, " item"]:
+    """Return the rank of each score from 1; equal scores share the mean of their ranks."""
     _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     mean: Float64[ndarray, " item"] = (last - (counts - 1) / 2)[inverse]

@@ -1,4 +1,4 @@
-"""What a census reads: its data as settings name it, the shards cut from that, and where concepts come from."""
+"""The inputs of a census: the data that its settings name, the shards cut from it, and the source of its nouns."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mmray.features.census.settings import CensusSettings
 from mmray.neurons.concepts import NounSource, noun_source
 from mmray.storage import lies_in, open_store
 
-PEEKED = 16
-"""Samples that the driver reads."""
+FIRST_SAMPLES = 16
+"""Samples that the driver reads before any work."""
 
 
 def columns_of(settings: CensusSettings) -> Columns:
@@ -41,26 +41,27 @@ def open_data(settings: CensusSettings) -> Source:
 
 
 def open_inputs(settings: CensusSettings) -> tuple[Source, Manifest, NounSource]:
-    """Return the data, its shards as they would be cut now, and where concepts come from."""
+    """Return the data, its shards as they would be cut now, and the source of nouns."""
     source = open_data(settings)
     manifest = cut(source.files(), settings.shard_size, settings.limit)
     if not manifest.samples:
-        raise InputError(f"{settings.data}: no sample in it")
-    # What is left out of samples is logged when it is first met: here the driver logs it, too.
-    deque(islice(read_shard(source, manifest.shards[0]), PEEKED), maxlen=0)
+        raise InputError(f"{settings.data}: has no samples; check --data and --limit")
+    # Reading logs the columns and entries that it ignores. Workers' logs are not shown, so the driver reads some, too.
+    deque(islice(read_shard(source, manifest.shards[0]), FIRST_SAMPLES), maxlen=0)
     vocabulary = source.objects_vocabulary() if settings.nouns in ("auto", "objects") else ()
     return source, manifest, noun_source(settings.nouns, vocabulary, source.translations())
 
 
 def check_apart(out: str, source: Source) -> None:
-    """Raise InputError where the run's folder would lie in the folder of its data, or the data in the run's folder."""
+    """Raise InputError if the run's folder would lie in the folder of its data, or the data in the run's folder."""
     place = getattr(source, "place", None)
     if place is None or not place.folder:
         return
     uri = open_store(out).uri
     folder = open_store(place.folder).uri
+    # A source of listed files reads only those, so a run next to them is fine; a whole folder is read again later.
     whole = place.whole or not place.entries
     if whole and lies_in(uri, folder):
         raise InputError(f"--out {out}: lies in the data's folder {folder}; choose an OUT outside it")
     if (whole and lies_in(folder, uri)) or any(lies_in(f"{folder}/{entry.key}", uri) for entry in place.entries):
-        raise InputError(f"--out {out}: the data {source.data} lies in it; choose a folder of the run's own")
+        raise InputError(f"--out {out}: contains the data {source.data}; choose a folder of the run's own")

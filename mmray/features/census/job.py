@@ -1,6 +1,6 @@
-"""The census as a job: a unit is a shard of samples; merged into the seven tables of a run.
+"""The census as a job: each unit is a shard of samples, and the merge makes the seven tables of a run.
 
-What every neuron writes is a job of its own, of one unit that the same workers do: it depends on the model alone.
+Decoding the neurons is a second job of one unit, because its result depends on the model alone. The same workers do it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from mmray.data.shards import Manifest, read_shard
 from mmray.data.source import Source
 from mmray.engine import Job, JobResult, Output, Parts, Plan, Progress, Unit, UnitResult, Worker, run_together
 from mmray.errors import InputError
+from mmray.features.census.cost import CensusEstimate
 from mmray.features.census.decoding import decode_neurons
+from mmray.features.census.estimate import describe, estimate, first_rows
 from mmray.features.census.inputs import check_apart, open_data, open_inputs
 from mmray.features.census.merging import APPENDED, RunMerge
-from mmray.features.census.plan import CensusEstimate
-from mmray.features.census.planning import describe, estimate, first_rows
 from mmray.features.census.ranking import certified_share
 from mmray.features.census.settings import CensusSettings
 from mmray.features.census.shard import ShardAnalysis
@@ -41,42 +41,43 @@ Follow = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class CensusContext:
-    """All that workers and the merge need in addition to settings and shards."""
+    """What workers and the merge need in addition to settings and shards."""
 
     nouns: NounSource
     widths: tuple[int, ...]
     """Neurons per layer."""
     module_widths: dict[str, list[int]]
+    """Neurons per layer of the modules that `--module` adds."""
     decoding: str
-    """Folder with the part that says what every neuron writes."""
+    """Folder of the decoding job, with the tokens that each neuron writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CensusResult:
-    """What a finished census amounts to."""
+    """Counts of a finished census."""
 
     out: str
     samples: int
     failures: int
     skipped: dict[str, int]
-    """Samples that were counted and kept, but have nothing to rank neurons for, by reason; these are no failures."""
+    """Samples that were kept but have no noun to rank neurons for, by reason. They are not failures."""
     analysed: int
-    """Samples that failures and skips are counted of: all, but for a refresh those that it analysed."""
+    """Samples that `failures` and `skipped` refer to: all, or after a refresh those that it analysed."""
     occurrences: int
     quarantined: dict[int, str]
-    """Shard → why it was given up."""
+    """Shard → why it was quarantined."""
     seconds: float
     already: bool
-    """All of it was done by earlier calls."""
+    """Whether earlier calls had done all of it."""
 
     @property
     def complete(self) -> bool:
-        """Return whether all went well."""
+        """Whether nothing failed or was quarantined."""
         return not self.failures and not self.quarantined
 
 
 class ModelJob(Job[CensusSettings, P]):
-    """A job that a census's workers do with the model that they have loaded."""
+    """A job of a census's workers, which load the model once for all of them."""
 
     @property
     def target(self) -> str:
@@ -85,23 +86,24 @@ class ModelJob(Job[CensusSettings, P]):
 
     @abstractmethod
     def worker_with(self, model: LoadedModel, context: P) -> Worker:
-        """Return what turns a unit into its parts."""
+        """Return the worker that turns a unit into its parts."""
 
     def worker(self, context: P) -> Worker:
-        """Load the model, and return what turns a unit into its parts."""
+        """Load the model, and return the worker that turns a unit into its parts."""
         return self.workers([self], [context])[0]
 
     @classmethod
     def workers(cls, jobs: Sequence[Job[Any, Any]], contexts: Sequence[Any]) -> list[Worker]:
-        """Return a worker per job, all with one model."""
+        """Return one worker per job, all with the same model."""
         settings = jobs[0].settings
         model = load_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
-        both = zip(jobs, contexts, strict=True)
-        return [job.worker_with(model, context) for job, context in both if isinstance(job, ModelJob)]
+        pairs = zip(jobs, contexts, strict=True)
+        # The engine's signature allows any job; run_planned hands over ModelJobs only.
+        return [job.worker_with(model, context) for job, context in pairs if isinstance(job, ModelJob)]
 
 
 class CensusJob(ModelJob[CensusContext]):
-    """Captures, scores and reduces every neuron over the samples of each shard, and ranks them."""
+    """Captures, scores and reduces every neuron over each shard's samples, and ranks neurons per concept."""
 
     name = "census"
     parts: ClassVar[dict[str, pa.Schema]] = {
@@ -110,7 +112,7 @@ class CensusJob(ModelJob[CensusContext]):
 
     @property
     def place(self) -> str:
-        """The run itself: it holds one census, and other settings are refused there."""
+        """The run itself: it holds one census, so a census with other settings is refused there."""
         return self.target
 
     def folder(self, fingerprint: str) -> str:
@@ -118,23 +120,23 @@ class CensusJob(ModelJob[CensusContext]):
         return self.target
 
     def plan(self) -> Plan[CensusContext]:
-        """Settle the shards: as the data is cut now, or as the run has them, if it has begun with these settings."""
+        """Plan the shards as the data is cut now, or as the run has them if it began with these settings."""
         source, manifest, nouns = open_inputs(self.settings)
         check_apart(self.settings.out, source)
         plan = self.plan_for(source, manifest, nouns)
-        # What is wrong with the address is told at once.
+        # Opened before any work, so that a wrong address is reported at once.
         folder = RunFolder.at(self.settings.out)
         begun = folder.info()
         if begun is None:
             check_columns(source, manifest)
         elif begun["fingerprint"] == self.settings.fingerprint(plan.digests):
-            # A refresh has added shards to those that there were.
+            # A refresh may have added shards, so the run's own manifest counts.
             manifest = _begun_manifest(folder) or manifest
             plan = replace(plan, units=_units(manifest), manifest=manifest.to_json())
         return plan
 
     def plan_for(self, source: Source, manifest: Manifest, nouns: NounSource) -> Plan[CensusContext]:
-        """Return the plan for these shards. A unit's payload is its shard."""
+        """Return the plan for these shards. The payload of a unit is its shard."""
         settings = self.settings
         model = describe_model(settings.model, trust_remote_code=settings.trust_remote_code)
         decoding, model_digest = DecodingJob(settings), digest(resolve(settings.model))
@@ -150,6 +152,7 @@ class CensusJob(ModelJob[CensusContext]):
                 nouns=nouns,
                 widths=tuple(model["widths"]),
                 module_widths=model.get("module_widths", {}),
+                # The merge reads the other job's part, so it must know that job's folder beforehand.
                 decoding=decoding.folder(settings.fingerprint(decoding.plan_for(model_digest).digests)),
             ),
             facts={
@@ -161,7 +164,7 @@ class CensusJob(ModelJob[CensusContext]):
         )
 
     def worker_with(self, model: LoadedModel, context: CensusContext) -> Worker:
-        """Return what analyses a shard."""
+        """Return the worker that analyses a shard."""
         source = open_data(self.settings)
 
         def analyse(unit: Unit) -> UnitResult:
@@ -177,6 +180,7 @@ class CensusJob(ModelJob[CensusContext]):
         context = plan.context
         merge = RunMerge(context.widths, _decoded(context.decoding), self.settings.top_k, context.module_widths)
         for name in APPENDED:
+            # A table without any row must still replace that of an earlier merge.
             output.table(name, TABLES[name].empty_table())
         for unit in parts.by_unit([*self.parts, "errors"]):
             for name, rows in merge.add(unit.__getitem__).items():
@@ -196,35 +200,35 @@ class CensusJob(ModelJob[CensusContext]):
 
 
 class DecodingJob(ModelJob[None]):
-    """Says what every neuron of a census writes: the tokens that its row of W_out raises and lowers most."""
+    """Decodes every neuron of a census: the tokens that its row of W_out promotes and suppresses most."""
 
     name = "decoding"
     parts: ClassVar[dict[str, pa.Schema]] = {DECODED: PARTS[DECODED]}
 
     def plan(self) -> Plan[None]:
-        """Return one unit, which is no sample."""
+        """Return a plan of one unit for the settings' model."""
         return self.plan_for(digest(resolve(self.settings.model)))
 
     def plan_for(self, model: str) -> Plan[None]:
-        """Return the plan for a model of that digest."""
-        return Plan([Unit(0)], {"model": model}, None)
+        """Return the plan for a model, given its digest."""
+        return Plan([Unit(0)], {"model": model}, None)  # size 0: the unit adds no samples to the progress
 
     def worker_with(self, model: LoadedModel, context: None) -> Worker:
-        """Return what decodes all neurons."""
+        """Return the worker that decodes all neurons."""
         return lambda _: UnitResult({DECODED: decode_neurons(model, fold_norm=self.settings.fold_norm)})
 
     def merge(self, plan: Plan[None], parts: Parts, output: Output) -> dict[str, Any]:
-        """Leave the part where it is: the census reads it."""
+        """Make no table: the census's merge reads the part."""
         return {}
 
 
 def run_census(
     settings: CensusSettings, follow: Follow = lambda _: None, warn: Callable[[str], None] = lambda _: None
 ) -> CensusResult:
-    """Run a census to its end, or resume one that stopped, and return what it amounts to.
+    """Run a census, or resume one that stopped, and return its counts.
 
-    `follow` is told of every committed shard, `warn` of captions whose language the tagger of nouns does not know.
-    Raises InputError for anything wrong with the set-up, before any work.
+    Calls `follow` after every committed shard, and `warn` with problems of the data such as captions in languages that
+    the noun tagger does not know. Raises InputError for anything wrong with the set-up, before any work.
     """
     settings = settings.model_copy(update={"model": from_anywhere(settings.model)})
     plan = CensusJob(settings).plan()
@@ -232,6 +236,7 @@ def run_census(
 
     def follow_and_warn(progress: Progress) -> None:
         nonlocal warned
+        # Not before the run has begun: a finished run needs no warning, and a refused one should say nothing else.
         if not warned and progress.done < progress.total:
             rows = first_rows(open_data(settings), Manifest.from_json(plan.manifest or b""))
             for line in describe(*rows, plan.context.nouns).warnings:
@@ -245,22 +250,22 @@ def run_census(
 def run_planned(
     settings: CensusSettings, plan: Plan[CensusContext], follow: Follow, lease: Lease | None = None
 ) -> JobResult:
-    """Run a census that is planned already, and the decoding of its neurons with the same workers."""
+    """Run a planned census, and the decoding of its neurons by the same workers."""
     decoding = DecodingJob(settings)
     jobs: list[Job[Any, Any]] = [CensusJob(settings), decoding]
     return run_together(jobs, plans=[plan, decoding.plan_for(plan.digests["model"])], follow=follow, lease=lease)[0]
 
 
 def outcome_of(settings: CensusSettings, done: JobResult, since: int = 0) -> CensusResult:
-    """Return what the run amounts to; what failed or was skipped is told of shards from number `since` on."""
+    """Return the counts of the run; failures, skips and quarantines are those of shards from number `since` on."""
     receipts = done.parts.receipts
-    told = [receipt for number, receipt in receipts.items() if number >= since]
+    recent = [receipt for number, receipt in receipts.items() if number >= since]
     return CensusResult(
         out=settings.out,
         samples=done.done,
-        failures=sum(receipt.failures for receipt in told),
-        skipped=skipped(told),
-        analysed=sum(receipt.samples for receipt in told),
+        failures=sum(receipt.failures for receipt in recent),
+        skipped=skipped(recent),
+        analysed=sum(receipt.samples for receipt in recent),
         occurrences=sum(receipt.occurrences for receipt in receipts.values()),
         quarantined={shard: reason for shard, reason in done.quarantined.items() if shard >= since},
         seconds=done.seconds,
@@ -272,8 +277,8 @@ def plan_census(settings: CensusSettings) -> CensusEstimate:
     """Return what the census would cost, without running it."""
     source, manifest, nouns = open_inputs(settings)
     check_columns(source, manifest)
-    facts = describe_model(settings.model, trust_remote_code=settings.trust_remote_code)
-    return estimate(settings, source, manifest, nouns, facts["widths"], facts["parameters"], facts["image_tokens"])
+    model = describe_model(settings.model, trust_remote_code=settings.trust_remote_code)
+    return estimate(settings, source, manifest, nouns, model["widths"], model["parameters"], model["image_tokens"])
 
 
 def _units(manifest: Manifest) -> list[Unit]:
@@ -281,21 +286,22 @@ def _units(manifest: Manifest) -> list[Unit]:
 
 
 def _begun_manifest(folder: RunFolder) -> Manifest | None:
-    """Return the shards of a run that has begun; None where its driver died before it had written them."""
+    """Return the shards of a run that has begun; None if its driver died before it had written them."""
     try:
         return Manifest.from_json(folder.manifest())
     except FileNotFoundError:
         return None
     except InputError as error:
         raise InputError(
-            f"{folder.store.uri}: the manifest is damaged ({error}); begin another run, or put it back"
+            f"{folder.store.uri}: the manifest is damaged ({error}); restore it, or start a new run"
         ) from error
 
 
 def _decoded(uri: str) -> pa.Table:
+    """Return the tokens that each neuron writes, from the folder of the decoding job."""
     folder = with_retries(lambda: RunFolder.at(uri))
     receipt = folder.receipt(0)
     if receipt is None:
         reason = folder.reasons().get(0, "its receipt is gone")
-        raise InputError(f"{uri}: what the neurons write is not known: {reason}; run again with --retry-failed")
+        raise InputError(f"{uri}: the neurons could not be decoded: {reason}; run again with --retry-failed")
     return folder.read_part(receipt, DECODED)

@@ -1,23 +1,23 @@
-"""Committed parts of shards → the tables of a run: sums, maxima and top-k, taken in the order of the shards.
+"""The tables of a run from the committed parts of its shards: sums, maxima and top-k, in the order of the shards.
 
-Nothing is carried over from memory: totals are recomputed from what was committed, so that workers, crashes and
-resumes can't change them.
+Everything is recomputed from committed parts, so the number of workers, crashes and resumes cannot change the tables.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt64
 from numpy import ndarray
 
-from mmray.features.census.ranking import Shares, locate_index, rank_concept
+from mmray.features.census.pair_counts import PairCounts
+from mmray.features.census.ranking import locate_index, rank_concept
 from mmray.features.census.reduction import ConceptMerge
 from mmray.features.census.tables import TABLES
-from mmray.features.census.topk_counts import ConceptImages, Hits, image_numbers
 from mmray.neuron_names import neuron_name
 from mmray.neurons.statistics import EXAMPLES
 from mmray.runs.tables import list_values
@@ -29,11 +29,11 @@ ReadPart = Callable[[str], pa.Table]
 """Reads one part (`captions`, `concepts`, …) of a committed shard."""
 
 APPENDED = ("captions", "occurrences", "errors")
-"""Tables that are the shards' rows one after the other."""
+"""Tables that are the concatenated rows of all shards."""
 
 
 class RunMerge:
-    """Takes in the shards of a run one by one and makes its tables."""
+    """Adds up the shards of a run one by one, and makes its tables."""
 
     def __init__(
         self,
@@ -50,27 +50,25 @@ class RunMerge:
         self.concepts = ConceptMerge(self.neurons)
         self.activity: dict[ActivityKey, list[ndarray]] = {}
         self.tokens: dict[ActivityKey, int] = {}
-        self.examples = {sign: _Examples(sign, self.neurons) for sign in (1, -1)}
-        self.hits = Hits(widths)
-        self.images = ConceptImages()
+        self.examples = {sign: Examples(sign, self.neurons) for sign in (1, -1)}
+        self.hits = PairCounts(np.int64)
+        """Occurrences with a neuron in their top-k."""
+        self.images = PairCounts(np.uint64)
+        """Occurrences per image."""
         self._layer, self._unit = locate_index(widths, np.arange(self.neurons))
 
     def add(self, read: ReadPart) -> dict[str, pa.Table]:
-        """Take in one shard; return its rows of the appended tables."""
+        """Add one shard, and return its rows of the appended tables."""
         rows = {name: read(name) for name in APPENDED}
         self.concepts.add(read("concepts"), read("totals"))
-        self.hits.add(rows["occurrences"])
         self._add_activity(read("activity"))
-        names, images = rows["captions"]["sample_id"].to_pylist(), image_numbers(rows["captions"])
-        self._add_examples(read("examples"), np.array(names, object), images)
-        numbers = dict(zip(names, images, strict=True))
-        owners = rows["occurrences"]["sample_id"].to_pylist()
-        own = np.array([numbers[name] for name in owners], np.uint64)
-        self.images.add(rows["occurrences"]["concept"].to_pylist(), own)
+        sample_ids, images = rows["captions"]["sample_id"].to_pylist(), _image_numbers(rows["captions"])
+        self._add_examples(read("examples"), np.array(sample_ids, object), images)
+        self._add_occurrences(rows["occurrences"], dict(zip(sample_ids, images, strict=True)))
         return rows
 
     def tables(self) -> Iterator[tuple[str, pa.Table]]:
-        """Yield the tables that are made from sums: rankings, neurons, activity, examples."""
+        """Yield the tables made from sums: rankings, neurons, activity, examples."""
         yield "rankings", self.rankings()
         yield "neurons", self.neuron_table()
         yield "activity", self.activity_table()
@@ -78,15 +76,15 @@ class RunMerge:
 
     def rankings(self) -> pa.Table:
         """Return every concept's ranking, concepts in alphabetical order."""
-        shares, images = Shares(self.hits.counts()), self.images.counts()
         ranked = [
-            rank_concept(concept, self.concepts, images[concept], shares, self.widths, self.decoded)
+            rank_concept(concept, self.concepts, len(self.images.of(concept)[0]), self.hits, self.widths, self.decoded)
             for concept in sorted(self.concepts.concepts)
         ]
         return pa.concat_tables([TABLES["rankings"].empty_table(), *ranked])
 
     def neuron_table(self) -> pa.Table:
-        """Return a row a neuron: what it does over all counted tokens, and what it writes."""
+        """Return one row per neuron: its activity over all counted tokens, and the tokens it writes."""
+        # The label "all" is every sample's; its modalities, image and text, add up to all tokens.
         of_all = [sums for key, sums in self.activity.items() if key[:2] == ("language", "all")]
         active, total, squares = np.sum(of_all, axis=0) if of_all else np.zeros((3, self.neurons))
         tokens = sum(count for key, count in self.tokens.items() if key[:2] == ("language", "all"))
@@ -95,8 +93,8 @@ class RunMerge:
             {
                 "layer": self._layer,
                 "unit": self._unit,
-                "neuron": self._names(),
-                "n_concepts": self._concepts_served(),
+                "neuron": list(map(neuron_name, self._layer.tolist(), self._unit.tolist())),
+                "n_concepts": self._concepts_per_neuron(),
                 "n_tokens": np.full(self.neurons, tokens),
                 "n_active": active.astype(np.int64),
                 "mean": mean,
@@ -110,7 +108,7 @@ class RunMerge:
         )
 
     def activity_table(self) -> pa.Table:
-        """Return a row a module, label, modality and neuron."""
+        """Return one row per module, label, modality and neuron."""
         tables = [TABLES["activity"].empty_table()]
         for key, (active, total, squares) in sorted(self.activity.items()):
             constants = dict(zip(("module", "label_kind", "label", "modality"), key, strict=True))
@@ -133,16 +131,25 @@ class RunMerge:
             )
         return pa.concat_tables(tables)
 
-    def _names(self) -> list[str]:
-        return [neuron_name(*pair) for pair in zip(self._layer.tolist(), self._unit.tolist(), strict=True)]
-
-    def _concepts_served(self) -> Int64[ndarray, " neuron"]:
-        served = np.zeros(self.neurons, np.int64)
+    def _concepts_per_neuron(self) -> Int64[ndarray, " neuron"]:
+        """Return for each neuron the number of concepts that have it in their top-k by score."""
+        counts = np.zeros(self.neurons, np.int64)
         for concept in self.concepts.concepts:
             scores = self.concepts.sums(concept)
             highest = np.lexsort((scores.neuron, -scores.score))[: self.top_k]
-            served[scores.neuron[highest]] += 1
-        return served
+            counts[scores.neuron[highest]] += 1
+        return counts
+
+    def _add_occurrences(self, occurrences: pa.Table, images: Mapping[str, np.uint64]) -> None:
+        if not len(occurrences):
+            return
+        concepts = occurrences["concept"].to_pylist()
+        own_images = [images[sample_id] for sample_id in occurrences["sample_id"].to_pylist()]
+        self.images.add(concepts, np.array(own_images, np.uint64))
+        lists = occurrences["neurons"].combine_chunks()
+        entries, starts = lists.flatten(), np.cumsum([0, *self.widths])
+        neurons = starts[entries.field("layer").to_numpy()] + entries.field("unit").to_numpy()
+        self.hits.add(concepts, neurons, lists.value_lengths().to_numpy())
 
     def _add_activity(self, rows: pa.Table) -> None:
         labels = zip(*(rows[name].to_pylist() for name in ("module", "label_kind", "label", "modality")), strict=True)
@@ -154,18 +161,19 @@ class RunMerge:
             for total, added in zip(self.activity[key], numbers, strict=True):
                 total += added
 
-    def _add_examples(self, rows: pa.Table, names: ndarray, images: ndarray) -> None:
+    def _add_examples(self, rows: pa.Table, sample_ids: ndarray, images: ndarray) -> None:
+        """Add a shard's extremes, whose column `sample` is the row in its captions; the arrays have a value per row."""
         signs = rows["sign"].to_numpy()
         lists = [list_values(rows[name]) for name in ("activation", "sample", "position")]
         for sign, examples in self.examples.items():
             ranks = np.flatnonzero(signs == sign)
             if len(ranks):
                 activation, sample, position = (np.stack([values[rank] for rank in ranks]) for values in lists)
-                examples.add(activation, names[sample], position, images[sample])
+                examples.add(activation, sample_ids[sample], position, images[sample])
 
 
-class _Examples:
-    """The most extreme samples of every neuron on one side, [rank, neuron], each of another image."""
+class Examples:
+    """The most extreme samples of every neuron on one side, [rank, neuron], each of a different image."""
 
     def __init__(self, sign: int, neurons: int) -> None:
         self.sign = sign
@@ -175,11 +183,11 @@ class _Examples:
         self.image = np.zeros((EXAMPLES, neurons), np.uint64)
 
     def add(self, activation: ndarray, sample: ndarray, position: ndarray, image: ndarray) -> None:
-        """Take in one shard's samples, [rank, neuron]; of equal ones the earlier shard's stays ahead.
+        """Add one shard's samples, [rank, neuron]; of equal activations that of the earlier shard ranks higher.
 
-        The shard has its highest sample of each of its EXAMPLES highest images, so the result is that of all samples.
+        A shard has the highest sample of each of its EXAMPLES highest images, so the result is that of all samples.
         """
-        # Of a long run only few neurons have a new extreme in a shard.
+        # Late in a long run, few neurons have a new extreme in a shard.
         changed = np.flatnonzero((self.sign * activation).max(axis=0) > self.sign * self.activation[-1])
         if not len(changed):
             return
@@ -188,6 +196,7 @@ class _Examples:
         grown = [np.vstack([old[:, changed], added]) for old, added in zip(held, new, strict=True)]
         order = np.argsort(-self.sign * grown[0], axis=0, kind="stable")
         activation, *_, image = ranked = [np.take_along_axis(values, order, 0) for values in grown]
+        # Of several samples of one image only the highest stays; the others sink below every finite activation.
         lower = np.stack([(image[:rank] == image[rank]).any(axis=0) for rank in range(len(image))])
         activation[lower] = -self.sign * np.inf
         order = np.argsort(-self.sign * activation, axis=0, kind="stable")[:EXAMPLES]
@@ -198,11 +207,11 @@ class _Examples:
         return self.activation, self.sample, self.position, self.image
 
     def extreme(self) -> ndarray:
-        """Return each neuron's highest (lowest) activation; 0 where none was seen."""
+        """Return each neuron's highest (lowest) activation, 0 if it has none."""
         return np.where(np.isfinite(self.activation[0]), self.activation[0], np.float32(0))
 
     def table(self, layer: ndarray, unit: ndarray) -> pa.Table:
-        """Return a row a neuron and rank, for neurons that any token was counted for."""
+        """Return one row per neuron and rank, for neurons with at least one counted token."""
         ranks, neurons = np.nonzero(np.isfinite(self.activation))
         return pa.table(
             {
@@ -216,3 +225,21 @@ class _Examples:
             },
             schema=TABLES["examples"],
         )
+
+
+def _image_numbers(captions: pa.Table) -> UInt64[ndarray, " sample"]:
+    """Return a number per row of `captions` that rows of one image share; a sample without an image has its own.
+
+    They are 64 bits of digests, so no list of all images has to be kept.
+    """
+    sample_ids = captions["sample_id"].to_pylist()
+    # Runs of earlier versions have no column `image`.
+    images = captions["image"].to_pylist() if "image" in captions.column_names else [None] * len(sample_ids)
+    return np.array(
+        [
+            # The zero byte keeps a sample id from looking like the bytes of an image.
+            int(image or hashlib.sha256(b"\0" + sample_id.encode()).hexdigest()[:16], 16)
+            for sample_id, image in zip(sample_ids, images, strict=True)
+        ],
+        np.uint64,
+    )

@@ -1,4 +1,4 @@
-"""Whether a model is understood: the claims that loading checks, and a census of two samples."""
+"""Checks of a model: every claim that loading verifies, and a census of two samples."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mmray.neurons.validation import CAPTIONS, CHECKS, NOUNS, Check, check_parts
 
 
 def check_model(model: LoadedModel) -> list[Check]:
-    """Return every claim about a model, and whether it holds."""
+    """Check every claim about a model."""
     return check_parts(model, CHECKS | {"a census of two samples": small_census})
 
 
 def small_census(model: LoadedModel) -> tuple[bool, str]:
-    """Two samples go through the whole of a worker's job."""
+    """Run two samples through all steps of a census worker."""
     buffer = io.BytesIO()
     picture().save(buffer, "PNG")
     samples = [Sample(str(number), "check", buffer.getvalue(), text, "en") for number, text in enumerate(CAPTIONS)]

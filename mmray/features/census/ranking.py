@@ -1,9 +1,8 @@
-"""From merged sums to the rankings: every concept's neurons by score, by what is specific to it, and by share."""
+"""Rankings from merged sums: each concept's neurons by score, and by how specific and how selective it is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -11,45 +10,31 @@ import pyarrow.compute as pc
 from jaxtyping import Float64, Int64
 from numpy import ndarray
 
-from mmray.features.census.decoding import written
+from mmray.features.census.decoding import written_tokens
+from mmray.features.census.pair_counts import PairCounts
 from mmray.features.census.reduction import ConceptMerge, ConceptScores
 from mmray.features.census.tables import TABLES
 from mmray.neuron_names import neuron_name
 
 RANKED = 256
-"""Neurons a concept in `rankings`, by score, and as many by `specific` and by `selective`."""
+"""Neurons per concept in `rankings` by score, and as many by `specific` and by `selective`."""
 
-CERTAIN, OFTEN = 10, 5
-"""Ranks of each concept, and occurrences that it has at least, of which a run says how many are certified."""
-
-
-@dataclass(frozen=True)
-class Shares:
-    """In how many of its occurrences' top-k a neuron is: (concept, neuron) pairs with their counts, as arrays."""
-
-    hits: dict[str, tuple[Int64[ndarray, " neuron"], Int64[ndarray, " neuron"]]]
-
-    def of(self, concept: str, neurons: Int64[ndarray, " neuron"]) -> Int64[ndarray, " neuron"]:
-        """Return the counts for these neurons of the concept."""
-        listed, counts = self.hits.get(concept, (np.zeros(0, np.int64), np.zeros(0, np.int64)))
-        if not len(listed):
-            return np.zeros(len(neurons), np.int64)
-        places = np.searchsorted(listed, neurons).clip(max=len(listed) - 1)
-        found: Int64[ndarray, " neuron"] = np.where(listed[places] == neurons, counts[places], 0)
-        return found
+TOP_RANKS, MIN_OCCURRENCES = 10, 5
+"""Ranks per concept, and occurrences that a concept needs, for the certified share that a run reports."""
 
 
 def locate_index(widths: Sequence[int], index: Int64[ndarray, " neuron"]) -> tuple[ndarray, ndarray]:
-    """Return layer and unit of neurons numbered over all layers."""
+    """Return layer and unit of neurons, given their index over all layers."""
     starts = np.cumsum([0, *widths])
     layer = np.searchsorted(starts, index, side="right") - 1
     return layer, index - starts[layer]
 
 
 def specific_scores(scores: ConceptScores, total: Float64[ndarray, " all"], n: int) -> Float64[ndarray, " neuron"]:
-    """Return mean contribution minus max(0, mean contribution at all other occurrences, each to the noun there).
+    """Return each neuron's mean contribution minus its mean contribution at all other occurrences, to the noun there.
 
-    Neurons that serve every noun head the plain ranking of a pre-trained model; this takes their common part away.
+    A mean below zero elsewhere counts as zero. Neurons that contribute to every noun lead a pre-trained model's ranking
+    by score; this subtracts their common part.
     """
     return _specific(scores.score, scores.n, total[scores.neuron], n - scores.n)
 
@@ -62,10 +47,10 @@ def _specific(
 
 
 def selective_scores(scores: ConceptScores, squares: Float64[ndarray, " all"], n: int) -> Float64[ndarray, " neuron"]:
-    """Return mean contribution minus the root mean square contribution at all other occurrences, each to its noun.
+    """Return each neuron's mean contribution minus its RMS contribution at all other occurrences, to the noun there.
 
-    A neuron that serves one other noun and hurts the next has a mean of nothing elsewhere, and a large mean square: of
-    the sums that shards can add up exactly, it is what tells most about what zeroing the neuron does to other nouns.
+    A neuron that promotes one other noun and suppresses the next has a mean near zero elsewhere, but a large RMS. Of
+    the sums that shards can add up exactly, the RMS says most about what ablating the neuron does to other nouns.
     """
     others = n - scores.n
     elsewhere = (squares[scores.neuron] - scores.squares) / others if others else np.zeros(len(scores.score))
@@ -73,10 +58,10 @@ def selective_scores(scores: ConceptScores, squares: Float64[ndarray, " all"], n
 
 
 def specific_certified(scores: ConceptScores, merge: ConceptMerge) -> ndarray:
-    """Return for each neuron whether its place in the order of `specific` is known.
+    """Return for each neuron whether its rank by `specific` is certain.
 
-    The total over all nouns is known of every neuron, and `specific` grows with the sum over the concept: the bounds of
-    that sum give its own.
+    The total over all nouns is known for every neuron, and `specific` grows with the sum over the concept. So the
+    bounds of that sum give bounds of `specific`.
     """
     others, rounding = merge.n - scores.n, merge.rounding(merge.n, merge.shards)
     total = merge.total[scores.neuron]
@@ -84,7 +69,7 @@ def specific_certified(scores: ConceptScores, merge: ConceptMerge) -> ndarray:
     outside[scores.neuron] = False
     left_out = -np.inf
     if outside.any():
-        # It falls with the total: the highest is that of the lowest total.
+        # `specific` falls with the total, so the lowest total gives the bound for neurons that no shard kept.
         lowest = merge.total.min(where=outside, initial=np.inf, keepdims=True) - rounding
         left_out = float(_specific(np.array([scores.left_out]), scores.n, lowest, others)[0])
     least = _specific(scores.lower - scores.rounding, scores.n, total + rounding, others)
@@ -93,9 +78,9 @@ def specific_certified(scores: ConceptScores, merge: ConceptMerge) -> ndarray:
 
 
 def selective_certified(scores: ConceptScores, merge: ConceptMerge) -> ndarray:
-    """Return for each neuron whether its place in the order of `selective` is known.
+    """Return for each neuron whether its rank by `selective` is certain.
 
-    The squares that shards left out may all be the concept's own, so that a neuron known in part has at most the bound
+    The squares that shards left out may all belong to the concept. So the bound of a neuron known in part is the bound
     of its mean contribution.
     """
     others, total = merge.n - scores.n, merge.total_squares[scores.neuron]
@@ -111,12 +96,12 @@ def selective_certified(scores: ConceptScores, merge: ConceptMerge) -> ndarray:
 
 
 def certified_share(rankings: pa.Table) -> float | None:
-    """Return which part of the CERTAIN highest ranks by score is certified, of concepts that are often enough.
+    """Return the certified fraction of the TOP_RANKS highest ranks by score, over concepts with MIN_OCCURRENCES.
 
-    None where no concept is. A noun of few occurrences is in few shards, and certain whatever they keep.
+    None if there are no such concepts. A rarer noun occurs in few shards, so its ranks are certified anyway.
     """
-    near = pc.and_(pc.less_equal(rankings["rank"], CERTAIN), pc.greater_equal(rankings["n"], OFTEN))
-    certified = rankings["certified"].filter(near)
+    top = pc.and_(pc.less_equal(rankings["rank"], TOP_RANKS), pc.greater_equal(rankings["n"], MIN_OCCURRENCES))
+    certified = rankings["certified"].filter(top)
     return pc.mean(certified).as_py() if len(certified) else None
 
 
@@ -124,15 +109,15 @@ def rank_concept(
     concept: str,
     merge: ConceptMerge,
     images: int,
-    shares: Shares,
+    hits: PairCounts,
     widths: Sequence[int],
     decoded: pa.Table,
 ) -> pa.Table:
     """Return the concept's rows of `rankings`: the RANKED highest by each of three orders, in order of score.
 
-    Ties go to the lower layer and unit. `images` is the number of different images of its occurrences. `decoded` has
-    what every neuron promotes and suppresses, by its index over all layers; `tokens` are those that it writes at this
-    concept, by the sign of its mean activation.
+    Ties go to the lower layer and unit. `images` is the number of different images of its occurrences. `hits` counts
+    the occurrences that have a neuron in their top-k. `decoded` has the tokens that each neuron promotes and
+    suppresses; the sign of the mean activation decides which of them are the `tokens` it writes here.
     """
     scores = merge.sums(concept)
     specific = specific_scores(scores, merge.total, merge.n)
@@ -144,6 +129,7 @@ def rank_concept(
     neurons = scores.neuron[rows]
     layer, unit = locate_index(widths, neurons)
     mean = scores.score[rows] / scores.n
+    # Rounding can push a variance of zero slightly below it.
     variance = scores.squares[rows] / scores.n - mean**2
     return pa.table(
         {
@@ -151,15 +137,15 @@ def rank_concept(
             "rank": rank[rows],
             "layer": layer,
             "unit": unit,
-            "neuron": [neuron_name(*pair) for pair in zip(layer.tolist(), unit.tolist(), strict=True)],
+            "neuron": list(map(neuron_name, layer.tolist(), unit.tolist())),
             "score": mean,
             "score_std": np.sqrt(np.maximum(0, variance)),
             "specific": specific[rows],
             "specific_rank": specific_rank[rows],
             "n": np.full(len(rows), scores.n),
-            "share": shares.of(concept, neurons) / scores.n,
+            "share": hits.count(concept, neurons) / scores.n,
             "activation": scores.activation[rows] / scores.n,
-            "tokens": written(decoded, neurons, scores.activation[rows]),
+            "tokens": written_tokens(decoded, neurons, scores.activation[rows]),
             "certified": scores.certified()[rows],
             "selective": selective[rows],
             "selective_rank": selective_rank[rows],
@@ -174,7 +160,7 @@ def rank_concept(
 
 def _ranked(scores: ConceptScores, values: Float64[ndarray, " neuron"]) -> tuple[Int64[ndarray, " neuron"], ...]:
     """Return the order of the neurons, highest first, and each neuron's rank from 1."""
-    order = np.lexsort((scores.neuron, -values))
+    order = np.lexsort((scores.neuron, -values))  # the last key sorts first; ties go to the lower index
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(1, len(order) + 1)
     return order, rank

@@ -1,4 +1,4 @@
-"""Take in what a run's data has gained: new shards only, merged with what was there, and compared with it."""
+"""Refresh a run whose data has grown: analyse the new shards, merge them with the old ones, and report the drift."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ from mmray.runs.run import open_run
 from mmray.runs.tables import read_table
 
 EXECUTION = frozenset(CensusSettings.execution_settings())
-"""Settings that a refresh may be given: they leave the run's results alone."""
+"""Settings that a refresh may change, because they don't change results."""
 
 
 @dataclass(frozen=True)
 class Refreshed:
-    """What a refresh amounts to; no drift where the data had gained nothing."""
+    """The result of a refresh."""
 
     outcome: CensusResult
-    """Of the whole run. Only failures, skipped samples and quarantined shards are those of what this refresh analysed:
-    a scheduled refresh must not fail forever because a sample once did."""
+    """Counts of the whole run, but failures, skipped samples and quarantined shards of this refresh alone: a scheduled
+    refresh must not fail forever because a sample once did."""
     new_samples: int
     drift: Drift | None
+    """None if the data had not grown."""
 
 
 def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, **execution: Any) -> Refreshed:
-    """Analyse what the run's data has gained since, merge, and compare with before.
+    """Analyse the data that the run's source has gained, merge it, and compare the tables with those before.
 
-    `execution` are settings that leave the result alone, such as `workers`; all others are the run's. A refresh or a
-    census that was stopped is brought to its end first. Raises InputError if data that was analysed has changed.
+    `execution` takes settings that don't change results, such as `workers`; all others are the run's. A refresh or
+    census that was interrupted is finished first. Raises InputError if data already analysed has changed.
     """
     began = time.perf_counter()
     folder = RunFolder.at(uri)
@@ -52,11 +53,11 @@ def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, *
     if info is None:
         raise InputError(f"{uri}: no run here (no run.json); give a folder that mmray census wrote")
     given = {name: value for name, value in execution.items() if value is not None}
-    if strange := given.keys() - EXECUTION:
-        raise InputError(f"{', '.join(sorted(strange))}: a refresh keeps the run's settings")
+    if other := given.keys() - EXECUTION:
+        raise InputError(f"{', '.join(sorted(other))}: a refresh keeps the run's settings")
     out = folder.store.uri
     known = resolve_settings(info["settings"], info["home"])
-    # What was asked for once is no habit of the run.
+    # run.json keeps all settings of the first call, but these two were meant for that call alone.
     settings = census_settings(known | {"retry_failed": False, "local": False} | given | {"out": out})
     job = CensusJob(settings)
     with drive(folder) as lease:
@@ -66,20 +67,21 @@ def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, *
         if after.samples > before.samples:
             check_columns(source, after)
         last = latest(folder.store)
+        # Finish what an interrupted call left; this does nothing if the run is complete.
         done = run_planned(settings, job.plan_for(source, before, nouns), follow, lease)
-        settled = _settled(folder, before, last, already=done.already) if not settings.retry_failed else 0
-        drift = _settle(folder, last)
+        reported = _reported_shards(folder, before, last, already=done.already) if not settings.retry_failed else 0
+        drift = _write_drift(folder, last)
         if after.samples > before.samples:
             plan = job.plan_for(source, after, nouns)
-            begun = begin_refresh(folder.store, _changes(settings, plan), after.to_json())
+            begun = begin_refresh(folder.store, _run_info(settings, plan), after.to_json())
             done = run_planned(settings, plan, follow, lease)
-            drift = _settle(folder, begun)
+            drift = _write_drift(folder, begun)
     finished = replace(done, seconds=time.perf_counter() - began)
-    return Refreshed(outcome_of(settings, finished, since=settled), after.samples - before.samples, drift)
+    return Refreshed(outcome_of(settings, finished, since=reported), after.samples - before.samples, drift)
 
 
-def _changes(settings: CensusSettings, plan: Plan[CensusContext]) -> dict[str, Any]:
-    """Return what a refresh changes in run.json."""
+def _run_info(settings: CensusSettings, plan: Plan[CensusContext]) -> dict[str, Any]:
+    """Return the entries of run.json that a refresh changes."""
     return {
         "digests": dict(plan.digests),
         "fingerprint": settings.fingerprint(plan.digests),
@@ -88,34 +90,34 @@ def _changes(settings: CensusSettings, plan: Plan[CensusContext]) -> dict[str, A
     }
 
 
-def _settled(folder: RunFolder, manifest: Manifest, last: Refresh, *, already: bool) -> int:
-    """Return how many shards, the first ones, an earlier call brought to their end and told of."""
+def _reported_shards(folder: RunFolder, manifest: Manifest, last: Refresh, *, already: bool) -> int:
+    """Return the number of first shards that an earlier call finished and reported."""
     if already:
         return len(manifest.shards)
     if not last.number:
-        return 0
+        return 0  # the first census itself was interrupted
     earlier = f"{folder_of(last.number - 1)}/manifest.json" if last.number > 1 else "manifest.json"
     return len(Manifest.from_json(folder.store.read(earlier)).shards)
 
 
-def _settle(folder: RunFolder, refresh: Refresh) -> Drift | None:
-    """Write what a refresh that has been analysed changed, unless that is known already."""
+def _write_drift(folder: RunFolder, refresh: Refresh) -> Drift | None:
+    """Write and return the drift of a finished refresh; None if there is none or it is written already."""
     key = f"{refresh.folder}/drift.json"
     if not refresh.number or folder.store.exists(key):
         return None
     run = open_run(folder.store.uri)
-    drift = compare(_Before(run.info, folder, f"{refresh.folder}/before"), run)
+    drift = compare(_TablesBefore(run.info, folder, f"{refresh.folder}/before"), run)
     folder.store.put(key, json.dumps(drift.summary(), indent=1).encode())
     return drift
 
 
 @dataclass(frozen=True)
-class _Before:
-    """A run as it was before a refresh."""
+class _TablesBefore:
+    """A run's tables as they were before a refresh."""
 
     info: dict[str, Any]
     folder: RunFolder
-    place: str
+    prefix: str
 
     def table(self, name: str) -> pa.Table:
-        return read_table(self.folder.store, name, self.place)
+        return read_table(self.folder.store, name, self.prefix)

@@ -1,4 +1,4 @@
-"""The samples that a run's units of work ask for, read shard by shard and kept for the next unit."""
+"""The samples that units of later analyses need, read per shard and cached for the next unit."""
 
 from __future__ import annotations
 
@@ -14,54 +14,55 @@ from mmray.features.census.settings import CensusSettings
 from mmray.neurons.concepts import NounSource
 
 SHARDS_KEPT = 64
-"""Shards whose wanted samples are kept, encoded as they are."""
+"""Shards whose requested samples are cached, with their images still encoded."""
 
 
 @dataclass
 class SampleCache:
-    """Samples of a run by their names: `shards` has the shard of each, `captions` what the run scored."""
+    """Samples of a run by id: `shards` maps each to its shard, `captions` to the caption that the run scored."""
 
     source: Source
     manifest: Manifest
     shards: Mapping[str, int]
     captions: Mapping[str, str]
-    kept: OrderedDict[int, dict[str, Sample]] = field(default_factory=OrderedDict)
+    cached: OrderedDict[int, dict[str, Sample]] = field(default_factory=OrderedDict)
 
-    def samples(self, names: Collection[str]) -> dict[str, Sample]:
+    def samples(self, ids: Collection[str]) -> dict[str, Sample]:
         """Return these samples, with the captions that the run scored."""
         found: dict[str, Sample] = {}
-        for shard in sorted({self.shards[name] for name in names}):
-            found |= {name: sample for name, sample in self._shard(shard).items() if name in names}
+        for shard in sorted({self.shards[sample_id] for sample_id in ids}):
+            found |= {sample_id: sample for sample_id, sample in self._shard(shard).items() if sample_id in ids}
         return found
 
     def _shard(self, number: int) -> dict[str, Sample]:
-        if number not in self.kept:
+        if number not in self.cached:
             rows = read_shard(self.source, self.manifest.shards[number])
-            self.kept[number] = {
+            # The run may have scored a generated caption, which replaces that of the data.
+            self.cached[number] = {
                 row.sample_id: replace(row, caption=self.captions[row.sample_id])
                 for row in rows
                 if isinstance(row, Sample) and row.sample_id in self.captions
             }
-            while len(self.kept) > SHARDS_KEPT:
-                self.kept.popitem(last=False)
-        self.kept.move_to_end(number)
-        return self.kept[number]
+            if len(self.cached) > SHARDS_KEPT:
+                self.cached.popitem(last=False)
+        self.cached.move_to_end(number)
+        return self.cached[number]
 
 
 @dataclass(frozen=True)
 class RunSamples:
-    """All that workers on samples of a run need other than model and data."""
+    """What workers on samples of a run need in addition to model and data."""
 
     census: CensusSettings
     manifest: Manifest
     nouns: NounSource
     shards: Mapping[str, int]
-    """The shard of each sample that is wanted."""
+    """Shard of each requested sample."""
     captions: Mapping[str, str]
-    """The caption of each, as the run scored it."""
+    """Caption of each, as the run scored it."""
     images: Mapping[str, str]
-    """The key of each one's image."""
+    """Key of each one's image."""
 
-    def wanted(self) -> SampleCache:
-        """Open the data, and return what reads these samples."""
+    def open_cache(self) -> SampleCache:
+        """Open the data, and return a cache that reads these samples."""
         return SampleCache(open_data(self.census), self.manifest, self.shards, self.captions)

@@ -1,4 +1,4 @@
-"""A shard's samples → its tables: decode ahead, run in batches, score, reduce; a function of settings and samples."""
+"""The analysis of one shard, a function of settings and samples: decode ahead, run in batches, score, reduce."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import pyarrow as pa
 import torch
@@ -16,11 +16,10 @@ from PIL.Image import Image
 from mmray.data.images import decode_image
 from mmray.data.samples import Failure, Sample, image_digest
 from mmray.engine.clock import phase
-from mmray.features.census.occurrences import occurrence_table
 from mmray.features.census.reduction import ConceptSums, candidates_kept
 from mmray.features.census.settings import CensusSettings
-from mmray.features.census.tables import PARTS
-from mmray.models.generation import caption_of, generate
+from mmray.features.census.tables import NEURON_ENTRY, PARTS
+from mmray.models.generation import caption_of, generate, token_text
 from mmray.models.loading import LoadedModel
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import Batch, encode, prefix_before, prompt_text, tokenize_caption
@@ -44,15 +43,14 @@ class Captioned:
     offsets: list[tuple[int, int]]
 
 
-HELD = 512 << 20
-"""Encoded bytes of images that are held at once; a shard of more is analysed in parts."""
+IMAGE_BYTES = 512 << 20
+"""Encoded bytes of images held at once; a larger shard is analysed in parts."""
+
+NO_NOUN = "no noun"
+"""Why a sample is skipped: its caption has no noun to rank neurons for. Tables that need no noun still include it."""
 
 Item = TypeVar("Item")
 Encoded: TypeAlias = tuple[list[Captioned], Batch]
-
-
-NO_NOUN = "no noun"
-"""Why a sample is skipped: its caption has no noun to rank neurons for. It is kept in all that needs none."""
 
 
 class ShardAnalysis:
@@ -74,36 +72,38 @@ class ShardAnalysis:
 
     @torch.inference_mode()
     def run(self, samples: Iterable[Sample | Failure]) -> dict[str, pa.Table]:
-        """Return the tables of `PARTS` but `decoded`; what fails is a row in `errors`.
+        """Return all tables of `PARTS` except `decoded`. A sample that fails is a row in `errors`.
 
-        A caption without a noun is no failure: `skipped` counts it.
+        A caption without a noun is not a failure; `skipped` counts it.
         """
-        for part in within_budget(self._readable(samples), lambda sample: len(sample.image or b""), HELD):
+        for part in within_budget(self._readable(samples), lambda sample: len(sample.image or b""), IMAGE_BYTES):
             if self.settings.captions == "dataset":
                 for items, batch in self.encoded(part):
                     self._analyse(items, batch)
-                    del batch  # before the one after next is prepared: there are never three
+                    del batch  # freed before the next but one is prepared, so that memory never holds three
             else:
+                # A batch has one prompt length per language; sorting keeps padding short.
                 part.sort(key=lambda sample: (sample.image is None, sample.language or ""))
-                for chunk in _cut(part, self.settings.batch_size, lambda sample: sample.image is None):
-                    for pictured in self._pictured(chunk, lambda sample: sample):
-                        self._generate(pictured)
+                for chunk in _chunks(part, self.settings.batch_size, lambda sample: sample.image is None):
+                    for pairs in self._with_images(chunk, lambda sample: sample):
+                        self._generate(pairs)
         return self.tables()
 
     def _readable(self, samples: Iterable[Sample | Failure]) -> Iterator[Sample]:
+        """Yield the samples that can be analysed; the others become failures."""
         for sample in samples:
             if isinstance(sample, Failure):
                 self.failures.append(sample)
             elif sample.image is None and self.settings.score == "gradient":
-                self._fail(sample, "read", "no image, over whose positions --score gradient sums")
+                self._fail(sample, "read", "no image; --score gradient sums over the positions of an image")
             else:
                 yield sample
 
     @phase("reduce")
     def tables(self) -> dict[str, pa.Table]:
-        """Return what was collected."""
+        """Return the tables collected so far."""
         concepts, totals = self.sums.tables(candidates_kept(self.settings.candidates, sum(self.model.widths)))
-        # Images are decoded ahead, so the order in which failures come depends on the machine.
+        # Sorted because a thread decodes images ahead, so failures arrive in an order that depends on the machine.
         failures = sorted(self.failures, key=lambda failure: (failure.source, failure.sample_id, failure.stage))
         errors = [vars(failure) | {"shard_id": self.shard_id} for failure in failures]
         return {
@@ -117,32 +117,36 @@ class ShardAnalysis:
         }
 
     def _caption(self, sample: Sample) -> Captioned | None:
-        """Return the sample with its dataset caption, nouns and tokens."""
+        """Return the sample with its dataset caption, nouns and tokens; None if the caption can't be used."""
         if not sample.caption.strip():
             self._fail(sample, "read", "the caption is empty")
             return None
         prompt = self._prompt(sample, image=sample.image is not None)
         tokens, offsets = tokenize_caption(self.model, prompt, sample.caption)
         if not tokens:
-            self._fail(sample, "read", f"the tokenizer makes nothing of the caption {sample.caption!r}")
+            self._fail(sample, "read", f"the tokenizer returns no token for the caption {sample.caption!r}")
             return None
         if len(tokens) > (self.model.context or len(tokens)):
-            self._fail(sample, "read", f"{len(tokens):,} tokens; the model reads {self.model.context:,}: cut the text")
+            self._fail(
+                sample, "read", f"{len(tokens):,} tokens; the model reads {self.model.context:,}: shorten the caption"
+            )
             return None
+        # The model would look for another image at this token.
         if (token := self.model.parts.image_token_id) in tokens:
-            written = self.model.tokenizer.decode([token])
-            self._fail(sample, "read", f"the caption has {written} in it, which stands for an image: take it out")
+            text = self.model.tokenizer.decode([token])
+            self._fail(sample, "read", f"the caption contains {text}, which stands for an image: remove it")
             return None
         return Captioned(sample, prompt, sample.caption, self._nouns(sample, sample.caption), tokens, offsets)
 
     def _prompt(self, sample: Sample, *, image: bool) -> str:
         prefix = prefix_given(self.settings, sample.caption)
-        kind = (sample.language, image, prefix)
-        if kind not in self.prompts:
-            self.prompts[kind] = prompt_text(
+        key = (sample.language, image, prefix)
+        # Chat templates are slow to render, and a shard has few different prompts.
+        if key not in self.prompts:
+            self.prompts[key] = prompt_text(
                 self.model, self.settings.prompt, sample.language, image=image, prefix=prefix
             )
-        return self.prompts[kind]
+        return self.prompts[key]
 
     def _nouns(self, sample: Sample, caption: str) -> list[Mention]:
         generated = self.settings.captions == "generate"
@@ -152,38 +156,39 @@ class ShardAnalysis:
         self.failures.append(Failure(sample.sample_id, sample.source, stage, " ".join(message.split())[:500]))
 
     def encoded(self, samples: Iterable[Sample]) -> Iterator[tuple[list[Captioned], Batch]]:
-        """Yield batches of like length, the next one decoded and encoded in a thread while the model has this one."""
+        """Yield batches of similar length; a thread prepares the next one while the model runs this one."""
         captioned = [found for sample in samples if (found := self._caption(sample)) is not None]
+        # Captions of similar length need little padding.
         captioned.sort(key=lambda item: (item.sample.image is None, item.prompt, len(item.tokens)))
-        with ThreadPoolExecutor(1) as ahead:
-            waiting: deque[Future[list[Encoded]]] = deque()
-            for chunk in _cut(captioned, self.settings.batch_size, lambda item: item.sample.image is None):
-                waiting.append(ahead.submit(self._encode, chunk))
-                if len(waiting) > 1:
-                    yield from _awaited(waiting.popleft())
-            while waiting:
-                yield from _awaited(waiting.popleft())
+        with ThreadPoolExecutor(1) as pool:
+            pending: deque[Future[list[Encoded]]] = deque()
+            for chunk in _chunks(captioned, self.settings.batch_size, lambda item: item.sample.image is None):
+                pending.append(pool.submit(self._encode, chunk))
+                if len(pending) > 1:
+                    yield from _await(pending.popleft())
+            while pending:
+                yield from _await(pending.popleft())
 
     def _encode(self, chunk: list[Captioned]) -> list[Encoded]:
-        parts = self._pictured(chunk, lambda item: item.sample)
-        return [done for pairs in parts for done in self._halved(pairs)]
+        parts = self._with_images(chunk, lambda item: item.sample)
+        return [encoded for pairs in parts for encoded in self._encode_pairs(pairs)]
 
-    def _pictured(
+    def _with_images(
         self, items: Sequence[Item], sample: Callable[[Item], Sample]
     ) -> Iterator[list[tuple[Item, Image | None]]]:
-        """Yield items with their decoded images, as many as the budget of pixels allows; without those of bad ones."""
+        """Yield items with their decoded images, in lists within the budget of pixels. Drops items of bad images."""
         for part in within_budget(items, lambda item: pixels_of(self.model, sample(item).image), BUDGET):
-            read = [(item, self._image(sample(item))) for item in part]
-            yield [pair for pair in read if pair[1] is not None or sample(pair[0]).image is None]
+            pairs = [(item, self._image(sample(item))) for item in part]
+            yield [pair for pair in pairs if pair[1] is not None or sample(pair[0]).image is None]
 
-    def _halved(self, pairs: Sequence[tuple[Captioned, Image | None]]) -> list[Encoded]:
-        """Encode; a sample that the processor refuses is left out."""
+    def _encode_pairs(self, pairs: Sequence[tuple[Captioned, Image | None]]) -> list[Encoded]:
+        """Encode captions with their images; a sample that the processor rejects is left out."""
 
-        def refused(pair: tuple[Captioned, Image | None], problem: str) -> None:
+        def reject(pair: tuple[Captioned, Image | None], problem: str) -> None:
             self._fail(pair[0].sample, "encode", problem)
 
-        # Processors raise all kinds of errors.
-        return split_on_failure(pairs, self._batch, refused, errors=(Exception,))
+        # Processors have no common error class.
+        return split_on_failure(pairs, self._batch, reject, errors=(Exception,))
 
     def _batch(self, pairs: Sequence[tuple[Captioned, Image | None]]) -> Encoded:
         items = [item for item, _ in pairs]
@@ -192,7 +197,7 @@ class ShardAnalysis:
         return items, encode(self.model, prompts, images, tokens, offsets)
 
     def _image(self, sample: Sample) -> Image | None:
-        """Return the decoded image; a bad one is a failure and None."""
+        """Return the decoded image; a bad one is recorded as a failure, and None."""
         if sample.image is None:
             return None
         try:
@@ -202,50 +207,50 @@ class ShardAnalysis:
             return None
 
     def _generate(self, pairs: list[tuple[Sample, Image | None]]) -> None:
-        """Caption samples with the model, in halves where it can't, and analyse these captions."""
+        """Caption samples with the model, in halves where memory runs out, and analyse these captions."""
 
-        def write(some: Sequence[tuple[Sample, Image | None]]) -> list[tuple[Sample, str, Image | None, list[int]]]:
-            samples, images = [sample for sample, _ in some], [image for _, image in some]
+        def write(part: Sequence[tuple[Sample, Image | None]]) -> list[tuple[Sample, str, Image | None, list[int]]]:
+            samples, images = [sample for sample, _ in part], [image for _, image in part]
             prompts = [self._prompt(sample, image=images[0] is not None) for sample in samples]
-            return list(
-                zip(samples, prompts, images, generate(self.model, prompts, images, self.settings.longest), strict=True)
-            )
+            replies = generate(self.model, prompts, images, self.settings.longest)
+            return list(zip(samples, prompts, images, replies, strict=True))
 
-        for written in split_on_failure(pairs, write, lambda pair, problem: self._fail(pair[0], "generate", problem)):
+        for replies in split_on_failure(pairs, write, lambda pair, problem: self._fail(pair[0], "generate", problem)):
             kept = []
-            for sample, prompt, image, tokens in written:
+            for sample, prompt, image, tokens in replies:
                 caption, offsets = caption_of(self.model, tokens)
                 if not caption:
                     self._fail(sample, "generate", "the model wrote nothing")
                     continue
                 kept.append((Captioned(sample, prompt, caption, self._nouns(sample, caption), tokens, offsets), image))
-            for items, batch in self._halved(kept):
+            for items, batch in self._encode_pairs(kept):
                 self._analyse(items, batch)
 
     def _analyse(self, items: list[Captioned], batch: Batch) -> None:
-        """Score a batch; where memory runs out or a sample can't be run, halve it until the culprit is alone."""
-        named = [(item.sample.sample_id, item.mentions) for item in items]
-        places = places_of(batch, named, every=self.settings.pieces == "sum")
+        """Score a batch. If memory runs out or a sample fails, halve it until the failing sample is alone."""
+        mentions = [(item.sample.sample_id, item.mentions) for item in items]
+        positions = places_of(batch, mentions, every=self.settings.pieces == "sum")
         labels = [_labels(item.sample) for item in items]
         digests = [image_digest(item.sample.image) for item in items]
         self.statistics.begin(labels, batch.runs, digests)
         try:
             score, folded = self.settings.score, self.settings.fold_norm
             with self.module.watching(batch):
-                scored = score_batch(self.model, batch, places, score, folded=folded, statistics=self.statistics)
+                scored = score_batch(self.model, batch, positions, score, folded=folded, statistics=self.statistics)
         except FAILURES as error:
             # Only the message leaves this block: the error holds the frames, and so the memory, of the failed forward.
             problem = str(error)
         else:
-            found = (self.statistics.unsound(), self.module.count(labels), unsound_rows(places, scored, len(items)))
+            found = (self.statistics.unsound(), self.module.count(labels), unsound_rows(positions, scored, len(items)))
             unsound = [max(counts) for counts in zip(*found, strict=True)]
             if any(unsound):
                 del scored
                 self._leave_out(items, unsound)
                 return
+            # Only now: statistics of a batch that is halved or loses a sample would be counted twice.
             self.statistics.commit()
             self.module.commit()
-            self._collect(items, digests, *whole_nouns(places, scored))
+            self._collect(items, digests, *whole_nouns(positions, scored))
             return
         if len(items) == 1:
             self._fail(items[0].sample, "forward", problem)
@@ -253,25 +258,26 @@ class ShardAnalysis:
         free_memory()
         middle = len(items) // 2
         for half in (items[:middle], items[middle:]):
-            for kept, smaller in self._encode(half):
-                self._analyse(kept, smaller)
+            self._analyse_again(half)
+
+    def _analyse_again(self, items: list[Captioned]) -> None:
+        for kept, smaller in self._encode(items):
+            self._analyse(kept, smaller)
 
     def _leave_out(self, items: list[Captioned], unsound: Sequence[int]) -> None:
-        """Fail samples of a batch that have `unsound` neurons, and analyse the others without them.
-
-        One NaN or infinity in a sum is that neuron's of every concept for the whole run.
-        """
+        """Fail the samples with NaN or infinity in so many neurons, and analyse the others without them."""
         for item, count in zip(items, unsound, strict=True):
             if count:
+                # A single NaN would spread through the neuron's sums to every concept of the run.
                 neurons = f"{count:,} neuron{'s' * (count > 1)}"
                 self._fail(item.sample, "score", f"NaN or infinity in the scores or activations of {neurons}")
-        for kept, smaller in self._encode([item for item, count in zip(items, unsound, strict=True) if not count]):
-            self._analyse(kept, smaller)
+        self._analyse_again([item for item, count in zip(items, unsound, strict=True) if not count])
 
     @phase("reduce")
     def _collect(
-        self, items: list[Captioned], digests: list[str | None], places: list[TokenPosition], scored: Scored
+        self, items: list[Captioned], digests: list[str | None], positions: list[TokenPosition], scored: Scored
     ) -> None:
+        """Add a scored batch to the tables."""
         for item, digest in zip(items, digests, strict=True):
             self.skipped[NO_NOUN] += not item.mentions
             self.captions.append(
@@ -286,21 +292,56 @@ class ShardAnalysis:
                     "image": digest,
                 }
             )
-        if not places:
+        if not positions:
             return
-        self.sums.begin([place.concept for place in places])
+        self.sums.begin([position.concept for position in positions])
         for layer, (scores, activation) in enumerate(zip(scored.scores, scored.activation, strict=True)):
             self.sums.add(layer, scores, activation)
-        self.occurrences.append(occurrence_table(self.model, places, scored, self.settings.top_k))
+        self.occurrences.append(_occurrence_table(self.model, positions, scored, self.settings.top_k))
+
+
+def _occurrence_table(model: LoadedModel, positions: Sequence[TokenPosition], scored: Scored, top_k: int) -> pa.Table:
+    """Return one row per scored position: its token, log-probability and `top_k` highest neurons, highest first."""
+    device = scored.scores[0].device  # the layers of a model over several GPUs lie on different ones
+    scores = torch.cat([part.to(device) for part in scored.scores], dim=1)
+    activation = torch.cat([part.to(device) for part in scored.activation], dim=1)
+    highest = scores.topk(min(top_k, scores.shape[1]), dim=1)
+    index = highest.indices.cpu()
+    starts = torch.tensor([0, *model.widths]).cumsum(0)
+    layer = torch.searchsorted(starts, index, right=True) - 1
+    # Built from flat arrays, without a Python object per neuron.
+    entries = pa.StructArray.from_arrays(
+        [
+            pa.array(layer.flatten().numpy()).cast(pa.int16()),
+            pa.array((index - starts[layer]).flatten().numpy()).cast(pa.int32()),
+            pa.array(highest.values.cpu().flatten().numpy()),
+            pa.array(activation.gather(1, highest.indices).cpu().flatten().numpy()),
+        ],
+        fields=list(NEURON_ENTRY),
+    )
+    offsets = pa.array(range(0, len(entries) + 1, index.shape[1]), pa.int32())
+    return pa.table(
+        {
+            "sample_id": [position.sample_id for position in positions],
+            "concept": [position.concept for position in positions],
+            "token": [token_text(model, position.token) for position in positions],
+            "token_id": [position.token for position in positions],
+            "position": [position.position for position in positions],
+            "log_prob": scored.log_prob.float().cpu().numpy(),
+            "neurons": pa.ListArray.from_arrays(offsets, entries),
+        },
+        schema=PARTS["occurrences"],
+    )
 
 
 @phase("decode")
-def _awaited(ahead: Future[list[Encoded]]) -> list[Encoded]:
-    return ahead.result()
+def _await(encoded: Future[list[Encoded]]) -> list[Encoded]:
+    # Time spent here is time that the model waits for images.
+    return encoded.result()
 
 
 def prefix_given(settings: CensusSettings, caption: str) -> str | None:
-    """Return what a census puts before a caption: its prefix, unless a caption of the data begins with it."""
+    """Return what a census puts before a caption: its prefix, unless a caption of the data begins with it already."""
     return settings.prefix if settings.captions == "generate" else prefix_before(caption, settings.prefix)
 
 
@@ -309,8 +350,8 @@ def _labels(sample: Sample) -> dict[str, str]:
     return {kind: label for kind, label in found.items() if label is not None}
 
 
-def _cut(items: list[Any], size: int, kind: Callable[[Any], bool]) -> Iterator[list[Any]]:
-    """Yield neighbours of one kind, for an image and none can't share a batch."""
+def _chunks(items: list[Item], size: int, kind: Callable[[Item], bool]) -> Iterator[list[Item]]:
+    """Yield chunks of one kind: a sample with an image and one without can't share a batch."""
     for _, group in groupby(items, key=kind):
-        alike = list(group)
-        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+        same = list(group)
+        yield from (same[start : start + size] for start in range(0, len(same), size))

@@ -1,4 +1,4 @@
-"""Tables of a census, with the unit of each column, and what a shard commits."""
+"""Tables of a census with the unit of each column, and the parts that a shard commits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ACTIVATION = "activation"
 COUNT = "count"
 EXACT = (
     "whether every shard with the concept kept the neuron; if not, score, score_std, specific, selective and "
-    "activation lack what shards left out"
+    "activation lack the shards that left it out"
 )
 
 NEURON_ENTRY = pa.struct(
@@ -38,7 +38,7 @@ TABLES: dict[str, pa.Schema] = {
             field("concept", pa.string()),
             field("token", pa.string()),
             field("token_id", pa.int32()),
-            field("position", pa.int32(), "index, in the unpadded sequence, of the position that predicts the token"),
+            field("position", pa.int32(), "index in the unpadded sequence of the position that predicts the token"),
             field("log_prob", pa.float32(), "nat"),
             field("neurons", pa.list_(NEURON_ENTRY), SCORE),
         ]
@@ -55,20 +55,19 @@ TABLES: dict[str, pa.Schema] = {
             field("specific", pa.float64(), SCORE),
             field("specific_rank", pa.int32(), "from 1, by specific"),
             field("n", pa.int64(), "occurrences"),
-            field("share", pa.float64(), "part of occurrences, 0 to 1"),
+            field("share", pa.float64(), "fraction of occurrences with the neuron in their top_k, 0 to 1"),
             field("activation", pa.float64(), ACTIVATION),
             field(
                 "tokens",
                 pa.list_(pa.string()),
-                "the ten it writes here, highest first: where its mean activation is "
-                "negative, those that it suppresses",
+                "the ten it writes here, highest first; if its mean activation is negative, those it suppresses",
             ),
-            field("certified", pa.bool_(), "whether its rank by score is certain, whatever shards left out"),
+            field("certified", pa.bool_(), "whether its rank by score is certain, whatever the shards left out"),
             field("selective", pa.float64(), SCORE),
             field("selective_rank", pa.int32(), "from 1, by selective"),
             field("n_images", pa.int64(), "different images among the occurrences"),
-            field("certified_specific", pa.bool_(), "whether its rank by specific is"),
-            field("certified_selective", pa.bool_(), "whether its rank by selective is"),
+            field("certified_specific", pa.bool_(), "whether its rank by specific is certain"),
+            field("certified_selective", pa.bool_(), "whether its rank by selective is certain"),
             field("exact", pa.bool_(), EXACT),
         ]
     ),
@@ -77,7 +76,7 @@ TABLES: dict[str, pa.Schema] = {
             field("layer", pa.int16()),
             field("unit", pa.int32()),
             field("neuron", pa.string()),
-            field("n_concepts", pa.int32(), "concepts in whose top_k by score it is"),
+            field("n_concepts", pa.int32(), "concepts that have it in their top_k by score"),
             field("n_tokens", pa.int64(), COUNT),
             field("n_active", pa.int64(), "tokens at which the gate is open"),
             field("mean", pa.float64(), ACTIVATION),
@@ -122,20 +121,21 @@ PARTS: dict[str, pa.Schema] = {
     "captions": TABLES["captions"],
     "occurrences": TABLES["occurrences"],
     "errors": TABLES["errors"],
-    # A row is a concept; lists and vectors run over its kept neurons.
+    # One row per concept; lists and vectors run over its kept neurons. Vectors are raw bytes, which Parquet reads and
+    # writes twice as fast as lists of numbers.
     "concepts": pa.schema(
         [
             field("concept", pa.string()),
             field("n", pa.int64(), "occurrences"),
-            field("bound", pa.float64(), "largest sum of scores of a neuron that is not kept"),
-            field("floor", pa.float64(), "smallest sum of scores of a neuron that is not kept"),
+            field("bound", pa.float64(), "largest sum of scores among neurons not kept"),
+            field("floor", pa.float64(), "smallest sum of scores among neurons not kept"),
             field("neuron", pa.list_(pa.int32()), "index over all layers; null: all neurons are kept"),
             field("score", pa.large_binary(), "fp64 sum over occurrences"),
             field("score_squares", pa.large_binary(), "fp64 sum of squares over occurrences; null where n is 1"),
             field("activation", pa.large_binary(), "fp32 sum over occurrences"),
         ]
     ),
-    # One row: sums over all occurrences of all concepts, a number a neuron.
+    # One row: sums over all occurrences of all concepts, one number per neuron.
     "totals": pa.schema(
         [
             field("n", pa.int64(), "occurrences"),
@@ -144,7 +144,7 @@ PARTS: dict[str, pa.Schema] = {
         ]
     ),
     **STATISTICS,
-    # What every neuron writes, a row a neuron; one such table a run.
+    # The tokens that each neuron writes, one row per neuron; one such table per run.
     "decoded": pa.schema([field("tokens", pa.list_(pa.string())), field("suppressed", pa.list_(pa.string()))]),
 }
-"""What one unit of work commits; sums that the merge adds up."""
+"""Parts that one unit of work commits; the merge adds them up."""

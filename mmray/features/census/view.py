@@ -1,8 +1,8 @@
-"""What a run looks like in the terminal: rankings, neurons, status and summaries as rich renderables."""
+"""Terminal views of a run as rich renderables: rankings, neurons, status, drift and cost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mmray.features.census.cost import CensusEstimate
 from mmray.features.census.drift import Drift
-from mmray.features.census.plan import CensusEstimate
 from mmray.neurons.scores import unit_of
 from mmray.runs.lease import Driver
 from mmray.runs.receipts import AROUND, Cost
@@ -21,12 +21,12 @@ from mmray.runs.status import AnalysisStatus
 
 SHOWN_TOKENS = 6
 NEGATIVE = "−"
-"""Marks a neuron whose activation is negative at the concept: it writes what its row of W_out suppresses."""
-SHOWN_REASONS, SHOWN_SOURCES = 10, 3
+"""Marks a neuron with negative activation at the concept: it writes the tokens that its row of W_out suppresses."""
+SHOWN_CONCEPTS, SHOWN_REASONS, SHOWN_SOURCES = 8, 10, 3
 
 
 def tokens_text(tokens: Sequence[str], concept: str = "", limit: int = SHOWN_TOKENS, *, negative: bool = False) -> Text:
-    """Return a neuron's tokens in one line, those that begin the concept in bold."""
+    """Return a neuron's tokens in one line, with tokens that begin the concept in bold."""
     text = Text(f"{NEGATIVE} " if negative else "", no_wrap=True, overflow="ellipsis")
     for token in tokens[:limit]:
         own = bool(concept) and len(token) > 1 and concept.startswith(token.casefold())
@@ -36,32 +36,38 @@ def tokens_text(tokens: Sequence[str], concept: str = "", limit: int = SHOWN_TOK
 
 
 def ranking(rows: pa.Table, title: Text, by: str = "score") -> Table:
-    """Return a concept's ranking as a table; the second number is `selective` where it is ordered by that.
+    """Return a concept's ranking as a table. Its second number is `selective` if ordered by that, else `specific`.
 
-    A rank that is not certified in this order is marked `?`; there are no certificates by share.
+    A rank that is not certified in this order is marked `?`. There are no certificates by share.
     """
     second = "selective" if by == "selective" else "specific"
-    table = Table(title=title, title_justify="left", box=None, header_style="dim", pad_edge=False)
-    for name in ("rank", "neuron", "score", second, "share"):
-        table.add_column(name, justify="left" if name == "neuron" else "right", no_wrap=True)
+    table = _table("rank", "neuron", "score", second, "share", left={"neuron"})
+    table.title, table.title_justify = title, "left"
     # Only this column may shrink; its texts end in an ellipsis instead of taking a second line.
     table.add_column(f"writes ({NEGATIVE}: by negative activation)")
     column, certificate = ORDERS[by][0], CERTIFICATES.get(by, "")
-    for place, row in enumerate(rows.to_pylist(), 1):
-        # A run of an earlier version has certificates by score alone.
-        doubtful = row.get(certificate) is False
-        rank = f"{place if by == 'share' else row[column]}{'?' * doubtful}"
+    for number, row in enumerate(rows.to_pylist(), 1):
+        # Runs of earlier versions have certificates by score alone.
+        uncertain = row.get(certificate) is False
+        # The table `rankings` has no rank by share.
+        rank = f"{number if by == 'share' else row[column]}{'?' * uncertain}"
         numbers = (f"{row['score']:.3f}", f"{row[second]:.3f}", f"{row['share']:.0%}")
-        written = tokens_text(row["tokens"], row["concept"], negative=row["activation"] < 0)
-        table.add_row(rank, row["neuron"], *numbers, written)
+        tokens = tokens_text(row["tokens"], row["concept"], negative=row["activation"] < 0)
+        table.add_row(rank, row["neuron"], *numbers, tokens)
+    return table
+
+
+def _table(*columns: str, left: Collection[str]) -> Table:
+    """Return an empty table without lines; columns not aligned `left` are aligned right."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
     return table
 
 
 def concept_list(rows: pa.Table, of: int) -> RenderableType:
-    """Return concepts as a table; `of`: the number that the run has."""
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("concept", "occurrences", "images", "highest neuron"):
-        table.add_column(name, justify="right" if name in ("occurrences", "images") else "left", no_wrap=True)
+    """Return concepts as a table; `of` is the number of concepts in the run."""
+    table = _table("concept", "occurrences", "images", "highest neuron", left={"concept", "highest neuron"})
     for row in rows.to_pylist():
         table.add_row(Text(row["concept"]), f"{row['occurrences']:,}", f"{row['images']:,}", row["neuron"] or "")
     rest = [Text(f"and {of - len(rows):,} more", "dim")] if of > len(rows) else []
@@ -75,46 +81,43 @@ def concept_title(run: Run, concept: str) -> Text:
     n = run.concepts[concept.casefold()]
     images = run.images(concept)
     where = f" in {images:,} image{'s' * (images > 1)}" if images else ""
-    facts = f" · {n:,} occurrence{'s' * (n > 1)}{where} · {settings['score']}" + (f" in {unit}" if unit else "")
-    # Else it would be wrapped where a table of few rows ends.
-    return Text.assemble((concept.casefold(), "bold"), (facts, "dim"), no_wrap=True, overflow="ignore")
+    details = f" · {n:,} occurrence{'s' * (n > 1)}{where} · {settings['score']}" + (f" in {unit}" if unit else "")
+    # Otherwise rich would wrap it to the width of a narrow table.
+    return Text.assemble((concept.casefold(), "bold"), (details, "dim"), no_wrap=True, overflow="ignore")
 
 
-def neuron(facts: dict[str, Any]) -> RenderableType:
-    """Return what is known of a neuron."""
-    active = facts["n_active"] / max(facts["n_tokens"], 1)
+def neuron(found: dict[str, Any]) -> RenderableType:
+    """Return the view of a neuron, given `Run.neuron`."""
+    active = found["n_active"] / max(found["n_tokens"], 1)
     lines: list[RenderableType] = [
-        Text(facts["neuron"], "bold"),
-        # What it adds to the stream is activation × row: each sign has its own words.
-        Text("writes +    ").append_text(tokens_text(facts["tokens"], limit=10)),
-        Text(f"writes {NEGATIVE}    ").append_text(tokens_text(facts["suppressed"], limit=10)),
+        Text(found["neuron"], "bold"),
+        # A neuron adds activation × row to the residual stream, so each sign of the activation has its own words.
+        Text("writes +    ").append_text(tokens_text(found["tokens"], limit=10)),
+        Text(f"writes {NEGATIVE}    ").append_text(tokens_text(found["suppressed"], limit=10)),
         Text(
-            f"activation  mean {facts['mean']:.3f}, std {facts['std']:.3f}, {facts['min']:.2f} to {facts['max']:.2f}; "
-            f"open at {active:.1%} of {facts['n_tokens']:,} tokens"
+            f"activation  mean {found['mean']:.3f}, std {found['std']:.3f}, {found['min']:.2f} to {found['max']:.2f}; "
+            f"open at {active:.1%} of {found['n_tokens']:,} tokens"
         ),
     ]
-    if facts["concepts"]:
+    if found["concepts"]:
         shown = ", ".join(
             f"{NEGATIVE + ' ' if row['activation'] < 0 else ''}{row['concept']} (#{row['rank']}, {row['score']:.2f})"
-            for row in facts["concepts"][:8]
+            for row in found["concepts"][:SHOWN_CONCEPTS]
         )
-        more = len(facts["concepts"]) - 8
+        more = len(found["concepts"]) - SHOWN_CONCEPTS
         lines.append(Text(f"concepts    {shown}" + (f" and {more} more" if more > 0 else "")))
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("", "activation", "position", "sample"):
-        table.add_column(name, justify="right" if name in ("activation", "position") else "left", no_wrap=True)
+    table = _table("", "activation", "position", "sample", left={"", "sample"})
     table.columns[-1].max_width = 24
     table.add_column("caption")
-    for row in facts["examples"]:
-        side = "highest" if row["sign"] > 0 else "lowest"
-        place = str(row["position"])
-        # As texts, not as markup: a caption may have brackets.
-        table.add_row(side, f"{row['activation']:.2f}", place, Text(row["sample_id"]), Text(row["caption"] or ""))
+    for row in found["examples"]:
+        side, position = "highest" if row["sign"] > 0 else "lowest", str(row["position"])
+        # As Text because rich would read brackets in a caption as markup.
+        table.add_row(side, f"{row['activation']:.2f}", position, Text(row["sample_id"]), Text(row["caption"] or ""))
     return Group(*lines, Text(), table)
 
 
 def status(status: Status, failures: Iterable[dict[str, Any]], uri: str) -> RenderableType:
-    """Return how far a run is."""
+    """Return the progress of a run's census."""
     state = "finished" if status.finished and not status.pending else "not finished: run mmray census again to go on"
     lines: list[RenderableType] = [
         Text.assemble((uri, "bold"), (f" · {state}", "dim")),
@@ -124,7 +127,7 @@ def status(status: Status, failures: Iterable[dict[str, Any]], uri: str) -> Rend
         ),
         Text(
             f"samples   {status.samples_done:,} of {status.samples:,}, "
-            f"{status.samples_per_second:.1f} a second and worker, {status.failures:,} failed"
+            f"{status.samples_per_second:.1f} per second and worker, {status.failures:,} failed"
         ),
     ]
     if status.certified is not None:
@@ -149,32 +152,32 @@ def status(status: Status, failures: Iterable[dict[str, Any]], uri: str) -> Rend
 
 
 def spending(cost: Cost) -> str:
-    """Return where workers' time and memory went, the longest phase first; empty where receipts don't tell."""
-    whole = cost.seconds + sum(cost.phases.get(name, 0.0) for name in AROUND)
-    phases = {name: seconds / whole for name, seconds in cost.phases.items()} if whole else {}
-    told = {name: share for name, share in phases.items() if share >= 0.01}
-    rest = {"other": 1 - sum(told.values())} if sum(told.values()) <= 0.99 else {}
-    shares = [f"{name} {share:.0%}" for name, share in (told | rest).items()]
-    held = [f"{size / 1e9:.1f} GB of {where} memory" for where, size in cost.memory.items()]
-    spent = [f"{', '.join(shares)} of {whole:,.0f} s"] if phases else []
-    return "; ".join(spent + ([f"at most {' and '.join(held)} per worker"] if held else []))
+    """Return workers' time per phase, the longest first, and their peak memory; empty if receipts have neither."""
+    total = cost.seconds + sum(cost.phases.get(name, 0.0) for name in AROUND)
+    phases = {name: seconds / total for name, seconds in cost.phases.items()} if total else {}
+    large = {name: share for name, share in phases.items() if share >= 0.01}
+    rest = {"other": 1 - sum(large.values())} if sum(large.values()) <= 0.99 else {}
+    shares = [f"{name} {share:.0%}" for name, share in (large | rest).items()]
+    memory = [f"{size / 1e9:.1f} GB of {where} memory" for where, size in cost.memory.items()]
+    spent = [f"{', '.join(shares)} of {total:,.0f} s"] if phases else []
+    return "; ".join(spent + ([f"at most {' and '.join(memory)} per worker"] if memory else []))
 
 
 def analyses(found: Sequence[AnalysisStatus]) -> RenderableType:
-    """Return how far each analysis is: a row each, then what is to be said or done about it."""
+    """Return the progress of each analysis: one row each, then remarks on some of them."""
     shown = [one for one in found if not one.at_rest]
     counts: dict[str, list[int]] = {
         "pending": [one.pending for one in shown],
         "quarantined": [len(one.quarantined) for one in shown],
         "failed": [one.failures for one in shown],
     }
-    # What is zero everywhere needs no column.
-    told = {name: numbers for name, numbers in counts.items() if any(numbers)}
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("analysis", "done", *told, "tables"):
-        table.add_column(name, justify="left" if name in ("analysis", "tables") else "right", no_wrap=True)
+    # A count that is zero everywhere needs no column.
+    counts = {name: numbers for name, numbers in counts.items() if any(numbers)}
+    table = _table("analysis", "done", *counts, "tables", left={"analysis", "tables"})
     for row, one in enumerate(shown):
-        numbers = [_units(numbers[row]) if name != "failed" else f"{numbers[row]:,}" for name, numbers in told.items()]
+        numbers = [
+            f"{numbers[row]:,}" if name == "failed" else _units(numbers[row]) for name, numbers in counts.items()
+        ]
         done = f"{one.size_done:,} of {one.size:,} {one.noun}"
         state = Text(one.tables, "" if one.tables in ("", "current") else "yellow")
         table.add_row(Text(one.title), done, *numbers, state)
@@ -197,12 +200,12 @@ def _driver(driver: Driver) -> str:
 
 
 def _remarks(one: AnalysisStatus) -> Iterator[tuple[str, str]]:
-    """Yield what is to be said of an analysis, each line with its style."""
-    facts = [f"{one.rate:.2g} {one.noun}/s per worker"] if one.rate else []
-    facts += [spent] if (spent := spending(one.cost)) else []
-    facts += [f"driver {_driver(one.driver)}"] if one.driver is not None else []
-    if facts:
-        yield "; ".join(facts), "dim"
+    """Yield remarks on an analysis, each line with its style."""
+    details = [f"{one.rate:.2g} {one.noun}/s per worker"] if one.rate else []
+    details += [spent] if (spent := spending(one.cost)) else []
+    details += [f"driver {_driver(one.driver)}"] if one.driver is not None else []
+    if details:
+        yield "; ".join(details), "dim"
     yield from ((line, "") for line in skipped(one.skipped, one.size_done))
     yield from ((f"unit {number} quarantined: {reason}", "red") for number, reason in one.quarantined.items())
     yield from ((line, "red") for line in one.damage)
@@ -215,7 +218,7 @@ def _remarks(one: AnalysisStatus) -> Iterator[tuple[str, str]]:
 
 
 def skipped(counts: Mapping[str, int], samples: int) -> list[str]:
-    """Return a line per reason for which samples were skipped."""
+    """Return one line per reason that samples were skipped for."""
     return [
         f"{count:,} of {samples:,} captions {'has' if count == 1 else 'have'} {reason}"
         for reason, count in counts.items()
@@ -223,6 +226,7 @@ def skipped(counts: Mapping[str, int], samples: int) -> list[str]:
 
 
 def _reason(reason: Reason) -> str:
+    """Return one line on failures with the same reason: their number, stage and first sources."""
     shown, more = reason.sources[:SHOWN_SOURCES], len(reason.sources) - SHOWN_SOURCES
     where = ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")
     count = f"{len(reason.sources):,} × " if len(reason.sources) > 1 else ""
@@ -230,7 +234,7 @@ def _reason(reason: Reason) -> str:
 
 
 def drift(drift: Drift, rows: int = 8) -> RenderableType:
-    """Return how two runs differ: the concepts least alike, and the neurons whose activity has shifted most."""
+    """Return the differences of two runs: the least similar concepts, and the neurons with the largest shifts."""
     model = "the same model" if drift.same_model else "another model"
     changed = len(drift.concepts) - drift.unchanged
     mean = f"mean over {changed:,} concept{'s' * (changed != 1)}"
@@ -245,16 +249,13 @@ def drift(drift: Drift, rows: int = 8) -> RenderableType:
         if names:
             more = f" and {len(names) - rows:,} more" if len(names) > rows else ""
             lines.append(Text(f"{title:9s} {', '.join(names[:rows])}{more}"))
-    concepts = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("concept", "overlap", f"Jaccard@{drift.k}", "Spearman", "occurrences"):
-        concepts.add_column(name, justify="left" if name == "concept" else "right", no_wrap=True)
+    concepts = _table("concept", "overlap", f"Jaccard@{drift.k}", "Spearman", "occurrences", left={"concept"})
+    # Changed concepts come first.
     for row in drift.concepts.slice(0, min(rows, changed)).to_pylist():
         correlation = "" if row["spearman"] is None else f"{row['spearman']:.3f}"
         counts = f"{row['n_before']:,} → {row['n_after']:,}"
         concepts.add_row(Text(row["concept"]), f"{row['overlap']:.3f}", f"{row['jaccard']:.3f}", correlation, counts)
-    neurons = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("neuron", "shift in std", "mean", "active"):
-        neurons.add_column(name, justify="left" if name == "neuron" else "right", no_wrap=True)
+    neurons = _table("neuron", "shift in std", "mean", "active", left={"neuron"})
     for row in drift.neurons.slice(0, rows).to_pylist():
         mean = f"{row['mean_before']:.3f} → {row['mean_after']:.3f}"
         active = f"{row['active_before']:.1%} → {row['active_after']:.1%}"
@@ -263,7 +264,7 @@ def drift(drift: Drift, rows: int = 8) -> RenderableType:
 
 
 def summary(run: Run, concepts: Sequence[str], k: int = 4) -> RenderableType:
-    """Return the finding in short: these concepts with their highest neurons."""
+    """Return these concepts with their highest neurons."""
     parts: list[RenderableType] = []
     for concept in concepts:
         parts += [ranking(run.rank(concept, k), concept_title(run, concept)), Text()]
@@ -271,11 +272,11 @@ def summary(run: Run, concepts: Sequence[str], k: int = 4) -> RenderableType:
 
 
 def plan(plan: CensusEstimate) -> RenderableType:
-    """Return what a census would cost, and what it would read."""
+    """Return what a census would cost, and what the first rows of its data hold."""
     duration = f"{plan.hours:.1f} hours" if plan.hours >= 1 else f"{plan.hours * 60:.1f} minutes"
-    seen = plan.sample
-    languages = ", ".join(f"{language} {count}" for language, count in seen.languages.items()) or "none"
-    nouns = ", ".join(f"{noun} {count}" for noun, count in seen.frequent) or "none"
+    rows = plan.sample
+    languages = ", ".join(f"{language} {count}" for language, count in rows.languages.items()) or "none"
+    nouns = ", ".join(f"{noun} {count}" for noun, count in rows.frequent) or "none"
     kept = (
         f"kept      {plan.kept:,} of {plan.neurons:,} neurons per concept and shard; with many shards few ranks are "
         "certified, and more --candidates certify more"
@@ -289,10 +290,10 @@ def plan(plan: CensusEstimate) -> RenderableType:
         ),
         Text(f"bytes     about {plan.bytes_written / 1e9:.2g} GB written to the run"),
         Text(
-            f"looked at {seen.rows} rows: {seen.unreadable} unreadable, {seen.without_nouns} without a noun; "
-            f"{'languages as guessed' if seen.guessed else 'languages'}: {languages}"
+            f"looked at {rows.rows} rows: {rows.unreadable} unreadable, {rows.without_nouns} without a noun; "
+            f"{'languages as guessed' if rows.guessed else 'languages'}: {languages}"
         ),
-        Text(f"nouns     by {seen.source}: {nouns}"),
-        *(Text(f"warning   {line}", "yellow") for line in seen.warnings),
+        Text(f"nouns     by {rows.source}: {nouns}"),
+        *(Text(f"warning   {line}", "yellow") for line in rows.warnings),
         *([Text(kept)] if plan.kept < plan.neurons else []),
     )

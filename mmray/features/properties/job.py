@@ -43,7 +43,7 @@ class PropertiesJob(Job[PropertySettings, RunSamples]):
         if list(model.widths) != run.info["model"]["widths"]:
             raise InputError(f"{census.model}: not the model of {run.uri}, whose layers have other widths")
         neurons = run.table("neurons").sort_by([("layer", "ascending"), ("unit", "ascending")])
-        wanted = context.wanted()
+        wanted = context.open_cache()
         probe = Probe(Study(model, census, context.nouns, neurons), self.settings)
 
         def measure(unit: Unit) -> UnitResult:

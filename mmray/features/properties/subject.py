@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmray.data.samples import Failure, Sample
-from mmray.features.census.decoding import written
+from mmray.features.census.decoding import written_tokens
 from mmray.features.census.settings import CensusSettings
 from mmray.features.census.shard import Captioned, ShardAnalysis
 from mmray.models.blocks import BlockRecorder
@@ -80,7 +80,7 @@ class Study:
 
     def written(self, numbers: Sequence[int], signs: Sequence[float]) -> list[list[str]]:
         """Return the ten tokens that each of these neurons writes by activation of these signs."""
-        found: list[list[str]] = written(self.decoded, numbers, signs).to_pylist()
+        found: list[list[str]] = written_tokens(self.decoded, numbers, signs).to_pylist()
         return found
 
     def batches(self, samples: Sequence[Sample], size: int | None = None) -> Iterator[tuple[list[Captioned], Batch]]:

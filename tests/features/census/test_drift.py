@@ -161,9 +161,9 @@ def test_activity_shifts_are_in_standard_deviations() -> None:
 def test_what_cannot_be_compared() -> None:
     other = kept()
     other.info = {**other.info, "model": {"widths": [8, 8]}}
-    with pytest.raises(InputError, match="models of other shapes"):
+    with pytest.raises(InputError, match="models have different shapes"):
         compare(kept(), other)
-    with pytest.raises(InputError, match="--by share: compare by score, specific"):
+    with pytest.raises(InputError, match="--by share: choose from score, specific"):
         compare(kept(), kept(), by="share")
 
 

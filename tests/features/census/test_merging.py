@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.data.samples import Sample
-from mmray.features.census.merging import RunMerge, _Examples
-from mmray.features.census.ranking import Shares, locate_index
+from mmray.features.census.merging import Examples, RunMerge
+from mmray.features.census.pair_counts import PairCounts
+from mmray.features.census.ranking import locate_index
 from mmray.features.census.tables import PARTS, TABLES
-from mmray.features.census.topk_counts import ConceptImages
 from mmray.neurons.statistics import EXAMPLES
 from tests.support.samples import CAPTIONS, analyse, merged, picture, png, sample, samples
 
@@ -126,9 +126,10 @@ def test_shares_count_the_occurrences_in_whose_top_a_neuron_is(shards, tables):
     for row in tables["rankings"].to_pylist():
         assert row["n"] == totals[row["concept"]]
         assert row["share"] == hits[row["concept"], row["layer"], row["unit"]] / totals[row["concept"]]
-    shares = Shares({"dog": (np.array([3, 7]), np.array([2, 5]))})
-    assert shares.of("dog", np.array([0, 3, 4, 7, 9])).tolist() == [0, 2, 0, 5, 0]
-    assert shares.of("cat", np.array([0, 3])).tolist() == [0, 0]
+    counts = PairCounts(np.int64)
+    counts.add(["dog", "owl", "dog"], np.array([7, 3, 3, 3, 7, 7]), np.array([3, 0, 3]))
+    assert counts.count("dog", np.array([0, 3, 4, 7, 9])).tolist() == [0, 3, 0, 3, 0]
+    assert counts.count("cat", np.array([0, 3])).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("order", [(2, 1, 0), (1, 2, 0), (0, 2, 1)])
@@ -190,7 +191,7 @@ def test_examples_are_of_different_images_however_shards_are_cut(seen, cuts, sig
     edges = [0, *(min(place, len(seen)) for place in cuts), len(seen)]
     shards = [part for first, last in pairwise(edges) if (part := list(enumerate(seen))[first:last])]
     random.shuffle(shards)
-    examples = _Examples(sign, 2)
+    examples = Examples(sign, 2)
     for part in shards:
         # A shard hands on its highest sample of each of its highest images, as `TokenStatistics` does.
         kept = np.full((EXAMPLES, 2), -sign * np.inf, np.float32)
@@ -248,14 +249,16 @@ def test_images_of_a_concept_are_counted_once_over_all_shards(open_model, cuts):
 
 
 @given(st.lists(st.lists(st.tuples(st.sampled_from(["dog", "cat"]), st.integers(0, 5)), max_size=9), max_size=6))
-def test_concept_images_are_distinct_pairs(shards):
-    counted = ConceptImages()
+def test_pairs_are_counted_however_they_come(shards):
+    counted = PairCounts(np.uint64)
     for part in shards:
         counted.add([concept for concept, _ in part], np.array([image for _, image in part], np.uint64))
         if len(part) % 2:
-            counted.counts()  # what was collected so far may be counted at any time
-    expected = defaultdict(set)
+            counted.of("dog")  # what was collected so far may be counted at any time
+    expected = defaultdict(Counter)
     for part in shards:
         for concept, image in part:
-            expected[concept].add(image)
-    assert counted.counts() == {concept: len(images) for concept, images in expected.items()}
+            expected[concept][image] += 1
+    for concept in ("dog", "cat", "owl"):
+        items, counts = counted.of(concept)
+        assert list(zip(items.tolist(), counts.tolist(), strict=True)) == sorted(expected[concept].items())

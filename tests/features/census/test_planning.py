@@ -10,7 +10,8 @@ from rich.console import Console
 
 import mmray
 from mmray.data.samples import Failure, Sample
-from mmray.features.census.estimate import CensusEstimate, describe, first_rows
+from mmray.features.census.cost import CensusEstimate
+from mmray.features.census.estimate import describe, first_rows
 from mmray.features.census.inputs import open_inputs
 from mmray.features.census.job import plan_census, run_census
 from mmray.features.census.settings import census_settings

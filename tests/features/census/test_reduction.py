@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmray.features.census.pair_counts import PairCounts
 from mmray.features.census.ranking import (
-    CERTAIN,
-    OFTEN,
-    Shares,
+    MIN_OCCURRENCES,
+    TOP_RANKS,
     certified_share,
     rank_concept,
     selective_scores,
@@ -25,6 +25,7 @@ from mmray.runs.tables import from_bytes, to_bytes
 
 WIDTHS = (3, 2, 3)
 NEURONS = sum(WIDTHS)
+NO_HITS = PairCounts(np.int64)
 TEXTS = pa.table({"tokens": [["a"]] * NEURONS, "suppressed": [["b"]] * NEURONS})
 
 NUMBERS = st.lists(st.integers(-6, 6), min_size=NEURONS, max_size=NEURONS)
@@ -142,7 +143,7 @@ def test_a_certified_rank_is_the_true_one(occurrences, cuts, kept):
     merged = merge([shard(part, kept=kept) for part in cut(occurrences, cuts)])
     counts, sums, _ = by_hand(occurrences)
     for concept, (truth, squares, activation) in sums.items():
-        table = rank_concept(concept, merged, 1, Shares({}), WIDTHS, TEXTS)
+        table = rank_concept(concept, merged, 1, NO_HITS, WIDTHS, TEXTS)
         ranks = true_ranks(truth)
         for row in table.to_pylist():
             neuron = sum(WIDTHS[: row["layer"]]) + row["unit"]
@@ -205,7 +206,7 @@ def test_no_certificate_of_any_order_is_wrong(certificate, occurrences, cuts, ke
         truth = order(own.mean(0), others.mean(0), np.square(others).mean(0))
         # Neurons that rounding can't tell apart have no true order among themselves.
         near = 1e-9 * max(1.0, np.abs(own).max(), np.abs(others).max())
-        table = rank_concept(concept, merged, 1, Shares({}), WIDTHS, TEXTS)
+        table = rank_concept(concept, merged, 1, NO_HITS, WIDTHS, TEXTS)
         for row in table.to_pylist():
             if row[certificate]:
                 value = truth[sum(WIDTHS[: row["layer"]]) + row["unit"]]
@@ -218,13 +219,13 @@ def test_a_neuron_left_out_that_is_first_by_specific_is_no_secret():
     # By score, neuron 0 leads; it serves owls as well. Neuron 7, which no shard keeps, is the dog's own.
     dog, owl = [9, 6, 6, 0, 0, 0, 0, 5], [9, 6, 6, 0, 0, 0, 0, 0]
     shards = [shard([("dog", dog, dog), ("owl", owl, owl)], kept=3) for _ in range(4)]
-    rows = {row["neuron"]: row for row in rank_concept("dog", merge(shards), 1, Shares({}), WIDTHS, TEXTS).to_pylist()}
+    rows = {row["neuron"]: row for row in rank_concept("dog", merge(shards), 1, NO_HITS, WIDTHS, TEXTS).to_pylist()}
     assert rows["L0.u0"]["certified"]
     assert "L2.u2" not in rows
     assert not any(row["certified_specific"] or row["certified_selective"] for row in rows.values())
     # Without the owls' part in neuron 0 it is first in every order.
     shards = [shard([("dog", dog, dog), ("owl", [0, *owl[1:]], owl)], kept=3) for _ in range(4)]
-    rows = {row["neuron"]: row for row in rank_concept("dog", merge(shards), 1, Shares({}), WIDTHS, TEXTS).to_pylist()}
+    rows = {row["neuron"]: row for row in rank_concept("dog", merge(shards), 1, NO_HITS, WIDTHS, TEXTS).to_pylist()}
     assert all(rows["L0.u0"][certificate] for certificate in ORDERS)
     assert {rows["L0.u0"][rank] for rank, _ in ORDERS.values()} == {1}
 
@@ -232,12 +233,12 @@ def test_a_neuron_left_out_that_is_first_by_specific_is_no_secret():
 @given(OCCURRENCES, CUTS, st.integers(1, NEURONS))
 def test_the_share_of_certified_ranks_is_that_of_frequent_concepts(occurrences, cuts, kept):
     merged = merge([shard(part, kept=kept) for part in cut(occurrences, cuts)])
-    tables = [rank_concept(concept, merged, 1, Shares({}), WIDTHS, TEXTS) for concept in merged.concepts]
+    tables = [rank_concept(concept, merged, 1, NO_HITS, WIDTHS, TEXTS) for concept in merged.concepts]
     found = [
         row["certified"]
         for table in tables
         for row in table.to_pylist()
-        if row["n"] >= OFTEN and row["rank"] <= CERTAIN
+        if row["n"] >= MIN_OCCURRENCES and row["rank"] <= TOP_RANKS
     ]
     assert certified_share(pa.concat_tables(tables)) == (sum(found) / len(found) if found else None)
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from rich.cells import cell_len
 
-from mmray.features.census.estimate import CensusEstimate, DataSample
+from mmray.features.census.cost import CensusEstimate, DataSample
 from mmray.features.census.view import concept_title, neuron, plan, ranking, status, summary
 from mmray.neurons.attribution import FUNCTIONS
 from mmray.neurons.scores import SCORES, Score

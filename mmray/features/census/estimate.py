@@ -1,4 +1,4 @@
-"""Estimate a census before it starts: tokens from the first samples, arithmetic from the configuration, one timing."""
+"""Estimates a census: tokens from the first samples, arithmetic from the configuration, speed from one timing."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import torch
 from mmray.data.samples import Failure, Sample
 from mmray.data.shards import Manifest, read_shard
 from mmray.data.source import Source
-from mmray.features.census.plan import CensusEstimate, DataSample
+from mmray.features.census.cost import CensusEstimate, DataSample
 from mmray.features.census.reduction import candidates_kept
 from mmray.features.census.settings import CensusSettings
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.language_id import language_code, language_name
 
-LOOKED_AT = 64
-"""Rows read to learn how long captions are, in which languages, and which nouns they have."""
+ROWS_READ = 64
+"""First rows read to estimate caption lengths, languages and nouns."""
 FREQUENT = 10
 """Nouns listed."""
 EFFICIENCY = 0.6
-"""Part of a large product's speed that a whole forward reaches; 0.5 to 0.7 was seen on CPUs and an H100."""
-CHARACTERS_A_TOKEN = 4
+"""Speed of a whole forward pass as a fraction of a large matrix product's: 0.5 to 0.7 on CPUs and an H100."""
+CHARACTERS_PER_TOKEN = 4
+PROMPT_TOKENS = 16
 
 
 def estimate(
@@ -36,20 +37,22 @@ def estimate(
     parameters: int,
     image_tokens: int,
 ) -> CensusEstimate:
-    """Return what the census would cost; nothing is run but one product of matrices for half a second.
+    """Return what the census would cost. Runs nothing but one matrix product, for half a second.
 
-    Arithmetic is 2 · parameters a token (twice for `generate`); bytes are the committed parts and the final tables.
+    Arithmetic is 2 · parameters per token, and twice that if the model writes the captions. Bytes are the committed
+    parts and the final tables.
     """
     samples, failures = first_rows(source, manifest)
     seen = describe(samples, failures, nouns)
     occurrences = seen.nouns / max(len(samples), 1)
     characters = sum(len(sample.caption) for sample in samples) / max(len(samples), 1)
-    positions = image_tokens + 16 + characters / CHARACTERS_A_TOKEN
+    positions = image_tokens + PROMPT_TOKENS + characters / CHARACTERS_PER_TOKEN
     passes = 2 if settings.captions == "generate" else 1
     neurons = sum(widths)
     kept = candidates_kept(settings.candidates, neurons)
-    # Most concepts of a shard occur there once or twice.
+    # Most concepts of a shard occur there once or twice, so there are about half as many as occurrences.
     concepts = min(settings.shard_size, manifest.samples) * occurrences / 2
+    # Activity is kept per label and modality; "all" is the label that every sample has.
     labels = 2 * (1 + len({sample.language for sample in samples}) + len({sample.domain for sample in samples}))
     shard_bytes = concepts * kept * 20 + neurons * (labels * 24 + 10 * 12)
     return CensusEstimate(
@@ -59,7 +62,7 @@ def estimate(
         parameters=parameters,
         teraflops=2 * parameters * positions * manifest.samples * passes / 1e12,
         speed=EFFICIENCY * _product_speed(settings.dtype),
-        # Without GPUs all workers of a machine share its cores, and its speed is that of all.
+        # Without GPUs the workers share the cores that the timing used, so more workers are no faster.
         workers=(settings.worker_range or (0, torch.cuda.device_count()))[1] if torch.cuda.is_available() else 1,
         occurrences=occurrences,
         bytes_written=int(len(manifest.shards) * shard_bytes + manifest.samples * occurrences * settings.top_k * 14),
@@ -70,17 +73,16 @@ def estimate(
 
 
 def first_rows(source: Source, manifest: Manifest) -> tuple[list[Sample], list[Failure]]:
-    """Return the first samples of the data, and what was unreadable among its first rows."""
-    rows = list(islice(read_shard(source, manifest.shards[0]), LOOKED_AT))
+    """Return the readable and the unreadable of the first rows of the data."""
+    rows = list(islice(read_shard(source, manifest.shards[0]), ROWS_READ))
     return [row for row in rows if isinstance(row, Sample)], [row for row in rows if isinstance(row, Failure)]
 
 
 def describe(samples: Sequence[Sample], failures: Sequence[Failure], nouns: NounSource) -> DataSample:
-    """Return what some rows hold: how many can be read, their languages, and the nouns of their captions."""
+    """Count readable rows, and the languages and nouns of their captions."""
     captioned = [sample for sample in samples if sample.caption.strip()]
     found = [nouns.find(sample.caption, sample.language, sample.objects) for sample in captioned]
     languages = Counter(language_code(sample.caption, sample.language) for sample in captioned)
-    unknown = [code for code in languages if not nouns.knows(code)]
     return DataSample(
         rows=len(samples) + len(failures),
         unreadable=len(failures),
@@ -91,21 +93,24 @@ def describe(samples: Sequence[Sample], failures: Sequence[Failure], nouns: Noun
         frequent=tuple(Counter(mention.concept for mentions in found for mention in mentions).most_common(FREQUENT)),
         languages={language_name(code): count for code, count in languages.most_common()},
         guessed=any(sample.language is None for sample in captioned),
-        unknown_languages={language_name(code): n for code, n in languages.most_common() if code in unknown},
+        unknown_languages={
+            language_name(code): count for code, count in languages.most_common() if not nouns.knows(code)
+        },
         source=nouns.kind,
     )
 
 
 def _product_speed(dtype: str) -> float:
-    """Return 10¹² operations a second of a product of large matrices on this machine's best device."""
+    """Return the speed of a large matrix product on this machine's best device, in 10¹² operations per second."""
     cuda = torch.cuda.is_available()
     size = 8192 if cuda else 1024
     kind = torch.float32 if dtype == "fp32" or not cuda else torch.bfloat16
     matrix = torch.ones(size, size, dtype=kind, device="cuda" if cuda else "cpu")
-    best = float("inf")
+    fastest = float("inf")
+    # The first products include start-up costs, so the fastest of several counts.
     for _ in range(5):
         began = time.perf_counter()
         product = matrix @ matrix
         product[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best / 1e12
+        fastest = min(fastest, time.perf_counter() - began)
+    return 2 * size**3 / fastest / 1e12
