@@ -15,7 +15,7 @@ from mmray.features import table_schemas
 from mmray.features.editing import job as editing_job
 from mmray.features.editing.edit import open_edit
 from mmray.features.editing.methods import make_edit
-from mmray.features.pipeline.job import Pipeline
+from mmray.features.pipeline.job import Pipeline, pipeline_settings, run_pipeline
 from mmray.runs import RunFolder
 from mmray.runs.run import open_run
 from mmray.runs.snapshots import snapshots
@@ -212,7 +212,12 @@ def test_steps_are_analyses_of_the_run_and_resume(concepts: tuple[Path, list[str
         {"select": {"concepts": [one], "k": 2, "samples": 4}},
         {"properties": {"concepts": 1, "images": 2, "maps": 1, "draws": 10, "min_occurrences": 2}},
     ]
-    done = pipeline_here({"census": census, "steps": steps})
+    told: list[str] = []
+    done = run_pipeline(
+        pipeline_settings({"census": census, "steps": steps, "local": True}), lambda step, _: told.append(step)
+    )
+    # Two neighbours of different kinds run side by side, and are told of together.
+    assert list(dict.fromkeys(told)) == ["census", "selectivity", "selectivity 2", "select, properties"]
     assert list(done.steps) == ["selectivity", "selectivity 2", "select", "properties"]
     assert done.complete
     assert {"selectivity", "properties"} <= {name for name in table_schemas() if done.run.optional(name) is not None}
