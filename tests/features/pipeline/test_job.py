@@ -217,7 +217,7 @@ def test_steps_are_analyses_of_the_run_and_resume(concepts: tuple[Path, list[str
         pipeline_settings({"census": census, "steps": steps, "local": True}), lambda step, _: told.append(step)
     )
     # Two neighbours of different kinds run side by side, and are told of together.
-    assert list(dict.fromkeys(told)) == ["census", "selectivity", "selectivity 2", "select, properties"]
+    assert list(dict.fromkeys(told)) == ["selectivity", "selectivity 2", "select, properties"]
     assert list(done.steps) == ["selectivity", "selectivity 2", "select", "properties"]
     assert done.complete
     assert {"selectivity", "properties"} <= {name for name in table_schemas() if done.run.optional(name) is not None}
