@@ -56,7 +56,7 @@ def decode_image(encoded: bytes, background: str = BACKGROUND) -> Image:
     try:
         if len(encoded) > LARGEST_FILE:
             raise ValueError(too_large(len(encoded), LARGEST_FILE))
-        image = PIL.Image.open(io.BytesIO(encoded), formats=_formats())
+        image = PIL.Image.open(io.BytesIO(encoded), formats=image_formats())
         _check_size(*image.size)
         return to_rgb(image, background)
     except PIL.Image.DecompressionBombError as error:
@@ -71,7 +71,7 @@ def decode_image(encoded: bytes, background: str = BACKGROUND) -> Image:
 def image_size(encoded: bytes) -> tuple[int, int]:
     """Return width and height as stored, without decoding; zeros if `decode_image` would refuse the image."""
     try:
-        size = PIL.Image.open(io.BytesIO(encoded), formats=_formats()).size
+        size = PIL.Image.open(io.BytesIO(encoded), formats=image_formats()).size
         _check_size(*size)
     except Exception:  # noqa: BLE001  `decode_image` reports it
         return 0, 0
@@ -109,7 +109,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 @cache
-def _formats() -> tuple[str, ...]:
+def image_formats() -> tuple[str, ...]:
     """Return the formats that this build of Pillow reads."""
     PIL.Image.init()
     return tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)

@@ -191,7 +191,7 @@ def test_formats_are_an_allow_list(kind: str) -> None:
     data = encoded(PIL.Image.new("RGB", (16, 16)), kind)
     with pytest.raises(ValueError, match=r"^of no known format$"):
         decode_image(data)
-    for form in images._formats():
+    for form in images.image_formats():
         assert decode_image(encoded(PIL.Image.new("RGB", (16, 16), "red"), form)).size == (16, 16)
 
 

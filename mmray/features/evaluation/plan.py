@@ -157,7 +157,7 @@ def _own(run: Run, purposes: Sequence[EditPurpose], manifest: Manifest) -> tuple
 
     Of rows that the measured data holds in another form (COCO has its images once) the measurements are left out later.
     """
-    own = _without(Manifest.from_json(run.folder.manifest()), manifest)
+    own = manifest_without(Manifest.from_json(run.folder.manifest()), manifest)
     wanted = {name for purpose in purposes for name in purpose.samples}
     if not own.samples or not wanted or run.snapshot is None:
         return None, []
@@ -179,7 +179,7 @@ def _own(run: Run, purposes: Sequence[EditPurpose], manifest: Manifest) -> tuple
     return own, units
 
 
-def _without(own: Manifest, measured: Manifest) -> Manifest:
+def manifest_without(own: Manifest, measured: Manifest) -> Manifest:
     """Return shards of the same numbers, without the rows of files that are measured on, as they are."""
     files = set(own.files) & set(measured.files)
     alike = {file.path for file in files}

@@ -82,7 +82,7 @@ def judged(claims: pa.Table, draws: int, seed: int) -> list[dict[str, Any]]:
         add(group, "true", None, members, _by_image(images, truth, ones))
         for judge in JUDGES:
             scores = _confidence(members, judge)
-            add(group, "auroc", judge, members, _histograms(images, scores, truth), _auroc)
+            add(group, "auroc", judge, members, histograms(images, scores, truth), _auroc)
             bins = np.minimum((scores * BINS).astype(int), BINS - 1)
             in_bin = np.eye(BINS)[bins]
             binned = np.stack([in_bin * sums[:, None] for sums in (ones, scores, truth)], axis=2)
@@ -117,7 +117,7 @@ def _by_image(images: Sequence[str], *sums: Float[ndarray, " claim"]) -> Float[n
     return total
 
 
-def _histograms(
+def histograms(
     images: Sequence[str], scores: Float[ndarray, " claim"], truth: Float[ndarray, " claim"]
 ) -> Float[ndarray, "image sum"]:
     """Return how many of an image's claims have each distinct score: first of the false ones, then of the true ones."""

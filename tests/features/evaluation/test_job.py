@@ -26,7 +26,7 @@ from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.draft_verifier import DraftVerifier
 from mmray.features.evaluation.evaluate import evaluate
 from mmray.features.evaluation.job import EvaluationJob
-from mmray.features.evaluation.plan import _without
+from mmray.features.evaluation.plan import manifest_without
 from mmray.features.evaluation.protocols import PRIMARY
 from mmray.features.evaluation.settings import evaluation_settings, measure_settings
 from mmray.objects.statistics import gather_statistics
@@ -116,10 +116,10 @@ def test_of_the_run_s_data_what_is_not_measured_on_anyway_is_left_over(rows: lis
 
     for limit in range(sum(rows) + 2):
         measured = cut(files, other, limit)
-        left = _without(whole, measured)
+        left = manifest_without(whole, measured)
         assert [shard.shard_id for shard in left.shards] == [shard.shard_id for shard in whole.shards]
         assert sorted(held(left) + held(measured)) == sorted(held(whole))
-        kept = held(_without(whole, cut(changed, other, limit)))
+        kept = held(manifest_without(whole, cut(changed, other, limit)))
         assert {n for path, n in kept if path == files[-1].path} == set(range(rows[-1]))
 
 

@@ -83,7 +83,7 @@ def test_auroc_and_calibration_are_those_of_a_naive_count(rows):
 def test_claims_are_summed_into_their_samples_as_one_row_each_would_be(rows, most):
     samples, truth, scores = (list(column) for column in zip(*rows, strict=True))
     with patch.object(measures, "MAX_RANKS", most):
-        totals = measures._histograms(list(map(str, samples)), np.array(scores), np.array(truth, dtype=float))
+        totals = measures.histograms(list(map(str, samples)), np.array(scores), np.array(truth, dtype=float))
     order = sorted(set(scores))
     most = min(most, len(order))
     naive = np.zeros((len(set(samples)), 2, totals.shape[1] // 2))
