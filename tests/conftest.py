@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,19 @@ pytest.register_assert_rewrite("tests.support")
 pytest_plugins = [f"tests.support.{name}" for name in ("command", "joint_models", "shared", "small_run")]
 
 BUCKET = "mmray-test"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start files with slow tests first, those that hold other clusters off in turn with others: none waits long."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    slow = [tests for tests in files.values() if any(test.get_closest_marker("slow") for test in tests)]
+    clusters = [tests for tests in slow if any("alone" in getattr(test, "fixturenames", ()) for test in tests)]
+    others = [tests for tests in slow if tests not in clusters]
+    first = [tests for pair in zip_longest(clusters, others, fillvalue=[]) for tests in pair]
+    rest = [tests for tests in files.values() if tests not in slow]
+    items[:] = [test for tests in (*first, *rest) for test in tests]
 
 
 @pytest.fixture(scope="session", autouse=True)

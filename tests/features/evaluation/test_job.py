@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mmray.features.evaluation.protocols import PRIMARY
 
 from mmray.data.samples import Sample
 from mmray.data.shards import Manifest, cut
@@ -27,7 +28,6 @@ from mmray.features.evaluation.draft_verifier import DraftVerifier
 from mmray.features.evaluation.evaluate import evaluate
 from mmray.features.evaluation.job import EvaluationJob
 from mmray.features.evaluation.plan import manifest_without
-from mmray.features.evaluation.protocols import PRIMARY
 from mmray.features.evaluation.settings import evaluation_settings, measure_settings
 from mmray.objects.statistics import gather_statistics
 from tests.support.command import Answer
