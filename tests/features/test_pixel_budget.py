@@ -24,7 +24,7 @@ from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.evaluate import evaluate
 from mmray.features.evaluation.mmedit import measure_records, read_records
 from mmray.features.evaluation.settings import measure_settings
-from mmray.features.properties import meaning, writing
+from mmray.features.properties import captions, meaning
 from mmray.features.properties.observations import Observations
 from mmray.objects.statistics import ObjectStatistics
 from tests.support.standin import swap
@@ -60,7 +60,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
         return image
 
     monkeypatch.setattr(images, "to_rgb", watched)
-    for module in (evaluator, draft_verifier, teacher_forced_states, mmedit, dataset, meaning, writing):
+    for module in (evaluator, draft_verifier, teacher_forced_states, mmedit, dataset, meaning, captions):
         monkeypatch.setattr(module, "BUDGET", TOGETHER * SIDE * SIDE)
     yield found
     assert found.decoded >= FILES
@@ -90,14 +90,14 @@ def test_an_evaluation_decodes_its_samples_in_parts(
 ) -> None:
     settings = measure_settings(text_count=0, draws=5, bleu=False)
     edit = swap(next(iter(large[0].objects or ())), "owl")
-    before.forget()
-    parted = evaluate(demo, edit, large, settings, before=before, facts=facts)
+    before.clear()
+    parted = evaluate(demo, edit, large, settings, baseline=before, statistics=facts)
     most = held.most
-    before.forget()
+    before.clear()
     for module in (evaluator, draft_verifier, teacher_forced_states):
         monkeypatch.setattr(module, "BUDGET", 1 << 40)
-    whole = evaluate(demo, edit, large, settings, before=before, facts=facts)
-    before.forget()
+    whole = evaluate(demo, edit, large, settings, baseline=before, statistics=facts)
+    before.clear()
     assert held.most == FILES * SIDE * SIDE
     held.most = most
     for column in ("before", "after", "low", "high", "n"):
@@ -114,14 +114,14 @@ def test_records_of_mmedit_are_measured_in_parts(
     record = {"src": "What is in the image?", "alt": "A dog"}
     (tmp_path / "vqa.json").write_text(json.dumps([record | {"image": f"{n}.png"} for n in range(FILES)]))
     rows = measure_records(before, swap("cat", "dog"), read_records(str(tmp_path / "vqa.json"), None))
-    before.forget()
+    before.clear()
     assert not rows.errors
     assert len({row["sample_id"] for row in rows.measurements}) == FILES
 
 
 def test_an_edit_decodes_what_it_learns_from_in_parts(demo: Any, large: list[Sample], held: Held) -> None:
     learnt: Any = EditDataset(demo, SimpleNamespace())  # type: ignore[arg-type]
-    own = learnt.own(large)
+    own = learnt.own_captions(large)
     assert held.most == TOGETHER * SIDE * SIDE
     held.most = 0
     examples = [learnt.example(sample, tokens, tokens) for sample, tokens in zip(large, own, strict=True)]
@@ -138,11 +138,11 @@ def test_properties_write_captions_and_ask_clip_in_parts(
     study = SimpleNamespace(settings=CensusSettings(model="demo", data="demo", out="unused"))
     names = [sample.sample_id for sample in large]
     known = SimpleNamespace(concept="dog", ranked={"score": None}, paired=None)
-    subject: Any = SimpleNamespace(study=study, model=demo, items=items, own_samples=names, facts=known)
-    texts = writing.written(subject, items)
+    subject: Any = SimpleNamespace(study=study, model=demo, items=items, own_samples=names, inputs=known)
+    texts = captions.greedy_captions(subject, items)
     assert len(texts) == FILES and all(texts)
     clip: Any = SimpleNamespace(scores=lambda pictures, text: [1.0] * len(pictures))
-    monkeypatch.setattr(meaning, "_written", lambda *_: [["a dog"]])
+    monkeypatch.setattr(meaning, "tokens_in_run", lambda *_: [["a dog"]])
     found = Observations()
     meaning.image_similarity(subject, found, clip)
     assert len(found.observations) == 2 * FILES

@@ -1,4 +1,4 @@
-"""What located neurons mean: properties with their controls, and heat maps."""
+"""The command `properties`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmray.terminal.options import AsJson, RunArgument, app, console, end, run_f
 @app.command()
 @with_settings(PropertySettings)
 def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> None:
-    """Measure what a run's neurons mean, with controls, and draw heat maps: all written to the run's tables."""
+    """Measure what a run's neurons mean, with controls, and draw heat maps, as tables of the run."""
     from mmray.features.properties.job import PropertiesJob
     from mmray.features.properties.view import properties as show
     from mmray.runs.run import open_run
@@ -28,8 +28,8 @@ def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> No
         if checked.only != "maps":
             found = opened.properties()
             console.print(show(found))
-            kinds = found["property"].to_pylist()
-            if "image_invariance" in kinds and "region_invariance" not in kinds:
+            measured_properties = found["property"].to_pylist()
+            if "image_invariance" in measured_properties and "region_invariance" not in measured_properties:
                 say("no region invariance and no gradient: the image is not in the decoder's sequence")
         counts = f"{done.headline['concepts']:,} concepts, {done.headline['heatmaps']:,} heat maps"
         say(f"{counts} in {done.seconds:.0f} s → {run}")

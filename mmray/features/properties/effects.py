@@ -1,4 +1,4 @@
-"""What happens to words when a concept's neurons are zeroed, made noisy or amplified, and when others are."""
+"""Effects on the probabilities of words when a concept's neurons, or controls, are zeroed, made noisy or amplified."""
 
 from __future__ import annotations
 
@@ -20,59 +20,60 @@ from mmray.neurons import controls
 from mmray.neurons.ablation import Ablator
 from mmray.neurons.token_positions import TokenPosition
 
-MATCHED, LIKE, UNIFORM = "layer-matched", "activation-matched", "uniform"
+LAYER_MATCHED, ACTIVATION_MATCHED, UNIFORM = "layer-matched", "activation-matched", "uniform"
 
 
 class AblationEffects:
-    """One concept's images, with the places of nouns, of every token, and of the concept's token at other nouns.
+    """Effects of changes at three groups of positions of one concept's images.
 
-    `resumes` is what an earlier concept's `ablator` has shown of the model.
+    These are the nouns; the concept's token in place of other nouns; and every token of images without the concept.
+    `resumes` takes the value that an earlier concept's `ablator` found for the model, so that it is checked once.
     """
 
     def __init__(self, subject: Subject, resumes: bool | None = None) -> None:
         self.subject = subject
-        self.concept = subject.facts.concept
-        nouns = subject.places
-        others = [place for place in nouns if place.concept != self.concept]
-        token = next(place.token for place in nouns if place.concept == self.concept)
-        named = [TokenPosition(place.row, place.position, token, self.concept, place.sample_id) for place in others]
-        rows = {place.row: place.sample_id for place in others}
-        words = [place for row, name in rows.items() for place in every_token(subject.batch, row, name)]
-        self.ablator = Ablator(
-            subject.model, subject.batch, [*nouns, *named, *words], subject.plain[1], resumes=resumes
-        )
-        self.bounds = [0, len(nouns), len(nouns) + len(named), len(self.ablator.places)]
-        self.other_samples = [place.sample_id for place in others]
-        self.word_samples = [place.sample_id for place in words]
+        self.concept = subject.inputs.concept
+        nouns = subject.positions
+        others = [noun for noun in nouns if noun.concept != self.concept]
+        token = next(noun.token for noun in nouns if noun.concept == self.concept)
+        replaced = [TokenPosition(noun.row, noun.position, token, self.concept, noun.sample_id) for noun in others]
+        rows = {noun.row: noun.sample_id for noun in others}
+        words = [position for row, name in rows.items() for position in every_token(subject.batch, row, name)]
+        positions = [*nouns, *replaced, *words]
+        self.ablator = Ablator(subject.model, subject.batch, positions, subject.forward_pass[1], resumes=resumes)
+        self.bounds = [0, len(nouns), len(nouns) + len(replaced), len(positions)]
+        self.other_samples = [noun.sample_id for noun in others]
+        self.word_samples = [position.sample_id for position in words]
 
     def sets(self, size: int) -> dict[str, Neurons]:
-        """Return the neurons of both rankings and of the controls, which small doses of random neurons need not be."""
+        """Return the `size` highest neurons of both rankings, and the controls of that size."""
         subject = self.subject
-        ranked = subject.facts.ranked
+        ranked = subject.inputs.ranked
         found: dict[str, Neurons] = {name: ranked[name].neurons[:size] for name in RANKINGS}
         seed = f"{self.concept} {size}"
+        # Small random sets are skipped to save forward passes.
         if size >= DECODED:
-            found[MATCHED] = controls.layer_matched(subject.model.widths, found["score"], seed)
+            found[LAYER_MATCHED] = controls.layer_matched(subject.model.widths, found["score"], seed)
         if size == MOST:
-            found[LIKE] = controls.activation_matched(subject.activations, found["score"], seed)
+            found[ACTIVATION_MATCHED] = controls.activation_matched(subject.mean_magnitudes, found["score"], seed)
             found[UNIFORM] = controls.uniform(subject.model.widths, found["score"], seed)
         return found
 
-    def falls(self, neurons: Neurons, change: AbstractContextManager[None]) -> list[Float[Tensor, " place"]]:
-        """Return by how much a change lowers probabilities: of nouns, of the concept where others are due, of words.
+    def falls(self, neurons: Neurons, change: AbstractContextManager[None]) -> list[Float[Tensor, " position"]]:
+        """Return how much a change lowers the probability at each of the three groups of positions.
 
-        Of words it is the log-probability, in nats.
+        For every token, the third group, it is the log-probability in nats.
         """
-        before = self.ablator.untouched
+        before = self.ablator.unchanged
         after = before + self.ablator.changed(neurons, change)
         parts = [slice(start, stop) for start, stop in pairwise(self.bounds)]
         return [before[part].exp() - after[part].exp() for part in parts[:2]] + [(before - after)[parts[2]]]
 
     def observe(self, found: Observations) -> None:
-        """Observe every dose of every change."""
+        """Measure every change at every size and strength."""
         subject = self.subject
         own = subject.own
-        probabilities = self.ablator.untouched[: self.bounds[1]].exp()
+        probabilities = self.ablator.unchanged[: self.bounds[1]].exp()
         key = Key("causal", "p_untouched", "none")
         found.extend(key, self.concept, subject.own_samples, probabilities[own].tolist())
         for size in SIZES:
@@ -82,10 +83,10 @@ class AblationEffects:
                 if size == MOST:
                     key = Key("causal", "zeroed_perplexity", method, size)
                     found.extend(key, self.concept, self.word_samples, falls[2].tolist())
-        most = self.sets(MOST)
-        for method in ("score", MATCHED):
-            neurons = most[method]
-            # The control at the largest dose alone: it stands for the smaller ones.
+        largest = self.sets(MOST)
+        for method in ("score", LAYER_MATCHED):
+            neurons = largest[method]
+            # The control runs at the largest strength only; it stands for the smaller ones.
             for sigma in SIGMAS if method == "score" else SIGMAS[-1:]:
                 falls = self.falls(neurons, noise(subject.model, neurons, sigma))
                 self._nouns(found, "noise", method, MOST, sigma, falls)
@@ -100,28 +101,29 @@ class AblationEffects:
         method: str,
         size: int,
         strength: float | None,
-        falls: list[Float[Tensor, " place"]],
+        falls: list[Float[Tensor, " position"]],
     ) -> None:
         own = self.subject.own
-        named, values = (self.subject.own_samples, falls[0][own])
+        samples, values = self.subject.own_samples, falls[0][own]
         if change == "amplified":
-            named, values = self.other_samples, -falls[1]
-        keys = [Key("causal", f"{change}_{part}", method, size, strength) for part in ("own", "other")]
-        found.extend(keys[0], self.concept, named, values.tolist())
-        found.extend(keys[1], self.concept, self.other_samples, falls[0][~own].tolist())
+            # The concept's own noun is likely already; amplification shows where other nouns are due.
+            samples, values = self.other_samples, -falls[1]
+        own_key, other_key = (Key("causal", f"{change}_{part}", method, size, strength) for part in ("own", "other"))
+        found.extend(own_key, self.concept, samples, values.tolist())
+        found.extend(other_key, self.concept, self.other_samples, falls[0][~own].tolist())
 
 
 def noise(model: LoadedModel, neurons: Neurons, sigma: float) -> AbstractContextManager[None]:
-    """Return the block in which these neurons' rows have noise of `sigma` times their own root mean square."""
+    """Return a context in which these neurons' rows of W_out have noise of `sigma` times their own RMS."""
     rows = [
         output_rows(model.network, model.projections[layer])[torch.tensor(units)].float().flatten()
         for layer, units in by_layer(model, neurons).items()
     ]
-    size = torch.cat([part.cpu() for part in rows]).square().mean().sqrt()
-    return add_noise(model, neurons, sigma * float(size))
+    rms = torch.cat([part.cpu() for part in rows]).square().mean().sqrt()
+    return add_noise(model, neurons, sigma * float(rms))
 
 
 def every_token(batch: Batch, row: int, sample_id: str) -> list[TokenPosition]:
-    """Return the place of every token of a row's caption."""
+    """Return the position of every token of a row's caption."""
     start = batch.caption_start[row]
     return [TokenPosition(row, start + at - 1, token, "", sample_id) for at, token in enumerate(batch.tokens[row])]

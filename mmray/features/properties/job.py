@@ -1,4 +1,4 @@
-"""Properties as a job: a unit is a few concepts, each measured on its images and others, with heat maps."""
+"""Properties as a job: each unit is a few concepts, measured on their images and on others, with heat maps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmray.runs.run import open_run
 
 
 class PropertiesJob(Job[PropertySettings, RunSamples]):
-    """Measures what a run's neurons mean, with controls."""
+    """Measures properties of a run's neurons, with controls."""
 
     name = "properties"
     unit_noun = "concepts"
@@ -32,24 +32,25 @@ class PropertiesJob(Job[PropertySettings, RunSamples]):
         return self.settings.run
 
     def plan(self) -> Plan[RunSamples]:
-        """Settle which concepts are measured on which images."""
+        """Choose the concepts, and the images to measure each on."""
         return plan_properties(self.settings, open_run(self.settings.run))
 
     def worker(self, context: RunSamples) -> Worker:
-        """Load the model, and return what measures the concepts of a unit."""
+        """Load the model, and return the worker that measures the concepts of a unit."""
         census = context.census
         model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
         run = open_run(self.settings.run)
         if list(model.widths) != run.info["model"]["widths"]:
-            raise InputError(f"{census.model}: not the model of {run.uri}, whose layers have other widths")
+            raise InputError(f"{census.model}: not the model of {run.uri}: its layers have different widths")
+        # Decoded tokens are looked up by row, so rows must be in the order of the neurons' index.
         neurons = run.table("neurons").sort_by([("layer", "ascending"), ("unit", "ascending")])
-        wanted = context.open_cache()
+        cache = context.open_cache()
         probe = Probe(Study(model, census, context.nouns, neurons), self.settings)
 
         def measure(unit: Unit) -> UnitResult:
             found = Observations()
-            names = {name for facts in unit.payload for name in (*facts.own, *facts.others, *facts.maps)}
-            probe.unit(unit.payload, wanted.samples(names), found)
+            sample_ids = {name for inputs in unit.payload for name in (*inputs.own, *inputs.others, *inputs.maps)}
+            probe.unit(unit.payload, cache.samples(sample_ids), found)
             return UnitResult(found.tables())
 
         return measure
@@ -57,7 +58,7 @@ class PropertiesJob(Job[PropertySettings, RunSamples]):
     def merge(self, plan: Plan[RunSamples], parts: Parts, output: Output) -> dict[str, Any]:
         """Write the measures with their intervals, and the heat maps."""
         settings, maps = self.settings, parts.table("heatmaps")
-        # A part that was not asked for keeps the table that an earlier call wrote.
+        # With --only, the other table stays as an earlier call wrote it.
         if settings.only != "maps":
             observed = parts.table("observations")
             output.table("properties", summarise(observed, settings.draws, settings.seed, plan.context.images))

@@ -1,4 +1,4 @@
-"""Heat maps of a concept's neurons over its images, and how well they point at its object."""
+"""Heat maps of a concept's neurons over its images, and how well they point at the concept's object."""
 
 from __future__ import annotations
 
@@ -10,98 +10,104 @@ from mmray.data.images import decode_image
 from mmray.data.samples import Sample
 from mmray.features.properties.observations import Key, Observations
 from mmray.features.properties.settings import DECODED, RANKINGS
-from mmray.features.properties.subject import Facts, Ranked, Study
+from mmray.features.properties.subject import ConceptInputs, Ranked, Study
 from mmray.models.capture import has_gates
 from mmray.models.patches import patches_of
 from mmray.neurons import controls
 from mmray.neurons.heatmaps import Map, MapRequest, patch_maps, pointing
 
 UNSIGNED, GATE = "unsigned", "gate"
-"""Maps of the same neurons for comparison: their activations without signs, and their gates, as the released code."""
-SEVERAL = 2
-"""Objects that an image needs for pointing to be a test: of a single one, hardly anything else is in it."""
+"""Maps of the same neurons for comparison: activations without signs, and gates, which the released code reads."""
+MIN_OBJECTS = 2
+"""Objects that an image needs to test pointing: with a single object, there is hardly anything else to point at."""
 
 
-def draw_maps(study: Study, unit: Sequence[Facts], samples: Mapping[str, Sample]) -> Observations:
-    """Draw the mean activation of the ten highest neurons of both rankings over these concepts' images, with boxes.
+def draw_maps(study: Study, unit: Sequence[ConceptInputs], samples: Mapping[str, Sample]) -> Observations:
+    """Draw the mean activation of the ten highest neurons of both rankings over these concepts' images.
 
-    For comparison against boxes alone: those of the same neurons without signs, of their gates, and of a control.
-
-    An image that several concepts share is run once.
+    Other maps are only compared with boxes: the same neurons without signs, their gates, and a control. An image that
+    several concepts share is run once.
     """
-    askers: dict[str, list[Facts]] = defaultdict(list)
-    for facts in unit:
-        for name in facts.maps:
+    concepts_of: dict[str, list[ConceptInputs]] = defaultdict(list)
+    for inputs in unit:
+        for name in inputs.maps:
             if name in samples:
-                askers[name].append(facts)
-    kinds = {facts.concept: _kinds(study, facts) for facts in unit}
+                concepts_of[name].append(inputs)
+    kinds = {inputs.concept: _map_neurons(study, inputs) for inputs in unit}
     drawn: dict[tuple[str, str], list[tuple[str, MapRequest, Map]]] = defaultdict(list)
-    for items, batch in study.batches([samples[name] for name in askers]):
-        asked: list[tuple[tuple[str, str], str, MapRequest]] = []
+    for items, batch in study.batches([samples[name] for name in concepts_of]):
+        requests: list[tuple[tuple[str, str], str, MapRequest]] = []
         for row, item in enumerate(items):
             name = item.sample.sample_id
-            patches = patches_of(
-                study.model, batch, row, decode_image(item.sample.image or b"", item.sample.background).size
-            )
+            size = decode_image(item.sample.image or b"", item.sample.background).size
+            patches = patches_of(study.model, batch, row, size)
             if patches is None:
-                continue
-            for facts in askers[name]:
-                for method, ranked in kinds[facts.concept].items():
+                continue  # this family's image tokens are not patches
+            for inputs in concepts_of[name]:
+                for method, ranked in kinds[inputs.concept].items():
                     of: Literal["gate", "activation"] = "gate" if method == GATE else "activation"
-                    wanted = MapRequest(row, patches, ranked.neurons[:DECODED], ranked.signs[:DECODED] or None, of)
-                    asked.append(((facts.concept, name), method, wanted))
-        maps = patch_maps(study.model, batch, [wanted for *_, wanted in asked])
-        for (key, method, wanted), values in zip(asked, maps, strict=True):
-            drawn[key].append((method, wanted, values))
+                    request = MapRequest(row, patches, ranked.neurons[:DECODED], ranked.signs[:DECODED] or None, of)
+                    requests.append(((inputs.concept, name), method, request))
+        maps = patch_maps(study.model, batch, [request for *_, request in requests])
+        for (key, method, request), values in zip(requests, maps, strict=True):
+            drawn[key].append((method, request, values))
+    # Batches order images by caption length; the rows follow the order of the concepts instead.
     found = Observations()
-    for facts in unit:
-        for name in facts.maps:
-            for method, wanted, values in drawn.get((facts.concept, name), ()):
-                _keep(study, facts, samples[name], method, wanted, values, found)
+    for inputs in unit:
+        for name in inputs.maps:
+            for method, request, values in drawn.get((inputs.concept, name), ()):
+                _add_map(study, inputs, samples[name], method, request, values, found)
     return found
 
 
-def _kinds(study: Study, facts: Facts) -> dict[str, Ranked]:
-    """Return whose maps are drawn: both rankings', and for comparison the first one's without signs and a control."""
-    score = facts.ranked["score"]
-    matched = controls.layer_matched(study.model.widths, score.neurons[:DECODED], facts.concept)
-    return {name: facts.ranked[name] for name in RANKINGS} | {
+def _map_neurons(study: Study, inputs: ConceptInputs) -> dict[str, Ranked]:
+    """Return the neurons of each kind of map: both rankings, and those that are only compared."""
+    score = inputs.ranked["score"]
+    matched = controls.layer_matched(study.model.widths, score.neurons[:DECODED], inputs.concept)
+    return {name: inputs.ranked[name] for name in RANKINGS} | {
         UNSIGNED: Ranked(score.neurons, ()),
         "layer-matched": Ranked(tuple(matched), ()),
         **({GATE: Ranked(score.neurons, ())} if has_gates(study.model.network, study.model.projections) else {}),
     }
 
 
-def _keep(
-    study: Study, facts: Facts, sample: Sample, method: str, ask: MapRequest, values: Map, found: Observations
+def _add_map(
+    study: Study,
+    inputs: ConceptInputs,
+    sample: Sample,
+    method: str,
+    request: MapRequest,
+    values: Map,
+    found: Observations,
 ) -> None:
-    box = box_of(study, facts, sample)
-    held = pointing(values, box, ask.patches.covers) if box is not None else None
-    if held is not None and len(sample.objects or ()) >= SEVERAL:
-        rows = {("pointing_game", method): held.hit, ("iou", method): held.iou}
+    box = box_of(study, inputs, sample)
+    points = pointing(values, box, request.patches.covers) if box is not None else None
+    if points is not None and len(sample.objects or ()) >= MIN_OBJECTS:
+        rows = {("pointing_game", method): points.hit, ("iou", method): points.iou}
         if method == "score":
-            rows["pointing_game", "chance"] = held.area
+            # A random point falls into the box with the probability of the box's area.
+            rows["pointing_game", "chance"] = points.area
         for (measure, kind), value in rows.items():
-            found.add(Key("localisation", measure, kind, DECODED), facts.concept, sample.sample_id, value)
+            found.add(Key("localisation", measure, kind, DECODED), inputs.concept, sample.sample_id, value)
     if method in RANKINGS:
         found.heatmaps.append(
             {
-                "concept": facts.concept,
+                "concept": inputs.concept,
                 "sample_id": sample.sample_id,
                 "method": method,
                 "neurons": DECODED,
-                "rows": ask.patches.rows,
-                "columns": ask.patches.columns,
+                "rows": request.patches.rows,
+                "columns": request.patches.columns,
                 "values": values.flatten().tolist(),
-                "covers": list(ask.patches.covers),
+                "covers": list(request.patches.covers),
                 "box": list(box) if box is not None else None,
-                "hit": held.hit if held is not None else None,
-                "iou": held.iou if held is not None else None,
+                "hit": points.hit if points is not None else None,
+                "iou": points.iou if points is not None else None,
             }
         )
 
 
-def box_of(study: Study, facts: Facts, sample: Sample) -> tuple[float, ...] | None:
-    """Return the box of the concept's object, whose name may be in another language; None where there is none."""
-    _, boxes = sample.boxes_of(facts.concept, study.nouns.translations)
+def box_of(study: Study, inputs: ConceptInputs, sample: Sample) -> tuple[float, ...] | None:
+    """Return the box of the concept's object, whose name may be in another language; None if there is none."""
+    _, boxes = sample.boxes_of(inputs.concept, study.nouns.translations)
     return boxes[0] if boxes else None

@@ -1,4 +1,4 @@
-"""Sensitivity, invariance and specificity of a concept's neurons, from what plain forwards show."""
+"""Sensitivity, invariance and specificity of a concept's neurons, measured without changing the model."""
 
 from __future__ import annotations
 
@@ -33,57 +33,59 @@ from mmray.neurons import controls
 from mmray.neurons.scoring import score_batch
 
 DRAWN = 20
-"""Sets of random neurons that a floor is the mean of: of one set a concept either is written, or is not."""
+"""Sets of random neurons per control: a single set either writes the noun or does not."""
 CLIP_WEIGHT = 2.5
+"""Factor w of CLIPScore."""
 CLIP_TOKENS = 1
-"""Tokens of each neuron in the text that CLIP reads: it takes 77 in all."""
+"""Tokens per neuron in the text for CLIP, which reads 77 tokens in all."""
 
 
 def sensitivity(subject: Subject, found: Observations) -> None:
-    """Observe whether written tokens are the noun: the run's ranking's, each image's own highest, random neurons'."""
-    concept, study, ranked = subject.facts.concept, subject.study, subject.facts.ranked
-    # A concept has one ranking, whatever its images: here concepts are what is drawn.
+    """Measure whether neurons write the noun: those of the rankings, each image's own highest, and random ones."""
+    concept, study, ranked = subject.inputs.concept, subject.study, subject.inputs.ranked
+    # A ranking is one per concept, not per image, so here the bootstrap draws concepts.
     for method in RANKINGS:
-        _hits(subject, found, method, concept, [_written(study, ranked[method])])
-    best = ranked["score"].neurons[:DECODED]
+        _add_hits(subject, found, method, concept, [tokens_in_run(study, ranked[method])])
+    located = ranked["score"].neurons[:DECODED]
     for method, draw in (("layer-matched", controls.layer_matched), ("uniform", controls.uniform)):
-        drawn = [draw(subject.model.widths, best, f"{concept} {number}") for number in range(DRAWN)]
-        _hits(subject, found, method, concept, [subject.written_here(study.numbers(neurons)) for neurons in drawn])
-    own = subject.contributions[subject.own]
-    for sample_id, chosen, signed in zip(subject.own_samples, highest(own, DECODED), subject.signed, strict=True):
-        numbers = sorted(chosen)
-        _hits(subject, found, "image", sample_id, [study.written(numbers, signed[numbers].tolist())])
+        drawn = [draw(subject.model.widths, located, f"{concept} {number}") for number in range(DRAWN)]
+        _add_hits(subject, found, method, concept, [subject.written_here(study.indices(neurons)) for neurons in drawn])
+    sets = highest(subject.contributions[subject.own], DECODED)
+    for sample_id, chosen, activations in zip(subject.own_samples, sets, subject.own_activations, strict=True):
+        indices = sorted(chosen)
+        tokens = study.written_tokens(indices, activations[indices].tolist())
+        _add_hits(subject, found, "image", sample_id, [tokens])
 
 
-def _written(study: Study, ranked: Ranked) -> list[list[str]]:
-    """Return what each of the ten highest neurons of a ranking writes, by the sign that it has in the run."""
-    return study.written(study.numbers(ranked.neurons[:DECODED]), ranked.signs[:DECODED])
+def tokens_in_run(study: Study, ranked: Ranked) -> list[list[str]]:
+    """Return the tokens that each of a ranking's ten highest neurons writes, by its sign in the run."""
+    return study.written_tokens(study.indices(ranked.neurons[:DECODED]), ranked.signs[:DECODED])
 
 
-def _hits(subject: Subject, found: Observations, method: str, unit: str, sets: Sequence[list[list[str]]]) -> None:
-    """Observe the share of these sets of neurons that write the noun; of each set the tokens of its neurons."""
-    facts = subject.facts
+def _add_hits(subject: Subject, found: Observations, method: str, unit: str, sets: Sequence[list[list[str]]]) -> None:
+    """Add the fraction of sets of neurons that write the noun, given the tokens of each neuron per set."""
+    inputs = subject.inputs
     decoded = [list(chain.from_iterable(tokens)) for tokens in sets]
     hits = {
-        "exact_hit_rate": [exact_hit(tokens, facts.token) for tokens in decoded],
-        "lemma_hit_rate": [lemma_hit(tokens, facts.concept, facts.token, facts.language) for tokens in decoded],
+        "exact_hit_rate": [exact_hit(tokens, inputs.token) for tokens in decoded],
+        "lemma_hit_rate": [lemma_hit(tokens, inputs.concept, inputs.token, inputs.language) for tokens in decoded],
     }
     for measure, outcomes in hits.items():
         key = Key("sensitivity", measure, method, DECODED)
-        found.add(key, facts.concept, unit, sum(outcomes) / len(outcomes))
+        found.add(key, inputs.concept, unit, sum(outcomes) / len(outcomes))
 
 
 def text_similarity(subject: Subject, found: Observations, encoder: Encoder) -> None:
-    """Observe BERTScore of the written tokens to the noun, and that of another concept's neurons."""
-    facts = subject.facts
-    for method, ranked in (("score", facts.ranked["score"]), ("random pairing", facts.paired)):
-        text = ", ".join(chain.from_iterable(_written(subject.study, ranked)))
-        similar = encoder.match(text, facts.concept)
-        found.add(Key("sensitivity", "bertscore", method, DECODED), facts.concept, facts.concept, similar)
+    """Measure BERTScore of the written tokens and the noun; control: another concept's neurons."""
+    inputs = subject.inputs
+    for method, ranked in (("score", inputs.ranked["score"]), ("random pairing", inputs.paired)):
+        text = ", ".join(chain.from_iterable(tokens_in_run(subject.study, ranked)))
+        similar = encoder.match(text, inputs.concept)
+        found.add(Key("sensitivity", "bertscore", method, DECODED), inputs.concept, inputs.concept, similar)
 
 
 class Clip:
-    """A CLIP checkpoint of a local folder; nothing is fetched."""
+    """A CLIP checkpoint in a local folder; nothing is downloaded."""
 
     def __init__(self, folder: str, device: torch.device) -> None:
         from transformers import CLIPModel, CLIPProcessor
@@ -106,74 +108,74 @@ class Clip:
 
 
 def image_similarity(subject: Subject, found: Observations, clip: Clip) -> None:
-    """Observe CLIPScore of the written tokens with the concept's images, and that of another concept's neurons."""
-    facts, own = subject.facts, set(subject.own_samples)
-    shown = [item.sample for item in subject.items if item.sample.sample_id in own]
-    for method, ranked in (("score", facts.ranked["score"]), ("random pairing", facts.paired)):
-        text = ", ".join(token for tokens in _written(subject.study, ranked) for token in tokens[:CLIP_TOKENS])
+    """Measure CLIPScore of the written tokens and the concept's images; control: another concept's neurons."""
+    inputs, own = subject.inputs, set(subject.own_samples)
+    own_images = [item.sample for item in subject.items if item.sample.sample_id in own]
+    for method, ranked in (("score", inputs.ranked["score"]), ("random pairing", inputs.paired)):
+        text = ", ".join(token for tokens in tokens_in_run(subject.study, ranked) for token in tokens[:CLIP_TOKENS])
         key = Key("sensitivity", "clipscore", method, DECODED)
-        for part in within_budget(shown, lambda sample: pixels_of(subject.model, sample.image), BUDGET):
+        for part in within_budget(own_images, lambda sample: pixels_of(subject.model, sample.image), BUDGET):
             scores = clip.scores([decode_image(sample.image or b"", sample.background) for sample in part], text)
-            found.extend(key, facts.concept, [sample.sample_id for sample in part], scores)
+            found.extend(key, inputs.concept, [sample.sample_id for sample in part], scores)
 
 
 def invariance(subject: Subject, found: Observations) -> None:
-    """Observe whether the same neurons are highest in other images."""
-    concept, samples, own = subject.facts.concept, subject.own_samples, subject.own
+    """Measure whether the same neurons are highest in other images of the concept; control: images of other nouns."""
+    concept, samples, own = subject.inputs.concept, subject.own_samples, subject.own
     for size in INVARIANCE_SIZES:
-        plain, elsewhere = (highest(subject.contributions[part], size) for part in (own, ~own))
+        sets, other_sets = (highest(subject.contributions[part], size) for part in (own, ~own))
         rows = {
-            Key("image_invariance", "jaccard", "contribution", size): pairwise_jaccard(plain),
+            Key("image_invariance", "jaccard", "contribution", size): pairwise_jaccard(sets),
             Key("image_invariance", "jaccard", "other nouns", size): [
-                sum(jaccard(one, other) for other in elsewhere) / len(elsewhere) for one in plain
+                sum(jaccard(one, other) for other in other_sets) / len(other_sets) for one in sets
             ],
         }
         for key, values in rows.items():
             found.extend(key, concept, samples, values)
         key = Key("image_invariance", "common_share", "contribution", size)
-        found.add(key, concept, concept, common_share(plain))
+        found.add(key, concept, concept, common_share(sets))
 
 
 def region_invariance(subject: Subject, found: Observations) -> None:
-    """Observe whether the same neurons are highest with the patches permuted; nothing where there are none to permute.
-
-    Where the decoder's sequence holds no image, the permutation would change nothing, and all be the same by itself.
-    """
+    """Measure whether the same neurons are highest with the image's patches permuted; control: other images' nouns."""
     if not subject.model.parts.image_in_sequence:
+        # Without patches in the decoder's sequence nothing would be permuted, and the overlap would always be 1.
         return
     own = subject.own
     with permuted_image(subject.model, subject.batch):
-        moved = torch.cat([part.cpu() for part in score_batch(subject.model, subject.batch, subject.places).scores], 1)
+        scored = score_batch(subject.model, subject.batch, subject.positions)
+    moved = torch.cat([part.cpu() for part in scored.scores], dim=1)
     for size in INVARIANCE_SIZES:
-        plain, permuted, elsewhere = (
+        sets, permuted, other_sets = (
             highest(scores, size) for scores in (subject.contributions[own], moved[own], moved[~own])
         )
         rows = {
             Key("region_invariance", "overlap", "contribution", size): [
-                overlap(one, other) for one, other in zip(plain, permuted, strict=True)
+                overlap(one, other) for one, other in zip(sets, permuted, strict=True)
             ],
             Key("region_invariance", "overlap", "other images", size): [
-                sum(overlap(one, other) for other in elsewhere) / len(elsewhere) for one in plain
+                sum(overlap(one, other) for other in other_sets) / len(other_sets) for one in sets
             ],
         }
         for key, values in rows.items():
-            found.extend(key, subject.facts.concept, subject.own_samples, values)
+            found.extend(key, subject.inputs.concept, subject.own_samples, values)
 
 
 def specificity(subject: Subject, found: Observations) -> None:
-    """Observe what the concept's neurons give to its noun and to others, and whether that tells them apart."""
-    facts, study, own = subject.facts, subject.study, subject.own
-    sets: dict[str, Neurons] = {name: facts.ranked[name].neurons[:DECODED] for name in RANKINGS}
-    sets["layer-matched"] = controls.layer_matched(subject.model.widths, sets["score"], facts.concept)
+    """Measure the neurons' contribution to the concept's noun and to others, and whether it separates the two."""
+    inputs, study, own = subject.inputs, subject.study, subject.own
+    sets: dict[str, Neurons] = {name: inputs.ranked[name].neurons[:DECODED] for name in RANKINGS}
+    sets["layer-matched"] = controls.layer_matched(subject.model.widths, sets["score"], inputs.concept)
     for method, neurons in sets.items():
-        means = set_mean(subject.contributions, torch.tensor(study.numbers(neurons)))
-        told, apart = placements(means[own], means[~own])
+        means = set_mean(subject.contributions, torch.tensor(study.indices(neurons)))
+        own_parts, other_parts = placements(means[own], means[~own])
         rows = (
-            ("auroc", subject.own_samples, told),
+            ("auroc", subject.own_samples, own_parts),
             ("own_score", subject.own_samples, means[own]),
             ("other_score", subject.other_samples, means[~own]),
         )
         for measure, samples, values in rows:
-            found.extend(Key("specificity", measure, method, DECODED), facts.concept, samples, values.tolist())
-        for sample_id, value in zip(subject.other_samples, apart.tolist(), strict=True):
-            found.add(Key("specificity", "auroc", method, DECODED), facts.concept, sample_id, value, of=0.0)
+            found.extend(Key("specificity", measure, method, DECODED), inputs.concept, samples, values.tolist())
+        # Deviations of the other side change no mean, hence the denominator 0, but they widen the interval.
+        for sample_id, value in zip(subject.other_samples, other_parts.tolist(), strict=True):
+            found.add(Key("specificity", "auroc", method, DECODED), inputs.concept, sample_id, value, of=0.0)

@@ -1,4 +1,4 @@
-"""What located neurons mean, as definitions: sets that agree, words that are written, scores that tell nouns apart."""
+"""Definitions of measures: agreement of sets of neurons, hits of decoded tokens, separation of nouns by scores."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from mmray.neurons.inflection import lemma
 
 
-def highest(scores: Float[Tensor, "place neuron"], count: int) -> list[frozenset[int]]:
-    """Return of each place its `count` highest neurons."""
+def highest(scores: Float[Tensor, "position neuron"], count: int) -> list[frozenset[int]]:
+    """Return the `count` highest neurons of each position."""
     count = min(count, scores.shape[1])
     return [frozenset(row) for row in scores.topk(count, dim=1).indices.tolist()]
 
 
 def overlap(one: frozenset[int], other: frozenset[int]) -> float:
-    """Return |T ∩ T'| / n of two sets of n neurons."""
+    """Return |T ∩ T'| / n for two sets of n neurons."""
     return len(one & other) / max(len(one), 1)
 
 
@@ -29,7 +29,7 @@ def jaccard(one: frozenset[int], other: frozenset[int]) -> float:
 
 
 def pairwise_jaccard(sets: Sequence[frozenset[int]]) -> list[float]:
-    """Return of each set the mean Jaccard index with the others; empty for fewer than two."""
+    """Return each set's mean Jaccard index with the others; empty for fewer than two sets."""
     count = len(sets)
     sums = [0.0] * count
     for one, other in combinations(range(count), 2):
@@ -40,23 +40,23 @@ def pairwise_jaccard(sets: Sequence[frozenset[int]]) -> list[float]:
 
 
 def common_share(sets: Sequence[frozenset[int]]) -> float:
-    """Return the part of the neurons that all sets have in common."""
+    """Return the fraction of neurons that all sets have in common."""
     return len(frozenset.intersection(*sets)) / max(len(sets[0]), 1)
 
 
 def exact_hit(tokens: Iterable[str], word: str) -> bool:
-    """Return whether one of the decoded tokens is the word, in any case."""
+    """Return whether one of the decoded tokens is the word, ignoring case."""
     return any(token.casefold() == word.casefold() for token in tokens)
 
 
 def lemma_hit(tokens: Iterable[str], concept: str, first: str, language: str | None) -> bool:
-    """Return whether one of the decoded tokens is the concept in any form, or its own first token as it is scored."""
-    wanted = {concept, first.casefold(), lemma(concept, language).casefold()}
-    return any(token.casefold() in wanted or lemma(token, language).casefold() in wanted for token in tokens)
+    """Return whether one of the decoded tokens is any form of the concept, or its first token, which is scored."""
+    targets = {concept, first.casefold(), lemma(concept, language).casefold()}
+    return any(token.casefold() in targets or lemma(token, language).casefold() in targets for token in tokens)
 
 
 def above(own: Float[Tensor, " own"], others: Float[Tensor, " other"]) -> Float[Tensor, " own"]:
-    """Return of each own value the part of the others that lie below it, a tie being half: their mean is the AUROC."""
+    """Return for each own value the fraction of the others below it, ties counting half. Their mean is the AUROC."""
     below = (own[:, None] > others[None, :]).float() + 0.5 * (own[:, None] == others[None, :]).float()
     return below.mean(dim=1)
 
@@ -64,22 +64,24 @@ def above(own: Float[Tensor, " own"], others: Float[Tensor, " other"]) -> Float[
 def placements(
     own: Float[Tensor, " own"], others: Float[Tensor, " other"]
 ) -> tuple[Float[Tensor, " own"], Float[Tensor, " other"]]:
-    """Return each value's part in the AUROC: of own values as `above`; of others the deviation from the AUROC.
+    """Return each value's placement in the AUROC: `above` for own values, the deviation from the AUROC for others.
 
-    The deviations add up to 0. They are scaled so that Σ both / number of own values, with values drawn again on both
-    sides, varies as the AUROC does to first order (its two placement components, DeLong et al. 1988).
+    If values are redrawn on both sides, the sum of both divided by the number of own values varies like the AUROC to
+    first order. These are its two placement components (DeLong et al. 1988). The deviations add up to 0.
     """
-    parts = above(own, others)
-    apart = (above(-others, -own) - parts.mean()) * (len(own) / len(others))
-    return parts, apart
+    own_parts = above(own, others)
+    other_parts = (above(-others, -own) - own_parts.mean()) * (len(own) / len(others))
+    return own_parts, other_parts
 
 
-def set_mean(scores: Float[Tensor, "place neuron"], neurons: Int[Tensor, " neuron"]) -> Float[Tensor, " place"]:
-    """Return at each place the mean score of these neurons."""
+def set_mean(scores: Float[Tensor, "position neuron"], neurons: Int[Tensor, " neuron"]) -> Float[Tensor, " position"]:
+    """Return the mean score of these neurons at each position."""
     return scores[:, neurons].mean(dim=1)
 
 
-def specific_order(scores: Float[Tensor, "place neuron"], own: Bool[Tensor, " place"]) -> Float[Tensor, " neuron"]:
-    """Return the mean score at the own places less max(0, that at the others)."""
+def specific_order(
+    scores: Float[Tensor, "position neuron"], own: Bool[Tensor, " position"]
+) -> Float[Tensor, " neuron"]:
+    """Return the mean score at the own positions minus that at the others, where a negative mean counts as zero."""
     elsewhere = scores[~own].mean(dim=0).clamp(min=0) if bool((~own).any()) else torch.zeros(scores.shape[1])
     return scores[own].mean(dim=0) - elsewhere

@@ -1,4 +1,4 @@
-"""What is observed of one image: values that are averaged over images, and the table of their means with intervals."""
+"""Observations of single images, and the table of their means over images with intervals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmray.statistics.bootstrap import Measured, measure
 
 
 class Key(NamedTuple):
-    """What is observed: a property's measure, of neurons that a method or a control chose, how many, how strongly."""
+    """A measure of a property, for neurons chosen by a method or a control, with their number and the strength."""
 
     property: str
     measure: str
@@ -29,28 +29,28 @@ class Key(NamedTuple):
 
 @dataclass
 class Observations:
-    """The tables of one unit of work."""
+    """Collects the tables of one unit of work."""
 
     observations: list[dict[str, object]] = field(default_factory=list)
     heatmaps: list[dict[str, object]] = field(default_factory=list)
     errors: list[dict[str, object]] = field(default_factory=list)
 
     def add(self, key: Key, concept: str, sample_id: str, value: float, of: float = 1.0) -> None:
-        """Add an image's part: a value, of how many; parts of the same image add up."""
+        """Add an image's numerator and denominator; those of the same image add up."""
         row = key._asdict() | {"concept": concept, "sample_id": sample_id, "value": float(value), "of": float(of)}
         self.observations.append(row)
 
     def extend(self, key: Key, concept: str, samples: Sequence[str], values: Iterable[float]) -> None:
-        """Add a value of each of these images."""
+        """Add one value per image."""
         for sample_id, value in zip(samples, values, strict=True):
             self.add(key, concept, sample_id, value)
 
     def fail(self, concept: str, problem: str) -> None:
-        """Add a concept that could not be measured, or not wholly."""
+        """Add an error for a concept that could not be measured, or only in part."""
         self._error(None, concept, "properties", problem)
 
     def leave_out(self, concept: str, failure: Failure) -> None:
-        """Add an image that a concept is measured without; what fails is the concept, as units count concepts."""
+        """Add an error for an image that a concept is measured without; it counts for the concept, like all errors."""
         self._error(failure.sample_id, concept, failure.stage, f"{failure.source}: left out: {failure.message}")
 
     def _error(self, sample_id: str | None, concept: str, stage: str, problem: str) -> None:
@@ -60,22 +60,23 @@ class Observations:
         )
 
     def tables(self) -> dict[str, pa.Table]:
-        """Return what was collected."""
+        """Return the tables of `PARTS`."""
         return {name: pa.Table.from_pylist(getattr(self, name), schema=schema) for name, schema in PARTS.items()}
 
 
 def summarise(observations: pa.Table, draws: int, seed: int, images: Mapping[str, str] | None = None) -> pa.Table:
-    """Return the table `properties`: each measure over all concepts, then by concept, with intervals over images.
+    """Return the table `properties`: each measure over all concepts, then per concept, with intervals over images.
 
-    `images` has the key of each sample's image; without it each sample is an image. However the rows were cut and put
-    together, the result is the same.
+    `images` maps samples to keys of their images; without it, each sample is an image. The order of rows does not
+    change the result.
     """
-    known = images or {}
+    image_of = images or {}
     grouped: dict[tuple[Key, str | None], dict[str, list[tuple[float, float]]]] = defaultdict(dict)
     for row in observations.to_pylist():
         key = Key(*(row[name] for name in Key._fields))
+        # Samples of one image are not independent, so they are one draw of the bootstrap.
+        image = image_of.get(row["sample_id"], row["sample_id"])
         for concept in (None, row["concept"]):
-            image = known.get(row["sample_id"], row["sample_id"])
             grouped[key, concept].setdefault(image, []).append((row["value"], row["of"]))
     ordered = sorted(grouped.items(), key=lambda pair: _order(*pair[0]))
     rows = [_row(key, concept, parts, draws, seed) for (key, concept), parts in ordered]
@@ -89,7 +90,7 @@ def _order(key: Key, concept: str | None) -> tuple[object, ...]:
 def _row(
     key: Key, concept: str | None, images: dict[str, list[tuple[float, float]]], draws: int, seed: int
 ) -> dict[str, object]:
-    # Sorted, for the order in which numbers are added changes their sum's last bits.
+    # Sorted because the order of addition changes the last bits of a sum.
     sums: ndarray = np.array([np.sum(sorted(images[name]), axis=0) for name in sorted(images)])
     found: Measured = measure(sums, sums, value_of(key.measure), draws, seed, share=key.measure in SHARES)
     return key._asdict() | {

@@ -1,4 +1,4 @@
-"""What measuring properties consists of: the concepts, their neurons and images, and the units of work they make."""
+"""The plan of the properties: which concepts are measured, with which neurons, on which images, in which units."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from mmray.features.census.inputs import open_inputs
 from mmray.features.census.run_samples import RunSamples
 from mmray.features.census.settings import census_settings
 from mmray.features.properties.settings import MOST, RANKINGS, PropertySettings
-from mmray.features.properties.subject import Facts, Ranked
+from mmray.features.properties.subject import ConceptInputs, Ranked
 from mmray.runs.run import Run
 
-TOGETHER = 4
-"""Concepts of a unit of work that are measured."""
-MAPPED = 24
-"""Concepts of a unit of work that only have heat maps drawn."""
+MEASURED_PER_UNIT = 4
+"""Concepts per unit of work that are measured."""
+MAPPED_PER_UNIT = 24
+"""Concepts per unit of work if only heat maps are drawn."""
 MOST_MAPPED = 1500
-"""Concepts that have heat maps, the most frequent first."""
+"""Concepts with heat maps, the most frequent first."""
 
 
 def plan_properties(settings: PropertySettings, run: Run) -> Plan[RunSamples]:
-    """Settle which concepts are measured on which images; raises InputError where there are none, or no data.
+    """Choose the concepts, and the images to measure each on. The payload of a unit is its `ConceptInputs`.
 
-    A unit's payload is the `Facts` of its concepts.
+    Raises InputError if there is no such concept, or no data.
     """
     census = census_settings(run.info["settings"] | {"captions": "dataset"})
     rows = {row["sample_id"]: row for row in run.table("captions").to_pylist()}
@@ -48,36 +48,38 @@ def plan_properties(settings: PropertySettings, run: Run) -> Plan[RunSamples]:
             + "; lower --min-occurrences"
         )
     ranked = _ranked(run, {*measured, *mapped})
-    shared = _nearby({sample for name in measured for sample in images[name][: settings.images]}, images, rows)
-    first = _first(run)
-    facts = {}
+    shared = _samples_nearby({sample for name in measured for sample in images[name][: settings.images]}, images, rows)
+    tokens = _first_tokens(run)
+    inputs = {}
     for number, name in enumerate(dict.fromkeys([*measured, *mapped])):
         if name not in ranked:
             continue
         own = images[name][: settings.images] if number < len(measured) else []
+        # Each concept is the random pairing of exactly one other, half the list away.
         other = measured[(number + len(measured) // 2) % len(measured)] if own else name
-        facts[name] = Facts(
+        inputs[name] = ConceptInputs(
             concept=name,
-            token=first[name]["token"],
+            token=tokens[name],
             language=rows[images[name][0]]["language"],
             ranked=ranked[name],
             paired=ranked[other]["score"],
             own=tuple(own),
             others=tuple(_others(name, shared, images, keys, settings)) if own else (),
-            maps=tuple(_varied(images[name], rows)[: settings.maps]) if name in mapped else (),
+            maps=tuple(_alternate_domains(images[name], rows)[: settings.maps]) if name in mapped else (),
         )
-    wanted = {name for fact in facts.values() for name in (*fact.own, *fact.others, *fact.maps)}
+    requested = {name for each in inputs.values() for name in (*each.own, *each.others, *each.maps)}
     _, _, nouns = open_inputs(census_settings(run.info["settings"]))
-    units = _units([facts[name] for name in measured if name in facts], TOGETHER)
-    units += _units([fact for fact in facts.values() if not fact.own], MAPPED)
+    units = _units([inputs[name] for name in measured if name in inputs], MEASURED_PER_UNIT)
+    units += _units([each for each in inputs.values() if not each.own], MAPPED_PER_UNIT)
     context = RunSamples(
         census,
         Manifest.from_json(run.folder.manifest()),
         nouns,
-        {name: rows[name]["shard_id"] for name in wanted},
-        {name: rows[name]["caption"] for name in wanted},
-        {name: keys[name] for name in wanted},
+        {name: rows[name]["shard_id"] for name in requested},
+        {name: rows[name]["caption"] for name in requested},
+        {name: keys[name] for name in requested},
     )
+    # Payloads are no settings, but results depend on them, so the fingerprint takes them in.
     measures = hashlib.sha256(repr([unit.payload for unit in units]).encode()).hexdigest()[:16]
     return Plan(units, run.digests() | {"units": measures}, context)
 
@@ -85,27 +87,28 @@ def plan_properties(settings: PropertySettings, run: Run) -> Plan[RunSamples]:
 def _images(
     run: Run, rows: Mapping[str, dict[str, Any]], keys: Mapping[str, str], language: str | None
 ) -> dict[str, list[str]]:
-    """Return concept → a sample of each of its images in the order of the data; the concept of most images first.
+    """Return concept → one sample per image in the order of the data; the concept with the most images first.
 
-    Of several captions of an image the first that names the concept stands for it.
+    If several captions of an image name the concept, the first one counts.
     """
     found: dict[str, dict[str, None]] = defaultdict(dict)
     for row in run.table("occurrences").select(["concept", "sample_id"]).to_pylist():
         if language is None or rows[row["sample_id"]]["language"] == language:
             found[row["concept"]][row["sample_id"]] = None
-    order = {name: place for place, name in enumerate(rows)}
+    order = {name: number for number, name in enumerate(rows)}
     images = {name: one_per_image(sorted(samples, key=order.__getitem__), keys) for name, samples in found.items()}
     return dict(sorted(images.items(), key=lambda pair: (-len(pair[1]), pair[0])))
 
 
-def _nearby(chosen: set[str], images: Mapping[str, list[str]], rows: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Return every sample with a concept in the shards that hold the chosen ones: they are read anyway."""
+def _samples_nearby(chosen: set[str], images: Mapping[str, list[str]], rows: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Return all samples with a concept in the shards of the chosen samples, because these shards are read anyway."""
     shards = {rows[name]["shard_id"] for name in chosen}
     named = {sample for samples in images.values() for sample in samples}
     return sorted(name for name in named if rows[name]["shard_id"] in shards)
 
 
 def _ranked(run: Run, names: set[str]) -> dict[str, dict[str, Ranked]]:
+    """Return concept → ranking → its MOST highest neurons."""
     rankings = run.table("rankings")
     near = pc.or_(pc.less_equal(rankings["rank"], MOST), pc.less_equal(rankings["specific_rank"], MOST))
     columns = ["concept", "rank", "specific_rank", "layer", "unit", "activation"]
@@ -118,14 +121,15 @@ def _ranked(run: Run, names: set[str]) -> dict[str, dict[str, Ranked]]:
 
 
 def _order(rows: Sequence[dict[str, Any]], rank: str) -> Ranked:
-    chosen = sorted((row for row in rows if row[rank] <= MOST), key=lambda row: row[rank])
-    neurons = tuple((row["layer"], row["unit"]) for row in chosen)
-    return Ranked(neurons, tuple(1.0 if row["activation"] >= 0 else -1.0 for row in chosen))
+    highest = sorted((row for row in rows if row[rank] <= MOST), key=lambda row: row[rank])
+    neurons = tuple((row["layer"], row["unit"]) for row in highest)
+    return Ranked(neurons, tuple(1.0 if row["activation"] >= 0 else -1.0 for row in highest))
 
 
-def _first(run: Run) -> dict[str, dict[str, Any]]:
+def _first_tokens(run: Run) -> dict[str, str]:
+    """Return concept → the scored token of its first occurrence."""
     rows = run.table("occurrences").select(["concept", "token"]).to_pylist()
-    return {row["concept"]: row for row in reversed(rows)}
+    return {row["concept"]: row["token"] for row in reversed(rows)}
 
 
 def _others(
@@ -135,23 +139,24 @@ def _others(
     keys: Mapping[str, str],
     settings: PropertySettings,
 ) -> list[str]:
-    """Return a sample each of images none of whose captions names the concept, of those that are read anyway."""
+    """Draw samples of different images, no caption of which names the concept, from those that are read anyway."""
     own = {keys[sample] for sample in images[name]}
     free = one_per_image((sample for sample in shared if keys[sample] not in own), keys)
+    # Seeded per concept, so that the draw does not depend on which other concepts are measured.
     return random.Random(f"{settings.seed} {name}").sample(free, min(settings.images // 2, len(free)))
 
 
-def _varied(samples: Sequence[str], rows: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Return samples, each of another image, in an order in which the domains take turns."""
+def _alternate_domains(samples: Sequence[str], rows: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Return the samples in an order in which domains take turns, so that the first few show all of them."""
     seen: dict[str | None, int] = defaultdict(int)
     turns = []
-    for place, name in enumerate(samples):
+    for number, name in enumerate(samples):
         domain = rows[name]["domain"]
-        turns.append((seen[domain], place, name))
+        turns.append((seen[domain], number, name))
         seen[domain] += 1
     return [name for *_, name in sorted(turns)]
 
 
-def _units(facts: Sequence[Facts], size: int) -> list[Unit]:
-    parts = (tuple(facts[start : start + size]) for start in range(0, len(facts), size))
+def _units(inputs: Sequence[ConceptInputs], size: int) -> list[Unit]:
+    parts = (tuple(inputs[start : start + size]) for start in range(0, len(inputs), size))
     return [Unit(len(part), part) for part in parts]

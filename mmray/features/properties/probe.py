@@ -1,4 +1,4 @@
-"""All that is measured of concepts, by one model replica."""
+"""The worker's part of the properties: measures concepts and draws their maps with one model replica."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from functools import partial
 
 from mmray.data.samples import Sample
 from mmray.engine.clock import phase
-from mmray.features.properties.comparing import compare_methods
+from mmray.features.properties.captions import CaptionChanges
+from mmray.features.properties.comparison import compare_methods
 from mmray.features.properties.effects import AblationEffects
 from mmray.features.properties.maps import draw_maps
 from mmray.features.properties.meaning import (
@@ -22,8 +23,7 @@ from mmray.features.properties.meaning import (
 )
 from mmray.features.properties.observations import Observations
 from mmray.features.properties.settings import PropertySettings
-from mmray.features.properties.subject import Facts, Study, Subject
-from mmray.features.properties.writing import Writing
+from mmray.features.properties.subject import ConceptInputs, Study, Subject
 from mmray.models.encoder import Encoder
 from mmray.neurons.split_on_oom import FAILURES, split_on_failure
 
@@ -31,7 +31,7 @@ from mmray.neurons.split_on_oom import FAILURES, split_on_failure
 class Probe:
     """Measures concepts one by one, and draws their maps together.
 
-    Raises InputError for an encoder or a CLIP that can't be loaded.
+    Raises InputError if the text encoder or CLIP can't be loaded.
     """
 
     def __init__(self, study: Study, settings: PropertySettings) -> None:
@@ -39,40 +39,41 @@ class Probe:
         device = study.model.device
         self.encoder = Encoder(settings.encoder, device) if settings.encoder else None
         self.clip = Clip(settings.clip, device) if settings.clip else None
-        self.writing = Writing()
+        self.caption_changes = CaptionChanges()
         self.resumes: bool | None = None
+        """Whether forward passes may resume from recorded states; the first concept's ablator finds out."""
 
-    def unit(self, unit: Sequence[Facts], samples: Mapping[str, Sample], found: Observations) -> None:
-        """Measure concepts on their images among these samples, and draw maps; what fails is a row of `errors`."""
-        for facts in unit:
-            if facts.own:
-                self._concept(facts, samples, found)
-        mapped = [facts for facts in unit if facts.maps]
+    def unit(self, unit: Sequence[ConceptInputs], samples: Mapping[str, Sample], found: Observations) -> None:
+        """Measure concepts on their images among these samples, and draw maps. A failure is a row of `errors`."""
+        for inputs in unit:
+            if inputs.own:
+                self._concept(inputs, samples, found)
+        mapped = [inputs for inputs in unit if inputs.maps]
         for drawn in split_on_failure(
             mapped,
             lambda part: phase("maps")(draw_maps)(self.study, part, samples),
-            lambda facts, problem: found.fail(facts.concept, f"heat maps: {problem}"),
+            lambda inputs, problem: found.fail(inputs.concept, f"heat maps: {problem}"),
             errors=FAILURES,
         ):
             found.observations += drawn.observations
             found.heatmaps += drawn.heatmaps
 
-    def _concept(self, facts: Facts, samples: Mapping[str, Sample], found: Observations) -> None:
-        before = len(found.observations)
+    def _concept(self, inputs: ConceptInputs, samples: Mapping[str, Sample], found: Observations) -> None:
+        complete = len(found.observations)
         try:
-            self._measure(facts, samples, found)
+            self._measure(inputs, samples, found)
         except FAILURES as error:
-            # Half a concept's rows would make other concepts' controls weigh more.
-            del found.observations[before:]
+            # With half of its rows, a concept would count for some methods and not for their controls.
+            del found.observations[complete:]
             where = traceback.extract_tb(error.__traceback__)[-1]
-            found.fail(facts.concept, f"{type(error).__name__}: {error} ({where.name})")
+            found.fail(inputs.concept, f"{type(error).__name__}: {error} ({where.name})")
 
-    def _measure(self, facts: Facts, samples: Mapping[str, Sample], found: Observations) -> None:
-        chosen = [samples[name] for name in (*facts.own, *facts.others) if name in samples]
-        encoded = self.study.encoded(chosen, partial(found.leave_out, facts.concept))
-        subject = Subject(self.study, facts, *encoded) if encoded is not None else None
+    def _measure(self, inputs: ConceptInputs, samples: Mapping[str, Sample], found: Observations) -> None:
+        chosen = [samples[name] for name in (*inputs.own, *inputs.others) if name in samples]
+        encoded = self.study.encoded(chosen, partial(found.leave_out, inputs.concept))
+        subject = Subject(self.study, inputs, *encoded) if encoded is not None else None
         if subject is None or not subject.usable:
-            raise ValueError("fewer than two of its images, or none of others, can be used")
+            raise ValueError("fewer than two images of the concept, or no image of others, can be used")
         sensitivity(subject, found)
         if self.encoder is not None:
             text_similarity(subject, found, self.encoder)
@@ -87,4 +88,4 @@ class Probe:
             effects.observe(found)
         compare_methods(subject, effects, found)
         with phase("write"):
-            self.writing.observe(subject, found)
+            self.caption_changes.observe(subject, found)

@@ -1,4 +1,4 @@
-"""What each measure of a property is: the words that go with its number."""
+"""The protocol of each measure of a property: how it is measured, in words for the table and the report."""
 
 from __future__ import annotations
 
@@ -25,47 +25,47 @@ PROTOCOLS = {
     "bertscore": "F1 of greedy matching of the ten highest neurons' tokens, ten each, to the noun; last layer of the "
     "encoder, no idf, not rescaled (Zhang et al. 2020)",
     "clipscore": "2.5 · max(cos, 0) of the image and the ten highest neurons' first tokens (Hessel et al. 2021)",
-    "overlap": "image tokens permuted behind the projector, the caption as it was; |T ∩ T'| / n of the image's n "
+    "overlap": "image tokens permuted after the projector, the caption unchanged; |T ∩ T'| / n of the image's n "
     "highest neurons at the noun (Pan et al. 2024); control: T' of another image's noun",
-    "common_share": "neurons among the n highest at the noun in every image of the concept, of n",
+    "common_share": "neurons among the n highest at the noun in every image of the concept, as a fraction of n",
     "jaccard": "mean Jaccard index of the n highest neurons at the noun in two images of the concept; control: with "
     "images of other nouns",
-    "auroc": "mean contribution of the neurons to the noun that is due: its places against those of other nouns; the "
-    "interval is over images of both sides, which are all counted",
-    "own_score": "mean contribution of the neurons to the concept's noun at its places, in logits",
-    "other_score": "mean contribution of the neurons to other nouns at theirs, in logits",
+    "auroc": "mean contribution of the neurons to the correct noun: its positions compared with those of other nouns; "
+    "the interval is over images of both sides; n counts all of them",
+    "own_score": "mean contribution of the neurons to the concept's noun at its positions, in logits",
+    "other_score": "mean contribution of the neurons to other nouns at their positions, in logits",
     "p_untouched": f"{FORCED} the probability of the noun's scored token",
-    "zeroed_own": f"{FORCED} by how much zeroing the neurons at all positions lowers the noun's probability",
-    "zeroed_other": f"{FORCED} by how much zeroing them lowers the probability of {OTHERS}",
-    "zeroed_removed": f"{GREEDY} of those that named the concept, those that do no longer",
-    "zeroed_kept": f"{GREEDY} of images without the concept, those that are unchanged to the letter",
+    "zeroed_own": f"{FORCED} the fall of the noun's probability when the neurons are zeroed at all positions",
+    "zeroed_other": f"{FORCED} the fall of the probability, when they are zeroed, of {OTHERS}",
+    "zeroed_removed": f"{GREEDY} the fraction of those naming the concept that no longer do",
+    "zeroed_kept": f"{GREEDY} the fraction of those of images without the concept that are identical",
     "zeroed_perplexity": "perplexity of the whole captions of images without the concept, after / before",
-    "noise_own": f"{FORCED} by how much Gaussian noise on the neurons' rows lowers the noun's probability; strength: "
-    "σ in parts of the rows' root mean square (Pan et al. 2024)",
-    "noise_other": f"{FORCED} by how much that noise lowers the probability of {OTHERS}",
-    "noise_removed": f"noise on the rows; {GREEDY} of those that named the concept, those that do no longer",
-    "noise_kept": f"noise on the rows; {GREEDY} of images without the concept, those that are unchanged to the letter",
-    "amplified_own": f"{FORCED} by how much multiplying the neurons' activations raises the probability of the "
-    "concept's token at the places of other nouns; strength: the factor",
-    "amplified_other": f"{FORCED} by how much that lowers the probability of {OTHERS}",
+    "noise_own": f"{FORCED} the fall of the noun's probability with Gaussian noise on the neurons' rows; strength: "
+    "σ as a fraction of the rows' root mean square (Pan et al. 2024)",
+    "noise_other": f"{FORCED} the fall of the probability, with that noise, of {OTHERS}",
+    "noise_removed": f"noise on the rows; {GREEDY} the fraction of those naming the concept that no longer do",
+    "noise_kept": f"noise on the rows; {GREEDY} the fraction of those of images without the concept that are identical",
+    "amplified_own": f"{FORCED} the rise of the probability of the concept's token at the positions of other nouns "
+    "when the neurons' activations are multiplied; strength: the factor",
+    "amplified_other": f"{FORCED} the fall of the probability, when they are multiplied, of {OTHERS}",
     "pointing_game": "images of several objects with boxes: the highest point of the map lies in the object's box; the "
-    "map is the mean of the neurons' activations, each with the sign that it has at the noun, bilinear; "
-    "“unsigned”: without signs; “gate”: of the same neurons' gates after their non-linearity, which the authors' "
-    "released code reads; chance: the part of the image that the box takes",
+    "map is the mean of the neurons' activations, each with its sign at the noun, bilinear; “unsigned”: without signs; "
+    "“gate”: of the same neurons' gates after their non-linearity, which the authors' released code reads; chance: "
+    "the area of the box as a fraction of the image",
     "iou": "images of several objects with boxes: IoU of the map above its 95th percentile with the object's box",
 }
-"""Measure → how it is measured."""
+"""Protocol of each measure. In-sample and comparison measures get a prefix, see `protocol_of`."""
 
 COMPARISON = "ranked and measured on the same images; "
 IN_SAMPLE = "in-sample, measured on images that ranked the neurons; "
 RANKED = ("sensitivity", "specificity", "causal", "localisation")
-"""Properties whose neurons the run's rankings name."""
+"""Properties of neurons that the run's rankings name."""
 UNRANKED = ("layer-matched", "activation-matched", "uniform", "image", "random pairing", "none", "chance")
-"""Methods of these properties whose neurons no ranking names: controls, and each image's own highest."""
+"""Methods of these properties that use no ranking: controls, and each image's own highest neurons."""
 
 
 def protocol_of(key: Key) -> str:
-    """Return how a measure is measured."""
+    """Return the protocol of a measure."""
     if key.property == "comparison":
         return COMPARISON + PROTOCOLS[key.measure]
     ranked = key.property in RANKED and key.method not in UNRANKED
@@ -73,7 +73,7 @@ def protocol_of(key: Key) -> str:
 
 
 def perplexity_ratio(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:
-    """Return exp of the mean change of the negative log-probability a token."""
+    """Return exp of the mean change of the negative log-probability per token."""
     ratios: Float[ndarray, " draw"] = np.exp(ratio(totals))
     return ratios
 
@@ -94,12 +94,12 @@ SHARES = frozenset(
         "iou",
     }
 )
-"""Measures between 0 and 1, whose intervals are those of shares."""
+"""Measures that are fractions and have the intervals of `share_interval`."""
 
 VALUES: dict[str, Value] = {"zeroed_perplexity": perplexity_ratio}
-"""Measures that are not a mean: from totals to the value."""
+"""Functions from totals to the value, for measures that are not a mean."""
 
 
 def value_of(measure: str) -> Value:
-    """Return what makes a measure of its totals."""
+    """Return the function from a measure's totals to its value."""
     return VALUES.get(measure, ratio)

@@ -3,10 +3,10 @@
 const MEASURES = {
   exact_hit_rate: "own token promoted", lemma_hit_rate: "own word promoted, in any form", bertscore: "BERTScore of the tokens", clipscore: "CLIPScore of the tokens",
   overlap: "same neurons with the image's patches permuted", common_share: "neurons common to all images of the concept", jaccard: "same neurons in two images of the concept",
-  auroc: "own noun told from others (AUROC)", own_score: "score at its noun", other_score: "score at other nouns", p_untouched: "P(noun), untouched",
+  auroc: "own noun separated from others (AUROC)", own_score: "score at its noun", other_score: "score at other nouns", p_untouched: "P(noun), untouched",
   zeroed_own: "fall of P(noun), zeroed", zeroed_other: "fall of P(other nouns), zeroed", zeroed_removed: "captions that lose the noun, zeroed", zeroed_kept: "other captions unchanged, zeroed", zeroed_perplexity: "perplexity of other captions ×, zeroed",
   noise_own: "fall of P(noun), noise", noise_other: "fall of P(other nouns), noise", noise_removed: "captions that lose the noun, noise", noise_kept: "other captions unchanged, noise",
-  amplified_own: "rise of P(noun) where others are due, amplified", amplified_other: "fall of P(other nouns), amplified",
+  amplified_own: "rise of P(noun) in place of other nouns, amplified", amplified_other: "fall of P(other nouns), amplified",
   pointing_game: "peak on the object", iou: "IoU of mask and object",
 };
 const measureName = (name) => MEASURES[name] || name.replaceAll("_", " ");
@@ -22,7 +22,7 @@ const SECTIONS = [
 const range = (row) => [figure(row.value), " ", h("span.range", interval(row))];
 
 function measuresTable(rows) {
-  // A measure is named once, in the first of its rows.
+  // A measure is named in the first of its rows only.
   const named = rows.map((row, at) => ({ ...row, first: !at || rows[at - 1].measure !== row.measure }));
   const size = (row) => [row.neurons ? String(row.neurons) : "", row.strength ? ` · ${figure(row.strength, 1)}` : ""];
   return sortable("Measures", [
@@ -41,8 +41,8 @@ function sectionCharts(name, rows) {
       h("div.grid.two",
         card(h("h3", "Zeroed: its own noun"), dose(own, "Fall of the probability of the own noun", "neurons zeroed", (row) => row.neurons, "fall of P(noun)", scaleOf(own, others))),
         card(h("h3", "Zeroed: other nouns"), dose(others, "Fall of the probability of other nouns", "neurons zeroed", (row) => row.neurons, "fall of P(other nouns)", scaleOf(own, others))),
-        noise.length ? card(h("h3", "Noise on the rows"), dose(noise, "Fall of the probability of the own noun by noise", "σ, in parts of the rows' own size", (row) => row.strength, "fall of P(noun)")) : null,
-        select(rows, { measure: "amplified_own" }).length ? card(h("h3", "Amplified: named where it is not"), dose(select(rows, { measure: "amplified_own" }), "Rise of the probability of the concept's word where other nouns are due", "× activation", (row) => row.strength, "rise of P(noun)")) : null),
+        noise.length ? card(h("h3", "Noise on the rows"), dose(noise, "Fall of the probability of the own noun by noise", "σ, as a fraction of the rows' RMS", (row) => row.strength, "fall of P(noun)")) : null,
+        select(rows, { measure: "amplified_own" }).length ? card(h("h3", "Amplified: named where it is absent"), dose(select(rows, { measure: "amplified_own" }), "Rise of the probability of the concept's word in place of other nouns", "× activation", (row) => row.strength, "rise of P(noun)")) : null),
     ];
   }
   if (name === "region_invariance" || name === "image_invariance")
@@ -63,7 +63,7 @@ function propertiesPage() {
       h("details", h("summary", "How each was measured"), h("dl", protocols.map(([measure, text]) => [h("dt", measure), h("dd", text)])))))];
   });
   return [
-    heading("Properties", "What the located neurons mean, each figure with the same figure for neurons that were not chosen for it. Intervals: 95 %, over images."),
+    heading("Properties", "What the located neurons mean. Each figure comes with the same figure for control neurons. Intervals: 95 %, over images."),
     shown, compared.length ? comparison(compared) : null,
   ];
 }

@@ -1,4 +1,4 @@
-"""The properties of a report: the measures over all concepts. Those of one concept stand on its own page."""
+"""The section of a report on properties: measures over all concepts. Those of one concept are on its own page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from mmray.report.section import Request, Section
 
 
 def section(request: Request) -> Section:
-    """Return the rows over all concepts, in the order of the table; none where nothing has been measured yet."""
+    """Return the rows over all concepts in the order of the table, or none if nothing has been measured yet."""
     table = request.run.optional("properties")
     rows = [] if table is None else [row for row in table.to_pylist() if row.pop("concept") is None]
     return Section(

@@ -1,4 +1,7 @@
-"""Typed settings of the properties, the documentation of each, and what is fixed because protocols name it."""
+"""Settings of the properties, and constants that are fixed because the protocols of measures name them.
+
+Each docstring of a setting is also the help of the command line, so it stays short.
+"""
 
 from __future__ import annotations
 
@@ -9,51 +12,51 @@ from pydantic import Field
 from mmray.engine.settings import JobSettings, after_work, checked, execution
 
 SIZES = (1, 10, 50, 100)
-"""Neurons zeroed: the dose."""
+"""Numbers of neurons that are zeroed."""
 INVARIANCE_SIZES = (1, 5, 10, 50, 100)
-"""Neurons whose sets are compared."""
+"""Sizes of the sets of neurons that are compared across images."""
 DECODED = 10
 """Neurons whose tokens are read, and whose activations make a map."""
 MOST = max(SIZES)
 SIGMAS = (1.0, 2.0)
-"""Deviation of the noise on the rows of W_out, in parts of the rows' own root mean square."""
+"""Standard deviations of the noise on rows of W_out, as a fraction of the rows' own RMS."""
 FACTORS = (2.0, 5.0)
-"""What activations are multiplied by to amplify them."""
-WRITTEN = 3
-"""Images of a concept, and as many others, that are captioned anew with neurons changed."""
+"""Factors that amplify activations."""
+CAPTIONED = 3
+"""Images of a concept, and as many others, that are captioned again with neurons changed."""
 RANKINGS = ("score", "specific")
-"""The run's orders whose neurons are measured."""
+"""Rankings of the run whose neurons are measured."""
 
 
 class PropertySettings(JobSettings):
-    """Everything that `mmray properties` can be told."""
+    """Settings of `mmray properties`."""
 
     run: str = execution()
     """Folder of the run."""
     only: Literal["maps", "properties"] | None = None
-    """Draw heat maps, or measure properties, alone; by default both."""
+    """Only draw heat maps (maps), or only measure (properties); default: both."""
     concepts: int = Field(200, ge=1)
-    """Concepts that are measured, the most frequent first."""
+    """Concepts to measure, the most frequent first."""
     min_occurrences: int = Field(5, ge=2)
-    """Images that must show a concept for it to be measured."""
+    """Images that a concept needs to be measured."""
     language: str | None = None
-    """Measure the concepts of captions in this language alone, such as en; by default of all."""
+    """Only measure concepts of captions in this language, such as en; default: all."""
     images: int = Field(6, ge=2)
-    """Images of a concept, which run in one batch with half as many of others."""
+    """Images per concept; they run in one batch with half as many of other concepts."""
     maps: int = Field(4, ge=1)
-    """Images of a concept with heat maps."""
+    """Images per concept with heat maps."""
     longest: int = Field(32, ge=1)
-    """Tokens at most in a caption that is written anew; a longer one is cut off there."""
+    """Most tokens in a caption that the model writes; longer ones are cut off."""
     encoder: str | None = None
     """Folder of a text encoder for BERTScore of decoded tokens; default: not measured."""
     clip: str | None = None
     """Folder of a CLIP checkpoint for CLIPScore of decoded tokens; default: not measured."""
     draws: int = after_work(1000, ge=1)
-    """Draws of the bootstrap over images that intervals are made of."""
+    """Bootstrap draws over images for the intervals."""
     seed: int = 0
-    """Seed of all that is drawn."""
+    """Seed of everything drawn at random."""
 
 
 def property_settings(values: dict[str, Any]) -> PropertySettings:
-    """Return checked settings; raises InputError naming the first setting that is wrong and what is allowed."""
+    """Return validated settings. Raises InputError that names the first wrong setting and what it may be."""
     return checked(PropertySettings, values)

@@ -1,4 +1,4 @@
-"""Tables of `mmray properties`, and what a unit of its work commits."""
+"""Tables of `mmray properties`, and the parts that a unit commits."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ TABLES: dict[str, pa.Schema] = {
             field("concept", pa.string(), "null: over all concepts measured"),
             field("method", pa.string(), "what ranked the neurons, or the control that drew them"),
             field("neurons", pa.int32(), "count"),
-            field("strength", pa.float64(), "of noise: parts of the rows' own size; of amplification: the factor"),
+            field("strength", pa.float64(), "noise: σ as a fraction of the rows' RMS; amplification: the factor"),
             field("value", pa.float64()),
             field("low", pa.float64(), INTERVAL),
             field("high", pa.float64(), INTERVAL),
-            field("n", pa.int64(), "images; of what a ranking as a whole has, such as its hit rate, concepts"),
+            field("n", pa.int64(), "images, or concepts for measures of a whole ranking such as its hit rate"),
             field("protocol", pa.string()),
         ]
     ),
@@ -32,27 +32,27 @@ TABLES: dict[str, pa.Schema] = {
             field("rows", pa.int16(), "patches"),
             field("columns", pa.int16(), "patches"),
             field("values", pa.list_(pa.float32()), "mean activation of the neurons over each patch, row by row"),
-            field("covers", pa.list_(pa.float32()), "x, y, width, height of what the patches cover, in its parts"),
-            field("box", pa.list_(pa.float32()), "x, y, width, height of the concept's object, in parts of the image"),
-            field("hit", pa.bool_(), "the highest point lies in the box; null without one"),
-            field("iou", pa.float32(), "of the mask above the 95th percentile with the box; null without one"),
+            field("covers", pa.list_(pa.float32()), "x, y, width, height of the area of the patches, in 0..1"),
+            field("box", pa.list_(pa.float32()), "x, y, width, height of the concept's object, in 0..1"),
+            field("hit", pa.bool_(), "whether the highest point lies in the box; null without a box"),
+            field("iou", pa.float32(), "of the box and the mask above the 95th percentile; null without a box"),
         ]
     ),
 }
-"""What it adds to a run."""
+"""Tables that `mmray properties` adds to a run."""
 
 PARTS: dict[str, pa.Schema] = {
-    # A row is an image's part in one measure; the totals over images make the measure.
+    # One row per image and measure; a measure is a ratio of totals over images.
     "observations": pa.schema(
         [
             *(TABLES["properties"].field(name) for name in ("property", "measure", "method", "neurons", "strength")),
             field("concept", pa.string()),
             field("sample_id", pa.string()),
             field("value", pa.float64(), "sum"),
-            field("of", pa.float64(), "what the sum is divided by"),
+            field("of", pa.float64(), "denominator of the sum"),
         ]
     ),
     "heatmaps": TABLES["heatmaps"],
     "errors": ERRORS,
 }
-"""What one unit of work of the properties commits."""
+"""Parts that one unit of work commits."""

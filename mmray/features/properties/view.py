@@ -1,4 +1,4 @@
-"""What properties look like in the terminal: each measure with its controls."""
+"""Terminal view of the properties: each measure with its controls."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from mmray.runs.run import Run
 from mmray.terminal.figures import number
 
 LOCATED = ("score", "specific", "image", "contribution", "unsigned", "gate")
-"""Methods that chose neurons for the concept; all others are controls."""
+"""Methods that choose neurons for the concept; all others are controls."""
 
 
 def properties(rows: pa.Table) -> Table:
-    """Return the measures over all concepts as a table, the located neurons' in bold."""
+    """Return the measures over all concepts as a table, with those of located neurons in bold."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.padding = (0, 1, 0, 0)
     table.add_column("measure", no_wrap=True)
     table.add_column("neurons", no_wrap=True)
     for name in ("of them", "value", "95 % interval", "n"):
         table.add_column(name, justify="right", no_wrap=True)
-    before: tuple[str, str] = ("", "")
+    previous: tuple[str, str] = ("", "")
     for row in rows.to_pylist():
-        if row["property"] != before[0]:
+        if row["property"] != previous[0]:
             table.add_row(Text(row["property"].replace("_", " "), "bold"))
-        same = (row["property"], row["measure"]) == before
-        before = row["property"], row["measure"]
+        same = (row["property"], row["measure"]) == previous
+        previous = row["property"], row["measure"]
         style = "bold" if row["method"] in LOCATED else ""
         strength = "" if row["strength"] is None else f" × {row['strength']:g}"
         table.add_row(
@@ -41,25 +41,25 @@ def properties(rows: pa.Table) -> Table:
 
 
 def findings(run: Run) -> list[str]:
-    """Return what was measured in a few lines: words that neurons write, what zeroing them does, where they look."""
+    """Return the main results in a few lines: the words neurons write, the effect of zeroing them, where maps peak."""
     found = {(row["measure"], row["method"], row["neurons"]): row for row in run.properties().to_pylist()}
     lines = []
     if hit := found.get(("lemma_hit_rate", "score", 10)):
         floor = found["lemma_hit_rate", "uniform", 10]["value"]
         lines.append(
-            f"of {hit['n']} concepts {hit['value']:.1%} are written by one of their ten highest neurons, "
-            f"{floor:.1%} by one of ten random ones"
+            f"of {hit['n']} concepts, {hit['value']:.1%} are written by one of their ten highest neurons, and "
+            f"{floor:.1%} by one of ten random neurons"
         )
     if own := found.get(("zeroed_own", "score", 100)):
         other, matched = found["zeroed_other", "score", 100], found["zeroed_own", "layer-matched", 100]
         lines.append(
-            f"their 100 highest zeroed lower P(noun) by {own['value']:z.3f} and that of other nouns by "
-            f"{other['value']:z.3f}; random ones of the same layers lower it by {matched['value']:z.3f}"
+            f"zeroing the 100 highest lowers P(noun) by {own['value']:z.3f} and P(other nouns) by "
+            f"{other['value']:z.3f}; random ones of the same layers lower P(noun) by {matched['value']:z.3f}"
         )
     if chance := found.get(("pointing_game", "chance", 10)):
         point, by = max((found["pointing_game", name, 10]["value"], name) for name in ("score", "specific"))
         lines.append(
-            f"in {chance['n']:,} images of several objects the map of the ten highest by {by} peaks on the right one "
-            f"in {point:.0%}; chance {chance['value']:.0%}"
+            f"in {chance['n']:,} images of several objects, the map of the ten highest by {by} peaks on the right "
+            f"object in {point:.0%}; chance: {chance['value']:.0%}"
         )
     return lines

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 import mmray
 from mmray.demo import DATA
 from mmray.features.census.settings import census_settings
-from mmray.features.properties.comparing import METHODS, compare_methods
-from mmray.features.properties.effects import MATCHED, AblationEffects, noise
+from mmray.features.properties.comparison import METHODS, compare_methods
+from mmray.features.properties.effects import LAYER_MATCHED, AblationEffects, noise
 from mmray.features.properties.maps import box_of, draw_maps
 from mmray.features.properties.meaning import invariance, region_invariance, sensitivity
 from mmray.features.properties.observations import Key, Observations, summarise
 from mmray.features.properties.probe import Probe
 from mmray.features.properties.settings import DECODED, MOST, RANKINGS, property_settings
-from mmray.features.properties.subject import Facts, Ranked, Study, Subject
+from mmray.features.properties.subject import ConceptInputs, Ranked, Study, Subject
 from mmray.features.properties.tables import PARTS
 from mmray.models.parts import output_rows
 from mmray.neurons.concepts import NounSource
@@ -46,10 +46,10 @@ def subject(open_model: Model) -> Subject:
     neurons = tuple((7, unit) for unit in range(MOST))
     ranked = {name: Ranked(neurons, (1.0,) * MOST) for name in RANKINGS}
     names = [tuple(sample.sample_id for sample in part) for part in (own, others)]
-    facts = Facts("hammer", "hammer", "en", ranked, ranked["score"], names[0], names[1], ())
+    inputs = ConceptInputs("hammer", "hammer", "en", ranked, ranked["score"], names[0], names[1], ())
     encoded = study.encoded([*own, *others])
     assert encoded is not None
-    return Subject(study, facts, *encoded)
+    return Subject(study, inputs, *encoded)
 
 
 @pytest.mark.parametrize("variant", ["llava", "blip2_t5", "mllama"])
@@ -60,7 +60,9 @@ def test_nothing_is_said_of_patches_that_are_not_in_the_sequence(open_model, var
     ranked = {name: Ranked(neurons, (1.0,) * DECODED) for name in RANKINGS}
     encoded = study.encoded(samples(8))
     assert encoded is not None
-    subject = Subject(study, Facts("dog", "dog", "en", ranked, ranked["score"], ("s0", "s2", "s6"), (), ()), *encoded)
+    subject = Subject(
+        study, ConceptInputs("dog", "dog", "en", ranked, ranked["score"], ("s0", "s2", "s6"), (), ()), *encoded
+    )
     found = Observations()
     region_invariance(subject, found)
     assert bool(found.observations) == (variant == "llava")
@@ -77,10 +79,10 @@ def test_maps_of_several_concepts_are_those_of_each(subject):
     asked = subject.study.settings.model_copy(update={"batch_size": 2})
     study = replace(subject.study, settings=asked)
     given = {item.sample.sample_id: item.sample for item in subject.items}
-    hammer = replace(subject.facts, maps=subject.facts.own[:3])
-    other = replace(subject.facts, concept="dog", maps=(*subject.facts.others[:2], subject.facts.own[0]))
+    hammer = replace(subject.inputs, maps=subject.inputs.own[:3])
+    other = replace(subject.inputs, concept="dog", maps=(*subject.inputs.others[:2], subject.inputs.own[0]))
     whole = draw_maps(study, [hammer, other], given)
-    single = [draw_maps(study, [facts], given) for facts in (hammer, other)]
+    single = [draw_maps(study, [inputs], given) for inputs in (hammer, other)]
     rows, apart = whole.heatmaps, [row for part in single for row in part.heatmaps]
     assert len(rows) == 2 * 6
     for row, alone in zip(rows, apart, strict=True):
@@ -99,10 +101,10 @@ def test_maps_of_several_concepts_are_those_of_each(subject):
 
 def test_maps_are_compared_with_those_of_gates_and_without_signs(subject):
     given = {item.sample.sample_id: item.sample for item in subject.items}
-    several = [name for name in subject.facts.own if len(given[name].objects) > 1]
-    turned = Ranked(subject.facts.ranked["score"].neurons, (1.0, -1.0) * (MOST // 2))
-    facts = replace(subject.facts, maps=tuple(several), ranked=dict.fromkeys(RANKINGS, turned))
-    found = draw_maps(subject.study, [facts], given)
+    several = [name for name in subject.inputs.own if len(given[name].objects) > 1]
+    turned = Ranked(subject.inputs.ranked["score"].neurons, (1.0, -1.0) * (MOST // 2))
+    inputs = replace(subject.inputs, maps=tuple(several), ranked=dict.fromkeys(RANKINGS, turned))
+    found = draw_maps(subject.study, [inputs], given)
     methods = {row["method"] for row in found.observations if row["measure"] == "iou"}
     assert methods == {*RANKINGS, "unsigned", "gate", "layer-matched"}
     assert {row["method"] for row in found.heatmaps} == set(RANKINGS)
@@ -116,12 +118,12 @@ def test_maps_are_compared_with_those_of_gates_and_without_signs(subject):
 
 def test_what_neurons_write_is_told_by_their_sign(subject):
     """The noun is what all neurons suppress: those write it whose activation is negative, in the run or here."""
-    facts = subject.facts
-    study = replace(subject.study, decoded=decoded(sum(subject.model.widths), "x", facts.concept))
-    neurons = facts.ranked["score"].neurons
+    inputs = subject.inputs
+    study = replace(subject.study, decoded=decoded(sum(subject.model.widths), "x", inputs.concept))
+    neurons = inputs.ranked["score"].neurons
     signs = {"score": (1.0,) * MOST, "specific": (1.0,) * 9 + (-1.0,) * (MOST - 9)}
     ranked = {name: Ranked(neurons, signs[name]) for name in RANKINGS}
-    given = Subject(study, replace(facts, ranked=ranked), subject.items, subject.batch)
+    given = Subject(study, replace(inputs, ranked=ranked), subject.items, subject.batch)
     found = Observations()
     sensitivity(given, found)
     compare_methods(given, AblationEffects(given), found)
@@ -132,7 +134,7 @@ def test_what_neurons_write_is_told_by_their_sign(subject):
     }
     assert hits["sensitivity", "score", "hammer"] == 0
     assert hits["sensitivity", "specific", "hammer"] == 1
-    contributions, activations = given.contributions[given.own], given.signed
+    contributions, activations = given.contributions[given.own], given.own_activations
     for place, name in enumerate(given.own_samples):
         best = contributions[place].topk(DECODED).indices
         assert hits["sensitivity", "image", name] == bool((activations[place, best] < 0).any())
@@ -145,12 +147,12 @@ def test_places_are_the_noun_in_its_images_and_others_elsewhere(subject):
     assert subject.usable
     assert len(subject.own_samples) == len(set(subject.own_samples)) == 4
     assert not set(subject.own_samples) & set(subject.other_samples)
-    assert set(subject.other_samples) <= set(subject.facts.others)
+    assert set(subject.other_samples) <= set(subject.inputs.others)
 
 
 def test_falls_are_those_of_plain_forwards(subject):
-    effects, neurons = AblationEffects(subject), subject.facts.ranked["score"].neurons
-    model, batch, places = subject.model, subject.batch, subject.places
+    effects, neurons = AblationEffects(subject), subject.inputs.ranked["score"].neurons
+    model, batch, places = subject.model, subject.batch, subject.positions
     before = score_batch(model, batch, places).log_prob.exp()
     for change in (mmray.ablate, lambda *given: noise(*given, 2.0), lambda *given: mmray.scale(*given, 5.0)):
         with change(model, neurons):
@@ -175,7 +177,9 @@ def test_effects_observe_every_dose_with_its_control(subject):
     AblationEffects(subject).observe(found)
     rows = found.tables()["observations"].to_pylist()
     seen = {(row["measure"], row["method"], row["neurons"]) for row in rows}
-    assert {("zeroed_own", method, MOST) for method in (*RANKINGS, MATCHED, "activation-matched", "uniform")} <= seen
+    assert {
+        ("zeroed_own", method, MOST) for method in (*RANKINGS, LAYER_MATCHED, "activation-matched", "uniform")
+    } <= seen
     own = [row for row in rows if row["measure"] == "zeroed_own"]
     assert {row["sample_id"] for row in own} == set(subject.own_samples)
     assert {row["sample_id"] for row in rows if row["measure"] == "zeroed_other"} == set(subject.other_samples)
@@ -186,13 +190,13 @@ def test_boxes_are_found_by_names_in_any_language(subject):
 
     sample = next(item.sample for item in subject.items if len(item.sample.objects) > 1)
     name = sample.objects[1]
-    facts = replace(subject.facts, concept=name)
-    assert box_of(subject.study, facts, sample) == sample.boxes[1]
+    inputs = replace(subject.inputs, concept=name)
+    assert box_of(subject.study, inputs, sample) == sample.boxes[1]
     nouns = NounSource("objects", (), {name: {"es": "cosa"}})
     study = replace(subject.study, nouns=nouns)
     spanish = replace(sample, language="es")
-    assert box_of(study, replace(facts, concept="cosa"), spanish) == sample.boxes[1]
-    assert box_of(study, replace(facts, concept="nothing"), spanish) is None
+    assert box_of(study, replace(inputs, concept="cosa"), spanish) == sample.boxes[1]
+    assert box_of(study, replace(inputs, concept="nothing"), spanish) is None
 
 
 ROWS = st.lists(

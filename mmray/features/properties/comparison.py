@@ -1,4 +1,4 @@
-"""Methods of finding neurons, compared on the same images: what their highest write, and what zeroing those does."""
+"""Methods of finding neurons, compared on the same images by the tokens written and the effect of zeroing."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from mmray.models.interventions import ablate
 from mmray.neurons.scoring import score_batch
 
 METHODS = ("contribution", "folded", "specific", "gate", "activation", "gradient", "random")
-"""Scores by which neurons are ranked; `folded` has the final norm in it, `specific` subtracts what others get.
+"""Scores that rank the neurons. `folded` includes the final norm; `specific` subtracts the contribution elsewhere.
 
-Without an image in the decoder's sequence there is no `gradient`, which sums over its positions; without gates that can
-be read there is no `gate`.
+There is no `gradient` if the decoder's sequence holds no image, because it sums over the image's positions. There is no
+`gate` if the model's gates can't be read.
 """
 
 
 def compare_methods(subject: Subject, effects: AblationEffects, found: Observations) -> None:
-    """Observe every method's neurons."""
-    facts, study = subject.facts, subject.study
+    """Measure the neurons of every method."""
+    inputs, study = subject.inputs, subject.study
     model = subject.model
     missing = {
         "gradient": not model.parts.image_in_sequence,
@@ -36,36 +36,36 @@ def compare_methods(subject: Subject, effects: AblationEffects, found: Observati
     for method in METHODS:
         if missing.get(method):
             continue
-        scores, order = ranked_by(subject, method)
-        numbers = order.topk(min(MOST, len(order))).indices.tolist()
-        neurons = study.names(numbers)
+        scores, order = scores_and_order(subject, method)
+        indices = order.topk(min(MOST, len(order))).indices.tolist()
+        neurons = study.locate(indices)
         falls = effects.falls(neurons, ablate(subject.model, neurons))[0]
-        tokens = chain.from_iterable(subject.written_here(numbers[:DECODED]))
-        hit = lemma_hit(tokens, facts.concept, facts.token, facts.language)
-        found.add(Key("comparison", "lemma_hit_rate", method, DECODED), facts.concept, facts.concept, hit)
+        tokens = chain.from_iterable(subject.written_here(indices[:DECODED]))
+        hit = lemma_hit(tokens, inputs.concept, inputs.token, inputs.language)
+        found.add(Key("comparison", "lemma_hit_rate", method, DECODED), inputs.concept, inputs.concept, hit)
         rows = (
             ("zeroed_own", MOST, subject.own_samples, falls[subject.own].tolist()),
             ("zeroed_other", MOST, subject.other_samples, falls[~subject.own].tolist()),
             ("jaccard", DECODED, subject.own_samples, pairwise_jaccard(highest(scores, DECODED))),
         )
         for measure, size, samples, values in rows:
-            found.extend(Key("comparison", measure, method, size), facts.concept, samples, values)
+            found.extend(Key("comparison", measure, method, size), inputs.concept, samples, values)
 
 
-def ranked_by(subject: Subject, method: str) -> tuple[Float[Tensor, "own neuron"], Float[Tensor, " neuron"]]:
-    """Return a method's scores at the concept's places, and what it orders neurons by."""
+def scores_and_order(subject: Subject, method: str) -> tuple[Float[Tensor, "own neuron"], Float[Tensor, " neuron"]]:
+    """Return a method's scores at the concept's positions, and the values by which it ranks neurons."""
     own = subject.own
     if method == "specific":
         scores = subject.contributions
         return scores[own], specific_order(scores, own)
     if method == "gradient":
-        # A backward pass costs most: it runs over the concept's images alone.
-        alone = subject.study.encoded(
+        # The backward pass is expensive, so it runs on the concept's own images only.
+        own_images = subject.study.encoded(
             [item.sample for item in subject.items if item.sample.sample_id in set(subject.own_samples)]
         )
-        assert alone is not None
-        own_subject = Subject(subject.study, subject.facts, *alone)
-        found = score_batch(subject.model, own_subject.batch, own_subject.places, "gradient")
+        assert own_images is not None
+        own_subject = Subject(subject.study, subject.inputs, *own_images)
+        found = score_batch(subject.model, own_subject.batch, own_subject.positions, "gradient")
         scores = torch.cat([part.cpu() for part in found.scores], dim=1)
         return scores, scores.mean(dim=0)
     folded = method == "folded"

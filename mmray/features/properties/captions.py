@@ -1,0 +1,88 @@
+"""Greedy captions before and after neurons are changed: whether the noun goes, and whether other captions stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+from mmray.data.images import decode_image
+from mmray.features.census.shard import Captioned
+from mmray.features.properties.effects import LAYER_MATCHED, noise
+from mmray.features.properties.observations import Key, Observations
+from mmray.features.properties.settings import CAPTIONED, MOST, SIGMAS
+from mmray.features.properties.subject import Neurons, Subject
+from mmray.models.generation import caption_of, generate
+from mmray.models.interventions import ablate
+from mmray.models.pixels import BUDGET, pixels_of, within_budget
+from mmray.models.prompting import prompt_text
+from mmray.neurons import controls
+
+
+class CaptionChanges:
+    """Captions before and after changes. Those before are cached, because an image serves many concepts."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, str] = {}
+
+    def observe(self, subject: Subject, found: Observations) -> None:
+        """Measure which captions lose the noun, and which others stay, with MOST neurons changed."""
+        items = _items_to_caption(subject)
+        missing = [item for item in items if item.sample.sample_id not in self.before]
+        for item, text in zip(missing, greedy_captions(subject, missing), strict=True):
+            self.before[item.sample.sample_id] = text
+        ranked = subject.inputs.ranked
+        matched = controls.layer_matched(
+            subject.model.widths, ranked["score"].neurons, f"{subject.inputs.concept} {MOST}"
+        )
+        sets: dict[str, Neurons] = {"score": ranked["score"].neurons, LAYER_MATCHED: matched}
+        for method, neurons in sets.items():
+            self._compare(subject, found, items, "zeroed", (method, None), ablate(subject.model, neurons))
+        sigma = max(SIGMAS)
+        change = noise(subject.model, sets["score"], sigma)
+        self._compare(subject, found, items, "noise", ("score", sigma), change)
+
+    def _compare(
+        self,
+        subject: Subject,
+        found: Observations,
+        items: Sequence[Captioned],
+        kind: str,
+        method_and_strength: tuple[str, float | None],
+        change: AbstractContextManager[None],
+    ) -> None:
+        concept, own = subject.inputs.concept, set(subject.own_samples)
+        method, strength = method_and_strength
+        with change:
+            texts = greedy_captions(subject, items)
+        removed, kept = (Key("causal", f"{kind}_{part}", method, MOST, strength) for part in ("removed", "kept"))
+        for item, text in zip(items, texts, strict=True):
+            sample_id = item.sample.sample_id
+            if sample_id not in own:
+                found.add(kept, concept, sample_id, text == self.before[sample_id])
+            # A noun that the model does not write anyway can't be removed.
+            elif _names_concept(subject, item, self.before[sample_id]):
+                found.add(removed, concept, sample_id, not _names_concept(subject, item, text))
+
+
+def greedy_captions(subject: Subject, items: Sequence[Captioned]) -> list[str]:
+    """Return the captions that the model writes for these images."""
+    settings, model = subject.study.settings, subject.model
+    texts = []
+    for part in within_budget(items, lambda item: pixels_of(model, item.sample.image), BUDGET):
+        prompts = [prompt_text(model, settings.prompt, item.sample.language, prefix=settings.prefix) for item in part]
+        images = [decode_image(item.sample.image or b"", item.sample.background) for item in part]
+        texts += [caption_of(model, tokens)[0] for tokens in generate(model, prompts, images, settings.longest)]
+    return texts
+
+
+def _items_to_caption(subject: Subject) -> list[Captioned]:
+    """Return the first CAPTIONED of the concept's images, and as many others."""
+    own = set(subject.own_samples)
+    with_concept = [item for item in subject.items if item.sample.sample_id in own]
+    others = [item for item in subject.items if item.sample.sample_id not in own]
+    return with_concept[:CAPTIONED] + others[:CAPTIONED]
+
+
+def _names_concept(subject: Subject, item: Captioned, text: str) -> bool:
+    mentions = subject.study.nouns.find(text, item.sample.language, item.sample.objects)
+    return any(mention.concept == subject.inputs.concept for mention in mentions)
