@@ -29,7 +29,7 @@ def _command(feature: Feature, kind: type[JobSettings]) -> Callable[..., None]:
         else:
             for name, value in done.headline.items():
                 say(f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
-            took = "already finished" if done.already else f"in {done.seconds:.0f} s"
+            took = "already finished" if done.already_done else f"in {done.seconds:.0f} s"
             say(f"{done.done:,} {feature.noun} {took} → {job.target}")
         end(done, feature.noun.removesuffix("s"), quiet=as_json)
 

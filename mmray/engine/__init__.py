@@ -1,8 +1,8 @@
-"""One engine for every distributed job: units handed out, committed once, merged; on Ray or in this process.
+"""One engine for every distributed job: units are handed out, committed once and merged, on Ray or in this process.
 
-A feature declares a `Job`: what it asks (`JobSettings`), how it is cut into units, what a worker makes of one, and how
-the committed parts become tables. `run` does the rest: lease, fingerprint, begin or resume, three attempts and then
-quarantine, receipts, merge. Ray itself is imported by `RayExecutor` alone.
+A feature declares a `Job`: its settings (`JobSettings`), how it is cut into units, what a worker computes for a unit,
+and how the committed parts become tables. `run` does the rest: lease, fingerprint, begin or resume, three attempts and
+then quarantine, receipts, merge. Only `mmray.engine.ray` and `mmray.engine.session` import Ray.
 """
 
 from mmray.engine.driver import run, run_side_by_side, run_together

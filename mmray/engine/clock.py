@@ -1,4 +1,4 @@
-"""Where a unit's time goes: phases of work, timed where they happen and kept in the unit's receipt."""
+"""Profile a unit: seconds per phase of work, which its receipt records, and peak memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 _phases: ContextVar[dict[str, float] | None] = ContextVar("phases", default=None)
-"""Seconds by phase of the unit that this context works on."""
+"""Seconds by phase of the current unit."""
 _phase: ContextVar[str | None] = ContextVar("phase", default=None)
-"""The phase that it is in."""
+"""The current phase."""
 
 
 @contextmanager
@@ -33,10 +33,10 @@ def timed_phases() -> Iterator[dict[str, float]]:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Count the block's time, or a decorated function's, as that phase of the unit at work: read, forward, score, …
+    """Count the time of a block, or of a decorated function, as a phase of the current unit: read, forward, score, …
 
-    A phase within another is not counted as the other's. Without a unit at work nothing is counted. On a GPU a phase
-    ends when its results are asked for, which may be in the next one.
+    Does nothing outside a unit. CUDA is asynchronous: time on a GPU counts for the phase that waits for the result,
+    which may be the next one.
     """
     seconds, outer, began = _phases.get(), _phase.get(), time.perf_counter()
     token = _phase.set(name)
@@ -47,27 +47,29 @@ def phase(name: str) -> Iterator[None]:
         if seconds is not None:
             spent = time.perf_counter() - began
             seconds[name] += spent
+            # A nested phase does not count for the outer one as well.
             if outer is not None:
                 seconds[outer] -= spent
 
 
 def timed(name: str, items: Iterable[Item]) -> Iterator[Item]:
-    """Yield the items; the time that each takes to come is that phase's."""
-    waiting = iter(items)
+    """Yield the items, counting the time to produce each as a phase."""
+    iterator = iter(items)
     while True:
         with phase(name):
             try:
-                item = next(waiting)
+                item = next(iterator)
             except StopIteration:
                 return
         yield item
 
 
 def peak_memory() -> dict[str, int]:
-    """Return the most bytes that this process has held so far: of the host, and of the GPU where it uses one."""
-    # Linux counts kilobytes, macOS bytes.
+    """Return this process's peak memory so far, in bytes: `host`, and `gpu` if it uses one."""
+    # `ru_maxrss` is in kilobytes on Linux, in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    # Not imported here: a job without a model has no torch.
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         peak["gpu"] = sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))

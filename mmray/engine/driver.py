@@ -1,4 +1,4 @@
-"""The driver of every job: plan, lease, begin or resume, hand out, merge, make visible."""
+"""The driver of every job: plan, take the lease, begin or resume, hand out units, merge, publish."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from mmray.storage import Store, with_retries
 from mmray.version import VERSION
 
 Follow = Callable[[Progress], None]
+"""Called after every committed unit."""
 
 LIBRARIES = ("torch", "transformers", "ray", "pyarrow")
-"""Whose versions run.json notes."""
+"""Libraries whose versions run.json records."""
 
 
 @dataclass(frozen=True)
-class _Begun:
-    """A job whose folder is there."""
+class _StartedJob:
+    """A job whose lease is held and whose folder exists."""
 
     job: Job[Any, Any]
     plan: Plan[Any]
@@ -41,9 +42,9 @@ class _Begun:
     fingerprint: str
     lease: Lease
     target: Store
-    """Where its tables and files go."""
+    """Store of its tables and files."""
     fence: int
-    """Number of its snapshots."""
+    """Fencing token of its snapshots."""
 
 
 def run(
@@ -54,11 +55,10 @@ def run(
     follow: Follow = lambda _: None,
     lease: Lease | None = None,
 ) -> JobResult:
-    """Run a job to its end, or resume one that stopped, and write what it amounts to.
+    """Run a job to its end, or resume it, and write its tables.
 
-    `follow` is told of every committed unit, and nothing where there is no work. `plan` and `lease` are given by a
-    caller that has them already. Raises InputError for anything wrong with the set-up, before any work, and where
-    another driver is at work on the same job.
+    `follow` is not called if there is nothing to do. Pass `plan` and `lease` if you already have them. Raises
+    InputError, before any work, for anything wrong with the set-up, or if another driver runs the same job.
     """
     plans = None if plan is None else [plan]
     return run_together([job], plans=plans, executor=executor, follow=follow, lease=lease)[0]
@@ -72,10 +72,10 @@ def run_together(
     follow: Follow = lambda _: None,
     lease: Lease | None = None,
 ) -> list[JobResult]:
-    """Run jobs with one set of workers: units of one group run on one actor, whichever job they are of.
+    """Run jobs with shared workers: units of one group run on one actor, whichever job they belong to.
 
-    The first job's class makes the workers of all. Jobs are merged in the order given. `seconds` of each result are
-    those of all. Otherwise as `run`.
+    The first job's class creates the workers. Jobs are merged in the order given. `seconds` of each result is the
+    total. Otherwise like `run`.
     """
     plans = [job.plan() for job in jobs] if plans is None else plans
     return _run_teams([list(zip(jobs, plans, strict=True))], executor, follow, lease)[0]
@@ -84,10 +84,10 @@ def run_together(
 def run_side_by_side(
     jobs: Sequence[Job[Any, Any]], *, executor: Executor | None = None, follow: Follow = lambda _: None
 ) -> list[JobResult]:
-    """Run jobs that share nothing at the same time, each with workers of its own; in turn without a cluster.
+    """Run independent jobs at the same time, each with its own workers; one after the other without a cluster.
 
-    They take equal parts of the cluster, and what one leaves the others get. `follow` is told of all of them together.
-    Jobs are merged in the order given, when all are done. Otherwise as `run`.
+    They get equal shares of the cluster, and take over what others leave. `follow` gets their total progress. Jobs are
+    merged in the order given, after all units are done. Otherwise like `run`.
     """
     return [results[0] for results in _run_teams([[(job, job.plan())] for job in jobs], executor, follow)]
 
@@ -98,24 +98,25 @@ def _run_teams(
     follow: Follow,
     lease: Lease | None = None,
 ) -> list[list[JobResult]]:
-    """Run jobs that are planned already: planning first, what is wrong with the set-up leaves no trace."""
+    """Run teams of jobs with shared workers; they are planned already, so that a bad set-up leaves no trace."""
     began = time.perf_counter()
     with ExitStack() as stack:
-        begun: list[list[_Begun]] = [[] for _ in teams]
-        for team, started in zip(teams, begun, strict=True):
+        started: list[list[_StartedJob]] = [[] for _ in teams]
+        for team, begun in zip(teams, started, strict=True):
             for job, plan in team:
-                held = lease or stack.enter_context(drive_analysis(job.place))
-                started.append(with_retries(partial(_begin, job, plan, held)))
-        worked = _run_pending(begun, executor or executor_for(teams[0][0][0].settings), follow)
+                held = lease or stack.enter_context(drive_analysis(job.root))
+                begun.append(with_retries(partial(_begin, job, plan, held)))
+        worked = _run_pending(started, executor or executor_for(teams[0][0][0].settings), follow)
         return [
-            [_finish(one, began, worked=any_work) for one in team] for team, any_work in zip(begun, worked, strict=True)
+            [_finish(one, began, worked=any_work) for one in team]
+            for team, any_work in zip(started, worked, strict=True)
         ]
 
 
-def _begin(job: Job[Any, Any], plan: Plan[Any], lease: Lease) -> _Begun:
+def _begin(job: Job[Any, Any], plan: Plan[Any], lease: Lease) -> _StartedJob:
     target = open_target(job.target)
     fence = next_fence(target, job.name, lease.number)
-    settings = plan.settled or job.settings
+    settings = plan.settings or job.settings
     fingerprint = settings.fingerprint(plan.digests)
     folder = RunFolder.at(job.folder(fingerprint))
     folder.make_way(fingerprint)
@@ -130,59 +131,59 @@ def _begin(job: Job[Any, Any], plan: Plan[Any], lease: Lease) -> _Begun:
             "home": str(Path.cwd()),
             "versions": {"mmray": VERSION, "python": platform.python_version()}
             | {name: version(name) for name in LIBRARIES},
-            **plan.facts,
+            **plan.run_info,
         },
         plan.manifest or json.dumps({"units": len(plan.units), "sizes": [unit.size for unit in plan.units]}).encode(),
     )
-    # Whether its store commits by name is known only now that the folder has begun.
+    # Open it again: only after `begin` does the folder say whether its store commits by name.
     folder = RunFolder.at(job.folder(fingerprint))
-    return _Begun(job, plan, folder, fingerprint, lease, target, fence)
+    return _StartedJob(job, plan, folder, fingerprint, lease, target, fence)
 
 
-def _run_pending(teams: Sequence[Sequence[_Begun]], executor: Executor, follow: Follow) -> list[bool]:
-    """Have every unit done that is neither committed nor quarantined; return for each team whether there was any."""
+def _run_pending(teams: Sequence[Sequence[_StartedJob]], executor: Executor, follow: Follow) -> list[bool]:
+    """Run every unit that is neither committed nor quarantined; return for each team whether there was any."""
     done: list[Receipt] = []
     orders = [_order(team, done) for team in teams]
     work = [(order, groups) for order, groups in orders if groups]
-    everyone = [one for team in teams for one in team]
-    total = sum(unit.size for one in everyone for unit in one.plan.units)
+    jobs = [job for team in teams for job in team]
+    total = sum(unit.size for job in jobs for unit in job.plan.units)
     size, failures = sum(receipt.samples for receipt in done), sum(receipt.failures for receipt in done)
     quarantined = sum(receipt.reason is not None for receipt in done)
     if not work:
         return [False] * len(teams)
-    told = Progress(size, total, failures, quarantined)
-    follow(told)
+    last = Progress(size, total, failures, quarantined)
+    follow(last)
     with executor.session():
-        for answers in executor.answers(*work[0]) if len(work) == 1 else executor.side_by_side(work):
-            for answer in answers:
-                if answer.problem:
-                    raise InputError(answer.problem)
-                size += answer.size
-                failures += answer.failures
-                quarantined += bool(answer.reason)
-            for one in everyone:
-                one.lease.check()
+        for outcomes in executor.run(*work[0]) if len(work) == 1 else executor.run_side_by_side(work):
+            for outcome in outcomes:
+                if outcome.problem:
+                    raise InputError(outcome.problem)
+                size += outcome.size
+                failures += outcome.failures
+                quarantined += bool(outcome.reason)
+            for job in jobs:
+                job.lease.check()
             progress = Progress(size, total, failures, quarantined)
-            # A unit may be no sample, such as one that decodes neurons.
-            if progress != told:
+            # Units without samples, such as those that decode neurons, change nothing.
+            if progress != last:
                 follow(progress)
-            told = progress
+            last = progress
     return [bool(groups) for _, groups in orders]
 
 
-def _order(begun: Sequence[_Begun], done: list[Receipt]) -> tuple[WorkOrder, list[list[int]]]:
-    """Return what the workers of a team are given, and its pending units by group; adds the receipts of the others."""
+def _order(team: Sequence[_StartedJob], done: list[Receipt]) -> tuple[WorkOrder, list[list[int]]]:
+    """Return a team's work order and its pending units by group; appends the receipts of the other units to `done`."""
     order = WorkOrder(
-        [one.job for one in begun],
-        [one.plan.context for one in begun],
-        [one.plan.units for one in begun],
-        [one.folder.store.uri for one in begun],
-        [one.fingerprint for one in begun],
-        begun[0].job.settings.unit_timeout,
+        [one.job for one in team],
+        [one.plan.context for one in team],
+        [one.plan.units for one in team],
+        [one.folder.store.uri for one in team],
+        [one.fingerprint for one in team],
+        team[0].job.settings.unit_timeout,
     )
     groups: dict[Any, list[int]] = {}
     start = 0
-    for one in begun:
+    for one in team:
         known = one.folder.repair()
         if not one.job.settings.retry_failed:
             known |= one.folder.quarantined(known)
@@ -191,18 +192,19 @@ def _order(begun: Sequence[_Begun], done: list[Receipt]) -> tuple[WorkOrder, lis
         one.folder.reopen(pending)
         for number in pending:
             group = one.plan.units[number].group
+            # A unit without a group is a group of its own; the tuple keeps group names apart from unit numbers.
             groups.setdefault((start + number) if group is None else ("group", group), []).append(start + number)
         start += len(one.plan.units)
     return order, list(groups.values())
 
 
-def _finish(begun: _Begun, began: float, *, worked: bool) -> JobResult:
-    """Merge what is committed, unless the tables are made from it already, and return what it amounts to."""
-    job, folder, store = begun.job, begun.folder, begun.target
+def _finish(started: _StartedJob, began: float, *, worked: bool) -> JobResult:
+    """Merge what is committed, unless the tables are up to date, and return the result."""
+    job, folder, store = started.job, started.folder, started.target
     while True:
-        parts = _complete(begun)
+        parts = _complete(started)
         made_from = {
-            "fingerprint": begun.fingerprint,
+            "fingerprint": started.fingerprint,
             "receipts": receipts_digest(parts.receipts),
             "settings": json.dumps(job.settings.merge_settings(), sort_keys=True),
         }
@@ -210,11 +212,11 @@ def _finish(begun: _Begun, began: float, *, worked: bool) -> JobResult:
         if snapshot is not None and snapshot.made_from == made_from and not any(snapshot.verify(store)):
             headline = snapshot.headline
             if not is_published(store, snapshot):
-                publish(begun.lease.guard(store), snapshot)
+                publish(started.lease.guard(store), snapshot)
         else:
-            headline = _merge(begun, parts, made_from)
+            headline = _merge(started, parts, made_from)
             worked = True
-        # What a late worker commits meanwhile is taken in too.
+        # A late worker may have committed a quarantined unit during the merge: then merge again.
         if folder.committed() == parts.receipts.keys():
             break
     return JobResult(
@@ -225,13 +227,13 @@ def _finish(begun: _Begun, began: float, *, worked: bool) -> JobResult:
         seconds=time.perf_counter() - began,
         headline=headline,
         parts=parts,
-        already=not worked,
+        already_done=not worked,
     )
 
 
-def _complete(begun: _Begun) -> Parts:
+def _complete(started: _StartedJob) -> Parts:
     """Return the committed parts; raises InputError unless each unit is committed or quarantined."""
-    folder, units = begun.folder, begun.plan.units
+    folder, units = started.folder, started.plan.units
     receipts = folder.receipts()
     quarantined = folder.reasons(receipts)
     missing = [number for number in range(len(units)) if number not in receipts and number not in quarantined]
@@ -240,15 +242,15 @@ def _complete(begun: _Begun) -> Parts:
             f"{folder.store.uri}: {len(missing)} of {len(units)} units are neither committed nor quarantined "
             f"(the first is unit {missing[0]}); run the same command again"
         )
-    return Parts(folder, receipts, begun.job.parts)
+    return Parts(folder, receipts, started.job.parts)
 
 
-def _merge(begun: _Begun, parts: Parts, made_from: dict[str, str]) -> Mapping[str, Any]:
-    """Merge the parts and make what comes of them visible; return the headline."""
-    job, lease = begun.job, begun.lease
-    guarded = lease.guard(begun.target)
-    output = Output(SnapshotWriter(guarded, job.name, begun.fence))
-    headline = job.merge(begun.plan, parts, output)
+def _merge(started: _StartedJob, parts: Parts, made_from: dict[str, str]) -> Mapping[str, Any]:
+    """Merge the parts, publish tables and files, and return the headline."""
+    job, lease = started.job, started.lease
+    guarded = lease.guard(started.target)
+    output = Output(SnapshotWriter(guarded, job.name, started.fence))
+    headline = job.merge(started.plan, parts, output)
     for key, data in output.files.items():
         guarded.put(key, data)
     if output.snapshot.tables:

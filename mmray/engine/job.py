@@ -1,4 +1,4 @@
-"""What a job declares: its plan, what a worker makes of a unit, and what the committed parts amount to."""
+"""The interface of a job: its plan of units, its worker, and the merge of committed parts into tables."""
 
 from __future__ import annotations
 
@@ -19,58 +19,62 @@ S = TypeVar("S", bound=JobSettings)
 P = TypeVar("P")
 
 UNITS_AHEAD = 3
-"""Units whose parts are being read while those of another are merged."""
+"""Units whose parts are prefetched during a merge."""
 READERS = 8
+"""Parts that are read in parallel."""
 
 
 class UnitRefusedError(Exception):
-    """Raised by a worker for a unit that no further attempt would help: it is quarantined at once."""
+    """Raised by a worker for a unit that another attempt would not help; the unit is quarantined at once."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One committed piece of work.
-
-    `size` is in the job's `unit_noun`, for progress. `payload` goes to the worker and stays small. Units of one
-    `group` run on one actor, one after the other.
-    """
+    """A piece of work that is committed as a whole."""
 
     size: int
+    """In the job's `unit_noun`; for progress."""
     payload: Any = None
+    """Pickled to the worker: keep it small."""
     group: Hashable | None = None
+    """Units of one group run on one actor, in order."""
 
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What a worker makes of a unit: its parts, and how many of its samples were skipped, by reason."""
+    """What a worker computed for a unit."""
 
     tables: Mapping[str, pa.Table]
+    """The unit's parts."""
     skipped: Mapping[str, int] = field(default_factory=dict)
+    """Skipped samples by reason."""
 
 
 @dataclass(frozen=True)
 class Plan(Generic[P]):
-    """What a job consists of. Units are known by their place; `context` is all that workers need, too."""
+    """The work of a job."""
 
     units: Sequence[Unit]
+    """A unit's number is its index here."""
     digests: Mapping[str, str]
     """What results depend on in addition to settings: model, data, the run's tables, …"""
     context: P
-    settled: JobSettings | None = None
-    """The job's settings with what the plan has settled, where that is part of them; the fingerprint is theirs."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """What run.json says in addition to what it says of every job."""
+    """Everything else that workers need; pickled to them."""
+    settings: JobSettings | None = None
+    """Replaces the job's settings in the fingerprint, if planning decides some of them."""
+    run_info: Mapping[str, Any] = field(default_factory=dict)
+    """Further entries of run.json."""
     manifest: bytes | None = None
-    """What the job keeps of how its units were cut; by default their sizes."""
+    """How the units were cut; by default their sizes."""
 
 
 Worker = Callable[[Unit], UnitResult]
-"""Turns a unit into its parts."""
+"""Computes the parts of a unit."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is, in its `unit_noun`; counts cover this and earlier calls."""
+    """Progress of a job in its `unit_noun`, including earlier calls."""
 
     done: int
     total: int
@@ -80,23 +84,24 @@ class Progress:
 
 @dataclass(frozen=True)
 class Parts:
-    """The committed parts of a job, in the order of its units; read when asked for."""
+    """The committed parts of a job, in the order of its units; read lazily."""
 
     folder: RunFolder
     receipts: Mapping[int, Receipt]
     schemas: Mapping[str, pa.Schema]
 
     def each(self, name: str) -> Iterator[pa.Table]:
-        """Yield one part of every unit."""
+        """Yield the part with this name of every unit."""
         for receipt in self.receipts.values():
             yield self.folder.read_part(receipt, name)
 
     def table(self, name: str) -> pa.Table:
-        """Return one part of all units, put together."""
+        """Return the concatenation of `each(name)`."""
+        # The empty table comes first, because a job may have no units.
         return pa.concat_tables([self.schemas[name].empty_table(), *self.each(name)])
 
     def by_unit(self, names: Collection[str]) -> Iterator[dict[str, pa.Table]]:
-        """Yield some parts of every unit by name, those of the next few units being read meanwhile."""
+        """Yield the named parts of every unit, prefetching those of the next few units."""
         with ThreadPoolExecutor(READERS) as pool:
             waiting: deque[dict[str, Future[pa.Table]]] = deque()
             for receipt in self.receipts.values():
@@ -109,44 +114,45 @@ class Parts:
 
 @dataclass
 class Output:
-    """Takes what a merge makes: tables, part by part, and files of the target. All become visible together."""
+    """Collects the tables and files that a merge writes; they become visible when it has finished."""
 
     snapshot: SnapshotWriter
     files: dict[str, bytes] = field(default_factory=dict)
 
     def table(self, name: str, rows: pa.Table) -> None:
-        """Add rows to a table. A table that no row is added to stays as an earlier call wrote it."""
+        """Append rows to a table. Tables that are never appended to keep their earlier version."""
         self.snapshot.add(name, rows)
 
     def file(self, key: str, data: bytes) -> None:
-        """Put a file into the target, in place of an earlier one."""
+        """Write a file into the target, replacing an earlier one."""
         self.files[key] = data
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobResult:
-    """What a finished job amounts to."""
+    """Outcome of a finished job."""
 
     job: str
     done: int
     """Committed, in the job's `unit_noun`."""
     failures: int
-    """Samples, or whatever is counted, that failed."""
+    """In the job's `unit_noun`, too."""
     quarantined: Mapping[int, str]
-    """Unit → why it was given up."""
+    """Unit → reason."""
     seconds: float
     headline: Mapping[str, Any]
+    """Plain values for the terminal and --json."""
     parts: Parts
-    already: bool
-    """Whether earlier calls had done all of it."""
+    already_done: bool
+    """Whether earlier calls had done everything."""
 
     @property
     def complete(self) -> bool:
-        """Whether all went well."""
+        """Whether nothing failed and nothing is quarantined."""
         return not self.failures and not self.quarantined
 
     def summary(self) -> dict[str, Any]:
-        """Return what --json says of the job."""
+        """Return the job's output for --json."""
         own = ("job", "done", "failures", "quarantined", "seconds")
         return {name: getattr(self, name) for name in own} | dict(self.headline)
 
@@ -155,11 +161,11 @@ class Job(ABC, Generic[S, P]):
     """An analysis with its settings; instances are pickled to workers."""
 
     name: ClassVar[str]
-    """The feature's one name: its command, its folder in a run, its room."""
+    """The feature's name: that of its command, its folder in a run, and its package."""
     unit_noun: ClassVar[str] = "samples"
-    """What sizes of units count."""
+    """What `Unit.size` counts."""
     parts: ClassVar[Mapping[str, pa.Schema]]
-    """What a unit commits; `errors`, a row per sample that failed, is added by the engine."""
+    """Schemas of what a unit commits; the engine adds `errors`, with a row per failed sample."""
 
     def __init__(self, settings: S) -> None:
         self.settings = settings
@@ -167,33 +173,36 @@ class Job(ABC, Generic[S, P]):
     @property
     @abstractmethod
     def target(self) -> str:
-        """Folder whose tables and files the job writes: a run, an edit, or OUT."""
+        """Folder that the job writes tables and files to: a run, an edit, or OUT."""
 
     @property
-    def place(self) -> str:
-        """Folder of the job's lease, below which its units are committed."""
+    def root(self) -> str:
+        """Folder of the job's lease; its units are committed inside."""
         return f"{self.target}/{self.name}"
 
     @abstractmethod
     def plan(self) -> Plan[P]:
-        """Settle the units; raises InputError for anything wrong with the set-up."""
+        """Return the units and what they depend on; raises InputError for anything wrong with the set-up."""
 
     @abstractmethod
     def worker(self, context: P) -> Worker:
-        """Load what is needed once, and return what turns a unit into its parts; raises InputError as `plan` does."""
+        """Load the model and whatever else units share; return the function that computes a unit's parts.
+
+        Raises InputError for set-up problems that only a worker can see.
+        """
 
     @abstractmethod
     def merge(self, plan: Plan[P], parts: Parts, output: Output) -> dict[str, Any]:
-        """Write what the committed parts amount to, and return what the terminal and --json say of it (plain values).
+        """Merge the committed parts into tables, and return the headline for the terminal and --json.
 
-        The same parts make the same tables, whatever the order or number of workers.
+        Must be deterministic: parts come in the order of units, whichever workers computed them.
         """
 
     def folder(self, fingerprint: str) -> str:
-        """Return where units are committed."""
-        return f"{self.place}/{fingerprint}"
+        """Return the folder where units are committed."""
+        return f"{self.root}/{fingerprint}"
 
     @classmethod
     def workers(cls, jobs: Sequence[Job[S, P]], contexts: Sequence[P]) -> list[Worker]:
-        """Return a worker per job, for jobs that one actor does together; override to load once what they share."""
+        """Return a worker per job, for jobs that share actors; override to load a shared model only once."""
         return [job.worker(context) for job, context in zip(jobs, contexts, strict=True)]

@@ -1,4 +1,4 @@
-"""Units on the actors of a Ray cluster: one model replica per actor, on its own GPU or GPUs, or on CPU cores."""
+"""Run units on the actors of a Ray cluster: one model replica per actor, on its own GPU or GPUs, or on CPU cores."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import ray.data
 
 from mmray.engine.executors import Work
 from mmray.engine.session import actor_pool, machines, ray_session
-from mmray.engine.units import Answer, Node, UnitRunner, WorkOrder
+from mmray.engine.units import Node, UnitOutcome, UnitRunner, WorkOrder
 
 MOST_TASKS = 1000
-"""Tasks that Ray Data is given: each costs its driver milliseconds and kilobytes. Of more units, some share one."""
+"""Tasks per job: each costs Ray Data's driver milliseconds and kilobytes, so that many units share tasks."""
 TASKS_PER_WORKER = 50
-"""Tasks that each worker has at least, where there are so many units: fewer leave some idle in the end."""
+"""Tasks per worker at least, if there are enough units; with fewer, some workers would idle at the end."""
 
 
 class RayExecutor:
@@ -37,29 +37,29 @@ class RayExecutor:
         """Join the cluster, or start a local Ray that ends with the block."""
         return ray_session(self.address)
 
-    def answers(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[Answer]]:
-        """Yield the answers of each task, a group or a few, as its actor has done it."""
-        yield from self.side_by_side([(order, groups)])
+    def run(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[UnitOutcome]]:
+        """Yield the outcomes of each task (one or more groups) as it finishes."""
+        yield from self.run_side_by_side([(order, groups)])
 
-    def side_by_side(self, work: Sequence[Work]) -> Iterator[Sequence[Answer]]:
-        """Yield the answers of several orders, whose pools of actors run at the same time."""
+    def run_side_by_side(self, work: Sequence[Work]) -> Iterator[Sequence[UnitOutcome]]:
+        """Yield the outcomes of several work orders, whose pools of actors run at the same time."""
         first, *others = [self._dataset(order, groups, len(work)) for order, groups in work]
-        # One execution of all: Ray Data gives each pool what the others leave.
-        together = first.union(*others) if others else first
-        for batch in together.iter_batches(batch_size=None, prefetch_batches=0):
+        # One execution for all of them: Ray Data gives each pool the resources that the others leave.
+        outcomes = first.union(*others) if others else first
+        for batch in outcomes.iter_batches(batch_size=None, prefetch_batches=0):
             rows = zip(*(batch[name].tolist() for name in batch), strict=True)
-            yield [Answer(**dict(zip(batch, row, strict=True))) for row in rows]
+            yield [UnitOutcome(**dict(zip(batch, row, strict=True))) for row in rows]
 
     def _dataset(self, order: WorkOrder, groups: Sequence[Sequence[int]], orders: int) -> ray.data.Dataset:
-        """Return the answers of an order, still to be computed by an equal part of the actors that fit."""
+        """Return the lazy outcomes of a work order, which starts with an equal share of the actors that fit."""
         pool = actor_pool(self.workers, self.gpus_per_worker, machines(), len(groups))
         tasks = _tasks(groups, max(MOST_TASKS, TASKS_PER_WORKER * pool.most))
         return ray.data.from_blocks([pa.table({"unit": numbers}) for numbers in tasks]).map_batches(
             _Actor,
             fn_constructor_args=(order, pool.threads, str(Path.cwd())),
             batch_size=1,
-            # What waits is a number, and what comes back an answer: neither fills the object store. Nothing is fetched
-            # ahead: with few and unlike units one actor would have several of the large ones, and another none.
+            # One task at a time: with few units of different sizes, a queue per actor would give one actor several
+            # large units and another none. Rows hold only numbers and outcomes, so nothing needs prefetching.
             compute=ray.data.ActorPoolStrategy(
                 min_size=max(1, pool.workers // orders), max_size=pool.most, max_tasks_in_flight_per_actor=1
             ),
@@ -69,13 +69,13 @@ class RayExecutor:
 
 
 def _tasks(groups: Sequence[Sequence[int]], most: int) -> list[list[int]]:
-    """Return the units of each task: those of one group, or of a few where there are more than `most` groups."""
+    """Return the units of each task: one group, or several if there are more than `most` groups."""
     each = -(-len(groups) // most)
     return [list(chain(*groups[start : start + each])) for start in range(0, len(groups), each)]
 
 
 class _RayNode(Node):
-    """The node of the cluster that this actor lives on."""
+    """The cluster node of this actor."""
 
     def __init__(self) -> None:
         self.name = ray.get_runtime_context().get_node_id()
@@ -85,17 +85,18 @@ class _RayNode(Node):
         return any(node["NodeID"] == name and node["Alive"] for node in ray.nodes())
 
     def stop(self) -> None:
-        """End the actor, which Ray replaces: native code that hangs can't be interrupted otherwise."""
+        """End the actor; Ray replaces it."""
+        # Nothing else stops native code that hangs, and an exception would wait for it.
         os._exit(1)
 
 
 class _Actor:
-    """Answers batches of units, in columns as Ray Data has them."""
+    """Runs batches of units; outcomes are columns, as Ray Data expects."""
 
     def __init__(self, order: WorkOrder, threads: int, home: str) -> None:
         import torch
 
-        # A cluster's workers start elsewhere: relative paths are the driver's.
+        # Workers start in a folder of Ray's, but relative paths are relative to the driver's folder.
         if Path(home).is_dir():
             os.chdir(home)
         torch.set_num_threads(threads)
@@ -103,5 +104,5 @@ class _Actor:
         self.runner = UnitRunner(order, _RayNode())
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
-        answers = [asdict(self.runner.run(int(number))) for number in batch["unit"]]
-        return {name: [answer[name] for answer in answers] for name in answers[0]}
+        outcomes = [asdict(self.runner.run(int(number))) for number in batch["unit"]]
+        return {name: [outcome[name] for outcome in outcomes] for name in outcomes[0]}

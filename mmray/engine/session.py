@@ -1,4 +1,4 @@
-"""Ray itself: joined or started, quiet, what it has to offer, and how a pool of actors divides that."""
+"""Sessions of Ray: join or start a cluster, keep it quiet, and divide its cores and GPUs among actors."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ import ray
 from mmray.errors import InputError
 
 MOST_WORKERS = 4
-"""Workers a machine without GPUs gets by default: each holds a model, and memory is shared."""
+"""Default number of workers per machine without GPUs; each holds a model in the machine's memory."""
 GPU_THREADS = 4
-"""Threads of a worker that has GPUs: they decode images and prepare batches."""
+"""Threads of a worker with GPUs, to decode images and prepare batches."""
 REACHABLE_WITHIN = 10.0
-"""Seconds that a cluster's address is given to answer; Ray itself would try for minutes."""
+"""Timeout in seconds for reaching a cluster; Ray itself would try for minutes."""
 
 
 @contextmanager
 def ray_session(address: str | None) -> Iterator[None]:
-    """Join the cluster at `address`, or start a local Ray that ends with the block; one that runs already is kept.
+    """Join the cluster at `address`, or start a local Ray that ends with the block; an existing session is reused.
 
-    Raises InputError where there is no cluster at the address.
+    Raises InputError if there is no cluster at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's C++ core writes warnings of its own to the terminal, which no Python logging setting stops.
+    # Ray's C++ core writes warnings to the terminal, which Python's logging settings don't stop.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if ray.is_initialized():
         yield
         return
-    # A job that `ray job submit` started finds its cluster in RAY_ADDRESS.
+    # `ray job submit` passes the cluster in RAY_ADDRESS.
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     try:
         _reach(address)
@@ -67,11 +67,12 @@ def ray_session(address: str | None) -> Iterator[None]:
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Keep this program's handler of SIGTERM, if it has one: Ray puts one in its place that exits with status 15."""
+    """Keep this program's SIGTERM handler, which `ray.init` replaces by one that exits with status 15."""
     own = signal.getsignal(signal.SIGTERM)
     try:
         yield
     except SystemExit as ended:
+        # The signal came during `ray.init`: Ray's handler has caught it.
         if callable(own) and ended.code == signal.SIGTERM:
             own(signal.SIGTERM, None)
         raise
@@ -81,10 +82,7 @@ def _own_sigterm() -> Iterator[None]:
 
 
 class _Messages(io.TextIOBase):
-    """Takes what Ray prints on stdout, such as the deaths of workers, to stderr: stdout is for results.
-
-    Actors that Ray Data itself ends, at the end or an interruption, are reported as failures too: not those.
-    """
+    """Sends what Ray prints on stdout, such as deaths of workers, to stderr, because stdout is for results."""
 
     def __init__(self) -> None:
         self.line = ""
@@ -92,6 +90,7 @@ class _Messages(io.TextIOBase):
     def write(self, text: str) -> int:
         *lines, self.line = (self.line + text).split("\n")
         for line in lines:
+            # Ray reports actors that Ray Data itself ends as failures, too.
             if "killed by `ray.kill`" not in line:
                 sys.stderr.write(f"{line}\n")
         return len(text)
@@ -99,7 +98,7 @@ class _Messages(io.TextIOBase):
 
 @dataclass(frozen=True)
 class Pool:
-    """How many actors there are, at least and at most, and what each has of its machine."""
+    """Minimum and maximum number of actors, and the share of a machine that each gets."""
 
     workers: int
     most: int
@@ -115,18 +114,19 @@ def machines() -> list[tuple[float, float]]:
 
 
 def actor_pool(
-    asked: tuple[int, int] | None, gpus_each: float | None, machines: Sequence[tuple[float, float]], units: int
+    requested: tuple[int, int] | None, gpus_each: float | None, machines: Sequence[tuple[float, float]], units: int
 ) -> Pool:
-    """Return the pool for so many units of work; `asked` (fewest, most) and `gpus_each` are the user's, or None.
+    """Return the pool for `units` units; `requested` (minimum, maximum) and `gpus_each` are the user's, or None.
 
-    Without GPUs, actors of one thread are faster than one actor of many. Raises InputError where GPUs are asked for
-    that no machine has, unless the number of workers may grow: so may the cluster then.
+    Raises InputError if an actor needs more GPUs than any machine has, unless the pool may grow: then the cluster may
+    grow, too.
     """
     gpus = sum(have for _, have in machines)
     if gpus_each is None:
         gpus_each = float(gpus > 0)
-    growing = asked is not None and asked[0] < asked[1]
+    growing = requested is not None and requested[0] < requested[1]
     if gpus_each:
+        # Per machine: an actor's GPUs must be on one machine.
         fitting = sum(int(have / gpus_each) for _, have in machines)
         if not fitting and not growing:
             most = max((have for _, have in machines), default=0.0)
@@ -134,23 +134,24 @@ def actor_pool(
                 f"--gpus-per-worker {gpus_each:g}: no machine of the cluster has more than {most:g}; where the cluster "
                 "is to add machines, say --workers MIN:MAX"
             )
-        least, most_workers = (min(number, units) for number in asked or (fitting, fitting))
+        least, most_workers = (min(number, units) for number in requested or (fitting, fitting))
         return Pool(least, most_workers, GPU_THREADS, 1.0, gpus_each)
     cores = [have for have, _ in machines]
+    # Many actors of one thread are faster than one actor of many threads.
     default = max(1, sum(min(int(have), MOST_WORKERS) for have in cores))
-    least, most_workers = (min(number, units) for number in asked or (default, default))
-    # Each gets its part of the cores that there are when all have come.
+    least, most_workers = (min(number, units) for number in requested or (default, default))
+    # A pool that may grow divides the cores by the number of actors that fit in the end.
     workers = most_workers if not growing else max(least, min(most_workers, int(sum(cores))))
     threads = max(1, int(sum(cores) / workers))
-    # An actor lies on one machine: it can't have the cores that two others have left.
+    # An actor can't combine the remaining cores of two machines.
     while threads > 1 and sum(int(have / threads) for have in cores) < workers:
         threads -= 1
-    # Rounded down, so that parts of a core add up to no more than the core.
+    # Rounded down, so that shares of a core never add up to more than one core.
     return Pool(least, most_workers, threads, min(float(threads), int(100 * sum(cores) / workers) / 100), 0.0)
 
 
 def _reach(address: str) -> None:
-    """Raise OSError unless something answers at HOST:PORT; names such as `auto` and `local` are Ray's to find."""
+    """Raise OSError unless HOST:PORT accepts connections; other addresses, such as `auto`, are left to Ray."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACHABLE_WITHIN).close()
@@ -158,16 +159,17 @@ def _reach(address: str) -> None:
 
 @contextmanager
 def _held_back() -> Iterator[None]:
-    """Keep what native code writes to the terminal from it, unless the block fails: then it may say why."""
+    """Hide what native code writes to stderr, unless the block fails: then it may explain the failure."""
     sys.stderr.flush()
     terminal = os.dup(2)
-    with tempfile.TemporaryFile() as written:
-        os.dup2(written.fileno(), 2)
+    with tempfile.TemporaryFile() as hidden:
+        # Redirect the file descriptor: native code bypasses `sys.stderr`.
+        os.dup2(hidden.fileno(), 2)
         try:
             yield
         except BaseException:
-            written.seek(0)
-            os.write(terminal, written.read())
+            hidden.seek(0)
+            os.write(terminal, hidden.read())
             raise
         finally:
             os.dup2(terminal, 2)

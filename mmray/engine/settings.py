@@ -1,4 +1,4 @@
-"""Settings that every job shares, and how a setting says whether it changes results."""
+"""Settings shared by every job, and the roles that decide which settings change results."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from mmray.errors import InputError
 
 ROLE = "role"
-"""Key of a field's extra schema. A field without one changes the result of a unit."""
+"""Key in a field's extra schema. A field without a role changes the results of units."""
 EXECUTION, AFTER, DIGEST = "execution", "after work", "digest"
 
 
 def execution(default: Any = ..., **constraints: Any) -> Any:
-    """Declare a setting that says where or how the work is done, and leaves every result alone."""
+    """Declare a setting about where or how the work runs, which changes no result."""
     return Field(default, json_schema_extra={ROLE: EXECUTION}, **constraints)
 
 
 def after_work(default: Any = ..., **constraints: Any) -> Any:
-    """Declare a setting that only the merge reads: other values need no unit to run again."""
+    """Declare a setting that only the merge reads; a new value needs no unit to run again."""
     return Field(default, json_schema_extra={ROLE: AFTER}, **constraints)
 
 
 def known_by_digest(default: Any = ..., **constraints: Any) -> Any:
-    """Declare a setting that names something (a model, data): the fingerprint takes in its digest, not its path."""
+    """Declare a setting that names a model or data; the fingerprint contains its digest instead of its path."""
     return Field(default, json_schema_extra={ROLE: DIGEST}, **constraints)
 
 
@@ -41,11 +41,11 @@ def _check_workers(value: Any) -> Any:
 
 
 Workers = Annotated[str | None, BeforeValidator(_check_workers)]
-"""How many actors there are: a number, or MIN:MAX to let Ray add and remove some; None: as many as fit."""
+"""Number of actors, or MIN:MAX to let Ray scale their number; None: as many as fit."""
 
 
 def worker_range(workers: str | None) -> tuple[int, int] | None:
-    """Return the fewest and the most workers, where that was asked for."""
+    """Return the minimum and maximum number of workers; None for the default."""
     if workers is None:
         return None
     least, _, most = workers.partition(":")
@@ -53,7 +53,7 @@ def worker_range(workers: str | None) -> tuple[int, int] | None:
 
 
 class JobSettings(BaseModel):
-    """How any job is run. Each job's settings add what it can be asked."""
+    """How any job is run; each job adds settings of its own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -73,43 +73,38 @@ class JobSettings(BaseModel):
 
     @property
     def worker_range(self) -> tuple[int, int] | None:
-        """The fewest and the most workers, where that was asked for."""
+        """Minimum and maximum number of workers; None for the default."""
         return worker_range(self.workers)
 
     @classmethod
     def execution_settings(cls) -> list[str]:
-        """Return the names of the settings that leave every result alone."""
-        return [name for name, field in cls.model_fields.items() if role_of(field.json_schema_extra) == EXECUTION]
+        """Return the names of the settings that change no result."""
+        return cls._with_role(EXECUTION)
 
     def result_settings(self) -> dict[str, Any]:
-        """Return the settings that a unit's result depends on, without those that name something."""
-        fields = type(self).model_fields
-        own = {name for name, field in fields.items() if not role_of(field.json_schema_extra)}
-        return self.model_dump(include=own)
+        """Return the settings that a unit's result depends on, without those known by digest."""
+        return self.model_dump(include={*self._with_role("")})
 
     def merge_settings(self) -> dict[str, Any]:
-        """Return the settings that the merge alone reads."""
-        fields = type(self).model_fields
-        return self.model_dump(
-            include={name for name, field in fields.items() if role_of(field.json_schema_extra) == AFTER}
-        )
+        """Return the settings that only the merge reads."""
+        return self.model_dump(include={*self._with_role(AFTER)})
 
     def fingerprint(self, digests: Mapping[str, str]) -> str:
-        """Return a digest of all that a unit's result depends on; the same for every way of doing the work."""
-        facts = self.result_settings() | {"digests": dict(digests)}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        """Return a digest of everything that a unit's result depends on."""
+        dependencies = self.result_settings() | {"digests": dict(digests)}
+        return hashlib.sha256(json.dumps(dependencies, sort_keys=True).encode()).hexdigest()[:16]
 
-
-def role_of(extra: Any) -> str:
-    """Return the role that a field's extra schema declares; empty for a setting that changes results."""
-    return str(extra.get(ROLE, "")) if isinstance(extra, dict) else ""
+    @classmethod
+    def _with_role(cls, role: str) -> list[str]:
+        extras = {name: field.json_schema_extra or {} for name, field in cls.model_fields.items()}
+        return [name for name, extra in extras.items() if isinstance(extra, dict) and extra.get(ROLE, "") == role]
 
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def checked(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """Return checked settings; raises InputError naming the first setting that is wrong and what is allowed."""
+    """Return validated settings; raises InputError naming the first wrong setting and what is allowed."""
     try:
         return kind(**values)
     except ValidationError as error:
@@ -117,7 +112,7 @@ def checked(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
 
 
 def first_problem(error: ValidationError) -> str:
-    """Return the first problem of a validation in one line: which setting, which value, what it should be."""
+    """Return the first problem of a validation in one line: the setting, its value, what it should be."""
     problem = error.errors()[0]
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":

@@ -39,7 +39,7 @@ from mmray.engine import (
     known_by_digest,
     run,
 )
-from mmray.engine.units import Answer, WorkOrder
+from mmray.engine.units import UnitOutcome, WorkOrder
 
 COUNTED = pa.schema([("n", pa.int64())])
 MEBI = 1 << 20
@@ -93,8 +93,8 @@ class Watched:
             began = time.perf_counter()
         self.apart += time.perf_counter() - began
 
-    def answers(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[Answer]]:
-        answers = iter(self.inner.answers(order, groups))
+    def run(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[UnitOutcome]]:
+        answers = iter(self.inner.run(order, groups))
         while True:
             began, processor = time.perf_counter(), time.process_time()
             batch = next(answers, None)

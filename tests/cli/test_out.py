@@ -11,8 +11,7 @@ import torch
 from mmray.engine import LocalExecutor
 from mmray.engine import run as run_job
 from mmray.engine.session import actor_pool
-from mmray.engine.units import Answer as UnitAnswer
-from mmray.engine.units import UnitRunner, WorkOrder
+from mmray.engine.units import UnitOutcome, UnitRunner, WorkOrder
 from mmray.errors import InputError
 from mmray.features.census.job import CensusJob
 from mmray.features.census.settings import census_settings
@@ -106,9 +105,9 @@ def test_more_gpus_than_there_are_leave_no_run_in_the_way(tiny: Callable[[str], 
     data, out = write(tmp_path / "data.parquet", scenes(2)), tmp_path / "run"
 
     class Refusing(LocalExecutor):
-        def answers(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[UnitAnswer]]:
+        def run(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[UnitOutcome]]:
             actor_pool(None, 4.0, [(2.0, 0.0)], len(groups))
-            yield from super().answers(order, groups)
+            yield from super().run(order, groups)
 
     asked = census_settings({"model": str(tiny("llava")), "data": data, "out": str(out)})
     with pytest.raises(InputError, match="--gpus-per-worker 4"):
@@ -151,7 +150,7 @@ def test_a_worker_of_the_replaced_run_commits_nothing(tiny: Callable[[str], Path
     class Stopped(LocalExecutor):
         """Its worker has loaded the model when the driver ends."""
 
-        def answers(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[UnitAnswer]]:
+        def run(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[UnitOutcome]]:
             left.append(UnitRunner(order))
             raise KeyboardInterrupt
 

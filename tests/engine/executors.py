@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any, TypeAlias
 
 from mmray.engine import Job, LocalExecutor, Output, Parts, Plan, Unit, UnitResult, Worker
-from mmray.engine.units import Answer, UnitRunner, WorkOrder
+from mmray.engine.units import UnitOutcome, UnitRunner, WorkOrder
 from mmray.runs import RunFolder
 from tests.engine.disturbed import Change, Disturbed
 from tests.support.stores import Killed
@@ -24,7 +24,7 @@ class Watched(LocalExecutor):
         self.before = before
         self.seen: list[Unit] = []
 
-    def answers(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[Answer]]:
+    def run(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[UnitOutcome]]:
         runner = self.runner(order)
         runner.workers = [self._watched(worker) for worker in runner.workers]
         yield from ([runner.run(number)] for number in chain(*groups))
@@ -98,7 +98,7 @@ class DyingWorkers(Remembered):
         self.around = around
         self.killed = 0
 
-    def answers(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[Answer]]:
+    def run(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[UnitOutcome]]:
         runner = self.runner(order)
         runner.folders = [RunFolder(Disturbed(folder.store, self.around)) for folder in runner.folders]
         for number in chain(*groups):

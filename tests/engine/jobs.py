@@ -148,7 +148,7 @@ class Case:
         """Return the fingerprint of the job at a place."""
         job = self.make(place, **settings)
         plan = job.plan()
-        found: str = (plan.settled or job.settings).fingerprint(plan.digests)
+        found: str = (plan.settings or job.settings).fingerprint(plan.digests)
         return found
 
     def parts_folder(self, place: Place) -> Path:

@@ -118,7 +118,7 @@ def test_a_second_driver_is_refused(suite: Suite, case: Case) -> None:
     job = case.make(place)
     executor = suite.executor(case)
     with (
-        drive_analysis(job.place),
+        drive_analysis(job.root),
         pytest.raises(InputError, match=rf"another driver is at work on this run \(process {os.getpid()} on "),
     ):
         case.run(place, executor)
@@ -158,7 +158,7 @@ def check_a_late_driver(suite: Suite, case: Case, moment: int) -> None:
     """Stop a driver before a change, let another take over and do all, and let the first go on."""
     place = suite.place()
     job = case.make(place)
-    leases = Path(job.place, "lease")
+    leases = Path(job.root, "lease")
     theirs: list[dict[str, Any]] = []
 
     def take_over() -> None:

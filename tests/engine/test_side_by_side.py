@@ -92,4 +92,4 @@ def test_what_is_done_is_not_done_again(pair: Callable[[type[LetterJob]], list[L
     first, second = pair(LetterJob)
     run_side_by_side([first], executor=LocalExecutor())
     again = run_side_by_side([first, second], executor=LocalExecutor())
-    assert [result.already for result in again] == [True, False]
+    assert [result.already_done for result in again] == [True, False]

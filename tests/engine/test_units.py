@@ -10,7 +10,7 @@ import pytest
 
 from mmray.engine import LocalExecutor, Progress, Unit, UnitRefusedError, run
 from mmray.engine.clock import phase
-from mmray.engine.units import Answer, Node, UnitRunner, WorkOrder
+from mmray.engine.units import Node, UnitOutcome, UnitRunner, WorkOrder
 from mmray.errors import InputError, OutageError
 from mmray.runs import ATTEMPTS, RunFolder
 from mmray.runs.snapshots import newest
@@ -75,7 +75,7 @@ def test_a_worker_that_died_with_its_node_says_nothing_about_the_unit(letters: L
     names = [f"node {number}" for number in range(ATTEMPTS)]
 
     class Dying(LocalExecutor):
-        def answers(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[Answer]]:
+        def run(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[UnitOutcome]]:
             folder = RunFolder.at(order.folders[0])
             for name in names:
                 folder.attempt(0, name)
@@ -131,8 +131,8 @@ def test_bad_input_is_told_before_any_work(letters: Letters, tmp_path: Path) -> 
 
 def test_a_lost_answer_of_a_worker_is_noticed(letters: Letters) -> None:
     class Losing(LocalExecutor):
-        def answers(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[Answer]]:
-            yield from super().answers(order, groups[1:])
+        def run(self, order: WorkOrder, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[UnitOutcome]]:
+            yield from super().run(order, groups[1:])
 
     with pytest.raises(InputError, match="1 of 10 units are neither committed nor quarantined"):
         run(letters(), executor=Losing())

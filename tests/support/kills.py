@@ -16,7 +16,6 @@ from unittest.mock import patch
 
 from mmray.engine import driver as engine_driver
 from mmray.engine import units as engine_units
-from mmray.engine.units import UnitRunner, WorkOrder
 from mmray.features.census import inputs, job
 from mmray.features.census.settings import census_settings
 from mmray.features.census.tables import PARTS
@@ -113,9 +112,9 @@ def folders_of(kind: type[RunFolder]) -> Iterator[None]:
 def work(settings: dict[str, Any], unit: int) -> None:
     """Be a worker without Ray, for one unit of work of a census that has begun."""
     census = job.CensusJob(census_settings(settings))
-    plan, fingerprint = census.plan(), RunFolder.at(census.place).info()
+    plan, fingerprint = census.plan(), RunFolder.at(census.root).info()
     assert fingerprint is not None
-    order = WorkOrder([census], [plan.context], [plan.units], [census.place], [fingerprint["fingerprint"]])
+    order = WorkOrder([census], [plan.context], [plan.units], [census.root], [fingerprint["fingerprint"]])
     with folders_of(OneAfterTheOther):
         UnitRunner(order).run(unit)
 

@@ -67,7 +67,7 @@ class CensusResult:
     quarantined: dict[int, str]
     """Shard → why it was quarantined."""
     seconds: float
-    already: bool
+    already_done: bool
     """Whether earlier calls had done all of it."""
 
     @property
@@ -111,7 +111,7 @@ class CensusJob(ModelJob[CensusContext]):
     }
 
     @property
-    def place(self) -> str:
+    def root(self) -> str:
         """The run itself: it holds one census, so a census with other settings is refused there."""
         return self.target
 
@@ -155,7 +155,7 @@ class CensusJob(ModelJob[CensusContext]):
                 # The merge reads the other job's part, so it must know that job's folder beforehand.
                 decoding=decoding.folder(settings.fingerprint(decoding.plan_for(model_digest).digests)),
             ),
-            facts={
+            run_info={
                 "model": model,
                 "data": {"kind": source.kind, "columns": source.columns.model_dump(), "samples": manifest.samples},
                 "nouns": nouns.kind,
@@ -269,7 +269,7 @@ def outcome_of(settings: CensusSettings, done: JobResult, since: int = 0) -> Cen
         occurrences=sum(receipt.occurrences for receipt in receipts.values()),
         quarantined={shard: reason for shard, reason in done.quarantined.items() if shard >= since},
         seconds=done.seconds,
-        already=done.already,
+        already_done=done.already_done,
     )
 
 

@@ -69,7 +69,7 @@ def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, *
         last = latest(folder.store)
         # Finish what an interrupted call left; this does nothing if the run is complete.
         done = run_planned(settings, job.plan_for(source, before, nouns), follow, lease)
-        reported = _reported_shards(folder, before, last, already=done.already) if not settings.retry_failed else 0
+        reported = _reported_shards(folder, before, last, already=done.already_done) if not settings.retry_failed else 0
         drift = _write_drift(folder, last)
         if after.samples > before.samples:
             plan = job.plan_for(source, after, nouns)
@@ -85,7 +85,7 @@ def _run_info(settings: CensusSettings, plan: Plan[CensusContext]) -> dict[str, 
     return {
         "digests": dict(plan.digests),
         "fingerprint": settings.fingerprint(plan.digests),
-        "data": plan.facts["data"],
+        "data": plan.run_info["data"],
         "shards": len(plan.units),
     }
 

@@ -250,7 +250,7 @@ def test_answers_are_kept_for_units_that_read_the_same_alone(
 def test_units_of_several_jobs_have_numbers_of_their_own(sizes: list[int]) -> None:
     order = WorkOrder([], [], [[Unit(1)] * size for size in sizes], [], [])
     places = [(job, unit) for job, size in enumerate(sizes) for unit in range(size)]
-    assert [order.place(number) for number in range(sum(sizes))] == places
+    assert [order.locate(number) for number in range(sum(sizes))] == places
 
 
 def test_other_draws_measure_nothing_again(
