@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 from mmray.engine import driver as engine_driver
 from mmray.engine import units as engine_units
+from mmray.engine.units import UnitRunner, WorkOrder
 from mmray.features.census import inputs, job
 from mmray.features.census.settings import census_settings
 from mmray.features.census.tables import PARTS
