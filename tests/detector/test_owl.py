@@ -11,7 +11,7 @@ from mmray.detector.owl import QUERY, open_owl
 from mmray.errors import InputError
 from mmray.features.saliency.methods import METHODS
 from mmray.features.saliency.model import explain
-from mmray.features.saliency.questions import ask
+from mmray.features.saliency.saliency_input import target_of
 from tests.support.pieces import WIDTH
 
 CAPTION = "A dog and a red ball."
@@ -76,9 +76,9 @@ def test_alignment_is_the_cosine_of_two_gradients_box_by_box(joined, picture, ki
     """Over the patches alone: with CLS, which the language model never sees, all cosines would shrink."""
     joint = joined(kind)
     answer = explain(joint.model, joint, picture, "dog", CAPTION, methods=("alignment",))
-    batch, (place,) = ask(joint.model, picture, CAPTION, "dog")
+    batch, (target,) = target_of(joint.model, picture, CAPTION, "dog")
     leaf = joint.embed(joint.pixels([picture])).requires_grad_()
-    (word,) = torch.autograd.grad(joint.logits(batch, leaf)[0, place.position, place.token], leaf)
+    (word,) = torch.autograd.grad(joint.logits(batch, leaf)[0, target.position, target.token], leaf)
     logits = joint.detector(leaf, joint.detector.queries(["dog"])).logits[0, :, 0]
     for logit, weight in zip(logits, answer.maps["alignment"].weights, strict=True):
         (box,) = torch.autograd.grad(logit, leaf, retain_graph=True)

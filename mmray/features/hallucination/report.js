@@ -1,4 +1,4 @@
-// A detector's second opinion on what the model claims: ranking, calibration, and pictures of what was mistaken for what.
+// A detector's second opinion on the model's claims: ranking, calibration, and pictures of mistakes.
 "use strict";
 const CLAIMS = { caption: "nouns of its captions", question: "yes/no questions", yes: "questions answered yes", no: "questions answered no" };
 const JUDGES = { detector: "own", "language model": "other" };
@@ -23,10 +23,10 @@ function hallucinationPage() {
   const shown = measures.filter((row) => row.measure !== "reliability"), found = (judge) => one(measures, { claims: "caption", measure: "auroc", judge });
   const tiles = Object.keys(JUDGES).filter(found).map((judge) => tile(figure(found(judge).value), `AUROC of the ${judge}'s confidence: nouns of captions that are there, above those that are not (95 %: ${interval(found(judge))})`, judge === "detector"));
   return [
-    heading("Second opinion", "The language model claims, in captions and in answers, that things are in the image; a detector that sees the same embedding is asked how sure it is of each."),
+    heading("Second opinion", "The language model claims, in captions and in answers, that things are in the image; a detector that reads the same embedding gives its confidence in each."),
     h("div.tiles", tiles),
     h("div.grid.two", ["caption", "question"].filter((claims) => one(measures, { claims, measure: "reliability" })).map((claims) => card(h("h3", `Calibration: ${CLAIMS[claims]}`), reliabilityPlot(claims)))),
-    h("h2", "Mistakes"), under("In red the detector's best box for what was claimed, in blue the object that stands there; the detector's confidence, and the log-probability of the claim."),
+    h("h2", "Mistakes"), under("In red the detector's best box for what was claimed, in blue the object that is there; the detector's confidence, and the log-probability of the claim."),
     h("div.grid.samples", mistakes.map((row) => h("figure", h("span.picture", h("img", { src: row.picture, alt: `${row.word} claimed${row.mistaken_for ? `, ${row.mistaken_for} stands there` : ""}` })),
       h("figcaption", h("b", row.word), row.mistaken_for ? ` for ${row.mistaken_for}` : ": nothing stands there", h("div.range", `“${row.text}” · ${figure(row.confidence, 2)} sure · ${figure(row.probability, 2)} nats`))))),
     h("h2", "All measures"), card(sortable("Measures of second opinions", [

@@ -1,1 +1,1 @@
-"""Where in an image a word comes from, by several methods, measured against boxes."""
+"""Saliency: where in an image a word comes from, by several methods, measured against boxes."""

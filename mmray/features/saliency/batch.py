@@ -1,4 +1,4 @@
-"""Saliency maps of a run's samples: a batch of them, with the words that their boxes can judge."""
+"""Maps of a run's samples: draws those of a batch, and observes the words whose boxes are annotated."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
-import torch
 from torch.nn import functional
 
 from mmray.data.images import decode_image
@@ -20,24 +19,26 @@ from mmray.features.saliency.maps import Saliency
 from mmray.features.saliency.measures import Boxes, objects_mask, points_at
 from mmray.features.saliency.methods import METHODS, OF_BOXES, Explained, Located, method_of
 from mmray.features.saliency.observations import draw_maps, observations
-from mmray.features.saliency.questions import look_at
+from mmray.features.saliency.saliency_input import open_input
 from mmray.features.saliency.settings import SaliencySettings
 from mmray.features.saliency.tables import PARTS
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
 from mmray.neurons.concepts import NounSource
-from mmray.neurons.token_positions import TokenPosition, places_of
+from mmray.neurons.token_positions import TokenPosition, positions_of
 
-SEVERAL = 2
-"""Different objects that an image needs for pointing to be a test."""
-TOGETHER = 8
-"""Images of a batch."""
-KEPT = 24
-"""Points a side of the maps that are kept."""
+MIN_OBJECTS = 2
+"""Different objects an image needs: pointing at the only one would be no test."""
+BATCH_SIZE = 8
+KEPT_SIDE = 24
+"""Points per side of the maps kept for the report."""
+
+Rows = dict[str, list[dict[str, object]]]
+"""Rows by the name of their part."""
 
 
 def methods_of(settings: SaliencySettings, *, detector: bool) -> tuple[str, ...]:
-    """Return the methods that are asked for, or all there can be. Raises InputError for one that there is not."""
+    """Return the chosen methods, by default all possible ones. Raises InputError for unknown or impossible ones."""
     if settings.methods is None:
         return tuple(name for name in METHODS if detector or name not in OF_BOXES)
     chosen = tuple(name.strip() for name in settings.methods.split(",") if name.strip())
@@ -51,8 +52,8 @@ def methods_of(settings: SaliencySettings, *, detector: bool) -> tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Judging:
-    """What all batches of a run share."""
+class MapObserver:
+    """Draws and observes maps of a run's samples."""
 
     model: LoadedModel
     joint: JointModel | None
@@ -61,57 +62,57 @@ class Judging:
     nouns: NounSource
     located: Located
 
-    def tables(self, samples: Sequence[Sample], pictured: frozenset[str]) -> tuple[dict[str, pa.Table], int]:
-        """Return what is observed of samples, and the number that failed; maps of those `pictured` are kept."""
-        census = self.census.model_copy(update={"batch_size": TOGETHER})
-        analysis = ShardAnalysis(self.model, census, self.nouns, 0)
-        rows: dict[str, list[dict[str, object]]] = {name: [] for name in PARTS}
-        judged = [sample for sample in samples if sample.image and len(set(sample.objects or ())) >= SEVERAL]
-        for items, batch in analysis.encoded([sample for sample in judged if sample.boxes]):
-            self._batch(items, batch, pictured, rows)
+    def tables(self, samples: Sequence[Sample], pictured: frozenset[str]) -> dict[str, pa.Table]:
+        """Return the parts of a unit; maps of the samples in `pictured` are kept."""
+        analysis = ShardAnalysis(self.model, self.census.model_copy(update={"batch_size": BATCH_SIZE}), self.nouns, 0)
+        rows: Rows = {name: [] for name in PARTS}
+        suitable = [
+            sample
+            for sample in samples
+            if sample.image and sample.boxes and len(set(sample.objects or ())) >= MIN_OBJECTS
+        ]
+        for items, batch in analysis.encoded(suitable):
+            self._observe(items, batch, pictured, rows)
         rows["errors"] = [vars(failure) | {"shard_id": 0} for failure in analysis.failures]
-        tables = {name: pa.Table.from_pylist(rows[name], schema=schema) for name, schema in PARTS.items()}
-        return tables, len(analysis.failures)
+        return {name: pa.Table.from_pylist(rows[name], schema=schema) for name, schema in PARTS.items()}
 
-    def _batch(
-        self, items: list[Captioned], batch: Batch, pictured: frozenset[str], rows: dict[str, list[dict[str, object]]]
-    ) -> None:
-        places, words, boxes = self._asked(items, batch)
-        if not places:
+    def _observe(self, items: list[Captioned], batch: Batch, pictured: frozenset[str], rows: Rows) -> None:
+        targets, words, boxes = self._targets(items, batch)
+        if not targets:
             return
         images = [decode_image(item.sample.image or b"", item.sample.background) for item in items]
-        looked = Explained(look_at(self.model, self.joint, batch, places, images), words, self.located)
-        maps = draw_maps(looked, methods_of(self.settings, detector=self.joint is not None))
+        explained = Explained(open_input(self.model, self.joint, batch, targets, images), words, self.located)
+        maps = draw_maps(explained, methods_of(self.settings, detector=self.joint is not None))
         with phase("judge"):
-            rows["observations"].extend(observations(looked, maps, boxes, erased=self.settings.erasures))
-        for number, place in enumerate(places):
-            if place.sample_id in pictured:
-                kept = {method: found[number] for method, found in maps.items()}
-                rows["saliency_maps"].extend(_pictures(looked, place, boxes[number], kept))
+            rows["observations"].extend(observations(explained, maps, boxes, erased=self.settings.erasures))
+        for index, target in enumerate(targets):
+            if target.sample_id in pictured:
+                covers = explained.input.grid(target.row).covers
+                own = {method: found[index] for method, found in maps.items()}
+                rows["saliency_maps"].extend(_map_rows(target, covers, boxes[index], own))
 
-    def _asked(self, items: list[Captioned], batch: Batch) -> tuple[list[TokenPosition], list[str], list[Boxes]]:
-        """Return the first place of each object that has boxes, the detector's word for it, and the boxes."""
+    def _targets(self, items: list[Captioned], batch: Batch) -> tuple[list[TokenPosition], list[str], list[Boxes]]:
+        """Return the first mention of each object that has boxes, the detector's word for it, and the boxes."""
         found: dict[tuple[int, str], tuple[TokenPosition, str, Boxes]] = {}
-        for place in places_of(batch, [(item.sample.sample_id, item.mentions) for item in items]):
-            name, boxes = items[place.row].sample.boxes_of(place.concept, self.nouns.translations)
+        for position in positions_of(batch, [(item.sample.sample_id, item.mentions) for item in items]):
+            # The detector asks for the object's English name, whatever the language of the caption.
+            name, boxes = items[position.row].sample.boxes_of(position.concept, self.nouns.translations)
             if boxes:
-                found.setdefault((place.row, place.concept), (place, name, boxes))
-        asked = list(found.values())
-        return [place for place, _, _ in asked], [name for _, name, _ in asked], [boxes for _, _, boxes in asked]
+                found.setdefault((position.row, position.concept), (position, name, boxes))
+        rows = list(found.values())
+        return [position for position, _, _ in rows], [name for _, name, _ in rows], [boxes for _, _, boxes in rows]
 
 
-def _pictures(
-    looked: Explained, place: TokenPosition, boxes: Boxes, maps: dict[str, Saliency]
+def _map_rows(
+    target: TokenPosition, covers: Sequence[float], boxes: Boxes, maps: dict[str, Saliency]
 ) -> list[dict[str, object]]:
-    covers = looked.look.grid(place.row).covers
     objects = objects_mask(boxes, covers)
-    return [
-        {"concept": place.concept, "sample_id": place.sample_id, "method": method, "rows": KEPT, "columns": KEPT}
-        | {"values": _smaller(saliency).flatten().tolist(), "covers": list(covers), "boxes": [list(b) for b in boxes]}
-        | {"hit": points_at(saliency.values.cpu(), objects)}
-        for method, saliency in maps.items()
-    ]
-
-
-def _smaller(saliency: Saliency) -> torch.Tensor:
-    return functional.adaptive_avg_pool2d(saliency.values[None, None].float(), KEPT)[0, 0].cpu()
+    rows: list[dict[str, object]] = []
+    for method, saliency in maps.items():
+        kept = functional.adaptive_avg_pool2d(saliency.values[None].float(), KEPT_SIDE)
+        rows.append(
+            {"concept": target.concept, "sample_id": target.sample_id, "method": method}
+            | {"rows": KEPT_SIDE, "columns": KEPT_SIDE, "values": kept.flatten().tolist(), "covers": list(covers)}
+            | {"boxes": [list(box) for box in boxes], "hit": points_at(saliency.values.cpu(), objects)}
+        )
+    return rows

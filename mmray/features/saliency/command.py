@@ -1,4 +1,4 @@
-"""Where words come from in images: of one picture, or measured over a run."""
+"""Command: where in an image a word comes from, for one picture or measured over a run."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def saliency(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Checkpoint folder, hub id or demo, for a single picture.")] = None,
     image: Annotated[Path | None, typer.Option(help="The picture's file.")] = None,
-    word: Annotated[str | None, typer.Option(help="The word of the caption that is asked about, true or not.")] = None,
-    caption: Annotated[str | None, typer.Option(help="Caption that says the word; default: the model's own.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Question before the caption; default: that of a census.")] = None,
+    word: Annotated[str | None, typer.Option(help="Word of the caption to explain, true or not.")] = None,
+    caption: Annotated[str | None, typer.Option(help="Caption with the word; default: the model's own.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt before the caption; default: that of a census.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="File to write: .html (all maps), or .png (the first method's).")
     ] = None,
@@ -36,14 +36,18 @@ def saliency(
         if model is None or image is None or word is None:
             raise InputError("saliency: give a RUN, or --model, --image and --word")
         checked = saliency_settings({"run": "", **settings})
-        _one(model, image, word, caption, prompt, out or Path(f"saliency-{word}.html"), checked, as_json=as_json)
+        _explain_picture(
+            model, image, word, caption, prompt, out or Path(f"saliency-{word}.html"), checked, as_json=as_json
+        )
         return
-    if any(given is not None for given in (model, image, word, caption, prompt, out)):
-        raise InputError("saliency: --model, --image, --word, --caption, --prompt and --out are of one picture; no RUN")
-    _whole(saliency_settings({"run": run, **settings}), as_json=as_json)
+    if any(option is not None for option in (model, image, word, caption, prompt, out)):
+        raise InputError(
+            "saliency: --model, --image, --word, --caption, --prompt and --out are for one picture, not a RUN"
+        )
+    _measure_run(saliency_settings({"run": run, **settings}), as_json=as_json)
 
 
-def _one(
+def _explain_picture(
     name: str,
     file: Path,
     word: str,
@@ -61,30 +65,30 @@ def _one(
     from mmray.neurons.model import open_image
 
     if out.suffix not in (".html", ".png"):
-        raise InputError(f"--out {out}: neither .html nor .png")
+        raise InputError(f"--out {out}: give a name that ends in .html or .png")
     picture = open_image(file)
     assert picture is not None
     model = load_model(name)
     joint = join_if_given(model, settings.detector, settings.alignment)
     methods = methods_of(settings, detector=joint is not None)
-    answer = explain(model, joint, picture, word, caption, methods=methods, prompt=prompt)
+    explanation = explain(model, joint, picture, word, caption, methods=methods, prompt=prompt)
     if out.suffix == ".png":
-        over(picture, answer.maps[methods[0]], answer.covers).save(out)
+        over(picture, explanation.maps[methods[0]], explanation.covers).save(out)
     else:
-        out.write_text(page(picture, word, answer), encoding="utf-8")
-    rows = numbers(answer)
+        out.write_text(page(picture, word, explanation), encoding="utf-8")
+    rows = numbers(explanation)
     if as_json:
-        told = {"caption": answer.caption, "word": word, "probability": answer.probability, "maps": rows}
-        print(json.dumps(told | {"out": str(out)}, ensure_ascii=False))
+        described = {"caption": explanation.caption, "word": word, "probability": explanation.probability, "maps": rows}
+        print(json.dumps(described | {"out": str(out)}, ensure_ascii=False))
         return
-    say(f"“{answer.caption}” · P({word}) = {answer.probability:.3f}", "bold")
+    say(f"“{explanation.caption}” · P({word}) = {explanation.probability:.3f}", "bold")
     say_alignment(settings.alignment)
     for row in rows:
         say(f"  {row['method']:<16} {row['lowest']:>9.4f} to {row['highest']:<9.4f} at {row['x']:.2f}, {row['y']:.2f}")
     say(f"→ {out}")
 
 
-def _whole(settings: SaliencySettings, *, as_json: bool) -> None:
+def _measure_run(settings: SaliencySettings, *, as_json: bool) -> None:
     from mmray.features.saliency.job import SaliencyJob
     from mmray.features.saliency.view import saliency as show
     from mmray.runs.run import open_run

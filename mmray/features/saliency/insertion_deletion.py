@@ -1,7 +1,7 @@
-"""Insertion and deletion (Petsiuk et al. 2018) on what the model sees: its word without patches, or with them alone.
+"""Insertion and deletion curves (Petsiuk et al. 2018) over a model's visual features.
 
-A patch is taken away by putting the mean of the image's patches in its place, in the embedding itself: pixels would
-have to be blurred, and a tower sees the blur.
+A patch is erased by the mean of the image's patches, in the features: erased pixels would have to be blurred, and a
+tower sees the blur.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from mmray.features.saliency.measures import STEPS
 from mmray.features.saliency.saliency_input import SaliencyInput
 from mmray.neurons.token_positions import rank_in_row
 
-Ends: TypeAlias = tuple[Float[Tensor, " place"], Float[Tensor, " place"]]
-"""The probability of each place's token with the whole image, and with nothing of it."""
+Ends: TypeAlias = tuple[Float[Tensor, " target"], Float[Tensor, " target"]]
+"""The probability of each target's token with the whole image, and with all patches erased."""
 
 
-def erasure_ends(look: SaliencyInput) -> Ends:
-    """Return where every curve begins and ends, whatever the order."""
-    bare = look.seen.clone()
-    for row in {place.row for place in look.places}:
-        bare[row, look.grid(row).positions] = look.patches(look.seen, row).mean(dim=0)
-    return look.probabilities(look.seen, look.places).cpu(), look.probabilities(bare, look.places).cpu()
+def erasure_ends(given: SaliencyInput) -> Ends:
+    """Return both ends of the curves, which are the same for every order of patches."""
+    erased = given.features.clone()
+    for row in {target.row for target in given.targets}:
+        erased[row, given.grid(row).positions] = given.patches(given.features, row).mean(dim=0)
+    return given.probabilities(given.features, given.targets).cpu(), given.probabilities(erased, given.targets).cpu()
 
 
 def erasure_curves(
-    look: SaliencyInput, orders: Sequence[Int[Tensor, " patch"]], ends: Ends, steps: int = STEPS
-) -> tuple[Float[Tensor, "place step"], Float[Tensor, "place step"]]:
-    """Return the probability of each place's token as patches go, and as they come back, in the places' orders.
+    given: SaliencyInput, orders: Sequence[Int[Tensor, " patch"]], ends: Ends, steps: int = STEPS
+) -> tuple[Float[Tensor, "target step"], Float[Tensor, "target step"]]:
+    """Return the probability of each target's token as patches are erased, and as they are put back.
 
-    The curves have steps + 1 points: of the first, the whole image comes first and nothing of it last. Places of
-    different rows share a forward.
+    `orders` are the targets' patches, first ones first. Curves have steps + 1 points, ends included.
     """
     whole, nothing = ends
     deletion, insertion = whole[:, None].repeat(1, steps + 1), nothing[:, None].repeat(1, steps + 1)
     deletion[:, -1], insertion[:, -1] = nothing, whole
-    turns = rank_in_row(look.places)
-    for turn in sorted(set(turns)):
-        members = [number for number, own in enumerate(turns) if own == turn]
+    ranks = rank_in_row(given.targets)
+    # Targets of different rows share a forward pass; those of one row need different erasures.
+    for rank in sorted(set(ranks)):
+        members = [index for index, own in enumerate(ranks) if own == rank]
         for step in range(1, steps):
-            for curve, kept_first in ((deletion, False), (insertion, True)):
-                seen = look.seen.clone()
-                for number in members:
-                    row = look.places[number].row
-                    patches = torch.tensor(look.grid(row).positions)
+            for curve, inserting in ((deletion, False), (insertion, True)):
+                features = given.features.clone()
+                for index in members:
+                    row = given.targets[index].row
+                    patches = torch.tensor(given.grid(row).positions)
                     count = round(step / steps * len(patches))
-                    gone = orders[number][count:] if kept_first else orders[number][:count]
-                    seen[row, patches[gone.cpu()]] = look.patches(look.seen, row).mean(dim=0)
-                curve[members, step] = look.probabilities(seen, [look.places[number] for number in members]).cpu()
+                    erased = orders[index][count:] if inserting else orders[index][:count]
+                    features[row, patches[erased.cpu()]] = given.patches(given.features, row).mean(dim=0)
+                curve[members, step] = given.probabilities(features, [given.targets[index] for index in members]).cpu()
     return deletion, insertion

@@ -1,4 +1,4 @@
-"""Saliency as a job: a unit is a few images, whose words every method maps; merged into measures and some maps."""
+"""Saliency as a job: units of a few images, whose words every method maps; merged into measures and some maps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmray.errors import InputError
 from mmray.features.census.inputs import open_inputs
 from mmray.features.census.run_samples import RunSamples
 from mmray.features.census.settings import census_settings
-from mmray.features.saliency.batch import Judging, methods_of
+from mmray.features.saliency.batch import MapObserver, methods_of
 from mmray.features.saliency.methods import Located
 from mmray.features.saliency.settings import SaliencySettings
 from mmray.features.saliency.summary import summarise_saliency
@@ -28,18 +28,18 @@ from mmray.features.saliency.tables import PARTS
 from mmray.neurons.model import load_model
 from mmray.runs.run import Run, open_run
 
-TOGETHER = 16
-"""Images of a unit of work."""
-SEVERAL = 2
-"""Different nouns of a caption that is worth a look: its image may have several objects."""
+UNIT_IMAGES = 16
+"""Images per unit of work."""
+MIN_NOUNS = 2
+"""Different nouns a caption needs for its image to be drawn: the image probably has several objects."""
 
 
 @dataclass(frozen=True)
 class SaliencyContext(RunSamples):
-    """All that workers need other than model and data."""
+    """All that workers need besides model and data."""
 
     pictured: frozenset[str]
-    """Samples whose maps are kept."""
+    """Samples whose maps are kept for the report."""
     located: Located
 
 
@@ -56,32 +56,31 @@ class SaliencyJob(Job[SaliencySettings, SaliencyContext]):
         return self.settings.run
 
     def plan(self) -> Plan[SaliencyContext]:
-        """Settle which images are judged."""
+        """Draw the images."""
         return plan_saliency(self.settings, open_run(self.settings.run))
 
     def worker(self, context: SaliencyContext) -> Worker:
-        """Load the model with its detector, and return what maps the words of a unit's images."""
+        """Load the model with its detector, and return the function that maps the words of a unit's images."""
         census, settings = context.census, self.settings
         model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
         joint = join_if_given(model, settings.detector, settings.alignment)
-        methods_of(settings, detector=joint is not None)
-        wanted = context.open_cache()
-        judging = Judging(model, joint, settings, census, context.nouns, context.located)
+        methods_of(settings, detector=joint is not None)  # refuses a wrong choice before any unit runs
+        cache = context.open_cache()
+        observer = MapObserver(model, joint, settings, census, context.nouns, context.located)
 
-        def judge(unit: Unit) -> UnitResult:
-            found = wanted.samples(unit.payload)
+        def observe(unit: Unit) -> UnitResult:
+            found = cache.samples(unit.payload)
             samples = [found[name] for name in unit.payload if name in found]
-            tables, _ = judging.tables(samples, context.pictured)
-            return UnitResult(tables)
+            return UnitResult(observer.tables(samples, context.pictured))
 
-        return judge
+        return observe
 
     def merge(self, plan: Plan[SaliencyContext], parts: Parts, output: Output) -> dict[str, Any]:
-        """Write the measures of every method, and the maps of some images; raises InputError where there are none."""
+        """Write measures of every method and maps of some images. Raises InputError where no image could be used."""
         observed, context, settings = parts.table("observations"), plan.context, self.settings
         if not len(observed) and len(parts.receipts) == len(plan.units):
             raise InputError(
-                f"{settings.run}: of {len(context.captions):,} images drawn none has several objects and their boxes; "
+                f"{settings.run}: none of {len(context.captions):,} images drawn has several objects with boxes; "
                 "see --boxes-column of a census, and --images"
             )
         if len(observed):
@@ -93,23 +92,23 @@ class SaliencyJob(Job[SaliencySettings, SaliencyContext]):
 
 
 def plan_saliency(settings: SaliencySettings, run: Run) -> Plan[SaliencyContext]:
-    """Settle which images are judged: drawn among those with a caption of several nouns, the first by name of each.
-
-    A unit's payload is the names of its samples.
-    """
+    """Return the plan: images drawn among those with a caption of several nouns; a unit's payload is sample names."""
+    # Words are explained where the run's own captions have them, so no caption is generated again.
     census = census_settings(run.info["settings"] | {"captions": "dataset"})
     rows = {row["sample_id"]: row for row in run.table("captions").to_pylist()}
     nouns: dict[str, set[str]] = defaultdict(set)
     for row in run.table("occurrences").select(["concept", "sample_id"]).to_pylist():
         nouns[row["sample_id"]].add(row["concept"])
     keys = image_keys(run.table("captions"))
-    several = one_per_image(sorted(sample for sample, found in nouns.items() if len(found) >= SEVERAL), keys)
+    # One sample per image, the first by name: captions of one image would be explained on the same pixels.
+    several = one_per_image(sorted(sample for sample, found in nouns.items() if len(found) >= MIN_NOUNS), keys)
     chosen = random.Random(settings.seed).sample(several, min(settings.images, len(several)))
     if not chosen:
-        raise InputError(f"{run.uri}: no caption with several nouns, so that pointing at one of them would be no test")
+        raise InputError(f"{run.uri}: no caption has several nouns, so pointing at one of them would be no test")
+    # By shard, so that a unit reads few of them.
     by_shard = sorted(chosen, key=lambda name: (rows[name]["shard_id"], name))
     _, _, source = open_inputs(census_settings(run.info["settings"]))
-    groups = tuple(tuple(by_shard[start : start + TOGETHER]) for start in range(0, len(by_shard), TOGETHER))
+    groups = tuple(tuple(by_shard[start : start + UNIT_IMAGES]) for start in range(0, len(by_shard), UNIT_IMAGES))
     detector = detector_or_demo(settings.detector, census.model)
     digests = run.digests() | {
         "units": hashlib.sha256(repr(groups).encode()).hexdigest()[:16],
@@ -130,7 +129,7 @@ def plan_saliency(settings: SaliencySettings, run: Run) -> Plan[SaliencyContext]
 
 
 def _located(run: Run) -> Mapping[str, tuple[list[tuple[int, int]], list[float]]]:
-    """Return concept → the ten neurons that the run ranks highest by `specific`, with the signs of their activation."""
+    """Return concept → the ten neurons that the run ranks highest by `specific`, and the signs of their activations."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     columns = "concept, layer, unit, activation"
     ranked = run.sql(f"select {columns} from rankings where specific_rank <= 10 order by concept, specific_rank")

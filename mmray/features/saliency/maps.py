@@ -1,12 +1,12 @@
-"""Where a word comes from: for one output token, how much each part of the image speaks for it, by several methods.
+"""Saliency maps: how much each part of the image speaks for one output token, and how methods draw that.
 
-`alignment` is the gradient alignment of Giulivi & Boracchi (2024): a box matters as far as the gradient of the word's
-logit in the embedding points where the gradient of the box's own logit for the word points. The others are its rivals.
-Maps are over a raster of SIDE × SIDE points of what the model sees, in the method's own unit: `min_max` of
-`mmray.neurons.heatmaps` makes them comparable, and forgets whether anything was aligned at all.
+`alignment` is the gradient alignment of Giulivi & Boracchi (2024). It weighs a box by the cosine of two gradients with
+respect to the vision embedding: of the word's logit, and of the box's own logit for the word. The other methods are
+baselines. A map has SIDE × SIDE points over what the model sees, in the method's own unit. `min_max` of
+`mmray.neurons.heatmaps` makes maps comparable, but hides whether anything was aligned at all.
 
-Two choices differ from the released code: a word is explained at its first token (theirs: its last), and OWL-ViT's CLS
-is left out of both gradients' norms, which changes the cosines' size and hardly their order.
+Two choices differ from the released code. A word is explained at its first token, not its last. OWL-ViT's CLS is left
+out of both gradients, which changes the size of the cosines and hardly their order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Raster = Float[Tensor, "point point"]
 
 
 class Saliency(NamedTuple):
-    """A map, and for methods that weigh boxes the boxes with their weights (cosines, confidences)."""
+    """A map. Methods that weigh boxes add the boxes and their weights (cosines, confidences)."""
 
     values: Raster
     weights: Float[Tensor, " box"] | None = None
@@ -33,9 +33,10 @@ class Saliency(NamedTuple):
 
 
 def cosines(gradient: Float[Tensor, "patch width"], others: Float[Tensor, "box patch width"]) -> Float[Tensor, " box"]:
-    """Return the cosine of a gradient with each of others, over all their entries; 0 where one of them is 0."""
-    flat, against = gradient.flatten(), others.flatten(1)
-    found: Tensor = (against @ flat) / (against.norm(dim=1) * flat.norm()).clamp(min=1e-20)
+    """Return the cosine of a gradient with each of the others, over all entries; 0 where one of them is 0."""
+    one, many = gradient.flatten(), others.flatten(1)
+    # Not functional.cosine_similarity: it clamps at 1e-8, and gradients are often smaller.
+    found: Tensor = (many @ one) / (many.norm(dim=1) * one.norm()).clamp(min=1e-20)
     return found
 
 
@@ -47,30 +48,18 @@ def paint(boxes: Float[Tensor, "box 4"], weights: Float[Tensor, " box"]) -> Rast
 
 
 def spread(patches: Float[Tensor, " patch"], rows: int) -> Raster:
-    """Return a value a patch as a map, bilinear between the patches' centres."""
+    """Return a value per patch as a map, bilinear between the patch centres."""
     return upsample(patches.reshape(rows, -1), SIDE, SIDE)
 
 
-def gradient_norm(
-    gradient: Float[Tensor, "patch width"], seen: Float[Tensor, "patch width"]
-) -> Float[Tensor, " patch"]:
-    """Return the length of the gradient at each patch."""
-    lengths: Tensor = gradient.norm(dim=1)
-    return lengths
-
-
-def gradient_input(
-    gradient: Float[Tensor, "patch width"], seen: Float[Tensor, "patch width"]
-) -> Float[Tensor, " patch"]:
-    """Return gradient × input, summed over each patch: what its own scale adds to the logit, to first order."""
-    products: Tensor = (gradient * seen).sum(dim=1)
-    return products
-
-
 def rollout(attentions: Sequence[Float[Tensor, "head query key"]]) -> Float[Tensor, "query key"]:
-    """Return attention rolled out over the layers, half of each block's output its input (Abnar & Zuidema 2020)."""
+    """Return attention rolled out over the layers (Abnar & Zuidema 2020).
+
+    Half of each block's output counts as its input, for the residual connection.
+    """
     total = torch.eye(attentions[0].shape[-1], device=attentions[0].device)
     for attention in attentions:
+        # Layers may lie on different GPUs.
         mean = attention.float().mean(dim=0).to(total.device)
         mixed = mean + torch.eye(len(mean), device=mean.device)
         total = (mixed / mixed.sum(dim=1, keepdim=True)) @ total

@@ -1,4 +1,4 @@
-"""The model as users hold it, with its sight: where in an image a word comes from."""
+"""The public model: a loaded model whose words can be traced back to the image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from mmray.detector.joint import JointModel, join_if_given
 from mmray.features.saliency.maps import Saliency
 from mmray.features.saliency.methods import METHODS, Explained, method_of
-from mmray.features.saliency.questions import ask, look_at
+from mmray.features.saliency.saliency_input import open_input, target_of
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import prompt_text
@@ -22,17 +22,17 @@ from mmray.neurons.model import NeuronModel, load_checked, open_image
 
 
 class Explanation(NamedTuple):
-    """What was asked about, and the maps of it by method, over the part of the image that the model sees."""
+    """A word's maps by method, over the part of the image that the model sees."""
 
     caption: str
     probability: float
-    """Of the word's first token, where the caption has it."""
+    """Of the word's first token in the caption."""
     maps: dict[str, Saliency]
     covers: tuple[float, float, float, float]
 
 
 class Model(NeuronModel):
-    """A vision-language model with its processor and parts, and with a detector where it is given one."""
+    """A vision-language model with its processor and parts."""
 
     def saliency(
         self,
@@ -46,13 +46,13 @@ class Model(NeuronModel):
         prompt: str | None = None,
         language: str | None = None,
     ) -> Float[Tensor, "height width"]:
-        """Return how much each point of an image speaks for a word of the caption, true or not, at the image's size.
+        """Return how much each point of an image speaks for a word of the caption, at the image's size.
 
-        Values are in the method's own unit (cosines, for the method `alignment`): `min_max` of `mmray.neurons.heatmaps`
-        scales them. `detector` is `demo` (the default for the demo model), a folder of heads, or an OWL-ViT or OWLv2
-        with the folder of its `alignment`; methods without boxes need none. What the processor cuts off has the lowest
-        value. Raises InputError where the caption does not say the word, for a method that there is not, or one that
-        weighs the boxes of a detector where there is none.
+        The caption may be wrong. Values are in the method's own unit (cosines for `alignment`); `min_max` of
+        `mmray.neurons.heatmaps` scales them. `detector` is `demo` (the default for the demo model), a folder of heads,
+        or an OWL-ViT or OWLv2 with the folder of its `alignment`; methods without boxes need none. Where the processor
+        crops the image, the map has its lowest value. Raises InputError where the caption does not have the word, for
+        an unknown method, and for one that needs a detector where there is none.
         """
         picture = open_image(image)
         assert picture is not None
@@ -73,18 +73,18 @@ def explain(
     prompt: str | None = None,
     language: str | None = None,
 ) -> Explanation:
-    """Return maps of a word of a caption, by default of the model's own; see `NeuronModel.saliency`."""
-    said = caption if caption is not None else own_caption(model, image, prompt, language)
-    batch, places = ask(model, image, said, word, prompt=prompt, language=language)
-    look = look_at(model, joint, batch, places, [image])
-    looked = Explained(look, [word])
-    maps = {name: method_of(name)(looked, 0) for name in methods}
-    return Explanation(said, float(look.probabilities(look.seen, places)[0]), maps, look.grid(0).covers)
+    """Return maps of a word of a caption, by default the model's own; see `Model.saliency`."""
+    text = caption if caption is not None else own_caption(model, image, prompt, language)
+    batch, targets = target_of(model, image, text, word, prompt=prompt, language=language)
+    given = open_input(model, joint, batch, targets, [image])
+    explained = Explained(given, [word])
+    maps = {name: method_of(name)(explained, 0) for name in methods}
+    return Explanation(text, float(given.probabilities(given.features, targets)[0]), maps, given.grid(0).covers)
 
 
 @torch.inference_mode()
 def own_caption(model: LoadedModel, image: Image, prompt: str | None, language: str | None) -> str:
-    """Return the caption that the model writes of an image, greedily."""
+    """Return the model's greedy caption of an image."""
     (tokens,) = generate(model, [prompt_text(model, prompt, language)], [image])
     return caption_of(model, tokens)[0]
 
@@ -92,8 +92,8 @@ def own_caption(model: LoadedModel, image: Image, prompt: str | None, language: 
 def load_model(
     name: str, dtype: str = "auto", device: str | torch.device | None = None, *, trust_remote_code: bool = False
 ) -> Model:
-    """Load a checkpoint folder, a hub id or `demo` for inference, and check its parts; see `mmray.models.loading.load`.
+    """Load a checkpoint folder, a hub id or `demo` for inference, and check its parts; as `mmray.models.loading.load`.
 
-    Raises InputError where it can't be loaded, or where its parts are not what they are taken for.
+    Raises InputError where it can't be loaded, or where its parts do not behave as expected.
     """
     return load_checked(Model, name, dtype, device, trust_remote_code=trust_remote_code)

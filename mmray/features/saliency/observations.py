@@ -1,4 +1,4 @@
-"""What is observed of a word's maps and its object's boxes: rows of numbers that add up over images."""
+"""What is observed of the maps of words: rows of sums that add up over images."""
 
 from __future__ import annotations
 
@@ -19,51 +19,51 @@ from mmray.features.saliency.measures import (
 from mmray.features.saliency.methods import Explained, method_of
 
 CHANCE = "chance"
-"""The method of a point drawn at random: the part of the map that the object takes."""
+"""The method of a random point: it hits with the share of the map that the object covers."""
 
 
-def draw_maps(looked: Explained, methods: Sequence[str]) -> dict[str, list[Saliency]]:
-    """Return the maps of all places by each method."""
+def draw_maps(explained: Explained, methods: Sequence[str]) -> dict[str, list[Saliency]]:
+    """Return the maps of all targets by each method."""
     maps = {}
     for name in methods:
         with phase(name):
-            maps[name] = [method_of(name)(looked, number) for number in range(len(looked.words))]
+            maps[name] = [method_of(name)(explained, index) for index in range(len(explained.words))]
     return maps
 
 
 def observations(
-    looked: Explained, maps: dict[str, list[Saliency]], boxes: Sequence[Boxes], *, erased: bool
+    explained: Explained, maps: dict[str, list[Saliency]], boxes: Sequence[Boxes], *, erased: bool
 ) -> Iterator[dict[str, object]]:
-    """Yield a row a measure, method and place: sums, the last of which is what the others are divided by.
+    """Yield a row per measure, method and target; the last of its sums is the denominator of the others.
 
-    `boxes` are those of each place's object; `erased`: insertion and deletion too, 2 × (steps − 1) forwards a method
-    and two for all.
+    `boxes` are those of each target's object. `erased` adds insertion and deletion, which take 2 × (steps − 1) forward
+    passes per method and two for all.
     """
-    places = looked.look.places
-    for number, place in enumerate(places):
-        covers = looked.look.grid(place.row).covers
-        objects = objects_mask(boxes[number], covers)
-        row = {"concept": place.concept, "sample_id": place.sample_id}
+    given = explained.input
+    targets, grids = given.targets, [given.grid(target.row) for target in given.targets]
+    for index, target in enumerate(targets):
+        covers = grids[index].covers
+        objects = objects_mask(boxes[index], covers)
+        row = {"concept": target.concept, "sample_id": target.sample_id}
         yield row | {"measure": "pointing_game", "method": CHANCE, "sums": [float(objects.float().mean()), 1.0]}
         for method, found in maps.items():
-            values = found[number].values.cpu()
+            values = found[index].values.cpu()
             sums = {
                 "pointing_game": [float(points_at(values, objects))],
                 "iou": [mask_iou(values, objects)],
-                "max_box_accuracy": boxes_found(values, boxes[number], covers).double().tolist(),
+                "max_box_accuracy": boxes_found(values, boxes[index], covers).double().tolist(),
             }
             for measure, parts in sums.items():
                 yield row | {"measure": measure, "method": method, "sums": [*parts, 1.0]}
     if not erased:
         return
-    ends = erasure_ends(looked.look)
+    ends = erasure_ends(given)
     for method, found in maps.items():
-        grids = [looked.look.grid(place.row) for place in places]
         orders = [
             patch_order(saliency.values.cpu(), grid.rows, grid.columns)
             for saliency, grid in zip(found, grids, strict=True)
         ]
-        for measure, curves in zip(("deletion", "insertion"), erasure_curves(looked.look, orders, ends), strict=True):
-            for place, curve in zip(places, curves, strict=True):
-                row = {"concept": place.concept, "sample_id": place.sample_id, "measure": measure, "method": method}
+        for measure, curves in zip(("deletion", "insertion"), erasure_curves(given, orders, ends), strict=True):
+            for target, curve in zip(targets, curves, strict=True):
+                row = {"concept": target.concept, "sample_id": target.sample_id, "measure": measure, "method": method}
                 yield row | {"sums": [area_under(curve), 1.0]}

@@ -1,4 +1,4 @@
-// Where words come from: what each method's maps are worth, and the maps side by side.
+// Where words come from: measures of each method's maps, and the maps side by side.
 "use strict";
 const LOWER_IS_BETTER = new Set(["deletion"]);
 
@@ -16,7 +16,7 @@ function saliencyPage() {
       ...names.map((measure) => ({ title: measure.replaceAll("_", " "), number: true, about: measures.find((row) => row.measure === measure).protocol, value: (row) => row[measure]?.value ?? null,
         cell: (row) => (row[measure] ? [h(row[measure].value === best(measure) ? "b" : "span", figure(row[measure].value)), h("br"), h("span.range", interval(row[measure], 2))] : "–") })),
     ], table, { by: 1 }), h("details", h("summary", "How each was measured"), h("dl", names.map((measure) => [h("dt", measure.replaceAll("_", " ")), h("dd", measures.find((row) => row.measure === measure).protocol)])))),
-    words.length ? [h("h2", "Maps"), under("Each between its own lowest and highest value, which stand below it: cosines of alignment, confidences of the detector, lengths of gradients. The white box is the object's.")] : null,
+    words.length ? [h("h2", "Maps"), under("Each between its own lowest and highest value, given below it: cosines of alignment, confidences of the detector, norms of gradients. The white box is the object's.")] : null,
     words.map((row) => card(h("h3", row.word), h("div.grid.samples",
       h("figure", picture(row), h("figcaption", caption(DATA.captions[row.id], row.word))),
       drawn.filter((method) => row.maps[method]).map((method) => {

@@ -1,4 +1,4 @@
-"""The saliency of a report: measures of every method, and rows of an image, a word and the maps of each method."""
+"""The report's page of saliency: measures of every method, and words with their maps."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from mmray.report.maps import map_of
 from mmray.report.section import Request, Section
 
 WORDS = 24
-"""Words whose maps are shown."""
+"""Words with maps on the page."""
 
 
 def section(request: Request) -> Section:
-    """Return the measures and the words that the page shows; empty lists where there are none yet."""
+    """Return the page's measures and words; empty lists for a run without them."""
     run = request.run
     measures, maps = run.optional("saliency"), run.optional("saliency_maps")
     words: dict[tuple[str, str], dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""Typed settings of saliency, and the documentation of each."""
+"""Settings of `mmray saliency`, each with its documentation."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from mmray.engine.settings import JobSettings, after_work, checked, execution, k
 
 
 class SaliencySettings(JobSettings):
-    """Everything that `mmray saliency RUN` can be told."""
+    """All settings of `mmray saliency RUN`."""
 
     run: str = execution()
     """Folder of the run."""
     detector: str | None = known_by_digest(None)
-    """Detector on the model's sight: `demo`, a folder of heads for the model's own tower, or an OWL-ViT or OWLv2
-    (folder or hub id) with --alignment; by default that of the demo where it is the model, else none."""
+    """Detector next to the model: `demo`, a folder of heads for the model's own tower, or an OWL-ViT or OWLv2 (folder
+    or hub id) with --alignment. Default: the demo's for the demo model, else none."""
     alignment: str | None = known_by_digest(None)
-    """Folder of the network that makes the model's image tokens of an OWL-ViT's embedding."""
+    """Folder of the network from an OWL-ViT's embedding to the model's image tokens."""
     methods: str | None = None
-    """What draws the maps, comma-separated: alignment, alignment-boxes, alignment-any, gradient, gradient-input,
-    detector, rollout, neurons, random, random-patches; by default all, without a detector those that need none."""
+    """Methods, comma-separated: alignment, alignment-boxes, alignment-any, gradient, gradient-input,
+    detector, rollout, neurons, random, random-patches. Default: all, or without a detector those that need none."""
     images: int = Field(200, ge=1)
-    """Images of several objects, with their boxes, that maps are held against."""
+    """Images with boxes of several objects, with which maps are compared."""
     maps: int = Field(24, ge=0)
-    """Images whose maps are kept for the report."""
+    """Images whose maps the report shows."""
     erasures: bool = False
-    """Measure insertion and deletion too: 14 forwards a word and method, where all else takes a forward and a backward
-    a word; off by default."""
+    """Measure insertion and deletion too: 14 forward passes per word and method. Everything else takes one forward and
+    one backward pass per word."""
     draws: int = after_work(1000, ge=1)
-    """Draws of the bootstrap over images that intervals are made of."""
+    """Bootstrap draws over images, for intervals."""
     seed: int = 0
     """Seed of the choice of images."""
 
 
 def saliency_settings(values: dict[str, Any]) -> SaliencySettings:
-    """Return checked settings; raises InputError naming the first setting that is wrong and what is allowed."""
+    """Return validated settings. Raises InputError naming the first wrong setting and what is allowed."""
     return checked(SaliencySettings, values)

@@ -1,4 +1,4 @@
-"""From observations of saliency maps to the table of measures, with intervals over images."""
+"""Observations of saliency maps, summarised as measures with intervals over images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy import ndarray
 
 from mmray.features.saliency.measures import OVERLAP, STEPS, THRESHOLDS
 from mmray.features.saliency.tables import TABLES
-from mmray.statistics.bootstrap import Value, measure, ratio
+from mmray.statistics.bootstrap import measure, ratio
 
 SEVERAL = "words of images with several objects, teacher-forced;"
 ERASED = (
@@ -33,20 +33,17 @@ ORDER = tuple(PROTOCOLS)
 
 
 def best_threshold(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:
-    """Return the highest share over the thresholds."""
+    """Return the highest share over the thresholds, chosen anew in every draw."""
     shares: Float[ndarray, " draw"] = totals[:, :-1].max(axis=1) / np.maximum(totals[:, -1], 1)
     return shares
-
-
-VALUES: dict[str, Value] = {"max_box_accuracy": best_threshold}
 
 
 def summarise_saliency(
     observations: pa.Table, draws: int = 1000, seed: int = 0, images: Mapping[str, str] | None = None
 ) -> pa.Table:
-    """Return the table `saliency`: each measure of each method; however the rows were cut, the result is the same.
+    """Return the table `saliency`: each measure of each method, whatever the order of the observations.
 
-    `images` has the key of each sample's image; without it each sample is an image.
+    `images`: sample → key of its image; without it, each sample is an image.
     """
     known = images or {}
     grouped: dict[tuple[str, str], dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
@@ -54,9 +51,9 @@ def summarise_saliency(
         grouped[row["measure"], row["method"]][known.get(row["sample_id"], row["sample_id"])].append(row["sums"])
     rows = []
     for (name, method), parts in sorted(grouped.items(), key=lambda pair: (ORDER.index(pair[0][0]), pair[0][1])):
-        # Sorted, for the order in which numbers are added changes their sum's last bits.
+        # Sorted, because the order of addition changes the last bits of a sum.
         sums: ndarray = np.array([np.sum(sorted(parts[image]), axis=0) for image in sorted(parts)])
-        found = measure(sums, sums, VALUES.get(name, ratio), draws, seed, share=True)
+        found = measure(sums, sums, best_threshold if name == "max_box_accuracy" else ratio, draws, seed, share=True)
         words = int(sums[:, -1].sum())
         rows.append(
             {"measure": name, "method": method, "value": found.after, "low": found.low, "high": found.high}

@@ -1,4 +1,4 @@
-"""What measures of saliency look like in the terminal: a row a method."""
+"""Measures of saliency in the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmray.terminal.figures import number
 
 
 def saliency(rows: pa.Table) -> Table:
-    """Return the measures with 95 % intervals as a table: a row a method, those that point best first."""
+    """Return measures with 95 % intervals: a row per method, the best at pointing first."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows.to_pylist():
         found.setdefault(row["method"], {})[row["measure"]] = row
@@ -26,7 +26,6 @@ def saliency(rows: pa.Table) -> Table:
 
 
 def _cell(row: dict[str, float] | None) -> Text:
-    """Return a value, and the interval where there is one, next to or below it."""
     if row is None:
         return Text("–")
     return Text(number(row["value"])).append(f" {row['low']:.2f}–{row['high']:.2f}", "dim")

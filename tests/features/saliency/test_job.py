@@ -114,12 +114,12 @@ def test_another_detector_is_measured_anew_and_the_same_one_is_not(run, tmp_path
 
 
 def test_what_can_t_be_is_one_line(run, mmray: Callable[..., Answer]):
-    with pytest.raises(InputError, match="no method of saliency 'guess'"):
+    with pytest.raises(InputError, match="unknown saliency method 'guess'"):
         saliency_here(run, methods="guess")
     with pytest.raises(InputError, match="neither a folder nor a model"):
         saliency_here(run, detector="no-such-detector")
     assert "give a RUN, or --model, --image and --word" in mmray("saliency").refusal
-    assert "no RUN" in mmray("saliency", run, "--word", "dog").refusal
+    assert "not a RUN" in mmray("saliency", run, "--word", "dog").refusal
     with pytest.raises(InputError, match="names none of alignment"):
         saliency_here(run, methods=",")
 
@@ -149,7 +149,7 @@ def test_one_picture_gives_a_page_or_a_picture_and_numbers(tmp_path, mmray: Call
     mmray(*given, "--methods", "alignment", "--out", tmp_path / "map.png")
     assert Image.open(tmp_path / "map.png").size == (384, 384)
     assert "does not say" in mmray(*given[:-2], "--caption", "A house.").refusal
-    assert "neither .html nor .png" in mmray(*given, "--out", tmp_path / "map.gif").refusal
+    assert "ends in .html or .png" in mmray(*given, "--out", tmp_path / "map.gif").refusal
     assert "not an image that can be read" in mmray(*given[:4], tmp_path / "none.png", *given[5:]).refusal
 
 

@@ -10,40 +10,41 @@ from mmray.errors import InputError
 from mmray.features.saliency.maps import cosines, paint, rollout
 from mmray.features.saliency.methods import METHODS, OF_BOXES, Explained
 from mmray.features.saliency.model import explain
-from mmray.features.saliency.questions import ask, look_at, mentions_of
+from mmray.features.saliency.saliency_input import mentions_of, open_input, target_of
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.heatmaps import SIDE, placed
-from mmray.neurons.token_positions import places_of
+from mmray.neurons.token_positions import positions_of
 
 
-def looked_at(model, joint, images, captions, words):
+def explained_batch(model, joint, images, captions, words):
     before = prompt_text(model, None, "en")
     tokens, offsets = zip(*(tokenize_caption(model, before, caption) for caption in captions), strict=True)
     batch = encode(model, [before] * len(images), images, list(tokens), list(offsets))
     named = [("", find_forms(caption, frozenset(own), "en")) for caption, own in zip(captions, words, strict=True)]
-    places = places_of(batch, named)
-    return Explained(look_at(model, joint, batch, places, images), [place.concept for place in places])
+    targets = positions_of(batch, named)
+    return Explained(open_input(model, joint, batch, targets, images), [place.concept for place in targets])
 
 
 def test_the_gradient_is_the_difference_quotient_of_the_logit(joint, images):
-    batch, places = ask(joint.model, images[0], "An image of a dog.", "dog")
-    look = look_at(joint.model, joint, batch, places, images[:1])
-    step = torch.randn(look.seen.shape, generator=torch.Generator().manual_seed(0))
+    batch, targets = target_of(joint.model, images[0], "An image of a dog.", "dog")
+    given = open_input(joint.model, joint, batch, targets, images[:1])
+    step = torch.randn(given.features.shape, generator=torch.Generator().manual_seed(0))
     ends = [
-        joint.logits(batch, look.seen + size * step)[0, places[0].position, places[0].token] for size in (1e-2, -1e-2)
+        joint.logits(batch, given.features + size * step)[0, targets[0].position, targets[0].token]
+        for size in (1e-2, -1e-2)
     ]
     quotient = float(ends[0] - ends[1]) / 2e-2
-    assert float((look.gradients[0] * step[0]).sum()) == pytest.approx(quotient, rel=0.02, abs=0.02)
+    assert float((given.gradients[0] * step[0]).sum()) == pytest.approx(quotient, rel=0.02, abs=0.02)
 
 
 def test_a_place_s_maps_do_not_depend_on_what_shares_its_batch(joint, images, drawn_scenes):
     words = [scene.objects for scene in drawn_scenes[:3]]
     captions = [f"An image of a {first} and a {second}." for first, second in words]
-    together = looked_at(joint.model, joint, images[:3], captions, words)
+    together = explained_batch(joint.model, joint, images[:3], captions, words)
     assert len(together.words) == 6
-    alone = looked_at(joint.model, joint, images[1:2], captions[1:2], words[1:2])
-    numbers = [number for number, place in enumerate(together.look.places) if place.row == 1]
+    alone = explained_batch(joint.model, joint, images[1:2], captions[1:2], words[1:2])
+    numbers = [number for number, place in enumerate(together.input.targets) if place.row == 1]
     for name, method in METHODS.items():
         for own, number in enumerate(numbers):
             first, second = method(together, number).values, method(alone, own).values
@@ -94,7 +95,7 @@ def test_a_wrong_word_has_saliency_too_and_one_that_is_not_said_is_refused(image
         assert found.shape == (80, 130) and found.isfinite().all(), method
     with pytest.raises(InputError, match="does not say 'dog'"):
         model.saliency(images[0], "An image of a zebra.", "dog")
-    with pytest.raises(InputError, match="no method of saliency 'guess'"):
+    with pytest.raises(InputError, match="unknown saliency method 'guess'"):
         model.saliency(images[0], "An image of a zebra.", "zebra", method="guess")
 
 
@@ -110,25 +111,25 @@ def test_python_and_the_command_look_by_the_same_sight_where_none_is_named(demo,
 def test_families_without_a_detector_have_the_maps_of_patches(family, open_model):
     model = open_model(family)
     picture = Image.fromarray(torch.randint(256, (40, 56, 3), dtype=torch.uint8).numpy())
-    batch, places = ask(model, picture, "A dog and a ball.", "dog")
-    looked = Explained(look_at(model, None, batch, places, [picture]), ["dog"])
+    batch, targets = target_of(model, picture, "A dog and a ball.", "dog")
+    explained = Explained(open_input(model, None, batch, targets, [picture]), ["dog"])
     for name, method in METHODS.items():
         if name in OF_BOXES:
             with pytest.raises(InputError, match="no detector for it"):
-                method(looked, 0)
+                method(explained, 0)
         else:
-            values = method(looked, 0).values
+            values = method(explained, 0).values
             assert values.isfinite().all() and values.max() > values.min(), name
 
 
 def test_running_what_is_seen_as_it_is_changes_nothing(open_model):
     model = open_model("qwen2_vl")
     picture = Image.fromarray(torch.full((40, 56, 3), 90, dtype=torch.uint8).numpy())
-    batch, places = ask(model, picture, "A dog and a ball.", "dog")
-    look = look_at(model, None, batch, places, [picture])
+    batch, targets = target_of(model, picture, "A dog and a ball.", "dog")
+    given = open_input(model, None, batch, targets, [picture])
     with torch.no_grad():
         plain = model.network(**batch.to(model.device, model.network.dtype)).logits
-        again = look.run(look.seen).logits
+        again = given.run(given.features).logits
     assert torch.equal(plain, again)
 
 

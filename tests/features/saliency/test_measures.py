@@ -18,7 +18,7 @@ from mmray.features.saliency.measures import (
     patch_order,
     points_at,
 )
-from mmray.features.saliency.questions import ask, look_at
+from mmray.features.saliency.saliency_input import open_input, target_of
 from mmray.features.saliency.summary import summarise_saliency
 from mmray.features.saliency.tables import PARTS
 from mmray.neurons.heatmaps import SIDE
@@ -87,16 +87,16 @@ def test_patches_go_from_the_highest_to_the_lowest():
 
 def test_curves_begin_and_end_with_the_whole_and_nothing(joint, images, drawn_scenes):
     word = drawn_scenes[0].objects[0]
-    batch, places = ask(joint.model, images[0], f"An image of a {word}.", word)
-    look = look_at(joint.model, joint, batch, places, images[:1])
+    batch, targets = target_of(joint.model, images[0], f"An image of a {word}.", word)
+    given = open_input(joint.model, joint, batch, targets, images[:1])
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    ends = erasure_ends(look)
-    deletion, insertion = erasure_curves(look, [order], ends)
-    whole = look.probabilities(look.seen, places)
-    nothing = look.probabilities(look.seen.mean(dim=1, keepdim=True).expand_as(look.seen), places)
+    ends = erasure_ends(given)
+    deletion, insertion = erasure_curves(given, [order], ends)
+    whole = given.probabilities(given.features, targets)
+    nothing = given.probabilities(given.features.mean(dim=1, keepdim=True).expand_as(given.features), targets)
     assert torch.allclose(deletion[0, 0], whole[0]) and torch.allclose(insertion[0, -1], whole[0])
     assert torch.allclose(deletion[0, -1], nothing[0]) and torch.allclose(insertion[0, 0], nothing[0])
-    _, reversed_ = erasure_curves(look, [order.flip(0)], ends)
+    _, reversed_ = erasure_curves(given, [order.flip(0)], ends)
     # What is left when the first patches of an order go is what the reversed order puts back first.
     assert torch.allclose(deletion[0], reversed_[0].flip(0), atol=1e-6)
 
