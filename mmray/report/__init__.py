@@ -1,1 +1,1 @@
-"""The report of a run: one HTML file, made without torch."""
+"""The report of a run as one HTML file or a folder, made without torch."""

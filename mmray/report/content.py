@@ -1,4 +1,4 @@
-"""All that a report says, gathered from a run's tables: plain lists and numbers, ready for JSON."""
+"""Everything a report shows, gathered from a run's tables as lists and numbers, ready for JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from mmray.features import FEATURES
 from mmray.neurons.scores import unit_of
-from mmray.report.concepts import concept_page, kin_of, number, read_concepts
+from mmray.report.concepts import concept_page, number, read_concepts, related_concepts
 from mmray.report.definitions import definitions
 from mmray.report.maps import map_of
 from mmray.report.neurons import layer_profile, neuron_pages
@@ -18,17 +18,18 @@ from mmray.report.section import Request, Section
 from mmray.runs.run import Run
 
 WHOLE = 1500
-"""Concepts with a page of their own in a report of one file, the most frequent; `--pages` has all."""
+"""Most frequent concepts that have a page in a report of one file, to bound its size; `--pages` has all."""
 FAILURES = 200
+"""Failed samples that are listed."""
 OF_CONCEPTS = (("causal", "zeroed_own"), ("causal", "zeroed_other"))
-"""Properties that a concept's own page shows; those of all concepts are on a page of their own."""
+"""Property and measure of the rows on a concept's own page; the page of properties has those over all concepts."""
 TOKENS = 6
-"""Tokens of a neuron that lists show."""
+"""Tokens per neuron in lists."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a report says: the index that all pages need, and a part for each concept and neuron."""
+    """A report: the index that all pages need, and a part per concept and neuron."""
 
     index: dict[str, Any]
     concepts: dict[str, dict[str, Any]]
@@ -38,21 +39,21 @@ class Content:
 
     @property
     def parts(self) -> dict[str, dict[str, Any]]:
-        """Concepts and neurons by the keys that the pages' scripts ask for."""
+        """Pages of concepts and neurons, by the keys that `part` in core.js takes."""
         named = {f"c:{name}": page for name, page in self.concepts.items()}
         return named | {f"n:{name}": page for name, page in self.neurons.items()}
 
     def samples(self) -> list[str]:
-        """Return the samples of the run whose images the pages show."""
+        """Return the samples of the run whose images any page shows."""
         shown = [name for part in self.parts.values() for name in samples_of(part)]
         return list(dict.fromkeys([*shown, *self.of_sections()]))
 
     def of_sections(self) -> list[str]:
-        """Return the samples that the features' pages show, which load with the index."""
+        """Return the samples on the features' pages, which load with the index."""
         return [name for section in self.sections for name in section.samples]
 
     def elsewhere(self) -> dict[str, set[str]]:
-        """Return the samples of other data whose images the pages show, by the data."""
+        """Return the samples of other data whose images the pages show, by data."""
         found: dict[str, set[str]] = defaultdict(set)
         for section in self.sections:
             for data, names in section.elsewhere:
@@ -61,28 +62,30 @@ class Content:
 
 
 def samples_of(part: dict[str, Any]) -> list[str]:
-    """Return the samples that a concept's or neuron's page shows."""
+    """Return the samples on a concept's or neuron's page."""
     return [row["id"] for row in part.get("samples", part.get("examples", ()))]
 
 
 def gather(run: Run, edits: Sequence[str] = (), limit: int | None = WHOLE) -> Content:
-    """Return what a report on the run says, with the edits in these folders; `limit` concepts at most (None: all)."""
+    """Return the report of a run with the edits in these folders, and at most `limit` concepts (None: all)."""
     maps = _maps(run)
     by_concept = _properties(run)
     captions = {row["sample_id"]: row for row in run.table("captions").to_pylist()}
     concepts = read_concepts(run, captions, {name: list(found) for name, found in maps.items()}, limit)
-    kin = kin_of(concepts)
+    related = related_concepts(concepts)
     pages = {
-        name: concept_page(concept, kin[name], maps.get(name, {}), by_concept.get(name, []))
+        name: concept_page(concept, related[name], maps.get(name, {}), by_concept.get(name, []))
         for name, concept in concepts.items()
     }
     neurons = neuron_pages(run, concepts)
-    asked = Request(run, edits)
+    request = Request(run, edits)
     sections: dict[str, Section] = {
-        name: resolve_name(feature.report)(asked) for name, feature in FEATURES.items() if feature.report
+        name: resolve_name(feature.report)(request) for name, feature in FEATURES.items() if feature.report
     }
-    known = [page for page in neurons.values() if page["concepts"]]
-    known.sort(key=lambda page: (-len(page["concepts"]), page["neuron"]))
+    listed = sorted(
+        (page for page in neurons.values() if page["concepts"]),
+        key=lambda page: (-len(page["concepts"]), page["neuron"]),
+    )
     index = {
         "run": _facts(run),
         "definitions": definitions(run),
@@ -91,7 +94,7 @@ def gather(run: Run, edits: Sequence[str] = (), limit: int | None = WHOLE) -> Co
         "neurons": [
             {key: page[key] for key in ("neuron", "layer", "n_concepts", "open", "max")}
             | {"tokens": page["tokens"][:TOKENS]}
-            for page in known
+            for page in listed
         ],
         "layers": layer_profile(run, concepts),
         "failures": _failures(run),
@@ -138,22 +141,21 @@ def _facts(run: Run) -> dict[str, Any]:
 
 
 def _failures(run: Run) -> dict[str, Any]:
-    rows = run.table("errors").to_pylist()
-    aside = run.status().quarantined
+    rows, quarantined = run.table("errors").to_pylist(), run.status().quarantined
     return {
         "count": len(rows),
         "rows": [{key: row[key] for key in ("stage", "sample_id", "source", "message")} for row in rows[:FAILURES]],
-        "aside": [{"shard": shard, "reason": reason} for shard, reason in aside.items()],
+        "quarantined": [{"shard": shard, "reason": reason} for shard, reason in quarantined.items()],
     }
 
 
 def _properties(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of `properties` that a concept's own page shows, by concept."""
+    """Return the rows of `properties` on concepts' own pages, by concept."""
     by_concept: dict[str, list[dict[str, Any]]] = defaultdict(list)
     table = run.optional("properties")
     for row in table.to_pylist() if table is not None else ():
         if row["concept"] is not None and (row["property"], row["measure"]) in OF_CONCEPTS:
-            # Protocols are given once, next to the figures over all concepts.
+            # The protocol is the same for every concept, and stands on the page of properties.
             kept = {name: value for name, value in row.items() if name not in ("concept", "property", "protocol")}
             by_concept[row["concept"]].append(
                 {name: number(value) if isinstance(value, float) else value for name, value in kept.items()}

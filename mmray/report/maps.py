@@ -1,4 +1,4 @@
-"""A map as pages hold it."""
+"""Heat maps in the form that pages hold them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmray.report.concepts import number
 
 
 def map_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row's map, each value one byte between the map's minimum and maximum."""
+    """Return a table row's map with one byte per value, scaled between the map's minimum and maximum."""
     values = np.array(row["values"], dtype=np.float64)
     low, high = float(values.min()), float(values.max())
     levels = np.rint(255 * (values - low) / ((high - low) or 1.0)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The neurons of a report: what each writes, which concepts use it, its extreme samples, and where it is active."""
+"""Neurons in the report: what they write, their concepts, extreme samples and activity; and the profile of layers."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from mmray.report.concepts import Concept, number
 from mmray.runs.run import Run
 
 EXAMPLES = 5
-"""Samples at each end."""
+"""Samples with the highest activations per neuron, and with the lowest."""
 CONCEPTS = 15
-"""Concepts of a neuron that its page lists."""
+"""Concepts on a neuron's page."""
 LABELS = 40
-"""Rows of activity on a page; data with hundreds of labels shows those where the neuron is most active."""
+"""Rows of activity on a page; data with more labels shows those where the neuron is most active."""
 
 
 def neuron_pages(run: Run, concepts: Mapping[str, Concept]) -> dict[str, dict[str, Any]]:
-    """Return the page of each neuron that a concept's page lists."""
-    wanted = {row["neuron"] for concept in concepts.values() for row in concept.neurons}
+    """Return the page of each neuron that any concept's page lists."""
+    listed = {row["neuron"] for concept in concepts.values() for row in concept.neurons}
     uses = _uses(concepts)
-    examples = _examples(run, wanted)
-    activity = _activity(run, wanted)
+    examples = _examples(run, listed)
+    activity = _activity(run, listed)
     pages = {}
     for row in run.table("neurons").to_pylist():
         name = row["neuron"]
-        if name in wanted:
+        if name in listed:
             numbers = {key: number(row[key]) for key in ("mean", "std", "min", "max")}
             pages[name] = numbers | {
                 "neuron": name,
@@ -61,26 +61,26 @@ def _uses(concepts: Mapping[str, Concept]) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def _examples(run: Run, wanted: Collection[str]) -> dict[str, list[dict[str, Any]]]:
+def _examples(run: Run, listed: Collection[str]) -> dict[str, list[dict[str, Any]]]:
     table = run.table("examples")
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     near = table.filter(pc.less_equal(table["rank"], EXAMPLES))
     for row in near.sort_by([("sign", "descending"), ("rank", "ascending")]).to_pylist():
         name = neuron_name(row["layer"], row["unit"])
-        if name in wanted:
+        if name in listed:
             known = {"activation": number(row["activation"]), "id": row["sample_id"]}
             found[name].append({"sign": row["sign"], **known})
     return found
 
 
-def _activity(run: Run, wanted: Collection[str]) -> dict[str, list[tuple[str, str, str, float]]]:
-    """Return of each neuron (kind of label, label, modality, share of open tokens)."""
+def _activity(run: Run, listed: Collection[str]) -> dict[str, list[tuple[str, str, str, float]]]:
+    """Return for each neuron its rows of kind of label, label, modality and fraction of open tokens."""
     table = run.table("activity")
     table = table.filter(pc.and_(pc.equal(table["module"], "language"), pc.greater(table["n_tokens"], 0)))
     found: dict[str, list[tuple[str, str, str, float]]] = defaultdict(list)
     for row in table.to_pylist():
         name = neuron_name(row["layer"], row["unit"])
-        if name in wanted:
+        if name in listed:
             share = round(row["n_active"] / row["n_tokens"], 3)
             found[name].append((row["label_kind"], row["label"], row["modality"], share))
     for rows in found.values():
@@ -90,15 +90,15 @@ def _activity(run: Run, wanted: Collection[str]) -> dict[str, list[tuple[str, st
 
 
 def layer_profile(run: Run, concepts: Mapping[str, Concept]) -> list[dict[str, Any]]:
-    """Return of each layer how many of the concepts' ten highest neurons lie there, and how active it is."""
+    """Return for each layer the fraction of the concepts' ten highest neurons in it, and how active it is."""
     widths = run.info["model"]["widths"]
-    places = np.zeros((2, len(widths)))
+    counts = np.zeros((2, len(widths)))
     for concept in concepts.values():
         by_specific = sorted(concept.neurons, key=lambda row: row["specific_rank"])[:10]
         for kind, rows in enumerate((concept.highest, by_specific)):
             for row in rows:
-                places[kind, row["layer"]] += 1
-    shares = places / np.maximum(places.sum(axis=1, keepdims=True), 1)
+                counts[kind, row["layer"]] += 1
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     table = run.table("neurons").group_by("layer").aggregate([("n_concepts", "sum"), ("n_concepts", "max")])
     found = {row["layer"]: row for row in table.to_pylist()}
     active = _open_by_layer(run)
@@ -119,9 +119,9 @@ def layer_profile(run: Run, concepts: Mapping[str, Concept]) -> list[dict[str, A
 
 def _open_by_layer(run: Run) -> dict[tuple[int, str], float]:
     table = run.table("activity")
-    whole = pc.and_(pc.equal(table["module"], "language"), pc.equal(table["label_kind"], "all"))
+    overall = pc.and_(pc.equal(table["module"], "language"), pc.equal(table["label_kind"], "all"))
     sums: pa.Table = (
-        table.filter(whole).group_by(["layer", "modality"]).aggregate([("n_active", "sum"), ("n_tokens", "sum")])
+        table.filter(overall).group_by(["layer", "modality"]).aggregate([("n_active", "sum"), ("n_tokens", "sum")])
     )
     return {
         (row["layer"], row["modality"]): row["n_active_sum"] / row["n_tokens_sum"]

@@ -1,4 +1,4 @@
-"""A report written: one file that holds everything, or a folder whose pages load what they show."""
+"""Files of a report: one that holds everything, or a folder whose pages load what they show."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mmray.report.content import Content, samples_of
 from mmray.storage import Store
 
 BEFORE = ("core.js", "images.js", "charts.js", "lists.js", "pages.js")
-"""Scripts that those of features build on; `start.js` comes last."""
+"""Scripts that the features' scripts build on, in order; `start.js` comes after those."""
 PLOTLY = "plotly.min.js"
 WRITERS = 16
-"""Files that are written at once: each waits for the disk, or for S3."""
+"""Threads that write files, which mostly wait for the disk or S3."""
 
 
 def write_whole(content: Content, images: Mapping[str, bytes]) -> bytes:
@@ -32,15 +32,13 @@ def write_whole(content: Content, images: Mapping[str, bytes]) -> bytes:
 
 
 def write_pages(content: Content, images: Mapping[str, bytes], store: Store) -> None:
-    """Write the report as `index.html` and files that it loads when a page needs them.
-
-    They are scripts rather than JSON: a page opened from disk may not fetch files, but may load scripts.
-    """
+    """Write the report as `index.html` and files that it loads when a page needs them."""
     places = {name: f"images/{number:06d}.webp" for number, name in enumerate(sorted(images))}
     files = {key: f"data/{number:06d}.js" for number, key in enumerate(content.parts)}
     written = {place: images[name] for name, place in places.items()}
     for key, part in content.parts.items():
         captions = {name: content.captions.get(name) for name in samples_of(part)}
+        # A script rather than JSON: browsers let a page opened from disk load scripts, but not fetch files.
         written[files[key]] = f"receive({_embedded(key)},{_embedded(part)},{_embedded(captions)})".encode()
     data = {"index": content.index, "parts": {}, "files": files, "images": places}
     data["captions"] = {name: content.captions.get(name) for name in content.of_sections()}
@@ -48,11 +46,12 @@ def write_pages(content: Content, images: Mapping[str, bytes], store: Store) -> 
     written[PLOTLY] = _plotly().encode()
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(lambda place: store.put(place, written[place]), written))
+    # Last: once it is there, so is everything that it loads.
     store.put("index.html", _page(content, whole=False).encode())
 
 
 def _page(content: Content, **more: Any) -> str:
-    # Every value is text that this package wrote or escaped itself; what data says is in the JSON alone.
+    # Without autoescape: all values are this package's own text or escaped here. Text of the data is only in the JSON.
     environment = Environment(undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_template("report.html"))
     title = content.index["run"]["name"].replace("&", "&amp;").replace("<", "&lt;")
@@ -60,8 +59,9 @@ def _page(content: Content, **more: Any) -> str:
 
 
 def _embedded(value: Any) -> str:
-    """Return JSON that no HTML parser mistakes for markup, and that is JavaScript too."""
+    """Return JSON that is safe inside HTML, and valid JavaScript."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    # Line separators are legal in JSON, but ended a string in JavaScript before ES2019.
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
@@ -72,8 +72,8 @@ def _script(text: str) -> str:
 
 
 def _scripts() -> list[str]:
-    rooms = [feature.report.rpartition(".")[0] for feature in FEATURES.values() if feature.report]
-    own = [(resources.files(room) / "report.js").read_text(encoding="utf-8") for room in rooms]
+    packages = [feature.report.rpartition(".")[0] for feature in FEATURES.values() if feature.report]
+    own = [(resources.files(package) / "report.js").read_text(encoding="utf-8") for package in packages]
     return [*map(_template, BEFORE), *own, _template("start.js")]
 
 

@@ -1,4 +1,4 @@
-"""What a feature adds to a report: its page's data, and the pictures that it shows."""
+"""What a feature adds to a report: the data of its page, and the pictures on it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mmray.runs.run import Run
 
 @dataclass(frozen=True)
 class Request:
-    """What a report is asked for."""
+    """What a section is made from."""
 
     run: Run
     edits: Sequence[str] = ()
-    """Folders of edits to show, next to those in the run."""
+    """Folders of edits to show, in addition to those in the run."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Section:
     """A feature's part in a report."""
 
     page: Any
-    """Lists and numbers for its script, which finds them as `INDEX[feature]`."""
+    """Lists and numbers, which its script finds as `INDEX[feature]`."""
     samples: Sequence[str] = ()
     """Samples of the run whose images the page shows."""
     elsewhere: Sequence[tuple[str, frozenset[str]]] = ()
-    """Samples of other data whose images it shows, by the data."""
+    """Data, and its samples whose images the page shows, for data other than the run's."""

@@ -1,4 +1,4 @@
-"""A run's report with the pictures of its samples, which are read from the data: neither a GPU nor torch is needed."""
+"""Write a run's report, with pictures that are read from the data. Needs neither a GPU nor torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmray.runs.run import Run
 from mmray.storage import open_object, open_store
 
 SIDE = 224
-"""Pixels of a picture's longer side, at most."""
+"""Maximum pixels of a picture's longer side."""
 QUALITY = 72
 
 logger = logging.getLogger(__name__)
@@ -33,9 +33,9 @@ def write_report(
 ) -> str:
     """Write the report of a run, and return where it is.
 
-    `out` is a file (default: RUN/report.html); with `pages` it is a folder of many small files instead, for runs with
-    thousands of concepts. Both may be s3://. `edits` are folders of edits to show, added to those in RUN/edits.
-    Where the data can't be read any more, the report has no pictures. Raises InputError for a run without tables yet.
+    `out` is a file (default: RUN/report.html). With `pages` it is a folder of many small files instead, for runs with
+    thousands of concepts. Both may be s3://. `edits` are folders of edits to show, in addition to those in RUN/edits.
+    Where the data can no longer be read, the report has no pictures. Raises InputError for a run without tables.
     """
     content = gather(run, edits, None if pages else WHOLE)
     pictures = run_pictures(run, content.samples())
@@ -51,7 +51,7 @@ def write_report(
 
 
 def run_pictures(run: Run, wanted: Collection[str]) -> dict[str, bytes]:
-    """Return small pictures of samples of the run's data; only the shards that hold them are read."""
+    """Return thumbnails of samples of the run's data, reading only the shards that hold them."""
     by_shard: dict[int, set[str]] = defaultdict(set)
     names = set(wanted)
     for row in run.table("captions").select(["sample_id", "shard_id"]).to_pylist():
@@ -62,7 +62,7 @@ def run_pictures(run: Run, wanted: Collection[str]) -> dict[str, bytes]:
 
 
 def data_pictures(run: Run, data: str, wanted: Collection[str]) -> dict[str, bytes]:
-    """Return small pictures of samples of other data, with the run's columns; all of it is gone through."""
+    """Return thumbnails of samples of other data, with the run's columns, reading all of it until they are found."""
     if not wanted:
         return {}
     return _pictures(run, data, None, set(wanted))
@@ -72,7 +72,7 @@ def _pictures(run: Run, data: str, shards: Sequence[Shard] | None, wanted: set[s
     columns = Columns(**run.info["data"]["columns"])
     found: dict[str, bytes] = {}
     try:
-        # Shards are cut of what the census read: of its captions, where it scored those of the data.
+        # Rows are numbered as the census read them: with `captions`, rows without a caption are not samples.
         captions = shards is not None and run.info["settings"]["captions"] == "dataset"
         for row in _rows(open_source(resolve_data(data, run.info["home"]), columns, captions), shards):
             if isinstance(row, Sample) and row.sample_id in wanted and row.sample_id not in found:
@@ -88,7 +88,7 @@ def _picture_of(sample: Sample) -> dict[str, bytes]:
     try:
         return {sample.sample_id: picture(sample.image, sample.background)} if sample.image else {}
     except ValueError:
-        return {}  # the census has it in its table of errors
+        return {}  # the census lists it in its table of errors
 
 
 def _rows(source: Source, shards: Sequence[Shard] | None) -> Iterator[Sample | Failure]:
@@ -100,7 +100,7 @@ def _rows(source: Source, shards: Sequence[Shard] | None) -> Iterator[Sample | F
 
 
 def picture(encoded: bytes, background: str = BACKGROUND) -> bytes:
-    """Return an image as a small WebP; raises ValueError for anything that is no image."""
+    """Return a thumbnail of an image as WebP. Raises ValueError where it can't be decoded."""
     image: Any = decode_image(encoded, background)
     image.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()

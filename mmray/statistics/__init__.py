@@ -1,1 +1,1 @@
-"""Bootstrap and Wilson intervals: images are resampled, not captions."""
+"""Bootstrap and Wilson intervals over images."""

@@ -1,4 +1,4 @@
-"""From sums of images to measures: the value of the totals, and an interval over images."""
+"""Measures from the sums of images: the value of their totals, and an interval over images."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from mmray.data.image_keys import image_key
 from mmray.statistics.shares import share_interval
 
 INTERVAL = (2.5, 97.5)
-"""Percentiles between which 95 % of the draws lie."""
+"""Percentiles of the bootstrap interval."""
 WEIGHTS_AT_ONCE = 2**24
-"""Numbers of draws × images that are held at once."""
+"""Draws × images held in memory at once (128 MB)."""
 
 Value = Callable[[Float[ndarray, "draw sum"]], Float[ndarray, " draw"]]
-"""From totals to the value of a measure; NaN where they give none."""
+"""A measure as a function of totals; NaN where it has no value."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A measure before and after an edit, the interval of that after, and of how many images; None: no such image."""
+    """A measure before and after an edit, the interval of the latter, and the number of images. None: no value."""
 
     before: float | None
     after: float | None
@@ -34,7 +34,7 @@ class Measured:
 
 
 def ratio(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:
-    """Return what was counted, of how many."""
+    """Return the first sum over the second; NaN for a second one of 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         share: Float[ndarray, " draw"] = totals[:, 0] / totals[:, 1]
     return np.where(totals[:, 1] > 0, share, np.nan)
@@ -49,17 +49,17 @@ def measure(
     *,
     share: bool = False,
 ) -> Measured:
-    """Return a measure of these images, one at least, in a fixed order: each row is an image, or what else is drawn.
+    """Return a measure over images (one at least) in a fixed order: each row has the sums of one image.
 
-    A `share`, which lies between 0 and 1, has the interval of `share_interval`. Any other measure, and a share that is
-    a mean of fractions, has that of the percentile bootstrap: images are drawn with replacement, their sums totalled.
-    Draws that give no value (none of what is counted was drawn) are left out.
+    A `share` lies between 0 and 1. Its interval is that of `share_interval`, unless it is a mean of fractions. All
+    other measures have a percentile bootstrap: images are drawn with replacement, and their sums added. Draws without a
+    value (nothing to count was drawn) are left out.
     """
     total = float(value(after.sum(axis=0)[None])[0])
     interval = share_interval(after, total) if share and np.isfinite(total) else None
     low, high = interval or _percentiles(after, value, draws, seed)
     if share:
-        # An AUROC's draws are linearised, and may leave the range by a little.
+        # Draws of the properties' AUROC are linearised, and may leave the range by a little.
         low, high = max(low, 0.0), min(high, 1.0)
     return Measured(
         before=_known(value(before.sum(axis=0)[None])[0]),
@@ -78,10 +78,7 @@ def _percentiles(sums: Float[ndarray, "image sum"], value: Value, draws: int, se
 
 
 def by_measure(measurements: pa.Table) -> dict[str, tuple[Float[ndarray, "image sum"], Float[ndarray, "image sum"]]]:
-    """Return measure → the sums of its images before and after, images in order of their keys.
-
-    However the rows were cut and put together, the result is the same.
-    """
+    """Return measure → the sums of its images before and after, images by key, whatever the order of rows."""
     grouped: dict[str, dict[str, list[tuple[list[float], list[float]]]]] = {}
     for row in measurements.to_pylist():
         image = image_key(row["sample_id"], row["image"])
@@ -91,20 +88,20 @@ def by_measure(measurements: pa.Table) -> dict[str, tuple[Float[ndarray, "image 
 
 
 def _sums(images: Mapping[str, list[tuple[list[float], list[float]]]], side: int) -> Float[ndarray, "image sum"]:
-    # Sorted, for the order in which numbers are added changes their sum's last bits.
+    # Sorted, because the order of addition changes the last bits of a sum.
     return np.array([np.sum(sorted(part[side] for part in images[name]), axis=0) for name in sorted(images)])
 
 
 def _resampled(
     sums: Float[ndarray, "image sum"], draws: int, generator: np.random.Generator
 ) -> Iterator[Float[ndarray, "draw sum"]]:
-    """Yield the totals of images drawn with replacement, some draws at once."""
+    """Yield the totals of images drawn with replacement, in blocks of draws."""
     count = len(sums)
     at_once = max(1, WEIGHTS_AT_ONCE // count)
     for start in range(0, draws, at_once):
         number = min(at_once, draws - start)
         drawn = generator.integers(0, count, (number, count)) + count * np.arange(number)[:, None]
-        # How often each image was drawn: their totals are then one product.
+        # How often each draw has each image: all totals are then one matrix product.
         yield np.bincount(drawn.ravel(), minlength=number * count).reshape(number, count) @ sums
 
 

@@ -1,7 +1,7 @@
-"""Intervals of shares: Wilson's, with the number of images that the outcomes amount to.
+"""Wilson intervals of shares whose outcomes are correlated within images.
 
-Resampling can't show what did not happen: of fourteen successes every draw is fourteen successes, and the percentile
-interval of a share near 0 or 1 covers the truth far less often than it says.
+Bootstrapping fails near 0 and 1: every draw from fourteen successes is fourteen successes, so a percentile interval
+covers the truth far less often than 95 %.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 NORMAL = 1.959964
-"""Standard deviations on both sides of a mean that hold 95 % of a normal distribution."""
+"""Half-width in standard deviations of the central 95 % of a normal distribution."""
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
@@ -21,27 +21,27 @@ def wilson(share: float, n: float) -> tuple[float, float]:
     square = NORMAL**2 / n
     middle = (share + square / 2) / (1 + square)
     half = sqrt(share * (1 - share) * NORMAL**2 / n + square**2 / 4) / (1 + square)
-    # The interval holds the share itself; rounding must not take it out.
+    # Rounding must not leave the share outside its own interval.
     return min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share)
 
 
 def share_interval(sums: Float[ndarray, "image sum"], share: float) -> tuple[float, float] | None:
-    """Return the 95 % interval of a share from each image's sums: what is counted, and of how many.
+    """Return the 95 % interval of a share from each image's sums: successes, and outcomes last.
 
-    Outcomes of one image go together, so n is the number of independent outcomes that would vary as the images do
-    (their number over the design effect), at most all outcomes. At 0 and 1, where nothing varies, n is the number of
-    images that have an outcome. None for a mean of fractions between 0 and 1: there images vary visibly, and resampling
-    them tells more.
+    n is the effective sample size: the outcomes over the design effect, which images with correlated outcomes raise; at
+    most all outcomes. None for a mean of fractions, which the bootstrap serves better.
     """
     counted = sums[:, -1]
+    # Without variation there is no design effect to estimate: every image with an outcome counts once.
     if share in (0.0, 1.0):
         return wilson(share, int((counted > 0).sum()) or len(sums))
     if sums.shape[1] != 2 or not _are_counts(sums):
         return None
     total = counted.sum()
+    # The linearised variance of a ratio of sums, over images.
     variance = float(np.square(sums[:, 0] - share * counted).sum()) / total**2
-    independent = share * (1 - share) / variance if variance > 0 else np.inf
-    return wilson(share, min(independent, float(total)))
+    effective = share * (1 - share) / variance if variance > 0 else np.inf
+    return wilson(share, min(effective, float(total)))
 
 
 def _are_counts(sums: Float[ndarray, "image sum"]) -> bool:

@@ -1,4 +1,4 @@
-"""Columns of a measured value: its interval, what it is of, and how it was measured."""
+"""Columns of a measured value: its interval, its n, and how it was measured."""
 
 from __future__ import annotations
 

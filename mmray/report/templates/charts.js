@@ -1,11 +1,11 @@
-// Plotly's figures in the page's colours; they are drawn again when the theme changes.
+// Plotly figures in the page's colours, drawn again when the theme changes.
 "use strict";
 let drawn = [];
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
 function layout(more) {
   const look = { gridcolor: colour("line"), zerolinecolor: colour("line"), linecolor: colour("line"), automargin: true, fixedrange: true };
-  // Plotly of version 3 and later takes no bare text for a title.
+  // Since version 3, Plotly ignores a title that is a plain string.
   const axis = ({ title, ...own } = {}) => ({ ...look, ...own, ...(title ? { title: { text: title, standoff: 6 } } : {}) });
   const { xaxis, yaxis, ...rest } = more;
   return {
@@ -18,7 +18,7 @@ function layout(more) {
   };
 }
 
-// `make` returns traces and layout; it is asked again in the other theme's colours.
+// `make` returns traces and layout. It is called again for each theme, because colours are resolved in it.
 function plot(label, make, tall = 300) {
   const node = h("div.plot", { role: "img", "aria-label": label, style: `height:${tall}px` });
   const draw = () => {
@@ -26,11 +26,12 @@ function plot(label, make, tall = 300) {
     Plotly.react(node, traces, layout(more), { displayModeBar: false, responsive: true });
   };
   drawn.push({ node, draw });
+  // Plotly needs the node's width, so it draws once the page is in the document.
   queueMicrotask(() => node.isConnected && draw());
   return node;
 }
 
-// Plotly reads tags in its texts: what the data says is set there without any.
+// Plotly renders some tags and templates in its texts; text of the data must not have any.
 const plain = (text) => text.replaceAll("<", "‹").replaceAll(">", "›").replaceAll("%{", "% {");
 
 const redraw = () => drawn.forEach(({ draw }) => draw());
@@ -39,7 +40,7 @@ function forget() {
   drawn = [];
 }
 
-const spread = (rows) => ({
+const errorBars = (rows) => ({
   type: "data", symmetric: false, thickness: 1.2, width: 3,
   array: rows.map((row) => (row.high ?? row.value) - row.value),
   arrayminus: rows.map((row) => row.value - (row.low ?? row.value)),
@@ -64,14 +65,14 @@ function lines(rows, x, value = (row) => row.value) {
     const own = rows.filter((row) => row.method === method).sort((a, b) => x(a) - x(b));
     const [name, dash] = LOOK[method] || ["other", "solid"];
     return {
-      type: "scatter", mode: "lines+markers", name: methodName(method), x: own.map(x), y: own.map(value), error_y: spread(own),
+      type: "scatter", mode: "lines+markers", name: methodName(method), x: own.map(x), y: own.map(value), error_y: errorBars(own),
       line: { color: colour(name), dash, width: 2 }, marker: { size: 6, color: colour(name) },
       hovertemplate: `%{y:.3f} at %{x}<extra>${methodName(method)}</extra>`,
     };
   });
 }
 
-// `most`: the top of the scale, where two figures are to be compared.
+// `most`: the top of the scale, for figures that are compared with each other.
 function dose(rows, label, axis, x, title, most = null) {
   const places = [...new Set(rows.map(x))].sort((a, b) => a - b);
   return plot(label, () => [
@@ -94,7 +95,7 @@ function layersPlot(rows, keys, label, axis, tall = 320) {
 function bars(rows, label, name, hue, format = ".3f") {
   const shown = [...rows].reverse();
   return plot(label, () => [
-    [{ type: "bar", orientation: "h", x: shown.map((row) => row.value), y: shown.map(name), error_x: { ...spread(shown), color: colour("faint") },
+    [{ type: "bar", orientation: "h", x: shown.map((row) => row.value), y: shown.map(name), error_x: { ...errorBars(shown), color: colour("faint") },
        marker: { color: shown.map((row) => colour(hue(row))) }, hovertemplate: `%{x:${format}}<extra>%{y}</extra>` }],
     { yaxis: { type: "category" }, xaxis: { tickformat: format === ".1%" ? ".0%" : "" } },
   ], 70 + 30 * rows.length);

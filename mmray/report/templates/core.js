@@ -1,5 +1,6 @@
-// What all pages share: the data, elements, number formats, and addresses.
+// Shared by all pages: the data, HTML elements, number formats and addresses.
 "use strict";
+// In a report of many files, data/index.js has set DATA; in one file it is embedded as JSON.
 if (typeof DATA === "undefined") var DATA = JSON.parse(document.getElementById("data").textContent);
 const INDEX = DATA.index;
 const CONCEPTS = new Map(INDEX.concepts.map((row) => [row.name, row]));
@@ -7,12 +8,12 @@ const NEURONS = new Map(INDEX.neurons.map((row) => [row.neuron, row]));
 const waiting = new Map();
 const PAGES = [];
 
-// Every page of the report: its address, its title, what makes it, and whether the menu shows it.
+// Registers a page: its address, its title, the function that makes it, and whether the menu shows it.
 function addPage(path, title, make, shown = true) {
   PAGES.push({ path, title, make, shown });
 }
 
-// A page's own data: embedded, or in a file of its own that is loaded once.
+// The data of one concept or neuron: embedded, or in a file that is loaded once.
 function part(key) {
   if (DATA.parts[key]) return Promise.resolve(DATA.parts[key]);
   if (!DATA.files || !DATA.files[key]) return Promise.resolve(null);
@@ -25,13 +26,14 @@ function part(key) {
   });
 }
 
+// Called by the data files.
 function receive(key, value, captions) {
   DATA.parts[key] = value;
   Object.assign(DATA.captions, captions);
   waiting.get(key)?.(value);
 }
 
-// h("td.number", {title: "…"}, "text", child, …). Texts are set as texts: captions can't become markup.
+// Makes an element: h("td.number", {title: "…"}, "text", child, …). Text is never parsed, so captions can't add markup.
 function h(selector, ...rest) {
   const [tag, ...classes] = selector.split(".");
   const node = document.createElement(tag || "div");
@@ -68,7 +70,7 @@ const toNeuron = (name) => `#/neuron/${name}`;
 const conceptLink = (name) => (CONCEPTS.has(name) ? h("a", { href: toConcept(name) }, name) : h("span", name));
 const neuronLink = (name) => (NEURONS.has(name) ? h("a.mono", { href: toNeuron(name) }, name) : h("span.mono", name));
 
-// Before the words, or the concept, of a neuron whose activation is negative there.
+// Marks a neuron whose activation is negative for this concept.
 const minus = (row) => row.negative && h("span", { title: "Its activation is negative here: it writes what its row of W_out suppresses." }, "− ");
 const begins = (concept, token) => token.length > 1 && concept.startsWith(token.toLowerCase());
 function tokens(words, concept = "", limit = 10) {

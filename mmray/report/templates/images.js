@@ -1,6 +1,6 @@
-// Pictures of samples, with heat maps over them, the mask of a map, and the box of an object.
+// Pictures of samples with an overlay: a heat map, its mask, and the box of an object.
 "use strict";
-const MASKED = 0.95; // part of the pixels that lie below the mask's threshold
+const MASKED = 0.95; // fraction of the pixels below the mask's threshold
 const STOPS = [[0, 0, 4], [60, 9, 101], [129, 31, 124], [196, 60, 96], [244, 105, 52], [252, 172, 45], [252, 255, 164]];
 
 function heat(value) {
@@ -9,7 +9,7 @@ function heat(value) {
   return STOPS[first].map((low, channel) => low + (at - first) * (STOPS[first + 1][channel] - low));
 }
 
-// Signed maps: nothing where the activation is 0, red above it and blue below.
+// Signed maps: red for positive values and blue for negative ones; transparent at 0.
 const signed = (value) => (value >= 0 ? [225, 60, 40] : [40, 95, 230]);
 
 function valuesOf(map) {
@@ -17,7 +17,7 @@ function valuesOf(map) {
   return Array.from(bytes, (level) => map.low + (level / 255) * (map.high - map.low));
 }
 
-// Bilinear, with the patches' centres where they lie in the image.
+// Bilinear, with values at the centres of patches, as `upsample` in Python.
 function upsampled(map, side) {
   const values = valuesOf(map), pixels = new Float64Array(side * side);
   const place = (pixel, count) => {
@@ -71,7 +71,7 @@ function boxOf(box) {
   return drawing;
 }
 
-// Layers over a picture cover the image itself, whatever room is left next to it, or a part of it.
+// Places a layer over a part of the image itself, without the margins of its square frame.
 function fitted(image, layer, part = [0, 0, 1, 1]) {
   const place = () => {
     const wide = image.naturalWidth / image.naturalHeight || 1;
@@ -99,7 +99,7 @@ function picture(sample, map = null, how = "heat") {
 // A caption with the words of a concept marked.
 function caption(text, concept = "") {
   const words = String(text || "");
-  // In lower case a text may be longer: its characters then stand elsewhere.
+  // Lower case may change a text's length (İ becomes two characters); positions in it are then wrong.
   const lower = words.toLowerCase(), at = concept && lower.length === words.length ? lower.indexOf(concept) : -1;
   if (at < 0) return [words];
   return [words.slice(0, at), h("mark", words.slice(at, at + concept.length)), words.slice(at + concept.length)];

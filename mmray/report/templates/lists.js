@@ -1,7 +1,7 @@
-// Tables that sort, and the indexes of concepts and neurons.
+// Sortable tables, and the lists of concepts and neurons.
 "use strict";
 
-// columns: {title, value, cell, number}; a click on a title sorts by it, a second one the other way. `keep`: not at all.
+// columns: {title, value, cell, number}. A click on a title sorts by it, a second one reverses. `keep`: no sorting.
 function sortable(label, columns, rows, options = {}) {
   let { by = 0, down = true, limit = 100 } = options, shown = limit;
   const body = h("tbody"), more = h("button.more", { type: "button", onclick: () => { shown += 400; fill(); } });
@@ -40,10 +40,7 @@ function chips(label, choices, chosen, choose) {
     h("button", { type: "button", "aria-pressed": String(value === chosen), onclick: () => choose(value) }, name, count !== undefined && h("small", whole(count)))));
 }
 
-const matches = (row, words) => {
-  const said = words.toLowerCase();
-  return row.name.includes(said);
-};
+const matches = (row, text) => row.name.includes(text.toLowerCase());
 
 function conceptTable(rows) {
   const most = Math.max(...rows.map((row) => row.score));
@@ -88,7 +85,7 @@ function neuronsPage() {
     card(sortable("Neurons", [
       { title: "neuron", value: (row) => row.layer, cell: (row) => neuronLink(row.neuron) },
       { title: "concepts", value: (row) => row.n_concepts, number: true, about: "concepts that have it among their highest", cell: (row) => whole(row.n_concepts) },
-      { title: "open", value: (row) => row.open, number: true, about: "part of all tokens at which its gate is open", cell: (row) => percent(row.open) },
+      { title: "open", value: (row) => row.open, number: true, about: "fraction of all tokens at which its gate is open", cell: (row) => percent(row.open) },
       { title: "highest activation", value: (row) => row.max, number: true, cell: (row) => figure(row.max, 2) },
       { title: "promotes", kind: "tokens", cell: (row) => tokens(row.tokens) },
     ], INDEX.neurons, { by: 1, to: (row) => toNeuron(row.neuron) })),

@@ -1,7 +1,7 @@
 // The pages of a census: overview, a concept, a neuron, layers, failures.
 "use strict";
-const select = (rows, wanted) => rows.filter((row) => Object.entries(wanted).every(([name, value]) => row[name] === value));
-const one = (rows, wanted) => select(rows, wanted)[0];
+const select = (rows, values) => rows.filter((row) => Object.entries(values).every(([name, value]) => row[name] === value));
+const one = (rows, values) => select(rows, values)[0];
 
 function tile(value, words, main = false) {
   return h(main ? "div.card.tile.main" : "div.card.tile", h("b", value), h("span", words));
@@ -81,7 +81,7 @@ function concept(page) {
     h("div.crumbs", h("a", { href: "#/concepts" }, "Concepts"), "/", page.name, steps("concept", names, page.name, toConcept)),
     heading(page.name, null),
     h("p.lead", [languageName(page.language), page.images ? `${plural(page.n, "occurrence")} in ${plural(page.images, "image")}` : plural(page.n, "occurrence"), `P(noun) ${figure(page.probability, 3)}`, page.token !== page.name && `scored at its first token “${page.token}”`].filter(Boolean).join(" · ")),
-    page.kin.length ? h("div.chips", { "aria-label": "Concepts that share neurons" }, h("span", { style: "border:0;background:none;padding-left:0" }, h("small", { style: "margin:0" }, "shares neurons with")), page.kin.map((row) => h("a", { href: toConcept(row.name), title: `${row.shared} of the ten highest neurons are the same` }, row.name, h("small", row.shared)))) : null,
+    page.related.length ? h("div.chips", { "aria-label": "Concepts that share neurons" }, h("span", { style: "border:0;background:none;padding-left:0" }, h("small", { style: "margin:0" }, "shares neurons with")), page.related.map((row) => h("a", { href: toConcept(row.name), title: `${row.shared} of the ten highest neurons are the same` }, row.name, h("small", row.shared)))) : null,
     h("div.grid", samplesCard(page),
       card(h("h3", "Neurons"), sortable(`Neurons of ${page.name}`, [
         { title: "rank by score", value: (row) => -row.rank, number: true, cell: (row) => `${row.rank}${row.certified ? "" : "?"}` },
@@ -118,7 +118,7 @@ function neuron(page) {
         { title: "specific", value: (row) => row.specific, number: true, cell: (row) => figure(row.specific, 2) },
       ], page.concepts, { by: 1, to: (row) => toConcept(row.name) }))),
     h("div.grid", { style: "margin-top:14px" }, examples(1, "Highest activations"), examples(-1, "Lowest activations"),
-      activity.length ? card(h("h3", "Where it is open"), bars(activity, `Share of tokens at which ${page.neuron} is open, by label`, label, (row) => (row.modality === "image" ? "specific" : "own"), ".1%"), under("Part of the tokens at which its gate is open: image tokens in green, caption tokens in violet.")) : null),
+      activity.length ? card(h("h3", "Where it is open"), bars(activity, `Share of tokens at which ${page.neuron} is open, by label`, label, (row) => (row.modality === "image" ? "specific" : "own"), ".1%"), under("Fraction of the tokens at which its gate is open: image tokens in green, caption tokens in violet.")) : null),
   ];
 }
 
@@ -137,11 +137,11 @@ function layersPage() {
 }
 
 function failuresPage() {
-  const { count, rows, aside } = INDEX.failures;
-  if (!count && !aside.length) return [heading("Failures", "None: every sample of the data was analysed.")];
+  const { count, rows, quarantined } = INDEX.failures;
+  if (!count && !quarantined.length) return [heading("Failures", "None: every sample of the data was analysed.")];
   return [
-    heading("Failures", `${plural(count, "sample")} failed${aside.length ? `, ${plural(aside.length, "shard")} quarantined` : ""}; all others are in this report.`),
-    aside.length ? card(h("h3", "Quarantined shards"), h("dl", aside.map((row) => [h("dt", `shard ${row.shard}`), h("dd", row.reason)]))) : null,
+    heading("Failures", `${plural(count, "sample")} failed${quarantined.length ? `, ${plural(quarantined.length, "shard")} quarantined` : ""}; all others are in this report.`),
+    quarantined.length ? card(h("h3", "Quarantined shards"), h("dl", quarantined.map((row) => [h("dt", `shard ${row.shard}`), h("dd", row.reason)]))) : null,
     rows.length ? card(sortable("Failed samples", [
       { title: "stage", value: (row) => row.stage, cell: (row) => row.stage }, { title: "why", value: (row) => row.message, kind: "text", cell: (row) => row.message },
       { title: "where", value: (row) => row.source, cell: (row) => row.source }, { title: "sample", value: (row) => row.sample_id || "", cell: (row) => h("code", row.sample_id || "") },

@@ -1,7 +1,7 @@
-// Addresses to pages, search, keys and themes.
+// Routing from addresses to pages, search, keyboard and themes.
 "use strict";
 const main = document.getElementById("main"), search = document.getElementById("search"), found = document.getElementById("found");
-addPage("failures", "Failures", failuresPage, INDEX.failures.count || INDEX.failures.aside.length);
+addPage("failures", "Failures", failuresPage, INDEX.failures.count || INDEX.failures.quarantined.length);
 const menu = PAGES.filter((page) => page.shown);
 document.querySelector("nav").append(...menu.map(({ path, title }) => h("a", { href: `#/${path}`, "data-page": path }, title)));
 document.querySelector("footer").append(
@@ -17,6 +17,7 @@ async function route() {
   let content = known ? known.make(name) : missing(page);
   if (page === "concept" || page === "neuron") {
     const data = await part(`${page[0]}:${name}`);
+    // Another address was opened while this page's data loaded.
     if (mine !== turn) return;
     content = data ? (page === "concept" ? concept(data) : neuron(data)) : missing(name);
   }
@@ -30,23 +31,23 @@ async function route() {
   window.scrollTo(0, 0);
 }
 
-// What a word finds: concepts that begin with it, then that contain it, then neurons by name and by what they promote.
-function look(words) {
-  const said = words.trim().toLowerCase();
-  if (!said) return [];
-  const named = INDEX.concepts.filter((row) => row.name.includes(said));
-  named.sort((a, b) => (b.name === said) - (a.name === said) || b.name.startsWith(said) - a.name.startsWith(said) || b.n - a.n);
-  const neurons = INDEX.neurons.filter((row) => row.neuron.toLowerCase().startsWith(said) || row.tokens.some((token) => token.toLowerCase() === said));
+// Results of a search: concepts that begin with the text, then those that contain it, then neurons by name or token.
+function results(text) {
+  const query = text.trim().toLowerCase();
+  if (!query) return [];
+  const named = INDEX.concepts.filter((row) => row.name.includes(query));
+  named.sort((a, b) => (b.name === query) - (a.name === query) || b.name.startsWith(query) - a.name.startsWith(query) || b.n - a.n);
+  const neurons = INDEX.neurons.filter((row) => row.neuron.toLowerCase().startsWith(query) || row.tokens.some((token) => token.toLowerCase() === query));
   return [
     ...named.slice(0, 8).map((row) => ({ to: toConcept(row.name), name: row.name, more: `${languageName(row.language)} ${whole(row.n)}×`, image: row.sample })),
     ...neurons.slice(0, 6).map((row) => ({ to: toNeuron(row.neuron), name: row.neuron, more: row.tokens.slice(0, 4).join(" ") })),
-    ...(named.length > 8 ? [{ to: `#/concepts/${encodeURIComponent(said)}`, name: `all ${named.length} concepts with “${said}”`, more: "" }] : []),
+    ...(named.length > 8 ? [{ to: `#/concepts/${encodeURIComponent(query)}`, name: `all ${named.length} concepts with “${query}”`, more: "" }] : []),
   ];
 }
 
 let chosen = 0;
 function suggest() {
-  const rows = look(search.value);
+  const rows = results(search.value);
   chosen = Math.max(0, Math.min(chosen, rows.length - 1));
   found.hidden = !search.value.trim();
   search.setAttribute("aria-expanded", String(!found.hidden));
@@ -73,7 +74,7 @@ const isDark = () => (document.documentElement.dataset.theme || (matchMedia("(pr
 function changeTheme() {
   const theme = isDark() ? "light" : "dark";
   document.documentElement.dataset.theme = theme;
-  try { localStorage.setItem("mmray-theme", theme); } catch { /* opened from disk, it may not be kept */ }
+  try { localStorage.setItem("mmray-theme", theme); } catch { /* a page opened from disk may have no storage */ }
   redraw();
 }
 document.getElementById("theme").addEventListener("click", changeTheme);
@@ -91,7 +92,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && event.target === document.activeElement) document.querySelector("tbody tr.at")?.click();
 });
 
-// Up and down walk through the first table's rows.
+// The arrow keys move through the rows of the page's tables.
 function walk(event) {
   const rows = [...document.querySelectorAll("tbody tr.link")];
   if (!rows.length) return;
