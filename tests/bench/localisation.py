@@ -40,7 +40,7 @@ from mmray.neurons.ablation import Ablator
 from mmray.neurons.concepts import NounSource, noun_source
 from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.scoring import ablation_effects, score_batch, score_captured
-from mmray.neurons.token_positions import places_of
+from mmray.neurons.token_positions import positions_of
 
 SIZES = (10, 50, 100)
 """Neurons zeroed."""
@@ -118,7 +118,7 @@ class Located:
         wanted = {(method.score, method.folded) for method in methods}
         sums = {key: ConceptSums(model.widths) for key in wanted}
         for items, batch in data.analysis(model, 8).encoded(samples):
-            places = places_of(batch, [(item.sample.sample_id, item.mentions) for item in items])
+            places = positions_of(batch, [(item.sample.sample_id, item.mentions) for item in items])
             concepts = [place.concept for place in places]
             # One forward for all scores but the published gradient.
             products, captured = gradient_pass(model, batch, places, "effect")
@@ -146,7 +146,7 @@ class Located:
             return {size: order[:size] for size in sizes}
         effects = CandidateEffects({concept: self._order("effect", False, "selective", concept)[:CANDIDATES]})
         for batch in self.seen:
-            effects.keep(*batch)
+            effects.add_columns(*batch)
         return {size: np.array(effects.choose(concept, size)) for size in sizes}
 
     def _order(self, score: str, folded: bool, by: str, concept: str) -> ndarray:
@@ -179,7 +179,7 @@ def measure(
     others = [sample for sample in data.samples if named[sample.sample_id] and concept not in named[sample.sample_id]]
     own, other = (generator.sample(part, min(images, len(part))) for part in (data.of(concept), others))
     ((items, batch),) = data.analysis(model, 2 * images).encoded([*own, *other])
-    places = places_of(batch, [(item.sample.sample_id, item.mentions) for item in items])
+    places = positions_of(batch, [(item.sample.sample_id, item.mentions) for item in items])
     is_own = np.array([place.concept == concept for place in places])
     elsewhere = {sample.sample_id for sample in other}
     is_other = np.array([place.sample_id in elsewhere for place in places])
@@ -188,7 +188,7 @@ def measure(
         layers, units = locate_index(model.widths, neurons)
         fall = -ablator.change(list(zip(layers.tolist(), units.tolist(), strict=True))).numpy()
         found[name] = np.array([fall[is_own].mean(), fall[is_other].mean(), np.abs(fall[is_other]).mean()])
-    untouched = ablator.untouched.numpy()
+    untouched = ablator.unchanged.numpy()
     return found, np.array([untouched[is_own].mean(), untouched[is_other].mean()])
 
 

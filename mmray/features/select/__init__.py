@@ -1,1 +1,1 @@
-"""Choose the neurons whose removal takes a noun and leaves others: a second pass over a run's samples."""
+"""Selection of neurons whose removal suppresses a noun and keeps others: a second pass over a run's samples."""

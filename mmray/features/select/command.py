@@ -1,4 +1,4 @@
-"""The command `mmray select`."""
+"""The command `select`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def select(
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
-    """Choose a concept's neurons together: its noun goes with them, other nouns stay. Best after --score effect."""
+    """Choose neurons whose joint removal suppresses a noun and keeps others. Best after --score effect."""
     from mmray.features.census.view import concept_title, ranking
     from mmray.features.select.job import SelectionJob, selections
     from mmray.runs.run import open_run

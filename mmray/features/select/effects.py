@@ -1,4 +1,4 @@
-"""A second pass over samples: what each of a few hundred candidate neurons does to the nouns of all places."""
+"""A second pass over samples: the effect of a few hundred candidate neurons on the noun at every position."""
 
 from __future__ import annotations
 
@@ -28,37 +28,39 @@ EFFECTS = pa.schema(
         field("scores", pa.large_binary(), "fp32 per candidate: the score `effect`"),
     ]
 )
-"""A row is a place; what a unit of work of `mmray select` commits."""
+"""The part that a unit of work of `mmray select` commits: one row per position of a noun."""
 
 
 class CandidateEffects:
-    """Collects the effects of every concept's candidates; neurons are numbered over all layers."""
+    """Collects the effects of all concepts' candidates. Neurons are indices over all layers."""
 
     def __init__(self, candidates: Mapping[str, Int64[ndarray, " candidate"]]) -> None:
         self.candidates = {concept: torch.as_tensor(neurons) for concept, neurons in candidates.items()}
+        # A neuron may be a candidate of several concepts; its column is kept once.
         self.union = torch.unique(torch.cat([torch.zeros(0, dtype=torch.long), *self.candidates.values()]))
         self.concepts: list[str] = []
-        self._effects: list[Float[Tensor, "place candidate"]] = []
-        self._scores: list[Float[Tensor, "place candidate"]] = []
-        self._log_probabilities: list[Float[Tensor, " place"]] = []
+        """The concept of each position so far."""
+        self._effects: list[Float[Tensor, "position candidate"]] = []
+        self._scores: list[Float[Tensor, "position candidate"]] = []
+        self._log_probabilities: list[Float[Tensor, " position"]] = []
 
-    def add(self, model: LoadedModel, batch: Batch, places: Sequence[TokenPosition]) -> None:
-        """Run a batch forward, and backward for each noun."""
-        products, captured = gradient_pass(model, batch, places, "effect")
+    def add(self, model: LoadedModel, batch: Batch, positions: Sequence[TokenPosition]) -> None:
+        """Add a batch, run forward, and backward for each noun."""
+        products, captured = gradient_pass(model, batch, positions, "effect")
         scores = ablation_effects(model, captured, products)
         log_prob = log_probability(model, captured.hidden, captured.tokens)
-        self.keep([place.concept for place in places], products, scores, log_prob)
+        self.add_columns([position.concept for position in positions], products, scores, log_prob)
 
-    def keep(
+    def add_columns(
         self,
         concepts: Sequence[str],
-        products: Sequence[Float[Tensor, "place neuron"]],
-        scores: Sequence[Float[Tensor, "place neuron"]],
-        log_probabilities: Float[Tensor, " place"],
+        products: Sequence[Float[Tensor, "position neuron"]],
+        scores: Sequence[Float[Tensor, "position neuron"]],
+        log_probabilities: Float[Tensor, " position"],
     ) -> None:
-        """Keep the candidates' columns of a batch, a list entry a layer: first-order effects, and the score `effect`.
+        """Add the candidates' columns of a batch, given per layer: first-order effects, and the score `effect`.
 
-        Effects of a set add up to first order; what each neuron alone does to the final norm's scale does not.
+        Both are needed: first-order effects of a set add up; the score's effect on the final norm's scale does not.
         """
         for kept, given in ((self._effects, products), (self._scores, scores)):
             kept.append(torch.cat([part.cpu() for part in given], dim=1)[:, self.union])
@@ -66,21 +68,21 @@ class CandidateEffects:
         self.concepts.extend(concepts)
 
     def table(self) -> pa.Table:
-        """Return what was collected: a row per place."""
+        """Return one row per position."""
         if not self.concepts:
             return EFFECTS.empty_table()
         effects, scores = (torch.cat(kept).float().numpy() for kept in (self._effects, self._scores))
-        every = np.ones(len(self.concepts), bool)
+        present = np.ones(len(self.concepts), bool)
         columns = {
             "concept": self.concepts,
             "log_prob": torch.cat(self._log_probabilities).float().numpy(),
-            "effects": vector_column(effects, every),
-            "scores": vector_column(scores, every),
+            "effects": vector_column(effects, present),
+            "scores": vector_column(scores, present),
         }
         return pa.table(columns, schema=EFFECTS)
 
-    def take(self, part: pa.Table) -> None:
-        """Take in what another has collected for the same candidates."""
+    def add_part(self, part: pa.Table) -> None:
+        """Add the table of another instance with the same candidates."""
         if not len(part):
             return
         for kept, name in ((self._effects, "effects"), (self._scores, "scores")):
@@ -89,9 +91,10 @@ class CandidateEffects:
         self.concepts.extend(part["concept"].to_pylist())
 
     def of(self, concept: str) -> CandidateSums:
-        """Return what was collected for a concept's candidates."""
+        """Return the effects of a concept's candidates at its own positions and at those of other nouns."""
         columns = torch.searchsorted(self.union, self.candidates[concept])
         effects, scores = torch.cat(self._effects)[:, columns], torch.cat(self._scores)[:, columns]
+        # Clamped, because a probability of 0 or 1 has infinite log-odds.
         probability = torch.cat(self._log_probabilities).double().exp().clamp(1e-6, 1 - 1e-6)
         log_odds = torch.logit(probability).float()
         own = torch.tensor([name == concept for name in self.concepts])
@@ -99,6 +102,6 @@ class CandidateEffects:
         return CandidateSums(effects[own], log_odds[own], effects[~own], log_odds[~own], elsewhere)
 
     def choose(self, concept: str, count: int) -> list[int]:
-        """Return the concept's neurons, chosen together."""
+        """Return the concept's neurons that are chosen together, the highest weight first."""
         chosen = choose(self.of(concept), count)
         return [int(neuron) for neuron in self.candidates[concept][chosen.long()]]

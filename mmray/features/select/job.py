@@ -1,4 +1,4 @@
-"""Choose neurons together from a run, as a job: a second pass over some of its samples, a unit per shard of them."""
+"""The selection of neurons as a job: a second pass over some samples of a run, one unit per shard of them."""
 
 from __future__ import annotations
 
@@ -26,41 +26,44 @@ from mmray.features.select.settings import SelectionSettings
 from mmray.models.loading import digest, resolve
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.model import load_model
-from mmray.neurons.token_positions import places_of
+from mmray.neurons.token_positions import positions_of
 from mmray.runs.run import Run, open_run
 from mmray.runs.tables import ERRORS
 from mmray.storage import with_retries
 
 OWN_FIRST = 24
-"""Samples of each concept that are looked for before others fill up the number."""
+"""Samples of each concept that are taken before others fill up the number."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A concept's neurons, chosen together, and what ablating them should do, in nats to first order."""
+    """A concept's neurons, chosen together, and the expected effect of ablating them."""
 
     concept: str
     neurons: pa.Table
-    """Rows of `rankings`, the neuron of the highest weight first."""
+    """Rows of `rankings`, the neuron with the highest weight first."""
     own: float
+    """Fall of the concept's log-probability, in nats, to first order."""
     others: float
+    """The same for other nouns."""
     own_places: int
+    """Positions of the concept that were measured."""
     other_places: int
 
 
 @dataclass(frozen=True)
 class SelectionContext:
-    """What workers need other than model and data."""
+    """What workers need in addition to model and data."""
 
     census: CensusSettings
     manifest: Manifest
     nouns: NounSource
     candidates: Mapping[str, Int64[ndarray, " candidate"]]
-    """Concept → the neurons that the run ranks, numbered over all layers."""
+    """Concept → the neurons that the run ranks, as indices over all layers."""
 
 
 def selections(done: JobResult, run: Run) -> list[Selection]:
-    """Return what a finished job has chosen."""
+    """Return the selections of a finished job."""
     schema = run.table("rankings").schema
     return [
         Selection(**{**found, "neurons": pa.Table.from_pylist(found["neurons"], schema=schema)})
@@ -69,7 +72,7 @@ def selections(done: JobResult, run: Run) -> list[Selection]:
 
 
 class SelectionJob(Job[SelectionSettings, SelectionContext]):
-    """Finds what each candidate does to the nouns of some samples, and chooses those that go well together."""
+    """Measures the effect of each candidate on the nouns of some samples, and chooses neurons together."""
 
     name = "select"
     parts: ClassVar[dict[str, pa.Schema]] = {"effects": EFFECTS}
@@ -80,63 +83,64 @@ class SelectionJob(Job[SelectionSettings, SelectionContext]):
         return self.settings.run
 
     def plan(self) -> Plan[SelectionContext]:
-        """Settle which samples are gone through."""
+        """Choose the samples of the second pass."""
         run = open_run(self.settings.run)
         candidates = self._candidates(run)
         census = census_settings(run.info["settings"])
         source, _, nouns = open_inputs(census)
         manifest = Manifest.from_json(run.folder.manifest())
-        extend(manifest, source.files(), census.shard_size, census.limit)  # refuses files that are not what they were
+        extend(manifest, source.files(), census.shard_size, census.limit)  # raises for files that have changed
         if digest(resolve(census.model)) != run.info["digests"]["model"]:
-            raise InputError(
-                f"{census.model}: no longer the model of {run.uri}; begin another run with it: mmray census"
-            )
-        widths = [int(width) for width in run.info["model"]["widths"]]
-        starts = np.cumsum([0, *widths])
-        numbered = {
+            raise InputError(f"{census.model}: no longer the model of {run.uri}; start a new run with it: mmray census")
+        starts = np.cumsum([0, *run.info["model"]["widths"]])
+        indices = {
             concept: starts[rows["layer"].to_numpy()] + rows["unit"].to_numpy() for concept, rows in candidates.items()
         }
         shards = _captions(run, list(candidates), self.settings.samples)
         units = [Unit(len(captions), (shard, captions)) for shard, captions in sorted(shards.items())]
+        # Generated captions are in the run's tables by now, so they are encoded like those of a dataset.
         own = census.model_copy(update={"captions": "dataset", "module": "language"})
-        return Plan(units, run.digests(), SelectionContext(own, manifest, nouns, numbered))
+        return Plan(units, run.digests(), SelectionContext(own, manifest, nouns, indices))
 
     def worker(self, context: SelectionContext) -> Worker:
-        """Load the model, and return what finds the effects at a shard's nouns."""
+        """Load the model, and return the worker that measures effects at a shard's nouns."""
         census = context.census
         model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
         source = open_data(census)
 
-        def find(unit: Unit) -> UnitResult:
+        def measure(unit: Unit) -> UnitResult:
             shard, captions = unit.payload
-            left = dict(captions)
+            remaining = dict(captions)
+            # Popped, because a later row with the same id would be another sample.
             samples = [
-                replace(row, caption=left.pop(row.sample_id))
+                replace(row, caption=remaining.pop(row.sample_id))
                 for row in read_shard(source, context.manifest.shards[shard])
-                if isinstance(row, Sample) and row.sample_id in left
+                if isinstance(row, Sample) and row.sample_id in remaining
             ]
             analysis, effects = ShardAnalysis(model, census, context.nouns, shard), CandidateEffects(context.candidates)
             for items, batch in analysis.encoded(samples):
-                effects.add(model, batch, places_of(batch, [(item.sample.sample_id, item.mentions) for item in items]))
+                effects.add(
+                    model, batch, positions_of(batch, [(item.sample.sample_id, item.mentions) for item in items])
+                )
             errors = [vars(failure) | {"shard_id": shard} for failure in analysis.failures]
             failed = pa.Table.from_pylist(errors, schema=ERRORS)
             return UnitResult({"effects": effects.table(), "errors": failed})
 
-        return find
+        return measure
 
     def merge(self, plan: Plan[SelectionContext], parts: Parts, output: Output) -> dict[str, Any]:
-        """Choose each concept's neurons; the run's tables stay as they are.
+        """Choose each concept's neurons. The run's tables don't change.
 
-        A concept that only quarantined units name has no selection. Raises InputError for one that no unit names.
+        A concept that occurs in quarantined units only has no selection. Raises InputError for one that occurs nowhere.
         """
         effects = CandidateEffects(plan.context.candidates)
         for part in parts.each("effects"):
-            effects.take(part)
+            effects.add_part(part)
         rows = self._candidates(with_retries(lambda: open_run(self.settings.run)))
         named = [concept for concept in rows if concept in effects.concepts]
         if len(named) < len(rows) and len(parts.receipts) == len(plan.units):
             concept = next(concept for concept in rows if concept not in named)
-            raise InputError(f"{concept}: none of the samples gone through names it; give more --samples")
+            raise InputError(f"{concept}: none of the samples read names it; give more --samples")
         return {"selections": [self._selection(concept, rows[concept], effects) for concept in named]}
 
     def _candidates(self, run: Run) -> dict[str, pa.Table]:
@@ -145,43 +149,43 @@ class SelectionJob(Job[SelectionSettings, SelectionContext]):
         return {concept: run.rank(concept, k=count) for concept in self.settings.concepts}
 
     def _selection(self, concept: str, rows: pa.Table, effects: CandidateEffects) -> dict[str, Any]:
-        seen, chosen = effects.of(concept), effects.choose(concept, self.settings.k)
-        places = {int(neuron): place for place, neuron in enumerate(effects.candidates[concept])}
-        index = [places[neuron] for neuron in chosen]
-        own, others = expected(seen, index)
+        measured, chosen = effects.of(concept), effects.choose(concept, self.settings.k)
+        row_of = {int(neuron): row for row, neuron in enumerate(effects.candidates[concept])}
+        index = [row_of[neuron] for neuron in chosen]
+        own, others = expected(measured, index)
         return {
             "concept": concept,
             "neurons": rows.take(pa.array(index, pa.int64())).to_pylist(),
             "own": own,
             "others": others,
-            "own_places": len(seen.own),
-            "other_places": len(seen.others),
+            "own_places": len(measured.own),
+            "other_places": len(measured.others),
         }
 
 
 def _captions(run: Run, concepts: Sequence[str], limit: int) -> dict[int, dict[str, str]]:
-    """Return shard → sample → the caption that the run scored: of each concept the first samples, then any."""
+    """Return shard → sample → scored caption for `limit` samples: the first of each concept, then any others."""
     captions = run.table("captions")
     occurrences = run.table("occurrences").select(["sample_id", "concept"])
-    wanted: dict[str, None] = {}
+    chosen: dict[str, None] = {}
     own = occurrences.filter(pc.is_in(occurrences["concept"], pa.array(list(concepts))))
     found: Counter[str] = Counter()
     for row in own.to_pylist():
         if found[row["concept"]] < OWN_FIRST:
             found[row["concept"]] += 1
-            wanted[row["sample_id"]] = None
-    # The others from the shards that are read anyway.
-    shards = set(captions.filter(pc.is_in(captions["sample_id"], pa.array(list(wanted))))["shard_id"].to_pylist())
+            chosen[row["sample_id"]] = None
+    # The others come from shards that are read anyway.
+    shards = set(captions.filter(pc.is_in(captions["sample_id"], pa.array(list(chosen))))["shard_id"].to_pylist())
     near = captions.filter(pc.is_in(captions["shard_id"], pa.array(sorted(shards), pa.int32())))
-    for sample_id in near["sample_id"].to_pylist()[: limit + len(wanted)]:
-        if len(wanted) >= limit:
+    for sample_id in near["sample_id"].to_pylist()[: limit + len(chosen)]:
+        if len(chosen) >= limit:
             break
-        wanted[sample_id] = None
+        chosen[sample_id] = None
     by_shard: dict[int, dict[str, str]] = defaultdict(dict)
     seen: set[str] = set()
-    # Samples of one id are one: that of the first shard.
+    # If several samples have the same id, that of the first shard counts.
     for row in near.sort_by("shard_id").select(["sample_id", "shard_id", "caption"]).to_pylist():
-        if row["sample_id"] in wanted and row["sample_id"] not in seen:
+        if row["sample_id"] in chosen and row["sample_id"] not in seen:
             seen.add(row["sample_id"])
             by_shard[row["shard_id"]][row["sample_id"]] = row["caption"]
     return dict(by_shard)

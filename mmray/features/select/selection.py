@@ -1,11 +1,11 @@
-"""Choose a concept's neurons together: the noun goes with them, and other nouns stay, as far as first order tells.
+"""Joint choice of a concept's neurons: to first order, ablating them removes the noun and keeps other nouns.
 
-A ranking takes neurons one by one: fifty that each hurt the same other noun a little hurt it badly together. Here the
-effects of a few hundred candidates at every occurrence are added up over the set that is chosen:
+A ranking judges neurons one by one, but fifty that each hurt the same other noun a little hurt it badly together. So
+the effects of a few hundred candidates at every occurrence are added up over the chosen set. The objective
 
-    Σ effect at the concept's places - UNCERTAINTY · Σ rms effect elsewhere - HARM · mean fall of the other nouns
+    Σ effect at the concept's positions - UNCERTAINTY · Σ RMS effect elsewhere - HARM · mean fall of the other nouns
 
-is made as large as a set of `count` neurons makes it, by Frank-Wolfe over weights between 0 and 1.
+is maximised over sets of `count` neurons, by the Frank-Wolfe algorithm over weights between 0 and 1.
 """
 
 from __future__ import annotations
@@ -19,48 +19,52 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 HARM = 5.0
-"""Logits of the own noun that a nat of other nouns' mean log-probability is worth."""
+"""Logits of the own noun that one nat of other nouns' mean log-probability is worth."""
 UNCERTAINTY = 0.75
-"""Part of a neuron's root mean square effect elsewhere that is held against it, for places that were not looked at."""
+"""Weight of a neuron's RMS effect elsewhere, a penalty that stands for nouns outside the samples."""
 ROBUST = 1.0
-"""Log-odds above which another noun is taken to be no safer: no set may rest on how sure the model happens to be."""
+"""Cap on the log-odds of other nouns, so that no set relies on how confident the model happens to be."""
 HELP = 0.5
-"""What raising another noun costs, in parts of what lowering it would."""
+"""Cost of raising another noun, as a fraction of the cost of lowering it."""
 HEAD_START, ENOUGH = 4.0, 12.0
-"""Logits before it gives way at which an own place begins to count in full (half before), and beyond which no more."""
+"""Logits before an own position flips at which it starts to count in full (half before), and beyond which no more."""
 STEPS = 200
+LEAST_LOG_ODDS = -6.0
 
 
 @dataclass(frozen=True)
 class CandidateSums:
-    """What ablating each candidate takes from log-odds, to first order, at the concept's places and at other nouns'."""
+    """Fall of the log-odds when each candidate is ablated, to first order, at the concept's positions and at others."""
 
-    own: Float[Tensor, "place candidate"]
-    own_log_odds: Float[Tensor, " place"]
+    own: Float[Tensor, "position candidate"]
+    own_log_odds: Float[Tensor, " position"]
     others: Float[Tensor, "other candidate"]
     other_log_odds: Float[Tensor, " other"]
     elsewhere: Float[Tensor, " candidate"]
-    """Root mean square of the score `effect` at the other places."""
+    """RMS of the score `effect` at the other positions."""
 
 
 def choose(effects: CandidateSums, count: int) -> Float[Tensor, " count"]:
-    """Return the indices of the candidates in the set of `count`, of the highest weight first.
+    """Return the indices of the `count` chosen candidates, the highest weight first. Deterministic.
 
-    Deterministic: no draw is made. Takes STEPS products with the matrix of others, a second for a thousand places.
+    Takes STEPS products with the matrix of others: about one second for a thousand positions.
     """
     candidates = effects.own.shape[1]
     count = min(count, candidates)
-    margin = effects.other_log_odds.clamp(-6.0, ROBUST)
-    own_margin = effects.own_log_odds.clamp(-6.0, ENOUGH)
+    margin = effects.other_log_odds.clamp(LEAST_LOG_ODDS, ROBUST)
+    own_margin = effects.own_log_odds.clamp(LEAST_LOG_ODDS, ENOUGH)
     weights = torch.full((candidates,), count / candidates)
     for step in range(STEPS):
         left = margin - effects.others @ weights
+        # Derivative of the other nouns' log-probability; a noun that rises costs less than one that falls.
         slope = torch.sigmoid(-left) * torch.where(left < margin, 1.0, -HELP)
         beyond = effects.own @ weights - own_margin
+        # An own position that has flipped by far needs no more neurons.
         pull = torch.sigmoid(HEAD_START + beyond).clamp(min=0.5) * (beyond < ENOUGH)
         gradient = effects.own.T @ pull / len(pull) - UNCERTAINTY * effects.elsewhere
         if len(left):
             gradient = gradient - HARM * (effects.others.T @ slope) / len(left)
+        # Frank-Wolfe: a step towards the set that is best for the linearised objective.
         corner = torch.zeros(candidates)
         corner[gradient.topk(count).indices] = 1.0
         weights += 2.0 / (step + 3) * (corner - weights)
@@ -68,7 +72,7 @@ def choose(effects: CandidateSums, count: int) -> Float[Tensor, " count"]:
 
 
 def expected(effects: CandidateSums, chosen: Sequence[int]) -> tuple[float, float]:
-    """Return, in nats to first order, by how much the set lowers its own noun and the others."""
+    """Return how much ablating the set lowers its own noun and other nouns, in nats, to first order."""
     falls = []
     for part, log_odds in ((effects.own, effects.own_log_odds), (effects.others, effects.other_log_odds)):
         after = log_odds - part[:, list(chosen)].sum(dim=1)

@@ -1,4 +1,4 @@
-"""Typed settings of `mmray select`, and the documentation of each."""
+"""Settings of `mmray select`. Each docstring is also the help of the command line, so it stays short."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmray.engine.settings import JobSettings, after_work, checked, execution
 
 
 class SelectionSettings(JobSettings):
-    """Everything that `mmray select` can be told."""
+    """Settings of `mmray select`."""
 
     run: str = execution()
     """Folder of the run."""
@@ -24,9 +24,10 @@ class SelectionSettings(JobSettings):
     @field_validator("concepts")
     @classmethod
     def _as_in_tables(cls, concepts: tuple[str, ...]) -> tuple[str, ...]:
+        # Tables have concepts in lower case.
         return tuple(dict.fromkeys(concept.casefold() for concept in concepts))
 
 
 def selection_settings(values: dict[str, Any]) -> SelectionSettings:
-    """Return checked settings; raises InputError naming the first setting that is wrong and what is allowed."""
+    """Return validated settings. Raises InputError that names the first wrong setting and what it may be."""
     return checked(SelectionSettings, values)

@@ -90,8 +90,8 @@ def test_effects_of_parts_are_those_of_the_whole(open_model):
         part = CandidateEffects(candidates)
         for collected in (whole, part):
             collected.add(model, *pair)
-        gathered.take(part.table())
-        gathered.take(CandidateEffects(candidates).table())
+        gathered.add_part(part.table())
+        gathered.add_part(CandidateEffects(candidates).table())
     for concept in candidates:
         for own, other in zip(vars(whole.of(concept)).values(), vars(gathered.of(concept)).values(), strict=True):
             assert torch.equal(own, other)
