@@ -19,6 +19,7 @@ from mmray.cli import UsageError, app
 from mmray.features import FEATURES
 from mmray.features.saliency.model import Model
 from mmray.runs.run import Run
+from tests.bench.writing import between, markdown
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (".github", "jobs", "mmray", "tests")
@@ -39,6 +40,7 @@ SECTIONS = ("Tables", "Method", "Results", "Limits")
 FENCE = re.compile(r"^(`{3,})(\w*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"^ {4}(\S.*)$", re.MULTILINE)
 INLINE = re.compile(r"`([^`\n]+)`")
+FIGURES = re.compile(r"^<!-- figures: (.+) -->$", re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FILE = re.compile(r"[\w./-]*\w\.(?:py|js)")
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -194,6 +196,25 @@ def test_every_command_of_a_readme_parses(file):
 @pytest.mark.parametrize("file", READMES, ids=name_of)
 def test_every_python_block_of_a_readme_names_what_exists(file):
     assert list(bad_python(file.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize("file", READMES, ids=name_of)
+def test_figures_between_markers_can_be_written_by_their_command(file):
+    text = file.read_text(encoding="utf-8")
+    for command in FIGURES.findall(text):
+        assert command.endswith(" --write")
+        assert problem_of(command.split()) is None
+        assert "| new |" in between(text, command, "| new |\n")
+
+
+def test_a_table_is_put_between_its_markers():
+    page = "Before.\n\n<!-- figures: a --write -->\n\n| old |\n\n<!-- end -->\n\nAfter.\n\n<!-- end -->\n"
+    table = markdown(["what", "value"], [["dogs", "\\1"]])
+    assert between(page, "a --write", table) == page.replace(
+        "| old |\n", "| what | value |\n|---|---|\n| dogs | \\1 |\n"
+    )
+    with pytest.raises(ValueError, match="no <!-- figures: b --write --> in the page"):
+        between(page, "b --write", table)
 
 
 def test_the_front_page_is_short_and_has_the_commands_that_set_up():

@@ -27,8 +27,9 @@ from mmray.neurons.concepts import noun_source
 from mmray.neurons.controls import layer_matched
 from mmray.neurons.model import NeuronModel, open_image
 from mmray.neurons.scoring import score_batch
-from mmray.neurons.token_positions import place_mentions
+from mmray.neurons.token_positions import locate_mentions
 from mmray.runs.run import Run
+from tests.bench.writing import markdown, write
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def noun_probability(model: NeuronModel, samples: list[Sample], concept: str) ->
     places = [
         place
         for row, sample in enumerate(samples)
-        for place in place_mentions(
+        for place in locate_mentions(
             batch, row, sample.sample_id, nouns.find(sample.caption, sample.language, (concept,))
         )
     ]
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("run", nargs="?")
     parser.add_argument("--data", default="demo")
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--write", action="store_true", help="put the table into the README")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as out:
         run = mmray.open_run(arguments.run) if arguments.run else mmray.run_census(arguments.model, arguments.data, out)
@@ -104,11 +106,19 @@ def main() -> None:
         shard = cut(files, sum(file.rows for file in files)).shards[0]
         samples = [row for row in read_shard(source, shard) if isinstance(row, Sample)]
         figures = measure(run, mmray.load_model(arguments.model), samples)
-    print(f"concepts with 3 or more English occurrences      {figures.concepts}")
-    print(f"own token among the tokens of a top-10 neuron    {figures.own_token:.1%}")
-    print(f"mean probability of the noun, 12 concepts        {figures.untouched:.3f}")
-    print(f"  its 100 highest neurons zeroed                 {figures.zeroed:.3f}")
-    print(f"  100 random neurons of the same layers zeroed   {figures.random:.3f}")
+    table = markdown(
+        ["what is measured", "value"],
+        [
+            ["nouns with three or more English occurrences", f"{figures.concepts}"],
+            ["of them written by one of their ten highest neurons", f"{figures.own_token:.1%}".replace("%", " %")],
+            ["mean P(noun) of the 12 most frequent nouns", f"{figures.untouched:.3f}"],
+            ["the same with each noun's 100 highest neurons zeroed", f"{figures.zeroed:.3f}"],
+            ["the same with as many random neurons of the same layers zeroed", f"{figures.random:.3f}"],
+        ],
+    )
+    print(table, end="")
+    if arguments.write:
+        write("mmray/features/census/README.md", "python -m tests.bench.demo_figures --write", table)
 
 
 if __name__ == "__main__":
