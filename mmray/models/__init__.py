@@ -1,1 +1,1 @@
-"""Vision-language models: the only room that knows architectures: loading, parts, prompts, capture, changes."""
+"""Vision-language models, the only room that knows architectures: loading, parts, prompts, hooks, interventions."""

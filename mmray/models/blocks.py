@@ -1,8 +1,7 @@
-"""The decoder's blocks: entered in the middle with known states, or with the image's patches in another order.
+"""The decoder's blocks: record one forward, then run the later blocks again with other hidden states.
 
-Neurons that are changed leave their own block as it is up to what its MLP writes, so that the way begins there. The
-last block's MLP, three quarters of an ordinary block, treats each position by itself: it is computed where it is
-read.
+A change of neurons leaves the blocks before them as they are, and their own block up to the output of its MLP. So a
+forward with changed neurons can resume there.
 """
 
 from __future__ import annotations
@@ -10,11 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import Cache
 
 from mmray.models.capture import capture_input
 from mmray.models.loading import LoadedModel
@@ -22,87 +24,145 @@ from mmray.models.prompting import Batch
 
 
 def block_of(model: LoadedModel, layer: int) -> nn.Module:
-    """Return the decoder's block that holds a layer's MLP: the module numbered by the layer in its path."""
+    """Return the decoder block that holds a layer's MLP: the module numbered by the layer in its path."""
     path = re.match(rf".*?\.{layer}(?=\.)", model.projections[layer].path)
     assert path, model.projections[layer].path
     block: nn.Module = model.network.get_submodule(path.group())
     return block
 
 
-class BlockRecorder:
-    """What went through the decoder's blocks in a forward, and the way from any MLP to the end once more."""
+def block_output(output: Any) -> Tensor:
+    """Return the hidden states in what a block returned: older families return a tuple."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
-    def __init__(self, model: LoadedModel) -> None:
+
+@dataclass(frozen=True)
+class BlockCall:
+    """A recorded call of one block, to repeat with other hidden states."""
+
+    block: nn.Module
+    arguments: tuple[Any, ...]
+    """Without the hidden states, which come first or by name."""
+    named: dict[str, Any]
+    hidden_named: bool
+    added: Tensor | None
+    """What was added to the hidden states since the block before (Qwen3-VL adds image features); None: nothing."""
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """Return the block's output for these hidden states, which left the block before."""
+        if self.added is not None:
+            hidden = hidden + self.added
+        if self.hidden_named:
+            return block_output(self.block(*self.arguments, hidden_states=hidden, **self.named))
+        return block_output(self.block(hidden, *self.arguments, **self.named))
+
+
+class BlockRecorder:
+    """Inputs and outputs of the decoder's blocks in one forward, from block `first` on.
+
+    Mllama skips its cross-attention blocks without an image; skipped blocks have no entries.
+    """
+
+    def __init__(self, model: LoadedModel, first: int = 0) -> None:
         self.model = model
-        self.blocks = [block_of(model, layer) for layer in range(len(model.widths))]
-        self.entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.left: list[Tensor] = []
-        """What left each block."""
-        self.written: list[tuple[Tensor, Tensor]] = []
-        """What entered each MLP's output projection, and what it wrote."""
-        self.end = torch.zeros(0)
-        """What entered the final norm."""
+        self.blocks = {layer: block_of(model, layer) for layer in range(first, len(model.widths))}
+        self.inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.outputs: dict[int, Tensor] = {}
+        self.mlps: dict[int, tuple[Tensor, Tensor]] = {}
+        """Input and output of each MLP's output projection."""
+        self.final = torch.zeros(0)
+        """Input of the final norm."""
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep what goes through the blocks while the block runs one forward."""
-        self.entered, self.left, self.written = [], [], []
+        """Record one forward, run inside the `with` block."""
+        self.inputs, self.outputs, self.mlps = {}, {}, {}
 
-        def enter(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            self.entered.append((arguments, named))
+        def enter(layer: int, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self.inputs[layer] = arguments, named
 
-        def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            self.left.append(left_by(output))
+        def leave(layer: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            self.outputs[layer] = block_output(output)
 
-        def write(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-            self.written.append((arguments[0], output))
+        def project(layer: int, _: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            self.mlps[layer] = arguments[0], output
 
-        def keep_end(states: Tensor) -> None:
-            self.end = states
+        def keep_final(states: Tensor) -> None:
+            self.final = states
 
         with ExitStack() as stack:
-            stack.enter_context(capture_input(self.model.norm, keep_end))
-            for block, projection in zip(self.blocks, self.model.projections, strict=False):
-                stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                stack.callback(block.register_forward_hook(leave).remove)
-                module = self.model.network.get_submodule(projection.path)
-                stack.callback(module.register_forward_hook(write).remove)
+            stack.enter_context(capture_input(self.model.norm, keep_final))
+            for layer, block in self.blocks.items():
+                stack.callback(block.register_forward_pre_hook(partial(enter, layer), with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(partial(leave, layer)).remove)
+                module = self.model.network.get_submodule(self.model.projections[layer].path)
+                stack.callback(module.register_forward_hook(partial(project, layer)).remove)
             yield
 
-    def again(self, first: int, read: Int[Tensor, " place"]) -> Float[Tensor, "place hidden"]:
-        """Return what leaves the last block at the places that are read, when it all runs again from a layer's MLP on.
+    def calls(self, after: int) -> list[BlockCall]:
+        """Return the calls of the blocks after a layer's that ran, in order."""
+        calls, before = [], self.outputs.get(after)
+        for layer in sorted(layer for layer in self.outputs if layer > after):
+            arguments, named = self.inputs[layer]
+            hidden_named = "hidden_states" in named
+            hidden = named["hidden_states"] if hidden_named else arguments[0]
+            # With its cache of keys and values a block would see the sequence twice.
+            others = {
+                name: value for name, value in named.items() if name != "hidden_states" and not isinstance(value, Cache)
+            }
+            rest = arguments if hidden_named else arguments[1:]
+            added = None if before is None else difference(hidden, before)
+            calls.append(BlockCall(self.blocks[layer], rest, others, hidden_named, added))
+            before = self.outputs[layer]
+        return calls
 
-        `read` are indices in (row, position). The result is the input of the final norm where nothing happens between
-        the blocks; whoever uses it proves that first.
+    @property
+    def plain(self) -> bool:
+        """Whether every block's input is the output of the block before, and the final norm's that of the last."""
+        first, last = min(self.outputs), max(self.outputs)
+        return difference(self.final, self.outputs[last]) is None and all(
+            call.added is None for call in self.calls(first)
+        )
+
+    def resume(self, first: int, read: Int[Tensor, " position"]) -> Float[Tensor, "position hidden"]:
+        """Run everything again from a layer's MLP output on; return what leaves the last block at some positions.
+
+        `read` indexes (row, position), flattened. The result is the input of the final norm if the recording is
+        `plain`.
         """
-        read = read.to(self.end.device)
-        with self._narrowed(read):
-            states = self._rewritten(first)
-            for block, (arguments, named) in zip(self.blocks[first + 1 :], self.entered[first + 1 :], strict=True):
-                states = left_by(block(states, *arguments[1:], **named))
-        return states.flatten(0, -2)[read]
+        read = read.to(self.final.device)
+        with self._last_mlp_at(read):
+            hidden = self._output_again(first)
+            for call in self.calls(first):
+                hidden = call.run(hidden)
+        return hidden.flatten(0, -2)[read]
 
-    def _rewritten(self, layer: int) -> Float[Tensor, "row position hidden"]:
-        """Return what leaves a block when its MLP's output projection runs again."""
+    def _output_again(self, layer: int) -> Float[Tensor, "row position hidden"]:
+        """Return a block's output with its MLP's output projection run again."""
         projection = self.model.projections[layer]
         if projection.experts:
-            # How tokens are routed is not among what went into the module's first argument.
-            arguments, named = self.entered[layer]
-            return left_by(self.blocks[layer](*arguments, **named))
-        activation, before = self.written[layer]
-        after = self.model.network.get_submodule(projection.path)(activation)
+            # The module's first argument does not hold the routing, so the whole block runs again.
+            arguments, named = self.inputs[layer]
+            return block_output(self.blocks[layer](*arguments, **named))
+        activation, old = self.mlps[layer]
+        new = self.model.network.get_submodule(projection.path)(activation)
         if projection.post_norm is not None:
             norm = self.model.network.get_submodule(projection.post_norm)
-            before, after = norm(before), norm(after)
-        left = self.left[layer]
-        rewritten: Tensor = left + projection.scale * (after - before).reshape(left.shape)
-        return rewritten
+            old, new = norm(old), norm(new)
+        output = self.outputs[layer]
+        changed: Tensor = output + projection.scale * (new - old).reshape(output.shape)
+        return changed
 
     @contextmanager
-    def _narrowed(self, read: Int[Tensor, " place"]) -> Iterator[None]:
-        """Compute the last block's MLP at these places alone; elsewhere it writes zero."""
-        last = self.model.projections[len(self.blocks) - 1].path
-        mlp = self.model.network.get_submodule(last.rpartition(".")[0])
+    def _last_mlp_at(self, read: Int[Tensor, " position"]) -> Iterator[None]:
+        """Compute the last block's MLP only at these positions; elsewhere it writes zero.
+
+        An MLP sees each position alone, and after the last block nothing mixes positions. The MLP is three quarters of
+        a block's work.
+        """
+        last = max(self.blocks)
+        mlp = self.model.network.get_submodule(self.model.projections[last].path.rpartition(".")[0])
         shapes: list[torch.Size] = []
 
         def narrow(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -115,41 +175,38 @@ class BlockRecorder:
             return wide
 
         with ExitStack() as stack:
-            # OPT's has no module of its own.
-            if mlp is not self.blocks[-1]:
+            # OPT's projection hangs in the block itself, without a module for the MLP.
+            if mlp is not self.blocks[last]:
                 stack.callback(mlp.register_forward_pre_hook(narrow).remove)
                 stack.callback(mlp.register_forward_hook(widen).remove)
             yield
 
 
-def left_by(output: Any) -> Tensor:
-    """Return the hidden states in what a block returned."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
+def difference(later: Tensor, earlier: Tensor) -> Tensor | None:
+    """Return what was added between two points of the residual stream; None for nothing."""
+    return None if later is earlier or torch.equal(later, earlier) else later - earlier
 
 
 @contextmanager
 def permuted_image(model: LoadedModel, batch: Batch, seed: int = 0) -> Iterator[None]:
-    """Put the image's tokens in a random order, after the projector and before the first block (Pan et al. 2024).
+    """Shuffle the image tokens after the projector and before the first block (Pan et al. 2024).
 
-    Where positions are added to the embeddings (OPT), they move with the patches; where they are within attention they
-    stay, and so patches are seen in other places. The image has to be in the decoder's sequence.
+    Positions that are added to the embeddings (OPT) move with the patches. Positions inside attention stay, so patches
+    are seen in other places. The image must be in the decoder's sequence.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.arange(len(batch.tokens) * batch.positions)
     for row in range(len(batch.tokens)):
-        spans = [range(run.start, run.stop) for run in batch.runs if run.row == row and run.modality == "image"]
-        places = torch.tensor([position for span in spans for position in span], dtype=torch.long)
-        places += row * batch.positions
-        order[places] = places[torch.randperm(len(places), generator=generator)]
+        image = torch.tensor(batch.image_positions(row), dtype=torch.long) + row * batch.positions
+        order[image] = image[torch.randperm(len(image), generator=generator)]
 
-    def replace(_: nn.Module, arguments: tuple[object, ...]) -> tuple[object, ...]:
+    def shuffle(_: nn.Module, arguments: tuple[object, ...]) -> tuple[object, ...]:
         states = arguments[0]
         assert isinstance(states, Tensor)
-        moved = states.flatten(0, 1)[order.to(states.device)].reshape(states.shape)
-        return (moved, *arguments[1:])
+        shuffled = states.flatten(0, 1)[order.to(states.device)].reshape(states.shape)
+        return (shuffled, *arguments[1:])
 
-    handle = block_of(model, 0).register_forward_pre_hook(replace)
+    handle = block_of(model, 0).register_forward_pre_hook(shuffle)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""See neurons while the model runs: hooks that read and never write, removed whatever happens."""
+"""Read activations while the model runs: hooks that never write, and are removed even after an error."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from mmray.models.experts import has_plain_gate, routed_activation
 from mmray.models.layout import Projection
 
 Receive: TypeAlias = Callable[[int, Float[Tensor, "row neuron"], Float[Tensor, "row neuron"]], None]
-"""Called once a projection and forward with the projection's index, its activations, and what opens the neurons.
+"""Called per projection and forward with the projection's index, its activations, and its gates.
 
-Rows are tokens, batch by batch (row = sample · positions + position). The third is the gate's Linear output, before the
-non-linearity (without a routing weight, and zero at experts that a token is not routed to); where no gate can be read
-so, it is the activation itself.
+Rows are tokens: row = sample · positions + position. A gate is the gate Linear's output before the non-linearity,
+without routing weight, and zero at experts that a token is not routed to. Without a readable gate it is the activation.
 """
 
 
@@ -28,9 +27,9 @@ so, it is the activation itself.
 def capture_activations(
     network: PreTrainedModel, projections: Sequence[Projection], receive: Receive
 ) -> Iterator[None]:
-    """Hand the inputs of these MLP output projections to `receive` as each forward computes them.
+    """Call `receive` with the inputs of these MLP output projections as each forward computes them.
 
-    Activations are those of the network's own number format, and must not be changed in place.
+    Activations have the network's dtype. They must not be changed in place: the network goes on with them.
     """
     with ExitStack() as stack:
         for index, projection in enumerate(projections):
@@ -39,43 +38,44 @@ def capture_activations(
                 stack.enter_context(routed_activation(module, partial(receive, index)))
             else:
                 gate = network.get_submodule(projection.gate) if projection.gate else None
-                _tap_linear(stack, index, module, gate, projection.width, receive)
+                _hook_linear(stack, index, module, gate, projection.width, receive)
         yield
 
 
 @contextmanager
 def capture_input(module: nn.Module, receive: Callable[[Tensor], None]) -> Iterator[None]:
-    """Hand the first input of a module (the final norm, say) to `receive` at each forward."""
+    """Call `receive` with the first input of a module (such as the final norm) at each forward."""
 
-    def see(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def capture(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         receive(arguments[0])
 
-    handle = module.register_forward_pre_hook(see)
+    handle = module.register_forward_pre_hook(capture)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _tap_linear(
+def _hook_linear(
     stack: ExitStack, index: int, module: nn.Module, gate: nn.Module | None, width: int, receive: Receive
 ) -> None:
-    opened: list[Tensor] = []
+    gates: list[Tensor] = []
 
-    def see_gate(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-        opened.append(output[..., :width])
+    def capture_gate(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+        # A fused Linear computes the other factor too; the gate comes first.
+        gates.append(output[..., :width])
 
-    def see(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def capture(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         activation = arguments[0].flatten(0, -2)
-        receive(index, activation, opened.pop().flatten(0, -2) if opened else activation)
+        receive(index, activation, gates.pop().flatten(0, -2) if gates else activation)
 
     if gate is not None:
-        stack.callback(gate.register_forward_hook(see_gate).remove)
-    stack.callback(module.register_forward_pre_hook(see).remove)
+        stack.callback(gate.register_forward_hook(capture_gate).remove)
+    stack.callback(module.register_forward_pre_hook(capture).remove)
 
 
 def has_gates(network: PreTrainedModel, projections: Sequence[Projection]) -> bool:
-    """Return whether the gates of these projections can be read after their non-linearity."""
+    """Return whether the gates of all these projections can be read after their non-linearity."""
     try:
         for projection in projections:
             gate_function(network, projection)
@@ -85,12 +85,12 @@ def has_gates(network: PreTrainedModel, projections: Sequence[Projection]) -> bo
 
 
 def gate_function(network: PreTrainedModel, projection: Projection) -> Callable[[Tensor], Tensor]:
-    """Return the non-linearity between the gate's Linear and the factor; the identity where there is no gate.
+    """Return the non-linearity after the gate's Linear; the identity for a plain MLP.
 
-    Raises InputError where it can't be told from what it works on.
+    Raises InputError if the MLP has none that can be called by itself.
     """
     if projection.gate is None and not projection.experts:
-        return lambda opened: opened
+        return lambda gate: gate
     gate = projection.path if projection.gate is None else projection.gate
     mlp = network.get_submodule(gate if projection.experts else gate.rpartition(".")[0])
     for name in ("act_fn", "act", "activation_fn"):

@@ -1,4 +1,4 @@
-"""A checkpoint's files, and what its configuration must not ask for: checked before anything is loaded."""
+"""A checkpoint's files, and checks of its configuration before anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Any
 from mmray.errors import InputError
 
 WEIGHTS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")
-"""Endings of the files that make a checkpoint what it is, its own code too; its digest covers them."""
+"""Suffixes of the files that define a checkpoint, including its own code; its digest covers them."""
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-"""Files that say which weight lies in which file."""
+"""Files that map each weight to its file."""
 FOLDERS = ("qformer_tokenizer", "additional_chat_templates")
-"""Folders of a checkpoint that processors read."""
+"""Subfolders that processors read."""
 
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
-"""Settings (with or without a leading underscore) that may name kernels on the hub, which are native code."""
+"""Settings (also with a leading underscore) that may name kernels on the hub: native code, downloaded and run."""
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers", "decoder_layers")
 MOST_LAYERS = 1_000
-"""Blocks above which a configuration is refused: building the modules alone would take minutes to hours."""
+"""Most layers of a configuration: building the modules of more would take minutes to hours."""
 
 
 def checkpoint_files(folder: Path) -> dict[str, Path]:
-    """Return every file that makes up the checkpoint by its name below the folder, in order of names.
+    """Return the checkpoint's files by their names below the folder, sorted.
 
-    Raises InputError where an index names weights outside the folder or a file that is missing.
+    Raises InputError if an index names weights outside the folder, or a missing file.
     """
     folders = (folder, *(folder / name for name in FOLDERS if (folder / name).is_dir()))
-    paths = [path for place in folders for path in place.iterdir() if path.suffix in WEIGHTS and path.is_file()]
+    paths = [path for parent in folders for path in parent.iterdir() if path.suffix in WEIGHTS and path.is_file()]
     files = {path.relative_to(folder).as_posix(): path for path in paths}
     for index in INDEXES:
         if index in files:
@@ -38,7 +38,7 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
 
 
 def check_config(folder: Path) -> None:
-    """Raise InputError where the checkpoint would load other people's code or weights, or never finish loading."""
+    """Raise InputError if the checkpoint would load foreign code or weights, or would not finish loading."""
     if (folder / "adapter_config.json").is_file():
         raise InputError(f"{folder}: an adapter, not a complete checkpoint; merge it into its base model first")
     for key, value in _items(_read(folder / "config.json")):
@@ -58,7 +58,7 @@ def _indexed(folder: Path, index: str) -> list[str]:
         raise InputError(f"{folder}: {index} has no weight_map; copy the checkpoint again")
     names = sorted(set(weights.values()))
     for name in names:
-        # By name alone: files of the hub's cache are links to a folder of blobs next to this one.
+        # Only the name is checked: files in the hub's cache are links to a folder of blobs next to this one.
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise InputError(f"{folder}: {index} names {name}, outside the folder; give a complete checkpoint folder")
         if not (folder / name).is_file():
@@ -75,11 +75,12 @@ def _read(path: Path) -> Any:
 
 def _items(content: Any) -> Iterator[tuple[str, Any]]:
     """Yield every key with its value, at any depth."""
-    waiting = [content]
-    while waiting:
-        value = waiting.pop()
+    # Not recursive: a hostile file may be nested deeper than Python's stack.
+    stack = [content]
+    while stack:
+        value = stack.pop()
         if isinstance(value, dict):
             yield from value.items()
-            waiting.extend(value.values())
+            stack.extend(value.values())
         elif isinstance(value, list):
-            waiting.extend(value)
+            stack.extend(value)

@@ -1,4 +1,4 @@
-"""A local text encoder: texts are compared token by token, as in BERTScore."""
+"""A local text encoder that compares texts token by token, as BERTScore does (Zhang et al. 2020)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXTS_AT_ONCE = 64
 
 
 class Encoder:
-    """A text encoder of a local folder, which `AutoModel` loads; nothing is fetched."""
+    """A text encoder that `AutoModel` loads from a local folder; nothing is downloaded."""
 
     def __init__(self, folder: str, device: torch.device) -> None:
         from transformers import AutoModel, AutoTokenizer
@@ -34,7 +34,8 @@ class Encoder:
 
     @torch.inference_mode()
     def vectors(self, texts: Sequence[str]) -> list[Float[Tensor, "token hidden"]]:
-        """Return the unit vectors of each text's tokens in the last layer, without the special tokens."""
+        """Return unit vectors of each text's tokens in the last layer, without special tokens."""
+        # By length, so that batches need little padding.
         missing = sorted({text for text in texts if text not in self._vectors}, key=len)
         for start in range(0, len(missing), TEXTS_AT_ONCE):
             part = missing[start : start + TEXTS_AT_ONCE]
@@ -43,15 +44,15 @@ class Encoder:
             )
             special = encoded.pop("special_tokens_mask").bool() | ~encoded["attention_mask"].bool()
             states = self.network(**encoded.to(self.network.device)).last_hidden_state.float()
-            for text, rows, left_out in zip(part, functional.normalize(states, dim=-1), special, strict=True):
-                self._vectors[text] = rows[~left_out.to(rows.device)].cpu()
+            for text, vectors, excluded in zip(part, functional.normalize(states, dim=-1), special, strict=True):
+                self._vectors[text] = vectors[~excluded.to(vectors.device)].cpu()
         return [self._vectors[text] for text in texts]
 
     def match(self, candidate: str, reference: str) -> float:
-        """Return F1 of greedy matching: each token's most similar one in the other text (Zhang et al. 2020)."""
-        one, other = self.vectors([candidate, reference])
-        if not len(one) or not len(other):
+        """Return the F1 of greedy matching: each token counts by its most similar token in the other text."""
+        ours, theirs = self.vectors([candidate, reference])
+        if not len(ours) or not len(theirs):
             return float(candidate == reference)
-        similar = one @ other.T
-        precision, recall = float(similar.amax(dim=1).mean()), float(similar.amax(dim=0).mean())
+        similarity = ours @ theirs.T
+        precision, recall = float(similarity.amax(dim=1).mean()), float(similarity.amax(dim=0).mean())
         return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Read the neurons of fused experts, which no Linear's input shows: recomputed from what the experts were given."""
+"""Neurons of fused experts: no Linear's input shows them, so they are recomputed from the experts' inputs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,31 +13,31 @@ from torch.nn import functional
 Change: TypeAlias = Callable[[Float[Tensor, "token unit"]], Float[Tensor, "token unit"]]
 
 
-class _Rewriting:
-    """The changes of a module's neurons that hold now, first made first, and the one hook that writes them all."""
+class _Changes:
+    """The active changes of a module's neurons, in order, and the one hook that applies them all."""
 
     def __init__(self, module: nn.Module) -> None:
         self.changes: dict[object, tuple[Int[Tensor, " unit"], Change]] = {}
-        self.handle = module.register_forward_hook(_rewrite, with_kwargs=True)
+        self.handle = module.register_forward_hook(_apply_changes, with_kwargs=True)
 
 
-_REWRITTEN: WeakKeyDictionary[nn.Module, _Rewriting] = WeakKeyDictionary()
+_CHANGED: WeakKeyDictionary[nn.Module, _Changes] = WeakKeyDictionary()
 
 
 @contextmanager
 def routed_activation(
     module: nn.Module, receive: Callable[[Float[Tensor, "token neuron"], Float[Tensor, "token neuron"]], None]
 ) -> Iterator[None]:
-    """Hand over the experts' activations at each forward, and what opens them, tokens as the experts see them.
+    """Call `receive` with the experts' activations and gates at each forward.
 
-    The forward is not touched, whichever of transformers' implementations (eager, batched, grouped) computes it.
+    Works with all of transformers' implementations (eager, batched, grouped), because only inputs are read.
     """
 
-    def see(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], __: Tensor) -> None:
-        activation, opened = _routed(module, **_given(arguments, named))
-        receive(_changed(module, activation), activation if opened is None else opened)
+    def capture(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], __: Tensor) -> None:
+        activation, gate = _routed(module, **_inputs(arguments, named))
+        receive(_changed(module, activation), activation if gate is None else gate)
 
-    handle = module.register_forward_hook(see, with_kwargs=True)
+    handle = module.register_forward_hook(capture, with_kwargs=True)
     try:
         yield
     finally:
@@ -46,44 +46,45 @@ def routed_activation(
 
 @contextmanager
 def changed_routed_activation(module: nn.Module, units: Int[Tensor, " unit"], change: Change) -> Iterator[None]:
-    """Let the experts write what they would write if `change` had been applied to these neurons' activations.
+    """Make the experts write as if `change` had been applied to these neurons' activations.
 
-    `change` takes and gives activations (token, unit), with the routing weight in them; it sees zeros where a token
-    is not routed to the neuron's expert, and what it makes of them is written too. Changes within one another are
-    applied in turn, and whoever reads the activations meanwhile reads them changed.
+    `change` maps activations (token, unit), which include the routing weight. It sees zeros where a token is not
+    routed to the neuron's expert, and its result for them is written too. Nested changes apply in order; activations
+    read meanwhile are the changed ones.
     """
-    rewriting = _REWRITTEN.get(module) or _REWRITTEN.setdefault(module, _Rewriting(module))
+    active = _CHANGED.get(module) or _CHANGED.setdefault(module, _Changes(module))
     key = object()
-    rewriting.changes[key] = units, change
+    active.changes[key] = units, change
     try:
         yield
     finally:
-        del rewriting.changes[key]
-        if not rewriting.changes:
-            rewriting.handle.remove()
-            del _REWRITTEN[module]
+        del active.changes[key]
+        if not active.changes:
+            active.handle.remove()
+            del _CHANGED[module]
 
 
-def _rewrite(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
-    before, _ = _routed(module, **_given(arguments, named))
-    index = torch.unique(torch.cat([units for units, _ in _REWRITTEN[module].changes.values()])).to(before.device)
+def _apply_changes(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+    before, _ = _routed(module, **_inputs(arguments, named))
+    index = torch.unique(torch.cat([units for units, _ in _CHANGED[module].changes.values()])).to(before.device)
+    # The output is linear in the activations: adding the difference avoids running the experts again.
     return output + (_changed(module, before) - before)[:, index] @ expert_rows(module, index)
 
 
 def _changed(module: nn.Module, activation: Float[Tensor, "token neuron"]) -> Float[Tensor, "token neuron"]:
-    """Return the activations with the changes that hold now; the same tensor where none does."""
-    if module not in _REWRITTEN:
+    """Return the activations with the active changes; the same tensor if there are none."""
+    if module not in _CHANGED:
         return activation
     changed = activation.clone()
-    for units, change in _REWRITTEN[module].changes.values():
+    for units, change in _CHANGED[module].changes.values():
         index = units.to(changed.device)
         changed[:, index] = change(changed[:, index])
     return changed
 
 
 def expert_rows(module: Any, units: Int[Tensor, " unit"]) -> Float[Tensor, "unit hidden"]:
-    """Return a copy of these neurons' rows of W_out, without unfolding the whole weight."""
-    expert, unit = _place(module, units)
+    """Return a copy of these neurons' rows of W_out; the whole weight is never unfolded."""
+    expert, unit = _expert_and_unit(module, units)
     down: Tensor = module.down_proj
     return down[expert, unit] if getattr(module, "is_transposed", False) else down[expert, :, unit]
 
@@ -91,7 +92,7 @@ def expert_rows(module: Any, units: Int[Tensor, " unit"]) -> Float[Tensor, "unit
 @torch.no_grad()
 def set_expert_rows(module: Any, units: Int[Tensor, " unit"], rows: Float[Tensor, "unit hidden"]) -> None:
     """Write these neurons' rows of W_out in place."""
-    expert, unit = _place(module, units)
+    expert, unit = _expert_and_unit(module, units)
     if getattr(module, "is_transposed", False):
         module.down_proj[expert, unit] = rows
     else:
@@ -104,12 +105,11 @@ def expert_activation(
     top_k_index: Int[Tensor, "token choice"],
     top_k_weights: Float[Tensor, "token choice"],
 ) -> Float[Tensor, "token neuron"]:
-    """Return what multiplies each neuron's row of W_out: its activation times the routing weight of its expert.
+    """Return each neuron's activation times the routing weight of its expert; zero for experts not routed to.
 
-    Neuron = expert * units + unit. Zero where a token is not routed to the expert. Times the rows of W_out this is
-    the experts' output (but for a bias of theirs): the routing weight is a factor, so it may stand before the
-    projection as well as after. A dense result takes tokens * experts * units numbers: 100 MB for 256 tokens of
-    Qwen3-VL-30B's 98,304 neurons a layer.
+    Neuron = expert * units + unit. Multiplied by the rows of W_out this gives the experts' output, except for a bias:
+    the routing weight is a factor, so it can stand before the projection as well as after. The result is dense: 100 MB
+    for 256 tokens of Qwen3-VL-30B's 98,304 neurons per layer.
     """
     return _changed(module, _routed(module, hidden_states, top_k_index, top_k_weights)[0])
 
@@ -120,7 +120,7 @@ def _routed(
     top_k_index: Int[Tensor, "token choice"],
     top_k_weights: Float[Tensor, "token choice"],
 ) -> tuple[Float[Tensor, "token neuron"], Float[Tensor, "token neuron"] | None]:
-    """Return the activations as the experts compute them, and the gate's half of what enters; None without such."""
+    """Return the activations as the experts compute them, and their gates; None without plain gates."""
     down = module.down_proj
     transposed = getattr(module, "is_transposed", False)
     experts, units = down.shape[0], down.shape[1 if transposed else 2]
@@ -129,24 +129,22 @@ def _routed(
     bias = getattr(module, "gate_up_proj_bias" if has_gate else "up_proj_bias", None)
     hidden, chosen, weights = (given.to(down.device) for given in (hidden_states, top_k_index, top_k_weights))
     activation = hidden.new_zeros(hidden.shape[0], experts, units)
-    opened = torch.zeros_like(activation) if has_plain_gate(module) else None
-    # Expert-parallel models mark a choice that lives elsewhere by an id past the last expert: no expert takes it.
+    gate = torch.zeros_like(activation) if has_plain_gate(module) else None
+    # Expert-parallel models mark an expert on another device by an id past the last expert.
     for expert in torch.unique(chosen[chosen < experts]).tolist():
         token, choice = torch.where(chosen == expert)
         matrix = entry[expert].T if transposed else entry[expert]
         entered = functional.linear(hidden[token], matrix, None if bias is None else bias[expert])
         passed = module._apply_gate(entered) if has_gate else module.act_fn(entered)
         activation[token, expert] = passed * weights[token, choice, None].to(passed.dtype)
-        if opened is not None:
-            opened[token, expert] = entered[:, :units]
-    return activation.flatten(1), None if opened is None else opened.flatten(1)
+        if gate is not None:
+            gate[token, expert] = entered[:, :units]
+    return activation.flatten(1), None if gate is None else gate.flatten(1)
 
 
 def has_plain_gate(module: Any) -> bool:
-    """Return whether the experts' gate is the first half of what enters, `act_fn` opens it, and the rest is a factor.
-
-    Tried rather than read, for some experts mix or bound the halves in ways of their own.
-    """
+    """Return whether the experts compute act_fn(first half) · second half of their up projection."""
+    # Tried on numbers instead of read from names: some experts clamp or interleave the halves.
     if not getattr(module, "has_gate", True):
         return False
     units = module.down_proj.shape[1 if getattr(module, "is_transposed", False) else 2]
@@ -155,14 +153,14 @@ def has_plain_gate(module: Any) -> bool:
     return torch.allclose(module._apply_gate(entered[None])[0], module.act_fn(gate) * factor)
 
 
-def _given(arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Tensor]:
-    """Return what the experts' forward was called with, by the names that all of transformers' experts use."""
+def _inputs(arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the inputs of the experts' forward, by the names that all of transformers' experts use."""
     names = ("hidden_states", "top_k_index", "top_k_weights")
-    given = dict(zip(names, arguments, strict=False)) | named
-    return {name: given[name] for name in names}
+    inputs = dict(zip(names, arguments, strict=False)) | named
+    return {name: inputs[name] for name in names}
 
 
-def _place(module: Any, units: Int[Tensor, " unit"]) -> tuple[Tensor, Tensor]:
+def _expert_and_unit(module: Any, units: Int[Tensor, " unit"]) -> tuple[Tensor, Tensor]:
     """Return each neuron's expert, and its unit within the expert."""
     down: Tensor = module.down_proj
     per_expert = down.shape[1 if getattr(module, "is_transposed", False) else 2]

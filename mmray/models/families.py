@@ -1,6 +1,6 @@
-"""What is known of each architecture's layout, as data: where its decoder, vision tower and projector keep their MLPs.
+"""The layout of each architecture, as data: where decoder, vision tower and projector keep their MLPs.
 
-A vision-language model is put together from three parts that vary apart from each other, so there are three tables:
+A vision-language model combines three parts that vary independently, so there are three tables:
 
     FAMILIES[config.model_type]               where the parts hang, and how the image enters
     DECODERS[config.text_config.model_type]   what a block of the language decoder looks like
@@ -19,8 +19,8 @@ A vision-language model is put together from three parts that vary apart from ea
     │       └── norm                          Decoder.final_norm
     └── lm_head                               Family.unembedding
 
-Paths are those of transformers 5. Where versions or variants differ, a tuple holds the choices and the first that
-the model has is taken. A row says where to look; `mmray.models.parts` checks what is there.
+Paths are those of transformers 5. Where versions or variants differ, a tuple holds the alternatives, and the first that
+exists is taken. A row says where to look; `mmray.models.parts` checks what is there.
 """
 
 from dataclasses import dataclass
@@ -31,19 +31,19 @@ class Stack:
     """A list of blocks with one MLP each, or a single module that is one MLP."""
 
     blocks: tuple[str, ...]
-    """Path of the list, or of the single module, below the part; the first that exists is taken."""
+    """Path of the list, or of the single module, below the part."""
     projection: tuple[str, ...]
-    """Path below a block of the output projection, a Linear or a module of fused experts; the first that exists."""
+    """Path below a block of the output projection: a Linear or a module of fused experts."""
     gate: tuple[str, ...] = ()
-    """Path below a block of the Linear before the non-linearity that opens the neuron; none exists: a plain MLP."""
+    """Path below a block of the gate's Linear; if none exists, the MLP is plain."""
     post_norm: str | None = None
-    """Path below a block of a norm that is applied to the MLP's output before it is added to the residual stream."""
+    """Path below a block of a norm on the MLP's output, before it is added to the residual stream."""
     residual_gate: str | None = None
-    """Path below a block of a number whose tanh multiplies the MLP's output; blocks without it add the output as is."""
+    """Path below a block of a number whose tanh multiplies the MLP's output; not all blocks need have it."""
     reads_text: bool = False
     """The question goes through these blocks, not the image."""
     optional: bool = False
-    """The part may be absent in some checkpoints of the family."""
+    """Some checkpoints of the family lack the part."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +54,22 @@ class Decoder:
     final_norm: str = "norm"
     """Path below the decoder of the norm before the unembedding."""
     encoder_decoder: bool = False
-    """The prompt goes through an encoder, and the caption alone is the decoder's sequence."""
+    """The prompt goes through an encoder; the decoder's sequence is only the caption."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where one multi-modal model type hangs its parts."""
+    """Where one multi-modal model type keeps its parts."""
 
     decoder: tuple[str, ...]
-    """Path of the language decoder; the first that exists is taken."""
+    """Path of the language decoder."""
     unembedding: str
     tower: str
     """Path of the vision tower."""
     projectors: tuple[Stack, ...] = ()
-    """The MLPs between tower and decoder, by their paths from the top; none where the bridge is one Linear."""
+    """The MLPs between tower and decoder, by their paths from the top; none if the bridge is one Linear."""
     image: str = "tokens"
-    """`tokens`: placeholders in the sequence become the image; `cross-attention`: blocks of the decoder look at it."""
+    """`tokens`: placeholders in the sequence become the image; `cross-attention`: decoder blocks attend to it."""
 
 
 GATED = Stack(blocks=("layers",), projection=("mlp.down_proj",), gate=("mlp.gate_proj",))
@@ -79,25 +79,14 @@ GATED_POST_NORM = Stack(
 )
 
 DECODERS: dict[str, Decoder] = {
-    **dict.fromkeys(
-        (
-            "gemma",
-            "llama",
-            "mistral",
-            "qwen2",
-            "qwen2_5_vl_text",
-            "qwen2_vl_text",
-            "qwen3",
-            "qwen3_vl_text",
-        ),
-        Decoder(GATED),
-    ),
+    **dict.fromkeys(("gemma", "llama", "mistral", "qwen2", "qwen3"), Decoder(GATED)),
+    **dict.fromkeys(("qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_text"), Decoder(GATED)),
     **dict.fromkeys(("gemma2", "gemma3_text"), Decoder(GATED_POST_NORM)),
     # Blocks listed in mlp_only_layers hold an ordinary MLP instead of experts.
     "qwen3_vl_moe_text": Decoder(
         Stack(blocks=("layers",), projection=("mlp.experts", "mlp.down_proj"), gate=("mlp.gate_proj",))
     ),
-    # The cross-attention blocks stand in the same list, and multiply their MLP's output by tanh of a learnt gate.
+    # Cross-attention blocks are in the same list, and multiply their MLP's output by the tanh of a learnt gate.
     "mllama_text_model": Decoder(
         Stack(
             blocks=("layers",),
@@ -106,7 +95,7 @@ DECODERS: dict[str, Decoder] = {
             residual_gate="cross_attn_mlp_gate",
         )
     ),
-    # OPT folds batch and position together before its MLP: fc2 sees (batch * position, neuron).
+    # OPT flattens batch and position before its MLP: fc2 sees (batch * position, neuron).
     "opt": Decoder(Stack(blocks=("decoder.layers",), projection=("fc2",)), final_norm="decoder.final_layer_norm"),
     # A block of T5's decoder is self-attention, cross-attention, MLP; gated in Flan-T5, plain in the first T5.
     "t5": Decoder(
@@ -123,19 +112,10 @@ DECODERS: dict[str, Decoder] = {
 PLAIN_TOWER = (Stack(blocks=("encoder.layers", "vision_model.encoder.layers"), projection=("mlp.fc2",)),)
 
 TOWERS: dict[str, tuple[Stack, ...]] = {
-    **dict.fromkeys(
-        (
-            "blip_2_vision_model",
-            "clip_vision_model",
-            "idefics3",  # as older checkpoints call it
-            "idefics3_vision",
-            "instructblip_vision_model",
-            "siglip_vision_model",
-            "smolvlm",
-            "smolvlm_vision",
-        ),
-        PLAIN_TOWER,
-    ),
+    **dict.fromkeys(("blip_2_vision_model", "instructblip_vision_model"), PLAIN_TOWER),
+    **dict.fromkeys(("clip_vision_model", "siglip_vision_model"), PLAIN_TOWER),
+    # Older checkpoints of Idefics3 and SmolVLM name the tower like the family.
+    **dict.fromkeys(("idefics3", "idefics3_vision", "smolvlm", "smolvlm_vision"), PLAIN_TOWER),
     "internvl_vision": (Stack(blocks=("encoder.layer",), projection=("mlp.fc2",)),),
     # The cropped image goes through the first list, its tiles together through the second.
     "mllama_vision_model": (
@@ -152,8 +132,7 @@ TOWERS: dict[str, tuple[Stack, ...]] = {
 }
 
 TILED = {"mllama_vision_model": "aspect_ratio_mask"}
-"""Towers that run tiles which an image does not have, each with rows behind its patches to fill them up → the input, by
-image and tile, that tells which it has."""
+"""Towers that also run padding (missing tiles, rows after a tile's patches) → the input that masks tiles."""
 
 LLAVA = Family(
     decoder=("model.language_model",),
@@ -189,7 +168,7 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), QWEN3_VL),
     **dict.fromkeys(("gemma3", "paligemma"), GEMMA),
     **dict.fromkeys(("idefics3", "smolvlm"), IDEFICS),
-    # A causal decoder (OPT, Vicuna) hangs below its own head's `model`; T5 is the whole `language_model`.
+    # A causal decoder (OPT, Vicuna) is the `model` below its own head; T5 is the whole `language_model`.
     "blip-2": Family(
         decoder=("language_model.model", "language_model"),
         unembedding="language_model.lm_head",

@@ -1,7 +1,7 @@
-"""Change neurons while a `with` block lasts: ablate, scale, set, or add noise to what they write.
+"""Change neurons inside a `with` block: ablate, scale, set, or add noise to their rows of W_out.
 
-Activations are changed by hooks, and rows of W_out are put back from a copy, so that the weights are byte-equal
-afterwards, also after an exception and when blocks are nested. They hold during `generate` too.
+Activations are changed by hooks, and rows of W_out are restored from a copy. So the weights are byte-equal afterwards,
+even after an exception or when blocks are nested. Changes hold during `generate` too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mmray.neuron_names import parse_neuron
 def by_layer(
     model: LoadedModel, neurons: Iterable[str | tuple[int, int]], module: str = "language"
 ) -> dict[int, list[int]]:
-    """Group neurons, `L7.u89` or (layer, unit), by layer and each once; raises InputError for one outside."""
+    """Group neurons, `L7.u89` or (layer, unit), by layer, without repeats; raises InputError for an unknown neuron."""
     groups: dict[int, dict[int, None]] = {}
     widths = [projection.width for projection in model.parts.image_path(module)]
     for neuron in neurons:
@@ -39,7 +39,7 @@ def by_layer(
 
 @contextmanager
 def ablate(model: LoadedModel, neurons: Iterable[str | tuple[int, int]], *, module: str = "language") -> Iterator[None]:
-    """Set the activation of these neurons, of the decoder or another module, to zero at every position."""
+    """Set the activation of these neurons to zero at every position; `module` is the decoder's unless given."""
     with _change(model, neurons, torch.zeros_like, module):
         yield
 
@@ -62,7 +62,8 @@ def set_to(model: LoadedModel, neurons: Iterable[str | tuple[int, int]], value: 
 def add_noise(
     model: LoadedModel, neurons: Iterable[str | tuple[int, int]], sigma: float, seed: int = 0
 ) -> Iterator[None]:
-    """Add independent Gaussian noise of deviation `sigma` to these neurons' rows of W_out (Pan et al. 2024)."""
+    """Add Gaussian noise of standard deviation `sigma` to these neurons' rows of W_out (Pan et al. 2024)."""
+    # Drawn on the CPU, so that every device gets the same noise.
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
         for layer, units in by_layer(model, neurons).items():
@@ -76,7 +77,7 @@ def add_noise(
 def changed_rows(
     model: LoadedModel, layer: int, units: list[int], rows: Float[Tensor, "neuron hidden"]
 ) -> Iterator[None]:
-    """Replace these neurons' rows of W_out while the block lasts, and put the very bytes back afterwards."""
+    """Replace these neurons' rows of W_out inside the `with` block; afterwards restore the same bytes."""
     network, projection, index = model.network, model.projections[layer], torch.tensor(units)
     before = output_rows(network, projection)[units].clone()
     set_output_rows(network, projection, index, rows)
@@ -91,20 +92,20 @@ def _change(
     model: LoadedModel,
     neurons: Iterable[str | tuple[int, int]],
     change: Callable[[Tensor], Tensor],
-    of: str = "language",
+    module: str = "language",
 ) -> Iterator[None]:
     with ExitStack() as stack:
-        for layer, units in by_layer(model, neurons, of).items():
-            projection = model.parts.image_path(of)[layer]
-            module, index = model.network.get_submodule(projection.path), torch.tensor(units)
+        for layer, units in by_layer(model, neurons, module).items():
+            projection = model.parts.image_path(module)[layer]
             changed = changed_routed_activation if projection.experts else _changed_input
-            stack.enter_context(changed(module, index, change))
+            stack.enter_context(changed(model.network.get_submodule(projection.path), torch.tensor(units), change))
         yield
 
 
 @contextmanager
 def _changed_input(module: nn.Module, units: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     def replace(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        # A copy: hooks that ran before may have kept the tensor.
         activation = arguments[0].clone()
         index = units.to(activation.device)
         activation[..., index] = change(activation[..., index])

@@ -1,4 +1,4 @@
-"""Load a vision-language model with its processor and its parts, from a folder, a hub id, or the name `demo`."""
+"""Load a vision-language model, its processor and its parts, from a folder, a hub id, or the name `demo`."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from mmray.models.layout import ModelParts, Projection
 from mmray.models.parts import locate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Names of the number formats that a model can be run in."""
+"""By the names that `--dtype` takes."""
 
-MARKS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-"""Settings of generation that are tokens of a sequence's beginning, end and rest."""
+TOKEN_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""Generation settings that are kept from a checkpoint."""
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A network in evaluation mode, the processor that feeds it, and where it keeps its neurons."""
+    """A network in evaluation mode, its processor, and where it keeps its neurons."""
 
     name: str
     folder: Path
@@ -52,11 +52,11 @@ class LoadedModel:
     processor: Any
     parts: ModelParts
     unused: tuple[str, ...] = ()
-    """Weights of the checkpoint that the network has no place for."""
+    """Weights of the checkpoint that the network has no parameter for."""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of captions; for a Q-Former model that of the language model."""
+        """The tokenizer of captions: with a Q-Former, the language model's."""
         return self.processor.tokenizer
 
     @cached_property
@@ -71,18 +71,18 @@ class LoadedModel:
 
     @cached_property
     def digest(self) -> str:
-        """The digest of the checkpoint, whose files are read once."""
+        """Digest of the checkpoint; its files are read once."""
         return digest(self.folder)
 
     @property
     def context(self) -> int | None:
-        """Positions that the language model was made for; None where that is not told (T5)."""
-        found: int | None = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
-        return found
+        """Longest sequence of the language model; None if its configuration does not say (T5)."""
+        length: int | None = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+        return length
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the input embeddings."""
+        """Device of the input embeddings, where inputs go."""
         device: torch.device = self.network.get_input_embeddings().weight.device
         return device
 
@@ -94,22 +94,22 @@ class LoadedModel:
 
 
 def kind_of(name: str) -> str:
-    """Return what a model's name is: `demo`, a `folder`, or an id on the `hub`."""
+    """Return what a model's name stands for: `demo`, a `folder`, or an id on the `hub`."""
     return "demo" if name == "demo" else "folder" if Path(name).expanduser().is_dir() else "hub"
 
 
 def from_anywhere(name: str) -> str:
-    """Return a model's name as it is from every directory: of a folder its full path.
+    """Return a model's name so that it holds in every directory: a folder becomes its full path.
 
-    A relative path such as `models/llava` is, from another directory or on another machine, somebody's hub id.
+    From another directory or machine, a relative path such as `models/llava` would be somebody's hub id.
     """
     return str(Path(name).expanduser().absolute()) if kind_of(name) == "folder" else name
 
 
 def resolve(name: str) -> Path:
-    """Return the checkpoint's folder for a local folder, `demo`, or a hub id (fetched, or found in the cache).
+    """Return the checkpoint's folder for a local folder, `demo`, or a hub id (downloaded, or from the cache).
 
-    Raises InputError when there is no such checkpoint.
+    Raises InputError if there is no such checkpoint.
     """
     if name == "demo":
         return mmray.demo.MODEL
@@ -123,11 +123,11 @@ def resolve(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        fetched = Path(snapshot_download(name, allow_patterns=[f"*{end}" for end in WEIGHTS if end != ".bin"]))
-        # The same weights once more, where a checkpoint has both.
-        if not any(fetched.glob("*.safetensors")):
-            fetched = Path(snapshot_download(name, allow_patterns=["*.bin"]))
-        return fetched
+        folder = Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in WEIGHTS if suffix != ".bin"]))
+        # Only then: *.bin would be the same weights once more.
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=["*.bin"]))
+        return folder
     except Exception as error:
         first_line = str(error).strip().splitlines()[0]
         raise InputError(
@@ -136,7 +136,7 @@ def resolve(name: str) -> Path:
 
 
 def digest(folder: Path) -> str:
-    """Return a digest of the checkpoint's content: names and SHA-256 of its configuration, weight and token files."""
+    """Return a digest of the names and contents of a checkpoint's configuration, weight and tokenizer files."""
     files = checkpoint_files(folder)
     if not any(path.suffix in (".safetensors", ".bin") for path in files.values()):
         raise InputError(f"{folder}: no weights (*.safetensors); give a complete Hugging Face checkpoint folder")
@@ -158,12 +158,12 @@ def load(
 ) -> LoadedModel:
     """Load a model for inference.
 
-    `dtype` is fp32, bf16, fp16 or auto: the checkpoint's own on a GPU, fp32 on a CPU. Without `device`, all GPUs that
-    this process may see are used: one holds the model, several share it. Raises InputError where the folder is not a
-    vision-language checkpoint, its parts can't be found, or there is no such number format.
+    `dtype` is fp32, bf16, fp16, or auto: the checkpoint's own on a GPU, fp32 on a CPU. Without `device`, all visible
+    GPUs are used; several share the layers. Raises InputError if the folder is no vision-language checkpoint, its
+    parts can't be found, or the dtype is unknown.
     """
     if dtype not in (known := ("auto", *DTYPES)):
-        raise InputError(f"{name}: no number format {dtype!r}; give one of {', '.join(known)}")
+        raise InputError(f"{name}: unknown dtype {dtype!r}; choose from {', '.join(known)}")
     folder = resolve(name)
     check_config(folder)
     checkpoint_files(folder)
@@ -171,14 +171,14 @@ def load(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     shared = str(device) == "cuda" and torch.cuda.device_count() > 1
-    number_format: Any = DTYPES.get(dtype, "auto" if "cuda" in str(device) else torch.float32)
+    torch_dtype: Any = DTYPES.get(dtype, "auto" if "cuda" in str(device) else torch.float32)
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with _without_report():
+        with _quiet():
             network, report = AutoModelForImageTextToText.from_pretrained(
                 folder,
-                dtype=number_format,
+                dtype=torch_dtype,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 **({"device_map": "auto"} if shared else {}),
@@ -193,7 +193,7 @@ def load(
             f"{name}: no fast tokenizer (tokenizer.json), which gives the characters of each token; convert it"
         )
     network.eval().requires_grad_(False)
-    _write_plainly(network)
+    _greedy_only(network)
     _time_forward(network)
     if not shared:
         try:
@@ -211,7 +211,7 @@ def load(
 
 
 def _time_forward(network: PreTrainedModel) -> None:
-    """Count the network's passes, those of a generation too, as a phase of the unit at work."""
+    """Time the network's passes, also during generation, as the phase `forward` of the current unit."""
     running: list[AbstractContextManager[None]] = []
 
     def begin(*_: Any) -> None:
@@ -226,9 +226,9 @@ def _time_forward(network: PreTrainedModel) -> None:
 
 
 def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Return the facts of a model that a run records, from its configuration alone: no weight is loaded.
+    """Return what a run records about a model, from its configuration: no weights are loaded.
 
-    Those of a model that the table of families does not know are, for its parts have to be probed.
+    Except for families that FAMILIES does not know: the probe runs the network.
     """
     folder = resolve(name)
     check_config(folder)
@@ -241,7 +241,6 @@ def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, A
     try:
         parts = locate(network)
     except (InputError, RuntimeError):
-        # Outside the table of families the probe runs the network, and for that needs its weights.
         parts = load(name, "bf16", "cpu", trust_remote_code=trust_remote_code).parts
     language = parts.of("language")
     return {
@@ -265,23 +264,23 @@ def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, A
 
 
 @contextmanager
-def _without_report() -> Iterator[None]:
-    """Silence transformers' table of missing and unexpected weights: the former are refused in one line."""
+def _quiet() -> Iterator[None]:
+    """Silence transformers' table of missing and unexpected weights: missing ones raise a one-line error here."""
     logger = logging.getLogger(modeling_utils.__name__)
 
-    def severe(record: logging.LogRecord) -> bool:
+    def only_errors(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
 
-    # Not by the logger's level: at a higher one, transformers looks for faults of parallel layers and warns of them.
-    logger.addFilter(severe)
+    # A filter, not a level: at a higher level transformers checks parallel layers, and warns about them.
+    logger.addFilter(only_errors)
     try:
         yield
     finally:
-        logger.removeFilter(severe)
+        logger.removeFilter(only_errors)
 
 
 def refuse_missing(name: str, missing: Collection[str]) -> None:
-    """Raise InputError where a checkpoint lacks weights: transformers draws those at random, anew in every process."""
+    """Raise InputError if a checkpoint lacks weights: transformers would draw them at random in every process."""
     if missing:
         named = ", ".join(sorted(missing)[:3]) + (", …" if len(missing) > 3 else "")
         raise InputError(
@@ -290,16 +289,15 @@ def refuse_missing(name: str, missing: Collection[str]) -> None:
         )
 
 
-def _write_plainly(network: PreTrainedModel) -> None:
-    """Leave of a checkpoint's settings of generation the tokens that begin, end and fill up.
-
-    What else they hold (a penalty for repeating, a shortest length, …) makes greedy captions other than the likeliest
-    token after token, which are what scores and edits are about.
-    """
+def _greedy_only(network: PreTrainedModel) -> None:
+    """Reset a checkpoint's generation settings, except for the tokens that begin, end and pad."""
+    # Others (repetition penalty, minimum length, …) would change greedy captions, which must be the most likely token
+    # at each step: that is what scores and edits are about.
     for module in network.modules():
         settings = getattr(module, "generation_config", None)
         if isinstance(settings, GenerationConfig):
-            module.generation_config = GenerationConfig(**{name: getattr(settings, name, None) for name in MARKS})
+            tokens = {name: getattr(settings, name, None) for name in TOKEN_SETTINGS}
+            module.generation_config = GenerationConfig(**tokens)
 
 
 def _not_a_model(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The end of the decoder at chosen positions: the final norm folded into the unembedding, and probabilities."""
+"""The decoder's end at chosen positions: logits and probabilities, and the final norm folded into the unembedding."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mmray.models.parts import gain_of, output_rows, unembedding_rows
 
 
 def fold_norm(
-    model: LoadedModel, hidden: Float[Tensor, "place hidden"], unembedding: Float[Tensor, "place hidden"]
-) -> Float[Tensor, "place hidden"]:
-    """Return vectors v with ⟨w, v⟩ = what writing w adds to the logit after the final norm, its scale held as it is.
+    model: LoadedModel, hidden: Float[Tensor, "position hidden"], unembedding: Float[Tensor, "position hidden"]
+) -> Float[Tensor, "position hidden"]:
+    """Return vectors v with ⟨w, v⟩ = what writing w adds to the token's logit, with the final norm's scale fixed; fp32.
 
-    `hidden` is the input of the final norm at each place. The gain, the division by the root mean square (by the
-    standard deviation, and the centring, of a LayerNorm) and the family's logit scale are applied; fp32.
+    `hidden` is the input of the final norm. Gain, division by the root mean square (for a LayerNorm: centring, and
+    division by the standard deviation) and the family's logit scale are applied.
     """
     return _through(model.norm, hidden, unembedding) * model.parts.logit_scale
 
@@ -26,56 +26,58 @@ def fold_norm(
 def fold_block(
     model: LoadedModel,
     projection: Projection,
-    written: Float[Tensor, "place hidden"] | None,
-    direction: Float[Tensor, "place hidden"],
-) -> Float[Tensor, "place hidden"]:
-    """Return vectors v with ⟨w, v⟩ = ⟨what reaches the residual stream, direction⟩ where the projection writes w.
+    mlp_out: Float[Tensor, "position hidden"] | None,
+    direction: Float[Tensor, "position hidden"],
+) -> Float[Tensor, "position hidden"]:
+    """Return vectors v with ⟨w, v⟩ = ⟨what reaches the residual stream, direction⟩ if the projection writes w.
 
-    `written` is the projection's output at each place, which the norm of Gemma 2 and 3 behind it is held at; Mllama
-    weighs the output of its cross-attention blocks.
+    Gemma 2 and 3 normalise the projection's output: `mlp_out` fixes that norm's scale. Mllama multiplies the output of
+    its cross-attention blocks by a factor.
     """
-    if projection.post_norm is not None and written is not None:
-        direction = _through(model.network.get_submodule(projection.post_norm), written, direction)
+    if projection.post_norm is not None and mlp_out is not None:
+        direction = _through(model.network.get_submodule(projection.post_norm), mlp_out, direction)
     return direction * projection.scale
 
 
 def norm_curvature(
     model: LoadedModel,
     projection: Projection,
-    hidden: Float[Tensor, "place hidden"],
-    written: Float[Tensor, "place hidden"] | None,
-    slope: Float[Tensor, "place hidden"],
-    activation: Float[Tensor, "place neuron"],
-) -> Float[Tensor, "place neuron"]:
-    """Return what removing each neuron's write takes from ⟨output of the final norm, slope⟩ beyond first order.
+    hidden: Float[Tensor, "position hidden"],
+    mlp_out: Float[Tensor, "position hidden"] | None,
+    slope: Float[Tensor, "position hidden"],
+    activation: Float[Tensor, "position neuron"],
+) -> Float[Tensor, "position neuron"]:
+    """Return by how much removing each neuron's write lowers ⟨output of the final norm, slope⟩ beyond first order.
 
-    The final norm divides by the root mean square r of its input h; without the write a·w it divides by r', with
-    r'² = r² - 2a⟨h, w⟩/d + a²‖w‖²/d. So the fall of ⟨norm(h), slope⟩ is exact for each neuron alone, from products of
-    its row with two vectors a place. A norm or weight behind the projection is held, as in `fold_block`.
+    The final norm divides by the root mean square r of its input h. Without the write a·w it divides by r', with
+    r'² = r² - 2a⟨h, w⟩/d + a²‖w‖²/d. So the fall of ⟨norm(h), slope⟩ is exact for each neuron alone, and needs only
+    products of its row with two vectors per position. A norm after the projection is fixed, as in `fold_block`.
     """
     device, width = activation.device, hidden.shape[1]
     hidden = _centred(model.norm, hidden.to(device).float())
     direction = _centred(model.norm, slope.to(device) * gain_of(model.norm).float().to(device))
-    written = None if written is None else written.to(device)
+    mlp_out = None if mlp_out is None else mlp_out.to(device)
     rows = output_rows(model.network, projection).to(device).float()
 
-    def along(vectors: Float[Tensor, "place hidden"]) -> Float[Tensor, "place neuron"]:
-        folded = fold_block(model, projection, written, vectors)
+    def along(vectors: Float[Tensor, "position hidden"]) -> Float[Tensor, "position neuron"]:
+        folded = fold_block(model, projection, mlp_out, vectors)
         return activation * (enough_rows(folded) @ rows.T)[: len(folded)]
 
-    # Of a write w behind a norm, element by element w times this.
-    factor = fold_block(model, projection, written, torch.ones_like(hidden))
+    # What reaches the residual stream of a write w is, elementwise, w times this.
+    factor = fold_block(model, projection, mlp_out, torch.ones_like(hidden))
     size = _centred(model.norm, rows) if projection.post_norm is None else rows
+    # a²‖w‖²/d, a⟨h, w⟩/d and r² of the formula.
     size = (enough_rows(factor.square()) @ size.square().T)[: len(hidden)] * activation.square() / width
     shared, aligned = along(direction), along(hidden) / width
     square = hidden.square().mean(dim=1, keepdim=True) + _epsilon(model.norm)
+    # Rounding can make r'² negative for a neuron that writes almost all of h.
     scale, after = square.rsqrt(), (square - 2 * aligned + size).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
     total = (direction * hidden).sum(dim=1, keepdim=True)
     return total * (scale - after + aligned * scale**3) + shared * (after - scale)
 
 
-def _centred(norm: nn.Module, vectors: Float[Tensor, "place hidden"]) -> Float[Tensor, "place hidden"]:
-    """Return the vectors less their mean where the norm centres its input, as a LayerNorm does."""
+def _centred(norm: nn.Module, vectors: Float[Tensor, "position hidden"]) -> Float[Tensor, "position hidden"]:
+    """Return the vectors minus their mean for a LayerNorm, unchanged for an RMSNorm."""
     return vectors - vectors.mean(dim=1, keepdim=True) if isinstance(norm, nn.LayerNorm) else vectors
 
 
@@ -84,52 +86,51 @@ def _epsilon(norm: nn.Module) -> float:
 
 
 def _through(
-    norm: nn.Module, hidden: Float[Tensor, "place hidden"], direction: Float[Tensor, "place hidden"]
-) -> Float[Tensor, "place hidden"]:
-    """Return vectors v with ⟨w, v⟩ = ⟨norm's linear part of w, direction⟩, the norm's scale that of `hidden`."""
+    norm: nn.Module, hidden: Float[Tensor, "position hidden"], direction: Float[Tensor, "position hidden"]
+) -> Float[Tensor, "position hidden"]:
+    """Return vectors v with ⟨w, v⟩ = ⟨norm(w), direction⟩, for the norm with its scale fixed at that of `hidden`."""
     hidden, gain = _centred(norm, hidden.float()), gain_of(norm).float().to(hidden.device)
     scale = (hidden.square().mean(dim=1, keepdim=True) + _epsilon(norm)).rsqrt()
     return _centred(norm, direction.float() * gain * scale)
 
 
 TOKENS = 1 << 14
-"""Rows of the unembedding that are held in fp32 at a time."""
+"""Rows of the unembedding converted to fp32 at a time."""
 FEWEST_ROWS = 16
-"""Of fewer rows BLAS takes another path, and the bits of a product would depend on what shares the batch."""
+"""BLAS takes another path for fewer rows: a product's last bits would depend on what else is in the batch."""
 
 
 def enough_rows(rows: Float[Tensor, "row column"]) -> Float[Tensor, "at_least_row column"]:
-    """Return the rows with rows of zeros behind them where they are fewer than FEWEST_ROWS."""
+    """Return the rows, padded with zeros to at least FEWEST_ROWS."""
     return functional.pad(rows, (0, 0, 0, max(0, FEWEST_ROWS - len(rows))))
 
 
 def log_probability(
-    model: LoadedModel, hidden: Float[Tensor, "place hidden"], tokens: Int[Tensor, " place"]
-) -> Float[Tensor, " place"]:
-    """Return the log-probability in nats of each token, from the input of the final norm at the place before it."""
-    logits = vocabulary_logits(model, hidden)
-    return _chosen(logits.log_softmax(dim=1), tokens)
+    model: LoadedModel, hidden: Float[Tensor, "position hidden"], tokens: Int[Tensor, " position"]
+) -> Float[Tensor, " position"]:
+    """Return each token's log-probability in nats, from the final norm's input at the position that predicts it."""
+    return _chosen(vocabulary_logits(model, hidden).log_softmax(dim=1), tokens)
 
 
 def token_logits(
-    model: LoadedModel, hidden: Float[Tensor, "place hidden"], tokens: Int[Tensor, " place"]
-) -> Float[Tensor, " place"]:
-    """Return the logit of each token, from the input of the final norm at the place before it."""
+    model: LoadedModel, hidden: Float[Tensor, "position hidden"], tokens: Int[Tensor, " position"]
+) -> Float[Tensor, " position"]:
+    """Return the logit of each token, from the final norm's input at the position that predicts it."""
     return _chosen(vocabulary_logits(model, hidden), tokens)
 
 
 def token_log_odds(
-    model: LoadedModel, hidden: Float[Tensor, "place hidden"], tokens: Int[Tensor, " place"]
-) -> Float[Tensor, " place"]:
-    """Return log(p / (1 - p)) of each token, which unlike log p does not flatten where the model is sure."""
+    model: LoadedModel, hidden: Float[Tensor, "position hidden"], tokens: Int[Tensor, " position"]
+) -> Float[Tensor, " position"]:
+    """Return log(p / (1 - p)) of each token, which unlike log p does not saturate where the model is certain."""
     logits = vocabulary_logits(model, hidden)
     others = logits.scatter(1, tokens.to(logits.device)[:, None], -torch.inf)
     return _chosen(logits, tokens) - others.logsumexp(dim=1)
 
 
 def log_odds_slope(
-    model: LoadedModel, hidden: Float[Tensor, "place hidden"], tokens: Int[Tensor, " place"]
-) -> Float[Tensor, "place hidden"]:
+    model: LoadedModel, hidden: Float[Tensor, "position hidden"], tokens: Int[Tensor, " position"]
+) -> Float[Tensor, "position hidden"]:
     """Return the gradient of each token's log-odds with respect to the output of the final norm; fp32."""
     logits = vocabulary_logits(model, hidden)
     own, cap = tokens.to(logits.device)[:, None], model.parts.logit_cap
@@ -137,14 +138,16 @@ def log_odds_slope(
     slope = slope.scatter(1, own, 1.0) * (1 if cap is None else 1 - (logits / cap).square())
     table = unembedding_rows(model.network, model.parts)[: slope.shape[1]]
     total = torch.zeros(max(FEWEST_ROWS, len(slope)), table.shape[1], device=slope.device)
-    # Some tokens at a time: in fp32 the whole table would take gigabytes.
+    # In slices: in fp32 the whole unembedding would take gigabytes.
     for part, rows in zip(torch.split(enough_rows(slope), TOKENS, dim=1), torch.split(table, TOKENS), strict=True):
         total += part @ rows.float()
     return total[: len(slope)] * model.parts.logit_scale
 
 
-def vocabulary_logits(model: LoadedModel, hidden: Float[Tensor, "place hidden"]) -> Float[Tensor, "place vocabulary"]:
-    """Return the logits of all tokens in fp32, from the input of the final norm at each place."""
+def vocabulary_logits(
+    model: LoadedModel, hidden: Float[Tensor, "position hidden"]
+) -> Float[Tensor, "position vocabulary"]:
+    """Return the logits of all tokens in fp32, from the input of the final norm at each position."""
     normed = model.norm(hidden) * model.parts.logit_scale
     head = model.network.get_submodule(model.parts.unembedding)
     device = unembedding_rows(model.network, model.parts).device
@@ -153,5 +156,7 @@ def vocabulary_logits(model: LoadedModel, hidden: Float[Tensor, "place hidden"])
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _chosen(logits: Float[Tensor, "place vocabulary"], tokens: Int[Tensor, " place"]) -> Float[Tensor, " place"]:
+def _chosen(
+    logits: Float[Tensor, "position vocabulary"], tokens: Int[Tensor, " position"]
+) -> Float[Tensor, " position"]:
     return logits.gather(1, tokens.to(logits.device)[:, None])[:, 0]

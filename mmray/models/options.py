@@ -1,4 +1,4 @@
-"""What a model can be asked for, known without torch: number formats, modules, and how long a caption may be."""
+"""Options of a model that need no torch: modules, dtypes, and the length of captions."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ Module = Literal["language", "vision", "projector"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 LONGEST = 64
-"""Tokens at most in a generated caption, where nothing else is asked for."""
+"""Default limit on the tokens of a generated caption."""

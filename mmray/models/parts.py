@@ -1,4 +1,4 @@
-"""Where a loaded model keeps its neurons: the MLP output projections, the final norm and the unembedding."""
+"""Find where a model keeps its neurons (MLP output projections, final norm, unembedding), and read and write rows."""
 
 from collections.abc import Iterator
 
@@ -25,13 +25,13 @@ __all__ = [
 
 
 class _MissingError(Exception):
-    """A row of the table points at something that this model does not have, or not in that shape."""
+    """A table's row names something that this model does not have, or has in another shape."""
 
 
 def locate(model: PreTrainedModel) -> ModelParts:
-    """Find the model's parts by the table of families, or where no row of it fits, by the structural probe.
+    """Find the model's parts by the tables of families or, if no row fits, by the structural probe.
 
-    Raises InputError where neither finds them, or where weights are quantised.
+    Raises InputError if neither finds them, or if weights are quantised.
     """
     parts = _find(model)
     for projection in parts.projections:
@@ -57,9 +57,9 @@ def _find(model: PreTrainedModel) -> ModelParts:
 
 
 def read_table(model: PreTrainedModel, family: Family, decoder: Decoder) -> ModelParts:
-    """Read the parts where the table says they are, and check that each is there, of its kind, and one for each layer.
+    """Return the parts at the table's paths, after checking that each exists, has the right type, and is one per layer.
 
-    A vision tower that the table does not know leaves `vision` empty. Raises _MissingError for all other parts.
+    An unknown vision tower leaves `vision` empty. Raises _MissingError for any other missing part.
     """
     config = model.config
     text_config = config.get_text_config()
@@ -92,8 +92,8 @@ def read_table(model: PreTrainedModel, family: Family, decoder: Decoder) -> Mode
 def output_rows(model: PreTrainedModel, projection: Projection) -> Float[Tensor, "neuron hidden"]:
     """Return the rows of W_out: what each neuron adds to the projection's output per unit of activation.
 
-    A view of a Linear's weight; of fused experts, (expert, unit) flattened, a copy: write through `set_output_rows`.
-    A norm after the projection and `Projection.scale` are not in the rows.
+    For a Linear a view of the weight; for fused experts a copy, (expert, unit) flattened, so write with
+    `set_output_rows`. A norm after the projection and `Projection.scale` are not applied.
     """
     module = model.get_submodule(projection.path)
     if not projection.experts:
@@ -108,7 +108,7 @@ def output_rows(model: PreTrainedModel, projection: Projection) -> Float[Tensor,
 def set_output_rows(
     model: PreTrainedModel, projection: Projection, units: Int[Tensor, " unit"], rows: Float[Tensor, "unit hidden"]
 ) -> None:
-    """Write these neurons' rows of W_out into the weight, of a Linear or of fused experts."""
+    """Write these neurons' rows of W_out into the weight of the Linear or the fused experts."""
     module = model.get_submodule(projection.path)
     if projection.experts:
         set_expert_rows(module, units, rows)
@@ -117,18 +117,16 @@ def set_output_rows(
 
 
 def unembedding_rows(model: PreTrainedModel, parts: ModelParts) -> Float[Tensor, "vocabulary hidden"]:
-    """Return the unembedding's rows, one a token: a view of the weight."""
+    """Return the unembedding's rows, one per token: a view of the weight."""
     weight: Tensor = model.get_submodule(parts.unembedding).get_parameter("weight")
     return weight
 
 
 @torch.no_grad()
 def gain_of(norm: nn.Module) -> Float[Tensor, " hidden"]:
-    """Return what a norm multiplies each coordinate by, once it is normalised.
-
-    Measured rather than read, for Gemma's gain is one more than its weight. The input has mean 0 and variance 1, so
-    that LayerNorm and RMSNorm leave it as it is (up to their epsilon); the difference of two removes a bias.
-    """
+    """Return a norm's factor on each normalised coordinate."""
+    # Measured, because Gemma's gain is its weight plus one. Inputs of mean 0 and variance 1 pass LayerNorm and RMSNorm
+    # unchanged, up to their epsilon; the difference of two removes a bias.
     weight = norm.get_parameter("weight")
     signs = torch.ones_like(weight)
     signs[::2] = -1.0
@@ -137,7 +135,7 @@ def gain_of(norm: nn.Module) -> Float[Tensor, " hidden"]:
 
 
 def _stack(model: nn.Module, module: str, root: str, stacks: tuple[Stack, ...]) -> Iterator[Projection]:
-    """Yield the projections of a module's stacks, numbered through."""
+    """Yield the projections of a module's stacks, with layers numbered across stacks."""
     layer = 0
     for stack in stacks:
         try:
@@ -176,7 +174,7 @@ def _projection(model: nn.Module, module: str, layer: int, block: str, stack: St
     scale = 1.0
     if stack.residual_gate and _has(model, _join(block, stack.residual_gate)):
         weight = model.get_parameter(_join(block, stack.residual_gate)).detach()
-        # A model that is only described has no weights, and its parts are not used.
+        # On the meta device there are no weights to read, and the scale is not used.
         scale = 1.0 if weight.is_meta else float(weight.tanh())
     return Projection(
         module, layer, path, gate, width, experts, post_norm=post_norm, reads_text=stack.reads_text, scale=scale
@@ -188,7 +186,7 @@ def _join(root: str, path: str) -> str:
 
 
 def _has(model: nn.Module, path: str) -> bool:
-    """Say whether the model has a module or a parameter of this path."""
+    """Return whether the model has a module or a parameter of this path."""
     parent, _, name = path.rpartition(".")
     try:
         return hasattr(model.get_submodule(parent), name)
@@ -197,7 +195,7 @@ def _has(model: nn.Module, path: str) -> bool:
 
 
 def _module(model: nn.Module, path: str) -> nn.Module:
-    """Return the module of this path; raise _MissingError where there is none."""
+    """Return the module of this path; raises _MissingError if there is none."""
     try:
         return model.get_submodule(path)
     except AttributeError:
@@ -205,7 +203,7 @@ def _module(model: nn.Module, path: str) -> nn.Module:
 
 
 def _first(model: nn.Module, choices: tuple[str, ...]) -> str:
-    """Return the first of the paths that the model has."""
+    """Return the first path that the model has; raises _MissingError if it has none."""
     for choice in choices:
         if _has(model, choice):
             return choice

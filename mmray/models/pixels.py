@@ -1,4 +1,4 @@
-"""How many images are decoded at once: as many as a budget of pixels allows, whatever the batch size."""
+"""Limit how many images are decoded at once, by a budget of pixels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmray.data.images import image_size
 from mmray.models.loading import LoadedModel
 
 BUDGET = 100_000_000
-"""Pixels of one batch; a pixel takes some 20 bytes between decoder and processor. An image of more is alone."""
+"""Pixels per batch. A pixel takes about 20 bytes from decoder to processor, so this is about 2 GB."""
 
 Item = TypeVar("Item")
 
@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 def within_budget(
     items: Iterable[Item], weigh: Callable[[Item], int], budget: int, most: int | None = None
 ) -> Iterator[list[Item]]:
-    """Yield neighbours, at most `most`, that together weigh no more than the budget; what weighs more is alone."""
+    """Yield runs of items, at most `most` each, with a total weight within the budget; a heavier item is alone."""
     part: list[Item] = []
     held = 0
     for item in items:
@@ -34,21 +34,21 @@ def within_budget(
 
 
 def pixels_of(model: LoadedModel, image: Image | bytes | None) -> int:
-    """Return the pixels of an image, encoded or decoded, where they are most: decoded, or as the processor scales it.
+    """Return the most pixels that an image takes: decoded, or as the processor scales it.
 
-    0 for none, and for what can't be decoded.
+    0 without an image, and for one that can't be decoded.
     """
     width, height = image.size if isinstance(image, Image) else image_size(image) if image is not None else (0, 0)
     return max(width * height, _scaled(model, width, height)) if width and height else 0
 
 
 def _scaled(model: LoadedModel, width: int, height: int) -> int:
-    """Return the pixels of a whole image as the processor scales it, before it cuts off anything."""
+    """Return the pixels of an image as the processor scales it, before any crop."""
     processor = getattr(model.processor, "image_processor", None)
     size = dict(getattr(processor, "size", None) or {})
     shortest, longest = size.get("shortest_edge"), size.get("longest_edge")
     if shortest and longest and hasattr(processor, "merge_size"):
-        return int(min(max(width * height, shortest), longest))  # of these families the two are areas
+        return int(min(max(width * height, shortest), longest))  # Qwen-VL misuses the two names for areas.
     ratio = max(width, height) / min(width, height)
     if shortest:
         return int(min(shortest**2 * ratio, longest**2 if longest else float("inf")))

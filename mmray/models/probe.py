@@ -1,14 +1,14 @@
-"""Find the decoder's MLP output projections in a model of unknown type, by what they do in one tiny forward.
+"""Find the decoder's MLP output projections in a model of unknown type, by how they behave in one tiny forward.
 
-No name is trusted. The final norm is the module whose output the unembedding receives; the decoder is the list of
-blocks whose last output that norm receives. Within a block an output projection is a Linear with more inputs than
-outputs that passes two tests:
+No names are trusted. The final norm is the module whose output the unembedding receives. The decoder is the list of
+blocks whose last output that norm receives. An output projection is a Linear of a block with more inputs than outputs
+that passes two tests:
 
-    entry     some other Linear of the block feeds it element by element: a change of unit j at one token there is seen
-              at unit j of that token and nowhere else (no attention lies between, and no other mixing)
-    residual  what is added to its output is added to the block's output, alone and unchanged (or times a constant)
+    entry     another Linear of the block feeds it elementwise: changing unit j of one token there changes unit j of
+              that token here and nothing else, so neither attention nor other mixing lies between
+    residual  what is added to its output is added to the block's output, unchanged or times a constant
 
-Two entries make a gated MLP: of the two, the gate is the one that the projection's input is not linear in.
+Two entries make a gated MLP. The gate is the one in which the projection's input is not linear.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ Change = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Call:
-    """One module's part in the recorded forward."""
+    """One module's call in the recorded forward."""
 
     path: str
     module: nn.Module
@@ -38,16 +38,16 @@ class Call:
     output: Tensor
 
     def first_input(self) -> Tensor:
-        """Return the first tensor that the module was given."""
+        """Return the first tensor among the module's inputs."""
         return next(value for value in (*self.arguments, *self.named.values()) if isinstance(value, Tensor))
 
 
 @torch.no_grad()
 def probe(model: PreTrainedModel) -> ModelParts:
-    """Find the language projections, the final norm and the unembedding; vision and projector are left out.
+    """Find the language projections, the final norm and the unembedding, but not vision and projector.
 
-    Runs four tokens of text through the language model once, then its blocks alone a few times each. Raises
-    InputError saying what was not found.
+    Runs four tokens of text through the language model once, then each block a few times. Raises InputError that
+    says what was not found.
     """
     kind = model.config.model_type
     head = model.get_output_embeddings()
@@ -79,10 +79,8 @@ def probe(model: PreTrainedModel) -> ModelParts:
 
 
 def _record(model: PreTrainedModel, head: nn.Module) -> tuple[dict[str, Call], bool]:
-    """Run four tokens of text, and return every module's call by its path, and whether there is an encoder.
-
-    What runs is the smallest model round the unembedding: BLIP-2 as a whole can't do without an image.
-    """
+    """Run four tokens of text; return every module's call by its path, and whether there is an encoder."""
+    # Run the smallest model that contains the unembedding: BLIP-2 as a whole needs an image.
     head_path = next(path for path, module in model.named_modules() if module is head)
     owners = [(path, module) for path, module in model.named_modules() if isinstance(module, PreTrainedModel)]
     prefix, owner = max(
@@ -90,7 +88,7 @@ def _record(model: PreTrainedModel, head: nn.Module) -> tuple[dict[str, Call], b
     )
     vocabulary = head.get_parameter("weight").shape[0]
     tokens = torch.tensor([[vocabulary // 2 + step for step in range(4)]], device=head.get_parameter("weight").device)
-    # An image's placeholder without an image is an error in some families.
+    # Some families raise for an image placeholder without an image.
     tokens[tokens == model.config.image_token_id] = vocabulary // 2 + 4
     inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
     encoder_decoder = bool(getattr(owner.config, "is_encoder_decoder", False))
@@ -99,7 +97,7 @@ def _record(model: PreTrainedModel, head: nn.Module) -> tuple[dict[str, Call], b
     calls: dict[str, Call] = {}
     with ExitStack() as stack:
         for path, module in owner.named_modules():
-            _listen(stack, f"{prefix}.{path}".strip("."), module, calls)
+            _record_calls(stack, f"{prefix}.{path}".strip("."), module, calls)
         try:
             owner(**inputs)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -108,16 +106,17 @@ def _record(model: PreTrainedModel, head: nn.Module) -> tuple[dict[str, Call], b
     return calls, encoder_decoder
 
 
-def _listen(stack: ExitStack, path: str, module: nn.Module, calls: dict[str, Call]) -> None:
-    """Record the module's last call. Inputs are copied before, for a block may add to its input in place."""
-    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+def _record_calls(stack: ExitStack, path: str, module: nn.Module, calls: dict[str, Call]) -> None:
+    """Record the module's last call."""
+    inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        # Copied before the call: a block may add to its input in place.
         copies = {name: _copy(value) for name, value in named.items()}
-        given.append((tuple(_copy(value) for value in arguments), copies))
+        inputs.append((tuple(_copy(value) for value in arguments), copies))
 
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        arguments, named = given.pop()
+        arguments, named = inputs.pop()
         if (tensor := _tensor(output)) is not None:
             calls[path] = Call(path, module, arguments, named, tensor.clone())
 
@@ -126,7 +125,7 @@ def _listen(stack: ExitStack, path: str, module: nn.Module, calls: dict[str, Cal
 
 
 def _final_norm(kind: str, calls: dict[str, Call], head: nn.Module) -> tuple[Call, float]:
-    """Return the norm whose output the unembedding was given, and the factor between the two."""
+    """Return the norm whose output the unembedding received, and the factor between the two."""
     received = next(call for call in calls.values() if call.module is head).first_input()
     for call in reversed(calls.values()):
         weight = getattr(call.module, "weight", None)
@@ -138,9 +137,9 @@ def _final_norm(kind: str, calls: dict[str, Call], head: nn.Module) -> tuple[Cal
 
 
 def _blocks(kind: str, model: nn.Module, calls: dict[str, Call], norm: Call) -> list[Call]:
-    """Return the calls of the decoder's blocks, in order: the list whose last block's output the norm was given."""
+    """Return the calls of the decoder's blocks in order: the list whose last output the norm received."""
     lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    # Outermost first: T5's blocks hold lists of their own, the last of which ends with the same output.
+    # Outermost first: T5's blocks contain lists too, and the last one ends with the same output.
     for path, modules in sorted(lists, key=lambda pair: pair[0].count(".")):
         last = calls.get(f"{path}.{len(modules) - 1}")
         if last is None or _factor(last.output, norm.first_input()) is None:
@@ -185,7 +184,7 @@ def _projection(kind: str, layer: int, block: Call, calls: dict[str, Call]) -> P
 
 
 def _feeds(block: Call, entry: Call, call: Call) -> bool:
-    """Say whether the entry's output reaches the projection's input element by element: the entry test."""
+    """Return whether the entry's output reaches the projection's input elementwise: the entry test."""
     width = call.first_input().shape[-1]
     units = torch.arange(0, width, 2)
 
@@ -204,7 +203,7 @@ def _feeds(block: Call, entry: Call, call: Call) -> bool:
 
 
 def _writer(block: Call, call: Call, inside: list[Call]) -> tuple[Call, float | None]:
-    """Return what passes the residual test, the projection or a norm right after it, and the block's factor for it."""
+    """Return what passes the residual test (the projection, or a norm right after it) and the block's factor on it."""
     after = [
         other
         for other in inside
@@ -214,7 +213,7 @@ def _writer(block: Call, call: Call, inside: list[Call]) -> tuple[Call, float | 
     ]
     for writer in (call, *after):
         step = torch.randn(writer.output.shape, generator=torch.Generator().manual_seed(0))
-        # Large against the block's output, so that half precision does not drown what the factor is measured by.
+        # Large compared with the block's output, so that the difference survives half precision.
         step = step.to(writer.output) * (8 * block.output.float().std()).to(writer.output)
         output, _ = _rerun(block, writer, partial(torch.add, step), None)
         factor = _factor(step.flatten(0, -2), (output - block.output).flatten(0, -2))
@@ -224,12 +223,12 @@ def _writer(block: Call, call: Call, inside: list[Call]) -> tuple[Call, float | 
 
 
 def _gate(block: Call, entries: list[Call], call: Call) -> tuple[str | None, bool]:
-    """Return the path of the gate's Linear, and whether it holds the other factor too; None for a plain MLP."""
+    """Return the path of the gate's Linear (None for a plain MLP) and whether it computes the other factor too."""
     width = call.first_input().shape[-1]
     if len(entries) == 1 and entries[0].output.shape[-1] == width:
         return None, False
     for entry in entries:
-
+        # Negating a linear factor negates the product; negating the gate, before its non-linearity, does not.
         def negate(output: Tensor) -> Tensor:
             return torch.cat((-output[..., :width], output[..., width:]), dim=-1)
 
@@ -240,7 +239,7 @@ def _gate(block: Call, entries: list[Call], call: Call) -> tuple[str | None, boo
 
 
 def _rerun(block: Call, altered: Call, change: Change, watched: Call | None) -> tuple[Tensor, Tensor | None]:
-    """Run the block again with one module's output changed; return its output and the watched module's input."""
+    """Run the block again with one module's output changed; return the block's output and the watched input."""
     seen: list[Tensor] = []
 
     def alter(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -261,7 +260,7 @@ def _rerun(block: Call, altered: Call, change: Change, watched: Call | None) -> 
 
 
 def _factor(given: Tensor, received: Tensor) -> float | None:
-    """Return k where received = k * given up to the rounding of half precision; None where there is no such k but 0."""
+    """Return k if received = k * given up to the rounding of half precision; None if there is no k except 0."""
     if given.shape != received.shape:
         return None
     given, received = given.double(), received.double()
@@ -277,7 +276,7 @@ def _copy(value: Any) -> Any:
 
 
 def _tensor(output: Any) -> Tensor | None:
-    """Return the hidden state of a module's output: the tensor, or the first of several."""
+    """Return the first tensor in a module's output, its hidden states."""
     if isinstance(output, Tensor):
         return output
     values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()

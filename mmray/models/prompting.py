@@ -1,13 +1,13 @@
-r"""From images, prompts and captions to a batch that the network takes, with the place of every caption token.
+r"""Build a batch from images, prompts and captions, with the position of every caption token.
 
-A row of a batch is the prompt, as the family's own processor makes it, and behind it the caption's tokens:
+A row is the prompt, as the family's own processor makes it, followed by the caption's tokens:
 
     USER: <image><image>…\nDescribe the image in few words. ASSISTANT: An image of a dog .
     └───────────────────── prompt ──────────────────────────────────┘└─── caption ────┘
 
-Rows are padded on the right: behind a causal mask, padding then can't change a single bit of what stands before it, so
-that scores don't depend on which samples share a batch. (Left padding shifts the positions; on the demo that changed
-activations by up to 2e-4.) Generation pads on the left, as it must.
+Rows are padded on the right. Under a causal mask, padding then can't change what comes before it, so scores don't
+depend on which samples share a batch. (Left padding shifts position ids; on the demo that changed activations by up to
+2e-4.) Generation must pad on the left.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ PROMPTS = {
 """The prompt of Pan et al. 2024, by the language of the caption; other languages get the English one."""
 
 ENDS = {"paligemma": "\n"}
-"""What a family's processor writes behind the prompt by itself."""
+"""What a family's processor appends to the prompt."""
 
-BEHIND = {
+CAPTION_VALUES = {
     "input_ids": None,
     "attention_mask": 1,
     "token_type_ids": 0,
     "mm_token_type_ids": 0,
     "cross_attention_mask": None,
 }
-"""Inputs with a column a position → what stands there for a caption token. None: the token itself; for the mask of
-cross-attention, what stands at the prompt's last token."""
+"""Inputs with one column per position → their value at caption tokens. None: the token id itself; for the
+cross-attention mask, its value at the prompt's last token."""
 
 CAUSAL_TYPE = {"paligemma": 1}
-"""Families whose `token_type_ids` tell the prompt, seen in both directions, from what is written: there 0 leaks."""
+"""Families whose `token_type_ids` separate the prompt (0, bidirectional) from the answer: 0 would leak the caption."""
 
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """Neighbouring positions `[start, stop)` of one row that hold one modality: `image` or caption `text`."""
+    """Positions `[start, stop)` of one row that hold one modality: `image`, or `text` for the caption."""
 
     row: int
     start: int
@@ -63,21 +63,26 @@ class TokenSpan:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one forward, and where each row's caption stands in it.
-
-    `caption_start[row]` is the position of the first caption token, `tokens[row]` the caption's token ids, and
-    `offsets[row]` the characters `(start, stop)` of the caption that each token covers.
-    """
+    """Inputs of one forward, and where each row's caption and image are in it."""
 
     inputs: dict[str, Tensor]
     positions: int
+    """Length of the rows."""
     caption_start: list[int]
+    """Per row, the position of the first caption token."""
     tokens: list[list[int]]
+    """Per row, the caption's token ids."""
     offsets: list[list[tuple[int, int]]]
-    runs: list[TokenSpan]
+    """Per row, the characters `(start, stop)` of the caption that each token covers."""
+    spans: list[TokenSpan]
+
+    def image_positions(self, row: int) -> list[int]:
+        """Return the positions of a row's image tokens."""
+        spans = (span for span in self.spans if span.row == row and span.modality == "image")
+        return [position for span in spans for position in range(span.start, span.stop)]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return the inputs on the device, pixels in the network's number format."""
+        """Return the inputs on the device, pixels in the network's dtype."""
         return {
             name: value.to(device, dtype if value.is_floating_point() else value.dtype, non_blocking=True)
             for name, value in self.inputs.items()
@@ -87,21 +92,21 @@ class Batch:
 def prompt_text(
     model: LoadedModel, prompt: str | None, language: str | None, *, image: bool = True, prefix: str | None = None
 ) -> str:
-    """Return the text before a caption: the question in the family's chat template, the answer about to begin.
+    """Return the text before a caption: the question in the family's chat template, up to where the answer begins.
 
-    `prefix` is the beginning of the answer that the model is made to give ("An image of", as published). Raises
-    InputError for one to a model whose answer is not of one sequence, read in one direction, with the prompt.
+    `prefix` forces the beginning of the answer ("An image of" in Pan et al. 2024). Raises InputError for a prefix if
+    prompt and answer are not one causal sequence.
     """
-    asked = _question(model, prompt, language, image=image)
+    question = _question(model, prompt, language, image=image)
     if not prefix:
-        return asked
+        return question
     if model.parts.encoder_decoder or model.parts.family in CAUSAL_TYPE:
         raise InputError(f"{model.name}: --prefix needs a decoder that reads prompt and answer as one causal sequence")
-    return f"{asked}{'' if not asked or asked[-1].isspace() else ' '}{prefix.strip()}"
+    return f"{question}{'' if not question or question[-1].isspace() else ' '}{prefix.strip()}"
 
 
 def prefix_before(caption: str, prefix: str | None) -> str | None:
-    """Return the prefix to put before a caption: none where the caption begins with it."""
+    """Return the prefix to put before a caption; None if the caption begins with it already."""
     return None if prefix and caption.casefold().startswith(prefix.strip().casefold()) else prefix
 
 
@@ -112,27 +117,27 @@ def _question(model: LoadedModel, prompt: str | None, language: str | None, *, i
         content.insert(0, {"type": "image"})
     if getattr(model.processor, "chat_template", None):
         return render(model.name, model.processor, [{"role": "user", "content": content}])
-    # A blank at the end belongs to the answer's first token, and would be one of its own.
+    # A trailing space belongs to the answer's first token; here it would become a token of its own.
     question = question.rstrip(" ")
-    # Without a template the image's place has to be written; the BLIPs' processors write it unasked.
+    # Without a template the placeholder must be written here, except for the BLIPs, whose processors add it.
     if image and not hasattr(model.network.config, "qformer_config"):
-        named = (getattr(model.processor, name, None) for name in ("boi_token", "image_token"))
-        return f"{next(filter(None, named), '')}{question}"
+        placeholders = (getattr(model.processor, name, None) for name in ("boi_token", "image_token"))
+        return f"{next(filter(None, placeholders), '')}{question}"
     return question
 
 
 def tokenize_caption(model: LoadedModel, prompt: str, caption: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return the caption's token ids as they follow the prompt, and the characters of the caption each covers.
+    """Return the caption's token ids as they follow the prompt, and the caption's characters that each covers.
 
-    Prompt and caption are tokenised together, for many tokenizers write the first word differently on its own. The
-    blank between the two, where it is a token of its own, comes first and covers nothing.
+    If the space between the two is a token of its own, it comes first and covers nothing.
     """
-    written = prompt + ENDS.get(model.parts.family, "")
-    before = written if not written or written[-1].isspace() else written + " "
+    # Tokenised together: many tokenizers encode the first word differently at the start of a text.
+    full_prompt = prompt + ENDS.get(model.parts.family, "")
+    before = full_prompt if not full_prompt or full_prompt[-1].isspace() else full_prompt + " "
     encoded: Any = model.tokenizer(before + caption, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = [], []
     for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        if stop > len(written):
+        if stop > len(full_prompt):
             ids.append(token)
             offsets.append((max(0, start - len(before)), max(0, stop - len(before))))
     return ids, offsets
@@ -148,31 +153,29 @@ def encode(
     """Build the batch of these prompts, images and caption tokens (from `tokenize_caption`, or generated)."""
     features = run_processor(model, prompts, images)
     if model.parts.encoder_decoder:
-        return _behind_encoder(model, features, tokens, offsets)
+        return _encode_decoder(model, features, tokens, offsets)
     lengths = features["attention_mask"].sum(dim=1).tolist()
     total = max(length + len(caption) for length, caption in zip(lengths, tokens, strict=True))
     prompt_shape = features["input_ids"].shape
     inputs = {}
     for name, value in features.items():
-        aligned = value.shape[:2] == prompt_shape and name in BEHIND
+        aligned = value.shape[:2] == prompt_shape and name in CAPTION_VALUES
         inputs[name] = _extend(model, name, value, lengths, tokens, total) if aligned else value
-    return Batch(
-        inputs, total, lengths, list(tokens), list(offsets), _runs(model, inputs["input_ids"], lengths, tokens)
-    )
+    spans = _spans(model, inputs["input_ids"], lengths, tokens)
+    return Batch(inputs, total, lengths, list(tokens), list(offsets), spans)
 
 
 def run_processor(model: LoadedModel, prompts: Sequence[str], images: Sequence[Image | None]) -> dict[str, Tensor]:
-    """Return what the family's processor makes of prompts and images, padded on the right.
+    """Return the family's processor's output for prompts and images, padded on the right.
 
-    All rows have an image or none has. Raises InputError where the processor refuses.
+    Either all rows have an image or none has. Raises InputError if the processor raises.
     """
     bos = model.tokenizer.bos_token
     extra: dict[str, Any] = {}
     if bos and prompts[0].startswith(bos):
-        extra["add_special_tokens"] = False  # the template has written it: the tokenizer would write a second one
-    pictures = [[image] for image in images if image is not None]
-    if pictures:
-        extra["images"] = pictures
+        extra["add_special_tokens"] = False  # The template wrote it: the tokenizer would add a second one.
+    if given := [[image] for image in images if image is not None]:
+        extra["images"] = given
     try:
         features = model.processor(text=list(prompts), return_tensors="pt", padding=True, padding_side="right", **extra)
     except (ValueError, TypeError, KeyError) as error:
@@ -181,17 +184,15 @@ def run_processor(model: LoadedModel, prompts: Sequence[str], images: Sequence[I
 
 
 def pad_left(features: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Move the padding from behind the prompts to before them, for what is generated is written behind them.
-
-    Processors that are asked for it do otherwise: those of the BLIPs put it between image and question, and shift the
-    Q-Former's positions.
-    """
+    """Move the padding from the right of the prompts to their left, because generation appends on the right."""
+    # The processors' own padding_side="left" won't do: the BLIPs' put padding between image and question, and shift
+    # the Q-Former's positions.
     shape, mask = features["input_ids"].shape, features["attention_mask"]
-    spare = (shape[1] - mask.sum(dim=1)).tolist()
+    padding = (shape[1] - mask.sum(dim=1)).tolist()
     moved = dict(features)
     for name, value in features.items():
-        if name in BEHIND and value.shape[:2] == shape:
-            moved[name] = torch.stack([row.roll(count, 0) for row, count in zip(value, spare, strict=True)])
+        if name in CAPTION_VALUES and value.shape[:2] == shape:
+            moved[name] = torch.stack([row.roll(count, 0) for row, count in zip(value, padding, strict=True)])
     return moved
 
 
@@ -203,24 +204,24 @@ def _padding(model: LoadedModel) -> int:
 def _extend(
     model: LoadedModel, name: str, value: Tensor, lengths: list[int], tokens: Sequence[list[int]], total: int
 ) -> Tensor:
-    """Lengthen one input that has a column a position, so that it covers the captions too."""
+    """Lengthen one input with a column per position, so that it covers the captions too."""
     rows, _, *rest = value.shape
-    behind = CAUSAL_TYPE.get(model.parts.family, 0) if name == "token_type_ids" else BEHIND[name]
+    fill = CAUSAL_TYPE.get(model.parts.family, 0) if name == "token_type_ids" else CAPTION_VALUES[name]
     longer = value.new_full((rows, total, *rest), _padding(model) if name == "input_ids" else 0)
     for row, (length, caption) in enumerate(zip(lengths, tokens, strict=True)):
         longer[row, :length] = value[row, :length]
-        written = torch.tensor(caption) if name == "input_ids" else value[row, length - 1] if behind is None else behind
-        longer[row, length : length + len(caption)] = written
+        values = torch.tensor(caption) if name == "input_ids" else value[row, length - 1] if fill is None else fill
+        longer[row, length : length + len(caption)] = values
     return longer
 
 
-def _behind_encoder(
+def _encode_decoder(
     model: LoadedModel,
     features: dict[str, Tensor],
     tokens: Sequence[list[int]],
     offsets: Sequence[list[tuple[int, int]]],
 ) -> Batch:
-    """Build the batch of an encoder-decoder model: the caption alone is the decoder's sequence, behind its start."""
+    """Build the batch of an encoder-decoder model: the decoder's sequence is the start token and the caption."""
     start = model.network.config.get_text_config().decoder_start_token_id
     total = 1 + max(map(len, tokens))
     decoder = torch.full((len(tokens), total), _padding(model))
@@ -229,19 +230,19 @@ def _behind_encoder(
         decoder[row, : len(caption) + 1] = torch.tensor([start, *caption])
         mask[row, : len(caption) + 1] = 1
     inputs = features | {"decoder_input_ids": decoder, "decoder_attention_mask": mask}
-    runs = [TokenSpan(row, 1, 1 + len(caption), "text") for row, caption in enumerate(tokens)]
-    return Batch(inputs, total, [1] * len(tokens), list(tokens), list(offsets), runs)
+    spans = [TokenSpan(row, 1, 1 + len(caption), "text") for row, caption in enumerate(tokens)]
+    return Batch(inputs, total, [1] * len(tokens), list(tokens), list(offsets), spans)
 
 
-def _runs(
+def _spans(
     model: LoadedModel, ids: Int[Tensor, "row position"], lengths: list[int], tokens: Sequence[list[int]]
 ) -> list[TokenSpan]:
-    runs, image_token = [], model.parts.image_token_id if model.parts.image_in_sequence else None
+    spans, image_token = [], model.parts.image_token_id if model.parts.image_in_sequence else None
     for row, (length, caption) in enumerate(zip(lengths, tokens, strict=True)):
         is_image = ids[row, :length].eq(-1 if image_token is None else image_token).tolist()
         for image, group in groupby(range(length), key=is_image.__getitem__):
             if image:
-                places = list(group)
-                runs.append(TokenSpan(row, places[0], places[-1] + 1, "image"))
-        runs.append(TokenSpan(row, length, length + len(caption), "text"))
-    return runs
+                positions = list(group)
+                spans.append(TokenSpan(row, positions[0], positions[-1] + 1, "image"))
+        spans.append(TokenSpan(row, length, length + len(caption), "text"))
+    return spans

@@ -1,4 +1,4 @@
-"""A checkpoint's chat template, rendered within bounds: it is a program that comes with the weights."""
+"""Render a checkpoint's chat template within limits: it is a program that comes with the weights."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from jinja2 import TemplateError
 from mmray.errors import InputError
 
 SECONDS = 10.0
-"""Time that a template may take; real ones take milliseconds."""
+"""Longest time that a template may take; real ones take milliseconds."""
 CHARACTERS = 100_000
-"""Text that a template may write around one question."""
+"""Most text that a template may write around one question."""
 
 
 def render(name: str, processor: Any, messages: list[dict[str, Any]], *, seconds: float = SECONDS) -> str:
-    """Return the messages in the processor's chat template, the answer about to begin.
+    """Return the messages in the processor's chat template, up to where the answer begins.
 
-    Raises InputError, naming the model, where the template fails, runs longer than `seconds`, or writes more than
+    Raises InputError, naming the model, if the template fails, runs longer than `seconds`, or writes more than
     `CHARACTERS`.
     """
     answer: list[str] = []
@@ -28,14 +28,14 @@ def render(name: str, processor: Any, messages: list[dict[str, Any]], *, seconds
     def run() -> None:
         try:
             answer.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        except Exception as error:  # noqa: BLE001  it is raised again, in the caller's thread
+        except Exception as error:  # noqa: BLE001  raised again in the caller's thread
             failure.append(error)
 
     thread = threading.Thread(target=run, name="chat template", daemon=True)
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        # Templates are compiled to Python: an exception between two bytecodes ends their loops.
+        # Templates are compiled to Python, so an asynchronous exception ends even an endless loop.
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(TimeoutError))
         raise InputError(f"{name}: its chat template has not ended after {seconds:g} seconds; correct the template")
     if failure:

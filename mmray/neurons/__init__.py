@@ -1,1 +1,1 @@
-"""The science: which neurons write a concept, as pure functions of tensors and tables."""
+"""Which neurons write a concept: scores, ablation, nouns and heat maps, as functions of tensors."""

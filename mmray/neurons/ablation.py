@@ -1,9 +1,8 @@
-"""Measure what changed neurons do to words, over and over on the same images, from where the first neuron stands.
+"""Measure what changed neurons do to words, many times on the same images.
 
-The blocks before the first changed neuron compute what they compute without it: their result is kept from one plain
-forward, and a forward with neurons changed starts behind them. On two cores that is what makes hundreds of concepts ×
-methods affordable. Not every family's blocks can be entered so: it is proven on a batch first, and where it fails each
-forward runs the whole network.
+Blocks before the first changed neuron compute the same as without the change, so a forward resumes there. On two cores
+this makes hundreds of concepts × methods affordable. It is validated on a batch first, because not every family's
+blocks can be resumed; where that fails, each forward runs the whole network.
 """
 
 from __future__ import annotations
@@ -22,78 +21,81 @@ from mmray.models.loading import LoadedModel
 from mmray.models.norms import log_probability
 from mmray.models.prompting import Batch
 from mmray.neurons.activation_cache import forward
-from mmray.neurons.token_positions import TokenPosition
+from mmray.neurons.token_positions import TokenPosition, flat_positions
 
 Neurons = Sequence[tuple[int, int]]
 TOLERANCE = 1e-3
-"""Nats between the blocks run once more and the plain forward, at most."""
+"""Largest difference in nats between a resumed and a whole forward."""
 LIKELY = 10.0
-"""Nats below which a token's log-probability is not compared."""
+"""Tokens less likely than this, in nats, are not compared: their log-probability is dominated by rounding."""
 FAILURES = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""What a network raises whose blocks can't be entered again."""
+"""What a network raises if its blocks can't be resumed."""
 
 
 class Ablator:
-    """Images with the places of their nouns, run once as they are and then with neurons changed."""
+    """A batch with the positions of its nouns, run once unchanged and then with neurons changed."""
 
     @torch.inference_mode()
     def __init__(
         self,
         model: LoadedModel,
         batch: Batch,
-        places: Sequence[TokenPosition],
-        passage: BlockRecorder | None = None,
+        positions: Sequence[TokenPosition],
+        recorder: BlockRecorder | None = None,
         *,
         resumes: bool | None = None,
     ) -> None:
-        """Run the batch as it is.
+        """Run the batch unchanged.
 
-        `passage` is that of a forward of the same batch, where there was one; `resumes` what an earlier batch has shown
-        of this model's blocks, which is one more forward to show.
+        `recorder` is of an earlier forward of the same batch. `resumes` is what an earlier batch showed about this
+        model, which saves a forward.
         """
-        self.model, self.batch, self.places = model, batch, places
-        self.rows = torch.tensor([place.row * batch.positions + place.position for place in places])
-        self.tokens = torch.tensor([place.token for place in places])
-        self.passage = passage or self._passed()
-        self.untouched = self._log_probabilities(self._read(self.passage.end))
-        self.resumes = self._proven() if resumes is None else resumes
+        self.model, self.batch, self.positions = model, batch, positions
+        self.rows = flat_positions(batch, positions)
+        self.tokens = torch.tensor([occurrence.token for occurrence in positions])
+        self.recorder = recorder or self._record()
+        self.unchanged = self._log_probabilities(self._read(self.recorder.final))
+        self.resumes = self._validate() if resumes is None else resumes
 
-    def change(self, neurons: Neurons) -> Float[Tensor, " place"]:
-        """Return of each place how much zeroing these neurons adds to the log-probability of its noun, in nats."""
+    def change(self, neurons: Neurons) -> Float[Tensor, " position"]:
+        """Return how much zeroing these neurons adds to the log-probability of each position's token, in nats."""
         return self.changed(neurons, ablate(self.model, neurons))
 
     @torch.inference_mode()
-    def changed(self, neurons: Neurons, change: AbstractContextManager[None]) -> Float[Tensor, " place"]:
-        """Return of each place how much a change of these neurons adds to the log-probability of its noun, in nats."""
+    def changed(self, neurons: Neurons, change: AbstractContextManager[None]) -> Float[Tensor, " position"]:
+        """Return how much a change of these neurons adds to the log-probability of each position's token, in nats."""
         first = min(layer for layer, _ in neurons)
         with change:
-            return (self._from(first) if self.resumes else self._whole()) - self.untouched
+            return (self._resumed(first) if self.resumes else self._whole()) - self.unchanged
 
-    def _passed(self) -> BlockRecorder:
-        passage = BlockRecorder(self.model)
-        with passage.recording():
+    def _record(self) -> BlockRecorder:
+        recorder = BlockRecorder(self.model)
+        with recorder.recording():
             forward(self.model, self.batch)
-        return passage
+        return recorder
 
-    def _proven(self) -> bool:
+    def _validate(self) -> bool:
         try:
-            again = self._from(0)
+            # What is added between blocks need not stay the same under a change.
+            if not self.recorder.plain:
+                return False
+            resumed = self._resumed(0)
         except FAILURES:
             return False
-        likely = self.untouched > -LIKELY
-        return bool((again - self.untouched)[likely].abs().le(TOLERANCE).all())
+        likely = self.unchanged > -LIKELY
+        return bool((resumed - self.unchanged)[likely].abs().le(TOLERANCE).all())
 
-    def _from(self, first: int) -> Float[Tensor, " place"]:
-        return self._log_probabilities(self.passage.again(first, self.rows))
+    def _resumed(self, first: int) -> Float[Tensor, " position"]:
+        return self._log_probabilities(self.recorder.resume(first, self.rows))
 
-    def _whole(self) -> Float[Tensor, " place"]:
-        kept: list[Tensor] = []
-        with capture_input(self.model.norm, kept.append):
+    def _whole(self) -> Float[Tensor, " position"]:
+        final: list[Tensor] = []
+        with capture_input(self.model.norm, final.append):
             forward(self.model, self.batch)
-        return self._log_probabilities(self._read(kept[-1]))
+        return self._log_probabilities(self._read(final[-1]))
 
-    def _read(self, states: Tensor) -> Float[Tensor, "place hidden"]:
+    def _read(self, states: Tensor) -> Float[Tensor, "position hidden"]:
         return states.flatten(0, -2)[self.rows.to(states.device)]
 
-    def _log_probabilities(self, states: Float[Tensor, "place hidden"]) -> Float[Tensor, " place"]:
+    def _log_probabilities(self, states: Float[Tensor, "position hidden"]) -> Float[Tensor, " position"]:
         return log_probability(self.model, states, self.tokens).cpu()

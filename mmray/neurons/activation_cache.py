@@ -1,4 +1,4 @@
-"""What one forward shows of a batch's places, taken while it runs; every score without a gradient follows from it."""
+"""Activations of one forward at chosen positions; every score without a gradient is computed from them."""
 
 from __future__ import annotations
 
@@ -17,54 +17,52 @@ from mmray.models.capture import capture_activations, capture_input
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
 from mmray.neurons.statistics import TokenStatistics
-from mmray.neurons.token_positions import TokenPosition
+from mmray.neurons.token_positions import TokenPosition, flat_positions
 
 
 @dataclass
 class ActivationCache:
-    """What stands at the places, by layer."""
+    """What one forward computed at the positions, by layer."""
 
-    places: Sequence[TokenPosition]
-    rows: Int[Tensor, " place"]
-    """The places in the batch with its rows one behind the other."""
-    activations: dict[int, Float[Tensor, "place neuron"]] = field(default_factory=dict)
-    opened: dict[int, Float[Tensor, "place neuron"]] = field(default_factory=dict)
-    """What opens the neurons, before the non-linearity; in a plain MLP the activation."""
-    written: dict[int, Float[Tensor, "place hidden"]] = field(default_factory=dict)
-    """Output of the projections that have a norm behind them."""
-    hidden: Float[Tensor, "place hidden"] = field(default_factory=lambda: torch.zeros(0, 0))
-    """Input of the final norm; in the graph, where the forward makes one."""
+    positions: Sequence[TokenPosition]
+    activations: dict[int, Float[Tensor, "position neuron"]] = field(default_factory=dict)
+    gate: dict[int, Float[Tensor, "position neuron"]] = field(default_factory=dict)
+    """The gate before its non-linearity; in a plain MLP the activation."""
+    mlp_out: dict[int, Float[Tensor, "position hidden"]] = field(default_factory=dict)
+    """Output of the projections that a norm follows."""
+    hidden: Float[Tensor, "position hidden"] = field(default_factory=lambda: torch.zeros(0, 0))
+    """Input of the final norm; part of the autograd graph if the forward builds one."""
 
     @property
-    def tokens(self) -> Int[Tensor, " place"]:
-        """The token that each place predicts."""
-        return torch.tensor([place.token for place in self.places], dtype=torch.long)
+    def tokens(self) -> Int[Tensor, " position"]:
+        """The token that each position predicts."""
+        return torch.tensor([occurrence.token for occurrence in self.positions], dtype=torch.long)
 
 
 @contextmanager
 def cache_activations(
-    model: LoadedModel, batch: Batch, places: Sequence[TokenPosition], statistics: TokenStatistics | None = None
+    model: LoadedModel, batch: Batch, positions: Sequence[TokenPosition], statistics: TokenStatistics | None = None
 ) -> Iterator[ActivationCache]:
-    """Keep what stands at these places while the block runs the batch; it is complete once the block has ended.
+    """Keep what the forward inside the `with` block computes at these positions; complete after the block.
 
-    Activations of the chosen positions alone are kept, on the device, as each layer computes them; `statistics` sees
-    the layers in passing and must have been told of the batch.
+    `statistics` also gets every layer, and must have been given the batch before (`begin`).
     """
-    rows = torch.tensor([place.row * batch.positions + place.position for place in places], dtype=torch.long)
-    captured = ActivationCache(places, rows)
+    rows = flat_positions(batch, positions)
+    cache = ActivationCache(positions)
 
-    def receive(layer: int, activation: Tensor, opened: Tensor) -> None:
-        activation, opened = activation.detach(), opened.detach()
+    def receive(layer: int, activation: Tensor, gate: Tensor) -> None:
+        activation, gate = activation.detach(), gate.detach()
+        # Only the chosen positions are kept: all of them would not fit a GPU's memory.
         index = rows.to(activation.device)
-        captured.activations[layer], captured.opened[layer] = activation[index].float(), opened[index]
+        cache.activations[layer], cache.gate[layer] = activation[index].float(), gate[index]
         if statistics is not None:
-            statistics.add(layer, activation, opened)
+            statistics.add(layer, activation, gate)
 
     def receive_final(states: Tensor) -> None:
-        captured.hidden = states.flatten(0, -2)[rows.to(states.device)]
+        cache.hidden = states.flatten(0, -2)[rows.to(states.device)]
 
-    def receive_written(layer: int, output: Tensor) -> None:
-        captured.written[layer] = output.detach().flatten(0, -2)[rows.to(output.device)]
+    def receive_mlp_out(layer: int, output: Tensor) -> None:
+        cache.mlp_out[layer] = output.detach().flatten(0, -2)[rows.to(output.device)]
 
     with ExitStack() as stack:
         stack.enter_context(capture_activations(model.network, model.projections, receive))
@@ -72,21 +70,21 @@ def cache_activations(
         for layer, projection in enumerate(model.projections):
             if projection.post_norm is not None:
                 norm = model.network.get_submodule(projection.post_norm)
-                stack.enter_context(capture_input(norm, partial(receive_written, layer)))
-        yield captured
-    # Without an image Mllama leaves its cross-attention blocks out: their neurons do nothing.
-    for layer in sorted(set(range(len(model.widths))) - set(captured.activations)):
-        nothing = captured.hidden.new_zeros(len(batch.tokens) * batch.positions, model.widths[layer])
-        receive(layer, nothing, nothing)
+                stack.enter_context(capture_input(norm, partial(receive_mlp_out, layer)))
+        yield cache
+    # Without an image Mllama skips its cross-attention blocks: their neurons are zero.
+    for layer in sorted(set(range(len(model.widths))) - set(cache.activations)):
+        zeros = cache.hidden.new_zeros(len(batch.tokens) * batch.positions, model.widths[layer])
+        receive(layer, zeros, zeros)
 
 
 def forward(model: LoadedModel, batch: Batch) -> Any:
-    """Run the network on a batch, without the cache, and the logits of positions, that nobody asked for."""
+    """Run the network on a batch with the KV cache off and logits for the last position only, to save memory."""
     extra: dict[str, Any] = {}
     parameters = inspect.signature(model.network.forward).parameters
     if "logits_to_keep" in parameters:
         extra["logits_to_keep"] = 1
-    # Many a network does not name it, and hands on to its decoder what it does not know.
+    # Many networks don't name `use_cache`, but pass unknown arguments on to their decoder.
     if "use_cache" in parameters or any(named.kind is named.VAR_KEYWORD for named in parameters.values()):
         extra["use_cache"] = False
     return model.network(**batch.to(model.device, model.network.dtype), **extra)

@@ -1,7 +1,7 @@
-"""The nouns of a caption, with their characters: from the data's objects, a tagger, or a lexicon.
+"""Find the nouns of a caption, with their characters, from the data's objects, a tagger, or a lexicon.
 
-A concept is the noun as the caption's language writes it, in lower case and in the form that its source lists
-(`dogs` is an occurrence of `dog`); `perro` and `dog` are two concepts.
+A concept is a noun in the caption's language, in lower case and in the form that its source lists (`dogs` is an
+occurrence of `dog`); `perro` and `dog` are two concepts.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from mmray.neurons.language_id import ARTICLES, LANGUAGE_NAMES, language_code
 from mmray.neurons.tagger import LANGUAGES, Noun, hanta_nouns
 
 TAGGERS = {"hanta": tuple(LANGUAGES), "textblob": ("en",)}
-"""Noun sources that tag captions, each of the package of its name → the languages that it knows."""
+"""Taggers, named after their packages → the languages that each knows."""
 REVISION = 1
-"""Of this package's own part in tagging; another is another source of nouns for a run."""
+"""Version of this package's tagging rules. Raise it when they change: runs then don't mix nouns of both."""
 NAMED = ("objects", *TAGGERS, "auto")
 
 WORD = re.compile(r"\w+(?:-\w+)*")
 PIECE = re.compile(r"(?<=\w['’])\w")
+"""What follows an apostrophe, such as the t of can't."""
 UNSPACED = re.compile("[぀-ヿ㐀-鿿가-힯฀-๿]")
-"""Scripts that don't separate words by blanks (kana, Han, Hangul, Thai): their nouns are found as substrings."""
+"""Scripts that don't separate words by spaces (kana, Han, Hangul, Thai): their nouns are found as substrings."""
 
 
 @dataclass(frozen=True)
 class Mention:
-    """One place `[start, stop)` of a caption, in characters, that names a concept."""
+    """Characters `[start, stop)` of a caption that name a concept."""
 
     concept: str
     start: int
@@ -42,16 +43,16 @@ class Mention:
 
 @dataclass(frozen=True)
 class NounSource:
-    """Where concepts come from, settled once by the driver and sent to every worker."""
+    """Where concepts come from; built once by the driver and sent to every worker."""
 
     kind: str
     """objects, lexicon, or one of `TAGGERS`."""
     vocabulary: tuple[str, ...] = ()
-    """All object names of the data: looked for in generated captions, which may name what is not in the image."""
+    """All object names of the data. Generated captions are searched for all, because they may name absent objects."""
     translations: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Object names by language."""
+    """Object → language → name."""
     lexicon: Mapping[str | None, frozenset[str]] = field(default_factory=dict)
-    """Nouns of a lexicon file by language; None: any."""
+    """Nouns of a lexicon file by language; None: any language."""
 
     def find(
         self, caption: str, language: str | None, objects: tuple[str, ...] | None, *, generated: bool = False
@@ -60,46 +61,46 @@ class NounSource:
         if self.kind in TAGGERS:
             return tagged_nouns(caption, language, self.kind)
         if self.kind == "objects":
-            looked_for = self.vocabulary if generated else objects or ()
-            return find_forms(caption, object_forms(looked_for, language, self.translations), language)
+            names = self.vocabulary if generated else objects or ()
+            return find_forms(caption, object_forms(names, language, self.translations), language)
         forms = self.lexicon.get(None, frozenset()) | self.lexicon.get(language, frozenset())
         return find_forms(caption, forms, language)
 
     def knows(self, language: str) -> bool:
-        """Return whether nouns of this language can be found: any but by a tagger of others."""
+        """Return whether nouns of this language can be found; only taggers are limited to some languages."""
         return language in TAGGERS.get(self.kind, (language,))
 
     def digest(self, *, generated: bool) -> str:
-        """Return a digest of all that decides which nouns are found, in captions of the data or in `generated` ones."""
+        """Return a digest of all that decides which nouns are found, in the data's or in `generated` captions."""
         lexicon = sorted((language or "", sorted(nouns)) for language, nouns in self.lexicon.items())
         translations = sorted((name, sorted(names.items())) for name, names in self.translations.items())
-        facts = repr((self.kind, self.vocabulary if generated else (), translations, lexicon))
+        content = repr((self.kind, self.vocabulary if generated else (), translations, lexicon))
         if self.kind in TAGGERS:
-            facts += repr([REVISION, *((name, version(name)) for name in (self.kind, "py3langid", "simplemma"))])
-        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+            content += repr([REVISION, *((name, version(name)) for name in (self.kind, "py3langid", "simplemma"))])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def noun_source(nouns: str, vocabulary: Iterable[str], translations: Mapping[str, Mapping[str, str]]) -> NounSource:
-    """Return what `--nouns` names: auto takes objects where the data has them (a vocabulary), else HanTa's taggers.
+    """Return the source that `--nouns` names; `auto` takes objects if the data has a vocabulary, else HanTa.
 
-    Raises InputError for a missing lexicon file, or for objects of data that has none.
+    Raises InputError for a missing lexicon file, or for `objects` of data that has none.
     """
-    known = tuple(vocabulary)
+    names = tuple(vocabulary)
     if nouns == "auto":
-        nouns = "objects" if known else "hanta"
+        nouns = "objects" if names else "hanta"
     if nouns in TAGGERS:
         return NounSource(nouns)
     if nouns == "objects":
-        if not known:
+        if not names:
             raise InputError("--nouns objects: the data has no objects column; name it with --objects-column")
-        return NounSource("objects", known, translations)
+        return NounSource("objects", names, translations)
     return NounSource("lexicon", lexicon=read_lexicon(Path(nouns)))
 
 
 def read_lexicon(path: Path) -> dict[str | None, frozenset[str]]:
-    """Return the nouns of a lexicon by language (None: any): a noun a line, a tab and its language if it has one."""
+    """Return the nouns of a lexicon by language (None: any); a line is a noun, optionally a tab and its language."""
     if not path.is_file():
-        raise InputError(f"--nouns {path}: no such file; give {', '.join(NAMED)} or a file with a noun a line")
+        raise InputError(f"--nouns {path}: no such file; give {', '.join(NAMED)} or a file with one noun per line")
     forms: dict[str | None, set[str]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         noun, tab, language = line.partition("\t")
@@ -109,16 +110,16 @@ def read_lexicon(path: Path) -> dict[str | None, frozenset[str]]:
         if words and not tab and last in LANGUAGE_NAMES:
             raise InputError(
                 f"--nouns {path}, line {number}: {noun.strip()!r} ends in the language {last!r} after a blank; write a "
-                "tab before it, or behind it if it is a part of the noun"
+                "tab before it, or after it if it is part of the noun"
             )
         forms.setdefault(language.strip() or None, set()).add(noun.strip().casefold())
     if not forms:
-        raise InputError(f"--nouns {path}: no noun in it; write one a line")
+        raise InputError(f"--nouns {path}: no noun in it; write one per line")
     return {language: frozenset(found) for language, found in forms.items()}
 
 
 def find_forms(caption: str, forms: frozenset[str], language: str | None) -> list[Mention]:
-    """Return the mentions of these nouns, longest first where they overlap; the last word may be in the plural."""
+    """Return the mentions of these nouns, in order; the last word may be in the plural, and longer nouns win."""
     words = list(WORD.finditer(caption))
     longest, unspaced = _shape(forms)
     found: list[Mention] = []
@@ -131,7 +132,7 @@ def find_forms(caption: str, forms: frozenset[str], language: str | None) -> lis
                 found.append(Mention(concept, start, stop))
                 taken[start:stop] = [True] * (stop - start)
     for form in unspaced:
-        # Not in the caption's casefold: that may be longer (ß is ss), and its characters then stand elsewhere.
+        # Not in the casefolded caption: it may be longer (ß becomes ss), which shifts characters.
         for match in re.finditer(re.escape(form), caption, re.IGNORECASE):
             if not any(taken[match.start() : match.end()]):
                 found.append(Mention(form, match.start(), match.end()))
@@ -140,9 +141,9 @@ def find_forms(caption: str, forms: frozenset[str], language: str | None) -> lis
 
 
 def tagged_nouns(caption: str, language: str | None, tagger: str = "hanta") -> list[Mention]:
-    """Return the nouns that one of `TAGGERS` finds, in the singular.
+    """Return the nouns that one of `TAGGERS` finds, in the singular; none in a language that it does not know.
 
-    Without a language the caption is in the one that it looks like; in one that the tagger does not know it has none.
+    Without `language`, it is guessed from the caption.
     """
     code = language_code(caption, language)
     if code not in TAGGERS[tagger]:
@@ -159,28 +160,29 @@ def textblob_nouns(caption: str) -> list[Noun]:
     """Return the nouns that TextBlob's pattern tagger finds in an English caption."""
     from textblob.en import tag
 
-    nouns, place = [], 0
+    nouns, end = [], 0
     for word, kind in tag(caption, tokenize=True):
-        start = caption.find(word, place)
+        start = caption.find(word, end)
         if start < 0:
             continue
-        place = start + len(word)
-        # The tagger cuts can't and they'll in pieces, and calls some of them nouns.
+        end = start + len(word)
+        # The tagger cuts can't and they'll into pieces, and calls some of them nouns.
         piece = len(word) == 1 or PIECE.match(caption, start)
         if kind.startswith("NN") and WORD.fullmatch(word) and not piece:
-            nouns.append(Noun(start, place, plural=kind.endswith("S")))
+            nouns.append(Noun(start, end, plural=kind.endswith("S")))
     return nouns
 
 
 def _singular(word: str, language: str, *, plural: bool) -> str:
-    """Return a noun in lower case and in the singular; what English calls a saw is not the lemma of a verb, see."""
+    """Return a noun in lower case and in the singular."""
+    # An English singular is kept: a dictionary would turn a saw into the verb see.
     inflected = language != "en" or plural or (word.lower().endswith("s") and not word.lower().endswith("ss"))
     return singular(word, language) if inflected else word.casefold()
 
 
 @lru_cache(maxsize=1024)
 def _shape(forms: frozenset[str]) -> tuple[int, tuple[str, ...]]:
-    """Return the words of the longest form, and the forms that are found as substrings, the longest first."""
+    """Return the most words of a form, and the forms to find as substrings, longest first."""
     unspaced = sorted((form for form in forms if UNSPACED.search(form)), key=len, reverse=True)
     return max((len(WORD.findall(form)) for form in forms), default=0), tuple(unspaced)
 
@@ -197,7 +199,7 @@ def _listed(caption: str, start: int, last: int, stop: int, forms: frozenset[str
 def object_forms(
     objects: Iterable[str], language: str | None, translations: Mapping[str, Mapping[str, str]]
 ) -> frozenset[str]:
-    """Return the objects' names in a language, in lower case; a name without a translation as it is."""
+    """Return the objects' names in a language, in lower case; names without a translation stay as they are."""
     forms = set()
     for name in objects:
         names = translations.get(name, {})

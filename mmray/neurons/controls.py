@@ -1,4 +1,4 @@
-"""Neurons that nothing speaks for, to hold located ones against: drawn from all, by layer, or by activation."""
+"""Control neurons to compare located ones with: drawn from all, from the same layers, or with similar activation."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 Neurons = Sequence[tuple[int, int]]
 NEAR = 20
-"""Neurons of the most similar activation that one is drawn from."""
+"""A control is drawn from this many neurons of the most similar activation."""
 
 
 def uniform(widths: Sequence[int], neurons: Neurons, seed: str) -> list[tuple[int, int]]:
-    """Return as many neurons, drawn evenly from all the others."""
+    """Return as many other neurons, drawn uniformly from all layers."""
     taken = set(neurons)
     others = [(layer, unit) for layer, width in enumerate(widths) for unit in range(width)]
     return random.Random(f"uniform {seed}").sample([one for one in others if one not in taken], len(neurons))
 
 
 def layer_matched(widths: Sequence[int], neurons: Neurons, seed: str) -> list[tuple[int, int]]:
-    """Return as many neurons of each layer, drawn from the layer's others."""
+    """Return as many other neurons of each layer."""
     generator, taken = random.Random(f"layers {seed}"), set(neurons)
     drawn = []
     for layer, count in sorted(Counter(layer for layer, _ in neurons).items()):
@@ -35,9 +35,9 @@ def layer_matched(widths: Sequence[int], neurons: Neurons, seed: str) -> list[tu
 def activation_matched(
     activations: Sequence[Float[Tensor, " neuron"]], neurons: Neurons, seed: str
 ) -> list[tuple[int, int]]:
-    """Return for each neuron another one that is about as active, in any layer: one of the NEAR most similar.
+    """Return for each neuron another one, of any layer, among the NEAR most similar in activation.
 
-    `activations`: of every neuron by layer, the mean magnitude at the places in question.
+    `activations` has every neuron's mean magnitude at the positions in question, by layer.
     """
     generator = random.Random(f"activations {seed}")
     widths = [len(part) for part in activations]
@@ -46,10 +46,12 @@ def activation_matched(
     taken = set(neurons)
     drawn: list[tuple[int, int]] = []
     for layer, unit in neurons:
-        at = int(torch.searchsorted(values, activations[layer][unit].abs().float().cpu()))
-        reach = NEAR
-        while not (free := _free(names, order, at, reach, taken)) and reach < len(names):
-            reach *= 2
+        rank = int(torch.searchsorted(values, activations[layer][unit].abs().float().cpu()))
+        count, free = NEAR, _free(names, order, rank, NEAR, taken)
+        # Many neurons of one activation may use up the neighbourhood.
+        while not free and count < len(names):
+            count *= 2
+            free = _free(names, order, rank, count, taken)
         if free:
             drawn.append(generator.choice(free))
             taken.add(drawn[-1])
@@ -57,7 +59,7 @@ def activation_matched(
 
 
 def _free(
-    names: Sequence[tuple[int, int]], order: Tensor, at: int, reach: int, taken: set[tuple[int, int]]
+    names: Sequence[tuple[int, int]], order: Tensor, rank: int, count: int, taken: set[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    near = order[max(0, at - reach // 2) : at + reach // 2 + 1].tolist()
+    near = order[max(0, rank - count // 2) : rank + count // 2 + 1].tolist()
     return [names[index] for index in near if names[index] not in taken]

@@ -1,6 +1,6 @@
-"""Gradient × activation: the baseline that needs a backward pass a noun (Schwettmann et al. 2023, "Mmns"), and effect.
+"""Gradient × activation, which needs one backward pass per noun (Schwettmann et al. 2023, "Mmns").
 
-What is differentiated, and over which positions the products are summed, is all that sets these scores apart.
+The scores differ only in what is differentiated, and over which positions the products are summed.
 """
 
 from __future__ import annotations
@@ -28,85 +28,89 @@ from mmray.neurons.token_positions import TokenPosition, rank_in_row
 def gradient_pass(
     model: LoadedModel,
     batch: Batch,
-    places: Sequence[TokenPosition],
+    positions: Sequence[TokenPosition],
     score: str,
     *,
     statistics: TokenStatistics | None = None,
-) -> tuple[list[Float[Tensor, "place neuron"]], ActivationCache]:
-    """Return gradient × activation at each place, a list entry a layer, and what else the forward showed.
+) -> tuple[list[Float[Tensor, "position neuron"]], ActivationCache]:
+    """Return gradient × activation at each position, one list entry per layer, and the forward's cache.
 
-    `gradient`: of the token's logit, summed over the image's positions, as published; `gradient-last`: at the
-    predicting position alone; `effect`: of the token's log-odds, over all positions: the first-order estimate of what
-    ablating the neuron takes from them. All gradients run through all later layers. Samples of a batch don't depend on
-    one another, so that one backward pass serves the first noun of each, another the second, …
+    `gradient`: of the token's logit, summed over the image's positions, as published; `gradient-last`: the same at the
+    predicting position only; `effect`: of the token's log-odds, over all positions, the first-order estimate of what
+    ablating the neuron takes from them. Gradients run through all later layers.
 
-    Raises InputError for `gradient` where a place's sequence holds no image: there the sum would be of nothing.
+    Raises InputError for `gradient` if a row has no image in its sequence: the sum would be empty.
     """
     if score == "gradient":
-        pictured = {run.row for run in batch.runs if run.modality == "image" and model.parts.image_in_sequence}
-        if not pictured.issuperset(place.row for place in places):
+        with_image = {span.row for span in batch.spans if span.modality == "image" and model.parts.image_in_sequence}
+        if not with_image.issuperset(occurrence.row for occurrence in positions):
             raise InputError(
                 f"{model.name}: --score gradient sums over the image's positions, and the sequence with the caption "
                 "has none; use gradient-last or effect"
             )
-    # By layer: without an image Mllama leaves its cross-attention blocks out, and nothing hangs on their neurons.
-    ends: dict[int, Tensor] = {}
+    # By layer: without an image Mllama skips its cross-attention blocks, which then have no gradient.
+    leaves: dict[int, Tensor] = {}
     activations: dict[int, Tensor] = {}
     with torch.inference_mode(False), torch.enable_grad():
-        with cache_activations(model, batch, places, statistics) as captured, ExitStack() as taps:
-            taps.enter_context(
-                capture_activations(model.network, model.projections, lambda n, seen, _: activations.update({n: seen}))
+        with cache_activations(model, batch, positions, statistics) as cache, ExitStack() as hooks:
+            hooks.enter_context(
+                capture_activations(
+                    model.network, model.projections, lambda layer, found, _: activations.update({layer: found})
+                )
             )
             for layer, projection in enumerate(model.projections):
-                taps.callback(_keep_end(model.network.get_submodule(projection.path), projection, layer, ends).remove)
+                module = model.network.get_submodule(projection.path)
+                hooks.callback(_keep_leaf(module, projection, layer, leaves).remove)
             forward(model, batch)
         differentiated = token_log_odds if score == "effect" else token_logits
-        numbers = differentiated(model, captured.hidden, captured.tokens)
+        values = differentiated(model, cache.hidden, cache.tokens)
         scores = [
-            torch.zeros(len(places), width, device=captured.activations[layer].device)
+            torch.zeros(len(positions), width, device=cache.activations[layer].device)
             for layer, width in enumerate(model.widths)
         ]
-        turns = rank_in_row(places)
-        for turn in sorted(set(turns)):
-            members = [place for place, own in enumerate(turns) if own == turn]
-            found = torch.autograd.grad(numbers[members].sum(), list(ends.values()), retain_graph=turn < max(turns))
-            for layer, whole in zip(ends, found, strict=True):
+        # Rows of a batch are independent: one backward pass serves the first noun of every row, another the second, …
+        ranks = rank_in_row(positions)
+        for rank in sorted(set(ranks)):
+            members = [number for number, own in enumerate(ranks) if own == rank]
+            gradients = torch.autograd.grad(
+                values[members].sum(), list(leaves.values()), retain_graph=rank < max(ranks)
+            )
+            for layer, whole in zip(leaves, gradients, strict=True):
                 projection, gradient = model.projections[layer], whole.flatten(0, -2)
                 for member in members:
-                    rows = _rows(batch, places[member], score).to(gradient.device)
+                    rows = _summed_rows(batch, positions[member], score).to(gradient.device)
                     chosen = gradient[rows].float()
                     if projection.experts:
                         chosen = chosen @ output_rows(model.network, projection).float().T
                     product = (chosen * activations[layer][rows].detach().float()).sum(dim=0)
                     scores[layer][member] = product.to(scores[layer].device)
-    captured.hidden = captured.hidden.detach()
-    return scores, captured
+    cache.hidden = cache.hidden.detach()
+    return scores, cache
 
 
-def _keep_end(module: nn.Module, projection: Projection, layer: int, ends: dict[int, Tensor]) -> Any:
-    """Keep, at the next forward, what a layer's gradient is taken with respect to.
+def _keep_leaf(module: nn.Module, projection: Projection, layer: int, leaves: dict[int, Tensor]) -> Any:
+    """Keep, at the next forward, the tensor that a layer's gradient is taken with respect to.
 
-    That is the input of its projection, the activations themselves. Fused experts have no such input: there it is their
-    output, whose gradient times the rows of W_out is that of the activations.
+    That is the projection's input, the activations. Fused experts have no such input: there it is their output, whose
+    gradient times the rows of W_out is the activations' gradient.
     """
 
     def keep(tensor: Tensor) -> None:
-        # Weights are frozen: the first layer's activations start the graph, and the later ones hang on it.
-        ends[layer] = tensor if tensor.requires_grad else tensor.requires_grad_()
+        # Weights are frozen: the first layer's activations start the graph, and later ones depend on them.
+        leaves[layer] = tensor if tensor.requires_grad else tensor.requires_grad_()
 
-    see_input: Callable[..., None] = lambda _, arguments: keep(arguments[0])  # noqa: E731
-    see_output: Callable[..., None] = lambda _, __, output: keep(output)  # noqa: E731
+    keep_input: Callable[..., None] = lambda _, arguments: keep(arguments[0])  # noqa: E731
+    keep_output: Callable[..., None] = lambda _, __, output: keep(output)  # noqa: E731
     if projection.experts:
-        return module.register_forward_hook(see_output)
-    return module.register_forward_pre_hook(see_input)
+        return module.register_forward_hook(keep_output)
+    return module.register_forward_pre_hook(keep_input)
 
 
-def _rows(batch: Batch, place: TokenPosition, score: str) -> Tensor:
-    """Return the rows of the flattened batch that the products are summed over."""
-    first = place.row * batch.positions
+def _summed_rows(batch: Batch, occurrence: TokenPosition, score: str) -> Tensor:
+    """Return the flattened batch positions that the products are summed over."""
+    first = occurrence.row * batch.positions
     if score == "gradient-last":
-        return torch.tensor([first + place.position])
+        return torch.tensor([first + occurrence.position])
     if score == "effect":
-        return torch.arange(first, first + place.position + 1)
-    spans = [range(run.start, run.stop) for run in batch.runs if run.row == place.row and run.modality == "image"]
-    return torch.tensor([first + position for span in spans for position in span], dtype=torch.long)
+        return torch.arange(first, first + occurrence.position + 1)
+    return torch.tensor(batch.image_positions(occurrence.row), dtype=torch.long) + first

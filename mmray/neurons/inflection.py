@@ -1,8 +1,8 @@
-"""Plural nouns → their singulars, so that `dogs` is found as `dog` and `seated` is never found as `seat`.
+"""Plural nouns to singulars, so that `dogs` is found as `dog`, but `seated` is not found as `seat`.
 
-A dictionary of lemmas can't do this: it knows the forms of verbs and adjectives too, and gives `ski` for "skiing",
-`tie` for "tied" and `bear` for "bare". The rules here undo a plural and nothing else. They propose several singulars
-where the spelling leaves it open (`axes`: ax, axe), for the caller to look up in a list of nouns.
+A lemma dictionary can't do this: it also knows verbs and adjectives, and gives `ski` for "skiing", `tie` for "tied" and
+`bear` for "bare". These rules only undo plurals. Where the spelling is ambiguous they return several singulars (`axes`:
+axe, axis), which the caller looks up in a list of nouns.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ IRREGULAR = {
     "wives": ("wife",),
     "wolves": ("wolf",),
 }
-"""English plurals that no rule undoes."""
+"""English plurals that no rule covers."""
 
 ENDINGS = {
     "children": "child",
@@ -74,7 +74,7 @@ ENDINGS = {
     "mice": "mouse",
     "people": "person",
 }
-"""The same at the end of a compound: grandchildren, policewomen, bookshelves."""
+"""The same at the end of compounds: grandchildren, policewomen, bookshelves."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -86,7 +86,7 @@ SINGULAR = _words(
     "gas ibis iris lens mantis mars metropolis molasses news oasis pancreas pelvis portcullis rhinoceros series "
     "species tennis texas thermos trellis venus"
 )
-"""English nouns that end with an s and are no plural, or are their own."""
+"""English nouns in -s that are singular, or equal to their plural."""
 
 PLURAL_ONLY = _words(
     "binoculars clothes goggles headphones jeans leggings overalls pajamas pants pliers pyjamas scissors shears "
@@ -98,7 +98,7 @@ NO_PLURALS = _words(
     "abdomen acumen always amen as cyclamen does goes has his hers is its lumen omen ours perhaps plus pumice ramen "
     "regimen semen specimen stamen theirs this thus towards us versus was whereas yes yours"
 )
-"""English words that look like plurals, such as those in -men, and are none."""
+"""English words that look like plurals but are not, such as those in -men."""
 
 KEEPS_E = _words(
     "ache aloe auntie avalanche axe backhoe beanie birdie bowtie brioche brownie budgie cache calorie canoe cliche "
@@ -107,10 +107,10 @@ KEEPS_E = _words(
     "niche oboe onesie pixie porsche potpie prairie quiche roe rookie rotisserie ruse scottie selfie shoe sloe "
     "smoothie snowshoe sweetie talkie tiptoe toe use veggie woe yorkie zombie"
 )
-"""English singulars in -e of which the plural alone doesn't tell that they have it."""
+"""English singulars whose final -e can't be told from the plural."""
 
 VOWEL_US = _words("bayous caribous emus flus gnus gurus haikus kudus menus sudokus tiramisus tofus tutus zebus yous")
-"""English plurals in -us, of nouns in -u; other words in -us are singular."""
+"""English plurals of nouns in -u; other words in -us are singular."""
 
 SIBILANT = ("ses", "xes", "zes", "ches", "shes")
 
@@ -147,7 +147,7 @@ ROMANCE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "e": ("a",),
     },
 }
-"""Language → endings of plurals, and what each may stand for in the singular."""
+"""Language → plural ending → possible singular endings."""
 
 IRREGULAR_ROMANCE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "fr": {"yeux": ("œil", "oeil"), "messieurs": ("monsieur",), "mesdames": ("madame",), "cieux": ("ciel",)},
@@ -158,7 +158,7 @@ IRREGULAR_ROMANCE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 @cache
 def lemma(word: str, language: str | None) -> str:
     """Return the dictionary form of a word; the word itself in a language that simplemma does not know."""
-    # Imported here: its dictionaries take a second that reading a run need not spend.
+    # Imported here: loading its dictionaries takes a second, which reading a run does not need.
     import simplemma
     from simplemma.strategies.dictionaries import dictionary_factory
 
@@ -169,18 +169,16 @@ def lemma(word: str, language: str | None) -> str:
 
 
 def singulars(word: str, language: str | None) -> tuple[str, ...]:
-    """Return the singular nouns that a word may be the plural of, in lower case and the likeliest first; often none.
+    """Return the singular nouns that a word may be the plural of, in lower case, most likely first; often none.
 
-    Languages other than English, Spanish, French, Italian and Portuguese take simplemma's dictionary form, which is a
-    noun's where the caller looks for nouns: their infinitives have endings of their own. A language that simplemma does
-    not know has no plurals.
+    English, Spanish, French, Italian and Portuguese have rules; other languages take simplemma's dictionary form, and
+    none if simplemma does not know them.
     """
-    code = (language or "en")[:2].lower()
-    return _singulars(word, code)
+    return _singulars(word, (language or "en")[:2].lower())
 
 
 def singular(word: str, language: str | None) -> str:
-    """Return the likeliest singular of a noun, in lower case; the word itself where it is no plural."""
+    """Return the most likely singular of a noun, in lower case; the word itself if it is no plural."""
     return next(iter(singulars(word, language)), word.casefold())
 
 
@@ -210,7 +208,7 @@ def _english(word: str) -> tuple[str, ...]:
     if word.endswith(("sis", "itis", "polis")):
         return ()
     if word.endswith("ies"):
-        # Words of four letters keep their e: ties, pies.
+        # Four-letter words keep their e: ties, pies.
         found = (stem,) if len(word) == 4 else (f"{word[:-3]}y", stem)
         return found[::-1] if stem in KEEPS_E else found
     if stem in KEEPS_E:
@@ -218,11 +216,11 @@ def _english(word: str) -> tuple[str, ...]:
     if word.endswith("oes"):
         return word[:-2], stem
     if word.endswith(SIBILANT):
-        # What is left without -es is the noun where it needs the e to be spoken: buses, dishes; else horses, caches.
+        # After a sibilant the plural adds -es (buses, dishes), unless the singular ends in -e (horses, caches).
         bare = word[:-2]
-        needs = bare in SINGULAR or bare.endswith(("ss", "us", "x", "ch", "sh", "tz", "zz"))
-        spelt = bare.endswith(("ous", "aus"))
-        return (bare, stem) if needs and not spelt else (stem, bare)
+        sibilant = bare in SINGULAR or bare.endswith(("ss", "us", "x", "ch", "sh", "tz", "zz"))
+        ends_in_e = bare.endswith(("ous", "aus"))  # houses, causes
+        return (bare, stem) if sibilant and not ends_in_e else (stem, bare)
     return (stem,)
 
 
@@ -235,23 +233,22 @@ def _romance(word: str, code: str) -> tuple[str, ...]:
         if word.endswith(ending) and len(word) > len(ending)
         for one in ones
     ]
-    # A plural may move or drop an accent (camiones: camión), which the dictionary knows.
+    # A plural may move or drop an accent (camiones: camión), which only the dictionary knows.
     known = lemma(word, code).casefold() if found else word
-    plain = {_plain(one) for one in found}
-    accented = [known] if known != word and known not in found and _plain(known) in plain else []
+    plain = {_without_accents(one) for one in found}
+    accented = [known] if known != word and known not in found and _without_accents(known) in plain else []
     return tuple(dict.fromkeys([*accented, *found]))
 
 
-def _plain(word: str) -> str:
-    """Return a word without its accents."""
+def _without_accents(word: str) -> str:
     return "".join(letter for letter in unicodedata.normalize("NFD", word) if not unicodedata.combining(letter))
 
 
 def article(word: str) -> str:
-    """Return "a" or "an" as the word's first letter wants it: by spelling alone, so "an unicorn"."""
+    """Return "a" or "an" by the word's first letter; spelling alone gives "an unicorn"."""
     return "an" if word[:1].lower() in "aeiou" else "a"
 
 
 def with_article(word: str) -> str:
-    """Return the word behind its indefinite article."""
+    """Return the word after its indefinite article."""
     return f"{article(word)} {word}"

@@ -1,4 +1,4 @@
-"""The language that a caption looks like, for data that does not say: English unless much speaks for another."""
+"""Guess a caption's language, for data without a language column: English unless another is much more likely."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from functools import lru_cache
 
 WORD = re.compile(r"[^\W\d_]+")
 LEAD = 4.0
-"""How much likelier another language must be, as a difference of log-likelihoods; of a few words all are near."""
+"""By how much another language's log-likelihood must exceed English; for a few words all languages are close."""
 CLEAR_LEAD = 16.0
-"""The same where most words are English words as well, as those of `a skateboard` or `Drie boten in de haven` are."""
+"""The same if most words exist in English too, as in `a skateboard` or `Drie boten in de haven`."""
 LANGUAGE_NAMES = {
     "ar": "Arabic",
     "bg": "Bulgarian",
@@ -45,48 +45,20 @@ LANGUAGE_NAMES = {
 }
 ARTICLES = frozenset(
     (
-        "un",
-        "una",
-        "une",
-        "uno",
-        "um",
-        "uma",
-        "el",
-        "la",
-        "los",
-        "las",
-        "le",
-        "les",
-        "il",
-        "lo",
-        "gli",
-        "ein",
-        "eine",
-        "einen",
-        "der",
-        "das",
-        "de",
-        "het",
-        "een",
-        "en",
-        "ett",
-        "et",
-        "det",
-        "bir",
+        *("un", "una", "une", "uno", "um", "uma", "el", "la", "los", "las", "le", "les", "il", "lo", "gli"),
+        *("ein", "eine", "einen", "der", "das", "de", "het", "een", "en", "ett", "et", "det", "bir"),
     )
 )
-"""Articles of other languages that are no English words. (Of those that are, such as `die`, nothing can be said.)"""
+"""Articles of other languages that are not English words, as `die` is."""
 CODES = {name.lower(): code for code, name in LANGUAGE_NAMES.items()} | {"eng": "en", "deu": "de", "ger": "de"}
-
-
 ENOUGH = 1000
-"""Characters looked at."""
+"""Characters that are examined."""
 
 
 @lru_cache(maxsize=1024)
 def guess_language(caption: str) -> str:
-    """Return the code of the language that a caption looks like, by py3langid's model and simplemma's dictionary."""
-    # Imported here: the model takes half a second that data with a language column need not spend.
+    """Return the code of a caption's most likely language, by py3langid's model and simplemma's dictionary."""
+    # Imported here: loading the model takes half a second, which data with a language column does not need.
     import py3langid
     import simplemma
 
@@ -104,7 +76,7 @@ def guess_language(caption: str) -> str:
 
 
 def language_code(caption: str, language: str | None) -> str:
-    """Return the code of a caption's language, `en` of en-GB, eng and English; a guess where none is named."""
+    """Return the code of a caption's language (`en` for en-GB, eng and English), guessed if `language` is None."""
     code = re.split("[-_]", language or guess_language(caption))[0].lower()
     return CODES.get(code, code)
 

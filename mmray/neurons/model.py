@@ -1,4 +1,4 @@
-"""The model as users hold it: loaded, checked, and able to say what its neurons give to a word."""
+"""The model for users: loaded, checked, with scores and heat maps of its neurons."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mmray.neurons.concepts import find_forms
 from mmray.neurons.heatmaps import MapRequest, patch_maps, placed
 from mmray.neurons.scores import SCORES, Pieces
 from mmray.neurons.scoring import score_batch, whole_nouns
-from mmray.neurons.token_positions import place_mentions
+from mmray.neurons.token_positions import locate_mentions
 from mmray.neurons.validation import assert_sound
 
 
@@ -43,22 +43,22 @@ class NeuronModel(LoadedModel):
         language: str | None = None,
         pieces: Pieces = "first",
     ) -> Float[Tensor, "layer neuron"]:
-        """Return every neuron's score for a noun of the caption, on the CPU; contributions in logits.
+        """Return every neuron's score for a noun of the caption, on the CPU; contributions are in logits.
 
-        Where the noun occurs more than once, the mean over its occurrences. Layers of fewer neurons are filled up with
-        zeros; of a noun of several tokens the first is scored, or with `pieces="sum"` all. Raises InputError when the
-        caption does not name the concept, or for a score that there is not.
+        The score is the mean over the noun's occurrences. A noun of several tokens is scored by its first, or by the
+        sum of all with `pieces="sum"`. Narrower layers are padded with zeros. Raises InputError if the caption does
+        not name the concept, or for an unknown score.
         """
         if score not in SCORES:
             raise InputError(f"unknown score {score!r}; choose from {', '.join(SCORES)}")
         mentions = find_forms(caption, frozenset({concept.casefold()}), language)
         if not mentions:
             raise InputError(f"the caption {caption!r} does not name {concept!r}")
-        before = prompt_text(self, prompt, language, image=image is not None, prefix=prefix_before(caption, prefix))
-        tokens, offsets = tokenize_caption(self, before, caption)
-        batch = encode(self, [before], [open_image(image)], [tokens], [offsets])
-        places = place_mentions(batch, 0, "", mentions, every=pieces == "sum")
-        _, scored = whole_nouns(places, score_batch(self, batch, places, score, folded=fold_norm))
+        text = prompt_text(self, prompt, language, image=image is not None, prefix=prefix_before(caption, prefix))
+        tokens, offsets = tokenize_caption(self, text, caption)
+        batch = encode(self, [text], [open_image(image)], [tokens], [offsets])
+        positions = locate_mentions(batch, 0, "", mentions, every=pieces == "sum")
+        _, scored = whole_nouns(positions, score_batch(self, batch, positions, score, folded=fold_norm))
         result = torch.zeros(len(self.widths), max(self.widths))
         for layer, scores in enumerate(scored.scores):
             result[layer, : self.widths[layer]] = scores.mean(dim=0).cpu()
@@ -72,31 +72,30 @@ class NeuronModel(LoadedModel):
         signs: Sequence[float] | None = None,
         prompt: str | None = None,
     ) -> Float[Tensor, "height width"]:
-        """Return where in an image these neurons are active: their mean activation, at the image's size.
+        """Return these neurons' mean activation over an image, at the image's size.
 
-        `signs` of -1 turn neurons round that write by negative activation (those of `activation` in a ranking). What
-        the processor cuts off has the map's lowest value. `mmray.neurons.heatmaps` has masks and overlays. Raises
-        InputError where the family's image is no grid of tokens.
+        `signs` of -1 flip neurons that write by negative activation (the sign of `activation` in a ranking). Pixels
+        that the processor crops get the map's lowest value. For masks and overlays see `mmray.neurons.heatmaps`.
+        Raises InputError if the family's image is not a grid of tokens.
         """
-        picture = open_image(image)
-        assert picture is not None
-        before = prompt_text(self, prompt, None)
-        batch = encode(self, [before], [picture], [[]], [[]])
-        patches = patches_of(self, batch, 0, picture.size)
+        opened = open_image(image)
+        assert opened is not None
+        batch = encode(self, [prompt_text(self, prompt, None)], [opened], [[]], [[]])
+        patches = patches_of(self, batch, 0, opened.size)
         if patches is None:
             raise InputError(f"{self.name}: its image is no grid of tokens in the sequence, so there are no heat maps")
-        by_layer(self, neurons)  # refuses neurons that the model does not have
+        by_layer(self, neurons)  # Raises for neurons that the model does not have.
         (values,) = patch_maps(self, batch, [MapRequest(0, patches, [parse_neuron(name) for name in neurons], signs)])
-        return placed(values, patches.covers, picture.height, picture.width)
+        return placed(values, patches.covers, opened.height, opened.width)
 
 
 Kind = TypeVar("Kind", bound=NeuronModel)
 
 
 def open_image(image: Image | Path | str | bytes | None, background: str = BACKGROUND) -> Image | None:
-    """Return the picture in RGB, from a picture, a path or encoded bytes; `background` is behind transparent pixels.
+    """Return an image in RGB, from an image, a path or encoded bytes; transparent pixels show `background`.
 
-    Raises InputError, with the reason, for anything that is no image.
+    Raises InputError with the reason if it can't be read.
     """
     if image is None:
         return None
@@ -112,9 +111,9 @@ def open_image(image: Image | Path | str | bytes | None, background: str = BACKG
 def load_model(
     name: str, dtype: str = "auto", device: str | torch.device | None = None, *, trust_remote_code: bool = False
 ) -> NeuronModel:
-    """Load a checkpoint folder, a hub id or `demo` for inference, and check its parts; see `mmray.models.loading.load`.
+    """Load a checkpoint folder, a hub id or `demo` for inference, and validate its parts.
 
-    Raises InputError where it can't be loaded, or where its parts are not what they are taken for.
+    Arguments are those of `mmray.models.loading.load`. Raises InputError if it can't be loaded or a check fails.
     """
     return load_checked(NeuronModel, name, dtype, device, trust_remote_code=trust_remote_code)
 
@@ -127,7 +126,7 @@ def load_checked(
     *,
     trust_remote_code: bool = False,
 ) -> Kind:
-    """Load a model as this kind, and check its parts; as `load_model`."""
+    """Load a model as an instance of `kind`, and validate its parts; see `load_model`."""
     model = load(name, dtype, device, trust_remote_code=trust_remote_code, wrap=kind)
     assert isinstance(model, kind)
     assert_sound(model)

@@ -1,7 +1,7 @@
-"""The activity of the vision tower's or the projector's neurons, counted next to that of the language decoder.
+"""Activity of the vision tower's or the projector's neurons, counted in the census' own forward.
 
-All positions of the image that the module computes count, a class token among them, but for those that only fill up.
-Prompt and caption never get there.
+All image positions that the module computes count, including a class token, but no padding. Prompt and caption never
+reach these modules.
 """
 
 from __future__ import annotations
@@ -20,86 +20,86 @@ from mmray.models.prompting import Batch, TokenSpan
 from mmray.neurons.statistics import TokenStatistics
 
 SIZES = ("image_grid_thw", "image_sizes", "pixel_attention_mask")
-"""Inputs with a row a sample that tell how much of the tower an image takes."""
+"""Inputs with one row per sample that determine how many positions an image has in the tower."""
 
 
 class ModuleActivity:
-    """Counts one module's activity over a shard; of the language decoder, which is counted anyway, nothing."""
+    """Counts one module's activity over a shard; does nothing for the language decoder, which is counted anyway."""
 
     def __init__(self, model: LoadedModel, module: str) -> None:
         self.model = model
         self.module = module
-        found = model.parts.of(module) if module != "language" else ()
-        # The Q-Former's other branch reads the question: its rows are no places of the image.
-        self.projections = tuple(projection for projection in found if not projection.reads_text)
+        self.projections = model.parts.image_path(module) if module != "language" else ()
         if module != "language" and not self.projections:
             raise InputError(f"{model.name}: --module {module}: there is no MLP in it; see mmray check-model")
         self.statistics = TokenStatistics([projection.width for projection in self.projections])
-        self._seen: list[tuple[int, Tensor, Tensor]] = []
+        self._captured: list[tuple[int, Tensor, Tensor]] = []
         self._batch: Batch | None = None
 
     @contextmanager
     def watching(self, batch: Batch) -> Iterator[None]:
-        """See the module while the block runs the batch; raises ValueError where its rows can't be told by sample.
+        """Capture the module's activations in the forward inside the `with` block.
 
-        Images of different sizes take different parts of a module's rows: then a batch has to be one sample.
+        Raises ValueError if images differ in size, because the module's rows can't be assigned to samples then. Such a
+        batch has to be split into single samples.
         """
         if self.projections and len(batch.tokens) > 1 and not uniform(batch):
             raise ValueError("images of different sizes share no batch with --module vision or projector")
-        self._seen, self._batch = [], batch
+        self._captured, self._batch = [], batch
         try:
-            with capture_activations(self.model.network, self.projections, lambda *seen: self._seen.append(seen)):
+            with capture_activations(self.model.network, self.projections, lambda *found: self._captured.append(found)):
                 yield
         except BaseException:
-            self._forget()  # what failed may be tried again in halves, and needs the memory
+            self._forget()  # A failed batch is tried again in halves, and needs the memory.
             raise
-        if not self._seen:
+        if not self._captured:
             self._forget()
 
     def count(self, labels: Sequence[dict[str, str]]) -> list[int]:
-        """Count what was seen of a batch until `commit`, and nothing where it had no image.
+        """Reduce the captured batch, to count once `commit` is called; nothing for a batch without images.
 
-        Return of each sample how many neurons have sums that are not finite.
+        Returns per sample how many neurons have sums that are not finite.
         """
         if self._batch is None:
             return [0] * len(labels)
-        runs = image_runs(self.model, self._batch, len(self._seen[0][1]) // len(labels))
-        self.statistics.begin(labels, runs)
-        for layer, activation, opened in self._seen:
-            self.statistics.add(layer, activation.detach(), opened.detach())
-        return self.statistics.unsound()
+        spans = image_spans(self.model, self._batch, len(self._captured[0][1]) // len(labels))
+        self.statistics.begin(labels, spans)
+        for layer, activation, gate in self._captured:
+            self.statistics.add(layer, activation.detach(), gate.detach())
+        return self.statistics.non_finite()
 
     def commit(self) -> None:
-        """Keep what was counted of a batch."""
+        """Count the reduced batch."""
         if self._batch is not None:
             self.statistics.commit()
             self._forget()
 
     def _forget(self) -> None:
-        self._seen, self._batch = [], None
+        self._captured, self._batch = [], None
 
     def activity_table(self) -> pa.Table:
-        """Return the module's rows of the shard's `activity`."""
+        """Return the module's rows of the shard's table `activity`."""
         return self.statistics.activity_table(self.module)
 
 
-def image_runs(model: LoadedModel, batch: Batch, positions: int) -> list[TokenSpan]:
-    """Return which of a module's rows, so many a sample, are the image's own: all, but where tiles are filled up."""
+def image_spans(model: LoadedModel, batch: Batch, positions: int) -> list[TokenSpan]:
+    """Return which of a module's rows, `positions` per sample, are the image's own: all, except for padded tiles."""
     vision = getattr(model.network.config, "vision_config", None)
     mask = batch.inputs.get(TILED.get(getattr(vision, "model_type", ""), ""))
     if vision is None or mask is None:
         return [TokenSpan(row, 0, positions, "image") for row in range(len(batch.tokens))]
     tiles = mask.flatten(1)
+    # A tile's rows are its class token and patches, then padding.
     rows, patches = positions // tiles.shape[1], 1 + (vision.image_size // vision.patch_size) ** 2
     return [TokenSpan(row, tile * rows, tile * rows + patches, "image") for row, tile in tiles.nonzero().tolist()]
 
 
 def uniform(batch: Batch) -> bool:
-    """Return whether every sample of a batch takes as many rows of the vision tower as the next."""
+    """Return whether every sample of a batch has as many rows in the vision tower as the next."""
     inputs: Mapping[str, Tensor] = batch.inputs
     sizes = [inputs[name] for name in SIZES if name in inputs]
     if any(len(size) != len(batch.tokens) or bool((size != size[:1]).any()) for size in sizes):
         return False
     pixels = inputs.get("pixel_values")
-    # Patches of all images in one list (Qwen) are told apart by their grids, else the first dimension is the samples.
+    # Qwen lists the patches of all images, and their grids tell them apart. Else the first dimension is the samples.
     return pixels is None or "image_grid_thw" in inputs or len(pixels) == len(batch.tokens)

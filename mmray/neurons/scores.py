@@ -1,7 +1,7 @@
-"""The registry of scores: what each says of a neuron and a token, in which unit, and what it costs. Needs no torch.
+"""The registry of scores: definition, unit and cost of each. Needs no torch.
 
-Options, help, `mmray plan` and the report derive from it. The function of a score of one forward pass stands in
-`mmray.neurons.attribution`, that of one with a backward pass in `mmray.neurons.gradients`.
+Options, help, `mmray plan` and the report derive from it. A score of one forward pass has its function in
+`mmray.neurons.attribution`, one with a backward pass in `mmray.neurons.gradients`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ FOLDED = "logits after the final norm"
 
 @dataclass(frozen=True)
 class ScoreKind:
-    """What a score is; its name is its key in SCORES."""
+    """One score; its name is its key in SCORES."""
 
     definition: str
     unit: str = ""
-    """Empty for a number without one, such as an activation."""
+    """Empty for a number without unit, such as an activation."""
     foldable: bool = False
-    """`--fold-norm` changes it."""
+    """Whether `--fold-norm` applies."""
     backward: bool = False
-    """It takes a backward pass per noun, next to the forward pass that each score takes."""
+    """Whether it needs a backward pass per noun, in addition to the forward pass."""
 
 
 SCORES: dict[str, ScoreKind] = {
@@ -63,11 +63,11 @@ else:
     Score = Literal[tuple(SCORES)]
 """The name of a score, for settings."""
 Pieces = Literal["first", "sum"]
-"""Which tokens of a noun of several are scored."""
+"""Which tokens of a noun with several are scored."""
 
 
 def unit_of(score: str, *, folded: bool) -> str:
-    """Return the unit of a score; empty where it has none."""
+    """Return the unit of a score; empty if it has none."""
     return FOLDED if folded and SCORES[score].foldable else SCORES[score].unit
 
 

@@ -1,4 +1,4 @@
-"""One forward pass over a batch → the score of every neuron at every place where a concept is predicted."""
+"""Score every neuron at every position of a batch where a concept is predicted, in one forward pass."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from mmray.neurons.token_positions import TokenPosition
 
 @dataclass(frozen=True)
 class Scored:
-    """What a forward leaves of a batch's places: a list entry a layer, [place, neuron] in fp32, and nats."""
+    """Scores and activations of a batch's positions, one entry per layer, in fp32; log-probabilities in nats."""
 
-    scores: list[Float[Tensor, "place neuron"]]
-    activation: list[Float[Tensor, "place neuron"]]
-    log_prob: Float[Tensor, " place"]
+    scores: list[Float[Tensor, "position neuron"]]
+    activation: list[Float[Tensor, "position neuron"]]
+    log_prob: Float[Tensor, " position"]
 
 
 @phase("score")
@@ -39,103 +39,102 @@ class Scored:
 def score_batch(
     model: LoadedModel,
     batch: Batch,
-    places: Sequence[TokenPosition],
+    positions: Sequence[TokenPosition],
     score: str = "contribution",
     *,
     folded: bool = False,
     statistics: TokenStatistics | None = None,
 ) -> Scored:
-    """Run the batch once, teacher-forced, and score every neuron at these places.
+    """Run the batch once, teacher-forced, and score every neuron at these positions.
 
-    Some scores add a backward pass per noun. `statistics` must have been told of the batch.
+    Some scores need a backward pass per noun too. `statistics` must have been given the batch (`begin`).
     """
     if not SCORES[score].backward:
-        with cache_activations(model, batch, places, statistics) as captured:
+        with cache_activations(model, batch, positions, statistics) as cache:
             forward(model, batch)
-        return score_captured(model, captured, score, folded=folded)
-    products, captured = gradient_pass(model, batch, places, score, statistics=statistics)
+        return score_captured(model, cache, score, folded=folded)
+    products, cache = gradient_pass(model, batch, positions, score, statistics=statistics)
     if score == "effect":
-        products = ablation_effects(model, captured, products)
-    activations = [captured.activations[layer] for layer in range(len(model.widths))]
-    return Scored(products, activations, log_probability(model, captured.hidden, captured.tokens))
+        products = ablation_effects(model, cache, products)
+    activations = [cache.activations[layer] for layer in range(len(model.widths))]
+    return Scored(products, activations, log_probability(model, cache.hidden, cache.tokens))
 
 
 @torch.inference_mode()
 def ablation_effects(
-    model: LoadedModel, captured: ActivationCache, products: Sequence[Float[Tensor, "place neuron"]]
-) -> list[Float[Tensor, "place neuron"]]:
-    """Return an estimate of what ablating each neuron alone takes from the token's log-odds at each place.
+    model: LoadedModel, cache: ActivationCache, products: Sequence[Float[Tensor, "position neuron"]]
+) -> list[Float[Tensor, "position neuron"]]:
+    """Return an estimate of how much ablating each neuron alone lowers the token's log-odds at each position.
 
-    `products` are the first-order effects. Added is what they leave of the final norm: a neuron that writes along the
-    residual stream makes it longer, so that without it the norm divides by less. That part is exact; see
-    `norm_curvature`. `python -m tests.bench.calibration` compares the estimate with real ablations.
+    `products` are the first-order effects. They miss the final norm's scale: a neuron that writes along the residual
+    stream lengthens it, so without the neuron the norm divides by less. `norm_curvature` adds that part exactly.
+    `python -m tests.bench.calibration` compares the estimate with real ablations.
     """
-    slope = log_odds_slope(model, captured.hidden, captured.tokens)
-    return [
-        product
-        + norm_curvature(
-            model, projection, captured.hidden, captured.written.get(layer), slope, captured.activations[layer]
-        ).to(product.device)
-        for layer, (projection, product) in enumerate(zip(model.projections, products, strict=True))
-    ]
+    slope = log_odds_slope(model, cache.hidden, cache.tokens)
+    effects = []
+    for layer, (projection, product) in enumerate(zip(model.projections, products, strict=True)):
+        mlp_out, activation = cache.mlp_out.get(layer), cache.activations[layer]
+        curvature = norm_curvature(model, projection, cache.hidden, mlp_out, slope, activation)
+        effects.append(product + curvature.to(product.device))
+    return effects
 
 
 @torch.inference_mode()
-def score_captured(model: LoadedModel, captured: ActivationCache, score: str, *, folded: bool = False) -> Scored:
-    """Score every neuron at the captured places by one of FUNCTIONS."""
-    directions = _directions(model, captured, folded=folded)
-    activations = [captured.activations[layer] for layer in range(len(model.widths))]
+def score_captured(model: LoadedModel, cache: ActivationCache, score: str, *, folded: bool = False) -> Scored:
+    """Score every neuron at the cached positions by one of FUNCTIONS."""
+    directions = _directions(model, cache, folded=folded)
+    activations = [cache.activations[layer] for layer in range(len(model.widths))]
     scores = []
     for layer, (projection, activation) in enumerate(zip(model.projections, activations, strict=True)):
         gate = activation
         if score == "gate":
-            gate = gate_function(model.network, projection)(captured.opened[layer]).float()
+            gate = gate_function(model.network, projection)(cache.gate[layer]).float()
         rows = output_rows(model.network, projection).to(activation.device)
         projected = project(directions[layer].to(activation.device), rows)
-        scores.append(FUNCTIONS[score](Located(activation, gate, projected, _seeds(captured.places, layer))))
-    return Scored(scores, activations, log_probability(model, captured.hidden, captured.tokens))
+        scores.append(FUNCTIONS[score](Located(activation, gate, projected, _seeds(cache.positions, layer))))
+    return Scored(scores, activations, log_probability(model, cache.hidden, cache.tokens))
 
 
-def whole_nouns(places: Sequence[TokenPosition], scored: Scored) -> tuple[list[TokenPosition], Scored]:
-    """Add up what the tokens of each noun were scored; the place and the activation are those of its first token."""
-    first = [number for number, place in enumerate(places) if place.piece == 0]
-    if len(first) == len(places):
-        return list(places), scored
-    sizes = [stop - start for start, stop in pairwise([*first, len(places)])]
+def whole_nouns(positions: Sequence[TokenPosition], scored: Scored) -> tuple[list[TokenPosition], Scored]:
+    """Sum scores and log-probabilities over each noun's tokens; position and activation are the first token's."""
+    first = [number for number, occurrence in enumerate(positions) if occurrence.piece == 0]
+    if len(first) == len(positions):
+        return list(positions), scored
+    sizes = [stop - start for start, stop in pairwise([*first, len(positions)])]
 
-    def added(values: Tensor) -> Tensor:
+    def summed(values: Tensor) -> Tensor:
         return torch.stack([part.sum(dim=0) for part in torch.split(values, sizes)])
 
-    activation = [part[first] for part in scored.activation]
-    return [places[number] for number in first], Scored(
-        [added(part) for part in scored.scores], activation, added(scored.log_prob)
-    )
+    scores, activations = [summed(part) for part in scored.scores], [part[first] for part in scored.activation]
+    return [positions[number] for number in first], Scored(scores, activations, summed(scored.log_prob))
 
 
-def unsound_rows(places: Sequence[TokenPosition], scored: Scored, rows: int) -> list[int]:
-    """Return of each row of the batch how many neurons are not finite, score or activation, at its worst place."""
-    counts = torch.zeros(len(places), dtype=torch.long, device=scored.log_prob.device)
+def non_finite_rows(positions: Sequence[TokenPosition], scored: Scored, rows: int) -> list[int]:
+    """Return per row of the batch how many neurons have a non-finite score or activation, at its worst position."""
+    counts = torch.zeros(len(positions), dtype=torch.long, device=scored.log_prob.device)
     for score, activation in zip(scored.scores, scored.activation, strict=True):
+        # In place: these masks are as large as the scores.
         finite = score.isfinite().logical_and_(activation.isfinite())
         counts += finite.logical_not_().sum(1).to(counts.device)
     worst = [0] * rows
-    for place, count in zip(places, counts.tolist(), strict=True):
-        worst[place.row] = max(worst[place.row], count)
+    for occurrence, count in zip(positions, counts.tolist(), strict=True):
+        worst[occurrence.row] = max(worst[occurrence.row], count)
     return worst
 
 
-def _directions(model: LoadedModel, captured: ActivationCache, *, folded: bool) -> list[Float[Tensor, "place hidden"]]:
-    """Return, a list entry a layer, what a neuron's row is multiplied by to give its share of the token's logit."""
+def _directions(model: LoadedModel, cache: ActivationCache, *, folded: bool) -> list[Float[Tensor, "position hidden"]]:
+    """Return per layer the vectors whose product with a neuron's row is its share of the token's logit."""
     table = unembedding_rows(model.network, model.parts)
-    unembedding = table[captured.tokens.to(table.device)].float()
+    unembedding = table[cache.tokens.to(table.device)].float()
     if not folded:
         return [unembedding] * len(model.widths)
-    final = fold_norm(model, captured.hidden.to(table.device), unembedding)
-    written = {layer: output.to(table.device) for layer, output in captured.written.items()}
+    final = fold_norm(model, cache.hidden.to(table.device), unembedding)
+    mlp_out = {layer: output.to(table.device) for layer, output in cache.mlp_out.items()}
     return [
-        fold_block(model, projection, written.get(layer), final) for layer, projection in enumerate(model.projections)
+        fold_block(model, projection, mlp_out.get(layer), final) for layer, projection in enumerate(model.projections)
     ]
 
 
-def _seeds(places: Sequence[TokenPosition], layer: int) -> Tensor:
-    return torch.tensor([zlib.crc32(f"{place.sample_id} {place.position} {layer}".encode()) for place in places])
+def _seeds(positions: Sequence[TokenPosition], layer: int) -> Tensor:
+    names = (f"{occurrence.sample_id} {occurrence.position} {layer}" for occurrence in positions)
+    return torch.tensor([zlib.crc32(name.encode()) for name in names])

@@ -1,4 +1,4 @@
-"""Work on some items at once, and in halves where that fails, until what can't be done is alone."""
+"""Work on a batch of items, and split it in halves on failure, until the failing item is alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from mmray.errors import InputError
 
 FAILURES = (IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""What models and processors raise where memory runs out, or at a sample that they can't take."""
+"""What models and processors raise when memory runs out, or for a sample that they can't handle."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,17 +22,17 @@ def split_on_failure(
     alone: Callable[[Item, str], None],
     errors: tuple[type[Exception], ...] = (InputError, *FAILURES),
 ) -> list[Result]:
-    """Return what the work gives of all items, or of parts of them in order.
+    """Return the results of the work on all items, or on parts of them in order.
 
-    What raises one of `errors` is done again in halves; `alone` hears of each item that can't be done by itself, and
-    why. The work must leave no trace where it fails.
+    A part that raises one of `errors` is split in halves. `alone` is called with each single item that fails, and the
+    reason. Work that fails must have no side effects.
     """
     if not items:
         return []
     try:
         return [work(items)]
     except errors as error:
-        # Only the message leaves this block: the error holds the frames, and so the memory, of what failed.
+        # Keep only the message: the exception references the frames, and so the memory, of the failed work.
         problem = str(error)
     if len(items) == 1:
         alone(items[0], problem)
@@ -43,6 +43,6 @@ def split_on_failure(
 
 
 def free_memory() -> None:
-    """Give back what a failed forward has left on a GPU."""
+    """Return a failed forward's cached memory to the GPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

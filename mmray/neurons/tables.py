@@ -1,4 +1,4 @@
-"""Sums over tokens that a part of the census holds: how active a neuron was, and at which samples most."""
+"""Schemas of a shard's statistics: how active each neuron was, and its most extreme samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STATISTICS: dict[str, pa.Schema] = {
             field("module", pa.string()),
         ]
     ),
-    # A row is a sign and rank: the shard's rank-th extreme sample of every neuron.
+    # One row per sign and rank: every neuron's extreme sample of that rank in the shard.
     "examples": pa.schema(
         [
             field("sign", pa.int8()),
@@ -30,4 +30,4 @@ STATISTICS: dict[str, pa.Schema] = {
         ]
     ),
 }
-"""A list or vector runs over the neurons of all layers."""
+"""Lists run over the neurons of all layers."""

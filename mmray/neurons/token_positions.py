@@ -6,13 +6,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from mmray.models.prompting import Batch
 from mmray.neurons.concepts import Mention
 
 
 @dataclass(frozen=True)
 class TokenPosition:
-    """One occurrence in a batch: the row, the position whose output predicts the token, and the token."""
+    """One occurrence of a concept in a batch: the row, the position whose output predicts the token, and the token."""
 
     row: int
     position: int
@@ -20,42 +24,50 @@ class TokenPosition:
     concept: str
     sample_id: str
     piece: int = 0
-    """Which of the noun's tokens it is, from 0; the places of one noun follow each other."""
+    """Index of the token within the noun; a noun's tokens are consecutive in a list of positions."""
 
 
-def place_mentions(
+def locate_mentions(
     batch: Batch, row: int, sample_id: str, mentions: Sequence[Mention], *, every: bool = False
 ) -> list[TokenPosition]:
-    """Return the place that predicts the first token of each mention, aligned by the characters that tokens cover.
+    """Return the position that predicts the first token of each mention, aligned by the characters that tokens cover.
 
-    With `every`, the places of all its tokens: those that cover a character of it.
+    With `every`, the positions of all tokens that cover a character of the mention.
     """
-    places = []
+    positions = []
     for mention in mentions:
-        behind = [index for index, (_, stop) in enumerate(batch.offsets[row]) if stop > mention.start]
-        spelling = [index for index in behind[1:] if every and batch.offsets[row][index][0] < mention.stop]
-        for piece, index in enumerate([*behind[:1], *spelling]):
+        following = [index for index, (_, stop) in enumerate(batch.offsets[row]) if stop > mention.start]
+        rest = [index for index in following[1:] if every and batch.offsets[row][index][0] < mention.stop]
+        for piece, index in enumerate([*following[:1], *rest]):
+            # A token is predicted by the output of the position before it.
             position = batch.caption_start[row] + index - 1
-            places.append(TokenPosition(row, position, batch.tokens[row][index], mention.concept, sample_id, piece))
-    return places
+            token = batch.tokens[row][index]
+            positions.append(TokenPosition(row, position, token, mention.concept, sample_id, piece))
+    return positions
 
 
-def places_of(
+def positions_of(
     batch: Batch, named: Sequence[tuple[str, Sequence[Mention]]], *, every: bool = False
 ) -> list[TokenPosition]:
-    """Return the places of all rows, whose sample ids and mentions are `named`; see `place_mentions`."""
+    """Return the positions of all rows; `named` has each row's sample id and mentions. See `locate_mentions`."""
     return [
-        place
+        occurrence
         for row, (sample_id, mentions) in enumerate(named)
-        for place in place_mentions(batch, row, sample_id, mentions, every=every)
+        for occurrence in locate_mentions(batch, row, sample_id, mentions, every=every)
     ]
 
 
-def rank_in_row(places: Sequence[TokenPosition]) -> list[int]:
-    """Return of each place how many places of the same row come before it."""
+def flat_positions(batch: Batch, positions: Sequence[TokenPosition]) -> Int[Tensor, " position"]:
+    """Return the positions as indices into (row, position), flattened."""
+    flat = [occurrence.row * batch.positions + occurrence.position for occurrence in positions]
+    return torch.tensor(flat, dtype=torch.long)
+
+
+def rank_in_row(positions: Sequence[TokenPosition]) -> list[int]:
+    """Return how many positions of the same row come before each one."""
     seen: Counter[int] = Counter()
     ranks = []
-    for place in places:
-        ranks.append(seen[place.row])
-        seen[place.row] += 1
+    for occurrence in positions:
+        ranks.append(seen[occurrence.row])
+        seen[occurrence.row] += 1
     return ranks

@@ -1,4 +1,4 @@
-"""Prove on a small example that a model's parts are what they are taken for; a wrong belief is silent otherwise."""
+"""Validate a model's parts on a small example: wrong parts would give wrong results without any error."""
 
 from __future__ import annotations
 
@@ -22,27 +22,26 @@ from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.scoring import score_batch
-from mmray.neurons.token_positions import place_mentions
+from mmray.neurons.token_positions import positions_of
 from mmray.neurons.validation_cache import is_validated, remember
 
 CAPTIONS = ("An image of a dog and a cat.", "An image of a dog and a big red car.")
 NOUNS = NounSource("lexicon", lexicon={None: frozenset({"dog", "cat", "car"})})
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 7e-3}
-"""Relative error ‖found - expected‖ / ‖expected‖ allowed in what a module writes, by the network's number format.
+"""Allowed relative error ‖found - expected‖ / ‖expected‖ of a module's output, by the network's dtype.
 
-Three times what rounding makes of it or more, and less than an output that is one per cent too large.
+At least three times the rounding error, and below the error of an output that is one per cent too large.
 """
 LATER = 1e-2
-"""Difference allowed in scores, relative to the highest: rows of one batch are computed alike, often to the bit."""
-
+"""Allowed difference of scores, relative to the highest. Rows of one batch are often computed bit by bit alike."""
 
 Claim: TypeAlias = Callable[[LoadedModel], tuple[bool, str]]
-"""Returns whether it holds, and the figure that says so."""
+"""Returns whether it holds, and the measured figure."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One claim about a model, whether it holds, and the figure that says so."""
+    """The result of one claim about a model: whether it holds, and the measured figure."""
 
     name: str
     passed: bool
@@ -50,52 +49,51 @@ class Check:
 
 
 def check_parts(model: LoadedModel, claims: Mapping[str, Claim]) -> list[Check]:
-    """Check the model's parts on two captions and return every claim; a claim that can't be tried has failed."""
+    """Return the result of every claim; one that raises has failed."""
     checks: list[Check] = []
-    for name, test in claims.items():
+    for name, claim in claims.items():
         try:
-            passed, detail = test(model)
-        except Exception as error:  # noqa: BLE001  whatever breaks, the claim is not proven
+            passed, detail = claim(model)
+        except Exception as error:  # noqa: BLE001  whatever breaks, the claim does not hold
             passed, detail = False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         checks.append(Check(name, passed, detail))
     return checks
 
 
 def assert_sound(model: LoadedModel) -> None:
-    """Raise InputError naming the first claim that fails.
+    """Raise InputError that names the first failing claim.
 
-    A checkpoint that was proven on this machine is not tried again, until a file of it or a version changes.
+    A checkpoint validated on this machine is not checked again until one of its files or a version changes.
     """
     if is_validated(model):
         return
-    for name, test in CHECKS.items():
-        passed, detail = test(model)
+    for name, claim in CHECKS.items():
+        passed, detail = claim(model)
         if not passed:
             raise InputError(f"{model.name}: {name} fails ({detail}); run mmray check-model {model.name}")
     remember(model)
 
 
 def picture() -> PIL.Image.Image:
-    """Return a small picture with some structure, the same each time."""
+    """Return a small image of noise, always the same."""
     noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
     return PIL.Image.fromarray(noise)
 
 
 def example(model: LoadedModel, captions: tuple[str, ...] = CAPTIONS[:1]) -> Batch:
-    """Return the batch of these captions of the picture."""
+    """Return the batch of these captions of the image."""
     prompt = prompt_text(model, None, "en")
-    pairs = [tokenize_caption(model, prompt, caption) for caption in captions]
-    ids, offsets = [tokens for tokens, _ in pairs], [places for _, places in pairs]
-    return encode(model, [prompt] * len(captions), [picture()] * len(captions), ids, offsets)
+    tokens, offsets = zip(*(tokenize_caption(model, prompt, caption) for caption in captions), strict=True)
+    return encode(model, [prompt] * len(captions), [picture()] * len(captions), tokens, offsets)
 
 
 @torch.inference_mode()
 def identity(model: LoadedModel) -> tuple[bool, str]:
-    """Σ over neurons of activation · row of W_out = what the MLP writes, in every layer.
+    """Σ over neurons of activation · row of W_out = the MLP's output, in every layer.
 
-    Then contributions add up for every token: they are this sum's product with the token's unembedding. A single
-    token's sum would tell less, for of ten thousand neurons mixed up the contributions cancel to a hundredth.
+    Contributions to any token then add up too: they are this sum times the token's unembedding.
     """
+    # Not checked on one token's contributions: those of ten thousand neurons cancel to a hundredth, even if mixed up.
     batch = example(model)
     row = batch.caption_start[0]
     activations: list[Tensor] = []
@@ -107,7 +105,7 @@ def identity(model: LoadedModel) -> tuple[bool, str]:
     with ExitStack() as stack:
         stack.enter_context(
             capture_activations(
-                model.network, model.projections, lambda _, seen, __: activations.append(seen[row].float())
+                model.network, model.projections, lambda _, found, __: activations.append(found[row].float())
             )
         )
         for projection in model.projections:
@@ -119,21 +117,21 @@ def identity(model: LoadedModel) -> tuple[bool, str]:
         bias = getattr(model.network.get_submodule(projection.path), "bias", None)
         written = activation @ output_rows(model.network, projection).float()
         error = _error(written + bias.float() if isinstance(bias, Tensor) else written, output)
-        # Experts' outputs are weighted and added up, which rounds them twice more.
+        # Experts' outputs are weighted and summed, which rounds them twice more.
         worst = max(worst, error / 2 if projection.experts else error)
-    return worst <= TOLERANCE[_number_format(model)], f"largest relative error {worst:.1e} in {len(outputs)} layers"
+    return worst <= TOLERANCE[_dtype(model)], f"largest relative error {worst:.1e} in {len(outputs)} layers"
 
 
 @torch.inference_mode()
 def logits_follow(model: LoadedModel) -> tuple[bool, str]:
-    """What enters the final norm gives, by norm and unembedding as they were found, the network's own logits."""
+    """The final norm's input, through the norm and unembedding found, gives the network's own logits."""
     batch = example(model)
     states: list[Tensor] = []
     with capture_input(model.norm, states.append):
         logits = model.network(**batch.to(model.device, model.network.dtype)).logits
     row = batch.caption_start[0]
     error = _error(vocabulary_logits(model, states[-1][0, row][None])[0], logits[0, row].float())
-    return error <= TOLERANCE[_number_format(model)], f"relative error {error:.1e}"
+    return error <= TOLERANCE[_dtype(model)], f"relative error {error:.1e}"
 
 
 @torch.inference_mode()
@@ -149,52 +147,46 @@ def hooks_neutral(model: LoadedModel) -> tuple[bool, str]:
 
 @torch.inference_mode()
 def image_seen(model: LoadedModel) -> tuple[bool, str]:
-    """The image has places in the sequence (or is looked at from outside it), and changes the logits.
+    """The image has positions in the sequence (or is attended to from outside), and changes the logits.
 
-    What enters the first block may change with it at these places alone: a placeholder taken for another has others.
+    In the first block's input, the image may change only its own positions: this detects a wrong placeholder.
     """
     batch = example(model)
-    places = [position for run in batch.runs if run.modality == "image" for position in range(run.start, run.stop)]
+    positions = batch.image_positions(0)
     inputs = batch.to(model.device, model.network.dtype)
     darker = {name: value * 0.5 if name.startswith("pixel_values") else value for name, value in inputs.items()}
-    entered: list[Tensor] = []
+    first_inputs: list[Tensor] = []
 
     def enter(_: nn.Module, arguments: tuple[object, ...], named: dict[str, object]) -> None:
-        entered.append(next(value for value in (*arguments, *named.values()) if isinstance(value, Tensor)))
+        first_inputs.append(next(value for value in (*arguments, *named.values()) if isinstance(value, Tensor)))
 
     with ExitStack() as stack:
         stack.callback(block_of(model, 0).register_forward_pre_hook(enter, with_kwargs=True).remove)
-        logits, other = (model.network(**given).logits[0, -1] for given in (inputs, darker))
-    changed = not torch.equal(logits, other)
-    expected = model.parts.image_in_sequence
-    where = (
-        f"{len(places)} image tokens in the sequence" if expected else f"by {model.parts.image}, outside the sequence"
-    )
-    if not changed:
+        logits, other = (model.network(**variant).logits[0, -1] for variant in (inputs, darker))
+    in_sequence = model.parts.image_in_sequence
+    where = f"{len(positions)} image tokens in the sequence"
+    where = where if in_sequence else f"by {model.parts.image}, outside the sequence"
+    if torch.equal(logits, other):
         return False, f"{where}; but the image changes nothing"
-    if not expected:
+    if not in_sequence:
         return True, where
-    moved = (entered[0] != entered[1]).any(dim=-1)[0].nonzero()[:, 0].tolist()
-    strange = sorted({*moved} - {*places})
-    return bool(places) and not strange, where + (f"; but it changes position {strange[0]} too" if strange else "")
+    changed = (first_inputs[0] != first_inputs[1]).any(dim=-1)[0].nonzero()[:, 0].tolist()
+    others = sorted({*changed} - {*positions})
+    return bool(positions) and not others, where + (f"; but it changes position {others[0]} too" if others else "")
 
 
 @torch.inference_mode()
 def later_words_hidden(model: LoadedModel) -> tuple[bool, str]:
-    """A noun's score does not depend on the words behind it, as when the model writes the caption itself."""
+    """A noun's score does not depend on later words, as when the model generates the caption."""
     batch = example(model, CAPTIONS)
-    places = [
-        place
-        for row, caption in enumerate(CAPTIONS)
-        for place in place_mentions(batch, row, "", NOUNS.find(caption, "en", None)[:1])
-    ]
-    first, second = torch.cat([part.cpu() for part in score_batch(model, batch, places).scores], dim=1)
+    positions = positions_of(batch, [("", NOUNS.find(caption, "en", None)[:1]) for caption in CAPTIONS])
+    first, second = torch.cat([part.cpu() for part in score_batch(model, batch, positions).scores], dim=1)
     difference = float((first - second).abs().max() / first.abs().max())
     return difference <= LATER, f"largest relative difference {difference:.1e}"
 
 
-def _number_format(model: LoadedModel) -> torch.dtype:
-    """Return the decoder's number format; a network keeps some of its parts in fp32 (the Q-Former, T5's W_out)."""
+def _dtype(model: LoadedModel) -> torch.dtype:
+    """Return the decoder's dtype; some networks keep other parts in fp32 (the Q-Former, T5's W_out)."""
     return unembedding_rows(model.network, model.parts).dtype
 
 
@@ -209,4 +201,4 @@ CHECKS: dict[str, Claim] = {
     "the image is seen": image_seen,
     "later words are hidden": later_words_hidden,
 }
-"""What is checked whenever a model is loaded, by the name that users see: a few forwards of a caption tell."""
+"""Checked whenever a model is loaded, by the name that users see; costs a few forwards of one caption."""

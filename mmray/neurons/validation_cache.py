@@ -1,8 +1,7 @@
-"""Which checkpoints were proven on this machine already, so that loading one again does not prove it again.
+"""Remember which checkpoints were validated on this machine, so that loading one again does not validate it again.
 
-A note is an empty file in the cache, named by all that the proof depends on: the checkpoint's files by name, size and
-time, the parts that were found, the number format and device, and the versions of what computes. A file that changes
-makes another name.
+A marker is an empty file in the cache. Its name is a digest of everything that validation depends on: the checkpoint's
+files by name, size and time, the parts found, dtypes and device, and the versions of the libraries.
 """
 
 from __future__ import annotations
@@ -21,29 +20,30 @@ from mmray.version import VERSION
 
 
 def is_validated(model: LoadedModel) -> bool:
-    """Return whether the model was proven before, as it is now."""
-    return _note(model).is_file()
+    """Return whether the model, as it is now, was validated before."""
+    return _marker(model).is_file()
 
 
 def remember(model: LoadedModel) -> None:
-    """Note that the model is proven; where there is no place to write, it will be proven again."""
-    note = _note(model)
+    """Mark the model as validated."""
+    marker = _marker(model)
+    # A cache that can't be written costs another validation, and nothing else.
     with contextlib.suppress(OSError):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.touch()
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
 
 
-def _note(model: LoadedModel) -> Path:
+def _marker(model: LoadedModel) -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "mmray" / "proven" / fingerprint(model)
 
 
 def fingerprint(model: LoadedModel) -> str:
-    """Return a digest of all that a proof depends on."""
+    """Return a digest of everything that validation depends on."""
     files = checkpoint_files(model.folder.resolve())
-    facts = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files.items()]
-    # A part that is kept in another format than the rest, as the BLIPs' queries are, does not stand for all.
-    formats = sorted({str(weight.dtype) for weight in model.network.parameters()})
-    whole = (str(model.folder.resolve()), facts, formats, model.device.type, repr(model.parts))
+    stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files.items()]
+    # All dtypes: some parts, such as the BLIPs' queries, stay in another one than the rest.
+    dtypes = sorted({str(weight.dtype) for weight in model.network.parameters()})
+    content = (str(model.folder.resolve()), stats, dtypes, model.device.type, repr(model.parts))
     versions = (VERSION, torch.__version__, transformers.__version__)
-    return hashlib.sha256(repr((whole, versions)).encode()).hexdigest()[:32]
+    return hashlib.sha256(repr((content, versions)).encode()).hexdigest()[:32]

@@ -114,7 +114,7 @@ def demo_batches(device: str, size: int, count: int) -> tuple[LoadedModel, list[
     from mmray.features.census.settings import census_settings
     from mmray.features.census.shard import ShardAnalysis
     from mmray.neurons.concepts import noun_source
-    from mmray.neurons.token_positions import place_mentions
+    from mmray.neurons.token_positions import locate_mentions
 
     settings = census_settings({"model": "demo", "data": "demo", "out": "unused", "batch_size": size})
     model, source = load("demo", device=device), open_data(settings)
@@ -126,7 +126,7 @@ def demo_batches(device: str, size: int, count: int) -> tuple[LoadedModel, list[
         places = [
             place
             for row, item in enumerate(items)
-            for place in place_mentions(batch, row, item.sample.sample_id, item.mentions)
+            for place in locate_mentions(batch, row, item.sample.sample_id, item.mentions)
         ]
         batches.append((batch, places))
     return model, batches
@@ -144,7 +144,7 @@ class Census:
         """Score, reduce, and take the top-k of one batch; `tokens` counts every token's activity too."""
         rows = len(batch.caption_start)
         if tokens:
-            self.statistics.begin([{"language": "en"}] * rows, batch.runs)
+            self.statistics.begin([{"language": "en"}] * rows, batch.spans)
         scored = score_batch(self.model, batch, places, statistics=self.statistics if tokens else None)
         if tokens:
             self.statistics.commit()

@@ -27,7 +27,7 @@ from mmray.models.prompting import Batch
 from mmray.neurons.activation_cache import ActivationCache, cache_activations, forward
 from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.scoring import ablation_effects, score_captured
-from mmray.neurons.token_positions import TokenPosition, places_of
+from mmray.neurons.token_positions import TokenPosition, positions_of
 from tests.bench.localisation import Data, read
 
 REAL = {
@@ -64,7 +64,7 @@ def pairs(model: LoadedModel, data: Data, count: int, highest: int, batch_size: 
     rows = []
     samples = random.Random(0).sample(data.samples, min(count, len(data.samples)))
     for items, batch in data.analysis(model, batch_size).encoded(samples):
-        places = places_of(batch, [(item.sample.sample_id, item.mentions) for item in items])
+        places = positions_of(batch, [(item.sample.sample_id, item.mentions) for item in items])
         layers = np.repeat(np.arange(len(model.widths)), model.widths)
         starts = np.cumsum([0, *model.widths])
         scores = {

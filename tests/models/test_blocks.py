@@ -14,25 +14,41 @@ from tests.support.samples import CAPTIONS, batch_of
 def test_the_last_blocks_give_what_they_gave(open_model, variant):
     model = open_model(variant)
     batch, _ = batch_of(model, CAPTIONS[:3])
-    passage, ends = BlockRecorder(model), []
+    recorder, ends = BlockRecorder(model), []
     with torch.inference_mode():
-        with passage.recording(), capture_input(model.norm, ends.append):
+        with recorder.recording(), capture_input(model.norm, ends.append):
             forward(model, batch)
         read = torch.arange(0, len(batch.tokens) * batch.positions, 3)
-        again = passage.again(len(passage.blocks) - 1, read)
+        again = recorder.resume(len(recorder.blocks) - 1, read)
     torch.testing.assert_close(again, ends[-1].flatten(0, -2)[read], rtol=1e-4, atol=1e-4)
 
 
-def test_a_passage_leaves_no_hooks(open_model):
+@pytest.mark.parametrize("variant", ["llava", "qwen3_vl", "mllama"])
+def test_calls_from_any_block_on_repeat_the_forward(open_model, variant):
+    model = open_model(variant)
+    batch, _ = batch_of(model, CAPTIONS[:2])
+    recorder = BlockRecorder(model, first=1)
+    with torch.inference_mode():
+        with recorder.recording():
+            forward(model, batch)
+        hidden = recorder.outputs[1]
+        for call in recorder.calls(1):
+            hidden = call.run(hidden)
+    torch.testing.assert_close(hidden, recorder.outputs[max(recorder.outputs)], rtol=1e-4, atol=1e-4)
+    assert min(recorder.outputs) == 1
+
+
+def test_a_recorder_leaves_no_hooks(open_model):
     model = open_model("llava")
     batch, _ = batch_of(model, CAPTIONS[:2])
-    passage = BlockRecorder(model)
-    with torch.inference_mode(), passage.recording():
+    recorder = BlockRecorder(model)
+    with torch.inference_mode(), recorder.recording():
         forward(model, batch)
-    count = len(passage.entered)
+    recorded = dict(recorder.outputs)
+    assert len(recorded) == len(recorder.inputs) == len(model.widths)
     with torch.inference_mode():
         forward(model, batch)
-    assert len(passage.entered) == count == len(model.widths)
+    assert all(recorder.outputs[layer] is output for layer, output in recorded.items())
 
 
 @pytest.mark.parametrize("variant", ["llava", "qwen2_vl", "gemma3"])
@@ -63,9 +79,7 @@ def test_captions_and_prompts_are_not_permuted(open_model):
     with permuted_image(model, batch, seed=3):
         moved = entered()
     for row in range(2):
-        image = sorted(
-            p for run in batch.runs if run.row == row and run.modality == "image" for p in range(run.start, run.stop)
-        )
+        image = batch.image_positions(row)
         others = [position for position in range(batch.positions) if position not in image]
         assert torch.equal(plain[row, others], moved[row, others])
         assert not torch.equal(plain[row, image], moved[row, image])

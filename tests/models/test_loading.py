@@ -154,7 +154,7 @@ def test_a_loaded_model_is_frozen_and_in_the_asked_format(tiny):
 def test_an_unknown_number_format_is_refused(tiny, dtype):
     for call in (load, mmray.load_model):
         message = refusal(tiny("llava"), lambda name, call=call: call(name, dtype))
-        assert message.endswith(f"no number format {dtype!r}; give one of auto, fp32, bf16, fp16")
+        assert message.endswith(f"unknown dtype {dtype!r}; choose from auto, fp32, bf16, fp16")
 
 
 def test_the_digest_is_that_of_the_content(copy, tiny):

@@ -62,12 +62,12 @@ def test_a_bright_corner_shows_in_its_patch(open_model, variant):
         prompt = prompt_text(model, None, "en")
         tokens, offsets = tokenize_caption(model, prompt, "a dog")
         batch = encode(model, [prompt], [image], [tokens], [offsets])
-        passage = BlockRecorder(model)
-        with torch.inference_mode(), passage.recording():
+        recorder = BlockRecorder(model)
+        with torch.inference_mode(), recorder.recording():
             forward(model, batch)
         patches = patches_of(model, batch, 0, image.size)
         assert patches is not None
-        return passage.entered[0][0][0][0, list(patches.positions)].float(), patches
+        return recorder.inputs[0][0][0][0, list(patches.positions)].float(), patches
 
     plain, patches = entering(None)
     last = side - side // 4

@@ -115,7 +115,7 @@ def test_runs_are_the_image_s_positions_and_the_caption_s(open_model, variant):
         held = {
             modality: [
                 position
-                for run in batch.runs
+                for run in batch.spans
                 if (run.row, run.modality) == (row, modality)
                 for position in range(run.start, run.stop)
             ]
@@ -129,7 +129,7 @@ def test_runs_are_the_image_s_positions_and_the_caption_s(open_model, variant):
             assert held["image"] == ids[:start].eq(model.parts.image_token_id).nonzero()[:, 0].tolist() != []
         else:  # Mllama's token for the image is a special one, and the image is elsewhere
             assert held["image"] == []
-    images = [run for run in batch.runs if run.modality == "image" and run.row == 0]
+    images = [run for run in batch.spans if run.modality == "image" and run.row == 0]
     assert all(first.stop < second.start for first, second in pairwise(images))
     assert len(images) > 1 or variant != "idefics3"
 
@@ -188,7 +188,7 @@ def test_a_text_without_an_image_has_no_image_positions(open_model):
     prompt = prompt_text(model, None, "en", image=False)
     tokens, offsets = tokenize_caption(model, prompt, "a dog")
     batch = encode(model, [prompt], [None], [tokens], [offsets])
-    assert [run.modality for run in batch.runs] == ["text"]
+    assert [run.modality for run in batch.spans] == ["text"]
     assert "pixel_values" not in batch.inputs
 
 

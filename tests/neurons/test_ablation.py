@@ -19,7 +19,7 @@ def test_starting_late_changes_nothing(open_model, variant, neurons):
     # Qwen3-VL adds image features between its first blocks.
     assert ablator.resumes is not variant.startswith("qwen3")
     plain = score_batch(model, batch, places).log_prob
-    torch.testing.assert_close(ablator.untouched, plain)
+    torch.testing.assert_close(ablator.unchanged, plain)
     with mmray.ablate(model, neurons):
         expected = score_batch(model, batch, places).log_prob - plain
     assert expected.abs().max() > 1e-4

@@ -155,13 +155,13 @@ def test_gradient_scores_are_what_a_step_along_the_activation_gives(open_model, 
             score_batch(model, batch, places, score)
         return
     statistics = TokenStatistics(model.widths)
-    statistics.begin([{}] * len(TEXTS), batch.runs)
+    statistics.begin([{}] * len(TEXTS), batch.spans)
     products, _ = gradient_pass(model, batch, places, score, statistics=statistics)
     statistics.commit()
     assert statistics.samples == len(TEXTS)
     place = places[1]
     spans = {
-        "gradient": [(run.start, run.stop) for run in batch.runs if (run.row, run.modality) == (place.row, "image")],
+        "gradient": [(run.start, run.stop) for run in batch.spans if (run.row, run.modality) == (place.row, "image")],
         "gradient-last": [(place.position, place.position + 1)],
         "effect": [(0, batch.positions)],
     }[score]

@@ -27,7 +27,7 @@ def test_maps_are_the_activations_of_the_image_tokens(open_model, variant):
     batch, _ = batch_of(model, CAPTIONS[:2])
     patches = patches_of(model, batch, 1, picture(1).size)
     if patches is None:
-        spans = [range(run.start, run.stop) for run in batch.runs if run.row == 1 and run.modality == "image"]
+        spans = [range(run.start, run.stop) for run in batch.spans if run.row == 1 and run.modality == "image"]
         positions = [position for span in spans for position in span]
         patches = Patches(1, len(positions), tuple(positions))
     neurons, signs = [(0, 1), (1, 2), (1, 3)], [1.0, -1.0, 1.0]
@@ -51,7 +51,7 @@ def test_gate_maps_are_what_the_released_code_reads(open_model, variant):
     """Its hooks keep the output of the MLP's activation function; a plain MLP's is the activation itself."""
     model = open_model(variant)
     batch, _ = batch_of(model, CAPTIONS[:2])
-    spans = [range(run.start, run.stop) for run in batch.runs if run.row == 1 and run.modality == "image"]
+    spans = [range(run.start, run.stop) for run in batch.spans if run.row == 1 and run.modality == "image"]
     positions = [position for span in spans for position in span]
     patches = Patches(1, len(positions), tuple(positions))
     neurons = [(0, 1), (1, 2), (1, 3)]

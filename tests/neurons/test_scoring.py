@@ -10,7 +10,7 @@ from mmray.neurons.activation_cache import forward
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.scoring import score_batch, whole_nouns
 from mmray.neurons.statistics import TokenStatistics
-from mmray.neurons.token_positions import place_mentions
+from mmray.neurons.token_positions import locate_mentions
 from tests.support.samples import (
     CAPTIONS,
     NOUNS,
@@ -122,7 +122,7 @@ def test_hooks_leave_every_bit_of_the_logits(open_model, variant):
     before, network = hooks(model.network), model.network
     handle = network.get_submodule(model.parts.unembedding).register_forward_hook(lambda *call: logits.append(call[2]))
     statistics = TokenStatistics(model.widths)
-    statistics.begin([{}] * len(TEXTS), batch.runs)
+    statistics.begin([{}] * len(TEXTS), batch.spans)
     try:
         with torch.inference_mode():
             forward(model, batch)
@@ -222,7 +222,9 @@ def test_a_noun_of_several_tokens_is_the_sum_of_its_tokens(open_model):
     model = open_model("llava")
     batch, firsts = batch_of(model, ["A girl near the water.", "a dog"])
     mentions = [find_forms(text, NOUNS, "en") for text in ("A girl near the water.", "a dog")]
-    places = [p for row, found in enumerate(mentions) for p in place_mentions(batch, row, f"s{row}", found, every=True)]
+    places = [
+        p for row, found in enumerate(mentions) for p in locate_mentions(batch, row, f"s{row}", found, every=True)
+    ]
     assert [place for place in places if place.piece == 0] == firsts
     assert len(places) > len(firsts)
     single = score_batch(model, batch, places)

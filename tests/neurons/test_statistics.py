@@ -143,7 +143,7 @@ def test_statistics_are_those_of_a_loop_over_tokens(seed, sizes, ties):
         see(statistics, batch)
         statistics.commit()
     assert statistics.samples == sum(sizes)
-    assert statistics.unsound() == [0] * sizes[-1]
+    assert statistics.non_finite() == [0] * sizes[-1]
     check(statistics, batches, ties)
 
 
@@ -190,7 +190,7 @@ def test_of_a_model_every_image_and_caption_token_counts_once(open_model, varian
     ):
         model.network(**batch.to(model.device, model.network.dtype))
     statistics = TokenStatistics(model.widths)
-    statistics.begin([{}] * 4, batch.runs)
+    statistics.begin([{}] * 4, batch.spans)
     for layer, pair in seen.items():
         statistics.add(layer, *pair)
     statistics.commit()
@@ -199,7 +199,7 @@ def test_of_a_model_every_image_and_caption_token_counts_once(open_model, varian
     for modality, row in rows.items():
         places = [
             run.row * batch.positions + place
-            for run in batch.runs
+            for run in batch.spans
             if run.modality == modality
             for place in range(run.start, run.stop)
         ]

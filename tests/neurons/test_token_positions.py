@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mmray.models.prompting import Batch, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, find_forms
-from mmray.neurons.token_positions import place_mentions, rank_in_row
+from mmray.neurons.token_positions import locate_mentions, rank_in_row
 from tests.support.samples import NOUNS, demo_samples
 from tests.support.tiny import VARIANTS
 
@@ -21,7 +21,7 @@ def tokenized(model, caption, language="en", start=7):
 
 def check(model, batch, caption, mentions):
     """Compare places with what the tokens before and behind them spell."""
-    places = place_mentions(batch, 0, "s", mentions)
+    places = locate_mentions(batch, 0, "s", mentions)
     assert len(places) == len(mentions)
     lead = len(caption) - len(caption.lstrip())
     for place, mention in zip(places, mentions, strict=True):
@@ -65,7 +65,7 @@ def test_in_any_caption(open_model, variant, caption):
 def test_a_noun_that_begins_the_caption_is_predicted_by_what_stands_before(open_model, variant):
     model = open_model(variant)
     batch = tokenized(model, "dog and dog", start=1)
-    first, second = place_mentions(batch, 0, "s", [Mention("dog", 0, 3), Mention("dog", 8, 11)])
+    first, second = locate_mentions(batch, 0, "s", [Mention("dog", 0, 3), Mention("dog", 8, 11)])
     # A family whose tokenizer writes the blank after the prompt as a token predicts the noun from it.
     assert first.position == batch.offsets[0].count((0, 0))
     assert second.position > first.position
@@ -74,7 +74,7 @@ def test_a_noun_that_begins_the_caption_is_predicted_by_what_stands_before(open_
 
 def test_all_mentions_of_a_row_have_places_and_ranks(open_model):
     batch = tokenized(open_model("llava"), "a dog, a dog, a cat")
-    places = place_mentions(batch, 0, "s", find_forms("a dog, a dog, a cat", NOUNS, "en"))
+    places = locate_mentions(batch, 0, "s", find_forms("a dog, a dog, a cat", NOUNS, "en"))
     assert [place.concept for place in places] == ["dog", "dog", "cat"]
     assert len({place.position for place in places}) == 3
     assert rank_in_row(places) == [0, 1, 2]
@@ -83,4 +83,4 @@ def test_all_mentions_of_a_row_have_places_and_ranks(open_model):
 
 def test_a_mention_behind_the_last_token_has_no_place(open_model):
     batch = tokenized(open_model("llava"), "a dog")
-    assert place_mentions(batch, 0, "s", [Mention("cat", 9, 12)]) == []
+    assert locate_mentions(batch, 0, "s", [Mention("cat", 9, 12)]) == []

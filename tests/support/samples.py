@@ -22,7 +22,7 @@ from mmray.features.census.shard import ShardAnalysis
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import NounSource, find_forms, noun_source
-from mmray.neurons.token_positions import TokenPosition, place_mentions
+from mmray.neurons.token_positions import TokenPosition, locate_mentions
 from mmray.runs.tables import from_bytes, to_bytes
 
 NOUNS = frozenset({"dog", "cat", "ball", "chair", "tree", "boy", "girl", "horse", "water", "hat", "table", "bird"})
@@ -109,7 +109,7 @@ def batch_of(
     places = [
         place
         for row, caption in enumerate(captions)
-        for place in place_mentions(batch, row, f"s{first + row}", find_forms(caption, NOUNS, "en"))
+        for place in locate_mentions(batch, row, f"s{first + row}", find_forms(caption, NOUNS, "en"))
     ]
     return batch, places
 

@@ -25,10 +25,10 @@ from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import Batch, encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, NounSource
 from mmray.neurons.module_activity import ModuleActivity
-from mmray.neurons.scoring import Scored, score_batch, unsound_rows, whole_nouns
+from mmray.neurons.scoring import Scored, score_batch, non_finite_rows, whole_nouns
 from mmray.neurons.split_on_oom import FAILURES, free_memory, split_on_failure
 from mmray.neurons.statistics import TokenStatistics
-from mmray.neurons.token_positions import TokenPosition, places_of
+from mmray.neurons.token_positions import TokenPosition, positions_of
 
 
 @dataclass(frozen=True)
@@ -229,10 +229,10 @@ class ShardAnalysis:
     def _analyse(self, items: list[Captioned], batch: Batch) -> None:
         """Score a batch. If memory runs out or a sample fails, halve it until the failing sample is alone."""
         mentions = [(item.sample.sample_id, item.mentions) for item in items]
-        positions = places_of(batch, mentions, every=self.settings.pieces == "sum")
+        positions = positions_of(batch, mentions, every=self.settings.pieces == "sum")
         labels = [_labels(item.sample) for item in items]
         digests = [image_digest(item.sample.image) for item in items]
-        self.statistics.begin(labels, batch.runs, digests)
+        self.statistics.begin(labels, batch.spans, digests)
         try:
             score, folded = self.settings.score, self.settings.fold_norm
             with self.module.watching(batch):
@@ -241,7 +241,11 @@ class ShardAnalysis:
             # Only the message leaves this block: the error holds the frames, and so the memory, of the failed forward.
             problem = str(error)
         else:
-            found = (self.statistics.unsound(), self.module.count(labels), unsound_rows(positions, scored, len(items)))
+            found = (
+                self.statistics.non_finite(),
+                self.module.count(labels),
+                non_finite_rows(positions, scored, len(items)),
+            )
             unsound = [max(counts) for counts in zip(*found, strict=True)]
             if any(unsound):
                 del scored

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmray.models.blocks import block_of, left_by
+from mmray.models.blocks import block_of, block_output
 from mmray.models.capture import capture_activations, capture_input
 from mmray.models.loading import LoadedModel
 
@@ -77,7 +77,7 @@ def record_generation(model: LoadedModel) -> Iterator[GenerationRecorder]:
     mlp_outs: list[Tensor] = []
 
     def record(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        hidden = left_by(output)
+        hidden = block_output(output)
         # Clones: a view would keep the tensors of all prompt positions in memory.
         recorder.hidden.append(hidden[:, -1].clone())
         # Some MLPs see rows and positions flattened into one dimension.

@@ -22,7 +22,7 @@ from transformers import Cache
 from mmray.features.editing.dataset import Example, batches
 from mmray.features.editing.deltas import Deltas
 from mmray.features.editing.generation_cache import GenerationCache
-from mmray.models.blocks import block_of, left_by
+from mmray.models.blocks import block_of, block_output
 from mmray.models.capture import capture_activations, capture_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
@@ -45,8 +45,8 @@ class _LaterBlock:
         if self.added_before is not None:
             hidden = hidden + self.added_before
         if self.hidden_named:
-            return left_by(self.block(*self.arguments, hidden_states=hidden, **self.named))
-        return left_by(self.block(hidden, *self.arguments, **self.named))
+            return block_output(self.block(*self.arguments, hidden_states=hidden, **self.named))
+        return block_output(self.block(hidden, *self.arguments, **self.named))
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def resume(model: LoadedModel, batch: Batch, deltas: Deltas) -> ResumedForward:
         inputs[number] = (arguments, named)
 
     def after(number: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        outputs[number] = left_by(output)
+        outputs[number] = block_output(output)
 
     def receive(_: int, activation: Tensor, __: Tensor) -> None:
         activations.append(activation[:, deltas.units[first]].float())

@@ -15,7 +15,7 @@ from mmray.features.evaluation.queries import Query, QueryError, States
 from mmray.models.capture import capture_activations, capture_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
-from mmray.models.packing import Placed, shared_prefix, unshared
+from mmray.models.packing import PackedBatch, shared_prefix, unshared
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.split_on_oom import FAILURES
@@ -149,7 +149,7 @@ class StateReader:
             whole=(own, activation) if ask.whole and small and activation is not None else None,
         )
 
-    def _placed(self, asks: Sequence[Query], replies: Sequence[list[int]], rows: list[list[int]]) -> Placed:
+    def _placed(self, asks: Sequence[Query], replies: Sequence[list[int]], rows: list[list[int]]) -> PackedBatch:
         if len(rows[0]) > 1:
             images = [image for row in rows if (image := asks[row[0]].image) is not None]
             prompts = [[asks[number].prompt for number in row] for row in rows]

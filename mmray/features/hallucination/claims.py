@@ -19,7 +19,7 @@ from mmray.models.generation import caption_of
 from mmray.models.norms import log_probability, vocabulary_logits
 from mmray.models.options import LONGEST
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
-from mmray.neurons.token_positions import place_mentions
+from mmray.neurons.token_positions import locate_mentions
 from mmray.objects.answers import says_yes
 from mmray.objects.lexicon import ObjectLexicon, objects_of
 from mmray.objects.prompts import presence
@@ -75,7 +75,7 @@ class ClaimCollector:
             # Reversed, so that the first mention of an object is the one that stays.
             mentions = {mention.concept: mention for mention in reversed(self.lexicon.mentions(text, sample.language))}
             for concept, mention in mentions.items():
-                positions.append(place_mentions(batch, row, sample.sample_id, [mention], every=True))
+                positions.append(locate_mentions(batch, row, sample.sample_id, [mention], every=True))
                 rows.append(_claim(row, sample, "caption", concept, text, claimed=True))
         pieces = [position for own in positions for position in own]
         if pieces:

@@ -133,7 +133,7 @@ class Lens:
 
 def _image_rows(batch: Batch) -> Int[Tensor, " place"]:
     rows: dict[int, list[int]] = {}
-    for run in batch.runs:
+    for run in batch.spans:
         if run.modality == "image":
             rows.setdefault(run.row, []).extend(range(run.start, run.stop))
     chosen = [

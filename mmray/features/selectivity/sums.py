@@ -28,7 +28,7 @@ from mmray.models.layout import Projection
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
 from mmray.neurons.activation_cache import ActivationCache, cache_activations, forward
-from mmray.neurons.module_activity import image_runs, uniform
+from mmray.neurons.module_activity import image_spans, uniform
 from mmray.neurons.scoring import score_captured
 from mmray.neurons.statistics import MODALITIES, Span, reduce_tokens, token_spans
 from mmray.runs.tables import vector_column
@@ -160,10 +160,10 @@ class LabelSums:
     def _spans(self, batch: Batch, positions: int) -> list[Span]:
         rows = len(batch.tokens)
         if self.settings.module != "language":
-            return token_spans(image_runs(self.model, batch, positions), rows)
+            return token_spans(image_spans(self.model, batch, positions), rows)
         modality = self.settings.modality
         wanted = MODALITIES if modality == "both" else (modality,)
-        spans = token_spans(batch.runs, rows)
+        spans = token_spans(batch.spans, rows)
         return [span for name, span in zip(MODALITIES, spans, strict=True) if name in wanted]
 
     def _contributions(self, captured: ActivationCache, parts: Sequence[slice], counted: Tensor) -> Iterator[Found]:

@@ -426,7 +426,7 @@ def test_activations_between_the_nouns_that_are_not_finite_leave_the_sample_out(
         if ("domain", "bad") in statistics.labels and row and own and layer == 0:
             rows, activation = statistics._batch.membership.shape[1], activation.clone()
             positions = activation.reshape(rows, -1, activation.shape[-1])
-            positions[row, next(run.start for run in statistics._batch.runs if run.row == row[0]), 3] = number
+            positions[row, next(run.start for run in statistics._batch.token_spans if run.row == row[0]), 3] = number
         add(statistics, layer, activation, opened)
 
     monkeypatch.setattr(shard.TokenStatistics, "add", spoil)

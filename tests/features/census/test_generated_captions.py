@@ -16,7 +16,7 @@ from mmray.models.generation import caption_of
 from mmray.models.prompting import encode, prompt_text
 from mmray.neurons.concepts import WORD, Mention
 from mmray.neurons.scoring import score_batch
-from mmray.neurons.token_positions import place_mentions
+from mmray.neurons.token_positions import locate_mentions
 from tests.support.samples import analyse, demo_samples, samples
 from tests.support.tiny import VARIANTS
 
@@ -63,7 +63,7 @@ def test_scores_are_those_of_the_generated_tokens_alone(open_model, written, var
         assert (row["caption"], row["source"], row["language"]) == (caption, "generated", entry.language)
         image = Image.open(BytesIO(entry.image)).convert("RGB")
         batch = encode(model, [prompt], [image], [tokens], [offsets])
-        places = place_mentions(batch, 0, entry.sample_id, EveryWord().find(caption))
+        places = locate_mentions(batch, 0, entry.sample_id, EveryWord().find(caption))
         own = [r for r in tables["occurrences"].to_pylist() if r["sample_id"] == entry.sample_id]
         key = ("concept", "position", "token_id")
         assert [tuple(r[name] for name in key) for r in own] == [(p.concept, p.position, p.token) for p in places]

@@ -33,7 +33,7 @@ def model(request, tiny):
     with torch.inference_mode():
         forward(model, batch)
     handle.remove()
-    counted = [run.row * batch.positions + place for run in batch.runs for place in range(run.start, run.stop)]
+    counted = [run.row * batch.positions + place for run in batch.spans for place in range(run.start, run.stop)]
     before = [place.row * batch.positions + place.position for place in places]
     wanted = torch.tensor([float(place in before) for place in sorted({*counted, *before})])
     inputs = states[0][sorted({*counted, *before})]

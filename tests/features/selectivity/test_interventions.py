@@ -145,7 +145,7 @@ def test_the_lens_is_that_of_the_model_s_own_states(open_model, kind):
     lens = Lens(model, [mask], "language")
     lens.add(texts, batch)
     start = batch.caption_start[0] - 1
-    (image,) = [run for run in batch.runs if run.modality == "image"]
+    (image,) = [run for run in batch.spans if run.modality == "image"]
     count = min(logit_lens.POSITIONS_OF_AN_IMAGE, image.stop - image.start)
     positions = {
         "text": list(range(start, start + len(texts[0].tokens))),
