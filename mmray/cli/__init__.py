@@ -1,6 +1,6 @@
-"""The command line: parse, call, print. Exit status 0 done, 2 bad input, 3 drift, 4 finished but something failed.
+"""The command line. Exit status: 0 done, 2 bad input, 3 drift or damage, 4 finished with failures.
 
-Commands stand in the rooms of their features; `mmray.cli.commands` imports all of them.
+Commands are defined in their features; `mmray.cli.commands` imports all of them.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from mmray.storage import is_full
 from mmray.terminal.options import app, console, visible
 
 BAD_INPUT = 2
-"""Exit status of a call that can't be carried out as it is."""
+"""Exit status after an InputError or a wrong option."""
 TERMINATED = 128 + signal.SIGTERM
-"""Exit status of a call that SIGTERM stopped."""
+"""Exit status after SIGTERM, as shells report it."""
 PIPED_WIDTH = 10_000
-"""Columns of what is no terminal: its lines are as long as they are, and nothing is cut."""
+"""Console width without a terminal, so that lines are never wrapped or truncated."""
 ESCAPED = "mmray-json-escapes"
-"""Name of the handler of characters that standard output's encoding lacks."""
+"""Name of the error handler for characters that stdout's encoding lacks."""
 UsageError: Any = typer.BadParameter.__bases__[0]
-"""What a wrong option raises; where it lies depends on typer's version."""
+"""Raised for a wrong option; typer's versions keep it in different modules."""
 
 
 def main(words: Callable[[], Sequence[str]] = lambda: sys.argv[1:]) -> NoReturn:
-    """Run the command line with these words, by default the process's; bad input is one line and status 2.
+    """Run the command line with these words, by default `sys.argv`; bad input prints one line and exits with status 2.
 
-    SIGTERM stops a command as Ctrl-C does: its lease is released, and the status is 143 instead of 130.
+    SIGTERM stops a command like Ctrl-C, which releases its lease; the status is 143 instead of 130.
     """
     _fit_output()
     with _stopped_by_sigterm() as stopped:
@@ -53,15 +53,17 @@ def main(words: Callable[[], Sequence[str]] = lambda: sys.argv[1:]) -> NoReturn:
 
 @contextmanager
 def _stopped_by_sigterm() -> Iterator[threading.Event]:
-    """Raise KeyboardInterrupt in the block on the first SIGTERM; yields what is set then."""
+    """Raise KeyboardInterrupt in the block on the first SIGTERM; yields an event that is set then."""
     stopped = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
+        # Later signals are ignored, so that they don't interrupt the clean-up.
         if not stopped.is_set():
             stopped.set()
             raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
+        # Python allows signal handlers only in the main thread.
         yield stopped
         return
     before = signal.signal(signal.SIGTERM, stop)
@@ -76,27 +78,28 @@ def _run(words: Callable[[], Sequence[str]]) -> NoReturn:
         status = app(args=words(), prog_name="mmray", standalone_mode=False)
         sys.stdout.flush()
     except UsageError as error:
-        # Without any arguments the help is shown, and that is all.
+        # Without arguments, typer has shown the help, and the message is empty.
         command = error.ctx.command_path if error.ctx else "mmray"
         _refuse(f"{error.format_message().rstrip('.')}; see {command} --help" if error.format_message() else "")
     except InputError as error:
         _refuse(str(error))
     except (BrokenPipeError, SystemExit) as error:
-        # The reader of a pipe has gone (`mmray rank … | head`): not an error of ours, though typer makes it an exit.
+        # The reader of a pipe has gone, as in `mmray rank … | head`. typer turns this into SystemExit.
         if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
             raise
+        # Python flushes stdout at exit, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(0) from None
     except OSError as error:
         if error.strerror is None:
             raise
-        cure = "make room and run the same command again to resume" if is_full(error) else "fix it and run again"
-        _refuse(f"{error.filename or 'file system'}: {error.strerror}; {cure}")
+        remedy = "make room and run the same command again to resume" if is_full(error) else "fix it and run again"
+        _refuse(f"{error.filename or 'file system'}: {error.strerror}; {remedy}")
     raise SystemExit(status)
 
 
 def _fit_output() -> None:
-    """Let a terminal that is not UTF-8 have every character, and a pipe whole lines."""
+    """Escape characters that stdout can't encode, and keep lines whole without a terminal."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors=ESCAPED)
     if not console.is_terminal and "COLUMNS" not in os.environ:
@@ -104,7 +107,7 @@ def _fit_output() -> None:
 
 
 def _escape(error: UnicodeError) -> tuple[str, int]:
-    """Return what can't be encoded as JSON escapes: valid within JSON, and told apart from each other anywhere."""
+    """Replace characters that can't be encoded by JSON escapes, which are valid in --json and unambiguous elsewhere."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return json.dumps(error.object[error.start : error.end])[1:-1], error.end

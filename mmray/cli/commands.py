@@ -1,4 +1,4 @@
-"""Every command: importing a module registers those that it holds."""
+"""All commands: importing a module registers its commands."""
 
 import mmray.cli.demo
 import mmray.cli.features

@@ -1,4 +1,4 @@
-"""The command `mmray demo`: the whole main job, each step said in a few lines."""
+"""The command `mmray demo`: census, properties, edits and report, with a few lines about each."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mmray.features.census.settings import CensusSettings, census_settings
 from mmray.terminal.options import INCOMPLETE, app, console, say
 
 FULL, QUICK = (12, 2), (3, 1)
-"""Of the demo, concepts whose properties are measured, and images of each concept with heat maps."""
+"""Concepts whose properties are measured, and heat maps per concept."""
 EDIT, QUICK_EDIT = {"kept": 256, "samples": 16}, {"kept": 64, "samples": 8, "steps": 30}
-"""Of the demo's edits, what they are learnt on."""
+"""Settings of the edits."""
 SCENES, QUICK_SCENES = 64, 24
-"""That the demo's edits are measured on."""
+"""Scenes that the edits are evaluated on."""
 
 
 @app.command()
@@ -29,18 +29,18 @@ def demo(
     """Run the whole main job on the embedded model and data: no network, no GPU."""
     from mmray.engine.session import ray_session
 
-    console.file = sys.stdout  # while there is a Ray, what else is printed goes to stderr
+    console.file = sys.stdout  # a Ray session sends everything else that is printed to stderr
     try:
-        with ray_session(None):  # one for all the steps
+        with ray_session(None):  # shared by all steps
             complete = _run_demo(out / ("quick" if quick else "full"), quick=quick)
     finally:
-        console.file = None  # type: ignore[assignment]  # whatever sys.stdout is, as before
+        console.file = None  # type: ignore[assignment]  # back to the current sys.stdout
     if not complete:
         raise typer.Exit(INCOMPLETE)
 
 
 def _run_demo(run_folder: Path, *, quick: bool) -> bool:
-    """Run the demo's steps, and say what each found; True where all went well."""
+    """Run the demo's steps and print their findings; return whether nothing failed."""
     from mmray.features.census.view import summary
     from mmray.runs.run import open_run
 
@@ -73,7 +73,7 @@ def _run_demo(run_folder: Path, *, quick: bool) -> bool:
 
 
 def _say_meaning(run: Path, concepts: int, maps: int) -> bool:
-    """Draw heat maps of all concepts, measure the most frequent, and say what that shows; True where all went well."""
+    """Draw heat maps of all concepts, measure the most frequent ones, and print findings; return as `_run_demo`."""
     from mmray.engine import run as run_job
     from mmray.features.properties.job import PropertiesJob
     from mmray.features.properties.settings import property_settings
@@ -90,7 +90,7 @@ def _say_meaning(run: Path, concepts: int, maps: int) -> bool:
 
 
 def _say_edits(census: CensusSettings, *, quick: bool) -> bool:
-    """Edit the demo and say what that did, with a control; True where all went well."""
+    """Edit the demo model, with a control, and print the measures; return as `_run_demo`."""
     from mmray.demo import EVALUATION
     from mmray.features.evaluation.view import comparison
     from mmray.features.pipeline.command import follow_pipeline
@@ -102,11 +102,11 @@ def _say_edits(census: CensusSettings, *, quick: bool) -> bool:
         f"4 edits: {source} → {target}, the same with random neurons" + ("" if quick else ", and what is not there"),
         "bold",
     )
-    made = QUICK_EDIT if quick else EDIT
-    swap = {"source": source, "target": target, **made}
+    common = QUICK_EDIT if quick else EDIT
+    swap = {"source": source, "target": target, **common}
     edits = {f"{source}-{target}": swap, "random-neurons": swap | {"method": "random"}}
     if not quick:
-        edits["truthful"] = {"reduce_hallucination": True, "neurons": 150, **made}
+        edits["truthful"] = {"reduce_hallucination": True, "neurons": 150, **common}
     scenes = QUICK_SCENES if quick else SCENES
     began = time.perf_counter()
     done = follow_pipeline(
@@ -130,10 +130,10 @@ def _say_edits(census: CensusSettings, *, quick: bool) -> bool:
 
 
 def _say_report(run: Path) -> None:
-    """Write the report, and say where it is."""
+    """Write the report and print its path."""
     from mmray.report.writing import write_report
     from mmray.runs.run import open_run
 
     began = time.perf_counter()
-    place = write_report(open_run(run))
-    say(f"5 report, {time.perf_counter() - began:.0f} s → {place}", "bold")
+    path = write_report(open_run(run))
+    say(f"5 report, {time.perf_counter() - began:.0f} s → {path}", "bold")

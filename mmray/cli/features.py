@@ -1,4 +1,4 @@
-"""Commands made from `mmray.features`: those of features that name their settings there."""
+"""Commands that are generated from `mmray.features`, for features that name their settings there."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 from mmray.engine.settings import JobSettings, checked
 from mmray.features import FEATURES, Feature
-from mmray.terminal.options import AsJson, app, end, run_followed, say, with_settings
+from mmray.terminal.options import AsJson, app, finish, run_with_progress, say, with_settings
 
 
 def add_command(feature: Feature) -> None:
-    """Add a feature's command; settings named in capitals in its `command`, such as RUN, are arguments."""
+    """Add a feature's command; settings in capitals in its `command`, such as RUN, become arguments."""
     _, name, *words = feature.command.split()
     kind: type[JobSettings] = resolve_name(feature.settings)
+    # A word in capitals after an option, such as OUT in `--out OUT`, is that option's value.
     arguments = [word.lower() for word, before in zip(words, [name, *words], strict=False) if before[0] != "-"]
     app.command(name, help=kind.__doc__)(with_settings(kind, arguments)(_command(feature, kind)))
 
@@ -23,7 +24,7 @@ def add_command(feature: Feature) -> None:
 def _command(feature: Feature, kind: type[JobSettings]) -> Callable[..., None]:
     def command(as_json: AsJson = False, **settings: Any) -> None:
         job = resolve_name(feature.jobs[0])(checked(kind, settings))
-        done = run_followed(job)
+        done = run_with_progress(job)
         if as_json:
             print(json.dumps(done.summary(), ensure_ascii=False))
         else:
@@ -31,7 +32,7 @@ def _command(feature: Feature, kind: type[JobSettings]) -> Callable[..., None]:
                 say(f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
             took = "already finished" if done.already_done else f"in {done.seconds:.0f} s"
             say(f"{done.done:,} {feature.noun} {took} → {job.target}")
-        end(done, feature.noun.removesuffix("s"), quiet=as_json)
+        finish(done, feature.noun.removesuffix("s"), quiet=as_json)
 
     return command
 

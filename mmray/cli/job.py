@@ -1,4 +1,4 @@
-"""Commands as jobs: `python jobs/NAME.py --config FILE.yaml [NAME=VALUE …]` is the command with the file's settings."""
+"""Run a command with settings from a file: `python jobs/NAME.py --config FILE.yaml [NAME=VALUE …]`."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ from mmray.errors import InputError
 from mmray.terminal.config import read_config
 from mmray.terminal.options import app
 
-ONCE = ("retry_failed", "address")
-"""Settings of one call, which a later one need not share."""
+PER_CALL = ("retry_failed", "address")
+"""Settings of a single call, which a later call need not repeat."""
 
 
 def run_job(command: str) -> NoReturn:
-    """Run a command of mmray with settings from a file, and end with its status: 0, 2, 3 or 4.
+    """Run a command with settings from a file, and exit with its status: 0, 2, 3 or 4.
 
-    The file holds the command's options and arguments by their names, with underscores: `shard_size: 500`. Bad input
-    is one line on stderr, as on the command line.
+    The file has the command's options and arguments by name, with underscores: `shard_size: 500`.
     """
-    given = _given(command)
-    main(lambda: words_of(command, read_config(given.config, given.overrides)))
+    arguments = _arguments(command)
+    main(lambda: words_of(command, read_config(arguments.config, arguments.overrides)))
 
 
 def run_file_job(command: str) -> NoReturn:
-    """Run a command that takes the file itself, `mmray pipeline FILE`, and end with its status."""
-    given = _given(command)
-    main(lambda: [command, given.config, *given.overrides])
+    """Run a command that takes the file as its argument, such as `mmray pipeline FILE`, and exit with its status."""
+    arguments = _arguments(command)
+    main(lambda: [command, arguments.config, *arguments.overrides])
 
 
-def _given(command: str) -> argparse.Namespace:
+def _arguments(command: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=f"Run `mmray {command}` with the settings of a YAML file; see mmray {command} --help for them.",
     )
@@ -44,7 +43,7 @@ def _given(command: str) -> argparse.Namespace:
 
 
 def words_of(command: str, settings: Mapping[str, Any]) -> list[str]:
-    """Return the words that give a command these settings; raises InputError for one that it does not have."""
+    """Return a command line with these settings; raises InputError for a setting that the command doesn't have."""
     left = {name: value for name, value in settings.items() if value is not None}
     options: list[str] = []
     positions: list[str] = []
@@ -60,32 +59,34 @@ def words_of(command: str, settings: Mapping[str, Any]) -> list[str]:
         elif parameter.is_flag:
             options += [word] if value else parameter.secondary_opts
         else:
-            # One word, so that a value may begin with a dash.
+            # One word, because the value may begin with a dash.
             options += [f"{word}={item}" for item in values]
     if left:
-        raise InputError(f"there is no setting {next(iter(left))!r}; see mmray {command} --help")
+        raise InputError(f"unknown setting {next(iter(left))!r}; see mmray {command} --help")
     return [command, *options, "--", *positions]
 
 
-def command_line(template: str, places: Mapping[str, str], settings: Mapping[str, Any]) -> str:
-    """Return a call of a command with these settings, without those that are the default.
+def command_line(template: str, overrides: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+    """Return the command line that runs a command with these settings, without defaults.
 
-    `places` are settings that are not what they were, such as RUN from where this is asked. Where the settings are not
-    those of the command, such as those of a pipeline's step, or there is no such command, it is the template.
+    `overrides` replace settings that have changed, such as RUN after a run was moved. Returns the template if the
+    settings don't fit the command, such as those of a pipeline's step.
     """
-    name = template.split()[1]
-    command = typer.main.get_command(app).commands.get(name)  # type: ignore[attr-defined]
+    command_name = template.split()[1]
+    command = typer.main.get_command(app).commands.get(command_name)  # type: ignore[attr-defined]
     if command is None:
         return template
     parameters = {parameter.name: parameter for parameter in command.params}
-    known = {**settings, **{place: value for place, value in places.items() if place in settings}}
+    known = {**settings, **{name: value for name, value in overrides.items() if name in settings}}
     if any(parameter.required and known.get(word) is None for word, parameter in parameters.items()):
         return template
     own = {
         word: value
         for word, value in known.items()
-        if word in parameters and word not in ONCE and (parameters[word].required or value != parameters[word].default)
+        if word in parameters
+        and word not in PER_CALL
+        and (parameters[word].required or value != parameters[word].default)
     }
-    words = words_of(name, own)
+    words = words_of(command_name, own)
     end = words.index("--")
-    return shlex.join(["mmray", name, *words[end + 1 :], *words[1:end]])
+    return shlex.join(["mmray", command_name, *words[end + 1 :], *words[1:end]])

@@ -1,18 +1,28 @@
-"""Models, before anything is run on them."""
+"""The command `mmray check-model`: the parts found in a model as a tree, and the checks that prove them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Group, RenderableType
 from rich.markup import escape
+from rich.text import Text
+from rich.tree import Tree
 
 from mmray.errors import InputError
 from mmray.features.census.settings import CensusSettings
 from mmray.models.options import Dtype
-from mmray.terminal.options import AsJson, app, console, help_of, option
+from mmray.terminal.options import AsJson, app, console, help_of, option, plural
+
+if TYPE_CHECKING:
+    from mmray.models.layout import ModelParts, Projection
+    from mmray.neurons.validation import Check
+
+MODULES = ("language", "vision", "projector")
 
 
 @app.command("check-model")
@@ -23,29 +33,57 @@ def check_model(
     as_json: AsJson = False,
 ) -> None:
     """Show which parts of a model were found, and prove them: exit status 2 names a claim that fails."""
-    from mmray.cli.model_tree import claims, parts_tree
     from mmray.features.census.model_check import check_model as prove
     from mmray.models.loading import load
 
     loaded = load(model, dtype, trust_remote_code=trust_remote_code)
     checks = prove(loaded)
     parts = loaded.parts
-    modules = {name: list(parts.of(name)) for name in ("language", "vision", "projector")}
     if as_json:
         print(
             json.dumps({"parts": asdict(parts), "checks": [asdict(check) for check in checks], "unused": loaded.unused})
         )
     else:
         title = f"[bold]{escape(model)}[/] [dim]· family {parts.family}[/]"
-        console.print(parts_tree(title, modules, parts.final_norm, parts.unembedding, parts.image))
-        console.print(claims(checks))
+        console.print(_parts_tree(title, parts))
+        console.print(_check_lines(checks))
         if loaded.unused:
-            named = ", ".join(loaded.unused[:3]) + (", …" if len(loaded.unused) > 3 else "")
-            several = len(loaded.unused) > 1
-            console.print(
-                f"{len(loaded.unused)} {'weights' if several else 'weight'} of the checkpoint "
-                f"{'are' if several else 'is'} not used: {escape(named)}"
-            )
+            names = ", ".join(loaded.unused[:3]) + (", …" if len(loaded.unused) > 3 else "")
+            verb = "are" if len(loaded.unused) > 1 else "is"
+            console.print(f"{plural(len(loaded.unused), 'weight')} of the checkpoint {verb} not used: {escape(names)}")
     failed = [check.name for check in checks if not check.passed]
     if failed:
         raise InputError(f"{model}: not proven: {'; '.join(failed)}")
+
+
+def _parts_tree(title: str, parts: ModelParts) -> Tree:
+    """Return a model's MLPs by module, its final norm and unembedding, and how the image enters."""
+    tree = Tree(Text.from_markup(title), guide_style="dim")
+    for module in MODULES:
+        projections = list(parts.of(module))
+        if not projections:
+            tree.add(Text(f"{module}: no MLP", "dim"))
+            continue
+        neurons = sum(projection.width for projection in projections)
+        branch = tree.add(f"{module}: {len(projections)} MLPs, {neurons:,} neurons")
+        branch.add(_projection_line(projections[0]))
+        if len(projections) > 1:
+            branch.add(Text(f"… {projections[-1].path}", "dim"))
+    tree.add(f"final norm: {parts.final_norm}")
+    tree.add(f"unembedding: {parts.unembedding}")
+    tree.add(f"image: {parts.image}")
+    return tree
+
+
+def _projection_line(projection: Projection) -> Text:
+    gate = f"gate {projection.gate.rpartition('.')[2]}" if projection.gate else "no gate"
+    kind = f"{projection.experts} experts" if projection.experts else gate
+    return Text(projection.path).append(f"  {projection.width:,} neurons, {kind}", "dim")
+
+
+def _check_lines(checks: Iterable[Check]) -> RenderableType:
+    lines = []
+    for check in checks:
+        mark = Text("✓ ", "green") if check.passed else Text("✗ ", "bold red")
+        lines.append(mark.append(check.name, "").append(f"  {check.detail}", "dim" if check.passed else "red"))
+    return Group(*lines)

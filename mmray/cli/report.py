@@ -1,4 +1,4 @@
-"""What a run found, as pages for a browser."""
+"""The command `mmray report`: a run's results as pages for a browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a run and its analyses are."""
+"""The command `mmray status`: progress of a run and its analyses, with --watch, --sweep and --verify."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from mmray.runs.verification import Problem, VerificationResult
 
 DAMAGED = 3
-"""Exit status of --verify where a file is not what was written."""
+"""Exit status of --verify if it finds damage."""
 FIRST = 10
-"""Failed samples that --json gives; all are in the run's table `errors`."""
-REFRESHED, LOOKING = 3.0, 0.2
-"""Seconds between two looks of --watch, and the part of the time they take at most: a large run is long to read."""
+"""Number of failed samples in --json; all of them are in the table `errors`."""
+WATCH_EVERY = 3.0
+"""Seconds between two updates of --watch."""
+READING_SHARE = 0.2
+"""Largest fraction of the time that --watch spends reading, because a large run takes long to read."""
 
 
 @app.command()
@@ -76,22 +78,22 @@ def status(
         _watch(folder, as_json=as_json)
         return
     verified = verify_run(folder) if verify else None
-    problems = [_told(problem, folder) for problem in verified.problems] if verified else []
+    problems = [_with_remedy(problem, folder) for problem in verified.problems] if verified else []
     try:
-        seen = _look(folder)
+        current = _read_status(folder)
     except DamagedError:
         if not problems:
             raise
-        # What can't be counted is among the problems.
-        seen = None
+        # The damage that prevents counting is among the problems.
+        current = None
     if as_json:
         more = {"swept": asdict(swept)} if swept else {}
         more |= {"verified": {**asdict(verified), "problems": problems}} if verified else {}
-        print(json.dumps((seen.summary() if seen else {}) | more))
+        print(json.dumps((current.summary() if current else {}) | more))
     else:
-        if seen:
-            # Lines with paths and commands stay whole at any width.
-            console.print(seen.view(), soft_wrap=True)
+        if current:
+            # Paths and commands must not be wrapped.
+            console.print(current.view(), soft_wrap=True)
         if verified:
             _say_verified(verified, problems)
     if problems:
@@ -110,15 +112,15 @@ def _say_verified(verified: VerificationResult, problems: Sequence[Mapping[str, 
         say(f"{path}: not written by mmray; it changes nothing, and may be removed", "yellow")
 
 
-def _told(problem: Problem, folder: RunFolder) -> dict[str, str]:
-    """Return a problem with what redoes the file."""
+def _with_remedy(problem: Problem, folder: RunFolder) -> dict[str, str]:
+    """Return a problem with the steps that make its file again."""
     steps = [f"remove {problem.remove}"] if problem.remove else []
     steps += [f"run: {_command(problem.command, folder, problem.settings)}"] if problem.command else []
     return {"path": problem.path, "why": problem.why, "redo": ", then ".join(steps)}
 
 
 def _command(template: str, folder: RunFolder, settings: Mapping[str, Any]) -> str:
-    """Return the call that has made something of a folder, which may have been moved since."""
+    """Return the command line that wrote something in a folder, which may have been moved since."""
     from mmray.cli.job import command_line
     from mmray.runs.analyses import is_run
 
@@ -127,7 +129,7 @@ def _command(template: str, folder: RunFolder, settings: Mapping[str, Any]) -> s
 
 
 def _folder(uri: str) -> RunFolder:
-    """Return the folder of a run, of an edit, or OUT; raises InputError where nothing has begun."""
+    """Return the folder of a run, of an edit, or OUT of a job; raises InputError if nothing has begun there."""
     from mmray.runs.analyses import find_analyses, is_run
     from mmray.runs.folder import RunFolder
     from mmray.runs.run import open_run
@@ -137,18 +139,18 @@ def _folder(uri: str) -> RunFolder:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """A folder at one moment."""
+class _FolderStatus:
+    """Status of a folder at one moment."""
 
     uri: str
     census: Status | None
-    """Of a run; an edit, for example, has analyses alone."""
+    """None for a folder without a census, such as an edit's."""
     failures: list[dict[str, Any]]
     analyses: list[AnalysisStatus]
 
     @property
-    def over(self) -> bool:
-        """Whether nothing is at work or left to do."""
+    def finished(self) -> bool:
+        """Whether nothing is running or left to do."""
         if any(one.at_work or (one.pending and not one.at_rest) for one in self.analyses):
             return False
         census = self.census
@@ -157,7 +159,7 @@ class _Seen:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Return what --json says."""
+        """Return the output of --json."""
         from mmray.runs.run import reasons
 
         analyses = {"analyses": [one.summary() for one in self.analyses]}
@@ -171,27 +173,27 @@ class _Seen:
         return asdict(self.census) | more | failed | analyses
 
     def view(self) -> RenderableType:
-        """Return what the terminal shows."""
+        """Return the output for a terminal."""
         from mmray.features.census.view import analyses, status
 
         first = Text(self.uri, "bold") if self.census is None else status(self.census, self.failures, self.uri)
         return Group(first, analyses(self.analyses)) if self.analyses else first
 
     def line(self) -> str:
-        """Return how far everything is, in one line."""
+        """Return the progress of everything in one line."""
         failed = sum(one.failures for one in self.analyses)
-        aside = sum(len(one.quarantined) for one in self.analyses)
+        quarantined = sum(len(one.quarantined) for one in self.analyses)
         counts = []
         if census := self.census:
             counts += [f"census {census.shards_done:,} of {census.shards:,} shards"]
             counts += [f"{census.samples_done:,} of {census.samples:,} samples"]
             failed += census.failures
-            aside += len(census.quarantined)
+            quarantined += len(census.quarantined)
         counts += [f"{one.title} {one.size_done:,} of {one.size:,} {one.noun}" for one in self.analyses if one.pending]
-        return ", ".join([*counts, f"{failed:,} failed", f"{aside:,} quarantined"])
+        return ", ".join([*counts, f"{failed:,} failed", f"{quarantined:,} quarantined"])
 
 
-def _look(folder: RunFolder) -> _Seen:
+def _read_status(folder: RunFolder) -> _FolderStatus:
     from mmray.runs.analyses import is_run
     from mmray.runs.run import open_run
     from mmray.runs.status import analyses
@@ -199,33 +201,33 @@ def _look(folder: RunFolder) -> _Seen:
     run = open_run(folder.store.uri) if is_run(folder) else None
     found = [replace(one, renew=_command(one.renew, folder, one.settings)) for one in analyses(folder, run)]
     if run is None:
-        return _Seen(folder.store.uri, None, [], found)
-    return _Seen(run.uri, run.status(), run.failures(), found)
+        return _FolderStatus(folder.store.uri, None, [], found)
+    return _FolderStatus(run.uri, run.status(), run.failures(), found)
 
 
 def _watch(folder: RunFolder, *, as_json: bool) -> None:
-    """Look again and again until all is done, or the user has seen enough."""
+    """Show the status repeatedly until everything is finished, or Ctrl-C."""
     try:
         if as_json:
-            _follow(folder, lambda seen: json.dumps(seen.summary()), print)
+            _follow(folder, lambda current: json.dumps(current.summary()), print)
         elif console.is_terminal:
             with Live(console=console, auto_refresh=False) as live:
-                _follow(folder, _Seen.view, lambda view: live.update(view, refresh=True))
+                _follow(folder, _FolderStatus.view, lambda view: live.update(view, refresh=True))
         else:
-            _follow(folder, _Seen.line, say)
+            _follow(folder, _FolderStatus.line, say)
     except KeyboardInterrupt:
         return
 
 
-def _follow(folder: RunFolder, shown: Callable[[_Seen], Any], show: Callable[[Any], None]) -> None:
+def _follow(folder: RunFolder, render: Callable[[_FolderStatus], Any], show: Callable[[Any], None]) -> None:
     last = None
     while True:
         began = time.monotonic()
-        seen = _look(folder)
-        now = shown(seen)
-        if now != last:
-            show(now)
-            last = now
-        if seen.over:
+        current = _read_status(folder)
+        rendered = render(current)
+        if rendered != last:
+            show(rendered)
+            last = rendered
+        if current.finished:
             return
-        time.sleep(max(REFRESHED, (time.monotonic() - began) / LOOKING))
+        time.sleep(max(WATCH_EVERY, (time.monotonic() - began) / READING_SHARE))

@@ -1,1 +1,1 @@
-"""What every command shares: console, options, progress, configuration files."""
+"""Shared by all commands: console, options, progress bars and configuration files."""

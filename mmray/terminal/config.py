@@ -1,4 +1,4 @@
-"""A job's settings: one YAML file, and dotted overrides that change single values of it."""
+"""Read a job's settings from a YAML file, with dotted overrides for single values."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PLAIN = {
     "int": r"[-+]?(0|[1-9][0-9]*)",
     "float": r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan",
 }
-"""What is no text although it has no quotes, as YAML 1.2 has it."""
+"""Unquoted values that YAML 1.2 does not read as text."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads `1:8` as text: YAML 1.1 makes it 68, seconds in all; and `no` is not false, 2026-01-01 not a date."""
+    """Reads scalars as YAML 1.2 does. In PyYAML's 1.1, `1:8` is the number 68, `no` is false, 2026-01-01 a date."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -34,9 +34,8 @@ for _name, _form in PLAIN.items():
 def read_config(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return the mapping in a YAML file, changed by overrides such as `limit=100` or `census.out=s3://bucket/run`.
 
-    An override's value is YAML too (`2.5`, `true`, `null`, `[a, b]`); a dotted name goes into mappings, which are made
-    where they are missing. Raises InputError in one line for a missing file, anything but a mapping, or an override of
-    another form.
+    An override's value is YAML, too (`2.5`, `true`, `null`, `[a, b]`); a dotted name addresses nested mappings, which
+    are created if missing. Raises InputError for a missing file, one that is no mapping, or a malformed override.
     """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
@@ -59,7 +58,7 @@ def _override(config: dict[str, Any], override: str) -> None:
     for parent in parents:
         config = config.setdefault(parent, {})
         if not isinstance(config, dict):
-            raise InputError(f"override {override!r}: {parent} is a single value, there is nothing below it")
+            raise InputError(f"override {override!r}: {parent} is a single value, and has no settings inside")
     config[last] = _parse(value, f"override {override!r}")
 
 

@@ -1,12 +1,12 @@
-"""What every command shares: the application, the console, options and their help."""
+"""Shared by all commands: the application, the console, options derived from settings, exit status."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel
@@ -19,10 +19,10 @@ from mmray.version import VERSION
 
 if TYPE_CHECKING:
     from mmray.engine import Job, JobResult
-    from mmray.terminal.progress import Counts
+    from mmray.engine.job import Progress as JobProgress
 
 INCOMPLETE = 4
-"""Exit status of a run that ended although some samples or shards failed."""
+"""Exit status of a run that finished with failed samples or quarantined units."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,16 +32,16 @@ app = typer.Typer(
     help="Multi-modal neurons of vision-language models, found and ranked as distributed Ray jobs.",
 )
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
-"""Characters that a terminal obeys instead of showing, as they are shown."""
+"""Control characters → how they are shown."""
 
 
 def visible(text: str) -> str:
-    """Return text of any origin so that a terminal shows it: captions and names may hold escape sequences."""
+    """Return text with control characters escaped, because captions and names may contain terminal sequences."""
     return text.translate(CONTROL)
 
 
 class _Terminal(Console):
-    """Shows the control characters of what it is given; only its own styles are obeyed."""
+    """A console that escapes control characters in whatever it prints."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         """Yield the segments of a renderable."""
@@ -49,8 +49,8 @@ class _Terminal(Console):
             yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         print(f"mmray {VERSION}")
         raise typer.Exit
 
@@ -73,28 +73,28 @@ def help_of(name: str, settings: type[BaseModel]) -> str:
 
 
 def option(name: str, settings: type[BaseModel]) -> Any:
-    """Return the option of that setting, its documentation as help."""
+    """Return the option for a setting, with its documentation as help."""
     field = settings.model_fields[name]
     flag = f"--{name.replace('_', '-')}"
-    # Where None is a third state next to yes and no, both have names.
+    # A setting that may also be None needs a flag for each of true and false.
     names = f"{flag}/--no-{name.replace('_', '-')}" if field.annotation == (bool | None) else flag
     return typer.Option(names, help=help_of(name, settings))
 
 
 def argument(name: str, settings: type[BaseModel]) -> Any:
-    """Return the argument of that setting, its documentation as help."""
+    """Return the argument for a setting, with its documentation as help."""
     return typer.Argument(metavar=name.upper(), help=help_of(name, settings))
 
 
 def with_settings(
     settings: type[BaseModel], arguments: Collection[str] = (), **defaults: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command every setting that it does not take itself, handed on as a keyword.
+    """Decorate a command to take every setting that is not a parameter of its own, passed as keyword arguments.
 
-    Each is an option, except those named as `arguments`. `defaults` are the command's own.
+    Each is an option, except those named in `arguments`. `defaults` override those of the settings.
     """
 
-    def give(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = {
             name: value.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             for name, value in inspect.signature(command, eval_str=True).parameters.items()
@@ -111,16 +111,16 @@ def with_settings(
             if name not in own
         ]
         parameters += own.values()
-        # typer reads the types from the one and the rest from the other.
+        # typer reads types from the annotations and everything else from the signature.
         command.__annotations__ = {value.name: value.annotation for value in parameters}
         vars(command)["__signature__"] = inspect.Signature(parameters)
         return command
 
-    return give
+    return decorate
 
 
 def _own_first(settings: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
-    """Return the fields of settings, those that every job has last."""
+    """Return the fields of settings, with those shared by all jobs last."""
     return sorted(settings.model_fields.items(), key=lambda field: field[0] in JobSettings.model_fields)
 
 
@@ -128,39 +128,23 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run: a local path or s3://bucket/prefix.")]
 
 
-class Ended(Protocol):
-    """What came of a piece of work."""
+def finish(result: JobResult, noun: str, *, quiet: bool = False) -> None:
+    """Print failures and quarantined units unless `quiet`, and exit with the matching status.
 
-    @property
-    def quarantined(self) -> Mapping[int, str]:
-        """Why units were given up, by unit."""
-
-    @property
-    def failures(self) -> int:
-        """Samples that failed."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing failed and nothing was given up."""
-
-
-def end(outcome: Ended, what: str, *, quiet: bool = False) -> None:
-    """Say what of a piece of work failed or was quarantined, unless told to be quiet, and exit with the status for it.
-
-    `what` names one of the things that may fail.
+    `noun` names what may fail, in the singular.
     """
     if not quiet:
-        for number, reason in outcome.quarantined.items():
+        for number, reason in result.quarantined.items():
             say(f"unit {number} quarantined: {reason}", "red")
-        if outcome.failures:
-            say(f"{plural(outcome.failures, what)} failed", "yellow")
-    if not outcome.complete:
+        if result.failures:
+            say(f"{plural(result.failures, noun)} failed", "yellow")
+    if not result.complete:
         raise typer.Exit(INCOMPLETE)
 
 
 @contextmanager
 def resumable(what: str = "") -> Iterator[None]:
-    """Have a stop within the block say, before it ends the command, how to resume."""
+    """Print how to resume if the block is interrupted."""
     try:
         yield
     except KeyboardInterrupt:
@@ -169,28 +153,29 @@ def resumable(what: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def followed(things: str = "samples", what: str = "") -> Iterator[Callable[[Counts], None]]:
-    """Yield what shows how many of these things are done; a stop within the block says how to resume."""
+def show_progress(noun: str = "samples", what: str = "") -> Iterator[Callable[[JobProgress], None]]:
+    """Yield a function that shows progress; an interruption prints how to resume `what`."""
+    # Imported here: progress bars are slow to import, and most commands show none.
     from mmray.terminal.progress import follow_progress
 
-    with resumable(what), follow_progress(Console(stderr=True, highlight=False), things) as follow:
+    with resumable(what), follow_progress(Console(stderr=True, highlight=False), noun) as follow:
         yield follow
 
 
-def run_followed(job: Job[Any, Any]) -> JobResult:
-    """Run a job, and show how far it is."""
+def run_with_progress(job: Job[Any, Any]) -> JobResult:
+    """Run a job and show its progress."""
     from mmray.engine import run
 
-    with followed(job.unit_noun) as follow:
+    with show_progress(job.unit_noun) as follow:
         return run(job, follow=follow)
 
 
 def plural(count: int, word: str) -> str:
-    """Return a number with what it counts: 1 sample, 2 samples."""
+    """Return a count with its noun: 1 sample, 2 samples."""
     return f"{count:,} {word}{'s' * (count != 1)}"
 
 
 def say(line: str, style: str | None = None) -> None:
-    """Print a line as it is."""
-    # A path stays whole at any width, and brackets in it are no markup.
+    """Print a line without wrapping or markup."""
+    # Paths must stay whole at any width, and their brackets must not be taken for markup.
     console.print(line, style=style, markup=False, soft_wrap=True)

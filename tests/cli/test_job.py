@@ -74,7 +74,7 @@ def test_a_refresh_from_a_file(job: Callable[..., Answer], config: Path, tmp_pat
     ("arguments", "said"),
     [
         (["--config", "none.yaml"], "--config none.yaml: No such file or directory; give a YAML file"),
-        (["--config", "{}", "limits=4"], "there is no setting 'limits'; see mmray census --help"),
+        (["--config", "{}", "limits=4"], "unknown setting 'limits'; see mmray census --help"),
         (["--config", "{}", "limit"], "override 'limit': write NAME=VALUE, such as limit=100"),
         (["--config", "{}", "limit=[1"], "override 'limit=[1': not YAML"),
         (["--config", "{}", "model.name=x"], "override 'model.name=x': model is a single value"),

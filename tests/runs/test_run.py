@@ -32,7 +32,7 @@ def test_reading_a_run_loads_neither_torch_nor_ray(run: Run) -> None:
         run.neuron(rows["neuron"][0].as_py())
         run.status(), run.failures()
         run.sql("select count(*) from occurrences")
-        import mmray.cli, mmray.terminal.progress, mmray.cli.model_tree
+        import mmray.cli, mmray.terminal.progress, mmray.cli.models
         import mmray.features.census.view
         print(sorted({{"torch", "ray", "transformers", "torchvision"}} & set(sys.modules)))
     """

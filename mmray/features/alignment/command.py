@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from mmray.detector.alignment_settings import AlignmentSettings, alignment_settings
-from mmray.terminal.options import INCOMPLETE, AsJson, app, console, followed, say, with_settings
+from mmray.terminal.options import INCOMPLETE, AsJson, app, console, say, show_progress, with_settings
 
 
 @app.command()
@@ -20,7 +20,7 @@ def align(as_json: AsJson = False, **settings: Any) -> None:
     from mmray.features.evaluation.view import measures
 
     checked = alignment_settings(settings)
-    with followed("images") as follow:
+    with show_progress("images") as follow:
         outcome = run_alignment(checked, follow)
     if as_json:
         print(json.dumps(asdict(outcome), ensure_ascii=False))

@@ -17,10 +17,10 @@ from mmray.terminal.options import (
     RunArgument,
     app,
     console,
-    followed,
     option,
     plural,
     say,
+    show_progress,
     with_settings,
 )
 
@@ -81,7 +81,7 @@ def follow_census(settings: CensusSettings) -> CensusResult:
     from mmray.features.census.job import run_census
 
     stderr = Console(stderr=True, highlight=False)
-    with followed(what=settings.out) as follow:
+    with show_progress(what=settings.out) as follow:
         return run_census(
             settings,
             follow,
@@ -205,7 +205,7 @@ def refresh(
         "address": address,
         "retry_failed": retry_failed,
     }
-    with followed(what=run) as follow:
+    with show_progress(what=run) as follow:
         done = refresh_run(run, follow, **execution)
     if as_json:
         drift = done.drift and done.drift.summary(LISTED)

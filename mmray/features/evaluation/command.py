@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mmray.features.evaluation.settings import EvaluationSettings, evaluation_settings
-from mmray.terminal.options import AsJson, RunArgument, app, console, end, run_followed, say, with_settings
+from mmray.terminal.options import AsJson, RunArgument, app, console, finish, run_with_progress, say, with_settings
 
 
 @app.command()
@@ -24,7 +24,7 @@ def evaluate(
     from mmray.features.evaluation.view import measures
 
     checked = evaluation_settings({"run": run, **settings})
-    done = run_followed(EvaluationJob(checked))
+    done = run_with_progress(EvaluationJob(checked))
     if as_json:
         print(json.dumps(done.summary(), ensure_ascii=False))
     else:
@@ -35,4 +35,4 @@ def evaluate(
         )
         say(f"cost: {cost}" if cost else "", "dim")
         say(f"{done.done:,} samples and questions in {done.seconds:.0f} s → {checked.edit}/evaluation.json")
-    end(done, "sample", quiet=as_json)
+    finish(done, "sample", quiet=as_json)

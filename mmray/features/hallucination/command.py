@@ -16,7 +16,7 @@ from mmray.features.hallucination.settings import (
     hallucination_settings,
     perturbation_settings,
 )
-from mmray.terminal.options import AsJson, RunArgument, app, console, end, run_followed, say, with_settings
+from mmray.terminal.options import AsJson, RunArgument, app, console, finish, run_with_progress, say, with_settings
 
 if TYPE_CHECKING:
     from mmray.engine import JobResult
@@ -38,7 +38,7 @@ def hallucination(
     from mmray.runs.run import open_run
 
     checked = hallucination_settings({"run": run, **settings})
-    done = run_followed(HallucinationJob(checked))
+    done = run_with_progress(HallucinationJob(checked))
     found = open_run(run).table("mistakes").to_pylist()
     if pictures is not None:
         _save_pictures(pictures, found)
@@ -60,7 +60,7 @@ def perturb(as_json: AsJson = False, **settings: Any) -> None:
     from mmray.features.hallucination.view import changes
 
     checked = perturbation_settings(settings)
-    done = run_followed(PerturbJob(checked))
+    done = run_with_progress(PerturbJob(checked))
     if as_json:
         print(json.dumps(done.summary(), ensure_ascii=False))
     else:
@@ -81,4 +81,4 @@ def _end(done: JobResult, noun: str, folder: str, as_json: bool) -> None:
     """Say where the rows are and what failed, and exit with the status for it."""
     if not as_json:
         say(f"{done.headline['rows']:,} {noun} of {done.done:,} samples in {done.seconds:.0f} s → {folder}")
-    end(done, "sample", quiet=as_json)
+    finish(done, "sample", quiet=as_json)

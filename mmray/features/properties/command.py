@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from mmray.features.properties.settings import PropertySettings, property_settings
-from mmray.terminal.options import AsJson, RunArgument, app, console, end, run_followed, say, with_settings
+from mmray.terminal.options import AsJson, RunArgument, app, console, finish, run_with_progress, say, with_settings
 
 
 @app.command()
@@ -18,7 +18,7 @@ def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> No
     from mmray.runs.run import open_run
 
     checked = property_settings({"run": run, **settings})
-    done = run_followed(PropertiesJob(checked))
+    done = run_with_progress(PropertiesJob(checked))
     opened = open_run(run)
     if as_json:
         table = opened.optional("properties")
@@ -34,4 +34,4 @@ def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> No
         counts = f"{done.headline['concepts']:,} concepts, {done.headline['heatmaps']:,} heat maps"
         say(f"{counts} in {done.seconds:.0f} s → {run}")
         say(f"next: mmray report {run}")
-    end(done, "concept", quiet=as_json)
+    finish(done, "concept", quiet=as_json)

@@ -11,7 +11,7 @@ import typer
 from mmray.detector.view import say_alignment
 from mmray.errors import InputError
 from mmray.features.saliency.settings import SaliencySettings, saliency_settings
-from mmray.terminal.options import AsJson, app, console, end, run_followed, say, with_settings
+from mmray.terminal.options import AsJson, app, console, finish, run_with_progress, say, with_settings
 
 
 @app.command()
@@ -93,7 +93,7 @@ def _measure_run(settings: SaliencySettings, *, as_json: bool) -> None:
     from mmray.features.saliency.view import saliency as show
     from mmray.runs.run import open_run
 
-    done = run_followed(SaliencyJob(settings))
+    done = run_with_progress(SaliencyJob(settings))
     rows = open_run(settings.run).table("saliency")
     if as_json:
         print(json.dumps(done.summary() | {"saliency": rows.to_pylist()}, ensure_ascii=False))
@@ -103,4 +103,4 @@ def _measure_run(settings: SaliencySettings, *, as_json: bool) -> None:
         counts = f"{done.headline['words']:,} words of {done.headline['images']:,} images"
         say(f"{counts} in {done.seconds:.0f} s → {settings.run}")
         say(f"next: mmray report {settings.run}")
-    end(done, "image", quiet=as_json)
+    finish(done, "image", quiet=as_json)

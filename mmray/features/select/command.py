@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mmray.features.select.settings import SelectionSettings, selection_settings
-from mmray.terminal.options import AsJson, RunArgument, app, console, end, run_followed, say, with_settings
+from mmray.terminal.options import AsJson, RunArgument, app, console, finish, run_with_progress, say, with_settings
 
 
 @app.command()
@@ -25,7 +25,7 @@ def select(
     from mmray.runs.run import open_run
 
     checked = selection_settings({"run": run, "concepts": concepts, **settings})
-    done = run_followed(SelectionJob(checked))
+    done = run_with_progress(SelectionJob(checked))
     if as_json:
         print(json.dumps(done.headline["selections"], ensure_ascii=False))
     else:
@@ -36,4 +36,4 @@ def select(
                 f"ablated together, to first order: {selection.concept} falls by {selection.own:.2f} nats at "
                 f"{selection.own_places} places, other nouns by {selection.others:.2f} at {selection.other_places}\n"
             )
-    end(done, "sample", quiet=as_json)
+    finish(done, "sample", quiet=as_json)

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from mmray.features.selectivity.settings import SelectivitySettings, selectivity_settings
-from mmray.terminal.options import INCOMPLETE, AsJson, RunArgument, app, console, followed, say, with_settings
+from mmray.terminal.options import INCOMPLETE, AsJson, RunArgument, app, console, say, show_progress, with_settings
 
 
 @app.command()
@@ -20,7 +20,7 @@ def selectivity(run: RunArgument, as_json: AsJson = False, **settings: Any) -> N
     from mmray.features.selectivity.view import analysis
 
     checked = selectivity_settings({"run": run, **settings})
-    with followed() as follow:
+    with show_progress() as follow:
         outcome = run_selectivity(checked, follow)
     if outcome.outdated:
         names = ", ".join(outcome.outdated)
