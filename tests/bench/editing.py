@@ -65,13 +65,13 @@ HALLUCINATION = ("hallucination", "companion_named", "chair_i", "chair_s", "reca
 class Ground:
     """A run to edit on, and samples to measure on."""
 
-    material: EditDataset
+    dataset: EditDataset
     samples: list[Sample]
     facts: ObjectStatistics
     before: BaselineReplies = field(init=False)
 
     def __post_init__(self) -> None:
-        self.before = BaselineReplies(self.material.model)
+        self.before = BaselineReplies(self.dataset.model)
 
     @classmethod
     def at(cls, run: mmray.Run, evaluation: str) -> Ground:
@@ -87,18 +87,18 @@ class Ground:
     def pairs(self, count: int) -> list[tuple[str, str]]:
         """Return random pairs of concepts that the run names three times or more and the other samples show."""
         shown = {name for sample in self.samples for name in sample.objects or ()}
-        known = sorted(name for name, n in self.material.run.concepts.items() if n >= 3 and name in shown)
+        known = sorted(name for name, n in self.dataset.run.concepts.items() if n >= 3 and name in shown)
         draw = random.Random(SEED)
         return [tuple(draw.sample(known, 2)) for _ in range(count)]  # type: ignore[misc]
 
     def made(self, *wishes: dict[str, Any]) -> WeightEdit:
         """Make one edit for these wishes."""
         settings: list[EditSettings] = [edit_settings(wish) for wish in wishes]
-        return make_edit(self.material, settings)
+        return make_edit(self.dataset, settings)
 
     def measured(self, edit: WeightEdit | WordBan, others: int | None = None) -> Evaluated:
         """Measure an edit on all samples, or on those with its source and on so many drawn from the others."""
-        own = self.material.read(name for purpose in edit.purposes for name in purpose.samples)
+        own = self.dataset.read(name for purpose in edit.purposes for name in purpose.samples)
         settings = measure_settings(pope_objects=0, bleu=False, draws=200)
         samples = self.samples
         if others is not None:
@@ -106,7 +106,9 @@ class Ground:
             with_source = [sample for sample in samples if sources & set(sample.objects or ())]
             rest = [sample for sample in samples if not sources & set(sample.objects or ())]
             samples = with_source + random.Random(str(sources)).sample(rest, min(others, len(rest)))
-        return evaluate(self.material.model, edit, samples, settings, before=self.before, own=own, facts=self.facts)
+        return evaluate(
+            self.dataset.model, edit, samples, settings, baseline=self.before, own=own, statistics=self.facts
+        )
 
 
 @dataclass
@@ -176,7 +178,7 @@ def suppress(ground: Ground) -> None:
     rows: dict[str, Row] = defaultdict(Row)
     for word in SENSITIVE:
         edit = ground.made({"suppress": word})
-        for method, change in (("learned", edit), ("ban", WordBan(ground.material.model, (word,), edit.purposes))):
+        for method, change in (("learned", edit), ("ban", WordBan(ground.dataset.model, (word,), edit.purposes))):
             found = ground.measured(change)
             rows[method].add(change, found)
             print(f"{word}, {method}: {_short(found)}", file=sys.stderr, flush=True)

@@ -76,8 +76,10 @@ def replaced(model_name: str, data: str, out: str) -> str:
         with torch.no_grad():
             seen = [tower(tower.pixels([image])) for image in images]
         norms.append(float((seen[1] - seen[0]).norm() / seen[0].norm()))
-        asks = [Query(sample, prompt_text(before.model, presence(name), None), images[1]) for name in (source, target)]
-        texts = [before.questioner.text(tokens) for tokens in before.questioner.write(asks)]
+        queries = [
+            Query(sample, prompt_text(before.model, presence(name), None), images[1]) for name in (source, target)
+        ]
+        texts = [before.verifier.text(tokens) for tokens in before.verifier.generate(queries)]
         for about, right, text in zip(("source", "target"), (1.0, 0.0), texts, strict=True):
             if value[sample, "original", about] == right:
                 follows.append(value_of(text, "yes_no") == 1 - right)

@@ -20,7 +20,7 @@ from mmray.features.editing.edit import Purpose, open_edit
 from mmray.features.editing.methods import make_edit
 from mmray.features.editing.reduction_samples import own_captions
 from mmray.features.editing.settings import edit_settings
-from mmray.features.evaluation.edit_targets import EDITED, aim_of, scope_of
+from mmray.features.evaluation.edit_requests import EDITED, requests_of, scope_of
 from mmray.features.evaluation.job import EvaluationJob
 from mmray.features.evaluation.settings import evaluation_settings
 from mmray.features.hallucination.job import HallucinationJob
@@ -234,14 +234,14 @@ def test_rows_of_the_same_image_change_nothing(coco: CocoLike, run: Run, edit: P
 
 def test_digests_decide_before_ids() -> None:
     """Ids do where the edit has no digests, or the sample no image."""
-    naming = ObjectLexicon((SOURCE, "dog"), {})
+    lexicon = ObjectLexicon((SOURCE, "dog"), {})
     picture = Sample("a", "there", b"pixels", "A hammer.", objects=(SOURCE,))
     same, text = replace(picture, sample_id="another"), replace(picture, image=None)
     other = replace(picture, image=b"other pixels")
 
     def roles(purpose: Purpose) -> list[bool]:
-        aim = aim_of([purpose], naming)
-        return [scope_of(aim, naming, one, "a hammer").role == EDITED for one in (picture, same, other, text)]
+        requests = requests_of([purpose], lexicon)
+        return [scope_of(requests, lexicon, one, "a hammer").role == EDITED for one in (picture, same, other, text)]
 
     purpose = Purpose("swap", SOURCE, "dog", samples=("a",))
     assert roles(purpose) == [True, False, True, True]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.features.evaluation.protocols import PROTOCOLS, is_share
+from mmray.features.evaluation.measures import MEASURES, measure_of
 from mmray.features.properties.measures import above, placements
 from mmray.features.properties.observations import Key, Observations, summarise
 from mmray.statistics.bootstrap import measure
@@ -94,8 +94,14 @@ def test_fractions_are_resampled_but_never_of_no_width_at_the_ends() -> None:
 
 
 def test_numbers_of_any_size_are_no_shares() -> None:
-    assert {name for name in PROTOCOLS if not is_share(name)} >= {"bleu", "mean_length", "text_locality_kl"}
-    assert all(is_share(name) for name in ("reliability", "reliability:a→b", "chair_i", "pope_random_f1"))
+    assert {name for name, kind in MEASURES.items() if kind.unit != "share"} >= {
+        "bleu",
+        "mean_length",
+        "text_locality_kl",
+    }
+    assert all(
+        measure_of(name).unit == "share" for name in ("reliability", "reliability:a→b", "chair_i", "pope_random_f1")
+    )
 
 
 def auroc(own: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:

@@ -103,7 +103,7 @@ class ValidationJob(Job[AlignmentSettings, Validation]):
         def measure(unit: Unit) -> UnitResult:
             samples = list(read_shard(source, context.manifest.shards[unit.payload]))
             tables = measuring.samples(samples).tables()
-            before.forget()
+            before.clear()
             return UnitResult(tables)
 
         return measure

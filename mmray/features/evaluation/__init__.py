@@ -1,1 +1,1 @@
-"""What an edit did: before and after, each number with its protocol, its n and its interval."""
+"""What an edit changes and leaves alone: measures before and after, with protocol, n and interval."""

@@ -1,4 +1,4 @@
-"""What the unedited model answers: made once, however many edits are measured against it."""
+"""The unedited model's replies, made once however many edits are measured against them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from mmray.models.prompting import prompt_text, tokenize_caption
 
 FLIP = "flip"
 CROPS = {"crop centre": (0.1, 0.1, 0.9, 0.9), "crop corner": (0.0, 0.0, 0.85, 0.85)}
-"""Parts of the image that are kept: left, top, right and bottom, in 0..1."""
+"""The part of the image that is kept: left, top, right and bottom, from 0 to 1."""
 
 
 class BaselineReplies:
-    """Replies of one model, each made when it is first asked for.
+    """One model's replies, each made when it is first needed.
 
-    Samples are known by their `sample_id`: those of one such object must have identifiers of their own. An edit must
-    not be applied while it is asked.
+    Samples are identified by their `sample_id`, so those given to one such object need different ones. An edit must not
+    be applied while replies are made.
     """
 
     def __init__(
@@ -34,69 +34,74 @@ class BaselineReplies:
     ) -> None:
         self.model = model
         self.prompt = prompt
-        self.questioner = DraftVerifier(model, batch_size, longest)
+        self.verifier = DraftVerifier(model, batch_size, longest)
         self._replies: dict[tuple[str, str, str], Reply] = {}
         self._images: dict[tuple[str, str], Image | None] = {}
-        self._opinions: dict[str, ImageDetector] = {}
+        self._detectors: dict[str, ImageDetector] = {}
         self._encoders: dict[str, Encoder] = {}
 
     def image(self, sample: Sample, variant: str = "") -> Image | None:
-        """Return the sample's image, as it is or changed; the same object each time. ValueError if it can't be read."""
+        """Return the sample's image, as it is or changed; raises ValueError if it can't be read.
+
+        It is the same object each time: queries about one image share a row by its identity.
+        """
         key = sample.sample_id, variant
         if key not in self._images:
             if variant == "":
                 self._images[key] = decode_image(sample.image, sample.background) if sample.image is not None else None
             else:
                 plain = self.image(sample)
-                self._images[key] = plain and _varied(plain, variant)
+                self._images[key] = plain and _changed(plain, variant)
         return self._images[key]
 
-    def ask(self, sample: Sample, question: str | None = None, variant: str = "", *, whole: bool = False) -> Query:
-        """Return the ask of a question about a sample's image; of its caption where no question is given."""
+    def query(
+        self, sample: Sample, question: str | None = None, variant: str = "", *, all_positions: bool = False
+    ) -> Query:
+        """Return the query of a question about a sample's image, or for its caption without a question."""
         image = self.image(sample, variant)
         asked = self.prompt if question is None else question
         prompt = prompt_text(self.model, asked, sample.language, image=image is not None)
-        return Query(sample.sample_id, prompt, image, variant, whole)
+        return Query(sample.sample_id, prompt, image, variant, all_positions)
 
-    def tokens(self, ask: Query, text: str) -> list[int]:
-        """Return the tokens of a text as they follow the prompt."""
-        return tokenize_caption(self.model, ask.prompt, text)[0]
+    def tokens(self, query: Query, text: str) -> list[int]:
+        """Return the tokens of a text as the continuation of the prompt."""
+        return tokenize_caption(self.model, query.prompt, text)[0]
 
-    def cut(self, ask: Query) -> bool:
-        """Return whether the model's answer, which is known, was cut off for its length: it has no end token."""
-        return len(self._replies[ask.key].tokens) >= self.questioner.longest
+    def cut_off(self, query: Query) -> bool:
+        """Return whether the model's reply, which is known, was cut off at `longest`: then it has no end token."""
+        return len(self._replies[query.key].tokens) >= self.verifier.longest
 
-    def replies(self, asks: Sequence[Query], drafts: Sequence[Sequence[str]]) -> list[Reply]:
-        """Return what the model answers; guesses of the answers save time."""
-        missing = {ask.key: number for number, ask in enumerate(asks) if ask.key not in self._replies}
-        new = [asks[number] for number in missing.values()]
-        guesses = [[self.tokens(asks[n], draft) for draft in drafts[n] if draft] for n in missing.values()]
-        self._replies |= zip(missing, self.questioner.replies(new, guesses), strict=True)
-        return [self._replies[ask.key] for ask in asks]
+    def replies(self, queries: Sequence[Query], drafts: Sequence[Sequence[str]]) -> list[Reply]:
+        """Return the model's replies; drafts, guesses of each reply, save time."""
+        missing = {query.key: number for number, query in enumerate(queries) if query.key not in self._replies}
+        new = [queries[number] for number in missing.values()]
+        tokens = [[self.tokens(queries[n], draft) for draft in drafts[n] if draft] for n in missing.values()]
+        self._replies |= zip(missing, self.verifier.replies(new, tokens), strict=True)
+        return [self._replies[query.key] for query in queries]
 
-    def opinion(self, detector: str) -> ImageDetector:
-        """Return a detector's opinion next to the model's, the same object each time; raises InputError as it does."""
-        if detector not in self._opinions:
-            self._opinions[detector] = load_detector(self.model, detector)
-        return self._opinions[detector]
+    def detector(self, name: str) -> ImageDetector:
+        """Return a detector, loaded once; raises InputError if it can't be loaded."""
+        if name not in self._detectors:
+            self._detectors[name] = load_detector(self.model, name)
+        return self._detectors[name]
 
     def encoder(self, name: str) -> Encoder:
-        """Return a sentence encoder, the same object each time; raises InputError where it can't be loaded."""
+        """Return a sentence encoder, loaded once; raises InputError if it can't be loaded."""
         if name not in self._encoders:
             self._encoders[name] = Encoder(name, self.model.device)
         return self._encoders[name]
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop what is kept of samples."""
         self._replies.clear()
-        self.forget_images()
+        self.clear_images()
 
-    def forget_images(self) -> None:
+    def clear_images(self) -> None:
         """Drop the decoded images; the replies stay."""
         self._images.clear()
 
 
-def _varied(image: Image, variant: str) -> Image:
+def _changed(image: Image, variant: str) -> Image:
     if variant == FLIP:
         return ImageOps.mirror(image)
     left, top, right, bottom = CROPS[variant]

@@ -1,4 +1,4 @@
-"""Rows of objects that are named and not there: CHAIR, POPE, and pairs of a context and a hallucinated word."""
+"""Measure objects that are named but absent: CHAIR, POPE, and pairs of a context and a hallucinated word."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from mmray.features.evaluation.queries import Change
 from mmray.objects.answers import Parser, says_yes
 from mmray.objects.lexicon import ObjectLexicon
 
-SURE = 0.5
-"""Confidence of a detector from which on it confirms."""
+CONFIRMING = 0.5
+"""Lowest confidence at which a detector confirms an object."""
 WORDS = re.compile(r"\w+(?:[-'’]\w+)*")
 
 
 def chair(
     rows: MeasurementBuffer,
-    naming: ObjectLexicon,
+    lexicon: ObjectLexicon,
     name: str,
     objects: frozenset[str],
     language: str | None,
@@ -27,11 +27,12 @@ def chair(
 ) -> None:
     """Add a caption's part in CHAIR (Rohrbach et al. 2018), object recall and mean length.
 
-    CHAIR_i: mentions of objects that are not there, of all mentions; CHAIR_s: captions with such a mention, of all.
+    CHAIR_i: mentions of absent objects as a fraction of all mentions. CHAIR_s: captions with such a mention as a
+    fraction of all captions.
     """
     parts = []
     for caption in (before, after):
-        mentioned = [mention.concept for mention in naming.mentions(caption, language)]
+        mentioned = [mention.concept for mention in lexicon.mentions(caption, language)]
         wrong = sum(concept not in objects for concept in mentioned)
         found = len(objects.intersection(mentioned))
         parts.append((wrong, len(mentioned), found, len(WORDS.findall(caption))))
@@ -49,7 +50,7 @@ def hallucinated(
     before: set[str],
     after: set[str],
 ) -> None:
-    """Add, for each pair whose context is there, whether its word is named: where it is absent, and where present."""
+    """Add, for each pair whose context is present, whether the word is named: one measure if absent, one if present."""
     for context, word in pairs:
         if context in objects:
             measure = "companion_named" if word in objects else "hallucination"
@@ -60,21 +61,21 @@ def hallucinated(
 def confirmed(
     rows: MeasurementBuffer, name: str, confidence: Mapping[str, float], before: set[str], after: set[str]
 ) -> None:
-    """Add how many of the objects that a caption names a detector confirms, and of those that came with the edit."""
+    """Add how many of the objects that a caption names a detector confirms, and of those that the edit added."""
 
     def counts(named: set[str]) -> tuple[float, float]:
-        return float(sum(confidence[word] >= SURE for word in named)), float(len(named))
+        return float(sum(confidence[word] >= CONFIRMING for word in named)), float(len(named))
 
     if before | after:
         rows.add("confirmed", name, counts(before), counts(after))
     if after - before:
-        # Before the edit there is none of these to confirm.
+        # Before the edit, none of these was named.
         rows.add("confirmed_new", name, (0.0, 0.0), counts(after - before))
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Answers to questions for present and absent objects; those with neither yes nor no are `unparsable` too."""
+    """Answers to questions about present and absent objects; an answer with neither yes nor no is unparsable."""
 
     yes_present: int
     present: int
@@ -97,15 +98,15 @@ class Confusion:
 
 
 def confusion(present: Sequence[str], absent: Sequence[str], parser: Parser = "sentences") -> Confusion:
-    """Count the answers to questions for present and for absent objects."""
-    there, lacking = ([says_yes(answer, parser) for answer in answers] for answers in (present, absent))
+    """Count the answers to questions about present and about absent objects."""
+    of_present, of_absent = ([says_yes(answer, parser) for answer in answers] for answers in (present, absent))
     return Confusion(
-        yes_present=there.count(True),
-        present=len(there),
-        yes_absent=lacking.count(True),
-        no_absent=lacking.count(False),
-        absent=len(lacking),
-        unparsable=there.count(None) + lacking.count(None),
+        yes_present=of_present.count(True),
+        present=len(of_present),
+        yes_absent=of_absent.count(True),
+        no_absent=of_absent.count(False),
+        absent=len(of_absent),
+        unparsable=of_present.count(None) + of_absent.count(None),
     )
 
 
@@ -119,8 +120,8 @@ def pope(
 ) -> None:
     """Add a sample's part in POPE (Li et al. 2023); `changes` has each object's answers before and after the edit."""
     for strategy, others in absent.items():
-        there, lacking = ([changes[thing] for thing in things] for things in (present, others))
-        before = confusion([change.before for change in there], [change.before for change in lacking], parser)
-        after = confusion([change.after for change in there], [change.after for change in lacking], parser)
-        for measure, sums in before.sums().items():
-            rows.add(f"pope_{strategy}_{measure}", name, sums, after.sums()[measure])
+        of_present, of_absent = ([changes[name] for name in names] for names in (present, others))
+        before = confusion([change.before for change in of_present], [change.before for change in of_absent], parser)
+        after = confusion([change.after for change in of_present], [change.after for change in of_absent], parser)
+        for figure, sums in before.sums().items():
+            rows.add(f"pope_{strategy}_{figure}", name, sums, after.sums()[figure])

@@ -1,4 +1,4 @@
-"""What an edit did: its evaluation."""
+"""The command `mmray evaluate`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmray.terminal.options import AsJson, RunArgument, app, console, finish, ru
 @with_settings(EvaluationSettings)
 def evaluate(
     run: RunArgument,
-    everything: Annotated[bool, typer.Option("--all", help="Show every protocol, and its words in full.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Show every protocol, in full.")] = False,
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from mmray.data.samples import Failure, Sample
 from mmray.features.evaluation.baseline_replies import BaselineReplies
-from mmray.features.evaluation.edit_targets import EDITED
+from mmray.features.evaluation.edit_requests import EDITED
 from mmray.features.evaluation.evaluator import EditEvaluator
 from mmray.features.evaluation.mmedit import read_records
 from mmray.features.evaluation.queries import Edit
@@ -41,56 +41,58 @@ def evaluate(
     samples: Sequence[Sample | Failure],
     settings: MeasureSettings | None = None,
     *,
-    before: BaselineReplies | None = None,
+    baseline: BaselineReplies | None = None,
     own: Sequence[Sample | Failure] = (),
-    facts: ObjectStatistics | None = None,
+    statistics: ObjectStatistics | None = None,
 ) -> Evaluated:
     """Measure an edit on samples before and after it.
 
-    Those whose image the edit was made on count for its reliability, as do the samples `own`, unless their images are
-    among those. `before` keeps the model's replies before the edit: hand on one object, and many edits cost little more
-    than their replies after. `facts` are of the data's objects (with their translations), by default gathered from the
-    samples.
+    Samples whose image the edit was made on count for its reliability. So do the samples `own`, unless their images are
+    among these. `baseline` keeps the unedited model's replies: with one object for many edits, each costs little more
+    than its own replies. `statistics` are of the data's objects, with translations; by default those of the samples.
     """
     began = time.perf_counter()
     readable = [sample for sample in samples if isinstance(sample, Sample)]
-    annotated = facts or gather_statistics(sample.objects for sample in readable)
-    settings = _settled(settings or measure_settings(), annotated, readable)
-    before = before or BaselineReplies(model, settings.batch_size, settings.prompt, settings.longest)
-    facts = facts or _facts(annotated, settings, readable)
-    measuring = EditEvaluator(before, edit, facts, settings)
-    parts = [measuring.samples(samples), measuring.texts(questions_of(measuring, settings))]
+    annotated = statistics or gather_statistics(sample.objects for sample in readable)
+    settings = _resolved(settings or measure_settings(), annotated, readable)
+    baseline = baseline or BaselineReplies(model, settings.batch_size, settings.prompt, settings.longest)
+    statistics = statistics or _statistics(annotated, settings, readable)
+    evaluator = EditEvaluator(baseline, edit, statistics, settings)
+    texts = text_questions_of(settings, statistics, evaluator.requests.words)
+    parts = [evaluator.samples(samples), evaluator.texts(texts)]
     if own:
         known = {row["image"] for row in parts[0].captions if row["role"] == EDITED}
         others = [sample for sample in own if not isinstance(sample, Sample) or sample.image_key not in known]
-        parts.append(measuring.samples(others, own=True))
+        parts.append(evaluator.samples(others, own=True))
     if settings.mmedit:
-        parts.append(measuring.records(read_records(settings.mmedit, settings.mmedit_images)))
+        parts.append(evaluator.records(read_records(settings.mmedit, settings.mmedit_images)))
     tables = [part.tables() for part in parts]
     whole = {name: pa.concat_tables([table[name] for table in tables]) for name in tables[0]}
     measures = summarise(whole["measurements"], settings)
     return Evaluated(measures, whole["captions"], whole["errors"], time.perf_counter() - began)
 
 
-def _settled(settings: MeasureSettings, facts: ObjectStatistics, samples: Sequence[Sample]) -> MeasureSettings:
-    """Return the settings with the ground truth and the words that these samples call for, where none are given."""
+def _resolved(settings: MeasureSettings, statistics: ObjectStatistics, samples: Sequence[Sample]) -> MeasureSettings:
+    """Return the settings with the defaults of ground truth and synonyms that these samples need."""
     captioned = any(sample.references and sample.objects is not None for sample in samples)
     truth = settings.ground_truth or ("union" if captioned else "instances")
-    synonyms = table_for(settings.synonyms, facts.vocabulary)
+    synonyms = table_for(settings.synonyms, statistics.vocabulary)
     return settings.model_copy(update={"ground_truth": truth, "synonyms": synonyms})
 
 
-def _facts(annotated: ObjectStatistics, settings: MeasureSettings, samples: Sequence[Sample]) -> ObjectStatistics:
-    """Return the facts of these samples under the settings' ground truth."""
-    naming = object_lexicon(annotated.vocabulary, {}, open_words(settings.synonyms, annotated.vocabulary))
+def _statistics(annotated: ObjectStatistics, settings: MeasureSettings, samples: Sequence[Sample]) -> ObjectStatistics:
+    """Return the object statistics of these samples under the settings' ground truth."""
+    lexicon = object_lexicon(annotated.vocabulary, {}, open_words(settings.synonyms, annotated.vocabulary))
     truth = settings.ground_truth or "instances"
     references = captions_by_image((s.image_key, s.caption) for s in samples) if truth != "instances" else {}
-    objects = (with_ground_truth(sample, truth, naming, references).objects for sample in samples)
+    objects = (with_ground_truth(sample, truth, lexicon, references).objects for sample in samples)
     return gather_statistics(objects, vocabulary=annotated.vocabulary, references=references)
 
 
-def questions_of(measuring: EditEvaluator, settings: MeasureSettings) -> list[TextQuestion]:
+def text_questions_of(
+    settings: MeasureSettings, statistics: ObjectStatistics, words: frozenset[str]
+) -> list[TextQuestion]:
     """Return the questions without an image: those of the settings' file, or about the data's objects."""
     if settings.text_questions:
         return read_text_questions(settings.text_questions)
-    return text_questions(measuring.facts, measuring.aim.words, settings.text_count, settings.seed)
+    return text_questions(statistics, words, settings.text_count, settings.seed)

@@ -1,21 +1,27 @@
-"""Ask the samples of one unit of work before and after an edit, and add up what that shows."""
+"""Query the model about the samples of one unit before and after an edit, and measure the differences."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from mmray.data.samples import Failure, Sample
 from mmray.features.evaluation.baseline_replies import CROPS, FLIP, BaselineReplies
 from mmray.features.evaluation.chair import chair, confirmed, hallucinated, pope
-from mmray.features.evaluation.comparing import compare, forced
-from mmray.features.evaluation.draft_verifier import surviving
-from mmray.features.evaluation.edit_targets import UNRELATED, TargetsOfSample, aim_of, scope_of
-from mmray.features.evaluation.effects import caption_effects, forced_effects, generality, locality, rewritten
+from mmray.features.evaluation.comparing import compare, forced_predictions
+from mmray.features.evaluation.draft_verifier import without_failures
+from mmray.features.evaluation.edit_requests import UNRELATED, SampleScope, requests_of, scope_of
+from mmray.features.evaluation.effects import (
+    caption_effects,
+    expected_caption,
+    generality,
+    locality,
+    teacher_forced_effects,
+)
 from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 from mmray.features.evaluation.mmedit import Records, measure_records
-from mmray.features.evaluation.quality import bleu, has_bleu, similarity
+from mmray.features.evaluation.quality import bleu, has_bleu
 from mmray.features.evaluation.queries import Change, Edit, Query, Reply
 from mmray.features.evaluation.settings import MeasureSettings
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
@@ -29,208 +35,218 @@ from mmray.objects.words import open_words
 QUESTIONS = ("text_generality", "text_generality_questions")
 PROMPTS = ("text_generality", "text_generality_prompts")
 VARIANTS = {FLIP: "image_generality_flip"} | dict.fromkeys(CROPS, "image_generality_crop")
-"""What is done to an image → the measure that it counts for."""
+"""Change of an image → the measure that it counts for."""
 
-
-Drafts: TypeAlias = dict[tuple[str, str, str], list[str]]
-"""Key of an ask → guesses of its answer."""
+Key: TypeAlias = tuple[str, str, str]
+"""Of a query."""
+Drafts: TypeAlias = dict[Key, list[str]]
+"""Guesses of each query's reply."""
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What is asked about a sample whatever the edit is about; the questions are in the order of the sample's."""
+class _SampleQueries:
+    """The queries about a sample that every edit gets; `questions` are in the order of the sample's."""
 
     sample: Sample
     caption: Query
     questions: tuple[Query, ...]
     present: dict[str, Query]
+    """POPE's, by object."""
     absent: dict[str, dict[str, Query]]
+    """POPE's, by strategy and object."""
 
-    def asks(self) -> Iterator[Query]:
-        """Yield all asks, some perhaps twice."""
+    def __iter__(self) -> Iterator[Query]:
         yield from (self.caption, *self.questions, *self.present.values())
-        for asks in self.absent.values():
-            yield from asks.values()
+        for queries in self.absent.values():
+            yield from queries.values()
 
 
 @dataclass(frozen=True)
-class _Scoped:
-    """A sample with what the edit is to do there, and what is asked for that alone."""
+class _ScopedQueries:
+    """A sample with what the edit should do there, and the queries needed only if it should do something."""
 
-    asked: _Asked
-    scope: TargetsOfSample
+    common: _SampleQueries
+    scope: SampleScope
     paraphrases: tuple[Query, ...]
     variants: tuple[Query, ...]
 
+    def __iter__(self) -> Iterator[Query]:
+        yield from (*self.common, *self.paraphrases, *self.variants)
+
 
 class EditEvaluator:
-    """One edit against one model's replies before it."""
+    """Measures one edit against the replies of the unedited model."""
 
-    def __init__(self, before: BaselineReplies, edit: Edit, facts: ObjectStatistics, settings: MeasureSettings) -> None:
-        self.before = before
+    def __init__(
+        self, baseline: BaselineReplies, edit: Edit, statistics: ObjectStatistics, settings: MeasureSettings
+    ) -> None:
+        self.baseline = baseline
         self.edit = edit
-        self.facts = facts
+        self.statistics = statistics
         self.settings = settings
-        words = open_words(settings.synonyms, facts.vocabulary)
-        known = object_lexicon(facts.vocabulary, facts.translations, words)
-        self.aim = aim_of(edit.purposes, known)
-        aimed = sorted(self.aim.words)
-        self.naming = object_lexicon((*facts.vocabulary, *aimed), facts.translations, words)
-        # In CHAIR a synonym stays one (man: person), even where the edit is about that word.
-        new = [word for word in aimed if not known.named(word, None)]
-        self.objects = object_lexicon((*facts.vocabulary, *new), facts.translations, words)
+        words = open_words(settings.synonyms, statistics.vocabulary)
+        known = object_lexicon(statistics.vocabulary, statistics.translations, words)
+        self.requests = requests_of(edit.purposes, known)
+        edited = sorted(self.requests.words)
+        self.lexicon = object_lexicon((*statistics.vocabulary, *edited), statistics.translations, words)
+        # In CHAIR a synonym stays one (man: person), even if the edit is about that word.
+        new = [word for word in edited if not known.named(word, None)]
+        self.chair_lexicon = object_lexicon((*statistics.vocabulary, *new), statistics.translations, words)
         self.bleu = has_bleu(settings.bleu)
-        self.detector = before.opinion(settings.detector) if settings.detector else None
-        self.encoder = before.encoder(settings.encoder) if settings.encoder else None
+        self.detector = baseline.detector(settings.detector) if settings.detector else None
+        self.encoder = baseline.encoder(settings.encoder) if settings.encoder else None
 
     def samples(self, samples: Sequence[Sample | Failure], *, own: bool = False) -> MeasurementBuffer:
-        """Return the rows of samples; `own`: they are not of the data, but what the edit was made on."""
-        truth, known = self.settings.ground_truth or "instances", self.facts.references
+        """Return the measurements of samples; `own`: samples of the run that the edit was made on, not of the data."""
+        truth, known = self.settings.ground_truth or "instances", self.statistics.references
         readable = (
-            with_ground_truth(sample, truth, self.objects, known) for sample in samples if isinstance(sample, Sample)
+            with_ground_truth(sample, truth, self.chair_lexicon, known)
+            for sample in samples
+            if isinstance(sample, Sample)
         )
         rows = MeasurementBuffer(errors=[vars(sample) for sample in samples if isinstance(sample, Failure)])
-        parts = list(within_budget(readable, lambda sample: pixels_of(self.before.model, sample.image), BUDGET))
+        parts = list(within_budget(readable, lambda sample: pixels_of(self.baseline.model, sample.image), BUDGET))
         for part in parts:
-            rows.extend(self._readable(part, own))
+            rows.extend(self._decodable(part, own))
             if len(parts) > 1:
-                self.before.forget_images()
+                # Several edits share decoded images, but not if they exceed the budget together.
+                self.baseline.clear_images()
         rows.errors.sort(key=lambda row: (row["source"], row["sample_id"], row["stage"]))
         return rows
 
-    def _readable(self, readable: Sequence[Sample], own: bool) -> MeasurementBuffer:
-        """Return the rows of samples whose images can be held decoded together."""
+    def _decodable(self, samples: Sequence[Sample], own: bool) -> MeasurementBuffer:
+        """Return the measurements of samples whose decoded images fit in the budget together."""
         failures: list[Failure] = []
-        for sample in readable:
+        kept: dict[str, Sample] = {}
+        for sample in samples:
             try:
-                self.before.image(sample)
+                self.baseline.image(sample)
             except ValueError as error:
                 failures.append(_failure(sample, "decode", f"image can't be read: {error}"))
-        lost = {failure.sample_id for failure in failures}
-        kept = {sample.sample_id: sample for sample in readable if sample.sample_id not in lost}
+            else:
+                kept[sample.sample_id] = sample
 
-        def drop(ask: Query, reason: str) -> None:
-            failures.append(_failure(kept.pop(ask.sample_id), "forward", reason))
+        def drop(query: Query, reason: str) -> None:
+            failures.append(_failure(kept.pop(query.sample_id), "forward", reason))
 
-        rows = surviving(lambda: self._measured(list(kept.values()), own), drop)
+        rows = without_failures(lambda: self._measured(list(kept.values()), own), drop)
         rows.errors = [vars(failure) for failure in failures]
         return rows
 
     def texts(self, questions: Sequence[TextQuestion]) -> MeasurementBuffer:
-        """Return the rows of questions without an image."""
-        model = self.before.model
+        """Return the measurements of questions without an image."""
+        model = self.baseline.model
         kept = {f"text: {question.name}": question for question in questions}
-        lost: list[Failure] = []
+        failures: list[Failure] = []
 
-        def drop(ask: Query, reason: str) -> None:
-            kept.pop(ask.sample_id)
-            lost.append(Failure(ask.sample_id, "text questions", "forward", reason))
+        def drop(query: Query, reason: str) -> None:
+            kept.pop(query.sample_id)
+            failures.append(Failure(query.sample_id, "text questions", "forward", reason))
 
         def measured() -> MeasurementBuffer:
             rows = MeasurementBuffer()
-            prompts = [prompt_text(model, question.question, "en", image=False) for question in kept.values()]
-            asks = [Query(name, prompt, None, whole=True) for name, prompt in zip(kept, prompts, strict=True)]
-            replies = self.before.replies(asks, [[question.draft] for question in kept.values()])
-            changes = compare(self.before.questioner, self.edit, asks, replies)
+            prompts = {name: prompt_text(model, text.question, "en", image=False) for name, text in kept.items()}
+            queries = [Query(name, prompt, None, all_positions=True) for name, prompt in prompts.items()]
+            replies = self.baseline.replies(queries, [[question.draft] for question in kept.values()])
+            changes = compare(self.baseline.verifier, self.edit, queries, replies)
             for (name, question), change in zip(kept.items(), changes, strict=True):
                 locality(rows, "text_locality_about" if question.about else "text_locality", name, [change])
             return rows
 
-        rows = surviving(measured, drop)
-        rows.errors = [vars(failure) for failure in lost]
+        rows = without_failures(measured, drop)
+        rows.errors = [vars(failure) for failure in failures]
         return rows
 
     def records(self, records: Records) -> MeasurementBuffer:
-        """Return the rows of MMEdit's records."""
-        return measure_records(self.before, self.edit, records)
+        """Return the measurements of MMEdit's records."""
+        return measure_records(self.baseline, self.edit, records)
 
     def _measured(self, samples: Sequence[Sample], own: bool) -> MeasurementBuffer:
         drafts: Drafts = {}
-        asked = [self._asked(sample, own, drafts) for sample in samples]
-        self._answer([ask for one in asked for ask in one.asks()], drafts)
-        scoped = [self._scoped(one, drafts) for one in asked]
-        asks = [ask for one in scoped for ask in (*one.asked.asks(), *one.paraphrases, *one.variants)]
-        replies = self._answer(asks, drafts)
-        changes = compare(self.before.questioner, self.edit, [ask for ask, _ in replies], [r for _, r in replies])
-        found = {ask.key: change for (ask, _), change in zip(replies, changes, strict=True)}
+        common = [self._common(sample, own, drafts) for sample in samples]
+        # First the queries of every edit, whose replies decide what this edit should do, and so what else to query.
+        self._reply([query for queries in common for query in queries], drafts)
+        scoped = [self._scoped(queries, drafts) for queries in common]
+        replies = self._reply([query for queries in scoped for query in queries], drafts)
+        changes = compare(self.baseline.verifier, self.edit, [query for query, _ in replies], [r for _, r in replies])
+        found = {query.key: change for (query, _), change in zip(replies, changes, strict=True)}
         rows = MeasurementBuffer(images={sample.sample_id: sample.image_key for sample in samples})
-        for one in scoped:
-            self._effects(rows, one, found)
+        for queries in scoped:
+            self._add_effects(rows, queries, found)
             if not own:
-                self._whole(rows, one.asked, found)
-        self._forced(rows, scoped, found)
-        if self.encoder is not None and not own:
-            texts = [(one.sample, found[one.caption.key]) for one in asked if one.sample.caption]
-            similarity(rows, self.encoder, [(s.sample_id, s.caption, c.before, c.after) for s, c in texts])
+                self._add_quality(rows, queries.common, found)
+        self._add_teacher_forced(rows, scoped, found)
+        if not own:
+            self._add_similarity(rows, common, found)
         return rows
 
-    def _answer(self, asks: Sequence[Query], drafts: Drafts) -> list[tuple[Query, Reply]]:
-        """Return each ask once, with the reply before the edit."""
-        once = list({ask.key: ask for ask in asks}.values())
-        return list(zip(once, self.before.replies(once, [drafts[ask.key] for ask in once]), strict=True))
+    def _reply(self, queries: Sequence[Query], drafts: Drafts) -> list[tuple[Query, Reply]]:
+        """Return each query once, with the reply before the edit."""
+        once = list({query.key: query for query in queries}.values())
+        return list(zip(once, self.baseline.replies(once, [drafts[query.key] for query in once]), strict=True))
 
-    def _ask(
+    def _query(
         self, drafts: Drafts, sample: Sample, question: str | None, guesses: list[str], variant: str = ""
     ) -> Query:
-        made = self.before.ask(sample, question, variant, whole=question is None and not variant)
-        drafts.setdefault(made.key, guesses)
-        return made
+        query = self.baseline.query(sample, question, variant, all_positions=question is None and not variant)
+        drafts.setdefault(query.key, guesses)
+        return query
 
-    def _asked(self, sample: Sample, own: bool, drafts: Drafts) -> _Asked:
-        """Return what to ask about a sample; of what the edit was made on, that which shows its effect."""
+    def _common(self, sample: Sample, own: bool, drafts: Drafts) -> _SampleQueries:
+        """Return the queries that every edit gets; of its own samples, only those that show its effect."""
         pairs = sample.questions or ()
-        questions = [pair for pair in pairs if not own or self._about(sample, pair[1])]
+        questions = [pair for pair in pairs if not own or self._is_affected(sample, pair[1])]
         present, absent = ([], {}) if own or not self.settings.pope_objects else self._pope_objects(sample)
 
-        def there(name: str) -> Query:
-            return self._ask(drafts, sample, presence(name), ["Yes", "No"])
+        def presence_query(name: str) -> Query:
+            return self._query(drafts, sample, presence(name), ["Yes", "No"])
 
-        return _Asked(
+        return _SampleQueries(
             sample=sample,
-            caption=self._ask(drafts, sample, None, [sample.caption]),
-            questions=tuple(self._ask(drafts, sample, asked, [answer]) for asked, answer in questions),
-            present={name: there(name) for name in present},
-            absent={way: {name: there(name) for name in names} for way, names in absent.items() if names},
+            caption=self._query(drafts, sample, None, [sample.caption]),
+            questions=tuple(self._query(drafts, sample, question, [answer]) for question, answer in questions),
+            present={name: presence_query(name) for name in present},
+            absent={way: {name: presence_query(name) for name in names} for way, names in absent.items() if names},
         )
 
     def _pope_objects(self, sample: Sample) -> tuple[list[str], dict[str, list[str]]]:
-        """Return the objects that POPE asks a sample for: present, and absent by strategy."""
+        """Return the objects that POPE asks about: present ones, and absent ones by strategy."""
         settings, seed = self.settings, f"{self.settings.seed} {sample.sample_id}"
         objects = tuple(dict.fromkeys(name.casefold() for name in sample.objects or ()))
         return choose_pope_objects(
-            self.facts, objects, settings.pope_objects, seed, settings.pope_positives, settings.pope_adversarial
+            self.statistics, objects, settings.pope_objects, seed, settings.pope_positives, settings.pope_adversarial
         )
 
-    def _about(self, sample: Sample, answer: str) -> bool:
-        return bool(self.aim.gone(objects_of(sample)) & self.naming.named(answer, sample.language))
+    def _is_affected(self, sample: Sample, answer: str) -> bool:
+        return bool(self.requests.unwanted(objects_of(sample)) & self.lexicon.named(answer, sample.language))
 
-    def _scoped(self, asked: _Asked, drafts: Drafts) -> _Scoped:
-        """Return what the edit is to do at a sample, and what else to ask there."""
-        sample = asked.sample
-        (caption,) = self.before.replies([asked.caption], [drafts[asked.caption.key]])
-        scope = scope_of(self.aim, self.naming, sample, caption.text)
-        others = paraphrases(sample.language) if scope.wishes else ()
-        variants = VARIANTS if scope.wishes and sample.image is not None else ()
-        return _Scoped(
-            asked=asked,
+    def _scoped(self, common: _SampleQueries, drafts: Drafts) -> _ScopedQueries:
+        """Return what the edit should do at a sample, and the further queries for that."""
+        sample = common.sample
+        (caption,) = self.baseline.replies([common.caption], [drafts[common.caption.key]])
+        scope = scope_of(self.requests, self.lexicon, sample, caption.text)
+        others = paraphrases(sample.language) if scope.requests else ()
+        variants = VARIANTS if scope.requests and sample.image is not None else ()
+        return _ScopedQueries(
+            common=common,
             scope=scope,
-            paraphrases=tuple(self._ask(drafts, sample, prompt, [caption.text]) for prompt in others),
-            variants=tuple(self._ask(drafts, sample, None, [caption.text], variant) for variant in variants),
+            paraphrases=tuple(self._query(drafts, sample, other, [caption.text]) for other in others),
+            variants=tuple(self._query(drafts, sample, None, [caption.text], variant) for variant in variants),
         )
 
-    def _effects(self, rows: MeasurementBuffer, scoped: _Scoped, found: dict[tuple[str, str, str], Change]) -> None:
-        """Add what the edit did to one sample's texts."""
-        sample, scope, change = scoped.asked.sample, scoped.scope, found[scoped.asked.caption.key]
-        several = len(self.aim.wishes) > 1
-        caption_effects(rows, self.naming, sample, scope, change, several=several)
-        answers = [found[ask.key] for ask in scoped.asked.questions]
+    def _add_effects(self, rows: MeasurementBuffer, scoped: _ScopedQueries, found: Mapping[Key, Change]) -> None:
+        """Add what the edit did to the texts about one sample."""
+        sample, scope, change = scoped.common.sample, scoped.scope, found[scoped.common.caption.key]
+        several = len(self.requests.requests) > 1
+        caption_effects(rows, self.lexicon, sample, scope, change, several=several)
+        answers = [found[query.key] for query in scoped.common.questions]
         if scope.role == UNRELATED:
             locality(rows, "image_locality_questions", sample.sample_id, answers)
         tried: list[tuple[tuple[str, ...], Change]] = [(QUESTIONS, answer) for answer in answers]
-        tried += [(PROMPTS, found[ask.key]) for ask in scoped.paraphrases]
-        tried += [((VARIANTS[ask.variant],), found[ask.key]) for ask in scoped.variants]
+        tried += [(PROMPTS, found[query.key]) for query in scoped.paraphrases]
+        tried += [((VARIANTS[query.variant],), found[query.key]) for query in scoped.variants]
         for measures, reply in tried:
-            generality(rows, measures, self.aim, self.naming, sample, reply)
+            generality(rows, measures, self.requests, self.lexicon, sample, reply)
         rows.captions.append(
             {
                 "sample_id": sample.sample_id,
@@ -242,42 +258,57 @@ class EditEvaluator:
             }
         )
 
-    def _whole(self, rows: MeasurementBuffer, asked: _Asked, found: dict[tuple[str, str, str], Change]) -> None:
-        """Add what one sample of the data shows whatever the edit is about: hallucination and caption quality."""
-        sample, change, objects = asked.sample, found[asked.caption.key], objects_of(asked.sample)
+    def _add_quality(self, rows: MeasurementBuffer, common: _SampleQueries, found: Mapping[Key, Change]) -> None:
+        """Add hallucination and caption quality of one sample, whatever the edit is about."""
+        sample, change, objects = common.sample, found[common.caption.key], objects_of(common.sample)
         name, language = sample.sample_id, sample.language
+        named = self.lexicon.named(change.before, language), self.lexicon.named(change.after, language)
         if objects is not None:
-            chair(rows, self.objects, name, objects, language, change.before, change.after)
-            named = self.naming.named(change.before, language), self.naming.named(change.after, language)
-            hallucinated(rows, self.aim.pairs, name, objects, *named)
-        image = self.before.image(sample)
+            chair(rows, self.chair_lexicon, name, objects, language, change.before, change.after)
+            hallucinated(rows, self.requests.pairs, name, objects, *named)
+        image = self.baseline.image(sample)
         if self.detector is not None and image is not None:
-            named = self.naming.named(change.before, language), self.naming.named(change.after, language)
             confirmed(rows, name, self.detector.confidence(image, named[0] | named[1]), *named)
-        if asked.present:
-            asks = asked.present | {name: ask for asks in asked.absent.values() for name, ask in asks.items()}
-            absent = {way: list(things) for way, things in asked.absent.items()}
-            changes = {thing: found[ask.key] for thing, ask in asks.items()}
-            pope(rows, name, list(asked.present), absent, changes, self.settings.pope_parser)
+        if common.present:
+            queries = common.present | {name: query for some in common.absent.values() for name, query in some.items()}
+            absent = {way: list(names) for way, names in common.absent.items()}
+            changes = {name: found[query.key] for name, query in queries.items()}
+            pope(rows, name, list(common.present), absent, changes, self.settings.pope_parser)
         if self.bleu and sample.caption:
             bleu(rows, name, sample.caption, language, change.before, change.after)
 
-    def _forced(
-        self, rows: MeasurementBuffer, scoped: Sequence[_Scoped], found: dict[tuple[str, str, str], Change]
+    def _add_similarity(
+        self, rows: MeasurementBuffer, common: Sequence[_SampleQueries], found: Mapping[Key, Change]
     ) -> None:
-        """Add how likely the edited model finds the captions that a swap should lead to."""
-        wanted: list[tuple[_Scoped, Query, list[int]]] = []
+        """Add the similarity of captions to the data's, by greedy token matching as in BERTScore."""
+        if self.encoder is None:
+            return
+        pairs = [(one.sample, found[one.caption.key]) for one in common if one.sample.caption]
+        # All texts first, in batches; `match` then looks up their vectors.
+        self.encoder.vectors([text for sample, pair in pairs for text in (sample.caption, pair.before, pair.after)])
+        for sample, pair in pairs:
+            before, after = (self.encoder.match(text, sample.caption) for text in (pair.before, pair.after))
+            rows.share("bertscore", sample.sample_id, before, after)
+
+    def _add_teacher_forced(
+        self, rows: MeasurementBuffer, scoped: Sequence[_ScopedQueries], found: Mapping[Key, Change]
+    ) -> None:
+        """Add, per token, whether the edited model predicts the captions that a swap should lead to."""
+        expected: list[tuple[_ScopedQueries, Query, list[int]]] = []
         for one in scoped:
-            ask, language = one.asked.caption, one.asked.sample.language
-            text = rewritten(one.scope.wishes, self.naming, found[ask.key].before, language)
+            query, language = one.common.caption, one.common.sample.language
+            text = expected_caption(one.scope.requests, self.lexicon, found[query.key].before, language)
             if text is not None:
-                wanted.append((one, ask, self.before.tokens(ask, text)))
-        questioner = self.before.questioner
-        said = forced(questioner, self.edit, [ask for _, ask, _ in wanted], [tokens for *_, tokens in wanted])
-        for (one, ask, tokens), likeliest in zip(wanted, said, strict=True):
-            before, after = (questioner.ended(found) for found in likeliest)
-            whole = tokens if self.before.cut(ask) else [*tokens, questioner.end]
-            forced_effects(rows, one.scope, ask.sample_id, whole, before[: len(whole)], after[: len(whole)])
+                expected.append((one, query, self.baseline.tokens(query, text)))
+        verifier = self.baseline.verifier
+        predictions = forced_predictions(
+            verifier, self.edit, [query for _, query, _ in expected], [tokens for *_, tokens in expected]
+        )
+        for (one, query, tokens), likeliest in zip(expected, predictions, strict=True):
+            before, after = (verifier.ended(row) for row in likeliest)
+            target = tokens if self.baseline.cut_off(query) else [*tokens, verifier.end]
+            name, length = query.sample_id, len(target)
+            teacher_forced_effects(rows, one.scope, name, target, before[:length], after[:length])
 
 
 def _failure(sample: Sample, stage: str, reason: str) -> Failure:

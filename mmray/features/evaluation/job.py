@@ -1,7 +1,7 @@
-"""Evaluations as jobs: a unit is a shard of data, of questions or of records, measured before and after an edit.
+"""The job that evaluates an edit. A unit is a shard of data, of questions or of records.
 
-EDIT/evaluation/ FINGERPRINT/     the rows of each unit
-EDIT/evaluation.json              the measures of the last evaluation that ended
+EDIT/evaluation/FINGERPRINT/      the measurements of each unit
+EDIT/evaluation.json              the measures of the last complete evaluation
 EDIT/captions.parquet             its captions before and after
 """
 
@@ -23,7 +23,7 @@ from mmray.features.census.inputs import open_data
 from mmray.features.editing.edit import open_edit
 from mmray.features.editing.files import CAPTIONS_FILE, EVALUATION_FILE
 from mmray.features.evaluation.baseline_replies import BaselineReplies
-from mmray.features.evaluation.edit_targets import EDITED
+from mmray.features.evaluation.edit_requests import EDITED
 from mmray.features.evaluation.evaluator import EditEvaluator
 from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 from mmray.features.evaluation.plan import EvaluationContext, EvaluationUnit, open_measured, part_of, plan_evaluation
@@ -36,14 +36,14 @@ from mmray.runs.run import open_run
 from mmray.runs.tables import to_bytes
 
 Opener = Callable[[str], Edit]
-"""From an edit's folder to the edit."""
+"""Opens the edit of a folder; tests replace it."""
 
 
 class EvaluationJob(Job[EvaluationSettings, EvaluationContext]):
     """Measures what an edit changed, and what it left alone.
 
-    Edits of one run that are evaluated together share the model and its answers before them: their settings differ in
-    the edit alone.
+    Edits of one run that are evaluated together share the model and its replies before them. Their settings may differ
+    in the edit alone.
     """
 
     name = "evaluation"
@@ -55,27 +55,27 @@ class EvaluationJob(Job[EvaluationSettings, EvaluationContext]):
 
     @property
     def target(self) -> str:
-        """The edit."""
+        """The edit's folder."""
         return self.settings.edit.rstrip("/")
 
     def plan(self) -> Plan[EvaluationContext]:
-        """Settle what is measured and asked."""
+        """Plan the data, questions and records to measure on."""
         edit = self.opener(self.settings.edit)
         return plan_evaluation(self.settings, open_run(self.settings.run), edit)
 
     def worker(self, context: EvaluationContext) -> Worker:
-        """Load the model and the edit, and return what measures a unit."""
+        """Load the model and the edit, and return the function that measures a unit."""
         return self.workers([self], [context])[0]
 
     @classmethod
     def workers(
         cls, jobs: Sequence[Job[EvaluationSettings, EvaluationContext]], contexts: Sequence[EvaluationContext]
     ) -> list[Worker]:
-        """Load the model once; units that read the same are asked of it once, whatever edit each measures."""
+        """Load the model once; units that read the same share its replies, whichever edit they measure."""
         census, settings = contexts[0].census, contexts[0].settings
         model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
-        before = _SharedBefore(BaselineReplies(model, settings.batch_size, settings.prompt, settings.longest))
-        return [before.worker(job, context) for job, context in zip(jobs, contexts, strict=True)]
+        shared = _SharedBaseline(BaselineReplies(model, settings.batch_size, settings.prompt, settings.longest))
+        return [shared.worker(job, context) for job, context in zip(jobs, contexts, strict=True)]
 
     def merge(self, plan: Plan[EvaluationContext], parts: Parts, output: Output) -> dict[str, Any]:
         """Write the measures with their intervals, and the captions before and after."""
@@ -100,48 +100,45 @@ class EvaluationJob(Job[EvaluationSettings, EvaluationContext]):
         return {"edit": self.settings.edit, "measures": measures, "cost": plan.context.cost}
 
 
-class _SharedBefore:
-    """The unedited model's answers, which the workers of all edits of an actor share."""
+class _SharedBaseline:
+    """The unedited model's replies, which the workers of all edits of an actor share."""
 
-    def __init__(self, before: BaselineReplies) -> None:
-        self.before = before
+    def __init__(self, baseline: BaselineReplies) -> None:
+        self.baseline = baseline
         self.group: object = None
 
     def worker(self, job: Job[EvaluationSettings, EvaluationContext], context: EvaluationContext) -> Worker:
-        """Return what measures the units of one edit."""
+        """Return the function that measures the units of one edit."""
         assert isinstance(job, EvaluationJob)
         edit = job.opener(context.settings.edit)
-        measuring = EditEvaluator(self.before, edit, context.facts, context.settings)
+        evaluator = EditEvaluator(self.baseline, edit, context.statistics, context.settings)
 
         def measure(unit: engine.Unit) -> UnitResult:
             if unit.group != self.group:
-                # Units that read something else share no sample, and what is kept would only grow.
-                self.before.forget()
+                # Units of another group share no sample, so the replies kept would only grow.
+                self.baseline.clear()
                 self.group = unit.group
-            return UnitResult(_measured(context, measuring, unit.payload).tables())
+            return UnitResult(_measured(context, evaluator, unit.payload).tables())
 
         return measure
 
 
-def _measured(context: EvaluationContext, measuring: EditEvaluator, unit: EvaluationUnit) -> MeasurementBuffer:
+def _measured(context: EvaluationContext, evaluator: EditEvaluator, unit: EvaluationUnit) -> MeasurementBuffer:
     if unit.kind == "texts":
-        return measuring.texts(context.texts[unit.start : unit.start + unit.samples])
+        return evaluator.texts(context.texts[unit.start : unit.start + unit.samples])
     if unit.kind == "records":
         assert context.records is not None
-        return measuring.records(part_of(context.records, unit))
+        return evaluator.records(part_of(context.records, unit))
     if unit.kind == "data":
-        return measuring.samples(list(read_shard(open_measured(context.census), context.manifest.shards[unit.number])))
+        return evaluator.samples(list(read_shard(open_measured(context.census), context.manifest.shards[unit.number])))
     assert context.own_manifest is not None
     found = read_shard(open_data(context.own), context.own_manifest.shards[unit.number])
     wanted = set(unit.names)
-    return measuring.samples([s for s in found if isinstance(s, Sample) and s.sample_id in wanted], own=True)
+    return evaluator.samples([s for s in found if isinstance(s, Sample) and s.sample_id in wanted], own=True)
 
 
 def _gathered(plan: Plan[EvaluationContext], parts: Parts) -> tuple[pa.Table, pa.Table]:
-    """Return the measurements of all units, and the captions, each sample once.
-
-    An image that the edit was made on and that the data holds counts as it is there, and not again as one of the run's.
-    """
+    """Return the measurements of all units, and the captions, each sample once."""
 
     def read(name: str, *, own: bool) -> pa.Table:
         kinds = {number: plan.units[number].payload.kind for number in parts.receipts}
@@ -149,6 +146,7 @@ def _gathered(plan: Plan[EvaluationContext], parts: Parts) -> tuple[pa.Table, pa
         return replace(parts, receipts=some).table(name)
 
     captions = read("captions", own=False)
+    # An image of the edit that the data holds counts there, and not again as one of the run's.
     known = captions.filter(pc.equal(captions["role"], EDITED))["image"].unique()
     measured, captions = (
         pa.concat_tables([data, own.filter(pc.invert(pc.is_in(own["image"], known)))])

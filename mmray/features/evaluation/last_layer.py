@@ -1,7 +1,7 @@
-"""States after an edit of the last layer alone, from those before it: nothing behind its neurons has to be run again.
+"""Compute the states after an edit of the last layer from those before it, without a forward.
 
-The final norm's input is a sum, to which the last MLP adds Σ activation · row of W_out; and activations don't depend
-on those rows.
+The final norm's input is a sum to which the last MLP adds Σ activation · row of W_out, and the activations don't depend
+on these rows.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ from torch import Tensor
 
 from mmray.features.editing.edit import WeightEdit
 from mmray.features.evaluation.queries import Edit, States
-from mmray.features.evaluation.teacher_forced_states import TOLERANCE, StateReader
+from mmray.features.evaluation.teacher_forced_states import LIKELY, TOLERANCE, StateReader
 from mmray.models.norms import vocabulary_logits
 from mmray.models.parts import output_rows
 
 
 @dataclass(frozen=True)
 class LastLayer:
-    """An edit of neurons of the last layer, made before it is applied."""
+    """An edit of neurons of the last layer, made before the edit is applied."""
 
     reader: StateReader
     units: Int[Tensor, " unit"]
     rows: Float[Tensor, "unit hidden"]
-    """As they are before the edit."""
+    """Before the edit."""
 
     @classmethod
     def of(cls, reader: StateReader, edit: Edit) -> LastLayer | None:
-        """Return the edit as one of the last layer; None for others."""
+        """Return an edit that changes the last layer alone; None for others."""
         model = reader.model
         projection = model.projections[-1]
-        apart = projection.experts or projection.post_norm is not None
-        if not isinstance(edit, WeightEdit) or apart or not bool((edit.layer == len(model.widths) - 1).all()):
+        # A norm after the MLP is not linear in the rows, and experts hold activations per routed token.
+        nonlinear = projection.experts or projection.post_norm is not None
+        if not isinstance(edit, WeightEdit) or nonlinear or not bool((edit.layer == len(model.widths) - 1).all()):
             return None
         rows = output_rows(model.network, projection)
         units = edit.unit.to(rows.device)
@@ -42,29 +43,28 @@ class LastLayer:
 
     @cached_property
     def added(self) -> Float[Tensor, "unit hidden"]:
-        """What the edit, which is applied now, has added to the rows, in the weights' number format."""
+        """What the edit, which must be applied now, has added to the rows, as rounded to the weights' number format."""
         model = self.reader.model
         rows = output_rows(model.network, model.projections[-1])[self.units]
         return (rows.float() - self.rows.float()) * model.projections[-1].scale
 
-    def after(self, before: States, whole: bool) -> States | None:
-        """Return the states with the edit; None where too little is known of those before it."""
-        if before.activation is None or (whole and before.whole is None):
+    def after(self, before: States, all_positions: bool) -> States | None:
+        """Return the states with the edit; None if those before it lack activations."""
+        if before.activation is None or (all_positions and before.everywhere is None):
             return None
-        top = self.reader.top(self._shifted(*before.whole)) if whole and before.whole is not None else None
+        top = self.reader.top(self._shifted(*before.everywhere)) if all_positions and before.everywhere else None
         return States(self._shifted(before.hidden, before.activation), top=top)
 
-    def agrees(self, found: States | None, proof: States) -> bool:
-        """Return whether states found so are those of a forward."""
-        assert found is not None
+    def agrees(self, found: States, forward: States) -> bool:
+        """Return whether states computed so are those of a forward, up to rounding."""
         ours, theirs = (
-            vocabulary_logits(self.reader.model, states.hidden).log_softmax(dim=1) for states in (found, proof)
+            vocabulary_logits(self.reader.model, states.hidden).log_softmax(dim=1) for states in (found, forward)
         )
-        likely = theirs > theirs.amax(dim=1, keepdim=True) - 10
+        likely = theirs > theirs.amax(dim=1, keepdim=True) - LIKELY
         return float((ours - theirs)[likely].abs().max()) <= TOLERANCE[self.reader.model.network.dtype]
 
     def _shifted(
-        self, hidden: Float[Tensor, "place hidden"], activation: Float[Tensor, "place neuron"]
-    ) -> Float[Tensor, "place hidden"]:
-        written = activation[:, self.units].float() @ self.added
-        return (hidden.float() + written.to(hidden.device)).to(hidden.dtype)
+        self, hidden: Float[Tensor, "token hidden"], activation: Float[Tensor, "token neuron"]
+    ) -> Float[Tensor, "token hidden"]:
+        added = activation[:, self.units].float() @ self.added
+        return (hidden.float() + added.to(hidden.device)).to(hidden.dtype)

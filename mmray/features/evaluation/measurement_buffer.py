@@ -1,4 +1,4 @@
-"""What is measured of one sample: sums that add up over samples, whoever measured them."""
+"""Collects measurements per sample: sums that add up over samples, whichever worker measured them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mmray.features.evaluation.tables import PARTS
 class MeasurementBuffer:
     """The tables of one unit of work.
 
-    A measurement is a sample's part in a measure: before and after the edit a list of sums, most often what is counted
-    and of how many. A measure's value is a function of their totals. `images` has the key of each sample's image: the
-    samples of an image are drawn together. What it does not know is drawn by itself.
+    A measurement is a sample's part in a measure: a list of sums before the edit and one after it, most often what is
+    counted and of how many. A measure's value is a function of their totals.
     """
 
     images: Mapping[str, str] = field(default_factory=dict)
+    """The key of each sample's image. The bootstrap draws samples of one image together, and others by themselves."""
     measurements: list[dict[str, object]] = field(default_factory=list)
     captions: list[dict[str, object]] = field(default_factory=list)
     errors: list[dict[str, object]] = field(default_factory=list)
@@ -32,12 +32,12 @@ class MeasurementBuffer:
         )
 
     def share(self, measure: str, sample_id: str, before: float, after: float, of: float = 1.0) -> None:
-        """Add a part of `of` before and after; nothing where `of` is 0."""
+        """Add counts before and after, out of `of`; nothing if `of` is 0."""
         if of:
             self.add(measure, sample_id, (before, of), (after, of))
 
     def kept(self, measure: str, sample_id: str, outcomes: Iterable[float]) -> None:
-        """Add how far things are as before the edit: before it they are, each of them."""
+        """Add how far each of several things is as before the edit, from 0 to 1; before it, each is 1."""
         found = [float(outcome) for outcome in outcomes]
         self.share(measure, sample_id, len(found), sum(found), len(found))
 
@@ -48,5 +48,5 @@ class MeasurementBuffer:
         self.errors += other.errors
 
     def tables(self) -> dict[str, pa.Table]:
-        """Return what was collected."""
+        """Return the rows as tables."""
         return {name: pa.Table.from_pylist(getattr(self, name), schema=PARTS[name]) for name in PARTS}

@@ -1,4 +1,4 @@
-"""What an evaluation consists of: the run, the data, the edit's own samples, and the units of work they make."""
+"""The plan of an evaluation: its data, the edit's own samples, its questions and records, and their units of work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from mmray.detector.joint import detector_digest
 from mmray.errors import InputError
 from mmray.features.census.inputs import columns_of, open_data
 from mmray.features.census.settings import CensusSettings
-from mmray.features.evaluation.edit_targets import aim_of
+from mmray.features.editing.files import FACTS_FILE, ROWS_FILE
+from mmray.features.evaluation.edit_requests import requests_of
+from mmray.features.evaluation.evaluate import text_questions_of
 from mmray.features.evaluation.mmedit import Records, read_records
 from mmray.features.evaluation.quality import has_bleu
 from mmray.features.evaluation.queries import Edit, EditPurpose
@@ -24,60 +26,58 @@ from mmray.features.evaluation.settings import EvaluationSettings
 from mmray.features.evaluation.tables import PARTS
 from mmray.objects.ground_truth import survey
 from mmray.objects.lexicon import ObjectLexicon
-from mmray.objects.prompts import TextQuestion, read_text_questions, text_questions
+from mmray.objects.prompts import TextQuestion
 from mmray.objects.statistics import ObjectStatistics
 from mmray.objects.words import open_words
 from mmray.runs.run import Run
 from mmray.storage import Entry, open_object, open_store
 
-EDIT_FILES = ("edit.json", "edit.safetensors")
-"""What an edit's folder holds of the edit itself."""
 COLUMNS = ("image_column", "caption_column", "id_column", "language_column", "objects_column")
 
 
 @dataclass(frozen=True)
 class EvaluationUnit:
-    """One unit of work: a shard of the data, samples of a shard of the run's data, questions or records, by number."""
+    """One unit of work: a shard of the data, own samples of the edit in a shard of the run, questions, or records."""
 
     kind: str
     """data, own, texts or records."""
     number: int
     samples: int
     names: tuple[str, ...] = ()
-    """Identifiers of the samples that are wanted of an own shard."""
+    """Of an own shard: the ids of the edit's samples in it."""
     start: int = 0
-    """First question or record, of `samples` many."""
+    """The first question or record; `samples` says how many."""
 
 
 @dataclass(frozen=True)
 class EvaluationContext:
-    """All that workers need other than the model and the edit, and small compared with the data."""
+    """All that workers need except the model, the edit and the data."""
 
     settings: EvaluationSettings
-    """The job's, with everything settled that the data decides."""
+    """The job's, with the defaults that depend on the data."""
     census: CensusSettings
-    """The settings of the run, read as the data to measure on."""
+    """The run's settings, for the data to measure on."""
     own: CensusSettings
-    """The settings of the run as they are: where the edit's own samples lie."""
+    """The run's settings as they are: its data holds the edit's own samples."""
     manifest: Manifest
     own_manifest: Manifest | None
-    facts: ObjectStatistics
+    statistics: ObjectStatistics
     texts: tuple[TextQuestion, ...]
     records: Records | None
     cost: dict[str, Any]
-    """How the edit was made, and what it cost."""
+    """How the edit was made, and its cost."""
 
 
 def open_measured(census: CensusSettings) -> Source:
-    """Return the source of data to measure on, which need not have captions."""
+    """Return the source of the data to measure on, which need not have captions."""
     return open_source(census.data, columns_of(census), captions=False)
 
 
 def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engine.Plan[EvaluationContext]:
-    """Settle everything that an evaluation consists of; raises InputError for anything wrong with it.
+    """Return the plan; raises InputError for anything wrong with the settings or the data.
 
-    A unit's payload is an `EvaluationUnit`, and its group what it reads: there the edits of one actor share the
-    model's answers. (Units that read different data stay apart: other samples may have the same identifiers.)
+    A unit's payload is an `EvaluationUnit`. Its group is what it reads: the edits of one actor share the baseline
+    replies of a group. Units that read different data may have the same identifiers for other samples.
     """
     purposes = edit.purposes
     settings = settings.model_copy(update={"bleu": has_bleu(settings.bleu)})
@@ -91,17 +91,18 @@ def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engin
         raise InputError(f"{settings.data}: no sample in it")
     found = survey(source, settings.ground_truth, settings.synonyms)
     settings = settings.model_copy(update={"ground_truth": found.ground_truth, "synonyms": found.synonyms})
-    facts = found.statistics
+    statistics = found.statistics
     own_manifest, own_units = _own(run, purposes, manifest)
-    words = aim_of(purposes, ObjectLexicon(facts.vocabulary, facts.translations)).words
-    asked = settings.text_questions
-    texts = read_text_questions(asked) if asked else text_questions(facts, words, settings.text_count, settings.seed)
+    words = requests_of(purposes, ObjectLexicon(statistics.vocabulary, statistics.translations)).words
+    texts = text_questions_of(settings, statistics, words)
     records = read_records(settings.mmedit, settings.mmedit_images) if settings.mmedit else None
     units = [EvaluationUnit("data", shard.shard_id, shard.samples) for shard in manifest.shards]
     units += own_units
     units += _parts("texts", len(texts), settings.shard_size)
     units += _parts("records", len(records.records) if records else 0, settings.shard_size)
-    context = EvaluationContext(settings, census, own, manifest, own_manifest, facts, tuple(texts), records, edit.facts)
+    context = EvaluationContext(
+        settings, census, own, manifest, own_manifest, statistics, tuple(texts), records, edit.facts
+    )
     return engine.Plan(
         [engine.Unit(unit.samples, unit, (unit.kind, unit.number)) for unit in units],
         _digests(context, run, tuple(units)),
@@ -116,7 +117,7 @@ def part_of(records: Records, unit: EvaluationUnit) -> Records:
 
 
 def _digests(context: EvaluationContext, run: Run, units: tuple[EvaluationUnit, ...]) -> dict[str, str]:
-    """Return what the evaluation's result depends on, each by a digest."""
+    """Return the digests of everything that the result depends on."""
     settings = context.settings
     edit = open_store(settings.edit)
     found = {
@@ -124,12 +125,12 @@ def _digests(context: EvaluationContext, run: Run, units: tuple[EvaluationUnit, 
         "data": context.manifest.digest,
         "own": context.own_manifest.digest if context.own_manifest else "",
         "asked": _asked(context, units),
-        # Parts without all these columns can't be continued.
+        # Parts of an earlier version may lack a column, and can't be merged with new ones.
         "rows": ",".join(PARTS["measurements"].names),
-        "edit": _digest([edit.entry(name) for name in EDIT_FILES]),
+        "edit": _digest([edit.entry(name) for name in (FACTS_FILE, ROWS_FILE)]),
         "encoder": _digest(open_store(settings.encoder).list()) if settings.encoder else "",
     }
-    found["words"] = open_words(settings.synonyms, context.facts.vocabulary).digest()
+    found["words"] = open_words(settings.synonyms, context.statistics.vocabulary).digest()
     if settings.mmedit:
         store, key = open_object(settings.mmedit)
         found["mmedit"] = _digest([store.entry(key)])
@@ -141,10 +142,10 @@ def _digests(context: EvaluationContext, run: Run, units: tuple[EvaluationUnit, 
 
 
 def _asked(context: EvaluationContext, units: tuple[EvaluationUnit, ...]) -> str:
-    """Return a digest of what is asked, beyond the data's content."""
+    """Return a digest of the queries, beyond the data's content."""
     records = context.records and [number for number, _ in context.records.records]
-    facts = sorted(context.facts.counts.items()), sorted(map(str, context.facts.translations.items()))
-    return hashlib.sha256(repr((context.texts, records, facts, units)).encode()).hexdigest()[:16]
+    statistics = sorted(context.statistics.counts.items()), sorted(map(str, context.statistics.translations.items()))
+    return hashlib.sha256(repr((context.texts, records, statistics, units)).encode()).hexdigest()[:16]
 
 
 def _digest(entries: Sequence[Entry | None]) -> str:
@@ -153,23 +154,23 @@ def _digest(entries: Sequence[Entry | None]) -> str:
 
 
 def _own(run: Run, purposes: Sequence[EditPurpose], manifest: Manifest) -> tuple[Manifest | None, list[EvaluationUnit]]:
-    """Return the shards of the run's data that hold the samples of the edit, without the rows that are measured anyway.
+    """Return the shards of the run's data with the edit's samples, without the rows that are measured anyway.
 
-    Of rows that the measured data holds in another form (COCO has its images once) the measurements are left out later.
+    If the measured data holds an image in another form (COCO has each image once), the merge drops the own sample.
     """
     own = manifest_without(Manifest.from_json(run.folder.manifest()), manifest)
-    wanted = {name for purpose in purposes for name in purpose.samples}
-    if not own.samples or not wanted or run.snapshot is None:
+    samples = {name for purpose in purposes for name in purpose.samples}
+    if not own.samples or not samples or run.snapshot is None:
         return None, []
     try:
         open_data(CensusSettings(**run.info["settings"]))
     except InputError:
-        # The data has gone since: the protocol of reliability then says that these samples are not at hand.
+        # The data is gone: the protocol of reliability then says that these images are not at hand.
         return None, []
     by_shard: dict[int, list[str]] = defaultdict(list)
     captions = run.table("captions").select(["sample_id", "shard_id"]).to_pylist()
     for row in captions:
-        if row["sample_id"] in wanted:
+        if row["sample_id"] in samples:
             by_shard[row["shard_id"]].append(row["sample_id"])
     units = [
         EvaluationUnit("own", shard, len(names), tuple(sorted(names)))
@@ -180,11 +181,11 @@ def _own(run: Run, purposes: Sequence[EditPurpose], manifest: Manifest) -> tuple
 
 
 def manifest_without(own: Manifest, measured: Manifest) -> Manifest:
-    """Return shards of the same numbers, without the rows of files that are measured on, as they are."""
+    """Return shards with the same numbers, without the rows of unchanged files that the measured data has too."""
     files = set(own.files) & set(measured.files)
-    alike = {file.path for file in files}
-    # Data is cut from the first row of each file on.
-    stops = {piece.path: piece.stop for shard in measured.shards for piece in shard.pieces if piece.path in alike}
+    shared = {file.path for file in files}
+    # Each file is cut from its first row on, so the last stop says how many of its rows are measured.
+    stops = {piece.path: piece.stop for shard in measured.shards for piece in shard.pieces if piece.path in shared}
     shards = (
         Shard(
             shard.shard_id,

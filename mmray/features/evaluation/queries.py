@@ -1,4 +1,4 @@
-"""What the model is asked, and what it answers."""
+"""Queries to a model, its replies, and how an edit changes them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class EditPurpose(Protocol):
 
     @property
     def source(self) -> str | None:
-        """The concept that is to vanish."""
+        """The concept to remove."""
 
     @property
     def target(self) -> str | None:
-        """The concept or word that is to be named in its place."""
+        """The concept or word to name instead."""
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
@@ -41,7 +41,7 @@ class EditPurpose(Protocol):
 
     @property
     def images(self) -> tuple[str, ...]:
-        """Digests of the images that the edit was made on; none of an edit that did not record them."""
+        """Digests of the images that the edit was made on; empty for an edit that did not record them."""
 
 
 class Edit(Protocol):
@@ -49,11 +49,11 @@ class Edit(Protocol):
 
     @property
     def purposes(self) -> Sequence[Any]:
-        """What it was made for, each a `EditPurpose`; of several edits in one, that of each."""
+        """What it was made for, each an `EditPurpose`; a sum of edits has those of each."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """How it was made, and what it cost."""
+        """How it was made, and its cost."""
 
     def applied(self, model: Any) -> AbstractContextManager[Any]:
         """Return the block in which the model is changed."""
@@ -61,17 +61,15 @@ class Edit(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """One prompt, in the family's template, about one image or about none.
-
-    `variant` says what was done to the sample's image: as it is (an empty text), flipped, cropped, or none shown.
-    `whole`: the ten likeliest tokens of every position are wanted, not only of those that predict the reply.
-    """
+    """One prompt, in the family's template, about one image or none."""
 
     sample_id: str
     prompt: str
     image: Image | None
     variant: str = ""
-    whole: bool = False
+    """How the sample's image was changed; empty: not at all."""
+    all_positions: bool = False
+    """Record the ten likeliest tokens at every position, not only at those that predict the reply."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -80,73 +78,69 @@ class Query:
 
 
 class QueryError(Exception):
-    """A prompt that the model can't be given."""
+    """The model can't run a query."""
 
-    def __init__(self, ask: Query, reason: str) -> None:
+    def __init__(self, query: Query, reason: str) -> None:
         super().__init__(reason)
-        self.ask = ask
+        self.query = query
 
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """What a forward along a reply leaves of one ask.
+    """What is kept of one query's forward along a reply."""
 
-    `hidden` is the input of the final norm at the places that predict the reply's tokens and its end, `activation` that
-    of the last MLP's output projection there; `top` the ten likeliest tokens at every position of the sequence, and
-    `whole` hidden states and activations there. None: not asked for, or too large to keep.
-    """
-
-    hidden: Float[Tensor, "place hidden"]
-    activation: Float[Tensor, "place neuron"] | None = None
+    hidden: Float[Tensor, "token hidden"]
+    """The final norm's input at the positions that predict the reply's tokens and its end."""
+    activation: Float[Tensor, "token neuron"] | None = None
+    """The input of the last MLP's output projection there; None: not available."""
     top: Int[Tensor, "position rank"] | None = None
-    whole: tuple[Float[Tensor, "position hidden"], Float[Tensor, "position neuron"]] | None = None
+    """The ten likeliest tokens at every position of the sequence; None: not requested."""
+    everywhere: tuple[Float[Tensor, "position hidden"], Float[Tensor, "position neuron"]] | None = None
+    """Hidden states and activations at every position; None: not requested, or too large to keep."""
 
     def shortened(self, by: int) -> States:
-        """Return the states without the last places of the reply."""
+        """Return the states without the last `by` positions of the reply."""
         return States(
             hidden=self.hidden[: len(self.hidden) - by],
             activation=None if self.activation is None else self.activation[: len(self.activation) - by],
             top=None if self.top is None else self.top[: len(self.top) - by],
-            whole=None if self.whole is None else (self.whole[0][: -by or None], self.whole[1][: -by or None]),
+            everywhere=self.everywhere and (self.everywhere[0][: -by or None], self.everywhere[1][: -by or None]),
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """What the model writes greedily, and its states along it.
-
-    `steady` is false where the likeliest tokens along the reply are not those that generation wrote: a near tie, or a
-    model whose settings penalise some tokens.
-    """
+    """The model's greedy reply, and its states along it."""
 
     tokens: list[int]
     text: str
     states: States
-    steady: bool
+    verified: bool
+    """Whether the likeliest tokens along the reply are the reply itself. They are not in a near tie, or if generation
+    settings penalise some tokens."""
 
     @property
-    def hidden(self) -> Float[Tensor, "place hidden"]:
-        """The input of the final norm at the places that predict the tokens and their end."""
+    def hidden(self) -> Float[Tensor, "token hidden"]:
+        """The final norm's input at the positions that predict the tokens and their end."""
         return self.states.hidden
 
 
 @dataclass(frozen=True)
 class Change:
-    """One reply before and after an edit.
-
-    `span` is the share of the reply's places (its end included) where the likeliest token is the same, teacher-forced;
-    `greedy_span` the share of places where the two greedy replies have the same token; `divergence` the mean of
-    KL(before ‖ after) over the reply's places, in nats; `ranks` the share of equal (position, rank) slots of the ten
-    likeliest tokens over the whole sequence; `firsts` that of the likeliest alone.
-    """
+    """One reply before and after an edit. Positions are those of the reply before it, its end included."""
 
     before: str
     after: str
     span: float
+    """Share of positions with the same likeliest token, teacher-forced along the reply before."""
     greedy_span: float
-    divergence: float
-    ranks: float | None
-    firsts: float | None
+    """Share of positions at which the two greedy replies have the same token."""
+    kl: float
+    """Mean KL(before ‖ after) over the positions, in nats."""
+    top10: float | None
+    """Share of equal (position, rank) slots of the ten likeliest tokens, over the whole sequence."""
+    top1: float | None
+    """The same of the likeliest token alone."""
 
     @property
     def same(self) -> bool:
@@ -155,7 +149,7 @@ class Change:
 
 
 def chunks(costs: list[int], most: int) -> Iterator[slice]:
-    """Yield slices of neighbours whose costs add up to `most` at most, or one alone that costs more."""
+    """Yield slices of neighbours whose costs add up to at most `most`, or one alone that costs more."""
     start, total = 0, 0
     for index, cost in enumerate(costs):
         if index > start and total + cost > most:

@@ -1,4 +1,4 @@
-"""Typed settings of an evaluation, with the documentation of each."""
+"""Settings of an evaluation, with the documentation of each."""
 
 from __future__ import annotations
 
@@ -13,61 +13,62 @@ from mmray.objects.statistics import Adversarial, GroundTruth, Positives
 
 
 class MeasureSettings(BaseModel):
-    """What is measured, and how; the samples are given."""
+    """What to measure, and how, on given samples."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     batch_size: int = execution(32, ge=1)
-    """Images a forward pass; halved by itself where memory runs out."""
+    """Images per forward pass; halved automatically if memory runs out."""
     prompt: str | None = None
     """Question before captions; default: the run's, else "Describe the image in few words." in the caption's
     language."""
     text_questions: str | None = known_by_digest(None)
-    """File with a question without an image a line, a tab and the expected answer behind it; default: questions about
-    the data's objects."""
+    """File of questions without an image, one per line, with a tab and the expected answer after it; default: questions
+    about the data's objects."""
     text_count: int = Field(200, ge=0)
-    """Questions without an image that are drawn from those about the data's objects."""
+    """Number of questions without an image to draw from those about the data's objects."""
     longest: int = Field(LONGEST, ge=1)
-    """Tokens at most in a caption or an answer; a longer one is cut off there. CHAIR is usually given at 64 or 512."""
+    """Most tokens in a caption or an answer; longer ones are cut off. CHAIR is usually reported at 64 or 512."""
     ground_truth: GroundTruth | None = None
     """Which objects are in an image, for CHAIR, POPE and hallucination: instances (annotated), captions (named by the
     data's captions), or union (published). Default: union where the data has objects and lists each image's captions
-    (COCO, a column of lists), else instances. Captions in several rows are matched by their image, which is read once
-    more for it."""
+    (COCO, a column of lists), else instances. Captions in several rows are matched by their image, which is read an
+    extra time."""
     synonyms: str | None = known_by_digest(None)
     """Words that count as an object: coco (a table of COCO's 80 objects, with CHAIR's rules), none, or a file: JSON of
-    object → synonyms, or lines as in CHAIR's synonyms.txt. All objects listed are looked for. Default: coco where every
+    object → synonyms, or lines as in CHAIR's synonyms.txt. All objects listed are searched for. Default: coco if every
     object of the data is one of COCO's, else none."""
     pope_objects: int = Field(1, ge=0)
-    """Present objects of an image that POPE asks for, and as many absent ones a setting (published: 3); 0: no POPE."""
+    """Present objects per image that POPE asks about, and as many absent ones per strategy (published: 3);
+    0: no POPE."""
     pope_positives: Positives = "drawn"
-    """Which present objects POPE asks for: drawn, from every image; first: an image's first ones, and no image that has
-    fewer (as published)."""
+    """Which present objects POPE asks about: drawn (random, of every image) or first (an image's first ones, only
+    of images with enough; as published)."""
     pope_adversarial: Adversarial = "object"
-    """POPE's adversarial objects: most often together with the object asked for (as published), or with all objects of
-    the image."""
+    """POPE's adversarial objects co-occur most with the object asked about (as published), or with all objects of the
+    image."""
     pope_parser: Parser = "sentences"
     """How POPE reads an answer: sentences (the first sentence that says yes or no, denies or affirms), or released (no
     where the first sentence has No, no or not, else yes)."""
     encoder: str | None = known_by_digest(None)
     """Folder of a text encoder for BERTScore-style similarity to the data's captions; default: not measured."""
     detector: str | None = known_by_digest(None)
-    """Detector that no edit of neurons reaches, asked whether what captions name is there: on the model's own tower
-    (`demo`, or a folder of heads), or an OWL-ViT or OWLv2 (folder or hub id); default: none is."""
+    """Detector that checks whether named objects are there, and that no edit of neurons changes: on the model's own
+    tower (`demo`, or a folder of heads), or an OWL-ViT or OWLv2 (folder or hub id); default: none."""
     bleu: bool | None = None
-    """Measure sacrebleu against the data's captions; default: where sacrebleu is installed."""
+    """Measure sacrebleu against the data's captions; default: if sacrebleu is installed."""
     mmedit: str | None = known_by_digest(None)
-    """E-VQA or E-IC JSON of MMEdit, read as it is: its records are asked too."""
+    """E-VQA or E-IC JSON of MMEdit, as published: also measure on its records."""
     mmedit_images: str | None = known_by_digest(None)
-    """Folder of the images that the records name; default: that of the JSON."""
+    """Folder of the images that the records name; default: the folder of the JSON."""
     draws: int = after_work(1000, ge=1)
-    """Draws of the bootstrap over images that intervals are made of."""
+    """Bootstrap draws over images, for the intervals."""
     seed: int = 0
-    """Seed of the bootstrap and of what is drawn from the data."""
+    """Seed of the bootstrap and of every other draw."""
 
 
 class EvaluationSettings(JobSettings, MeasureSettings):
-    """Everything that `mmray evaluate` can be told."""
+    """The options of `mmray evaluate`."""
 
     run: str = known_by_digest()
     """Folder of the run that the edit was made from."""
@@ -79,7 +80,7 @@ class EvaluationSettings(JobSettings, MeasureSettings):
     limit: int | None = Field(None, ge=1)
     """Use the first N samples only; all by default."""
     shard_size: int = Field(100, ge=1)
-    """Samples a shard: the unit of work, and what a crash costs."""
+    """Samples per shard: the unit of work, and what a crash costs."""
     image_column: str | None = None
     """Column of the image; default: the run's."""
     caption_column: str | None = None

@@ -1,4 +1,4 @@
-"""From the rows of all samples to the measures of an evaluation, in the form that is written and printed."""
+"""From measurements per sample to the measures of an evaluation, as they are written and printed."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmray.features.evaluation.protocols import PRIMARY, is_share, protocol_of, value_of
+from mmray.features.evaluation.measures import PRIMARY, measure_of, protocol_of
 from mmray.features.evaluation.settings import MeasureSettings
 from mmray.statistics.bootstrap import Measured, by_measure, measure
 
-NOT_AT_HAND = "the images that the edit was made on are not at hand; of others: "
+UNSEEN_INSTEAD = "the images that the edit was made on are not at hand; of others: "
 
 
 def summarise(measurements: pa.Table, settings: MeasureSettings) -> dict[str, dict[str, Any]]:
     """Return measure → before, after, low, high, n and protocol; the primary ones first, the others by name.
 
-    Where the edit's own images are not at hand, its reliability is that on the images it never saw.
+    If the edit's own images are not available, its reliability is that on images it never saw.
     """
     sums = by_measure(measurements)
     found: dict[str, dict[str, Any]] = {}
     for name in {*PRIMARY, *sums}:
-        measured = Measured(None, None, None, None, 0)
+        kind, measured = measure_of(name), Measured(None, None, None, None, 0)
         if name in sums:
-            measured = measure(*sums[name], value_of(name), settings.draws, settings.seed, share=is_share(name))
+            measured = measure(*sums[name], kind.value, settings.draws, settings.seed, share=kind.unit == "share")
         found[name] = asdict(measured) | {"protocol": protocol_of(name, settings)}
     unseen = {name: values for name, values in found.items() if name.startswith("image_generality")}
     if not found["reliability"]["n"] and unseen["image_generality"]["n"]:
         for name, values in unseen.items():
+            # Own images are never flipped or cropped.
             if not name.endswith(("_flip", "_crop")):
                 own = name.replace("image_generality", "reliability")
-                found[own] = values | {"protocol": NOT_AT_HAND + values["protocol"]}
+                found[own] = values | {"protocol": UNSEEN_INSTEAD + values["protocol"]}
     order = {name: place for place, name in enumerate(PRIMARY)}
     return {name: found[name] for name in sorted(found, key=lambda name: (order.get(name, len(order)), name))}

@@ -1,4 +1,4 @@
-"""What a unit of an evaluation commits."""
+"""The tables that a unit of an evaluation commits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pyarrow as pa
 from mmray.runs.tables import ERRORS, field
 
 PARTS: dict[str, pa.Schema] = {
-    # A row is a sample's part in one measure; the totals over samples make the measure.
+    # One row per sample and measure; a measure's value is a function of the totals over samples.
     "measurements": pa.schema(
         [
             field("measure", pa.string()),
@@ -29,4 +29,4 @@ PARTS: dict[str, pa.Schema] = {
     ),
     "errors": ERRORS,
 }
-"""What one unit of work of an evaluation commits."""
+"""By name."""

@@ -1,44 +1,19 @@
-"""What an evaluation looks like in the terminal."""
+"""Evaluations in the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mmray.features.evaluation.measures import label_of, measure_of
 from mmray.terminal.figures import number
 
-HIDDEN = ("_span", "_legacy_top1", "_token", "_unparsable")
-"""Endings of measures that only `--all` shows."""
-KINDS = ("legacy", "teacher-forced", "greedy")
-"""Words of a protocol that say in one what it does."""
-
-
-def measures(found: Mapping[str, Mapping[str, Any]], title: str, *, everything: bool = False) -> Table:
-    """Return measures as a table: before, after, the interval of that after, how many samples, and the protocol.
-
-    Protocols are one word each, or all their words with `everything`, which also shows the measures left out else.
-    """
-    table = Table(title=Text(title, "bold"), title_justify="left", box=None, header_style="dim", pad_edge=False)
-    table.padding = (0, 1, 0, 0)
-    table.add_column("measure", no_wrap=True)
-    for name in ("before", "after", "95 % interval", "n"):
-        table.add_column(name, justify="right", no_wrap=True)
-    # Only this column may shrink.
-    table.add_column("protocol", style="dim", min_width=24 if everything else None)
-    for name, row in found.items():
-        if everything or not name.endswith(HIDDEN):
-            after = Text(number(row["after"]), "bold" if row["before"] != row["after"] else "")
-            interval = "" if row["low"] is None else f"{number(row['low'])} – {number(row['high'])}"
-            words = row["protocol"]
-            short = Text(next(kind for kind in KINDS if kind in words), no_wrap=True, overflow="ellipsis")
-            last = Text(words) if everything else short
-            table.add_row(name, number(row["before"]), after, interval, f"{row['n']:,}", last)
-    return table
-
-
+PROTOCOL_KINDS = ("legacy", "teacher-forced", "greedy")
+"""The first of these words in a protocol sums it up."""
 COMPARED = (
     "reliability",
     "image_generality",
@@ -49,11 +24,40 @@ COMPARED = (
     "chair_i",
     "recall",
 )
-"""Measures that edits are put side by side by."""
+"""Measures in a comparison of edits."""
+
+
+def measures(found: Mapping[str, Mapping[str, Any]], title: str, *, everything: bool = False) -> Table:
+    """Return measures as a table: before, after, the interval of after, the number of samples, and the protocol.
+
+    `everything` adds the measures of detail, each measure's better direction, and protocols in full.
+    """
+    table = Table(title=Text(title, "bold"), title_justify="left", box=None, header_style="dim", pad_edge=False)
+    table.padding = (0, 1, 0, 0)
+    table.add_column("measure", no_wrap=True)
+    for name in ("before", "after", "95 % interval", "n"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if everything:
+        table.add_column("better", style="dim", no_wrap=True)
+    # Only this column may shrink.
+    table.add_column("protocol", style="dim", min_width=24 if everything else None)
+    for name, row in found.items():
+        measure = measure_of(name)
+        if measure.detail and not everything:
+            continue
+        after = Text(number(row["after"]), "bold" if row["before"] != row["after"] else "")
+        interval = "" if row["low"] is None else f"{number(row['low'])} – {number(row['high'])}"
+        cells: list[RenderableType] = [name, number(row["before"]), after, interval, f"{row['n']:,}"]
+        kind = next(kind for kind in PROTOCOL_KINDS if kind in row["protocol"])
+        if everything:
+            table.add_row(*cells, measure.better, Text(row["protocol"]))
+        else:
+            table.add_row(*cells, Text(kind, no_wrap=True, overflow="ellipsis"))
+    return table
 
 
 def comparison(edits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
-    """Return the measures of several edits after them: a row a measure that any of them has, a column an edit."""
+    """Return the measures of several edits: one row per measure that any of them has, one column per edit."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.padding = (0, 2, 0, 0)
     table.add_column("after the edit", no_wrap=True)
@@ -62,5 +66,5 @@ def comparison(edits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
     for name in COMPARED:
         rows = [found.get(name, {}) for found in edits.values()]
         if any(row.get("n") for row in rows):
-            table.add_row(name.replace("_", " "), *(number(row["after"]) if row.get("n") else "–" for row in rows))
+            table.add_row(label_of(name), *(number(row["after"]) if row.get("n") else "–" for row in rows))
     return table

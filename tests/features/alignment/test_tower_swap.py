@@ -112,19 +112,19 @@ def test_its_digest_is_that_of_what_it_is(pair, tmp_path):
 
 def test_a_model_with_its_own_sight_standing_in_says_the_same(pair):
     model = pair.model
-    asks = [
+    queries = [
         Query(str(number), prompt_text(model, question, None), image)
         for number, image in enumerate(pictures((32, 32), (40, 40)))
         for question in ("What is in the picture?", "Describe the image in few words.")
     ]
-    questioner = DraftVerifier(model, 4)
-    before = questioner.write(asks)
+    verifier = DraftVerifier(model, 4)
+    before = verifier.generate(queries)
     with OtherSight(pair.tower, pair.tower.projector).applied(model):
-        assert questioner.write(asks) == before
+        assert verifier.generate(queries) == before
     blind = pair.network("projector", 1)
     with OtherSight(pair.tower, blind).applied(model):
-        changed = questioner.along(asks, before)
-    for one, other in zip(questioner.along(asks, before), changed, strict=True):
+        changed = verifier.states_along(queries, before)
+    for one, other in zip(verifier.states_along(queries, before), changed, strict=True):
         assert not torch.allclose(one.hidden, other.hidden)
 
 

@@ -32,9 +32,9 @@ TRAPS = (
 
 
 def measured(words: ObjectWords, captions: Sequence[str], truths: Sequence[set[str]]) -> tuple[float | None, ...]:
-    naming, rows = object_lexicon((), {}, words), MeasurementBuffer()
+    lexicon, rows = object_lexicon((), {}, words), MeasurementBuffer()
     for number, (caption, truth) in enumerate(zip(captions, truths, strict=True)):
-        chair(rows, naming, str(number), frozenset(truth), None, caption, caption)
+        chair(rows, lexicon, str(number), frozenset(truth), None, caption, caption)
     found = summarise(rows.tables()["measurements"], measure_settings(draws=2))
     return found["chair_s"]["after"], found["chair_i"]["after"]
 
@@ -120,8 +120,8 @@ def test_coco_s_words_are_the_default_for_coco_s_objects() -> None:
 
 
 def test_objects_that_no_sample_has_are_looked_for() -> None:
-    naming = object_lexicon(["dog"], {}, open_words(None, ["dog"]))
-    assert naming.named("a toaster, a laptop and a dog", "en") == {"toaster", "laptop", "dog"}
+    lexicon = object_lexicon(["dog"], {}, open_words(None, ["dog"]))
+    assert lexicon.named("a toaster, a laptop and a dog", "en") == {"toaster", "laptop", "dog"}
     # Names of the data are found whatever a table lists.
-    naming = object_lexicon(["dog", "dragon"], {}, open_words(COCO, ["dog", "dragon"]))
-    assert naming.named("a toaster, a dragon and a puppy", "en") == {"toaster", "dragon", "dog"}
+    lexicon = object_lexicon(["dog", "dragon"], {}, open_words(COCO, ["dog", "dragon"]))
+    assert lexicon.named("a toaster, a dragon and a puppy", "en") == {"toaster", "dragon", "dog"}

@@ -22,12 +22,12 @@ def summed(rows: MeasurementBuffer) -> dict[str, tuple[float | None, float | Non
 
 
 def test_chair_by_hand() -> None:
-    naming = ObjectLexicon(("dog", "cat", "car", "tree"), {}, {"dog": ("puppy",)})
+    lexicon = ObjectLexicon(("dog", "cat", "car", "tree"), {}, {"dog": ("puppy",)})
     rows = MeasurementBuffer()
     # Three mentions before, one of them wrong; after it two, both right, of which one twice.
-    chair(rows, naming, "a", frozenset({"dog", "tree"}), "en", "A dog, a cat and trees.", "A dog and a puppy.")
+    chair(rows, lexicon, "a", frozenset({"dog", "tree"}), "en", "A dog, a cat and trees.", "A dog and a puppy.")
     # Nothing named before; after it two cars that are not there, of three mentions.
-    chair(rows, naming, "b", frozenset({"cat"}), "en", "Nothing at all.", "A car, a car, a cat")
+    chair(rows, lexicon, "b", frozenset({"cat"}), "en", "Nothing at all.", "A car, a car, a cat")
     found = summed(rows)
     assert found["chair_i"] == (1 / 3, 2 / 5)
     assert found["chair_s"] == (1 / 2, 1 / 2)

@@ -25,48 +25,50 @@ def pictures(count: int) -> list[PIL.Image.Image]:
     return [PIL.Image.fromarray(one.numpy()) for one in pixels]
 
 
-def asks_of(model: Any, count: int = 2) -> list[Query]:
+def queries_of(model: Any, count: int = 2) -> list[Query]:
     images = pictures(count)
     prompts = [prompt_text(model, question, "en") for question in QUESTIONS]
-    return [Query(str(n), prompt, image, whole=True) for n, image in enumerate(images) for prompt in prompts]
+    return [Query(str(n), prompt, image, all_positions=True) for n, image in enumerate(images) for prompt in prompts]
 
 
-def generated(questioner: DraftVerifier, asks: list[Query]) -> list[list[int]]:
-    """What generation writes, each ask by itself."""
-    return [generate(questioner.model, [ask.prompt], [ask.image])[0] for ask in asks]
+def generated(verifier: DraftVerifier, queries: list[Query]) -> list[list[int]]:
+    """What generation writes, each query by itself."""
+    return [generate(verifier.model, [query.prompt], [query.image])[0] for query in queries]
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_replies_are_those_of_generation(open_model: Callable[[str], Any], variant: str) -> None:
     model = open_model(variant)
-    questioner = DraftVerifier(model, 4)
+    verifier = DraftVerifier(model, 4)
     # Random weights may write the token of an image, along which no forward can be run.
-    written = [(ask, tokens) for ask in asks_of(model) for tokens in generated(questioner, [ask])]
-    pairs = [(ask, tokens) for ask, tokens in written if model.parts.image_token_id not in tokens]
-    asks, wanted = [ask for ask, _ in pairs], [tokens for _, tokens in pairs]
-    assert len(asks) >= 4
+    written = [(query, tokens) for query in queries_of(model) for tokens in generated(verifier, [query])]
+    pairs = [(query, tokens) for query, tokens in written if model.parts.image_token_id not in tokens]
+    queries, wanted = [query for query, _ in pairs], [tokens for _, tokens in pairs]
+    assert len(queries) >= 4
     others = model.tokenizer(" a dog and a cat", add_special_tokens=False)["input_ids"]
     wrong = [[*tokens[:1], *others] for tokens in wanted]
-    for drafts in ([[tokens] for tokens in wanted], [[tokens] for tokens in wrong], [[] for _ in asks]):
-        assert [reply.tokens for reply in questioner.replies(asks, drafts)] == wanted
+    for drafts in ([[tokens] for tokens in wanted], [[tokens] for tokens in wrong], [[] for _ in queries]):
+        assert [reply.tokens for reply in verifier.replies(queries, drafts)] == wanted
 
 
 @pytest.mark.parametrize("longest", [1, 3, 80])
 def test_replies_are_as_long_as_asked_for(open_model: Callable[[str], Any], longest: int) -> None:
     model = open_model("llava_next")
-    asks = asks_of(model)
-    wanted = [generate(model, [ask.prompt], [ask.image], longest)[0] for ask in asks]
+    queries = queries_of(model)
+    wanted = [generate(model, [query.prompt], [query.image], longest)[0] for query in queries]
     assert max(map(len, wanted)) == longest
     pairs = [
-        (ask, tokens) for ask, tokens in zip(asks, wanted, strict=True) if model.parts.image_token_id not in tokens
+        (query, tokens)
+        for query, tokens in zip(queries, wanted, strict=True)
+        if model.parts.image_token_id not in tokens
     ]
-    asks, wanted = [ask for ask, _ in pairs], [tokens for _, tokens in pairs]
-    questioner = DraftVerifier(model, 4, longest)
+    queries, wanted = [query for query, _ in pairs], [tokens for _, tokens in pairs]
+    verifier = DraftVerifier(model, 4, longest)
     # A draft that goes on is cut where generation stops.
-    for drafts in ([[] for _ in asks], [[[*tokens, 5, 5]] for tokens in wanted]):
-        assert [reply.tokens for reply in questioner.replies(asks, drafts)] == wanted
+    for drafts in ([[] for _ in queries], [[[*tokens, 5, 5]] for tokens in wanted]):
+        assert [reply.tokens for reply in verifier.replies(queries, drafts)] == wanted
     before = BaselineReplies(model, 4, longest=longest)
-    assert before.questioner.longest == longest
+    assert before.verifier.longest == longest
 
 
 def test_the_families_whose_prompts_share_a_row(open_model: Callable[[str], Any]) -> None:
@@ -74,12 +76,12 @@ def test_the_families_whose_prompts_share_a_row(open_model: Callable[[str], Any]
     sharing = set()
     for variant in VARIANTS:
         model = open_model(variant)
-        asks = asks_of(model)
+        queries = queries_of(model)
         words = model.tokenizer(" a dog and", add_special_tokens=False)["input_ids"]
-        replies = [words[: 1 + number % 3] for number in range(len(asks))]
+        replies = [words[: 1 + number % 3] for number in range(len(queries))]
         one, other = DraftVerifier(model, 4), DraftVerifier(model, 4)
         other.shares = False
-        for shared, alone in zip(one.along(asks, replies), other.along(asks, replies), strict=True):
+        for shared, alone in zip(one.states_along(queries, replies), other.states_along(queries, replies), strict=True):
             ours, theirs = (vocabulary_logits(model, s.hidden).log_softmax(dim=1) for s in (shared, alone))
             torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
             assert shared.top is not None
@@ -93,36 +95,36 @@ def test_the_families_whose_prompts_share_a_row(open_model: Callable[[str], Any]
 
 def test_settings_that_penalise_tokens_are_respected(open_model: Callable[[str], Any]) -> None:
     model = open_model("llava")
-    asks = asks_of(model)
-    before = generated(DraftVerifier(model, 4), asks)
+    queries = queries_of(model)
+    before = generated(DraftVerifier(model, 4), queries)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.network.generation_config, "repetition_penalty", 3.0)
-        questioner = DraftVerifier(model, 4)
-        wanted = generated(questioner, asks)
-        replies = questioner.replies(asks, [[tokens] for tokens in before])
+        verifier = DraftVerifier(model, 4)
+        wanted = generated(verifier, queries)
+        replies = verifier.replies(queries, [[tokens] for tokens in before])
     assert wanted != before
     assert [reply.tokens for reply in replies] == wanted
-    assert not any(reply.steady for reply in replies)
+    assert not any(reply.verified for reply in replies)
 
 
 def test_several_drafts_and_texts_of_the_demo(demo: Any, scenes: list[Sample], before: BaselineReplies) -> None:
-    asks = [before.ask(sample, question) for sample in scenes for question, _ in sample.questions or ()]
-    replies = before.replies(asks, [["Yes", "No"] for _ in asks])
+    queries = [before.query(sample, question) for sample in scenes for question, _ in sample.questions or ()]
+    replies = before.replies(queries, [["Yes", "No"] for _ in queries])
     said = {reply.text for reply in replies}
     assert {"Yes", "No"} < said
-    written = before.questioner.write(asks)
+    written = before.verifier.generate(queries)
     assert [reply.tokens for reply in replies] == written
     # The states are along the reply, not along the draft.
     for reply in replies:
         likeliest = vocabulary_logits(demo, reply.hidden).argmax(dim=1).tolist()
         assert likeliest[:-1] == reply.tokens
-        assert likeliest[-1] in before.questioner.special
+        assert likeliest[-1] in before.verifier.ends
 
 
 def test_what_the_model_cannot_be_given_is_named(open_model: Callable[[str], Any]) -> None:
     model = open_model("llava")
-    asks = asks_of(model)
-    bad = Query("bad", "no place for an image", asks[0].image)
+    queries = queries_of(model)
+    bad = Query("bad", "no place for an image", queries[0].image)
     with pytest.raises(QueryError) as raised:
-        DraftVerifier(model, 4).along([*asks, bad], [[5]] * (len(asks) + 1))
-    assert raised.value.ask is bad
+        DraftVerifier(model, 4).states_along([*queries, bad], [[5]] * (len(queries) + 1))
+    assert raised.value.query is bad

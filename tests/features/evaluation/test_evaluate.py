@@ -15,7 +15,7 @@ from mmray.features.evaluation.draft_verifier import DraftVerifier
 from mmray.features.evaluation.evaluate import Evaluated, evaluate
 from mmray.features.evaluation.evaluator import EditEvaluator
 from mmray.features.evaluation.last_layer import LastLayer
-from mmray.features.evaluation.protocols import PRIMARY
+from mmray.features.evaluation.measures import PRIMARY
 from mmray.features.evaluation.settings import MeasureSettings, measure_settings
 from mmray.features.evaluation.summary import summarise
 from mmray.models.loading import digest
@@ -39,7 +39,7 @@ def measured(
     before: BaselineReplies, edit: StandIn, samples: Sequence[Sample], facts: ObjectStatistics, **changes: Any
 ) -> Evaluated:
     settings = MeasureSettings(**(SETTINGS.model_dump() | changes))
-    return evaluate(before.model, edit, samples, settings, before=before, facts=facts)
+    return evaluate(before.model, edit, samples, settings, baseline=before, statistics=facts)
 
 
 def close(one: Evaluated, other: Evaluated) -> None:
@@ -150,10 +150,10 @@ def test_batches_and_cuts_change_nothing(
     edit = swap(CAT, "dog", (some[0].sample_id, some[5].sample_id))
     whole = measured(before, edit, some, facts)
     close(measured(BaselineReplies(demo, batch_size=3), edit, some[::-1], facts), whole)
-    measuring = EditEvaluator(BaselineReplies(demo, batch_size=5), edit, facts, SETTINGS)
-    rows = measuring.texts([])
+    evaluator = EditEvaluator(BaselineReplies(demo, batch_size=5), edit, facts, SETTINGS)
+    rows = evaluator.texts([])
     for start in range(0, len(some), 4):
-        part = measuring.samples(some[start : start + 4])
+        part = evaluator.samples(some[start : start + 4])
         rows.measurements += part.measurements
     measures = summarise(rows.tables()["measurements"], SETTINGS)
     for name, row in measures.items():
@@ -167,13 +167,13 @@ def test_verified_replies_are_those_of_whole_regeneration(
     demo: Any, before: BaselineReplies, some: list[Sample], change: dict[str, Any]
 ) -> None:
     """Under a change that breaks some captions and leaves others, and under one that leaves the logits alone."""
-    asks = [before.ask(sample, question) for sample in some for question in (None, "What is in the image?")]
-    replies = before.replies(asks, [[sample.caption] for sample in some for _ in range(2)])
+    queries = [before.query(sample, question) for sample in some for question in (None, "What is in the image?")]
+    replies = before.replies(queries, [[sample.caption] for sample in some for _ in range(2)])
     edit = StandIn((Purpose("noise"),), **change)
-    changes = compare(before.questioner, edit, asks, replies)
-    questioner = DraftVerifier(demo, 8)
+    changes = compare(before.verifier, edit, queries, replies)
+    verifier = DraftVerifier(demo, 8)
     with edit.applied(demo):
-        written = [questioner.text(tokens) for tokens in questioner.write(asks)]
+        written = [verifier.text(tokens) for tokens in verifier.generate(queries)]
     assert [change.after for change in changes] == written
     assert 3 < sum(change.same for change in changes) < len(changes) - 3
 
@@ -192,34 +192,40 @@ def last_layer_edit(model: Any, layers: Sequence[int]) -> WeightEdit:
 
 def test_an_edit_of_the_last_layer_needs_no_forward(demo: Any, before: BaselineReplies, some: list[Sample]) -> None:
     """Its states follow from those before it, to the same texts and distances as by running the model."""
-    asks = [before.ask(sample, question, whole=question is None) for sample in some for question in (None, "Is it?")]
-    replies = before.replies(asks, [[sample.caption] for sample in some for _ in range(2)])
+    queries = [
+        before.query(sample, question, all_positions=question is None)
+        for sample in some
+        for question in (None, "Is it?")
+    ]
+    replies = before.replies(queries, [[sample.caption] for sample in some for _ in range(2)])
     edit = last_layer_edit(demo, [7])
     ran: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        along = before.questioner.along
-        patch.setattr(before.questioner, "along", lambda some, *rest: (ran.append(len(some)), along(some, *rest))[1])
-        found = compare(before.questioner, edit, asks, replies)
+        along = before.verifier.states_along
+        patch.setattr(
+            before.verifier, "states_along", lambda some, *rest: (ran.append(len(some)), along(some, *rest))[1]
+        )
+        found = compare(before.verifier, edit, queries, replies)
         assert ran[0] == 1
         patch.setattr(LastLayer, "of", classmethod(lambda *_: None))
-        wanted = compare(before.questioner, edit, asks, replies)
-        assert len(asks) in ran
-    assert 3 < sum(change.same for change in wanted) < len(asks) - 3
+        wanted = compare(before.verifier, edit, queries, replies)
+        assert len(queries) in ran
+    assert 3 < sum(change.same for change in wanted) < len(queries) - 3
     for ours, theirs in zip(found, wanted, strict=True):
         assert (ours.before, ours.after, ours.span) == (theirs.before, theirs.after, theirs.span)
-        assert ours.divergence == pytest.approx(theirs.divergence, rel=1e-3, abs=1e-6)
-        if theirs.ranks is not None:
-            assert ours.ranks == pytest.approx(theirs.ranks, abs=3e-3)
-    assert LastLayer.of(before.questioner, last_layer_edit(demo, [6, 7])) is None
+        assert ours.kl == pytest.approx(theirs.kl, rel=1e-3, abs=1e-6)
+        if theirs.top10 is not None:
+            assert ours.top10 == pytest.approx(theirs.top10, abs=3e-3)
+    assert LastLayer.of(before.verifier, last_layer_edit(demo, [6, 7])) is None
 
 
 @torch.no_grad()
 def test_distances_against_plain_forwards(demo: Any, before: BaselineReplies, some: list[Sample]) -> None:
     edit = StandIn((Purpose("noise"),), scale=(6, 0.5))
-    asks = [before.ask(sample, whole=True) for sample in some[:3]]
-    replies = before.replies(asks, [[sample.caption] for sample in some[:3]])
-    for ask, reply, change in zip(asks, replies, compare(before.questioner, edit, asks, replies), strict=True):
-        batch = encode(demo, [ask.prompt], [ask.image], [reply.tokens], [[]])
+    queries = [before.query(sample, all_positions=True) for sample in some[:3]]
+    replies = before.replies(queries, [[sample.caption] for sample in some[:3]])
+    for query, reply, change in zip(queries, replies, compare(before.verifier, edit, queries, replies), strict=True):
+        batch = encode(demo, [query.prompt], [query.image], [reply.tokens], [[]])
         inputs = batch.to(demo.device, demo.network.dtype)
         old = demo.network(**inputs).logits[0]
         with edit.applied(demo):
@@ -227,13 +233,13 @@ def test_distances_against_plain_forwards(demo: Any, before: BaselineReplies, so
         first = batch.caption_start[0] - 1
         one, other = old[first:].log_softmax(dim=1), new[first:].log_softmax(dim=1)
         divergence = torch.nn.functional.kl_div(other, one, log_target=True, reduction="none").sum(dim=1).mean()
-        assert change.divergence == pytest.approx(float(divergence), rel=1e-3)
+        assert change.kl == pytest.approx(float(divergence), rel=1e-3)
         assert change.span == pytest.approx(float((one.argmax(dim=1) == other.argmax(dim=1)).float().mean()))
         ranks = [[row.topk(10).indices for row in logits] for logits in (old, new)]
         equal = [one == other for one, other in zip(*ranks, strict=True)]
-        assert change.ranks == pytest.approx(float(torch.stack(equal).float().mean()), abs=2e-3)
-        assert change.firsts == pytest.approx(float(torch.stack(equal)[:, 0].float().mean()), abs=2e-2)
-        assert 0 < change.ranks < 1
+        assert change.top10 == pytest.approx(float(torch.stack(equal).float().mean()), abs=2e-3)
+        assert change.top1 == pytest.approx(float(torch.stack(equal)[:, 0].float().mean()), abs=2e-2)
+        assert 0 < change.top10 < 1
 
 
 def test_what_fails_is_a_row_and_the_rest_counts(
@@ -241,7 +247,9 @@ def test_what_fails_is_a_row_and_the_rest_counts(
 ) -> None:
     bad = replace(some[0], sample_id="bad", image=b"no image")
     unread = Failure("unread", "file row 3", "read", "no image in column 'image'")
-    found = evaluate(before.model, swap(CAT, "dog"), [unread, bad, *some[1:4]], SETTINGS, before=before, facts=facts)
+    found = evaluate(
+        before.model, swap(CAT, "dog"), [unread, bad, *some[1:4]], SETTINGS, baseline=before, statistics=facts
+    )
     rows = {row["sample_id"]: row for row in found.errors.to_pylist()}
     assert rows["bad"]["message"] == "image can't be read: of no known format"
     assert rows["unread"]["stage"] == "read"
@@ -249,9 +257,9 @@ def test_what_fails_is_a_row_and_the_rest_counts(
     # An image that can be read, and that the model refuses.
     with pytest.MonkeyPatch.context() as patch:
         fresh = BaselineReplies(before.model)
-        ask = fresh.ask
-        patch.setattr(fresh, "ask", lambda s, *a, **k: replace(ask(s, *a, **k), **_broken(s, some[1].sample_id)))
-        broken = evaluate(before.model, swap(CAT, "dog"), some[1:4], SETTINGS, before=fresh, facts=facts)
+        query = fresh.query
+        patch.setattr(fresh, "query", lambda s, *a, **k: replace(query(s, *a, **k), **_broken(s, some[1].sample_id)))
+        broken = evaluate(before.model, swap(CAT, "dog"), some[1:4], SETTINGS, baseline=fresh, statistics=facts)
     (row,) = broken.errors.to_pylist()
     assert (row["sample_id"], row["stage"]) == (some[1].sample_id, "forward")
     assert broken.measures["chair_s"]["n"] == 2

@@ -94,10 +94,10 @@ def test_ground_truth_by_name(coco: Path, images: list[dict[str, Any]], kind: An
     assert (found.ground_truth, found.synonyms) == (kind, COCO)
     truths = [truth_of(image, kind) for image in images]
     assert found.statistics.counts == Counter(name for truth in truths for name in truth or ())
-    naming = object_lexicon(found.statistics.vocabulary, {}, coco_words())
+    lexicon = object_lexicon(found.statistics.vocabulary, {}, coco_words())
     for sample, image, truth in zip(read_all(str(coco), captions=False), images, truths, strict=True):
         assert isinstance(sample, Sample)
-        there = with_ground_truth(sample, kind, naming, found.statistics.references)
+        there = with_ground_truth(sample, kind, lexicon, found.statistics.references)
         assert (None if there.objects is None else set(there.objects)) == truth
         boxes = dict(zip(there.objects or (), there.boxes or (), strict=False))
         assert boxes.keys() == set(image["objects"]) & (truth or set())
@@ -179,12 +179,12 @@ def test_captions_in_rows_of_their_own_are_brought_together_by_their_image(
     assert survey(source, None, None).ground_truth == "instances"
     found = survey(source, kind, None)
     truths = {image["image"]["bytes"]: truth_of(image, kind) for image in images}
-    naming = object_lexicon(found.statistics.vocabulary, {}, coco_words())
+    lexicon = object_lexicon(found.statistics.vocabulary, {}, coco_words())
     rows = [row for row in read_all(source.data, captions=False) if isinstance(row, Sample)]
     assert len(rows) == len(exploded)
     for row in rows:
         assert row.image is not None
-        truth = with_ground_truth(row, kind, naming, found.statistics.references)
+        truth = with_ground_truth(row, kind, lexicon, found.statistics.references)
         assert set(truth.objects or ()) == truths[row.image]
     assert found.statistics.counts == Counter(name for row in rows for name in truths[row.image or b""] or ())
 
@@ -207,13 +207,13 @@ def test_an_evaluation_of_exploded_rows_is_that_of_the_independent_chair(
     by_name = {row.sample_id: truths[row.image or b""] or set() for row in samples if isinstance(row, Sample)}
     # In a job the facts are of the whole data, whatever part of it is at hand; in one process the samples give them.
     for known in (facts, None):
-        before.forget()
-        found = evaluate(demo, swap("cat", "owl"), samples, settings, before=before, facts=known)
+        before.clear()
+        found = evaluate(demo, swap("cat", "owl"), samples, settings, baseline=before, statistics=known)
         texts = {row["sample_id"]: row["before"] for row in found.captions.to_pylist()}
         sentences, mentions = reference().chair([texts[name] for name in by_name], list(by_name.values()))
         assert found.measures["chair_s"]["before"] == pytest.approx(sentences)
         assert found.measures["chair_i"]["before"] == pytest.approx(mentions)
-    before.forget()
+    before.clear()
 
 
 @pytest.mark.parametrize("kind", ["instances", "captions", "union"])
@@ -223,9 +223,9 @@ def test_an_evaluation_on_coco_is_that_of_the_independent_chair(
     samples = read_all(str(coco), captions=False)
     facts = survey(open_source(str(coco), captions=False), kind, None).statistics
     settings = measure_settings(text_count=0, draws=5, bleu=False, pope_objects=1, ground_truth=kind, synonyms=COCO)
-    before.forget()
-    found = evaluate(demo, swap("cat", "owl"), samples, settings, before=before, facts=facts)
-    before.forget()
+    before.clear()
+    found = evaluate(demo, swap("cat", "owl"), samples, settings, baseline=before, statistics=facts)
+    before.clear()
     texts = {row["sample_id"]: row for row in found.captions.to_pylist()}
     truths = {str(number): truth_of(image, kind) for number, image in enumerate(images, 1)}
     known = {name: truth for name, truth in truths.items() if truth is not None}

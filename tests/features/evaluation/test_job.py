@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mmray.features.evaluation.protocols import PRIMARY
 
 from mmray.data.samples import Sample
 from mmray.data.shards import Manifest, cut
@@ -27,6 +26,7 @@ from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.draft_verifier import DraftVerifier
 from mmray.features.evaluation.evaluate import evaluate
 from mmray.features.evaluation.job import EvaluationJob
+from mmray.features.evaluation.measures import PRIMARY
 from mmray.features.evaluation.plan import manifest_without
 from mmray.features.evaluation.settings import evaluation_settings, measure_settings
 from mmray.objects.statistics import gather_statistics
@@ -133,7 +133,7 @@ def test_samples_behind_the_limit_count_for_reliability(run: Path, own: list[Sam
 def test_it_is_what_one_process_measures(done: Done, demo: Any, own: list[Sample], edit: StandIn) -> None:
     source = open_source(str(EVALUATION))
     facts = gather_statistics((sample.objects for sample in samples_of(EVALUATION, 384)), source.translations())
-    found = evaluate(demo, edit, samples_of(EVALUATION, 16), measure_settings(**ASKED), own=own, facts=facts)
+    found = evaluate(demo, edit, samples_of(EVALUATION, 16), measure_settings(**ASKED), own=own, statistics=facts)
     _, outcome, _ = done
     assert list(found.measures) == list(measures(outcome))
     for name, row in found.measures.items():
