@@ -84,19 +84,20 @@ def _changed(module: nn.Module, activation: Float[Tensor, "token neuron"]) -> Fl
 
 def expert_rows(module: Any, units: Int[Tensor, " unit"]) -> Float[Tensor, "unit hidden"]:
     """Return a copy of these neurons' rows of W_out; the whole weight is never unfolded."""
-    expert, unit = _expert_and_unit(module, units)
-    down: Tensor = module.down_proj
-    return down[expert, unit] if getattr(module, "is_transposed", False) else down[expert, :, unit]
+    return by_unit(module)[_expert_and_unit(module, units)]
 
 
 @torch.no_grad()
 def set_expert_rows(module: Any, units: Int[Tensor, " unit"], rows: Float[Tensor, "unit hidden"]) -> None:
     """Write these neurons' rows of W_out in place."""
-    expert, unit = _expert_and_unit(module, units)
-    if getattr(module, "is_transposed", False):
-        module.down_proj[expert, unit] = rows
-    else:
-        module.down_proj[expert, :, unit] = rows
+    by_unit(module)[_expert_and_unit(module, units)] = rows
+
+
+def by_unit(module: Any) -> Float[Tensor, "expert unit hidden"]:
+    """Return a view of the output projections' weight, indexed by neuron: [expert, unit]."""
+    # GPT-OSS and others store the transpose of a Linear's weight.
+    weight: Tensor = module.down_proj
+    return weight if getattr(module, "is_transposed", False) else weight.transpose(1, 2)
 
 
 def expert_activation(
@@ -123,7 +124,7 @@ def _routed(
     """Return the activations as the experts compute them, and their gates; None without plain gates."""
     down = module.down_proj
     transposed = getattr(module, "is_transposed", False)
-    experts, units = down.shape[0], down.shape[1 if transposed else 2]
+    experts, units, _ = by_unit(module).shape
     has_gate = getattr(module, "has_gate", True)
     entry = module.gate_up_proj if has_gate else module.up_proj
     bias = getattr(module, "gate_up_proj_bias" if has_gate else "up_proj_bias", None)
@@ -147,7 +148,7 @@ def has_plain_gate(module: Any) -> bool:
     # Tried on numbers instead of read from names: some experts clamp or interleave the halves.
     if not getattr(module, "has_gate", True):
         return False
-    units = module.down_proj.shape[1 if getattr(module, "is_transposed", False) else 2]
+    units = by_unit(module).shape[1]
     entered = torch.linspace(20.0, -20.0, 2 * units, dtype=module.down_proj.dtype, device=module.down_proj.device)
     gate, factor = entered.chunk(2)
     return torch.allclose(module._apply_gate(entered[None])[0], module.act_fn(gate) * factor)
@@ -162,7 +163,6 @@ def _inputs(arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Tens
 
 def _expert_and_unit(module: Any, units: Int[Tensor, " unit"]) -> tuple[Tensor, Tensor]:
     """Return each neuron's expert, and its unit within the expert."""
-    down: Tensor = module.down_proj
-    per_expert = down.shape[1 if getattr(module, "is_transposed", False) else 2]
-    units = units.to(down.device)
+    per_expert = by_unit(module).shape[1]
+    units = units.to(module.down_proj.device)
     return units // per_expert, units % per_expert

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmray.errors import InputError
-from mmray.models.experts import set_expert_rows
+from mmray.models.experts import by_unit, set_expert_rows
 from mmray.models.families import DECODERS, FAMILIES, TOWERS, Decoder, Family, Stack
 from mmray.models.layout import ModelParts, Projection
 from mmray.models.probe import probe
@@ -99,9 +99,7 @@ def output_rows(model: PreTrainedModel, projection: Projection) -> Float[Tensor,
     if not projection.experts:
         weight: Tensor = module.get_parameter("weight")
         return weight.T
-    weight = module.get_parameter("down_proj")
-    by_unit = weight if getattr(module, "is_transposed", False) else weight.transpose(1, 2)
-    return by_unit.reshape(projection.width, -1)
+    return by_unit(module).reshape(projection.width, -1)
 
 
 @torch.no_grad()
@@ -161,8 +159,8 @@ def _projection(model: nn.Module, module: str, layer: int, block: str, stack: St
     elif isinstance(weight := getattr(found, "down_proj", None), nn.Parameter) and weight.dim() == 3:
         if getattr(found, "has_post_expert_norm", False):
             raise _MissingError(f"{path} normalises each expert's output, which no row of W_out can stand for")
-        experts = weight.shape[0]
-        width = experts * weight.shape[1 if getattr(found, "is_transposed", False) else 2]
+        experts, units, _ = by_unit(found).shape
+        width = experts * units
     else:
         raise _MissingError(f"{path} is a {type(found).__name__}, neither a Linear nor fused experts")
     gate = next((_join(block, choice) for choice in stack.gate if _has(model, _join(block, choice))), None)

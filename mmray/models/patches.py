@@ -39,7 +39,7 @@ def patches_of(model: LoadedModel, batch: Batch, row: int, size: tuple[int, int]
     aspect = size[0] / size[1]
     if "image_grid_thw" in batch.inputs:
         return _merged(model, batch, row, positions)
-    side = _side(model, positions)
+    side = tile_side(model, positions)
     if side is None:
         return None
     if model.parts.family in NEWLINES:
@@ -58,7 +58,7 @@ def _merged(model: LoadedModel, batch: Batch, row: int, positions: Sequence[int]
     return Patches(rows, columns, tuple(positions)) if rows * columns == len(positions) else None
 
 
-def _side(model: LoadedModel, positions: Sequence[int]) -> int | None:
+def tile_side(model: LoadedModel, positions: Sequence[int]) -> int | None:
     """Return the side of the square that one tile's tokens form; None if they form none."""
     config = model.network.config
     tokens = getattr(config, "image_seq_length", None) or getattr(model.processor, "image_seq_len", None)

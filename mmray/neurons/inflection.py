@@ -11,75 +11,31 @@ import unicodedata
 from collections.abc import Mapping
 from functools import cache
 
-IRREGULAR = {
-    "axes": ("axe", "axis"),
-    "bases": ("base", "basis"),
-    "beaux": ("beau",),
-    "brethren": ("brother",),
-    "bureaux": ("bureau",),
-    "cacti": ("cactus",),
-    "calves": ("calf",),
-    "chateaux": ("chateau",),
-    "crises": ("crisis",),
-    "criteria": ("criterion",),
-    "dice": ("die", "dice"),
-    "dwarves": ("dwarf",),
-    "elves": ("elf",),
-    "feet": ("foot",),
-    "fungi": ("fungus",),
-    "gateaux": ("gateau",),
-    "geese": ("goose",),
-    "halves": ("half",),
-    "hippopotami": ("hippopotamus",),
-    "hooves": ("hoof",),
-    "indices": ("index",),
-    "knives": ("knife",),
-    "leaves": ("leaf",),
-    "lice": ("louse",),
-    "lives": ("life",),
-    "loaves": ("loaf",),
-    "matrices": ("matrix",),
-    "mice": ("mouse",),
-    "oases": ("oasis",),
-    "octopi": ("octopus",),
-    "oxen": ("ox",),
-    "people": ("person",),
-    "phenomena": ("phenomenon",),
-    "plateaux": ("plateau",),
-    "quizzes": ("quiz",),
-    "scarves": ("scarf",),
-    "selves": ("self",),
-    "sheaves": ("sheaf",),
-    "shelves": ("shelf",),
-    "tableaux": ("tableau",),
-    "teeth": ("tooth",),
-    "thieves": ("thief",),
-    "vertices": ("vertex",),
-    "wharves": ("wharf",),
-    "wives": ("wife",),
-    "wolves": ("wolf",),
-}
-"""English plurals that no rule covers."""
-
-ENDINGS = {
-    "children": "child",
-    "women": "woman",
-    "men": "man",
-    "knives": "knife",
-    "shelves": "shelf",
-    "wives": "wife",
-    "loaves": "loaf",
-    "leaves": "leaf",
-    "teeth": "tooth",
-    "mice": "mouse",
-    "people": "person",
-}
-"""The same at the end of compounds: grandchildren, policewomen, bookshelves."""
-
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
+
+def _table(text: str) -> dict[str, tuple[str, ...]]:
+    """Parse `plural:singular/singular …`."""
+    return {plural: tuple(singulars.split("/")) for plural, singulars in (pair.split(":") for pair in text.split())}
+
+
+IRREGULAR = _table(
+    "axes:axe/axis bases:base/basis beaux:beau brethren:brother bureaux:bureau cacti:cactus calves:calf "
+    "chateaux:chateau crises:crisis criteria:criterion dice:die/dice dwarves:dwarf elves:elf feet:foot fungi:fungus "
+    "gateaux:gateau geese:goose halves:half hippopotami:hippopotamus hooves:hoof indices:index knives:knife "
+    "leaves:leaf lice:louse lives:life loaves:loaf matrices:matrix mice:mouse oases:oasis octopi:octopus oxen:ox "
+    "people:person phenomena:phenomenon plateaux:plateau quizzes:quiz scarves:scarf selves:self sheaves:sheaf "
+    "shelves:shelf tableaux:tableau teeth:tooth thieves:thief vertices:vertex wharves:wharf wives:wife wolves:wolf"
+)
+"""English plurals that no rule covers."""
+
+ENDINGS = _table(
+    "children:child women:woman men:man knives:knife shelves:shelf wives:wife loaves:loaf leaves:leaf teeth:tooth "
+    "mice:mouse people:person"
+)
+"""The same at the end of compounds: grandchildren, policewomen, bookshelves."""
 
 SINGULAR = _words(
     "alias asparagus atlas axis basis bias bus canvas chaos chassis christmas clematis cosmos crisis debris diabetes "
@@ -115,43 +71,16 @@ VOWEL_US = _words("bayous caribous emus flus gnus gurus haikus kudus menus sudok
 SIBILANT = ("ses", "xes", "zes", "ches", "shes")
 
 ROMANCE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "es": {
-        "ones": ("ón",),
-        "anes": ("án",),
-        "enes": ("én", "en"),
-        "ines": ("ín",),
-        "eses": ("és",),
-        "ces": ("z", "ce"),
-        "es": ("", "e"),
-        "s": ("",),
-    },
-    "pt": {
-        "ões": ("ão",),
-        "ães": ("ão",),
-        "ais": ("al",),
-        "éis": ("el",),
-        "óis": ("ol",),
-        "is": ("il",),
-        "ns": ("m",),
-        "res": ("r",),
-        "zes": ("z",),
-        "s": ("",),
-    },
-    "fr": {"eaux": ("eau",), "aux": ("al", "au", "ail"), "eux": ("eu",), "oux": ("ou",), "s": ("",)},
-    "it": {
-        "chi": ("co",),
-        "ghi": ("go",),
-        "che": ("ca",),
-        "ghe": ("ga",),
-        "i": ("o", "e", "io", "a"),
-        "e": ("a",),
-    },
+    "es": _table("ones:ón anes:án enes:én/en ines:ín eses:és ces:z/ce es:/e s:"),
+    "pt": _table("ões:ão ães:ão ais:al éis:el óis:ol is:il ns:m res:r zes:z s:"),
+    "fr": _table("eaux:eau aux:al/au/ail eux:eu oux:ou s:"),
+    "it": _table("chi:co ghi:go che:ca ghe:ga i:o/e/io/a e:a"),
 }
 """Language → plural ending → possible singular endings."""
 
 IRREGULAR_ROMANCE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "fr": {"yeux": ("œil", "oeil"), "messieurs": ("monsieur",), "mesdames": ("madame",), "cieux": ("ciel",)},
-    "it": {"uomini": ("uomo",), "uova": ("uovo",), "dita": ("dito",), "buoi": ("bue",)},
+    "fr": _table("yeux:œil/oeil messieurs:monsieur mesdames:madame cieux:ciel"),
+    "it": _table("uomini:uomo uova:uovo dita:dito buoi:bue"),
 }
 
 
@@ -197,9 +126,9 @@ def _english(word: str) -> tuple[str, ...]:
         return IRREGULAR[word]
     if word in SINGULAR | PLURAL_ONLY | NO_PLURALS:
         return ()
-    for plural, one in ENDINGS.items():
+    for plural, singulars in ENDINGS.items():
         if word.endswith(plural):
-            return (word.removesuffix(plural) + one,)
+            return tuple(word.removesuffix(plural) + one for one in singulars)
     if len(word) < 3 or not word.endswith("s") or word.endswith(("ss", "'s", "’s")):
         return ()
     stem = word[:-1]

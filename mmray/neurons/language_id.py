@@ -10,39 +10,14 @@ LEAD = 4.0
 """By how much another language's log-likelihood must exceed English; for a few words all languages are close."""
 CLEAR_LEAD = 16.0
 """The same if most words exist in English too, as in `a skateboard` or `Drie boten in de haven`."""
-LANGUAGE_NAMES = {
-    "ar": "Arabic",
-    "bg": "Bulgarian",
-    "ca": "Catalan",
-    "cs": "Czech",
-    "da": "Danish",
-    "de": "German",
-    "el": "Greek",
-    "en": "English",
-    "es": "Spanish",
-    "fa": "Persian",
-    "fi": "Finnish",
-    "fr": "French",
-    "he": "Hebrew",
-    "hi": "Hindi",
-    "hu": "Hungarian",
-    "id": "Indonesian",
-    "it": "Italian",
-    "ja": "Japanese",
-    "ko": "Korean",
-    "nl": "Dutch",
-    "no": "Norwegian",
-    "pl": "Polish",
-    "pt": "Portuguese",
-    "ro": "Romanian",
-    "ru": "Russian",
-    "sv": "Swedish",
-    "th": "Thai",
-    "tr": "Turkish",
-    "uk": "Ukrainian",
-    "vi": "Vietnamese",
-    "zh": "Chinese",
-}
+NAMES = (
+    "ar:Arabic bg:Bulgarian ca:Catalan cs:Czech da:Danish de:German el:Greek en:English es:Spanish fa:Persian "
+    "fi:Finnish fr:French he:Hebrew hi:Hindi hu:Hungarian id:Indonesian it:Italian ja:Japanese ko:Korean nl:Dutch "
+    "no:Norwegian pl:Polish pt:Portuguese ro:Romanian ru:Russian sv:Swedish th:Thai tr:Turkish uk:Ukrainian "
+    "vi:Vietnamese zh:Chinese"
+)
+LANGUAGE_NAMES = dict(pair.split(":") for pair in NAMES.split())
+"""Language code → English name."""
 ARTICLES = frozenset(
     (
         *("un", "una", "une", "uno", "um", "uma", "el", "la", "los", "las", "le", "les", "il", "lo", "gli"),

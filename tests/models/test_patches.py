@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmray.models.patches import WHOLE, Patches, _side, patches_of
+from mmray.models.patches import WHOLE, Patches, patches_of, tile_side
 from tests.support.samples import CAPTIONS, batch_of, picture
 from tests.support.tiny import VARIANTS
 
@@ -85,4 +85,4 @@ def test_tiles_and_newlines_that_come_to_a_square_are_no_square(open_model):
     vision = model.network.config.vision_config
     square = (vision.image_size // vision.patch_size) ** 2
     count = next(side**2 for side in range(2, 99) if side**2 > square)
-    assert _side(model, range(count)) ** 2 == square
+    assert tile_side(model, range(count)) ** 2 == square
