@@ -31,7 +31,6 @@ from mmray.data.shards import cut, read_shard
 from mmray.demo import EVALUATION
 from mmray.features.census.inputs import open_data
 from mmray.features.census.settings import census_settings
-from mmray.features.editing.baselines import WordBan
 from mmray.features.editing.dataset import EditDataset
 from mmray.features.editing.edit import WeightEdit
 from mmray.features.editing.methods import make_edit
@@ -41,6 +40,7 @@ from mmray.features.evaluation.evaluate import Evaluated, evaluate
 from mmray.features.evaluation.settings import measure_settings
 from mmray.neurons.model import load_model
 from mmray.objects.statistics import ObjectStatistics, gather_statistics
+from tests.support.word_ban import WordBan
 
 SEED = 2024
 """Draws the pairs of concepts."""

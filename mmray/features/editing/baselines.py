@@ -1,10 +1,8 @@
-"""Baselines of edits: other neurons, a whole MLP, a rank-one change, LoRA, and a word ban in decoding."""
+"""Baselines of edits: other neurons, a whole MLP, a rank-one change, and LoRA; and the tokens of words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ from mmray.errors import InputError
 from mmray.features.editing.dataset import Example
 from mmray.features.editing.deltas import Deltas, Neuron, RankOne
 from mmray.features.editing.divergence import divergence, highest
-from mmray.features.editing.edit import Purpose
 from mmray.features.editing.resumed_forward import resume_all
 from mmray.models.loading import LoadedModel
 
@@ -82,27 +79,6 @@ class LowRank(Deltas):
         """Put the plain projection back."""
         parent, _, name = self.path.rpartition(".")
         setattr(self.model.network.get_submodule(parent), name, self.plain)
-
-
-@dataclass(frozen=True, eq=False)
-class WordBan:
-    """Not an edit: generation may not write the words' tokens. It can be evaluated like an edit."""
-
-    model: LoadedModel
-    words: tuple[str, ...]
-    purposes: tuple[Purpose, ...]
-    facts: dict[str, Any] = field(default_factory=lambda: {"seconds": 0.0, "parameters_changed": 0})
-
-    @contextmanager
-    def applied(self, model: LoadedModel) -> Iterator[None]:
-        """Ban the words in all that the model generates inside the block; weights and logits stay."""
-        settings: Any = model.network.generation_config
-        before = settings.bad_words_ids
-        settings.bad_words_ids = banned_tokens(model, self.words)
-        try:
-            yield
-        finally:
-            settings.bad_words_ids = before
 
 
 def banned_tokens(model: LoadedModel, words: Sequence[str]) -> list[list[int]]:

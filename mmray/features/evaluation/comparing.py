@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mmray.features.evaluation.draft_verifier import DraftVerifier
 from mmray.features.evaluation.last_layer import LastLayer
-from mmray.features.evaluation.queries import Change, Edit, Query, Reply, States, chunks
+from mmray.features.evaluation.queries import Change, Edit, Query, Reply, States
 from mmray.models.norms import vocabulary_logits
+from mmray.models.pixels import within_budget
 
 LOWEST_LOG_PROB = -100.0
 """In nats. A banned token has probability 0, which would make every divergence infinite."""
@@ -27,8 +28,9 @@ def compare(verifier: DraftVerifier, edit: Edit, queries: Sequence[Query], repli
     """
     model = verifier.model
     changes: list[Change] = []
-    for part in chunks([len(reply.hidden) * verifier.vocabulary for reply in replies], LOGITS_AT_ONCE):
-        some, before = queries[part], replies[part]
+    pairs = zip(queries, replies, strict=True)
+    for part in within_budget(pairs, lambda pair: len(pair[1].hidden) * verifier.vocabulary, LOGITS_AT_ONCE):
+        some, before = [query for query, _ in part], [reply for _, reply in part]
         hidden = torch.cat([reply.hidden for reply in before])
         # Outside the block, because an edit may change the unembedding too.
         logits = torch.cat([vocabulary_logits(model, rows) for rows in torch.split(hidden, verifier.rows_at_once)])

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mmray.data.samples import Sample
-from mmray.features.evaluation.queries import EditPurpose
+from mmray.features.editing.edit import Purpose
 from mmray.objects.lexicon import ObjectLexicon, objects_of
 
 EDITED, SOURCE, UNRELATED, OTHER = "edited", "source", "unrelated", "other"
@@ -115,12 +115,12 @@ class SampleScope:
     """Those made for other languages."""
 
 
-def requests_of(purposes: Sequence[EditPurpose], lexicon: ObjectLexicon) -> EditRequests:
+def requests_of(purposes: Sequence[Purpose], lexicon: ObjectLexicon) -> EditRequests:
     """Return the purposes with their words as the data calls these objects."""
     return EditRequests(tuple(_request(purpose, lexicon) for purpose in purposes))
 
 
-def _request(purpose: EditPurpose, lexicon: ObjectLexicon) -> EditRequest:
+def _request(purpose: Purpose, lexicon: ObjectLexicon) -> EditRequest:
     def canonical(word: str) -> str:
         return lexicon.canonical(word, purpose.language)
 

@@ -16,12 +16,13 @@ from mmray.detector.joint import detector_digest
 from mmray.errors import InputError
 from mmray.features.census.inputs import columns_of, open_data
 from mmray.features.census.settings import CensusSettings
+from mmray.features.editing.edit import Purpose
 from mmray.features.editing.files import FACTS_FILE, ROWS_FILE
 from mmray.features.evaluation.edit_requests import requests_of
 from mmray.features.evaluation.evaluate import text_questions_of
 from mmray.features.evaluation.mmedit import Records, read_records
 from mmray.features.evaluation.quality import has_bleu
-from mmray.features.evaluation.queries import Edit, EditPurpose
+from mmray.features.evaluation.queries import Edit
 from mmray.features.evaluation.settings import EvaluationSettings
 from mmray.features.evaluation.tables import PARTS
 from mmray.objects.ground_truth import survey
@@ -153,7 +154,7 @@ def _digest(entries: Sequence[Entry | None]) -> str:
     return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
 
 
-def _own(run: Run, purposes: Sequence[EditPurpose], manifest: Manifest) -> tuple[Manifest | None, list[EvaluationUnit]]:
+def _own(run: Run, purposes: Sequence[Purpose], manifest: Manifest) -> tuple[Manifest | None, list[EvaluationUnit]]:
     """Return the shards of the run's data with the edit's samples, without the rows that are measured anyway.
 
     If the measured data holds an image in another form (COCO has each image once), the merge drops the own sample.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,44 +12,12 @@ from PIL.Image import Image
 from torch import Tensor
 
 
-class EditPurpose(Protocol):
-    """What an edit was made for."""
-
-    @property
-    def kind(self) -> str:
-        """One of swap, suppress, hallucination, noise."""
-
-    @property
-    def source(self) -> str | None:
-        """The concept to remove."""
-
-    @property
-    def target(self) -> str | None:
-        """The concept or word to name instead."""
-
-    @property
-    def pairs(self) -> tuple[tuple[str, str], ...]:
-        """Pairs of a context and the word that is hallucinated in it."""
-
-    @property
-    def language(self) -> str | None:
-        """The language of the captions that the edit was made on."""
-
-    @property
-    def samples(self) -> tuple[str, ...]:
-        """Identifiers of the samples that the edit was made on."""
-
-    @property
-    def images(self) -> tuple[str, ...]:
-        """Digests of the images that the edit was made on; empty for an edit that did not record them."""
-
-
 class Edit(Protocol):
     """A change of a model that lasts as long as a `with` block."""
 
     @property
     def purposes(self) -> Sequence[Any]:
-        """What it was made for, each an `EditPurpose`; a sum of edits has those of each."""
+        """What it was made for, each a `Purpose` or like one; a sum of edits has those of each."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -146,15 +114,3 @@ class Change:
     def same(self) -> bool:
         """Return whether the greedy reply is the same to the letter."""
         return self.before == self.after
-
-
-def chunks(costs: list[int], most: int) -> Iterator[slice]:
-    """Yield slices of neighbours whose costs add up to at most `most`, or one alone that costs more."""
-    start, total = 0, 0
-    for index, cost in enumerate(costs):
-        if index > start and total + cost > most:
-            yield slice(start, index)
-            start, total = index, 0
-        total += cost
-    if start < len(costs):
-        yield slice(start, len(costs))

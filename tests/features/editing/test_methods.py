@@ -8,7 +8,7 @@ import torch
 import mmray
 from mmray.errors import InputError
 from mmray.features.editing import closed_form
-from mmray.features.editing.baselines import WordBan, banned_tokens
+from mmray.features.editing.baselines import banned_tokens
 from mmray.features.editing.closed_form import LayerRows
 from mmray.features.editing.dataset import EditDataset, departing, kept, replaced
 from mmray.features.editing.deltas import Deltas
@@ -26,6 +26,7 @@ from mmray.models.prompting import prompt_text
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.model import open_image
 from mmray.runs.run import open_run
+from tests.support.word_ban import WordBan
 
 
 @pytest.fixture(scope="module")
