@@ -53,7 +53,7 @@ def census(as_json: AsJson = False, **settings: Any) -> None:
     if as_json:
         print(json.dumps(asdict(outcome)))
     else:
-        took = "already finished" if outcome.already_done else f"in {outcome.seconds:.0f} s"
+        took = "already finished" if outcome.already else f"in {outcome.seconds:.0f} s"
         say(f"{plural(outcome.samples, 'sample')} {took} → {outcome.out}")
         _say_problems(outcome)
         if outcome.occurrences:

@@ -67,7 +67,7 @@ class CensusResult:
     quarantined: dict[int, str]
     """Shard → why it was quarantined."""
     seconds: float
-    already_done: bool
+    already: bool
     """Whether earlier calls had done all of it."""
 
     @property
@@ -269,7 +269,7 @@ def outcome_of(settings: CensusSettings, done: JobResult, since: int = 0) -> Cen
         occurrences=sum(receipt.occurrences for receipt in receipts.values()),
         quarantined={shard: reason for shard, reason in done.quarantined.items() if shard >= since},
         seconds=done.seconds,
-        already_done=done.already_done,
+        already=done.already_done,
     )
 
 

@@ -146,7 +146,7 @@ def test_a_finished_run_is_left_as_it_is(model: Path, data: Path, tmp_path: Path
     first = census_here(model, str(data), out, shard_size=8)
     before = files(out)
     again = census_here(model, str(data), out, shard_size=8, batch_size=3)
-    assert again.already_done
+    assert again.already
     # But for the leases of both drivers.
     assert unleased(files(out)) == unleased(before)
     assert (again.samples, again.failures, again.quarantined) == (first.samples, 0, {})

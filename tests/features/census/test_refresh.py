@@ -164,7 +164,7 @@ def test_rows_at_the_end_of_a_file_are_new_data(model: Path, tmp_path: Path, for
         assert refresh(out).new_samples == 0
     assert {name: found for name, found in files(out).items() if name in committed} == committed
     # The run is that of all data, and the census knows it again.
-    assert census_here(model, uri, out, shard_size=3).already_done
+    assert census_here(model, uri, out, shard_size=3).already
     census_here(model, uri, tmp_path / "whole", shard_size=3)
     # Batches are of other samples, and so numbers differ by rounding.
     for name, columns in {"captions": ["sample_id", "caption"], "occurrences": ["sample_id", "concept"]}.items():
