@@ -54,14 +54,14 @@ def open_inputs(settings: CensusSettings) -> tuple[Source, Manifest, NounSource]
 
 def check_apart(out: str, source: Source) -> None:
     """Raise InputError if the run's folder would lie in the folder of its data, or the data in the run's folder."""
-    place = getattr(source, "place", None)
-    if place is None or not place.folder:
+    location = getattr(source, "location", None)
+    if location is None or not location.folder:
         return
     uri = open_store(out).uri
-    folder = open_store(place.folder).uri
+    folder = open_store(location.folder).uri
     # A source of listed files reads only those, so a run next to them is fine; a whole folder is read again later.
-    whole = place.whole or not place.entries
+    whole = location.whole or not location.entries
     if whole and lies_in(uri, folder):
         raise InputError(f"--out {out}: lies in the data's folder {folder}; choose an OUT outside it")
-    if (whole and lies_in(folder, uri)) or any(lies_in(f"{folder}/{entry.key}", uri) for entry in place.entries):
+    if (whole and lies_in(folder, uri)) or any(lies_in(f"{folder}/{entry.key}", uri) for entry in location.entries):
         raise InputError(f"--out {out}: contains the data {source.data}; choose a folder of the run's own")
