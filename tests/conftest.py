@@ -24,10 +24,17 @@ pytest_plugins = [f"tests.support.{name}" for name in ("command", "joint_models"
 BUCKET = "mmray-test"
 
 
+SLOW_FIXTURES = {"alone", "ray_here", "demo_census", "coco_run", "suite"}
+"""Ray sessions, and censuses of the demo: a test that needs one is slow."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start files with slow tests first, those that hold other clusters off in turn with others: none waits long."""
     files: dict[Path, list[pytest.Item]] = {}
     for item in items:
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
         files.setdefault(item.path, []).append(item)
     slow = [tests for tests in files.values() if any(test.get_closest_marker("slow") for test in tests)]
     clusters = [tests for tests in slow if any("alone" in getattr(test, "fixturenames", ()) for test in tests)]
