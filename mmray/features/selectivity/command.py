@@ -1,4 +1,4 @@
-"""Neurons of a language, a domain, or any other label."""
+"""The command `selectivity`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmray.terminal.options import INCOMPLETE, AsJson, RunArgument, app, console
 @app.command()
 @with_settings(SelectivitySettings)
 def selectivity(run: RunArgument, as_json: AsJson = False, **settings: Any) -> None:
-    """Choose the neurons of each language, domain or other label, and compare with chance; zero them, steer by them."""
+    """Choose the neurons of each language, domain or other label, compare with chance, zero them, and steer by them."""
     from mmray.features.selectivity.driver import run_selectivity
     from mmray.features.selectivity.view import analysis
 
@@ -24,7 +24,7 @@ def selectivity(run: RunArgument, as_json: AsJson = False, **settings: Any) -> N
         outcome = run_selectivity(checked, follow)
     if outcome.outdated:
         names = ", ".join(outcome.outdated)
-        print(f"mmray: {names}: of other neurons than these, and so removed; ask for them again", file=sys.stderr)
+        print(f"mmray: {names}: removed, because other neurons are chosen now; run these tests again", file=sys.stderr)
     if as_json:
         found = {name: rows.to_pylist() for name, rows in outcome.tables.items()}
         print(json.dumps(found, ensure_ascii=False, allow_nan=False))

@@ -1,4 +1,4 @@
-"""Contributions to the tokens of each label → the neurons whose share in its tokens stands out against the others'."""
+"""Choose each label's neurons by contrast: their contribution to its tokens compared with that to other labels'."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from mmray.features.selectivity.lape import Chosen
 
 
 def contrasts(contribution: Float[Tensor, "neuron label"]) -> Float64[Tensor, "neuron label"]:
-    """Return a neuron's mean contribution to a label's tokens less the largest, of either sign, to another label's.
+    """Return each neuron's mean contribution to a label's tokens, minus the largest magnitude of any other label's.
 
-    The largest and not the mean: a neuron that serves two of four labels alike is neither's.
+    It is the largest, not the mean, so that a neuron that serves two of four labels equally belongs to neither.
     """
     contribution = contribution.double()
     found = torch.empty_like(contribution)
@@ -23,9 +23,9 @@ def contrasts(contribution: Float[Tensor, "neuron label"]) -> Float64[Tensor, "n
 
 
 def choose(contribution: Float[Tensor, "neuron label"], rate: float) -> Chosen:
-    """Return, of each label, the round(rate · neurons) of highest contrast, as far as it is above zero.
+    """Return, for each label, the round(rate · neurons) with the highest contrast, if it is above zero.
 
-    They come in the order of their highest contrast; a neuron has one label, for a contrast is above zero for one only.
+    They are in order of their highest contrast. A neuron has one label, because its contrast is positive for one only.
     """
     contrast = contrasts(contribution)
     count = round(len(contrast) * rate)

@@ -1,4 +1,4 @@
-"""The two jobs of `mmray selectivity`, a unit per shard: sums by label, and tests of what was chosen from them."""
+"""The two jobs of `mmray selectivity`, one unit per shard: sums per label, and tests of the chosen neurons."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mmray.data.shards import Manifest, Shard, read_shard
 from mmray.data.source import Source
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.features.census.inputs import open_data
-from mmray.features.selectivity.interventions import measured
+from mmray.features.selectivity.interventions import measure_interventions
 from mmray.features.selectivity.logit_lens import Lens
 from mmray.features.selectivity.masks import SELECTED, Mask
-from mmray.features.selectivity.material import captions_of, in_batches
 from mmray.features.selectivity.plan import LabelPlan
 from mmray.features.selectivity.settings import SelectivitySettings, SumsSettings
-from mmray.features.selectivity.steering import Steer, written
+from mmray.features.selectivity.steering import Steer, steered_captions
 from mmray.features.selectivity.sums import LabelSums
 from mmray.features.selectivity.tables import PARTS
+from mmray.features.selectivity.texts import captions_of, in_batches
 from mmray.models.loading import LoadedModel
 from mmray.neurons.model import load_model
 from mmray.runs import RunFolder
@@ -33,11 +33,11 @@ S = TypeVar("S", bound=SumsSettings)
 
 
 class LabelJob(Job[S, LabelPlan]):
-    """A pass over the samples that have a label; what it amounts to is read from its parts."""
+    """A pass over the samples that have a label. The driver reads its parts and writes the tables."""
 
     name = "selectivity"
     step: ClassVar[str]
-    """Folder of the pass's parts, below its fingerprint's."""
+    """Folder of the pass's parts, below that of its fingerprint."""
 
     def __init__(self, settings: S, labelled: LabelPlan) -> None:
         super().__init__(settings)
@@ -53,36 +53,36 @@ class LabelJob(Job[S, LabelPlan]):
         return f"{super().folder(fingerprint)}/{self.step}"
 
     def plan(self) -> Plan[LabelPlan]:
-        """Return the shards that hold samples with a label."""
+        """Return a plan with one unit per shard that holds samples with a label."""
         labelled = self.labelled
         units = [Unit(len(labelled.captions[shard]), shard) for shard in labelled.shards]
         model = open_run(self.settings.run).info["digests"]["model"]
         return Plan(units, {"model": model, "samples": labelled.digest(), **self.digests()}, labelled)
 
     def worker(self, context: LabelPlan) -> Worker:
-        """Load the model, and return what a shard's samples show."""
+        """Load the model, and return the worker that measures a shard's samples."""
         census = context.census
         model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
         manifest = Manifest.from_json(RunFolder.at(self.settings.run).manifest())
         source = open_data(census)
 
-        def show(unit: Unit) -> UnitResult:
+        def measure(unit: Unit) -> UnitResult:
             samples = scored_samples(source, manifest.shards[unit.payload], context.captions[unit.payload])
             return UnitResult(self.tables(model, list(samples)))
 
-        return show
+        return measure
 
     def merge(self, plan: Plan[LabelPlan], parts: Parts, output: Output) -> dict[str, Any]:
-        """Leave the tables to the driver: they are made of both passes."""
+        """Write nothing: the tables need the parts of both passes, so the driver writes them."""
         return {}
 
     @abstractmethod
     def digests(self) -> Mapping[str, str]:
-        """Return what else the pass depends on than its settings, the model and the samples."""
+        """Return digests of what the pass depends on in addition to its settings, the model and the samples."""
 
     @abstractmethod
     def tables(self, model: LoadedModel, samples: list[Sample]) -> dict[str, pa.Table]:
-        """Return what is to be committed of a shard's samples."""
+        """Return the parts to commit for a shard's samples."""
 
 
 def scored_samples(source: Source, shard: Shard, captions: Mapping[str, str]) -> Iterator[Sample]:
@@ -93,7 +93,7 @@ def scored_samples(source: Source, shard: Shard, captions: Mapping[str, str]) ->
 
 
 class SumsJob(LabelJob[SumsSettings]):
-    """Sums up what neurons do, by label and replicate, at the samples that are selected from."""
+    """Sums up activity or contributions per label and replicate, over the samples that the selection sees."""
 
     step = "sums"
     parts: ClassVar[dict[str, pa.Schema]] = {"sums": PARTS["sums"]}
@@ -102,27 +102,27 @@ class SumsJob(LabelJob[SumsSettings]):
         super().__init__(labelled.settings.sums(), labelled)
 
     def digests(self) -> Mapping[str, str]:
-        """Return whether sums are kept by token of an answer, too."""
+        """Return whether sums per token of an answer are kept, too, which steering needs."""
         return {"course": str(self.labelled.settings.steer is not None)}
 
     def tables(self, model: LoadedModel, samples: list[Sample]) -> dict[str, pa.Table]:
-        """Return the shard's sums over the samples that are selected from."""
+        """Return the shard's sums over the samples that the selection sees."""
         plan, settings = self.labelled, self.labelled.settings
         sums = LabelSums(model, settings, plan.replicates)
-        seen = [sample for sample in samples if sample.sample_id in plan.replicates.places]
+        seen = [sample for sample in samples if sample.sample_id in plan.replicates.columns]
         in_batches(model, captions_of(model, seen, settings.by, plan.census), settings.batch_size, sums.add)
         return {"sums": sums.table()}
 
 
 @dataclass(frozen=True)
 class Tests:
-    """What is done to the held-out samples."""
+    """Interventions on the held-out samples."""
 
     masks: tuple[Mask, ...]
     steer: Steer | None
 
     def digest(self) -> str:
-        """Return a digest of the neurons, and of what they are set to."""
+        """Return a digest of the neurons, and of the values they are set to."""
         found = hashlib.sha256(repr(self.masks).encode())
         if self.steer is not None:
             found.update(self.steer.neurons.tobytes() + self.steer.values.tobytes())
@@ -130,7 +130,7 @@ class Tests:
 
 
 class TestsJob(LabelJob[SelectivitySettings]):
-    """Tests what was chosen on held-out samples."""
+    """Tests the chosen neurons on held-out samples."""
 
     step = "tests"
     parts: ClassVar[dict[str, pa.Schema]] = {name: PARTS[name] for name in ("measurements", "lens", "replies")}
@@ -140,23 +140,23 @@ class TestsJob(LabelJob[SelectivitySettings]):
         self.tests = tests
 
     def digests(self) -> Mapping[str, str]:
-        """Return which neurons are tested: without a quarantined shard, others may have been chosen."""
+        """Return a digest of the neurons: a shard that was quarantined once may change the choice later."""
         return {"neurons": self.tests.digest()}
 
     def tables(self, model: LoadedModel, samples: list[Sample]) -> dict[str, pa.Table]:
-        """Return what the shard's held-out samples show; a part for every test that was asked for."""
+        """Return one part per requested test, for the shard's held-out samples."""
         plan, settings, census = self.labelled, self.settings, self.labelled.census
-        held = [sample for sample in samples if sample.sample_id in plan.held_out]
+        held_out = [sample for sample in samples if sample.sample_id in plan.held_out]
         tables = {}
         if settings.interventions:
-            tables["measurements"] = measured(model, held, self.tests.masks, settings, census)
+            tables["measurements"] = measure_interventions(model, held_out, self.tests.masks, settings, census)
         if settings.stages:
             own = [mask for mask in self.tests.masks if mask.control == SELECTED]
             lens = Lens(model, own, settings.module)
-            in_batches(model, captions_of(model, held, settings.by, census), settings.batch_size, lens.add)
+            in_batches(model, captions_of(model, held_out, settings.by, census), settings.batch_size, lens.add)
             tables["lens"] = lens.table()
         if self.tests.steer is not None:
-            source = [sample for sample in held if plan.labelled[sample.sample_id] == self.tests.steer.source]
-            rows = written(model, source, self.tests.steer, census, settings.batch_size)
+            source = [sample for sample in held_out if plan.labelled[sample.sample_id] == self.tests.steer.source]
+            rows = steered_captions(model, source, self.tests.steer, census, settings.batch_size)
             tables["replies"] = pa.Table.from_pylist(rows, schema=PARTS["replies"])
         return tables

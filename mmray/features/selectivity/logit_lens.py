@@ -1,6 +1,6 @@
 """The logit lens: every layer's output through the final norm and the unembedding, at image and text positions.
 
-MMNeuron (Huo et al. 2024): entropy falls from layer to layer as features are aligned, combined and put into words.
+MMNeuron (Huo et al. 2024): entropy falls over the layers as features are aligned, combined and turned into words.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmray.features.selectivity.masks import Mask
-from mmray.features.selectivity.material import Said, token_places
 from mmray.features.selectivity.tables import PARTS
+from mmray.features.selectivity.texts import LabelledText, token_positions
 from mmray.models.blocks import block_of
 from mmray.models.interventions import ablate
 from mmray.models.loading import LoadedModel
@@ -26,9 +26,9 @@ from mmray.models.prompting import Batch
 from mmray.neurons.activation_cache import forward
 
 KEPT_TOKENS = 50
-"""Likeliest tokens that a unit of work keeps of a layer; ten of the sum are shown."""
-POSITIONS_OF_AN_IMAGE = 16
-"""Image positions of a sample that are read, evenly spread: the unembedding of all would take longer than the model."""
+"""Top tokens that a unit of work keeps per layer; the tables show ten of their sum."""
+IMAGE_POSITIONS = 16
+"""Image positions read per sample, evenly spread: the unembedding of all would take longer than the model."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Stage:
     tokens: Counter[int] = field(default_factory=Counter)
 
     def add(self, other: Stage) -> None:
-        """Take in the sums over other positions."""
+        """Add the sums over other positions."""
         self.n_tokens += other.n_tokens
         self.entropy += other.entropy
         self.agreed += other.agreed
@@ -51,7 +51,7 @@ class Stage:
 
 
 class Lens:
-    """Sums up what the lens shows, without a mask and under each."""
+    """Sums up the logit lens without a mask, and under each mask."""
 
     def __init__(self, model: LoadedModel, masks: Sequence[Mask], module: str) -> None:
         self.model = model
@@ -61,22 +61,22 @@ class Lens:
         self._stages: dict[tuple[str | None, int, str], Stage] = defaultdict(Stage)
 
     @torch.inference_mode()
-    def add(self, texts: Sequence[Said], batch: Batch) -> None:
-        """Take in a batch, or nothing of it where that fails."""
+    def add(self, texts: Sequence[LabelledText], batch: Batch) -> None:
+        """Add a batch, or nothing of it if it fails."""
         found: dict[tuple[str | None, int, str], Stage] = defaultdict(Stage)
         positions = {"image": _image_rows(batch), "text": _text_rows(batch, texts)}
-        plain = self._states(batch, positions)
+        untouched = self._states(batch, positions)
         for mask in (None, *self.masks):
             with ablate(self.model, mask.neurons, module=self.module) if mask else nullcontext():
-                states = self._states(batch, positions) if mask else plain
+                states = self._states(batch, positions) if mask else untouched
             for kind, layers in states.items():
                 if len(layers[0]):
-                    self._count(found, mask.label if mask else None, kind, layers, plain[kind])
+                    self._count(found, mask.label if mask else None, kind, layers, untouched[kind])
         for key, stage in found.items():
             self._stages[key].add(stage)
 
     def table(self) -> pa.Table:
-        """Return the sums: a row a mask, layer and kind of position."""
+        """Return the sums, one row per mask, layer and kind of position."""
         rows = [
             {
                 "masked": masked,
@@ -95,17 +95,18 @@ class Lens:
         ]
         return pa.Table.from_pylist(rows, schema=PARTS["lens"])
 
-    def _states(self, batch: Batch, positions: dict[str, Tensor]) -> dict[str, list[Float[Tensor, "place hidden"]]]:
+    def _states(self, batch: Batch, positions: dict[str, Tensor]) -> dict[str, list[Float[Tensor, "position hidden"]]]:
+        """Run the batch, and return each block's output at the positions of each kind."""
         found: dict[str, list[Tensor]] = {kind: [] for kind in positions}
 
-        def keep(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        def record(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
             states = (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
             for kind, rows in positions.items():
                 found[kind].append(states[rows.to(states.device)])
 
         with ExitStack() as stack:
             for block in self.blocks:
-                stack.callback(block.register_forward_hook(keep).remove)
+                stack.callback(block.register_forward_hook(record).remove)
             forward(self.model, batch)
         return found
 
@@ -115,23 +116,24 @@ class Lens:
         masked: str | None,
         kind: str,
         layers: list[Tensor],
-        plain: list[Tensor],
+        untouched: list[Tensor],
     ) -> None:
         last = vocabulary_logits(self.model, layers[-1]).argmax(dim=1)
-        for layer, (states, before) in enumerate(zip(layers, plain, strict=True)):
+        for layer, (states, before) in enumerate(zip(layers, untouched, strict=True)):
             stage = found[masked, layer, kind]
             logits = vocabulary_logits(self.model, states)
             logs = logits.log_softmax(dim=1)
-            best = logits.argmax(dim=1)
+            top = logits.argmax(dim=1)
             stage.n_tokens += len(states)
             stage.entropy += float(-(logs.exp() * logs).sum())
-            stage.agreed += int((best == last).sum())
+            stage.agreed += int((top == last).sum())
             change = (states - before).float().norm(dim=1) / before.float().norm(dim=1).clamp(min=1e-12)
             stage.shift += float(change.sum())
-            stage.tokens.update(best.tolist())
+            stage.tokens.update(top.tolist())
 
 
-def _image_rows(batch: Batch) -> Int[Tensor, " place"]:
+def _image_rows(batch: Batch) -> Int[Tensor, " position"]:
+    """Return IMAGE_POSITIONS positions of each image, as rows of the flattened batch."""
     rows: dict[int, list[int]] = {}
     for run in batch.spans:
         if run.modality == "image":
@@ -139,12 +141,13 @@ def _image_rows(batch: Batch) -> Int[Tensor, " place"]:
     chosen = [
         row * batch.positions + positions[number * len(positions) // count]
         for row, positions in rows.items()
-        for count in [min(POSITIONS_OF_AN_IMAGE, len(positions))]
+        for count in [min(IMAGE_POSITIONS, len(positions))]
         for number in range(count)
     ]
     return torch.tensor(chosen, dtype=torch.long)
 
 
-def _text_rows(batch: Batch, texts: Sequence[Said]) -> Int[Tensor, " place"]:
-    places = token_places(batch, texts)
-    return torch.tensor([place.row * batch.positions + place.position for place in places], dtype=torch.long)
+def _text_rows(batch: Batch, texts: Sequence[LabelledText]) -> Int[Tensor, " position"]:
+    """Return the positions that predict the texts' tokens, as rows of the flattened batch."""
+    positions = token_positions(batch, texts)
+    return torch.tensor([each.row * batch.positions + each.position for each in positions], dtype=torch.long)

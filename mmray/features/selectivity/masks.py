@@ -1,4 +1,4 @@
-"""Sets of neurons to zero: each label's own, what chance would choose, and as many random ones of each layer."""
+"""Masks, sets of neurons to zero: each label's own, as many random ones per layer, and those of shuffled labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from jaxtyping import Int
 from numpy import ndarray
 
 from mmray.features.census.ranking import locate_index
-from mmray.features.selectivity.lape import Chosen
 from mmray.features.selectivity.selection import LabelSelection
 
 SELECTED, RANDOM, SHUFFLED = "selected", "random", "shuffled"
@@ -19,7 +18,7 @@ SELECTED, RANDOM, SHUFFLED = "selected", "random", "shuffled"
 
 @dataclass(frozen=True)
 class Mask:
-    """Neurons that are zeroed together: of which label, and as which control."""
+    """Neurons that are zeroed together, with their label and kind of control."""
 
     label: str
     control: str
@@ -28,7 +27,7 @@ class Mask:
 
 
 def masks_of(selection: LabelSelection, labels: Sequence[str], widths: Sequence[int], seed: int) -> list[Mask]:
-    """Return the masks of every label that has neurons: selected, random, and with shuffled labels where known."""
+    """Return the masks of every label that has neurons: selected, random, and with shuffled labels if there are any."""
     generator = np.random.default_rng(seed)
     masks = []
     for number, label in enumerate(labels):
@@ -37,15 +36,15 @@ def masks_of(selection: LabelSelection, labels: Sequence[str], widths: Sequence[
             continue
         sets = {SELECTED: own, RANDOM: random_like(own, widths, generator)}
         if selection.shuffled is not None:
-            sets[SHUFFLED] = _as_many(selection.shuffled, number, len(own))
-        masks += [Mask(label, control, named(some, widths)) for control, some in sets.items() if len(some)]
+            sets[SHUFFLED] = selection.shuffled.of(number).numpy()[: len(own)]
+        masks += [Mask(label, control, locate_neurons(part, widths)) for control, part in sets.items() if len(part)]
     return masks
 
 
 def random_like(
     neurons: Int[ndarray, " chosen"], widths: Sequence[int], generator: np.random.Generator
 ) -> Int[ndarray, " chosen"]:
-    """Return as many random neurons of each layer, none of them one of these as far as the layer has enough others."""
+    """Return as many random neurons per layer, different from these as long as the layer has enough others."""
     starts = np.cumsum([0, *widths])
     drawn = []
     for start, stop in pairwise(starts):
@@ -56,12 +55,7 @@ def random_like(
     return np.concatenate(drawn)
 
 
-def named(neurons: Iterable[int], widths: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Return (layer, unit) of neurons that are numbered over all layers."""
+def locate_neurons(neurons: Iterable[int], widths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Return (layer, unit) of neurons, given their indices over all layers."""
     layer, unit = locate_index(widths, np.fromiter(neurons, np.int64))
     return tuple(zip(layer.tolist(), unit.tolist(), strict=True))
-
-
-def _as_many(chosen: Chosen, label: int, count: int) -> Int[ndarray, " chosen"]:
-    own: Int[ndarray, " chosen"] = chosen.of(label).numpy()[:count]
-    return own

@@ -1,4 +1,4 @@
-"""What `mmray selectivity` consists of: which samples have which label, which are held out, and the units of work."""
+"""The plan of `mmray selectivity`: the label of each sample, the held-out samples, and the shards to read."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from mmray.runs.run import Run
 
 @dataclass(frozen=True)
 class LabelPlan:
-    """All that workers need other than the model; small compared with the data."""
+    """What workers need in addition to the model; small compared with the data."""
 
     settings: SelectivitySettings
     census: CensusSettings
     labelled: Mapping[str, str]
-    """Sample → label, of all samples that have one."""
+    """Sample → label, for all samples that have one."""
     held_out: frozenset[str]
+    """Samples for tests, which the selection does not see."""
     images: Mapping[str, str]
-    """The key of each sample's image."""
+    """Sample → key of its image."""
     replicates: Replicates
-    """Of the samples that are selected from."""
+    """Replicates of the samples that the selection sees."""
     captions: Mapping[int, Mapping[str, str]]
-    """Shard → sample → the caption that the run scored."""
+    """Shard → sample → scored caption."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -48,39 +49,40 @@ class LabelPlan:
 
     def selected_from(self, shards: Iterable[int]) -> Counter[str]:
         """Return how many samples of each label the selection sees in these shards."""
-        seen = self.replicates.places
+        seen = self.replicates.columns
         return Counter(self.labelled[name] for shard in shards for name in self.captions[shard] if name in seen)
 
     def digest(self) -> str:
         """Return a digest of the samples, their labels and captions."""
-        known = (sorted(facts.items()) for facts in (self.labelled, self.images))
-        listed = *known, sorted(self.held_out), self.replicates.samples
-        texts = [sorted(some.items()) for _, some in sorted(self.captions.items())]
+        mappings = (sorted(mapping.items()) for mapping in (self.labelled, self.images))
+        listed = *mappings, sorted(self.held_out), self.replicates.samples
+        texts = [sorted(captions.items()) for _, captions in sorted(self.captions.items())]
         return hashlib.sha256(json.dumps([listed, texts]).encode()).hexdigest()[:16]
 
 
 def plan_labels(settings: SelectivitySettings, run: Run, hold_out: bool) -> LabelPlan:
-    """Settle which samples are looked at, and which the selection is not to see, if any.
+    """Choose the samples that the selection sees, and those held out, if any.
 
-    Raises InputError for a label that the run does not know or that nothing is left of on either side, and for samples
-    that can't be told apart.
+    Raises InputError for a label that the run does not have, a label without samples on either side, and samples with
+    the same id.
     """
     captions = run.table("captions")
     labels = _labels(run, settings.by)
     names = captions["sample_id"].to_pylist()
-    _check_names(run, names, list(zip(labels, captions["caption"].to_pylist(), strict=True)))
+    _check_ids(run, names, list(zip(labels, captions["caption"].to_pylist(), strict=True)))
     labelled = {name: label for name, label in zip(names, labels, strict=True) if label is not None}
     if len(set(labelled.values())) < 2:
         raise InputError(
-            f"{run.uri}: --by {settings.by}: {_found(run, settings.by, set(labelled.values()))}; "
+            f"{run.uri}: --by {settings.by}: {_labels_found(run, settings.by, set(labelled.values()))}; "
             "at least two labels are needed"
         )
     if unknown := [label for label in settings.steered or () if label not in labelled.values()]:
         known = ", ".join(sorted(set(labelled.values())))
         raise InputError(f"--steer {settings.steer}: no label {unknown[0]!r} in {known}")
     images = image_keys(captions)
+    # Drawn per image: captions of one image on both sides would leak the test into the selection.
     held_out = frozenset(
-        name for name in labelled if hold_out and _draw(settings.seed, images[name]) < settings.held_out
+        name for name in labelled if hold_out and _uniform(settings.seed, images[name]) < settings.held_out
     )
     seen = [name for name in names if name in labelled and name not in held_out][: settings.samples]
     if settings.balance:
@@ -98,9 +100,9 @@ def plan_labels(settings: SelectivitySettings, run: Run, hold_out: bool) -> Labe
             "higher --held-out"
         )
     by_shard: dict[int, dict[str, str]] = defaultdict(dict)
-    wanted = {*seen, *held_out}
+    chosen = {*seen, *held_out}
     for row in captions.select(["sample_id", "shard_id", "caption"]).to_pylist():
-        if row["sample_id"] in wanted:
+        if row["sample_id"] in chosen:
             by_shard[row["shard_id"]][row["sample_id"]] = row["caption"]
     census = census_settings(run.info["settings"])
     return LabelPlan(settings, census, labelled, held_out, images, replicates, dict(by_shard))
@@ -114,21 +116,22 @@ def _labels(run: Run, by: str) -> list[str | None]:
         return found
     if "labels" not in captions.column_names:
         return [None] * len(captions)
-    known = [{entry["key"]: entry["value"] for entry in labels or ()} for labels in captions["labels"].to_pylist()]
-    return [labels.get(by) for labels in known]
+    by_column = [{entry["key"]: entry["value"] for entry in labels or ()} for labels in captions["labels"].to_pylist()]
+    return [labels.get(by) for labels in by_column]
 
 
-def _check_names(run: Run, names: Sequence[str], facts: Sequence[tuple[str | None, str]]) -> None:
-    known: dict[str, tuple[str | None, str]] = {}
-    for name, own in zip(names, facts, strict=True):
-        if known.setdefault(name, own) != own:
+def _check_ids(run: Run, names: Sequence[str], contents: Sequence[tuple[str | None, str]]) -> None:
+    """Raise InputError if samples of one id differ in label or caption, because sums are kept by id."""
+    first: dict[str, tuple[str | None, str]] = {}
+    for name, content in zip(names, contents, strict=True):
+        if first.setdefault(name, content) != content:
             raise InputError(
-                f"{run.uri}: sample_id {name!r} stands {names.count(name)} times in the run, for unlike captions or "
-                "labels; take a census with --id-column NAME of ids that differ from row to row, or none for digests"
+                f"{run.uri}: sample_id {name!r} occurs {names.count(name)} times in the run, with different captions "
+                "or labels; repeat the census with an --id-column of unique ids, or without one for digests"
             )
 
 
-def _found(run: Run, by: str, labels: set[str]) -> str:
+def _labels_found(run: Run, by: str, labels: set[str]) -> str:
     if labels:
         return f"all samples are {labels.pop()!r}"
     activity = run.table("activity")
@@ -136,16 +139,18 @@ def _found(run: Run, by: str, labels: set[str]) -> str:
     return f"no sample has that label; the run has {', '.join(kinds) or 'none'} (census: --label-column)"
 
 
-def _draw(seed: int, name: str) -> float:
+def _uniform(seed: int, name: str) -> float:
+    """Return a number from 0 to 1 that depends on the name alone, so that more data does not move samples across."""
     return zlib.crc32(f"{seed} {name}".encode()) / 2**32
 
 
 def _balanced(settings: SelectivitySettings, run: Run, labelled: Mapping[str, str], every: Counter[str]) -> list[str]:
-    """Return as many samples of each label as give it about the tokens of the label that has fewest.
+    """Draw samples of each label so that all labels have about as many tokens as the label with the fewest.
 
-    A label's tokens a sample are those that the census counted; the samples are drawn.
+    Tokens per sample are the mean that the census counted for the label.
     """
     rows = run.table("activity")
+    # Counts of tokens are the same for all neurons, so those of one will do.
     rows = rows.filter(
         pc.and_(
             pc.and_(pc.equal(rows["label_kind"], settings.by), pc.equal(rows["module"], settings.module)),
@@ -154,21 +159,21 @@ def _balanced(settings: SelectivitySettings, run: Run, labelled: Mapping[str, st
     )
     tokens: Counter[str] = Counter()
     for row in rows.to_pylist():
-        if settings.looked_at in ("both", row["modality"]):
+        if settings.counted_modality in ("both", row["modality"]):
             tokens[row["label"]] += row["n_tokens"]
     if missing := {label for label in labelled.values() if not tokens[label]}:
         raise InputError(
-            f"{run.uri}: --balance: the census counted no {settings.looked_at} tokens of --module {settings.module} "
-            f"under {', '.join(sorted(missing))}; take it with that --module, or see --modality"
+            f"{run.uri}: --balance: the census counted no {settings.counted_modality} tokens of --module "
+            f"{settings.module} under {', '.join(sorted(missing))}; repeat it with that --module, or see --modality"
         )
     members = defaultdict(list)
     for name, label in sorted(labelled.items()):
         members[label].append(name)
-    each = {label: tokens[label] / every[label] for label in members}
-    budget = min(each[label] * len(names) for label, names in members.items())
+    per_sample = {label: tokens[label] / every[label] for label in members}
+    budget = min(per_sample[label] * len(names) for label, names in members.items())
     generator = np.random.default_rng(settings.seed)
     kept: list[str] = []
     for label, names in sorted(members.items()):
-        count = max(1, round(budget / each[label]))
-        kept += [names[place] for place in generator.permutation(len(names))[:count]]
+        count = max(1, round(budget / per_sample[label]))
+        kept += [names[number] for number in generator.permutation(len(names))[:count]]
     return kept

@@ -1,4 +1,4 @@
-"""Which label's captions a text reads like: how steering knows the language of what the model wrote."""
+"""A classifier of texts by label, trained on the run's captions: it recognises the language of steered captions."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ WORD = re.compile(rf"{UNSPACED.pattern}|\w+")
 
 
 @dataclass(frozen=True)
-class Recogniser:
-    """Words of each label's captions, with how often they occur: a naive Bayes classifier without priors."""
+class LabelClassifier:
+    """A naive Bayes classifier without priors over the words of each label's captions, with their counts."""
 
     words: dict[str, Counter[str]]
 
     @cached_property
     def floor(self) -> float:
-        """What a word's share of every label is raised by: half a word of the label that has most.
+        """Smoothing that is added to each word's share: half a word of the label with the most words.
 
-        One that several labels lack is as likely in each of them, however few words a label has.
+        It is the same for all labels, so that a word unseen in several is equally likely in each, whatever their size.
         """
         return 0.5 / max(counts.total() for counts in self.words.values())
 
     def label(self, text: str) -> str | None:
-        """Return the label whose captions explain the words best; None where no word is of any of them."""
+        """Return the label whose captions explain the words best; None if no caption has any of the words."""
         known = [word for word in words_of(text) if any(word in counts for counts in self.words.values())]
         if not known:
             return None
         return max(sorted(self.words), key=lambda label: sum(self._log_share(label, word) for word in known))
 
     def share(self, text: str, label: str) -> float | None:
-        """Return the part of a text's words that this label's captions explain at least as well as any other's.
+        """Return the fraction of a text's words that this label's captions explain at least as well as any other's.
 
-        Words that no caption has are left out; None where none is left.
+        Words that occur in no caption are left out. None if none is left.
         """
         known = [word for word in words_of(text) if any(word in counts for counts in self.words.values())]
         best = [max(self._log_share(other, word) for other in self.words) for word in known]
@@ -51,13 +51,13 @@ class Recogniser:
 
 
 def words_of(text: str) -> list[str]:
-    """Return the words of a text in lower case; of scripts without blanks the characters."""
+    """Return the words of a text in lower case, or the characters for scripts without spaces."""
     return WORD.findall(text.casefold())
 
 
-def recogniser(captions: Iterable[tuple[str, str]]) -> Recogniser:
-    """Return what recognises the labels of these (label, caption) pairs."""
+def train_classifier(captions: Iterable[tuple[str, str]]) -> LabelClassifier:
+    """Return a classifier trained on (label, caption) pairs."""
     words: dict[str, Counter[str]] = {}
     for label, caption in captions:
         words.setdefault(label, Counter()).update(words_of(caption))
-    return Recogniser(words)
+    return LabelClassifier(words)

@@ -1,4 +1,4 @@
-"""The languages and domains of a report: of each analysis of labels its neurons, matrices, steering and stages."""
+"""The section of a report on languages and domains: neurons, interventions, steering and stages of each analysis."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from mmray.report.section import Request, Section
 from mmray.runs.run import Run
 
 FIRST = 8
-"""Neurons of a label that its row lists."""
+"""Neurons listed per label."""
 CAPTIONS = 12
-"""Steered captions that are shown of each pair of labels, a third of them such as did not turn."""
+"""Steered captions shown per pair of labels; a third of them are failures."""
 TOKENS = 5
-"""Likeliest tokens of a layer that are shown."""
+"""Top tokens shown per layer."""
 
 Row = Mapping[str, Any]
 
 
 def section(request: Request) -> Section:
-    """Return what the page shows of each analysis of the run, in the order of its table; none where there is none."""
+    """Return the page's contents for each analysis of the run, in the order of its table."""
     found = {name: _by_analysis(request.run, name) for name in TABLES}
     page = [
         dict(zip((column.name for column in ANALYSIS), analysis, strict=True))
@@ -47,7 +47,7 @@ def _by_analysis(run: Run, name: str) -> defaultdict[tuple[str, ...], list[Row]]
 
 
 def _labels(rows: Sequence[Row], neurons: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return a row per label: its neurons and what chance gives, by layer, and the first of them."""
+    """Return one row per label: its neurons, those by chance, their layers, and the first of them."""
     first: dict[str, list[str]] = defaultdict(list)
     for row in sorted(neurons, key=lambda row: row["rank"]):
         if len(first[row["label"]]) < FIRST:
@@ -61,11 +61,11 @@ def _labels(rows: Sequence[Row], neurons: Sequence[Row]) -> list[dict[str, Any]]
 
 
 def _matrices(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return a matrix a measure and control: masks down, labels measured across; log-likelihood first."""
+    """Return one matrix per measure and control, with masks as rows and measured labels as columns; nll first."""
     found: dict[tuple[str, str], dict[str, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         found[row["measure"], row["control"]][row["masked"]][row["label"]] = row
-    # The labels measured are in one order in all matrices, that of the masks: the own label is the diagonal.
+    # All matrices have the measured labels in the order of the masks, so that a label's own samples are the diagonal.
     order = list(dict.fromkeys([row["masked"] for row in rows] + [row["label"] for row in rows]))
     matrices = []
     for (measure, control), masks in sorted(found.items(), key=lambda item: item[0][0], reverse=True):
@@ -96,7 +96,7 @@ def _cell(row: Row | None) -> dict[str, Any] | None:
 
 
 def _steering(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return of each pair of labels how many captions read like the target, and examples of success and failure."""
+    """Return, per pair of labels, how many captions read like the target, with successes and failures as examples."""
     pairs: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         pairs[row["source"], row["target"]].append(row)
@@ -121,7 +121,7 @@ def _steering(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _examples(rows: Sequence[Row], target: str) -> list[Row]:
-    """Return captions that turned, then such as did not: failures have a third of the places, or what is left."""
+    """Return captions that turned into the target, then failures, which fill a third of the list or what is left."""
     turned = [row for row in rows if row["label_after"] == target]
     failed = [row for row in rows if row["label_after"] != target]
     kept = failed[: max(CAPTIONS // 3, CAPTIONS - len(turned))]

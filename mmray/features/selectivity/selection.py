@@ -1,4 +1,4 @@
-"""Sums by replicate and label → the neurons of each label, and what chance and other samples would have chosen."""
+"""Choose each label's neurons from sums, and compare with the choices from shuffled labels and redrawn samples."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mmray.features.selectivity.settings import SelectivitySettings
 from mmray.runs.tables import vectors
 
 QUANTITY = {"lape": "active", "contribution": "contribution"}
-"""What each method chooses by."""
+"""Method → quantity that it chooses by."""
 
 
 def number_of(quantity: str) -> type[np.int32 | np.float64]:
-    """Return the number format that sums of a quantity are committed in: exact, and counts in half the bytes."""
+    """Return the number format that sums of a quantity are committed in. Counts are exact in half the bytes."""
     return np.int32 if quantity == "active" else np.float64
 
 
@@ -44,21 +44,21 @@ class LabelSelection:
     magnitude_entropy: Float64[Tensor, " neuron"]
     tokens: Float64[Tensor, " label"]
     cut: Float64[Tensor, " label"]
-    """Score of the last one chosen: by lape of all, by contribution of the label."""
+    """Score of the last neuron chosen: for lape over all labels, for contribution per label."""
     p_value: Float64[Tensor, " neuron"] | None
-    """Of a neuron: in how many permutations, of all and the data, its score is as good."""
+    """Fraction of permutations, the data itself included, in which the neuron's score is as good."""
     chance: Float64[Tensor, " label"] | None
-    """Neurons that reach the cut for each label where labels are shuffled: the mean over permutations."""
+    """Neurons that reach the cut with shuffled labels, mean over permutations."""
     stability: Float64[Tensor, "neuron label"] | None
-    """In what part of the bootstrap draws the neuron is chosen for the label."""
+    """Fraction of bootstrap draws that choose the neuron for the label."""
     overlap: Float64[Tensor, " label"] | None
-    """Mean Jaccard index of a label's neurons with those of the bootstrap draws."""
+    """Mean Jaccard index of the label's neurons with those of bootstrap draws."""
     shuffled: Chosen | None
-    """What the method chooses where labels are shuffled once."""
+    """Neurons chosen in the first permutation."""
 
 
 def add_up(parts: Iterable[pa.Table], labels: tuple[str, ...]) -> dict[str, Totals]:
-    """Return the totals of every quantity over the parts that units of work committed."""
+    """Return the totals of every quantity over the committed parts."""
     sums: dict[tuple[str, int, str], np.ndarray] = {}
     tokens: dict[tuple[str, int, str], int] = {}
     for part in parts:
@@ -79,46 +79,47 @@ def add_up(parts: Iterable[pa.Table], labels: tuple[str, ...]) -> dict[str, Tota
     return totals
 
 
-def of_activity(rows: pa.Table, labels: tuple[str, ...], modality: str, neurons: int) -> dict[str, Totals]:
-    """Return the totals of a census's table `activity`, of one module and kind of label: the data as it is."""
-    wanted = ("image", "text") if modality == "both" else (modality,)
-    numbers: dict[str, list[Tensor]] = {"n_active": [], "sum_squares": [], "n_tokens": []}
+def totals_of_activity(rows: pa.Table, labels: tuple[str, ...], modality: str, neurons: int) -> dict[str, Totals]:
+    """Return the totals of rows of the census's table `activity` for one module and kind of label, as one replicate."""
+    modalities = ("image", "text") if modality == "both" else (modality,)
+    by_label: dict[str, list[Tensor]] = {"n_active": [], "sum_squares": [], "n_tokens": []}
     for label in labels:
         own = rows.filter(pc.equal(rows["label"], label))
-        for name, columns in numbers.items():
+        for name, columns in by_label.items():
             total = np.zeros(neurons)
-            for part in wanted:
+            for part in modalities:
                 counted = own.filter(pc.equal(own["modality"], part))[name].to_numpy()
                 total += counted if len(counted) else 0.0
             columns.append(torch.from_numpy(total))
-    active, squares, tokens = (torch.stack(columns, dim=1)[None] for columns in numbers.values())
+    active, squares, tokens = (torch.stack(columns, dim=1)[None] for columns in by_label.values())
     return {"active": Totals(active, tokens[:, 0]), "squares": Totals(squares, tokens[:, 0])}
 
 
 def select(totals: dict[str, Totals], settings: SelectivitySettings, permutations: int) -> LabelSelection:
-    """Choose each label's neurons, from the data as it is and from every replicate."""
+    """Choose each label's neurons from every replicate; those of replicate 0 count, the others are controls."""
     by, squares = totals[QUANTITY[settings.method]], totals["squares"]
     chosen = [_choose(by.sums[number], by.tokens[number], settings) for number in range(len(by.sums))]
     scores = torch.stack([_scores(by.sums[number], by.tokens[number], settings) for number in range(1 + permutations)])
-    lowest = settings.method == "lape"
+    lowest = settings.method == "lape"  # the best score is the lowest entropy, or the highest contrast
     cut = _cuts(chosen[0], lowest)
     shuffled, drawn = chosen[1 : 1 + permutations], chosen[1 + permutations :]
     mean_square = lape.probabilities(squares.sums[0], squares.tokens[0])
     member = _membership(chosen[0], by.sums.shape[1])
-    again = [_membership(other, by.sums.shape[1]) for other in drawn]
+    redrawn = [_membership(other, by.sums.shape[1]) for other in drawn]
     as_good = scores[1:] <= scores[0] if lowest else scores[1:] >= scores[0]
-    beyond = scores[1:, :, None] <= cut if lowest else scores[1:, :, None] >= cut
-    owned = [_owners(by.sums[1 + number], by.tokens[1 + number], settings) for number in range(permutations)]
+    reaches_cut = scores[1:, :, None] <= cut if lowest else scores[1:, :, None] >= cut
+    owners = [_owners(by.sums[1 + number], by.tokens[1 + number], settings) for number in range(permutations)]
     return LabelSelection(
         chosen=chosen[0],
         amount=lape.probabilities(by.sums[0], by.tokens[0]),
         magnitude_entropy=lape.entropies(mean_square.sqrt()),
         tokens=by.tokens[0],
         cut=cut,
+        # The data counts as one permutation, so that a p-value is never 0.
         p_value=(1.0 + as_good.sum(dim=0).double()) / (1 + permutations) if permutations else None,
-        chance=(beyond & torch.stack(owned)).sum(dim=1).double().mean(dim=0) if permutations else None,
-        stability=torch.stack(again).double().mean(dim=0) if again else None,
-        overlap=torch.stack([_jaccard(member, other) for other in again]).mean(dim=0) if again else None,
+        chance=(reaches_cut & torch.stack(owners)).sum(dim=1).double().mean(dim=0) if permutations else None,
+        stability=torch.stack(redrawn).double().mean(dim=0) if redrawn else None,
+        overlap=torch.stack([_jaccard(member, other) for other in redrawn]).mean(dim=0) if redrawn else None,
         shuffled=shuffled[0] if shuffled else None,
     )
 
@@ -137,7 +138,7 @@ def _scores(sums: Tensor, tokens: Tensor, settings: SelectivitySettings) -> Floa
 
 
 def _cuts(chosen: Chosen, lowest: bool) -> Float64[Tensor, " label"]:
-    """Return the score of the last neuron chosen, for each label; NaN where there is none."""
+    """Return the score of the last neuron chosen, per label; NaN if there is none."""
     cuts = torch.full((chosen.member.shape[1],), torch.nan, dtype=torch.float64)
     for label in range(len(cuts)):
         own = chosen.member.any(dim=1) if lowest else chosen.member[:, label]
@@ -147,7 +148,7 @@ def _cuts(chosen: Chosen, lowest: bool) -> Float64[Tensor, " label"]:
 
 
 def _owners(sums: Tensor, tokens: Tensor, settings: SelectivitySettings) -> Bool[Tensor, "neuron label"]:
-    """Tell which label each neuron would belong to if it were chosen."""
+    """Return the labels that each neuron would belong to if it were chosen."""
     amount = lape.probabilities(sums, tokens)
     if settings.method == "lape":
         return amount > lape.bar_of(amount, settings.bar)
@@ -155,11 +156,13 @@ def _owners(sums: Tensor, tokens: Tensor, settings: SelectivitySettings) -> Bool
 
 
 def _membership(chosen: Chosen, neurons: int) -> Bool[Tensor, "neuron label"]:
-    whole = torch.zeros(neurons, chosen.member.shape[1], dtype=torch.bool)
-    whole[chosen.neurons] = chosen.member
-    return whole
+    """Return the labels of every neuron, chosen or not."""
+    member = torch.zeros(neurons, chosen.member.shape[1], dtype=torch.bool)
+    member[chosen.neurons] = chosen.member
+    return member
 
 
 def _jaccard(one: Bool[Tensor, "n l"], other: Bool[Tensor, "n l"]) -> Float[Tensor, " l"]:
+    """Return the Jaccard index per label; two empty sets are equal."""
     either = (one | other).sum(dim=0)
     return torch.where(either > 0, (one & other).sum(dim=0) / either.clamp(min=1), 1.0).double()

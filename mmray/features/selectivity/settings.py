@@ -1,4 +1,4 @@
-"""Settings of `mmray selectivity`, and the documentation of each."""
+"""Settings of `mmray selectivity`. Each docstring is also the help of the command line, so it stays short."""
 
 from __future__ import annotations
 
@@ -19,124 +19,119 @@ Values = Literal["course", "mean"]
 Steered = Literal["chosen", "switch"]
 
 RATE = 0.01
-"""Part of all neurons that is chosen, as published."""
+"""Fraction of all neurons that is chosen, as published."""
 BAR = 0.95
-"""Quantile, over the probabilities of all neurons and labels, that a label's own neuron has to exceed, as published."""
+"""Quantile of the probabilities of all neurons and labels that a label's neuron must exceed, as published."""
 
 CONTROLS = frozenset({"permutations", "bootstraps"})
-"""Settings that change what is said about a choice of neurons, and not the choice."""
+"""Settings that affect what is reported about a choice of neurons, but not the choice."""
 
 
 class SumsSettings(JobSettings):
-    """What the pass over samples depends on that neurons are chosen from."""
+    """Settings of the pass over samples that the neurons are chosen from."""
 
     run: str = execution()
     """Folder of a run: a local path or s3://bucket/prefix."""
     by: str = "language"
-    """What labels a sample: language, domain, or a column that the census was told of by --label-column."""
+    """Label of a sample: language, domain, or a column that the census got as --label-column."""
     method: Method = "lape"
-    """lape: lowest entropy of the probability to be active, as published for languages and (DAPE) domains;
-    contribution: highest mean contribution to a label's tokens over that to any other label's."""
+    """lape: lowest entropy of the probability to be active (LAPE, or DAPE for domains);
+    contribution: highest mean contribution to a label's tokens compared with any other label's."""
     module: Module = "language"
-    """Neurons of the language decoder, the vision tower or the projector; contributions are of the language decoder."""
+    """Neurons of the language decoder, the vision tower or the projector; contribution: language only."""
     modality: Modality = "text"
-    """Tokens that activity is counted at; of the vision tower and the projector always those of the image, and
-    contributions are to those of the text."""
+    """Tokens at which activity is counted; always image for other modules, and text for contribution."""
     balance: bool = False
-    """Take as many samples of each label as give it about as many tokens as the label with the fewest has."""
+    """Select from about the same number of tokens per label."""
     samples: int | None = Field(None, ge=1)
-    """Select from the first N samples of the run; by default from all."""
+    """Select from the first N samples of the run; default: all."""
     permutations: int = Field(20, ge=0)
-    """Times that labels are shuffled over the samples, to tell what chance selects."""
+    """Times that labels are shuffled over the samples, to measure what chance selects."""
     bootstraps: int = Field(20, ge=0)
-    """Times that samples are drawn again, to tell how stable the selection is."""
+    """Times that samples are drawn again, to measure how stable the selection is."""
     held_out: float = Field(0.25, gt=0, lt=1)
-    """Part of the images that the selection does not see where --interventions, --steer or --stages need some; it
-    does not see them later either, when neurons are chosen with the same settings and nothing is tested."""
+    """Fraction of the images that the selection does not see, if --interventions, --steer or --stages test it. Later
+    calls with the same settings don't see them either."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of all random draws."""
     batch_size: int = execution(32, ge=1)
     """Samples per forward pass."""
 
 
 class SelectivitySettings(SumsSettings):
-    """Everything that `mmray selectivity` can be told: how neurons are chosen from the sums, and how they are tested.
-
-    Test results depend on all of it.
-    """
+    """Settings of `mmray selectivity`: how neurons are chosen from the sums, and how they are tested."""
 
     rate: float = Field(RATE, gt=0, le=1)
-    """Part of the neurons that is chosen: by lape in all, as published; by contribution for each label."""
+    """Fraction of the neurons that is chosen: of all by lape, per label by contribution."""
     bar: float = Field(BAR, gt=0, lt=1)
-    """Quantile of all probabilities that a neuron must exceed under a label to be its own (lape)."""
+    """Quantile of all probabilities that a neuron must exceed under a label to belong to it (lape)."""
     interventions: bool = False
-    """Zero each label's neurons, and as many random ones of each layer, and measure every label's held-out texts and
-    answers."""
+    """Zero each label's neurons, and as many random ones per layer, and measure held-out texts and answers."""
     questions: int = Field(1, ge=0)
-    """Questions of each held-out sample that are asked, where the data has some."""
+    """Questions to ask per held-out sample, if the data has any."""
     steer: str | None = None
-    """FROM:TO, such as en:es: ask for captions in the one label's prompt, with its neurons off and the other's on."""
+    """FROM:TO, such as en:es: write captions with FROM's prompt, with its neurons off and TO's on."""
     steer_neurons: Steered = "chosen"
-    """chosen: those that the method chose, the one label's zeroed and the other's set; switch: the neurons whose
-    activations tell the two labels apart best, all set."""
+    """chosen: FROM's chosen neurons are zeroed and TO's are set; switch: set the neurons whose activations separate the
+    two labels best."""
     steer_share: float = Field(0.25, gt=0, le=1)
-    """Part of all neurons that are switches."""
+    """Fraction of all neurons that --steer-neurons switch sets."""
     steer_values: Values = "course"
-    """What they are set to: the other label's mean at that token of an answer (course), or over all tokens (mean)."""
+    """Value to set: TO's mean at the same token of an answer (course), or over all tokens (mean)."""
     steer_factor: float = Field(2.0, gt=0)
-    """What that mean is multiplied by."""
+    """Factor that multiplies that mean."""
     steer_positions: Positions = "answer"
-    """Where: from the position that writes the first token of the answer on, or at all positions, the image's too."""
+    """Positions to set: from the one that predicts the answer's first token on, or all, image included."""
     stages: bool = False
-    """Read every layer by the logit lens at image and text positions, as it is and with each label's neurons zeroed."""
+    """Read every layer by the logit lens, as it is and with each label's neurons zeroed."""
 
     @property
     def tests(self) -> bool:
-        """Whether something is measured on held-out samples."""
+        """Whether anything is measured on held-out samples."""
         return self.interventions or self.stages or self.steer is not None
 
     @property
     def steered(self) -> tuple[str, str] | None:
-        """The label whose prompt is used and the label that is steered to."""
+        """The label whose prompt is used, and the label to steer to."""
         if self.steer is None:
             return None
         source, _, target = self.steer.partition(":")
         return source, target
 
     @property
-    def looked_at(self) -> Modality:
-        """The tokens that count."""
+    def counted_modality(self) -> Modality:
+        """Modality of the tokens that count: a tower or projector has image tokens only."""
         return self.modality if self.module == "language" else "image"
 
-    def facts(self) -> dict[str, str]:
-        """Return what tells this analysis from others in a table."""
-        return {"label_kind": self.by, "method": self.method, "module": self.module, "modality": self.looked_at}
+    def analysis(self) -> dict[str, str]:
+        """Return the columns that distinguish this analysis from others in a table."""
+        return {"label_kind": self.by, "method": self.method, "module": self.module, "modality": self.counted_modality}
 
     def sums(self) -> SumsSettings:
-        """Return the settings of the pass that neurons are chosen from."""
+        """Return the settings of the pass that the neurons are chosen from."""
         return SumsSettings(**self.model_dump(include=set(SumsSettings.model_fields)))
 
     def choice(self) -> str:
-        """Return a digest of what decides which neurons are chosen; the same whatever they are tested by."""
+        """Return a digest of the settings that decide which neurons are chosen, whatever tests they undergo."""
         own = self.model_dump(include={*SumsSettings.model_fields, "rate", "bar"} - CONTROLS)
-        facts = json.dumps(SelectivitySettings(**own).result_settings(), sort_keys=True)
-        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+        dumped = json.dumps(SelectivitySettings(**own).result_settings(), sort_keys=True)
+        return hashlib.sha256(dumped.encode()).hexdigest()[:16]
 
 
 def selectivity_settings(values: dict[str, Any]) -> SelectivitySettings:
-    """Return checked settings; raises InputError naming the first that is wrong and what is allowed."""
+    """Return validated settings. Raises InputError that names the first wrong setting and what it may be."""
     settings = checked(SelectivitySettings, values)
     if settings.method == "contribution" and settings.module != "language":
-        raise InputError("--method contribution: the vision tower and the projector write no token; use --method lape")
-    if settings.method == "contribution" and settings.modality != "text":
         raise InputError(
-            "--method contribution: it is the text's tokens that neurons contribute to; leave --modality out"
+            "--method contribution: neurons of the vision tower and the projector write no tokens; use --method lape"
         )
+    if settings.method == "contribution" and settings.modality != "text":
+        raise InputError("--method contribution: neurons contribute to tokens of the text only; leave --modality out")
     if settings.steer is not None:
         if not all(settings.steered or ()):
             raise InputError(f"--steer {settings.steer}: write FROM:TO, two labels such as en:es")
         if len(set(settings.steered or ())) < 2:
-            raise InputError(f"--steer {settings.steer}: there is nothing to steer; give two labels such as en:es")
+            raise InputError(f"--steer {settings.steer}: the labels are the same; give two labels such as en:es")
         if settings.module != "language":
-            raise InputError("--steer: neurons of the language decoder are steered; leave --module out")
+            raise InputError("--steer: only neurons of the language decoder can be steered; leave --module out")
     return settings

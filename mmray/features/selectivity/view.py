@@ -1,4 +1,4 @@
-"""What an analysis of labels looks like in the terminal: labels with their neurons, matrices, steering, stages."""
+"""Terminal view of an analysis of labels: neurons per label, interventions, steering and the logit lens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHOWN_NEURONS, SHOWN_CAPTIONS = 5, 6
 
 
 def analysis(tables: Mapping[str, pa.Table]) -> RenderableType:
-    """Return all that was found: the tables of one analysis."""
+    """Return the view of all tables of one analysis."""
     parts: list[RenderableType] = [labels(tables["selective_labels"], tables["selectivity"])]
     if "interventions" in tables:
         parts += matrices(tables["interventions"])
@@ -24,22 +24,22 @@ def analysis(tables: Mapping[str, pa.Table]) -> RenderableType:
         parts.append(steering(tables["steering"]))
     if "stages" in tables:
         parts.append(stages(tables["stages"]))
-    return Group(*(part for some in parts for part in (some, Text())))
+    return Group(*(line for part in parts for line in (part, Text())))
 
 
 def labels(summary: pa.Table, neurons: pa.Table) -> Table:
-    """Return a row per label: its neurons and what chance gives, how stable they are, and in which layers."""
+    """Return one row per label: its neurons, those by chance, their stability, and their layers."""
     rows = summary.to_pylist()
     first = rows[0]
-    facts = f"{first['method']} · {first['module']} · {first['modality']} tokens · {first['union']:,} neurons in all"
-    table = _table(Text.assemble((f"by {first['label_kind']}", "bold"), (f" · {facts}", "dim")))
+    details = f"{first['method']} · {first['module']} · {first['modality']} tokens · {first['union']:,} neurons in all"
+    table = _table(Text.assemble((f"by {first['label_kind']}", "bold"), (f" · {details}", "dim")))
     for name in ("label", "samples", "tokens", "neurons", "by chance", "stability", "layers", "first"):
         # Only the last column may shrink; its texts end in an ellipsis instead of taking a second line.
-        left, whole = name in ("label", "layers", "first"), name != "first"
-        table.add_column(name, justify="left" if left else "right", no_wrap=whole)
-    best: dict[str, list[str]] = defaultdict(list)
+        left, fixed = name in ("label", "layers", "first"), name != "first"
+        table.add_column(name, justify="left" if left else "right", no_wrap=fixed)
+    own: dict[str, list[str]] = defaultdict(list)
     for row in neurons.select(["label", "neuron"]).to_pylist():
-        best[row["label"]].append(row["neuron"])
+        own[row["label"]].append(row["neuron"])
     for row in rows:
         table.add_row(
             Text(row["label"]),
@@ -49,17 +49,17 @@ def labels(summary: pa.Table, neurons: pa.Table) -> Table:
             _number(row["chance"], 1),
             _number(row["stability"], 2),
             profile(row["layers"]),
-            Text(" ".join(best[row["label"]][:SHOWN_NEURONS]), no_wrap=True, overflow="ellipsis"),
+            Text(" ".join(own[row["label"]][:SHOWN_NEURONS]), no_wrap=True, overflow="ellipsis"),
         )
     return table
 
 
 def matrices(rows: pa.Table) -> list[RenderableType]:
-    """Return, of each measure, the change of every label's samples under every mask."""
+    """Return, per measure, the change of every label's samples under every mask."""
     by_measure: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows.to_pylist():
         by_measure[row["measure"]].append(row)
-    titles = {"nll": "nats a token, held-out texts", "accuracy": "part of held-out questions answered"}
+    titles = {"nll": "nats per token, held-out texts", "accuracy": "fraction of held-out questions answered"}
     return [_matrix(found, titles[name], 3) for name, found in sorted(by_measure.items(), reverse=True)]
 
 
@@ -86,13 +86,13 @@ def _matrix(rows: Sequence[Mapping[str, Any]], title: str, digits: int) -> Table
 
 
 def steering(rows: pa.Table) -> RenderableType:
-    """Return how many captions read like the target, and the first of them."""
+    """Return the fraction of captions that read like the target, and the first captions before and after."""
     found = rows.to_pylist()
     if not found:
         return Text("steering: no held-out sample of the source label", "yellow")
     first = found[0]
-    turned = [row["label_after"] == first["target"] for row in found]
-    whole = [bool(row["words_after"] is not None and row["words_after"] == 1.0) for row in found]
+    turned = sum(row["label_after"] == first["target"] for row in found) / len(found)
+    entirely = sum(row["words_after"] == 1.0 for row in found) / len(found)
     table = _table(
         Text.assemble(
             (f"{first['source']} → {first['target']}", "bold"),
@@ -104,15 +104,16 @@ def steering(rows: pa.Table) -> RenderableType:
     table.add_column("reads like", no_wrap=True)
     for row in found[:SHOWN_CAPTIONS]:
         table.add_row(Text(row["before"]), Text(row["after"]), Text(row["label_after"] or "–"))
-    share, pure = sum(turned) / len(found), sum(whole) / len(found)
     return Group(
         table,
-        Text(f"{share:.0%} of {len(found):,} captions read like {first['target']}; {pure:.0%} in every word", "bold"),
+        Text(
+            f"{turned:.0%} of {len(found):,} captions read like {first['target']}; {entirely:.0%} in every word", "bold"
+        ),
     )
 
 
 def stages(rows: pa.Table) -> Table:
-    """Return the logit lens of the untouched model: entropy, agreement with the last layer, and tokens by layer."""
+    """Return the logit lens of the unchanged model: entropy, agreement with the last layer, and tokens per layer."""
     table = _table(Text.assemble(("logit lens", "bold"), (" · every layer through the final norm", "dim")))
     for name in ("layer", "image: nats", "as last", "text: nats", "as last", "image", "text"):
         table.add_column(name, justify="left" if name in ("image", "text") else "right", no_wrap=True)
@@ -121,17 +122,17 @@ def stages(rows: pa.Table) -> Table:
         if row["masked"] is None:
             layers[row["layer"]][row["position"]] = row
     for layer, kinds in sorted(layers.items()):
-        numbers, tokens = [], []
+        cells, tokens = [], []
         for kind in ("image", "text"):
             row = kinds.get(kind)
-            numbers += [f"{row['entropy']:.2f}", f"{row['agreement']:.0%}"] if row else ["–", "–"]
+            cells += [f"{row['entropy']:.2f}", f"{row['agreement']:.0%}"] if row else ["–", "–"]
             tokens.append(Text(" ".join(row["tokens"][:5]) if row else "", no_wrap=True, overflow="ellipsis"))
-        table.add_row(f"L{layer}", *numbers, *tokens)
+        table.add_row(f"L{layer}", *cells, *tokens)
     return table
 
 
 def profile(counts: Sequence[int]) -> str:
-    """Return the neurons of each layer as bars."""
+    """Return the number of neurons per layer as bars; a layer with any neuron has a visible bar."""
     most = max(counts, default=0)
     return "".join(BARS[-(-count * (len(BARS) - 1) // most)] if most else BARS[0] for count in counts)
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from mmray.features.selectivity import logit_lens, material
-from mmray.features.selectivity.interventions import measured
+from mmray.features.selectivity import logit_lens, texts
+from mmray.features.selectivity.interventions import measure_interventions
 from mmray.features.selectivity.logit_lens import Lens
 from mmray.features.selectivity.masks import Mask
-from mmray.features.selectivity.material import captions_of, in_batches
 from mmray.features.selectivity.settings import selectivity_settings
+from mmray.features.selectivity.texts import captions_of, in_batches
 from mmray.models.blocks import block_of
 from mmray.models.generation import caption_of, generate
 from mmray.models.interventions import ablate
@@ -40,7 +40,7 @@ def of(rows, **wanted):
 def test_costs_do_not_depend_on_the_batch(open_model):
     model = open_model("llava")
     mask = Mask("en", "selected", ((0, 1), (1, 3)))
-    one, other = (measured(model, found(), [mask], told(size), settings()).to_pylist() for size in (1, 4))
+    one, other = (measure_interventions(model, found(), [mask], told(size), settings()).to_pylist() for size in (1, 4))
     assert len(one) == len(other) == 2 * 4 * 2
 
     def key(row):
@@ -61,7 +61,7 @@ def test_batches_that_do_not_fit_are_halved(open_model, monkeypatch):
     def looked():
         lens = Lens(model, [mask], "language")
         in_batches(model, captions_of(model, found(), "language", settings()), 4, lens.add)
-        rows = measured(model, found(), [mask], told(4), settings())
+        rows = measure_interventions(model, found(), [mask], told(4), settings())
         counts = rows.select(["masked", "measure", "sample_id", "count"])
         return counts.sort_by([(name, "ascending") for name in counts.column_names]), lens.table().drop_columns(
             ["entropy", "shift", "tokens", "counts", "agreed"]
@@ -75,14 +75,16 @@ def test_batches_that_do_not_fit_are_halved(open_model, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(model, batch)
 
-    for place in (material, logit_lens):
+    for place in (texts, logit_lens):
         monkeypatch.setattr(place, "forward", short)
     assert looked() == expected
     assert {1, 2, 4} <= set(calls)
 
 
 def test_an_empty_mask_changes_nothing(open_model):
-    rows = measured(open_model("llava"), found(), [Mask("en", "random", ())], told(4), settings()).to_pylist()
+    rows = measure_interventions(
+        open_model("llava"), found(), [Mask("en", "random", ())], told(4), settings()
+    ).to_pylist()
     for plain, zeroed in zip(of(rows, masked=None), of(rows, masked="en"), strict=True):
         assert plain["total"] == zeroed["total"]
 
@@ -96,7 +98,7 @@ def test_an_answer_is_right_where_greedy_generation_begins_with_it(open_model):
     wrong = "No" if said.startswith("Yes") else "Yes"
     for answer, right in ((said, 1.0), (wrong, 0.0)):
         asked = samples(1, language="en", questions=((question, answer),))
-        rows = measured(model, asked, [], told(1), settings()).to_pylist()
+        rows = measure_interventions(model, asked, [], told(1), settings()).to_pylist()
         assert [row["total"] for row in of(rows, measure="accuracy")] == [right]
 
 
@@ -124,8 +126,8 @@ def test_the_lens_sees_every_block_of_every_family(open_model, variant):
     last_layer = len(model.widths) - 1
     # Several neurons, for of those with a ReLU some are never open.
     lens = Lens(model, [Mask("en", "selected", tuple((0, unit) for unit in range(8)))], "language")
-    for texts, batch in encoded(model, 2, 1):
-        lens.add(texts, batch)
+    for some, batch in encoded(model, 2, 1):
+        lens.add(some, batch)
     rows = lens.table().to_pylist()
     last = of(rows, masked=None, layer=last_layer, position="text")[0]
     assert last["agreed"] == last["n_tokens"] > 0
@@ -146,7 +148,7 @@ def test_the_lens_is_that_of_the_model_s_own_states(open_model, kind):
     lens.add(texts, batch)
     start = batch.caption_start[0] - 1
     (image,) = [run for run in batch.spans if run.modality == "image"]
-    count = min(logit_lens.POSITIONS_OF_AN_IMAGE, image.stop - image.start)
+    count = min(logit_lens.IMAGE_POSITIONS, image.stop - image.start)
     positions = {
         "text": list(range(start, start + len(texts[0].tokens))),
         "image": [image.start + number * (image.stop - image.start) // count for number in range(count)],

@@ -38,10 +38,8 @@ def analysed(run: Path, **settings: Any) -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("labels") / "run"
-    census_here("demo", "demo", out, limit=SCENES, shard_size=16, module="vision", label_column=["background"])
-    return out
+def run(own_census: Callable[..., Path]) -> Path:
+    return own_census(SCENES, shard_size=16, module="vision", label_column=["background"])
 
 
 @pytest.mark.parametrize("settings", [{}, {"modality": "both"}, {"by": "domain", "module": "vision"}])
@@ -173,7 +171,7 @@ def test_a_damaged_table_is_told_and_made_anew(run: Path, tmp_path: Path, caplog
 
 
 def test_measures_of_other_neurons_leave_the_tables(run: Path) -> None:
-    settings: dict[str, Any] = {"method": "contribution", "rate": 0.02, "held_out": 0.4}
+    settings: dict[str, Any] = {"method": "contribution", "rate": 0.02, "held_out": 0.4, "questions": 0}
     analysed(run, **settings, interventions=True)
     measured = open_run(run).table("interventions").to_pylist()
     analysed(run, **settings, steer="en:es")  # the same neurons: both stay
@@ -192,7 +190,7 @@ def test_measures_of_other_neurons_leave_the_tables(run: Path) -> None:
 
 @pytest.mark.parametrize("method", ["contribution", "lape"])
 def test_reading_again_leaves_what_was_measured(run: Path, method: str) -> None:
-    settings: dict[str, Any] = {"method": method, "rate": 0.02, "held_out": 0.4}
+    settings: dict[str, Any] = {"method": method, "rate": 0.02, "held_out": 0.4, "questions": 0}
     tested = analysed(run, **settings, interventions=True, stages=True)
     assert analysed(run, **settings)["selectivity"] == tested["selectivity"]
     analysed(run, **settings, permutations=0, bootstraps=0)
@@ -206,7 +204,7 @@ def test_what_is_no_longer_true_is_told(run: Path, command: Callable[..., Answer
     assert "stages" not in command("selectivity", run, *settings, "--rate", 0.021, "--stages").err
     assert "stages" not in command("selectivity", run, *settings, "--rate", 0.021).err
     again = command("selectivity", run, *settings, "--rate", 0.031)
-    assert "mmray: stages: of other neurons than these, and so removed; ask for them again" in again.err
+    assert "mmray: stages: removed, because other neurons are chosen now; run these tests again" in again.err
     assert "stages" not in json.loads(again.out)
 
 
@@ -270,7 +268,7 @@ def test_bad_input_is_one_line(run: Path, settings: dict[str, Any], problem: str
         ({"method": "contribution", "module": "vision"}, "write no token"),
         ({"steer": "en:es", "module": "vision"}, "leave --module out"),
         ({"rate": 2.0}, "setting rate = 2.0"),
-        ({"steer": "en:en"}, "nothing to steer"),
+        ({"steer": "en:en"}, "the labels are the same"),
         ({"method": "contribution", "modality": "image"}, "leave --modality out"),
     ],
 )
@@ -309,6 +307,6 @@ def test_the_command(run: Path, command: Callable[..., Answer]) -> None:
     tests = ("--interventions", "--stages", "--steer", "en:es")
     tested = command("selectivity", run, "--local", *tests, "--held-out", 0.4, *quick)
     assert tested.status == 0
-    assert "change · nats a token, held-out texts" in tested.out
+    assert "change · nats per token, held-out texts" in tested.out
     assert "captions read like es" in tested.out
     assert "logit lens" in tested.out

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mmray.features.selectivity.masks import named, random_like
+from mmray.features.selectivity.masks import locate_neurons, random_like
 
 WIDTHS = (10, 4, 20)
 
@@ -13,8 +13,8 @@ def test_random_neurons_are_as_many_of_each_layer_and_others(seed):
     generator = np.random.default_rng(seed)
     own = np.sort(generator.choice(34, 12, replace=False))
     drawn = random_like(own, WIDTHS, generator)
-    layers = [layer for layer, _ in named(own, WIDTHS)]
-    assert sorted(layer for layer, _ in named(drawn, WIDTHS)) == sorted(layers)
+    layers = [layer for layer, _ in locate_neurons(own, WIDTHS)]
+    assert sorted(layer for layer, _ in locate_neurons(drawn, WIDTHS)) == sorted(layers)
     assert len(set(drawn.tolist())) == len(drawn)
     for layer, (start, width) in enumerate(zip((0, 10, 14), WIDTHS, strict=True)):
         if layers.count(layer) <= width // 2:
@@ -28,4 +28,4 @@ def test_a_whole_layer_has_no_others():
 
 
 def test_names_are_layer_and_unit():
-    assert named([0, 9, 10, 13, 14, 33], WIDTHS) == ((0, 0), (0, 9), (1, 0), (1, 3), (2, 0), (2, 19))
+    assert locate_neurons([0, 9, 10, 13, 14, 33], WIDTHS) == ((0, 0), (0, 9), (1, 0), (1, 3), (2, 0), (2, 19))

@@ -70,7 +70,7 @@ def test_a_run_without_images_digests_goes_by_samples():
 
 def test_one_name_for_unlike_captions_is_refused():
     named = [row | {"sample_id": row["image"]} for row in rows()]
-    with pytest.raises(InputError, match=r"runs/known: sample_id 'i0' stands 3 times .* --id-column") as refused:
+    with pytest.raises(InputError, match=r"runs/known: sample_id 'i0' occurs 3 times .* --id-column") as refused:
         planned(named)
     assert "\n" not in str(refused.value)
 

@@ -3,9 +3,9 @@
 import hypothesis.strategies as st
 from hypothesis import given
 
-from mmray.features.selectivity.reply_language import recogniser, words_of
+from mmray.features.selectivity.reply_language import train_classifier, words_of
 
-KNOWN = recogniser(
+KNOWN = train_classifier(
     [
         ("en", "An image of a dog and a cat."),
         ("es", "Una imagen de perro y gato."),
@@ -42,7 +42,7 @@ def test_scripts_without_blanks_are_read_by_character():
 def test_the_sizes_of_corpora_decide_nothing(many, few):
     """A word that one label has is read as that, however rare; one that two labels lack tells nothing between them."""
     captions = [("en", "dog the")] * many + [("es", "perro el")] * few + [("fr", "chat le un une")] * max(many, few)
-    known = recogniser([*captions, ("en", "rare"), ("es", "raro")])
+    known = train_classifier([*captions, ("en", "rare"), ("es", "raro")])
     for word, label, other in (("rare", "en", "es"), ("raro", "es", "en")):
         assert known.label(word) == label
         assert known.share(word, label) == 1

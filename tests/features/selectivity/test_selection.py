@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from mmray.features.selectivity import contrast, lape
-from mmray.features.selectivity.choices import label_rows
 from mmray.features.selectivity.replicates import draw
+from mmray.features.selectivity.rows import label_rows
 from mmray.features.selectivity.selection import QUANTITY, Totals, select
 from mmray.features.selectivity.settings import selectivity_settings
 

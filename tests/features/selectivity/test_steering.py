@@ -7,7 +7,7 @@ import torch
 from mmray.errors import InputError
 from mmray.features.selectivity import steering
 from mmray.features.selectivity.selection import Totals
-from mmray.features.selectivity.steering import Steer, course_means, mean_of, steered, telling_apart, written
+from mmray.features.selectivity.steering import Steer, d_prime, mean_of, means_by_token, steered, steered_captions
 from mmray.models.capture import capture_activations
 from mmray.models.generation import generate
 from mmray.models.prompting import prompt_text
@@ -54,9 +54,9 @@ def test_the_model_is_left_as_it_was(open_model):
     model = open_model("llava")
     before = hooks(model.network)
     found = samples(2, language="en")
-    rows = written(model, found, steer(), settings(), 2)
+    rows = steered_captions(model, found, steer(), settings(), 2)
     assert hooks(model.network) == before
-    again = written(model, found, steer(), settings(), 2)
+    again = steered_captions(model, found, steer(), settings(), 2)
     assert rows == again
     assert [row["sample_id"] for row in rows] == ["s0", "s1"]
 
@@ -69,13 +69,13 @@ def test_answers_begin_with_the_census_s_prefix(open_model, monkeypatch):
         return generate(model, prompts, images)
 
     monkeypatch.setattr(steering, "generate", noted)
-    written(model, samples(1, language="es"), steer(), settings(prefix="Una imagen de"), 2)
+    steered_captions(model, samples(1, language="es"), steer(), settings(prefix="Una imagen de"), 2)
     assert asked == [prompt_text(model, None, "es", prefix="Una imagen de")] * 2
 
 
 def test_a_batch_that_does_not_fit_is_halved(open_model, monkeypatch):
     model, found = open_model("llava"), samples(3, language="en")
-    expected = written(model, found, steer(), settings(), 1)
+    expected = steered_captions(model, found, steer(), settings(), 1)
 
     def short(model, prompts, images):
         if len(prompts) > 1:
@@ -83,7 +83,7 @@ def test_a_batch_that_does_not_fit_is_halved(open_model, monkeypatch):
         return generate(model, prompts, images)
 
     monkeypatch.setattr(steering, "generate", short)
-    assert written(model, found, steer(), settings(), 3) == expected
+    assert steered_captions(model, found, steer(), settings(), 3) == expected
 
 
 def test_a_family_whose_positions_can_t_be_told_apart_is_refused(open_model):
@@ -108,8 +108,8 @@ def totals():
 
 
 def test_means_and_what_tells_labels_apart():
-    assert course_means(totals(), 1).tolist() == [[8.0, 5.0, 1.0], [9.0, 0.0, 1.0]]
+    assert means_by_token(totals(), 1).tolist() == [[8.0, 5.0, 1.0], [9.0, 0.0, 1.0]]
     assert mean_of(totals(), 0).tolist() == [0.0, 2.0, 1.0]
-    apart = telling_apart(totals(), 0, 1)
+    apart = d_prime(totals(), 0, 1)
     assert apart.argsort(descending=True).tolist() == [0, 1, 2]
     assert apart[2] == 0

@@ -6,11 +6,11 @@ import torch
 
 from mmray.errors import ShardError
 from mmray.features.selectivity import sums
-from mmray.features.selectivity.material import captions_of, in_batches, token_places
 from mmray.features.selectivity.replicates import draw
-from mmray.features.selectivity.selection import add_up, of_activity
+from mmray.features.selectivity.selection import add_up, totals_of_activity
 from mmray.features.selectivity.settings import selectivity_settings
 from mmray.features.selectivity.sums import STEPS, LabelSums
+from mmray.features.selectivity.texts import captions_of, in_batches, token_positions
 from mmray.models.prompting import prompt_text
 from mmray.neurons.scoring import score_batch
 from tests.support.samples import analyse, merged, samples
@@ -41,7 +41,7 @@ def test_activity_is_the_census_s(open_model, modality):
     totals, replicates = totals_of(model, found, modality=modality)
     rows = merged(model, [analyse(model, found)])["activity"]
     rows = rows.filter(np.array([kind == "language" for kind in rows["label_kind"].to_pylist()]))
-    counted = of_activity(rows, replicates.labels, modality, sum(model.widths))
+    counted = totals_of_activity(rows, replicates.labels, modality, sum(model.widths))
     assert torch.equal(totals["active"].tokens[0], counted["active"].tokens[0])
     # A number near zero may fall on either side of it where another sample shares the batch.
     torch.testing.assert_close(totals["active"].sums[0], counted["active"].sums[0], atol=2, rtol=0)
@@ -68,7 +68,7 @@ def test_activity_behind_a_prefix_is_the_census_s(open_model):
     totals, replicates = totals_of(model, found, census=told(prefix="An image of"))
     rows = merged(model, [analyse(model, found, prefix="An image of")])["activity"]
     rows = rows.filter(np.array([kind == "language" for kind in rows["label_kind"].to_pylist()]))
-    counted = of_activity(rows, replicates.labels, "text", sum(model.widths))
+    counted = totals_of_activity(rows, replicates.labels, "text", sum(model.widths))
     torch.testing.assert_close(totals["squares"].sums[0], counted["squares"].sums[0], rtol=1e-3, atol=1e-3)
     assert not torch.allclose(plain["squares"].sums[0], counted["squares"].sums[0], rtol=1e-3, atol=1e-3)
 
@@ -91,7 +91,7 @@ def test_contributions_are_those_of_a_loop(open_model, size):
     expected = torch.zeros(sum(model.widths), len(replicates.labels), dtype=torch.float64)
     tokens = torch.zeros(len(replicates.labels))
     for (said,), batch in in_batches(model, captions_of(model, found, "language", told()), 1, lambda *both: both):
-        scored = score_batch(model, batch, token_places(batch, [said]), folded=True)
+        scored = score_batch(model, batch, token_positions(batch, [said]), folded=True)
         label = replicates.labels.index(said.label)
         expected[:, label] += torch.cat(scored.scores, dim=1).double().sum(dim=0)
         tokens[label] += len(said.tokens)

@@ -1,0 +1,196 @@
+"""The rows that an analysis adds to a run's tables, from its selection and from the parts of its tests."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+from mmray.features.selectivity.masks import Mask, locate_neurons
+from mmray.features.selectivity.reply_language import LabelClassifier
+from mmray.features.selectivity.selection import LabelSelection
+from mmray.features.selectivity.settings import SelectivitySettings
+from mmray.features.selectivity.steering import Steer
+from mmray.features.selectivity.tables import TABLES
+from mmray.neuron_names import neuron_name
+from mmray.statistics.bootstrap import measure
+
+SHOWN_TOKENS = 10
+
+Key = tuple[str | None, str | None]
+"""Label whose neurons are zeroed, and control; (None, None) without a mask."""
+
+
+def neuron_rows(
+    selection: LabelSelection, labels: Sequence[str], widths: Sequence[int], analysis: Mapping[str, str]
+) -> pa.Table:
+    """Return one row of `selectivity` per label and neuron; `analysis` has the columns of ANALYSIS."""
+    scores = dict(zip(selection.chosen.neurons.tolist(), selection.chosen.score.tolist(), strict=True))
+    rows = []
+    for number, label in enumerate(labels):
+        own = selection.chosen.of(number).tolist()
+        for rank, (neuron, (layer, unit)) in enumerate(zip(own, locate_neurons(own, widths), strict=True), 1):
+            rows.append(
+                {
+                    **analysis,
+                    "label": label,
+                    "rank": rank,
+                    "layer": layer,
+                    "unit": unit,
+                    "neuron": neuron_name(layer, unit),
+                    "score": scores[neuron],
+                    "amount": float(selection.amount[neuron, number]),
+                    "magnitude_entropy": float(selection.magnitude_entropy[neuron]),
+                    "p_value": None if selection.p_value is None else float(selection.p_value[neuron]),
+                    "stability": None if selection.stability is None else float(selection.stability[neuron, number]),
+                }
+            )
+    return pa.Table.from_pylist(rows, schema=TABLES["selectivity"])
+
+
+def label_rows(
+    selection: LabelSelection,
+    labels: Sequence[str],
+    samples: Mapping[str, int],
+    widths: Sequence[int],
+    analysis: Mapping[str, str],
+) -> pa.Table:
+    """Return one row of `selective_labels` per label; `samples` counts those that the selection saw."""
+    starts = np.cumsum([0, *widths])
+    union = int(selection.chosen.member.any(dim=1).sum())
+    rows = []
+    for number, label in enumerate(labels):
+        own = selection.chosen.of(number).numpy()
+        rows.append(
+            {
+                **analysis,
+                "label": label,
+                "samples": samples[label],
+                "tokens": int(selection.tokens[number]),
+                "neurons": len(own),
+                "union": union,
+                "cut": None if selection.cut[number].isnan() else float(selection.cut[number]),
+                "chance": None if selection.chance is None else float(selection.chance[number]),
+                "stability": None if selection.overlap is None else float(selection.overlap[number]),
+                "layers": np.histogram(own, starts)[0].tolist(),
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=TABLES["selective_labels"])
+
+
+def intervention_rows(
+    parts: Iterable[pa.Table], masks: Sequence[Mask], images: Mapping[str, str], analysis: Mapping[str, str]
+) -> pa.Table:
+    """Return one row of `interventions` per mask, label and measure, with the interval of the change over images.
+
+    `images` maps samples to keys of their images.
+    """
+    sums: dict[tuple[str, str], dict[Key, dict[str, tuple[float, float]]]] = defaultdict(lambda: defaultdict(dict))
+    for part in parts:
+        for row in part.to_pylist():
+            key = (row["masked"], row["control"])
+            sums[row["label"], row["measure"]][key][row["sample_id"]] = (row["total"], row["count"])
+    sizes = {(mask.label, mask.control): len(mask.neurons) for mask in masks}
+    rows = []
+    for (label, name), by_mask in sorted(sums.items()):
+        untouched = by_mask[None, None]
+        samples = sorted(untouched)
+        image = np.unique([images.get(sample, sample) for sample in samples], return_inverse=True)[1]
+        before = np.array([untouched[sample] for sample in samples])
+        for mask in masks:
+            changed = by_mask[mask.label, mask.control]
+            after = np.array([changed[sample] for sample in samples])
+            # The interval is that of the paired change: what the mask adds to the total, over the same count.
+            change = np.stack([after[:, 0] - before[:, 0], before[:, 1]], axis=1)
+            found = measure(_summed(before, image), _summed(change, image))
+            base = float(before[:, 0].sum() / before[:, 1].sum())
+            rows.append(
+                {
+                    **analysis,
+                    "masked": mask.label,
+                    "control": mask.control,
+                    "neurons": sizes[mask.label, mask.control],
+                    "label": label,
+                    "measure": name,
+                    "before": base,
+                    "after": base + (found.after or 0.0),
+                    "change": found.after,
+                    "low": found.low,
+                    "high": found.high,
+                    "n": len(samples),
+                }
+            )
+    return pa.Table.from_pylist(rows, schema=TABLES["interventions"])
+
+
+def _summed(values: Float[ndarray, "sample sum"], image: Int[ndarray, " sample"]) -> Float[ndarray, "image sum"]:
+    """Return sums per image, because samples of one image are not independent."""
+    total = np.zeros((image.max() + 1, values.shape[1]))
+    np.add.at(total, image, values)
+    return total
+
+
+def stage_rows(parts: Iterable[pa.Table], analysis: Mapping[str, str]) -> pa.Table:
+    """Return one row of `stages` per mask, layer and kind of position."""
+    sums: dict[tuple[str | None, str, int], np.ndarray] = {}
+    tokens: dict[tuple[str | None, str, int], Counter[str]] = defaultdict(Counter)
+    for part in parts:
+        for row in part.to_pylist():
+            key = (row["masked"], row["position"], row["layer"])
+            values = np.array([row[name] for name in ("n_tokens", "entropy", "agreed", "shift")], float)
+            sums[key] = sums.get(key, np.zeros(4)) + values
+            for token, count in zip(row["tokens"], row["counts"], strict=True):
+                tokens[key][token] += count
+    rows = []
+    for key in sorted(sums, key=lambda key: (key[0] or "", key[1:])):
+        count, entropy, agreed, shift = sums[key].tolist()
+        frequent = tokens[key].most_common(SHOWN_TOKENS)
+        rows.append(
+            {
+                **analysis,
+                "masked": key[0],
+                "position": key[1],
+                "layer": key[2],
+                "n_tokens": int(count),
+                "entropy": entropy / count,
+                "agreement": agreed / count,
+                "shift": shift / count,
+                "tokens": [token for token, _ in frequent],
+                "shares": [number / count for _, number in frequent],
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=TABLES["stages"])
+
+
+def steering_rows(
+    parts: Iterable[pa.Table],
+    steer: Steer,
+    settings: SelectivitySettings,
+    classifier: LabelClassifier,
+    analysis: Mapping[str, str],
+) -> pa.Table:
+    """Return one row of `steering` per caption, with the labels that it and its steered version read like."""
+    where = "all positions" if steer.everywhere else "the answer's positions"
+    means = "mean at that token of an answer" if settings.steer_values == "course" else "mean over answers"
+    described = f"{settings.steer_neurons} neurons set to {settings.steer_factor:g} × their {means}, at {where}"
+    rows = [
+        {
+            **analysis,
+            "source": steer.source,
+            "target": steer.target,
+            "steering": described,
+            "neurons": len(steer.neurons),
+            **reply,
+            "label_before": classifier.label(reply["before"]),
+            "label_after": classifier.label(reply["after"]),
+            "words_before": classifier.share(reply["before"], steer.target),
+            "words_after": classifier.share(reply["after"], steer.target),
+        }
+        for part in parts
+        for reply in part.to_pylist()
+    ]
+    return pa.Table.from_pylist(rows, schema=TABLES["steering"])

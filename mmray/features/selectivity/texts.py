@@ -1,0 +1,149 @@
+"""Labelled texts that the model reads teacher-forced: captions of samples, and answers to their questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmray.data.images import decode_image
+from mmray.data.samples import BACKGROUND, Sample
+from mmray.errors import ShardError
+from mmray.features.census.settings import CensusSettings
+from mmray.features.census.shard import prefix_given
+from mmray.models.capture import capture_input
+from mmray.models.loading import LoadedModel
+from mmray.models.norms import vocabulary_logits
+from mmray.models.pixels import BUDGET, pixels_of, within_budget
+from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
+from mmray.neurons.activation_cache import forward
+from mmray.neurons.split_on_oom import split_on_failure
+from mmray.neurons.token_positions import TokenPosition
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """A text after its prompt: a sample's caption, or the answer to one of its questions."""
+
+    sample_id: str
+    label: str
+    image: bytes | None
+    prompt: str
+    tokens: list[int]
+    offsets: list[tuple[int, int]]
+    background: str = BACKGROUND
+    """Colour behind the image's transparent pixels."""
+
+
+def label_of(sample: Sample, by: str) -> str | None:
+    """Return a sample's language, domain, or other label."""
+    return {"language": sample.language, "domain": sample.domain, **sample.labels}.get(by)
+
+
+def captions_of(model: LoadedModel, samples: Iterable[Sample], by: str, census: CensusSettings) -> list[LabelledText]:
+    """Return the captions of samples that have the label, after the same prompts as in the census.
+
+    Captions without any token are left out.
+    """
+
+    def prompt(sample: Sample) -> str:
+        prefix = prefix_given(census, sample.caption)
+        return prompt_text(model, census.prompt, sample.language, image=sample.image is not None, prefix=prefix)
+
+    found = (_labelled_text(model, sample, by, prompt(sample), sample.caption) for sample in samples)
+    return [text for text in found if text is not None]
+
+
+def answers_of(model: LoadedModel, samples: Iterable[Sample], by: str, count: int) -> list[LabelledText]:
+    """Return the answers to the first `count` questions of samples that have the label."""
+
+    def prompt(sample: Sample, question: str) -> str:
+        return prompt_text(model, question, None, image=sample.image is not None)
+
+    found = (
+        _labelled_text(model, sample, by, prompt(sample, question), answer)
+        for sample in samples
+        for question, answer in (sample.questions or ())[:count]
+    )
+    return [text for text in found if text is not None]
+
+
+def _labelled_text(model: LoadedModel, sample: Sample, by: str, prompt: str, text: str) -> LabelledText | None:
+    label = label_of(sample, by)
+    if label is None or not text.strip():
+        return None
+    tokens, offsets = tokenize_caption(model, prompt, text)
+    if not tokens:
+        return None
+    return LabelledText(sample.sample_id, label, sample.image, prompt, tokens, offsets, sample.background)
+
+
+def in_batches(
+    model: LoadedModel,
+    texts: Iterable[LabelledText],
+    size: int,
+    work: Callable[[Sequence[LabelledText], Batch], Result],
+) -> list[Result]:
+    """Return the results of `work` on batches of similar length; a batch has images for all of its texts or none.
+
+    A batch that fails, because of memory or images of different sizes, is halved. Raises ShardError for a text that
+    fails alone: the census could run it, so leaving it out silently would change what is measured.
+    """
+
+    def encode_and_work(batch: Sequence[LabelledText]) -> Result:
+        images = [None if text.image is None else decode_image(text.image, text.background) for text in batch]
+        prompts, tokens = [text.prompt for text in batch], [text.tokens for text in batch]
+        return work(batch, encode(model, prompts, images, tokens, [text.offsets for text in batch]))
+
+    ordered = sorted(texts, key=lambda text: (text.image is None, text.prompt, len(text.tokens), text.sample_id))
+    batches = (
+        batch
+        for _, group in groupby(ordered, key=lambda text: text.image is None)
+        for batch in within_budget(group, lambda text: pixels_of(model, text.image), BUDGET, size)
+    )
+    return [result for batch in batches for result in split_on_failure(batch, encode_and_work, _refuse)]
+
+
+def _refuse(text: LabelledText, problem: str) -> None:
+    raise ShardError(f"sample {text.sample_id}: {problem}")
+
+
+def token_positions(batch: Batch, texts: Sequence[LabelledText]) -> list[TokenPosition]:
+    """Return the positions that predict the tokens of each row's text, row by row."""
+    return [
+        TokenPosition(row, batch.caption_start[row] + number - 1, token, text.label, text.sample_id)
+        for row, text in enumerate(texts)
+        for number, token in enumerate(batch.tokens[row])
+    ]
+
+
+@torch.inference_mode()
+def read(model: LoadedModel, batch: Batch, positions: Sequence[TokenPosition]) -> Float[Tensor, "position 2"]:
+    """Run a batch, and return per position its token's negative log-likelihood, and 1 if it is the top token."""
+    states: list[Tensor] = []
+    # Captured before the norm, so that only these positions are projected onto the vocabulary.
+    with capture_input(model.norm, states.append):
+        forward(model, batch)
+    rows = torch.tensor([position.row * batch.positions + position.position for position in positions])
+    tokens = torch.tensor([position.token for position in positions])
+    hidden = states[-1].flatten(0, -2)
+    logits = vocabulary_logits(model, hidden[rows.to(hidden.device)]).cpu()
+    nll = -logits.log_softmax(dim=1).gather(1, tokens[:, None])[:, 0]
+    return torch.stack([nll, (logits.argmax(dim=1) == tokens).float()], dim=1)
+
+
+def by_text(positions: Sequence[TokenPosition]) -> list[slice]:
+    """Return each row's slice of the positions."""
+    found, start = [], 0
+    for _, group in groupby(positions, key=lambda position: position.row):
+        stop = start + len(list(group))
+        found.append(slice(start, stop))
+        start = stop
+    return found
