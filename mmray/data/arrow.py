@@ -52,6 +52,7 @@ def _kind_of_list(item: pa.DataType) -> Kind:
     if pa.types.is_struct(item):
         return "questions" if {"question", "answer"} <= {field.name for field in item} else "other"
     if _is_list(item):
+        # Pairs of texts are questions and answers, and lists of numbers boxes.
         inner = _kind(item.value_type)
         return "boxes" if inner == "number" else "questions" if inner == "text" else "other"
     return "texts" if _kind(item) == "text" else "unknown" if pa.types.is_null(item) else "other"

@@ -34,6 +34,7 @@ def has_lists(records: Iterable[Mapping[str, Any]], columns: Columns) -> bool:
 
 def rows_holding(starts: RowStarts, start: int, stop: int) -> tuple[int, int]:
     """Return the range of rows (end exclusive) that holds samples `start` to `stop`."""
+    # The last entry of `starts` is the number of samples, not a row.
     rows = len(starts) - 1
     return min(int(np.searchsorted(starts, start, "right")) - 1, rows), min(int(np.searchsorted(starts, stop)), rows)
 

@@ -56,6 +56,7 @@ class CocoSource(Source):
         files = []
         for entry, folder in zip(self.location.entries, self.image_folders, strict=True):
             images, size = images_digest(image_sizes(folder))
+            # Objects and images count too: either can change while the captions stay.
             digest = hashlib.sha256(images.encode())
             for part in (entry, open_store(self.location.folder).entry(instances_key(entry.key))):
                 if part is not None:
@@ -172,6 +173,7 @@ def rows(folder: str, key: str, version: str, captions: bool) -> tuple[Row, ...]
         image[REFERENCES] = [annotation.get("caption") for annotation in by_image[identifier]]
         own = by_image[identifier] if captions else []
         pairs += [(image, annotation) for annotation in own] or [(image, {})]
+    # Strays come last, so that they don't shift the rows that are read.
     return (*pairs, *strays)
 
 
@@ -228,6 +230,7 @@ def _scaled(box: Any, image: Mapping[str, Any]) -> Any:
         scaled = [x / across, y / down, width / across, height / down]
     except (TypeError, ValueError, KeyError, ZeroDivisionError):
         return box
+    # COCO's boxes exceed the image by rounding.
     return [min(max(number, 0.0), 1.0) for number in scaled]
 
 

@@ -110,6 +110,7 @@ def detect(found: Mapping[str, Kind], requested: Columns, where: str, captions: 
     if chosen["caption"] is None and captions:
         raise InputError(f"no caption column: {have}{_unfit('caption', found)}; name it: --caption-column NAME")
     if chosen["image"] is None:
+        # Not simply any data without images: more often the image column has an unusual name.
         text_only = requested.image == OFF or requested.caption is not None
         if not text_only and str(chosen["caption"]).lower() not in TEXT_ONLY_NAMES:
             unfit = _unfit("image", found)
@@ -163,7 +164,9 @@ def _choose(field: str, found: Mapping[str, Kind], requested: Columns, where: st
             return None
         _check(field, name, found, where)
         return name
+    # A column of only nulls fits any field: its first rows may be empty.
     fitting = [name for name, kind in found.items() if kind in (*ACCEPTED[field], "unknown")]
+    # Most likely name first, whatever the order of the columns.
     for usual in USUAL_NAMES[field]:
         for name in fitting:
             if name.lower() == usual and name not in requested.labels:

@@ -39,6 +39,7 @@ class FolderSource(Source):
         for entry in self.location.entries:
             rows = self.samples_in(entry.key, len(lines(self.location.folder, entry.key, entry.version)))
             folder = locations.join(self.location.folder, entry.key.rpartition("/")[0])
+            # Names and sizes stand for the images' content: hashing it would read all data.
             images, size = images_digest(image_sizes(folder))
             digest = f"{locations.identity(self.location.folder, entry, whole=True)} {images}"
             whole = hashlib.sha256(digest.encode()).hexdigest()
@@ -133,6 +134,7 @@ def _json_row(line: bytes) -> Record:
 
 def _csv_rows(content: bytes) -> Iterator[Callable[[], Record]]:
     # Bytes that are not UTF-8 become lone surrogates; rows that use them as text fail one by one.
+    # `utf-8-sig` drops the byte order mark that spreadsheets write.
     reader = csv.reader(io.StringIO(content.decode("utf-8-sig", errors="surrogateescape"), newline=""))
     header: list[str] | None = None
     while True:

@@ -57,6 +57,7 @@ class HubSource(Source):
         roots = [Path(folder).resolve() for folder in folders if folder]
 
         def one(name: str) -> bytes | str:
+            # Names come from the data set, and could point at any file.
             file = (Path(self.location.folder) / name).absolute()
             if ".." in file.parts or escapes(file, roots):
                 return f"image name {name!r} leaves the data's folder"
@@ -70,6 +71,7 @@ class HubSource(Source):
     def object_cells(self) -> Iterable[Any]:
         """Yield the cells of the objects column; no other column is read."""
         dataset = load(self.name, self.split)
+        # Arrow slices of one column: no image is touched.
         table = _table(dataset, Columns(objects=self.columns.objects))
         for first in range(0, dataset.num_rows, NAMES_AT_ONCE):
             yield from table[first : first + NAMES_AT_ONCE].column(0).to_pylist()
@@ -105,6 +107,7 @@ def load(name: str, split: str) -> Any:
     """Return the `datasets.Dataset`; raises `InputError` if it can't be loaded or needs a split."""
     import datasets
 
+    # `load_dataset` can't read what `save_to_disk` wrote.
     saved = (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file()
     try:
         if not saved:

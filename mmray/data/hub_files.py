@@ -23,6 +23,7 @@ def check_files(name: str) -> None:
             raise InputError(f"hf:{name}: names {path!r} as a file, which is not its own; fetch it, and name your copy")
     if local:
         roots = link_roots(folder.resolve())
+        # A cloned data set may hold links to any file of this machine.
         for link in _links(folder):
             if escapes(link, roots):
                 raise InputError(f"hf:{name}: {link.relative_to(folder)} is a link out of it; copy what it links to")

@@ -54,6 +54,7 @@ TURNS = {
 def decode_image(encoded: bytes, background: str = BACKGROUND) -> Image:
     """Return the image in RGB; raises ValueError with the reason if it can't be decoded."""
     try:
+        # Sizes are checked before any pixel is decoded.
         if len(encoded) > LARGEST_FILE:
             raise ValueError(too_large(len(encoded), LARGEST_FILE))
         image = PIL.Image.open(io.BytesIO(encoded), formats=image_formats())
@@ -64,6 +65,7 @@ def decode_image(encoded: bytes, background: str = BACKGROUND) -> Image:
     except PIL.UnidentifiedImageError as error:
         # Pillow's message holds a memory address, which would differ between runs in the table `errors`.
         raise ValueError("of no known format") from error
+    # Pillow raises dozens of types for damaged files; each is a row in `errors`, not a crash.
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
 

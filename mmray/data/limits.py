@@ -62,6 +62,7 @@ def _hashes(source: Source, part: Range, labels: Mapping[str, str]) -> dict[str,
     id_column = source.columns.sample_id
     for record in _records(source, part, [*labels.values(), id_column]):
         if sample_id := given_id(record.get(id_column)) if id_column is not None else "":
+            # Python salts `hash` per process, but these hashes never leave it.
             ids.append(hash(sample_id))
         for kind, column in labels.items():
             try:
@@ -74,6 +75,7 @@ def _hashes(source: Source, part: Range, labels: Mapping[str, str]) -> dict[str,
 
 
 def _check_label(source: Source, kind: str, count: int) -> None:
+    # Each value has sums of its own for every neuron.
     if count > MOST_LABELS:
         without = f"--{kind}-column none" if kind in FIXED else f"no --label-column {kind}"
         raise InputError(

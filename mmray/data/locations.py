@@ -54,6 +54,7 @@ def find(data: str) -> DataLocation:
         raise InputError("DATA is empty; name a file, a folder or s3://BUCKET/PREFIX")
     remote = data.startswith("s3://")
     parent, _, name = data.rstrip("/").rpartition("/")
+    # A bucket by itself has no parent to look into.
     if parent != "s3:/" and name not in ("", ".", ".."):
         folder = parent or ("/" if data.startswith("/") else ".")
         store = open_store(folder)
@@ -98,6 +99,7 @@ def stream(folder: str, key: str) -> BinaryIO:
 
     On S3 each request fetches a mebibyte, so that neighbouring reads share one.
     """
+    # pyarrow reads ranges of S3 objects; the store reads whole ones.
     system, path = filesystem(join(folder, key))
     try:
         return cast(BinaryIO, io.BufferedReader(system.open_input_file(path), MIB))
@@ -112,6 +114,7 @@ def identity(folder: str, found: Entry, whole: bool = False) -> str:
     """
     store = open_store(folder)
     if not isinstance(store, LocalStore):
+        # The ETag; reading the object to hash it would cost a download.
         return found.version
     digest = hashlib.sha256(f"{found.size}\0".encode())
     try:
@@ -121,6 +124,7 @@ def identity(folder: str, found: Entry, whole: bool = False) -> str:
                     digest.update(block)
             else:
                 digest.update(file.read(MIB))
+                # Parquet's footer is at the end, and changes with every rewrite.
                 file.seek(max(0, found.size - MIB))
                 digest.update(file.read(MIB))
     except OSError as error:
@@ -213,6 +217,7 @@ def _glob(folder: str, pattern: str) -> list[Entry]:
     if isinstance(store, LocalStore):
         keys = sorted(path.relative_to(store.root).as_posix() for path in store.root.glob(pattern))
         return [found for key in keys if (found := store.entry(key)) is not None]
+    # S3 lists by prefix: the part before the first wildcard narrows the listing.
     expression = glob_expression(pattern)
     return [item for item in store.list(SPECIAL.split(pattern, maxsplit=1)[0]) if expression.fullmatch(item.key)]
 

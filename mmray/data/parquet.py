@@ -65,12 +65,14 @@ class ParquetSource(Source):
                         yield from ((f"{path}#{row}", record) for row, record in rows)
                     first = last
         except UnreadableError as error:
+            # Such a file was counted as one bad row.
             yield from ((f"{path}#{row}", str(error)) for row in range(start, min(stop, 1)))
 
     def _group(
         self, file: pq.ParquetFile, group: int, first: int, start: int, stop: int
     ) -> Iterator[tuple[int, Record]]:
         """Yield rows `start` to `stop` (counted in the file) of a row group whose first row is `first`."""
+        # Columns are those of the first file; others may lack optional ones.
         names = [name for name in self.columns.used() if name in file.schema_arrow.names]
         row = first
         try:
@@ -140,6 +142,7 @@ def _opened(folder: str, key: str) -> Iterator[pq.ParquetFile]:
         stream = system.open_input_file(path)
     with stream:
         with _damage(key):
+            # `pre_buffer` would read a whole row group before its first row.
             file = pq.ParquetFile(stream, buffer_size=BUFFER, pre_buffer=False)
         yield file
 

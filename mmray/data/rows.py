@@ -52,6 +52,7 @@ def samples(
     )
     while batch := list(_batch(rows)):
         images = [image for *_, image in batch]
+        # Each image once: neighbouring rows often share one.
         names = list(dict.fromkeys(name for image in images if isinstance(image, tuple) for name in image))
         fetched = dict(zip(names, fetch(names), strict=True)) if names else {}
         for source, record, image in batch:
@@ -114,6 +115,7 @@ def _sample(record: Record, source: str, image: bytes | str | None, columns: Col
         size = f"{len(sample_id.encode()):,} bytes"
         raise BadRowError(f"sample id of {size} in column {columns.sample_id!r}; at most {LONGEST_ID:,}")
     caption = _caption(record, columns, captions)
+    # Blank names are kept at first, because boxes are matched by index.
     objects = _optional(record, columns.objects, _names)
     return Sample(
         sample_id=sample_id or digest_id(image, caption),
@@ -149,6 +151,7 @@ def _caption(record: Mapping[str, Any], columns: Columns, captions: bool) -> str
     texts = captions_in(value)
     if len(texts) > 1 and captions:
         raise BadRowError("a list of captions, where the first rows of the data have one text each")
+    # Several captions get here only if the model is to write its own.
     value = texts[0]
     if value is None or (isinstance(value, str) and not value.strip()):
         if captions:

@@ -74,5 +74,6 @@ def image_digest(image: bytes | None) -> str | None:
 def digest_id(image: bytes | None, caption: str) -> str:
     """Return an id for a sample without one: 16 hexadecimal digits of the SHA-256 of image bytes and caption."""
     digest = hashlib.sha256(image or b"")
+    # The zero byte separates image and caption.
     digest.update(b"\0" + caption.encode())
     return digest.hexdigest()[:16]

@@ -59,6 +59,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Return the manifest as compact JSON, about 30 bytes per shard; equal manifests give equal bytes."""
+        # Pieces refer to files by number: paths would make up most of the manifest.
         number = {file.path: index for index, file in enumerate(self.files)}
         content = {
             "format": FORMAT,
@@ -99,6 +100,7 @@ def cut(files: Sequence[DataFile], shard_size: int, limit: int | None = None) ->
         raise InputError(
             f"shard size {shard_size}, limit {limit}: a shard holds at least 1 sample, a limit is at least 0"
         )
+    # One pass over the files, filling one shard after another.
     left = sum(file.rows for file in files)
     left = left if limit is None else min(left, limit)
     shards: list[Shard] = []
@@ -176,6 +178,7 @@ def read_shard(source: Source, shard: Shard) -> Iterator[Sample | Failure]:
         rows = 0
         for row in timed("read", source.read(piece.path, piece.start, piece.stop)):
             rows += 1
+            # Digests as ids need no check: equal ones are equal samples.
             if given and isinstance(row, Sample) and first.setdefault(row.sample_id, row.source) != row.source:
                 message = f"sample id {row.sample_id!r} occurs twice; the first is used, at {first[row.sample_id]}"
                 row = Failure(row.sample_id, row.source, DUPLICATE, message)

@@ -91,6 +91,7 @@ def _recognise(data: str, location: DataLocation) -> tuple[str, DataLocation]:
         raise InputError(f"{data}: holds {' and '.join(sorted(found))} data; name one, such as '{data}/*.parquet'")
     for name, entries in found.items():
         return name, replace(location, entries=tuple(entries))
+    # Nothing fits: say what the files probably are.
     suffixes = {entry.key.lower().partition(".")[2] for entry in location.entries}
     if suffixes & set(IMAGE_SUFFIXES):
         raise InputError(f"{data}: images without captions; add a metadata.jsonl of file_name and caption")

@@ -40,6 +40,7 @@ class TrainingOrder:
     def shards(self, epoch: int, slot: int) -> list[Shard]:
         """Return the shards of a slot in an epoch."""
         order = list(self.manifest.shards)
+        # A string seeds the same in every process, unlike the hash of a tuple.
         random.Random(f"{self.seed} {epoch}").shuffle(order)
         return order[slot :: self.batch_size]
 

@@ -92,6 +92,7 @@ def open_webdataset(data: str, location: DataLocation, requested: Columns, capti
                 record = _record(tar, group, requested)
                 records += [] if isinstance(record, str) else [record]
         if kinds:
+            # Suffixes win over keys of the JSON member, as in `_record`.
             kinds = kinds_of_records(records) | kinds
             # Prefer an image in the tar to a path in the json member.
             image = requested.image or next((suffix for suffix in kinds if suffix in IMAGE_SUFFIXES), None)
@@ -107,6 +108,7 @@ def open_webdataset(data: str, location: DataLocation, requested: Columns, capti
 @lru_cache(maxsize=CACHED_TARS)
 def groups(folder: str, key: str, version: str) -> tuple[Group, ...]:
     """Return the samples of a tar in order; a tar that is cut short or damaged has one more, which says so."""
+    # Headers only: each member's bytes are skipped by seeking.
     members: list[Member] = []
     with locations.stream(folder, key) as file:
         try:
@@ -151,6 +153,7 @@ class _Bounded(io.BufferedIOBase):
 def _member(info: tarfile.TarInfo) -> Member | None:
     path = PurePosixPath(info.name)
     name, _, suffix = path.name.partition(".")
+    # Names with two underscores are WebDataset's own metadata.
     if info.isdir() or not name or not suffix or name.startswith("__"):
         return None
     refusal = None
@@ -194,4 +197,5 @@ def _record(tar: BinaryIO, group: Group, columns: Columns) -> Record:
                 record[member.suffix] = content.decode()
         except (ValueError, TypeError, RecursionError) as error:
             return f"member {member.key}.{member.suffix}: {error}"
+    # A member of its own takes precedence over a key of the JSON member.
     return fields | record

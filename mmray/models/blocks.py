@@ -25,6 +25,7 @@ from mmray.models.prompting import Batch
 
 def block_of(model: LoadedModel, layer: int) -> nn.Module:
     """Return the decoder block that holds a layer's MLP: the module numbered by the layer in its path."""
+    # The shallowest module whose name is the layer's number: the block, not a layer inside it.
     path = re.match(rf".*?\.{layer}(?=\.)", model.projections[layer].path)
     assert path, model.projections[layer].path
     block: nn.Module = model.network.get_submodule(path.group())

@@ -67,6 +67,7 @@ def _hook_linear(
 
     def capture(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         activation = arguments[0].flatten(0, -2)
+        # The gate's Linear ran before the output projection of the same MLP.
         receive(index, activation, gates.pop().flatten(0, -2) if gates else activation)
 
     if gate is not None:

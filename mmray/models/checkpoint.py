@@ -41,6 +41,7 @@ def check_config(folder: Path) -> None:
     """Raise InputError if the checkpoint would load foreign code or weights, or would not finish loading."""
     if (folder / "adapter_config.json").is_file():
         raise InputError(f"{folder}: an adapter, not a complete checkpoint; merge it into its base model first")
+    # At any depth: vision and text parts have configurations of their own.
     for key, value in _items(_read(folder / "config.json")):
         name = key.removeprefix("_")
         if name in IMPLEMENTATIONS and isinstance(value, str) and "/" in value:

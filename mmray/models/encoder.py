@@ -42,6 +42,7 @@ class Encoder:
             encoded = self.tokenizer(
                 part, return_tensors="pt", padding=True, truncation=True, return_special_tokens_mask=True
             )
+            # The mask of special tokens does not always include padding.
             special = encoded.pop("special_tokens_mask").bool() | ~encoded["attention_mask"].bool()
             states = self.network(**encoded.to(self.network.device)).last_hidden_state.float()
             for text, vectors, excluded in zip(part, functional.normalize(states, dim=-1), special, strict=True):

@@ -135,6 +135,7 @@ def _routed(
     for expert in torch.unique(chosen[chosen < experts]).tolist():
         token, choice = torch.where(chosen == expert)
         matrix = entry[expert].T if transposed else entry[expert]
+        # Only the tokens routed to this expert, as in the experts' own forward.
         entered = functional.linear(hidden[token], matrix, None if bias is None else bias[expert])
         passed = module._apply_gate(entered) if has_gate else module.act_fn(entered)
         activation[token, expert] = passed * weights[token, choice, None].to(passed.dtype)

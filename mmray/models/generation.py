@@ -28,6 +28,7 @@ def generate(
         for name, value in features.items()
     }
     network: Any = model.network
+    # Greedy, with the checkpoint's other settings reset when it was loaded.
     written = network.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
     # Decoder-only networks return the prompt too, except those that get embeddings (BLIP-2).
     prompt = features["input_ids"]

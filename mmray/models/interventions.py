@@ -79,6 +79,7 @@ def changed_rows(
 ) -> Iterator[None]:
     """Replace these neurons' rows of W_out inside the `with` block; afterwards restore the same bytes."""
     network, projection, index = model.network, model.projections[layer], torch.tensor(units)
+    # Restored from a copy: subtracting the change would round.
     before = output_rows(network, projection)[units].clone()
     set_output_rows(network, projection, index, rows)
     try:

@@ -170,9 +170,11 @@ def load(
     transformers_logging.disable_progress_bar()
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Then accelerate distributes the layers over the GPUs.
     shared = str(device) == "cuda" and torch.cuda.device_count() > 1
     torch_dtype: Any = DTYPES.get(dtype, "auto" if "cuda" in str(device) else torch.float32)
     try:
+        # First, because its errors are clearer than the model's.
         AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with _quiet():
@@ -212,6 +214,7 @@ def load(
 
 def _time_forward(network: PreTrainedModel) -> None:
     """Time the network's passes, also during generation, as the phase `forward` of the current unit."""
+    # The running phase, kept from one hook to the other.
     running: list[AbstractContextManager[None]] = []
 
     def begin(*_: Any) -> None:
@@ -222,6 +225,7 @@ def _time_forward(network: PreTrainedModel) -> None:
         running.pop().__exit__(None, None, None)
 
     network.register_forward_pre_hook(begin)
+    # Also after an exception, which would leave the phase running.
     network.register_forward_hook(end, always_call=True)
 
 
@@ -234,6 +238,7 @@ def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, A
     check_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        # Modules without memory: sizes of a 70 B model are read in seconds.
         with torch.device("meta"):
             network = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:

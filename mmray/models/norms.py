@@ -124,6 +124,7 @@ def token_log_odds(
 ) -> Float[Tensor, " position"]:
     """Return log(p / (1 - p)) of each token, which unlike log p does not saturate where the model is certain."""
     logits = vocabulary_logits(model, hidden)
+    # log(1 - p) from the other logits: 1 - p itself would round to zero.
     others = logits.scatter(1, tokens.to(logits.device)[:, None], -torch.inf)
     return _chosen(logits, tokens) - others.logsumexp(dim=1)
 
@@ -149,6 +150,7 @@ def vocabulary_logits(
 ) -> Float[Tensor, "position vocabulary"]:
     """Return the logits of all tokens in fp32, from the input of the final norm at each position."""
     normed = model.norm(hidden) * model.parts.logit_scale
+    # The module, not its weight: some heads have a bias.
     head = model.network.get_submodule(model.parts.unembedding)
     device = unembedding_rows(model.network, model.parts).device
     logits: Tensor = head(enough_rows(normed.to(device)))[: len(hidden)].float()

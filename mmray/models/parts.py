@@ -73,6 +73,7 @@ def read_table(model: PreTrainedModel, family: Family, decoder: Decoder) -> Mode
     final_norm = _join(root, decoder.final_norm)
     for path in (final_norm, family.unembedding):
         _module(model, path)
+    # A table's path may exist and still be another head.
     if model.get_submodule(family.unembedding) is not model.get_output_embeddings():
         raise _MissingError(f"{family.unembedding} is not the model's output embeddings")
     scaled = bool(getattr(text_config, "scale_decoder_outputs", False))

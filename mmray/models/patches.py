@@ -44,6 +44,7 @@ def patches_of(model: LoadedModel, batch: Batch, row: int, size: tuple[int, int]
         return None
     if model.parts.family in NEWLINES:
         return _with_newlines(positions, side, aspect)
+    # One square is the whole image; more are tiles of it.
     tiles = len(positions) // side**2
     if tiles == 1:
         return Patches(side, side, tuple(positions), covered(model, aspect))

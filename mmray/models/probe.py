@@ -56,6 +56,7 @@ def probe(model: PreTrainedModel) -> ModelParts:
     image_token_id = getattr(model.config, "image_token_id", None)
     if image_token_id is None:
         raise InputError(f"{kind}: no image_token_id in its configuration, so how the image enters is unknown")
+    # Dropout would make two runs differ.
     training = model.training
     model.eval()
     try:
@@ -87,6 +88,7 @@ def _record(model: PreTrainedModel, head: nn.Module) -> tuple[dict[str, Call], b
         (pair for pair in owners if not pair[0] or head_path.startswith(f"{pair[0]}.")), key=lambda pair: len(pair[0])
     )
     vocabulary = head.get_parameter("weight").shape[0]
+    # Special tokens are at either end of most vocabularies.
     tokens = torch.tensor([[vocabulary // 2 + step for step in range(4)]], device=head.get_parameter("weight").device)
     # Some families raise for an image placeholder without an image.
     tokens[tokens == model.config.image_token_id] = vocabulary // 2 + 4
@@ -186,6 +188,7 @@ def _projection(kind: str, layer: int, block: Call, calls: dict[str, Call]) -> P
 def _feeds(block: Call, entry: Call, call: Call) -> bool:
     """Return whether the entry's output reaches the projection's input elementwise: the entry test."""
     width = call.first_input().shape[-1]
+    # Every other unit, so that mixing with a neighbour shows.
     units = torch.arange(0, width, 2)
 
     def change(output: Tensor) -> Tensor:
@@ -263,6 +266,7 @@ def _factor(given: Tensor, received: Tensor) -> float | None:
     """Return k if received = k * given up to the rounding of half precision; None if there is no k except 0."""
     if given.shape != received.shape:
         return None
+    # In fp64, so that only the network's own rounding counts.
     given, received = given.double(), received.double()
     factor = float((given * received).sum() / (given * given).sum().clamp_min(1e-30))
     error = float((received - factor * given).norm() / received.norm().clamp_min(1e-30))

@@ -239,6 +239,7 @@ def _spans(
 ) -> list[TokenSpan]:
     spans, image_token = [], model.parts.image_token_id if model.parts.image_in_sequence else None
     for row, (length, caption) in enumerate(zip(lengths, tokens, strict=True)):
+        # No token id is -1.
         is_image = ids[row, :length].eq(-1 if image_token is None else image_token).tolist()
         for image, group in groupby(range(length), key=is_image.__getitem__):
             if image:

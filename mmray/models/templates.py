@@ -31,6 +31,7 @@ def render(name: str, processor: Any, messages: list[dict[str, Any]], *, seconds
         except Exception as error:  # noqa: BLE001  raised again in the caller's thread
             failure.append(error)
 
+    # A daemon: a template that swallows the exception must not keep the process alive.
     thread = threading.Thread(target=run, name="chat template", daemon=True)
     thread.start()
     thread.join(seconds)

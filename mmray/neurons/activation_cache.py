@@ -81,6 +81,7 @@ def cache_activations(
 def forward(model: LoadedModel, batch: Batch) -> Any:
     """Run the network on a batch with the KV cache off and logits for the last position only, to save memory."""
     extra: dict[str, Any] = {}
+    # transformers' networks differ in which of these they accept.
     parameters = inspect.signature(model.network.forward).parameters
     if "logits_to_keep" in parameters:
         extra["logits_to_keep"] = 1

@@ -75,4 +75,5 @@ def project(
 ) -> Float[Tensor, "occurrence neuron"]:
     """Return ⟨w, u⟩ for every neuron's row and every occurrence's unembedding, in fp32."""
     # Only these tokens: a table of neurons × vocabulary would take 35 GB for a model of 13 B parameters.
+    # Padded, so that the bits don't depend on how many occurrences the batch has.
     return (enough_rows(unembedding.float()) @ rows.float().T)[: len(unembedding)]

@@ -107,6 +107,7 @@ def read_lexicon(path: Path) -> dict[str | None, frozenset[str]]:
         if not noun.strip() or noun.startswith("#"):
             continue
         *words, last = noun.split()
+        # A tab that an editor turned into spaces would silently change the noun.
         if words and not tab and last in LANGUAGE_NAMES:
             raise InputError(
                 f"--nouns {path}, line {number}: {noun.strip()!r} ends in the language {last!r} after a blank; write a "
@@ -124,6 +125,7 @@ def find_forms(caption: str, forms: frozenset[str], language: str | None) -> lis
     longest, unspaced = _shape(forms)
     found: list[Mention] = []
     taken = [False] * len(caption)
+    # Longest first: `traffic light` is not a `light`.
     for count in range(longest, 0, -1):
         for first, last in zip(words, words[count - 1 :], strict=False):
             start, stop = first.start(), last.end()
@@ -145,6 +147,7 @@ def tagged_nouns(caption: str, language: str | None, tagger: str = "hanta") -> l
 
     Without `language`, it is guessed from the caption.
     """
+    # `en-GB`, `eng` and `English` are one language.
     code = language_code(caption, language)
     if code not in TAGGERS[tagger]:
         return []

@@ -18,6 +18,7 @@ NEAR = 20
 def uniform(widths: Sequence[int], neurons: Neurons, seed: str) -> list[tuple[int, int]]:
     """Return as many other neurons, drawn uniformly from all layers."""
     taken = set(neurons)
+    # In a fixed order, so that a seed always draws the same neurons.
     others = [(layer, unit) for layer, width in enumerate(widths) for unit in range(width)]
     return random.Random(f"uniform {seed}").sample([one for one in others if one not in taken], len(neurons))
 

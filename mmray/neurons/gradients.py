@@ -79,6 +79,7 @@ def gradient_pass(
                 projection, gradient = model.projections[layer], whole.flatten(0, -2)
                 for member in members:
                     rows = _summed_rows(batch, positions[member], score).to(gradient.device)
+                    # Products in fp32, whatever the network's dtype.
                     chosen = gradient[rows].float()
                     if projection.experts:
                         chosen = chosen @ output_rows(model.network, projection).float().T

@@ -71,6 +71,7 @@ def patch_maps(
                 values = gate if request.of == "gate" else activation
                 part = values[rows.to(values.device)][:, units.to(values.device)]
                 part = gate_functions[layer](part) if request.of == "gate" else part
+                # Summed on the CPU: layers may be on several devices.
                 total += part.float().cpu() @ signs.float()
 
     with capture_activations(model.network, model.projections, receive):
@@ -96,6 +97,7 @@ def placed(
     """
     left, top = round(covers[0] * width), round(covers[1] * height)
     wide, tall = round(covers[2] * width), round(covers[3] * height)
+    # Not zero, which would stand out in a map of negative values.
     whole = torch.full((height, width), float(values.min()))
     part = upsample(values, tall, wide)[: height - top, : width - left]
     whole[top : top + tall, left : left + wide] = part
@@ -140,6 +142,7 @@ class Pointing:
 
 def pointing(values: Map, box: Sequence[float], covers: Sequence[float] = (0.0, 0.0, 1.0, 1.0)) -> Pointing:
     """Compare a map with a box (x, y, width, height); box and `covers`, the map's extent, are in 0..1 of the image."""
+    # At a fixed size: a coarse grid would quantise the IoU.
     larger = upsample(values, SIDE, SIDE)
     within = inside(box, covers)
     above = mask(larger)

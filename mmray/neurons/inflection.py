@@ -117,6 +117,7 @@ def _singulars(word: str, code: str) -> tuple[str, ...]:
         return _english(word.casefold())
     if code in ROMANCE:
         return _romance(word.casefold(), code)
+    # Verbs are no problem here: in these languages their infinitives have endings of their own.
     found = lemma(word, code).casefold()
     return (found,) if found != word.casefold() else ()
 

@@ -43,6 +43,7 @@ def guess_language(caption: str) -> str:
         return "en"
     scores = dict(py3langid.rank(caption))
     best = max(scores, key=lambda code: scores[code])
+    # Captions are short, and most data without a language column is English.
     lead = scores[best] - scores["en"]
     if lead <= (0 if words[0] in ARTICLES else LEAD):
         return "en"

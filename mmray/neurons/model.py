@@ -58,6 +58,7 @@ class NeuronModel(LoadedModel):
         tokens, offsets = tokenize_caption(self, text, caption)
         batch = encode(self, [text], [open_image(image)], [tokens], [offsets])
         positions = locate_mentions(batch, 0, "", mentions, every=pieces == "sum")
+        # A no-op unless all pieces of the noun were scored.
         _, scored = whole_nouns(positions, score_batch(self, batch, positions, score, folded=fold_norm))
         result = torch.zeros(len(self.widths), max(self.widths))
         for layer, scores in enumerate(scored.scores):

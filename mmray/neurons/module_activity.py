@@ -43,6 +43,7 @@ class ModuleActivity:
         Raises ValueError if images differ in size, because the module's rows can't be assigned to samples then. Such a
         batch has to be split into single samples.
         """
+        # Rows of all images are concatenated, without any mark of where one ends.
         if self.projections and len(batch.tokens) > 1 and not uniform(batch):
             raise ValueError("images of different sizes share no batch with --module vision or projector")
         self._captured, self._batch = [], batch

@@ -57,6 +57,7 @@ SCORES: dict[str, ScoreKind] = {
 }
 """By the name that `--score` takes."""
 
+# Type checkers can't evaluate the Literal below, which pydantic needs for its check.
 if TYPE_CHECKING:
     Score: TypeAlias = str
 else:

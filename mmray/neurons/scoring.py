@@ -86,6 +86,7 @@ def score_captured(model: LoadedModel, cache: ActivationCache, score: str, *, fo
     activations = [cache.activations[layer] for layer in range(len(model.widths))]
     scores = []
     for layer, (projection, activation) in enumerate(zip(model.projections, activations, strict=True)):
+        # A plain MLP's gate is its activation; the other scores don't read it.
         gate = activation
         if score == "gate":
             gate = gate_function(model.network, projection)(cache.gate[layer]).float()

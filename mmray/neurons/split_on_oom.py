@@ -37,6 +37,7 @@ def split_on_failure(
     if len(items) == 1:
         alone(items[0], problem)
         return []
+    # Before the halves run: the allocator keeps blocks sized for the whole batch.
     free_memory()
     middle = len(items) // 2
     return [done for half in (items[:middle], items[middle:]) for done in split_on_failure(half, work, alone, errors)]

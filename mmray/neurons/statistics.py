@@ -111,6 +111,7 @@ class TokenStatistics:
             [self.labels.setdefault(pair, len(self.labels)) for pair in (("all", "all"), *kinds.items())]
             for kinds in labels
         ]
+        # A matrix: one product adds samples up by label.
         membership = torch.zeros(len(self.labels), len(labels))
         for row, indices in enumerate(members):
             membership[indices, row] = 1
@@ -131,6 +132,7 @@ class TokenStatistics:
         by_sample, reached = reduce_tokens(values, gates, spans)
         # The squares show both: values that are not finite, and those whose square overflows fp32.
         batch.non_finite.append((~by_sample[:, 2].sum(0).isfinite()).sum(1))
+        # fp64 from here on: sums over millions of tokens must not depend on their order.
         by_label = (membership @ by_sample).double()
         if layer not in self.extremes:
             self.extremes[layer] = _Extremes(self.widths[layer], values.device)

@@ -7,6 +7,7 @@ import pyarrow as pa
 from mmray.runs.tables import field
 
 STATISTICS: dict[str, pa.Schema] = {
+    # One row per label and modality.
     "activity": pa.schema(
         [
             field("label_kind", pa.string()),

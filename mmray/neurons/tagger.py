@@ -98,6 +98,7 @@ def hanta_nouns(caption: str, language: str) -> list[Noun]:
     tags = _model(known.model).tag_sent(words, taglevel=0)
     nouns = {index for index, tag in enumerate(tags) if tag in known.nouns}
     if known.letters:
+        # One letter per token, so that rules are regular expressions over tags.
         letters = "".join(
             WORDS.get(token.group().lower()) or known.letters.get(tag, "x")
             for token, tag in zip(tokens, tags, strict=True)

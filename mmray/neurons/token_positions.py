@@ -36,6 +36,7 @@ def locate_mentions(
     """
     positions = []
     for mention in mentions:
+        # A token may begin before the mention, with the space.
         following = [index for index, (_, stop) in enumerate(batch.offsets[row]) if stop > mention.start]
         rest = [index for index in following[1:] if every and batch.offsets[row][index][0] < mention.stop]
         for piece, index in enumerate([*following[:1], *rest]):

@@ -40,6 +40,7 @@ def _marker(model: LoadedModel) -> Path:
 
 def fingerprint(model: LoadedModel) -> str:
     """Return a digest of everything that validation depends on."""
+    # By size and time: hashing the weights would take longer than validation.
     files = checkpoint_files(model.folder.resolve())
     stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files.items()]
     # All dtypes: some parts, such as the BLIPs' queries, stay in another one than the rest.
