@@ -55,6 +55,7 @@ class Alignment(nn.Module):
 
     def forward(self, embedding: Float[Tensor, "row place width"]) -> Float[Tensor, "row patch token"]:
         """Return the image tokens of an embedding, in the embedding's number format."""
+        # W stays in fp32 next to a model in half precision: it was trained so.
         found: Tensor = self.layers(embedding[:, self.skipped :].float())
         return found.to(embedding.dtype)
 
@@ -137,6 +138,7 @@ def load_alignment(folder: str, model: LoadedModel, tower_digest: str, *, measur
         network = Alignment(**facts["shape"])
         network.load_state_dict(load(store.read(WEIGHTS)))
         made_for = facts["digests"]["tower"], facts["digests"]["model"]
+    # The digests are of the files: another checkpoint of the same shape would load, and map to nonsense.
     for what, own, expected in zip(("tower", "model"), made_for, (tower_digest, model.digest), strict=True):
         if own != expected:
             raise InputError(f"{folder}: aligned with another {what} (digest {own}; this one has {expected})")

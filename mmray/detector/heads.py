@@ -46,7 +46,7 @@ class Heads(Detector):
         )
         self.norm = nn.LayerNorm(hidden)
         self.to_class = nn.Linear(hidden, hidden)
-        self.to_scale = nn.Linear(hidden, 2)
+        self.to_scale = nn.Linear(hidden, 2)  # as in OWL-ViT: cosines alone are too flat for a sigmoid
         self.to_box = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, 4))
         self.from_word = nn.Sequential(nn.LayerNorm(words), nn.Linear(words, 2 * hidden), nn.GELU())
         self.to_query = nn.Linear(2 * hidden, hidden)
@@ -97,6 +97,7 @@ def _anchors(side: int) -> Float[Tensor, "patch 4"]:
 def save_heads(heads: Heads, folder: Path, model: LoadedModel, facts: dict[str, Any]) -> None:
     """Write heads in half precision, with the digest of their model and facts of their training."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Half precision, because the demo ships them with the package.
     weights = {name: value.detach().half().contiguous() for name, value in heads.state_dict().items()}
     save_file(weights, folder / WEIGHTS)
     described = {"model_digest": model.digest, "shape": heads.shape, **facts}

@@ -55,6 +55,7 @@ class ImageDetector:
         """Return the detector's boxes and their logits for these words, differentiable in the embedding."""
         with torch.no_grad():
             queries = self.detector.queries(words)
+        # Heads are in fp32, whatever the model's number format.
         found: Detection = self.detector(embedding.float(), queries)
         return found
 
@@ -102,6 +103,7 @@ class JointModel(ImageDetector):
         image_token = self.model.parts.image_token_id
         is_image = ids.eq(-1 if image_token is None else image_token)
         tokens = self.tokens(embedding).to(text.device, text.dtype)
+        # masked_scatter would silently leave positions empty, or drop tokens.
         if int(is_image.sum()) != tokens.shape[0] * tokens.shape[1]:
             raise InputError(
                 f"{self.model.name}: {tokens.shape[0] * tokens.shape[1]} image tokens for {int(is_image.sum())} "
@@ -189,6 +191,7 @@ def load_detector(model: LoadedModel, detector: str) -> ImageDetector:
 
 def detector_or_demo(detector: str | None, model: str) -> str | None:
     """Return the detector given; by default the demo's for the demo model, else none."""
+    # The demo's heads fit its tower alone; other models have none that could be a default.
     return detector or (DEMO if model == DEMO else None)
 
 

@@ -97,6 +97,7 @@ class OwlDetector(Detector):
         """Return one box per patch, and its logits."""
         tower = _inner(self.network).vision_model
         states = tower.post_layernorm(tower.encoder.layers[-1](embedding.to(self.network.dtype), None))
+        # As in transformers' image_embedder: patches are multiplied by the CLS token.
         patches = self.network.layer_norm(states[:, 1:] * states[:, :1])
         logits, _ = self.network.class_head(patches, queries.expand(len(patches), -1, -1), None)
         boxes = (self.network.box_head(patches) + self.network.box_bias.to(patches.device)).sigmoid().float()

@@ -48,6 +48,7 @@ class ObjectStatistics:
         if strategy == "adversarial":
             for name in objects:
                 shared.update(self.together.get(name, {}))
+        # For `popular` nothing is shared, so frequency decides. The name breaks ties, for a reproducible order.
         others.sort(key=lambda name: (-shared[name], -self.counts.get(name, 0), name))
         return others[: len(present)]
 
@@ -108,6 +109,7 @@ def choose_pope_objects(
     if positives == "first":
         present = list(objects)[:count] if len(objects) >= count else []
     else:
+        # Sorted, because a set's order changes between processes.
         present = random.Random(f"present {seed}").sample(sorted(objects), min(count, len(objects)))
     absent = {
         strategy: statistics.absent(strategy, objects, present, f"{strategy} {seed}", adversarial)

@@ -106,11 +106,13 @@ def read_synonyms(uri: str) -> dict[str, tuple[str, ...]]:
             rows = ((words[0], words[1:]) for words in lines if words)
         found: dict[str, tuple[str, ...]] = {}
         for key, words in rows:
+            # A single string would be split into letters.
             if not isinstance(words, str):
                 own = str(key).casefold()
                 found[own] = tuple(dict.fromkeys((*found.get(own, ()), *(str(word).casefold() for word in words))))
     except FileNotFoundError:
         raise InputError(f"--synonyms {uri}: no such file; give coco, none, or a file of synonyms") from None
+    # JSON of any other form fails in one of these ways; bytes that are not UTF-8 raise a ValueError too.
     except (ValueError, TypeError, IndexError, AttributeError) as error:
         form = '{"dog": ["puppy", …]}, nor a line such as "dog, puppy" per object'
         raise InputError(f"--synonyms {uri}: not of the form {form} ({error})") from error

@@ -95,6 +95,7 @@ def read_concepts(
             continue
         rows = occurrences[name]
         languages = Counter(captions[row["sample_id"]]["language"] for row in rows)
+        # Samples with heat maps come first, and are all shown even where they are more than SAMPLES.
         first = list(chosen.get(name, ()))
         others = _alternating(one_per_image((row["sample_id"] for row in rows), images), captions)
         found[name] = Concept(
@@ -141,6 +142,7 @@ def related_concepts(concepts: Mapping[str, Concept]) -> dict[str, list[dict[str
     found = {}
     for concept in concepts.values():
         shared = Counter(name for row in concept.highest for name in users[row["neuron"]] if name != concept.name)
+        # Sharing a single neuron is common between unrelated concepts, so that is not listed.
         best = sorted(shared.items(), key=lambda pair: (-pair[1], -concepts[pair[0]].n, pair[0]))[:RELATED]
         found[concept.name] = [{"name": name, "shared": count} for name, count in best if count > 1]
     return found

@@ -12,9 +12,8 @@ from mmray.features import FEATURES
 from mmray.neurons.scores import unit_of
 from mmray.report.concepts import concept_page, number, read_concepts, related_concepts
 from mmray.report.definitions import definitions
-from mmray.report.maps import map_of
 from mmray.report.neurons import layer_profile, neuron_pages
-from mmray.report.section import Request, Section
+from mmray.report.section import Request, Section, map_of
 from mmray.runs.run import Run
 
 WHOLE = 1500
@@ -79,6 +78,7 @@ def gather(run: Run, edits: Sequence[str] = (), limit: int | None = WHOLE) -> Co
     }
     neurons = neuron_pages(run, concepts)
     request = Request(run, edits)
+    # Resolved by name here: importing the features' modules above would make a circle.
     sections: dict[str, Section] = {
         name: resolve_name(feature.report)(request) for name, feature in FEATURES.items() if feature.report
     }

@@ -84,6 +84,7 @@ def _activity(run: Run, listed: Collection[str]) -> dict[str, list[tuple[str, st
             share = round(row["n_active"] / row["n_tokens"], 3)
             found[name].append((row["label_kind"], row["label"], row["modality"], share))
     for rows in found.values():
+        # The row over all labels comes first, so that the cut below never loses it.
         rows.sort(key=lambda row: (row[0] != "all", row[0], row[2], -row[3]))
         del rows[LABELS:]
     return found

@@ -68,6 +68,7 @@ def _embedded(value: Any) -> str:
 
 
 def _script(text: str) -> str:
+    # An HTML parser ends the script at this text, even inside a JavaScript string.
     return text.replace("</script", "<\\/script")
 
 

@@ -78,7 +78,7 @@ def _pictures(run: Run, data: str, shards: Sequence[Shard] | None, wanted: set[s
             if isinstance(row, Sample) and row.sample_id in wanted and row.sample_id not in found:
                 found |= _picture_of(row)
                 if len(found) == len(wanted):
-                    break
+                    break  # data may be much larger than what the report shows
     except (InputError, ShardError) as error:
         logger.warning("no pictures of %s: %s", data, error)
     return found
@@ -93,6 +93,7 @@ def _picture_of(sample: Sample) -> dict[str, bytes]:
 
 def _rows(source: Source, shards: Sequence[Shard] | None) -> Iterator[Sample | Failure]:
     if shards is None:
+        # One shard, because other data has no manifest to say where its samples are.
         files = source.files()
         shards = cut(files, max(1, sum(file.rows for file in files))).shards
     for shard in shards:

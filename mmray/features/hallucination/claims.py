@@ -54,6 +54,7 @@ class ClaimCollector:
         Other words of captions are no claims, because the data does not say whether they are true.
         """
         embedding = self.joint.embed(self.joint.pixels(images))
+        # One embedding serves captions, answers and the detector: all three judge the same sight.
         rows = self._captions(samples, images, embedding) + self._answers(samples, images, embedding)
         if rows:
             self._add_detections(rows, samples, images, embedding)
@@ -103,6 +104,7 @@ class ClaimCollector:
             rows += [_claim(row, sample, kind, word, "", claimed=False) for word, kind in kinds.items()]
         if not rows:
             return rows
+        # Questions are batched over images, so an image has as many rows as questions.
         model, index = self.joint.model, [row["row"] for row in rows]
         prompts = [prompt_text(model, presence(row["word"]), None) for row in rows]
         replies = self.joint.replies(prompts, [images[row] for row in index], embedding[index], self.batch_size, ANSWER)
@@ -128,6 +130,7 @@ class ClaimCollector:
     ) -> None:
         """Add the detector's confidence and best box to each claim, and to wrong ones the object that is there."""
         words = sorted({row["word"] for row in rows} | {name for s in samples for name in objects_of(s) or ()})
+        # One pass for all words of the batch: a query is cheap next to the embedding.
         with torch.no_grad():
             found = self.joint.detect(embedding, words)
         best = found.logits.max(dim=1)

@@ -48,6 +48,7 @@ class HallucinationJob(JointJob[HallucinationSettings]):
         settings, run = self.settings, open_run(self.settings.run)
         census = census_settings(run.info["settings"])
         data = settings.data or census.data
+        # The census's columns are those of its own data.
         columns = Columns() if settings.data else columns_of(census)
         source, manifest = open_cut(settings, data, columns)
         found = survey(source, settings.ground_truth, settings.synonyms)
@@ -92,6 +93,7 @@ class HallucinationJob(JointJob[HallucinationSettings]):
         measures = judged(claims, self.settings.draws, self.settings.seed)
         output.table("claims", claims)
         output.table("opinions", pa.Table.from_pylist(measures, TABLES["opinions"]))
+        # Pictures are large, and a page shows few of them.
         output.table("mistakes", parts.table("mistakes")[:MAX_MISTAKES])
         return {"rows": len(claims), "measures": measures}
 

@@ -63,6 +63,7 @@ def judged(claims: pa.Table, draws: int, seed: int) -> list[dict[str, Any]]:
         edge: float | None = None,
         confidence: float | None = None,
     ) -> None:
+        # An ECE is no share of outcomes: at 0 it must not get the interval of one.
         found = measure(totals, totals, value, draws, seed, share=value is not _ece)
         protocol = f"{GROUPS[group]}: {PROTOCOLS[name]}" + (f"; {JUDGES[judge]}" if judge else "")
         rows.append(
@@ -90,6 +91,7 @@ def judged(claims: pa.Table, draws: int, seed: int) -> list[dict[str, Any]]:
             sure = (scores >= SURE).astype(float)
             for name, own in (("confirmed_true", truth), ("confirmed_false", 1 - truth)):
                 add(group, name, judge, members, _by_image(images, sure * own, own))
+            # Empty bins have no row, because a share of nothing has no value.
             for number in sorted(set(bins.tolist())):
                 own = in_bin[:, number]
                 totals = _by_image(images, truth * own, own)
@@ -123,6 +125,7 @@ def histograms(
     """Return how many of an image's claims have each distinct score: first of the false ones, then of the true ones."""
     _, rank = np.unique(scores, return_inverse=True)
     if (count := int(rank.max()) + 1) > MAX_RANKS:
+        # Neighbours in rank share a bin, which keeps the order of all others.
         rank, count = rank * MAX_RANKS // count, MAX_RANKS
     names, index = np.unique(np.array(images), return_inverse=True)
     total = np.zeros((len(names), 2 * count))
@@ -134,7 +137,7 @@ def histograms(
 def _auroc(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:
     """Return how often a true claim scores higher than a false one; ties count half."""
     false, true = np.split(totals, 2, axis=1)
-    below = np.cumsum(false, axis=1) - false / 2
+    below = np.cumsum(false, axis=1) - false / 2  # false claims below each score, half of those that tie
     return ratio(np.stack([(true * below).sum(axis=1), true.sum(axis=1) * false.sum(axis=1)], axis=1))
 
 

@@ -53,6 +53,7 @@ def drawn_move(sample: Sample, vocabulary: Sequence[str], settings: Perturbation
 
     None where the image leaves nothing to draw. Raises InputError where no image can have a control.
     """
+    # Seeded by the sample, so that its concepts don't depend on which shard it is in.
     generator = random.Random(f"{settings.seed} {sample.sample_id}")
     objects = sorted(name.casefold() for name in sample.objects or ())
     given = [_spelt(name, vocabulary) for name in (settings.source, settings.target, *(settings.unrelated or ()))]
@@ -102,6 +103,7 @@ class Perturber:
             if move is None:
                 continue
             embedding = self.joint.embed(self.joint.pixels([image]))
+            # Questions of all images are asked together below, in full batches.
             for condition, other in self.conditions(embedding, move, sample.sample_id).items():
                 confidences = self.joint.confidences(other, [move.source, move.target])[0].tolist()
                 ((norm, relative),) = relative_norms(embedding, other, self.joint.tower.skipped)

@@ -85,6 +85,7 @@ class PerturbJob(JointJob[PerturbationSettings]):
     def merge(self, plan: Plan[JointContext], parts: Parts, output: Output) -> dict[str, Any]:
         """Write the answers and the changes. Raises InputError where no image had concepts to move between."""
         answers = parts.table("answers")
+        # Units that failed may have had images to move, so only a complete run can be blamed on the data.
         complete = len(parts.receipts) == len(plan.units) and not any(r.failures for r in parts.receipts.values())
         if not len(answers) and complete:
             raise InputError(
@@ -100,5 +101,5 @@ class PerturbJob(JointJob[PerturbationSettings]):
 def _images(source: Source, manifest: Manifest) -> Iterator[Image]:
     for row in chain.from_iterable(read_shard(source, shard) for shard in manifest.shards):
         if isinstance(row, Sample) and row.image is not None:
-            with suppress(ValueError):
+            with suppress(ValueError):  # reported as a failure by the image's own unit
                 yield decode_image(row.image, row.background)

@@ -54,12 +54,13 @@ def changes(answers: pa.Table, draws: int, seed: int) -> list[dict[str, Any]]:
 
     for condition, members in by_condition.items():
         abouts = list(dict.fromkeys(row["about"] for row in members))
+        # With a single kind of question, the row over all of them would repeat it.
         for about in [None, *abouts] if len(abouts) > 1 else abouts:
             own = [row for row in members if about is None or row["about"] == about]
             add(condition, about, "unparsable", [(row, float(row["value"] is None)) for row in own])
             add(condition, about, "relative_norm", [(row, row["relative_norm"]) for row in own])
             if condition == ORIGINAL:
-                continue
+                continue  # nothing to compare it with
             pairs = [(row, original[row["sample_id"], row["question"]]) for row in own]
             read = [(row, old) for row, old in pairs if old is not None and row["value"] is not None]
             add(condition, about, "changed", [(row, float(row["value"] != old)) for row, old in read])

@@ -59,7 +59,7 @@ def _explain_picture(
     as_json: bool,
 ) -> None:
     from mmray.detector.joint import join_if_given
-    from mmray.features.saliency.batch import methods_of
+    from mmray.features.saliency.methods import chosen_methods
     from mmray.features.saliency.model import explain, load_model
     from mmray.features.saliency.render import numbers, over, page
     from mmray.neurons.model import open_image
@@ -70,7 +70,7 @@ def _explain_picture(
     assert picture is not None
     model = load_model(name)
     joint = join_if_given(model, settings.detector, settings.alignment)
-    methods = methods_of(settings, detector=joint is not None)
+    methods = chosen_methods(settings.methods, detector=joint is not None)
     explanation = explain(model, joint, picture, word, caption, methods=methods, prompt=prompt)
     if out.suffix == ".png":
         over(picture, explanation.maps[methods[0]], explanation.covers).save(out)

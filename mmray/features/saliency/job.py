@@ -5,33 +5,52 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pyarrow as pa
+from torch.nn import functional
 
 from mmray.data.image_keys import image_keys, one_per_image
+from mmray.data.images import decode_image
+from mmray.data.samples import Sample
 from mmray.data.shards import Manifest
 from mmray.detector.alignment import alignment_digest
-from mmray.detector.joint import detector_digest, detector_or_demo, join_if_given
+from mmray.detector.joint import JointModel, detector_digest, detector_or_demo, join_if_given
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
+from mmray.engine.clock import phase
 from mmray.errors import InputError
 from mmray.features.census.inputs import open_inputs
 from mmray.features.census.run_samples import RunSamples
 from mmray.features.census.settings import census_settings
-from mmray.features.saliency.batch import MapObserver, methods_of
-from mmray.features.saliency.methods import Located
+from mmray.features.census.shard import Captioned, ShardAnalysis
+from mmray.features.saliency.maps import Saliency
+from mmray.features.saliency.measures import Boxes, objects_mask, points_at
+from mmray.features.saliency.methods import Explained, Located, chosen_methods
+from mmray.features.saliency.observations import draw_maps, observations
+from mmray.features.saliency.saliency_input import open_input
 from mmray.features.saliency.settings import SaliencySettings
 from mmray.features.saliency.summary import summarise_saliency
 from mmray.features.saliency.tables import PARTS
+from mmray.models.loading import LoadedModel
+from mmray.models.prompting import Batch
 from mmray.neurons.model import load_model
+from mmray.neurons.token_positions import TokenPosition, positions_of
 from mmray.runs.run import Run, open_run
 
 UNIT_IMAGES = 16
 """Images per unit of work."""
 MIN_NOUNS = 2
 """Different nouns a caption needs for its image to be drawn: the image probably has several objects."""
+MIN_OBJECTS = 2
+"""Different objects an image needs: pointing at the only one would be no test."""
+BATCH_SIZE = 8
+KEPT_SIDE = 24
+"""Points per side of the maps kept for the report."""
+
+Rows = dict[str, list[dict[str, object]]]
+"""Rows by the name of their part."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +83,14 @@ class SaliencyJob(Job[SaliencySettings, SaliencyContext]):
         census, settings = context.census, self.settings
         model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
         joint = join_if_given(model, settings.detector, settings.alignment)
-        methods_of(settings, detector=joint is not None)  # refuses a wrong choice before any unit runs
+        methods = chosen_methods(settings.methods, detector=joint is not None)
         cache = context.open_cache()
-        observer = MapObserver(model, joint, settings, census, context.nouns, context.located)
+        observer = MapObserver(model, joint, methods, settings.erasures, context)
 
         def observe(unit: Unit) -> UnitResult:
             found = cache.samples(unit.payload)
             samples = [found[name] for name in unit.payload if name in found]
-            return UnitResult(observer.tables(samples, context.pictured))
+            return UnitResult(observer.tables(samples))
 
         return observe
 
@@ -109,6 +128,7 @@ def plan_saliency(settings: SaliencySettings, run: Run) -> Plan[SaliencyContext]
     by_shard = sorted(chosen, key=lambda name: (rows[name]["shard_id"], name))
     _, _, source = open_inputs(census_settings(run.info["settings"]))
     groups = tuple(tuple(by_shard[start : start + UNIT_IMAGES]) for start in range(0, len(by_shard), UNIT_IMAGES))
+    # The detector's default depends on the model, so it is the resolved one that enters the digests.
     detector = detector_or_demo(settings.detector, census.model)
     digests = run.digests() | {
         "units": hashlib.sha256(repr(groups).encode()).hexdigest()[:16],
@@ -142,3 +162,72 @@ def _located(run: Run) -> Mapping[str, tuple[list[tuple[int, int]], list[float]]
         )
         for name, rows in found.items()
     }
+
+
+@dataclass(frozen=True)
+class MapObserver:
+    """Draws and observes maps of a run's samples."""
+
+    model: LoadedModel
+    joint: JointModel | None
+    methods: tuple[str, ...]
+    erased: bool
+    """Observe insertion and deletion too."""
+    context: SaliencyContext
+
+    def tables(self, samples: Sequence[Sample]) -> dict[str, pa.Table]:
+        """Return the parts of a unit with these samples."""
+        census = self.context.census.model_copy(update={"batch_size": BATCH_SIZE})
+        analysis = ShardAnalysis(self.model, census, self.context.nouns, 0)
+        rows: Rows = {name: [] for name in PARTS}
+        suitable = [
+            sample
+            for sample in samples
+            if sample.image and sample.boxes and len(set(sample.objects or ())) >= MIN_OBJECTS
+        ]
+        for items, batch in analysis.encoded(suitable):
+            self._observe(items, batch, rows)
+        rows["errors"] = [vars(failure) | {"shard_id": 0} for failure in analysis.failures]
+        return {name: pa.Table.from_pylist(rows[name], schema=schema) for name, schema in PARTS.items()}
+
+    def _observe(self, items: list[Captioned], batch: Batch, rows: Rows) -> None:
+        targets, words, boxes = self._targets(items, batch)
+        if not targets:
+            return
+        # Decoded again: the batch only holds what the model's processor made of them.
+        images = [decode_image(item.sample.image or b"", item.sample.background) for item in items]
+        explained = Explained(open_input(self.model, self.joint, batch, targets, images), words, self.context.located)
+        maps = draw_maps(explained, self.methods)
+        with phase("judge"):
+            rows["observations"].extend(observations(explained, maps, boxes, erased=self.erased))
+        for index, target in enumerate(targets):
+            if target.sample_id in self.context.pictured:
+                covers = explained.input.grid(target.row).covers
+                own = {method: found[index] for method, found in maps.items()}
+                rows["saliency_maps"].extend(_map_rows(target, covers, boxes[index], own))
+
+    def _targets(self, items: list[Captioned], batch: Batch) -> tuple[list[TokenPosition], list[str], list[Boxes]]:
+        """Return the first mention of each object that has boxes, the detector's word for it, and the boxes."""
+        found: dict[tuple[int, str], tuple[TokenPosition, str, Boxes]] = {}
+        for position in positions_of(batch, [(item.sample.sample_id, item.mentions) for item in items]):
+            # The detector asks for the object's English name, whatever the language of the caption.
+            name, boxes = items[position.row].sample.boxes_of(position.concept, self.context.nouns.translations)
+            if boxes:
+                found.setdefault((position.row, position.concept), (position, name, boxes))
+        rows = list(found.values())
+        return [position for position, _, _ in rows], [name for _, name, _ in rows], [boxes for _, _, boxes in rows]
+
+
+def _map_rows(
+    target: TokenPosition, covers: Sequence[float], boxes: Boxes, maps: dict[str, Saliency]
+) -> list[dict[str, object]]:
+    objects = objects_mask(boxes, covers)
+    rows: list[dict[str, object]] = []
+    for method, saliency in maps.items():
+        kept = functional.adaptive_avg_pool2d(saliency.values[None].float(), KEPT_SIDE)
+        rows.append(
+            {"concept": target.concept, "sample_id": target.sample_id, "method": method}
+            | {"rows": KEPT_SIDE, "columns": KEPT_SIDE, "values": kept.flatten().tolist(), "covers": list(covers)}
+            | {"boxes": [list(box) for box in boxes], "hit": points_at(saliency.values.cpu(), objects)}
+        )
+    return rows

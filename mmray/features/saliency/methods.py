@@ -196,3 +196,20 @@ def method_of(name: str) -> Method:
     if name not in METHODS:
         raise InputError(f"unknown saliency method {name!r}; choose from {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def chosen_methods(names: str | None, *, detector: bool) -> tuple[str, ...]:
+    """Return the methods of a comma-separated list; by default all, without a detector those that need none.
+
+    Raises InputError for an unknown method, and for one that needs a detector where there is none.
+    """
+    if names is None:
+        return tuple(name for name in METHODS if detector or name not in OF_BOXES)
+    chosen = tuple(name.strip() for name in names.split(",") if name.strip())
+    if not chosen:
+        raise InputError(f"--methods {names!r}: names none of {', '.join(METHODS)}")
+    for name in chosen:
+        method_of(name)
+        if name in OF_BOXES and not detector:
+            raise InputError(f"--methods {name}: it weighs a detector's boxes; give --detector")
+    return chosen

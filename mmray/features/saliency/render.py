@@ -27,6 +27,7 @@ BOXES = 3
 def over(image: Image.Image, saliency: Saliency, covers: Sequence[float]) -> Image.Image:
     """Return the image under the map's colours, with the best boxes of methods that weigh boxes."""
     larger = _larger(image)
+    # Small images are enlarged first, so that boxes and their labels are legible.
     values = placed(saliency.values.cpu(), (covers[0], covers[1], covers[2], covers[3]), larger.height, larger.width)
     pixels = torch.from_numpy(np.array(larger.convert("RGB")))
     picture = Image.fromarray(overlay(pixels, values).numpy())

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmray.report.concepts import number
-from mmray.report.maps import map_of
-from mmray.report.section import Request, Section
+from mmray.report.section import Request, Section, map_of
 
 WORDS = 24
 """Words with maps on the page."""
@@ -19,6 +18,7 @@ def section(request: Request) -> Section:
     words: dict[tuple[str, str], dict[str, Any]] = {}
     for row in maps.to_pylist() if maps is not None else ():
         key = row["sample_id"], row["concept"]
+        # Rows of one word are spread over the methods: words that have begun still take theirs.
         if key not in words and len(words) == WORDS:
             continue
         box = [number(value) for value in row["boxes"][0]]
