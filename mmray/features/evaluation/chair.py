@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 from mmray.features.evaluation.queries import Change
@@ -73,43 +72,6 @@ def confirmed(
         rows.add("confirmed_new", name, (0.0, 0.0), counts(after - before))
 
 
-@dataclass(frozen=True)
-class Confusion:
-    """Answers to questions about present and absent objects; an answer with neither yes nor no is unparsable."""
-
-    yes_present: int
-    present: int
-    yes_absent: int
-    no_absent: int
-    absent: int
-    unparsable: int
-
-    def sums(self) -> dict[str, tuple[float, float]]:
-        """Return what each figure of POPE counts, and of how many."""
-        right, wrong, asked = self.yes_present, self.yes_absent, self.present + self.absent
-        return {
-            "accuracy": (right + self.no_absent, asked),
-            "precision": (right, right + wrong),
-            "recall": (right, self.present),
-            "f1": (2 * right, right + wrong + self.present),
-            "yes_ratio": (right + wrong, asked),
-            "unparsable": (self.unparsable, asked),
-        }
-
-
-def confusion(present: Sequence[str], absent: Sequence[str], parser: Parser = "sentences") -> Confusion:
-    """Count the answers to questions about present and about absent objects."""
-    of_present, of_absent = ([says_yes(answer, parser) for answer in answers] for answers in (present, absent))
-    return Confusion(
-        yes_present=of_present.count(True),
-        present=len(of_present),
-        yes_absent=of_absent.count(True),
-        no_absent=of_absent.count(False),
-        absent=len(of_absent),
-        unparsable=of_present.count(None) + of_absent.count(None),
-    )
-
-
 def pope(
     rows: MeasurementBuffer,
     name: str,
@@ -120,8 +82,25 @@ def pope(
 ) -> None:
     """Add a sample's part in POPE (Li et al. 2023); `changes` has each object's answers before and after the edit."""
     for strategy, others in absent.items():
-        of_present, of_absent = ([changes[name] for name in names] for names in (present, others))
-        before = confusion([change.before for change in of_present], [change.before for change in of_absent], parser)
-        after = confusion([change.after for change in of_present], [change.after for change in of_absent], parser)
-        for figure, sums in before.sums().items():
-            rows.add(f"pope_{strategy}_{figure}", name, sums, after.sums()[figure])
+        of_present, of_absent = ([changes[thing] for thing in things] for things in (present, others))
+        before = _pope_sums([change.before for change in of_present], [change.before for change in of_absent], parser)
+        after = _pope_sums([change.after for change in of_present], [change.after for change in of_absent], parser)
+        for figure, sums in before.items():
+            rows.add(f"pope_{strategy}_{figure}", name, sums, after[figure])
+
+
+def _pope_sums(present: Sequence[str], absent: Sequence[str], parser: Parser) -> dict[str, tuple[int, int]]:
+    """Return what each figure of POPE counts, and of how many, from answers about present and absent objects."""
+    of_present, of_absent = ([says_yes(answer, parser) for answer in answers] for answers in (present, absent))
+    yes_present, yes_absent = of_present.count(True), of_absent.count(True)
+    asked = len(present) + len(absent)
+    return {
+        # An answer with neither yes nor no is right about nothing.
+        "accuracy": (yes_present + of_absent.count(False), asked),
+        "precision": (yes_present, yes_present + yes_absent),
+        "recall": (yes_present, len(present)),
+        # Sums over samples can be added up for F1 in this form, and not for the mean of two ratios.
+        "f1": (2 * yes_present, yes_present + yes_absent + len(present)),
+        "yes_ratio": (yes_present + yes_absent, asked),
+        "unparsable": (of_present.count(None) + of_absent.count(None), asked),
+    }

@@ -21,7 +21,7 @@ from mmray.features.evaluation.effects import (
 )
 from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 from mmray.features.evaluation.mmedit import Records, measure_records
-from mmray.features.evaluation.quality import bleu, has_bleu
+from mmray.features.evaluation.quality import bleu_sums, has_bleu
 from mmray.features.evaluation.queries import Change, Edit, Query, Reply
 from mmray.features.evaluation.settings import MeasureSettings
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
@@ -275,7 +275,8 @@ class EditEvaluator:
             changes = {name: found[query.key] for name, query in queries.items()}
             pope(rows, name, list(common.present), absent, changes, self.settings.pope_parser)
         if self.bleu and sample.caption:
-            bleu(rows, name, sample.caption, language, change.before, change.after)
+            before, after = (bleu_sums(text, sample.caption, language) for text in (change.before, change.after))
+            rows.add("bleu", name, before, after)
 
     def _add_similarity(
         self, rows: MeasurementBuffer, common: Sequence[_SampleQueries], found: Mapping[Key, Change]

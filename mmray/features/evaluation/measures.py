@@ -6,7 +6,8 @@ Summaries, protocols and tables in the terminal derive from it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from mmray.features.evaluation.quality import bleu_value
@@ -95,64 +96,40 @@ def _mmedit() -> dict[str, Measure]:
         found |= {
             f"mmedit_{name}": Measure(f"{what}greedy; the answer is alt, but for case and a full stop"),
             f"mmedit_{name}_exact": Measure(f"{along}every token likeliest (the trainer's exact match)"),
-            f"mmedit_{name}_token": Measure(
-                f"{along}share of tokens likeliest (the editor's accuracy)",
-                detail=True,
-            ),
+            f"mmedit_{name}_token": Measure(f"{along}share of tokens likeliest (the editor's accuracy)", detail=True),
         }
     found |= _locality("mmedit_image_locality", "MMEdit's records, m_loc")
     return found | _locality("mmedit_text_locality", "MMEdit's records, loc")
 
 
+_named = partial(Measure, of_objects=True)
+_wrongly_named = partial(Measure, of_objects=True, better="lower")
+
 _POPE = {
-    "accuracy": Measure("right answers, of all"),
-    "precision": Measure("of the answers yes, those for present objects"),
-    "recall": Measure("of the present objects, those answered yes"),
-    "f1": Measure("harmonic mean of precision and recall"),
-    "yes_ratio": Measure("answers yes, of all", better="neither"),
-    "unparsable": Measure("answers with neither yes nor no, of all", better="lower", detail=True),
+    "accuracy": _named("right answers, of all"),
+    "precision": _named("of the answers yes, those for present objects"),
+    "recall": _named("of the present objects, those answered yes"),
+    "f1": _named("harmonic mean of precision and recall"),
+    "yes_ratio": _named("answers yes, of all", better="neither"),
+    "unparsable": _wrongly_named("answers with neither yes nor no, of all", detail=True),
 }
 """Figures of POPE, for each strategy of choosing absent objects."""
-
-
-def _pope() -> dict[str, Measure]:
-    return {
-        f"pope_{strategy}_{figure}": Measure(
-            f"greedy; POPE, {strategy} absent objects (Li et al. 2023): {measure.protocol}",
-            better=measure.better,
-            detail=measure.detail,
-            of_objects=True,
-        )
-        for strategy in STRATEGIES
-        for figure, measure in _POPE.items()
-    }
-
 
 MEASURES: dict[str, Measure] = {
     **_SUCCESSES,
     **_locality("text_locality", "questions without an image", primary=True),
     **_locality("image_locality", "captions of images without the concept", primary=True),
-    "hallucination": Measure(
-        "greedy; of samples with the context and without the word, captions that name it",
-        better="lower",
-        of_objects=True,
-    ),
-    "chair_i": Measure(
+    "hallucination": _wrongly_named("greedy; of samples with the context and without the word, captions that name it"),
+    "chair_i": _wrongly_named(
         "greedy; mentions of objects that are not in the image, of all mentions (Rohrbach et al. 2018)",
-        better="lower",
         primary=True,
-        of_objects=True,
     ),
-    "chair_s": Measure(
+    "chair_s": _wrongly_named(
         "greedy; captions with a mention of an object that is not in the image (Rohrbach et al. 2018)",
-        better="lower",
         primary=True,
-        of_objects=True,
     ),
     "recall": Measure("greedy; objects of the image that the caption names", primary=True, of_objects=True),
-    "companion_named": Measure(
-        "greedy; of samples with the context and the word, captions that name it", of_objects=True
-    ),
+    "companion_named": _named("greedy; of samples with the context and the word, captions that name it"),
     "confirmed": Measure("greedy; objects that captions name, in which the detector has a confidence of 0.5 or more"),
     "confirmed_new": Measure("greedy; objects that the caption names after the edit alone, confirmed by the detector"),
     "mean_length": Measure("greedy; words per caption", unit="words", better="neither"),
@@ -165,7 +142,13 @@ MEASURES: dict[str, Measure] = {
     **_locality("image_locality_questions", "questions on images without the concept"),
     **_locality("text_locality_about", "text questions naming an edited word"),
     **_mmedit(),
-    **_pope(),
+    **{
+        f"pope_{strategy}_{figure}": replace(
+            measure, protocol=f"greedy; POPE, {strategy} absent objects (Li et al. 2023): {measure.protocol}"
+        )
+        for strategy in STRATEGIES
+        for figure, measure in _POPE.items()
+    },
 }
 """By name. The measure of a single pair or purpose has that name, a colon, and the pair."""
 

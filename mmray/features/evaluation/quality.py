@@ -9,7 +9,6 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from mmray.errors import InputError
-from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 
 ORDERS = 4
 """Longest n-gram of BLEU."""
@@ -26,11 +25,6 @@ def has_bleu(requested: bool | None) -> bool:
     if requested and not installed:
         raise InputError("--bleu: sacrebleu is not installed; pip install 'mmray[evaluation]', or leave --bleu out")
     return installed if requested is None else requested
-
-
-def bleu(rows: MeasurementBuffer, name: str, reference: str, language: str | None, before: str, after: str) -> None:
-    """Add a caption's part in corpus BLEU: its length, the reference's, and n-gram counts."""
-    rows.add("bleu", name, bleu_sums(before, reference, language), bleu_sums(after, reference, language))
 
 
 def bleu_sums(caption: str, reference: str, language: str | None) -> list[float]:
