@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,16 @@ def test_a_feature_s_readme_is_complete_and_on_the_front_page(room):
 def test_a_feature_s_readme_has_a_line_for_each_of_its_tables(feature):
     text = (ROOT / Path(*feature.schemas.split(".")).parent / "README.md").read_text(encoding="utf-8")
     assert [table for table in feature.tables if f"\n| `{table}` |" not in text] == []
+
+
+def test_the_package_s_readme_has_the_layers_of_the_import_contract():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    lines = re.findall(
+        r"^\d+\. (.+)", (ROOT / "mmray/README.md").read_text("utf-8").split("## Layers")[1], re.MULTILINE
+    )
+    told = [{name.removesuffix(".py").rpartition("/")[2] for name in INLINE.findall(line)} for line in lines]
+    assert told[: len(layers)] == [set(re.findall(r"\w+(?=[ )]|$)", layer)) for layer in layers]
 
 
 @pytest.mark.parametrize("file", READMES, ids=name_of)
