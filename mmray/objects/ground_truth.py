@@ -9,7 +9,7 @@ from mmray.data.rows import BadRowError, object_names
 from mmray.data.samples import Sample
 from mmray.data.source import Source
 from mmray.errors import InputError
-from mmray.objects.lexicon import ObjectLexicon, object_lexicon
+from mmray.objects.lexicon import ObjectLexicon
 from mmray.objects.statistics import GroundTruth, ObjectStatistics, gather_statistics
 from mmray.objects.words import COCO, open_words, table_for
 
@@ -49,7 +49,7 @@ def survey(source: Source, ground_truth: GroundTruth | None, synonyms: str | Non
         synonyms = COCO
     synonyms = table_for(synonyms, vocabulary)
     translations = source.translations()
-    lexicon = object_lexicon(vocabulary, translations, open_words(synonyms, vocabulary))
+    lexicon = ObjectLexicon(vocabulary, translations, open_words(synonyms, vocabulary))
     objects = (objects_in_image(row.objects, row.captions, row.language, ground_truth, lexicon) for row in rows)
     return Survey(gather_statistics(objects, translations, vocabulary, references), ground_truth, synonyms)
 

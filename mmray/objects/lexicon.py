@@ -6,26 +6,25 @@ from collections.abc import Iterable, Mapping
 
 from mmray.data.samples import Sample
 from mmray.neurons.concepts import Mention, find_forms
-from mmray.objects.words import ObjectWords, Rules
+from mmray.objects.words import ObjectWords
 
 
 class ObjectLexicon:
     """Finds objects in texts: `dogs` names dog, and so do its synonyms and, in a Spanish text, `perro`.
 
-    `rules` give the phrases and the neighbouring words that take a name its meaning.
+    Its objects are those of `vocabulary` and of `words`.
     """
 
     def __init__(
         self,
         vocabulary: Iterable[str],
         translations: Mapping[str, Mapping[str, str]],
-        synonyms: Mapping[str, tuple[str, ...]] | None = None,
-        rules: Rules | None = None,
+        words: ObjectWords | None = None,
     ) -> None:
-        self.vocabulary = tuple(dict.fromkeys(name.casefold() for name in vocabulary))
+        self.words = words or ObjectWords()
+        names = (*vocabulary, *self.words.synonyms)
+        self.vocabulary = tuple(dict.fromkeys(name.casefold() for name in names))
         self.translations = translations
-        self.synonyms = synonyms or {}
-        self.rules = rules or Rules()
         self._forms: dict[str | None, tuple[dict[str, str], frozenset[str]]] = {}
 
     def form(self, name: str, language: str | None) -> str:
@@ -44,11 +43,11 @@ class ObjectLexicon:
         if language not in self._forms:
             names = self._names_by_form(language)
             # Phrases are searched for too: the longer match wins, so "hot dog" is not found as a dog.
-            self._forms[language] = names, frozenset((*names, *self.rules.phrases))
+            self._forms[language] = names, frozenset((*names, *self.words.phrases))
         names, forms = self._forms[language]
-        found = [(self.rules.phrases.get(m.concept, m.concept), m) for m in find_forms(text, forms, language)]
+        found = [(self.words.phrases.get(m.concept, m.concept), m) for m in find_forms(text, forms, language)]
         words = {word for word, _ in found}
-        hidden = {other for word, others in self.rules.hidden.items() if word in words for other in others}
+        hidden = {other for word, others in self.words.hidden.items() if word in words for other in others}
         return [
             Mention(names[word], mention.start, mention.stop)
             for word, mention in found
@@ -62,18 +61,11 @@ class ObjectLexicon:
     def _names_by_form(self, language: str | None) -> dict[str, str]:
         forms: dict[str, str] = {}
         for name in self.vocabulary:
-            for form in (self.form(name, language), *self.synonyms.get(name, ())):
+            for form in (self.form(name, language), *self.words.synonyms.get(name, ())):
                 forms.setdefault(form.casefold(), name)
         # An object's own name overrides another's synonym. Reversed: of objects with one name the first counts.
         forms |= {self.form(name, language).casefold(): name for name in reversed(self.vocabulary)}
         return forms
-
-
-def object_lexicon(
-    vocabulary: Iterable[str], translations: Mapping[str, Mapping[str, str]], words: ObjectWords
-) -> ObjectLexicon:
-    """Return the lexicon of the data's objects and of all objects that `words` lists."""
-    return ObjectLexicon((*vocabulary, *words.objects), translations, words.synonyms, words.rules)
 
 
 def objects_of(sample: Sample) -> frozenset[str] | None:

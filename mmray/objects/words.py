@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,32 +23,20 @@ TABLE = Path(__file__).with_name("coco_objects.json")
 
 
 @dataclass(frozen=True)
-class Rules:
-    """When a word does not count as its object: in phrases, and next to other words of the same text.
+class ObjectWords:
+    """Synonyms by object, and when such a word names something else.
 
-    `phrases`: phrase → the object that it counts as; None: none. `hidden`: word → words that don't count in a text that
-    has it.
+    Every listed object counts, whether the data has it or not. `phrases`: phrase → the word that it counts as; None: it
+    names no object. `hidden`: word → words that don't count in a text that has it.
     """
 
+    synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     phrases: Mapping[str, str | None] = field(default_factory=dict)
     hidden: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-
-@dataclass(frozen=True)
-class ObjectWords:
-    """Synonyms by object, and the rules for them. Every listed object counts, whether the data has it or not."""
-
-    synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    rules: Rules = field(default_factory=Rules)
-
-    @property
-    def objects(self) -> tuple[str, ...]:
-        """The listed objects."""
-        return tuple(self.synonyms)
-
     def digest(self) -> str:
         """Return a digest of everything that decides which objects a text names."""
-        parts = [self.synonyms, self.rules.phrases, self.rules.hidden]
+        parts = [self.synonyms, self.phrases, self.hidden]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -73,7 +61,7 @@ def open_words(synonyms: str | None, vocabulary: Iterable[str]) -> ObjectWords:
     listed = read_synonyms(table)
     # CHAIR's rules hold for COCO's objects, whatever their synonyms; they would be wrong for other objects.
     known = coco_words().synonyms.keys() >= objects | listed.keys()
-    return ObjectWords(listed, coco_words().rules if known else Rules())
+    return replace(coco_words(), synonyms=listed) if known else ObjectWords(listed)
 
 
 @cache
@@ -82,10 +70,8 @@ def coco_words() -> ObjectWords:
     content: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
     phrases: dict[str, str | None] = dict(content["phrases"])
     phrases |= {f"{qualifier} {word}": word for qualifier, words in content["qualified"].items() for word in words}
-    return ObjectWords(
-        {name: tuple(words) for name, words in content["synonyms"].items()},
-        Rules(phrases, {word: tuple(words) for word, words in content["hidden"].items()}),
-    )
+    synonyms, hidden = ({name: tuple(words) for name, words in content[key].items()} for key in ("synonyms", "hidden"))
+    return ObjectWords(synonyms, phrases, hidden)
 
 
 def read_synonyms(uri: str) -> dict[str, tuple[str, ...]]:

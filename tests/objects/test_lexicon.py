@@ -7,13 +7,13 @@ import pytest
 
 from mmray.errors import InputError
 from mmray.objects.lexicon import ObjectLexicon
-from mmray.objects.words import read_synonyms
+from mmray.objects.words import ObjectWords, read_synonyms
 
 TRANSLATIONS = {"dog": {"en": "dog", "es": "perro"}, "bird": {"es": "pájaro", "zh": "鸟"}}
 
 
 def test_objects_are_known_by_every_name() -> None:
-    naming = ObjectLexicon(("dog", "Hot Dog", "bird"), TRANSLATIONS, {"dog": ("puppy", "hound")})
+    naming = ObjectLexicon(("dog", "Hot Dog", "bird"), TRANSLATIONS, ObjectWords({"dog": ("puppy", "hound")}))
     found = [m.concept for m in naming.mentions("Two dogs, a puppy, a hot dog and Birds", "en")]
     assert found == ["dog", "dog", "hot dog", "bird"]
     assert naming.named("Un perro y un pájaro, no un dog", "es") == {"dog", "bird"}
@@ -22,7 +22,7 @@ def test_objects_are_known_by_every_name() -> None:
 
 
 def test_a_name_is_never_anothers_synonym() -> None:
-    naming = ObjectLexicon(("cat", "kitten"), {}, {"cat": ("kitten",)})
+    naming = ObjectLexicon(("cat", "kitten"), {}, ObjectWords({"cat": ("kitten",)}))
     assert naming.named("a kitten", "en") == {"kitten"}
 
 

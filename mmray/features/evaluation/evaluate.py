@@ -19,7 +19,7 @@ from mmray.features.evaluation.settings import MeasureSettings, measure_settings
 from mmray.features.evaluation.summary import summarise
 from mmray.models.loading import LoadedModel
 from mmray.objects.ground_truth import captions_by_image, with_ground_truth
-from mmray.objects.lexicon import object_lexicon
+from mmray.objects.lexicon import ObjectLexicon
 from mmray.objects.prompts import TextQuestion, read_text_questions, text_questions
 from mmray.objects.statistics import ObjectStatistics, gather_statistics
 from mmray.objects.words import open_words, table_for
@@ -82,7 +82,7 @@ def _resolved(settings: MeasureSettings, statistics: ObjectStatistics, samples: 
 
 def _statistics(annotated: ObjectStatistics, settings: MeasureSettings, samples: Sequence[Sample]) -> ObjectStatistics:
     """Return the object statistics of these samples under the settings' ground truth."""
-    lexicon = object_lexicon(annotated.vocabulary, {}, open_words(settings.synonyms, annotated.vocabulary))
+    lexicon = ObjectLexicon(annotated.vocabulary, {}, open_words(settings.synonyms, annotated.vocabulary))
     truth = settings.ground_truth or "instances"
     references = captions_by_image((s.image_key, s.caption) for s in samples) if truth != "instances" else {}
     objects = (with_ground_truth(sample, truth, lexicon, references).objects for sample in samples)

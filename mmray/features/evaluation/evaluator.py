@@ -27,7 +27,7 @@ from mmray.features.evaluation.settings import MeasureSettings
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import prompt_text
 from mmray.objects.ground_truth import with_ground_truth
-from mmray.objects.lexicon import object_lexicon, objects_of
+from mmray.objects.lexicon import ObjectLexicon, objects_of
 from mmray.objects.prompts import TextQuestion, paraphrases, presence
 from mmray.objects.statistics import ObjectStatistics, choose_pope_objects
 from mmray.objects.words import open_words
@@ -85,13 +85,13 @@ class EditEvaluator:
         self.statistics = statistics
         self.settings = settings
         words = open_words(settings.synonyms, statistics.vocabulary)
-        known = object_lexicon(statistics.vocabulary, statistics.translations, words)
+        known = ObjectLexicon(statistics.vocabulary, statistics.translations, words)
         self.requests = requests_of(edit.purposes, known)
         edited = sorted(self.requests.words)
-        self.lexicon = object_lexicon((*statistics.vocabulary, *edited), statistics.translations, words)
+        self.lexicon = ObjectLexicon((*statistics.vocabulary, *edited), statistics.translations, words)
         # In CHAIR a synonym stays one (man: person), even if the edit is about that word.
         new = [word for word in edited if not known.named(word, None)]
-        self.chair_lexicon = object_lexicon((*statistics.vocabulary, *new), statistics.translations, words)
+        self.chair_lexicon = ObjectLexicon((*statistics.vocabulary, *new), statistics.translations, words)
         self.bleu = has_bleu(settings.bleu)
         self.detector = baseline.detector(settings.detector) if settings.detector else None
         self.encoder = baseline.encoder(settings.encoder) if settings.encoder else None

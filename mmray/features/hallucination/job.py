@@ -24,7 +24,7 @@ from mmray.features.hallucination.mistakes import picture
 from mmray.features.hallucination.settings import HallucinationSettings
 from mmray.features.hallucination.tables import TABLES
 from mmray.objects.ground_truth import survey, with_ground_truth
-from mmray.objects.lexicon import object_lexicon
+from mmray.objects.lexicon import ObjectLexicon
 from mmray.objects.words import open_words
 from mmray.runs.run import open_run
 
@@ -63,7 +63,7 @@ class HallucinationJob(JointJob[HallucinationSettings]):
     def analysis(self, context: JointContext, joint: JointModel, source: Source) -> Analysis:
         """Return the function that collects and judges the claims about a unit's samples."""
         settings, statistics = self.settings, context.statistics
-        lexicon = object_lexicon(statistics.vocabulary, statistics.translations, context.words)
+        lexicon = ObjectLexicon(statistics.vocabulary, statistics.translations, context.words)
         collector = ClaimCollector(
             joint,
             statistics,

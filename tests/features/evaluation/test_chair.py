@@ -16,7 +16,7 @@ from mmray.features.evaluation.chair import chair
 from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 from mmray.features.evaluation.settings import measure_settings
 from mmray.features.evaluation.summary import summarise
-from mmray.objects.lexicon import object_lexicon
+from mmray.objects.lexicon import ObjectLexicon
 from mmray.objects.words import COCO, NONE, ObjectWords, coco_words, open_words, read_synonyms
 from tests.support.chair_reference import ANIMALS, ONE_OF, TABLE, WORDS, Reference, plural, reference
 
@@ -32,7 +32,7 @@ TRAPS = (
 
 
 def measured(words: ObjectWords, captions: Sequence[str], truths: Sequence[set[str]]) -> tuple[float | None, ...]:
-    lexicon, rows = object_lexicon((), {}, words), MeasurementBuffer()
+    lexicon, rows = ObjectLexicon((), {}, words), MeasurementBuffer()
     for number, (caption, truth) in enumerate(zip(captions, truths, strict=True)):
         chair(rows, lexicon, str(number), frozenset(truth), None, caption, caption)
     found = summarise(rows.tables()["measurements"], measure_settings(draws=2))
@@ -83,7 +83,7 @@ SENTENCES = st.lists(st.tuples(PIECES, st.sampled_from([" ", ", ", ". ", " and "
 def test_mentions_are_those_of_the_independent_implementation(sentence: str, title: bool) -> None:
     # Punctuation between the two parts the reference: a double word is one of neighbouring tokens, as published.
     text = re.sub(r"[,.]", "", sentence.title() if title else sentence)
-    found = [mention.concept for mention in object_lexicon((), {}, coco_words()).mentions(text, "en")]
+    found = [mention.concept for mention in ObjectLexicon((), {}, coco_words()).mentions(text, "en")]
     assert found == reference().mentions(text)
 
 
@@ -108,7 +108,7 @@ def test_the_published_form_of_synonyms_is_read_as_well_as_json(tmp_path: Path) 
     for name in ("synonyms.txt", "synonyms.json"):
         # COCO's rules go with any words for COCO's objects.
         assert measured(open_words(str(tmp_path / name), ["dog"]), sentences, truths) == wanted
-    assert not open_words(str(tmp_path / "few.txt"), ["dog"]).rules.phrases
+    assert not open_words(str(tmp_path / "few.txt"), ["dog"]).phrases
     (tmp_path / "broken.txt").write_bytes(b"dog, \xff\n")
     with pytest.raises(InputError, match=r"broken\.txt: not of the form"):
         read_synonyms(str(tmp_path / "broken.txt"))
@@ -120,8 +120,8 @@ def test_coco_s_words_are_the_default_for_coco_s_objects() -> None:
 
 
 def test_objects_that_no_sample_has_are_looked_for() -> None:
-    lexicon = object_lexicon(["dog"], {}, open_words(None, ["dog"]))
+    lexicon = ObjectLexicon(["dog"], {}, open_words(None, ["dog"]))
     assert lexicon.named("a toaster, a laptop and a dog", "en") == {"toaster", "laptop", "dog"}
     # Names of the data are found whatever a table lists.
-    lexicon = object_lexicon(["dog", "dragon"], {}, open_words(COCO, ["dog", "dragon"]))
+    lexicon = ObjectLexicon(["dog", "dragon"], {}, open_words(COCO, ["dog", "dragon"]))
     assert lexicon.named("a toaster, a dragon and a puppy", "en") == {"toaster", "dragon", "dog"}

@@ -14,6 +14,7 @@ from mmray.features.evaluation.summary import summarise
 from mmray.objects.answers import says_yes
 from mmray.objects.lexicon import ObjectLexicon
 from mmray.objects.statistics import ObjectStatistics, choose_pope_objects, gather_statistics
+from mmray.objects.words import ObjectWords
 
 
 def summed(rows: MeasurementBuffer) -> dict[str, tuple[float | None, float | None]]:
@@ -22,7 +23,7 @@ def summed(rows: MeasurementBuffer) -> dict[str, tuple[float | None, float | Non
 
 
 def test_chair_by_hand() -> None:
-    lexicon = ObjectLexicon(("dog", "cat", "car", "tree"), {}, {"dog": ("puppy",)})
+    lexicon = ObjectLexicon(("dog", "cat", "car", "tree"), {}, ObjectWords({"dog": ("puppy",)}))
     rows = MeasurementBuffer()
     # Three mentions before, one of them wrong; after it two, both right, of which one twice.
     chair(rows, lexicon, "a", frozenset({"dog", "tree"}), "en", "A dog, a cat and trees.", "A dog and a puppy.")

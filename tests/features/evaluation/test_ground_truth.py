@@ -16,7 +16,7 @@ from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.evaluate import evaluate
 from mmray.features.evaluation.settings import measure_settings
 from mmray.objects.ground_truth import survey, with_ground_truth
-from mmray.objects.lexicon import object_lexicon
+from mmray.objects.lexicon import ObjectLexicon
 from mmray.objects.statistics import gather_statistics
 from mmray.objects.words import COCO, NONE, coco_words
 from tests.support.chair_reference import reference
@@ -94,7 +94,7 @@ def test_ground_truth_by_name(coco: Path, images: list[dict[str, Any]], kind: An
     assert (found.ground_truth, found.synonyms) == (kind, COCO)
     truths = [truth_of(image, kind) for image in images]
     assert found.statistics.counts == Counter(name for truth in truths for name in truth or ())
-    lexicon = object_lexicon(found.statistics.vocabulary, {}, coco_words())
+    lexicon = ObjectLexicon(found.statistics.vocabulary, {}, coco_words())
     for sample, image, truth in zip(read_all(str(coco), captions=False), images, truths, strict=True):
         assert isinstance(sample, Sample)
         there = with_ground_truth(sample, kind, lexicon, found.statistics.references)
@@ -179,7 +179,7 @@ def test_captions_in_rows_of_their_own_are_brought_together_by_their_image(
     assert survey(source, None, None).ground_truth == "instances"
     found = survey(source, kind, None)
     truths = {image["image"]["bytes"]: truth_of(image, kind) for image in images}
-    lexicon = object_lexicon(found.statistics.vocabulary, {}, coco_words())
+    lexicon = ObjectLexicon(found.statistics.vocabulary, {}, coco_words())
     rows = [row for row in read_all(source.data, captions=False) if isinstance(row, Sample)]
     assert len(rows) == len(exploded)
     for row in rows:
