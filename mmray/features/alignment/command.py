@@ -1,4 +1,4 @@
-"""The network that gives a LLaVA another tower's sight: trained, and measured before anything is claimed of it."""
+"""The command `align`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmray.terminal.options import INCOMPLETE, AsJson, app, console, say, show_p
 @app.command()
 @with_settings(AlignmentSettings)
 def align(as_json: AsJson = False, **settings: Any) -> None:
-    """Train a network that makes a LLaVA's image tokens of a detector's embedding, and measure the joint model."""
+    """Train a network that maps a detector's embedding to a LLaVA's image tokens, and measure the joint model."""
     from mmray.features.alignment.job import run_alignment
     from mmray.features.evaluation.view import measures
 
@@ -25,7 +25,7 @@ def align(as_json: AsJson = False, **settings: Any) -> None:
     if as_json:
         print(json.dumps(asdict(outcome), ensure_ascii=False))
     else:
-        title = f"{checked.model} by its own tower (before) and by {checked.tower} (after)"
+        title = f"{checked.model} with its own tower (before) and with {checked.tower} (after)"
         console.print(measures(outcome.measures, title, everything=True))
         say(
             f"{outcome.images:,} images in {outcome.steps:,} steps, loss {outcome.loss:.4f}, "

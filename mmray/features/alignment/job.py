@@ -1,8 +1,8 @@
-"""The driver of an alignment: train W on Ray Train, then measure the joint model next to the original.
+"""The driver of an alignment: train the aligned network W on Ray Train, then compare the joint model with the original.
 
-OUT/run.json, manifest.json, lease/      as of a census (`mmray.runs`); the manifest has the images to learn from
-OUT/checkpoints/                         how far the training is (`mmray.features.alignment.training`)
-OUT/alignment.safetensors, .json         W; its shape, digests of tower and LLaVA, and once they are taken its measures
+OUT/run.json, manifest.json, lease/      as for a census (`mmray.runs`); the manifest has the images to train on
+OUT/checkpoints/                         progress of the training (`mmray.features.alignment.training`)
+OUT/alignment.safetensors, .json         W; its shape, digests of tower and LLaVA, and later its measures
 OUT/validation/FINGERPRINT/              the rows of each unit of the validation, committed once
 """
 
@@ -37,16 +37,17 @@ from mmray.runs import RunFolder
 from mmray.runs.driver import drive
 from mmray.version import VERSION
 
-TOLD_EVERY = 2.0
-"""Seconds between two looks for checkpoints to tell of."""
+POLL_SECONDS = 2.0
+"""Seconds between two listings of the checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Aligned:
-    """What a finished alignment amounts to; `measures` has the original model before and the joint one after."""
+    """A finished alignment."""
 
     out: str
     measures: dict[str, dict[str, Any]]
+    """Measures of the original model (before) and of the joint model (after)."""
     steps: int
     images: int
     lost: int
@@ -55,19 +56,19 @@ class Aligned:
     failures: int
     """Samples of the validation that failed."""
     quarantined: dict[int, str]
-    """Unit of the validation → why it was given up."""
+    """Unit of the validation → why it was quarantined."""
     seconds: float
 
     @property
     def complete(self) -> bool:
-        """Return whether every image could be read and every sample measured."""
+        """Whether every image could be read and every sample measured."""
         return not self.lost and not self.failures and not self.quarantined
 
 
 def run_alignment(settings: AlignmentSettings, follow: Follow = lambda _: None) -> Aligned:
-    """Train and validate an aligned network to the end, or go on where that was stopped.
+    """Train and validate an aligned network, or resume where that stopped.
 
-    `follow` hears of every checkpoint, and then of every unit of the validation. Raises InputError for anything wrong
+    Calls `follow` after every checkpoint, then after every unit of the validation. Raises InputError for anything wrong
     with the set-up.
     """
     began = time.perf_counter()
@@ -76,7 +77,8 @@ def run_alignment(settings: AlignmentSettings, follow: Follow = lambda _: None) 
     source = open_source(settings.data, Columns(), captions=False)
     manifest = cut_for_training(source.files(), settings.batch_size, settings.shard_size, settings.limit)
     if not manifest.samples:
-        raise InputError(f"{settings.data}: no sample in it")
+        raise InputError(f"{settings.data}: has no samples")
+    # Planned before the training, so that wrong validation data is reported at once, not after hours.
     validation = plan_validation(settings)
     if settings.local and not RunFolder.at(settings.out).store.exists(FACTS):
         raise InputError(f"--local: {settings.out} is not trained yet, and the training needs Ray; leave --local out")
@@ -85,7 +87,7 @@ def run_alignment(settings: AlignmentSettings, follow: Follow = lambda _: None) 
     folder, executor = RunFolder.at(settings.out), executor_for(settings)
     with drive(folder) as lease, executor.session():
         if not folder.store.exists(FACTS):
-            with _told(folder, settings, manifest.samples * settings.epochs, follow):
+            with _reporting(folder, settings, manifest.samples * settings.epochs, follow):
                 _train(settings, folder, info)
         job = ValidationJob(settings, info["fingerprint"], validation)
         done = run_job(job, executor=executor, follow=follow, lease=lease)
@@ -119,29 +121,30 @@ def _info(settings: AlignmentSettings, manifest: Manifest) -> dict[str, Any]:
 
 
 @contextmanager
-def _told(folder: RunFolder, settings: AlignmentSettings, images: int, follow: Follow) -> Iterator[None]:
-    """Tell how many of so many images are learnt from by each new checkpoint while the block runs."""
+def _reporting(folder: RunFolder, settings: AlignmentSettings, images: int, follow: Follow) -> Iterator[None]:
+    """Report the number of images trained on, out of `images`, at each new checkpoint during the with-block."""
     ended = Event()
 
-    def tell() -> None:
-        told = 0
-        while not ended.wait(TOLD_EVERY):
+    def report() -> None:
+        reported = 0
+        while not ended.wait(POLL_SECONDS):
+            # The workers are other processes, and checkpoints are the only progress that they share.
             steps = max(map(steps_of, checkpoints(folder.store)), default=0)
-            if steps > told:
-                told = steps
+            if steps > reported:
+                reported = steps
                 follow(Progress(min(steps * settings.batch_size, images), images, 0, 0))
 
-    teller = Thread(target=tell, daemon=True)
-    teller.start()
+    reporter = Thread(target=report, daemon=True)
+    reporter.start()
     try:
         yield
     finally:
         ended.set()
-        teller.join()
+        reporter.join()
 
 
 def _train(settings: AlignmentSettings, folder: RunFolder, info: dict[str, Any]) -> None:
-    """Have Ray Train run the workers, and begin them again where some die."""
+    """Let Ray Train run the workers, and restart them if some die."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
@@ -153,7 +156,7 @@ def _train(settings: AlignmentSettings, folder: RunFolder, info: dict[str, Any])
         "home": str(Path.cwd()),
         "facts": {"digests": info["digests"], "settings": info["settings"], "versions": info["versions"]},
     }
-    # What Ray Train itself writes is a few lines of its own state: checkpoints are ours.
+    # Ray Train only writes a few lines of its own state here; the checkpoints are in the run's folder.
     state = f"{gettempdir()}/mmray-align-{uuid4().hex[:8]}"
     own = RunConfig(
         name="align",

@@ -1,4 +1,4 @@
-"""A LLaVA that sees by another tower, for as long as a block lasts: the joint model where all measures are taken."""
+"""A LLaVA with another vision tower for as long as a with-block lasts: the joint model that is measured."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from mmray.models.loading import LoadedModel
 
 
 @dataclass(frozen=True, eq=False)
-class OtherSight:
-    """Another tower with a network aligned to the model's tokens, measured as an edit of the model is."""
+class TowerSwap:
+    """Another tower with a network aligned to the model's image tokens, to be measured like an edit of the model."""
 
-    sight: VisionTower
+    tower: VisionTower
     network: nn.Module
     purposes: tuple[Any, ...] = ()
+    """Empty, as `facts`: an edit has them, and the evaluator reads them."""
     facts: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
     def applied(self, model: LoadedModel) -> Iterator[None]:
-        """Have the model's projector answer with the aligned network's tokens of the images that are asked about."""
+        """Replace the output of the model's projector by the aligned network's tokens of the same images."""
         processor = model.processor.image_processor
-        remembering = _Remembering(processor)
+        recorder = _ImageRecorder(processor)
+        running = False
 
-        looking = False
-
-        def answer(_: nn.Module, __: tuple[Any, ...], own: Tensor) -> Tensor:
-            nonlocal looking
-            if looking:
-                return own  # the sight is this model's own tower, which goes by the projector too
-            looking = True
+        def replace(_: nn.Module, __: tuple[Any, ...], own: Tensor) -> Tensor:
+            nonlocal running
+            if running:
+                return own  # the tower is this model's own, and uses the projector itself
+            running = True
             try:
-                pixels = self.sight.pixels(remembering.images).to(own.device, own.dtype)
-                tokens: Tensor = self.network(self.sight(pixels))
+                pixels = self.tower.pixels(recorder.images).to(own.device, own.dtype)
+                tokens: Tensor = self.network(self.tower(pixels))
             finally:
-                looking = False
+                running = False
             if tokens.shape != own.shape:
                 raise InputError(
-                    f"{model.name}: {tuple(tokens.shape)} tokens of the aligned network in place of {tuple(own.shape)}"
+                    f"{model.name}: {tuple(tokens.shape)} tokens of the aligned network instead of {tuple(own.shape)}"
                 )
             return tokens.to(own.dtype)
 
-        model.processor.image_processor = remembering
-        handle = model.network.get_submodule(PROJECTOR).register_forward_hook(answer)
+        model.processor.image_processor = recorder
+        handle = model.network.get_submodule(PROJECTOR).register_forward_hook(replace)
         try:
             yield
         finally:
@@ -57,8 +57,8 @@ class OtherSight:
             model.processor.image_processor = processor
 
 
-class _Remembering:
-    """An image processor as it is, that keeps the images that it was given last: pixels alone don't tell them."""
+class _ImageRecorder:
+    """An image processor that records its last images, because the other tower can't use this model's pixels."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner

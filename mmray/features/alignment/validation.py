@@ -1,4 +1,4 @@
-"""The validation of an aligned network as a job: a unit is a few samples, asked of the original and the joint model."""
+"""The validation of an aligned network as a job: each unit is a few samples, for the original and the joint model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmray.detector.alignment import FACTS, load_alignment
 from mmray.detector.alignment_settings import AlignmentSettings
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
-from mmray.features.alignment.tower_swap import OtherSight
+from mmray.features.alignment.tower_swap import TowerSwap
 from mmray.features.alignment.training import open_pair
 from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.evaluator import EditEvaluator
@@ -29,26 +29,26 @@ from mmray.runs import RunFolder
 from mmray.storage import with_retries
 
 UNIT = 50
-"""Samples of a unit of work."""
+"""Samples per unit of work."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What is measured, and on which samples."""
+    """The measures of a validation, and its samples."""
 
     measured: MeasureSettings
     manifest: Manifest
-    facts: ObjectStatistics
+    object_statistics: ObjectStatistics
 
 
 def plan_validation(settings: AlignmentSettings) -> Validation:
-    """Settle what is measured; raises InputError where the data has no objects."""
+    """Choose measures and samples; raises InputError if the data has no objects."""
     source = open_source(settings.validate_on, captions=False)
     if source.columns.objects is None:
-        raise InputError(f"{settings.validate_on}: no column of objects, without which nothing can be validated")
+        raise InputError(f"{settings.validate_on}: has no column of objects; give validation data that has one")
     manifest = cut(source.files(), UNIT, settings.validate_limit)
     if not manifest.samples:
-        raise InputError(f"{settings.validate_on}: no sample in it")
+        raise InputError(f"{settings.validate_on}: has no samples")
     found = survey(source, None, None)
     measured = measure_settings(
         text_count=0,
@@ -63,7 +63,7 @@ def plan_validation(settings: AlignmentSettings) -> Validation:
 
 
 class ValidationJob(Job[AlignmentSettings, Validation]):
-    """Measures the joint model next to the original; `alignment` is the fingerprint of the training."""
+    """Measures the joint model and the original; `alignment` is the fingerprint of the training."""
 
     name = "validation"
     parts: ClassVar[dict[str, pa.Schema]] = {name: PARTS[name] for name in ("measurements", "captions")}
@@ -79,41 +79,43 @@ class ValidationJob(Job[AlignmentSettings, Validation]):
         return self.settings.out.rstrip("/")
 
     def plan(self) -> Plan[Validation]:
-        """Return the samples in units of a few."""
-        known = self.validation
-        asked = repr(known.measured.model_dump(exclude={"draws"}))
+        """Return a plan with a few samples per unit."""
+        validation = self.validation
+        # Draws only affect intervals, which the merge computes: other values need no unit to run again.
+        measured = repr(validation.measured.model_dump(exclude={"draws"}))
         digests = {
             "alignment": self.alignment,
-            "data": known.manifest.digest,
-            "samples": str(known.manifest.samples),
-            "measured": hashlib.sha256(asked.encode()).hexdigest()[:16],
+            "data": validation.manifest.digest,
+            "samples": str(validation.manifest.samples),
+            "measured": hashlib.sha256(measured.encode()).hexdigest()[:16],
         }
-        units = [Unit(shard.samples, shard.shard_id) for shard in known.manifest.shards]
-        return Plan(units, digests, known)
+        units = [Unit(shard.samples, shard.shard_id) for shard in validation.manifest.shards]
+        return Plan(units, digests, validation)
 
     def worker(self, context: Validation) -> Worker:
-        """Load both models, and return what measures the samples of a unit."""
+        """Load both models, and return the worker that measures the samples of a unit."""
         settings = self.settings
         pair = open_pair(settings)
         network = load_alignment(settings.out, pair.model, digest(resolve(settings.tower)), measured=False)
-        before = BaselineReplies(pair.model)
-        measuring = EditEvaluator(before, OtherSight(pair.tower, network), context.facts, context.measured)
+        baseline = BaselineReplies(pair.model)
+        joint = TowerSwap(pair.tower, network)
+        evaluator = EditEvaluator(baseline, joint, context.object_statistics, context.measured)
         source = open_source(settings.validate_on, captions=False)
 
         def measure(unit: Unit) -> UnitResult:
             samples = list(read_shard(source, context.manifest.shards[unit.payload]))
-            tables = measuring.samples(samples).tables()
-            before.clear()
+            tables = evaluator.samples(samples).tables()
+            baseline.clear()  # no other unit has these samples
             return UnitResult(tables)
 
         return measure
 
     def merge(self, plan: Plan[Validation], parts: Parts, output: Output) -> dict[str, Any]:
-        """Put the measures next to the network that they are of."""
-        facts = json.loads(with_retries(lambda: RunFolder.at(self.target)).store.read(FACTS))
+        """Write the measures to the description of the network."""
+        description = json.loads(with_retries(lambda: RunFolder.at(self.target)).store.read(FACTS))
         measures = summarise(parts.table("measurements"), plan.context.measured)
-        facts["measures"] = {name: value for name, value in measures.items() if value["n"]}
+        description["measures"] = {name: value for name, value in measures.items() if value["n"]}
         samples = sum(receipt.samples for receipt in parts.receipts.values())
-        known = {"data": self.settings.validate_on, "digest": plan.context.manifest.digest, "samples": samples}
-        output.file(FACTS, json.dumps(facts | {"validated_on": known}, indent=1).encode())
-        return {"measures": facts["measures"], "training": facts["training"]}
+        data = {"data": self.settings.validate_on, "digest": plan.context.manifest.digest, "samples": samples}
+        output.file(FACTS, json.dumps(description | {"validated_on": data}, indent=1).encode())
+        return {"measures": description["measures"], "training": description["training"]}

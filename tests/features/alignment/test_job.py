@@ -54,7 +54,7 @@ def weights(out: str):
 def undisturbed(asked, tmp_path_factory, ray_here: str):
     out = str(tmp_path_factory.mktemp("undisturbed") / "out")
     told: list[tuple[int, int]] = []
-    with patch.object(alignment_job, "TOLD_EVERY", 0.02):
+    with patch.object(alignment_job, "POLL_SECONDS", 0.02):
         done = run_alignment(
             alignment_settings({**asked, "out": out, "workers": 1}),
             lambda progress: told.append((progress.done, progress.total)),

@@ -21,7 +21,7 @@ from mmray.detector.alignment import (
 from mmray.detector.joint import join
 from mmray.detector.vision_tower import OwnTower, open_tower
 from mmray.errors import InputError
-from mmray.features.alignment.tower_swap import OtherSight
+from mmray.features.alignment.tower_swap import TowerSwap
 from mmray.features.evaluation.draft_verifier import DraftVerifier
 from mmray.features.evaluation.queries import Query
 from mmray.features.saliency.model import explain, load_model
@@ -119,10 +119,10 @@ def test_a_model_with_its_own_sight_standing_in_says_the_same(pair):
     ]
     verifier = DraftVerifier(model, 4)
     before = verifier.generate(queries)
-    with OtherSight(pair.tower, pair.tower.projector).applied(model):
+    with TowerSwap(pair.tower, pair.tower.projector).applied(model):
         assert verifier.generate(queries) == before
     blind = pair.network("projector", 1)
-    with OtherSight(pair.tower, blind).applied(model):
+    with TowerSwap(pair.tower, blind).applied(model):
         changed = verifier.states_along(queries, before)
     for one, other in zip(verifier.states_along(queries, before), changed, strict=True):
         assert not torch.allclose(one.hidden, other.hidden)
