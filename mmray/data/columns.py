@@ -51,41 +51,31 @@ class Columns(BaseModel):
 
     def used(self) -> tuple[str, ...]:
         """Return the names of the columns to read, each once, in a fixed order."""
-        named = [getattr(self, field) for field in USUAL_NAMES]
+        named = [getattr(self, field) for field in FIELDS if field != "labels"]
         return tuple(dict.fromkeys(name for name in [*named, *self.labels] if name is not None))
 
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2")
 TEXT_ONLY_NAMES = ("text", "sentence", "sentences", "txt")
 
-USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
-    "image": (
-        *("image", "img", "picture", "photo", "image_bytes"),
-        *IMAGE_SUFFIXES,
-        *("file_name", "filename", "image_path"),
-    ),
-    "caption": ("caption", "captions", *TEXT_ONLY_NAMES, "description"),
-    "sample_id": ("sample_id", "uid", "id"),
-    "language": ("language", "lang", "locale"),
-    "domain": ("domain",),
-    "objects": ("objects", "object_names"),
-    "boxes": ("boxes", "bboxes"),
-    "questions": ("questions", "qa"),
-}
-"""Field of `Columns` → names to look for, most likely first, compared without case."""
+IMAGE_NAMES = (
+    *("image", "img", "picture", "photo", "image_bytes"),
+    *IMAGE_SUFFIXES,
+    *("file_name", "filename", "image_path"),
+)
 
-ACCEPTED: Mapping[str, tuple[Kind, ...]] = {
-    "image": ("image", "bytes", "text"),
-    "caption": ("text", "texts"),
-    "sample_id": ("text", "number"),
-    "language": ("text", "number"),
-    "domain": ("text", "number"),
-    "objects": ("texts", "text"),
-    "boxes": ("boxes",),
-    "questions": ("questions",),
-    "labels": ("text", "number"),
+FIELDS: Mapping[str, tuple[tuple[Kind, ...], tuple[str, ...]]] = {
+    "image": (("image", "bytes", "text"), IMAGE_NAMES),
+    "caption": (("text", "texts"), ("caption", "captions", *TEXT_ONLY_NAMES, "description")),
+    "sample_id": (("text", "number"), ("sample_id", "uid", "id")),
+    "language": (("text", "number"), ("language", "lang", "locale")),
+    "domain": (("text", "number"), ("domain",)),
+    "objects": (("texts", "text"), ("objects", "object_names")),
+    "boxes": (("boxes",), ("boxes", "bboxes")),
+    "questions": (("questions",), ("questions", "qa")),
+    "labels": (("text", "number"), ()),
 }
-"""Field of `Columns` → what its column may hold."""
+"""Field of `Columns` → what its column may hold, and its usual names, most likely first, compared without case."""
 
 OPTIONS = {"sample_id": "id", "labels": "label"}
 """Field of `Columns` → WORD in `--WORD-column`, where the two differ."""
@@ -99,7 +89,8 @@ def detect(found: Mapping[str, Kind], requested: Columns, where: str, captions: 
     without captions is accepted only if `captions` is false.
     Raises `InputError` naming `where`, the existing columns, and the option that fixes it.
     """
-    chosen: dict[str, str | None] = {field: _choose(field, found, requested, where) for field in USUAL_NAMES}
+    single = [field for field in FIELDS if field != "labels"]
+    chosen: dict[str, str | None] = {field: _choose(field, found, requested, where) for field in single}
     for label in requested.labels:
         _check("labels", label, found, where)
     have = f"{where} has the columns {', '.join(found) or 'none'}"
@@ -165,9 +156,10 @@ def _choose(field: str, found: Mapping[str, Kind], requested: Columns, where: st
         _check(field, name, found, where)
         return name
     # A column of only nulls fits any field: its first rows may be empty.
-    fitting = [name for name, kind in found.items() if kind in (*ACCEPTED[field], "unknown")]
+    kinds, usual_names = FIELDS[field]
+    fitting = [name for name, kind in found.items() if kind in (*kinds, "unknown")]
     # Most likely name first, whatever the order of the columns.
-    for usual in USUAL_NAMES[field]:
+    for usual in usual_names:
         for name in fitting:
             if name.lower() == usual and name not in requested.labels:
                 return name
@@ -178,9 +170,10 @@ def _choose(field: str, found: Mapping[str, Kind], requested: Columns, where: st
 
 def _unfit(field: str, found: Mapping[str, Kind]) -> str:
     """Return what is wrong with a column of a usual name, to add to a message; empty if there is none."""
+    kinds, usual_names = FIELDS[field]
     for name, kind in found.items():
-        if name.lower() in USUAL_NAMES[field] and kind not in (*ACCEPTED[field], "unknown"):
-            return f", but {name!r} holds {kind}, not {' or '.join(ACCEPTED[field])}"
+        if name.lower() in usual_names and kind not in (*kinds, "unknown"):
+            return f", but {name!r} holds {kind}, not {' or '.join(kinds)}"
     return ""
 
 
@@ -188,7 +181,6 @@ def _check(field: str, name: str, found: Mapping[str, Kind], where: str) -> None
     option = f"--{OPTIONS.get(field, field)}-column"
     if name not in found:
         raise InputError(f"{option}: {where} has no column {name!r}; it has {', '.join(found) or 'none'}")
-    if found[name] not in (*ACCEPTED[field], "unknown"):
-        raise InputError(
-            f"{option}: column {name!r} of {where} holds {found[name]}; it must hold {' or '.join(ACCEPTED[field])}"
-        )
+    kinds, _ = FIELDS[field]
+    if found[name] not in (*kinds, "unknown"):
+        raise InputError(f"{option}: column {name!r} of {where} holds {found[name]}; it must hold {' or '.join(kinds)}")

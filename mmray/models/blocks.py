@@ -95,10 +95,10 @@ class BlockRecorder:
         with ExitStack() as stack:
             stack.enter_context(capture_input(self.model.norm, keep_final))
             for layer, block in self.blocks.items():
-                stack.callback(block.register_forward_pre_hook(partial(enter, layer), with_kwargs=True).remove)
-                stack.callback(block.register_forward_hook(partial(leave, layer)).remove)
+                stack.enter_context(block.register_forward_pre_hook(partial(enter, layer), with_kwargs=True))
+                stack.enter_context(block.register_forward_hook(partial(leave, layer)))
                 module = self.model.network.get_submodule(self.model.projections[layer].path)
-                stack.callback(module.register_forward_hook(partial(project, layer)).remove)
+                stack.enter_context(module.register_forward_hook(partial(project, layer)))
             yield
 
     def calls(self, after: int) -> list[BlockCall]:
@@ -178,8 +178,8 @@ class BlockRecorder:
         with ExitStack() as stack:
             # OPT's projection hangs in the block itself, without a module for the MLP.
             if mlp is not self.blocks[last]:
-                stack.callback(mlp.register_forward_pre_hook(narrow).remove)
-                stack.callback(mlp.register_forward_hook(widen).remove)
+                stack.enter_context(mlp.register_forward_pre_hook(narrow))
+                stack.enter_context(mlp.register_forward_hook(widen))
             yield
 
 
@@ -207,8 +207,5 @@ def permuted_image(model: LoadedModel, batch: Batch, seed: int = 0) -> Iterator[
         shuffled = states.flatten(0, 1)[order.to(states.device)].reshape(states.shape)
         return (shuffled, *arguments[1:])
 
-    handle = block_of(model, 0).register_forward_pre_hook(shuffle)
-    try:
+    with block_of(model, 0).register_forward_pre_hook(shuffle):
         yield
-    finally:
-        handle.remove()

@@ -49,11 +49,8 @@ def capture_input(module: nn.Module, receive: Callable[[Tensor], None]) -> Itera
     def capture(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         receive(arguments[0])
 
-    handle = module.register_forward_pre_hook(capture)
-    try:
+    with module.register_forward_pre_hook(capture):
         yield
-    finally:
-        handle.remove()
 
 
 def _hook_linear(
@@ -71,8 +68,8 @@ def _hook_linear(
         receive(index, activation, gates.pop().flatten(0, -2) if gates else activation)
 
     if gate is not None:
-        stack.callback(gate.register_forward_hook(capture_gate).remove)
-    stack.callback(module.register_forward_pre_hook(capture).remove)
+        stack.enter_context(gate.register_forward_hook(capture_gate))
+    stack.enter_context(module.register_forward_pre_hook(capture))
 
 
 def has_gates(network: PreTrainedModel, projections: Sequence[Projection]) -> bool:

@@ -37,11 +37,8 @@ def routed_activation(
         activation, gate = _routed(module, **_inputs(arguments, named))
         receive(_changed(module, activation), activation if gate is None else gate)
 
-    handle = module.register_forward_hook(capture, with_kwargs=True)
-    try:
+    with module.register_forward_hook(capture, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

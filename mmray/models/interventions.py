@@ -112,8 +112,5 @@ def _changed_input(module: nn.Module, units: Tensor, change: Callable[[Tensor], 
         activation[..., index] = change(activation[..., index])
         return (activation, *arguments[1:])
 
-    handle = module.register_forward_pre_hook(replace)
-    try:
+    with module.register_forward_pre_hook(replace):
         yield
-    finally:
-        handle.remove()

@@ -122,8 +122,8 @@ def _record_calls(stack: ExitStack, path: str, module: nn.Module, calls: dict[st
         if (tensor := _tensor(output)) is not None:
             calls[path] = Call(path, module, arguments, named, tensor.clone())
 
-    stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-    stack.callback(module.register_forward_hook(after).remove)
+    stack.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+    stack.enter_context(module.register_forward_hook(after))
 
 
 def _final_norm(kind: str, calls: dict[str, Call], head: nn.Module) -> tuple[Call, float]:
@@ -252,9 +252,9 @@ def _rerun(block: Call, altered: Call, change: Change, watched: Call | None) -> 
         seen.append(arguments[0].clone())
 
     with ExitStack() as stack:
-        stack.callback(altered.module.register_forward_hook(alter).remove)
+        stack.enter_context(altered.module.register_forward_hook(alter))
         if watched is not None:
-            stack.callback(watched.module.register_forward_pre_hook(watch).remove)
+            stack.enter_context(watched.module.register_forward_pre_hook(watch))
         named = {name: _copy(value) for name, value in block.named.items()}
         output = _tensor(block.module(*(_copy(value) for value in block.arguments), **named))
     if output is None:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mmray.models.blocks import BlockRecorder
 from mmray.models.capture import capture_input
-from mmray.models.interventions import ablate
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import log_probability
 from mmray.models.prompting import Batch
@@ -56,10 +55,6 @@ class Ablator:
         self.recorder = recorder or self._record()
         self.unchanged = self._log_probabilities(self._read(self.recorder.final))
         self.resumes = self._validate() if resumes is None else resumes
-
-    def change(self, neurons: Neurons) -> Float[Tensor, " position"]:
-        """Return how much zeroing these neurons adds to the log-probability of each position's token, in nats."""
-        return self.changed(neurons, ablate(self.model, neurons))
 
     @torch.inference_mode()
     def changed(self, neurons: Neurons, change: AbstractContextManager[None]) -> Float[Tensor, " position"]:

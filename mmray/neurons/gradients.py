@@ -5,8 +5,8 @@ The scores differ only in what is differentiated, and over which positions the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -14,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmray.errors import InputError
-from mmray.models.capture import capture_activations
-from mmray.models.layout import Projection
+from mmray.models.capture import capture_activations, capture_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import token_log_odds, token_logits
 from mmray.models.parts import output_rows
@@ -58,9 +57,8 @@ def gradient_pass(
                     model.network, model.projections, lambda layer, found, _: activations.update({layer: found})
                 )
             )
-            for layer, projection in enumerate(model.projections):
-                module = model.network.get_submodule(projection.path)
-                hooks.callback(_keep_leaf(module, projection, layer, leaves).remove)
+            for layer in range(len(model.widths)):
+                hooks.enter_context(_kept_leaf(model, layer, leaves))
             forward(model, batch)
         differentiated = token_log_odds if score == "effect" else token_logits
         values = differentiated(model, cache.hidden, cache.tokens)
@@ -89,22 +87,23 @@ def gradient_pass(
     return scores, cache
 
 
-def _keep_leaf(module: nn.Module, projection: Projection, layer: int, leaves: dict[int, Tensor]) -> Any:
+def _kept_leaf(model: LoadedModel, layer: int, leaves: dict[int, Tensor]) -> AbstractContextManager[Any]:
     """Keep, at the next forward, the tensor that a layer's gradient is taken with respect to.
 
     That is the projection's input, the activations. Fused experts have no such input: there it is their output, whose
     gradient times the rows of W_out is the activations' gradient.
     """
+    projection = model.projections[layer]
+    module = model.network.get_submodule(projection.path)
 
     def keep(tensor: Tensor) -> None:
         # Weights are frozen: the first layer's activations start the graph, and later ones depend on them.
         leaves[layer] = tensor if tensor.requires_grad else tensor.requires_grad_()
 
-    keep_input: Callable[..., None] = lambda _, arguments: keep(arguments[0])  # noqa: E731
-    keep_output: Callable[..., None] = lambda _, __, output: keep(output)  # noqa: E731
-    if projection.experts:
-        return module.register_forward_hook(keep_output)
-    return module.register_forward_pre_hook(keep_input)
+    def keep_output(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+        keep(output)
+
+    return module.register_forward_hook(keep_output) if projection.experts else capture_input(module, keep)
 
 
 def _summed_rows(batch: Batch, occurrence: TokenPosition, score: str) -> Tensor:

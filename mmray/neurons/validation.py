@@ -110,7 +110,7 @@ def identity(model: LoadedModel) -> tuple[bool, str]:
         )
         for projection in model.projections:
             module = model.network.get_submodule(projection.path)
-            stack.callback(module.register_forward_hook(keep).remove)
+            stack.enter_context(module.register_forward_hook(keep))
         forward(model, batch)
     worst = 0.0
     for projection, activation, output in zip(model.projections, activations, outputs, strict=True):
@@ -162,7 +162,7 @@ def image_seen(model: LoadedModel) -> tuple[bool, str]:
         first_inputs.append(next(value for value in (*arguments, *named.values()) if isinstance(value, Tensor)))
 
     with ExitStack() as stack:
-        stack.callback(block_of(model, 0).register_forward_pre_hook(enter, with_kwargs=True).remove)
+        stack.enter_context(block_of(model, 0).register_forward_pre_hook(enter, with_kwargs=True))
         logits, other = (model.network(**variant).logits[0, -1] for variant in (inputs, darker))
     in_sequence = model.parts.image_in_sequence
     where = f"{len(positions)} image tokens in the sequence"

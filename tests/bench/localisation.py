@@ -186,7 +186,8 @@ def measure(
     ablator, found = Ablator(model, batch, places), {}
     for name, neurons in sets.items():
         layers, units = locate_index(model.widths, neurons)
-        fall = -ablator.change(list(zip(layers.tolist(), units.tolist(), strict=True))).numpy()
+        ablated = list(zip(layers.tolist(), units.tolist(), strict=True))
+        fall = -ablator.changed(ablated, mmray.ablate(model, ablated)).numpy()
         found[name] = np.array([fall[is_own].mean(), fall[is_other].mean(), np.abs(fall[is_other]).mean()])
     untouched = ablator.unchanged.numpy()
     return found, np.array([untouched[is_own].mean(), untouched[is_other].mean()])

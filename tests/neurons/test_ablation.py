@@ -23,5 +23,5 @@ def test_starting_late_changes_nothing(open_model, variant, neurons):
     with mmray.ablate(model, neurons):
         expected = score_batch(model, batch, places).log_prob - plain
     assert expected.abs().max() > 1e-4
-    torch.testing.assert_close(ablator.change(neurons), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(ablator.changed(neurons, mmray.ablate(model, neurons)), expected, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(score_batch(model, batch, places).log_prob, plain)
