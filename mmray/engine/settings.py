@@ -119,4 +119,6 @@ def first_problem(error: ValidationError) -> str:
         return f"unknown setting {name!r}"
     if problem["type"] == "missing":
         return f"setting {name!r} is missing"
-    return f"setting {name} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+    message = str(problem["msg"].removeprefix("Value error, "))
+    # A problem of several settings together has no location, and its message names them.
+    return f"setting {name} = {problem['input']!r}: {message}" if name else message

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mmray.engine.settings import first_problem
-from mmray.errors import InputError
+from mmray.engine.settings import checked
 from mmray.features.editing.edit_methods import EDIT_METHODS, Method, methods_help
 
 By = Literal["specific", "score", "share"]
@@ -86,10 +85,4 @@ class EditSettings(BaseModel):
 
 def edit_settings(values: dict[str, Any]) -> EditSettings:
     """Return checked settings; raises InputError naming the first that is wrong and what is allowed."""
-    try:
-        return EditSettings(**values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        # A problem of several settings together has no location, and its message already names the options.
-        message = problem["msg"].removeprefix("Value error, ") if not problem["loc"] else first_problem(error)
-        raise InputError(message) from error
+    return checked(EditSettings, values)

@@ -26,7 +26,7 @@ from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.edit_requests import EDITED
 from mmray.features.evaluation.evaluator import EditEvaluator
 from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
-from mmray.features.evaluation.plan import EvaluationContext, EvaluationUnit, open_measured, part_of, plan_evaluation
+from mmray.features.evaluation.plan import EvaluationContext, EvaluationUnit, open_measured, plan_evaluation
 from mmray.features.evaluation.queries import Edit
 from mmray.features.evaluation.settings import EvaluationSettings
 from mmray.features.evaluation.summary import summarise
@@ -124,11 +124,12 @@ class _SharedBaseline:
 
 
 def _measured(context: EvaluationContext, evaluator: EditEvaluator, unit: EvaluationUnit) -> MeasurementBuffer:
+    part = slice(unit.start, unit.start + unit.samples)
     if unit.kind == "texts":
-        return evaluator.texts(context.texts[unit.start : unit.start + unit.samples])
+        return evaluator.texts(context.texts[part])
     if unit.kind == "records":
         assert context.records is not None
-        return evaluator.records(part_of(context.records, unit))
+        return evaluator.records(replace(context.records, records=context.records.records[part]))
     if unit.kind == "data":
         return evaluator.samples(list(read_shard(open_measured(context.census), context.manifest.shards[unit.number])))
     assert context.own_manifest is not None

@@ -112,11 +112,6 @@ def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engin
     )
 
 
-def part_of(records: Records, unit: EvaluationUnit) -> Records:
-    """Return the records of a unit."""
-    return replace(records, records=records.records[unit.start : unit.start + unit.samples])
-
-
 def _digests(context: EvaluationContext, run: Run, units: tuple[EvaluationUnit, ...]) -> dict[str, str]:
     """Return the digests of everything that the result depends on."""
     settings = context.settings

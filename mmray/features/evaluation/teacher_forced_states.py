@@ -132,32 +132,23 @@ class StateReader:
         # Mllama skips some blocks without an image, and routed experts see tokens, not positions.
         known = bool(activations) and not self.model.projections[-1].experts
         activation = activations[-1].reshape(*states.shape[:2], -1) if known else None
-        return {
-            number: self._of(queries[number], len(replies[number]), states[row], activation, row, positions)
-            for number, row, positions in zip(numbers, placed.rows, placed.positions, strict=True)
-        }
+        found = {}
+        for number, row, positions in zip(numbers, placed.rows, placed.positions, strict=True):
+            index = torch.tensor(positions, device=states.device)
+            own = None if activation is None else activation[row, index.to(activation.device)]
+            found[number] = self._kept(queries[number], states[row, index], own, len(replies[number]))
+        return found
 
-    def _of(
-        self,
-        query: Query,
-        length: int,
-        states: Float[Tensor, "position hidden"],
-        activations: Float[Tensor, "row position neuron"] | None,
-        row: int,
-        positions: list[int],
-    ) -> States:
-        """Return what is kept of one query."""
-        index = torch.tensor(positions, device=states.device)
-        own, last = states[index], slice(len(positions) - length - 1, None)
-        activation = None if activations is None else activations[row, index.to(activations.device)]
-        everywhere = None
-        if query.all_positions and activation is not None and own.numel() + activation.numel() <= KEPT_NUMBERS:
-            everywhere = own, activation
+    def _kept(self, query: Query, states: Tensor, activation: Tensor | None, length: int) -> States:
+        """Return what is kept of one query's states and activations; `length` is that of the reply."""
+        everywhere, last = None, slice(len(states) - length - 1, None)
+        if query.all_positions and activation is not None and states.numel() + activation.numel() <= KEPT_NUMBERS:
+            everywhere = states, activation
         return States(
-            # Clones: a view would keep the whole batch's states in memory.
-            hidden=own[last].clone(),
+            # Clones: a view would keep the states of all positions in memory.
+            hidden=states[last].clone(),
             activation=None if activation is None else activation[last].clone(),
-            top=self.top(own) if query.all_positions else None,
+            top=self.top(states) if query.all_positions else None,
             everywhere=everywhere,
         )
 
