@@ -1,6 +1,6 @@
-"""Every feature that runs as a job, one entry each: what tables, status, sweep, checks and the report derive from.
+"""The registry of features: one entry per feature, from which tables, status, sweep, checks and the report derive.
 
-Modules are named, not imported: reading results needs neither torch nor ray.
+Modules are named, not imported, because reading results needs neither torch nor ray.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ ROOM = "mmray.features"
 
 @dataclass(frozen=True)
 class Feature:
-    """A job under its name, which is also its folder in a run and that of its snapshots."""
+    """A feature; its name is also its folder in a run, and that of its snapshots."""
 
     name: str
     jobs: tuple[str, ...]
-    """MODULE:CLASS of each job; a selection and its tests, for example, are two."""
+    """MODULE:CLASS of each job; selectivity, for example, has two."""
     command: str
-    """Renews its tables."""
+    """Command that renews its tables."""
     tables: tuple[str, ...] = ()
     noun: str = "samples"
-    """What sizes of its units count."""
+    """What its units consist of, for progress and status."""
     part_of: str = ""
-    """The feature that it is a part of, which status names it by unless something is wrong with it."""
+    """Feature that it is part of. Status shows it under that name unless something is wrong with it."""
     schemas: str = ""
-    """Module whose TABLES are the schemas of its tables by name."""
+    """Module whose TABLES has the schemas of its tables by name."""
     report: str = ""
-    """MODULE:FUNCTION of its section of the report; its script is `report.js` in the module's folder."""
+    """MODULE:FUNCTION of its section of the report. The section's script is `report.js` in the module's folder."""
     settings: str = ""
-    """MODULE:CLASS of its job's settings, where its command is made from this entry; the class's docstring is the
-    command's help. Empty for a feature whose room has a `command.py`."""
+    """MODULE:CLASS of its job's settings, if its command is made from this entry; the class's docstring is the
+    command's help. Empty for a feature with a `command.py` in its room."""
 
 
 FEATURES: dict[str, Feature] = {
@@ -129,5 +129,5 @@ def table_schemas() -> dict[str, pa.Schema]:
 
 
 def command_for(table: str) -> str:
-    """Return the command that makes a table of a run."""
+    """Return the command that writes a table of a run."""
     return next(feature.command for feature in FEATURES.values() if table in feature.tables)

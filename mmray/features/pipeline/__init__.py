@@ -1,1 +1,1 @@
-"""Census, analyses, edits and evaluations as one job, from one file."""
+"""Census, analyses, edits and evaluations as one job, described in one file."""

@@ -1,4 +1,4 @@
-"""The whole chain as one command: census, further analyses, edits, evaluations."""
+"""The command `pipeline`."""
 
 from __future__ import annotations
 
@@ -38,13 +38,8 @@ def pipeline(
     done = follow_pipeline(pipeline_settings(values | {"local": True} if local else values))
     if as_json:
         steps = {title: asdict(step) for title, step in done.steps.items()}
-        found = {
-            "run": done.run.uri,
-            "steps": steps,
-            "evaluations": done.measures,
-            "quarantined": done.quarantined,
-        }
-        print(json.dumps(found, ensure_ascii=False))
+        answer = {"run": done.run.uri, "steps": steps, "evaluations": done.measures, "quarantined": done.quarantined}
+        print(json.dumps(answer, ensure_ascii=False))
     else:
         if done.evaluations:
             console.print(comparison(done.measures))
@@ -61,7 +56,7 @@ def pipeline(
 
 
 def follow_pipeline(settings: PipelineSettings) -> Pipeline:
-    """Run a pipeline, and show how far each of its steps is."""
+    """Run a pipeline, and show the progress of each step."""
     from mmray.features.pipeline.job import run_pipeline
 
     with resumable(), ExitStack() as bars:
@@ -69,7 +64,7 @@ def follow_pipeline(settings: PipelineSettings) -> Pipeline:
 
 
 def _follow(bars: ExitStack) -> Follow:
-    """Return what shows a step's progress: one bar after the other, of a step or of those that run side by side."""
+    """Return a function that shows progress as one bar at a time, for a step or for steps that run side by side."""
     from mmray.terminal.progress import follow_progress
 
     shown: dict[str, Any] = {}
@@ -78,8 +73,8 @@ def _follow(bars: ExitStack) -> Follow:
         if step not in shown:
             bars.close()
             feature = FEATURES.get(step.split()[0])
-            things = {"edits": "edits", "evaluations": "samples"}.get(step, feature.noun if feature else "items")
-            shown[step] = bars.enter_context(follow_progress(Console(stderr=True), things))
+            noun = {"edits": "edits", "evaluations": "samples"}.get(step, feature.noun if feature else "items")
+            shown[step] = bars.enter_context(follow_progress(Console(stderr=True), noun))
         shown[step](progress)
 
     return follow

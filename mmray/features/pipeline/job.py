@@ -1,4 +1,4 @@
-"""The whole chain as one call: census → further analyses → edits, an actor each → their evaluations → tables."""
+"""The whole chain as one call: census → further analyses → edits, one actor each → evaluations → tables."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from mmray.runs.tables import read_file, read_table
 from mmray.storage import Store, open_store
 
 Follow = Callable[[str, Progress], None]
-"""Told of progress, with the name of the step."""
+"""Called with the name of the step and its progress."""
 
 logger = logging.getLogger(__name__)
 
 
 class PipelineSettings(BaseModel):
-    """What a pipeline's file holds."""
+    """Contents of a pipeline's file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     census: dict[str, Any]
     steps: list[dict[str, dict[str, Any] | None]] = Field(default_factory=list)
-    """Analyses of the run in this order, each by its command's name with its settings; neighbours run side by side."""
+    """Analyses of the run in this order, each a command's name with its settings; neighbours run side by side."""
     edits: dict[str, dict[str, Any]] = Field(default_factory=dict)
     evaluation: dict[str, Any] = Field(default_factory=dict)
     local: bool = False
@@ -55,12 +55,12 @@ class PipelineSettings(BaseModel):
 
 @dataclass
 class Pipeline:
-    """What a finished pipeline amounts to."""
+    """A finished pipeline."""
 
     run: Run
     census: CensusResult
     steps: dict[str, StepResult] = field(default_factory=dict)
-    """By title: the analysis, with a number from its second time on."""
+    """By title: the name of the analysis, with a number if it is not the first of its kind."""
     edits: dict[str, WeightEdit] = field(default_factory=dict)
     evaluations: dict[str, JobResult] = field(default_factory=dict)
     quarantined: dict[str, str] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class Pipeline:
 
     @property
     def complete(self) -> bool:
-        """Return whether all went well."""
+        """Whether nothing failed or was quarantined."""
         analysed = all(step.complete for step in self.steps.values())
         evaluated = all(evaluation.complete for evaluation in self.evaluations.values())
         return self.census.complete and analysed and not self.quarantined and evaluated
@@ -80,7 +80,10 @@ class Pipeline:
 
 
 def pipeline_settings(values: Mapping[str, Any]) -> PipelineSettings:
-    """Return checked settings, those of every step too; raises InputError naming the first that is wrong, and where."""
+    """Return validated settings, those of every step included.
+
+    Raises InputError that names the first wrong setting and its place in the file.
+    """
     try:
         settings = PipelineSettings(**values)
     except ValidationError as error:
@@ -89,21 +92,23 @@ def pipeline_settings(values: Mapping[str, Any]) -> PipelineSettings:
         ) from error
     _census(settings)
     checked_steps(settings.steps, _execution(settings) | {"run": "RUN"})
-    for name, wanted in settings.edits.items():
+    for name, edit in settings.edits.items():
         try:
-            edit_settings(wanted)
+            edit_settings(edit)
         except InputError as error:
             raise InputError(f"edits, {name}: {error}") from error
     if settings.edits:
+        # The run and the edits don't exist yet; any name will do to validate the other settings.
         _evaluation(settings, "RUN", "EDIT")
     return settings
 
 
 def run_pipeline(settings: PipelineSettings, follow: Follow = lambda _, __: None) -> Pipeline:
-    """Run a pipeline to its end, or resume one that stopped: what is done of any step is not done again.
+    """Run a pipeline, or resume one that stopped; finished work of any step is not repeated.
 
     Raises InputError for anything wrong with the set-up.
     """
+    # One session for all steps, so that Ray starts once.
     with executor_for(JobSettings(**_execution(settings))).session():
         census = _census(settings)
         outcome = run_census(census, partial(follow, "census"))
@@ -120,15 +125,15 @@ def run_pipeline(settings: PipelineSettings, follow: Follow = lambda _, __: None
 
 
 def _edit(done: Pipeline, settings: PipelineSettings, follow: Follow, lease: Lease) -> dict[str, str]:
-    """Make the edits, and evaluate those that could be made.
+    """Make the edits, and evaluate those that succeed.
 
-    Returns the digest of the receipts that tables are made from, by their folder below the run's.
+    Returns folder below the run's → digest of the receipts there, from which the tables are made.
     """
     run, shared = done.run.uri, _execution(settings)
     results: list[JobResult] = []
     jobs = [
-        EditJob(NamedEditSettings(run=run, name=name, wish=edit_settings(wanted), **shared))
-        for name, wanted in settings.edits.items()
+        EditJob(NamedEditSettings(run=run, name=name, wish=edit_settings(edit), **shared))
+        for name, edit in settings.edits.items()
     ]
     for job, made in zip(jobs, run_together(jobs, follow=partial(follow, "edits"), lease=lease), strict=True):
         name = job.settings.name
@@ -138,10 +143,10 @@ def _edit(done: Pipeline, settings: PipelineSettings, follow: Follow, lease: Lea
             done.edits[name] = open_edit(job.target)
             results.append(made)
     if done.edits:
-        wanted = [EvaluationJob(_evaluation(settings, run, edit_folder(run, name))) for name in done.edits]
-        found = run_together(wanted, follow=partial(follow, "evaluations"))
-        done.evaluations = dict(zip(done.edits, found, strict=True))
-        results += found
+        evaluations = [EvaluationJob(_evaluation(settings, run, edit_folder(run, name))) for name in done.edits]
+        evaluated = run_together(evaluations, follow=partial(follow, "evaluations"))
+        done.evaluations = dict(zip(done.edits, evaluated, strict=True))
+        results += evaluated
     return {
         result.parts.folder.store.uri.removeprefix(f"{run}/"): receipts_digest(result.parts.receipts)
         for result in results
@@ -153,10 +158,10 @@ def _census(settings: PipelineSettings) -> CensusSettings:
 
 
 def _execution(settings: PipelineSettings) -> dict[str, Any]:
-    """Return how all that follows the census is run: as that is, unless the whole pipeline is local."""
+    """Return execution settings for the steps after the census: the census's, and whether the pipeline is local."""
     census = _census(settings)
-    own = ("gpus_per_worker", "address", "retry_failed")
-    return {name: getattr(census, name) for name in own} | {"local": settings.local}
+    names = ("gpus_per_worker", "address", "retry_failed")
+    return {name: getattr(census, name) for name in names} | {"local": settings.local}
 
 
 def _evaluation(settings: PipelineSettings, run: str, edit: str) -> EvaluationSettings:
@@ -167,12 +172,13 @@ def _evaluation(settings: PipelineSettings, run: str, edit: str) -> EvaluationSe
 
 
 def _write(done: Pipeline, made: Sequence[str], made_from: Mapping[str, str], writer: SnapshotWriter) -> None:
-    """Write the tables of the run's edits. Rows of edits that an earlier call made stay; all tables change at once."""
-    new = {"edits": _facts(done), "evaluations": _measures(done), "edit_captions": _captions(done)}
+    """Write the tables of the run's edits, all at once. Rows of other edits, which earlier calls made, stay."""
+    new = {"edits": _edit_rows(done), "evaluations": _measure_rows(done), "edit_captions": _caption_rows(done)}
     snapshot = newest(writer.store, "pipeline")
-    before = _earlier(writer.store, snapshot)
+    before = _earlier_tables(writer.store, snapshot)
     tables = {name: _replaced(name, before[name], made, rows) for name, rows in new.items()}
     made_from = {**_of_others(snapshot.made_from, made), **made_from} if snapshot else made_from
+    # A second call that changes nothing writes nothing.
     same = all(before[name] is not None and table.equals(before[name]) for name, table in tables.items())
     if same and snapshot and snapshot.made_from == made_from:
         return
@@ -182,12 +188,12 @@ def _write(done: Pipeline, made: Sequence[str], made_from: Mapping[str, str], wr
 
 
 def _of_others(made_from: Mapping[str, str], made: Sequence[str]) -> dict[str, str]:
-    """Return what rows of other edits than those made now are made from."""
+    """Return the entries for edits other than those made now; folders are edits/NAME/…"""
     return {folder: digest for folder, digest in made_from.items() if folder.split("/")[1] not in made}
 
 
-def _earlier(store: Store, snapshot: Snapshot | None) -> dict[str, pa.Table | None]:
-    """Return the tables as earlier calls have left them; None where there is none, or it is damaged."""
+def _earlier_tables(store: Store, snapshot: Snapshot | None) -> dict[str, pa.Table | None]:
+    """Return the tables of earlier calls; None if there is none, or it is damaged."""
     found: dict[str, pa.Table | None] = dict.fromkeys(TABLES)
     for name in TABLES:
         try:
@@ -200,38 +206,38 @@ def _earlier(store: Store, snapshot: Snapshot | None) -> dict[str, pa.Table | No
 
 
 def _replaced(name: str, before: pa.Table | None, made: Sequence[str], rows: Iterable[dict[str, Any]]) -> pa.Table:
-    """Return a table with new rows in place of those of the edits made."""
+    """Return a table with the rows of the edits made now replaced."""
     schema = TABLES[name]
     parts = [schema.empty_table()]
     if before is not None:
         parts.append(before.filter(pc.invert(pc.is_in(before["edit"], pa.array(made, pa.string())))))
-    # A table of an earlier version may lack a column that has come since.
+    # A table of an earlier version may lack a newer column.
     return pa.concat_tables(
         [*parts, pa.Table.from_pylist(list(rows), schema=schema)], promote_options="default"
     ).combine_chunks()
 
 
-def _facts(done: Pipeline) -> Iterator[dict[str, Any]]:
+def _edit_rows(done: Pipeline) -> Iterator[dict[str, Any]]:
     for name, edit in done.edits.items():
-        purpose, wish = edit.purpose, edit.settings["wishes"][0]
+        purpose, request = edit.purpose, edit.settings["wishes"][0]
         yield {
             "edit": name,
             "kind": purpose.kind,
             "source": purpose.source,
             "target": purpose.target,
             "pairs": [{"context": context, "word": word} for context, word in purpose.pairs],
-            "method": wish["method"],
+            "method": request["method"],
             **{key: edit.facts[key] for key in ("rows_changed", "parameters_changed", "norm", "seconds")},
         }
 
 
-def _measures(done: Pipeline) -> Iterator[dict[str, Any]]:
+def _measure_rows(done: Pipeline) -> Iterator[dict[str, Any]]:
     for name, measures in done.measures.items():
         for measure, row in measures.items():
             yield {"edit": name, "measure": measure, **row}
 
 
-def _captions(done: Pipeline) -> Iterator[dict[str, Any]]:
+def _caption_rows(done: Pipeline) -> Iterator[dict[str, Any]]:
     for name in done.evaluations:
         rows = read_file(open_store(edit_folder(done.run.uri, name)), CAPTIONS_FILE)
         yield from ({"edit": name, **row} for row in rows.to_pylist())

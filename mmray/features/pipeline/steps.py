@@ -1,4 +1,4 @@
-"""The analyses of a run that a pipeline may have as steps, each by the name of its command."""
+"""The analyses that a pipeline may have as steps, by the names of their commands."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from mmray.features.selectivity.settings import selectivity_settings
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a finished step amounts to."""
+    """A finished step."""
 
     failures: int
-    """Samples, or whatever is counted, that failed."""
+    """Samples that failed, or whatever the step's units count."""
     quarantined: Mapping[int, str]
-    """Unit → why it was given up."""
+    """Unit → why it was quarantined."""
     seconds: float
 
     @property
     def complete(self) -> bool:
-        """Return whether all went well."""
+        """Whether nothing failed or was quarantined."""
         return not self.failures and not self.quarantined
 
 
 @dataclass(frozen=True)
 class Step:
-    """A kind of step: how its settings are checked, and how it is run."""
+    """A kind of step."""
 
     settings: Callable[[dict[str, Any]], JobSettings]
-    """Checks settings, that of the run included; raises InputError."""
+    """Validates settings, the run included; raises InputError."""
     job: type[Job[Any, Any]] | None = None
     """None for selectivity, which is two jobs, one after the other."""
 
@@ -58,20 +58,22 @@ STEPS: dict[str, Step] = {
 
 @dataclass(frozen=True)
 class CheckedStep:
-    """A step of a pipeline whose settings are right."""
+    """A step of a pipeline with validated settings."""
 
     title: str
     kind: str
     settings: Any
 
-    def fits(self, others: Sequence[CheckedStep]) -> bool:
-        """Return whether it may run next to others: one job, of another kind, asking for the same workers."""
-        alike = all(_placement(other.settings) == _placement(self.settings) for other in others)
-        return STEPS[self.kind].job is not None and all(other.kind != self.kind for other in others) and alike
+    def may_join(self, others: Sequence[CheckedStep]) -> bool:
+        """Return whether it may run side by side with others: one job, of a different kind, on the same workers."""
+        # Two jobs of one kind would need the same lease and write the same tables.
+        different = all(other.kind != self.kind for other in others)
+        same_workers = all(_placement(other.settings) == _placement(self.settings) for other in others)
+        return STEPS[self.kind].job is not None and different and same_workers
 
 
 def run_steps(steps: Sequence[CheckedStep], follow: Callable[[str, Progress], None]) -> dict[str, StepResult]:
-    """Run steps, neighbours side by side where they can be, and return what each amounts to by title."""
+    """Run steps, with neighbours side by side if possible, and return the result of each by title."""
     results: dict[str, StepResult] = {}
     for group in _groups(steps):
         title = ", ".join(step.title for step in group)
@@ -80,16 +82,16 @@ def run_steps(steps: Sequence[CheckedStep], follow: Callable[[str, Progress], No
             results[title] = StepResult(0, done.quarantined, done.seconds)
             continue
         jobs = [job(step.settings) for step in group if (job := STEPS[step.kind].job)]
-        ended = run_side_by_side(jobs, follow=partial(follow, title))
-        for step, one in zip(group, ended, strict=True):
-            results[step.title] = StepResult(one.failures, one.quarantined, one.seconds)
+        finished = run_side_by_side(jobs, follow=partial(follow, title))
+        for step, result in zip(group, finished, strict=True):
+            results[step.title] = StepResult(result.failures, result.quarantined, result.seconds)
     return results
 
 
 def _groups(steps: Sequence[CheckedStep]) -> list[list[CheckedStep]]:
     groups: list[list[CheckedStep]] = []
     for step in steps:
-        if groups and STEPS[groups[-1][0].kind].job is not None and step.fits(groups[-1]):
+        if groups and STEPS[groups[-1][0].kind].job is not None and step.may_join(groups[-1]):
             groups[-1].append(step)
         else:
             groups.append([step])
@@ -100,13 +102,13 @@ def _placement(settings: JobSettings) -> tuple[object, ...]:
     return settings.workers, settings.gpus_per_worker, settings.address, settings.local
 
 
-def checked_steps(asked: list[dict[str, dict[str, Any] | None]], common: Mapping[str, Any]) -> list[CheckedStep]:
-    """Return the steps with their settings checked; `common` are settings that a step doesn't give itself.
+def checked_steps(entries: list[dict[str, dict[str, Any] | None]], common: Mapping[str, Any]) -> list[CheckedStep]:
+    """Return the steps of a file with validated settings; `common` has defaults for settings that a step leaves out.
 
-    Raises InputError naming the first step that is wrong.
+    Raises InputError that names the first wrong step.
     """
     steps: list[CheckedStep] = []
-    for entry in asked:
+    for entry in entries:
         if len(entry) != 1 or not entry.keys() <= STEPS.keys():
             raise InputError(f"steps: {', '.join(entry) or 'nothing'}: name one of {', '.join(STEPS)} per step")
         ((kind, own),) = entry.items()

@@ -1,4 +1,4 @@
-"""Tables of `mmray pipeline`: its edits, their measures, and captions before and after."""
+"""Tables of `mmray pipeline`: its edits, their measures, and captions before and after each edit."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from mmray.statistics.tables import INTERVAL
 TABLES: dict[str, pa.Schema] = {
     "edits": pa.schema(
         [
-            field("edit", pa.string(), "its name, and its folder in RUN/edits"),
+            field("edit", pa.string(), "its name, which is also its folder in RUN/edits"),
             field("kind", pa.string(), "swap, suppress, hallucination or noise"),
             field("source", pa.string()),
             field("target", pa.string()),
             field(
                 "pairs",
                 pa.list_(pa.struct([field("context", pa.string()), field("word", pa.string())])),
-                "of a hallucination edit: what is seen, and what the model claims with it",
+                "for a hallucination edit: the object that is seen, and the word that the model claims with it",
             ),
             field("method", pa.string()),
             field("rows_changed", pa.int32(), "neurons"),
             field("parameters_changed", pa.int64(), "count"),
-            field("norm", pa.float64(), "L2, of all that is added"),
+            field("norm", pa.float64(), "L2, of the whole change"),
             field("seconds", pa.float64()),
         ]
     ),
@@ -35,10 +35,10 @@ TABLES: dict[str, pa.Schema] = {
             field("after", pa.float64()),
             field("low", pa.float64(), f"of after: {INTERVAL}"),
             field("high", pa.float64(), f"of after: {INTERVAL}"),
-            field("n", pa.int64(), "images; of text locality questions, of MMEdit records"),
+            field("n", pa.int64(), "images; for text locality questions, for MMEdit records"),
             field("protocol", pa.string()),
         ]
     ),
     "edit_captions": pa.schema([field("edit", pa.string()), *PARTS["captions"]]),
 }
-"""What it adds to a run."""
+"""Tables that `mmray pipeline` adds to a run."""
