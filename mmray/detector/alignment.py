@@ -33,6 +33,9 @@ from mmray.storage import Store, open_store
 WEIGHTS, FACTS = "alignment.safetensors", "alignment.json"
 """Files of an aligned network's folder. JSON keys of the second: shape, digests, training, measures."""
 
+Embedding = Float[Tensor, "row position width"]
+Tokens = Float[Tensor, "row patch token"]
+
 
 class Alignment(nn.Module):
     """W: each patch of an embedding to one image token. The first `skipped` positions (CLS) are dropped.
@@ -53,7 +56,7 @@ class Alignment(nn.Module):
             layers.append(nn.Linear(inputs, outputs))
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, embedding: Float[Tensor, "row place width"]) -> Float[Tensor, "row patch token"]:
+    def forward(self, embedding: Embedding) -> Tokens:
         """Return the image tokens of an embedding, in the embedding's number format."""
         # W stays in fp32 next to a model in half precision: it was trained so.
         found: Tensor = self.layers(embedding[:, self.skipped :].float())
@@ -68,9 +71,7 @@ class Pair:
     model: LoadedModel
 
     @torch.no_grad()
-    def examples(
-        self, images: Sequence[Image]
-    ) -> tuple[Float[Tensor, "row place width"], Float[Tensor, "row patch token"]]:
+    def examples(self, images: Sequence[Image]) -> tuple[Embedding, Tokens]:
         """Return W's inputs and targets: the tower's embeddings of images, and the LLaVA's own image tokens."""
         device, dtype = self.model.device, self.model.network.dtype
         embedding = self.tower(self.tower.pixels(images).to(device, dtype))
@@ -105,7 +106,10 @@ class Pair:
 
 
 def alignment_loss(
-    network: nn.Module, embedding: Float[Tensor, "row place width"], tokens: Float[Tensor, "row patch token"], rows: int
+    network: nn.Module,
+    embedding: Embedding,
+    tokens: Tokens,
+    rows: int,
 ) -> Float[Tensor, ""]:
     """Return these rows' share of the mean squared error over the `rows` rows of all workers.
 
@@ -134,15 +138,15 @@ def load_alignment(folder: str, model: LoadedModel, tower_digest: str, *, measur
     joint model has not been compared with the original yet.
     """
     with _refusing(folder):
-        facts, store = _facts(folder)
-        network = Alignment(**facts["shape"])
+        description, store = _read(folder)
+        network = Alignment(**description["shape"])
         network.load_state_dict(load(store.read(WEIGHTS)))
-        made_for = facts["digests"]["tower"], facts["digests"]["model"]
+        made_for = description["digests"]["tower"], description["digests"]["model"]
     # The digests are of the files: another checkpoint of the same shape would load, and map to nonsense.
     for what, own, expected in zip(("tower", "model"), made_for, (tower_digest, model.digest), strict=True):
         if own != expected:
             raise InputError(f"{folder}: aligned with another {what} (digest {own}; this one has {expected})")
-    if measured and not facts.get("measures"):
+    if measured and not description.get("measures"):
         raise InputError(f"{folder}: not yet compared with the original; run the same mmray align again")
     return network.to(model.device).eval().requires_grad_(False)
 
@@ -150,7 +154,7 @@ def load_alignment(folder: str, model: LoadedModel, tower_digest: str, *, measur
 def alignment_measures(folder: str) -> dict[str, dict[str, Any]]:
     """Return each measure of the original model (before) and of the joint one (after). Raises InputError if none."""
     with _refusing(folder):
-        measures: dict[str, dict[str, Any]] = _facts(folder)[0]["measures"]
+        measures: dict[str, dict[str, Any]] = _read(folder)[0]["measures"]
     return measures
 
 
@@ -160,19 +164,21 @@ def alignment_digest(folder: str) -> str:
     Times and measures are left out, so that validating a network again does not make it another one.
     """
     with _refusing(folder):
-        facts, store = _facts(folder)
+        description, store = _read(folder)
         weights = hashlib.sha256(store.read(WEIGHTS)).digest()
-        made_from = json.dumps([facts["shape"], facts["digests"]], sort_keys=True)
+        made_from = json.dumps([description["shape"], description["digests"]], sort_keys=True)
+    # Hashed from the files rather than loaded: plans need the digest where there may be no GPU and no LLaVA.
     return hashlib.sha256(made_from.encode() + weights).hexdigest()[:16]
 
 
-def _facts(folder: str) -> tuple[dict[str, Any], Store]:
+def _read(folder: str) -> tuple[dict[str, Any], Store]:
     store = open_store(folder)
     return json.loads(store.read(FACTS)), store
 
 
 @contextmanager
 def _refusing(folder: str) -> Iterator[None]:
+    # Whatever a foreign or damaged file makes the readers raise becomes one line of what is wrong with the folder.
     try:
         yield
     except FileNotFoundError as error:

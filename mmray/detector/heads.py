@@ -39,6 +39,7 @@ class Heads(Detector):
         self._model = (model,)
         words = int(model.network.get_input_embeddings().weight.shape[1])
         self.enter = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden))
+        # Attribute names are keys in the weights' file.
         self.place = nn.Parameter(0.02 * torch.randn(side * side, hidden))
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(hidden, 6, 3 * hidden, 0.0, "gelu", batch_first=True, norm_first=True)

@@ -61,7 +61,7 @@ class OwlTower(nn.Module):
         red, green, blue = added * torch.tensor(processor.image_std) + torch.tensor(processor.image_mean)
         return round(255 * float(red)), round(255 * float(green)), round(255 * float(blue))
 
-    def forward(self, pixel_values: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row place width"]:
+    def forward(self, pixel_values: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row position width"]:
         """Return the input of the last layer."""
         dtype = self.tower.embeddings.patch_embedding.weight.dtype
         states: Tensor = self.tower.pre_layernorm(self.tower.embeddings(pixel_values.to(dtype)))
@@ -93,7 +93,7 @@ class OwlDetector(Detector):
         embeddings: Tensor = getattr(found, "pooler_output", found)
         return embeddings
 
-    def forward(self, embedding: Float[Tensor, "row place width"], queries: Float[Tensor, "query dim"]) -> Detection:
+    def forward(self, embedding: Float[Tensor, "row position width"], queries: Float[Tensor, "query dim"]) -> Detection:
         """Return one box per patch, and its logits."""
         tower = _inner(self.network).vision_model
         states = tower.post_layernorm(tower.encoder.layers[-1](embedding.to(self.network.dtype), None))

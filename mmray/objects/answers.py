@@ -61,6 +61,7 @@ def value_of(reply: str, parse: str) -> float | None:
         return None if answer is None else float(answer)
     pattern = reader(parse)
     if parse == "number":
+        # "7 of 10" has two numbers and one answer.
         for scale in SCALES:
             reply = scale.sub(" ", reply)
         values = {float(number) for number in pattern.findall(reply)}
@@ -84,6 +85,7 @@ def says_yes(answer: str, parser: Parser = "sentences") -> bool | None:
     for sentence in SENTENCE.findall(answer):
         if found := YES_OR_NO.search(sentence):
             return found[1].lower() == "yes"
+        # "Is there a dog?" repeats the question, and would affirm.
         if sentence.endswith("?") or UNSURE.search(sentence):
             continue
         # Denial first: "There is not a dog" affirms too.

@@ -45,6 +45,7 @@ def survey(source: Source, ground_truth: GroundTruth | None, synonyms: str | Non
     if ground_truth == "union" and not annotated:
         raise InputError(f"--ground-truth union: {source.data} has no objects; put COCO's instances file next to it")
     vocabulary = tuple(dict.fromkeys(name.casefold() for row in rows for name in row.objects or ()))
+    # Without objects of its own, data can only be searched for known ones.
     if ground_truth == "captions" and not vocabulary and synonyms is None:
         synonyms = COCO
     synonyms = table_for(synonyms, vocabulary)
@@ -91,6 +92,7 @@ def with_ground_truth(
         return sample
     captions = sample.references or references.get(sample.image_key, ())
     objects = objects_in_image(sample.objects, captions, sample.language, ground_truth, lexicon)
+    # Unknown objects are not no objects: such a sample must not be asked about.
     if objects is None:
         return replace(sample, objects=None, boxes=None)
     pairs = zip(sample.objects or (), sample.boxes or (), strict=False)

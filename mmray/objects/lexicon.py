@@ -40,6 +40,7 @@ class ObjectLexicon:
 
     def mentions(self, text: str, language: str | None) -> list[Mention]:
         """Return every mention of an object in order; its concept is the object's own name."""
+        # Built once per language: a census-sized evaluation reads thousands of captions.
         if language not in self._forms:
             names = self._names_by_form(language)
             # Phrases are searched for too: the longer match wins, so "hot dog" is not found as a dog.

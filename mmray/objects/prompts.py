@@ -73,6 +73,7 @@ def text_questions(statistics: ObjectStatistics, words: frozenset[str], count: i
     for name in statistics.vocabulary:
         about = name in words
         made.append(TextQuestion(f"kind of {name}", KIND.format(thing=with_article(name)), "", about))
+        # A translation that the data knows is a good draft of the answer.
         for code, form in statistics.translations.get(name, {}).items():
             if code in LANGUAGES:
                 question = TRANSLATION.format(language=LANGUAGES[code], name=name)

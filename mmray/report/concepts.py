@@ -92,7 +92,7 @@ def read_concepts(
     found = {}
     for name in names:
         if name not in ranked:
-            continue
+            continue  # too rare to be ranked
         rows = occurrences[name]
         languages = Counter(captions[row["sample_id"]]["language"] for row in rows)
         # Samples with heat maps come first, and are all shown even where they are more than SAMPLES.

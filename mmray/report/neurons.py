@@ -99,6 +99,7 @@ def layer_profile(run: Run, concepts: Mapping[str, Concept]) -> list[dict[str, A
         for kind, rows in enumerate((concept.highest, by_specific)):
             for row in rows:
                 counts[kind, row["layer"]] += 1
+    # Fractions, because data decides how many concepts there are.
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     table = run.table("neurons").group_by("layer").aggregate([("n_concepts", "sum"), ("n_concepts", "max")])
     found = {row["layer"]: row for row in table.to_pylist()}

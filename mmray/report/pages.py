@@ -33,19 +33,21 @@ def write_whole(content: Content, images: Mapping[str, bytes]) -> bytes:
 
 def write_pages(content: Content, images: Mapping[str, bytes], store: Store) -> None:
     """Write the report as `index.html` and files that it loads when a page needs them."""
-    places = {name: f"images/{number:06d}.webp" for number, name in enumerate(sorted(images))}
+    paths = {name: f"images/{number:06d}.webp" for number, name in enumerate(sorted(images))}
+    # Numbered, because names of concepts may not be valid in paths.
     files = {key: f"data/{number:06d}.js" for number, key in enumerate(content.parts)}
-    written = {place: images[name] for name, place in places.items()}
+    contents = {path: images[name] for name, path in paths.items()}
     for key, part in content.parts.items():
         captions = {name: content.captions.get(name) for name in samples_of(part)}
         # A script rather than JSON: browsers let a page opened from disk load scripts, but not fetch files.
-        written[files[key]] = f"receive({_embedded(key)},{_embedded(part)},{_embedded(captions)})".encode()
-    data = {"index": content.index, "parts": {}, "files": files, "images": places}
+        contents[files[key]] = f"receive({_embedded(key)},{_embedded(part)},{_embedded(captions)})".encode()
+    data = {"index": content.index, "parts": {}, "files": files, "images": paths}
     data["captions"] = {name: content.captions.get(name) for name in content.of_sections()}
-    written["data/index.js"] = f"var DATA = {_embedded(data)};".encode()
-    written[PLOTLY] = _plotly().encode()
+    contents["data/index.js"] = f"var DATA = {_embedded(data)};".encode()
+    contents[PLOTLY] = _plotly().encode()
     with ThreadPoolExecutor(WRITERS) as pool:
-        list(pool.map(lambda place: store.put(place, written[place]), written))
+        # As a list, so that an error of any write is raised.
+        list(pool.map(lambda path: store.put(path, contents[path]), contents))
     # Last: once it is there, so is everything that it loads.
     store.put("index.html", _page(content, whole=False).encode())
 

@@ -44,10 +44,10 @@ def write_report(
     if pages:
         write_pages(content, pictures, open_store(pages))
         return f"{str(pages).rstrip('/')}/index.html"
-    place = str(out or f"{run.uri}/report.html")
-    store, key = open_object(place)
+    target = str(out or f"{run.uri}/report.html")
+    store, key = open_object(target)
     store.put(key, write_whole(content, pictures))
-    return place
+    return target
 
 
 def run_pictures(run: Run, wanted: Collection[str]) -> dict[str, bytes]:

@@ -29,7 +29,7 @@ SmoothGrad, averaging removes directions that depend on tiny details."""
 LOGIT_WEIGHT = 0.1
 """Weight of the logits next to log-probabilities, whose gradient vanishes once the detector is sure."""
 
-Embedding = Float[Tensor, "row place width"]
+Embedding = Float[Tensor, "row position width"]
 Covariance = Float[Tensor, "width width"]
 
 
@@ -41,7 +41,7 @@ def covariance(embedding: Embedding, skipped: int) -> Covariance:
 
 def shown(
     joint: JointModel, embedding: Embedding, word: str
-) -> tuple[Bool[Tensor, "row box"], Bool[Tensor, "row place 1"]]:
+) -> tuple[Bool[Tensor, "row box"], Bool[Tensor, "row position 1"]]:
     """Return the boxes in which the detector sees a word, and the patches that they touch.
 
     Boxes count from half the highest confidence on.

@@ -32,6 +32,7 @@ def saliency(
     **settings: Any,
 ) -> None:
     """Show where in an image a word comes from, or measure over a run how well each method's maps point at objects."""
+    # One command for both, because both answer where a word comes from, with the same options of methods.
     if run is None:
         if model is None or image is None or word is None:
             raise InputError("saliency: give a RUN, or --model, --image and --word")

@@ -36,6 +36,7 @@ def box_cosines(
         parts = {"class": [found.logits[0]], "boxes": [found.boxes[0]], "any": [found.logits[0], found.boxes[0]]}
         flat = torch.cat(parts[outputs], dim=1).flatten()
         chunk = max(1, (CPU_ENTRIES if leaf.device.type == "cpu" else GPU_ENTRIES) // leaf.numel())
+        # All Jacobians at once would be outputs × patches × width; a chunk is reduced to cosines before the next.
         aligned = []
         for part in torch.split(flat, chunk):
             (jacobian,) = torch.autograd.grad(

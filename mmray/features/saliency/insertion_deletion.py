@@ -49,6 +49,7 @@ def erasure_curves(
                 for index in members:
                     row = given.targets[index].row
                     patches = torch.tensor(given.grid(row).positions)
+                    # Always the same steps as a fraction of patches, for grids of any size.
                     count = round(step / steps * len(patches))
                     erased = orders[index][count:] if inserting else orders[index][:count]
                     features[row, patches[erased.cpu()]] = given.patches(given.features, row).mean(dim=0)

@@ -86,6 +86,7 @@ def _largest_part(masks: Bool[Tensor, "threshold point point"]) -> Bool[Tensor, 
         numbers = spread
     labels = numbers.long().flatten(1)
     sizes = torch.zeros(len(masks), side * side + 1).scatter_add_(1, labels, masks.flatten(1).float())
+    # An empty mask has only label 0, which is the background and not a part.
     return (labels == sizes.argmax(dim=1, keepdim=True)).reshape(masks.shape) & masks
 
 

@@ -77,6 +77,7 @@ class Explained:
     def neuron_maps(self) -> list[Map]:
         """The mean activation of each target's neurons over the patches."""
         given, targets = self.input, self.input.targets
+        # A word may be none of the run's concepts, as with a single picture, where there is no run at all.
         missing = [target for target in targets if target.concept not in self.located]
         highest = iter(highest_neurons(given, missing) if missing else ())
         chosen = [self.located.get(target.concept) or next(highest) for target in targets]
@@ -114,6 +115,7 @@ def _aligned(outputs: Outputs) -> Method:
         detector, features, skipped = given.joint.detector, given.features[target.row], given.joint.tower.skipped
         gradient = given.gradients[index]
         cosines, boxes = box_cosines(detector, features, explained.query(index), gradient, outputs, skipped)
+        # Of several outputs, the best aligned one: a box may matter by its place or by its label.
         weights = cosines.max(dim=1).values
         return Saliency(paint(boxes, weights), weights, boxes)
 

@@ -67,6 +67,7 @@ class SaliencyInput(ABC):
         found: dict[int, Features] = {}
         ranks = rank_in_row(self.targets)
         with torch.inference_mode(False), torch.enable_grad():
+            # Features may be inference tensors, which can't be in a graph: hence the clone outside inference mode.
             leaf = self.features.detach().clone().requires_grad_()
             logits = self.at_targets(leaf, self.targets, token_logits)
             # Rows don't depend on each other: one backward pass serves the first target of every row, a second one
@@ -93,6 +94,7 @@ class SaliencyInput(ABC):
         states: list[Tensor] = []
         with capture_input(self.model.norm, states.append):
             self.run(features)
+        # Rows are padded to one length, so a flat index finds each target.
         rows = torch.tensor([target.row * self.batch.positions + target.position for target in targets])
         hidden = states[0].reshape(-1, states[0].shape[-1])
         tokens = torch.tensor([target.token for target in targets], dtype=torch.long)
@@ -127,6 +129,7 @@ class JointInput(SaliencyInput):
     def run(self, features: Features, **options: Any) -> Any:
         """Run the language model on the embedding's image tokens."""
         inputs = self.joint.inputs(self.batch, features)
+        # The logits are not used, so a single position is enough: all of them would be the largest tensor.
         return self.model.network(**inputs, use_cache=False, logits_to_keep=1, **options)
 
 
@@ -151,6 +154,7 @@ class SequenceInput(SaliencyInput):
         def replace(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
             return (features, *arguments[1:])
 
+        # Replaced there rather than as inputs_embeds: families differ in how they merge image tokens and positions.
         handle = block_of(self.model, 0).register_forward_pre_hook(replace)
         try:
             return self._forward(**options)

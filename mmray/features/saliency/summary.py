@@ -53,6 +53,7 @@ def summarise_saliency(
     for (name, method), parts in sorted(grouped.items(), key=lambda pair: (ORDER.index(pair[0][0]), pair[0][1])):
         # Sorted, because the order of addition changes the last bits of a sum.
         sums: ndarray = np.array([np.sum(sorted(parts[image]), axis=0) for image in sorted(parts)])
+        # No baseline: both sides of the comparison are the same sums.
         found = measure(sums, sums, best_threshold if name == "max_box_accuracy" else ratio, draws, seed, share=True)
         words = int(sums[:, -1].sum())
         rows.append(

@@ -77,11 +77,11 @@ def test_it_is_kept_for_its_tower_and_its_model(pair, tmp_path):
     network = pair.network("mlp", 16)
     digests = {"tower": "that tower", "model": pair.model.digest}
     save_alignment(open_store(tmp_path), network, {"digests": digests})
-    with pytest.raises(InputError, match="not measured yet"):
+    with pytest.raises(InputError, match="not yet compared with the original"):
         load_alignment(str(tmp_path), pair.model, "that tower")
     assert load_alignment(str(tmp_path), pair.model, "that tower", measured=False).shape == network.shape
     save_alignment(open_store(tmp_path), network, {"digests": digests, "measures": {}})
-    with pytest.raises(InputError, match="not measured yet"):
+    with pytest.raises(InputError, match="not yet compared with the original"):
         load_alignment(str(tmp_path), pair.model, "that tower")
     save_alignment(open_store(tmp_path), network, {"digests": digests, "measures": MEASURED})
     embedding, _ = pair.examples(pictures((32, 32)))
