@@ -149,6 +149,7 @@ def _train(settings: AlignmentSettings, folder: RunFolder, info: dict[str, Any])
     from ray.train.torch import TorchTrainer
 
     pool = actor_pool(settings.worker_range, settings.gpus_per_worker, machines(), settings.batch_size)
+    # A problem of an earlier call may be fixed by now.
     folder.store.delete(PROBLEM)
     config = {
         "settings": settings,
@@ -172,5 +173,6 @@ def _train(settings: AlignmentSettings, folder: RunFolder, info: dict[str, Any])
         raise InputError(f"{settings.out}: training ended ({reason}); run again to resume") from error
     finally:
         shutil.rmtree(state, ignore_errors=True)
+    # Workers end without an error after a wrong set-up, or Ray Train would restart them.
     if folder.store.exists(PROBLEM):
         raise InputError(folder.store.read(PROBLEM).decode())

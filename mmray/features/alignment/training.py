@@ -71,6 +71,7 @@ def train(config: dict[str, Any]) -> None:
     A restart can't fix a wrong set-up. So the worker writes the problem down for the driver, and all workers end.
     """
     settings: AlignmentSettings = config["settings"]
+    # Relative paths in the settings are relative to the driver's directory.
     if Path(config["home"]).is_dir():
         os.chdir(config["home"])
     torch.set_num_threads(config["threads"])
@@ -87,6 +88,7 @@ def _train(settings: AlignmentSettings, folder: RunFolder, facts: dict[str, Any]
     order = TrainingOrder(Manifest.from_json(folder.manifest()), settings.batch_size, settings.seed)
     # Ray Train shows a worker the GPUs of all workers of its machine.
     pair = open_pair(settings, get_device())
+    # After the pair is loaded, and on every worker alike, so that all networks start equal.
     torch.manual_seed(settings.seed)
     network = pair.network(settings.network, settings.hidden).to(pair.model.device)
     adamw = optimiser(network, settings.learning_rate, settings.weight_decay)

@@ -96,6 +96,7 @@ class ValidationJob(Job[AlignmentSettings, Validation]):
         """Load both models, and return the worker that measures the samples of a unit."""
         settings = self.settings
         pair = open_pair(settings)
+        # Not measured yet: that is what this job does.
         network = load_alignment(settings.out, pair.model, digest(resolve(settings.tower)), measured=False)
         baseline = BaselineReplies(pair.model)
         joint = TowerSwap(pair.tower, network)

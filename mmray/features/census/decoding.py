@@ -30,7 +30,9 @@ def decode_neurons(model: LoadedModel, *, fold_norm: bool) -> pa.Table:
     The tokens are ordered by row of W_out · W_Uᵀ (Geva et al. 2022). `fold_norm` first applies what lies between the
     two: the block's own norm and weight, if it has them, and the final norm's gain.
     """
+    # Some checkpoints pad the vocabulary; rows past the tokenizer's are no tokens.
     unembedding = unembedding_rows(model.network, model.parts)[: len(model.tokenizer)].float()
+    # Decoded once per token, not once per neuron.
     texts = [token_text(model, token) for token in range(len(unembedding))]
     columns: dict[str, list[list[str]]] = {"tokens": [], "suppressed": []}
     chunk = max(1, CHUNK // len(unembedding))

@@ -85,6 +85,7 @@ def compare(before: Tables, after: Tables, k: int = 50, by: str = "score") -> Dr
     old, new = (_by_concept(run.table("rankings"), by) for run in (before, after))
     both = sorted(old.keys() & new.keys())
     rows = [_concept(concept, old[concept], new[concept], k) for concept in both]
+    # The least similar first; unchanged concepts last, because the drift ignores them.
     rows.sort(key=lambda row: (not row["changed"], row["overlap"], row["concept"]))
     overlaps = [row["overlap"] for row in rows if row["changed"]]
     return Drift(
@@ -155,6 +156,7 @@ def _by_concept(rankings: pa.Table, by: str) -> dict[str, _Ranking]:
 def _concept(concept: str, old: _Ranking, new: _Ranking, k: int) -> dict[str, Any]:
     first, second = old.neurons[:k], new.neurons[:k]
     together = set(first) | set(second)
+    # A neuron outside a run's ranking has no score there.
     known = sorted(neuron for neuron in together if neuron in old.scores and neuron in new.scores)
     scores = (np.array([ranking.scores[neuron] for neuron in known]) for ranking in (old, new))
     return {

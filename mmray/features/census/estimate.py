@@ -54,6 +54,7 @@ def estimate(
     concepts = min(settings.shard_size, manifest.samples) * occurrences / 2
     # Activity is kept per label and modality; "all" is the label that every sample has.
     labels = 2 * (1 + len({sample.language for sample in samples}) + len({sample.domain for sample in samples}))
+    # Per kept neuron its index and sums; per neuron its activity under each label, and its examples.
     shard_bytes = concepts * kept * 20 + neurons * (labels * 24 + 10 * 12)
     return CensusEstimate(
         samples=manifest.samples,

@@ -96,6 +96,7 @@ class ModelJob(Job[CensusSettings, P]):
     def workers(cls, jobs: Sequence[Job[Any, Any]], contexts: Sequence[Any]) -> list[Worker]:
         """Return one worker per job, all with the same model."""
         settings = jobs[0].settings
+        # All jobs have the census's settings.
         model = load_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
         pairs = zip(jobs, contexts, strict=True)
         # The engine's signature allows any job; run_planned hands over ModelJobs only.
@@ -183,11 +184,13 @@ class CensusJob(ModelJob[CensusContext]):
             # A table without any row must still replace that of an earlier merge.
             output.table(name, TABLES[name].empty_table())
         for unit in parts.by_unit([*self.parts, "errors"]):
+            # Written shard by shard, so that memory never holds the occurrences of the whole run.
             for name, rows in merge.add(unit.__getitem__).items():
                 output.table(name, rows)
         certified = None
         for name, table in merge.tables():
             output.table(name, table)
+            # Kept as a number, so that status need not read the table.
             if name == "rankings":
                 certified = certified_share(table)
         receipts = parts.receipts.values()
@@ -230,6 +233,7 @@ def run_census(
     Calls `follow` after every committed shard, and `warn` with problems of the data such as captions in languages that
     the noun tagger does not know. Raises InputError for anything wrong with the set-up, before any work.
     """
+    # Workers have other working directories, so a relative path must become absolute.
     settings = settings.model_copy(update={"model": from_anywhere(settings.model)})
     plan = CensusJob(settings).plan()
     warned = plan.context.nouns.kind not in TAGGERS or settings.captions != "dataset"

@@ -62,6 +62,7 @@ class RunMerge:
         rows = {name: read(name) for name in APPENDED}
         self.concepts.add(read("concepts"), read("totals"))
         self._add_activity(read("activity"))
+        # Parts name samples by their row in captions, so these arrays are needed before examples and occurrences.
         sample_ids, images = rows["captions"]["sample_id"].to_pylist(), _image_numbers(rows["captions"])
         self._add_examples(read("examples"), np.array(sample_ids, object), images)
         self._add_occurrences(rows["occurrences"], dict(zip(sample_ids, images, strict=True)))
@@ -133,6 +134,7 @@ class RunMerge:
 
     def _concepts_per_neuron(self) -> Int64[ndarray, " neuron"]:
         """Return for each neuron the number of concepts that have it in their top-k by score."""
+        # By the full sums, because a neuron may be in a concept's top-k without being in `rankings`.
         counts = np.zeros(self.neurons, np.int64)
         for concept in self.concepts.concepts:
             scores = self.concepts.sums(concept)
@@ -158,6 +160,7 @@ class RunMerge:
             self.tokens[key] = self.tokens.get(key, 0) + tokens
             if key not in self.activity:
                 self.activity[key] = [np.zeros(len(part)) for part in numbers]
+            # In place: with many labels these arrays are the largest part of the merge.
             for total, added in zip(self.activity[key], numbers, strict=True):
                 total += added
 
@@ -212,6 +215,7 @@ class Examples:
 
     def table(self, layer: ndarray, unit: ndarray) -> pa.Table:
         """Return one row per neuron and rank, for neurons with at least one counted token."""
+        # Ranks without a sample still have the infinite start value.
         ranks, neurons = np.nonzero(np.isfinite(self.activation))
         return pa.table(
             {

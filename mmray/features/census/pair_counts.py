@@ -63,6 +63,7 @@ def _added_up(concept: ndarray, item: ndarray, count: ndarray) -> tuple[ndarray,
     """Return the distinct pairs in order of concept and item, with the sums of their counts."""
     order = np.lexsort((item, concept))  # faster than np.unique on records, which compares them one by one
     concept, item, count = concept[order], item[order], count[order]
+    # Equal pairs are neighbours now; each run of them starts where either half changes.
     changes = (concept[1:] != concept[:-1]) | (item[1:] != item[:-1])
     first = np.flatnonzero(np.concatenate([np.ones(min(len(item), 1), bool), changes]))
     return concept[first], item[first], np.add.reduceat(count, first, dtype=np.uint32)

@@ -42,6 +42,7 @@ def specific_scores(scores: ConceptScores, total: Float64[ndarray, " all"], n: i
 def _specific(
     score: Float64[ndarray, " neuron"], n: int, total: Float64[ndarray, " neuron"], others: int
 ) -> Float64[ndarray, " neuron"]:
+    # With a single concept there is nothing elsewhere.
     elsewhere = (total - score) / others if others else np.zeros(len(score))
     return score / n - np.maximum(0, elsewhere)
 
@@ -84,6 +85,7 @@ def selective_certified(scores: ConceptScores, merge: ConceptMerge) -> ndarray:
     of its mean contribution.
     """
     others, total = merge.n - scores.n, merge.total_squares[scores.neuron]
+    # Squares are non-negative, so their own total bounds the rounding.
     rounding = 4 * np.finfo(np.float64).eps * (merge.n + merge.shards) * total
     squares = np.maximum(0, total - scores.squares)
     highest, lowest = (
@@ -125,6 +127,7 @@ def rank_concept(
     by_score, rank = _ranked(scores, scores.score)
     _, specific_rank = _ranked(scores, specific)
     _, selective_rank = _ranked(scores, selective)
+    # A neuron that is high in one order only is kept too, with its ranks in the others.
     rows = by_score[np.minimum(np.minimum(rank, specific_rank), selective_rank)[by_score] <= RANKED]
     neurons = scores.neuron[rows]
     layer, unit = locate_index(widths, neurons)

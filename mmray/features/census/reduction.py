@@ -177,6 +177,7 @@ class ConceptMerge:
 
     def add(self, concepts: pa.Table, totals: pa.Table) -> None:
         """Add one shard."""
+        # Totals cover all neurons, kept or not: `specific` and `selective` need what they do elsewhere.
         self.total += list_values(totals["score"])[0]
         self.total_squares += list_values(totals["score_squares"])[0]
         self.n += totals["n"][0].as_py()
@@ -193,6 +194,7 @@ class ConceptMerge:
             merged.floor += floor
             # What this shard says of its neurons; subtracted later, it leaves the shards that did not keep one.
             kept = [np.full(len(neuron), float(value)) for value in (n, bound, floor)]
+            # The sum of squares is not written for a single occurrence; see ConceptSums.tables.
             merged.parts.append(np.stack([neuron, score, score**2 if n == 1 else squares, activation, *kept]))
             if len(merged.parts) >= COMPACT_AT:
                 merged.compact()

@@ -63,6 +63,7 @@ def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, *
     with drive(folder) as lease:
         source, _, nouns = open_inputs(settings)
         before = Manifest.from_json(folder.manifest())
+        # Raises for files that have changed: only new rows may be added to what was analysed.
         after = extend(before, source.files(), settings.shard_size, settings.limit, source.rows_digest)
         if after.samples > before.samples:
             check_columns(source, after)
@@ -73,6 +74,7 @@ def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, *
         drift = _write_drift(folder, last)
         if after.samples > before.samples:
             plan = job.plan_for(source, after, nouns)
+            # Copies the old tables for the comparison before any new work.
             begun = begin_refresh(folder.store, _run_info(settings, plan), after.to_json())
             done = run_planned(settings, plan, follow, lease)
             drift = _write_drift(folder, begun)

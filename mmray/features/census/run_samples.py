@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from mmray.data.samples import Sample
-from mmray.data.shards import Manifest, read_shard
+from mmray.data.shards import Manifest, Shard, read_shard
 from mmray.data.source import Source
 from mmray.features.census.inputs import open_data
 from mmray.features.census.settings import CensusSettings
@@ -15,6 +15,14 @@ from mmray.neurons.concepts import NounSource
 
 SHARDS_KEPT = 64
 """Shards whose requested samples are cached, with their images still encoded."""
+
+
+def scored_samples(source: Source, shard: Shard, captions: Mapping[str, str]) -> Iterator[Sample]:
+    """Yield the samples of a shard that are in `captions`, with those captions."""
+    for sample in read_shard(source, shard):
+        if isinstance(sample, Sample) and sample.sample_id in captions:
+            # The run may have scored a generated caption, which replaces that of the data.
+            yield replace(sample, caption=captions[sample.sample_id])
 
 
 @dataclass
@@ -36,13 +44,8 @@ class SampleCache:
 
     def _shard(self, number: int) -> dict[str, Sample]:
         if number not in self.cached:
-            rows = read_shard(self.source, self.manifest.shards[number])
-            # The run may have scored a generated caption, which replaces that of the data.
-            self.cached[number] = {
-                row.sample_id: replace(row, caption=self.captions[row.sample_id])
-                for row in rows
-                if isinstance(row, Sample) and row.sample_id in self.captions
-            }
+            samples = scored_samples(self.source, self.manifest.shards[number], self.captions)
+            self.cached[number] = {sample.sample_id: sample for sample in samples}
             if len(self.cached) > SHARDS_KEPT:
                 self.cached.popitem(last=False)
         self.cached.move_to_end(number)

@@ -25,7 +25,7 @@ from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import Batch, encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, NounSource
 from mmray.neurons.module_activity import ModuleActivity
-from mmray.neurons.scoring import Scored, score_batch, non_finite_rows, whole_nouns
+from mmray.neurons.scoring import Scored, non_finite_rows, score_batch, whole_nouns
 from mmray.neurons.split_on_oom import FAILURES, free_memory, split_on_failure
 from mmray.neurons.statistics import TokenStatistics
 from mmray.neurons.token_positions import TokenPosition, positions_of
@@ -231,10 +231,12 @@ class ShardAnalysis:
         mentions = [(item.sample.sample_id, item.mentions) for item in items]
         positions = positions_of(batch, mentions, every=self.settings.pieces == "sum")
         labels = [_labels(item.sample) for item in items]
+        # Examples keep one sample per image, so statistics must know which samples share one.
         digests = [image_digest(item.sample.image) for item in items]
         self.statistics.begin(labels, batch.spans, digests)
         try:
             score, folded = self.settings.score, self.settings.fold_norm
+            # The tower runs in the same forward pass, so its activity costs no second one.
             with self.module.watching(batch):
                 scored = score_batch(self.model, batch, positions, score, folded=folded, statistics=self.statistics)
         except FAILURES as error:
@@ -283,6 +285,7 @@ class ShardAnalysis:
     ) -> None:
         """Add a scored batch to the tables."""
         for item, digest in zip(items, digests, strict=True):
+            # Counted here, where each sample arrives once, however often its batch was halved.
             self.skipped[NO_NOUN] += not item.mentions
             self.captions.append(
                 {

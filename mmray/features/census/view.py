@@ -107,6 +107,7 @@ def neuron(found: dict[str, Any]) -> RenderableType:
         more = len(found["concepts"]) - SHOWN_CONCEPTS
         lines.append(Text(f"concepts    {shown}" + (f" and {more} more" if more > 0 else "")))
     table = _table("", "activation", "position", "sample", left={"", "sample"})
+    # Sample ids may be long paths; captions matter more.
     table.columns[-1].max_width = 24
     table.add_column("caption")
     for row in found["examples"]:
@@ -118,6 +119,7 @@ def neuron(found: dict[str, Any]) -> RenderableType:
 
 def status(status: Status, failures: Iterable[dict[str, Any]], uri: str) -> RenderableType:
     """Return the progress of a run's census."""
+    # A finished run has pending shards again once a refresh has begun.
     state = "finished" if status.finished and not status.pending else "not finished: run mmray census again to go on"
     lines: list[RenderableType] = [
         Text.assemble((uri, "bold"), (f" · {state}", "dim")),
@@ -209,6 +211,7 @@ def _remarks(one: AnalysisStatus) -> Iterator[tuple[str, str]]:
     yield from ((line, "") for line in skipped(one.skipped, one.size_done))
     yield from ((f"unit {number} quarantined: {reason}", "red") for number, reason in one.quarantined.items())
     yield from ((line, "red") for line in one.damage)
+    # While a driver works on it, there is nothing for the user to do.
     if one.at_work:
         return
     if one.pending:

@@ -71,6 +71,7 @@ def _follow(bars: ExitStack) -> Follow:
 
     def follow(step: str, progress: Any) -> None:
         if step not in shown:
+            # Steps follow each other, so the last bar is complete.
             bars.close()
             feature = FEATURES.get(step.split()[0])
             noun = {"edits": "edits", "evaluations": "samples"}.get(step, feature.noun if feature else "items")

@@ -90,6 +90,7 @@ def pipeline_settings(values: Mapping[str, Any]) -> PipelineSettings:
         raise InputError(
             f"{first_problem(error)}; a pipeline has census, steps, edits (name: settings), evaluation and local"
         ) from error
+    # Every step is validated before the first one starts.
     _census(settings)
     checked_steps(settings.steps, _execution(settings) | {"run": "RUN"})
     for name, edit in settings.edits.items():
@@ -118,6 +119,7 @@ def run_pipeline(settings: PipelineSettings, follow: Follow = lambda _, __: None
             with drive_analysis(f"{done.run.uri}/pipeline") as lease:
                 done.run.folder.prepare()
                 store = lease.guard(done.run.folder.store)
+                # The fence orders snapshots, so that a driver that lost its lease cannot replace newer tables.
                 fence = next_fence(store, "pipeline", lease.number)
                 made_from = _edit(done, settings, follow, lease)
                 _write(done, list(settings.edits), made_from, SnapshotWriter(store, "pipeline", fence))
@@ -137,6 +139,7 @@ def _edit(done: Pipeline, settings: PipelineSettings, follow: Follow, lease: Lea
     ]
     for job, made in zip(jobs, run_together(jobs, follow=partial(follow, "edits"), lease=lease), strict=True):
         name = job.settings.name
+        # One edit that fails must not keep the others from being made and evaluated.
         if made.quarantined:
             done.quarantined[name] = made.quarantined[0]
         else:

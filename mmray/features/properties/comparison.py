@@ -29,6 +29,7 @@ def compare_methods(subject: Subject, effects: AblationEffects, found: Observati
     """Measure the neurons of every method."""
     inputs, study = subject.inputs, subject.study
     model = subject.model
+    # Methods that this family can't have are left out, not measured as zero.
     missing = {
         "gradient": not model.parts.image_in_sequence,
         "gate": not has_gates(model.network, model.projections),
@@ -36,6 +37,7 @@ def compare_methods(subject: Subject, effects: AblationEffects, found: Observati
     for method in METHODS:
         if missing.get(method):
             continue
+        # Ranked on the very images that are measured, so that no method profits from more data.
         scores, order = scores_and_order(subject, method)
         indices = order.topk(min(MOST, len(order))).indices.tolist()
         neurons = study.locate(indices)

@@ -37,6 +37,7 @@ class AblationEffects:
         others = [noun for noun in nouns if noun.concept != self.concept]
         token = next(noun.token for noun in nouns if noun.concept == self.concept)
         replaced = [TokenPosition(noun.row, noun.position, token, self.concept, noun.sample_id) for noun in others]
+        # Whole captions are read once per image, however many nouns they have.
         rows = {noun.row: noun.sample_id for noun in others}
         words = [position for row, name in rows.items() for position in every_token(subject.batch, row, name)]
         positions = [*nouns, *replaced, *words]
@@ -76,6 +77,7 @@ class AblationEffects:
         probabilities = self.ablator.unchanged[: self.bounds[1]].exp()
         key = Key("causal", "p_untouched", "none")
         found.extend(key, self.concept, subject.own_samples, probabilities[own].tolist())
+        # Sizes share the untouched pass; each change resumes from the first block that it affects.
         for size in SIZES:
             for method, neurons in self.sets(size).items():
                 falls = self.falls(neurons, ablate(subject.model, neurons))

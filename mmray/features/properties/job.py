@@ -40,6 +40,7 @@ class PropertiesJob(Job[PropertySettings, RunSamples]):
         census = context.census
         model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
         run = open_run(self.settings.run)
+        # A checkpoint may have been replaced since the census.
         if list(model.widths) != run.info["model"]["widths"]:
             raise InputError(f"{census.model}: not the model of {run.uri}: its layers have different widths")
         # Decoded tokens are looked up by row, so rows must be in the order of the neurons' index.

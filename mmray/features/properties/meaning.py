@@ -48,6 +48,7 @@ def sensitivity(subject: Subject, found: Observations) -> None:
         _add_hits(subject, found, method, concept, [tokens_in_run(study, ranked[method])])
     located = ranked["score"].neurons[:DECODED]
     for method, draw in (("layer-matched", controls.layer_matched), ("uniform", controls.uniform)):
+        # Seeded by concept and number, so that the control is the same in every unit and run.
         drawn = [draw(subject.model.widths, located, f"{concept} {number}") for number in range(DRAWN)]
         _add_hits(subject, found, method, concept, [subject.written_here(study.indices(neurons)) for neurons in drawn])
     sets = highest(subject.contributions[subject.own], DECODED)
@@ -103,6 +104,7 @@ class Clip:
     def scores(self, images: list[Image], text: str) -> list[float]:
         """Return the CLIPScore of each image with the text (Hessel et al. 2021)."""
         inputs = self.processor(text=[text], images=images, return_tensors="pt", padding=True, truncation=True)
+        # CLIP scales its cosines by a learned temperature.
         cosines = self.network(**inputs.to(self.network.device)).logits_per_image[:, 0] / self.network.logit_scale.exp()
         return [float(CLIP_WEIGHT * max(cosine, 0.0)) for cosine in cosines.tolist()]
 

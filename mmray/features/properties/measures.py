@@ -57,6 +57,7 @@ def lemma_hit(tokens: Iterable[str], concept: str, first: str, language: str | N
 
 def above(own: Float[Tensor, " own"], others: Float[Tensor, " other"]) -> Float[Tensor, " own"]:
     """Return for each own value the fraction of the others below it, ties counting half. Their mean is the AUROC."""
+    # All pairs at once: there are at most a few hundred positions.
     below = (own[:, None] > others[None, :]).float() + 0.5 * (own[:, None] == others[None, :]).float()
     return below.mean(dim=1)
 

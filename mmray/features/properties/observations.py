@@ -54,6 +54,7 @@ class Observations:
         self._error(failure.sample_id, concept, failure.stage, f"{failure.source}: left out: {failure.message}")
 
     def _error(self, sample_id: str | None, concept: str, stage: str, problem: str) -> None:
+        # One line per error, as in every table of errors.
         message = " ".join(problem.split())[:500]
         self.errors.append(
             {"sample_id": sample_id, "source": concept, "shard_id": None, "stage": stage, "message": message}
@@ -77,6 +78,7 @@ def summarise(observations: pa.Table, draws: int, seed: int, images: Mapping[str
         # Samples of one image are not independent, so they are one draw of the bootstrap.
         image = image_of.get(row["sample_id"], row["sample_id"])
         for concept in (None, row["concept"]):
+            # None is the group of all concepts.
             grouped[key, concept].setdefault(image, []).append((row["value"], row["of"]))
     ordered = sorted(grouped.items(), key=lambda pair: _order(*pair[0]))
     rows = [_row(key, concept, parts, draws, seed) for (key, concept), parts in ordered]

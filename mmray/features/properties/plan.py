@@ -34,6 +34,7 @@ def plan_properties(settings: PropertySettings, run: Run) -> Plan[RunSamples]:
 
     Raises InputError if there is no such concept, or no data.
     """
+    # Generated captions are in the run's tables by now, so they are encoded like those of a dataset.
     census = census_settings(run.info["settings"] | {"captions": "dataset"})
     rows = {row["sample_id"]: row for row in run.table("captions").to_pylist()}
     keys = image_keys(run.table("captions"))
@@ -69,6 +70,7 @@ def plan_properties(settings: PropertySettings, run: Run) -> Plan[RunSamples]:
         )
     requested = {name for each in inputs.values() for name in (*each.own, *each.others, *each.maps)}
     _, _, nouns = open_inputs(census_settings(run.info["settings"]))
+    # Maps alone are cheap, so many such concepts share a unit.
     units = _units([inputs[name] for name in measured if name in inputs], MEASURED_PER_UNIT)
     units += _units([each for each in inputs.values() if not each.own], MAPPED_PER_UNIT)
     context = RunSamples(
@@ -110,6 +112,7 @@ def _samples_nearby(chosen: set[str], images: Mapping[str, list[str]], rows: Map
 def _ranked(run: Run, names: set[str]) -> dict[str, dict[str, Ranked]]:
     """Return concept → ranking → its MOST highest neurons."""
     rankings = run.table("rankings")
+    # `rankings` has up to 256 neurons per order; only the highest are measured.
     near = pc.or_(pc.less_equal(rankings["rank"], MOST), pc.less_equal(rankings["specific_rank"], MOST))
     columns = ["concept", "rank", "specific_rank", "layer", "unit", "activation"]
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)

@@ -49,6 +49,7 @@ class Probe:
             if inputs.own:
                 self._concept(inputs, samples, found)
         mapped = [inputs for inputs in unit if inputs.maps]
+        # Concepts share forward passes, so a failure is halved down to the concept that causes it.
         for drawn in split_on_failure(
             mapped,
             lambda part: phase("maps")(draw_maps)(self.study, part, samples),

@@ -100,6 +100,8 @@ class Study:
         largest: tuple[list[Captioned], Batch] | None = None
         for items, batch in analysis.encoded(_with_image(samples)):
             smaller = items
+            # A batch that is split can't be compared within one forward pass, so the larger part stands for the
+            # concept.
             if largest is None or len(items) > len(largest[0]):
                 smaller, largest = largest[0] if largest else [], (items, batch)
             for item in smaller:
@@ -109,6 +111,7 @@ class Study:
         return largest
 
     def _analysis(self, batch_size: int) -> ShardAnalysis:
+        # Reuses the census's decoding and encoding, so that images and prompts are the same as there.
         settings = self.settings.model_copy(update={"batch_size": batch_size})
         return ShardAnalysis(self.model, settings, self.nouns, 0)
 

@@ -63,6 +63,7 @@ class CandidateEffects:
         Both are needed: first-order effects of a set add up; the score's effect on the final norm's scale does not.
         """
         for kept, given in ((self._effects, products), (self._scores, scores)):
+            # Only the candidates' columns: all neurons of all positions would not fit.
             kept.append(torch.cat([part.cpu() for part in given], dim=1)[:, self.union])
         self._log_probabilities.append(log_probabilities.cpu())
         self.concepts.extend(concepts)
@@ -98,6 +99,7 @@ class CandidateEffects:
         probability = torch.cat(self._log_probabilities).double().exp().clamp(1e-6, 1 - 1e-6)
         log_odds = torch.logit(probability).float()
         own = torch.tensor([name == concept for name in self.concepts])
+        # Without other nouns the mean is NaN; then nothing counts against a neuron.
         elsewhere = scores[~own].square().mean(dim=0).sqrt().nan_to_num()
         return CandidateSums(effects[own], log_odds[own], effects[~own], log_odds[~own], elsewhere)
 

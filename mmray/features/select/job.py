@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,10 +14,11 @@ from jaxtyping import Int64
 from numpy import ndarray
 
 from mmray.data.samples import Sample
-from mmray.data.shards import Manifest, extend, read_shard
+from mmray.data.shards import Manifest, extend
 from mmray.engine import Job, JobResult, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
 from mmray.features.census.inputs import open_data, open_inputs
+from mmray.features.census.run_samples import scored_samples
 from mmray.features.census.settings import CensusSettings, census_settings
 from mmray.features.census.shard import ShardAnalysis
 from mmray.features.select.effects import EFFECTS, CandidateEffects
@@ -92,6 +93,7 @@ class SelectionJob(Job[SelectionSettings, SelectionContext]):
         extend(manifest, source.files(), census.shard_size, census.limit)  # raises for files that have changed
         if digest(resolve(census.model)) != run.info["digests"]["model"]:
             raise InputError(f"{census.model}: no longer the model of {run.uri}; start a new run with it: mmray census")
+        # Candidates are indices over all layers, as the effects are concatenated.
         starts = np.cumsum([0, *run.info["model"]["widths"]])
         indices = {
             concept: starts[rows["layer"].to_numpy()] + rows["unit"].to_numpy() for concept, rows in candidates.items()
@@ -110,15 +112,11 @@ class SelectionJob(Job[SelectionSettings, SelectionContext]):
 
         def measure(unit: Unit) -> UnitResult:
             shard, captions = unit.payload
-            remaining = dict(captions)
-            # Popped, because a later row with the same id would be another sample.
-            samples = [
-                replace(row, caption=remaining.pop(row.sample_id))
-                for row in read_shard(source, context.manifest.shards[shard])
-                if isinstance(row, Sample) and row.sample_id in remaining
-            ]
+            samples: dict[str, Sample] = {}
+            for sample in scored_samples(source, context.manifest.shards[shard], captions):
+                samples.setdefault(sample.sample_id, sample)  # a later row with the same id would be another sample
             analysis, effects = ShardAnalysis(model, census, context.nouns, shard), CandidateEffects(context.candidates)
-            for items, batch in analysis.encoded(samples):
+            for items, batch in analysis.encoded(samples.values()):
                 effects.add(
                     model, batch, positions_of(batch, [(item.sample.sample_id, item.mentions) for item in items])
                 )
@@ -138,6 +136,7 @@ class SelectionJob(Job[SelectionSettings, SelectionContext]):
             effects.add_part(part)
         rows = self._candidates(with_retries(lambda: open_run(self.settings.run)))
         named = [concept for concept in rows if concept in effects.concepts]
+        # With a quarantined unit, the missing concept may be in it: then the selection is incomplete, not wrong.
         if len(named) < len(rows) and len(parts.receipts) == len(plan.units):
             concept = next(concept for concept in rows if concept not in named)
             raise InputError(f"{concept}: none of the samples read names it; give more --samples")

@@ -17,6 +17,7 @@ def contrasts(contribution: Float[Tensor, "neuron label"]) -> Float64[Tensor, "n
     contribution = contribution.double()
     found = torch.empty_like(contribution)
     for label in range(contribution.shape[1]):
+        # Magnitudes of either sign: a neuron that suppresses another label's tokens is not specific to this one.
         others = torch.cat([contribution[:, :label], contribution[:, label + 1 :]], dim=1)
         found[:, label] = contribution[:, label] - others.abs().amax(dim=1)
     return found

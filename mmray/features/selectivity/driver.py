@@ -86,6 +86,7 @@ class _Analysis:
         self.store = lease.guard(open_target(run.uri))
         self.fence = next_fence(self.store, LabelJob.name, lease.number)
         self.tested = f"{LabelJob.name}/tested/{settings.choice()}"
+        # A choice that was tested stays blind to the held-out samples, or a later call would choose with the test set.
         self.plan = plan_labels(settings, run, hold_out=settings.tests or self.store.exists(self.tested))
         self.widths = _widths(run, settings.module)
         self.quarantined: dict[int, str] = {}
@@ -103,6 +104,7 @@ class _Analysis:
         }
         if settings.tests:
             found |= self._tests(totals, selection)
+            # Only after the tests: a call that died before has shown nobody the held-out samples.
             self.store.put(self.tested, b"")
         return found
 
@@ -126,12 +128,14 @@ class _Analysis:
                 rows.setdefault(name, present)
             own[name], others[name] = _split(present, analysis)
         outdated: tuple[str, ...] = ()
+        # Compared without scores, which rounding may change.
         if not own["selectivity"].select(CHOSEN).equals(found["selectivity"].select(CHOSEN)):
             # Measurements of other neurons say nothing about these.
             outdated = tuple(name for name in OF_HELD_OUT if len(own[name]) and name not in found)
             rows |= {name: own[name].slice(0, 0) for name in outdated}
         changed = [name for name, table in rows.items() if name in damaged or not table.equals(own[name])]
         made_from = dict(before.made_from if before else {})
+        # Status compares these with the run, to say which analyses are out of date.
         made_from |= {" ".join(analysis.values()): self.run.digests()["receipts"]}
         if changed or (before is not None and before.made_from != made_from):
             writer = SnapshotWriter(store, LabelJob.name, self.fence)
@@ -140,6 +144,7 @@ class _Analysis:
                 for part in (TABLES[name].empty_table(), others[name], rows[name]):
                     writer.add(name, part)
             publish(store, writer.commit(made_from, {name: len(table) for name, table in found.items()}))
+        # An earlier call committed this snapshot and died before it became visible.
         elif before is not None and not is_published(store, before):
             publish(store, before)
         return outdated
@@ -177,6 +182,7 @@ def _census_suffices(plan: LabelPlan) -> bool:
     """Return whether the census's table `activity` has all that is needed, so that no pass over samples is needed."""
     settings = plan.settings
     controls = settings.permutations or settings.bootstraps or plan.held_out
+    # The census counts activity of all its samples, without replicates, and never contributions.
     return settings.method == "lape" and not (controls or settings.samples or settings.balance)
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import pyarrow as pa
 
 from mmray.data.samples import Sample
-from mmray.data.shards import Manifest, Shard, read_shard
-from mmray.data.source import Source
+from mmray.data.shards import Manifest
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.features.census.inputs import open_data
+from mmray.features.census.run_samples import scored_samples
 from mmray.features.selectivity.interventions import measure_interventions
 from mmray.features.selectivity.logit_lens import Lens
 from mmray.features.selectivity.masks import SELECTED, Mask
@@ -83,13 +83,6 @@ class LabelJob(Job[S, LabelPlan]):
     @abstractmethod
     def tables(self, model: LoadedModel, samples: list[Sample]) -> dict[str, pa.Table]:
         """Return the parts to commit for a shard's samples."""
-
-
-def scored_samples(source: Source, shard: Shard, captions: Mapping[str, str]) -> Iterator[Sample]:
-    """Yield a shard's samples, with the captions that the run scored."""
-    for sample in read_shard(source, shard):
-        if isinstance(sample, Sample) and sample.sample_id in captions:
-            yield replace(sample, caption=captions[sample.sample_id])
 
 
 class SumsJob(LabelJob[SumsSettings]):

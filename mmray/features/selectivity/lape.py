@@ -49,6 +49,7 @@ def entropies(amounts: Float[Tensor, "neuron label"]) -> Float64[Tensor, " neuro
 
 def bar_of(probability: Float[Tensor, "neuron label"], quantile: float = BAR) -> float:
     """Return the quantile of all probabilities, as `kthvalue` counts."""
+    # The authors' code takes the bar over all neurons and labels together.
     flat = probability.flatten()
     return float(flat.kthvalue(max(1, round(len(flat) * quantile))).values)
 
@@ -56,6 +57,7 @@ def bar_of(probability: Float[Tensor, "neuron label"], quantile: float = BAR) ->
 def filtered_entropies(probability: Float[Tensor, "neuron label"], bar: float) -> Float64[Tensor, " neuron"]:
     """Return the entropies, infinite for a neuron that does not exceed the bar under any label."""
     found = entropies(probability)
+    # Infinite entropy sorts these neurons last.
     found[(probability > bar).sum(dim=1) == 0] = torch.inf
     return found
 

@@ -118,9 +118,11 @@ class Lens:
         layers: list[Tensor],
         untouched: list[Tensor],
     ) -> None:
+        # Agreement is with the last layer under the same mask.
         last = vocabulary_logits(self.model, layers[-1]).argmax(dim=1)
         for layer, (states, before) in enumerate(zip(layers, untouched, strict=True)):
             stage = found[masked, layer, kind]
+            # One layer at a time: the logits of all would be layers × positions × vocabulary.
             logits = vocabulary_logits(self.model, states)
             logs = logits.log_softmax(dim=1)
             top = logits.argmax(dim=1)

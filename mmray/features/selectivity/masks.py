@@ -32,6 +32,7 @@ def masks_of(selection: LabelSelection, labels: Sequence[str], widths: Sequence[
     masks = []
     for number, label in enumerate(labels):
         own = selection.chosen.of(number).numpy()
+        # An empty mask would measure nothing but noise.
         if not len(own):
             continue
         sets = {SELECTED: own, RANDOM: random_like(own, widths, generator)}
@@ -50,6 +51,7 @@ def random_like(
     for start, stop in pairwise(starts):
         own = neurons[(neurons >= start) & (neurons < stop)]
         others = np.setdiff1d(np.arange(start, stop), own)
+        # In a layer where most neurons are chosen, some of the random ones must be chosen ones.
         spare = generator.choice(own, max(0, len(own) - len(others)), replace=False)
         drawn += [generator.choice(others, len(own) - len(spare), replace=False), spare]
     return np.concatenate(drawn)

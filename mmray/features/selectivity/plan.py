@@ -84,6 +84,7 @@ def plan_labels(settings: SelectivitySettings, run: Run, hold_out: bool) -> Labe
     held_out = frozenset(
         name for name in labelled if hold_out and _uniform(settings.seed, images[name]) < settings.held_out
     )
+    # In the order of the data, so that --samples N is a prefix.
     seen = [name for name in names if name in labelled and name not in held_out][: settings.samples]
     if settings.balance:
         seen = _balanced(settings, run, {name: labelled[name] for name in seen}, Counter(labelled.values()))
@@ -102,6 +103,7 @@ def plan_labels(settings: SelectivitySettings, run: Run, hold_out: bool) -> Labe
     by_shard: dict[int, dict[str, str]] = defaultdict(dict)
     chosen = {*seen, *held_out}
     for row in captions.select(["sample_id", "shard_id", "caption"]).to_pylist():
+        # Captions travel with the plan, because the run may have generated them.
         if row["sample_id"] in chosen:
             by_shard[row["shard_id"]][row["sample_id"]] = row["caption"]
     census = census_settings(run.info["settings"])
@@ -174,6 +176,7 @@ def _balanced(settings: SelectivitySettings, run: Run, labelled: Mapping[str, st
     generator = np.random.default_rng(settings.seed)
     kept: list[str] = []
     for label, names in sorted(members.items()):
+        # At least one, so that no label vanishes by rounding.
         count = max(1, round(budget / per_sample[label]))
         kept += [names[number] for number in generator.permutation(len(names))[:count]]
     return kept

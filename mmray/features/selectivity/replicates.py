@@ -74,6 +74,7 @@ def draw(
         members[name if images is None else images.get(name, name)].append(column)
     by_size = _grouped(members.values(), len)
     by_labels = _grouped(members.values(), lambda columns: tuple(sorted({int(own[column]) for column in columns})))
+    # Everything above is sorted, so the draws depend on the seed and the labels alone.
     generator = np.random.default_rng(seed)
     once = np.ones(len(samples), np.int16)
     label = [own, *(_shuffled(own, by_size, generator) for _ in range(permutations)), *[own] * bootstraps]

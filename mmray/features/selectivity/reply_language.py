@@ -33,6 +33,7 @@ class LabelClassifier:
         known = [word for word in words_of(text) if any(word in counts for counts in self.words.values())]
         if not known:
             return None
+        # Sorted, so that ties don't depend on the order of the captions.
         return max(sorted(self.words), key=lambda label: sum(self._log_share(label, word) for word in known))
 
     def share(self, text: str, label: str) -> float | None:
@@ -47,6 +48,7 @@ class LabelClassifier:
 
     def _log_share(self, label: str, word: str) -> float:
         counts = self.words[label]
+        # Shares, not counts, so that a label with more captions has no advantage.
         return math.log(counts[word] / max(1, counts.total()) + self.floor)
 
 

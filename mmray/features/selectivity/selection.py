@@ -68,10 +68,12 @@ def add_up(parts: Iterable[pa.Table], labels: tuple[str, ...]) -> dict[str, Tota
             found = vectors(rows["values"], number_of(quantity))
             for key, count, values in zip(keys, rows["n_tokens"].to_pylist(), found, strict=True):
                 tokens[key] = tokens.get(key, 0) + count
+                # Counts are int32 per part; their total over parts may not fit.
                 sums[key] = sums[key] + values if key in sums else values.astype(np.float64)
     totals = {}
     for quantity in sorted({key[0] for key in sums}):
         replicates = 1 + max(number for name, number, _ in sums if name == quantity)
+        # Labels in the plan's order, so that their indices agree everywhere.
         keyed = [[(quantity, number, label) for label in labels] for number in range(replicates)]
         stacked = np.stack([np.stack([sums[key] for key in row], axis=1) for row in keyed])
         counts = np.array([[tokens[key] for key in row] for row in keyed], np.float64)
@@ -141,6 +143,7 @@ def _cuts(chosen: Chosen, lowest: bool) -> Float64[Tensor, " label"]:
     """Return the score of the last neuron chosen, per label; NaN if there is none."""
     cuts = torch.full((chosen.member.shape[1],), torch.nan, dtype=torch.float64)
     for label in range(len(cuts)):
+        # LAPE ranks neurons over all labels; contrast ranks them per label.
         own = chosen.member.any(dim=1) if lowest else chosen.member[:, label]
         if own.any():
             cuts[label] = chosen.score[own][-1]

@@ -120,6 +120,7 @@ def steered(model: LoadedModel, steer: Steer) -> Iterator[None]:
                 continue
             if projection.experts:
                 raise InputError(f"{model.name}: --steer: the neurons of routed experts can't be set")
+            # Hooks run on the layer's own device; values move there with its activations.
             units = torch.from_numpy(steer.neurons[own] - starts[layer])
             hook = step.setting(units, torch.from_numpy(steer.values[:, own]))
             module = model.network.get_submodule(projection.path)
@@ -144,6 +145,7 @@ class _Step:
         """Return a hook that sets these units of a layer."""
 
         def replace(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            # Cloned, because a hook must not change its caller's tensor.
             activation = arguments[0].clone()
             if activation.dim() != 3:
                 raise InputError(

@@ -102,6 +102,7 @@ def in_batches(
         prompts, tokens = [text.prompt for text in batch], [text.tokens for text in batch]
         return work(batch, encode(model, prompts, images, tokens, [text.offsets for text in batch]))
 
+    # Similar lengths need little padding; the id makes the order the same in every call.
     ordered = sorted(texts, key=lambda text: (text.image is None, text.prompt, len(text.tokens), text.sample_id))
     batches = (
         batch
@@ -118,6 +119,7 @@ def _refuse(text: LabelledText, problem: str) -> None:
 def token_positions(batch: Batch, texts: Sequence[LabelledText]) -> list[TokenPosition]:
     """Return the positions that predict the tokens of each row's text, row by row."""
     return [
+        # The position before a token predicts it.
         TokenPosition(row, batch.caption_start[row] + number - 1, token, text.label, text.sample_id)
         for row, text in enumerate(texts)
         for number, token in enumerate(batch.tokens[row])
