@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,14 @@ def _percentiles(sums: Float[ndarray, "image sum"], value: Value, draws: int, se
     found = values[np.isfinite(values)]
     low, high = np.percentile(found, INTERVAL) if len(found) else (np.nan, np.nan)
     return float(low), float(high)
+
+
+def totals_by_image(images: Sequence[str], *sums: Float[ndarray, " row"]) -> Float[ndarray, "image sum"]:
+    """Return the totals of rows that belong to one image each, images in order of their keys."""
+    names, index = np.unique(np.array(images), return_inverse=True)
+    total = np.zeros((len(names), len(sums)))
+    np.add.at(total, index, np.stack(sums, axis=1))
+    return total
 
 
 def by_measure(measurements: pa.Table) -> dict[str, tuple[Float[ndarray, "image sum"], Float[ndarray, "image sum"]]]:

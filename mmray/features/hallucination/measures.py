@@ -11,7 +11,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from mmray.data.image_keys import image_key
-from mmray.statistics.bootstrap import Value, measure, ratio
+from mmray.statistics.bootstrap import Value, measure, ratio, totals_by_image
 
 BINS = 10
 """Bins of confidence, of equal width."""
@@ -73,28 +73,30 @@ def judged(claims: pa.Table, draws: int, seed: int) -> list[dict[str, Any]]:
 
     if answers:
         unparsed = np.array([row["claimed"] is None for row in answers], dtype=float)
-        add("question", "unparsable", None, answers, _by_image(_images(answers), unparsed, np.ones_like(unparsed)))
+        add(
+            "question", "unparsable", None, answers, totals_by_image(_images(answers), unparsed, np.ones_like(unparsed))
+        )
     for group, members in groups.items():
         if not members:
             continue
         images = _images(members)
         truth = np.array([row["present"] for row in members], dtype=float)
         ones = np.ones_like(truth)
-        add(group, "true", None, members, _by_image(images, truth, ones))
+        add(group, "true", None, members, totals_by_image(images, truth, ones))
         for judge in JUDGES:
             scores = _confidence(members, judge)
             add(group, "auroc", judge, members, histograms(images, scores, truth), _auroc)
             bins = np.minimum((scores * BINS).astype(int), BINS - 1)
             in_bin = np.eye(BINS)[bins]
             binned = np.stack([in_bin * sums[:, None] for sums in (ones, scores, truth)], axis=2)
-            add(group, "ece", judge, members, _by_image(images, *binned.reshape(len(scores), -1).T), _ece)
+            add(group, "ece", judge, members, totals_by_image(images, *binned.reshape(len(scores), -1).T), _ece)
             sure = (scores >= SURE).astype(float)
             for name, own in (("confirmed_true", truth), ("confirmed_false", 1 - truth)):
-                add(group, name, judge, members, _by_image(images, sure * own, own))
+                add(group, name, judge, members, totals_by_image(images, sure * own, own))
             # Empty bins have no row, because a share of nothing has no value.
             for number in sorted(set(bins.tolist())):
                 own = in_bin[:, number]
-                totals = _by_image(images, truth * own, own)
+                totals = totals_by_image(images, truth * own, own)
                 mean = float((scores * own).sum() / own.sum())
                 add(group, "reliability", judge, members, totals, edge=number / BINS, confidence=mean)
     return rows
@@ -111,14 +113,6 @@ def _confidence(claims: Sequence[dict[str, Any]], judge: str) -> Float[ndarray, 
     return probability
 
 
-def _by_image(images: Sequence[str], *sums: Float[ndarray, " claim"]) -> Float[ndarray, "image sum"]:
-    """Return the totals over each image's claims, which the bootstrap draws together."""
-    names, index = np.unique(np.array(images), return_inverse=True)
-    total = np.zeros((len(names), len(sums)))
-    np.add.at(total, index, np.stack(sums, axis=1))
-    return total
-
-
 def histograms(
     images: Sequence[str], scores: Float[ndarray, " claim"], truth: Float[ndarray, " claim"]
 ) -> Float[ndarray, "image sum"]:
@@ -129,7 +123,7 @@ def histograms(
         rank, count = rank * MAX_RANKS // count, MAX_RANKS
     names, index = np.unique(np.array(images), return_inverse=True)
     total = np.zeros((len(names), 2 * count))
-    # Added in place: a histogram per claim, as `_by_image` would need, does not fit in memory for large data.
+    # Added in place: a histogram per claim, as `totals_by_image` would need, does not fit in memory for large data.
     np.add.at(total, (index, rank + count * truth.astype(int)), 1.0)
     return total
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from mmray.data.image_keys import image_key
 from mmray.features.hallucination.perturb_answers import ORIGINAL
-from mmray.statistics.bootstrap import measure
+from mmray.statistics.bootstrap import measure, totals_by_image
 
 CORRECT = {"source": 1.0, "target": 0.0}
 """The correct answer before a move: the source is there, the target is not."""
@@ -40,12 +40,9 @@ def changes(answers: pa.Table, draws: int, seed: int) -> list[dict[str, Any]]:
     def add(condition: str, about: str | None, name: str, values: Sequence[tuple[Mapping[str, Any], float]]) -> None:
         if not values:
             return
-        by_image: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for row, value in values:
-            sums = by_image[image_key(row["sample_id"], row["image"])]
-            sums[0] += value
-            sums[1] += 1
-        totals = np.array([by_image[image] for image in sorted(by_image)])
+        images = [image_key(row["sample_id"], row["image"]) for row, _ in values]
+        numbers = np.array([value for _, value in values], dtype=float)
+        totals = totals_by_image(images, numbers, np.ones_like(numbers))
         found = measure(totals, totals, draws=draws, seed=seed, share=name in SHARES)
         rows.append(
             {"condition": condition, "about": about, "measure": name, "value": found.after, "low": found.low}
