@@ -40,7 +40,7 @@ def rank_one(model: LoadedModel, new: Sequence[Example], keep: Sequence[Example]
     are no kept answers.
     """
     if not keep:
-        raise InputError("rank-one needs captions that are to stay; raise --kept, or analyse more samples")
+        raise InputError("rank-one needs captions that must stay; raise --kept, or analyse more samples")
     key = divergence(model, new, layer).mean(dim=0)
     all_units = Deltas(model, whole_layers(model, [layer]))
     others = torch.cat([part.activation.flatten(0, -2) for part, _ in resume_all(model, keep, all_units)])

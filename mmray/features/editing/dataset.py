@@ -146,6 +146,7 @@ class EditDataset:
         if missing:
             captions = self.run.table("captions").select(["sample_id", "shard_id"])
             held = captions.filter(pc.is_in(captions["sample_id"], pc.cast(sorted(missing), "string")))
+            # Shards are read as a whole, each once, whichever of their samples are missing.
             manifest = Manifest.from_json(self.run.folder.manifest())
             for shard in sorted(set(held["shard_id"].to_pylist())):
                 for row in read_shard(self.source, manifest.shards[shard]):
@@ -212,9 +213,11 @@ def replaced(dataset: EditDataset, source: str, target: str, most: int, seed: in
     article changes with the noun, a second example has the target after the source's article. Raises InputError if the
     model names the source in none of its captions.
     """
+    # One sample per image, so that an image with several captions counts once.
     found = dataset.ids([source])
     random.Random(f"{source} {seed}").shuffle(found)
     samples = dataset.read(one_per_image(found, dataset.images)[:most])
+    # Views get captions of their own: the model may describe a crop differently.
     seen = [(sample, view) for sample in samples for view in (sample, *views(sample, seed))]
     examples = []
     for (sample, view), tokens in zip(seen, dataset.own_captions([view for _, view in seen]), strict=True):
@@ -267,6 +270,7 @@ def kept(
     different image. An image is left out if any of its samples' captions names such a concept, or the model does.
     """
     without, images = list(without), dataset.images
+    # By image: another caption of the same image may name a concept that this one leaves out.
     shown = {images[name] for name in dataset.ids(without)}
     others = [name for name in dataset.ids() if images[name] not in shown]
     random.Random(seed).shuffle(others)

@@ -64,6 +64,7 @@ class Deltas:
                 if layer > above:
                     module = self.model.network.get_submodule(self.model.projections[layer].path)
                     hook = partial(self._add, layer)
+                    # Experts may get their routing as keyword arguments.
                     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             yield
 

@@ -56,6 +56,7 @@ def _mean_part(model: LoadedModel, examples: Sequence[Example], layer: int) -> F
     for activation, pairs in _divergence_by_batch(model, examples, layer):
         rejected, wanted = torch.tensor(pairs, device=unembedding.device).T
         direction = (unembedding[rejected] - unembedding[wanted]).float().to(rows.device)
+        # On the CPU, because layers may be on several devices.
         total += (activation.to(rows.device) * (direction @ rows.float().T)).sum(dim=0).cpu()
         count += len(pairs)
     return total / max(count, 1)

@@ -100,6 +100,7 @@ class WeightEdit:
         """
         self.check(model)
         with ExitStack() as stack:
+            # One layer at a time: a model may span several devices.
             for layer in sorted(set(self.layer.tolist())):
                 chosen = self.layer == layer
                 units, rows = self.unit[chosen], output_rows(model.network, model.projections[layer])
@@ -114,6 +115,7 @@ class WeightEdit:
         if self.model != other.model:
             raise InputError(f"edits of two models ({self.model} and {other.model}) can't be added")
         pairs = torch.stack([torch.cat([self.layer, other.layer]), torch.cat([self.unit, other.unit])], dim=1)
+        # A neuron of both edits gets one row, the sum of its two.
         unique, index = torch.unique(pairs, dim=0, return_inverse=True)
         rows = torch.cat([self.delta, other.delta])
         delta = torch.zeros(len(unique), rows.shape[1]).index_add_(0, index, rows)

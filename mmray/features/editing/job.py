@@ -61,6 +61,7 @@ class EditJob(Job[NamedEditSettings, None]):
         if not name or set(name) & set("/\\"):
             raise InputError(f"edit {name!r}: give it a name without slashes; its folder is called so")
         run = open_run(self.settings.run)
+        # Fail here, before a worker loads the model.
         for concept in filter(None, (request.source, request.suppress)):
             run.rank(concept, 1)
         check_free(self.target, [request])

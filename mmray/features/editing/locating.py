@@ -19,6 +19,7 @@ def located(run: Run, concept: str, count: int, layers: Sequence[int], by: str =
 
     Raises InputError if the run does not know the concept, or ranks none of its neurons there.
     """
+    # All of the ranking, because the layers are chosen afterwards.
     rows = run.rank(concept, len(run.table("rankings")), by)
     rows = rows.filter(pc.is_in(rows["layer"], pc.cast(list(layers), "int16"))).slice(0, count)
     if not len(rows):

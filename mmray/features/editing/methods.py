@@ -79,6 +79,7 @@ def make_edit(dataset: EditDataset, requests: Sequence[EditSettings]) -> WeightE
     task = prepare(dataset, requests)
     method = EDIT_METHODS[settings.method]
     function = resolve_name(method.function)
+    # A closed form sees one layer's rows, a learned method the whole task.
     deltas = _closed_form(task, function) if method.closed_form else function(task)
     layers = [torch.full_like(units, layer).cpu() for layer, units in deltas.units.items()]
     rows = torch.cat([deltas.rows(layer).detach().float().cpu() for layer in deltas.units])

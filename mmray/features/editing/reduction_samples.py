@@ -66,6 +66,7 @@ def hallucinations(dataset: EditDataset, most: int, kept: int, seed: int) -> Hal
     Raises InputError if the model names nothing absent often enough.
     """
     captions = list(own_captions(dataset))
+    # Shuffled before `most` cuts: the order of the data may follow its subjects.
     random.Random(seed).shuffle(captions)
     pairs = pairs_of(captions)
     words = {word for _, word in pairs}

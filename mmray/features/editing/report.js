@@ -1,6 +1,6 @@
 // Edits: what each changed, its measures, and captions before and after.
 "use strict";
-// The words of two captions that differ, by their longest common sequence.
+// Mark the words in which two captions differ, by their longest common subsequence.
 function differing(before, after) {
   const [one, two] = [before.split(" "), after.split(" ")];
   const table = Array.from({ length: one.length + 1 }, () => new Uint16Array(two.length + 1));
@@ -42,7 +42,7 @@ function editCard(edit) {
 }
 
 const editsPage = () => (INDEX.editing.length
-  ? [heading("Edits", "Rows added to what located neurons write, so that the model says another word; each measured before and after."), INDEX.editing.map(editCard)]
+  ? [heading("Edits", "Changes of located neurons' rows of W_out that make the model say another word, each measured before and after."), INDEX.editing.map(editCard)]
   : [heading("Edits", "None in this run's folder. `mmray edit RUN --source dog --target cat --out RUN/edits/dog-cat` makes one, and `mmray evaluate` measures it.")]);
 
 addPage("edits", "Edits", editsPage);

@@ -129,6 +129,7 @@ def resume_all(
     parts = [(resume(model, batch, deltas), rows) for batch, rows in batched(model, rest)]
     if cached:
         parts.append((_from_caches(model, cached, deltas), cached))
+    # Without later blocks only positions matter, so the batches can be joined.
     if len(parts) < 2 or parts[0][0].later_blocks:
         return parts
     return [(joined([part for part, _ in parts]), [row for _, rows in parts for row in rows])]
@@ -231,6 +232,7 @@ def resume(model: LoadedModel, batch: Batch, deltas: Deltas) -> ResumedForward:
         _later_block(blocks[number], *inputs[number], previous=outputs[max(n for n in outputs if n < number)])
         for number in ran
     ]
+    # The logits at a position predict the next token, so an answer starts one position earlier.
     starts = [row * batch.positions + start - 1 for row, start in enumerate(batch.caption_start)]
     positions = torch.tensor(
         [start + index for start, tokens in zip(starts, batch.tokens, strict=True) for index in range(len(tokens))],

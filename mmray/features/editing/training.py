@@ -176,6 +176,7 @@ def learn(
     rng = random.Random(config.seed)
     losses: list[float] = []
     for number in range(config.rounds):
+        # A smaller step finds what the larger one overshot.
         halved = replace(config, learning_rate=config.learning_rate / 2**number)
         losses += _run_round(deltas, changing, staying, halved, rng)
         if torch.cat([answers.are_learned(deltas) for answers in changing]).float().mean() >= ENOUGH_LEARNED:
@@ -191,6 +192,7 @@ def _run_round(
     rng: random.Random,
 ) -> list[float]:
     """Run one round of steps at a falling learning rate; return the loss of each step."""
+    # Adam moves each number by about the learning rate, so the rate is in units of the weights.
     groups = [
         {"params": parameters, "lr": config.learning_rate * deltas.step_size(layer)}
         for layer, parameters in deltas.parameters.items()

@@ -73,6 +73,7 @@ class BaselineReplies:
 
     def replies(self, queries: Sequence[Query], drafts: Sequence[Sequence[str]]) -> list[Reply]:
         """Return the model's replies; drafts, guesses of each reply, save time."""
+        # By key: the same query may occur several times.
         missing = {query.key: number for number, query in enumerate(queries) if query.key not in self._replies}
         new = [queries[number] for number in missing.values()]
         tokens = [[self.tokens(queries[n], draft) for draft in drafts[n] if draft] for n in missing.values()]

@@ -103,6 +103,7 @@ class DraftVerifier(StateReader):
             trial = [
                 (number, self.until_end(draft)[: self.longest]) for number, some in enumerate(drafts) for draft in some
             ]
+            # Known states are of the first drafts only; corrected drafts need a forward.
             for _ in range(1 + CORRECTIONS):
                 trial, first_states = self._verify(queries, trial, found, first_states), None
             left = [number for number in range(len(queries)) if number not in found]

@@ -58,6 +58,7 @@ def caption_effects(
     if scope.role == UNRELATED:
         locality(rows, "image_locality", name, [change])
     named = lexicon.named(change.before, language), lexicon.named(change.after, language)
+    # An edit made in one language may act in others; that has a measure of its own.
     if scope.foreign:
         rows.share("language_generality", name, 0, fulfilled(scope.foreign, scope.objects, *named))
     if not scope.requests:

@@ -61,6 +61,7 @@ def evaluate(
     texts = text_questions_of(settings, statistics, evaluator.requests.words)
     parts = [evaluator.samples(samples), evaluator.texts(texts)]
     if own:
+        # An own image that is among the samples counts there, and not twice.
         known = {row["image"] for row in parts[0].captions if row["role"] == EDITED}
         others = [sample for sample in own if not isinstance(sample, Sample) or sample.image_key not in known]
         parts.append(evaluator.samples(others, own=True))

@@ -95,6 +95,7 @@ class EvaluationJob(Job[EvaluationSettings, EvaluationContext]):
             "fingerprint": settings.fingerprint(plan.digests),
             "seconds": round(sum(receipt.seconds for receipt in receipts), 3),
         }
+        # Captions first: evaluation.json says that both are there.
         output.file(CAPTIONS_FILE, to_bytes(captions))
         output.file(EVALUATION_FILE, json.dumps(content, indent=1, ensure_ascii=False, default=str).encode())
         return {"edit": self.settings.edit, "measures": measures, "cost": plan.context.cost}
@@ -153,6 +154,7 @@ def _gathered(plan: Plan[EvaluationContext], parts: Parts) -> tuple[pa.Table, pa
         pa.concat_tables([data, own.filter(pc.invert(pc.is_in(own["image"], known)))])
         for data, own in ((read(name, own=False), read(name, own=True)) for name in ("measurements", "captions"))
     )
+    # Reversed: the first row of a sample counts.
     rows = {row["sample_id"]: row for row in reversed(captions.to_pylist())}
     kept = [rows[name] for name in sorted(rows)]
     return measured, pa.Table.from_pylist(kept, schema=PARTS["captions"])

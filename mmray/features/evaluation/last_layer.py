@@ -46,6 +46,7 @@ class LastLayer:
         """What the edit, which must be applied now, has added to the rows, as rounded to the weights' number format."""
         model = self.reader.model
         rows = output_rows(model.network, model.projections[-1])[self.units]
+        # Read back from the weights: in half precision they take less than the edit gives.
         return (rows.float() - self.rows.float()) * model.projections[-1].scale
 
     def after(self, before: States, all_positions: bool) -> States | None:

@@ -168,7 +168,7 @@ _POSITIVES: Mapping[Positives, str] = {
     "first": "an image's first objects, of images that have enough",
 }
 _ADVERSARIAL: Mapping[Adversarial, str] = {
-    "object": "most often with the object asked for",
+    "object": "most often with the object asked about",
     "image": "most often with all objects of the image",
 }
 

@@ -83,6 +83,7 @@ def measure_records(baseline: BaselineReplies, edit: Edit, records: Records) -> 
 
 def _pixels(baseline: BaselineReplies, store: LocalStore | S3Store, record: dict[str, Any]) -> int:
     """Return the pixels of a record's images."""
+    # Decoded images count against the budget once, whichever fields name them.
     names = {str(record[image]) for image in IMAGES if record.get(image)}
     return sum(pixels_of(baseline.model, _encoded(store, name)) for name in names)
 

@@ -81,6 +81,7 @@ def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engin
     replies of a group. Units that read different data may have the same identifiers for other samples.
     """
     purposes = edit.purposes
+    # Settled here: workers may have other packages installed, and must measure the same.
     settings = settings.model_copy(update={"bleu": has_bleu(settings.bleu)})
     own = CensusSettings(**run.info["settings"])
     columns = {name: value for name in COLUMNS if (value := getattr(settings, name)) is not None}
@@ -98,6 +99,7 @@ def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engin
     texts = text_questions_of(settings, statistics, words)
     records = read_records(settings.mmedit, settings.mmedit_images) if settings.mmedit else None
     units = [EvaluationUnit("data", shard.shard_id, shard.samples) for shard in manifest.shards]
+    # The edit's own images lie in the run's data; without them there is no reliability.
     units += own_units
     units += _parts("texts", len(texts), settings.shard_size)
     units += _parts("records", len(records.records) if records else 0, settings.shard_size)

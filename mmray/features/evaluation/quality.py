@@ -40,6 +40,7 @@ def bleu_value(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:
     """Return the corpus BLEU of these totals, from 0 to 100, with sacrebleu's smoothing."""
     from sacrebleu.metrics.bleu import BLEU
 
+    # sacrebleu wants whole numbers, and totals come as floats.
     found = []
     for row in np.rint(totals).astype(int).tolist():
         correct, total = row[2 : 2 + ORDERS], row[2 + ORDERS :]

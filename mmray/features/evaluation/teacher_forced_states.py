@@ -85,6 +85,7 @@ class StateReader:
         def pixels(row: list[int]) -> int:
             return pixels_of(self.model, queries[row[0]].image)
 
+        # Images are compared by identity: BaselineReplies decodes each once.
         by_row: dict[object, list[int]] = defaultdict(list)
         for number, query in enumerate(queries):
             by_row[id(query.image) if self.shares and query.image is not None else -number].append(number)
@@ -92,6 +93,7 @@ class StateReader:
         for row in by_row.values():
             kinds[queries[row[0]].image is None, len(row) > 1].append(row)
         for rows in kinds.values():
+            # Similar lengths together, to save padding.
             rows.sort(key=lambda row: sum(len(queries[number].prompt) + len(replies[number]) for number in row))
             yield from within_budget(rows, pixels, BUDGET, self.batch_size)
 
