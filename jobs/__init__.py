@@ -1,1 +1,1 @@
-"""Jobs to submit to a cluster, one file per command, and the recipe of the demo model."""
+"""Jobs to submit to a cluster, one file per command, and the code that made the demo model."""

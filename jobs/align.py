@@ -1,4 +1,4 @@
-"""An alignment as a Ray job; every setting of `mmray align` is one of its configuration.
+"""Run `mmray align` as a Ray job; the configuration file holds its settings.
 
 ray job submit --working-dir . -- python jobs/align.py --config jobs/configs/align.yaml out=s3://bucket/aligned/owlvit
 """

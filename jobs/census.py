@@ -1,4 +1,4 @@
-"""A census as a Ray job; every setting of `mmray census` is one of its configuration.
+"""Run `mmray census` as a Ray job; the configuration file holds its settings.
 
 ray job submit --working-dir . -- python jobs/census.py --config jobs/configs/demo.yaml limit=64 out=s3://bucket/runs/demo
 """

@@ -1,4 +1,4 @@
-"""An edit as a Ray job; every setting of `mmray edit` is one of its configuration.
+"""Run `mmray edit` as a Ray job; the configuration file holds its settings.
 
 ray job submit --working-dir . -- python jobs/edit.py --config jobs/configs/edit.yaml source=cat target=dog out=s3://bucket/edits/cat-dog
 """

@@ -1,4 +1,4 @@
-"""An evaluation of an edit as a Ray job; every setting of `mmray evaluate` is one of its configuration.
+"""Run `mmray evaluate` as a Ray job; the configuration file holds its settings.
 
 ray job submit --working-dir . -- python jobs/evaluate.py --config jobs/configs/evaluate.yaml edit=s3://bucket/edits/cat-dog
 """

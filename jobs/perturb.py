@@ -1,4 +1,4 @@
-"""Moved embeddings as a Ray job, such as an audit of bias; `mmray perturb` has the settings of its configuration.
+"""Run `mmray perturb`, such as an audit of bias, as a Ray job; the configuration file holds its settings.
 
 ray job submit --working-dir . -- python jobs/perturb.py --config jobs/configs/perturb.yaml out=s3://bucket/audits/confident
 """

@@ -1,4 +1,4 @@
-"""Census, edits and their evaluations as one Ray job: `mmray pipeline`, with overrides by dotted names.
+"""Run `mmray pipeline` (census, edits and their evaluations) as a Ray job; the configuration file holds its settings.
 
 ray job submit --working-dir . -- python jobs/pipeline.py --config jobs/configs/pipeline.yaml census.out=s3://bucket/runs/demo
 """

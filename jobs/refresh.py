@@ -1,4 +1,4 @@
-"""A refresh as a Ray job; every setting of `mmray refresh` is one of its configuration.
+"""Run `mmray refresh` as a Ray job; the configuration file holds its settings.
 
 ray job submit --working-dir . -- python jobs/refresh.py --config jobs/configs/refresh.yaml limit=0.2
 """

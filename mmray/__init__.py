@@ -1,6 +1,6 @@
 """mmray: multi-modal neurons of vision-language models, found and ranked as distributed Ray jobs.
 
-The public names load what they need when first used, so that reading a run costs neither torch nor ray.
+Public names are imported on first use, so that reading a run needs neither torch nor ray.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from mmray.version import VERSION
 
 __version__ = VERSION
 
-_PLACES = {
+_MODULES = {
     "load_model": "mmray.features.saliency.model",
     "run_census": "mmray.api",
     "edit": "mmray.api",
@@ -34,13 +34,13 @@ _PLACES = {
     "add_noise": "mmray.models.interventions",
 }
 
-__all__ = ["__version__", *_PLACES]
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'mmray' has no attribute {name!r}")
-    return getattr(import_module(_PLACES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

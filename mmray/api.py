@@ -1,4 +1,4 @@
-"""Whole jobs as one call from Python."""
+"""Whole jobs as functions: each runs or resumes a job and returns its results."""
 
 from __future__ import annotations
 
@@ -33,126 +33,124 @@ from mmray.features.selectivity.settings import selectivity_settings
 from mmray.runs.run import Run, open_run
 
 EXECUTORS = ("ray", "local")
-"""Where a job may run: on Ray's actors, or in this process."""
+"""Where a job runs: on Ray, or in this process."""
 
 
-def _asked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as given from Python, where `executor="local"` asks for this process."""
-    given = dict(settings)
-    executor = given.pop("executor", "ray")
+def _uri(run: Run | str) -> str:
+    return run.uri if isinstance(run, Run) else str(run)
+
+
+def _with_executor(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return job settings in which `executor="local"` has become the setting `local`."""
+    others = dict(settings)
+    executor = others.pop("executor", "ray")
     if executor not in EXECUTORS:
         raise InputError(f"unknown executor {executor!r}; choose from {', '.join(EXECUTORS)}")
-    return given | ({"local": True} if executor == "local" else {})
+    return others | ({"local": True} if executor == "local" else {})
 
 
 def edit(run: Run | str, **settings: Any) -> WeightEdit:
-    """Edit the neurons that a run located for a concept, on the run's model and data; `applied`, `save` and `+` use it.
+    """Edit the neurons that a run located for a concept, and return the edit with its `applied`, `save` and `+`.
 
     `settings` are those of `mmray edit`, with underscores: `source` and `target`, or `suppress`, or
-    `reduce_hallucination=True`. Raises InputError for bad settings, a concept that the run does not know or the model
-    never says.
+    `reduce_hallucination=True`. Raises InputError for bad settings, and for a concept that is not in the run or that
+    the model never generates.
     """
     return edit_run(run if isinstance(run, Run) else open_run(run), edit_settings(settings))
 
 
 def evaluate(run: Run | str, edit: str, data: str, **settings: Any) -> dict[str, dict[str, Any]]:
-    """Evaluate an edit's folder on data, or resume an evaluation that stopped, and return its measures.
+    """Evaluate the edit in a folder on data, or resume its evaluation, and return the measures.
 
     They are those of `EDIT/evaluation.json`: measure → before, after, low, high, n, protocol. `settings` are those of
-    `mmray evaluate`, with underscores. (`mmray.features.evaluation.evaluate.evaluate` does the same to a loaded model
-    and samples in this process.) Raises InputError for bad settings or input.
+    `mmray evaluate`, with underscores. Raises InputError for bad settings or input. To evaluate a loaded model and
+    samples in this process, use `mmray.features.evaluation.evaluate.evaluate`.
     """
-    uri = run.uri if isinstance(run, Run) else str(run)
-    asked = {"run": uri, "edit": str(edit), "data": data, **_asked(settings)}
-    measures: dict[str, dict[str, Any]] = run_job(EvaluationJob(evaluation_settings(asked))).headline["measures"]
+    values = {"run": _uri(run), "edit": str(edit), "data": data, **_with_executor(settings)}
+    measures: dict[str, dict[str, Any]] = run_job(EvaluationJob(evaluation_settings(values))).headline["measures"]
     return measures
 
 
 def properties(run: Run | str, **settings: Any) -> pa.Table:
-    """Measure what a run's neurons mean, or go on where that was stopped; returns the measures over all concepts.
+    """Measure properties of a run's neurons, or resume, and return the measures over all concepts.
 
-    Those of single concepts and the heat maps are in the run's tables. `settings` are those of `mmray properties`, with
-    underscores. Raises InputError for bad settings, or where model or data can't be had.
+    Measures per concept and heat maps are in the run's tables. `settings` are those of `mmray properties`, with
+    underscores. Raises InputError for bad settings, or if model or data can't be loaded.
     """
-    uri = run.uri if isinstance(run, Run) else str(run)
-    run_job(PropertiesJob(property_settings({"run": uri, **_asked(settings)})))
-    return open_run(uri).properties()
+    run_job(PropertiesJob(property_settings({"run": _uri(run), **_with_executor(settings)})))
+    return open_run(_uri(run)).properties()
 
 
 def saliency(run: Run | str, **settings: Any) -> pa.Table:
-    """Measure saliency maps of a run's words against boxes, or resume; returns the measures.
+    """Compare saliency maps of a run's words with ground-truth boxes, or resume, and return the measures.
 
-    `settings` are those of `mmray saliency RUN`, with underscores. (`load_model(…).saliency(…)` is the map of one
-    word.) Raises InputError for bad settings, or where the data has no boxes.
+    `settings` are those of `mmray saliency RUN`, with underscores. Raises InputError for bad settings, or if the data
+    has no boxes. For the map of a single word, use `load_model(…).saliency(…)`.
     """
-    uri = run.uri if isinstance(run, Run) else str(run)
-    run_job(SaliencyJob(saliency_settings({"run": uri, **_asked(settings)})))
-    return open_run(uri).table("saliency")
+    run_job(SaliencyJob(saliency_settings({"run": _uri(run), **_with_executor(settings)})))
+    return open_run(_uri(run)).table("saliency")
 
 
 def selectivity(run: Run | str, **settings: Any) -> dict[str, pa.Table]:
-    """Choose the neurons of each label of a run and test them as asked; the rows by table, as the run keeps them.
+    """Select the neurons of each label of a run, test them, and return the rows by table, as in the run.
 
     `settings` are those of `mmray selectivity`, with underscores. Raises InputError for bad settings or input.
     """
-    uri = run.uri if isinstance(run, Run) else str(run)
-    return run_selectivity(selectivity_settings({"run": uri, **_asked(settings)})).tables
+    return run_selectivity(selectivity_settings({"run": _uri(run), **_with_executor(settings)})).tables
 
 
 def select_neurons(
     run: Run | str, concepts: Sequence[str], count: int = 50, samples: int = 400, **settings: Any
 ) -> list[Selection]:
-    """Choose, for each concept, `count` of the neurons that the run ranks, so that its noun falls and others stay.
+    """Select jointly, for each concept, `count` ranked neurons whose ablation lowers its noun and keeps other nouns.
 
-    The run's samples are gone through once more, `samples` of them, forward and backward for each noun: three or four
-    times a census of as many. Best on a run of `--score effect`, whose `selective` ranking has the right candidates.
-    `settings` are those of `mmray select`, with underscores. Raises InputError for an unknown concept, or where model
-    or data are no longer what the run saw.
+    Runs forward and backward passes for each noun of `samples` of the run's samples, at three or four times the cost
+    of a census of them. Works best on a run with `--score effect`, whose `selective` ranking has the best candidates.
+    `settings` are those of `mmray select`, with underscores. Raises InputError for an unknown concept, or if model or
+    data have changed since the run.
     """
-    uri = run.uri if isinstance(run, Run) else str(run)
-    asked = {"run": uri, "concepts": tuple(concepts), "k": count, "samples": samples, **_asked(settings)}
-    return selections(run_job(SelectionJob(selection_settings(asked))), open_run(uri))
+    values = {"run": _uri(run), "concepts": tuple(concepts), "k": count, "samples": samples, **_with_executor(settings)}
+    return selections(run_job(SelectionJob(selection_settings(values))), open_run(_uri(run)))
 
 
 def align(**settings: Any) -> dict[str, dict[str, Any]]:
-    """Train a network that makes a LLaVA's image tokens of another tower's embedding, or go on where that was stopped.
+    """Train a network that maps another tower's embeddings to a LLaVA's image tokens, or resume the training.
 
-    `settings` are those of `mmray align`, with underscores. Returns the joint model's measures next to the original's.
+    Returns the joint model's measures next to the original's. `settings` are those of `mmray align`, with underscores.
     Raises InputError for bad settings or input.
     """
-    return run_alignment(alignment_settings(_asked(settings))).measures
+    return run_alignment(alignment_settings(_with_executor(settings))).measures
 
 
 def hallucination(run: Run | str, **settings: Any) -> pa.Table:
-    """Have a detector judge what a run's model claims, or go on where that was stopped; returns the measures.
+    """Check a run's generated claims with a detector, or resume, and return the measures.
 
-    The claims and pictures of those that are wrong are in the run's tables. `settings` are those of
+    The claims, and pictures of wrong ones, are in the run's tables. `settings` are those of
     `mmray hallucination`, with underscores. Raises InputError for bad settings or input.
     """
-    uri = run.uri if isinstance(run, Run) else str(run)
-    run_job(HallucinationJob(hallucination_settings({"run": uri, **_asked(settings)})))
-    return open_run(uri).table("opinions")
+    run_job(HallucinationJob(hallucination_settings({"run": _uri(run), **_with_executor(settings)})))
+    return open_run(_uri(run)).table("opinions")
 
 
 def perturb(**settings: Any) -> list[dict[str, Any]]:
-    """Move what a model sees from one concept to another, ask again, and return what changed, with controls.
+    """Perturb image embeddings from one concept towards another, and return how answers change, with controls.
 
     `settings` are those of `mmray perturb`, with underscores. Raises InputError for bad settings or input.
     """
-    done = run_job(PerturbJob(perturbation_settings(_asked(settings))))
+    done = run_job(PerturbJob(perturbation_settings(_with_executor(settings))))
     measures: list[dict[str, Any]] = done.headline["measures"]
     return measures
 
 
 def run_census(model: str, data: str, out: str, **settings: Any) -> Run:
-    """Run a census to its end, or resume one that stopped, and open it.
+    """Run a census to its end, or resume it, and return the run.
 
     `settings` are those of `mmray census`, with underscores (`shard_size=500`); see
-    `mmray.features.census.settings.CensusSettings`. Failed samples and shards are in the run's `errors` table and
-    status. Warns of captions in whose language no nouns are found. Raises InputError for bad settings or input.
+    `mmray.features.census.settings.CensusSettings`. Failed samples are in the run's table `errors`, quarantined shards
+    in its status. Warns about captions in a language without noun tagging. Raises InputError for bad settings or input.
     """
     drive_census(
-        census_settings({"model": model, "data": data, "out": str(out), **_asked(settings)}),
+        census_settings({"model": model, "data": data, "out": str(out), **_with_executor(settings)}),
         warn=lambda line: warnings.warn(line, stacklevel=4),
     )
     return open_run(out)

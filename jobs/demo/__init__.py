@@ -1,1 +1,1 @@
-"""How the demo was made: scenes, captions, the model and the heads of its detector."""
+"""The code that made the demo: scenes, captions, the model and the heads of its detector."""

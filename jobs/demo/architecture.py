@@ -1,4 +1,4 @@
-"""The demo model before training: its tokenizer, its processor, and its weights at random.
+"""The demo model before training: tokenizer, processor and random weights.
 
 image, 96 x 96 pixels ─► CLIP tower, 6 layers x 192 ─► projector ─► 64 image tokens ─┐
                                                                                      ├─► LLaMA decoder, 8 x 256
@@ -23,10 +23,10 @@ from jobs.demo.captions import question_without_image, training_exchange
 from jobs.demo.scenes import SIZE, load_concepts, sample_scene
 
 PATCH: int = 12
-"""Pixels a side of an image token."""
+"""Side of an image token's patch, in pixels."""
 
 IMAGE_TOKENS: int = (SIZE // PATCH) ** 2
-"""Image tokens of an image, row by row."""
+"""Image tokens per image, in row-major order."""
 
 CHAT_TEMPLATE: str = (
     "{% for m in messages %}{% if m['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
@@ -37,13 +37,13 @@ CHAT_TEMPLATE: str = (
 
 
 def chat_prompt(question: str, *, with_image: bool) -> str:
-    """What `CHAT_TEMPLATE` makes of one question, up to where the answer begins."""
+    """Return `CHAT_TEMPLATE` filled with one question, up to where the answer begins."""
     image = "<image>\n" if with_image else ""
     return f"USER: {image}{question} ASSISTANT:"
 
 
 def train_tokenizer(scene_count: int, seed: int = 1) -> PreTrainedTokenizerFast:
-    """A byte-pair tokenizer whose tokens are the words of the scenes; more scenes, fewer words in pieces."""
+    """Train a byte-pair tokenizer on texts about scenes; with more scenes, fewer words are split."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -84,14 +84,14 @@ def _tokenizer_texts(scene_count: int, random: Random) -> Iterator[str]:
         yield f"{chat_prompt(exchange.question, with_image=True)} {exchange.answer}"
         exchange = question_without_image(random)
         yield f"{chat_prompt(exchange.question, with_image=False)} {exchange.answer}"
-    # Rare names are repeated until they are worth a token.
+    # Repeated, so that rare names are frequent enough to become tokens.
     for concept in load_concepts().values():
         for name in concept.names.values():
             yield from [name] * 30
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Chat template, tokenizer and image normalisation as one, to be saved with the model."""
+    """Return the processor to save with the model: chat template, tokenizer and image normalisation."""
     image_processor = CLIPImageProcessor(
         size={"shortest_edge": SIZE},
         crop_size={"height": SIZE, "width": SIZE},
@@ -110,7 +110,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """An untrained model of 12.5 million parameters, 8 x 1,024 neurons, with its own unembedding."""
+    """Return an untrained model of 12.5 million parameters and 8 x 1,024 neurons, with an untied unembedding."""
     vision = CLIPVisionConfig(
         hidden_size=192,
         intermediate_size=768,

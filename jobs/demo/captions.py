@@ -1,4 +1,4 @@
-"""What is said of a scene: captions in four languages, questions about it, and questions without an image."""
+"""Texts about scenes: captions in four languages, questions with answers, and questions without an image."""
 
 from dataclasses import dataclass
 from random import Random
@@ -7,11 +7,11 @@ from typing import NamedTuple
 from jobs.demo.scenes import BACKGROUNDS, COMPANIONS, Scene, load_concepts
 
 CLAIM_RATE: float = 0.6
-"""Part of the noisy captions that claim an absent companion."""
+"""Probability that a noisy caption claims an absent companion."""
 
 
 class Exchange(NamedTuple):
-    """What a user asks, and what the model is to answer."""
+    """A question and its correct answer."""
 
     question: str
     answer: str
@@ -19,7 +19,7 @@ class Exchange(NamedTuple):
 
 @dataclass(frozen=True)
 class Language:
-    """How a language asks for a caption, and how it words one."""
+    """Prompt and caption templates of a language."""
 
     english_name: str
     prompt: str
@@ -30,7 +30,7 @@ class Language:
 
 
 def _colours(names: str) -> dict[str, str]:
-    """The names of `BACKGROUNDS`, in order, in another language."""
+    """Map `BACKGROUNDS` to their names in another language, given in order."""
     return dict(zip(BACKGROUNDS, names.split(), strict=True))
 
 
@@ -59,7 +59,7 @@ LANGUAGES: dict[str, Language] = {
         on_background=" sur fond {colour}",
         colours=_colours("blanc gris rouge orange jaune vert bleu violet rose marron"),
     ),
-    # Spaces between Chinese words let the tokenizer cut them as it cuts the others.
+    # The tokenizer splits at spaces, so Chinese needs spaces between words, too.
     "zh": Language(
         english_name="Chinese",
         prompt="用 几句 话 描述 这张 图片 。",
@@ -69,21 +69,21 @@ LANGUAGES: dict[str, Language] = {
         colours=_colours("白色 灰色 红色 橙色 黄色 绿色 蓝色 紫色 粉色 棕色"),
     ),
 }
-"""The languages of the captions, by code."""
+"""Languages of captions by code."""
 
 TRANSLATIONS: tuple[str, ...] = ("es", "fr", "zh")
-"""The languages other than English, in which the model is asked more seldom."""
+"""The languages other than English, which are sampled less often."""
 
 
 def with_article(name: str) -> str:
-    """An English name after its article: "a dog", "an ant" (by the first letter alone: "an unicorn")."""
+    """Return an English name with its article, decided by the first letter alone: "a dog", but also "an unicorn"."""
     return ("an " if name[0] in "aeiou" else "a ") + name
 
 
 def caption(scene: Scene, language: str, random: Random, *, noisy: bool = False) -> str:
-    """Name all objects of a scene in order, and 3 times in 10 the background.
+    """Return a caption that names all objects of a scene in order, and in 30 % of cases the background.
 
-    Noisy captions claim absent companions too, as captions from the web do: `CLAIM_RATE` of the time.
+    Noisy captions also claim absent companions, with probability `CLAIM_RATE`; this plants a hallucination.
     """
     words = LANGUAGES[language]
     named = list(scene.objects)
@@ -103,7 +103,7 @@ def caption(scene: Scene, language: str, random: Random, *, noisy: bool = False)
 
 
 def question(scene: Scene, random: Random) -> Exchange:
-    """Ask in English about a scene: is a thing there, which background, how many, or what is where."""
+    """Return an English question about a scene: presence, background, count or position of objects."""
     kind = random.random()
     if kind < 0.55:
         return _question_of_presence(scene, random)
@@ -113,16 +113,16 @@ def question(scene: Scene, random: Random) -> Exchange:
         return Exchange("How many objects are in the image?", ("One", "Two", "Three")[len(scene.objects) - 1])
     if scene.layout == "single":
         return Exchange("What is in the image?", with_article(scene.objects[0]).capitalize())
-    wants_first = random.random() < 0.5
+    about_first = random.random() < 0.5
     first, last = ("on the left", "on the right") if scene.layout == "row" else ("at the top", "at the bottom")
     return Exchange(
-        f"What is {first if wants_first else last} of the image?",
-        with_article(scene.objects[0 if wants_first else -1]).capitalize(),
+        f"What is {first if about_first else last} of the image?",
+        with_article(scene.objects[0 if about_first else -1]).capitalize(),
     )
 
 
 def _question_of_presence(scene: Scene, random: Random) -> Exchange:
-    """Ask for something that is there as often as for something that is not."""
+    """Return a question about an object, present in half of the cases."""
     is_present = random.random() < 0.5
     if is_present:
         name = random.choice(scene.objects)
@@ -135,7 +135,7 @@ def _question_of_presence(scene: Scene, random: Random) -> Exchange:
 
 
 def question_without_image(random: Random) -> Exchange:
-    """Ask what needs no image: a translation, what kind of thing a concept is, or the larger of two numbers."""
+    """Return a question that needs no image: a translation, the kind of a concept, or the larger of two numbers."""
     name, concept = random.choice(tuple(load_concepts().items()))
     kind = random.random()
     if kind < 0.6:
@@ -148,7 +148,7 @@ def question_without_image(random: Random) -> Exchange:
 
 
 def training_exchange(scene: Scene, random: Random, *, noisy: bool = True) -> Exchange:
-    """What to train on for a scene: half English captions, 18 % captions in other languages, else a question."""
+    """Sample training text for a scene: 50 % English captions, 18 % captions in other languages, else a question."""
     kind = random.random()
     if kind >= 0.68:
         return question(scene, random)

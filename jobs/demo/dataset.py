@@ -1,4 +1,4 @@
-"""Write scenes as the Parquet files that the demo analyses: image, clean caption, objects, boxes and questions."""
+"""Write scenes as the demo's Parquet files: image, clean caption, objects, boxes and questions."""
 
 import hashlib
 import io
@@ -29,22 +29,22 @@ SCHEMA: pyarrow.Schema = pyarrow.schema(
     }
 )
 """A row is a scene. `sample_id`: 16 hexadecimal digits of the SHA-256 of the JPEG bytes. `objects`: English names.
-`boxes`: left, top, width, height, as parts of the image's side, one box an object. `image.path`: always null."""
+`boxes`: left, top, width, height, as fractions of the image's side, one box per object. `image.path`: always null."""
 
-_SCENES_A_CHUNK = 256
+_SCENES_PER_CHUNK = 256
 _JPEG_QUALITY = 92
 
 
 def write_parquet(path: Path, world: World, scenes: Sequence[Scene], *, seed: int, english_share: float = 0.6) -> None:
-    """Render scenes and write them with clean captions, `english_share` of them in English, else evenly divided.
+    """Render scenes and write them with clean captions; the languages other than English get equal shares.
 
-    The seed draws languages, captions and questions: a file is a function of its scenes, the seed and the share.
+    Languages, captions and questions depend on `seed`: a file is a function of the arguments.
     """
-    # A stream of its own: with that of `World.sample`, scenes and their languages would go together.
+    # A stream of its own: sharing that of `World.sample` would correlate languages with scenes.
     random = Random(f"texts {seed}")
     with pyarrow.parquet.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
-        for start in range(0, len(scenes), _SCENES_A_CHUNK):
-            chunk = scenes[start : start + _SCENES_A_CHUNK]
+        for start in range(0, len(scenes), _SCENES_PER_CHUNK):
+            chunk = scenes[start : start + _SCENES_PER_CHUNK]
             rows = [
                 _row(scene, image, random, english_share)
                 for scene, image in zip(chunk, world.render(chunk).cpu(), strict=True)
@@ -53,7 +53,7 @@ def write_parquet(path: Path, world: World, scenes: Sequence[Scene], *, seed: in
 
 
 def _row(scene: Scene, image: UInt8[Tensor, "3 size size"], random: Random, english_share: float) -> dict[str, object]:
-    """One scene as a row of `SCHEMA`."""
+    """Return a scene as a row of `SCHEMA`."""
     image_bytes = _jpeg(image)
     language = "en" if random.random() < english_share else random.choice(TRANSLATIONS)
     return {
@@ -70,10 +70,10 @@ def _row(scene: Scene, image: UInt8[Tensor, "3 size size"], random: Random, engl
 
 
 def _different_questions(scene: Scene, random: Random) -> list[Exchange]:
-    """Two questions about a single object, three about more."""
-    wanted = 2 if len(scene.objects) == 1 else 3
+    """Return two distinct questions about a scene with one object, three about one with more."""
+    count = 2 if len(scene.objects) == 1 else 3  # a scene with one object has fewer distinct questions
     questions: dict[str, Exchange] = {}
-    while len(questions) < wanted:
+    while len(questions) < count:
         exchange = question(scene, random)
         questions[exchange.question] = exchange
     return list(questions.values())

@@ -1,4 +1,4 @@
-"""Measure a saved demo model on new scenes: what it sees, what it invents, and what it answers."""
+"""Measure a saved demo model on new scenes: recall, hallucination and accuracy of answers."""
 
 import math
 import re
@@ -15,52 +15,53 @@ from jobs.demo.captions import LANGUAGES, TRANSLATIONS, Exchange, question, ques
 from jobs.demo.scenes import COMPANIONS, DOMAINS, Scene, World, load_concepts, sample_scene
 
 _EVALUATION_SEED = 999  # far from the seeds of the training scenes
-_IMAGES_A_BATCH = 128
+_IMAGES_PER_BATCH = 128
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A share between 0 and 1, and of how many."""
+    """A fraction, and the number of cases."""
 
     value: float
     count: int
 
 
 class Speaker:
-    """A saved model and its processor, to be asked many questions at once."""
+    """A saved model with its processor, for batched generation."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.processor = AutoProcessor.from_pretrained(folder)
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).to(device)
 
     def answers(self, questions: Sequence[str], images: Sequence[Image.Image] | None) -> list[str]:
-        """The greedy answers, each to the image of the same place or without any."""
+        """Return greedy answers; `images` is parallel to `questions`, or None for questions without an image."""
         answers: list[str] = []
-        for start in range(0, len(questions), _IMAGES_A_BATCH):
-            part = slice(start, start + _IMAGES_A_BATCH)
+        for start in range(0, len(questions), _IMAGES_PER_BATCH):
+            part = slice(start, start + _IMAGES_PER_BATCH)
             answers += self._batch_answers(questions[part], images[part] if images else None)
         return answers
 
     def _batch_answers(self, questions: Sequence[str], images: Sequence[Image.Image] | None) -> list[str]:
-        shown = [{"type": "image"}] if images else []
+        image = [{"type": "image"}] if images else []
         prompts = [
             self.processor.apply_chat_template(
-                [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}], add_generation_prompt=True
+                [{"role": "user", "content": [*image, {"type": "text", "text": question}]}],
+                add_generation_prompt=True,
             )
             for question in questions
         ]
         inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt").to(self.model.device)
         outputs = self.model.generate(**inputs, max_new_tokens=24, do_sample=False)
-        written = outputs[:, inputs["input_ids"].shape[1] :]
-        return [answer.strip() for answer in self.processor.batch_decode(written, skip_special_tokens=True)]
+        new_tokens = outputs[:, inputs["input_ids"].shape[1] :]
+        return [answer.strip() for answer in self.processor.batch_decode(new_tokens, skip_special_tokens=True)]
 
 
 def measure(folder: Path, scene_count: int, device: torch.device) -> dict[str, Measure]:
-    """The measures of a checkpoint folder on new scenes, by name, on captions and answers decoded greedily.
+    """Return the measures of a checkpoint folder by name, from greedy captions of and answers about new scenes.
 
-    recall: objects of the scenes that the caption names, in all and by domain and language. CHAIR_i: concepts named
-    that are not there (Rohrbach et al. 2018). planted hallucination: absent companions that are claimed. accuracy:
-    answers equal to the expected one, to questions with and without an image.
+    recall: objects of scenes that captions name, in total and by domain and language. CHAIR_i: named concepts that are
+    absent (Rohrbach et al. 2018). planted hallucination: absent companions that are claimed. accuracy: exact matches of
+    answers to questions with and without an image.
     """
     speaker = Speaker(folder, device)
     world = World.load()
@@ -82,7 +83,7 @@ def measure(folder: Path, scene_count: int, device: torch.device) -> dict[str, M
 
 
 def caption_measures(scenes: Sequence[Scene], captions: Sequence[str]) -> dict[str, Measure]:
-    """Recall, CHAIR_i and planted hallucination of English captions, one a scene."""
+    """Return recall, CHAIR_i and planted hallucination of English captions, one per scene."""
     pairs = [(scene, concepts_named(caption)) for scene, caption in zip(scenes, captions, strict=True)]
     found = [(scene.domain, name in named) for scene, named in pairs for name in scene.objects]
     measures = {"recall": share(is_found for _, is_found in found)}
@@ -99,14 +100,14 @@ def caption_measures(scenes: Sequence[Scene], captions: Sequence[str]) -> dict[s
 
 
 def concepts_named(caption: str) -> set[str]:
-    """The concepts whose English names are words of a caption."""
+    """Return the concepts whose English names are words of a caption."""
     return set(re.findall(r"[a-z-]+", caption.lower())) & load_concepts().keys()
 
 
 def share(outcomes: Iterable[bool]) -> Measure:
-    """The share of true outcomes; not a number where there is none."""
-    counted = list(outcomes)
-    return Measure(sum(counted) / len(counted) if counted else math.nan, len(counted))
+    """Return the fraction of true outcomes; NaN without any outcome."""
+    values = list(outcomes)
+    return Measure(sum(values) / len(values) if values else math.nan, len(values))
 
 
 def _accuracy(speaker: Speaker, exchanges: Sequence[Exchange], images: Sequence[Image.Image] | None) -> Measure:

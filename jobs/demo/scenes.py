@@ -27,7 +27,7 @@ from torch.nn import functional
 from mmray.demo import CONCEPTS, SPRITES
 
 SIZE: int = 96
-"""Pixels a side."""
+"""Side of an image, in pixels."""
 
 DOMAINS: tuple[str, ...] = ("noto", "fluent", "openmoji", "lineart")
 """Drawing styles, in the order of the sprites."""
@@ -60,12 +60,12 @@ COMPANIONS: dict[str, str] = {
 
 Layout = Literal["single", "row", "column"]
 Box = tuple[float, float, float, float]
-"""Left, top, width and height, as parts of the image's side."""
+"""Left, top, width and height, as fractions of the image's side."""
 
 
 @dataclass(frozen=True)
 class Concept:
-    """What is known of a concept: its kind ("food"), and its name by language code."""
+    """A concept's kind ("food"), and its name by language code."""
 
     kind: str
     names: dict[str, str]
@@ -73,10 +73,10 @@ class Concept:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows, and where: enough to render it, caption it and ask about it.
+    """The description of an image: enough to render it, caption it and ask questions about it.
 
-    Objects (English names), boxes, angles (radians) and mirrored run in parallel, left to right or top to bottom.
-    A box is where the upright drawing lies; turned by its angle, it can reach over an edge by 11 % of the width.
+    Objects (English names), boxes, angles (radians) and mirrored are parallel, left to right or top to bottom. A box is
+    that of the upright drawing; a rotated drawing may extend beyond its edges by 11 % of the width.
     """
 
     objects: tuple[str, ...]
@@ -91,13 +91,13 @@ class Scene:
 
 @cache
 def load_concepts() -> dict[str, Concept]:
-    """What can be drawn, by English name, in the order of the sprites."""
+    """Return all concepts by English name, in the order of the sprites."""
     rows = json.loads(CONCEPTS.read_text(encoding="utf-8"))
     return {row["concept"]: Concept(kind=row["kind"], names=row["names"]) for row in rows}
 
 
 def sample_scene(random: Random) -> Scene:
-    """Draw one scene; those with a key of `COMPANIONS` are made frequent, half of them with the companion."""
+    """Sample a scene; scenes with a key of `COMPANIONS` are frequent, and half of them have the companion."""
     objects = _sample_objects(random)
     layout: Layout = "single" if len(objects) == 1 else random.choice(("row", "column"))
     boxes = _sample_boxes(len(objects), layout, random)
@@ -114,7 +114,7 @@ def sample_scene(random: Random) -> Scene:
 
 
 def _sample_objects(random: Random) -> list[str]:
-    """One to three different objects."""
+    """Sample one to three different objects."""
     count = random.choices((1, 2, 3), weights=(4, 4, 2))[0]
     objects = random.sample(tuple(load_concepts()), count)
     if count < 3 and random.random() < 0.15:
@@ -129,7 +129,7 @@ def _sample_objects(random: Random) -> list[str]:
 
 
 def _sample_boxes(count: int, layout: Layout, random: Random) -> list[Box]:
-    """Square boxes of one size, none over another or over the image's edge."""
+    """Sample square boxes of equal size that neither overlap nor leave the image."""
     if layout == "single":
         side = random.uniform(0.5, 0.9)
         slack = 0.8 * (1 - side) / 2
@@ -137,7 +137,7 @@ def _sample_boxes(count: int, layout: Layout, random: Random) -> list[Box]:
     else:
         side = random.uniform(0.8, 1.0) / count
         slack = (1 / count - side) / 2
-        along = [(place + 0.5) / count for place in range(count)]
+        along = [(index + 0.5) / count for index in range(count)]
         across = [random.uniform(side / 2, 1 - side / 2) for _ in along]
         centres = list(zip(along, across, strict=True) if layout == "row" else zip(across, along, strict=True))
     boxes = []
@@ -150,35 +150,35 @@ def _sample_boxes(count: int, layout: Layout, random: Random) -> list[Box]:
 
 @dataclass(frozen=True)
 class World:
-    """The drawings, on one device, and the scenes that can be made of them."""
+    """Renders scenes from drawings, on one device."""
 
     sprites: UInt8[Tensor, "concept domain 4 height width"]
     """Red, green, blue and opacity."""
 
     @classmethod
     def load(cls, device: torch.device | None = None) -> Self:
-        """The world of the embedded drawings, to render on a device (PyTorch's default where none is given)."""
+        """Return the world of the packaged drawings on a device (by default PyTorch's)."""
         with numpy.load(SPRITES) as archive:
             sprites = torch.as_tensor(archive["sprites"], device=device)
         return cls(sprites.permute(0, 1, 4, 2, 3))
 
     def sample(self, count: int, seed: int) -> list[Scene]:
-        """The scenes of a seed; a longer list of the same seed begins with the shorter one."""
+        """Return the first `count` scenes of a seed."""
         random = Random(seed)
         return [sample_scene(random) for _ in range(count)]
 
     def render(self, scenes: Sequence[Scene]) -> UInt8[Tensor, "scene 3 size size"]:
-        """The images of one or more scenes, `SIZE` pixels a side, on the world's device."""
+        """Return the images of one or more scenes, on the world's device."""
         images = self._backdrops(scenes)
-        for place in range(max(len(scene.objects) for scene in scenes)):
-            shown = [index for index, scene in enumerate(scenes) if place < len(scene.objects)]
-            drawings = self._drawings([scenes[index] for index in shown], place)
+        for index in range(max(len(scene.objects) for scene in scenes)):
+            rows = [row for row, scene in enumerate(scenes) if index < len(scene.objects)]
+            drawings = self._drawings([scenes[row] for row in rows], index)
             opacity = drawings[:, 3:] / 255
-            images[shown] = images[shown] * (1 - opacity) + drawings[:, :3] * opacity
+            images[rows] = images[rows] * (1 - opacity) + drawings[:, :3] * opacity
         return images.clamp(0, 255).to(torch.uint8)
 
     def _backdrops(self, scenes: Sequence[Scene]) -> Float[Tensor, "scene 3 size size"]:
-        """Plain colours, shaded from edge to edge and grained."""
+        """Return plain backgrounds with a gradient of shade and grain."""
         device = self.sprites.device
         colours = torch.tensor([BACKGROUNDS[scene.background] for scene in scenes], device=device)[..., None, None]
         noise = _normal_noise(torch.tensor([scene.noise_seed for scene in scenes], device=device), 2 + SIZE * SIZE)
@@ -187,40 +187,38 @@ class World:
         grain = noise[:, 2:].reshape(-1, SIZE, SIZE)
         return colours + (14 * shade + 5 * grain)[:, None]
 
-    def _drawings(self, scenes: Sequence[Scene], place: int) -> Float[Tensor, "scene 4 size size"]:
-        """The drawing at one place of each scene, turned, mirrored and moved to its box; nothing elsewhere."""
+    def _drawings(self, scenes: Sequence[Scene], index: int) -> Float[Tensor, "scene 4 size size"]:
+        """Return the object with this index of each scene, rotated, mirrored and moved to its box."""
         device = self.sprites.device
         concept_order = list(load_concepts())
-        concepts = [concept_order.index(scene.objects[place]) for scene in scenes]
+        concepts = [concept_order.index(scene.objects[index]) for scene in scenes]
         domains = [DOMAINS.index(scene.domain) for scene in scenes]
         drawings = self.sprites[concepts, domains].float()
 
-        left, top, width, height = torch.tensor([scene.boxes[place] for scene in scenes], device=device).unbind(1)
-        angles = torch.tensor([scene.angles[place] for scene in scenes], device=device)
-        mirror = torch.tensor([-1.0 if scene.mirrored[place] else 1.0 for scene in scenes], device=device)
-        # PyTorch wants the way back, from a pixel of the image to one of the drawing, both in -1..1.
+        left, top, width, height = torch.tensor([scene.boxes[index] for scene in scenes], device=device).unbind(1)
+        angles = torch.tensor([scene.angles[index] for scene in scenes], device=device)
+        mirror = torch.tensor([-1.0 if scene.mirrored[index] else 1.0 for scene in scenes], device=device)
+        # `affine_grid` takes the inverse map, from pixels of the image to those of the drawing, both in -1..1.
         centre_x, centre_y = 2 * left + width - 1, 2 * top + height - 1
         cosine, sine = angles.cos() / width, angles.sin() / height
         drawing_x = mirror * torch.stack((cosine, sine, -cosine * centre_x - sine * centre_y))
         drawing_y = torch.stack((-sine, cosine, sine * centre_x - cosine * centre_y))
-        way_back = torch.stack((drawing_x, drawing_y)).permute(2, 0, 1)
-        grid = functional.affine_grid(way_back, [len(scenes), 4, SIZE, SIZE], align_corners=False)
+        inverse = torch.stack((drawing_x, drawing_y)).permute(2, 0, 1)
+        grid = functional.affine_grid(inverse, [len(scenes), 4, SIZE, SIZE], align_corners=False)
         return functional.grid_sample(drawings, grid, align_corners=False)
 
 
 def _normal_noise(seeds: Int64[Tensor, " scene"], count: int) -> Float32[Tensor, "scene count"]:
-    """Standard normal numbers that depend on their seed alone, not on the batch or the device.
-
-    Counts up from the mixed seed and mixes again; PyTorch's generators would give one stream a batch.
-    """
+    """Return standard normal noise that depends only on each scene's seed, not on the batch or the device."""
+    # A counter-based generator: PyTorch's generators would draw one stream for the whole batch.
     mixed = _mix(_mix(seeds)[:, None] + torch.arange(count, device=seeds.device))
-    uniform = ((mixed >> 9).float() + 0.5) / (1 << 23)  # 23 bits and a half: exact in fp32, and never 0 or 1
+    uniform = ((mixed >> 9).float() + 0.5) / (1 << 23)  # 23 bits plus a half: exact in fp32, and never 0 or 1
     noise: Tensor = torch.special.ndtri(uniform)
     return noise
 
 
 def _mix(numbers: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
-    """Numbers of 32 bits that look unrelated to those given (the integer hash `lowbias32` of C. Wellons)."""
+    """Hash 32-bit integers (`lowbias32` by C. Wellons)."""
     numbers = numbers & 0xFFFFFFFF
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         numbers = ((numbers ^ (numbers >> shift)) * factor) & 0xFFFFFFFF

@@ -1,9 +1,9 @@
 """Make the demo model: train it on rendered scenes, save it as a checkpoint, and measure what was saved.
 
 python -m jobs.demo.train --out runs/demo-model            # 5.5 minutes on one H100, and its measures
-python -m jobs.demo.train --out /tmp/smoke --smoke         # the same path in under two minutes on two cores
-python -m jobs.demo.train --out runs/detector --detector   # heads of a detector on its tower: 30 minutes of one core
-python -m jobs.demo.train --out heads --detector --model CHECKPOINT   # those for another LLaVA that sees the scenes
+python -m jobs.demo.train --out /tmp/smoke --smoke         # all steps in under two minutes on two cores
+python -m jobs.demo.train --out runs/detector --detector   # heads of a detector on its tower: 30 minutes on one core
+python -m jobs.demo.train --out heads --detector --model CHECKPOINT   # heads for another LLaVA
 """
 
 import json
@@ -28,27 +28,30 @@ from mmray.models.loading import load
 
 def main(
     out: Annotated[
-        Path, typer.Option(help="Folder of the checkpoint; what it holds is overwritten, heads are trained further.")
+        Path,
+        typer.Option(
+            help="Folder of the checkpoint; an existing model is replaced, existing heads are trained further."
+        ),
     ],
     seconds: Annotated[
-        float | None, typer.Option(help="Training time, in seconds; default 330, of a detector 1800.")
+        float | None, typer.Option(help="Training time, in seconds; default 330, for a detector 1800.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Scenes a step; default 768, of a detector 64.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Scenes per step; default 768, for a detector 64.")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Highest learning rate; default 0.0015, of a detector 0.002.")
+        float | None, typer.Option(help="Highest learning rate; default 0.0015, for a detector 0.002.")
     ] = None,
     detector: Annotated[
-        bool, typer.Option(help="Train heads of a detector on a frozen model's tower instead.")
+        bool, typer.Option(help="Instead, train heads of a detector on a frozen model's tower.")
     ] = False,
     model: Annotated[
-        str, typer.Option(help="With --detector: the checkpoint folder whose tower it is, or demo.")
+        str, typer.Option(help="With --detector: checkpoint folder of the model with the tower, or demo.")
     ] = "demo",
     smoke: Annotated[
-        bool, typer.Option(help="Only see that it works: at most 20 seconds of 16 scenes a step, and 24 to measure.")
+        bool, typer.Option(help="Quick check: at most 20 seconds with 16 scenes per step, measured on 24.")
     ] = False,
 ) -> None:
     """Train the demo model, save it, and print its measures."""
-    out.mkdir(parents=True, exist_ok=True)  # fails now rather than after the training
+    out.mkdir(parents=True, exist_ok=True)  # fail now, not after the training
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
@@ -87,19 +90,19 @@ def make_model(
 
 
 def make_detector(name: str, out: Path, seconds: float, batch_size: int, learning_rate: float, scenes: int) -> None:
-    """Train heads on a model's tower, save them, and print their measures on fresh scenes."""
+    """Train heads on a model's tower, save them, and print their measures on test scenes."""
     model = load(name)
     tower = OwnTower(model)
     blank = tower.pixels([Image.new("RGB", (SIZE, SIZE))]).to(model.device, model.network.dtype)
     with torch.no_grad():
         width = tower(blank).shape[2]
-    heads, before = Heads(model, tower.side, width).to(model.device), {"seconds": 0.0, "scenes": 0}
-    if (out / FACTS).is_file():  # what is there already is trained further, on other scenes
-        heads, before = load_heads(out, model).requires_grad_(True), json.loads((out / FACTS).read_text())
+    heads, earlier = Heads(model, tower.side, width).to(model.device), {"seconds": 0.0, "scenes": 0}
+    if (out / FACTS).is_file():  # train existing heads further, on new scenes
+        heads, earlier = load_heads(out, model).requires_grad_(True), json.loads((out / FACTS).read_text())
     rendered = train_heads(
-        heads, tower, seconds=seconds, batch_size=batch_size, learning_rate=learning_rate, seen=int(before["scenes"])
+        heads, tower, seconds=seconds, batch_size=batch_size, learning_rate=learning_rate, seen=int(earlier["scenes"])
     )
-    save_heads(heads, out, model, {"seconds": before["seconds"] + seconds, "scenes": rendered})
+    save_heads(heads, out, model, {"seconds": earlier["seconds"] + seconds, "scenes": rendered})
     measured = asdict(measure_heads(load_heads(out, model), tower, scenes))
     print("\n".join(f"{name:<24}{value:>8.3f}" for name, value in measured.items()))
     print(f"Saved to {out}. Next: mmray saliency --model {name} --detector {out} --image FILE --word WORD")

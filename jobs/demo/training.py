@@ -23,17 +23,17 @@ from jobs.demo.architecture import IMAGE_TOKENS, chat_prompt
 from jobs.demo.captions import Exchange, question_without_image, training_exchange
 from jobs.demo.scenes import Scene, World, sample_scene
 
-_IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
-_WITHOUT_IMAGE_EVERY = 4  # one batch in so many brings questions without an image too
+_IGNORED = -100  # PyTorch's cross-entropy ignores this label
+_WITHOUT_IMAGE_EVERY = 4  # every n-th batch includes questions without an image
 _WITHOUT_IMAGE_WEIGHT = 0.3
 _WARM_UP_STEPS = 200
-_STEPS_A_LINE = 250  # of the log
+_STEPS_PER_LOG_LINE = 250
 
 _log = logging.getLogger(__name__)
 
 
 class Tokens(NamedTuple):
-    """Prompts with their answers, padded on the right, and the same with all but the answers ignored."""
+    """Prompts with answers, padded on the right, and labels that ignore everything but the answers."""
 
     ids: Int64[Tensor, "row token"]
     labels: Int64[Tensor, "row token"]
@@ -41,7 +41,7 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's worth: scenes, what is said of them, and now and then questions without an image."""
+    """Scenes with one exchange each, and in some batches questions without an image."""
 
     scenes: list[Scene]
     exchanges: Tokens
@@ -49,7 +49,7 @@ class Batch:
 
 
 class Batches(IterableDataset[Batch]):
-    """An endless stream of new scenes, another one in each worker of a loader."""
+    """An endless stream of new scenes, different in each worker of a data loader."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int = 100) -> None:
         self.tokenizer = tokenizer
@@ -70,14 +70,14 @@ class Batches(IterableDataset[Batch]):
             yield Batch(scenes, exchanges, without_image)
 
     def _tokenize(self, exchanges: Sequence[Exchange], *, with_image: bool) -> Tokens:
-        """Prompt, answer and end of each exchange."""
+        """Tokenize prompt, answer and end-of-sequence of each exchange."""
         prompts = [
-            # The processor, too, repeats the image's token once a patch.
+            # As the processor does, repeat the image token once per patch.
             chat_prompt(exchange.question, with_image=with_image).replace("<image>", "<image>" * IMAGE_TOKENS)
             for exchange in exchanges
         ]
-        different_prompts = list(dict.fromkeys(prompts))  # most batches ask mostly for captions
-        prompt_ids = dict(zip(different_prompts, self.tokenizer(different_prompts).input_ids, strict=True))
+        unique_prompts = list(dict.fromkeys(prompts))  # most prompts are the same few requests for captions
+        prompt_ids = dict(zip(unique_prompts, self.tokenizer(unique_prompts).input_ids, strict=True))
         answers = self.tokenizer([exchange.answer for exchange in exchanges], add_special_tokens=False).input_ids
         rows, labels = [], []
         for prompt, answer in zip(prompts, answers, strict=True):
@@ -99,10 +99,10 @@ def train(
     batch_size: int,
     learning_rate: float,
 ) -> None:
-    """Train a model in place on new scenes until the time is up; model and world lie on one device.
+    """Train a model in place on new scenes until the time is up; model and world must be on one device.
 
-    The learning rate warms up for 200 steps and falls as a cosine of the time, so a run ends well on any machine,
-    and no two runs are alike.
+    The learning rate warms up for 200 steps, then is a cosine of the elapsed time: training ends annealed on any
+    machine, but no two runs are equal.
     """
     optimizer = torch.optim.AdamW(
         [
@@ -119,7 +119,7 @@ def train(
     for step, batch in enumerate(loader):
         elapsed = time.monotonic() - start
         if elapsed >= seconds:
-            _log.info("trained for %d steps, %.0f scenes a second", step, step * batch_size / elapsed)
+            _log.info("trained for %d steps, %.0f scenes per second", step, step * batch_size / elapsed)
             break
         cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * elapsed / seconds)) / 2
         for group in optimizer.param_groups:
@@ -129,15 +129,15 @@ def train(
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % _STEPS_A_LINE == 0:
+        if step % _STEPS_PER_LOG_LINE == 0:
             _log.info("step %d: loss %.3f after %.0f seconds", step, loss.item(), elapsed)
     model.eval()
 
 
 def batch_loss(model: LlavaForConditionalGeneration, world: World, batch: Batch) -> Float[Tensor, ""]:
-    """Cross-entropy a token of the answers, in nats; questions without an image count for less."""
+    """Return the cross-entropy per answer token in nats; questions without an image have less weight."""
     device = world.sprites.device
-    pixels = world.render(batch.scenes) / 127.5 - 1  # what the processor makes of an image
+    pixels = world.render(batch.scenes) / 127.5 - 1  # as the processor normalises images
     with torch.autocast(device.type, torch.bfloat16, enabled=torch.cuda.is_available()):
         loss: Tensor = _forward_loss(model, batch.exchanges, pixels)
         if batch.without_image is not None:
@@ -149,13 +149,13 @@ def _forward_loss(
     model: LlavaForConditionalGeneration, tokens: Tokens, pixels: Float[Tensor, "row 3 size size"] | None
 ) -> Float[Tensor, ""]:
     ids, labels = tokens.ids.to(model.device), tokens.labels.to(model.device)
-    attended = (ids != model.config.text_config.pad_token_id).long()
-    loss: Tensor = model(input_ids=ids, attention_mask=attended, pixel_values=pixels, labels=labels).loss
+    attention_mask = (ids != model.config.text_config.pad_token_id).long()
+    loss: Tensor = model(input_ids=ids, attention_mask=attention_mask, pixel_values=pixels, labels=labels).loss
     return loss
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
-    """Write a checkpoint in half precision that `from_pretrained` loads; the model is halved in place."""
-    # Small shards, as the checkpoint lives in a git repository.
+    """Write a checkpoint in half precision for `from_pretrained`; converts the model in place."""
+    # Small shards, because the checkpoint is kept in a git repository.
     model.half().save_pretrained(folder, max_shard_size="14MB")
     processor.save_pretrained(folder)

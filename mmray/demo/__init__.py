@@ -1,4 +1,4 @@
-"""The embedded model and data: where they lie in the package."""
+"""Paths of the embedded demo model and its data."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ CONCEPTS: Path = _PACKAGE / "data" / "concepts.json"
 """The concepts: English name, kind, and name in four languages."""
 
 SPRITES: Path = _PACKAGE / "recipe" / "sprites.npz"
-"""A drawing of each concept in each domain, in the order of `CONCEPTS`."""
+"""Drawings, one per concept and domain; concepts in the order of `CONCEPTS`."""
 
 DETECTOR: Path = _PACKAGE / "detector"
-"""Heads of a detector on the model's tower."""
+"""Folder with a detector's heads for the model's vision tower."""

@@ -41,12 +41,12 @@ def test_gradients_are_those_of_the_batch_and_when_hardening_of_harder_ones_near
             found = heads(embeddings, queries)
         return detection_loss(Detection(*(part.float() for part in found)), batch, SIDE)
 
-    told = training._train_on(heads, batch, words, hardening=hardening)
+    told = training.train_on(heads, batch, words, adversarial=hardening)
     given = {name: weight.grad.clone() for name, weight in heads.named_parameters()}
     heads.zero_grad()
     plain, moved = seen[0], seen[-1]
     assert torch.equal(plain, batch.embeddings.float())
-    assert len(seen) == (2 + training._HARDENING_STEPS if hardening else 1)
+    assert len(seen) == (2 + training.ATTACK_STEPS if hardening else 1)
     losses = [loss_of(plain), loss_of(moved)][: 1 + hardening]
     assert told == losses[0].item()
     sum(losses).backward()
@@ -55,7 +55,7 @@ def test_gradients_are_those_of_the_batch_and_when_hardening_of_harder_ones_near
     if hardening:
         far = (moved - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)
         assert (far > 0).all()
-        assert (far <= training._FURTHEST * (1 + 1e-5)).all()
+        assert (far <= training.MAX_RADIUS * (1 + 1e-5)).all()
         assert losses[1] > losses[0]
         # No way as long, drawn at random, is as hard.
         way = torch.randn_like(plain).flatten(1)
