@@ -147,7 +147,7 @@ def extend(
                 "of metadata.jsonl, metadata.csv or COCO captions; begin another run in another OUT"
             )
         kept.append(current)
-    # Appended rows are cut as if they were files of their own, and then shifted behind the earlier rows.
+    # Appended rows are cut as if they were files of their own, and then shifted by the earlier rows.
     added = [replace(file, rows=file.rows - start[file.path]) for file in kept if file.path in start]
     added += now.values()
     new = cut(added, shard_size, None if limit is None else max(0, limit - before.samples))

@@ -74,11 +74,12 @@ class BlockRecorder:
         """Input and output of each MLP's output projection."""
         self.final = torch.zeros(0)
         """Input of the final norm."""
+        self._calls: dict[int, BlockCall] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record one forward, run inside the `with` block."""
-        self.inputs, self.outputs, self.mlps = {}, {}, {}
+        self.inputs, self.outputs, self.mlps, self._calls = {}, {}, {}, {}
 
         def enter(layer: int, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             self.inputs[layer] = arguments, named
@@ -100,31 +101,30 @@ class BlockRecorder:
                 module = self.model.network.get_submodule(self.model.projections[layer].path)
                 stack.enter_context(module.register_forward_hook(partial(project, layer)))
             yield
+        # Once, and not at each resumption: comparing hidden states waits for the GPU.
+        before: Tensor | None = None
+        for layer in sorted(self.outputs):
+            self._calls[layer] = self._call(layer, before)
+            before = self.outputs[layer]
+
+    def _call(self, layer: int, before: Tensor | None) -> BlockCall:
+        arguments, named = self.inputs[layer]
+        # With its cache of keys and values a block would see the sequence twice.
+        named = {name: value for name, value in named.items() if not isinstance(value, Cache)}
+        hidden_named = "hidden_states" in named
+        hidden = named.pop("hidden_states") if hidden_named else arguments[0]
+        added = None if before is None else difference(hidden, before)
+        return BlockCall(self.blocks[layer], arguments if hidden_named else arguments[1:], named, hidden_named, added)
 
     def calls(self, after: int) -> list[BlockCall]:
         """Return the calls of the blocks after a layer's that ran, in order."""
-        calls, before = [], self.outputs.get(after)
-        for layer in sorted(layer for layer in self.outputs if layer > after):
-            arguments, named = self.inputs[layer]
-            hidden_named = "hidden_states" in named
-            hidden = named["hidden_states"] if hidden_named else arguments[0]
-            # With its cache of keys and values a block would see the sequence twice.
-            others = {
-                name: value for name, value in named.items() if name != "hidden_states" and not isinstance(value, Cache)
-            }
-            rest = arguments if hidden_named else arguments[1:]
-            added = None if before is None else difference(hidden, before)
-            calls.append(BlockCall(self.blocks[layer], rest, others, hidden_named, added))
-            before = self.outputs[layer]
-        return calls
+        return [call for layer, call in self._calls.items() if layer > after]
 
     @property
     def plain(self) -> bool:
         """Whether every block's input is the output of the block before, and the final norm's that of the last."""
-        first, last = min(self.outputs), max(self.outputs)
-        return difference(self.final, self.outputs[last]) is None and all(
-            call.added is None for call in self.calls(first)
-        )
+        unchanged = all(call.added is None for call in self._calls.values())
+        return unchanged and difference(self.final, self.outputs[max(self.outputs)]) is None
 
     def resume(self, first: int, read: Int[Tensor, " position"]) -> Float[Tensor, "position hidden"]:
         """Run everything again from a layer's MLP output on; return what leaves the last block at some positions.
