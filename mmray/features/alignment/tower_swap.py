@@ -48,6 +48,7 @@ class TowerSwap:
                 )
             return tokens.to(own.dtype)
 
+        # Only the images, not the model's pixels, can be given to a tower with another resolution.
         model.processor.image_processor = recorder
         handle = model.network.get_submodule(PROJECTOR).register_forward_hook(replace)
         try:
@@ -65,6 +66,7 @@ class _ImageRecorder:
         self.images: list[Image] = []
 
     def __call__(self, images: Any, **options: Any) -> Any:
+        # Processors get a list of images, or one list per prompt.
         self.images = [image for row in images for image in (row if isinstance(row, list | tuple) else [row])]
         return self.inner(images, **options)
 

@@ -66,6 +66,7 @@ def census(as_json: AsJson = False, **settings: Any) -> None:
 @with_settings(CensusSettings, out="runs/plan")
 def plan(as_json: AsJson = False, **settings: Any) -> None:
     """Estimate what a census would cost: samples, shards, hours, bytes. Runs nothing."""
+    # Imported here because it loads torch, which `mmray --help` and reading commands don't need.
     from mmray.features.census.job import plan_census
     from mmray.features.census.view import plan as show
 
@@ -85,6 +86,7 @@ def follow_census(settings: CensusSettings) -> CensusResult:
         return run_census(
             settings,
             follow,
+            # Not as markup: file names and captions may have brackets.
             lambda line: stderr.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True),
         )
 
@@ -127,6 +129,7 @@ def rank(
     from mmray.runs.run import open_run
 
     opened = open_run(run)
+    # Without a concept, `k` counts concepts.
     if concept is None:
         listed = opened.concept_table(by).slice(0, k)
         if as_json:

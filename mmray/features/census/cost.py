@@ -37,6 +37,7 @@ class DataSample:
     def warnings(self) -> tuple[str, ...]:
         """What is wrong with the data, one line per problem."""
         lines = []
+        # At most one line about rows and one about nouns.
         if self.unreadable == self.rows:
             lines.append(f"none of the first {self.rows} rows can be read: {self.reason}")
         elif self.unreadable:

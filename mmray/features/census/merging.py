@@ -195,7 +195,7 @@ class Examples:
         if not len(changed):
             return
         new = (activation[:, changed], sample[:, changed], position[:, changed], image[:, changed])
-        held = self._arrays()
+        held = (self.activation, self.sample, self.position, self.image)
         grown = [np.vstack([old[:, changed], added]) for old, added in zip(held, new, strict=True)]
         order = np.argsort(-self.sign * grown[0], axis=0, kind="stable")
         activation, *_, image = ranked = [np.take_along_axis(values, order, 0) for values in grown]
@@ -205,9 +205,6 @@ class Examples:
         order = np.argsort(-self.sign * activation, axis=0, kind="stable")[:EXAMPLES]
         for values, candidates in zip(held, ranked, strict=True):
             values[:, changed] = np.take_along_axis(candidates, order, 0)
-
-    def _arrays(self) -> tuple[ndarray, ndarray, ndarray, ndarray]:
-        return self.activation, self.sample, self.position, self.image
 
     def extreme(self) -> ndarray:
         """Return each neuron's highest (lowest) activation, 0 if it has none."""

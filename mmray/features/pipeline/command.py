@@ -73,6 +73,7 @@ def _follow(bars: ExitStack) -> Follow:
         if step not in shown:
             # Steps follow each other, so the last bar is complete.
             bars.close()
+            # A title may list several steps, or have a number; its first word names the feature.
             feature = FEATURES.get(step.split()[0])
             noun = {"edits": "edits", "evaluations": "samples"}.get(step, feature.noun if feature else "items")
             shown[step] = bars.enter_context(follow_progress(Console(stderr=True), noun))

@@ -78,6 +78,7 @@ def run_steps(steps: Sequence[CheckedStep], follow: Callable[[str, Progress], No
     for group in _groups(steps):
         title = ", ".join(step.title for step in group)
         if STEPS[group[0].kind].job is None:
+            # Its driver runs two jobs and quarantines shards, but a failed sample fails its shard.
             done = run_selectivity(group[0].settings, partial(follow, title))
             results[title] = StepResult(0, done.quarantined, done.seconds)
             continue
@@ -113,6 +114,7 @@ def checked_steps(entries: list[dict[str, dict[str, Any] | None]], common: Mappi
             raise InputError(f"steps: {', '.join(entry) or 'nothing'}: name one of {', '.join(STEPS)} per step")
         ((kind, own),) = entry.items()
         count = sum(step.kind == kind for step in steps)
+        # Results are kept by title, so a second step of a kind needs a title of its own.
         title = f"{kind} {count + 1}" if count else kind
         try:
             steps.append(CheckedStep(title, kind, STEPS[kind].settings({**common, **(own or {})})))

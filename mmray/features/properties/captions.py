@@ -37,6 +37,7 @@ class CaptionChanges:
         sets: dict[str, Neurons] = {"score": ranked["score"].neurons, LAYER_MATCHED: matched}
         for method, neurons in sets.items():
             self._compare(subject, found, items, "zeroed", (method, None), ablate(subject.model, neurons))
+        # Generation is slow, so only the largest noise is captioned.
         sigma = max(SIGMAS)
         change = noise(subject.model, sets["score"], sigma)
         self._compare(subject, found, items, "noise", ("score", sigma), change)
@@ -57,6 +58,7 @@ class CaptionChanges:
         removed, kept = (Key("causal", f"{kind}_{part}", method, MOST, strength) for part in ("removed", "kept"))
         for item, text in zip(items, texts, strict=True):
             sample_id = item.sample.sample_id
+            # Identical to the letter: greedy decoding of an unaffected image gives the same text.
             if sample_id not in own:
                 found.add(kept, concept, sample_id, text == self.before[sample_id])
             # A noun that the model does not write anyway can't be removed.

@@ -14,6 +14,7 @@ from mmray.neurons.inflection import lemma
 
 def highest(scores: Float[Tensor, "position neuron"], count: int) -> list[frozenset[int]]:
     """Return the `count` highest neurons of each position."""
+    # Tiny models have fewer neurons than the largest set.
     count = min(count, scores.shape[1])
     return [frozenset(row) for row in scores.topk(count, dim=1).indices.tolist()]
 
@@ -84,5 +85,6 @@ def specific_order(
     scores: Float[Tensor, "position neuron"], own: Bool[Tensor, " position"]
 ) -> Float[Tensor, " neuron"]:
     """Return the mean score at the own positions minus that at the others, where a negative mean counts as zero."""
+    # As `specific` in the run's rankings, but over these positions only.
     elsewhere = scores[~own].mean(dim=0).clamp(min=0) if bool((~own).any()) else torch.zeros(scores.shape[1])
     return scores[own].mean(dim=0) - elsewhere

@@ -12,9 +12,9 @@ import pyarrow as pa
 from numpy import ndarray
 
 from mmray.data.samples import Failure
-from mmray.features.properties.protocols import SHARES, protocol_of, value_of
+from mmray.features.properties.protocols import SHARES, VALUES, protocol_of
 from mmray.features.properties.tables import PARTS, TABLES
-from mmray.statistics.bootstrap import Measured, measure
+from mmray.statistics.bootstrap import Measured, measure, ratio
 
 
 class Key(NamedTuple):
@@ -94,7 +94,7 @@ def _row(
 ) -> dict[str, object]:
     # Sorted because the order of addition changes the last bits of a sum.
     sums: ndarray = np.array([np.sum(sorted(images[name]), axis=0) for name in sorted(images)])
-    found: Measured = measure(sums, sums, value_of(key.measure), draws, seed, share=key.measure in SHARES)
+    found: Measured = measure(sums, sums, VALUES.get(key.measure, ratio), draws, seed, share=key.measure in SHARES)
     return key._asdict() | {
         "concept": concept,
         "value": found.after,

@@ -68,12 +68,14 @@ def protocol_of(key: Key) -> str:
     """Return the protocol of a measure."""
     if key.property == "comparison":
         return COMPARISON + PROTOCOLS[key.measure]
+    # Controls were not chosen by the images, so measuring them there is no bias.
     ranked = key.property in RANKED and key.method not in UNRANKED
     return (IN_SAMPLE if ranked else "") + PROTOCOLS[key.measure]
 
 
 def perplexity_ratio(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:
     """Return exp of the mean change of the negative log-probability per token."""
+    # The observations are falls of log-probability in nats, so their mean is the change of the cross-entropy.
     ratios: Float[ndarray, " draw"] = np.exp(ratio(totals))
     return ratios
 
@@ -98,8 +100,3 @@ SHARES = frozenset(
 
 VALUES: dict[str, Value] = {"zeroed_perplexity": perplexity_ratio}
 """Functions from totals to the value, for measures that are not a mean."""
-
-
-def value_of(measure: str) -> Value:
-    """Return the function from a measure's totals to its value."""
-    return VALUES.get(measure, ratio)

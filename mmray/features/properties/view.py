@@ -28,6 +28,7 @@ def properties(rows: pa.Table) -> Table:
         same = (row["property"], row["measure"]) == previous
         previous = row["property"], row["measure"]
         style = "bold" if row["method"] in LOCATED else ""
+        # Of noise and amplification only; zeroing has no strength.
         strength = "" if row["strength"] is None else f" × {row['strength']:g}"
         table.add_row(
             "" if same else f"  {row['measure'].replace('_', ' ')}",
@@ -51,12 +52,14 @@ def findings(run: Run) -> list[str]:
             f"{floor:.1%} by one of ten random neurons"
         )
     if own := found.get(("zeroed_own", "score", 100)):
+        # Only runs with all measures get here: these rows are written together.
         other, matched = found["zeroed_other", "score", 100], found["zeroed_own", "layer-matched", 100]
         lines.append(
             f"zeroing the 100 highest lowers P(noun) by {own['value']:z.3f} and P(other nouns) by "
             f"{other['value']:z.3f}; random ones of the same layers lower P(noun) by {matched['value']:z.3f}"
         )
     if chance := found.get(("pointing_game", "chance", 10)):
+        # The better of the two rankings, which the text names.
         point, by = max((found["pointing_game", name, 10]["value"], name) for name in ("score", "specific"))
         lines.append(
             f"in {chance['n']:,} images of several objects, the map of the ten highest by {by} peaks on the right "

@@ -63,6 +63,7 @@ class LabelJob(Job[S, LabelPlan]):
         """Load the model, and return the worker that measures a shard's samples."""
         census = context.census
         model = load_model(census.model, census.dtype, trust_remote_code=census.trust_remote_code)
+        # The run's own shards, because samples are known by the shard that the census read them from.
         manifest = Manifest.from_json(RunFolder.at(self.settings.run).manifest())
         source = open_data(census)
 
@@ -116,6 +117,7 @@ class Tests:
 
     def digest(self) -> str:
         """Return a digest of the neurons, and of the values they are set to."""
+        # A tuple of frozen dataclasses has a stable repr.
         found = hashlib.sha256(repr(self.masks).encode())
         if self.steer is not None:
             found.update(self.steer.neurons.tobytes() + self.steer.values.tobytes())
@@ -144,6 +146,7 @@ class TestsJob(LabelJob[SelectivitySettings]):
         if settings.interventions:
             tables["measurements"] = measure_interventions(model, held_out, self.tests.masks, settings, census)
         if settings.stages:
+            # The unembedding of every layer is slow, so the lens leaves out the controls.
             own = [mask for mask in self.tests.masks if mask.control == SELECTED]
             lens = Lens(model, own, settings.module)
             in_batches(model, captions_of(model, held_out, settings.by, census), settings.batch_size, lens.add)

@@ -46,6 +46,7 @@ class Replicates:
         """Return how often each of these samples counts under each label of each replicate, in that order of rows."""
         columns = [self.columns[name] for name in samples]
         label, times = self.label[:, columns], self.times[:, columns]
+        # [replicate, label, sample]; a bootstrap draw may count a sample several times or not at all.
         counts = (label[:, None] == np.arange(len(self.labels))[None, :, None]) * times[:, None]
         return torch.from_numpy(counts.reshape(-1, len(samples)).astype(np.float32))
 
@@ -96,6 +97,7 @@ def _shuffled(
     label = own.copy()
     for group in by_size:
         columns = np.array(group)
+        # First images exchange their rows of labels, then each row is shuffled within its image.
         label[columns] = generator.permuted(own[columns[generator.permutation(len(group))]], axis=1)
     return label
 

@@ -41,6 +41,7 @@ def section(request: Request) -> Section:
 def _by_analysis(run: Run, name: str) -> defaultdict[tuple[str, ...], list[Row]]:
     rows: defaultdict[tuple[str, ...], list[Row]] = defaultdict(list)
     table = run.optional(name)
+    # A run of an earlier version may lack the table.
     for row in table.to_pylist() if table is not None else ():
         rows[tuple(row[column.name] for column in ANALYSIS)].append(row)
     return rows
@@ -124,6 +125,7 @@ def _examples(rows: Sequence[Row], target: str) -> list[Row]:
     """Return captions that turned into the target, then failures, which fill a third of the list or what is left."""
     turned = [row for row in rows if row["label_after"] == target]
     failed = [row for row in rows if row["label_after"] != target]
+    # With few successes, failures fill the rest of the list.
     kept = failed[: max(CAPTIONS // 3, CAPTIONS - len(turned))]
     return [*turned[: CAPTIONS - len(kept)], *kept]
 

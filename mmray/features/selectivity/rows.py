@@ -73,9 +73,11 @@ def label_rows(
                 "tokens": int(selection.tokens[number]),
                 "neurons": len(own),
                 "union": union,
+                # JSON has no NaN.
                 "cut": None if selection.cut[number].isnan() else float(selection.cut[number]),
                 "chance": None if selection.chance is None else float(selection.chance[number]),
                 "stability": None if selection.overlap is None else float(selection.overlap[number]),
+                # Layers are the bins of the neurons' indices.
                 "layers": np.histogram(own, starts)[0].tolist(),
             }
         )
@@ -148,6 +150,7 @@ def stage_rows(parts: Iterable[pa.Table], analysis: Mapping[str, str]) -> pa.Tab
     rows = []
     for key in sorted(sums, key=lambda key: (key[0] or "", key[1:])):
         count, entropy, agreed, shift = sums[key].tolist()
+        # Each unit commits its 50 top tokens only, so counts of rarer tokens are lower bounds.
         frequent = tokens[key].most_common(SHOWN_TOKENS)
         rows.append(
             {

@@ -113,6 +113,7 @@ class SelectivitySettings(SumsSettings):
 
     def choice(self) -> str:
         """Return a digest of the settings that decide which neurons are chosen, whatever tests they undergo."""
+        # Tests are left out on purpose: the same choice must keep the same samples held out.
         own = self.model_dump(include={*SumsSettings.model_fields, "rate", "bar"} - CONTROLS)
         dumped = json.dumps(SelectivitySettings(**own).result_settings(), sort_keys=True)
         return hashlib.sha256(dumped.encode()).hexdigest()[:16]

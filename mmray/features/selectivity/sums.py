@@ -24,7 +24,6 @@ from mmray.features.selectivity.settings import SelectivitySettings
 from mmray.features.selectivity.tables import PARTS
 from mmray.features.selectivity.texts import LabelledText, by_text, token_positions
 from mmray.models.capture import capture_activations
-from mmray.models.layout import Projection
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
 from mmray.neurons.activation_cache import ActivationCache, cache_activations, forward
@@ -39,14 +38,6 @@ STEPS = 12
 
 Quantity: TypeAlias = tuple[str, Float[Tensor, "row sample"], Float[Tensor, "sample neuron"], Float[Tensor, " sample"]]
 """A quantity of a batch: its name, the weight of each sample in each row, sums per sample, and tokens per sample."""
-
-
-def projections_of(model: LoadedModel, module: str) -> tuple[Projection, ...]:
-    """Return the MLPs of a module whose positions are known as image or text; raises InputError if there are none."""
-    found = model.parts.image_path(module)
-    if not found:
-        raise InputError(f"{model.name}: --module {module}: it has no MLP; see mmray check-model")
-    return found
 
 
 @dataclass
@@ -64,7 +55,10 @@ class LabelSums:
         self.model = model
         self.settings = settings
         self.replicates = replicates
-        self.projections = projections_of(model, settings.module)
+        # Without MLPs that only read a question, such as a Q-Former's text branch.
+        self.projections = model.parts.image_path(settings.module)
+        if not self.projections:
+            raise InputError(f"{model.name}: --module {settings.module}: it has no MLP; see mmray check-model")
         self.width = sum(projection.width for projection in self.projections)
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}

@@ -42,11 +42,6 @@ class LabelledText:
     """Colour behind the image's transparent pixels."""
 
 
-def label_of(sample: Sample, by: str) -> str | None:
-    """Return a sample's language, domain, or other label."""
-    return {"language": sample.language, "domain": sample.domain, **sample.labels}.get(by)
-
-
 def captions_of(model: LoadedModel, samples: Iterable[Sample], by: str, census: CensusSettings) -> list[LabelledText]:
     """Return the captions of samples that have the label, after the same prompts as in the census.
 
@@ -76,7 +71,7 @@ def answers_of(model: LoadedModel, samples: Iterable[Sample], by: str, count: in
 
 
 def _labelled_text(model: LoadedModel, sample: Sample, by: str, prompt: str, text: str) -> LabelledText | None:
-    label = label_of(sample, by)
+    label = {"language": sample.language, "domain": sample.domain, **sample.labels}.get(by)
     if label is None or not text.strip():
         return None
     tokens, offsets = tokenize_caption(model, prompt, text)

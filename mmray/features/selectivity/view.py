@@ -68,6 +68,7 @@ def _matrix(rows: Sequence[Mapping[str, Any]], title: str, digits: int) -> Table
     table = _table(Text.assemble(("change", "bold"), (f" · {title} · 95 % interval of the own label", "dim")))
     for name in ("zeroed", "control", "neurons", *names, "interval"):
         table.add_column(name, justify="left" if name in ("zeroed", "control") else "right", no_wrap=True)
+    # The first line shows the values without a mask, to which the changes refer.
     base = {row["label"]: row["before"] for row in rows}
     table.add_row("–", "", "", *(Text(f"{base[name]:.{digits}f}", "dim") for name in names), "")
     masks: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = defaultdict(dict)
@@ -119,6 +120,7 @@ def stages(rows: pa.Table) -> Table:
         table.add_column(name, justify="left" if name in ("image", "text") else "right", no_wrap=True)
     layers: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in rows.to_pylist():
+        # Lines with masks are in the report only.
         if row["masked"] is None:
             layers[row["layer"]][row["position"]] = row
     for layer, kinds in sorted(layers.items()):
