@@ -35,6 +35,7 @@ def ray_session(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's C++ core writes warnings to the terminal, which Python's logging settings don't stop.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Silences a warning about a future default for actors without GPUs.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if ray.is_initialized():
         yield
@@ -43,7 +44,7 @@ def ray_session(address: str | None) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     try:
         _reach(address)
-        with _held_back(), _own_sigterm():
+        with held_back(), own_sigterm():
             ray.init(
                 address=address,
                 logging_level=logging.ERROR,
@@ -55,7 +56,7 @@ def ray_session(address: str | None) -> Iterator[None]:
         if address == "local":
             raise InputError(f"can't start a local Ray ({reason}); give it a HOME and a TMPDIR to write to") from error
         raise InputError(f"--address {address}: no Ray cluster there ({reason})") from error
-    with redirect_stdout(_Messages()):
+    with redirect_stdout(MessageStream()):
         try:
             context = ray.data.DataContext.get_current()
             context.enable_progress_bars = False
@@ -66,7 +67,7 @@ def ray_session(address: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def _own_sigterm() -> Iterator[None]:
+def own_sigterm() -> Iterator[None]:
     """Keep this program's SIGTERM handler, which `ray.init` replaces by one that exits with status 15."""
     own = signal.getsignal(signal.SIGTERM)
     try:
@@ -81,13 +82,14 @@ def _own_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, own)
 
 
-class _Messages(io.TextIOBase):
+class MessageStream(io.TextIOBase):
     """Sends what Ray prints on stdout, such as deaths of workers, to stderr, because stdout is for results."""
 
     def __init__(self) -> None:
         self.line = ""
 
     def write(self, text: str) -> int:
+        """Pass on every whole line, except for actors that were ended on purpose."""
         *lines, self.line = (self.line + text).split("\n")
         for line in lines:
             # Ray reports actors that Ray Data itself ends as failures, too.
@@ -158,7 +160,7 @@ def _reach(address: str) -> None:
 
 
 @contextmanager
-def _held_back() -> Iterator[None]:
+def held_back() -> Iterator[None]:
     """Hide what native code writes to stderr, unless the block fails: then it may explain the failure."""
     sys.stderr.flush()
     terminal = os.dup(2)

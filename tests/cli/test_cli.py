@@ -241,6 +241,7 @@ def test_tables_are_shown_without_markup(mmray: Mmray, run: Run) -> None:
     assert "highest" in answer.out
 
 
+@pytest.mark.slow
 def test_neurons_are_chosen_together(mmray: Mmray, run: Run) -> None:
     first, second, *_ = run.concepts
     answer = mmray("select", run.uri, first.upper(), second, "--k", 7, "--samples", 12, "--json")

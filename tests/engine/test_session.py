@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.engine.session import MOST_WORKERS, _held_back, _Messages, actor_pool, ray_session
+from mmray.engine.session import MOST_WORKERS, MessageStream, actor_pool, held_back, ray_session
 from mmray.errors import InputError
 
 CPU_MACHINES = st.lists(st.tuples(st.integers(1, 130).map(float), st.just(0.0)), min_size=1, max_size=8)
@@ -110,12 +110,12 @@ def test_an_address_without_a_cluster_is_told_soon(address: str, monkeypatch: py
 def test_native_code_is_not_heard_unless_it_fails() -> None:
     code = """
         import os, sys
-        from mmray.engine.session import _held_back
-        with _held_back():
+        from mmray.engine.session import held_back
+        with held_back():
             os.write(2, b"noise")
         os.write(2, b"before ")
         try:
-            with _held_back():
+            with held_back():
                 os.write(2, b"cause ")
                 raise RuntimeError
         except RuntimeError:
@@ -129,7 +129,7 @@ def test_holding_back_keeps_no_descriptor() -> None:
     before = os.dup(2)
     os.close(before)
     for _ in range(3):
-        with _held_back():
+        with held_back():
             pass
     after = os.dup(2)
     os.close(after)
@@ -138,7 +138,7 @@ def test_holding_back_keeps_no_descriptor() -> None:
 
 
 def test_messages_of_ray_leave_stdout_to_results(capsys: pytest.CaptureFixture[str]) -> None:
-    with redirect_stdout(_Messages()):
+    with redirect_stdout(MessageStream()):
         print("(raylet) A worker died", "unexpectedly")
         print("(raylet) Task failed. The actor is dead because it was killed by `ray.kill`.")
         print("(raylet) out of memory")

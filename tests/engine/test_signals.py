@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mmray.engine.session import _own_sigterm
+from mmray.engine.session import own_sigterm
 
 CENSUS = """
     import sys, time, types
@@ -46,10 +46,10 @@ def test_ray_does_not_take_the_place_of_our_handler() -> None:
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        with _own_sigterm():
+        with own_sigterm():
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
         assert signal.getsignal(signal.SIGTERM) is stop
-        with pytest.raises(KeyboardInterrupt), _own_sigterm():
+        with pytest.raises(KeyboardInterrupt), own_sigterm():
             sys.exit(15)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -41,6 +41,7 @@ def called(*arguments: object, **environment: str) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, env=kept | environment, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_any_encoding_takes_every_word(worded: Run, encoding: str) -> None:
     concept = next(iter(worded.concepts))
@@ -56,6 +57,7 @@ def test_any_encoding_takes_every_word(worded: Run, encoding: str) -> None:
         assert called(*command, PYTHONIOENCODING=encoding).returncode == 0
 
 
+@pytest.mark.slow
 def test_what_is_piped_is_not_cut(worded: Run) -> None:
     concept = next(iter(worded.concepts))
     lines = called("rank", worded.uri, concept, PYTHONIOENCODING="utf-8").stdout.decode().splitlines()

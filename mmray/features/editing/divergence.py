@@ -73,11 +73,11 @@ def _divergence_by_batch(
         activation = part.activation if part.positions is None else part.activation.flatten(0, -2)[part.positions]
         lengths = torch.bincount(part.rows)
         starts = (lengths.cumsum(0) - lengths).tolist()
-        departures = [
+        divergences = [
             (start + example.rejected[0], example.rejected[1], example.tokens[example.rejected[0]])
             for start, example in zip(starts, rows, strict=True)
             if example.rejected
         ]
-        positions = [position for position, _, _ in departures]
-        found.append((activation[positions], [(rejected, wanted) for _, rejected, wanted in departures]))
+        positions = [position for position, _, _ in divergences]
+        found.append((activation[positions], [(rejected, wanted) for _, rejected, wanted in divergences]))
     return found
