@@ -27,11 +27,13 @@ CACHED_FILES = 16
 class DataFile:
     """One file of the data: its path below the data's folder, its samples, its size in bytes, and its content digest.
 
-    The digest costs the same whatever the size: on S3 the ETag; for a local Parquet file or tar the SHA-256 of its
-    size and its first and last MiB; for metadata or COCO files the SHA-256 of the content (on S3 the ETag) and of the
-    images' names and sizes; for `hf:` the fingerprint that `datasets` gives. A file whose rows can't be counted has
-    one row, a failure. `rows_digest` covers the rows and their images, in formats whose files may grow; else it is
-    empty.
+    A file whose rows can't be counted has one row, a failure. The digest is
+
+    - on S3 the ETag, and for a local Parquet file or tar the SHA-256 of its size and its first and last MiB;
+    - for metadata and COCO files the SHA-256 of the content (on S3 the ETag) and of the images' names and sizes;
+    - for `hf:` the fingerprint from `datasets`.
+
+    `rows_digest` covers the rows and their images in formats whose files may grow; in others it is empty.
     """
 
     path: str

@@ -6,8 +6,8 @@ A row is the prompt, as the family's own processor makes it, followed by the cap
     └───────────────────── prompt ──────────────────────────────────┘└─── caption ────┘
 
 Rows are padded on the right. Under a causal mask, padding then can't change what comes before it, so scores don't
-depend on which samples share a batch. (Left padding shifts position ids; on the demo that changed activations by up to
-2e-4.) Generation must pad on the left.
+depend on which samples share a batch. Left padding would shift position ids: on the demo that changed activations by
+up to 2e-4. Generation must pad on the left.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Where in an image neurons are active: heat maps over its patches, their masks, and how well they match a box.
 
-As in Pan et al. (2024), a map is the activation of one neuron, or the mean of several, at each image token, upsampled
-bilinearly to the image's size; the mask is what lies above the map's 95th percentile. Upsampling interpolates between
-patch centres; the released code is half a patch off. It has used two activations: the gate after its non-linearity
-(first and now), and the input of the output projection (in between). Both can be drawn.
+As in Pan et al. (2024), a map is a neuron's activation at each image token, or the mean of several neurons. It is
+upsampled bilinearly to the image's size, and its mask is what lies above the 95th percentile. Upsampling interpolates
+between patch centres; the released code is half a patch off. That code has used two activations: the gate after its
+non-linearity (first and now), and the input of the output projection (in between). Both can be drawn.
 """
 
 from __future__ import annotations
