@@ -15,7 +15,7 @@ from mmray.data.shards import Shard, read_shard
 from mmray.data.source import Source
 from mmray.demo import DATA
 from mmray.errors import InputError, ShardError
-from mmray.features.selectivity import job as selectivity_job
+from mmray.features.census import run_samples
 from mmray.features.selectivity.driver import run_selectivity
 from mmray.features.selectivity.settings import selectivity_settings
 from mmray.features.selectivity.tables import TABLES
@@ -219,11 +219,11 @@ def test_shards_quarantined_are_told_and_not_counted(run: Path, monkeypatch: pyt
 
     quick = {**QUICK, "run": str(run), "permutations": 1, "bootstraps": 0, "method": "contribution"}
     with monkeypatch.context() as patched:
-        patched.setattr(selectivity_job, "read_shard", breaks({0, 1, 2}))
+        patched.setattr(run_samples, "read_shard", breaks({0, 1, 2}))
         with pytest.raises(InputError, match=r"nothing was counted; shard 0 was quarantined: .*out of memory"):
             run_selectivity(selectivity_settings({**quick, "seed": 1}))
     with monkeypatch.context() as patched:
-        patched.setattr(selectivity_job, "read_shard", breaks({1}))
+        patched.setattr(run_samples, "read_shard", breaks({1}))
         outcome = run_selectivity(selectivity_settings({**quick, "seed": 2}))
     assert list(outcome.quarantined) == [1]
     captions = open_run(run).table("captions").to_pylist()
