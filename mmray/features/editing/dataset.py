@@ -289,8 +289,13 @@ def batches(model: LoadedModel, examples: Sequence[Example]) -> list[Batch]:
     found = []
     for _, group in groupby(examples, key=lambda example: example.image is None):
         for chunk in within_budget(group, lambda example: pixels_of(model, example.image), BUDGET, BATCH_ROWS):
-            tokens = [list(example.tokens) for example in chunk]
-            images = [open_image(example.image, example.background) for example in chunk]
-            prompts = [example.prompt for example in chunk]
-            found.append(encode(model, prompts, images, tokens, [[(0, 0)] * len(row) for row in tokens]))
+            found.append(_batch(model, chunk))
     return found
+
+
+def _batch(model: LoadedModel, examples: Sequence[Example]) -> Batch:
+    # A function of its own: its images are freed before the next batch is decoded.
+    images = [open_image(example.image, example.background) for example in examples]
+    tokens = [list(example.tokens) for example in examples]
+    prompts = [example.prompt for example in examples]
+    return encode(model, prompts, images, tokens, [[(0, 0)] * len(row) for row in tokens])
