@@ -234,8 +234,8 @@ def test_answers_are_kept_for_units_that_read_the_same_alone(
 
         return [telling(worker) for worker in plain(cls, jobs, contexts)]
 
-    forget = BaselineReplies.forget
-    monkeypatch.setattr(BaselineReplies, "forget", lambda self: (said.append(None), forget(self))[1])
+    clear = BaselineReplies.clear
+    monkeypatch.setattr(BaselineReplies, "clear", lambda self: (said.append(None), clear(self))[1])
     monkeypatch.setattr(EvaluationJob, "workers", classmethod(watched))
     small = {"limit": 8, "shard_size": 4, "text_count": 2}
     run_together([job(run, edit.save(tmp_path / name), **small) for name in ("one", "other")])
