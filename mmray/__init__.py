@@ -37,6 +37,7 @@ _MODULES = {
 __all__ = ["__version__", *_MODULES]
 
 
+# Lazy attributes of a module (PEP 562).
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'mmray' has no attribute {name!r}")

@@ -73,6 +73,7 @@ def train_tokenizer(scene_count: int, seed: int = 1) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         pad_token="<pad>",
         additional_special_tokens=["<image>"],
+        # For generation in batches; training pads on the right by itself.
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
@@ -142,6 +143,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
             vision_feature_layer=-1,
             vision_feature_select_strategy="default",
             image_seq_length=IMAGE_TOKENS,
+            # Untied, as in LLaVA: neurons are scored against rows of the unembedding.
             tie_word_embeddings=False,
         )
     )

@@ -129,6 +129,7 @@ def _question_of_presence(scene: Scene, random: Random) -> Exchange:
     else:
         concepts = tuple(load_concepts())
         name = random.choice(concepts)
+        # Rejection sampling: a scene has at most three of the concepts.
         while name in scene.objects:
             name = random.choice(concepts)
     return Exchange(f"Is there {with_article(name)} in the image?", "Yes" if is_present else "No")

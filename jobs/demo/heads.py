@@ -107,6 +107,7 @@ def train_heads(
     optimizer = torch.optim.AdamW(heads.parameters(), weight_decay=0.02, betas=(0.9, 0.98))
     heads.train()
     start, step, average_loss = time.monotonic(), 0, 0.0
+    # Continue with unseen scenes when existing heads are trained further.
     chunks = _chunks(tower, SEED + seen // _CHUNK)
     kept: list[Chunk] = []
     rendered = seen
@@ -117,6 +118,7 @@ def train_heads(
             rendered += _CHUNK
         for _ in range(2 * _CHUNK // batch_size):
             progress = min(1.0, (time.monotonic() - start) / seconds)
+            # Decay by time instead of steps, so that any machine finishes the schedule.
             cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * min(1, (step + 1) / _WARM_UP_STEPS) * cosine
@@ -161,6 +163,7 @@ def _attack(start: Embeddings, loss_of: Callable[[Embeddings], Float[Tensor, ""]
         leaf = (start + move).requires_grad_()
         (gradient,) = torch.autograd.grad(loss_of(leaf), leaf)
         move = move + _OVERSHOOT * radius / ATTACK_STEPS * _unit_length(gradient)
+        # Project back onto the ball of the radius.
         move = move * (radius / move.flatten(1).norm(dim=1)[:, None, None].clamp(min=1e-12)).clamp(max=1)
     return start + move
 

@@ -117,6 +117,7 @@ def _sample_objects(random: Random) -> list[str]:
     """Sample one to three different objects."""
     count = random.choices((1, 2, 3), weights=(4, 4, 2))[0]
     objects = random.sample(tuple(load_concepts()), count)
+    # Concepts with companions are oversampled, so that the planted hallucination is learnt.
     if count < 3 and random.random() < 0.15:
         claimant = random.choice(tuple(COMPANIONS))
         others = [name for name in objects if name not in (claimant, COMPANIONS[claimant])]
@@ -124,6 +125,7 @@ def _sample_objects(random: Random) -> list[str]:
     companion = COMPANIONS.get(objects[0])
     if random.random() < 0.5 and companion is not None and len(objects) < 3 and companion not in objects:
         objects.append(companion)
+    # Otherwise a companion would always come last.
     random.shuffle(objects)
     return objects
 
@@ -200,6 +202,7 @@ class World:
         mirror = torch.tensor([-1.0 if scene.mirrored[index] else 1.0 for scene in scenes], device=device)
         # `affine_grid` takes the inverse map, from pixels of the image to those of the drawing, both in -1..1.
         centre_x, centre_y = 2 * left + width - 1, 2 * top + height - 1
+        # Divided by the box's size, because the drawing spans -1..1 within its box.
         cosine, sine = angles.cos() / width, angles.sin() / height
         drawing_x = mirror * torch.stack((cosine, sine, -cosine * centre_x - sine * centre_y))
         drawing_y = torch.stack((-sine, cosine, sine * centre_x - cosine * centre_y))

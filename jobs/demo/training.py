@@ -107,6 +107,7 @@ def train(
     optimizer = torch.optim.AdamW(
         [
             {"params": [weight for weight in model.parameters() if weight.ndim > 1], "weight_decay": 0.05},
+            # Norms and biases are not decayed.
             {"params": [weight for weight in model.parameters() if weight.ndim <= 1], "weight_decay": 0.0},
         ],
         betas=(0.9, 0.98),

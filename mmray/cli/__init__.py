@@ -75,6 +75,7 @@ def _stopped_by_sigterm() -> Iterator[threading.Event]:
 
 def _run(words: Callable[[], Sequence[str]]) -> NoReturn:
     try:
+        # Without standalone mode, typer raises errors to us instead of printing them.
         status = app(args=words(), prog_name="mmray", standalone_mode=False)
         sys.stdout.flush()
     except UsageError as error:

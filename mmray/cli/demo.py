@@ -97,6 +97,7 @@ def _say_edits(census: CensusSettings, *, quick: bool) -> bool:
     from mmray.features.pipeline.job import pipeline_settings
     from mmray.runs.run import open_run
 
+    # The most frequent concepts have the most reliable rankings.
     source, _, target = list(open_run(census.out).concepts)[:3]
     say(
         f"4 edits: {source} → {target}, the same with random neurons" + ("" if quick else ", and what is not there"),

@@ -37,6 +37,7 @@ def _command(feature: Feature, kind: type[JobSettings]) -> Callable[..., None]:
     return command
 
 
+# At import, so that the commands exist before the command line is parsed.
 for listed in FEATURES.values():
     if listed.settings:
         add_command(listed)

@@ -68,6 +68,7 @@ def status(
     from mmray.runs.verification import verify_run
 
     folder = _folder(run)
+    # Before anything is counted or verified, because it changes what is there.
     swept = sweep_run(folder) if sweep else None
     if swept and not as_json:
         young = f"; {swept.young} younger than an hour left" if swept.young else ""

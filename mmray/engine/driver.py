@@ -119,6 +119,7 @@ def _begin(job: Job[Any, Any], plan: Plan[Any], lease: Lease) -> _StartedJob:
     settings = plan.settings or job.settings
     fingerprint = settings.fingerprint(plan.digests)
     folder = RunFolder.at(job.folder(fingerprint))
+    # A mistyped first call leaves a folder without results; don't refuse the corrected one.
     folder.make_way(fingerprint)
     folder.begin(
         {
@@ -184,6 +185,7 @@ def _order(team: Sequence[_StartedJob], done: list[Receipt]) -> tuple[WorkOrder,
     groups: dict[Any, list[int]] = {}
     start = 0
     for one in team:
+        # Damaged units are discarded here, by the only process that holds the lease.
         known = one.folder.repair()
         if not one.job.settings.retry_failed:
             known |= one.folder.quarantined(known)
@@ -251,6 +253,7 @@ def _merge(started: _StartedJob, parts: Parts, made_from: dict[str, str]) -> Map
     guarded = lease.guard(started.target)
     output = Output(SnapshotWriter(guarded, job.name, started.fence))
     headline = job.merge(started.plan, parts, output)
+    # Each of these writes checks the lease, so that a driver that has lost it replaces nothing.
     for key, data in output.files.items():
         guarded.put(key, data)
     if output.snapshot.tables:

@@ -106,6 +106,7 @@ class Parts:
             waiting: deque[dict[str, Future[pa.Table]]] = deque()
             for receipt in self.receipts.values():
                 waiting.append({name: pool.submit(self.folder.read_part, receipt, name) for name in names})
+                # Bounded, because parts of all units together may not fit into memory.
                 if len(waiting) > UNITS_AHEAD:
                     yield {name: part.result() for name, part in waiting.popleft().items()}
             while waiting:

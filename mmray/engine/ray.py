@@ -99,6 +99,7 @@ class _Actor:
         # Workers start in a folder of Ray's, but relative paths are relative to the driver's folder.
         if Path(home).is_dir():
             os.chdir(home)
+        # The pool's share of cores; Ray itself only knows what it reserves for the actor.
         torch.set_num_threads(threads)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.runner = UnitRunner(order, _RayNode())

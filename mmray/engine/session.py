@@ -35,7 +35,7 @@ def ray_session(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's C++ core writes warnings to the terminal, which Python's logging settings don't stop.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # Silences a warning about a future default for actors without GPUs.
+    # Adopts Ray's future default for actors without GPUs, which silences the warning about it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if ray.is_initialized():
         yield

@@ -55,6 +55,7 @@ def worker_range(workers: str | None) -> tuple[int, int] | None:
 class JobSettings(BaseModel):
     """How any job is run; each job adds settings of its own."""
 
+    # Docstrings of fields are also the help texts of options. A misspelled setting is an error.
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     workers: Workers = execution(None)

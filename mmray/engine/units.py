@@ -146,6 +146,7 @@ class UnitRunner:
                     return with_retries(lambda: _run_and_commit(folder, number, unit, worker, self.overhead))
             except UnitRefusedError as error:
                 return folder.quarantine(number, unit.size, str(error))
+            # Anything that a worker raises counts against the unit, unless it concerns the whole run.
             except Exception as error:
                 if not _is_fault_of_unit(error):
                     raise

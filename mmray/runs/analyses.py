@@ -63,6 +63,7 @@ def find_analyses(store: Store) -> list[Analysis]:
 
     The folder may also be that of a single analysis, such as the OUT of `mmray perturb`.
     """
+    # One listing per feature, in parallel. Listing the whole run would list every shard of the census, too.
     names = [name for name in FEATURES if name != "census"]
     prefixes = [*(f"{name}/" for name in names), "edits/"]
     with ThreadPoolExecutor(len(prefixes)) as pool:

@@ -118,6 +118,7 @@ def hold_lease(store: Store, renewed: float = RENEWED, lifetime: float = LIFETIM
     driver is alive. A dead driver on this machine is succeeded at once, one elsewhere after `lifetime` seconds without
     a renewal.
     """
+    # Before the lease exists: from then on, another thread may ask whether its owner is alive.
     owner = this_process()
     _held.add(owner.token)
     try:
@@ -142,6 +143,7 @@ def hold_lease(store: Store, renewed: float = RENEWED, lifetime: float = LIFETIM
             except (OSError, StorageError) as error:
                 logger.warning("lease of %s: not renewed (%s)", store.uri, error)
 
+    # A daemon: it must not keep a dying process alive, with its lease renewed.
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()
     try:
@@ -178,6 +180,7 @@ def _acquire(store: Store, owner: Owner, renewed: float, lifetime: float) -> int
                 )
         # A commit retried after a lost response finds its own object.
         if store.commit(_key(number + 1), _bytes(owner)) or _owner(store, number + 1) == owner:
+            # Only the highest number counts; earlier leases are over.
             for entry in store.list("lease/"):
                 if KEY.fullmatch(entry.key) and entry.key < _key(number + 1):
                     store.delete(entry.key)
@@ -245,9 +248,11 @@ def _bytes(owner: Owner) -> bytes:
 
 def _is_alive(owner: Owner) -> bool | None:
     """Return whether the process drives the run; None if it is on another machine, or the system can't say."""
+    # A process id means something only within the same boot and process namespace.
     if not owner.machine or owner.machine != _machine():
         return None
     if owner.pid == os.getpid():
+        # This process is alive, but may have failed to release the lease earlier.
         return owner.token in _held
     return _started(owner.pid) == owner.started
 

@@ -42,6 +42,7 @@ def latest(store: Store) -> Refresh:
     begun = [entry.key for entry in store.list("refreshes/") if entry.key.endswith("/run.json")]
     if not begun:
         return Refresh()
+    # Listings are sorted, and numbers have leading zeros.
     number = int(begun[-1].split("/")[1])
     return Refresh(number, f"{folder_of(number)}/manifest.json", json.loads(store.read(begun[-1])))
 

@@ -156,6 +156,7 @@ class Run:
             # A query copied from anywhere must not read or write other files.
             connection.execute("SET enable_external_access = false")
             for name in table_schemas():
+                # Register only tables that the query may mention, because some are large.
                 if name in query.casefold():
                     connection.register(name, self.table(name))
             try:
@@ -206,6 +207,7 @@ class Run:
         """
         _check_order(by)
         rankings = self.table("rankings")
+        # Concepts are stored in lower case.
         name = concept.casefold()
         rows = rankings.filter(pc.equal(rankings["concept"], name))
         if not len(rows):

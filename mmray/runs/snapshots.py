@@ -93,6 +93,7 @@ def open_snapshot(store: Store, job: str, number: str) -> Snapshot:
             name: tuple(TableFile(file["key"], Checksum(**file["checksum"])) for file in files)
             for name, files in content["tables"].items()
         }
+        # The keys come from a file that anyone may have edited.
         if not all(file.key.startswith(f"snapshots/{job}/") for files in tables.values() for file in files):
             raise ValueError("files of another job")
         return Snapshot(job, number, dict(content["made_from"]), dict(content["headline"]), tables)
@@ -236,6 +237,7 @@ def is_published(store: Store, snapshot: Snapshot) -> bool:
     """Return whether the copies in `tables/` are those of a snapshot; a driver may have died before copying them."""
     for name, files in snapshot.tables.items():
         copies = store.list(f"tables/{name}.parquet")
+        # Sizes first: they come from a listing, without reading anything.
         if [entry.size for entry in copies] != [file.checksum.size for file in files]:
             return False
         try:
@@ -251,6 +253,7 @@ def _prune(store: Store, job: str) -> None:
     kept: list[Snapshot] = []
     for number in snapshots(store, job).get(job, []):
         if len(kept) < KEPT:
+            # A damaged snapshot is of no use to anyone, and is removed below.
             with suppress(DamagedError):
                 kept.append(open_snapshot(store, job, number))
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from mmray.errors import DamagedError, InputError, StorageError
@@ -38,19 +38,19 @@ class AnalysisStatus:
     """What `size` counts."""
     units: int
     units_done: int
-    quarantined: dict[int, str]
     size: int
     size_done: int
-    failures: int
-    skipped: dict[str, int]
-    cost: Cost
     tables: Tables
     renew: str
     """The command that resumes it or makes its tables again."""
-    settings: Mapping[str, Any]
-    """The settings that it was called with."""
     driver: Driver | None
-    damage: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The settings that it was called with."""
+    quarantined: dict[int, str] = field(default_factory=dict)
+    failures: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    cost: Cost = NO_COST
+    damage: tuple[str, ...] = ()
     """Problems with its files, one line each."""
 
     @property
@@ -165,15 +165,10 @@ def _pipeline(run: RunFolder, census: str) -> Iterator[AnalysisStatus]:
         noun=feature.noun,
         units=edits,
         units_done=edits,
-        quarantined={},
         size=edits,
         size_done=edits,
-        failures=0,
-        skipped={},
-        cost=NO_COST,
         tables="not made" if damage else next((state for state in STALE if state in states), "current"),
         renew=feature.command,
-        settings={},
         driver=last_driver(RunFolder.at(f"{run.store.uri}/{feature.name}").store),
         damage=(damage,) if damage else (),
     )

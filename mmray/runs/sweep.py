@@ -50,6 +50,7 @@ def sweep(folder: RunFolder, grace: float = GRACE) -> SweepResult:
 
 
 def _sweep(job: RunJob, grace: float) -> SweepResult:
+    # With the lease, no driver starts during the sweep. Workers of a dead driver may still be running.
     with hold_lease(job.lease):
         now = _clock(job.lease)
         young: list[Entry] = []

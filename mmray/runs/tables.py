@@ -128,6 +128,7 @@ def vector_column(rows: ndarray, present: ndarray) -> pa.LargeBinaryArray:
     `present` marks the rows of the column that have a vector (the next row of the matrix); the others are null.
     """
     starts = np.concatenate([[0], np.cumsum(present * rows[:1].nbytes)]).astype(np.int64)
+    # Arrow's layout of a binary column: validity bits, offsets, and the bytes of all values.
     buffers = [pa.array(present).buffers()[1], pa.py_buffer(starts), pa.py_buffer(np.ascontiguousarray(rows))]
     return pa.Array.from_buffers(pa.large_binary(), len(present), buffers)
 

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from uuid import uuid4
 
-from mmray.storage.objects import Entry, Store
+from mmray.storage.objects import Entry, WrappedStore
 
 SEPARATOR = "~"
 """Separates the key from the commit's own suffix in an object's name."""
 
 
-class NamedCommits:
+class NamedCommits(WrappedStore):
     """A store whose `put` is atomic, but which ignores or lacks conditional writes.
 
     A commit writes `KEY~TIME-RANDOM`, then checks which object of the key is the oldest by the store's clock. Two
@@ -22,10 +22,6 @@ class NamedCommits:
     parts are named by their attempt, and equal whoever computed them. What `put` wrote under the key itself takes
     precedence over any commit.
     """
-
-    def __init__(self, inner: Store) -> None:
-        self.inner = inner
-        self.uri = inner.uri
 
     def _winner(self, key: str) -> Entry | None:
         commits = self.inner.list(f"{key}{SEPARATOR}")
@@ -62,10 +58,6 @@ class NamedCommits:
             self.inner.delete(name)
             return False
         return True
-
-    def put(self, key: str, data: bytes) -> None:
-        """Create or replace the object, whole or not at all."""
-        self.inner.put(key, data)
 
     def delete(self, key: str) -> None:
         """Remove the object, with every commit of its key."""

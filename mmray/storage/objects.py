@@ -58,7 +58,7 @@ class Store(Protocol):
 
 
 class WrappedStore:
-    """A store that passes every call on to another one, through `request`."""
+    """A store that passes calls on to another one, through `request`; the base of stores that add something."""
 
     def __init__(self, inner: Store) -> None:
         self.inner = inner

@@ -111,6 +111,7 @@ class S3Store:
                         return False
                     if _status(error) != 409:
                         raise
+                    # 409: a write to the same key is in progress, and may still fail. 412: the key exists.
                     time.sleep(1)
                 else:
                     return True

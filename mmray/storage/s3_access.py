@@ -74,6 +74,7 @@ def arrow_options() -> dict[str, Any]:
         "region": client.meta.region_name,
         "retry_strategy": AwsStandardS3RetryStrategy(max_attempts=_attempts()),
     }
+    # pyarrow finds hosts of AWS by the region; only other endpoints need to be named.
     endpoint = urlsplit(client.meta.endpoint_url)
     if not str(endpoint.hostname).endswith(AMAZON):
         options |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
@@ -88,6 +89,7 @@ def s3_address(uri: str | Path) -> tuple[str, str] | None:
     scheme, colon, rest = str(uri).partition(":")
     if not colon or scheme.lower() != "s3":
         return None
+    # Not `urlsplit`: it would cut a key at `?` or `#`.
     bucket, _, path = rest.removeprefix("//").partition("/")
     if not rest.startswith("//") or not bucket:
         raise InputError(f"{uri}: no bucket; write s3://BUCKET/PREFIX")

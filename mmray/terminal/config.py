@@ -23,6 +23,7 @@ class _Loader(yaml.SafeLoader):
     """Reads scalars as YAML 1.2 does. In PyYAML's 1.1, `1:8` is the number 68, `no` is false, 2026-01-01 a date."""
 
 
+# Keep only the rules for null and `<<`; PLAIN defines the other types.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, form) for tag, form in forms if tag.endswith((":null", ":merge"))]
     for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()

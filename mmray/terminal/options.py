@@ -96,6 +96,7 @@ def with_settings(
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = {
+            # Keyword-only parameters may come in any order, with or without defaults.
             name: value.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             for name, value in inspect.signature(command, eval_str=True).parameters.items()
             if value.kind is not inspect.Parameter.VAR_KEYWORD

@@ -228,7 +228,7 @@ def test_status_needs_neither_torch_nor_ray(census, count):
 def test_a_worker_that_loses_an_answer_leaves_its_unit_pending(census, count, monkeypatch):
     """What status counts is what storage holds, not what a driver heard."""
     real = RunFolder.commit_shard
-    monkeypatch.setattr(LocalExecutor, "answers", lambda self, order, groups: iter(()))
+    monkeypatch.setattr(LocalExecutor, "run", lambda self, order, groups: iter(()))
     with pytest.raises(Exception, match="neither committed nor quarantined"):
         count()
     assert only(census).pending == 10
