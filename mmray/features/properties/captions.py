@@ -68,13 +68,16 @@ class CaptionChanges:
 
 def greedy_captions(subject: Subject, items: Sequence[Captioned]) -> list[str]:
     """Return the captions that the model writes for these images."""
+    parts = within_budget(items, lambda item: pixels_of(subject.model, item.sample.image), BUDGET)
+    # A call per part: a local list of images would keep one part's pixels alive while the next is decoded.
+    return [text for part in parts for text in _captions_together(subject, part)]
+
+
+def _captions_together(subject: Subject, items: Sequence[Captioned]) -> list[str]:
     settings, model = subject.study.settings, subject.model
-    texts = []
-    for part in within_budget(items, lambda item: pixels_of(model, item.sample.image), BUDGET):
-        prompts = [prompt_text(model, settings.prompt, item.sample.language, prefix=settings.prefix) for item in part]
-        images = [decode_image(item.sample.image or b"", item.sample.background) for item in part]
-        texts += [caption_of(model, tokens)[0] for tokens in generate(model, prompts, images, settings.longest)]
-    return texts
+    prompts = [prompt_text(model, settings.prompt, item.sample.language, prefix=settings.prefix) for item in items]
+    images = [decode_image(item.sample.image or b"", item.sample.background) for item in items]
+    return [caption_of(model, tokens)[0] for tokens in generate(model, prompts, images, settings.longest)]
 
 
 def _items_to_caption(subject: Subject) -> list[Captioned]:
