@@ -37,7 +37,7 @@ class Section:
 def map_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a table row's map with one byte per value, scaled between the map's minimum and maximum."""
     values = np.array(row["values"], dtype=np.float64)
-    low, high = float(values.min()), float(values.max())
+    low, high = float(np.min(values)), float(np.max(values))
     # A byte per value: a report holds thousands of maps. A constant map has no range to divide by.
     levels = np.rint(255 * (values - low) / ((high - low) or 1.0)).astype(np.uint8)
     return {

@@ -229,7 +229,7 @@ class ConceptMerge:
         The standard bound, additions · eps · Σ |score|, with the Cauchy-Schwarz inequality for the last factor. It also
         holds for sums of shards' bounds, each of which may come from a different neuron.
         """
-        largest = self.total_squares.max(initial=0.0)
+        largest = np.max(self.total_squares, initial=0.0)
         return float(4 * np.finfo(np.float64).eps * (n + shards) * np.sqrt(n * shards * largest))
 
 

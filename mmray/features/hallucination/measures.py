@@ -118,7 +118,7 @@ def histograms(
 ) -> Float[ndarray, "image sum"]:
     """Return how many of an image's claims have each distinct score: first of the false ones, then of the true ones."""
     _, rank = np.unique(scores, return_inverse=True)
-    if (count := int(rank.max()) + 1) > MAX_RANKS:
+    if (count := int(np.max(rank)) + 1) > MAX_RANKS:
         # Neighbours in rank share a bin, which keeps the order of all others.
         rank, count = rank * MAX_RANKS // count, MAX_RANKS
     names, index = np.unique(np.array(images), return_inverse=True)

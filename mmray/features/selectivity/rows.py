@@ -109,7 +109,7 @@ def intervention_rows(
             # The interval is that of the paired change: what the mask adds to the total, over the same count.
             change = np.stack([after[:, 0] - before[:, 0], before[:, 1]], axis=1)
             found = measure(_summed(before, image), _summed(change, image))
-            base = float(before[:, 0].sum() / before[:, 1].sum())
+            base = float(before[:, 0].sum()) / float(before[:, 1].sum())
             rows.append(
                 {
                     **analysis,

@@ -99,7 +99,7 @@ class LabelSums:
             columns = {
                 "quantity": pa.repeat(quantity, len(sums)),
                 "replicate": numbers // len(labels),
-                "label": [labels[number % len(labels)] for number in numbers],
+                "label": [labels[number % len(labels)] for number in range(len(sums))],
                 "n_tokens": self._tokens[quantity].long().numpy(),
                 "values": vector_column(sums.numpy().astype(number_of(quantity)), np.ones(len(sums), bool)),
             }
