@@ -24,8 +24,10 @@ def views(sample: Sample, seed: int) -> list[Sample]:
     image = open_image(sample.image, sample.background)
     if image is None:
         return []
+    # Seeded by the sample, so that its crop doesn't depend on which other samples are used.
     rng = random.Random(f"{sample.sample_id} {seed}")
     return [
+        # Own captions are kept by sample id, so a view without one of its own would get the sample's.
         replace(sample, sample_id=f"{sample.sample_id}, view {number} by {seed}", image=_as_png(view))
         for number, view in enumerate((ImageOps.mirror(image), _crop(image, rng)), 1)
     ]
@@ -38,6 +40,7 @@ def _crop(image: Image, rng: random.Random) -> Image:
 
 
 def _as_png(image: Image) -> bytes:
+    # PNG, because JPEG artefacts would be a second change of the image next to the crop.
     buffer = io.BytesIO()
     image.save(buffer, "png")
     return buffer.getvalue()

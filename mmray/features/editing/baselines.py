@@ -16,6 +16,7 @@ from mmray.features.editing.divergence import divergence, highest
 from mmray.features.editing.resumed_forward import resume_all
 from mmray.models.loading import LoadedModel
 
+# The default of peft's LoraConfig.
 LORA_RANK = 8
 RIDGE = 1e-2
 """Added to the covariance's diagonal, in units of its mean: with few positions the covariance is singular."""
@@ -42,10 +43,12 @@ def rank_one(model: LoadedModel, new: Sequence[Example], keep: Sequence[Example]
     if not keep:
         raise InputError("rank-one needs captions that must stay; raise --kept, or analyse more samples")
     key = divergence(model, new, layer).mean(dim=0)
+    # Nothing is learned with these: they only say whose activations a resumed forward keeps.
     all_units = Deltas(model, whole_layers(model, [layer]))
     others = torch.cat([part.activation.flatten(0, -2) for part, _ in resume_all(model, keep, all_units)])
     moment = others.T @ others / len(others)
     ridge = RIDGE * moment.diagonal().mean() * torch.eye(len(key), device=key.device)
+    # Solved for one vector: forming C⁻¹ costs more, and loses digits where C is nearly singular.
     direction = torch.linalg.solve(moment + ridge, key)
     return RankOne(model, layer, direction / (key @ direction), float(key.norm()))
 
@@ -64,7 +67,9 @@ class LowRank(Deltas):
         super().__init__(model, whole_layers(model, [layer]))
         self.path = path
         self.plain = model.network.get_submodule(path)
+        # alpha = r makes peft's factor alpha / r equal to 1, so that `rows` is B·A alone.
         config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=[path])
+        # peft starts B at 0, so the one forward that learning resumes from still has the plain projection's output.
         inject_adapter_in_model(config, model.network)
         adapted: Any = model.network.get_submodule(path)
         a, b = (getattr(adapted, name)["default"].weight for name in ("lora_A", "lora_B"))
@@ -73,6 +78,7 @@ class LowRank(Deltas):
     def rows(self, layer: int) -> Float[Tensor, "unit hidden"]:
         """Return what the adapter adds to W_out's rows."""
         a, b = self.parameters[layer]
+        # peft makes the adapter in the layer's number format, which may be half precision.
         return (b.float() @ a.float()).T
 
     def close(self) -> None:
@@ -83,6 +89,7 @@ class LowRank(Deltas):
 
 def banned_tokens(model: LoadedModel, words: Sequence[str]) -> list[list[int]]:
     """Return the words' token ids within a sentence, at its start, and as English plurals."""
+    # The spelling after a blank comes first, because closed forms take that one alone.
     spellings = [form for word in words for form in (f" {word}", word, f" {word}s")]
     found = [model.tokenizer(form, add_special_tokens=False)["input_ids"] for form in spellings]
     return [list(ids) for ids in dict.fromkeys(map(tuple, found)) if ids]

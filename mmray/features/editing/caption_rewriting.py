@@ -25,11 +25,13 @@ def replaced(caption: str, words: Sequence[tuple[Mention, str]], language: str |
     # From the last mention to the first, so that the characters of earlier ones stay where they are.
     for mention, word in sorted(words, key=lambda pair: -pair[0].start):
         before, noun, after = caption[: mention.start], caption[mention.start : mention.stop], caption[mention.stop :]
+        # An s that the singular lacks is taken for a plural; after irregular ones (mice) the word stays singular.
         if noun.casefold() != mention.concept and noun.endswith("s") and not word.endswith("s"):
             word += "s"
         if noun[:1].isupper() and before[-1:] != " ":
             word = word[:1].upper() + word[1:]
         if agreeing and (language or "en").startswith("en"):
+            # Keeps the article's own first letter, so that a capital A stays one.
             before = INDEFINITE.sub(rf"\g<1>{article(word)[1:]}\g<2>", before)
         caption = before + word + after
     return caption
@@ -47,6 +49,7 @@ def without(caption: str, mention: Mention, language: str | None) -> set[str]:
     before, after = caption[:start], caption[stop:]
     conjunction = CONJUNCTIONS.get((language or "en")[:2], CONJUNCTIONS["en"])
     found = set()
+    # The separator on either side may go with the noun, so there may be several wordings.
     for separator in (COMMA, conjunction):
         if after.startswith(separator):
             found.add(before + after[len(separator) :])
@@ -66,6 +69,7 @@ def rest_kept(before: str, after: str, mention: Mention, language: str | None) -
     The phrase itself may be replaced, or be dropped if it was an item of a list.
     """
     start, stop = phrase(before, mention)
+    # Without this check, prefix and suffix could overlap in a shorter caption, and both would match.
     new_length = len(after) - start - (len(before) - stop)
     kept = new_length >= 0 and after.startswith(before[:start]) and after.endswith(before[stop:])
     return kept or after in without(before, mention, language)

@@ -18,6 +18,7 @@ def write_checkpoint(model: LoadedModel, edit: WeightEdit, out: str | Path) -> N
 
     Raises InputError if the edit was made on another model, or if `out` is not an empty local folder.
     """
+    # Checked before the folder is made, so that a refused edit leaves nothing behind.
     edit.check(model)
     if "://" in str(out):
         raise InputError(f"{out}: a checkpoint is written to a local folder; copy it from there")
@@ -27,6 +28,7 @@ def write_checkpoint(model: LoadedModel, edit: WeightEdit, out: str | Path) -> N
     folder.mkdir(parents=True, exist_ok=True)
     # Tokenizer and processor files are copied to the byte: saving them anew may change them.
     for name, path in checkpoint_files(model.folder).items():
+        # An index of the original would name shards that save_pretrained may not write.
         if path.suffix not in WEIGHT_FILES and name not in INDEXES:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy(path, folder / name)

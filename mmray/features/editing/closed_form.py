@@ -37,6 +37,7 @@ def project(layer: LayerRows) -> Float[Tensor, "unit hidden"]:
 
     The edited neurons then neither raise nor lower the logits of the word's tokens.
     """
+    # Orthonormal, because the unembeddings of a word's tokens are not orthogonal to each other.
     basis: Tensor = torch.linalg.qr(layer.word.T)[0]
     return -(layer.rows @ basis) @ basis.T
 

@@ -23,15 +23,18 @@ def edit(
     **settings: Any,
 ) -> None:
     """Edit located neurons to replace a word, suppress a word, or reduce hallucinated objects."""
+    # Imported late, because --help and other commands must not wait for torch.
     from mmray.features.editing.edit import check_free
     from mmray.features.editing.methods import edit_run
     from mmray.runs.driver import drive_analysis
     from mmray.runs.run import open_run
 
     checked = edit_settings(settings)
+    # Refused before the model is loaded and the edit learned.
     check_free(out, [checked])
     with drive_analysis(out) as lease:
         made = edit_run(open_run(run), checked)
+        # Learning may take minutes, in which another process may have taken over the folder.
         lease.verify()
         made.save(out)
     if as_json:

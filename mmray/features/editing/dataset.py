@@ -52,6 +52,7 @@ class Example:
     """Tokens before this position are context: they are not learned."""
     sample_id: str = ""
     background: str = BACKGROUND
+    # Not compared: == of two tensors is a tensor, which has no single truth value.
     cache: GenerationCache | None = field(default=None, compare=False, repr=False)
     """Recorded while the model wrote the answer, if the answer is its own."""
 
@@ -75,6 +76,7 @@ class EditDataset:
         """The token that ends an answer."""
         ends = self.model.network.generation_config.eos_token_id
         ends = self.model.tokenizer.eos_token_id if ends is None else ends
+        # Some models have several ends: any of them stops generation, and the first is the one that is taught.
         return int(ends[0] if isinstance(ends, list) else ends)
 
     @cached_property
@@ -112,6 +114,7 @@ class EditDataset:
         """Return the concepts in a sample, named in the edit's language: its objects, else the nouns of its caption."""
         if self.nouns.kind == "objects":
             return object_forms(sample.objects or (), self.language, self.nouns.translations)
+        # Nouns of another language can't be compared with those of the model's captions.
         if (sample.language or self.language) != self.language:
             return frozenset()
         return frozenset(mention.concept for mention in self.mentions(sample.caption))
@@ -137,6 +140,7 @@ class EditDataset:
             (*tokens, *self.end_of(own)),
             sample_id=sample.sample_id,
             background=sample.background,
+            # The recorded states belong to the model's own tokens, and not to a text that replaces them.
             cache=self.caches.get(sample.sample_id) if self.caption_tokens.get(sample.sample_id) == tokens else None,
         )
 
@@ -184,6 +188,7 @@ class EditDataset:
         for row, (sample, tokens) in enumerate(zip(samples, captions, strict=True)):
             self.caption_tokens[sample.sample_id] = tuple(tokens)
             if recorder:
+                # Plus the end, which is predicted by a recorded step too.
                 self.caches[sample.sample_id] = recorder.of(row, len(tokens) + len(self.end_of(tokens)))
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -222,6 +227,7 @@ def replaced(dataset: EditDataset, source: str, target: str, most: int, seed: in
     examples = []
     for (sample, view), tokens in zip(seen, dataset.own_captions([view for _, view in seen]), strict=True):
         rewritten = _rewritten(dataset, view, tokens, source, target)
+        # The sample's id again, by which the edit remembers what it was made on.
         examples += [replace(example, sample_id=sample.sample_id) for example in rewritten]
     if not examples:
         raise InputError(
@@ -252,6 +258,7 @@ def departing(dataset: EditDataset, own: Sequence[int], new: Example) -> Example
     start = _first_difference(before, new.tokens)
     if start is None:
         return new
+    # Compared from the end: the new words are over where the ending that both share begins.
     shared_end = _first_difference(before[::-1], new.tokens[::-1]) or 0
     return replace(new, rejected=(start, before[start]), no_repeat_from=len(new.tokens) - shared_end)
 
@@ -274,6 +281,7 @@ def kept(
     shown = {images[name] for name in dataset.ids(without)}
     others = [name for name in dataset.ids() if images[name] not in shown]
     random.Random(seed).shuffle(others)
+    # Only half, because captions picked for their neurons or target don't represent the rest of the data.
     preferred = one_per_image((name for name in first if images[name] not in shown), images)[: most // 2]
     chosen = one_per_image([*preferred, *others], images)[:most]
     samples = [sample for sample in dataset.read(chosen) if not set(without) & set(sample.objects or ())]
@@ -287,6 +295,7 @@ def kept(
 def batches(model: LoadedModel, examples: Sequence[Example]) -> list[Batch]:
     """Return the examples as batches, in order; examples with and without an image never share a batch."""
     found = []
+    # groupby joins neighbours only, which keeps the order of the examples.
     for _, group in groupby(examples, key=lambda example: example.image is None):
         for chunk in within_budget(group, lambda example: pixels_of(model, example.image), BUDGET, BATCH_ROWS):
             found.append(_batch(model, chunk))
@@ -298,4 +307,5 @@ def _batch(model: LoadedModel, examples: Sequence[Example]) -> Batch:
     images = [open_image(example.image, example.background) for example in examples]
     tokens = [list(example.tokens) for example in examples]
     prompts = [example.prompt for example in examples]
+    # Without character offsets: they serve to find nouns, which learning does not do.
     return encode(model, prompts, images, tokens, [[(0, 0)] * len(row) for row in tokens])

@@ -37,6 +37,7 @@ class Deltas:
 
     def initial(self, rows: Float[Tensor, "unit hidden"]) -> list[Tensor]:
         """Return the parameters of a layer before learning, given its neurons' rows of W_out."""
+        # fp32 whatever the model's format: Adam's small steps would round away in half precision.
         return [torch.zeros_like(rows, dtype=torch.float32, requires_grad=True)]
 
     def rows(self, layer: int) -> Float[Tensor, "unit hidden"]:

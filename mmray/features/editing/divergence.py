@@ -44,6 +44,7 @@ def highest(values: dict[int, Float[Tensor, " unit"]], count: int) -> list[Neuro
     """Return the neurons with the highest values of all layers, the highest first."""
     found: list[tuple[float, int, int]] = []
     for layer, row in values.items():
+        # A layer can't place more than `count` neurons among the best, so the rest need no sorting.
         best = row.topk(min(count, len(row)))
         found += [(float(value), layer, int(unit)) for value, unit in zip(best.values, best.indices, strict=True)]
     return [(layer, unit) for _, layer, unit in sorted(found, reverse=True)[:count]]
@@ -67,11 +68,14 @@ def _divergence_by_batch(
 ) -> list[tuple[Tensor, list[tuple[int, int]]]]:
     """Return, per batch, the activations where answers depart, and the model's token and the answer's there."""
     found = []
+    # Nothing is learned with these: they only say whose activations a resumed forward keeps.
     all_units = Deltas(model, [(layer, unit) for unit in range(model.widths[layer])])
     for batch, rows in batched(model, [example for example in examples if example.rejected]):
         part = resume(model, batch, all_units)
+        # With later blocks, activations are of whole sequences; without, of the answers' positions alone.
         activation = part.activation if part.positions is None else part.activation.flatten(0, -2)[part.positions]
         lengths = torch.bincount(part.rows)
+        # Positions follow one another answer by answer: each starts after all tokens of those before it.
         starts = (lengths.cumsum(0) - lengths).tolist()
         divergences = [
             (start + example.rejected[0], example.rejected[1], example.tokens[example.rejected[0]])

@@ -132,8 +132,10 @@ class WeightEdit:
     def save(self, uri: str | Path) -> None:
         """Write the edit to a folder, local or s3://. It replaces an earlier edit there, and that one's evaluation."""
         store = open_store(uri)
+        # First, so that a crash can't leave old facts, or the evaluation of another edit, next to new rows.
         for name in (FACTS_FILE, EVALUATION_FILE, CAPTIONS_FILE):
             store.delete(name)
+        # safetensors refuses tensors that share memory or are not contiguous.
         data = save({name: getattr(self, name).clone().contiguous() for name in ("layer", "unit", "delta")})
         store.put(ROWS_FILE, data)
         facts = {
@@ -152,6 +154,7 @@ def check_free(uri: str, requests: Sequence[EditSettings]) -> None:
     if not open_store(uri).exists(FACTS_FILE):
         return
     before = open_edit(uri)
+    # The key of edits that are already on disk: another one would make them all look foreign.
     if before.settings.get("wishes") != [request.model_dump() for request in requests]:
         raise InputError(
             f"{uri}: holds an edit with other settings ({before.purpose.summary}); give this one another folder"

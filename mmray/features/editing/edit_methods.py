@@ -42,6 +42,7 @@ EDIT_METHODS: dict[str, EditMethod] = {
 }
 """By the name that `--method` takes."""
 
+# A type checker can't read a Literal built from a dict; pydantic can, and names the choices in its errors.
 if TYPE_CHECKING:
     Method: TypeAlias = str
 else:

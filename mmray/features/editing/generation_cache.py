@@ -49,6 +49,7 @@ class GenerationRecorder:
 
     def of(self, row: int, tokens: int) -> GenerationCache | None:
         """Return the record of a row's first tokens; None if not all of them were recorded."""
+        # Also where nothing is recorded at all, as for the models that `record_generation` leaves out.
         if tokens > min(len(self.hidden), len(self.final)):
             return None
         hidden, activation, mlp_out, final = (
@@ -77,6 +78,7 @@ def record_generation(model: LoadedModel) -> Iterator[GenerationRecorder]:
     mlp_outs: list[Tensor] = []
 
     def record(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        # A block's hook fires after those of its MLP, whose records are waiting to be popped.
         hidden = block_output(output)
         # Clones: a view would keep the tensors of all prompt positions in memory.
         recorder.hidden.append(hidden[:, -1].clone())

@@ -58,9 +58,11 @@ def sharing(run: Run, neurons: Sequence[Neuron]) -> list[str]:
     # Layer and unit as one integer, so that membership is one vectorised test.
     code = entries.field("layer").to_numpy().astype(np.int64) << 32 | entries.field("unit").to_numpy()
     used = np.isin(code, [layer << 32 | unit for layer, unit in neurons])
+    # Clamped at 0: a neuron that lowers the noun must not cancel one that writes it.
     weight = np.bincount(
         parents.to_numpy()[used], np.maximum(entries.field("score").to_numpy()[used], 0), minlength=len(occurrences)
     )
     names = occurrences["sample_id"].to_numpy(zero_copy_only=False)
+    # Stable, so that ties keep the table's order and the same captions are chosen each time.
     order = np.argsort(-weight, kind="stable")[: int((weight > 0).sum())]
     return list(dict.fromkeys(names[order].tolist()))

@@ -82,6 +82,7 @@ def make_edit(dataset: EditDataset, requests: Sequence[EditSettings]) -> WeightE
     # A closed form sees one layer's rows, a learned method the whole task.
     deltas = _closed_form(task, function) if method.closed_form else function(task)
     layers = [torch.full_like(units, layer).cpu() for layer, units in deltas.units.items()]
+    # fp32 on the CPU: an edit must fit its model on any device and in any number format.
     rows = torch.cat([deltas.rows(layer).detach().float().cpu() for layer in deltas.units])
     return WeightEdit(
         layer=torch.cat(layers),
@@ -103,9 +104,11 @@ def _closed_form(task: Task, function: Callable[[LayerRows], Float[Tensor, "unit
     tokens = sorted({token for ids in spellings for token in ids})
     unembedding = unembedding_rows(model.network, model.parts)[tokens].float()
     deltas = Deltas(model, task.neurons)
+    # One generator for all layers: seeded anew, each layer would get the same noise.
     generator = torch.Generator().manual_seed(settings.seed)
     for layer, units in deltas.units.items():
         rows = output_rows(model.network, model.projections[layer])[units].float()
+        # `rows` returns the first parameter, so the computed change stands where a learned one would.
         deltas.parameters[layer] = [function(LayerRows(rows, unembedding.to(rows.device), settings, generator))]
     return deltas
 

@@ -101,6 +101,7 @@ def own_captions(dataset: EditDataset) -> Iterator[OwnCaption]:
     present: dict[str, frozenset[str]] = {}
     first: dict[str, Sample] = {}
     for sample in dataset.read(dataset.ids()):
+        # Where nothing is known to be present, every noun would look hallucinated.
         if sample.image and (shown := dataset.present(sample)):
             image = dataset.images[sample.sample_id]
             present[image] = present.get(image, frozenset()) | shown
@@ -119,6 +120,7 @@ def pairs_of(captions: Sequence[OwnCaption]) -> tuple[tuple[str, str], ...]:
     claimed = Counter((context, word) for one in captions for word in _concepts(one.wrong) for context in one.present)
     found: dict[str, list[tuple[float, int, str]]] = {}
     for (context, word), count in claimed.items():
+        # Never 0: a caption that claims the word with this context is itself one of these.
         chances = sum(context in caption.present and word not in caption.present for caption in captions)
         if count >= FEWEST_CLAIMS and count >= LOWEST_RATE * chances:
             found.setdefault(word, []).append((count / chances, count, context))
@@ -128,11 +130,13 @@ def pairs_of(captions: Sequence[OwnCaption]) -> tuple[tuple[str, str], ...]:
         for rate, count, context in rows
         if rate >= max(rows)[0] / 2
     ]
+    # Names break ties: claims were counted from sets, whose order changes between processes.
     return tuple((context, word) for _, context, word in sorted(pairs, key=lambda row: (-row[0], row[1:])))
 
 
 def _corrected(dataset: EditDataset, captions: Sequence[OwnCaption]) -> list[Example]:
     """Return each caption without the absent objects, in the wording that the model finds likeliest."""
+    # Sorted, because of wordings that are equally likely the first is taken.
     wordings = [(caption, sorted(_wordings(dataset, caption))) for caption in captions]
     examples = [dataset.example(one.sample, wording, one.tokens) for one, found in wordings for wording in found]
     scored = iter(zip(log_likelihoods(dataset.model, examples), examples, strict=True))
@@ -161,6 +165,7 @@ def _wordings(dataset: EditDataset, own: OwnCaption) -> set[str]:
     found |= captions
     if len(own.wrong) == len(own.missed) == 1:
         found.add(replaced(own.caption, [(own.wrong[0], own.missed[0])], language))
+    # The data's own caption is only filtered here: it may leave out what the model rightly named.
     return {caption for caption in found if rightly_named <= _concepts(dataset.mentions(caption)) <= own.present}
 
 

@@ -64,6 +64,7 @@ def read_edits(run: Run, folders: Sequence[str]) -> list[EditPage]:
     store = run.folder.store
     for entry in store.list("edits/"):
         folder, _, file = entry.key.rpartition("/")
+        # Written last: a folder without it holds an edit that was never finished.
         if file == FACTS_FILE:
             name = folder.removeprefix("edits/")
             edit = _from_folder(store, f"{folder}/", name)

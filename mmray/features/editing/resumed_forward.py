@@ -78,6 +78,7 @@ class ResumedForward:
             hidden = self._run_later_blocks(self.hidden)
         else:
             layer = deltas.first
+            # The first layer's part is added by hand: its MLP does not run again, so a hook there would never fire.
             with deltas.added(above=layer):
                 added = self._reaching_the_residual(layer, deltas.output(layer, self.activation))
                 hidden = self._run_later_blocks(self.hidden + added)
@@ -113,6 +114,7 @@ class ResumedForward:
             # A norm is not linear: its output for the sum is not the sum of its outputs.
             norm = self.model.network.get_submodule(projection.post_norm)
             added = norm(self.mlp_out + added.to(self.mlp_out.dtype)) - norm(self.mlp_out)
+        # Mllama scales what its cross-attention blocks write; elsewhere the factor is 1.
         return added.to(self.hidden.dtype) * projection.scale
 
 
@@ -124,6 +126,7 @@ def resume_all(
     If only the last layer is edited, answers with a `GenerationCache` need no forward.
     """
     cached = [example for example in examples if example.cache] if deltas.first == len(model.widths) - 1 else []
+    # By identity, because examples are equal with and without a cache.
     skipped = set(map(id, cached))
     rest = [example for example in examples if id(example) not in skipped]
     parts = [(resume(model, batch, deltas), rows) for batch, rows in batched(model, rest)]
@@ -185,6 +188,7 @@ def _concatenated(
 
 def batched(model: LoadedModel, examples: Sequence[Example]) -> list[tuple[Batch, list[Example]]]:
     """Return the examples as batches of similar length, with the examples of each batch's rows."""
+    # By image first, because `batches` only joins neighbours; then by length, to save padding.
     ordered = sorted(examples, key=lambda example: (example.image is None, len(example.tokens)))
     found, start = [], 0
     for batch in batches(model, ordered):
@@ -213,6 +217,7 @@ def resume(model: LoadedModel, batch: Batch, deltas: Deltas) -> ResumedForward:
         outputs[number] = block_output(output)
 
     def receive(_: int, activation: Tensor, __: Tensor) -> None:
+        # Indexing copies, so the activations of all other neurons can be freed.
         activations.append(activation[:, deltas.units[first]].float())
 
     with ExitStack() as stack:
@@ -239,6 +244,7 @@ def resume(model: LoadedModel, batch: Batch, deltas: Deltas) -> ResumedForward:
         device=hidden.device,
     )
     added_after = _added(final[-1], outputs[max(outputs)])
+    # Attention of later blocks needs whole sequences; else the answers' positions are enough.
     if later_blocks:
         chosen: Any = slice(None)
     else:

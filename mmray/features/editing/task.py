@@ -49,6 +49,7 @@ def _rewording_task(dataset: EditDataset, requests: Sequence[EditSettings]) -> T
     model, run = dataset.model, dataset.run
     settings = requests[0]
     layers = last_layers(model, settings.layers)
+    # A dict as an ordered set: requests may share neurons, and a neuron has one row.
     neurons: dict[Neuron, None] = {}
     new: list[Example] = []
     purposes, sources, target_samples = [], [], []
@@ -62,6 +63,7 @@ def _rewording_task(dataset: EditDataset, requests: Sequence[EditSettings]) -> T
         purposes.append(Purpose(kind, source, target, language=request.language, samples=samples, images=images))
         sources.append(source)
         target_samples += one_per_image(dataset.ids([target]), dataset.images)[:TARGET_IMAGES]
+    # Images of the targets first, because `kept` takes only the beginning of this list.
     first = list(dict.fromkeys([*target_samples, *sharing(run, list(neurons))]))
     keep = kept(dataset, sources, settings.kept, settings.seed, first)
     return Task(model, settings, tuple(purposes), list(neurons), new, keep)
@@ -71,6 +73,7 @@ def _hallucination_task(dataset: EditDataset, settings: EditSettings) -> Task:
     """Settle an edit that removes from captions what is not in the image."""
     found = hallucinations(dataset, settings.samples, settings.kept, settings.seed)
     layers = last_layers(dataset.model, settings.layers)
+    # Not by a run's ranking, whose occurrences of a word may be right or wrong.
     neurons = contrasting(dataset.model, found.new, found.without_guarded_word, settings.neuron_limit, layers)
     samples, images = _made_on(dataset, found.new)
     purpose = Purpose("hallucination", pairs=found.pairs, language=settings.language, samples=samples, images=images)

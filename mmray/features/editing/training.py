@@ -107,6 +107,7 @@ class _NewAnswers:
             positions = (tokens >= 0).nonzero()[:, 0]
             probability = log_probs[positions, tokens[positions]].exp()
             # Clamped: at probability 1 the logarithm and its gradient are infinite.
+            # log1p, because 1 − p rounds to 1 for small p.
             loss = loss - torch.log1p(-probability.clamp(max=1 - 1e-6)).sum()
         return loss
 
@@ -154,6 +155,7 @@ class _KeptAnswers:
             leads.append(now.gather(1, first[:, None])[:, 0] - others)
         lead = torch.cat(leads)
         self.near = self.resumed.at(lead.topk(min(most, len(lead)), largest=False).indices)
+        # Computed again: for all positions, log-probabilities over the vocabulary would not fit in memory.
         self.before = self.near.logits().log_softmax(1)
 
     def divergence(self, deltas: Deltas) -> Float[Tensor, ""]:
@@ -197,12 +199,14 @@ def _run_round(
         {"params": parameters, "lr": config.learning_rate * deltas.step_size(layer)}
         for layer, parameters in deltas.parameters.items()
     ]
+    # New in each round: the moments of a round's larger steps would carry over into the next.
     optimizer = torch.optim.Adam(groups)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, config.steps)
     losses = []
     for step in range(config.steps):
         optimizer.zero_grad()
         some = rng.sample(changing, min(BATCHES_PER_STEP, len(changing)))
+        # Per answer, so that the weights of the terms don't depend on how many a batch holds.
         loss = sum(part.loss(deltas) for part in some) / sum(_answers(part.resumed) for part in some)
         loss = loss + config.size_weight * _size(deltas)
         others = rng.sample(staying, min(BATCHES_PER_STEP, len(staying)))
@@ -243,6 +247,7 @@ def log_likelihoods(model: LoadedModel, examples: Sequence[Example]) -> list[flo
         part = resume(model, batch, unchanged)
         log_probs = part.logits().log_softmax(1).gather(1, part.targets[:, None])[:, 0]
         sums = torch.zeros(len(rows), device=log_probs.device).index_add(0, part.rows, log_probs)
+        # By identity: batches are sorted by length, and equal examples may occur twice.
         found |= zip(map(id, rows), sums.tolist(), strict=True)
     return [found[id(example)] for example in examples]
 
