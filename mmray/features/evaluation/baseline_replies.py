@@ -18,6 +18,7 @@ from mmray.models.options import LONGEST
 from mmray.models.prompting import prompt_text, tokenize_caption
 
 FLIP = "flip"
+# Mild, because a crop that cuts the object off would rightly change the caption.
 CROPS = {"crop centre": (0.1, 0.1, 0.9, 0.9), "crop corner": (0.0, 0.0, 0.85, 0.85)}
 """The part of the image that is kept: left, top, right and bottom, from 0 to 1."""
 

@@ -31,6 +31,7 @@ def chair(
     """
     parts = []
     for caption in (before, after):
+        # A list: CHAIR_i counts every mention, recall each object once.
         mentioned = [mention.concept for mention in lexicon.mentions(caption, language)]
         wrong = sum(concept not in objects for concept in mentioned)
         found = len(objects.intersection(mentioned))
@@ -82,6 +83,7 @@ def pope(
 ) -> None:
     """Add a sample's part in POPE (Li et al. 2023); `changes` has each object's answers before and after the edit."""
     for strategy, others in absent.items():
+        # As in POPE, the same present objects count in each setting, against its own absent ones.
         of_present, of_absent = ([changes[thing] for thing in things] for things in (present, others))
         before = _pope_sums([change.before for change in of_present], [change.before for change in of_absent], parser)
         after = _pope_sums([change.after for change in of_present], [change.after for change in of_absent], parser)

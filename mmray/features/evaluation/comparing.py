@@ -16,6 +16,7 @@ from mmray.models.pixels import within_budget
 
 LOWEST_LOG_PROB = -100.0
 """In nats. A banned token has probability 0, which would make every divergence infinite."""
+# 512 MB in fp32.
 LOGITS_AT_ONCE = 2**27
 """Logits before the edit that are held while the edit is applied once."""
 
@@ -125,6 +126,7 @@ def _distances(
     for old, rows in zip(torch.split(before, size), torch.split(hidden, size), strict=True):
         new = vocabulary_logits(verifier.model, rows)
         same.append(old.argmax(dim=1) == new.argmax(dim=1))
+        # fp64: the KL of two nearly equal distributions sums terms that nearly cancel.
         first, second = old.double().log_softmax(dim=1), new.double().log_softmax(dim=1)
         second = second.clamp(min=LOWEST_LOG_PROB)
         # A token banned before the edit too gives 0 · −∞, which counts as 0.

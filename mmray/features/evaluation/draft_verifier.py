@@ -137,6 +137,7 @@ class DraftVerifier(StateReader):
             kept = common_prefix(draft, likeliest)
             if self.banned(draft[:kept]):
                 continue  # generation would have gone another way
+            # Never out of range: the likeliest tokens have one more than the draft, the one that follows it.
             if kept >= self.longest or likeliest[kept] in self.ends:
                 states_kept = state.shortened(len(draft) - kept)
                 found[number] = Reply(draft[:kept], self.text(draft[:kept]), states_kept, verified=True)
@@ -157,6 +158,7 @@ class DraftVerifier(StateReader):
 
     def text(self, tokens: list[int]) -> str:
         """Return the text of a reply."""
+        # No clean-up: it removes blanks before punctuation, and replies are compared to the letter.
         return str(self.model.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)).lstrip()
 
     @torch.inference_mode()
@@ -166,12 +168,14 @@ class DraftVerifier(StateReader):
 
     def generate_alone(self, queries: Sequence[Query]) -> list[list[int]]:
         """Return what the model generates for each query by itself: what shares a batch may decide a near tie."""
+        # If not plain, every reply is generated here: one by one, that would take too long.
         return self._generate(queries, 1 if self.plain else self.batch_size)
 
     def _generate(self, queries: Sequence[Query], size: int) -> list[list[int]]:
         # Prompts of one length need no padding, which would shift their positions.
         groups: dict[object, list[int]] = defaultdict(list)
         for number, query in enumerate(queries):
+            # Images of one size have equally many image tokens, which the prompt's own tokens don't count.
             shape = query.image.size if query.image is not None else None
             groups[len(self.model.tokenizer(query.prompt)["input_ids"]), shape].append(number)
         found: dict[int, list[int]] = {}

@@ -141,6 +141,7 @@ def scope_of(requests: EditRequests, lexicon: ObjectLexicon, sample: Sample, cap
     named = lexicon.named(caption, sample.language)
     applicable = requests.applicable(objects, named)
     covering = tuple(request for request in applicable if request.covers(sample.language))
+    # First, because an image that the edit was made on must never count as generality.
     if any(request.made_on(sample) for request in requests.requests):
         role = EDITED
     elif covering:

@@ -34,6 +34,7 @@ def expected_caption(
         for request in requests
         if request.kind == "swap" and request.target
     }
+    # Other edits than swaps leave open how the caption goes on, so no single one is right.
     if not requests or len(words) < len(requests):
         return None
     exchanged = [
@@ -64,6 +65,7 @@ def caption_effects(
     if not scope.requests:
         return
     measure = MEASURE_BY_ROLE[scope.role]
+    # 0 before: a request applies only where the caption had an unwanted word.
     rows.share(measure, name, 0, fulfilled(scope.requests, scope.objects, *named))
     for request in scope.requests if several else ():
         rows.share(f"{measure}:{request.name}", name, 0, fulfilled([request], scope.objects, *named))

@@ -76,6 +76,7 @@ def evaluate(
 def _resolved(settings: MeasureSettings, statistics: ObjectStatistics, samples: Sequence[Sample]) -> MeasureSettings:
     """Return the settings with the defaults of ground truth and synonyms that these samples need."""
     captioned = any(sample.references and sample.objects is not None for sample in samples)
+    # The defaults of `survey`, which reads a source, for samples in memory.
     truth = settings.ground_truth or ("union" if captioned else "instances")
     synonyms = table_for(settings.synonyms, statistics.vocabulary)
     return settings.model_copy(update={"ground_truth": truth, "synonyms": synonyms})

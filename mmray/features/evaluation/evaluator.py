@@ -111,6 +111,7 @@ class EditEvaluator:
             if len(parts) > 1:
                 # Several edits share decoded images, but not if they exceed the budget together.
                 self.baseline.clear_images()
+        # In an order of its own: failures come stage by stage within each part that fits in memory.
         rows.errors.sort(key=lambda row: (row["source"], row["sample_id"], row["stage"]))
         return rows
 
@@ -120,6 +121,7 @@ class EditEvaluator:
         kept: dict[str, Sample] = {}
         for sample in samples:
             try:
+                # Decoded before any query, so that an unreadable image costs its own sample and not the batch.
                 self.baseline.image(sample)
             except ValueError as error:
                 failures.append(_failure(sample, "decode", f"image can't be read: {error}"))
@@ -199,6 +201,7 @@ class EditEvaluator:
         present, absent = ([], {}) if own or not self.settings.pope_objects else self._pope_objects(sample)
 
         def presence_query(name: str) -> Query:
+            # Nearly every answer is one of these: verifying both is cheaper than generating.
             return self._query(drafts, sample, presence(name), ["Yes", "No"])
 
         return _SampleQueries(
@@ -223,6 +226,7 @@ class EditEvaluator:
     def _scoped(self, common: _SampleQueries, drafts: Drafts) -> _ScopedQueries:
         """Return what the edit should do at a sample, and the further queries for that."""
         sample = common.sample
+        # Only looked up: `_measured` has already asked all common queries together.
         (caption,) = self.baseline.replies([common.caption], [drafts[common.caption.key]])
         scope = scope_of(self.requests, self.lexicon, sample, caption.text)
         others = paraphrases(sample.language) if scope.requests else ()

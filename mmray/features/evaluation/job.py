@@ -91,6 +91,7 @@ class EvaluationJob(Job[EvaluationSettings, EvaluationContext]):
             "samples": sum(receipt.samples for receipt in receipts),
             "failures": sum(receipt.failures for receipt in receipts),
             "quarantined": parts.folder.reasons(parts.receipts),
+            # Neither of the two is among the result settings, but whoever reads the file needs them.
             "settings": settings.result_settings() | settings.model_dump(include={"draws", "detector"}),
             "fingerprint": settings.fingerprint(plan.digests),
             "seconds": round(sum(receipt.seconds for receipt in receipts), 3),

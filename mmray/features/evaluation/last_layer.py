@@ -39,6 +39,7 @@ class LastLayer:
             return None
         rows = output_rows(model.network, projection)
         units = edit.unit.to(rows.device)
+        # A copy, because the edit changes the weights in place.
         return cls(reader, units, rows[units].clone())
 
     @cached_property
@@ -67,5 +68,6 @@ class LastLayer:
     def _shifted(
         self, hidden: Float[Tensor, "token hidden"], activation: Float[Tensor, "token neuron"]
     ) -> Float[Tensor, "token hidden"]:
+        # In fp32 and rounded once: in half precision, many small changes could round away one by one.
         added = activation[:, self.units].float() @ self.added
         return (hidden.float() + added.to(hidden.device)).to(hidden.dtype)

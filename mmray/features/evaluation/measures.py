@@ -152,6 +152,7 @@ MEASURES: dict[str, Measure] = {
 }
 """By name. The measure of a single pair or purpose has that name, a colon, and the pair."""
 
+# Their order here is the order in evaluation.json and in the terminal.
 PRIMARY = tuple(name for name, measure in MEASURES.items() if measure.primary)
 
 _PRESENT: Mapping[GroundTruth, str] = {

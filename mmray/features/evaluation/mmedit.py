@@ -105,6 +105,7 @@ def _measured(baseline: BaselineReplies, edit: Edit, records: Records) -> Measur
         failures.append({"sample_id": query.sample_id, "source": query.variant, "stage": "forward", "message": reason})
 
     def measured() -> MeasurementBuffer:
+        # New in each attempt: what an attempt measured before it failed must not count twice.
         rows = MeasurementBuffer()
         make = _QueryMaker(baseline, records.folder, rows)
         changed, unchanged = [], []
@@ -169,6 +170,7 @@ def _rewrites(
         right = [[one == other for one, other in zip(target, found, strict=False)] for found in likeliest]
         rows.share(measure, query.sample_id, _same(change.before, alt), _same(change.after, alt))
         rows.share(f"{measure}_exact", query.sample_id, all(right[0]), all(right[1]))
+        # A share per record: MMEdit averages over records, however long their targets are.
         rows.share(f"{measure}_token", query.sample_id, sum(right[0]) / len(target), sum(right[1]) / len(target))
 
 

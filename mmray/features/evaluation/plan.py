@@ -128,6 +128,7 @@ def _digests(context: EvaluationContext, run: Run, units: tuple[EvaluationUnit, 
         "edit": _digest([edit.entry(name) for name in (FACTS_FILE, ROWS_FILE)]),
         "encoder": _digest(open_store(settings.encoder).list()) if settings.encoder else "",
     }
+    # By content, because `synonyms` may name a file that changes.
     found["words"] = open_words(settings.synonyms, context.statistics.vocabulary).digest()
     if settings.mmedit:
         store, key = open_object(settings.mmedit)
@@ -142,11 +143,13 @@ def _digests(context: EvaluationContext, run: Run, units: tuple[EvaluationUnit, 
 def _asked(context: EvaluationContext, units: tuple[EvaluationUnit, ...]) -> str:
     """Return a digest of the queries, beyond the data's content."""
     records = context.records and [number for number, _ in context.records.records]
+    # Sorted, because equal dicts may list their items in another order.
     statistics = sorted(context.statistics.counts.items()), sorted(map(str, context.statistics.translations.items()))
     return hashlib.sha256(repr((context.texts, records, statistics, units)).encode()).hexdigest()[:16]
 
 
 def _digest(entries: Sequence[Entry | None]) -> str:
+    # Versions stand for the content: a folder of images may be too large to read for a digest.
     listed = [(entry.key, entry.size, entry.version) for entry in entries if entry is not None]
     return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
 

@@ -32,6 +32,7 @@ def bleu_sums(caption: str, reference: str, language: str | None) -> list[float]
     import sacrebleu
 
     tokeniser = BLEU_TOKENISER.get((language or "en")[:2], "13a")
+    # Only its counts are used: corpus BLEU is a function of summed counts, not a mean of sentences' scores.
     score = sacrebleu.sentence_bleu(caption, [reference], tokenize=tokeniser)
     return [score.sys_len, score.ref_len, *score.counts, *score.totals]
 

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 
+# A protocol, because a ban of words at decoding, the baseline of suppression, is evaluated like an edit.
 class Edit(Protocol):
     """A change of a model that lasts as long as a `with` block."""
 
@@ -72,6 +73,7 @@ class States:
             hidden=self.hidden[: len(self.hidden) - by],
             activation=None if self.activation is None else self.activation[: len(self.activation) - by],
             top=None if self.top is None else self.top[: len(self.top) - by],
+            # -0 would cut everything off; None cuts off nothing.
             everywhere=self.everywhere and (self.everywhere[0][: -by or None], self.everywhere[1][: -by or None]),
         )
 
