@@ -78,6 +78,7 @@ class JointJob(Job[S, JointContext], Generic[S]):
         options = context.options
         model = load_model(context.model, options.dtype, trust_remote_code=options.trust_remote_code)
         joint = join(model, self.settings.detector, self.settings.alignment)
+        # As in `open_cut`: with captions, other rows would be samples, and the shards would not fit.
         source = open_source(context.data, context.columns, captions=False)
         analyse = self.analysis(context, joint, source)
 
@@ -116,6 +117,7 @@ class JointJob(Job[S, JointContext], Generic[S]):
             # A version with other columns can't continue the parts of this one.
             "rows": ",".join(chain.from_iterable(schema.names for schema in self.parts.values())),
             "data": manifest.digest,
+            # The first shard and the total say how all were cut, and stay short for any number of shards.
             "cut": str([shard.samples for shard in manifest.shards][:1]) + str(manifest.samples),
             "detector": detector_digest(self.settings.detector),
             "alignment": alignment_digest(alignment) if alignment else "",

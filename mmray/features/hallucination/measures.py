@@ -85,7 +85,9 @@ def judged(claims: pa.Table, draws: int, seed: int) -> list[dict[str, Any]]:
         add(group, "true", None, members, totals_by_image(images, truth, ones))
         for judge in JUDGES:
             scores = _confidence(members, judge)
+            # Histograms of scores, because they add up over the images that a bootstrap draws; AUROCs do not.
             add(group, "auroc", judge, members, histograms(images, scores, truth), _auroc)
+            # A score of exactly 1 belongs to the last bin.
             bins = np.minimum((scores * BINS).astype(int), BINS - 1)
             in_bin = np.eye(BINS)[bins]
             binned = np.stack([in_bin * sums[:, None] for sums in (ones, scores, truth)], axis=2)

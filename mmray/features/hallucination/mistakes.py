@@ -38,6 +38,7 @@ def picture(image: Image, claimed: Box, there: Box | None) -> bytes:
     # Very long images would shrink to a height of 0.
     drawn = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Resampling.BICUBIC)
     pen = ImageDraw.Draw(drawn)
+    # The claimed box last, so that it stays visible where both coincide.
     for box, colour in ((there, THERE), (claimed, CLAIMED)):
         if box is not None:
             left, top = box[0] * drawn.width, box[1] * drawn.height

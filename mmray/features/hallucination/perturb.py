@@ -91,10 +91,12 @@ def moved(
             old, new = joint.detect(leaf, [source, target]).logits.unbind(dim=-1)
             # The logits keep a move going where the detector is sure already and the language model may not be.
             gain = (functional.logsigmoid(new) + LOGIT_WEIGHT * (new - old)) * boxes + functional.logsigmoid(-old)
+            # Rows don't depend on each other, so the gradient of the sum holds the gradient of each.
             (gradient,) = torch.autograd.grad(gain.sum(), leaf)
             gradient = gradient.reshape(COPIES, *start.shape).mean(dim=0) * movable
             direction = gradient if plain else (gradient.float() @ varying).to(gradient.dtype)
             move = move + step * _direction(direction, skipped)
+            # Back onto the ball of the bound after each step, as in projected gradient descent.
             move = move * (bound / _length(move).clamp(min=1e-12)).clamp(max=1.0)
     return start + move
 
@@ -147,6 +149,7 @@ def _noise(like: Embedding, generator: torch.Generator) -> Embedding:
 def _direction(values: Embedding, skipped: int) -> Embedding:
     """Return each row scaled to length 1, with zeros before the patches."""
     kept = torch.cat([torch.zeros_like(values[:, :skipped]), values[:, skipped:]], dim=1)
+    # Clamped: where no patch may move the length is 0, and the direction must stay 0 instead of NaN.
     direction: Tensor = kept / _length(kept).clamp(min=1e-12)
     return direction
 

@@ -152,6 +152,7 @@ class Perturber:
             "unrelated": rescaled(embedding, between(*move.unrelated, settings.steps), reference),
         }
         for number in range(1, settings.randoms + 1):
+            # The three kinds share one draw of noise, so that only its placing and its covariance differ.
             own = seed + number
             found[f"random {number}"] = moved_at_random(joint, embedding, reference, own)
             found[f"random in place {number}"] = moved_at_random(joint, embedding, reference, own, in_place=True)

@@ -31,6 +31,7 @@ def box_cosines(
     The first `skipped` positions of the features (CLS) are left out, because the language model does not see them.
     """
     with torch.inference_mode(False), torch.enable_grad():
+        # Cloned outside inference mode, because tensors made inside it can't be in a graph.
         leaf = features.detach().clone().float().requires_grad_()
         found = detector(leaf[None], query.detach().clone())
         parts = {"class": [found.logits[0]], "boxes": [found.boxes[0]], "any": [found.logits[0], found.boxes[0]]}
@@ -39,6 +40,7 @@ def box_cosines(
         # All Jacobians at once would be outputs × patches × width; a chunk is reduced to cosines before the next.
         aligned = []
         for part in torch.split(flat, chunk):
+            # A row of the identity per output. The graph is kept, because all chunks share one forward.
             (jacobian,) = torch.autograd.grad(
                 part, leaf, torch.eye(len(part), device=leaf.device), retain_graph=True, is_grads_batched=True
             )

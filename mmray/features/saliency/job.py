@@ -142,6 +142,7 @@ def plan_saliency(settings: SaliencySettings, run: Run) -> Plan[SaliencyContext]
         shards={name: rows[name]["shard_id"] for name in chosen},
         captions={name: rows[name]["caption"] for name in chosen},
         images={name: keys[name] for name in chosen},
+        # The first ones are a random choice too: `chosen` is in the order of the draw.
         pictured=frozenset(chosen[: settings.maps]),
         located=_located(run),
     )
@@ -158,6 +159,7 @@ def _located(run: Run) -> Mapping[str, tuple[list[tuple[int, int]], list[float]]
     return {
         name: (
             [(row["layer"], row["unit"]) for row in rows],
+            # A neuron whose activation is negative speaks for the word where it is most negative, hence its sign.
             [1.0 if row["activation"] >= 0 else -1.0 for row in rows],
         )
         for name, rows in found.items()
@@ -187,6 +189,7 @@ class MapObserver:
         ]
         for items, batch in analysis.encoded(suitable):
             self._observe(items, batch, rows)
+        # Units are no shards here, but the schema of errors has the column.
         rows["errors"] = [vars(failure) | {"shard_id": 0} for failure in analysis.failures]
         return {name: pa.Table.from_pylist(rows[name], schema=schema) for name, schema in PARTS.items()}
 
@@ -225,6 +228,7 @@ def _map_rows(
     rows: list[dict[str, object]] = []
     for method, saliency in maps.items():
         kept = functional.adaptive_avg_pool2d(saliency.values[None].float(), KEPT_SIDE)
+        # `hit` is judged on the whole map: averaging for the report may move its highest point.
         rows.append(
             {"concept": target.concept, "sample_id": target.sample_id, "method": method}
             | {"rows": KEPT_SIDE, "columns": KEPT_SIDE, "values": kept.flatten().tolist(), "covers": list(covers)}

@@ -44,6 +44,7 @@ def paint(boxes: Float[Tensor, "box 4"], weights: Float[Tensor, " box"]) -> Rast
     """Return at each point the highest weight of the boxes that cover it; the lowest weight where none does."""
     inside = centres_inside(boxes[None], SIDE)[0]
     covered = torch.where(inside, weights[:, None], -torch.inf).max(dim=0).values
+    # Not 0 where no box is: if all cosines were negative, 0 would be the map's highest value.
     return torch.where(covered.isinf(), weights.min(), covered).reshape(SIDE, SIDE)
 
 

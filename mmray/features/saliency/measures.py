@@ -69,6 +69,7 @@ def boxes_found(values: Raster, boxes: Boxes, covers: Sequence[float]) -> Bool[T
     found = _bounding_boxes(_largest_part(above)) / len(smaller)
     left, top, width, height = covers
     shown = [((x - left) / width, (y - top) / height, w / width, h / height) for x, y, w, h in boxes]
+    # Clamped, because what a crop has cut off an object can't be found on the map.
     true = corners(torch.tensor(shown, dtype=torch.float64)).clamp(0, 1).float()
     hits: Tensor = box_iou(found, true) >= OVERLAP
     return hits.any(dim=1)
@@ -78,6 +79,7 @@ def _largest_part(masks: Bool[Tensor, "threshold point point"]) -> Bool[Tensor, 
     """Return the largest connected part of each mask."""
     side = masks.shape[1]
     # Number the points, and let each take the highest number among its neighbours until a part has one number.
+    # In floats, which max_pool2d takes on every device; whole numbers are exact in them up to 2²⁴.
     numbers = torch.arange(1.0, side * side + 1).reshape(1, side, side) * masks
     while True:
         spread = functional.max_pool2d(numbers[:, None], 3, stride=1, padding=1)[:, 0] * masks
@@ -103,6 +105,7 @@ def _bounding_boxes(parts: Bool[Tensor, "threshold point point"]) -> Float[Tenso
 def patch_order(values: Raster, rows: int, columns: int) -> Int[Tensor, " patch"]:
     """Return the patches of a grid from the highest mean on the map to the lowest."""
     means = functional.adaptive_avg_pool2d(values[None, None].float(), (rows, columns)).flatten()
+    # Stable: maps of boxes have plateaus, whose patches must always come in the same order.
     return means.argsort(descending=True, stable=True)
 
 

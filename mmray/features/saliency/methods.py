@@ -94,6 +94,7 @@ def highest_neurons(
     """Return the neurons that contribute most to each target's token, with the signs of their activations."""
     with torch.inference_mode(), cache_activations(given.model, given.batch, targets) as captured:
         given.run(given.features)
+    # By contribution whatever a run was scored by: a single picture has no run.
     scored = score_captured(given.model, captured, "contribution")
     scores = torch.cat([layer.cpu() for layer in scored.scores], dim=1)
     activations = torch.cat([layer.cpu() for layer in scored.activation], dim=1)
@@ -145,6 +146,7 @@ def random_patches(explained: Explained, index: int) -> Saliency:
 def _random_weights(explained: Explained, index: int, count: int) -> Float[Tensor, " weight"]:
     target = explained.input.targets[index]
     # Seeded by the target: the same weights at every call, whatever shares its batch.
+    # Not hash(), which differs between processes.
     seed = zlib.crc32(f"{target.sample_id} {target.position} {target.concept}".encode())
     return torch.rand(count, generator=torch.Generator().manual_seed(seed))
 

@@ -56,6 +56,7 @@ class Model(NeuronModel):
         """
         picture = open_image(image)
         assert picture is not None
+        # An unknown method is refused before the detector is loaded.
         method_of(method)
         joint = join_if_given(self, detector, alignment)
         found = explain(self, joint, picture, word, caption, methods=(method,), prompt=prompt, language=language)

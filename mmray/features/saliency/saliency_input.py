@@ -74,6 +74,7 @@ class SaliencyInput(ABC):
             # the second targets, and so on.
             for rank in sorted(set(ranks)):
                 members = [index for index, own in enumerate(ranks) if own == rank]
+                # The last pass frees the graph, which holds the activations of the whole network.
                 (gradient,) = torch.autograd.grad(logits[members].sum(), leaf, retain_graph=rank < max(ranks))
                 found |= dict.fromkeys(members, gradient)
         return [self.patches(found[index], target.row).float() for index, target in enumerate(self.targets)]
@@ -205,6 +206,7 @@ def mentions_of(caption: str, word: str, language: str | None = None) -> list[Me
     form = word.strip().casefold()
     found = find_forms(caption, frozenset({form}), language) if form else []
     if form and not found:
+        # Not \b: after a word such as C++ it would want a letter.
         spelt = re.finditer(rf"(?<!\w){re.escape(word.strip())}(?!\w)", caption, re.IGNORECASE)
         found = [Mention(form, match.start(), match.end()) for match in spelt]
     if not found:
