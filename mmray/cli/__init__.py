@@ -46,6 +46,7 @@ def main(words: Callable[[], Sequence[str]] = lambda: sys.argv[1:]) -> NoReturn:
         try:
             _run(words)
         except SystemExit as ended:
+            # typer ends every KeyboardInterrupt with 130, whichever signal raised it.
             if stopped.is_set():
                 raise SystemExit(TERMINATED) from None
             raise ended
@@ -76,6 +77,7 @@ def _stopped_by_sigterm() -> Iterator[threading.Event]:
 def _run(words: Callable[[], Sequence[str]]) -> NoReturn:
     try:
         # Without standalone mode, typer raises errors to us instead of printing them.
+        # The words are made inside `try`: a settings file that can't be read is bad input too.
         status = app(args=words(), prog_name="mmray", standalone_mode=False)
         sys.stdout.flush()
     except UsageError as error:
@@ -121,5 +123,6 @@ def _refuse(message: str) -> NoReturn:
     from mmray.storage import masked
 
     if message:
+        # One line, whatever the error quotes, and without the passwords that an address may hold.
         print(f"mmray: {visible(masked(' '.join(message.split())))}", file=sys.stderr)
     raise SystemExit(BAD_INPUT) from None

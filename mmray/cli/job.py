@@ -57,12 +57,14 @@ def words_of(command: str, settings: Mapping[str, Any]) -> list[str]:
         if parameter.param_type_name == "argument":
             positions += values
         elif parameter.is_flag:
+            # A flag without a second form is off by leaving it out.
             options += [word] if value else parameter.secondary_opts
         else:
             # One word, because the value may begin with a dash.
             options += [f"{word}={item}" for item in values]
     if left:
         raise InputError(f"unknown setting {next(iter(left))!r}; see mmray {command} --help")
+    # After --, an argument that begins with a dash is not taken for an option.
     return [command, *options, "--", *positions]
 
 

@@ -48,6 +48,7 @@ class Alignment(nn.Module):
         super().__init__()
         self.shape = {"kind": kind, "width": width, "hidden": hidden, "tokens": tokens, "skipped": skipped}
         self.skipped = skipped
+        # LLaVA's projector has one inner layer, as wide as its output; `mlp` has three.
         inner = [tokens] if kind == "projector" else [hidden] * 3
         layers: list[nn.Module] = []
         for number, (inputs, outputs) in enumerate(zip([width, *inner], [*inner, tokens], strict=True)):

@@ -40,4 +40,5 @@ def centres(side: int, device: torch.device | None = None) -> Float[Tensor, "pat
 def centres_inside(boxes: Float[Tensor, "row box 4"], side: int) -> Bool[Tensor, "row box patch"]:
     """Return which patches of the grid have their centre in each box."""
     offset = centres(side, boxes.device) - boxes[..., None, :2]
+    # Half-open: a centre on the border of two adjacent boxes lies in one of them, not in both.
     return ((offset >= 0) & (offset < boxes[..., None, 2:])).all(dim=-1)

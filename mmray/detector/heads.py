@@ -42,6 +42,7 @@ class Heads(Detector):
         # Attribute names are keys in the weights' file.
         self.place = nn.Parameter(0.02 * torch.randn(side * side, hidden))
         self.blocks = nn.ModuleList(
+            # Six attention heads, so `hidden` has to be a multiple of 6.
             nn.TransformerEncoderLayer(hidden, 6, 3 * hidden, 0.0, "gelu", batch_first=True, norm_first=True)
             for _ in range(layers)
         )
@@ -51,6 +52,7 @@ class Heads(Detector):
         self.to_box = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, 4))
         self.from_word = nn.Sequential(nn.LayerNorm(words), nn.Linear(words, 2 * hidden), nn.GELU())
         self.to_query = nn.Linear(2 * hidden, hidden)
+        # Not saved, because `side` decides them.
         self.register_buffer("anchors", _anchors(side), persistent=False)
         with torch.no_grad():
             self.to_scale.bias.copy_(torch.tensor([2.5, -6.0]))  # untrained heads are confident of nothing
@@ -86,6 +88,7 @@ class Heads(Detector):
         states = self.norm(states)
         cosines = functional.normalize(self.to_class(states), dim=2) @ queries.T
         scale, shift = self.to_scale(states).split(1, dim=2)
+        # The head only learns the difference from the patch's default box, as OWL-ViT's does.
         boxes = (self.to_box(states) + self.anchors).sigmoid()
         return Detection(cosines * scale.exp() + shift, from_centres(boxes))
 
@@ -109,6 +112,7 @@ def load_heads(folder: Path, model: LoadedModel) -> Heads:
     """Read heads for a model. Raises InputError where the folder has none, or those of another model."""
     try:
         described = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        # Half precision is the file's alone: the heads run in fp32.
         weights = {name: value.float() for name, value in load_file(folder / WEIGHTS).items()}
         made_for, shape = described["model_digest"], described["shape"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

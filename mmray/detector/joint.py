@@ -101,6 +101,7 @@ class JointModel(ImageDetector):
         ids = batch.inputs["input_ids"].to(device)
         text = self.model.network.get_input_embeddings()(ids)
         image_token = self.model.parts.image_token_id
+        # No token has the id -1: without image tokens, the check below fails with its message.
         is_image = ids.eq(-1 if image_token is None else image_token)
         tokens = self.tokens(embedding).to(text.device, text.dtype)
         # masked_scatter would silently leave positions empty, or drop tokens.
@@ -125,6 +126,7 @@ class JointModel(ImageDetector):
         # Padding goes to the left here: every row then continues at the last position.
         inputs = self.inputs(replace(batch, inputs=pad_left(batch.inputs)), embedding)
         states: list[Tensor] = []
+        # The last position alone, because the first step runs over the whole prompt.
         with capture_input(self.model.norm, lambda entered: states.append(entered[:, -1])):
             generated = self.model.network.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
         ends = end_tokens(self.model)

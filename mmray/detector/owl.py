@@ -81,6 +81,7 @@ class OwlDetector(Detector):
     def queries(self, words: Sequence[str]) -> Float[Tensor, "query dim"]:
         """Return the text tower's embeddings of the words. Raises InputError for an empty word or none."""
         check_words(words)
+        # Padded to the full length, as the published processor does.
         inputs = self.processor.tokenizer(
             [QUERY.format(word) for word in words],
             padding="max_length",

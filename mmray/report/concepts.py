@@ -128,6 +128,7 @@ def _alternating(samples: Sequence[str], captions: Mapping[str, dict[str, Any]])
     turns = []
     for position, name in enumerate(samples):
         domain = captions[name]["domain"]
+        # The n-th sample of every domain sorts before the n + 1-th of any.
         turns.append((seen[domain], position, name))
         seen[domain] += 1
     return [name for *_, name in sorted(turns)]

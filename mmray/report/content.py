@@ -136,6 +136,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "fingerprint": info["fingerprint"],
         "digests": info["digests"],
         "versions": info["versions"],
+        # Data without such labels has None in every row, which says nothing.
         "labels": {kind: counts for kind, counts in labels.items() if set(counts) != {"None"}},
     }
 
