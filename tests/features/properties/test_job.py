@@ -135,7 +135,7 @@ def test_an_image_beyond_the_budget_of_pixels_is_a_row_of_errors(run, monkeypatc
     assert len({row["source"] for row in left_out}) == len(left_out) == done.failures == ASKED["concepts"]
     for row in left_out:
         source = known[row["sample_id"]].source
-        assert row["message"] == f"{source}: left out: with the concept's other images more than 100,000,000 pixels"
+        assert row["message"] == f"{source}: left out: the concept's images have more than 100,000,000 pixels together"
         assert row["stage"] == "encode"
     assert not done.complete
 
