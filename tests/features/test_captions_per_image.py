@@ -228,7 +228,7 @@ def test_rows_of_the_same_image_change_nothing(coco: CocoLike, run: Run, edit: P
         # Tokens of a caption vary less than independent outcomes do: there n is their number, which copies raise.
         for side in ("after",) if name.endswith("_token") else ("after", "low", "high"):
             assert row[side] == pytest.approx(once[name][side], abs=0.02), (name, side)
-    shown = [row["id"] for row in gather(run, [str(edit)]).edits[0].captions]
+    shown = [row["id"] for row in gather(run, [str(edit)]).index["editing"][0]["captions"]]
     assert len(shown) == len({name.partition("-")[0] for name in shown}) > 5
 
 

@@ -169,7 +169,7 @@ def test_it_goes_on_where_it_stopped(done: Done, run: Path, edit: StandIn, tmp_p
 
     with pytest.raises(StopError):
         evaluated_here(run, folder, stop)
-    (work,) = (path.parent for path in folder.glob("evaluations/*/run.json"))
+    (work,) = (path.parent for path in folder.glob("evaluation/*/run.json"))
     committed = {path: path.read_bytes() for path in work.glob("receipts/*.json")}
     assert len(committed) == 1
     assert not (folder / "evaluation.json").exists()
@@ -182,7 +182,7 @@ def test_it_goes_on_where_it_stopped(done: Done, run: Path, edit: StandIn, tmp_p
     same(evaluated_here(run, folder), done[1])
     assert {path: path.stat().st_mtime_ns for path in work.glob("shards/**/*")} == before
     evaluated_here(run, folder, limit=4, text_count=0)
-    assert len(list(folder.glob("evaluations/*/run.json"))) == 2
+    assert len(list(folder.glob("evaluation/*/run.json"))) == 2
 
 
 def test_edits_measured_together_are_as_by_themselves_and_the_model_is_asked_once(
@@ -213,7 +213,7 @@ def test_edits_measured_together_are_as_by_themselves_and_the_model_is_asked_onc
     with pytest.raises(StopError):
         run_together(jobs, follow=stop)
     # The first shard of the data, for both edits.
-    assert [len(list(folder.glob("evaluations/*/receipts/*"))) for folder in folders] == [1, 1]
+    assert [len(list(folder.glob("evaluation/*/receipts/*"))) for folder in folders] == [1, 1]
     found = run_together(jobs)
     assert len(asked) < 1.5 * once
     for outcome, by_itself in zip(found, (done[1], alone), strict=True):
@@ -258,14 +258,14 @@ def test_other_draws_measure_nothing_again(
 ) -> None:
     folder = edit.save(tmp_path / "edit")
     before = measures(evaluated_here(run, folder, limit=8))
-    work = {path: path.stat().st_mtime_ns for path in folder.glob("evaluations/*/shards/**/*")}
+    work = {path: path.stat().st_mtime_ns for path in folder.glob("evaluation/*/shards/**/*")}
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(evaluation_job, "load_model", refuse)
     after = measures(evaluated_here(run, folder, limit=8, draws=7))
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("evaluations/*/shards/**/*")} == work
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("evaluation/*/shards/**/*")} == work
     assert {name: row["after"] for name, row in after.items()} == {name: row["after"] for name, row in before.items()}
     assert after != before
     written = json.loads((folder / "evaluation.json").read_text())
