@@ -267,7 +267,7 @@ def test_what_a_run_is_can_not_be_made_up(
     run: Path, again: Callable[[], None], damage: Callable[[Path], None], name: str
 ) -> None:
     damage(run / name)
-    with pytest.raises(InputError, match=f"{name.removesuffix('.json')}.*(give another folder|put it back)$"):
+    with pytest.raises(InputError, match=f"{name.removesuffix('.json')}.*(give another folder|start a new run)$"):
         again()
 
 
