@@ -9,7 +9,7 @@ from typing import Any
 
 from mmray.engine.settings import JobSettings, checked
 from mmray.features import FEATURES, Feature
-from mmray.terminal.options import AsJson, app, finish, run_with_progress, say, with_settings
+from mmray.terminal.options import AsJson, app, finish, run_with_progress, say, say_json, with_settings
 
 
 def add_command(feature: Feature) -> None:
@@ -26,7 +26,7 @@ def _command(feature: Feature, kind: type[JobSettings]) -> Callable[..., None]:
         job = resolve_name(feature.jobs[0])(checked(kind, settings))
         done = run_with_progress(job)
         if as_json:
-            print(json.dumps(done.summary(), ensure_ascii=False))
+            say_json(done.summary())
         else:
             for name, value in done.headline.items():
                 say(f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")

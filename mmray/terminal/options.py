@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -149,7 +150,7 @@ def resumable(what: str = "") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"mmray: stopped; run the same command again to resume {what}".rstrip(), file=sys.stderr)
+        warn(f"stopped; run the same command again to resume {what}".rstrip())
         raise
 
 
@@ -180,3 +181,14 @@ def say(line: str, style: str | None = None) -> None:
     """Print a line without wrapping or markup."""
     # Paths must stay whole at any width, and their brackets must not be taken for markup.
     console.print(line, style=style, markup=False, soft_wrap=True)
+
+
+def say_json(value: Any, *, allow_nan: bool = True) -> None:
+    """Print a value as one line of JSON; raises ValueError for a NaN that is not allowed."""
+    # Not through the console, which wraps lines.
+    print(json.dumps(value, ensure_ascii=False, allow_nan=allow_nan))
+
+
+def warn(line: str) -> None:
+    """Print a line to standard error, where it is no part of the result."""
+    print(f"mmray: {line}", file=sys.stderr)

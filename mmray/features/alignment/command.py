@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Any
 
 import typer
 
 from mmray.detector.alignment_settings import AlignmentSettings, alignment_settings
-from mmray.terminal.options import INCOMPLETE, AsJson, app, console, say, show_progress, with_settings
+from mmray.terminal.options import INCOMPLETE, AsJson, app, console, say, say_json, show_progress, with_settings
 
 
 @app.command()
@@ -23,7 +22,7 @@ def align(as_json: AsJson = False, **settings: Any) -> None:
     with show_progress("images") as follow:
         outcome = run_alignment(checked, follow)
     if as_json:
-        print(json.dumps(asdict(outcome), ensure_ascii=False))
+        say_json(asdict(outcome))
     else:
         title = f"{checked.model} with its own tower (before) and with {checked.tower} (after)"
         console.print(measures(outcome.measures, title, everything=True))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +18,9 @@ from mmray.terminal.options import (
     option,
     plural,
     say,
+    say_json,
     show_progress,
+    warn,
     with_settings,
 )
 
@@ -51,7 +51,7 @@ def census(as_json: AsJson = False, **settings: Any) -> None:
     """Capture, score and rank every neuron on image-caption data. Run it again to resume."""
     outcome = follow_census(census_settings(settings))
     if as_json:
-        print(json.dumps(asdict(outcome)))
+        say_json(asdict(outcome))
     else:
         took = "already finished" if outcome.already else f"in {outcome.seconds:.0f} s"
         say(f"{plural(outcome.samples, 'sample')} {took} → {outcome.out}")
@@ -72,7 +72,7 @@ def plan(as_json: AsJson = False, **settings: Any) -> None:
 
     estimate = plan_census(census_settings(settings))
     if as_json:
-        print(json.dumps(asdict(estimate) | {"hours": estimate.hours, "warnings": estimate.sample.warnings}))
+        say_json(asdict(estimate) | {"hours": estimate.hours, "warnings": estimate.sample.warnings})
     else:
         console.print(show(estimate))
 
@@ -133,13 +133,13 @@ def rank(
     if concept is None:
         listed = opened.concept_table(by).slice(0, k)
         if as_json:
-            print(json.dumps(listed.to_pylist(), ensure_ascii=False))
+            say_json(listed.to_pylist())
         else:
             console.print(concept_list(listed, len(opened.concepts)))
         return
     rows = opened.rank(concept, k or 10, by)
     if as_json:
-        print(json.dumps(rows.to_pylist(), ensure_ascii=False))
+        say_json(rows.to_pylist())
     else:
         console.print(ranking(rows, concept_title(opened, concept), by))
 
@@ -159,7 +159,7 @@ def neuron(
 
     facts = open_run(run).neuron(name)
     if as_json:
-        print(json.dumps(facts, ensure_ascii=False))
+        say_json(facts)
     else:
         console.print(show(facts))
 
@@ -179,7 +179,7 @@ def diff(
 
     drift = compare(open_run(before), open_run(after), k, by)
     if as_json:
-        print(json.dumps(drift.summary(LISTED), ensure_ascii=False))
+        say_json(drift.summary(LISTED))
     else:
         _show(drift)
     _check_limit(limit, drift)
@@ -212,7 +212,7 @@ def refresh(
         done = refresh_run(run, follow, **execution)
     if as_json:
         drift = done.drift and done.drift.summary(LISTED)
-        print(json.dumps(asdict(done.outcome) | {"new_samples": done.new_samples, "drift": drift}, ensure_ascii=False))
+        say_json(asdict(done.outcome) | {"new_samples": done.new_samples, "drift": drift})
     else:
         say(f"{plural(done.new_samples, 'new sample')} in {done.outcome.seconds:.0f} s → {run}")
         _say_problems(done.outcome)
@@ -233,5 +233,5 @@ def _show(drift: Drift) -> None:
 def _check_limit(limit: float | None, drift: Drift) -> None:
     """Exit with DRIFTED if the drift is above the limit."""
     if limit is not None and drift.drift > limit:
-        print(f"mmray: drift {drift.drift:.3f} is above the limit of {limit:g}", file=sys.stderr)
+        warn(f"drift {drift.drift:.3f} is above the limit of {limit:g}")
         raise typer.Exit(DRIFTED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 from mmray.features.census.settings import CensusSettings
 from mmray.features.editing.settings import EditSettings, edit_settings
 from mmray.models.options import Dtype
-from mmray.terminal.options import AsJson, RunArgument, app, option, say, with_settings
+from mmray.terminal.options import AsJson, RunArgument, app, option, say, say_json, with_settings
 
 
 @app.command()
@@ -38,7 +37,7 @@ def edit(
         lease.verify()
         made.save(out)
     if as_json:
-        print(json.dumps({"purposes": [asdict(purpose) for purpose in made.purposes], **made.facts}))
+        say_json({"purposes": [asdict(purpose) for purpose in made.purposes], **made.facts})
         return
     facts, purpose = made.facts, made.purpose
     changed = f"{facts['rows_changed']:,} neurons changed in {facts['seconds']:.0f} s"

@@ -81,7 +81,7 @@ def hallucinations(dataset: EditDataset, most: int, kept: int, seed: int) -> Hal
     guards = _most_per_word([caption for caption in right if words & _concepts(caption.mentions)], words, most)
     guarded = {id(caption) for caption in guards}
     contexts = {context for context, _ in pairs}
-    # Images with a context first: there the model must tell whether the word is present.
+    # Images with a context first: there the model must decide whether the word is present.
     rest = sorted((c for c in right if id(c) not in guarded), key=lambda caption: not contexts & caption.present)
     shortened = [_without_guarded_word(dataset, caption, words) for caption in guards]
     return Hallucinations(

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
 
 from mmray.features.evaluation.settings import EvaluationSettings, evaluation_settings
-from mmray.terminal.options import AsJson, RunArgument, app, console, finish, run_with_progress, say, with_settings
+from mmray.terminal.options import (
+    AsJson,
+    RunArgument,
+    app,
+    console,
+    finish,
+    run_with_progress,
+    say,
+    say_json,
+    with_settings,
+)
 
 
 @app.command()
@@ -26,7 +35,7 @@ def evaluate(
     checked = evaluation_settings({"run": run, **settings})
     done = run_with_progress(EvaluationJob(checked))
     if as_json:
-        print(json.dumps(done.summary(), ensure_ascii=False))
+        say_json(done.summary())
     else:
         found = done.headline
         console.print(measures(found["measures"], f"{checked.edit} on {checked.data}", everything=everything))

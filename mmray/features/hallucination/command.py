@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +15,17 @@ from mmray.features.hallucination.settings import (
     hallucination_settings,
     perturbation_settings,
 )
-from mmray.terminal.options import AsJson, RunArgument, app, console, finish, run_with_progress, say, with_settings
+from mmray.terminal.options import (
+    AsJson,
+    RunArgument,
+    app,
+    console,
+    finish,
+    run_with_progress,
+    say,
+    say_json,
+    with_settings,
+)
 
 if TYPE_CHECKING:
     from mmray.engine import JobResult
@@ -43,7 +52,7 @@ def hallucination(
     if pictures is not None:
         _save_pictures(pictures, found)
     if as_json:
-        print(json.dumps(done.summary(), ensure_ascii=False))
+        say_json(done.summary())
     else:
         console.print(opinions(done.headline["measures"]))
         if found:
@@ -62,7 +71,7 @@ def perturb(as_json: AsJson = False, **settings: Any) -> None:
     checked = perturbation_settings(settings)
     done = run_with_progress(PerturbJob(checked))
     if as_json:
-        print(json.dumps(done.summary(), ensure_ascii=False))
+        say_json(done.summary())
     else:
         console.print(changes(done.headline["measures"]))
         say_alignment(checked.alignment)

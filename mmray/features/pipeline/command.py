@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.console import Console
 
 from mmray.features import FEATURES
 from mmray.terminal.config import read_config
-from mmray.terminal.options import INCOMPLETE, AsJson, app, console, resumable, say
+from mmray.terminal.options import INCOMPLETE, AsJson, app, console, resumable, say, say_json
 
 if TYPE_CHECKING:
     from mmray.features.pipeline.job import Follow, Pipeline, PipelineSettings
@@ -39,7 +38,7 @@ def pipeline(
     if as_json:
         steps = {title: asdict(step) for title, step in done.steps.items()}
         answer = {"run": done.run.uri, "steps": steps, "evaluations": done.measures, "quarantined": done.quarantined}
-        print(json.dumps(answer, ensure_ascii=False))
+        say_json(answer)
     else:
         if done.evaluations:
             console.print(comparison(done.measures))

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from mmray.features.properties.settings import PropertySettings, property_settings
-from mmray.terminal.options import AsJson, RunArgument, app, console, finish, run_with_progress, say, with_settings
+from mmray.terminal.options import (
+    AsJson,
+    RunArgument,
+    app,
+    console,
+    finish,
+    run_with_progress,
+    say,
+    say_json,
+    with_settings,
+)
 
 
 @app.command()
@@ -23,7 +32,7 @@ def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> No
     if as_json:
         table = opened.optional("properties")
         measured = opened.properties().to_pylist() if table is not None else []
-        print(json.dumps(done.summary() | {"properties": measured}, ensure_ascii=False))
+        say_json(done.summary() | {"properties": measured})
     else:
         if checked.only != "maps":
             found = opened.properties()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 from mmray.detector.view import say_alignment
 from mmray.errors import InputError
 from mmray.features.saliency.settings import SaliencySettings, saliency_settings
-from mmray.terminal.options import AsJson, app, console, finish, run_with_progress, say, with_settings
+from mmray.terminal.options import AsJson, app, console, finish, run_with_progress, say, say_json, with_settings
 
 
 @app.command()
@@ -80,7 +79,7 @@ def _explain_picture(
     rows = numbers(explanation)
     if as_json:
         described = {"caption": explanation.caption, "word": word, "probability": explanation.probability, "maps": rows}
-        print(json.dumps(described | {"out": str(out)}, ensure_ascii=False))
+        say_json(described | {"out": str(out)})
         return
     say(f"“{explanation.caption}” · P({word}) = {explanation.probability:.3f}", "bold")
     say_alignment(settings.alignment)
@@ -97,7 +96,7 @@ def _measure_run(settings: SaliencySettings, *, as_json: bool) -> None:
     done = run_with_progress(SaliencyJob(settings))
     rows = open_run(settings.run).table("saliency")
     if as_json:
-        print(json.dumps(done.summary() | {"saliency": rows.to_pylist()}, ensure_ascii=False))
+        say_json(done.summary() | {"saliency": rows.to_pylist()})
     else:
         console.print(show(rows))
         say_alignment(settings.alignment)

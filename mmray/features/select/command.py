@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
 
 from mmray.features.select.settings import SelectionSettings, selection_settings
-from mmray.terminal.options import AsJson, RunArgument, app, console, finish, run_with_progress, say, with_settings
+from mmray.terminal.options import (
+    AsJson,
+    RunArgument,
+    app,
+    console,
+    finish,
+    run_with_progress,
+    say,
+    say_json,
+    with_settings,
+)
 
 
 @app.command()
@@ -27,7 +36,7 @@ def select(
     checked = selection_settings({"run": run, "concepts": concepts, **settings})
     done = run_with_progress(SelectionJob(checked))
     if as_json:
-        print(json.dumps(done.headline["selections"], ensure_ascii=False))
+        say_json(done.headline["selections"])
     else:
         opened = open_run(run)
         for selection in selections(done, opened):

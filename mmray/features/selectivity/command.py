@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import typer
 
 from mmray.features.selectivity.settings import SelectivitySettings, selectivity_settings
-from mmray.terminal.options import INCOMPLETE, AsJson, RunArgument, app, console, say, show_progress, with_settings
+from mmray.terminal.options import (
+    INCOMPLETE,
+    AsJson,
+    RunArgument,
+    app,
+    console,
+    say,
+    say_json,
+    show_progress,
+    warn,
+    with_settings,
+)
 
 
 @app.command()
@@ -24,10 +33,10 @@ def selectivity(run: RunArgument, as_json: AsJson = False, **settings: Any) -> N
         outcome = run_selectivity(checked, follow)
     if outcome.outdated:
         names = ", ".join(outcome.outdated)
-        print(f"mmray: {names}: removed, because other neurons are chosen now; run these tests again", file=sys.stderr)
+        warn(f"{names}: removed, because other neurons are chosen now; run these tests again")
     if as_json:
         found = {name: rows.to_pylist() for name, rows in outcome.tables.items()}
-        print(json.dumps(found, ensure_ascii=False, allow_nan=False))
+        say_json(found, allow_nan=False)
     else:
         console.print(analysis(outcome.tables))
         say(f"{outcome.seconds:.0f} s → {run.rstrip('/')}/tables/{{{','.join(outcome.tables)}}}.parquet")

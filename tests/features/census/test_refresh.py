@@ -274,7 +274,7 @@ def copy_of(run: Path, out: Path) -> None:
 
 
 def killed_before(change: int, out: Path) -> bool:
-    """Refresh the run until its n-th change; tell whether that came."""
+    """Refresh the run until its n-th change; return whether that came."""
     with dying(change):
         try:
             refresh_run(str(out), local=True)
