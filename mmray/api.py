@@ -8,10 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmray.detector.alignment_settings import alignment_settings
 from mmray.engine import run as run_job
 from mmray.errors import InputError
 from mmray.features.alignment.job import run_alignment
+from mmray.features.alignment.settings import alignment_settings
 from mmray.features.census.job import run_census as drive_census
 from mmray.features.census.settings import census_settings
 from mmray.features.editing.edit import WeightEdit

@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmray.detector.alignment_settings import Shape
+from mmray.detector import Shape
 from mmray.detector.vision_tower import OwnTower, VisionTower
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from jobs.demo.dataset import write_parquet
 from jobs.demo.scenes import World
-from mmray.detector.alignment_settings import alignment_settings
 from mmray.features.alignment.job import run_alignment
+from mmray.features.alignment.settings import alignment_settings
 from mmray.features.alignment.training import PREFIX
 from mmray.storage import open_store
 from tests.support.kills import processes

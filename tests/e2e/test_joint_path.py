@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from mmray.detector.alignment import FACTS, WEIGHTS
-from mmray.detector.alignment_settings import alignment_settings
 from mmray.engine import run as run_job
 from mmray.features.alignment.job import run_alignment
+from mmray.features.alignment.settings import alignment_settings
 from mmray.features.hallucination.job import HallucinationJob
 from mmray.features.hallucination.perturb_job import PerturbJob
 from mmray.features.hallucination.settings import hallucination_settings, perturbation_settings

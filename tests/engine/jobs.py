@@ -16,8 +16,8 @@ import torch
 
 from mmray.demo import DATA
 from mmray.detector.alignment import save_alignment
-from mmray.detector.alignment_settings import alignment_settings
 from mmray.engine import Executor, Job, JobResult, checked, run
+from mmray.features.alignment.settings import alignment_settings
 from mmray.features.alignment.training import open_pair
 from mmray.features.alignment.validation import ValidationJob, plan_validation
 from mmray.features.census.job import CensusJob, DecodingJob

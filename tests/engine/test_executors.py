@@ -6,10 +6,10 @@ import pytest
 import ray
 
 import mmray
-from mmray.detector.alignment_settings import alignment_settings
 from mmray.engine import JobSettings, LocalExecutor, checked, executor_for
 from mmray.engine.settings import execution
 from mmray.errors import InputError
+from mmray.features.alignment.settings import alignment_settings
 from mmray.features.evaluation.settings import EvaluationSettings, evaluation_settings
 from mmray.features.hallucination.settings import hallucination_settings, perturbation_settings
 from mmray.features.properties.settings import property_settings

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from mmray.detector.alignment_settings import AlignmentSettings, alignment_settings
+from mmray.features.alignment.settings import AlignmentSettings, alignment_settings
 from mmray.terminal.options import INCOMPLETE, AsJson, app, console, say, say_json, show_progress, with_settings
 
 

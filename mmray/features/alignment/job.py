@@ -24,12 +24,12 @@ from mmray.data.shards import Manifest
 from mmray.data.sources import open_source
 from mmray.data.training_order import cut_for_training
 from mmray.detector.alignment import FACTS
-from mmray.detector.alignment_settings import AlignmentSettings
 from mmray.engine import Progress, executor_for
 from mmray.engine import run as run_job
 from mmray.engine.driver import Follow
 from mmray.engine.session import actor_pool, machines
 from mmray.errors import InputError
+from mmray.features.alignment.settings import AlignmentSettings
 from mmray.features.alignment.training import PROBLEM, checkpoints, steps_of, train
 from mmray.features.alignment.validation import ValidationJob, plan_validation
 from mmray.models.loading import digest, from_anywhere, resolve

@@ -30,9 +30,9 @@ from mmray.data.shards import Manifest
 from mmray.data.sources import open_source
 from mmray.data.training_order import TrainingOrder
 from mmray.detector.alignment import Alignment, Pair, alignment_loss, optimiser, save_alignment
-from mmray.detector.alignment_settings import AlignmentSettings
 from mmray.detector.vision_tower import open_tower
 from mmray.errors import InputError
+from mmray.features.alignment.settings import AlignmentSettings
 from mmray.runs import RunFolder
 from mmray.storage import Store, with_retries
 

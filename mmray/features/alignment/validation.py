@@ -12,9 +12,9 @@ import pyarrow as pa
 from mmray.data.shards import Manifest, cut, read_shard
 from mmray.data.sources import open_source
 from mmray.detector.alignment import FACTS, load_alignment
-from mmray.detector.alignment_settings import AlignmentSettings
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
+from mmray.features.alignment.settings import AlignmentSettings
 from mmray.features.alignment.tower_swap import TowerSwap
 from mmray.features.alignment.training import open_pair
 from mmray.features.evaluation.baseline_replies import BaselineReplies

@@ -14,11 +14,11 @@ from safetensors.torch import load
 
 from mmray.data.shards import Manifest
 from mmray.detector.alignment import WEIGHTS
-from mmray.detector.alignment_settings import alignment_settings
 from mmray.errors import InputError
 from mmray.features.alignment import job as alignment_job
 from mmray.features.alignment import training
 from mmray.features.alignment.job import Aligned, run_alignment
+from mmray.features.alignment.settings import alignment_settings
 from mmray.features.alignment.training import open_pair
 from mmray.storage import open_store
 from tests.bench.alignment import own_workers

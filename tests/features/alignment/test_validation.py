@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mmray.detector.alignment import alignment_measures, save_alignment
-from mmray.detector.alignment_settings import AlignmentSettings, alignment_settings
 from mmray.engine import Progress
 from mmray.errors import InputError
 from mmray.features.alignment.job import Aligned, run_alignment
+from mmray.features.alignment.settings import AlignmentSettings, alignment_settings
 from mmray.features.alignment.training import open_pair
 from mmray.models.loading import digest, resolve
 from mmray.runs.driver import drive_analysis

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
+from mmray.detector import Shape
 from mmray.engine.settings import JobSettings, Workers, after_work, checked, execution, known_by_digest
-
-Shape = Literal["projector", "mlp"]
-"""LLaVA's own projector, or the deeper MLP of Giulivi & Boracchi (2024)."""
 
 
 class AlignmentSettings(JobSettings):
