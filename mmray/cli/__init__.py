@@ -1,6 +1,6 @@
 """The command line. Exit status: 0 done, 2 bad input, 3 drift or damage, 4 finished with failures.
 
-Commands are defined in their features; `mmray.cli.commands` imports all of them.
+Importing a module registers its commands; `mmray.cli.features` imports those of the features.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from typing import Any, NoReturn
 
 import typer
 
-import mmray.cli.commands  # noqa: F401  they register
+import mmray.cli.demo
+import mmray.cli.features
+import mmray.cli.models
+import mmray.cli.report
+import mmray.cli.status  # noqa: F401  they register
 from mmray.errors import InputError
 from mmray.storage import is_full
 from mmray.terminal.options import app, console, visible

@@ -1,12 +1,15 @@
-"""Commands that are generated from `mmray.features`, for features that name their settings there."""
+"""The commands of features: those in a room's `command.py`, and those generated from settings in `mmray.features`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pkgutil import resolve_name
+from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules, resolve_name
 from typing import Any
 
+import mmray.features
 from mmray.engine.settings import JobSettings, checked
 from mmray.features import FEATURES, Feature
 from mmray.terminal.options import AsJson, app, finish, run_with_progress, say, say_json, with_settings
@@ -38,6 +41,9 @@ def _command(feature: Feature, kind: type[JobSettings]) -> Callable[..., None]:
 
 
 # At import, so that the commands exist before the command line is parsed.
+for room in iter_modules(mmray.features.__path__, "mmray.features."):
+    if find_spec(f"{room.name}.command"):
+        import_module(f"{room.name}.command")
 for listed in FEATURES.values():
     if listed.settings:
         add_command(listed)

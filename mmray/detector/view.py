@@ -12,7 +12,7 @@ def say_alignment(folder: str | None) -> None:
     """Say how well the model does through an aligned network, compared with its own tower. None: it uses none."""
     if folder is not None:
         from mmray.detector.alignment import alignment_measures
-        from mmray.terminal.figures import number
+        from mmray.terminal.tables import number
 
         measures = alignment_measures(folder)
         parts = [

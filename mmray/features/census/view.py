@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -18,6 +18,7 @@ from mmray.runs.lease import Driver
 from mmray.runs.receipts import AROUND, Cost
 from mmray.runs.run import CERTIFICATES, ORDERS, Reason, Run, Status, reasons
 from mmray.runs.status import AnalysisStatus
+from mmray.terminal.tables import lineless
 
 SHOWN_TOKENS = 6
 NEGATIVE = "−"
@@ -41,8 +42,7 @@ def ranking(rows: pa.Table, title: Text, by: str = "score") -> Table:
     A rank that is not certified in this order is marked `?`. There are no certificates by share.
     """
     second = "selective" if by == "selective" else "specific"
-    table = _table("rank", "neuron", "score", second, "share", left={"neuron"})
-    table.title, table.title_justify = title, "left"
+    table = lineless("rank", "neuron", "score", second, "share", left={"neuron"}, title=title)
     # Only this column may shrink; its texts end in an ellipsis instead of taking a second line.
     table.add_column(f"writes ({NEGATIVE}: by negative activation)")
     column, certificate = ORDERS[by][0], CERTIFICATES.get(by, "")
@@ -57,17 +57,9 @@ def ranking(rows: pa.Table, title: Text, by: str = "score") -> Table:
     return table
 
 
-def _table(*columns: str, left: Collection[str]) -> Table:
-    """Return an empty table without lines; columns not aligned `left` are aligned right."""
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in columns:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
-    return table
-
-
 def concept_list(rows: pa.Table, of: int) -> RenderableType:
     """Return concepts as a table; `of` is the number of concepts in the run."""
-    table = _table("concept", "occurrences", "images", "highest neuron", left={"concept", "highest neuron"})
+    table = lineless("concept", "occurrences", "images", "highest neuron", left={"concept", "highest neuron"})
     for row in rows.to_pylist():
         table.add_row(Text(row["concept"]), f"{row['occurrences']:,}", f"{row['images']:,}", row["neuron"] or "")
     rest = [Text(f"and {of - len(rows):,} more", "dim")] if of > len(rows) else []
@@ -106,7 +98,7 @@ def neuron(found: dict[str, Any]) -> RenderableType:
         )
         more = len(found["concepts"]) - SHOWN_CONCEPTS
         lines.append(Text(f"concepts    {shown}" + (f" and {more} more" if more > 0 else "")))
-    table = _table("", "activation", "position", "sample", left={"", "sample"})
+    table = lineless("", "activation", "position", "sample", left={"", "sample"})
     # Sample ids may be long paths; captions matter more.
     table.columns[-1].max_width = 24
     table.add_column("caption")
@@ -175,7 +167,7 @@ def analyses(found: Sequence[AnalysisStatus]) -> RenderableType:
     }
     # A count that is zero everywhere needs no column.
     counts = {name: numbers for name, numbers in counts.items() if any(numbers)}
-    table = _table("analysis", "done", *counts, "tables", left={"analysis", "tables"})
+    table = lineless("analysis", "done", *counts, "tables", left={"analysis", "tables"})
     for row, one in enumerate(shown):
         numbers = [
             f"{numbers[row]:,}" if name == "failed" else _units(numbers[row]) for name, numbers in counts.items()
@@ -252,13 +244,13 @@ def drift(drift: Drift, rows: int = 8) -> RenderableType:
         if names:
             more = f" and {len(names) - rows:,} more" if len(names) > rows else ""
             lines.append(Text(f"{title:9s} {', '.join(names[:rows])}{more}"))
-    concepts = _table("concept", "overlap", f"Jaccard@{drift.k}", "Spearman", "occurrences", left={"concept"})
+    concepts = lineless("concept", "overlap", f"Jaccard@{drift.k}", "Spearman", "occurrences", left={"concept"})
     # Changed concepts come first.
     for row in drift.concepts.slice(0, min(rows, changed)).to_pylist():
         correlation = "" if row["spearman"] is None else f"{row['spearman']:.3f}"
         counts = f"{row['n_before']:,} → {row['n_after']:,}"
         concepts.add_row(Text(row["concept"]), f"{row['overlap']:.3f}", f"{row['jaccard']:.3f}", correlation, counts)
-    neurons = _table("neuron", "shift in std", "mean", "active", left={"neuron"})
+    neurons = lineless("neuron", "shift in std", "mean", "active", left={"neuron"})
     for row in drift.neurons.slice(0, rows).to_pylist():
         mean = f"{row['mean_before']:.3f} → {row['mean_after']:.3f}"
         active = f"{row['active_before']:.1%} → {row['active_after']:.1%}"

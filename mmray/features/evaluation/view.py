@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmray.features.evaluation.measures import label_of, measure_of
-from mmray.terminal.figures import number
+from mmray.terminal.tables import lineless, number
 
 PROTOCOL_KINDS = ("legacy", "teacher-forced", "greedy")
 """The first of these words in a protocol sums it up."""
@@ -32,11 +32,8 @@ def measures(found: Mapping[str, Mapping[str, Any]], title: str, *, everything: 
 
     `everything` adds the measures of detail, each measure's better direction, and protocols in full.
     """
-    table = Table(title=Text(title, "bold"), title_justify="left", box=None, header_style="dim", pad_edge=False)
-    table.padding = (0, 1, 0, 0)
-    table.add_column("measure", no_wrap=True)
-    for name in ("before", "after", "95 % interval", "n"):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = ("measure", "before", "after", "95 % interval", "n")
+    table = lineless(*columns, left={"measure"}, title=Text(title, "bold"), gap=1)
     if everything:
         table.add_column("better", style="dim", no_wrap=True)
     # Only this column may shrink.
@@ -58,9 +55,7 @@ def measures(found: Mapping[str, Mapping[str, Any]], title: str, *, everything: 
 
 def comparison(edits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
     """Return the measures of several edits: one row per measure that any of them has, one column per edit."""
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    table.padding = (0, 2, 0, 0)
-    table.add_column("after the edit", no_wrap=True)
+    table = lineless("after the edit", left={"after the edit"})
     for edit in edits:
         table.add_column(edit, justify="right", overflow="fold")
     for name in COMPARED:

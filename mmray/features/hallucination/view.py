@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from mmray.terminal.figures import number
+from mmray.terminal.tables import lineless, measured, number
 
 SHOWN_MISTAKES = 10
 Row = Mapping[str, Any]
@@ -17,12 +17,12 @@ Row = Mapping[str, Any]
 def opinions(measures: Sequence[Row]) -> Table:
     """Return measures of second opinions: a row per kind of claim and judge, AUROC with its 95 % interval."""
     names = {"auroc": "AUROC", "ece": "calibration error", "confirmed_true": "sure of", "confirmed_false": "of false"}
-    table = _table("claims", "judge", numbers=("true", *names.values(), "n"))
+    table = lineless("claims", "judge", "true", *names.values(), "n", left={"claims", "judge"})
     for claims in dict.fromkeys(row["claims"] for row in measures):
         found = {(row["judge"], row["measure"]): row for row in measures if row["claims"] == claims}
-        true = _value(found.get((None, "true")))
+        true = measured(found.get((None, "true")), interval=False)
         for judge in dict.fromkeys(judge for judge, name in found if judge and name in names):
-            values = [_value(found.get((judge, name)), interval=name == "auroc") for name in names]
+            values = [measured(found.get((judge, name)), interval=name == "auroc") for name in names]
             count = next(row["n"] for (own, _), row in found.items() if own == judge)
             table.add_row(claims, judge, true, *values, f"{count:,}")
             true = Text()  # the share of true claims does not depend on the judge
@@ -31,7 +31,10 @@ def opinions(measures: Sequence[Row]) -> Table:
 
 def mistakes(found: Sequence[Row]) -> Table:
     """Return wrong claims: both confidences, and the object that is there."""
-    table = _table("claimed", "stands there", "said", numbers=("detector", "log-probability"))
+    words = ("claimed", "present", "said")
+    table = lineless(*words, "detector", "log-probability", left=words)
+    # Captions may be long.
+    table.columns[2].no_wrap = False
     for row in found[:SHOWN_MISTAKES]:
         table.add_row(
             row["word"], row["mistaken_for"] or "–", row["text"], number(row["confidence"]), number(row["log_prob"])
@@ -53,25 +56,9 @@ def changes(measures: Sequence[Row]) -> Table:
     conditions = dict.fromkeys(row["condition"] for row in measures)
     found = {(row["condition"], row["about"], row["measure"]): row for row in measures}
     shown = {name: key for name, key in columns.items() if any((one, *key) in found for one in conditions)}
-    table = _table("condition", numbers=tuple(shown))
+    table = lineless("condition", *shown, left={"condition"})
     for one in conditions:
-        table.add_row(one, *(_value(found.get((one, *key)), interval=name == "turned") for name, key in shown.items()))
+        table.add_row(
+            one, *(measured(found.get((one, *key)), interval=name == "turned") for name, key in shown.items())
+        )
     return table
-
-
-def _table(*words: str, numbers: Sequence[str]) -> Table:
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    table.padding = (0, 2, 0, 0)
-    for word in words:
-        table.add_column(word)
-    for name in numbers:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _value(row: Row | None, *, interval: bool = False) -> Text:
-    """Return a measure's value, on request with its interval; a dash where it has none."""
-    if row is None or row["value"] is None:
-        return Text("–")
-    text = Text(number(row["value"]))
-    return text.append(f" {row['low']:.2f}–{row['high']:.2f}", "dim") if interval and row["low"] is not None else text

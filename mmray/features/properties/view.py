@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmray.runs.run import Run
-from mmray.terminal.figures import number
+from mmray.terminal.tables import lineless, number
 
 LOCATED = ("score", "specific", "image", "contribution", "unsigned", "gate")
 """Methods that choose neurons for the concept; all others are controls."""
@@ -15,12 +15,8 @@ LOCATED = ("score", "specific", "image", "contribution", "unsigned", "gate")
 
 def properties(rows: pa.Table) -> Table:
     """Return the measures over all concepts as a table, with those of located neurons in bold."""
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    table.padding = (0, 1, 0, 0)
-    table.add_column("measure", no_wrap=True)
-    table.add_column("neurons", no_wrap=True)
-    for name in ("of them", "value", "95 % interval", "n"):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = ("measure", "neurons", "of them", "value", "95 % interval", "n")
+    table = lineless(*columns, left={"measure", "neurons"}, gap=1)
     previous: tuple[str, str] = ("", "")
     for row in rows.to_pylist():
         if row["property"] != previous[0]:

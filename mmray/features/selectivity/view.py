@@ -11,6 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mmray.terminal.tables import lineless
+
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN_NEURONS, SHOWN_CAPTIONS = 5, 6
 
@@ -32,11 +34,11 @@ def labels(summary: pa.Table, neurons: pa.Table) -> Table:
     rows = summary.to_pylist()
     first = rows[0]
     details = f"{first['method']} · {first['module']} · {first['modality']} tokens · {first['union']:,} neurons in all"
-    table = _table(Text.assemble((f"by {first['label_kind']}", "bold"), (f" · {details}", "dim")))
-    for name in ("label", "samples", "tokens", "neurons", "by chance", "stability", "layers", "first"):
-        # Only the last column may shrink; its texts end in an ellipsis instead of taking a second line.
-        left, fixed = name in ("label", "layers", "first"), name != "first"
-        table.add_column(name, justify="left" if left else "right", no_wrap=fixed)
+    title = Text.assemble((f"by {first['label_kind']}", "bold"), (f" · {details}", "dim"))
+    numbers = ("samples", "tokens", "neurons", "by chance", "stability")
+    table = lineless("label", *numbers, "layers", left={"label", "layers"}, title=title)
+    # Only this column may shrink; its texts end in an ellipsis instead of taking a second line.
+    table.add_column("first")
     own: dict[str, list[str]] = defaultdict(list)
     for row in neurons.select(["label", "neuron"]).to_pylist():
         own[row["label"]].append(row["neuron"])
@@ -65,9 +67,9 @@ def matrices(rows: pa.Table) -> list[RenderableType]:
 
 def _matrix(rows: Sequence[Mapping[str, Any]], title: str, digits: int) -> Table:
     names = list(dict.fromkeys(row["label"] for row in rows))
-    table = _table(Text.assemble(("change", "bold"), (f" · {title} · 95 % interval of the own label", "dim")))
-    for name in ("zeroed", "control", "neurons", *names, "interval"):
-        table.add_column(name, justify="left" if name in ("zeroed", "control") else "right", no_wrap=True)
+    columns = ("zeroed", "control", "neurons", *names, "interval")
+    heading = Text.assemble(("change", "bold"), (f" · {title} · 95 % interval of the own label", "dim"))
+    table = lineless(*columns, left={"zeroed", "control"}, title=heading)
     # The first line shows the values without a mask, to which the changes refer.
     base = {row["label"]: row["before"] for row in rows}
     table.add_row("–", "", "", *(Text(f"{base[name]:.{digits}f}", "dim") for name in names), "")
@@ -94,12 +96,10 @@ def steering(rows: pa.Table) -> RenderableType:
     first = found[0]
     turned = sum(row["label_after"] == first["target"] for row in found) / len(found)
     entirely = sum(row["words_after"] == 1.0 for row in found) / len(found)
-    table = _table(
-        Text.assemble(
-            (f"{first['source']} → {first['target']}", "bold"),
-            (f" · {first['neurons']:,} {first['steering']}", "dim"),
-        )
+    title = Text.assemble(
+        (f"{first['source']} → {first['target']}", "bold"), (f" · {first['neurons']:,} {first['steering']}", "dim")
     )
+    table = lineless(title=title)
     table.add_column("as it is")
     table.add_column("steered")
     table.add_column("reads like", no_wrap=True)
@@ -115,9 +115,9 @@ def steering(rows: pa.Table) -> RenderableType:
 
 def stages(rows: pa.Table) -> Table:
     """Return the logit lens of the unchanged model: entropy, agreement with the last layer, and tokens per layer."""
-    table = _table(Text.assemble(("logit lens", "bold"), (" · every layer through the final norm", "dim")))
-    for name in ("layer", "image: nats", "as last", "text: nats", "as last", "image", "text"):
-        table.add_column(name, justify="left" if name in ("image", "text") else "right", no_wrap=True)
+    columns = ("layer", "image: nats", "as last", "text: nats", "as last", "image", "text")
+    title = Text.assemble(("logit lens", "bold"), (" · every layer through the final norm", "dim"))
+    table = lineless(*columns, left={"image", "text"}, title=title)
     layers: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in rows.to_pylist():
         # Lines with masks are in the report only.
@@ -137,10 +137,6 @@ def profile(counts: Sequence[int]) -> str:
     """Return the number of neurons per layer as bars; a layer with any neuron has a visible bar."""
     most = max(counts, default=0)
     return "".join(BARS[-(-count * (len(BARS) - 1) // most)] if most else BARS[0] for count in counts)
-
-
-def _table(title: Text) -> Table:
-    return Table(title=title, title_justify="left", box=None, header_style="dim", pad_edge=False)
 
 
 def _number(value: float | None, digits: int) -> str:
