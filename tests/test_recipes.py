@@ -203,7 +203,7 @@ def test_an_analysis_takes_one_file_outside_its_folder() -> None:
 
 def test_a_score(changed: Callable[[Change], Mmray], tmp_path: Path) -> None:
     mmray = changed(SCORE)
-    assert "magnitude: size of the contribution" in " ".join(mmray("census", "--help").split())
+    assert "magnitude" in mmray("census", "--help")
     mmray(
         "census", "--model", "demo", "--data", "demo", "--limit", 8, "--out", "run", "--score", "magnitude", "--local"
     )
@@ -217,7 +217,7 @@ def test_a_score(changed: Callable[[Change], Mmray], tmp_path: Path) -> None:
 
 def test_an_edit_method(changed: Callable[[Change], Mmray], census: Path, tmp_path: Path) -> None:
     mmray = changed(EDIT_METHOD)
-    assert "flip: rows negated" in " ".join(mmray("edit", "--help").split())
+    assert "flip" in mmray("edit", "--help")
     asked = ("edit", census, "--suppress", "broccoli", "--method", "flip")
     assert "4 neurons changed" in mmray(*asked, "--neurons", 4, "--samples", 2, "--kept", 0, "--out", "edit")
     assert (tmp_path / "edit").is_dir()

@@ -26,10 +26,8 @@ import mmray.cli.report
 import mmray.cli.status  # noqa: F401  they register
 from mmray.errors import InputError
 from mmray.storage import is_full
-from mmray.terminal.options import app, console, visible
+from mmray.terminal.options import BAD_INPUT, app, console, visible
 
-BAD_INPUT = 2
-"""Exit status after an InputError or a wrong option."""
 TERMINATED = 128 + signal.SIGTERM
 """Exit status after SIGTERM, as shells report it."""
 PIPED_WIDTH = 10_000
@@ -85,9 +83,8 @@ def _run(words: Callable[[], Sequence[str]]) -> NoReturn:
         status = app(args=words(), prog_name="mmray", standalone_mode=False)
         sys.stdout.flush()
     except UsageError as error:
-        # Without arguments, typer has shown the help, and the message is empty.
         command = error.ctx.command_path if error.ctx else "mmray"
-        _refuse(f"{error.format_message().rstrip('.')}; see {command} --help" if error.format_message() else "")
+        _refuse(f"{error.format_message().rstrip('.')}; see {command} --help")
     except InputError as error:
         _refuse(str(error))
     except (BrokenPipeError, SystemExit) as error:

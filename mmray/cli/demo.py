@@ -21,7 +21,7 @@ SCENES, QUICK_SCENES = 64, 24
 """Scenes that the edits are evaluated on."""
 
 
-@app.command()
+@app.command(group="Run", examples=("mmray demo", "mmray demo --quick --out /tmp/demo"))
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("mmray-demo"),
     quick: Annotated[bool, typer.Option("--quick", help="The first 256 scenes instead of all 1,536.")] = False,

@@ -21,7 +21,7 @@ def add_command(feature: Feature) -> None:
     kind: type[JobSettings] = resolve_name(feature.settings)
     # A word in capitals after an option, such as OUT in `--out OUT`, is that option's value.
     arguments = [word.lower() for word, before in zip(words, [name, *words], strict=False) if before[0] != "-"]
-    app.command(name, help=kind.__doc__)(with_settings(kind, arguments)(_command(feature, kind)))
+    app.command(name, group="Understand", help=kind.__doc__)(with_settings(kind, arguments)(_command(feature, kind)))
 
 
 def _command(feature: Feature, kind: type[JobSettings]) -> Callable[..., None]:

@@ -25,14 +25,18 @@ if TYPE_CHECKING:
 MODULES = ("language", "vision", "projector")
 
 
-@app.command("check-model")
+@app.command(
+    "check-model",
+    group="Models",
+    examples=("mmray check-model llava-hf/llava-1.5-7b-hf", "mmray check-model ./checkpoint --json"),
+)
 def check_model(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=help_of("model", CensusSettings))],
     dtype: Annotated[Dtype, option("dtype", CensusSettings)] = "auto",
     trust_remote_code: Annotated[bool, option("trust_remote_code", CensusSettings)] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show which parts of a model were found, and prove them: exit status 2 names a claim that fails."""
+    """Show which parts of a model were found, and prove them."""
     from mmray.features.census.model_check import check_model as prove
     from mmray.models.loading import load
 

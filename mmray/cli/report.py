@@ -9,7 +9,9 @@ import typer
 from mmray.terminal.options import RunArgument, app, say
 
 
-@app.command()
+@app.command(
+    group="Read", examples=("mmray report runs/llava", "mmray report runs/llava --pages site --edit edits/dog-cat")
+)
 def report(
     run: RunArgument,
     out: Annotated[
@@ -31,7 +33,7 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Write what a run found as one HTML file that needs no network: concepts, neurons, images, properties, edits."""
+    """Write what a run found as one HTML file that needs no network."""
     from mmray.report.writing import write_report
     from mmray.runs.run import open_run
 

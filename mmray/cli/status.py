@@ -32,7 +32,7 @@ READING_SHARE = 0.2
 """Largest fraction of the time that --watch spends reading, because a large run takes long to read."""
 
 
-@app.command()
+@app.command(group="Read", examples=("mmray status runs/llava --watch", "mmray status s3://bucket/runs/llava --verify"))
 def status(
     run: RunArgument,
     watch: Annotated[
@@ -61,9 +61,7 @@ def status(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say how far a run and each of its analyses is: done, pending, quarantined, and why; what failed; what took the
-    time; who drives it; and which tables are older than what they are made from, with the command that renews them.
-    """
+    """Show how far each analysis of a run is, and what failed or is out of date."""
     from mmray.runs.sweep import sweep_run
     from mmray.runs.verification import verify_run
 

@@ -59,18 +59,18 @@ class JobSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     workers: Workers = execution(None)
-    """Actors, each with a model replica: a number, or MIN:MAX to let Ray add and remove some as work and machines
-    allow. Default: one per GPU of the cluster; without GPUs one per core, at most four per machine."""
+    """Actors, each with a model replica: a number or MIN:MAX. With MIN:MAX, Ray adds and removes some as work and
+    machines allow. Default: one per GPU of the cluster; without GPUs one per core, at most four per machine."""
     gpus_per_worker: float | None = execution(None, ge=0)
     """GPUs per worker; default: 1 where the cluster has GPUs, else 0."""
     address: str | None = execution(None)
-    """Ray cluster to join (auto, or ray://HOST:PORT); default: a local Ray of this process."""
+    """Ray cluster to join, auto or ray://HOST:PORT; default: a local Ray."""
     retry_failed: bool = execution(False)
     """Try units again that an earlier call quarantined."""
     unit_timeout: float | None = execution(None, gt=0)
-    """Seconds after which a unit that is not done counts as failed, and its worker is replaced; by default none."""
+    """Seconds after which a unit counts as failed; default: no limit. Its worker is replaced."""
     local: bool = execution(False)
-    """Run in this process, without Ray: one worker with all cores."""
+    """Run in this process, without Ray."""
 
     @property
     def worker_range(self) -> tuple[int, int] | None:

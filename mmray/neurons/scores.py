@@ -75,4 +75,6 @@ def unit_of(score: str, *, folded: bool) -> str:
 def scores_help() -> str:
     """Return the definition of every score, for the help of `--score`."""
     costly = " (a backward pass per noun)"
-    return "; ".join(f"{name}: {kind.definition}{costly * kind.backward}" for name, kind in SCORES.items())
+    return "What neurons are ranked by. " + "; ".join(
+        f"{name}: {kind.definition}{costly * kind.backward}" for name, kind in SCORES.items()
+    )

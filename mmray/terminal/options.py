@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -16,22 +16,29 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 from mmray.engine.settings import JobSettings
+from mmray.terminal.help import COLUMNS, EXECUTION, OPTIONS, WIDTH, App, Group, first_sentence
 from mmray.version import VERSION
 
 if TYPE_CHECKING:
     from mmray.engine import Job, JobResult
     from mmray.engine.job import Progress as JobProgress
 
+BAD_INPUT = 2
+"""Exit status after an InputError, a wrong option, or no command."""
 INCOMPLETE = 4
 """Exit status of a run that finished with failed samples or quarantined units."""
 
-app = typer.Typer(
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
-    rich_markup_mode="markdown",
-    help="Multi-modal neurons of vision-language models, found and ranked as distributed Ray jobs.",
+app = App(
+    cls=Group,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
+    rich_markup_mode=None,
+    help="Find, explain and edit the multi-modal neurons of vision-language models, as Ray jobs.",
 )
+SHORT = {"model": "-m", "data": "-d", "out": "-o", "limit": "-n", "workers": "-w"}
+"""Setting → its short option."""
+CHOICES_WIDTH = 20
+"""Characters of a list of choices that an option shows as its value; longer lists are in its help."""
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 """Control characters → how they are shown."""
 
@@ -58,28 +65,52 @@ def _version(requested: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(BAD_INPUT)
 
 
 console = _Terminal(highlight=False, soft_wrap=False)
 
 
 def help_of(name: str, settings: type[BaseModel]) -> str:
-    """Return the documentation of a setting, in one line."""
-    return " ".join((settings.model_fields[name].description or "").split())
+    """Return the first sentence of a setting's documentation; the README of its room has all of it."""
+    return first_sentence(settings.model_fields[name].description).replace("`", "")
 
 
 def option(name: str, settings: type[BaseModel]) -> Any:
-    """Return the option for a setting, with its documentation as help."""
+    """Return the option for a setting, in the group that its kind belongs to."""
     field = settings.model_fields[name]
     flag = f"--{name.replace('_', '-')}"
     # A setting that may also be None needs a flag for each of true and false.
-    names = f"{flag}/--no-{name.replace('_', '-')}" if field.annotation == (bool | None) else flag
-    return typer.Option(names, help=help_of(name, settings))
+    names = [f"{flag}/--no-{name.replace('_', '-')}" if field.annotation == (bool | None) else flag]
+    names += [SHORT[name]] if name in SHORT else []
+    choices, text = _choices(field.annotation), help_of(name, settings)
+    # Of `int | None`, the kind of number.
+    numbers = {int: "N", float: "X"}
+    kind = next((numbers[part] for part in (field.annotation, *get_args(field.annotation)) if part in numbers), None)
+    metavar = "|".join(choices) or kind
+    if metavar and len(metavar) > CHOICES_WIDTH:
+        metavar, text = "NAME", f"{text} One of {', '.join(choices)}."
+    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=_group(name, settings))
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """Return the values of a Literal, or of one that may be None; nothing for other types."""
+    return next((get_args(part) for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal), ())
+
+
+def _group(name: str, settings: type[BaseModel]) -> str:
+    """Return the heading that an option is listed under."""
+    if name.endswith("_column"):
+        return COLUMNS
+    changes_nothing = issubclass(settings, JobSettings) and name in settings.execution_settings()
+    return EXECUTION if changes_nothing and not settings.model_fields[name].is_required() else OPTIONS
 
 
 def argument(name: str, settings: type[BaseModel]) -> Any:

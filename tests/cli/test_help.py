@@ -1,47 +1,66 @@
-"""The command line's help: every command and setting, with defaults and units."""
+"""The command line's help: every command in its group, every setting with its default, short enough to be read."""
 
 import re
+import shlex
 from collections.abc import Callable
 
 import pytest
+from typer.main import get_command
 
+import mmray.cli  # noqa: F401  registers the commands
+from mmray.engine.settings import JobSettings
+from mmray.features.alignment.settings import AlignmentSettings
 from mmray.features.census.settings import CensusSettings
+from mmray.features.properties.settings import PropertySettings
+from mmray.features.select.settings import SelectionSettings
+from mmray.terminal.help import GROUPS, first_sentence
+from mmray.terminal.options import app
+from tests.bench.writing import ROOT, between
 from tests.support.command import Answer
+from tests.support.option_details import COMMAND, ROOMS, details, table
 
 Mmray = Callable[..., Answer]
-COMMANDS = (
-    "align",
-    "hallucination",
-    "perturb",
-    "census",
-    "plan",
-    "status",
-    "rank",
-    "select",
-    "neuron",
-    "check-model",
-    "demo",
-    "diff",
-    "refresh",
-    "edit",
-    "apply",
-    "evaluate",
-    "pipeline",
-    "properties",
-    "report",
-    "selectivity",
-)
+COMMANDS = get_command(app).commands
+WIDTH, OVERVIEW, LINES, SENTENCE = 100, 45, 60, 80
+"""Columns that help is made for; most lines of all commands and of one; most characters of a command's sentence."""
 
 
-def plain(help_text: str) -> str:
-    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", help_text).split())
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(mmray: Mmray, command: str) -> None:
     answer = mmray(command, "--help")
     assert (answer.status, answer.err) == (0, "")
-    assert f"Usage: mmray {command}" in answer.out
+    assert answer.out.startswith(f"Usage: mmray {command}")
+    lines = answer.out.splitlines()
+    assert len(lines) <= LINES
+    assert max(map(len, lines)) <= WIDTH
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_says_in_a_sentence_what_it_does(mmray: Mmray, command: str) -> None:
+    sentence = first_sentence(COMMANDS[command].help)
+    assert len(sentence) <= SENTENCE
+    assert f"{command} " in mmray("--help").out
+    assert sentence in mmray("--help").out
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if COMMANDS[name].epilog])
+def test_examples_parse(mmray: Mmray, command: str) -> None:
+    shown = mmray(command, "--help").out.split("Examples:\n")[1].splitlines()
+    for line in shown:
+        _, name, *words = shlex.split(line)
+        assert name == command
+        COMMANDS[command].make_context(name, words)  # raises for an option that does not exist
+
+
+def test_the_overview_is_one_screen_in_groups(mmray: Mmray) -> None:
+    text = mmray("--help").out
+    assert len(text.splitlines()) <= OVERVIEW
+    assert re.findall(r"^(\w+):$", text, re.MULTILINE)[1:] == list(GROUPS)
 
 
 def test_help_without_arguments(mmray: Mmray) -> None:
@@ -52,22 +71,31 @@ def test_help_without_arguments(mmray: Mmray) -> None:
 
 
 @pytest.mark.parametrize("command", ["census", "plan"])
-def test_help_has_every_setting_with_its_default(mmray: Mmray, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
-    text = plain(mmray(command, "--help").out)
+def test_help_has_every_setting_with_its_default(mmray: Mmray, command: str) -> None:
+    text = " ".join(mmray(command, "--help").out.split())
     for name, field in CensusSettings.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
         _, found, rest = text.partition(f" {flag} ")
         assert found, flag
         entry = rest.split(" --")[0]
+        assert first_sentence(field.description).replace("`", "") in entry
         if isinstance(field.default, bool) or (command, name) == ("plan", "out"):
             continue
         if field.is_required():
             assert "[required]" in entry, entry
-        elif field.default is None:
-            assert "default" in entry.lower(), entry
-        else:
-            assert f"[default: {field.default}]" in entry, entry
+        elif field.default is not None:
+            assert f"[{field.default}]" in entry, entry
+
+
+@pytest.mark.parametrize("readme", ROOMS)
+def test_a_room_s_readme_has_what_help_is_too_short_for(readme: str) -> None:
+    text = (ROOT / readme).read_text("utf-8")
+    assert text == between(text, COMMAND, table(readme)), f"run {COMMAND}"
+
+
+@pytest.mark.parametrize("settings", [AlignmentSettings, PropertySettings, SelectionSettings])
+def test_rooms_without_such_a_table_need_none(settings: type[JobSettings]) -> None:
+    assert list(details(settings)) == []
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,12 @@ from mmray.features.alignment.settings import AlignmentSettings, alignment_setti
 from mmray.terminal.options import INCOMPLETE, AsJson, app, console, say, say_json, show_progress, with_settings
 
 
-@app.command()
+@app.command(
+    group="Models", examples=("mmray align --tower demo --model demo --data demo --out aligned --validate-on demo",)
+)
 @with_settings(AlignmentSettings)
 def align(as_json: AsJson = False, **settings: Any) -> None:
-    """Train a network that maps a detector's embedding to a LLaVA's image tokens, and measure the joint model."""
+    """Train a network that lets a LLaVA see through a detector's tower."""
     from mmray.features.alignment.job import run_alignment
     from mmray.features.evaluation.view import measures
 

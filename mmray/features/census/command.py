@@ -45,10 +45,16 @@ Limit = Annotated[
 ]
 
 
-@app.command()
+@app.command(
+    group="Run",
+    examples=(
+        "mmray census -m llava-hf/llava-1.5-7b-hf -d captions.parquet -o runs/llava",
+        "mmray census -m demo -d demo -o runs/demo --limit 256 --local",
+    ),
+)
 @with_settings(CensusSettings)
 def census(as_json: AsJson = False, **settings: Any) -> None:
-    """Capture, score and rank every neuron on image-caption data. Run it again to resume."""
+    """Score and rank every neuron on image-caption data; run it again to resume."""
     outcome = follow_census(census_settings(settings))
     if as_json:
         say_json(asdict(outcome))
@@ -62,10 +68,16 @@ def census(as_json: AsJson = False, **settings: Any) -> None:
         raise typer.Exit(INCOMPLETE)
 
 
-@app.command()
+@app.command(
+    group="Run",
+    examples=(
+        "mmray plan -m llava-hf/llava-1.5-7b-hf -d annotations/captions_val2017.json",
+        "mmray plan -m demo -d demo --score effect",
+    ),
+)
 @with_settings(CensusSettings, out="runs/plan")
 def plan(as_json: AsJson = False, **settings: Any) -> None:
-    """Estimate what a census would cost: samples, shards, hours, bytes. Runs nothing."""
+    """Estimate what a census would cost: samples, hours, memory, bytes."""
     # Imported here because it loads torch, which `mmray --help` and reading commands don't need.
     from mmray.features.census.job import plan_census
     from mmray.features.census.view import plan as show
@@ -107,7 +119,7 @@ def say_shortfall(outcome: CensusResult) -> None:
         say(f"{plural(outcome.failures, 'sample')} failed; see: mmray status {outcome.out}", "yellow")
 
 
-@app.command()
+@app.command(group="Read", examples=("mmray rank runs/llava", "mmray rank runs/llava dog --by specific --k 20"))
 def rank(
     run: RunArgument,
     concept: Annotated[
@@ -119,7 +131,7 @@ def rank(
     by: Annotated[str, typer.Option("--by", help="Order by score, specific, selective or share.")] = "score",
     as_json: AsJson = False,
 ) -> None:
-    """Show a concept's neurons, highest first; without a concept, list all concepts with their highest neuron.
+    """Show a concept's neurons, highest first; without a concept, list all concepts.
 
     A rank marked ? is not certified: neurons that shards left out may change it, and more --candidates may settle it.
 
@@ -144,13 +156,13 @@ def rank(
         console.print(ranking(rows, concept_title(opened, concept), by))
 
 
-@app.command()
+@app.command(group="Read", examples=("mmray neuron runs/llava L29.u4021", "mmray neuron runs/llava L29.u4021 --json"))
 def neuron(
     run: RunArgument,
     name: Annotated[str, typer.Argument(metavar="NEURON", help="Layer and unit, such as L7.u89.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show the words that a neuron writes, the concepts that use it, and its highest and lowest examples.
+    """Show the words a neuron writes, its concepts, and its extreme examples.
 
     With negative activation it writes other words than with positive. Concepts that use it that way are marked −.
     """
@@ -164,7 +176,10 @@ def neuron(
         console.print(show(facts))
 
 
-@app.command()
+@app.command(
+    group="Read",
+    examples=("mmray diff runs/before runs/after", "mmray diff runs/before runs/after --by specific --limit 0.3"),
+)
 def diff(
     before: Annotated[str, typer.Argument(metavar="RUN_A", help="A run: a local path or s3://bucket/prefix.")],
     after: Annotated[str, typer.Argument(metavar="RUN_B", help="The run to compare with it.")],
@@ -173,7 +188,7 @@ def diff(
     limit: Limit = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how far the rankings of two runs have drifted apart, and which neurons' activity has shifted."""
+    """Show how far the rankings of two runs have drifted apart."""
     from mmray.features.census.drift import compare
     from mmray.runs.run import open_run
 
@@ -185,7 +200,7 @@ def diff(
     _check_limit(limit, drift)
 
 
-@app.command()
+@app.command(group="Run", examples=("mmray refresh runs/llava", "mmray refresh runs/llava --limit 0.3"))
 def refresh(
     run: RunArgument,
     limit: Limit = None,
@@ -197,7 +212,7 @@ def refresh(
     local: Annotated[bool, option("local", CensusSettings)] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Analyse data added since the run, merge it, and show how far the rankings have drifted."""
+    """Analyse data added since the run, merge it, and show the drift."""
     from mmray.features.census.refresh import refresh_run
 
     execution: dict[str, Any] = {

@@ -20,8 +20,8 @@ class CensusSettings(JobSettings):
     model: str = known_by_digest()
     """Hugging Face checkpoint folder, hub id, or `demo`."""
     data: str = known_by_digest()
-    """`demo`, Parquet (file, folder or glob), WebDataset tars, image folder with metadata, COCO captions JSON, or
-    `hf:NAME[:SPLIT]`; local or s3://."""
+    """`demo`, Parquet, WebDataset tars, image folder, COCO JSON, or `hf:NAME[:SPLIT]`. Parquet is a file, folder or
+    glob; an image folder has metadata. Local or s3://."""
     out: str = execution()
     """Folder of the run: a local path or s3://bucket/prefix."""
     limit: int | None = Field(None, ge=1)
@@ -29,52 +29,53 @@ class CensusSettings(JobSettings):
     shard_size: int = Field(500, ge=1)
     """Samples per shard. A shard is the unit of work, and what a crash costs."""
     batch_size: int = execution(32, ge=1)
-    """Samples per forward pass; halved automatically when memory runs out."""
+    """Samples per forward pass. Halved automatically when memory runs out."""
     captions: Captions = "dataset"
-    """Score the captions in the data (dataset), or captions that the model writes (generate)."""
+    """Whose captions to score: those in the data, or those that the model writes."""
     longest: int = Field(LONGEST, ge=1)
-    """Most tokens in a caption that the model writes; longer ones are cut off."""
+    """Most tokens in a caption that the model writes. Longer ones are cut off."""
     prompt: str | None = None
-    """Question before the caption; default: "Describe the image in few words." in the caption's language."""
+    """Question before the caption; default: a request to describe the image. It is "Describe the image in few words."
+    in the caption's language."""
     prefix: str | None = None
-    """Words that every answer starts with, such as "An image of"; default: none."""
+    """Words that every answer starts with, such as "An image of"."""
     score: Score = Field("contribution", description=scores_help())
     fold_norm: bool = False
-    """Give contributions in logits after the final norm, with its gain and its scale at the position applied."""
+    """Give contributions in logits after the final norm. Its gain and its scale at the position are applied."""
     pieces: Pieces = "first"
-    """Score a noun of several tokens at its first token, or as the sum over all its tokens."""
+    """Score a noun at its first token, or sum over all its tokens."""
     top_k: int = Field(20, ge=1)
     """Neurons listed per occurrence; `share` counts these."""
     candidates: int | None = Field(None, ge=1)
-    """Neurons per concept that each shard keeps for the merge; more certify more ranks. Default: all of up to 16,384
+    """Neurons per concept that each shard keeps for the merge. More certify more ranks. Default: all of up to 16,384
     neurons, 2,048 of more."""
     nouns: str = known_by_digest("auto")
-    """Source of concepts: objects (the data's column), hanta (English, German), textblob (English), or a lexicon FILE.
-    auto: objects if the data has them, else hanta."""
+    """Source of concepts: auto, objects, hanta, textblob, or a lexicon FILE. objects: the data's column; hanta: a
+    tagger of English and German; textblob: one of English. auto: objects if the data has them, else hanta."""
     module: Module = "language"
-    """Also count the vision tower's or the projector's neurons, in the table `activity`."""
+    """Module whose neurons are also counted, in the table `activity`."""
     dtype: Dtype = "auto"
-    """Number format of the model; auto: the checkpoint's on a GPU, fp32 on a CPU. Scores are always fp32."""
+    """Number format of the model. auto: the checkpoint's on a GPU, fp32 on a CPU. Scores are always fp32."""
     image_column: str | None = None
-    """Column of the image; default: found by its usual names, like all columns."""
+    """Column of the image; default: found by its usual names."""
     caption_column: str | None = None
-    """Column of the caption, or of a list of captions, each one a sample; default: found by name."""
+    """Column of the caption; default: found by name. Of a list of captions, each one is a sample."""
     id_column: str | None = None
-    """Column of the sample id; default: found by name, else a digest of image and caption."""
+    """Column of the sample id; default: found by name, else a digest. The digest is of image and caption."""
     language_column: str | None = None
     """Column of the caption's language (en, es, …); default: found by name."""
     language: str | None = None
-    """Language (en, es, …) of captions without one in the data; default: guessed from each caption."""
+    """Language (en, es, …) of captions without one; default: guessed."""
     domain_column: str | None = None
     """Column of the image's domain; default: found by name."""
     objects_column: str | None = None
-    """Column with the list of objects in the image; default: found by name."""
+    """Column of the objects in the image; default: found by name."""
     boxes_column: str | None = None
-    """Column of the objects' boxes, (x, y, width, height) in 0..1; default: found by name. none: no boxes."""
+    """Column of the objects' boxes; default: found by name. A box is (x, y, width, height) in 0..1. none: no boxes."""
     questions_column: str | None = None
     """Column of (question, answer) pairs; default: found by name. none: no questions."""
     label_column: list[str] | None = None
-    """Column whose values label samples, for `mmray selectivity`; repeatable; default: none."""
+    """Column whose values label samples; repeatable. For `mmray selectivity`."""
     background: str = BACKGROUND
     """Colour behind transparent pixels: a name, or #rrggbb."""
     trust_remote_code: bool = execution(False)

@@ -13,7 +13,13 @@ from mmray.models.options import Dtype
 from mmray.terminal.options import AsJson, RunArgument, app, option, say, say_json, with_settings
 
 
-@app.command()
+@app.command(
+    group="Edit",
+    examples=(
+        "mmray edit runs/llava --source dog --target cat --out edits/dog-cat",
+        "mmray edit runs/llava --suppress bomb --out edits/no-bomb",
+    ),
+)
 @with_settings(EditSettings)
 def edit(
     run: RunArgument,
@@ -21,7 +27,7 @@ def edit(
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
-    """Edit located neurons to replace a word, suppress a word, or reduce hallucinated objects."""
+    """Edit located neurons to replace a word, suppress it, or reduce hallucination."""
     # Imported late, because --help and other commands must not wait for torch.
     from mmray.features.editing.edit import check_free
     from mmray.features.editing.methods import edit_run
@@ -45,7 +51,7 @@ def edit(
     say(f"next: mmray evaluate {run} --edit {out} --data DATA")
 
 
-@app.command()
+@app.command(group="Edit", examples=("mmray apply edits/dog-cat --model llava-hf/llava-1.5-7b-hf --out edited",))
 def apply(
     edit: Annotated[str, typer.Argument(metavar="EDIT", help="Folder of an edit.")],
     model: Annotated[str, option("model", CensusSettings)],

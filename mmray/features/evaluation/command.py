@@ -20,7 +20,13 @@ from mmray.terminal.options import (
 )
 
 
-@app.command()
+@app.command(
+    group="Edit",
+    examples=(
+        "mmray evaluate runs/llava --edit edits/dog-cat --data held-out.parquet",
+        "mmray evaluate runs/llava --edit edits/dog-cat --data demo --limit 64",
+    ),
+)
 @with_settings(EvaluationSettings)
 def evaluate(
     run: RunArgument,
@@ -28,7 +34,7 @@ def evaluate(
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
-    """Measure an edit before and after: success, generality, locality, hallucination, caption quality, and its cost."""
+    """Measure an edit before and after: success, generality, locality, and more."""
     from mmray.features.evaluation.job import EvaluationJob
     from mmray.features.evaluation.view import measures
 

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from mmray.engine import JobResult
 
 
-@app.command()
+@app.command(
+    group="Understand",
+    examples=("mmray hallucination runs/llava", "mmray hallucination runs/llava --pictures mistakes"),
+)
 @with_settings(HallucinationSettings)
 def hallucination(
     run: RunArgument,
@@ -41,7 +44,7 @@ def hallucination(
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
-    """Ask a detector whether what the model claims is there: nouns of its captions, answers to yes/no questions."""
+    """Ask a detector whether the objects that the model names are there."""
     from mmray.features.hallucination.job import HallucinationJob
     from mmray.features.hallucination.view import mistakes, opinions
     from mmray.runs.run import open_run
@@ -61,10 +64,16 @@ def hallucination(
     _end(done, "claims", checked.run, as_json)
 
 
-@app.command()
+@app.command(
+    group="Understand",
+    examples=(
+        "mmray perturb --model demo --data demo --out moved",
+        "mmray perturb --model demo --data demo --out moved --local",
+    ),
+)
 @with_settings(PerturbationSettings)
 def perturb(as_json: AsJson = False, **settings: Any) -> None:
-    """Move what the model sees from one concept to another, ask again, and measure what changed, with controls."""
+    """Move an image's embedding from one concept to another, and ask again."""
     from mmray.features.hallucination.perturb_job import PerturbJob
     from mmray.features.hallucination.view import changes
 

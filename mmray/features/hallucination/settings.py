@@ -46,13 +46,13 @@ class HallucinationSettings(DetectorSettings):
     longest: int = Field(LONGEST, ge=1)
     """Maximum tokens of a caption; a longer one is cut off there."""
     ground_truth: GroundTruth | None = known_by_digest(None)
-    """Which objects count as being in an image: instances (annotated), captions (named by the data's captions), or
-    union. Default: union where the data has objects and lists each image's captions (COCO, a column of lists), else
-    instances. Captions in several rows are matched by their image, so every image is read once more."""
+    """Source of the objects in an image. instances: annotated; captions: named by the data's captions; union: both.
+    Default: union where the data has objects and lists each image's captions (COCO, a column of lists), else instances.
+    Captions in several rows are matched by their image, so every image is read once more."""
     synonyms: str | None = known_by_digest(None)
-    """Words that count as an object in captions: coco (a table of COCO's 80 objects, with CHAIR's rules), none, or a
-    file: JSON of object → synonyms, or lines as in CHAIR's synonyms.txt. Every listed object counts, whether the data
-    has it or not. Default: coco where every object of the data is one of COCO's, else none."""
+    """Words that count as an object in captions: coco, none, or a file. coco: a table of COCO's 80 objects, with
+    CHAIR's rules; file: JSON of object → synonyms, or lines as in CHAIR's synonyms.txt. Every listed object counts,
+    whether the data has it or not. Default: coco where every object of the data is one of COCO's, else none."""
 
 
 class PerturbationSettings(DetectorSettings):

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from mmray.features.pipeline.job import Follow, Pipeline, PipelineSettings
 
 
-@app.command()
+@app.command(
+    group="Run",
+    examples=(
+        "mmray pipeline jobs/configs/pipeline.yaml",
+        "mmray pipeline jobs/configs/pipeline.yaml census.limit=64 --local",
+    ),
+)
 def pipeline(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="YAML file with `census`, `steps`, `edits`, `evaluation`.")
@@ -29,7 +35,7 @@ def pipeline(
     local: Annotated[bool, typer.Option("--local", help="Run every step in this process, without Ray.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run census → further analyses → edits → evaluations. Run it again to resume."""
+    """Run a census, further analyses, edits and evaluations; run it again to resume."""
     from mmray.features.evaluation.view import comparison
     from mmray.features.pipeline.job import pipeline_settings
 

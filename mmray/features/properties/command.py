@@ -18,10 +18,13 @@ from mmray.terminal.options import (
 )
 
 
-@app.command()
+@app.command(
+    group="Understand",
+    examples=("mmray properties runs/llava", "mmray properties runs/llava --concepts 20 --only maps"),
+)
 @with_settings(PropertySettings)
 def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> None:
-    """Measure what a run's neurons mean, with controls, and draw heat maps, as tables of the run."""
+    """Measure what a run's neurons mean, with controls, and draw heat maps."""
     from mmray.features.properties.job import PropertiesJob
     from mmray.features.properties.view import properties as show
     from mmray.runs.run import open_run

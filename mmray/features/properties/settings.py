@@ -34,7 +34,7 @@ class PropertySettings(JobSettings):
     run: str = execution()
     """Folder of the run."""
     only: Literal["maps", "properties"] | None = None
-    """Only draw heat maps (maps), or only measure (properties); default: both."""
+    """Only draw heat maps, or only measure; default: both."""
     concepts: int = Field(200, ge=1)
     """Concepts to measure, the most frequent first."""
     min_occurrences: int = Field(5, ge=2)

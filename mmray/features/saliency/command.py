@@ -13,11 +13,14 @@ from mmray.features.saliency.settings import SaliencySettings, saliency_settings
 from mmray.terminal.options import AsJson, app, console, finish, run_with_progress, say, say_json, with_settings
 
 
-@app.command()
+@app.command(
+    group="Understand",
+    examples=("mmray saliency runs/llava", "mmray saliency --model demo --image dog.png --word dog --out dog.html"),
+)
 @with_settings(SaliencySettings)
 def saliency(
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="Folder of a run; without it, --model and --image.")
+        str | None, typer.Argument(metavar="RUN", help="Folder of a run; without it, --model and --image.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Checkpoint folder, hub id or demo, for a single picture.")] = None,
     image: Annotated[Path | None, typer.Option(help="The picture's file.")] = None,
@@ -30,7 +33,7 @@ def saliency(
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
-    """Show where in an image a word comes from, or measure over a run how well each method's maps point at objects."""
+    """Show where in an image a word comes from, or measure it over a run."""
     # One command for both, because both answer where a word comes from, with the same options of methods.
     if run is None:
         if model is None or image is None or word is None:

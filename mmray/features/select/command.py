@@ -20,7 +20,7 @@ from mmray.terminal.options import (
 )
 
 
-@app.command()
+@app.command(group="Understand", examples=("mmray select runs/llava dog", "mmray select runs/llava dog cat --k 100"))
 @with_settings(SelectionSettings)
 def select(
     run: RunArgument,
@@ -28,7 +28,7 @@ def select(
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
-    """Choose neurons whose joint removal suppresses a noun and keeps others. Best after --score effect."""
+    """Choose neurons whose joint removal suppresses a noun and keeps others."""
     from mmray.features.census.view import concept_title, ranking
     from mmray.features.select.job import SelectionJob, selections
     from mmray.runs.run import open_run

@@ -21,10 +21,16 @@ from mmray.terminal.options import (
 )
 
 
-@app.command()
+@app.command(
+    group="Understand",
+    examples=(
+        "mmray selectivity runs/llava --by language",
+        "mmray selectivity runs/llava --by domain --method contribution --interventions",
+    ),
+)
 @with_settings(SelectivitySettings)
 def selectivity(run: RunArgument, as_json: AsJson = False, **settings: Any) -> None:
-    """Choose the neurons of each language, domain or other label, compare with chance, zero them, and steer by them."""
+    """Choose the neurons of each language, domain or other label, and test them."""
     from mmray.features.selectivity.driver import run_selectivity
     from mmray.features.selectivity.view import analysis
 

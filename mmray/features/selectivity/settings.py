@@ -35,23 +35,23 @@ class SumsSettings(JobSettings):
     by: str = "language"
     """Label of a sample: language, domain, or a column that the census got as --label-column."""
     method: Method = "lape"
-    """lape: lowest entropy of the probability to be active (LAPE, or DAPE for domains);
-    contribution: highest mean contribution to a label's tokens compared with any other label's."""
+    """How a label's neurons are chosen. lape: lowest entropy of the probability to be active (LAPE, or DAPE for
+    domains); contribution: highest mean contribution to a label's tokens compared with any other label's."""
     module: Module = "language"
-    """Neurons of the language decoder, the vision tower or the projector; contribution: language only."""
+    """Module of the neurons. contribution: language only."""
     modality: Modality = "text"
-    """Tokens at which activity is counted; always image for other modules, and text for contribution."""
+    """Tokens at which activity is counted. Always image for other modules, and text for contribution."""
     balance: bool = False
     """Select from about the same number of tokens per label."""
     samples: int | None = Field(None, ge=1)
     """Select from the first N samples of the run; default: all."""
     permutations: int = Field(20, ge=0)
-    """Times that labels are shuffled over the samples, to measure what chance selects."""
+    """Times that labels are shuffled, to measure what chance selects."""
     bootstraps: int = Field(20, ge=0)
-    """Times that samples are drawn again, to measure how stable the selection is."""
+    """Times that samples are drawn again, to measure stability."""
     held_out: float = Field(0.25, gt=0, lt=1)
-    """Fraction of the images that the selection does not see, if --interventions, --steer or --stages test it. Later
-    calls with the same settings don't see them either."""
+    """Fraction of the images held out for tests. The selection does not see them if --interventions, --steer or
+    --stages test it. Later calls with the same settings don't see them either."""
     seed: int = 0
     """Seed of all random draws."""
     batch_size: int = execution(32, ge=1)
@@ -62,28 +62,28 @@ class SelectivitySettings(SumsSettings):
     """Settings of `mmray selectivity`: how neurons are chosen from the sums, and how they are tested."""
 
     rate: float = Field(RATE, gt=0, le=1)
-    """Fraction of the neurons that is chosen: of all by lape, per label by contribution."""
+    """Fraction of the neurons that is chosen. Of all by lape, per label by contribution."""
     bar: float = Field(BAR, gt=0, lt=1)
-    """Quantile of all probabilities that a neuron must exceed under a label to belong to it (lape)."""
+    """Quantile of all probabilities that a label's neuron must exceed. With lape only."""
     interventions: bool = False
-    """Zero each label's neurons, and as many random ones per layer, and measure held-out texts and answers."""
+    """Zero each label's neurons, and measure held-out texts and answers. Controls: as many random ones per layer."""
     questions: int = Field(1, ge=0)
     """Questions to ask per held-out sample, if the data has any."""
     steer: str | None = None
-    """FROM:TO, such as en:es: write captions with FROM's prompt, with its neurons off and TO's on."""
+    """FROM:TO, such as en:es: caption with FROM's neurons off and TO's on. The prompt is FROM's."""
     steer_neurons: Steered = "chosen"
-    """chosen: FROM's chosen neurons are zeroed and TO's are set; switch: set the neurons whose activations separate the
-    two labels best."""
+    """Neurons that --steer sets. chosen: FROM's chosen neurons are zeroed and TO's are set; switch: set the neurons
+    whose activations separate the two labels best."""
     steer_share: float = Field(0.25, gt=0, le=1)
     """Fraction of all neurons that --steer-neurons switch sets."""
     steer_values: Values = "course"
-    """Value to set: TO's mean at the same token of an answer (course), or over all tokens (mean)."""
+    """Value that --steer sets. TO's mean at the same token of an answer (course), or over all tokens (mean)."""
     steer_factor: float = Field(2.0, gt=0)
     """Factor that multiplies that mean."""
     steer_positions: Positions = "answer"
-    """Positions to set: from the one that predicts the answer's first token on, or all, image included."""
+    """Positions that --steer sets. From the one that predicts the answer's first token on, or all, image included."""
     stages: bool = False
-    """Read every layer by the logit lens, as it is and with each label's neurons zeroed."""
+    """Read every layer by the logit lens. As it is, and with each label's neurons zeroed."""
 
     @property
     def tests(self) -> bool:
