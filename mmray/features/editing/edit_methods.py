@@ -53,4 +53,5 @@ else:
 def methods_help() -> str:
     """Return the definition of every method, for the help of `--method`."""
     only = " (only to suppress)"
-    return "; ".join(f"{name}: {method.definition}{only * method.closed_form}" for name, method in EDIT_METHODS.items())
+    definitions = (f"{name}: {method.definition}{only * method.closed_form}" for name, method in EDIT_METHODS.items())
+    return f"How the rows of W_out are changed. {'; '.join(definitions)}"

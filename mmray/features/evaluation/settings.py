@@ -18,47 +18,46 @@ class MeasureSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     batch_size: int = execution(32, ge=1)
-    """Images per forward pass; halved automatically if memory runs out."""
+    """Images per forward pass. Halved automatically if memory runs out."""
     prompt: str | None = None
-    """Question before captions; default: the run's, else "Describe the image in few words." in the caption's
+    """Question before captions; default: the run's. If it has none, "Describe the image in few words." in the caption's
     language."""
     text_questions: str | None = known_by_digest(None)
-    """File of questions without an image, one per line, with a tab and the expected answer after it; default: questions
-    about the data's objects."""
+    """File of questions without an image; default: about the data's objects. One per line, with a tab and the expected
+    answer after it."""
     text_count: int = Field(200, ge=0)
-    """Number of questions without an image to draw from those about the data's objects."""
+    """Questions without an image to draw from those about objects."""
     longest: int = Field(LONGEST, ge=1)
-    """Most tokens in a caption or an answer; longer ones are cut off. CHAIR is usually reported at 64 or 512."""
+    """Most tokens in a caption or an answer. Longer ones are cut off. CHAIR is usually reported at 64 or 512."""
     ground_truth: GroundTruth | None = None
-    """Which objects are in an image, for CHAIR, POPE and hallucination: instances (annotated), captions (named by the
-    data's captions), or union (published). Default: union where the data has objects and lists each image's captions
-    (COCO, a column of lists), else instances. Captions in several rows are matched by their image, which is read an
-    extra time."""
+    """Source of the objects in an image, for CHAIR, POPE and hallucination. instances: annotated; captions: named by
+    the data's captions; union: both, as published. Default: union where the data has objects and lists each image's
+    captions (COCO, a column of lists), else instances. Captions in several rows are matched by their image, which is
+    read an extra time."""
     synonyms: str | None = known_by_digest(None)
-    """Words that count as an object: coco (a table of COCO's 80 objects, with CHAIR's rules), none, or a file: JSON of
-    object → synonyms, or lines as in CHAIR's synonyms.txt. All objects listed are searched for. Default: coco if every
-    object of the data is one of COCO's, else none."""
+    """Words that count as an object: coco, none, or a file. coco: a table of COCO's 80 objects, with CHAIR's rules;
+    file: JSON of object → synonyms, or lines as in CHAIR's synonyms.txt. All objects listed are searched for. Default:
+    coco if every object of the data is one of COCO's, else none."""
     pope_objects: int = Field(1, ge=0)
-    """Present objects per image that POPE asks about, and as many absent ones per strategy (published: 3);
-    0: no POPE."""
+    """Present objects per image that POPE asks about; 0: no POPE. As many absent ones per strategy; published: 3."""
     pope_positives: Positives = "drawn"
-    """Which present objects POPE asks about: drawn (random, of every image) or first (an image's first ones, only
-    of images with enough; as published)."""
+    """Which present objects POPE asks about. drawn: random ones of every image; first: an image's first ones, only of
+    images with enough, as published."""
     pope_adversarial: Adversarial = "object"
-    """POPE's adversarial objects co-occur most with the object asked about (as published), or with all objects of the
+    """What POPE's adversarial objects co-occur with. object: the one asked about, as published; image: all of the
     image."""
     pope_parser: Parser = "sentences"
-    """How POPE reads an answer: sentences (the first sentence that says yes or no, denies or affirms), or released (no
-    where the first sentence has No, no or not, else yes)."""
+    """How POPE reads an answer. sentences: by the first sentence that says yes or no, denies or affirms; released: no
+    where the first sentence has No, no or not, else yes."""
     encoder: str | None = known_by_digest(None)
-    """Folder of a text encoder for BERTScore-style similarity to the data's captions; default: not measured."""
+    """Folder of a text encoder for BERTScore-style similarity. To the data's captions; without it, not measured."""
     detector: str | None = known_by_digest(None)
-    """Detector that checks whether named objects are there, and that no edit of neurons changes: on the model's own
-    tower (`demo`, or a folder of heads), or an OWL-ViT or OWLv2 (folder or hub id); default: none."""
+    """Detector that checks whether named objects are there; default: none. No edit of neurons changes it. On the
+    model's own tower: `demo`, or a folder of heads; or an OWL-ViT or OWLv2, a folder or hub id."""
     bleu: bool | None = None
-    """Measure sacrebleu against the data's captions; default: if sacrebleu is installed."""
+    """Measure sacrebleu; default: if sacrebleu is installed. Against the data's captions."""
     mmedit: str | None = known_by_digest(None)
-    """E-VQA or E-IC JSON of MMEdit, as published: also measure on its records."""
+    """E-VQA or E-IC JSON of MMEdit to measure on as well."""
     mmedit_images: str | None = known_by_digest(None)
     """Folder of the images that the records name; default: the folder of the JSON."""
     draws: int = after_work(1000, ge=1)
@@ -75,12 +74,11 @@ class EvaluationSettings(JobSettings, MeasureSettings):
     edit: str = known_by_digest()
     """Folder of the edit."""
     data: str = known_by_digest()
-    """Data to measure on: `demo`, Parquet file, folder or glob, WebDataset tars, image folder with metadata, COCO
-    captions JSON, or `hf:NAME[:SPLIT]`; local or s3://."""
+    """Data to measure on, in any form that a census takes."""
     limit: int | None = Field(None, ge=1)
-    """Use the first N samples only; all by default."""
+    """Use the first N samples only; default: all."""
     shard_size: int = Field(100, ge=1)
-    """Samples per shard: the unit of work, and what a crash costs."""
+    """Samples per shard. A shard is the unit of work, and what a crash costs."""
     image_column: str | None = None
     """Column of the image; default: the run's."""
     caption_column: str | None = None
@@ -90,7 +88,7 @@ class EvaluationSettings(JobSettings, MeasureSettings):
     language_column: str | None = None
     """Column of the caption's language; default: the run's."""
     objects_column: str | None = None
-    """Column with the list of objects in the image; default: the run's."""
+    """Column of the objects in the image; default: the run's."""
 
 
 def evaluation_settings(values: dict[str, Any]) -> EvaluationSettings:
