@@ -48,6 +48,8 @@ class UnitResult:
     """The unit's parts."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Skipped samples by reason."""
+    notes: Sequence[str] = ()
+    """Why it took longer than it could have, one line each, for `mmray status`."""
 
 
 @dataclass(frozen=True)

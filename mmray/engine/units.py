@@ -178,7 +178,8 @@ def _run_and_commit(folder: RunFolder, number: int, unit: Unit, worker: Worker, 
         result = worker(unit)
     tables = {"errors": ERRORS.empty_table(), **result.tables}
     seconds = time.perf_counter() - began
-    return folder.commit_shard(number, tables, unit.size, seconds, result.skipped, {**before, **phases}, peak_memory())
+    spent = {**before, **phases}
+    return folder.commit_shard(number, tables, unit.size, seconds, result.skipped, spent, peak_memory(), result.notes)
 
 
 def _is_fault_of_unit(error: Exception) -> bool:

@@ -18,7 +18,6 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from PIL.Image import Image
 from torch import Tensor
 
@@ -53,31 +52,59 @@ CAUSAL_TYPE = {"paligemma": 1}
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """Positions `[start, stop)` of one row that hold one modality: `image`, or `text` for the caption."""
+    """Positions `[start, stop)` of one sample's sequence with one modality: `image`, or `text` for the caption."""
 
     row: int
+    """The sample's number in the batch."""
     start: int
     stop: int
     modality: str
 
 
 @dataclass(frozen=True)
+class Path:
+    """Where one sample's sequence is, if samples share rows."""
+
+    row: int
+    positions: list[int]
+    """Position in the row of each token of the sequence, prompt first."""
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Inputs of one forward, and where each row's caption and image are in it."""
+    """Inputs of one forward, and where each sample's caption and image are in it.
+
+    Positions are those in the sample's own unpadded sequence, also where samples share a row; `flat` gives the place in
+    the row.
+    """
 
     inputs: dict[str, Tensor]
     positions: int
     """Length of the rows."""
     caption_start: list[int]
-    """Per row, the position of the first caption token."""
+    """Per sample, the position of the first caption token."""
     tokens: list[list[int]]
-    """Per row, the caption's token ids."""
+    """Per sample, the caption's token ids."""
     offsets: list[list[tuple[int, int]]]
-    """Per row, the characters `(start, stop)` of the caption that each token covers."""
+    """Per sample, the characters `(start, stop)` of the caption that each token covers."""
     spans: list[TokenSpan]
+    paths: list[Path] | None = None
+    """Per sample, if samples share rows; None: each has the row of its own number."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return row_count(len(self.tokens), self.paths)
+
+    def flat(self, row: int, position: int) -> int:
+        """Return the index into (row, position), flattened, of a position of a sample's sequence."""
+        if self.paths is None:
+            return row * self.positions + position
+        path = self.paths[row]
+        return path.row * self.positions + path.positions[position]
 
     def image_positions(self, row: int) -> list[int]:
-        """Return the positions of a row's image tokens."""
+        """Return the positions of a sample's image tokens."""
         spans = (span for span in self.spans if span.row == row and span.modality == "image")
         return [position for span in spans for position in range(span.start, span.stop)]
 
@@ -87,6 +114,11 @@ class Batch:
             name: value.to(device, dtype if value.is_floating_point() else value.dtype, non_blocking=True)
             for name, value in self.inputs.items()
         }
+
+
+def row_count(samples: int, paths: Sequence[Path] | None) -> int:
+    """Return the rows of a batch of so many samples."""
+    return samples if paths is None else 1 + paths[-1].row
 
 
 def prompt_text(
@@ -161,7 +193,8 @@ def encode(
     for name, value in features.items():
         aligned = value.shape[:2] == prompt_shape and name in CAPTION_VALUES
         inputs[name] = _extend(model, name, value, lengths, tokens, total) if aligned else value
-    spans = _spans(model, inputs["input_ids"], lengths, tokens)
+    before = [row[:length] for row, length in zip(features["input_ids"].tolist(), lengths, strict=True)]
+    spans = spans_of(model, before, tokens)
     return Batch(inputs, total, lengths, list(tokens), list(offsets), spans)
 
 
@@ -234,15 +267,13 @@ def _encode_decoder(
     return Batch(inputs, total, [1] * len(tokens), list(tokens), list(offsets), spans)
 
 
-def _spans(
-    model: LoadedModel, ids: Int[Tensor, "row position"], lengths: list[int], tokens: Sequence[list[int]]
-) -> list[TokenSpan]:
+def spans_of(model: LoadedModel, prompts: Sequence[list[int]], tokens: Sequence[list[int]]) -> list[TokenSpan]:
+    """Return the spans of samples' images and captions, given the tokens of prompts and captions."""
     spans, image_token = [], model.parts.image_token_id if model.parts.image_in_sequence else None
-    for row, (length, caption) in enumerate(zip(lengths, tokens, strict=True)):
-        # No token id is -1.
-        is_image = ids[row, :length].eq(-1 if image_token is None else image_token).tolist()
-        for image, group in groupby(range(length), key=is_image.__getitem__):
-            if image:
+    for row, (prompt, caption) in enumerate(zip(prompts, tokens, strict=True)):
+        length = len(prompt)
+        for token, group in groupby(range(length), key=prompt.__getitem__):
+            if token == image_token:
                 positions = list(group)
                 spans.append(TokenSpan(row, positions[0], positions[-1] + 1, "image"))
         spans.append(TokenSpan(row, length, length + len(caption), "text"))

@@ -74,7 +74,7 @@ def cache_activations(
         yield cache
     # Without an image Mllama skips its cross-attention blocks: their neurons are zero.
     for layer in sorted(set(range(len(model.widths))) - set(cache.activations)):
-        zeros = cache.hidden.new_zeros(len(batch.tokens) * batch.positions, model.widths[layer])
+        zeros = cache.hidden.new_zeros(batch.rows * batch.positions, model.widths[layer])
         receive(layer, zeros, zeros)
 
 

@@ -1,7 +1,7 @@
 """Activity of the vision tower's or the projector's neurons, counted in the census' own forward.
 
 All image positions that the module computes count, including a class token, but no padding. Prompt and caption never
-reach these modules.
+reach these modules. As in the language decoder, an image of several samples counts once per label.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ModuleActivity:
         batch has to be split into single samples.
         """
         # Rows of all images are concatenated, without any mark of where one ends.
-        if self.projections and len(batch.tokens) > 1 and not uniform(batch):
+        if self.projections and batch.rows > 1 and not uniform(batch):
             raise ValueError("images of different sizes share no batch with --module vision or projector")
         self._captured, self._batch = [], batch
         try:
@@ -56,15 +56,15 @@ class ModuleActivity:
         if not self._captured:
             self._forget()
 
-    def count(self, labels: Sequence[dict[str, str]]) -> list[int]:
+    def count(self, labels: Sequence[dict[str, str]], images: Sequence[str | None]) -> list[int]:
         """Reduce the captured batch, to count once `commit` is called; nothing for a batch without images.
 
-        Returns per sample how many neurons have sums that are not finite.
+        `images` are the images' digests. Returns per sample how many neurons have sums that are not finite.
         """
         if self._batch is None:
             return [0] * len(labels)
-        spans = image_spans(self.model, self._batch, len(self._captured[0][1]) // len(labels))
-        self.statistics.begin(labels, spans)
+        spans = image_spans(self.model, self._batch, len(self._captured[0][1]) // self._batch.rows)
+        self.statistics.begin(labels, spans, images, self._batch.paths)
         for layer, activation, gate in self._captured:
             self.statistics.add(layer, activation.detach(), gate.detach())
         return self.statistics.non_finite()
@@ -84,11 +84,12 @@ class ModuleActivity:
 
 
 def image_spans(model: LoadedModel, batch: Batch, positions: int) -> list[TokenSpan]:
-    """Return which of a module's rows, `positions` per sample, are the image's own: all, except for padded tiles."""
+    """Return which of a module's positions, so many per image, are each sample's image's: all but padded tiles."""
     vision = getattr(model.network.config, "vision_config", None)
     mask = batch.inputs.get(TILED.get(getattr(vision, "model_type", ""), ""))
     if vision is None or mask is None:
         return [TokenSpan(row, 0, positions, "image") for row in range(len(batch.tokens))]
+    # Mllama's samples never share a row.
     tiles = mask.flatten(1)
     # A tile's rows are its class token and patches, then padding.
     rows, patches = positions // tiles.shape[1], 1 + (vision.image_size // vision.patch_size) ** 2
@@ -96,11 +97,11 @@ def image_spans(model: LoadedModel, batch: Batch, positions: int) -> list[TokenS
 
 
 def uniform(batch: Batch) -> bool:
-    """Return whether every sample of a batch has as many rows in the vision tower as the next."""
+    """Return whether every image of a batch has as many positions in the vision tower as the next."""
     inputs: Mapping[str, Tensor] = batch.inputs
     sizes = [inputs[name] for name in SIZES if name in inputs]
-    if any(len(size) != len(batch.tokens) or bool((size != size[:1]).any()) for size in sizes):
+    if any(len(size) != batch.rows or bool((size != size[:1]).any()) for size in sizes):
         return False
     pixels = inputs.get("pixel_values")
     # Qwen lists the patches of all images, and their grids tell them apart. Else the first dimension is the samples.
-    return pixels is None or "image_grid_thw" in inputs or len(pixels) == len(batch.tokens)
+    return pixels is None or "image_grid_thw" in inputs or len(pixels) == batch.rows

@@ -1,12 +1,14 @@
 """What each neuron does over all tokens: activity by label and modality, and its most extreme samples.
 
-Image and caption tokens count. Padding, special tokens and the prompt (the same in every sample) do not.
+Image and caption tokens count. Padding, special tokens and the prompt (the same in every sample) do not. An image that
+several samples of the shard show counts once per label: in the first of them that has it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +16,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from mmray.models.prompting import TokenSpan
+from mmray.models.prompting import Path, TokenSpan, row_count
 from mmray.neurons.tables import STATISTICS
 
 MODALITIES = ("image", "text")
@@ -37,7 +39,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Span:
-    """Positions `[start, stop)` that contain all tokens of one modality, of all samples of a batch."""
+    """Positions `[start, stop)` that contain all tokens of one modality, of some or all samples of a batch."""
 
     start: int
     stop: int
@@ -45,20 +47,52 @@ class Span:
     """1 where the position holds such a token."""
     outside: Float[Tensor, "sample position 1"] | None
     """-inf where it does not, else 0; None if every position holds one."""
+    samples: Int[Tensor, " sample"] | None = None
+    """Their numbers in the batch; None: all samples."""
+    rows: Int[Tensor, " sample"] | None = None
+    """Their rows; None: one each, in order."""
+    columns: Int[Tensor, "sample position"] | None = None
+    """Places of the positions in the row; None: the positions themselves."""
 
     def to(self, device: torch.device) -> Span:
         """Return the span with its tensors on the device."""
-        outside = None if self.outside is None else self.outside.to(device)
-        return Span(self.start, self.stop, self.mask.to(device), outside)
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+    def read(self, values: Float[Tensor, "row place neuron"], part: slice) -> Float[Tensor, "sample position neuron"]:
+        """Return the values of some of the samples; a view where rows are read as they are."""
+        if self.columns is not None and self.rows is not None:
+            return values[self.rows[part, None], self.columns[part]]
+        return values[part if self.rows is None else self.rows[part], self.start : self.stop]
+
+    def along(
+        self,
+        values: Float[Tensor, "row place neuron"],
+        samples: Int[Tensor, " n"],
+        neurons: Int[Tensor, " n"],
+        signs: Float[Tensor, " n"],
+    ) -> Float[Tensor, "n position"]:
+        """Return one neuron's values times a sign at the positions of one sample each; -inf outside the modality."""
+        own = samples if self.samples is None else torch.searchsorted(self.samples, samples)
+        rows = own if self.rows is None else self.rows[own]
+        places = torch.arange(self.start, self.stop, device=values.device)[None]
+        found = values[rows[:, None], places if self.columns is None else self.columns[own], neurons[:, None]].float()
+        found *= signs[:, None]
+        return found if self.outside is None else found + self.outside[own, :, 0]
 
 
 @dataclass(frozen=True)
 class _Batch:
     """A batch between `begin` and `commit`."""
 
+    rows: int
     token_spans: list[TokenSpan]
-    membership: Float[Tensor, "label sample"]
-    """1 where a sample has a label."""
+    membership: Float[Tensor, "modality label sample"]
+    """1 where a sample has a label, and for images where none before it showed the same image under the label."""
+    shown: set[tuple[int, int]]
+    """Pairs of label and image number that count for the first time."""
     spans: list[Span]
     images: Int[Tensor, " sample"]
     """Image number of each sample of the shard so far; the batch's own come last."""
@@ -70,7 +104,9 @@ class _Batch:
     """Per layer, how many neurons have sums over a sample's tokens that are not finite."""
     moved: dict[torch.device, tuple[Tensor, list[Span], Tensor]] = field(default_factory=dict)
 
-    def on(self, device: torch.device) -> tuple[Float[Tensor, "label sample"], list[Span], Int[Tensor, " sample"]]:
+    def on(
+        self, device: torch.device
+    ) -> tuple[Float[Tensor, "modality label sample"], list[Span], Int[Tensor, " sample"]]:
         """Return membership, spans and images on a device; moved once per device that holds layers."""
         if device not in self.moved:
             spans = [span.to(device) for span in self.spans]
@@ -93,7 +129,8 @@ class TokenStatistics:
         self.extremes: dict[int, _Extremes] = {}
         self.images: list[int] = []
         self._numbers: dict[str, int] = {}
-        self._batch = _Batch([], torch.zeros(0, 0), [], torch.zeros(0))
+        self._shown: set[tuple[int, int]] = set()
+        self._batch = _Batch(0, [], torch.zeros(len(MODALITIES), 0, 0), set(), [], torch.zeros(0))
 
     @property
     def samples(self) -> int:
@@ -101,39 +138,49 @@ class TokenStatistics:
         return len(self.images)
 
     def begin(
-        self, labels: Sequence[dict[str, str]], spans: Sequence[TokenSpan], images: Sequence[str | None] | None = None
+        self,
+        labels: Sequence[dict[str, str]],
+        spans: Sequence[TokenSpan],
+        images: Sequence[str | None] | None = None,
+        paths: Sequence[Path] | None = None,
     ) -> None:
         """Announce a batch: its samples' labels by kind, the spans of images and captions, and the images' digests.
 
-        A sample without a digest counts as an image of its own.
+        A sample without a digest counts as an image of its own. Samples that share rows have `paths`.
         """
         members = [
             [self.labels.setdefault(pair, len(self.labels)) for pair in (("all", "all"), *kinds.items())]
             for kinds in labels
         ]
-        # A matrix: one product adds samples up by label.
-        membership = torch.zeros(len(self.labels), len(labels))
-        for row, indices in enumerate(members):
-            membership[indices, row] = 1
-        numbers = self.images + [
+        own = [
             # Negative: numbers of digests count from zero.
             self._numbers.setdefault(image, len(self._numbers)) if image is not None else -1 - number
             for number, image in enumerate(images or [None] * len(labels), self.samples)
         ]
-        self._batch = _Batch(list(spans), membership, token_spans(spans, len(labels)), torch.tensor(numbers))
+        # Matrices: one product adds samples up by label.
+        membership = torch.zeros(len(MODALITIES), len(self.labels), len(labels))
+        shown: set[tuple[int, int]] = set()
+        for row, (image, indices) in enumerate(zip(own, members, strict=True)):
+            new = {(label, image) for label in indices} - self._shown - shown
+            shown |= new
+            membership[MODALITIES.index("image"), [label for label, _ in new], row] = 1
+            membership[MODALITIES.index("text"), indices, row] = 1
+        counted = membership.any(dim=1)
+        kept = [span for span in spans if counted[MODALITIES.index(span.modality), span.row]]
+        numbers, rows = torch.tensor([*self.images, *own]), row_count(len(labels), paths)
+        self._batch = _Batch(rows, kept, membership, shown, token_spans(kept, len(labels), paths), numbers)
 
     @torch.inference_mode()
     def add(self, layer: int, activation: Float[Tensor, "row neuron"], gate: Float[Tensor, "row neuron"]) -> None:
         """Reduce one layer of the announced batch; a neuron is active where its gate is positive."""
         batch = self._batch
-        rows = batch.membership.shape[1]
-        values, gates = (part.reshape(rows, -1, part.shape[-1]) for part in (activation, gate))
+        values, gates = (part.reshape(batch.rows, -1, part.shape[-1]) for part in (activation, gate))
         membership, spans, images = batch.on(values.device)
         by_sample, reached = reduce_tokens(values, gates, spans)
         # The squares show both: values that are not finite, and those whose square overflows fp32.
         batch.non_finite.append((~by_sample[:, 2].sum(0).isfinite()).sum(1))
         # fp64 from here on: sums over millions of tokens must not depend on their order.
-        by_label = (membership @ by_sample).double()
+        by_label = (membership[:, None] @ by_sample).double()
         if layer not in self.extremes:
             self.extremes[layer] = _Extremes(self.widths[layer], values.device)
         batch.layers.append((layer, by_label, *self.extremes[layer].improved(values, reached, spans, images)))
@@ -154,9 +201,11 @@ class TokenStatistics:
                     before = sums[layer]
                     sums[layer] = added if before is None else before.add_(added)
         for span in batch.token_spans:
-            for label in batch.membership[:, span.row].nonzero()[:, 0].tolist():
+            counting = batch.membership[MODALITIES.index(span.modality), :, span.row]
+            for label in counting.nonzero()[:, 0].tolist():
                 key = (label, span.modality)
                 self.tokens[key] = self.tokens.get(key, 0) + span.stop - span.start
+        self._shown |= batch.shown
         self.images = batch.images.tolist()
 
     def activity_table(self, module: str = "language") -> pa.Table:
@@ -198,20 +247,42 @@ class TokenStatistics:
         return pa.Table.from_pylist(rows, schema=STATISTICS["examples"])
 
 
-def token_spans(token_spans: Iterable[TokenSpan], rows: int) -> list[Span]:
-    """Return the batch's span of each of MODALITIES; empty if it has no such token."""
+def token_spans(token_spans: Iterable[TokenSpan], samples: int, paths: Sequence[Path] | None = None) -> list[Span]:
+    """Return the batch's span of each of MODALITIES; empty if it has no such token.
+
+    Those of images leave out samples without one, if there are any with one.
+    """
     spans = []
     by_modality: dict[str, list[TokenSpan]] = {modality: [] for modality in MODALITIES}
     for part in token_spans:
         by_modality[part.modality].append(part)
-    for parts in by_modality.values():
+    for modality, parts in by_modality.items():
         start = min((part.start for part in parts), default=0)
         stop = max((part.stop for part in parts), default=0)
-        mask = torch.zeros(rows, stop - start)
+        own = sorted({part.row for part in parts}) if parts and modality == "image" else list(range(samples))
+        number = {sample: index for index, sample in enumerate(own)}
+        mask = torch.zeros(len(own), stop - start)
         for part in parts:
-            mask[part.row, part.start - start : part.stop - start] = 1
+            mask[number[part.row], part.start - start : part.stop - start] = 1
         outside = None if mask.all() else torch.where(mask > 0, 0.0, -torch.inf)[:, :, None]
-        spans.append(Span(start, stop, mask[:, None], outside))
+        rows, columns = own if paths is None else [paths[sample].row for sample in own], None
+        if paths is not None and modality == "text":
+            columns = torch.zeros(len(own), stop - start, dtype=torch.long)
+            for index, sample in enumerate(own):
+                places = paths[sample].positions[start:stop]
+                columns[index, : len(places)] = torch.tensor(places)
+        as_they_are = columns is None and rows == list(range(row_count(samples, paths)))
+        spans.append(
+            Span(
+                start,
+                stop,
+                mask[:, None],
+                outside,
+                samples=None if len(own) == samples else torch.tensor(own),
+                rows=None if as_they_are else torch.tensor(rows),
+                columns=columns,
+            )
+        )
     return spans
 
 
@@ -220,20 +291,27 @@ def reduce_tokens(
     gates: Float[Tensor, "sample position neuron"],
     spans: Sequence[Span],
 ) -> tuple[Float[Tensor, "modality 3 sample neuron"], Float[Tensor, "modality sample side"]]:
-    """Reduce over the spans' tokens in fp32: (active tokens, sum, sum of squares), and (maximum, negated minimum)."""
+    """Reduce over the spans' tokens in fp32: (active tokens, sum, sum of squares), and (maximum, negated minimum).
+
+    A sample that a span leaves out has sums of 0 and extremes of -inf there.
+    """
     # A few samples at a time: a whole layer does not fit a CPU's cache, and a copy of it for the squares may not fit
     # the GPU. Sums are products with the mask, which is faster than indexing.
-    rows, _, width = values.shape
-    sums = values.new_zeros(len(spans), 3, rows, 1, width, dtype=torch.float32)
-    reached = values.new_full((len(spans), rows, 2 * width), -torch.inf, dtype=torch.float32)
+    width = values.shape[2]
+    samples = max(len(span.mask) for span in spans)
+    sums = values.new_zeros(len(spans), 3, samples, 1, width, dtype=torch.float32)
+    reached = values.new_full((len(spans), samples, 2 * width), -torch.inf, dtype=torch.float32)
     together = (CACHED * torch.get_num_threads() if values.device.type == "cpu" else COPIED) // width
-    for span, (active, total, squares), extremes in zip(spans, sums, reached, strict=True):
-        length = span.stop - span.start
+    for span, all_sums, all_extremes in zip(spans, sums, reached, strict=True):
+        length, own, summed, extremes = span.stop - span.start, len(span.mask), all_sums, all_extremes
+        if span.samples is not None:
+            summed, extremes = all_sums[:, :own].clone(), all_extremes[:own].clone()
+        active, total, squares = summed
         step = max(1, together // max(1, length))
-        buffer = values.new_empty(min(step, rows), length, width, dtype=torch.float32)
-        for first in range(0, rows if length else 0, step):
+        buffer = values.new_empty(min(step, own), length, width, dtype=torch.float32)
+        for first in range(0, own if length else 0, step):
             part = slice(first, first + step)
-            wide, mask = values[part, span.start : span.stop].float(), span.mask[part]
+            wide, mask = span.read(values, part).float(), span.mask[part]
             scratch = buffer[: len(wide)]
             torch.bmm(mask, wide, out=total[part])
             above = below = wide
@@ -242,7 +320,10 @@ def reduce_tokens(
             torch.amax(above, 1, out=extremes[part, :width])
             torch.neg(torch.amin(below, 1), out=extremes[part, width:])
             torch.bmm(mask, torch.mul(wide, wide, out=scratch), out=squares[part])
-            torch.bmm(mask, torch.gt(gates[part, span.start : span.stop], 0, out=scratch), out=active[part])
+            torch.bmm(mask, torch.gt(span.read(gates, part), 0, out=scratch), out=active[part])
+        if span.samples is not None:
+            all_sums.index_copy_(1, span.samples, summed)
+            all_extremes.index_copy_(0, span.samples, extremes)
     return sums[:, :, :, 0], reached
 
 
@@ -285,13 +366,11 @@ class _Extremes:
         sample[rank, column] = (row + first).int()
         # Positions are looked up only for the few samples that enter a ranking.
         for span, extremes in zip(spans, reached, strict=True):
-            here = (extremes[row, sides[column]] == activation[rank, column]).nonzero()[:, 0]
+            found = activation[rank, column]
+            here = ((extremes[row, sides[column]] == found) & (found > -torch.inf)).nonzero()[:, 0]
             if len(here):
                 side = sides[column[here]]
-                along = values[:, span.start : span.stop][row[here], :, side % width].float()
-                along *= 1.0 - 2.0 * (side >= width)[:, None]
-                if span.outside is not None:
-                    along += span.outside[row[here], :, 0]
+                along = span.along(values, row[here], side % width, 1.0 - 2.0 * (side >= width))
                 position[rank[here], column[here]] = (span.start + along.argmax(dim=1)).int()
         return sides, Best(activation, sample, position)
 

@@ -16,10 +16,12 @@ from mmray.neurons.concepts import Mention
 
 @dataclass(frozen=True)
 class TokenPosition:
-    """One occurrence of a concept in a batch: the row, the position whose output predicts the token, and the token."""
+    """One occurrence of a concept in a batch: the position whose output predicts the token, and the token."""
 
     row: int
+    """The sample's number in the batch."""
     position: int
+    """In the sample's own unpadded sequence."""
     token: int
     concept: str
     sample_id: str
@@ -50,7 +52,7 @@ def locate_mentions(
 def positions_of(
     batch: Batch, named: Sequence[tuple[str, Sequence[Mention]]], *, every: bool = False
 ) -> list[TokenPosition]:
-    """Return the positions of all rows; `named` has each row's sample id and mentions. See `locate_mentions`."""
+    """Return all samples' positions; `named` has each one's sample id and mentions. See `locate_mentions`."""
     return [
         occurrence
         for row, (sample_id, mentions) in enumerate(named)
@@ -60,12 +62,12 @@ def positions_of(
 
 def flat_positions(batch: Batch, positions: Sequence[TokenPosition]) -> Int[Tensor, " position"]:
     """Return the positions as indices into (row, position), flattened."""
-    flat = [occurrence.row * batch.positions + occurrence.position for occurrence in positions]
+    flat = [batch.flat(occurrence.row, occurrence.position) for occurrence in positions]
     return torch.tensor(flat, dtype=torch.long)
 
 
 def rank_in_row(positions: Sequence[TokenPosition]) -> list[int]:
-    """Return how many positions of the same row come before each one."""
+    """Return how many positions of the same sample come before each one."""
     seen: Counter[int] = Counter()
     ranks = []
     for occurrence in positions:

@@ -23,7 +23,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -289,10 +289,11 @@ class RunFolder:
         skipped: Mapping[str, int] = MappingProxyType({}),
         phases: Mapping[str, float] = MappingProxyType({}),
         memory: Mapping[str, int] = MappingProxyType({}),
+        notes: Sequence[str] = (),
     ) -> Receipt:
         """Write the shard's parts, then its receipt; return the receipt that counts, perhaps that of another attempt.
 
-        `phases` are seconds per phase of the work, `memory` the worker's peak in bytes.
+        `phases` are seconds per phase of the work, `memory` the worker's peak in bytes, `notes` lines for the status.
         """
         token, began = uuid4().hex[:8], time.perf_counter()
         parts = {name: f"shards/{shard_id:06d}/{token}-{name}.parquet" for name in tables}
@@ -310,6 +311,7 @@ class RunFolder:
             checksums=checksums,
             phases={name: round(spent, 3) for name, spent in {**phases, "commit": time.perf_counter() - began}.items()},
             memory=dict(memory),
+            notes=list(notes),
         )
         self._check_not_replaced()
         if self.store.commit(f"receipts/{shard_id:06d}.json", receipt.to_json()):

@@ -38,6 +38,8 @@ class Receipt:
     """Seconds per phase: those that the job times (read, forward, …), and `AROUND`."""
     memory: dict[str, int] = field(default_factory=dict)
     """Peak bytes of the worker so far: `host`, `gpu`."""
+    notes: list[str] = field(default_factory=list)
+    """Why it took longer than it could have, one line each."""
 
     def to_json(self) -> bytes:
         """Return the bytes of the receipt's file."""
@@ -92,13 +94,15 @@ def skipped(receipts: Iterable[Receipt]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Total worker time of units, and the peak memory of the largest worker."""
+    """Total worker time of units, the peak memory of the largest worker, and why it was not less."""
 
     seconds: float
     phases: dict[str, float]
     """Seconds by phase, longest first; covers only what the job times."""
     memory: dict[str, int]
     """Peak bytes: `host`, `gpu`."""
+    notes: tuple[str, ...] = ()
+    """Different notes of the units."""
 
 
 AROUND = ("load", "wait", "commit")
@@ -109,11 +113,14 @@ NO_COST = Cost(0.0, {}, {})
 def cost(receipts: Iterable[Receipt]) -> Cost:
     """Return the total cost of these units."""
     seconds, phases, memory = 0.0, Counter[str](), Counter[str]()
+    notes: dict[str, None] = {}
     for receipt in receipts:
         seconds += receipt.seconds
         phases.update(receipt.phases)
         memory |= Counter(receipt.memory)  # the union of counters takes the maximum
-    return Cost(round(seconds, 3), {name: round(value, 3) for name, value in phases.most_common()}, dict(memory))
+        notes |= dict.fromkeys(receipt.notes)
+    by_phase = {name: round(value, 3) for name, value in phases.most_common()}
+    return Cost(round(seconds, 3), by_phase, dict(memory), tuple(notes))
 
 
 def receipts_digest(receipts: Mapping[int, Receipt]) -> str:

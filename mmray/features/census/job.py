@@ -29,6 +29,7 @@ from mmray.features.census.tables import PARTS, TABLES
 from mmray.models.loading import LoadedModel, describe_model, digest, from_anywhere, resolve
 from mmray.neurons.concepts import TAGGERS, NounSource
 from mmray.neurons.model import load_model
+from mmray.neurons.row_sharing import RowSharing
 from mmray.runs import RunFolder
 from mmray.runs.lease import Lease
 from mmray.runs.receipts import skipped
@@ -166,13 +167,13 @@ class CensusJob(ModelJob[CensusContext]):
 
     def worker_with(self, model: LoadedModel, context: CensusContext) -> Worker:
         """Return the worker that analyses a shard."""
-        source = open_data(self.settings)
+        source, sharing = open_data(self.settings), RowSharing(model)
 
         def analyse(unit: Unit) -> UnitResult:
             shard = unit.payload
-            analysis = ShardAnalysis(model, self.settings, context.nouns, shard.shard_id)
+            analysis = ShardAnalysis(model, self.settings, context.nouns, shard.shard_id, sharing)
             tables = analysis.run(read_shard(source, shard))
-            return UnitResult(tables, analysis.skipped)
+            return UnitResult(tables, analysis.skipped, sorted(analysis.notes))
 
         return analyse
 

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import compress, groupby, pairwise
 from typing import TypeAlias, TypeVar
 
 import pyarrow as pa
@@ -21,10 +21,13 @@ from mmray.features.census.settings import CensusSettings
 from mmray.features.census.tables import NEURON_ENTRY, PARTS
 from mmray.models.generation import caption_of, generate, token_text
 from mmray.models.loading import LoadedModel
+from mmray.models.packing import encode_shared
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import Batch, encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neurons.concepts import Mention, NounSource
 from mmray.neurons.module_activity import ModuleActivity
+from mmray.neurons.row_sharing import RowSharing
+from mmray.neurons.scores import SCORES
 from mmray.neurons.scoring import Scored, non_finite_rows, score_batch, whole_nouns
 from mmray.neurons.split_on_oom import FAILURES, free_memory, split_on_failure
 from mmray.neurons.statistics import TokenStatistics
@@ -56,11 +59,21 @@ Encoded: TypeAlias = tuple[list[Captioned], Batch]
 class ShardAnalysis:
     """Collects the tables of one shard, and how many of its samples were skipped, by reason."""
 
-    def __init__(self, model: LoadedModel, settings: CensusSettings, nouns: NounSource, shard_id: int) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        settings: CensusSettings,
+        nouns: NounSource,
+        shard_id: int,
+        sharing: RowSharing | None = None,
+    ) -> None:
+        """Analyse a shard. With `sharing`, captions of one image share a row where the model allows it."""
         self.model = model
         self.settings = settings
         self.nouns = nouns
         self.shard_id = shard_id
+        # Backward passes sum over the positions of rows.
+        self.sharing = None if SCORES[settings.score].backward else sharing
         self.sums = ConceptSums(model.widths)
         self.statistics = TokenStatistics(model.widths)
         self.module = ModuleActivity(model, settings.module)
@@ -69,6 +82,8 @@ class ShardAnalysis:
         self.occurrences: list[pa.Table] = []
         self.failures: list[Failure] = []
         self.skipped: Counter[str] = Counter()
+        self.notes: set[str] = set()
+        """How the shard was analysed, where it took more time than usual."""
 
     @torch.inference_mode()
     def run(self, samples: Iterable[Sample | Failure]) -> dict[str, pa.Table]:
@@ -158,16 +173,43 @@ class ShardAnalysis:
     def encoded(self, samples: Iterable[Sample]) -> Iterator[tuple[list[Captioned], Batch]]:
         """Yield batches of similar length; a thread prepares the next one while the model runs this one."""
         captioned = [found for sample in samples if (found := self._caption(sample)) is not None]
-        # Captions of similar length need little padding.
-        captioned.sort(key=lambda item: (item.sample.image is None, item.prompt, len(item.tokens)))
         with ThreadPoolExecutor(1) as pool:
             pending: deque[Future[list[Encoded]]] = deque()
-            for chunk in _chunks(captioned, self.settings.batch_size, lambda item: item.sample.image is None):
+            for chunk in self._batches(captioned):
                 pending.append(pool.submit(self._encode, chunk))
                 if len(pending) > 1:
                     yield from _await(pending.popleft())
             while pending:
                 yield from _await(pending.popleft())
+
+    def _batches(self, captioned: Sequence[Captioned]) -> Iterator[list[Captioned]]:
+        """Yield what shares a batch: captions with or without an image, in rows of their own or in shared ones."""
+        size, kinds = self.settings.batch_size, dict[tuple[bool, bool], list[list[Captioned]]]()
+        for group in self._groups(captioned):
+            kinds.setdefault((group[0].sample.image is None, len(group) > 1), []).append(group)
+        for same in kinds.values():
+            # Rows of similar length need little padding.
+            same.sort(key=lambda group: (group[0].prompt, sum(len(item.tokens) for item in group)))
+            for part in within_budget(same, len, size):
+                yield [item for group in part for item in group]
+
+    def _groups(self, captioned: Sequence[Captioned]) -> Iterator[list[Captioned]]:
+        """Yield what shares a row: captions of one image, at most `batch_size`, where the model allows it."""
+        ordered = sorted(captioned, key=lambda item: (item.sample.image is None, item.prompt, len(item.tokens)))
+        keys = Counter(item.sample.image_key for item in ordered if item.sample.image is not None)
+        if self.sharing is None or len(keys) == keys.total() or self._may_not_share():
+            yield from ([item] for item in ordered)
+            return
+        by_image: dict[tuple[str, str], list[Captioned]] = {}
+        for item in ordered:
+            if item.sample.image is None:
+                yield [item]
+            else:
+                key = item.sample.image_key, item.prompt if self.sharing.by_prompt else ""
+                by_image.setdefault(key, []).append(item)
+        size = self.settings.batch_size
+        for group in by_image.values():
+            yield from (group[first : first + size] for first in range(0, len(group), size))
 
     def _encode(self, chunk: list[Captioned]) -> list[Encoded]:
         parts = self._with_images(chunk, lambda item: item.sample)
@@ -176,10 +218,13 @@ class ShardAnalysis:
     def _with_images(
         self, items: Sequence[Item], sample: Callable[[Item], Sample]
     ) -> Iterator[list[tuple[Item, Image | None]]]:
-        """Yield items with their decoded images, in lists within the budget of pixels. Drops items of bad images."""
-        for part in within_budget(items, lambda item: pixels_of(self.model, sample(item).image), BUDGET):
-            pairs = [(item, self._image(sample(item))) for item in part]
-            yield [pair for pair in pairs if pair[1] is not None or sample(pair[0]).image is None]
+        """Yield items with their decoded images, in lists within the budget of pixels. Drops items of bad images.
+
+        An image of consecutive items is decoded once.
+        """
+        groups = [list(group) for _, group in groupby(items, key=lambda item: sample(item).image_key)]
+        for part in within_budget(groups, lambda group: pixels_of(self.model, sample(group[0]).image), BUDGET):
+            yield [(item, image) for group in part for image in self._image(*map(sample, group)) for item in group]
 
     def _encode_pairs(self, pairs: Sequence[tuple[Captioned, Image | None]]) -> list[Encoded]:
         """Encode captions with their images; a sample that the processor rejects is left out."""
@@ -194,17 +239,32 @@ class ShardAnalysis:
         items = [item for item, _ in pairs]
         tokens, offsets = [item.tokens for item in items], [item.offsets for item in items]
         prompts, images = [item.prompt for item in items], [image for _, image in pairs]
-        return items, encode(self.model, prompts, images, tokens, offsets)
+        batch = None
+        # Siblings have one image object.
+        if any(one is other for one, other in pairwise(images) if one is not None) and not self._may_not_share():
+            shown = [image for image in images if image is not None]
+            batch = encode_shared(self.model, prompts, shown, tokens, offsets)
+        return items, batch or encode(self.model, prompts, images, tokens, offsets)
 
-    def _image(self, sample: Sample) -> Image | None:
-        """Return the decoded image; a bad one is recorded as a failure, and None."""
-        if sample.image is None:
-            return None
+    def _may_not_share(self) -> bool:
+        """Return whether captions of one image need rows of their own; if the model is the reason, note it."""
+        if self.sharing is None:
+            return True
+        if self.sharing.problem:
+            self.notes.add(f"captions of an image are in rows of their own: {self.sharing.problem}")
+        return bool(self.sharing.problem)
+
+    def _image(self, *samples: Sample) -> list[Image | None]:
+        """Return the decoded image that samples share, None for text; a bad one is a failure of each, and nothing."""
+        image = samples[0].image
+        if image is None:
+            return [None]
         try:
-            return decode_image(sample.image, sample.background)
+            return [decode_image(image, samples[0].background)]
         except ValueError as error:
-            self._fail(sample, "decode", f"image can't be read: {error}")
-            return None
+            for sample in samples:
+                self._fail(sample, "decode", f"image can't be read: {error}")
+            return []
 
     def _generate(self, pairs: list[tuple[Sample, Image | None]]) -> None:
         """Caption samples with the model, in halves where memory runs out, and analyse these captions."""
@@ -233,7 +293,7 @@ class ShardAnalysis:
         labels = [_labels(item.sample) for item in items]
         # Examples keep one sample per image, so statistics must know which samples share one.
         digests = [image_digest(item.sample.image) for item in items]
-        self.statistics.begin(labels, batch.spans, digests)
+        self.statistics.begin(labels, batch.spans, digests, batch.paths)
         try:
             score, folded = self.settings.score, self.settings.fold_norm
             # The tower runs in the same forward pass, so its activity costs no second one.
@@ -245,13 +305,13 @@ class ShardAnalysis:
         else:
             found = (
                 self.statistics.non_finite(),
-                self.module.count(labels),
+                self.module.count(labels, digests),
                 non_finite_rows(positions, scored, len(items)),
             )
             unsound = [max(counts) for counts in zip(*found, strict=True)]
             if any(unsound):
                 del scored
-                self._leave_out(items, unsound)
+                self._leave_out(items, batch, unsound)
                 return
             # Only now: statistics of a batch that is halved or loses a sample would be counted twice.
             self.statistics.commit()
@@ -270,8 +330,16 @@ class ShardAnalysis:
         for kept, smaller in self._encode(items):
             self._analyse(kept, smaller)
 
-    def _leave_out(self, items: list[Captioned], unsound: Sequence[int]) -> None:
+    def _leave_out(self, items: list[Captioned], batch: Batch, unsound: Sequence[int]) -> None:
         """Fail the samples with NaN or infinity in so many neurons, and analyse the others without them."""
+        if batch.paths is not None:
+            # Attention multiplies what a token may not see by 0, and 0 · NaN is NaN: others of the row may be sound.
+            rows = {path.row for path, count in zip(batch.paths, unsound, strict=True) if count}
+            suspect = [path.row in rows for path in batch.paths]
+            self._analyse_again([item for item, alone in zip(items, suspect, strict=True) if not alone])
+            for item in compress(items, suspect):
+                self._analyse_again([item])
+            return
         for item, count in zip(items, unsound, strict=True):
             if count:
                 # A single NaN would spread through the neuron's sums to every concept of the run.

@@ -135,6 +135,7 @@ def status(status: Status, failures: Iterable[dict[str, Any]], uri: str) -> Rend
         lines.append(Text(f"driver    {_driver(status.driver)}"))
     if spent := spending(status.cost):
         lines.append(Text(f"time      {spent}"))
+    lines += [Text(f"slower    {note}") for note in status.cost.notes]
     lines += [Text(f"skipped   {line}") for line in skipped(status.skipped, status.samples_done)]
     lines += [Text(f"shard {number} quarantined: {reason}", "red") for number, reason in status.quarantined.items()]
     found = reasons(failures)
@@ -200,6 +201,7 @@ def _remarks(one: AnalysisStatus) -> Iterator[tuple[str, str]]:
     details += [f"driver {_driver(one.driver)}"] if one.driver is not None else []
     if details:
         yield "; ".join(details), "dim"
+    yield from ((f"slower: {note}", "dim") for note in one.cost.notes)
     yield from ((line, "") for line in skipped(one.skipped, one.size_done))
     yield from ((f"unit {number} quarantined: {reason}", "red") for number, reason in one.quarantined.items())
     yield from ((line, "red") for line in one.damage)

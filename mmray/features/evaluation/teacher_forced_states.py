@@ -15,8 +15,9 @@ from mmray.features.evaluation.queries import Query, QueryError, States
 from mmray.models.capture import capture_activations, capture_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
-from mmray.models.packing import PackedBatch, shared_prefix, unshared
+from mmray.models.packing import encode_shared
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
+from mmray.models.prompting import Batch, encode
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.split_on_oom import FAILURES, free_memory, split_on_failure
 
@@ -123,7 +124,7 @@ class StateReader:
         self, queries: Sequence[Query], replies: Sequence[list[int]], rows: Sequence[list[int]]
     ) -> dict[int, States]:
         numbers = [number for row in rows for number in row]
-        placed = self._placed(queries, replies, rows)
+        batch = self._encoded(queries, replies, numbers, shared=len(rows[0]) > 1)
         final: list[Tensor] = []
         activations: list[Tensor] = []
         with (
@@ -134,16 +135,17 @@ class StateReader:
                 lambda _, activation, __: activations.append(activation),
             ),
         ):
-            forward(self.model, placed.batch)
-        states = final[-1].reshape(-1, placed.batch.positions, final[-1].shape[-1])
+            forward(self.model, batch)
+        states = final[-1].flatten(0, -2)
         # Mllama skips some blocks without an image, and routed experts see tokens, not positions.
         known = bool(activations) and not self.model.projections[-1].experts
-        activation = activations[-1].reshape(*states.shape[:2], -1) if known else None
+        activation = activations[-1].flatten(0, -2) if known else None
         found = {}
-        for number, row, positions in zip(numbers, placed.rows, placed.positions, strict=True):
-            index = torch.tensor(positions, device=states.device)
-            own = None if activation is None else activation[row, index.to(activation.device)]
-            found[number] = self._kept(queries[number], states[row, index], own, len(replies[number]))
+        for row, number in enumerate(numbers):
+            length = batch.caption_start[row] + len(replies[number])
+            index = torch.tensor([batch.flat(row, position) for position in range(length)], device=states.device)
+            own = None if activation is None else activation[index.to(activation.device)]
+            found[number] = self._kept(queries[number], states[index], own, len(replies[number]))
         return found
 
     def _kept(self, query: Query, states: Tensor, activation: Tensor | None, length: int) -> States:
@@ -159,18 +161,18 @@ class StateReader:
             everywhere=everywhere,
         )
 
-    def _placed(self, queries: Sequence[Query], replies: Sequence[list[int]], rows: Sequence[list[int]]) -> PackedBatch:
-        if len(rows[0]) > 1:
-            images = [image for row in rows if (image := queries[row[0]].image) is not None]
-            prompts = [[queries[number].prompt for number in row] for row in rows]
-            placed = shared_prefix(self.model, images, prompts, [[replies[number] for number in row] for row in rows])
-            if placed is None:
-                raise ValueError("prompts can't share a row")
-            return placed
-        numbers = [row[0] for row in rows]
-        some = [queries[number] for number in numbers]
-        own_images = [query.image for query in some]
-        return unshared(self.model, [query.prompt for query in some], own_images, [replies[n] for n in numbers])
+    def _encoded(
+        self, queries: Sequence[Query], replies: Sequence[list[int]], numbers: Sequence[int], *, shared: bool
+    ) -> Batch:
+        prompts, images = [queries[number].prompt for number in numbers], [queries[number].image for number in numbers]
+        own = [replies[number] for number in numbers]
+        offsets: list[list[tuple[int, int]]] = [[] for _ in numbers]
+        if not shared:
+            return encode(self.model, prompts, images, own, offsets)
+        batch = encode_shared(self.model, prompts, [image for image in images if image is not None], own, offsets)
+        if batch is None:
+            raise ValueError("prompts can't share a row")
+        return batch
 
     def _sharing_agrees(self, queries: Sequence[Query], replies: Sequence[list[int]]) -> bool | None:
         """Return whether the model's log-probabilities are the same if prompts about one image share a row.
