@@ -165,10 +165,10 @@ class TokenStatistics:
             shown |= new
             membership[MODALITIES.index("image"), [label for label, _ in new], row] = 1
             membership[MODALITIES.index("text"), indices, row] = 1
-        counted = membership.any(dim=1)
-        kept = [span for span in spans if counted[MODALITIES.index(span.modality), span.row]]
-        numbers, rows = torch.tensor([*self.images, *own]), row_count(len(labels), paths)
-        self._batch = _Batch(rows, kept, membership, shown, token_spans(kept, len(labels), paths), numbers)
+        counted = membership[MODALITIES.index("image")].any(dim=0).nonzero()[:, 0].tolist()
+        kept = [span for span in spans if span.modality == "text" or span.row in counted]
+        rows, numbers = row_count(len(labels), paths), torch.tensor([*self.images, *own])
+        self._batch = _Batch(rows, kept, membership, shown, token_spans(kept, len(labels), paths, counted), numbers)
 
     @torch.inference_mode()
     def add(self, layer: int, activation: Float[Tensor, "row neuron"], gate: Float[Tensor, "row neuron"]) -> None:
@@ -247,10 +247,15 @@ class TokenStatistics:
         return pa.Table.from_pylist(rows, schema=STATISTICS["examples"])
 
 
-def token_spans(token_spans: Iterable[TokenSpan], samples: int, paths: Sequence[Path] | None = None) -> list[Span]:
+def token_spans(
+    token_spans: Iterable[TokenSpan],
+    samples: int,
+    paths: Sequence[Path] | None = None,
+    with_image: Sequence[int] | None = None,
+) -> list[Span]:
     """Return the batch's span of each of MODALITIES; empty if it has no such token.
 
-    Those of images leave out samples without one, if there are any with one.
+    That of images has the samples `with_image`; by default all.
     """
     spans = []
     by_modality: dict[str, list[TokenSpan]] = {modality: [] for modality in MODALITIES}
@@ -259,7 +264,7 @@ def token_spans(token_spans: Iterable[TokenSpan], samples: int, paths: Sequence[
     for modality, parts in by_modality.items():
         start = min((part.start for part in parts), default=0)
         stop = max((part.stop for part in parts), default=0)
-        own = sorted({part.row for part in parts}) if parts and modality == "image" else list(range(samples))
+        own = list(range(samples)) if modality == "text" or with_image is None else list(with_image)
         number = {sample: index for index, sample in enumerate(own)}
         mask = torch.zeros(len(own), stop - start)
         for part in parts:

@@ -119,7 +119,7 @@ def cost(receipts: Iterable[Receipt]) -> Cost:
         phases.update(receipt.phases)
         memory |= Counter(receipt.memory)  # the union of counters takes the maximum
         notes |= dict.fromkeys(receipt.notes)
-    by_phase = {name: round(value, 3) for name, value in phases.most_common()}
+    by_phase: dict[str, float] = {name: round(value, 3) for name, value in phases.most_common()}
     return Cost(round(seconds, 3), by_phase, dict(memory), tuple(notes))
 
 

@@ -130,7 +130,7 @@ def test_no_batch_is_held_once_it_is_counted_or_has_failed(open_model, module, f
             forward(model, batch)
             if fails:
                 raise RuntimeError("out of memory")
-        activity.count([{}, {}])
+        activity.count([{}, {}], [None, None])
         activity.commit()
     except RuntimeError:
         assert fails

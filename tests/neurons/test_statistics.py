@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mmray.data.samples import Sample
 from mmray.models.capture import capture_activations
-from mmray.models.prompting import TokenSpan
+from mmray.models.prompting import Path, TokenSpan
 from mmray.neurons import statistics
 from mmray.neurons.statistics import EXAMPLES, MODALITIES, TokenStatistics, reduce_tokens, token_spans
 from mmray.runs.tables import from_bytes, to_bytes
@@ -71,13 +71,18 @@ def by_hand(batches: list[Announced]):
     """Return activity by (kind, label, modality), of each neuron what each sample has, and the samples' images."""
     activity = defaultdict(lambda: [0, *np.zeros((3, sum(WIDTHS)))])
     extremes = defaultdict(list)
+    shown = set()
     images: list[str | int] = []
     number = 0
     for batch in batches:
         for row, labels in enumerate(batch.labels):
             tokens = []
+            image = number if batch.images[row] is None else batch.images[row]
+            # An image counts once per label.
+            new = {(*key, image) for key in (("all", "all"), *labels.items())} - shown
+            shown |= new
             for run in batch.runs:
-                if run.row == row:
+                if run.row == row and (new or run.modality == "text"):
                     tokens += [
                         (row * batch.positions + place, place, run.modality) for place in range(run.start, run.stop)
                     ]
@@ -85,6 +90,8 @@ def by_hand(batches: list[Announced]):
             gates = torch.cat(batch.gates, dim=1)
             for index, _, modality in tokens:
                 for key in {("all", "all"), *labels.items()}:
+                    if modality == "image" and (*key, image) not in new:
+                        continue
                     entry = activity[*key, modality]
                     entry[0] += 1
                     entry[1] += (gates[index] > 0).numpy()
@@ -93,8 +100,7 @@ def by_hand(batches: list[Announced]):
             for neuron in range(sum(WIDTHS)):
                 seen = {place: float(values[index, neuron]) for index, place, _ in tokens}
                 extremes[neuron].append((number, seen))
-            image = batch.images[row]
-            images.append(number if image is None else image)
+            images.append(image)
             number += 1
     return activity, extremes, images
 
@@ -145,6 +151,51 @@ def test_statistics_are_those_of_a_loop_over_tokens(seed, sizes, ties):
     assert statistics.samples == sum(sizes)
     assert statistics.non_finite() == [0] * sizes[-1]
     check(statistics, batches, ties)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 3))
+def test_samples_that_share_a_row_count_as_apart(seed, rows):
+    """A row holds an image at 1 to 4, and captions that share no, some or all of their tokens, in any order."""
+    random, generator = Random(seed), torch.Generator().manual_seed(seed)
+    paths = []
+    for row in range(rows):
+        for _ in range(random.choice([1, 2, 3])):
+            places = random.sample(range(5, 20), random.choice([1, 2, 4]))
+            # Captions begin where prompts end, and these differ.
+            paths.append(Path(row, [*range(4), *([4] if random.random() < 0.5 else []), *places]))
+    labels = [random.choice(LABELS) for _ in paths]
+    images = [random.choice([None, f"{path.row}"]) for path in paths]
+    spans = [
+        span
+        for number, path in enumerate(paths)
+        for span in (TokenSpan(number, 1, 4, "image"), TokenSpan(number, 4, len(path.positions), "text"))
+    ]
+    pairs = [
+        torch.randint(-400, 400, (2, rows, 20, width), generator=generator, dtype=torch.int32).float()
+        for width in WIDTHS
+    ]
+    together, apart = TokenStatistics(WIDTHS), TokenStatistics(WIDTHS)
+    for statistics in (together, apart):
+        # Some images may have counted before.
+        first = invent(Random(seed), 2, False)
+        first.images = ["0", None]
+        see(statistics, first)
+        statistics.commit()
+    together.begin(labels, spans, images, paths)
+    apart.begin(labels, spans, images)
+    longest = max(len(path.positions) for path in paths)
+    for layer, (values, gates) in enumerate(pairs):
+        together.add(layer, values.flatten(0, 1), gates.flatten(0, 1))
+        alone = torch.zeros(2, len(paths), longest, values.shape[-1])
+        for number, path in enumerate(paths):
+            for part, whole in zip(alone, (values, gates), strict=True):
+                part[number, : len(path.positions)] = whole[path.row, path.positions]
+        apart.add(layer, *alone.flatten(1, 2))
+    assert together.non_finite() == apart.non_finite()
+    for statistics in (together, apart):
+        statistics.commit()
+    assert together.activity_table().equals(apart.activity_table())
+    assert together.examples_table().equals(apart.examples_table())
 
 
 def test_nothing_seen_gives_empty_tables():

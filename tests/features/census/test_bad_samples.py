@@ -234,7 +234,7 @@ def test_memory_that_runs_out_behind_some_layers_counts_nothing_twice(open_model
     def refuse(statistics, layer, activation, opened):
         calls.append(layer)
         add(statistics, layer, activation, opened)
-        if layer == 1 and len(statistics._batch.membership[0]) > 2:
+        if layer == 1 and statistics._batch.rows > 2:
             raise MEMORY
 
     monkeypatch.setattr(shard.TokenStatistics, "add", refuse)
@@ -421,10 +421,10 @@ def test_activations_between_the_nouns_that_are_not_finite_leave_the_sample_out(
     add = shard.TokenStatistics.add
 
     def spoil(statistics, layer, activation, opened):
-        row = statistics._batch.membership[statistics.labels.get(("domain", "bad"), 0)].nonzero()[:, 0].tolist()
+        row = statistics._batch.membership[1, statistics.labels.get(("domain", "bad"), 0)].nonzero()[:, 0].tolist()
         own = (statistics.widths == model.widths) == (module == "language")
         if ("domain", "bad") in statistics.labels and row and own and layer == 0:
-            rows, activation = statistics._batch.membership.shape[1], activation.clone()
+            rows, activation = statistics._batch.rows, activation.clone()
             positions = activation.reshape(rows, -1, activation.shape[-1])
             positions[row, next(run.start for run in statistics._batch.token_spans if run.row == row[0]), 3] = number
         add(statistics, layer, activation, opened)
