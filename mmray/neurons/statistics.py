@@ -283,8 +283,8 @@ def token_spans(
                 stop,
                 mask[:, None],
                 outside,
-                samples=None if len(own) == samples else torch.tensor(own),
-                rows=None if as_they_are else torch.tensor(rows),
+                samples=None if len(own) == samples else torch.tensor(own, dtype=torch.long),
+                rows=None if as_they_are else torch.tensor(rows, dtype=torch.long),
                 columns=columns,
             )
         )

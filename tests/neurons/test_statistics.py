@@ -175,12 +175,12 @@ def test_samples_that_share_a_row_count_as_apart(seed, rows):
         for width in WIDTHS
     ]
     together, apart = TokenStatistics(WIDTHS), TokenStatistics(WIDTHS)
-    for statistics in (together, apart):
+    for counted in (together, apart):
         # Some images may have counted before.
         first = invent(Random(seed), 2, False)
         first.images = ["0", None]
-        see(statistics, first)
-        statistics.commit()
+        see(counted, first)
+        counted.commit()
     together.begin(labels, spans, images, paths)
     apart.begin(labels, spans, images)
     longest = max(len(path.positions) for path in paths)
@@ -192,8 +192,8 @@ def test_samples_that_share_a_row_count_as_apart(seed, rows):
                 part[number, : len(path.positions)] = whole[path.row, path.positions]
         apart.add(layer, *alone.flatten(1, 2))
     assert together.non_finite() == apart.non_finite()
-    for statistics in (together, apart):
-        statistics.commit()
+    for counted in (together, apart):
+        counted.commit()
     assert together.activity_table().equals(apart.activity_table())
     assert together.examples_table().equals(apart.examples_table())
 
