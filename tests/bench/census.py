@@ -8,6 +8,9 @@ of the concepts and for no cache; the second row is a plain forward that does wi
 
 All cores by default; `--cores 1` confines both to one, which is what a census without GPUs gives each of its workers
 where it has as many workers as cores.
+
+`python -m tests.bench.census captions [--images 48]` compares captions of one image in one row with a row each: the
+demo's scenes with five captions each, as COCO JSON, from encoded images to committed parts, in turns.
 """
 
 from __future__ import annotations
@@ -19,11 +22,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import pyarrow as pa
 import torch
 
 from mmray.data.samples import Sample
 from mmray.data.shards import cut, read_shard
+from mmray.engine.clock import timed_phases
 from mmray.features.census.inputs import open_data
 from mmray.features.census.settings import census_settings
 from mmray.features.census.shard import ShardAnalysis
@@ -31,14 +37,18 @@ from mmray.models.loading import load
 from mmray.models.prompting import Batch
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.concepts import noun_source
+from mmray.neurons.row_sharing import RowSharing
 from mmray.runs import RunFolder
+from tests.support.coco_like import CAPTIONS, coco_like
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", nargs="?", choices=("forward", "captions"), default="forward")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--data", default="demo")
     parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--images", type=int, default=48, help="of the part captions")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cores", type=int)
@@ -47,7 +57,42 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
         torch.set_num_threads(arguments.cores)
     with tempfile.TemporaryDirectory() as out:
-        run(arguments, out)
+        (run if arguments.part == "forward" else captions)(arguments, out)
+
+
+def captions(arguments: argparse.Namespace, out: str) -> None:
+    """Print captions per second in shared rows and in rows apart, where the time goes, and how scores differ."""
+    written = coco_like(Path(out), images=arguments.images, held_out=1)
+    settings = census_settings(
+        {"model": arguments.model, "data": str(written.train), "out": out, "batch_size": arguments.batch_size}
+    )
+    model, source = load(settings.model), open_data(settings)
+    samples = arguments.images * CAPTIONS
+    shard = cut(source.files(), samples, samples).shards[0]
+    nouns = noun_source(settings.nouns, source.objects_vocabulary(), source.translations())
+    folder, ways = RunFolder.at(f"{out}/run"), {"shared": RowSharing(model), "apart": None}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    phases: dict[str, dict[str, float]] = {}
+    tables: dict[str, dict[str, pa.Table]] = {}
+    for number in range(-1, arguments.rounds):
+        for name, sharing in ways.items():
+            began, cpu = time.perf_counter(), time.process_time()
+            with timed_phases() as spent:
+                tables[name] = ShardAnalysis(model, settings, nouns, number + 1, sharing).run(read_shard(source, shard))
+                folder.commit_shard(2 * (number + 1) + (name == "apart"), tables[name], samples, 0.0)
+            if number >= 0:  # the first round warms up
+                seconds[name].append((time.perf_counter() - began, time.process_time() - cpu))
+                phases[name] = spent
+    print(f"{'':8s}{'captions/s':>12s}{'per CPU s':>12s}   last round")
+    for name, times in seconds.items():
+        wall, busy = (samples / statistics.median(column) for column in zip(*times, strict=True))
+        shares = ", ".join(f"{phase} {spent:.2f} s" for phase, spent in phases[name].items())
+        print(f"{name:8s}{wall:12.1f}{busy:12.1f}   {shares}")
+    for what, column in (("wall", 0), ("CPU", 1)):
+        ratios = sorted(apart[column] / shared[column] for shared, apart in zip(*seconds.values(), strict=True))
+        print(f"apart / shared, {what} time: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    one, other = (part["totals"]["score"].combine_chunks().flatten().to_numpy() for part in tables.values())
+    print(f"a neuron's sum of scores differs by at most {abs(one - other).max() / abs(other).max():.1e} of the highest")
 
 
 def run(arguments: argparse.Namespace, out: str) -> None:
