@@ -14,7 +14,7 @@ first.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -51,11 +51,31 @@ def encode_shared(
 ) -> Batch | None:
     """Build the batch in which consecutive samples with the same image object share a row; otherwise like `encode`.
 
-    None if the family has inputs that this can't rebuild, or an image's samples can't share a row.
+    If their prompts differ and the family can't branch before the captions, only those with the same prompt share one.
+    None if it has inputs that this can't rebuild.
     """
-    groups = [list(numbers) for _, numbers in groupby(range(len(images)), key=lambda number: id(images[number]))]
     if not model.parts.image_in_sequence:
         return None
+    batch = _encode_groups(model, _runs([id(image) for image in images]), prompts, images, tokens, offsets)
+    if batch is not None:
+        return batch
+    keys = [(id(image), prompt) for image, prompt in zip(images, prompts, strict=True)]
+    return _encode_groups(model, _runs(keys), prompts, images, tokens, offsets)
+
+
+def _runs(keys: Sequence[Hashable]) -> list[list[int]]:
+    """Return the numbers of consecutive equal keys."""
+    return [list(numbers) for _, numbers in groupby(range(len(keys)), key=keys.__getitem__)]
+
+
+def _encode_groups(
+    model: LoadedModel,
+    groups: Sequence[list[int]],
+    prompts: Sequence[str],
+    images: Sequence[Image],
+    tokens: Sequence[list[int]],
+    offsets: Sequence[list[tuple[int, int]]],
+) -> Batch | None:
     firsts = [group[0] for group in groups]
     features = run_processor(model, [prompts[first] for first in firsts], [images[first] for first in firsts])
     shape = features["input_ids"].shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -25,42 +24,25 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class RowSharing:
-    """Which captions of a model may share a row; the example is run at first use."""
+    """Whether captions of one image may share a row of a model."""
 
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
 
-    @property
-    def problem(self) -> str:
-        """Return why captions of one image may not share a row; empty if they may."""
-        return self._shown.problem
-
-    @property
-    def by_prompt(self) -> bool:
-        """Return whether captions that share a row need the same prompt, too."""
-        return self._shown.by_prompt
-
     @cached_property
-    def _shown(self) -> _Shown:
-        # With different prompts the rows branch before the captions.
-        if not _difference(self.model, ("en", "fr", "en")):
-            return _Shown("", by_prompt=False)
-        return _Shown(_difference(self.model, ("en", "en", "en")), by_prompt=True)
-
-
-@dataclass(frozen=True)
-class _Shown:
-    problem: str
-    by_prompt: bool
+    def problem(self) -> str:
+        """Return why not; empty if they may. The first call runs the example."""
+        return _difference(self.model)
 
 
 @torch.inference_mode()
-def _difference(model: LoadedModel, languages: tuple[str, ...]) -> str:
+def _difference(model: LoadedModel) -> str:
     """Return how captions of two images differ in shared rows from rows of their own; empty if they do not."""
     first, second = picture(), ImageOps.mirror(picture())
     # Rows of different lengths, so that one is padded.
     images, texts = [first] * 3 + [second] * 2, [*EXAMPLE, *EXAMPLE[1:]]
-    prompts = [prompt_text(model, None, language) for language in (*languages, *languages[1:])]
+    # Prompts of two languages branch before the captions.
+    prompts = [prompt_text(model, None, language) for language in ("en", "en", "fr", "en", "en")]
     captions = [tokenize_caption(model, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
     tokens, offsets = [ids for ids, _ in captions], [covered for _, covered in captions]
     try:

@@ -22,6 +22,7 @@ from mmray.features.census.shard import ShardAnalysis
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.concepts import NounSource, find_forms, noun_source
+from mmray.neurons.row_sharing import RowSharing
 from mmray.neurons.token_positions import TokenPosition, locate_mentions
 from mmray.runs.tables import from_bytes, to_bytes
 
@@ -73,10 +74,15 @@ def settings(**values: Any) -> CensusSettings:
 
 
 def analyse(
-    model: LoadedModel, found: Sequence[Any], nouns: Any = LEXICON, shard_id: int = 0, **values: Any
+    model: LoadedModel,
+    found: Sequence[Any],
+    nouns: Any = LEXICON,
+    shard_id: int = 0,
+    sharing: RowSharing | None = None,
+    **values: Any,
 ) -> dict[str, pa.Table]:
     """Return the tables of a shard, as they come back from storage."""
-    tables = ShardAnalysis(model, settings(**values), nouns, shard_id).run(found)
+    tables = ShardAnalysis(model, settings(**values), nouns, shard_id, sharing).run(found)
     return {name: from_bytes(to_bytes(table)) for name, table in tables.items()}
 
 

@@ -200,13 +200,12 @@ class ShardAnalysis:
         if self.sharing is None or len(keys) == keys.total() or self._may_not_share():
             yield from ([item] for item in ordered)
             return
-        by_image: dict[tuple[str, str], list[Captioned]] = {}
+        by_image: dict[str, list[Captioned]] = {}
         for item in ordered:
             if item.sample.image is None:
                 yield [item]
             else:
-                key = item.sample.image_key, item.prompt if self.sharing.by_prompt else ""
-                by_image.setdefault(key, []).append(item)
+                by_image.setdefault(item.sample.image_key, []).append(item)
         size = self.settings.batch_size
         for group in by_image.values():
             yield from (group[first : first + size] for first in range(0, len(group), size))
