@@ -92,6 +92,14 @@ class CocoSource(Source):
         for row, sample in zip(self._rows(path)[start:stop], super().read(path, start, stop), strict=True):
             yield replace(sample, references=_references(row)) if isinstance(sample, Sample) else sample
 
+    def image_end(self, path: str, sample: int) -> int:
+        """Return the first row of a file, from this one on, that is not of the same image as the one before it."""
+        rows = self._rows(path)
+        # Captions of an image share its dict.
+        while 0 < sample < len(rows) and not isinstance(rows[sample], str) and rows[sample][0] is rows[sample - 1][0]:
+            sample += 1
+        return sample
+
     def _image_folder(self, path: str) -> str:
         return self.image_folders[[entry.key for entry in self.location.entries].index(path)]
 

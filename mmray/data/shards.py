@@ -16,6 +16,9 @@ FORMAT = 1
 DUPLICATE = "duplicate"
 """Stage of a failure whose id an earlier row has."""
 
+ImageEnd = Callable[[str, int], int]
+"""A file and a sample of it → the first from there on that begins an image; see `Source.image_end`."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -90,11 +93,17 @@ class Manifest:
         return cls(files, shards)
 
 
-def cut(files: Sequence[DataFile], shard_size: int, limit: int | None = None) -> Manifest:
+def cut(
+    files: Sequence[DataFile],
+    shard_size: int,
+    limit: int | None = None,
+    image_end: ImageEnd = lambda _, sample: sample,
+) -> Manifest:
     """Cut the first `limit` samples of `files` (None: all) into shards of `shard_size`; the last may be smaller.
 
-    Shards are contiguous and may span files, so shard n depends only on the sequence of samples.
-    Raises `InputError` unless `shard_size` is at least 1 and `limit` at least 0.
+    With the source's `image_end` a shard grows to hold all samples of its last image. Shards are contiguous and may
+    span files, so shard n depends only on the sequence of samples. Raises `InputError` unless `shard_size` is at least
+    1 and `limit` at least 0.
     """
     if shard_size < 1 or (limit is not None and limit < 0):
         raise InputError(
@@ -109,10 +118,10 @@ def cut(files: Sequence[DataFile], shard_size: int, limit: int | None = None) ->
     for file in files:
         start = 0
         while start < file.rows and left:
-            stop = min(file.rows, start + min(room, left))
+            stop = min(file.rows, start + left, image_end(file.path, start + room))
             pieces.append(Piece(file.path, start, stop))
             room, left, start = room - (stop - start), left - (stop - start), stop
-            if not room or not left:
+            if room <= 0 or not left:
                 shards.append(Shard(len(shards), tuple(pieces)))
                 pieces, room = [], shard_size
     return Manifest(tuple(files), tuple(shards))
@@ -124,11 +133,13 @@ def extend(
     shard_size: int,
     limit: int | None = None,
     rows_digest: Callable[[str, int], str] = lambda *_: "",
+    image_end: ImageEnd = lambda _, sample: sample,
 ) -> Manifest:
     """Return `before` with shards added for new files and appended rows; its own shards stay as they are.
 
-    `rows_digest` is the source's: it shows that a grown file's earlier rows are unchanged. Raises `InputError` if a
-    file is gone, or has changed in another way: the results so far would be of data that no longer exists.
+    `rows_digest` and `image_end` are the source's; the first shows that a grown file's earlier rows are unchanged.
+    Raises `InputError` if a file is gone, or has changed in another way: the results so far would be of data that no
+    longer exists.
     """
     now = {file.path: file for file in files}
     kept: list[DataFile] = []
@@ -150,7 +161,11 @@ def extend(
     # Appended rows are cut as if they were files of their own, and then shifted by the earlier rows.
     added = [replace(file, rows=file.rows - start[file.path]) for file in kept if file.path in start]
     added += now.values()
-    new = cut(added, shard_size, None if limit is None else max(0, limit - before.samples))
+
+    def later_end(path: str, sample: int) -> int:
+        return image_end(path, sample + start.get(path, 0)) - start.get(path, 0)
+
+    new = cut(added, shard_size, None if limit is None else max(0, limit - before.samples), later_end)
     if not new.shards:
         return before
     shards = (

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
+import numpy as np
+
 from mmray.data import locations
 from mmray.data.caption_lists import RowStarts, parse_lists, row_starts, rows_holding, split_captions
 from mmray.data.columns import Columns
@@ -132,6 +134,16 @@ class Source(ABC):
         """Return how many samples a file's rows give: each caption of a list is one."""
         starts = self._row_starts(path)
         return rows if starts is None else int(starts[-1])
+
+    def image_end(self, path: str, sample: int) -> int:
+        """Return the first sample of a file, from this one on, that is not of the same image as the one before it.
+
+        The sample itself where that takes reading images.
+        """
+        starts = self._row_starts(path)
+        if starts is None or sample >= starts[-1]:
+            return sample
+        return int(starts[np.searchsorted(starts, sample)])
 
     def _row_starts(self, path: str) -> RowStarts | None:
         return _cached_row_starts(self, path) if self.caption_lists and self.captions else None

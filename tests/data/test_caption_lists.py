@@ -104,6 +104,11 @@ def test_each_caption_is_a_sample(tmp_path: Path, several: list[Row], form: str)
         parts = [list(read_shard(source, shard)) for shard in manifest.shards]
         assert [len(part) for part in parts] == [shard.samples for shard in manifest.shards]
         assert [row for part in parts for row in part] == read[: limit or 18]
+        # A census keeps the captions of an image together.
+        for shard in cut(source.files(), shard_size, limit, source.image_end).shards[:-1]:
+            piece = shard.pieces[-1]
+            end = source.image_end(piece.path, piece.stop)
+            assert end == piece.stop
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -4,6 +4,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from mmray.data.samples import Sample, image_digest
+from mmray.data.shards import cut, read_shard
+from mmray.data.sources import open_source
 from tests.support.coco_like import CAPTIONS, CONCEPTS, coco_like
 from tests.support.data_files import read_all
 
@@ -34,3 +36,14 @@ def test_five_captions_per_image_in_both_forms_and_other_images_held_out(tmp_pat
     single = samples(data.single)
     assert [image_digest(sample.image) for sample in single] == list(captions)
     assert {sample.sample_id for sample in single} <= {sample.sample_id for sample in train}
+
+
+def test_a_census_s_shards_hold_whole_images(tmp_path: Path) -> None:
+    source = open_source(str(coco_like(tmp_path, images=10, held_out=1).train))
+    for size in (1, 5, 7, 12, 100):
+        manifest = cut(source.files(), size, image_end=source.image_end)
+        shards = [{str(row.sample_id).partition("-")[0] for row in read_shard(source, s)} for s in manifest.shards]
+        assert sum(map(len, shards)) == len(set.union(*shards)) == 10
+        assert [shard.samples for shard in manifest.shards[:-1]] == [-(-size // CAPTIONS) * CAPTIONS] * (
+            len(shards) - 1
+        )

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.data.shards import Manifest, Shard, cut, read_shard
+from mmray.data.shards import Manifest, Shard, cut, extend, read_shard
 from mmray.data.sources import DataFile, open_source
 from mmray.errors import InputError, ShardError
 from tests.support.data_files import Row, write_parquet
@@ -41,6 +41,35 @@ def test_how_files_split_the_samples_does_not_matter(sizes: list[int], shard_siz
         return [[first[path] + row for path, row in samples_of(shard)] for shard in shards]
 
     assert numbers(sizes) == numbers([sum(sizes)]) == numbers([1] * sum(sizes))
+
+
+@given(SIZES, st.integers(1, 40), st.none() | st.integers(0, 400), st.integers(1, 7))
+def test_an_image_s_samples_are_in_one_shard(
+    sizes: list[int], shard_size: int, limit: int | None, captions: int
+) -> None:
+    def image_end(_: str, sample: int) -> int:
+        return -(-sample // captions) * captions
+
+    files = files_of(sizes)
+    manifest = cut(files, shard_size, limit, image_end)
+    everything = [(file.path, row) for file in files for row in range(file.rows)][:limit]
+    assert [sample for shard in manifest.shards for sample in samples_of(shard)] == everything
+    owners: dict[tuple[str, int], set[int]] = {}
+    for shard in manifest.shards:
+        for path, row in samples_of(shard):
+            owners.setdefault((path, row // captions), set()).add(shard.shard_id)
+    assert all(len(shards) == 1 for shards in owners.values())
+    assert all(shard_size <= shard.samples < shard_size + captions for shard in manifest.shards[:-1])
+    # Rows that are added later are cut like this, too.
+    grown = [DataFile(f.path, f.rows + 9, f.size, "new", "rows") for f in files]
+    before = Manifest(tuple(DataFile(f.path, f.rows, f.size, f.digest, "rows") for f in files), manifest.shards)
+    if limit is None and files:
+        after = extend(before, grown, shard_size, None, lambda *_: "rows", image_end)
+        rows = [sample for shard in after.shards[len(manifest.shards) :] for sample in samples_of(shard)]
+        assert rows == [(f.path, row) for f in files for row in range(f.rows, f.rows + 9)]
+        for shard in after.shards[len(manifest.shards) : -1]:
+            path, row = samples_of(shard)[-1]
+            assert (row + 1) % captions == 0 or row + 1 == {f.path: f.rows for f in grown}[path]
 
 
 @given(SIZES, st.integers(1, 40), st.none() | st.integers(0, 400))
