@@ -14,7 +14,7 @@ first.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -52,20 +52,16 @@ def encode_shared(
     """Build the batch in which consecutive samples with the same image object share a row; otherwise like `encode`.
 
     If their prompts differ and the family can't branch before the captions, only those with the same prompt share one.
-    None if it has inputs that this can't rebuild.
+    None if none share one, or the family has inputs that this can't rebuild.
     """
-    if not model.parts.image_in_sequence:
-        return None
-    batch = _encode_groups(model, _runs([id(image) for image in images]), prompts, images, tokens, offsets)
-    if batch is not None:
-        return batch
-    keys = [(id(image), prompt) for image, prompt in zip(images, prompts, strict=True)]
-    return _encode_groups(model, _runs(keys), prompts, images, tokens, offsets)
-
-
-def _runs(keys: Sequence[Hashable]) -> list[list[int]]:
-    """Return the numbers of consecutive equal keys."""
-    return [list(numbers) for _, numbers in groupby(range(len(keys)), key=keys.__getitem__)]
+    by_image = [id(image) for image in images]
+    for keys in (by_image, list(zip(by_image, prompts, strict=True))):
+        groups = [list(numbers) for _, numbers in groupby(range(len(keys)), key=keys.__getitem__)]
+        if len(groups) < len(keys) and model.parts.image_in_sequence:
+            batch = _encode_groups(model, groups, prompts, images, tokens, offsets)
+            if batch is not None:
+                return batch
+    return None
 
 
 def _encode_groups(
