@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mmray.features.census.model_check import check_model
 from mmray.models.loading import LoadedModel
+from mmray.neurons.row_sharing import RowSharing
 from tests.support.tiny import VARIANTS, build
 
 README = Path(__file__).parents[2] / "mmray/models/README.md"
@@ -53,13 +54,17 @@ def row(variant: str, model: LoadedModel) -> str:
         for m in ("vision", "projector")
     ]
     held = f"{sum(check.passed for check in checks)} of {len(checks)}"
-    return f"| {NAMES[variant]} | `{path}` | {kind} | {image} | {counts[0]} | {counts[1]} | {held} |"
+    shared = "no" if RowSharing(model).problem else "yes"
+    return f"| {NAMES[variant]} | `{path}` | {kind} | {image} | {counts[0]} | {counts[1]} | {shared} | {held} |"
 
 
 def table(open_model: Callable[[str], LoadedModel]) -> str:
     """Return the table of all variants."""
-    head = "| family | output projection of the language MLPs | MLP | image | vision MLPs | projector MLPs | checks |"
-    lines = [head, "|---|---|---|---|---|---|---|", *(row(variant, open_model(variant)) for variant in VARIANTS)]
+    head = (
+        "| family | output projection of the language MLPs | MLP | image | vision MLPs | projector MLPs | shared rows "
+        "| checks |"
+    )
+    lines = [head, "|---|---|---|---|---|---|---|---|", *(row(variant, open_model(variant)) for variant in VARIANTS)]
     return "\n".join(lines) + "\n"
 
 

@@ -296,6 +296,19 @@ def test_where_time_and_memory_went(mmray, census, count, hook):
     assert "GB of host memory" in line
 
 
+def test_notes_of_units_are_told_once(mmray, census, count, monkeypatch):
+    commit = RunFolder.commit_shard
+    monkeypatch.setattr(
+        RunFolder,
+        "commit_shard",
+        lambda *call, **named: commit(*call[:8], ["one thing", f"unit {call[1] % 2}"], **named),
+    )
+    count()
+    assert only(census).cost.notes == ("one thing", "unit 0", "unit 1")
+    out = mmray("status", census).out
+    assert out.count("slower: one thing") == 1
+
+
 def test_measuring_a_model_is_told_by_phase(census):
     properties_here(census, concepts=1, images=2, maps=1)
     (found,) = analyses_of(census)

@@ -136,6 +136,11 @@ def test_long_names_of_samples_leave_room_for_captions(run: Run) -> None:
     assert all("A dog." in line for line in lines)
 
 
+def test_status_says_why_work_took_longer(run: Run) -> None:
+    noted = replace(run.status(), cost=replace(run.status().cost, notes=("captions of an image are in rows apart",)))
+    assert "slower    captions of an image are in rows apart" in shown(status(noted, [], "x"), 80)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_status_says_what_failed_and_why(run: Run, width: int) -> None:
     text = " ".join(" ".join(shown(status(run.status(), run.failures(), "runs/[b]x"), width)).split())
