@@ -16,6 +16,7 @@ from mmray.models import generation
 from mmray.neurons import scoring
 from mmray.neurons.concepts import NounSource
 from mmray.runs.tables import vectors
+from tests.support.refusals import MEMORY, Refusing, stages
 from tests.support.samples import CAPTIONS, LEXICON, NOUNS, analyse, merged, picture, png, sample, samples, settings
 
 
@@ -38,10 +39,6 @@ def test_what_is_skipped_is_counted_once_however_often_its_batch_was_halved(open
     analysis = shard.ShardAnalysis(model, settings(batch_size=4), LEXICON, 0)
     analysis.run([sample(number, "nothing to see here") for number in range(4)])
     assert +analysis.skipped == {"no noun": 4}
-
-
-def stages(tables):
-    return {(row["sample_id"], row["stage"]) for row in tables["errors"].to_pylist()}
 
 
 def same(tables, expected):
@@ -195,20 +192,6 @@ def test_a_caption_without_nouns_is_skipped_and_counted_still(open_model):
     assert len(tables["occurrences"]) == len(analyse(model, samples(3))["occurrences"])
 
 
-class Refusing:
-    """Stands before a function and raises when `when` says so of its arguments."""
-
-    def __init__(self, function, when, error):
-        self.function, self.when, self.error, self.refusals = function, when, error, 0
-
-    def __call__(self, *arguments, **named):
-        if self.when(*arguments):
-            self.refusals += 1
-            raise self.error
-        return self.function(*arguments, **named)
-
-
-MEMORY = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
 ERRORS = [MEMORY, RuntimeError("no"), ValueError("no"), IndexError("no"), TypeError("no"), KeyError("no")]
 
 

@@ -15,7 +15,7 @@ from mmray.neurons import row_sharing, scoring
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.row_sharing import RowSharing
 from mmray.runs.tables import vectors
-from tests.features.census.test_bad_samples import MEMORY, Refusing, stages
+from tests.support.refusals import MEMORY, Refusing, stages
 from tests.support.samples import CAPTIONS, LEXICON, NOUNS, analyse, merged, sample, samples, settings
 
 EVERYTHING = NounSource("lexicon", lexicon={None: NOUNS})
