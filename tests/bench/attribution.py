@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from mmray.features.census.reduction import ConceptSums
+from mmray.features.census.reduction import ConceptSums, candidates_kept
 from mmray.models.capture import capture_activations
 from mmray.models.loading import LoadedModel, load
 from mmray.models.parts import locate, output_rows, unembedding_rows
@@ -138,7 +138,7 @@ class Census:
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
         self.statistics = TokenStatistics(model.widths)
-        self.sums = ConceptSums(model.widths)
+        self.sums = ConceptSums(model.widths, candidates_kept(None, sum(model.widths)))
 
     def step(self, batch: Batch, places: list[TokenPosition], *, tokens: bool = True) -> None:
         """Score, reduce, and take the top-k of one batch; `tokens` counts every token's activity too."""
@@ -148,9 +148,7 @@ class Census:
         scored = score_batch(self.model, batch, places, statistics=self.statistics if tokens else None)
         if tokens:
             self.statistics.commit()
-        self.sums.begin([place.concept for place in places])
-        for layer, (scores, activation) in enumerate(zip(scored.scores, scored.activation, strict=True)):
-            self.sums.add(layer, scores, activation)
+        self.sums.add([place.concept for place in places], scored.scores, scored.activation)
         torch.cat(scored.scores, dim=1).topk(20, dim=1).values.cpu()
 
 

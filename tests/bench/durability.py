@@ -37,7 +37,7 @@ from mmray.features.census.tables import PARTS, TABLES
 from mmray.neurons.concepts import NounSource
 from mmray.runs import RunFolder
 from mmray.runs.snapshots import SnapshotWriter
-from mmray.runs.tables import list_column, vector_column
+from mmray.runs.tables import list_column
 from mmray.storage import LocalStore
 
 WIDTHS = (64, 64)
@@ -160,10 +160,7 @@ def shard_tables(number: int, random: np.random.Generator) -> dict[str, pa.Table
         pa.array([-np.inf] * len(distinct)),
         pa.array([np.inf] * len(distinct)),
         pa.nulls(len(distinct), schema.field("neuron").type),
-        *(
-            vector_column(random.normal(size=(len(distinct), neurons)).astype(kind), np.ones(len(distinct), bool))
-            for kind in SUMS.values()
-        ),
+        *(column(name, "concepts", len(distinct)) for name in SUMS),
     ]
     activity = {"label_kind": ["all"] * 2, "label": ["all"] * 2, "modality": ["image", "text"], "n_tokens": [9, 9]}
     activity["module"] = ["language"] * 2

@@ -116,7 +116,7 @@ class Located:
         self.model = model
         self.seen: list[tuple] = []
         wanted = {(method.score, method.folded) for method in methods}
-        sums = {key: ConceptSums(model.widths) for key in wanted}
+        sums = {key: ConceptSums(model.widths, sum(model.widths)) for key in wanted}
         for items, batch in data.analysis(model, 8).encoded(samples):
             places = positions_of(batch, [(item.sample.sample_id, item.mentions) for item in items])
             concepts = [place.concept for place in places]
@@ -132,12 +132,10 @@ class Located:
                     scores = score_batch(model, batch, places, score).scores
                 else:
                     scores = score_captured(model, captured, score, folded=folded).scores
-                collected.begin(concepts)
-                for layer, pair in enumerate(zip(scores, direct.activation, strict=True)):
-                    collected.add(layer, *pair)
+                collected.add(concepts, scores, direct.activation)
         self.merged = {key: ConceptMerge(sum(model.widths)) for key in wanted}
         for key, collected in sums.items():
-            self.merged[key].add(*collected.tables(sum(model.widths)))
+            self.merged[key].add(*collected.tables())
 
     def highest(self, method: Method, concept: str, sizes: Sequence[int]) -> dict[int, ndarray]:
         """Return the concept's first neurons, numbered over all layers, by how many."""

@@ -74,7 +74,7 @@ class ShardAnalysis:
         self.shard_id = shard_id
         # Backward passes sum over the positions of rows.
         self.sharing = None if SCORES[settings.score].backward else sharing
-        self.sums = ConceptSums(model.widths)
+        self.sums = ConceptSums(model.widths, candidates_kept(settings.candidates, sum(model.widths)))
         self.statistics = TokenStatistics(model.widths)
         self.module = ModuleActivity(model, settings.module)
         self.prompts: dict[tuple[str | None, bool, str | None], str] = {}
@@ -117,7 +117,7 @@ class ShardAnalysis:
     @phase("reduce")
     def tables(self) -> dict[str, pa.Table]:
         """Return the tables collected so far."""
-        concepts, totals = self.sums.tables(candidates_kept(self.settings.candidates, sum(self.model.widths)))
+        concepts, totals = self.sums.tables()
         # Sorted because a thread decodes images ahead, so failures arrive in an order that depends on the machine.
         failures = sorted(self.failures, key=lambda failure: (failure.source, failure.sample_id, failure.stage))
         errors = [vars(failure) | {"shard_id": self.shard_id} for failure in failures]
@@ -151,7 +151,9 @@ class ShardAnalysis:
             text = self.model.tokenizer.decode([token])
             self._fail(sample, "read", f"the caption contains {text}, which stands for an image: remove it")
             return None
-        return Captioned(sample, prompt, sample.caption, self._nouns(sample, sample.caption), tokens, offsets)
+        mentions = self._nouns(sample, sample.caption)
+        self.sums.expected.update(mention.concept for mention in mentions)
+        return Captioned(sample, prompt, sample.caption, mentions, tokens, offsets)
 
     def _prompt(self, sample: Sample, *, image: bool) -> str:
         prefix = prefix_given(self.settings, sample.caption)
@@ -368,9 +370,7 @@ class ShardAnalysis:
             )
         if not positions:
             return
-        self.sums.begin([position.concept for position in positions])
-        for layer, (scores, activation) in enumerate(zip(scored.scores, scored.activation, strict=True)):
-            self.sums.add(layer, scores, activation)
+        self.sums.add([position.concept for position in positions], scored.scores, scored.activation)
         self.occurrences.append(_occurrence_table(self.model, positions, scored, self.settings.top_k))
 
 

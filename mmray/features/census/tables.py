@@ -121,8 +121,7 @@ PARTS: dict[str, pa.Schema] = {
     "captions": TABLES["captions"],
     "occurrences": TABLES["occurrences"],
     "errors": TABLES["errors"],
-    # One row per concept; lists and vectors run over its kept neurons. Vectors are raw bytes, which Parquet reads and
-    # writes twice as fast as lists of numbers.
+    # A row per concept, or several of one that was closed early; lists run over its kept neurons.
     "concepts": pa.schema(
         [
             field("concept", pa.string()),
@@ -130,9 +129,9 @@ PARTS: dict[str, pa.Schema] = {
             field("bound", pa.float64(), "largest sum of scores among neurons not kept"),
             field("floor", pa.float64(), "smallest sum of scores among neurons not kept"),
             field("neuron", pa.list_(pa.int32()), "index over all layers; null: all neurons are kept"),
-            field("score", pa.large_binary(), "fp64 sum over occurrences"),
-            field("score_squares", pa.large_binary(), "fp64 sum of squares over occurrences; null where n is 1"),
-            field("activation", pa.large_binary(), "fp32 sum over occurrences"),
+            field("score", pa.list_(pa.float64()), "sum over occurrences"),
+            field("score_squares", pa.list_(pa.float64()), "sum of squares over occurrences; null where n is 1"),
+            field("activation", pa.list_(pa.float32()), "sum over occurrences"),
         ]
     ),
     # One row: sums over all occurrences of all concepts, one number per neuron.

@@ -3,7 +3,6 @@
 from collections import Counter
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +14,7 @@ from mmray.features.census.reduction import SUMS
 from mmray.models import generation
 from mmray.neurons import scoring
 from mmray.neurons.concepts import NounSource
-from mmray.runs.tables import vectors
+from mmray.runs.tables import list_values
 from tests.support.refusals import MEMORY, Refusing, stages
 from tests.support.samples import CAPTIONS, LEXICON, NOUNS, analyse, merged, picture, png, sample, samples, settings
 
@@ -56,15 +55,9 @@ def same(tables, expected):
         rows, others = (each[name].to_pylist() for each in (tables, expected))
         assert [[row[key] for key in keys] for row in rows] == [[row[key] for key in keys] for row in others]
         for column in numbers:
-            lists = (numbers_of(each[name], column) for each in (tables, expected))
+            lists = (each[name][column].to_pylist() for each in (tables, expected))
             for ours, theirs in zip(*lists, strict=True):
                 np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-def numbers_of(table, column):
-    """Return the lists or vectors of a column."""
-    kind = table.schema.field(column).type
-    return vectors(table[column], SUMS[column]) if pa.types.is_large_binary(kind) else table[column].to_pylist()
 
 
 def test_images_that_can_t_be_read_are_errors(open_model, monkeypatch):
@@ -349,7 +342,7 @@ def test_a_text_longer_than_the_model_reads_is_an_error(open_model):
 def finite(tables):
     """Return whether every sum of a shard is a finite number."""
     columns = {"concepts": list(SUMS), "totals": ["score", "score_squares"], "activity": ["sum", "sum_squares"]}
-    numbers = [numbers_of(tables[name], column) for name, own in columns.items() for column in own]
+    numbers = [list_values(tables[name][column]) for name, own in columns.items() for column in own]
     return all(np.isfinite(part).all() for column in numbers for part in column)
 
 

@@ -20,7 +20,15 @@ from mmray.features.census.ranking import (
     selective_scores,
     specific_scores,
 )
-from mmray.features.census.reduction import ALL_KEPT, KEPT_OF_MORE, ConceptMerge, ConceptSums, candidates_kept
+from mmray.features.census.reduction import (
+    ALL_KEPT,
+    KEPT_OF_MORE,
+    SUMS,
+    ConceptMerge,
+    ConceptSums,
+    candidates_kept,
+    highest,
+)
 from mmray.runs.tables import from_bytes, to_bytes
 
 WIDTHS = (3, 2, 3)
@@ -39,17 +47,17 @@ def cut(items, cuts):
     return [items[first:last] for first, last in pairwise(edges)]
 
 
-def shard(occurrences, cuts=(), kept=NEURONS):
+def shard(occurrences, cuts=(), kept=NEURONS, room=1000, expected=()):
     """Return the tables of a shard whose occurrences came in batches, as they come back from storage."""
-    sums = ConceptSums(WIDTHS)
+    sums = ConceptSums(WIDTHS, kept)
+    sums.room = room
+    sums.expected.update(concept for concept, _, _ in expected)
     for batch in cut(occurrences, cuts):
         if batch:
             concepts, scores, activation = zip(*batch, strict=True)
-            sums.begin(concepts)
             layers = [torch.tensor(part, dtype=torch.float32).split(WIDTHS, dim=1) for part in (scores, activation)]
-            for layer, pair in enumerate(zip(*layers, strict=True)):
-                sums.add(layer, *pair)
-    return [from_bytes(to_bytes(table)) for table in sums.tables(kept)]
+            sums.add(concepts, *layers)
+    return [from_bytes(to_bytes(table)) for table in sums.tables()]
 
 
 def merge(shards):
@@ -113,9 +121,9 @@ def test_shards_merge_in_any_order_and_in_any_groups(occurrences, cuts, kept, ra
         assert facts(merged) == expected
 
 
-@given(OCCURRENCES, CUTS, st.integers(1, NEURONS))
-def test_what_is_kept_of_some_bounds_what_is_not(occurrences, cuts, kept):
-    merged = merge([shard(part, kept=kept) for part in cut(occurrences, cuts)])
+@given(OCCURRENCES, CUTS, st.integers(1, NEURONS), st.integers(1, 4))
+def test_what_is_kept_of_some_bounds_what_is_not(occurrences, cuts, kept, room):
+    merged = merge([shard(part, kept=kept, room=room) for part in cut(occurrences, cuts)])
     _, sums, total = by_hand(occurrences)
     assert merged.total.tolist() == total.tolist()
     for concept, (truth, squares, activation) in sums.items():
@@ -131,6 +139,48 @@ def test_what_is_kept_of_some_bounds_what_is_not(occurrences, cuts, kept):
         assert len(scores.neuron) >= min(kept, NEURONS)
 
 
+@given(
+    st.lists(st.lists(st.integers(-3, 3) | st.sampled_from([0.1, -0.0]), min_size=9, max_size=9), min_size=1), st.data()
+)
+def test_the_highest_are_those_of_a_stable_sort(rows, data):
+    scores, kept = torch.tensor(rows, dtype=torch.float64), data.draw(st.integers(1, 8))
+    ordered = scores.sort(dim=1, descending=True, stable=True)
+    neurons, bound = highest(scores, kept)
+    assert neurons.tolist() == ordered.indices[:, :kept].sort(dim=1).values.tolist()
+    assert bound.tolist() == ordered.values[:, kept].tolist()
+
+
+@given(OCCURRENCES, CUTS, st.integers(1, NEURONS), st.integers(1, 4), st.booleans())
+def test_a_shard_with_little_room_does_not_depend_on_batches(occurrences, batches, kept, room, known):
+    options = {"kept": kept, "room": room, "expected": occurrences if known else ()}
+    for table, other in zip(shard(occurrences, batches, **options), shard(occurrences, **options), strict=True):
+        assert table.equals(other)
+
+
+@given(OCCURRENCES, st.integers(1, NEURONS))
+def test_a_concept_is_open_until_its_last_occurrence(occurrences, kept):
+    occurrences = sorted(occurrences)
+    # One concept at a time needs one row of room.
+    found, enough = (shard(occurrences, kept=kept, room=room, expected=occurrences) for room in (1, 1000))
+    for table, other in zip(found, enough, strict=True):
+        assert table.equals(other)
+
+
+def test_room_is_made_by_closing_what_is_needed_least():
+    names = ["dog", "cat", "owl", "dog", "fox", "cat", "owl", "dog"]
+    occurrences = [(name, [1] * NEURONS, [1] * NEURONS) for name in names]
+    rows, _ = shard(occurrences, room=2, expected=occurrences)
+    # The owl needs room: a cat is to come, but two dogs. Then the fox does: it takes the owl's, the older of two.
+    assert list(zip(*(rows[name].to_pylist() for name in ("concept", "n")), strict=True)) == [
+        ("cat", 1),
+        ("owl", 1),
+        ("fox", 1),
+        ("cat", 1),
+        ("dog", 3),
+        ("owl", 1),
+    ]
+
+
 def true_ranks(truth):
     order = np.lexsort((np.arange(len(truth)), -truth))
     ranks = np.empty(len(truth), int)
@@ -138,9 +188,9 @@ def true_ranks(truth):
     return ranks
 
 
-@given(OCCURRENCES, CUTS, st.integers(1, NEURONS))
-def test_a_certified_rank_is_the_true_one(occurrences, cuts, kept):
-    merged = merge([shard(part, kept=kept) for part in cut(occurrences, cuts)])
+@given(OCCURRENCES, CUTS, st.integers(1, NEURONS), st.integers(1, 4))
+def test_a_certified_rank_is_the_true_one(occurrences, cuts, kept, room):
+    merged = merge([shard(part, kept=kept, room=room) for part in cut(occurrences, cuts)])
     counts, sums, _ = by_hand(occurrences)
     for concept, (truth, squares, activation) in sums.items():
         table = rank_concept(concept, merged, 1, NO_HITS, WIDTHS, TEXTS)
@@ -169,9 +219,9 @@ REALS = st.lists(
 REAL_OCCURRENCES = st.lists(st.tuples(st.sampled_from(["dog", "cat", "owl"]), REALS, REALS), min_size=1, max_size=14)
 
 
-@given(REAL_OCCURRENCES, CUTS, st.integers(1, NEURONS))
-def test_bounds_hold_to_the_last_digit(occurrences, cuts, kept):
-    merged = merge([shard(part, kept=kept) for part in cut(occurrences, cuts)])
+@given(REAL_OCCURRENCES, CUTS, st.integers(1, NEURONS), st.integers(1, 4))
+def test_bounds_hold_to_the_last_digit(occurrences, cuts, kept, room):
+    merged = merge([shard(part, kept=kept, room=room) for part in cut(occurrences, cuts)])
     for concept in merged.concepts:
         own = [np.float32(scores).astype(float) for name, scores, _ in occurrences if name == concept]
         truth = np.array([Fraction(0)] * NEURONS)
@@ -193,9 +243,9 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("certificate", ORDERS)
-@given(OCCURRENCES | REAL_OCCURRENCES, CUTS, st.integers(1, NEURONS))
-def test_no_certificate_of_any_order_is_wrong(certificate, occurrences, cuts, kept):
-    merged = merge([shard(part, kept=kept) for part in cut(occurrences, cuts)])
+@given(OCCURRENCES | REAL_OCCURRENCES, CUTS, st.integers(1, NEURONS), st.integers(1, 4))
+def test_no_certificate_of_any_order_is_wrong(certificate, occurrences, cuts, kept, room):
+    merged = merge([shard(part, kept=kept, room=room) for part in cut(occurrences, cuts)])
     rank, order = ORDERS[certificate]
     for concept in merged.concepts:
         own, others = (
@@ -308,3 +358,17 @@ def test_many_concepts_have_room():
     assert sorted(merged.concepts) == sorted(names)
     for number, name in enumerate(names):
         assert merged.sums(name).score.tolist() == [number % 7] * NEURONS
+
+
+@given(OCCURRENCES, st.integers(1, NEURONS))
+def test_parts_of_earlier_versions_are_merged(occurrences, kept):
+    concepts, totals = shard(occurrences, kept=kept)
+    earlier = concepts
+    for name in SUMS:
+        column = concepts[name]
+        raw = [
+            None if row is None else np.array(row, column.type.value_type.to_pandas_dtype()).tobytes()
+            for row in column.to_pylist()
+        ]
+        earlier = earlier.set_column(earlier.column_names.index(name), name, pa.array(raw, pa.large_binary()))
+    assert facts(merge([(earlier, totals)])) == facts(merge([(concepts, totals)]))

@@ -64,13 +64,12 @@ def check_concepts(model, shards, expected):
             own = [occurrence for occurrence in here if occurrence.concept == concept]
             assert row["n"] == len(own)
             assert row["neuron"] is None
-            close(np.frombuffer(row["score"], np.float64), sum(occurrence.scores for occurrence in own))
+            close(row["score"], sum(occurrence.scores for occurrence in own))
             if len(own) > 1:
-                squares = np.frombuffer(row["score_squares"], np.float64)
-                close(squares, sum(occurrence.scores**2 for occurrence in own))
+                close(row["score_squares"], sum(occurrence.scores**2 for occurrence in own))
             else:
                 assert row["score_squares"] is None
-            close(np.frombuffer(row["activation"], np.float32), sum(occurrence.activations for occurrence in own))
+            close(row["activation"], sum(occurrence.activations for occurrence in own))
         total = shard["totals"].to_pylist()[0]
         assert total["n"] == len(here)
         close(total["score"], sum(occurrence.scores for occurrence in here))
