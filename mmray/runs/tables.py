@@ -148,7 +148,12 @@ def vector_column(rows: ndarray, present: ndarray) -> pa.LargeBinaryArray:
 
 
 def vectors(column: pa.ChunkedArray, dtype: type[np.float64 | np.float32 | np.int32]) -> list[ndarray]:
-    """Return the vectors of a `vector_column`, whose bytes don't record their dtype; a null is an empty vector."""
+    """Return the vectors of a `vector_column`, whose bytes don't record their dtype; a null is an empty vector.
+
+    Columns that were of raw bytes in earlier versions may hold lists now.
+    """
+    if pa.types.is_list(column.type):
+        return list_values(column)
     return [np.frombuffer(value.as_buffer() or b"", dtype) for chunk in column.chunks for value in chunk]
 
 

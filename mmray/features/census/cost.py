@@ -8,6 +8,32 @@ from dataclasses import dataclass
 MANY_UNKNOWN, MOST_WITHOUT_NOUNS = 0.1, 0.5
 """Fractions of the captions in unknown languages, and without a noun, above which a warning is given."""
 
+GPUS = {"T4": 16, "A10G, L4": 24, "A100": 40, "L40S": 48, "H100, large A100": 80, "H200": 141}
+"""Memory of common GPUs, in GB."""
+USABLE = 0.9
+"""Fraction of a GPU's memory left by CUDA itself and by fragmentation."""
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """Estimated peak memory of a worker on a GPU, in bytes."""
+
+    weights: int
+    batch: int
+    """Activations and scores of one batch."""
+    sums: int
+    """Sums per concept, and statistics of each neuron."""
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.weights + self.batch + self.sums
+
+    @property
+    def gpus(self) -> tuple[str, ...]:
+        """The common GPUs that one worker fits on, the smallest first."""
+        return tuple(f"{name} ({size} GB)" for name, size in GPUS.items() if self.total <= USABLE * size * 1e9)
+
 
 @dataclass(frozen=True)
 class DataSample:
@@ -75,6 +101,7 @@ class CensusEstimate:
     occurrences: float
     """Occurrences of nouns per sample."""
     bytes_written: int
+    memory: WorkerMemory
     neurons: int
     kept: int
     """Neurons that a shard keeps per concept. If they are not all, some ranks may not be certified."""

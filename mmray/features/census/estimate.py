@@ -12,11 +12,12 @@ import torch
 from mmray.data.samples import Failure, Sample
 from mmray.data.shards import Manifest, read_shard
 from mmray.data.source import Source
-from mmray.features.census.cost import CensusEstimate, DataSample
-from mmray.features.census.reduction import candidates_kept
+from mmray.features.census.cost import CensusEstimate, DataSample, WorkerMemory
+from mmray.features.census.reduction import SUMS_MEMORY, candidates_kept
 from mmray.features.census.settings import CensusSettings
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.language_id import language_code, language_name
+from mmray.neurons.statistics import COPIED, EXAMPLES
 
 ROWS_READ = 64
 """First rows read to estimate caption lengths, languages and nouns."""
@@ -24,6 +25,8 @@ FREQUENT = 10
 """Nouns listed."""
 EFFICIENCY = 0.6
 """Speed of a whole forward pass as a fraction of a large matrix product's: 0.5 to 0.7 on CPUs and an H100."""
+CANDIDATE_BYTES, ACTIVITY_BYTES, EXAMPLES_BYTES = 10, 14, 62
+"""Bytes written per kept neuron of a concept; per neuron under a label, for one modality; and per neuron's examples."""
 CHARACTERS_PER_TOKEN = 4
 PROMPT_TOKENS = 16
 
@@ -51,11 +54,20 @@ def estimate(
     neurons = sum(widths)
     kept = candidates_kept(settings.candidates, neurons)
     # Most concepts of a shard occur there once or twice, so there are about half as many as occurrences.
-    concepts = min(settings.shard_size, manifest.samples) * occurrences / 2
+    concepts = min(settings.samples_per_shard, manifest.samples) * occurrences / 2
     # Activity is kept per label and modality; "all" is the label that every sample has.
     labels = 2 * (1 + len({sample.language for sample in samples}) + len({sample.domain for sample in samples}))
-    # Per kept neuron its index and sums; per neuron its activity under each label, and its examples.
-    shard_bytes = concepts * kept * 20 + neurons * (labels * 24 + 10 * 12)
+    shard_bytes = concepts * kept * CANDIDATE_BYTES + neurons * (labels * ACTIVITY_BYTES + EXAMPLES_BYTES)
+    number_bytes = 4 if settings.dtype == "fp32" else 2
+    memory = WorkerMemory(
+        weights=parameters * number_bytes,
+        # A layer's gate, its other half and their product; per noun the scores and activations of all neurons, and a
+        # copy of both.
+        batch=int(
+            settings.batch_size * (3 * positions * max(widths) * number_bytes + 16 * occurrences * neurons) + 4 * COPIED
+        ),
+        sums=int(min(SUMS_MEMORY, concepts * neurons * 24) + neurons * (labels * 24 + 2 * EXAMPLES * 12)),
+    )
     return CensusEstimate(
         samples=manifest.samples,
         shards=len(manifest.shards),
@@ -67,6 +79,7 @@ def estimate(
         workers=(settings.worker_range or (0, torch.cuda.device_count()))[1] if torch.cuda.is_available() else 1,
         occurrences=occurrences,
         bytes_written=int(len(manifest.shards) * shard_bytes + manifest.samples * occurrences * settings.top_k * 14),
+        memory=memory,
         sample=seen,
         neurons=neurons,
         kept=kept,

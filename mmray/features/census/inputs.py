@@ -43,7 +43,7 @@ def open_data(settings: CensusSettings) -> Source:
 def open_inputs(settings: CensusSettings) -> tuple[Source, Manifest, NounSource]:
     """Return the data, its shards as they would be cut now, and the source of nouns."""
     source = open_data(settings)
-    manifest = cut(source.files(), settings.shard_size, settings.limit, source.image_end)
+    manifest = cut(source.files(), settings.samples_per_shard, settings.limit, source.image_end)
     if not manifest.samples:
         raise InputError(f"{settings.data}: has no samples; check --data and --limit")
     # Reading logs the columns and entries that it ignores. Workers' logs are not shown, so the driver reads some, too.

@@ -23,7 +23,7 @@ from mmray.features.census.estimate import describe, estimate, first_rows
 from mmray.features.census.inputs import check_apart, open_data, open_inputs
 from mmray.features.census.merging import APPENDED, RunMerge
 from mmray.features.census.ranking import certified_share
-from mmray.features.census.settings import CensusSettings
+from mmray.features.census.settings import CensusSettings, shard_size_of
 from mmray.features.census.shard import ShardAnalysis
 from mmray.features.census.tables import PARTS, TABLES
 from mmray.models.loading import LoadedModel, describe_model, digest, from_anywhere, resolve
@@ -111,6 +111,13 @@ class CensusJob(ModelJob[CensusContext]):
     parts: ClassVar[dict[str, pa.Schema]] = {
         name: schema for name, schema in PARTS.items() if name not in (DECODED, "errors")
     }
+
+    def __init__(self, settings: CensusSettings) -> None:
+        """Settle how many samples a shard has; raises InputError for a model that can't be described."""
+        if settings.shard_size is None:
+            widths = describe_model(settings.model, trust_remote_code=settings.trust_remote_code)["widths"]
+            settings = settings.model_copy(update={"shard_size": shard_size_of(sum(widths))})
+        super().__init__(settings)
 
     @property
     def root(self) -> str:
@@ -236,7 +243,8 @@ def run_census(
     """
     # Workers have other working directories, so a relative path must become absolute.
     settings = settings.model_copy(update={"model": from_anywhere(settings.model)})
-    plan = CensusJob(settings).plan()
+    job = CensusJob(settings)
+    settings, plan = job.settings, job.plan()
     warned = plan.context.nouns.kind not in TAGGERS or settings.captions != "dataset"
 
     def follow_and_warn(progress: Progress) -> None:
@@ -280,6 +288,7 @@ def outcome_of(settings: CensusSettings, done: JobResult, since: int = 0) -> Cen
 
 def plan_census(settings: CensusSettings) -> CensusEstimate:
     """Return what the census would cost, without running it."""
+    settings = CensusJob(settings).settings
     source, manifest, nouns = open_inputs(settings)
     check_columns(source, manifest)
     model = describe_model(settings.model, trust_remote_code=settings.trust_remote_code)

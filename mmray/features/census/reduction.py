@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from jaxtyping import Float, Float64, Int64
 from numpy import ndarray
 from torch import Tensor
 
+from mmray.engine.clock import phase
 from mmray.features.census.tables import PARTS
 from mmray.runs.tables import list_column, list_values, vectors
 
@@ -27,8 +29,12 @@ ALL_KEPT = 16_384
 KEPT_OF_MORE = 2_048
 """Neurons that a shard keeps per concept for larger models."""
 
-SUMS = ("score", "score_squares", "activation")
-"""Columns of sums over a concept's occurrences, in order of accumulation."""
+SUMS: dict[str, type[np.float64 | np.float32]] = {
+    "score": np.float64,
+    "score_squares": np.float64,
+    "activation": np.float32,
+}
+"""Columns of sums over a concept's occurrences, in order of accumulation, with their type in a committed part."""
 
 SUMS_MEMORY = 768 << 20
 """Bytes of sums held at once. Constant, because what a shard commits must not depend on the machine's memory."""
@@ -93,6 +99,9 @@ class ConceptSums:
         open_concepts = sorted(self._rows)
         opened = [self._reduced(open_concepts[at : at + REDUCED]) for at in range(0, len(open_concepts), REDUCED)]
         concepts = pa.concat_tables([PARTS["concepts"].empty_table(), *self._closed, *opened])
+        if self._closed:
+            # Stable, so that rows of one concept stay in the order of its occurrences.
+            concepts = concepts.take(pc.sort_indices(concepts["concept"]))
         totals = self._totals + self._over_rows(None)
         columns = [list_column(total[None], PARTS["totals"].field("score").type) for total in totals]
         return concepts, pa.Table.from_arrays([pa.array([self._n]), *columns], schema=PARTS["totals"])
@@ -149,6 +158,7 @@ class ConceptSums:
             del self._counts[concept]
         self._free.extend(rows.tolist())
 
+    @phase("candidates")
     @torch.inference_mode()
     def _reduced(self, names: Sequence[str]) -> pa.Table:
         """Return the rows of `concepts` of open concepts."""
@@ -255,7 +265,7 @@ class ConceptMerge:
         self.shards += 1
         all_neurons = np.arange(self.neurons)
         index = [all_neurons] * len(concepts) if concepts["neuron"].null_count else list_values(concepts["neuron"])
-        sums = (_numbers(concepts, name) for name in SUMS)
+        sums = (vectors(concepts[name], dtype) for name, dtype in SUMS.items())
         scalars = (concepts[name].to_pylist() for name in ("concept", "n", "bound", "floor"))
         for concept, n, bound, floor, neuron, score, squares, activation in zip(*scalars, index, *sums, strict=True):
             merged = self.concepts.setdefault(concept, MergedConcept())
@@ -302,13 +312,6 @@ class ConceptMerge:
         """
         largest = np.max(self.total_squares, initial=0.0)
         return float(4 * np.finfo(np.float64).eps * (n + shards) * np.sqrt(n * shards * largest))
-
-
-def _numbers(concepts: pa.Table, name: str) -> list[ndarray]:
-    if pa.types.is_list(concepts[name].type):
-        return list_values(concepts[name])
-    # Runs of earlier versions hold raw bytes.
-    return vectors(concepts[name], PARTS["concepts"].field(name).type.value_type.to_pandas_dtype())
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, *
         source, _, nouns = open_inputs(settings)
         before = Manifest.from_json(folder.manifest())
         # Raises for files that have changed: only new rows may be added to what was analysed.
-        size, limit = settings.shard_size, settings.limit
+        size, limit = settings.samples_per_shard, settings.limit
         after = extend(before, source.files(), size, limit, source.rows_digest, source.image_end)
         if after.samples > before.samples:
             check_columns(source, after)

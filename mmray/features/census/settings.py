@@ -13,6 +13,10 @@ from mmray.neurons.scores import Pieces, Score, scores_help
 
 Captions = Literal["dataset", "generate"]
 
+LEAST_PER_SHARD, MOST_PER_SHARD = 500, 4_000
+NEURONS_PER_SAMPLE = 64
+"""Neurons per sample of a shard. However few samples it has, a shard writes about 100 bytes per neuron."""
+
 
 class CensusSettings(JobSettings):
     """Settings of `mmray census`."""
@@ -26,8 +30,9 @@ class CensusSettings(JobSettings):
     """Folder of the run: a local path or s3://bucket/prefix."""
     limit: int | None = Field(None, ge=1)
     """Use only the first N samples; default: all."""
-    shard_size: int = Field(500, ge=1)
-    """Samples per shard. A shard is the unit of work, and what a crash costs."""
+    shard_size: int | None = Field(None, ge=1)
+    """Samples per shard, which is the unit of work and what a crash costs. Default: 500 for models of up to 32,000
+    neurons; more for larger ones, at most 4,000."""
     batch_size: int = execution(32, ge=1)
     """Samples per forward pass. Halved automatically when memory runs out."""
     captions: Captions = "dataset"
@@ -81,6 +86,11 @@ class CensusSettings(JobSettings):
     trust_remote_code: bool = execution(False)
     """Allow the checkpoint to run its own Python code."""
 
+    @property
+    def samples_per_shard(self) -> int:
+        """`shard_size`; a job settles it by the model's neurons before it cuts the data."""
+        return self.shard_size or LEAST_PER_SHARD
+
     @field_validator("out")
     @classmethod
     def _check_out(cls, value: str) -> str:
@@ -109,6 +119,11 @@ class CensusSettings(JobSettings):
             # Only generated captions are cut off, so another value must not make a finished run refuse to resume.
             del found["longest"]
         return found
+
+
+def shard_size_of(neurons: int) -> int:
+    """Return the default samples per shard for a model with so many neurons; 4,000 for LLaVA-1.5-7B."""
+    return min(MOST_PER_SHARD, max(LEAST_PER_SHARD, neurons // NEURONS_PER_SAMPLE))
 
 
 def census_settings(values: dict[str, Any]) -> CensusSettings:

@@ -274,6 +274,8 @@ def plan(plan: CensusEstimate) -> RenderableType:
     rows = plan.sample
     languages = ", ".join(f"{language} {count}" for language, count in rows.languages.items()) or "none"
     nouns = ", ".join(f"{noun} {count}" for noun, count in rows.frequent) or "none"
+    memory = plan.memory
+    fits = f"fits {', '.join(memory.gpus)}" if memory.gpus else "needs --gpus-per-worker 2 or more"
     kept = (
         f"kept      {plan.kept:,} of {plan.neurons:,} neurons per concept and shard; with many shards few ranks are "
         "certified, and more --candidates certify more"
@@ -286,6 +288,10 @@ def plan(plan: CensusEstimate) -> RenderableType:
             f"({plan.teraflops:,.0f} TFLOP at {plan.speed:.2g} TFLOP/s)"
         ),
         Text(f"bytes     about {plan.bytes_written / 1e9:.2g} GB written to the run"),
+        Text(
+            f"memory    about {memory.total / 1e9:.3g} GB per worker on a GPU (weights {memory.weights / 1e9:.3g}, "
+            f"batch {memory.batch / 1e9:.2g}, sums {memory.sums / 1e9:.2g}): {fits}"
+        ),
         Text(
             f"looked at {rows.rows} rows: {rows.unreadable} unreadable, {rows.without_nouns} without a noun; "
             f"{'languages as guessed' if rows.guessed else 'languages'}: {languages}"

@@ -90,7 +90,7 @@ class SelectionJob(Job[SelectionSettings, SelectionContext]):
         census = census_settings(run.info["settings"])
         source, _, nouns = open_inputs(census)
         manifest = Manifest.from_json(run.folder.manifest())
-        extend(manifest, source.files(), census.shard_size, census.limit)  # raises for files that have changed
+        extend(manifest, source.files(), census.samples_per_shard, census.limit)  # raises for files that have changed
         if digest(resolve(census.model)) != run.info["digests"]["model"]:
             raise InputError(f"{census.model}: no longer the model of {run.uri}; start a new run with it: mmray census")
         # Candidates are indices over all layers, as the effects are concatenated.

@@ -13,8 +13,8 @@ from mmray.data.samples import Failure, Sample
 from mmray.features.census.cost import CensusEstimate
 from mmray.features.census.estimate import describe, first_rows
 from mmray.features.census.inputs import open_inputs
-from mmray.features.census.job import plan_census, run_census
-from mmray.features.census.settings import census_settings
+from mmray.features.census.job import CensusJob, plan_census, run_census
+from mmray.features.census.settings import census_settings, shard_size_of
 from mmray.features.census.view import plan as shown
 from mmray.neurons.concepts import NounSource
 from tests.bench.nouns import OTHERS
@@ -92,6 +92,13 @@ def test_a_plan_says_what_it_looked_at(tmp_path: Path) -> None:
     assert "looked at 11 rows: 1 unreadable, 10 without a noun; languages as guessed: Spanish" in said
     assert "warning   1 of the first 11 rows can't be read: " in said
     assert "warning   captions seem to be in Spanish" in said
+    # A batch has at least its scores; sums of few concepts are small.
+    assert plan.memory.weights == 2 * plan.parameters
+    assert plan.memory.batch >= 32 * 8 * plan.neurons * plan.occurrences
+    assert plan.memory.sums < 10**8
+    assert plan.memory.gpus[0] == "T4 (16 GB)"
+    fp32 = plan_census(settings.model_copy(update={"dtype": "fp32"})).memory
+    assert fp32.weights == 2 * plan.memory.weights
     # The language is told, and a tagger that does not know it is still none.
     plan = plan_census(settings.model_copy(update={"language": "es"}))
     assert plan.sample.languages == {"Spanish": 10}
@@ -126,3 +133,11 @@ def test_the_language_of_all_captions_is_that_of_samples_without_one(tmp_path: P
         source, manifest, _ = open_inputs(census_settings({**settings, "language": language}))
         first, _ = first_rows(source, manifest)
         assert [row.language for row in first] == ["fr", language, language]
+
+
+def test_shards_are_larger_where_what_they_write_per_neuron_is_much(tmp_path: Path) -> None:
+    assert [shard_size_of(neurons) for neurons in (8_192, 32_000, 64_000, 32 * 11_008)] == [500, 500, 1_000, 4_000]
+    asked = {"model": "demo", "data": "demo", "out": str(tmp_path)}
+    # Settled before the fingerprint is taken, so that a run resumes with the same shards.
+    assert CensusJob(census_settings(asked)).settings == census_settings(asked | {"shard_size": 500})
+    assert CensusJob(census_settings(asked | {"shard_size": 7})).settings.samples_per_shard == 7

@@ -1,0 +1,215 @@
+"""A census at the size of LLaVA-1.5-7B, next to a plain forward: `python -m tests.bench.size [--cores 1] [--write]`.
+
+The model has random weights, 32 layers of 11,008 MLP neurons, hidden size 64, and the demo's vocabulary and 64 image
+tokens, so that it runs on a CPU. `--shape llava-1.5-7b --device cuda` takes the real shape, in fp16. The data are the
+demo's scenes without labels; their nouns are renamed to 600 concepts, because the demo has few (`--concepts 0`: their
+own). The census goes from encoded images to committed files, phase by phase. The plain forward has the same batches
+prepared in memory. The census is first, so that the peak of memory is its own.
+
+    one H100:   python -m tests.bench.size --shape llava-1.5-7b --device cuda --samples 1536
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from mmray.data.samples import Sample
+from mmray.data.shards import cut, read_shard
+from mmray.engine.clock import peak_memory, timed_phases
+from mmray.features.census.inputs import open_data
+from mmray.features.census.settings import census_settings
+from mmray.features.census.shard import ShardAnalysis
+from mmray.models.loading import LoadedModel, load
+from mmray.models.parts import locate
+from mmray.neurons.concepts import Mention, NounSource, noun_source
+from mmray.runs import RunFolder
+from tests.bench import attribution
+from tests.bench.attribution import Shape
+from tests.bench.writing import markdown, write
+
+COMMAND = "python -m tests.bench.size --cores 1 --write"
+SHAPES = attribution.SHAPES | {
+    "wide": Shape(
+        {
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 96,
+            "patch_size": 12,
+        },
+        {
+            "vocab_size": 2475,
+            "hidden_size": 64,
+            "intermediate_size": 11_008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 2,
+        },
+    )
+}
+NAMES = 2
+"""New names of each noun: with them, the demo's captions have as many nouns as those of COCO."""
+PHASES = ("read", "decode", "forward", "score", "reduce", "candidates", "commit")
+
+
+def built(shape: Shape, device: str) -> LoadedModel:
+    """Return a LLaVA of that shape with random weights, fp16 except on a CPU, and the demo's tokenizer."""
+    processor: Any = load("demo").processor
+    vision, text = CLIPVisionConfig(**shape.vision), LlamaConfig(**shape.text)
+    size = vision.image_size
+    processor.image_processor.size, processor.image_processor.crop_size = (
+        {"shortest_edge": size},
+        {"height": size, "width": size},
+    )
+    processor.patch_size = vision.patch_size
+    settings = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32 if device == "cpu" else torch.float16)
+    try:
+        with torch.device(device):
+            network = LlavaForConditionalGeneration(settings).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return LoadedModel("random weights", load("demo").folder, network, processor, locate(network))
+
+
+@dataclass
+class Renamed:
+    """Nouns of another source under `concepts` names, in turn; the source itself if that is 0."""
+
+    source: NounSource
+    concepts: int
+
+    def __post_init__(self) -> None:
+        self.numbers = count()
+
+    def find(self, *given: Any, **named: Any) -> list[Mention]:
+        """Return the nouns of a caption under their new names."""
+        found = self.source.find(*given, **named)
+        if not self.concepts:
+            return found
+        return [
+            Mention(f"noun {next(self.numbers) % self.concepts}", noun.start, noun.stop)
+            for noun in found
+            for _ in range(NAMES)
+        ]
+
+
+def resident() -> int:
+    """Return the memory that the process holds now, in bytes."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Bench:
+    """One model, the samples of one shard, and the folder that it is committed to."""
+
+    def __init__(self, arguments: argparse.Namespace, out: str) -> None:
+        asked = {"model": "demo", "data": "demo", "out": out, "batch_size": arguments.batch_size}
+        self.settings = census_settings(asked)
+        self.model = built(SHAPES[arguments.shape], arguments.device)
+        source = open_data(self.settings)
+        self.nouns = noun_source("auto", source.objects_vocabulary(), source.translations())
+        self.concepts = arguments.concepts
+        rows = read_shard(source, cut(source.files(), arguments.samples, arguments.samples).shards[0])
+        # Without the labels that few data sets have.
+        self.samples = [
+            Sample(row.sample_id, row.source, row.image, row.caption) for row in rows if isinstance(row, Sample)
+        ]
+        self.folder = RunFolder.at(out)
+        self.numbers = count()
+
+    def analysis(self, number: int = 0) -> ShardAnalysis:
+        """Return the analysis of the shard."""
+        nouns: Any = Renamed(self.nouns, self.concepts)
+        return ShardAnalysis(self.model, self.settings, nouns, number)
+
+    def census(self) -> tuple[float, dict[str, float], dict[str, int]]:
+        """Return the seconds of a census from encoded images to committed files, those per phase, and bytes by part."""
+        number = next(self.numbers)
+        began = time.perf_counter()
+        with timed_phases() as phases:
+            tables = self.analysis(number).run(self.samples)
+        receipt = self.folder.commit_shard(number, tables, len(self.samples), 0.0, phases=phases)
+        seconds = time.perf_counter() - began
+        sizes = {entry.key: entry.size for entry in self.folder.store.list("shards/")}
+        return seconds, receipt.phases, {name: sizes[key] for name, key in (receipt.parts or {}).items()}
+
+    def plain(self, prepared: list[Any]) -> float:
+        """Return the seconds of a plain forward of prepared batches."""
+        began = time.perf_counter()
+        with torch.inference_mode():
+            for batch in prepared:
+                self.model.network(**batch.to(self.model.device, self.model.network.dtype))
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=list(SHAPES), default="wide")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--samples", type=int, default=192)
+    parser.add_argument("--concepts", type=int, default=600, help="0: the nouns' own")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--cores", type=int)
+    parser.add_argument("--write", action="store_true", help="put the table into the README of the benchmarks")
+    arguments = parser.parse_args()
+    if arguments.cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
+        torch.set_num_threads(arguments.cores)
+    with tempfile.TemporaryDirectory() as out:
+        table = run(arguments, out)
+    print(table)
+    if arguments.write:
+        write("tests/bench/README.md", COMMAND, table)
+
+
+def run(arguments: argparse.Namespace, out: str) -> str:
+    """Run all, and return the table in Markdown."""
+    bench = Bench(arguments, out)
+    loaded, cuda = resident(), bench.model.device.type == "cuda"
+    weights = torch.cuda.memory_allocated() if cuda else 0
+    censuses = [bench.census()]
+    peak = peak_memory()
+    above = peak["gpu"] - weights if cuda else peak["host"] - loaded
+    prepared = [batch for _, batch in bench.analysis().encoded(bench.samples)]
+    forwards = [bench.plain(prepared)]
+    for _ in range(arguments.rounds - 1):
+        censuses.append(bench.census())
+        forwards.append(bench.plain(prepared))
+    plain, samples, parts = statistics.median(forwards), len(bench.samples), Counter(censuses[0][2])
+    rows = [("plain forward of prepared batches", f"{plain:.2f} s", "1")]
+    for name in PHASES:
+        seconds = statistics.median(phases.get(name, 0.0) for _, phases, _ in censuses)
+        rows.append((f"census: {name}", f"{seconds:.2f} s", f"{seconds / plain:.3f}"))
+    seconds = statistics.median(seconds for seconds, _, _ in censuses)
+    rows.append(("census, from encoded images to committed files", f"{seconds:.2f} s", f"{seconds / plain:.3f}"))
+    rows.append((f"memory above the model's, of the {'GPU' if cuda else 'process'}", f"{above / 1e9:.2f} GB", ""))
+    rows += [(f"bytes of `{name}` per sample", f"{size / samples / 1e3:.1f} kB", "") for name, size in parts.items()]
+    rows.append(("bytes per sample", f"{parts.total() / samples / 1e3:.1f} kB", ""))
+    return markdown(
+        [f"{arguments.shape}, {samples} samples, {arguments.concepts or 'own'} concepts", "", "of plain"], rows
+    )
+
+
+if __name__ == "__main__":
+    main()
