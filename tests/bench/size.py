@@ -2,11 +2,12 @@
 
 The model has random weights, 32 layers of 11,008 MLP neurons, hidden size 64, and the demo's vocabulary and 64 image
 tokens, so that it runs on a CPU. `--shape llava-1.5-7b --device cuda` takes the real shape, in fp16. The data are the
-demo's scenes without labels; their nouns are renamed to 600 concepts, because the demo has few (`--concepts 0`: their
-own). The census goes from encoded images to committed files, phase by phase. The plain forward has the same batches
-prepared in memory. The census is first, so that the peak of memory is its own.
+demo's English scenes; their nouns are renamed to 200 concepts, because the demo has few (`--concepts 0`: their own).
+The census goes from encoded images to committed files, phase by phase. The plain forward has the same batches prepared
+in memory. The census is first, so that the peak of memory is its own. The end of a shard is measured alone, too, with
+more concepts.
 
-    one H100:   python -m tests.bench.size --shape llava-1.5-7b --device cuda --samples 1536
+    one H100:   python -m tests.bench.size --shape llava-1.5-7b --device cuda --samples 384
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
-from itertools import count
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -29,12 +32,14 @@ from mmray.data.samples import Sample
 from mmray.data.shards import cut, read_shard
 from mmray.engine.clock import peak_memory, timed_phases
 from mmray.features.census.inputs import open_data
+from mmray.features.census.reduction import ConceptSums, candidates_kept
 from mmray.features.census.settings import census_settings
 from mmray.features.census.shard import ShardAnalysis
 from mmray.models.loading import LoadedModel, load
 from mmray.models.parts import locate
 from mmray.neurons.concepts import Mention, NounSource, noun_source
 from mmray.runs import RunFolder
+from mmray.runs.tables import to_bytes
 from tests.bench import attribution
 from tests.bench.attribution import Shape
 from tests.bench.writing import markdown, write
@@ -59,6 +64,8 @@ SHAPES = attribution.SHAPES | {
         },
     )
 }
+OCCURRENCES = 32
+"""Occurrences added at a time."""
 NAMES = 2
 """New names of each noun: with them, the demo's captions have as many nouns as those of COCO."""
 PHASES = ("read", "decode", "forward", "score", "reduce", "candidates", "commit")
@@ -117,6 +124,33 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+class TimedSums(ConceptSums):
+    """Sums that count the CPU seconds of reducing concepts."""
+
+    seconds = 0.0
+
+    def _reduced(self, names: Sequence[str]) -> pa.Table:
+        began = time.process_time()
+        table = super()._reduced(names)
+        self.seconds += time.process_time() - began
+        return table
+
+
+def end_of_shard(widths: Sequence[int], concepts: int, device: torch.device) -> tuple[float, float, int]:
+    """Return the CPU seconds to reduce and to encode the sums of so many concepts, and the bytes; scores are random."""
+    sums = TimedSums(widths, candidates_kept(None, sum(widths)))
+    # Each occurs once or twice, as most concepts of a shard do.
+    occurrences = [f"noun {number}" for number in range(concepts) for _ in range(1 + number % 2)]
+    sums.expected.update(occurrences)
+    for first in range(0, len(occurrences), OCCURRENCES):
+        own = occurrences[first : first + OCCURRENCES]
+        scores = [torch.randn(len(own), width, device=device) for width in widths]
+        sums.add(own, scores, scores)
+    tables, began = sums.tables(), time.process_time()
+    size = sum(len(to_bytes(table)) for table in tables)
+    return sums.seconds, time.process_time() - began, size
+
+
 class Bench:
     """One model, the samples of one shard, and the folder that it is committed to."""
 
@@ -127,11 +161,11 @@ class Bench:
         source = open_data(self.settings)
         self.nouns = noun_source("auto", source.objects_vocabulary(), source.translations())
         self.concepts = arguments.concepts
-        rows = read_shard(source, cut(source.files(), arguments.samples, arguments.samples).shards[0])
-        # Without the labels that few data sets have.
-        self.samples = [
-            Sample(row.sample_id, row.source, row.image, row.caption) for row in rows if isinstance(row, Sample)
-        ]
+        rows = sum(file.rows for file in source.files())
+        found = read_shard(source, cut(source.files(), rows).shards[0])
+        # With one label, the language, as most data sets have.
+        english = (row for row in found if isinstance(row, Sample) and row.language == "en")
+        self.samples = [replace(row, domain=None) for row in islice(english, arguments.samples)]
         self.folder = RunFolder.at(out)
         self.numbers = count()
 
@@ -166,8 +200,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="wide")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--samples", type=int, default=192)
-    parser.add_argument("--concepts", type=int, default=600, help="0: the nouns' own")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--concepts", type=int, default=200, help="0: the nouns' own")
+    parser.add_argument("--end", type=int, default=600, help="concepts of the shard whose end is measured alone")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--cores", type=int)

@@ -28,7 +28,7 @@ def test_every_row_of_the_table_is_measured(
         SHAPES, "wide", Shape(wide.vision, wide.text | {"num_hidden_layers": 2, "intermediate_size": 64})
     )
     monkeypatch.setattr(
-        sys, "argv", ["size", "--samples", "8", "--concepts", "5", "--batch-size", "4", "--rounds", "2"]
+        sys, "argv", ["size", "--samples", "8", "--concepts", "5", "--batch-size", "4", "--rounds", "2", "--end", "9"]
     )
     size.main()
     said = capsys.readouterr().out
