@@ -25,8 +25,11 @@ FREQUENT = 10
 """Nouns listed."""
 EFFICIENCY = 0.6
 """Speed of a whole forward pass as a fraction of a large matrix product's: 0.5 to 0.7 on CPUs and an H100."""
-CANDIDATE_BYTES, ACTIVITY_BYTES, EXAMPLES_BYTES = 10, 14, 62
-"""Bytes written per kept neuron of a concept; per neuron under a label, for one modality; and per neuron's examples."""
+CANDIDATE_BYTES, ACTIVITY_BYTES, NEURON_BYTES = 10, 12, 70
+"""Bytes written per neuron kept of a concept; per neuron, label and modality; and per neuron for examples and totals.
+
+Measured by `python -m tests.bench.size`.
+"""
 CHARACTERS_PER_TOKEN = 4
 PROMPT_TOKENS = 16
 
@@ -57,7 +60,7 @@ def estimate(
     concepts = min(settings.samples_per_shard, manifest.samples) * occurrences / 2
     # Activity is kept per label and modality; "all" is the label that every sample has.
     labels = 2 * (1 + len({sample.language for sample in samples}) + len({sample.domain for sample in samples}))
-    shard_bytes = concepts * kept * CANDIDATE_BYTES + neurons * (labels * ACTIVITY_BYTES + EXAMPLES_BYTES)
+    shard_bytes = concepts * kept * CANDIDATE_BYTES + neurons * (labels * ACTIVITY_BYTES + NEURON_BYTES)
     number_bytes = 4 if settings.dtype == "fp32" else 2
     memory = WorkerMemory(
         weights=parameters * number_bytes,
