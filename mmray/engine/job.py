@@ -102,6 +102,16 @@ class Parts:
         # The empty table comes first, because a job may have no units.
         return pa.concat_tables([self.schemas[name].empty_table(), *self.each(name)])
 
+    def size(self, name: str) -> int:
+        """Return the bytes of the part with this name over all units; earlier versions did not record theirs."""
+        return sum(one.checksums[name].size for one in self.receipts.values() if one.checksums)
+
+    def sample(self, name: str, count: int) -> Iterator[pa.Table]:
+        """Yield the part with this name of at most `count` units, evenly spread."""
+        receipts = list(self.receipts.values())
+        for number in range(min(count, len(receipts))):
+            yield self.folder.read_part(receipts[number * len(receipts) // min(count, len(receipts))], name)
+
     def by_unit(self, names: Collection[str]) -> Iterator[dict[str, pa.Table]]:
         """Yield the named parts of every unit, prefetching those of the next few units."""
         with ThreadPoolExecutor(READERS) as pool:

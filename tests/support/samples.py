@@ -92,7 +92,10 @@ def merged(model: LoadedModel, shards: Sequence[dict[str, pa.Table]], top_k: int
     merge = RunMerge(model.widths, pa.table({"tokens": texts, "suppressed": texts}), top_k)
     for shard in shards:
         merge.add(shard.__getitem__)
-    return dict(merge.tables())
+    found: dict[str, list[pa.Table]] = {}
+    for name, table in merge.tables():
+        found.setdefault(name, []).append(table)
+    return {name: pa.concat_tables(tables) for name, tables in found.items()}
 
 
 @cache

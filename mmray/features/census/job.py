@@ -21,8 +21,7 @@ from mmray.features.census.cost import CensusEstimate
 from mmray.features.census.decoding import decode_neurons
 from mmray.features.census.estimate import describe, estimate, first_rows
 from mmray.features.census.inputs import check_apart, open_data, open_inputs
-from mmray.features.census.merging import APPENDED, RunMerge
-from mmray.features.census.ranking import certified_share
+from mmray.features.census.merging import APPENDED, RunMerge, concept_cuts
 from mmray.features.census.settings import CensusSettings, shard_size_of
 from mmray.features.census.shard import ShardAnalysis
 from mmray.features.census.tables import PARTS, TABLES
@@ -187,7 +186,8 @@ class CensusJob(ModelJob[CensusContext]):
     def merge(self, plan: Plan[CensusContext], parts: Parts, output: Output) -> dict[str, Any]:
         """Write the seven tables of the run."""
         context = plan.context
-        merge = RunMerge(context.widths, _decoded(context.decoding), self.settings.top_k, context.module_widths)
+        cuts = concept_cuts(parts)
+        merge = RunMerge(context.widths, _decoded(context.decoding), self.settings.top_k, context.module_widths, cuts)
         for name in APPENDED:
             # A table without any row must still replace that of an earlier merge.
             output.table(name, TABLES[name].empty_table())
@@ -195,18 +195,16 @@ class CensusJob(ModelJob[CensusContext]):
             # Written shard by shard, so that memory never holds the occurrences of the whole run.
             for name, rows in merge.add(unit.__getitem__).items():
                 output.table(name, rows)
-        certified = None
         for name, table in merge.tables():
             output.table(name, table)
-            # Kept as a number, so that status need not read the table.
-            if name == "rankings":
-                certified = certified_share(table)
+        certified, among = merge.certified
         receipts = parts.receipts.values()
         return {
             "samples": sum(receipt.samples for receipt in receipts),
             "occurrences": sum(receipt.occurrences for receipt in receipts),
-            "concepts": len(merge.concepts.concepts),
-            "certified": certified,
+            "concepts": merge.ranked,
+            # Kept as a number, so that status need not read the table.
+            "certified": certified / among if among else None,
         }
 
 

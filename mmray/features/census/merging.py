@@ -11,12 +11,14 @@ from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int64, UInt64
+import pyarrow.compute as pc
+from jaxtyping import UInt64
 from numpy import ndarray
 
-from mmray.features.census.pair_counts import PairCounts
-from mmray.features.census.ranking import locate_index, rank_concept
-from mmray.features.census.reduction import ConceptMerge
+from mmray.engine import Parts
+from mmray.features.census.concept_merge import ConceptMerge
+from mmray.features.census.ranking import NO_USES, Uses, certified_counts, locate_index, rank_concept, ranking_table
+from mmray.features.census.spill import Spill, cuts_of
 from mmray.features.census.tables import TABLES
 from mmray.neuron_names import neuron_name
 from mmray.neurons.statistics import EXAMPLES
@@ -32,6 +34,23 @@ APPENDED = ("captions", "occurrences", "errors")
 """Tables that are the concatenated rows of all shards."""
 
 
+USES = pa.schema([("concept", pa.string()), ("image", pa.uint64()), ("neurons", pa.list_(pa.int32()))])
+"""Columns that are kept of occurrences until their concept is ranked."""
+
+RANGE = 128 << 20
+"""Bytes of committed sums that a range of concepts has; bounds the memory of a merge."""
+SAMPLED = 64
+"""Shards whose concepts decide where ranges are cut."""
+
+
+def concept_cuts(parts: Parts) -> list[str]:
+    """Return the concepts at which to cut the run's concepts into ranges of about RANGE bytes of sums."""
+    ranges = -(-parts.size("concepts") // RANGE)
+    # The shards are spread over the run: its end may be in another language than its beginning.
+    sampled = parts.sample("concepts", SAMPLED) if ranges > 1 else ()
+    return cuts_of([name for part in sampled for name in part["concept"].to_pylist()], ranges)
+
+
 class RunMerge:
     """Adds up the shards of a run one by one, and makes its tables."""
 
@@ -41,20 +60,24 @@ class RunMerge:
         decoded: pa.Table,
         top_k: int,
         modules: Mapping[str, Sequence[int]] = MappingProxyType({}),
+        cuts: Sequence[str] = (),
     ) -> None:
         self.widths = widths
         self.module_widths = {"language": widths, **modules}
         self.neurons = sum(widths)
         self.decoded = decoded
         self.top_k = top_k
-        self.concepts = ConceptMerge(self.neurons)
+        self.concepts = ConceptMerge(self.neurons, cuts)
         self.activity: dict[ActivityKey, list[ndarray]] = {}
         self.tokens: dict[ActivityKey, int] = {}
         self.examples = {sign: Examples(sign, self.neurons) for sign in (1, -1)}
-        self.hits = PairCounts(np.int64)
-        """Occurrences with a neuron in their top-k."""
-        self.images = PairCounts(np.uint64)
-        """Occurrences per image."""
+        self.uses = Spill(USES, cuts)
+        """Image and top-k neurons of every occurrence."""
+        self.ranked = 0
+        """Concepts in `rankings`."""
+        self.certified = [0, 0]
+        """See `certified_counts`."""
+        self._concepts_per_neuron = np.zeros(self.neurons, np.int64)
         self._layer, self._unit = locate_index(widths, np.arange(self.neurons))
 
     def add(self, read: ReadPart) -> dict[str, pa.Table]:
@@ -69,19 +92,27 @@ class RunMerge:
         return rows
 
     def tables(self) -> Iterator[tuple[str, pa.Table]]:
-        """Yield the tables made from sums: rankings, neurons, activity, examples."""
-        yield "rankings", self.rankings()
+        """Yield the tables made from sums: rankings (range by range of concepts), neurons, activity, examples."""
+        yield "rankings", TABLES["rankings"].empty_table()
+        for rankings in self.rankings():
+            yield "rankings", rankings
         yield "neurons", self.neuron_table()
         yield "activity", self.activity_table()
         yield "examples", pa.concat_tables([self.examples[sign].table(self._layer, self._unit) for sign in (1, -1)])
 
-    def rankings(self) -> pa.Table:
-        """Return every concept's ranking, concepts in alphabetical order."""
-        ranked = [
-            rank_concept(concept, self.concepts, len(self.images.of(concept)[0]), self.hits, self.widths, self.decoded)
-            for concept in sorted(self.concepts.concepts)
-        ]
-        return pa.concat_tables([TABLES["rankings"].empty_table(), *ranked])
+    def rankings(self) -> Iterator[pa.Table]:
+        """Yield the concepts' rankings, concepts in alphabetical order."""
+        for scored, uses in zip(self.concepts.ranges(), map(uses_by_concept, self.uses.ranges()), strict=True):
+            ranked = [
+                rank_concept(concept, scores, self.concepts, uses.get(concept, NO_USES), self.top_k)
+                for concept, scores in scored
+            ]
+            for one in ranked:
+                self._concepts_per_neuron[one.top] += 1
+            rankings = ranking_table(ranked, self.widths, self.decoded)
+            self.ranked += len(ranked)
+            self.certified = list(map(sum, zip(self.certified, certified_counts(rankings), strict=True)))
+            yield rankings
 
     def neuron_table(self) -> pa.Table:
         """Return one row per neuron: its activity over all counted tokens, and the tokens it writes."""
@@ -95,7 +126,7 @@ class RunMerge:
                 "layer": self._layer,
                 "unit": self._unit,
                 "neuron": list(map(neuron_name, self._layer.tolist(), self._unit.tolist())),
-                "n_concepts": self._concepts_per_neuron(),
+                "n_concepts": self._concepts_per_neuron,
                 "n_tokens": np.full(self.neurons, tokens),
                 "n_active": active.astype(np.int64),
                 "mean": mean,
@@ -132,26 +163,22 @@ class RunMerge:
             )
         return pa.concat_tables(tables)
 
-    def _concepts_per_neuron(self) -> Int64[ndarray, " neuron"]:
-        """Return for each neuron the number of concepts that have it in their top-k by score."""
-        # By the full sums, because a neuron may be in a concept's top-k without being in `rankings`.
-        counts = np.zeros(self.neurons, np.int64)
-        for concept in self.concepts.concepts:
-            scores = self.concepts.sums(concept)
-            highest = np.lexsort((scores.neuron, -scores.score))[: self.top_k]
-            counts[scores.neuron[highest]] += 1
-        return counts
-
     def _add_occurrences(self, occurrences: pa.Table, images: Mapping[str, np.uint64]) -> None:
-        if not len(occurrences):
-            return
-        concepts = occurrences["concept"].to_pylist()
-        own_images = [images[sample_id] for sample_id in occurrences["sample_id"].to_pylist()]
-        self.images.add(concepts, np.array(own_images, np.uint64))
+        names = occurrences["concept"].to_pylist()
+        order = sorted(range(len(names)), key=names.__getitem__)
         lists = occurrences["neurons"].combine_chunks()
         entries, starts = lists.flatten(), np.cumsum([0, *self.widths])
         neurons = starts[entries.field("layer").to_numpy()] + entries.field("unit").to_numpy()
-        self.hits.add(concepts, neurons, lists.value_lengths().to_numpy())
+        offsets = np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy())])
+        uses = pa.table(
+            {
+                "concept": occurrences["concept"],
+                "image": np.array([images[name] for name in occurrences["sample_id"].to_pylist()], np.uint64),
+                "neurons": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(neurons, pa.int32())),
+            },
+            schema=USES,
+        )
+        self.uses.add(uses.take(order), [names[place] for place in order])
 
     def _add_activity(self, rows: pa.Table) -> None:
         labels = zip(*(rows[name].to_pylist() for name in ("module", "label_kind", "label", "modality")), strict=True)
@@ -173,6 +200,22 @@ class RunMerge:
             if len(ranks):
                 activation, sample, position = (np.stack([values[rank] for rank in ranks]) for values in lists)
                 examples.add(activation, sample_ids[sample], position, images[sample])
+
+
+def uses_by_concept(rows: pa.Table) -> dict[str, Uses]:
+    """Return the uses of each concept of these rows."""
+    rows = rows.sort_by("concept").combine_chunks()
+    if not len(rows):
+        return {}
+    names, lists = rows["concept"].combine_chunks(), rows["neurons"].combine_chunks()
+    images, neurons = rows["image"].to_numpy(), lists.flatten().to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy())])
+    counted = pc.run_end_encode(names)
+    ends = counted.run_ends.to_numpy()
+    return {
+        name: Uses(images[start:stop], neurons[offsets[start] : offsets[stop]])
+        for name, start, stop in zip(counted.values.to_pylist(), [0, *ends[:-1]], ends, strict=True)
+    }
 
 
 class Examples:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64, Int64, Shaped
 from numpy import ndarray
 
+from mmray.features.census.concept_merge import ConceptMerge, ConceptScores
 from mmray.features.census.decoding import written_tokens
-from mmray.features.census.pair_counts import PairCounts
-from mmray.features.census.reduction import ConceptMerge, ConceptScores
 from mmray.features.census.tables import TABLES
 from mmray.neuron_names import neuron_name
 
@@ -58,28 +58,26 @@ def selective_scores(scores: ConceptScores, squares: Float64[ndarray, " all"], n
     return scores.score / scores.n - np.sqrt(np.maximum(0, elsewhere))
 
 
-def specific_certified(scores: ConceptScores, merge: ConceptMerge) -> ndarray:
-    """Return for each neuron whether its rank by `specific` is certain.
+def specific_certified(scores: ConceptScores, rows: Int64[ndarray, " row"], merge: ConceptMerge) -> ndarray:
+    """Return for each of these rows whether its rank by `specific` is certain.
 
     The total over all nouns is known for every neuron, and `specific` grows with the sum over the concept. So the
     bounds of that sum give bounds of `specific`.
     """
     others, rounding = merge.n - scores.n, merge.rounding(merge.n, merge.shards)
     total = merge.total[scores.neuron]
-    outside = np.ones(merge.neurons, bool)
-    outside[scores.neuron] = False
     left_out = -np.inf
-    if outside.any():
+    if len(scores.neuron) < merge.neurons:
         # `specific` falls with the total, so the lowest total gives the bound for neurons that no shard kept.
-        lowest = merge.total.min(where=outside, initial=np.inf, keepdims=True) - rounding
-        left_out = float(_specific(np.array([scores.left_out]), scores.n, lowest, others)[0])
+        lowest = merge.lowest_total(scores.neuron) - rounding
+        left_out = float(_specific(np.array([scores.left_out]), scores.n, np.array([lowest]), others)[0])
     least = _specific(scores.lower - scores.rounding, scores.n, total + rounding, others)
     most = _specific(scores.upper + scores.rounding, scores.n, total - rounding, others)
-    return scores.certify(least, most, left_out)
+    return scores.certify(rows, least, most, left_out)
 
 
-def selective_certified(scores: ConceptScores, merge: ConceptMerge) -> ndarray:
-    """Return for each neuron whether its rank by `selective` is certain.
+def selective_certified(scores: ConceptScores, rows: Int64[ndarray, " row"], merge: ConceptMerge) -> ndarray:
+    """Return for each of these rows whether its rank by `selective` is certain.
 
     The squares that shards left out may all belong to the concept. So the bound of a neuron known in part is the bound
     of its mean contribution.
@@ -94,76 +92,136 @@ def selective_certified(scores: ConceptScores, merge: ConceptMerge) -> ndarray:
     )
     least = (scores.lower - scores.rounding) / scores.n - highest
     most = (scores.upper + scores.rounding) / scores.n - np.where(scores.exact, lowest, 0)
-    return scores.certify(least, most, scores.left_out / scores.n)
+    return scores.certify(rows, least, most, scores.left_out / scores.n)
 
 
-def certified_share(rankings: pa.Table) -> float | None:
-    """Return the certified fraction of the TOP_RANKS highest ranks by score, over concepts with MIN_OCCURRENCES.
+def certified_counts(rankings: pa.Table) -> tuple[int, int]:
+    """Return how many of the TOP_RANKS highest ranks by score are certified, and how many there are.
 
-    None if there are no such concepts. A rarer noun occurs in few shards, so its ranks are certified anyway.
+    Only of concepts with MIN_OCCURRENCES. A rarer noun occurs in few shards, so its ranks are certified anyway.
     """
     top = pc.and_(pc.less_equal(rankings["rank"], TOP_RANKS), pc.greater_equal(rankings["n"], MIN_OCCURRENCES))
     certified = rankings["certified"].filter(top)
-    return pc.mean(certified).as_py() if len(certified) else None
+    return pc.sum(certified).as_py() or 0, len(certified)
+
+
+@dataclass(frozen=True)
+class Uses:
+    """Where a concept occurs: arrays over all its occurrences in the run."""
+
+    images: Shaped[ndarray, " occurrence"]
+    """A number per image."""
+    neurons: Shaped[ndarray, " entry"]
+    """The neurons in the top-k of its occurrences."""
+
+
+NO_USES = Uses(np.zeros(0, np.uint64), np.zeros(0, np.int32))
+
+
+@dataclass(frozen=True)
+class RankedNeurons:
+    """The neurons of one concept that `rankings` lists, in order of score."""
+
+    concept: str
+    n: int
+    images: int
+    """Different images among the occurrences."""
+    neuron: Int64[ndarray, " row"]
+    columns: Mapping[str, Shaped[ndarray, " row"]]
+    """Columns of `rankings`, and the sums that others are made from."""
+    top: Int64[ndarray, " top"]
+    """The neurons in its top-k by score, listed or not."""
 
 
 def rank_concept(
-    concept: str,
-    merge: ConceptMerge,
-    images: int,
-    hits: PairCounts,
-    widths: Sequence[int],
-    decoded: pa.Table,
-) -> pa.Table:
-    """Return the concept's rows of `rankings`: the RANKED highest by each of three orders, in order of score.
+    concept: str, scores: ConceptScores, merge: ConceptMerge, uses: Uses = NO_USES, top_k: int = 1
+) -> RankedNeurons:
+    """Return the concept's neurons: the RANKED highest by each of three orders, in order of score.
 
-    Ties go to the lower layer and unit. `images` is the number of different images of its occurrences. `hits` counts
-    the occurrences that have a neuron in their top-k. `decoded` has the tokens that each neuron promotes and
-    suppresses; the sign of the mean activation decides which of them are the `tokens` it writes here.
+    Ties go to the lower layer and unit.
     """
-    scores = merge.sums(concept)
-    specific = specific_scores(scores, merge.total, merge.n)
-    selective = selective_scores(scores, merge.total_squares, merge.n)
-    by_score, rank = _ranked(scores, scores.score)
-    _, specific_rank = _ranked(scores, specific)
-    _, selective_rank = _ranked(scores, selective)
+    orders = {
+        "rank": scores.score,
+        "specific_rank": specific_scores(scores, merge.total, merge.n),
+        "selective_rank": selective_scores(scores, merge.total_squares, merge.n),
+    }
     # A neuron that is high in one order only is kept too, with its ranks in the others.
-    rows = by_score[np.minimum(np.minimum(rank, specific_rank), selective_rank)[by_score] <= RANKED]
-    neurons = scores.neuron[rows]
+    listed = np.unique(np.concatenate([highest(values, RANKED) for values in orders.values()]))
+    rows = listed[np.argsort(-scores.score[listed], kind="stable")]
+    neurons, counted = scores.neuron[rows], np.sort(uses.neurons)
+    return RankedNeurons(
+        concept,
+        scores.n,
+        len(np.unique(uses.images)),
+        neurons,
+        {name: ranks(values, rows) for name, values in orders.items()}
+        | {
+            "score": scores.score[rows],
+            "squares": scores.squares[rows],
+            "activation": scores.activation[rows],
+            "specific": orders["specific_rank"][rows],
+            "selective": orders["selective_rank"][rows],
+            "hits": np.searchsorted(counted, neurons, side="right") - np.searchsorted(counted, neurons),
+            "certified": scores.certified(rows),
+            "certified_specific": specific_certified(scores, rows, merge),
+            "certified_selective": selective_certified(scores, rows, merge),
+            "exact": scores.exact[rows],
+        },
+        scores.neuron[highest(scores.score, top_k)],
+    )
+
+
+def ranking_table(ranked: Sequence[RankedNeurons], widths: Sequence[int], decoded: pa.Table) -> pa.Table:
+    """Return the rows of `rankings` of these concepts, in their order.
+
+    `decoded` has the tokens that each neuron promotes and suppresses; the sign of the mean activation decides which of
+    them are the `tokens` it writes here.
+    """
+    if not ranked:
+        return TABLES["rankings"].empty_table()
+    lengths = [len(one.neuron) for one in ranked]
+    columns = {name: np.concatenate([one.columns[name] for one in ranked]) for name in ranked[0].columns}
+    neurons, n = np.concatenate([one.neuron for one in ranked]), np.repeat([one.n for one in ranked], lengths)
     layer, unit = locate_index(widths, neurons)
-    mean = scores.score[rows] / scores.n
-    # Rounding can push a variance of zero slightly below it.
-    variance = scores.squares[rows] / scores.n - mean**2
+    score, squares, activation, hits = (columns.pop(name) / n for name in ("score", "squares", "activation", "hits"))
     return pa.table(
-        {
-            "concept": pa.array([concept] * len(rows)),
-            "rank": rank[rows],
+        columns
+        | {
+            "concept": pa.array(np.repeat(np.array([one.concept for one in ranked], object), lengths), pa.string()),
             "layer": layer,
             "unit": unit,
             "neuron": list(map(neuron_name, layer.tolist(), unit.tolist())),
-            "score": mean,
-            "score_std": np.sqrt(np.maximum(0, variance)),
-            "specific": specific[rows],
-            "specific_rank": specific_rank[rows],
-            "n": np.full(len(rows), scores.n),
-            "share": hits.count(concept, neurons) / scores.n,
-            "activation": scores.activation[rows] / scores.n,
-            "tokens": written_tokens(decoded, neurons, scores.activation[rows]),
-            "certified": scores.certified()[rows],
-            "selective": selective[rows],
-            "selective_rank": selective_rank[rows],
-            "n_images": np.full(len(rows), images),
-            "certified_specific": specific_certified(scores, merge)[rows],
-            "certified_selective": selective_certified(scores, merge)[rows],
-            "exact": scores.exact[rows],
+            "score": score,
+            # Rounding can push a variance of zero slightly below it.
+            "score_std": np.sqrt(np.maximum(0, squares - score**2)),
+            "n": n,
+            "share": hits,
+            "activation": activation,
+            "tokens": written_tokens(decoded, neurons, activation),
+            "n_images": np.repeat([one.images for one in ranked], lengths),
         },
         schema=TABLES["rankings"],
     )
 
 
-def _ranked(scores: ConceptScores, values: Float64[ndarray, " neuron"]) -> tuple[Int64[ndarray, " neuron"], ...]:
-    """Return the order of the neurons, highest first, and each neuron's rank from 1."""
-    order = np.lexsort((scores.neuron, -values))  # the last key sorts first; ties go to the lower index
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(1, len(order) + 1)
-    return order, rank
+def highest(values: Float64[ndarray, " value"], count: int) -> Int64[ndarray, " highest"]:
+    """Return where the `count` highest values are, highest first; of equal values the first counts as higher."""
+    place = np.arange(len(values))
+    if count < len(values):
+        # A partition instead of a sort of all; every value that equals the last one is looked at.
+        place = np.flatnonzero(values >= np.partition(values, len(values) - count)[len(values) - count])
+    return place[np.argsort(-values[place], kind="stable")][:count]
+
+
+def ranks(values: Float64[ndarray, " value"], rows: Int64[ndarray, " row"]) -> Int64[ndarray, " row"]:
+    """Return the rank from 1, by falling value, of the values in these places; of equal values the first is higher."""
+    own = values[rows]
+    # None below the lowest of them can be above any.
+    above = np.flatnonzero(values >= own.min(initial=np.inf))
+    order = np.sort(values[above])
+    rank = 1 + len(above) - np.searchsorted(order, own, side="right")
+    tied = np.flatnonzero(np.searchsorted(order, own, side="right") - np.searchsorted(order, own, side="left") > 1)
+    for value in np.unique(own[tied]):
+        here = tied[own[tied] == value]
+        rank[here] += np.searchsorted(np.flatnonzero(values == value), rows[here])
+    return rank

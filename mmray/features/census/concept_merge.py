@@ -1,0 +1,220 @@
+"""Sums of scores per concept over all shards, added up from what each shard kept, with bounds on what it left out.
+
+Shards are added one by one, and each concept's rows are then added up in the order of shards. The sum of a neuron that
+some shards left out is at most what was kept plus those shards' bounds. A rank is certified if no bound reaches it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float64, Int64
+from numpy import ndarray
+
+from mmray.features.census.reduction import SUMS
+from mmray.features.census.spill import Spill
+from mmray.features.census.tables import PARTS
+from mmray.runs.tables import list_values, vectors
+
+
+@dataclass(frozen=True)
+class ConceptScores:
+    """Sums over a concept's n occurrences; all arrays run over the same neurons, in order of their index."""
+
+    n: int
+    neuron: Int64[ndarray, " neuron"]
+    score: Float64[ndarray, " neuron"]
+    """The sum; if it is not exact, the sum over the shards that kept the neuron, clipped to `lower` and `upper`."""
+    squares: Float64[ndarray, " neuron"]
+    activation: Float64[ndarray, " neuron"]
+    lower: Float64[ndarray, " neuron"]
+    """Lower bound of the sum."""
+    upper: Float64[ndarray, " neuron"]
+    """Upper bound of the sum."""
+    exact: ndarray
+    """Whether every shard with the concept kept the neuron, so that its sum is known."""
+    left_out: float
+    """Upper bound of the sum of a neuron outside this list."""
+    rounding: float
+    """Largest rounding error of a sum; bounds that are not exact include it."""
+
+    def certified(self, rows: Int64[ndarray, " row"]) -> ndarray:
+        """Return for each of these rows whether its rank by sum is certain; see `certify`."""
+        return self.certify(rows, self.lower - self.rounding, self.upper + self.rounding, self.left_out)
+
+    def certify(
+        self,
+        rows: Int64[ndarray, " row"],
+        least: Float64[ndarray, " neuron"],
+        most: Float64[ndarray, " neuron"],
+        left_out: float,
+    ) -> ndarray:
+        """Return for each of these rows whether its rank is certain, given bounds of the values that are ranked.
+
+        A neuron's value lies between `least` and `most`; outside the list it is at most `left_out`. A rank is certain
+        if every other neuron is certainly above or certainly below. Exact neurons are ordered by their values, up to
+        rounding.
+        """
+        certain = least[rows] > left_out
+        if not certain.any() or self.exact.all():
+            return np.asarray(certain)
+        checked = rows[certain]
+        # Few intervals reach the lowest of these: the others are certainly below all of them.
+        near = np.flatnonzero(most >= least[checked].min())
+        exact, low, high = self.exact[near], least[near], most[near]
+        partial = _overlapping(least[checked], most[checked], low[~exact], high[~exact])
+        both = partial + _overlapping(least[checked], most[checked], low[exact], high[exact])
+        # A neuron that is not exact overlaps itself.
+        certain[certain] = np.where(self.exact[checked], partial == 0, both == 1)
+        return np.asarray(certain)
+
+
+def _overlapping(
+    least: Float64[ndarray, " row"],
+    most: Float64[ndarray, " row"],
+    others_least: Float64[ndarray, " other"],
+    others_most: Float64[ndarray, " other"],
+) -> Int64[ndarray, " row"]:
+    """Return for each interval how many of the others it overlaps."""
+    below = np.searchsorted(np.sort(others_most), least, side="left")
+    not_above = np.searchsorted(np.sort(others_least), most, side="right")
+    return np.asarray(not_above - below)
+
+
+class ConceptMerge:
+    """Adds up the `concepts` and `totals` of shards; the result does not depend on how the data was cut.
+
+    `cuts` are the concepts at which a new range starts. Only one range of concepts is in memory at a time.
+    """
+
+    def __init__(self, neurons: int, cuts: Sequence[str] = ()) -> None:
+        self.neurons = neurons
+        self.total = np.zeros(neurons)
+        self.total_squares = np.zeros(neurons)
+        self.n = 0
+        self.shards = 0
+        self._rows = Spill(PARTS["concepts"], cuts)
+        self._largest = 0.0
+        """The largest of `total_squares`, once all shards are added."""
+        self._lowest_first = np.zeros(0, np.int64)
+        """All neurons by rising total, once all shards are added."""
+        self._place = np.zeros(neurons, np.int64)
+        self._kept = np.zeros(neurons, bool)
+        """Scratch space: False everywhere between two concepts."""
+
+    def add(self, concepts: pa.Table, totals: pa.Table) -> None:
+        """Add one shard; its concepts are in alphabetical order."""
+        # Totals cover all neurons, kept or not: `specific` and `selective` need what they do elsewhere.
+        self.total += list_values(totals["score"])[0]
+        self.total_squares += list_values(totals["score_squares"])[0]
+        self.n += totals["n"][0].as_py()
+        self.shards += 1
+        self._rows.add(concepts, concepts["concept"].to_pylist())
+
+    def ranges(self) -> Iterator[Iterator[tuple[str, ConceptScores]]]:
+        """Yield each range's concepts with their scores, in alphabetical order, once all shards are added."""
+        self._largest = float(np.max(self.total_squares, initial=0.0))
+        self._lowest_first = np.argsort(self.total, kind="stable")
+        for rows in self._rows.ranges():
+            yield self._scores(rows)
+
+    def rounding(self, n: int, shards: int) -> float:
+        """Return the largest rounding error of a sum of n scores that is added up per shard.
+
+        The standard bound, additions · eps · Σ |score|, with the Cauchy-Schwarz inequality for the last factor. It also
+        holds for sums of shards' bounds, each of which may come from a different neuron.
+        """
+        return float(4 * np.finfo(np.float64).eps * (n + shards) * np.sqrt(n * shards * self._largest))
+
+    def lowest_total(self, without: Int64[ndarray, " neuron"]) -> float:
+        """Return the lowest total of a neuron that is not one of these; infinite if there is none."""
+        self._kept[without] = True
+        # The first of them that is not in the list is rarely far.
+        found = next((neuron for neuron in self._lowest_first if not self._kept[neuron]), None)
+        self._kept[without] = False
+        return np.inf if found is None else float(self.total[found])
+
+    def _scores(self, rows: pa.Table) -> Iterator[tuple[str, ConceptScores]]:
+        names, counts = rows["concept"].to_pylist(), rows["n"].to_numpy()
+        bounds, floors = rows["bound"].to_numpy(), rows["floor"].to_numpy()
+        everything = bool(rows["neuron"].null_count)
+        kept = [] if everything else list_values(rows["neuron"])
+        columns = [vectors(rows[name], dtype) for name, dtype in SUMS.items()]
+        places = defaultdict(list)
+        for place, name in enumerate(names):
+            places[name].append(place)
+        for name in sorted(places):
+            own = places[name]
+            n, shards = int(counts[own].sum()), len(own)
+            sums = [[column[place] for place in own] for column in columns]
+            # The sum of squares is not written for a single occurrence; see ConceptSums.tables.
+            sums[1] = [
+                score**2 if counts[place] == 1 else square for place, score, square in zip(own, *sums[:2], strict=True)
+            ]
+            rounding = self.rounding(n, shards)
+            if everything:
+                score, squares, activation = (_sum_in_order(column) for column in sums)
+                neuron, exact, lower, upper = np.arange(self.neurons), np.ones(self.neurons, bool), score, score
+            else:
+                neuron, where = self._union([kept[place] for place in own])
+                lengths = [len(kept[place]) for place in own]
+
+                def added(values: ndarray, where: ndarray = where, size: int = len(neuron)) -> ndarray:
+                    # In the order of shards: sums in fp64 depend on it.
+                    return np.bincount(where, weights=values, minlength=size)
+
+                score, squares, activation = (added(np.concatenate(column)) for column in sums)
+                exact = added(np.repeat(counts[own], lengths)) == n
+                lower = upper = score
+                if not exact.all():
+                    # Of the whole concept, less what the shards that kept a neuron contribute to it.
+                    upper, lower = (
+                        np.where(
+                            exact,
+                            score,
+                            score + _in_order(values[own]) - added(np.repeat(values[own], lengths)) + error,
+                        )
+                        for values, error in ((bounds, rounding), (floors, -rounding))
+                    )
+                    # What a shard left out may be negative, so the sum so far can exceed the largest possible total.
+                    score = np.clip(score, lower, upper)
+            yield (
+                name,
+                ConceptScores(
+                    n=n,
+                    neuron=neuron,
+                    score=score,
+                    squares=squares,
+                    activation=activation,
+                    lower=lower,
+                    upper=upper,
+                    exact=exact,
+                    left_out=_in_order(bounds[own]) + rounding if len(neuron) < self.neurons else -np.inf,
+                    rounding=rounding,
+                ),
+            )
+
+    def _union(self, kept: Sequence[ndarray]) -> tuple[Int64[ndarray, " neuron"], Int64[ndarray, " entry"]]:
+        """Return the neurons that any shard kept, in order, and the place among them of every entry."""
+        entries = np.concatenate(kept)
+        self._kept[entries] = True
+        neurons = np.flatnonzero(self._kept)
+        self._kept[neurons] = False
+        self._place[neurons] = np.arange(len(neurons))
+        return neurons, self._place[entries]
+
+
+def _in_order(values: Float64[ndarray, " shard"]) -> float:
+    """Return the sum from the first to the last; `np.sum` would add in pairs."""
+    return float(np.cumsum(values)[-1])
+
+
+def _sum_in_order(vectors: Sequence[ndarray]) -> Float64[ndarray, " neuron"]:
+    total = np.array(vectors[0], np.float64)
+    for vector in vectors[1:]:
+        total += vector
+    return total

@@ -1,0 +1,79 @@
+"""Rows of many shards, regrouped by ranges of a key on the driver's disk: an external sort in one pass.
+
+The sums of all concepts do not fit in memory, but those of a range of concepts do.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+SPILLED = 64 << 20
+"""Bytes collected in memory before they are written; large, so that a range is read in few pieces."""
+
+
+class Spill:
+    """Tables that are added shard by shard, and read range by range; rows of a range stay in the order of shards.
+
+    `cuts` are the keys at which a new range starts. Little data stays in memory. The file has no name, so that nothing
+    is left of a merge that is killed.
+    """
+
+    def __init__(self, schema: pa.Schema, cuts: Sequence[Any]) -> None:
+        self.schema = schema
+        self.cuts = cuts
+        self._pending: list[tuple[pa.Table, list[int]]] = []
+        self._bytes = 0
+        self._flushes = 0
+        self._file: Any = None
+        self._writer: Any = None
+
+    def add(self, rows: pa.Table, keys: Sequence[Any]) -> None:
+        """Add a shard's rows, in order of their keys."""
+        self._pending.append((rows, [0, *(bisect_left(keys, cut) for cut in self.cuts), len(keys)]))
+        self._bytes += rows.nbytes
+        if self._bytes >= SPILLED and self.cuts:
+            self._flush()
+
+    def ranges(self) -> Iterator[pa.Table]:
+        """Yield the rows of each range, once; ranges in order of their keys."""
+        if self._writer is None:
+            yield from (self._collected(number) for number in range(len(self.cuts) + 1))
+            return
+        self._flush()
+        self._writer.close()
+        self._file.seek(0)
+        reader = pa.ipc.open_file(pa.PythonFile(self._file, mode="r"))
+        for number in range(len(self.cuts) + 1):
+            places = range(number, self._flushes * (len(self.cuts) + 1), len(self.cuts) + 1)
+            yield pa.Table.from_batches([reader.get_batch(place) for place in places])
+        self._file.close()
+
+    def _collected(self, number: int) -> pa.Table:
+        """Return what is in memory of a range."""
+        slices = [rows.slice(edges[number], edges[number + 1] - edges[number]) for rows, edges in self._pending]
+        # Parts committed by an earlier version may lack a newer column, which is then filled with nulls.
+        return pa.concat_tables([self.schema.empty_table(), *slices], promote_options="default")
+
+    def _flush(self) -> None:
+        """Write what is in memory: one record batch per range."""
+        if self._writer is None:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed when all ranges are read)
+            self._writer = pa.ipc.new_file(pa.PythonFile(self._file, mode="w"), self.schema)
+        # An empty range is written, too: the place of a batch says which range it is of.
+        empty = pa.RecordBatch.from_pylist([], schema=self.schema)
+        for number in range(len(self.cuts) + 1):
+            self._writer.write_batch(next(iter(self._collected(number).combine_chunks().to_batches()), empty))
+        self._flushes += 1
+        self._pending, self._bytes = [], 0
+
+
+def cuts_of(keys: Sequence[Any], ranges: int) -> list[Any]:
+    """Return the keys that cut a sample of keys into so many ranges of about equal size, each a different key."""
+    ordered = sorted(keys)
+    found = {ordered[len(ordered) * number // ranges] for number in range(1, ranges)} if ordered else set()
+    return sorted(found)

@@ -1,0 +1,282 @@
+"""What a merge costs at LLaVA-1.5-7B's width: `python -m tests.bench.merge [--shards N ...] [--write]`.
+
+Some shards are drawn at random (32 × 11,008 neurons, 600 concepts each, one label) and committed. A run of N shards reads
+them over and over: each time with other concepts, drawn by Zipf's law from a vocabulary, with other samples and scaled
+activations, so that examples change as they do in a real run. Every part is read from disk and checked like any other.
+
+    merge     CPU seconds per shard, peak memory above the interpreter's, and bytes of parts and of tables
+    read      `mmray rank RUN`, `mmray rank RUN CONCEPT` and `mmray neuron RUN NEURON`, each in a new process: seconds,
+              and the bytes that it reads of the tables
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow as pa
+
+from mmray.engine import Output, Parts, Plan
+from mmray.features.census.job import DECODED, CensusContext, CensusJob
+from mmray.features.census.reduction import candidates_kept
+from mmray.features.census.settings import census_settings
+from mmray.features.census.tables import PARTS, TABLES
+from mmray.neurons.concepts import NounSource
+from mmray.runs import Receipt, RunFolder
+from mmray.runs.snapshots import SnapshotWriter, publish
+from mmray.runs.tables import list_column, vector_column
+from mmray.storage import LocalStore
+from tests.bench.durability import base_memory, peak_memory
+from tests.bench.writing import markdown, write
+
+WIDTHS = (11_008,) * 32
+NEURONS = sum(WIDTHS)
+KEPT = candidates_kept(None, NEURONS)
+DRAWN, SAMPLES, CONCEPTS, LISTED = 4, 256, 600, 20
+"""Shards that are drawn; samples and concepts of each; neurons listed per occurrence."""
+VOCABULARY = 20_000
+EXTREMES = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shards", type=int, nargs="+", default=[50, 200])
+    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory(dir=".") as out:
+        draw(Path(out))
+        for count in arguments.shards:
+            # Each in a process of its own, whose memory is its own.
+            code = f"from tests.bench import merge; merge.merge(merge.Path({out!r}), {count})"
+            done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            print(rows[-1], flush=True)
+    table = markdown(list(rows[0]), [[str(value) for value in row.values()] for row in rows])
+    print(table)
+    if arguments.write:
+        write("tests/bench/README.md", "python -m tests.bench.merge --write", table)
+
+
+def merge(out: Path, count: int) -> None:
+    folder = Repeated(out, count)
+    job = CensusJob(census_settings({"model": "demo", "data": "demo", "out": str(out)}))
+    context = CensusContext(NounSource("textblob"), WIDTHS, {}, str(out / "decoding"))
+    run = LocalStore(out / f"run-{count}")
+    began, used = time.perf_counter(), time.process_time()
+    with peak_memory() as peak:
+        writer = SnapshotWriter(run, job.name, 1)
+        parts = Parts(folder, folder.receipts(), job.parts)
+        headline = job.merge(Plan([], {}, context), parts, Output(writer))
+        publish(run, writer.commit({"receipts": ""}, headline))
+    wall, cpu = time.perf_counter() - began, time.process_time() - used
+    read = sum(one.checksums[name].size for one in parts.receipts.values() for name in one.checksums or ())
+    written = sum(entry.size for entry in run.list("tables/"))
+    found = {
+        "shards": f"{count:,}",
+        "CPU s": f"{cpu:.0f}",
+        "CPU s per shard": f"{cpu / count:.3f}",
+        "wall s": f"{wall:.0f}",
+        "memory, MB": f"{peak():.0f} + {base_memory():.0f}",
+        "parts, GB": f"{read / 1e9:.1f}",
+        "tables, GB": f"{written / 1e9:.2f}",
+    }
+    print(json.dumps(found))
+
+
+class Repeated(RunFolder):
+    """A run of so many shards that reads the drawn ones over and over, each time with other concepts and samples."""
+
+    def __init__(self, out: Path, count: int) -> None:
+        super().__init__(LocalStore(out / "drawn"))
+        self.count = count
+        self._drawn = super().receipts()
+
+    def receipts(self) -> dict[int, Receipt]:
+        return {
+            number: replace(self._drawn[number % len(self._drawn)], shard_id=number) for number in range(self.count)
+        }
+
+    def read_part(self, receipt: Receipt, name: str) -> pa.Table:
+        number = receipt.shard_id
+        table = super().read_part(self._drawn[number % len(self._drawn)], name)
+        if name == "captions":
+            ids = pa.array([f"{number:06d}-{row:04d}-0123456789abcdef" for row in range(len(table))])
+            digests = pa.array([f"{number:08x}{row // 5:08x}" for row in range(len(table))])
+            table = _with(table, sample_id=ids, image=digests)
+            return _with(table, shard_id=pa.array(np.full(len(table), number, np.int32)))
+        if name == "concepts":
+            return _with(table, concept=pa.array(concepts_of(number)))
+        if name == "occurrences":
+            names = np.array(concepts_of(number), object)[table["token_id"].to_numpy()]
+            ids = [f"{number:06d}-{row:04d}-0123456789abcdef" for row in table["position"].to_pylist()]
+            return _with(table, concept=pa.array(names, pa.string()), sample_id=pa.array(ids))
+        if name == "examples":
+            column = table["activation"].combine_chunks()
+            # A neuron's activations of a shard grow and shrink together, each neuron's by itself.
+            scale = np.random.default_rng(number).gamma(9.0, 1 / 9, NEURONS).astype(np.float32)
+            values = column.flatten().to_numpy().reshape(-1, NEURONS) * scale
+            return _with(table, activation=list_column(values, column.type))
+        return table
+
+
+def _with(table: pa.Table, **columns: pa.Array) -> pa.Table:
+    for name, column in columns.items():
+        table = table.set_column(table.schema.get_field_index(name), name, column)
+    return table
+
+
+@cache
+def _nouns() -> tuple[np.ndarray, np.ndarray]:
+    """Return the vocabulary and how likely each noun is."""
+    letters = np.random.default_rng(7).integers(97, 123, (VOCABULARY, 9), np.uint8)
+    names = np.array(sorted({bytes(row).decode() for row in letters}), object)
+    chances = 1 / (np.random.default_rng(8).permutation(len(names)) + 20.0)
+    return names, np.log(chances)
+
+
+@cache
+def concepts_of(number: int) -> list[str]:
+    """Return the concepts of a shard, in order: drawn without replacement."""
+    names, chances = _nouns()
+    noise = np.random.default_rng(number).gumbel(size=len(names))
+    return sorted(names[np.argpartition(-(chances + noise), CONCEPTS)[:CONCEPTS]].tolist())
+
+
+def draw(out: Path) -> None:
+    """Commit the drawn shards, and the decoding of the neurons."""
+    random = np.random.default_rng(0)
+    # Some neurons contribute to every noun: shards agree about them, and disagree about the rest.
+    common = random.gamma(0.3, 1.0, NEURONS)
+    texts = pa.array([f"tok{number}" for number in range(5_000)])
+    words = pa.ListArray.from_arrays(
+        np.arange(NEURONS + 1, dtype=np.int32) * 10, texts.take(pa.array(random.integers(0, 5_000, NEURONS * 10)))
+    )
+    with patch("os.fsync", lambda _: None):
+        decoded = {DECODED: pa.table({"tokens": words, "suppressed": words}), "errors": TABLES["errors"].empty_table()}
+        RunFolder(LocalStore(out / "decoding")).commit_shard(0, decoded, 0, 0.0)
+        folder = RunFolder(LocalStore(out / "drawn"))
+        for number in range(DRAWN):
+            folder.commit_shard(number, shard_tables(random, common), SAMPLES, 1.0)
+
+
+def shard_tables(random: np.random.Generator, common: np.ndarray) -> dict[str, pa.Table]:
+    """Return the parts of a shard: many concepts occur once, and few often."""
+    counts = np.minimum(random.zipf(1.9, CONCEPTS), 50)
+    kept, scores, lowest = [], [], []
+    for count in counts:
+        values = common + random.normal(size=NEURONS) * 2 / np.sqrt(count)
+        highest = np.sort(np.argpartition(-values, KEPT)[:KEPT])
+        kept.append(highest)
+        scores.append(values[highest].astype(np.float32).astype(np.float64) * count)
+        lowest.append((np.partition(values, NEURONS - KEPT - 1)[NEURONS - KEPT - 1] * count, values.min() * count))
+    score, present, schema = np.stack(scores), np.ones(CONCEPTS, bool), PARTS["concepts"]
+    names = pa.array([f"{number:04d}" for number in range(CONCEPTS)])
+    bounds = np.array(lowest)
+    index = list_column(np.stack(kept), schema.field("neuron").type)
+    concepts = [
+        names,
+        pa.array(counts),
+        pa.array(bounds[:, 0]),
+        pa.array(bounds[:, 1]),
+        index,
+        vector_column(score, present),
+        vector_column((score**2 / counts[:, None])[counts > 1], counts > 1),
+        vector_column(random.normal(size=score.shape).astype(np.float32), present),
+    ]
+    rows = np.repeat(np.arange(CONCEPTS), counts)
+    listed = random.integers(0, NEURONS, len(rows) * LISTED)
+    entries = pa.StructArray.from_arrays(
+        [
+            pa.array((listed // WIDTHS[0]).astype(np.int16)),
+            pa.array((listed % WIDTHS[0]).astype(np.int32)),
+            *(pa.array(random.normal(size=len(listed)).astype(np.float32)) for _ in range(2)),
+        ],
+        ["layer", "unit", "score", "activation"],
+    )
+    occurrences = {
+        "sample_id": pa.array(["x"] * len(rows)),
+        "concept": pa.array(["x"] * len(rows)),
+        "token": pa.array(["x"] * len(rows)),
+        # Here the row of the concept, and the row of the sample; `Repeated` makes names of them.
+        "token_id": rows,
+        "position": random.integers(0, SAMPLES, len(rows)),
+        "log_prob": random.normal(size=len(rows)),
+        "neurons": pa.ListArray.from_arrays(np.arange(len(rows) + 1, dtype=np.int32) * LISTED, entries),
+    }
+    return {
+        "captions": pa.Table.from_pylist(
+            [
+                {
+                    "sample_id": "x",
+                    "caption": f"A caption of {row} that is about as long as they are in COCO.",
+                    "source": "dataset",
+                }
+                | {"language": "en", "shard_id": 0, "image": "x", "labels": []}
+                for row in range(SAMPLES)
+            ],
+            schema=PARTS["captions"],
+        ),
+        "occurrences": pa.table(occurrences, schema=PARTS["occurrences"]),
+        "errors": PARTS["errors"].empty_table(),
+        "concepts": pa.Table.from_arrays(concepts, schema=schema),
+        "totals": totals_table(int(counts.sum()), common),
+        **statistics_tables(random),
+    }
+
+
+def totals_table(n: int, common: np.ndarray) -> pa.Table:
+    schema = PARTS["totals"]
+    sums = [list_column(values[None], schema.field("score").type) for values in (common * n, (common**2 + 4) * n)]
+    return pa.Table.from_arrays([pa.array([n]), *sums], schema=schema)
+
+
+def statistics_tables(random: np.random.Generator) -> dict[str, pa.Table]:
+    """Return the parts with the neurons' activity, of one label, and their extreme samples."""
+    activity, examples = PARTS["activity"], PARTS["examples"]
+    ranks = [(sign, rank) for sign in (1, -1) for rank in range(1, EXTREMES + 1)]
+    values = -np.sort(-random.gumbel(size=(2, EXTREMES, NEURONS)), axis=1) + 3
+    extremes = (values * np.array([1, -1])[:, None, None]).reshape(-1, NEURONS)
+    places = random.integers(0, SAMPLES, (len(ranks), NEURONS))
+
+    def column(schema: pa.Schema, name: str, rows: np.ndarray) -> pa.ListArray:
+        return list_column(rows, schema.field(name).type)
+
+    return {
+        "activity": pa.table(
+            {
+                "label_kind": ["all"] * 2,
+                "label": ["all"] * 2,
+                "modality": ["image", "text"],
+                "n_tokens": [64 * SAMPLES, 12 * SAMPLES],
+                "n_active": column(activity, "n_active", random.integers(0, 3_000, (2, NEURONS))),
+                "sum": column(activity, "sum", random.normal(size=(2, NEURONS))),
+                "sum_squares": column(activity, "sum_squares", random.gamma(1, size=(2, NEURONS))),
+                "module": ["language"] * 2,
+            },
+            schema=activity,
+        ),
+        "examples": pa.table(
+            {
+                "sign": pa.array([sign for sign, _ in ranks], pa.int8()),
+                "rank": pa.array([rank for _, rank in ranks], pa.int16()),
+                "sample": column(examples, "sample", places),
+                "position": column(examples, "position", places),
+                "activation": column(examples, "activation", extremes),
+            },
+            schema=examples,
+        ),
+    }
+
+
+if __name__ == "__main__":
+    main()
