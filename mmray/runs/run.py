@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,23 +18,22 @@ from mmray.errors import DamagedError, InputError
 from mmray.features import FEATURES, command_for, table_schemas
 from mmray.neuron_names import parse_neuron
 from mmray.runs import RunFolder
+from mmray.runs.concepts import ORDERS, summarise_rankings
 from mmray.runs.home import resolve_settings
 from mmray.runs.lease import Driver, last_driver
 from mmray.runs.receipts import NO_COST, Cost, cost, receipts_digest, skipped
 from mmray.runs.snapshots import Snapshot, newest, open_snapshot, snapshots
 from mmray.runs.tables import read_table
 
-ORDERS = {
-    "score": ("rank", "ascending"),
-    "specific": ("specific_rank", "ascending"),
-    "selective": ("selective_rank", "ascending"),
-    "share": ("share", "descending"),
-}
-"""Sort column and direction of a ranking for each `by`; ties are broken by `rank`."""
+if TYPE_CHECKING:
+    from pyarrow.dataset import Dataset
+
 CERTIFICATES = {"score": "certified", "specific": "certified_specific", "selective": "certified_selective"}
 """Column with the certificate of each rank, for every `by` that has one."""
 CENSUS = "census"
 """Name of the job that writes a run's first tables."""
+WHOLE = 4 << 20
+"""Bytes of a table up to which it is read whole, and all of it checked."""
 READERS = 16
 """Parts that are read in parallel."""
 SPECIFICS = re.compile(r"'[^']*'|\"[^\"]*\"|0x[0-9a-f]+|\d[\d,.]*")
@@ -158,47 +156,53 @@ class Run:
             for name in table_schemas():
                 # Register only tables that the query may mention, because some are large.
                 if name in query.casefold():
-                    connection.register(name, self.table(name))
+                    connection.register(name, self._dataset(name) if self._is_large(name) else self.table(name))
             try:
                 result = connection.sql(query)
                 return pa.table({}) if result is None else result.to_arrow_table()
             except duckdb.Error as error:
                 raise InputError(f"SQL: {str(error).splitlines()[0]}") from error
 
+    def rows(self, name: str, where: pc.Expression, columns: list[str] | None = None) -> pa.Table:
+        """Return the rows of a table for which a condition holds; of a large table only the row groups that may do.
+
+        Raises InputError like `table`.
+        """
+        if not self._is_large(name):
+            found = self.table(name).filter(where)
+            return found.select(columns) if columns else found
+        try:
+            return self._dataset(name).to_table(columns, filter=where)
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{self.uri}: table {name}: {reason}; run {command_for(name)} again") from error
+
+    def _is_large(self, name: str) -> bool:
+        """Return whether to read only what is needed of a table."""
+        if name in self._tables or name not in self._snapshots:
+            return False
+        return sum(file.checksum.size for file in self._snapshots[name].tables[name]) > WHOLE
+
+    def _dataset(self, name: str) -> Dataset:
+        return self._snapshots[name].dataset(self.folder.store, name)
+
     @cached_property
+    def _concepts(self) -> pa.Table:
+        """The table `concepts`, most frequent first."""
+        # Runs of earlier versions have only the rankings that it is made from.
+        made = self.table("concepts") if "concepts" in self._snapshots else summarise_rankings(self.table("rankings"))
+        return made.sort_by([("n", "descending"), ("concept", "ascending")])
+
+    @property
     def concepts(self) -> dict[str, int]:
         """Every concept with its number of occurrences, most frequent first."""
-        counts = self.table("occurrences")["concept"].value_counts().to_pylist()
-        return {row["values"]: row["counts"] for row in sorted(counts, key=lambda row: (-row["counts"], row["values"]))}
+        return dict(zip(self._concepts["concept"].to_pylist(), self._concepts["n"].to_pylist(), strict=True))
 
     def concept_table(self, by: str = "score") -> pa.Table:
         """Return every concept, most frequent first: concept, occurrences, images, and its highest neuron by `by`."""
         _check_order(by)
-        occurrences = self.table("occurrences").select(["sample_id", "concept"])
-        captions = self.table("captions")
-        # Text-only samples, and all samples of earlier versions, have no image: each counts as one of its own.
-        ids = captions["sample_id"]
-        image = pc.coalesce(captions["image"], ids) if "image" in captions.column_names else ids
-        image_of = dict(zip(ids.to_pylist(), image.to_pylist(), strict=True))
-        images: dict[str, set[str]] = defaultdict(set)
-        for sample, concept in zip(*(occurrences[name].to_pylist() for name in occurrences.column_names), strict=True):
-            images[concept].add(image_of.get(sample, sample))
-        rankings = self.table("rankings")
-        column, direction = ORDERS[by]
-        ordered = rankings.select(["concept", "neuron", "rank", *{column} - {"rank"}]).sort_by(
-            [(column, direction), ("rank", "ascending")]
-        )
-        first: dict[str, str] = {}
-        for concept, neuron in zip(ordered["concept"].to_pylist(), ordered["neuron"].to_pylist(), strict=True):
-            first.setdefault(concept, neuron)
-        return pa.table(
-            {
-                "concept": pa.array(list(self.concepts), pa.string()),
-                "occurrences": pa.array(list(self.concepts.values()), pa.int64()),
-                "images": pa.array([len(images[concept]) for concept in self.concepts], pa.int64()),
-                "neuron": pa.array([first.get(concept) for concept in self.concepts], pa.string()),
-            }
-        )
+        columns = {"concept": "concept", "occurrences": "n", "images": "n_images", "neuron": f"highest_{by}"}
+        return self._concepts.select(list(columns.values())).rename_columns(list(columns))
 
     def rank(self, concept: str, k: int = 10, by: str = "score") -> pa.Table:
         """Return the concept's k highest neurons by score, specific, selective or share; columns of `rankings`.
@@ -206,23 +210,14 @@ class Run:
         Raises InputError for an unknown concept, with suggestions.
         """
         _check_order(by)
-        rankings = self.table("rankings")
         # Concepts are stored in lower case.
         name = concept.casefold()
-        rows = rankings.filter(pc.equal(rankings["concept"], name))
+        rows = self.rows("rankings", pc.field("concept") == name)
         if not len(rows):
             similar = difflib.get_close_matches(name, self.concepts, n=3) or list(self.concepts)[:3]
             raise InputError(f"no concept {concept!r} in {self.uri}; it has {', '.join(similar)}, …")
         column, direction = ORDERS[by]
         return rows.sort_by([(column, direction), ("rank", "ascending")]).slice(0, k)
-
-    def images(self, concept: str) -> int | None:
-        """Return the number of distinct images of a concept's occurrences; None in runs of earlier versions."""
-        rankings = self.table("rankings")
-        if "n_images" not in rankings.column_names:
-            return None
-        counts = rankings["n_images"].filter(pc.equal(rankings["concept"], concept.casefold()))
-        return counts[0].as_py() if len(counts) else None
 
     def neuron(self, name: str, examples: int = 5) -> dict[str, Any]:
         """Return a neuron's row of `neurons`, its concepts, and its extreme samples with captions.
@@ -230,24 +225,31 @@ class Run:
         Raises InputError for a neuron outside the model.
         """
         layer, unit = parse_neuron(name)
-        rows = _of_neuron(self.table("neurons"), layer, unit).to_pylist()
+        own = (pc.field("layer") == layer) & (pc.field("unit") == unit)
+        rows = self.rows("neurons", own).to_pylist()
         if not rows:
             widths = self.info["model"]["widths"]
             raise InputError(f"{name} is outside the model: {len(widths)} layers of {max(widths)} neurons, from L0.u0")
-        concepts = _of_neuron(self.table("rankings"), layer, unit).sort_by(
-            [("rank", "ascending"), ("score", "descending")]
-        )
-        samples = _of_neuron(self.table("examples"), layer, unit)
-        samples = samples.filter(pc.less_equal(samples["rank"], examples))
-        captions = self.table("captions").select(["sample_id", "caption"])
-        samples = samples.join(captions, "sample_id", join_type="left outer").sort_by(
-            [("sign", "descending"), ("rank", "ascending")]
-        )
+        # Runs of earlier versions have rankings by concept alone.
+        ranked = "neuron_concepts" if "neuron_concepts" in self._snapshots else "rankings"
         columns = ["concept", "rank", "score", "specific", "specific_rank", "selective", "share", "n", "activation"]
+        concepts = self.rows(ranked, own, columns).sort_by([("rank", "ascending"), ("score", "descending")])
+        samples = self.rows("examples", own & (pc.field("rank") <= examples))
+        captions = self._captions(samples)
+        samples = samples.sort_by([("sign", "descending"), ("rank", "ascending")])
         return dict(rows[0]) | {
-            "concepts": concepts.select(columns).to_pylist(),
-            "examples": samples.to_pylist(),
+            "concepts": concepts.to_pylist(),
+            "examples": [row | {"caption": captions.get(row["sample_id"])} for row in samples.to_pylist()],
         }
+
+    def _captions(self, samples: pa.Table) -> dict[str, str]:
+        """Return the captions of these samples by sample id."""
+        wanted = pc.field("sample_id").isin(samples["sample_id"].unique())
+        # Captions are in the order of shards; in runs of earlier versions examples don't name theirs.
+        if "shard_id" in samples.column_names:
+            wanted &= pc.field("shard_id").isin(samples["shard_id"].unique())
+        rows = self.rows("captions", wanted, ["sample_id", "caption"])
+        return dict(zip(rows["sample_id"].to_pylist(), rows["caption"].to_pylist(), strict=True))
 
     def status(self) -> Status:
         """Return the run's progress, from what is committed."""
@@ -309,7 +311,3 @@ def open_run(uri: str | Path) -> Run:
 def _check_order(by: str) -> None:
     if by not in ORDERS:
         raise InputError(f"--by {by}: order by {', '.join(ORDERS)}")
-
-
-def _of_neuron(table: pa.Table, layer: int, unit: int) -> pa.Table:
-    return table.filter(pc.and_(pc.equal(table["layer"], layer), pc.equal(table["unit"], unit)))

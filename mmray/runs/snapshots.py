@@ -17,13 +17,17 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmray.errors import DamagedError, InputError
-from mmray.runs.tables import from_bytes, to_bytes
-from mmray.storage import Checksum, Store
+from mmray.runs.tables import from_bytes, order_of, to_bytes
+from mmray.storage import Checksum, Store, filesystem
+
+if TYPE_CHECKING:
+    from pyarrow.dataset import Dataset
 
 KEPT = 3
 """Snapshots of a job that are kept: the newest, one that readers may still use, and one to compare with."""
@@ -43,6 +47,8 @@ class TableFile:
 
     key: str
     checksum: Checksum
+    bounds: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Lowest and highest value of each column by which the table is ordered."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,22 @@ class Snapshot:
     def read(self, store: Store, name: str) -> pa.Table:
         """Return one of its tables; raises DamagedError, naming the file, if it isn't what was written."""
         return pa.concat_tables([_read(store, self.job, file) for file in self.tables[name]])
+
+    def dataset(self, store: Store, name: str) -> Dataset:
+        """Return one of its tables, for readers of a few rows: files and row groups without them are not read.
+
+        Pages that are read are checked, but not the whole file.
+        """
+        import pyarrow.dataset as ds
+
+        system, root = filesystem(store.uri)
+        options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+        parquet = ds.ParquetFileFormat(default_fragment_scan_options=options)
+        fragments = [
+            parquet.make_fragment(f"{root}/{file.key}", system, partition_expression=_within(file.bounds))
+            for file in self.tables[name]
+        ]
+        return ds.FileSystemDataset(fragments, fragments[0].physical_schema, parquet, system)
 
     def verify(self, store: Store) -> Iterator[str]:
         """Yield a line per file that is not what was written."""
@@ -90,7 +112,9 @@ def open_snapshot(store: Store, job: str, number: str) -> Snapshot:
     try:
         content = json.loads(store.read(key))
         tables = {
-            name: tuple(TableFile(file["key"], Checksum(**file["checksum"])) for file in files)
+            name: tuple(
+                TableFile(file["key"], Checksum(**file["checksum"]), dict(file.get("bounds", {}))) for file in files
+            )
             for name, files in content["tables"].items()
         }
         # The keys come from a file that anyone may have edited.
@@ -210,7 +234,8 @@ class _TableWriter:
         data = to_bytes(table)
         key = f"{self.folder}/{len(self.files):05d}.parquet"
         self.store.put(key, data)
-        self.files.append(TableFile(key, Checksum.of(data, len(table))))
+        bounds = {column: tuple(pc.min_max(table[column]).as_py().values()) for column in order_of(self.schema)}
+        self.files.append(TableFile(key, Checksum.of(data, len(table)), bounds))
 
 
 def publish(store: Store, snapshot: Snapshot) -> None:
@@ -262,6 +287,16 @@ def _prune(store: Store, job: str) -> None:
     for entry in store.list(f"snapshots/{job}/"):
         if entry.key not in named and entry.key.endswith(".parquet"):
             store.delete(entry.key)
+
+
+def _within(bounds: Mapping[str, tuple[Any, Any]]) -> pc.Expression:
+    """Return what is true of all rows of a file."""
+    within = pc.scalar(True)
+    for column, (lowest, highest) in bounds.items():
+        # An empty file has neither.
+        if lowest is not None:
+            within &= (pc.field(column) >= lowest) & (pc.field(column) <= highest)
+    return within
 
 
 def _read(store: Store, job: str, file: TableFile) -> pa.Table:

@@ -23,6 +23,16 @@ def field(name: str, kind: pa.DataType, unit: str = "") -> pa.Field:
     return pa.field(name, kind, metadata={"unit": unit} if unit else None)
 
 
+def ordered(fields: list[pa.Field], *names: str) -> pa.Schema:
+    """Return the schema of a table whose rows are in the order of these columns, by which few of them are found fast."""
+    return pa.schema(fields, metadata={ORDER: " ".join(names)})
+
+
+def order_of(schema: pa.Schema) -> list[str]:
+    """Return the columns by which a table's rows are ordered; none if they are not."""
+    return (schema.metadata or {}).get(ORDER, b"").decode().split()
+
+
 ERRORS = pa.schema(
     [
         field("sample_id", pa.string()),
@@ -34,8 +44,10 @@ ERRORS = pa.schema(
 )
 """Failed samples: the table `errors` of a run, and a part of every unit."""
 
-ROW_GROUP = 100_000
-"""Rows per row group; many small groups slow down every read."""
+ROW_GROUP = 1 << 20
+"""Bytes in memory of a row group: what a reader of a few rows has to read. Many small groups slow down reading all."""
+ORDER = b"order"
+"""Key of a schema's metadata that names the columns by which a table's rows are ordered."""
 VECTORS_PER_PAGE = 16
 """Rows written before Parquet checks the page size. Vectors take up to megabytes, and a page must stay below 2 GB."""
 
@@ -59,7 +71,8 @@ def to_bytes(table: pa.Table) -> bytes:
         buffer,
         compression="none" if binary else "zstd",
         compression_level=None if binary else 1,
-        row_group_size=ROW_GROUP,
+        # Vectors are read whole, in one group.
+        row_group_size=None if vectors else max(1, len(table) * ROW_GROUP // max(ROW_GROUP, table.nbytes)),
         # Dictionaries and statistics pay off for text and scalars; for long vectors they only cost time.
         use_dictionary=[name for name, kind in columns if pa.types.is_string(kind)],
         # Bytes of equal significance, and differences of sorted numbers, take half the space once compressed.
@@ -67,6 +80,8 @@ def to_bytes(table: pa.Table) -> bytes:
             f"{name}.list.element": "BYTE_STREAM_SPLIT" if pa.types.is_floating(kind) else "DELTA_BINARY_PACKED"
             for name, kind in numbers.items()
         },
+        # A reader of a few groups can't check the SHA-256 of the file.
+        write_page_checksum=True,
         write_statistics=not vectors,
         write_batch_size=VECTORS_PER_PAGE if vectors else None,
     )

@@ -8,7 +8,8 @@ import pytest
 
 from mmray.errors import InputError
 from mmray.features.census.tables import TABLES
-from mmray.runs.run import ORDERS, Run, open_run
+from mmray.runs.concepts import ORDERS
+from mmray.runs.run import Run, open_run
 from mmray.storage import open_store
 
 CONTRACT = {

@@ -153,7 +153,7 @@ def rank(
     if as_json:
         say_json(rows.to_pylist())
     else:
-        console.print(ranking(rows, concept_title(opened, concept), by))
+        console.print(ranking(rows, concept_title(opened, rows), by))
 
 
 @app.command(group="Read", examples=("mmray neuron runs/llava L29.u4021", "mmray neuron runs/llava L29.u4021 --json"))

@@ -143,7 +143,7 @@ class ConceptMerge:
         bounds, floors = rows["bound"].to_numpy(), rows["floor"].to_numpy()
         everything = bool(rows["neuron"].null_count)
         kept = [] if everything else list_values(rows["neuron"])
-        columns = [vectors(rows[name], dtype) for name, dtype in SUMS.items()]
+        columns = [list_values(rows[name]) for name in SUMS]
         places = defaultdict(list)
         for place, name in enumerate(names):
             places[name].append(place)
@@ -218,3 +218,12 @@ def _sum_in_order(vectors: Sequence[ndarray]) -> Float64[ndarray, " neuron"]:
     for vector in vectors[1:]:
         total += vector
     return total
+
+
+def _as_lists(concepts: pa.Table) -> pa.Table:
+    """Return the part with lists of numbers; runs of earlier versions have raw bytes."""
+    for name, dtype in SUMS.items():
+        if pa.types.is_large_binary(concepts[name].type):
+            lists = pa.array(vectors(concepts[name], dtype), PARTS["concepts"].field(name).type)
+            concepts = concepts.set_column(concepts.schema.get_field_index(name), PARTS["concepts"].field(name), lists)
+    return concepts

@@ -7,21 +7,32 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import UInt64
+from jaxtyping import Shaped, UInt64
 from numpy import ndarray
 
 from mmray.engine import Parts
 from mmray.features.census.concept_merge import ConceptMerge
-from mmray.features.census.ranking import NO_USES, Uses, certified_counts, locate_index, rank_concept, ranking_table
+from mmray.features.census.ranking import (
+    NO_USES,
+    RankedNeurons,
+    Uses,
+    certified_counts,
+    locate_index,
+    rank_concept,
+    ranking_table,
+)
 from mmray.features.census.spill import Spill, cuts_of
 from mmray.features.census.tables import TABLES
 from mmray.neuron_names import neuron_name
 from mmray.neurons.statistics import EXAMPLES
+from mmray.runs.concepts import summarise_rankings
 from mmray.runs.tables import list_values
 
 ActivityKey = tuple[str, str, str, str]
@@ -39,6 +50,8 @@ USES = pa.schema([("concept", pa.string()), ("image", pa.uint64()), ("neurons", 
 
 RANGE = 128 << 20
 """Bytes of committed sums that a range of concepts has; bounds the memory of a merge."""
+TOGETHER = 16
+"""Concepts whose rankings become a table at a time."""
 SAMPLED = 64
 """Shards whose concepts decide where ranges are cut."""
 
@@ -73,6 +86,9 @@ class RunMerge:
         self.examples = {sign: Examples(sign, self.neurons) for sign in (1, -1)}
         self.uses = Spill(USES, cuts)
         """Image and top-k neurons of every occurrence."""
+        starts = [self.neurons * number // (len(cuts) + 1) for number in range(1, len(cuts) + 1)]
+        self.by_neuron = Spill(TABLES["neuron_concepts"], starts)
+        """Rankings, regrouped by neuron."""
         self.ranked = 0
         """Concepts in `rankings`."""
         self.certified = [0, 0]
@@ -86,33 +102,52 @@ class RunMerge:
         self.concepts.add(read("concepts"), read("totals"))
         self._add_activity(read("activity"))
         # Parts name samples by their row in captions, so these arrays are needed before examples and occurrences.
-        sample_ids, images = rows["captions"]["sample_id"].to_pylist(), _image_numbers(rows["captions"])
-        self._add_examples(read("examples"), np.array(sample_ids, object), images)
-        self._add_occurrences(rows["occurrences"], dict(zip(sample_ids, images, strict=True)))
+        captions = rows["captions"]
+        samples = Samples(
+            np.array(captions["sample_id"].to_pylist(), object),
+            _image_numbers(captions),
+            captions["shard_id"].to_numpy(),
+        )
+        self._add_examples(read("examples"), samples)
+        self._add_occurrences(rows["occurrences"], dict(zip(samples.sample_id, samples.image, strict=True)))
         return rows
 
     def tables(self) -> Iterator[tuple[str, pa.Table]]:
-        """Yield the tables made from sums: rankings (range by range of concepts), neurons, activity, examples."""
-        yield "rankings", TABLES["rankings"].empty_table()
+        """Yield the tables made from sums, most of them in pieces."""
+        for name in ("rankings", "concepts", "neuron_concepts"):
+            yield name, TABLES[name].empty_table()
         for rankings in self.rankings():
             yield "rankings", rankings
+            yield "concepts", summarise_rankings(rankings)
+        for rows in self.by_neuron.ranges():
+            keys = [("layer", "ascending"), ("unit", "ascending"), ("rank", "ascending"), ("score", "descending")]
+            yield "neuron_concepts", rows.sort_by(keys)
         yield "neurons", self.neuron_table()
         yield "activity", self.activity_table()
-        yield "examples", pa.concat_tables([self.examples[sign].table(self._layer, self._unit) for sign in (1, -1)])
+        yield "examples", example_table(list(self.examples.values()), self._layer, self._unit)
 
     def rankings(self) -> Iterator[pa.Table]:
         """Yield the concepts' rankings, concepts in alphabetical order."""
         for scored, uses in zip(self.concepts.ranges(), map(uses_by_concept, self.uses.ranges()), strict=True):
-            ranked = [
-                rank_concept(concept, scores, self.concepts, uses.get(concept, NO_USES), self.top_k)
-                for concept, scores in scored
-            ]
-            for one in ranked:
-                self._concepts_per_neuron[one.top] += 1
-            rankings = ranking_table(ranked, self.widths, self.decoded)
-            self.ranked += len(ranked)
-            self.certified = list(map(sum, zip(self.certified, certified_counts(rankings), strict=True)))
-            yield rankings
+            # Few concepts at a time: a table of the whole range takes more memory than its sums.
+            while some := list(islice(scored, TOGETHER)):
+                ranked = [
+                    rank_concept(concept, scores, self.concepts, uses.get(concept, NO_USES), self.top_k)
+                    for concept, scores in some
+                ]
+                rankings = ranking_table(ranked, self.widths, self.decoded)
+                self._count(ranked, rankings)
+                yield rankings
+
+    def _count(self, ranked: Sequence[RankedNeurons], rankings: pa.Table) -> None:
+        """Take in what other tables, and the headline, say about these rankings."""
+        for one in ranked:
+            self._concepts_per_neuron[one.top] += 1
+        self.ranked += len(ranked)
+        self.certified = list(map(sum, zip(self.certified, certified_counts(rankings), strict=True)))
+        neurons = np.concatenate([one.neuron for one in ranked])
+        order = np.argsort(neurons, kind="stable")
+        self.by_neuron.add(rankings.select(TABLES["neuron_concepts"].names).take(order), neurons[order])
 
     def neuron_table(self) -> pa.Table:
         """Return one row per neuron: its activity over all counted tokens, and the tokens it writes."""
@@ -191,15 +226,24 @@ class RunMerge:
             for total, added in zip(self.activity[key], numbers, strict=True):
                 total += added
 
-    def _add_examples(self, rows: pa.Table, sample_ids: ndarray, images: ndarray) -> None:
-        """Add a shard's extremes, whose column `sample` is the row in its captions; the arrays have a value per row."""
+    def _add_examples(self, rows: pa.Table, samples: Samples) -> None:
+        """Add a shard's extremes, whose column `sample` is the row in its captions."""
         signs = rows["sign"].to_numpy()
         lists = [list_values(rows[name]) for name in ("activation", "sample", "position")]
         for sign, examples in self.examples.items():
             ranks = np.flatnonzero(signs == sign)
             if len(ranks):
-                activation, sample, position = (np.stack([values[rank] for rank in ranks]) for values in lists)
-                examples.add(activation, sample_ids[sample], position, images[sample])
+                examples.add(*([values[rank] for rank in ranks] for values in lists), samples)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a shard, in order of its captions."""
+
+    sample_id: Shaped[ndarray, " sample"]
+    image: UInt64[ndarray, " sample"]
+    """A number that samples of one image share."""
+    shard_id: Shaped[ndarray, " sample"]
 
 
 def uses_by_concept(rows: pa.Table) -> dict[str, Uses]:
@@ -224,51 +268,61 @@ class Examples:
     def __init__(self, sign: int, neurons: int) -> None:
         self.sign = sign
         self.activation = np.full((EXAMPLES, neurons), -sign * np.inf, np.float32)
-        self.sample = np.zeros((EXAMPLES, neurons), object)
         self.position = np.zeros((EXAMPLES, neurons), np.int32)
         self.image = np.zeros((EXAMPLES, neurons), np.uint64)
+        self.sample_id = np.zeros((EXAMPLES, neurons), object)
+        self.shard_id = np.zeros((EXAMPLES, neurons), np.int32)
 
-    def add(self, activation: ndarray, sample: ndarray, position: ndarray, image: ndarray) -> None:
-        """Add one shard's samples, [rank, neuron]; of equal activations that of the earlier shard ranks higher.
+    def add(
+        self, activation: Sequence[ndarray], sample: Sequence[ndarray], position: Sequence[ndarray], of: Samples
+    ) -> None:
+        """Add one shard's ranks, each a row over all neurons; of equal activations that of the earlier shard is higher.
 
         A shard has the highest sample of each of its EXAMPLES highest images, so the result is that of all samples.
         """
         # Late in a long run, few neurons have a new extreme in a shard.
-        changed = np.flatnonzero((self.sign * activation).max(axis=0) > self.sign * self.activation[-1])
+        changed = np.flatnonzero(self.sign * activation[0] > self.sign * self.activation[-1])
         if not len(changed):
             return
-        new = (activation[:, changed], sample[:, changed], position[:, changed], image[:, changed])
-        held = (self.activation, self.sample, self.position, self.image)
-        grown = [np.vstack([old[:, changed], added]) for old, added in zip(held, new, strict=True)]
+        new, index, places = (np.stack([values[changed] for values in rows]) for rows in (activation, sample, position))
+        added = (new, places, of.image[index], of.sample_id[index], of.shard_id[index])
+        held = (self.activation, self.position, self.image, self.sample_id, self.shard_id)
+        grown = [np.vstack([old[:, changed], values]) for old, values in zip(held, added, strict=True)]
         order = np.argsort(-self.sign * grown[0], axis=0, kind="stable")
-        activation, *_, image = ranked = [np.take_along_axis(values, order, 0) for values in grown]
+        ranked, image = (np.take_along_axis(values, order, 0) for values in (grown[0], grown[2]))
         # Of several samples of one image only the highest stays; the others sink below every finite activation.
         lower = np.stack([(image[:rank] == image[rank]).any(axis=0) for rank in range(len(image))])
-        activation[lower] = -self.sign * np.inf
-        order = np.argsort(-self.sign * activation, axis=0, kind="stable")[:EXAMPLES]
-        for values, candidates in zip(held, ranked, strict=True):
-            values[:, changed] = np.take_along_axis(candidates, order, 0)
+        ranked[lower] = -self.sign * np.inf
+        again = np.argsort(-self.sign * ranked, axis=0, kind="stable")[:EXAMPLES]
+        order = np.take_along_axis(order, again, 0)
+        for old, values in zip(held, grown, strict=True):
+            old[:, changed] = np.take_along_axis(values, order, 0)
+        self.activation[:, changed] = np.take_along_axis(ranked, again, 0)
 
     def extreme(self) -> ndarray:
         """Return each neuron's highest (lowest) activation, 0 if it has none."""
         return np.where(np.isfinite(self.activation[0]), self.activation[0], np.float32(0))
 
-    def table(self, layer: ndarray, unit: ndarray) -> pa.Table:
-        """Return one row per neuron and rank, for neurons with at least one counted token."""
-        # Ranks without a sample still have the infinite start value.
-        ranks, neurons = np.nonzero(np.isfinite(self.activation))
-        return pa.table(
-            {
-                "layer": layer[neurons],
-                "unit": unit[neurons],
-                "sign": np.full(len(ranks), self.sign, np.int8),
-                "rank": ranks + 1,
-                "sample_id": pa.array(self.sample[ranks, neurons], pa.string()),
-                "position": self.position[ranks, neurons],
-                "activation": self.activation[ranks, neurons],
-            },
-            schema=TABLES["examples"],
-        )
+
+def example_table(sides: Sequence[Examples], layer: ndarray, unit: ndarray) -> pa.Table:
+    """Return one row per neuron, side and rank, in this order, for neurons with at least one counted token."""
+
+    def joined(name: str) -> ndarray:
+        return np.stack([getattr(one, name) for one in sides], axis=1).transpose(2, 1, 0)
+
+    # Ranks without a sample still have the infinite start value.
+    neurons, side, ranks = kept = np.nonzero(np.isfinite(joined("activation")))
+    return pa.table(
+        {
+            "layer": layer[neurons],
+            "unit": unit[neurons],
+            "sign": np.array([one.sign for one in sides], np.int8)[side],
+            "rank": ranks + 1,
+            "sample_id": pa.array(joined("sample_id")[kept], pa.string()),
+            **{name: joined(name)[kept] for name in ("position", "activation", "shard_id")},
+        },
+        schema=TABLES["examples"],
+    )
 
 
 def _image_numbers(captions: pa.Table) -> UInt64[ndarray, " sample"]:

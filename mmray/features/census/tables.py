@@ -5,7 +5,8 @@ from __future__ import annotations
 import pyarrow as pa
 
 from mmray.neurons.tables import STATISTICS
-from mmray.runs.tables import ERRORS, LABEL_ENTRY, field
+from mmray.runs.concepts import CONCEPTS
+from mmray.runs.tables import ERRORS, LABEL_ENTRY, field, ordered
 
 SCORE = "by score: logit before the final norm (after it with fold_norm); gradients: logit; effect: log-odds"
 ACTIVATION = "activation"
@@ -20,7 +21,7 @@ NEURON_ENTRY = pa.struct(
 )
 
 TABLES: dict[str, pa.Schema] = {
-    "captions": pa.schema(
+    "captions": ordered(
         [
             field("sample_id", pa.string()),
             field("caption", pa.string()),
@@ -30,7 +31,8 @@ TABLES: dict[str, pa.Schema] = {
             field("shard_id", pa.int32()),
             field("labels", pa.list_(LABEL_ENTRY), "further labels of --label-column: key the column, value the label"),
             field("image", pa.string(), "16 hexadecimal digits of the SHA-256 of its bytes; null: text alone"),
-        ]
+        ],
+        "shard_id",
     ),
     "occurrences": pa.schema(
         [
@@ -43,7 +45,7 @@ TABLES: dict[str, pa.Schema] = {
             field("neurons", pa.list_(NEURON_ENTRY), SCORE),
         ]
     ),
-    "rankings": pa.schema(
+    "rankings": ordered(
         [
             field("concept", pa.string()),
             field("rank", pa.int32(), "from 1, by score"),
@@ -69,9 +71,11 @@ TABLES: dict[str, pa.Schema] = {
             field("certified_specific", pa.bool_(), "whether its rank by specific is certain"),
             field("certified_selective", pa.bool_(), "whether its rank by selective is certain"),
             field("exact", pa.bool_(), EXACT),
-        ]
+        ],
+        "concept",
+        "rank",
     ),
-    "neurons": pa.schema(
+    "neurons": ordered(
         [
             field("layer", pa.int16()),
             field("unit", pa.int32()),
@@ -85,7 +89,9 @@ TABLES: dict[str, pa.Schema] = {
             field("min", pa.float32(), ACTIVATION),
             field("tokens", pa.list_(pa.string()), "the ten it promotes most, highest first"),
             field("suppressed", pa.list_(pa.string()), "the ten it suppresses most, lowest first"),
-        ]
+        ],
+        "layer",
+        "unit",
     ),
     "activity": pa.schema(
         [
@@ -101,7 +107,7 @@ TABLES: dict[str, pa.Schema] = {
             field("module", pa.string(), "language, or what --module adds"),
         ]
     ),
-    "examples": pa.schema(
+    "examples": ordered(
         [
             field("layer", pa.int16()),
             field("unit", pa.int32()),
@@ -110,10 +116,25 @@ TABLES: dict[str, pa.Schema] = {
             field("sample_id", pa.string()),
             field("position", pa.int32(), "index in the unpadded sequence"),
             field("activation", pa.float32(), ACTIVATION),
-        ]
+            field("shard_id", pa.int32(), "shard of the sample"),
+        ],
+        "layer",
+        "unit",
     ),
     "errors": ERRORS,
+    "concepts": CONCEPTS,
 }
+# The rankings once more, for readers who ask about a neuron.
+TABLES["neuron_concepts"] = ordered(
+    [
+        TABLES["rankings"].field(name)
+        for name in ("layer", "unit", "concept", "rank", "score", "specific", "specific_rank", "selective", "share")
+    ]
+    + [TABLES["rankings"].field(name) for name in ("n", "activation")],
+    "layer",
+    "unit",
+    "rank",
+)
 """The tables that a finished run offers to its readers."""
 
 

@@ -14,9 +14,10 @@ from rich.text import Text
 from mmray.features.census.cost import CensusEstimate
 from mmray.features.census.drift import Drift
 from mmray.neurons.scores import unit_of
+from mmray.runs.concepts import ORDERS
 from mmray.runs.lease import Driver
 from mmray.runs.receipts import AROUND, Cost
-from mmray.runs.run import CERTIFICATES, ORDERS, Reason, Run, Status, reasons
+from mmray.runs.run import CERTIFICATES, Reason, Run, Status, reasons
 from mmray.runs.status import AnalysisStatus
 from mmray.terminal.tables import lineless
 
@@ -66,16 +67,17 @@ def concept_list(rows: pa.Table, of: int) -> RenderableType:
     return Group(table, *rest)
 
 
-def concept_title(run: Run, concept: str) -> Text:
-    """Return the line above a concept's ranking."""
+def concept_title(run: Run, rows: pa.Table) -> Text:
+    """Return the line above a concept's ranking, given some of its rows."""
     settings = run.info["settings"]
     unit = unit_of(settings["score"], folded=settings["fold_norm"])
-    n = run.concepts[concept.casefold()]
-    images = run.images(concept)
+    first = rows.slice(0, 1).to_pylist()[0]
+    # Runs of earlier versions have no column `n_images`.
+    n, images = first["n"], first.get("n_images")
     where = f" in {images:,} image{'s' * (images > 1)}" if images else ""
     details = f" · {n:,} occurrence{'s' * (n > 1)}{where} · {settings['score']}" + (f" in {unit}" if unit else "")
     # Otherwise rich would wrap it to the width of a narrow table.
-    return Text.assemble((concept.casefold(), "bold"), (details, "dim"), no_wrap=True, overflow="ignore")
+    return Text.assemble((first["concept"], "bold"), (details, "dim"), no_wrap=True, overflow="ignore")
 
 
 def neuron(found: dict[str, Any]) -> RenderableType:
@@ -264,7 +266,8 @@ def summary(run: Run, concepts: Sequence[str], k: int = 4) -> RenderableType:
     """Return these concepts with their highest neurons."""
     parts: list[RenderableType] = []
     for concept in concepts:
-        parts += [ranking(run.rank(concept, k), concept_title(run, concept)), Text()]
+        rows = run.rank(concept, k)
+        parts += [ranking(rows, concept_title(run, rows)), Text()]
     return Group(*parts)
 
 

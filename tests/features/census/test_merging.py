@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.data.samples import Sample
-from mmray.features.census.merging import Examples, RunMerge
-from mmray.features.census.pair_counts import PairCounts
+from mmray.features.census.merging import Examples, RunMerge, Samples
 from mmray.features.census.ranking import locate_index
 from mmray.features.census.tables import PARTS, TABLES
 from mmray.neurons.statistics import EXAMPLES
@@ -36,7 +35,7 @@ def tables(open_model, shards):
 
 
 def test_tables_have_the_schemas_that_readers_know(tables):
-    assert tables.keys() == {"rankings", "neurons", "activity", "examples"}
+    assert tables.keys() == {"rankings", "concepts", "neuron_concepts", "neurons", "activity", "examples"}
     for name, table in tables.items():
         assert table.schema.equals(TABLES[name])
         assert len(table) > 0
@@ -126,10 +125,6 @@ def test_shares_count_the_occurrences_in_whose_top_a_neuron_is(shards, tables):
     for row in tables["rankings"].to_pylist():
         assert row["n"] == totals[row["concept"]]
         assert row["share"] == hits[row["concept"], row["layer"], row["unit"]] / totals[row["concept"]]
-    counts = PairCounts(np.int64)
-    counts.add(["dog", "owl", "dog"], np.array([7, 3, 3, 3, 7, 7]), np.array([3, 0, 3]))
-    assert counts.count("dog", np.array([0, 3, 4, 7, 9])).tolist() == [0, 3, 0, 3, 0]
-    assert counts.count("cat", np.array([0, 3])).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("order", [(2, 1, 0), (1, 2, 0), (0, 2, 1)])
@@ -162,6 +157,8 @@ def test_nothing_merged_gives_empty_tables(open_model):
     tables = merged(open_model("llava"), [])
     assert {name: len(table) for name, table in tables.items()} == {
         "rankings": 0,
+        "concepts": 0,
+        "neuron_concepts": 0,
         "neurons": 96,
         "activity": 0,
         "examples": 0,
@@ -192,22 +189,24 @@ def test_examples_are_of_different_images_however_shards_are_cut(seen, cuts, sig
     shards = [part for first, last in pairwise(edges) if (part := list(enumerate(seen))[first:last])]
     random.shuffle(shards)
     examples = Examples(sign, 2)
+    numbers = np.arange(len(seen))
+    captions = Samples(numbers.astype(object), np.array([ord(image) for image, *_ in seen], np.uint64), numbers)
     for part in shards:
         # A shard hands on its highest sample of each of its highest images, as `TokenStatistics` does.
         kept = np.full((EXAMPLES, 2), -sign * np.inf, np.float32)
-        samples, images = np.zeros((EXAMPLES, 2), object), np.zeros((EXAMPLES, 2), np.uint64)
+        samples = np.zeros((EXAMPLES, 2), int)
         for neuron in range(2):
             best = {}
             for number, (image, *activations) in sorted(part, key=lambda each: -sign * each[1][1 + neuron]):
                 best.setdefault(image, (activations[neuron], number))
-            for rank, (image, (activation, number)) in enumerate(list(best.items())[:EXAMPLES]):
-                kept[rank, neuron], samples[rank, neuron], images[rank, neuron] = activation, number, ord(image)
-        examples.add(kept, samples, np.zeros((EXAMPLES, 2), np.int32), images)
+            for rank, (activation, number) in enumerate(list(best.values())[:EXAMPLES]):
+                kept[rank, neuron], samples[rank, neuron] = activation, number
+        examples.add(kept, samples, np.zeros((EXAMPLES, 2), np.int32), captions)
     for neuron in range(2):
         found = examples.activation[:, neuron]
         found = found[np.isfinite(found)]
         assert (sign * found).tolist() == plain([(image, both[neuron]) for image, *both in seen], sign)
-        named = [seen[number] for number in examples.sample[: len(found), neuron]]
+        named = [seen[number] for number in examples.sample_id[: len(found), neuron]]
         assert len({image for image, *_ in named}) == len(named)
         assert [both[neuron] for _, *both in named] == found.tolist()
 
@@ -246,19 +245,3 @@ def test_images_of_a_concept_are_counted_once_over_all_shards(open_model, cuts):
     counts = {(row["concept"], row["n_images"]) for row in merged(model, shards)["rankings"].to_pylist()}
     assert counts == {(concept, len(own)) for concept, own in expected.items()}
     assert any(0 < count < len(found) for _, count in counts)
-
-
-@given(st.lists(st.lists(st.tuples(st.sampled_from(["dog", "cat"]), st.integers(0, 5)), max_size=9), max_size=6))
-def test_pairs_are_counted_however_they_come(shards):
-    counted = PairCounts(np.uint64)
-    for part in shards:
-        counted.add([concept for concept, _ in part], np.array([image for _, image in part], np.uint64))
-        if len(part) % 2:
-            counted.of("dog")  # what was collected so far may be counted at any time
-    expected = defaultdict(Counter)
-    for part in shards:
-        for concept, image in part:
-            expected[concept][image] += 1
-    for concept in ("dog", "cat", "owl"):
-        items, counts = counted.of(concept)
-        assert list(zip(items.tolist(), counts.tolist(), strict=True)) == sorted(expected[concept].items())

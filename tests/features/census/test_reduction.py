@@ -1,8 +1,10 @@
 """Sums by concept do not depend on how occurrences were cut, and what is certified is right. Numbers are whole."""
 
 from collections import defaultdict
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -11,12 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.features.census.pair_counts import PairCounts
+from mmray.features.census import spill
+from mmray.features.census.concept_merge import ConceptMerge, ConceptScores
 from mmray.features.census.ranking import (
     MIN_OCCURRENCES,
     TOP_RANKS,
-    certified_share,
+    certified_counts,
     rank_concept,
+    ranking_table,
     selective_scores,
     specific_scores,
 )
@@ -24,7 +28,6 @@ from mmray.features.census.reduction import (
     ALL_KEPT,
     KEPT_OF_MORE,
     SUMS,
-    ConceptMerge,
     ConceptSums,
     candidates_kept,
     highest,
@@ -33,13 +36,16 @@ from mmray.runs.tables import from_bytes, to_bytes
 
 WIDTHS = (3, 2, 3)
 NEURONS = sum(WIDTHS)
-NO_HITS = PairCounts(np.int64)
 TEXTS = pa.table({"tokens": [["a"]] * NEURONS, "suppressed": [["b"]] * NEURONS})
 
 NUMBERS = st.lists(st.integers(-6, 6), min_size=NEURONS, max_size=NEURONS)
 OCCURRENCE = st.tuples(st.sampled_from(["dog", "cat", "owl"]), NUMBERS, NUMBERS)
 OCCURRENCES = st.lists(OCCURRENCE, min_size=1, max_size=14)
 CUTS = st.lists(st.integers(0, 14), max_size=7).map(sorted)
+REALS = st.lists(
+    st.floats(-1e6, 1e6, width=32) | st.sampled_from([0.1, -0.1, 1 / 3]), min_size=NEURONS, max_size=NEURONS
+)
+REAL_OCCURRENCES = st.lists(st.tuples(st.sampled_from(["dog", "cat", "owl"]), REALS, REALS), min_size=1, max_size=14)
 
 
 def cut(items, cuts):
@@ -60,11 +66,28 @@ def shard(occurrences, cuts=(), kept=NEURONS, room=1000, expected=()):
     return [from_bytes(to_bytes(table)) for table in sums.tables()]
 
 
-def merge(shards):
-    merged = ConceptMerge(NEURONS)
+@dataclass
+class Merged:
+    """A merge, and the sums of its concepts by name."""
+
+    merge: ConceptMerge
+    scores: dict[str, ConceptScores]
+
+    def table(self, concept):
+        """Return the concept's rows of `rankings`."""
+        return ranking_table([rank_concept(concept, self.scores[concept], self.merge)], WIDTHS, TEXTS)
+
+    def certified(self, concept):
+        """Return for each of the concept's neurons whether its rank by score is certain."""
+        scores = self.scores[concept]
+        return scores.certified(np.arange(len(scores.neuron)))
+
+
+def merge(shards, cuts=()):
+    merged = ConceptMerge(NEURONS, cuts)
     for concepts, totals in shards:
         merged.add(concepts, totals)
-    return merged
+    return Merged(merged, dict(pair for concepts in merged.ranges() for pair in concepts))
 
 
 def by_hand(occurrences):
@@ -80,54 +103,69 @@ def by_hand(occurrences):
 def facts(merged):
     """Return all that a merge knows, to compare."""
     found = {}
-    for concept in sorted(merged.concepts):
-        scores = merged.sums(concept)
-        arrays = (scores.neuron, scores.score, scores.squares, scores.activation, scores.exact, scores.certified())
+    for concept, scores in merged.scores.items():
+        arrays = (scores.neuron, scores.score, scores.squares, scores.activation, scores.exact)
         found[concept] = (scores.n, scores.left_out, *(array.tolist() for array in arrays))
-    return found, merged.n, (merged.total.tolist(), merged.total_squares.tolist())
+        found[concept] += (merged.certified(concept).tolist(), merged.table(concept).to_pylist())
+    return found, merged.merge.n, (merged.merge.total.tolist(), merged.merge.total_squares.tolist())
 
 
 @given(OCCURRENCES, CUTS, CUTS)
 def test_sums_are_those_of_all_occurrences_however_they_are_cut(occurrences, shards, batches):
     merged = merge([shard(part, batches) for part in cut(occurrences, shards)])
     counts, sums, total = by_hand(occurrences)
-    assert set(merged.concepts) == set(counts)
-    assert merged.n == len(occurrences)
-    assert merged.total.tolist() == total.tolist()
+    assert set(merged.scores) == set(counts)
+    assert merged.merge.n == len(occurrences)
+    assert merged.merge.total.tolist() == total.tolist()
     for concept, n in counts.items():
-        scores = merged.sums(concept)
+        scores = merged.scores[concept]
         assert scores.n == n
         assert scores.neuron.tolist() == list(range(NEURONS))
         assert np.array_equal([scores.score, scores.squares, scores.activation], sums[concept])
         # Every neuron is kept: every rank is certain.
         assert scores.exact.all()
-        assert scores.certified().all()
+        assert merged.certified(concept).all()
         assert scores.left_out == -np.inf
 
 
-@given(OCCURRENCES, CUTS, st.integers(1, NEURONS), st.randoms(use_true_random=False))
-def test_shards_merge_in_any_order_and_in_any_groups(occurrences, cuts, kept, random):
+RANGES = st.lists(st.sampled_from(["a", "cat", "dig", "dog", "owl", "zoo"]), unique=True).map(sorted)
+
+
+@given(OCCURRENCES, CUTS, st.integers(1, NEURONS), RANGES, st.integers(1, 10_000), st.randoms(use_true_random=False))
+def test_shards_merge_in_any_order_and_in_any_ranges(occurrences, cuts, kept, ranges, spilled, random):
     shards = [shard(part, kept=kept) for part in cut(occurrences, cuts)]
     expected = facts(merge(shards))
     for _ in range(3):
         random.shuffle(shards)
-        merged = ConceptMerge(NEURONS)
-        for tables in shards:
-            merged.add(*tables)
-            # What was collected so far may be added up at any time.
-            if random.random() < 0.5:
-                for part in merged.concepts.values():
-                    part.compact()
-        assert facts(merged) == expected
+        with patch.object(spill, "SPILLED", spilled):
+            assert facts(merge(shards, ranges)) == expected
+
+
+@given(OCCURRENCES | REAL_OCCURRENCES, CUTS, st.integers(1, NEURONS), RANGES, st.integers(1, 10_000))
+def test_ranges_change_no_digit_of_a_sum(occurrences, cuts, kept, ranges, spilled):
+    shards = [shard(part, kept=kept) for part in cut(occurrences, cuts)]
+    with patch.object(spill, "SPILLED", spilled):
+        assert facts(merge(shards, ranges)) == facts(merge(shards))
+
+
+@given(REAL_OCCURRENCES, CUTS)
+def test_shards_are_added_in_their_order(occurrences, cuts):
+    shards = [shard(part) for part in cut(occurrences, cuts)]
+    sums = defaultdict(lambda: np.zeros(NEURONS))
+    for concepts, _ in shards:
+        for row in concepts.to_pylist():
+            sums[row["concept"]] += row["score"]
+    for concept, scores in merge(shards).scores.items():
+        assert scores.score.tolist() == sums[concept].tolist()
 
 
 @given(OCCURRENCES, CUTS, st.integers(1, NEURONS), st.integers(1, 4))
 def test_what_is_kept_of_some_bounds_what_is_not(occurrences, cuts, kept, room):
     merged = merge([shard(part, kept=kept, room=room) for part in cut(occurrences, cuts)])
     _, sums, total = by_hand(occurrences)
-    assert merged.total.tolist() == total.tolist()
+    assert merged.merge.total.tolist() == total.tolist()
     for concept, (truth, squares, activation) in sums.items():
-        scores = merged.sums(concept)
+        scores = merged.scores[concept]
         exact = scores.neuron[scores.exact]
         assert scores.score[scores.exact].tolist() == truth[exact].tolist()
         assert scores.squares[scores.exact].tolist() == squares[exact].tolist()
@@ -193,7 +231,7 @@ def test_a_certified_rank_is_the_true_one(occurrences, cuts, kept, room):
     merged = merge([shard(part, kept=kept, room=room) for part in cut(occurrences, cuts)])
     counts, sums, _ = by_hand(occurrences)
     for concept, (truth, squares, activation) in sums.items():
-        table = rank_concept(concept, merged, 1, NO_HITS, WIDTHS, TEXTS)
+        table = merged.table(concept)
         ranks = true_ranks(truth)
         for row in table.to_pylist():
             neuron = sum(WIDTHS[: row["layer"]]) + row["unit"]
@@ -213,21 +251,15 @@ def test_a_certified_rank_is_the_true_one(occurrences, cuts, kept, room):
             assert len(table) == NEURONS
 
 
-REALS = st.lists(
-    st.floats(-1e6, 1e6, width=32) | st.sampled_from([0.1, -0.1, 1 / 3]), min_size=NEURONS, max_size=NEURONS
-)
-REAL_OCCURRENCES = st.lists(st.tuples(st.sampled_from(["dog", "cat", "owl"]), REALS, REALS), min_size=1, max_size=14)
-
-
 @given(REAL_OCCURRENCES, CUTS, st.integers(1, NEURONS), st.integers(1, 4))
 def test_bounds_hold_to_the_last_digit(occurrences, cuts, kept, room):
     merged = merge([shard(part, kept=kept, room=room) for part in cut(occurrences, cuts)])
-    for concept in merged.concepts:
+    for concept in merged.scores:
         own = [np.float32(scores).astype(float) for name, scores, _ in occurrences if name == concept]
         truth = np.array([Fraction(0)] * NEURONS)
         for scores in own:
             truth += [Fraction(value) for value in scores]
-        scores = merged.sums(concept)
+        scores = merged.scores[concept]
         for neuron, exact, *bounds in zip(scores.neuron, scores.exact, scores.lower, scores.upper, strict=True):
             lower, upper = bounds
             assert exact or Fraction(lower) <= truth[neuron] <= Fraction(upper)
@@ -247,7 +279,7 @@ ORDERS = {
 def test_no_certificate_of_any_order_is_wrong(certificate, occurrences, cuts, kept, room):
     merged = merge([shard(part, kept=kept, room=room) for part in cut(occurrences, cuts)])
     rank, order = ORDERS[certificate]
-    for concept in merged.concepts:
+    for concept in merged.scores:
         own, others = (
             np.array([np.float32(scores) for name, scores, _ in occurrences if (name == concept) is wanted], float)
             for wanted in (True, False)
@@ -256,7 +288,7 @@ def test_no_certificate_of_any_order_is_wrong(certificate, occurrences, cuts, ke
         truth = order(own.mean(0), others.mean(0), np.square(others).mean(0))
         # Neurons that rounding can't tell apart have no true order among themselves.
         near = 1e-9 * max(1.0, np.abs(own).max(), np.abs(others).max())
-        table = rank_concept(concept, merged, 1, NO_HITS, WIDTHS, TEXTS)
+        table = merged.table(concept)
         for row in table.to_pylist():
             if row[certificate]:
                 value = truth[sum(WIDTHS[: row["layer"]]) + row["unit"]]
@@ -269,13 +301,13 @@ def test_a_neuron_left_out_that_is_first_by_specific_is_no_secret():
     # By score, neuron 0 leads; it serves owls as well. Neuron 7, which no shard keeps, is the dog's own.
     dog, owl = [9, 6, 6, 0, 0, 0, 0, 5], [9, 6, 6, 0, 0, 0, 0, 0]
     shards = [shard([("dog", dog, dog), ("owl", owl, owl)], kept=3) for _ in range(4)]
-    rows = {row["neuron"]: row for row in rank_concept("dog", merge(shards), 1, NO_HITS, WIDTHS, TEXTS).to_pylist()}
+    rows = {row["neuron"]: row for row in merge(shards).table("dog").to_pylist()}
     assert rows["L0.u0"]["certified"]
     assert "L2.u2" not in rows
     assert not any(row["certified_specific"] or row["certified_selective"] for row in rows.values())
     # Without the owls' part in neuron 0 it is first in every order.
     shards = [shard([("dog", dog, dog), ("owl", [0, *owl[1:]], owl)], kept=3) for _ in range(4)]
-    rows = {row["neuron"]: row for row in rank_concept("dog", merge(shards), 1, NO_HITS, WIDTHS, TEXTS).to_pylist()}
+    rows = {row["neuron"]: row for row in merge(shards).table("dog").to_pylist()}
     assert all(rows["L0.u0"][certificate] for certificate in ORDERS)
     assert {rows["L0.u0"][rank] for rank, _ in ORDERS.values()} == {1}
 
@@ -283,29 +315,33 @@ def test_a_neuron_left_out_that_is_first_by_specific_is_no_secret():
 @given(OCCURRENCES, CUTS, st.integers(1, NEURONS))
 def test_the_share_of_certified_ranks_is_that_of_frequent_concepts(occurrences, cuts, kept):
     merged = merge([shard(part, kept=kept) for part in cut(occurrences, cuts)])
-    tables = [rank_concept(concept, merged, 1, NO_HITS, WIDTHS, TEXTS) for concept in merged.concepts]
+    tables = [merged.table(concept) for concept in merged.scores]
     found = [
         row["certified"]
         for table in tables
         for row in table.to_pylist()
         if row["n"] >= MIN_OCCURRENCES and row["rank"] <= TOP_RANKS
     ]
-    assert certified_share(pa.concat_tables(tables)) == (sum(found) / len(found) if found else None)
+    assert certified_counts(pa.concat_tables(tables)) == (sum(found), len(found))
 
 
 def test_the_first_ranks_are_certified_where_they_lead_by_far():
     occurrences = [("dog", [9, 1, 0, 0, 7, 0, 0, -1], [0] * NEURONS)] * 5
     merged = merge([shard([occurrence], kept=3) for occurrence in occurrences])
-    scores = merged.sums("dog")
-    assert dict(zip(scores.neuron.tolist(), scores.certified().tolist(), strict=True)) == {0: True, 1: True, 4: True}
+    scores = merged.scores["dog"]
+    assert dict(zip(scores.neuron.tolist(), merged.certified("dog").tolist(), strict=True)) == {
+        0: True,
+        1: True,
+        4: True,
+    }
 
 
 def test_a_sum_that_another_may_reach_is_not_certified():
     # Neuron 0 comes to 6 as well, and stands before neuron 1; what is known of it is 5, and 1 that was left out.
     shards = [[5, 3, 0, 0, 0, 0, 0, 0], [1, 3, 2, 0, 0, 0, 0, 0]]
     merged = merge([shard([("dog", scores, [0] * NEURONS)], kept=2) for scores in shards])
-    scores = merged.sums("dog")
-    certified = dict(zip(scores.neuron.tolist(), scores.certified().tolist(), strict=True))
+    scores = merged.scores["dog"]
+    certified = dict(zip(scores.neuron.tolist(), merged.certified("dog").tolist(), strict=True))
     assert certified[1] is False
     assert certified[0] is False
 
@@ -315,10 +351,10 @@ def test_specific_takes_away_what_other_nouns_get_if_it_is_positive(occurrences)
     merged = merge([shard(occurrences)])
     counts, sums, total = by_hand(occurrences)
     for concept, n in counts.items():
-        scores = merged.sums(concept)
+        scores = merged.scores[concept]
         truth = sums[concept][0]
         others = len(occurrences) - n
-        for neuron, found in enumerate(specific_scores(scores, merged.total, merged.n)):
+        for neuron, found in enumerate(specific_scores(scores, merged.merge.total, merged.merge.n)):
             elsewhere = (total[neuron] - truth[neuron]) / others if others else 0.0
             assert found == truth[neuron] / n - max(0.0, elsewhere)
 
@@ -328,10 +364,10 @@ def test_selective_takes_away_the_mean_square_elsewhere(occurrences):
     merged = merge([shard(occurrences)])
     _, sums, _ = by_hand(occurrences)
     for concept, (truth, _, _) in sums.items():
-        scores = merged.sums(concept)
+        scores = merged.scores[concept]
         others = [np.square(values) for name, values, _ in occurrences if name != concept]
         elsewhere = np.mean(others, axis=0) if others else np.zeros(NEURONS)
-        found = selective_scores(scores, merged.total_squares, merged.n)
+        found = selective_scores(scores, merged.merge.total_squares, merged.merge.n)
         np.testing.assert_allclose(found, truth / scores.n - np.sqrt(elsewhere), rtol=1e-12, atol=1e-12)
 
 
@@ -355,9 +391,9 @@ def test_many_concepts_have_room():
     names = [f"noun {number}" for number in range(150)]
     occurrences = [(name, [number % 7] * NEURONS, [1] * NEURONS) for number, name in enumerate(names)]
     merged = merge([shard(occurrences, cuts=(1, 70, 71))])
-    assert sorted(merged.concepts) == sorted(names)
+    assert sorted(merged.scores) == sorted(names)
     for number, name in enumerate(names):
-        assert merged.sums(name).score.tolist() == [number % 7] * NEURONS
+        assert merged.scores[name].score.tolist() == [number % 7] * NEURONS
 
 
 @given(OCCURRENCES, st.integers(1, NEURONS))

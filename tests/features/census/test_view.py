@@ -14,7 +14,8 @@ from mmray.features.census.view import concept_title, neuron, plan, ranking, sta
 from mmray.neurons.attribution import FUNCTIONS
 from mmray.neurons.scores import SCORES, Score
 from mmray.report.definitions import definitions
-from mmray.runs.run import CERTIFICATES, ORDERS, Run
+from mmray.runs.concepts import ORDERS
+from mmray.runs.run import CERTIFICATES, Run
 from tests.support.terminal import shown
 
 WIDTHS = (80, 100, 120)

@@ -1,0 +1,52 @@
+"""The concepts of a run, each with its counts and its highest neurons, from the table `rankings`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mmray.runs.tables import field
+
+ORDERS = {
+    "score": ("rank", "ascending"),
+    "specific": ("specific_rank", "ascending"),
+    "selective": ("selective_rank", "ascending"),
+    "share": ("share", "descending"),
+}
+"""Sort column and direction of a ranking for each `by`; ties are broken by `rank`."""
+
+CONCEPTS = pa.schema(
+    [
+        field("concept", pa.string()),
+        field("n", pa.int64(), "occurrences"),
+        field("n_images", pa.int64(), "different images among the occurrences"),
+        *(field(f"highest_{by}", pa.string(), f"neuron that is first by {by}") for by in ORDERS),
+    ]
+)
+
+
+def summarise_rankings(rankings: pa.Table) -> pa.Table:
+    """Return one row per concept of these rankings, concepts in their order."""
+    if not len(rankings):
+        return CONCEPTS.empty_table()
+    rankings = rankings.select([name for name in READ if name in rankings.column_names]).combine_chunks()
+    names = pc.dictionary_encode(rankings["concept"].combine_chunks())
+    concept, rank = names.indices.to_numpy(), rankings["rank"].to_numpy()
+    first = np.unique(concept, return_index=True)[1]
+    columns = {"concept": names.dictionary, "n": rankings["n"].take(first)}
+    # Runs of earlier versions have no column `n_images`.
+    images = "n_images" in rankings.column_names
+    columns["n_images"] = rankings["n_images"].take(first) if images else pa.nulls(len(first), pa.int64())
+    for by, (column, direction) in ORDERS.items():
+        if column not in rankings.column_names:
+            columns[f"highest_{by}"] = pa.nulls(len(first), pa.string())
+            continue
+        values = rankings[column].to_numpy() * (1 if direction == "ascending" else -1)
+        order = np.lexsort((rank, values, concept))
+        columns[f"highest_{by}"] = rankings["neuron"].take(order[np.unique(concept[order], return_index=True)[1]])
+    return pa.table(columns, schema=CONCEPTS)
+
+
+READ = ("concept", "neuron", "n", "n_images", *dict.fromkeys(column for column, _ in ORDERS.values()))
+"""Columns of `rankings` that this needs."""
