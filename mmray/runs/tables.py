@@ -24,7 +24,7 @@ def field(name: str, kind: pa.DataType, unit: str = "") -> pa.Field:
 
 
 def ordered(fields: list[pa.Field], *names: str) -> pa.Schema:
-    """Return the schema of a table whose rows are in the order of these columns, by which few of them are found fast."""
+    """Return the schema of a table whose rows are in the order of these columns, by which a reader finds few fast."""
     return pa.schema(fields, metadata={ORDER: " ".join(names)})
 
 

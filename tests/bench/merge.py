@@ -1,18 +1,19 @@
 """What a merge costs at LLaVA-1.5-7B's width: `python -m tests.bench.merge [--shards N ...] [--write]`.
 
-Some shards are drawn at random (32 × 11,008 neurons, 600 concepts each, one label) and committed. A run of N shards reads
-them over and over: each time with other concepts, drawn by Zipf's law from a vocabulary, with other samples and scaled
-activations, so that examples change as they do in a real run. Every part is read from disk and checked like any other.
+Some shards are drawn at random (32 × 11,008 neurons, 600 concepts each, one label) and committed. A run of N shards
+reads them over and over: each time with other concepts, drawn by Zipf's law from a vocabulary, with other samples and
+scaled activations, so that examples change as they do in a real run. Every part is read from disk and checked.
 
-    merge     CPU seconds per shard, peak memory above the interpreter's, and bytes of parts and of tables
+    merge     CPU seconds, peak memory above that of the imports, bytes of parts and of tables
     read      `mmray rank RUN`, `mmray rank RUN CONCEPT` and `mmray neuron RUN NEURON`, each in a new process: seconds,
-              and the bytes that it reads of the tables
+              CPU seconds, and how many bytes of the run it reads
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mmray.engine import Output, Parts, Plan
 from mmray.features.census.job import DECODED, CensusContext, CensusJob
@@ -61,7 +63,10 @@ def main() -> None:
             done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
             print(rows[-1], flush=True)
-    table = markdown(list(rows[0]), [[str(value) for value in row.values()] for row in rows])
+        uri = str(Path(out) / f"run-{arguments.shards[-1]}")
+        concept = pq.read_table(f"{uri}/tables/concepts.parquet")["concept"][-1].as_py()
+        reads = [read(uri, *one) for one in (["rank", uri], ["rank", uri, concept], ["neuron", uri, "L7.u89"])]
+    table = "\n".join(markdown(list(some[0]), [list(row.values()) for row in some]) for some in (rows, reads))
     print(table)
     if arguments.write:
         write("tests/bench/README.md", "python -m tests.bench.merge --write", table)
@@ -79,6 +84,8 @@ def merge(out: Path, count: int) -> None:
         headline = job.merge(Plan([], {}, context), parts, Output(writer))
         publish(run, writer.commit({"receipts": ""}, headline))
     wall, cpu = time.perf_counter() - began, time.process_time() - used
+    info = {"fingerprint": "merge", "result_settings": {}, "digests": {}, "model": {"widths": WIDTHS}}
+    RunFolder(run).begin(info | {"settings": {"score": "contribution", "fold_norm": False}}, b"{}")
     read = sum(one.checksums[name].size for one in parts.receipts.values() for name in one.checksums or ())
     written = sum(entry.size for entry in run.list("tables/"))
     found = {
@@ -91,6 +98,30 @@ def merge(out: Path, count: int) -> None:
         "tables, GB": f"{written / 1e9:.2f}",
     }
     print(json.dumps(found))
+
+
+def read(uri: str, *arguments: str) -> dict[str, str]:
+    """Return what one command costs in a new process."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run([sys.executable, "-m", "mmray", *arguments], check=True, stdout=subprocess.DEVNULL)
+    wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    call = {1: "concept_table()", 2: f"rank({arguments[-1]!r})", 3: f"neuron({arguments[-1]!r})"}
+    kind = call[3 if arguments[0] == "neuron" else len(arguments) - 1]
+    code = f"""
+import pyarrow.dataset
+from mmray.runs.run import open_run
+read = lambda: int(open("/proc/self/io").read().split()[1])
+before = read()
+open_run({uri!r}).{kind}
+print(read() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+    size = int(done.stdout) / 1e6
+    return {"command": " ".join(["mmray", arguments[0], "RUN", *arguments[2:]]), "s": f"{wall:.1f}"} | {
+        "CPU s": f"{cpu:.1f}",
+        "MB read": f"{size:.2f}",
+    }
 
 
 class Repeated(RunFolder):

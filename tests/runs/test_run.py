@@ -19,8 +19,10 @@ CONTRACT = {
     "tokens, certified, selective, selective_rank, n_images, certified_specific, certified_selective, exact",
     "neurons": "layer, unit, neuron, n_concepts, n_tokens, n_active, mean, std, max, min, tokens, suppressed",
     "activity": "label_kind, label, modality, layer, unit, n_tokens, n_active, sum, sum_squares, module",
-    "examples": "layer, unit, sign, rank, sample_id, position, activation",
+    "examples": "layer, unit, sign, rank, sample_id, position, activation, shard_id",
     "errors": "sample_id, source, shard_id, stage, message",
+    "concepts": "concept, n, n_images, highest_score, highest_specific, highest_selective, highest_share",
+    "neuron_concepts": "layer, unit, concept, rank, score, specific, specific_rank, selective, share, n, activation",
 }
 
 

@@ -107,13 +107,13 @@ class ConceptMerge:
         """Scratch space: False everywhere between two concepts."""
 
     def add(self, concepts: pa.Table, totals: pa.Table) -> None:
-        """Add one shard; its concepts are in alphabetical order."""
+        """Add one shard."""
         # Totals cover all neurons, kept or not: `specific` and `selective` need what they do elsewhere.
         self.total += list_values(totals["score"])[0]
         self.total_squares += list_values(totals["score_squares"])[0]
         self.n += totals["n"][0].as_py()
         self.shards += 1
-        self._rows.add(concepts, concepts["concept"].to_pylist())
+        self._rows.add(concepts, "concept")
 
     def ranges(self) -> Iterator[Iterator[tuple[str, ConceptScores]]]:
         """Yield each range's concepts with their scores, in alphabetical order, once all shards are added."""

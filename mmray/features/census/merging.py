@@ -25,12 +25,12 @@ from mmray.features.census.ranking import (
     Uses,
     certified_counts,
     locate_index,
+    neuron_names,
     rank_concept,
     ranking_table,
 )
 from mmray.features.census.spill import Spill, cuts_of
 from mmray.features.census.tables import TABLES
-from mmray.neuron_names import neuron_name
 from mmray.neurons.statistics import EXAMPLES
 from mmray.runs.concepts import summarise_rankings
 from mmray.runs.tables import list_values
@@ -48,7 +48,10 @@ APPENDED = ("captions", "occurrences", "errors")
 USES = pa.schema([("concept", pa.string()), ("image", pa.uint64()), ("neurons", pa.list_(pa.int32()))])
 """Columns that are kept of occurrences until their concept is ranked."""
 
-RANGE = 128 << 20
+INDEX = pa.field("index", pa.int64())
+"""A neuron's place over all layers."""
+
+RANGE = 64 << 20
 """Bytes of committed sums that a range of concepts has; bounds the memory of a merge."""
 TOGETHER = 16
 """Concepts whose rankings become a table at a time."""
@@ -84,10 +87,11 @@ class RunMerge:
         self.activity: dict[ActivityKey, list[ndarray]] = {}
         self.tokens: dict[ActivityKey, int] = {}
         self.examples = {sign: Examples(sign, self.neurons) for sign in (1, -1)}
+        self.names = neuron_names(widths)
         self.uses = Spill(USES, cuts)
         """Image and top-k neurons of every occurrence."""
         starts = [self.neurons * number // (len(cuts) + 1) for number in range(1, len(cuts) + 1)]
-        self.by_neuron = Spill(TABLES["neuron_concepts"], starts)
+        self.by_neuron = Spill(TABLES["neuron_concepts"].append(INDEX), starts)
         """Rankings, regrouped by neuron."""
         self.ranked = 0
         """Concepts in `rankings`."""
@@ -120,8 +124,8 @@ class RunMerge:
             yield "rankings", rankings
             yield "concepts", summarise_rankings(rankings)
         for rows in self.by_neuron.ranges():
-            keys = [("layer", "ascending"), ("unit", "ascending"), ("rank", "ascending"), ("score", "descending")]
-            yield "neuron_concepts", rows.sort_by(keys)
+            keys = [(INDEX.name, "ascending"), ("rank", "ascending"), ("score", "descending")]
+            yield "neuron_concepts", rows.sort_by(keys).drop_columns(INDEX.name)
         yield "neurons", self.neuron_table()
         yield "activity", self.activity_table()
         yield "examples", example_table(list(self.examples.values()), self._layer, self._unit)
@@ -135,7 +139,7 @@ class RunMerge:
                     rank_concept(concept, scores, self.concepts, uses.get(concept, NO_USES), self.top_k)
                     for concept, scores in some
                 ]
-                rankings = ranking_table(ranked, self.widths, self.decoded)
+                rankings = ranking_table(ranked, self.widths, self.names, self.decoded)
                 self._count(ranked, rankings)
                 yield rankings
 
@@ -145,9 +149,10 @@ class RunMerge:
             self._concepts_per_neuron[one.top] += 1
         self.ranked += len(ranked)
         self.certified = list(map(sum, zip(self.certified, certified_counts(rankings), strict=True)))
-        neurons = np.concatenate([one.neuron for one in ranked])
-        order = np.argsort(neurons, kind="stable")
-        self.by_neuron.add(rankings.select(TABLES["neuron_concepts"].names).take(order), neurons[order])
+        index = np.concatenate([one.neuron for one in ranked])
+        self.by_neuron.add(
+            rankings.select(TABLES["neuron_concepts"].names).append_column(INDEX, pa.array(index)), INDEX.name
+        )
 
     def neuron_table(self) -> pa.Table:
         """Return one row per neuron: its activity over all counted tokens, and the tokens it writes."""
@@ -160,7 +165,7 @@ class RunMerge:
             {
                 "layer": self._layer,
                 "unit": self._unit,
-                "neuron": list(map(neuron_name, self._layer.tolist(), self._unit.tolist())),
+                "neuron": self.names,
                 "n_concepts": self._concepts_per_neuron,
                 "n_tokens": np.full(self.neurons, tokens),
                 "n_active": active.astype(np.int64),
@@ -199,21 +204,16 @@ class RunMerge:
         return pa.concat_tables(tables)
 
     def _add_occurrences(self, occurrences: pa.Table, images: Mapping[str, np.uint64]) -> None:
-        names = occurrences["concept"].to_pylist()
-        order = sorted(range(len(names)), key=names.__getitem__)
         lists = occurrences["neurons"].combine_chunks()
         entries, starts = lists.flatten(), np.cumsum([0, *self.widths])
         neurons = starts[entries.field("layer").to_numpy()] + entries.field("unit").to_numpy()
         offsets = np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy())])
-        uses = pa.table(
-            {
-                "concept": occurrences["concept"],
-                "image": np.array([images[name] for name in occurrences["sample_id"].to_pylist()], np.uint64),
-                "neurons": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(neurons, pa.int32())),
-            },
-            schema=USES,
-        )
-        self.uses.add(uses.take(order), [names[place] for place in order])
+        columns = {
+            "concept": occurrences["concept"],
+            "image": np.array([images[name] for name in occurrences["sample_id"].to_pylist()], np.uint64),
+            "neurons": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(neurons, pa.int32())),
+        }
+        self.uses.add(pa.table(columns, schema=USES), "concept")
 
     def _add_activity(self, rows: pa.Table) -> None:
         labels = zip(*(rows[name].to_pylist() for name in ("module", "label_kind", "label", "modality")), strict=True)

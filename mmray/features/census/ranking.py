@@ -171,11 +171,19 @@ def rank_concept(
     )
 
 
-def ranking_table(ranked: Sequence[RankedNeurons], widths: Sequence[int], decoded: pa.Table) -> pa.Table:
+def neuron_names(widths: Sequence[int]) -> pa.StringArray:
+    """Return the names of all neurons, in order of their index."""
+    layer, unit = locate_index(widths, np.arange(sum(widths)))
+    return pa.array(map(neuron_name, layer.tolist(), unit.tolist()), pa.string())
+
+
+def ranking_table(
+    ranked: Sequence[RankedNeurons], widths: Sequence[int], names: pa.StringArray, decoded: pa.Table
+) -> pa.Table:
     """Return the rows of `rankings` of these concepts, in their order.
 
-    `decoded` has the tokens that each neuron promotes and suppresses; the sign of the mean activation decides which of
-    them are the `tokens` it writes here.
+    `names` are those of all neurons. `decoded` has the tokens that each neuron promotes and suppresses; the sign of the
+    mean activation decides which of them are the `tokens` it writes here.
     """
     if not ranked:
         return TABLES["rankings"].empty_table()
@@ -190,7 +198,7 @@ def ranking_table(ranked: Sequence[RankedNeurons], widths: Sequence[int], decode
             "concept": pa.array(np.repeat(np.array([one.concept for one in ranked], object), lengths), pa.string()),
             "layer": layer,
             "unit": unit,
-            "neuron": list(map(neuron_name, layer.tolist(), unit.tolist())),
+            "neuron": names.take(pa.array(neurons)),
             "score": score,
             # Rounding can push a variance of zero slightly below it.
             "score_std": np.sqrt(np.maximum(0, squares - score**2)),

@@ -6,18 +6,19 @@ The sums of all concepts do not fit in memory, but those of a range of concepts 
 from __future__ import annotations
 
 import tempfile
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 SPILLED = 64 << 20
 """Bytes collected in memory before they are written; large, so that a range is read in few pieces."""
 
 
 class Spill:
-    """Tables that are added shard by shard, and read range by range; rows of a range stay in the order of shards.
+    """Tables that are added shard by shard, and read range by range; rows of one key stay in the order of shards.
 
     `cuts` are the keys at which a new range starts. Little data stays in memory. The file has no name, so that nothing
     is left of a merge that is killed.
@@ -32,9 +33,13 @@ class Spill:
         self._file: Any = None
         self._writer: Any = None
 
-    def add(self, rows: pa.Table, keys: Sequence[Any]) -> None:
-        """Add a shard's rows, in order of their keys."""
-        self._pending.append((rows, [0, *(bisect_left(keys, cut) for cut in self.cuts), len(keys)]))
+    def add(self, rows: pa.Table, key: str) -> None:
+        """Add a shard's rows, in any order of their key."""
+        order = pc.sort_indices(rows[key])  # stable
+        if not np.array_equal(order, np.arange(len(rows))):
+            rows = rows.take(order)
+        edges = np.searchsorted(rows[key].to_numpy(), self.cuts) if self.cuts else []
+        self._pending.append((rows, [0, *edges, len(rows)]))
         self._bytes += rows.nbytes
         if self._bytes >= SPILLED and self.cuts:
             self._flush()

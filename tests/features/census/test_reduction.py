@@ -19,6 +19,7 @@ from mmray.features.census.ranking import (
     MIN_OCCURRENCES,
     TOP_RANKS,
     certified_counts,
+    neuron_names,
     rank_concept,
     ranking_table,
     selective_scores,
@@ -75,7 +76,9 @@ class Merged:
 
     def table(self, concept):
         """Return the concept's rows of `rankings`."""
-        return ranking_table([rank_concept(concept, self.scores[concept], self.merge)], WIDTHS, TEXTS)
+        return ranking_table(
+            [rank_concept(concept, self.scores[concept], self.merge)], WIDTHS, neuron_names(WIDTHS), TEXTS
+        )
 
     def certified(self, concept):
         """Return for each of the concept's neurons whether its rank by score is certain."""
