@@ -30,7 +30,8 @@ def ordered(fields: list[pa.Field], *names: str) -> pa.Schema:
 
 def order_of(schema: pa.Schema) -> list[str]:
     """Return the columns by which a table's rows are ordered; none if they are not."""
-    return (schema.metadata or {}).get(ORDER, b"").decode().split()
+    names: list[str] = (schema.metadata or {}).get(ORDER, b"").decode().split()
+    return names
 
 
 ERRORS = pa.schema(

@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
@@ -80,18 +81,20 @@ def merge(out: Path, count: int) -> None:
     began, used = time.perf_counter(), time.process_time()
     with peak_memory() as peak:
         writer = SnapshotWriter(run, job.name, 1)
-        parts = Parts(folder, folder.receipts(), job.parts)
+        parts = TimedParts(folder, folder.receipts(), job.parts)
         headline = job.merge(Plan([], {}, context), parts, Output(writer))
         publish(run, writer.commit({"receipts": ""}, headline))
     wall, cpu = time.perf_counter() - began, time.process_time() - used
     info = {"fingerprint": "merge", "result_settings": {}, "digests": {}, "model": {"widths": WIDTHS}}
-    RunFolder(run).begin(info | {"settings": {"score": "contribution", "fold_norm": False}}, b"{}")
+    RunFolder(run).begin(info | {"settings": job.settings.model_dump()}, b"{}")
     read = sum(one.checksums[name].size for one in parts.receipts.values() for name in one.checksums or ())
     written = sum(entry.size for entry in run.list("tables/"))
     found = {
         "shards": f"{count:,}",
         "CPU s": f"{cpu:.0f}",
-        "CPU s per shard": f"{cpu / count:.3f}",
+        "per shard, to read and add it": f"{(parts.ended[0] - used) / count:.3f}",
+        "per concept, to rank and write it": f"{(cpu + used - parts.ended[0]) / headline['concepts']:.4f}",
+        "concepts": f"{headline['concepts']:,}",
         "wall s": f"{wall:.0f}",
         "memory, MB": f"{peak():.0f} + {base_memory():.0f}",
         "parts, GB": f"{read / 1e9:.1f}",
@@ -122,6 +125,17 @@ print(read() - before)
         "CPU s": f"{cpu:.1f}",
         "MB read": f"{size:.2f}",
     }
+
+
+@dataclass(frozen=True)
+class TimedParts(Parts):
+    """Notes the CPU seconds of this process when all parts are read."""
+
+    ended: list[float] = field(default_factory=list)
+
+    def by_unit(self, names: Collection[str]) -> Iterator[dict[str, pa.Table]]:
+        yield from super().by_unit(names)
+        self.ended.append(time.process_time())
 
 
 class Repeated(RunFolder):

@@ -55,7 +55,7 @@ RANGE = 64 << 20
 """Bytes of committed sums that a range of concepts has; bounds the memory of a merge."""
 TOGETHER = 16
 """Concepts whose rankings become a table at a time."""
-SAMPLED = 64
+SAMPLED = 32
 """Shards whose concepts decide where ranges are cut."""
 
 

@@ -38,7 +38,7 @@ class Spill:
         order = pc.sort_indices(rows[key])  # stable
         if not np.array_equal(order, np.arange(len(rows))):
             rows = rows.take(order)
-        edges = np.searchsorted(rows[key].to_numpy(), self.cuts) if self.cuts else []
+        edges = np.searchsorted(rows[key].to_numpy(), self.cuts).tolist() if self.cuts else []
         self._pending.append((rows, [0, *edges, len(rows)]))
         self._bytes += rows.nbytes
         if self._bytes >= SPILLED and self.cuts:

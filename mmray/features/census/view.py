@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -60,11 +63,35 @@ def ranking(rows: pa.Table, title: Text, by: str = "score") -> Table:
 
 def concept_list(rows: pa.Table, of: int) -> RenderableType:
     """Return concepts as a table; `of` is the number of concepts in the run."""
-    table = lineless("concept", "occurrences", "images", "highest neuron", left={"concept", "highest neuron"})
-    for row in rows.to_pylist():
-        table.add_row(Text(row["concept"]), f"{row['occurrences']:,}", f"{row['images']:,}", row["neuron"] or "")
+    columns = [
+        ["concept", *rows["concept"].to_pylist()],
+        ["occurrences", *(f"{count:,}" for count in rows["occurrences"].to_pylist())],
+        # Runs of earlier versions did not count images.
+        ["images", *("" if count is None else f"{count:,}" for count in rows["images"].to_pylist())],
+        ["highest neuron", *(name or "" for name in rows["neuron"].to_pylist())],
+    ]
     rest = [Text(f"and {of - len(rows):,} more", "dim")] if of > len(rows) else []
-    return Group(table, *rest)
+    return Group(_LongTable(columns, left={"concept", "highest neuron"}), *rest)
+
+
+@dataclass(frozen=True)
+class _LongTable:
+    """A table that looks like a `lineless` one and never wraps; rich's own takes seconds for ten thousand rows."""
+
+    columns: Sequence[Sequence[str]]
+    """Each with its head first."""
+    left: Collection[str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        padded = []
+        for column in self.columns:
+            widths = list(map(cell_len, column))
+            longest = max(widths)
+            spaces = [" " * (longest - width) for width in widths]
+            pairs = zip(column, spaces, strict=True)
+            padded.append([cell + space if column[0] in self.left else space + cell for cell, space in pairs])
+        for number, cells in enumerate(zip(*padded, strict=True)):
+            yield Segment("  ".join(cells).rstrip() + "\n", None if number else console.get_style("dim"))
 
 
 def concept_title(run: Run, rows: pa.Table) -> Text:
