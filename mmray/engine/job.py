@@ -18,8 +18,8 @@ from mmray.runs.snapshots import SnapshotWriter
 S = TypeVar("S", bound=JobSettings)
 P = TypeVar("P")
 
-UNITS_AHEAD = 3
-"""Units whose parts are prefetched during a merge."""
+UNITS_AHEAD, BYTES_AHEAD = 3, 64 << 20
+"""Units whose parts are prefetched during a merge, and bytes of these parts; at least one unit."""
 READERS = 8
 """Parts that are read in parallel."""
 
@@ -104,7 +104,8 @@ class Parts:
 
     def size(self, name: str) -> int:
         """Return the bytes of the part with this name over all units; earlier versions did not record theirs."""
-        return sum(one.checksums[name].size for one in self.receipts.values() if one.checksums)
+        checksums = (one.checksums or {} for one in self.receipts.values())
+        return sum(known[name].size for known in checksums if name in known)
 
     def sample(self, name: str, count: int) -> Iterator[pa.Table]:
         """Yield the part with this name of at most `count` units, evenly spread."""
@@ -114,12 +115,14 @@ class Parts:
 
     def by_unit(self, names: Collection[str]) -> Iterator[dict[str, pa.Table]]:
         """Yield the named parts of every unit, prefetching those of the next few units."""
+        each = sum(self.size(name) for name in names) // max(1, len(self.receipts))
+        ahead = max(1, min(UNITS_AHEAD, BYTES_AHEAD // max(1, each)))
         with ThreadPoolExecutor(READERS) as pool:
             waiting: deque[dict[str, Future[pa.Table]]] = deque()
             for receipt in self.receipts.values():
                 waiting.append({name: pool.submit(self.folder.read_part, receipt, name) for name in names})
                 # Bounded, because parts of all units together may not fit into memory.
-                if len(waiting) > UNITS_AHEAD:
+                if len(waiting) > ahead:
                     yield {name: part.result() for name, part in waiting.popleft().items()}
             while waiting:
                 yield {name: part.result() for name, part in waiting.popleft().items()}

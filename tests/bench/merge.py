@@ -36,7 +36,7 @@ from mmray.features.census.tables import PARTS, TABLES
 from mmray.neurons.concepts import NounSource
 from mmray.runs import Receipt, RunFolder
 from mmray.runs.snapshots import SnapshotWriter, publish
-from mmray.runs.tables import list_column, vector_column
+from mmray.runs.tables import list_column
 from mmray.storage import LocalStore
 from tests.bench.durability import base_memory, peak_memory
 from tests.bench.writing import markdown, write
@@ -224,7 +224,7 @@ def shard_tables(random: np.random.Generator, common: np.ndarray) -> dict[str, p
         kept.append(highest)
         scores.append(values[highest].astype(np.float32).astype(np.float64) * count)
         lowest.append((np.partition(values, NEURONS - KEPT - 1)[NEURONS - KEPT - 1] * count, values.min() * count))
-    score, present, schema = np.stack(scores), np.ones(CONCEPTS, bool), PARTS["concepts"]
+    score, schema = np.stack(scores), PARTS["concepts"]
     names = pa.array([f"{number:04d}" for number in range(CONCEPTS)])
     bounds = np.array(lowest)
     index = list_column(np.stack(kept), schema.field("neuron").type)
@@ -234,9 +234,9 @@ def shard_tables(random: np.random.Generator, common: np.ndarray) -> dict[str, p
         pa.array(bounds[:, 0]),
         pa.array(bounds[:, 1]),
         index,
-        vector_column(score, present),
-        vector_column((score**2 / counts[:, None])[counts > 1], counts > 1),
-        vector_column(random.normal(size=score.shape).astype(np.float32), present),
+        list_column(score, schema.field("score").type),
+        list_column((score**2 / counts[:, None])[counts > 1], schema.field("score_squares").type, counts > 1),
+        list_column(random.normal(size=score.shape), schema.field("activation").type),
     ]
     rows = np.repeat(np.arange(CONCEPTS), counts)
     listed = random.integers(0, NEURONS, len(rows) * LISTED)

@@ -113,7 +113,7 @@ class ConceptMerge:
         self.total_squares += list_values(totals["score_squares"])[0]
         self.n += totals["n"][0].as_py()
         self.shards += 1
-        self._rows.add(concepts, "concept")
+        self._rows.add(_as_lists(concepts), "concept")
 
     def ranges(self) -> Iterator[Iterator[tuple[str, ConceptScores]]]:
         """Yield each range's concepts with their scores, in alphabetical order, once all shards are added."""
@@ -149,54 +149,61 @@ class ConceptMerge:
             places[name].append(place)
         for name in sorted(places):
             own = places[name]
-            n, shards = int(counts[own].sum()), len(own)
             sums = [[column[place] for place in own] for column in columns]
-            # The sum of squares is not written for a single occurrence; see ConceptSums.tables.
+            # The sum of squares is not written for a single occurrence; see ConceptSums.
             sums[1] = [
                 score**2 if counts[place] == 1 else square for place, score, square in zip(own, *sums[:2], strict=True)
             ]
-            rounding = self.rounding(n, shards)
             if everything:
-                score, squares, activation = (_sum_in_order(column) for column in sums)
-                neuron, exact, lower, upper = np.arange(self.neurons), np.ones(self.neurons, bool), score, score
+                yield name, self._complete(counts[own], sums)
             else:
-                neuron, where = self._union([kept[place] for place in own])
-                lengths = [len(kept[place]) for place in own]
+                yield name, self._bounded([kept[place] for place in own], counts[own], bounds[own], floors[own], sums)
 
-                def added(values: ndarray, where: ndarray = where, size: int = len(neuron)) -> ndarray:
-                    # In the order of shards: sums in fp64 depend on it.
-                    return np.bincount(where, weights=values, minlength=size)
+    def _complete(self, counts: Int64[ndarray, " shard"], sums: Sequence[Sequence[ndarray]]) -> ConceptScores:
+        """Return the scores of a concept of which shards kept all neurons."""
+        n = int(counts.sum())
+        score, squares, activation = map(_sum_in_order, sums)
+        every, exact = np.arange(self.neurons), np.ones(self.neurons, bool)
+        rounding = self.rounding(n, len(counts))
+        return ConceptScores(n, every, score, squares, activation, score, score, exact, -np.inf, rounding)
 
-                score, squares, activation = (added(np.concatenate(column)) for column in sums)
-                exact = added(np.repeat(counts[own], lengths)) == n
-                lower = upper = score
-                if not exact.all():
-                    # Of the whole concept, less what the shards that kept a neuron contribute to it.
-                    upper, lower = (
-                        np.where(
-                            exact,
-                            score,
-                            score + _in_order(values[own]) - added(np.repeat(values[own], lengths)) + error,
-                        )
-                        for values, error in ((bounds, rounding), (floors, -rounding))
-                    )
-                    # What a shard left out may be negative, so the sum so far can exceed the largest possible total.
-                    score = np.clip(score, lower, upper)
-            yield (
-                name,
-                ConceptScores(
-                    n=n,
-                    neuron=neuron,
-                    score=score,
-                    squares=squares,
-                    activation=activation,
-                    lower=lower,
-                    upper=upper,
-                    exact=exact,
-                    left_out=_in_order(bounds[own]) + rounding if len(neuron) < self.neurons else -np.inf,
-                    rounding=rounding,
-                ),
-            )
+    def _bounded(
+        self,
+        kept: Sequence[ndarray],
+        counts: Int64[ndarray, " shard"],
+        bounds: Float64[ndarray, " shard"],
+        floors: Float64[ndarray, " shard"],
+        sums: Sequence[Sequence[ndarray]],
+    ) -> ConceptScores:
+        """Return the scores of a concept of which shards kept some neurons."""
+        neuron, where = self._union(kept)
+        lengths = list(map(len, kept))
+        n, rounding = int(counts.sum()), self.rounding(int(counts.sum()), len(counts))
+
+        def added(values: ndarray) -> Float64[ndarray, " neuron"]:
+            # In the order of shards: sums in fp64 depend on it.
+            return np.bincount(where, weights=values, minlength=len(neuron))
+
+        score, squares, activation = (added(np.concatenate(column)) for column in sums)
+        exact = added(np.repeat(counts, lengths)) == n
+        # Bounds of the whole concept, less those of the shards that kept a neuron.
+        upper, lower = (
+            np.where(exact, score, score + _in_order(values) - added(np.repeat(values, lengths)) + error)
+            for values, error in ((bounds, rounding), (floors, -rounding))
+        )
+        return ConceptScores(
+            n=n,
+            neuron=neuron,
+            # What a shard left out may be negative, so the sum so far can exceed the largest possible total.
+            score=np.clip(score, lower, upper),
+            squares=squares,
+            activation=activation,
+            lower=lower,
+            upper=upper,
+            exact=exact,
+            left_out=_in_order(bounds) + rounding if len(neuron) < self.neurons else -np.inf,
+            rounding=rounding,
+        )
 
     def _union(self, kept: Sequence[ndarray]) -> tuple[Int64[ndarray, " neuron"], Int64[ndarray, " entry"]]:
         """Return the neurons that any shard kept, in order, and the place among them of every entry."""
