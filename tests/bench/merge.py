@@ -44,7 +44,7 @@ from tests.bench.writing import markdown, write
 WIDTHS = (11_008,) * 32
 NEURONS = sum(WIDTHS)
 KEPT = candidates_kept(None, NEURONS)
-DRAWN, SAMPLES, CONCEPTS, LISTED = 4, 256, 600, 20
+DRAWN, SAMPLES, CONCEPTS, LISTED = 2, 256, 600, 20
 """Shards that are drawn; samples and concepts of each; neurons listed per occurrence."""
 VOCABULARY = 20_000
 EXTREMES = 5
@@ -87,7 +87,7 @@ def merge(out: Path, count: int) -> None:
     wall, cpu = time.perf_counter() - began, time.process_time() - used
     info = {"fingerprint": "merge", "result_settings": {}, "digests": {}, "model": {"widths": WIDTHS}}
     RunFolder(run).begin(info | {"settings": job.settings.model_dump()}, b"{}")
-    read = sum(one.checksums[name].size for one in parts.receipts.values() for name in one.checksums or ())
+    read = sum(part.size for one in parts.receipts.values() for part in (one.checksums or {}).values())
     written = sum(entry.size for entry in run.list("tables/"))
     found = {
         "shards": f"{count:,}",

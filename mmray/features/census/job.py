@@ -1,4 +1,4 @@
-"""The census as a job: each unit is a shard of samples, and the merge makes the seven tables of a run.
+"""The census as a job: each unit is a shard of samples, and the merge makes the tables of a run.
 
 Decoding the neurons is a second job of one unit, because its result depends on the model alone. The same workers do it.
 """
@@ -184,7 +184,7 @@ class CensusJob(ModelJob[CensusContext]):
         return analyse
 
     def merge(self, plan: Plan[CensusContext], parts: Parts, output: Output) -> dict[str, Any]:
-        """Write the seven tables of the run."""
+        """Write the tables of the run."""
         context = plan.context
         cuts = concept_cuts(parts)
         merge = RunMerge(context.widths, _decoded(context.decoding), self.settings.top_k, context.module_widths, cuts)

@@ -229,11 +229,12 @@ class RunMerge:
     def _add_examples(self, rows: pa.Table, samples: Samples) -> None:
         """Add a shard's extremes, whose column `sample` is the row in its captions."""
         signs = rows["sign"].to_numpy()
-        lists = [list_values(rows[name]) for name in ("activation", "sample", "position")]
+        activation, sample, position = (list_values(rows[name]) for name in ("activation", "sample", "position"))
         for sign, examples in self.examples.items():
             ranks = np.flatnonzero(signs == sign)
             if len(ranks):
-                examples.add(*([values[rank] for rank in ranks] for values in lists), samples)
+                own = ([values[rank] for rank in ranks] for values in (activation, sample, position))
+                examples.add(*own, of=samples)
 
 
 @dataclass(frozen=True)
@@ -285,8 +286,8 @@ class Examples:
         if not len(changed):
             return
         new, index, places = (np.stack([values[changed] for values in rows]) for rows in (activation, sample, position))
-        added = (new, places, of.image[index], of.sample_id[index], of.shard_id[index])
-        held = (self.activation, self.position, self.image, self.sample_id, self.shard_id)
+        added: tuple[ndarray, ...] = (new, places, of.image[index], of.sample_id[index], of.shard_id[index])
+        held: tuple[ndarray, ...] = (self.activation, self.position, self.image, self.sample_id, self.shard_id)
         grown = [np.vstack([old[:, changed], values]) for old, values in zip(held, added, strict=True)]
         order = np.argsort(-self.sign * grown[0], axis=0, kind="stable")
         ranked, image = (np.take_along_axis(values, order, 0) for values in (grown[0], grown[2]))

@@ -227,7 +227,7 @@ def ranks(values: Float64[ndarray, " value"], rows: Int64[ndarray, " row"]) -> I
     # None below the lowest of them can be above any.
     above = np.flatnonzero(values >= own.min(initial=np.inf))
     order = np.sort(values[above])
-    rank = 1 + len(above) - np.searchsorted(order, own, side="right")
+    rank: Int64[ndarray, " row"] = 1 + len(above) - np.searchsorted(order, own, side="right")
     tied = np.flatnonzero(np.searchsorted(order, own, side="right") - np.searchsorted(order, own, side="left") > 1)
     for value in np.unique(own[tied]):
         here = tied[own[tied] == value]
