@@ -218,12 +218,14 @@ def shard_tables(random: np.random.Generator, common: np.ndarray) -> dict[str, p
     """Return the parts of a shard: many concepts occur once, and few often."""
     counts = np.minimum(random.zipf(1.9, CONCEPTS), 50)
     kept, scores, lowest = [], [], []
+    leading = np.argsort(-common)[: KEPT // 2]
     for count in counts:
-        values = common + random.normal(size=NEURONS) * 2 / np.sqrt(count)
-        highest = np.sort(np.argpartition(-values, KEPT)[:KEPT])
+        candidates = np.unique(np.concatenate([leading, random.integers(0, NEURONS, KEPT)]))
+        highest = np.sort(random.permutation(candidates)[:KEPT])
+        values = (common[highest] + random.gamma(2.0, 1.0, KEPT)).astype(np.float32) * float(count)
         kept.append(highest)
-        scores.append(values[highest].astype(np.float32).astype(np.float64) * count)
-        lowest.append((np.partition(values, NEURONS - KEPT - 1)[NEURONS - KEPT - 1] * count, values.min() * count))
+        scores.append(values)
+        lowest.append((values.min(), -values.max()))
     score, schema = np.stack(scores), PARTS["concepts"]
     names = pa.array([f"{number:04d}" for number in range(CONCEPTS)])
     bounds = np.array(lowest)

@@ -233,8 +233,8 @@ class RunMerge:
         for sign, examples in self.examples.items():
             ranks = np.flatnonzero(signs == sign)
             if len(ranks):
-                own = ([values[rank] for rank in ranks] for values in (activation, sample, position))
-                examples.add(*own, of=samples)
+                own = [[values[rank] for rank in ranks] for values in (activation, sample, position)]
+                examples.add(own[0], own[1], own[2], samples)
 
 
 @dataclass(frozen=True)
