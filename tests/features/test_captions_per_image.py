@@ -193,7 +193,15 @@ def test_an_edit_remembers_its_images(edit: Path, images: dict[str, str]) -> Non
 
 def evaluated(run: Run, edit: Path, data: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Return the measures, and the captions by image."""
-    settings = {"run": run.uri, "edit": str(edit), "data": str(data), "text_count": 2, "draws": 50, "bleu": False}
+    settings = {
+        "run": run.uri,
+        "edit": str(edit),
+        "data": str(data),
+        "text_count": 2,
+        "prompt_count": 0,
+        "draws": 50,
+        "bleu": False,
+    }
     asked = settings | {"shard_size": 12, "pope_objects": 0, "local": True}
     done = run_job(EvaluationJob(evaluation_settings(asked)))
     captions = pa.parquet.read_table(edit / "captions.parquet").to_pylist()

@@ -174,6 +174,8 @@ def test_edits_are_read_from_their_folders(dogs, tmp_path):
     assert edit.facts["purpose"] == "dog → cat"
     assert edit.facts["method"] == "learned · zero"
     assert [row["measure"] for row in edit.measures] == ["reliability"]
+    assert edit.verdict
+    assert edit.verdict["words"].startswith("does not take (0.9 of its captions, bound 0.95); not measured: ")
     assert [row["id"] for row in edit.captions] == ["b", "a"]
     assert edit.changed["layers"] == {0: 1, 1: 2}
     assert edit.changed["strongest"][0] == {"neuron": "L1.u4", "norm": 5.0}

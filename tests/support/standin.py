@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import mmray
+from mmray.features.editing.edit import WeightEdit
+from mmray.models.loading import digest
 
 
 @dataclass(frozen=True)
@@ -89,3 +93,16 @@ def exchanged(model: Any, one: str, other: str) -> Iterator[None]:
         yield
     finally:
         weight[places] = before
+
+
+def neuron_edit(model: Any, layers: Sequence[int]) -> WeightEdit:
+    """Random rows added to sixty neurons of each layer."""
+    random = torch.Generator().manual_seed(0)
+    units = [torch.randperm(1024, generator=random)[:60] for _ in layers]
+    return WeightEdit(
+        layer=torch.tensor(layers).repeat_interleave(60),
+        unit=torch.cat(units),
+        delta=2.0 * torch.randn(60 * len(layers), 256, generator=random),
+        purposes=(Purpose("noise", "cat"),),  # type: ignore[arg-type]
+        model=digest(model.folder),
+    )

@@ -21,9 +21,16 @@ function editCard(edit) {
   const words = { purpose: "purpose", method: "method", seconds: "seconds", rows_changed: "neurons changed", parameters_changed: "parameters changed", bytes: "bytes", norm: "size (L2 norm)", neurons: "neurons" };
   const values = Object.entries(facts).filter(([name]) => words[name]);
   const measures = edit.measures.map((row) => ({ ...row, property: "edit" }));
+  const limits = ({ at_least, at_most }) => [at_least, at_most].map((limit, at) => (limit === null ? "" : `${at ? "≤" : "≥"} ${limit}`)).filter(Boolean).join(", ");
   return [
     h("h2", { id: edit.name }, facts.purpose || edit.name), under(edit.name),
     h("div.grid",
+      edit.verdict ? card(h("h3", "Verdict"), h("p", edit.verdict.words), sortable("Bounds of the edit", [
+        { title: "measure", value: (row) => row.measure, cell: (row) => row.measure.replaceAll("_", " ") },
+        { title: "after", value: (row) => row.value, number: true, cell: (row) => figure(row.value) },
+        { title: "bound", value: limits, cell: limits },
+        { title: "", value: (row) => row.passed, cell: (row) => (row.passed === null ? "not measured" : row.passed ? "within" : "broken") },
+      ], edit.verdict.bounds, { keep: true })) : null,
       h("div.grid.two",
         card(h("h3", "The edit"), h("dl", values.map(([name, value]) => [h("dt", words[name]), h("dd", typeof value === "number" ? figure(value, Number.isInteger(value) ? 0 : 2) : value)])),
           changed.layers ? [h("h3", { style: "margin-top:14px" }, "What changed where"), h("div.chips", Object.entries(changed.layers).map(([layer, count]) => h("span", `L${layer}`, h("small", plural(count, "neuron"))))),

@@ -16,6 +16,7 @@ from safetensors.numpy import load
 
 from mmray.data.image_keys import image_key, one_per_image
 from mmray.errors import DamagedError, InputError
+from mmray.features.editing.bounds import verdict
 from mmray.features.editing.files import CAPTIONS_FILE, EVALUATION_FILE, FACTS_FILE, ROWS_FILE
 from mmray.report.concepts import number
 from mmray.report.section import Request, Section
@@ -37,6 +38,8 @@ class EditPage:
     name: str
     facts: dict[str, Any] = field(default_factory=dict)
     measures: list[dict[str, Any]] = field(default_factory=list)
+    verdict: dict[str, Any] | None = None
+    """What the measures say of it; None: it was never evaluated."""
     captions: list[dict[str, Any]] = field(default_factory=list)
     changed: dict[str, Any] = field(default_factory=dict)
     data: str | None = None
@@ -90,6 +93,7 @@ def _from_folder(store: Store, prefix: str, name: str) -> EditPage | None:
         name,
         {key: value for key, value in shown.items() if value is not None},
         [_measure(row) for row in measures if row.get("n")],
+        _verdict(measures),
         _chosen(rows),
         _changed(store, f"{prefix}{ROWS_FILE}", facts.get("rows")),
         evaluation.get("data"),
@@ -113,10 +117,11 @@ def _from_tables(store: Store) -> list[EditPage]:
     found = []
     for facts in tables["edits"]:
         name = str(facts.pop("edit"))
-        measures = [_measure(row) for row in tables["evaluations"] if row["edit"] == name and row.get("n")]
+        rows = [row for row in tables["evaluations"] if row["edit"] == name]
+        measures = [_measure(row) for row in rows if row.get("n")]
         captions = [row for row in tables["edit_captions"] if row["edit"] == name]
         shown = {key: value for key, value in facts.items() if isinstance(value, int | float | str)}
-        found.append(EditPage(name, shown, measures, _chosen(captions)))
+        found.append(EditPage(name, shown, measures, _verdict(rows), _chosen(captions)))
     return found
 
 
@@ -124,6 +129,11 @@ def _purpose(purpose: Mapping[str, Any]) -> str:
     if purpose.get("source") and purpose.get("target"):
         return f"{purpose['source']} → {purpose['target']}"
     return f"{purpose.get('kind', 'edit')} {purpose.get('source') or ''}".strip()
+
+
+def _verdict(measures: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    # Computed again: evaluations of earlier versions, and the tables of pipelines, have none.
+    return verdict({row["measure"]: row.get("after") for row in measures}) if measures else None
 
 
 def _measure(row: Mapping[str, Any]) -> dict[str, Any]:

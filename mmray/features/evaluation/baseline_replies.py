@@ -11,6 +11,7 @@ from mmray.data.images import decode_image
 from mmray.data.samples import Sample
 from mmray.detector.joint import ImageDetector, load_detector
 from mmray.features.evaluation.draft_verifier import DraftVerifier
+from mmray.features.evaluation.measures import REPLY_LENGTHS
 from mmray.features.evaluation.queries import Query, Reply
 from mmray.models.encoder import Encoder
 from mmray.models.loading import LoadedModel
@@ -36,6 +37,8 @@ class BaselineReplies:
         self.model = model
         self.prompt = prompt
         self.verifier = DraftVerifier(model, batch_size, longest)
+        # Its length is no setting, because measures of text-only replies name it.
+        self.text_verifier = DraftVerifier(model, batch_size, REPLY_LENGTHS[-1])
         self._replies: dict[tuple[str, str, str], Reply] = {}
         self._images: dict[tuple[str, str], Image | None] = {}
         self._detectors: dict[str, ImageDetector] = {}
@@ -72,13 +75,28 @@ class BaselineReplies:
         """Return whether the model's reply, which is known, was cut off at `longest`: then it has no end token."""
         return len(self._replies[query.key].tokens) >= self.verifier.longest
 
-    def replies(self, queries: Sequence[Query], drafts: Sequence[Sequence[str]]) -> list[Reply]:
-        """Return the model's replies; drafts, guesses of each reply, save time."""
+    def replies(
+        self, queries: Sequence[Query], drafts: Sequence[Sequence[str]], verifier: DraftVerifier | None = None
+    ) -> list[Reply]:
+        """Return the model's replies; drafts, guesses of each reply, save time.
+
+        `verifier` asks for them; default: the one for captions and answers.
+        """
         # By key: the same query may occur several times.
         missing = {query.key: number for number, query in enumerate(queries) if query.key not in self._replies}
         new = [queries[number] for number in missing.values()]
         tokens = [[self.tokens(queries[n], draft) for draft in drafts[n] if draft] for n in missing.values()]
-        self._replies |= zip(missing, self.verifier.replies(new, tokens), strict=True)
+        self._replies |= zip(missing, (verifier or self.verifier).replies(new, tokens), strict=True)
+        return [self._replies[query.key] for query in queries]
+
+    def forced(self, queries: Sequence[Query], texts: Sequence[str]) -> list[Reply]:
+        """Return given texts in place of replies, with the model's states along them."""
+        missing = {query.key: number for number, query in enumerate(queries) if query.key not in self._replies}
+        new = [queries[number] for number in missing.values()]
+        tokens = [self.tokens(query, texts[number]) for query, number in zip(new, missing.values(), strict=True)]
+        states = self.text_verifier.states_along(new, tokens)
+        for number, some, state in zip(missing.values(), tokens, states, strict=True):
+            self._replies[queries[number].key] = Reply(some, texts[number], state, verified=False)
         return [self._replies[query.key] for query in queries]
 
     def detector(self, name: str) -> ImageDetector:

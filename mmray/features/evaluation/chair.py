@@ -89,6 +89,11 @@ def pope(
         after = _pope_sums([change.after for change in of_present], [change.after for change in of_absent], parser)
         for figure, sums in before.items():
             rows.add(f"pope_{strategy}_{figure}", name, sums, after[figure])
+        yes, asked = before["yes_ratio"]
+        # Parts of one sample add up: these two measures are over all strategies.
+        rows.add("pope_yes_ratio", name, (yes, asked), after["yes_ratio"])
+        # Paired, because both answers are to one question: its interval is narrower than that of two ratios.
+        rows.add("pope_yes_ratio_change", name, (0, asked), (after["yes_ratio"][0] - yes, asked))
 
 
 def _pope_sums(present: Sequence[str], absent: Sequence[str], parser: Parser) -> dict[str, tuple[int, int]]:

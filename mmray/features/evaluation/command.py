@@ -45,6 +45,7 @@ def evaluate(
     else:
         found = done.headline
         console.print(measures(found["measures"], f"{checked.edit} on {checked.data}", everything=everything))
+        say(f"verdict: {found['verdict']['words']}", "bold")
         cost = " · ".join(
             f"{name} {value}" for name, value in found["cost"].items() if not isinstance(value, dict | list)
         )

@@ -83,6 +83,28 @@ def forced_predictions(
 
 
 @torch.inference_mode()
+def log_likelihoods(
+    verifier: DraftVerifier, edit: Edit, queries: Sequence[Query], replies: Sequence[Reply]
+) -> list[tuple[float, float]]:
+    """Return the log-likelihood of each reply's tokens, without the end, before and after the edit, in nats."""
+    before = [_log_likelihood(verifier, reply, reply.states) for reply in replies]
+    last = LastLayer.of(verifier, edit)
+    with edit.applied(verifier.model):
+        states = _states_after(verifier, last, queries, replies)
+        after = [_log_likelihood(verifier, reply, state) for reply, state in zip(replies, states, strict=True)]
+    return list(zip(before, after, strict=True))
+
+
+def _log_likelihood(verifier: DraftVerifier, reply: Reply, states: States) -> float:
+    total, size = 0.0, verifier.rows_at_once
+    hidden, tokens = states.hidden[: len(reply.tokens)], torch.tensor(reply.tokens, device=states.hidden.device)
+    for rows, some in zip(torch.split(hidden, size), torch.split(tokens, size), strict=True):
+        logits = vocabulary_logits(verifier.model, rows)
+        total += float(logits.double().log_softmax(dim=1).gather(1, some.to(logits.device)[:, None]).sum())
+    return total
+
+
+@torch.inference_mode()
 def rank_agreements(
     verifier: DraftVerifier, edit: Edit, queries: Sequence[Query], replies: Sequence[list[int]]
 ) -> list[tuple[float | None, float | None]]:

@@ -13,6 +13,7 @@ from mmray.data.samples import Failure, Sample
 from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.edit_requests import EDITED
 from mmray.features.evaluation.evaluator import EditEvaluator
+from mmray.features.evaluation.held_out_text import held_out_texts
 from mmray.features.evaluation.mmedit import read_records
 from mmray.features.evaluation.queries import Edit
 from mmray.features.evaluation.settings import MeasureSettings, measure_settings
@@ -59,7 +60,8 @@ def evaluate(
     statistics = statistics or _statistics(annotated, settings, readable)
     evaluator = EditEvaluator(baseline, edit, statistics, settings)
     texts = text_questions_of(settings, statistics, evaluator.requests.words)
-    parts = [evaluator.samples(samples), evaluator.texts(texts)]
+    held_out = held_out_texts(settings.prompt_count, settings.seed)
+    parts = [evaluator.samples(samples), evaluator.texts(texts), evaluator.held_out(held_out)]
     if own:
         # An own image that is among the samples counts there, and not twice.
         known = {row["image"] for row in parts[0].captions if row["role"] == EDITED}

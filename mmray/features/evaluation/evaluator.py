@@ -19,6 +19,7 @@ from mmray.features.evaluation.effects import (
     locality,
     teacher_forced_effects,
 )
+from mmray.features.evaluation.held_out_text import HeldOutText, measure_held_out
 from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 from mmray.features.evaluation.mmedit import Records, measure_records
 from mmray.features.evaluation.quality import bleu_sums, has_bleu
@@ -55,10 +56,13 @@ class _SampleQueries:
     absent: dict[str, dict[str, Query]]
     """POPE's, by strategy and object."""
 
+    @property
+    def pope(self) -> dict[str, Query]:
+        """All of POPE's, by object."""
+        return self.present | {name: query for queries in self.absent.values() for name, query in queries.items()}
+
     def __iter__(self) -> Iterator[Query]:
-        yield from (self.caption, *self.questions, *self.present.values())
-        for queries in self.absent.values():
-            yield from queries.values()
+        yield from (self.caption, *self.questions, *self.pope.values())
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,13 @@ class EditEvaluator:
         rows.errors = [vars(failure) for failure in failures]
         return rows
 
+    def held_out(self, texts: Sequence[HeldOutText]) -> MeasurementBuffer:
+        """Return the measurements of general text without an image."""
+        words = self.requests.words
+        return measure_held_out(
+            self.baseline, self.edit, texts, lambda text, language: bool(self.lexicon.named(text, language) & words)
+        )
+
     def records(self, records: Records) -> MeasurementBuffer:
         """Return the measurements of MMEdit's records."""
         return measure_records(self.baseline, self.edit, records)
@@ -245,7 +256,9 @@ class EditEvaluator:
         caption_effects(rows, self.lexicon, sample, scope, change, several=several)
         answers = [found[query.key] for query in scoped.common.questions]
         if scope.role == UNRELATED:
-            locality(rows, "image_locality_questions", sample.sample_id, answers)
+            # POPE's where the data has no questions, so that data with objects alone is measured too.
+            asked = answers or [found[query.key] for query in scoped.common.pope.values()]
+            locality(rows, "image_locality_questions", sample.sample_id, asked)
         tried: list[tuple[tuple[str, ...], Change]] = [(QUESTIONS, answer) for answer in answers]
         tried += [(PROMPTS, found[query.key]) for query in scoped.paraphrases]
         tried += [((VARIANTS[query.variant],), found[query.key]) for query in scoped.variants]
@@ -274,9 +287,8 @@ class EditEvaluator:
         if self.detector is not None and image is not None:
             confirmed(rows, name, self.detector.confidence(image, named[0] | named[1]), *named)
         if common.present:
-            queries = common.present | {name: query for some in common.absent.values() for name, query in some.items()}
             absent = {way: list(names) for way, names in common.absent.items()}
-            changes = {name: found[query.key] for name, query in queries.items()}
+            changes = {name: found[query.key] for name, query in common.pope.items()}
             pope(rows, name, list(common.present), absent, changes, self.settings.pope_parser)
         if self.bleu and sample.caption:
             before, after = (bleu_sums(text, sample.caption, language) for text in (change.before, change.after))

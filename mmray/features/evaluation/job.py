@@ -1,4 +1,4 @@
-"""The job that evaluates an edit. A unit is a shard of data, of questions or of records.
+"""The job that evaluates an edit. A unit is a shard of data, of texts or of records.
 
 EDIT/evaluation/FINGERPRINT/      the measurements of each unit
 EDIT/evaluation.json              the measures of the last complete evaluation
@@ -29,7 +29,7 @@ from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 from mmray.features.evaluation.plan import EvaluationContext, EvaluationUnit, open_measured, plan_evaluation
 from mmray.features.evaluation.queries import Edit
 from mmray.features.evaluation.settings import EvaluationSettings
-from mmray.features.evaluation.summary import summarise
+from mmray.features.evaluation.summary import summarise, verdict_of
 from mmray.features.evaluation.tables import PARTS
 from mmray.neurons.model import load_model
 from mmray.runs.run import open_run
@@ -82,8 +82,10 @@ class EvaluationJob(Job[EvaluationSettings, EvaluationContext]):
         settings = plan.context.settings
         measured, captions = _gathered(plan, parts)
         measures = summarise(measured, settings)
+        found = verdict_of(measures)
         receipts = parts.receipts.values()
         content = {
+            "verdict": found,
             "measures": measures,
             "cost": plan.context.cost,
             "data": settings.data,
@@ -99,7 +101,7 @@ class EvaluationJob(Job[EvaluationSettings, EvaluationContext]):
         # Captions first: evaluation.json says that both are there.
         output.file(CAPTIONS_FILE, to_bytes(captions))
         output.file(EVALUATION_FILE, json.dumps(content, indent=1, ensure_ascii=False, default=str).encode())
-        return {"edit": self.settings.edit, "measures": measures, "cost": plan.context.cost}
+        return {"edit": self.settings.edit, "verdict": found, "measures": measures, "cost": plan.context.cost}
 
 
 class _SharedBaseline:
@@ -129,6 +131,8 @@ def _measured(context: EvaluationContext, evaluator: EditEvaluator, unit: Evalua
     part = slice(unit.start, unit.start + unit.samples)
     if unit.kind == "texts":
         return evaluator.texts(context.texts[part])
+    if unit.kind == "held_out":
+        return evaluator.held_out(context.held_out[part])
     if unit.kind == "records":
         assert context.records is not None
         return evaluator.records(replace(context.records, records=context.records.records[part]))

@@ -10,6 +10,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
 from mmray.features.evaluation.quality import bleu_value
 from mmray.features.evaluation.settings import MeasureSettings
 from mmray.objects.answers import Parser
@@ -17,7 +21,7 @@ from mmray.objects.statistics import STRATEGIES, Adversarial, GroundTruth, Posit
 from mmray.objects.words import COCO
 from mmray.statistics.bootstrap import Value, ratio
 
-Unit = Literal["share", "nats", "words", "F1", "BLEU"]
+Unit = Literal["share", "difference", "nats", "perplexity", "ratio", "words", "F1", "BLEU"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Measure:
 
     protocol: str
     unit: Unit = "share"
-    """A share lies between 0 and 1, and gets the interval of a share."""
+    """A share lies between 0 and 1, and gets the interval of a share. A difference is between two shares."""
     better: Literal["higher", "lower", "neither"] = "higher"
     primary: bool = False
     """Every evaluation has it, with nulls if the data has no sample for it."""
@@ -102,6 +106,43 @@ def _mmedit() -> dict[str, Measure]:
     return found | _locality("mmedit_text_locality", "MMEdit's records, loc")
 
 
+def _exponential(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:
+    """Return e to the mean."""
+    found: Float[ndarray, " draw"] = np.exp(ratio(totals))
+    return found
+
+
+REPLY_LENGTHS = (16, 64)
+"""Text-only replies of up to so many tokens have a measure each; the last is where they are cut off."""
+_PROMPTS = "general prompts without an image; interval over prompts: "
+_PASSAGES = "plain text in several languages, each passage after its first sentence; interval over passages: "
+_TEXT_ONLY = {
+    **{
+        f"text_only_{length}": Measure(
+            f"{_PROMPTS}greedy; of replies of up to {length} tokens, those equal to the letter"
+        )
+        for length in REPLY_LENGTHS
+    },
+    "text_only_kl": Measure(
+        f"{_PROMPTS}teacher-forced along the reply before; KL(before ‖ after), mean over all tokens and ends, in nats",
+        unit="nats",
+        better="lower",
+    ),
+    "perplexity": Measure(
+        f"{_PASSAGES}teacher-forced; e to the mean negative log-likelihood per token",
+        unit="perplexity",
+        better="lower",
+        value=_exponential,
+    ),
+    "perplexity_ratio": Measure(
+        f"{_PASSAGES}teacher-forced; perplexity after over before; 1 is unchanged",
+        unit="ratio",
+        better="neither",
+        value=_exponential,
+    ),
+}
+"""Of held-out text."""
+
 _named = partial(Measure, of_objects=True)
 _wrongly_named = partial(Measure, of_objects=True, better="lower")
 
@@ -138,8 +179,12 @@ MEASURES: dict[str, Measure] = {
         "greedy; F1 of greedy matching to the data's caption, last layer of the encoder, no idf, not rescaled",
         unit="F1",
     ),
+    **_TEXT_ONLY,
     **_REWRITES,
-    **_locality("image_locality_questions", "questions on images without the concept"),
+    **_locality(
+        "image_locality_questions",
+        "questions on images without the concept, the data's or, if an image has none, POPE's",
+    ),
     **_locality("text_locality_about", "text questions naming an edited word"),
     **_mmedit(),
     **{
@@ -149,6 +194,12 @@ MEASURES: dict[str, Measure] = {
         for strategy in STRATEGIES
         for figure, measure in _POPE.items()
     },
+    "pope_yes_ratio": _named("greedy; POPE, all strategies together: answers yes, of all", better="neither"),
+    "pope_yes_ratio_change": _named(
+        "greedy; POPE, all strategies together: share of answers yes, after minus before, paired by image",
+        unit="difference",
+        better="neither",
+    ),
 }
 """By name. The measure of a single pair or purpose has that name, a colon, and the pair."""
 

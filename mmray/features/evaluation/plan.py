@@ -1,4 +1,4 @@
-"""The plan of an evaluation: its data, the edit's own samples, its questions and records, and their units of work."""
+"""The plan of an evaluation: its data, the edit's own samples, its texts and records, and their units of work."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from mmray.features.editing.edit import Purpose
 from mmray.features.editing.files import FACTS_FILE, ROWS_FILE
 from mmray.features.evaluation.edit_requests import requests_of
 from mmray.features.evaluation.evaluate import text_questions_of
+from mmray.features.evaluation.held_out_text import HeldOutText, held_out_texts
 from mmray.features.evaluation.mmedit import Records, read_records
 from mmray.features.evaluation.quality import has_bleu
 from mmray.features.evaluation.queries import Edit
@@ -38,16 +39,16 @@ COLUMNS = ("image_column", "caption_column", "id_column", "language_column", "ob
 
 @dataclass(frozen=True)
 class EvaluationUnit:
-    """One unit of work: a shard of the data, own samples of the edit in a shard of the run, questions, or records."""
+    """One unit of work: a shard of the data, own samples of the edit in a shard of the run, texts, or records."""
 
     kind: str
-    """data, own, texts or records."""
+    """data, own, texts, held_out or records."""
     number: int
     samples: int
     names: tuple[str, ...] = ()
     """Of an own shard: the ids of the edit's samples in it."""
     start: int = 0
-    """The first question or record; `samples` says how many."""
+    """The first question, text or record; `samples` says how many."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class EvaluationContext:
     own_manifest: Manifest | None
     statistics: ObjectStatistics
     texts: tuple[TextQuestion, ...]
+    held_out: tuple[HeldOutText, ...]
     records: Records | None
     cost: dict[str, Any]
     """How the edit was made, and its cost."""
@@ -97,14 +99,16 @@ def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engin
     own_manifest, own_units = _own(run, purposes, manifest)
     words = requests_of(purposes, ObjectLexicon(statistics.vocabulary, statistics.translations)).words
     texts = text_questions_of(settings, statistics, words)
+    held_out = held_out_texts(settings.prompt_count, settings.seed)
     records = read_records(settings.mmedit, settings.mmedit_images) if settings.mmedit else None
     units = [EvaluationUnit("data", shard.shard_id, shard.samples) for shard in manifest.shards]
     # The edit's own images lie in the run's data; without them there is no reliability.
     units += own_units
     units += _parts("texts", len(texts), settings.shard_size)
+    units += _parts("held_out", len(held_out), settings.shard_size)
     units += _parts("records", len(records.records) if records else 0, settings.shard_size)
     context = EvaluationContext(
-        settings, census, own, manifest, own_manifest, statistics, tuple(texts), records, edit.facts
+        settings, census, own, manifest, own_manifest, statistics, tuple(texts), tuple(held_out), records, edit.facts
     )
     return engine.Plan(
         [engine.Unit(unit.samples, unit, (unit.kind, unit.number)) for unit in units],
@@ -145,7 +149,7 @@ def _asked(context: EvaluationContext, units: tuple[EvaluationUnit, ...]) -> str
     records = context.records and [number for number, _ in context.records.records]
     # Sorted, because equal dicts may list their items in another order.
     statistics = sorted(context.statistics.counts.items()), sorted(map(str, context.statistics.translations.items()))
-    return hashlib.sha256(repr((context.texts, records, statistics, units)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((context.texts, context.held_out, records, statistics, units)).encode()).hexdigest()[:16]
 
 
 def _digest(entries: Sequence[Entry | None]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 
+from mmray.features.editing.bounds import verdict
 from mmray.features.evaluation.measures import PRIMARY, measure_of, protocol_of
 from mmray.features.evaluation.settings import MeasureSettings
 from mmray.statistics.bootstrap import Measured, by_measure, measure
@@ -35,3 +37,8 @@ def summarise(measurements: pa.Table, settings: MeasureSettings) -> dict[str, di
                 found[own] = values | {"protocol": UNSEEN_INSTEAD + values["protocol"]}
     order = {name: place for place, name in enumerate(PRIMARY)}
     return {name: found[name] for name in sorted(found, key=lambda name: (order.get(name, len(order)), name))}
+
+
+def verdict_of(measures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what these measures say of the edit."""
+    return verdict({name: row["after"] for name, row in measures.items()})

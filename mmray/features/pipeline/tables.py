@@ -35,7 +35,7 @@ TABLES: dict[str, pa.Schema] = {
             field("after", pa.float64()),
             field("low", pa.float64(), f"of after: {INTERVAL}"),
             field("high", pa.float64(), f"of after: {INTERVAL}"),
-            field("n", pa.int64(), "images; for text locality questions, for MMEdit records"),
+            field("n", pa.int64(), "images; for text questions, prompts or passages, for MMEdit records"),
             field("protocol", pa.string()),
         ]
     ),

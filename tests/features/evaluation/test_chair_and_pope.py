@@ -175,3 +175,7 @@ def test_pope_against_a_plain_loop() -> None:
             }
             for name, value in wanted.items():
                 assert found[f"pope_{way}_{name}"][side] == pytest.approx(value)
+    before, after = (sum(said[side] == "Yes" for *_, said in asked) / len(asked) for side in (0, 1))
+    assert found["pope_yes_ratio"] == pytest.approx((before, after))
+    assert found["pope_yes_ratio_change"] == pytest.approx((0, after - before))
+    assert after != before

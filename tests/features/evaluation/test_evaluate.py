@@ -8,22 +8,21 @@ import pytest
 import torch
 
 from mmray.data.samples import Failure, Sample
-from mmray.features.editing.edit import WeightEdit
+from mmray.features.editing.bounds import BOUNDS
 from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.comparing import compare
 from mmray.features.evaluation.draft_verifier import DraftVerifier
 from mmray.features.evaluation.evaluate import Evaluated, evaluate
 from mmray.features.evaluation.evaluator import EditEvaluator
 from mmray.features.evaluation.last_layer import LastLayer
-from mmray.features.evaluation.measures import PRIMARY
+from mmray.features.evaluation.measures import MEASURES, PRIMARY
 from mmray.features.evaluation.settings import MeasureSettings, measure_settings
-from mmray.features.evaluation.summary import summarise
-from mmray.models.loading import digest
+from mmray.features.evaluation.summary import summarise, verdict_of
 from mmray.models.prompting import encode
 from mmray.objects.statistics import ObjectStatistics
-from tests.support.standin import Purpose, StandIn, swap
+from tests.support.standin import Purpose, StandIn, neuron_edit, swap
 
-SETTINGS = measure_settings(text_count=20, draws=100, bleu=True)
+SETTINGS = measure_settings(text_count=20, prompt_count=0, draws=100, bleu=True)
 CAT = "cat"
 
 
@@ -52,21 +51,30 @@ def close(one: Evaluated, other: Evaluated) -> None:
     assert one.captions.sort_by("sample_id").equals(other.captions.sort_by("sample_id"))
 
 
+def test_every_bound_is_that_of_a_measure() -> None:
+    assert {bound.measure for bound in BOUNDS} <= set(MEASURES)
+
+
 def test_without_an_edit_nothing_differs(before: BaselineReplies, some: list[Sample], facts: ObjectStatistics) -> None:
     pairs = ((CAT, "mouse"), ("pizza", "spaghetti"))
+    asked = {Purpose("noise"): 40}
     for purpose in (
         Purpose("swap", CAT, "dog", samples=(some[0].sample_id,)),
         Purpose("hallucination", pairs=pairs, samples=(some[0].sample_id,)),
         Purpose("suppress", CAT),
         Purpose("noise"),
     ):
-        found = measured(before, StandIn((purpose,)), some, facts)
+        found = measured(before, StandIn((purpose,)), some, facts, prompt_count=asked.get(purpose, 0))
         for name, row in found.measures.items():
             assert row["before"] == pytest.approx(row["after"], abs=1e-9), name
             if "locality" in name and not name.endswith("_kl"):
                 assert row["after"] in (1.0, None), name
         assert not any(found.captions["changed"].to_pylist())
         assert set(PRIMARY) <= set(found.measures)
+        # Where all is measured, only what was asked for is missing.
+        broken = {row["measure"] for row in verdict_of(found.measures)["bounds"] if not row["passed"]}
+        if asked.get(purpose):
+            assert broken == {"reliability", "image_generality"}
 
 
 def test_a_perfect_swap(before: BaselineReplies, some: list[Sample], facts: ObjectStatistics) -> None:
@@ -178,18 +186,6 @@ def test_verified_replies_are_those_of_whole_regeneration(
     assert 3 < sum(change.same for change in changes) < len(changes) - 3
 
 
-def last_layer_edit(model: Any, layers: Sequence[int]) -> WeightEdit:
-    random = torch.Generator().manual_seed(0)
-    units = [torch.randperm(1024, generator=random)[:60] for _ in layers]
-    return WeightEdit(
-        layer=torch.tensor(layers).repeat_interleave(60),
-        unit=torch.cat(units),
-        delta=2.0 * torch.randn(60 * len(layers), 256, generator=random),
-        purposes=(Purpose("noise", CAT),),  # type: ignore[arg-type]
-        model=digest(model.folder),
-    )
-
-
 def test_an_edit_of_the_last_layer_needs_no_forward(demo: Any, before: BaselineReplies, some: list[Sample]) -> None:
     """Its states follow from those before it, to the same texts and distances as by running the model."""
     queries = [
@@ -198,7 +194,7 @@ def test_an_edit_of_the_last_layer_needs_no_forward(demo: Any, before: BaselineR
         for question in (None, "Is it?")
     ]
     replies = before.replies(queries, [[sample.caption] for sample in some for _ in range(2)])
-    edit = last_layer_edit(demo, [7])
+    edit = neuron_edit(demo, [7])
     ran: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         along = before.verifier.states_along
@@ -216,7 +212,7 @@ def test_an_edit_of_the_last_layer_needs_no_forward(demo: Any, before: BaselineR
         assert ours.kl == pytest.approx(theirs.kl, rel=1e-3, abs=1e-6)
         if theirs.top10 is not None:
             assert ours.top10 == pytest.approx(theirs.top10, abs=3e-3)
-    assert LastLayer.of(before.verifier, last_layer_edit(demo, [6, 7])) is None
+    assert LastLayer.of(before.verifier, neuron_edit(demo, [6, 7])) is None
 
 
 @torch.no_grad()
@@ -279,3 +275,19 @@ def test_a_detector_confirms_what_captions_name(
     assert there["confirmed_new"]["after"] < there["confirmed"]["before"]
     assert there["confirmed"]["after"] < there["confirmed"]["before"]
     assert there["confirmed_new"]["before"] is None
+
+
+def test_data_without_questions_has_those_of_pope(
+    before: BaselineReplies, some: list[Sample], facts: ObjectStatistics
+) -> None:
+    """One question about a present object and one per strategy about an absent one, some of them the same."""
+    scenes = some[8:12]
+    edit = StandIn((Purpose("noise"),), scale=(7, 0.5))
+    bare = [replace(sample, questions=None) for sample in scenes]
+    found = measured(before, edit, bare, facts).measures["image_locality_questions"]
+    asked = measured(before, edit, scenes, facts).measures["image_locality_questions"]
+    assert found["n"] == asked["n"] == len(scenes)
+    assert found["after"] < 1
+    assert found["after"] != asked["after"]
+    none = measured(before, edit, bare, facts, pope_objects=0).measures
+    assert "image_locality_questions" not in none

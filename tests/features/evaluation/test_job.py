@@ -29,6 +29,7 @@ from mmray.features.evaluation.job import EvaluationJob
 from mmray.features.evaluation.measures import PRIMARY
 from mmray.features.evaluation.plan import manifest_without
 from mmray.features.evaluation.settings import evaluation_settings, measure_settings
+from mmray.features.evaluation.summary import verdict_of
 from mmray.objects.statistics import gather_statistics
 from tests.support.command import Answer
 from tests.support.data_files import write_coco
@@ -36,7 +37,7 @@ from tests.support.samples import samples_of
 from tests.support.standin import StandIn, open_edit, swap
 
 SOURCE = "watermelon"
-ASKED = {"text_count": 6, "pope_objects": 1, "draws": 50, "bleu": False}
+ASKED = {"text_count": 6, "prompt_count": 0, "pope_objects": 1, "draws": 50, "bleu": False}
 SETTINGS = {"data": str(EVALUATION), "limit": 16, "shard_size": 8, "local": True} | ASKED
 
 
@@ -298,7 +299,14 @@ def command(mmray: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> Ca
 
 
 def arguments(run: Path, folder: Path) -> list[str]:
-    options = {"--edit": folder, "--data": EVALUATION, "--limit": 4, "--text-count": 2, "--draws": 10}
+    options = {
+        "--edit": folder,
+        "--data": EVALUATION,
+        "--limit": 4,
+        "--text-count": 2,
+        "--prompt-count": 3,
+        "--draws": 10,
+    }
     return ["evaluate", str(run), *(str(part) for pair in options.items() for part in pair), "--no-bleu", "--local"]
 
 
@@ -309,7 +317,11 @@ def test_the_command(command: Callable[..., Answer], run: Path, edit: StandIn, t
     assert "image_locality" in answer.out
     assert "method stand-in" in answer.out
     shown = json.loads(command(*arguments(run, folder), "--json").out)
-    assert shown["measures"] == json.loads((folder / "evaluation.json").read_text())["measures"]
+    written = json.loads((folder / "evaluation.json").read_text())
+    assert shown["measures"] == written["measures"]
+    assert shown["measures"]["text_only_64"]["n"] + shown["measures"]["perplexity"]["n"] > 3
+    assert shown["verdict"] == written["verdict"] == verdict_of(written["measures"])
+    assert f"verdict: {written['verdict']['words']}" in " ".join(answer.out.split())
     assert "image_locality_span" not in answer.out
     assert "image_locality_span" in command(*arguments(run, folder), "--all").out
 
