@@ -21,7 +21,7 @@ function editCard(edit) {
   const words = { purpose: "purpose", method: "method", seconds: "seconds", rows_changed: "neurons changed", parameters_changed: "parameters changed", bytes: "bytes", norm: "size (L2 norm)", neurons: "neurons" };
   const values = Object.entries(facts).filter(([name]) => words[name]);
   const measures = edit.measures.map((row) => ({ ...row, property: "edit" }));
-  const limits = ({ at_least, at_most }) => [at_least, at_most].map((limit, at) => (limit === null ? "" : `${at ? "≤" : "≥"} ${limit}`)).filter(Boolean).join(", ");
+  const limits = ({ at_least, at_most }) => [at_least, at_most].map((limit, at) => (limit === null ? "" : `${at ? "≤" : "≥"} ${String(limit).replace("-", "−")}`)).filter(Boolean).join(", ");
   return [
     h("h2", { id: edit.name }, facts.purpose || edit.name), under(edit.name),
     h("div.grid",
