@@ -34,7 +34,7 @@ class HeldOutText:
     language: str
     prompt: str
     """A question or an instruction; of a passage, its first sentence."""
-    passage: str | None = None
+    continuation: str | None = None
     """How a passage goes on, of which the perplexity is measured."""
 
 
@@ -70,8 +70,8 @@ def measure_held_out(
 
     def measured() -> MeasurementBuffer:
         rows = MeasurementBuffer()
-        _replies(rows, baseline, edit, [text for text in kept.values() if text.passage is None], is_about)
-        _perplexity(rows, baseline, edit, [text for text in kept.values() if text.passage is not None], is_about)
+        _replies(rows, baseline, edit, [text for text in kept.values() if text.continuation is None], is_about)
+        _perplexity(rows, baseline, edit, [text for text in kept.values() if text.continuation is not None], is_about)
         return rows
 
     rows = without_failures(measured, drop)
@@ -113,10 +113,10 @@ def _perplexity(
     passages: Sequence[HeldOutText],
     is_about: Callable[[str, str], bool],
 ) -> None:
-    some = [text for text in passages if not is_about(f"{text.prompt} {text.passage}", text.language)]
+    some = [text for text in passages if not is_about(f"{text.prompt} {text.continuation}", text.language)]
     # Without a chat template: plain text is what a language model continues.
     queries = [Query(text.name, text.prompt, None) for text in some]
-    replies = baseline.forced(queries, [text.passage or "" for text in some])
+    replies = baseline.forced(queries, [text.continuation or "" for text in some])
     for query, reply, (before, after) in zip(
         queries, replies, log_likelihoods(baseline.text_verifier, edit, queries, replies), strict=True
     ):

@@ -54,7 +54,9 @@ def plain(text: str) -> str:
 
 def test_the_shipped_texts_are_many_different_and_in_several_languages() -> None:
     texts = held_out_texts(1000, 0)
-    prompts, passages = ([text for text in texts if (text.passage is None) == is_prompt] for is_prompt in (True, False))
+    prompts, passages = (
+        [text for text in texts if (text.continuation is None) == is_prompt] for is_prompt in (True, False)
+    )
     assert len(prompts) == measure_settings().prompt_count == 40
     assert len(passages) == 20
     for some in (prompts, passages):
@@ -69,7 +71,7 @@ def test_the_shipped_texts_are_many_different_and_in_several_languages() -> None
 
 def test_no_text_is_one_that_editing_keeps() -> None:
     """An edit that learned to keep these very replies would look better than it is."""
-    ours = {plain(part) for text in held_out_texts(1000, 0) for part in (text.prompt, text.passage or "") if part}
+    ours = {plain(part) for text in held_out_texts(1000, 0) for part in (text.prompt, text.continuation or "") if part}
     for file in Path(editing.__path__[0]).glob("*.json"):
         theirs = {plain(text) for text in strings(json.loads(file.read_text("utf-8")))}
         assert ours & theirs == set(), file.name
@@ -80,7 +82,7 @@ def test_no_text_is_one_that_editing_keeps() -> None:
 def test_log_likelihoods_against_plain_forwards(demo: Any, before: BaselineReplies) -> None:
     texts = held_out_texts(1, 0)[1:4]
     queries = [Query(text.name, text.prompt, None) for text in texts]
-    replies = before.forced(queries, [text.passage or "" for text in texts])
+    replies = before.forced(queries, [text.continuation or "" for text in texts])
     found = log_likelihoods(before.text_verifier, HALVED, queries, replies)
 
     def likelihood(query: Query, reply: Reply) -> float:
@@ -95,7 +97,9 @@ def test_log_likelihoods_against_plain_forwards(demo: Any, before: BaselineRepli
     assert [row[0] for row in found] == pytest.approx(wanted, rel=1e-4)
     assert [row[1] for row in found] == pytest.approx(changed, rel=1e-4)
     assert all(abs(one - other) > 1 for one, other in found)
-    assert "".join(before.text_verifier.text(replies[0].tokens).split()) == "".join((texts[0].passage or "").split())
+    assert "".join(before.text_verifier.text(replies[0].tokens).split()) == "".join(
+        (texts[0].continuation or "").split()
+    )
 
 
 def test_an_edit_of_the_last_layer_has_the_perplexity_of_a_forward(
@@ -125,7 +129,7 @@ def test_perplexity_and_its_ratio(before: BaselineReplies) -> None:
 
 
 def test_replies_are_those_of_generation(demo: Any, before: BaselineReplies) -> None:
-    prompts = [text for text in held_out_texts(12, 0) if text.passage is None]
+    prompts = [text for text in held_out_texts(12, 0) if text.continuation is None]
     found = summed(measure_held_out(before, replace(HALVED, scale=(7, 0.2)), prompts, never))
     queries = [Query(t.name, prompt_text(demo, t.prompt, t.language, image=False), None) for t in prompts]
     verifier = DraftVerifier(demo, 4)
@@ -155,7 +159,7 @@ def test_lengths_and_weights_of_replies(before: BaselineReplies, monkeypatch: py
 
 
 def test_replies_are_as_long_whatever_captions_are(demo: Any, before: BaselineReplies) -> None:
-    prompts = [text for text in held_out_texts(40, 0) if text.passage is None]
+    prompts = [text for text in held_out_texts(40, 0) if text.continuation is None]
     short = BaselineReplies(demo, longest=1)
     one, other = (summed(measure_held_out(baseline, HALVED, prompts, never)) for baseline in (short, before))
     assert [row["after"] for row in one.values()] == pytest.approx([row["after"] for row in other.values()], rel=1e-4)
