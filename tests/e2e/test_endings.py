@@ -9,7 +9,7 @@ import pytest
 
 from mmray.runs.run import Run
 
-TIMES, AT_ONCE = 24, 4
+TIMES, AT_ONCE = 8, 2
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What standard output takes: any encoding, a pipe's whole lines; and the small questions that every tool answers."""
 
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from mmray.cli import main
 from mmray.runs.run import Run, open_run
 from mmray.version import VERSION
 from tests.support.command import Answer
@@ -41,20 +43,36 @@ def called(*arguments: object, **environment: str) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, env=kept | environment, check=False)
 
 
-@pytest.mark.slow
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
+    """Return what runs a command with stdout of an encoding, and returns what it printed."""
+    monkeypatch.setenv("COLUMNS", "1000")
+
+    def call(encoding: str, *arguments: str) -> bytes:
+        out = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding))
+        with pytest.raises(SystemExit) as ended:
+            main(lambda: list(arguments))
+        assert not ended.value.code
+        return out.getvalue()
+
+    return call
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
-def test_any_encoding_takes_every_word(worded: Run, encoding: str) -> None:
+def test_any_encoding_takes_every_word(
+    worded: Run, printed: Callable[..., bytes], encoding: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     concept = next(iter(worded.concepts))
-    shown = called("rank", worded.uri, concept, PYTHONIOENCODING=encoding)
-    assert (shown.returncode, shown.stderr) == (0, b"")
-    text = shown.stdout.decode(encoding)
+    text = printed(encoding, "rank", worded.uri, concept).decode(encoding)
     for word in WORDS:
         # A word is whole, or escaped: never a question mark.
         assert word in text or json.dumps(word)[1:-1] in text.replace("\xef", "\\u00ef")
-    exact = called("rank", worded.uri, concept, "--json", PYTHONIOENCODING=encoding)
-    assert json.loads(exact.stdout.decode(encoding)) == worded.rank(concept).to_pylist()
+    exact = printed(encoding, "rank", worded.uri, concept, "--json")
+    assert json.loads(exact.decode(encoding)) == worded.rank(concept).to_pylist()
     for command in (["neuron", worded.uri, "L0.u0"], ["status", worded.uri], ["rank", worded.uri]):
-        assert called(*command, PYTHONIOENCODING=encoding).returncode == 0
+        assert printed(encoding, *command)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow

@@ -383,12 +383,6 @@ def test_what_fails_is_status_4(command: Callable[..., Answer], run: Path, edit:
     assert "1 sample failed" in answer.out
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_here")
-def test_on_ray_with_two_workers(done: Done, run: Path, edit: StandIn, tmp_path: Path) -> None:
-    same(evaluated_here(run, edit.save(tmp_path / "edit"), local=False, workers=2), done[1])
-
-
 def test_units_that_never_succeed_are_quarantined(run: Path, edit: StandIn, tmp_path: Path) -> None:
     wrong = replace(edit, scale=(99, 1.0), exchange=None)
     outcome = evaluated_here(run, wrong.save(tmp_path / "edit"), limit=4, text_count=1)

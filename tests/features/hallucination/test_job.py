@@ -172,22 +172,6 @@ def test_data_without_objects_is_refused(run, tmp_path):
         run_job(PerturbJob(moved(str(bare), tmp_path / "out")))
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("alone", "ray_here")
-def test_actors_give_what_one_process_gives(run):
-    before = run_job(HallucinationJob(asked(run, seed=1)))
-    claims = open_run(run).table("claims")
-    store = open_run(run).folder.store
-    for entry in [*store.list("hallucination/"), *store.list("snapshots/")]:
-        store.delete(entry.key)
-    after = run_job(HallucinationJob(asked(run, seed=1, workers=2, local=False)))
-    assert after.complete
-    assert after.headline["rows"] == before.headline["rows"]
-    found = open_run(run).table("claims")
-    for name in ("sample_id", "kind", "word", "claimed", "present", "text"):
-        assert found[name].equals(claims[name])
-
-
 def test_images_that_are_too_many_pixels_together_are_looked_at_in_parts(run, monkeypatch):
     whole = run_job(HallucinationJob(asked(run, seed=2)))
     claims = open_run(run).table("claims").sort_by("sample_id")

@@ -10,12 +10,9 @@ import pytest
 from PIL import Image
 
 from mmray.demo import DATA
-from mmray.engine import run as run_job
 from mmray.errors import InputError
 from mmray.features.census import shard
-from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.protocols import PROTOCOLS
-from mmray.features.properties.settings import property_settings
 from mmray.features.properties.tables import TABLES
 from mmray.runs.run import open_run
 from tests.support.command import Answer
@@ -148,13 +145,3 @@ def test_a_language_without_concepts_is_refused(run):
 def test_wrong_settings_are_one_line(run, mmray: Callable[..., Answer]):
     assert "min_occurrences" in mmray("properties", run, "--min-occurrences", 1).refusal
     assert "no run here" in mmray("properties", run / "nowhere").refusal
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("alone", "ray_here")
-def test_actors_give_what_one_process_gives(run):
-    properties_here(run, **ASKED)
-    before = tables(run)
-    without(run)
-    assert run_job(PropertiesJob(property_settings({"run": str(run), "workers": 2, **ASKED}))).complete
-    assert tables(run) == before

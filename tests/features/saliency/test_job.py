@@ -17,12 +17,9 @@ from mmray.detector.alignment import Pair, save_alignment
 from mmray.detector.heads import WEIGHTS
 from mmray.detector.vision_tower import open_tower
 from mmray.engine import Progress
-from mmray.engine import run as run_job
 from mmray.errors import InputError
-from mmray.features.saliency.job import SaliencyJob
 from mmray.features.saliency.methods import METHODS, OF_BOXES
 from mmray.features.saliency.observations import CHANCE
-from mmray.features.saliency.settings import saliency_settings
 from mmray.features.saliency.summary import PROTOCOLS
 from mmray.features.saliency.tables import TABLES
 from mmray.models.loading import digest
@@ -166,17 +163,3 @@ def test_what_an_aligned_network_shows_is_told_with_how_well_it_does(
     sight = ["--detector", owl, "--alignment", tmp_path / "W"]
     told = mmray("saliency", *asked, *sight, "--methods", "alignment", "--out", tmp_path / "map.png").out
     assert "recall of objects 0.900 (its own: 0.950)" in " ".join(told.split())
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("alone", "ray_here")
-def test_actors_give_what_one_process_gives(run):
-    without(run)
-    saliency_here(run, **ASKED)
-    before = tables(run)
-    without(run)
-    assert run_job(SaliencyJob(saliency_settings({"run": str(run), "workers": 2, **ASKED}))).complete
-    after = tables(run)
-    assert after["saliency"].drop(["protocol"]).num_rows == before["saliency"].num_rows
-    for own, other in zip(after["saliency"].to_pylist(), before["saliency"].to_pylist(), strict=True):
-        assert own["value"] == pytest.approx(other["value"], abs=1e-5)
