@@ -1,11 +1,12 @@
 """The six changes of CONTRIBUTING.md, each made in a copy of the package: it takes few files, and then it works."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,12 +150,29 @@ MISTRAL_3 = Variant(
         "template": ("", "[INST]", "<image>", "[/INST]", ""),
     },
 )
-Mmray = Callable[..., str]
+Mmray = Callable[..., list[str]]
+ONE_AFTER_THE_OTHER = """
+import json, sys
+from contextlib import redirect_stdout
+from io import StringIO
+from mmray.cli import main
+said = []
+for command in json.load(sys.stdin):
+    with redirect_stdout(StringIO()) as out:
+        try:
+            main(lambda: command)
+        except SystemExit as ended:
+            if ended.code:
+                raise
+    said.append(out.getvalue())
+json.dump(said, sys.stdout)
+"""
+"""Runs commands in one process, because a copy of the package has to import all that it needs."""
 
 
 @pytest.fixture
 def changed(tmp_path: Path) -> Callable[[Change], Mmray]:
-    """Return what makes a change in a copy of the package, and returns what runs a command of that copy."""
+    """Return what makes a change in a copy of the package, and returns what runs commands of that copy."""
 
     def make(change: Change) -> Mmray:
         package = tmp_path / "mmray"
@@ -169,26 +187,28 @@ def changed(tmp_path: Path) -> Callable[[Change], Mmray]:
         for name, text in change.new.items():
             (package / name).parent.mkdir(exist_ok=True)
             (package / name).write_text(text, "utf-8")
-        return command
+        return commands
 
-    def command(*asked: object) -> str:
+    def commands(*asked: Sequence[object]) -> list[str]:
         done = subprocess.run(
-            [sys.executable, "-m", "mmray", *map(str, asked)],
+            [sys.executable, "-c", ONE_AFTER_THE_OTHER],
             cwd=tmp_path,
             env=os.environ | {"COLUMNS": "300"},
+            input=json.dumps([list(map(str, command)) for command in asked]),
             capture_output=True,
             text=True,
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        return done.stdout
+        said: list[str] = json.loads(done.stdout)
+        return said
 
     return make
 
 
 @pytest.fixture
-def census(own_census: Callable[[int], Path]) -> Path:
-    return own_census(SAMPLES)
+def census(own_census: Callable[..., Path]) -> Path:
+    return own_census(48, shard_size=24)
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -202,54 +222,48 @@ def test_an_analysis_takes_one_file_outside_its_folder() -> None:
 
 
 def test_a_score(changed: Callable[[Change], Mmray], tmp_path: Path) -> None:
-    mmray = changed(SCORE)
-    assert "magnitude" in mmray("census", "--help")
-    mmray(
-        "census", "--model", "demo", "--data", "demo", "--limit", 8, "--out", "run", "--score", "magnitude", "--local"
-    )
+    census = ("census", "--model", "demo", "--data", "demo", "--limit", 8, "--out", "run", "--local")
+    told, *_ = changed(SCORE)(("census", "--help"), (*census, "--score", "magnitude"), ("report", "run"))
+    assert "magnitude" in told
     scores = pq.read_table(tmp_path / "run/tables/rankings.parquet", columns=["score"])["score"].to_pylist()
     assert min(scores) >= 0
-    mmray("report", "run")
-    assert "logits before the final norm: size of the contribution." in (tmp_path / "run/report.html").read_text(
-        "utf-8"
-    )
+    page = (tmp_path / "run/report.html").read_text("utf-8")
+    assert "logits before the final norm: size of the contribution." in page
 
 
 def test_an_edit_method(changed: Callable[[Change], Mmray], census: Path, tmp_path: Path) -> None:
-    mmray = changed(EDIT_METHOD)
-    assert "flip" in mmray("edit", "--help")
-    asked = ("edit", census, "--suppress", "broccoli", "--method", "flip")
-    assert "4 neurons changed" in mmray(*asked, "--neurons", 4, "--samples", 2, "--kept", 0, "--out", "edit")
+    flip = ("edit", census, "--suppress", "broccoli", "--method", "flip", "--neurons", 4, "--samples", 2, "--kept", 0)
+    told, done = changed(EDIT_METHOD)(("edit", "--help"), (*flip, "--out", "edit"))
+    assert "flip" in told
+    assert "4 neurons changed" in done
     assert (tmp_path / "edit").is_dir()
 
 
 def test_a_family(changed: Callable[[Change], Mmray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(VARIANTS, "mistral3", MISTRAL_3)
-    checked = changed(FAMILY)("check-model", build("mistral3", tmp_path / "model"), "--json")
+    (checked,) = changed(FAMILY)(("check-model", build("mistral3", tmp_path / "model"), "--json"))
     assert "multi_modal_projector.linear_2" in checked
     assert '"passed": true' in checked
     assert '"passed": false' not in checked
 
 
 def test_an_analysis(changed: Callable[[Change], Mmray], census: Path, tmp_path: Path) -> None:
-    mmray = changed(ANALYSIS)
     (tmp_path / "text.txt").write_text("a\nb\nab\n")
     asked = ("letters", census, "--text", "text.txt", "--local")
-    assert mmray(*asked).startswith("letters: 2\n3 lines in ")
-    assert "3 lines already finished" in mmray(*asked)
-    assert re.search(r"letters +3 of 3 lines +current", mmray("status", census))
+    first, again, status, _ = changed(ANALYSIS)(asked, asked, ("status", census), ("report", census))
+    assert first.startswith("letters: 2\n3 lines in ")
+    assert "3 lines already finished" in again
+    assert re.search(r"letters +3 of 3 lines +current", status)
     assert pq.read_table(census / "tables/letters.parquet").to_pydict() == {"letter": ["a", "b"], "n": [2, 1]}
-    mmray("report", census)
     assert 'addPage("letters"' in (census / "report.html").read_text("utf-8")
 
 
 def test_a_column(changed: Callable[[Change], Mmray], census: Path) -> None:
-    mmray = changed(COLUMN)
-    mmray("saliency", census, "--images", 8, "--methods", "detector", "--draws", 10, "--local")
+    saliency = ("saliency", census, "--images", 8, "--methods", "detector", "--draws", 10, "--local")
+    changed(COLUMN)(saliency, ("report", census))
     table = pq.read_table(census / "tables/saliency.parquet")
     assert table.schema.field("width").metadata[b"unit"] == b"of the interval"
     assert min(table["width"].to_pylist()) >= 0
-    mmray("report", census)
     page = (census / "report.html").read_text("utf-8")
     assert '" wide "' in page
     assert '"width":' in page
@@ -257,10 +271,10 @@ def test_a_column(changed: Callable[[Change], Mmray], census: Path) -> None:
 
 def test_an_option(changed: Callable[[Change], Mmray], tmp_path: Path) -> None:
     mmray = changed(OPTION)
-    assert "Leave out nouns of fewer letters." in mmray("census", "--help")
     asked = ("census", "--model", "demo", "--data", "demo", "--limit", SAMPLES, "--out", "run", "--local")
-    mmray(*asked, "--min-letters", 6)
+    told, _ = mmray(("census", "--help"), (*asked, "--min-letters", 6))
+    assert "Leave out nouns of fewer letters." in told
     concepts = pq.read_table(tmp_path / "run/tables/occurrences.parquet", columns=["concept"])["concept"].to_pylist()
     assert min(map(len, concepts)) >= 6
     with pytest.raises(AssertionError, match="min_letters"):
-        mmray(*asked, "--min-letters", 5)
+        mmray((*asked, "--min-letters", 5))

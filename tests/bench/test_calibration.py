@@ -7,6 +7,8 @@ from mmray.models.loading import load
 from tests.bench.calibration import REAL, calibration, pairs
 from tests.bench.localisation import read
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found():

@@ -29,6 +29,8 @@ class Suite:
     root: Path
     results: Results = field(default_factory=dict)
     references: dict[str, dict[str, Any]] = field(default_factory=dict)
+    changes: dict[str, int] = field(default_factory=dict)
+    """How many changes to storage an undisturbed run of a job makes."""
     places: int = 0
 
     def place(self) -> Place:

@@ -49,11 +49,13 @@ every_job = each(CASES)
 
 def changes_of(suite: Suite, case: Case) -> int:
     """Return how many changes to storage an undisturbed run makes."""
-    suite.reference(case)
-    counted = Counted()
-    with disturbed(counted):
-        case.run(suite.place(), suite.executor(case))
-    return counted.made
+    if case.name not in suite.changes:
+        suite.reference(case)
+        counted = Counted()
+        with disturbed(counted):
+            case.run(suite.place(), suite.executor(case))
+        suite.changes[case.name] = counted.made
+    return suite.changes[case.name]
 
 
 def moments_of(suite: Suite, case: Case) -> list[int]:

@@ -53,12 +53,14 @@ def units(settings: AlignmentSettings) -> dict[str, float]:
     return {str(file): file.stat().st_mtime for file in shards}
 
 
+@pytest.mark.slow
 def test_a_trained_network_is_validated_without_ray(asked: Asked, validated: Aligned) -> None:
     assert (validated.images, validated.steps, validated.quarantined) == (4, 1, {})
     assert validated.measures["recall"]["n"] + validated.failures == 4
     assert alignment_measures(asked().out) == validated.measures
 
 
+@pytest.mark.slow
 def test_a_second_call_does_nothing_again(asked: Asked, validated: Aligned) -> None:
     before = units(asked())
     assert before
@@ -66,6 +68,7 @@ def test_a_second_call_does_nothing_again(asked: Asked, validated: Aligned) -> N
     assert units(asked()) == before
 
 
+@pytest.mark.slow
 def test_other_intervals_need_no_other_answers(asked: Asked, validated: Aligned) -> None:
     before = units(asked())
     again = run_alignment(asked(draws=40))
@@ -76,6 +79,7 @@ def test_other_intervals_need_no_other_answers(asked: Asked, validated: Aligned)
     assert len(units(asked())) == 2 * len(before)
 
 
+@pytest.mark.slow
 def test_a_second_driver_is_refused(asked: Asked, validated: Aligned) -> None:
     with drive_analysis(asked().out), pytest.raises(InputError, match="another driver is at work"):
         run_alignment(asked())

@@ -109,6 +109,7 @@ def committed_objects(out: Path) -> list[Entry]:
     return [*open_store(out).list("shards/"), *open_store(out).list("receipts/")]
 
 
+@pytest.mark.slow
 def test_a_worker_that_wakes_after_its_shard_was_redone(settings: CensusSettings, tmp_path: Path) -> None:
     out = tmp_path / "run"
     here = settings.model_copy(update={"out": str(out)})

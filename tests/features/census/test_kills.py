@@ -89,7 +89,7 @@ def test_random_kills_change_nothing(
 def test_a_kill_within_a_commit(
     kind: str, ray: Cluster, settings: dict[str, Any], undisturbed: Run, tmp_path: Path
 ) -> None:
-    killer = Killer(ray, settings | {"out": str(tmp_path / "run")}, kind=kind)
+    killer = Killer(ray, settings | {"out": str(tmp_path / "run"), "workers": "1"}, kind=kind)
     if kind == "sound":
         check_kills(killer, ["actors"], undisturbed, settings["data"], in_commit=True)
     else:

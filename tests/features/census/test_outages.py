@@ -75,6 +75,7 @@ def test_an_s3_that_answers_503_for_20_seconds(
     assert attempts == [f"attempts/{shard:06d}/1" for shard in range(4)]
 
 
+@pytest.mark.slow
 def test_an_outage_that_outlasts_patience_ends_the_run_and_blames_no_shard(
     settings: dict[str, Any], proxy: Proxy, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

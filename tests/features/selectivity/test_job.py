@@ -277,6 +277,7 @@ def test_bad_settings_are_one_line(settings: dict[str, Any], problem: str) -> No
         selectivity_settings({"run": "none", **settings})
 
 
+@pytest.mark.slow
 def test_text_without_images(tmp_path: Path) -> None:
     words = pq.read_table(DATA, columns=["caption", "language"]).slice(0, SCENES).rename_columns(["text", "language"])
     pq.write_table(words, tmp_path / "corpus.parquet")
