@@ -13,6 +13,11 @@ from typing import Any
 import hypothesis
 import pytest
 
+# Set before torch is imported, for this process and all that it starts, because several share the cores. Sums depend on
+# how many threads add them up: a census of this process is compared, to the last bit, with one of actors of one thread.
+# Where an actor has more, a waiting thread sleeps: spinning, which is the default, takes the core that others wait for.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
 # Examples are the same at every run, and a busy machine fails no test by its slowness.
 hypothesis.settings.register_profile("mmray", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("mmray")
@@ -50,17 +55,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Keep torch to one thread: several workers share the cores, and sums depend on how many threads add them up.
-
-    A census of this process is compared, to the last bit, with one of actors that have a core each.
-    """
-    import torch
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

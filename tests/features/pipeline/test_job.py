@@ -245,7 +245,8 @@ def test_the_command_in_this_process(
 
 
 @pytest.mark.slow
-def test_the_command_on_ray(mmray: Any, alone: None, settings: dict[str, Any], done: Pipeline, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("ray_here")
+def test_the_command_on_ray(mmray: Any, settings: dict[str, Any], done: Pipeline, tmp_path: Path) -> None:
     """A pipeline of its own, actors and all, gives what the one without Ray gave."""
     file = tmp_path / "pipeline.yaml"
     file.write_text(yaml.safe_dump(settings))
