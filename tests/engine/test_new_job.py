@@ -123,6 +123,7 @@ def test_help_of_its_command() -> None:
         assert option in own.stdout
 
 
+@pytest.mark.slow
 def test_command(letters: Letters) -> None:
     settings = letters().settings
     words = ("letters", settings.run, "--text", settings.text, "--local")

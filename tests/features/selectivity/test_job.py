@@ -172,7 +172,7 @@ def test_a_damaged_table_is_told_and_made_anew(run: Path, tmp_path: Path, caplog
 
 def test_measures_of_other_neurons_leave_the_tables(run: Path) -> None:
     settings: dict[str, Any] = {"method": "contribution", "rate": 0.02, "held_out": 0.4, "questions": 0}
-    analysed(run, **settings, interventions=True)
+    analysed(run, **settings, interventions=True, stages=True)  # as the next test has them: measured once
     measured = open_run(run).table("interventions").to_pylist()
     analysed(run, **settings, steer="en:es")  # the same neurons: both stay
     assert open_run(run).table("interventions").to_pylist() == measured
