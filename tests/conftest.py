@@ -16,7 +16,8 @@ import pytest
 # Set before torch is imported, for this process and all that it starts, because several share the cores. Sums depend on
 # how many threads add them up: a census of this process is compared, to the last bit, with one of actors of one thread.
 # Where an actor has more, a waiting thread sleeps: spinning, which is the default, takes the core that others wait for.
-os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+# Ray's workers are as important as what waits for them; by default they give way to everything else.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "RAY_worker_niceness": "0"}
 
 # Examples are the same at every run, and a busy machine fails no test by its slowness.
 hypothesis.settings.register_profile("mmray", deadline=None, derandomize=True, database=None)
