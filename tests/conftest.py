@@ -30,8 +30,8 @@ pytest_plugins = [f"tests.support.{name}" for name in ("command", "joint_models"
 BUCKET = "mmray-test"
 
 
-SLOW_FIXTURES = {"alone", "ray_here", "demo_census", "coco_run", "suite"}
-"""Ray sessions, and censuses of the demo: a test that needs one is slow."""
+SLOW_FIXTURES = {"alone", "ray_here", "demo_census", "coco_run", "suite", "before"}
+"""Ray sessions, censuses of the demo, and its replies: a test that needs one is slow."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
