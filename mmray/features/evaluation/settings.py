@@ -28,8 +28,8 @@ class MeasureSettings(BaseModel):
     text_count: int = Field(200, ge=0)
     """Questions without an image to draw from those about objects."""
     prompt_count: int = Field(40, ge=0)
-    """General text-only prompts to draw from the 40 that mmray ships; 0: none. Next to its passages of plain text, which
-    0 leaves out as well."""
+    """General text-only prompts to draw from the 40 that mmray ships. 0: neither these nor its passages of plain
+    text."""
     longest: int = Field(LONGEST, ge=1)
     """Most tokens in a caption or an answer. Longer ones are cut off. CHAIR is usually reported at 64 or 512."""
     ground_truth: GroundTruth | None = None
