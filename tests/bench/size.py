@@ -168,6 +168,8 @@ class Bench:
         self.samples = [replace(row, domain=None) for row in islice(english, arguments.samples)]
         self.folder = RunFolder.at(out)
         self.numbers = count()
+        # Other processes disturb CPU time less than wall time.
+        self.clock = time.perf_counter if self.model.device.type == "cuda" else time.process_time
 
     def analysis(self, number: int = 0) -> ShardAnalysis:
         """Return the analysis of the shard."""
@@ -177,23 +179,23 @@ class Bench:
     def census(self) -> tuple[float, dict[str, float], dict[str, int]]:
         """Return the seconds of a census from encoded images to committed files, those per phase, and bytes by part."""
         number = next(self.numbers)
-        began = time.perf_counter()
+        began = self.clock()
         with timed_phases() as phases:
             tables = self.analysis(number).run(self.samples)
         receipt = self.folder.commit_shard(number, tables, len(self.samples), 0.0, phases=phases)
-        seconds = time.perf_counter() - began
+        seconds = self.clock() - began
         sizes = {entry.key: entry.size for entry in self.folder.store.list("shards/")}
         return seconds, receipt.phases, {name: sizes[key] for name, key in (receipt.parts or {}).items()}
 
     def plain(self, prepared: list[Any]) -> float:
         """Return the seconds of a plain forward of prepared batches."""
-        began = time.perf_counter()
+        began = self.clock()
         with torch.inference_mode():
             for batch in prepared:
                 self.model.network(**batch.to(self.model.device, self.model.network.dtype))
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return self.clock() - began
 
 
 def main() -> None:
@@ -233,14 +235,20 @@ def run(arguments: argparse.Namespace, out: str) -> str:
         forwards.append(bench.plain(prepared))
     plain, samples, parts = statistics.median(forwards), len(bench.samples), Counter(censuses[0][2])
     rows = [("plain forward of prepared batches", f"{plain:.2f} s", "1")]
-    for name in PHASES:
-        seconds = statistics.median(phases.get(name, 0.0) for _, phases, _ in censuses)
-        rows.append((f"census: {name}", f"{seconds:.2f} s", f"{seconds / plain:.3f}"))
     seconds = statistics.median(seconds for seconds, _, _ in censuses)
     rows.append(("census, from encoded images to committed files", f"{seconds:.2f} s", f"{seconds / plain:.3f}"))
+    wall = Counter[str]()
+    for _, phases, _ in censuses:
+        wall.update(phases)
+    rows += [
+        (f"`{name}`, as a fraction of the census", f"{100 * wall[name] / wall.total():.1f} %", "") for name in PHASES
+    ]
     rows.append((f"memory above the model's, of the {'GPU' if cuda else 'process'}", f"{above / 1e9:.2f} GB", ""))
     rows += [(f"bytes of `{name}` per sample", f"{size / samples / 1e3:.1f} kB", "") for name, size in parts.items()]
     rows.append(("bytes per sample", f"{parts.total() / samples / 1e3:.1f} kB", ""))
+    reduced, encoded, size = end_of_shard(bench.model.widths, arguments.end, bench.model.device)
+    rows.append((f"shard of {arguments.end} concepts: reduce them to candidates", f"{reduced:.2f} s", ""))
+    rows.append((f"shard of {arguments.end} concepts: encode {size / 1e6:.1f} MB", f"{encoded:.2f} s", ""))
     return markdown(
         [f"{arguments.shape}, {samples} samples, {arguments.concepts or 'own'} concepts", "", "of plain"], rows
     )

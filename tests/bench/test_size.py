@@ -32,7 +32,11 @@ def test_every_row_of_the_table_is_measured(
     )
     size.main()
     said = capsys.readouterr().out
-    rows = dict(re.findall(r"^\| (.+?) \| ([\d.]+) (?:s|GB|kB) \|", said, re.MULTILINE))
-    assert {f"census: {phase}" for phase in PHASES} < rows.keys()
-    assert {"plain forward of prepared batches", "bytes per sample", "bytes of `concepts` per sample"} < rows.keys()
+    rows = dict(re.findall(r"^\| (.+?) \| ([\d.]+) (?:s|GB|kB|%) \|", said, re.MULTILINE))
+    assert {f"`{phase}`, as a fraction of the census" for phase in PHASES} < rows.keys()
+    assert {
+        "plain forward of prepared batches",
+        "shard of 9 concepts: reduce them to candidates",
+        "bytes of `concepts` per sample",
+    } < rows.keys()
     assert "wide, 8 samples, 5 concepts" in said

@@ -34,10 +34,10 @@ SUMS: dict[str, type[np.float64 | np.float32]] = {
 }
 """Columns of sums over a concept's occurrences, in order of accumulation, with their type in a committed part."""
 
-SUMS_MEMORY = 768 << 20
+SUMS_MEMORY = 384 << 20
 """Bytes of sums held at once. Constant, because what a shard commits must not depend on the machine's memory."""
-REDUCED = 32
-"""Concepts reduced at a time; each takes a few megabytes."""
+REDUCED = 8
+"""Concepts reduced at a time; each takes about 16 bytes per neuron."""
 
 
 def candidates_kept(candidates: int | None, neurons: int) -> int:
