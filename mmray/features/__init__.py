@@ -45,8 +45,17 @@ FEATURES: dict[str, Feature] = {
             "census",
             (f"{ROOM}.census.job:CensusJob",),
             "mmray census --model MODEL --data DATA --out RUN",
-            ("captions", "occurrences", "rankings", "neurons", "activity", "examples", "errors")
-            + ("concepts", "neuron_concepts"),
+            (
+                "captions",
+                "occurrences",
+                "rankings",
+                "neurons",
+                "activity",
+                "examples",
+                "errors",
+                "concepts",
+                "neuron_concepts",
+            ),
             schemas=f"{ROOM}.census.tables",
         ),
         Feature(
