@@ -68,7 +68,8 @@ OCCURRENCES = 32
 """Occurrences added at a time."""
 NAMES = 2
 """New names of each noun: with them, the demo's captions have as many nouns as those of COCO."""
-PHASES = ("read", "decode", "forward", "score", "reduce", "candidates", "commit")
+PHASES = ("read", "decode", "score", "reduce", "candidates", "commit")
+"""`score` includes the forward."""
 
 
 def built(shape: Shape, device: str) -> LoadedModel:

@@ -31,8 +31,8 @@ class CensusSettings(JobSettings):
     limit: int | None = Field(None, ge=1)
     """Use only the first N samples; default: all."""
     shard_size: int | None = Field(None, ge=1)
-    """Samples per shard, which is the unit of work and what a crash costs. Default: 500 for models of up to 32,000
-    neurons; more for larger ones, at most 4,000."""
+    """Samples per shard; default: 500, or more for a large model. A shard is the unit of work, and what a crash costs.
+    Models of more than 32,000 neurons have one sample per 64 neurons, at most 4,000."""
     batch_size: int = execution(32, ge=1)
     """Samples per forward pass. Halved automatically when memory runs out."""
     captions: Captions = "dataset"
