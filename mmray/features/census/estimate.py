@@ -65,9 +65,9 @@ def estimate(
     memory = WorkerMemory(
         weights=parameters * number_bytes,
         # A layer's gate, its other half and their product; per noun the scores and activations of all neurons, and a
-        # copy of both.
+        # copy of the scores.
         batch=int(
-            settings.batch_size * (3 * positions * max(widths) * number_bytes + 16 * occurrences * neurons) + 4 * COPIED
+            settings.batch_size * (3 * positions * max(widths) * number_bytes + 12 * occurrences * neurons) + 4 * COPIED
         ),
         sums=int(min(SUMS_MEMORY, concepts * neurons * 24) + neurons * (labels * 24 + 2 * EXAMPLES * 12)),
     )

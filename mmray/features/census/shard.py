@@ -378,18 +378,22 @@ def _occurrence_table(model: LoadedModel, positions: Sequence[TokenPosition], sc
     """Return one row per scored position: its token, log-probability and `top_k` highest neurons, highest first."""
     device = scored.scores[0].device  # the layers of a model over several GPUs lie on different ones
     scores = torch.cat([part.to(device) for part in scored.scores], dim=1)
-    activation = torch.cat([part.to(device) for part in scored.activation], dim=1)
     highest = scores.topk(min(top_k, scores.shape[1]), dim=1)
     index = highest.indices.cpu()
     starts = torch.tensor([0, *model.widths]).cumsum(0)
     layer = torch.searchsorted(starts, index, right=True) - 1
+    unit, activation = index - starts[layer], torch.zeros(index.shape)
+    # Layer by layer: with a copy of all activations, a batch would take the most memory here.
+    for number, part in enumerate(scored.activation):
+        at = layer == number
+        activation[at] = part[at.nonzero()[:, 0].to(part.device), unit[at].to(part.device)].cpu()
     # Built from flat arrays, without a Python object per neuron.
     entries = pa.StructArray.from_arrays(
         [
             pa.array(layer.flatten().numpy()).cast(pa.int16()),
-            pa.array((index - starts[layer]).flatten().numpy()).cast(pa.int32()),
+            pa.array(unit.flatten().numpy()).cast(pa.int32()),
             pa.array(highest.values.cpu().flatten().numpy()),
-            pa.array(activation.gather(1, highest.indices).cpu().flatten().numpy()),
+            pa.array(activation.flatten().numpy()),
         ],
         fields=list(NEURON_ENTRY),
     )
