@@ -30,8 +30,9 @@ import mmray.demo
 from mmray.data.samples import Sample
 from mmray.data.shards import cut, read_shard
 from mmray.features.census.inputs import open_data
+from mmray.features.census.concept_merge import ConceptMerge
 from mmray.features.census.ranking import locate_index, selective_scores, specific_scores
-from mmray.features.census.reduction import ConceptMerge, ConceptSums
+from mmray.features.census.reduction import ConceptSums
 from mmray.features.census.settings import CensusSettings, census_settings
 from mmray.features.census.shard import ShardAnalysis
 from mmray.features.select.effects import CandidateEffects
@@ -136,6 +137,9 @@ class Located:
         self.merged = {key: ConceptMerge(sum(model.widths)) for key in wanted}
         for key, collected in sums.items():
             self.merged[key].add(*collected.tables())
+        self.scores = {
+            key: dict(pair for concepts in merge.ranges() for pair in concepts) for key, merge in self.merged.items()
+        }
 
     def highest(self, method: Method, concept: str, sizes: Sequence[int]) -> dict[int, ndarray]:
         """Return the concept's first neurons, numbered over all layers, by how many."""
@@ -149,7 +153,7 @@ class Located:
 
     def _order(self, score: str, folded: bool, by: str, concept: str) -> ndarray:
         merge = self.merged[score, folded]
-        scores = merge.sums(concept)
+        scores = self.scores[score, folded][concept]
         values = {
             "score": lambda: scores.score,
             "specific": lambda: specific_scores(scores, merge.total, merge.n),

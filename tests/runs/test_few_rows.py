@@ -123,5 +123,5 @@ def test_a_damaged_large_table_is_named_with_what_makes_it_again(run: Run, monke
         raise FileNotFoundError("rankings/00000.parquet")
 
     monkeypatch.setattr(Snapshot, "dataset", gone)
-    with pytest.raises(InputError, match=r"table rankings: rankings/00000.parquet; run mmray census .* again"):
+    with pytest.raises(InputError, match=r"table rankings: rankings/00000\.parquet; run mmray census .* again"):
         opened.rank("dog")
