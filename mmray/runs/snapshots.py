@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 KEPT = 3
 """Snapshots of a job that are kept: the newest, one that readers may still use, and one to compare with."""
-FILE_BYTES = 64 << 20
+FILE_BYTES = 32 << 20
 """Bytes in memory at which a table starts a further file; bounds what a writer holds."""
 SMALL_PARTS = 64
 """Parts that are buffered before they are joined: in small parts, the schema takes more memory than the rows."""

@@ -14,7 +14,7 @@ from types import MappingProxyType
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Shaped, UInt64
+from jaxtyping import Int64, Shaped, UInt64
 from numpy import ndarray
 
 from mmray.engine import Parts
@@ -53,6 +53,8 @@ INDEX = pa.field("index", pa.int64())
 
 RANGE = 64 << 20
 """Bytes of committed sums that a range of concepts has; bounds the memory of a merge."""
+BLOCK = 1 << 15
+"""Neurons whose examples are sorted at a time."""
 TOGETHER = 16
 """Concepts whose rankings become a table at a time."""
 SAMPLED = 32
@@ -283,12 +285,17 @@ class Examples:
         """
         # Late in a long run, few neurons have a new extreme in a shard.
         changed = np.flatnonzero(self.sign * activation[0] > self.sign * self.activation[-1])
-        if not len(changed):
-            return
-        new, index, places = (np.stack([values[changed] for values in rows]) for rows in (activation, sample, position))
-        added: tuple[ndarray, ...] = (new, places, of.image[index], of.sample_id[index], of.shard_id[index])
-        held: tuple[ndarray, ...] = (self.activation, self.position, self.image, self.sample_id, self.shard_id)
-        grown = [np.vstack([old[:, changed], values]) for old, values in zip(held, added, strict=True)]
+        for first in range(0, len(changed), BLOCK):
+            part = changed[first : first + BLOCK]
+            new, index, places = (
+                np.stack([values[part] for values in rows]) for rows in (activation, sample, position)
+            )
+            self._add(part, (new, places, of.image[index], of.sample_id[index], of.shard_id[index]))
+
+    def _add(self, neurons: Int64[ndarray, " neuron"], added: tuple[ndarray, ...]) -> None:
+        """Add samples to some neurons: activation, position, image, sample id and shard, each [rank, neuron]."""
+        held = (self.activation, self.position, self.image, self.sample_id, self.shard_id)
+        grown = [np.vstack([old[:, neurons], values]) for old, values in zip(held, added, strict=True)]
         order = np.argsort(-self.sign * grown[0], axis=0, kind="stable")
         ranked, image = (np.take_along_axis(values, order, 0) for values in (grown[0], grown[2]))
         # Of several samples of one image only the highest stays; the others sink below every finite activation.
@@ -297,8 +304,8 @@ class Examples:
         again = np.argsort(-self.sign * ranked, axis=0, kind="stable")[:EXAMPLES]
         order = np.take_along_axis(order, again, 0)
         for old, values in zip(held, grown, strict=True):
-            old[:, changed] = np.take_along_axis(values, order, 0)
-        self.activation[:, changed] = np.take_along_axis(ranked, again, 0)
+            old[:, neurons] = np.take_along_axis(values, order, 0)
+        self.activation[:, neurons] = np.take_along_axis(ranked, again, 0)
 
     def extreme(self) -> ndarray:
         """Return each neuron's highest (lowest) activation, 0 if it has none."""

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-SPILLED = 64 << 20
+SPILLED = 32 << 20
 """Bytes collected in memory before they are written; large, so that a range is read in few pieces."""
 
 
