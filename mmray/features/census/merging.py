@@ -294,7 +294,7 @@ class Examples:
 
     def _add(self, neurons: Int64[ndarray, " neuron"], added: tuple[ndarray, ...]) -> None:
         """Add samples to some neurons: activation, position, image, sample id and shard, each [rank, neuron]."""
-        held = (self.activation, self.position, self.image, self.sample_id, self.shard_id)
+        held: tuple[ndarray, ...] = (self.activation, self.position, self.image, self.sample_id, self.shard_id)
         grown = [np.vstack([old[:, neurons], values]) for old, values in zip(held, added, strict=True)]
         order = np.argsort(-self.sign * grown[0], axis=0, kind="stable")
         ranked, image = (np.take_along_axis(values, order, 0) for values in (grown[0], grown[2]))
