@@ -105,6 +105,13 @@ def test_a_large_run_answers_like_a_small_one(run: Run, monkeypatch: pytest.Monk
     assert not large._tables.keys() - {"concepts"}
 
 
+def test_a_run_of_an_earlier_version_answers_from_its_rankings(run: Run) -> None:
+    earlier = open_run(run.uri)
+    for name in ("concepts", "neuron_concepts"):
+        del earlier._snapshots[name]
+    assert answers(earlier) == answers(open_run(run.uri))
+
+
 def test_a_neuron_has_the_concepts_of_the_rankings(run: Run) -> None:
     columns = run.table("neuron_concepts").column_names
     keys = [(name, "ascending") for name in ("layer", "unit", "rank", "concept")]

@@ -13,6 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mmray.errors import InputError
+from mmray.storage import is_full
+
 SPILLED = 32 << 20
 """Bytes collected in memory before they are written; large, so that a range is read in few pieces."""
 
@@ -42,7 +45,13 @@ class Spill:
         self._pending.append((rows, [0, *edges, len(rows)]))
         self._bytes += rows.nbytes
         if self._bytes >= SPILLED and self.cuts:
-            self._flush()
+            try:
+                self._flush()
+            except OSError as error:
+                if not is_full(error):
+                    raise
+                folder = tempfile.gettempdir()
+                raise InputError(f"{folder}: no room for a merge's sums; set TMPDIR to a folder with more") from error
 
     def ranges(self) -> Iterator[pa.Table]:
         """Yield the rows of each range, once; ranges in order of their keys."""

@@ -1,5 +1,7 @@
 """Rows come back by ranges of their key, in the order in which they were added, whether or not they were written."""
 
+import errno
+import io
 from itertools import pairwise
 from unittest.mock import patch
 
@@ -8,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmray.errors import InputError
 from mmray.features.census import spill
 from mmray.features.census.spill import Spill, cuts_of
 
@@ -37,6 +40,21 @@ def test_little_data_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     collected = Spill(SCHEMA, ["c"])
     collected.add(pa.table({"key": ["d", "a"], "values": [[1], None]}, schema=SCHEMA), "key")
     assert [part["key"].to_pylist() for part in collected.ranges()] == [["a"], ["d"]]
+
+
+class Full(io.BytesIO):
+    """A file on a full disk."""
+
+    def write(self, data: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.TemporaryFile", Full)
+    monkeypatch.setattr(spill, "SPILLED", 1)
+    collected = Spill(SCHEMA, ["c"])
+    with pytest.raises(InputError, match="no room for a merge's sums; set TMPDIR"):
+        collected.add(pa.table({"key": ["d", "a"], "values": [[1], None]}, schema=SCHEMA), "key")
 
 
 @given(st.lists(st.sampled_from("abcdefgh")), st.integers(0, 12))
