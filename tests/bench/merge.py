@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into README.md")
     arguments = parser.parse_args()
     rows = []
-    with tempfile.TemporaryDirectory(dir=".") as out:
+    with tempfile.TemporaryDirectory() as out:
         draw(Path(out))
         for count in arguments.shards:
             # Each in a process of its own, whose memory is its own.
