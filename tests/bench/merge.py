@@ -92,8 +92,8 @@ def merge(out: Path, count: int) -> None:
     found = {
         "shards": f"{count:,}",
         "CPU s": f"{cpu:.0f}",
-        "per shard, to read and add it": f"{(parts.ended[0] - used) / count:.3f}",
-        "per concept, to rank and write it": f"{(cpu + used - parts.ended[0]) / headline['concepts']:.4f}",
+        "CPU s to read and add a shard": f"{(parts.ended[0] - used) / count:.3f}",
+        "CPU s to rank and write a concept": f"{(cpu + used - parts.ended[0]) / headline['concepts']:.4f}",
         "concepts": f"{headline['concepts']:,}",
         "wall s": f"{wall:.0f}",
         "memory, MB": f"{peak():.0f} + {base_memory():.0f}",
