@@ -240,7 +240,7 @@ def edit(place: Place, **more: Any) -> AnyJob:
 
 def evaluation(place: Place, **more: Any) -> AnyJob:
     known = {"run": place.run, "edit": place.edit, "data": place.data, "local": True}
-    sizes = {"limit": 4, "shard_size": 2, "text_count": 0, "prompt_count": 0, "bleu": False, "draws": 10}
+    sizes = {"limit": 4, "shard_size": 2, "text_count": 0, "bleu": False, "draws": 10}
     return EvaluationJob(evaluation_settings({**known, **sizes, **more}), open_edit)
 
 

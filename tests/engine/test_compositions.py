@@ -36,7 +36,7 @@ def edit(place: Place) -> Any:
 
 def pipeline(place: Place) -> Any:
     census = {"model": "demo", "data": place.data, "out": str(place.root / "piped"), "shard_size": SHARD}
-    asked = {"data": place.data, "limit": 4, "text_count": 0, "prompt_count": 0, "bleu": False, "draws": 10}
+    asked = {"data": place.data, "limit": 4, "text_count": 0, "bleu": False, "draws": 10}
     settings = {"census": census, "edits": {"no-broccoli": WISH}, "evaluation": asked, "local": True}
     return run_pipeline(pipeline_settings(settings))
 

@@ -198,7 +198,6 @@ def evaluated(run: Run, edit: Path, data: Path) -> tuple[dict[str, dict[str, Any
         "edit": str(edit),
         "data": str(data),
         "text_count": 2,
-        "prompt_count": 0,
         "draws": 50,
         "bleu": False,
     }

@@ -88,7 +88,7 @@ def test_an_evaluation_decodes_its_samples_in_parts(
     held: Held,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = measure_settings(text_count=0, prompt_count=0, draws=5, bleu=False)
+    settings = measure_settings(text_count=0, draws=5, bleu=False)
     edit = swap(next(iter(large[0].objects or ())), "owl")
     before.clear()
     parted = evaluate(demo, edit, large, settings, baseline=before, statistics=facts)

@@ -60,7 +60,7 @@ def evaluate(
     statistics = statistics or _statistics(annotated, settings, readable)
     evaluator = EditEvaluator(baseline, edit, statistics, settings)
     texts = text_questions_of(settings, statistics, evaluator.requests.words)
-    held_out = held_out_texts(settings.prompt_count, settings.seed)
+    held_out = held_out_texts(settings.text_count, settings.seed)
     parts = [evaluator.samples(samples), evaluator.texts(texts), evaluator.held_out(held_out)]
     if own:
         # An own image that is among the samples counts there, and not twice.

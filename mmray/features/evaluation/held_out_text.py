@@ -39,9 +39,7 @@ class HeldOutText:
 
 
 def held_out_texts(count: int, seed: int) -> list[HeldOutText]:
-    """Return `count` of the shipped prompts, drawn at random, and all passages; of a count of 0, nothing."""
-    if not count:
-        return []
+    """Return `count` of the shipped prompts and of the passages, drawn at random, or all."""
     content: dict[str, Any] = json.loads(TEXTS.read_text(encoding="utf-8"))
     prompts = [
         HeldOutText(f"prompt {number}", language, text)
@@ -51,7 +49,8 @@ def held_out_texts(count: int, seed: int) -> list[HeldOutText]:
         HeldOutText(f"passage {number}", language, first, rest)
         for number, (language, first, rest) in enumerate(content["passages"])
     ]
-    return random.Random(seed).sample(prompts, min(count, len(prompts))) + passages
+    draw = random.Random(seed)
+    return [text for some in (prompts, passages) for text in draw.sample(some, min(count, len(some)))]
 
 
 def measure_held_out(

@@ -99,7 +99,7 @@ def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engin
     own_manifest, own_units = _own(run, purposes, manifest)
     words = requests_of(purposes, ObjectLexicon(statistics.vocabulary, statistics.translations)).words
     texts = text_questions_of(settings, statistics, words)
-    held_out = held_out_texts(settings.prompt_count, settings.seed)
+    held_out = held_out_texts(settings.text_count, settings.seed)
     records = read_records(settings.mmedit, settings.mmedit_images) if settings.mmedit else None
     units = [EvaluationUnit("data", shard.shard_id, shard.samples) for shard in manifest.shards]
     # The edit's own images lie in the run's data; without them there is no reliability.

@@ -26,10 +26,8 @@ class MeasureSettings(BaseModel):
     """File of questions without an image; default: about the data's objects. One per line, with a tab and the expected
     answer after it."""
     text_count: int = Field(200, ge=0)
-    """Questions without an image to draw from those about objects."""
-    prompt_count: int = Field(40, ge=0)
-    """General text-only prompts to draw from the 40 that mmray ships. 0: neither these nor its passages of plain
-    text."""
+    """Questions without an image to draw from those about objects. Of the general prompts and plain texts that mmray
+    ships, at most as many each."""
     longest: int = Field(LONGEST, ge=1)
     """Most tokens in a caption or an answer. Longer ones are cut off. CHAIR is usually reported at 64 or 512."""
     ground_truth: GroundTruth | None = None

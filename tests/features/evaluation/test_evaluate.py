@@ -22,7 +22,7 @@ from mmray.models.prompting import encode
 from mmray.objects.statistics import ObjectStatistics
 from tests.support.standin import Purpose, StandIn, neuron_edit, swap
 
-SETTINGS = measure_settings(text_count=20, prompt_count=0, draws=100, bleu=True)
+SETTINGS = measure_settings(text_count=8, draws=100, bleu=True)
 CAT = "cat"
 
 
@@ -64,7 +64,7 @@ def test_without_an_edit_nothing_differs(before: BaselineReplies, some: list[Sam
         Purpose("suppress", CAT),
         Purpose("noise"),
     ):
-        found = measured(before, StandIn((purpose,)), some, facts, prompt_count=asked.get(purpose, 0))
+        found = measured(before, StandIn((purpose,)), some, facts, text_count=asked.get(purpose, 8))
         for name, row in found.measures.items():
             assert row["before"] == pytest.approx(row["after"], abs=1e-9), name
             if "locality" in name and not name.endswith("_kl"):

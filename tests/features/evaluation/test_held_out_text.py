@@ -39,6 +39,10 @@ def never(text: str, language: str) -> bool:
     return False
 
 
+def passages(count: int) -> list[HeldOutText]:
+    return held_out_texts(count, 0)[count:]
+
+
 def strings(content: Any) -> Iterator[str]:
     """Yield every text in JSON."""
     if isinstance(content, str):
@@ -54,12 +58,12 @@ def plain(text: str) -> str:
 
 def test_the_shipped_texts_are_many_different_and_in_several_languages() -> None:
     texts = held_out_texts(1000, 0)
-    prompts, passages = (
+    prompts, plain_texts = (
         [text for text in texts if (text.continuation is None) == is_prompt] for is_prompt in (True, False)
     )
-    assert len(prompts) == measure_settings().prompt_count == 40
-    assert len(passages) == 20
-    for some in (prompts, passages):
+    assert len(prompts) == 40 < measure_settings().text_count
+    assert len(plain_texts) == 20
+    for some in (prompts, plain_texts):
         assert len({plain(text.prompt) for text in some}) == len({text.name for text in some}) == len(some)
         languages = Counter(text.language for text in some)
         assert len(languages) >= 6
@@ -80,7 +84,7 @@ def test_no_text_is_one_that_editing_keeps() -> None:
 
 @torch.no_grad()
 def test_log_likelihoods_against_plain_forwards(demo: Any, before: BaselineReplies) -> None:
-    texts = held_out_texts(1, 0)[1:4]
+    texts = passages(3)
     queries = [Query(text.name, text.prompt, None) for text in texts]
     replies = before.forced(queries, [text.continuation or "" for text in texts])
     found = log_likelihoods(before.text_verifier, HALVED, queries, replies)
@@ -105,7 +109,7 @@ def test_log_likelihoods_against_plain_forwards(demo: Any, before: BaselineRepli
 def test_an_edit_of_the_last_layer_has_the_perplexity_of_a_forward(
     demo: Any, before: BaselineReplies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = held_out_texts(1, 0)[1:5]
+    texts = passages(4)
     edit = neuron_edit(demo, [7])
     found = summed(measure_held_out(before, edit, texts, never))
     monkeypatch.setattr(LastLayer, "of", classmethod(lambda *_: None))
@@ -116,7 +120,7 @@ def test_an_edit_of_the_last_layer_has_the_perplexity_of_a_forward(
 
 
 def test_perplexity_and_its_ratio(before: BaselineReplies) -> None:
-    texts = held_out_texts(1, 0)[1:7]
+    texts = passages(6)
     found = summed(measure_held_out(before, HALVED, texts, never))
     perplexity, ratio = found["perplexity"], found["perplexity_ratio"]
     assert perplexity["n"] == ratio["n"] == 6
@@ -201,7 +205,7 @@ def test_the_unedited_model_is_asked_once(demo: Any, monkeypatch: pytest.MonkeyP
         "states_along",
         lambda self, some, tokens: (asked.append(len(some)), along(self, some, tokens))[1],
     )
-    texts = held_out_texts(4, 0)[:6]
+    texts = [*held_out_texts(4, 0)[:4], *passages(2)]
     first = summed(measure_held_out(baseline, HALVED, texts, never))
     once = sum(asked)
     asked.clear()

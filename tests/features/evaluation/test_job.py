@@ -37,7 +37,7 @@ from tests.support.samples import samples_of
 from tests.support.standin import StandIn, open_edit, swap
 
 SOURCE = "watermelon"
-ASKED = {"text_count": 6, "prompt_count": 0, "pope_objects": 1, "draws": 50, "bleu": False}
+ASKED = {"text_count": 6, "pope_objects": 1, "draws": 50, "bleu": False}
 SETTINGS = {"data": str(EVALUATION), "limit": 16, "shard_size": 8, "local": True} | ASKED
 
 
@@ -304,7 +304,6 @@ def arguments(run: Path, folder: Path) -> list[str]:
         "--data": EVALUATION,
         "--limit": 4,
         "--text-count": 2,
-        "--prompt-count": 3,
         "--draws": 10,
     }
     return ["evaluate", str(run), *(str(part) for pair in options.items() for part in pair), "--no-bleu", "--local"]
@@ -319,7 +318,7 @@ def test_the_command(command: Callable[..., Answer], run: Path, edit: StandIn, t
     shown = json.loads(command(*arguments(run, folder), "--json").out)
     written = json.loads((folder / "evaluation.json").read_text())
     assert shown["measures"] == written["measures"]
-    assert shown["measures"]["text_only_64"]["n"] + shown["measures"]["perplexity"]["n"] > 3
+    assert shown["measures"]["text_only_64"]["n"] == shown["measures"]["perplexity"]["n"] == 2
     assert shown["verdict"] == written["verdict"] == verdict_of(written["measures"])
     assert f"verdict: {written['verdict']['words']}" in " ".join(answer.out.split())
     assert "image_locality_span" not in answer.out
@@ -386,8 +385,8 @@ def test_what_fails_is_status_4(command: Callable[..., Answer], run: Path, edit:
 def test_units_that_never_succeed_are_quarantined(run: Path, edit: StandIn, tmp_path: Path) -> None:
     wrong = replace(edit, scale=(99, 1.0), exchange=None)
     outcome = evaluated_here(run, wrong.save(tmp_path / "edit"), limit=4, text_count=1)
-    # A shard of the data, one of the run's, and two of questions: one drawn, eight about the words.
-    assert len(outcome.quarantined) == 4
+    # A shard of the data, one of the run's, two of questions (one drawn, eight about the words), one of general text.
+    assert len(outcome.quarantined) == 5
     assert "IndexError" in outcome.quarantined[0]
     assert not outcome.complete
     assert measures(outcome)["image_locality"] == {

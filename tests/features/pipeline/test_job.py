@@ -45,7 +45,6 @@ def settings(concepts: tuple[Path, list[str]]) -> dict[str, Any]:
             "data": str(EVALUATION),
             "limit": 6,
             "text_count": 3,
-            "prompt_count": 0,
             "pope_objects": 0,
             "draws": 20,
             "bleu": False,
