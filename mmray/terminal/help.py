@@ -51,7 +51,7 @@ class Command(TyperCommand):
                     formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
 
-class Group(TyperGroup):
+class CommandGroup(TyperGroup):
     """The list of commands, under their headings."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 from mmray.engine.settings import JobSettings
-from mmray.terminal.help import COLUMNS, EXECUTION, OPTIONS, WIDTH, App, Group, first_sentence
+from mmray.terminal.help import COLUMNS, EXECUTION, OPTIONS, WIDTH, App, CommandGroup, first_sentence
 from mmray.version import VERSION
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ INCOMPLETE = 4
 """Exit status of a run that finished with failed samples or quarantined units."""
 
 app = App(
-    cls=Group,
+    cls=CommandGroup,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
     rich_markup_mode=None,

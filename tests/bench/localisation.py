@@ -29,8 +29,8 @@ from numpy import ndarray
 import mmray.demo
 from mmray.data.samples import Sample
 from mmray.data.shards import cut, read_shard
-from mmray.features.census.inputs import open_data
 from mmray.features.census.concept_merge import ConceptMerge
+from mmray.features.census.inputs import open_data
 from mmray.features.census.ranking import locate_index, selective_scores, specific_scores
 from mmray.features.census.reduction import ConceptSums
 from mmray.features.census.settings import CensusSettings, census_settings
