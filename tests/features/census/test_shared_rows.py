@@ -14,7 +14,7 @@ from mmray.features.census.reduction import SUMS
 from mmray.neurons import row_sharing, scoring
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.row_sharing import RowSharing
-from mmray.runs.tables import vectors
+from mmray.runs.tables import list_values
 from tests.support.refusals import MEMORY, Refusing, stages
 from tests.support.samples import CAPTIONS, LEXICON, NOUNS, analyse, merged, sample, samples, settings
 
@@ -94,8 +94,8 @@ def ranked(model, tables):
 
 
 def values_of(table, column):
-    kind = table.schema.field(column).type
-    return vectors(table[column], SUMS[column]) if pa.types.is_large_binary(kind) else table[column].to_pylist()
+    lists = pa.types.is_list(table.schema.field(column).type)
+    return list_values(table[column]) if lists else table[column].to_pylist()
 
 
 @pytest.fixture
