@@ -66,7 +66,9 @@ def test_without_an_edit_nothing_differs(before: BaselineReplies, some: list[Sam
     ):
         found = measured(before, StandIn((purpose,)), some, facts, text_count=asked.get(purpose, 8))
         for name, row in found.measures.items():
-            assert row["before"] == pytest.approx(row["after"], abs=1e-9), name
+            # A perplexity of millions has only its relative rounding.
+            rel = 1e-8 if name.startswith("perplexity") else 0
+            assert row["before"] == pytest.approx(row["after"], rel=rel, abs=1e-9), name
             if "locality" in name and not name.endswith("_kl"):
                 assert row["after"] in (1.0, None), name
         assert not any(found.captions["changed"].to_pylist())
