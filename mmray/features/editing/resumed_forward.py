@@ -10,43 +10,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformers import Cache
+from torch import Tensor
 
 from mmray.features.editing.dataset import Example, batches
 from mmray.features.editing.deltas import Deltas
 from mmray.features.editing.generation_cache import GenerationCache
-from mmray.models.blocks import block_of, block_output
+from mmray.models.blocks import BlockCall, BlockRecorder, difference
 from mmray.models.capture import capture_activations, capture_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import Batch
 from mmray.neurons.activation_cache import forward
-
-
-@dataclass(frozen=True)
-class _LaterBlock:
-    """A block after the first edited one: its inputs other than hidden states, and what is added before it."""
-
-    block: nn.Module
-    arguments: tuple[Any, ...]
-    named: dict[str, Any]
-    hidden_named: bool
-    added_before: Tensor | None
-
-    def run(self, hidden: Tensor) -> Tensor:
-        """Return the block's output for these hidden states."""
-        if self.added_before is not None:
-            hidden = hidden + self.added_before
-        if self.hidden_named:
-            return block_output(self.block(*self.arguments, hidden_states=hidden, **self.named))
-        return block_output(self.block(hidden, *self.arguments, **self.named))
 
 
 @dataclass(frozen=True)
@@ -68,7 +47,7 @@ class ResumedForward:
     """Of its edited neurons."""
     mlp_out: Float[Tensor, "*rows hidden"] | None
     """Output of its MLP, if a norm follows it."""
-    later_blocks: tuple[_LaterBlock, ...]
+    later_blocks: tuple[BlockCall, ...]
     added_after: Tensor | None
     """What is added between the last block and the final norm."""
 
@@ -201,49 +180,30 @@ def batched(model: LoadedModel, examples: Sequence[Example]) -> list[tuple[Batch
 @torch.no_grad()
 def resume(model: LoadedModel, batch: Batch, deltas: Deltas) -> ResumedForward:
     """Forward the batch once, and keep what is needed to resume it from the first edited layer."""
-    first = deltas.first
-    projections = model.projections[first:]
-    blocks = [block_of(model, layer) for layer in range(first, len(model.projections))]
-    inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    outputs: dict[int, Tensor] = {}
-    final: list[Tensor] = []
+    first, projection = deltas.first, model.projections[deltas.first]
+    recorder = BlockRecorder(model, first)
     activations: list[Tensor] = []
     mlp_outs: list[Tensor] = []
-
-    def before(number: int, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        inputs[number] = (arguments, named)
-
-    def after(number: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        outputs[number] = block_output(output)
 
     def receive(_: int, activation: Tensor, __: Tensor) -> None:
         # Indexing copies, so the activations of all other neurons can be freed.
         activations.append(activation[:, deltas.units[first]].float())
 
     with ExitStack() as stack:
-        for number, block in enumerate(blocks):
-            stack.callback(block.register_forward_pre_hook(partial(before, number), with_kwargs=True).remove)
-            stack.callback(block.register_forward_hook(partial(after, number)).remove)
-        stack.enter_context(capture_activations(model.network, projections[:1], receive))
-        if projections[0].post_norm is not None:
-            norm = model.network.get_submodule(projections[0].post_norm)
-            stack.enter_context(capture_input(norm, mlp_outs.append))
-        stack.enter_context(capture_input(model.norm, final.append))
+        stack.enter_context(capture_activations(model.network, [projection], receive))
+        if projection.post_norm is not None:
+            stack.enter_context(capture_input(model.network.get_submodule(projection.post_norm), mlp_outs.append))
+        stack.enter_context(recorder.recording())
         forward(model, batch)
-    # Mllama skips its cross-attention blocks without an image: these then have no output.
-    ran = [number for number in sorted(outputs) if number > 0]
-    hidden = outputs[0] if 0 in outputs else inputs[ran[0]][0][0]
-    later_blocks = [
-        _later_block(blocks[number], *inputs[number], previous=outputs[max(n for n in outputs if n < number)])
-        for number in ran
-    ]
+    later_blocks = recorder.calls(first)
+    hidden = recorder.outputs[first]
     # The logits at a position predict the next token, so an answer starts one position earlier.
     starts = [row * batch.positions + start - 1 for row, start in enumerate(batch.caption_start)]
     positions = torch.tensor(
         [start + index for start, tokens in zip(starts, batch.tokens, strict=True) for index in range(len(tokens))],
         device=hidden.device,
     )
-    added_after = _added(final[-1], outputs[max(outputs)])
+    added_after = difference(recorder.final, recorder.outputs[max(recorder.outputs)])
     # Attention of later blocks needs whole sequences; else the answers' positions are enough.
     if later_blocks:
         chosen: Any = slice(None)
@@ -261,19 +221,3 @@ def resume(model: LoadedModel, batch: Batch, deltas: Deltas) -> ResumedForward:
         later_blocks=tuple(later_blocks),
         added_after=added_after,
     )
-
-
-def _later_block(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], previous: Tensor) -> _LaterBlock:
-    """Return a later block with its inputs; `previous` is the output of the block before it."""
-    hidden_named = "hidden_states" in named
-    entered = named["hidden_states"] if hidden_named else arguments[0]
-    # Without the KV cache, which already holds this sequence: the block would attend to it twice.
-    others = {name: value for name, value in named.items() if name != "hidden_states" and not isinstance(value, Cache)}
-    return _LaterBlock(
-        block, arguments if hidden_named else arguments[1:], others, hidden_named, _added(entered, previous)
-    )
-
-
-def _added(later: Tensor, earlier: Tensor) -> Tensor | None:
-    """Return what was added between two blocks (Qwen3-VL adds image features there); None for nothing."""
-    return None if later is earlier or torch.equal(later, earlier) else later - earlier
