@@ -1,4 +1,4 @@
-"""What edits of the demo do: `python -m tests.bench.editing [swaps] [suppress] [hallucination] [joint]`, or all.
+"""What edits of the demo do: `python -m tests.bench.editing [swaps] [suppress] [hallucination] [joint] [frontier]`.
 
 Edits are made on a census of the demo's 1,536 scenes and measured on its 384 other ones, which no edit saw:
 
@@ -7,7 +7,11 @@ swaps           --swaps random pairs of concepts, and of the first --controls of
 suppress        bomb, coffin and scorpion
 hallucination   one edit against what the model claims and is not there; --fresh scenes made for it
 joint           --swaps edits at once in one checkpoint
+frontier        generality against each locality by method, number of neurons, layers and weight of kept text: the first
+                half of --swaps pairs by every choice, the other half by each method's best
+size            what an edit of LLaVA-1.5-7B holds and costs, by arithmetic on its shape; no weights are loaded
 
+Without a part, the first four.
 Figures are shares over all samples of all edits. `--model`, `--data` and `--evaluation` take another captioner.
 """
 
@@ -23,6 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
 import mmray
 from jobs.demo.dataset import write_parquet
 from jobs.demo.scenes import World
@@ -33,8 +40,10 @@ from mmray.features.census.inputs import open_data
 from mmray.features.census.settings import census_settings
 from mmray.features.editing.dataset import EditDataset
 from mmray.features.editing.edit import WeightEdit
+from mmray.features.editing.kept_answers import ASKED, LONGEST_TEXT, read_kept_text
 from mmray.features.editing.methods import make_edit
 from mmray.features.editing.settings import EditSettings, edit_settings
+from mmray.features.editing.training import TrainingConfig
 from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.evaluate import Evaluated, evaluate
 from mmray.features.evaluation.settings import measure_settings
@@ -47,6 +56,22 @@ SEED = 2024
 BASELINES = ("random", "activation", "last-mlp", "rank-one", "lora")
 SENSITIVE = ("bomb", "coffin", "scorpion")
 PARTS = ("swaps", "suppress", "hallucination", "joint")
+MORE = ("frontier", "size")
+FRONTIER: dict[str, list[dict[str, Any]]] = {
+    method: [{"method": method, **choice} for choice in choices]
+    for method, choices in {
+        "learned": [{"neurons": n, "text_weight": w} for n in (25, 50, 100) for w in (0.3, 1.0, 3.0)]
+        + [{"neurons": 100, "layers": 3}],
+        "null-space": [{"neurons": n} for n in (25, 50, 100)],
+        "plain": [{"neurons": n} for n in (25, 50, 100)],
+        "random": [{"neurons": n} for n in (50, 100)],
+        "last-mlp": [{"text_weight": w} for w in (1.0, 3.0)],
+        "rank-one": [{"text_weight": w} for w in (1.0, 3.0)],
+    }.items()
+}
+"""Choices of each method."""
+CANDIDATES = 12_000
+"""Of a vocabulary of 32,064, assumed."""
 SHOWN = {
     "reliability": "reliability",
     "image_generality": "image generality",
@@ -129,6 +154,13 @@ class Row:
 
     def __getitem__(self, name: str) -> float:
         return self.sums[name] / self.counts[name] if self.counts[name] else float("nan")
+
+    @property
+    def balance(self) -> float:
+        """The same with answers and text-only replies, which stand for the rest of what must stay."""
+        names = ("reliability", "image_generality", "image_locality", "image_locality_questions", "text_locality")
+        values = [self[name] for name in names]
+        return len(values) / sum(1 / value for value in values) if all(values) else 0.0
 
     @property
     def harmonic(self) -> float:
@@ -226,10 +258,64 @@ def joint(ground: Ground, count: int) -> None:
     print(apart.line("added up"))
 
 
+def frontier(ground: Ground, count: int, others: int | None) -> None:
+    """Print what every choice does on half of the pairs, and what each method's best does on the other half."""
+    pairs = ground.pairs(count)
+    chosen: dict[str, dict[str, Any]] = {}
+    print(f"\nfrontier, chosen on {count // 2} pairs\n\n{header()}", flush=True)
+    for method, choices in FRONTIER.items():
+        rows = [(_measured_row(ground, pairs[: count // 2], choice, others), choice) for choice in choices]
+        for row, choice in rows:
+            print(row.line(_named(choice)), flush=True)
+        # The first of equals, which has the fewest neurons.
+        chosen[method] = max(rows, key=lambda pair: pair[0].balance)[1]
+    print(f"\nThe best of each method on the other {count - count // 2} pairs\n\n{header()}", flush=True)
+    for choice in chosen.values():
+        print(_measured_row(ground, pairs[count // 2 :], choice, others).line(_named(choice)), flush=True)
+
+
+def _named(choice: dict[str, Any]) -> str:
+    return ", ".join(str(value) if name == "method" else f"{name} {value}" for name, value in choice.items())
+
+
+def _measured_row(ground: Ground, pairs: list[tuple[str, str]], choice: dict[str, Any], others: int | None) -> Row:
+    row = Row()
+    for source, target in pairs:
+        edit = ground.made({"source": source, "target": target, **choice})
+        row.add(edit, ground.measured(edit, others))
+    return row
+
+
+def size() -> None:
+    """Print what an edit of LLaVA-1.5-7B's last layer holds and costs, from its configuration alone."""
+    config = LlavaConfig(text_config=LlamaConfig(intermediate_size=11008, num_hidden_layers=32, vocab_size=32064))
+    with torch.device("meta"):
+        network = LlavaForConditionalGeneration(config)
+    text, task = config.text_config, edit_settings({"source": "dog", "target": "cat"})
+    decoder = sum(p.numel() for p in network.model.language_model.layers.parameters())
+    general, image, caption = read_kept_text(None), 576, 16
+    counts = {
+        "caption": (task.kept, image + 2 * caption, caption),
+        "answer": (2 * ASKED, image + 2 * caption, 2),
+        "text-only reply": (len(general["prompts"]), LONGEST_TEXT + caption, LONGEST_TEXT),
+    }
+    # Of the last block at each token of an answer: its output and all neurons' activations, in half precision.
+    token = 2 * (text.hidden_size + text.intermediate_size)
+    print("\n| kept | answers | tokens run | tokens held | MiB per answer | TFLOP per answer | MiB | TFLOP |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (n, run, held) in counts.items():
+        mib, work = held * token / 2**20, 2 * decoder * run / 1e12
+        print(f"| {name} | {n} | {run} | {held} | {mib:.2f} | {work:.1f} | {n * mib:.0f} | {n * work:.0f} |")
+    step = 6 * TrainingConfig().positions * 4 * CANDIDATES * text.hidden_size / 1e12
+    table, moment = 4 * CANDIDATES * text.hidden_size / 2**20, 4 * text.intermediate_size**2 / 2**20
+    print(f"\nwith {CANDIDATES:,} candidates a step is {step:.2f} TFLOP, and their unembeddings {table:.0f} MiB")
+    print(f"second moment of a whole layer's {text.intermediate_size:,} neurons: {moment:.0f} MiB")
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS + MORE)}; default: the first four")
     parser.add_argument("--run", help="a census that is there; default: one is made")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--data", default="demo")
@@ -241,6 +327,10 @@ def main() -> None:
     parser.add_argument("--fresh", type=int, default=1000, help="scenes for hallucination; 0: --evaluation")
     given = parser.parse_args()
     wanted = given.parts or PARTS
+    if "size" in wanted:
+        size()
+    if set(wanted) <= {"size"}:
+        return
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         run = mmray.open_run(given.run) if given.run else mmray.run_census(given.model, given.data, f"{folder}/run")
@@ -249,6 +339,8 @@ def main() -> None:
             swaps(ground, given.swaps, given.controls, tuple(given.methods), given.others)
         if "suppress" in wanted:
             suppress(ground)
+        if "frontier" in wanted:
+            frontier(ground, given.swaps, given.others)
         if "joint" in wanted:
             joint(ground, given.swaps)
         if "hallucination" in wanted:

@@ -15,8 +15,9 @@ import pytest
 from mmray.data.image_keys import image_key, image_keys, one_per_image
 from mmray.data.samples import Sample, image_digest
 from mmray.engine import run as run_job
-from mmray.features.editing.dataset import EditDataset, kept, replaced
+from mmray.features.editing.dataset import EditDataset, replaced
 from mmray.features.editing.edit import Purpose, open_edit
+from mmray.features.editing.kept_answers import kept
 from mmray.features.editing.methods import make_edit
 from mmray.features.editing.reduction_samples import own_captions
 from mmray.features.editing.settings import edit_settings

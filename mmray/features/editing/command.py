@@ -10,7 +10,10 @@ import typer
 from mmray.features.census.settings import CensusSettings
 from mmray.features.editing.settings import EditSettings, edit_settings
 from mmray.models.options import Dtype
-from mmray.terminal.options import AsJson, RunArgument, app, option, say, say_json, with_settings
+from mmray.terminal.options import AsJson, RunArgument, app, option, say, say_json, warn, with_settings
+
+BEYOND_BOUNDS = 3
+"""Exit status if an edit is not saved because of what else it changes, or because it does not take."""
 
 
 @app.command(
@@ -24,13 +27,22 @@ from mmray.terminal.options import AsJson, RunArgument, app, option, say, say_js
 def edit(
     run: RunArgument,
     out: Annotated[str, typer.Option("--out", help="Folder of the edit: a local path or s3://bucket/prefix.")],
+    allow_collateral: Annotated[
+        bool,
+        typer.Option("--allow-collateral", help="Save the edit even if it does not take or changes other replies."),
+    ] = False,
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
-    """Edit located neurons to replace a word, suppress it, or reduce hallucination."""
+    """Edit located neurons to replace a word, suppress it, or reduce hallucination.
+
+    Before it is saved, an edit is measured on answers that it was not learned from. One beyond a bound is not saved:
+    exit status 3.
+    """
     # Imported late, because --help and other commands must not wait for torch.
     from mmray.features.editing.edit import check_free
     from mmray.features.editing.methods import edit_run
+    from mmray.features.editing.validation import lines
     from mmray.runs.driver import drive_analysis
     from mmray.runs.run import open_run
 
@@ -39,16 +51,27 @@ def edit(
     check_free(out, [checked])
     with drive_analysis(out) as lease:
         made = edit_run(open_run(run), checked)
-        # Learning may take minutes, in which another process may have taken over the folder.
-        lease.verify()
-        made.save(out)
+        facts, purpose = made.facts, made.purpose
+        refused = bool(facts["broken"]) and not allow_collateral
+        if not as_json:
+            for line, within in lines(facts["validation"]):
+                say(f"  {line}", None if within else "red")
+        if not refused:
+            # Learning may take minutes, in which another process may have taken over the folder.
+            lease.verify()
+            made.save(out)
     if as_json:
-        say_json({"purposes": [asdict(purpose) for purpose in made.purposes], **made.facts})
-        return
-    facts, purpose = made.facts, made.purpose
-    changed = f"{facts['rows_changed']:,} neurons changed in {facts['seconds']:.0f} s"
-    say(f"{purpose.summary}: {changed} → {out}")
-    say(f"next: mmray evaluate {run} --edit {out} --data DATA")
+        say_json({"purposes": [asdict(purpose) for purpose in made.purposes], "saved": not refused, **facts})
+    elif not refused:
+        changed = f"{facts['rows_changed']:,} neurons changed in {facts['seconds']:.0f} s"
+        say(f"{purpose.summary}: {changed} → {out}")
+        say(f"next: mmray evaluate {run} --edit {out} --data DATA")
+    if refused:
+        warn(
+            f"{purpose.summary}: not saved, {len(facts['broken'])} of its measures are beyond their bounds; give other "
+            "--neurons or another --method, or --allow-collateral to save it as it is"
+        )
+        raise typer.Exit(BEYOND_BOUNDS)
 
 
 @app.command(group="Edit", examples=("mmray apply edits/dog-cat --model llava-hf/llava-1.5-7b-hf --out edited",))

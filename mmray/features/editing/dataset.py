@@ -57,6 +57,15 @@ class Example:
     """Recorded while the model wrote the answer, if the answer is its own."""
 
 
+@dataclass(frozen=True)
+class Query:
+    """A prompt, in the family's template, about an encoded image or none."""
+
+    prompt: str
+    image: bytes | None = None
+    background: str = BACKGROUND
+
+
 @dataclass
 class EditDataset:
     """Samples of a run by id, and the model's own captions of them, each written once."""
@@ -70,6 +79,8 @@ class EditDataset:
     """Of the model's own captions, by sample id."""
     caches: dict[str, GenerationCache | None] = field(default_factory=dict)
     """Recorded while the model wrote some of these captions."""
+    text_answers: dict[str | None, dict[str, list[Example]]] = field(default_factory=dict)
+    """What is kept without an image, by kind, from a file or (None) the general set: the same for every edit."""
 
     @property
     def end(self) -> int:
@@ -123,9 +134,9 @@ class EditDataset:
         """Return the prompt for a caption of the sample."""
         return prompt_text(self.model, self.prompt, self.language, image=sample.image is not None)
 
-    def end_of(self, own: Sequence[int]) -> tuple[int, ...]:
-        """Return the end token of one of the model's own captions; nothing for one that was cut off at LONGEST."""
-        return (self.end,) if len(own) < LONGEST else ()
+    def end_of(self, own: Sequence[int], longest: int = LONGEST) -> tuple[int, ...]:
+        """Return the end token of one of the model's own replies; nothing for one that was cut off at `longest`."""
+        return (self.end,) if len(own) < longest else ()
 
     def example(self, sample: Sample, answer: str | Sequence[int], own: Sequence[int]) -> Example:
         """Return a caption of a sample as an example: the model's own caption `own`, or a text that replaces it.
@@ -164,32 +175,61 @@ class EditDataset:
         `cache` also keeps a `GenerationCache` of each, tens of thousands of numbers per token.
         """
         new = [sample for sample in samples if sample.sample_id not in self.caption_tokens]
-        for batch in within_budget(new, lambda sample: pixels_of(self.model, sample.image), BUDGET, 2 * BATCH_ROWS):
-            self._write(batch, cache=cache)
+        queries = [Query(self.prompt_for(sample), sample.image, sample.background) for sample in new]
+        for sample, (tokens, recorded) in zip(new, self._write(queries, cache=cache), strict=True):
+            self.caption_tokens[sample.sample_id] = tokens
+            if cache:
+                self.caches[sample.sample_id] = recorded
         return [self.caption_tokens[sample.sample_id] for sample in samples]
 
-    def _write(self, samples: Sequence[Sample], *, cache: bool) -> None:
-        """Generate the captions of one batch; if memory runs out, of each half."""
-        images = [open_image(sample.image, sample.background) for sample in samples]
-        prompts = [self.prompt_for(sample) for sample in samples]
+    def replies(self, queries: Sequence[Query], longest: int) -> list[Example]:
+        """Return the model's own greedy replies as examples, recorded while it wrote them."""
+        return [
+            Example(
+                query.prompt,
+                query.image,
+                (*tokens, *self.end_of(tokens, longest)),
+                background=query.background,
+                cache=recorded,
+            )
+            for query, (tokens, recorded) in zip(queries, self._write(queries, longest, cache=True), strict=True)
+        ]
+
+    def _write(
+        self, queries: Sequence[Query], longest: int = LONGEST, *, cache: bool
+    ) -> list[tuple[tuple[int, ...], GenerationCache | None]]:
+        """Generate replies in batches; queries with and without an image never share one."""
+        written = []
+        for _, group in groupby(queries, key=lambda query: query.image is None):
+            for batch in within_budget(group, lambda query: pixels_of(self.model, query.image), BUDGET, 2 * BATCH_ROWS):
+                written += self._write_batch(batch, longest, cache=cache)
+        return written
+
+    def _write_batch(
+        self, queries: Sequence[Query], longest: int, *, cache: bool
+    ) -> list[tuple[tuple[int, ...], GenerationCache | None]]:
+        """Generate the replies of one batch; if memory runs out, of each half."""
+        images = [open_image(query.image, query.background) for query in queries]
         try:
             with record_generation(self.model) if cache else nullcontext() as recorder:
-                captions = generate(self.model, prompts, images)
+                replies = generate(self.model, [query.prompt for query in queries], images, longest)
         except torch.OutOfMemoryError:
-            if len(samples) == 1:
+            if len(queries) == 1:
                 raise
-            captions = None
-        if captions is None:
+            replies = None
+        if replies is None:
             # Outside the handler: its traceback would keep alive the tensors that filled the memory.
             torch.cuda.empty_cache()
-            self._write(samples[: len(samples) // 2], cache=cache)
-            self._write(samples[len(samples) // 2 :], cache=cache)
-            return
-        for row, (sample, tokens) in enumerate(zip(samples, captions, strict=True)):
-            self.caption_tokens[sample.sample_id] = tuple(tokens)
-            if recorder:
-                # Plus the end, which is predicted by a recorded step too.
-                self.caches[sample.sample_id] = recorder.of(row, len(tokens) + len(self.end_of(tokens)))
+            half = len(queries) // 2
+            return [
+                *self._write_batch(queries[:half], longest, cache=cache),
+                *self._write_batch(queries[half:], longest, cache=cache),
+            ]
+        # Plus the end, which is predicted by a recorded step too.
+        return [
+            (tuple(tokens), recorder.of(row, len(tokens) + len(self.end_of(tokens, longest))) if recorder else None)
+            for row, tokens in enumerate(replies)
+        ]
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return the text of an answer's tokens."""
@@ -266,30 +306,6 @@ def departing(dataset: EditDataset, own: Sequence[int], new: Example) -> Example
 def _first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
     pairs = enumerate(zip(one, other, strict=False))
     return next((position for position, (left, right) in pairs if left != right), None)
-
-
-def kept(
-    dataset: EditDataset, without: Iterable[str], most: int, seed: int, first: Iterable[str] = ()
-) -> list[Example]:
-    """Return the model's own captions of images without any concept in `without`, which the edit must not change.
-
-    Up to half of them are of the samples `first`, in their order; the others are drawn at random. Each is of a
-    different image. An image is left out if any of its samples' captions names such a concept, or the model does.
-    """
-    without, images = list(without), dataset.images
-    # By image: another caption of the same image may name a concept that this one leaves out.
-    shown = {images[name] for name in dataset.ids(without)}
-    others = [name for name in dataset.ids() if images[name] not in shown]
-    random.Random(seed).shuffle(others)
-    # Only half, because captions picked for their neurons or target don't represent the rest of the data.
-    preferred = one_per_image((name for name in first if images[name] not in shown), images)[: most // 2]
-    chosen = one_per_image([*preferred, *others], images)[:most]
-    samples = [sample for sample in dataset.read(chosen) if not set(without) & set(sample.objects or ())]
-    return [
-        dataset.example(sample, tokens, tokens)
-        for sample, tokens in zip(samples, dataset.own_captions(samples, cache=True), strict=True)
-        if not find_forms(dataset.text(tokens), frozenset(without), dataset.language)
-    ]
 
 
 def batches(model: LoadedModel, examples: Sequence[Example]) -> list[Batch]:

@@ -21,7 +21,10 @@ Neuron = tuple[int, int]
 
 
 class Deltas:
-    """One change of a row of W_out per neuron, zero to begin with."""
+    """One change of a row of W_out per neuron, zero to begin with.
+
+    The MLP output then changes by Δᵀa, where a are the activations of these neurons.
+    """
 
     def __init__(self, model: LoadedModel, neurons: Iterable[Neuron]) -> None:
         self.model = model
@@ -29,6 +32,8 @@ class Deltas:
         self.scales: dict[int, float] = {}
         """Standard deviation of each layer's W_out."""
         self.parameters: dict[int, list[Tensor]] = {}
+        self.shapes: dict[int, tuple[Float[Tensor, "unit unit"], Float[Tensor, "hidden hidden"]]] = {}
+        """Per layer, what the parameters are multiplied by, from the left and from the right; see `whitening`."""
         for layer, units in sorted(by_layer(model, neurons).items()):
             rows = output_rows(model.network, model.projections[layer])
             self.units[layer] = torch.tensor(units, device=rows.device)
@@ -42,7 +47,20 @@ class Deltas:
 
     def rows(self, layer: int) -> Float[Tensor, "unit hidden"]:
         """Return what is added to the rows of a layer's neurons."""
-        return self.parameters[layer][0]
+        if layer not in self.shapes:
+            return self.parameters[layer][0]
+        left, right = self.shapes[layer]
+        return left @ self.parameters[layer][0] @ right
+
+    def size(self) -> Float[Tensor, ""]:
+        """Return Σ ‖row‖² of the parameters over the mean ‖W_out row‖² of their layer."""
+        parts = [
+            rows.square().sum() / (self.scales[layer] ** 2 * rows.shape[1])
+            for layer in self.units
+            for rows in (self.parameters[layer][0] if layer in self.shapes else self.rows(layer),)
+        ]
+        # Layers may be on several devices.
+        return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
     def step_size(self, layer: int) -> float:
         """Return the unit of the learning rate of a layer's parameters."""

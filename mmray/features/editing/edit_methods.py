@@ -21,7 +21,13 @@ class EditMethod:
 _METHODS, _CLOSED_FORM = "mmray.features.editing.methods", "mmray.features.editing.closed_form"
 
 EDIT_METHODS: dict[str, EditMethod] = {
-    "learned": EditMethod("rows of the located neurons, by gradient descent", f"{_METHODS}:learned"),
+    "learned": EditMethod(
+        "rows of the located neurons, by gradient descent, whitened by what kept answers use", f"{_METHODS}:learned"
+    ),
+    "null-space": EditMethod(
+        "the same in directions that kept answers hardly use (as AlphaEdit)", f"{_METHODS}:null_space_of_kept"
+    ),
+    "plain": EditMethod("the same with every direction alike", f"{_METHODS}:plain"),
     "zero": EditMethod("the same rows set to zero", f"{_CLOSED_FORM}:zero", closed_form=True),
     "scale": EditMethod("the same rows times --factor", f"{_CLOSED_FORM}:scale", closed_form=True),
     "project": EditMethod(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pkgutil import resolve_name
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,13 +16,15 @@ from torch import Tensor
 from mmray.features.editing.baselines import LowRank, banned_tokens, most_active, rank_one, whole_layers
 from mmray.features.editing.closed_form import LayerRows
 from mmray.features.editing.dataset import EditDataset, open_edit_dataset
-from mmray.features.editing.deltas import Deltas
+from mmray.features.editing.deltas import Deltas, Neuron
 from mmray.features.editing.edit import WeightEdit, cost
 from mmray.features.editing.edit_methods import EDIT_METHODS
 from mmray.features.editing.locating import last_layers, matched
 from mmray.features.editing.settings import EditSettings
 from mmray.features.editing.task import Task, prepare
 from mmray.features.editing.training import TrainingConfig, learn
+from mmray.features.editing.validation import broken, validate
+from mmray.features.editing.whitening import INPUT_RIDGE, OUTPUT_RIDGE, fisher, null_space, second_moment, whitening
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.runs.run import Run
 
@@ -29,22 +32,38 @@ SWAP_MARGIN, SWAP_KEEP_WEIGHT = 5.0, 30.0
 """Of a single swap: logits by which the target must lead on the source's images, and the weight of kept answers.
 
 Suppression need not write a word so firmly, and where many edits share neurons there is no room for a margin."""
+GROWTH = 4
+"""How many times as many neurons the next try has."""
 
 
 def learned(task: Task) -> Deltas:
-    """Learn deltas of the located neurons."""
+    """Learn deltas of the located neurons, whitened by what kept answers use."""
+    return _learn(task, _whitened(task, task.neurons))
+
+
+def null_space_of_kept(task: Task) -> Deltas:
+    """Learn deltas of the located neurons in directions that kept answers hardly use (AlphaEdit)."""
+    deltas = Deltas(task.model, task.neurons)
+    for layer in deltas.units:
+        left = null_space(second_moment(task.model, task.kept.learned, task.settings.weights, deltas, layer))
+        deltas.shapes[layer] = left, torch.eye(deltas.parameters[layer][0].shape[1], device=left.device)
+    return _learn(task, deltas)
+
+
+def plain(task: Task) -> Deltas:
+    """Learn deltas of the located neurons, with every direction alike."""
     return _learn(task, Deltas(task.model, task.neurons))
 
 
 def random_neurons(task: Task) -> Deltas:
     """Learn deltas of as many random neurons of the same layers: the control."""
-    return _learn(task, Deltas(task.model, matched(task.model, task.neurons, task.settings.seed)))
+    return _learn(task, _whitened(task, matched(task.model, task.neurons, task.settings.seed)))
 
 
 def active_neurons(task: Task) -> Deltas:
     """Learn deltas of as many neurons, the most active where the source is named, whatever they write."""
     layers = last_layers(task.model, task.settings.layers)
-    return _learn(task, Deltas(task.model, most_active(task.model, task.new, len(task.neurons), layers)))
+    return _learn(task, _whitened(task, most_active(task.model, task.new, len(task.neurons), layers)))
 
 
 def last_mlp(task: Task) -> Deltas:
@@ -54,7 +73,7 @@ def last_mlp(task: Task) -> Deltas:
 
 def rank_one_change(task: Task) -> Deltas:
     """Learn a rank-one change of the last layer's W_out, as in ROME."""
-    return _learn(task, rank_one(task.model, task.new, task.keep, last_layers(task.model, 1)[0]))
+    return _learn(task, rank_one(task.model, task.new, task.kept.every, last_layers(task.model, 1)[0]))
 
 
 def lora(task: Task) -> Deltas:
@@ -72,15 +91,20 @@ def edit_run(run: Run, settings: EditSettings) -> WeightEdit:
 def make_edit(dataset: EditDataset, requests: Sequence[EditSettings]) -> WeightEdit:
     """Make one edit for all requests, which may differ only in their source, target and suppressed word.
 
-    Raises InputError for a concept that the run does not know or the model never says.
+    `facts` record each try, and why the edit is this one: the smallest whose measures on the validation split are all
+    within BOUNDS, or else the one that breaks the fewest. Raises InputError for a concept that the run does not know or
+    the model never says.
     """
     began = time.perf_counter()
-    settings = requests[0]
     task = prepare(dataset, requests)
-    method = EDIT_METHODS[settings.method]
-    function = resolve_name(method.function)
-    # A closed form sees one layer's rows, a learned method the whole task.
-    deltas = _closed_form(task, function) if method.closed_form else function(task)
+    tries: list[Try] = []
+    for size in sizes(task):
+        tries.append(_tried(replace(task, neurons=task.neurons[:size])))
+        if not tries[-1].broken:
+            break
+    # The first of equals, which is the smallest.
+    chosen = min(tries, key=lambda one: len(one.broken))
+    deltas = chosen.deltas
     layers = [torch.full_like(units, layer).cpu() for layer, units in deltas.units.items()]
     # fp32 on the CPU: an edit must fit its model on any device and in any number format.
     rows = torch.cat([deltas.rows(layer).detach().float().cpu() for layer in deltas.units])
@@ -92,8 +116,46 @@ def make_edit(dataset: EditDataset, requests: Sequence[EditSettings]) -> WeightE
         model=dataset.model.digest,
         settings={"wishes": [request.model_dump() for request in requests], "run": dataset.run.uri},
         facts=cost(rows, time.perf_counter() - began)
-        | {"answers_changed": len(task.new), "answers_kept": len(task.keep)},
+        | {"answers_changed": len(task.new), "answers_kept": len(task.kept.every)}
+        | {"validation": chosen.measures, "broken": chosen.broken, "tries": [one.record for one in tries]},
     )
+
+
+@dataclass(frozen=True)
+class Try:
+    """A try at an edit, and how it does on its validation split."""
+
+    deltas: Deltas
+    measures: dict[str, float]
+
+    @property
+    def broken(self) -> list[str]:
+        """The measures that are beyond their bound."""
+        return broken(self.measures)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What an edit remembers of it."""
+        return {"neurons": sum(map(len, self.deltas.units.values())), **self.measures, "broken": self.broken}
+
+
+def sizes(task: Task) -> list[int]:
+    """Return the numbers of neurons to try, smallest first; one where it is given, and for baselines."""
+    count, settings = len(task.neurons), task.settings
+    if len(task.purposes) > 1:
+        return [count]
+    found = [min(count, settings.neuron_limit)]
+    while found[-1] < count and settings.neurons is None and settings.method == "learned":
+        found.append(min(count, GROWTH * found[-1]))
+    return found
+
+
+def _tried(task: Task) -> Try:
+    method = EDIT_METHODS[task.settings.method]
+    function = resolve_name(method.function)
+    # A closed form sees one layer's rows, a learned method the whole task.
+    deltas = _closed_form(task, function) if method.closed_form else function(task)
+    return Try(deltas, validate(task.model, deltas, task.new, task.held_out, task.kept.held_out))
 
 
 def _closed_form(task: Task, function: Callable[[LayerRows], Float[Tensor, "unit hidden"]]) -> Deltas:
@@ -113,9 +175,19 @@ def _closed_form(task: Task, function: Callable[[LayerRows], Float[Tensor, "unit
     return deltas
 
 
+def _whitened(task: Task, neurons: Sequence[Neuron]) -> Deltas:
+    """Return deltas of these neurons, whitened by what kept answers use."""
+    deltas, settings = Deltas(task.model, neurons), task.settings
+    right = whitening(fisher(task.model, task.kept.learned, settings.weights, settings.seed), OUTPUT_RIDGE)
+    for layer, units in deltas.units.items():
+        moment = second_moment(task.model, task.kept.learned, settings.weights, deltas, layer)
+        deltas.shapes[layer] = whitening(moment, INPUT_RIDGE), right.to(units.device)
+    return deltas
+
+
 def _learn(task: Task, deltas: Deltas) -> Deltas:
-    config = TrainingConfig(steps=task.settings.steps, seed=task.settings.seed)
+    config = TrainingConfig(steps=task.settings.steps, weights=task.settings.weights, seed=task.settings.seed)
     if [purpose.kind for purpose in task.purposes] == ["swap"]:
         config = replace(config, margin=SWAP_MARGIN, keep_weight=SWAP_KEEP_WEIGHT)
-    learn(task.model, deltas, task.new, task.keep, config)
+    learn(task.model, deltas, task.new, task.kept.learned, config)
     return deltas

@@ -117,6 +117,26 @@ def resume_all(
     return [(joined([part for part, _ in parts]), [row for _, rows in parts for row in rows])]
 
 
+def recorded(model: LoadedModel, examples: Sequence[Example]) -> list[Example]:
+    """Return the examples, each with a `GenerationCache`: edits of the last layer then need no forward of them.
+
+    Routed experts stay without, because their neurons are too many to keep.
+    """
+    layer = len(model.widths) - 1
+    if model.projections[layer].experts:
+        return list(examples)
+    # Nothing is learned with these: they only say whose activations a resumed forward keeps.
+    all_units = Deltas(model, [(layer, unit) for unit in range(model.widths[layer])])
+    caches: dict[int, GenerationCache] = {}
+    for batch, rows in batched(model, [example for example in examples if example.cache is None]):
+        part = resume(model, batch, all_units)
+        for row, example in enumerate(rows):
+            one = part.at((part.rows == row).nonzero()[:, 0])
+            activation = one.activation.to(one.hidden.dtype)
+            caches[id(example)] = GenerationCache(one.hidden, activation, one.mlp_out, one.added_after)
+    return [replace(example, cache=caches.get(id(example), example.cache)) for example in examples]
+
+
 def _from_caches(model: LoadedModel, examples: Sequence[Example], deltas: Deltas) -> ResumedForward:
     """Return the resumed forward of answers with a cache, for an edit of the last layer."""
     caches = [example.cache for example in examples if example.cache]

@@ -39,6 +39,15 @@ class EditSettings(BaseModel):
     """Most images of the source, or of each hallucinated word, to make the edit on."""
     kept: int = Field(384, ge=0)
     """Images of other concepts whose captions must stay as they are."""
+    keep_text: str | None = None
+    """JSON file with the lists prompts and texts: text-only prompts whose replies must stay, and texts whose
+    probabilities must. Default: a general set in several languages."""
+    caption_weight: float = Field(1.0, ge=0)
+    """Weight of the captions that must stay."""
+    answer_weight: float = Field(1.0, ge=0)
+    """Weight of the answers about these images that must stay."""
+    text_weight: float = Field(1.0, ge=0)
+    """Weight of the text-only replies and the texts that must stay."""
     steps: int = Field(60, ge=1)
     """Steps of gradient descent."""
     factor: float = 0.0
@@ -76,6 +85,12 @@ class EditSettings(BaseModel):
     def new_word(self) -> str:
         """The word to say instead of the concept."""
         return self.target or self.replacement
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each kind of answers that must stay."""
+        text = self.text_weight
+        return {"captions": self.caption_weight, "answers": self.answer_weight, "replies": text, "texts": text}
 
     @property
     def neuron_limit(self) -> int:

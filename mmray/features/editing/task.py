@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mmray.data.image_keys import one_per_image
 from mmray.data.samples import image_digest
-from mmray.features.editing.dataset import EditDataset, Example, kept, replaced
+from mmray.features.editing.dataset import EditDataset, Example, replaced
 from mmray.features.editing.deltas import Neuron
 from mmray.features.editing.divergence import contrasting
 from mmray.features.editing.edit import Purpose
+from mmray.features.editing.kept_answers import HELD_OUT, KeptAnswers, kept, kept_answers
 from mmray.features.editing.locating import last_layers, located, sharing
 from mmray.features.editing.reduction_samples import hallucinations
+from mmray.features.editing.resumed_forward import recorded
 from mmray.features.editing.settings import EditSettings
 from mmray.neurons.model import NeuronModel
 
+MOST = 1 << 30
+"""Neurons: more than any layer has."""
 TARGET_IMAGES = 16
 """Kept images that show each target, so that captions of the target itself stay too."""
 
@@ -28,9 +32,12 @@ class Task:
     settings: EditSettings
     purposes: tuple[Purpose, ...]
     neurons: list[Neuron]
+    """Those that it may change, the most important first."""
     new: list[Example]
     """Answers that the model should give."""
-    keep: list[Example]
+    held_out: list[Example]
+    """Such answers for images that nothing is learned from."""
+    kept: KeptAnswers
     """Answers that it should go on giving."""
 
 
@@ -39,9 +46,20 @@ def prepare(dataset: EditDataset, requests: Sequence[EditSettings]) -> Task:
 
     Raises InputError for a concept that the run does not know or the model never says.
     """
-    if requests[0].reduce_hallucination:
-        return _hallucination_task(dataset, requests[0])
-    return _rewording_task(dataset, requests)
+    hallucination = requests[0].reduce_hallucination
+    task = _hallucination_task(dataset, requests[0]) if hallucination else _rewording_task(dataset, requests)
+    if requests[0].layers > 1:
+        return task
+    # Each try, its whitening and its validation go through the same answers.
+    model, kept = task.model, task.kept
+    return replace(
+        task,
+        new=recorded(model, task.new),
+        held_out=recorded(model, task.held_out),
+        kept=KeptAnswers(
+            *({kind: recorded(model, part[kind]) for kind in part} for part in (kept.learned, kept.held_out))
+        ),
+    )
 
 
 def _rewording_task(dataset: EditDataset, requests: Sequence[EditSettings]) -> Task:
@@ -52,21 +70,28 @@ def _rewording_task(dataset: EditDataset, requests: Sequence[EditSettings]) -> T
     # A dict as an ordered set: requests may share neurons, and a neuron has one row.
     neurons: dict[Neuron, None] = {}
     new: list[Example] = []
+    held_out: list[Example] = []
     purposes, sources, target_samples = [], [], []
     for request in requests:
         source, target = request.concept, request.new_word
-        neurons |= dict.fromkeys(located(run, source, request.neuron_limit, layers, request.by))
-        examples = replaced(dataset, source, target, request.samples, request.seed)
+        # Of one edit all ranked neurons, of which each try takes the first; many edits in one have one try.
+        count = MOST if len(requests) == 1 else request.neuron_limit
+        neurons |= dict.fromkeys(located(run, source, count, layers, request.by))
+        examples, others = without_some_images(replaced(dataset, source, target, request.samples, request.seed))
         new += examples
+        held_out += others
         kind = "noise" if request.method == "noise" else "suppress" if request.suppress else "swap"
         samples, images = _made_on(dataset, examples)
         purposes.append(Purpose(kind, source, target, language=request.language, samples=samples, images=images))
         sources.append(source)
         target_samples += one_per_image(dataset.ids([target]), dataset.images)[:TARGET_IMAGES]
     # Images of the targets first, because `kept` takes only the beginning of this list.
-    first = list(dict.fromkeys([*target_samples, *sharing(run, list(neurons))]))
-    keep = kept(dataset, sources, settings.kept, settings.seed, first)
-    return Task(model, settings, tuple(purposes), list(neurons), new, keep)
+    harmed = sharing(run, list(neurons)[: len(requests) * settings.neuron_limit])
+    first = list(dict.fromkeys([*target_samples, *harmed]))
+    captions = kept(dataset, sources, settings.kept, settings.seed, first)
+    words = [word for purpose in purposes for word in (purpose.source, purpose.target) if word]
+    keep = kept_answers(dataset, captions, words, settings.keep_text, settings.seed)
+    return Task(model, settings, tuple(purposes), list(neurons), new, held_out, keep)
 
 
 def _hallucination_task(dataset: EditDataset, settings: EditSettings) -> Task:
@@ -77,7 +102,19 @@ def _hallucination_task(dataset: EditDataset, settings: EditSettings) -> Task:
     neurons = contrasting(dataset.model, found.new, found.without_guarded_word, settings.neuron_limit, layers)
     samples, images = _made_on(dataset, found.new)
     purpose = Purpose("hallucination", pairs=found.pairs, language=settings.language, samples=samples, images=images)
-    return Task(dataset.model, settings, (purpose,), neurons, found.new, [*found.guards, *found.keep])
+    words = list(purpose.unwanted)
+    keep = kept_answers(dataset, [*found.guards, *found.keep], words, settings.keep_text, settings.seed)
+    return Task(dataset.model, settings, (purpose,), neurons, found.new, [], keep)
+
+
+def without_some_images(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """Return the examples in two parts: those to learn from, and those of every HELD_OUT-th image."""
+    images = list(dict.fromkeys(example.sample_id for example in examples))
+    held_out = set(images[HELD_OUT - 1 :: HELD_OUT])
+    return (
+        [example for example in examples if example.sample_id not in held_out],
+        [example for example in examples if example.sample_id in held_out],
+    )
 
 
 def _made_on(dataset: EditDataset, examples: Sequence[Example]) -> tuple[tuple[str, ...], tuple[str, ...]]:

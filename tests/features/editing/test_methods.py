@@ -10,10 +10,11 @@ from mmray.errors import InputError
 from mmray.features.editing import closed_form
 from mmray.features.editing.baselines import banned_tokens
 from mmray.features.editing.closed_form import LayerRows
-from mmray.features.editing.dataset import EditDataset, departing, kept, replaced
+from mmray.features.editing.dataset import EditDataset, departing, replaced
 from mmray.features.editing.deltas import Deltas
 from mmray.features.editing.edit import Purpose
 from mmray.features.editing.edit_methods import EDIT_METHODS
+from mmray.features.editing.kept_answers import kept
 from mmray.features.editing.locating import located, matched, sharing
 from mmray.features.editing.methods import make_edit
 from mmray.features.editing.resumed_forward import batched, resume, resume_all
@@ -209,7 +210,7 @@ def test_learning_goes_on_until_new_answers_are_taken_in(dataset):
     task = prepare(dataset, [edit_settings({"source": "hammer", "target": "dog", "kept": 16, "samples": 4})])
     for steps, rounds in ((2, 2), (40, 3)):
         deltas = Deltas(dataset.model, task.neurons)
-        losses = learn(dataset.model, deltas, task.new, task.keep, TrainingConfig(steps=steps, rounds=rounds))
+        losses = learn(dataset.model, deltas, task.new, task.kept.learned, TrainingConfig(steps=steps, rounds=rounds))
         done, rest = divmod(len(losses), steps)
         with torch.no_grad():
             behind = [resume(dataset.model, batch, deltas) for batch, _ in batched(dataset.model, task.new)]
@@ -227,7 +228,7 @@ def test_new_words_lead_by_more_where_they_are_to(dataset):
     smallest = []
     for lead in (0.0, 5.0):
         deltas = Deltas(dataset.model, task.neurons)
-        learn(dataset.model, deltas, task.new, task.keep, TrainingConfig(steps=40, margin=lead))
+        learn(dataset.model, deltas, task.new, task.kept.learned, TrainingConfig(steps=40, margin=lead))
         leads = []
         for batch, rows in batched(dataset.model, task.new):
             with torch.no_grad():

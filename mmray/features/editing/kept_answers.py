@@ -1,0 +1,145 @@
+"""What an edit must leave alone: captions, answers about images, text-only replies, and plain texts.
+
+Each kind has a part to learn from and a part held out, by which tries are compared. An image is in one part only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmray.data.image_keys import one_per_image
+from mmray.errors import InputError
+from mmray.features.editing.dataset import EditDataset, Example, Query
+from mmray.features.editing.resumed_forward import recorded
+from mmray.models.prompting import prompt_text, tokenize_caption
+from mmray.neurons.concepts import find_forms
+from mmray.objects.prompts import presence
+from mmray.storage import open_object
+
+KEPT_TEXT = Path(__file__).with_name("kept_text.json")
+"""The general set of prompts and texts that comes with the package."""
+ASKED = 64
+"""Images that questions are asked about."""
+LONGEST_ANSWER = 16
+"""Tokens of an answer about an image."""
+LONGEST_TEXT = 48
+"""Tokens of a text-only reply."""
+HELD_OUT = 4
+"""One of so many is held out."""
+
+
+@dataclass(frozen=True)
+class KeptAnswers:
+    """The answers that an edit must leave alone, by kind: captions, answers, replies, texts."""
+
+    learned: dict[str, list[Example]]
+    held_out: dict[str, list[Example]]
+
+    @property
+    def every(self) -> list[Example]:
+        """The answers to learn from, of all kinds."""
+        return [example for examples in self.learned.values() for example in examples]
+
+
+def kept_answers(
+    dataset: EditDataset, captions: Sequence[Example], words: Sequence[str], keep_text: str | None, seed: int
+) -> KeptAnswers:
+    """Return these captions, and the model's answers about some of their images and without any image, in two parts.
+
+    `words` are those of the edit; half of the questions ask about them. Raises InputError if `keep_text` can't be read.
+    """
+    kinds = {"captions": list(captions), "answers": presence_answers(dataset, captions, words, seed)}
+    kinds |= text_answers(dataset, keep_text)
+    return KeptAnswers(
+        {kind: [one for one in examples if not _is_held_out(one)] for kind, examples in kinds.items()},
+        {kind: [one for one in examples if _is_held_out(one)] for kind, examples in kinds.items()},
+    )
+
+
+def _is_held_out(example: Example) -> bool:
+    # By what is asked about, so that the caption of an image and answers about it are in the same part.
+    about = example.image or example.prompt.encode()
+    return int.from_bytes(hashlib.sha256(about).digest()[:4]) % HELD_OUT == 0
+
+
+def presence_answers(
+    dataset: EditDataset, captions: Sequence[Example], words: Sequence[str], seed: int
+) -> list[Example]:
+    """Return the model's answers to whether an object is in these captions' images: one there, and one that is not.
+
+    Every other absent object is one of the edit's words, whose answers are the first to change.
+    """
+    rng = random.Random(seed)
+    queries = []
+    for number, caption in enumerate(captions[:ASKED]):
+        sample = dataset.samples[caption.sample_id]
+        shown = sorted(dataset.present(sample))
+        absent = [name for name in (words if number % 2 else dataset.run.concepts) if name not in shown]
+        if sample.image is not None and shown and absent:
+            for name in (rng.choice(shown), rng.choice(absent)):
+                prompt = prompt_text(dataset.model, presence(name), dataset.language)
+                queries.append(Query(prompt, sample.image, sample.background))
+    return dataset.replies(queries, LONGEST_ANSWER)
+
+
+def text_answers(dataset: EditDataset, uri: str | None) -> dict[str, list[Example]]:
+    """Return the model's replies to prompts without an image, and texts themselves, as continuations of a first word.
+
+    Raises InputError if `uri` can't be read.
+    """
+    if uri not in dataset.text_answers:
+        model, found = dataset.model, read_kept_text(uri)
+        queries = [Query(prompt_text(model, prompt, dataset.language, image=False)) for prompt in found["prompts"]]
+        texts = [text.partition(" ") for text in found["texts"]]
+        continued = [Example(first, None, tuple(tokenize_caption(model, first, rest)[0])) for first, _, rest in texts]
+        dataset.text_answers[uri] = {
+            "replies": dataset.replies(queries, LONGEST_TEXT),
+            "texts": recorded(model, continued),
+        }
+    return dataset.text_answers[uri]
+
+
+def read_kept_text(uri: str | None) -> dict[str, list[str]]:
+    """Return the prompts and texts of a JSON file, or of the set that comes with the package.
+
+    Raises InputError if there is no such file, or if it doesn't have two lists of texts.
+    """
+    if uri is None:
+        return dict(json.loads(KEPT_TEXT.read_text("utf-8")))
+    store, name = open_object(uri)
+    try:
+        found = json.loads(store.read(name))
+        return {key: [str(text) for text in found[key] if str(text).strip()] for key in ("prompts", "texts")}
+    except FileNotFoundError:
+        raise InputError(f"--keep-text {uri}: no such file; give JSON with the lists prompts and texts") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"--keep-text {uri}: not JSON with the lists prompts and texts; correct it") from None
+
+
+def kept(
+    dataset: EditDataset, without: Iterable[str], most: int, seed: int, first: Iterable[str] = ()
+) -> list[Example]:
+    """Return the model's own captions of images without any concept in `without`, which the edit must not change.
+
+    Up to half of them are of the samples `first`, in their order; the others are drawn at random. Each is of a
+    different image. An image is left out if any of its samples' captions names such a concept, or the model does.
+    """
+    without, images = list(without), dataset.images
+    # By image: another caption of the same image may name a concept that this one leaves out.
+    shown = {images[name] for name in dataset.ids(without)}
+    others = [name for name in dataset.ids() if images[name] not in shown]
+    random.Random(seed).shuffle(others)
+    # Only half, because captions picked for their neurons or target don't represent the rest of the data.
+    preferred = one_per_image((name for name in first if images[name] not in shown), images)[: most // 2]
+    chosen = one_per_image([*preferred, *others], images)[:most]
+    samples = [sample for sample in dataset.read(chosen) if not set(without) & set(sample.objects or ())]
+    return [
+        dataset.example(sample, tokens, tokens)
+        for sample, tokens in zip(samples, dataset.own_captions(samples, cache=True), strict=True)
+        if not find_forms(dataset.text(tokens), frozenset(without), dataset.language)
+    ]

@@ -1,0 +1,120 @@
+"""Shapes of an edit: directions in which it changes what it should, and kept answers little.
+
+An edit Δ changes the MLP output by Δᵀa, where a are the activations of its neurons. At kept positions it costs about
+
+    KL(before ‖ after) ≈ ½ tr(Δᵀ C Δ F)        C = E[aaᵀ], F = E[ggᵀ], g = ∇ log p(y), y drawn from the model
+
+with C and F taken as independent (K-FAC, Martens and Grosse 2015). C says which activations kept answers have, F which
+changes of the residual stream their probabilities feel. So Δ is learned as SMR, with M the parameters:
+
+    whitened      S = (C + λI)^(-1/2), R = (F + μI)^(-1/2): then ‖M‖² is that cost, and a step costs kept answers the
+                  same in every direction. S alone is the C⁻¹ of ROME (Meng et al. 2022)
+    null space    S projects on the eigenvectors of C with the smallest eigenvalues, R = I (AlphaEdit, Fang et al. 2025)
+
+Each is scaled to the norm of an identity: learning rates then mean the same with and without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmray.features.editing.dataset import Example
+from mmray.features.editing.deltas import Deltas
+from mmray.features.editing.resumed_forward import resume_all
+from mmray.models.loading import LoadedModel
+from mmray.models.norms import vocabulary_logits
+
+INPUT_RIDGE, OUTPUT_RIDGE = 0.1, 1.0
+"""λ and μ, in units of the mean eigenvalue of C and F."""
+LARGEST_SHARE = 1e-2
+"""Of tr C: that of the null space's directions together."""
+POSITIONS, DRAWS, CHUNK = 512, 2, 256
+"""Positions per kind of kept answers that F is estimated at, tokens drawn at each, and positions held at once."""
+
+
+def whitening(moment: Float[Tensor, "row row"], ridge: float) -> Float[Tensor, "row row"]:
+    """Return (moment + ridge · its mean eigenvalue · I)^(-1/2), scaled."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    # Rounding can make the smallest eigenvalues negative.
+    floor = ridge * values.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return _scaled((vectors * (values.clamp(min=0) + floor).rsqrt()) @ vectors.T)
+
+
+def null_space(moment: Float[Tensor, "row row"], share: float = LARGEST_SHARE) -> Float[Tensor, "row row"]:
+    """Return the projector on the eigenvectors of the smallest eigenvalues, which sum to at most `share` of all."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    values = values.clamp(min=0)
+    # At least one direction, or nothing could be learned.
+    count = max(1, int((values.cumsum(0) <= share * values.sum()).sum()))
+    chosen = vectors[:, :count]
+    return _scaled(chosen @ chosen.T)
+
+
+def _scaled(shape: Tensor) -> Tensor:
+    scaled: Tensor = shape * (len(shape) ** 0.5 / shape.norm())
+    return scaled.float()
+
+
+@torch.no_grad()
+def second_moment(
+    model: LoadedModel,
+    kept: Mapping[str, Sequence[Example]],
+    weights: Mapping[str, float],
+    deltas: Deltas,
+    layer: int,
+) -> Float[Tensor, "unit unit"]:
+    """Return C of a layer's edited neurons: the mean over each kind's tokens, and the weighted mean of kinds."""
+    units = deltas.units[layer]
+    # Nothing is learned with these: they only say whose activations a resumed forward keeps.
+    here = Deltas(model, [(layer, unit) for unit in units.tolist()])
+    moments = {}
+    for kind, examples in kept.items():
+        activation = [part.activation.flatten(0, -2) for part, _ in resume_all(model, examples, here)]
+        if activation:
+            joined = torch.cat(activation)
+            moments[kind] = joined.T @ joined / len(joined)
+    return _mean(moments, weights, len(units)).to(units.device)
+
+
+def fisher(
+    model: LoadedModel, kept: Mapping[str, Sequence[Example]], weights: Mapping[str, float], seed: int
+) -> Float[Tensor, "hidden hidden"]:
+    """Return F at the input of the final norm, estimated at some positions of each kind."""
+    generator = torch.Generator().manual_seed(seed)
+    last = Deltas(model, [(len(model.widths) - 1, 0)])
+    moments = {}
+    for kind, examples in kept.items():
+        states = [part.states(None) for part, _ in resume_all(model, examples, last)]
+        if states:
+            joined = torch.cat(states)
+            drawn = torch.randperm(len(joined), generator=generator)[:POSITIONS].to(joined.device)
+            gradients = torch.cat([_scores(model, chunk, generator) for chunk in torch.split(joined[drawn], CHUNK)])
+            moments[kind] = gradients.T @ gradients / len(gradients)
+    return _mean(moments, weights, model.network.get_submodule(model.parts.unembedding).weight.shape[1])
+
+
+def _scores(
+    model: LoadedModel, states: Float[Tensor, "position hidden"], generator: torch.Generator
+) -> Float[Tensor, "draw hidden"]:
+    """Return ∇ log p of tokens drawn from the model at each position."""
+    states = states.detach().float().requires_grad_()
+    log_probs = vocabulary_logits(model, states.to(model.network.dtype)).log_softmax(1)
+    drawn = torch.multinomial(log_probs.detach().exp().cpu(), DRAWS, replacement=True, generator=generator)
+    found = []
+    for tokens in drawn.to(log_probs.device).T:
+        # Positions don't mix after the last block, so the gradient of the sum holds that of each.
+        total = log_probs.gather(1, tokens[:, None]).sum()
+        found.append(torch.autograd.grad(total, states, retain_graph=True)[0])
+    return torch.cat(found)
+
+
+def _mean(moments: Mapping[str, Tensor], weights: Mapping[str, float], size: int) -> Tensor:
+    """Return the weighted mean; an identity if there is nothing to average."""
+    whole = sum(weights.get(kind, 1.0) for kind in moments)
+    if not whole:
+        return torch.eye(size)
+    return torch.stack([weights.get(kind, 1.0) / whole * moment for kind, moment in moments.items()]).sum(0)

@@ -1,0 +1,178 @@
+"""What an edit must leave alone: the answers kept, how they are split, and what is said of an edit that breaks them."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mmray.errors import InputError
+from mmray.features.editing import methods, validation
+from mmray.features.editing.dataset import EditDataset, Query
+from mmray.features.editing.deltas import Deltas
+from mmray.features.editing.edit import open_edit
+from mmray.features.editing.kept_answers import kept, presence_answers, read_kept_text, text_answers
+from mmray.features.editing.methods import make_edit, sizes
+from mmray.features.editing.settings import edit_settings
+from mmray.features.editing.task import prepare
+from mmray.features.editing.validation import BOUNDS, broken, lines, validate
+from mmray.models.generation import generate
+from mmray.neurons.model import open_image
+from mmray.runs.run import open_run
+
+QUICK = {"kept": 24, "samples": 8, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def demo_run(demo_census):
+    return open_run(demo_census(384, shard_size=200))
+
+
+@pytest.fixture(scope="module")
+def few_texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.json"
+    prompts = ["What is a dog?", "Name a colour.", "What kind of thing is a tree?", "Say yes.", "What is the sun?"]
+    path.write_text(
+        json.dumps({"prompts": prompts, "texts": ["An image of a dog and a cat.", "A red tree on a hill."]})
+    )
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def dataset(open_model, demo_run):
+    return EditDataset(open_model("demo"), demo_run)
+
+
+@pytest.fixture(scope="module")
+def task(dataset, few_texts):
+    return prepare(dataset, [edit_settings({"source": "hammer", "target": "dog", "keep_text": few_texts} | QUICK)])
+
+
+def test_no_image_and_no_prompt_is_both_learned_and_held_out(task):
+    learned, held_out = task.kept.learned, task.kept.held_out
+    assert list(learned) == list(held_out) == ["captions", "answers", "replies", "texts"]
+    for part in (learned, held_out):
+        assert len(part["captions"]) > 2
+        assert {one.image for one in part["answers"]} <= {one.image for one in part["captions"]}
+
+    def images(part):
+        return {one.image for kind in ("captions", "answers") for one in part[kind]}
+
+    assert not images(learned) & images(held_out)
+    for kind in ("replies", "texts"):
+        assert not {one.prompt for one in learned[kind]} & {one.prompt for one in held_out[kind]}
+    assert task.held_out
+    assert not {one.sample_id for one in task.new} & {one.sample_id for one in task.held_out}
+    # What evaluation counts as reliability is what was learned from.
+    assert set(task.purposes[0].samples) == {one.sample_id for one in task.new}
+
+
+def test_answers_are_about_what_is_there_and_what_is_not(dataset):
+    captions = kept(dataset, ["hammer"], 6, 0)
+    answers = presence_answers(dataset, captions, ["hammer", "dog"], 0)
+    assert len(answers) == 12
+    for number, caption in enumerate(captions):
+        there, absent = answers[2 * number : 2 * number + 2]
+        assert there.image == absent.image == caption.image
+        shown = dataset.present(dataset.samples[caption.sample_id])
+        assert any(f" {name} in" in there.prompt for name in shown)
+        assert not any(f" {name} in" in absent.prompt for name in shown)
+    assert any("hammer" in one.prompt or "dog" in one.prompt for one in answers[3::4])
+
+
+def test_kept_text_is_general_or_a_file(dataset, few_texts, tmp_path):
+    general, own = read_kept_text(None), read_kept_text(few_texts)
+    assert min(len(general["prompts"]), len(general["texts"])) > 20
+    assert len(own["prompts"]) == 5
+    found = text_answers(dataset, few_texts)
+    assert [len(found[kind]) for kind in ("replies", "texts")] == [5, 2]
+    assert text_answers(dataset, few_texts) is found
+    assert dataset.text(found["texts"][0].tokens) == "image of a dog and a cat."
+    for content in ("no json", '["a"]', '{"prompts": []}'):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(InputError, match="prompts and texts"):
+            read_kept_text(str(tmp_path / "bad.json"))
+    with pytest.raises(InputError, match="no such file"):
+        read_kept_text(str(tmp_path / "absent.json"))
+
+
+def test_unchanged_means_that_greedy_decoding_writes_the_same(dataset, task):
+    model, deltas = dataset.model, Deltas(dataset.model, task.neurons)
+    captions = task.kept.learned["captions"]
+    deltas.parameters[deltas.first][0].data.normal_(std=0.6, generator=torch.Generator().manual_seed(2))
+    measures = validate(model, deltas, task.new, task.held_out, {"captions": captions})
+    with deltas.added():
+        images = [open_image(one.image, one.background) for one in captions]
+        after = generate(model, [one.prompt for one in captions], images)
+    same = sum(one.tokens[: len(row) + 1] == (*row, dataset.end) for one, row in zip(captions, after, strict=True))
+    assert 0 < same < len(captions)
+    assert measures["captions"] == pytest.approx(same / len(captions), abs=1e-4)
+    # Nothing to measure: left out, and no bound is broken by it.
+    assert "answers" not in measures
+    assert "kl" not in measures
+
+
+def test_an_untouched_model_keeps_all_and_takes_nothing(dataset, task):
+    measures = validate(dataset.model, Deltas(dataset.model, task.neurons), task.new, task.held_out, task.kept.learned)
+    assert measures["captions"] == measures["answers"] == 1
+    assert measures["kl"] == measures["perplexity"] == measures["yes_ratio"] == 0
+    assert broken(measures) == ["reliability", "image_generality"]
+    assert [within for _, within in lines(measures)] == [name not in broken(measures) for name in measures]
+
+
+def test_more_neurons_are_tried_until_no_bound_is_broken(dataset, few_texts, monkeypatch):
+    seen = []
+
+    def found(model, deltas, *_):
+        seen.append(sum(map(len, deltas.units.values())))
+        return {
+            "reliability": 1.0,
+            "captions": 0.9 if len(seen) < 3 else 1.0,
+            "answers": 0.5 if len(seen) == 1 else 1.0,
+        }
+
+    monkeypatch.setattr(methods, "validate", found)
+    monkeypatch.setattr(methods, "GROWTH", 2)
+    asked = {"suppress": "hammer", "keep_text": few_texts, **QUICK}
+    edit = make_edit(dataset, [edit_settings(asked)])
+    assert seen == sorted(set(seen))
+    assert len(seen) == 3
+    assert [one["neurons"] for one in edit.facts["tries"]] == seen
+    assert [one["broken"] for one in edit.facts["tries"]] == [["captions", "answers"], ["captions"], []]
+    assert edit.facts["broken"] == []
+    assert len(edit.delta) == seen[-1]
+    # With a number given, there is one try.
+    task = prepare(dataset, [edit_settings(asked | {"neurons": 5})])
+    assert sizes(task) == [5]
+    assert sizes(replace(task, neurons=[])) == [0]
+
+
+@pytest.mark.slow
+def test_an_edit_beyond_a_bound_is_not_saved_unless_asked(mmray, demo_run, few_texts, tmp_path):
+    asked = ["edit", demo_run.uri, "--suppress", "hammer", "--method", "noise", "--sigma", 9, "--keep-text", few_texts]
+    asked += ["--kept", 24, "--samples", 4, "--out", tmp_path / "edit"]
+    refused = mmray(*asked)
+    assert refused.status == 3
+    assert "not saved" in refused.err
+    assert refused.err.count("\n") == 1
+    assert "captions of other images unchanged" in refused.out
+    assert not (tmp_path / "edit" / "edit.json").exists()
+    saved = mmray(*asked, "--allow-collateral")
+    assert saved.status == 0, saved.err
+    facts = open_edit(tmp_path / "edit").facts
+    assert "captions" in facts["broken"]
+    assert facts["validation"]["captions"] < BOUNDS["captions"].limit
+    assert facts["tries"][0]["broken"] == facts["broken"]
+
+
+def test_bounds_are_least_or_most():
+    assert validation.Bound("", 0.5).holds(0.5)
+    assert not validation.Bound("", 0.5).holds(0.4)
+    assert validation.Bound("", 0.5, "most").holds(0.4)
+    assert not validation.Bound("", 0.5, "most").holds(0.6)
+
+
+def test_replies_end_where_they_are_cut_off(dataset):
+    short, long = (dataset.replies([Query("What is a dog?")], longest)[0].tokens for longest in (1, 64))
+    assert len(short) == 1
+    assert short[0] == long[0]
