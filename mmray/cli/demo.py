@@ -15,7 +15,7 @@ from mmray.terminal.options import INCOMPLETE, app, console, say
 
 FULL, QUICK = (12, 2), (3, 1)
 """Concepts whose properties are measured, and heat maps per concept."""
-EDIT, QUICK_EDIT = {"kept": 256, "samples": 16}, {"kept": 64, "samples": 8, "steps": 30}
+EDIT, QUICK_EDIT = {"kept": 256, "samples": 16}, {"kept": 64, "samples": 8}
 """Settings of the edits."""
 SCENES, QUICK_SCENES = 64, 24
 """Scenes that the edits are evaluated on."""

@@ -50,7 +50,7 @@ def rank_one(model: LoadedModel, new: Sequence[Example], keep: Sequence[Example]
     ridge = RIDGE * moment.diagonal().mean() * torch.eye(len(key), device=key.device)
     # Solved for one vector: forming C⁻¹ costs more, and loses digits where C is nearly singular.
     direction = torch.linalg.solve(moment + ridge, key)
-    return RankOne(model, layer, direction / (key @ direction), float(key.norm()))
+    return RankOne(model, layer, direction / (key @ direction))
 
 
 class LowRank(Deltas):

@@ -34,6 +34,8 @@ class Deltas:
         self.parameters: dict[int, list[Tensor]] = {}
         self.shapes: dict[int, tuple[Float[Tensor, "unit unit"], Float[Tensor, "hidden hidden"]]] = {}
         """Per layer, what the parameters are multiplied by, from the left and from the right; see `whitening`."""
+        self.whitened = False
+        """Whether ½‖parameters‖² is what the edit costs kept answers, in nats per token."""
         for layer, units in sorted(by_layer(model, neurons).items()):
             rows = output_rows(model.network, model.projections[layer])
             self.units[layer] = torch.tensor(units, device=rows.device)
@@ -42,7 +44,7 @@ class Deltas:
 
     def initial(self, rows: Float[Tensor, "unit hidden"]) -> list[Tensor]:
         """Return the parameters of a layer before learning, given its neurons' rows of W_out."""
-        # fp32 whatever the model's format: Adam's small steps would round away in half precision.
+        # fp32 whatever the model's format: small steps would round away in half precision.
         return [torch.zeros_like(rows, dtype=torch.float32, requires_grad=True)]
 
     def rows(self, layer: int) -> Float[Tensor, "unit hidden"]:
@@ -53,18 +55,17 @@ class Deltas:
         return left @ self.parameters[layer][0] @ right
 
     def size(self) -> Float[Tensor, ""]:
-        """Return Σ ‖row‖² of the parameters over the mean ‖W_out row‖² of their layer."""
-        parts = [
-            rows.square().sum() / (self.scales[layer] ** 2 * rows.shape[1])
-            for layer in self.units
-            for rows in (self.parameters[layer][0] if layer in self.shapes else self.rows(layer),)
-        ]
+        """Return Σ ‖row‖² over the mean ‖W_out row‖² of its layer; if whitened, the cost for kept answers."""
+        if self.whitened:
+            parts = [parameters.square().sum() / 2 for (parameters,) in self.parameters.values()]
+        else:
+            parts = [
+                rows.square().sum() / (self.scales[layer] ** 2 * rows.shape[1])
+                for layer in self.units
+                for rows in (self.rows(layer),)
+            ]
         # Layers may be on several devices.
         return torch.stack([part.to(parts[0].device) for part in parts]).sum()
-
-    def step_size(self, layer: int) -> float:
-        """Return the unit of the learning rate of a layer's parameters."""
-        return self.scales[layer]
 
     @property
     def first(self) -> int:
@@ -103,14 +104,9 @@ class RankOne(Deltas):
     v is learned with the objective of `mmray.features.editing.training`, not ROME's.
     """
 
-    def __init__(self, model: LoadedModel, layer: int, direction: Float[Tensor, " unit"], key_norm: float) -> None:
+    def __init__(self, model: LoadedModel, layer: int, direction: Float[Tensor, " unit"]) -> None:
         self.direction = direction
-        self.key_norm = key_norm
         super().__init__(model, [(layer, unit) for unit in range(model.widths[layer])])
-
-    def step_size(self, layer: int) -> float:
-        """Return the unit of the learning rate of v: the change of the MLP output when every row takes one step."""
-        return self.scales[layer] * self.key_norm
 
     def initial(self, rows: Float[Tensor, "unit hidden"]) -> list[Tensor]:
         """Return v, zero to begin with."""

@@ -178,6 +178,7 @@ def _closed_form(task: Task, function: Callable[[LayerRows], Float[Tensor, "unit
 def _whitened(task: Task, neurons: Sequence[Neuron]) -> Deltas:
     """Return deltas of these neurons, whitened by what kept answers use."""
     deltas, settings = Deltas(task.model, neurons), task.settings
+    deltas.whitened = True
     right = whitening(fisher(task.model, task.kept.learned, settings.weights, settings.seed), OUTPUT_RIDGE)
     for layer, units in deltas.units.items():
         moment = second_moment(task.model, task.kept.learned, settings.weights, deltas, layer)

@@ -9,7 +9,8 @@ summed over their tokens and averaged (Pan et al. 2024, with the guards of FiNE,
       − log (1 − p(new words' first token))   after the new words: not again
     + keep_weight · Σ weight(kind) · KL(before ‖ now)    averaged over the kind's positions with the smallest lead,
                                                          and as many random ones
-    + size_weight · Σ ‖M‖²                               of the whitened deltas, see `whitening`
+    + keep_weight · ½ ‖M‖²                               the same at all kept positions, to second order: `whitening`
+    + size_weight · Σ ‖Δ row‖² / mean ‖W_out row‖²       instead, where deltas are not whitened
 
 At the first new word, − log p may be taken with its logit lowered by `TrainingConfig.margin`: a word that only just
 leads on the training images is overtaken on others.
@@ -17,13 +18,16 @@ leads on the training images is overtaken on others.
 Probabilities are over `candidates` and the rest of the vocabulary, whose mass is taken as before the edit.
 
 A kept answer is lost where another token overtakes the likeliest. So the positions with the smallest lead count most;
-they are found again every few steps.
+they are found again in every round. Within a round the loss is a function of the deltas alone, and L-BFGS descends it.
+From zero it stays in the span of the gradients, so an edit is small where nothing asks for it. (Adam moves all numbers
+alike, which undoes the whitening.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -39,18 +43,16 @@ from mmray.models.loading import LoadedModel
 ENOUGH_LEARNED = 0.95
 """Share of the new answers that ends learning; with few answers, this means all of them."""
 Part = TypeVar("Part")
-BATCHES_PER_STEP = 2
-"""Of new and of kept answers each, if later blocks must run: a step over all of them would take too long."""
+NEW_BATCHES = 2
+"""In a round, if later blocks must run: a step over all new answers would take too long."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """How to learn."""
 
-    steps: int = 60
-    """Per round."""
-    learning_rate: float = 0.25
-    """Of Adam, in units of the standard deviation of a layer's W_out. It falls to a tenth within a round."""
+    steps: int = 20
+    """Of L-BFGS, per round."""
     keep_weight: float = 10.0
     weights: Mapping[str, float] = field(default_factory=dict)
     """Of a kind of kept answers; 1 by default."""
@@ -59,10 +61,8 @@ class TrainingConfig:
     """Logits by which new words must lead on the training images."""
     positions: int = 256
     """Positions of each kind that a step uses, in an edit of the last layer."""
-    refresh_every: int = 10
-    """Steps after which those with the smallest lead are found again."""
-    rounds: int = 3
-    """At most."""
+    rounds: int = 4
+    """At most, and at least two."""
     seed: int = 0
 
 
@@ -204,21 +204,24 @@ def learn(
 ) -> list[float]:
     """Change the deltas so that the model gives the new answers and keeps the others; return the loss of each step."""
     changing = resume_all(model, new, deltas)
-    staying = [(kind, part) for kind, examples in keep.items() for part, _ in resume_all(model, examples, deltas)]
+    staying = {kind: [part for part, _ in resume_all(model, keep[kind], deltas)] for kind in keep}
     said = {token for example in new for token in (*example.tokens, *(example.rejected or ())[1:])}
-    chosen, totals = candidates(model, [part for _, part in staying] + [part for part, _ in changing], said)
+    parts = [*chain(*staying.values()), *(part for part, _ in changing)]
+    chosen, totals = candidates(model, parts, said)
     news = [_NewAnswers.of(part, rows, config.margin, chosen) for part, rows in changing]
+    each = iter(totals)
     kept = [
-        _KeptAnswers.of(part, chosen, total, config.weights.get(kind, 1.0))
-        for (kind, part), total in zip(staying, totals, strict=False)
+        [_KeptAnswers.of(part, chosen, next(each), config.weights.get(kind, 1.0)) for part in staying[kind]]
+        for kind in staying
+        if staying[kind]
     ]
     generator = torch.Generator().manual_seed(config.seed)
     losses: list[float] = []
     for number in range(config.rounds):
-        # A smaller step finds what the larger one overshot.
-        halved = replace(config, learning_rate=config.learning_rate / 2**number)
-        losses += _run_round(deltas, news, kept, halved, generator)
-        if torch.cat([answers.are_learned(deltas) for answers in news]).float().mean() >= ENOUGH_LEARNED:
+        losses += _run_round(deltas, news, kept, config, generator)
+        learned = torch.cat([answers.are_learned(deltas) for answers in news]).float().mean()
+        # Kept positions that the first round overtook count from the second on.
+        if number > 0 and learned >= ENOUGH_LEARNED:
             break
     return losses
 
@@ -226,41 +229,37 @@ def learn(
 def _run_round(
     deltas: Deltas,
     changing: Sequence[_NewAnswers],
-    staying: Sequence[_KeptAnswers],
+    staying: Sequence[Sequence[_KeptAnswers]],
     config: TrainingConfig,
     generator: torch.Generator,
 ) -> list[float]:
-    """Run one round of steps at a falling learning rate; return the loss of each step."""
-    # Adam moves each number by about the learning rate, so the rate is in units of the weights.
-    groups = [
-        {"params": parameters, "lr": config.learning_rate * deltas.step_size(layer)}
-        for layer, parameters in deltas.parameters.items()
-    ]
-    # New in each round: the moments of a round's larger steps would carry over into the next.
-    optimizer = torch.optim.Adam(groups)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, config.steps)
-    losses = []
-    for step in range(config.steps):
+    """Run one round of steps; return the loss of each evaluation."""
+    # All of them, and all kept answers of a kind, are one part unless later blocks must run.
+    some = _drawn(changing, NEW_BATCHES, generator)
+    others = [part for kind in staying for part in _drawn(kind, 1, generator)]
+    for part in others:
+        part.refresh(deltas, config.positions, generator)
+    # Per answer, so that the weights of the terms don't depend on how many a batch holds.
+    answers = sum(_answers(part.resumed) for part in some)
+    parameters = [parameter for layer in deltas.parameters.values() for parameter in layer]
+    optimizer = torch.optim.LBFGS(parameters, max_iter=config.steps, history_size=10, line_search_fn="strong_wolfe")
+    losses: list[float] = []
+
+    def evaluate() -> Tensor:
         optimizer.zero_grad()
-        some = _drawn(changing, generator)
-        # Per answer, so that the weights of the terms don't depend on how many a batch holds.
-        loss = sum(part.loss(deltas) for part in some) / sum(_answers(part.resumed) for part in some)
-        loss = loss + config.size_weight * deltas.size()
-        # Without later blocks each kind is one part, and a step looks at all of them.
-        for part in _drawn(staying, generator) if changing[0].resumed.later_blocks else staying:
-            if step % config.refresh_every == 0:
-                part.refresh(deltas, config.positions, generator)
-            loss = loss + config.keep_weight * part.divergence(deltas)
+        loss = sum((part.loss(deltas) for part in some), torch.zeros(())) / answers
+        loss = loss + config.keep_weight * sum(part.divergence(deltas) for part in others)
+        loss = loss + (config.keep_weight if deltas.whitened else config.size_weight) * deltas.size()
         loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        scheduler.step()
         losses.append(loss.item())
+        return loss
+
+    optimizer.step(evaluate)  # type: ignore[no-untyped-call]
     return losses
 
 
-def _drawn(parts: Sequence[Part], generator: torch.Generator) -> list[Part]:
-    chosen = torch.randperm(len(parts), generator=generator)[:BATCHES_PER_STEP]
-    return [parts[number] for number in chosen.tolist()]
+def _drawn(parts: Sequence[Part], most: int, generator: torch.Generator) -> list[Part]:
+    return [parts[number] for number in torch.randperm(len(parts), generator=generator)[:most].tolist()]
 
 
 def _answers(part: ResumedForward) -> int:

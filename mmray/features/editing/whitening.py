@@ -7,11 +7,9 @@ An edit Δ changes the MLP output by Δᵀa, where a are the activations of its 
 with C and F taken as independent (K-FAC, Martens and Grosse 2015). C says which activations kept answers have, F which
 changes of the residual stream their probabilities feel. So Δ is learned as SMR, with M the parameters:
 
-    whitened      S = (C + λI)^(-1/2), R = (F + μI)^(-1/2): then ‖M‖² is that cost, and a step costs kept answers the
-                  same in every direction. S alone is the C⁻¹ of ROME (Meng et al. 2022)
+    whitened      S = (C + λI)^(-1/2), R = (F + μI)^(-1/2): then the cost is ½‖M‖², with the ridges λ and μ. S alone is
+                  the C⁻¹ of ROME (Meng et al. 2022)
     null space    S projects on the eigenvectors of C with the smallest eigenvalues, R = I (AlphaEdit, Fang et al. 2025)
-
-Each is scaled to the norm of an identity: learning rates then mean the same with and without.
 """
 
 from __future__ import annotations
@@ -37,11 +35,12 @@ POSITIONS, DRAWS, CHUNK = 512, 2, 256
 
 
 def whitening(moment: Float[Tensor, "row row"], ridge: float) -> Float[Tensor, "row row"]:
-    """Return (moment + ridge · its mean eigenvalue · I)^(-1/2), scaled."""
+    """Return (moment + ridge · its mean eigenvalue · I)^(-1/2)."""
     values, vectors = torch.linalg.eigh(moment.double())
     # Rounding can make the smallest eigenvalues negative.
     floor = ridge * values.mean().clamp(min=torch.finfo(torch.float32).tiny)
-    return _scaled((vectors * (values.clamp(min=0) + floor).rsqrt()) @ vectors.T)
+    root: Tensor = (vectors * (values.clamp(min=0) + floor).rsqrt()) @ vectors.T
+    return root.float()
 
 
 def null_space(moment: Float[Tensor, "row row"], share: float = LARGEST_SHARE) -> Float[Tensor, "row row"]:
@@ -50,13 +49,8 @@ def null_space(moment: Float[Tensor, "row row"], share: float = LARGEST_SHARE) -
     values = values.clamp(min=0)
     # At least one direction, or nothing could be learned.
     count = max(1, int((values.cumsum(0) <= share * values.sum()).sum()))
-    chosen = vectors[:, :count]
-    return _scaled(chosen @ chosen.T)
-
-
-def _scaled(shape: Tensor) -> Tensor:
-    scaled: Tensor = shape * (len(shape) ** 0.5 / shape.norm())
-    return scaled.float()
+    projector: Tensor = vectors[:, :count] @ vectors[:, :count].T
+    return projector.float()
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ def test_located_neurons_are_those_of_the_highest_contrast(dataset, found):
 def test_an_edit_takes_the_hallucination_away_and_leaves_what_is_right(dataset, found):
     edit = make_edit(
         dataset,
-        [edit_settings({"reduce_hallucination": True, "samples": 16, "kept": 96, "neurons": 150, "steps": 40})],
+        [edit_settings({"reduce_hallucination": True, "samples": 16, "kept": 96, "neurons": 150})],
     )
     assert edit.purpose.pairs == found.pairs
     assert edit.purpose.kind == "hallucination"
