@@ -232,7 +232,8 @@ def test_a_score(changed: Callable[[Change], Mmray], tmp_path: Path) -> None:
 
 
 def test_an_edit_method(changed: Callable[[Change], Mmray], census: Path, tmp_path: Path) -> None:
-    flip = ("edit", census, "--suppress", "broccoli", "--method", "flip", "--neurons", 4, "--samples", 2, "--kept", 0)
+    few = ("--neurons", 4, "--samples", 2, "--kept", 0, "--allow-collateral")
+    flip = ("edit", census, "--suppress", "broccoli", "--method", "flip", *few)
     told, done = changed(EDIT_METHOD)(("edit", "--help"), (*flip, "--out", "edit"))
     assert "flip" in told
     assert "4 neurons changed" in done
