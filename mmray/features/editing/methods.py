@@ -32,7 +32,7 @@ SWAP_MARGIN, SWAP_KEEP_WEIGHT = 5.0, 30.0
 """Of a single swap: logits by which the target must lead on the source's images, and the weight of kept answers.
 
 Suppression need not write a word so firmly, and where many edits share neurons there is no room for a margin."""
-GROWTH = 4
+GROWTH = 32
 """How many times as many neurons the next try has."""
 
 
@@ -142,10 +142,10 @@ class Try:
 def sizes(task: Task) -> list[int]:
     """Return the numbers of neurons to try, smallest first; one where it is given, and for baselines."""
     count, settings = len(task.neurons), task.settings
-    if len(task.purposes) > 1:
+    if len(task.purposes) > 1 or not settings.searches:
         return [count]
     found = [min(count, settings.neuron_limit)]
-    while found[-1] < count and settings.neurons is None and settings.method == "learned":
+    while found[-1] < count:
         found.append(min(count, GROWTH * found[-1]))
     return found
 

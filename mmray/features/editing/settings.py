@@ -30,7 +30,8 @@ class EditSettings(BaseModel):
     """Neutral word that replaces a suppressed one."""
     method: Method = Field("learned", description=methods_help())
     neurons: int | None = Field(None, ge=1)
-    """Most neurons to edit. Default: 50 for a swap, which must also write the target, else 30."""
+    """Most neurons to edit. Default: 50 for a swap, which must also write the target, else 30; if a bound is then
+    broken, up to 2,048 of the layers."""
     layers: int = Field(1, ge=1)
     """Number of last layers whose neurons may be edited. With 1, learning runs no block of the network."""
     by: By = "specific"
@@ -93,8 +94,13 @@ class EditSettings(BaseModel):
         return {"captions": self.caption_weight, "answers": self.answer_weight, "replies": text, "texts": text}
 
     @property
+    def searches(self) -> bool:
+        """Whether larger numbers of neurons are tried while an edit breaks a bound."""
+        return self.method == "learned" and self.neurons is None and not self.reduce_hallucination
+
+    @property
     def neuron_limit(self) -> int:
-        """The most neurons to edit."""
+        """The most neurons to edit, in the first try."""
         return self.neurons or (50 if self.source else 30)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from mmray.data.image_keys import one_per_image
 from mmray.data.samples import image_digest
+from mmray.features.editing.baselines import whole_layers
 from mmray.features.editing.dataset import EditDataset, Example, replaced
 from mmray.features.editing.deltas import Neuron
 from mmray.features.editing.divergence import contrasting
@@ -18,8 +19,8 @@ from mmray.features.editing.resumed_forward import recorded
 from mmray.features.editing.settings import EditSettings
 from mmray.neurons.model import NeuronModel
 
-MOST = 1 << 30
-"""Neurons: more than any layer has."""
+MOST = 2048
+"""Neurons of the largest try: whitening takes time that grows with their third power."""
 TARGET_IMAGES = 16
 """Kept images that show each target, so that captions of the target itself stay too."""
 
@@ -74,9 +75,7 @@ def _rewording_task(dataset: EditDataset, requests: Sequence[EditSettings]) -> T
     purposes, sources, target_samples = [], [], []
     for request in requests:
         source, target = request.concept, request.new_word
-        # Of one edit all ranked neurons, of which each try takes the first; many edits in one have one try.
-        count = MOST if len(requests) == 1 else request.neuron_limit
-        neurons |= dict.fromkeys(located(run, source, count, layers, request.by))
+        neurons |= dict.fromkeys(located(run, source, request.neuron_limit, layers, request.by))
         examples, others = without_some_images(replaced(dataset, source, target, request.samples, request.seed))
         new += examples
         held_out += others
@@ -86,11 +85,14 @@ def _rewording_task(dataset: EditDataset, requests: Sequence[EditSettings]) -> T
         sources.append(source)
         target_samples += one_per_image(dataset.ids([target]), dataset.images)[:TARGET_IMAGES]
     # Images of the targets first, because `kept` takes only the beginning of this list.
-    harmed = sharing(run, list(neurons)[: len(requests) * settings.neuron_limit])
-    first = list(dict.fromkeys([*target_samples, *harmed]))
+    first = list(dict.fromkeys([*target_samples, *sharing(run, list(neurons))]))
     captions = kept(dataset, sources, settings.kept, settings.seed, first)
     words = [word for purpose in purposes for word in (purpose.source, purpose.target) if word]
     keep = kept_answers(dataset, captions, words, settings.keep_text, settings.seed)
+    if len(requests) == 1 and settings.searches:
+        # A larger try has the other ranked neurons, and then all others of these layers.
+        ranked = located(run, settings.concept, MOST, layers, settings.by)
+        neurons |= dict.fromkeys([*ranked, *whole_layers(model, layers)][:MOST])
     return Task(model, settings, tuple(purposes), list(neurons), new, held_out, keep)
 
 
