@@ -40,9 +40,9 @@ def edit(
     exit status 3.
     """
     # Imported late, because --help and other commands must not wait for torch.
+    from mmray.features.editing.bounds import verdict
     from mmray.features.editing.edit import check_free
     from mmray.features.editing.methods import edit_run
-    from mmray.features.editing.validation import lines
     from mmray.runs.driver import drive_analysis
     from mmray.runs.run import open_run
 
@@ -54,8 +54,8 @@ def edit(
         facts, purpose = made.facts, made.purpose
         refused = bool(facts["broken"]) and not allow_collateral
         if not as_json:
-            for line, within in lines(facts["validation"]):
-                say(f"  {line}", None if within else "red")
+            say(f"on answers that it was not learned from: {verdict(facts['validation'])['words']}")
+            say("  " + ", ".join(f"{name} {value:g}" for name, value in facts["validation"].items()))
         if not refused:
             # Learning may take minutes, in which another process may have taken over the folder.
             lease.verify()

@@ -58,7 +58,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Query:
+class Prompt:
     """A prompt, in the family's template, about an encoded image or none."""
 
     prompt: str
@@ -175,14 +175,14 @@ class EditDataset:
         `cache` also keeps a `GenerationCache` of each, tens of thousands of numbers per token.
         """
         new = [sample for sample in samples if sample.sample_id not in self.caption_tokens]
-        queries = [Query(self.prompt_for(sample), sample.image, sample.background) for sample in new]
+        queries = [Prompt(self.prompt_for(sample), sample.image, sample.background) for sample in new]
         for sample, (tokens, recorded) in zip(new, self._write(queries, cache=cache), strict=True):
             self.caption_tokens[sample.sample_id] = tokens
             if cache:
                 self.caches[sample.sample_id] = recorded
         return [self.caption_tokens[sample.sample_id] for sample in samples]
 
-    def replies(self, queries: Sequence[Query], longest: int) -> list[Example]:
+    def replies(self, queries: Sequence[Prompt], longest: int) -> list[Example]:
         """Return the model's own greedy replies as examples, recorded while it wrote them."""
         return [
             Example(
@@ -196,7 +196,7 @@ class EditDataset:
         ]
 
     def _write(
-        self, queries: Sequence[Query], longest: int = LONGEST, *, cache: bool
+        self, queries: Sequence[Prompt], longest: int = LONGEST, *, cache: bool
     ) -> list[tuple[tuple[int, ...], GenerationCache | None]]:
         """Generate replies in batches; queries with and without an image never share one."""
         written = []
@@ -206,7 +206,7 @@ class EditDataset:
         return written
 
     def _write_batch(
-        self, queries: Sequence[Query], longest: int, *, cache: bool
+        self, queries: Sequence[Prompt], longest: int, *, cache: bool
     ) -> list[tuple[tuple[int, ...], GenerationCache | None]]:
         """Generate the replies of one batch; if memory runs out, of each half."""
         images = [open_image(query.image, query.background) for query in queries]

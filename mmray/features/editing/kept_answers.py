@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mmray.data.image_keys import one_per_image
 from mmray.errors import InputError
-from mmray.features.editing.dataset import EditDataset, Example, Query
+from mmray.features.editing.dataset import EditDataset, Example, Prompt
 from mmray.features.editing.resumed_forward import recorded
 from mmray.models.prompting import prompt_text, tokenize_caption
 from mmray.neurons.concepts import find_forms
@@ -27,7 +27,7 @@ ASKED = 64
 """Images that questions are asked about."""
 LONGEST_ANSWER = 16
 """Tokens of an answer about an image."""
-LONGEST_TEXT = 48
+LONGEST_TEXT = 64
 """Tokens of a text-only reply."""
 HELD_OUT = 4
 """One of so many is held out."""
@@ -83,7 +83,7 @@ def presence_answers(
         if sample.image is not None and shown and absent:
             for name in (rng.choice(shown), rng.choice(absent)):
                 prompt = prompt_text(dataset.model, presence(name), dataset.language)
-                queries.append(Query(prompt, sample.image, sample.background))
+                queries.append(Prompt(prompt, sample.image, sample.background))
     return dataset.replies(queries, LONGEST_ANSWER)
 
 
@@ -94,7 +94,7 @@ def text_answers(dataset: EditDataset, uri: str | None) -> dict[str, list[Exampl
     """
     if uri not in dataset.text_answers:
         model, found = dataset.model, read_kept_text(uri)
-        queries = [Query(prompt_text(model, prompt, dataset.language, image=False)) for prompt in found["prompts"]]
+        queries = [Prompt(prompt_text(model, prompt, dataset.language, image=False)) for prompt in found["prompts"]]
         texts = [text.partition(" ") for text in found["texts"]]
         continued = [Example(first, None, tuple(tokenize_caption(model, first, rest)[0])) for first, _, rest in texts]
         dataset.text_answers[uri] = {

@@ -133,8 +133,8 @@ class _NewAnswers:
 
 
 @dataclass
-class _KeptAnswers:
-    """Answers of one kind that should stay."""
+class KeptPositions:
+    """The positions of answers of one kind that should stay."""
 
     resumed: ResumedForward
     candidates: Candidates
@@ -152,7 +152,7 @@ class _KeptAnswers:
     @torch.no_grad()
     def of(
         cls, resumed: ResumedForward, candidates: Candidates, total: Float[Tensor, " position"], weight: float
-    ) -> _KeptAnswers:
+    ) -> KeptPositions:
         """Return the answers; `total` is log Σ exp(logit) over the vocabulary. All positions count until `refresh`."""
         likeliest, rest = [], []
         for states, whole in zip(torch.split(resumed.states(None), CHUNK), torch.split(total, CHUNK), strict=True):
@@ -211,7 +211,7 @@ def learn(
     news = [_NewAnswers.of(part, rows, config.margin, chosen) for part, rows in changing]
     each = iter(totals)
     kept = [
-        [_KeptAnswers.of(part, chosen, next(each), config.weights.get(kind, 1.0)) for part in staying[kind]]
+        [KeptPositions.of(part, chosen, next(each), config.weights.get(kind, 1.0)) for part in staying[kind]]
         for kind in staying
         if staying[kind]
     ]
@@ -229,7 +229,7 @@ def learn(
 def _run_round(
     deltas: Deltas,
     changing: Sequence[_NewAnswers],
-    staying: Sequence[Sequence[_KeptAnswers]],
+    staying: Sequence[Sequence[KeptPositions]],
     config: TrainingConfig,
     generator: torch.Generator,
 ) -> list[float]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mmray.features.editing.bounds import verdict
 from mmray.features.editing.candidates import CHUNK
 from mmray.features.editing.dataset import Example
 from mmray.features.editing.deltas import Deltas
@@ -23,34 +23,7 @@ from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 
 SHORT = 16
-"""Most tokens of a short text-only reply."""
-
-
-@dataclass(frozen=True)
-class Bound:
-    """How good a measure must be for an edit to count as done."""
-
-    label: str
-    limit: float
-    side: Literal["least", "most"] = "least"
-
-    def holds(self, value: float) -> bool:
-        """Return whether a value is within the bound."""
-        return value >= self.limit if self.side == "least" else value <= self.limit
-
-
-BOUNDS: dict[str, Bound] = {
-    "reliability": Bound("images that it was made on: says what it should", 0.95),
-    "image_generality": Bound("other images of the concept: says what it should", 0.85),
-    "captions": Bound("captions of other images unchanged", 0.95),
-    "answers": Bound("answers about other images unchanged", 0.95),
-    "short_replies": Bound(f"text-only replies of up to {SHORT} tokens unchanged", 0.9),
-    "long_replies": Bound("longer text-only replies unchanged", 0.75),
-    "kl": Bound("KL on text, nats per token", 0.005, "most"),
-    "perplexity": Bound("change of the perplexity of plain text", 0.01, "most"),
-    "yes_ratio": Bound("change of the share of answers yes", 0.03, "most"),
-}
-"""By measure. A measure without data to measure it on is left out."""
+"""Tokens of the beginning of a text-only reply, measured by itself."""
 
 
 @torch.no_grad()
@@ -61,36 +34,27 @@ def validate(
     held_out: Sequence[Example],
     kept: Mapping[str, Sequence[Example]],
 ) -> dict[str, float]:
-    """Return the measures in BOUNDS: success on new answers, learned and held out, and changes of kept ones."""
+    """Return the measures in BOUNDS: success on new answers, learned and held out, and changes of kept ones.
+
+    A measure without data is left out.
+    """
     found = {"reliability": _success(model, deltas, new), "image_generality": _success(model, deltas, held_out)}
     changes = {kind: [_Change.of(part, deltas) for part, _ in resume_all(model, kept[kind], deltas)] for kind in kept}
-    for kind in ("captions", "answers"):
-        found[kind] = _mean([change.unchanged for change in changes.get(kind, [])])
-    replies = changes.get("replies", [])
-    found["short_replies"] = _mean([change.unchanged[change.lengths <= SHORT] for change in replies])
-    found["long_replies"] = _mean([change.unchanged[change.lengths > SHORT] for change in replies])
-    texts = changes.get("texts", [])
-    found["kl"] = _mean([change.divergence for change in [*replies, *texts]])
-    found["perplexity"] = abs(torch.tensor(_mean([change.surprise for change in texts])).exp().item() - 1)
-    found["yes_ratio"] = abs(_yes(model, changes.get("answers", [])))
+    answers, replies, texts = (changes.get(kind, []) for kind in ("answers", "replies", "texts"))
+    found["image_locality"] = _mean([change.unchanged for change in changes.get("captions", [])])
+    found["image_locality_questions"] = _mean([change.unchanged for change in answers])
+    found["text_only_16"] = _mean([change.same_start for change in replies])
+    found["text_only_64"] = _mean([change.unchanged for change in replies])
+    found["text_only_kl"] = _mean([change.divergence for change in replies])
+    found["perplexity_ratio"] = torch.tensor(_mean([change.surprise for change in texts])).exp().item()
+    found["pope_yes_ratio_change"] = _yes(model, answers)
     # A mean over nothing is not a number, and not equal to itself.
     return {name: round(value, 4) for name, value in found.items() if value == value}
 
 
 def broken(measures: Mapping[str, float]) -> list[str]:
     """Return the measures that are beyond their bound, in the order of BOUNDS."""
-    return [name for name, bound in BOUNDS.items() if name in measures and not bound.holds(measures[name])]
-
-
-def lines(measures: Mapping[str, float]) -> list[tuple[str, bool]]:
-    """Return a line per measure for the terminal, and whether it is within its bound."""
-    found = []
-    for name, bound in BOUNDS.items():
-        if name in measures:
-            value, side = measures[name], f"at {bound.side}"
-            shown = (f"{value:.4f}", f"{bound.limit:g}") if name == "kl" else (f"{value:.1%}", f"{bound.limit:.0%}")
-            found.append((f"{bound.label}: {shown[0]} (bound: {side} {shown[1]})", bound.holds(value)))
-    return found
+    return [bound["measure"] for bound in verdict(measures)["bounds"] if bound["passed"] is False]
 
 
 @dataclass(frozen=True)
@@ -99,7 +63,8 @@ class _Change:
 
     unchanged: Float[Tensor, " answer"]
     """1 where the greedy reply stays the same to the letter."""
-    lengths: Float[Tensor, " answer"]
+    same_start: Float[Tensor, " answer"]
+    """1 where its first tokens do, at most SHORT."""
     divergence: Float[Tensor, " position"]
     """KL(before ‖ after) in nats."""
     surprise: Float[Tensor, " position"]
@@ -116,12 +81,16 @@ class _Change:
             surprise = (old - new).gather(1, targets[:, None])[:, 0]
             columns.append((old.argmax(1), new.argmax(1), (old.exp() * (old - new)).sum(1), surprise))
         old_best, new_best, divergence, surprise = (torch.cat(column) for column in zip(*columns, strict=True))
-        count = int(part.rows.max()) + 1
-        lost = torch.zeros(count, device=part.rows.device).index_add(0, part.rows, (old_best != new_best).float())
-        lengths = torch.bincount(part.rows, minlength=count)
+        lengths = torch.bincount(part.rows)
         starts = lengths.cumsum(0) - lengths
+        differs = old_best != new_best
+        early = torch.arange(len(differs), device=differs.device) - starts[part.rows] < SHORT
+        unchanged, same_start = (
+            (torch.zeros_like(divergence[: len(lengths)]).index_add(0, part.rows, lost.float()) == 0).float()
+            for lost in (differs, differs & early)
+        )
         first = old_best[starts].tolist(), new_best[starts].tolist()
-        return cls((lost == 0).float(), lengths, divergence, surprise, first)
+        return cls(unchanged, same_start, divergence, surprise, first)
 
 
 def _success(model: LoadedModel, deltas: Deltas, answers: Sequence[Example]) -> float:

@@ -7,7 +7,7 @@ from mmray.features.editing import candidates as module
 from mmray.features.editing.candidates import candidates, log_rest
 from mmray.features.editing.deltas import Deltas
 from mmray.features.editing.resumed_forward import resume
-from mmray.features.editing.training import _KeptAnswers
+from mmray.features.editing.training import KeptPositions
 from tests.support.samples import CAPTIONS, batch_of
 from tests.support.tiny import VARIANTS
 
@@ -20,7 +20,7 @@ def kept(model, per_position, monkeypatch):
     deltas = Deltas(model, [(len(model.widths) - 1, unit) for unit in (3, 7, 20)])
     part = resume(model, batch_of(model, CAPTIONS[:2])[0], deltas)
     chosen, (total,) = candidates(model, [part], [1, 2])
-    answers = _KeptAnswers.of(part, chosen, total, 1.0)
+    answers = KeptPositions.of(part, chosen, total, 1.0)
     answers.refresh(deltas, len(part.targets), torch.Generator().manual_seed(0))
     deltas.parameters[deltas.first][0].data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
     return part, chosen, answers, deltas
