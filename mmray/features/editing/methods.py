@@ -28,7 +28,7 @@ from mmray.features.editing.whitening import INPUT_RIDGE, OUTPUT_RIDGE, fisher, 
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.runs.run import Run
 
-SWAP_MARGIN, SWAP_KEEP_WEIGHT = 5.0, 30.0
+SWAP_MARGIN, SWAP_KEEP_WEIGHT = 3.0, 300.0
 """Of a single swap: logits by which the target must lead on the source's images, and the weight of kept answers.
 
 Suppression need not write a word so firmly, and where many edits share neurons there is no room for a margin."""

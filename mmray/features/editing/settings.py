@@ -49,7 +49,7 @@ class EditSettings(BaseModel):
     """Weight of the answers about these images that must stay."""
     text_weight: float = Field(1.0, ge=0)
     """Weight of the text-only replies and the texts that must stay."""
-    steps: int = Field(20, ge=1)
+    steps: int = Field(15, ge=1)
     """Steps of gradient descent (L-BFGS) per round."""
     factor: float = 0.0
     """With --method scale: factor for the neurons' rows."""

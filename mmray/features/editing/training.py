@@ -51,15 +51,15 @@ NEW_BATCHES = 2
 class TrainingConfig:
     """How to learn."""
 
-    steps: int = 20
+    steps: int = 15
     """Of L-BFGS, per round."""
-    keep_weight: float = 10.0
+    keep_weight: float = 100.0
     weights: Mapping[str, float] = field(default_factory=dict)
     """Of a kind of kept answers; 1 by default."""
     size_weight: float = 5e-4
     margin: float = 0.0
     """Logits by which new words must lead on the training images."""
-    positions: int = 256
+    positions: int = 128
     """Positions of each kind that a step uses, in an edit of the last layer."""
     rounds: int = 4
     """At most, and at least two."""
