@@ -46,7 +46,8 @@ def called(*arguments: object, **environment: str) -> subprocess.CompletedProces
 @pytest.fixture
 def printed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
     """Return what runs a command with stdout of an encoding, and returns what it printed."""
-    monkeypatch.setenv("COLUMNS", "1000")
+    # Lines are whole where no width is known.
+    monkeypatch.delenv("COLUMNS", raising=False)
 
     def call(encoding: str, *arguments: str) -> bytes:
         out = io.BytesIO()

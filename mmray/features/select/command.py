@@ -40,7 +40,7 @@ def select(
     else:
         opened = open_run(run)
         for selection in selections(done, opened):
-            console.print(ranking(selection.neurons, concept_title(opened, selection.concept), "selective"))
+            console.print(ranking(selection.neurons, concept_title(opened, selection.neurons), "selective"))
             say(
                 f"ablated together, to first order: {selection.concept} falls by {selection.own:.2f} nats at "
                 f"{selection.own_places} places, other nouns by {selection.others:.2f} at {selection.other_places}\n"
