@@ -125,7 +125,7 @@ def test_the_loss_reaches_every_delta(open_model):
 def test_rank_one_rows_are_a_product(open_model):
     model = open_model("llava")
     direction = torch.linspace(0, 1, model.widths[1])
-    deltas = RankOne(model, 1, direction, 1.0)
+    deltas = RankOne(model, 1, direction)
     deltas.parameters[1][0].data.fill_(0.5)
     rows = deltas.rows(1)
     assert torch.linalg.matrix_rank(rows.detach()) == 1
