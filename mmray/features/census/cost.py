@@ -91,7 +91,7 @@ class CensusEstimate:
     samples: int
     shards: int
     positions: float
-    """Tokens per sample, image included."""
+    """Tokens per sample; those of an image are divided among the captions that share a row."""
     parameters: int
     teraflops: float
     """Arithmetic of the whole census, in 10¹² operations."""

@@ -17,6 +17,7 @@ from mmray.features.census.reduction import SUMS_MEMORY, candidates_kept
 from mmray.features.census.settings import CensusSettings
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.language_id import language_code, language_name
+from mmray.neurons.scores import SCORES
 from mmray.neurons.statistics import COPIED, EXAMPLES
 
 ROWS_READ = 64
@@ -52,7 +53,7 @@ def estimate(
     seen = describe(samples, failures, nouns)
     occurrences = seen.nouns / max(len(samples), 1)
     characters = sum(len(sample.caption) for sample in samples) / max(len(samples), 1)
-    positions = image_tokens + PROMPT_TOKENS + characters / CHARACTERS_PER_TOKEN
+    positions = (image_tokens + PROMPT_TOKENS) * _prompts(settings, samples) + characters / CHARACTERS_PER_TOKEN
     passes = 2 if settings.captions == "generate" else 1
     neurons = sum(widths)
     kept = candidates_kept(settings.candidates, neurons)
@@ -87,6 +88,13 @@ def estimate(
         neurons=neurons,
         kept=kept,
     )
+
+
+def _prompts(settings: CensusSettings, samples: Sequence[Sample]) -> float:
+    """Return the prompts with an image that are run per sample: captions of one image share theirs, if they can."""
+    if not samples or settings.captions == "generate" or SCORES[settings.score].backward:
+        return 1.0
+    return len({sample.image_key for sample in samples}) / len(samples)
 
 
 def first_rows(source: Source, manifest: Manifest) -> tuple[list[Sample], list[Failure]]:

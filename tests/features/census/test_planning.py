@@ -11,7 +11,7 @@ from rich.console import Console
 import mmray
 from mmray.data.samples import Failure, Sample
 from mmray.features.census.cost import CensusEstimate
-from mmray.features.census.estimate import describe, first_rows
+from mmray.features.census.estimate import PROMPT_TOKENS, describe, first_rows
 from mmray.features.census.inputs import open_inputs
 from mmray.features.census.job import CensusJob, plan_census, run_census
 from mmray.features.census.settings import census_settings, shard_size_of
@@ -141,3 +141,15 @@ def test_shards_are_larger_where_what_they_write_per_neuron_is_much(tmp_path: Pa
     # Settled before the fingerprint is taken, so that a run resumes with the same shards.
     assert CensusJob(census_settings(asked)).settings == census_settings(asked | {"shard_size": 500})
     assert CensusJob(census_settings(asked | {"shard_size": 7})).settings.samples_per_shard == 7
+
+
+def test_captions_of_an_image_share_its_tokens(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": png(picture(n))}, "caption": ENGLISH} for n in range(4)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "lists.parquet")
+    asked = {"model": "demo", "data": str(tmp_path / "lists.parquet"), "out": str(tmp_path / "run")}
+    shared = plan_census(census_settings(asked))
+    assert shared.samples == 4 * len(ENGLISH)
+    # Backward passes need rows apart.
+    apart = plan_census(census_settings(asked | {"score": "effect"}))
+    prompt = 64 + PROMPT_TOKENS  # the demo's image tokens
+    assert apart.positions - shared.positions == pytest.approx(prompt * (1 - 1 / len(ENGLISH)))
