@@ -6,9 +6,8 @@ several samples of the shard show counts once per label: in the first of them th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -18,12 +17,10 @@ from torch import Tensor
 
 from mmray.models.prompting import Path, TokenSpan, row_count
 from mmray.neurons.tables import STATISTICS
+from mmray.neurons.token_sums import MODALITIES, Span, reduce_tokens, token_spans
 
-MODALITIES = ("image", "text")
 NO_IMAGE = torch.iinfo(torch.int64).min
 """An image number that no sample has."""
-CACHED, COPIED = 2**18, 2**26
-"""Values reduced at a time: 1 MB per thread on a CPU, to stay in its cache; 256 MB on a GPU."""
 EXAMPLES = 5
 """Highest and lowest samples kept per neuron, each of another image."""
 
@@ -35,52 +32,6 @@ class Best:
     activation: Float[Tensor, "rank side"]
     sample: Int[Tensor, "rank side"]
     position: Int[Tensor, "rank side"]
-
-
-@dataclass(frozen=True)
-class Span:
-    """Positions `[start, stop)` that contain all tokens of one modality, of some or all samples of a batch."""
-
-    start: int
-    stop: int
-    mask: Float[Tensor, "sample 1 position"]
-    """1 where the position holds such a token."""
-    outside: Float[Tensor, "sample position 1"] | None
-    """-inf where it does not, else 0; None if every position holds one."""
-    samples: Int[Tensor, " sample"] | None = None
-    """Their numbers in the batch; None: all samples."""
-    rows: Int[Tensor, " sample"] | None = None
-    """Their rows; None: one each, in order."""
-    columns: Int[Tensor, "sample position"] | None = None
-    """Places of the positions in the row; None: the positions themselves."""
-
-    def to(self, device: torch.device) -> Span:
-        """Return the span with its tensors on the device."""
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
-
-    def read(self, values: Float[Tensor, "row place neuron"], part: slice) -> Float[Tensor, "sample position neuron"]:
-        """Return the values of some of the samples; a view where rows are read as they are."""
-        if self.columns is not None and self.rows is not None:
-            return values[self.rows[part, None], self.columns[part]]
-        return values[part if self.rows is None else self.rows[part], self.start : self.stop]
-
-    def along(
-        self,
-        values: Float[Tensor, "row place neuron"],
-        samples: Int[Tensor, " n"],
-        neurons: Int[Tensor, " n"],
-        signs: Float[Tensor, " n"],
-    ) -> Float[Tensor, "n position"]:
-        """Return one neuron's values times a sign at the positions of one sample each; -inf outside the modality."""
-        own = samples if self.samples is None else torch.searchsorted(self.samples, samples)
-        rows = own if self.rows is None else self.rows[own]
-        places = torch.arange(self.start, self.stop, device=values.device)[None]
-        found = values[rows[:, None], places if self.columns is None else self.columns[own], neurons[:, None]].float()
-        found *= signs[:, None]
-        return found if self.outside is None else found + self.outside[own, :, 0]
 
 
 @dataclass(frozen=True)
@@ -245,91 +196,6 @@ class TokenStatistics:
                 row = {"sign": sign, "rank": rank + 1, "activation": values * sign}
                 rows.append(row | {"sample": samples, "position": positions})
         return pa.Table.from_pylist(rows, schema=STATISTICS["examples"])
-
-
-def token_spans(
-    token_spans: Iterable[TokenSpan],
-    samples: int,
-    paths: Sequence[Path] | None = None,
-    with_image: Sequence[int] | None = None,
-) -> list[Span]:
-    """Return the batch's span of each of MODALITIES; empty if it has no such token.
-
-    That of images has the samples `with_image`; by default all.
-    """
-    spans = []
-    by_modality: dict[str, list[TokenSpan]] = {modality: [] for modality in MODALITIES}
-    for part in token_spans:
-        by_modality[part.modality].append(part)
-    for modality, parts in by_modality.items():
-        start = min((part.start for part in parts), default=0)
-        stop = max((part.stop for part in parts), default=0)
-        own = list(range(samples)) if modality == "text" or with_image is None else list(with_image)
-        number = {sample: index for index, sample in enumerate(own)}
-        mask = torch.zeros(len(own), stop - start)
-        for part in parts:
-            mask[number[part.row], part.start - start : part.stop - start] = 1
-        outside = None if mask.all() else torch.where(mask > 0, 0.0, -torch.inf)[:, :, None]
-        rows, columns = own if paths is None else [paths[sample].row for sample in own], None
-        if paths is not None and modality == "text":
-            columns = torch.zeros(len(own), stop - start, dtype=torch.long)
-            for index, sample in enumerate(own):
-                places = paths[sample].positions[start:stop]
-                columns[index, : len(places)] = torch.tensor(places)
-        as_they_are = columns is None and rows == list(range(row_count(samples, paths)))
-        spans.append(
-            Span(
-                start,
-                stop,
-                mask[:, None],
-                outside,
-                samples=None if len(own) == samples else torch.tensor(own, dtype=torch.long),
-                rows=None if as_they_are else torch.tensor(rows, dtype=torch.long),
-                columns=columns,
-            )
-        )
-    return spans
-
-
-def reduce_tokens(
-    values: Float[Tensor, "sample position neuron"],
-    gates: Float[Tensor, "sample position neuron"],
-    spans: Sequence[Span],
-) -> tuple[Float[Tensor, "modality 3 sample neuron"], Float[Tensor, "modality sample side"]]:
-    """Reduce over the spans' tokens in fp32: (active tokens, sum, sum of squares), and (maximum, negated minimum).
-
-    A sample that a span leaves out has sums of 0 and extremes of -inf there.
-    """
-    # A few samples at a time: a whole layer does not fit a CPU's cache, and a copy of it for the squares may not fit
-    # the GPU. Sums are products with the mask, which is faster than indexing.
-    width = values.shape[2]
-    samples = max(len(span.mask) for span in spans)
-    sums = values.new_zeros(len(spans), 3, samples, 1, width, dtype=torch.float32)
-    reached = values.new_full((len(spans), samples, 2 * width), -torch.inf, dtype=torch.float32)
-    together = (CACHED * torch.get_num_threads() if values.device.type == "cpu" else COPIED) // width
-    for span, all_sums, all_extremes in zip(spans, sums, reached, strict=True):
-        length, own, summed, extremes = span.stop - span.start, len(span.mask), all_sums, all_extremes
-        if span.samples is not None:
-            summed, extremes = all_sums[:, :own].clone(), all_extremes[:own].clone()
-        active, total, squares = summed
-        step = max(1, together // max(1, length))
-        buffer = values.new_empty(min(step, own), length, width, dtype=torch.float32)
-        for first in range(0, own if length else 0, step):
-            part = slice(first, first + step)
-            wide, mask = span.read(values, part).float(), span.mask[part]
-            scratch = buffer[: len(wide)]
-            torch.bmm(mask, wide, out=total[part])
-            above = below = wide
-            if span.outside is not None:
-                above, below = wide + span.outside[part], torch.sub(wide, span.outside[part], out=scratch)
-            torch.amax(above, 1, out=extremes[part, :width])
-            torch.neg(torch.amin(below, 1), out=extremes[part, width:])
-            torch.bmm(mask, torch.mul(wide, wide, out=scratch), out=squares[part])
-            torch.bmm(mask, torch.gt(span.read(gates, part), 0, out=scratch), out=active[part])
-        if span.samples is not None:
-            all_sums.index_copy_(1, span.samples, summed)
-            all_extremes.index_copy_(0, span.samples, extremes)
-    return sums[:, :, :, 0], reached
 
 
 class _Extremes:

@@ -33,7 +33,7 @@ from mmray.features.census.settings import census_settings
 from mmray.features.census.shard import ShardAnalysis
 from mmray.neurons import statistics as token_statistics
 from mmray.neurons.concepts import find_forms, noun_source
-from mmray.neurons.statistics import Span
+from mmray.neurons.token_sums import Span
 
 PARTS = ("language", "steering", "domain", "cost")
 RATES = {"contribution": (0.05, 0.02, 0.01), "lape": (0.01, 0.05)}

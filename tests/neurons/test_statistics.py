@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from mmray.data.samples import Sample
 from mmray.models.capture import capture_activations
 from mmray.models.prompting import Path, TokenSpan
-from mmray.neurons import statistics
-from mmray.neurons.statistics import EXAMPLES, MODALITIES, TokenStatistics, reduce_tokens, token_spans
+from mmray.neurons import token_sums
+from mmray.neurons.statistics import EXAMPLES, TokenStatistics
+from mmray.neurons.token_sums import MODALITIES, reduce_tokens, token_spans
 from mmray.runs.tables import from_bytes, to_bytes
 from tests.support.samples import CAPTIONS, analyse, batch_of, sample, samples
 
@@ -225,7 +226,7 @@ def test_reduction_in_parts_is_that_of_the_whole(monkeypatch, cached):
     spans = token_spans(batch.runs, 4)
     parts = [part[0].reshape(4, batch.positions, -1) for part in (batch.activations, batch.gates)]
     whole = reduce_tokens(*parts, spans)
-    monkeypatch.setattr(statistics, "CACHED", cached)
+    monkeypatch.setattr(token_sums, "CACHED", cached)
     for one, other in zip(whole, reduce_tokens(*parts, spans), strict=True):
         assert torch.equal(one, other)
 

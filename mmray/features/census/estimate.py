@@ -18,7 +18,8 @@ from mmray.features.census.settings import CensusSettings
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.language_id import language_code, language_name
 from mmray.neurons.scores import SCORES
-from mmray.neurons.statistics import COPIED, EXAMPLES
+from mmray.neurons.statistics import EXAMPLES
+from mmray.neurons.token_sums import COPIED
 
 ROWS_READ = 64
 """First rows read to estimate caption lengths, languages and nouns."""

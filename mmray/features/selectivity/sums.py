@@ -29,7 +29,7 @@ from mmray.models.prompting import Batch
 from mmray.neurons.activation_cache import ActivationCache, cache_activations, forward
 from mmray.neurons.module_activity import image_spans, uniform
 from mmray.neurons.scoring import score_captured
-from mmray.neurons.statistics import MODALITIES, Span, reduce_tokens, token_spans
+from mmray.neurons.token_sums import MODALITIES, Span, reduce_tokens, token_spans
 from mmray.runs.tables import vector_column
 
 STEPS = 12

@@ -1,0 +1,52 @@
+"""The rows of `occurrences` of a scored batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import torch
+
+from mmray.features.census.tables import NEURON_ENTRY, PARTS
+from mmray.models.generation import token_text
+from mmray.models.loading import LoadedModel
+from mmray.neurons.scoring import Scored
+from mmray.neurons.token_positions import TokenPosition
+
+
+def occurrence_table(model: LoadedModel, positions: Sequence[TokenPosition], scored: Scored, top_k: int) -> pa.Table:
+    """Return one row per scored position: its token, log-probability and `top_k` highest neurons, highest first."""
+    device = scored.scores[0].device  # the layers of a model over several GPUs lie on different ones
+    scores = torch.cat([part.to(device) for part in scored.scores], dim=1)
+    highest = scores.topk(min(top_k, scores.shape[1]), dim=1)
+    index = highest.indices.cpu()
+    starts = torch.tensor([0, *model.widths]).cumsum(0)
+    layer = torch.searchsorted(starts, index, right=True) - 1
+    unit, activation = index - starts[layer], torch.zeros(index.shape)
+    # Layer by layer: with a copy of all activations, a batch would take the most memory here.
+    for number, part in enumerate(scored.activation):
+        at = layer == number
+        activation[at] = part[at.nonzero()[:, 0].to(part.device), unit[at].to(part.device)].cpu()
+    # Built from flat arrays, without a Python object per neuron.
+    entries = pa.StructArray.from_arrays(
+        [
+            pa.array(layer.flatten().numpy()).cast(pa.int16()),
+            pa.array(unit.flatten().numpy()).cast(pa.int32()),
+            pa.array(highest.values.cpu().flatten().numpy()),
+            pa.array(activation.flatten().numpy()),
+        ],
+        fields=list(NEURON_ENTRY),
+    )
+    offsets = pa.array(range(0, len(entries) + 1, index.shape[1]), pa.int32())
+    return pa.table(
+        {
+            "sample_id": [position.sample_id for position in positions],
+            "concept": [position.concept for position in positions],
+            "token": [token_text(model, position.token) for position in positions],
+            "token_id": [position.token for position in positions],
+            "position": [position.position for position in positions],
+            "log_prob": scored.log_prob.float().cpu().numpy(),
+            "neurons": pa.ListArray.from_arrays(offsets, entries),
+        },
+        schema=PARTS["occurrences"],
+    )
