@@ -16,7 +16,7 @@ from rich.tree import Tree
 from mmray.errors import InputError
 from mmray.features.census.settings import CensusSettings
 from mmray.models.options import Dtype
-from mmray.terminal.options import AsJson, app, console, help_of, option, plural
+from mmray.terminal.options import AsJson, app, console, help_of, option, plural, say
 
 if TYPE_CHECKING:
     from mmray.models.layout import ModelParts, Projection
@@ -58,6 +58,8 @@ def check_model(
     failed = [check.name for check in checks if not check.passed]
     if failed:
         raise InputError(f"{model}: not proven: {'; '.join(failed)}")
+    if not as_json:
+        say(f"next: mmray plan --model {model} --data DATA")
 
 
 def _parts_tree(title: str, parts: ModelParts) -> Tree:

@@ -51,4 +51,5 @@ def evaluate(
         )
         say(f"cost: {cost}" if cost else "", "dim")
         say(f"{done.done:,} samples and questions in {done.seconds:.0f} s → {checked.edit}/evaluation.json")
+        say(f"next: mmray report {run} --edit {checked.edit}")
     finish(done, "sample", quiet=as_json)

@@ -48,5 +48,6 @@ def selectivity(run: RunArgument, as_json: AsJson = False, **settings: Any) -> N
         say(f"{outcome.seconds:.0f} s → {run.rstrip('/')}/tables/{{{','.join(outcome.tables)}}}.parquet")
         for number, reason in outcome.quarantined.items():
             say(f"shard {number} quarantined: {reason}", "red")
+        say(f"next: mmray report {run}")
     if outcome.quarantined:
         raise typer.Exit(INCOMPLETE)
