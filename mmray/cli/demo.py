@@ -15,7 +15,7 @@ from mmray.terminal.options import INCOMPLETE, app, console, say
 
 FULL, QUICK = (12, 2), (3, 1)
 """Concepts whose properties are measured, and heat maps per concept."""
-EDIT, QUICK_EDIT = {"kept": 256, "samples": 16}, {"kept": 64, "samples": 8}
+EDIT, QUICK_EDIT = {"kept": 256, "samples": 16}, {"kept": 64, "samples": 8, "neurons": 50}
 """Settings of the edits."""
 SCENES, QUICK_SCENES = 64, 24
 """Scenes that the edits are evaluated on."""
@@ -119,7 +119,7 @@ def _say_edits(census: CensusSettings, *, quick: bool) -> bool:
                     "data": str(EVALUATION),
                     "limit": scenes,
                     "shard_size": scenes // 2,
-                    "text_count": min(40, scenes),
+                    "text_count": min(40, scenes // 2),
                     "pope_objects": 0,
                 },
             }

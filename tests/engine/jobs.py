@@ -45,11 +45,18 @@ from mmray.runs import RunFolder
 from mmray.runs.run import open_run
 from mmray.runs.snapshots import newest
 from mmray.storage import open_store
-from tests.support.local_jobs import census_here
+from tests.support.local_jobs import KEPT_TEXT, census_here
 from tests.support.words import LetterJob, LetterSettings
 
 SAMPLES, SHARD = 24, 12
-WISH: dict[str, Any] = {"suppress": "broccoli", "method": "zero", "neurons": 2, "samples": 2, "kept": 0}
+WISH: dict[str, Any] = {
+    "suppress": "broccoli",
+    "method": "zero",
+    "neurons": 2,
+    "samples": 2,
+    "kept": 0,
+    "keep_text": KEPT_TEXT,
+}
 AnyJob: TypeAlias = Job[Any, Any]
 
 

@@ -25,10 +25,10 @@ def selectivity(place: Place) -> Any:
 
 
 def edit(place: Place) -> Any:
-    options = [f"--{name}={value}" for name, value in WISH.items()]
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in WISH.items()]
     out = place.root / "own"
     with pytest.raises(SystemExit) as ended:
-        main(lambda: ["edit", *options, f"--out={out}", place.run])
+        main(lambda: ["edit", *options, "--allow-collateral", f"--out={out}", place.run])
     if ended.value.code:
         raise InputError("refused")
     return open_edit(out)

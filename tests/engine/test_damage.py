@@ -201,7 +201,8 @@ def test_damage_is_named_and_made_good(suite: Suite, damage: Damage, caplog: pyt
     told = refused + caplog.text
     assert damage in UNNAMED or re.search(r"(receipts|aside)/0000(01|99)\.json is removed", told)
     if damage in (*PARTS[:1], exchange, exchange_all):
-        assert "parquet: " in refused
+        # Exchanged parts of different sizes are noticed before the merge, and their unit is done again.
+        assert "parquet: " in told
 
 
 @by_name(RECEIPTS)

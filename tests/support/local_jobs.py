@@ -20,6 +20,9 @@ from mmray.runs.run import Run
 from mmray.runs.snapshots import SnapshotWriter, newest, next_fence, publish
 from mmray.storage import open_store
 
+KEPT_TEXT = str(Path(__file__).with_name("kept_text.json"))
+"""Few text-only prompts, so that an edit is quickly validated."""
+
 
 def census_here(model: Path | str, data: str, out: Path | str, **settings: object) -> CensusResult:
     """Run a census without Ray."""

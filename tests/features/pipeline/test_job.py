@@ -20,9 +20,9 @@ from mmray.runs import RunFolder
 from mmray.runs.run import open_run
 from mmray.runs.snapshots import snapshots
 from mmray.runs.status import analyses
-from tests.support.local_jobs import census_here, pipeline_here
+from tests.support.local_jobs import KEPT_TEXT, census_here, pipeline_here
 
-QUICK = {"kept": 8, "steps": 2, "samples": 3, "neurons": 10}
+QUICK = {"kept": 8, "steps": 2, "samples": 3, "neurons": 10, "keep_text": KEPT_TEXT}
 
 
 @pytest.fixture(scope="module")
