@@ -39,7 +39,7 @@ from mmray.report.content import gather
 from mmray.runs.run import Run, open_run
 from tests.support.coco_like import CAPTIONS, CocoLike
 from tests.support.data_files import read_all
-from tests.support.local_jobs import census_here, properties_here
+from tests.support.local_jobs import KEPT_TEXT, census_here, properties_here
 
 ASKED = {"concepts": 2, "images": 5, "maps": 4, "min_occurrences": 4, "draws": 50}
 SOURCE = "hammer"
@@ -62,10 +62,18 @@ def dataset(open_model: Callable[[str], Any], run: Run) -> EditDataset:
 
 @pytest.fixture(scope="module")
 def edit(dataset: EditDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A quick edit of the run; what it does is of no interest, what it learnt on is."""
+    """A slight edit of the run; what it does is of no interest, what it learnt on is."""
     folder = tmp_path_factory.mktemp("edit") / "swap"
     wish = edit_settings(
-        {"source": SOURCE, "target": "dog", "samples": 3, "kept": 6, "steps": 2, "neurons": 5, "language": "en"}
+        {
+            "source": SOURCE,
+            "target": "dog",
+            "samples": 3,
+            "kept": 6,
+            "neurons": 20,
+            "language": "en",
+            "keep_text": KEPT_TEXT,
+        }
     )
     make_edit(dataset, [wish]).save(folder)
     return folder
@@ -235,7 +243,8 @@ def test_rows_of_the_same_image_change_nothing(coco: CocoLike, run: Run, edit: P
         assert row["n"] == once[name]["n"], name
         # Tokens of a caption vary less than independent outcomes do: there n is their number, which copies raise.
         for side in ("after",) if name.endswith("_token") else ("after", "low", "high"):
-            assert row[side] == pytest.approx(once[name][side], abs=0.02), (name, side)
+            # Rows of an image draw paraphrases of their own, so that images that change in part differ a little.
+            assert row[side] == pytest.approx(once[name][side], abs=max(0.02, 1 / max(row["n"], 1))), (name, side)
     shown = [row["id"] for row in gather(run, [str(edit)]).index["editing"][0]["captions"]]
     assert len(shown) == len({name.partition("-")[0] for name in shown}) > 5
 

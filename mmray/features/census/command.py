@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -150,14 +149,12 @@ def rank(
             say_json(listed.to_pylist())
         else:
             console.print(concept_list(listed, len(opened.concepts)))
-            say(f"next: mmray rank {run} {quote(listed['concept'][0].as_py()) if len(listed) else 'CONCEPT'}")
         return
     rows = opened.rank(concept, k or 10, by)
     if as_json:
         say_json(rows.to_pylist())
     else:
         console.print(ranking(rows, concept_title(opened, rows), by))
-        say(f"next: mmray neuron {run} {rows['neuron'][0].as_py()}")
 
 
 @app.command(group="Read", examples=("mmray neuron runs/llava L29.u4021", "mmray neuron runs/llava L29.u4021 --json"))
