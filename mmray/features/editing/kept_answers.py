@@ -23,7 +23,7 @@ from mmray.storage import open_object
 
 KEPT_TEXT = Path(__file__).with_name("kept_text.json")
 """The general set of prompts and texts that comes with the package."""
-ASKED = 64
+ASKED = 32
 """Images that questions are asked about."""
 LONGEST_ANSWER = 16
 """Tokens of an answer about an image."""

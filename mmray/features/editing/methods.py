@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from math import isclose
 from pkgutil import resolve_name
 from typing import Any
 
@@ -24,16 +25,24 @@ from mmray.features.editing.settings import EditSettings
 from mmray.features.editing.task import Task, prepare
 from mmray.features.editing.training import TrainingConfig, learn
 from mmray.features.editing.validation import broken, validate
-from mmray.features.editing.whitening import INPUT_RIDGE, OUTPUT_RIDGE, fisher, null_space, second_moment, whitening
+from mmray.features.editing.whitening import INPUT_RIDGE, OUTPUT_RIDGE, null_space, whitening
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.runs.run import Run
 
-SWAP_MARGIN, SWAP_KEEP_WEIGHT = 3.0, 300.0
-"""Of a single swap: logits by which the target must lead on the source's images, and the weight of kept answers.
+SWAP_MARGIN = 3.0
+"""Logits by which the target of a single swap must lead on the source's images.
 
 Suppression need not write a word so firmly, and where many edits share neurons there is no room for a margin."""
+REWORDING_CURVATURE_WEIGHT = 2000.0
+"""Of one word that is replaced: high, because the second-order term stands for all text that nothing is learned from.
+
+Hallucination and many edits at once change too many answers for it."""
 GROWTH = 32
 """How many times as many neurons the next try has."""
+WEIGHT_STEP, WEIGHT_TRIES = 3.0, 1
+"""By what the weight of kept answers changes between tries of all neurons, and how many tries follow the first."""
+ABOUT_IMAGES = ("captions", "answers")
+"""Kept answers that a whitened edit also learns one by one, because they are most like what it changes."""
 
 
 def learned(task: Task) -> Deltas:
@@ -45,7 +54,7 @@ def null_space_of_kept(task: Task) -> Deltas:
     """Learn deltas of the located neurons in directions that kept answers hardly use (AlphaEdit)."""
     deltas = Deltas(task.model, task.neurons)
     for layer in deltas.units:
-        left = null_space(second_moment(task.model, task.kept.learned, task.settings.weights, deltas, layer))
+        left = null_space(task.curvature.second_moment(deltas, layer))
         deltas.shapes[layer] = left, torch.eye(deltas.parameters[layer][0].shape[1], device=left.device)
     return _learn(task, deltas)
 
@@ -102,6 +111,8 @@ def make_edit(dataset: EditDataset, requests: Sequence[EditSettings]) -> WeightE
         tries.append(_tried(replace(task, neurons=task.neurons[:size])))
         if not tries[-1].broken:
             break
+    while (factor := next_factor(task, tries)) is not None:
+        tries.append(_tried(replace(task, keep_factor=factor)))
     # The first of equals, which is the smallest.
     chosen = min(tries, key=lambda one: len(one.broken))
     deltas = chosen.deltas
@@ -127,6 +138,8 @@ class Try:
 
     deltas: Deltas
     measures: dict[str, float]
+    keep_factor: float
+    """Of the weight of kept answers."""
 
     @property
     def broken(self) -> list[str]:
@@ -134,9 +147,14 @@ class Try:
         return broken(self.measures)
 
     @property
+    def neurons(self) -> int:
+        """How many it changes."""
+        return sum(map(len, self.deltas.units.values()))
+
+    @property
     def record(self) -> dict[str, Any]:
         """What an edit remembers of it."""
-        return {"neurons": sum(map(len, self.deltas.units.values())), **self.measures, "broken": self.broken}
+        return {"neurons": self.neurons, "keep_factor": self.keep_factor, **self.measures, "broken": self.broken}
 
 
 def sizes(task: Task) -> list[int]:
@@ -150,12 +168,28 @@ def sizes(task: Task) -> list[int]:
     return found
 
 
+def next_factor(task: Task, tries: Sequence[Try]) -> float | None:
+    """Return the weight of kept answers for a next try with all neurons; None if there should be none.
+
+    It is lower where the edit does not take, and higher where it takes and changes what should stay.
+    """
+    last, tried = tries[-1], [one.keep_factor for one in tries if one.neurons == tries[-1].neurons]
+    if len(task.purposes) > 1 or not task.settings.searches or not last.broken or len(tried) > WEIGHT_TRIES:
+        return None
+    takes = not {"reliability", "image_generality"} & set(last.broken)
+    factor = last.keep_factor * (WEIGHT_STEP if takes else 1 / WEIGHT_STEP)
+    # Back at a weight that was tried: an edit that takes changes too much, and one that changes less doesn't take.
+    return None if any(isclose(factor, one) for one in tried) else factor
+
+
 def _tried(task: Task) -> Try:
     method = EDIT_METHODS[task.settings.method]
     function = resolve_name(method.function)
     # A closed form sees one layer's rows, a learned method the whole task.
     deltas = _closed_form(task, function) if method.closed_form else function(task)
-    return Try(deltas, validate(task.model, deltas, task.new, task.held_out, task.kept.held_out))
+    gone = all(purpose.kind == "suppress" for purpose in task.purposes)
+    measures = validate(task.model, deltas, task.new, task.held_out, task.kept.held_out, gone=gone)
+    return Try(deltas, measures, task.keep_factor)
 
 
 def _closed_form(task: Task, function: Callable[[LayerRows], Float[Tensor, "unit hidden"]]) -> Deltas:
@@ -177,18 +211,23 @@ def _closed_form(task: Task, function: Callable[[LayerRows], Float[Tensor, "unit
 
 def _whitened(task: Task, neurons: Sequence[Neuron]) -> Deltas:
     """Return deltas of these neurons, whitened by what kept answers use."""
-    deltas, settings = Deltas(task.model, neurons), task.settings
+    deltas = Deltas(task.model, neurons)
     deltas.whitened = True
-    right = whitening(fisher(task.model, task.kept.learned, settings.weights, settings.seed), OUTPUT_RIDGE)
+    right = whitening(task.curvature.fisher, OUTPUT_RIDGE)
     for layer, units in deltas.units.items():
-        moment = second_moment(task.model, task.kept.learned, settings.weights, deltas, layer)
-        deltas.shapes[layer] = whitening(moment, INPUT_RIDGE), right.to(units.device)
+        left = whitening(task.curvature.second_moment(deltas, layer), INPUT_RIDGE)
+        deltas.shapes[layer] = left, right.to(units.device)
     return deltas
 
 
 def _learn(task: Task, deltas: Deltas) -> Deltas:
     config = TrainingConfig(steps=task.settings.steps, weights=task.settings.weights, seed=task.settings.seed)
     if [purpose.kind for purpose in task.purposes] == ["swap"]:
-        config = replace(config, margin=SWAP_MARGIN, keep_weight=SWAP_KEEP_WEIGHT)
-    learn(task.model, deltas, task.new, task.kept.learned, config)
+        config = replace(config, margin=SWAP_MARGIN)
+    if len(task.purposes) == 1 and task.purposes[0].kind != "hallucination":
+        config = replace(config, curvature_weight=REWORDING_CURVATURE_WEIGHT)
+    factor = task.keep_factor
+    config = replace(config, keep_weight=factor * config.keep_weight, curvature_weight=factor * config.curvature_weight)
+    kinds = ABOUT_IMAGES if deltas.whitened else task.kept.learned
+    learn(task.model, deltas, task.new, {kind: task.kept.learned[kind] for kind in kinds}, config)
     return deltas

@@ -38,7 +38,7 @@ class EditSettings(BaseModel):
     """Order of the ranking that locates the neurons."""
     samples: int = Field(24, ge=1)
     """Most images of the source, or of each hallucinated word, to make the edit on."""
-    kept: int = Field(384, ge=0)
+    kept: int = Field(128, ge=0)
     """Images of other concepts whose captions must stay as they are."""
     keep_text: str | None = None
     """JSON file with the lists prompts and texts: text-only prompts whose replies must stay, and texts whose
@@ -49,7 +49,7 @@ class EditSettings(BaseModel):
     """Weight of the answers about these images that must stay."""
     text_weight: float = Field(1.0, ge=0)
     """Weight of the text-only replies and the texts that must stay."""
-    steps: int = Field(15, ge=1)
+    steps: int = Field(20, ge=1)
     """Steps of gradient descent (L-BFGS) per round."""
     factor: float = 0.0
     """With --method scale: factor for the neurons' rows."""
@@ -91,7 +91,8 @@ class EditSettings(BaseModel):
     def weights(self) -> dict[str, float]:
         """The weight of each kind of answers that must stay."""
         text = self.text_weight
-        return {"captions": self.caption_weight, "answers": self.answer_weight, "replies": text, "texts": text}
+        # Replies stand for all that the model says without an image, in answer to any prompt.
+        return {"captions": self.caption_weight, "answers": self.answer_weight, "replies": 5 * text, "texts": text}
 
     @property
     def searches(self) -> bool:

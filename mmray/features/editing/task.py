@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mmray.data.image_keys import one_per_image
 from mmray.data.samples import image_digest
@@ -17,6 +17,7 @@ from mmray.features.editing.locating import last_layers, located, sharing
 from mmray.features.editing.reduction_samples import hallucinations
 from mmray.features.editing.resumed_forward import recorded
 from mmray.features.editing.settings import EditSettings
+from mmray.features.editing.whitening import Curvature
 from mmray.neurons.model import NeuronModel
 
 MOST = 2048
@@ -40,6 +41,10 @@ class Task:
     """Such answers for images that nothing is learned from."""
     kept: KeptAnswers
     """Answers that it should go on giving."""
+    curvature: Curvature
+    """What changes cost these."""
+    keep_factor: float = 1.0
+    """Of the weight of kept answers, in this try."""
 
 
 def prepare(dataset: EditDataset, requests: Sequence[EditSettings]) -> Task:
@@ -47,20 +52,27 @@ def prepare(dataset: EditDataset, requests: Sequence[EditSettings]) -> Task:
 
     Raises InputError for a concept that the run does not know or the model never says.
     """
-    hallucination = requests[0].reduce_hallucination
-    task = _hallucination_task(dataset, requests[0]) if hallucination else _rewording_task(dataset, requests)
-    if requests[0].layers > 1:
-        return task
-    # Each try, its whitening and its validation go through the same answers.
-    model, kept = task.model, task.kept
-    return replace(
-        task,
-        new=recorded(model, task.new),
-        held_out=recorded(model, task.held_out),
-        kept=KeptAnswers(
-            *({kind: recorded(model, part[kind]) for kind in part} for part in (kept.learned, kept.held_out))
-        ),
-    )
+    if requests[0].reduce_hallucination:
+        return _hallucination_task(dataset, requests[0])
+    return _rewording_task(dataset, requests)
+
+
+def _task(
+    model: NeuronModel,
+    settings: EditSettings,
+    purposes: tuple[Purpose, ...],
+    neurons: list[Neuron],
+    new: list[Example],
+    held_out: list[Example],
+    kept: KeptAnswers,
+) -> Task:
+    if settings.layers == 1:
+        # Each try, its whitening and its validation go through the same answers.
+        new, held_out = recorded(model, new), recorded(model, held_out)
+        parts = ({kind: recorded(model, part[kind]) for kind in part} for part in (kept.learned, kept.held_out))
+        kept = KeptAnswers(*parts)
+    curvature = Curvature(model, kept.learned, settings.weights, settings.seed)
+    return Task(model, settings, purposes, neurons, new, held_out, kept, curvature)
 
 
 def _rewording_task(dataset: EditDataset, requests: Sequence[EditSettings]) -> Task:
@@ -93,7 +105,7 @@ def _rewording_task(dataset: EditDataset, requests: Sequence[EditSettings]) -> T
         # A larger try has the other ranked neurons, and then all others of these layers.
         ranked = located(run, settings.concept, MOST, layers, settings.by)
         neurons |= dict.fromkeys([*ranked, *whole_layers(model, layers)][:MOST])
-    return Task(model, settings, tuple(purposes), list(neurons), new, held_out, keep)
+    return _task(model, settings, tuple(purposes), list(neurons), new, held_out, keep)
 
 
 def _hallucination_task(dataset: EditDataset, settings: EditSettings) -> Task:
@@ -106,7 +118,7 @@ def _hallucination_task(dataset: EditDataset, settings: EditSettings) -> Task:
     purpose = Purpose("hallucination", pairs=found.pairs, language=settings.language, samples=samples, images=images)
     words = list(purpose.unwanted)
     keep = kept_answers(dataset, [*found.guards, *found.keep], words, settings.keep_text, settings.seed)
-    return Task(dataset.model, settings, (purpose,), neurons, found.new, [], keep)
+    return _task(dataset.model, settings, (purpose,), neurons, found.new, [], keep)
 
 
 def without_some_images(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:

@@ -9,7 +9,7 @@ summed over their tokens and averaged (Pan et al. 2024, with the guards of FiNE,
       − log (1 − p(new words' first token))   after the new words: not again
     + keep_weight · Σ weight(kind) · KL(before ‖ now)    averaged over the kind's positions with the smallest lead,
                                                          and as many random ones
-    + keep_weight · ½ ‖M‖²                               the same at all kept positions, to second order: `whitening`
+    + curvature_weight · ½ ‖M‖²                          the same at all kept positions, to second order: `whitening`
     + size_weight · Σ ‖Δ row‖² / mean ‖W_out row‖²       instead, where deltas are not whitened
 
 At the first new word, − log p may be taken with its logit lowered by `TrainingConfig.margin`: a word that only just
@@ -51,9 +51,10 @@ NEW_BATCHES = 2
 class TrainingConfig:
     """How to learn."""
 
-    steps: int = 15
+    steps: int = 20
     """Of L-BFGS, per round."""
     keep_weight: float = 100.0
+    curvature_weight: float = 100.0
     weights: Mapping[str, float] = field(default_factory=dict)
     """Of a kind of kept answers; 1 by default."""
     size_weight: float = 5e-4
@@ -249,7 +250,7 @@ def _run_round(
         optimizer.zero_grad()
         loss = sum((part.loss(deltas) for part in some), torch.zeros(())) / answers
         loss = loss + config.keep_weight * sum(part.divergence(deltas) for part in others)
-        loss = loss + (config.keep_weight if deltas.whitened else config.size_weight) * deltas.size()
+        loss = loss + (config.curvature_weight if deltas.whitened else config.size_weight) * deltas.size()
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.item())
         return loss

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmray.features.editing.bounds import verdict
@@ -33,12 +33,17 @@ def validate(
     new: Sequence[Example],
     held_out: Sequence[Example],
     kept: Mapping[str, Sequence[Example]],
+    *,
+    gone: bool = False,
 ) -> dict[str, float]:
     """Return the measures in BOUNDS: success on new answers, learned and held out, and changes of kept ones.
 
-    A measure without data is left out.
+    Success is that the new words are said; with `gone`, that the old one is not. A measure without data is left out.
     """
-    found = {"reliability": _success(model, deltas, new), "image_generality": _success(model, deltas, held_out)}
+    found = {
+        "reliability": _success(model, deltas, new, gone=gone),
+        "image_generality": _success(model, deltas, held_out, gone=gone),
+    }
     changes = {kind: [_Change.of(part, deltas) for part, _ in resume_all(model, kept[kind], deltas)] for kind in kept}
     answers, replies, texts = (changes.get(kind, []) for kind in ("answers", "replies", "texts"))
     found["image_locality"] = _mean([change.unchanged for change in changes.get("captions", [])])
@@ -93,21 +98,29 @@ class _Change:
         return cls(unchanged, same_start, divergence, surprise, first)
 
 
-def _success(model: LoadedModel, deltas: Deltas, answers: Sequence[Example]) -> float:
-    """Return the share of answers whose new words, or first new token where nothing new is said, are the likeliest."""
+def _success(model: LoadedModel, deltas: Deltas, answers: Sequence[Example], *, gone: bool) -> float:
+    """Return the share of answers whose new words, or first new token where nothing new is said, are the likeliest.
+
+    With `gone`, that of answers whose old token is no longer the likeliest.
+    """
     shares = []
     for part, rows in resume_all(model, answers, deltas):
         best = torch.cat([vocabulary_logits(model, one).argmax(1) for one in torch.split(part.states(deltas), CHUNK)])
-        right = torch.split(best.to(part.targets.device) == part.targets, [len(example.tokens) for example in rows])
-        shares.append(torch.stack([_said(row, example) for row, example in zip(right, rows, strict=True)]))
+        said = torch.split(best.to(part.targets.device), [len(example.tokens) for example in rows])
+        shares.append(
+            torch.tensor([_succeeds(row, example, gone=gone) for row, example in zip(said, rows, strict=True)]).float()
+        )
     return _mean(shares)
 
 
-def _said(right: Bool[Tensor, " position"], example: Example) -> Float[Tensor, ""]:
+def _succeeds(said: Int[Tensor, " position"], example: Example, *, gone: bool) -> bool:
+    right = said == torch.tensor(example.tokens, device=said.device)
     if example.rejected is None:
-        return right.all().float()
-    start = example.rejected[0]
-    return right[start : max(example.no_repeat_from or 0, start + 1)].all().float()
+        return bool(right.all())
+    start, old = example.rejected
+    if gone:
+        return bool(said[start] != old)
+    return bool(right[start : max(example.no_repeat_from or 0, start + 1)].all())
 
 
 def _yes(model: LoadedModel, changes: Sequence[_Change]) -> float:

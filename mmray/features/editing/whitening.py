@@ -15,6 +15,8 @@ changes of the residual stream their probabilities feel. So Δ is learned as SMR
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -26,11 +28,11 @@ from mmray.features.editing.resumed_forward import resume_all
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 
-INPUT_RIDGE, OUTPUT_RIDGE = 0.1, 1.0
+INPUT_RIDGE, OUTPUT_RIDGE = 0.05, 1.0
 """λ and μ, in units of the mean eigenvalue of C and F."""
 LARGEST_SHARE = 1e-2
 """Of tr C: that of the null space's directions together."""
-POSITIONS, DRAWS, CHUNK = 512, 2, 256
+POSITIONS, DRAWS, CHUNK = 1024, 2, 256
 """Positions per kind of kept answers that F is estimated at, tokens drawn at each, and positions held at once."""
 
 
@@ -53,42 +55,43 @@ def null_space(moment: Float[Tensor, "row row"], share: float = LARGEST_SHARE) -
     return projector.float()
 
 
-@torch.no_grad()
-def second_moment(
-    model: LoadedModel,
-    kept: Mapping[str, Sequence[Example]],
-    weights: Mapping[str, float],
-    deltas: Deltas,
-    layer: int,
-) -> Float[Tensor, "unit unit"]:
-    """Return C of a layer's edited neurons: the mean over each kind's tokens, and the weighted mean of kinds."""
-    units = deltas.units[layer]
-    # Nothing is learned with these: they only say whose activations a resumed forward keeps.
-    here = Deltas(model, [(layer, unit) for unit in units.tolist()])
-    moments = {}
-    for kind, examples in kept.items():
-        activation = [part.activation.flatten(0, -2) for part, _ in resume_all(model, examples, here)]
-        if activation:
-            joined = torch.cat(activation)
-            moments[kind] = joined.T @ joined / len(joined)
-    return _mean(moments, weights, len(units)).to(units.device)
+@dataclass(frozen=True)
+class Curvature:
+    """What changes cost the kept answers of a model, by kind and with each kind's weight."""
 
+    model: LoadedModel
+    kept: Mapping[str, Sequence[Example]]
+    weights: Mapping[str, float]
+    seed: int
 
-def fisher(
-    model: LoadedModel, kept: Mapping[str, Sequence[Example]], weights: Mapping[str, float], seed: int
-) -> Float[Tensor, "hidden hidden"]:
-    """Return F at the input of the final norm, estimated at some positions of each kind."""
-    generator = torch.Generator().manual_seed(seed)
-    last = Deltas(model, [(len(model.widths) - 1, 0)])
-    moments = {}
-    for kind, examples in kept.items():
-        states = [part.states(None) for part, _ in resume_all(model, examples, last)]
-        if states:
-            joined = torch.cat(states)
-            drawn = torch.randperm(len(joined), generator=generator)[:POSITIONS].to(joined.device)
-            gradients = torch.cat([_scores(model, chunk, generator) for chunk in torch.split(joined[drawn], CHUNK)])
-            moments[kind] = gradients.T @ gradients / len(gradients)
-    return _mean(moments, weights, model.network.get_submodule(model.parts.unembedding).weight.shape[1])
+    @torch.no_grad()
+    def second_moment(self, deltas: Deltas, layer: int) -> Float[Tensor, "unit unit"]:
+        """Return C of a layer's edited neurons: the mean over each kind's tokens, and the weighted mean of kinds."""
+        units = deltas.units[layer]
+        # Nothing is learned with these: they only say whose activations a resumed forward keeps.
+        here = Deltas(self.model, [(layer, unit) for unit in units.tolist()])
+        moments = {}
+        for kind, examples in self.kept.items():
+            activation = [part.activation.flatten(0, -2) for part, _ in resume_all(self.model, examples, here)]
+            if activation:
+                joined = torch.cat(activation)
+                moments[kind] = joined.T @ joined / len(joined)
+        return _mean(moments, self.weights, len(units)).to(units.device)
+
+    @cached_property
+    def fisher(self) -> Float[Tensor, "hidden hidden"]:
+        """F at the input of the final norm, estimated at some positions of each kind; the same for all neurons."""
+        model, generator = self.model, torch.Generator().manual_seed(self.seed)
+        last = Deltas(model, [(len(model.widths) - 1, 0)])
+        moments = {}
+        for kind, examples in self.kept.items():
+            states = [part.states(None) for part, _ in resume_all(model, examples, last)]
+            if states:
+                joined = torch.cat(states)
+                drawn = torch.randperm(len(joined), generator=generator)[:POSITIONS].to(joined.device)
+                gradients = torch.cat([_scores(model, chunk, generator) for chunk in torch.split(joined[drawn], CHUNK)])
+                moments[kind] = gradients.T @ gradients / len(gradients)
+        return _mean(moments, self.weights, model.network.get_submodule(model.parts.unembedding).weight.shape[1])
 
 
 def _scores(

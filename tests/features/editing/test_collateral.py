@@ -18,6 +18,7 @@ from mmray.features.editing.settings import edit_settings
 from mmray.features.editing.task import prepare
 from mmray.features.editing.validation import broken, validate
 from mmray.models.generation import generate
+from mmray.models.parts import unembedding_rows
 from mmray.neurons.model import open_image
 from mmray.runs.run import open_run
 
@@ -125,7 +126,7 @@ def test_an_untouched_model_keeps_all_and_takes_nothing(dataset, task):
 def test_more_neurons_are_tried_until_no_bound_is_broken(dataset, few_texts, monkeypatch):
     seen = []
 
-    def found(model, deltas, *_):
+    def found(model, deltas, *_, **__):
         seen.append(sum(map(len, deltas.units.values())))
         questions = 0.5 if len(seen) == 1 else 1.0
         return {"image_locality": 0.9 if len(seen) < 3 else 1.0, "image_locality_questions": questions}
@@ -145,6 +146,40 @@ def test_more_neurons_are_tried_until_no_bound_is_broken(dataset, few_texts, mon
     task = prepare(dataset, [edit_settings(asked | {"neurons": 5})])
     assert sizes(task) == [5]
     assert sizes(replace(task, neurons=[])) == [0]
+
+
+@pytest.mark.parametrize(
+    ("broken_by_try", "factors"),
+    [
+        # Takes and changes too much: kept answers count more.
+        (["text_only_64", None], [1, 3]),
+        # Does not take: they count less. One more try is all.
+        (["reliability", "reliability"], [1, 1 / 3]),
+        ([None], [1]),
+    ],
+)
+def test_the_weight_of_kept_answers_is_tried_when_all_neurons_break_a_bound(
+    dataset, few_texts, monkeypatch, broken_by_try, factors
+):
+    measures = iter({name: 0.0} if name else {} for name in broken_by_try)
+    monkeypatch.setattr(methods, "validate", lambda *_, **__: next(measures))
+    monkeypatch.setattr(methods, "sizes", lambda task: [len(task.neurons)])
+    edit = make_edit(dataset, [edit_settings({"suppress": "hammer", "keep_text": few_texts, **QUICK})])
+    assert [one["keep_factor"] for one in edit.facts["tries"]] == pytest.approx(factors)
+    assert len({one["neurons"] for one in edit.facts["tries"]}) == 1
+
+
+def test_a_word_is_gone_when_another_is_said_in_its_place(dataset, task):
+    model, old = dataset.model, task.new[0].rejected[1]
+    deltas = Deltas(model, task.neurons)
+    untouched = validate(model, deltas, task.new, [], {}, gone=True)
+    assert untouched["reliability"] == 0
+    # The old word's token falls wherever a neuron is active, and nothing speaks for the new words.
+    unembedding = unembedding_rows(model.network, model.parts)[old]
+    for layer, (parameters,) in deltas.parameters.items():
+        parameters.data = -50 * unembedding.expand_as(deltas.rows(layer)).clone()
+    assert validate(model, deltas, task.new, [], {}, gone=True)["reliability"] > 0.5
+    assert validate(model, deltas, task.new, [], {})["reliability"] == 0
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from mmray.features.editing.baselines import whole_layers
 from mmray.features.editing.dataset import Example
 from mmray.features.editing.deltas import Deltas
 from mmray.features.editing.resumed_forward import resume_all
-from mmray.features.editing.whitening import fisher, null_space, second_moment, whitening
+from mmray.features.editing.whitening import Curvature, null_space, whitening
 from mmray.models.norms import vocabulary_logits
 from tests.support.samples import CAPTIONS, batch_of
 
@@ -81,7 +81,7 @@ def test_fisher_is_the_curvature_of_the_divergence(open_model, monkeypatch):
     monkeypatch.setattr(module, "DRAWS", 400)
     batch, _ = batch_of(model, CAPTIONS[:2])
     examples = [Example("Say it.", None, tuple(tokens)) for tokens in batch.tokens]
-    found = fisher(model, {"replies": examples}, {}, 0)
+    found = Curvature(model, {"replies": examples}, {}, 0).fisher
     last = Deltas(model, [(len(model.widths) - 1, 0)])
     states = torch.cat([part.states(None) for part, _ in resume_all(model, examples, last)])
     with torch.no_grad():
@@ -99,6 +99,7 @@ def test_the_second_moment_is_the_mean_over_kinds(open_model):
     prompt, layer = "Say it.", len(model.widths) - 1
     examples = [Example(prompt, None, tuple(tokens)) for tokens in batch.tokens]
     deltas = Deltas(model, whole_layers(model, [layer]))
-    one, other = (second_moment(model, {"a": [example]}, {}, deltas, layer) for example in examples)
-    both = second_moment(model, {"a": examples[:1], "b": examples[1:], "c": []}, {"b": 3.0}, deltas, layer)
+    kinds = {"a": examples[:1], "b": examples[1:], "c": []}
+    one, other = (Curvature(model, {"a": [example]}, {}, 0).second_moment(deltas, layer) for example in examples)
+    both = Curvature(model, kinds, {"b": 3.0}, 0).second_moment(deltas, layer)
     assert torch.allclose(both, (one + 3 * other) / 4, atol=1e-6)
