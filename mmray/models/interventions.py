@@ -24,10 +24,13 @@ from mmray.neuron_names import parse_neuron
 def by_layer(
     model: LoadedModel, neurons: Iterable[str | tuple[int, int]], module: str = "language"
 ) -> dict[int, list[int]]:
-    """Group neurons, `L7.u89` or (layer, unit), by layer, without repeats; raises InputError for an unknown neuron."""
+    """Group neurons, `L7.u89` or (layer, unit), by layer, without repeats; raises InputError for an unknown neuron.
+
+    One name alone stands for that neuron.
+    """
     groups: dict[int, dict[int, None]] = {}
     widths = [projection.width for projection in model.parts.image_path(module)]
-    for neuron in neurons:
+    for neuron in [neurons] if isinstance(neurons, str) else neurons:
         layer, unit = parse_neuron(neuron) if isinstance(neuron, str) else neuron
         if not (0 <= layer < len(widths) and 0 <= unit < widths[layer]):
             raise InputError(

@@ -6,16 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from PIL.Image import Image
+from PIL.Image import fromarray as from_array
 from torch import Tensor
 
 from mmray.data.images import decode_image, read_image, to_rgb
 from mmray.data.samples import BACKGROUND
 from mmray.errors import InputError
+from mmray.models.generation import caption_of, generate
 from mmray.models.interventions import by_layer
 from mmray.models.loading import LoadedModel, load
+from mmray.models.options import LONGEST
 from mmray.models.patches import patches_of
 from mmray.models.prompting import encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neuron_names import parse_neuron
@@ -26,13 +30,37 @@ from mmray.neurons.scoring import score_batch, whole_nouns
 from mmray.neurons.token_positions import locate_mentions
 from mmray.neurons.validation import assert_sound
 
+AnyImage = Image | Path | str | bytes | np.ndarray
+"""An image, its path, its encoded bytes, or an array of bytes of shape (height, width) or (height, width, channel)."""
+
 
 class NeuronModel(LoadedModel):
     """A vision-language model with its processor and parts."""
 
+    def __repr__(self) -> str:
+        """Return the model's name, family and size."""
+        neurons, layers = sum(self.widths), len(self.widths)
+        family, where = self.network.config.model_type, f"{self.network.dtype}, {self.device}"
+        return f"{type(self).__name__} {self.name} ({family}, {layers} layers, {neurons:,} neurons, {where})"
+
+    def caption(
+        self,
+        image: AnyImage,
+        *,
+        prompt: str | None = None,
+        language: str | None = None,
+        longest: int = LONGEST,
+    ) -> str:
+        """Return the model's greedy caption of an image, of at most `longest` tokens, or its answer to a `prompt`.
+
+        Ablation and edits hold here. Raises InputError if the image can't be read.
+        """
+        (tokens,) = generate(self, [prompt_text(self, prompt, language)], [open_image(image)], longest)
+        return caption_of(self, tokens)[0]
+
     def contributions(
         self,
-        image: Image | Path | str | bytes | None,
+        image: AnyImage | None,
         caption: str,
         concept: str,
         *,
@@ -67,8 +95,8 @@ class NeuronModel(LoadedModel):
 
     def heat_map(
         self,
-        image: Image | Path | str | bytes,
-        neurons: Sequence[str],
+        image: AnyImage,
+        neurons: str | Sequence[str],
         *,
         signs: Sequence[float] | None = None,
         prompt: str | None = None,
@@ -81,6 +109,7 @@ class NeuronModel(LoadedModel):
         """
         opened = open_image(image)
         assert opened is not None
+        neurons = [neurons] if isinstance(neurons, str) else neurons
         batch = encode(self, [prompt_text(self, prompt, None)], [opened], [[]], [[]])
         patches = patches_of(self, batch, 0, opened.size)
         if patches is None:
@@ -93,18 +122,22 @@ class NeuronModel(LoadedModel):
 Kind = TypeVar("Kind", bound=NeuronModel)
 
 
-def open_image(image: Image | Path | str | bytes | None, background: str = BACKGROUND) -> Image | None:
-    """Return an image in RGB, from an image, a path or encoded bytes; transparent pixels show `background`.
+def open_image(image: AnyImage | None, background: str = BACKGROUND) -> Image | None:
+    """Return an image in RGB; transparent pixels show `background`.
 
     Raises InputError with the reason if it can't be read.
     """
     if image is None:
         return None
     try:
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8:
+                raise ValueError(f"an array of {image.dtype}; give uint8")
+            image = from_array(image)
         if isinstance(image, Image):
             return to_rgb(image, background)
         return decode_image(image, background) if isinstance(image, bytes) else read_image(image, background)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         what = image if isinstance(image, Path | str) else "image"
         raise InputError(f"{what}: not an image that can be read ({error})") from error
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ CENSUS = "census"
 """Name of the job that writes a run's first tables."""
 WHOLE = 4 << 20
 """Bytes of a table up to which it is read whole, and all of it checked."""
+SHOWN = 5
+"""Concepts that a run shows when it is printed."""
 READERS = 16
 """Parts that are read in parallel."""
 SPECIFICS = re.compile(r"'[^']*'|\"[^\"]*\"|0x[0-9a-f]+|\d[\d,.]*")
@@ -85,6 +88,39 @@ class Run:
         self.info: dict[str, Any] = info
         self._tables: dict[str, pa.Table] = {}
 
+    def __repr__(self) -> str:
+        """Return what was analysed, the most frequent concepts and the tables, in a few lines."""
+        samples = f"{self.info['data']['samples']:,} samples of {self.info['settings']['data']}"
+        lines = [f"Run {self.uri}", f"model     {self.info['settings']['model']}", f"data      {samples}"]
+        if "rankings" not in (tables := self.tables):
+            return "\n".join([*lines, "The census has not ended: run it again to resume."])
+        concepts = f"{len(self.concepts):,}, most frequent {', '.join(list(self.concepts)[:SHOWN])}"
+        return "\n".join([*lines, f"concepts  {concepts}", f"tables    {', '.join(tables)}"])
+
+    def _repr_html_(self) -> str:
+        """Return the same for a notebook, with the highest neuron of each of these concepts."""
+        text = f"<pre>{escape(repr(self))}</pre>"
+        if "rankings" not in self.tables:
+            return text
+        table = self.concept_table().slice(0, SHOWN).to_pydict()
+        rows = ["".join(f"<td>{escape(str(value))}</td>" for value in row) for row in zip(*table.values(), strict=True)]
+        head = "".join(f"<th>{escape(name)}</th>" for name in table)
+        return f"{text}<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+    @property
+    def tables(self) -> list[str]:
+        """The tables that the run has."""
+        return [name for name in table_schemas() if name in self._snapshots or self._loose(name)]
+
+    def scan(self, name: str) -> Dataset:
+        """Return a table as an Arrow dataset, which reads only the columns and row groups that a query asks for.
+
+        Raises InputError like `table`.
+        """
+        from pyarrow.dataset import dataset
+
+        return self._dataset(name) if self._is_large(name) else dataset(self.table(name))
+
     def table(self, name: str) -> pa.Table:
         """Return one of the run's tables; raises InputError for an unknown table, or one not made yet."""
         if name not in (known := table_schemas()):
@@ -105,9 +141,11 @@ class Run:
 
     def optional(self, name: str) -> pa.Table | None:
         """Return a table, or None if this run doesn't have it."""
-        if name not in self._snapshots and not self.folder.store.list(f"tables/{name}.parquet"):
-            return None
-        return self.table(name)
+        return self.table(name) if name in self._snapshots or self._loose(name) else None
+
+    def _loose(self, name: str) -> bool:
+        """Return whether a table lies there without a snapshot, as earlier versions wrote them."""
+        return bool(self.folder.store.list(f"tables/{name}.parquet"))
 
     def digests(self) -> dict[str, str]:
         """Return digests that identify the run's tables; a refresh changes them."""

@@ -3,13 +3,17 @@
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from mmray.errors import InputError
 from mmray.features.census.model_check import check_model
+from mmray.models.generation import caption_of, generate
+from mmray.models.interventions import ablate, by_layer
 from mmray.models.loading import DTYPES, load
 from mmray.models.parts import output_rows
+from mmray.models.prompting import prompt_text
 from mmray.neurons import validation_cache
 from mmray.neurons.model import NeuronModel, load_model
 from mmray.neurons.validation import CHECKS, assert_sound
@@ -24,10 +28,36 @@ def test_pictures_come_as_files_paths_or_objects(open_model, tmp_path):
     path.write_bytes(png(picture(1)))
     grey = picture(1).convert("L")
     expected = model.contributions(picture(1), "a dog", "dog")
-    for image in (path, str(path), path.read_bytes()):
+    for image in (path, str(path), path.read_bytes(), np.asarray(picture(1))):
         assert torch.equal(model.contributions(image, "a dog", "dog"), expected)
     assert not torch.equal(model.contributions(grey, "a dog", "dog"), expected)
     assert not torch.equal(model.contributions(None, "a dog", "dog"), expected)
+
+
+@pytest.mark.parametrize("array", [np.zeros((4, 4)), np.zeros((4, 4, 5), np.uint8)])
+def test_arrays_that_are_no_pictures_are_refused(open_model, array):
+    with pytest.raises(InputError, match="image: not an image that can be read"):
+        open_model("llava").caption(array)
+
+
+def test_a_caption_is_what_the_model_generates_and_holds_ablations(open_model):
+    model = open_model("llava")
+    (tokens,) = generate(model, [prompt_text(model, None, None)], [picture(1)], 8)
+    assert model.caption(picture(1), longest=8) == caption_of(model, tokens)[0]
+    assert model.caption(picture(1), longest=3) == caption_of(model, tokens[:3])[0]
+    every = [(layer, unit) for layer, width in enumerate(model.widths) for unit in range(width)]
+    with ablate(model, every):
+        assert model.caption(picture(1), longest=8) != caption_of(model, tokens)[0]
+
+
+def test_a_printed_model_says_its_family_and_size(open_model):
+    assert "(llava, 2 layers, 96 neurons, torch.float32, cpu)" in repr(open_model("llava"))
+
+
+def test_one_name_stands_for_one_neuron(open_model):
+    model = open_model("llava")
+    assert torch.equal(model.heat_map(picture(1), "L1.u7"), model.heat_map(picture(1), ["L1.u7"]))
+    assert by_layer(model, "L1.u7") == {1: [7]}
 
 
 def test_what_is_asked_changes_what_is_given(open_model):

@@ -4,10 +4,12 @@ import subprocess
 import sys
 import textwrap
 
+import pyarrow.compute as pc
 import pytest
 
 from mmray.errors import InputError
 from mmray.features.census.tables import TABLES
+from mmray.runs import run as module
 from mmray.runs.concepts import ORDERS
 from mmray.runs.run import Run, open_run
 from mmray.storage import open_store
@@ -161,6 +163,31 @@ def test_a_run_that_has_not_ended(run: Run, tmp_path: object) -> None:
     assert not begun.status().finished
     with pytest.raises(InputError, match="no table 'rankings' yet; the census has not ended"):
         begun.rank("dog")
+
+
+def test_a_printed_run_says_what_was_analysed(run: Run, tmp_path: object) -> None:
+    printed, most_frequent = repr(run), next(iter(run.concepts))
+    assert printed.splitlines()[0] == f"Run {run.uri}"
+    assert f"{len(run.concepts):,}, most frequent {most_frequent}, " in printed
+    assert all(name in printed for name in run.tables)
+    assert f"<td>{most_frequent}</td>" in run._repr_html_()
+    store = open_store(f"{tmp_path}/run")
+    store.put("run.json", run.folder.store.read("run.json"))
+    begun = open_run(f"{tmp_path}/run")
+    assert begun.tables == []
+    assert "has not ended" in repr(begun)
+    assert "has not ended" in begun._repr_html_()
+
+
+@pytest.mark.parametrize("whole", [0, 1 << 30])
+def test_a_scan_has_the_rows_of_the_table(run: Run, monkeypatch: pytest.MonkeyPatch, whole: int) -> None:
+    monkeypatch.setattr(module, "WHOLE", whole)
+    fresh = open_run(run.uri)
+    assert set(fresh.tables) >= {"rankings", "neurons", "captions"}
+    rows = fresh.scan("rankings").to_table(columns=["neuron"], filter=pc.field("rank") == 1)
+    assert rows.num_rows == len(run.concepts)
+    with pytest.raises(InputError, match="unknown table 'ranking'"):
+        fresh.scan("ranking")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "file", "file/below"])

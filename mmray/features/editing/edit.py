@@ -75,6 +75,14 @@ class WeightEdit:
     facts: dict[str, Any] = field(default_factory=dict)
     """The cost: seconds, rows and parameters changed, bytes, norm."""
 
+    def __repr__(self) -> str:
+        """Return what the edit is for, and its size."""
+        purposes = "; ".join(purpose.summary for purpose in self.purposes)
+        layers = ", ".join(f"L{layer}" for layer in sorted(set(self.layer.tolist())))
+        return (
+            f"WeightEdit {purposes}: {len(self.delta)} rows of W_out in {layers}, norm {float(self.delta.norm()):.3g}"
+        )
+
     @property
     def purpose(self) -> Purpose:
         """The first purpose; most edits have only one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,11 +13,8 @@ from mmray.detector.joint import JointModel, join_if_given
 from mmray.features.saliency.maps import Saliency
 from mmray.features.saliency.methods import METHODS, Explained, method_of
 from mmray.features.saliency.saliency_input import open_input, target_of
-from mmray.models.generation import caption_of, generate
-from mmray.models.loading import LoadedModel
-from mmray.models.prompting import prompt_text
 from mmray.neurons.heatmaps import placed
-from mmray.neurons.model import NeuronModel, load_checked, open_image
+from mmray.neurons.model import AnyImage, NeuronModel, load_checked, open_image
 
 
 class Explanation(NamedTuple):
@@ -36,7 +32,7 @@ class Model(NeuronModel):
 
     def saliency(
         self,
-        image: Image | Path | str | bytes,
+        image: AnyImage,
         caption: str,
         word: str,
         *,
@@ -64,7 +60,7 @@ class Model(NeuronModel):
 
 
 def explain(
-    model: LoadedModel,
+    model: NeuronModel,
     joint: JointModel | None,
     image: Image,
     word: str,
@@ -75,19 +71,12 @@ def explain(
     language: str | None = None,
 ) -> Explanation:
     """Return maps of a word of a caption, by default the model's own; see `Model.saliency`."""
-    text = caption if caption is not None else own_caption(model, image, prompt, language)
+    text = caption if caption is not None else model.caption(image, prompt=prompt, language=language)
     batch, targets = target_of(model, image, text, word, prompt=prompt, language=language)
     given = open_input(model, joint, batch, targets, [image])
     explained = Explained(given, [word])
     maps = {name: method_of(name)(explained, 0) for name in methods}
     return Explanation(text, float(given.probabilities(given.features, targets)[0]), maps, given.grid(0).covers)
-
-
-@torch.inference_mode()
-def own_caption(model: LoadedModel, image: Image, prompt: str | None, language: str | None) -> str:
-    """Return the model's greedy caption of an image."""
-    (tokens,) = generate(model, [prompt_text(model, prompt, language)], [image])
-    return caption_of(model, tokens)[0]
 
 
 def load_model(

@@ -57,6 +57,11 @@ def test_a_sum_is_both(open_model, variant):
     assert (first + second).purposes == first.purposes * 2
 
 
+def test_a_printed_edit_says_what_it_is_for(open_model):
+    edit = edit_of(open_model("llava"), [(0, 1), (1, 4)])
+    assert repr(edit).startswith("WeightEdit dog → cat: 2 rows of W_out in L0, L1, norm ")
+
+
 @given(st.sets(st.tuples(st.integers(0, 1), st.integers(0, 30)), min_size=1), st.integers(0, 99))
 def test_sums_do_not_depend_on_the_order(rows, seed):
     def edit(number):
