@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pyarrow as pa
 
 from mmray.engine import run as run_job
+from mmray.engine.signatures import Executor, takes
 from mmray.errors import InputError
 from mmray.features.alignment.job import run_alignment
 from mmray.features.alignment.settings import AlignmentSettings, alignment_settings
@@ -36,7 +37,6 @@ from mmray.features.select.settings import SelectionSettings, selection_settings
 from mmray.features.selectivity.driver import run_selectivity
 from mmray.features.selectivity.settings import SelectivitySettings, selectivity_settings
 from mmray.runs.run import Run, open_run
-from mmray.signatures import Executor, takes
 
 
 def _uri(run: Run | str) -> str:

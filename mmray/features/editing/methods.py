@@ -33,13 +33,11 @@ SWAP_MARGIN = 3.0
 """Logits by which the target of a single swap must lead on the source's images.
 
 Suppression need not write a word so firmly, and where many edits share neurons there is no room for a margin."""
-REWORDING_CURVATURE_WEIGHT = 2000.0
-"""Of one word that is replaced: high, because the second-order term stands for all text that nothing is learned from.
-
-Hallucination and many edits at once change too many answers for it."""
+HALLUCINATION_CURVATURE_WEIGHT = 10.0
+"""What a model makes up is harder to tell from what it sees than one word from others."""
 GROWTH = 32
 """How many times as many neurons the next try has."""
-WEIGHT_STEP, WEIGHT_TRIES = 3.0, 1
+WEIGHT_STEP, WEIGHT_TRIES = 4.0, 2
 """By what the weight of kept answers changes between tries of all neurons, and how many tries follow the first."""
 ABOUT_IMAGES = ("captions", "answers")
 """Kept answers that a whitened edit also learns one by one, because they are most like what it changes."""
@@ -101,8 +99,8 @@ def make_edit(dataset: EditDataset, requests: Sequence[EditSettings]) -> WeightE
     """Make one edit for all requests, which may differ only in their source, target and suppressed word.
 
     `facts` record each try, and why the edit is this one: the smallest whose measures on the validation split are all
-    within BOUNDS, or else the one that breaks the fewest. Raises InputError for a concept that the run does not know or
-    the model never says.
+    within BOUNDS, or else, of those that take, the one that breaks the fewest. Raises InputError for a concept that the
+    run does not know or the model never says.
     """
     began = time.perf_counter()
     task = prepare(dataset, requests)
@@ -113,8 +111,8 @@ def make_edit(dataset: EditDataset, requests: Sequence[EditSettings]) -> WeightE
             break
     while (factor := next_factor(task, tries)) is not None:
         tries.append(_tried(replace(task, keep_factor=factor)))
-    # The first of equals, which is the smallest.
-    chosen = min(tries, key=lambda one: len(one.broken))
+    # An edit that does not take is none, whatever it leaves alone. The first of equals is the smallest.
+    chosen = min(tries, key=lambda one: (not one.takes, len(one.broken)))
     deltas = chosen.deltas
     layers = [torch.full_like(units, layer).cpu() for layer, units in deltas.units.items()]
     # fp32 on the CPU: an edit must fit its model on any device and in any number format.
@@ -147,6 +145,11 @@ class Try:
         return broken(self.measures)
 
     @property
+    def takes(self) -> bool:
+        """Whether it does what it is for, on its own images and on others."""
+        return not {"reliability", "image_generality"} & set(self.broken)
+
+    @property
     def neurons(self) -> int:
         """How many it changes."""
         return sum(map(len, self.deltas.units.values()))
@@ -176,8 +179,7 @@ def next_factor(task: Task, tries: Sequence[Try]) -> float | None:
     last, tried = tries[-1], [one.keep_factor for one in tries if one.neurons == tries[-1].neurons]
     if len(task.purposes) > 1 or not task.settings.searches or not last.broken or len(tried) > WEIGHT_TRIES:
         return None
-    takes = not {"reliability", "image_generality"} & set(last.broken)
-    factor = last.keep_factor * (WEIGHT_STEP if takes else 1 / WEIGHT_STEP)
+    factor = last.keep_factor * (WEIGHT_STEP if last.takes else 1 / WEIGHT_STEP)
     # Back at a weight that was tried: an edit that takes changes too much, and one that changes less doesn't take.
     return None if any(isclose(factor, one) for one in tried) else factor
 
@@ -224,8 +226,8 @@ def _learn(task: Task, deltas: Deltas) -> Deltas:
     config = TrainingConfig(steps=task.settings.steps, weights=task.settings.weights, seed=task.settings.seed)
     if [purpose.kind for purpose in task.purposes] == ["swap"]:
         config = replace(config, margin=SWAP_MARGIN)
-    if len(task.purposes) == 1 and task.purposes[0].kind != "hallucination":
-        config = replace(config, curvature_weight=REWORDING_CURVATURE_WEIGHT)
+    if task.settings.reduce_hallucination:
+        config = replace(config, curvature_weight=HALLUCINATION_CURVATURE_WEIGHT)
     factor = task.keep_factor
     config = replace(config, keep_weight=factor * config.keep_weight, curvature_weight=factor * config.curvature_weight)
     kinds = ABOUT_IMAGES if deltas.whitened else task.kept.learned

@@ -152,9 +152,11 @@ def test_more_neurons_are_tried_until_no_bound_is_broken(dataset, few_texts, mon
     ("broken_by_try", "factors"),
     [
         # Takes and changes too much: kept answers count more.
-        (["text_only_64", None], [1, 3]),
-        # Does not take: they count less. One more try is all.
-        (["reliability", "reliability"], [1, 1 / 3]),
+        (["text_only_64", None], [1, 4]),
+        # Does not take: they count less. Two more tries are all.
+        (["reliability", "reliability", "reliability"], [1, 1 / 4, 1 / 16]),
+        # Between the two there is nothing to try.
+        (["text_only_64", "reliability"], [1, 4]),
         ([None], [1]),
     ],
 )
@@ -167,6 +169,15 @@ def test_the_weight_of_kept_answers_is_tried_when_all_neurons_break_a_bound(
     edit = make_edit(dataset, [edit_settings({"suppress": "hammer", "keep_text": few_texts, **QUICK})])
     assert [one["keep_factor"] for one in edit.facts["tries"]] == pytest.approx(factors)
     assert len({one["neurons"] for one in edit.facts["tries"]}) == 1
+
+
+def test_an_edit_that_takes_is_chosen_before_one_that_breaks_less(dataset, few_texts, monkeypatch):
+    takes, leaves = {"text_only_64": 0.0, "text_only_16": 0.0}, {"reliability": 0.0}
+    measures = iter([leaves, takes, leaves])
+    monkeypatch.setattr(methods, "validate", lambda *_, **__: next(measures))
+    monkeypatch.setattr(methods, "sizes", lambda task: [1, len(task.neurons)])
+    edit = make_edit(dataset, [edit_settings({"suppress": "hammer", "keep_text": few_texts, **QUICK})])
+    assert edit.facts["validation"] == takes
 
 
 def test_a_word_is_gone_when_another_is_said_in_its_place(dataset, task):

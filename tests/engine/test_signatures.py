@@ -8,8 +8,8 @@ from pydantic import BaseModel
 
 import mmray
 from mmray.engine.settings import JobSettings
+from mmray.engine.signatures import takes
 from mmray.features.editing.settings import EditSettings
-from mmray.signatures import takes
 
 WITH_SETTINGS = (
     "align",
