@@ -29,7 +29,7 @@ from mmray.features.editing.whitening import INPUT_RIDGE, OUTPUT_RIDGE, null_spa
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.runs.run import Run
 
-SWAP_MARGIN = 3.0
+SWAP_MARGIN = 5.0
 """Logits by which the target of a single swap must lead on the source's images.
 
 Suppression need not write a word so firmly, and where many edits share neurons there is no room for a margin."""
@@ -38,7 +38,7 @@ HALLUCINATION_CURVATURE_WEIGHT = 10.0
 GROWTH = 32
 """How many times as many neurons the next try has."""
 WEIGHT_STEP, WEIGHT_TRIES = 4.0, 2
-"""By what the weight of kept answers changes between tries of all neurons, and how many tries follow the first."""
+"""By what the weight of the second-order term changes between tries of all neurons, and how many follow the first."""
 ABOUT_IMAGES = ("captions", "answers")
 """Kept answers that a whitened edit also learns one by one, because they are most like what it changes."""
 
@@ -110,7 +110,7 @@ def make_edit(dataset: EditDataset, requests: Sequence[EditSettings]) -> WeightE
         if not tries[-1].broken:
             break
     while (factor := next_factor(task, tries)) is not None:
-        tries.append(_tried(replace(task, keep_factor=factor)))
+        tries.append(_tried(replace(task, curvature_factor=factor)))
     # An edit that does not take is none, whatever it leaves alone. The first of equals is the smallest.
     chosen = min(tries, key=lambda one: (not one.takes, len(one.broken)))
     deltas = chosen.deltas
@@ -136,8 +136,8 @@ class Try:
 
     deltas: Deltas
     measures: dict[str, float]
-    keep_factor: float
-    """Of the weight of kept answers."""
+    curvature_factor: float
+    """Of the weight of the second-order term."""
 
     @property
     def broken(self) -> list[str]:
@@ -157,7 +157,7 @@ class Try:
     @property
     def record(self) -> dict[str, Any]:
         """What an edit remembers of it."""
-        return {"neurons": self.neurons, "keep_factor": self.keep_factor, **self.measures, "broken": self.broken}
+        return {"neurons": self.neurons, "curvature_factor": self.curvature_factor, **self.measures, "broken": self.broken}
 
 
 def sizes(task: Task) -> list[int]:
@@ -176,10 +176,10 @@ def next_factor(task: Task, tries: Sequence[Try]) -> float | None:
 
     It is lower where the edit does not take, and higher where it takes and changes what should stay.
     """
-    last, tried = tries[-1], [one.keep_factor for one in tries if one.neurons == tries[-1].neurons]
+    last, tried = tries[-1], [one.curvature_factor for one in tries if one.neurons == tries[-1].neurons]
     if len(task.purposes) > 1 or not task.settings.searches or not last.broken or len(tried) > WEIGHT_TRIES:
         return None
-    factor = last.keep_factor * (WEIGHT_STEP if last.takes else 1 / WEIGHT_STEP)
+    factor = last.curvature_factor * (WEIGHT_STEP if last.takes else 1 / WEIGHT_STEP)
     # Back at a weight that was tried: an edit that takes changes too much, and one that changes less doesn't take.
     return None if any(isclose(factor, one) for one in tried) else factor
 
@@ -191,7 +191,7 @@ def _tried(task: Task) -> Try:
     deltas = _closed_form(task, function) if method.closed_form else function(task)
     gone = all(purpose.kind == "suppress" for purpose in task.purposes)
     measures = validate(task.model, deltas, task.new, task.held_out, task.kept.held_out, gone=gone)
-    return Try(deltas, measures, task.keep_factor)
+    return Try(deltas, measures, task.curvature_factor)
 
 
 def _closed_form(task: Task, function: Callable[[LayerRows], Float[Tensor, "unit hidden"]]) -> Deltas:
@@ -228,8 +228,7 @@ def _learn(task: Task, deltas: Deltas) -> Deltas:
         config = replace(config, margin=SWAP_MARGIN)
     if task.settings.reduce_hallucination:
         config = replace(config, curvature_weight=HALLUCINATION_CURVATURE_WEIGHT)
-    factor = task.keep_factor
-    config = replace(config, keep_weight=factor * config.keep_weight, curvature_weight=factor * config.curvature_weight)
+    config = replace(config, curvature_weight=task.curvature_factor * config.curvature_weight)
     kinds = ABOUT_IMAGES if deltas.whitened else task.kept.learned
     learn(task.model, deltas, task.new, {kind: task.kept.learned[kind] for kind in kinds}, config)
     return deltas

@@ -38,7 +38,7 @@ class EditSettings(BaseModel):
     """Order of the ranking that locates the neurons."""
     samples: int = Field(24, ge=1)
     """Most images of the source, or of each hallucinated word, to make the edit on."""
-    kept: int = Field(128, ge=0)
+    kept: int = Field(256, ge=0)
     """Images of other concepts whose captions must stay as they are."""
     keep_text: str | None = None
     """JSON file with the lists prompts and texts: text-only prompts whose replies must stay, and texts whose

@@ -43,8 +43,8 @@ class Task:
     """Answers that it should go on giving."""
     curvature: Curvature
     """What changes cost these."""
-    keep_factor: float = 1.0
-    """Of the weight of kept answers, in this try."""
+    curvature_factor: float = 1.0
+    """Of the weight of the second-order term, in this try."""
 
 
 def prepare(dataset: EditDataset, requests: Sequence[EditSettings]) -> Task:

@@ -53,7 +53,7 @@ class TrainingConfig:
 
     steps: int = 20
     """Of L-BFGS, per round."""
-    keep_weight: float = 100.0
+    keep_weight: float = 300.0
     curvature_weight: float = 100.0
     weights: Mapping[str, float] = field(default_factory=dict)
     """Of a kind of kept answers; 1 by default."""

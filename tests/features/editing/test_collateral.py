@@ -167,7 +167,7 @@ def test_the_weight_of_kept_answers_is_tried_when_all_neurons_break_a_bound(
     monkeypatch.setattr(methods, "validate", lambda *_, **__: next(measures))
     monkeypatch.setattr(methods, "sizes", lambda task: [len(task.neurons)])
     edit = make_edit(dataset, [edit_settings({"suppress": "hammer", "keep_text": few_texts, **QUICK})])
-    assert [one["keep_factor"] for one in edit.facts["tries"]] == pytest.approx(factors)
+    assert [one["curvature_factor"] for one in edit.facts["tries"]] == pytest.approx(factors)
     assert len({one["neurons"] for one in edit.facts["tries"]}) == 1
 
 
