@@ -306,7 +306,7 @@ def size() -> None:
     for name, (n, run, held) in counts.items():
         mib, work = held * token / 2**20, 2 * decoder * run / 1e12
         print(f"| {name} | {n} | {run} | {held} | {mib:.2f} | {work:.1f} | {n * mib:.0f} | {n * work:.0f} |")
-    step = 6 * TrainingConfig().positions * 4 * CANDIDATES * text.hidden_size / 1e12
+    step = 6 * TrainingConfig().positions * 2 * CANDIDATES * text.hidden_size / 1e12
     table, moment = 4 * CANDIDATES * text.hidden_size / 2**20, 4 * text.intermediate_size**2 / 2**20
     print(f"\nwith {CANDIDATES:,} candidates a step is {step:.2f} TFLOP, and their unembeddings {table:.0f} MiB")
     print(f"second moment of a whole layer's {text.intermediate_size:,} neurons: {moment:.0f} MiB")
