@@ -157,7 +157,12 @@ class Try:
     @property
     def record(self) -> dict[str, Any]:
         """What an edit remembers of it."""
-        return {"neurons": self.neurons, "curvature_factor": self.curvature_factor, **self.measures, "broken": self.broken}
+        return {
+            "neurons": self.neurons,
+            "curvature_factor": self.curvature_factor,
+            **self.measures,
+            "broken": self.broken,
+        }
 
 
 def sizes(task: Task) -> list[int]:
