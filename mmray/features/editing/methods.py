@@ -111,8 +111,11 @@ def make_edit(dataset: EditDataset, requests: Sequence[EditSettings]) -> WeightE
             break
     while (factor := next_factor(task, tries)) is not None:
         tries.append(_tried(replace(task, curvature_factor=factor)))
-    # An edit that does not take is none, whatever it leaves alone. The first of equals is the smallest.
-    chosen = min(tries, key=lambda one: (not one.takes, len(one.broken)))
+    # An edit that does not take is none, whatever it leaves alone. Of equals that take, the weakest changes least.
+    chosen = min(
+        tries,
+        key=lambda one: (not one.takes, len(one.broken), (-1 if one.takes else 1) * one.curvature_factor),
+    )
     deltas = chosen.deltas
     layers = [torch.full_like(units, layer).cpu() for layer, units in deltas.units.items()]
     # fp32 on the CPU: an edit must fit its model on any device and in any number format.

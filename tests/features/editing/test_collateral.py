@@ -180,6 +180,15 @@ def test_an_edit_that_takes_is_chosen_before_one_that_breaks_less(dataset, few_t
     assert edit.facts["validation"] == takes
 
 
+def test_of_equal_tries_that_take_the_weakest_is_chosen(dataset, few_texts, monkeypatch):
+    measures = iter([{"text_only_64": number / 10} for number in range(3)])
+    monkeypatch.setattr(methods, "validate", lambda *_, **__: next(measures))
+    monkeypatch.setattr(methods, "sizes", lambda task: [len(task.neurons)])
+    edit = make_edit(dataset, [edit_settings({"suppress": "hammer", "keep_text": few_texts, **QUICK})])
+    assert [one["curvature_factor"] for one in edit.facts["tries"]] == [1, 4, 16]
+    assert edit.facts["validation"] == {"text_only_64": 0.2}
+
+
 def test_a_word_is_gone_when_another_is_said_in_its_place(dataset, task):
     model, old = dataset.model, task.new[0].rejected[1]
     deltas = Deltas(model, task.neurons)
