@@ -27,7 +27,7 @@ def takes(settings: type[BaseModel], *without: str) -> Callable[[Function], Func
     """
 
     def document(function: Function) -> Function:
-        # Of the annotations of both modules, only the function's own are texts that must be looked up.
+        # Evaluated, because a module with postponed annotations has them as texts, and settings have types.
         signature = inspect.signature(function, eval_str=True)
         own = [one for one in signature.parameters.values() if one.kind is not Parameter.VAR_KEYWORD]
         added = list(_arguments(settings, {one.name for one in own} | set(without)))

@@ -41,7 +41,7 @@ from mmray.features.census.settings import census_settings
 from mmray.features.editing.dataset import EditDataset
 from mmray.features.editing.edit import WeightEdit
 from mmray.features.editing.kept_answers import ASKED, LONGEST_TEXT, read_kept_text
-from mmray.features.editing.methods import make_edit
+from mmray.features.editing.methods import ABOUT_IMAGES, make_edit
 from mmray.features.editing.settings import EditSettings, edit_settings
 from mmray.features.editing.training import TrainingConfig
 from mmray.features.evaluation.baseline_replies import BaselineReplies
@@ -306,7 +306,7 @@ def size() -> None:
     for name, (n, run, held) in counts.items():
         mib, work = held * token / 2**20, 2 * decoder * run / 1e12
         print(f"| {name} | {n} | {run} | {held} | {mib:.2f} | {work:.1f} | {n * mib:.0f} | {n * work:.0f} |")
-    step = 6 * TrainingConfig().positions * 2 * CANDIDATES * text.hidden_size / 1e12
+    step = 6 * TrainingConfig().positions * len(ABOUT_IMAGES) * CANDIDATES * text.hidden_size / 1e12
     table, moment = 4 * CANDIDATES * text.hidden_size / 2**20, 4 * text.intermediate_size**2 / 2**20
     print(f"\nwith {CANDIDATES:,} candidates a step is {step:.2f} TFLOP, and their unembeddings {table:.0f} MiB")
     print(f"second moment of a whole layer's {text.intermediate_size:,} neurons: {moment:.0f} MiB")
