@@ -180,7 +180,7 @@ def sizes(task: Task) -> list[int]:
 
 
 def next_factor(task: Task, tries: Sequence[Try]) -> float | None:
-    """Return the factor of the second-order term's weight for a next try with all neurons; None if there should be none.
+    """Return the factor of the second-order weight for a next try with all neurons; None if there should be none.
 
     It is lower where the edit does not take, and higher where it takes and changes what should stay.
     """
