@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray import cloudpickle
 
 from mmray.demo import DATA
 from mmray.engine.ray import _Actor
@@ -201,7 +202,8 @@ def test_a_worker_that_starts_elsewhere_finds_relative_paths(
     job = CensusJob(census_settings({"model": str(model), "data": "data", "out": "run", "shard_size": 8}))
     plan, begun = job.plan(), open_run("run").info["fingerprint"]
     monkeypatch.chdir("/")
-    actor = _Actor(WorkOrder([job], [plan.context], [plan.units], ["run"], [begun]), 1, str(tmp_path))
+    order = WorkOrder([job], [plan.context], [plan.units], ["run"], [begun])
+    actor = _Actor(cloudpickle.dumps(order), 1, str(tmp_path))
     answers = actor({"unit": np.array([2, 0])})
     assert answers["problem"] == ["", ""]
     assert answers["size"] == [8, 8]
