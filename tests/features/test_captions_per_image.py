@@ -175,7 +175,7 @@ def test_an_edit_learns_on_different_images_and_keeps_none_that_shows_the_source
 
 
 def test_what_any_caption_of_an_image_names_is_there(dataset: EditDataset, images: dict[str, str]) -> None:
-    told = list(own_captions(dataset))
+    told = list(own_captions(dataset, 10**6, 0))
     assert distinct([one.sample.sample_id for one in told], images)
     assert len(told) == len(set(images.values()))
     by_captions = replace(dataset, caption_tokens=dataset.caption_tokens)
@@ -183,8 +183,22 @@ def test_what_any_caption_of_an_image_names_is_there(dataset: EditDataset, image
     names = {image: set[str]() for image in images.values()}
     for row in dataset.run.table("occurrences").to_pylist():
         names[images[row["sample_id"]]].add(row["concept"])
-    for one in own_captions(by_captions):
+    for one in own_captions(by_captions, 10**6, 0):
         assert one.present >= names[images[one.sample.sample_id]]
+
+
+def test_a_part_of_the_images_is_of_as_few_shards_as_can_be(dataset: EditDataset, images: dict[str, str]) -> None:
+    most = len(set(images.values())) // 3
+    told = [one.sample.sample_id for one in own_captions(dataset, most, 0)]
+    assert len(told) == most
+    assert told == [name for name in images if name in told]
+    captions = dataset.run.table("captions")
+    shard_of = dict(zip(captions["sample_id"].to_pylist(), captions["shard_id"].to_pylist(), strict=True))
+    read = [shard_of[name] for name in told]
+    # All images of a shard but the last to be read.
+    whole = {shard: {images[name] for name, one in shard_of.items() if one == shard} for shard in set(read)}
+    assert sum(read.count(shard) < len(names) for shard, names in whole.items()) <= 1
+    assert told != [one.sample.sample_id for one in own_captions(dataset, most, 1)]
 
 
 def test_an_edit_remembers_its_images(edit: Path, images: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from mmray.data.samples import Sample
 from mmray.errors import InputError
@@ -18,6 +19,8 @@ from mmray.features.editing.dataset import EditDataset, Example, departing
 from mmray.features.editing.training import log_likelihoods
 from mmray.neurons.concepts import Mention
 
+MOST_IMAGES = 1024
+"""Images of the run that the model captions: writing a caption takes about as long as a census does for one."""
 FEWEST_CLAIMS = 3
 """Captions that must claim a word with a context for the two to be a pair."""
 LOWEST_RATE = 0.1
@@ -65,7 +68,7 @@ def hallucinations(dataset: EditDataset, most: int, kept: int, seed: int) -> Hal
 
     Raises InputError if the model names nothing absent often enough.
     """
-    captions = list(own_captions(dataset))
+    captions = list(own_captions(dataset, MOST_IMAGES, seed))
     # Shuffled before `most` cuts: the order of the data may follow its subjects.
     random.Random(seed).shuffle(captions)
     pairs = pairs_of(captions)
@@ -93,14 +96,14 @@ def hallucinations(dataset: EditDataset, most: int, kept: int, seed: int) -> Hal
     )
 
 
-def own_captions(dataset: EditDataset) -> Iterator[OwnCaption]:
-    """Yield the model's caption of each of the run's images that shows something, in the dataset's language.
+def own_captions(dataset: EditDataset, most: int, seed: int) -> Iterator[OwnCaption]:
+    """Yield the model's captions of at most `most` of the run's images that show something, in the dataset's language.
 
     What any caption of an image names is present. One sample stands for all samples of its image.
     """
     present: dict[str, frozenset[str]] = {}
     first: dict[str, Sample] = {}
-    for sample in dataset.read(dataset.ids()):
+    for sample in dataset.read(_ids_of_images(dataset, most, seed)):
         # Where nothing is known to be present, every noun would look hallucinated.
         if sample.image and (shown := dataset.present(sample)):
             image = dataset.images[sample.sample_id]
@@ -109,6 +112,22 @@ def own_captions(dataset: EditDataset) -> Iterator[OwnCaption]:
     for (image, sample), tokens in zip(first.items(), dataset.own_captions(list(first.values())), strict=True):
         caption = dataset.text(tokens)
         yield OwnCaption(sample, tokens, caption, tuple(dataset.mentions(caption)), present[image])
+
+
+def _ids_of_images(dataset: EditDataset, most: int, seed: int) -> list[str]:
+    """Return the ids of all samples of at most `most` images, in the order of the data.
+
+    Shards are drawn at random and used up one by one, because a shard is read as a whole.
+    """
+    table = dataset.run.table("captions").select(["sample_id", "shard_id"])
+    shards: dict[int, list[str]] = {}
+    for name, shard in zip(*(table[column].to_pylist() for column in table.column_names), strict=True):
+        shards.setdefault(shard, []).append(name)
+    order = sorted(shards)
+    random.Random(seed).shuffle(order)
+    found = dict.fromkeys(dataset.images[name] for shard in order for name in shards[shard])
+    chosen = set(islice(found, most))
+    return [name for name in table["sample_id"].to_pylist() if dataset.images[name] in chosen]
 
 
 def pairs_of(captions: Sequence[OwnCaption]) -> tuple[tuple[str, str], ...]:

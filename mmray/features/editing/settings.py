@@ -24,8 +24,8 @@ class EditSettings(BaseModel):
     suppress: str | None = None
     """Word to remove from what the model says, instead of a swap. Default: none."""
     reduce_hallucination: bool = False
-    """Find objects that the model names and that are not there, in its own captions of the run's samples, and unlearn
-    them, instead of a swap. Off by default."""
+    """Find objects that the model names and that are not there, in its own captions of up to 1,024 of the run's images,
+    and unlearn them, instead of a swap. Off by default."""
     replacement: str = "object"
     """Neutral word that replaces a suppressed one."""
     method: Method = Field("learned", description=methods_help())

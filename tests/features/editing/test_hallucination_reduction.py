@@ -21,7 +21,7 @@ def dataset(open_model, demo_census):
 
 @pytest.fixture(scope="module")
 def captions(dataset):
-    return list(own_captions(dataset))
+    return list(own_captions(dataset, 10**6, 0))
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +135,8 @@ def test_an_edit_takes_the_hallucination_away_and_leaves_what_is_right(dataset, 
 
 
 def test_a_model_that_claims_nothing_wrong_is_refused(dataset, monkeypatch):
-    right = [one for one in own_captions(dataset) if not one.wrong]
-    monkeypatch.setattr("mmray.features.editing.reduction_samples.own_captions", lambda _: iter(right))
+    right = [one for one in own_captions(dataset, 10**6, 0) if not one.wrong]
+    monkeypatch.setattr("mmray.features.editing.reduction_samples.own_captions", lambda *_: iter(right))
     with pytest.raises(InputError, match="claims nothing") as refused:
         hallucinations(dataset, 8, 48, 0)
     assert "\n" not in str(refused.value)
