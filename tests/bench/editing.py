@@ -40,7 +40,7 @@ from mmray.features.census.inputs import open_data
 from mmray.features.census.settings import census_settings
 from mmray.features.editing.dataset import EditDataset
 from mmray.features.editing.edit import WeightEdit
-from mmray.features.editing.kept_answers import ASKED, LONGEST_TEXT, read_kept_text
+from mmray.features.editing.kept_answers import ASKED, HELD_OUT, LEARNED_TEXT, LONGEST_TEXT, read_kept_text
 from mmray.features.editing.methods import ABOUT_IMAGES, make_edit
 from mmray.features.editing.settings import EditSettings, edit_settings
 from mmray.features.editing.training import TrainingConfig
@@ -293,11 +293,13 @@ def size() -> None:
         network = LlavaForConditionalGeneration(config)
     text, task = config.text_config, edit_settings({"source": "dog", "target": "cat"})
     decoder = sum(p.numel() for p in network.model.language_model.layers.parameters())
-    general, image, caption = read_kept_text(None), 576, 16
+    prompts, image, caption = len(read_kept_text(None)["prompts"]), 576, 16
+    tested = prompts // HELD_OUT
     counts = {
         "caption": (task.kept, image + 2 * caption, caption),
         "answer": (2 * ASKED, image + 2 * caption, 2),
-        "text-only reply": (len(general["prompts"]), LONGEST_TEXT + caption, LONGEST_TEXT),
+        "text-only reply": (prompts - tested, LEARNED_TEXT + caption, LEARNED_TEXT),
+        "text-only reply, held out": (tested, LONGEST_TEXT + caption, LONGEST_TEXT),
     }
     # Of the last block at each token of an answer: its output and all neurons' activations, in half precision.
     token = 2 * (text.hidden_size + text.intermediate_size)

@@ -27,8 +27,9 @@ ASKED = 32
 """Images that questions are asked about."""
 LONGEST_ANSWER = 16
 """Tokens of an answer about an image."""
-LONGEST_TEXT = 64
-"""Tokens of a text-only reply."""
+LONGEST_TEXT, LEARNED_TEXT = 64, 32
+"""Tokens of a text-only reply that is held out, and of one that is learned from: longer ones take twice as long and say
+little more."""
 HELD_OUT = 4
 """One of so many is held out."""
 
@@ -61,9 +62,9 @@ def kept_answers(
     )
 
 
-def _is_held_out(example: Example) -> bool:
+def _is_held_out(one: Example | Prompt) -> bool:
     # By what is asked about, so that the caption of an image and answers about it are in the same part.
-    about = example.image or example.prompt.encode()
+    about = one.image or one.prompt.encode()
     return int.from_bytes(hashlib.sha256(about).digest()[:4]) % HELD_OUT == 0
 
 
@@ -98,7 +99,10 @@ def text_answers(dataset: EditDataset, uri: str | None) -> dict[str, list[Exampl
         texts = [text.partition(" ") for text in found["texts"]]
         continued = [Example(first, None, tuple(tokenize_caption(model, first, rest)[0])) for first, _, rest in texts]
         dataset.text_answers[uri] = {
-            "replies": dataset.replies(queries, LONGEST_TEXT),
+            "replies": [
+                *dataset.replies([one for one in queries if not _is_held_out(one)], LEARNED_TEXT),
+                *dataset.replies([one for one in queries if _is_held_out(one)], LONGEST_TEXT),
+            ],
             "texts": recorded(model, continued),
         }
     return dataset.text_answers[uri]
