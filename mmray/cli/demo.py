@@ -99,14 +99,13 @@ def _say_edits(census: CensusSettings, *, quick: bool) -> bool:
 
     # The most frequent concepts have the most reliable rankings.
     source, _, target = list(open_run(census.out).concepts)[:3]
-    say(
-        f"4 edits: {source} → {target}, the same with random neurons" + ("" if quick else ", and what is not there"),
-        "bold",
-    )
+    more = "" if quick else ", the same with random neurons, and what is not there"
+    say(f"4 edits: {source} → {target}{more}", "bold")
     common = QUICK_EDIT if quick else EDIT
     swap = {"source": source, "target": target, **common}
-    edits = {f"{source}-{target}": swap, "random-neurons": swap | {"method": "random"}}
+    edits = {f"{source}-{target}": swap}
     if not quick:
+        edits["random-neurons"] = swap | {"method": "random"}
         edits["truthful"] = {"reduce_hallucination": True, "neurons": 150, **common}
     scenes = QUICK_SCENES if quick else SCENES
     began = time.perf_counter()
