@@ -1,6 +1,7 @@
 """Models for the tests of every room (tiny random checkpoints of each family, and the demo), and an S3 on loopback."""
 
 import fcntl
+import gc
 import logging
 import os
 import uuid
@@ -18,6 +19,9 @@ import pytest
 # Where an actor has more, a waiting thread sleeps: spinning, which is the default, takes the core that others wait for.
 # Ray's workers are as important as what waits for them; by default they give way to everything else.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "RAY_worker_niceness": "0"}
+
+# As the command line does: with everything imported, a collection of all objects takes a third of a second.
+gc.set_threshold(100_000)
 
 # Examples are the same at every run, and a busy machine fails no test by its slowness.
 hypothesis.settings.register_profile("mmray", deadline=None, derandomize=True, database=None)
