@@ -25,7 +25,14 @@ class Bound:
 
     def allows(self, value: float) -> bool:
         """Return whether a value is within the bound."""
-        return (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
+        return not self.excess(value)
+
+    def excess(self, value: float) -> float:
+        """Return by how much a value is beyond the bound, as a fraction of the limit; 0 within it."""
+        limits = [limit for limit in (self.at_least, self.at_most) if limit is not None]
+        under = self.at_least is not None and value < self.at_least
+        over = self.at_most is not None and value > self.at_most
+        return min(abs(value - limit) / abs(limit) for limit in limits) if under or over else 0.0
 
     @property
     def limit(self) -> str:

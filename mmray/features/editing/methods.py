@@ -24,20 +24,21 @@ from mmray.features.editing.locating import last_layers, matched
 from mmray.features.editing.settings import EditSettings
 from mmray.features.editing.task import Task, prepare
 from mmray.features.editing.training import TrainingConfig, learn
-from mmray.features.editing.validation import broken, validate
+from mmray.features.editing.validation import broken, excess, validate
 from mmray.features.editing.whitening import INPUT_RIDGE, OUTPUT_RIDGE, null_space, whitening
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.runs.run import Run
 
-SWAP_MARGIN = 5.0
-"""Logits by which the target of a single swap must lead on the source's images.
+SWAP_MARGIN, GENTLE_SWAP_MARGIN = 5.0, 3.0
+"""Logits by which the target of a single swap must lead on the source's images; the second in tries that weigh kept
+answers more.
 
 Suppression need not write a word so firmly, and where many edits share neurons there is no room for a margin."""
 HALLUCINATION_CURVATURE_WEIGHT = 10.0
 """What a model makes up is harder to tell from what it sees than one word from others."""
 GROWTH = 32
 """How many times as many neurons the next try has."""
-WEIGHT_STEP, WEIGHT_TRIES = 4.0, 2
+WEIGHT_STEP, WEIGHT_TRIES = 6.0, 2
 """By what the weight of the second-order term changes between tries of all neurons, and how many follow the first."""
 ABOUT_IMAGES = ("captions", "answers")
 """Kept answers that a whitened edit also learns one by one, because they are most like what it changes."""
@@ -98,9 +99,9 @@ def edit_run(run: Run, settings: EditSettings) -> WeightEdit:
 def make_edit(dataset: EditDataset, requests: Sequence[EditSettings]) -> WeightEdit:
     """Make one edit for all requests, which may differ only in their source, target and suppressed word.
 
-    `facts` record each try, and why the edit is this one: the smallest whose measures on the validation split are all
-    within BOUNDS, or else, of those that take, the one that breaks the fewest. Raises InputError for a concept that the
-    run does not know or the model never says.
+    `facts` record each try, and why the edit is this one: the first whose measures on the validation split are all
+    within BOUNDS, or else, of those that take, the one that exceeds them least. Raises InputError for a concept that
+    the run does not know or the model never says.
     """
     began = time.perf_counter()
     task = prepare(dataset, requests)
@@ -111,11 +112,8 @@ def make_edit(dataset: EditDataset, requests: Sequence[EditSettings]) -> WeightE
             break
     while (factor := next_factor(task, tries)) is not None:
         tries.append(_tried(replace(task, curvature_factor=factor)))
-    # An edit that does not take is none, whatever it leaves alone. Of equals that take, the weakest changes least.
-    chosen = min(
-        tries,
-        key=lambda one: (not one.takes, len(one.broken), (-1 if one.takes else 1) * one.curvature_factor),
-    )
+    # An edit that does not take is none, whatever it leaves alone.
+    chosen = min(tries, key=lambda one: (not one.takes, excess(one.measures)))
     deltas = chosen.deltas
     layers = [torch.full_like(units, layer).cpu() for layer, units in deltas.units.items()]
     # fp32 on the CPU: an edit must fit its model on any device and in any number format.
@@ -233,7 +231,7 @@ def _whitened(task: Task, neurons: Sequence[Neuron]) -> Deltas:
 def _learn(task: Task, deltas: Deltas) -> Deltas:
     config = TrainingConfig(steps=task.settings.steps, weights=task.settings.weights, seed=task.settings.seed)
     if [purpose.kind for purpose in task.purposes] == ["swap"]:
-        config = replace(config, margin=SWAP_MARGIN)
+        config = replace(config, margin=GENTLE_SWAP_MARGIN if task.curvature_factor > 1 else SWAP_MARGIN)
     if task.settings.reduce_hallucination:
         config = replace(config, curvature_weight=HALLUCINATION_CURVATURE_WEIGHT)
     config = replace(config, curvature_weight=task.curvature_factor * config.curvature_weight)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmray.features.editing.bounds import verdict
+from mmray.features.editing.bounds import BOUNDS, verdict
 from mmray.features.editing.candidates import CHUNK
 from mmray.features.editing.dataset import Example
 from mmray.features.editing.deltas import Deltas
@@ -60,6 +60,11 @@ def validate(
 def broken(measures: Mapping[str, float]) -> list[str]:
     """Return the measures that are beyond their bound, in the order of BOUNDS."""
     return [bound["measure"] for bound in verdict(measures)["bounds"] if bound["passed"] is False]
+
+
+def excess(measures: Mapping[str, float]) -> float:
+    """Return by how much measures are beyond their bounds, in all; each as a fraction of its limit."""
+    return sum(bound.excess(measures[bound.measure]) for bound in BOUNDS if bound.measure in measures)
 
 
 @dataclass(frozen=True)

@@ -152,11 +152,11 @@ def test_more_neurons_are_tried_until_no_bound_is_broken(dataset, few_texts, mon
     ("broken_by_try", "factors"),
     [
         # Takes and changes too much: kept answers count more.
-        (["text_only_64", None], [1, 4]),
+        (["text_only_64", None], [1, 6]),
         # Does not take: they count less. Two more tries are all.
-        (["reliability", "reliability", "reliability"], [1, 1 / 4, 1 / 16]),
+        (["reliability", "reliability", "reliability"], [1, 1 / 6, 1 / 36]),
         # Between the two there is nothing to try.
-        (["text_only_64", "reliability"], [1, 4]),
+        (["text_only_64", "reliability"], [1, 6]),
         ([None], [1]),
     ],
 )
@@ -180,13 +180,32 @@ def test_an_edit_that_takes_is_chosen_before_one_that_breaks_less(dataset, few_t
     assert edit.facts["validation"] == takes
 
 
-def test_of_equal_tries_that_take_the_weakest_is_chosen(dataset, few_texts, monkeypatch):
-    measures = iter([{"text_only_64": number / 10} for number in range(3)])
+def test_of_tries_that_take_the_one_that_exceeds_the_bounds_least_is_chosen(dataset, few_texts, monkeypatch):
+    # 0.25 below 0.75 is a third of the limit; 0.04 below 0.95 and 0.02 below 0.90 are two bounds, but less.
+    tries = [{"text_only_64": 0.5}, {"image_locality": 0.91, "text_only_16": 0.88}, {"text_only_64": 0.6}]
+    measures = iter(tries)
     monkeypatch.setattr(methods, "validate", lambda *_, **__: next(measures))
     monkeypatch.setattr(methods, "sizes", lambda task: [len(task.neurons)])
     edit = make_edit(dataset, [edit_settings({"suppress": "hammer", "keep_text": few_texts, **QUICK})])
-    assert [one["curvature_factor"] for one in edit.facts["tries"]] == [1, 4, 16]
-    assert edit.facts["validation"] == {"text_only_64": 0.2}
+    assert [one["curvature_factor"] for one in edit.facts["tries"]] == [1, 6, 36]
+    assert edit.facts["validation"] == tries[1]
+
+
+@pytest.mark.parametrize(
+    ("measure", "value", "excess"),
+    [
+        ("reliability", 0.95, 0),
+        ("reliability", 0.475, 0.5),
+        ("text_only_kl", 0.005, 0),
+        ("text_only_kl", 0.015, 2),
+        ("perplexity_ratio", 1.0201, 0.01),
+        ("pope_yes_ratio_change", -0.06, 1),
+    ],
+)
+def test_the_excess_of_a_bound_is_a_fraction_of_its_limit(measure, value, excess):
+    (bound,) = (bound for bound in BOUNDS if bound.measure == measure)
+    assert bound.excess(value) == pytest.approx(excess)
+    assert bound.allows(value) is (excess == 0)
 
 
 def test_a_word_is_gone_when_another_is_said_in_its_place(dataset, task):
