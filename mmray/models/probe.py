@@ -9,6 +9,10 @@ that passes two tests:
     residual  what is added to its output is added to the block's output, unchanged or times a constant
 
 Two entries make a gated MLP. The gate is the one in which the projection's input is not linear.
+
+A projection may be a part of what is no attention, such as an expert that all tokens share beside routed ones. So the
+block's output must be a sum of its input, the projection's output, and outputs of modules that mix tokens; each times a
+constant. Otherwise the model is refused: contributions would leave out what the other part writes.
 """
 
 from collections.abc import Callable
@@ -157,7 +161,13 @@ def _blocks(kind: str, model: nn.Module, calls: dict[str, Call], norm: Call) -> 
 def _projection(kind: str, layer: int, block: Call, calls: dict[str, Call]) -> Projection:
     """Find the one MLP output projection of a block."""
     inside = [call for path, call in calls.items() if path.startswith(f"{block.path}.")]
-    linears = [call for call in inside if isinstance(call.module, nn.Linear)]
+    mixing = [call for call in inside if _mixes(block, call)]
+    # Gated attention passes both tests too.
+    linears = [
+        call
+        for call in inside
+        if isinstance(call.module, nn.Linear) and not any(call.path.startswith(f"{one.path}.") for one in mixing)
+    ]
     hidden = block.output.shape[-1]
     found: list[Projection] = []
     for call in linears:
@@ -182,7 +192,13 @@ def _projection(kind: str, layer: int, block: Call, calls: dict[str, Call]) -> P
     if len(found) != 1:
         names = " and ".join(projection.path for projection in found) or "none"
         raise InputError(f"{kind}: one MLP output projection looked for in {block.path}, found {names}")
-    return found[0]
+    (projection,) = found
+    if not _explains(block, calls[projection.post_norm or projection.path], mixing, inside):
+        raise InputError(
+            f"{kind}: {block.path} writes more than its attention and {projection.path}, such as routed experts; "
+            "such models can't be analysed"
+        )
+    return projection
 
 
 def _feeds(block: Call, entry: Call, call: Call) -> bool:
@@ -223,6 +239,50 @@ def _writer(block: Call, call: Call, inside: list[Call]) -> tuple[Call, float | 
         if factor is not None:
             return writer, factor
     return call, None
+
+
+def _explains(block: Call, write: Call, mixing: list[Call], inside: list[Call]) -> bool:
+    """Return whether the block adds nothing to its input but this write and what mixes tokens."""
+    # A norm may follow attention, as it may follow the MLP.
+    normed = [
+        call
+        for call in inside
+        for one in mixing
+        if call.output.shape == one.output.shape == call.first_input().shape
+        and torch.equal(call.first_input(), one.output)
+    ]
+    # In fp64, so that only the network's own rounding counts.
+    parts = [block.first_input(), *(call.output for call in (write, *mixing, *normed))]
+    terms = torch.stack([part.flatten().double() for part in parts], dim=1)
+    output = block.output.flatten().double()
+    # Terms may depend on each other: an attention module's output is that of a module inside it.
+    fitted = terms @ torch.linalg.lstsq(terms, output, driver="gelsd").solution
+    return float((output - fitted).norm()) <= 1e-2 * float(output.norm())
+
+
+def _mixes(block: Call, call: Call) -> bool:
+    """Return whether what a module writes for the last token depends on what it gets for the first.
+
+    That may be its own first token or, in cross-attention, the encoder's.
+    """
+    given = call.first_input()
+    if not given.numel() == call.output.numel() == block.output.numel() or isinstance(call.module, nn.Linear):
+        return False
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
+            return _copy(value)
+        rows = value.clone().flatten(0, -2)
+        rows[0] += 1 + rows[0].abs()
+        return rows.view(value.shape)
+
+    arguments, named = map(moved, call.arguments), {name: moved(value) for name, value in call.named.items()}
+    again = _tensor(call.module(*arguments, **named))
+    if again is None:
+        return False
+    before, after = (output.flatten(0, -2)[-1].double() for output in (call.output, again))
+    # Experts, too, give another result for a token grouped with others, but only by rounding.
+    return float((after - before).norm()) > 3e-2 * float(before.norm())
 
 
 def _gate(block: Call, entries: list[Call], call: Call) -> tuple[str | None, bool]:

@@ -37,6 +37,10 @@ def test_probe_says_what_it_did_not_find(loaded, variant):
     assert "\n" not in str(refusal.value)
 
 
+LINEAR_ATTENTION = {
+    f"linear_{name}": size
+    for name, size in {"key_head_dim": 8, "value_head_dim": 32, "num_key_heads": 2, "num_value_heads": 2}.items()
+}
 # Gate and factor in one Linear; a norm after the MLP; a weighed MLP; attention and MLP side by side; neither gated.
 UNKNOWN = {
     "phi3": ({"num_key_value_heads": 2}, "mlp.down_proj", ("mlp.gate_up_proj", True, None, 1.0)),
@@ -44,6 +48,8 @@ UNKNOWN = {
     "granite": ({"residual_multiplier": 0.22}, "mlp.down_proj", ("mlp.gate_proj", False, None, 0.22)),
     "gpt_neox": ({}, "mlp.dense_4h_to_h", (None, False, None, 1.0)),
     "starcoder2": ({}, "mlp.c_proj", (None, False, None, 1.0)),
+    # Its attention without softmax is gated, which an MLP's output projection is too.
+    "qwen3_5_text": (LINEAR_ATTENTION, "mlp.down_proj", ("mlp.gate_proj", False, None, 1.0)),
 }
 
 
@@ -68,13 +74,45 @@ def test_decoders_outside_the_table_are_probed(loaded, decoder, dtype):
         assert found.scale == pytest.approx(scale, rel=0.02)
 
 
-def test_an_adapter_next_to_the_mlp_is_no_projection(loaded):
+# Beside the MLP that the probe finds, something else writes: routed experts, in the MLP or next to it, or an adapter.
+HEADS = {"num_key_value_heads": 2, "head_dim": 8}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "n_group": 1, "topk_group": 1}
+PARTIAL = {
+    "glm4_moe": HEADS | ROUTED | {"n_shared_experts": 1, "first_k_dense_replace": 1},
+    "dots1": HEADS | ROUTED | {"n_shared_experts": 1, "first_k_dense_replace": 1},
+    "ernie4_5_moe": HEADS
+    | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 40, "moe_num_shared_experts": 1}
+    | {"moe_layer_start_index": 1},
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2},
+    "llama4_text": HEADS | {"num_local_experts": 4, "intermediate_size_mlp": 48},
+    "granitemoeshared": {"num_local_experts": 4, "shared_intermediate_size": 56},
+    "gemma4_text": {},
+}
+CASES = [(decoder, torch.float32) for decoder in PARTIAL]
+# Gemma 4 finds tokens by their embeddings, which needs fp32.
+CASES += [(decoder, torch.bfloat16) for decoder in PARTIAL if decoder != "gemma4_text"]
+
+
+@pytest.mark.parametrize(("decoder", "dtype"), CASES)
+def test_a_part_of_what_a_block_writes_is_refused(loaded, decoder, dtype):
+    torch.manual_seed(0)
+    network = loaded("llava").variation(dtype, model_type=decoder, **PARTIAL[decoder])
+    for weight in network.parameters():
+        if weight.dim() > 1:
+            nn.init.normal_(weight, std=0.2)
+    with pytest.raises(InputError, match="writes more than its attention") as refusal:
+        locate(network)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_adapter_next_to_the_mlp_is_refused(loaded):
     # It is fed and added as an MLP is, but narrower than what it writes.
     network = loaded("llava").variation(model_type="starcoder2")
     for block in network.model.language_model.layers:
         block.adapter = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 32))
         block.register_forward_hook(lambda block, given, output: output + block.adapter(given[0]))
-    assert [found.path.rpartition(".")[2] for found in probe(network).projections] == ["c_proj", "c_proj"]
+    with pytest.raises(InputError, match="writes more than its attention"):
+        probe(network)
 
 
 def test_moved_parts_are_probed(loaded):
