@@ -83,7 +83,8 @@ def _parts_tree(title: str, parts: ModelParts) -> Tree:
 
 def _projection_line(projection: Projection) -> Text:
     gate = f"gate {projection.gate.rpartition('.')[2]}" if projection.gate else "no gate"
-    kind = f"{projection.experts} experts" if projection.experts else gate
+    shared = " and a shared one" if projection.shared else ""
+    kind = f"{projection.experts} experts{shared}" if projection.experts else gate
     return Text(projection.path).append(f"  {projection.width:,} neurons, {kind}", "dim")
 
 

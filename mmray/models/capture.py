@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmray.errors import InputError
-from mmray.models.experts import has_plain_gate, routed_activation
+from mmray.models.experts import Experts
 from mmray.models.layout import Projection
 
 Receive: TypeAlias = Callable[[int, Float[Tensor, "row neuron"], Float[Tensor, "row neuron"]], None]
@@ -33,10 +33,10 @@ def capture_activations(
     """
     with ExitStack() as stack:
         for index, projection in enumerate(projections):
-            module = network.get_submodule(projection.path)
             if projection.experts:
-                stack.enter_context(routed_activation(module, partial(receive, index)))
+                stack.enter_context(Experts.of(network, projection).captured(partial(receive, index)))
             else:
+                module = network.get_submodule(projection.path)
                 gate = network.get_submodule(projection.gate) if projection.gate else None
                 _hook_linear(stack, index, module, gate, projection.width, receive)
         yield
@@ -87,12 +87,17 @@ def gate_function(network: PreTrainedModel, projection: Projection) -> Callable[
 
     Raises InputError if the MLP has none that can be called by itself.
     """
-    if projection.gate is None and not projection.experts:
+    if projection.experts:
+        function = Experts.of(network, projection).gate_function()
+        if function is not None:
+            return function
+    elif projection.gate is None:
         return lambda gate: gate
-    gate = projection.path if projection.gate is None else projection.gate
-    mlp = network.get_submodule(gate if projection.experts else gate.rpartition(".")[0])
-    for name in ("act_fn", "act", "activation_fn"):
-        function = getattr(mlp, name, None)
-        if callable(function) and (not projection.experts or has_plain_gate(mlp)):
-            return function  # type: ignore[no-any-return]
-    raise InputError(f"{gate}: no activation function next to it; use --score contribution")
+    else:
+        mlp = network.get_submodule(projection.gate.rpartition(".")[0])
+        for name in ("act_fn", "act", "activation_fn"):
+            if callable(found := getattr(mlp, name, None)):
+                return found  # type: ignore[no-any-return]
+    raise InputError(
+        f"{projection.gate or projection.path}: no activation function next to it; use --score contribution"
+    )

@@ -1,7 +1,15 @@
-"""Neurons of fused experts: no Linear's input shows them, so they are recomputed from the experts' inputs."""
+"""Neurons of experts: those of the fused, routed ones, and of one that every token goes through, if there is one.
 
+No Linear's input shows the neurons of fused experts, so they are recomputed from the experts' inputs.
+"""
+
+from __future__ import annotations
+
+import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -10,62 +18,199 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmray.models.layout import Projection
+
 Change: TypeAlias = Callable[[Float[Tensor, "token unit"]], Float[Tensor, "token unit"]]
+Found: TypeAlias = tuple[Float[Tensor, "token neuron"], Float[Tensor, "token neuron"]]
+"""Activations and gates of one forward."""
+INPUTS = ("hidden_states", "top_k_index", "top_k_weights")
+"""Inputs of the forward of transformers' fused experts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """The experts of one layer.
+
+    A neuron is numbered expert * units + unit; those of the shared expert come last. Its activation includes all
+    factors between it and the row of W_out: an expert's routing weight, or the weight of the shared expert.
+    Activations are dense: 100 MB for 256 tokens of Qwen3-VL-30B's 98,304 neurons per layer.
+    """
+
+    module: nn.Module
+    """Its output is what all of them write."""
+    routed: nn.Module
+    """The fused experts."""
+    shared: nn.Linear | None
+    """Output projection of the shared expert."""
+    gate: nn.Linear | None
+    """Of the shared expert."""
+    weight: nn.Linear | None
+    """The sigmoid of its one output is the weight of the shared expert; None: 1."""
+
+    @classmethod
+    def of(cls, network: nn.Module, projection: Projection) -> Experts:
+        """Return the experts of a projection."""
+        module = network.get_submodule(projection.path)
+        routed = next(each for each in module.modules() if is_fused(each))
+        paths = (projection.shared, projection.gate, projection.shared_weight)
+        return cls(module, routed, *(network.get_submodule(path) if path else None for path in paths))  # type: ignore[arg-type]
+
+    def rows(self, units: Int[Tensor, " unit"] | None = None) -> Float[Tensor, "unit hidden"]:
+        """Return a copy of these neurons' rows of W_out; None: of all."""
+        weight = by_unit(self.routed)
+        if units is None:
+            routed = weight.reshape(-1, weight.shape[-1])
+            return routed if self.shared is None else torch.cat([routed, self.shared.weight.T.to(routed.device)])
+        # The whole weight is never unfolded.
+        own, others = self._split(units)
+        rows = weight.new_empty(len(units), weight.shape[-1])
+        rows[own] = weight[self._expert_and_unit(units[own])]
+        if self.shared is not None:
+            rows[others] = self.shared.weight.T[self._of_shared(units[others])].to(rows.device)
+        return rows
+
+    @torch.no_grad()
+    def set_rows(self, units: Int[Tensor, " unit"], rows: Float[Tensor, "unit hidden"]) -> None:
+        """Write these neurons' rows of W_out in place."""
+        own, others = self._split(units)
+        by_unit(self.routed)[self._expert_and_unit(units[own])] = rows[own]
+        if self.shared is not None:
+            self.shared.weight.T[self._of_shared(units[others])] = rows[others].to(self.shared.weight.device)
+
+    @contextmanager
+    def captured(self, receive: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+        """Call `receive` with the activations and gates at each forward."""
+
+        def capture(_: nn.Module, __: tuple[Any, ...], ___: Tensor) -> None:
+            activation, gate = take()
+            receive(_changed(self.module, activation), gate)
+
+        with self._recorded() as take, self.module.register_forward_hook(capture):
+            yield
+
+    @contextmanager
+    def changed(self, units: Int[Tensor, " unit"], change: Change) -> Iterator[None]:
+        """Make the experts write as if `change` had been applied to these neurons' activations.
+
+        `change` maps activations (token, unit). It sees zeros where a token is not routed to the neuron's expert, and
+        its result for them is written too. Nested changes apply in order; activations read meanwhile are the changed
+        ones.
+        """
+        active = _CHANGED.get(self.module) or _CHANGED.setdefault(self.module, _Changes(self))
+        key = object()
+        active.changes[key] = units, change
+        try:
+            yield
+        finally:
+            del active.changes[key]
+            if not active.changes:
+                active.hooks.close()
+                del _CHANGED[self.module]
+
+    @contextmanager
+    def added(self, write: Callable[[Float[Tensor, "token neuron"]], Float[Tensor, "token hidden"]]) -> Iterator[None]:
+        """Add to the experts' output what `write` makes of their activations."""
+
+        def add(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+            return _plus(output, write(_changed(self.module, take()[0])))
+
+        with self._recorded() as take, self.module.register_forward_hook(add):
+            yield
+
+    def gate_function(self) -> Callable[[Tensor], Tensor] | None:
+        """Return the non-linearity after the gates; None if they are not plain, or not all the same."""
+        function: Any = getattr(self.routed, "act_fn", None)
+        if not callable(function) or not has_plain_gate(self.routed):
+            return None
+        if self.shared is None:
+            return function  # type: ignore[no-any-return]
+        return function if self.gate is not None and self._gates_alike(function) else None
+
+    def _gates_alike(self, function: Callable[[Tensor], Tensor]) -> bool:
+        # Tried on numbers instead of read from names.
+        numbers = torch.linspace(-4, 4, 33)
+        owner = next(each for each in self.module.modules() if any(child is self.gate for child in each.children()))
+        others = (getattr(owner, name, None) for name in ("act_fn", "act", "activation_fn"))
+        return any(callable(other) and torch.equal(other(numbers), function(numbers)) for other in others)
+
+    @contextmanager
+    def _recorded(self) -> Iterator[Callable[[], Found]]:
+        """Yield a function for forward hooks of `module`, which returns what was computed in this forward.
+
+        Works with all of transformers' implementations (eager, batched, grouped), because only inputs are read.
+        """
+        routed: list[tuple[Tensor, Tensor | None]] = []
+        shared: dict[str, Tensor] = {}
+
+        def keep_routed(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], __: Tensor) -> None:
+            inputs = dict(zip(INPUTS, arguments, strict=False)) | named
+            routed.append(_routed(self.routed, **{name: inputs[name] for name in INPUTS}))
+
+        def keep(name: str, tensor: Tensor) -> None:
+            shared[name] = tensor.flatten(0, -2)
+
+        def take() -> Found:
+            activation, gate = routed.pop()
+            gate = activation if gate is None else gate
+            if self.shared is None:
+                return activation, gate
+            own = shared.pop("activation")
+            own_gate = shared.pop("gate", own)
+            if self.weight is not None:
+                own = own * shared.pop("weight").sigmoid()
+            pairs = (activation, own), (gate, own_gate)
+            whole, gates = (torch.cat([one, other.to(one)], dim=1) for one, other in pairs)
+            return whole, gates
+
+        with ExitStack() as stack:
+            stack.enter_context(self.routed.register_forward_hook(keep_routed, with_kwargs=True))
+            if self.shared is not None:
+                stack.enter_context(
+                    self.shared.register_forward_pre_hook(lambda _, arguments: keep("activation", arguments[0]))
+                )
+            for name, module in (("gate", self.gate), ("weight", self.weight)):
+                if module is not None:
+                    stack.enter_context(module.register_forward_hook(partial(_output_of, partial(keep, name))))
+            yield take
+
+    def _split(self, units: Int[Tensor, " unit"]) -> tuple[Tensor, Tensor]:
+        """Return which of these neurons are of routed experts, and which of the shared one."""
+        experts, each, _ = by_unit(self.routed).shape
+        own = units < experts * each
+        return own, ~own
+
+    def _expert_and_unit(self, units: Int[Tensor, " unit"]) -> tuple[Tensor, Tensor]:
+        """Return each neuron's expert, and its unit within the expert."""
+        weight = by_unit(self.routed)
+        units = units.to(weight.device)
+        return units // weight.shape[1], units % weight.shape[1]
+
+    def _of_shared(self, units: Int[Tensor, " unit"]) -> Tensor:
+        """Return the shared expert's units of these neurons."""
+        assert self.shared is not None
+        experts, each, _ = by_unit(self.routed).shape
+        return (units - experts * each).to(self.shared.weight.device)
 
 
 class _Changes:
-    """The active changes of a module's neurons, in order, and the one hook that applies them all."""
+    """The active changes of a layer's neurons, in order, and the one hook that applies them all."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, experts: Experts) -> None:
+        self.experts = experts
         self.changes: dict[object, tuple[Int[Tensor, " unit"], Change]] = {}
-        self.handle = module.register_forward_hook(_apply_changes, with_kwargs=True)
+        self.hooks = ExitStack()
+        take = self.hooks.enter_context(experts._recorded())
+
+        def apply(module: nn.Module, _: tuple[Any, ...], output: Tensor) -> Tensor:
+            before = take()[0]
+            index = torch.unique(torch.cat([units for units, _ in self.changes.values()])).to(before.device)
+            # The output is linear in the activations: adding the difference avoids running the experts again.
+            return _plus(output, (_changed(module, before) - before)[:, index] @ experts.rows(index))
+
+        self.hooks.enter_context(experts.module.register_forward_hook(apply))
 
 
 _CHANGED: WeakKeyDictionary[nn.Module, _Changes] = WeakKeyDictionary()
-
-
-@contextmanager
-def routed_activation(
-    module: nn.Module, receive: Callable[[Float[Tensor, "token neuron"], Float[Tensor, "token neuron"]], None]
-) -> Iterator[None]:
-    """Call `receive` with the experts' activations and gates at each forward.
-
-    Works with all of transformers' implementations (eager, batched, grouped), because only inputs are read.
-    """
-
-    def capture(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], __: Tensor) -> None:
-        activation, gate = _routed(module, **_inputs(arguments, named))
-        receive(_changed(module, activation), activation if gate is None else gate)
-
-    with module.register_forward_hook(capture, with_kwargs=True):
-        yield
-
-
-@contextmanager
-def changed_routed_activation(module: nn.Module, units: Int[Tensor, " unit"], change: Change) -> Iterator[None]:
-    """Make the experts write as if `change` had been applied to these neurons' activations.
-
-    `change` maps activations (token, unit), which include the routing weight. It sees zeros where a token is not
-    routed to the neuron's expert, and its result for them is written too. Nested changes apply in order; activations
-    read meanwhile are the changed ones.
-    """
-    active = _CHANGED.get(module) or _CHANGED.setdefault(module, _Changes(module))
-    key = object()
-    active.changes[key] = units, change
-    try:
-        yield
-    finally:
-        del active.changes[key]
-        if not active.changes:
-            active.handle.remove()
-            del _CHANGED[module]
-
-
-def _apply_changes(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
-    before, _ = _routed(module, **_inputs(arguments, named))
-    index = torch.unique(torch.cat([units for units, _ in _CHANGED[module].changes.values()])).to(before.device)
-    # The output is linear in the activations: adding the difference avoids running the experts again.
-    return output + (_changed(module, before) - before)[:, index] @ expert_rows(module, index)
 
 
 def _changed(module: nn.Module, activation: Float[Tensor, "token neuron"]) -> Float[Tensor, "token neuron"]:
@@ -79,15 +224,22 @@ def _changed(module: nn.Module, activation: Float[Tensor, "token neuron"]) -> Fl
     return changed
 
 
-def expert_rows(module: Any, units: Int[Tensor, " unit"]) -> Float[Tensor, "unit hidden"]:
-    """Return a copy of these neurons' rows of W_out; the whole weight is never unfolded."""
-    return by_unit(module)[_expert_and_unit(module, units)]
+def _plus(output: Tensor, added: Float[Tensor, "token hidden"]) -> Tensor:
+    return output + added.to(output).view(output.shape)
 
 
-@torch.no_grad()
-def set_expert_rows(module: Any, units: Int[Tensor, " unit"], rows: Float[Tensor, "unit hidden"]) -> None:
-    """Write these neurons' rows of W_out in place."""
-    by_unit(module)[_expert_and_unit(module, units)] = rows
+def _output_of(keep: Callable[[Tensor], None], _: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+    keep(output)
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Return whether a module is one of transformers' fused experts, with one weight for all output projections."""
+    weight = getattr(module, "down_proj", None)
+    return (
+        isinstance(weight, nn.Parameter)
+        and weight.dim() == 3
+        and set(INPUTS) <= inspect.signature(module.forward).parameters.keys()
+    )
 
 
 def by_unit(module: Any) -> Float[Tensor, "expert unit hidden"]:
@@ -95,21 +247,6 @@ def by_unit(module: Any) -> Float[Tensor, "expert unit hidden"]:
     # GPT-OSS and others store the transpose of a Linear's weight.
     weight: Tensor = module.down_proj
     return weight if getattr(module, "is_transposed", False) else weight.transpose(1, 2)
-
-
-def expert_activation(
-    module: nn.Module,
-    hidden_states: Float[Tensor, "token hidden"],
-    top_k_index: Int[Tensor, "token choice"],
-    top_k_weights: Float[Tensor, "token choice"],
-) -> Float[Tensor, "token neuron"]:
-    """Return each neuron's activation times the routing weight of its expert; zero for experts not routed to.
-
-    Neuron = expert * units + unit. Multiplied by the rows of W_out this gives the experts' output, except for a bias:
-    the routing weight is a factor, so it can stand before the projection as well as after. The result is dense: 100 MB
-    for 256 tokens of Qwen3-VL-30B's 98,304 neurons per layer.
-    """
-    return _changed(module, _routed(module, hidden_states, top_k_index, top_k_weights)[0])
 
 
 def _routed(
@@ -150,17 +287,3 @@ def has_plain_gate(module: Any) -> bool:
     entered = torch.linspace(20.0, -20.0, 2 * units, dtype=module.down_proj.dtype, device=module.down_proj.device)
     gate, factor = entered.chunk(2)
     return torch.allclose(module._apply_gate(entered[None])[0], module.act_fn(gate) * factor)
-
-
-def _inputs(arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the inputs of the experts' forward, by the names that all of transformers' experts use."""
-    names = ("hidden_states", "top_k_index", "top_k_weights")
-    inputs = dict(zip(names, arguments, strict=False)) | named
-    return {name: inputs[name] for name in names}
-
-
-def _expert_and_unit(module: Any, units: Int[Tensor, " unit"]) -> tuple[Tensor, Tensor]:
-    """Return each neuron's expert, and its unit within the expert."""
-    per_expert = by_unit(module).shape[1]
-    units = units.to(module.down_proj.device)
-    return units // per_expert, units % per_expert

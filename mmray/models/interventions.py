@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmray.errors import InputError
-from mmray.models.experts import changed_routed_activation
+from mmray.models.experts import Experts
 from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows, set_output_rows
 from mmray.neuron_names import parse_neuron
@@ -101,8 +101,11 @@ def _change(
     with ExitStack() as stack:
         for layer, units in by_layer(model, neurons, module).items():
             projection = model.parts.image_path(module)[layer]
-            changed = changed_routed_activation if projection.experts else _changed_input
-            stack.enter_context(changed(model.network.get_submodule(projection.path), torch.tensor(units), change))
+            if projection.experts:
+                changed = Experts.of(model.network, projection).changed(torch.tensor(units), change)
+            else:
+                changed = _changed_input(model.network.get_submodule(projection.path), torch.tensor(units), change)
+            stack.enter_context(changed)
         yield
 
 

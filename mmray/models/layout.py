@@ -12,13 +12,18 @@ class Projection:
     layer: int
     """Counted from 0 within the module."""
     path: str
-    """Module path from the top of the model: a Linear, or a module of fused experts when `experts` is not 0."""
+    """Module path from the top of the model: a Linear, or the module whose output all experts write together."""
     gate: str | None
-    """Path of the Linear whose output, before the non-linearity, is the gate; None for a plain MLP or experts."""
+    """Path of the Linear whose output, before the non-linearity, is the gate; None for a plain MLP or fused experts.
+    Of the shared expert, if there is one."""
     width: int
     """Neurons, those of all fused experts together."""
     experts: int = 0
-    """Experts fused in the module, 0 for an ordinary MLP; neuron = expert * (width / experts) + unit."""
+    """Routed experts, 0 for an ordinary MLP; neuron = expert * units + unit, and those of the shared one come last."""
+    shared: str | None = None
+    """Path of the output projection of an expert that every token goes through, next to the routed ones."""
+    shared_weight: str | None = None
+    """Path of a Linear with one output, whose sigmoid is a factor on what the shared expert writes."""
     gate_fused: bool = False
     """The gate's Linear has two outputs per neuron: the first `width` are the gates, the others the factors."""
     post_norm: str | None = None

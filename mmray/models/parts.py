@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmray.errors import InputError
-from mmray.models.experts import by_unit, set_expert_rows
+from mmray.models.experts import Experts, by_unit
 from mmray.models.families import DECODERS, FAMILIES, TOWERS, Decoder, Family, Stack
 from mmray.models.layout import ModelParts, Projection
 from mmray.models.probe import probe
@@ -36,7 +36,9 @@ def locate(model: PreTrainedModel) -> ModelParts:
     parts = _find(model)
     for projection in parts.projections:
         module = model.get_submodule(projection.path)
-        weight: Tensor = module.get_parameter("down_proj" if projection.experts else "weight")
+        weight: Tensor = (
+            by_unit(Experts.of(model, projection).routed) if projection.experts else module.get_parameter("weight")
+        )
         if not weight.is_floating_point():
             raise InputError(f"{projection.path}: quantised weights have no rows to score; load in fp16, bf16 or fp32")
     return parts
@@ -93,24 +95,22 @@ def read_table(model: PreTrainedModel, family: Family, decoder: Decoder) -> Mode
 def output_rows(model: PreTrainedModel, projection: Projection) -> Float[Tensor, "neuron hidden"]:
     """Return the rows of W_out: what each neuron adds to the projection's output per unit of activation.
 
-    For a Linear a view of the weight; for fused experts a copy, (expert, unit) flattened, so write with
-    `set_output_rows`. A norm after the projection and `Projection.scale` are not applied.
+    For a Linear a view of the weight; for experts a copy, (expert, unit) flattened and the shared expert's last, so
+    write with `set_output_rows`. A norm after the projection and `Projection.scale` are not applied.
     """
-    module = model.get_submodule(projection.path)
-    if not projection.experts:
-        weight: Tensor = module.get_parameter("weight")
-        return weight.T
-    return by_unit(module).reshape(projection.width, -1)
+    if projection.experts:
+        return Experts.of(model, projection).rows()
+    weight: Tensor = model.get_submodule(projection.path).get_parameter("weight")
+    return weight.T
 
 
 @torch.no_grad()
 def set_output_rows(
     model: PreTrainedModel, projection: Projection, units: Int[Tensor, " unit"], rows: Float[Tensor, "unit hidden"]
 ) -> None:
-    """Write these neurons' rows of W_out into the weight of the Linear or the fused experts."""
-    module = model.get_submodule(projection.path)
+    """Write these neurons' rows of W_out into the weights of the Linear or the experts."""
     if projection.experts:
-        set_expert_rows(module, units, rows)
+        Experts.of(model, projection).set_rows(units, rows)
     else:
         output_rows(model, projection)[units] = rows
 

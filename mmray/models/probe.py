@@ -10,9 +10,11 @@ that passes two tests:
 
 Two entries make a gated MLP. The gate is the one in which the projection's input is not linear.
 
-A projection may be a part of what is no attention, such as an expert that all tokens share beside routed ones. So the
-block's output must be a sum of its input, the projection's output, and outputs of modules that mix tokens; each times a
-constant. Otherwise the model is refused: contributions would leave out what the other part writes.
+The block's output must be a sum of its input, the projection's output, and outputs of modules that mix tokens; each
+times a constant. Otherwise the model is refused: contributions would leave out what some other part writes.
+
+Where a block has fused experts, their output takes the projection's place; or the output of the module that adds to it
+what one more MLP writes, times a weight: the expert that every token goes through.
 """
 
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmray.errors import InputError
+from mmray.models.experts import by_unit, is_fused
 from mmray.models.layout import ModelParts, Projection
 
 Change = Callable[[Tensor], Tensor]
@@ -169,36 +172,100 @@ def _projection(kind: str, layer: int, block: Call, calls: dict[str, Call]) -> P
         if isinstance(call.module, nn.Linear) and not any(call.path.startswith(f"{one.path}.") for one in mixing)
     ]
     hidden = block.output.shape[-1]
-    found: list[Projection] = []
+    # Each Linear that passes the entry test, with what feeds it.
+    fed: list[tuple[Call, list[Call]]] = []
     for call in linears:
         width = call.first_input().shape[-1]
-        if call.output.shape[-1] != hidden or width <= hidden:
-            continue
-        entries = [
-            entry
-            for entry in linears
-            if entry is not call and entry.output.shape[-1] in (width, 2 * width) and _feeds(block, entry, call)
-        ]
-        if not entries:
-            continue
-        writer, factor = _writer(block, call, inside)
-        if factor is None:
-            continue
-        gate, fused = _gate(block, entries, call)
-        post_norm = None if writer is call else writer.path
-        found.append(
-            Projection("language", layer, call.path, gate, width, gate_fused=fused, post_norm=post_norm, scale=factor)
-        )
-    if len(found) != 1:
-        names = " and ".join(projection.path for projection in found) or "none"
-        raise InputError(f"{kind}: one MLP output projection looked for in {block.path}, found {names}")
-    (projection,) = found
-    if not _explains(block, calls[projection.post_norm or projection.path], mixing, inside):
+        if call.output.shape[-1] == hidden and width > hidden:
+            wide = [other for other in linears if other is not call and other.output.shape[-1] in (width, 2 * width)]
+            if entries := [entry for entry in wide if _feeds(block, entry, call)]:
+                fed.append((call, entries))
+    routed = [call for call in inside if is_fused(call.module)]
+    if routed:
+        projection, written = _experts(kind, layer, block, routed, fed, inside)
+    else:
+        projection, written = _mlp(kind, layer, block, fed, inside)
+    if not _explains(block, written, mixing, inside):
         raise InputError(
             f"{kind}: {block.path} writes more than its attention and {projection.path}, such as routed experts; "
             "such models can't be analysed"
         )
     return projection
+
+
+def _mlp(
+    kind: str, layer: int, block: Call, fed: list[tuple[Call, list[Call]]], inside: list[Call]
+) -> tuple[Projection, Call]:
+    """Return the projection of a block without experts, and the call whose output the residual stream gets."""
+    found = [(call, entries, *_writer(block, call, inside)) for call, entries in fed]
+    found = [one for one in found if one[-1] is not None]
+    if len(found) != 1:
+        names = " and ".join(call.path for call, *_ in found) or "none"
+        raise InputError(f"{kind}: one MLP output projection looked for in {block.path}, found {names}")
+    ((call, entries, writer, factor),) = found
+    gate, fused = _gate(block, entries, call)
+    post_norm = None if writer is call else writer.path
+    width = call.first_input().shape[-1]
+    return Projection(
+        "language", layer, call.path, gate, width, gate_fused=fused, post_norm=post_norm, scale=factor or 1.0
+    ), writer
+
+
+def _experts(
+    kind: str, layer: int, block: Call, routed: list[Call], fed: list[tuple[Call, list[Call]]], inside: list[Call]
+) -> tuple[Projection, Call]:
+    """Return the projection of a block with fused experts, and the call whose output the residual stream gets."""
+    unknown = InputError(f"{kind}: the experts of {block.path} are of an unknown kind; such models can't be analysed")
+    if len(routed) > 1 or len(fed) > 1 or getattr(routed[0].module, "has_post_expert_norm", False):
+        raise unknown
+    (experts,) = routed
+    gate: str | None = None
+    shared: Call | None = None
+    weight: Call | None = None
+    whole, (count, units, _) = experts, by_unit(experts.module).shape
+    width = count * units
+    if fed:
+        ((shared, entries),) = fed
+        around = [call for call in inside if all(one.path.startswith(f"{call.path}.") for one in (experts, shared))]
+        if not around:
+            raise unknown
+        # The innermost one, whose output is the sum of the two.
+        whole = max(around, key=lambda call: call.path.count("."))
+        matches, weight = _shared_weight(whole, experts, shared, inside)
+        gate, fused = _gate(block, entries, shared)
+        if not matches or fused:
+            raise unknown
+        width += shared.first_input().shape[-1]
+    writer, factor = _writer(block, whole, inside)
+    if factor is None:
+        raise unknown
+    return Projection(
+        "language",
+        layer,
+        whole.path,
+        gate,
+        width,
+        experts=count,
+        shared=shared.path if shared else None,
+        shared_weight=weight.path if weight else None,
+        post_norm=None if writer is whole else writer.path,
+        scale=factor,
+    ), writer
+
+
+def _shared_weight(whole: Call, experts: Call, shared: Call, inside: list[Call]) -> tuple[bool, Call | None]:
+    """Return whether a module's output is that of its experts and the shared one's times a weight, and the weight.
+
+    The weight is the sigmoid of a Linear with one output, or 1.
+    """
+    rows = [call.output.flatten(0, -2).double() for call in (whole, experts, shared)]
+    rest, own = rows[0] - rows[1], rows[2]
+    candidates = [call for call in inside if isinstance(call.module, nn.Linear) and call.output.shape[-1] == 1]
+    for weight in (None, *candidates):
+        factor = 1.0 if weight is None else weight.output.flatten(0, -2).double().sigmoid()
+        if float((rest - factor * own).norm()) <= 1e-2 * float(rows[0].norm()):
+            return True, weight
+    return False, None
 
 
 def _feeds(block: Call, entry: Call, call: Call) -> bool:

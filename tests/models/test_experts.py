@@ -1,12 +1,47 @@
-"""The neurons of fused experts are read, changed and written as those of an ordinary MLP are."""
+"""The neurons of experts are read, changed and written as those of an ordinary MLP are."""
 
+import shutil
 from contextlib import ExitStack
 
 import pytest
 import torch
+from torch import nn
 
-from mmray.models.experts import changed_routed_activation, routed_activation
+from mmray.features.census.model_check import check_model
+from mmray.features.editing.deltas import Deltas
+from mmray.models.capture import capture_activations, gate_function
+from mmray.models.experts import Experts
+from mmray.models.interventions import ablate
 from mmray.models.parts import locate, output_rows, set_output_rows
+from mmray.neurons.model import load_model
+
+HEADS = {"num_key_value_heads": 2, "head_dim": 8}
+ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 40}
+SHARED = ROUTED | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+LINEAR_ATTENTION = {
+    f"linear_{name}": size
+    for name, size in {"key_head_dim": 8, "value_head_dim": 32, "num_key_heads": 2, "num_value_heads": 2}.items()
+}
+OWN = {"num_experts": 4, "shared_expert_intermediate_size": 56}
+DECODERS = {
+    "mixtral": (HEADS | {"num_local_experts": 4}, [192, 192]),
+    "qwen3_moe": (HEADS | ROUTED | {"num_experts": 4}, [160, 160]),
+    # The first layer is dense.
+    "glm4_moe": (HEADS | SHARED | {"first_k_dense_replace": 1}, [48, 200]),
+    "dots1": (HEADS | SHARED | {"first_k_dense_replace": 1}, [48, 200]),
+    "ernie4_5_moe": (
+        HEADS
+        | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 40, "moe_num_shared_experts": 1}
+        | {"moe_layer_start_index": 1},
+        [48, 200],
+    ),
+    # Weights are stored transposed.
+    "aria_text": ({"moe_num_experts": 4, "moe_topk": 2}, [288, 288]),
+    # What the shared expert writes is weighed.
+    "qwen2_moe": (HEADS | ROUTED | OWN, [216, 216]),
+    "qwen3_5_moe_text": (HEADS | ROUTED | OWN | LINEAR_ATTENTION, [216, 216]),
+}
+"""Settings of decoders with experts, and the neurons of their two layers: 4 · each, and of the shared expert."""
 
 
 @pytest.fixture
@@ -18,38 +53,157 @@ def mixture(loaded):
     model.network.set_experts_implementation(implementation)
 
 
+@pytest.fixture
+def decoder(loaded):
+    """A network with a decoder of another kind in place of LLaVA's, whose weights are larger than untrained ones."""
+
+    def build(name, dtype=torch.float32):
+        torch.manual_seed(0)
+        network = loaded("llava").variation(dtype, model_type=name, **DECODERS[name][0]).eval()
+        for weight in network.parameters():
+            if weight.dim() > 1:
+                nn.init.normal_(weight, std=0.2)
+        return network
+
+    return build
+
+
+def contributions(network, inputs):
+    """What each layer's neurons add up to, what its MLP writes, and the logits."""
+    parts = locate(network)
+    activations, outputs = {}, {}
+    with ExitStack() as hooks:
+        hooks.enter_context(
+            capture_activations(
+                network, parts.of("language"), lambda layer, found, _: activations.setdefault(layer, found)
+            )
+        )
+        for layer, projection in enumerate(parts.of("language")):
+            module = network.get_submodule(projection.path)
+            hooks.enter_context(
+                module.register_forward_hook(
+                    lambda *call, layer=layer: outputs.setdefault(layer, call[2].flatten(0, -2))
+                )
+            )
+        with torch.no_grad():
+            logits = network(**inputs, use_cache=False).logits
+    sums = {layer: found @ output_rows(network, parts.of("language")[layer]) for layer, found in activations.items()}
+    return {layer: found.detach() for layer, found in sums.items()}, outputs, logits
+
+
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_routed_activation_times_rows_is_the_experts_output(mixture, implementation):
     network = mixture.network
     network.set_experts_implementation(implementation)
     plain = network(**mixture.inputs).logits
-    for projection in locate(network).of("language"):
-        module, received, outputs = network.get_submodule(projection.path), [], []
-        with ExitStack() as hooks:
-            hooks.enter_context(routed_activation(module, lambda seen, _, to=received: to.append(seen)))
-            hooks.callback(module.register_forward_hook(lambda *call, outputs=outputs: outputs.append(call[2])).remove)
-            assert torch.equal(network(**mixture.inputs).logits, plain)
-        sums = received[0] @ output_rows(network, projection)
-        torch.testing.assert_close(sums, outputs[0], rtol=1e-5, atol=1e-5)
-        # Two of four experts see a token; the other two's units are exactly zero.
-        assert received[0].unflatten(1, (projection.experts, -1)).any(-1).sum(-1).eq(2).all()
+    sums, outputs, logits = contributions(network, mixture.inputs)
+    assert torch.equal(logits, plain)
+    for layer, written in outputs.items():
+        torch.testing.assert_close(sums[layer], written, rtol=1e-5, atol=1e-5)
 
 
-def test_changed_routed_activation_is_as_if_the_rows_were_changed(mixture):
-    network, units = mixture.network, torch.tensor([0, 30, 95])
+def test_a_token_has_activations_at_its_own_experts_alone(mixture):
+    network, found = mixture.network, []
     projection = locate(network).of("language")[0]
-    module = network.get_submodule(projection.path)
-    weight, plain = module.down_proj.clone(), network(**mixture.inputs).logits
-    with changed_routed_activation(module, units, torch.zeros_like):
-        ablated = network(**mixture.inputs).logits
+    with Experts.of(network, projection).captured(lambda activation, _: found.append(activation)):
+        network(**mixture.inputs)
+    # Two of four experts see a token; the other two's units are exactly zero.
+    assert found[0].unflatten(1, (projection.experts, -1)).any(-1).sum(-1).eq(2).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", DECODERS)
+def test_contributions_of_routed_and_shared_experts_add_up(loaded, decoder, name, dtype):
+    network = decoder(name, dtype)
+    parts = locate(network)
+    assert [projection.width for projection in parts.of("language")] == DECODERS[name][1]
+    with torch.no_grad():
+        plain = network(**loaded("llava").inputs, use_cache=False).logits
+    sums, outputs, logits = contributions(network, loaded("llava").inputs)
+    assert torch.equal(logits, plain)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for layer, written in outputs.items():
+        assert float((sums[layer] - written).norm()) <= tolerance * float(written.norm())
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "aria_text", "qwen2_moe"])
+def test_changed_activations_of_experts_are_as_if_the_rows_were_changed(loaded, decoder, name):
+    network, inputs = decoder(name), loaded("llava").inputs
+    projection = locate(network).of("language")[1]
+    # Of routed experts, and the last one of the shared expert.
+    units = torch.tensor([0, 50, projection.width - 1])
+    before, plain = {key: value.clone() for key, value in network.state_dict().items()}, network(**inputs).logits
+    with Experts.of(network, projection).changed(units, torch.zeros_like):
+        ablated = network(**inputs).logits
+        with Experts.of(network, projection).changed(units[:1], torch.ones_like):
+            assert not torch.allclose(network(**inputs).logits, ablated)
     assert not torch.allclose(ablated, plain)
     rows = output_rows(network, projection)[units]
     set_output_rows(network, projection, units, torch.zeros_like(rows))
     assert not output_rows(network, projection)[units].any()
+    torch.testing.assert_close(network(**inputs).logits, ablated)
+    assert torch.equal(Experts.of(network, projection).rows(units), torch.zeros_like(rows))
+    set_output_rows(network, projection, units, rows)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert torch.equal(network(**inputs).logits, plain)
+
+
+def test_changed_experts_of_a_table_are_as_if_the_rows_were_changed(mixture):
+    network, units = mixture.network, torch.tensor([0, 30, 95])
+    projection = locate(network).of("language")[0]
+    plain = network(**mixture.inputs).logits
+    with Experts.of(network, projection).changed(units, torch.zeros_like):
+        ablated = network(**mixture.inputs).logits
+    assert not torch.allclose(ablated, plain)
+    rows = output_rows(network, projection)[units]
+    set_output_rows(network, projection, units, torch.zeros_like(rows))
     torch.testing.assert_close(network(**mixture.inputs).logits, ablated)
     set_output_rows(network, projection, units, rows)
-    assert torch.equal(module.down_proj, weight)
     assert torch.equal(network(**mixture.inputs).logits, plain)
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "aria_text", "qwen2_moe"])
+def test_a_model_with_a_shared_expert_passes_every_check(tiny, decoder, name, tmp_path):
+    folder = shutil.copytree(tiny("llava"), tmp_path / name)
+    for weights in folder.glob("*.safetensors*"):
+        weights.unlink()
+    decoder(name).save_pretrained(folder)
+    model = load_model(str(folder))
+    assert model.parts.family == "probed"
+    assert [check.name for check in check_model(model) if not check.passed] == []
+    # An edit that is learned, as hooks, and the same edit in the weights.
+    last = model.parts.of("language")[-1]
+    deltas = Deltas(model, [(last.layer, unit) for unit in (3, last.width - 1)])
+    (parameters,) = deltas.parameters[last.layer]
+    parameters.data = torch.randn(parameters.shape, generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": torch.tensor([[9, 10, 11, 12]])}
+    with torch.no_grad(), deltas.added():
+        hooked = model.network(**inputs).logits
+    units = deltas.units[last.layer]
+    set_output_rows(model.network, last, units, output_rows(model.network, last)[units] + deltas.rows(last.layer))
+    with torch.no_grad():
+        torch.testing.assert_close(model.network(**inputs).logits, hooked, rtol=1e-4, atol=1e-4)
+        with ablate(model, [f"L{last.layer}.u{last.width - 1}"]):
+            assert not torch.allclose(model.network(**inputs).logits, hooked)
+
+
+def test_the_gates_of_a_shared_expert_are_those_of_all(loaded, decoder):
+    network = decoder("glm4_moe")
+    projection = locate(network).of("language")[1]
+    function = gate_function(network, projection)
+    gates, activations = [], []
+
+    def receive(activation, gate):
+        activations.append(activation)
+        gates.append(gate)
+
+    with Experts.of(network, projection).captured(receive), torch.no_grad():
+        network(**loaded("llava").inputs)
+    # Where a gate is closed, so is the neuron.
+    assert activations[0].shape == gates[0].shape == (activations[0].shape[0], projection.width)
+    closed = function(gates[0]).abs() < 1e-6
+    assert closed.any()
+    assert activations[0][closed].abs().max() < 1e-3
 
 
 def test_blocks_without_experts_among_blocks_with(loaded):

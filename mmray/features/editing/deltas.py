@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mmray.models.experts import expert_activation
+from mmray.models.experts import Experts
 from mmray.models.interventions import by_layer
 from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows
@@ -82,20 +81,22 @@ class Deltas:
         with ExitStack() as stack:
             for layer in self.units:
                 if layer > above:
-                    module = self.model.network.get_submodule(self.model.projections[layer].path)
-                    hook = partial(self._add, layer)
-                    # Experts may get their routing as keyword arguments.
-                    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+                    stack.enter_context(self._added_to(layer))
             yield
 
-    def _add(
-        self, layer: int, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor
-    ) -> Tensor:
-        if self.model.projections[layer].experts:
-            activation = expert_activation(module, *arguments, **named)
-        else:
-            activation = arguments[0]
-        return output + self.output(layer, activation[..., self.units[layer]]).to(output.dtype)
+    def _added_to(self, layer: int) -> AbstractContextManager[Any]:
+        network, projection = self.model.network, self.model.projections[layer]
+
+        def write(activation: Float[Tensor, "... neuron"]) -> Float[Tensor, "... hidden"]:
+            return self.output(layer, activation[..., self.units[layer]])
+
+        def add(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+            return output + write(arguments[0]).to(output.dtype)
+
+        if projection.experts:
+            return Experts.of(network, projection).added(write)
+        handle: AbstractContextManager[Any] = network.get_submodule(projection.path).register_forward_hook(add)
+        return handle
 
 
 class RankOne(Deltas):
