@@ -40,11 +40,13 @@ class Experts:
     """Its output is what all of them write."""
     routed: nn.Module
     """The fused experts."""
-    shared: nn.Linear | None
-    """Output projection of the shared expert."""
-    gate: nn.Linear | None
+    scale: float
+    """Factor on what these write."""
+    shared: nn.Module | None
+    """The Linear that is the output projection of the shared expert."""
+    gate: nn.Module | None
     """Of the shared expert."""
-    weight: nn.Linear | None
+    weight: nn.Module | None
     """The sigmoid of its one output is the weight of the shared expert; None: 1."""
 
     @classmethod
@@ -53,20 +55,21 @@ class Experts:
         module = network.get_submodule(projection.path)
         routed = next(each for each in module.modules() if is_fused(each))
         paths = (projection.shared, projection.gate, projection.shared_weight)
-        return cls(module, routed, *(network.get_submodule(path) if path else None for path in paths))  # type: ignore[arg-type]
+        shared, gate, weight = (network.get_submodule(path) if path else None for path in paths)
+        return cls(module, routed, projection.routed_scale, shared, gate, weight)
 
     def rows(self, units: Int[Tensor, " unit"] | None = None) -> Float[Tensor, "unit hidden"]:
         """Return a copy of these neurons' rows of W_out; None: of all."""
         weight = by_unit(self.routed)
         if units is None:
             routed = weight.reshape(-1, weight.shape[-1])
-            return routed if self.shared is None else torch.cat([routed, self.shared.weight.T.to(routed.device)])
+            return routed if self.shared is None else torch.cat([routed, self._shared_rows().to(routed.device)])
         # The whole weight is never unfolded.
         own, others = self._split(units)
         rows = weight.new_empty(len(units), weight.shape[-1])
         rows[own] = weight[self._expert_and_unit(units[own])]
         if self.shared is not None:
-            rows[others] = self.shared.weight.T[self._of_shared(units[others])].to(rows.device)
+            rows[others] = self._shared_rows()[self._of_shared(units[others])].to(rows.device)
         return rows
 
     @torch.no_grad()
@@ -75,7 +78,8 @@ class Experts:
         own, others = self._split(units)
         by_unit(self.routed)[self._expert_and_unit(units[own])] = rows[own]
         if self.shared is not None:
-            self.shared.weight.T[self._of_shared(units[others])] = rows[others].to(self.shared.weight.device)
+            weight = self._shared_rows()
+            weight[self._of_shared(units[others])] = rows[others].to(weight.device)
 
     @contextmanager
     def captured(self, receive: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
@@ -151,11 +155,13 @@ class Experts:
 
         def take() -> Found:
             activation, gate = routed.pop()
+            activation = activation if self.scale == 1 else activation * self.scale
             gate = activation if gate is None else gate
             if self.shared is None:
                 return activation, gate
             own = shared.pop("activation")
-            own_gate = shared.pop("gate", own)
+            # A fused Linear computes the other factor too; the gate comes first.
+            own_gate = shared.pop("gate", own)[:, : own.shape[1]]
             if self.weight is not None:
                 own = own * shared.pop("weight").sigmoid()
             pairs = (activation, own), (gate, own_gate)
@@ -187,9 +193,13 @@ class Experts:
 
     def _of_shared(self, units: Int[Tensor, " unit"]) -> Tensor:
         """Return the shared expert's units of these neurons."""
-        assert self.shared is not None
         experts, each, _ = by_unit(self.routed).shape
-        return (units - experts * each).to(self.shared.weight.device)
+        return (units - experts * each).to(self._shared_rows().device)
+
+    def _shared_rows(self) -> Float[Tensor, "unit hidden"]:
+        """Return a view of the shared expert's rows of W_out."""
+        assert self.shared is not None
+        return self.shared.get_parameter("weight").T
 
 
 class _Changes:
@@ -281,9 +291,10 @@ def _routed(
 def has_plain_gate(module: Any) -> bool:
     """Return whether the experts compute act_fn(first half) · second half of their up projection."""
     # Tried on numbers instead of read from names: some experts clamp or interleave the halves.
-    if not getattr(module, "has_gate", True):
+    function = getattr(module, "act_fn", None)
+    if not getattr(module, "has_gate", True) or not callable(function):
         return False
     units = by_unit(module).shape[1]
     entered = torch.linspace(20.0, -20.0, 2 * units, dtype=module.down_proj.dtype, device=module.down_proj.device)
     gate, factor = entered.chunk(2)
-    return torch.allclose(module._apply_gate(entered[None])[0], module.act_fn(gate) * factor)
+    return torch.allclose(module._apply_gate(entered[None])[0], function(gate) * factor)

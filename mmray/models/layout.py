@@ -20,6 +20,8 @@ class Projection:
     """Neurons, those of all fused experts together."""
     experts: int = 0
     """Routed experts, 0 for an ordinary MLP; neuron = expert * units + unit, and those of the shared one come last."""
+    routed_scale: float = 1.0
+    """Factor on what the routed experts write, next to a shared one."""
     shared: str | None = None
     """Path of the output projection of an expert that every token goes through, next to the routed ones."""
     shared_weight: str | None = None

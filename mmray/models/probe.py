@@ -219,7 +219,7 @@ def _experts(
     if len(routed) > 1 or len(fed) > 1 or getattr(routed[0].module, "has_post_expert_norm", False):
         raise unknown
     (experts,) = routed
-    gate: str | None = None
+    scale, gate, fused = 1.0, None, False
     shared: Call | None = None
     weight: Call | None = None
     whole, (count, units, _) = experts, by_unit(experts.module).shape
@@ -231,10 +231,11 @@ def _experts(
             raise unknown
         # The innermost one, whose output is the sum of the two.
         whole = max(around, key=lambda call: call.path.count("."))
-        matches, weight = _shared_weight(whole, experts, shared, inside)
+        factors = _factors(whole, experts, shared, inside)
         gate, fused = _gate(block, entries, shared)
-        if not matches or fused:
+        if factors is None:
             raise unknown
+        scale, weight = factors
         width += shared.first_input().shape[-1]
     writer, factor = _writer(block, whole, inside)
     if factor is None:
@@ -246,6 +247,8 @@ def _experts(
         gate,
         width,
         experts=count,
+        gate_fused=fused,
+        routed_scale=scale,
         shared=shared.path if shared else None,
         shared_weight=weight.path if weight else None,
         post_norm=None if writer is whole else writer.path,
@@ -253,19 +256,19 @@ def _experts(
     ), writer
 
 
-def _shared_weight(whole: Call, experts: Call, shared: Call, inside: list[Call]) -> tuple[bool, Call | None]:
-    """Return whether a module's output is that of its experts and the shared one's times a weight, and the weight.
+def _factors(whole: Call, experts: Call, shared: Call, inside: list[Call]) -> tuple[float, Call | None] | None:
+    """Return the factor on what experts write in a module's output, and the weight of the shared one; None if unknown.
 
-    The weight is the sigmoid of a Linear with one output, or 1.
+    The output is factor · experts + weight · shared. The weight is the sigmoid of a Linear with one output, or 1.
     """
-    rows = [call.output.flatten(0, -2).double() for call in (whole, experts, shared)]
-    rest, own = rows[0] - rows[1], rows[2]
+    output, routed, own = (call.output.flatten(0, -2) for call in (whole, experts, shared))
     candidates = [call for call in inside if isinstance(call.module, nn.Linear) and call.output.shape[-1] == 1]
     for weight in (None, *candidates):
-        factor = 1.0 if weight is None else weight.output.flatten(0, -2).double().sigmoid()
-        if float((rest - factor * own).norm()) <= 1e-2 * float(rows[0].norm()):
-            return True, weight
-    return False, None
+        share = own if weight is None else own * weight.output.flatten(0, -2).sigmoid()
+        factor = _factor(routed, output - share)
+        if factor is not None:
+            return factor, weight
+    return None
 
 
 def _feeds(block: Call, entry: Call, call: Call) -> bool:

@@ -37,6 +37,18 @@ DECODERS = {
     ),
     # Weights are stored transposed.
     "aria_text": ({"moe_num_experts": 4, "moe_topk": 2}, [288, 288]),
+    # What the routed experts write has a factor of its own, and their gate is clamped.
+    "minimax_m3_vl_text": (
+        HEADS
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 56,
+            "routed_scaling_factor": 2.5,
+        }
+        | {"mlp_layer_types": ["sparse", "sparse"], "layer_types": ["full_attention"] * 2},
+        [248, 248],
+    ),
     # What the shared expert writes is weighed.
     "qwen2_moe": (HEADS | ROUTED | OWN, [216, 216]),
     "qwen3_5_moe_text": (HEADS | ROUTED | OWN | LINEAR_ATTENTION, [216, 216]),
