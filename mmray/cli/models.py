@@ -19,6 +19,7 @@ from mmray.models.options import Dtype
 from mmray.terminal.options import AsJson, app, console, help_of, option, plural, say
 
 if TYPE_CHECKING:
+    from mmray.features.census.model_check import Ability
     from mmray.models.layout import ModelParts, Projection
     from mmray.neurons.validation import Check
 
@@ -37,25 +38,29 @@ def check_model(
     as_json: AsJson = False,
 ) -> None:
     """Show which parts of a model were found, and prove them."""
+    from mmray.features.census.model_check import abilities_of
     from mmray.features.census.model_check import check_model as prove
     from mmray.models.loading import load
 
     loaded = load(model, dtype, trust_remote_code=trust_remote_code)
     checks = prove(loaded)
+    failed = [check.name for check in checks if not check.passed]
+    # Of a model that is not understood, nothing else is worth saying.
+    abilities = [] if failed else abilities_of(loaded)
     parts = loaded.parts
     if as_json:
-        print(
-            json.dumps({"parts": asdict(parts), "checks": [asdict(check) for check in checks], "unused": loaded.unused})
-        )
+        rows = {"checks": [asdict(check) for check in checks], "abilities": [asdict(one) for one in abilities]}
+        print(json.dumps({"parts": asdict(parts), **rows, "unused": loaded.unused}))
     else:
         title = f"[bold]{escape(model)}[/] [dim]· family {parts.family}[/]"
         console.print(_parts_tree(title, parts))
         console.print(_check_lines(checks))
+        if abilities:
+            console.print(_ability_lines(abilities))
         if loaded.unused:
             names = ", ".join(loaded.unused[:3]) + (", …" if len(loaded.unused) > 3 else "")
             verb = "are" if len(loaded.unused) > 1 else "is"
             console.print(f"{plural(len(loaded.unused), 'weight')} of the checkpoint {verb} not used: {escape(names)}")
-    failed = [check.name for check in checks if not check.passed]
     if failed:
         raise InputError(f"{model}: not proven: {'; '.join(failed)}")
     if not as_json:
@@ -93,4 +98,11 @@ def _check_lines(checks: Iterable[Check]) -> RenderableType:
     for check in checks:
         mark = Text("✓ ", "green") if check.passed else Text("✗ ", "bold red")
         lines.append(mark.append(check.name, "").append(f"  {check.detail}", "dim" if check.passed else "red"))
+    return Group(*lines)
+
+
+def _ability_lines(abilities: Iterable[Ability]) -> RenderableType:
+    works = [one.name for one in abilities if not one.problem]
+    lines = [Text("works: ").append(" · ".join(works) or "nothing further")]
+    lines += [Text(f"– {one.name}").append(f"  {one.problem}", "dim") for one in abilities if one.problem]
     return Group(*lines)

@@ -1,19 +1,67 @@
-"""Checks of a model: every claim that loading verifies, and a census of two samples."""
+"""Checks of a model: every claim that loading verifies, a census of two samples, and what else works with it."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from mmray.data.samples import Sample
 from mmray.features.census.settings import census_settings
 from mmray.features.census.shard import ShardAnalysis
+from mmray.models.capture import has_gates
 from mmray.models.loading import LoadedModel
-from mmray.neurons.validation import CAPTIONS, CHECKS, NOUNS, Check, check_parts, picture
+from mmray.models.patches import patches_of
+from mmray.neurons.row_sharing import RowSharing
+from mmray.neurons.validation import CAPTIONS, CHECKS, NOUNS, Check, check_parts, example, picture
+
+
+@dataclass(frozen=True)
+class Ability:
+    """Something that works with some models only, and why it does not with this one."""
+
+    name: str
+    problem: str
+    """Empty if it works."""
 
 
 def check_model(model: LoadedModel) -> list[Check]:
     """Check every claim about a model."""
     return check_parts(model, CHECKS | {"a census of two samples": small_census})
+
+
+def abilities_of(model: LoadedModel) -> list[Ability]:
+    """Return what needs more than the checks prove, and whether this model has it."""
+    return [Ability(name, problem(model)) for name, problem in ABILITIES.items()]
+
+
+def _maps_problem(model: LoadedModel) -> str:
+    grid = patches_of(model, example(model), 0, picture().size)
+    return "" if grid else "the image has no grid of tokens in the sequence"
+
+
+def _gates_problem(model: LoadedModel) -> str:
+    return "" if has_gates(model.network, model.projections) else "the gates have no activation function of their own"
+
+
+def _steering_problem(model: LoadedModel) -> str:
+    experts = any(projection.experts for projection in model.projections)
+    return "the neurons of routed experts can't be set" if experts else ""
+
+
+def _module_problem(module: str) -> Callable[[LoadedModel], str]:
+    return lambda model: "" if model.parts.of(module) else "no MLP of it was found"
+
+
+ABILITIES: dict[str, Callable[[LoadedModel], str]] = {
+    "heat maps, saliency": _maps_problem,
+    "captions of an image share a row": lambda model: RowSharing(model).problem,
+    "--score gate": _gates_problem,
+    "selectivity --steer": _steering_problem,
+    "neurons of the vision tower": _module_problem("vision"),
+    "neurons of the projector": _module_problem("projector"),
+}
+"""Name → function that says what is wrong."""
 
 
 def small_census(model: LoadedModel) -> tuple[bool, str]:
