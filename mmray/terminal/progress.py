@@ -21,7 +21,19 @@ PLAIN_EVERY = 60.0
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f} {task.fields['noun']}/s" if speed else "starting", "dim")
+        return Text(rate(speed, task.fields["noun"]) if speed else "starting", "dim")
+
+
+def rate(per_second: float, noun: str) -> str:
+    """Return a rate as text: per second, or per minute if that is less than one."""
+    return f"{per_second:.1f} {noun}/s" if per_second >= 1 else f"{60 * per_second:.2g} {noun}/min"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as text, in the largest unit of which there are two or more."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager
@@ -67,8 +79,11 @@ def _plain(console: Console, noun: str) -> Callable[[JobProgress], None]:
         if now - last >= PLAIN_EVERY or progress.done == total:
             last = now
             speed = (progress.done - first) / max(now - began, 1e-9)
-            left = f", {(total - progress.done) / speed:.0f} s left" if speed else ""
-            done = f"{progress.done:,} of {total:,} {noun}"
-            console.print(f"{done}, {speed:.1f} {noun}/s, {progress.failures} failed{left}")
+            parts = [f"{progress.done:,} of {total:,} {noun}", f"{progress.failures} failed"]
+            if speed:
+                parts.insert(1, rate(speed, noun))
+            if speed and progress.done < total:
+                parts.append(f"{duration((total - progress.done) / speed)} left")
+            console.print(", ".join(parts))
 
     return follow

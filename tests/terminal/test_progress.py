@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mmray.engine import Progress
 from mmray.terminal import progress
-from mmray.terminal.progress import follow_progress
+from mmray.terminal.progress import duration, follow_progress, rate
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -25,3 +25,18 @@ def test_no_count_is_beyond_the_total(terminal: bool, counts: list[int], total: 
     for done, of in re.findall(r"(\d+) of (\d+)", said):
         assert int(done) <= int(of)
     assert "-" not in re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]|-:--:--", "", said)
+
+
+@pytest.mark.parametrize(
+    ("per_second", "text"),
+    [(12.34, "12.3 edits/s"), (1.0, "1.0 edits/s"), (0.05, "3 edits/min"), (0.004, "0.24 edits/min")],
+)
+def test_a_slow_rate_is_per_minute(per_second, text):
+    assert rate(per_second, "edits") == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (9000, "2.5 h")]
+)
+def test_a_duration_is_in_the_unit_that_reads_best(seconds, text):
+    assert duration(seconds) == text

@@ -22,6 +22,7 @@ from mmray.runs.lease import Driver
 from mmray.runs.receipts import AROUND, Cost
 from mmray.runs.run import CERTIFICATES, Reason, Run, Status, reasons
 from mmray.runs.status import AnalysisStatus
+from mmray.terminal.progress import rate
 from mmray.terminal.tables import lineless
 
 SHOWN_TOKENS = 6
@@ -225,7 +226,7 @@ def _driver(driver: Driver) -> str:
 
 def _remarks(one: AnalysisStatus) -> Iterator[tuple[str, str]]:
     """Yield remarks on an analysis, each line with its style."""
-    details = [f"{one.rate:.2g} {one.noun}/s per worker"] if one.rate else []
+    details = [f"{rate(one.rate, one.noun)} per worker"] if one.rate else []
     details += [spent] if (spent := spending(one.cost)) else []
     details += [f"driver {_driver(one.driver)}"] if one.driver is not None else []
     if details:
