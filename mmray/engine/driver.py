@@ -18,10 +18,11 @@ from mmray.engine.job import Job, JobResult, Output, Parts, Plan, Progress
 from mmray.engine.units import WorkOrder
 from mmray.errors import InputError
 from mmray.runs import Receipt, RunFolder
+from mmray.runs.card import publish
 from mmray.runs.driver import drive_analysis, open_target
 from mmray.runs.lease import Lease
 from mmray.runs.receipts import receipts_digest
-from mmray.runs.snapshots import SnapshotWriter, is_published, newest_readable, next_fence, publish
+from mmray.runs.snapshots import SnapshotWriter, is_published, newest_readable, next_fence
 from mmray.storage import Store, with_retries
 from mmray.version import VERSION
 

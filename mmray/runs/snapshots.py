@@ -238,7 +238,7 @@ class _TableWriter:
         self.files.append(TableFile(key, Checksum.of(data, len(table)), bounds))
 
 
-def publish(store: Store, snapshot: Snapshot) -> None:
+def publish_tables(store: Store, snapshot: Snapshot) -> None:
     """Copy a snapshot's tables to `tables/NAME.parquet` for other tools, and remove old snapshots.
 
     A table of several files becomes a folder of that name.

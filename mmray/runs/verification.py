@@ -198,7 +198,7 @@ def _copies(store: Store, snapshot: Snapshot) -> Iterator[tuple[str, Checksum]]:
     for name, files in snapshot.tables.items():
         path = f"tables/{name}.parquet"
         in_folder = len(files) > 1 or bool(store.list(f"{path}/"))
-        # Like `publish`, which decides between a file and a folder.
+        # Like `publish_tables`, which decides between a file and a folder.
         for number, file in enumerate(files):
             yield (f"{path}/{number:05d}.parquet" if in_folder else path), file.checksum
 

@@ -35,7 +35,7 @@ from mmray.features.census.settings import census_settings
 from mmray.features.census.tables import PARTS, TABLES
 from mmray.neurons.concepts import NounSource
 from mmray.runs import Receipt, RunFolder
-from mmray.runs.snapshots import SnapshotWriter, publish
+from mmray.runs.snapshots import SnapshotWriter, publish_tables
 from mmray.runs.tables import list_column
 from mmray.storage import LocalStore
 from tests.bench.durability import base_memory, peak_memory
@@ -83,7 +83,7 @@ def merge(out: Path, count: int) -> None:
         writer = SnapshotWriter(run, job.name, 1)
         parts = TimedParts(folder, folder.receipts(), job.parts)
         headline = job.merge(Plan([], {}, context), parts, Output(writer))
-        publish(run, writer.commit({"receipts": ""}, headline))
+        publish_tables(run, writer.commit({"receipts": ""}, headline))
     wall, cpu = time.perf_counter() - began, time.process_time() - used
     info = {"fingerprint": "merge", "result_settings": {}, "digests": {}, "model": {"widths": WIDTHS}}
     RunFolder(run).begin(info | {"settings": job.settings.model_dump()}, b"{}")

@@ -5,7 +5,7 @@ import pytest
 
 from mmray.errors import DamagedError, InputError
 from mmray.runs import snapshots as module
-from mmray.runs.snapshots import KEPT, SnapshotWriter, newest, next_fence, open_snapshot, publish, snapshots
+from mmray.runs.snapshots import KEPT, SnapshotWriter, newest, next_fence, open_snapshot, publish_tables, snapshots
 from mmray.runs.tables import from_bytes, read_table
 from mmray.storage import Store
 from tests.support.stores import Forgetful
@@ -20,7 +20,7 @@ def write(store: Store, lease: int, headline: int = 0, **tables: pa.Table):
     for name, table in tables.items():
         writer.add(name, table)
     snapshot = writer.commit({"receipts": str(headline)}, {"samples": headline})
-    publish(store, snapshot)
+    publish_tables(store, snapshot)
     return snapshot
 
 
@@ -97,7 +97,7 @@ def test_other_tools_find_the_newest(store: Store, monkeypatch: pytest.MonkeyPat
     for part in large:
         writer.add("a", part)
     snapshot = writer.commit({}, {})
-    publish(store, snapshot)
+    publish_tables(store, snapshot)
     assert len(store.list("tables/a.parquet/")) == len(snapshot.tables["a"]) > 1
     assert read_table(store, "a") == snapshot.read(store, "a") == pa.concat_tables(large)
     write(store, 1, a=small)

@@ -16,8 +16,9 @@ from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
 from mmray.features.saliency.job import SaliencyJob
 from mmray.features.saliency.settings import saliency_settings
+from mmray.runs.card import publish
 from mmray.runs.run import Run
-from mmray.runs.snapshots import SnapshotWriter, newest, next_fence, publish
+from mmray.runs.snapshots import SnapshotWriter, newest, next_fence
 from mmray.storage import open_store
 
 KEPT_TEXT = str(Path(__file__).with_name("kept_text.json"))

@@ -25,11 +25,12 @@ from mmray.features.evaluation.job import EvaluationJob
 from mmray.features.evaluation.settings import EvaluationSettings, evaluation_settings
 from mmray.features.pipeline.steps import StepResult, checked_steps, run_steps
 from mmray.features.pipeline.tables import TABLES
+from mmray.runs.card import publish
 from mmray.runs.driver import drive_analysis
 from mmray.runs.lease import Lease
 from mmray.runs.receipts import receipts_digest
 from mmray.runs.run import Run, open_run
-from mmray.runs.snapshots import Snapshot, SnapshotWriter, newest, next_fence, publish
+from mmray.runs.snapshots import Snapshot, SnapshotWriter, newest, next_fence
 from mmray.runs.tables import read_file, read_table
 from mmray.storage import Store, open_store
 

@@ -30,10 +30,11 @@ from mmray.features.selectivity.selection import QUANTITY, LabelSelection, Total
 from mmray.features.selectivity.settings import SelectivitySettings
 from mmray.features.selectivity.steering import steer_of
 from mmray.features.selectivity.tables import ANALYSIS, TABLES
+from mmray.runs.card import publish
 from mmray.runs.driver import drive_analysis, open_target
 from mmray.runs.lease import Lease
 from mmray.runs.run import Run, open_run
-from mmray.runs.snapshots import Snapshot, SnapshotWriter, is_published, newest, next_fence, publish
+from mmray.runs.snapshots import Snapshot, SnapshotWriter, is_published, newest, next_fence
 from mmray.runs.tables import read_table
 from mmray.storage import Store
 
