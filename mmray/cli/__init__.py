@@ -23,6 +23,7 @@ import typer
 import mmray.cli.demo
 import mmray.cli.features
 import mmray.cli.models
+import mmray.cli.push
 import mmray.cli.report
 import mmray.cli.status  # noqa: F401  they register
 from mmray.errors import InputError

@@ -7,7 +7,7 @@ says what was analysed, and the columns of each table with their units; no path 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -52,9 +52,9 @@ def _content(store: Store, key: str) -> bytes | None:
         return None
 
 
-def card(store: Store, info: Mapping[str, Any]) -> str:
-    """Return the text of a run's card; `info` is the content of its run.json."""
-    rows = _rows(store)
+def card(store: Store, info: Mapping[str, Any], without: Collection[str] = ()) -> str:
+    """Return the text of a run's card; `info` is the content of its run.json, `without` has tables to leave out."""
+    rows = {name: count for name, count in _rows(store).items() if name not in without}
     front = {
         "pretty_name": f"Neurons of {_name(info['settings']['model'])}",
         "tags": ["interpretability", "mmray", "multimodal-neurons"],
