@@ -57,10 +57,10 @@ def test_a_second_push_updates_the_first(run, hub):
 
 
 def test_a_run_on_s3_is_uploaded_as_well(run, hub, bucket):
-    store, source = open_store(f"{bucket}/run"), open_store(run.uri)
+    store, source = open_store(f"s3://{bucket}/hub"), open_store(run.uri)
     for entry in source.list(""):
         store.put(entry.key, source.read(entry.key))
-    push_run(open_run(f"{bucket}/run"), "org/neurons", endpoint=hub.endpoint)
+    push_run(open_run(f"s3://{bucket}/hub"), "org/neurons", endpoint=hub.endpoint)
     assert hub.files["org/neurons"]["tables/rankings.parquet"] == source.read("tables/rankings.parquet")
 
 
