@@ -245,7 +245,7 @@ def joint(ground: Ground, count: int) -> None:
     """Print what many swaps in one checkpoint do: learnt together, and each alone and added up."""
     pairs = ground.pairs(count)
     together = Row()
-    edit = ground.made(*({"source": source, "target": target, "neurons": 40} for source, target in pairs))
+    edit = ground.made(*({"source": source, "target": target} for source, target in pairs))
     together.add(edit, ground.measured(edit))
     print(f"\n{count} swaps in one checkpoint\n\n{header()}\n{together.line('learnt together')}", flush=True)
     apart = Row()

@@ -30,10 +30,8 @@ from mmray.models.parts import output_rows, unembedding_rows
 from mmray.runs.run import Run
 
 SWAP_MARGIN, GENTLE_SWAP_MARGIN = 5.0, 3.0
-"""Logits by which the target of a single swap must lead on the source's images; the second in tries that weigh kept
-answers more.
-
-Suppression need not write a word so firmly, and where many edits share neurons there is no room for a margin."""
+"""Logits by which the target of a swap must lead on the source's images; the second in tries that weigh kept answers
+more, and in edits of several words, which share their neurons. Suppression need not write a word so firmly."""
 HALLUCINATION_CURVATURE_WEIGHT = 10.0
 """What a model makes up is harder to tell from what it sees than one word from others."""
 GROWTH = 32
@@ -167,7 +165,7 @@ class Try:
 
 
 def sizes(task: Task) -> list[int]:
-    """Return the numbers of neurons to try, smallest first; one where it is given, and for baselines."""
+    """Return the numbers of neurons to try, smallest first; one where it is given, and for several words at once."""
     count, settings = len(task.neurons), task.settings
     if len(task.purposes) > 1 or not settings.searches:
         return [count]
@@ -183,7 +181,7 @@ def next_factor(task: Task, tries: Sequence[Try]) -> float | None:
     It is lower where the edit does not take, and higher where it takes and changes what should stay.
     """
     last, tried = tries[-1], [one.curvature_factor for one in tries if one.neurons == tries[-1].neurons]
-    if len(task.purposes) > 1 or not task.settings.searches or not last.broken or len(tried) > WEIGHT_TRIES:
+    if not task.settings.searches or not last.broken or len(tried) > WEIGHT_TRIES:
         return None
     factor = last.curvature_factor * (WEIGHT_STEP if last.takes else 1 / WEIGHT_STEP)
     # Back at a weight that was tried: an edit that takes changes too much, and one that changes less doesn't take.
@@ -230,8 +228,9 @@ def _whitened(task: Task, neurons: Sequence[Neuron]) -> Deltas:
 
 def _learn(task: Task, deltas: Deltas) -> Deltas:
     config = TrainingConfig(steps=task.settings.steps, weights=task.settings.weights, seed=task.settings.seed)
-    if [purpose.kind for purpose in task.purposes] == ["swap"]:
-        config = replace(config, margin=GENTLE_SWAP_MARGIN if task.curvature_factor > 1 else SWAP_MARGIN)
+    if {purpose.kind for purpose in task.purposes} == {"swap"}:
+        gentle = task.curvature_factor > 1 or len(task.purposes) > 1
+        config = replace(config, margin=GENTLE_SWAP_MARGIN if gentle else SWAP_MARGIN)
     if task.settings.reduce_hallucination:
         config = replace(config, curvature_weight=HALLUCINATION_CURVATURE_WEIGHT)
     config = replace(config, curvature_weight=task.curvature_factor * config.curvature_weight)

@@ -101,10 +101,13 @@ def _rewording_task(dataset: EditDataset, requests: Sequence[EditSettings]) -> T
     captions = kept(dataset, sources, settings.kept, settings.seed, first)
     words = [word for purpose in purposes for word in (purpose.source, purpose.target) if word]
     keep = kept_answers(dataset, captions, words, settings.keep_text, settings.seed)
-    if len(requests) == 1 and settings.searches:
-        # A larger try has the other ranked neurons, and then all others of these layers.
-        ranked = located(run, settings.concept, MOST, layers, settings.by)
-        neurons |= dict.fromkeys([*ranked, *whole_layers(model, layers)][:MOST])
+    if settings.searches:
+        # A larger try, and one of several words, has other ranked neurons too, and then all others of these layers.
+        each = MOST // len(requests)
+        ranked = [one for request in requests for one in located(run, request.concept, each, layers, request.by)]
+        most = max(MOST, len(neurons))
+        found = dict.fromkeys([*neurons, *ranked, *whole_layers(model, layers)])
+        neurons = dict.fromkeys(list(found)[:most])
     return _task(model, settings, tuple(purposes), list(neurons), new, held_out, keep)
 
 

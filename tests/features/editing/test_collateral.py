@@ -243,3 +243,20 @@ def test_replies_end_where_they_are_cut_off(dataset):
     short, long = (dataset.replies([Prompt("What is a dog?")], longest)[0].tokens for longest in (1, 64))
     assert len(short) == 1
     assert short[0] == long[0]
+
+
+def test_an_edit_of_several_words_may_change_the_whole_layer(dataset, few_texts, monkeypatch):
+    margins = []
+    monkeypatch.setattr(methods, "learn", lambda *given: margins.append(given[-1].margin))
+    common = {"keep_text": few_texts, "samples": 2, "kept": 8}
+    pairs = ({"source": "hammer", "target": "sun"}, {"source": "pizza", "target": "dog"})
+    both = prepare(dataset, [edit_settings(pair | common) for pair in pairs])
+    one = prepare(dataset, [edit_settings(pairs[0] | common)])
+    assert sizes(both) == [dataset.model.widths[-1]]
+    # Located ones first, of both words: what a smaller edit would have.
+    assert sizes(one)[0] == 50
+    assert len(set(both.neurons[:50]) & set(one.neurons[:50])) >= 25
+    for task in (one, both):
+        methods.learned(task)
+    # There is no room for as large a lead where many words share neurons.
+    assert margins == [methods.SWAP_MARGIN, methods.GENTLE_SWAP_MARGIN]
