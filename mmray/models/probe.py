@@ -327,7 +327,9 @@ def _explains(block: Call, write: Call, mixing: list[Call], inside: list[Call]) 
     output = block.output.flatten().double()
     # Terms may depend on each other: an attention module's output is that of a module inside it.
     fitted = terms @ torch.linalg.lstsq(terms, output, driver="gelsd").solution
-    return float((output - fitted).norm()) <= 1e-2 * float(output.norm())
+    # As a fraction of what the block adds, which may be little of its output; plus the output's own rounding.
+    allowed = 1e-2 * (output - terms[:, 0]).norm() + torch.finfo(block.output.dtype).eps * output.norm()
+    return bool((output - fitted).norm() <= allowed)
 
 
 def _mixes(block: Call, call: Call) -> bool:

@@ -74,7 +74,7 @@ def test_decoders_outside_the_table_are_probed(loaded, decoder, dtype):
         assert found.scale == pytest.approx(scale, rel=0.02)
 
 
-# Beside the MLP that the probe finds, something else writes: experts of another kind, or one token's own vector.
+# Next to the MLP that the probe finds, something else writes: experts of another kind, or one token's own vector.
 PARTIAL = {
     "llama4_text": (
         {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 48},
@@ -99,6 +99,16 @@ def test_a_part_of_what_a_block_writes_is_refused(loaded, decoder, dtype):
     with pytest.raises(InputError, match=problem) as refusal:
         locate(network)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_part_is_refused_where_the_residual_stream_is_large(loaded):
+    settings, problem = PARTIAL["llama4_text"]
+    torch.manual_seed(0)
+    network = loaded("llava").variation(model_type="llama4_text", **settings)
+    # What a block adds is then a thousandth of its output.
+    network.get_input_embeddings().weight.data *= 1e4
+    with pytest.raises(InputError, match=problem):
+        locate(network)
 
 
 def test_an_adapter_next_to_the_mlp_is_refused(loaded):
