@@ -98,7 +98,9 @@ def _introduction(info: Mapping[str, Any]) -> Iterator[str]:
     yield f"| model | {name}, {model['parameters']:,} parameters, digest `{info['digests']['model']}` |"
     yield f"| neurons | {sum(model['widths']):,} in {model['layers']} layers |"
     yield f"| data | {source}, {data['samples']:,} samples |"
-    told = [f"{key} {settings[key]}" for key in TOLD if settings.get(key) not in (None, False)]
+    # Nouns may be of a lexicon, which is a file.
+    shown = settings | {"nouns": _name(settings["nouns"])}
+    told = [f"{key} {shown[key]}" for key in TOLD if shown.get(key) not in (None, False)]
     yield f"| settings | {' '.join(', '.join(told).split()).replace('|', '/')} |"
     yield f"| versions | {', '.join(f'{name} {version}' for name, version in info['versions'].items())} |"
     yield ""

@@ -61,7 +61,7 @@ def test_columns_have_their_units(run):
 )
 def test_no_path_and_no_password_is_told(store, place, name):
     info = json.loads(store.read("run.json"))
-    info["settings"] |= {"model": place, "data": place}
+    info["settings"] |= {"model": place, "data": place, "nouns": "/home/someone/lexicon.json"}
     text = card(store, info)
     assert front(text)["pretty_name"] == f"Neurons of {name}"
     assert "someone" not in text
