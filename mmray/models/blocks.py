@@ -142,8 +142,8 @@ class BlockRecorder:
     def _output_again(self, layer: int) -> Float[Tensor, "row position hidden"]:
         """Return a block's output with its MLP's output projection run again."""
         projection = self.model.projections[layer]
-        if projection.experts:
-            # The module's first argument does not hold the routing, so the whole block runs again.
+        if projection.experts or not projection.ends_block:
+            # The module's first argument does not hold the routing; or more follows. So the whole block runs again.
             arguments, named = self.inputs[layer]
             return block_output(self.blocks[layer](*arguments, **named))
         activation, old = self.mlps[layer]

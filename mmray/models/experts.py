@@ -85,7 +85,7 @@ class Experts:
     def captured(self, receive: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
         """Call `receive` with the activations and gates at each forward."""
 
-        def capture(_: nn.Module, __: tuple[Any, ...], ___: Tensor) -> None:
+        def capture(_: nn.Module, __: tuple[Any, ...], ___: Any) -> None:
             activation, gate = take()
             receive(_changed(self.module, activation), gate)
 
@@ -115,7 +115,7 @@ class Experts:
     def added(self, write: Callable[[Float[Tensor, "token neuron"]], Float[Tensor, "token hidden"]]) -> Iterator[None]:
         """Add to the experts' output what `write` makes of their activations."""
 
-        def add(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        def add(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             return _plus(output, write(_changed(self.module, take()[0])))
 
         with self._recorded() as take, self.module.register_forward_hook(add):
@@ -148,7 +148,10 @@ class Experts:
 
         def keep_routed(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], __: Tensor) -> None:
             inputs = dict(zip(INPUTS, arguments, strict=False)) | named
-            routed.append(_routed(self.routed, **{name: inputs[name] for name in INPUTS}))
+            if is_grouped(self.routed):
+                routed.append(_grouped(self.routed, inputs["hidden_states"]))
+            else:
+                routed.append(_routed(self.routed, **{name: inputs[name] for name in INPUTS}))
 
         def keep(name: str, tensor: Tensor) -> None:
             shared[name] = tensor.flatten(0, -2)
@@ -211,7 +214,7 @@ class _Changes:
         self.hooks = ExitStack()
         take = self.hooks.enter_context(experts._recorded())
 
-        def apply(module: nn.Module, _: tuple[Any, ...], output: Tensor) -> Tensor:
+        def apply(module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
             before = take()[0]
             index = torch.unique(torch.cat([units for units, _ in self.changes.values()])).to(before.device)
             # The output is linear in the activations: adding the difference avoids running the experts again.
@@ -234,7 +237,9 @@ def _changed(module: nn.Module, activation: Float[Tensor, "token neuron"]) -> Fl
     return changed
 
 
-def _plus(output: Tensor, added: Float[Tensor, "token hidden"]) -> Tensor:
+def _plus(output: Any, added: Float[Tensor, "token hidden"]) -> Any:
+    if isinstance(output, tuple):
+        return _plus(output[0], added), *output[1:]
     return output + added.to(output).view(output.shape)
 
 
@@ -245,18 +250,37 @@ def _output_of(keep: Callable[[Tensor], None], _: nn.Module, __: tuple[Any, ...]
 def is_fused(module: nn.Module) -> bool:
     """Return whether a module is one of transformers' fused experts, with one weight for all output projections."""
     weight = getattr(module, "down_proj", None)
-    return (
-        isinstance(weight, nn.Parameter)
-        and weight.dim() == 3
-        and set(INPUTS) <= inspect.signature(module.forward).parameters.keys()
-    )
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 3:
+        return False
+    return is_grouped(module) or set(INPUTS) <= inspect.signature(module.forward).parameters.keys()
+
+
+def is_grouped(module: nn.Module) -> bool:
+    """Return whether fused experts get the tokens once per expert, scaled by the router (Llama 4)."""
+    return tuple(inspect.signature(module.forward).parameters) == INPUTS[:1]
+
+
+def written_by(module: nn.Module, output: Float[Tensor, "row hidden"]) -> Float[Tensor, "token hidden"]:
+    """Return what fused experts write together, given their output."""
+    return output.view(len(by_unit(module)), -1, output.shape[-1]).sum(0) if is_grouped(module) else output
 
 
 def by_unit(module: Any) -> Float[Tensor, "expert unit hidden"]:
     """Return a view of the output projections' weight, indexed by neuron: [expert, unit]."""
     # GPT-OSS and others store the transpose of a Linear's weight.
     weight: Tensor = module.down_proj
-    return weight if getattr(module, "is_transposed", False) else weight.transpose(1, 2)
+    return weight if getattr(module, "is_transposed", False) or is_grouped(module) else weight.transpose(1, 2)
+
+
+def _grouped(
+    module: Any, hidden_states: Float[Tensor, "expert_and_token hidden"]
+) -> tuple[Float[Tensor, "token neuron"], Float[Tensor, "token neuron"]]:
+    """Return the activations and gates of experts that get every token; of those not routed to them, zeros."""
+    entered = torch.bmm(hidden_states.view(len(module.gate_up_proj), -1, hidden_states.shape[-1]), module.gate_up_proj)
+    gate, factor = entered.chunk(2, dim=-1)
+    activation = factor * module.act_fn(gate)
+    by_token, gates = (values.transpose(0, 1).flatten(1) for values in (activation, gate))
+    return by_token, gates
 
 
 def _routed(
@@ -294,6 +318,8 @@ def has_plain_gate(module: Any) -> bool:
     function = getattr(module, "act_fn", None)
     if not getattr(module, "has_gate", True) or not callable(function):
         return False
+    if is_grouped(module):
+        return True
     units = by_unit(module).shape[1]
     entered = torch.linspace(20.0, -20.0, 2 * units, dtype=module.down_proj.dtype, device=module.down_proj.device)
     gate, factor = entered.chunk(2)

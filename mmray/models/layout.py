@@ -34,6 +34,8 @@ class Projection:
     """The question goes through this branch of the projector, not the image (InstructBLIP's Q-Former)."""
     scale: float = 1.0
     """Factor on the output before it is added to the residual stream (Mllama's cross-attention)."""
+    ends_block: bool = True
+    """False if the block goes on with the sum: a norm (BERT, BART), or a part that reads it (Gemma 4)."""
 
 
 @dataclass(frozen=True)

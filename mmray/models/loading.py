@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import textwrap
 from collections.abc import Callable, Collection, Iterator
@@ -197,6 +198,9 @@ def load(
     network.eval().requires_grad_(False)
     _greedy_only(network)
     _time_forward(network)
+    # Some networks need the input, while their processor leaves it out unless asked.
+    if "mm_token_type_ids" in inspect.signature(network.forward).parameters:
+        processor.return_mm_token_type_ids = True
     if not shared:
         try:
             network.to(device)
@@ -207,7 +211,7 @@ def load(
         folder=folder,
         network=network,
         processor=processor,
-        parts=locate(network),
+        parts=locate(network, processor),
         unused=tuple(sorted(report["unexpected_keys"])),
     )
 

@@ -1,6 +1,7 @@
 """Find where a model keeps its neurons (MLP output projections, final norm, unembedding), and read and write rows."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -28,12 +29,13 @@ class _MissingError(Exception):
     """A table's row names something that this model does not have, or has in another shape."""
 
 
-def locate(model: PreTrainedModel) -> ModelParts:
+def locate(model: PreTrainedModel, processor: Any = None) -> ModelParts:
     """Find the model's parts by the tables of families or, if no row fits, by the structural probe.
 
-    Raises InputError if neither finds them, or if weights are quantised.
+    The probe needs the model's processor where the configuration does not name the image's placeholder. Raises
+    InputError if neither finds the parts, or if weights are quantised.
     """
-    parts = _find(model)
+    parts = _find(model, processor)
     for projection in parts.projections:
         module = model.get_submodule(projection.path)
         weight: Tensor = (
@@ -44,16 +46,16 @@ def locate(model: PreTrainedModel) -> ModelParts:
     return parts
 
 
-def _find(model: PreTrainedModel) -> ModelParts:
+def _find(model: PreTrainedModel, processor: Any) -> ModelParts:
     text_type = model.config.get_text_config().model_type
     family, decoder = FAMILIES.get(model.config.model_type), DECODERS.get(text_type)
     if family is None or decoder is None:
-        return probe(model)
+        return probe(model, processor)
     try:
         return read_table(model, family, decoder)
     except _MissingError as missing:
         try:
-            return probe(model)
+            return probe(model, processor)
         except InputError as error:
             raise InputError(f"{model.config.model_type} with {text_type}: {missing}; and {error}") from error
 

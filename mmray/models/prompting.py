@@ -18,15 +18,16 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from PIL.Image import Image
 from torch import Tensor
 
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel
-from mmray.models.templates import render
+from mmray.models.processing import EXAMPLE_QUESTION, IMAGE_MASK, processed, question_text
 
 PROMPTS = {
-    "en": "Describe the image in few words.",
+    "en": EXAMPLE_QUESTION,
     "es": "Describe la imagen en pocas palabras.",
     "fr": "Décris l’image en quelques mots.",
     "zh": "用 几句 话 描述 这张 图片 。",
@@ -42,9 +43,11 @@ CAPTION_VALUES = {
     "token_type_ids": 0,
     "mm_token_type_ids": 0,
     "cross_attention_mask": None,
+    "image_attention_mask": None,
+    IMAGE_MASK: 0,
 }
-"""Inputs with one column per position → their value at caption tokens. None: the token id itself; for the
-cross-attention mask, its value at the prompt's last token."""
+"""Inputs with one column per position → their value at caption tokens. None: the token id itself; for masks of
+cross-attention, their value at the prompt's last token."""
 
 CAUSAL_TYPE = {"paligemma": 1}
 """Families whose `token_type_ids` separate the prompt (0, bidirectional) from the answer: 0 would leak the caption."""
@@ -129,7 +132,8 @@ def prompt_text(
     `prefix` forces the beginning of the answer ("An image of" in Pan et al. 2024). Raises InputError for a prefix if
     prompt and answer are not one causal sequence.
     """
-    question = _question(model, prompt, language, image=image)
+    question = prompt if prompt is not None else PROMPTS.get((language or "en")[:2].lower(), PROMPTS["en"])
+    question = question_text(model.name, model.processor, model.network.config, question, image=image)
     if not prefix:
         return question
     if model.parts.encoder_decoder or model.parts.family in CAUSAL_TYPE:
@@ -140,22 +144,6 @@ def prompt_text(
 def prefix_before(caption: str, prefix: str | None) -> str | None:
     """Return the prefix to put before a caption; None if the caption begins with it already."""
     return None if prefix and caption.casefold().startswith(prefix.strip().casefold()) else prefix
-
-
-def _question(model: LoadedModel, prompt: str | None, language: str | None, *, image: bool) -> str:
-    question = prompt if prompt is not None else PROMPTS.get((language or "en")[:2].lower(), PROMPTS["en"])
-    content: list[dict[str, str]] = [{"type": "text", "text": question}]
-    if image:
-        content.insert(0, {"type": "image"})
-    if getattr(model.processor, "chat_template", None):
-        return render(model.name, model.processor, [{"role": "user", "content": content}])
-    # A trailing space belongs to the answer's first token; here it would become a token of its own.
-    question = question.rstrip(" ")
-    # Without a template the placeholder must be written here, except for the BLIPs, whose processors add it.
-    if image and not hasattr(model.network.config, "qformer_config"):
-        placeholders = (getattr(model.processor, name, None) for name in ("boi_token", "image_token"))
-        return f"{next(filter(None, placeholders), '')}{question}"
-    return question
 
 
 def tokenize_caption(model: LoadedModel, prompt: str, caption: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -194,7 +182,7 @@ def encode(
         aligned = value.shape[:2] == prompt_shape and name in CAPTION_VALUES
         inputs[name] = _extend(model, name, value, lengths, tokens, total) if aligned else value
     before = [row[:length] for row, length in zip(features["input_ids"].tolist(), lengths, strict=True)]
-    spans = spans_of(model, before, tokens)
+    spans = spans_of(model, before, tokens, features.get(IMAGE_MASK))
     return Batch(inputs, total, lengths, list(tokens), list(offsets), spans)
 
 
@@ -203,17 +191,7 @@ def run_processor(model: LoadedModel, prompts: Sequence[str], images: Sequence[I
 
     Either all rows have an image or none has. Raises InputError if the processor raises.
     """
-    bos = model.tokenizer.bos_token
-    extra: dict[str, Any] = {}
-    if bos and prompts[0].startswith(bos):
-        extra["add_special_tokens"] = False  # The template wrote it: the tokenizer would add a second one.
-    if given := [[image] for image in images if image is not None]:
-        extra["images"] = given
-    try:
-        features = model.processor(text=list(prompts), return_tensors="pt", padding=True, padding_side="right", **extra)
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{model.name}: its processor refuses the batch ({error})") from error
-    return {name: value for name, value in features.items() if isinstance(value, Tensor) and name != "labels"}
+    return processed(model.name, model.processor, prompts, images)
 
 
 def pad_left(features: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -255,7 +233,7 @@ def _encode_decoder(
     offsets: Sequence[list[tuple[int, int]]],
 ) -> Batch:
     """Build the batch of an encoder-decoder model: the decoder's sequence is the start token and the caption."""
-    start = model.network.config.get_text_config().decoder_start_token_id
+    start = _start_token(model)
     total = 1 + max(map(len, tokens))
     decoder = torch.full((len(tokens), total), _padding(model))
     mask = torch.zeros_like(decoder)
@@ -267,13 +245,30 @@ def _encode_decoder(
     return Batch(inputs, total, [1] * len(tokens), list(tokens), list(offsets), spans)
 
 
-def spans_of(model: LoadedModel, prompts: Sequence[list[int]], tokens: Sequence[list[int]]) -> list[TokenSpan]:
-    """Return the spans of samples' images and captions, given the tokens of prompts and captions."""
-    spans, image_token = [], model.parts.image_token_id if model.parts.image_in_sequence else None
+def _start_token(model: LoadedModel) -> int:
+    """Return the token that an encoder-decoder's answers begin with; T5Gemma has none but that of every text."""
+    settings: Any = model.network.generation_config
+    configured = getattr(model.network.config.get_text_config(), "decoder_start_token_id", None)
+    found = next(one for one in (configured, settings.decoder_start_token_id, settings.bos_token_id) if one is not None)
+    return int(found)
+
+
+def spans_of(
+    model: LoadedModel,
+    prompts: Sequence[list[int]],
+    tokens: Sequence[list[int]],
+    marked: Int[Tensor, "row position"] | None = None,
+) -> list[TokenSpan]:
+    """Return the spans of samples' images and captions, given the tokens of prompts and captions.
+
+    The image is where its placeholder is in the prompt or, without one, where `marked` is 1.
+    """
+    spans, parts = [], model.parts
     for row, (prompt, caption) in enumerate(zip(prompts, tokens, strict=True)):
         length = len(prompt)
-        for token, group in groupby(range(length), key=prompt.__getitem__):
-            if token == image_token:
+        given, image = (prompt, parts.image_token_id) if marked is None else (marked[row].tolist(), 1)
+        for value, group in groupby(range(length), key=given.__getitem__):
+            if value == image and parts.image_in_sequence:
                 positions = list(group)
                 spans.append(TokenSpan(row, positions[0], positions[-1] + 1, "image"))
         spans.append(TokenSpan(row, length, length + len(caption), "text"))

@@ -13,10 +13,11 @@ from mmray.errors import InputError
 from mmray.models.capture import capture_activations
 from mmray.models.loading import LoadedModel
 from mmray.models.packing import encode_shared
+from mmray.models.processing import noise_image
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.split_on_oom import FAILURES
-from mmray.neurons.validation import CAPTIONS, picture
+from mmray.neurons.validation import CAPTIONS
 
 EXAMPLE = (*CAPTIONS, "A dog.")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -38,7 +39,7 @@ class RowSharing:
 @torch.inference_mode()
 def _difference(model: LoadedModel) -> str:
     """Return how captions of two images differ in shared rows from rows of their own; empty if they do not."""
-    first, second = picture(), ImageOps.mirror(picture())
+    first, second = noise_image(), ImageOps.mirror(noise_image())
     # Rows of different lengths, so that one is padded.
     images, texts = [first] * 3 + [second] * 2, [*EXAMPLE, *EXAMPLE[1:]]
     # Prompts of two languages branch before the captions.

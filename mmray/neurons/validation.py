@@ -7,17 +7,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor, nn
 
 from mmray.errors import InputError
-from mmray.models.blocks import block_of
+from mmray.models.blocks import block_of, block_output
 from mmray.models.capture import capture_activations, capture_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.parts import output_rows, unembedding_rows
+from mmray.models.processing import noise_image
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.concepts import NounSource
@@ -74,17 +73,11 @@ def assert_sound(model: LoadedModel) -> None:
     remember(model)
 
 
-def picture() -> PIL.Image.Image:
-    """Return a small image of noise, always the same."""
-    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
-    return PIL.Image.fromarray(noise)
-
-
-def example(model: LoadedModel, captions: tuple[str, ...] = CAPTIONS[:1]) -> Batch:
-    """Return the batch of these captions of the image."""
+def example(model: LoadedModel, captions: tuple[str, ...] = CAPTIONS[:1], *, brightness: float = 1.0) -> Batch:
+    """Return the batch of these captions of one image."""
     prompt = prompt_text(model, None, "en")
     tokens, offsets = zip(*(tokenize_caption(model, prompt, caption) for caption in captions), strict=True)
-    return encode(model, [prompt] * len(captions), [picture()] * len(captions), tokens, offsets)
+    return encode(model, [prompt] * len(captions), [noise_image(brightness)] * len(captions), tokens, offsets)
 
 
 @torch.inference_mode()
@@ -99,8 +92,8 @@ def identity(model: LoadedModel) -> tuple[bool, str]:
     activations: list[Tensor] = []
     outputs: list[Tensor] = []
 
-    def keep(_: nn.Module, __: tuple[object, ...], output: Tensor) -> None:
-        outputs.append(output.flatten(0, -2)[row].float())
+    def keep(_: nn.Module, __: tuple[object, ...], output: object) -> None:
+        outputs.append(block_output(output).flatten(0, -2)[row].float())
 
     with ExitStack() as stack:
         stack.enter_context(
@@ -154,8 +147,8 @@ def image_seen(model: LoadedModel) -> tuple[bool, str]:
     batch = example(model)
     positions = batch.image_positions(0)
     inputs = batch.to(model.device, model.network.dtype)
-    # Half as bright: any image would do that differs everywhere.
-    darker = {name: value * 0.5 if name.startswith("pixel_values") else value for name, value in inputs.items()}
+    # Any image would do that differs everywhere and has the same size.
+    darker = example(model, brightness=0.5).to(model.device, model.network.dtype)
     first_inputs: list[Tensor] = []
 
     def enter(_: nn.Module, arguments: tuple[object, ...], named: dict[str, object]) -> None:

@@ -184,7 +184,7 @@ class Comparison:
         run, edit = str(out / "run"), str(out / "edit")
         pool = ["--workers", "2"]
         census = ["--model", "demo", "--data", "demo", "--limit", str(self.samples), "--shard-size", "32"]
-        change = ["--suppress", "broccoli", "--method", "zero", "--out", edit]
+        change = ["--suppress", "broccoli", "--out", edit]
         measured = ["--edit", edit, "--data", "demo", "--limit", str(self.samples // 4), "--text-count", "0"]
         return {
             "census": ["census", *census, "--out", run, *pool],

@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from mmray.features.census.model_check import check_model
 from mmray.features.editing.deltas import Deltas
+from mmray.models.blocks import block_output
 from mmray.models.capture import capture_activations, gate_function
 from mmray.models.experts import Experts
 from mmray.models.interventions import ablate
@@ -49,6 +51,13 @@ DECODERS = {
         | {"mlp_layer_types": ["sparse", "sparse"], "layer_types": ["full_attention"] * 2},
         [248, 248],
     ),
+    # Every expert gets every token, times the router's score.
+    "llama4_text": (
+        HEADS
+        | {"num_local_experts": 4, "intermediate_size": 40, "intermediate_size_mlp": 48, "moe_layers": [1]}
+        | {"num_experts_per_tok": 2},
+        [48, 200],
+    ),
     # What the shared expert writes is weighed.
     "qwen2_moe": (HEADS | ROUTED | OWN, [216, 216]),
     "qwen3_5_moe_text": (HEADS | ROUTED | OWN | LINEAR_ATTENTION, [216, 216]),
@@ -84,6 +93,10 @@ def contributions(network, inputs):
     """What each layer's neurons add up to, what its MLP writes, and the logits."""
     parts = locate(network)
     activations, outputs = {}, {}
+
+    def keep(layer, _, __, output):
+        outputs[layer] = block_output(output).flatten(0, -2)
+
     with ExitStack() as hooks:
         hooks.enter_context(
             capture_activations(
@@ -92,11 +105,7 @@ def contributions(network, inputs):
         )
         for layer, projection in enumerate(parts.of("language")):
             module = network.get_submodule(projection.path)
-            hooks.enter_context(
-                module.register_forward_hook(
-                    lambda *call, layer=layer: outputs.setdefault(layer, call[2].flatten(0, -2))
-                )
-            )
+            hooks.enter_context(module.register_forward_hook(partial(keep, layer)))
         with torch.no_grad():
             logits = network(**inputs, use_cache=False).logits
     sums = {layer: found @ output_rows(network, parts.of("language")[layer]) for layer, found in activations.items()}
@@ -138,7 +147,7 @@ def test_contributions_of_routed_and_shared_experts_add_up(loaded, decoder, name
         assert float((sums[layer] - written).norm()) <= tolerance * float(written.norm())
 
 
-@pytest.mark.parametrize("name", ["glm4_moe", "aria_text", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["glm4_moe", "aria_text", "qwen2_moe", "llama4_text"])
 def test_changed_activations_of_experts_are_as_if_the_rows_were_changed(loaded, decoder, name):
     network, inputs = decoder(name), loaded("llava").inputs
     projection = locate(network).of("language")[1]
@@ -174,7 +183,7 @@ def test_changed_experts_of_a_table_are_as_if_the_rows_were_changed(mixture):
     assert torch.equal(network(**mixture.inputs).logits, plain)
 
 
-@pytest.mark.parametrize("name", ["glm4_moe", "aria_text", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["glm4_moe", "aria_text", "qwen2_moe", "llama4_text"])
 def test_a_model_with_a_shared_expert_passes_every_check(tiny, decoder, name, tmp_path):
     folder = shutil.copytree(tiny("llava"), tmp_path / name)
     for weights in folder.glob("*.safetensors*"):

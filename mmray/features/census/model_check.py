@@ -12,8 +12,9 @@ from mmray.features.census.shard import ShardAnalysis
 from mmray.models.capture import has_gates
 from mmray.models.loading import LoadedModel
 from mmray.models.patches import patches_of
+from mmray.models.processing import noise_image
 from mmray.neurons.row_sharing import RowSharing
-from mmray.neurons.validation import CAPTIONS, CHECKS, NOUNS, Check, check_parts, example, picture
+from mmray.neurons.validation import CAPTIONS, CHECKS, NOUNS, Check, check_parts, example
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def abilities_of(model: LoadedModel) -> list[Ability]:
 
 
 def _maps_problem(model: LoadedModel) -> str:
-    grid = patches_of(model, example(model), 0, picture().size)
+    grid = patches_of(model, example(model), 0, noise_image().size)
     return "" if grid else "the image has no grid of tokens in the sequence"
 
 
@@ -49,6 +50,11 @@ def _steering_problem(model: LoadedModel) -> str:
     return "the neurons of routed experts can't be set" if experts else ""
 
 
+def _learning_problem(model: LoadedModel) -> str:
+    ends = all(projection.ends_block for projection in model.projections)
+    return "" if ends else "its blocks go on after their MLP; --method zero works"
+
+
 def _module_problem(module: str) -> Callable[[LoadedModel], str]:
     return lambda model: "" if model.parts.of(module) else "no MLP of it was found"
 
@@ -57,6 +63,7 @@ ABILITIES: dict[str, Callable[[LoadedModel], str]] = {
     "heat maps, saliency": _maps_problem,
     "captions of an image share a row": lambda model: RowSharing(model).problem,
     "--score gate": _gates_problem,
+    "edits that are learned": _learning_problem,
     "selectivity --steer": _steering_problem,
     "neurons of the vision tower": _module_problem("vision"),
     "neurons of the projector": _module_problem("projector"),
@@ -67,7 +74,7 @@ ABILITIES: dict[str, Callable[[LoadedModel], str]] = {
 def small_census(model: LoadedModel) -> tuple[bool, str]:
     """Run two samples through all steps of a census worker."""
     buffer = io.BytesIO()
-    picture().save(buffer, "PNG")
+    noise_image().save(buffer, "PNG")
     samples = [Sample(str(number), "check", buffer.getvalue(), text, "en") for number, text in enumerate(CAPTIONS)]
     settings = census_settings({"model": model.name, "data": "check", "out": "check"})
     tables = ShardAnalysis(model, settings, NOUNS, 0).run(samples)

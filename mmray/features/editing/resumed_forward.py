@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmray.errors import InputError
 from mmray.features.editing.dataset import Example, batches
 from mmray.features.editing.deltas import Deltas
 from mmray.features.editing.generation_cache import GenerationCache
@@ -199,7 +200,14 @@ def batched(model: LoadedModel, examples: Sequence[Example]) -> list[tuple[Batch
 
 @torch.no_grad()
 def resume(model: LoadedModel, batch: Batch, deltas: Deltas) -> ResumedForward:
-    """Forward the batch once, and keep what is needed to resume it from the first edited layer."""
+    """Forward the batch once, and keep what is needed to resume it from the first edited layer.
+
+    Raises InputError if the blocks go on after their MLP: what an edit adds would not reach their output unchanged.
+    """
+    if not all(projection.ends_block for projection in model.projections):
+        raise InputError(
+            f"{model.name}: its blocks go on after their MLP, so edits can't be learned; use --method zero or scale"
+        )
     first, projection = deltas.first, model.projections[deltas.first]
     recorder = BlockRecorder(model, first)
     activations: list[Tensor] = []

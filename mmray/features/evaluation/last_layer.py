@@ -34,7 +34,7 @@ class LastLayer:
         model = reader.model
         projection = model.projections[-1]
         # A norm after the MLP is not linear in the rows, and experts hold activations per routed token.
-        nonlinear = projection.experts or projection.post_norm is not None
+        nonlinear = projection.experts or projection.post_norm is not None or not projection.ends_block
         if not isinstance(edit, WeightEdit) or nonlinear or not bool((edit.layer == len(model.widths) - 1).all()):
             return None
         rows = output_rows(model.network, projection)
