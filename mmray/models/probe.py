@@ -56,7 +56,8 @@ def probe(model: PreTrainedModel, processor: Any = None) -> ModelParts:
     model.eval()
     try:
         calls, encoder_decoder = _record(model, head, processor)
-        norm, logit_scale = _final_norm(kind, calls, head)
+        norm, scale_before = _final_norm(kind, calls, head)
+        scale_after, logit_cap = _logit_scale(model, calls, head)
         blocks = _blocks(kind, model, calls, norm)
         projections = tuple(_projection(kind, layer, block) for layer, block in enumerate(blocks))
         if image_token_id is None and not encoder_decoder:
@@ -71,8 +72,8 @@ def probe(model: PreTrainedModel, processor: Any = None) -> ModelParts:
         image=image,
         image_token_id=image_token_id,
         encoder_decoder=encoder_decoder,
-        logit_scale=logit_scale,
-        logit_cap=getattr(model.config.get_text_config(), "final_logit_softcapping", None),
+        logit_scale=scale_before * scale_after,
+        logit_cap=logit_cap,
     )
 
 
@@ -127,6 +128,21 @@ def _final_norm(kind: str, calls: dict[str, Call], head: nn.Module) -> tuple[Cal
         if call.is_norm and (found := factor(call.output, received)) is not None:
             return call, found
     raise InputError(f"{kind}: no norm's output is what the unembedding receives")
+
+
+def _logit_scale(model: PreTrainedModel, calls: dict[str, Call], head: nn.Module) -> tuple[float, float | None]:
+    """Return the factor between the unembedding's output and the model's logits, and their cap (None: no cap).
+
+    Raises InputError if something else happens to the logits.
+    """
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    # The outermost module was called last.
+    logits = next(reversed(calls.values())).output.double()
+    uncapped = logits if cap is None else cap * torch.atanh(logits / cap)
+    found = factor(next(call for call in calls.values() if call.module is head).output, uncapped)
+    if found is None:
+        raise InputError(f"{model.config.model_type}: logits are no multiple of the unembedding's output")
+    return found, cap
 
 
 def _blocks(kind: str, model: nn.Module, calls: dict[str, Call], norm: Call) -> list[Block]:

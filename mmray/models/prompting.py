@@ -42,6 +42,7 @@ CAPTION_VALUES = {
     "attention_mask": 1,
     "token_type_ids": 0,
     "mm_token_type_ids": 0,
+    "moe_mm_token_type_ids": 0,
     "cross_attention_mask": None,
     "image_attention_mask": None,
     IMAGE_MASK: 0,

@@ -204,7 +204,8 @@ def _mixes(call: Call, size: int) -> bool:
     That may be its own tokens or, in cross-attention, the encoder's.
     """
     given = call.first_input()
-    if not given.numel() == call.output.numel() == size or isinstance(call.module, nn.Linear):
+    sized = given.numel() == call.output.numel() == size and call.output.dim() > 1
+    if not sized or isinstance(call.module, nn.Linear):
         return False
 
     def moved(value: Any) -> Any:

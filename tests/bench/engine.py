@@ -179,12 +179,15 @@ class Comparison:
     samples: int
     repeats: int
 
-    def commands(self, out: Path) -> dict[str, list[str]]:
-        """Return the commands of one round, by what is timed; each goes on from those before it."""
+    def commands(self, out: Path, saved: Sequence[str]) -> dict[str, list[str]]:
+        """Return the commands of one round, by what is timed; each goes on from those before it.
+
+        `saved`: the option with which an edit is saved whatever else it changes.
+        """
         run, edit = str(out / "run"), str(out / "edit")
         pool = ["--workers", "2"]
         census = ["--model", "demo", "--data", "demo", "--limit", str(self.samples), "--shard-size", "32"]
-        change = ["--suppress", "broccoli", "--out", edit]
+        change = ["--suppress", "broccoli", "--method", "zero", "--out", edit, *saved]
         measured = ["--edit", edit, "--data", "demo", "--limit", str(self.samples // 4), "--text-count", "0"]
         return {
             "census": ["census", *census, "--out", run, *pool],
@@ -200,7 +203,10 @@ class Comparison:
         seconds: dict[str, dict[Path, list[float]]] = defaultdict(lambda: {checkout: [] for checkout in checkouts})
         for repeat in range(self.repeats):
             with tempfile.TemporaryDirectory() as folder:
-                rounds = {checkout: self.commands(Path(folder) / str(n)) for n, checkout in enumerate(checkouts)}
+                rounds = {
+                    checkout: self.commands(Path(folder) / str(number), saving(checkout))
+                    for number, checkout in enumerate(checkouts)
+                }
                 for what in rounds[checkouts[0]]:
                     for checkout in checkouts[:: -1 if repeat % 2 else 1]:
                         seconds[what][checkout].append(command_seconds(checkout, rounds[checkout][what]))
@@ -214,14 +220,24 @@ class Comparison:
             yield f"{what:14s}{here:8.1f}{there:8.1f}{here / there:7.2f}"
 
 
+def saving(checkout: Path) -> list[str]:
+    """Return the option of a checkout with which every edit is saved; the earliest ones save it without."""
+    option = "--allow-collateral"
+    return [option] if option in run_command(checkout, ["edit", "--help"]).stdout else []
+
+
 def command_seconds(checkout: Path, arguments: Sequence[str]) -> float:
     """Return the seconds of one command of a checkout; raises CalledProcessError where it fails."""
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
     began = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", "mmray", *arguments], env=environment, cwd=checkout, check=True, capture_output=True
-    )
+    run_command(checkout, arguments)
     return time.perf_counter() - began
+
+
+def run_command(checkout: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run one command of a checkout; raises CalledProcessError where it fails."""
+    environment = os.environ | {"PYTHONPATH": str(checkout), "COLUMNS": "200"}
+    command = [sys.executable, "-m", "mmray", *arguments]
+    return subprocess.run(command, env=environment, cwd=checkout, check=True, capture_output=True, text=True)
 
 
 def main() -> None:
