@@ -1,7 +1,18 @@
-"""Find how the image enters a model of unknown type, by running it on an image and on the same one half as bright."""
+"""Find how the image enters a model of unknown type, and the MLPs that it goes through before the decoder.
+
+The model runs on an image and a question; on the same image half as bright; and with another question. What the image
+changes and the question does not lies before the decoder:
+
+    vision      lists of residual blocks with one MLP each, in the module that gets the pixels
+    projector   all other MLPs, if they change the logits
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,16 +20,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmray.errors import InputError
+from mmray.models.layout import Projection
+from mmray.models.mlp_probe import fed_linears, gate_of
 from mmray.models.processing import IMAGE_MASK, example_inputs
+from mmray.models.recorded_calls import Block, Call, copied, record_calls
+
+OTHER_QUESTION = "How many animals and people are in this picture, and what are they doing there?"
+FAILURES = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What a network raises for inputs that it can't take."""
 
 
 @torch.no_grad()
 def image_entry(model: PreTrainedModel, first_block: str, processor: Any) -> tuple[str, int | None]:
     """Return `tokens` with the placeholder's token id (None if the inputs mark the positions), or `cross-attention`.
 
-    The image's positions are those where the input of the decoder's first block changes with the image; all of them
-    have one token in `input_ids`, which is nowhere else. If no position changes, or the last one does, the decoder
-    attends to the image. Raises InputError if the image enters in another way.
+    The input of the decoder's first block changes with the image at positions that all have one token in `input_ids`.
+    (LLaVA-NeXT has the same token at the ends of rows, which do not change.) If no position changes, or the last one
+    does, the decoder attends to the image. Raises InputError if the image enters in another way.
     """
     kind = model.config.model_type
     entered: list[Tensor] = []
@@ -32,7 +50,7 @@ def image_entry(model: PreTrainedModel, first_block: str, processor: Any) -> tup
         for given in (inputs, example_inputs(kind, processor, model.config, brightness=0.5)):
             try:
                 model(**placed(model, given))
-            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            except FAILURES as error:
                 reason = " ".join(str(error).split())[:120]
                 raise InputError(f"{kind}: a forward with an image failed ({reason})") from error
     tokens = inputs["input_ids"][0]
@@ -48,7 +66,7 @@ def image_entry(model: PreTrainedModel, first_block: str, processor: Any) -> tup
     if IMAGE_MASK in inputs and torch.equal(changed, inputs[IMAGE_MASK][0] == 1):
         return "tokens", None
     placeholders = torch.unique(tokens[changed])
-    if len(placeholders) != 1 or torch.isin(tokens[~changed], placeholders).any():
+    if len(placeholders) != 1:
         raise InputError(f"{kind}: the image changes positions of {len(placeholders)} different tokens in the prompt")
     return "tokens", int(placeholders)
 
@@ -59,3 +77,134 @@ def placed(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tenso
         name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()
     }
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the modules of interest got in one forward, in the order in which they ran, and the logits."""
+
+    calls: dict[str, Call]
+    logits: Tensor
+
+    def same(self, other: _Seen, path: str) -> bool:
+        """Return whether a module got the same in another forward."""
+        if path not in other.calls:
+            return False
+        given, before = self.calls[path].inputs(), other.calls[path].inputs()
+        return len(given) == len(before) and all(map(torch.equal, given, before))
+
+
+@torch.no_grad()
+def image_modules(
+    model: PreTrainedModel, first_block: str, processor: Any, answer: dict[str, Tensor]
+) -> tuple[Projection, ...]:
+    """Return the MLPs of the vision tower, then those of the projector; none if the model does not run on an image.
+
+    `first_block`: path of the decoder's first block. `answer`: inputs of a decoder after an encoder.
+    """
+    decoder = first_block.rpartition(".")[0]
+    lists = {
+        path: [f"{path}.{index}" for index in range(len(module))]
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and not _below(path, decoder) and not _is_mlp(module)
+    }
+    stacked = [decoder, *(block for blocks in lists.values() for block in blocks)]
+    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    owners = {_owner(model, path) for path in linears if not any(_below(path, block) for block in stacked)}
+    above = {path: _above(path, decoder) for path in lists}
+    watched = {*stacked[1:], *owners, *(path for paths in above.values() for path in paths)} - {""}
+    example = partial(example_inputs, model.config.model_type, processor, model.config)
+    try:
+        seen = _seen(model, watched, example() | answer)
+        darker = _seen(model, watched, example(brightness=0.5) | answer)
+        asked = _seen(model, watched, example(question=OTHER_QUESTION) | answer)
+    except (InputError, *FAILURES):
+        return ()
+    pictured = [path for path in seen.calls if seen.same(asked, path) and not seen.same(darker, path)]
+    tower: dict[str, list[Projection]] = {}
+    bridge: dict[str, list[Projection]] = {}
+    # Outermost first: a stage of several blocks has several MLPs, and the list inside it is found later.
+    for path in sorted(lists, key=lambda path: path.count(".")):
+        blocks = [seen.calls[block] for block in lists[path] if block in pictured]
+        if len(blocks) < len(lists[path]) or any(_below(path, other) for other in (*tower, *bridge)):
+            continue
+        found = [_mlps(block) for block in blocks]
+        inner = any(other != path and _below(other, path) for other in lists)
+        if all(len(mlps) == 1 if inner else mlps for mlps in found):
+            residual = all(block.output.shape == block.first_input().shape for block in blocks)
+            pixels = any(_gets_pixels(seen.calls.get(one), example()) for one in above[path])
+            (tower if residual and pixels else bridge)[path] = [mlp for mlps in found for mlp in mlps]
+    for path in pictured:
+        mlps = _mlps(seen.calls[path]) if path in owners else []
+        if used := [mlp for mlp in mlps if _matters(model, mlp, example() | answer, seen)]:
+            bridge[path] = used
+    return tuple(
+        replace(mlp, module=module, layer=layer)
+        for module, parts in (("vision", tower), ("projector", bridge))
+        for layer, mlp in enumerate(mlp for path in sorted(parts, key=_order(pictured)) for mlp in parts[path])
+    )
+
+
+def _seen(model: PreTrainedModel, paths: Collection[str], inputs: dict[str, Tensor]) -> _Seen:
+    """Run the model and keep the last calls of these modules."""
+    calls: dict[str, Call] = {}
+    with ExitStack() as stack:
+        for path in paths:
+            record_calls(stack, path, model.get_submodule(path), calls)
+        logits = model(**placed(model, inputs)).logits
+    return _Seen(calls, logits)
+
+
+def _mlps(call: Call) -> list[Projection]:
+    """Return the MLPs of a module, which runs again."""
+    calls: dict[str, Call] = {}
+    with ExitStack() as stack:
+        for path, module in call.module.named_modules():
+            if path:
+                record_calls(stack, f"{call.path}.{path}", module, calls)
+        call.module(*map(copied, call.arguments), **{name: copied(value) for name, value in call.named.items()})
+    block = Block(call, list(calls.values()))
+    mlps: list[Projection] = []
+    for found, entries in fed_linears(block):
+        gate, fused = gate_of(block, entries, found)
+        mlps.append(Projection("", 0, found.path, gate, found.first_input().shape[-1], gate_fused=fused))
+    return mlps
+
+
+def _matters(model: PreTrainedModel, mlp: Projection, inputs: dict[str, Tensor], seen: _Seen) -> bool:
+    """Return whether what an MLP writes changes the logits: some towers have heads that nothing reads."""
+    with model.get_submodule(mlp.path).register_forward_hook(lambda _, __, output: output + output.abs() + 1):
+        return not torch.equal(model(**placed(model, inputs)).logits, seen.logits)
+
+
+def _gets_pixels(root: Call | None, inputs: dict[str, Tensor]) -> bool:
+    """Return whether a module's input is an image, as the processor gives it or in tiles."""
+    shapes = [value.shape for value in inputs.values() if value.is_floating_point()]
+    return root is not None and any(root.first_input().shape[-2:] == shape[-2:] for shape in shapes)
+
+
+def _below(path: str, other: str) -> bool:
+    return f"{path}.".startswith(f"{other}.")
+
+
+def _is_mlp(modules: nn.ModuleList) -> bool:
+    """Return whether a list is one MLP's layers (Qwen-Omni's merger), not blocks."""
+    return any(isinstance(module, nn.Linear) for module in modules)
+
+
+def _owner(model: nn.Module, path: str) -> str:
+    """Return the module around a Linear that runs: lists do not."""
+    owner = path.rpartition(".")[0]
+    return _owner(model, owner) if isinstance(model.get_submodule(owner), nn.ModuleList) else owner
+
+
+def _above(path: str, decoder: str) -> list[str]:
+    """Return the modules around a list that do not hold the decoder."""
+    parts = path.split(".")
+    prefixes = [".".join(parts[:count]) for count in range(1, len(parts))]
+    return [prefix for prefix in prefixes if not _below(decoder, prefix)]
+
+
+def _order(pictured: list[str]) -> Callable[[str], int]:
+    """Return the key that sorts lists and modules by when they first ran."""
+    return lambda path: next(index for index, ran in enumerate(pictured) if _below(ran, path))

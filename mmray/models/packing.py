@@ -216,10 +216,10 @@ def _position_ids(
         for row, tree in enumerate(trees):
             depths[row, : len(tree.tokens)] = torch.tensor(tree.depths) + FIRST_POSITION.get(model.parts.family, 0)
         return depths
-    # Qwen-VL: an image's tokens have three coordinates, and text continues after the largest.
+    # Qwen-VL: an image's tokens have three coordinates (Hunyuan-VL's four), and text continues after the largest.
     given = {name: features[name] for name in inspect.signature(rotary).parameters if name in features}
     first = rotary(**given)[0]
-    places = torch.zeros(3, len(trees), total, dtype=torch.long)
+    places = torch.zeros(len(first), len(trees), total, dtype=torch.long)
     for row, tree in enumerate(trees):
         length = int(features["attention_mask"][row].sum())
         largest = first[:, row, :length].amax(dim=0).tolist()

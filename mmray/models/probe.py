@@ -30,15 +30,16 @@ from transformers import PreTrainedModel
 
 from mmray.errors import InputError
 from mmray.models.experts import by_unit, is_fused, written_by
-from mmray.models.image_probe import image_entry, placed
+from mmray.models.image_probe import FAILURES, image_entry, image_modules, placed
 from mmray.models.layout import ModelParts, Projection
+from mmray.models.mlp_probe import fed_linears, gate_of
 from mmray.models.processing import example_inputs
-from mmray.models.recorded_calls import Block, Call, factor, record_calls, rerun
+from mmray.models.recorded_calls import Block, Call, factor, record_calls
 
 
 @torch.no_grad()
 def probe(model: PreTrainedModel, processor: Any = None) -> ModelParts:
-    """Find the language projections, the final norm, the unembedding, and how the image enters.
+    """Find the language projections, the final norm and the unembedding; with a processor, also what the image meets.
 
     Runs four tokens of text through the language model once, then each block a few times. A model that does not run
     without an image needs its processor, and so does one whose configuration does not name the image's placeholder.
@@ -55,13 +56,15 @@ def probe(model: PreTrainedModel, processor: Any = None) -> ModelParts:
     training = model.training
     model.eval()
     try:
-        calls, encoder_decoder = _record(model, head, processor)
+        calls, answer = _record(model, head, processor)
         norm, scale_before = _final_norm(kind, calls, head)
         scale_after, logit_cap = _logit_scale(model, calls, head)
         blocks = _blocks(kind, model, calls, norm)
         projections = tuple(_projection(kind, layer, block) for layer, block in enumerate(blocks))
-        if image_token_id is None and not encoder_decoder:
+        if image_token_id is None and not answer:
             image, image_token_id = image_entry(model, blocks[0].path, processor)
+        if processor is not None:
+            projections += image_modules(model, blocks[0].path, processor, answer)
     finally:
         model.train(training)
     return ModelParts(
@@ -71,14 +74,14 @@ def probe(model: PreTrainedModel, processor: Any = None) -> ModelParts:
         unembedding=next(call.path for call in calls.values() if call.module is head),
         image=image,
         image_token_id=image_token_id,
-        encoder_decoder=encoder_decoder,
+        encoder_decoder=bool(answer),
         logit_scale=scale_before * scale_after,
         logit_cap=logit_cap,
     )
 
 
-def _record(model: PreTrainedModel, head: nn.Module, processor: Any) -> tuple[dict[str, Call], bool]:
-    """Return every module's last call by its path, and whether there is an encoder.
+def _record(model: PreTrainedModel, head: nn.Module, processor: Any) -> tuple[dict[str, Call], dict[str, Tensor]]:
+    """Return every module's last call by its path, and the inputs that a decoder needs after an encoder.
 
     Runs four tokens of text or, if that fails, a question with an image.
     """
@@ -95,15 +98,14 @@ def _record(model: PreTrainedModel, head: nn.Module, processor: Any) -> tuple[di
     if (placeholder := getattr(model.config, "image_token_id", None)) is not None:
         tokens[tokens == placeholder] = vocabulary // 2 + 4
     text = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    encoder_decoder = bool(getattr(owner.config, "is_encoder_decoder", False))
-    answer = {"decoder_input_ids": tokens} if encoder_decoder else {}
+    answer = {"decoder_input_ids": tokens} if getattr(owner.config, "is_encoder_decoder", False) else {}
     try:
-        return _calls_of(owner, prefix, text | answer), encoder_decoder
+        return _calls_of(owner, prefix, text | answer), answer
     except InputError:
         if processor is None:
             raise
     inputs = example_inputs(model.config.model_type, processor, model.config)
-    return _calls_of(model, "", placed(model, inputs) | answer), encoder_decoder
+    return _calls_of(model, "", placed(model, inputs) | answer), answer
 
 
 def _calls_of(network: PreTrainedModel, prefix: str, inputs: dict[str, Tensor]) -> dict[str, Call]:
@@ -114,7 +116,7 @@ def _calls_of(network: PreTrainedModel, prefix: str, inputs: dict[str, Tensor]) 
             record_calls(stack, f"{prefix}.{path}".strip("."), module, calls)
         try:
             network(**inputs, use_cache=False)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except FAILURES as error:
             reason = " ".join(str(error).split())[:120]
             what = "text and an image" if "pixel_values" in inputs else "text alone"
             raise InputError(f"{network.config.model_type}: a forward of {what} failed ({reason})") from error
@@ -166,21 +168,9 @@ def _blocks(kind: str, model: nn.Module, calls: dict[str, Call], norm: Call) -> 
 
 def _projection(kind: str, layer: int, block: Block) -> Projection:
     """Find the one MLP output projection of a block."""
-    # Gated attention passes both tests too.
-    linears = [
-        call
-        for call in block.inside
-        if isinstance(call.module, nn.Linear) and call not in block.silent_alone and not block.is_mixing(call)
+    fed = [
+        (call, entries) for call, entries in fed_linears(block) if call.first_input().shape[-1] > call.output.shape[-1]
     ]
-    hidden = block.total.shape[-1]
-    # Each Linear that passes the entry test, with what feeds it.
-    fed: list[tuple[Call, list[Call]]] = []
-    for call in linears:
-        width = call.first_input().shape[-1]
-        if call.output.shape[-1] == hidden and width > hidden:
-            wide = [other for other in linears if other is not call and other.output.shape[-1] in (width, 2 * width)]
-            if entries := [entry for entry in wide if _feeds(block, entry, call)]:
-                fed.append((call, entries))
     routed = [call for call in block.inside if is_fused(call.module)]
     if routed:
         projection, written = _experts(kind, layer, block, routed, fed)
@@ -202,7 +192,7 @@ def _mlp(kind: str, layer: int, block: Block, fed: list[tuple[Call, list[Call]]]
         names = " and ".join(call.path for call, *_ in found) or "none"
         raise InputError(f"{kind}: one MLP output projection looked for in {block.path}, found {names}")
     ((call, entries, writer, scale),) = found
-    gate, fused = _gate(block, entries, call)
+    gate, fused = gate_of(block, entries, call)
     post_norm = None if writer is call else writer.path
     width = call.first_input().shape[-1]
     return Projection(
@@ -240,7 +230,7 @@ def _experts(
         # The innermost one, whose output is the sum of the two.
         whole = max(around, key=lambda call: call.path.count("."))
         factors = _factors(whole, experts, shared, block.inside)
-        gate, fused = _gate(block, entries, shared)
+        gate, fused = gate_of(block, entries, shared)
         if factors is None:
             raise unknown
         routed_scale, weight = factors
@@ -279,29 +269,6 @@ def _factors(whole: Call, experts: Call, shared: Call, inside: list[Call]) -> tu
         if found is not None:
             return found, weight
     return None
-
-
-def _feeds(block: Block, entry: Call, call: Call) -> bool:
-    """Return whether the entry's output reaches the projection's input elementwise: the entry test."""
-    given = call.first_input()
-    # A norm in between mixes the units of a token.
-    between = next((one for one in block.inside if one.is_norm and torch.equal(one.output, given)), call)
-    before, width = between.first_input(), given.shape[-1]
-    # Every other unit, so that mixing with a neighbour shows.
-    units = torch.arange(0, width, 2)
-
-    def change(output: Tensor) -> Tensor:
-        rows = output.clone().flatten(0, -2)
-        rows[0, units] += 1 + rows[0, units].abs()
-        return rows.view(output.shape)
-
-    seen = rerun(block.call, entry, change, between)[1]
-    if seen is None or seen.shape != before.shape:
-        return False
-    changed = (seen != before).flatten(0, -2)
-    elsewhere = changed.clone()
-    elsewhere[0, units] = False
-    return bool(changed.any()) and not bool(elsewhere.any())
 
 
 def _writer(block: Block, call: Call) -> tuple[Call, float | None]:
@@ -357,19 +324,3 @@ def _spans(parts: list[Tensor], total: Tensor) -> bool:
     # As a fraction of what the block adds, which may be little of its output; plus the output's own rounding.
     allowed = 1e-2 * (output - terms[:, 0]).norm() + torch.finfo(total.dtype).eps * output.norm()
     return bool((output - fitted).norm() <= allowed)
-
-
-def _gate(block: Block, entries: list[Call], call: Call) -> tuple[str | None, bool]:
-    """Return the path of the gate's Linear (None for a plain MLP) and whether it computes the other factor too."""
-    width = call.first_input().shape[-1]
-    if len(entries) == 1 and entries[0].output.shape[-1] == width:
-        return None, False
-    for entry in entries:
-        # Negating a linear factor negates the product; negating the gate, before its non-linearity, does not.
-        def negate(output: Tensor) -> Tensor:
-            return torch.cat((-output[..., :width], output[..., width:]), dim=-1)
-
-        seen = rerun(block.call, entry, negate, call)[1]
-        if seen is None or not torch.allclose(seen, -call.first_input()):
-            return entry.path, entry.output.shape[-1] != width
-    return None, False

@@ -64,10 +64,15 @@ def processed(name: str, processor: Any, prompts: Sequence[str], images: Sequenc
 
 
 def example_inputs(
-    name: str, processor: Any, config: PreTrainedConfig, *, brightness: float = 1.0
+    name: str,
+    processor: Any,
+    config: PreTrainedConfig,
+    *,
+    brightness: float = 1.0,
+    question: str = EXAMPLE_QUESTION,
 ) -> dict[str, Tensor]:
-    """Return the network's inputs for one image and the question what it shows."""
-    prompt = question_text(name, processor, config, EXAMPLE_QUESTION, image=True)
+    """Return the network's inputs for one image and a question."""
+    prompt = question_text(name, processor, config, question, image=True)
     return processed(name, processor, [prompt], [noise_image(brightness)])
 
 

@@ -26,9 +26,13 @@ class Call:
     named: dict[str, Any]
     output: Tensor
 
+    def inputs(self) -> list[Tensor]:
+        """Return the tensors among the module's inputs."""
+        return [value for value in (*self.arguments, *self.named.values()) if isinstance(value, Tensor)]
+
     def first_input(self) -> Tensor:
-        """Return the first tensor among the module's inputs."""
-        return next(value for value in (*self.arguments, *self.named.values()) if isinstance(value, Tensor))
+        """Return the first tensor among the module's inputs, its hidden states."""
+        return self.inputs()[0]
 
     @property
     def is_norm(self) -> bool:
