@@ -6,6 +6,8 @@ A vision-language model combines three parts that vary independently, so there a
     DECODERS[config.text_config.model_type]   what a block of the language decoder looks like
     TOWERS[config.vision_config.model_type]   what a block of the vision tower looks like
 
+Two more are for models that the probe reads as well: HABITS, for prompts and images, and TILED.
+
     LlavaForConditionalGeneration             (family "llava", decoder "llama", tower "clip_vision_model")
     ├── model
     │   ├── vision_tower                      Family.tower
@@ -24,6 +26,7 @@ exists is taken. A row says where to look; `mmray.models.parts` checks what is t
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,40 @@ TOWERS: dict[str, tuple[Stack, ...]] = {
     "qwen3_vl_vision": (Stack(blocks=("blocks",), projection=("mlp.linear_fc2",)),),
     "qwen3_vl_moe_vision": (Stack(blocks=("blocks",), projection=("mlp.linear_fc2",)),),
 }
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How a type's processor and decoder treat prompt, image and caption, where they differ from the others'."""
+
+    adds_placeholder: bool = False
+    """The processor writes the image's placeholder before the text, so the prompt must not."""
+    prompt_end: str = ""
+    """What the processor appends to the prompt."""
+    caption_type: int = 0
+    """The caption's `token_type_ids`."""
+    sees_later: str = ""
+    """What sees later tokens of itself too: each `image`, or all of the `prompt`."""
+    first_position: int = 0
+    """Where positions are counted from."""
+    newlines: bool = False
+    """The image's tokens are those of the downscaled image, then of the large one with a token after each row."""
+
+
+HABITS: dict[str, Habits] = {
+    **dict.fromkeys(("blip-2", "florence2", "instructblip", "kosmos-2", "kosmos-2.5"), Habits(adds_placeholder=True)),
+    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), Habits(newlines=True)),
+    "gemma3": Habits(sees_later="image"),
+    # Of its token types, 0 is the prompt, which is read in both directions: a caption of type 0 would leak.
+    "paligemma": Habits(prompt_end="\n", caption_type=1, sees_later="prompt", first_position=1),
+}
+"""By `config.model_type`; the others have none of these."""
+
+
+def habits_of(config: Any) -> Habits:
+    """Return the habits of a configuration's type."""
+    return HABITS.get(config.model_type, Habits())
+
 
 TILED = {"mllama_vision_model": "aspect_ratio_mask"}
 """Towers that also run padding (missing tiles, rows after a tile's patches) → the input that masks tiles."""

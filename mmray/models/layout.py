@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+PROBED = "probed"
+"""The family of models that the table does not know."""
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -43,7 +46,7 @@ class ModelParts:
     """The parts of one model that neurons are found, scored and edited in."""
 
     family: str
-    """The key in `FAMILIES`, or `probed`."""
+    """The key in `FAMILIES`, or PROBED."""
     projections: tuple[Projection, ...]
     """In order: language, vision, projector; by layer within each."""
     final_norm: str

@@ -26,6 +26,7 @@ from numpy import ndarray
 from PIL.Image import Image
 from torch import Tensor
 
+from mmray.models.families import habits_of
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, Path, TokenSpan, run_processor, spans_of
 
@@ -34,12 +35,6 @@ TYPES = "mm_token_type_ids"
 """Marks image positions: 0 for text."""
 OWN_MASK = "token_type_ids"
 """From these a network makes its own mask; the one given here replaces them."""
-
-BLOCKS = {"gemma3": "image", "paligemma": "prompt"}
-"""Families in which tokens of a block also see later tokens of it: each of an image's, or all before the caption."""
-
-FIRST_POSITION = {"paligemma": 1}
-"""Families that do not count positions from 0."""
 
 
 def encode_shared(
@@ -167,7 +162,7 @@ def _blocks(
 
     None if the sequences of a row don't share their image, or not all of a block: it would see two continuations.
     """
-    kind = BLOCKS.get(model.parts.family)
+    kind = habits_of(model.network.config).sees_later
     blocks: list[set[tuple[int, int]]] = [set() for _ in range(1 + paths[-1].row)]
     shared = [start if kind == "prompt" else 0 for start in starts]
     for span in spans:
@@ -212,9 +207,9 @@ def _position_ids(
     """Return the position ids that each token would have in a row of its own."""
     rotary: Any = getattr(model.network.base_model, "get_rope_index", None)
     if rotary is None:
-        depths = torch.zeros(len(trees), total, dtype=torch.long)
+        depths, start = torch.zeros(len(trees), total, dtype=torch.long), habits_of(model.network.config).first_position
         for row, tree in enumerate(trees):
-            depths[row, : len(tree.tokens)] = torch.tensor(tree.depths) + FIRST_POSITION.get(model.parts.family, 0)
+            depths[row, : len(tree.tokens)] = torch.tensor(tree.depths) + start
         return depths
     # Qwen-VL: an image's tokens have three coordinates (Hunyuan-VL's four), and text continues after the largest.
     given = {name: features[name] for name in inspect.signature(rotary).parameters if name in features}

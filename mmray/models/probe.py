@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from mmray.errors import InputError
 from mmray.models.experts import by_unit, is_fused, written_by
 from mmray.models.image_probe import FAILURES, image_entry, image_modules, placed
-from mmray.models.layout import ModelParts, Projection
+from mmray.models.layout import PROBED, ModelParts, Projection
 from mmray.models.mlp_probe import fed_linears, gate_of
 from mmray.models.processing import example_inputs
 from mmray.models.recorded_calls import Block, Call, factor, record_calls
@@ -68,7 +68,7 @@ def probe(model: PreTrainedModel, processor: Any = None) -> ModelParts:
     finally:
         model.train(training)
     return ModelParts(
-        family="probed",
+        family=PROBED,
         projections=projections,
         final_norm=norm.path,
         unembedding=next(call.path for call in calls.values() if call.module is head),

@@ -12,12 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from mmray.errors import InputError
+from mmray.models.families import habits_of
 from mmray.models.templates import render
 
 EXAMPLE_QUESTION = "Describe the image in few words."
 
-ADD_PLACEHOLDER = ("blip-2", "florence2", "instructblip", "kosmos-2", "kosmos-2.5")
-"""Model types whose processor writes the image's placeholder before the text."""
 IMAGE_MASK = "image_embeds_position_mask"
 """Input that is 1 at the image's positions (Kosmos-2, whose image tokens all differ)."""
 
@@ -32,7 +31,7 @@ def question_text(name: str, processor: Any, config: PreTrainedConfig, question:
     # A trailing space belongs to the answer's first token; here it would become a token of its own.
     question = question.rstrip(" ")
     # Without a template the placeholder must be written here, unless the processor adds it.
-    if image and config.model_type not in ADD_PLACEHOLDER:
+    if image and not habits_of(config).adds_placeholder:
         placeholders = (getattr(processor, attribute, None) for attribute in ("boi_token", "image_token"))
         return f"{next(filter(None, placeholders), '')}{question}"
     return question

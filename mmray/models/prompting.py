@@ -23,6 +23,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmray.errors import InputError
+from mmray.models.families import habits_of
 from mmray.models.loading import LoadedModel
 from mmray.models.processing import EXAMPLE_QUESTION, IMAGE_MASK, processed, question_text
 
@@ -33,9 +34,6 @@ PROMPTS = {
     "zh": "用 几句 话 描述 这张 图片 。",
 }
 """The prompt of Pan et al. 2024, by the language of the caption; other languages get the English one."""
-
-ENDS = {"paligemma": "\n"}
-"""What a family's processor appends to the prompt."""
 
 CAPTION_VALUES = {
     "input_ids": None,
@@ -49,9 +47,6 @@ CAPTION_VALUES = {
 }
 """Inputs with one column per position → their value at caption tokens. None: the token id itself; for masks of
 cross-attention, their value at the prompt's last token."""
-
-CAUSAL_TYPE = {"paligemma": 1}
-"""Families whose `token_type_ids` separate the prompt (0, bidirectional) from the answer: 0 would leak the caption."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +132,7 @@ def prompt_text(
     question = question_text(model.name, model.processor, model.network.config, question, image=image)
     if not prefix:
         return question
-    if model.parts.encoder_decoder or model.parts.family in CAUSAL_TYPE:
+    if model.parts.encoder_decoder or habits_of(model.network.config).sees_later == "prompt":
         raise InputError(f"{model.name}: --prefix needs a decoder that reads prompt and answer as one causal sequence")
     return f"{question}{'' if not question or question[-1].isspace() else ' '}{prefix.strip()}"
 
@@ -153,7 +148,7 @@ def tokenize_caption(model: LoadedModel, prompt: str, caption: str) -> tuple[lis
     If the space between the two is a token of its own, it comes first and covers nothing.
     """
     # Tokenised together: many tokenizers encode the first word differently at the start of a text.
-    full_prompt = prompt + ENDS.get(model.parts.family, "")
+    full_prompt = prompt + habits_of(model.network.config).prompt_end
     before = full_prompt if not full_prompt or full_prompt[-1].isspace() else full_prompt + " "
     encoded: Any = model.tokenizer(before + caption, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = [], []
@@ -218,7 +213,8 @@ def _extend(
 ) -> Tensor:
     """Lengthen one input with a column per position, so that it covers the captions too."""
     rows, _, *rest = value.shape
-    fill = CAUSAL_TYPE.get(model.parts.family, 0) if name == "token_type_ids" else CAPTION_VALUES[name]
+    types = habits_of(model.network.config).caption_type
+    fill = types if name == "token_type_ids" else CAPTION_VALUES[name]
     longer = value.new_full((rows, total, *rest), _padding(model) if name == "input_ids" else 0)
     for row, (length, caption) in enumerate(zip(lengths, tokens, strict=True)):
         longer[row, :length] = value[row, :length]

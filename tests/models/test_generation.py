@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -161,9 +162,9 @@ def tokenizers(open_model):
     tidy.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     own = {"bytes": bytes_for_rare_characters(), "tidy": tidy}
     assert tidy.decode(tidy("a dog , n't .").input_ids, skip_special_tokens=True) == "a dog,n't."
-    return lambda name: SimpleNamespace(
-        tokenizer=own.get(name) or open_model(name).tokenizer,
-        parts=open_model("llava" if name in own else name).parts,
+    return lambda name: replace(
+        open_model("llava" if name in own else name),
+        processor=SimpleNamespace(tokenizer=own.get(name) or open_model(name).tokenizer),
     )
 
 

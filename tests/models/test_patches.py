@@ -1,8 +1,13 @@
 """Every patch is an image token, each once, in the place that the processor cut it from."""
 
+from copy import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
+from mmray.models.families import HABITS
+from mmray.models.layout import PROBED
 from mmray.models.patches import WHOLE, Patches, patches_of, tile_side
 from tests.support.samples import CAPTIONS, batch_of, picture
 from tests.support.tiny import VARIANTS
@@ -32,6 +37,25 @@ def test_images_that_are_no_grid_have_no_patches(open_model, variant):
     model = open_model(variant)
     batch, _ = batch_of(model, CAPTIONS[:1])
     assert patches_of(model, batch, 0, (56, 40)) is None
+
+
+@pytest.mark.parametrize("variant", GRIDS)
+def test_the_grid_of_a_model_outside_the_table_must_be_shown(open_model, variant):
+    model = open_model(variant)
+    batch, _ = batch_of(model, CAPTIONS[:1])
+    # A network of its own: what was shown is remembered by the network.
+    probed = replace(model, network=copy(model.network), parts=replace(model.parts, family=PROBED))
+    assert patches_of(probed, batch, 0, picture(0).size) == patches_of(model, batch, 0, picture(0).size)
+
+
+def test_a_wrong_grid_is_not_used(open_model, monkeypatch):
+    model = open_model("llava_next")
+    batch, _ = batch_of(model, CAPTIONS[:1])
+    probed = replace(model, network=copy(model.network), parts=replace(model.parts, family=PROBED))
+    # As if its newlines were patches.
+    monkeypatch.delitem(HABITS, "llava_next")
+    assert patches_of(model, batch, 0, picture(0).size) is not None
+    assert patches_of(probed, batch, 0, picture(0).size) is None
 
 
 def test_what_a_crop_leaves_out_is_not_covered(open_model):

@@ -38,7 +38,7 @@ def abilities_of(model: LoadedModel) -> list[Ability]:
 
 def _maps_problem(model: LoadedModel) -> str:
     grid = patches_of(model, example(model), 0, noise_image().size)
-    return "" if grid else "the image has no grid of tokens in the sequence"
+    return "" if grid else "the image has no grid of tokens in the sequence, or none that is shown to be right"
 
 
 def _gates_problem(model: LoadedModel) -> str:
