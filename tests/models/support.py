@@ -1,24 +1,31 @@
-"""The table of families in mmray/models/README.md, made from the tiny checkpoints.
+"""The tables of families and model types in mmray/models/README.md, made from the tiny checkpoints.
 
-`python -m tests.models.support` writes it anew.
+`python -m tests.models.support` writes them anew.
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from mmray.features.census.model_check import check_model
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from mmray.features.census.model_check import abilities_of, check_model
 from mmray.models.loading import LoadedModel
 from mmray.neurons.row_sharing import RowSharing
+from tests.support import model_types
+from tests.support.model_types import KINDS
 from tests.support.tiny import VARIANTS, build
 
 README = Path(__file__).parents[2] / "mmray/models/README.md"
-SECTION = re.compile(
-    r"(<!-- families: python -m tests\.models\.support -->\n\n).*?(\n<!-- families end -->)", re.DOTALL
-)
+SECTIONS = {
+    name: re.compile(rf"(<!-- {name}: python -m tests\.models\.support -->\n\n).*?(\n<!-- {name} end -->)", re.DOTALL)
+    for name in ("families", "types", "others")
+}
+"""By the name of the table, its place in the README."""
 NAMES = {
     "llava": "LLaVA 1.5",
     "llava_next": "LLaVA-NeXT",
@@ -68,16 +75,87 @@ def table(open_model: Callable[[str], LoadedModel]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def written(text: str, made: str) -> str:
-    """Return the README with this table in its place."""
-    return SECTION.sub(lambda found: found[1] + made + found[2], text)
+SHORT = {
+    "heat maps, saliency": "heat maps",
+    "captions of an image share a row": "shared rows",
+    "edits that are learned": "learned edits",
+    "selectivity --steer": "steering",
+    "neurons of the vision tower": "vision neurons",
+    "neurons of the projector": "projector neurons",
+}
+"""Abilities by their names in a table."""
+
+
+def type_row(name: str, model: LoadedModel) -> str:
+    """Return the line of a model type that the probe reads."""
+    checks, parts = check_model(model), model.parts
+    language = parts.of("language")
+    kind = "experts" if any(one.experts for one in language) else "gated" if language[0].gate else "plain"
+    image = "encoder" if parts.encoder_decoder else parts.image
+    path = re.sub(r"\.\d+\.", ".N.", language[-1].path, count=1)
+    counts = " | ".join(str(len(parts.of(module))) for module in ("vision", "projector"))
+    missing = ", ".join(SHORT.get(one.name, one.name) for one in abilities_of(model) if one.problem) or "–"
+    held = f"{sum(check.passed for check in checks)} of {len(checks)}"
+    return f"| `{name}` | `{path}` | {kind} | {image} | {counts} | {missing} | {held} |"
+
+
+def types_table(open_type: Callable[[str], LoadedModel]) -> str:
+    """Return the table of the types that the probe reads."""
+    head = (
+        "| type | output projection of the language MLPs | MLP | image | vision | projector | does not work | checks |"
+    )
+    lines = [head, "|---|---|---|---|---|---|---|---|", *(type_row(name, open_type(name)) for name in KINDS)]
+    return "\n".join(lines) + "\n"
+
+
+NOT_CHECKED = "Not checked, for want of a tiny checkpoint"
+OTHERS = {
+    "blip": "refused: a dense layer and a norm follow the last block, so the unembedding reads no sum of writes",
+    "diffusion_gemma": "not causal: it generates by diffusion over blocks",
+    "ernie4_5_vl_moe": "refused: image tokens go through experts of their own",
+    "evolla": "reads proteins, not images",
+    "fast_vlm": "not checked: its vision tower needs timm",
+    "gemma3n": "not checked: its vision tower needs timm",
+    "git": "refused: the image stands before the text without a placeholder",
+    "instructblipvideo": "reads videos, not images",
+    "llama4": "transformers 5.24 raises for images; its decoder with routed and shared experts passes",
+    "mistral4": "a language model without images",
+    "nemotron_h_omni": "refused: it names no output embeddings",
+    "perception_lm": "not checked: its vision tower needs timm",
+    "pi0": "writes actions of a robot, not text",
+    "pp_formulanet": "reads formulas without a prompt",
+    "shieldgemma2": "Gemma 3 with another head, of two words",
+    "udop": "needs the boxes of words on a page",
+    "vision-encoder-decoder": "refused with a BERT decoder: a dense layer and a norm follow its last block",
+}
+"""Types of transformers without a row in the tables, and why."""
+
+
+def others_table() -> str:
+    """Return a line per model type of transformers that neither table has."""
+    known = {facts.config for facts in VARIANTS.values()} | KINDS.keys()
+    rest = [name for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if name not in known]
+    lines = ["| type | why not |", "|---|---|", *(f"| `{name}` | {OTHERS[name]} |" for name in rest if name in OTHERS)]
+    unchecked = ", ".join(f"`{name}`" for name in rest if name not in OTHERS)
+    return "\n".join(lines) + "\n\n" + textwrap.fill(f"{NOT_CHECKED}: {unchecked}.", 126) + "\n"
+
+
+def written(text: str, made: dict[str, str]) -> str:
+    """Return the README with these tables in their places."""
+    for name, table in made.items():
+        text = SECTIONS[name].sub(lambda found, table=table: found[1] + table + found[2], text)
+    return text
 
 
 def main() -> None:
     from mmray.neurons.model import load_model
 
     with tempfile.TemporaryDirectory() as folder:
-        made = table(lambda variant: load_model(str(build(variant, Path(folder) / variant))))
+        made = {
+            "families": table(lambda variant: load_model(str(build(variant, Path(folder) / variant)))),
+            "types": types_table(lambda name: load_model(str(model_types.build(name, Path(folder) / name)))),
+            "others": others_table(),
+        }
     README.write_text(written(README.read_text(encoding="utf-8"), made), encoding="utf-8")
 
 

@@ -41,7 +41,7 @@ def build(variant: str, folder: Path) -> Path:
     if facts.qformer_tokenizer:
         settings["qformer_tokenizer"] = tokenizer_of(facts)
     if facts.template:
-        settings["chat_template"] = _template(*facts.template)
+        settings["chat_template"] = template_of(*facts.template)
     image_processor = getattr(transformers, facts.image_processor)(**facts.image_settings)
     processor = getattr(transformers, facts.processor)(image_processor=image_processor, tokenizer=tokenizer, **settings)
     processor.save_pretrained(folder)
@@ -98,7 +98,7 @@ def tokenizer_of(facts: Variant) -> transformers.PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _template(start: str, user: str, image: str, closing: str, assistant: str) -> str:
+def template_of(start: str, user: str, image: str, closing: str, assistant: str) -> str:
     """Return a chat template in Jinja for messages whose content is a list of texts and images."""
     start, user, image, closing, assistant = (json.dumps(text) for text in (start, user, image, closing, assistant))
     return (
@@ -127,15 +127,20 @@ def _model(variant: str, tokenizer: transformers.PreTrainedTokenizerFast) -> tra
         **options,
     )
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    random = torch.Generator().manual_seed(zlib.crc32(variant.encode()))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=random)
-            # Gains stay near one. All else, also the biases and gates that start at zero, is given some weight.
-            is_gain = parameter.dim() == 1 and bool((parameter == 1).all())
-            parameter.copy_(1 + 0.1 * noise if is_gain else 0.2 * noise)
+    randomise(model, variant)
     model.generation_config.update(**ids)
     return model.eval()
+
+
+@torch.no_grad()
+def randomise(model: transformers.PreTrainedModel, seed: str) -> None:
+    """Give a model seeded random weights, large enough that activations do not vanish."""
+    random = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=random)
+        # Gains stay near one. All else, also the biases and gates that start at zero, is given some weight.
+        is_gain = parameter.dim() == 1 and bool((parameter == 1).all())
+        parameter.copy_(1 + 0.1 * noise if is_gain else 0.2 * noise)
 
 
 def _with_ids(settings: Mapping[str, Any], tokenizer: transformers.PreTrainedTokenizerFast) -> dict[str, Any]:
