@@ -9,7 +9,7 @@ changes and the question does not lies before the decoder:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,22 +39,17 @@ def image_entry(model: PreTrainedModel, first_block: str, processor: Any) -> tup
     does, the decoder attends to the image. Raises InputError if the image enters in another way.
     """
     kind = model.config.model_type
-    entered: list[Tensor] = []
-    block = model.get_submodule(first_block)
-
-    def enter(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        entered.append(next(value for value in (*arguments, *named.values()) if isinstance(value, Tensor)))
-
     inputs = example_inputs(kind, processor, model.config)
-    with block.register_forward_pre_hook(enter, with_kwargs=True):
-        for given in (inputs, example_inputs(kind, processor, model.config, brightness=0.5)):
-            try:
-                model(**placed(model, given))
-            except FAILURES as error:
-                reason = " ".join(str(error).split())[:120]
-                raise InputError(f"{kind}: a forward with an image failed ({reason})") from error
+    try:
+        pair = [
+            _until(model, first_block, given)
+            for given in (inputs, example_inputs(kind, processor, model.config, brightness=0.5))
+        ]
+    except FAILURES as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{kind}: a forward with an image failed ({reason})") from error
     tokens = inputs["input_ids"][0]
-    first, second = (hidden.flatten(0, -2) for hidden in entered)
+    first, second = (hidden.flatten(0, -2) for hidden in pair)
     if first.shape != second.shape or len(first) != len(tokens):
         raise InputError(
             f"{kind}: {len(first)} positions in the decoder for {len(tokens)} tokens; "
@@ -79,12 +74,30 @@ def placed(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tenso
     }
 
 
+class _ReachedError(Exception):
+    """Ends a forward at the decoder's first block, whose input is the argument."""
+
+
+def _until(model: PreTrainedModel, block: str, inputs: dict[str, Tensor]) -> Tensor:
+    """Run the model up to a block and return its input: what follows would cost most of the time."""
+
+    def enter(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        raise _ReachedError(next(value for value in (*arguments, *named.values()) if isinstance(value, Tensor)))
+
+    with model.get_submodule(block).register_forward_pre_hook(enter, with_kwargs=True):
+        try:
+            model(**placed(model, inputs))
+        except _ReachedError as reached:
+            return reached.args[0]  # type: ignore[no-any-return]
+    raise RuntimeError(f"{block} did not run")
+
+
 @dataclass(frozen=True)
 class _Seen:
-    """What the modules of interest got in one forward, in the order in which they ran, and the logits."""
+    """What the modules of interest got in one forward, in the order in which they ran, and what came of it."""
 
     calls: dict[str, Call]
-    logits: Tensor
+    outcome: Tensor
 
     def same(self, other: _Seen, path: str) -> bool:
         """Return whether a module got the same in another forward."""
@@ -96,11 +109,29 @@ class _Seen:
 
 @torch.no_grad()
 def image_modules(
-    model: PreTrainedModel, first_block: str, processor: Any, answer: dict[str, Tensor]
+    model: PreTrainedModel, first_block: str, processor: Any, answer: dict[str, Tensor], image: str = "tokens"
 ) -> tuple[Projection, ...]:
     """Return the MLPs of the vision tower, then those of the projector; none if the model does not run on an image.
 
-    `first_block`: path of the decoder's first block. `answer`: inputs of a decoder after an encoder.
+    `first_block`: path of the decoder's first block. `answer`: inputs of a decoder after an encoder. `image`: how the
+    image enters.
+    """
+    # Where the image is in the decoder's first input, the decoder itself need not run.
+    stop = first_block if image == "tokens" and not answer else None
+    example = partial(example_inputs, model.config.model_type, processor, model.config)
+    try:
+        inputs = [example(), example(brightness=0.5), example(question=OTHER_QUESTION)]
+        return _image_modules(model, first_block, [one | answer for one in inputs], stop)
+    except (InputError, *FAILURES):
+        return ()
+
+
+def _image_modules(
+    model: PreTrainedModel, first_block: str, inputs: Sequence[dict[str, Tensor]], stop: str | None
+) -> tuple[Projection, ...]:
+    """Return the MLPs that the image goes through.
+
+    `inputs`: those of an image with a question, of the darker image, and with the other question.
     """
     decoder = first_block.rpartition(".")[0]
     lists = {
@@ -113,13 +144,7 @@ def image_modules(
     owners = {_owner(model, path) for path in linears if not any(_below(path, block) for block in stacked)}
     above = {path: _above(path, decoder) for path in lists}
     watched = {*stacked[1:], *owners, *(path for paths in above.values() for path in paths)} - {""}
-    example = partial(example_inputs, model.config.model_type, processor, model.config)
-    try:
-        seen = _seen(model, watched, example() | answer)
-        darker = _seen(model, watched, example(brightness=0.5) | answer)
-        asked = _seen(model, watched, example(question=OTHER_QUESTION) | answer)
-    except (InputError, *FAILURES):
-        return ()
+    seen, darker, asked = (_seen(model, watched, given, stop) for given in inputs)
     pictured = [path for path in seen.calls if seen.same(asked, path) and not seen.same(darker, path)]
     tower: dict[str, list[Projection]] = {}
     bridge: dict[str, list[Projection]] = {}
@@ -132,11 +157,11 @@ def image_modules(
         inner = any(other != path and _below(other, path) for other in lists)
         if all(len(mlps) == 1 if inner else mlps for mlps in found):
             residual = all(block.output.shape == block.first_input().shape for block in blocks)
-            pixels = any(_gets_pixels(seen.calls.get(one), example()) for one in above[path])
+            pixels = any(_gets_pixels(seen.calls.get(one), inputs[0]) for one in above[path])
             (tower if residual and pixels else bridge)[path] = [mlp for mlps in found for mlp in mlps]
     for path in pictured:
         mlps = _mlps(seen.calls[path]) if path in owners else []
-        if used := [mlp for mlp in mlps if _matters(model, mlp, example() | answer, seen)]:
+        if used := [mlp for mlp in mlps if _matters(model, mlp, inputs[0], seen, stop)]:
             bridge[path] = used
     return tuple(
         replace(mlp, module=module, layer=layer)
@@ -145,14 +170,21 @@ def image_modules(
     )
 
 
-def _seen(model: PreTrainedModel, paths: Collection[str], inputs: dict[str, Tensor]) -> _Seen:
-    """Run the model and keep the last calls of these modules."""
+def _seen(model: PreTrainedModel, paths: Collection[str], inputs: dict[str, Tensor], stop: str | None) -> _Seen:
+    """Run the model, up to a block if one is given, and keep the last calls of these modules."""
     calls: dict[str, Call] = {}
     with ExitStack() as stack:
         for path in paths:
             record_calls(stack, path, model.get_submodule(path), calls)
-        logits = model(**placed(model, inputs)).logits
-    return _Seen(calls, logits)
+        return _Seen(calls, _outcome(model, inputs, stop))
+
+
+def _outcome(model: PreTrainedModel, inputs: dict[str, Tensor], stop: str | None) -> Tensor:
+    """Return the logits or, if the model stops at a block, its input."""
+    if stop is not None:
+        return _until(model, stop, inputs)
+    logits: Tensor = model(**placed(model, inputs)).logits
+    return logits
 
 
 def _mlps(call: Call) -> list[Projection]:
@@ -171,10 +203,10 @@ def _mlps(call: Call) -> list[Projection]:
     return mlps
 
 
-def _matters(model: PreTrainedModel, mlp: Projection, inputs: dict[str, Tensor], seen: _Seen) -> bool:
-    """Return whether what an MLP writes changes the logits: some towers have heads that nothing reads."""
+def _matters(model: PreTrainedModel, mlp: Projection, inputs: dict[str, Tensor], seen: _Seen, stop: str | None) -> bool:
+    """Return whether what an MLP writes changes what comes of a forward: some towers have heads that nothing reads."""
     with model.get_submodule(mlp.path).register_forward_hook(lambda _, __, output: output + output.abs() + 1):
-        return not torch.equal(model(**placed(model, inputs)).logits, seen.logits)
+        return not torch.equal(_outcome(model, inputs, stop), seen.outcome)
 
 
 def _gets_pixels(root: Call | None, inputs: dict[str, Tensor]) -> bool:

@@ -64,7 +64,7 @@ def probe(model: PreTrainedModel, processor: Any = None) -> ModelParts:
         if image_token_id is None and not answer:
             image, image_token_id = image_entry(model, blocks[0].path, processor)
         if processor is not None:
-            projections += image_modules(model, blocks[0].path, processor, answer)
+            projections += image_modules(model, blocks[0].path, processor, answer, image)
     finally:
         model.train(training)
     return ModelParts(

@@ -22,7 +22,7 @@ def test_vision_tower_and_projector_are_those_of_the_table(loaded, variant):
     model = loaded(variant)
     parts = locate(model.network)
     answer = {"decoder_input_ids": torch.tensor([[5, 6, 7, 8]])} if parts.encoder_decoder else {}
-    found = image_modules(model.network, first_block(parts), model.processor, answer)
+    found = image_modules(model.network, first_block(parts), model.processor, answer, parts.image)
     known = parts.of("vision") + (() if variant in ASKED else parts.of("projector"))
     # The table has Qwen3-VL's projectors in another order than they run.
     assert {(one.module, one.path, one.gate, one.width) for one in found} == {
