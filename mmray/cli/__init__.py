@@ -25,6 +25,7 @@ import mmray.cli.features
 import mmray.cli.models
 import mmray.cli.push
 import mmray.cli.report
+import mmray.cli.serve
 import mmray.cli.status  # noqa: F401  they register
 from mmray.errors import InputError
 from mmray.storage import is_full

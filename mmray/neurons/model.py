@@ -24,7 +24,7 @@ from mmray.models.patches import patches_of
 from mmray.models.prompting import encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neuron_names import parse_neuron
 from mmray.neurons.concepts import find_forms
-from mmray.neurons.heatmaps import MapRequest, patch_maps, placed
+from mmray.neurons.heatmaps import Map, MapRequest, patch_maps, placed
 from mmray.neurons.scores import SCORES, Pieces
 from mmray.neurons.scoring import score_batch, whole_nouns
 from mmray.neurons.token_positions import locate_mentions
@@ -109,6 +109,20 @@ class NeuronModel(LoadedModel):
         """
         opened = open_image(image)
         assert opened is not None
+        values, covers = self.patch_map(opened, neurons, signs=signs, prompt=prompt)
+        return placed(values, covers, opened.height, opened.width)
+
+    def patch_map(
+        self,
+        image: AnyImage,
+        neurons: str | Sequence[str],
+        *,
+        signs: Sequence[float] | None = None,
+        prompt: str | None = None,
+    ) -> tuple[Map, tuple[float, float, float, float]]:
+        """Return the same by patch, and the part (x, y, width, height) of the image that the patches cover, in 0..1."""
+        opened = open_image(image)
+        assert opened is not None
         neurons = [neurons] if isinstance(neurons, str) else neurons
         batch = encode(self, [prompt_text(self, prompt, None)], [opened], [[]], [[]])
         patches = patches_of(self, batch, 0, opened.size)
@@ -116,7 +130,7 @@ class NeuronModel(LoadedModel):
             raise InputError(f"{self.name}: its image is no grid of tokens in the sequence, so there are no heat maps")
         by_layer(self, neurons)  # Raises for neurons that the model does not have.
         (values,) = patch_maps(self, batch, [MapRequest(0, patches, [parse_neuron(name) for name in neurons], signs)])
-        return placed(values, patches.covers, opened.height, opened.width)
+        return values, patches.covers
 
 
 Kind = TypeVar("Kind", bound=NeuronModel)

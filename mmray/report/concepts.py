@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp, isfinite, sqrt
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmray.data.image_keys import image_keys, one_per_image
@@ -76,31 +77,32 @@ def number(value: float | None) -> float | None:
 
 
 def read_concepts(
-    run: Run, captions: Mapping[str, dict[str, Any]], chosen: Mapping[str, Sequence[str]], limit: int | None
+    run: Run,
+    names: Sequence[str],
+    occurrences: Mapping[str, Sequence[Mapping[str, Any]]],
+    captions: pa.Table,
+    chosen: Mapping[str, Sequence[str]],
 ) -> dict[str, Concept]:
-    """Return the run's concepts, most frequent first, at most `limit` (None: all).
+    """Return these concepts of a run, in this order; those too rare to be ranked are left out.
 
+    `occurrences` are those to show of each concept (`occurrences_of`), and `captions` has the rows of their samples.
     `chosen` are samples of a concept to show first, because they have heat maps. No image is shown twice.
     """
-    images = image_keys(run.table("captions"))
-    occurrences: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    columns = ["concept", "sample_id", "token", "log_prob"]
-    for row in run.table("occurrences").select(columns).to_pylist():
-        occurrences[row["concept"]].append(row)
-    names = list(run.concepts)[:limit]
-    ranked = _ranked(run, names)
+    images = image_keys(captions)
+    labels = {row["sample_id"]: row for row in captions.select(["sample_id", "language", "domain"]).to_pylist()}
+    ranked = ranked_neurons(run, names)
     found = {}
     for name in names:
         if name not in ranked:
-            continue  # too rare to be ranked
+            continue
         rows = occurrences[name]
-        languages = Counter(captions[row["sample_id"]]["language"] for row in rows)
+        languages = Counter(labels[row["sample_id"]]["language"] for row in rows)
         # Samples with heat maps come first, and are all shown even where they are more than SAMPLES.
         first = list(chosen.get(name, ()))
-        others = _alternating(one_per_image((row["sample_id"] for row in rows), images), captions)
+        others = _alternating(one_per_image((row["sample_id"] for row in rows), images), labels)
         found[name] = Concept(
             name,
-            len(rows),
+            ranked[name][0]["n"],
             rows[0]["token"],
             languages.most_common(1)[0][0],
             ranked[name][0].get("n_images"),
@@ -111,15 +113,35 @@ def read_concepts(
     return found
 
 
-def _ranked(run: Run, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+def occurrences_of(run: Run, names: Sequence[str], most: int | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Return by concept the occurrences of these concepts, in the order of the data; at most `most` in all."""
+    columns, where = ["concept", "sample_id", "token", "log_prob"], among("concept", names)
+    if most is None:
+        rows = run.rows("occurrences", where, columns)
+    else:
+        # Reads no further than it has to.
+        rows = run.scan("occurrences").head(most, columns=columns, filter=where)
+    found = defaultdict(list)
+    for row in rows.to_pylist():
+        found[row["concept"]].append(row)
+    return found
+
+
+def ranked_neurons(run: Run, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of `rankings` that pages list, by concept and in order of rank."""
-    rankings = run.table("rankings")
-    near = pc.or_(pc.less_equal(rankings["rank"], HIGHEST), pc.less_equal(rankings["specific_rank"], BY_SPECIFIC))
-    shown, found = set(names), defaultdict(list)
-    for row in rankings.filter(near).to_pylist():
-        if row["concept"] in shown:
-            found[row["concept"]].append(row)
+    near = (pc.field("rank") <= HIGHEST) | (pc.field("specific_rank") <= BY_SPECIFIC)
+    found = defaultdict(list)
+    for row in run.rows("rankings", near & among("concept", names)).to_pylist():
+        found[row["concept"]].append(row)
     return {name: sorted(rows, key=lambda row: row["rank"]) for name, rows in found.items()}
+
+
+def among(column: str, values: Sequence[Any]) -> pc.Expression:
+    """Return the condition that a column has one of these values."""
+    if not values:
+        return pc.scalar(False)
+    # Of one value, row groups that lack it are found by their bounds.
+    return pc.field(column) == values[0] if len(values) == 1 else pc.field(column).isin(pa.array(values))
 
 
 def _alternating(samples: Sequence[str], captions: Mapping[str, dict[str, Any]]) -> list[str]:
@@ -134,19 +156,21 @@ def _alternating(samples: Sequence[str], captions: Mapping[str, dict[str, Any]])
     return [name for *_, name in sorted(turns)]
 
 
-def related_concepts(concepts: Mapping[str, Concept]) -> dict[str, list[dict[str, Any]]]:
-    """Return for each concept those that share most of its ten highest neurons, in any language."""
-    users: dict[str, list[str]] = defaultdict(list)
-    for concept in concepts.values():
+def users_of(concepts: Iterable[Concept]) -> dict[str, list[tuple[str, int]]]:
+    """Return for each neuron the concepts that have it among their ten highest, with their occurrences."""
+    users: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for concept in concepts:
         for row in concept.highest:
-            users[row["neuron"]].append(concept.name)
-    found = {}
-    for concept in concepts.values():
-        shared = Counter(name for row in concept.highest for name in users[row["neuron"]] if name != concept.name)
-        # Sharing a single neuron is common between unrelated concepts, so that is not listed.
-        best = sorted(shared.items(), key=lambda pair: (-pair[1], -concepts[pair[0]].n, pair[0]))[:RELATED]
-        found[concept.name] = [{"name": name, "shared": count} for name, count in best if count > 1]
-    return found
+            users[row["neuron"]].append((concept.name, concept.n))
+    return users
+
+
+def related_concepts(concept: Concept, users: Mapping[str, Sequence[tuple[str, int]]]) -> list[dict[str, Any]]:
+    """Return the concepts that share most of a concept's ten highest neurons, in any language; see `users_of`."""
+    shared = Counter(user for row in concept.highest for user in users[row["neuron"]] if user[0] != concept.name)
+    # Sharing a single neuron is common between unrelated concepts, so that is not listed.
+    best = sorted(shared.items(), key=lambda pair: (-pair[1], -pair[0][1], pair[0][0]))[:RELATED]
+    return [{"name": name, "shared": count} for (name, _), count in best if count > 1]
 
 
 def concept_page(

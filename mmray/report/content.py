@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
+import pyarrow.compute as pc
+
 from mmray.features import FEATURES
 from mmray.neurons.scores import unit_of
-from mmray.report.concepts import concept_page, number, read_concepts, related_concepts
+from mmray.report.concepts import concept_page, number, occurrences_of, read_concepts, related_concepts, users_of
 from mmray.report.definitions import definitions
-from mmray.report.neurons import layer_profile, neuron_pages
+from mmray.report.neurons import layer_profile, neuron_pages, uses_of
 from mmray.report.section import Request, Section, map_of
 from mmray.runs.run import Run
 
@@ -35,6 +37,11 @@ class Content:
     neurons: dict[str, dict[str, Any]]
     sections: list[Section]
     captions: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return str(self.index["run"]["name"])
 
     @property
     def parts(self) -> dict[str, dict[str, Any]]:
@@ -67,51 +74,64 @@ def samples_of(part: dict[str, Any]) -> list[str]:
 
 def gather(run: Run, edits: Sequence[str] = (), limit: int | None = WHOLE) -> Content:
     """Return the report of a run with the edits in these folders, and at most `limit` concepts (None: all)."""
-    maps = _maps(run)
-    by_concept = _properties(run)
-    captions = {row["sample_id"]: row for row in run.table("captions").to_pylist()}
-    concepts = read_concepts(run, captions, {name: list(found) for name, found in maps.items()}, limit)
-    related = related_concepts(concepts)
+    maps, properties, captions = heat_maps(run), measured(run), run.table("captions")
+    names = list(run.concepts)[:limit]
+    chosen = {name: list(found) for name, found in maps.items()}
+    concepts = read_concepts(run, names, occurrences_of(run, names), captions, chosen)
+    users = users_of(concepts.values())
     pages = {
-        name: concept_page(concept, related[name], maps.get(name, {}), by_concept.get(name, []))
+        name: concept_page(concept, related_concepts(concept, users), maps.get(name, {}), properties.get(name, []))
         for name, concept in concepts.items()
     }
-    neurons = neuron_pages(run, concepts)
-    request = Request(run, edits)
-    # Resolved by name here: importing the features' modules above would make a circle.
-    sections: dict[str, Section] = {
-        name: resolve_name(feature.report)(request) for name, feature in FEATURES.items() if feature.report
-    }
+    uses: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in (row for concept in concepts.values() for row in concept.neurons):
+        uses[row["neuron"]].append(row)
+    neurons = neuron_pages(run, uses.keys(), {name: uses_of(rows) for name, rows in uses.items()})
+    found = sections(run, edits)
     listed = sorted(
         (page for page in neurons.values() if page["concepts"]),
         key=lambda page: (-len(page["concepts"]), page["neuron"]),
     )
     index = {
-        "run": _facts(run),
-        "definitions": definitions(run),
+        **frame(run, found),
         "concepts": [concept.index_row() for concept in concepts.values()],
-        "all_concepts": len(run.concepts),
         "neurons": [
             {key: page[key] for key in ("neuron", "layer", "n_concepts", "open", "max")}
             | {"tokens": page["tokens"][:TOKENS]}
             for page in listed
         ],
-        "layers": layer_profile(run, concepts),
-        "failures": _failures(run),
-        **{name: section.page for name, section in sections.items()},
+        "layers": layer_profile(run),
     }
-    return Content(
-        index, pages, neurons, list(sections.values()), {name: row["caption"] for name, row in captions.items()}
-    )
+    texts = dict(zip(captions["sample_id"].to_pylist(), captions["caption"].to_pylist(), strict=True))
+    return Content(index, pages, neurons, list(found.values()), texts)
+
+
+def sections(run: Run, edits: Sequence[str] = ()) -> dict[str, Section]:
+    """Return the features' sections by name."""
+    request = Request(run, edits)
+    # Resolved by name here: importing the features' modules above would make a circle.
+    return {name: resolve_name(feature.report)(request) for name, feature in FEATURES.items() if feature.report}
+
+
+def frame(run: Run, found: Mapping[str, Section]) -> dict[str, Any]:
+    """Return the part of the index that does not grow with the run: facts, definitions, failures, features' pages."""
+    return {
+        "run": _facts(run),
+        "definitions": definitions(run),
+        "all_concepts": len(run.concept_summary),
+        "failures": _failures(run),
+        **{name: section.page for name, section in found.items()},
+    }
 
 
 def _facts(run: Run) -> dict[str, Any]:
     status, info = run.status(), run.info
     settings, model = info["settings"], info["model"]
-    labels = {
-        kind: {str(row["values"]): row["counts"] for row in run.table("captions")[kind].value_counts().to_pylist()}
-        for kind in ("language", "domain")
-    }
+    counted = run.sql("select language, domain, count(*) as count from captions group by all").to_pylist()
+    labels = {kind: Counter[str]() for kind in ("language", "domain")}
+    for kind, counts in labels.items():
+        for row in counted:
+            counts[str(row[kind])] += row["count"]
     return {
         "uri": run.uri,
         "name": run.uri.rstrip("/").rpartition("/")[2],
@@ -124,8 +144,8 @@ def _facts(run: Run) -> dict[str, Any]:
         "samples": status.samples_done,
         "failures": status.failures,
         "skipped": status.skipped,
-        "concepts": len(run.concepts),
-        "occurrences": sum(run.concepts.values()),
+        "concepts": len(run.concept_summary),
+        "occurrences": pc.sum(run.concept_summary["n"]).as_py() or 0,
         "score": settings["score"],
         "unit": unit_of(settings["score"], folded=settings["fold_norm"]),
         "captions": settings["captions"],
@@ -137,7 +157,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "digests": info["digests"],
         "versions": info["versions"],
         # Data without such labels has None in every row, which says nothing.
-        "labels": {kind: counts for kind, counts in labels.items() if set(counts) != {"None"}},
+        "labels": {kind: dict(counts.most_common()) for kind, counts in labels.items() if set(counts) != {"None"}},
     }
 
 
@@ -150,11 +170,10 @@ def _failures(run: Run) -> dict[str, Any]:
     }
 
 
-def _properties(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of `properties` on concepts' own pages, by concept."""
+def measured(run: Run, concept: str | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of `properties` on concepts' own pages by concept, of one or of all."""
     by_concept: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    table = run.optional("properties")
-    for row in table.to_pylist() if table is not None else ():
+    for row in _of_concept(run, "properties", concept):
         if row["concept"] is not None and (row["property"], row["measure"]) in OF_CONCEPTS:
             # The protocol is the same for every concept, and stands on the page of properties.
             kept = {name: value for name, value in row.items() if name not in ("concept", "property", "protocol")}
@@ -164,13 +183,19 @@ def _properties(run: Run) -> dict[str, list[dict[str, Any]]]:
     return by_concept
 
 
-def _maps(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return concept → sample → ranking → its heat map."""
+def heat_maps(run: Run, concept: str | None = None) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return concept → sample → ranking → its heat map, of one concept or of all."""
     found: dict[str, dict[str, dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
-    table = run.optional("heatmaps")
-    for row in table.to_pylist() if table is not None else ():
+    for row in _of_concept(run, "heatmaps", concept):
         found[row["concept"]][row["sample_id"]][row["method"]] = map_of(row) | {
             "box": row["box"] and [number(value) for value in row["box"]],
             "iou": number(row["iou"]),
         }
     return found
+
+
+def _of_concept(run: Run, table: str, concept: str | None) -> Iterator[dict[str, Any]]:
+    """Yield a table's rows on a concept (None: on all); none if the run doesn't have the table."""
+    if table in run.tables:
+        where = pc.scalar(True) if concept is None else pc.field("concept") == concept
+        yield from run.rows(table, where).to_pylist()

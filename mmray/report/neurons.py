@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmray.neuron_names import neuron_name
-from mmray.report.concepts import Concept, number
+from mmray.neuron_names import neuron_name, parse_neuron
+from mmray.report.concepts import among, number
 from mmray.runs.run import Run
 
 EXAMPLES = 5
@@ -20,18 +20,22 @@ CONCEPTS = 15
 """Concepts on a neuron's page."""
 LABELS = 40
 """Rows of activity on a page; data with more labels shows those where the neuron is most active."""
+FEW = 32
+"""Neurons that are looked up one by one."""
+OPEN = "sum(n_active) filter (where modality = '{0}') / sum(n_tokens) filter (where modality = '{0}') as {0}"
+"""SQL of the fraction of a modality's tokens at which neurons are open."""
 
 
-def neuron_pages(run: Run, concepts: Mapping[str, Concept]) -> dict[str, dict[str, Any]]:
-    """Return the page of each neuron that any concept's page lists."""
-    listed = {row["neuron"] for concept in concepts.values() for row in concept.neurons}
-    uses = _uses(concepts)
-    examples = _examples(run, listed)
-    activity = _activity(run, listed)
+def neuron_pages(
+    run: Run, names: Collection[str], uses: Mapping[str, Sequence[dict[str, Any]]]
+) -> dict[str, dict[str, Any]]:
+    """Return the page of each of these neurons; `uses` has the rows on its concepts (`uses_of`)."""
+    examples = _examples(run, names)
+    activity = _activity(run, names)
     pages = {}
-    for row in run.table("neurons").to_pylist():
+    for row in run.rows("neurons", of_neurons(names)).to_pylist():
         name = row["neuron"]
-        if name in listed:
+        if name in names:
             numbers = {key: number(row[key]) for key in ("mean", "std", "min", "max")}
             pages[name] = numbers | {
                 "neuron": name,
@@ -41,48 +45,49 @@ def neuron_pages(run: Run, concepts: Mapping[str, Concept]) -> dict[str, dict[st
                 "open": number(row["n_active"] / max(row["n_tokens"], 1)),
                 "n_tokens": row["n_tokens"],
                 "n_concepts": row["n_concepts"],
-                "concepts": uses[name],
+                "concepts": uses.get(name, ()),
                 "examples": examples[name],
                 "activity": activity[name],
             }
     return pages
 
 
-def _uses(concepts: Mapping[str, Concept]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for concept in concepts.values():
-        for row in concept.neurons:
-            numbers = {key: number(row[key]) for key in ("score", "specific")}
-            known = {"name": concept.name, "rank": row["rank"], "n": concept.n, "negative": row["activation"] < 0}
-            found[row["neuron"]].append(known | numbers)
-    return {
-        name: sorted(rows, key=lambda row: (row["rank"], -(row["score"] or 0)))[:CONCEPTS]
-        for name, rows in found.items()
-    }
+def of_neurons(names: Collection[str]) -> pc.Expression:
+    """Return a condition that holds for the rows of these neurons; of many neurons, for few others too."""
+    pairs = [parse_neuron(name) for name in names]
+    if 0 < len(pairs) <= FEW:
+        # Row groups without any of them are found by their bounds.
+        return reduce(or_, ((pc.field("layer") == layer) & (pc.field("unit") == unit) for layer, unit in pairs))
+    return among("layer", sorted({layer for layer, _ in pairs})) & among("unit", sorted({unit for _, unit in pairs}))
 
 
-def _examples(run: Run, listed: Collection[str]) -> dict[str, list[dict[str, Any]]]:
-    table = run.table("examples")
+def uses_of(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what a neuron's page shows of its concepts, from rows of `rankings`."""
+    found = [
+        {"name": row["concept"], "rank": row["rank"], "n": row["n"], "negative": row["activation"] < 0}
+        | {key: number(row[key]) for key in ("score", "specific")}
+        for row in rows
+    ]
+    return sorted(found, key=lambda row: (row["rank"], -(row["score"] or 0)))[:CONCEPTS]
+
+
+def _examples(run: Run, names: Collection[str]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    near = table.filter(pc.less_equal(table["rank"], EXAMPLES))
+    near = run.rows("examples", of_neurons(names) & (pc.field("rank") <= EXAMPLES))
     for row in near.sort_by([("sign", "descending"), ("rank", "ascending")]).to_pylist():
-        name = neuron_name(row["layer"], row["unit"])
-        if name in listed:
-            known = {"activation": number(row["activation"]), "id": row["sample_id"]}
-            found[name].append({"sign": row["sign"], **known})
+        known = {"activation": number(row["activation"]), "id": row["sample_id"]}
+        found[neuron_name(row["layer"], row["unit"])].append({"sign": row["sign"], **known})
     return found
 
 
-def _activity(run: Run, listed: Collection[str]) -> dict[str, list[tuple[str, str, str, float]]]:
+def _activity(run: Run, names: Collection[str]) -> dict[str, list[tuple[str, str, str, float]]]:
     """Return for each neuron its rows of kind of label, label, modality and fraction of open tokens."""
-    table = run.table("activity")
-    table = table.filter(pc.and_(pc.equal(table["module"], "language"), pc.greater(table["n_tokens"], 0)))
     found: dict[str, list[tuple[str, str, str, float]]] = defaultdict(list)
-    for row in table.to_pylist():
+    where = of_neurons(names) & (pc.field("module") == "language") & (pc.field("n_tokens") > 0)
+    for row in run.rows("activity", where).to_pylist():
+        share = round(row["n_active"] / row["n_tokens"], 3)
         name = neuron_name(row["layer"], row["unit"])
-        if name in listed:
-            share = round(row["n_active"] / row["n_tokens"], 3)
-            found[name].append((row["label_kind"], row["label"], row["modality"], share))
+        found[name].append((row["label_kind"], row["label"], row["modality"], share))
     for rows in found.values():
         # The row over all labels comes first, so that the cut below never loses it.
         rows.sort(key=lambda row: (row[0] != "all", row[0], row[2], -row[3]))
@@ -90,43 +95,34 @@ def _activity(run: Run, listed: Collection[str]) -> dict[str, list[tuple[str, st
     return found
 
 
-def layer_profile(run: Run, concepts: Mapping[str, Concept]) -> list[dict[str, Any]]:
+def layer_profile(run: Run) -> list[dict[str, Any]]:
     """Return for each layer the fraction of the concepts' ten highest neurons in it, and how active it is."""
     widths = run.info["model"]["widths"]
-    counts = np.zeros((2, len(widths)))
-    for concept in concepts.values():
-        by_specific = sorted(concept.neurons, key=lambda row: row["specific_rank"])[:10]
-        for kind, rows in enumerate((concept.highest, by_specific)):
-            for row in rows:
-                counts[kind, row["layer"]] += 1
+    highest = _by_layer(
+        run,
+        "select layer, count(*) filter (where rank <= 10) as score, "
+        "count(*) filter (where specific_rank <= 10) as specific from rankings group by layer",
+    )
     # Fractions, because data decides how many concepts there are.
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    table = run.table("neurons").group_by("layer").aggregate([("n_concepts", "sum"), ("n_concepts", "max")])
-    found = {row["layer"]: row for row in table.to_pylist()}
-    active = _open_by_layer(run)
+    totals = {kind: sum(row[kind] for row in highest.values()) or 1 for kind in ("score", "specific")}
+    used = _by_layer(run, "select layer, max(n_concepts) as most, sum(n_concepts) as total from neurons group by layer")
+    opened = _by_layer(
+        run,
+        f"select layer, {', '.join(map(OPEN.format, ('image', 'text')))} from activity "
+        "where module = 'language' and label_kind = 'all' group by layer",
+    )
     return [
         {
             "layer": layer,
             "width": width,
-            "score": number(shares[0, layer]),
-            "specific": number(shares[1, layer]),
-            "most": found[layer]["n_concepts_max"],
-            "mean": number(found[layer]["n_concepts_sum"] / width),
-            "image": number(active.get((layer, "image"))),
-            "text": number(active.get((layer, "text"))),
+            **{kind: number(highest.get(layer, {}).get(kind, 0) / total) for kind, total in totals.items()},
+            "most": used[layer]["most"],
+            "mean": number(float(used[layer]["total"]) / width),
+            **{kind: number(opened.get(layer, {}).get(kind)) for kind in ("image", "text")},
         }
         for layer, width in enumerate(widths)
     ]
 
 
-def _open_by_layer(run: Run) -> dict[tuple[int, str], float]:
-    table = run.table("activity")
-    overall = pc.and_(pc.equal(table["module"], "language"), pc.equal(table["label_kind"], "all"))
-    sums: pa.Table = (
-        table.filter(overall).group_by(["layer", "modality"]).aggregate([("n_active", "sum"), ("n_tokens", "sum")])
-    )
-    return {
-        (row["layer"], row["modality"]): row["n_active_sum"] / row["n_tokens_sum"]
-        for row in sums.to_pylist()
-        if row["n_tokens_sum"]
-    }
+def _by_layer(run: Run, query: str) -> dict[int, dict[str, Any]]:
+    return {row["layer"]: row for row in run.sql(query).to_pylist()}

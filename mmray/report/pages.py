@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import resources
@@ -28,7 +28,7 @@ def write_whole(content: Content, images: Mapping[str, bytes]) -> bytes:
     shown = {name: f"data:image/webp;base64,{base64.b64encode(data).decode()}" for name, data in images.items()}
     captions = {name: content.captions.get(name) for name in content.samples()}
     data = {"index": content.index, "parts": content.parts, "images": shown, "captions": captions}
-    return _page(content, whole=True, data=_embedded(data), plotly=_script(_plotly())).encode()
+    return _page(content.name, whole=True, data=embedded(data), plotly=_script(plotly())).encode()
 
 
 def write_pages(content: Content, images: Mapping[str, bytes], store: Store) -> None:
@@ -40,27 +40,32 @@ def write_pages(content: Content, images: Mapping[str, bytes], store: Store) -> 
     for key, part in content.parts.items():
         captions = {name: content.captions.get(name) for name in samples_of(part)}
         # A script rather than JSON: browsers let a page opened from disk load scripts, but not fetch files.
-        contents[files[key]] = f"receive({_embedded(key)},{_embedded(part)},{_embedded(captions)})".encode()
+        contents[files[key]] = f"receive({embedded(key)},{embedded(part)},{embedded(captions)})".encode()
     data = {"index": content.index, "parts": {}, "files": files, "images": paths}
     data["captions"] = {name: content.captions.get(name) for name in content.of_sections()}
-    contents["data/index.js"] = f"var DATA = {_embedded(data)};".encode()
-    contents[PLOTLY] = _plotly().encode()
+    contents["data/index.js"] = f"var DATA = {embedded(data)};".encode()
+    contents[PLOTLY] = plotly().encode()
     with ThreadPoolExecutor(WRITERS) as pool:
         # As a list, so that an error of any write is raised.
         list(pool.map(lambda path: store.put(path, contents[path]), contents))
     # Last: once it is there, so is everything that it loads.
-    store.put("index.html", _page(content, whole=False).encode())
+    store.put("index.html", live_page(content.name).encode())
 
 
-def _page(content: Content, **more: Any) -> str:
+def live_page(name: str, scripts: Sequence[str] = ()) -> str:
+    """Return the page of the run of this name, which loads `data/index.js`; it has further scripts."""
+    return _page(name, scripts, whole=False)
+
+
+def _page(name: str, more_scripts: Sequence[str] = (), **more: Any) -> str:
     # Without autoescape: all values are this package's own text or escaped here. Text of the data is only in the JSON.
     environment = Environment(undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_template("report.html"))
-    title = content.index["run"]["name"].replace("&", "&amp;").replace("<", "&lt;")
-    return template.render(title=title, style=_template("report.css"), scripts=_scripts(), **more)
+    title = name.replace("&", "&amp;").replace("<", "&lt;")
+    return template.render(title=title, style=_template("report.css"), scripts=_scripts(more_scripts), **more)
 
 
-def _embedded(value: Any) -> str:
+def embedded(value: Any) -> str:
     """Return JSON that is safe inside HTML, and valid JavaScript."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     # Line separators are legal in JSON, but ended a string in JavaScript before ES2019.
@@ -74,10 +79,10 @@ def _script(text: str) -> str:
     return text.replace("</script", "<\\/script")
 
 
-def _scripts() -> list[str]:
+def _scripts(more: Sequence[str]) -> list[str]:
     packages = [feature.report.rpartition(".")[0] for feature in FEATURES.values() if feature.report]
     own = [(resources.files(package) / "report.js").read_text(encoding="utf-8") for package in packages]
-    return [*map(_template, BEFORE), *own, _template("start.js")]
+    return [*map(_template, BEFORE), *own, *more, _template("start.js")]
 
 
 @cache
@@ -85,5 +90,7 @@ def _template(name: str) -> str:
     return (resources.files("mmray.report") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _plotly() -> str:
+@cache
+def plotly() -> str:
+    """Return Plotly's script."""
     return (resources.files("plotly") / "package_data" / PLOTLY).read_text(encoding="utf-8")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mmray.data.samples import BACKGROUND, Failure, Sample
 from mmray.data.shards import Manifest, Shard, cut, read_shard
 from mmray.data.sources import Source, open_source
 from mmray.errors import InputError, ShardError
+from mmray.report.concepts import among
 from mmray.report.content import WHOLE, gather
 from mmray.report.pages import write_pages, write_whole
 from mmray.runs.home import resolve_data
@@ -52,43 +53,48 @@ def write_report(
 
 def run_pictures(run: Run, wanted: Collection[str]) -> dict[str, bytes]:
     """Return thumbnails of samples of the run's data, reading only the shards that hold them."""
-    by_shard: dict[int, set[str]] = defaultdict(set)
-    names = set(wanted)
-    for row in run.table("captions").select(["sample_id", "shard_id"]).to_pylist():
-        if row["sample_id"] in names:
-            by_shard[row["shard_id"]].add(row["sample_id"])
+    return _pictures(run_samples(run, wanted))
+
+
+def run_samples(run: Run, wanted: Collection[str]) -> Iterator[Sample]:
+    """Yield samples of the run's data, reading only the shards that hold them; none if it can't be read any more."""
+    rows = run.rows("captions", among("sample_id", list(wanted)), ["shard_id"])
     shards = {shard.shard_id: shard for shard in Manifest.from_json(run.folder.manifest()).shards}
-    return _pictures(run, run.info["settings"]["data"], [shards[number] for number in sorted(by_shard)], names)
+    found = [shards[number] for number in sorted(set(rows["shard_id"].to_pylist()))]
+    yield from _samples(run, run.info["settings"]["data"], found, set(wanted))
 
 
 def data_pictures(run: Run, data: str, wanted: Collection[str]) -> dict[str, bytes]:
     """Return thumbnails of samples of other data, with the run's columns, reading all of it until they are found."""
     if not wanted:
         return {}
-    return _pictures(run, data, None, set(wanted))
+    return _pictures(_samples(run, data, None, set(wanted)))
 
 
-def _pictures(run: Run, data: str, shards: Sequence[Shard] | None, wanted: set[str]) -> dict[str, bytes]:
+def _samples(run: Run, data: str, shards: Sequence[Shard] | None, wanted: set[str]) -> Iterator[Sample]:
     columns = Columns(**run.info["data"]["columns"])
-    found: dict[str, bytes] = {}
+    left = set(wanted)
     try:
         # Rows are numbered as the census read them: with `captions`, rows without a caption are not samples.
         captions = shards is not None and run.info["settings"]["captions"] == "dataset"
         for row in _rows(open_source(resolve_data(data, run.info["home"]), columns, captions), shards):
-            if isinstance(row, Sample) and row.sample_id in wanted and row.sample_id not in found:
-                found |= _picture_of(row)
-                if len(found) == len(wanted):
-                    break  # data may be much larger than what the report shows
+            if isinstance(row, Sample) and row.sample_id in left:
+                left.remove(row.sample_id)
+                yield row
+            if not left:
+                break  # data may be much larger than what the report shows
     except (InputError, ShardError) as error:
         logger.warning("no pictures of %s: %s", data, error)
+
+
+def _pictures(samples: Iterable[Sample]) -> dict[str, bytes]:
+    found = {}
+    for sample in samples:
+        # The census lists those that can't be decoded in its table of errors.
+        with suppress(ValueError):
+            if sample.image:
+                found[sample.sample_id] = picture(sample.image, sample.background)
     return found
-
-
-def _picture_of(sample: Sample) -> dict[str, bytes]:
-    try:
-        return {sample.sample_id: picture(sample.image, sample.background)} if sample.image else {}
-    except ValueError:
-        return {}  # the census lists it in its table of errors
 
 
 def _rows(source: Source, shards: Sequence[Shard] | None) -> Iterator[Sample | Failure]:

@@ -16,12 +16,16 @@ ORDERS = {
 }
 """Sort column and direction of a ranking for each `by`; ties are broken by `rank`."""
 
+VALUES = ("score", "specific")
+"""Orders by whose highest value concepts can be compared."""
+
 CONCEPTS = pa.schema(
     [
         field("concept", pa.string()),
         field("n", pa.int64(), "occurrences"),
         field("n_images", pa.int64(), "different images among the occurrences"),
         *(field(f"highest_{by}", pa.string(), f"neuron that is first by {by}") for by in ORDERS),
+        *(field(by, pa.float64(), f"{by} of the neuron that is first by {by}") for by in VALUES),
     ]
 )
 
@@ -44,9 +48,12 @@ def summarise_rankings(rankings: pa.Table) -> pa.Table:
             continue
         values = rankings[column].to_numpy() * (1 if direction == "ascending" else -1)
         order = np.lexsort((rank, values, concept))
-        columns[f"highest_{by}"] = rankings["neuron"].take(order[np.unique(concept[order], return_index=True)[1]])
+        highest = rankings.take(order[np.unique(concept[order], return_index=True)[1]])
+        columns[f"highest_{by}"] = highest["neuron"]
+        if by in VALUES:
+            columns[by] = highest[by]
     return pa.table(columns, schema=CONCEPTS)
 
 
-READ = ("concept", "neuron", "n", "n_images", *dict.fromkeys(column for column, _ in ORDERS.values()))
+READ = ("concept", "neuron", "n", "n_images", *dict.fromkeys(column for column, _ in ORDERS.values()), *VALUES)
 """Columns of `rankings` that this needs."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -19,7 +20,7 @@ from mmray.errors import DamagedError, InputError
 from mmray.features import FEATURES, command_for, table_schemas
 from mmray.neuron_names import parse_neuron
 from mmray.runs import RunFolder
-from mmray.runs.concepts import ORDERS, summarise_rankings
+from mmray.runs.concepts import CONCEPTS, ORDERS, summarise_rankings
 from mmray.runs.home import resolve_settings
 from mmray.runs.lease import Driver, last_driver
 from mmray.runs.receipts import NO_COST, Cost, cost, receipts_digest, skipped
@@ -27,6 +28,7 @@ from mmray.runs.snapshots import Snapshot, newest, open_snapshot, snapshots
 from mmray.runs.tables import read_table
 
 if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
     from pyarrow.dataset import Dataset
 
 CERTIFICATES = {"score": "certified", "specific": "certified_specific", "selective": "certified_selective"}
@@ -186,20 +188,26 @@ class Run:
 
     def sql(self, query: str) -> pa.Table:
         """Return the result of a DuckDB query over the run's tables."""
+        with self.connect(query) as connection, sql_errors():
+            result = connection.sql(query)
+            return pa.table({}) if result is None else result.to_arrow_table()
+
+    @contextmanager
+    def connect(self, query: str, **options: str) -> Iterator[DuckDBPyConnection]:
+        """Yield a DuckDB connection to the tables that a query names, which reads and writes no other files.
+
+        `options` are DuckDB's.
+        """
         import duckdb
 
-        with duckdb.connect() as connection:
+        with duckdb.connect(config=options) as connection:
             # A query copied from anywhere must not read or write other files.
             connection.execute("SET enable_external_access = false")
             for name in table_schemas():
                 # Register only tables that the query may mention, because some are large.
                 if name in query.casefold():
                     connection.register(name, self._dataset(name) if self._is_large(name) else self.table(name))
-            try:
-                result = connection.sql(query)
-                return pa.table({}) if result is None else result.to_arrow_table()
-            except duckdb.Error as error:
-                raise InputError(f"SQL: {str(error).splitlines()[0]}") from error
+            yield connection
 
     def rows(self, name: str, where: pc.Expression, columns: list[str] | None = None) -> pa.Table:
         """Return the rows of a table for which a condition holds; of a large table only the row groups that may do.
@@ -225,22 +233,25 @@ class Run:
         return self._snapshots[name].dataset(self.folder.store, name)
 
     @cached_property
-    def _concepts(self) -> pa.Table:
+    def concept_summary(self) -> pa.Table:
         """The table `concepts`, most frequent first."""
-        # Runs of earlier versions have only the rankings that it is made from.
+        # Runs of earlier versions have only the rankings that it is made from, or lack some of its columns.
         made = self.table("concepts") if "concepts" in self._snapshots else summarise_rankings(self.table("rankings"))
-        return made.sort_by([("n", "descending"), ("concept", "ascending")])
+        whole = pa.concat_tables([CONCEPTS.empty_table(), made], promote_options="default")
+        return whole.sort_by([("n", "descending"), ("concept", "ascending")])
 
     @property
     def concepts(self) -> dict[str, int]:
         """Every concept with its number of occurrences, most frequent first."""
-        return dict(zip(self._concepts["concept"].to_pylist(), self._concepts["n"].to_pylist(), strict=True))
+        return dict(
+            zip(self.concept_summary["concept"].to_pylist(), self.concept_summary["n"].to_pylist(), strict=True)
+        )
 
     def concept_table(self, by: str = "score") -> pa.Table:
         """Return every concept, most frequent first: concept, occurrences, images, and its highest neuron by `by`."""
         _check_order(by)
         columns = {"concept": "concept", "occurrences": "n", "images": "n_images", "neuron": f"highest_{by}"}
-        return self._concepts.select(list(columns.values())).rename_columns(list(columns))
+        return self.concept_summary.select(list(columns.values())).rename_columns(list(columns))
 
     def rank(self, concept: str, k: int = 10, by: str = "score") -> pa.Table:
         """Return the concept's k highest neurons by score, specific, selective or share; columns of `rankings`.
@@ -344,6 +355,17 @@ def open_run(uri: str | Path) -> Run:
     Relative paths in its settings are resolved against the folder where it was begun.
     """
     return Run(uri)
+
+
+@contextmanager
+def sql_errors() -> Iterator[None]:
+    """Raise DuckDB's errors in the block as InputError of one line."""
+    import duckdb
+
+    try:
+        yield
+    except duckdb.Error as error:
+        raise InputError(f"SQL: {str(error).splitlines()[0]}") from error
 
 
 def _check_order(by: str) -> None:

@@ -23,7 +23,8 @@ CONTRACT = {
     "activity": "label_kind, label, modality, layer, unit, n_tokens, n_active, sum, sum_squares, module",
     "examples": "layer, unit, sign, rank, sample_id, position, activation, shard_id",
     "errors": "sample_id, source, shard_id, stage, message",
-    "concepts": "concept, n, n_images, highest_score, highest_specific, highest_selective, highest_share",
+    "concepts": "concept, n, n_images, highest_score, highest_specific, highest_selective, highest_share, "
+    "score, specific",
     "neuron_concepts": "layer, unit, concept, rank, score, specific, specific_rank, selective, share, n, activation",
 }
 

@@ -7,16 +7,21 @@ const CONCEPTS = new Map(INDEX.concepts.map((row) => [row.name, row]));
 const NEURONS = new Map(INDEX.neurons.map((row) => [row.neuron, row]));
 const waiting = new Map();
 const PAGES = [];
+// Where pages get their data. `mmray serve` replaces these functions by requests to its server.
+const SOURCE = {
+  live: false,
+  part: (key) => DATA.parts[key] || (DATA.files && DATA.files[key] ? loaded(key) : null),
+  image: (id) => DATA.images[id],
+  search: (text) => found(text),
+};
 
 // Registers a page: its address, its title, the function that makes it, and whether the menu shows it.
 function addPage(path, title, make, shown = true) {
   PAGES.push({ path, title, make, shown });
 }
 
-// The data of one concept or neuron: embedded, or in a file that is loaded once.
-function part(key) {
-  if (DATA.parts[key]) return Promise.resolve(DATA.parts[key]);
-  if (!DATA.files || !DATA.files[key]) return Promise.resolve(null);
+// The data of one concept or neuron from its file, which is loaded once.
+function loaded(key) {
   return new Promise((resolve) => {
     waiting.set(key, resolve);
     const script = document.createElement("script");
@@ -67,8 +72,8 @@ const interval = (row, digits = 3) =>
 const scoreName = INDEX.run.score + (INDEX.run.unit && ` in ${INDEX.run.unit}`);
 const toConcept = (name) => `#/concept/${encodeURIComponent(name)}`;
 const toNeuron = (name) => `#/neuron/${name}`;
-const conceptLink = (name) => (CONCEPTS.has(name) ? h("a", { href: toConcept(name) }, name) : h("span", name));
-const neuronLink = (name) => (NEURONS.has(name) ? h("a.mono", { href: toNeuron(name) }, name) : h("span.mono", name));
+const conceptLink = (name) => (SOURCE.live || CONCEPTS.has(name) ? h("a", { href: toConcept(name) }, name) : h("span", name));
+const neuronLink = (name) => (SOURCE.live || NEURONS.has(name) ? h("a.mono", { href: toNeuron(name) }, name) : h("span.mono", name));
 
 // Marks a neuron whose activation is negative for this concept.
 const minus = (row) => row.negative && h("span", { title: "Its activation is negative here: it writes what its row of W_out suppresses." }, "− ");

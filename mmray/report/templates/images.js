@@ -86,10 +86,11 @@ function fitted(image, layer, part = [0, 0, 1, 1]) {
 }
 
 function picture(sample, map = null, how = "heat") {
-  const source = DATA.images[sample.id], words = sample.caption || DATA.captions[sample.id] || "sample";
-  if (!source) return h("span.picture.none", { role: "img", "aria-label": `no image at hand: ${words}` }, "image not at hand");
+  const source = SOURCE.image(sample.id), words = sample.caption || DATA.captions[sample.id] || "sample";
+  const none = h("span.picture.none", { role: "img", "aria-label": `no image at hand: ${words}` }, "image not at hand");
+  if (!source) return none;
   const said = map && how !== "image" ? `, with ${how === "mask" ? "the mask" : "the heat map"} of the neurons over it` : "";
-  const image = h("img", { src: source, alt: `${words}${said}`, loading: "lazy", decoding: "async" });
+  const image = h("img", { src: source, alt: `${words}${said}`, loading: "lazy", decoding: "async", onerror: () => frame.replaceWith(none) });
   const frame = h("span.picture", image);
   if (map && how !== "image") frame.append(fitted(image, overlay(map, how), map.covers || undefined));
   if (map && map.box) frame.append(fitted(image, boxOf(map.box)));
@@ -106,6 +107,6 @@ function caption(text, concept = "") {
 }
 
 function small(id, alt) {
-  const source = DATA.images[id];
-  return source ? h("img", { src: source, alt, loading: "lazy" }) : null;
+  const source = id && SOURCE.image(id);
+  return source ? h("img", { src: source, alt, loading: "lazy", onerror: (event) => event.target.remove() }) : null;
 }

@@ -2,6 +2,7 @@
 "use strict";
 
 // columns: {title, value, cell, number}. A click on a title sorts by it, a second one reverses. `keep`: no sorting.
+// `rows` is an array, or a function of (column, down, count) that promises {rows, total}: the first rows in that order.
 function sortable(label, columns, rows, options = {}) {
   let { by = 0, down = true, limit = 100 } = options, shown = limit;
   const body = h("tbody"), more = h("button.more", { type: "button", onclick: () => { shown += 400; fill(); } });
@@ -14,19 +15,29 @@ function sortable(label, columns, rows, options = {}) {
     const sign = typeof first === "string" ? first.localeCompare(second ?? "") : (first ?? -Infinity) - (second ?? -Infinity);
     return down ? -sign : sign;
   };
+  function take() {
+    if (typeof rows === "function") return rows(columns[by], down, shown);
+    return { rows: (options.keep ? rows : [...rows].sort(order)).slice(0, shown), total: rows.length };
+  }
+  let turn = 0;
   function fill() {
+    const mine = ++turn, taken = take();
+    if (taken instanceof Promise) taken.then((some) => mine === turn && show(some), (error) => body.replaceChildren(h("tr", h("td.bad", { colspan: columns.length }, error.message))));
+    else show(taken);
     titles.forEach((title, at) => {
       if (at === by && !options.keep) title.setAttribute("aria-sort", down ? "descending" : "ascending");
       else title.removeAttribute("aria-sort");
       const button = title.querySelector("button");
       if (button) button.textContent = columns[at].title + (at === by ? (down ? " ↓" : " ↑") : "");
     });
-    const sorted = options.keep ? rows : [...rows].sort(order);
-    body.replaceChildren(...sorted.slice(0, shown).map((row) =>
+  }
+  function show(some) {
+    body.replaceChildren(...some.rows.map((row) =>
       h(options.to ? "tr.link" : "tr", options.to && { onclick: (event) => { if (!event.target.closest("a")) location.hash = options.to(row); } },
         columns.map((column) => h(`td${column.number ? ".number" : ""}${column.kind ? `.${column.kind}` : ""}`, column.cell(row))))));
-    more.hidden = shown >= rows.length;
-    more.textContent = `Show more of ${whole(rows.length)}`;
+    more.hidden = shown >= some.total;
+    more.textContent = `Show more of ${whole(some.total)}`;
+    options.told?.(some);
   }
   fill();
   return h("div", h("div.scroll", h("table", { "aria-label": label }, h("thead", h("tr", titles)), body)), more);

@@ -14,7 +14,8 @@ function findings() {
   const read = INDEX.concepts.filter((row) => row.read).length;
   const hit = one(rows, { measure: "lemma_hit_rate", method: "score" });
   const floor = one(rows, { measure: "lemma_hit_rate", method: "uniform" });
-  tiles.push(hit
+  const told = hit || !SOURCE.live;
+  if (told) tiles.push(hit
     ? tile(percent(hit.value, 1), `of ${plural(hit.n, "concept")} are written by one of their ten highest neurons${floor ? `; by random ones ${percent(floor.value, 1)}` : ""}`, true)
     : tile(percent(read / INDEX.concepts.length, 1), `of ${plural(INDEX.concepts.length, "concept")} are written by one of their ten highest neurons`, true));
   const zeroed = { measure: "zeroed_own", neurons: 100 };
@@ -40,7 +41,7 @@ function overview() {
     h("div.tiles", findings(), tile(whole(run.concepts), `concepts at ${plural(run.occurrences, "occurrence")}`), tile(whole(run.samples), "images with captions"),
       Object.entries(run.skipped).map(([reason, count]) => tile(whole(count), `captions with ${reason}, which are not ranked`)),
       run.failures ? tile(whole(run.failures), `${run.failures === 1 ? "sample" : "samples"} failed`) : null),
-    h("h2", "Most frequent concepts"), under("What the highest neuron of each writes; in green, its own word. ", h("a", { href: "#/concepts" }, `All ${whole(INDEX.concepts.length)} concepts`)),
+    h("h2", "Most frequent concepts"), under("What the highest neuron of each writes; in green, its own word. ", h("a", { href: "#/concepts" }, `All ${whole(SOURCE.live ? INDEX.all_concepts : INDEX.concepts.length)} concepts`)),
     h("div.grid.gallery", best.map((row) =>
       h("a.card", { href: toConcept(row.name) }, picture({ id: row.sample, caption: row.name }), h("div.name", row.name, h("small", `${whole(row.n)}×`)), h("div.tokens", minus(row), tokens(row.tokens, row.name, 3))))),
     h("h2", "What the numbers are"), card(h("dl", INDEX.definitions.map(({ name, text }) => [h("dt", name), h("dd", text)]))),
@@ -50,14 +51,24 @@ function overview() {
 
 function steps(kind, names, name, to) {
   const at = names.indexOf(name);
+  if (at < 0) return null;
   const step = (other, sign, word) => other !== undefined && h("a", { href: to(other), rel: word, "aria-label": `${word} ${kind}: ${other}`, title: other }, sign);
   return h("span.steps", step(names[at - 1], "←", "previous"), step(names[at + 1], "→", "next"));
 }
 
 function samplesCard(page) {
   const place = h("div.grid.samples"), controls = h("div");
-  const has = page.samples.some((sample) => Object.keys(sample.maps).length);
-  let ranking = "specific", how = "heat";
+  const stored = page.samples.some((sample) => Object.keys(sample.maps).length), has = SOURCE.map || stored;
+  let ranking = "specific", how = stored ? "heat" : "image";
+  // Of a served run with a model: the map of the ten highest neurons, made on demand.
+  function make(sample, by) {
+    const rows = [...page.neurons].sort((a, b) => (by === "score" ? a.rank - b.rank : a.specific_rank - b.specific_rank)).slice(0, 10);
+    SOURCE.map(sample.id, rows.map((row) => row.neuron), rows.map((row) => (row.negative ? -1 : 1))).then((map) => {
+      if (!map) return;
+      sample.maps[by] = { ...map, box: null, iou: null };
+      if (by === ranking && how !== "image") fill();
+    }, () => {});
+  }
   function fill() {
     controls.replaceChildren(...(has ? [
       h("div.chips", ...chips("Neurons", [["score", "10 highest by score"], ["specific", "10 highest by specific"]], ranking, (value) => { ranking = value; fill(); }).childNodes,
@@ -65,8 +76,10 @@ function samplesCard(page) {
         ...chips("Layer", [["heat", "heat map"], ["signed", "signed"], ["mask", "mask"], ["image", "image"]], how, (value) => { how = value; fill(); }).childNodes)] : []));
     place.replaceChildren(...page.samples.map((sample) => {
       const map = sample.maps[ranking];
+      if (!map && SOURCE.map && how !== "image") make(sample, ranking);
       const found = map && map.hit !== null ? ` · peak ${map.hit ? "on" : "off"} the object` : "";
-      return h("figure", picture(sample, map, how), h("figcaption", caption(DATA.captions[sample.id], page.name), map && h("div.range", `${figure(map.low, 2)} to ${figure(map.high, 2)}${found}`)));
+      const tried = SOURCE.map && h("a.range", { href: toPlayground(sample.id, page.neurons.slice(0, 10).map((row) => row.neuron).join(" ")) }, "playground");
+      return h("figure", picture(sample, map, how), h("figcaption", caption(DATA.captions[sample.id], page.name), tried && [" ", tried], map && h("div.range", `${figure(map.low, 2)} to ${figure(map.high, 2)}${found}`)));
     }));
   }
   fill();
@@ -100,8 +113,12 @@ function concept(page) {
 function neuron(page) {
   const names = INDEX.neurons.map((row) => row.neuron);
   const examples = (sign, title) => {
-    const rows = page.examples.filter((row) => row.sign === sign);
-    return rows.length ? card(h("h3", title), h("div.grid.samples", rows.map((row) => h("figure", picture(row), h("figcaption", h("b", figure(row.activation, 2)), " ", caption(DATA.captions[row.id])))))) : null;
+    const rows = page.examples.filter((row) => row.sign === sign), place = h("div.grid.samples"), maps = new Map();
+    if (!rows.length) return null;
+    const fill = () => place.replaceChildren(...rows.map((row) => h("figure", picture(row, maps.get(row.id)), h("figcaption", h("b", figure(row.activation, 2)), " ", caption(DATA.captions[row.id])))));
+    const draw = () => rows.forEach((row) => SOURCE.map(row.id, [page.neuron]).then((map) => { maps.set(row.id, map); fill(); }, () => {}));
+    fill();
+    return card(h("h3", title), SOURCE.map && h("div.chips", h("button", { type: "button", onclick: draw }, "heat maps of this neuron")), place);
   };
   const activity = page.activity.map(([kind, label, modality, value]) => ({ kind, label, modality, value }));
   const label = (row) => `${row.kind === "all" ? "all" : row.kind === "language" ? languageName(row.label) : row.label} · ${row.modality}`;

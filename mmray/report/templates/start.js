@@ -1,6 +1,6 @@
 // Routing from addresses to pages, search, keyboard and themes.
 "use strict";
-const main = document.getElementById("main"), search = document.getElementById("search"), found = document.getElementById("found");
+const main = document.getElementById("main"), search = document.getElementById("search"), options = document.getElementById("found");
 addPage("failures", "Failures", failuresPage, INDEX.failures.count || INDEX.failures.quarantined.length);
 const menu = PAGES.filter((page) => page.shown);
 document.querySelector("nav").append(...menu.map(({ path, title }) => h("a", { href: `#/${path}`, "data-page": path }, title)));
@@ -12,11 +12,16 @@ let turn = 0;
 
 async function route() {
   const mine = ++turn;
-  const [page = "", name = ""] = location.hash.replace(/^#\//, "").split("/").map(decodeURIComponent);
+  const [page = "", name = "", ...more] = location.hash.replace(/^#\//, "").split("/").map(decodeURIComponent);
   const known = PAGES.find(({ path }) => path === page);
-  let content = known ? known.make(name) : missing(page);
+  // What the index of a served run leaves out.
+  if (known?.data) {
+    await known.data();
+    if (mine !== turn) return;
+  }
+  let content = known ? known.make(name, ...more) : missing(page);
   if (page === "concept" || page === "neuron") {
-    const data = await part(`${page[0]}:${name}`);
+    const data = await SOURCE.part(`${page[0]}:${name}`);
     // Another address was opened while this page's data loaded.
     if (mine !== turn) return;
     content = data ? (page === "concept" ? concept(data) : neuron(data)) : missing(name);
@@ -32,7 +37,7 @@ async function route() {
 }
 
 // Results of a search: concepts that begin with the text, then those that contain it, then neurons by name or token.
-function results(text) {
+function found(text) {
   const query = text.trim().toLowerCase();
   if (!query) return [];
   const named = INDEX.concepts.filter((row) => row.name.includes(query));
@@ -45,27 +50,30 @@ function results(text) {
   ];
 }
 
-let chosen = 0;
-function suggest() {
-  const rows = results(search.value);
+let chosen = 0, asked = 0;
+async function suggest() {
+  const mine = ++asked, words = search.value, answer = SOURCE.search(words);
+  const rows = answer instanceof Promise ? await answer : answer;
+  // More has been typed meanwhile, or the search was left.
+  if (mine !== asked || document.activeElement !== search) return;
   chosen = Math.max(0, Math.min(chosen, rows.length - 1));
-  found.hidden = !search.value.trim();
-  search.setAttribute("aria-expanded", String(!found.hidden));
-  found.replaceChildren(...(rows.length ? rows.map((row, at) =>
+  options.hidden = !search.value.trim();
+  search.setAttribute("aria-expanded", String(!options.hidden));
+  options.replaceChildren(...(rows.length ? rows.map((row, at) =>
     h("li", { role: "option", id: `found-${at}`, "aria-selected": String(at === chosen), "data-to": row.to, onmousedown: (event) => { event.preventDefault(); go(row.to); } },
       row.image && small(row.image, ""), h("span", row.name), h("small", row.more))) : [h("li", { role: "option" }, "nothing found")]));
   search.setAttribute("aria-activedescendant", rows.length ? `found-${chosen}` : "");
-  found.children[chosen]?.scrollIntoView({ block: "nearest" });
+  options.children[chosen]?.scrollIntoView({ block: "nearest" });
 }
 function go(to) { close(); search.blur(); location.hash = to; }
-function close() { search.value = ""; chosen = 0; found.hidden = true; search.setAttribute("aria-expanded", "false"); }
+function close() { search.value = ""; chosen = 0; options.hidden = true; search.setAttribute("aria-expanded", "false"); }
 search.addEventListener("input", () => { chosen = 0; suggest(); });
-search.addEventListener("blur", () => { found.hidden = true; });
+search.addEventListener("blur", () => { options.hidden = true; });
 search.addEventListener("focus", suggest);
 search.addEventListener("keydown", (event) => {
   const moves = { ArrowDown: 1, ArrowUp: -1 };
   if (event.key in moves) { event.preventDefault(); chosen += moves[event.key]; suggest(); }
-  if (event.key === "Enter" && found.children[chosen]?.dataset.to) go(found.children[chosen].dataset.to);
+  if (event.key === "Enter" && options.children[chosen]?.dataset.to) go(options.children[chosen].dataset.to);
   if (event.key === "Escape") { close(); search.blur(); }
   event.stopPropagation();
 });

@@ -1,0 +1,143 @@
+"""A served run in headless Chromium: lists from the server, search, SQL, heat maps on demand, and the playground.
+
+Skipped where there is no Chromium, as `tests/report/test_browser.py`.
+"""
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from mmray.serve.app import HOST
+from tests.support.served import TOKEN, Client
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
+]
+PAGES = (
+    "",
+    "concepts",
+    "neurons",
+    "layers",
+    "properties",
+    "sql",
+    "playground",
+    "concept/dog",
+    "neuron/L7.u10",
+    "failures",
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as started:
+        found = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(browser, ask: Client):
+    shown = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    said: list[str] = []
+    shown.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    shown.on("pageerror", lambda error: said.append(str(error)))
+    shown.on("request", lambda asked: said.append(asked.url) if f"{HOST}:{ask.port}" not in asked.url[:40] else None)
+    shown.goto(f"http://{HOST}:{ask.port}/?token={TOKEN}")
+    shown.wait_for_selector("h1")
+    yield shown
+    # A sample of the run has a picture that can't be read, and data: images are no requests to elsewhere.
+    assert [line for line in said if "404" not in line and not line.startswith("data:")] == []
+    shown.close()
+
+
+def opened(page, place: str) -> None:
+    page.evaluate(f"location.hash = '#/{place}'")
+    page.wait_for_load_state("networkidle")
+
+
+def until(page, condition: str) -> None:
+    """Wait for a condition. Playwright's own waiting evaluates it within the page, which the page's policy refuses."""
+    for _ in range(200):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(condition)
+
+
+def test_search_asks_the_server(page):
+    page.keyboard.press("/")
+    page.keyboard.type("dog")
+    page.wait_for_selector("#found li:has-text('dog')")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("h1:text-is('dog')")
+    assert TOKEN not in page.url
+    page.keyboard.press("/")
+    page.keyboard.type("L7.u10")
+    page.wait_for_selector("#found li:has-text('L7.u10')")
+
+
+def test_lists_are_sorted_and_filtered_by_the_server(page):
+    opened(page, "concepts")
+    page.wait_for_selector("tbody tr")
+    page.get_by_role("button", name="score", exact=True).click()
+    page.wait_for_selector("th[aria-sort]:has-text('score')")
+    page.wait_for_load_state("networkidle")
+    scores = [float(text) for text in page.locator("tbody td:nth-child(5)").all_inner_texts()]
+    assert scores == sorted(scores, reverse=True)
+    page.get_by_label("name contains").fill("og")
+    until(page, "[...document.querySelectorAll('tbody b')].every((name) => name.textContent.includes('og'))")
+    opened(page, "neurons")
+    page.get_by_label("layer").fill("3")
+    page.wait_for_selector("[role=status]:has-text('1,024 found')")
+    page.get_by_role("button", name="Show more").click()
+    page.wait_for_selector("tbody tr:nth-child(400)")
+
+
+def test_sql_answers_and_refuses(page):
+    opened(page, "sql")
+    page.get_by_label("SQL", exact=True).fill("select concept, n from concepts order by n desc limit 3")
+    page.get_by_role("button", name="Run").click()
+    page.wait_for_selector("text=3 rows")
+    page.get_by_role("button", name="most used neurons").click()
+    page.wait_for_selector("text=20 rows")
+
+
+def test_heat_maps_are_made_on_demand(page):
+    opened(page, "concept/dog")
+    page.wait_for_selector("figure")
+    page.get_by_role("button", name="10 highest by score").click()
+    until(page, "document.querySelectorAll('figure').length === document.querySelectorAll('figure canvas').length")
+    opened(page, "neuron/L7.u10")
+    page.get_by_role("button", name="heat maps of this neuron").first.click()
+    page.wait_for_selector("figure canvas")
+
+
+def test_the_playground_compares_captions(page):
+    opened(page, "playground")
+    page.get_by_label("of a concept").fill("dog")
+    page.get_by_label("of a concept").press("Enter")
+    page.wait_for_selector(".pick[aria-label*='dog']")
+    page.locator(".pick[aria-label*='dog']").first.click()
+    page.get_by_label("factor: 0 zeroes them").fill("-4")
+    page.get_by_role("button", name="Compare captions").click()
+    page.wait_for_selector(".said >> nth=1")
+    assert "dog" in page.locator(".said").first.inner_text()
+    assert page.locator("table[aria-label^='Tokens'] tbody tr").count() >= 8
+    page.get_by_role("button", name="Heat map").click()
+    page.wait_for_selector(".bench canvas")
+
+
+@pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (390, "dark")])
+def test_nothing_is_wider_than_the_window(page, width, theme):
+    page.set_viewport_size({"width": width, "height": 800})
+    page.emulate_media(color_scheme=theme)
+    for place in PAGES:
+        opened(page, place)
+        assert page.locator("h1").inner_text()
+        assert "undefined" not in page.locator("main").inner_text(), place
+        assert "NaN" not in page.locator("main").inner_text(), place
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, place
