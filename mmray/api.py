@@ -161,6 +161,6 @@ def run_census(model: str, data: str, out: str, **settings: Any) -> Run:
     drive_census(
         census_settings({"model": model, "data": data, "out": str(out), **_with_executor(settings)}),
         # The warning points at the caller of this function.
-        warn=lambda line: warnings.warn(line, stacklevel=4),
+        warn=lambda line: warnings.warn(line, stacklevel=5),
     )
     return open_run(out)

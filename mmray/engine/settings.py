@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -109,15 +110,19 @@ def checked(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
     try:
         return kind(**values)
     except ValidationError as error:
-        raise InputError(first_problem(error)) from error
+        raise InputError(first_problem(error, kind.model_fields)) from error
 
 
-def first_problem(error: ValidationError) -> str:
-    """Return the first problem of a validation in one line: the setting, its value, what it should be."""
+def first_problem(error: ValidationError, known: Iterable[str] = ()) -> str:
+    """Return the first problem of a validation in one line: the setting, its value, what it should be.
+
+    For an unknown setting, the most similar of those that are known is suggested.
+    """
     problem = error.errors()[0]
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown setting {name!r}"
+        similar = get_close_matches(name, known, n=1)
+        return f"unknown setting {name!r}" + (f"; did you mean {similar[0]!r}?" if similar else "")
     if problem["type"] == "missing":
         return f"setting {name!r} is missing"
     message = str(problem["msg"].removeprefix("Value error, "))

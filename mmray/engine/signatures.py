@@ -6,16 +6,19 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import wraps
 from inspect import Parameter
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel
 
 from mmray.engine.settings import JobSettings
+from mmray.errors import InputError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Executor = Literal["ray", "local"]
-OPTION = re.compile(r"--([a-z][a-z-]*)")
+OPTION = re.compile(r"--(?P<name>[a-z][a-z-]*)")
+COMMAND_OR_OPTION = re.compile(rf"(?P<command>\bmmray [^;,]*)|{OPTION.pattern}")
 EXECUTOR = "Where the job runs: on Ray, or in this process."
 
 
@@ -23,7 +26,8 @@ def takes(settings: type[BaseModel], *without: str) -> Callable[[Function], Func
     """Give a function with `**settings` a keyword argument per field of these settings, with its documentation.
 
     Fields that the function has under their own name are left out, and those in `without`, which it sets itself. The
-    field `local` is the argument `executor` here. `help` and editors show what results.
+    field `local` is the argument `executor` here. `help` and editors show what results. Errors name arguments, not
+    options.
     """
 
     def document(function: Function) -> Function:
@@ -33,11 +37,23 @@ def takes(settings: type[BaseModel], *without: str) -> Callable[[Function], Func
         added = list(_arguments(settings, {one.name for one in own} | set(without)))
         lines = [_described(parameter, text) for parameter, text in added]
         function.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Settings:", *lines])
-        # Set on the function itself: a wrapper would add a frame to every warning and traceback.
-        vars(function)["__signature__"] = signature.replace(parameters=[*own, *(parameter for parameter, _ in added)])
-        return function
+
+        @wraps(function)
+        def call(*arguments: Any, **named: Any) -> Any:
+            try:
+                return function(*arguments, **named)
+            except InputError as error:
+                raise type(error)(_of_arguments(str(error))) from None
+
+        vars(call)["__signature__"] = signature.replace(parameters=[*own, *(parameter for parameter, _ in added)])
+        return cast(Function, call)
 
     return document
+
+
+def _of_arguments(message: str) -> str:
+    """Return a message with options written as arguments, except in commands that it names."""
+    return COMMAND_OR_OPTION.sub(lambda at: at[0] if at["command"] else _as_argument(at), message)
 
 
 def _arguments(settings: type[BaseModel], without: set[str]) -> Iterator[tuple[Parameter, str]]:
@@ -56,4 +72,4 @@ def _described(parameter: Parameter, text: str) -> str:
 
 
 def _as_argument(option: re.Match[str]) -> str:
-    return option[1].replace("-", "_")
+    return str(option["name"]).replace("-", "_")

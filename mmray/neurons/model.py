@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -24,11 +24,14 @@ from mmray.models.patches import patches_of
 from mmray.models.prompting import encode, prefix_before, prompt_text, tokenize_caption
 from mmray.neuron_names import parse_neuron
 from mmray.neurons.concepts import find_forms
-from mmray.neurons.heatmaps import Map, MapRequest, patch_maps, placed
+from mmray.neurons.heatmaps import STRENGTH, Map, MapRequest, patch_maps, placed
 from mmray.neurons.scores import SCORES, Pieces
 from mmray.neurons.scoring import score_batch, whole_nouns
 from mmray.neurons.token_positions import locate_mentions
 from mmray.neurons.validation import assert_sound
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 AnyImage = Image | Path | str | bytes | np.ndarray
 """An image, its path, its encoded bytes, or an array of bytes of shape (height, width) or (height, width, channel)."""
@@ -55,8 +58,25 @@ class NeuronModel(LoadedModel):
 
         Ablation and edits hold here. Raises InputError if the image can't be read.
         """
-        (tokens,) = generate(self, [prompt_text(self, prompt, language)], [open_image(image)], longest)
-        return caption_of(self, tokens)[0]
+        return self.generate([image], prompt, language=language, longest=longest)[0]
+
+    def generate(
+        self,
+        images: Sequence[AnyImage | None],
+        prompt: str | None = None,
+        *,
+        language: str | None = None,
+        longest: int = LONGEST,
+    ) -> list[str]:
+        """Return what the model writes greedily about each image, in one batch; None stands for no image.
+
+        Either all or none may be None. Ablation and edits hold here. Raises InputError if an image can't be read.
+        """
+        if not images:
+            return []
+        opened = [open_image(image) for image in images]
+        text = prompt_text(self, prompt, language, image=opened[0] is not None)
+        return [caption_of(self, tokens)[0] for tokens in generate(self, [text] * len(opened), opened, longest)]
 
     def contributions(
         self,
@@ -131,6 +151,25 @@ class NeuronModel(LoadedModel):
         by_layer(self, neurons)  # Raises for neurons that the model does not have.
         (values,) = patch_maps(self, batch, [MapRequest(0, patches, [parse_neuron(name) for name in neurons], signs)])
         return values, patches.covers
+
+    def plot_heat_map(
+        self, image: AnyImage, neurons: str | Sequence[str], *, signs: Sequence[float] | None = None
+    ) -> Figure:
+        """Return the heat map over its image as a plotly figure, with a colour bar; arguments as `heat_map`."""
+        from plotly.graph_objects import Figure, Heatmap
+
+        opened = open_image(image)
+        assert opened is not None
+        values = self.heat_map(opened, neurons, signs=signs).numpy()
+        heat = Heatmap(z=values, opacity=STRENGTH, colorscale="Inferno", colorbar={"title": "mean activation"})
+        figure = Figure(heat)
+        figure.add_layout_image(
+            source=opened, xref="x", yref="y", x=0, y=0, sizex=opened.width, sizey=opened.height, layer="below"
+        )
+        # Row 0 is at the top, and pixels are square.
+        figure.update_yaxes(range=[opened.height, 0], scaleanchor="x", visible=False)
+        figure.update_xaxes(range=[0, opened.width], visible=False)
+        return figure
 
 
 Kind = TypeVar("Kind", bound=NeuronModel)

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from mmray.neuron_names import neuron_name, parse_neuron
 from mmray.report.concepts import among, number
+from mmray.runs.figures import layer_shares
 from mmray.runs.run import Run
 
 EXAMPLES = 5
@@ -98,13 +99,7 @@ def _activity(run: Run, names: Collection[str]) -> dict[str, list[tuple[str, str
 def layer_profile(run: Run) -> list[dict[str, Any]]:
     """Return for each layer the fraction of the concepts' ten highest neurons in it, and how active it is."""
     widths = run.info["model"]["widths"]
-    highest = _by_layer(
-        run,
-        "select layer, count(*) filter (where rank <= 10) as score, "
-        "count(*) filter (where specific_rank <= 10) as specific from rankings group by layer",
-    )
-    # Fractions, because data decides how many concepts there are.
-    totals = {kind: sum(row[kind] for row in highest.values()) or 1 for kind in ("score", "specific")}
+    shares = layer_shares(run)
     used = _by_layer(run, "select layer, max(n_concepts) as most, sum(n_concepts) as total from neurons group by layer")
     opened = _by_layer(
         run,
@@ -115,7 +110,7 @@ def layer_profile(run: Run) -> list[dict[str, Any]]:
         {
             "layer": layer,
             "width": width,
-            **{kind: number(highest.get(layer, {}).get(kind, 0) / total) for kind, total in totals.items()},
+            **{order: number(share[layer]) for order, share in shares.items()},
             "most": used[layer]["most"],
             "mean": number(float(used[layer]["total"]) / width),
             **{kind: number(opened.get(layer, {}).get(kind)) for kind in ("image", "text")},

@@ -29,6 +29,8 @@ from mmray.runs.tables import read_table
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
+    from pandas import DataFrame
+    from plotly.graph_objects import Figure
     from pyarrow.dataset import Dataset
 
 CERTIFICATES = {"score": "certified", "specific": "certified_specific", "selective": "certified_selective"}
@@ -122,6 +124,33 @@ class Run:
         from pyarrow.dataset import dataset
 
         return self._dataset(name) if self._is_large(name) else dataset(self.table(name))
+
+    def to_pandas(self, name: str) -> DataFrame:
+        """Return a table as a pandas data frame; raises InputError like `table`."""
+        return self.table(name).to_pandas()
+
+    def plot_layers(self, concept: str | None = None) -> Figure:
+        """Return a plotly figure: the layers of the ten highest neurons of a concept, or of all.
+
+        Raises InputError for an unknown concept.
+        """
+        from mmray.runs.figures import plot_layers
+
+        return plot_layers(self, concept and self.rank(concept, 1)["concept"][0].as_py())
+
+    def plot_dose(self, concept: str | None = None, measure: str = "zeroed_own") -> Figure:
+        """Return a plotly figure: a causal measure of `properties` by the number of neurons, with controls.
+
+        Raises InputError if it was not measured: for this concept, or over all (None).
+        """
+        from mmray.runs.figures import plot_dose
+
+        return plot_dose(self, concept and concept.casefold(), measure)
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        samples: int = self.info["data"]["samples"]
+        return samples
 
     def table(self, name: str) -> pa.Table:
         """Return one of the run's tables; raises InputError for an unknown table, or one not made yet."""
@@ -259,6 +288,8 @@ class Run:
         Raises InputError for an unknown concept, with suggestions.
         """
         _check_order(by)
+        if k < 1:
+            raise InputError(f"k = {k}: give at least 1 neuron to return")
         # Concepts are stored in lower case.
         name = concept.casefold()
         rows = self.rows("rankings", pc.field("concept") == name)
@@ -370,4 +401,4 @@ def sql_errors() -> Iterator[None]:
 
 def _check_order(by: str) -> None:
     if by not in ORDERS:
-        raise InputError(f"--by {by}: order by {', '.join(ORDERS)}")
+        raise InputError(f"unknown order {by!r}; choose from {', '.join(ORDERS)}")

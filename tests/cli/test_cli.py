@@ -117,7 +117,7 @@ def test_an_unknown_concept_names_near_ones(mmray: Mmray, run: Run) -> None:
     [
         (["neuron", "L0u3"], "'L0u3' is not a neuron; write layer and unit as L7.u89"),
         (["neuron", "L99.u3"], "L99.u3 is outside the model: 2 layers"),
-        (["rank", "dog", "--by", "rank"], "--by rank: order by score, specific, selective, share"),
+        (["rank", "dog", "--by", "rank"], "unknown order 'rank'; choose from score, specific, selective, share"),
         (["rank", "dog", "--k", "0"], "Invalid value for '--k'"),
     ],
 )

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 import mmray
 from mmray.engine.settings import JobSettings
 from mmray.engine.signatures import takes
+from mmray.errors import InputError
 from mmray.features.editing.settings import EditSettings
 
 WITH_SETTINGS = (
@@ -77,3 +78,23 @@ def test_a_function_without_documentation_gets_that_of_its_settings():
     def go(**settings: Any) -> None: ...
 
     assert "depth: int = 3" in go.__doc__
+
+
+def test_errors_name_arguments_and_leave_commands_alone():
+    class One(JobSettings):
+        depth: int = 1
+        """How deep."""
+
+    @takes(One)
+    def go(**settings: Any) -> None:
+        """Go."""
+        raise InputError("--text-count and --depth don't fit; run mmray go --depth 2 first, or drop --text-count")
+
+    with pytest.raises(InputError) as caught:
+        go()
+    assert str(caught.value) == "text_count and depth don't fit; run mmray go --depth 2 first, or drop text_count"
+
+
+def test_a_misspelt_argument_is_suggested():
+    with pytest.raises(InputError, match=r"unknown setting 'limt'; did you mean 'limit'[?]"):
+        mmray.run_census("demo", "demo", "unused", limt=3)

@@ -45,9 +45,20 @@ def test_a_caption_is_what_the_model_generates_and_holds_ablations(open_model):
     (tokens,) = generate(model, [prompt_text(model, None, None)], [picture(1)], 8)
     assert model.caption(picture(1), longest=8) == caption_of(model, tokens)[0]
     assert model.caption(picture(1), longest=3) == caption_of(model, tokens[:3])[0]
+    assert model.generate([picture(1), picture(2)], longest=8) == [model.caption(picture(n), longest=8) for n in (1, 2)]
     every = [(layer, unit) for layer, width in enumerate(model.widths) for unit in range(width)]
     with ablate(model, every):
         assert model.caption(picture(1), longest=8) != caption_of(model, tokens)[0]
+
+
+def test_a_plotted_heat_map_is_the_map_over_its_image(open_model):
+    model = open_model("llava")
+    figure = model.plot_heat_map(picture(1), "L0.u1")
+    (image,) = figure.layout.images
+    assert (image.sizex, image.sizey) == picture(1).size
+    assert np.allclose(figure.data[0].z, model.heat_map(picture(1), ["L0.u1"]).numpy())
+    # Both from the top.
+    assert figure.layout.yaxis.range == (picture(1).height, 0)
 
 
 def test_a_printed_model_says_its_family_and_size(open_model):

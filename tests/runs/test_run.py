@@ -95,7 +95,7 @@ def test_an_unknown_concept_names_near_ones(run: Run) -> None:
     concept = max(run.concepts, key=len)
     with pytest.raises(InputError, match=rf"no concept '{concept}x'.* it has .*{concept}"):
         run.rank(f"{concept}x")
-    with pytest.raises(InputError, match="order by score, specific, selective, share"):
+    with pytest.raises(InputError, match="choose from score, specific, selective, share"):
         run.rank(concept, by="rank")
 
 

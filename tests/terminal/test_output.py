@@ -125,4 +125,4 @@ def test_rank_without_a_concept_lists_them(mmray: Mmray, run: Run) -> None:
     assert shown.out.splitlines()[0].split() == ["concept", "occurrences", "images", "highest", "neuron"]
     assert [line.split()[0] for line in shown.out.splitlines()[1:3]] == [first, second]
     assert shown.out.splitlines()[3] == f"and {len(rest)} more"
-    assert "--by rank: order by" in mmray("rank", run.uri, "--by", "rank").refusal
+    assert "unknown order 'rank'; choose from" in mmray("rank", run.uri, "--by", "rank").refusal

@@ -79,7 +79,7 @@ def compare(before: Tables, after: Tables, k: int = 50, by: str = "score") -> Dr
     Raises InputError if the models have different shapes, because their neurons then don't correspond.
     """
     if by not in ORDERS:
-        raise InputError(f"--by {by}: choose from {', '.join(ORDERS)}")
+        raise InputError(f"unknown order {by!r}; choose from {', '.join(ORDERS)}")
     if before.info["model"]["widths"] != after.info["model"]["widths"]:
         raise InputError("the runs' models have different shapes; compare runs of the same architecture")
     old, new = (_by_concept(run.table("rankings"), by) for run in (before, after))

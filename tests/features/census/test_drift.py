@@ -163,7 +163,7 @@ def test_what_cannot_be_compared() -> None:
     other.info = {**other.info, "model": {"widths": [8, 8]}}
     with pytest.raises(InputError, match="models have different shapes"):
         compare(kept(), other)
-    with pytest.raises(InputError, match="--by share: choose from score, specific"):
+    with pytest.raises(InputError, match="unknown order 'share'; choose from score, specific"):
         compare(kept(), kept(), by="share")
 
 
