@@ -11,7 +11,7 @@ import typer
 
 from mmray.features.census.command import follow_census, say_shortfall
 from mmray.features.census.settings import CensusSettings, census_settings
-from mmray.terminal.options import INCOMPLETE, app, console, say
+from mmray.terminal.options import INCOMPLETE, app, command_line, console, say, say_next
 
 FULL, QUICK = (12, 2), (3, 1)
 """Concepts whose properties are measured, and heat maps per concept."""
@@ -68,7 +68,7 @@ def _run_demo(run_folder: Path, *, quick: bool) -> bool:
     _say_report(run_folder)
     concept = next(iter(run.concepts))
     first = run.rank(concept, 1)["neuron"][0].as_py()
-    say(f"next: mmray rank {run_folder} {concept} · mmray neuron {run_folder} {first}")
+    say_next(command_line("rank", run_folder, concept), command_line("neuron", run_folder, first))
     return outcome.complete and complete
 
 

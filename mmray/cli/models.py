@@ -16,7 +16,7 @@ from rich.tree import Tree
 from mmray.errors import InputError
 from mmray.features.census.settings import CensusSettings
 from mmray.models.options import Dtype
-from mmray.terminal.options import AsJson, app, console, help_of, option, plural, say
+from mmray.terminal.options import AsJson, app, command_line, console, help_of, option, plural, say_next
 
 if TYPE_CHECKING:
     from mmray.features.census.model_check import Ability
@@ -64,7 +64,7 @@ def check_model(
     if failed:
         raise InputError(f"{model}: not proven: {'; '.join(failed)}")
     if not as_json:
-        say(f"next: mmray plan --model {model} --data DATA")
+        say_next(command_line("plan", "--model", model, "--data", "DATA"))
 
 
 def _parts_tree(title: str, parts: ModelParts) -> Tree:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmray.terminal.options import AsJson, RunArgument, app, say, say_json
+from mmray.terminal.options import AsJson, RunArgument, app, say, say_json, say_next
 
 
 @app.command(
@@ -28,4 +28,4 @@ def push(
         say_json({"url": url})
     else:
         say(url)
-        say(f'next: datasets.load_dataset("{repository}", "rankings")')
+        say_next(f'datasets.load_dataset("{repository}", "rankings")')

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmray.terminal.options import RunArgument, app, say
+from mmray.terminal.options import RunArgument, app, command_line, say, say_next
 
 
 @app.command(
@@ -37,4 +37,9 @@ def report(
     from mmray.report.writing import write_report
     from mmray.runs.run import open_run
 
-    say(write_report(open_run(run), out, edit or (), pages))
+    opened = open_run(run)
+    say(write_report(opened, out, edit or (), pages))
+    # The most frequent concepts have the most reliable rankings.
+    source, target = [*opened.concepts, "CONCEPT", "CONCEPT"][:2]
+    edited = command_line("edit", run, "--source", source, "--target", target, "--out", "EDIT")
+    say_next(command_line("serve", run, "--model", "run"), edited)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mmray.errors import InputError
-from mmray.terminal.options import RunArgument, app, say
+from mmray.terminal.options import RunArgument, app, command_line, say, say_next
 
 RUN_MODEL = "run"
 """Value of --model that stands for the run's own model."""
@@ -62,8 +62,8 @@ def serve(
         # Before the address is printed: a browser that is faster than the server waits.
         listening.listen()
         say(f"http://{HOST}:{listening.getsockname()[1]}/?token={token}")
-        more = "" if model else f"; mmray serve {run} --model run adds heat maps of any neurons and a playground"
-        say(f"next: open it{more}; Ctrl-C stops")
+        more = "" if model else f"; {command_line('serve', run, '--model', 'run')} adds heat maps and a playground"
+        say_next(f"open it{more}; Ctrl-C stops")
         sys.stdout.flush()
         config = uvicorn.Config(server.app(), log_level="warning", access_log=False)
         uvicorn.Server(config).run(sockets=[listening])

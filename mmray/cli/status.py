@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from mmray.errors import DamagedError
-from mmray.terminal.options import INCOMPLETE, AsJson, RunArgument, app, console, plural, say
+from mmray.terminal.options import INCOMPLETE, AsJson, RunArgument, app, command_line, console, plural, say, say_next
 
 if TYPE_CHECKING:
     from mmray.runs.folder import RunFolder
@@ -93,6 +93,8 @@ def status(
         if current:
             # Paths and commands must not be wrapped.
             console.print(current.view(), soft_wrap=True)
+            if current.census and current.census.finished and not verified:
+                say_next(command_line("rank", run), command_line("properties", run))
         if verified:
             _say_verified(verified, problems)
     if problems:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -212,6 +213,16 @@ def say(line: str, style: str | None = None) -> None:
     """Print a line without wrapping or markup."""
     # Paths must stay whole at any width, and their brackets must not be taken for markup.
     console.print(line, style=style, markup=False, soft_wrap=True)
+
+
+def say_next(*commands: str) -> None:
+    """Print which commands are useful next; words in capitals are for the user to replace."""
+    say(f"next: {' · '.join(commands)}")
+
+
+def command_line(name: str, *words: object) -> str:
+    """Return a command line of mmray, quoted for a shell."""
+    return shlex.join(["mmray", name, *map(str, words)])
 
 
 def say_json(value: Any, *, allow_nan: bool = True) -> None:

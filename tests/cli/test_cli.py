@@ -141,7 +141,7 @@ def test_bad_samples_are_rows_and_status_4(mmray: Mmray, tiny: Callable[[str], P
     assert f"12 samples in {answer.out.split()[3]} s → {out}\n" in answer.out
     assert "1 of 12 captions has no noun; see --nouns\n" in answer.out
     assert f"2 samples failed; see: mmray status {out}\n" in answer.out
-    assert answer.out.endswith(f"next: mmray rank {out}\n")
+    assert answer.out.endswith(f"next: mmray rank {out} · mmray status {out}\n")
     errors = pq.read_table(out / "tables" / "errors.parquet").to_pylist()
     stages = {row["sample_id"]: row["stage"] for row in errors}
     assert stages == {rows[0]["sample_id"]: "decode", rows[1]["sample_id"]: "read"}

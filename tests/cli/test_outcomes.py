@@ -48,7 +48,8 @@ def test_captions_without_a_noun_are_skipped_and_no_failure(
     assert answer.status == 0, answer.err
     assert "3 of 10 captions have no noun; see --nouns\n" in answer.out
     assert "failed" not in answer.out
-    assert answer.out.endswith(f"next: mmray rank {tmp_path / 'run'}\n")
+    run_folder = tmp_path / "run"
+    assert answer.out.endswith(f"next: mmray rank {run_folder} · mmray status {run_folder}\n")
     run = open_run(tmp_path / "run")
     # They are in everything that needs no noun.
     assert run.table("captions")["caption"].to_pylist().count(NOUNLESS) == 3

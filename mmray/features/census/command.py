@@ -14,11 +14,13 @@ from mmray.terminal.options import (
     AsJson,
     RunArgument,
     app,
+    command_line,
     console,
     option,
     plural,
     say,
     say_json,
+    say_next,
     show_progress,
     warn,
     with_settings,
@@ -63,7 +65,7 @@ def census(as_json: AsJson = False, **settings: Any) -> None:
         say(f"{plural(outcome.samples, 'sample')} {took} → {outcome.out}")
         _say_problems(outcome)
         if outcome.occurrences:
-            say(f"next: mmray rank {outcome.out}")
+            say_next(command_line("rank", outcome.out), command_line("status", outcome.out))
     if not outcome.complete:
         raise typer.Exit(INCOMPLETE)
 
@@ -87,7 +89,19 @@ def plan(as_json: AsJson = False, **settings: Any) -> None:
         say_json(asdict(estimate) | {"hours": estimate.hours, "warnings": estimate.sample.warnings})
     else:
         console.print(show(estimate))
-        say(f"next: mmray census --model {settings['model']} --data {settings['data']} --out RUN")
+        say_next(command_line("census", *_given(settings), "--out", "RUN"))
+
+
+def _given(settings: dict[str, Any]) -> list[str]:
+    """Return the options that differ from their defaults, as words of a command line."""
+    words: list[str] = []
+    for name, field in CensusSettings.model_fields.items():
+        value = settings[name]
+        if name != "out" and value not in (None, () if field.is_required() else field.default):
+            flag = f"--{name.replace('_', '-')}"
+            values = value if isinstance(value, tuple | list) else (value,)
+            words += [flag] if value is True else [word for one in values for word in (flag, str(one))]
+    return words
 
 
 def follow_census(settings: CensusSettings) -> CensusResult:
@@ -149,12 +163,15 @@ def rank(
             say_json(listed.to_pylist())
         else:
             console.print(concept_list(listed, len(opened.concepts)))
+            if len(listed):
+                say_next(command_line("rank", run, listed["concept"][0].as_py()))
         return
     rows = opened.rank(concept, k or 10, by)
     if as_json:
         say_json(rows.to_pylist())
     else:
         console.print(ranking(rows, concept_title(opened, rows), by))
+        say_next(command_line("neuron", run, rows["neuron"][0].as_py()), command_line("properties", run))
 
 
 @app.command(group="Read", examples=("mmray neuron runs/llava L29.u4021", "mmray neuron runs/llava L29.u4021 --json"))
@@ -175,6 +192,7 @@ def neuron(
         say_json(facts)
     else:
         console.print(show(facts))
+        say_next(command_line("serve", run, "--model", "run"))
 
 
 @app.command(
@@ -198,6 +216,7 @@ def diff(
         say_json(drift.summary(LISTED))
     else:
         _show(drift)
+        say_next(command_line("rank", after))
     _check_limit(limit, drift)
 
 
@@ -234,6 +253,8 @@ def refresh(
         _say_problems(done.outcome)
         if done.drift:
             _show(done.drift)
+        if done.new_samples:
+            say_next(command_line("rank", run), command_line("status", run))
     if done.drift:
         _check_limit(limit, done.drift)
     if not done.outcome.complete:

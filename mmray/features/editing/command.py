@@ -10,7 +10,18 @@ import typer
 from mmray.features.census.settings import CensusSettings
 from mmray.features.editing.settings import EditSettings, edit_settings
 from mmray.models.options import Dtype
-from mmray.terminal.options import AsJson, RunArgument, app, option, say, say_json, warn, with_settings
+from mmray.terminal.options import (
+    AsJson,
+    RunArgument,
+    app,
+    command_line,
+    option,
+    say,
+    say_json,
+    say_next,
+    warn,
+    with_settings,
+)
 
 BEYOND_BOUNDS = 3
 """Exit status if an edit is not saved because of what else it changes, or because it does not take."""
@@ -65,7 +76,7 @@ def edit(
     elif not refused:
         changed = f"{facts['rows_changed']:,} neurons changed in {facts['seconds']:.0f} s"
         say(f"{purpose.summary}: {changed} → {out}")
-        say(f"next: mmray evaluate {run} --edit {out} --data DATA")
+        say_next(command_line("evaluate", run, "--edit", out, "--data", "DATA"))
     if refused:
         warn(
             f"{purpose.summary}: not saved, {len(facts['broken'])} of its measures are beyond their bounds; give other "
@@ -90,3 +101,4 @@ def apply(
     made = open_edit(edit)
     write_checkpoint(load(model, dtype, trust_remote_code=trust_remote_code), made, out)
     say(f"{len(made.neurons):,} neurons edited → {out}")
+    say_next(command_line("check-model", out))

@@ -11,11 +11,13 @@ from mmray.terminal.options import (
     AsJson,
     RunArgument,
     app,
+    command_line,
     console,
     finish,
     run_with_progress,
     say,
     say_json,
+    say_next,
     with_settings,
 )
 
@@ -51,5 +53,5 @@ def evaluate(
         )
         say(f"cost: {cost}" if cost else "", "dim")
         say(f"{done.done:,} samples and questions in {done.seconds:.0f} s → {checked.edit}/evaluation.json")
-        say(f"next: mmray report {run} --edit {checked.edit}")
+        say_next(command_line("report", run, "--edit", checked.edit), command_line("push", run, "ORG/NAME"))
     finish(done, "sample", quiet=as_json)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mmray.features import FEATURES
 from mmray.terminal.config import read_config
-from mmray.terminal.options import INCOMPLETE, AsJson, app, console, resumable, say, say_json
+from mmray.terminal.options import INCOMPLETE, AsJson, app, command_line, console, resumable, say, say_json, say_next
 
 if TYPE_CHECKING:
     from mmray.features.pipeline.job import Follow, Pipeline, PipelineSettings
@@ -55,7 +55,7 @@ def pipeline(
         say(f"{done.census.samples:,} samples, {len(done.edits):,} edits → {done.run.uri}")
         for name, reason in done.quarantined.items():
             say(f"edit {name} quarantined: {reason}", "red")
-        say(f"next: mmray report {done.run.uri}")
+        say_next(command_line("report", done.run.uri))
     if not done.complete:
         raise typer.Exit(INCOMPLETE)
 

@@ -9,11 +9,13 @@ from mmray.terminal.options import (
     AsJson,
     RunArgument,
     app,
+    command_line,
     console,
     finish,
     run_with_progress,
     say,
     say_json,
+    say_next,
     with_settings,
 )
 
@@ -45,5 +47,5 @@ def properties(run: RunArgument, as_json: AsJson = False, **settings: Any) -> No
                 say("no region invariance and no gradient: the image is not in the decoder's sequence")
         counts = f"{done.headline['concepts']:,} concepts, {done.headline['heatmaps']:,} heat maps"
         say(f"{counts} in {done.seconds:.0f} s → {run}")
-        say(f"next: mmray report {run}")
+        say_next(command_line("report", run))
     finish(done, "concept", quiet=as_json)

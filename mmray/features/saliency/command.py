@@ -10,7 +10,18 @@ import typer
 from mmray.detector.view import say_alignment
 from mmray.errors import InputError
 from mmray.features.saliency.settings import SaliencySettings, saliency_settings
-from mmray.terminal.options import AsJson, app, console, finish, run_with_progress, say, say_json, with_settings
+from mmray.terminal.options import (
+    AsJson,
+    app,
+    command_line,
+    console,
+    finish,
+    run_with_progress,
+    say,
+    say_json,
+    say_next,
+    with_settings,
+)
 
 
 @app.command(
@@ -105,5 +116,5 @@ def _measure_run(settings: SaliencySettings, *, as_json: bool) -> None:
         say_alignment(settings.alignment)
         counts = f"{done.headline['words']:,} words of {done.headline['images']:,} images"
         say(f"{counts} in {done.seconds:.0f} s → {settings.run}")
-        say(f"next: mmray report {settings.run}")
+        say_next(command_line("report", settings.run))
     finish(done, "image", quiet=as_json)

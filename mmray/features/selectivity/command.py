@@ -12,9 +12,11 @@ from mmray.terminal.options import (
     AsJson,
     RunArgument,
     app,
+    command_line,
     console,
     say,
     say_json,
+    say_next,
     show_progress,
     warn,
     with_settings,
@@ -48,6 +50,6 @@ def selectivity(run: RunArgument, as_json: AsJson = False, **settings: Any) -> N
         say(f"{outcome.seconds:.0f} s → {run.rstrip('/')}/tables/{{{','.join(outcome.tables)}}}.parquet")
         for number, reason in outcome.quarantined.items():
             say(f"shard {number} quarantined: {reason}", "red")
-        say(f"next: mmray report {run}")
+        say_next(command_line("report", run))
     if outcome.quarantined:
         raise typer.Exit(INCOMPLETE)
