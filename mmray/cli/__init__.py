@@ -9,6 +9,7 @@ import codecs
 import gc
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -39,6 +40,7 @@ ESCAPED = "mmray-json-escapes"
 """Name of the error handler for characters that stdout's encoding lacks."""
 COLLECTED_AFTER = 100_000
 """Allocations between two garbage collections; Python's 700 make importing torch and transformers a fifth slower."""
+logger = logging.getLogger(__name__)
 UsageError: Any = typer.BadParameter.__bases__[0]
 """Raised for a wrong option; typer's versions keep it in different modules."""
 
@@ -90,7 +92,9 @@ def _run(words: Callable[[], Sequence[str]]) -> NoReturn:
         sys.stdout.flush()
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else "mmray"
-        _refuse(f"{error.format_message().rstrip('.')}; see {command} --help")
+        # pydantic's mark of a message that a validator wrote.
+        message = error.format_message().rstrip(".").replace("Value error, ", "")
+        _refuse(f"{message}; see {command} --help")
     except InputError as error:
         _refuse(str(error))
     except (BrokenPipeError, SystemExit) as error:
@@ -129,6 +133,8 @@ codecs.register_error(ESCAPED, _escape)
 def _refuse(message: str) -> NoReturn:
     from mmray.storage import masked
 
+    # With --verbose, where it was raised.
+    logger.info("refused", exc_info=True)
     if message:
         # One line, whatever the error quotes, and without the passwords that an address may hold.
         print(f"mmray: {visible(masked(' '.join(message.split())))}", file=sys.stderr)

@@ -42,10 +42,10 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, An
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise InputError(f"--config {path}: {reason}; give a YAML file such as jobs/configs/demo.yaml") from error
-    config = _parse(text, f"--config {path}")
+        raise InputError(f"{path}: {reason}; give a YAML file such as jobs/configs/demo.yaml") from error
+    config = _parse(text, str(path))
     if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
-        raise InputError(f"--config {path}: settings are lines such as 'model: demo'")
+        raise InputError(f"{path}: settings are lines such as 'model: demo'")
     for override in overrides:
         _override(config, override)
     return config

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -112,3 +114,11 @@ def test_rooms_without_such_a_table_need_none(settings: type[JobSettings]) -> No
 )
 def test_every_number_has_its_unit(name: str, unit: str) -> None:
     assert unit in str(CensusSettings.model_fields[name].description)
+
+
+def test_verbose_tells_where_an_error_was_raised(tmp_path) -> None:
+    command = [sys.executable, "-m", "mmray", "-v", "status", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"mmray: {tmp_path}: no run here")

@@ -73,7 +73,7 @@ def test_a_refresh_from_a_file(job: Callable[..., Answer], config: Path, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--config", "none.yaml"], "--config none.yaml: No such file or directory; give a YAML file"),
+        (["--config", "none.yaml"], "none.yaml: No such file or directory; give a YAML file"),
         (["--config", "{}", "limits=4"], "unknown setting 'limits'; see mmray census --help"),
         (["--config", "{}", "limit"], "override 'limit': write NAME=VALUE, such as limit=100"),
         (["--config", "{}", "limit=[1"], "override 'limit=[1': not YAML"),
@@ -93,7 +93,7 @@ def test_bad_input_is_one_line(job: Callable[..., Answer], config: Path, argumen
 @pytest.mark.parametrize("text", ["[1, 2]", "just words", "3: 4", "a: [", ""])
 def test_files_that_are_no_settings(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.yaml").write_text(text)
-    with pytest.raises(InputError, match=r"^--config .*x\.yaml") as refusal:
+    with pytest.raises(InputError, match=r"x\.yaml: ") as refusal:
         read_config(tmp_path / "x.yaml")
     assert "\n" not in str(refusal.value)
 
