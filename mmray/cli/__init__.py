@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import typer
 
 import mmray.cli.demo
+import mmray.cli.export
 import mmray.cli.features
 import mmray.cli.models
 import mmray.cli.push

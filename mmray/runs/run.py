@@ -315,14 +315,14 @@ class Run:
         columns = ["concept", "rank", "score", "specific", "specific_rank", "selective", "share", "n", "activation"]
         concepts = self.rows(ranked, own, columns).sort_by([("rank", "ascending"), ("score", "descending")])
         samples = self.rows("examples", own & (pc.field("rank") <= examples))
-        captions = self._captions(samples)
+        captions = self.captions(samples)
         samples = samples.sort_by([("sign", "descending"), ("rank", "ascending")])
         return dict(rows[0]) | {
             "concepts": concepts.to_pylist(),
             "examples": [row | {"caption": captions.get(row["sample_id"])} for row in samples.to_pylist()],
         }
 
-    def _captions(self, samples: pa.Table) -> dict[str, str]:
+    def captions(self, samples: pa.Table) -> dict[str, str]:
         """Return the captions of these samples by sample id."""
         wanted = pc.field("sample_id").isin(samples["sample_id"].unique())
         # Captions are in the order of shards; in runs of earlier versions examples don't name theirs.
