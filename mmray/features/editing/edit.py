@@ -2,6 +2,7 @@
 
 EDIT/edit.json           purposes, method and its settings, model digest, cost, and the checksum of its rows
 EDIT/edit.safetensors    layer [row], unit [row], delta [row, hidden]
+EDIT/README.md           model card
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mmray.errors import DamagedError, InputError
-from mmray.features.editing.files import CAPTIONS_FILE, EVALUATION_FILE, FACTS_FILE, ROWS_FILE
+from mmray.features.editing.card import edit_card
+from mmray.features.editing.files import CAPTIONS_FILE, CARD_FILE, EVALUATION_FILE, FACTS_FILE, ROWS_FILE
 from mmray.features.editing.settings import EditSettings
 from mmray.models.interventions import changed_rows
 from mmray.models.loading import LoadedModel
@@ -146,6 +148,7 @@ class WeightEdit:
         # safetensors refuses tensors that share memory or are not contiguous.
         data = save({name: getattr(self, name).clone().contiguous() for name in ("layer", "unit", "delta")})
         store.put(ROWS_FILE, data)
+        store.put(CARD_FILE, edit_card(self).encode())
         facts = {
             "rows": asdict(Checksum.of(data, len(self.delta))),
             "model": self.model,

@@ -90,7 +90,7 @@ def test_another_edit_in_its_place_takes_what_was_measured_with_it(open_model, t
     for name in (EVALUATION_FILE, CAPTIONS_FILE):
         (tmp_path / name).write_bytes(b"of the edit before")
     edit_of(open_model("llava"), [(0, 2)]).save(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"edit.json", "edit.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "edit.json", "edit.safetensors"}
 
 
 def test_another_model_is_refused(open_model):
