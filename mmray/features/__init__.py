@@ -100,6 +100,13 @@ FEATURES: dict[str, Feature] = {
             report=f"{ROOM}.hallucination.report:section",
         ),
         Feature(
+            "hallucination_neurons",
+            tuple(f"{ROOM}.hallucination.neuron_jobs:{job}" for job in ("ContrastJob", "CandidateJob", "DoseJob")),
+            "mmray hallucination RUN --neurons",
+            ("hallucination_neurons", "hallucination_probe", "hallucination_mentions", "hallucination_doses"),
+            schemas=f"{ROOM}.hallucination.neuron_tables",
+        ),
+        Feature(
             "perturb",
             (f"{ROOM}.hallucination.perturb_job:PerturbJob",),
             "mmray perturb --out OUT",

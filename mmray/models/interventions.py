@@ -6,8 +6,9 @@ even after an exception or when blocks are nested. Changes hold during `generate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,17 +49,42 @@ def ablate(model: LoadedModel, neurons: Iterable[str | tuple[int, int]], *, modu
 
 
 @contextmanager
-def scale(model: LoadedModel, neurons: Iterable[str | tuple[int, int]], factor: float) -> Iterator[None]:
-    """Multiply the activation of these neurons by `factor` at every position."""
-    with _change(model, neurons, lambda selected: selected * factor):
+def scale(
+    model: LoadedModel, neurons: Iterable[str | tuple[int, int]], factor: float, *, last: bool = False
+) -> Iterator[None]:
+    """Multiply the activation of these neurons by `factor` at every position; `last` as in `set_to`."""
+    with _change(model, neurons, lambda selected: selected * factor, last=last):
         yield
 
 
 @contextmanager
-def set_to(model: LoadedModel, neurons: Iterable[str | tuple[int, int]], value: float) -> Iterator[None]:
-    """Set the activation of these neurons to `value` at every position."""
-    with _change(model, neurons, lambda selected: torch.full_like(selected, value)):
+def set_to(
+    model: LoadedModel,
+    neurons: Iterable[str | tuple[int, int]],
+    value: float | Sequence[float],
+    *,
+    last: bool = False,
+) -> Iterator[None]:
+    """Set the activation of these neurons to `value`, one for all or one per neuron, at every position.
+
+    With `last`, only at the last position of each forward: in `generate`, where a token of the reply is predicted.
+    Raises InputError for `last` at experts, which see tokens without their positions.
+    """
+    named = [neurons] if isinstance(neurons, str) else list(neurons)
+    values = [value] * len(named) if isinstance(value, (int, float)) else value
+    by_neuron = {
+        parse_neuron(neuron) if isinstance(neuron, str) else neuron: own
+        for neuron, own in zip(named, values, strict=True)
+    }
+    with ExitStack() as stack:
+        for layer, units in by_layer(model, named).items():
+            own = torch.tensor([by_neuron[layer, unit] for unit in units])
+            stack.enter_context(_changed_layer(model, "language", layer, units, partial(_replaced, own), last))
         yield
+
+
+def _replaced(values: Float[Tensor, " neuron"], selected: Float[Tensor, "... neuron"]) -> Float[Tensor, "... neuron"]:
+    return values.to(selected).expand_as(selected)
 
 
 @contextmanager
@@ -97,25 +123,37 @@ def _change(
     neurons: Iterable[str | tuple[int, int]],
     change: Callable[[Tensor], Tensor],
     module: str = "language",
+    *,
+    last: bool = False,
 ) -> Iterator[None]:
     with ExitStack() as stack:
         for layer, units in by_layer(model, neurons, module).items():
-            projection = model.parts.image_path(module)[layer]
-            if projection.experts:
-                changed = Experts.of(model.network, projection).changed(torch.tensor(units), change)
-            else:
-                changed = _changed_input(model.network.get_submodule(projection.path), torch.tensor(units), change)
-            stack.enter_context(changed)
+            stack.enter_context(_changed_layer(model, module, layer, units, change, last))
         yield
 
 
+def _changed_layer(
+    model: LoadedModel, module: str, layer: int, units: list[int], change: Callable[[Tensor], Tensor], last: bool
+) -> AbstractContextManager[None]:
+    projection, index = model.parts.image_path(module)[layer], torch.tensor(units)
+    if not projection.experts:
+        return _changed_input(model.network.get_submodule(projection.path), index, change, last)
+    if last:
+        raise InputError(f"{model.name}: experts can't be changed at the last position alone")
+    return Experts.of(model.network, projection).changed(index, change)
+
+
 @contextmanager
-def _changed_input(module: nn.Module, units: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _changed_input(
+    module: nn.Module, units: Tensor, change: Callable[[Tensor], Tensor], last: bool
+) -> Iterator[None]:
     def replace(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         # A copy: hooks that ran before may have kept the tensor.
         activation = arguments[0].clone()
         index = units.to(activation.device)
-        activation[..., index] = change(activation[..., index])
+        # A view: what is written to it is written to the copy.
+        part = activation[..., -1:, :] if last else activation
+        part[..., index] = change(part[..., index])
         return (activation, *arguments[1:])
 
     with module.register_forward_pre_hook(replace):

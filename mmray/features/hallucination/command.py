@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmray.detector.view import say_alignment
+from mmray.errors import InputError
 from mmray.features.hallucination.settings import (
     HallucinationSettings,
+    NeuronSettings,
     PerturbationSettings,
     hallucination_settings,
+    neuron_settings,
     perturbation_settings,
 )
 from mmray.terminal.options import (
@@ -24,6 +27,7 @@ from mmray.terminal.options import (
     run_with_progress,
     say,
     say_json,
+    show_progress,
     with_settings,
 )
 
@@ -33,23 +37,40 @@ if TYPE_CHECKING:
 
 @app.command(
     group="Understand",
-    examples=("mmray hallucination runs/llava", "mmray hallucination runs/llava --pictures mistakes"),
+    examples=(
+        "mmray hallucination runs/llava",
+        "mmray hallucination runs/llava --pictures mistakes",
+        "mmray hallucination runs/llava --data coco --neurons --interventions",
+    ),
 )
-@with_settings(HallucinationSettings)
+@with_settings(NeuronSettings, shard_size=None)
 def hallucination(
     run: RunArgument,
     pictures: Annotated[
         Path | None, typer.Option("--pictures", help="Folder to write pictures of mistakes to.")
     ] = None,
+    neurons: Annotated[
+        bool, typer.Option("--neurons", help="Find the neurons that predict which mentions are hallucinated.")
+    ] = False,
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
-    """Ask a detector whether the objects that the model names are there."""
+    """Ask a detector whether the objects that the model names are there, or find neurons that predict it."""
+    # The two have different shards by default.
+    given = {"run": run} | {name: value for name, value in settings.items() if name != "shard_size" or value}
+    if neurons:
+        if pictures is not None:
+            raise InputError("hallucination: --pictures are of a detector's opinions, not of --neurons")
+        _find_neurons(neuron_settings(given), as_json=as_json)
+        return
+    if settings["interventions"]:
+        raise InputError("hallucination: --interventions are on the neurons of --neurons; give both")
     from mmray.features.hallucination.job import HallucinationJob
     from mmray.features.hallucination.view import mistakes, opinions
     from mmray.runs.run import open_run
 
-    checked = hallucination_settings({"run": run, **settings})
+    own = {name: value for name, value in given.items() if name in HallucinationSettings.model_fields}
+    checked = hallucination_settings(own)
     done = run_with_progress(HallucinationJob(checked))
     found = open_run(run).table("mistakes").to_pylist()
     if pictures is not None:
@@ -85,6 +106,26 @@ def perturb(as_json: AsJson = False, **settings: Any) -> None:
         console.print(changes(done.headline["measures"]))
         say_alignment(checked.alignment)
     _end(done, "answers", checked.out, as_json)
+
+
+def _find_neurons(settings: NeuronSettings, *, as_json: bool) -> None:
+    from mmray.features.hallucination.neuron_driver import run_neurons
+    from mmray.features.hallucination.view import doses, probe
+
+    with show_progress() as follow:
+        result = run_neurons(settings, follow)
+    found = result.headline
+    if as_json:
+        say_json(found)
+    else:
+        console.print(probe(found["measures"]))
+        if "doses" in found:
+            console.print(doses(found["doses"]))
+        seconds = sum(one.seconds for one in result.passes)
+        say(f"{found['neurons']:,} neurons from {found['rows']:,} mentions in {seconds:.0f} s → {settings.run}")
+        say(f"next: mmray report {settings.run}")
+    for one in result.passes:
+        finish(one, "sample", quiet=as_json)
 
 
 def _save_pictures(folder: Path, found: Sequence[Mapping[str, Any]]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -17,20 +17,24 @@ from PIL.Image import Image
 from mmray.data.columns import Columns
 from mmray.data.images import decode_image
 from mmray.data.samples import Failure, Sample
-from mmray.data.shards import Manifest, cut, read_shard
+from mmray.data.shards import Manifest, Shard, cut, read_shard
 from mmray.data.source import Source
 from mmray.data.sources import open_source
 from mmray.detector.alignment import alignment_digest
 from mmray.detector.joint import JointModel, detector_digest, join
 from mmray.engine import Job, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
-from mmray.features.hallucination.settings import DetectorSettings
-from mmray.models.loading import digest, resolve
+from mmray.features.census.inputs import columns_of
+from mmray.features.census.settings import census_settings
+from mmray.features.hallucination.settings import ClaimSettings, DetectorSettings
+from mmray.models.loading import LoadedModel, digest, resolve
 from mmray.models.options import Dtype
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.neurons.model import load_model
+from mmray.objects.ground_truth import survey
 from mmray.objects.statistics import GroundTruth, ObjectStatistics
-from mmray.objects.words import ObjectWords
+from mmray.objects.words import ObjectWords, open_words
+from mmray.runs.run import open_run
 from mmray.runs.tables import ERRORS
 
 S = TypeVar("S", bound=DetectorSettings)
@@ -84,14 +88,9 @@ class JointJob(Job[S, JointContext], Generic[S]):
 
         def work(unit: Unit) -> UnitResult:
             rows: Rows = defaultdict(list)
-            read = list(read_shard(source, unit.payload))
-            failures = [row for row in read if isinstance(row, Failure)]
-            readable = (row for row in read if isinstance(row, Sample))
-            # Small compressed files may decode to more than memory holds, so a shard is decoded in parts.
-            for part in within_budget(readable, lambda sample: pixels_of(model, sample.image), BUDGET):
-                samples, images, undecoded = _decoded(part)
-                failures += undecoded
-                for name, found in (analyse(samples, images) if samples else {}).items():
+            failures: list[Failure] = []
+            for samples, images in read_images(model, source, unit.payload, failures):
+                for name, found in analyse(samples, images).items():
                     rows[name] += found
             rows["errors"] = [vars(failure) for failure in failures]
             schemas = {**self.parts, "errors": ERRORS}
@@ -108,25 +107,63 @@ class JointJob(Job[S, JointContext], Generic[S]):
 
     def digests(self, context: JointContext) -> dict[str, str]:
         """Return what the rows depend on besides settings."""
-        # Keys and values are in the fingerprints of existing folders: changing one makes their parts useless.
-        statistics, manifest, alignment = context.statistics, context.manifest, self.settings.alignment
-        translations = map(str, statistics.translations.items())
-        objects = repr((sorted(statistics.counts.items()), sorted(translations)))
-        return {
-            "model": digest(resolve(context.model)),
-            # A version with other columns can't continue the parts of this one.
-            "rows": ",".join(chain.from_iterable(schema.names for schema in self.parts.values())),
-            "data": manifest.digest,
-            # The first shard and the total say how all were cut, and stay short for any number of shards.
-            "cut": str([shard.samples for shard in manifest.shards][:1]) + str(manifest.samples),
+        alignment = self.settings.alignment
+        return context_digests(context, self.parts) | {
             "detector": detector_digest(self.settings.detector),
             "alignment": alignment_digest(alignment) if alignment else "",
-            "asked": json.dumps([context.options.dtype, context.options.prompt, context.options.prefix]),
-            "columns": context.columns.model_dump_json(),
-            "objects": hashlib.sha256(objects.encode()).hexdigest()[:16],
-            "ground_truth": context.ground_truth,
-            "words": context.words.digest(),
         }
+
+
+def context_digests(context: JointContext, parts: Mapping[str, pa.Schema]) -> dict[str, str]:
+    """Return digests of all that rows depend on besides settings and the detector."""
+    # Keys and values are in the fingerprints of existing folders: changing one makes their parts useless.
+    statistics, manifest = context.statistics, context.manifest
+    translations = map(str, statistics.translations.items())
+    objects = repr((sorted(statistics.counts.items()), sorted(translations)))
+    return {
+        "model": digest(resolve(context.model)),
+        # A version with other columns can't continue the parts of this one.
+        "rows": ",".join(chain.from_iterable(schema.names for schema in parts.values())),
+        "data": manifest.digest,
+        # The first shard and the total say how all were cut, and stay short for any number of shards.
+        "cut": str([shard.samples for shard in manifest.shards][:1]) + str(manifest.samples),
+        "asked": json.dumps([context.options.dtype, context.options.prompt, context.options.prefix]),
+        "columns": context.columns.model_dump_json(),
+        "objects": hashlib.sha256(objects.encode()).hexdigest()[:16],
+        "ground_truth": context.ground_truth,
+        "words": context.words.digest(),
+    }
+
+
+def open_claims(settings: ClaimSettings) -> JointContext:
+    """Open the data, and settle what counts as being in its images. Raises InputError for data without objects."""
+    run = open_run(settings.run)
+    census = census_settings(run.info["settings"])
+    data = settings.data or census.data
+    # The census's columns are those of its own data.
+    columns = Columns() if settings.data else columns_of(census)
+    source, manifest = open_cut(settings, data, columns)
+    found = survey(source, settings.ground_truth, settings.synonyms)
+    if not found.statistics.vocabulary:
+        raise InputError(f"{data}: no column of objects, without which no claim can be judged")
+    options = ModelOptions(census.dtype, census.trust_remote_code, census.prompt, census.prefix)
+    words = open_words(found.synonyms, found.statistics.vocabulary)
+    return JointContext(census.model, data, columns, options, manifest, found.statistics, found.ground_truth, words)
+
+
+def read_images(
+    model: LoadedModel, source: Source, shard: Shard, failures: list[Failure]
+) -> Iterator[tuple[list[Sample], list[Image]]]:
+    """Yield the samples of a shard with their images, in parts that fit into memory; adds what fails to `failures`."""
+    read = list(read_shard(source, shard))
+    failures += [row for row in read if isinstance(row, Failure)]
+    readable = (row for row in read if isinstance(row, Sample))
+    # Small compressed files may decode to more than memory holds, so a shard is decoded in parts.
+    for part in within_budget(readable, lambda sample: pixels_of(model, sample.image), BUDGET):
+        samples, images, undecoded = _decoded(part)
+        failures += undecoded
+        if samples:
+            yield samples, images
 
 
 def open_cut(settings: DetectorSettings, data: str, columns: Columns) -> tuple[Source, Manifest]:

@@ -9,24 +9,18 @@ from typing import Any, ClassVar
 import pyarrow as pa
 from PIL.Image import Image
 
-from mmray.data.columns import Columns
 from mmray.data.samples import Sample
 from mmray.data.source import Source
 from mmray.detector.joint import JointModel
 from mmray.engine import Output, Parts, Plan
-from mmray.errors import InputError
-from mmray.features.census.inputs import columns_of
-from mmray.features.census.settings import census_settings
 from mmray.features.hallucination.claims import Claim, ClaimCollector
-from mmray.features.hallucination.inputs import Analysis, JointContext, JointJob, ModelOptions, Rows, open_cut
+from mmray.features.hallucination.inputs import Analysis, JointContext, JointJob, Rows, open_claims
 from mmray.features.hallucination.measures import judged
 from mmray.features.hallucination.mistakes import picture
 from mmray.features.hallucination.settings import HallucinationSettings
 from mmray.features.hallucination.tables import TABLES
-from mmray.objects.ground_truth import survey, with_ground_truth
+from mmray.objects.ground_truth import with_ground_truth
 from mmray.objects.lexicon import ObjectLexicon
-from mmray.objects.words import open_words
-from mmray.runs.run import open_run
 
 PICTURES, MAX_MISTAKES = 8, 60
 """Pictures of mistakes that a unit keeps, and that a run keeps."""
@@ -45,20 +39,7 @@ class HallucinationJob(JointJob[HallucinationSettings]):
 
     def plan(self) -> Plan[JointContext]:
         """Open the data, and settle what counts as being in its images."""
-        settings, run = self.settings, open_run(self.settings.run)
-        census = census_settings(run.info["settings"])
-        data = settings.data or census.data
-        # The census's columns are those of its own data.
-        columns = Columns() if settings.data else columns_of(census)
-        source, manifest = open_cut(settings, data, columns)
-        found = survey(source, settings.ground_truth, settings.synonyms)
-        if not found.statistics.vocabulary:
-            raise InputError(f"{data}: no column of objects, without which no claim can be judged")
-        options = ModelOptions(census.dtype, census.trust_remote_code, census.prompt, census.prefix)
-        words = open_words(found.synonyms, found.statistics.vocabulary)
-        return self.planned(
-            JointContext(census.model, data, columns, options, manifest, found.statistics, found.ground_truth, words)
-        )
+        return self.planned(open_claims(self.settings))
 
     def analysis(self, context: JointContext, joint: JointModel, source: Source) -> Analysis:
         """Return the function that collects and judges the claims about a unit's samples."""

@@ -86,7 +86,7 @@ def judged(claims: pa.Table, draws: int, seed: int) -> list[dict[str, Any]]:
         for judge in JUDGES:
             scores = _confidence(members, judge)
             # Histograms of scores, because they add up over the images that a bootstrap draws; AUROCs do not.
-            add(group, "auroc", judge, members, histograms(images, scores, truth), _auroc)
+            add(group, "auroc", judge, members, histograms(images, scores, truth), auroc)
             # A score of exactly 1 belongs to the last bin.
             bins = np.minimum((scores * BINS).astype(int), BINS - 1)
             in_bin = np.eye(BINS)[bins]
@@ -130,7 +130,7 @@ def histograms(
     return total
 
 
-def _auroc(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:
+def auroc(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:
     """Return how often a true claim scores higher than a false one; ties count half."""
     false, true = np.split(totals, 2, axis=1)
     below = np.cumsum(false, axis=1) - false / 2  # false claims below each score, half of those that tie

@@ -33,16 +33,13 @@ class DetectorSettings(JobSettings):
     """Bootstrap draws over images, for intervals."""
 
 
-class HallucinationSettings(DetectorSettings):
-    """All settings of `mmray hallucination`."""
+class ClaimSettings(DetectorSettings):
+    """Whose captions are read, and what counts as being in an image."""
 
     run: str = execution()
     """Folder of the run whose model is asked, and where the tables are written."""
     data: str | None = known_by_digest(None)
     """Data with objects to ask about, as for a census; default: the run's own."""
-    questions: int = Field(1, ge=0)
-    """Present objects per image to ask about, and as many absent ones of each kind (random, popular, adversarial); 0:
-    captions only."""
     longest: int = Field(LONGEST, ge=1)
     """Maximum tokens of a caption; a longer one is cut off there."""
     ground_truth: GroundTruth | None = known_by_digest(None)
@@ -53,6 +50,57 @@ class HallucinationSettings(DetectorSettings):
     """Words that count as an object in captions: coco, none, or a file. coco: a table of COCO's 80 objects, with
     CHAIR's rules; file: JSON of object → synonyms, or lines as in CHAIR's synonyms.txt. Every listed object counts,
     whether the data has it or not. Default: coco where every object of the data is one of COCO's, else none."""
+
+
+class HallucinationSettings(ClaimSettings):
+    """All settings of `mmray hallucination`."""
+
+    questions: int = Field(1, ge=0)
+    """Present objects per image to ask about, and as many absent ones of each kind (random, popular, adversarial); 0:
+    captions only."""
+
+
+class ProbeSettings(ClaimSettings):
+    """Settings of the pass that reads candidate neurons, and of the probe that is fitted to them."""
+
+    shard_size: int = Field(128, ge=1)
+    """Samples per shard: the unit of work, and the most that a crash costs. Default: 24; with --neurons 128."""
+    candidates: int = Field(2048, ge=1)
+    """With --neurons: neurons of the largest effect that the probe chooses from."""
+    most: float = after_work(0.005, gt=0, le=1)
+    """With --neurons: largest share of all neurons that the probe may use."""
+
+
+class DoseSettings(ClaimSettings):
+    """Settings of the interventions on the probe's neurons."""
+
+    questions: int = Field(1, ge=0)
+    """Present objects per image to ask about, and as many absent ones of each kind (random, popular, adversarial); 0:
+    captions only."""
+    doses: list[float] = Field([0.0, 0.5, 2.0, 3.0], min_length=1)
+    """With --interventions: factors of the neurons' activations. May be given more than once."""
+    tested: int = Field(400, ge=1)
+    """With --interventions: most test images that are captioned under each of them."""
+
+
+class NeuronSettings(ProbeSettings, DoseSettings, HallucinationSettings):
+    """All settings of `mmray hallucination --neurons`."""
+
+    interventions: bool = False
+    """With --neurons: scale the probe's neurons, and as many random ones of the same layers, while captions are
+    written. Off by default."""
+
+    def probe(self) -> ProbeSettings:
+        """Return the settings of the first two passes, and of the probe."""
+        return ProbeSettings(**self.model_dump(include=set(ProbeSettings.model_fields)))
+
+    def claims(self) -> ClaimSettings:
+        """Return the settings of the first pass."""
+        return ClaimSettings(**self.model_dump(include=set(ClaimSettings.model_fields)))
+
+    def dose(self) -> DoseSettings:
+        """Return the settings of the interventions."""
+        return DoseSettings(**self.model_dump(include=set(DoseSettings.model_fields)))
 
 
 class PerturbationSettings(DetectorSettings):
@@ -90,6 +138,11 @@ class PerturbationSettings(DetectorSettings):
 def hallucination_settings(values: dict[str, Any]) -> HallucinationSettings:
     """Return validated settings. Raises InputError naming the first wrong setting and what is allowed."""
     return checked(HallucinationSettings, values)
+
+
+def neuron_settings(values: dict[str, Any]) -> NeuronSettings:
+    """Return validated settings. Raises InputError naming the first wrong setting and what is allowed."""
+    return checked(NeuronSettings, values)
 
 
 def perturbation_settings(values: dict[str, Any]) -> PerturbationSettings:

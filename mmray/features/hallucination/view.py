@@ -42,6 +42,29 @@ def mistakes(found: Sequence[Row]) -> Table:
     return table
 
 
+def probe(measures: Sequence[Row]) -> Table:
+    """Return who says which mentions are hallucinated: a row per judge, AUROC with its 95 % interval."""
+    table = lineless("judge", "neurons", "AUROC", "n", left={"judge"})
+    for row in measures:
+        neurons = "" if row["neurons"] is None else f"{row['neurons']:,}"
+        table.add_row(row["judge"], neurons, measured(row, interval=True), f"{row['n']:,}")
+    return table
+
+
+def doses(rows: Sequence[Row]) -> Table:
+    """Return what interventions do: a row per intervention, CHAIR with its 95 % interval."""
+    shown = ("chair_i", "chair_s", "recall", "length", "pope_accuracy", "perplexity")
+    table = lineless("neurons", "change", "count", *shown, left={"neurons", "change"})
+    keys = dict.fromkeys((row["neurons"], row["change"], row["dose"], row["count"]) for row in rows)
+    for key in keys:
+        own = {row["measure"]: row for row in rows if (row["neurons"], row["change"], row["dose"], row["count"]) == key}
+        neurons, change, dose, count = key
+        said = "" if change is None else change if dose is None else f"{change} {dose:g}"
+        values = [measured(own.get(name), interval=name == "chair_i") for name in shown]
+        table.add_row(neurons, said, f"{count:,}", *values)
+    return table
+
+
 def changes(measures: Sequence[Row]) -> Table:
     """Return measures of change: a row per condition, `turned` with its 95 % interval."""
     columns = {

@@ -1,0 +1,115 @@
+"""The driver of `mmray hallucination --neurons`: moments, candidates with the probe, and interventions, in this order.
+
+RUN/hallucination_neurons/FINGERPRINT/contrast/      mentions in the model's captions, moments of all neurons
+RUN/hallucination_neurons/FINGERPRINT/candidates/    shares of the candidates at every mention
+RUN/hallucination_neurons/FINGERPRINT/doses/         what captions are under each intervention
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mmray.data.image_keys import one_per_image
+from mmray.engine import Job, JobResult
+from mmray.engine import run as run_job
+from mmray.engine.driver import Follow
+from mmray.features.hallucination.contrast import Moments, merged
+from mmray.features.hallucination.doses import conditions
+from mmray.features.hallucination.inputs import JointContext, open_claims
+from mmray.features.hallucination.mentions import TEST, fold_of
+from mmray.features.hallucination.neuron_jobs import (
+    NAME,
+    CandidateContext,
+    CandidateJob,
+    ContrastJob,
+    DoseContext,
+    DoseJob,
+    choose_candidates,
+)
+from mmray.features.hallucination.settings import NeuronSettings
+from mmray.neuron_names import neuron_name, parse_neuron
+from mmray.neurons.controls import layer_matched
+from mmray.runs.driver import drive_analysis
+from mmray.runs.lease import Lease
+from mmray.runs.run import Run, open_run
+
+
+@dataclass(frozen=True)
+class NeuronResult:
+    """A finished analysis."""
+
+    passes: tuple[JobResult, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing failed in any pass."""
+        return all(one.complete for one in self.passes)
+
+    @property
+    def headline(self) -> dict[str, Any]:
+        """What the passes found."""
+        return {name: value for one in self.passes for name, value in one.headline.items()}
+
+
+def run_neurons(settings: NeuronSettings, follow: Follow = lambda _: None) -> NeuronResult:
+    """Find the neurons that predict hallucination, test them, and write the tables. Finished work is not repeated.
+
+    Raises InputError for anything wrong with the set-up, for too few mentions of either class, or if another call is
+    working on the run.
+    """
+    run = open_run(settings.run)
+    with drive_analysis(f"{run.uri}/{NAME}") as lease:
+        return NeuronResult(tuple(_passes(settings, run, follow, lease)))
+
+
+def _passes(settings: NeuronSettings, run: Run, follow: Follow, lease: Lease) -> list[JobResult]:
+    def done(job: Job[Any, Any]) -> JobResult:
+        passes.append(run_job(job, follow=follow, lease=lease))
+        return passes[-1]
+
+    passes: list[JobResult] = []
+    context = open_claims(settings.claims())
+    widths = run.info["model"]["widths"]
+    first = done(ContrastJob(settings.claims(), context))
+    sums = merged(first.parts.each("sums"))
+    candidates, controls = choose_candidates(sums, widths, settings.candidates, settings.seed)
+    mentions = first.parts.table("mentions")
+    chosen = CandidateContext.above(
+        context,
+        candidates=tuple(candidates),
+        controls=tuple(controls),
+        mentions=mentions,
+        sums=sums,
+        widths=tuple(widths),
+    )
+    done(CandidateJob(settings.probe(), chosen))
+    if settings.interventions:
+        done(DoseJob(settings.dose(), _doses(settings, run, context, sums, mentions)))
+    return passes
+
+
+def _doses(
+    settings: NeuronSettings,
+    run: Run,
+    context: JointContext,
+    sums: Mapping[tuple[bool, str], Moments],
+    mentions: pa.Table,
+) -> DoseContext:
+    """Return the context of interventions on the neurons that the probe uses."""
+    widths = run.info["model"]["widths"]
+    rows = open_run(settings.run).table("hallucination_neurons").to_pylist()
+    controls = layer_matched(widths, [parse_neuron(row["neuron"]) for row in rows], f"{settings.seed} doses")
+    starts, true = np.cumsum([0, *widths]), sums[False, "activation"].mean
+    means = [float(true[int(starts[layer]) + unit]) for layer, unit in controls]
+    every = conditions(rows, [neuron_name(*one) for one in controls], means, settings.doses)
+    columns = (mentions[name].to_pylist() for name in ("sample_id", "image"))
+    images = dict(zip(*columns, strict=True))
+    tested = [name for name in images if fold_of(images[name], settings.seed) == TEST]
+    # Images without a mention are left out: they have nothing to lose, and recall counts what others gain.
+    kept = one_per_image(tested, images)[: settings.tested]
+    return DoseContext.above(context, conditions=tuple(every), images=frozenset(kept))
