@@ -207,3 +207,34 @@ def test_a_model_that_another_thread_runs_meanwhile_is_untouched(open_model, tin
         thread.join()
     assert len(seen) >= 5
     assert all(seen)
+
+
+@pytest.mark.parametrize("variant", ["llava", "blip2_opt", "gemma3"])
+def test_at_the_last_position_alone_only_its_prediction_changes(open_model, variant):
+    """Rows are as long as each other here, so that the last position of a forward is the last of every row."""
+    model = open_model(variant)
+    batch, _ = batch_of(model, [CAPTIONS[0]] * 2)
+    neurons, values = [(0, 3), (1, 7)], [2.0, -3.0]
+
+    def read():
+        with torch.inference_mode():
+            return model.network(**batch.to(model.device, model.network.dtype), use_cache=False).logits
+
+    plain = read()
+    with mmray.set_to(model, neurons, values, last=True):
+        changed = read()
+    assert torch.equal(changed[:, :-1], plain[:, :-1])
+    assert (changed[:, -1] - plain[:, -1]).abs().max() > 1e-3
+    # One value per neuron is each one's own change.
+    with mmray.set_to(model, neurons[:1], 2.0, last=True), mmray.set_to(model, neurons[1:], -3.0, last=True):
+        torch.testing.assert_close(read(), changed)
+    with mmray.scale(model, neurons, 1.0, last=True):
+        torch.testing.assert_close(read(), plain)
+
+
+def test_experts_see_no_positions(open_model):
+    with (
+        pytest.raises(InputError, match="last position alone"),
+        mmray.scale(open_model("qwen3_vl_moe"), NEURONS, 0.0, last=True),
+    ):
+        pass
