@@ -101,10 +101,24 @@ FEATURES: dict[str, Feature] = {
         ),
         Feature(
             "hallucination_neurons",
-            tuple(f"{ROOM}.hallucination.neuron_jobs:{job}" for job in ("ContrastJob", "CandidateJob", "DoseJob")),
+            (f"{ROOM}.hallucination.neuron_jobs:CandidateJob",),
             "mmray hallucination RUN --neurons",
-            ("hallucination_neurons", "hallucination_probe", "hallucination_mentions", "hallucination_doses"),
+            ("hallucination_neurons", "hallucination_probe", "hallucination_mentions"),
             schemas=f"{ROOM}.hallucination.neuron_tables",
+        ),
+        Feature(
+            "hallucination_contrast",
+            (f"{ROOM}.hallucination.neuron_jobs:ContrastJob",),
+            "mmray hallucination RUN --neurons",
+            part_of="hallucination_neurons",
+        ),
+        Feature(
+            "hallucination_doses",
+            (f"{ROOM}.hallucination.neuron_jobs:DoseJob",),
+            "mmray hallucination RUN --neurons --interventions",
+            ("hallucination_doses",),
+            schemas=f"{ROOM}.hallucination.neuron_tables",
+            part_of="hallucination_neurons",
         ),
         Feature(
             "perturb",

@@ -144,9 +144,7 @@ def _changed_layer(
 
 
 @contextmanager
-def _changed_input(
-    module: nn.Module, units: Tensor, change: Callable[[Tensor], Tensor], last: bool
-) -> Iterator[None]:
+def _changed_input(module: nn.Module, units: Tensor, change: Callable[[Tensor], Tensor], last: bool) -> Iterator[None]:
     def replace(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         # A copy: hooks that ran before may have kept the tensor.
         activation = arguments[0].clone()

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpy import ndarray
 
-TOLERANCE = 1e-3
+TOLERANCE = 2e-3
 """By which fraction of the penalty the optimality conditions may be violated."""
 ADDED = 200
 """Columns added to the working set at once, the worst first."""
@@ -107,7 +107,7 @@ def _descend(
         later = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
         ahead = (after + (momentum - 1) / later * (after - current)).astype(np.float32)
         change, current, momentum = float(np.abs(after - current).max()), after, later
-        if change < TOLERANCE / 10 * step * penalty:
+        if change < TOLERANCE * step * penalty:
             break
     return current[:-1], float(current[-1])
 

@@ -27,9 +27,14 @@ from mmray.features.editing.job import EditJob, NamedEditSettings
 from mmray.features.editing.settings import EditSettings
 from mmray.features.evaluation.job import EvaluationJob
 from mmray.features.evaluation.settings import evaluation_settings
+from mmray.features.hallucination.contrast import Moments
+from mmray.features.hallucination.doses import Condition
+from mmray.features.hallucination.inputs import open_claims
 from mmray.features.hallucination.job import HallucinationJob
+from mmray.features.hallucination.mentions import QUANTITIES
+from mmray.features.hallucination.neuron_jobs import CandidateContext, CandidateJob, ContrastJob, DoseContext, DoseJob
 from mmray.features.hallucination.perturb_job import PerturbJob
-from mmray.features.hallucination.settings import hallucination_settings, perturbation_settings
+from mmray.features.hallucination.settings import hallucination_settings, neuron_settings, perturbation_settings
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
 from mmray.features.saliency.job import SaliencyJob
@@ -113,6 +118,13 @@ def prepare(root: Path, tiny: Path) -> Place:
         os.chdir(before)
     run(DecodingJob(_census(place)))
     edit(place.run, **WISH).save(place.edit)
+    table = run(contrast(place, limit=None, shard_size=SHARD)).parts.table("mentions")
+    # No test begins with it done.
+    shutil.rmtree(f"{place.run}/{ContrastJob.name}")
+    # By turns, because the demo makes up too little to fit a probe to.
+    turns = [number % 2 == 0 for number in range(len(table))]
+    at = table.schema.get_field_index("hallucinated")
+    pq.write_table(table.set_column(at, table.schema.field(at), pa.array(turns)), root / "mentions.parquet")
     settings = _alignment(place, str(tiny))
     pair = open_pair(settings)
     digests = {name: digest(resolve(getattr(settings, name))) for name in ("tower", "model")}
@@ -212,6 +224,40 @@ def hallucination(place: Place, **more: Any) -> AnyJob:
     return HallucinationJob(hallucination_settings({"run": place.run, "local": True, **sizes, **more}))
 
 
+def contrast(place: Place, **more: Any) -> AnyJob:
+    settings = _neurons(place, **{"limit": 4, "shard_size": 2, **more}).claims()
+    return ContrastJob(settings, open_claims(settings))
+
+
+def candidates(place: Place, **more: Any) -> AnyJob:
+    settings = _neurons(place, **more)
+    mentions = pq.read_table(place.root / "mentions.parquet")
+    widths = tuple(open_run(place.run).info["model"]["widths"])
+    moments = Moments(9, torch.zeros(sum(widths)).numpy(), torch.ones(sum(widths)).numpy())
+    neurons = [(layer, 8 * layer) for layer in range(len(widths))]
+    context = CandidateContext.above(
+        open_claims(settings.claims()),
+        candidates=tuple(neurons),
+        controls=tuple((layer, unit + 1) for layer, unit in neurons),
+        mentions=mentions,
+        sums={(kind, name): moments for kind in (True, False) for name in QUANTITIES},
+        widths=widths,
+    )
+    return CandidateJob(settings.probe(), context)
+
+
+def doses(place: Place, **more: Any) -> AnyJob:
+    settings = _neurons(place, **{"limit": 4, "shard_size": 2, **more})
+    context = open_claims(settings.claims())
+    every = (Condition("none", None, None, ()), Condition("raised", "scale", 3.0, ("L0.u3", "L2.u5")))
+    names = pq.read_table(place.root / "mentions.parquet")["sample_id"].to_pylist()
+    return DoseJob(settings.dose(), DoseContext.above(context, conditions=every, images=frozenset(names)))
+
+
+def _neurons(place: Place, **more: Any) -> Any:
+    return neuron_settings({"run": place.run, "local": True, "shard_size": 12, "draws": 10, **more})
+
+
 def perturb(place: Place, **more: Any) -> AnyJob:
     known = {"model": "demo", "data": place.data, "out": str(place.root / "moved"), "local": True}
     sizes = {"limit": 2, "shard_size": 1, "steps": 2, "draws": 10}
@@ -268,6 +314,9 @@ CASES = [
     Case("properties", properties, {"images": 3}, later={"draws": 11}, slow=True),
     Case("saliency", saliency, {"images": 9}, later={"draws": 11}),
     Case("hallucination", hallucination, {"seed": 1}, later={"draws": 11}),
+    Case("hallucination_contrast", contrast, {"longest": 6}, merges=False),
+    Case("hallucination_neurons", candidates, {"seed": 1}, later={"draws": 11}),
+    Case("hallucination_doses", doses, {"questions": 2}, later={"draws": 11}),
     Case("perturb", perturb, {"seed": 1}, refused=True, later={"draws": 11}),
     Case("sums", sums, {"modality": "both"}, merges=False),
     Case("interventions", interventions, {"modality": "both"}, merges=False),

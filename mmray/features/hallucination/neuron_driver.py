@@ -1,8 +1,8 @@
 """The driver of `mmray hallucination --neurons`: moments, candidates with the probe, and interventions, in this order.
 
-RUN/hallucination_neurons/FINGERPRINT/contrast/      mentions in the model's captions, moments of all neurons
-RUN/hallucination_neurons/FINGERPRINT/candidates/    shares of the candidates at every mention
-RUN/hallucination_neurons/FINGERPRINT/doses/         what captions are under each intervention
+RUN/hallucination_contrast/FINGERPRINT/    mentions in the model's captions, moments of all neurons
+RUN/hallucination_neurons/FINGERPRINT/     shares of the candidates at every mention
+RUN/hallucination_doses/FINGERPRINT/       what captions are under each intervention
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from mmray.features.hallucination.doses import conditions
 from mmray.features.hallucination.inputs import JointContext, open_claims
 from mmray.features.hallucination.mentions import TEST, fold_of
 from mmray.features.hallucination.neuron_jobs import (
-    NAME,
     CandidateContext,
     CandidateJob,
     ContrastJob,
@@ -34,8 +33,6 @@ from mmray.features.hallucination.neuron_jobs import (
 from mmray.features.hallucination.settings import NeuronSettings
 from mmray.neuron_names import neuron_name, parse_neuron
 from mmray.neurons.controls import layer_matched
-from mmray.runs.driver import drive_analysis
-from mmray.runs.lease import Lease
 from mmray.runs.run import Run, open_run
 
 
@@ -62,17 +59,13 @@ def run_neurons(settings: NeuronSettings, follow: Follow = lambda _: None) -> Ne
     Raises InputError for anything wrong with the set-up, for too few mentions of either class, or if another call is
     working on the run.
     """
-    run = open_run(settings.run)
-    with drive_analysis(f"{run.uri}/{NAME}") as lease:
-        return NeuronResult(tuple(_passes(settings, run, follow, lease)))
+    passes: list[JobResult] = []
 
-
-def _passes(settings: NeuronSettings, run: Run, follow: Follow, lease: Lease) -> list[JobResult]:
     def done(job: Job[Any, Any]) -> JobResult:
-        passes.append(run_job(job, follow=follow, lease=lease))
+        passes.append(run_job(job, follow=follow))
         return passes[-1]
 
-    passes: list[JobResult] = []
+    run = open_run(settings.run)
     context = open_claims(settings.claims())
     widths = run.info["model"]["widths"]
     first = done(ContrastJob(settings.claims(), context))
@@ -87,10 +80,10 @@ def _passes(settings: NeuronSettings, run: Run, follow: Follow, lease: Lease) ->
         sums=sums,
         widths=tuple(widths),
     )
-    done(CandidateJob(settings.probe(), chosen))
-    if settings.interventions:
+    found = done(CandidateJob(settings.probe(), chosen)).headline["neurons"]
+    if settings.interventions and found:
         done(DoseJob(settings.dose(), _doses(settings, run, context, sums, mentions)))
-    return passes
+    return NeuronResult(tuple(passes))
 
 
 def _doses(

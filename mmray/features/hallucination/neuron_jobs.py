@@ -40,16 +40,10 @@ Neuron = tuple[int, int]
 Images = Iterator[tuple[list[Sample], list[Image]]]
 """A unit's samples with their images, in parts that fit into memory."""
 Observe = Callable[[Images], dict[str, pa.Table]]
-NAME = "hallucination_neurons"
-"""The feature's name."""
 
 
 class MentionJob(Job[S, C]):
     """A pass over images whose captions the model writes; the driver hands what one pass finds to the next."""
-
-    name = NAME
-    step: ClassVar[str]
-    """Folder of the pass's parts, below that of its fingerprint."""
 
     def __init__(self, settings: S, context: C) -> None:
         super().__init__(settings)
@@ -59,10 +53,6 @@ class MentionJob(Job[S, C]):
     def target(self) -> str:
         """The run."""
         return self.settings.run
-
-    def folder(self, fingerprint: str) -> str:
-        """Return where shards are committed."""
-        return f"{super().folder(fingerprint)}/{self.step}"
 
     def plan(self) -> Plan[C]:
         """Return a plan with one unit per shard."""
@@ -102,7 +92,7 @@ class MentionJob(Job[S, C]):
 class ContrastJob(MentionJob[ClaimSettings, JointContext]):
     """Captions all images, and sums up what neurons do at hallucinated and at true mentions of the fit images."""
 
-    step = "contrast"
+    name = "hallucination_contrast"
     parts: ClassVar[dict[str, pa.Schema]] = {"mentions": PARTS["mentions"], "sums": SUMS}
 
     def digests(self) -> Mapping[str, str]:
@@ -158,7 +148,7 @@ class CandidateContext(JointContext):
 class CandidateJob(MentionJob[ProbeSettings, CandidateContext]):
     """Reads the candidates at every mention, fits the probe, and writes the tables."""
 
-    step = "candidates"
+    name = "hallucination_neurons"
     parts: ClassVar[dict[str, pa.Schema]] = {"features": PARTS["features"]}
 
     def plan(self) -> Plan[CandidateContext]:
@@ -214,7 +204,10 @@ class CandidateJob(MentionJob[ProbeSettings, CandidateContext]):
         rows = [known[key] for key in keys]
         mentions = Mentions.of(rows)
         if lacking := mentions.missing():
-            raise InputError(f"{context.data}: {lacking}; give more images by --data or --limit")
+            if len(parts.receipts) == len(plan.units):
+                raise InputError(f"{context.data}: {lacking}; give more images by --data or --limit")
+            # The tables are written once the quarantined units are there.
+            return {"rows": len(rows), "neurons": 0, "measures": []}
         values = np.stack(vectors(features["shares"], np.float32))
         shares, controls = np.split(values, [len(context.candidates)], axis=1)
         most = max(1, int(settings.most * sum(context.widths)))
@@ -358,7 +351,7 @@ class DoseContext(JointContext):
 class DoseJob(MentionJob[DoseSettings, DoseContext]):
     """Captions test images with the probe's neurons changed, and writes the table of doses and responses."""
 
-    step = "doses"
+    name = "hallucination_doses"
     parts: ClassVar[dict[str, pa.Schema]] = {"dosed": PARTS["dosed"]}
 
     def digests(self) -> Mapping[str, str]:

@@ -15,13 +15,13 @@ from mmray.features.hallucination.mentions import FIT, TEST
 from mmray.statistics.bootstrap import measure
 from mmray.statistics.logistic import Logistic, fit_path
 
-PENALTIES = tuple(np.geomspace(0.7, 0.02, 14))
+PENALTIES = tuple(np.geomspace(0.7, 0.04, 10))
 """Fractions of the least penalty at which the probe uses no neuron."""
 ALMOST_NONE = (0.3, 0.05, 0.001)
 """Penalties of judges with a few columns, which need none; the last one counts."""
 PARTS = 5
 """Parts of the fit images for cross-validation."""
-SHUFFLES = 20
+SHUFFLES = 10
 """Probes fitted to shuffled classes."""
 FACTS = {
     "log-probability": ("log_prob",),

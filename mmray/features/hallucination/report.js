@@ -1,4 +1,4 @@
-// A detector's second opinion on the model's claims: ranking, calibration, and pictures of mistakes.
+// A detector's second opinion on the model's claims, with pictures of mistakes; and the neurons that predict them.
 "use strict";
 const CLAIMS = { caption: "nouns of its captions", question: "yes/no questions", yes: "questions answered yes", no: "questions answered no" };
 const JUDGES = { detector: "own", "language model": "other" };
@@ -17,9 +17,61 @@ function reliabilityPlot(claims) {
   ]);
 }
 
+// Each dose is a point: hallucination against recall, so that what recall pays for is seen.
+function doseResponse(doses) {
+  const hues = { none: "other", raised: "own", lowered: "specific", probe: "bad" };
+  const points = select(doses, { measure: "chair_i" }).map((row) => ({ ...row, recall: doses.find((one) => one.measure === "recall" && one.neurons === row.neurons && one.change === row.change && one.dose === row.dose) }));
+  const said = (row) => (row.change === null ? "unchanged" : row.dose === null ? row.change : `× ${row.dose}`);
+  return plot("Hallucination against recall, by intervention", () => [
+    [...new Set(points.map((row) => row.neurons))].map((neurons) => {
+      const own = select(points, { neurons });
+      return { type: "scatter", mode: "lines+markers+text", name: neurons, x: own.map((row) => row.recall?.value), y: own.map((row) => row.value), text: own.map(said), textposition: "top center",
+        error_y: errorBars(own), line: { color: colour(hues[neurons] || "control"), dash: hues[neurons] ? "solid" : "dot", width: 1 }, marker: { size: 7, color: colour(hues[neurons] || "control") },
+        hovertemplate: `CHAIR_i %{y:.3f}, recall %{x:.3f}<extra>${neurons} %{text}</extra>` };
+    }),
+    { xaxis: { title: "object recall" }, yaxis: { title: "CHAIR_i", rangemode: "tozero" }, showlegend: true },
+  ], 420);
+}
+
+function doseTable(doses) {
+  const measures = [...new Set(doses.map((row) => row.measure))].filter((name) => !name.endsWith(" relative"));
+  const keys = new Map(doses.map((row) => [JSON.stringify([row.neurons, row.change, row.dose]), row]));
+  const rows = [...keys.values()].map((row) => ({ ...row, of: Object.fromEntries(select(doses, { neurons: row.neurons, change: row.change, dose: row.dose }).map((one) => [one.measure, one])) }));
+  return sortable("Interventions", [
+    { title: "neurons", value: (row) => row.neurons, cell: (row) => row.neurons }, { title: "change", value: (row) => row.change || "", cell: (row) => row.change || "" },
+    { title: "dose", value: (row) => row.dose, number: true, cell: (row) => (row.dose === null ? "" : figure(row.dose, 2)) }, { title: "count", value: (row) => row.count, number: true, cell: (row) => whole(row.count) },
+    ...measures.map((name) => ({ title: name.replace("_", " "), value: (row) => row.of[name]?.value, number: true, cell: (row) => (row.of[name] ? [figure(row.of[name].value), h("span.range", interval(row.of[name]))] : "–") })),
+  ], rows, { keep: true, limit: 40 });
+}
+
+function neuronsPart({ count, probe, layers, rows, captions, doses }) {
+  if (!count) return [h("h2", "Neurons"), under("Not looked for yet. `mmray hallucination RUN --neurons` finds the neurons that predict which mentions are hallucinated.")];
+  const found = (judge) => probe.find((row) => row.judge === judge && row.measure === "auroc"), ours = found("neurons"), facts = found("log-probability, length and position");
+  return [
+    h("h2", "Neurons that predict hallucination"), under("A sparse probe of what neurons write where a caption is about to mention an object; measured on images that neither choice nor fit saw."),
+    h("div.tiles", tile(figure(ours.value), `AUROC of ${plural(count, "neuron")} for hallucinated above true mentions (95 %: ${interval(ours)})`, true), tile(figure(facts.value), `of log-probability, length and position (95 %: ${interval(facts)})`)),
+    h("div.grid.two",
+      card(h("h3", "Who says which mentions are hallucinated"), bars(probe.filter((row) => row.measure === "auroc"), "AUROC by judge", (row) => row.judge, (row) => (row.judge.startsWith("neurons") ? "own" : row.judge === "random neurons" || row.judge === "shuffled classes" ? "control" : "other"))),
+      card(h("h3", "Where they are"), plot("Neurons of the probe by layer", () => [
+        [["raised", "more at hallucinated mentions", "own"], ["lowered", "more at true mentions", "specific"]].map(([key, name, hue]) => ({ type: "bar", name, x: layers.map((row) => `L${row.layer}`), y: layers.map((row) => row[key]), marker: { color: colour(hue) }, hovertemplate: `%{y}<extra>%{x} · ${name}</extra>` })),
+        { barmode: "stack", xaxis: { title: "layer", type: "category" }, yaxis: { title: "neurons" }, showlegend: true },
+      ]))),
+    card(sortable("Neurons of the probe", [
+      { title: "neuron", value: (row) => row.layer, cell: (row) => neuronLink(row.neuron) }, { title: "weight", value: (row) => row.weight, number: true, about: "log-odds of hallucination per standard deviation of its share of the MLP's output", cell: (row) => figure(row.weight) },
+      { title: "effect", value: (row) => row.effect, number: true, about: "Cohen's d on the images it was chosen on", cell: (row) => figure(row.effect, 2) },
+      { title: "on test images", value: (row) => row.held_out_effect, number: true, cell: (row) => [figure(row.held_out_effect, 2), h("span.range", interval(row))] }, { title: "promotes", cell: (row) => row.tokens.join(" · ") },
+    ], rows, { keep: true, limit: 60 })),
+    h("h3.part", "Captions of test images"), card(sortable("Mentions with the probe's score", [
+      { title: "mention", value: (row) => row.word, cell: (row) => h("b", row.word) }, { title: "in the image", value: (row) => row.hallucinated, cell: (row) => (row.hallucinated ? "no" : "yes") }, { title: "probe", value: (row) => row.score, number: true, cell: (row) => figure(row.score, 2) },
+      { title: "log-probability", value: (row) => row.probability, number: true, cell: (row) => figure(row.probability, 2) }, { title: "caption", cell: (row) => `“${row.text}”` },
+    ], captions, { keep: true, limit: 20 })),
+    doses.length ? [h("h3.part", "Dose and response"), under("Neurons scaled or set while captions are written. Down and to the right is better; dotted: as many random neurons of the same layers."), card(doseResponse(doses)), card(doseTable(doses))] : null,
+  ];
+}
+
 function hallucinationPage() {
-  const { measures, mistakes } = INDEX.hallucination;
-  if (!measures.length) return [heading("Second opinion", "Not asked yet. `mmray hallucination RUN` asks a detector whether what the model claims is there.")];
+  const { measures, mistakes, neurons } = INDEX.hallucination;
+  if (!measures.length) return [heading("Second opinion", "Not asked yet. `mmray hallucination RUN` asks a detector whether what the model claims is there."), neuronsPart(neurons)];
   const shown = measures.filter((row) => row.measure !== "reliability"), found = (judge) => one(measures, { claims: "caption", measure: "auroc", judge });
   const tiles = Object.keys(JUDGES).filter(found).map((judge) => tile(figure(found(judge).value), `AUROC of the ${judge}'s confidence: nouns of captions that are there, above those that are not (95 %: ${interval(found(judge))})`, judge === "detector"));
   return [
@@ -33,7 +85,8 @@ function hallucinationPage() {
       { title: "claims", value: (row) => row.claims, cell: (row) => CLAIMS[row.claims] || row.claims }, { title: "measure", value: (row) => row.measure, cell: (row) => row.measure.replace("_", " ") }, { title: "judge", value: (row) => row.judge || "", cell: (row) => row.judge || "" },
       { title: "value", value: (row) => row.value, number: true, cell: (row) => figure(row.value) }, { title: "95 %", cell: (row) => interval(row) }, { title: "n", value: (row) => row.n, number: true, cell: (row) => whole(row.n) }, { title: "protocol", cell: (row) => row.protocol },
     ], shown, { keep: true, limit: 60 })),
+    neuronsPart(neurons),
   ];
 }
 
-addPage("hallucination", "Second opinion", hallucinationPage, INDEX.hallucination.measures.length);
+addPage("hallucination", "Second opinion", hallucinationPage, INDEX.hallucination.measures.length + INDEX.hallucination.neurons.count);

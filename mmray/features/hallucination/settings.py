@@ -65,7 +65,7 @@ class ProbeSettings(ClaimSettings):
 
     shard_size: int = Field(128, ge=1)
     """Samples per shard: the unit of work, and the most that a crash costs. Default: 24; with --neurons 128."""
-    candidates: int = Field(2048, ge=1)
+    candidates: int = known_by_digest(2048, ge=1)
     """With --neurons: neurons of the largest effect that the probe chooses from."""
     most: float = after_work(0.005, gt=0, le=1)
     """With --neurons: largest share of all neurons that the probe may use."""
@@ -77,9 +77,9 @@ class DoseSettings(ClaimSettings):
     questions: int = Field(1, ge=0)
     """Present objects per image to ask about, and as many absent ones of each kind (random, popular, adversarial); 0:
     captions only."""
-    doses: list[float] = Field([0.0, 0.5, 2.0, 3.0], min_length=1)
+    doses: list[float] = known_by_digest([0.0, 0.5, 2.0, 3.0], min_length=1)
     """With --interventions: factors of the neurons' activations. May be given more than once."""
-    tested: int = Field(400, ge=1)
+    tested: int = known_by_digest(400, ge=1)
     """With --interventions: most test images that are captioned under each of them."""
 
 
