@@ -42,7 +42,7 @@ TABLES: dict[str, pa.Schema] = {
     "hallucination_probe": pa.schema(
         [
             field("judge", pa.string(), "who says which mentions are hallucinated"),
-            field("measure", pa.string(), "auroc; gain: auroc of the neurons minus that of the judge"),
+            field("measure", pa.string(), "auroc, caught, or gain: a difference of aurocs"),
             field("neurons", pa.int64(), "neurons that the judge uses; null: none"),
             *MEASURED,
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy import ndarray
 
 from mmray.features.hallucination.measures import auroc, histograms
 from mmray.features.hallucination.mentions import FIT, TEST
-from mmray.statistics.bootstrap import measure
+from mmray.statistics.bootstrap import Value, measure, ratio
 from mmray.statistics.logistic import Logistic, fit_path
 
 PENALTIES = tuple(np.geomspace(0.7, 0.04, 10))
@@ -21,6 +22,8 @@ ALMOST_NONE = (0.3, 0.05, 0.001)
 """Penalties of judges with a few columns, which need none; the last one counts."""
 PARTS = 5
 """Parts of the fit images for cross-validation."""
+FALSE_ALARMS = 0.02
+"""Share of the true mentions that a judge may call hallucinated, for the share of hallucinated ones that it catches."""
 SHUFFLES = 10
 """Probes fitted to shuffled classes."""
 FACTS = {
@@ -191,10 +194,7 @@ def _rows(
     counts = {name: histograms(images, values[test], truth) for name, values in scores.items()}
     rows = []
 
-    def add(judge: str, name: str, totals: Float[ndarray, "image sum"], split: int | None, protocol: str) -> None:
-        def value(sums: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:
-            return auroc(sums) if split is None else auroc(sums[:, :split]) - auroc(sums[:, split:])
-
+    def add(judge: str, name: str, totals: Float[ndarray, "image sum"], value: Value, protocol: str) -> None:
         found = measure(totals, totals, value, draws, seed)
         rows.append(
             {"judge": judge, "measure": name, "neurons": used.get(judge), "value": found.after, "low": found.low}
@@ -203,12 +203,31 @@ def _rows(
 
     for judge, own in counts.items():
         protocol = PROTOCOLS.get(judge, "logistic regression of what the mention's row says")
-        add(judge, "auroc", own, None, f"{protocol}; hallucinated mentions of test images above true ones")
+        add(judge, "auroc", own, auroc, f"{protocol}; hallucinated mentions of test images above true ones")
+        alarms = f"hallucinated mentions that score above all but {FALSE_ALARMS:.0%} of the true ones"
+        add(judge, "caught", own, caught, f"{protocol}; {alarms}")
     for better, judge in ((NEURONS, BASELINE), (BOTH, BASELINE), (NEURONS, RANDOM)):
         first, second = counts[better], counts[judge]
         protocol = f"AUROC of {better} minus that of {judge}, paired over test images"
-        add(f"{better} above {judge}", "gain", np.concatenate([first, second], axis=1), first.shape[1], protocol)
+        both = np.concatenate([first, second], axis=1)
+        add(f"{better} above {judge}", "gain", both, partial(_gain, first.shape[1]), protocol)
     return rows
+
+
+def caught(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:
+    """Return the share of hallucinated mentions above the score that at most FALSE_ALARMS of the true ones reach.
+
+    `totals` are histograms as of `mmray.features.hallucination.measures.histograms`, true mentions first.
+    """
+    # Mentions at or above each score.
+    true, hallucinated = (np.cumsum(part[:, ::-1], axis=1) for part in np.split(totals, 2, axis=1))
+    allowed = true <= FALSE_ALARMS * true[:, -1:]
+    return ratio(np.stack([(hallucinated * allowed).max(axis=1), hallucinated[:, -1]], axis=1))
+
+
+def _gain(split: int, totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:
+    found: Float[ndarray, " draw"] = auroc(totals[:, :split]) - auroc(totals[:, split:])
+    return found
 
 
 def _shuffled(

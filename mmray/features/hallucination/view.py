@@ -44,10 +44,13 @@ def mistakes(found: Sequence[Row]) -> Table:
 
 def probe(measures: Sequence[Row]) -> Table:
     """Return who says which mentions are hallucinated: a row per judge, AUROC with its 95 % interval."""
-    table = lineless("judge", "neurons", "AUROC", "n", left={"judge"})
-    for row in measures:
-        neurons = "" if row["neurons"] is None else f"{row['neurons']:,}"
-        table.add_row(row["judge"], neurons, measured(row, interval=True), f"{row['n']:,}")
+    table = lineless("judge", "neurons", "AUROC", "caught", "n", left={"judge"})
+    found = {(row["judge"], row["measure"]): row for row in measures}
+    for (judge, measure), row in found.items():
+        if measure != "caught":
+            neurons = "" if row["neurons"] is None else f"{row['neurons']:,}"
+            caught = measured(found.get((judge, "caught")))
+            table.add_row(judge, neurons, measured(row), caught, f"{row['n']:,}")
     return table
 
 

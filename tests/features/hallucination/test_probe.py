@@ -84,3 +84,14 @@ def test_a_class_that_is_too_small_is_said(planted):
 def test_auroc_counts_pairs():
     truth = np.array([True, False, False, True])
     assert auroc(np.array([3.0, 1.0, 3.0, 2.0]), truth) == (1 + 0.5 + 1 + 0) / 4
+
+
+def test_caught_is_the_share_above_nearly_all_true_mentions():
+    """A hundred true mentions and four hallucinated ones: two may be above, so the threshold is the third highest."""
+    scores = np.concatenate([np.arange(100.0), [96.5, 97.0, 97.5, 99.5]])
+    truth = np.arange(104) >= 100
+    totals = probes.histograms(["image"] * 104, scores, truth.astype(float))
+    # At or above 97.5 are two true ones (98, 99); the tie at 97 would let in a third.
+    assert probes.caught(totals)[0] == 2 / 4
+    nothing = probes.histograms(["image"] * 104, -scores, truth.astype(float))
+    assert probes.caught(nothing)[0] == 0
