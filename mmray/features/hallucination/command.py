@@ -55,7 +55,7 @@ def hallucination(
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
-    """Ask a detector whether the objects that the model names are there, or find neurons that predict it."""
+    """Ask a detector whether named objects are there, or find neurons that predict it."""
     # The two have different shards by default.
     given = {"run": run} | {name: value for name, value in settings.items() if name != "shard_size" or value}
     if neurons:

@@ -44,7 +44,7 @@ def fold_of(image: str, seed: int) -> str:
 
 
 @dataclass(frozen=True)
-class OwnCaption:
+class WrittenCaption:
     """A caption that the model wrote."""
 
     sample: Sample
@@ -88,7 +88,7 @@ class MentionReader:
         annotated = (with_ground_truth(sample, truth, lexicon, references) for sample in samples)
         return [pair for pair in zip(annotated, images, strict=True) if pair[0].objects is not None]
 
-    def captions(self, pairs: Sequence[tuple[Sample, Image]]) -> list[OwnCaption]:
+    def captions(self, pairs: Sequence[tuple[Sample, Image]]) -> list[WrittenCaption]:
         """Let the model caption samples."""
         prompts = [self._prompt(sample) for sample, _ in pairs]
         written: list[list[int]] = []
@@ -98,18 +98,18 @@ class MentionReader:
             written += generate(self.model, prompts[part], images, self.longest)
         return self.as_written(pairs, written)
 
-    def as_written(self, pairs: Sequence[tuple[Sample, Image]], written: Sequence[list[int]]) -> list[OwnCaption]:
+    def as_written(self, pairs: Sequence[tuple[Sample, Image]], written: Sequence[list[int]]) -> list[WrittenCaption]:
         """Return captions whose tokens were written before."""
         lexicon, found = self.lexicon, []
         for (sample, image), tokens in zip(pairs, written, strict=True):
             text, offsets = caption_of(self.model, tokens)
             mentions = lexicon.mentions(text, sample.language)
             objects = objects_of(sample) or frozenset()
-            found.append(OwnCaption(sample, image, self._prompt(sample), tokens, text, offsets, mentions, objects))
+            found.append(WrittenCaption(sample, image, self._prompt(sample), tokens, text, offsets, mentions, objects))
         return found
 
     @torch.inference_mode()
-    def read(self, captions: Sequence[OwnCaption]) -> Iterator[Mentioned]:
+    def read(self, captions: Sequence[WrittenCaption]) -> Iterator[Mentioned]:
         """Yield the mentions of captions with the model's neurons where each begins, batch by batch."""
         mentioning = [caption for caption in captions if caption.mentions]
         for start in range(0, len(mentioning), self.batch_size):
@@ -133,7 +133,7 @@ class MentionReader:
         return prompt_text(self.model, options.prompt, sample.language, prefix=options.prefix)
 
     def _row(
-        self, caption: OwnCaption, mention: Mention, order: int, own: Sequence[TokenPosition], batch: Batch
+        self, caption: WrittenCaption, mention: Mention, order: int, own: Sequence[TokenPosition], batch: Batch
     ) -> dict[str, Any]:
         sample = caption.sample
         return {

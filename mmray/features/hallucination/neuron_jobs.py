@@ -24,9 +24,9 @@ from mmray.features.census.ranking import locate_index
 from mmray.features.hallucination.contrast import SUMS, ClassSums, Moments, effect
 from mmray.features.hallucination.doses import Condition, dose_rows, observe
 from mmray.features.hallucination.inputs import JointContext, context_digests, read_images
-from mmray.features.hallucination.mentions import FIT, QUANTITIES, Mentioned, MentionReader, OwnCaption, quantities
+from mmray.features.hallucination.mentions import FIT, QUANTITIES, Mentioned, MentionReader, WrittenCaption, quantities
 from mmray.features.hallucination.neuron_tables import PARTS, TABLES
-from mmray.features.hallucination.probe import Mentions, Probe, judge_all
+from mmray.features.hallucination.probe import Mentions, SparseProbe, judge_all
 from mmray.features.hallucination.settings import ClaimSettings, DoseSettings, ProbeSettings
 from mmray.neuron_names import neuron_name
 from mmray.neurons.controls import layer_matched
@@ -226,7 +226,7 @@ class CandidateJob(MentionJob[ProbeSettings, CandidateContext]):
 
 def neuron_rows(
     context: CandidateContext,
-    probe: Probe,
+    probe: SparseProbe,
     mentions: Mentions,
     shares: Float[ndarray, "mention candidate"],
     settings: ProbeSettings,
@@ -313,7 +313,7 @@ def _add_fit(sums: ClassSums, reader: MentionReader, mentioned: Mentioned) -> No
     )
 
 
-def _confidences(detector: JointModel | None, captions: Sequence[OwnCaption]) -> dict[tuple[str, str], float]:
+def _confidences(detector: JointModel | None, captions: Sequence[WrittenCaption]) -> dict[tuple[str, str], float]:
     """Return the detector's confidence in each object that a caption mentions, by sample and word."""
     if detector is None:
         return {}

@@ -85,7 +85,7 @@ class Mentions:
 
 
 @dataclass(frozen=True)
-class Probe:
+class SparseProbe:
     """A fitted probe."""
 
     model: Logistic
@@ -106,7 +106,7 @@ def fit_probe(
     images: Sequence[str],
     most: int,
     penalty: float | None = None,
-) -> Probe:
+) -> SparseProbe:
     """Fit a probe of at most `most` columns, by default with the penalty of the highest cross-validated AUROC.
 
     Parts of the cross-validation have different images.
@@ -125,7 +125,7 @@ def fit_probe(
     allowed = [row for row, model in enumerate(models) if 0 < (model.weights != 0).sum() <= most] or [0]
     found = [rank_auroc(held_out[row], hallucinated) for row in allowed]
     best = allowed[-1] if penalty is not None else allowed[int(np.argmax(found))]
-    return Probe(models[best], tried[best], held_out[best])
+    return SparseProbe(models[best], tried[best], held_out[best])
 
 
 def judge_all(
@@ -135,7 +135,7 @@ def judge_all(
     most: int,
     draws: int,
     seed: int,
-) -> tuple[Probe, Float[ndarray, " mention"], list[dict[str, Any]]]:
+) -> tuple[SparseProbe, Float[ndarray, " mention"], list[dict[str, Any]]]:
     """Fit the probe and all judges on the fit images.
 
     Returns the probe, its score of every mention, and the rows of the table `hallucination_probe` over the test images.
@@ -235,7 +235,7 @@ def _shuffled(
     shares: Float[ndarray, "mention candidate"],
     images: Sequence[str],
     most: int,
-    probe: Probe,
+    probe: SparseProbe,
     seed: int,
 ) -> dict[str, Any]:
     """Return the row of probes that are fitted to shuffled classes, with the penalty of the real one."""
