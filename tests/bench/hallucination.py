@@ -14,12 +14,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 import mmray
 from mmray.features.hallucination.neuron_driver import run_neurons
 from mmray.features.hallucination.settings import neuron_settings
 from mmray.features.hallucination.view import doses, probe
 from mmray.runs.run import open_run
-from mmray.terminal.options import console
 from tests.bench.second_sight import fresh
 
 
@@ -41,6 +42,8 @@ def main() -> None:
         given = {"run": run.uri, "data": data, "interventions": True, "local": not arguments.workers}
         sizes = {"tested": arguments.tested, "questions": arguments.questions, "workers": arguments.workers}
         done = run_neurons(neuron_settings(given | sizes))
+        # Wide enough for every column, whatever the terminal.
+        console = Console(width=150)
         console.print(probe(done.headline["measures"]))
         console.print(doses(done.headline["doses"]))
         rows = open_run(run.uri).table("hallucination_neurons").to_pylist()

@@ -35,7 +35,7 @@ def add_judgements(out: Path) -> None:
         "hallucination_neurons": [neuron | {"low": 0.1, "high": 0.3}],
         "hallucination_probe": [
             measured | {"judge": judge, "measure": "auroc", "neurons": 1}
-            for judge in ("neurons", "log-probability, length and position", "random neurons")
+            for judge in ("neurons", "all three", "random neurons")
         ],
         "hallucination_mentions": [mention | {"hallucinated": kind, "score": 0.5} for kind in (True, False)],
         "hallucination_doses": [

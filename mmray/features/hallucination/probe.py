@@ -30,13 +30,13 @@ FACTS = {
     "log-probability": ("log_prob",),
     "length": ("length",),
     "position": ("position",),
-    "log-probability, length and position": ("log_prob", "length", "position"),
+    "all three": ("log_prob", "length", "position"),
 }
 """Judges by columns of the mentions; each is a logistic regression on the fit images."""
-BASELINE = "log-probability, length and position"
+BASELINE = "all three"
 NEURONS, BOTH, RANDOM, DETECTOR, SHUFFLED = (
     "neurons",
-    f"neurons, {BASELINE}",
+    f"neurons with {BASELINE}",
     "random neurons",
     "detector",
     "shuffled classes",
@@ -202,7 +202,7 @@ def _rows(
         )
 
     for judge, own in counts.items():
-        protocol = PROTOCOLS.get(judge, "logistic regression of what the mention's row says")
+        protocol = PROTOCOLS.get(judge) or f"logistic regression of {', '.join(FACTS[judge])}"
         add(judge, "auroc", own, auroc, f"{protocol}; hallucinated mentions of test images above true ones")
         alarms = f"hallucinated mentions that score above all but {FALSE_ALARMS:.0%} of the true ones"
         add(judge, "caught", own, caught, f"{protocol}; {alarms}")

@@ -46,7 +46,7 @@ function doseTable(doses) {
 
 function neuronsPart({ count, probe, layers, rows, captions, doses }) {
   if (!count) return [h("h2", "Neurons"), under("Not looked for yet. `mmray hallucination RUN --neurons` finds the neurons that predict which mentions are hallucinated.")];
-  const found = (judge) => probe.find((row) => row.judge === judge && row.measure === "auroc"), ours = found("neurons"), facts = found("log-probability, length and position");
+  const found = (judge) => probe.find((row) => row.judge === judge && row.measure === "auroc"), ours = found("neurons"), facts = found("all three");
   return [
     h("h2", "Neurons that predict hallucination"), under("A sparse probe of what neurons write where a caption is about to mention an object; measured on images that neither choice nor fit saw."),
     h("div.tiles", tile(figure(ours.value), `AUROC of ${plural(count, "neuron")} for hallucinated above true mentions (95 %: ${interval(ours)})`, true), tile(figure(facts.value), `of log-probability, length and position (95 %: ${interval(facts)})`)),
