@@ -1,7 +1,8 @@
 """Which samples share an image, so that counts, confidence intervals and hold-outs are of images.
 
 COCO, Flickr and data with one row per caption have several samples per image. An image is identified by the digest of
-its bytes. A sample without an image, or of a run that recorded no digests, is a unit of its own.
+its bytes. Windows of a long text share its digest in the same way. Any other sample without an image, or of a run that
+recorded no digests, is a unit of its own.
 """
 
 from __future__ import annotations

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from mmray.data.image_keys import image_key
 
+WINDOW_MARK = "#"
+"""Between the id of a text and the number of a window of it."""
 BACKGROUND = "white"
 """Colour shown by transparent pixels."""
 
@@ -35,11 +37,25 @@ class Sample:
     background: str = BACKGROUND
     references: tuple[str, ...] = ()
     """All captions that people gave the image, where the data tells (COCO, lists of captions)."""
+    text_digest: str | None = None
+    """Of a window of a long text: digest of the whole text."""
+
+    @cached_property
+    def digest(self) -> str | None:
+        """Digest of what several samples share: an image, or the text that windows are cut from; None for neither."""
+        return self.text_digest if self.image is None else image_digest(self.image)
 
     @cached_property
     def image_key(self) -> str:
-        """Key of the image, shared by all its samples."""
-        return image_key(self.sample_id, image_digest(self.image))
+        """Key of the image or long text, shared by all its samples."""
+        return image_key(self.sample_id, self.digest)
+
+    def window(self, number: int, text: str) -> Sample:
+        """Return a window of a text without an image, as a sample of its own."""
+        digest = digest_id(None, self.caption)
+        return replace(
+            self, sample_id=f"{self.sample_id}{WINDOW_MARK}{number}", caption=text, text_digest=digest, references=()
+        )
 
     def boxes_of(
         self, concept: str, translations: Mapping[str, Mapping[str, str]]

@@ -7,6 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
 from mmray.errors import InputError
 
 WEIGHTS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")
@@ -50,6 +56,12 @@ def check_config(folder: Path) -> None:
             )
         if name in DEPTHS and isinstance(value, int) and value > MOST_LAYERS:
             raise InputError(f"{folder}: config.json has {key}: {value}; at most {MOST_LAYERS:,} layers are supported")
+
+
+def reads_images(config: PretrainedConfig) -> bool:
+    """Return whether a model takes images: False for what transformers knows as a causal language model alone."""
+    kind = config.model_type
+    return kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def _indexed(folder: Path, index: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The layout of each architecture, as data: where decoder, vision tower and projector keep their MLPs.
 
-A vision-language model combines three parts that vary independently, so there are three tables:
+A vision-language model combines three parts that vary independently, so there are three tables. A text-only model is a
+family without a tower, and its own decoder.
 
     FAMILIES[config.model_type]               where the parts hang, and how the image enters
     DECODERS[config.text_config.model_type]   what a block of the language decoder looks like
@@ -67,15 +68,18 @@ class Family:
     decoder: tuple[str, ...]
     """Path of the language decoder."""
     unembedding: str
-    tower: str
+    tower: str = ""
     """Path of the vision tower."""
     projectors: tuple[Stack, ...] = ()
     """The MLPs between tower and decoder, by their paths from the top; none if the bridge is one Linear."""
     image: str = "tokens"
-    """`tokens`: placeholders in the sequence become the image; `cross-attention`: decoder blocks attend to it."""
+    """`tokens`: placeholders in the sequence become the image; `cross-attention`: decoder blocks attend to it; `none`:
+    the model reads text only."""
 
 
 GATED = Stack(blocks=("layers",), projection=("mlp.down_proj",), gate=("mlp.gate_proj",))
+# One Linear computes the gates and the other factors.
+GATED_FUSED = Stack(blocks=("layers",), projection=("mlp.down_proj",), gate=("mlp.gate_up_proj",))
 # Gemma 2 and 3 normalise the MLP's output before they add it to the residual stream.
 GATED_POST_NORM = Stack(
     blocks=("layers",), projection=("mlp.down_proj",), gate=("mlp.gate_proj",), post_norm="post_feedforward_layernorm"
@@ -85,6 +89,10 @@ DECODERS: dict[str, Decoder] = {
     **dict.fromkeys(("gemma", "llama", "mistral", "qwen2", "qwen3"), Decoder(GATED)),
     **dict.fromkeys(("qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_text"), Decoder(GATED)),
     **dict.fromkeys(("gemma2", "gemma3_text"), Decoder(GATED_POST_NORM)),
+    "phi3": Decoder(GATED_FUSED),
+    "gpt2": Decoder(Stack(blocks=("h",), projection=("mlp.c_proj",)), final_norm="ln_f"),
+    "bloom": Decoder(Stack(blocks=("h",), projection=("mlp.dense_4h_to_h",)), final_norm="ln_f"),
+    "gpt_neox": Decoder(Stack(blocks=("layers",), projection=("mlp.dense_4h_to_h",)), final_norm="final_layer_norm"),
     # Blocks listed in mlp_only_layers hold an ordinary MLP instead of experts.
     "qwen3_vl_moe_text": Decoder(
         Stack(blocks=("layers",), projection=("mlp.experts", "mlp.down_proj"), gate=("mlp.gate_proj",))
@@ -195,6 +203,8 @@ QWEN3_VL = Family(
 )
 GEMMA = Family(decoder=("model.language_model",), unembedding="lm_head", tower="model.vision_tower")
 IDEFICS = Family(decoder=("model.text_model",), unembedding="lm_head", tower="model.vision_model")
+TEXT = Family(decoder=("model",), unembedding="lm_head", image="none")
+GPT2 = Family(decoder=("transformer",), unembedding="lm_head", image="none")
 # The Q-Former is the bridge: its query branch carries the image, its text branch (InstructBLIP) the instruction.
 QUERY_BRANCH = Stack(blocks=("qformer.encoder.layer",), projection=("output_query.dense",))
 TEXT_BRANCH = Stack(blocks=("qformer.encoder.layer",), projection=("output.dense",), reads_text=True)
@@ -224,4 +234,7 @@ FAMILIES: dict[str, Family] = {
         tower="model.vision_model",
         image="cross-attention",
     ),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"), TEXT),
+    **dict.fromkeys(("bloom", "gpt2"), GPT2),
+    "gpt_neox": Family(decoder=("gpt_neox",), unembedding="lm_head", image="none"),
 }

@@ -54,7 +54,8 @@ class ModelParts:
     unembedding: str
     """Path of the Linear that makes logits."""
     image: str
-    """`tokens`: the image has positions in the sequence; `cross-attention`: some decoder blocks attend to it."""
+    """`tokens`: the image has positions in the sequence; `cross-attention`: some decoder blocks attend to it; `none`:
+    the model reads text only."""
     image_token_id: int | None
     """The placeholder's id in `input_ids`."""
     encoder_decoder: bool = False
@@ -63,6 +64,11 @@ class ModelParts:
     """Factor on the normed hidden state before the unembedding (the first T5: width ** -0.5)."""
     logit_cap: float | None = None
     """The model returns cap * tanh(x / cap) for logits x (Gemma 2)."""
+
+    @property
+    def reads_images(self) -> bool:
+        """Return whether the model takes images at all."""
+        return self.image != "none"
 
     @property
     def image_in_sequence(self) -> bool:

@@ -1,4 +1,4 @@
-"""Load a vision-language model, its processor and its parts, from a folder, a hub id, or the name `demo`."""
+"""Load a vision-language or text-only model, its processor and its parts: a folder, a hub id, or the name `demo`."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     modeling_utils,
@@ -32,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 import mmray.demo
 from mmray.engine.clock import phase
 from mmray.errors import InputError
-from mmray.models.checkpoint import WEIGHTS, check_config, checkpoint_files
+from mmray.models.checkpoint import WEIGHTS, check_config, checkpoint_files, reads_images
 from mmray.models.layout import ModelParts, Projection
 from mmray.models.parts import locate
 
@@ -45,7 +48,10 @@ TOKEN_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A network in evaluation mode, its processor, and where it keeps its neurons."""
+    """A network in evaluation mode, its processor, and where it keeps its neurons.
+
+    The processor of a text-only model is its tokenizer.
+    """
 
     name: str
     folder: Path
@@ -58,7 +64,7 @@ class LoadedModel:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of captions: with a Q-Former, the language model's."""
-        return self.processor.tokenizer
+        return self.processor.tokenizer if self.parts.reads_images else self.processor
 
     @cached_property
     def projections(self) -> tuple[Projection, ...]:
@@ -77,7 +83,7 @@ class LoadedModel:
 
     @property
     def context(self) -> int | None:
-        """Longest sequence of the language model; None if its configuration does not say (T5)."""
+        """Longest sequence of the language model; None if its configuration does not say (T5, BLOOM)."""
         length: int | None = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
         return length
 
@@ -160,8 +166,8 @@ def load(
     """Load a model for inference.
 
     `dtype` is fp32, bf16, fp16, or auto: the checkpoint's own on a GPU, fp32 on a CPU. Without `device`, all visible
-    GPUs are used; several share the layers. Raises InputError if the folder is no vision-language checkpoint, its
-    parts can't be found, or the dtype is unknown.
+    GPUs are used; several share the layers. Raises InputError if the folder is no vision-language or causal language
+    model, its parts can't be found, or the dtype is unknown.
     """
     if dtype not in (known := ("auto", *DTYPES)):
         raise InputError(f"{name}: unknown dtype {dtype!r}; choose from {', '.join(known)}")
@@ -176,10 +182,11 @@ def load(
     torch_dtype: Any = DTYPES.get(dtype, "auto" if "cuda" in str(device) else torch.float32)
     try:
         # First, because its errors are clearer than the model's.
-        AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        inputs: Any = AutoProcessor if reads_images(config) else AutoTokenizer
+        processor = inputs.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with _quiet():
-            network, report = AutoModelForImageTextToText.from_pretrained(
+            network, report = _architecture(config).from_pretrained(
                 folder,
                 dtype=torch_dtype,
                 trust_remote_code=trust_remote_code,
@@ -191,10 +198,14 @@ def load(
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, UnpicklingError) as error:
         raise InputError(f"{name}: {_not_a_model(error)}") from error
     refuse_missing(name, report["missing_keys"])
-    if not getattr(processor, "tokenizer", None) or not processor.tokenizer.is_fast:
+    tokenizer = getattr(processor, "tokenizer", None) if reads_images(config) else processor
+    if not tokenizer or not tokenizer.is_fast:
         raise InputError(
             f"{name}: no fast tokenizer (tokenizer.json), which gives the characters of each token; convert it"
         )
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        # Text models are often trained without padding; positions with it are never read.
+        tokenizer.pad_token = tokenizer.eos_token
     network.eval().requires_grad_(False)
     _greedy_only(network)
     _time_forward(network)
@@ -233,6 +244,22 @@ def _time_forward(network: PreTrainedModel) -> None:
     network.register_forward_hook(end, always_call=True)
 
 
+def takes_images(name: str, *, trust_remote_code: bool = False) -> bool:
+    """Return whether a model takes images, from its configuration; raises InputError for no model."""
+    folder = resolve(name)
+    check_config(folder)
+    try:
+        return reads_images(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"{name}: {_not_a_model(error)}") from error
+
+
+def require_images(name: str, what: str, *, trust_remote_code: bool = False) -> None:
+    """Raise InputError if `what` is asked of a text-only model."""
+    if not takes_images(name, trust_remote_code=trust_remote_code):
+        raise InputError(f"{name}: reads text only; {what} needs a model that takes images")
+
+
 def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Return what a run records about a model, from its configuration: no weights are loaded.
 
@@ -244,7 +271,7 @@ def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, A
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         # Modules without memory: sizes of a 70 B model are read in seconds.
         with torch.device("meta"):
-            network = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+            network = _architecture(config).from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"{name}: {_not_a_model(error)}") from error
     try:
@@ -267,9 +294,14 @@ def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, A
         "final_norm": parts.final_norm,
         "unembedding": parts.unembedding,
         "image": parts.image,
-        "image_tokens": int(getattr(config, "image_seq_length", None) or 576),
+        "image_tokens": int(getattr(config, "image_seq_length", None) or 576) if parts.reads_images else 0,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
     }
+
+
+def _architecture(config: PretrainedConfig) -> Any:
+    """Return the class of transformers that loads models of this configuration."""
+    return AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
 
 
 @contextmanager
@@ -310,7 +342,7 @@ def _greedy_only(network: PreTrainedModel) -> None:
 
 
 def _not_a_model(error: Exception) -> str:
-    return f"not a vision-language checkpoint that transformers can load ({_shortened(error)})"
+    return f"not a vision-language or causal language model that transformers can load ({_shortened(error)})"
 
 
 def _shortened(error: Exception) -> str:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mmray.errors import InputError
 from mmray.models.experts import Experts, by_unit
@@ -71,7 +72,7 @@ def read_table(model: PreTrainedModel, family: Family, decoder: Decoder) -> Mode
     language = tuple(_stack(model, "language", root, (decoder.stack,)))
     if len(language) != text_config.num_hidden_layers:
         raise _MissingError(f"{len(language)} MLPs in the decoder for {text_config.num_hidden_layers} layers")
-    tower = TOWERS.get(config.vision_config.model_type, ())
+    tower = TOWERS.get(config.vision_config.model_type, ()) if family.tower else ()
     vision = tuple(_stack(model, "vision", family.tower, tower))
     projector = tuple(_stack(model, "projector", "", family.projectors))
     final_norm = _join(root, decoder.final_norm)
@@ -97,20 +98,22 @@ def read_table(model: PreTrainedModel, family: Family, decoder: Decoder) -> Mode
 def output_rows(model: PreTrainedModel, projection: Projection) -> Float[Tensor, "neuron hidden"]:
     """Return the rows of W_out: what each neuron adds to the projection's output per unit of activation.
 
-    For a Linear a view of the weight; for experts a copy, (expert, unit) flattened and the shared expert's last, so
-    write with `set_output_rows`. A norm after the projection and `Projection.scale` are not applied.
+    For a Linear or GPT-2's Conv1D a view of the weight; for experts a copy, (expert, unit) flattened and the shared
+    expert's last, so write with `set_output_rows`. A norm after the projection and `Projection.scale` are not applied.
     """
     if projection.experts:
         return Experts.of(model, projection).rows()
-    weight: Tensor = model.get_submodule(projection.path).get_parameter("weight")
-    return weight.T
+    module = model.get_submodule(projection.path)
+    weight: Tensor = module.get_parameter("weight")
+    # A Conv1D keeps the transpose of what a Linear does.
+    return weight if isinstance(module, Conv1D) else weight.T
 
 
 @torch.no_grad()
 def set_output_rows(
     model: PreTrainedModel, projection: Projection, units: Int[Tensor, " unit"], rows: Float[Tensor, "unit hidden"]
 ) -> None:
-    """Write these neurons' rows of W_out into the weights of the Linear or the experts."""
+    """Write these neurons' rows of W_out into the weights of the Linear, Conv1D or experts."""
     if projection.experts:
         Experts.of(model, projection).set_rows(units, rows)
     else:
@@ -159,6 +162,8 @@ def _projection(model: nn.Module, module: str, layer: int, block: str, stack: St
     experts = 0
     if isinstance(found, nn.Linear):
         width = found.in_features
+    elif isinstance(found, Conv1D):
+        width = found.nx
     elif isinstance(weight := getattr(found, "down_proj", None), nn.Parameter) and weight.dim() == 3:
         if getattr(found, "has_post_expert_norm", False):
             raise _MissingError(f"{path} normalises each expert's output, which no row of W_out can stand for")
@@ -167,8 +172,9 @@ def _projection(model: nn.Module, module: str, layer: int, block: str, stack: St
     else:
         raise _MissingError(f"{path} is a {type(found).__name__}, neither a Linear nor fused experts")
     gate = next((_join(block, choice) for choice in stack.gate if _has(model, _join(block, choice))), None)
-    if gate is not None and model.get_submodule(gate).out_features != width:
-        raise _MissingError(f"{gate} does not have the {width} outputs that {path} has inputs")
+    outputs = width if gate is None else len(model.get_submodule(gate).get_parameter("weight"))
+    if outputs not in (width, 2 * width):
+        raise _MissingError(f"{gate} has {outputs} outputs, and {path} {width} inputs")
     post_norm = _join(block, stack.post_norm) if stack.post_norm else None
     if post_norm is not None:
         _module(model, post_norm)
@@ -178,7 +184,16 @@ def _projection(model: nn.Module, module: str, layer: int, block: str, stack: St
         # On the meta device there are no weights to read, and the scale is not used.
         scale = 1.0 if weight.is_meta else float(weight.tanh())
     return Projection(
-        module, layer, path, gate, width, experts, post_norm=post_norm, reads_text=stack.reads_text, scale=scale
+        module,
+        layer,
+        path,
+        gate,
+        width,
+        experts,
+        gate_fused=outputs != width,
+        post_norm=post_norm,
+        reads_text=stack.reads_text,
+        scale=scale,
     )
 
 

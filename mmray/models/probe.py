@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmray.errors import InputError
+from mmray.models.checkpoint import reads_images
 from mmray.models.experts import by_unit, is_fused, written_by
 from mmray.models.image_probe import FAILURES, image_entry, image_modules, placed
 from mmray.models.layout import PROBED, ModelParts, Projection
@@ -50,7 +51,9 @@ def probe(model: PreTrainedModel, processor: Any = None) -> ModelParts:
     if head is None:
         raise InputError(f"{kind}: no output embeddings, so no token to score neurons for")
     image, image_token_id = "tokens", getattr(model.config, "image_token_id", None)
-    if image_token_id is None and processor is None:
+    if not reads_images(model.config):
+        image, image_token_id, processor = "none", None, None
+    elif image_token_id is None and processor is None:
         raise InputError(f"{kind}: no image_token_id in its configuration, so how the image enters is unknown")
     # Dropout would make two runs differ.
     training = model.training
@@ -61,7 +64,7 @@ def probe(model: PreTrainedModel, processor: Any = None) -> ModelParts:
         scale_after, logit_cap = _logit_scale(model, calls, head)
         blocks = _blocks(kind, model, calls, norm)
         projections = tuple(_projection(kind, layer, block) for layer, block in enumerate(blocks))
-        if image_token_id is None and not answer:
+        if image != "none" and image_token_id is None and not answer:
             image, image_token_id = image_entry(model, blocks[0].path, processor)
         if processor is not None:
             projections += image_modules(model, blocks[0].path, processor, answer, image)

@@ -5,6 +5,8 @@ A row is the prompt, as the family's own processor makes it, followed by the cap
     USER: <image><image>…\nDescribe the image in few words. ASSISTANT: An image of a dog .
     └───────────────────── prompt ──────────────────────────────────┘└─── caption ────┘
 
+A text-only model gets plain text by default: after nothing but a start token, so that the first token is predicted too.
+
 Rows are padded on the right. Under a causal mask, padding then can't change what comes before it, so scores don't
 depend on which samples share a batch. Left padding would shift position ids: on the demo that changed activations by
 up to 2e-4. Generation must pad on the left.
@@ -26,6 +28,7 @@ from mmray.errors import InputError
 from mmray.models.families import habits_of
 from mmray.models.loading import LoadedModel
 from mmray.models.processing import EXAMPLE_QUESTION, IMAGE_MASK, processed, question_text
+from mmray.models.templates import render
 
 PROMPTS = {
     "en": EXAMPLE_QUESTION,
@@ -47,6 +50,10 @@ CAPTION_VALUES = {
 }
 """Inputs with one column per position → their value at caption tokens. None: the token id itself; for masks of
 cross-attention, their value at the prompt's last token."""
+
+
+POSITIONS = 4096
+"""Tokens of captions or texts that a batch may have; a longer text is alone. All their activations are held at once."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +135,11 @@ def prompt_text(
     `prefix` forces the beginning of the answer ("An image of" in Pan et al. 2024). Raises InputError for a prefix if
     prompt and answer are not one causal sequence.
     """
-    question = prompt if prompt is not None else PROMPTS.get((language or "en")[:2].lower(), PROMPTS["en"])
-    question = question_text(model.name, model.processor, model.network.config, question, image=image)
+    if model.parts.reads_images:
+        question = prompt if prompt is not None else PROMPTS.get((language or "en")[:2].lower(), PROMPTS["en"])
+        question = question_text(model.name, model.processor, model.network.config, question, image=image)
+    else:
+        question = _text_question(model, prompt)
     if not prefix:
         return question
     if model.parts.encoder_decoder or habits_of(model.network.config).sees_later == "prompt":
@@ -142,6 +152,14 @@ def prefix_before(caption: str, prefix: str | None) -> str | None:
     return None if prefix and caption.casefold().startswith(prefix.strip().casefold()) else prefix
 
 
+def _text_question(model: LoadedModel, prompt: str | None) -> str:
+    """Return a question to a text-only model; without one, nothing: the text is read as it is."""
+    if not prompt or not model.tokenizer.chat_template:
+        return (prompt or "").rstrip(" ")
+    # Templates of text models take a text, those of others a list of texts and images.
+    return render(model.name, model.tokenizer, [{"role": "user", "content": prompt}])
+
+
 def tokenize_caption(model: LoadedModel, prompt: str, caption: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Return the caption's token ids as they follow the prompt, and the caption's characters that each covers.
 
@@ -149,8 +167,12 @@ def tokenize_caption(model: LoadedModel, prompt: str, caption: str) -> tuple[lis
     """
     # Tokenised together: many tokenizers encode the first word differently at the start of a text.
     full_prompt = prompt + habits_of(model.network.config).prompt_end
-    before = full_prompt if not full_prompt or full_prompt[-1].isspace() else full_prompt + " "
-    encoded: Any = model.tokenizer(before + caption, add_special_tokens=False, return_offsets_mapping=True)
+    apart = not full_prompt or full_prompt[-1].isspace() or caption[:1].isspace()
+    before = full_prompt if apart else full_prompt + " "
+    # Not verbose: a text may be longer than the tokenizer expects, because it is cut into windows.
+    encoded: Any = model.tokenizer(
+        before + caption, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
     ids, offsets = [], []
     for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         if stop > len(full_prompt):
@@ -187,7 +209,32 @@ def run_processor(model: LoadedModel, prompts: Sequence[str], images: Sequence[I
 
     Either all rows have an image or none has. Raises InputError if the processor raises.
     """
-    return processed(model.name, model.processor, prompts, images)
+    if model.parts.reads_images:
+        return processed(model.name, model.processor, prompts, images)
+    return _run_tokenizer(model, prompts, images)
+
+
+def _run_tokenizer(model: LoadedModel, prompts: Sequence[str], images: Sequence[Image | None]) -> dict[str, Tensor]:
+    """Return a text-only model's inputs, padded on the right; raises InputError if there are images."""
+    if any(image is not None for image in images):
+        raise InputError(f"{model.name}: reads text only; use data without images (--image-column none)")
+    bos = model.tokenizer.bos_token
+    rows = [
+        # The template may have written the token that the tokenizer would add.
+        model.tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))["input_ids"]
+        or [_start_token(model)]
+        for prompt in prompts
+    ]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [_padding(model)] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _start_token(model: LoadedModel) -> int:
+    """Return what a text begins after: the token that begins or, where there is none, that separates texts."""
+    token = model.tokenizer.bos_token_id
+    return _padding(model) if token is None else int(token)
 
 
 def pad_left(features: dict[str, Tensor]) -> dict[str, Tensor]:

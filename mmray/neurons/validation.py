@@ -34,6 +34,8 @@ At least three times the rounding error, and below the error of an output that i
 LATER = 1e-2
 """Allowed difference of scores, relative to the highest. Rows of one batch are often computed bit by bit alike."""
 
+IMAGE_SEEN = "the image is seen"
+
 Claim: TypeAlias = Callable[[LoadedModel], tuple[bool, str]]
 """Returns whether it holds, and the measured figure."""
 
@@ -66,18 +68,24 @@ def assert_sound(model: LoadedModel) -> None:
     """
     if is_validated(model):
         return
-    for name, claim in CHECKS.items():
+    for name, claim in claims_of(model).items():
         passed, detail = claim(model)
         if not passed:
             raise InputError(f"{model.name}: {name} fails ({detail}); run mmray check-model {model.name}")
     remember(model)
 
 
+def claims_of(model: LoadedModel) -> dict[str, Claim]:
+    """Return the claims about a model: CHECKS, for a text-only model without that about images."""
+    return {name: claim for name, claim in CHECKS.items() if model.parts.reads_images or name != IMAGE_SEEN}
+
+
 def example(model: LoadedModel, captions: tuple[str, ...] = CAPTIONS[:1], *, brightness: float = 1.0) -> Batch:
-    """Return the batch of these captions of one image."""
+    """Return the batch of these captions of one image; for a text-only model, of these texts."""
     prompt = prompt_text(model, None, "en")
     tokens, offsets = zip(*(tokenize_caption(model, prompt, caption) for caption in captions), strict=True)
-    return encode(model, [prompt] * len(captions), [noise_image(brightness)] * len(captions), tokens, offsets)
+    image = noise_image(brightness) if model.parts.reads_images else None
+    return encode(model, [prompt] * len(captions), [image] * len(captions), tokens, offsets)
 
 
 @torch.inference_mode()
@@ -93,7 +101,8 @@ def identity(model: LoadedModel) -> tuple[bool, str]:
     outputs: list[Tensor] = []
 
     def keep(_: nn.Module, __: tuple[object, ...], output: object) -> None:
-        outputs.append(block_output(output).flatten(0, -2)[row].float())
+        # Copied: Falcon adds attention to it in place.
+        outputs.append(block_output(output).flatten(0, -2)[row].float().clone())
 
     with ExitStack() as stack:
         stack.enter_context(
@@ -192,7 +201,7 @@ CHECKS: dict[str, Claim] = {
     "sum of contributions = MLP write · unembedding": identity,
     "logits = unembedding · final norm": logits_follow,
     "hooks leave the logits alone": hooks_neutral,
-    "the image is seen": image_seen,
+    IMAGE_SEEN: image_seen,
     "later words are hidden": later_words_hidden,
 }
 """Checked whenever a model is loaded, by the name that users see; costs a few forwards of one caption."""

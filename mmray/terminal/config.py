@@ -36,7 +36,7 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, An
     """Return the mapping in a YAML file, changed by overrides such as `limit=100` or `census.out=s3://bucket/run`.
 
     An override's value is YAML, too (`2.5`, `true`, `null`, `[a, b]`); a dotted name addresses nested mappings, which
-    are created if missing. Raises InputError for a missing file, one that is no mapping, or a malformed override.
+    are created if missing. A number in it is an item of a list, from 0: `steps.0.selectivity.rate=0.05`. Raises InputError for a missing file, one that is no mapping, or a malformed override.
     """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
@@ -51,15 +51,22 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, An
     return config
 
 
-def _override(config: dict[str, Any], override: str) -> None:
+def _override(config: Any, override: str) -> None:
     name, equals, value = override.partition("=")
     *parents, last = name.removeprefix("--").split(".")
     if not equals or not all([*parents, last]):
         raise InputError(f"override {override!r}: write NAME=VALUE, such as limit=100 or census.limit=100")
     for parent in parents:
-        config = config.setdefault(parent, {})
-        if not isinstance(config, dict):
+        if isinstance(config, list):
+            if not parent.isdecimal() or int(parent) >= len(config):
+                raise InputError(f"override {override!r}: {parent} is no item of the list, which has {len(config)}")
+            config = config[int(parent)]
+        else:
+            config = config.setdefault(parent, {})
+        if not isinstance(config, (dict, list)):
             raise InputError(f"override {override!r}: {parent} is a single value, and has no settings inside")
+    if isinstance(config, list):
+        raise InputError(f"override {override!r}: {parents[-1]} is a list; name an item of it, and its setting")
     config[last] = _parse(value, f"override {override!r}")
 
 

@@ -83,8 +83,8 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, copy):
     (tmp_path / "config.json").write_text("{")
     assert "config.json can't be read" in refusal(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "from the future"}')
-    assert "not a vision-language checkpoint" in refusal(tmp_path)
-    assert "not a vision-language checkpoint" in refusal(tmp_path, describe_model)
+    assert "not a vision-language or causal language model" in refusal(tmp_path)
+    assert "not a vision-language or causal language model" in refusal(tmp_path, describe_model)
 
 
 def test_damaged_or_missing_weights_are_refused(copy):
@@ -102,15 +102,15 @@ def test_weights_of_another_shape_are_refused(copy):
     config = json.loads((copy / "config.json").read_text())
     config["text_config"]["intermediate_size"] = 56
     (copy / "config.json").write_text(json.dumps(config))
-    assert "not a vision-language checkpoint" in refusal(copy)
+    assert "not a vision-language or causal language model" in refusal(copy)
 
 
-def test_a_language_model_is_refused(tmp_path):
+def test_a_language_model_without_its_tokenizer_is_refused(tmp_path):
     config = transformers.LlamaConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=64
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    assert "not a vision-language checkpoint" in refusal(tmp_path)
+    assert "not a vision-language or causal language model" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("processor", [SimpleNamespace(tokenizer=SimpleNamespace(is_fast=False)), SimpleNamespace()])

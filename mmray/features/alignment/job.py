@@ -32,7 +32,7 @@ from mmray.errors import InputError
 from mmray.features.alignment.settings import AlignmentSettings
 from mmray.features.alignment.training import PROBLEM, checkpoints, steps_of, train
 from mmray.features.alignment.validation import ValidationJob, plan_validation
-from mmray.models.loading import digest, from_anywhere, resolve
+from mmray.models.loading import digest, from_anywhere, require_images, resolve
 from mmray.runs import RunFolder
 from mmray.runs.driver import drive
 from mmray.version import VERSION
@@ -74,6 +74,7 @@ def run_alignment(settings: AlignmentSettings, follow: Follow = lambda _: None) 
     began = time.perf_counter()
     models = {"model": from_anywhere(settings.model), "tower": from_anywhere(settings.tower)}
     settings = settings.model_copy(update=models)
+    require_images(settings.model, "mmray align")
     source = open_source(settings.data, Columns(), captions=False)
     manifest = cut_for_training(source.files(), settings.batch_size, settings.shard_size, settings.limit)
     if not manifest.samples:

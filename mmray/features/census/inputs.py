@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from itertools import islice
 
-from mmray.data.columns import Columns
+from mmray.data.columns import OFF, Columns
 from mmray.data.shards import Manifest, cut, read_shard
 from mmray.data.source import Source
 from mmray.data.sources import open_source
@@ -33,6 +33,22 @@ def columns_of(settings: CensusSettings) -> Columns:
         labels=tuple(settings.label_column or ()),
         background=settings.background,
     )
+
+
+def text_settings(settings: CensusSettings) -> CensusSettings:
+    """Return the settings for a text-only model, which leaves out images of the data.
+
+    Raises InputError for settings that need images.
+    """
+    unfit = {
+        "--captions generate": settings.captions == "generate",
+        f"--module {settings.module}": settings.module != "language",
+        "--score gradient": settings.score == "gradient",
+        f"--image-column {settings.image_column}": settings.image_column not in (None, OFF),
+    }
+    if wrong := [option for option, given in unfit.items() if given]:
+        raise InputError(f"{settings.model}: reads text only; {wrong[0]} needs a model that takes images")
+    return settings.model_copy(update={"image_column": OFF})
 
 
 def open_data(settings: CensusSettings) -> Source:

@@ -20,12 +20,12 @@ from mmray.errors import InputError
 from mmray.features.census.cost import CensusEstimate
 from mmray.features.census.decoding import decode_neurons
 from mmray.features.census.estimate import describe, estimate, first_rows
-from mmray.features.census.inputs import check_apart, open_data, open_inputs
+from mmray.features.census.inputs import check_apart, open_data, open_inputs, text_settings
 from mmray.features.census.merging import APPENDED, RunMerge, concept_cuts
 from mmray.features.census.settings import CensusSettings, shard_size_of
 from mmray.features.census.shard import ShardAnalysis
 from mmray.features.census.tables import PARTS, TABLES
-from mmray.models.loading import LoadedModel, describe_model, digest, from_anywhere, resolve
+from mmray.models.loading import LoadedModel, describe_model, digest, from_anywhere, resolve, takes_images
 from mmray.neurons.concepts import TAGGERS, NounSource
 from mmray.neurons.model import load_model
 from mmray.neurons.row_sharing import RowSharing
@@ -112,7 +112,12 @@ class CensusJob(ModelJob[CensusContext]):
     }
 
     def __init__(self, settings: CensusSettings) -> None:
-        """Settle how many samples a shard has; raises InputError for a model that can't be described."""
+        """Settle how many samples a shard has, and that a text-only model reads no images.
+
+        Raises InputError for a model that can't be described, and for settings that need images of a text-only one.
+        """
+        if not takes_images(settings.model, trust_remote_code=settings.trust_remote_code):
+            settings = text_settings(settings)
         if settings.shard_size is None:
             widths = describe_model(settings.model, trust_remote_code=settings.trust_remote_code)["widths"]
             settings = settings.model_copy(update={"shard_size": shard_size_of(sum(widths))})

@@ -14,7 +14,7 @@ from mmray.models.loading import LoadedModel
 from mmray.models.patches import patches_of
 from mmray.models.processing import noise_image
 from mmray.neurons.row_sharing import RowSharing
-from mmray.neurons.validation import CAPTIONS, CHECKS, NOUNS, Check, check_parts, example
+from mmray.neurons.validation import CAPTIONS, NOUNS, Check, check_parts, claims_of, example
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Ability:
 
 def check_model(model: LoadedModel) -> list[Check]:
     """Check every claim about a model."""
-    return check_parts(model, CHECKS | {"a census of two samples": small_census})
+    return check_parts(model, claims_of(model) | {"a census of two samples": small_census})
 
 
 def abilities_of(model: LoadedModel) -> list[Ability]:
@@ -36,7 +36,13 @@ def abilities_of(model: LoadedModel) -> list[Ability]:
     return [Ability(name, problem(model)) for name, problem in ABILITIES.items()]
 
 
+def _image_problem(model: LoadedModel) -> str:
+    return "" if model.parts.reads_images else "the model reads text only"
+
+
 def _maps_problem(model: LoadedModel) -> str:
+    if problem := _image_problem(model):
+        return problem
     grid = patches_of(model, example(model), 0, noise_image().size)
     return "" if grid else "the image has no grid of tokens in the sequence, or none that is shown to be right"
 
@@ -56,12 +62,13 @@ def _learning_problem(model: LoadedModel) -> str:
 
 
 def _module_problem(module: str) -> Callable[[LoadedModel], str]:
-    return lambda model: "" if model.parts.of(module) else "no MLP of it was found"
+    return lambda model: _image_problem(model) or ("" if model.parts.of(module) else "no MLP of it was found")
 
 
 ABILITIES: dict[str, Callable[[LoadedModel], str]] = {
     "heat maps, saliency": _maps_problem,
-    "captions of an image share a row": lambda model: RowSharing(model).problem,
+    "generated captions, properties, hallucination, POPE, perturb, align": _image_problem,
+    "captions of an image share a row": lambda model: _image_problem(model) or RowSharing(model).problem,
     "--score gate": _gates_problem,
     "edits that are learned": _learning_problem,
     "selectivity --steer": _steering_problem,
@@ -73,9 +80,12 @@ ABILITIES: dict[str, Callable[[LoadedModel], str]] = {
 
 def small_census(model: LoadedModel) -> tuple[bool, str]:
     """Run two samples through all steps of a census worker."""
-    buffer = io.BytesIO()
-    noise_image().save(buffer, "PNG")
-    samples = [Sample(str(number), "check", buffer.getvalue(), text, "en") for number, text in enumerate(CAPTIONS)]
+    image: bytes | None = None
+    if model.parts.reads_images:
+        buffer = io.BytesIO()
+        noise_image().save(buffer, "PNG")
+        image = buffer.getvalue()
+    samples = [Sample(str(number), "check", image, text, "en") for number, text in enumerate(CAPTIONS)]
     settings = census_settings({"model": model.name, "data": "check", "out": "check"})
     tables = ShardAnalysis(model, settings, NOUNS, 0).run(samples)
     found, failed = len(tables["occurrences"]), tables["errors"]["message"].to_pylist()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from mmray.data.samples import Sample
+from mmray.data.samples import WINDOW_MARK, Sample
 from mmray.data.shards import Manifest, Shard, read_shard
 from mmray.data.source import Source
 from mmray.features.census.inputs import open_data
@@ -18,11 +18,19 @@ SHARDS_KEPT = 64
 
 
 def scored_samples(source: Source, shard: Shard, captions: Mapping[str, str]) -> Iterator[Sample]:
-    """Yield the samples of a shard that are in `captions`, with those captions."""
+    """Yield the samples of a shard that are in `captions`, with those captions; of a long text its windows there."""
+    windows: defaultdict[str, list[int]] = defaultdict(list)
+    for name in captions:
+        text, _, number = name.rpartition(WINDOW_MARK)
+        if number.isdecimal():
+            windows[text].append(int(number))
     for sample in read_shard(source, shard):
         if isinstance(sample, Sample) and sample.sample_id in captions:
             # The run may have scored a generated caption, which replaces that of the data.
             yield replace(sample, caption=captions[sample.sample_id])
+        elif isinstance(sample, Sample) and sample.image is None:
+            for window in sorted(windows[sample.sample_id]):
+                yield sample.window(window, captions[f"{sample.sample_id}{WINDOW_MARK}{window}"])
 
 
 @dataclass

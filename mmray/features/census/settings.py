@@ -44,6 +44,9 @@ class CensusSettings(JobSettings):
     in the caption's language."""
     prefix: str | None = None
     """Words that every answer starts with, such as "An image of"."""
+    window: int | None = Field(None, ge=32)
+    """Most tokens of a text without an image that are read at once; default: 2,048, or the model's context if less.
+    Longer texts are cut into windows, each a sample."""
     score: Score = Field("contribution", description=scores_help())
     fold_norm: bool = False
     """Give contributions in logits after the final norm. Its gain and its scale at the position are applied."""
@@ -118,6 +121,9 @@ class CensusSettings(JobSettings):
         if self.captions == "dataset":
             # Only generated captions are cut off, so another value must not make a finished run refuse to resume.
             del found["longest"]
+        if self.window is None:
+            # Runs of versions without windows go on.
+            del found["window"]
         return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 from PIL.Image import Image
 
 from mmray.data.images import decode_image
-from mmray.data.samples import Failure, Sample, image_digest
+from mmray.data.samples import Failure, Sample
 from mmray.engine.clock import phase
 from mmray.features.census.occurrences import occurrence_table
 from mmray.features.census.reduction import ConceptSums, candidates_kept
@@ -24,7 +24,8 @@ from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.packing import encode_shared
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
-from mmray.models.prompting import Batch, encode, prefix_before, prompt_text, tokenize_caption
+from mmray.models.prompting import POSITIONS, Batch, encode, prefix_before, prompt_text, tokenize_caption
+from mmray.models.windows import window_of, windows
 from mmray.neurons.concepts import Mention, NounSource
 from mmray.neurons.module_activity import ModuleActivity
 from mmray.neurons.row_sharing import RowSharing
@@ -79,10 +80,14 @@ class ShardAnalysis:
         self.statistics = TokenStatistics(model.widths)
         self.module = ModuleActivity(model, settings.module)
         self.prompts: dict[tuple[str | None, bool, str | None], str] = {}
+        self.windows: dict[str, int] = {}
+        """Prompt → most tokens of a text after it."""
         self.captions: list[dict[str, object]] = []
         self.occurrences: list[pa.Table] = []
         self.failures: list[Failure] = []
         self.skipped: Counter[str] = Counter()
+        self.named: defaultdict[str, bool] = defaultdict(bool)
+        """Long text → whether any of its windows has a noun."""
         self.notes: set[str] = set()
         """How the shard was analysed, where it took more time than usual."""
 
@@ -103,6 +108,7 @@ class ShardAnalysis:
                 for chunk in _chunks(part, self.settings.batch_size, lambda sample: sample.image is None):
                     for pairs in self._with_images(chunk, lambda sample: sample):
                         self._generate(pairs)
+        self.skipped[NO_NOUN] += list(self.named.values()).count(False)
         return self.tables()
 
     def _readable(self, samples: Iterable[Sample | Failure]) -> Iterator[Sample]:
@@ -132,11 +138,22 @@ class ShardAnalysis:
             "examples": self.statistics.examples_table(),
         }
 
-    def _caption(self, sample: Sample) -> Captioned | None:
-        """Return the sample with its dataset caption, nouns and tokens; None if the caption can't be used."""
+    def _parts(self, sample: Sample) -> Iterator[Sample]:
+        """Yield the sample, a long text in windows; nothing if its caption is empty."""
         if not sample.caption.strip():
             self._fail(sample, "read", "the caption is empty")
-            return None
+        elif sample.image is not None:
+            yield sample
+        else:
+            prompt = self._prompt(sample, image=False)
+            if prompt not in self.windows:
+                self.windows[prompt] = window_of(self.model, prompt, self.settings.window)
+            pieces = windows(self.model, prompt, sample.caption, self.windows[prompt])
+            whole = len(pieces) == 1
+            yield from [sample] if whole else (sample.window(number, text) for number, text in enumerate(pieces))
+
+    def _caption(self, sample: Sample) -> Captioned | None:
+        """Return the sample with its dataset caption, nouns and tokens; None if the caption can't be used."""
         prompt = self._prompt(sample, image=sample.image is not None)
         tokens, offsets = tokenize_caption(self.model, prompt, sample.caption)
         if not tokens:
@@ -175,7 +192,8 @@ class ShardAnalysis:
 
     def encoded(self, samples: Iterable[Sample]) -> Iterator[tuple[list[Captioned], Batch]]:
         """Yield batches of similar length; a thread prepares the next one while the model runs this one."""
-        captioned = [found for sample in samples if (found := self._caption(sample)) is not None]
+        parts = (part for sample in samples for part in self._parts(sample))
+        captioned = [found for part in parts if (found := self._caption(part)) is not None]
         with ThreadPoolExecutor(1) as pool:
             pending: deque[Future[list[Encoded]]] = deque()
             for chunk in self._batches(captioned):
@@ -193,8 +211,9 @@ class ShardAnalysis:
         for same in kinds.values():
             # Rows of similar length need little padding.
             same.sort(key=lambda group: (group[0].prompt, sum(len(item.tokens) for item in group)))
-            for part in within_budget(same, len, size):
-                yield [item for group in part for item in group]
+            for some in within_budget(same, len, size):
+                for part in within_budget(some, lambda group: sum(len(item.tokens) for item in group), POSITIONS):
+                    yield [item for group in part for item in group]
 
     def _groups(self, captioned: Sequence[Captioned]) -> Iterator[list[Captioned]]:
         """Yield what shares a row: captions of one image, at most `batch_size`, where the model allows it."""
@@ -294,7 +313,7 @@ class ShardAnalysis:
         positions = positions_of(batch, mentions, every=self.settings.pieces == "sum")
         labels = [_labels(item.sample) for item in items]
         # Examples keep one sample per image, so statistics must know which samples share one.
-        digests = [image_digest(item.sample.image) for item in items]
+        digests = [item.sample.digest for item in items]
         self.statistics.begin(labels, batch.spans, digests, batch.paths)
         try:
             score, folded = self.settings.score, self.settings.fold_norm
@@ -356,7 +375,10 @@ class ShardAnalysis:
         """Add a scored batch to the tables."""
         for item, digest in zip(items, digests, strict=True):
             # Counted here, where each sample arrives once, however often its batch was halved.
-            self.skipped[NO_NOUN] += not item.mentions
+            if item.sample.text_digest is None:
+                self.skipped[NO_NOUN] += not item.mentions
+            else:
+                self.named[item.sample.text_digest] |= bool(item.mentions)
             self.captions.append(
                 {
                     "sample_id": item.sample.sample_id,

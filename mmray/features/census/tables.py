@@ -30,7 +30,9 @@ TABLES: dict[str, pa.Schema] = {
             field("domain", pa.string()),
             field("shard_id", pa.int32()),
             field("labels", pa.list_(LABEL_ENTRY), "further labels of --label-column: key the column, value the label"),
-            field("image", pa.string(), "16 hexadecimal digits of the SHA-256 of its bytes; null: text alone"),
+            field(
+                "image", pa.string(), "digest of its bytes; of a window: of the text it is cut from; null: a whole text"
+            ),
         ],
         "shard_id",
     ),

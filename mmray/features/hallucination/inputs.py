@@ -27,7 +27,7 @@ from mmray.errors import InputError
 from mmray.features.census.inputs import columns_of
 from mmray.features.census.settings import census_settings
 from mmray.features.hallucination.settings import ClaimSettings, DetectorSettings
-from mmray.models.loading import LoadedModel, digest, resolve
+from mmray.models.loading import LoadedModel, require_images, digest, resolve
 from mmray.models.options import Dtype
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.neurons.model import load_model
@@ -136,9 +136,13 @@ def context_digests(context: JointContext, parts: Mapping[str, pa.Schema]) -> di
 
 
 def open_claims(settings: ClaimSettings) -> JointContext:
-    """Open the data, and settle what counts as being in its images. Raises InputError for data without objects."""
+    """Open the data, and settle what counts as being in its images.
+
+    Raises InputError for data without objects, and for a model that takes no images.
+    """
     run = open_run(settings.run)
     census = census_settings(run.info["settings"])
+    require_images(census.model, "mmray hallucination", trust_remote_code=census.trust_remote_code)
     data = settings.data or census.data
     # The census's columns are those of its own data.
     columns = Columns() if settings.data else columns_of(census)

@@ -26,7 +26,7 @@ from mmray.features.hallucination.perturb_answers import Perturber
 from mmray.features.hallucination.perturb_measures import changes
 from mmray.features.hallucination.settings import PerturbationSettings
 from mmray.features.hallucination.tables import TABLES
-from mmray.models.loading import from_anywhere
+from mmray.models.loading import from_anywhere, require_images
 from mmray.objects.ground_truth import survey
 from mmray.objects.words import NONE, ObjectWords
 
@@ -52,6 +52,7 @@ class PerturbJob(JointJob[PerturbationSettings]):
     def plan(self) -> Plan[JointContext]:
         """Open the data, and collect the objects to move between."""
         settings = self.settings
+        require_images(settings.model, "mmray perturb")
         source, manifest = open_cut(settings, settings.data, Columns())
         statistics = survey(source, "instances", NONE).statistics
         if not statistics.vocabulary and not (settings.source and settings.target and settings.unrelated):

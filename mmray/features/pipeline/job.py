@@ -40,12 +40,17 @@ Follow = Callable[[str, Progress], None]
 logger = logging.getLogger(__name__)
 
 
+SHORT = ("model", "data", "out")
+"""Settings of the census that may stand at the top of a pipeline's file, and in short overrides."""
+
+
 class PipelineSettings(BaseModel):
     """Contents of a pipeline's file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     census: dict[str, Any]
+    """Settings of `mmray census`. In the file and in overrides, `model`, `data` and `out` stand for those of the census."""
     steps: list[dict[str, dict[str, Any] | None]] = Field(default_factory=list)
     """Analyses of the run in this order, each a command's name with its settings; neighbours run side by side."""
     edits: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -85,8 +90,13 @@ def pipeline_settings(values: Mapping[str, Any]) -> PipelineSettings:
 
     Raises InputError that names the first wrong setting and its place in the file.
     """
+    given = {name: value for name, value in values.items() if name not in SHORT}
+    if (short := {name: values[name] for name in SHORT if name in values}) and isinstance(
+        given.get("census", {}), Mapping
+    ):
+        given["census"] = {**given.get("census", {}), **short}
     try:
-        settings = PipelineSettings(**values)
+        settings = PipelineSettings(**given)
     except ValidationError as error:
         raise InputError(
             f"{first_problem(error)}; a pipeline has census, steps, edits (name: settings), evaluation and local"

@@ -19,6 +19,7 @@ from mmray.features.census.run_samples import RunSamples
 from mmray.features.census.settings import census_settings
 from mmray.features.properties.settings import MOST, RANKINGS, PropertySettings
 from mmray.features.properties.subject import ConceptInputs, Ranked
+from mmray.models.loading import require_images
 from mmray.runs.run import Run
 
 MEASURED_PER_UNIT = 4
@@ -36,6 +37,7 @@ def plan_properties(settings: PropertySettings, run: Run) -> Plan[RunSamples]:
     """
     # Generated captions are in the run's tables by now, so they are encoded like those of a dataset.
     census = census_settings(run.info["settings"] | {"captions": "dataset"})
+    require_images(census.model, "mmray properties", trust_remote_code=census.trust_remote_code)
     rows = {row["sample_id"]: row for row in run.table("captions").to_pylist()}
     keys = image_keys(run.table("captions"))
     images = _images(run, rows, keys, settings.language)

@@ -76,10 +76,12 @@ def _explain_picture(
     from mmray.features.saliency.methods import chosen_methods
     from mmray.features.saliency.model import explain, load_model
     from mmray.features.saliency.render import numbers, over, page
+    from mmray.models.loading import require_images
     from mmray.neurons.model import open_image
 
     if out.suffix not in (".html", ".png"):
         raise InputError(f"--out {out}: give a name that ends in .html or .png")
+    require_images(name, "mmray saliency")
     picture = open_image(file)
     assert picture is not None
     model = load_model(name)

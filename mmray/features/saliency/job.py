@@ -33,7 +33,7 @@ from mmray.features.saliency.saliency_input import open_input
 from mmray.features.saliency.settings import SaliencySettings
 from mmray.features.saliency.summary import summarise_saliency
 from mmray.features.saliency.tables import PARTS
-from mmray.models.loading import LoadedModel
+from mmray.models.loading import LoadedModel, require_images
 from mmray.models.prompting import Batch
 from mmray.neurons.model import load_model
 from mmray.neurons.token_positions import TokenPosition, positions_of
@@ -114,6 +114,7 @@ def plan_saliency(settings: SaliencySettings, run: Run) -> Plan[SaliencyContext]
     """Return the plan: images drawn among those with a caption of several nouns; a unit's payload is sample names."""
     # Words are explained where the run's own captions have them, so no caption is generated again.
     census = census_settings(run.info["settings"] | {"captions": "dataset"})
+    require_images(census.model, "mmray saliency", trust_remote_code=census.trust_remote_code)
     rows = {row["sample_id"]: row for row in run.table("captions").to_pylist()}
     nouns: dict[str, set[str]] = defaultdict(set)
     for row in run.table("occurrences").select(["concept", "sample_id"]).to_pylist():

@@ -104,7 +104,8 @@ class SumsJob(LabelJob[SumsSettings]):
         plan, settings = self.labelled, self.labelled.settings
         sums = LabelSums(model, settings, plan.replicates)
         seen = [sample for sample in samples if sample.sample_id in plan.replicates.columns]
-        in_batches(model, captions_of(model, seen, settings.by, plan.census), settings.batch_size, sums.add)
+        texts = captions_of(model, seen, settings.by, plan.census)
+        in_batches(model, texts, settings.batch_size, sums.add, sums.most_tokens)
         return {"sums": sums.table()}
 
 

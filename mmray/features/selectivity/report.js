@@ -7,7 +7,7 @@ const CONTROLS = {
   selected: ["Its neurons zeroed", "The neurons chosen for the label."], random: ["Random neurons zeroed", "As many per layer, drawn at random."],
   shuffled: ["Neurons chosen by chance zeroed", "Chosen in the same way from labels shuffled over the samples."],
 };
-const CHANGES = { nll: ["Held-out texts", "change of the negative log-likelihood, nats per token"], accuracy: ["Held-out questions", "change of the fraction answered correctly"] };
+const CHANGES = { perplexity: ["Held-out texts", "change of the perplexity"], nll: ["Held-out texts", "change of the negative log-likelihood, nats per token"], accuracy: ["Held-out questions", "change of the fraction answered correctly"] };
 const MODULES = { language: "language model", vision: "vision tower", projector: "projector" };
 const METHODS = { lape: "LAPE", contribution: "contribution" };
 const KINDS = { language: "languages", domain: "domains" };
@@ -50,7 +50,7 @@ function matrix(analysis, shown, most) {
     return h(row.masked === shown.labels[at] ? "td.number.own" : "td.number", { title: said, style: `background:color-mix(in srgb, var(--${hue}) ${part}%, transparent)` }, raised(value.change), h("span.range", interval(value)));
   };
   return card(h("h3", title), under(words), h("div.scroll", h("table.matrix", { "aria-label": `${title}: ${unit}` },
-    h("thead", h("tr", h("th", { scope: "col" }, "zeroed"), names.map((name) => h("th.number", { scope: "col" }, name)))),
+    h("thead", h("tr", h("th", { scope: "col" }, "zeroed"), names.map((name, at) => h("th.number", { scope: "col" }, name, " ", h("small", `n ${whole(shown.masks.find((row) => row.cells[at])?.cells[at].n ?? 0)}`))))),
     h("tbody", shown.masks.map((row) => h("tr", h("th", { scope: "row" }, labelName(analysis, row.masked), " ", h("small", whole(row.neurons))), row.cells.map((value, at) => cell(row, value, at))))))));
 }
 
@@ -58,7 +58,7 @@ function matrices(analysis) {
   return [...new Set(analysis.matrices.map((row) => row.measure))].map((measure) => {
     const found = select(analysis.matrices, { measure }), [title, unit] = CHANGES[measure] || [measure, "change"];
     const most = Math.max(...found.flatMap((shown) => shown.masks.flatMap((row) => row.cells.map((value) => Math.abs(value?.change ?? 0)))));
-    return [h("h3.part", `${title}: ${unit}`), under(`One row per mask with its number of neurons, one column per label of the measured samples; frames mark a label's own samples. 95 % intervals: bootstrap over images. Orange: rise, green: fall, on one scale to ± ${figure(most)}.`),
+    return [h("h3.part", `${title}: ${unit}`), under(`One row per mask with its number of neurons, one column per label of the measured samples; frames mark a label's own samples. n: held-out samples of the label. 95 % intervals: bootstrap over images or texts. Orange: rise, green: fall, on one scale to ± ${figure(most)}.`),
       h("div.grid.two", found.map((shown) => matrix(analysis, shown, most)))];
   });
 }

@@ -62,7 +62,10 @@ def _labels(rows: Sequence[Row], neurons: Sequence[Row]) -> list[dict[str, Any]]
 
 
 def _matrices(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return one matrix per measure and control, with masks as rows and measured labels as columns; nll first."""
+    """Return one matrix per measure and control, with masks as rows and measured labels as columns.
+
+    Perplexity comes first, then nll, then accuracy.
+    """
     found: dict[tuple[str, str], dict[str, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         found[row["measure"], row["control"]][row["masked"]][row["label"]] = row

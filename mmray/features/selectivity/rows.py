@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -17,7 +18,7 @@ from mmray.features.selectivity.settings import SelectivitySettings
 from mmray.features.selectivity.steering import Steer
 from mmray.features.selectivity.tables import TABLES
 from mmray.neuron_names import neuron_name
-from mmray.statistics.bootstrap import measure
+from mmray.statistics.bootstrap import Value, measure
 
 SHOWN_TOKENS = 10
 
@@ -106,31 +107,47 @@ def intervention_rows(
         for mask in masks:
             changed = by_mask[mask.label, mask.control]
             after = np.array([changed[sample] for sample in samples])
-            # The interval is that of the paired change: what the mask adds to the total, over the same count.
-            change = np.stack([after[:, 0] - before[:, 0], before[:, 1]], axis=1)
-            found = measure(_summed(before, image), _summed(change, image))
+            # The interval is that of the paired change: both totals, over the same count.
+            both = _summed(np.stack([before[:, 0], after[:, 0], before[:, 1]], axis=1), image)
             base = float(before[:, 0].sum()) / float(before[:, 1].sum())
-            rows.append(
-                {
-                    **analysis,
-                    "masked": mask.label,
-                    "control": mask.control,
-                    "neurons": sizes[mask.label, mask.control],
-                    "label": label,
-                    "measure": name,
-                    "before": base,
-                    "after": base + (found.after or 0.0),
-                    "change": found.after,
-                    "low": found.low,
-                    "high": found.high,
-                    "n": len(samples),
-                }
-            )
+            values: dict[str, tuple[float, Value]] = {name: (base, _change)}
+            if name == "nll":
+                values["perplexity"] = (math.exp(base), _perplexity_change)
+            for shown, (unmasked, change) in values.items():
+                found = measure(both, both, change)
+                rows.append(
+                    {
+                        **analysis,
+                        "masked": mask.label,
+                        "control": mask.control,
+                        "neurons": sizes[mask.label, mask.control],
+                        "label": label,
+                        "measure": shown,
+                        "before": unmasked,
+                        "after": unmasked + (found.after or 0.0),
+                        "change": found.after,
+                        "low": found.low,
+                        "high": found.high,
+                        "n": len(samples),
+                    }
+                )
     return pa.Table.from_pylist(rows, schema=TABLES["interventions"])
 
 
+def _change(totals: Float[ndarray, "draw 3"]) -> Float[ndarray, " draw"]:
+    """Return what the mask adds per token, from totals without and with it and their count."""
+    return (totals[:, 1] - totals[:, 0]) / totals[:, 2]
+
+
+def _perplexity_change(totals: Float[ndarray, "draw 3"]) -> Float[ndarray, " draw"]:
+    """Return by how much the mask raises the perplexity: exp of the mean negative log-likelihood per token."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        before, after = np.exp(totals[:, 0] / totals[:, 2]), np.exp(totals[:, 1] / totals[:, 2])
+        return after - before
+
+
 def _summed(values: Float[ndarray, "sample sum"], image: Int[ndarray, " sample"]) -> Float[ndarray, "image sum"]:
-    """Return sums per image, because samples of one image are not independent."""
+    """Return sums per image or long text, because its samples are not independent."""
     total = np.zeros((image.max() + 1, values.shape[1]))
     np.add.at(total, image, values)
     return total

@@ -30,7 +30,11 @@ from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import prompt_text
+from mmray.models.windows import LEAST, windows
 from mmray.neurons.split_on_oom import FAILURES, split_on_failure
+
+BEGINNING = LEAST
+"""Tokens of a text that a text-only model is given to continue."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,10 @@ class Steer:
 def steer_of(
     settings: SelectivitySettings, selection: LabelSelection, totals: dict[str, Totals], labels: Sequence[str]
 ) -> Steer:
-    """Return the neurons and values to set; raises InputError if no neuron was chosen for one of the two labels."""
+    """Return the neurons and values to set; raises InputError if no neuron was chosen for the target.
+
+    Of the source there may be none to switch off: LAPE finds few neurons of English.
+    """
     assert settings.steered is not None
     source, target = (labels.index(label) for label in settings.steered)
     values = mean_of(totals, target)[None] if settings.steer_values == "mean" else means_by_token(totals, target)
@@ -60,12 +67,11 @@ def steer_of(
         neurons = contrast.topk(round(len(contrast) * settings.steer_share)).indices.sort().values
     else:
         off, on = selection.chosen.of(source), selection.chosen.of(target)
-        for label, own in zip(settings.steered, (off, on), strict=True):
-            if not len(own):
-                raise InputError(
-                    f"--steer {settings.steer}: no neuron of {label!r} was chosen; give a higher --rate, or "
-                    "--steer-neurons switch"
-                )
+        if not len(on):
+            raise InputError(
+                f"--steer {settings.steer}: no neuron of {settings.steered[1]!r} was chosen; give a higher --rate, or "
+                "--steer-neurons switch"
+            )
         neurons = torch.unique(torch.cat([off, on]))
         # A neuron of both labels is set, not zeroed.
         values[:, off[~torch.isin(off, on)]] = 0.0
@@ -168,15 +174,12 @@ def steered_captions(
 ) -> list[dict[str, str]]:
     """Return one row of `replies` per sample: the caption that the model writes, unchanged and steered.
 
-    The question is the run's, or by default that of the sample's language. Raises ShardError for a sample that fails
-    alone.
+    The question is the run's, or by default that of the sample's language. A text-only model continues the beginning of
+    the sample's text. Raises ShardError for a sample that fails alone.
     """
 
     def before_and_after(batch: Sequence[Sample]) -> list[dict[str, str]]:
-        prompts = [
-            prompt_text(model, census.prompt, sample.language, image=sample.image is not None, prefix=census.prefix)
-            for sample in batch
-        ]
+        prompts = [_prompt(model, sample, census) for sample in batch]
         images = [None if sample.image is None else decode_image(sample.image, sample.background) for sample in batch]
         before = generate(model, prompts, images)
         with steered(model, steer):
@@ -196,6 +199,15 @@ def steered_captions(
     )
     done = (rows for batch in batches for rows in split_on_failure(batch, before_and_after, _refuse, FAILURES))
     return [row for rows in done for row in rows]
+
+
+def _prompt(model: LoadedModel, sample: Sample, census: CensusSettings) -> str:
+    """Return the question of a sample's caption; for a text-only model, followed by the beginning of its text."""
+    prompt = prompt_text(model, census.prompt, sample.language, image=sample.image is not None, prefix=census.prefix)
+    if model.parts.reads_images:
+        return prompt
+    blank = "" if not prompt or prompt[-1].isspace() else " "
+    return prompt + blank + windows(model, prompt, sample.caption, BEGINNING)[0]
 
 
 def _refuse(sample: Sample, problem: str) -> None:

@@ -25,13 +25,15 @@ from mmray.features.selectivity.tables import PARTS
 from mmray.features.selectivity.texts import LabelledText, by_text, token_positions
 from mmray.models.capture import capture_activations
 from mmray.models.loading import LoadedModel
-from mmray.models.prompting import Batch
+from mmray.models.prompting import POSITIONS, Batch
 from mmray.neurons.activation_cache import ActivationCache, cache_activations, forward
 from mmray.neurons.module_activity import image_spans, uniform
 from mmray.neurons.scoring import score_captured
 from mmray.neurons.token_sums import MODALITIES, Span, reduce_tokens, token_spans
 from mmray.runs.tables import vector_column
 
+VALUES_AT_ONCE = 2**27
+"""Values, one per token and neuron, that a batch keeps at most; each takes about 16 bytes."""
 STEPS = 12
 """First tokens of a text whose activations are summed separately; later tokens count as the last of them."""
 
@@ -89,6 +91,12 @@ class LabelSums:
             quantities += self._per_token(cache, by_text(positions), weights)
         for quantity in quantities:
             self._add(*quantity)
+
+    @property
+    def most_tokens(self) -> int:
+        """Most tokens of a batch, fewer where every neuron's value at every token is kept."""
+        kept = self.settings.method == "contribution" or self.settings.steer is not None
+        return min(POSITIONS, max(1, VALUES_AT_ONCE // self.width)) if kept else POSITIONS
 
     def table(self) -> pa.Table:
         """Return the sums, one row per quantity, replicate and label."""

@@ -60,7 +60,7 @@ TABLES: dict[str, pa.Schema] = {
             field("control", pa.string(), "selected, random (as many per layer), shuffled (chosen by chance)"),
             field("neurons", pa.int64(), "zeroed"),
             field("label", pa.string(), "label of the samples measured"),
-            field("measure", pa.string(), "nll (nats per token) or accuracy"),
+            field("measure", pa.string(), "nll (nats per token), perplexity (its exponential) or accuracy"),
             field("before", pa.float64()),
             field("after", pa.float64()),
             field("change", pa.float64()),

@@ -20,10 +20,13 @@ from mmray.models.capture import capture_input
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
-from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
+from mmray.models.prompting import POSITIONS, Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.split_on_oom import split_on_failure
 from mmray.neurons.token_positions import TokenPosition
+
+LOGITS_AT_ONCE = 512
+"""Positions whose logits over the whole vocabulary are held at a time."""
 
 Result = TypeVar("Result")
 
@@ -85,8 +88,11 @@ def in_batches(
     texts: Iterable[LabelledText],
     size: int,
     work: Callable[[Sequence[LabelledText], Batch], Result],
+    most: int = POSITIONS,
 ) -> list[Result]:
     """Return the results of `work` on batches of similar length; a batch has images for all of its texts or none.
+
+    It has at most `size` texts and `most` tokens of them, but at least one text.
 
     A batch that fails, because of memory or images of different sizes, is halved. Raises ShardError for a text that
     fails alone: the census could run it, so leaving it out silently would change what is measured.
@@ -102,7 +108,8 @@ def in_batches(
     batches = (
         batch
         for _, group in groupby(ordered, key=lambda text: text.image is None)
-        for batch in within_budget(group, lambda text: pixels_of(model, text.image), BUDGET, size)
+        for some in within_budget(group, lambda text: pixels_of(model, text.image), BUDGET, size)
+        for batch in within_budget(some, lambda text: len(text.tokens), most)
     )
     return [result for batch in batches for result in split_on_failure(batch, encode_and_work, _refuse)]
 
@@ -131,9 +138,13 @@ def read(model: LoadedModel, batch: Batch, positions: Sequence[TokenPosition]) -
     rows = torch.tensor([position.row * batch.positions + position.position for position in positions])
     tokens = torch.tensor([position.token for position in positions])
     hidden = states[-1].flatten(0, -2)
-    logits = vocabulary_logits(model, hidden[rows.to(hidden.device)]).cpu()
-    nll = -logits.log_softmax(dim=1).gather(1, tokens[:, None])[:, 0]
-    return torch.stack([nll, (logits.argmax(dim=1) == tokens).float()], dim=1)
+    found = []
+    # A few at a time: logits of all tokens of a long text would fill the memory.
+    for some, own in zip(*(torch.split(part, LOGITS_AT_ONCE) for part in (rows, tokens)), strict=True):
+        logits = vocabulary_logits(model, hidden[some.to(hidden.device)]).cpu()
+        nll = -logits.log_softmax(dim=1).gather(1, own[:, None])[:, 0]
+        found.append(torch.stack([nll, (logits.argmax(dim=1) == own).float()], dim=1))
+    return torch.cat(found)
 
 
 def by_text(positions: Sequence[TokenPosition]) -> list[slice]:

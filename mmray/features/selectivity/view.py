@@ -61,8 +61,12 @@ def matrices(rows: pa.Table) -> list[RenderableType]:
     by_measure: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows.to_pylist():
         by_measure[row["measure"]].append(row)
-    titles = {"nll": "nats per token, held-out texts", "accuracy": "fraction of held-out questions answered"}
-    return [_matrix(found, titles[name], 3) for name, found in sorted(by_measure.items(), reverse=True)]
+    titles = {
+        "perplexity": "perplexity, held-out texts",
+        "nll": "nats per token, held-out texts",
+        "accuracy": "fraction of held-out questions answered",
+    }
+    return [_matrix(by_measure[name], title, 3) for name, title in titles.items() if name in by_measure]
 
 
 def _matrix(rows: Sequence[Mapping[str, Any]], title: str, digits: int) -> Table:

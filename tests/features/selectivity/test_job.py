@@ -249,7 +249,7 @@ def test_balance_gives_labels_like_token_budgets(run: Path) -> None:
         ({"steer": "en:xx"}, "--steer en:xx: no label 'xx' in en, es, fr, zh"),
         ({"module": "projector", "permutations": 0, "bootstraps": 0}, "no token of this kind was counted"),
         ({"samples": 1}, "is left to select from"),
-        ({"steer": "en:es", "rate": 1e-4, "held_out": 0.4}, "no neuron of 'en' was chosen; give a higher --rate"),
+        ({"steer": "en:es", "rate": 1e-4, "held_out": 0.4}, "no neuron of 'es' was chosen; give a higher --rate"),
         (
             {"balance": True, "module": "projector"},
             "the census counted no image tokens of --module projector",
