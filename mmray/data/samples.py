@@ -9,7 +9,7 @@ from functools import cached_property
 
 from mmray.data.image_keys import image_key
 
-WINDOW_MARK = "#"
+WINDOW_MARK = "#w"
 """Between the id of a text and the number of a window of it."""
 BACKGROUND = "white"
 """Colour shown by transparent pixels."""
@@ -39,6 +39,8 @@ class Sample:
     """All captions that people gave the image, where the data tells (COCO, lists of captions)."""
     text_digest: str | None = None
     """Of a window of a long text: digest of the whole text."""
+    cue: str = ""
+    """Beginning of a text, which a text-only model continues; the caption is the rest."""
 
     @cached_property
     def digest(self) -> str | None:
@@ -80,6 +82,12 @@ class Failure:
     source: str
     stage: str
     message: str
+
+
+def text_id(sample_id: str) -> str:
+    """Return the id of the text that a window is cut from; the id itself if it is not a window's."""
+    text, _, number = sample_id.rpartition(WINDOW_MARK)
+    return text if number.isdecimal() and text else sample_id
 
 
 def image_digest(image: bytes | None) -> str | None:

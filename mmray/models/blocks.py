@@ -168,7 +168,12 @@ class BlockRecorder:
 
         def narrow(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
             shapes.append(arguments[0].shape)
-            return (arguments[0].flatten(0, -2)[read][None], *arguments[1:])
+            # BLOOM's MLP also gets what it adds its output to.
+            alike = [isinstance(part, Tensor) and part.shape == arguments[0].shape for part in arguments]
+            return tuple(
+                part.flatten(0, -2)[read][None] if narrowed else part
+                for part, narrowed in zip(arguments, alike, strict=True)
+            )
 
         def widen(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
             wide = output.new_zeros(shapes.pop())

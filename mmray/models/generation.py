@@ -28,6 +28,9 @@ def generate(
         for name, value in features.items()
     }
     network: Any = model.network
+    if not model.parts.reads_images and model.context is not None:
+        # Learnt positions end with the context. An image's tokens would have to be counted, too.
+        longest = max(1, min(longest, model.context - features["input_ids"].shape[1]))
     # Greedy, with the checkpoint's other settings reset when it was loaded.
     written = network.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
     # Decoder-only networks return the prompt too, except those that get embeddings (BLIP-2).

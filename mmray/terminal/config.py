@@ -36,7 +36,8 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, An
     """Return the mapping in a YAML file, changed by overrides such as `limit=100` or `census.out=s3://bucket/run`.
 
     An override's value is YAML, too (`2.5`, `true`, `null`, `[a, b]`); a dotted name addresses nested mappings, which
-    are created if missing. A number in it is an item of a list, from 0: `steps.0.selectivity.rate=0.05`. Raises InputError for a missing file, one that is no mapping, or a malformed override.
+    are created if missing. A number in it is an item of a list, from 0: `steps.0.selectivity.rate=0.05`. Raises
+    InputError for a missing file, one that is no mapping, or a malformed override.
     """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")

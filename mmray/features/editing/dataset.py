@@ -14,7 +14,7 @@ import torch
 
 from mmray.data.columns import Columns
 from mmray.data.image_keys import image_keys, one_per_image
-from mmray.data.samples import BACKGROUND, Sample
+from mmray.data.samples import BACKGROUND, Sample, text_id
 from mmray.data.shards import Manifest, read_shard
 from mmray.data.sources import Source, open_source
 from mmray.errors import InputError
@@ -23,10 +23,11 @@ from mmray.features.editing.caption_rewriting import replaced as with_nouns
 from mmray.features.editing.generation_cache import GenerationCache, record_generation
 from mmray.features.editing.settings import EditSettings
 from mmray.models.generation import caption_of, generate
-from mmray.models.loading import LoadedModel
+from mmray.models.loading import LoadedModel, require_images
 from mmray.models.options import LONGEST
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
+from mmray.neurons.cloze import cloze
 from mmray.neurons.concepts import Mention, NounSource, find_forms, noun_source, object_forms
 from mmray.neurons.model import NeuronModel, load_model, open_image
 from mmray.runs.run import Run
@@ -98,8 +99,12 @@ class EditDataset:
 
     @cached_property
     def images(self) -> dict[str, str]:
-        """The key of each sample's image."""
-        return image_keys(self.run.table("captions"))
+        """The key of each sample's image or text."""
+        return {self.name(sample): key for sample, key in image_keys(self.run.table("captions")).items()}
+
+    def name(self, sample_id: str) -> str:
+        """Return the id by which a row of the run is known here: that of the whole text for a text-only model."""
+        return sample_id if self.model.parts.reads_images else text_id(sample_id)
 
     @cached_property
     def nouns(self) -> NounSource:
@@ -131,8 +136,18 @@ class EditDataset:
         return frozenset(mention.concept for mention in self.mentions(sample.caption))
 
     def prompt_for(self, sample: Sample) -> str:
-        """Return the prompt for a caption of the sample."""
-        return prompt_text(self.model, self.prompt, self.language, image=sample.image is not None)
+        """Return the prompt for a caption of the sample; for a text-only model, the beginning of its text."""
+        prefix = None if self.model.parts.reads_images else sample.cue or cloze(sample).cue
+        return prompt_text(self.model, self.prompt, self.language, image=sample.image is not None, prefix=prefix)
+
+    def seen(self, sample: Sample, source: str, seed: int) -> list[Sample]:
+        """Return the forms in which an edit of a word sees a sample, each with an id of its own.
+
+        An image as it is, mirrored and cropped; a text up to where it names the word.
+        """
+        if self.model.parts.reads_images:
+            return [sample, *views(sample, seed)]
+        return [replace(cloze(sample, [source]), sample_id=f"{sample.sample_id}, before {source}")]
 
     def end_of(self, own: Sequence[int], longest: int = LONGEST) -> tuple[int, ...]:
         """Return the end token of one of the model's own replies; nothing for one that was cut off at `longest`."""
@@ -159,11 +174,10 @@ class EditDataset:
         """Return the samples with these ids, in their order, without those that can no longer be read."""
         missing = set(sample_ids := list(sample_ids)) - set(self.samples)
         if missing:
-            captions = self.run.table("captions").select(["sample_id", "shard_id"])
-            held = captions.filter(pc.is_in(captions["sample_id"], pc.cast(sorted(missing), "string")))
+            captions = self.run.table("captions").select(["sample_id", "shard_id"]).to_pylist()
             # Shards are read as a whole, each once, whichever of their samples are missing.
             manifest = Manifest.from_json(self.run.folder.manifest())
-            for shard in sorted(set(held["shard_id"].to_pylist())):
+            for shard in sorted({row["shard_id"] for row in captions if self.name(row["sample_id"]) in missing}):
                 for row in read_shard(self.source, manifest.shards[shard]):
                     if isinstance(row, Sample) and row.sample_id in missing:
                         self.samples[row.sample_id] = row
@@ -241,12 +255,17 @@ class EditDataset:
         if concepts is not None:
             forms = {form for concept in concepts for form in self._forms(concept)}
             rows = rows.filter(pc.is_in(rows["concept"], pc.cast(sorted(forms), "string")))
-        return list(dict.fromkeys(rows["sample_id"].to_pylist()))
+        return list(dict.fromkeys(map(self.name, rows["sample_id"].to_pylist())))
 
 
 def open_edit_dataset(run: Run, settings: EditSettings) -> EditDataset:
-    """Load the run's model, and return the dataset for an edit of the run."""
+    """Load the run's model, and return the dataset for an edit of the run.
+
+    Raises InputError for an edit that needs images of a text-only model.
+    """
     known = run.info["settings"]
+    if settings.reduce_hallucination:
+        require_images(known["model"], "--reduce-hallucination", trust_remote_code=known["trust_remote_code"])
     model = load_model(known["model"], known["dtype"], trust_remote_code=known["trust_remote_code"])
     return EditDataset(model, run, settings.language, settings.prompt or known["prompt"])
 
@@ -263,7 +282,7 @@ def replaced(dataset: EditDataset, source: str, target: str, most: int, seed: in
     random.Random(f"{source} {seed}").shuffle(found)
     samples = dataset.read(one_per_image(found, dataset.images)[:most])
     # Views get captions of their own: the model may describe a crop differently.
-    seen = [(sample, view) for sample in samples for view in (sample, *views(sample, seed))]
+    seen = [(sample, view) for sample in samples for view in dataset.seen(sample, source, seed)]
     examples = []
     for (sample, view), tokens in zip(seen, dataset.own_captions([view for _, view in seen]), strict=True):
         rewritten = _rewritten(dataset, view, tokens, source, target)

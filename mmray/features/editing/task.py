@@ -97,7 +97,7 @@ def _rewording_task(dataset: EditDataset, requests: Sequence[EditSettings]) -> T
         sources.append(source)
         target_samples += one_per_image(dataset.ids([target]), dataset.images)[:TARGET_IMAGES]
     # Images of the targets first, because `kept` takes only the beginning of this list.
-    first = list(dict.fromkeys([*target_samples, *sharing(run, list(neurons))]))
+    first = list(dict.fromkeys([*target_samples, *map(dataset.name, sharing(run, list(neurons)))]))
     captions = kept(dataset, sources, settings.kept, settings.seed, first)
     words = [word for purpose in purposes for word in (purpose.source, purpose.target) if word]
     keep = kept_answers(dataset, captions, words, settings.keep_text, settings.seed)

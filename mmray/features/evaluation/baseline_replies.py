@@ -61,10 +61,14 @@ class BaselineReplies:
     def query(
         self, sample: Sample, question: str | None = None, variant: str = "", *, all_positions: bool = False
     ) -> Query:
-        """Return the query of a question about a sample's image, or for its caption without a question."""
+        """Return the query of a question about a sample's image, or for its caption without a question.
+
+        A text-only model continues the sample's cue.
+        """
         image = self.image(sample, variant)
         asked = self.prompt if question is None else question
-        prompt = prompt_text(self.model, asked, sample.language, image=image is not None)
+        cue = sample.cue if question is None else None
+        prompt = prompt_text(self.model, asked, sample.language, image=image is not None, prefix=cue)
         return Query(sample.sample_id, prompt, image, variant, all_positions)
 
     def tokens(self, query: Query, text: str) -> list[int]:

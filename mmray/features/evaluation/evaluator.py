@@ -27,6 +27,7 @@ from mmray.features.evaluation.queries import Change, Edit, Query, Reply
 from mmray.features.evaluation.settings import MeasureSettings
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import prompt_text
+from mmray.neurons.cloze import cloze
 from mmray.objects.ground_truth import with_ground_truth
 from mmray.objects.lexicon import ObjectLexicon, objects_of
 from mmray.objects.prompts import TextQuestion, paraphrases, presence
@@ -96,18 +97,21 @@ class EditEvaluator:
         # In CHAIR a synonym stays one (man: person), even if the edit is about that word.
         new = [word for word in edited if not known.named(word, None)]
         self.chair_lexicon = ObjectLexicon((*statistics.vocabulary, *new), statistics.translations, words)
-        self.bleu = has_bleu(settings.bleu)
+        self.reads_images = baseline.model.parts.reads_images
+        # A text may go on in other ways than the data's.
+        self.bleu = has_bleu(settings.bleu) and self.reads_images
         self.detector = baseline.detector(settings.detector) if settings.detector else None
         self.encoder = baseline.encoder(settings.encoder) if settings.encoder else None
 
     def samples(self, samples: Sequence[Sample | Failure], *, own: bool = False) -> MeasurementBuffer:
         """Return the measurements of samples; `own`: samples of the run that the edit was made on, not of the data."""
         truth, known = self.settings.ground_truth or "instances", self.statistics.references
-        readable = (
-            with_ground_truth(sample, truth, self.chair_lexicon, known)
-            for sample in samples
-            if isinstance(sample, Sample)
-        )
+        readable = (sample for sample in samples if isinstance(sample, Sample))
+        if self.reads_images:
+            readable = (with_ground_truth(sample, truth, self.chair_lexicon, known) for sample in readable)
+        else:
+            triggers = frozenset[str]().union(*(request.triggers for request in self.requests.requests))
+            readable = (cloze(sample, triggers) for sample in readable)
         rows = MeasurementBuffer(errors=[vars(sample) for sample in samples if isinstance(sample, Failure)])
         parts = list(within_budget(readable, lambda sample: pixels_of(self.baseline.model, sample.image), BUDGET))
         for part in parts:
@@ -240,7 +244,7 @@ class EditEvaluator:
         # Only looked up: `_measured` has already asked all common queries together.
         (caption,) = self.baseline.replies([common.caption], [drafts[common.caption.key]])
         scope = scope_of(self.requests, self.lexicon, sample, caption.text)
-        others = paraphrases(sample.language) if scope.requests else ()
+        others = paraphrases(sample.language) if scope.requests and self.reads_images else ()
         variants = VARIANTS if scope.requests and sample.image is not None else ()
         return _ScopedQueries(
             common=common,

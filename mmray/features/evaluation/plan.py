@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mmray import engine
+from mmray.data.columns import OFF
+from mmray.data.samples import text_id
 from mmray.data.shards import Manifest, Shard, cut
 from mmray.data.source import Source
 from mmray.data.sources import open_source
@@ -88,6 +90,8 @@ def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engin
     own = CensusSettings(**run.info["settings"])
     columns = {name: value for name in COLUMNS if (value := getattr(settings, name)) is not None}
     census = own.model_copy(update={"data": settings.data, "limit": settings.limit, **columns})
+    if run.info["model"].get("image") == "none":
+        settings, census = _of_texts(settings, census)
     settings = settings.model_copy(update={"prompt": settings.prompt or own.prompt})
     source = open_measured(census)
     manifest = cut(source.files(), settings.shard_size, settings.limit)
@@ -116,6 +120,15 @@ def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engin
         context,
         settings,
     )
+
+
+def _of_texts(settings: EvaluationSettings, census: CensusSettings) -> tuple[EvaluationSettings, CensusSettings]:
+    """Return the settings for a text-only model; raises InputError for measures of images."""
+    for option, given in (("--detector", settings.detector), ("--mmedit", settings.mmedit)):
+        if given:
+            raise InputError(f"{census.model}: reads text only; {option} needs a model that takes images")
+    settings = settings.model_copy(update={"pope_objects": 0, "bleu": False})
+    return settings, census.model_copy(update={"image_column": OFF, "objects_column": OFF})
 
 
 def _digests(context: EvaluationContext, run: Run, units: tuple[EvaluationUnit, ...]) -> dict[str, str]:
@@ -165,6 +178,7 @@ def _own(run: Run, purposes: Sequence[Purpose], manifest: Manifest) -> tuple[Man
     """
     own = manifest_without(Manifest.from_json(run.folder.manifest()), manifest)
     samples = {name for purpose in purposes for name in purpose.samples}
+    texts = run.info["model"].get("image") == "none"
     if not own.samples or not samples or run.snapshot is None:
         return None, []
     try:
@@ -175,10 +189,12 @@ def _own(run: Run, purposes: Sequence[Purpose], manifest: Manifest) -> tuple[Man
     by_shard: dict[int, list[str]] = defaultdict(list)
     captions = run.table("captions").select(["sample_id", "shard_id"]).to_pylist()
     for row in captions:
-        if row["sample_id"] in samples:
-            by_shard[row["shard_id"]].append(row["sample_id"])
+        # An edit of a text-only model knows whole texts, not their windows.
+        name = text_id(row["sample_id"]) if texts else row["sample_id"]
+        if name in samples:
+            by_shard[row["shard_id"]].append(name)
     units = [
-        EvaluationUnit("own", shard, len(names), tuple(sorted(names)))
+        EvaluationUnit("own", shard, len(set(names)), tuple(sorted(set(names))))
         for shard, names in sorted(by_shard.items())
         if own.shards[shard].samples
     ]

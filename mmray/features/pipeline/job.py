@@ -50,7 +50,7 @@ class PipelineSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     census: dict[str, Any]
-    """Settings of `mmray census`. In the file and in overrides, `model`, `data` and `out` stand for those of the census."""
+    """Settings of `mmray census`."""
     steps: list[dict[str, dict[str, Any] | None]] = Field(default_factory=list)
     """Analyses of the run in this order, each a command's name with its settings; neighbours run side by side."""
     edits: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -91,10 +91,9 @@ def pipeline_settings(values: Mapping[str, Any]) -> PipelineSettings:
     Raises InputError that names the first wrong setting and its place in the file.
     """
     given = {name: value for name, value in values.items() if name not in SHORT}
-    if (short := {name: values[name] for name in SHORT if name in values}) and isinstance(
-        given.get("census", {}), Mapping
-    ):
-        given["census"] = {**given.get("census", {}), **short}
+    short = {name: values[name] for name in SHORT if name in values}
+    if short and isinstance(census := given.get("census", {}), Mapping):
+        given["census"] = {**census, **short}
     try:
         settings = PipelineSettings(**given)
     except ValidationError as error:

@@ -136,14 +136,15 @@ def intervention_rows(
 
 def _change(totals: Float[ndarray, "draw 3"]) -> Float[ndarray, " draw"]:
     """Return what the mask adds per token, from totals without and with it and their count."""
-    return (totals[:, 1] - totals[:, 0]) / totals[:, 2]
+    added: Float[ndarray, " draw"] = (totals[:, 1] - totals[:, 0]) / totals[:, 2]
+    return added
 
 
 def _perplexity_change(totals: Float[ndarray, "draw 3"]) -> Float[ndarray, " draw"]:
     """Return by how much the mask raises the perplexity: exp of the mean negative log-likelihood per token."""
     with np.errstate(over="ignore", invalid="ignore"):
-        before, after = np.exp(totals[:, 0] / totals[:, 2]), np.exp(totals[:, 1] / totals[:, 2])
-        return after - before
+        rise: Float[ndarray, " draw"] = np.exp(totals[:, 1] / totals[:, 2]) - np.exp(totals[:, 0] / totals[:, 2])
+    return rise
 
 
 def _summed(values: Float[ndarray, "sample sum"], image: Int[ndarray, " sample"]) -> Float[ndarray, "image sum"]:

@@ -203,11 +203,8 @@ def steered_captions(
 
 def _prompt(model: LoadedModel, sample: Sample, census: CensusSettings) -> str:
     """Return the question of a sample's caption; for a text-only model, followed by the beginning of its text."""
-    prompt = prompt_text(model, census.prompt, sample.language, image=sample.image is not None, prefix=census.prefix)
-    if model.parts.reads_images:
-        return prompt
-    blank = "" if not prompt or prompt[-1].isspace() else " "
-    return prompt + blank + windows(model, prompt, sample.caption, BEGINNING)[0]
+    prefix = census.prefix if model.parts.reads_images else windows(model, "", sample.caption, BEGINNING)[0]
+    return prompt_text(model, census.prompt, sample.language, image=sample.image is not None, prefix=prefix)
 
 
 def _refuse(sample: Sample, problem: str) -> None:
