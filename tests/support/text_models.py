@@ -3,10 +3,13 @@
 import json
 import random
 import zlib
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -67,6 +70,24 @@ WORDS = {
 """Language → article, verb, conjunction, nouns, endings."""
 
 
+@pytest.fixture(scope="session")
+def text_model(shared: Callable[[str, Callable[[Path], object]], Path]) -> Callable[[str], Path]:
+    """Return the checkpoint folder of a family, or of the `learner` that knows the corpus's languages."""
+
+    def make(family: str) -> Path:
+        return shared(f"text {family}", train if family == "learner" else lambda folder: build(family, folder))
+
+    return cache(make)
+
+
+@pytest.fixture(scope="session")
+def open_text_model(text_model: Callable[[str], Path]) -> Callable[[str], Any]:
+    """Return a family's model as `mmray.load_model` gives it; shared by all tests: leave it as it was."""
+    from mmray.neurons.model import load_model
+
+    return cache(lambda family: load_model(str(text_model(family))))
+
+
 def build(family: str, folder: Path) -> Path:
     """Write a family's checkpoint with seeded random weights, and return the folder."""
     facts: Any = SimpleNamespace(specials=SPECIALS, named={}, tokens=(), beyond=(), padding_side="left")
@@ -98,13 +119,16 @@ def sentences(language: str, count: int, seed: int = 0) -> list[str]:
     return found
 
 
-def corpus(file: Path, texts: int = 24, longest: int = 12) -> Path:
-    """Write `texts` texts of every language as JSON lines; every third is longer than a window."""
+def corpus(file: Path, texts: int = 24, longest: int = 12, letters: int | None = None) -> Path:
+    """Write `texts` texts of every language as JSON lines; every third has `longest` sentences, others two.
+
+    With `letters`, texts end after so many.
+    """
     rows = []
     for language in WORDS:
         for number in range(texts):
             text = " . ".join(sentences(language, longest if number % 3 == 0 else 2, number))
-            rows.append({"id": f"{language}{number}", "text": text, "language": language})
+            rows.append({"id": f"{language}{number}", "text": text[:letters], "language": language})
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return file
 
