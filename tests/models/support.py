@@ -16,14 +16,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from mmray.features.census.model_check import abilities_of, check_model
 from mmray.models.loading import LoadedModel
 from mmray.neurons.row_sharing import RowSharing
-from tests.support import model_types
+from tests.support import model_types, text_models
 from tests.support.model_types import KINDS
 from tests.support.tiny import VARIANTS, build
 
 README = Path(__file__).parents[2] / "mmray/models/README.md"
 SECTIONS = {
     name: re.compile(rf"(<!-- {name}: python -m tests\.models\.support -->\n\n).*?(\n<!-- {name} end -->)", re.DOTALL)
-    for name in ("families", "types", "others")
+    for name in ("families", "texts", "types", "others")
 }
 """By the name of the table, its place in the README."""
 NAMES = {
@@ -47,6 +47,23 @@ NAMES = {
     "mllama": "Mllama",
 }
 """Variant → the family as people know it."""
+
+
+def text_row(family: str, model: LoadedModel) -> str:
+    """Return a text-only family's line of the table: its MLPs, and which claims of `check-model` hold."""
+    first, checks = model.parts.of("language")[0], check_model(model)
+    kind = "experts" if first.experts else "gated" if first.gate else "plain"
+    path = re.sub(r"\.\d+\.", ".N.", first.path, count=1)
+    held = f"{sum(check.passed for check in checks)} of {len(checks)}"
+    found = "probe" if model.parts.family == "probed" else "table"
+    return f"| {text_models.NAMES[family]} | `{path}` | {kind} | {found} | {held} |"
+
+
+def text_table(open_model: Callable[[str], LoadedModel]) -> str:
+    """Return the table of the text-only families."""
+    head = "| family | output projection of the MLPs | MLP | found by | checks |"
+    lines = [head, "|---|---|---|---|---|", *(text_row(name, open_model(name)) for name in text_models.NAMES)]
+    return "\n".join(lines) + "\n"
 
 
 def row(variant: str, model: LoadedModel) -> str:
@@ -153,6 +170,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = {
             "families": table(lambda variant: load_model(str(build(variant, Path(folder) / variant)))),
+            "texts": text_table(lambda name: load_model(str(text_models.build(name, Path(folder) / f"text {name}")))),
             "types": types_table(lambda name: load_model(str(model_types.build(name, Path(folder) / name)))),
             "others": others_table(),
         }

@@ -5,7 +5,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from mmray.neurons.model import load_model
 from mmray.neurons.validation import CHECKS
-from tests.models.support import NAMES, OTHERS, README, SECTIONS, others_table, table, type_row, written
+from tests.models.support import NAMES, OTHERS, README, SECTIONS, others_table, table, text_table, type_row, written
+from tests.support import text_models
 from tests.support.model_types import KINDS, build
 from tests.support.tiny import VARIANTS
 
@@ -27,6 +28,13 @@ def test_the_readme_s_table_of_families_is_what_the_tests_find(open_model, readm
     made = table(open_model)
     assert made.count(ALL) == len(VARIANTS)
     assert written(readme, {"families": made}) == readme, "run: python -m tests.models.support"
+
+
+def test_the_readme_s_table_of_text_models_is_what_the_tests_find(open_text_model, readme):
+    assert list(text_models.NAMES) == list(text_models.FAMILIES | text_models.PROBED)
+    made = text_table(open_text_model)
+    assert made.count(f"| {len(CHECKS)} of {len(CHECKS)} |") == len(text_models.NAMES)
+    assert written(readme, {"texts": made}) == readme, "run: python -m tests.models.support"
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,11 @@ NAMES = {
     "bloom": "BLOOM",
     "opt": "OPT",
     "gpt_neox": "GPT-NeoX",
+    "olmo2": "OLMo 2",
+    "mixtral": "Mixtral",
+    "falcon": "Falcon",
 }
+"""Model type → the family as people know it."""
 LEARNER = FAMILIES["llama"] | {"hidden_size": 64, "intermediate_size": 256, "max_position_embeddings": 128}
 SPECIALS = ("<s>", "</s>", "<pad>")
 

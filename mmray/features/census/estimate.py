@@ -15,6 +15,7 @@ from mmray.data.source import Source
 from mmray.features.census.cost import CensusEstimate, DataSample, WorkerMemory
 from mmray.features.census.reduction import SUMS_MEMORY, candidates_kept
 from mmray.features.census.settings import CensusSettings
+from mmray.models.prompting import POSITIONS
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.language_id import language_code, language_name
 from mmray.neurons.scores import SCORES
@@ -64,13 +65,13 @@ def estimate(
     labels = 2 * (1 + len({sample.language for sample in samples}) + len({sample.domain for sample in samples}))
     shard_bytes = concepts * kept * CANDIDATE_BYTES + neurons * (labels * ACTIVITY_BYTES + NEURON_BYTES)
     number_bytes = 4 if settings.dtype == "fp32" else 2
+    # Long texts share a batch with few others.
+    together = min(settings.batch_size, max(1, int(POSITIONS * CHARACTERS_PER_TOKEN // max(characters, 1))))
     memory = WorkerMemory(
         weights=parameters * number_bytes,
         # A layer's gate, its other half and their product; per noun the scores and activations of all neurons, and a
         # copy of the scores.
-        batch=int(
-            settings.batch_size * (3 * positions * max(widths) * number_bytes + 12 * occurrences * neurons) + 4 * COPIED
-        ),
+        batch=int(together * (3 * positions * max(widths) * number_bytes + 12 * occurrences * neurons) + 4 * COPIED),
         sums=int(min(SUMS_MEMORY, concepts * neurons * 24) + neurons * (labels * 24 + 2 * EXAMPLES * 12)),
     )
     return CensusEstimate(
