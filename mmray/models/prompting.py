@@ -222,7 +222,7 @@ def _run_tokenizer(model: LoadedModel, prompts: Sequence[str], images: Sequence[
     rows = [
         # The template may have written the token that the tokenizer would add.
         model.tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))["input_ids"]
-        or [_start_token(model)]
+        or [_first_token(model)]
         for prompt in prompts
     ]
     longest = max(map(len, rows))
@@ -231,7 +231,7 @@ def _run_tokenizer(model: LoadedModel, prompts: Sequence[str], images: Sequence[
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _start_token(model: LoadedModel) -> int:
+def _first_token(model: LoadedModel) -> int:
     """Return what a text begins after: the token that begins or, where there is none, that separates texts."""
     token = model.tokenizer.bos_token_id
     return _padding(model) if token is None else int(token)
