@@ -24,8 +24,8 @@ class CensusSettings(JobSettings):
     model: str = known_by_digest()
     """Hugging Face checkpoint folder, hub id, or `demo`."""
     data: str = known_by_digest()
-    """`demo`, Parquet, WebDataset tars, image folder, COCO JSON, or `hf:NAME[:SPLIT]`. Parquet is a file, folder or
-    glob; an image folder has metadata. Local or s3://."""
+    """`demo`, Parquet, WebDataset tars, image folder, COCO JSON, JSON lines or CSV, or `hf:NAME[:SPLIT]`. Parquet is a
+    file, folder or glob; an image folder has metadata. Local or s3://."""
     out: str = execution()
     """Folder of the run: a local path or s3://bucket/prefix."""
     limit: int | None = Field(None, ge=1)

@@ -109,13 +109,13 @@ def d_prime(totals: dict[str, Totals], source: int, target: int) -> Float64[Tens
 
 
 @contextmanager
-def steered(model: LoadedModel, steer: Steer) -> Iterator[None]:
-    """Set the neurons during one call of `generate` within the with-block.
+def steered(model: LoadedModel, steer: Steer, rows: int) -> Iterator[None]:
+    """Set the neurons during one call of `generate` with so many prompts within the with-block.
 
-    Raises InputError for networks whose MLPs see all rows in one matrix (OPT, routed experts).
+    Raises InputError for routed experts.
     """
     starts = np.cumsum([0, *model.widths])
-    step = _Step(steer.everywhere)
+    step = _Step(steer.everywhere, rows)
     with ExitStack() as stack:
         # The first MLP runs once per token written, so it counts them.
         decoder = model.network.get_submodule(model.projections[0].path)
@@ -137,8 +137,9 @@ def steered(model: LoadedModel, steer: Steer) -> Iterator[None]:
 class _Step:
     """Counts the tokens of an answer while `generate` writes them."""
 
-    def __init__(self, everywhere: bool) -> None:
+    def __init__(self, everywhere: bool, rows: int) -> None:
         self.everywhere = everywhere
+        self.rows = rows
         self.number = -1
 
     def advance(self, _: nn.Module, __: tuple[Any, ...]) -> None:
@@ -153,17 +154,15 @@ class _Step:
         def replace(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
             # Cloned, because a hook must not change its caller's tensor.
             activation = arguments[0].clone()
-            if activation.dim() != 3:
-                raise InputError(
-                    "--steer: this family's MLPs see all rows in one matrix; its neurons can't be set by position"
-                )
+            # OPT's MLPs see the positions of all rows in one matrix.
+            by_row = activation.view(self.rows, -1, activation.shape[-1])
             step_values = values[min(self.number, len(values) - 1)].to(activation)
             index = units.to(activation.device)
             if self.everywhere:
-                activation[..., index] = step_values
+                by_row[..., index] = step_values
             else:
                 # Prompts are padded on the left, so the last position writes the next token.
-                activation[:, -1, index] = step_values
+                by_row[:, -1, index] = step_values
             return (activation, *arguments[1:])
 
         return replace
@@ -182,7 +181,7 @@ def steered_captions(
         prompts = [_prompt(model, sample, census) for sample in batch]
         images = [None if sample.image is None else decode_image(sample.image, sample.background) for sample in batch]
         before = generate(model, prompts, images)
-        with steered(model, steer):
+        with steered(model, steer, len(prompts)):
             after = generate(model, prompts, images)
         texts = ([caption_of(model, tokens)[0] for tokens in replies] for replies in (before, after))
         return [

@@ -29,13 +29,15 @@ def seen_while(model, plan):
             place = 1 if number == 0 else unit
             seen.append((number, activation[:, place].clone()))
 
-    with steered(model, plan), capture_activations(model.network, model.projections, receive):
+    with steered(model, plan, 1), capture_activations(model.network, model.projections, receive):
         generate(model, [prompt_text(model, None, "en")], [picture(1)], longest=5)
     return {0: [a for n, a in seen if n == 0], layer: [a for n, a in seen if n == layer]}
 
 
-def test_each_token_gets_its_own_values_and_later_ones_the_last(open_model):
-    model = open_model("llava")
+# OPT's MLPs see all positions in one matrix.
+@pytest.mark.parametrize("variant", ["llava", "blip2_opt"])
+def test_each_token_gets_its_own_values_and_later_ones_the_last(open_model, variant):
+    model = open_model(variant)
     assert model.widths[0] <= 50
     seen = seen_while(model, steer())
     first, second = seen.values()
@@ -86,9 +88,16 @@ def test_a_batch_that_does_not_fit_is_halved(open_model, monkeypatch):
     assert steered_captions(model, found, steer(), settings(), 3) == expected
 
 
-def test_a_family_whose_positions_can_t_be_told_apart_is_refused(open_model):
-    model = open_model("blip2_opt")
-    with pytest.raises(InputError, match="--steer"), steered(model, steer()):
+def test_rows_of_one_matrix_are_steered_alike_in_any_batch(open_model):
+    model, found = open_model("blip2_opt"), samples(3, language="en")
+    one, together = (steered_captions(model, found, steer(), settings(), size) for size in (1, 3))
+    assert one == together
+    assert any(row["before"] != row["after"] for row in one)
+
+
+def test_routed_experts_are_refused(open_model):
+    model = open_model("qwen3_vl_moe")
+    with pytest.raises(InputError, match="--steer"), steered(model, steer(), 1):
         generate(model, [prompt_text(model, None, "en")], [picture(1)], longest=2)
 
 
