@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mmray.errors import InputError
 from mmray.models.loading import LoadedModel
-from mmray.models.prompting import run_processor, tokenize_caption
+from mmray.models.prompting import tokenize_caption
 
 WINDOW = 2048
 """Most tokens of a window by default: a longer context costs memory, and changes few predictions."""
@@ -22,8 +22,8 @@ def window_of(model: LoadedModel, prompt: str, window: int | None = None) -> int
     most = window or WINDOW
     if model.context is None or model.parts.encoder_decoder:
         return most
-    # A prompt without an image, because only texts alone are cut.
-    before = int(run_processor(model, [prompt], [None])["attention_mask"].sum())
+    # Not by the processor, which may need an image. Without a prompt there is still the start token.
+    before = max(1, len(model.tokenizer(prompt)["input_ids"]))
     if model.context < before + LEAST:
         raise InputError(
             f"{model.name}: the prompt has {before:,} tokens; the model reads {model.context:,}: shorten it"

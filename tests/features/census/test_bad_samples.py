@@ -329,13 +329,14 @@ def test_errors_come_in_the_same_order_whatever_the_machine(open_model):
     assert first.equals(second)
 
 
-def test_a_text_longer_than_the_model_reads_is_an_error(open_model):
-    model = open_model("llava")
-    long = sample(1, "a dog " * model.context, image=None)
-    tables = analyse(model, [sample(0, "a dog", image=None), long])
-    assert tables["captions"]["sample_id"].to_pylist() == ["s0"]
+def test_a_caption_longer_than_the_model_reads_is_an_error_and_a_text_is_cut(open_model):
+    model, words = open_model("llava"), "a dog " * open_model("llava").context
+    tables = analyse(model, [sample(0, "a dog", image=None), sample(1, words, image=None), sample(2, words)])
+    texts = {row["sample_id"]: row["caption"] for row in tables["captions"].to_pylist()}
+    assert texts.pop("s0") == "a dog"
+    assert "".join(texts[f"s1#w{number}"] for number in range(len(texts))) == words
     (row,) = tables["errors"].to_pylist()
-    assert (row["sample_id"], row["stage"]) == ("s1", "read")
+    assert (row["sample_id"], row["stage"]) == ("s2", "read")
     assert row["message"].endswith(f"the model reads {model.context:,}: shorten the caption")
 
 
