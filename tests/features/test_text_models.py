@@ -132,11 +132,11 @@ def test_data_with_images_is_read_as_texts(text_model, tmp_path):
         ("saliency", ()),
         ("properties", ()),
         ("hallucination", ()),
-        ("edit", ("--reduce-hallucination", "--out", "edit")),
+        ("edit", ("--reduce-hallucination", "--out", "OUT")),
     ],
 )
-def test_what_needs_an_image_is_refused_in_one_line(lape, mmray, command, options):
-    answer = mmray(command, lape[1], *options)
+def test_what_needs_an_image_is_refused_in_one_line(lape, mmray, tmp_path, command, options):
+    answer = mmray(command, lape[1], *(tmp_path / "edit" if option == "OUT" else option for option in options))
     assert "reads text only" in answer.refusal
     assert "needs a model that takes images" in answer.refusal
 
