@@ -27,7 +27,7 @@ from mmray.errors import InputError
 from mmray.features.census.inputs import columns_of
 from mmray.features.census.settings import census_settings
 from mmray.features.hallucination.settings import ClaimSettings, DetectorSettings
-from mmray.models.loading import LoadedModel, require_images, digest, resolve
+from mmray.models.loading import LoadedModel, digest, require_images, resolve
 from mmray.models.options import Dtype
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.neurons.model import load_model
