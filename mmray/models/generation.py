@@ -34,9 +34,10 @@ def generate(
     # Greedy, with the checkpoint's other settings reset when it was loaded.
     written = network.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
     # Decoder-only networks return the prompt too, except those that get embeddings (BLIP-2).
-    prompt = features["input_ids"]
-    if not model.parts.encoder_decoder and torch.equal(written[:, : prompt.shape[1]].cpu(), prompt):
-        written = written[:, prompt.shape[1] :]
+    if not model.parts.encoder_decoder:
+        prompt = features["input_ids"]
+        if torch.equal(written[:, : prompt.shape[1]].cpu(), prompt):
+            written = written[:, prompt.shape[1] :]
     ends = end_tokens(model)
     # An encoder-decoder's output begins with its start token.
     return [until_special(row, ends, begun=not model.parts.encoder_decoder) for row in written.tolist()]

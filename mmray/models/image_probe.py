@@ -23,7 +23,7 @@ from mmray.errors import InputError
 from mmray.models.layout import Projection
 from mmray.models.mlp_probe import fed_linears, gate_of
 from mmray.models.processing import IMAGE_MASK, example_inputs
-from mmray.models.recorded_calls import Block, Call, copied, record_calls
+from mmray.models.recorded_calls import LINEAR, Block, Call, copied, record_calls
 
 OTHER_QUESTION = "How many animals and people are in this picture, and what are they doing there?"
 FAILURES = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -140,10 +140,12 @@ def _image_modules(
         if isinstance(module, nn.ModuleList) and len(module) and not _below(path, decoder) and not _is_mlp(module)
     }
     stacked = [decoder, *(block for blocks in lists.values() for block in blocks)]
-    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [path for path, module in model.named_modules() if isinstance(module, LINEAR)]
     owners = {_owner(model, path) for path in linears if not any(_below(path, block) for block in stacked)}
+    # What holds the decoder holds its unembedding.
+    owners = {path for path in owners if path and not _below(decoder, path)}
     above = {path: _above(path, decoder) for path in lists}
-    watched = {*stacked[1:], *owners, *(path for paths in above.values() for path in paths)} - {""}
+    watched = {*stacked[1:], *owners, *(path for paths in above.values() for path in paths)}
     seen, darker, asked = (_seen(model, watched, given, stop) for given in inputs)
     pictured = [path for path in seen.calls if seen.same(asked, path) and not seen.same(darker, path)]
     tower: dict[str, list[Projection]] = {}
@@ -221,7 +223,7 @@ def _below(path: str, other: str) -> bool:
 
 def _is_mlp(modules: nn.ModuleList) -> bool:
     """Return whether a list is one MLP's layers (Qwen-Omni's merger), not blocks."""
-    return any(isinstance(module, nn.Linear) for module in modules)
+    return any(isinstance(module, LINEAR) for module in modules)
 
 
 def _owner(model: nn.Module, path: str) -> str:

@@ -101,9 +101,11 @@ def _record(model: PreTrainedModel, head: nn.Module, processor: Any) -> tuple[di
     if (placeholder := getattr(model.config, "image_token_id", None)) is not None:
         tokens[tokens == placeholder] = vocabulary // 2 + 4
     text = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    answer = {"decoder_input_ids": tokens} if getattr(owner.config, "is_encoder_decoder", False) else {}
+    # A decoder inside an encoder-decoder runs alone (VisionEncoderDecoder), the whole does not.
+    whole, own = (getattr(one.config, "is_encoder_decoder", False) for one in (model, owner))
+    answer = {"decoder_input_ids": tokens} if whole or own else {}
     try:
-        return _calls_of(owner, prefix, text | answer), answer
+        return _calls_of(owner, prefix, text | answer if own else text), answer
     except InputError:
         if processor is None:
             raise

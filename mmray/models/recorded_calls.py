@@ -10,9 +10,12 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from mmray.errors import InputError
 
+LINEAR = (nn.Linear, Conv1D)
+"""Linear maps of a token; GPT-2's keeps the transpose of the weight."""
 Change: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -209,7 +212,7 @@ def _mixes(call: Call, size: int) -> bool:
     """
     given = call.first_input()
     sized = given.numel() == call.output.numel() == size and call.output.dim() > 1
-    if not sized or isinstance(call.module, nn.Linear):
+    if not sized or isinstance(call.module, LINEAR):
         return False
 
     def moved(value: Any) -> Any:

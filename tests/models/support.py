@@ -143,7 +143,6 @@ OTHERS = {
     "pp_formulanet": "reads formulas without a prompt",
     "shieldgemma2": "Gemma 3 with another head, of two words",
     "udop": "needs the boxes of words on a page",
-    "vision-encoder-decoder": "refused with a BERT decoder: a dense layer and a norm follow its last block",
 }
 """Types of transformers without a row in the tables, and why."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,8 @@ PLACEHOLDERS = ("image_token_id", "image_token_index", "image_patch_id")
 class Kind:
     """What one type needs besides the common sizes."""
 
+    base: Mapping[str, Any] = field(default_factory=dict)
+    """In place of the default configuration."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Merged into the shrunk default configuration."""
     sizes: Mapping[str, Any] = field(default_factory=dict)
@@ -254,6 +257,21 @@ KINDS: dict[str, Kind] = {
     "video_llava": Kind(
         image_settings={"size": {"shortest_edge": SIDE}, "crop_size": SQUARE}, options={"patch_size": PATCH}
     ),
+    # With GPT-2, as image captioners have it: the default decoder is BERT, whose head is no single Linear.
+    "vision-encoder-decoder": Kind(
+        base={
+            "encoder": {"model_type": "vit", "hidden_size": 0, "num_hidden_layers": 0, "num_attention_heads": 0}
+            | {"intermediate_size": 0, "image_size": 0, "patch_size": 0},
+            "decoder": {"model_type": "gpt2", "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 256}
+            | {"add_cross_attention": True, "is_decoder": True, "vocab_size": 0, "bos_token_id": 0, "eos_token_id": 0},
+            "decoder_start_token_id": 0,
+            "pad_token_id": 0,
+        },
+        image_settings={"size": SQUARE},
+        image_processor="ViTImageProcessor",
+        processor="TrOCRProcessor",
+        template=False,
+    ),
 }
 
 
@@ -272,7 +290,7 @@ def build(name: str, folder: Path) -> Path:
     if kind.template:
         processor.chat_template = template_of("", "USER: ", f"{image}\n", " ", "ASSISTANT:")
     processor.save_pretrained(folder)
-    settings = shrunk(CONFIG_MAPPING[name]().to_dict(), SIZES | kind.sizes)
+    settings = shrunk(deepcopy(dict(kind.base)) or CONFIG_MAPPING[name]().to_dict(), SIZES | kind.sizes)
     placeholder = tokenizer.convert_tokens_to_ids(kind.placeholder or image)
     _set_tokens(settings, processor, named, placeholder)
     _merge(settings, kind.config)
