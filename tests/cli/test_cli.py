@@ -26,7 +26,7 @@ def bad_census(folder: Path) -> dict[str, tuple[dict[str, object], str]]:
     (folder / "empty").mkdir()
     (folder / "file").write_text("not a folder")
     (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text('{"model_type": "bert"}')
+    (folder / "model" / "config.json").write_text('{"model_type": "vit"}')
     (folder / "model" / "model.safetensors").touch()
     pq.write_table(pa.table({"a": [1]}), folder / "columns.parquet")
     pq.write_table(pq.read_table(DATA).slice(0, 0), folder / "nothing.parquet")
@@ -37,7 +37,7 @@ def bad_census(folder: Path) -> dict[str, tuple[dict[str, object], str]]:
         "missing column": ({"data": folder / "columns.parquet"}, "--image-column NAME --caption-column NAME"),
         "column of another name": ({"caption-column": "text"}, "has no column 'text'; it has sample_id"),
         "not a model": ({"model": folder / "empty"}, "empty: not a model folder (no config.json)"),
-        "another kind of model": ({"model": folder / "model"}, "not a vision-language checkpoint"),
+        "another kind of model": ({"model": folder / "model"}, "not a vision-language or causal language model"),
         "no such model": ({"model": "./nowhere"}, "./nowhere: no such model folder"),
         "out is below a file": ({"out": folder / "file" / "run"}, "file/run: can't write here (Not a directory)"),
         "out of another kind": ({"out": "gs://bucket/run"}, "scheme 'gs' is not supported; use a local path or s3://"),
