@@ -1,8 +1,8 @@
 """Find the decoder's MLP output projections in a model of unknown type, by how they behave in one tiny forward.
 
 No names are trusted. The final norm is the module whose output the unembedding receives. The decoder is the list of
-blocks whose last output that norm receives. An output projection is a Linear of a block with more inputs than outputs
-that passes two tests:
+blocks whose last output that norm receives. An output projection is a Linear of a block, with more inputs than outputs
+unless it is an expert's, that passes two tests:
 
     entry     another Linear of the block feeds it elementwise: changing unit j of one token there changes unit j of
               that token here and nothing else, so neither attention nor other mixing lies between. Where a norm lies
@@ -173,14 +173,14 @@ def _blocks(kind: str, model: nn.Module, calls: dict[str, Call], norm: Call) -> 
 
 def _projection(kind: str, layer: int, block: Block) -> Projection:
     """Find the one MLP output projection of a block."""
-    fed = [
-        (call, entries) for call, entries in fed_linears(block) if call.first_input().shape[-1] > call.output.shape[-1]
-    ]
+    fed = fed_linears(block)
     routed = [call for call in block.inside if is_fused(call.module)]
     if routed:
         projection, written = _experts(kind, layer, block, routed, fed)
     else:
-        projection, written = _mlp(kind, layer, block, fed)
+        # Experts are often narrower than what they write; a whole MLP is wider.
+        wide = [(call, entries) for call, entries in fed if call.first_input().shape[-1] > call.output.shape[-1]]
+        projection, written = _mlp(kind, layer, block, wide)
     if not _explains(block, written):
         raise InputError(
             f"{kind}: {block.path} writes more than its attention and {projection.path}, such as routed experts; "

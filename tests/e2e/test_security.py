@@ -103,7 +103,7 @@ def test_code_of_a_checkpoint_is_not_run(tiny: Callable[[str], Path], tmp_path: 
     if model_type == "llava":
         load(str(folder))  # the architecture of transformers, whatever the folder offers
     else:
-        with pytest.raises(InputError, match="not a vision-language or causal language model that transformers can load"):
+        with pytest.raises(InputError, match="not a vision-language or causal language model"):
             load(str(folder))
     assert not (tmp_path / "ran").exists()
     assert CensusSettings.model_fields["trust_remote_code"].default is False

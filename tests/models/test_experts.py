@@ -30,7 +30,8 @@ DECODERS = {
     "qwen3_moe": (HEADS | ROUTED | {"num_experts": 4}, [160, 160]),
     # The first layer is dense.
     "glm4_moe": (HEADS | SHARED | {"first_k_dense_replace": 1}, [48, 200]),
-    "dots1": (HEADS | SHARED | {"first_k_dense_replace": 1}, [48, 200]),
+    # Experts narrower than the hidden size, as in the large models.
+    "dots1": (HEADS | SHARED | {"first_k_dense_replace": 1, "moe_intermediate_size": 24}, [48, 120]),
     "ernie4_5_moe": (
         HEADS
         | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 40, "moe_num_shared_experts": 1}
@@ -59,7 +60,7 @@ DECODERS = {
         [48, 200],
     ),
     # What the shared expert writes is weighed.
-    "qwen2_moe": (HEADS | ROUTED | OWN, [216, 216]),
+    "qwen2_moe": (HEADS | ROUTED | OWN | {"shared_expert_intermediate_size": 20}, [180, 180]),
     "qwen3_5_moe_text": (HEADS | ROUTED | OWN | LINEAR_ATTENTION, [216, 216]),
 }
 """Settings of decoders with experts, and the neurons of their two layers: 4 · each, and of the shared expert."""
