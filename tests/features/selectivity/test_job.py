@@ -285,7 +285,7 @@ def test_text_without_images(tmp_path: Path) -> None:
     for method in ("lape", "contribution"):
         found = analysed(tmp_path / "run", method=method, rate=0.05, held_out=0.4, interventions=True)
         assert {row["label"] for row in found["selectivity"]} == {"en", "es", "fr", "zh"}
-        assert {row["measure"] for row in found["interventions"]} == {"nll"}
+        assert {row["measure"] for row in found["interventions"]} == {"nll", "perplexity"}
     for controls in ({}, {"permutations": 0, "bootstraps": 0}):
         with pytest.raises(InputError, match="no token of this kind was counted"):
             analysed(tmp_path / "run", modality="image", **controls)
