@@ -9,6 +9,7 @@ import torch
 
 from mmray.errors import InputError
 from mmray.features.census.model_check import check_model
+from mmray.models.families import HABITS
 from mmray.models.generation import caption_of, generate
 from mmray.models.interventions import ablate, by_layer
 from mmray.models.loading import DTYPES, load
@@ -132,7 +133,7 @@ def test_another_token_taken_for_the_image_s_fails_the_check(open_model, variant
 def test_captions_that_see_their_own_end_fail_the_check(open_model, monkeypatch):
     model = open_model("paligemma")
     # PaliGemma's prompt is seen in both directions: a caption marked as prompt sees its later words.
-    monkeypatch.setattr("mmray.models.prompting.CAUSAL_TYPE", {})
+    monkeypatch.setitem(HABITS, "paligemma", replace(HABITS["paligemma"], caption_type=0))
     assert failing(model) == {"later words are hidden"}
 
 
