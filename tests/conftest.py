@@ -29,7 +29,9 @@ hypothesis.settings.load_profile("mmray")
 
 # Assertions of shared helpers say what differs, as those of tests do.
 pytest.register_assert_rewrite("tests.support")
-pytest_plugins = [f"tests.support.{name}" for name in ("command", "joint_models", "shared", "small_run", "text_models")]
+pytest_plugins = [
+    f"tests.support.{name}" for name in ("chromium", "command", "joint_models", "shared", "small_run", "text_models")
+]
 
 BUCKET = "mmray-test"
 

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 HIGHEST = 10
 """Neurons of a concept whose layers are counted."""
-LAYER_ORDERS = {"score": "#5b5bd6", "specific": "#0b8f83"}
+LAYER_ORDERS = {"score": "#5b5bd6", "specific": "#0a776d"}
 """Orders that layers are compared by, with their colours."""
 METHODS = {
     "score": ("highest by score", "#5b5bd6", "solid"),
-    "specific": ("highest by specific", "#0b8f83", "solid"),
+    "specific": ("highest by specific", "#0a776d", "solid"),
     "layer-matched": ("random, same layers", "#a5a8b0", "solid"),
     "activation-matched": ("random, like activations", "#a5a8b0", "dash"),
     "uniform": ("random", "#a5a8b0", "dot"),

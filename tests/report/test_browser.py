@@ -1,26 +1,21 @@
-"""The report in headless Chromium: no error, search, pages, pictures, both themes, keys, two widths.
+"""The report in headless Chromium: no error, search, pages, pictures, both themes, keys, two widths."""
 
-Skipped where there is no Chromium; `.ci/run` installs Debian's where it may.
-"""
-
-import shutil
-from collections.abc import Callable, Iterator
+import csv
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mmray.report.writing import write_report
 from mmray.runs.run import open_run
+from tests.support.chromium import barriers, needs_chromium
 from tests.support.dogs import dog_run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 BESIDE = """[...document.querySelectorAll('figure')].filter((figure) => [...figure.querySelectorAll('*')].some((part) =>
 part.getBoundingClientRect().right > figure.getBoundingClientRect().right + 1)).length"""
 """Figures that something stands out of: it would lie over the next one."""
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
-]
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module", params=["whole", "pages"])
@@ -34,15 +29,6 @@ def place(request: pytest.FixtureRequest, made: Path, tmp_path_factory: pytest.T
 @pytest.fixture(scope="module")
 def made(shared: Callable[..., Path]) -> Path:
     return shared("dogs", dog_run) / "run"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as started:
-        found = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture
@@ -117,7 +103,7 @@ def test_concepts_sort_and_walk_by_keys(page):
     page.wait_for_selector("tbody tr")
     counts = page.eval_on_selector_all("tbody tr td:nth-child(4)", "cells => cells.map((cell) => +cell.textContent)")
     assert counts == sorted(counts, reverse=True)
-    page.get_by_role("button", name="concept").click()
+    page.get_by_role("button", name="concept", exact=True).click()
     names = page.eval_on_selector_all("tbody tr td:nth-child(2)", "cells => cells.map((cell) => cell.textContent)")
     assert names == sorted(names)
     page.keyboard.press("ArrowDown")
@@ -174,3 +160,73 @@ def test_nothing_is_wider_than_the_window(page, width):
         page.wait_for_timeout(150)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, hash
         assert page.evaluate(BESIDE) == 0, hash
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_every_page_can_be_read_by_everybody(browser, place, width, scheme):
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce", bypass_csp=True
+    )
+    shown = context.new_page()
+    shown.goto(place)
+    shown.wait_for_selector("h1")
+    hashes = shown.eval_on_selector_all("nav a", "links => links.map((link) => link.getAttribute('href'))")
+    found = {}
+    for hash in (*hashes, "#/concept/dog", "#/neuron/L7.u10", "#/failures"):
+        shown.evaluate(f"location.hash = '{hash}'")
+        shown.wait_for_timeout(100)
+        found[hash] = barriers(shown)
+    context.close()
+    assert [*found.values()] == [[]] * len(found), found
+
+
+def test_the_overview_works_one_example_through(page):
+    card = page.locator(".example")
+    assert card.locator("canvas").count() == 1
+    assert card.locator(".legend").count() == 1
+    assert card.locator("tbody tr").count() == 4
+    card.locator("a", has_text="dog").first.click()
+    page.wait_for_selector("h1:text-is('dog')")
+
+
+def test_a_picture_opens_larger_with_its_map_and_without(page):
+    page.evaluate("location.hash = '#/concept/dog'")
+    page.locator("button.zoom", has=page.locator("canvas")).first.click()
+    shown = page.locator("dialog")
+    assert shown.locator("img").count() == 2
+    assert shown.locator("canvas").count() == 1
+    assert "dog" in shown.locator("p").inner_text()
+    page.keyboard.press("Escape")
+    page.wait_for_selector("dialog", state="detached")
+    assert page.locator("h1").inner_text() == "dog"
+
+
+def test_a_table_is_saved_as_csv_and_json(page):
+    page.evaluate("location.hash = '#/concepts'")
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Save Concepts as CSV").click()
+    rows = list(csv.DictReader(Path(saved.value.path()).read_text(encoding="utf-8").splitlines()))
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Save Concepts as JSON").click()
+    known = json.loads(Path(saved.value.path()).read_text(encoding="utf-8"))
+    assert {row["concept"]: float(row["score"]) for row in rows} == {row["name"]: row["score"] for row in known}
+    assert len(rows) == page.locator("tbody tr").count()
+
+
+def test_concepts_are_filtered_by_how_often_they_occur(page):
+    page.evaluate("location.hash = '#/concepts'")
+    counts = "cells => cells.map((cell) => +cell.textContent)"
+    before = page.eval_on_selector_all("tbody tr td:nth-child(4)", counts)
+    least = max(before)
+    page.get_by_label("occurrences, at least").fill(str(least))
+    after = page.eval_on_selector_all("tbody tr td:nth-child(4)", counts)
+    assert after == [count for count in before if count >= least]
+    assert len(after) < len(before)
+
+
+def test_two_captions_differ_by_words_not_by_what_stands_next_to_them(page):
+    compared = "differing('A dog, a cat.', 'A bus, a cat too.')"
+    before, after = page.evaluate(f"{compared}.map((side) => side.map((part) => part.outerHTML || part).join(''))")
+    assert before == "A <del>dog</del>, a cat."
+    assert after == "A <ins>bus</ins>, a cat<ins> </ins><ins>too</ins>."

@@ -1,21 +1,12 @@
-"""A served run in headless Chromium: lists from the server, search, SQL, heat maps on demand, and the playground.
-
-Skipped where there is no Chromium, as `tests/report/test_browser.py`.
-"""
-
-import shutil
-from collections.abc import Iterator
+"""A served run in headless Chromium: lists from the server, search, SQL, heat maps on demand, and the playground."""
 
 import pytest
 
 from mmray.serve.app import HOST
+from tests.support.chromium import needs_chromium
 from tests.support.served import TOKEN, Client
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
-]
+pytestmark = needs_chromium
 PAGES = (
     "",
     "concepts",
@@ -28,15 +19,6 @@ PAGES = (
     "neuron/L7.u10",
     "failures",
 )
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as started:
-        found = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture

@@ -89,8 +89,9 @@ BOUNDS = (
 def verdict(values: Mapping[str, float | None]) -> dict[str, Any]:
     """Return what an edit's measures say under the bounds; `values`: measure → its value after the edit.
 
-    `words` is the verdict in plain words. `bounds` has each bound with its value and whether it passed; `passed` is
-    that of all. A measure without a value passes nothing: None, unless another bound is broken.
+    `statements` is the verdict in plain words, each statement with whether it is good; `words` has them in one text.
+    `bounds` has each bound with its value and whether it passed; `passed` is that of all. A measure without a value
+    passes nothing: None, unless another bound is broken.
     """
     checked = [(bound, values.get(bound.measure)) for bound in BOUNDS]
     passed = [None if value is None else bound.allows(value) for bound, value in checked]
@@ -99,21 +100,24 @@ def verdict(values: Mapping[str, float | None]) -> dict[str, Any]:
         for (bound, value), each in zip(checked, passed, strict=True)
     ]
     whole = False if False in passed else None if None in passed else True
-    return {"words": _words(checked), "passed": whole, "bounds": rows}
+    statements = _statements(checked)
+    words = "; ".join(one["words"] for one in statements)
+    return {"words": words, "statements": statements, "passed": whole, "bounds": rows}
 
 
-def _words(checked: list[tuple[Bound, float | None]]) -> str:
-    said = []
+def _statements(checked: list[tuple[Bound, float | None]]) -> list[dict[str, Any]]:
+    said: list[dict[str, Any]] = []
     for (kept, broken), group in groupby(checked, key=lambda pair: (pair[0].kept, pair[0].broken)):
         known = [(bound, value) for bound, value in group if value is not None]
         figures = [
-            f"{bound.figure.format(f'{value:.3g}')}, bound {bound.limit}"
+            f"{bound.figure.format(f'{value:.4g}')}, bound {bound.limit}"
             for bound, value in known
             if not bound.allows(value)
         ]
         if figures:
-            said.append(f"{broken} ({'; '.join(figures)})")
+            said.append({"words": f"{broken} ({'; '.join(figures)})", "passed": False})
         elif known:
-            said.append(kept)
-    missing = [bound.subject for bound, value in checked if value is None]
-    return "; ".join([*said, *([f"not measured: {', '.join(missing)}"] if missing else [])])
+            said.append({"words": kept, "passed": True})
+    if missing := [bound.subject for bound, value in checked if value is None]:
+        said.append({"words": f"not measured: {', '.join(missing)}", "passed": None})
+    return said

@@ -18,6 +18,7 @@ from mmray.data.image_keys import image_key, one_per_image
 from mmray.errors import DamagedError, InputError
 from mmray.features.editing.bounds import verdict
 from mmray.features.editing.files import CAPTIONS_FILE, EVALUATION_FILE, FACTS_FILE, ROWS_FILE
+from mmray.features.editing.labels import label_of
 from mmray.report.concepts import number
 from mmray.report.section import Request, Section
 from mmray.runs.run import Run
@@ -132,13 +133,19 @@ def _purpose(purpose: Mapping[str, Any]) -> str:
 
 
 def _verdict(measures: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if not measures:
+        return None
     # Computed again: evaluations of earlier versions, and the tables of pipelines, have none.
-    return verdict({row["measure"]: row.get("after") for row in measures}) if measures else None
+    found = verdict({row["measure"]: row.get("after") for row in measures})
+    counts = {row["measure"]: row.get("n") for row in measures}
+    bounds = [row | {"label": label_of(row["measure"]), "n": counts.get(row["measure"])} for row in found["bounds"]]
+    return found | {"bounds": bounds}
 
 
 def _measure(row: Mapping[str, Any]) -> dict[str, Any]:
     numbers = {key: number(row.get(key)) for key in ("before", "after", "low", "high")}
-    return numbers | {"measure": row["measure"], "n": row["n"], "protocol": row.get("protocol") or ""}
+    names = {"measure": row["measure"], "label": label_of(row["measure"])}
+    return numbers | names | {"n": row["n"], "protocol": row.get("protocol") or ""}
 
 
 def _chosen(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -230,11 +230,6 @@ def measure_of(name: str) -> Measure:
     return MEASURES[name.partition(":")[0]]
 
 
-def label_of(name: str) -> str:
-    """Return a measure's name as text."""
-    return name.replace("_", " ")
-
-
 def protocol_of(name: str, settings: MeasureSettings) -> str:
     """Return how a measure is measured under these settings."""
     measure, parts = measure_of(name), [measure_of(name).protocol]

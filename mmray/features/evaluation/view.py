@@ -9,7 +9,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mmray.features.evaluation.measures import label_of, measure_of
+from mmray.features.editing.labels import label_of
+from mmray.features.evaluation.measures import measure_of
 from mmray.terminal.tables import lineless, number
 
 PROTOCOL_KINDS = ("legacy", "teacher-forced", "greedy")

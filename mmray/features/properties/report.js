@@ -48,7 +48,18 @@ function sectionCharts(name, rows) {
   if (name === "region_invariance" || name === "image_invariance")
     return [h("div.grid.two", [...new Set(rows.map((row) => row.measure))].map((measure) =>
       card(h("h3", measureName(measure)), dose(select(rows, { measure }), measureName(measure), "highest neurons", (row) => row.neurons, "share"))))];
-  return [];
+  // One chart per measure, of as many neurons as the section's tables begin with.
+  return [h("div.grid.two", [...new Set(rows.map((row) => row.measure))].map((measure) => {
+    const all = select(rows, { measure }), shown = all.filter((row) => row.neurons === all[0].neurons);
+    return card(h("h3", measureName(measure)), dots(shown, measureName(measure), (row) => methodName(row.method), (row) => (LOCATED.has(row.method) ? "own" : "control")));
+  }))];
+}
+
+const RARE = 0.05;
+// Where the model hardly writes a noun, there is little that zeroing neurons could take away.
+function rareBanner(rows) {
+  const untouched = one(rows, { measure: "p_untouched" });
+  return untouched && untouched.value < RARE ? h("p.card.banner", `The model gives these nouns a probability of ${figure(untouched.value)} at the places where the captions have them, so causal figures mean little here. A census of the model's own captions (--captions generate) measures words that it does write.`) : null;
 }
 
 function propertiesPage() {
@@ -59,12 +70,13 @@ function propertiesPage() {
     const own = select(rows, { property: name });
     if (!own.length) return null;
     const protocols = [...new Map(own.map((row) => [measureName(row.measure), row.protocol])).entries()];
-    return [h("h2", title), under(question), h("div.grid", sectionCharts(name, own), card(measuresTable(own),
+    return [h("h2", title), under(question), h("div.grid", sectionCharts(name, own), card(
+      h("details", h("summary", `All ${plural(own.length, "figure")}, with intervals and controls`), measuresTable(own)),
       h("details", h("summary", "How each was measured"), h("dl", protocols.map(([measure, text]) => [h("dt", measure), h("dd", text)])))))];
   });
   return [
     heading("Properties", "What the located neurons mean. Each figure comes with the same figure for control neurons. Intervals: 95 %, over images."),
-    shown, compared.length ? comparison(compared) : null,
+    rareBanner(rows), shown, compared.length ? comparison(compared) : null,
   ];
 }
 

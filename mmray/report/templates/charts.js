@@ -100,3 +100,13 @@ function bars(rows, label, name, hue, format = ".3f") {
     { yaxis: { type: "category" }, xaxis: { tickformat: format === ".1%" ? ".0%" : "" } },
   ], 70 + 30 * rows.length);
 }
+
+// Values with their intervals, one line per row.
+function dots(rows, label, name, hue) {
+  const shown = [...rows].reverse();
+  return plot(label, () => [
+    [{ type: "scatter", mode: "markers", x: shown.map((row) => row.value), y: shown.map(name), error_x: { ...errorBars(shown), color: colour("faint") },
+       marker: { size: 10, color: shown.map((row) => colour(hue(row))) }, hovertemplate: "%{x:.3f}<extra>%{y}</extra>" }],
+    { yaxis: { type: "category" }, xaxis: { rangemode: "tozero", exponentformat: "none" } },
+  ], 60 + 30 * rows.length);
+}

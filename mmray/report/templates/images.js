@@ -97,6 +97,21 @@ function picture(sample, map = null, how = "heat") {
   return frame;
 }
 
+// The colours of a map from its lowest value to its highest.
+const legend = (map) => h("span.legend", figure(map.low, 2), h("i", { style: `background:linear-gradient(to right, ${STOPS.map((channels) => `rgb(${channels.join(" ")})`).join(", ")})` }), figure(map.high, 2));
+
+// A picture that opens larger, next to the image without its map.
+function zoomable(sample, map = null, how = "heat") {
+  const open = () => {
+    const shown = h("dialog.zoomed", { onclick: () => shown.close(), onclose: () => shown.remove() },
+      h("div.sides", map && picture({ ...sample, maps: {} }), picture(sample, map, how)),
+      h("p", sample.caption || DATA.captions[sample.id] || ""), map && how === "heat" && legend(map), h("button.more", { type: "button" }, "Close"));
+    document.body.append(shown);
+    shown.showModal();
+  };
+  return h("button.zoom", { type: "button", onclick: open, "aria-label": `Enlarge: ${sample.caption || DATA.captions[sample.id] || "image"}` }, picture(sample, map, how));
+}
+
 // A caption with the words of a concept marked.
 function caption(text, concept = "") {
   const words = String(text || "");

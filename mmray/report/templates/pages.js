@@ -20,12 +20,44 @@ function findings() {
     : tile(percent(read / INDEX.concepts.length, 1), `of ${plural(INDEX.concepts.length, "concept")} are written by one of their ten highest neurons`, true));
   const zeroed = { measure: "zeroed_own", neurons: 100 };
   const own = one(rows, { ...zeroed, method: "score" }), matched = one(rows, { ...zeroed, method: "layer-matched" });
-  if (own) tiles.push(tile(change(own.value), `P(noun) with its 100 highest neurons zeroed${matched ? `; random ones of the same layers ${change(matched.value)}` : ""}`, true));
+  if (own) tiles.push(tile(change(own.value), `P(noun) with its 100 highest neurons zeroed, over ${plural(own.n, "image")}${matched ? `; random ones of the same layers ${change(matched.value)}` : ""}`, true));
   const pointing = ["score", "specific"].map((method) => one(rows, { measure: "pointing_game", method })).filter(Boolean).sort((a, b) => b.value - a.value)[0];
   const chance = one(rows, { measure: "pointing_game", method: "chance" });
-  if (pointing) tiles.push(tile(percent(pointing.value), `of heat maps of several objects peak on the right one${chance ? `; chance ${percent(chance.value)}` : ""}`, true));
+  if (pointing) tiles.push(tile(percent(pointing.value), `of ${plural(pointing.n, "heat map")} of several objects peak on the right one${chance ? `; chance ${percent(chance.value)}` : ""}`, true));
   return tiles;
 }
+
+// One example worked through: an image, the neurons that write its noun, and what happens without them.
+function exampleOf(page) {
+  const sample = page.samples.find((one) => Object.keys(one.maps).length) || page.samples[0], map = sample.maps.specific || sample.maps.score;
+  const zeroed = (method) => one(page.properties, { measure: "zeroed_own", method, neurons: 100 }), own = zeroed("score"), matched = zeroed("layer-matched");
+  const most = Math.max(...page.neurons.map((row) => row.score));
+  return card(h("div.example",
+    h("figure", zoomable(sample, map), h("figcaption", caption(DATA.captions[sample.id], page.name), map && legend(map))),
+    h("div",
+      h("p", `The model writes `, h("a", { href: toConcept(page.name) }, h("b", page.name)), ` with probability ${figure(page.probability, 3)}, mean over ${plural(page.n, "occurrence")}. These neurons add most to its logit:`),
+      sortable(`Highest neurons of ${page.name}`, [
+        { title: "neuron", value: (row) => row.neuron, cell: (row) => neuronLink(row.neuron) },
+        { title: "score", value: (row) => row.score, number: true, about: `mean ${scoreName}`, cell: (row) => barCell(row.score, most, 2) },
+        { title: "writes", kind: "tokens", cell: (row) => [minus(row), tokens(row.tokens, page.name, 5)] },
+      ], page.neurons.slice(0, 4), { keep: true, plain: true }),
+      map && h("p.note", "The map shows where in the image the ten highest by specific are active."),
+      own && h("p", { style: "margin:12px 0 0" }, `Zeroing the 100 highest changes the probability by `, h("b", change(own.value)), ` over ${plural(own.n, "image")}${matched ? `, and 100 random neurons of the same layers by ${change(matched.value)}` : ""}.`))));
+}
+
+function example() {
+  const row = INDEX.concepts.find((one) => one.sample);
+  if (!row) return null;
+  const place = h("div"), fill = (page) => page && page.samples.length && place.replaceChildren(h("h2", "One example"), under("The most frequent concept of this run."), exampleOf(page));
+  const page = SOURCE.part(`c:${row.name}`);
+  page instanceof Promise ? page.then(fill, () => {}) : fill(page);
+  return place;
+}
+
+const editsSummary = () => INDEX.editing.length ? [
+  h("h2", "What edits did"), under("Each is measured on its own page. ", h("a", { href: "#/edits" }, "Edits")),
+  h("div.grid.two", INDEX.editing.slice(0, 4).map((edit) => card(h("h3", edit.facts.purpose || edit.name), edit.verdict ? verdictList(edit.verdict) : h("p.note", "Not evaluated yet: mmray evaluate measures it.")))),
+] : null;
 
 function overview() {
   const { run } = INDEX, best = [...INDEX.concepts].filter((row) => row.sample).slice(0, 24);
@@ -41,6 +73,7 @@ function overview() {
     h("div.tiles", findings(), tile(whole(run.concepts), `concepts at ${plural(run.occurrences, "occurrence")}`), tile(whole(run.samples), "images with captions"),
       Object.entries(run.skipped).map(([reason, count]) => tile(whole(count), `captions with ${reason}, which are not ranked`)),
       run.failures ? tile(whole(run.failures), `${run.failures === 1 ? "sample" : "samples"} failed`) : null),
+    example(), editsSummary(),
     h("h2", "Most frequent concepts"), under("What the highest neuron of each writes; in green, its own word. ", h("a", { href: "#/concepts" }, `All ${whole(SOURCE.live ? INDEX.all_concepts : INDEX.concepts.length)} concepts`)),
     h("div.grid.gallery", best.map((row) =>
       h("a.card", { href: toConcept(row.name) }, picture({ id: row.sample, caption: row.name }), h("div.name", row.name, h("small", `${whole(row.n)}×`)), h("div.tokens", minus(row), tokens(row.tokens, row.name, 3))))),
@@ -79,11 +112,13 @@ function samplesCard(page) {
       if (!map && SOURCE.map && how !== "image") make(sample, ranking);
       const found = map && map.hit !== null ? ` · peak ${map.hit ? "on" : "off"} the object` : "";
       const tried = SOURCE.map && h("a.range", { href: toPlayground(sample.id, page.neurons.slice(0, 10).map((row) => row.neuron).join(" ")) }, "playground");
-      return h("figure", picture(sample, map, how), h("figcaption", caption(DATA.captions[sample.id], page.name), tried && [" ", tried], map && h("div.range", `${figure(map.low, 2)} to ${figure(map.high, 2)}${found}`)));
+      return h("figure", zoomable(sample, map, how), h("figcaption", caption(DATA.captions[sample.id], page.name), tried && [" ", tried], map ? h("div.range", `${figure(map.low, 2)} to ${figure(map.high, 2)}${found}`) : stored && how !== "image" && h("div.range", "no map drawn")));
     }));
   }
   fill();
-  return card(h("h3", "Images"), controls, place, has && h("p.note", { style: "margin:12px 0 0" }, "Mean activation of the neurons over the image's patches, bilinear; the mask is what lies above the 95th percentile. The white box is the object's."));
+  return card(h("h3", "Images"), controls, place, h("p.note", { style: "margin:12px 0 0" }, has
+    ? "Mean activation of the neurons over the image's patches, bilinear; the mask is what lies above the 95th percentile. The white box is the object's. `mmray properties RUN --maps N` draws maps of N images per concept."
+    : "No heat maps in this run: `mmray properties RUN` draws them, if the model keeps the image's patches apart."));
 }
 
 function concept(page) {
@@ -115,7 +150,7 @@ function neuron(page) {
   const examples = (sign, title) => {
     const rows = page.examples.filter((row) => row.sign === sign), place = h("div.grid.samples"), maps = new Map();
     if (!rows.length) return null;
-    const fill = () => place.replaceChildren(...rows.map((row) => h("figure", picture(row, maps.get(row.id)), h("figcaption", h("b", figure(row.activation, 2)), " ", caption(DATA.captions[row.id])))));
+    const fill = () => place.replaceChildren(...rows.map((row) => h("figure", zoomable(row, maps.get(row.id)), h("figcaption", h("b", figure(row.activation, 2)), " ", caption(DATA.captions[row.id])))));
     const draw = () => rows.forEach((row) => SOURCE.map(row.id, [page.neuron]).then((map) => { maps.set(row.id, map); fill(); }, () => {}));
     fill();
     return card(h("h3", title), SOURCE.map && h("div.chips", h("button", { type: "button", onclick: draw }, "heat maps of this neuron")), place);

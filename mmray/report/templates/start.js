@@ -89,7 +89,7 @@ document.getElementById("theme").addEventListener("click", changeTheme);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea, select")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea, select, dialog")) return;
   const follow = (selector) => document.querySelector(selector)?.click();
   if (event.key === "/") { event.preventDefault(); search.focus(); }
   if (event.key === "ArrowLeft") follow(".steps [rel=previous]");
