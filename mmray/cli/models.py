@@ -76,7 +76,7 @@ def _parts_tree(title: str, parts: ModelParts) -> Tree:
             tree.add(Text(f"{module}: no MLP", "dim"))
             continue
         neurons = sum(projection.width for projection in projections)
-        branch = tree.add(f"{module}: {len(projections)} MLPs, {neurons:,} neurons")
+        branch = tree.add(f"{module}: {plural(len(projections), 'MLP')}, {neurons:,} neurons")
         branch.add(_projection_line(projections[0]))
         if len(projections) > 1:
             branch.add(Text(f"… {projections[-1].path}", "dim"))
