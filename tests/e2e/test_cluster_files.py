@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -111,3 +112,43 @@ def test_the_cron_job_may_create_what_it_creates() -> None:
 def test_images_are_of_a_ray_that_the_project_takes() -> None:
     version = job_specs()["rayjob.yaml"]["rayClusterSpec"]["rayVersion"]
     assert f"FROM rayproject/ray:{version}-py311-gpu" in (KUBERNETES / "Dockerfile").read_text()
+
+
+def script_of(name: str) -> str:
+    """Return the shell script that a Slurm or SkyPilot file runs on its machines."""
+    path = ROOT / "jobs" / name
+    return path.read_text() if path.suffix == ".sbatch" else documents(path)[0]["run"]
+
+
+@pytest.mark.parametrize("name", ["slurm/census.sbatch", "skypilot/census.yaml"])
+def test_scripts_start_ray_on_every_machine_and_the_job_on_one(name: str, tmp_path: Path) -> None:
+    bin = tmp_path / "env" / "bin"
+    bin.mkdir(parents=True)
+    (bin / "activate").write_text("")
+    # srun runs its arguments; ray prints those that it was given.
+    for command, body in {"scontrol": "printf 'n1\\nn2\\n'", "srun": '"$@"', "ray": 'printf "%s\\n" "$@"'}.items():
+        (bin / command).write_text(f"#!/bin/sh\n{body}\n")
+        (bin / command).chmod(0o755)
+    variables = {
+        "HOME": str(tmp_path),
+        "PATH": f"{bin}:/usr/bin:/bin",
+        "DATA": "s3://b/captions",
+        "OUT": "s3://b/runs/llava",
+        **{"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2"},
+        **{"SLURM_CPUS_PER_TASK": "32", "SLURM_GPUS_ON_NODE": "1"},
+        **{"SKYPILOT_NODE_IPS": "n1\nn2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "1"},
+    }
+    given = ["data=s3://b/captions", "out=s3://b/runs/llava"] if name.startswith("slurm") else []
+    ran = subprocess.run(
+        ["bash", "-c", script_of(name), "script", *given], env=variables, capture_output=True, text=True, check=True
+    )
+    words = ran.stdout.split("\n")[:-1]
+    ray, command = words[: words.index("--")], words[words.index("--") + 1 :]
+    options = dict(zip(ray[1::2], ray[2::2], strict=True))
+    assert ray[0] == "symmetric-run"
+    assert (options["--address"], options["--min-nodes"], options["--num-gpus"]) == ("n1:6379", "2", "1")
+    assert command[:3] == ["python", "jobs/census.py", "--config"]
+    settings = census_settings(read_config(ROOT / command[3], command[4:]))
+    # Without an address, the job would start a Ray of its own on this machine alone.
+    assert settings.address == "auto"
+    assert (settings.data, settings.out) == ("s3://b/captions", "s3://b/runs/llava")
