@@ -119,6 +119,7 @@ def test_records_of_mmedit_are_measured_in_parts(
     assert len({row["sample_id"] for row in rows.measurements}) == FILES
 
 
+@pytest.mark.slow
 def test_an_edit_decodes_what_it_learns_from_in_parts(demo: Any, large: list[Sample], held: Held) -> None:
     learnt: Any = EditDataset(demo, SimpleNamespace())  # type: ignore[arg-type]
     own = learnt.own_captions(large)
@@ -131,6 +132,7 @@ def test_an_edit_decodes_what_it_learns_from_in_parts(demo: Any, large: list[Sam
     assert [row for batch in found for row in batch.tokens] == [list(example.tokens) for example in examples]
 
 
+@pytest.mark.slow
 def test_properties_write_captions_and_ask_clip_in_parts(
     demo: Any, large: list[Sample], held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:

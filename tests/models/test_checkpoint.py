@@ -42,6 +42,7 @@ def weight_names(folder):
     return sorted(safetensors.torch.load_file(folder / "model.safetensors"))
 
 
+@pytest.mark.slow
 def test_any_missing_weight_is_refused_by_name(tiny, tmp_path):
     for name in weight_names(tiny("llava")):
         folder = shutil.copytree(tiny("llava"), tmp_path / "one")

@@ -23,6 +23,7 @@ def readme():
     return text
 
 
+@pytest.mark.slow
 def test_the_readme_s_table_of_families_is_what_the_tests_find(open_model, readme):
     assert list(NAMES) == list(VARIANTS)
     made = table(open_model)

@@ -178,6 +178,7 @@ def occurrences(tables):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 5, 12])
 def test_scores_do_not_depend_on_the_batch(open_model, size):
     model = open_model("demo")

@@ -156,6 +156,7 @@ def test_edits_have_analyses_of_their_own(census, count):
     assert titles == ["decoding", "letters", "letters of dog-cat"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("content", CONTENTS)
 def test_a_damaged_file_is_a_line_that_names_it(mmray, census, count, place, content):

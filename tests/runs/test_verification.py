@@ -57,6 +57,7 @@ def test_a_whole_run_has_no_problems(mmray, census, count):
     assert "all as they were written" in answer.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_every_damaged_file_is_named_alone(census, count, kind):
     count()

@@ -102,6 +102,7 @@ def refused_once(again: Callable[[], None], *said: str) -> None:
     again()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PARTS if name != "decoded"])
 def test_a_flipped_bit_in_a_part(run: Path, whole: Path, again: Callable[[], None], name: str) -> None:
     flip(part(run, 1, name))
@@ -184,6 +185,7 @@ RECEIPTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", RECEIPTS)
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_wrong_receipt_is_told_and_its_shard_done_again(

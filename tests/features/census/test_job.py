@@ -171,6 +171,7 @@ def test_a_driver_that_died_while_merging_is_made_good(model: Path, data: Path, 
     assert {name: found for name, found in files(out).items() if name in committed} == committed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -194,6 +195,7 @@ def test_other_settings_on_a_run_are_refused(
     assert unleased(files(out)) == unleased(before)
 
 
+@pytest.mark.slow
 def test_a_worker_that_starts_elsewhere_finds_relative_paths(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

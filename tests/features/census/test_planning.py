@@ -105,6 +105,7 @@ def test_a_plan_says_what_it_looked_at(tmp_path: Path) -> None:
     assert "captions are in Spanish (10 of 10)" in text(plan)
 
 
+@pytest.mark.slow
 def test_a_census_warns_before_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data, said = write(tmp_path / "data.parquet", [*SPANISH[:5], "A dog."]), []

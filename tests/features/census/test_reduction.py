@@ -134,6 +134,7 @@ def test_sums_are_those_of_all_occurrences_however_they_are_cut(occurrences, sha
 RANGES = st.lists(st.sampled_from(["a", "cat", "dig", "dog", "owl", "zoo"]), unique=True).map(sorted)
 
 
+@pytest.mark.slow
 @given(OCCURRENCES, CUTS, st.integers(1, NEURONS), RANGES, st.integers(1, 10_000), st.randoms(use_true_random=False))
 def test_shards_merge_in_any_order_and_in_any_ranges(occurrences, cuts, kept, ranges, spilled, random):
     shards = [shard(part, kept=kept) for part in cut(occurrences, cuts)]
@@ -277,6 +278,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("certificate", ORDERS)
 @given(OCCURRENCES | REAL_OCCURRENCES, CUTS, st.integers(1, NEURONS), st.integers(1, 4))
 def test_no_certificate_of_any_order_is_wrong(certificate, occurrences, cuts, kept, room):
@@ -315,6 +317,7 @@ def test_a_neuron_left_out_that_is_first_by_specific_is_no_secret():
     assert {rows["L0.u0"][rank] for rank, _ in ORDERS.values()} == {1}
 
 
+@pytest.mark.slow
 @given(OCCURRENCES, CUTS, st.integers(1, NEURONS))
 def test_the_share_of_certified_ranks_is_that_of_frequent_concepts(occurrences, cuts, kept):
     merged = merge([shard(part, kept=kept) for part in cut(occurrences, cuts)])

@@ -147,6 +147,7 @@ def grow(form: str, folder: Path, rows: list[dict[str, Any]]) -> Path:
 FORMS = ["jsonl", "csv", "coco"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_at_the_end_of_a_file_are_new_data(model: Path, tmp_path: Path, form: str) -> None:
     data, out = tmp_path / "data", tmp_path / "run"
@@ -172,6 +173,7 @@ def test_rows_at_the_end_of_a_file_are_new_data(model: Path, tmp_path: Path, for
         assert ours.select(columns).equals(theirs.select(columns)), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("change", ["caption", "order", "fewer", "image", "objects"])
 def test_rows_that_were_analysed_must_stay(model: Path, tmp_path: Path, form: str, change: str) -> None:

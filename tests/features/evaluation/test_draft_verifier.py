@@ -36,6 +36,7 @@ def generated(verifier: DraftVerifier, queries: list[Query]) -> list[list[int]]:
     return [generate(verifier.model, [query.prompt], [query.image])[0] for query in queries]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_replies_are_those_of_generation(open_model: Callable[[str], Any], variant: str) -> None:
     model = open_model(variant)

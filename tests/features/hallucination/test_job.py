@@ -112,6 +112,7 @@ def test_claims_are_tables_of_the_run_and_a_stopped_one_goes_on(run):
     assert {row["judge"] for row in done.headline["measures"]} == {None, "detector", "language model"}
 
 
+@pytest.mark.slow
 def test_a_synonym_is_a_claim_of_its_object(run, tmp_path):
     listed = tmp_path / "synonyms.json"
     captions = {}

@@ -38,6 +38,7 @@ def test_the_gradient_is_the_difference_quotient_of_the_logit(joint, images):
     assert float((given.gradients[0] * step[0]).sum()) == pytest.approx(quotient, rel=0.02, abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_place_s_maps_do_not_depend_on_what_shares_its_batch(joint, images, drawn_scenes):
     words = [scene.objects for scene in drawn_scenes[:3]]
     captions = [f"An image of a {first} and a {second}." for first, second in words]
@@ -75,6 +76,7 @@ def test_attention_rolls_out_to_a_distribution():
     assert torch.allclose(rollout(same), torch.eye(6))
 
 
+@pytest.mark.slow
 def test_alignment_points_at_the_object_that_is_asked_for(joint, images, drawn_scenes):
     hits = []
     for scene, image in zip(drawn_scenes, images, strict=True):
