@@ -247,6 +247,14 @@ def _output_of(keep: Callable[[Tensor], None], _: nn.Module, __: tuple[Any, ...]
     keep(output)
 
 
+def routed_experts(network: nn.Module, projection: Projection) -> tuple[int, int] | None:
+    """Return a layer's number of routed experts, and the units of each; None for an ordinary MLP."""
+    if not projection.experts:
+        return None
+    experts, units, _ = by_unit(Experts.of(network, projection).routed).shape
+    return experts, units
+
+
 def is_fused(module: nn.Module) -> bool:
     """Return whether a module is one of transformers' fused experts, with one weight for all output projections."""
     weight = getattr(module, "down_proj", None)

@@ -19,20 +19,19 @@ from mmray.errors import InputError
 from mmray.models.experts import Experts
 from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows, set_output_rows
-from mmray.neuron_names import parse_neuron
 
 
 def by_layer(
     model: LoadedModel, neurons: Iterable[str | tuple[int, int]], module: str = "language"
 ) -> dict[int, list[int]]:
-    """Group neurons, `L7.u89` or (layer, unit), by layer, without repeats; raises InputError for an unknown neuron.
+    """Group neurons, by name or as (layer, unit), by layer, without repeats; raises InputError for an unknown neuron.
 
     One name alone stands for that neuron.
     """
     groups: dict[int, dict[int, None]] = {}
     widths = [projection.width for projection in model.parts.image_path(module)]
     for neuron in [neurons] if isinstance(neurons, str) else neurons:
-        layer, unit = parse_neuron(neuron) if isinstance(neuron, str) else neuron
+        layer, unit = model.names.parse(neuron) if isinstance(neuron, str) else neuron
         if not (0 <= layer < len(widths) and 0 <= unit < widths[layer]):
             raise InputError(
                 f"L{layer}.u{unit} is outside {model.name}: {len(widths)} layers of {max(widths, default=0)} neurons"
@@ -73,7 +72,7 @@ def set_to(
     named = [neurons] if isinstance(neurons, str) else list(neurons)
     values = [value] * len(named) if isinstance(value, (int, float)) else value
     by_neuron = {
-        parse_neuron(neuron) if isinstance(neuron, str) else neuron: own
+        model.names.parse(neuron) if isinstance(neuron, str) else neuron: own
         for neuron, own in zip(named, values, strict=True)
     }
     with ExitStack() as stack:

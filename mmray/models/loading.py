@@ -36,8 +36,10 @@ import mmray.demo
 from mmray.engine.clock import phase
 from mmray.errors import InputError
 from mmray.models.checkpoint import WEIGHTS, check_config, checkpoint_files, reads_images
+from mmray.models.experts import routed_experts
 from mmray.models.layout import ModelParts, Projection
 from mmray.models.parts import locate
+from mmray.neuron_names import NeuronNames
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """By the names that `--dtype` takes."""
@@ -75,6 +77,11 @@ class LoadedModel:
     def widths(self) -> tuple[int, ...]:
         """Neurons of each layer of the language decoder."""
         return tuple(projection.width for projection in self.projections)
+
+    @cached_property
+    def names(self) -> NeuronNames:
+        """Names of the language decoder's neurons."""
+        return NeuronNames(tuple(routed_experts(self.network, projection) for projection in self.projections))
 
     @cached_property
     def digest(self) -> str:
@@ -286,6 +293,7 @@ def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, A
         "type": config.model_type,
         "layers": len(language),
         "widths": [projection.width for projection in language],
+        "experts": [routed_experts(network, projection) for projection in language],
         "module_widths": {
             module: [projection.width for projection in parts.of(module) if not projection.reads_text]
             for module in ("vision", "projector")

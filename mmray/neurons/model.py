@@ -22,7 +22,6 @@ from mmray.models.loading import LoadedModel, load
 from mmray.models.options import LONGEST
 from mmray.models.patches import patches_of
 from mmray.models.prompting import encode, prefix_before, prompt_text, tokenize_caption
-from mmray.neuron_names import parse_neuron
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.heatmaps import STRENGTH, Map, MapRequest, patch_maps, placed
 from mmray.neurons.scores import SCORES, Pieces
@@ -149,7 +148,9 @@ class NeuronModel(LoadedModel):
         if patches is None:
             raise InputError(f"{self.name}: its image is no grid of tokens in the sequence, so there are no heat maps")
         by_layer(self, neurons)  # Raises for neurons that the model does not have.
-        (values,) = patch_maps(self, batch, [MapRequest(0, patches, [parse_neuron(name) for name in neurons], signs)])
+        (values,) = patch_maps(
+            self, batch, [MapRequest(0, patches, [self.names.parse(name) for name in neurons], signs)]
+        )
         return values, patches.covers
 
     def plot_heat_map(

@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from mmray.neuron_names import neuron_name, parse_neuron
 from mmray.report.concepts import among, number
 from mmray.runs.figures import layer_shares
 from mmray.runs.run import Run
@@ -34,7 +33,7 @@ def neuron_pages(
     examples = _examples(run, names)
     activity = _activity(run, names)
     pages = {}
-    for row in run.rows("neurons", of_neurons(names)).to_pylist():
+    for row in run.rows("neurons", of_neurons(run, names)).to_pylist():
         name = row["neuron"]
         if name in names:
             numbers = {key: number(row[key]) for key in ("mean", "std", "min", "max")}
@@ -53,9 +52,9 @@ def neuron_pages(
     return pages
 
 
-def of_neurons(names: Collection[str]) -> pc.Expression:
+def of_neurons(run: Run, names: Collection[str]) -> pc.Expression:
     """Return a condition that holds for the rows of these neurons; of many neurons, for few others too."""
-    pairs = [parse_neuron(name) for name in names]
+    pairs = [run.names.parse(name) for name in names]
     if 0 < len(pairs) <= FEW:
         # Row groups without any of them are found by their bounds.
         return reduce(or_, ((pc.field("layer") == layer) & (pc.field("unit") == unit) for layer, unit in pairs))
@@ -74,20 +73,20 @@ def uses_of(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _examples(run: Run, names: Collection[str]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    near = run.rows("examples", of_neurons(names) & (pc.field("rank") <= EXAMPLES))
+    near = run.rows("examples", of_neurons(run, names) & (pc.field("rank") <= EXAMPLES))
     for row in near.sort_by([("sign", "descending"), ("rank", "ascending")]).to_pylist():
         known = {"activation": number(row["activation"]), "id": row["sample_id"]}
-        found[neuron_name(row["layer"], row["unit"])].append({"sign": row["sign"], **known})
+        found[run.names.name(row["layer"], row["unit"])].append({"sign": row["sign"], **known})
     return found
 
 
 def _activity(run: Run, names: Collection[str]) -> dict[str, list[tuple[str, str, str, float]]]:
     """Return for each neuron its rows of kind of label, label, modality and fraction of open tokens."""
     found: dict[str, list[tuple[str, str, str, float]]] = defaultdict(list)
-    where = of_neurons(names) & (pc.field("module") == "language") & (pc.field("n_tokens") > 0)
+    where = of_neurons(run, names) & (pc.field("module") == "language") & (pc.field("n_tokens") > 0)
     for row in run.rows("activity", where).to_pylist():
         share = round(row["n_active"] / row["n_tokens"], 3)
-        name = neuron_name(row["layer"], row["unit"])
+        name = run.names.name(row["layer"], row["unit"])
         found[name].append((row["label_kind"], row["label"], row["modality"], share))
     for rows in found.values():
         # The row over all labels comes first, so that the cut below never loses it.

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from mmray.errors import DamagedError, InputError
 from mmray.features import FEATURES, command_for, table_schemas
-from mmray.neuron_names import parse_neuron
+from mmray.neuron_names import NeuronNames
 from mmray.runs import RunFolder
 from mmray.runs.concepts import CONCEPTS, ORDERS, summarise_rankings
 from mmray.runs.home import resolve_settings
@@ -110,6 +110,11 @@ class Run:
         rows = ["".join(f"<td>{escape(str(value))}</td>" for value in row) for row in zip(*table.values(), strict=True)]
         head = "".join(f"<th>{escape(name)}</th>" for name in table)
         return f"{text}<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+    @cached_property
+    def names(self) -> NeuronNames:
+        """Names of the model's neurons."""
+        return NeuronNames.of(self.info["model"].get("experts", ()))
 
     @property
     def tables(self) -> list[str]:
@@ -304,7 +309,7 @@ class Run:
 
         Raises InputError for a neuron outside the model.
         """
-        layer, unit = parse_neuron(name)
+        layer, unit = self.names.parse(name)
         own = (pc.field("layer") == layer) & (pc.field("unit") == unit)
         rows = self.rows("neurons", own).to_pylist()
         if not rows:

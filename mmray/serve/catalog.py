@@ -17,7 +17,7 @@ TOKENS = 6
 """Tokens per neuron in lists, as in the report."""
 FOUND_CONCEPTS, FOUND_NEURONS = 8, 6
 """Results of a search."""
-PARTIAL_NEURON = re.compile(r"[lL]\d+(\.([uU]\d*)?)?")
+PARTIAL_NEURON = re.compile(r"[lL]\d+(\.([eE]\d*(\.([uU]\d*)?)?|[uU]\d*)?)?")
 SORTED = {
     "concepts": ("concept", "n", "n_images", "neuron", "score", "specific"),
     "neurons": ("neuron", "n_concepts", "open", "max"),

@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 
 from mmray.data.samples import Sample
 from mmray.errors import InputError
-from mmray.neuron_names import neuron_name
 from mmray.report.concepts import (
     FIRST_TOKENS,
     among,
@@ -127,9 +126,9 @@ class LiveRun:
     def _users(self, names: Sequence[str]) -> dict[str, list[tuple[str, int]]]:
         """Return the concepts that have these neurons among their ten highest, with their occurrences."""
         users: dict[str, list[tuple[str, int]]] = {name: [] for name in names}
-        where = of_neurons(names) & (pc.field("rank") <= 10)
+        where = of_neurons(self.run, names) & (pc.field("rank") <= 10)
         for row in self.run.rows("neuron_concepts", where, ["layer", "unit", "concept", "n"]).to_pylist():
-            users[neuron_name(row["layer"], row["unit"])].append((row["concept"], row["n"]))
+            users[self.run.names.name(row["layer"], row["unit"])].append((row["concept"], row["n"]))
         return users
 
     def _neuron(self, name: str) -> tuple[dict[str, Any], dict[str, str]] | None:

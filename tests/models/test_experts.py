@@ -12,9 +12,10 @@ from mmray.features.census.model_check import check_model
 from mmray.features.editing.deltas import Deltas
 from mmray.models.blocks import block_output
 from mmray.models.capture import capture_activations, gate_function
-from mmray.models.experts import Experts
+from mmray.models.experts import Experts, routed_experts
 from mmray.models.interventions import ablate
 from mmray.models.parts import locate, output_rows, set_output_rows
+from mmray.neuron_names import NeuronNames
 from mmray.neurons.model import load_model
 
 HEADS = {"num_key_value_heads": 2, "head_dim": 8}
@@ -206,7 +207,27 @@ def test_a_model_with_a_shared_expert_passes_every_check(tiny, decoder, name, tm
     with torch.no_grad():
         torch.testing.assert_close(model.network(**inputs).logits, hooked, rtol=1e-4, atol=1e-4)
         with ablate(model, [f"L{last.layer}.u{last.width - 1}"]):
-            assert not torch.allclose(model.network(**inputs).logits, hooked)
+            ablated = model.network(**inputs).logits
+            assert not torch.allclose(ablated, hooked)
+        # By its name within the shared expert, which comes after the routed ones.
+        name = model.names.name(last.layer, last.width - 1)
+        assert name.startswith(f"L{last.layer}.e{last.experts}.u")
+        with ablate(model, name):
+            assert torch.equal(model.network(**inputs).logits, ablated)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_neuron_has_a_name_of_its_own(decoder, name):
+    network = decoder(name)
+    projections = locate(network).of("language")
+    names = NeuronNames(tuple(routed_experts(network, one) for one in projections))
+    every = [(layer, unit) for layer, one in enumerate(projections) for unit in range(one.width)]
+    written = [names.name(*one) for one in every]
+    assert len(set(written)) == len(every)
+    assert [names.parse(one) for one in written] == every
+    assert {"e" in one for one, (layer, _) in zip(written, every, strict=True) if not projections[layer].experts} <= {
+        False
+    }
 
 
 def test_the_gates_of_a_shared_expert_are_those_of_all(loaded, decoder):

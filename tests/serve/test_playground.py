@@ -8,7 +8,7 @@ from mmray.errors import InputError
 from mmray.features.editing.edit import Purpose, WeightEdit
 from mmray.models.parts import output_rows
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
-from mmray.neuron_names import parse_neuron
+from mmray.neuron_names import PLAIN
 from mmray.neurons.model import open_image
 from mmray.report.writing import run_samples
 from mmray.runs.run import open_run
@@ -29,7 +29,7 @@ def zeroing(dogs):
     """The neurons of a concept, and an edit that takes their rows of W_out away."""
     model = mmray.load_model("demo")
     names = open_run(dogs).rank("dog", 60)["neuron"].to_pylist()
-    layers, units = (torch.tensor(part) for part in zip(*map(parse_neuron, names), strict=True))
+    layers, units = (torch.tensor(part) for part in zip(*map(PLAIN.parse, names), strict=True))
     rows = [
         output_rows(model.network, model.projections[layer])[unit] for layer, unit in zip(layers, units, strict=True)
     ]

@@ -26,6 +26,7 @@ from mmray.features.census.settings import CensusSettings, shard_size_of
 from mmray.features.census.shard import ShardAnalysis
 from mmray.features.census.tables import PARTS, TABLES
 from mmray.models.loading import LoadedModel, describe_model, digest, from_anywhere, resolve, takes_images
+from mmray.neuron_names import NeuronNames
 from mmray.neurons.concepts import TAGGERS, NounSource
 from mmray.neurons.model import load_model
 from mmray.neurons.row_sharing import RowSharing
@@ -48,6 +49,7 @@ class CensusContext:
     """Neurons per layer."""
     module_widths: dict[str, list[int]]
     """Neurons per layer of the modules that `--module` adds."""
+    names: NeuronNames
     decoding: str
     """Folder of the decoding job, with the tokens that each neuron writes."""
 
@@ -165,6 +167,7 @@ class CensusJob(ModelJob[CensusContext]):
                 nouns=nouns,
                 widths=tuple(model["widths"]),
                 module_widths=model.get("module_widths", {}),
+                names=NeuronNames.of(model["experts"]),
                 # The merge reads the other job's part, so it must know that job's folder beforehand.
                 decoding=decoding.folder(settings.fingerprint(decoding.plan_for(model_digest).digests)),
             ),
@@ -192,7 +195,14 @@ class CensusJob(ModelJob[CensusContext]):
         """Write the tables of the run."""
         context = plan.context
         cuts = concept_cuts(parts)
-        merge = RunMerge(context.widths, _decoded(context.decoding), self.settings.top_k, context.module_widths, cuts)
+        merge = RunMerge(
+            context.widths,
+            _decoded(context.decoding),
+            self.settings.top_k,
+            context.module_widths,
+            cuts,
+            context.names,
+        )
         for name in APPENDED:
             # A table without any row must still replace that of an earlier merge.
             output.table(name, TABLES[name].empty_table())

@@ -31,6 +31,7 @@ from mmray.features.census.ranking import (
 )
 from mmray.features.census.spill import Spill, cuts_of
 from mmray.features.census.tables import TABLES
+from mmray.neuron_names import PLAIN, NeuronNames
 from mmray.neurons.statistics import EXAMPLES
 from mmray.runs.concepts import summarise_rankings
 from mmray.runs.tables import list_values
@@ -79,6 +80,7 @@ class RunMerge:
         top_k: int,
         modules: Mapping[str, Sequence[int]] = MappingProxyType({}),
         cuts: Sequence[str] = (),
+        names: NeuronNames = PLAIN,
     ) -> None:
         self.widths = widths
         self.module_widths = {"language": widths, **modules}
@@ -89,7 +91,7 @@ class RunMerge:
         self.activity: dict[ActivityKey, list[ndarray]] = {}
         self.tokens: dict[ActivityKey, int] = {}
         self.examples = {sign: Examples(sign, self.neurons) for sign in (1, -1)}
-        self.names = neuron_names(widths)
+        self.names = neuron_names(widths, names)
         self.uses = Spill(USES, cuts)
         """Image and top-k neurons of every occurrence."""
         starts = [self.neurons * number // (len(cuts) + 1) for number in range(1, len(cuts) + 1)]

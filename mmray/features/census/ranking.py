@@ -14,7 +14,7 @@ from numpy import ndarray
 from mmray.features.census.concept_merge import ConceptMerge, ConceptScores
 from mmray.features.census.decoding import written_tokens
 from mmray.features.census.tables import TABLES
-from mmray.neuron_names import neuron_name
+from mmray.neuron_names import PLAIN, NeuronNames
 
 RANKED = 256
 """Neurons per concept in `rankings` by score, and as many by `specific` and by `selective`."""
@@ -171,10 +171,10 @@ def rank_concept(
     )
 
 
-def neuron_names(widths: Sequence[int]) -> pa.StringArray:
+def neuron_names(widths: Sequence[int], names: NeuronNames = PLAIN) -> pa.StringArray:
     """Return the names of all neurons, in order of their index."""
     layer, unit = locate_index(widths, np.arange(sum(widths)))
-    return pa.array(map(neuron_name, layer.tolist(), unit.tolist()), pa.string())
+    return pa.array(map(names.name, layer.tolist(), unit.tolist()), pa.string())
 
 
 def ranking_table(

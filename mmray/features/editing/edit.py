@@ -28,7 +28,7 @@ from mmray.features.editing.settings import EditSettings
 from mmray.models.interventions import changed_rows
 from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows
-from mmray.neuron_names import neuron_name
+from mmray.neuron_names import PLAIN
 from mmray.storage import Checksum, open_store
 
 
@@ -93,7 +93,7 @@ class WeightEdit:
     @cached_property
     def neurons(self) -> list[str]:
         """The edited neurons by name."""
-        return [neuron_name(*pair) for pair in zip(self.layer.tolist(), self.unit.tolist(), strict=True)]
+        return [PLAIN.name(*pair) for pair in zip(self.layer.tolist(), self.unit.tolist(), strict=True)]
 
     def check(self, model: LoadedModel) -> None:
         """Raise InputError unless the edit was made on this model."""

@@ -19,6 +19,7 @@ from mmray.errors import DamagedError, InputError
 from mmray.features.editing.bounds import verdict
 from mmray.features.editing.files import CAPTIONS_FILE, EVALUATION_FILE, FACTS_FILE, ROWS_FILE
 from mmray.features.editing.labels import label_of
+from mmray.neuron_names import NeuronNames
 from mmray.report.concepts import number
 from mmray.report.section import Request, Section
 from mmray.runs.run import Run
@@ -61,7 +62,7 @@ def read_edits(run: Run, folders: Sequence[str]) -> list[EditPage]:
     """
     found = {}
     for folder in folders:
-        edit = _from_folder(open_store(folder), "", folder.rstrip("/").rpartition("/")[2])
+        edit = _from_folder(open_store(folder), "", folder.rstrip("/").rpartition("/")[2], run.names)
         if edit is None:
             raise InputError(f"--edit {folder}: no edit here (no {FACTS_FILE}); give a folder that mmray edit wrote")
         found[edit.name] = edit
@@ -71,7 +72,7 @@ def read_edits(run: Run, folders: Sequence[str]) -> list[EditPage]:
         # Written last: a folder without it holds an edit that was never finished.
         if file == FACTS_FILE:
             name = folder.removeprefix("edits/")
-            edit = _from_folder(store, f"{folder}/", name)
+            edit = _from_folder(store, f"{folder}/", name, run.names)
             if edit is not None:
                 found.setdefault(name, edit)
     for edit in _from_tables(store):
@@ -79,7 +80,7 @@ def read_edits(run: Run, folders: Sequence[str]) -> list[EditPage]:
     return list(found.values())
 
 
-def _from_folder(store: Store, prefix: str, name: str) -> EditPage | None:
+def _from_folder(store: Store, prefix: str, name: str, names: NeuronNames) -> EditPage | None:
     facts = _json(store, f"{prefix}{FACTS_FILE}")
     if facts is None:
         return None
@@ -96,7 +97,7 @@ def _from_folder(store: Store, prefix: str, name: str) -> EditPage | None:
         [_measure(row) for row in measures if row.get("n")],
         _verdict(measures),
         _chosen(rows),
-        _changed(store, f"{prefix}{ROWS_FILE}", facts.get("rows")),
+        _changed(store, f"{prefix}{ROWS_FILE}", facts.get("rows"), names),
         evaluation.get("data"),
     )
 
@@ -163,7 +164,7 @@ def _chosen(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _changed(store: Store, key: str, checksum: dict[str, Any] | None) -> dict[str, Any]:
+def _changed(store: Store, key: str, checksum: dict[str, Any] | None, names: NeuronNames) -> dict[str, Any]:
     """Return how many rows the edit changes per layer, and the neurons that it changes most.
 
     `checksum` is the file's entry in edit.json; edits of earlier versions have none.
@@ -182,7 +183,9 @@ def _changed(store: Store, key: str, checksum: dict[str, Any] | None) -> dict[st
     strongest = np.argsort(-sizes, kind="stable")[:STRONGEST].tolist()
     return {
         "layers": dict(sorted(Counter(layers).items())),
-        "strongest": [{"neuron": f"L{layers[at]}.u{units[at]}", "norm": number(float(sizes[at]))} for at in strongest],
+        "strongest": [
+            {"neuron": names.name(layers[at], units[at]), "norm": number(float(sizes[at]))} for at in strongest
+        ],
     }
 
 

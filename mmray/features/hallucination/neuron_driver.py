@@ -31,7 +31,6 @@ from mmray.features.hallucination.neuron_jobs import (
     choose_candidates,
 )
 from mmray.features.hallucination.settings import NeuronSettings
-from mmray.neuron_names import neuron_name, parse_neuron
 from mmray.neurons.controls import layer_matched
 from mmray.runs.run import Run, open_run
 
@@ -79,6 +78,7 @@ def run_neurons(settings: NeuronSettings, follow: Follow = lambda _: None) -> Ne
         mentions=mentions,
         sums=sums,
         widths=tuple(widths),
+        names=run.names,
     )
     found = done(CandidateJob(settings.probe(), chosen)).headline["neurons"]
     if settings.interventions and found:
@@ -96,10 +96,10 @@ def _doses(
     """Return the context of interventions on the neurons that the probe uses."""
     widths = run.info["model"]["widths"]
     rows = open_run(settings.run).table("hallucination_neurons").to_pylist()
-    controls = layer_matched(widths, [parse_neuron(row["neuron"]) for row in rows], f"{settings.seed} doses")
+    controls = layer_matched(widths, [(row["layer"], row["unit"]) for row in rows], f"{settings.seed} doses")
     starts, true = np.cumsum([0, *widths]), sums[False, "activation"].mean
     means = [float(true[int(starts[layer]) + unit]) for layer, unit in controls]
-    every = conditions(rows, [neuron_name(*one) for one in controls], means, settings.doses)
+    every = conditions(rows, [run.names.name(*one) for one in controls], means, settings.doses)
     columns = (mentions[name].to_pylist() for name in ("sample_id", "image"))
     images = dict(zip(*columns, strict=True))
     tested = [name for name in images if fold_of(images[name], settings.seed) == TEST]

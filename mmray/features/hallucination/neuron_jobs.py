@@ -28,7 +28,7 @@ from mmray.features.hallucination.mentions import FIT, QUANTITIES, Mentioned, Me
 from mmray.features.hallucination.neuron_tables import PARTS, TABLES
 from mmray.features.hallucination.probe import Mentions, SparseProbe, judge_all
 from mmray.features.hallucination.settings import ClaimSettings, DoseSettings, ProbeSettings
-from mmray.neuron_names import neuron_name
+from mmray.neuron_names import NeuronNames
 from mmray.neurons.controls import layer_matched
 from mmray.neurons.model import load_model
 from mmray.runs.tables import ERRORS, vector_column, vectors
@@ -138,6 +138,7 @@ class CandidateContext(JointContext):
     sums: Mapping[tuple[bool, str], Moments]
     """Moments of all neurons over the fit images."""
     widths: tuple[int, ...]
+    names: NeuronNames
 
     @classmethod
     def above(cls, context: JointContext, **more: Any) -> CandidateContext:
@@ -242,7 +243,7 @@ def neuron_rows(
         index = int(starts[layer]) + unit
         held_out = _held_out_effect(images, shares[test, column], mentions.hallucinated[test], settings)
         rows.append(
-            {"layer": layer, "unit": unit, "neuron": neuron_name(layer, unit)}
+            {"layer": layer, "unit": unit, "neuron": context.names.name(layer, unit)}
             | {"weight": float(probe.model.weights[column]), "effect": float(effects["share"][index])}
             | {"held_out_effect": held_out.after, "low": held_out.low, "high": held_out.high}
             | {f"{name}_effect": float(effects[name][index]) for name in ("activation", "contribution")}

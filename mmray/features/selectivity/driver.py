@@ -30,6 +30,7 @@ from mmray.features.selectivity.selection import QUANTITY, LabelSelection, Total
 from mmray.features.selectivity.settings import SelectivitySettings
 from mmray.features.selectivity.steering import steer_of
 from mmray.features.selectivity.tables import ANALYSIS, TABLES
+from mmray.neuron_names import PLAIN
 from mmray.runs.card import publish
 from mmray.runs.driver import drive_analysis, open_target
 from mmray.runs.lease import Lease
@@ -99,8 +100,9 @@ class _Analysis:
         if not totals or not totals[QUANTITY[settings.method]].tokens[0].any():
             raise InputError(_nothing_counted(self.run, self.quarantined))
         selection = select(totals, settings, settings.permutations)
+        names = self.run.names if settings.module == "language" else PLAIN
         found = {
-            "selectivity": neuron_rows(selection, plan.labels, self.widths, analysis),
+            "selectivity": neuron_rows(selection, plan.labels, self.widths, names, analysis),
             "selective_labels": label_rows(selection, plan.labels, plan.selected_from(shards), self.widths, analysis),
         }
         if settings.tests:

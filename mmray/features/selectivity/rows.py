@@ -17,7 +17,7 @@ from mmray.features.selectivity.selection import LabelSelection
 from mmray.features.selectivity.settings import SelectivitySettings
 from mmray.features.selectivity.steering import Steer
 from mmray.features.selectivity.tables import TABLES
-from mmray.neuron_names import neuron_name
+from mmray.neuron_names import NeuronNames
 from mmray.statistics.bootstrap import Value, measure
 
 SHOWN_TOKENS = 10
@@ -27,7 +27,11 @@ Key = tuple[str | None, str | None]
 
 
 def neuron_rows(
-    selection: LabelSelection, labels: Sequence[str], widths: Sequence[int], analysis: Mapping[str, str]
+    selection: LabelSelection,
+    labels: Sequence[str],
+    widths: Sequence[int],
+    names: NeuronNames,
+    analysis: Mapping[str, str],
 ) -> pa.Table:
     """Return one row of `selectivity` per label and neuron; `analysis` has the columns of ANALYSIS."""
     scores = dict(zip(selection.chosen.neurons.tolist(), selection.chosen.score.tolist(), strict=True))
@@ -42,7 +46,7 @@ def neuron_rows(
                     "rank": rank,
                     "layer": layer,
                     "unit": unit,
-                    "neuron": neuron_name(layer, unit),
+                    "neuron": names.name(layer, unit),
                     "score": scores[neuron],
                     "amount": float(selection.amount[neuron, number]),
                     "magnitude_entropy": float(selection.magnitude_entropy[neuron]),

@@ -10,7 +10,7 @@ from mmray.features.hallucination import probe
 from mmray.features.hallucination.neuron_driver import run_neurons
 from mmray.features.hallucination.neuron_tables import TABLES
 from mmray.features.hallucination.settings import neuron_settings
-from mmray.neuron_names import parse_neuron
+from mmray.neuron_names import PLAIN
 from mmray.runs.run import open_run
 from tests.support.local_jobs import census_here
 from tests.support.scenes import scenes, write
@@ -62,7 +62,7 @@ def test_tables_say_which_neurons_and_what_they_are_worth(run, made):
         assert len(table), name
     neurons = tables["hallucination_neurons"].to_pylist()
     assert 0 < len(neurons) <= 0.005 * sum(opened.info["model"]["widths"])
-    assert all(parse_neuron(row["neuron"]) == (row["layer"], row["unit"]) and row["weight"] for row in neurons)
+    assert all(PLAIN.parse(row["neuron"]) == (row["layer"], row["unit"]) and row["weight"] for row in neurons)
     mentions = tables["hallucination_mentions"].to_pylist()
     assert made.headline["rows"] == len(mentions)
     assert {row["fold"] for row in mentions} == {"fit", "test"}
