@@ -3,7 +3,7 @@
 import pytest
 
 from mmray.serve.app import HOST
-from tests.support.chromium import needs_chromium
+from tests.support.chromium import barriers, needs_chromium
 from tests.support.served import TOKEN, Client
 
 pytestmark = needs_chromium
@@ -123,3 +123,16 @@ def test_nothing_is_wider_than_the_window(page, width, theme):
         assert "undefined" not in page.locator("main").inner_text(), place
         assert "NaN" not in page.locator("main").inner_text(), place
         assert page.evaluate("document.documentElement.scrollWidth") <= width, place
+
+
+def test_every_page_can_be_read_by_everybody(browser, ask: Client):
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce", bypass_csp=True)
+    shown = context.new_page()
+    shown.goto(f"http://{HOST}:{ask.port}/?token={TOKEN}")
+    shown.wait_for_selector("h1")
+    found = {}
+    for place in PAGES:
+        opened(shown, place)
+        found[place] = barriers(shown)
+    context.close()
+    assert [*found.values()] == [[]] * len(found), found
