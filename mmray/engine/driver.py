@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -153,7 +153,7 @@ def _run_pending(teams: Sequence[Sequence[_StartedJob]], executor: Executor, fol
     quarantined = sum(receipt.reason is not None for receipt in done)
     if not work:
         return [False] * len(teams)
-    last = Progress(size, total, failures, quarantined)
+    last = Progress(size, total, failures, quarantined, "loading the model")
     follow(last)
     with executor.session():
         for outcomes in executor.run(*work[0]) if len(work) == 1 else executor.run_side_by_side(work):
@@ -166,10 +166,11 @@ def _run_pending(teams: Sequence[Sequence[_StartedJob]], executor: Executor, fol
             for job in jobs:
                 job.lease.check()
             progress = Progress(size, total, failures, quarantined)
-            # Units without samples, such as those that decode neurons, change nothing.
+            # Units without samples, such as those that decode neurons, change no count.
             if progress != last:
                 follow(progress)
             last = progress
+    follow(replace(last, phase="merging"))
     return [bool(groups) for _, groups in orders]
 
 

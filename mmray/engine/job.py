@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 import pyarrow as pa
 
@@ -74,6 +74,10 @@ Worker = Callable[[Unit], UnitResult]
 """Computes the parts of a unit."""
 
 
+Phase: TypeAlias = Literal["loading the model", "working", "merging"]
+"""What a job does: its workers start and load the model until the first unit is done; tables are merged last."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """Progress of a job in its `unit_noun`, including earlier calls."""
@@ -82,6 +86,7 @@ class Progress:
     total: int
     failures: int
     quarantined: int
+    phase: Phase = "working"
 
 
 @dataclass(frozen=True)

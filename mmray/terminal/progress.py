@@ -20,8 +20,8 @@ PLAIN_EVERY = 60.0
 
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(rate(speed, task.fields["noun"]) if speed else "starting", "dim")
+        speed, phase = task.finished_speed or task.speed, task.fields["phase"]
+        return Text(rate(speed, task.fields["noun"]) if speed and phase == "working" else phase, "dim")
 
 
 def rate(per_second: float, noun: str) -> str:
@@ -51,10 +51,11 @@ def follow_progress(console: Console, noun: str = "samples") -> Iterator[Callabl
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("census", total=1, failed=0, noun=noun)
+        task = bar.add_task("census", total=1, failed=0, noun=noun, phase="starting")
 
         def follow(progress: JobProgress) -> None:
-            bar.update(task, completed=progress.done, total=_total(progress), failed=progress.failures)
+            done, total = progress.done, _total(progress)
+            bar.update(task, completed=done, total=total, failed=progress.failures, phase=progress.phase)
 
         yield follow
 
@@ -70,6 +71,8 @@ def _plain(console: Console, noun: str) -> Callable[[JobProgress], None]:
 
     def follow(progress: JobProgress) -> None:
         nonlocal last, first, began
+        if progress.phase == "merging":
+            return  # the last unit's line has all counts
         # A count that falls is the next pass over the data, whose speed is measured anew. The first count may include
         # what earlier calls have done, which says nothing about the speed either.
         if first is None or progress.done < first:

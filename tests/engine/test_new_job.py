@@ -34,7 +34,8 @@ def test_tables(letters: Letters) -> None:
     result = run(letters(), follow=told.append)
     assert counted(letters()) == {"letter": ["a", "b", "c"], "n": [32, 32, 31]}
     assert (result.done, result.complete, result.headline) == (len(LINES), True, {"letters": 3})
-    assert [progress.done for progress in told] == [*range(0, 95, 10), 95]
+    assert [progress.done for progress in told] == [*range(0, 95, 10), 95, 95]
+    assert [progress.phase for progress in told] == ["loading the model", *["working"] * 10, "merging"]
 
 
 def test_resume(letters: Letters) -> None:

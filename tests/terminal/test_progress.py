@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 
 import pytest
 from hypothesis import given
@@ -25,6 +26,21 @@ def test_no_count_is_beyond_the_total(terminal: bool, counts: list[int], total: 
     for done, of in re.findall(r"(\d+) of (\d+)", said):
         assert int(done) <= int(of)
     assert "-" not in re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]|-:--:--", "", said)
+
+
+def test_a_bar_names_the_phase_and_a_log_repeats_no_line() -> None:
+    phases = [("loading the model", 0), ("working", 2), ("working", 4), ("merging", 4)]
+    said = {}
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+        with follow_progress(console) as follow:
+            for phase, done in phases:
+                follow(Progress(done, 4, 0, 0, phase))
+                time.sleep(0.15)  # a bar is drawn ten times per second
+        said[terminal] = console.file.getvalue()  # type: ignore[attr-defined]
+    assert said[True].index("loading the model") < said[True].index("samples/s") < said[True].index("merging")
+    assert said[False].splitlines() == [said[False].strip()]
+    assert said[False].startswith("4 of 4 samples")
 
 
 @pytest.mark.parametrize(

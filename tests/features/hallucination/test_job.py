@@ -99,7 +99,7 @@ def test_claims_are_tables_of_the_run_and_a_stopped_one_goes_on(run):
         run_job(HallucinationJob(asked(run)), follow=stop)
     done = run_job(HallucinationJob(asked(run)), follow=seen.append)
     assert done.complete
-    assert [progress.done for progress in seen[2:]] == [2, 4]
+    assert [progress.done for progress in seen[2:]] == [2, 4, 4]
     again = run_job(HallucinationJob(asked(run)))
     opened = open_run(run)
     for name in MADE:
