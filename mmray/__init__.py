@@ -14,6 +14,7 @@ __version__ = VERSION
 
 _MODULES = {
     "load_model": "mmray.features.saliency.model",
+    "census": "mmray.api",
     "run_census": "mmray.api",
     "edit": "mmray.api",
     "evaluate": "mmray.api",
@@ -27,7 +28,7 @@ _MODULES = {
     "perturb": "mmray.api",
     "open_edit": "mmray.features.editing.edit",
     "open_run": "mmray.runs.run",
-    "select_neurons": "mmray.api",
+    "select": "mmray.api",
     "ablate": "mmray.models.interventions",
     "scale": "mmray.models.interventions",
     "set_to": "mmray.models.interventions",

@@ -107,7 +107,7 @@ def selectivity(run: Run | str, **settings: Any) -> dict[str, pa.Table]:
 
 
 @takes(SelectionSettings, "k")
-def select_neurons(
+def select(
     run: Run | str, concepts: Sequence[str], count: int = 50, samples: int = 400, **settings: Any
 ) -> list[Selection]:
     """Select jointly, for each concept, `count` ranked neurons whose ablation lowers its noun and keeps other nouns.
@@ -152,7 +152,7 @@ def perturb(**settings: Any) -> list[dict[str, Any]]:
 
 
 @takes(CensusSettings)
-def run_census(model: str, data: str, out: str, **settings: Any) -> Run:
+def census(model: str, data: str, out: str, **settings: Any) -> Run:
     """Run a census to its end, or resume it, and return the run.
 
     Failed samples are in the run's table `errors`, quarantined shards in its status. Warns about captions in a language
@@ -164,3 +164,7 @@ def run_census(model: str, data: str, out: str, **settings: Any) -> Run:
         warn=lambda line: warnings.warn(line, stacklevel=5),
     )
     return open_run(out)
+
+
+run_census = census
+"""The name of earlier versions."""

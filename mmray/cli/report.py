@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmray.terminal.options import RunArgument, app, command_line, say, say_next
+from mmray.terminal.options import RunArgument, app, command_line, console, say, say_next
 
 
 @app.command(
@@ -38,7 +38,9 @@ def report(
     from mmray.runs.run import open_run
 
     opened = open_run(run)
-    say(write_report(opened, out, edit or (), pages))
+    with console.status("writing the report"):
+        written = write_report(opened, out, edit or (), pages)
+    say(written)
     # The most frequent concepts have the most reliable rankings.
     source, target = [*opened.concepts, "CONCEPT", "CONCEPT"][:2]
     edited = command_line("edit", run, "--source", source, "--target", target, "--out", "EDIT")

@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into the README")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as out:
-        run = mmray.open_run(arguments.run) if arguments.run else mmray.run_census(arguments.model, arguments.data, out)
+        run = mmray.open_run(arguments.run) if arguments.run else mmray.census(arguments.model, arguments.data, out)
         source = open_data(census_settings({"model": arguments.model, "data": arguments.data, "out": out}))
         files = source.files()
         shard = cut(files, sum(file.rows for file in files)).shards[0]

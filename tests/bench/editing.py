@@ -335,7 +335,7 @@ def main() -> None:
         return
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        run = mmray.open_run(given.run) if given.run else mmray.run_census(given.model, given.data, f"{folder}/run")
+        run = mmray.open_run(given.run) if given.run else mmray.census(given.model, given.data, f"{folder}/run")
         ground = Ground.at(run, given.evaluation)
         if "swaps" in wanted:
             swaps(ground, given.swaps, given.controls, tuple(given.methods), given.others)

@@ -38,7 +38,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         data = fresh(str(folder), arguments.scenes)
         where: dict[str, Any] = {"workers": arguments.workers} if arguments.workers else {"executor": "local"}
-        run = mmray.run_census(arguments.model, data, f"{folder}/run", limit=4, **where)
+        run = mmray.census(arguments.model, data, f"{folder}/run", limit=4, **where)
         given = {"run": run.uri, "data": data, "interventions": True, "local": not arguments.workers}
         sizes = {"tested": arguments.tested, "questions": arguments.questions, "workers": arguments.workers}
         done = run_neurons(neuron_settings(given | sizes))

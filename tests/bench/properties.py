@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--language", default="en")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        place = arguments.run or str(mmray.run_census("demo", "demo", f"{folder}/run").uri)
+        place = arguments.run or str(mmray.census("demo", "demo", f"{folder}/run").uri)
         done = run_job(PropertiesJob(property_settings({"run": place, "language": arguments.language})))
         run = mmray.open_run(place)
         show(run)

@@ -104,7 +104,7 @@ def main() -> None:
     common: dict[str, Any] = {"detector": arguments.detector, "workers": arguments.workers}
     with tempfile.TemporaryDirectory() as folder:
         data = fresh(folder, max(arguments.scenes, arguments.moved))
-        run = mmray.run_census(arguments.model, data, f"{folder}/run", limit=4, workers="1")
+        run = mmray.census(arguments.model, data, f"{folder}/run", limit=4, workers="1")
         settings = hallucination_settings({"run": run.uri, "data": data, "limit": arguments.scenes, **common})
         done = run_job(HallucinationJob(settings))
         show(done, "claims", ("reliability",))

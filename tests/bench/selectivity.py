@@ -65,7 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out:
         run = arguments.run or out
         if not arguments.run and set(parts) != {"cost"}:
-            mmray.run_census("demo", "demo", out, module="vision", workers=arguments.workers)
+            mmray.census("demo", "demo", out, module="vision", workers=arguments.workers)
         for part in parts:
             if part == "cost":
                 cost(arguments.samples, arguments.rounds)

@@ -19,7 +19,7 @@ from mmray.features.selectivity.settings import selectivity_settings
 
 def test_a_census_runs_in_this_process(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
-    run = mmray.run_census(str(tiny("llava")), "demo", tmp_path / "run", limit=2, executor="local")
+    run = mmray.census(str(tiny("llava")), "demo", tmp_path / "run", limit=2, executor="local")
     assert run.table("captions").num_rows == 2
     with pytest.raises(InputError, match="unknown executor 'cloud'; choose from ray, local"):
         mmray.properties(run, executor="cloud")

@@ -21,7 +21,7 @@ WITH_SETTINGS = (
     "properties",
     "run_census",
     "saliency",
-    "select_neurons",
+    "select",
     "selectivity",
 )
 
@@ -97,4 +97,4 @@ def test_errors_name_arguments_and_leave_commands_alone():
 
 def test_a_misspelt_argument_is_suggested():
     with pytest.raises(InputError, match=r"unknown setting 'limt'; did you mean 'limit'[?]"):
-        mmray.run_census("demo", "demo", "unused", limt=3)
+        mmray.census("demo", "demo", "unused", limt=3)

@@ -123,7 +123,7 @@ def test_a_census_warns_before_its_work(tmp_path: Path, monkeypatch: pytest.Monk
     run(out="other", nouns="nouns.txt")
     assert len(said) == 1
     with pytest.warns(UserWarning, match="seem to be in Spanish"):
-        mmray.run_census(model="demo", data=data, out="third", local=True)
+        mmray.census(model="demo", data=data, out="third", local=True)
 
 
 def test_the_language_of_all_captions_is_that_of_samples_without_one(tmp_path: Path) -> None:

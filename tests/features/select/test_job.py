@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.api import select_neurons
+from mmray.api import select
 from mmray.demo import DATA
 from mmray.errors import InputError
 from mmray.runs.run import Run, open_run
@@ -34,10 +34,10 @@ def run(tiny: Callable[[str], Path], tmp_path: Path) -> Run:
 
 def test_what_the_data_has_gained_is_left_out(run: Run, tmp_path: Path) -> None:
     concept = next(iter(run.concepts))
-    (before,) = select_neurons(run, [concept], 5, executor="local")
+    (before,) = select(run, [concept], 5, executor="local")
     # A file before the run's own: what is in which shard would be another.
     pq.write_table(scenes(8), tmp_path / "data" / "0.parquet")
-    (after,) = select_neurons(run, [concept], 5, executor="local")
+    (after,) = select(run, [concept], 5, executor="local")
     assert after.neurons == before.neurons
     assert (after.own_places, after.other_places) == (before.own_places, before.other_places)
     assert before.own_places == run.concepts[concept]
@@ -49,19 +49,19 @@ def parts(run: Run) -> set[Path]:
 
 def test_samples_are_gone_through_once(run: Run) -> None:
     concept = next(iter(run.concepts))
-    (first,) = select_neurons(run, [concept], 5, executor="local")
+    (first,) = select(run, [concept], 5, executor="local")
     before = parts(run)
     assert len(before) == 2 * 2, "the concept is in two of the three shards"
-    (again,) = select_neurons(run, [concept.upper()], 5, executor="local")
+    (again,) = select(run, [concept.upper()], 5, executor="local")
     assert again == first
-    (fewer,) = select_neurons(run, [concept], 3, executor="local")
+    (fewer,) = select(run, [concept], 3, executor="local")
     assert len(fewer.neurons) == 3
     assert parts(run) == before
 
 
 def test_the_command(run: Run, mmray: Callable[..., Answer]) -> None:
     concept = next(iter(run.concepts))
-    (chosen,) = select_neurons(run, [concept], 5, executor="local")
+    (chosen,) = select(run, [concept], 5, executor="local")
     answer = mmray("select", run.uri, concept, "--k", 5, "--local", "--json")
     assert answer.status == 0
     (found,) = json.loads(answer.out)
@@ -75,10 +75,10 @@ def test_other_data_or_another_model_is_refused(run: Run, tmp_path: Path) -> Non
     text = config.read_text()
     config.write_text(text + "\n")
     with pytest.raises(InputError, match="model: no longer the model of") as refusal:
-        select_neurons(run, [concept], 5, executor="local")
+        select(run, [concept], 5, executor="local")
     assert "\n" not in str(refusal.value)
     config.write_text(text)
     file = tmp_path / "data" / "1.parquet"
     pq.write_table(scenes(1), file)
     with pytest.raises(InputError, match=r"1\.parquet has changed since it was analysed"):
-        select_neurons(run, [concept], 5, executor="local")
+        select(run, [concept], 5, executor="local")
