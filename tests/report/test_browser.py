@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -173,7 +174,7 @@ def test_every_page_can_be_read_by_everybody(browser, place, width, scheme):
     shown.wait_for_selector("h1")
     hashes = shown.eval_on_selector_all("nav a", "links => links.map((link) => link.getAttribute('href'))")
     found = {}
-    for hash in (*hashes, "#/concept/dog", "#/neuron/L7.u10", "#/failures"):
+    for hash in (*hashes, "#/concept/dog", "#/compare/dog/cat", "#/neuron/L7.u10", "#/failures"):
         shown.evaluate(f"location.hash = '{hash}'")
         shown.wait_for_timeout(100)
         found[hash] = barriers(shown)
@@ -230,3 +231,30 @@ def test_two_captions_differ_by_words_not_by_what_stands_next_to_them(page):
     before, after = page.evaluate(f"{compared}.map((side) => side.map((part) => part.outerHTML || part).join(''))")
     assert before == "A <del>dog</del>, a cat."
     assert after == "A <ins>bus</ins>, a cat<ins> </ins><ins>too</ins>."
+
+
+def test_two_concepts_are_compared(page):
+    page.evaluate("location.hash = '#/concept/dog'")
+    other = page.evaluate("INDEX.concepts.find((row) => row.name !== 'dog').name")
+    page.get_by_label("compare with").fill(other)
+    page.get_by_label("compare with").press("Enter")
+    page.wait_for_selector(f"h1:text-is('dog and {other}')")
+    page.wait_for_selector("main tbody tr")
+    listed = [
+        set(names)
+        for names in page.evaluate(
+            """(names) => Promise.all(names.map((name) => SOURCE.part(`c:${name}`)))
+        .then((pages) => pages.map((page) => page.neurons.map((row) => row.neuron)))""",
+            ["dog", other],
+        )
+    ]
+    assert page.locator("main tbody tr").count() == len(listed[0] | listed[1])
+    assert page.locator("main tbody td", has_text="both").count() == len(listed[0] & listed[1])
+
+
+def test_columns_say_what_they_mean(page):
+    page.evaluate("location.hash = '#/concept/dog'")
+    page.wait_for_selector("th[title]")
+    assert "mean over the concept's occurrences" in page.locator("th", has_text=re.compile("^score")).get_attribute(
+        "title"
+    )

@@ -5,6 +5,8 @@ if (typeof DATA === "undefined") var DATA = JSON.parse(document.getElementById("
 const INDEX = DATA.index;
 const CONCEPTS = new Map(INDEX.concepts.map((row) => [row.name, row]));
 const NEURONS = new Map(INDEX.neurons.map((row) => [row.neuron, row]));
+// Shown where a column has this title.
+const DEFINITIONS = new Map(INDEX.definitions.map(({ name, text }) => [name, text]));
 const waiting = new Map();
 const PAGES = [];
 // Where pages get their data. `mmray serve` replaces these functions by requests to its server.
@@ -83,8 +85,11 @@ function tokens(words, concept = "", limit = 10) {
   return words.slice(0, limit).map((word) => h(own(word) ? "span.own" : "span", word));
 }
 
+// A text in which `commands` stand out.
+const coded = (text) => text.split("`").map((part, at) => (at % 2 ? h("code", part) : part));
+
 function heading(title, lead, ...more) {
-  return [h("h1", title), lead && h("p.lead", lead), ...more];
+  return [h("h1", title), lead && h("p.lead", coded(lead)), ...more];
 }
 
 const card = (...content) => h("section.card", ...content);

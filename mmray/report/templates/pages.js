@@ -116,9 +116,9 @@ function samplesCard(page) {
     }));
   }
   fill();
-  return card(h("h3", "Images"), controls, place, h("p.note", { style: "margin:12px 0 0" }, has
+  return card(h("h3", "Images"), controls, place, h("p.note", { style: "margin:12px 0 0" }, coded(has
     ? "Mean activation of the neurons over the image's patches, bilinear; the mask is what lies above the 95th percentile. The white box is the object's. `mmray properties RUN --maps N` draws maps of N images per concept."
-    : "No heat maps in this run: `mmray properties RUN` draws them, if the model keeps the image's patches apart."));
+    : "No heat maps in this run: `mmray properties RUN` draws them, if the model keeps the image's patches apart.")));
 }
 
 function concept(page) {
@@ -130,6 +130,7 @@ function concept(page) {
     heading(page.name, null),
     h("p.lead", [languageName(page.language), page.images ? `${plural(page.n, "occurrence")} in ${plural(page.images, "image")}` : plural(page.n, "occurrence"), `P(noun) ${figure(page.probability, 3)}`, page.token !== page.name && `scored at its first token “${page.token}”`].filter(Boolean).join(" · ")),
     page.related.length ? h("div.chips", { "aria-label": "Concepts that share neurons" }, h("span", { style: "border:0;background:none;padding-left:0" }, h("small", { style: "margin:0" }, "shares neurons with")), page.related.map((row) => h("a", { href: toConcept(row.name), title: `${row.shared} of the ten highest neurons are the same` }, row.name, h("small", row.shared)))) : null,
+    compareField(page.name),
     h("div.grid", samplesCard(page),
       card(h("h3", "Neurons"), sortable(`Neurons of ${page.name}`, [
         { title: "rank by score", value: (row) => -row.rank, number: true, cell: (row) => `${row.rank}${row.certified ? "" : "?"}` },
@@ -143,6 +144,51 @@ function concept(page) {
         card(h("h3", "Its neurons zeroed"), dose(zeroed, `Fall of the probability of ${page.name} by neurons zeroed`, "neurons zeroed", (row) => row.neurons, "fall of P(noun)", scaleOf(zeroed, others)), under(`Mean over ${plural(zeroed[0].n, "image")} of ${page.name}, with 95 % bootstrap intervals over images.`)),
         others.length ? card(h("h3", "What that does to other nouns"), dose(others, "Fall of the probability of other nouns by neurons zeroed", "neurons zeroed", (row) => row.neurons, "fall of P(other nouns)", scaleOf(zeroed, others)), under("On the same scale: the nouns of images without it, with the same controls.")) : null) : null),
   ];
+}
+
+function compareField(name) {
+  const names = INDEX.concepts.map((row) => row.name).filter((other) => other !== name);
+  const go = (event) => { if (event.target.value.trim()) location.hash = toCompare(name, event.target.value.trim().toLowerCase()); };
+  return h("label.compare", "compare with", h("input", { type: "text", list: "concepts", autocomplete: "off", onchange: go }), h("datalist", { id: "concepts" }, names.map((other) => h("option", { value: other }))));
+}
+
+const toCompare = (...names) => `#/compare/${names.map(encodeURIComponent).join("/")}`;
+
+// The highest neurons of two concepts, those of both first.
+function comparedNeurons(pages) {
+  const rows = new Map();
+  pages.forEach((page, side) => page.neurons.forEach((row) => {
+    const known = rows.get(row.neuron) || { neuron: row.neuron, tokens: row.tokens, sides: [null, null] };
+    known.sides[side] = row;
+    rows.set(row.neuron, known);
+  }));
+  const shared = (row) => row.sides.filter(Boolean).length;
+  const most = Math.max(...pages.flatMap((page) => page.neurons.map((row) => row.score)));
+  const columns = pages.flatMap((page, side) => [
+    { title: `rank, ${page.name}`, value: (row) => -(row.sides[side]?.rank ?? Infinity), number: true, cell: (row) => row.sides[side]?.rank ?? "–" },
+    { title: `score, ${page.name}`, value: (row) => row.sides[side]?.score ?? null, number: true, cell: (row) => (row.sides[side] ? barCell(row.sides[side].score, most, 2) : "–") },
+  ]);
+  return sortable(`Neurons of ${pages[0].name} and ${pages[1].name}`, [
+    { title: "neuron", value: (row) => row.neuron, cell: (row) => neuronLink(row.neuron) },
+    { title: "listed by", value: shared, number: true, cell: (row) => (shared(row) === 2 ? "both" : "one") },
+    ...columns, { title: "writes", kind: "tokens", cell: (row) => tokens(row.tokens, "", 6) },
+  ], [...rows.values()], { by: 1, to: (row) => toNeuron(row.neuron) });
+}
+
+function comparePage(first, second) {
+  const place = h("div.grid", { style: "margin-top:14px" });
+  const fill = (pages) => {
+    const absent = [first, second].filter((_, side) => !pages[side]);
+    if (absent.length) return place.replaceChildren(h("p.note", `This report has no page of ${absent.join(" and ")}.`));
+    const names = pages.map((page) => new Set(page.neurons.map((row) => row.neuron))), both = [...names[0]].filter((name) => names[1].has(name)).length;
+    place.replaceChildren(
+      h("p.lead", `${plural(both, "neuron")} of the ${names[0].size} and ${names[1].size} listed are the same.`),
+      h("div.grid.two", pages.map((page) => card(h("h3", conceptLink(page.name)), h("p", `${plural(page.n, "occurrence")} · P(noun) ${figure(page.probability, 3)}`),
+        h("div.grid.samples", page.samples.slice(0, 2).map((sample) => h("figure", zoomable(sample, sample.maps.specific || sample.maps.score), h("figcaption", caption(DATA.captions[sample.id], page.name)))))))),
+      card(h("h3", "Neurons"), comparedNeurons(pages)));
+  };
+  Promise.all([first, second].map((name) => SOURCE.part(`c:${name}`))).then(fill, (error) => place.replaceChildren(h("p.bad", error.message)));
+  return [h("div.crumbs", h("a", { href: "#/concepts" }, "Concepts"), "/", conceptLink(first)), heading(`${first} and ${second}`), place];
 }
 
 function neuron(page) {
@@ -205,3 +251,4 @@ addPage("", "Overview", overview);
 addPage("concepts", "Concepts", conceptsPage);
 addPage("neurons", "Neurons", neuronsPage);
 addPage("layers", "Layers", layersPage);
+addPage("compare", "Compare", comparePage, false);
