@@ -19,6 +19,7 @@ class EditMethod:
 
 
 _METHODS, _CLOSED_FORM = "mmray.features.editing.methods", "mmray.features.editing.closed_form"
+_PUBLISHED = "mmray.features.editing.published"
 
 EDIT_METHODS: dict[str, EditMethod] = {
     "learned": EditMethod(
@@ -39,6 +40,15 @@ EDIT_METHODS: dict[str, EditMethod] = {
         "the published perturbation: Gaussian noise of --sigma on the same rows (Pan et al. 2024)",
         f"{_CLOSED_FORM}:noise",
         closed_form=True,
+    ),
+    "pan": EditMethod(
+        "the published loss on the located neurons: target up, source down, L2 of the change (Pan et al. 2024)",
+        f"{_PUBLISHED}:pan",
+    ),
+    "fine": EditMethod(
+        "FiNE: five neurons per new token, of all layers but the last three, that write what the model says there "
+        "(Pan et al. 2025)",
+        f"{_PUBLISHED}:fine",
     ),
     "random": EditMethod("control: learned on random neurons of the same layers", f"{_METHODS}:random_neurons"),
     "activation": EditMethod("control: learned on the most active neurons", f"{_METHODS}:active_neurons"),
