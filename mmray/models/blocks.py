@@ -7,7 +7,7 @@ forward with changed neurons can resume there.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -198,17 +198,38 @@ def permuted_image(model: LoadedModel, batch: Batch, seed: int = 0) -> Iterator[
     """Shuffle the image tokens after the projector and before the first block (Pan et al. 2024).
 
     Positions that are added to the embeddings (OPT) move with the patches. Positions inside attention stay, so patches
-    are seen in other places. The image must be in the decoder's sequence.
+    are seen in other places. The image must be in the decoder's sequence. Images of the same size get the same order.
     """
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.arange(len(batch.tokens) * batch.positions)
-    for row in range(len(batch.tokens)):
-        image = torch.tensor(batch.image_positions(row), dtype=torch.long) + row * batch.positions
-        order[image] = image[torch.randperm(len(image), generator=generator)]
+    images = [batch.image_positions(row) for row in range(len(batch.tokens))]
+    with _shuffled(model, images, batch.positions, seed):
+        yield
 
-    def shuffle(_: nn.Module, arguments: tuple[object, ...]) -> tuple[object, ...]:
+
+@contextmanager
+def permuted_prompt_image(model: LoadedModel, prompts: Batch, seed: int = 0) -> Iterator[None]:
+    """Shuffle the image tokens of prompts in the same order while `generate` reads them; `prompts` has no captions."""
+    # Generation pads on the left.
+    shifts = [prompts.positions - length for length in prompts.caption_start]
+    images = [[at + shift for at in prompts.image_positions(row)] for row, shift in enumerate(shifts)]
+    with _shuffled(model, images, prompts.positions, seed):
+        yield
+
+
+@contextmanager
+def _shuffled(model: LoadedModel, images: Sequence[Sequence[int]], positions: int, seed: int) -> Iterator[None]:
+    """Shuffle these positions of each row before the first block, in forwards over so many positions."""
+    order = torch.arange(len(images) * positions)
+    for row, places in enumerate(images):
+        image = torch.tensor(places, dtype=torch.long) + row * positions
+        # A generator per image: what shares the batch must not change the order.
+        order[image] = image[torch.randperm(len(image), generator=torch.Generator().manual_seed(seed))]
+
+    def shuffle(_: nn.Module, arguments: tuple[object, ...]) -> tuple[object, ...] | None:
         states = arguments[0]
         assert isinstance(states, Tensor)
+        # After the prompt, generation goes on one position at a time.
+        if states.shape[1] != positions:
+            return None
         shuffled = states.flatten(0, 1)[order.to(states.device)].reshape(states.shape)
         return (shuffled, *arguments[1:])
 

@@ -1,4 +1,4 @@
-"""A local text encoder that compares texts token by token, as BERTScore does (Zhang et al. 2020)."""
+"""A local text encoder that compares texts token by token, as BERTScore (Zhang et al. 2020) and MoverScore do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -57,3 +58,27 @@ class Encoder:
         similarity = ours @ theirs.T
         precision, recall = float(similarity.amax(dim=1).mean()), float(similarity.amax(dim=0).mean())
         return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
+
+    def move(self, candidate: str, reference: str) -> float:
+        """Return 1 − the least mean distance that moves all tokens of one text to the other's (Zhao et al. 2019).
+
+        As MoverScore, with single tokens of the last layer, all of the same mass: no n-grams, no idf.
+        """
+        ours, theirs = self.vectors([candidate, reference])
+        if not len(ours) or not len(theirs):
+            return float(candidate == reference)
+        return 1 - earth_movers_distance(torch.cdist(ours, theirs))
+
+
+def earth_movers_distance(cost: Float[Tensor, "from to"]) -> float:
+    """Return the cost of moving a mass of 1, spread evenly over the rows, evenly onto the columns."""
+    from scipy.optimize import linprog
+
+    rows, columns = cost.shape
+    if min(rows, columns) == 1:
+        return float(cost.mean())
+    # One equation per row and column: what leaves it, or arrives, is its share.
+    from_rows, to_columns = np.kron(np.eye(rows), np.ones(columns)), np.kron(np.ones(rows), np.eye(columns))
+    shares = np.concatenate([np.full(rows, 1 / rows), np.full(columns, 1 / columns)])
+    found = linprog(cost.double().flatten().numpy(), A_eq=np.vstack([from_rows, to_columns]), b_eq=shares)
+    return float(found.fun)

@@ -57,8 +57,23 @@ function editCard(edit) {
   ];
 }
 
+const COMPARED = ["reliability", "text_generality", "image_generality", "image_locality", "image_locality_questions", "text_locality", "text_only_64", "perplexity_ratio"];
+
+function editsCompared(edits) {
+  const measured = edits.filter((edit) => edit.measures.length), row = (edit, measure) => edit.measures.find((one) => one.measure === measure);
+  if (measured.length < 2) return null;
+  const measures = COMPARED.filter((measure) => measured.some((edit) => row(edit, measure)));
+  return [h("h2", "Edits compared"), under("After each edit, on the data of its evaluation. Protocols are with each edit below."), card(sortable("Edits compared", [
+    { title: "edit", kind: "wrap", value: (edit) => edit.name, cell: (edit) => h("b", edit.name) },
+    { title: "method", value: (edit) => edit.facts.method || "", cell: (edit) => edit.facts.method || "" },
+    { title: "neurons", value: (edit) => edit.facts.rows_changed, number: true, cell: (edit) => whole(edit.facts.rows_changed) },
+    ...measures.map((measure) => ({ title: measure.replaceAll("_", " "), number: true, about: measured.map((edit) => row(edit, measure)).find(Boolean).protocol, value: (edit) => row(edit, measure)?.after ?? null,
+      cell: (edit) => (row(edit, measure) ? [figure(row(edit, measure).after), h("br"), h("span.range", interval(row(edit, measure), 2), ` n ${whole(row(edit, measure).n)}`)] : "–") })),
+  ], measured))];
+}
+
 const editsPage = () => (INDEX.editing.length
-  ? [heading("Edits", "Changes of located neurons' rows of W_out that make the model say another word, each measured before and after."), INDEX.editing.map(editCard)]
+  ? [heading("Edits", "Changes of located neurons' rows of W_out that make the model say another word, each measured before and after."), editsCompared(INDEX.editing), INDEX.editing.map(editCard)]
   : [heading("Edits", "None in this run's folder. `mmray edit RUN --source dog --target cat --out RUN/edits/dog-cat` makes one, and `mmray evaluate` measures it.")]);
 
 addPage("edits", "Edits", editsPage);

@@ -1,9 +1,10 @@
-"""Greedy captions before and after neurons are changed: whether the noun goes, and whether other captions stay."""
+"""Greedy captions: before and after neurons are changed, and of images with their patches in another order."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 from mmray.data.images import decode_image
 from mmray.features.census.shard import Captioned
@@ -11,10 +12,11 @@ from mmray.features.properties.effects import LAYER_MATCHED, noise
 from mmray.features.properties.observations import Key, Observations
 from mmray.features.properties.settings import CAPTIONED, MOST, SIGMAS
 from mmray.features.properties.subject import Neurons, Subject
+from mmray.models.blocks import permuted_prompt_image
 from mmray.models.generation import caption_of, generate
 from mmray.models.interventions import ablate
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
-from mmray.models.prompting import prompt_text
+from mmray.models.prompting import encode, prompt_text
 from mmray.neurons import controls
 
 
@@ -66,18 +68,42 @@ class CaptionChanges:
                 found.add(removed, concept, sample_id, not _names_concept(subject, item, text))
 
 
-def greedy_captions(subject: Subject, items: Sequence[Captioned]) -> list[str]:
-    """Return the captions that the model writes for these images."""
+def greedy_captions(subject: Subject, items: Sequence[Captioned], *, permuted: bool = False) -> list[str]:
+    """Return the captions that the model writes for these images; `permuted`: with their patches in another order."""
     parts = within_budget(items, lambda item: pixels_of(subject.model, item.sample.image), BUDGET)
     # A call per part: a local list of images would keep one part's pixels alive while the next is decoded.
-    return [text for part in parts for text in _captions_together(subject, part)]
+    return [text for part in parts for text in _captions_together(subject, part, permuted=permuted)]
 
 
-def _captions_together(subject: Subject, items: Sequence[Captioned]) -> list[str]:
+def _captions_together(subject: Subject, items: Sequence[Captioned], *, permuted: bool) -> list[str]:
     settings, model = subject.study.settings, subject.model
     prompts = [prompt_text(model, settings.prompt, item.sample.language, prefix=settings.prefix) for item in items]
     images = [decode_image(item.sample.image or b"", item.sample.background) for item in items]
-    return [caption_of(model, tokens)[0] for tokens in generate(model, prompts, images, settings.longest)]
+    nothing: list[list[int]] = [[] for _ in items]
+    batch = encode(model, prompts, images, nothing, [[] for _ in items]) if permuted else None
+    with permuted_prompt_image(model, batch) if batch else nullcontext():
+        return [caption_of(model, tokens)[0] for tokens in generate(model, prompts, images, settings.longest)]
+
+
+def regenerated(subject: Subject) -> Subject | None:
+    """Return the concept's images with the captions that the model writes about their permuted patches.
+
+    Only images that are still said to show the concept are in it. None if there is no such image, or if the decoder's
+    sequence holds no image.
+    """
+    if not subject.model.parts.image_in_sequence:
+        return None
+    own = set(subject.own_samples)
+    items = [item for item in subject.items if item.sample.sample_id in own]
+    texts = greedy_captions(subject, items, permuted=True)
+    samples = [
+        replace(item.sample, caption=text)
+        for item, text in zip(items, texts, strict=True)
+        if _names_concept(subject, item, text)
+    ]
+    found = subject.study.encoded(samples) if samples else None
+    again = Subject(subject.study, subject.inputs, *found) if found else None
+    return again if again and again.own_samples else None
 
 
 def _items_to_caption(subject: Subject) -> list[Captioned]:

@@ -26,11 +26,9 @@ from mmray.features.properties.measures import (
 from mmray.features.properties.observations import Key, Observations
 from mmray.features.properties.settings import DECODED, INVARIANCE_SIZES, RANKINGS
 from mmray.features.properties.subject import Neurons, Ranked, Study, Subject
-from mmray.models.blocks import permuted_image
 from mmray.models.encoder import Encoder
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.neurons import controls
-from mmray.neurons.scoring import score_batch
 
 DRAWN = 20
 """Sets of random neurons per control: a single set either writes the noun or does not."""
@@ -77,12 +75,18 @@ def _add_hits(subject: Subject, found: Observations, method: str, unit: str, set
 
 
 def text_similarity(subject: Subject, found: Observations, encoder: Encoder) -> None:
-    """Measure BERTScore of the written tokens and the noun; control: another concept's neurons."""
+    """Measure how similar the written tokens and the noun are; control: another concept's neurons."""
     inputs = subject.inputs
     for method, ranked in (("score", inputs.ranked["score"]), ("random pairing", inputs.paired)):
-        text = ", ".join(chain.from_iterable(tokens_in_run(subject.study, ranked)))
-        similar = encoder.match(text, inputs.concept)
-        found.add(Key("sensitivity", "bertscore", method, DECODED), inputs.concept, inputs.concept, similar)
+        values = similarities(encoder, tokens_in_run(subject.study, ranked), inputs.concept)
+        for measure, value in values.items():
+            found.add(Key("sensitivity", measure, method, DECODED), inputs.concept, inputs.concept, value)
+
+
+def similarities(encoder: Encoder, tokens: Sequence[Sequence[str]], concept: str) -> dict[str, float]:
+    """Return BERTScore and MoverScore of the noun and the tokens that each neuron writes, as one text."""
+    text = ", ".join(chain.from_iterable(tokens))
+    return {"bertscore": encoder.match(text, concept), "moverscore": encoder.move(text, concept)}
 
 
 class Clip:
@@ -111,14 +115,19 @@ class Clip:
 
 def image_similarity(subject: Subject, found: Observations, clip: Clip) -> None:
     """Measure CLIPScore of the written tokens and the concept's images; control: another concept's neurons."""
-    inputs, own = subject.inputs, set(subject.own_samples)
-    own_images = [item.sample for item in subject.items if item.sample.sample_id in own]
-    for method, ranked in (("score", inputs.ranked["score"]), ("random pairing", inputs.paired)):
-        text = ", ".join(token for tokens in tokens_in_run(subject.study, ranked) for token in tokens[:CLIP_TOKENS])
+    for method, ranked in (("score", subject.inputs.ranked["score"]), ("random pairing", subject.inputs.paired)):
         key = Key("sensitivity", "clipscore", method, DECODED)
-        for part in within_budget(own_images, lambda sample: pixels_of(subject.model, sample.image), BUDGET):
-            scores = clip.scores([decode_image(sample.image or b"", sample.background) for sample in part], text)
-            found.extend(key, inputs.concept, [sample.sample_id for sample in part], scores)
+        clip_scores(subject, found, clip, key, tokens_in_run(subject.study, ranked))
+
+
+def clip_scores(subject: Subject, found: Observations, clip: Clip, key: Key, tokens: Sequence[Sequence[str]]) -> None:
+    """Add the CLIPScore of each of the concept's images and the tokens that each neuron writes."""
+    own = set(subject.own_samples)
+    own_images = [item.sample for item in subject.items if item.sample.sample_id in own]
+    text = ", ".join(token for each in tokens for token in each[:CLIP_TOKENS])
+    for part in within_budget(own_images, lambda sample: pixels_of(subject.model, sample.image), BUDGET):
+        scores = clip.scores([decode_image(sample.image or b"", sample.background) for sample in part], text)
+        found.extend(key, subject.inputs.concept, [sample.sample_id for sample in part], scores)
 
 
 def invariance(subject: Subject, found: Observations) -> None:
@@ -138,29 +147,40 @@ def invariance(subject: Subject, found: Observations) -> None:
         found.add(key, concept, concept, common_share(sets))
 
 
-def region_invariance(subject: Subject, found: Observations) -> None:
-    """Measure whether the same neurons are highest with the image's patches permuted; control: other images' nouns."""
+def region_invariance(subject: Subject, again: Subject | None, found: Observations) -> None:
+    """Measure whether the same neurons are highest with the image's patches permuted; control: other images' nouns.
+
+    The caption is that of the run, or the one that the model writes about the permuted patches (`again`).
+    """
     if not subject.model.parts.image_in_sequence:
         # Without patches in the decoder's sequence nothing would be permuted, and the overlap would always be 1.
         return
-    own = subject.own
-    with permuted_image(subject.model, subject.batch):
-        scored = score_batch(subject.model, subject.batch, subject.positions)
-    moved = torch.cat([part.cpu() for part in scored.scores], dim=1)
+    own, concept, samples = subject.own, subject.inputs.concept, subject.own_samples
+    kept = set(again.own_samples) if again else set()
+    key = Key("region_invariance", "regenerated_named", "none")
+    found.extend(key, concept, samples, [name in kept for name in samples])
+    moved = subject.scores(permuted=True)
     for size in INVARIANCE_SIZES:
         sets, permuted, other_sets = (
             highest(scores, size) for scores in (subject.contributions[own], moved[own], moved[~own])
         )
         rows = {
-            Key("region_invariance", "overlap", "contribution", size): [
-                overlap(one, other) for one, other in zip(sets, permuted, strict=True)
-            ],
-            Key("region_invariance", "overlap", "other images", size): [
-                sum(overlap(one, other) for other in other_sets) / len(other_sets) for one in sets
-            ],
+            ("overlap", "contribution"): dict(zip(samples, map(overlap, sets, permuted), strict=True)),
+            ("overlap", "other images"): dict(zip(samples, _mean_overlaps(sets, other_sets), strict=True)),
         }
-        for key, values in rows.items():
-            found.extend(key, subject.inputs.concept, subject.own_samples, values)
+        if again:
+            anew = dict(zip(again.own_samples, highest(again.scores(permuted=True)[again.own], size), strict=True))
+            before = {name: one for name, one in zip(samples, sets, strict=True) if name in anew}
+            rows["overlap_regenerated", "contribution"] = {name: overlap(before[name], anew[name]) for name in before}
+            others = _mean_overlaps(list(before.values()), other_sets)
+            rows["overlap_regenerated", "other images"] = dict(zip(before, others, strict=True))
+        for (measure, method), values in rows.items():
+            found.extend(Key("region_invariance", measure, method, size), concept, list(values), values.values())
+
+
+def _mean_overlaps(sets: Sequence[frozenset[int]], others: Sequence[frozenset[int]]) -> list[float]:
+    """Return each set's mean overlap with the others."""
+    return [sum(overlap(one, other) for other in others) / len(others) for one in sets]
 
 
 def specificity(subject: Subject, found: Observations) -> None:

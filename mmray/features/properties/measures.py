@@ -45,6 +45,11 @@ def common_share(sets: Sequence[frozenset[int]]) -> float:
     return len(frozenset.intersection(*sets)) / max(len(sets[0]), 1)
 
 
+def writing_share(tokens: Sequence[Sequence[str]], concept: str, first: str, language: str | None) -> float:
+    """Return the fraction of neurons that write a form of the concept, or its first token, given each one's tokens."""
+    return sum(lemma_hit(own, concept, first, language) for own in tokens) / len(tokens)
+
+
 def exact_hit(tokens: Iterable[str], word: str) -> bool:
     """Return whether one of the decoded tokens is the word, ignoring case."""
     return any(token.casefold() == word.casefold() for token in tokens)

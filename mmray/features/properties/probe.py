@@ -8,8 +8,8 @@ from functools import partial
 
 from mmray.data.samples import Sample
 from mmray.engine.clock import phase
-from mmray.features.properties.captions import CaptionChanges
-from mmray.features.properties.comparison import compare_methods
+from mmray.features.properties.captions import CaptionChanges, regenerated
+from mmray.features.properties.comparison import Comparison
 from mmray.features.properties.effects import AblationEffects
 from mmray.features.properties.maps import draw_maps
 from mmray.features.properties.meaning import (
@@ -80,13 +80,15 @@ class Probe:
             text_similarity(subject, found, self.encoder)
         if self.clip is not None:
             image_similarity(subject, found, self.clip)
-        region_invariance(subject, found)
+        with phase("write"):
+            again = regenerated(subject)
+        region_invariance(subject, again, found)
         invariance(subject, found)
         specificity(subject, found)
         with phase("ablate"):
             effects = AblationEffects(subject, self.resumes)
             self.resumes = effects.ablator.resumes
             effects.observe(found)
-        compare_methods(subject, effects, found)
+        Comparison(subject, again, found, self.encoder, self.clip).observe(self.resumes)
         with phase("write"):
             self.caption_changes.observe(subject, found)

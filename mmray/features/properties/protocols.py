@@ -22,11 +22,19 @@ GREEDY = "greedy captions before and after;"
 PROTOCOLS = {
     "exact_hit_rate": f"the noun's scored token is among {WRITTEN}; {HITS}",
     "lemma_hit_rate": f"a form of the noun, or its scored token, is among {WRITTEN}; {HITS}",
+    "inference_score": "fraction of the ten highest neurons that write the noun: a form of it, or its scored token, is "
+    "among the neuron's ten tokens; this definition is ours, because the paper's could not be read",
+    "moverscore": "1 − earth mover's distance from the ten highest neurons' tokens, ten each, to the noun; tokens of "
+    "the encoder's last layer, all of one weight (Zhao et al. 2019, without n-grams and idf)",
     "bertscore": "F1 of greedy matching of the ten highest neurons' tokens, ten each, to the noun; last layer of the "
     "encoder, no idf, not rescaled (Zhang et al. 2020)",
     "clipscore": "2.5 · max(cos, 0) of the image and the ten highest neurons' first tokens (Hessel et al. 2021)",
     "overlap": "image tokens permuted after the projector, the caption unchanged; |T ∩ T'| / n of the image's n "
     "highest neurons at the noun (Pan et al. 2024); control: T' of another image's noun",
+    "overlap_regenerated": "image tokens permuted after the projector, and a new greedy caption; |T ∩ T'| / n of the "
+    "n highest neurons at the noun in both captions, if both name it (Pan et al. 2024); control: T' of another image's "
+    "noun, in the run's caption",
+    "regenerated_named": "fraction of the concept's images whose greedy caption names it with image tokens permuted",
     "common_share": "neurons among the n highest at the noun in every image of the concept, as a fraction of n",
     "jaccard": "mean Jaccard index of the n highest neurons at the noun in two images of the concept; control: with "
     "images of other nouns",
@@ -54,12 +62,15 @@ PROTOCOLS = {
     "the area of the box as a fraction of the image",
     "iou": "images of several objects with boxes: IoU of the map above its 95th percentile with the object's box",
 }
-"""Protocol of each measure. In-sample and comparison measures get a prefix, see `protocol_of`."""
+"""Protocol of each measure. In-sample measures, and methods compared on held-out images, get a prefix; see
+`protocol_of`."""
 
-COMPARISON = "ranked and measured on the same images; "
+HELD_OUT = "ranked on half of the concept's images and measured on the other half, both ways; "
 IN_SAMPLE = "in-sample, measured on images that ranked the neurons; "
 RANKED = ("sensitivity", "specificity", "causal", "localisation")
 """Properties of neurons that the run's rankings name."""
+PER_IMAGE = ("jaccard", "common_share", "overlap", "overlap_regenerated")
+"""Measures of each image's own highest neurons."""
 UNRANKED = ("layer-matched", "activation-matched", "uniform", "image", "random pairing", "none", "chance")
 """Methods of these properties that use no ranking: controls, and each image's own highest neurons."""
 
@@ -67,7 +78,7 @@ UNRANKED = ("layer-matched", "activation-matched", "uniform", "image", "random p
 def protocol_of(key: Key) -> str:
     """Return the protocol of a measure."""
     if key.property == "comparison":
-        return COMPARISON + PROTOCOLS[key.measure]
+        return (HELD_OUT if key.measure not in PER_IMAGE else "") + PROTOCOLS[key.measure]
     # Controls were not chosen by the images, so measuring them there is no bias.
     ranked = key.property in RANKED and key.method not in UNRANKED
     return (IN_SAMPLE if ranked else "") + PROTOCOLS[key.measure]
@@ -84,7 +95,10 @@ SHARES = frozenset(
     {
         "exact_hit_rate",
         "lemma_hit_rate",
+        "inference_score",
         "overlap",
+        "overlap_regenerated",
+        "regenerated_named",
         "common_share",
         "jaccard",
         "auroc",

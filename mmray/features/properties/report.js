@@ -1,8 +1,8 @@
 // Properties of neurons with their controls, and the comparison of methods.
 "use strict";
 const MEASURES = {
-  exact_hit_rate: "own token promoted", lemma_hit_rate: "own word promoted, in any form", bertscore: "BERTScore of the tokens", clipscore: "CLIPScore of the tokens",
-  overlap: "same neurons with the image's patches permuted", common_share: "neurons common to all images of the concept", jaccard: "same neurons in two images of the concept",
+  exact_hit_rate: "own token promoted", lemma_hit_rate: "own word promoted, in any form", bertscore: "BERTScore of the tokens", moverscore: "MoverScore of the tokens", clipscore: "CLIPScore of the tokens",
+  overlap: "same neurons with the image's patches permuted", overlap_regenerated: "same neurons in a new caption of the permuted patches", regenerated_named: "new captions of the permuted patches that name the noun", common_share: "neurons common to all images of the concept", jaccard: "same neurons in two images of the concept",
   auroc: "own noun separated from others (AUROC)", own_score: "score at its noun", other_score: "score at other nouns", p_untouched: "P(noun), untouched",
   zeroed_own: "fall of P(noun), zeroed", zeroed_other: "fall of P(other nouns), zeroed", zeroed_removed: "captions that lose the noun, zeroed", zeroed_kept: "other captions unchanged, zeroed", zeroed_perplexity: "perplexity of other captions ×, zeroed",
   noise_own: "fall of P(noun), noise", noise_other: "fall of P(other nouns), noise", noise_removed: "captions that lose the noun, noise", noise_kept: "other captions unchanged, noise",
@@ -76,20 +76,39 @@ function propertiesPage() {
   });
   return [
     heading("Properties", "What the located neurons mean. Each figure comes with the same figure for control neurons. Intervals: 95 %, over images."),
-    rareBanner(rows), shown, compared.length ? comparison(compared) : null,
+    rareBanner(rows), shown, compared.length ? comparison(compared, rows) : null,
   ];
 }
 
-function comparison(rows) {
-  const methods = [...new Set(rows.map((row) => row.method))], measures = ["zeroed_own", "zeroed_other", "lemma_hit_rate", "jaccard"].filter((measure) => one(rows, { measure }));
-  const table = methods.map((method) => ({ method, ...Object.fromEntries(measures.map((measure) => [measure, one(rows, { method, measure })])) }));
+// The columns of Pan et al. 2024, by property; of each measure the rows of one size.
+const COLUMNS = [
+  ["inference_score", "Sensitivity: inference score"], ["clipscore", "Sensitivity: CLIPScore"], ["bertscore", "Sensitivity: BERTScore"], ["moverscore", "Sensitivity: MoverScore"],
+  ["lemma_hit_rate", "Sensitivity: one of ten writes the noun"],
+  ["overlap", "Region invariance: same caption"], ["overlap_regenerated", "Region invariance: new caption"],
+  ["jaccard", "Cross-image invariance: two images"], ["common_share", "Cross-image invariance: all N images"],
+  ["auroc", "Specificity (AUROC)"],
+  ["zeroed_own", "Causal effect: zeroed, P(noun) falls by"], ["zeroed_other", "zeroed, P(other nouns) falls by"], ["noise_own", "Causal effect: noise, P(noun) falls by"], ["noise_other", "noise, P(other nouns) falls by"],
+];
+const SOURCES = {
+  contribution: "contribution (Pan et al.)", folded: "contribution after the final norm", gate: "gate (their released code)", activation: "activation (Base)", gradient: "gradient (Mmns)", random: "random (control)",
+  "other images": "other images' nouns (control)",
+};
+
+function comparison(rows, all) {
+  // Controls of an image's own neurons have no ranking, so they are measured with the properties.
+  const control = (property, measure, method) => all.filter((row) => row.property === property && row.measure === measure && row.method === method && row.neurons === 10).map((row) => ({ ...row, method: "other images" }));
+  const cells = [...rows, ...control("region_invariance", "overlap", "other images"), ...control("region_invariance", "overlap_regenerated", "other images"), ...control("image_invariance", "jaccard", "other nouns")];
+  const methods = [...new Set(cells.map((row) => row.method))], measures = COLUMNS.filter(([measure]) => one(cells, { measure }));
+  const table = methods.map((method) => ({ method, ...Object.fromEntries(measures.map(([measure]) => [measure, one(cells, { method, measure })])) }));
+  const protocol = (measure) => cells.find((row) => row.measure === measure).protocol;
+  const by = 1 + Math.max(0, measures.findIndex(([measure]) => measure === "zeroed_own"));
   return [
-    h("h2", "Methods compared"), under("Neurons ranked and measured on the same images by each method. Sort by any column."),
+    h("h2", "Methods compared"), under("The table of Pan et al. 2024: neurons ranked by each method on half of a concept's images, and measured on the other half. Sort by any column."),
     card(sortable("Methods", [
-      { title: "method", value: (row) => row.method, cell: (row) => h("b", row.method) },
-      ...measures.map((measure) => ({ title: measureName(measure), number: true, about: rows.find((row) => row.measure === measure).protocol, value: (row) => row[measure]?.value ?? null,
-        cell: (row) => (row[measure] ? [figure(row[measure].value), h("br"), h("span.range", interval(row[measure], 2))] : "–") })),
-    ], table, { by: 1 }), h("details", h("summary", "How each was measured"), h("dl", measures.map((measure) => [h("dt", measureName(measure)), h("dd", rows.find((row) => row.measure === measure).protocol)])))),
+      { title: "method", kind: "wrap", value: (row) => row.method, cell: (row) => h("b", SOURCES[row.method] || row.method) },
+      ...measures.map(([measure, title]) => ({ title, number: true, about: protocol(measure), value: (row) => row[measure]?.value ?? null,
+        cell: (row) => (row[measure] ? [figure(row[measure].value), h("br"), h("span.range", interval(row[measure], 2), ` n ${whole(row[measure].n)}`)] : "–") })),
+    ], table, { by }), h("details", h("summary", "How each was measured"), h("dl", measures.map(([measure, title]) => [h("dt", title), h("dd", protocol(measure))])))),
   ];
 }
 

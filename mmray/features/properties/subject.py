@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,13 +18,13 @@ from mmray.features.census.decoding import written_tokens
 from mmray.features.census.ranking import locate_index
 from mmray.features.census.settings import CensusSettings
 from mmray.features.census.shard import Captioned, ShardAnalysis
-from mmray.models.blocks import BlockRecorder
+from mmray.models.blocks import BlockRecorder, permuted_image
 from mmray.models.pixels import BUDGET
 from mmray.models.prompting import Batch
 from mmray.neurons.activation_cache import ActivationCache, cache_activations, forward
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.model import NeuronModel
-from mmray.neurons.scoring import score_captured
+from mmray.neurons.scoring import score_batch, score_captured
 from mmray.neurons.token_positions import TokenPosition, positions_of
 
 Neurons = Sequence[tuple[int, int]]
@@ -171,10 +172,50 @@ class Subject:
             forward(self.model, self.batch)
         return cache, recorder
 
-    def scores(self, score: str = "contribution", *, folded: bool = False) -> Float[Tensor, "position neuron"]:
+    @cached_property
+    def permuted_pass(self) -> ActivationCache:
+        """Activations at the positions of a forward pass with the image's patches in another order."""
+        with (
+            torch.inference_mode(),
+            permuted_image(self.model, self.batch),
+            cache_activations(self.model, self.batch, self.positions) as cache,
+        ):
+            forward(self.model, self.batch)
+        return cache
+
+    def scores(
+        self, score: str = "contribution", *, folded: bool = False, permuted: bool = False
+    ) -> Float[Tensor, "position neuron"]:
         """Return every neuron's score at the positions, over all layers in order."""
-        found = score_captured(self.model, self.forward_pass[0], score, folded=folded)
+        cache = self.permuted_pass if permuted else self.forward_pass[0]
+        found = score_captured(self.model, cache, score, folded=folded)
         return torch.cat([part.cpu() for part in found.scores], dim=1)
+
+    def gradients(self, *, permuted: bool = False) -> Float[Tensor, "own neuron"]:
+        """Return every neuron's gradient × activation, summed over the image, at the concept's positions."""
+        # The backward pass is expensive, so it runs on the concept's own images only.
+        own = set(self.own_samples)
+        part = self.of_samples(own)
+        with permuted_image(self.model, part.batch) if permuted else nullcontext():
+            found = score_batch(self.model, part.batch, part.positions, "gradient")
+        scores = torch.cat([each.cpu() for each in found.scores], dim=1)
+        order = [part.own_samples.index(name) for name in self.own_samples]
+        return scores[order]
+
+    def of_samples(self, sample_ids: Collection[str]) -> Subject:
+        """Return the same concept on some of these samples alone."""
+        encoded = self.study.encoded([item.sample for item in self.items if item.sample.sample_id in sample_ids])
+        assert encoded is not None
+        return Subject(self.study, self.inputs, *encoded)
+
+    @cached_property
+    def halves(self) -> tuple[Subject, Subject]:
+        """The same concept on every second image, and on the others; images without it are split, too."""
+        own, others = self.own_samples, list(dict.fromkeys(self.other_samples))
+        # A single image without the concept serves both.
+        parts = [others[number::2] or others for number in (0, 1)]
+        first, second = (self.of_samples({*own[number::2], *parts[number]}) for number in (0, 1))
+        return first, second
 
     @cached_property
     def contributions(self) -> Float[Tensor, "position neuron"]:

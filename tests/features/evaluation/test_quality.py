@@ -1,6 +1,7 @@
 """BLEU is sacrebleu's, summed or whole; the similarity is greedy matching, against a plain loop."""
 
 from importlib import util
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import transformers
 
 from mmray.errors import InputError
 from mmray.features.evaluation.quality import bleu_sums, bleu_value, has_bleu
-from mmray.models.encoder import Encoder
+from mmray.models.encoder import Encoder, earth_movers_distance
 
 PAIRS = [
     ("An image of a dog and a cat.", "An image of a dog, a cat and a ball."),
@@ -74,6 +75,28 @@ def test_similarity_against_a_plain_loop(encoder: Encoder) -> None:
         assert encoder.match(one, one) == pytest.approx(1)
     assert encoder.match("", "") == 1
     assert encoder.match("a dog", "") == 0
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 3), (4, 1), (3, 3), (4, 2)])
+def test_earth_is_moved_as_cheaply_as_by_the_best_assignment(rows: int, columns: int) -> None:
+    torch.manual_seed(rows)
+    cost = torch.rand(rows, columns)
+    # Where the larger number is a multiple of the smaller, an optimum moves each row as a whole (Birkhoff).
+    wide = cost if rows >= columns else cost.T
+    each = len(wide) // wide.shape[1]
+    places = [column for column in range(wide.shape[1]) for _ in range(each)]
+    best = min(
+        sum(float(wide[row, column]) for row, column in enumerate(order)) / len(wide) for order in permutations(places)
+    )
+    assert earth_movers_distance(cost) == pytest.approx(best, abs=1e-6)
+
+
+@torch.no_grad()
+def test_the_same_text_needs_no_moving(encoder: Encoder) -> None:
+    for one, other in PAIRS:
+        assert encoder.move(one, one) == pytest.approx(1, abs=1e-3)
+        assert encoder.move(one, other) == pytest.approx(encoder.move(other, one), abs=1e-4)
+        assert (encoder.move(one, other) < 1 - 1e-3) == (one != other)
 
 
 def test_another_folder_is_refused_in_one_line(tmp_path: Path) -> None:

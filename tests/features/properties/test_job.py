@@ -55,7 +55,9 @@ def test_tables_have_their_columns_and_every_measure_its_protocol(run):
         assert table.schema.names == TABLES[name].names
         assert len(table)
     rows = found["properties"].to_pylist()
-    assert {row["measure"] for row in rows} | {"bertscore", "clipscore"} == set(PROTOCOLS)
+    # Of the demo's few concepts here, none may be named with permuted patches.
+    optional = {"bertscore", "moverscore", "clipscore", "overlap_regenerated"}
+    assert {row["measure"] for row in rows} | optional == set(PROTOCOLS)
     assert all(row["protocol"].endswith(PROTOCOLS[row["measure"]]) for row in rows)
     for row in rows:
         assert row["n"] > 0

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import mmray
 from mmray.demo import DATA
 from mmray.features.census.settings import census_settings
-from mmray.features.properties.comparison import METHODS, compare_methods
+from mmray.features.properties.captions import regenerated
+from mmray.features.properties.comparison import METHODS, Comparison
 from mmray.features.properties.effects import LAYER_MATCHED, AblationEffects, noise
 from mmray.features.properties.maps import box_of, draw_maps
 from mmray.features.properties.meaning import invariance, region_invariance, sensitivity
@@ -22,7 +23,11 @@ from mmray.features.properties.probe import Probe
 from mmray.features.properties.settings import DECODED, MOST, RANKINGS, property_settings
 from mmray.features.properties.subject import ConceptInputs, Ranked, Study, Subject
 from mmray.features.properties.tables import PARTS
+from mmray.models.blocks import permuted_image
+from mmray.models.capture import capture_input
+from mmray.models.norms import vocabulary_logits
 from mmray.models.parts import output_rows
+from mmray.neurons.activation_cache import forward
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.scoring import score_batch
 from tests.support.samples import LEXICON, samples, samples_of, settings
@@ -64,10 +69,11 @@ def test_nothing_is_said_of_patches_that_are_not_in_the_sequence(open_model, var
         study, ConceptInputs("dog", "dog", "en", ranked, ranked["score"], ("s0", "s2", "s6"), (), ()), *encoded
     )
     found = Observations()
-    region_invariance(subject, found)
+    again = regenerated(subject)
+    region_invariance(subject, again, found)
     assert bool(found.observations) == (variant == "llava")
     invariance(subject, found)
-    compare_methods(subject, AblationEffects(subject), found)
+    Comparison(subject, again, found).observe(AblationEffects(subject).ablator.resumes)
     rows = found.tables()["observations"].to_pylist()
     methods = {row["method"] for row in rows if row["property"] == "comparison"}
     assert methods == set(METHODS) - (set() if variant == "llava" else {"gradient"})
@@ -126,7 +132,7 @@ def test_what_neurons_write_is_told_by_their_sign(subject):
     given = Subject(study, replace(inputs, ranked=ranked), subject.items, subject.batch)
     found = Observations()
     sensitivity(given, found)
-    compare_methods(given, AblationEffects(given), found)
+    Comparison(given, None, found).observe(AblationEffects(given).ablator.resumes)
     hits = {
         (row["property"], row["method"], row["sample_id"]): row["value"]
         for row in found.observations
@@ -138,8 +144,14 @@ def test_what_neurons_write_is_told_by_their_sign(subject):
     for place, name in enumerate(given.own_samples):
         best = contributions[place].topk(DECODED).indices
         assert hits["sensitivity", "image", name] == bool((activations[place, best] < 0).any())
-    best = contributions.mean(dim=0).topk(DECODED).indices
-    assert hits["comparison", "contribution", "hammer"] == bool((activations.mean(dim=0)[best] < 0).any())
+    written = []
+    for half in (slice(0, None, 2), slice(1, None, 2)):
+        best = contributions[half].mean(dim=0).topk(DECODED).indices
+        written.append((activations[half].mean(dim=0)[best] < 0).float())
+    expected = sum(bool(half.any()) for half in written) / 2
+    assert hits["comparison", "contribution", "hammer"] == expected
+    (share,) = [row["value"] for row in found.observations if row["measure"] == "inference_score"][:1]
+    assert share == pytest.approx(float(torch.stack(written).mean()))
     assert 0 < hits["sensitivity", "uniform", "hammer"] <= 1
 
 
@@ -160,6 +172,55 @@ def test_falls_are_those_of_plain_forwards(subject):
         found = effects.falls(neurons, change(model, neurons))
         torch.testing.assert_close(found[0], before - after, atol=1e-4, rtol=1e-3)
     assert torch.equal(score_batch(model, batch, places).log_prob.exp(), before)
+
+
+def test_methods_are_measured_on_the_images_that_did_not_rank_their_neurons(subject):
+    found = Observations()
+    Comparison(subject, None, found).observe(resumes=True)
+    model, batch, own, names = subject.model, subject.batch, subject.own, subject.own_samples
+    scores = score_batch(model, batch, subject.positions, "activation").scores
+    activations = torch.cat(scores, dim=1)[own]
+    before = score_batch(model, batch, subject.positions).log_prob.exp()[own]
+    expected = {}
+    for ranking, measured in ((0, 1), (1, 0)):
+        best = activations[ranking::2].mean(dim=0).topk(MOST).indices.tolist()
+        with mmray.ablate(model, subject.study.locate(best)):
+            after = score_batch(model, batch, subject.positions).log_prob.exp()[own]
+        expected |= dict(zip(names[measured::2], (before - after)[measured::2].tolist(), strict=True))
+    rows = [row for row in found.observations if row["method"] == "activation"]
+    zeroed = {row["sample_id"]: row["value"] for row in rows if row["measure"] == "zeroed_own"}
+    assert zeroed == pytest.approx(expected, abs=1e-4)
+    assert {row["measure"] for row in rows} >= {"noise_own", "auroc", "overlap", "common_share", "inference_score"}
+    # Every image of another noun is measured by one half.
+    others = [row["sample_id"] for row in rows if row["measure"] == "zeroed_other"]
+    assert sorted(others) == sorted(subject.other_samples)
+
+
+def test_regenerated_captions_are_what_the_model_says_about_permuted_patches(subject):
+    again = regenerated(subject)
+    assert again is not None
+    assert set(again.own_samples) <= set(subject.own_samples)
+    with permuted_image(again.model, again.batch), torch.inference_mode():
+        states = []
+        with capture_input(again.model.norm, states.append):
+            forward(again.model, again.batch)
+    said = vocabulary_logits(again.model, states[0].flatten(0, 1)).argmax(dim=1).view(states[0].shape[:2])
+    for row, tokens in enumerate(again.batch.tokens):
+        start = again.batch.caption_start[row] - 1
+        # Greedy: each token is the likeliest one, with the same patches in the same places.
+        assert said[row, start : start + len(tokens)].tolist() == tokens
+    found = Observations()
+    region_invariance(subject, again, found)
+    rows = [row for row in found.observations if row["neurons"] == DECODED and row["method"] == "contribution"]
+    values = {row["sample_id"]: row["value"] for row in rows if row["measure"] == "overlap_regenerated"}
+    with permuted_image(again.model, again.batch):
+        anew = torch.cat(score_batch(again.model, again.batch, again.positions).scores, dim=1)[again.own]
+    for name, scores in zip(again.own_samples, anew, strict=True):
+        old = subject.contributions[subject.own][subject.own_samples.index(name)]
+        shared = set(old.topk(DECODED).indices.tolist()) & set(scores.topk(DECODED).indices.tolist())
+        assert values[name] == len(shared) / DECODED
+    named = {row["sample_id"]: row["value"] for row in found.observations if row["measure"] == "regenerated_named"}
+    assert named == {name: name in again.own_samples for name in subject.own_samples}
 
 
 def test_noise_is_in_parts_of_the_rows_own_size(subject):
