@@ -81,7 +81,7 @@ class EvaluationJob(Job[EvaluationSettings, EvaluationContext]):
         """Write the measures with their intervals, and the captions before and after."""
         settings = plan.context.settings
         measured, captions = _gathered(plan, parts)
-        measures = summarise(measured, settings)
+        measures = summarise(measured, settings, in_sample=settings.data == plan.context.own.data)
         found = verdict_of(measures)
         receipts = parts.receipts.values()
         content = {

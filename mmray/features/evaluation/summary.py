@@ -16,10 +16,16 @@ from mmray.statistics.bootstrap import Measured, by_measure, measure
 UNSEEN_INSTEAD = "the images that the edit was made on are not at hand; of others: "
 
 
-def summarise(measurements: pa.Table, settings: MeasureSettings) -> dict[str, dict[str, Any]]:
+IN_SAMPLE = "in-sample, the neurons were ranked on the same data; "
+
+
+def summarise(
+    measurements: pa.Table, settings: MeasureSettings, *, in_sample: bool = False
+) -> dict[str, dict[str, Any]]:
     """Return measure → before, after, low, high, n and protocol; the primary ones first, the others by name.
 
-    If the edit's own images are not available, its reliability is that on images it never saw.
+    `in_sample`: the data is the run's own, which the protocols of success on other images then say. If the edit's own
+    images are not available, its reliability is that on images it never saw.
     """
     sums = by_measure(measurements)
     found: dict[str, dict[str, Any]] = {}
@@ -29,6 +35,9 @@ def summarise(measurements: pa.Table, settings: MeasureSettings) -> dict[str, di
             measured = measure(*sums[name], kind.value, settings.draws, settings.seed, share=kind.unit == "share")
         found[name] = asdict(measured) | {"protocol": protocol_of(name, settings)}
     unseen = {name: values for name, values in found.items() if name.startswith("image_generality")}
+    if in_sample:
+        for values in unseen.values():
+            values["protocol"] = IN_SAMPLE + values["protocol"]
     if not found["reliability"]["n"] and unseen["image_generality"]["n"]:
         for name, values in unseen.items():
             # Own images are never flipped or cropped.

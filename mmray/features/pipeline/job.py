@@ -179,7 +179,8 @@ def _execution(settings: PipelineSettings) -> dict[str, Any]:
 
 def _evaluation(settings: PipelineSettings, run: str, edit: str) -> EvaluationSettings:
     try:
-        return evaluation_settings({**_execution(settings), **settings.evaluation, "run": run, "edit": edit})
+        shared = _execution(settings) | {"data": _census(settings).data}
+        return evaluation_settings({**shared, **settings.evaluation, "run": run, "edit": edit})
     except InputError as error:
         raise InputError(f"evaluation: {error}") from error
 

@@ -46,7 +46,9 @@ class PropertiesJob(Job[PropertySettings, RunSamples]):
         # Decoded tokens are looked up by row, so rows must be in the order of the neurons' index.
         neurons = run.table("neurons").sort_by([("layer", "ascending"), ("unit", "ascending")])
         cache = context.open_cache()
-        probe = Probe(Study(model, census, context.nouns, neurons), self.settings)
+        # Captions are as long as these settings say, not those of the census.
+        captioning = census.model_copy(update={"longest": self.settings.longest})
+        probe = Probe(Study(model, captioning, context.nouns, neurons), self.settings)
 
         def measure(unit: Unit) -> UnitResult:
             found = Observations()
