@@ -64,7 +64,10 @@ class PropertiesJob(Job[PropertySettings, RunSamples]):
         # With --only, the other table stays as an earlier call wrote it.
         if settings.only != "maps":
             observed = parts.table("observations")
-            output.table("properties", summarise(observed, settings.draws, settings.seed, plan.context.images))
-        if settings.only != "properties":
+            held_out = settings.held_out is not None
+            table = summarise(observed, settings.draws, settings.seed, plan.context.images, held_out=held_out)
+            output.table("properties", table)
+        # The report shows maps over the run's own images.
+        if settings.only != "properties" and settings.held_out is None:
             output.table("heatmaps", maps)
         return {"concepts": sum(unit.size for unit in plan.units), "heatmaps": len(maps)}

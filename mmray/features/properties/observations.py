@@ -65,10 +65,18 @@ class Observations:
         return {name: pa.Table.from_pylist(getattr(self, name), schema=schema) for name, schema in PARTS.items()}
 
 
-def summarise(observations: pa.Table, draws: int, seed: int, images: Mapping[str, str] | None = None) -> pa.Table:
+def summarise(
+    observations: pa.Table,
+    draws: int,
+    seed: int,
+    images: Mapping[str, str] | None = None,
+    *,
+    held_out: bool = False,
+) -> pa.Table:
     """Return the table `properties`: each measure over all concepts, then per concept, with intervals over images.
 
-    `images` maps samples to keys of their images; without it, each sample is an image. The order of rows does not
+    `images` maps samples to keys of their images; without it, each sample is an image. `held_out`: no image ranked the
+    neurons, which the protocols say. The order of rows does not
     change the result.
     """
     image_of = images or {}
@@ -81,7 +89,7 @@ def summarise(observations: pa.Table, draws: int, seed: int, images: Mapping[str
             # None is the group of all concepts.
             grouped[key, concept].setdefault(image, []).append((row["value"], row["of"]))
     ordered = sorted(grouped.items(), key=lambda pair: _order(*pair[0]))
-    rows = [_row(key, concept, parts, draws, seed) for (key, concept), parts in ordered]
+    rows = [_row(key, concept, parts, draws, seed, held_out) for (key, concept), parts in ordered]
     return pa.Table.from_pylist([row for row in rows if row["value"] is not None], schema=TABLES["properties"])
 
 
@@ -90,7 +98,7 @@ def _order(key: Key, concept: str | None) -> tuple[object, ...]:
 
 
 def _row(
-    key: Key, concept: str | None, images: dict[str, list[tuple[float, float]]], draws: int, seed: int
+    key: Key, concept: str | None, images: dict[str, list[tuple[float, float]]], draws: int, seed: int, held_out: bool
 ) -> dict[str, object]:
     # Sorted because the order of addition changes the last bits of a sum.
     sums: ndarray = np.array([np.sum(sorted(images[name]), axis=0) for name in sorted(images)])
@@ -101,5 +109,5 @@ def _row(
         "low": found.low,
         "high": found.high,
         "n": found.n,
-        "protocol": protocol_of(key),
+        "protocol": protocol_of(key, held_out=held_out),
     }

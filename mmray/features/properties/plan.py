@@ -20,7 +20,7 @@ from mmray.features.census.settings import census_settings
 from mmray.features.properties.settings import MOST, RANKINGS, PropertySettings
 from mmray.features.properties.subject import ConceptInputs, Ranked
 from mmray.models.loading import require_images
-from mmray.runs.run import Run
+from mmray.runs.run import Run, open_run
 
 MEASURED_PER_UNIT = 4
 """Concepts per unit of work that are measured."""
@@ -35,24 +35,30 @@ def plan_properties(settings: PropertySettings, run: Run) -> Plan[RunSamples]:
 
     Raises InputError if there is no such concept, or no data.
     """
+    shown = _shown(settings, run)
     # Generated captions are in the run's tables by now, so they are encoded like those of a dataset.
-    census = census_settings(run.info["settings"] | {"captions": "dataset"})
+    census = census_settings(shown.info["settings"] | {"captions": "dataset"})
     require_images(census.model, "mmray properties", trust_remote_code=census.trust_remote_code)
-    rows = {row["sample_id"]: row for row in run.table("captions").to_pylist()}
-    keys = image_keys(run.table("captions"))
-    images = _images(run, rows, keys, settings.language)
+    rows = {row["sample_id"]: row for row in shown.table("captions").to_pylist()}
+    keys = image_keys(shown.table("captions"))
+    if settings.held_out:
+        seen = set(image_keys(run.table("captions")).values())
+        rows = {name: row for name, row in rows.items() if keys[name] not in seen}
+    images = _images(shown, rows, keys, settings.language)
+    known = set(run.table("rankings")["concept"].unique().to_pylist())
+    images = {name: found for name, found in images.items() if name in known}
     measured = [name for name, found in images.items() if len(found) >= settings.min_occurrences]
     measured = [] if settings.only == "maps" else measured[: settings.concepts]
     mapped = [] if settings.only == "properties" else list(images)[:MOST_MAPPED]
     if not measured and not mapped:
         raise InputError(
-            f"{run.uri}: no concept with {settings.min_occurrences} images"
+            f"{shown.uri}: no concept with {settings.min_occurrences} images"
             + (f" in language {settings.language!r}" if settings.language else "")
             + "; lower --min-occurrences"
         )
     ranked = _ranked(run, {*measured, *mapped})
     shared = _samples_nearby({sample for name in measured for sample in images[name][: settings.images]}, images, rows)
-    tokens = _first_tokens(run)
+    tokens = _first_tokens(shown)
     inputs = {}
     for number, name in enumerate(dict.fromkeys([*measured, *mapped])):
         if name not in ranked:
@@ -71,13 +77,13 @@ def plan_properties(settings: PropertySettings, run: Run) -> Plan[RunSamples]:
             maps=tuple(_alternate_domains(images[name], rows)[: settings.maps]) if name in mapped else (),
         )
     requested = {name for each in inputs.values() for name in (*each.own, *each.others, *each.maps)}
-    _, _, nouns = open_inputs(census_settings(run.info["settings"]))
+    _, _, nouns = open_inputs(census_settings(shown.info["settings"]))
     # Maps alone are cheap, so many such concepts share a unit.
     units = _units([inputs[name] for name in measured if name in inputs], MEASURED_PER_UNIT)
     units += _units([each for each in inputs.values() if not each.own], MAPPED_PER_UNIT)
     context = RunSamples(
         census,
-        Manifest.from_json(run.folder.manifest()),
+        Manifest.from_json(shown.folder.manifest()),
         nouns,
         {name: rows[name]["shard_id"] for name in requested},
         {name: rows[name]["caption"] for name in requested},
@@ -85,7 +91,18 @@ def plan_properties(settings: PropertySettings, run: Run) -> Plan[RunSamples]:
     )
     # Payloads are no settings, but results depend on them, so the fingerprint takes them in.
     measures = hashlib.sha256(repr([unit.payload for unit in units]).encode()).hexdigest()[:16]
-    return Plan(units, run.digests() | {"units": measures}, context)
+    of_images = {f"held-out {name}": digest for name, digest in shown.digests().items()} if settings.held_out else {}
+    return Plan(units, run.digests() | of_images | {"units": measures}, context)
+
+
+def _shown(settings: PropertySettings, run: Run) -> Run:
+    """Return the run whose images are measured; raises InputError if it is of another model."""
+    if settings.held_out is None:
+        return run
+    other = open_run(settings.held_out)
+    if other.info["digests"]["model"] != run.info["digests"]["model"]:
+        raise InputError(f"--held-out {settings.held_out}: of another model than {run.uri}; give a run of the same one")
+    return other
 
 
 def _images(
@@ -97,7 +114,7 @@ def _images(
     """
     found: dict[str, dict[str, None]] = defaultdict(dict)
     for row in run.table("occurrences").select(["concept", "sample_id"]).to_pylist():
-        if language is None or rows[row["sample_id"]]["language"] == language:
+        if row["sample_id"] in rows and language in (None, rows[row["sample_id"]]["language"]):
             found[row["concept"]][row["sample_id"]] = None
     order = {name: number for number, name in enumerate(rows)}
     images = {name: one_per_image(sorted(samples, key=order.__getitem__), keys) for name, samples in found.items()}

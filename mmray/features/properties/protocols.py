@@ -65,8 +65,9 @@ PROTOCOLS = {
 """Protocol of each measure. In-sample measures, and methods compared on held-out images, get a prefix; see
 `protocol_of`."""
 
-HELD_OUT = "ranked on half of the concept's images and measured on the other half, both ways; "
+HALVES = "ranked on half of the concept's images and measured on the other half, both ways; "
 IN_SAMPLE = "in-sample, measured on images that ranked the neurons; "
+HELD_OUT = "held-out, measured on images that did not rank the neurons; "
 RANKED = ("sensitivity", "specificity", "causal", "localisation")
 """Properties of neurons that the run's rankings name."""
 PER_IMAGE = ("jaccard", "common_share", "overlap", "overlap_regenerated")
@@ -75,13 +76,13 @@ UNRANKED = ("layer-matched", "activation-matched", "uniform", "image", "random p
 """Methods of these properties that use no ranking: controls, and each image's own highest neurons."""
 
 
-def protocol_of(key: Key) -> str:
-    """Return the protocol of a measure."""
+def protocol_of(key: Key, *, held_out: bool = False) -> str:
+    """Return the protocol of a measure; `held_out`: its images did not rank the neurons."""
     if key.property == "comparison":
-        return (HELD_OUT if key.measure not in PER_IMAGE else "") + PROTOCOLS[key.measure]
+        return (HALVES if key.measure not in PER_IMAGE else "") + PROTOCOLS[key.measure]
     # Controls were not chosen by the images, so measuring them there is no bias.
     ranked = key.property in RANKED and key.method not in UNRANKED
-    return (IN_SAMPLE if ranked else "") + PROTOCOLS[key.measure]
+    return ((HELD_OUT if held_out else IN_SAMPLE) if ranked else "") + PROTOCOLS[key.measure]
 
 
 def perplexity_ratio(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:

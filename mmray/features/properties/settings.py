@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mmray.engine.settings import JobSettings, after_work, checked, execution
+from mmray.engine.settings import JobSettings, after_work, checked, execution, known_by_digest
 
 SIZES = (1, 10, 50, 100)
 """Numbers of neurons that are zeroed."""
@@ -33,6 +33,9 @@ class PropertySettings(JobSettings):
 
     run: str = execution()
     """Folder of the run."""
+    held_out: str | None = known_by_digest(None)
+    """Run of other data with the same model, whose images are measured; default: the run's own, in-sample. Images that
+    the run has too are left out. Heat maps of the report stay those of the run's images."""
     only: Literal["maps", "properties"] | None = None
     """Only draw heat maps, or only measure; default: both."""
     concepts: int = Field(200, ge=1)

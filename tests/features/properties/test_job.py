@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -16,7 +17,7 @@ from mmray.features.properties.protocols import PROTOCOLS
 from mmray.features.properties.tables import TABLES
 from mmray.runs.run import open_run
 from tests.support.command import Answer
-from tests.support.local_jobs import properties_here
+from tests.support.local_jobs import census_here, properties_here
 from tests.support.samples import samples_of
 
 MADE = ("properties", "heatmaps")
@@ -137,6 +138,36 @@ def test_an_image_beyond_the_budget_of_pixels_is_a_row_of_errors(run, monkeypatc
         assert row["message"] == f"{source}: left out: the concept's images have more than 100,000,000 pixels together"
         assert row["stage"] == "encode"
     assert not done.complete
+
+
+def test_images_of_another_run_are_held_out(run, tmp_path):
+    concept, rows = next(iter(open_run(run).concepts)), pq.read_table(DATA).to_pylist()
+    # Scenes of the run, scenes of its most frequent concept, and a few of others.
+    fresh = [row for row in rows[48:] if row["language"] == rows[0]["language"]]
+    shown = [[row for row in fresh if (concept in row["caption"]) == names][:4] for names in (True, False)]
+    chosen = pa.Table.from_pylist([*rows[:48:6], *shown[0], *shown[1]], schema=pq.read_schema(DATA))
+    pq.write_table(chosen, tmp_path / "other.parquet")
+    assert census_here("demo", str(tmp_path / "other.parquet"), tmp_path / "other").complete
+    properties_here(run, **ASKED)
+    maps = open_run(run).table("heatmaps")
+    done = properties_here(run, **ASKED | {"held_out": str(tmp_path / "other"), "concepts": 1, "only": "properties"})
+    assert done.complete
+    observed = pa.concat_tables(done.parts.each("observations"))
+    seen = set(observed.filter(pc.equal(observed["measure"], "zeroed_own"))["sample_id"].to_pylist())
+    ranked = set(open_run(run).table("captions")["sample_id"].to_pylist())
+    assert ranked & set(open_run(tmp_path / "other").table("captions")["sample_id"].to_pylist())
+    assert seen
+    assert not seen & ranked
+    table = open_run(run).table("properties").to_pylist()
+    assert {row["protocol"].partition(",")[0] for row in table if row["method"] == "score"} == {"held-out"}
+    # The report draws maps over the run's own images.
+    assert open_run(run).table("heatmaps") == maps
+
+
+def test_a_run_of_another_model_is_refused_for_held_out_images(run, tiny, tmp_path):
+    assert census_here(tiny("llava"), str(DATA), tmp_path / "other", limit=4).complete
+    with pytest.raises(InputError, match=r"of another model than .*; give a run of the same one"):
+        properties_here(run, **ASKED | {"held_out": str(tmp_path / "other")})
 
 
 def test_a_language_without_concepts_is_refused(run):
