@@ -111,8 +111,8 @@ class Comparison:
         self._add("overlap", method, DECODED, samples, list(map(overlap, sets, moved)))
         if again is not None:
             before = dict(zip(samples, sets, strict=True))
-            anew = highest(own_scores(again, method, permuted=True), DECODED)
-            values = [overlap(before[name], one) for name, one in zip(again.own_samples, anew, strict=True)]
+            new_sets = highest(own_scores(again, method, permuted=True), DECODED)
+            values = [overlap(before[name], one) for name, one in zip(again.own_samples, new_sets, strict=True)]
             self._add("overlap_regenerated", method, DECODED, again.own_samples, values)
 
     def _specificity(self, method: str, measured: Subject, indices: list[int]) -> None:

@@ -169,11 +169,11 @@ def region_invariance(subject: Subject, again: Subject | None, found: Observatio
             ("overlap", "other images"): dict(zip(samples, _mean_overlaps(sets, other_sets), strict=True)),
         }
         if again:
-            anew = dict(zip(again.own_samples, highest(again.scores(permuted=True)[again.own], size), strict=True))
-            before = {name: one for name, one in zip(samples, sets, strict=True) if name in anew}
-            rows["overlap_regenerated", "contribution"] = {name: overlap(before[name], anew[name]) for name in before}
-            others = _mean_overlaps(list(before.values()), other_sets)
-            rows["overlap_regenerated", "other images"] = dict(zip(before, others, strict=True))
+            new_sets = highest(again.scores(permuted=True)[again.own], size)
+            before = [sets[samples.index(name)] for name in again.own_samples]
+            pairs = {"contribution": map(overlap, before, new_sets), "other images": _mean_overlaps(before, other_sets)}
+            for method, overlaps in pairs.items():
+                rows["overlap_regenerated", method] = dict(zip(again.own_samples, overlaps, strict=True))
         for (measure, method), values in rows.items():
             found.extend(Key("region_invariance", measure, method, size), concept, list(values), values.values())
 
