@@ -80,14 +80,11 @@ function propertiesPage() {
   ];
 }
 
-// The columns of Pan et al. 2024, by property; of each measure the rows of one size.
+// The columns of Pan et al. 2024: sensitivity, invariance, specificity, and causal effect.
 const COLUMNS = [
-  ["inference_score", "Sensitivity: inference score"], ["clipscore", "Sensitivity: CLIPScore"], ["bertscore", "Sensitivity: BERTScore"], ["moverscore", "Sensitivity: MoverScore"],
-  ["lemma_hit_rate", "Sensitivity: one of ten writes the noun"],
-  ["overlap", "Region invariance: same caption"], ["overlap_regenerated", "Region invariance: new caption"],
-  ["jaccard", "Cross-image invariance: two images"], ["common_share", "Cross-image invariance: all N images"],
-  ["auroc", "Specificity (AUROC)"],
-  ["zeroed_own", "Causal effect: zeroed, P(noun) falls by"], ["zeroed_other", "zeroed, P(other nouns) falls by"], ["noise_own", "Causal effect: noise, P(noun) falls by"], ["noise_other", "noise, P(other nouns) falls by"],
+  ["inference_score", "inference score"], ["clipscore", "CLIPScore"], ["bertscore", "BERTScore"], ["moverscore", "MoverScore"], ["lemma_hit_rate", "noun written"],
+  ["overlap", "region invariance"], ["overlap_regenerated", "with a new caption"], ["jaccard", "cross-image invariance"], ["common_share", "in all N images"], ["auroc", "specificity"],
+  ["zeroed_own", "zeroed: P(noun) falls"], ["zeroed_other", "P(other nouns)"], ["noise_own", "noise: P(noun) falls"], ["noise_other", "P(other nouns)"],
 ];
 const SOURCES = {
   contribution: "contribution (Pan et al.)", folded: "contribution after the final norm", gate: "gate (their released code)", activation: "activation (Base)", gradient: "gradient (Mmns)", random: "random (control)",
@@ -103,7 +100,7 @@ function comparison(rows, all) {
   const protocol = (measure) => cells.find((row) => row.measure === measure).protocol;
   const by = 1 + Math.max(0, measures.findIndex(([measure]) => measure === "zeroed_own"));
   return [
-    h("h2", "Methods compared"), under("The table of Pan et al. 2024: neurons ranked by each method on half of a concept's images, and measured on the other half. Sort by any column."),
+    h("h2", "Methods compared"), under("The table of Pan et al. 2024: neurons ranked by each method on half of a concept's images, and measured on the other half. Sensitivity, invariance, specificity, and what zeroing and noise take from the noun."),
     card(sortable("Methods", [
       { title: "method", kind: "wrap", value: (row) => row.method, cell: (row) => h("b", SOURCES[row.method] || row.method) },
       ...measures.map(([measure, title]) => ({ title, number: true, about: protocol(measure), value: (row) => row[measure]?.value ?? null,
