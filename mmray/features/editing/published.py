@@ -40,7 +40,7 @@ from mmray.neurons.scoring import score_captured
 from mmray.neurons.token_positions import TokenPosition
 
 LEARNING_RATE, STEPS = 5e-3, 50
-"""FiNE's for LLaMA-2-7B; the steps are those of each part of the answers."""
+"""FiNE's for LLaMA-2-7B."""
 SURE = -log(0.9)
 """Of − log p: learning stops where it is less for every new token."""
 SIZE_WEIGHT, PREFIX_WEIGHT, REPEAT_WEIGHT, SOURCE_WEIGHT = 0.1, 1.0, 10.0, 1.0
@@ -48,7 +48,7 @@ SIZE_WEIGHT, PREFIX_WEIGHT, REPEAT_WEIGHT, SOURCE_WEIGHT = 0.1, 1.0, 10.0, 1.0
 PER_TOKEN, LAST_LAYERS = 5, 3
 """Neurons that FiNE locates per new token, and the last layers that it leaves out."""
 ANSWERS = 8
-"""Per step, which is a part."""
+"""Per step."""
 
 
 def pan(task: Task) -> Deltas:
@@ -87,7 +87,7 @@ def descend(deltas: Deltas, parts: Sequence[Answers], seed: int) -> list[float]:
     for number in cycle(order):
         optimizer.zero_grad()
         loss, worst[number] = parts[number].loss(deltas)
-        if len(losses) == STEPS * len(parts) or max(worst.values()) < SURE or not isfinite(loss.item()):
+        if len(losses) == STEPS or max(worst.values()) < SURE or not isfinite(loss.item()):
             return losses
         loss.backward()
         optimizer.step()
