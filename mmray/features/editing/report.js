@@ -67,7 +67,7 @@ function editsCompared(edits) {
     { title: "edit", kind: "wrap", value: (edit) => edit.name, cell: (edit) => h("b", edit.name) },
     { title: "method", value: (edit) => edit.facts.method || "", cell: (edit) => edit.facts.method || "" },
     { title: "neurons", value: (edit) => edit.facts.rows_changed, number: true, cell: (edit) => whole(edit.facts.rows_changed) },
-    ...measures.map((measure) => ({ title: measure.replaceAll("_", " "), number: true, about: measured.map((edit) => row(edit, measure)).find(Boolean).protocol, value: (edit) => row(edit, measure)?.after ?? null,
+    ...measures.map((measure) => [measure, measured.map((edit) => row(edit, measure)).find(Boolean)]).map(([measure, { label, protocol }]) => ({ title: label, number: true, about: protocol, value: (edit) => row(edit, measure)?.after ?? null,
       cell: (edit) => (row(edit, measure) ? [figure(row(edit, measure).after), h("br"), h("span.range", interval(row(edit, measure), 2), ` n ${whole(row(edit, measure).n)}`)] : "–") })),
   ], measured))];
 }

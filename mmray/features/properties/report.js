@@ -46,7 +46,7 @@ function sectionCharts(name, rows) {
     ];
   }
   if (name === "region_invariance" || name === "image_invariance")
-    return [h("div.grid.two", [...new Set(rows.map((row) => row.measure))].map((measure) =>
+    return [h("div.grid.two", [...new Set(rows.filter((row) => row.neurons).map((row) => row.measure))].map((measure) =>
       card(h("h3", measureName(measure)), dose(select(rows, { measure }), measureName(measure), "highest neurons", (row) => row.neurons, "share"))))];
   // One chart per measure, of as many neurons as the section's tables begin with.
   return [h("div.grid.two", [...new Set(rows.map((row) => row.measure))].map((measure) => {
