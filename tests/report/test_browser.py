@@ -240,14 +240,8 @@ def test_two_concepts_are_compared(page):
     page.get_by_label("compare with").press("Enter")
     page.wait_for_selector(f"h1:text-is('dog and {other}')")
     page.wait_for_selector("main tbody tr")
-    listed = [
-        set(names)
-        for names in page.evaluate(
-            """(names) => Promise.all(names.map((name) => SOURCE.part(`c:${name}`)))
-        .then((pages) => pages.map((page) => page.neurons.map((row) => row.neuron)))""",
-            ["dog", other],
-        )
-    ]
+    pages = page.evaluate("(names) => Promise.all(names.map((name) => SOURCE.part(`c:${name}`)))", ["dog", other])
+    listed = [{row["neuron"] for row in one["neurons"]} for one in pages]
     assert page.locator("main tbody tr").count() == len(listed[0] | listed[1])
     assert page.locator("main tbody td", has_text="both").count() == len(listed[0] & listed[1])
 
@@ -255,6 +249,5 @@ def test_two_concepts_are_compared(page):
 def test_columns_say_what_they_mean(page):
     page.evaluate("location.hash = '#/concept/dog'")
     page.wait_for_selector("th[title]")
-    assert "mean over the concept's occurrences" in page.locator("th", has_text=re.compile("^score")).get_attribute(
-        "title"
-    )
+    title = page.locator("th", has_text=re.compile("^score")).get_attribute("title")
+    assert "mean over the concept's occurrences" in title
