@@ -70,8 +70,13 @@ class Plan(Generic[P]):
     """How the units were cut; by default their sizes."""
 
 
-Worker = Callable[[Unit], UnitResult]
-"""Computes the parts of a unit."""
+Worker = Callable[[Unit], UnitResult | Callable[[], UnitResult]]
+"""Computes the parts of a unit; or does most of it, and returns what computes the rest (see `Job.overlaps`)."""
+
+
+def finished(result: UnitResult | Callable[[], UnitResult]) -> UnitResult:
+    """Return the result of a worker, after computing what is left of it."""
+    return result() if callable(result) else result
 
 
 Phase: TypeAlias = Literal["loading the model", "working", "merging"]
@@ -187,6 +192,8 @@ class Job(ABC, Generic[S, P]):
     """What `Unit.size` counts."""
     parts: ClassVar[Mapping[str, pa.Schema]]
     """Schemas of what a unit commits; the engine adds `errors`, with a row per failed sample."""
+    overlaps: ClassVar[bool] = False
+    """Whether an actor may finish and commit a unit in one thread while it works on the next one in another."""
 
     def __init__(self, settings: S) -> None:
         self.settings = settings

@@ -25,6 +25,8 @@ MOST_TASKS = 1000
 """Tasks per job: each costs Ray Data's driver milliseconds and kilobytes, so that many units share tasks."""
 TASKS_PER_WORKER = 50
 """Tasks per worker at least, if there are enough units; with fewer, some workers would idle at the end."""
+OVERLAPPED_FROM = 4
+"""Tasks per worker from which an actor gets a second one early, to work on while it commits the first."""
 
 
 class RayExecutor:
@@ -56,15 +58,20 @@ class RayExecutor:
         """Return the lazy outcomes of a work order, which starts with an equal share of the actors that fit."""
         pool = actor_pool(self.workers, self.gpus_per_worker, machines(), len(groups))
         tasks = _tasks(groups, max(MOST_TASKS, TASKS_PER_WORKER * pool.most))
+        # With few units of different sizes, a queue per actor would give one actor several large ones and another none.
+        calls = 2 if len(tasks) >= OVERLAPPED_FROM * pool.most and all(job.overlaps for job in order.jobs) else 1
         return ray.data.from_blocks([pa.table({"unit": numbers}) for numbers in tasks]).map_batches(
             _Actor,
             fn_constructor_args=(cloudpickle.dumps(order), pool.threads, str(Path.cwd())),
             batch_size=1,
-            # One task at a time: with few units of different sizes, a queue per actor would give one actor several
-            # large units and another none. Rows hold only numbers and outcomes, so nothing needs prefetching.
+            # No task waits for an actor: rows hold only numbers and outcomes, so nothing needs prefetching.
             compute=ray.data.ActorPoolStrategy(
-                min_size=max(1, pool.workers // orders), max_size=pool.most, max_tasks_in_flight_per_actor=1
+                min_size=max(1, pool.workers // orders),
+                max_size=pool.most,
+                max_tasks_in_flight_per_actor=calls,
+                enable_true_multi_threading=calls > 1,
             ),
+            max_concurrency=calls,
             num_cpus=pool.cores,
             num_gpus=pool.gpus or None,
         )
@@ -93,7 +100,7 @@ class _RayNode(Node):
 
 
 class _Actor:
-    """Runs batches of units; outcomes are columns, as Ray Data expects."""
+    """Runs batches of units, in one thread or in two; outcomes are columns, as Ray Data expects."""
 
     def __init__(self, order: bytes, threads: int, home: str) -> None:
         # Unpickled here, because that imports torch and transformers: without collections, in a fifth less time.

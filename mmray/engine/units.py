@@ -9,15 +9,16 @@ import socket
 import threading
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 from mmray.engine.clock import peak_memory, timed_phases
-from mmray.engine.job import Job, Unit, UnitRefusedError, Worker
+from mmray.engine.job import Job, Unit, UnitRefusedError, Worker, finished
 from mmray.errors import InputError, OutageError, StorageError
 from mmray.runs import ATTEMPTS, Receipt, RunFolder
 from mmray.runs.tables import ERRORS
@@ -29,6 +30,7 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 MOST_ATTEMPTS = 20
 """Attempts at a unit whatever the cause, so that a unit that brings down its machine is quarantined, too."""
 
+Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
@@ -80,7 +82,7 @@ class UnitOutcome:
 
 
 class UnitRunner:
-    """Runs the units of a work order.
+    """Runs the units of a work order, also when called by two threads: one works, the other finishes and commits.
 
     A set-up problem that only a worker can see, such as weights that don't load, is an outcome, too: an exception would
     reach the driver only as text inside Ray's report.
@@ -90,6 +92,7 @@ class UnitRunner:
         self.order = order
         self.node = node or Node()
         self.problem = ""
+        self.working, self.finishing = threading.Lock(), threading.Lock()
         self.folders: list[RunFolder] = []
         self.workers: list[Worker] = []
         began = time.perf_counter()
@@ -108,12 +111,10 @@ class UnitRunner:
 
     def run(self, number: int) -> UnitOutcome:
         """Run one unit; after a set-up problem, only report that."""
-        if self.problem:
-            return UnitOutcome(problem=self.problem)
         job, own = self.order.locate(number)
-        self.overhead["wait"] = time.perf_counter() - self.idle_since
         try:
-            receipt = self._run_with_attempts(self.folders[job], own, self.order.units[job][own], self.workers[job])
+            self._check()
+            receipt = self._run_with_attempts(job, own, self.order.units[job][own])
         except InputError as error:
             self.problem = str(error)
         except OSError as error:
@@ -121,38 +122,77 @@ class UnitRunner:
                 raise
             uri = self.folders[job].store.uri
             self.problem = f"{uri}: {error.strerror}; make room and run the same command again to resume"
-        self.overhead, self.idle_since = {}, time.perf_counter()
         if self.problem:
             return UnitOutcome(problem=self.problem)
         return UnitOutcome(receipt.samples, receipt.failures, receipt.reason or "")
 
-    def _run_with_attempts(self, folder: RunFolder, number: int, unit: Unit, worker: Worker) -> Receipt:
+    def _check(self) -> None:
+        if self.problem:
+            raise InputError(self.problem)
+
+    @contextmanager
+    def _turn(self) -> Iterator[dict[str, float]]:
+        """Wait until no other unit is worked on; yields the seconds since, which a receipt records, by phase."""
+        with self.working:
+            self._check()
+            overhead, self.overhead = self.overhead, {}
+            yield {**overhead, "wait": time.perf_counter() - self.idle_since}
+            self.idle_since = time.perf_counter()
+
+    def _run_with_attempts(self, job: int, number: int, unit: Unit) -> Receipt:
         """Run a unit unless it is committed; quarantine it after three errors or deaths of workers.
 
         Outages and full disks are retried, and then end the run without quarantining anything.
         """
+        folder, limit = self.folders[job], self.order.unit_timeout
         committed = folder.receipt(number)
         if committed is not None:
             return committed
-        limit = self.order.unit_timeout
         late = f"not done after {limit} s (--unit-timeout)"
         while True:
-            # Recorded before the work: if the unit kills this process, its next worker finds the record.
-            attempt = folder.attempt(number, self.node.name)
-            if folder.deaths(number, attempt, self.node.is_alive) >= ATTEMPTS or attempt > MOST_ATTEMPTS:
-                return folder.quarantine(number, unit.size, last_attempt=attempt - 1)
-            try:
-                with time_limit(limit, self.node.stop, partial(folder.record_death, number, attempt, late)):
-                    return with_retries(lambda: _run_and_commit(folder, number, unit, worker, self.overhead))
-            except UnitRefusedError as error:
-                return folder.quarantine(number, unit.size, str(error))
-            # Anything that a worker raises counts against the unit, unless it concerns the whole run.
-            except Exception as error:
-                if not _is_fault_of_unit(error):
-                    raise
-                logger.exception("unit %d, attempt %d", number, attempt)
-                reason = late if isinstance(error, TimeLimitError) else f"{type(error).__name__}: {error}"
-                folder.record_death(number, attempt, reason)
+            with ExitStack() as turn:
+                overhead = turn.enter_context(self._turn())
+                # Recorded before the work: if the unit kills this process, its next worker finds the record.
+                attempt = folder.attempt(number, self.node.name)
+                if folder.deaths(number, attempt, self.node.is_alive) >= ATTEMPTS or attempt > MOST_ATTEMPTS:
+                    return folder.quarantine(number, unit.size, last_attempt=attempt - 1)
+                if attempt > 1:
+                    # Alone, because two units in one process may die of either: the first attempt may have been
+                    # another unit's fault, later ones can't be.
+                    turn.enter_context(self.finishing)
+                try:
+                    with time_limit(limit, self.node.stop, partial(folder.record_death, number, attempt, late)):
+                        return self._run_and_commit(job, number, unit, overhead, turn if attempt == 1 else None)
+                except UnitRefusedError as error:
+                    return folder.quarantine(number, unit.size, str(error))
+                # Anything that a worker raises counts against the unit, unless it concerns the whole run.
+                except Exception as error:
+                    if not _is_fault_of_unit(error):
+                        raise
+                    logger.exception("unit %d, attempt %d", number, attempt)
+                    reason = late if isinstance(error, TimeLimitError) else f"{type(error).__name__}: {error}"
+                    folder.record_death(number, attempt, reason)
+
+    def _run_and_commit(
+        self, job: int, number: int, unit: Unit, overhead: Mapping[str, float], turn: ExitStack | None
+    ) -> Receipt:
+        """Work on a unit and commit it; with `turn`, end the turn as soon as only finishing is left."""
+        folder, worker = self.folders[job], self.workers[job]
+        rest, seconds, phases = with_retries(lambda: _timed(partial(worker, unit)))
+        with ExitStack() as end:
+            if turn is not None:
+                # One unit at a time, because its parts may take as much memory as the next unit's work.
+                end.enter_context(self.finishing)
+                turn.close()
+            result, more, later = _timed(partial(finished, rest))
+            del rest
+            tables = {"errors": ERRORS.empty_table(), **result.tables}
+            spent = {**overhead, **(Counter(phases) + Counter(later))}
+            return with_retries(
+                lambda: folder.commit_shard(
+                    number, tables, unit.size, seconds + more, result.skipped, spent, peak_memory(), result.notes
+                )
+            )
 
 
 def _open_folder(uri: str, fingerprint: str) -> RunFolder:
@@ -172,14 +212,12 @@ def _open_folder(uri: str, fingerprint: str) -> RunFolder:
     return folder
 
 
-def _run_and_commit(folder: RunFolder, number: int, unit: Unit, worker: Worker, before: Mapping[str, float]) -> Receipt:
+def _timed(action: Callable[[], Result]) -> tuple[Result, float, dict[str, float]]:
+    """Return what an action returns, its seconds, and those of its phases."""
     began = time.perf_counter()
     with timed_phases() as phases:
-        result = worker(unit)
-    tables = {"errors": ERRORS.empty_table(), **result.tables}
-    seconds = time.perf_counter() - began
-    spent = {**before, **phases}
-    return folder.commit_shard(number, tables, unit.size, seconds, result.skipped, spent, peak_memory(), result.notes)
+        result = action()
+    return result, time.perf_counter() - began, phases
 
 
 def _is_fault_of_unit(error: Exception) -> bool:

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any, TypeAlias
 
 from mmray.engine import Job, LocalExecutor, Output, Parts, Plan, Unit, UnitResult, Worker
+from mmray.engine.job import finished
 from mmray.engine.units import UnitOutcome, UnitRunner, WorkOrder
 from mmray.runs import RunFolder
 from tests.engine.disturbed import Change, Disturbed
@@ -34,7 +35,7 @@ class Watched(LocalExecutor):
         return UnitRunner(order)
 
     def _watched(self, worker: Worker) -> Worker:
-        def work(unit: Unit) -> UnitResult:
+        def work(unit: Unit) -> UnitResult | Callable[[], UnitResult]:
             self.seen.append(unit)
             self.before(unit)
             return worker(unit)
@@ -84,7 +85,7 @@ class _RememberedJob(Job[Any, Any]):
             if key not in self.results:
                 if not workers:
                     workers.extend(type(self.job).workers([self.job], [context]))
-                self.results[key] = workers[0](unit)
+                self.results[key] = finished(workers[0](unit))
             return self.results[key]
 
         return work

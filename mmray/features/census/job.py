@@ -81,6 +81,8 @@ class CensusResult:
 class ModelJob(Job[CensusSettings, P]):
     """A job of a census's workers, which load the model once for all of them."""
 
+    overlaps = True
+
     @property
     def target(self) -> str:
         """The run."""
@@ -183,11 +185,11 @@ class CensusJob(ModelJob[CensusContext]):
         """Return the worker that analyses a shard."""
         source, sharing = open_data(self.settings), RowSharing(model)
 
-        def analyse(unit: Unit) -> UnitResult:
+        def analyse(unit: Unit) -> Callable[[], UnitResult]:
             shard = unit.payload
             analysis = ShardAnalysis(model, self.settings, context.nouns, shard.shard_id, sharing)
-            tables = analysis.run(read_shard(source, shard))
-            return UnitResult(tables, analysis.skipped, sorted(analysis.notes))
+            analysis.collect(read_shard(source, shard))
+            return lambda: UnitResult(analysis.tables(), analysis.skipped, sorted(analysis.notes))
 
         return analyse
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress, groupby, pairwise
 from typing import TypeAlias, TypeVar
@@ -91,9 +92,14 @@ class ShardAnalysis:
         self.notes: set[str] = set()
         """How the shard was analysed, where it took more time than usual."""
 
-    @torch.inference_mode()
     def run(self, samples: Iterable[Sample | Failure]) -> dict[str, pa.Table]:
-        """Return all tables of `PARTS` except `decoded`. A sample that fails is a row in `errors`.
+        """Analyse samples, and return the tables collected so far."""
+        self.collect(samples)
+        return self.tables()
+
+    @torch.inference_mode()
+    def collect(self, samples: Iterable[Sample | Failure]) -> None:
+        """Analyse samples. One that fails is a row in `errors`.
 
         A caption without a noun is not a failure; `skipped` counts it.
         """
@@ -109,7 +115,6 @@ class ShardAnalysis:
                     for pairs in self._with_images(chunk, lambda sample: sample):
                         self._generate(pairs)
         self.skipped[NO_NOUN] += list(self.named.values()).count(False)
-        return self.tables()
 
     def _readable(self, samples: Iterable[Sample | Failure]) -> Iterator[Sample]:
         """Yield the samples that can be analysed; the others become failures."""
@@ -122,8 +127,13 @@ class ShardAnalysis:
                 yield sample
 
     @phase("reduce")
+    @torch.inference_mode()
     def tables(self) -> dict[str, pa.Table]:
-        """Return the tables collected so far."""
+        """Return all tables of `PARTS` except `decoded`; the model may run another shard meanwhile."""
+        with side_stream(self.model.device):
+            return self._tables()
+
+    def _tables(self) -> dict[str, pa.Table]:
         concepts, totals = self.sums.tables()
         # Sorted because a thread decodes images ahead, so failures arrive in an order that depends on the machine.
         failures = sorted(self.failures, key=lambda failure: (failure.source, failure.sample_id, failure.stage))
@@ -395,6 +405,18 @@ class ShardAnalysis:
             return
         self.sums.add([position.concept for position in positions], scored.scores, scored.activation)
         self.occurrences.append(occurrence_table(self.model, positions, scored, self.settings.top_k))
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Run a block's work after what a GPU was given before, but not after what other threads give it meanwhile."""
+    if device.type != "cuda":
+        yield
+        return
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
 
 
 @phase("decode")
