@@ -17,6 +17,7 @@ from mmray.data.shards import Manifest, read_shard
 from mmray.data.source import Source
 from mmray.engine import Job, JobResult, Output, Parts, Plan, Progress, Unit, UnitResult, Worker, run_together
 from mmray.errors import InputError
+from mmray.features.census.activity import without_repeats
 from mmray.features.census.cost import CensusEstimate
 from mmray.features.census.decoding import decode_neurons
 from mmray.features.census.estimate import describe, estimate, first_rows
@@ -189,7 +190,13 @@ class CensusJob(ModelJob[CensusContext]):
             shard = unit.payload
             analysis = ShardAnalysis(model, self.settings, context.nouns, shard.shard_id, sharing)
             analysis.collect(read_shard(source, shard))
-            return lambda: UnitResult(analysis.tables(), analysis.skipped, sorted(analysis.notes))
+
+            def finish() -> UnitResult:
+                tables = analysis.tables()
+                tables["activity"] = without_repeats(tables["activity"])
+                return UnitResult(tables, analysis.skipped, sorted(analysis.notes))
+
+            return finish
 
         return analyse
 

@@ -18,6 +18,7 @@ from jaxtyping import Int64, Shaped, UInt64
 from numpy import ndarray
 
 from mmray.engine import Parts
+from mmray.features.census.activity import ActivityKey, activity_lists
 from mmray.features.census.concept_merge import ConceptMerge
 from mmray.features.census.ranking import (
     NO_USES,
@@ -35,9 +36,6 @@ from mmray.neuron_names import PLAIN, NeuronNames
 from mmray.neurons.statistics import EXAMPLES
 from mmray.runs.concepts import summarise_rankings
 from mmray.runs.tables import list_values
-
-ActivityKey = tuple[str, str, str, str]
-"""Module, kind of label, label, modality."""
 
 ReadPart = Callable[[str], pa.Table]
 """Reads one part (`captions`, `concepts`, …) of a committed shard."""
@@ -220,9 +218,7 @@ class RunMerge:
         self.uses.add(pa.table(columns, schema=USES), "concept")
 
     def _add_activity(self, rows: pa.Table) -> None:
-        labels = zip(*(rows[name].to_pylist() for name in ("module", "label_kind", "label", "modality")), strict=True)
-        lists = zip(*(list_values(rows[name]) for name in ("n_active", "sum", "sum_squares")), strict=True)
-        for key, tokens, numbers in zip(labels, rows["n_tokens"].to_pylist(), lists, strict=True):
+        for (key, numbers), tokens in zip(activity_lists(rows).items(), rows["n_tokens"].to_pylist(), strict=True):
             self.tokens[key] = self.tokens.get(key, 0) + tokens
             if key not in self.activity:
                 self.activity[key] = [np.zeros(len(part)) for part in numbers]

@@ -165,6 +165,7 @@ PARTS: dict[str, pa.Schema] = {
             field("score_squares", pa.list_(pa.float64()), "sum of squares"),
         ]
     ),
+    # In `activity`, lists are null where they are those of the label "all".
     **STATISTICS,
     # The tokens that each neuron writes, one row per neuron; one such table per run.
     "decoded": pa.schema([field("tokens", pa.list_(pa.string())), field("suppressed", pa.list_(pa.string()))]),

@@ -74,14 +74,20 @@ def test_a_shard_that_fails_twice_is_committed_at_the_third_attempt(
 ) -> None:
     undisturbed = census_here(model, str(data), tmp_path / "undisturbed", shard_size=8)
     failures: list[Exception] = [StorageError("s3://x: access denied"), OSError(errno.EIO, "Input/output error")]
-    analyse = ShardAnalysis.run
+    collect, tables = ShardAnalysis.collect, ShardAnalysis.tables
 
-    def run(self: ShardAnalysis, samples: Any) -> dict[str, pa.Table]:
+    def fail_at_first(self: ShardAnalysis, samples: Any) -> None:
+        if self.shard_id == 1 and len(failures) == 2:
+            raise failures.pop(0)
+        collect(self, samples)
+
+    def fail_at_the_end(self: ShardAnalysis) -> dict[str, pa.Table]:
         if self.shard_id == 1 and failures:
             raise failures.pop(0)
-        return analyse(self, samples)
+        return tables(self)
 
-    monkeypatch.setattr(ShardAnalysis, "run", run)
+    monkeypatch.setattr(ShardAnalysis, "collect", fail_at_first)
+    monkeypatch.setattr(ShardAnalysis, "tables", fail_at_the_end)
     outcome = census_here(model, str(data), tmp_path / "run", shard_size=8)
     assert outcome.complete
     assert not failures
@@ -96,7 +102,7 @@ def test_a_run_of_which_every_shard_is_quarantined(
     def run(*_: object) -> None:
         raise ValueError("never")
 
-    monkeypatch.setattr(ShardAnalysis, "run", run)
+    monkeypatch.setattr(ShardAnalysis, "collect", run)
     outcome = census_here(model, str(data), tmp_path / "run", shard_size=8)
     assert outcome.quarantined == dict.fromkeys(range(3), "given up after 3 attempts: ValueError: never")
     opened = open_run(tmp_path / "run")
@@ -136,7 +142,7 @@ def test_bad_input_found_in_a_shard_ends_the_run(
     def run(*_: object) -> None:
         raise InputError("the model takes no images; give another")
 
-    monkeypatch.setattr(ShardAnalysis, "run", run)
+    monkeypatch.setattr(ShardAnalysis, "collect", run)
     with pytest.raises(InputError, match=r"^the model takes no images; give another$"):
         census_here(model, str(data), tmp_path / "run")
     assert not open_run(tmp_path / "run").status().quarantined

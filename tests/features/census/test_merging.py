@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.data.samples import Sample
+from mmray.features.census.activity import without_repeats
 from mmray.features.census.merging import Examples, RunMerge, Samples
 from mmray.features.census.ranking import locate_index
 from mmray.features.census.tables import PARTS, TABLES
@@ -65,6 +66,15 @@ def test_activity_is_the_sum_over_shards(shards, tables):
     for key, numbers in expected.items():
         assert sorted(found[key]) == list(range(96))
         np.testing.assert_allclose([found[key][neuron] for neuron in range(96)], numbers.T, rtol=1e-12)
+
+
+def test_what_repeats_the_activity_of_all_is_written_once(open_model, shards, tables):
+    written = [shard | {"activity": without_repeats(shard["activity"])} for shard in shards]
+    # The samples of the first two shards have the same labels, those of the last do not.
+    left = [shard["activity"]["sum"].is_valid().to_pylist().count(True) for shard in written]
+    assert left == [2, 2, len(shards[2]["activity"])]
+    assert [len(shard["activity"]) for shard in shards[:2]] == [6, 6]
+    assert merged(open_model("llava"), written, top_k=TOP) == tables
 
 
 def test_neurons_are_described_over_all_tokens(shards, tables):

@@ -54,7 +54,7 @@ def test_an_s3_that_answers_503_for_20_seconds(
     folder = f"s3://{bucket}/{uuid.uuid4().hex}"
     open_store(folder).put("data.parquet", Path(settings["data"]).read_bytes())
     until: list[float] = []
-    analyse = job.ShardAnalysis.run
+    analyse = job.ShardAnalysis.collect
 
     def run(self: Any, samples: Any) -> Any:
         # It begins while a shard is read, and lasts beyond what the clients try themselves.
@@ -64,7 +64,7 @@ def test_an_s3_that_answers_503_for_20_seconds(
             threading.Timer(OUTAGE, proxy.down.clear).start()
         return analyse(self, samples)
 
-    with patch.object(job.ShardAnalysis, "run", run):
+    with patch.object(job.ShardAnalysis, "collect", run):
         outcome = census_here(**settings | {"data": f"{folder}/data.parquet"}, out=f"{folder}/run")
     assert time.monotonic() > until[0]
     assert proxy.refused > 3
