@@ -41,11 +41,17 @@ class ActivationCache:
 
 @contextmanager
 def cache_activations(
-    model: LoadedModel, batch: Batch, positions: Sequence[TokenPosition], statistics: TokenStatistics | None = None
+    model: LoadedModel,
+    batch: Batch,
+    positions: Sequence[TokenPosition],
+    statistics: TokenStatistics | None = None,
+    *,
+    gates: bool = True,
 ) -> Iterator[ActivationCache]:
     """Keep what the forward inside the `with` block computes at these positions; complete after the block.
 
-    `statistics` also gets every layer, and must have been given the batch before (`begin`).
+    `statistics` also gets every layer, and must have been given the batch before (`begin`). Without `gates`, which take
+    as much memory as the activations, `gate` stays empty.
     """
     rows = flat_positions(batch, positions)
     cache = ActivationCache(positions)
@@ -54,7 +60,9 @@ def cache_activations(
         activation, gate = activation.detach(), gate.detach()
         # Only the chosen positions are kept: all of them would not fit a GPU's memory.
         index = rows.to(activation.device)
-        cache.activations[layer], cache.gate[layer] = activation[index].float(), gate[index]
+        cache.activations[layer] = activation[index].float()
+        if gates:
+            cache.gate[layer] = gate[index]
         if statistics is not None:
             statistics.add(layer, activation, gate)
 

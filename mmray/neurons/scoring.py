@@ -50,7 +50,7 @@ def score_batch(
     Some scores need a backward pass per noun too. `statistics` must have been given the batch (`begin`).
     """
     if not SCORES[score].backward:
-        with cache_activations(model, batch, positions, statistics) as cache:
+        with cache_activations(model, batch, positions, statistics, gates=score == "gate") as cache:
             forward(model, batch)
         return score_captured(model, cache, score, folded=folded)
     products, cache = gradient_pass(model, batch, positions, score, statistics=statistics)

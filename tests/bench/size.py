@@ -31,6 +31,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from mmray.data.samples import Sample
 from mmray.data.shards import cut, read_shard
 from mmray.engine.clock import peak_memory, timed_phases
+from mmray.features.census.activity import without_repeats
 from mmray.features.census.inputs import open_data
 from mmray.features.census.reduction import ConceptSums, candidates_kept
 from mmray.features.census.settings import census_settings
@@ -183,6 +184,7 @@ class Bench:
         began = self.clock()
         with timed_phases() as phases:
             tables = self.analysis(number).run(self.samples)
+            tables["activity"] = without_repeats(tables["activity"])
         receipt = self.folder.commit_shard(number, tables, len(self.samples), 0.0, phases=phases)
         seconds = self.clock() - began
         sizes = {entry.key: entry.size for entry in self.folder.store.list("shards/")}

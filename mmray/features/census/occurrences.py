@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
 
 from mmray.features.census.tables import NEURON_ENTRY, PARTS
 from mmray.models.generation import token_text
@@ -13,13 +15,13 @@ from mmray.models.loading import LoadedModel
 from mmray.neurons.scoring import Scored
 from mmray.neurons.token_positions import TokenPosition
 
+TOGETHER = 32
+"""Positions whose highest neurons are found at a time."""
+
 
 def occurrence_table(model: LoadedModel, positions: Sequence[TokenPosition], scored: Scored, top_k: int) -> pa.Table:
     """Return one row per scored position: its token, log-probability and `top_k` highest neurons, highest first."""
-    device = scored.scores[0].device  # the layers of a model over several GPUs lie on different ones
-    scores = torch.cat([part.to(device) for part in scored.scores], dim=1)
-    highest = scores.topk(min(top_k, scores.shape[1]), dim=1)
-    index = highest.indices.cpu()
+    values, index = _highest(scored, min(top_k, sum(model.widths)))
     starts = torch.tensor([0, *model.widths]).cumsum(0)
     layer = torch.searchsorted(starts, index, right=True) - 1
     unit, activation = index - starts[layer], torch.zeros(index.shape)
@@ -32,7 +34,7 @@ def occurrence_table(model: LoadedModel, positions: Sequence[TokenPosition], sco
         [
             pa.array(layer.flatten().numpy()).cast(pa.int16()),
             pa.array(unit.flatten().numpy()).cast(pa.int32()),
-            pa.array(highest.values.cpu().flatten().numpy()),
+            pa.array(values.flatten().numpy()),
             pa.array(activation.flatten().numpy()),
         ],
         fields=list(NEURON_ENTRY),
@@ -50,3 +52,15 @@ def occurrence_table(model: LoadedModel, positions: Sequence[TokenPosition], sco
         },
         schema=PARTS["occurrences"],
     )
+
+
+def _highest(scored: Scored, count: int) -> tuple[Float[Tensor, "position highest"], Int64[Tensor, "position highest"]]:
+    """Return each position's highest scores, and the neurons' places over all layers."""
+    device = scored.scores[0].device  # the layers of a model over several GPUs lie on different ones
+    values, index = [], []
+    # A few positions at a time: with a copy of all scores, a batch would take the most memory here.
+    for layers in zip(*(torch.split(part, TOGETHER) for part in scored.scores), strict=True):
+        top = torch.cat([part.to(device) for part in layers], dim=1).topk(count, dim=1)
+        values.append(top.values.cpu())
+        index.append(top.indices.cpu())
+    return torch.cat(values), torch.cat(index)
