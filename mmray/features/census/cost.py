@@ -22,7 +22,7 @@ class WorkerMemory:
     batch: int
     """Activations and scores of one batch."""
     sums: int
-    """Sums per concept, and statistics of each neuron."""
+    """Sums per concept, and statistics of each neuron, of two shards."""
 
     @property
     def total(self) -> int:

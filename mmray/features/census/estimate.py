@@ -62,17 +62,20 @@ def estimate(
     # Most concepts of a shard occur there once or twice, so there are about half as many as occurrences.
     concepts = min(settings.samples_per_shard, manifest.samples) * occurrences / 2
     # Activity is kept per label and modality; "all" is the label that every sample has.
-    labels = 2 * (1 + len({sample.language for sample in samples}) + len({sample.domain for sample in samples}))
-    shard_bytes = concepts * kept * CANDIDATE_BYTES + neurons * (labels * ACTIVITY_BYTES + NEURON_BYTES)
+    kinds = [{sample.language for sample in samples} - {None}, {sample.domain for sample in samples} - {None}]
+    held = 2 * (1 + sum(map(len, kinds)))
+    # The only label of a kind repeats the numbers of "all".
+    written = 2 * (1 + sum(len(labels) for labels in kinds if len(labels) > 1))
+    shard_bytes = concepts * kept * CANDIDATE_BYTES + neurons * (written * ACTIVITY_BYTES + NEURON_BYTES)
     number_bytes = 4 if settings.dtype == "fp32" else 2
     # Long texts share a batch with few others.
     together = min(settings.batch_size, max(1, int(POSITIONS * CHARACTERS_PER_TOKEN // max(characters, 1))))
     memory = WorkerMemory(
         weights=parameters * number_bytes,
-        # A layer's gate, its other half and their product; per noun the scores and activations of all neurons, and a
-        # copy of the scores.
-        batch=int(together * (3 * positions * max(widths) * number_bytes + 12 * occurrences * neurons) + 4 * COPIED),
-        sums=int(min(SUMS_MEMORY, concepts * neurons * 24) + neurons * (labels * 24 + 2 * EXAMPLES * 12)),
+        # A layer's gate, its other half and their product; per noun the scores and activations of all neurons.
+        batch=int(together * (3 * positions * max(widths) * number_bytes + 8 * occurrences * neurons) + 4 * COPIED),
+        # Those of a shard, and of the one before it, which is still being finished.
+        sums=2 * int(min(SUMS_MEMORY, concepts * neurons * 24) + neurons * (held * 24 + 2 * EXAMPLES * 12)),
     )
     return CensusEstimate(
         samples=manifest.samples,
