@@ -24,6 +24,11 @@ def from_centres(boxes: Boxes) -> Boxes:
     return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., 2:]], dim=-1)
 
 
+def with_centres(boxes: Boxes) -> Boxes:
+    """Return boxes by their centre and size: the inverse of `from_centres`."""
+    return torch.cat([boxes[..., :2] + boxes[..., 2:] / 2, boxes[..., 2:]], dim=-1)
+
+
 def in_image(boxes: Boxes, covers: Sequence[float]) -> Boxes:
     """Return boxes of what a tower sees as boxes of the image, of which it sees the part `covers`."""
     left, top, width, height = covers

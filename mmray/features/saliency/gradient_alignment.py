@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmray.detector.boxes import with_centres
 from mmray.detector.detection import Detector
 from mmray.features.saliency.maps import cosines
 
 Outputs: TypeAlias = Literal["class", "boxes", "any"]
-"""Outputs of each box: its logit for the query, its four coordinates, or all five."""
+"""Outputs of each box: its logit for the query, its centre, width and height, or all five."""
 
 CPU_ENTRIES, GPU_ENTRIES = 2**18, 2**26
 """Gradient entries per chunk: 1 MB on a CPU, to stay in its cache, and 256 MB on a GPU."""
@@ -34,7 +35,9 @@ def box_cosines(
         # Cloned outside inference mode, because tensors made inside it can't be in a graph.
         leaf = features.detach().clone().float().requires_grad_()
         found = detector(leaf[None], query.detach().clone())
-        parts = {"class": [found.logits[0]], "boxes": [found.boxes[0]], "any": [found.logits[0], found.boxes[0]]}
+        # As published, the gradients of a box are those of its centre and not of its corner.
+        places = with_centres(found.boxes[0])
+        parts = {"class": [found.logits[0]], "boxes": [places], "any": [found.logits[0], places]}
         flat = torch.cat(parts[outputs], dim=1).flatten()
         chunk = max(1, (CPU_ENTRIES if leaf.device.type == "cpu" else GPU_ENTRIES) // leaf.numel())
         # All Jacobians at once would be outputs × patches × width; a chunk is reduced to cosines before the next.

@@ -41,10 +41,6 @@ from mmray.runs.run import Run, open_run
 
 UNIT_IMAGES = 16
 """Images per unit of work."""
-MIN_NOUNS = 2
-"""Different nouns a caption needs for its image to be drawn: the image probably has several objects."""
-MIN_OBJECTS = 2
-"""Different objects an image needs: pointing at the only one would be no test."""
 BATCH_SIZE = 8
 KEPT_SIDE = 24
 """Points per side of the maps kept for the report."""
@@ -85,7 +81,7 @@ class SaliencyJob(Job[SaliencySettings, SaliencyContext]):
         joint = join_if_given(model, settings.detector, settings.alignment)
         methods = chosen_methods(settings.methods, detector=joint is not None)
         cache = context.open_cache()
-        observer = MapObserver(model, joint, methods, settings.erasures, context)
+        observer = MapObserver(model, joint, methods, settings.erasures, settings.min_objects, context)
 
         def observe(unit: Unit) -> UnitResult:
             found = cache.samples(unit.payload)
@@ -99,11 +95,11 @@ class SaliencyJob(Job[SaliencySettings, SaliencyContext]):
         observed, context, settings = parts.table("observations"), plan.context, self.settings
         if not len(observed) and len(parts.receipts) == len(plan.units):
             raise InputError(
-                f"{settings.run}: none of {len(context.captions):,} images drawn has several objects with boxes; "
-                "see --boxes-column of a census, and --images"
+                f"{settings.run}: none of {len(context.captions):,} images drawn has "
+                f"{_objects(settings.min_objects)} with boxes; see --boxes-column of a census, --min-objects, --images"
             )
         if len(observed):
-            measures = summarise_saliency(observed, settings.draws, settings.seed, context.images)
+            measures = summarise_saliency(observed, settings.draws, settings.seed, context.images, settings.min_objects)
             output.table("saliency", measures)
             output.table("saliency_maps", parts.table("saliency_maps"))
         words = {(row["sample_id"], row["concept"]) for row in observed.select(["sample_id", "concept"]).to_pylist()}
@@ -121,10 +117,12 @@ def plan_saliency(settings: SaliencySettings, run: Run) -> Plan[SaliencyContext]
         nouns[row["sample_id"]].add(row["concept"])
     keys = image_keys(run.table("captions"))
     # One sample per image, the first by name: captions of one image would be explained on the same pixels.
-    several = one_per_image(sorted(sample for sample, found in nouns.items() if len(found) >= MIN_NOUNS), keys)
+    # As many nouns as objects are needed, because the image then probably has them.
+    several = [sample for sample, found in nouns.items() if len(found) >= settings.min_objects]
+    several = one_per_image(sorted(several), keys)
     chosen = random.Random(settings.seed).sample(several, min(settings.images, len(several)))
     if not chosen:
-        raise InputError(f"{run.uri}: no caption has several nouns, so pointing at one of them would be no test")
+        raise InputError(f"{run.uri}: no caption names {_objects(settings.min_objects)}; see --min-objects")
     # By shard, so that a unit reads few of them.
     by_shard = sorted(chosen, key=lambda name: (rows[name]["shard_id"], name))
     _, _, source = open_inputs(census_settings(run.info["settings"]))
@@ -148,6 +146,10 @@ def plan_saliency(settings: SaliencySettings, run: Run) -> Plan[SaliencyContext]
         located=_located(run),
     )
     return Plan([Unit(len(group), group) for group in groups], digests, context)
+
+
+def _objects(count: int) -> str:
+    return f"{count} different objects" if count > 1 else "an object"
 
 
 def _located(run: Run) -> Mapping[str, tuple[list[tuple[int, int]], list[float]]]:
@@ -176,6 +178,8 @@ class MapObserver:
     methods: tuple[str, ...]
     erased: bool
     """Observe insertion and deletion too."""
+    min_objects: int
+    """Different objects an image needs."""
     context: SaliencyContext
 
     def tables(self, samples: Sequence[Sample]) -> dict[str, pa.Table]:
@@ -186,7 +190,7 @@ class MapObserver:
         suitable = [
             sample
             for sample in samples
-            if sample.image and sample.boxes and len(set(sample.objects or ())) >= MIN_OBJECTS
+            if sample.image and sample.boxes and len(set(sample.objects or ())) >= self.min_objects
         ]
         for items, batch in analysis.encoded(suitable):
             self._observe(items, batch, rows)

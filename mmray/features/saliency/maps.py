@@ -6,7 +6,8 @@ baselines. A map has SIDE × SIDE points over what the model sees, in the method
 `mmray.neurons.heatmaps` makes maps comparable, but hides whether anything was aligned at all.
 
 Two choices differ from the released code. A word is explained at its first token, not its last. OWL-ViT's CLS is left
-out of both gradients, which changes the size of the cosines and hardly their order.
+out of both gradients, because the language model never sees it; this changes the size of the cosines and hardly their
+order.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ def cosines(gradient: Float[Tensor, "patch width"], others: Float[Tensor, "box p
     return found
 
 
-def paint(boxes: Float[Tensor, "box 4"], weights: Float[Tensor, " box"]) -> Raster:
-    """Return at each point the highest weight of the boxes that cover it; the lowest weight where none does."""
-    inside = centres_inside(boxes[None], SIDE)[0]
+def paint(boxes: Float[Tensor, "box 4"], weights: Float[Tensor, " box"], side: int = SIDE) -> Raster:
+    """Return at side × side points the highest weight of the boxes that cover each; the lowest where none does."""
+    inside = centres_inside(boxes[None], side)[0]
     covered = torch.where(inside, weights[:, None], -torch.inf).max(dim=0).values
     # Not 0 where no box is: if all cosines were negative, 0 would be the map's highest value.
-    return torch.where(covered.isinf(), weights.min(), covered).reshape(SIDE, SIDE)
+    return torch.where(covered.isinf(), weights.min(), covered).reshape(side, side)
 
 
 def spread(patches: Float[Tensor, " patch"], rows: int) -> Raster:

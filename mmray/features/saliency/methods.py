@@ -18,7 +18,7 @@ from mmray.features.saliency.gradient_alignment import Outputs, box_cosines
 from mmray.features.saliency.maps import Saliency, paint, rollout, spread
 from mmray.features.saliency.saliency_input import JointInput, SaliencyInput
 from mmray.neurons.activation_cache import cache_activations
-from mmray.neurons.heatmaps import Map, MapRequest, patch_maps
+from mmray.neurons.heatmaps import Map, MapRequest, min_max, patch_maps
 from mmray.neurons.scoring import score_captured
 from mmray.neurons.token_positions import TokenPosition
 
@@ -109,15 +109,22 @@ Method: TypeAlias = Callable[[Explained, int], Saliency]
 
 
 def _aligned(outputs: Outputs) -> Method:
-    """Return the method that weighs each box by its outputs' highest cosine with the gradient of the word."""
+    """Return the method that weighs each box by its outputs' highest cosine with the gradient of the word.
+
+    Of several outputs, cosines are scaled as published: logits and coordinates apart, each from 0 to 1 over all boxes.
+    """
 
     def method(explained: Explained, index: int) -> Saliency:
         given, target = explained.joint, explained.input.targets[index]
         detector, features, skipped = given.joint.detector, given.features[target.row], given.joint.tower.skipped
         gradient = given.gradients[index]
         cosines, boxes = box_cosines(detector, features, explained.query(index), gradient, outputs, skipped)
-        # Of several outputs, the best aligned one: a box may matter by its place or by its label.
-        weights = cosines.max(dim=1).values
+        if outputs == "class":
+            weights = cosines[:, 0]
+        else:
+            kinds = [cosines] if outputs == "boxes" else [cosines[:, :1], cosines[:, 1:]]
+            # The best aligned output counts: a box may matter by its place or by its label.
+            weights = torch.cat([min_max(kind) for kind in kinds], dim=1).max(dim=1).values
         return Saliency(paint(boxes, weights), weights, boxes)
 
     return method
@@ -141,6 +148,13 @@ def random_patches(explained: Explained, index: int) -> Saliency:
     """Weigh each patch at random: the control where there is no detector."""
     grid = explained.input.grid(explained.input.targets[index].row)
     return Saliency(spread(_random_weights(explained, index, grid.rows * grid.columns), grid.rows))
+
+
+def centre(explained: Explained, index: int) -> Saliency:
+    """Weigh each patch by how near it is to the middle of the image: the control of photographs of one object."""
+    grid = explained.input.grid(explained.input.targets[index].row)
+    down, across = ((torch.arange(count) + 0.5) / count - 0.5 for count in (grid.rows, grid.columns))
+    return Saliency(spread(-(down[:, None].square() + across[None].square()).sqrt().flatten(), grid.rows))
 
 
 def _random_weights(explained: Explained, index: int, count: int) -> Float[Tensor, " weight"]:
@@ -188,6 +202,7 @@ METHODS: dict[str, Method] = {
     "neurons": neurons,
     "random": random,
     "random-patches": random_patches,
+    "centre": centre,
 }
 """Every method by its name."""
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from mmray.engine.clock import phase
 from mmray.features.saliency.insertion_deletion import erasure_curves, erasure_ends
 from mmray.features.saliency.maps import Saliency
+from mmray.features.saliency.max_box import boxes_found
 from mmray.features.saliency.measures import (
     Boxes,
     area_under,
-    boxes_found,
     mask_iou,
     objects_mask,
     patch_order,
@@ -51,7 +51,7 @@ def observations(
             sums = {
                 "pointing_game": [float(points_at(values, objects))],
                 "iou": [mask_iou(values, objects)],
-                "max_box_accuracy": boxes_found(values, boxes[index], covers).double().tolist(),
+                "max_box_accuracy": boxes_found(found[index], boxes[index], covers).astype(float).tolist(),
             }
             for measure, parts in sums.items():
                 yield row | {"measure": measure, "method": method, "sums": [*parts, 1.0]}

@@ -21,9 +21,13 @@ class SaliencySettings(JobSettings):
     """Folder of the network from an OWL-ViT's embedding to the model's image tokens."""
     methods: str | None = None
     """Methods, comma-separated: alignment, alignment-boxes, alignment-any, gradient, gradient-input,
-    detector, rollout, neurons, random, random-patches. Default: all, or without a detector those that need none."""
+    detector, rollout, neurons, random, random-patches, centre. Default: all, or without a detector those that need
+    none."""
     images: int = Field(200, ge=1)
-    """Images with boxes of several objects, with which maps are compared."""
+    """Images with boxes of objects, with which maps are compared."""
+    min_objects: int = Field(2, ge=1)
+    """Different objects that an image needs. 1: images of a single object too, such as CUB's; compare with `centre`
+    there, because the only object is often in the middle."""
     maps: int = Field(24, ge=0)
     """Images whose maps the report shows."""
     erasures: bool = False

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from jobs.demo.scenes import World
-from mmray.demo import DETECTOR
+from mmray.demo import DATA, DETECTOR
 from mmray.detector.alignment import Pair, save_alignment
 from mmray.detector.heads import WEIGHTS
 from mmray.detector.vision_tower import open_tower
@@ -30,7 +31,7 @@ from tests.support.local_jobs import census_here, saliency_here
 from tests.support.owls import build_owl
 
 MADE = ("saliency", "saliency_maps")
-ASKED = {"images": 20, "maps": 2, "draws": 50, "methods": "alignment, gradient, detector, neurons"}
+ASKED = {"images": 20, "maps": 2, "draws": 50, "methods": "detector, gradient"}
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +164,18 @@ def test_what_an_aligned_network_shows_is_told_with_how_well_it_does(
     sight = ["--detector", owl, "--alignment", tmp_path / "W"]
     told = mmray("saliency", *asked, *sight, "--methods", "alignment", "--out", tmp_path / "map.png").out
     assert "recall of objects 0.900 (its own: 0.950)" in " ".join(told.split())
+
+
+def test_data_of_single_objects_is_measured_where_it_is_asked_for(tmp_path):
+    rows = [row for row in pq.read_table(DATA).to_pylist() if row["language"] == "en" and len(row["objects"]) == 1][:6]
+    data = tmp_path / "single.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(DATA)), data)
+    run = tmp_path / "run"
+    assert census_here("demo", str(data), run).complete
+    with pytest.raises(InputError, match="no caption names 2 different objects; see --min-objects"):
+        saliency_here(run, methods="centre")
+    done = saliency_here(run, methods="detector, centre", min_objects=1, maps=0, draws=20)
+    assert done.headline == {"images": len(rows), "words": len(rows)}
+    found = open_run(run).table("saliency").to_pylist()
+    assert {row["method"] for row in found} == {"detector", "centre", CHANCE}
+    assert all(row["n"] == len(rows) and "at least 1 different objects" in row["protocol"] for row in found)
