@@ -128,6 +128,13 @@ FEATURES: dict[str, Feature] = {
             schemas=f"{ROOM}.hallucination.tables",
         ),
         Feature(
+            "bias",
+            (f"{ROOM}.hallucination.bias_job:BiasJob",),
+            "mmray bias RUN --pair SOURCE:TARGET",
+            ("bias", "bias_answers"),
+            schemas=f"{ROOM}.hallucination.tables",
+        ),
+        Feature(
             "editing",
             (f"{ROOM}.editing.job:EditJob",),
             "mmray pipeline FILE",

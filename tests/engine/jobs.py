@@ -27,6 +27,7 @@ from mmray.features.editing.job import EditJob, NamedEditSettings
 from mmray.features.editing.settings import EditSettings
 from mmray.features.evaluation.job import EvaluationJob
 from mmray.features.evaluation.settings import evaluation_settings
+from mmray.features.hallucination.bias_job import BiasJob
 from mmray.features.hallucination.contrast import Moments
 from mmray.features.hallucination.doses import Condition
 from mmray.features.hallucination.inputs import open_claims
@@ -34,7 +35,12 @@ from mmray.features.hallucination.job import HallucinationJob
 from mmray.features.hallucination.mentions import QUANTITIES
 from mmray.features.hallucination.neuron_jobs import CandidateContext, CandidateJob, ContrastJob, DoseContext, DoseJob
 from mmray.features.hallucination.perturb_job import PerturbJob
-from mmray.features.hallucination.settings import hallucination_settings, neuron_settings, perturbation_settings
+from mmray.features.hallucination.settings import (
+    bias_settings,
+    hallucination_settings,
+    neuron_settings,
+    perturbation_settings,
+)
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
 from mmray.features.saliency.job import SaliencyJob
@@ -264,6 +270,13 @@ def perturb(place: Place, **more: Any) -> AnyJob:
     return PerturbJob(perturbation_settings({**known, **sizes, **more}))
 
 
+def bias(place: Place, **more: Any) -> AnyJob:
+    pairs = {"pair": ["ring:dog", "avocado:ring"], "unrelated": ["sun", "ship"]}
+    asked = {**pairs, "question": ["Is there a dog in the image?"]}
+    sizes = {"limit": 4, "shard_size": 2, "steps": 2, "draws": 10, "parse": "yes_no"}
+    return BiasJob(bias_settings({"run": place.run, "local": True, **asked, **sizes, **more}))
+
+
 def sums(place: Place, **more: Any) -> AnyJob:
     return SumsJob(_labelled(place, **more))
 
@@ -318,6 +331,7 @@ CASES = [
     Case("hallucination_neurons", candidates, {"seed": 1}, later={"draws": 11}),
     Case("hallucination_doses", doses, {"questions": 2}, later={"draws": 11}),
     Case("perturb", perturb, {"seed": 1}, refused=True, later={"draws": 11}),
+    Case("bias", bias, {"seed": 1}, later={"draws": 11}),
     Case("sums", sums, {"modality": "both"}, merges=False),
     Case("interventions", interventions, {"modality": "both"}, merges=False),
     Case("select", select, {"samples": 12}),

@@ -11,9 +11,11 @@ import typer
 from mmray.detector.view import say_alignment
 from mmray.errors import InputError
 from mmray.features.hallucination.settings import (
+    BiasSettings,
     HallucinationSettings,
     NeuronSettings,
     PerturbationSettings,
+    bias_settings,
     hallucination_settings,
     neuron_settings,
     perturbation_settings,
@@ -106,6 +108,29 @@ def perturb(as_json: AsJson = False, **settings: Any) -> None:
         console.print(changes(done.headline["measures"]))
         say_alignment(checked.alignment)
     _end(done, "answers", checked.out, as_json)
+
+
+@app.command(
+    group="Understand",
+    examples=(
+        "mmray bias runs/llava --data portraits --pair woman:man --pair man:woman "
+        '--unrelated teapot --unrelated bicycle --question "From 1 to 10, how likely is this person to be a doctor?"',
+    ),
+)
+@with_settings(BiasSettings)
+def bias(run: RunArgument, as_json: AsJson = False, **settings: Any) -> None:
+    """Ask about portraits whose embeddings move between two prompts."""
+    from mmray.features.hallucination.bias_job import BiasJob
+    from mmray.features.hallucination.view import bias as show
+
+    checked = bias_settings({"run": run, **settings})
+    done = run_with_progress(BiasJob(checked))
+    if as_json:
+        say_json(done.summary())
+    else:
+        console.print(show(done.headline["measures"]))
+        say_alignment(checked.alignment)
+    _end(done, "answers", checked.run, as_json)
 
 
 def _find_neurons(settings: NeuronSettings, *, as_json: bool) -> None:

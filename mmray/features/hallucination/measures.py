@@ -35,6 +35,8 @@ PROTOCOLS = {
     "reliability": "of the bin's claims, those that are true; `confidence` is their mean confidence",
     "confirmed_true": "of the claims that are true, those with a confidence of 0.5 or more",
     "confirmed_false": "of the claims that are false, those with a confidence of 0.5 or more",
+    "mean_present": "mean confidence where the object is there",
+    "mean_absent": "mean confidence where it is not",
     "true": "of the claims, those that are true",
     "unparsable": "of the answers, those with neither yes nor no; they are in no other figure",
 }
@@ -62,13 +64,20 @@ def judged(claims: pa.Table, draws: int, seed: int) -> list[dict[str, Any]]:
         *,
         edge: float | None = None,
         confidence: float | None = None,
+        count: int | None = None,
     ) -> None:
         # An ECE is no share of outcomes: at 0 it must not get the interval of one.
         found = measure(totals, totals, value, draws, seed, share=value is not _ece)
         protocol = f"{GROUPS[group]}: {PROTOCOLS[name]}" + (f"; {JUDGES[judge]}" if judge else "")
         rows.append(
             {"claims": group, "measure": name, "judge": judge, "value": found.after, "low": found.low}
-            | {"high": found.high, "n": len(members), "protocol": protocol, "bin": edge, "confidence": confidence}
+            | {
+                "high": found.high,
+                "n": len(members) if count is None else count,
+                "protocol": protocol,
+                "bin": edge,
+                "confidence": confidence,
+            }
         )
 
     if answers:
@@ -95,6 +104,9 @@ def judged(claims: pa.Table, draws: int, seed: int) -> list[dict[str, Any]]:
             sure = (scores >= SURE).astype(float)
             for name, own in (("confirmed_true", truth), ("confirmed_false", 1 - truth)):
                 add(group, name, judge, members, totals_by_image(images, sure * own, own))
+            for name, own in (("mean_present", truth), ("mean_absent", 1 - truth)):
+                totals = totals_by_image(images, scores * own, own)
+                add(group, name, judge, members, totals, count=int(own.sum()))
             # Empty bins have no row, because a share of nothing has no value.
             for number in sorted(set(bins.tolist())):
                 own = in_bin[:, number]

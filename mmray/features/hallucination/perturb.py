@@ -1,7 +1,7 @@
 """Move a vision embedding from one concept to another along the detector's gradient, and by as much at random.
 
-Giulivi & Boracchi (2024) take one step along the sign of the gradient, of size 1 in every entry. Here a move has a set
-norm, changes only patches where the source is seen, and is compared with controls of the same norm.
+Giulivi & Boracchi (2024) take one step along the sign of the gradient, of size 1 in every entry: `sign_step`. `moved`
+has a set norm, and changes only patches where the source is seen. Either is compared with controls of the same norm.
 
 The gradient is multiplied by the covariance of embeddings: the steepest direction among those that images vary in. The
 plain gradient finds changes that fool the detector alone, unless it was trained against them (`jobs.demo.heads`).
@@ -28,6 +28,9 @@ COPIES, NOISE = 4, 0.5
 SmoothGrad, averaging removes directions that depend on tiny details."""
 LOGIT_WEIGHT = 0.1
 """Weight of the logits next to log-probabilities, whose gradient vanishes once the detector is sure."""
+
+EXTREME = 1e6
+"""Logits that the published step aims at: minus this for the source, this for the target."""
 
 Embedding = Float[Tensor, "row position width"]
 Covariance = Float[Tensor, "width width"]
@@ -99,6 +102,28 @@ def moved(
             # Back onto the ball of the bound after each step, as in projected gradient descent.
             move = move * (bound / _length(move).clamp(min=1e-12)).clamp(max=1.0)
     return start + move
+
+
+def sign_step(joint: JointModel, embedding: Embedding, source: str, target: str, size: float) -> Embedding:
+    """Return the embedding with every entry, CLS included, moved by `size` along the gradient's sign.
+
+    As published (FGSM): the gradient is that of the mean squared error between the logits of all boxes and −EXTREME for
+    the source, EXTREME for the target.
+    """
+    start = embedding.detach()
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = start.clone().float().requires_grad_()
+        logits = joint.detect(leaf, [source, target]).logits
+        wanted = logits.new_tensor([-EXTREME, EXTREME]).expand_as(logits)
+        (gradient,) = torch.autograd.grad(functional.mse_loss(logits, wanted), leaf)
+    return start - size * gradient.sign().to(start.dtype)
+
+
+def sign_step_at_random(embedding: Embedding, size: float, seed: int) -> Embedding:
+    """Return the embedding with every entry moved by `size` in a random direction: the control of `sign_step`."""
+    noise = _noise(embedding, torch.Generator().manual_seed(seed))
+    moved: Embedding = embedding + size * noise.sign()
+    return moved
 
 
 def rescaled(embedding: Embedding, other: Embedding, reference: Embedding) -> Embedding:

@@ -2,14 +2,15 @@
 
 `one step` and `steps` follow the detector's gradient from source to target within the variation of embeddings, `plain
 steps` the plain gradient. `unrelated` moves between two concepts that the question is not about. `random` goes in any
-direction, `random in place` as far in each patch as `steps`, `random natural` with the covariance of embeddings. All
-moves are as long as `steps`.
+direction, `random in place` as far in each patch as `steps`, `random natural` with the covariance of embeddings. These
+moves are as long as `steps`. `sign step` is the published one. It and its controls, `sign step unrelated` and `sign
+step random`, move every entry by the same amount.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,10 @@ from mmray.features.hallucination.perturb import (
     moved_at_random,
     relative_norms,
     rescaled,
+    sign_step,
+    sign_step_at_random,
 )
-from mmray.features.hallucination.settings import PerturbationSettings
+from mmray.features.hallucination.settings import MoveSettings, PerturbationSettings
 from mmray.models.prompting import prompt_text
 from mmray.objects.answers import value_of
 from mmray.objects.prompts import presence
@@ -88,8 +91,9 @@ class Perturber:
     """Asks a joint model about embeddings under every condition."""
 
     joint: JointModel
-    settings: PerturbationSettings
-    vocabulary: tuple[str, ...]
+    settings: MoveSettings
+    moves: Callable[[Sample], Sequence[Move]]
+    """The moves of a sample's image."""
     varying: Covariance
     """Of the data's embeddings."""
 
@@ -99,12 +103,13 @@ class Perturber:
         embeddings: list[Embedding] = []
         shown: list[Image] = []
         for sample, image in zip(samples, images, strict=True):
-            move = drawn_move(sample, self.vocabulary, self.settings)
-            if move is None:
+            moves = self.moves(sample)
+            if not moves:
                 continue
             embedding = self.joint.embed(self.joint.pixels([image]))
+            tried = [(move, self.conditions(embedding, move, sample.sample_id)) for move in moves]
             # Questions of all images are asked together below, in full batches.
-            for condition, other in self.conditions(embedding, move, sample.sample_id).items():
+            for move, condition, other in ((move, *item) for move, found in tried for item in found.items()):
                 confidences = self.joint.confidences(other, [move.source, move.target])[0].tolist()
                 ((norm, relative),) = relative_norms(embedding, other, self.joint.tower.skipped)
                 for about, question in self.questions(move):
@@ -157,6 +162,11 @@ class Perturber:
             found[f"random {number}"] = moved_at_random(joint, embedding, reference, own)
             found[f"random in place {number}"] = moved_at_random(joint, embedding, reference, own, in_place=True)
             found[f"random natural {number}"] = moved_at_random(joint, embedding, reference, own, varying=varying)
+        if settings.sign_step is not None:
+            found["sign step"] = sign_step(joint, embedding, move.source, move.target, settings.sign_step)
+            found["sign step unrelated"] = sign_step(joint, embedding, *move.unrelated, settings.sign_step)
+            for number in range(1, settings.randoms + 1):
+                found[f"sign step random {number}"] = sign_step_at_random(embedding, settings.sign_step, seed + number)
         return found
 
     def questions(self, move: Move) -> list[tuple[str, str]]:

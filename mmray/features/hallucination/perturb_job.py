@@ -22,7 +22,7 @@ from mmray.engine import Output, Parts, Plan
 from mmray.errors import InputError
 from mmray.features.hallucination.inputs import Analysis, JointContext, JointJob, ModelOptions, Rows, open_cut
 from mmray.features.hallucination.perturb import Covariance, covariance
-from mmray.features.hallucination.perturb_answers import Perturber
+from mmray.features.hallucination.perturb_answers import Move, Perturber, drawn_move
 from mmray.features.hallucination.perturb_measures import changes
 from mmray.features.hallucination.settings import PerturbationSettings
 from mmray.features.hallucination.tables import TABLES
@@ -68,18 +68,16 @@ class PerturbJob(JointJob[PerturbationSettings]):
 
     def analysis(self, context: JointContext, joint: JointModel, source: Source) -> Analysis:
         """Return the function that moves the embeddings of a unit's images and asks about them."""
+        settings, vocabulary = self.settings, context.statistics.vocabulary
 
-        @cache
-        def varying() -> Covariance:
-            # Over the data's first images, whatever the unit: results must not depend on how the data was cut.
-            images = list(islice(_images(source, context.manifest), REFERENCE))
-            batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
-            embeddings = [joint.embed(joint.pixels(batch)) for batch in batches]
-            return covariance(torch.cat(embeddings), joint.tower.skipped)
+        def moves(sample: Sample) -> list[Move]:
+            move = drawn_move(sample, vocabulary, settings)
+            return [] if move is None else [move]
+
+        varying = cache(lambda: reference_covariance(joint, source, context.manifest))
 
         def analyse(samples: Sequence[Sample], images: Sequence[Image]) -> Rows:
-            perturber = Perturber(joint, self.settings, context.statistics.vocabulary, varying())
-            return {"answers": perturber.rows(samples, images)}
+            return {"answers": Perturber(joint, settings, moves, varying()).rows(samples, images)}
 
         return analyse
 
@@ -97,6 +95,17 @@ class PerturbJob(JointJob[PerturbationSettings]):
         output.table("answers", answers)
         output.table("changes", pa.Table.from_pylist(measures, TABLES["changes"]))
         return {"rows": len(answers), "measures": measures}
+
+
+def reference_covariance(joint: JointModel, source: Source, manifest: Manifest) -> Covariance:
+    """Return the covariance of embeddings over the data's first images.
+
+    Over those, whatever the unit: results must not depend on how the data was cut.
+    """
+    images = list(islice(_images(source, manifest), REFERENCE))
+    batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+    embeddings = [joint.embed(joint.pixels(batch)) for batch in batches]
+    return covariance(torch.cat(embeddings), joint.tower.skipped)
 
 
 def _images(source: Source, manifest: Manifest) -> Iterator[Image]:

@@ -44,6 +44,33 @@ function doseTable(doses) {
   ], rows, { keep: true, limit: 40 });
 }
 
+// The paper's comparison: how sure the detector is of what the model says is there and not there, right and wrong.
+function answersTable(measures) {
+  const cells = [["yes", "mean_present", "is there", "yes"], ["yes", "mean_absent", "is not there", "yes: positive hallucination"], ["no", "mean_present", "is there", "no: negative hallucination"], ["no", "mean_absent", "is not there", "no"]];
+  const rows = cells.map(([claims, measure, truth, answer]) => ({ truth, answer, own: one(measures, { claims, measure, judge: "detector" }) })).filter((row) => row.own && row.own.value !== null);
+  if (!rows.length) return null;
+  return [h("h2", "Answers and the detector's confidence"), under("Mean of the highest probability of any box for the object that was asked about. A hallucinated yes follows what the vision embedding shows where its confidence is near that of a true yes."),
+    card(sortable("Confidence of the detector by answer", [
+      { title: "the object", value: (row) => row.truth, cell: (row) => row.truth }, { title: "the model answers", value: (row) => row.answer, cell: (row) => row.answer },
+      { title: "confidence", number: true, about: rows[0].own.protocol, value: (row) => row.own.value, cell: (row) => [figure(row.own.value), h("span.range", interval(row.own))] }, { title: "n", number: true, value: (row) => row.own.n, cell: (row) => whole(row.own.n) },
+    ], rows, { keep: true }))];
+}
+
+function biasPart(bias) {
+  if (!bias.length) return null;
+  const control = (row) => /unrelated|random/.test(row.condition);
+  return [h("h2", "Bias"), under("How answers about portraits shift when the vision embedding moves from one prompt to another. A shift is the prompts' only where the controls of the same size, in grey, shift less. Replies without an answer are counted, and enter no mean."),
+    card(sortable("Shift of answers between prompts", [
+      { title: "from", value: (row) => row.source, cell: (row) => row.source }, { title: "to", value: (row) => row.target, cell: (row) => row.target }, { title: "question", value: (row) => row.question, cell: (row) => row.question },
+      { title: "condition", value: (row) => row.condition, cell: (row) => (control(row) ? h("span.range", row.condition) : h("b", row.condition)) },
+      { title: "before", number: true, value: (row) => row.before, cell: (row) => figure(row.before, 2) },
+      { title: "shift", number: true, about: "mean of answer after − before, over images where both could be read", value: (row) => row.value, cell: (row) => (row.value === null ? "–" : [figure(row.value, 2), h("span.range", interval(row, 2))]) },
+      { title: "n", number: true, value: (row) => row.n, cell: (row) => whole(row.n) },
+      { title: "not read", number: true, about: "replies without an answer, before and after the move", value: (row) => row.unread_before + row.unread_after, cell: (row) => `${whole(row.unread_before)} + ${whole(row.unread_after)} of ${whole(row.asked)}` },
+      { title: "protocol", cell: (row) => row.protocol },
+    ], bias, { keep: true, limit: 60 }))];
+}
+
 function neuronsPart({ count, probe, layers, rows, captions, doses }) {
   if (!count) return [h("h2", "Neurons"), under("Not looked for yet. `mmray hallucination RUN --neurons` finds the neurons that predict which mentions are hallucinated.")];
   const found = (judge) => probe.find((row) => row.judge === judge && row.measure === "auroc"), ours = found("neurons"), facts = found("all three");
@@ -70,14 +97,16 @@ function neuronsPart({ count, probe, layers, rows, captions, doses }) {
 }
 
 function hallucinationPage() {
-  const { measures, mistakes, neurons } = INDEX.hallucination;
-  if (!measures.length) return [heading("Second opinion", "Not asked yet. `mmray hallucination RUN` asks a detector whether what the model claims is there."), neuronsPart(neurons)];
+  const { measures, mistakes, bias, neurons } = INDEX.hallucination;
+  if (!measures.length) return [heading("Second opinion", "Not asked yet. `mmray hallucination RUN` asks a detector whether what the model claims is there."), biasPart(bias), neuronsPart(neurons)];
   const shown = measures.filter((row) => row.measure !== "reliability"), found = (judge) => one(measures, { claims: "caption", measure: "auroc", judge });
   const tiles = Object.keys(JUDGES).filter(found).map((judge) => tile(figure(found(judge).value), `AUROC of the ${judge}'s confidence: nouns of captions that are there, above those that are not (95 %: ${interval(found(judge))})`, judge === "detector"));
   return [
     heading("Second opinion", "The language model claims, in captions and in answers, that things are in the image; a detector that reads the same embedding gives its confidence in each."),
     h("div.tiles", tiles),
     h("div.grid.two", ["caption", "question"].filter((claims) => one(measures, { claims, measure: "reliability" })).map((claims) => card(h("h3", `Calibration: ${CLAIMS[claims]}`), reliabilityPlot(claims)))),
+    answersTable(measures),
+    biasPart(bias),
     h("h2", "Mistakes"), under("In red the detector's best box for what was claimed, in blue the object that is there; the detector's confidence, and the log-probability of the claim."),
     h("div.grid.samples", mistakes.map((row) => h("figure", h("span.picture", h("img", { src: row.picture, alt: `${row.word} claimed${row.mistaken_for ? `, ${row.mistaken_for} stands there` : ""}` })),
       h("figcaption", h("b", row.word), row.mistaken_for ? ` for ${row.mistaken_for}` : ": nothing stands there", h("div.range", `“${row.text}” · ${figure(row.confidence, 2)} sure · ${figure(row.probability, 2)} nats`))))),
@@ -89,4 +118,4 @@ function hallucinationPage() {
   ];
 }
 
-addPage("hallucination", "Second opinion", hallucinationPage, INDEX.hallucination.measures.length + INDEX.hallucination.neurons.count);
+addPage("hallucination", "Second opinion", hallucinationPage, INDEX.hallucination.measures.length + INDEX.hallucination.bias.length + INDEX.hallucination.neurons.count);

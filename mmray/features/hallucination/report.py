@@ -16,6 +16,7 @@ NUMBERS = ("value", "low", "high", "bin", "confidence")
 SHOWN, TOKENS, CAPTIONS = 60, 6, 6
 """Neurons on the page by weight, the tokens that each promotes, and captions of each kind."""
 MEASURED = ("value", "low", "high")
+SHIFTED = ("before", "after", *MEASURED)
 
 
 def section(request: Request) -> Section:
@@ -32,7 +33,9 @@ def section(request: Request) -> Section:
             for row in (mistakes.to_pylist()[:PICTURES] if mistakes else ())
         ],
     }
-    return Section(page | {"neurons": _neurons(request.run)})
+    bias = request.run.optional("bias")
+    shifts = [row | {name: number(row[name]) for name in SHIFTED} for row in (bias.to_pylist() if bias else ())]
+    return Section(page | {"bias": shifts, "neurons": _neurons(request.run)})
 
 
 def _neurons(run: Run) -> dict[str, Any]:

@@ -103,20 +103,9 @@ class NeuronSettings(ProbeSettings, DoseSettings, HallucinationSettings):
         return DoseSettings(**self.model_dump(include=set(DoseSettings.model_fields)))
 
 
-class PerturbationSettings(DetectorSettings):
-    """All settings of `mmray perturb`."""
+class MoveSettings(DetectorSettings):
+    """How embeddings are moved, and what is asked about them."""
 
-    model: str = known_by_digest()
-    """Hugging Face checkpoint folder, hub id, or `demo`."""
-    data: str = known_by_digest()
-    """Images to ask about: `demo`, Parquet, WebDataset tars, image folder, COCO, or `hf:NAME[:SPLIT]`; local or
-    s3://. Objects are needed only without --source or --target."""
-    out: str = execution()
-    """Folder of the results: a local path or s3://bucket/prefix."""
-    source: str | None = None
-    """Concept to move away from, such as man; default: an object of each image."""
-    target: str | None = None
-    """Concept to move towards, such as woman; default: an object of the data that the image lacks."""
     unrelated: list[str] | None = None
     """Two concepts unrelated to the question, for a control that moves by the same norm; default: two other objects of
     the data."""
@@ -132,7 +121,53 @@ class PerturbationSettings(DetectorSettings):
     steps: int = Field(20, ge=2)
     """Gradient steps of a move; a move in one step is measured too."""
     randoms: int = Field(1, ge=1)
-    """Random moves of the same norm to compare with, of each of three kinds."""
+    """Random moves of the same norm to compare with, of each kind."""
+    sign_step: float | None = Field(None, gt=0)
+    """Take the published step too, with controls of its norm. By this much, every entry of the embedding, CLS included,
+    moves along the sign of the gradient; published: 1. Default: not taken."""
+
+
+class PerturbationSettings(MoveSettings):
+    """All settings of `mmray perturb`."""
+
+    model: str = known_by_digest()
+    """Hugging Face checkpoint folder, hub id, or `demo`."""
+    data: str = known_by_digest()
+    """Images to ask about: `demo`, Parquet, WebDataset tars, image folder, COCO, or `hf:NAME[:SPLIT]`; local or
+    s3://. Objects are needed only without --source or --target."""
+    out: str = execution()
+    """Folder of the results: a local path or s3://bucket/prefix."""
+    source: str | None = None
+    """Concept to move away from, such as man; default: an object of each image."""
+    target: str | None = None
+    """Concept to move towards, such as woman; default: an object of the data that the image lacks."""
+
+
+class BiasSettings(MoveSettings):
+    """All settings of `mmray bias`."""
+
+    run: str = execution()
+    """Folder of the run whose model is asked, and where the tables are written."""
+    data: str | None = known_by_digest(None)
+    """Portraits, or other images, as for a census; default: the run's own data."""
+    pair: list[str] = Field(min_length=1)
+    """Prompts to move between, SOURCE:TARGET, such as woman:man; may be given more than once. A pair is for the images
+    that have SOURCE among their objects; without objects in the data, for all."""
+    question: list[str] = Field(min_length=1)
+    """Question to ask before and after each move; may be given more than once."""
+    unrelated: list[str] = Field(min_length=2, max_length=2)
+    """Two concepts unrelated to the questions, for a control that moves by the same norm."""
+    parse: str = "number"
+    """How an answer is read from a reply: number, yes_no, or two words such as man|woman. Replies without an answer, or
+    with several different numbers, are counted as unparsable and left out."""
+    sign_step: float | None = Field(1.0, gt=0)
+    """The published step, taken next to the bounded move, with controls of its norm. By this much, every entry of the
+    embedding, CLS included, moves along the sign of the gradient."""
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Source and target of each pair."""
+        return [(source.strip(), target.strip()) for source, _, target in (one.partition(":") for one in self.pair)]
 
 
 def hallucination_settings(values: dict[str, Any]) -> HallucinationSettings:
@@ -153,4 +188,14 @@ def perturbation_settings(values: dict[str, Any]) -> PerturbationSettings:
         raise InputError(f"setting unrelated = {settings.unrelated!r}: give two things for the control to move between")
     if settings.question and not (settings.source and settings.target):
         raise InputError("a question of your own needs source and target: what to move away from, and towards")
+    return settings
+
+
+def bias_settings(values: dict[str, Any]) -> BiasSettings:
+    """Return validated settings. Raises InputError naming the first wrong setting and what is allowed."""
+    settings = checked(BiasSettings, values)
+    reader(settings.parse)
+    for one, pair in zip(settings.pair, settings.pairs, strict=True):
+        if not all(pair) or ":" in pair[1]:
+            raise InputError(f"setting pair = {one!r}: give SOURCE:TARGET, such as woman:man")
     return settings

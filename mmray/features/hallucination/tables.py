@@ -63,6 +63,20 @@ TABLES: dict[str, pa.Schema] = {
             field("target_confidence", pa.float64(), "the detector's, after the move"),
         ]
     ),
+    "bias": pa.schema(
+        [
+            field("source", pa.string(), "prompt to move away from"),
+            field("target", pa.string(), "prompt to move towards"),
+            field("question", pa.string()),
+            field("condition", pa.string(), "steps or sign step, and their controls unrelated and random, …"),
+            field("before", pa.float64(), "mean answer before the move, of those read both times"),
+            field("after", pa.float64(), "mean answer after it"),
+            *MEASURED,
+            field("asked", pa.int64(), "replies under the condition"),
+            field("unread_before", pa.int64(), "replies before the move without an answer"),
+            field("unread_after", pa.int64(), "replies under the condition without an answer"),
+        ]
+    ),
     "changes": pa.schema(
         [
             field("condition", pa.string()),
@@ -72,4 +86,5 @@ TABLES: dict[str, pa.Schema] = {
         ]
     ),
 }
+TABLES["bias_answers"] = TABLES["answers"]
 """By name."""

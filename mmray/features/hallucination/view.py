@@ -68,6 +68,26 @@ def doses(rows: Sequence[Row]) -> Table:
     return table
 
 
+def bias(rows: Sequence[Row]) -> Table:
+    """Return shifts of answers: a row per pair, question and condition, with what could not be read."""
+    words = ("pair", "question", "condition")
+    table = lineless(*words, "before", "shift", "n", "unread", left=words)
+    # Questions may be long.
+    table.columns[1].no_wrap = False
+    for row in rows:
+        unread = f"{row['unread_before']:,} + {row['unread_after']:,}"
+        table.add_row(
+            f"{row['source']} → {row['target']}",
+            row["question"],
+            row["condition"],
+            number(row["before"]),
+            measured(row),
+            f"{row['n']:,}",
+            unread,
+        )
+    return table
+
+
 def changes(measures: Sequence[Row]) -> Table:
     """Return measures of change: a row per condition, `turned` with its 95 % interval."""
     columns = {

@@ -9,8 +9,9 @@ from typing import Any
 
 from mmray.engine import Job, JobSettings, Progress, run_side_by_side
 from mmray.errors import InputError
+from mmray.features.hallucination.bias_job import BiasJob
 from mmray.features.hallucination.job import HallucinationJob
-from mmray.features.hallucination.settings import hallucination_settings
+from mmray.features.hallucination.settings import bias_settings, hallucination_settings
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
 from mmray.features.saliency.job import SaliencyJob
@@ -53,6 +54,7 @@ STEPS: dict[str, Step] = {
     "selectivity": Step(selectivity_settings),
     "saliency": Step(saliency_settings, SaliencyJob),
     "hallucination": Step(hallucination_settings, HallucinationJob),
+    "bias": Step(bias_settings, BiasJob),
 }
 
 

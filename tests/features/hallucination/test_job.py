@@ -15,10 +15,11 @@ from mmray.data.shards import read_shard
 from mmray.engine import run as run_job
 from mmray.errors import InputError
 from mmray.features.hallucination import inputs, perturb_job
+from mmray.features.hallucination.bias_job import BiasJob
 from mmray.features.hallucination.inputs import ModelOptions
 from mmray.features.hallucination.job import HallucinationJob
 from mmray.features.hallucination.perturb_job import PerturbJob
-from mmray.features.hallucination.settings import hallucination_settings, perturbation_settings
+from mmray.features.hallucination.settings import bias_settings, hallucination_settings, perturbation_settings
 from mmray.features.hallucination.tables import TABLES
 from mmray.runs.run import open_run
 from mmray.runs.tables import read_table
@@ -162,6 +163,29 @@ def test_a_question_of_ones_own_is_asked_once_a_move(data, tmp_path):
     done = run_job(PerturbJob(moved(data, tmp_path / "own", **OWN)))
     assert done.headline["rows"] == 2 * 8
     assert {row["about"] for row in done.headline["measures"]} == {"question"}
+
+
+def test_bias_is_a_table_of_the_run_for_each_pair_and_its_controls(run):
+    word = open_run(run).table("occurrences")["concept"][0].as_py()
+    given = {"pair": [f"{word}:zebra", "zebra:ship"], "unrelated": ["sun", "star"], "limit": 3, "steps": 2, "draws": 20}
+    asked = {"run": run, "local": True, "question": [f"Is there a {word} in the image?"], "shard_size": 2} | given
+    done = run_job(BiasJob(bias_settings(asked | {"parse": "yes_no"})))
+    assert done.complete
+    rows = open_run(run).table("bias").to_pylist()
+    # A pair is for images that have its source.
+    assert {(row["source"], row["target"]) for row in rows} <= {(word, "zebra"), ("zebra", "ship")}
+    own = {row["condition"]: row for row in rows if row["source"] == word}
+    assert own.keys() >= {"steps", "unrelated", "random", "sign step", "sign step unrelated", "sign step random"}
+    answers = open_run(run).table("bias_answers").to_pylist()
+    assert all(row["asked"] == sum(a["condition"].rstrip(" 1") == c for a in answers) for c, row in own.items())
+    # A yes is no number: every reply is counted as not read.
+    run_job(BiasJob(bias_settings(asked)))
+    rows = open_run(run).table("bias").to_pylist()
+    assert all(row["n"] == 0 and row["value"] is None and row["unread_after"] == row["asked"] for row in rows)
+    with pytest.raises(InputError, match="give SOURCE:TARGET"):
+        bias_settings(asked | {"pair": ["woman"]})
+    with pytest.raises(InputError, match="no image has unicorn among its objects"):
+        run_job(BiasJob(bias_settings(asked | {"pair": ["unicorn:dog"]})))
 
 
 def test_data_without_objects_is_refused(run, tmp_path):

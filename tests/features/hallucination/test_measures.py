@@ -1,5 +1,6 @@
 """Second opinions and moved embeddings: figures against naive ones, controls of equal norm, answers never made up."""
 
+import copy
 from unittest.mock import patch
 
 import numpy as np
@@ -18,10 +19,19 @@ from mmray.detector.owl import QUERY
 from mmray.detector.vision_tower import OwnTower
 from mmray.errors import InputError
 from mmray.features.hallucination import measures
+from mmray.features.hallucination.bias import bias_table
 from mmray.features.hallucination.claims import ClaimCollector
 from mmray.features.hallucination.measures import judged
 from mmray.features.hallucination.mistakes import object_under, picture
-from mmray.features.hallucination.perturb import covariance, moved, moved_at_random, relative_norms, shown
+from mmray.features.hallucination.perturb import (
+    covariance,
+    moved,
+    moved_at_random,
+    relative_norms,
+    shown,
+    sign_step,
+    sign_step_at_random,
+)
 from mmray.features.hallucination.perturb_answers import Perturber, drawn_move
 from mmray.features.hallucination.perturb_measures import changes
 from mmray.features.hallucination.settings import perturbation_settings
@@ -222,6 +232,53 @@ def test_what_the_language_model_never_sees_is_not_moved(joint, embedding, monke
     assert not bool(shown(joint, embedding, "dog")[1][:, 0].any())
 
 
+def test_the_published_step_is_one_of_the_gradient_s_sign(owl, open_model):
+    """Towards the published targets, of all boxes, and CLS moves too."""
+    found = load_detector(open_model("llava"), str(owl("owlvit")))
+    generator = torch.Generator().manual_seed(4)
+    size = found.tower.processor.image_processor.size["height"]
+    embedding = found.tower(torch.randn(2, 3, size, size, generator=generator))
+    there = sign_step(found, embedding, "dog", "cat", 0.5)
+    assert torch.allclose((there - embedding).abs(), torch.tensor(0.5), atol=1e-5)
+    # The targets are so far that every box counts alike: the loss falls as Σ (target's logits − source's) grows.
+    leaf = embedding.clone().double().requires_grad_()
+    detector = copy.deepcopy(found.detector).double()
+    logits = detector(leaf, found.detector.queries(["dog", "cat"]).double()).logits.double()
+    (slope,) = torch.autograd.grad((logits[..., 1] - logits[..., 0]).sum(), leaf)
+    clear = slope.abs() > 1e-3 * slope.abs().max()
+    assert clear[:, 0].any() and clear.float().mean() > 0.8
+    assert torch.equal((there - embedding).sign()[clear], slope.sign()[clear].float())
+    other = sign_step_at_random(embedding, 0.5, 1)
+    assert (other - embedding).norm() == pytest.approx(float((there - embedding).norm()), rel=1e-5)
+    assert abs(float(((other - embedding).sign() * slope.sign()).mean())) < 0.1
+
+
+def test_bias_is_a_mean_of_what_could_be_read_and_counts_the_rest():
+    pairs = [("woman", "man"), ("man", "woman")]
+    given = {  # image: before, after the published step, with random signs
+        "a": (3.0, 7.0, 3.0),
+        "b": (4.0, None, 4.0),
+        "c": (None, 5.0, 6.0),
+        "d": (5.0, 6.0, 5.0),
+    }
+    answers = [
+        {"sample_id": name, "image": name, "source": source, "target": target, "question": "How tall?"}
+        | {"condition": condition, "value": value}
+        for source, target in reversed(pairs)
+        for name, values in given.items()
+        for condition, value in zip(("original", "sign step", "sign step random 1"), values, strict=True)
+    ]
+    found = bias_table(pa.Table.from_pylist(answers, schema=TABLES["bias_answers"]), pairs, 100, 0).to_pylist()
+    conditions = ("sign step", "sign step random")
+    assert [(row["source"], row["condition"]) for row in found] == [(one, c) for one, _ in pairs for c in conditions]
+    row = next(row for row in found if row["condition"] == "sign step")
+    assert (row["before"], row["after"], row["value"], row["n"]) == (4.0, 6.5, 2.5, 2)
+    assert (row["asked"], row["unread_before"], row["unread_after"]) == (4, 1, 1)
+    assert row["low"] <= 2.5 <= row["high"] and row["protocol"].startswith("as published")
+    nothing = next(row for row in found if row["condition"] == "sign step random")
+    assert (nothing["value"], nothing["n"], nothing["unread_after"]) == (0.0, 3, 0)
+
+
 @pytest.mark.parametrize("prefix", [None, "An image of"])
 def test_claims_are_what_the_model_says_with_its_own_log_probability(joint, all_scenes, before, prefix):
     samples = all_scenes[:3]
@@ -290,7 +347,9 @@ def test_every_move_is_asked_about_with_its_controls(joint, all_scenes, before):
     settings = perturbation_settings(SETTINGS)
     images = [before.image(sample) for sample in samples]
     varying = covariance(joint.embed(joint.pixels(images)), 0)
-    rows = Perturber(joint, settings, vocabulary, varying).rows(samples, images)
+    rows = Perturber(joint, settings, lambda sample: [drawn_move(sample, vocabulary, settings)], varying).rows(
+        samples, images
+    )
     conditions = {"original", "one step", "steps", "plain steps", "unrelated"}
     conditions |= {"random 1", "random in place 1", "random natural 1"}
     asked = {(row["sample_id"], row["condition"], row["about"]) for row in rows}

@@ -16,7 +16,7 @@ from tests.support.local_jobs import write_table
 
 def test_a_run_that_was_not_judged_has_no_such_page(run):
     nothing = {"count": 0, "probe": [], "layers": [], "rows": [], "captions": [], "doses": []}
-    assert gather(run).index["hallucination"] == {"measures": [], "mistakes": [], "neurons": nothing}
+    assert gather(run).index["hallucination"] == {"measures": [], "mistakes": [], "bias": [], "neurons": nothing}
 
 
 def test_measures_and_mistakes_are_those_of_the_tables(run, tmp_path):
