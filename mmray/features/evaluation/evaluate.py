@@ -15,6 +15,7 @@ from mmray.features.evaluation.edit_requests import EDITED
 from mmray.features.evaluation.evaluator import EditEvaluator
 from mmray.features.evaluation.held_out_text import held_out_texts
 from mmray.features.evaluation.mmedit import read_records
+from mmray.features.evaluation.pope import open_pope
 from mmray.features.evaluation.queries import Edit
 from mmray.features.evaluation.settings import MeasureSettings, measure_settings
 from mmray.features.evaluation.summary import summarise
@@ -69,6 +70,8 @@ def evaluate(
         parts.append(evaluator.samples(others, own=True))
     if settings.mmedit:
         parts.append(evaluator.records(read_records(settings.mmedit, settings.mmedit_images)))
+    if settings.pope:
+        parts.append(evaluator.released(open_pope(settings.pope, settings.pope_images)))
     tables = [part.tables() for part in parts]
     whole = {name: pa.concat_tables([table[name] for table in tables]) for name in tables[0]}
     measures = summarise(whole["measurements"], settings)

@@ -22,6 +22,7 @@ from mmray.features.evaluation.effects import (
 from mmray.features.evaluation.held_out_text import HeldOutText, measure_held_out
 from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 from mmray.features.evaluation.mmedit import Records, measure_records
+from mmray.features.evaluation.pope import measure_pope
 from mmray.features.evaluation.quality import bleu_sums, has_bleu
 from mmray.features.evaluation.queries import Change, Edit, Query, Reply
 from mmray.features.evaluation.settings import MeasureSettings
@@ -30,6 +31,7 @@ from mmray.models.prompting import prompt_text
 from mmray.neurons.cloze import cloze
 from mmray.objects.ground_truth import with_ground_truth
 from mmray.objects.lexicon import ObjectLexicon, objects_of
+from mmray.objects.pope_files import PopeFiles
 from mmray.objects.prompts import TextQuestion, paraphrases, presence
 from mmray.objects.statistics import ObjectStatistics, choose_pope_objects
 from mmray.objects.words import open_words
@@ -178,6 +180,10 @@ class EditEvaluator:
         """Return the measurements of MMEdit's records."""
         return measure_records(self.baseline, self.edit, records)
 
+    def released(self, files: PopeFiles) -> MeasurementBuffer:
+        """Return the measurements of POPE's released questions."""
+        return measure_pope(self.baseline, self.edit, files, self.settings.pope_parser)
+
     def _measured(self, samples: Sequence[Sample], own: bool) -> MeasurementBuffer:
         drafts: Drafts = {}
         common = [self._common(sample, own, drafts) for sample in samples]
@@ -290,7 +296,8 @@ class EditEvaluator:
         image = self.baseline.image(sample)
         if self.detector is not None and image is not None:
             confirmed(rows, name, self.detector.confidence(image, named[0] | named[1]), *named)
-        if common.present:
+        # With released questions, the drawn ones are only about what an edit leaves alone.
+        if common.present and not self.settings.pope:
             absent = {way: list(names) for way, names in common.absent.items()}
             changes = {name: found[query.key] for name, query in common.pope.items()}
             pope(rows, name, list(common.present), absent, changes, self.settings.pope_parser)

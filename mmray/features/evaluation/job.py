@@ -27,6 +27,7 @@ from mmray.features.evaluation.edit_requests import EDITED
 from mmray.features.evaluation.evaluator import EditEvaluator
 from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 from mmray.features.evaluation.plan import EvaluationContext, EvaluationUnit, open_measured, plan_evaluation
+from mmray.features.evaluation.pope import part_of
 from mmray.features.evaluation.queries import Edit
 from mmray.features.evaluation.settings import EvaluationSettings
 from mmray.features.evaluation.summary import summarise, verdict_of
@@ -136,6 +137,9 @@ def _measured(context: EvaluationContext, evaluator: EditEvaluator, unit: Evalua
     if unit.kind == "records":
         assert context.records is not None
         return evaluator.records(replace(context.records, records=context.records.records[part]))
+    if unit.kind == "pope":
+        assert context.pope is not None
+        return evaluator.released(part_of(context.pope, part))
     if unit.kind == "data":
         return evaluator.samples(list(read_shard(open_measured(context.census), context.manifest.shards[unit.number])))
     assert context.own_manifest is not None

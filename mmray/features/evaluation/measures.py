@@ -17,6 +17,7 @@ from numpy import ndarray
 from mmray.features.evaluation.quality import bleu_value
 from mmray.features.evaluation.settings import MeasureSettings
 from mmray.objects.answers import Parser
+from mmray.objects.pope_files import FILE
 from mmray.objects.statistics import STRATEGIES, Adversarial, GroundTruth, Positives
 from mmray.objects.words import COCO
 from mmray.statistics.bootstrap import Value, ratio
@@ -155,6 +156,8 @@ _POPE = {
     "unparsable": _wrongly_named("answers with neither yes nor no, of all", detail=True),
 }
 """Figures of POPE, for each strategy of choosing absent objects."""
+_ABSENT = {**{name: name for name in STRATEGIES}, FILE: "a file's"}
+"""Strategy → how it is said."""
 
 MEASURES: dict[str, Measure] = {
     **_SUCCESSES,
@@ -189,9 +192,9 @@ MEASURES: dict[str, Measure] = {
     **_mmedit(),
     **{
         f"pope_{strategy}_{figure}": replace(
-            measure, protocol=f"greedy; POPE, {strategy} absent objects (Li et al. 2023): {measure.protocol}"
+            measure, protocol=f"greedy; POPE, {absent} absent objects (Li et al. 2023): {measure.protocol}"
         )
-        for strategy in STRATEGIES
+        for strategy, absent in _ABSENT.items()
         for figure, measure in _POPE.items()
     },
     "pope_yes_ratio": _named("greedy; POPE, all strategies together: answers yes, of all", better="neither"),
@@ -234,6 +237,8 @@ def protocol_of(name: str, settings: MeasureSettings) -> str:
     """Return how a measure is measured under these settings."""
     measure, parts = measure_of(name), [measure_of(name).protocol]
     pope = name.startswith("pope_")
+    if pope and settings.pope:
+        return "; ".join([*parts, _PARSERS[settings.pope_parser], "released questions and labels"])
     if pope:
         parts += [_PARSERS[settings.pope_parser], _POSITIVES[settings.pope_positives]]
         parts += [_ADVERSARIAL[settings.pope_adversarial]] if name.startswith("pope_adversarial") else []

@@ -24,12 +24,14 @@ from mmray.features.evaluation.edit_requests import requests_of
 from mmray.features.evaluation.evaluate import text_questions_of
 from mmray.features.evaluation.held_out_text import HeldOutText, held_out_texts
 from mmray.features.evaluation.mmedit import Records, read_records
+from mmray.features.evaluation.pope import open_pope
 from mmray.features.evaluation.quality import has_bleu
 from mmray.features.evaluation.queries import Edit
 from mmray.features.evaluation.settings import EvaluationSettings
 from mmray.features.evaluation.tables import PARTS
 from mmray.objects.ground_truth import survey
 from mmray.objects.lexicon import ObjectLexicon
+from mmray.objects.pope_files import PopeFiles
 from mmray.objects.prompts import TextQuestion
 from mmray.objects.statistics import ObjectStatistics
 from mmray.objects.words import open_words
@@ -44,13 +46,13 @@ class EvaluationUnit:
     """One unit of work: a shard of the data, own samples of the edit in a shard of the run, texts, or records."""
 
     kind: str
-    """data, own, texts, held_out or records."""
+    """data, own, texts, held_out, records or pope."""
     number: int
     samples: int
     names: tuple[str, ...] = ()
     """Of an own shard: the ids of the edit's samples in it."""
     start: int = 0
-    """The first question, text or record; `samples` says how many."""
+    """The first question, text, record or image of released questions; `samples` says how many."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class EvaluationContext:
     texts: tuple[TextQuestion, ...]
     held_out: tuple[HeldOutText, ...]
     records: Records | None
+    pope: PopeFiles | None
+    """Released questions."""
     cost: dict[str, Any]
     """How the edit was made, and its cost."""
 
@@ -111,8 +115,20 @@ def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engin
     units += _parts("texts", len(texts), settings.shard_size)
     units += _parts("held_out", len(held_out), settings.shard_size)
     units += _parts("records", len(records.records) if records else 0, settings.shard_size)
+    released = open_pope(settings.pope, settings.pope_images) if settings.pope else None
+    units += _parts("pope", len(released.images) if released else 0, settings.shard_size)
     context = EvaluationContext(
-        settings, census, own, manifest, own_manifest, statistics, tuple(texts), tuple(held_out), records, edit.facts
+        settings,
+        census,
+        own,
+        manifest,
+        own_manifest,
+        statistics,
+        tuple(texts),
+        tuple(held_out),
+        records,
+        released,
+        edit.facts,
     )
     return engine.Plan(
         [engine.Unit(unit.samples, unit, (unit.kind, unit.number)) for unit in units],
@@ -124,7 +140,7 @@ def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engin
 
 def _of_texts(settings: EvaluationSettings, census: CensusSettings) -> tuple[EvaluationSettings, CensusSettings]:
     """Return the settings for a text-only model; raises InputError for measures of images."""
-    for option, given in (("--detector", settings.detector), ("--mmedit", settings.mmedit)):
+    for option, given in (("--detector", settings.detector), ("--mmedit", settings.mmedit), ("--pope", settings.pope)):
         if given:
             raise InputError(f"{census.model}: reads text only; {option} needs a model that takes images")
     settings = settings.model_copy(update={"pope_objects": 0, "bleu": False})
@@ -152,6 +168,10 @@ def _digests(context: EvaluationContext, run: Run, units: tuple[EvaluationUnit, 
         found["mmedit"] = _digest([store.entry(key)])
     if settings.mmedit_images:
         found["mmedit_images"] = _digest(open_store(settings.mmedit_images).list())
+    if context.pope:
+        found["pope"] = context.pope.digest
+        store = open_store(context.pope.folder)
+        found["pope_images"] = _digest([store.entry(name) for name, _ in context.pope.images])
     if settings.detector:
         found["detector"] = detector_digest(settings.detector)
     return found

@@ -50,6 +50,11 @@ class MeasureSettings(BaseModel):
     pope_parser: Parser = "sentences"
     """How POPE reads an answer. sentences: by the first sentence that says yes or no, denies or affirms; released: no
     where the first sentence has No, no or not, else yes."""
+    pope: list[str] | None = known_by_digest(None)
+    """POPE's released questions, JSON lines with image, text and label; may be given more than once. A file's name says
+    how absent objects were chosen: random, popular or adversarial. POPE is then measured on these questions alone."""
+    pope_images: str | None = known_by_digest(None)
+    """Folder of the images that the questions name; default: the folder of the first file."""
     encoder: str | None = known_by_digest(None)
     """Folder of a text encoder for BERTScore-style similarity. To the data's captions; without it, not measured."""
     detector: str | None = known_by_digest(None)

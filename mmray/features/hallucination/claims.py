@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from mmray.models.prompting import encode, prompt_text, tokenize_caption
 from mmray.neurons.token_positions import locate_mentions
 from mmray.objects.answers import says_yes
 from mmray.objects.lexicon import ObjectLexicon, objects_of
+from mmray.objects.pope_files import PopeQuestion
 from mmray.objects.prompts import presence
 from mmray.objects.statistics import STRATEGIES, ObjectStatistics, choose_pope_objects
 
@@ -47,6 +48,8 @@ class ClaimCollector:
     batch_size: int
     longest: int = LONGEST
     """Maximum tokens of a caption."""
+    released: Mapping[str, Sequence[PopeQuestion]] | None = None
+    """Questions to ask instead of drawn ones, by the sample's id."""
 
     def claims(self, samples: Sequence[Sample], images: Sequence[Image]) -> list[Claim]:
         """Return a row per known object that the model's captions name, and a row per question.
@@ -92,26 +95,41 @@ class ClaimCollector:
         self, samples: Sequence[Sample], images: Sequence[Image], embedding: Float[Tensor, "row patch width"]
     ) -> list[Claim]:
         """Ask about present and absent objects, with the log-probability of yes against no."""
-        rows: list[Claim] = []
-        for row, sample in enumerate(samples):
-            objects = objects_of(sample) or frozenset()
-            seed = f"{self.seed} {sample.sample_id}"
-            present, absent = choose_pope_objects(self.statistics, objects, self.questions, seed)
-            kinds = dict.fromkeys(present, "present")
-            for strategy in STRATEGIES:
-                # An object that two strategies choose is asked about once, as the first one's.
-                kinds = dict.fromkeys(absent[strategy], strategy) | kinds
-            rows += [_claim(row, sample, kind, word, "", claimed=False) for word, kind in kinds.items()]
+        asked = [pair for row, sample in enumerate(samples) for pair in self._questions(row, sample)]
+        rows = [claim for claim, _ in asked]
         if not rows:
             return rows
         # Questions are batched over images, so an image has as many rows as questions.
         model, index = self.joint.model, [row["row"] for row in rows]
-        prompts = [prompt_text(model, presence(row["word"]), None) for row in rows]
+        prompts = [prompt_text(model, question, None) for _, question in asked]
         replies = self.joint.replies(prompts, [images[row] for row in index], embedding[index], self.batch_size, ANSWER)
         for claim, prompt, (tokens, states) in zip(rows, prompts, replies, strict=True):
             claim["text"] = str(model.tokenizer.decode(tokens)).strip()
             claim["claimed"], claim["log_prob"] = says_yes(claim["text"]), self._yes_log_prob(prompt, states[0])
         return rows
+
+    def _questions(self, row: int, sample: Sample) -> list[tuple[Claim, str]]:
+        """Return a sample's questions with their claims, which the answers complete."""
+        if self.released is not None:
+            # The files of several strategies share their questions about present objects: each is asked once.
+            once = {question.text: question for question in reversed(self.released.get(sample.sample_id, ()))}
+            return [
+                (
+                    _claim(row, sample, "present" if one.present else one.strategy, one.thing, "", claimed=False)
+                    | {"present": one.present},
+                    one.text,
+                )
+                for one in once.values()
+            ]
+        objects = objects_of(sample) or frozenset()
+        present, absent = choose_pope_objects(
+            self.statistics, objects, self.questions, f"{self.seed} {sample.sample_id}"
+        )
+        kinds = dict.fromkeys(present, "present")
+        for strategy in STRATEGIES:
+            # An object that two strategies choose is asked about once, as the first one's.
+            kinds = dict.fromkeys(absent[strategy], strategy) | kinds
+        return [(_claim(row, sample, kind, word, "", claimed=False), presence(word)) for word, kind in kinds.items()]
 
     def _yes_log_prob(self, prompt: str, hidden: Float[Tensor, " hidden"]) -> float:
         """Return log(p(yes) / (p(yes) + p(no))) of the answer's first token, from the state that predicts it."""

@@ -58,6 +58,9 @@ class HallucinationSettings(ClaimSettings):
     questions: int = Field(1, ge=0)
     """Present objects per image to ask about, and as many absent ones of each kind (random, popular, adversarial); 0:
     captions only."""
+    pope: list[str] | None = known_by_digest(None)
+    """POPE's released questions to ask instead: JSON lines with image, text, label. May be given more than once; only
+    images of the data that they name, by file or COCO number, are looked at."""
 
 
 class ProbeSettings(ClaimSettings):

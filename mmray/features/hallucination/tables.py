@@ -12,7 +12,11 @@ TABLES: dict[str, pa.Schema] = {
         [
             field("sample_id", pa.string()),
             field("image", pa.string(), "key of the image, shared by all its samples"),
-            field("kind", pa.string(), "caption; for questions: present, random, popular or adversarial"),
+            field(
+                "kind",
+                pa.string(),
+                "caption; for questions: present, random, popular, adversarial or file",
+            ),
             field("word", pa.string()),
             field("claimed", pa.bool_(), "the model says it is there; null: neither yes nor no"),
             field("present", pa.bool_(), "whether the image has it"),

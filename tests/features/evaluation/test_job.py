@@ -124,6 +124,25 @@ def test_of_the_run_s_data_what_is_not_measured_on_anyway_is_left_over(rows: lis
         assert {n for path, n in kept if path == files[-1].path} == set(range(rows[-1]))
 
 
+def test_released_questions_are_units_of_their_own(run: Path, edit: StandIn, tmp_path: Path) -> None:
+    lines = []
+    for number, sample in enumerate(samples_of(DATA, 3)):
+        (tmp_path / f"{number}.png").write_bytes(sample.image or b"")
+        lines.append({"image": f"{number}.png", "text": "Is there a dog in the image?", "label": "no"})
+    file = tmp_path / "coco_pope_random.json"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    folder = edit.save(tmp_path / "swap")
+    asked = {"limit": 1, "shard_size": 2, "text_count": 0, "pope": [str(file)]}
+    found = measures(evaluated_here(run, folder, **asked))
+    assert found["pope_random_accuracy"]["n"] == 3
+    # Drawn questions are still answers about images, but no POPE.
+    assert "pope_popular_accuracy" not in found and found["image_locality_questions"]["n"] <= 1
+    fingerprint = json.loads((folder / "evaluation.json").read_text())["fingerprint"]
+    file.write_text(json.dumps(lines[0] | {"label": "yes"}))
+    evaluated_here(run, folder, **asked)
+    assert json.loads((folder / "evaluation.json").read_text())["fingerprint"] != fingerprint
+
+
 def test_samples_behind_the_limit_count_for_reliability(run: Path, own: list[Sample], edit: StandIn, tmp_path) -> None:
     found = evaluated_here(run, edit.save(tmp_path / "swap"), data="demo", limit=8)
     captions = pq.read_table(tmp_path / "swap" / "captions.parquet").to_pylist()

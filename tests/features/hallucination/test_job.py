@@ -165,6 +165,34 @@ def test_a_question_of_ones_own_is_asked_once_a_move(data, tmp_path):
     assert {row["about"] for row in done.headline["measures"]} == {"question"}
 
 
+def test_released_questions_are_asked_of_the_images_that_they_name(run, tmp_path):
+    ids = sorted({row["sample_id"] for row in open_run(run).table("captions").to_pylist()})[:2]
+    file = tmp_path / "coco_pope_popular.json"
+    lines = [
+        {"question_id": 1, "image": f"{ids[0]}.jpg", "text": "Is there a zebra in the image?", "label": "no"},
+        {"question_id": 2, "image": f"{ids[0]}.jpg", "text": "Is there an sun in the image?", "label": "yes"},
+        {"question_id": 3, "image": f"{ids[1]}.jpg", "text": "Is there a ship in the image?", "label": "no"},
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    settings = {"limit": None, "pope": [str(file)]}
+    done = run_job(HallucinationJob(asked(run, **settings)))
+    rows = open_run(run).table("claims").to_pylist()
+    assert {row["sample_id"] for row in rows} == set(ids)
+    answers = {(row["sample_id"], row["word"], row["kind"], row["present"]) for row in rows if row["kind"] != "caption"}
+    assert answers == {
+        (ids[0], "zebra", "popular", False),
+        (ids[0], "sun", "present", True),
+        (ids[1], "ship", "popular", False),
+    }
+    means = {
+        (row["claims"], row["measure"]): row["n"] for row in done.headline["measures"] if row["judge"] == "detector"
+    }
+    assert sum(means.get((said, f"mean_{side}"), 0) for said in ("yes", "no") for side in ("present", "absent")) == 3
+    file.write_text(json.dumps(lines[0] | {"image": "elsewhere.jpg"}))
+    with pytest.raises(InputError, match="names no image of the data"):
+        run_job(HallucinationJob(asked(run, **settings)))
+
+
 def test_bias_is_a_table_of_the_run_for_each_pair_and_its_controls(run):
     word = open_run(run).table("occurrences")["concept"][0].as_py()
     given = {"pair": [f"{word}:zebra", "zebra:ship"], "unrelated": ["sun", "star"], "limit": 3, "steps": 2, "draws": 20}
