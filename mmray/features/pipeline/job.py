@@ -55,8 +55,18 @@ class PipelineSettings(BaseModel):
     """Analyses of the run in this order, each a command's name with its settings; neighbours run side by side."""
     edits: dict[str, dict[str, Any]] = Field(default_factory=dict)
     evaluation: dict[str, Any] = Field(default_factory=dict)
+    detector: str | None = None
+    """Detector of every step that queries one; default: the step's own."""
+    alignment: str | None = None
+    """Folder of the network from the detector's embedding to the model's image tokens, for the same steps."""
     local: bool = False
     """Run every step in this process, without Ray."""
+
+    @property
+    def detecting(self) -> dict[str, str]:
+        """The settings of a step that queries a detector."""
+        given = {"detector": self.detector, "alignment": self.alignment}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass
@@ -98,11 +108,12 @@ def pipeline_settings(values: Mapping[str, Any]) -> PipelineSettings:
         settings = PipelineSettings(**given)
     except ValidationError as error:
         raise InputError(
-            f"{first_problem(error)}; a pipeline has census, steps, edits (name: settings), evaluation and local"
+            f"{first_problem(error)}; a pipeline has census, steps, edits (name: settings), evaluation, detector, "
+            "alignment and local"
         ) from error
     # Every step is validated before the first one starts.
     _census(settings)
-    checked_steps(settings.steps, _execution(settings) | {"run": "RUN"})
+    checked_steps(settings.steps, _execution(settings) | {"run": "RUN"}, settings.detecting)
     for name, edit in settings.edits.items():
         try:
             edit_settings(edit)
@@ -124,7 +135,8 @@ def run_pipeline(settings: PipelineSettings, follow: Follow = lambda _, __: None
         census = _census(settings)
         outcome = run_census(census, partial(follow, "census"))
         done = Pipeline(open_run(census.out), outcome)
-        done.steps = run_steps(checked_steps(settings.steps, _execution(settings) | {"run": done.run.uri}), follow)
+        common = _execution(settings) | {"run": done.run.uri}
+        done.steps = run_steps(checked_steps(settings.steps, common, settings.detecting), follow)
         if settings.edits:
             with drive_analysis(f"{done.run.uri}/pipeline") as lease:
                 done.run.folder.prepare()

@@ -46,15 +46,17 @@ class Step:
     """Validates settings, the run included; raises InputError."""
     job: type[Job[Any, Any]] | None = None
     """None for selectivity, which is two jobs, one after the other."""
+    detects: bool = False
+    """Whether it queries a detector."""
 
 
 STEPS: dict[str, Step] = {
     "properties": Step(property_settings, PropertiesJob),
     "select": Step(selection_settings, SelectionJob),
     "selectivity": Step(selectivity_settings),
-    "saliency": Step(saliency_settings, SaliencyJob),
-    "hallucination": Step(hallucination_settings, HallucinationJob),
-    "bias": Step(bias_settings, BiasJob),
+    "saliency": Step(saliency_settings, SaliencyJob, detects=True),
+    "hallucination": Step(hallucination_settings, HallucinationJob, detects=True),
+    "bias": Step(bias_settings, BiasJob, detects=True),
 }
 
 
@@ -105,8 +107,12 @@ def _placement(settings: JobSettings) -> tuple[object, ...]:
     return settings.workers, settings.gpus_per_worker, settings.address, settings.local
 
 
-def checked_steps(entries: list[dict[str, dict[str, Any] | None]], common: Mapping[str, Any]) -> list[CheckedStep]:
-    """Return the steps of a file with validated settings; `common` has defaults for settings that a step leaves out.
+def checked_steps(
+    entries: list[dict[str, dict[str, Any] | None]], common: Mapping[str, Any], detecting: Mapping[str, Any]
+) -> list[CheckedStep]:
+    """Return the steps of a file with validated settings.
+
+    `common` has defaults for settings that a step leaves out, `detecting` those of steps that query a detector.
 
     Raises InputError that names the first wrong step.
     """
@@ -119,7 +125,13 @@ def checked_steps(entries: list[dict[str, dict[str, Any] | None]], common: Mappi
         # Results are kept by title, so a second step of a kind needs a title of its own.
         title = f"{kind} {count + 1}" if count else kind
         try:
-            steps.append(CheckedStep(title, kind, STEPS[kind].settings({**common, **(own or {})})))
+            steps.append(
+                CheckedStep(
+                    title,
+                    kind,
+                    STEPS[kind].settings({**common, **(detecting if STEPS[kind].detects else {}), **(own or {})}),
+                )
+            )
         except InputError as error:
             raise InputError(f"steps, {title}: {error}") from error
     return steps
