@@ -51,8 +51,20 @@ class Command(TyperCommand):
                     formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
 
+SHOW_COMPLETION = "--show-completion"
+"""An option that typer adds."""
+
+
 class CommandGroup(TyperGroup):
     """The list of commands, under their headings."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the options, with one line of help each: the list of commands has to fit on a screen."""
+        params: list[Any] = super().get_params(ctx)
+        for param in params:
+            if SHOW_COMPLETION in param.opts:
+                param.help = "Show completion for the current shell."
+        return params
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write each command with the first sentence of its help."""

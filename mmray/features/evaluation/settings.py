@@ -51,10 +51,11 @@ class MeasureSettings(BaseModel):
     """How POPE reads an answer. sentences: by the first sentence that says yes or no, denies or affirms; released: no
     where the first sentence has No, no or not, else yes."""
     pope: list[str] | None = known_by_digest(None)
-    """POPE's released questions, JSON lines with image, text and label; may be given more than once. A file's name says
-    how absent objects were chosen: random, popular or adversarial. POPE is then measured on these questions alone."""
+    """File of POPE's released questions; may be given again. JSON lines with image, text and label. A file's
+    name says how absent objects were chosen: random, popular or adversarial. POPE is then measured on these questions
+    alone."""
     pope_images: str | None = known_by_digest(None)
-    """Folder of the images that the questions name; default: the folder of the first file."""
+    """Folder of their images; default: the first file's own."""
     encoder: str | None = known_by_digest(None)
     """Folder of a text encoder for BERTScore-style similarity. To the data's captions; without it, not measured."""
     detector: str | None = known_by_digest(None)
@@ -65,7 +66,7 @@ class MeasureSettings(BaseModel):
     mmedit: str | None = known_by_digest(None)
     """E-VQA or E-IC JSON of MMEdit to measure on as well."""
     mmedit_images: str | None = known_by_digest(None)
-    """Folder of the images that the records name; default: the folder of the JSON."""
+    """Folder of the images that records name; default: the JSON's own."""
     draws: int = after_work(1000, ge=1)
     """Bootstrap draws over images, for the intervals."""
     seed: int = 0

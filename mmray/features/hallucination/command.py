@@ -112,10 +112,7 @@ def perturb(as_json: AsJson = False, **settings: Any) -> None:
 
 @app.command(
     group="Understand",
-    examples=(
-        "mmray bias runs/llava --data portraits --pair woman:man --pair man:woman "
-        '--unrelated teapot --unrelated bicycle --question "From 1 to 10, how likely is this person to be a doctor?"',
-    ),
+    examples=('mmray bias runs/llava --pair woman:man --unrelated cup --unrelated pan --question "Tall, 1 to 10?"',),
 )
 @with_settings(BiasSettings)
 def bias(run: RunArgument, as_json: AsJson = False, **settings: Any) -> None:
