@@ -26,6 +26,7 @@ _MODULES = {
     "align": "mmray.api",
     "hallucination": "mmray.api",
     "perturb": "mmray.api",
+    "bias": "mmray.api",
     "open_edit": "mmray.features.editing.edit",
     "open_run": "mmray.runs.run",
     "select": "mmray.api",

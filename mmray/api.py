@@ -20,11 +20,14 @@ from mmray.features.editing.methods import edit_run
 from mmray.features.editing.settings import EditSettings, edit_settings
 from mmray.features.evaluation.job import EvaluationJob
 from mmray.features.evaluation.settings import EvaluationSettings, evaluation_settings
+from mmray.features.hallucination.bias_job import BiasJob
 from mmray.features.hallucination.job import HallucinationJob
 from mmray.features.hallucination.perturb_job import PerturbJob
 from mmray.features.hallucination.settings import (
+    BiasSettings,
     HallucinationSettings,
     PerturbationSettings,
+    bias_settings,
     hallucination_settings,
     perturbation_settings,
 )
@@ -138,6 +141,16 @@ def hallucination(run: Run | str, **settings: Any) -> pa.Table:
     """
     run_job(HallucinationJob(hallucination_settings({"run": _uri(run), **_with_executor(settings)})))
     return open_run(_uri(run)).table("opinions")
+
+
+@takes(BiasSettings)
+def bias(run: Run | str, **settings: Any) -> pa.Table:
+    """Move images' embeddings between pairs of prompts, or resume, and return how answers shift, with controls.
+
+    The answers are in the run's tables. Raises InputError for bad settings or input.
+    """
+    run_job(BiasJob(bias_settings({"run": _uri(run), **_with_executor(settings)})))
+    return open_run(_uri(run)).table("bias")
 
 
 @takes(PerturbationSettings)

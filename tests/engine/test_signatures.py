@@ -14,6 +14,7 @@ from mmray.features.editing.settings import EditSettings
 
 WITH_SETTINGS = (
     "align",
+    "bias",
     "edit",
     "evaluate",
     "hallucination",
