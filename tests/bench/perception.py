@@ -40,7 +40,7 @@ SHOWN = {
     "insertion": "insertion",
 }
 """Measure → its column in the README."""
-REMARKS = {"alignment": ", as published", "random": " (the detector's boxes)"}
+REMARKS = {"random": " (the detector's boxes)"}
 BATCH = 10
 
 
