@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmray.features.evaluation.draft_verifier import DraftVerifier
 from mmray.features.evaluation.last_layer import LastLayer
-from mmray.features.evaluation.queries import Change, Edit, Query, Reply, States
+from mmray.features.evaluation.queries import Change, Edit, Query, Reply, States, queries_after
 from mmray.models.norms import vocabulary_logits
 from mmray.models.pixels import within_budget
 
@@ -36,6 +36,7 @@ def compare(verifier: DraftVerifier, edit: Edit, queries: Sequence[Query], repli
         # Outside the block, because an edit may change the unembedding too.
         logits = torch.cat([vocabulary_logits(model, rows) for rows in torch.split(hidden, verifier.rows_at_once)])
         last = LastLayer.of(verifier, edit)
+        some = queries_after(edit, some)
         with edit.applied(model):
             states = _states_after(verifier, last, some, before)
             after = _replies_after(verifier, some, before, states)
@@ -77,8 +78,9 @@ def forced_predictions(
     if not queries:
         return []
     before = verifier.likeliest([state.hidden for state in verifier.states_along(queries, replies)])
+    asked = queries_after(edit, queries)
     with edit.applied(verifier.model):
-        after = verifier.likeliest([state.hidden for state in verifier.states_along(queries, replies)])
+        after = verifier.likeliest([state.hidden for state in verifier.states_along(asked, replies)])
     return list(zip(before, after, strict=True))
 
 
@@ -110,15 +112,18 @@ def rank_agreements(
 ) -> list[tuple[float | None, float | None]]:
     """Return `top10` and `top1` of a `Change` along these replies instead of the model's own."""
     before = verifier.states_along(queries, replies)
+    asked = queries_after(edit, queries)
     with edit.applied(verifier.model):
-        after = verifier.states_along(queries, replies)
+        after = verifier.states_along(asked, replies)
     return [_agreement(one.top, other.top) for one, other in zip(before, after, strict=True)]
 
 
 def _agreement(before: Tensor | None, after: Tensor | None) -> tuple[float | None, float | None]:
     if before is None or after is None:
         return None, None
-    same = (before == after).float()
+    # The last positions, as in MMEdit's code: a fact in the prompt makes the sequence longer.
+    size = min(len(before), len(after))
+    same = (before[-size:] == after[-size:]).float()
     return float(same.mean()), float(same[:, 0].mean())
 
 

@@ -95,16 +95,24 @@ def _mmedit() -> dict[str, Measure]:
         "reliability": "src about image",
         "text_generality": "rephrase about image",
         "image_generality": "src about image_rephrase",
+        "portability": "VLKEB's question that follows from the edit",
     }.items():
         what = f"MMEdit's records, {fields}: "
-        along = f"{what}teacher-forced along alt; "
+        along = f"{what}teacher-forced along the target; "
         found |= {
-            f"mmedit_{name}": Measure(f"{what}greedy; the answer is alt, but for case and a full stop"),
+            f"mmedit_{name}": Measure(f"{what}greedy; the answer is the target, but for case and a full stop"),
             f"mmedit_{name}_exact": Measure(f"{along}every token likeliest (the trainer's exact match)"),
             f"mmedit_{name}_token": Measure(f"{along}share of tokens likeliest (the editor's accuracy)", detail=True),
         }
-    found |= _locality("mmedit_image_locality", "MMEdit's records, m_loc")
-    return found | _locality("mmedit_text_locality", "MMEdit's records, loc")
+    for name, fields in {
+        "image": "m_loc",
+        "text": "loc",
+        "random_image": "src about m_loc (De-VQA)",
+        "no_image": "src without an image (De-VQA)",
+        "consistent_image": "m_loc_q about image (De-VQA)",
+    }.items():
+        found |= _locality(f"mmedit_{name}_locality", f"MMEdit's records, {fields}")
+    return found
 
 
 def _exponential(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:

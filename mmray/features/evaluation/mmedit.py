@@ -3,6 +3,10 @@
 A record says what the edited model should answer: `alt` to the prompt `src` about `image`, to its `rephrase`, and about
 `image_rephrase`. It also says what should stay: the replies to the text question `loc`, and to the question `m_loc_q`
 about the image `m_loc`.
+
+Beyond MMEdit: records of VLKEB (Huang et al. 2024) have a question in `port_new` whose answer follows from the edit.
+The same prompt about another image, or none, and another question about the edited image should stay (De-VQA, Han et
+al. 2025).
 """
 
 from __future__ import annotations
@@ -29,13 +33,22 @@ NAME = "mmedit: "
 NEEDED = ("src", "alt", "image")
 LOCALITY_PROMPT = "Question: {} Short answer:"
 """How MMEdit asks about the image that should be left alone."""
+PORTABILITY = ("portability_prompt", "portability_answer")
+"""Fields that the first question of `port_new` is read into."""
 REWRITES = {
-    "mmedit_reliability": ("src", "image"),
-    "mmedit_text_generality": ("rephrase", "image"),
-    "mmedit_image_generality": ("src", "image_rephrase"),
+    "mmedit_reliability": ("src", "image", "alt"),
+    "mmedit_text_generality": ("rephrase", "image", "alt"),
+    "mmedit_image_generality": ("src", "image_rephrase", "alt"),
+    "mmedit_portability": (PORTABILITY[0], "image", PORTABILITY[1]),
 }
-"""Measure → the record's fields of the prompt and the image that should lead to `alt`."""
-UNCHANGED = {"mmedit_text_locality": ("loc", "", "loc_ans"), "mmedit_image_locality": ("m_loc_q", "m_loc", "m_loc_a")}
+"""Measure → the record's fields of the prompt, the image, and the answer that they should lead to."""
+UNCHANGED = {
+    "mmedit_text_locality": ("loc", "", "loc_ans"),
+    "mmedit_image_locality": ("m_loc_q", "m_loc", "m_loc_a"),
+    "mmedit_random_image_locality": ("src", "m_loc", ""),
+    "mmedit_no_image_locality": ("src", "", ""),
+    "mmedit_consistent_image_locality": ("m_loc_q", "image", ""),
+}
 """Measure → the record's fields of the prompt, the image and the expected answer that should stay."""
 IMAGES = ("image", "image_rephrase", "m_loc")
 """A record's fields that name images."""
@@ -66,10 +79,18 @@ def read_records(uri: str, images: str | None) -> Records:
     for number, record in enumerate(content):
         if missing := [field for field in NEEDED if not isinstance(record.get(field), str)]:
             raise InputError(f"--mmedit {uri}: record {number} has no {missing[0]!r}; {form}")
-    kept = tuple((number, record) for number, record in enumerate(content) if record["alt"].strip())
+    kept = tuple((number, _flat(record)) for number, record in enumerate(content) if record["alt"].strip())
     if not kept:
         raise InputError(f"--mmedit {uri}: no record with an 'alt'; {form}")
     return Records(images or store.uri, kept, len(content) - len(kept))
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record with the first question of `port_new` as fields of its own."""
+    first = (record.get("port_new") or [{}])[0].get("Q&A") or {}
+    if not first.get("Answer"):
+        return record
+    return record | dict(zip(PORTABILITY, (first.get("Question"), first["Answer"]), strict=True))
 
 
 def measure_records(baseline: BaselineReplies, edit: Edit, records: Records) -> MeasurementBuffer:
@@ -110,11 +131,11 @@ def _measured(baseline: BaselineReplies, edit: Edit, records: Records) -> Measur
         make = _QueryMaker(baseline, records.folder, rows)
         changed, unchanged = [], []
         for number, record in kept.items():
-            for measure, (prompt, image) in REWRITES.items():
+            for measure, (prompt, image, answer) in REWRITES.items():
                 if query := make.query(number, record, prompt, image):
-                    changed.append((measure, query, record["alt"].strip()))
+                    changed.append((measure, query, record[answer].strip()))
             for measure, (prompt, image, answer) in UNCHANGED.items():
-                if query := make.query(number, record, prompt, image, LOCALITY_PROMPT if image else "{}"):
+                if query := make.query(number, record, prompt, image):
                     unchanged.append((measure, query, str(record.get(answer) or "").strip()))
         _rewrites(rows, baseline, edit, changed)
         _locality(rows, baseline, edit, unchanged)
@@ -134,7 +155,7 @@ class _QueryMaker:
         self.rows = rows
         self.images: dict[str, Any] = {}
 
-    def query(self, number: int, record: dict[str, Any], prompt: str, image: str, wrapper: str = "{}") -> Query | None:
+    def query(self, number: int, record: dict[str, Any], prompt: str, image: str) -> Query | None:
         """Return the query of a record's fields; None if it lacks one, or its image can't be read."""
         question, name = record.get(prompt), record.get(image) if image else None
         if not question or (image and not name):
@@ -144,7 +165,8 @@ class _QueryMaker:
         picture = self.images[name] if name is not None else None
         if image and picture is None:
             return None
-        text = prompt_text(self.baseline.model, wrapper.format(question), "en", image=picture is not None)
+        asked = LOCALITY_PROMPT.format(question) if prompt == "m_loc_q" else question
+        text = prompt_text(self.baseline.model, asked, "en", image=picture is not None)
         return Query(f"{NAME}{number}", text, picture, str(name or ""), all_positions=True)
 
     def _read(self, number: int, name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from PIL.Image import Image
@@ -44,6 +44,20 @@ class Query:
     def key(self) -> tuple[str, str, str]:
         """What the model's reply depends on."""
         return (self.sample_id, self.variant, self.prompt)
+
+
+@runtime_checkable
+class PromptEdit(Protocol):
+    """A change of what the model is asked, such as a fact in its context; its weights stay."""
+
+    def asked(self, query: Query) -> Query:
+        """Return the query with the edit in its prompt."""
+        ...
+
+
+def queries_after(edit: Edit, queries: Sequence[Query]) -> list[Query]:
+    """Return the queries as they are asked after an edit; one of the weights leaves them as they are."""
+    return [edit.asked(query) for query in queries] if isinstance(edit, PromptEdit) else list(queries)
 
 
 class QueryError(Exception):

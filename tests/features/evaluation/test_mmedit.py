@@ -57,6 +57,12 @@ def test_records_are_read_as_they_are(write: Write) -> None:
     assert found.records[0][1] == RECORD
 
 
+def test_the_first_question_that_follows_from_an_edit_is_read(write: Write) -> None:
+    hops = [{"port_type": f"{n}-hop", "Q&A": {"Question": f"{n}?", "Answer": "Yes"}} for n in (1, 2)]
+    ((_, record),) = read_records(write([RECORD | {"port_new": hops}]), None).records
+    assert (record["portability_prompt"], record["portability_answer"]) == ("1?", "Yes")
+
+
 @pytest.mark.parametrize(
     ("records", "message"),
     [([], "no record with an 'alt'"), ([{"src": "?", "alt": "x"}], "record 0 has no 'image'"), ([3], "not a list")],
@@ -118,6 +124,16 @@ def test_metrics_against_plain_forwards(
         firsts = float(ranks[:, 0].float().mean())
         assert found[f"mmedit_{measure}_legacy_top1"]["after"] == pytest.approx(firsts, abs=2e-2)
         assert found[f"mmedit_{measure}"]["n"] == 1
+    for measure, question, number in (
+        ("random_image", RECORD["src"], 1),
+        ("no_image", RECORD["src"], None),
+        ("consistent_image", wrapped, 0),
+    ):
+        picture = None if number is None else before.image(scenes[number])
+        old = demo.generate([picture], question)
+        with edit.applied(demo):
+            same = demo.generate([picture], question) == old
+        assert found[f"mmedit_{measure}_locality"]["after"] == float(same)
     # The first scene shows a chair: asked for it, the swapped model says a dog.
     swapped = edit.exchange is not None
     assert (found["mmedit_reliability"]["before"], found["mmedit_reliability"]["after"]) == (0, float(swapped))
