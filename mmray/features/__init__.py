@@ -143,6 +143,15 @@ FEATURES: dict[str, Feature] = {
         ),
         Feature("evaluation", (f"{ROOM}.evaluation.job:EvaluationJob",), "mmray evaluate RUN --edit EDIT"),
         Feature(
+            "mmedit",
+            (f"{ROOM}.mmedit.job:MmeditJob",),
+            "mmray mmedit RUN --vqa FILE --captioning FILE",
+            ("mmedit", "mmedit_edits"),
+            "records",
+            schemas=f"{ROOM}.mmedit.tables",
+            report=f"{ROOM}.mmedit.report:section",
+        ),
+        Feature(
             "pipeline",
             (),
             "mmray pipeline FILE",

@@ -41,6 +41,8 @@ from mmray.features.hallucination.settings import (
     neuron_settings,
     perturbation_settings,
 )
+from mmray.features.mmedit.job import MmeditJob
+from mmray.features.mmedit.settings import mmedit_settings
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
 from mmray.features.saliency.job import SaliencyJob
@@ -57,6 +59,7 @@ from mmray.runs.run import open_run
 from mmray.runs.snapshots import newest
 from mmray.storage import open_store
 from tests.support.local_jobs import KEPT_TEXT, census_here
+from tests.support.mmedit_files import write_records
 from tests.support.words import LetterJob, LetterSettings
 
 SAMPLES, SHARD = 24, 12
@@ -124,6 +127,7 @@ def prepare(root: Path, tiny: Path) -> Place:
         os.chdir(before)
     run(DecodingJob(_census(place)))
     edit(place.run, **WISH).save(place.edit)
+    write_records(root / "records", 2)
     table = run(contrast(place, limit=None, shard_size=SHARD)).parts.table("mentions")
     # No test begins with it done.
     shutil.rmtree(f"{place.run}/{ContrastJob.name}")
@@ -310,6 +314,11 @@ def evaluation(place: Place, **more: Any) -> AnyJob:
     return EvaluationJob(evaluation_settings({**known, **sizes, **more}), open_edit)
 
 
+def mmedit(place: Place, **more: Any) -> AnyJob:
+    known = {"run": place.run, "vqa": str(place.root / "records/vqa_eval.json"), "methods": "ft-v,ike", "local": True}
+    return MmeditJob(mmedit_settings({**known, "draws": 10, **more}))
+
+
 def validation(place: Place, **more: Any) -> AnyJob:
     settings = _alignment(place, (place.root / "tiny").read_text(), **more)
     return ValidationJob(settings, "a training", plan_validation(settings))
@@ -339,6 +348,7 @@ CASES = [
         "edit", edit, {"neurons": 3}, refused=True, files=("edit.safetensors",), saves=True, merges=False, single=True
     ),
     Case("evaluation", evaluation, {"seed": 1}, files=("captions.parquet",)),
+    Case("mmedit", mmedit, {"methods": "ike"}, later={"draws": 11}),
     Case("validation", validation, {"pope_objects": 2}),
 ]
 """All jobs, the toy first."""

@@ -102,7 +102,12 @@ def make_edit(dataset: EditDataset, requests: Sequence[EditSettings]) -> WeightE
     the run does not know or the model never says.
     """
     began = time.perf_counter()
-    task = prepare(dataset, requests)
+    settings = {"wishes": [request.model_dump() for request in requests], "run": dataset.run.uri}
+    return make_task_edit(prepare(dataset, requests), settings, began)
+
+
+def make_task_edit(task: Task, settings: dict[str, Any], began: float) -> WeightEdit:
+    """Make the edit of a task as `make_edit` does; `settings` and the time when it `began` are what it remembers."""
     tries: list[Try] = []
     for size in sizes(task):
         tries.append(_tried(replace(task, neurons=task.neurons[:size])))
@@ -121,8 +126,8 @@ def make_edit(dataset: EditDataset, requests: Sequence[EditSettings]) -> WeightE
         unit=torch.cat([units.cpu() for units in deltas.units.values()]),
         delta=rows,
         purposes=task.purposes,
-        model=dataset.model.digest,
-        settings={"wishes": [request.model_dump() for request in requests], "run": dataset.run.uri},
+        model=task.model.digest,
+        settings=settings,
         facts=cost(rows, time.perf_counter() - began)
         | {"answers_changed": len(task.new), "answers_kept": len(task.kept.every)}
         | {"validation": chosen.measures, "broken": chosen.broken, "tries": [one.record for one in tries]},

@@ -57,7 +57,7 @@ def prepare(dataset: EditDataset, requests: Sequence[EditSettings]) -> Task:
     return _rewording_task(dataset, requests)
 
 
-def _task(
+def settle(
     model: NeuronModel,
     settings: EditSettings,
     purposes: tuple[Purpose, ...],
@@ -66,6 +66,7 @@ def _task(
     held_out: list[Example],
     kept: KeptAnswers,
 ) -> Task:
+    """Return the task with what its tries share: recorded answers, and the curvature of what is kept."""
     if settings.layers == 1:
         # Each try, its whitening and its validation go through the same answers.
         new, held_out = recorded(model, new), recorded(model, held_out)
@@ -108,7 +109,7 @@ def _rewording_task(dataset: EditDataset, requests: Sequence[EditSettings]) -> T
         most = max(MOST, len(neurons))
         found = dict.fromkeys([*neurons, *ranked, *whole_layers(model, layers)])
         neurons = dict.fromkeys(list(found)[:most])
-    return _task(model, settings, tuple(purposes), list(neurons), new, held_out, keep)
+    return settle(model, settings, tuple(purposes), list(neurons), new, held_out, keep)
 
 
 def _hallucination_task(dataset: EditDataset, settings: EditSettings) -> Task:
@@ -121,7 +122,7 @@ def _hallucination_task(dataset: EditDataset, settings: EditSettings) -> Task:
     purpose = Purpose("hallucination", pairs=found.pairs, language=settings.language, samples=samples, images=images)
     words = list(purpose.unwanted)
     keep = kept_answers(dataset, [*found.guards, *found.keep], words, settings.keep_text, settings.seed)
-    return _task(dataset.model, settings, (purpose,), neurons, found.new, [], keep)
+    return settle(dataset.model, settings, (purpose,), neurons, found.new, [], keep)
 
 
 def without_some_images(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:

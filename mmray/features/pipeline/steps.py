@@ -12,6 +12,8 @@ from mmray.errors import InputError
 from mmray.features.hallucination.bias_job import BiasJob
 from mmray.features.hallucination.job import HallucinationJob
 from mmray.features.hallucination.settings import bias_settings, hallucination_settings
+from mmray.features.mmedit.job import MmeditJob
+from mmray.features.mmedit.settings import mmedit_settings
 from mmray.features.properties.job import PropertiesJob
 from mmray.features.properties.settings import property_settings
 from mmray.features.saliency.job import SaliencyJob
@@ -57,6 +59,7 @@ STEPS: dict[str, Step] = {
     "saliency": Step(saliency_settings, SaliencyJob, detects=True),
     "hallucination": Step(hallucination_settings, HallucinationJob, detects=True),
     "bias": Step(bias_settings, BiasJob, detects=True),
+    "mmedit": Step(mmedit_settings, MmeditJob),
 }
 
 
