@@ -59,11 +59,10 @@ class CommandGroup(TyperGroup):
     """The list of commands, under their headings."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Return the options, with one line of help each: the list of commands has to fit on a screen."""
+        """Return the options; one that few need is not listed, because the list of commands has to fit on a screen."""
         params: list[Any] = super().get_params(ctx)
         for param in params:
-            if SHOW_COMPLETION in param.opts:
-                param.help = "Show completion for the current shell."
+            param.hidden = param.hidden or SHOW_COMPLETION in param.opts
         return params
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

@@ -37,9 +37,9 @@ class FactInContext:
 
     def asked(self, query: Query) -> Query:
         """Return the query with the facts before its question."""
-        head, tail = self._frames[query.image is not None]
-        question = query.prompt.removeprefix(head).removesuffix(tail)
-        return replace(query, prompt=f"{head}{self.statement}{QUESTION}{question}{tail}")
+        head, end = self._frames[query.image is not None]
+        question = query.prompt.removeprefix(head).removesuffix(end)
+        return replace(query, prompt=f"{head}{self.statement}{QUESTION}{question}{end}")
 
     @cached_property
     def _frames(self) -> dict[bool, tuple[str, str]]:

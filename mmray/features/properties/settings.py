@@ -34,8 +34,7 @@ class PropertySettings(JobSettings):
     run: str = execution()
     """Folder of the run."""
     held_out: str | None = known_by_digest(None)
-    """Run of other data with the same model, whose images are measured; default: the run's own, in-sample. Images that
-    the run has too are left out. Heat maps of the report stay those of the run's images."""
+    """Run of other data with the same model, whose images are measured; default: the run's own, in-sample."""
     only: Literal["maps", "properties"] | None = None
     """Only draw heat maps, or only measure; default: both."""
     concepts: int = Field(200, ge=1)
