@@ -13,7 +13,7 @@ from mmray.features.census.command import follow_census, say_shortfall
 from mmray.features.census.settings import CensusSettings, census_settings
 from mmray.terminal.options import INCOMPLETE, app, command_line, console, say, say_next
 
-FULL, QUICK = (12, 2), (3, 1)
+FULL, QUICK = (12, 2), (2, 1)
 """Concepts whose properties are measured, and heat maps per concept."""
 EDIT, QUICK_EDIT = {"kept": 256, "samples": 16}, {"kept": 64, "samples": 8, "neurons": 50}
 """Settings of the edits."""

@@ -69,9 +69,9 @@ class RayExecutor:
                 min_size=max(1, pool.workers // orders),
                 max_size=pool.most,
                 max_tasks_in_flight_per_actor=calls,
+                max_concurrent_calls_per_actor=calls,
                 enable_true_multi_threading=calls > 1,
             ),
-            max_concurrency=calls,
             num_cpus=pool.cores,
             num_gpus=pool.gpus or None,
         )
