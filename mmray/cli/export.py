@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mmray.errors import InputError
-from mmray.terminal.options import AsJson, RunArgument, app, plural, say, say_json
+from mmray.terminal.options import AsJson, RunArgument, app, command_line, plural, say, say_json, say_next
 
 
 @app.command(
@@ -35,3 +35,4 @@ def export(
         say_json([str(file) for file in files])
     else:
         say(f"{plural(len(files), 'file')} → {out}")
+        say_next(command_line("report", run))

@@ -1,10 +1,13 @@
 """The command line's help: every command in its group, every setting with its default, short enough to be read."""
 
+import ast
+import inspect
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -122,3 +125,22 @@ def test_verbose_tells_where_an_error_was_raised(tmp_path) -> None:
     assert done.returncode == 2
     assert "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"mmray: {tmp_path}: no run here")
+
+
+def reached_from(function: Any) -> set[str]:
+    """Return the names that a command's function uses, and those that functions of its module use for it."""
+    function = inspect.unwrap(function)
+    module = ast.parse(inspect.getsource(inspect.getmodule(function)))
+    defined = {node.name: node for node in module.body if isinstance(node, ast.FunctionDef)}
+    found, left = set[str](), [function.__name__]
+    while left:
+        node = defined[left.pop()]
+        names = {one.id for one in ast.walk(node) if isinstance(one, ast.Name)} - found
+        left += names & defined.keys()
+        found |= names
+    return found
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_which_is_useful_next(name):
+    assert "say_next" in reached_from(COMMANDS[name].callback)

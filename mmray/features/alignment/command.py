@@ -8,7 +8,18 @@ from typing import Any
 import typer
 
 from mmray.features.alignment.settings import AlignmentSettings, alignment_settings
-from mmray.terminal.options import INCOMPLETE, AsJson, app, console, say, say_json, show_progress, with_settings
+from mmray.terminal.options import (
+    INCOMPLETE,
+    AsJson,
+    app,
+    command_line,
+    console,
+    say,
+    say_json,
+    say_next,
+    show_progress,
+    with_settings,
+)
 
 
 @app.command(
@@ -36,5 +47,6 @@ def align(as_json: AsJson = False, **settings: Any) -> None:
             say(f"{outcome.lost:,} images could not be read, {outcome.failures:,} samples not measured", "yellow")
         for number, reason in outcome.quarantined.items():
             say(f"unit {number} of the validation quarantined: {reason}", "red")
+        say_next(command_line("hallucination", "RUN", "--detector", checked.tower, "--alignment", checked.out))
     if not outcome.complete:
         raise typer.Exit(INCOMPLETE)

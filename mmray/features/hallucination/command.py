@@ -24,11 +24,13 @@ from mmray.terminal.options import (
     AsJson,
     RunArgument,
     app,
+    command_line,
     console,
     finish,
     run_with_progress,
     say,
     say_json,
+    say_next,
     show_progress,
     with_settings,
 )
@@ -84,7 +86,7 @@ def hallucination(
         if found:
             console.print(mistakes(found))
         say_alignment(checked.alignment)
-    _end(done, "claims", checked.run, as_json)
+    _end(done, "claims", checked.run, command_line("report", checked.run), as_json)
 
 
 @app.command(
@@ -107,7 +109,7 @@ def perturb(as_json: AsJson = False, **settings: Any) -> None:
     else:
         console.print(changes(done.headline["measures"]))
         say_alignment(checked.alignment)
-    _end(done, "answers", checked.out, as_json)
+    _end(done, "answers", checked.out, command_line("status", checked.out), as_json)
 
 
 @app.command(
@@ -127,7 +129,7 @@ def bias(run: RunArgument, as_json: AsJson = False, **settings: Any) -> None:
     else:
         console.print(show(done.headline["measures"]))
         say_alignment(checked.alignment)
-    _end(done, "answers", checked.run, as_json)
+    _end(done, "answers", checked.run, command_line("report", checked.run), as_json)
 
 
 def _find_neurons(settings: NeuronSettings, *, as_json: bool) -> None:
@@ -145,7 +147,7 @@ def _find_neurons(settings: NeuronSettings, *, as_json: bool) -> None:
             console.print(doses(found["doses"]))
         seconds = sum(one.seconds for one in result.passes)
         say(f"{found['neurons']:,} neurons from {found['rows']:,} mentions in {seconds:.0f} s → {settings.run}")
-        say(f"next: mmray report {settings.run}")
+        say_next(command_line("report", settings.run))
     for one in result.passes:
         finish(one, "sample", quiet=as_json)
 
@@ -158,8 +160,9 @@ def _save_pictures(folder: Path, found: Sequence[Mapping[str, Any]]) -> None:
         (folder / name.replace("/", "_")).write_bytes(row["picture"])
 
 
-def _end(done: JobResult, noun: str, folder: str, as_json: bool) -> None:
+def _end(done: JobResult, noun: str, folder: str, following: str, as_json: bool) -> None:
     """Say where the rows are and what failed, and exit with the status for it."""
     if not as_json:
         say(f"{done.headline['rows']:,} {noun} of {done.done:,} samples in {done.seconds:.0f} s → {folder}")
+        say_next(following)
     finish(done, "sample", quiet=as_json)
