@@ -251,3 +251,22 @@ def test_columns_say_what_they_mean(page):
     page.wait_for_selector("th[title]")
     title = page.locator("th", has_text=re.compile("^score")).get_attribute("title")
     assert "mean over the concept's occurrences" in title
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_moves_while_a_page_loads(browser, place, width):
+    moved = {}
+    for hash in ("#/", "#/concepts", "#/concept/dog", "#/neuron/L7.u10", "#/properties", "#/edits"):
+        context = browser.new_context(viewport={"width": width, "height": 900}, bypass_csp=True)
+        context.add_init_script(
+            "window.moved = 0; new PerformanceObserver((list) => list.getEntries().forEach((one) => {"
+            " window.moved += one.value; })).observe({type: 'layout-shift', buffered: true});"
+        )
+        shown = context.new_page()
+        shown.goto(f"{place}{hash}")
+        shown.wait_for_selector("h1")
+        shown.wait_for_timeout(300)
+        moved[hash] = shown.evaluate("window.moved")
+        context.close()
+    # Google's bound of a good page.
+    assert max(moved.values()) <= 0.1, moved

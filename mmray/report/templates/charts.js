@@ -13,7 +13,7 @@ function layout(more) {
     font: { family: "system-ui, sans-serif", size: 12.5, color: colour("soft") },
     margin: { l: 10, r: 10, t: 12, b: 10 }, hovermode: "closest", bargap: 0.28,
     hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("ink") } },
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
+    legend: { traceorder: "normal", orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
     ...rest, xaxis: axis(xaxis), yaxis: axis(yaxis),
   };
 }
@@ -59,9 +59,23 @@ const scaleOf = (...groups) => Math.max(0.05, ...groups.flat().map((row) => row.
 const LOCATED = new Set(["score", "specific", "image", "contribution", "unsigned", "gate"]);
 const methodName = (name) => NAMES[name] || name;
 
+// Neurons drawn at random, in several ways: one band from the lowest interval to the highest.
+const RANDOM = new Set(["layer-matched", "activation-matched", "uniform"]);
+function band(rows, x, value) {
+  const places = [...new Set(rows.map(x))].sort((a, b) => a - b), at = (place) => rows.filter((row) => x(row) === place);
+  const low = places.map((place) => Math.min(...at(place).map((row) => row.low ?? value(row)))), high = places.map((place) => Math.max(...at(place).map((row) => row.high ?? value(row))));
+  const edge = { type: "scatter", mode: "lines", x: places, line: { color: colour("control"), width: 1 }, hoverinfo: "skip" };
+  return [
+    { ...edge, y: low, showlegend: false },
+    { ...edge, y: high, fill: "tonexty", name: "random neurons (controls)", hoverinfo: "text",
+      text: places.map((place) => at(place).map((row) => `${methodName(row.method)} ${figure(value(row))}`).join("<br>")) },
+  ];
+}
+
 function lines(rows, x, value = (row) => row.value) {
-  const methods = [...new Set(rows.map((row) => row.method))].sort((a, b) => Object.keys(LOOK).indexOf(a) - Object.keys(LOOK).indexOf(b));
-  return methods.map((method) => {
+  const random = rows.filter((row) => RANDOM.has(row.method));
+  const methods = [...new Set(rows.filter((row) => !RANDOM.has(row.method)).map((row) => row.method))].sort((a, b) => Object.keys(LOOK).indexOf(a) - Object.keys(LOOK).indexOf(b));
+  return [...(random.length ? band(random, x, value) : []), ...methods.map((method) => {
     const own = rows.filter((row) => row.method === method).sort((a, b) => x(a) - x(b));
     const [name, dash] = LOOK[method] || ["other", "solid"];
     return {
@@ -69,7 +83,7 @@ function lines(rows, x, value = (row) => row.value) {
       line: { color: colour(name), dash, width: 2 }, marker: { size: 6, color: colour(name) },
       hovertemplate: `%{y:.3f} at %{x}<extra>${methodName(method)}</extra>`,
     };
-  });
+  })];
 }
 
 // `most`: the top of the scale, for figures that are compared with each other.

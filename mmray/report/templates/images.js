@@ -77,11 +77,15 @@ function fitted(image, layer, part = [0, 0, 1, 1]) {
     const wide = image.naturalWidth / image.naturalHeight || 1;
     const width = wide >= 1 ? 100 : 100 * wide, height = wide >= 1 ? 100 / wide : 100;
     Object.assign(layer.style, {
-      width: `${width * part[2]}%`, height: `${height * part[3]}%`,
+      display: "", width: `${width * part[2]}%`, height: `${height * part[3]}%`,
       left: `${(100 - width) / 2 + width * part[0]}%`, top: `${(100 - height) / 2 + height * part[1]}%`,
     });
   };
-  image.complete ? place() : image.addEventListener("load", place, { once: true });
+  if (image.complete) place();
+  else {
+    layer.style.display = "none";
+    image.addEventListener("load", place, { once: true });
+  }
   return layer;
 }
 

@@ -50,7 +50,11 @@ function example() {
   if (!row) return null;
   const place = h("div"), fill = (page) => page && page.samples.length && place.replaceChildren(h("h2", "One example"), under("The most frequent concept of this run."), exampleOf(page));
   const page = SOURCE.part(`c:${row.name}`);
-  page instanceof Promise ? page.then(fill, () => {}) : fill(page);
+  if (page instanceof Promise) {
+    // Room for it, so that what stands below does not move.
+    place.className = "coming";
+    page.then(fill, () => {});
+  } else fill(page);
   return place;
 }
 
