@@ -159,7 +159,7 @@ def test_a_shard_quarantined_is_named(
     def run(*_: object) -> None:
         raise ValueError("[red]never")
 
-    monkeypatch.setattr(ShardAnalysis, "run", run)
+    monkeypatch.setattr(ShardAnalysis, "collect", run)
     arguments = [
         "--model",
         tiny("llava"),
@@ -180,21 +180,21 @@ def test_an_interrupted_census_says_how_to_go_on(
 ) -> None:
     from mmray.features.census.shard import ShardAnalysis
 
-    analyse = ShardAnalysis.run
+    analyse = ShardAnalysis.collect
 
     def interrupt(self: ShardAnalysis, samples: object) -> object:
         if self.shard_id == 1:
             raise KeyboardInterrupt
         return analyse(self, samples)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ShardAnalysis, "run", interrupt)
+    monkeypatch.setattr(ShardAnalysis, "collect", interrupt)
     data, out = write(tmp_path / "data.parquet", scenes(6)), tmp_path / "run"
     arguments = ["census", "--local", "--model", tiny("llava"), "--data", data, "--out", out, "--shard-size", 2]
     answer = mmray(*arguments)
     assert (answer.status, answer.out) == (130, "")
     assert answer.err.endswith(f"mmray: stopped; run the same command again to resume {out}\n")
     assert "1 done, 2 pending" in mmray("status", out).out
-    monkeypatch.setattr(ShardAnalysis, "run", analyse)
+    monkeypatch.setattr(ShardAnalysis, "collect", analyse)
     assert mmray(*arguments).status == 0
     assert "3 done, 0 pending" in mmray("status", out).out
 

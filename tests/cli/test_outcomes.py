@@ -141,14 +141,14 @@ def test_a_refresh_that_was_stopped_answers_for_its_shards_alone(
     rows[0]["image"] = {"bytes": b"no picture", "path": None}
     assert census(rows[:4]).status == 4
     write(tmp_path / "data" / "1.parquet", rows[4:])
-    analyse = ShardAnalysis.run
+    analyse = ShardAnalysis.collect
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ShardAnalysis, "run", interrupt)
+    monkeypatch.setattr(ShardAnalysis, "collect", interrupt)
     assert mmray("refresh", "--local", tmp_path / "run").status == 130
-    monkeypatch.setattr(ShardAnalysis, "run", analyse)
+    monkeypatch.setattr(ShardAnalysis, "collect", analyse)
     assert mmray("refresh", "--local", tmp_path / "run").status == 0
     assert open_run(tmp_path / "run").status().samples_done == 8
 

@@ -77,7 +77,7 @@ def test_a_run_from_beginning_to_end(
         store.put(
             f"{number}.parquet", Path(write(tmp_path / f"{number}.parquet", samples[6 * number :][:6])).read_bytes()
         )
-    analyse = ShardAnalysis.run
+    analyse = ShardAnalysis.collect
 
     def stop(self: ShardAnalysis, rows: Any) -> Any:
         if self.shard_id == 2:
@@ -85,7 +85,7 @@ def test_a_run_from_beginning_to_end(
         return analyse(self, rows)
 
     # Census, stopped in the middle; then resumed,
-    with patch.object(ShardAnalysis, "run", stop), pytest.raises(KeyboardInterrupt):
+    with patch.object(ShardAnalysis, "collect", stop), pytest.raises(KeyboardInterrupt):
         census_here(**settings, data=data, out=out)
     assert open_run(out).status().shards_done == 2
     first = {entry.key: entry.version for entry in open_store(out).list("receipts/")}
