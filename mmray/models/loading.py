@@ -293,7 +293,7 @@ def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, A
         "type": config.model_type,
         "layers": len(language),
         "widths": [projection.width for projection in language],
-        "experts": [routed_experts(network, projection) for projection in language],
+        "experts": [list(routed_experts(network, projection) or ()) or None for projection in language],
         "module_widths": {
             module: [projection.width for projection in parts.of(module) if not projection.reads_text]
             for module in ("vision", "projector")

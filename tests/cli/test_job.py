@@ -191,6 +191,6 @@ def test_a_pipelines_file_is_changed_by_dotted_names(job: Callable[..., Answer],
     for change, said in (
         ("census.limit=0", "setting limit = 0"),
         ("edits.a.method=magic", "edits, a: setting method = 'magic'"),
-        ("evaluation.limit=5", "evaluation: setting 'data' is missing"),
+        ("evaluation.limit=0", "evaluation: setting limit = 0"),
     ):
         assert said in job("pipeline", "--config", tmp_path / "x.yaml", change).refusal

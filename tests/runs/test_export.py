@@ -67,7 +67,7 @@ def test_neuronpedia_gets_each_ranked_neuron_once_with_what_the_tables_know(run:
 
 def test_the_command_says_where_the_files_are(run: Run, tmp_path: Path, mmray: Callable[..., Answer]) -> None:
     answer = mmray("export", run.uri, "--csv", "--out", tmp_path / "csv")
-    assert answer.out == f"{len(run.tables)} files → {tmp_path / 'csv'}\n"
+    assert answer.out.splitlines()[0] == f"{len(run.tables)} files → {tmp_path / 'csv'}"
     assert mmray("export", run.uri, "--out", tmp_path / "x").refusal == "give --csv or --neuronpedia"
     (tmp_path / "file").write_text("")
     assert "choose another --out" in mmray("export", run.uri, "--csv", "--out", tmp_path / "file").refusal
