@@ -54,6 +54,7 @@ from mmray.features.selectivity.masks import Mask
 from mmray.features.selectivity.plan import plan_labels
 from mmray.features.selectivity.settings import selectivity_settings
 from mmray.models.loading import digest, resolve
+from mmray.neuron_names import PLAIN
 from mmray.runs import RunFolder
 from mmray.runs.run import open_run
 from mmray.runs.snapshots import newest
@@ -252,6 +253,7 @@ def candidates(place: Place, **more: Any) -> AnyJob:
         mentions=mentions,
         sums={(kind, name): moments for kind in (True, False) for name in QUANTITIES},
         widths=widths,
+        names=PLAIN,
     )
     return CandidateJob(settings.probe(), context)
 
