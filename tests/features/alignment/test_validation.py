@@ -43,7 +43,7 @@ def validated(asked: Asked) -> Aligned:
     save_alignment(store, network, {"digests": digests, "training": training})
     told: list[Progress] = []
     done = run_alignment(settings, told.append)
-    assert [(progress.done, progress.total) for progress in told] == [(0, 4), (4, 4)]
+    assert [(progress.done, progress.total) for progress in told] == [(0, 4), (4, 4), (4, 4)]
     return done
 
 
