@@ -182,7 +182,7 @@ def test_a_damaged_table_is_written_anew(done: Pipeline, settings: dict[str, Any
         ({"edits": {"x": {"source": "cat"}}}, "edits, x: --source and --target go together"),
         ({"edits": {"x/y": {"suppress": "{known}", **QUICK}}}, "without slashes"),
         ({"edits": {"x": {"suppress": "unheard"}}}, "no concept 'unheard'"),
-        ({"evaluation": {"limit": 3}}, "evaluation: "),
+        ({"evaluation": {"limit": 0}}, "evaluation: setting limit = 0"),
         ({"evaluation": {"data": "demo", "limits": 3}}, "limits"),
         ({"censuses": {}}, "censuses"),
         ({"steps": [{"properties": {"concept": 3}}]}, "steps, properties: unknown setting 'concept'"),
