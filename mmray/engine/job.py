@@ -110,7 +110,9 @@ class Parts:
     def table(self, name: str) -> pa.Table:
         """Return the concatenation of `each(name)`."""
         # The empty table comes first, because a job may have no units.
-        return pa.concat_tables([self.schemas[name].empty_table(), *self.each(name)])
+        # Parts committed by an earlier version may lack a newer column, which is then filled with nulls.
+        tables = [self.schemas[name].empty_table(), *self.each(name)]
+        return pa.concat_tables(tables, promote_options="default")
 
     def size(self, name: str) -> int:
         """Return the bytes of the part with this name over all units; earlier versions did not record theirs."""

@@ -69,7 +69,7 @@ class Content:
 
 def samples_of(part: dict[str, Any]) -> list[str]:
     """Return the samples on a concept's or neuron's page."""
-    return [row["id"] for row in part.get("samples", part.get("examples", ()))]
+    return [row["id"] for name in ("samples", "examples", "maps") for row in part.get(name, ())]
 
 
 def gather(run: Run, edits: Sequence[str] = (), limit: int | None = WHOLE) -> Content:
@@ -184,9 +184,11 @@ def measured(run: Run, concept: str | None = None) -> dict[str, list[dict[str, A
 
 
 def heat_maps(run: Run, concept: str | None = None) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return concept → sample → ranking → its heat map, of one concept or of all."""
+    """Return concept → sample → ranking → the heat map of its neurons, of one concept or of all."""
     found: dict[str, dict[str, dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
     for row in _of_concept(run, "heatmaps", concept):
+        if row.get("neuron") is not None:
+            continue  # on the neuron's own page
         found[row["concept"]][row["sample_id"]][row["method"]] = map_of(row) | {
             "box": row["box"] and [number(value) for value in row["box"]],
             "iou": number(row["iou"]),

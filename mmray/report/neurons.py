@@ -11,6 +11,8 @@ from typing import Any
 import pyarrow.compute as pc
 
 from mmray.report.concepts import among, number
+from mmray.report.section import map_of
+from mmray.runs.examples import example_rows
 from mmray.runs.figures import layer_shares
 from mmray.runs.run import Run
 
@@ -32,6 +34,7 @@ def neuron_pages(
     """Return the page of each of these neurons; `uses` has the rows on its concepts (`uses_of`)."""
     examples = _examples(run, names)
     activity = _activity(run, names)
+    maps = _maps(run, names)
     pages = {}
     for row in run.rows("neurons", of_neurons(run, names)).to_pylist():
         name = row["neuron"]
@@ -48,6 +51,7 @@ def neuron_pages(
                 "concepts": uses.get(name, ()),
                 "examples": examples[name],
                 "activity": activity[name],
+                "maps": maps[name],
             }
     return pages
 
@@ -74,9 +78,10 @@ def uses_of(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _examples(run: Run, names: Collection[str]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     near = run.rows("examples", of_neurons(run, names) & (pc.field("rank") <= EXAMPLES))
-    for row in near.sort_by([("sign", "descending"), ("rank", "ascending")]).to_pylist():
-        known = {"activation": number(row["activation"]), "id": row["sample_id"]}
-        found[run.names.name(row["layer"], row["unit"])].append({"sign": row["sign"], **known})
+    for row in example_rows(run, near.sort_by([("sign", "descending"), ("rank", "ascending")])):
+        known = {"sign": row["sign"], "activation": number(row["activation"]), "id": row["sample_id"]}
+        place = {name: row[name] for name in ("token", "image_token") if row[name]}
+        found[run.names.name(row["layer"], row["unit"])].append(known | place)
     return found
 
 
@@ -92,6 +97,16 @@ def _activity(run: Run, names: Collection[str]) -> dict[str, list[tuple[str, str
         # The row over all labels comes first, so that the cut below never loses it.
         rows.sort(key=lambda row: (row[0] != "all", row[0], row[2], -row[3]))
         del rows[LABELS:]
+    return found
+
+
+def _maps(run: Run, names: Collection[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return for each neuron its own heat maps, each with its sample and the concept that the sample shows."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    # Runs of earlier versions have no maps of single neurons.
+    if "heatmaps" in run.tables and "neuron" in run.scan("heatmaps").schema.names:
+        for row in run.rows("heatmaps", pc.field("neuron").isin(list(names))).to_pylist():
+            found[row["neuron"]].append({"id": row["sample_id"], "concept": row["concept"], "map": map_of(row)})
     return found
 
 

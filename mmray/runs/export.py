@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from mmray.errors import InputError
+from mmray.runs.examples import example_rows
 from mmray.runs.run import Run
 
 BATCH = 1024
@@ -109,9 +110,8 @@ def _features(run: Run, layer: int, start: int) -> list[dict[str, Any]]:
         rows = run.rows("examples", own & (pc.field("sign") == 1)).sort_by(
             [("unit", "ascending"), ("rank", "ascending")]
         )
-        captions = run.captions(rows)
-        for row in rows.to_pylist():
-            examples[row["unit"]].append(_activation(captions.get(row["sample_id"], ""), row["activation"]))
+        for row in example_rows(run, rows):
+            examples[row["unit"]].append(_activation(row["caption"] or "", row["activation"]))
     samples = len(run)
     return [
         {

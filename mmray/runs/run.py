@@ -21,6 +21,7 @@ from mmray.features import FEATURES, command_for, table_schemas
 from mmray.neuron_names import NeuronNames
 from mmray.runs import RunFolder
 from mmray.runs.concepts import CONCEPTS, ORDERS, summarise_rankings
+from mmray.runs.examples import example_rows
 from mmray.runs.home import resolve_settings
 from mmray.runs.lease import Driver, last_driver
 from mmray.runs.receipts import NO_COST, Cost, cost, receipts_digest, skipped
@@ -305,7 +306,7 @@ class Run:
         return rows.sort_by([(column, direction), ("rank", "ascending")]).slice(0, k)
 
     def neuron(self, name: str, examples: int = 5) -> dict[str, Any]:
-        """Return a neuron's row of `neurons`, its concepts, and its extreme samples with captions.
+        """Return a neuron's row of `neurons`, its concepts, and its extreme samples (`example_rows`).
 
         Raises InputError for a neuron outside the model.
         """
@@ -320,21 +321,8 @@ class Run:
         columns = ["concept", "rank", "score", "specific", "specific_rank", "selective", "share", "n", "activation"]
         concepts = self.rows(ranked, own, columns).sort_by([("rank", "ascending"), ("score", "descending")])
         samples = self.rows("examples", own & (pc.field("rank") <= examples))
-        captions = self.captions(samples)
         samples = samples.sort_by([("sign", "descending"), ("rank", "ascending")])
-        return dict(rows[0]) | {
-            "concepts": concepts.to_pylist(),
-            "examples": [row | {"caption": captions.get(row["sample_id"])} for row in samples.to_pylist()],
-        }
-
-    def captions(self, samples: pa.Table) -> dict[str, str]:
-        """Return the captions of these samples by sample id."""
-        wanted = pc.field("sample_id").isin(samples["sample_id"].unique())
-        # Captions are in the order of shards; in runs of earlier versions examples don't name theirs.
-        if "shard_id" in samples.column_names:
-            wanted &= pc.field("shard_id").isin(samples["shard_id"].unique())
-        rows = self.rows("captions", wanted, ["sample_id", "caption"])
-        return dict(zip(rows["sample_id"].to_pylist(), rows["caption"].to_pylist(), strict=True))
+        return dict(rows[0]) | {"concepts": concepts.to_pylist(), "examples": example_rows(self, samples)}
 
     def status(self) -> Status:
         """Return the run's progress, from what is committed."""

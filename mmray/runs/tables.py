@@ -16,6 +16,8 @@ from mmray.storage import Store
 
 LABEL_ENTRY = pa.struct([("key", pa.string()), ("value", pa.string())])
 """Entry of a column that replaces a map, because `datasets` can't read maps."""
+SPAN_ENTRY = pa.struct([("start", pa.int32()), ("stop", pa.int32())])
+"""Entry of a column of half-open ranges."""
 
 
 def field(name: str, kind: pa.DataType, unit: str = "") -> pa.Field:

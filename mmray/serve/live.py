@@ -137,7 +137,8 @@ class LiveRun:
         except InputError:
             return None
         page = neuron_pages(self.run, [name], {name: uses_of(known["concepts"])})[name]
-        return page, {row["sample_id"]: row["caption"] for row in known["examples"]}
+        captions = {row["sample_id"]: row["caption"] for row in known["examples"]}
+        return page, captions | self.captions([row["id"] for row in page["maps"] if row["id"] not in captions])
 
     @cached_property
     def _layers(self) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.packing import encode_shared
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
-from mmray.models.prompting import POSITIONS, Batch, encode, prefix_before, prompt_text, tokenize_caption
+from mmray.models.prompting import POSITIONS, Batch, TokenSpan, encode, prefix_before, prompt_text, tokenize_caption
 from mmray.models.windows import window_of, windows
 from mmray.neurons.concepts import Mention, NounSource
 from mmray.neurons.module_activity import ModuleActivity
@@ -347,7 +347,7 @@ class ShardAnalysis:
             # Only now: statistics of a batch that is halved or loses a sample would be counted twice.
             self.statistics.commit()
             self.module.commit()
-            self._collect(items, digests, *whole_nouns(positions, scored))
+            self._collect(items, batch.spans, digests, *whole_nouns(positions, scored))
             return
         if len(items) == 1:
             self._fail(items[0].sample, "forward", problem)
@@ -380,10 +380,15 @@ class ShardAnalysis:
 
     @phase("reduce")
     def _collect(
-        self, items: list[Captioned], digests: list[str | None], positions: list[TokenPosition], scored: Scored
+        self,
+        items: list[Captioned],
+        spans: Sequence[TokenSpan],
+        digests: list[str | None],
+        positions: list[TokenPosition],
+        scored: Scored,
     ) -> None:
         """Add a scored batch to the tables."""
-        for item, digest in zip(items, digests, strict=True):
+        for row, (item, digest) in enumerate(zip(items, digests, strict=True)):
             # Counted here, where each sample arrives once, however often its batch was halved.
             if item.sample.text_digest is None:
                 self.skipped[NO_NOUN] += not item.mentions
@@ -399,6 +404,13 @@ class ShardAnalysis:
                     "shard_id": self.shard_id,
                     "labels": [{"key": name, "value": label} for name, label in item.sample.labels.items()],
                     "image": digest,
+                    "token_spans": [{"start": start, "stop": stop} for start, stop in item.offsets],
+                    "text_start": next(span.start for span in spans if (span.row, span.modality) == (row, "text")),
+                    "image_spans": [
+                        {"start": span.start, "stop": span.stop}
+                        for span in spans
+                        if (span.row, span.modality) == (row, "image")
+                    ],
                 }
             )
         if not positions:

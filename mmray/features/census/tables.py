@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from mmray.neurons.tables import STATISTICS
 from mmray.runs.concepts import CONCEPTS
-from mmray.runs.tables import ERRORS, LABEL_ENTRY, field, ordered
+from mmray.runs.tables import ERRORS, LABEL_ENTRY, SPAN_ENTRY, field, ordered
 
 SCORE = "by score: logit before the final norm (after it with fold_norm); gradients: logit; effect: log-odds"
 ACTIVATION = "activation"
@@ -33,6 +33,9 @@ TABLES: dict[str, pa.Schema] = {
             field(
                 "image", pa.string(), "digest of its bytes; of a window: of the text it is cut from; null: a whole text"
             ),
+            field("token_spans", pa.list_(SPAN_ENTRY), "characters of the caption that each of its tokens covers"),
+            field("text_start", pa.int32(), "index of the caption's first token in the unpadded sequence"),
+            field("image_spans", pa.list_(SPAN_ENTRY), "indices of the image's tokens in it"),
         ],
         "shard_id",
     ),

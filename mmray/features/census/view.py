@@ -128,15 +128,27 @@ def neuron(found: dict[str, Any]) -> RenderableType:
         )
         more = len(found["concepts"]) - SHOWN_CONCEPTS
         lines.append(Text(f"concepts    {shown}" + (f" and {more} more" if more > 0 else "")))
-    table = lineless("", "activation", "position", "sample", left={"", "sample"})
+    table = lineless("", "activation", "token", "sample", left={"", "token", "sample"})
     # Sample ids may be long paths; captions matter more.
     table.columns[-1].max_width = 24
     table.add_column("caption")
     for row in found["examples"]:
-        side, position = "highest" if row["sign"] > 0 else "lowest", str(row["position"])
+        side = "highest" if row["sign"] > 0 else "lowest"
         # As Text because rich would read brackets in a caption as markup.
-        table.add_row(side, f"{row['activation']:.2f}", position, Text(row["sample_id"]), Text(row["caption"] or ""))
+        texts = map(Text, (_token(row), row["sample_id"], row["caption"] or ""))
+        table.add_row(side, f"{row['activation']:.2f}", *texts)
     return Group(*lines, Text(), table)
+
+
+def _token(example: Mapping[str, Any]) -> str:
+    """Return the token of an example; its position where a run of an earlier version doesn't tell."""
+    if example["token"]:
+        start, stop = example["token"]
+        return str(example["caption"][start:stop]).strip() or "blank"
+    if example["image_token"]:
+        number, count = example["image_token"]
+        return f"image, {number} of {count}"
+    return f"at {example['position']}"
 
 
 def status(status: Status, failures: Iterable[dict[str, Any]], uri: str) -> RenderableType:

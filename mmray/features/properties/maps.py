@@ -18,6 +18,8 @@ from mmray.neurons.heatmaps import Map, MapRequest, patch_maps, pointing
 
 UNSIGNED, GATE = "unsigned", "gate"
 """Maps of the same neurons for comparison: activations without signs, and gates, which the released code reads."""
+SINGLE, SINGLES = "neuron", 3
+"""Maps of single neurons: of so many highest by score, over a concept's first image."""
 MIN_OBJECTS = 2
 """Objects that an image needs to test pointing: with a single object, there is hardly anything else to point at."""
 
@@ -25,8 +27,8 @@ MIN_OBJECTS = 2
 def draw_maps(study: Study, unit: Sequence[ConceptInputs], samples: Mapping[str, Sample]) -> Observations:
     """Draw the mean activation of the ten highest neurons of both rankings over these concepts' images.
 
-    Other maps are only compared with boxes: the same neurons without signs, their gates, and a control. An image that
-    several concepts share is run once.
+    Other maps are only compared with boxes: the same neurons without signs, their gates, and a control. The highest
+    neurons have maps of their own, too. An image that several concepts share is run once.
     """
     concepts_of: dict[str, list[ConceptInputs]] = defaultdict(list)
     for inputs in unit:
@@ -48,6 +50,10 @@ def draw_maps(study: Study, unit: Sequence[ConceptInputs], samples: Mapping[str,
                     of: Literal["gate", "activation"] = "gate" if method == GATE else "activation"
                     request = MapRequest(row, patches, ranked.neurons[:DECODED], ranked.signs[:DECODED] or None, of)
                     requests.append(((inputs.concept, name), method, request))
+                if name == inputs.maps[0]:
+                    highest = inputs.ranked["score"]
+                    for neuron, sign in list(zip(highest.neurons, highest.signs, strict=True))[:SINGLES]:
+                        requests.append(((inputs.concept, name), SINGLE, MapRequest(row, patches, [neuron], [sign])))
         maps = patch_maps(study.model, batch, [request for *_, request in requests])
         for (key, method, request), values in zip(requests, maps, strict=True):
             drawn[key].append((method, request, values))
@@ -82,20 +88,20 @@ def _add_map(
 ) -> None:
     box = box_of(study, inputs, sample)
     points = pointing(values, box, request.patches.covers) if box is not None else None
-    if points is not None and len(sample.objects or ()) >= MIN_OBJECTS:
+    if points is not None and method != SINGLE and len(sample.objects or ()) >= MIN_OBJECTS:
         rows = {("pointing_game", method): points.hit, ("iou", method): points.iou}
         if method == "score":
             # A random point falls into the box with the probability of the box's area.
             rows["pointing_game", "chance"] = points.area
         for (measure, kind), value in rows.items():
             found.add(Key("localisation", measure, kind, DECODED), inputs.concept, sample.sample_id, value)
-    if method in RANKINGS:
+    if method in (*RANKINGS, SINGLE):
         found.heatmaps.append(
             {
                 "concept": inputs.concept,
                 "sample_id": sample.sample_id,
                 "method": method,
-                "neurons": DECODED,
+                "neurons": len(request.neurons),
                 "rows": request.patches.rows,
                 "columns": request.patches.columns,
                 "values": values.flatten().tolist(),
@@ -103,6 +109,7 @@ def _add_map(
                 "box": list(box) if box is not None else None,
                 "hit": points.hit if points is not None else None,
                 "iou": points.iou if points is not None else None,
+                "neuron": study.model.names.name(*request.neurons[0]) if method == SINGLE else None,
             }
         )
 

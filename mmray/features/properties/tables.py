@@ -27,7 +27,7 @@ TABLES: dict[str, pa.Schema] = {
         [
             field("concept", pa.string()),
             field("sample_id", pa.string()),
-            field("method", pa.string(), "what ranked the neurons"),
+            field("method", pa.string(), "what ranked the neurons; `neuron`: a single one's map"),
             field("neurons", pa.int32(), "count"),
             field("rows", pa.int16(), "patches"),
             field("columns", pa.int16(), "patches"),
@@ -36,6 +36,7 @@ TABLES: dict[str, pa.Schema] = {
             field("box", pa.list_(pa.float32()), "x, y, width, height of the concept's object, in 0..1"),
             field("hit", pa.bool_(), "whether the highest point lies in the box; null without a box"),
             field("iou", pa.float32(), "of the box and the mask above the 95th percentile; null without a box"),
+            field("neuron", pa.string(), "of a single one's map; null: of several"),
         ]
     ),
 }

@@ -125,6 +125,16 @@ function caption(text, concept = "") {
   return [words.slice(0, at), h("mark", words.slice(at, at + concept.length)), words.slice(at + concept.length)];
 }
 
+// A caption with the token of a neuron's example marked; the number of an image token before it.
+function exampleCaption(row) {
+  const text = DATA.captions[row.id];
+  if (row.image_token) return [h("mark", `image token ${row.image_token[0]} of ${row.image_token[1]}`), " ", text || ""];
+  if (!row.token || !text) return [text || ""];
+  // Positions count characters; a string of JavaScript may have two units per character.
+  const characters = [...text], [start, stop] = row.token, part = (from, to) => characters.slice(from, to).join("");
+  return [part(0, start), h("mark", part(start, stop)), part(stop)];
+}
+
 function small(id, alt) {
   const source = id && SOURCE.image(id);
   return source ? h("img", { src: source, alt, loading: "lazy", onerror: (event) => event.target.remove() }) : null;

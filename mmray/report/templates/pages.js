@@ -200,11 +200,12 @@ function neuron(page) {
   const examples = (sign, title) => {
     const rows = page.examples.filter((row) => row.sign === sign), place = h("div.grid.samples"), maps = new Map();
     if (!rows.length) return null;
-    const fill = () => place.replaceChildren(...rows.map((row) => h("figure", zoomable(row, maps.get(row.id)), h("figcaption", h("b", figure(row.activation, 2)), " ", caption(DATA.captions[row.id])))));
+    const fill = () => place.replaceChildren(...rows.map((row) => h("figure", zoomable(row, maps.get(row.id)), h("figcaption", h("b", figure(row.activation, 2)), " ", exampleCaption(row)))));
     const draw = () => rows.forEach((row) => SOURCE.map(row.id, [page.neuron]).then((map) => { maps.set(row.id, map); fill(); }, () => {}));
     fill();
     return card(h("h3", title), SOURCE.map && h("div.chips", h("button", { type: "button", onclick: draw }, "heat maps of this neuron")), place);
   };
+  const maps = page.maps.map((row) => h("figure", zoomable(row, row.map), h("figcaption", conceptLink(row.concept), " ", caption(DATA.captions[row.id], row.concept))));
   const activity = page.activity.map(([kind, label, modality, value]) => ({ kind, label, modality, value }));
   const label = (row) => `${row.kind === "all" ? "all" : row.kind === "language" ? languageName(row.label) : row.label} · ${row.modality}`;
   return [
@@ -219,7 +220,9 @@ function neuron(page) {
         { title: "score", value: (row) => row.score, number: true, cell: (row) => figure(row.score, 2) },
         { title: "specific", value: (row) => row.specific, number: true, cell: (row) => figure(row.specific, 2) },
       ], page.concepts, { by: 1, to: (row) => toConcept(row.name) }))),
-    h("div.grid", { style: "margin-top:14px" }, examples(1, "Highest activations"), examples(-1, "Lowest activations"),
+    h("div.grid", { style: "margin-top:14px" },
+      maps.length ? card(h("h3", "Where it looks"), h("div.grid.samples", maps), under("Its own activation over the image's patches, for concepts that rank it among their three highest. For a concept that uses it by negative activation, bright is where it is most negative.")) : null,
+      examples(1, "Highest activations"), examples(-1, "Lowest activations"),
       activity.length ? card(h("h3", "Where it is open"), bars(activity, `Share of tokens at which ${page.neuron} is open, by label`, label, (row) => (row.modality === "image" ? "specific" : "own"), ".1%"), under("Fraction of the tokens at which its gate is open: image tokens in green, caption tokens in violet.")) : null),
   ];
 }

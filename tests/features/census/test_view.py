@@ -93,7 +93,12 @@ def test_a_neuron_keeps_numbers_and_samples_whole(run: Run, width: int) -> None:
     assert lines[0] == facts["neuron"]
     text = "\n".join(lines)
     for row in facts["examples"]:
-        place = f"{row['activation']:.2f} +{row['position']}  {row['sample_id']}"
+        token = (
+            "image, {} of {}".format(*row["image_token"])
+            if row["image_token"]
+            else row["caption"][slice(*row["token"])]
+        )
+        place = f"{row['activation']:.2f} +{token.strip()} +{row['sample_id']}"
         assert re.search(place, text), place
     for part in ("writes +", "writes −", "activation", "concepts"):
         assert any(line.startswith(part) for line in lines)

@@ -16,7 +16,7 @@ from mmray.features.census.settings import census_settings
 from mmray.features.properties.captions import regenerated
 from mmray.features.properties.comparison import METHODS, Comparison
 from mmray.features.properties.effects import LAYER_MATCHED, AblationEffects, noise
-from mmray.features.properties.maps import box_of, draw_maps
+from mmray.features.properties.maps import SINGLES, box_of, draw_maps
 from mmray.features.properties.meaning import invariance, region_invariance, sensitivity
 from mmray.features.properties.observations import Key, Observations, summarise
 from mmray.features.properties.probe import Probe
@@ -90,7 +90,7 @@ def test_maps_of_several_concepts_are_those_of_each(subject):
     whole = draw_maps(study, [hammer, other], given)
     single = [draw_maps(study, [inputs], given) for inputs in (hammer, other)]
     rows, apart = whole.heatmaps, [row for part in single for row in part.heatmaps]
-    assert len(rows) == 2 * 6
+    assert len(rows) == 2 * 6 + 2 * SINGLES
     for row, alone in zip(rows, apart, strict=True):
         values = row.pop("values"), alone.pop("values")
         assert torch.allclose(*map(torch.tensor, values), atol=1e-4)
@@ -113,7 +113,13 @@ def test_maps_are_compared_with_those_of_gates_and_without_signs(subject):
     found = draw_maps(subject.study, [inputs], given)
     methods = {row["method"] for row in found.observations if row["measure"] == "iou"}
     assert methods == {*RANKINGS, "unsigned", "gate", "layer-matched"}
-    assert {row["method"] for row in found.heatmaps} == set(RANKINGS)
+    assert {row["method"] for row in found.heatmaps if row["neuron"] is None} == set(RANKINGS)
+    # The maps of single neurons are those that a user draws.
+    singles = [row for row in found.heatmaps if row["neuron"] is not None]
+    assert [row["neuron"] for row in singles] == [f"L{layer}.u{unit}" for layer, unit in turned.neurons[:SINGLES]]
+    for row, sign in zip(singles, turned.signs, strict=False):
+        drawn, _ = subject.study.model.patch_map(given[row["sample_id"]].image, row["neuron"], signs=[sign])
+        assert torch.allclose(torch.tensor(row["values"]), drawn.flatten(), atol=1e-4)
     values = {
         method: [row["value"] for row in found.observations if (row["measure"], row["method"]) == ("iou", method)]
         for method in methods
