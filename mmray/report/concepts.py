@@ -105,7 +105,7 @@ def read_concepts(
             ranked[name][0]["n"],
             rows[0]["token"],
             languages.most_common(1)[0][0],
-            ranked[name][0].get("n_images"),
+            ranked[name][0]["n_images"],
             sum(exp(row["log_prob"]) for row in rows) / len(rows),
             ranked[name],
             one_per_image([*first, *others], images)[: max(SAMPLES, len(first))],

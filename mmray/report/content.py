@@ -187,7 +187,7 @@ def heat_maps(run: Run, concept: str | None = None) -> dict[str, dict[str, dict[
     """Return concept → sample → ranking → the heat map of its neurons, of one concept or of all."""
     found: dict[str, dict[str, dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
     for row in _of_concept(run, "heatmaps", concept):
-        if row.get("neuron") is not None:
+        if row["neuron"] is not None:
             continue  # on the neuron's own page
         found[row["concept"]][row["sample_id"]][row["method"]] = map_of(row) | {
             "box": row["box"] and [number(value) for value in row["box"]],

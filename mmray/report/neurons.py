@@ -103,8 +103,7 @@ def _activity(run: Run, names: Collection[str]) -> dict[str, list[tuple[str, str
 def _maps(run: Run, names: Collection[str]) -> dict[str, list[dict[str, Any]]]:
     """Return for each neuron its own heat maps, each with its sample and the concept that the sample shows."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    # Runs of earlier versions have no maps of single neurons.
-    if "heatmaps" in run.tables and "neuron" in run.scan("heatmaps").schema.names:
+    if "heatmaps" in run.tables:
         for row in run.rows("heatmaps", pc.field("neuron").isin(list(names))).to_pylist():
             found[row["neuron"]].append({"id": row["sample_id"], "concept": row["concept"], "map": map_of(row)})
     return found

@@ -34,16 +34,14 @@ def summarise_rankings(rankings: pa.Table) -> pa.Table:
     """Return one row per concept of these rankings, concepts in their order."""
     if not len(rankings):
         return CONCEPTS.empty_table()
-    rankings = rankings.select([name for name in READ if name in rankings.column_names]).combine_chunks()
+    rankings = rankings.select(READ).combine_chunks()
     names = pc.dictionary_encode(rankings["concept"].combine_chunks())
     concept, rank = names.indices.to_numpy(), rankings["rank"].to_numpy()
     first = np.unique(concept, return_index=True)[1]
-    columns = {"concept": names.dictionary, "n": rankings["n"].take(first)}
-    # Runs of earlier versions have no column `n_images`.
-    images = "n_images" in rankings.column_names
-    columns["n_images"] = rankings["n_images"].take(first) if images else pa.nulls(len(first), pa.int64())
+    columns = {"concept": names.dictionary} | {name: rankings[name].take(first) for name in ("n", "n_images")}
     for by, (column, direction) in ORDERS.items():
-        if column not in rankings.column_names:
+        # Runs of earlier versions have no values in some columns.
+        if rankings[column].null_count:
             columns[f"highest_{by}"] = pa.nulls(len(first), pa.string())
             continue
         values = rankings[column].to_numpy() * (1 if direction == "ascending" else -1)
@@ -55,5 +53,10 @@ def summarise_rankings(rankings: pa.Table) -> pa.Table:
     return pa.table(columns, schema=CONCEPTS)
 
 
-READ = ("concept", "neuron", "n", "n_images", *dict.fromkeys(column for column, _ in ORDERS.values()), *VALUES)
+def rankings_by_neuron(rankings: pa.Table) -> pa.Table:
+    """Return the rows of rankings as the table `neuron_concepts` has them: by neuron, then by rank."""
+    return rankings.sort_by([(name, "ascending") for name in ("layer", "unit", "rank")])
+
+
+READ = ["concept", "neuron", "n", "n_images", *dict.fromkeys(column for column, _ in ORDERS.values()), *VALUES]
 """Columns of `rankings` that this needs."""

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 if TYPE_CHECKING:
     from mmray.runs.run import Run
 
-COLUMNS = ("sample_id", "caption", "token_spans", "text_start", "image_spans")
-"""Columns of `captions` that say what is at a position; runs of earlier versions have only the first two."""
+COLUMNS = ["sample_id", "caption", "token_spans", "text_start", "image_spans"]
+"""Columns of `captions` that say what is at a position; null in runs of earlier versions, except the first two."""
 
 
 def example_rows(run: Run, examples: pa.Table) -> list[dict[str, Any]]:
@@ -23,11 +23,9 @@ def example_rows(run: Run, examples: pa.Table) -> list[dict[str, Any]]:
     """
     wanted = pc.field("sample_id").isin(examples["sample_id"].unique())
     # Captions are in the order of shards; in runs of earlier versions examples don't name theirs.
-    if "shard_id" in examples.column_names:
+    if not examples["shard_id"].null_count:
         wanted &= pc.field("shard_id").isin(examples["shard_id"].unique())
-    captions = run.rows("captions", wanted)
-    known = captions.select([name for name in COLUMNS if name in captions.column_names]).to_pylist()
-    by_sample = {row["sample_id"]: row for row in known}
+    by_sample = {row["sample_id"]: row for row in run.rows("captions", wanted, COLUMNS).to_pylist()}
     return [row | _place(by_sample.get(row["sample_id"], {}), row["position"]) for row in examples.to_pylist()]
 
 

@@ -20,13 +20,13 @@ from mmray.errors import DamagedError, InputError
 from mmray.features import FEATURES, command_for, table_schemas
 from mmray.neuron_names import NeuronNames
 from mmray.runs import RunFolder
-from mmray.runs.concepts import CONCEPTS, ORDERS, summarise_rankings
+from mmray.runs.concepts import ORDERS, rankings_by_neuron, summarise_rankings
 from mmray.runs.examples import example_rows
 from mmray.runs.home import resolve_settings
 from mmray.runs.lease import Driver, last_driver
 from mmray.runs.receipts import NO_COST, Cost, cost, receipts_digest, skipped
 from mmray.runs.snapshots import Snapshot, newest, open_snapshot, snapshots
-from mmray.runs.tables import read_table
+from mmray.runs.tables import read_table, with_columns
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -38,6 +38,8 @@ CERTIFICATES = {"score": "certified", "specific": "certified_specific", "selecti
 """Column with the certificate of each rank, for every `by` that has one."""
 CENSUS = "census"
 """Name of the job that writes a run's first tables."""
+FROM_RANKINGS = {"concepts": summarise_rankings, "neuron_concepts": rankings_by_neuron}
+"""Tables that runs of earlier versions lack, and what makes them from `rankings`."""
 WHOLE = 4 << 20
 """Bytes of a table up to which it is read whole, and all of it checked."""
 SHOWN = 5
@@ -159,12 +161,15 @@ class Run:
         return samples
 
     def table(self, name: str) -> pa.Table:
-        """Return one of the run's tables; raises InputError for an unknown table, or one not made yet."""
+        """Return one of the run's tables; raises InputError for an unknown table, or one not made yet.
+
+        Columns that the version which wrote it did not know are null.
+        """
         if name not in (known := table_schemas()):
             raise InputError(f"unknown table {name!r}; a run has {', '.join(known)}")
         if name not in self._tables:
             try:
-                self._tables[name] = self._read(name)
+                self._tables[name] = with_columns(self._read(name), known[name])
             except DamagedError as error:
                 raise InputError(str(error)) from error
             except FileNotFoundError:
@@ -214,6 +219,8 @@ class Run:
         if name in self._snapshots:
             return self._snapshots[name].read(self.folder.store, name)
         # Without a snapshot: tables written by an earlier version of mmray, or by another program.
+        if name in FROM_RANKINGS and not self._loose(name):
+            return FROM_RANKINGS[name](self.table("rankings"))
         try:
             return read_table(self.folder.store, name)
         except DamagedError as error:
@@ -240,7 +247,7 @@ class Run:
             connection.execute("SET enable_external_access = false")
             for name in table_schemas():
                 # Register only tables that the query may mention, because some are large.
-                if name in query.casefold():
+                if re.search(rf"\b{name}\b", query, re.IGNORECASE):
                     connection.register(name, self._dataset(name) if self._is_large(name) else self.table(name))
             yield connection
 
@@ -265,15 +272,12 @@ class Run:
         return sum(file.checksum.size for file in self._snapshots[name].tables[name]) > WHOLE
 
     def _dataset(self, name: str) -> Dataset:
-        return self._snapshots[name].dataset(self.folder.store, name)
+        return self._snapshots[name].dataset(self.folder.store, name, table_schemas()[name])
 
     @cached_property
     def concept_summary(self) -> pa.Table:
         """The table `concepts`, most frequent first."""
-        # Runs of earlier versions have only the rankings that it is made from, or lack some of its columns.
-        made = self.table("concepts") if "concepts" in self._snapshots else summarise_rankings(self.table("rankings"))
-        whole = pa.concat_tables([CONCEPTS.empty_table(), made], promote_options="default")
-        return whole.sort_by([("n", "descending"), ("concept", "ascending")])
+        return self.table("concepts").sort_by([("n", "descending"), ("concept", "ascending")])
 
     @property
     def concepts(self) -> dict[str, int]:
@@ -316,10 +320,8 @@ class Run:
         if not rows:
             widths = self.info["model"]["widths"]
             raise InputError(f"{name} is outside the model: {len(widths)} layers of {max(widths)} neurons, from L0.u0")
-        # Runs of earlier versions have rankings by concept alone.
-        ranked = "neuron_concepts" if "neuron_concepts" in self._snapshots else "rankings"
         columns = ["concept", "rank", "score", "specific", "specific_rank", "selective", "share", "n", "activation"]
-        concepts = self.rows(ranked, own, columns).sort_by([("rank", "ascending"), ("score", "descending")])
+        concepts = self.rows("neuron_concepts", own, columns).sort_by([("rank", "ascending"), ("score", "descending")])
         samples = self.rows("examples", own & (pc.field("rank") <= examples))
         samples = samples.sort_by([("sign", "descending"), ("rank", "ascending")])
         return dict(rows[0]) | {"concepts": concepts.to_pylist(), "examples": example_rows(self, samples)}

@@ -72,10 +72,10 @@ class Snapshot:
         """Return one of its tables; raises DamagedError, naming the file, if it isn't what was written."""
         return pa.concat_tables([_read(store, self.job, file) for file in self.tables[name]])
 
-    def dataset(self, store: Store, name: str) -> Dataset:
+    def dataset(self, store: Store, name: str, schema: pa.Schema) -> Dataset:
         """Return one of its tables, for readers of a few rows: files and row groups without them are not read.
 
-        Pages that are read are checked, but not the whole file.
+        Columns of the schema that the files lack are null. Pages that are read are checked, but not the whole file.
         """
         import pyarrow.dataset as ds
 
@@ -86,7 +86,8 @@ class Snapshot:
             parquet.make_fragment(f"{root}/{file.key}", system, partition_expression=_within(file.bounds))
             for file in self.tables[name]
         ]
-        return ds.FileSystemDataset(fragments, fragments[0].physical_schema, parquet, system)
+        whole = pa.unify_schemas([fragments[0].physical_schema, schema])
+        return ds.FileSystemDataset(fragments, whole, parquet, system)
 
     def verify(self, store: Store) -> Iterator[str]:
         """Yield a line per file that is not what was written."""

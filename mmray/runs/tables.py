@@ -134,6 +134,13 @@ def read_table(store: Store, name: str, folder: str = "tables") -> pa.Table:
     return pa.concat_tables([read_file(store, key) for key in files])
 
 
+def with_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return the table with the columns of a schema that it lacks, null."""
+    if set(schema.names) <= set(table.column_names):
+        return table
+    return pa.concat_tables([schema.empty_table(), table], promote_options="default")
+
+
 def read_file(store: Store, key: str) -> pa.Table:
     """Return the table in a file; raises DamagedError, naming the file, if it is damaged."""
     data = store.read(key)

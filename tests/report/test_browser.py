@@ -95,7 +95,9 @@ def test_a_neuron_opens_from_a_concept(page):
     name = page.locator("tbody a.mono").first.inner_text()
     page.locator("tbody a.mono").first.click()
     page.wait_for_selector(f"h1:text-is('{name}')")
-    assert page.locator("figure").count() == 10
+    # Five highest and five lowest samples, and its map over an image of the concept.
+    assert page.locator("figure").count() == 11
+    assert page.locator("figcaption mark").count() >= 10
     page.wait_for_selector(".plot .main-svg")
 
 

@@ -10,7 +10,6 @@ from mmray.features.census.shard import ShardAnalysis
 from mmray.models.capture import capture_input
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.concepts import NounSource
-from mmray.runs.examples import example_rows
 from mmray.runs.run import Run, open_run
 from tests.support.samples import samples_of
 
@@ -58,15 +57,3 @@ def test_activations_of_examples_are_those_at_their_tokens(coco_run: Path, coco:
             start, stop = row["token"]
             assert demo.tokenizer.decode([ids[row["position"]]]).strip() == sample.caption[start:stop].strip()
     assert kinds
-
-
-def test_runs_without_spans_have_captions_only(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = run.rows
-    columns = ["token_spans", "text_start", "image_spans"]
-    monkeypatch.setattr(
-        run,
-        "rows",
-        lambda name, *more: rows(name, *more).drop_columns(columns) if name == "captions" else rows(name, *more),
-    )
-    found = example_rows(run, run.table("examples").slice(0, 20))
-    assert all(row["caption"] and row["token"] is row["image_token"] is None for row in found)

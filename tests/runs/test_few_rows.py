@@ -43,7 +43,7 @@ def written(store: Store) -> tuple[Snapshot, pa.Table]:
 
 
 def asked(snapshot: Snapshot, store: Store, concept: str) -> pa.Table:
-    return snapshot.dataset(store, "rankings").to_table(filter=pc.field("concept") == concept)
+    return snapshot.dataset(store, "rankings", SCHEMA).to_table(filter=pc.field("concept") == concept)
 
 
 @pytest.mark.usefixtures("in_small_pieces")
@@ -56,6 +56,13 @@ def test_few_rows_are_those_of_the_whole_table(store: Store) -> None:
     assert snapshot.read(store, "rankings") == whole
     for concept in (CONCEPTS[0], CONCEPTS[31], CONCEPTS[-1], "no such noun"):
         assert asked(snapshot, store, concept) == whole.filter(pc.equal(whole["concept"], concept))
+
+
+def test_columns_that_an_earlier_version_lacked_are_null(store: Store) -> None:
+    snapshot, whole = written(store)
+    found = snapshot.dataset(store, "rankings", SCHEMA.append(pa.field("new", pa.int64()))).to_table()
+    assert found["new"].null_count == len(whole)
+    assert found.drop_columns("new").sort_by("note") == whole.sort_by("note")
 
 
 @pytest.mark.usefixtures("in_small_pieces")

@@ -15,7 +15,8 @@ from mmray.runs.run import Run, open_run
 from mmray.storage import open_store
 
 CONTRACT = {
-    "captions": "sample_id, caption, source, language, domain, shard_id, labels, image",
+    "captions": "sample_id, caption, source, language, domain, shard_id, labels, image, token_spans, text_start, "
+    "image_spans",
     "occurrences": "sample_id, concept, token, token_id, position, log_prob, neurons",
     "rankings": "concept, rank, layer, unit, neuron, score, score_std, specific, specific_rank, n, share, activation, "
     "tokens, certified, selective, selective_rank, n_images, certified_specific, certified_selective, exact",

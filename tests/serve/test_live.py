@@ -1,5 +1,6 @@
 """A served page shows what the report shows; SQL reads the tables and nothing else."""
 
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,14 +12,24 @@ from mmray.report.content import Content, gather
 from mmray.runs import run as reading
 from mmray.serve import live as pages
 from mmray.serve.live import LiveRun
+from mmray.storage import open_store
+from tests.support.earlier_run import earlier_run
 
 
-@pytest.fixture(scope="module", params=[reading.WHOLE, 0], ids=["whole", "in pieces"])
-def live(dogs: Path, request: pytest.FixtureRequest) -> Iterator[LiveRun]:
-    """The run with its tables read whole, and with only the rows read that match."""
+@pytest.fixture(scope="module", params=["whole", "in pieces", "s3", "earlier version"])
+def live(dogs: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[LiveRun]:
+    """The run with its tables read whole; with only the rows read that match, on disk and S3; as 0.1.0 left it."""
+    uri, whole = str(dogs), reading.WHOLE
+    if request.param == "s3":
+        uri = f"s3://{request.getfixturevalue('bucket')}/{uuid.uuid4().hex}"
+        store = open_store(uri)
+        for file in filter(Path.is_file, dogs.rglob("*")):
+            store.put(str(file.relative_to(dogs)), file.read_bytes())
+    elif request.param == "earlier version":
+        uri = str(earlier_run(dogs, tmp_path_factory.mktemp("earlier") / "run"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "WHOLE", request.param)
-        found = LiveRun(str(dogs))
+        patch.setattr(reading, "WHOLE", 0 if request.param in ("in pieces", "s3") else whole)
+        found = LiveRun(uri)
         yield found
         found.catalog.close()
 

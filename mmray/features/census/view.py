@@ -100,8 +100,7 @@ def concept_title(run: Run, rows: pa.Table) -> Text:
     settings = run.info["settings"]
     unit = unit_of(settings["score"], folded=settings["fold_norm"])
     first = rows.slice(0, 1).to_pylist()[0]
-    # Runs of earlier versions have no column `n_images`.
-    n, images = first["n"], first.get("n_images")
+    n, images = first["n"], first["n_images"]
     where = f" in {images:,} image{'s' * (images > 1)}" if images else ""
     details = f" · {n:,} occurrence{'s' * (n > 1)}{where} · {settings['score']}" + (f" in {unit}" if unit else "")
     # Otherwise rich would wrap it to the width of a narrow table.

@@ -116,8 +116,6 @@ def _labels(run: Run, by: str) -> list[str | None]:
     if by in ("language", "domain"):
         found: list[str | None] = captions[by].to_pylist()
         return found
-    if "labels" not in captions.column_names:
-        return [None] * len(captions)
     by_column = [{entry["key"]: entry["value"] for entry in labels or ()} for labels in captions["labels"].to_pylist()]
     return [labels.get(by) for labels in by_column]
 

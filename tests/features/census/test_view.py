@@ -16,6 +16,7 @@ from mmray.neurons.scores import SCORES, Score
 from mmray.report.definitions import definitions
 from mmray.runs.concepts import ORDERS
 from mmray.runs.run import CERTIFICATES, Run
+from mmray.runs.tables import with_columns
 from tests.support.terminal import shown
 
 WIDTHS = (80, 100, 120)
@@ -72,7 +73,8 @@ def test_the_certificate_shown_is_that_of_the_order_shown(run: Run, by: str) -> 
 
 def test_a_run_of_an_earlier_version_shows_no_certificate_that_it_lacks(run: Run) -> None:
     concept = next(iter(run.concepts))
-    rows = run.rank(concept, 3, "specific").drop_columns(["certified_specific", "n_images"])
+    whole = run.rank(concept, 3, "specific")
+    rows = with_columns(whole.drop_columns(["certified_specific", "n_images"]), whole.schema)
     lines = shown(ranking(rows, concept_title(run, rows), "specific"), 100)
     assert [line.split()[0] for line in lines[2:]] == ["1", "2", "3"]
 
