@@ -242,7 +242,7 @@ class _Extremes:
             if len(here):
                 side = sides[column[here]]
                 along = span.along(values, row[here], side % width, 1.0 - 2.0 * (side >= width))
-                position[rank[here], column[here]] = (span.start + along.argmax(dim=1)).int()
+                position[rank[here], column[here]] = (span.start + along.max(dim=0).indices).int()
         return sides, Best(activation, sample, position)
 
     def replace(self, sides: Int[Tensor, " side"], better: Best) -> None:

@@ -53,14 +53,15 @@ class Span:
         samples: Int[Tensor, " n"],
         neurons: Int[Tensor, " n"],
         signs: Float[Tensor, " n"],
-    ) -> Float[Tensor, "n position"]:
+    ) -> Float[Tensor, "position n"]:
         """Return one neuron's values times a sign at the positions of one sample each; -inf outside the modality."""
         own = samples if self.samples is None else torch.searchsorted(self.samples, samples)
         rows = own if self.rows is None else self.rows[own]
-        places = torch.arange(self.start, self.stop, device=values.device)[None]
-        found = values[rows[:, None], places if self.columns is None else self.columns[own], neurons[:, None]].float()
-        found *= signs[:, None]
-        return found if self.outside is None else found + self.outside[own, :, 0]
+        places = torch.arange(self.start, self.stop, device=values.device)[:, None]
+        # Position by position: neurons of one position are next to each other in memory.
+        found = values[rows, places if self.columns is None else self.columns[own].T, neurons].float()
+        found *= signs
+        return found if self.outside is None else found + self.outside[own, :, 0].T
 
 
 def token_spans(
