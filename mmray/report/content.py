@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pkgutil import resolve_name
 from typing import Any
 
@@ -19,7 +20,7 @@ from mmray.report.section import Request, Section, map_of
 from mmray.runs.run import Run
 
 WHOLE = 1500
-"""Most frequent concepts that have a page in a report of one file, to bound its size; `--pages` has all."""
+"""Most frequent concepts that may have a page in a report of one file; `--pages` has all."""
 FAILURES = 200
 """Failed samples that are listed."""
 OF_CONCEPTS = (("causal", "zeroed_own"), ("causal", "zeroed_other"))
@@ -50,9 +51,15 @@ class Content:
         return named | {f"n:{name}": page for name, page in self.neurons.items()}
 
     def samples(self) -> list[str]:
-        """Return the samples of the run whose images any page shows."""
-        shown = [name for part in self.parts.values() for name in samples_of(part)]
-        return list(dict.fromkeys([*shown, *self.of_sections()]))
+        """Return the samples of the run whose images any page shows, the most important first.
+
+        Those of the features' pages, then the first of every concept, the second of every concept, …, then neurons'.
+        """
+        of_concepts, of_neurons = (
+            [name for rank in zip_longest(*map(samples_of, pages.values())) for name in rank if name is not None]
+            for pages in (self.concepts, self.neurons)
+        )
+        return list(dict.fromkeys([*self.of_sections(), *of_concepts, *of_neurons]))
 
     def of_sections(self) -> list[str]:
         """Return the samples on the features' pages, which load with the index."""
@@ -72,7 +79,7 @@ def samples_of(part: dict[str, Any]) -> list[str]:
     return [row["id"] for name in ("samples", "examples", "maps") for row in part.get(name, ())]
 
 
-def gather(run: Run, edits: Sequence[str] = (), limit: int | None = WHOLE) -> Content:
+def gather(run: Run, edits: Sequence[str] = (), limit: int | None = None) -> Content:
     """Return the report of a run with the edits in these folders, and at most `limit` concepts (None: all)."""
     maps, properties, captions = heat_maps(run), measured(run), run.table("captions")
     names = list(run.concepts)[:limit]

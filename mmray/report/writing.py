@@ -16,7 +16,8 @@ from mmray.data.shards import Manifest, Shard, cut, read_shard
 from mmray.data.sources import Source, open_source
 from mmray.errors import InputError, ShardError
 from mmray.report.concepts import among
-from mmray.report.content import WHOLE, gather
+from mmray.report.content import WHOLE, Content, gather
+from mmray.report.fitting import concepts_that_fit, pictures_that_fit, pictures_wanted
 from mmray.report.pages import write_pages, write_whole
 from mmray.runs.home import resolve_data
 from mmray.runs.run import Run
@@ -34,21 +35,35 @@ def write_report(
 ) -> str:
     """Write the report of a run, and return where it is.
 
-    `out` is a file (default: RUN/report.html). With `pages` it is a folder of many small files instead, for runs with
-    thousands of concepts. Both may be s3://. `edits` are folders of edits to show, in addition to those in RUN/edits.
-    Where the data can no longer be read, the report has no pictures. Raises InputError for a run without tables.
+    `out` is a file (default: RUN/report.html) of at most 15 MB: it has the most frequent concepts and the pictures that
+    fit. With `pages` it is a folder of many small files instead, with all of them. Both may be s3://. `edits` are
+    folders of edits to show, in addition to those in RUN/edits. Where the data can no longer be read, the report has no
+    pictures. Raises InputError for a run without tables.
     """
-    content = gather(run, edits, None if pages else WHOLE)
-    pictures = run_pictures(run, content.samples())
-    for data, names in content.elsewhere().items():
-        pictures |= data_pictures(run, data, names - set(pictures))
     if pages:
-        write_pages(content, pictures, open_store(pages))
+        content = gather(run, edits)
+        write_pages(content, _all_pictures(run, content, content.samples()), open_store(pages))
         return f"{str(pages).rstrip('/')}/index.html"
+    content = gather(run, edits, WHOLE)
+    if (fit := concepts_that_fit(content)) < len(content.concepts):
+        content = gather(run, edits, fit)
+    wanted = pictures_wanted(content)
+    readable = _all_pictures(run, content, wanted)
+    pictures = pictures_that_fit(content, readable)
+    if len(pictures) < len(readable) or len(wanted) < len(content.samples()):
+        content.index["some_pictures"] = True
     target = str(out or f"{run.uri}/report.html")
     store, key = open_object(target)
     store.put(key, write_whole(content, pictures))
     return target
+
+
+def _all_pictures(run: Run, content: Content, samples: Collection[str]) -> dict[str, bytes]:
+    """Return thumbnails of these samples of the run, and of all samples of other data that the pages show."""
+    pictures = run_pictures(run, samples)
+    for data, names in content.elsewhere().items():
+        pictures |= data_pictures(run, data, names - set(pictures))
+    return pictures
 
 
 def run_pictures(run: Run, wanted: Collection[str]) -> dict[str, bytes]:

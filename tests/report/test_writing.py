@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ import pytest
 from mmray.errors import InputError
 from mmray.features.editing.report import read_edits
 from mmray.features.evaluation.tables import PARTS
-from mmray.report.content import gather
+from mmray.report import fitting
+from mmray.report.content import gather, samples_of
+from mmray.report.pages import write_whole
 from mmray.report.writing import write_report
 from mmray.runs.run import Run, open_run
 from mmray.runs.tables import to_bytes
@@ -109,6 +112,40 @@ def test_one_file_holds_everything_and_asks_for_nothing(dogs, page):
         # The one broken picture of the data is the only one that is not there.
         assert all(row["id"] in data["images"] for row in shown["samples"]), name
     assert all(image.startswith("data:image/webp;base64,") for image in data["images"].values())
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.5])
+def test_a_file_keeps_to_its_size_and_the_most_frequent_concepts(dogs, page, tmp_path, monkeypatch, fraction):
+    """Of the bytes that pages and pictures take, only a fraction is left."""
+    whole = gather(dogs)
+    frame = len(write_whole(replace(whole, concepts={}, neurons={}), {}))
+    monkeypatch.setattr(fitting, "LARGEST", int(frame + fraction * (len(page.encode()) - frame)))
+    file = Path(write_report(dogs, tmp_path / "small.html"))
+    assert file.stat().st_size <= fitting.LARGEST
+    data = data_of(file.read_text(encoding="utf-8"))
+    names = [row["name"] for row in data["index"]["concepts"]]
+    assert 0 < len(names) < len(whole.concepts)
+    assert names == list(dogs.concepts)[: len(names)]
+    wanted = {name for part in data["parts"].values() for name in samples_of(part)}
+    left_out = wanted & set(data_of(page)["images"]) - set(data["images"])
+    assert bool(left_out) == data["index"].get("some_pictures", False)
+
+
+def test_pictures_that_fit_are_of_concepts_before_neurons(dogs, page, monkeypatch):
+    content, size = gather(dogs), 30_000
+    order = [name for name in content.samples() if name in data_of(page)["images"]]
+    pictures = {name: bytes(size) for name in sorted(order)}
+    for count in (0, 3, len(order)):
+        monkeypatch.setattr(fitting, "LARGEST", len(write_whole(content, {})) + int((count + 0.5) * size * 4 / 3))
+        kept = fitting.pictures_that_fit(content, pictures)
+        assert list(kept) == order[:count]
+        assert len(write_whole(content, kept)) <= fitting.LARGEST
+    firsts = [page["samples"][0]["id"] for page in content.concepts.values()]
+    of_neurons = {row["id"] for page in content.neurons.values() for row in page["examples"]}
+    late = (
+        of_neurons - set(content.of_sections()) - {row["id"] for p in content.concepts.values() for row in p["samples"]}
+    )
+    assert max(map(content.samples().index, firsts)) < min(map(content.samples().index, late), default=len(order))
 
 
 def test_what_the_data_says_is_no_markup(page):

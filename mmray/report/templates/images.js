@@ -91,7 +91,9 @@ function fitted(image, layer, part = [0, 0, 1, 1]) {
 
 function picture(sample, map = null, how = "heat") {
   const source = SOURCE.image(sample.id), words = sample.caption || DATA.captions[sample.id] || "sample";
-  const none = h("span.picture.none", { role: "img", "aria-label": `no image at hand: ${words}` }, "image not at hand");
+  // A report of one file is bounded in size, and so has the most important pictures only.
+  const why = INDEX.some_pictures ? "only in mmray report --pages" : "image not at hand";
+  const none = h("span.picture.none", { role: "img", "aria-label": `${why}: ${words}` }, why);
   if (!source) return none;
   const said = map && how !== "image" ? `, with ${how === "mask" ? "the mask" : "the heat map"} of the neurons over it` : "";
   const image = h("img", { src: source, alt: `${words}${said}`, loading: "lazy", decoding: "async", onerror: () => frame.replaceWith(none) });

@@ -108,7 +108,7 @@ function conceptsPage(words = "") {
   return [
     heading(words ? `Concepts with “${words}”` : "Concepts", "Every noun of the captions with its highest neuron. Choose one to see its neurons, images with heat maps, and what happens when they are taken away."),
     h("div.fields.narrow", h("label", "occurrences, at least", least)), place,
-    left > 0 && h("p.note", `${whole(left)} less frequent concepts are in the run's tables, and in a report of many files (mmray report --pages DIR).`),
+    left > 0 && h("p.note", `${whole(left)} less frequent concepts don't fit into this file: they are in the run's tables, in a report of many files (mmray report RUN --pages DIR), and in mmray serve RUN.`),
   ];
 }
 
