@@ -41,6 +41,7 @@ def bias_table(answers: pa.Table, pairs: Sequence[tuple[str, str]], draws: int, 
     for row in answers.to_pylist():
         # "random 1" and "random 2" are draws of one condition.
         grouped[row["source"], row["target"], row["question"]][row["condition"].rstrip(" 0123456789")].append(row)
+    # Pairs in the order in which they were given, not by name.
     place = {pair: number for number, pair in enumerate(pairs)}
     rows: list[Row] = []
     for (source, target, question), conditions in sorted(

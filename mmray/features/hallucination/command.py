@@ -73,6 +73,7 @@ def hallucination(
     from mmray.features.hallucination.view import mistakes, opinions
     from mmray.runs.run import open_run
 
+    # The command takes the options of both analyses, and settings refuse a name that is not theirs.
     own = {name: value for name, value in given.items() if name in HallucinationSettings.model_fields}
     checked = hallucination_settings(own)
     done = run_with_progress(HallucinationJob(checked))
@@ -148,6 +149,7 @@ def _find_neurons(settings: NeuronSettings, *, as_json: bool) -> None:
         seconds = sum(one.seconds for one in result.passes)
         say(f"{found['neurons']:,} neurons from {found['rows']:,} mentions in {seconds:.0f} s → {settings.run}")
         say_next(command_line("report", settings.run))
+    # Last of all, because it exits at the first pass that is incomplete.
     for one in result.passes:
         finish(one, "sample", quiet=as_json)
 

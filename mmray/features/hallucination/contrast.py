@@ -51,6 +51,7 @@ class Moments:
         if not n:
             return self
         gap = other.mean - self.mean
+        # With d = mean₂ − mean₁: mean = mean₁ + d·n₂/n, and squares = squares₁ + squares₂ + d²·n₁·n₂/n.
         mean = self.mean + gap * (other.n / n)
         return Moments(n, mean, self.squares + other.squares + gap**2 * (self.n * other.n / n))
 

@@ -79,6 +79,7 @@ def conditions(
     raised = [row["weight"] > 0 for row in rows]
     found = [Condition("none", None, None, ())]
     for label, side in (("raised", True), ("lowered", False)):
+        # A layer with few other neurons has fewer controls than neurons, so the list of controls may be shorter.
         own = [number for number, one in enumerate(raised) if one == side]
         for kind, pool in ((label, names), (f"random like {label}", controls)):
             chosen = tuple(pool[number] for number in own if number < len(pool))
@@ -119,7 +120,9 @@ def dose_rows(observed: pa.Table, every: Sequence[Condition], draws: int, seed: 
             found = measure(totals, totals, value, draws, seed, share=name in SHARES)
             own = {"measure": name, "value": found.after, "low": found.low, "high": found.high, "n": found.n}
             rows.append(facts | own | {"protocol": protocol})
+            # A ratio of the unchanged model, which is condition 0, to itself says nothing.
             if number and name in COMPARED:
+                # Side by side, so that the bootstrap draws an image under both conditions together.
                 both = np.concatenate([totals, _totals(grouped[0, name])], axis=1)
                 found = measure(both, both, partial(_relative, value), draws, seed)
                 own = {"measure": f"{name} relative", "value": found.after, "low": found.low, "high": found.high}
@@ -160,6 +163,7 @@ def _measured(
     reader: MentionReader, pairs: Sequence[tuple[Sample, Image]], change: Change, questions: int
 ) -> Iterator[tuple[Sample, str, Sequence[float]]]:
     """Yield, per sample and measure, what it adds up."""
+    # At the last position of each forward alone, where a token is predicted: the image is read unchanged.
     with change(True):
         captions = reader.captions(pairs)
         answers = list(_answers(reader, pairs, questions))
@@ -171,6 +175,7 @@ def _measured(
         yield caption.sample, "recall", (len(caption.objects.intersection(named)), len(caption.objects))
         yield caption.sample, "length", (len(WORDS.findall(caption.text)), 1)
     yield from answers
+    # A text is read in one forward, in which every position predicts a token.
     with change(False):
         yield from _read(reader, [sample for sample, _ in pairs if sample.caption])
 
@@ -183,6 +188,7 @@ def _answers(
     for sample, image in pairs if questions else ():
         objects, seed = objects_of(sample) or frozenset(), f"{reader.seed} {sample.sample_id}"
         present, absent = choose_pope_objects(reader.context.statistics, objects, questions, seed)
+        # Strategies may choose the same object, which is asked about once.
         others = dict.fromkeys(word for strategy in STRATEGIES for word in absent[strategy])
         asked += [(sample, image, word, word in present) for word in (*present, *others)]
     model = reader.model

@@ -69,6 +69,7 @@ class HallucinationJob(JointJob[HallucinationSettings]):
         def analyse(samples: Sequence[Sample], images: Sequence[Image]) -> Rows:
             truth, references = context.ground_truth, statistics.references
             annotated = (with_ground_truth(sample, truth, lexicon, references) for sample in samples)
+            # Without known objects no claim can be judged; released questions are about the images that they name.
             known = [
                 pair
                 for pair in zip(annotated, images, strict=True)
@@ -87,6 +88,7 @@ class HallucinationJob(JointJob[HallucinationSettings]):
         Raises InputError where released questions are about none of the data's images.
         """
         claims = parts.table("claims")
+        # The images that the files name may be in units or samples that failed.
         complete = len(parts.receipts) == len(plan.units) and not any(r.failures for r in parts.receipts.values())
         if self.settings.pope and not len(claims) and complete:
             raise InputError(f"--pope {self.settings.pope[0]}: names no image of the data by its file or COCO number")

@@ -40,6 +40,7 @@ FIT, TEST = "fit", "test"
 
 def fold_of(image: str, seed: int) -> str:
     """Return whether an image, given its key, is for choosing and fitting (two thirds of the images) or for testing."""
+    # By the image alone: all captions of an image are in one fold, and stay there when data is added or cut otherwise.
     return (FIT, FIT, TEST)[hashlib.sha256(f"{seed} {image}".encode()).digest()[0] % 3]
 
 
@@ -159,6 +160,7 @@ class MentionReader:
         found = log_probability(self.model, cache.hidden, cache.tokens)
         for row, own in zip(rows, torch.split(found, [len(own) for own in positions]), strict=True):
             row["log_prob"] = float(own.sum())
+        # Later pieces of a word are read for its log-probability only.
         first = torch.tensor([number for number, piece in enumerate(pieces) if piece.piece == 0])
         return ActivationCache(
             [piece for piece in pieces if piece.piece == 0],
@@ -172,6 +174,7 @@ class MentionReader:
 @torch.inference_mode()
 def quantities(model: LoadedModel, cache: ActivationCache) -> Iterator[dict[str, Float[Tensor, "mention neuron"]]]:
     """Yield, layer by layer, each quantity of QUANTITIES for every mention and neuron, in fp32."""
+    # Log-odds and not the logit: a neuron that raises all tokens alike does not make this one likelier.
     slope = log_odds_slope(model, cache.hidden, cache.tokens)
     final = fold_norm(model, cache.hidden.to(slope.device), slope / model.parts.logit_scale)
     for layer, projection in enumerate(model.projections):

@@ -95,8 +95,10 @@ def _doses(
 ) -> DoseContext:
     """Return the context of interventions on the neurons that the probe uses."""
     widths = run.info["model"]["widths"]
+    # Opened anew, because the pass before has just written this table.
     rows = open_run(settings.run).table("hallucination_neurons").to_pylist()
     controls = layer_matched(widths, [(row["layer"], row["unit"]) for row in rows], f"{settings.seed} doses")
+    # Each control is set to its own mean at true mentions, as the neurons of the probe are to theirs.
     starts, true = np.cumsum([0, *widths]), sums[False, "activation"].mean
     means = [float(true[int(starts[layer]) + unit]) for layer, unit in controls]
     every = conditions(rows, [run.names.name(*one) for one in controls], means, settings.doses)

@@ -200,6 +200,7 @@ class CandidateJob(MentionJob[ProbeSettings, CandidateContext]):
         Raises InputError for too few mentions of either class.
         """
         context, settings, features = self.context, self.settings, parts.table("features")
+        # Units commit only the shares; everything else about a mention is in the parts of the first pass.
         known = {(row["sample_id"], row["mention"]): row for row in context.mentions.to_pylist()}
         keys = zip(features["sample_id"].to_pylist(), features["mention"].to_pylist(), strict=True)
         rows = [known[key] for key in keys]
@@ -274,6 +275,7 @@ def _held_out_effect(
 def _difference(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:
     first, second = totals[:, :3].T, totals[:, 3:].T
     with np.errstate(divide="ignore", invalid="ignore"):
+        # Σ(x − x̄)² = Σx² − (Σx)²/n: both sums add up over the images of a bootstrap draw.
         squares = sum(square - total**2 / n for n, total, square in (first, second))
         pooled = np.sqrt(squares / (first[0] + second[0] - 2))
         found: Float[ndarray, " draw"] = (first[1] / first[0] - second[1] / second[0]) / pooled
@@ -289,6 +291,7 @@ def choose_candidates(
     """
     if not sums or min(sums[kind, "share"].n for kind in (True, False)) < 2:
         raise InputError("fewer than two hallucinated or true mentions on the fit images; give more images by --data")
+    # Of either sign: a neuron that falls silent at hallucinated mentions tells as much as one that fires.
     size = np.abs(effect(sums[True, "share"], sums[False, "share"]))
     # Stable, so that of equal neurons the first counts.
     best = np.argsort(-size, kind="stable")[:count]

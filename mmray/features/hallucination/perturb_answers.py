@@ -63,6 +63,7 @@ def drawn_move(sample: Sample, vocabulary: Sequence[str], settings: Perturbation
     own = [name for name in objects if name not in given]
     source = given[0] or (generator.choice(own) if own else None)
     lacking = [name for name in vocabulary if name not in objects and name not in given]
+    # At most three: the target, and two for the control's ends and the object that no move is about.
     drawn = generator.sample(lacking, min(3, len(lacking)))
     target = given[1] or (drawn.pop() if drawn else None)
     if source is None or target is None:

@@ -74,6 +74,7 @@ class PerturbJob(JointJob[PerturbationSettings]):
             move = drawn_move(sample, vocabulary, settings)
             return [] if move is None else [move]
 
+        # Once per worker, not per unit, and only when the first unit comes: it embeds REFERENCE images.
         varying = cache(lambda: reference_covariance(joint, source, context.manifest))
 
         def analyse(samples: Sequence[Sample], images: Sequence[Image]) -> Rows:

@@ -116,12 +116,14 @@ def fit_probe(
     held_out = np.zeros((len(tried), len(values)))
     for number in range(PARTS):
         own = part == number
+        # With few images a part may be empty, or the others be of one class. Its mentions then keep the score 0.
         if not own.any() or len(np.unique(hallucinated[~own])) < 2:
             continue
         for row, model in enumerate(fit_path(values[~own], hallucinated[~own], tried)):
             # Without the intercept, which differs between parts: only ranks count.
             held_out[row, own] = model.scores(values[own]) - model.intercept
     models = list(fit_path(values, hallucinated, tried))
+    # Where every penalty uses no column or too many, the strongest counts: some probe has to be measured.
     allowed = [row for row, model in enumerate(models) if 0 < (model.weights != 0).sum() <= most] or [0]
     found = [rank_auroc(held_out[row], hallucinated) for row in allowed]
     best = allowed[-1] if penalty is not None else allowed[int(np.argmax(found))]
@@ -157,6 +159,7 @@ def judge_all(
     scores[RANDOM] = random.model.scores(controls)
     used = {NEURONS: len(probe.columns), BOTH: len(probe.columns), RANDOM: len(random.columns)}
     rows = _rows(mentions, scores, used, draws, seed)
+    # The floor: what the same search finds where there is nothing to find.
     rows.append(_shuffled(mentions, shares, images, most, probe, seed))
     return probe, scores[NEURONS], rows
 
@@ -166,6 +169,7 @@ def rank_auroc(scores: Float[ndarray, " mention"], truth: Bool[ndarray, " mentio
     _, rank, count = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(count) - (count - 1) / 2)[rank]
     positive = int(truth.sum())
+    # Mann-Whitney: a class's rank sum minus the least that it can be, as a fraction of the pairs.
     pairs = positive * (len(truth) - positive)
     return float((ranks[truth].sum() - positive * (positive + 1) / 2) / pairs) if pairs else float("nan")
 

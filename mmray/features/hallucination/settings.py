@@ -86,6 +86,7 @@ class DoseSettings(ClaimSettings):
     """With --interventions: most test images that are captioned under each of them."""
 
 
+# ProbeSettings first: where several bases have a setting, such as shard_size, the first one's default counts.
 class NeuronSettings(ProbeSettings, DoseSettings, HallucinationSettings):
     """All settings of `mmray hallucination --neurons`."""
 

@@ -23,6 +23,7 @@ def opinions(measures: Sequence[Row]) -> Table:
         true = measured(found.get((None, "true")), interval=False)
         for judge in dict.fromkeys(judge for judge, name in found if judge and name in names):
             values = [measured(found.get((judge, name)), interval=name == "auroc") for name in names]
+            # A judge's first measure is its AUROC, over all claims; means by truth are over fewer.
             count = next(row["n"] for (own, _), row in found.items() if own == judge)
             table.add_row(claims, judge, true, *values, f"{count:,}")
             true = Text()  # the share of true claims does not depend on the judge
