@@ -63,6 +63,7 @@ class Chain:
         facts = [edit for edit in self.edits if isinstance(edit, FactInContext)]
         if not facts:
             return query
+        # One prompt with all facts: each fact's own `asked` would wrap the question of the one before.
         return replace(facts[0], statement="".join(edit.statement for edit in facts)).asked(query)
 
 
@@ -114,6 +115,7 @@ class Benchmark:
     def single(self, task: str, records: Records, methods: Sequence[str]) -> Outcomes:
         """Edit one record by each method; every edit is undone before the next."""
         ((number, record),) = records.records
+        # Replies are kept by record, so those of the record before would only fill the memory.
         self.baseline.clear()
         outcomes = Outcomes(self.session, task)
         read = self._read(outcomes, records.folder, number, record, ", ".join(methods))
@@ -138,6 +140,7 @@ class Benchmark:
             if method in EDIT_METHODS:
                 # What must stay is what the unedited model says.
                 self.session.asked(read.question)
+            # A record is edited on the model that the earlier edits have left behind.
             with Chain(tuple(edits)).applied(self.session.model):
                 prepared = prepare_record(self.session, read, edited=bool(edits))
                 edit = self.edit(outcomes, number, prepared, method)

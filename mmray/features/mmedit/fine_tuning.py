@@ -72,6 +72,7 @@ def vision_block(model: LoadedModel) -> nn.Module:
 def fine_tune(model: LoadedModel, block: nn.Module, example: Example) -> ParameterEdit:
     """Return the values that the block's parameters get; the model is left as it was, to the byte."""
     began = time.perf_counter()
+    # By identity: the block has its own names for them, and an edit needs those of the network.
     wanted = set(map(id, block.parameters()))
     parameters = {name: one for name, one in model.network.named_parameters() if id(one) in wanted}
     before = {name: one.detach().clone() for name, one in parameters.items()}

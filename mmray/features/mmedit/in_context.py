@@ -37,6 +37,7 @@ class FactInContext:
 
     def asked(self, query: Query) -> Query:
         """Return the query with the facts before its question."""
+        # The prompt is templated already, and facts belong inside, where the user's own words begin.
         head, end = self._frames[query.image is not None]
         question = query.prompt.removeprefix(head).removesuffix(end)
         return replace(query, prompt=f"{head}{self.statement}{QUESTION}{question}{end}")
@@ -44,6 +45,7 @@ class FactInContext:
     @cached_property
     def _frames(self) -> dict[bool, tuple[str, str]]:
         """What the model's template puts before and after a question, with and without an image."""
+        # No template changes this character, so that what stands around it is the frame.
         texts = {image: prompt_text(self.model, MARK, "en", image=image) for image in (True, False)}
         return {image: (text.partition(MARK)[0], text.partition(MARK)[2]) for image, text in texts.items()}
 

@@ -87,6 +87,7 @@ class MmeditJob(Job[MmeditSettings, MmeditContext]):
     def _units(self, task: str, count: int) -> list[MmeditUnit]:
         methods = self.settings.chosen
         if self.settings.sequential:
+            # An edit in a chain depends on those before it, so a chain can't be cut into several units.
             return [MmeditUnit(task, 0, count, (method,)) for method in methods]
         return [MmeditUnit(task, start, 1, methods) for start in range(count)]
 

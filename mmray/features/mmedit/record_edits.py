@@ -86,10 +86,12 @@ class Session:
         """
         asked = self.asked(record.question)
         learned, held_out = dict(self.base.learned), dict(self.base.held_out)
+        # Every HELD_OUT-th reply is only checked afterwards; the others are learned from.
         learned["answers"] = [*learned["answers"], *(one for n, one in enumerate(asked) if (n + 1) % HELD_OUT)]
         held_out["answers"] = [*held_out["answers"], *asked[HELD_OUT - 1 :: HELD_OUT]]
 
         def stays(one: Example) -> bool:
+            # `own` is without its end token, which a reply has.
             same = bool(own) and one.tokens[: len(own)] == tuple(own) and len(one.tokens) <= len(own) + 1
             return not (one.image is not None and (same or image_digest(one.image) in record.others))
 
@@ -132,6 +134,7 @@ def prepare_record(session: Session, record: RecordTask, *, edited: bool = False
     tokens = tokenize_caption(model, prompt, record.target)[0]
     examples, replies = [], []
     for query, own in zip(queries, dataset.replies(queries, LONGEST), strict=True):
+        # Without the end token, which a reply that was cut off does not have.
         said = own.tokens if len(own.tokens) == LONGEST else own.tokens[:-1]
         replies.append(said)
         new = Example(prompt, query.image, (*tokens, dataset.end), sample_id=record.name, background=query.background)
@@ -159,6 +162,7 @@ def _task(session: Session, prepared: PreparedRecord) -> Task:
     options = session.settings.model_dump(include={"neurons", "kept", "keep_text", "steps", "seed"})
     settings = EditSettings(source=record.question, target=record.target, **options)
     new, held_out = list(prepared.examples[:-1]), [prepared.examples[-1]]
+    # Located on the record alone; its crops are only learned on.
     neurons = contrasting(model, prepared.examples[:1], [], MOST, last_layers(model, settings.layers))
     purpose = Purpose("swap", session.dataset.text(prepared.own), record.target, samples=(record.name,))
     kept_here = session.kept_for(record, prepared.own)
