@@ -35,10 +35,12 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 HOSTS = (HOST, "localhost")
+# Scripts and styles stand in the page itself, hence `unsafe-inline`. Nothing may come from, or go to, another host.
 POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+# No referrer, because the first address has the token. No store, because tables change under the same address.
 HEADERS = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -110,6 +112,7 @@ class Server:
         async def endpoint(request: Request) -> Response:
             values: dict[str, Any] = dict(request.query_params)
             if request.method == "POST":
+                # A body of unknown length is refused too: its size would show only while it is read.
                 if int(request.headers.get("content-length", LARGEST_BODY + 1)) > LARGEST_BODY:
                     return JSONResponse({"error": f"more than {LARGEST_BODY >> 20} MB"}, 413)
                 try:
@@ -134,6 +137,7 @@ class Server:
 
     def index(self, values: dict[str, Any]) -> Response:
         """The index of the newest tables."""
+        # Two pages that are opened at once would both copy the new tables.
         with self._opening:
             if not self.live.is_current():
                 # The one before is not closed: other requests may still read it.
@@ -141,6 +145,7 @@ class Server:
             data = self.live.index
         model = self.playground and {
             "name": self.playground.model.name,
+            # The page warns where this is not the model that was analysed.
             "same": self.playground.model.digest == self.live.run.info["digests"].get("model"),
             "edits": list(self.playground.edits),
             "layers": len(self.playground.model.widths),

@@ -17,6 +17,7 @@ TOKENS = 6
 """Tokens per neuron in lists, as in the report."""
 FOUND_CONCEPTS, FOUND_NEURONS = 8, 6
 """Results of a search."""
+# A name while it is being typed: L7, L7.u, L7.e12.u8.
 PARTIAL_NEURON = re.compile(r"[lL]\d+(\.([eE]\d*(\.([uU]\d*)?)?|[uU]\d*)?)?")
 SORTED = {
     "concepts": ("concept", "n", "n_images", "neuron", "score", "specific"),
@@ -41,6 +42,7 @@ class Catalog:
             "create table neurons as select layer, unit, neuron, n_concepts, n_active / greatest(n_tokens, 1) as open, "
             f"max, tokens[1:{TOKENS}] as tokens from given_neurons"
         )
+        # Unnested once, so that a search compares strings and does not open every neuron's list.
         self._database.execute("create table writers as select lower(unnest(tokens)) as token, neuron from neurons")
 
     def close(self) -> None:
@@ -87,6 +89,7 @@ class Catalog:
         return [row["concept"] for row in self.concepts(count=count)["rows"]]
 
     def _list(self, table: str, where: str, values: list[Any], by: str, down: bool, count: int) -> dict[str, Any]:
+        # Names of columns can't be parameters of a query, so only known ones may enter its text.
         column = by if by in SORTED[table] else SORTED[table][1]
         order = "layer {0}, unit {0}" if column == "neuron" and table == "neurons" else f"{column} {{0}} nulls last"
         direction, ties = "desc" if down else "asc", "concept" if table == "concepts" else "layer, unit"

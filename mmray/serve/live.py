@@ -176,15 +176,18 @@ class LiveRun:
         # Without temporary files, and without access to this process's variables.
         options = {"memory_limit": QUERY_MEMORY, "temp_directory": "", "python_enable_replacements": "false"}
         with self.run.connect(query, **options) as connection, sql_errors():
+            # Otherwise the query itself could lift these limits.
             connection.execute("set lock_configuration = true")
             statements = connection.extract_statements(query)
             if [one.type for one in statements] != [duckdb.StatementType.SELECT]:
                 raise InputError("SQL: give one SELECT; the tables are read only")
+            # DuckDB has no time limit of its own.
             stop = threading.Timer(SECONDS, connection.interrupt)
             stop.start()
             try:
                 answer = connection.execute(statements[0])
                 names = [column[0] for column in answer.description]
+                # One more than is shown, to know whether there are more.
                 rows = answer.fetchmany(ROWS + 1)
             except duckdb.InterruptException:
                 raise InputError(f"SQL: stopped after {SECONDS} s; add a limit or a condition") from None

@@ -66,6 +66,7 @@ class Playground:
             before = self._caption(question, opened)
             with self._changed(neurons, factor, edit):
                 after = self._caption(question, opened)
+                # Both captions under both models: where they part, each has tokens that the other model did not write.
                 changed = [self._chances(question, opened, tokens) for tokens in (before, after)]
             unchanged = [self._chances(question, opened, tokens) for tokens in (before, after)]
         pages = [
@@ -93,6 +94,7 @@ class Playground:
         """Return the probabilities of all tokens at each position of a caption, `(token, vocabulary)`."""
         if not tokens:
             return torch.zeros(0, 0)
+        # Offsets align tokens with words, which probabilities don't need.
         batch = encode(self.model, [question], [image], [tokens], [[(0, 0)] * len(tokens)])
         final: list[torch.Tensor] = []
         with capture_input(self.model.norm, final.append):
