@@ -27,6 +27,7 @@ AFFIRMED = re.compile(
 """Phrases of sentences without yes or no: unsure, denying, affirming."""
 AMOUNT = r"\d+(?:\.\d+)?"
 NUMBER = re.compile(rf"(?<!\w)-?{AMOUNT}")
+# Ranges before the bare "of", which would take "of 1" out of "of 1 to 10" and leave a second number.
 SCALES = tuple(
     re.compile(scale, re.IGNORECASE)
     for scale in (

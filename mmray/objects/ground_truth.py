@@ -72,6 +72,7 @@ def objects_in_image(
     lexicon: ObjectLexicon,
 ) -> tuple[str, ...] | None:
     """Return the distinct objects that count as being in an image, annotated ones first; None: unknown."""
+    # An empty list says that there are no objects; None, that nobody has looked.
     listed = None if annotated is None else [name.casefold() for name in annotated]
     named = [mention.concept for caption in captions for mention in lexicon.mentions(caption, language)]
     if ground_truth == "captions":

@@ -48,6 +48,7 @@ class ObjectLexicon:
         names, forms = self._forms[language]
         found = [(self.words.phrases.get(m.concept, m.concept), m) for m in find_forms(text, forms, language)]
         words = {word for word, _ in found}
+        # As in CHAIR: in a text with a toilet, the seat is the toilet's and no chair.
         hidden = {other for word, others in self.words.hidden.items() if word in words for other in others}
         return [
             Mention(names[word], mention.start, mention.stop)

@@ -59,6 +59,7 @@ class PopeFiles:
 def keys(image: str) -> tuple[str, ...]:
     """Return what may name an image in data: its file, that without folder or ending, and COCO's number in it."""
     path = PurePosixPath(image)
+    # COCO_val2014_000000016631 is image 16631, as COCO's annotations count.
     number = NUMBER.search(path.stem)
     return tuple(dict.fromkeys((image, path.name, path.stem, *((str(int(number[1])),) if number else ()))))
 

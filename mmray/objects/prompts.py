@@ -28,6 +28,7 @@ PARAPHRASES: dict[str, tuple[str, ...]] = {
         "Décris l’image en peu de mots.",
         "En quelques mots, décris l’image.",
     ),
+    # With blanks between words, at which the demo's tokenizer splits.
     "zh": (
         "用 几句 话 描述 这张 图 。",
         "请 用 几句 话 描述 这张 图片 。",

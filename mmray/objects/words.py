@@ -69,6 +69,7 @@ def coco_words() -> ObjectWords:
     """Return the shipped words for COCO's 80 objects."""
     content: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
     phrases: dict[str, str | None] = dict(content["phrases"])
+    # CHAIR's "baby elephant" counts as an elephant, and not as a baby, which is a person.
     phrases |= {f"{qualifier} {word}": word for qualifier, words in content["qualified"].items() for word in words}
     synonyms, hidden = ({name: tuple(words) for name, words in content[key].items()} for key in ("synonyms", "hidden"))
     return ObjectWords(synonyms, phrases, hidden)
