@@ -8,7 +8,8 @@ from typing import Any
 
 COCO_WITH_IMAGES = re.compile(r"(.+\.json):(.+)")
 """DATA in the form CAPTIONS.json:IMAGE_FOLDER."""
-NOUN_SOURCES = frozenset({"auto", "objects", "textblob"})
+# Those of `mmray.neurons.concepts`, which this room can't import.
+NOUN_SOURCES = frozenset({"auto", "objects", "hanta", "textblob"})
 """Values of the setting `nouns` that are not a file."""
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from mmray.neurons.concepts import NAMED
 from mmray.runs.home import resolve_data, resolve_path, resolve_settings
 
 
@@ -33,7 +34,7 @@ def test_a_home_on_another_machine_changes_nothing() -> None:
     assert resolve_path("data/d.parquet", "/no/such/home") == "data/d.parquet"
 
 
-@pytest.mark.parametrize(("nouns", "found"), [("auto", "auto"), ("textblob", "textblob"), ("n.tsv", "{home}/n.tsv")])
+@pytest.mark.parametrize(("nouns", "found"), [*((name, name) for name in NAMED), ("n.tsv", "{home}/n.tsv")])
 def test_settings_of_a_run(tmp_path: Path, nouns: str, found: str) -> None:
     (tmp_path / "models" / "llava").mkdir(parents=True)
     settings = {"data": "d.parquet", "nouns": nouns, "limit": 3, "model": "models/llava"}
