@@ -36,6 +36,7 @@ def activity_lists(activity: pa.Table) -> dict[ActivityKey, tuple[ndarray, ...]]
     """Return the lists of each row by its key, with those that were left out."""
     keys = zip(*(activity[name].to_pylist() for name in KEY), strict=True)
     lists = dict(zip(keys, zip(*(list_values(activity[name]) for name in LISTS), strict=True), strict=True))
+    # A null list is read as an empty one.
     return {key: found if len(found[0]) else lists[_of_all(key)] for key, found in lists.items()}
 
 

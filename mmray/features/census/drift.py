@@ -124,6 +124,7 @@ def rank_biased_overlap(first: list[str], second: list[str], persistence: float 
 
 def spearman(first: Float64[ndarray, " item"], second: Float64[ndarray, " item"]) -> float | None:
     """Return the rank correlation of two lists of scores of the same items; None if one of them is constant."""
+    # Spearman is the correlation of ranks; with ties, its short formula by differences of ranks would be wrong.
     ranks = [_mean_ranks(scores) for scores in (first, second)]
     centred = [values - values.mean() for values in ranks]
     scale = float(np.sqrt(np.square(centred[0]).sum() * np.square(centred[1]).sum()))

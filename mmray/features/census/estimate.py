@@ -67,6 +67,7 @@ def estimate(
     # The only label of a kind repeats the numbers of "all".
     written = 2 * (1 + sum(len(labels) for labels in kinds if len(labels) > 1))
     shard_bytes = concepts * kept * CANDIDATE_BYTES + neurons * (written * ACTIVITY_BYTES + NEURON_BYTES)
+    # On a GPU `auto` is the checkpoint's format, and few checkpoints are in fp32.
     number_bytes = 4 if settings.dtype == "fp32" else 2
     # Long texts share a batch with few others.
     together = min(settings.batch_size, max(1, int(POSITIONS * CHARACTERS_PER_TOKEN // max(characters, 1))))
@@ -75,6 +76,7 @@ def estimate(
         # A layer's gate, its other half and their product; per noun the scores and activations of all neurons.
         batch=int(together * (3 * positions * max(widths) * number_bytes + 8 * occurrences * neurons) + 4 * COPIED),
         # Those of a shard, and of the one before it, which is still being finished.
+        # 24 bytes: three sums in fp64, per concept and per label; 12: activation, sample and position of an example.
         sums=2 * int(min(SUMS_MEMORY, concepts * neurons * 24) + neurons * (held * 24 + 2 * EXAMPLES * 12)),
     )
     return CensusEstimate(
@@ -87,6 +89,7 @@ def estimate(
         # Without GPUs the workers share the cores that the timing used, so more workers are no faster.
         workers=(settings.worker_range or (0, torch.cuda.device_count()))[1] if torch.cuda.is_available() else 1,
         occurrences=occurrences,
+        # 14 bytes: layer, unit, score and activation of a neuron listed at an occurrence.
         bytes_written=int(len(manifest.shards) * shard_bytes + manifest.samples * occurrences * settings.top_k * 14),
         memory=memory,
         sample=seen,

@@ -82,6 +82,7 @@ class CensusResult:
 class ModelJob(Job[CensusSettings, P]):
     """A job of a census's workers, which load the model once for all of them."""
 
+    # An actor scores the next shard while the sums of the last one are reduced and committed.
     overlaps = True
 
     @property

@@ -92,6 +92,7 @@ class RunMerge:
         self.names = neuron_names(widths, names)
         self.uses = Spill(USES, cuts)
         """Image and top-k neurons of every occurrence."""
+        # As many ranges of neurons as of concepts: `neuron_concepts` has the rows of `rankings`, in another order.
         starts = [self.neurons * number // (len(cuts) + 1) for number in range(1, len(cuts) + 1)]
         self.by_neuron = Spill(TABLES["neuron_concepts"].append(INDEX), starts)
         """Rankings, regrouped by neuron."""
@@ -148,6 +149,7 @@ class RunMerge:
     def _count(self, ranked: Sequence[RankedNeurons], rankings: pa.Table) -> None:
         """Take in what other tables, and the headline, say about these rankings."""
         for one in ranked:
+            # Its top neurons are different ones, so that each is counted: numpy would add to a repeated index once.
             self._concepts_per_neuron[one.top] += 1
         self.ranked += len(ranked)
         self.certified = list(map(sum, zip(self.certified, certified_counts(rankings), strict=True)))
@@ -255,6 +257,7 @@ def uses_by_concept(rows: pa.Table) -> dict[str, Uses]:
     names, lists = rows["concept"].combine_chunks(), rows["neurons"].combine_chunks()
     images, neurons = rows["image"].to_numpy(), lists.flatten().to_numpy()
     offsets = np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy())])
+    # Names are sorted, so that the end of each run of equal ones is where a concept's rows end.
     counted = pc.run_end_encode(names)
     ends = counted.run_ends.to_numpy()
     return {

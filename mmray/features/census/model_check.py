@@ -89,4 +89,5 @@ def small_census(model: LoadedModel) -> tuple[bool, str]:
     settings = census_settings({"model": model.name, "data": "check", "out": "check"})
     tables = ShardAnalysis(model, settings, NOUNS, 0).run(samples)
     found, failed = len(tables["occurrences"]), tables["errors"]["message"].to_pylist()
+    # Each of the two captions has two of the nouns.
     return found == 4 and not failed, f"{found} occurrences in 2 captions" + (f"; {failed[0]}" if failed else "")

@@ -23,6 +23,7 @@ def occurrence_table(model: LoadedModel, positions: Sequence[TokenPosition], sco
     """Return one row per scored position: its token, log-probability and `top_k` highest neurons, highest first."""
     values, index = _highest(scored, min(top_k, sum(model.widths)))
     starts = torch.tensor([0, *model.widths]).cumsum(0)
+    # The layer is the last one that starts at or before the index.
     layer = torch.searchsorted(starts, index, right=True) - 1
     unit, activation = index - starts[layer], torch.zeros(index.shape)
     # Layer by layer: with a copy of all activations, a batch would take the most memory here.

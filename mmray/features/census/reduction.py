@@ -170,7 +170,7 @@ class ConceptSums:
         columns = []
         for number, name in enumerate(SUMS):
             # For a single occurrence the sum of squares is the square of the sum, so it is not written. Many concepts
-            # of a shard occur once.
+            # of a shard occur once. True is 1: the squares need more than one occurrence, other sums more than none.
             present = counts > (name == "score_squares")
             own = torch.from_numpy(present)
             sums = scores if name == "score" else self._summed(number, rows[own])

@@ -71,6 +71,7 @@ def refresh_run(uri: str, follow: Callable[[Progress], None] = lambda _: None, *
         last = latest(folder.store)
         # Finish what an interrupted call left; this does nothing if the run is complete.
         done = run_planned(settings, job.plan_for(source, before, nouns), follow, lease)
+        # With --retry-failed all shards are reported: those that failed before may have been done now.
         reported = _reported_shards(folder, before, last, already=done.already_done) if not settings.retry_failed else 0
         drift = _write_drift(folder, last)
         if after.samples > before.samples:

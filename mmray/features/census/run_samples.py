@@ -54,6 +54,7 @@ class SampleCache:
         if number not in self.cached:
             samples = scored_samples(self.source, self.manifest.shards[number], self.captions)
             self.cached[number] = {sample.sample_id: sample for sample in samples}
+            # The one that was used longest ago comes first.
             if len(self.cached) > SHARDS_KEPT:
                 self.cached.popitem(last=False)
         self.cached.move_to_end(number)
