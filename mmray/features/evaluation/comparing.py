@@ -164,6 +164,7 @@ def _distances(
 def _change(before: Reply, after: tuple[list[int], str], states: States, same: Tensor, kl: Tensor) -> Change:
     tokens, text = after
     positions = max(len(before.tokens), len(tokens)) + 1
+    # Up to the shorter reply: positions that only one has are not equal.
     equal = sum(old == new for old, new in zip(before.tokens, tokens, strict=False))
     top10, top1 = _agreement(before.states.top, states.top)
     return Change(

@@ -64,6 +64,7 @@ def caption_effects(
         rows.share("language_generality", name, 0, fulfilled(scope.foreign, scope.objects, *named))
     if not scope.requests:
         return
+    # No other role is possible: a sample with requests is an edited or a source one.
     measure = MEASURE_BY_ROLE[scope.role]
     # 0 before: a request applies only where the caption had an unwanted word.
     rows.share(measure, name, 0, fulfilled(scope.requests, scope.objects, *named))

@@ -211,6 +211,7 @@ class EditEvaluator:
     def _query(
         self, drafts: Drafts, sample: Sample, question: str | None, guesses: list[str], variant: str = ""
     ) -> Query:
+        # All positions serve the legacy locality of captions; kept of every query, they would fill the memory.
         query = self.baseline.query(sample, question, variant, all_positions=question is None and not variant)
         drafts.setdefault(query.key, guesses)
         return query
@@ -334,6 +335,7 @@ class EditEvaluator:
         )
         for (one, query, tokens), likeliest in zip(expected, predictions, strict=True):
             before, after = (verifier.ended(row) for row in likeliest)
+            # A caption that was cut off has no end, so its rewritten form is not expected to end either.
             target = tokens if self.baseline.cut_off(query) else [*tokens, verifier.end]
             name, length = query.sample_id, len(target)
             teacher_forced_effects(rows, one.scope, name, target, before[:length], after[:length])

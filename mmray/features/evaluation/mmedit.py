@@ -118,6 +118,7 @@ def _encoded(store: LocalStore | S3Store, name: str) -> bytes | None:
 
 def _measured(baseline: BaselineReplies, edit: Edit, records: Records) -> MeasurementBuffer:
     """Return the measurements of records whose decoded images fit in the budget together."""
+    # By number, because a query that fails drops its record.
     kept = dict(records.records)
     failures: list[dict[str, object]] = []
 

@@ -216,6 +216,7 @@ def _own(run: Run, purposes: Sequence[Purpose], manifest: Manifest) -> tuple[Man
     units = [
         EvaluationUnit("own", shard, len(set(names)), tuple(sorted(set(names))))
         for shard, names in sorted(by_shard.items())
+        # A shard whose rows are all measured as data has none left.
         if own.shards[shard].samples
     ]
     return own, units

@@ -104,6 +104,7 @@ def open_pope(uris: Sequence[str], images: str | None) -> PopeFiles:
     files = replace(files, folder=images or files.folder)
     store = open_store(files.folder)
     names = [name for name, _ in files.images]
+    # A wrong folder has none of them, a right one may lack some; asking for each of thousands would take long.
     if all(store.entry(name) is None for name in names[:TRIED]):
         raise InputError(f"--pope {uris[0]}: no image such as {names[0]} in {files.folder}; see --pope-images")
     return files

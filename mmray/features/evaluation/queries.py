@@ -100,8 +100,8 @@ class Reply:
     text: str
     states: States
     verified: bool
-    """Whether the likeliest tokens along the reply are the reply itself. They are not in a near tie, or if generation
-    settings penalise some tokens."""
+    """Whether the likeliest tokens along the reply are the reply itself. They may differ in a near tie, and where
+    generation settings penalise some tokens."""
 
     @property
     def hidden(self) -> Float[Tensor, "token hidden"]:

@@ -38,6 +38,7 @@ def summarise(
     if in_sample:
         for values in unseen.values():
             values["protocol"] = IN_SAMPLE + values["protocol"]
+    # Where the run's data is gone, the images that the edit was made on can't be measured.
     if not found["reliability"]["n"] and unseen["image_generality"]["n"]:
         for name, values in unseen.items():
             # Own images are never flipped or cropped.
