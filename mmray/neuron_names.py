@@ -27,6 +27,7 @@ class NeuronNames:
         """Return a neuron's name."""
         if (found := self._of_layer(layer)) is None:
             return f"L{layer}.u{unit}"
+        # The shared expert comes last, and may be wider than the routed ones.
         expert = min(unit // found[1], found[0])
         return f"L{layer}.e{expert}.u{unit - expert * found[1]}"
 
@@ -42,6 +43,7 @@ class NeuronNames:
         if found is None:
             raise InputError(f"{name}: layer {layer} has no experts; write L{layer}.u{unit}")
         count, units = found
+        # The width of a shared expert is not known here.
         if expert > count or (expert < count and unit >= units):
             raise InputError(
                 f"{name}: layer {layer} has experts e0 to e{count - 1} of {units} units; a shared one is e{count}"

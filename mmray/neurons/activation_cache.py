@@ -62,6 +62,7 @@ def cache_activations(
         index = rows.to(activation.device)
         cache.activations[layer] = activation[index].float()
         if gates:
+            # Not in fp32 yet: the gate's activation function is still to be applied in the network's number format.
             cache.gate[layer] = gate[index]
         if statistics is not None:
             statistics.add(layer, activation, gate)

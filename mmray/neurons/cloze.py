@@ -27,6 +27,7 @@ def cloze(sample: Sample, words: Collection[str] = ()) -> Sample:
     split = next((start for start in found if sum(one < start for one in starts) >= FEWEST), None)
     if split is None:
         shown = starts[: 2 * CUE]
+        # A text of one word has no beginning: it is all caption.
         split = shown[len(shown) // 2] if len(shown) > 1 else 0
     before = [start for start in starts if start < split][-CUE:]
     cue = text[before[0] : split] if before else ""

@@ -43,6 +43,7 @@ def activation_matched(
     generator = random.Random(f"activations {seed}")
     widths = [len(part) for part in activations]
     names = [(layer, unit) for layer, width in enumerate(widths) for unit in range(width)]
+    # Sorted, so that neurons of similar activation are neighbours.
     values, order = torch.cat([part.abs().float().cpu() for part in activations]).sort()
     taken = set(neurons)
     drawn: list[tuple[int, int]] = []

@@ -112,5 +112,6 @@ def _summed_rows(batch: Batch, occurrence: TokenPosition, score: str) -> Tensor:
     if score == "gradient-last":
         return torch.tensor([first + occurrence.position])
     if score == "effect":
+        # Under the causal mask, later positions have no influence on this one.
         return torch.arange(first, first + occurrence.position + 1)
     return torch.tensor(batch.image_positions(occurrence.row), dtype=torch.long) + first

@@ -140,4 +140,5 @@ def _directions(model: LoadedModel, cache: ActivationCache, *, folded: bool) -> 
 
 def _seeds(positions: Sequence[TokenPosition], layer: int) -> Tensor:
     names = (f"{occurrence.sample_id} {occurrence.position} {layer}" for occurrence in positions)
+    # Not `hash`, which differs between workers.
     return torch.tensor([zlib.crc32(name.encode()) for name in names])

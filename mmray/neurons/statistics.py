@@ -118,6 +118,7 @@ class TokenStatistics:
             membership[MODALITIES.index("text"), indices, row] = 1
         counted = membership[MODALITIES.index("image")].any(dim=0).nonzero()[:, 0].tolist()
         kept = [span for span in spans if span.modality == "text" or span.row in counted]
+        # Numbers of the batch come last, where `improved` looks for them.
         rows, numbers = row_count(len(labels), paths), torch.tensor([*self.images, *own])
         self._batch = _Batch(rows, kept, membership, shown, token_spans(kept, len(labels), paths, counted), numbers)
 
@@ -229,6 +230,8 @@ class _Extremes:
         activation, index = _highest_of_images(candidates, image.masked_fill_(candidates == -torch.inf, NO_IMAGE))
         kept = index.clamp(max=EXAMPLES - 1)
         sample, position = sample.gather(0, kept), position.gather(0, kept)
+        # The inverse of `index`: the rank of each candidate, −1 for none. Ranks that stay empty point at an empty one
+        # of those held, and are not read.
         ranks = index.new_full((EXAMPLES + len(highest), len(sides)), -1)
         ranks.scatter_(0, index, torch.arange(EXAMPLES, device=index.device)[:, None].expand_as(index))
         # `nonzero` goes sample by sample, so that the reads below stay in the CPU's cache.

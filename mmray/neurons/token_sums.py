@@ -138,6 +138,7 @@ def reduce_tokens(
             torch.bmm(mask, wide, out=total[part])
             above = below = wide
             if span.outside is not None:
+                # Tokens outside become −∞ for the maximum and +∞ for the minimum.
                 above, below = wide + span.outside[part], torch.sub(wide, span.outside[part], out=scratch)
             torch.amax(above, 1, out=extremes[part, :width])
             torch.neg(torch.amin(below, 1), out=extremes[part, width:])

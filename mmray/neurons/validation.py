@@ -66,6 +66,7 @@ def assert_sound(model: LoadedModel) -> None:
 
     A checkpoint validated on this machine is not checked again until one of its files or a version changes.
     """
+    # Otherwise every worker of every job would pay for these forwards when it starts.
     if is_validated(model):
         return
     for name, claim in claims_of(model).items():
