@@ -164,6 +164,7 @@ def _run_pending(teams: Sequence[Sequence[_StartedJob]], executor: Executor, fol
                 failures += outcome.failures
                 quarantined += bool(outcome.reason)
             for job in jobs:
+                # Only reads the flag of the renewing thread; writes of tables ask the storage itself.
                 job.lease.check()
             progress = Progress(size, total, failures, quarantined)
             # Units without samples, such as those that decode neurons, change no count.

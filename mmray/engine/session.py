@@ -126,6 +126,7 @@ def actor_pool(
     gpus = sum(have for _, have in machines)
     if gpus_each is None:
         gpus_each = float(gpus > 0)
+    # An autoscaler may add machines for a growing pool, so that what is there now is no limit.
     growing = requested is not None and requested[0] < requested[1]
     if gpus_each:
         # Per machine: an actor's GPUs must be on one machine.
@@ -136,6 +137,7 @@ def actor_pool(
                 f"--gpus-per-worker {gpus_each:g}: no machine of the cluster has more than {most:g}; where the cluster "
                 "is to add machines, say --workers MIN:MAX"
             )
+        # No more actors than units: the others would load a model and then idle.
         least, most_workers = (min(number, units) for number in requested or (fitting, fitting))
         return Pool(least, most_workers, GPU_THREADS, 1.0, gpus_each)
     cores = [have for have, _ in machines]

@@ -45,6 +45,7 @@ def takes(settings: type[BaseModel], *without: str) -> Callable[[Function], Func
             except InputError as error:
                 raise type(error)(_of_arguments(str(error))) from None
 
+        # By `vars`, because type checkers know no such attribute of a function.
         vars(call)["__signature__"] = signature.replace(parameters=[*own, *(parameter for parameter, _ in added)])
         return cast(Function, call)
 

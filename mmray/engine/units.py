@@ -155,6 +155,7 @@ class UnitRunner:
                 # Recorded before the work: if the unit kills this process, its next worker finds the record.
                 attempt = folder.attempt(number, self.node.name)
                 if folder.deaths(number, attempt, self.node.is_alive) >= ATTEMPTS or attempt > MOST_ATTEMPTS:
+                    # The reason is that of the attempt before: this one has only been noted.
                     return folder.quarantine(number, unit.size, last_attempt=attempt - 1)
                 if attempt > 1:
                     # Alone, because two units in one process may die of either: the first attempt may have been
@@ -254,5 +255,6 @@ def time_limit(seconds: float | None, stop: Callable[[], None], record: Callable
 
 def interrupt_main_thread() -> None:
     """Raise TimeLimitError in the main thread; hanging native code is not interrupted until it returns."""
+    # A local job works in the main thread, where Python raises the exception before its next bytecode.
     main = ctypes.c_ulong(threading.main_thread().ident or 0)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(TimeLimitError))

@@ -45,6 +45,7 @@ def summarise_rankings(rankings: pa.Table) -> pa.Table:
             columns[f"highest_{by}"] = pa.nulls(len(first), pa.string())
             continue
         values = rankings[column].to_numpy() * (1 if direction == "ascending" else -1)
+        # `lexsort` takes the last key as the first: by concept, then by value; rank breaks ties.
         order = np.lexsort((rank, values, concept))
         highest = rankings.take(order[np.unique(concept[order], return_index=True)[1]])
         columns[f"highest_{by}"] = highest["neuron"]

@@ -120,6 +120,7 @@ def _features(run: Run, layer: int, start: int) -> list[dict[str, Any]]:
             "neg_str": row["suppressed"],
             "frac_nonzero": row["n_active"] / max(row["n_tokens"], 1),
             "n_prompts_total": samples,
+            # The mean, because the format has one length for all prompts.
             "n_tokens_in_prompt": math.ceil(row["n_tokens"] / max(samples, 1)),
             "dataset": Path(run.info["settings"]["data"]).name,
             "activations": examples[row["unit"]],

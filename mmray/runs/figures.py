@@ -29,6 +29,7 @@ OTHER = ("#d97706", "solid")
 
 def layer_shares(run: Run, concept: str | None = None) -> dict[str, list[float]]:
     """Return by order the fraction of the ten highest neurons in each layer, of one concept or of all (None)."""
+    # Quotes are doubled: that of a concept such as o'clock would end the string.
     own = "" if concept is None else "where concept = '{}'".format(concept.replace("'", "''"))
     counts = ", ".join(
         f"count(*) filter (where {rank} <= {HIGHEST}) as {order}"

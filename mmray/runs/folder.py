@@ -173,6 +173,7 @@ class RunFolder:
         units = (info or {}).get("shards")
         receipts: dict[int, Receipt] = {}
         damaged: list[DamagedUnitError] = []
+        # Receipts are small: on S3 their time is spent waiting for answers.
         with ThreadPoolExecutor(16) as pool:
             contents = list(pool.map(self._read_if_there, keys.values()))
         for (number, key), data in sorted(zip(keys.items(), contents, strict=True)):

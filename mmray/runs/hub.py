@@ -78,6 +78,7 @@ def _files(run: Run, folder: Path, *, report: bool) -> Iterator[tuple[str, str |
             content = store.read(REPORT)
         except FileNotFoundError:
             raise InputError(f"{run.uri}: no {REPORT}; make it with mmray report {run.uri}") from None
+        # Without where the run lies on this machine, as in the card.
         yield REPORT, content.replace(run.uri.encode(), Path(run.uri).name.encode())
 
 

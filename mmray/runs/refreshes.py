@@ -54,6 +54,7 @@ def begin_refresh(store: Store, info: dict[str, Any], manifest: bytes) -> Refres
     for entry in store.list("tables/"):
         if entry.key.split("/")[1].removesuffix(".parquet") in COMPARED_TABLES:
             store.put(f"{folder}/before/{entry.key.removeprefix('tables/')}", store.read(entry.key))
+    # Replaced if it is there: a refresh that died before its run.json has left files of the same number.
     store.put(f"{folder}/manifest.json", manifest)
     # Last: until this is committed, the run continues without the refresh.
     store.commit(f"{folder}/run.json", json.dumps(info, indent=1, sort_keys=True).encode())

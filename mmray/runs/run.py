@@ -144,6 +144,7 @@ class Run:
         """
         from mmray.runs.figures import plot_layers
 
+        # Through `rank`, for its error about an unknown concept.
         return plot_layers(self, concept and self.rank(concept, 1)["concept"][0].as_py())
 
     def plot_dose(self, concept: str | None = None, measure: str = "zeroed_own") -> Figure:

@@ -189,6 +189,7 @@ class SnapshotWriter:
         # A commit retried after a lost response finds its own object.
         if not self.store.commit(key, data) and self.store.read(key) != data:
             raise InputError(f"{self.store.uri}: snapshot {self.number} of {self.job} is taken; run the command again")
+        # Checked after the commit: between an earlier check and the commit, a successor could have committed.
         if snapshots(self.store, self.job)[self.job][0] != self.number:
             raise InputError(f"{self.store.uri}: another driver has taken {self.job} over; leave it to that one")
         return snapshot

@@ -111,6 +111,7 @@ def _status(analysis: Analysis, census: str, *, is_last: bool) -> AnalysisStatus
     except InputError as error:
         # Damage is part of the status; only storage that can't be read at all ends the command.
         damage.append(str(error))
+    # With a damaged manifest, what is there is the least that there can be.
     units = len(sizes) or len(done) + len(quarantined)
     receipts = [*done.values(), *quarantined.values()]
     size_done = sum(receipt.samples for receipt in receipts)

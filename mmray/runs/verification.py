@@ -104,6 +104,7 @@ class _Verification:
         except (FileNotFoundError, ValueError):
             self._report(store, "manifest.json", "gone or truncated", remove="manifest.json")
         committed, quarantined, damaged = folder.readable_receipts()
+        # Receipts and quarantined units; parts are counted as they are read below.
         self._count(entry.size for prefix in UNIT_FOLDERS[1:3] for entry in store.list(prefix))
         for damage in damaged:
             self._report(store, damage.key, damage.why, remove=damage.receipt)

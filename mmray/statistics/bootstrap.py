@@ -108,6 +108,7 @@ def _resampled(
     at_once = max(1, WEIGHTS_AT_ONCE // count)
     for start in range(0, draws, at_once):
         number = min(at_once, draws - start)
+        # Each draw is shifted by its own multiple of `count`, so that one bincount counts all draws.
         drawn = generator.integers(0, count, (number, count)) + count * np.arange(number)[:, None]
         # How often each draw has each image: all totals are then one matrix product.
         yield np.bincount(drawn.ravel(), minlength=number * count).reshape(number, count) @ sums

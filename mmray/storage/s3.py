@@ -77,6 +77,7 @@ class S3Store:
                 # The response to a HEAD has no body that says why it was refused; that to a listing does, and raises.
                 client.list_objects_v2(Bucket=self.bucket, Prefix=self._key(key), MaxKeys=1)
                 raise
+        # An ETag comes in quotes.
         return Entry(key, head["ContentLength"], head["ETag"].strip('"'), head["LastModified"].timestamp())
 
     def list(self, prefix: str = "") -> list[Entry]:
