@@ -174,6 +174,7 @@ def rows(folder: str, key: str, version: str, captions: bool) -> tuple[Row, ...]
             by_image[identifier].append(annotation)
         elif captions:
             strays.append(f"annotation of image {identifier!r}, which is not among the images")
+    # A name without "captions" has no instances file: its key would be the file's own.
     if instances_key(key) != key and open_store(folder).entry(instances_key(key)) is not None:
         _add_objects(images, _load(folder, instances_key(key)))
     pairs: list[Row] = []
@@ -249,6 +250,7 @@ def _identifier(item: Any, field: str) -> Any:
 
 def _find_images(folder: str, key: str, names: list[str]) -> str:
     parent = locations.join(folder, key.rpartition("/")[0])
+    # captions_val2017.json is of the split val2017.
     split = key.rpartition("/")[2].rpartition(".")[0].rpartition("_")[2]
     for pattern in IMAGE_FOLDERS:
         candidate = locations.resolve(parent, pattern.format(split=split))

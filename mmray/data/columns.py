@@ -101,7 +101,8 @@ def detect(found: Mapping[str, Kind], requested: Columns, where: str, captions: 
     if chosen["caption"] is None and captions:
         raise InputError(f"no caption column: {have}{_unfit('caption', found)}; name it: --caption-column NAME")
     if chosen["image"] is None:
-        # Not simply any data without images: more often the image column has an unusual name.
+        # Not simply any data without images: more often the image column has an unusual name. Who turns images off, or
+        # names the caption column, means text.
         text_only = requested.image == OFF or requested.caption is not None
         if not text_only and str(chosen["caption"]).lower() not in TEXT_ONLY_NAMES:
             unfit = _unfit("image", found)

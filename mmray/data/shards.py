@@ -121,6 +121,7 @@ def cut(
             stop = min(file.rows, start + left, image_end(file.path, start + room))
             pieces.append(Piece(file.path, start, stop))
             room, left, start = room - (stop - start), left - (stop - start), stop
+            # Below 0 where the shard has grown to the end of its last image.
             if room <= 0 or not left:
                 shards.append(Shard(len(shards), tuple(pieces)))
                 pieces, room = [], shard_size

@@ -24,6 +24,7 @@ def cut_for_training(files: Sequence[DataFile], batch_size: int, shard_size: int
     """Cut data into shards of at most `shard_size` samples, equally many per slot where the data allows it."""
     samples = sum(file.rows for file in files)
     samples = samples if limit is None else min(samples, limit)
+    # A multiple of the slots, or some slots would be a whole shard longer than others.
     shards = ceil(samples / (shard_size * batch_size)) * batch_size
     return cut(files, max(1, ceil(samples / max(shards, 1))), limit)
 
