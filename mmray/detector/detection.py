@@ -37,4 +37,4 @@ class Detector(nn.Module):
 def check_words(words: Sequence[str]) -> None:
     """Raise InputError for an empty word, or for no words at all."""
     if not words or not all(word.strip() for word in words):
-        raise InputError("the detector was given an empty word, or none; name what it shall look for")
+        raise InputError("the detector was given an empty word, or none; name what it should look for")

@@ -20,4 +20,4 @@ def say_alignment(folder: str | None) -> None:
             for name, label in LABELS.items()
             if name in measures
         ]
-        say(f"by the sight of {folder}: {', '.join(parts)}")
+        say(f"through the aligned network {folder}: {', '.join(parts)}")

@@ -133,6 +133,7 @@ def _reporting(folder: RunFolder, settings: AlignmentSettings, images: int, foll
             steps = max(map(steps_of, checkpoints(folder.store)), default=0)
             if steps > reported:
                 reported = steps
+                # The last step of an epoch may have fewer images than a batch.
                 follow(Progress(min(steps * settings.batch_size, images), images, 0, 0))
 
     reporter = Thread(target=report, daemon=True)

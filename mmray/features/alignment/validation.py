@@ -50,6 +50,7 @@ def plan_validation(settings: AlignmentSettings) -> Validation:
     if not manifest.samples:
         raise InputError(f"{settings.validate_on}: has no samples")
     found = survey(source, None, None)
+    # Only what a tower can change: no texts without an image; and no BLEU, because captions are not needed.
     measured = measure_settings(
         text_count=0,
         bleu=False,

@@ -93,6 +93,7 @@ class WeightEdit:
     @cached_property
     def neurons(self) -> list[str]:
         """The edited neurons by name."""
+        # Without experts, which need the model's shape; such names are read as well.
         return [PLAIN.name(*pair) for pair in zip(self.layer.tolist(), self.unit.tolist(), strict=True)]
 
     def check(self, model: LoadedModel) -> None:

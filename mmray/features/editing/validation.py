@@ -51,6 +51,7 @@ def validate(
     found["text_only_16"] = _mean([change.same_start for change in replies])
     found["text_only_64"] = _mean([change.unchanged for change in replies])
     found["text_only_kl"] = _mean([change.divergence for change in replies])
+    # The mean rise of −log p per token is the logarithm of the ratio of perplexities.
     found["perplexity_ratio"] = torch.tensor(_mean([change.surprise for change in texts])).exp().item()
     found["pope_yes_ratio_change"] = _yes(model, answers)
     # A mean over nothing is not a number, and not equal to itself.

@@ -69,6 +69,7 @@ class BiasJob(JointJob[BiasSettings]):
 
         def moves(sample: Sample) -> list[Move]:
             own = objects_of(sample)
+            # Without known objects an image may show any pair's source, so that it is moved by all.
             pairs = [pair for pair in settings.pairs if own is None or pair[0].casefold() in own]
             return [Move(first, second, (one, other), None) for first, second in pairs]
 

@@ -57,7 +57,7 @@ class ClaimCollector:
         Other words of captions are no claims, because the data does not say whether they are true.
         """
         embedding = self.joint.embed(self.joint.pixels(images))
-        # One embedding serves captions, answers and the detector: all three judge the same sight.
+        # One embedding serves captions, answers and the detector: all three see the same.
         rows = self._captions(samples, images, embedding) + self._answers(samples, images, embedding)
         if rows:
             self._add_detections(rows, samples, images, embedding)
@@ -86,6 +86,7 @@ class ClaimCollector:
             # A token is predicted one position earlier; the caption's first one, at the prompt's last position.
             steps = [piece.position - batch.caption_start[piece.row] + 1 for piece in pieces]
             hidden = torch.stack([states[piece.row][step] for piece, step in zip(pieces, steps, strict=True)])
+            # A noun's log-probability is the sum over its tokens, each given those before it.
             found = log_probability(model, hidden, torch.tensor([piece.token for piece in pieces], dtype=torch.long))
             for claim, own in zip(rows, torch.split(found, [len(own) for own in positions]), strict=True):
                 claim["log_prob"] = float(own.sum())

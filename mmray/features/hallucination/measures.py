@@ -81,6 +81,7 @@ def judged(claims: pa.Table, draws: int, seed: int) -> list[dict[str, Any]]:
         )
 
     if answers:
+        # Counted over all answers, before the groups below leave these out.
         unparsed = np.array([row["claimed"] is None for row in answers], dtype=float)
         add(
             "question", "unparsable", None, answers, totals_by_image(_images(answers), unparsed, np.ones_like(unparsed))

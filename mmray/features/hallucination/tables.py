@@ -90,5 +90,6 @@ TABLES: dict[str, pa.Schema] = {
         ]
     ),
 }
-TABLES["bias_answers"] = TABLES["answers"]
 """By name."""
+# A table of its own, because a run has the answers of `bias`, and OUT those of `perturb`.
+TABLES["bias_answers"] = TABLES["answers"]

@@ -162,6 +162,7 @@ def _edit(done: Pipeline, settings: PipelineSettings, follow: Follow, lease: Lea
     for job, made in zip(jobs, run_together(jobs, follow=partial(follow, "edits"), lease=lease), strict=True):
         name = job.settings.name
         # One edit that fails must not keep the others from being made and evaluated.
+        # An edit is one unit, number 0.
         if made.quarantined:
             done.quarantined[name] = made.quarantined[0]
         else:
@@ -203,6 +204,7 @@ def _write(done: Pipeline, made: Sequence[str], made_from: Mapping[str, str], wr
     snapshot = newest(writer.store, "pipeline")
     before = _earlier_tables(writer.store, snapshot)
     tables = {name: _replaced(name, before[name], made, rows) for name, rows in new.items()}
+    # Rows of other edits stay in the tables, so what these were made from stays, too.
     made_from = {**_of_others(snapshot.made_from, made), **made_from} if snapshot else made_from
     # A second call that changes nothing writes nothing.
     same = all(before[name] is not None and table.equals(before[name]) for name, table in tables.items())

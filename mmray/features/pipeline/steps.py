@@ -84,6 +84,7 @@ def run_steps(steps: Sequence[CheckedStep], follow: Callable[[str, Progress], No
     results: dict[str, StepResult] = {}
     for group in _groups(steps):
         title = ", ".join(step.title for step in group)
+        # Such a step is always a group of its own; see `may_join`.
         if STEPS[group[0].kind].job is None:
             # Its driver runs two jobs and quarantines shards, but a failed sample fails its shard.
             done = run_selectivity(group[0].settings, partial(follow, title))

@@ -68,6 +68,7 @@ class Comparison:
             self._invariance(method, scores)
             orders = [ranking(half, method, own) for half, own in zip(halves, scores, strict=True)]
             written = []
+            # Reversed: neurons that one half ranks are measured on the other.
             for ranker, order, measured in zip(halves, orders, reversed(effects), strict=True):
                 indices = order.topk(min(MOST, len(order))).indices.tolist()
                 written.append(ranker.written_here(indices[:DECODED]))

@@ -42,6 +42,7 @@ class AblationEffects:
         words = [position for row, name in rows.items() for position in every_token(subject.batch, row, name)]
         positions = [*nouns, *replaced, *words]
         self.ablator = Ablator(subject.model, subject.batch, positions, subject.forward_pass[1], resumes=resumes)
+        # Where each of the three groups begins and ends among the positions, which all share a forward.
         self.bounds = [0, len(nouns), len(nouns) + len(replaced), len(positions)]
         self.other_samples = [noun.sample_id for noun in others]
         self.word_samples = [position.sample_id for position in words]

@@ -76,8 +76,7 @@ def summarise(
     """Return the table `properties`: each measure over all concepts, then per concept, with intervals over images.
 
     `images` maps samples to keys of their images; without it, each sample is an image. `held_out`: no image ranked the
-    neurons, which the protocols say. The order of rows does not
-    change the result.
+    neurons, which the protocols say. The order of rows does not change the result.
     """
     image_of = images or {}
     grouped: dict[tuple[Key, str | None], dict[str, list[tuple[float, float]]]] = defaultdict(dict)

@@ -63,6 +63,7 @@ def plan_properties(settings: PropertySettings, run: Run) -> Plan[RunSamples]:
     for number, name in enumerate(dict.fromkeys([*measured, *mapped])):
         if name not in ranked:
             continue
+        # Measured concepts come first in this order.
         own = images[name][: settings.images] if number < len(measured) else []
         # Each concept is the random pairing of exactly one other, half the list away.
         other = measured[(number + len(measured) // 2) % len(measured)] if own else name

@@ -43,6 +43,7 @@ def erasure_curves(
     # Targets of different rows share a forward pass; those of one row need different erasures.
     for rank in sorted(set(ranks)):
         members = [index for index, own in enumerate(ranks) if own == rank]
+        # Both ends of the curves are given.
         for step in range(1, steps):
             for curve, inserting in ((deletion, False), (insertion, True)):
                 features = given.features.clone()

@@ -162,7 +162,7 @@ def _located(run: Run) -> Mapping[str, tuple[list[tuple[int, int]], list[float]]
     return {
         name: (
             [(row["layer"], row["unit"]) for row in rows],
-            # A neuron whose activation is negative speaks for the word where it is most negative, hence its sign.
+            # A neuron whose activation is negative supports the word where it is most negative, hence its sign.
             [1.0 if row["activation"] >= 0 else -1.0 for row in rows],
         )
         for name, rows in found.items()

@@ -1,4 +1,4 @@
-"""Saliency maps: how much each part of the image speaks for one output token, and how methods draw that.
+"""Saliency maps: how much each part of the image supports one output token, and how methods draw that.
 
 `alignment` is the gradient alignment of Giulivi & Boracchi (2024). It weighs a box by the cosine of two gradients with
 respect to the vision embedding: of the word's logit, and of the box's own logit for the word. The other methods are

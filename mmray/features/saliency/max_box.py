@@ -38,6 +38,7 @@ def boxes_found(saliency: Saliency, boxes: Boxes, covers: Sequence[float]) -> Bo
     shown = np.array([((x - left) / width, (y - top) / height, w / width, h / height) for x, y, w, h in boxes])
     # Clamped, because what a crop has cut off an object can't be found on the map.
     true = np.concatenate([shown[:, :2], shown[:, :2] + shown[:, 2:]], axis=1).clip(0, 1)
+    # Cut to whole pixels, not rounded, as the released code does.
     ious = inclusive_iou(threshold_boxes(levels_of(saliency)), (true * LENGTH).astype(int))
     return np.asarray((ious >= OVERLAP).any(axis=1))
 

@@ -42,7 +42,7 @@ class Model(NeuronModel):
         prompt: str | None = None,
         language: str | None = None,
     ) -> Float[Tensor, "height width"]:
-        """Return how much each point of an image speaks for a word of the caption, at the image's size.
+        """Return how much each point of an image supports a word of the caption, at the image's size.
 
         The caption may be wrong. Values are in the method's own unit (cosines for `alignment`); `min_max` of
         `mmray.neurons.heatmaps` scales them. `detector` is `demo` (the default for the demo model), a folder of heads,

@@ -176,6 +176,7 @@ def _captions(run: Run, concepts: Sequence[str], limit: int) -> dict[int, dict[s
     # The others come from shards that are read anyway.
     shards = set(captions.filter(pc.is_in(captions["sample_id"], pa.array(list(chosen))))["shard_id"].to_pylist())
     near = captions.filter(pc.is_in(captions["shard_id"], pa.array(sorted(shards), pa.int32())))
+    # Some of these are chosen already, so that many more may be passed over.
     for sample_id in near["sample_id"].to_pylist()[: limit + len(chosen)]:
         if len(chosen) >= limit:
             break

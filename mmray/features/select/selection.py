@@ -67,6 +67,7 @@ def choose(effects: CandidateSums, count: int) -> Float[Tensor, " count"]:
         # Frank-Wolfe: a step towards the set that is best for the linearised objective.
         corner = torch.zeros(candidates)
         corner[gradient.topk(count).indices] = 1.0
+        # The usual step 2 / (t + 2) from t = 1, which needs no line search; weights stay a mean of sets of `count`.
         weights += 2.0 / (step + 3) * (corner - weights)
     return weights.topk(count).indices
 
