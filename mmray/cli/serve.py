@@ -47,6 +47,7 @@ def serve(
 
     folders, token = edit or (), secrets.token_urlsafe(24)
     with socket.socket() as listening:
+        # Otherwise the port of a server that has just ended is refused for a minute.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((HOST, port))

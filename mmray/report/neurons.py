@@ -38,6 +38,7 @@ def neuron_pages(
     pages = {}
     for row in run.rows("neurons", of_neurons(run, names)).to_pylist():
         name = row["neuron"]
+        # Of many neurons the condition above lets others through.
         if name in names:
             numbers = {key: number(row[key]) for key in ("mean", "std", "min", "max")}
             pages[name] = numbers | {

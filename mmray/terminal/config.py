@@ -54,6 +54,7 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, An
 
 def _override(config: Any, override: str) -> None:
     name, equals, value = override.partition("=")
+    # With dashes too: whoever knows the command's option may write --limit=100.
     *parents, last = name.removeprefix("--").split(".")
     if not equals or not all([*parents, last]):
         raise InputError(f"override {override!r}: write NAME=VALUE, such as limit=100 or census.limit=100")
