@@ -100,6 +100,7 @@ def _given(settings: dict[str, Any]) -> list[str]:
         if name != "out" and value not in (None, () if field.is_required() else field.default):
             flag = f"--{name.replace('_', '-')}"
             values = value if isinstance(value, tuple | list) else (value,)
+            # A flag takes no value, and a repeatable option is given once per value.
             words += [flag] if value is True else [word for one in values for word in (flag, str(one))]
     return words
 

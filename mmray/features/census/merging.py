@@ -127,6 +127,7 @@ class RunMerge:
             yield "rankings", rankings
             yield "concepts", summarise_rankings(rankings)
         for rows in self.by_neuron.ranges():
+            # The index orders neurons by layer and unit, as the schema of the table promises.
             keys = [(INDEX.name, "ascending"), ("rank", "ascending"), ("score", "descending")]
             yield "neuron_concepts", rows.sort_by(keys).drop_columns(INDEX.name)
         yield "neurons", self.neuron_table()

@@ -191,6 +191,7 @@ def ranking_table(
     columns = {name: np.concatenate([one.columns[name] for one in ranked]) for name in ranked[0].columns}
     neurons, n = np.concatenate([one.neuron for one in ranked]), np.repeat([one.n for one in ranked], lengths)
     layer, unit = locate_index(widths, neurons)
+    # Sums become means. Squares and hits are no columns of the table themselves.
     score, squares, activation, hits = (columns.pop(name) / n for name in ("score", "squares", "activation", "hits"))
     return pa.table(
         columns

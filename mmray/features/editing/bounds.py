@@ -32,6 +32,7 @@ class Bound:
         limits = [limit for limit in (self.at_least, self.at_most) if limit is not None]
         under = self.at_least is not None and value < self.at_least
         over = self.at_most is not None and value > self.at_most
+        # The nearer limit is the one that is broken.
         return min(abs(value - limit) / abs(limit) for limit in limits) if under or over else 0.0
 
     @property

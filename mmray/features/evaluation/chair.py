@@ -66,6 +66,7 @@ def confirmed(
     def counts(named: set[str]) -> tuple[float, float]:
         return float(sum(confidence[word] >= CONFIRMING for word in named)), float(len(named))
 
+    # A caption that names nothing has nothing to confirm.
     if before | after:
         rows.add("confirmed", name, counts(before), counts(after))
     if after - before:

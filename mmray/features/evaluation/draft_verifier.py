@@ -143,6 +143,7 @@ class DraftVerifier(StateReader):
                 found[number] = Reply(draft[:kept], self.text(draft[:kept]), states_kept, verified=True)
             elif kept >= corrected.get(number, (-1, []))[0]:
                 corrected[number] = kept, self.until_end([*draft[:kept], *likeliest[kept:]])[: self.longest]
+        # One of several drafts may have been verified after another one of the same query failed.
         return [(number, draft) for number, (_, draft) in corrected.items() if number not in found]
 
     def banned(self, tokens: list[int]) -> bool:

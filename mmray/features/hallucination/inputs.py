@@ -95,6 +95,7 @@ class JointJob(Job[S, JointContext], Generic[S]):
             rows["errors"] = [vars(failure) for failure in failures]
             schemas = {**self.parts, "errors": ERRORS}
             return UnitResult(
+                # A part without rows is committed too, because the merge reads each part of every unit.
                 {name: pa.Table.from_pylist(rows.get(name, []), schema) for name, schema in schemas.items()}
             )
 

@@ -124,6 +124,7 @@ def _images(claims: Sequence[dict[str, Any]]) -> list[str]:
 def _confidence(claims: Sequence[dict[str, Any]], judge: str) -> Float[ndarray, " claim"]:
     if judge == "detector":
         return np.array([row["confidence"] for row in claims])
+    # The product of a noun's token probabilities, or p(yes) among yes and no.
     probability: Float[ndarray, " claim"] = np.exp(np.array([row["log_prob"] for row in claims]))
     return probability
 

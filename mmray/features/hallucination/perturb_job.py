@@ -54,6 +54,7 @@ class PerturbJob(JointJob[PerturbationSettings]):
         settings = self.settings
         require_images(settings.model, "mmray perturb")
         source, manifest = open_cut(settings, settings.data, Columns())
+        # Without synonyms: objects are drawn and asked about, and looked for in no text.
         statistics = survey(source, "instances", NONE).statistics
         if not statistics.vocabulary and not (settings.source and settings.target and settings.unrelated):
             raise InputError(

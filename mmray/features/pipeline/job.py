@@ -192,6 +192,7 @@ def _execution(settings: PipelineSettings) -> dict[str, Any]:
 
 def _evaluation(settings: PipelineSettings, run: str, edit: str) -> EvaluationSettings:
     try:
+        # By default on the census's data; the file's own settings come after it, and win.
         shared = _execution(settings) | {"data": _census(settings).data}
         return evaluation_settings({**shared, **settings.evaluation, "run": run, "edit": edit})
     except InputError as error:

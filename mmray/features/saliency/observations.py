@@ -45,6 +45,7 @@ def observations(
         covers = grids[index].covers
         objects = objects_mask(boxes[index], covers)
         row = {"concept": target.concept, "sample_id": target.sample_id}
+        # Per target, so that chance is over the same words and images as the methods.
         yield row | {"measure": "pointing_game", "method": CHANCE, "sums": [float(objects.float().mean()), 1.0]}
         for method, found in maps.items():
             values = found[index].values.cpu()

@@ -36,6 +36,7 @@ def over(image: Image.Image, saliency: Saliency, covers: Sequence[float]) -> Ima
         left, top = x * larger.width, y * larger.height
         ends = (left, top, left + width * larger.width, top + height * larger.height)
         draw.rectangle(ends, outline="white", width=2)
+        # A box may begin outside the image, where its label could not be read.
         draw.text((max(left, 0) + 4, max(top, 0) + 4), f"{weight:.3f}", fill="white")
     return picture
 

@@ -21,6 +21,7 @@ def section(request: Request) -> Section:
         # Rows of one word are spread over the methods: words that have begun still take theirs.
         if key not in words and len(words) == WORDS:
             continue
+        # Of several objects with this name the page shows the first one's box.
         box = [number(value) for value in row["boxes"][0]]
         word = words.setdefault(key, {"id": row["sample_id"], "word": row["concept"], "maps": {}})
         word["maps"][row["method"]] = map_of(row) | {"box": box}

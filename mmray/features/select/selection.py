@@ -53,6 +53,7 @@ def choose(effects: CandidateSums, count: int) -> Float[Tensor, " count"]:
     count = min(count, candidates)
     margin = effects.other_log_odds.clamp(LEAST_LOG_ODDS, ROBUST)
     own_margin = effects.own_log_odds.clamp(LEAST_LOG_ODDS, ENOUGH)
+    # The middle of the feasible set: weights between 0 and 1 that add up to `count`.
     weights = torch.full((candidates,), count / candidates)
     for step in range(STEPS):
         left = margin - effects.others @ weights
