@@ -73,6 +73,7 @@ FIELDS: Mapping[str, tuple[tuple[Kind, ...], tuple[str, ...]]] = {
     "objects": (("texts", "text"), ("objects", "object_names")),
     "boxes": (("boxes",), ("boxes", "bboxes")),
     "questions": (("questions",), ("questions", "qa")),
+    # No usual names: only the user knows which columns are labels.
     "labels": (("text", "number"), ()),
 }
 """Field of `Columns` → what its column may hold, and its usual names, most likely first, compared without case."""

@@ -38,6 +38,7 @@ class LocalExecutor:
         runner = UnitRunner(order)
         for group in groups:
             for number in group:
+                # One by one, so that progress and the lease are looked at after every unit.
                 yield [runner.run(number)]
 
     def run_side_by_side(self, work: Sequence[Work]) -> Iterator[Sequence[UnitOutcome]]:

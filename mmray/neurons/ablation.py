@@ -61,6 +61,7 @@ class Ablator:
         """Return how much a change of these neurons adds to the log-probability of each position's token, in nats."""
         first = min(layer for layer, _ in neurons)
         with change:
+            # Inside the block: a resumed forward runs the changed blocks, where the change has its hooks.
             return (self._resumed(first) if self.resumes else self._whole()) - self.unchanged
 
     def _record(self) -> BlockRecorder:

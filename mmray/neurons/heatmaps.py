@@ -68,6 +68,7 @@ def patch_maps(
                 rows = torch.tensor(request.patches.positions) + request.row * batch.positions
                 units = torch.tensor([request.neurons[number][1] for number in chosen])
                 signs = torch.tensor([request.signs[number] if request.signs else 1.0 for number in chosen])
+                # The gate comes without its non-linearity, which is applied to the chosen neurons alone.
                 values = gate if request.of == "gate" else activation
                 part = values[rows.to(values.device)][:, units.to(values.device)]
                 part = gate_functions[layer](part) if request.of == "gate" else part

@@ -63,6 +63,7 @@ class ModuleActivity:
         """
         if self._batch is None:
             return [0] * len(labels)
+        # Positions of all images are concatenated, and `watching` has made sure that each has as many.
         spans = image_spans(self.model, self._batch, len(self._captured[0][1]) // self._batch.rows)
         self.statistics.begin(labels, spans, images, self._batch.paths)
         for layer, activation, gate in self._captured:

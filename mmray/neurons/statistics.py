@@ -230,8 +230,8 @@ class _Extremes:
         activation, index = _highest_of_images(candidates, image.masked_fill_(candidates == -torch.inf, NO_IMAGE))
         kept = index.clamp(max=EXAMPLES - 1)
         sample, position = sample.gather(0, kept), position.gather(0, kept)
-        # The inverse of `index`: the rank of each candidate, −1 for none. Ranks that stay empty point at an empty one
-        # of those held, and are not read.
+        # The inverse of `index`: the rank of each candidate, −1 for none. Ranks without a candidate point at a row of
+        # those held, and only the batch's own rows are read below.
         ranks = index.new_full((EXAMPLES + len(highest), len(sides)), -1)
         ranks.scatter_(0, index, torch.arange(EXAMPLES, device=index.device)[:, None].expand_as(index))
         # `nonzero` goes sample by sample, so that the reads below stay in the CPU's cache.

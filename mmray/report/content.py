@@ -90,6 +90,7 @@ def gather(run: Run, edits: Sequence[str] = (), limit: int | None = None) -> Con
         name: concept_page(concept, related_concepts(concept, users), maps.get(name, {}), properties.get(name, []))
         for name, concept in concepts.items()
     }
+    # Only neurons that the page of a concept lists have a page of their own.
     uses: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in (row for concept in concepts.values() for row in concept.neurons):
         uses[row["neuron"]].append(row)

@@ -21,6 +21,7 @@ def drive(folder: RunFolder) -> Iterator[Lease]:
         try:
             yield lease
         except DamagedUnitError as damage:
+            # Without the lease another driver is at work, and may have had the unit done again.
             lease.verify()
             damage.discard()
             raise InputError(f"{damage.what}: run the same command again") from damage

@@ -73,6 +73,7 @@ def plot_dose(run: Run, concept: str | None, measure: str) -> go.Figure:
     figure = go.Figure()
     own = [row for row in rows if row["measure"] == measure]
     found = dict.fromkeys(row["method"] for row in own)
+    # Known methods in the order of their table, then others as they come.
     for method in sorted(found, key=lambda name: list({**METHODS, **found}).index(name)):
         line = sorted((row for row in own if row["method"] == method), key=lambda row: row["neurons"])
         name, colour, dash = METHODS.get(method, (method, *OTHER))

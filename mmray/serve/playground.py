@@ -100,6 +100,7 @@ class Playground:
         with capture_input(self.model.norm, final.append):
             forward(self.model, batch)
         start = batch.caption_start[0]
+        # A token is predicted one position earlier.
         rows = [batch.flat(0, position) for position in range(start - 1, start - 1 + len(tokens))]
         return vocabulary_logits(self.model, final[-1].flatten(0, -2)[rows]).softmax(dim=1).cpu()
 

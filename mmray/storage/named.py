@@ -50,6 +50,7 @@ class NamedCommits(WrappedStore):
         """Create the object under a name of its own; False, with that name removed, if the key has an older one."""
         if self.exists(key):
             return False
+        # The random part tells apart commits of the same nanosecond.
         name = f"{key}{SEPARATOR}{time.time_ns():020d}-{uuid4().hex[:8]}"
         self.inner.put(name, data)
         # Decided by the store's clock, not by the time in the name: clocks of machines differ.

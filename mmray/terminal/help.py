@@ -47,6 +47,7 @@ class Command(TyperCommand):
         """Write the examples, each on its line."""
         if self.epilog:
             with formatter.section(_heading("Examples")):
+                # The first line is the mark.
                 for line in self.epilog.splitlines()[1:]:
                     formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
