@@ -20,10 +20,12 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Upload a run's tables and data card to the Hugging Face hub."""
+    from mmray.report.writing import shareable_report
     from mmray.runs.hub import push_run
     from mmray.runs.run import open_run
 
-    url = push_run(open_run(run), repository, private=private, report=report)
+    opened = open_run(run)
+    url = push_run(opened, repository, private=private, report=shareable_report(opened) if report else None)
     if as_json:
         say_json({"url": url})
     else:

@@ -6,7 +6,8 @@ import io
 import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePath
 from typing import Any
 
 from mmray.data.columns import Columns
@@ -19,6 +20,7 @@ from mmray.report.concepts import among
 from mmray.report.content import WHOLE, Content, gather
 from mmray.report.fitting import concepts_that_fit, pictures_that_fit, pictures_wanted
 from mmray.report.pages import write_pages, write_whole
+from mmray.runs.card import public_name
 from mmray.runs.home import resolve_data
 from mmray.runs.run import Run
 from mmray.storage import open_object, open_store
@@ -44,6 +46,35 @@ def write_report(
         content = gather(run, edits)
         write_pages(content, _all_pictures(run, content, content.samples()), open_store(pages))
         return f"{str(pages).rstrip('/')}/index.html"
+    target = str(out or f"{run.uri}/report.html")
+    store, key = open_object(target)
+    store.put(key, write_whole(*_fitted(run, edits)))
+    return target
+
+
+def shareable_report(run: Run) -> bytes:
+    """Return the report of a run and of the edits in it as one HTML file that names no path of this machine."""
+    content, pictures = _fitted(run)
+    failures = content.index["failures"]
+    # Their sources and messages name files.
+    rows = [row | {"source": None, "message": None} for row in failures["rows"]]
+    index = _without_folders(content.index | {"failures": failures | {"rows": rows}})
+    return write_whole(replace(content, index=index), pictures)
+
+
+def _without_folders(value: Any) -> Any:
+    """Return JSON with the last component in place of every absolute path, and without the passwords of addresses."""
+    if isinstance(value, dict):
+        return {key: _without_folders(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(part) for part in value]
+    if isinstance(value, str) and (PurePath(value).is_absolute() or "://" in value):
+        return public_name(value)
+    return value
+
+
+def _fitted(run: Run, edits: Sequence[str] = ()) -> tuple[Content, dict[str, bytes]]:
+    """Return what of a run fits into a report of one file, and its pictures."""
     content = gather(run, edits, WHOLE)
     if (fit := concepts_that_fit(content)) < len(content.concepts):
         content = gather(run, edits, fit)
@@ -52,10 +83,7 @@ def write_report(
     pictures = pictures_that_fit(content, readable)
     if len(pictures) < len(readable) or len(wanted) < len(content.samples()):
         content.index["some_pictures"] = True
-    target = str(out or f"{run.uri}/report.html")
-    store, key = open_object(target)
-    store.put(key, write_whole(content, pictures))
-    return target
+    return content, pictures
 
 
 def _all_pictures(run: Run, content: Content, samples: Collection[str]) -> dict[str, bytes]:

@@ -56,7 +56,7 @@ def card(store: Store, info: Mapping[str, Any], without: Collection[str] = ()) -
     """Return the text of a run's card; `info` is the content of its run.json, `without` has tables to leave out."""
     rows = {name: count for name, count in _rows(store).items() if name not in without}
     front = {
-        "pretty_name": f"Neurons of {_name(info['settings']['model'])}",
+        "pretty_name": f"Neurons of {public_name(info['settings']['model'])}",
         "tags": ["interpretability", "mmray", "multimodal-neurons"],
         "configs": [
             {"config_name": name, "data_files": files, **({"default": True} if name == FIRST else {})}
@@ -86,7 +86,7 @@ def _files(store: Store, rows: Mapping[str, int]) -> dict[str, str]:
 
 def _introduction(info: Mapping[str, Any]) -> Iterator[str]:
     settings, model, data = info["settings"], info["model"], info["data"]
-    name, source = _name(settings["model"]), _name(settings["data"])
+    name, source = public_name(settings["model"]), public_name(settings["data"])
     yield f"# Neurons of {name}"
     yield ""
     yield f"A census by mmray {info['versions']['mmray']}: how much every MLP neuron of the model contributes to nouns"
@@ -99,7 +99,7 @@ def _introduction(info: Mapping[str, Any]) -> Iterator[str]:
     yield f"| neurons | {sum(model['widths']):,} in {model['layers']} layers |"
     yield f"| data | {source}, {data['samples']:,} samples |"
     # Nouns may be of a lexicon, which is a file.
-    shown = settings | {"nouns": _name(settings["nouns"])}
+    shown = settings | {"nouns": public_name(settings["nouns"])}
     told = [f"{key} {shown[key]}" for key in TOLD if shown.get(key) not in (None, False)]
     yield f"| settings | {' '.join(', '.join(told).split()).replace('|', '/')} |"
     yield f"| versions | {', '.join(f'{name} {version}' for name, version in info['versions'].items())} |"
@@ -131,7 +131,7 @@ def _unit(column: pa.Field) -> str:
     return unit.decode().replace("|", "/")
 
 
-def _name(place: str) -> str:
+def public_name(place: str) -> str:
     """Return a model's or data set's name without where it lies on this machine, and without passwords."""
     if "://" in place:
         return masked(place)

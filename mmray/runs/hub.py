@@ -16,12 +16,12 @@ REPORT = "report.html"
 
 
 def push_run(
-    run: Run, repository: str, *, private: bool = False, report: bool = False, endpoint: str | None = None
+    run: Run, repository: str, *, private: bool = False, report: bytes | None = None, endpoint: str | None = None
 ) -> str:
     """Upload a run's tables and card to the data set `repository` (ORGANISATION/NAME); return its address.
 
-    The data set is created if it isn't there. What is there already is not uploaded again. `report` adds the run's
-    report, which shows images. Raises InputError if the run has no tables, or the hub refuses.
+    The data set is created if it isn't there. What is there already is not uploaded again. `report` is a page to upload
+    with it, see `shareable_report`. Raises InputError if the run has no tables, or the hub refuses.
     """
     # Imported late: reading a run needs no hub.
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -36,7 +36,7 @@ def push_run(
         raise InputError(f"{run.uri}: the census has not ended, so there are no tables to upload; run it again")
     api = HfApi(endpoint=endpoint)
     with tempfile.TemporaryDirectory() as folder:
-        files = dict(_files(run, Path(folder), report=report))
+        files = dict(_files(run, Path(folder))) | ({REPORT: report} if report is not None else {})
         try:
             url = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
             api.create_commit(
@@ -59,7 +59,7 @@ def push_run(
     return str(url)
 
 
-def _files(run: Run, folder: Path, *, report: bool) -> Iterator[tuple[str, str | bytes]]:
+def _files(run: Run, folder: Path) -> Iterator[tuple[str, str | bytes]]:
     """Yield the path of each file in the data set, and its content or where it lies on this machine."""
     store = run.folder.store
     yield CARD, card(store, run.info, without=PRIVATE_TABLES).encode()
@@ -73,13 +73,6 @@ def _files(run: Run, folder: Path, *, report: bool) -> Iterator[tuple[str, str |
             local.parent.mkdir(parents=True, exist_ok=True)
             local.write_bytes(store.read(entry.key))
         yield entry.key, str(local)
-    if report:
-        try:
-            content = store.read(REPORT)
-        except FileNotFoundError:
-            raise InputError(f"{run.uri}: no {REPORT}; make it with mmray report {run.uri}") from None
-        # Without where the run lies on this machine, as in the card.
-        yield REPORT, content.replace(run.uri.encode(), Path(run.uri).name.encode())
 
 
 def _line(error: Exception) -> str:

@@ -59,6 +59,8 @@ BAD_INPUTS = {
     f"{CENSUS} -d demo --workers 5:2": "MIN:MAX such as 2:16",
     "selectivity {RUN} --by mood --local": "the run has domain, language",
     "edit {RUN} --source ship --out {T}/edit": "--source and --target go together",
+    "hallucination {RUN} --doses 2": "--doses is for --neurons; give both",
+    "hallucination {RUN} --neurons --pope {T}/pope.json": "--pope is not for --neurons; leave one out",
     "edit {RUN} --out {T}/edit": "give --source and --target, or --suppress, or --reduce-hallucination",
     "edit {RUN} --source rokcet --target sun --out {T}/edit": "it has rocket",
     "edit {RUN} --suppress ship --method magic --out {T}/edit": "'learned', 'null-space'",

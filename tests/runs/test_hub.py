@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 
 from mmray.cli import app
 from mmray.errors import InputError
+from mmray.report.writing import shareable_report
 from mmray.runs.hub import push_run
 from mmray.runs.run import open_run
 from mmray.storage import open_store
@@ -64,16 +65,16 @@ def test_a_run_on_s3_is_uploaded_as_well(run, hub, bucket):
     assert hub.files["org/neurons"]["tables/rankings.parquet"] == source.read("tables/rankings.parquet")
 
 
-def test_a_report_is_uploaded_if_asked(run, hub, monkeypatch):
-    store = open_store(run.uri)
-    with pytest.raises(InputError, match=r"no report\.html; make it with mmray report"):
-        push_run(run, "org/neurons", report=True, endpoint=hub.endpoint)
-    store.put("report.html", f"<p>{run.uri}</p>".encode())
-    try:
-        push_run(run, "org/neurons", report=True, endpoint=hub.endpoint)
-    finally:
-        store.delete("report.html")
-    assert hub.files["org/neurons"]["report.html"] == b"<p>run</p>"
+def test_a_report_is_uploaded_if_asked(run, hub):
+    """One that names no folder of this machine, although the run's settings and failures do."""
+    push_run(run, "org/neurons", report=b"<p>", endpoint=hub.endpoint)
+    assert hub.files["org/neurons"]["report.html"] == b"<p>"
+    page = shareable_report(run).decode()
+    assert run.info["settings"]["data"] not in page
+    failures = run.table("errors")["source"].to_pylist()
+    assert failures
+    assert not [place for place in (run.uri, *failures) if place in page]
+    assert run.rank(next(iter(run.concepts)), 1)["neuron"][0].as_py() in page
 
 
 @pytest.mark.parametrize(

@@ -60,15 +60,12 @@ def hallucination(
     **settings: Any,
 ) -> None:
     """Ask a detector whether named objects are there, or find neurons that predict it."""
+    _refuse_idle({**settings, "pictures": pictures}, neurons=neurons)
     # The two have different shards by default.
     given = {"run": run} | {name: value for name, value in settings.items() if name != "shard_size" or value}
     if neurons:
-        if pictures is not None:
-            raise InputError("hallucination: --pictures are of a detector's opinions, not of --neurons")
         _find_neurons(neuron_settings(given), as_json=as_json)
         return
-    if settings["interventions"]:
-        raise InputError("hallucination: --interventions are on the neurons of --neurons; give both")
     from mmray.features.hallucination.job import HallucinationJob
     from mmray.features.hallucination.view import mistakes, opinions
     from mmray.runs.run import open_run
@@ -131,6 +128,19 @@ def bias(run: RunArgument, as_json: AsJson = False, **settings: Any) -> None:
         console.print(show(done.headline["measures"]))
         say_alignment(checked.alignment)
     _end(done, "answers", checked.run, command_line("report", checked.run), as_json)
+
+
+def _refuse_idle(settings: Mapping[str, Any], *, neurons: bool) -> None:
+    """Raise InputError for an option of the other analysis, which would do nothing here."""
+    of_neurons = NeuronSettings.model_fields.keys() - HallucinationSettings.model_fields.keys()
+    for name in ("pictures", "pope") if neurons else sorted(of_neurons):
+        known = NeuronSettings.model_fields.get(name)
+        if settings[name] != (known.get_default(call_default_factory=True) if known else None):
+            raise InputError(
+                f"hallucination: --{name} is not for --neurons; leave one out"
+                if neurons
+                else f"hallucination: --{name} is for --neurons; give both"
+            )
 
 
 def _find_neurons(settings: NeuronSettings, *, as_json: bool) -> None:

@@ -122,8 +122,13 @@ def dose_rows(observed: pa.Table, every: Sequence[Condition], draws: int, seed: 
             rows.append(facts | own | {"protocol": protocol})
             # A ratio of the unchanged model, which is condition 0, to itself says nothing.
             if number and name in COMPARED:
-                # Side by side, so that the bootstrap draws an image under both conditions together.
-                both = np.concatenate([totals, _totals(grouped[0, name])], axis=1)
+                # Side by side, so that the bootstrap draws an image under both conditions together. A dose may make
+                # a text's nats infinite, so that its image is in one of them alone.
+                sides = [grouped[number, name], grouped[0, name]]
+                shared = set.intersection(*({row["image"] for row in side} for side in sides))
+                if not shared:
+                    continue
+                both = np.concatenate([_totals([row for row in s if row["image"] in shared]) for s in sides], axis=1)
                 found = measure(both, both, partial(_relative, value), draws, seed)
                 own = {"measure": f"{name} relative", "value": found.after, "low": found.low, "high": found.high}
                 rows.append(facts | own | {"n": found.n, "protocol": f"{protocol}: over that of the unchanged model"})

@@ -153,7 +153,6 @@ class Benchmark:
                 for one in done:
                     rows = measure_records(self.baseline, Chain(tuple(edits)), replace(records, records=(one,)))
                     outcomes.measured(method, len(edits), rows, one[1]["image"])
-                    self.baseline.clear_images()
         return outcomes
 
     def _read(
