@@ -70,8 +70,8 @@ def open_inputs(settings: CensusSettings) -> tuple[Source, Manifest, NounSource]
 
 def check_apart(out: str, source: Source) -> None:
     """Raise InputError if the run's folder would lie in the folder of its data, or the data in the run's folder."""
-    location = getattr(source, "location", None)
-    if location is None or not location.folder:
+    location = source.location
+    if not location.folder:
         return
     uri = open_store(out).uri
     folder = open_store(location.folder).uri
