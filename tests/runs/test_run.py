@@ -111,6 +111,11 @@ def test_sql_sees_every_table(run: Run) -> None:
     assert all(row["concept"] in row["caption"].casefold() for row in joined.to_pylist())
 
 
+def test_sql_needs_only_the_tables_that_it_names(run: Run) -> None:
+    """Not those whose name is part of another word, which the run may lack."""
+    assert run.sql("select count(*) as my_answers from rankings")["my_answers"].to_pylist() != [0]
+
+
 @pytest.mark.parametrize("query", ["select nothing from rankings", "selec", "select * from '/etc/passwd'"])
 def test_bad_sql_is_one_line(run: Run, query: str) -> None:
     with pytest.raises(InputError, match=r"^SQL: .+$") as failure:
