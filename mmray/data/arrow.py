@@ -50,7 +50,8 @@ def _kind(arrow_type: pa.DataType) -> Kind:
 
 def _kind_of_list(item: pa.DataType) -> Kind:
     if pa.types.is_struct(item):
-        return "questions" if {"question", "answer"} <= {field.name for field in item} else "other"
+        names = {field.name for field in item}
+        return "other" if "answer" not in names else "questions" if "question" in names else "answers"
     if _is_list(item):
         # Pairs of texts are questions and answers, and lists of numbers boxes.
         inner = _kind(item.value_type)

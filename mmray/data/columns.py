@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from mmray.data.samples import BACKGROUND
 from mmray.errors import InputError
 
-Kind = Literal["text", "number", "bytes", "image", "texts", "boxes", "questions", "unknown", "other"]
+Kind = Literal["text", "number", "bytes", "image", "texts", "boxes", "questions", "answers", "unknown", "other"]
 """What a column holds, by its type or first values; `unknown` (only nulls seen) fits everywhere."""
 
 OFF = "none"
@@ -42,6 +42,10 @@ class Columns(BaseModel):
     """Column of the objects' boxes, each (x, y, width, height) in 0..1 of the image."""
     questions: str | None = None
     """Column of (question, answer) pairs."""
+    question: str | None = None
+    """Column of a question about the image, in data without captions."""
+    answers: str | None = None
+    """Column of the answers to that question: one, or a list of those that several people gave."""
     caption_language: str | None = None
     """Not a column: the language of captions whose row names none."""
     labels: tuple[str, ...] = ()
@@ -73,6 +77,8 @@ FIELDS: Mapping[str, tuple[tuple[Kind, ...], tuple[str, ...]]] = {
     "objects": (("texts", "text"), ("objects", "object_names")),
     "boxes": (("boxes",), ("boxes", "bboxes")),
     "questions": (("questions",), ("questions", "qa")),
+    "question": (("text",), ("question",)),
+    "answers": (("texts", "answers", "text"), ("answers", "answer")),
     # No usual names: only the user knows which columns are labels.
     "labels": (("text", "number"), ()),
 }
@@ -87,19 +93,24 @@ def detect(found: Mapping[str, Kind], requested: Columns, where: str, captions: 
 
     A requested column must exist and hold the right thing. Others are found by their usual names, the image also by
     its type. Data without an image counts as text-only if its text column was requested or is called `text`; data
-    without captions is accepted only if `captions` is false.
+    without captions is accepted if it has questions with answers, or if `captions` is false. Questions with answers are
+    used only where no captions are.
     Raises `InputError` naming `where`, the existing columns, and the option that fixes it.
     """
     single = [field for field in FIELDS if field != "labels"]
     chosen: dict[str, str | None] = {field: _choose(field, found, requested, where) for field in single}
     for label in requested.labels:
         _check("labels", label, found, where)
+    answered = chosen["question"] is not None and chosen["answers"] is not None
+    # Next to captions, as their prompt, a question would change every result.
+    if not answered or chosen["caption"] is not None:
+        chosen["question"] = chosen["answers"] = None
     have = f"{where} has the columns {', '.join(found) or 'none'}"
-    if chosen["image"] is None and chosen["caption"] is None:
+    if chosen["image"] is None and chosen["caption"] is None and not answered:
         raise InputError(
             f"no image and no caption column: {have}; name them: --image-column NAME --caption-column NAME"
         )
-    if chosen["caption"] is None and captions:
+    if chosen["caption"] is None and captions and not answered:
         raise InputError(f"no caption column: {have}{_unfit('caption', found)}; name it: --caption-column NAME")
     if chosen["image"] is None:
         # Not simply any data without images: more often the image column has an unusual name. Who turns images off, or
@@ -135,6 +146,8 @@ def kind_of_value(value: Any) -> Kind:
             return "texts"
         case [{"question": _, "answer": _}, *_] | [[str(), str()], *_]:
             return "questions"
+        case [{"answer": _}, *_]:
+            return "answers"
         case [[int() | float(), *_], *_]:
             return "boxes"
     return "other"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from mmray.data.columns import Columns
+from mmray.data.columns import Columns, kind_of_value
 from mmray.data.images import LARGEST_FILE
 from mmray.data.samples import Failure, Sample, digest_id
 from mmray.storage import too_large
@@ -114,11 +115,13 @@ def _sample(record: Record, source: str, image: bytes | str | None, columns: Col
     if len(sample_id.encode()) > LONGEST_ID:
         size = f"{len(sample_id.encode()):,} bytes"
         raise BadRowError(f"sample id of {size} in column {columns.sample_id!r}; at most {LONGEST_ID:,}")
-    caption = _caption(record, columns, captions)
+    question, answers = _question(record, columns, captions)
+    # Of the most frequent answers the first.
+    caption = Counter(answers).most_common(1)[0][0] if answers else _caption(record, columns, captions)
     # Blank names are kept at first, because boxes are matched by index.
     objects = _optional(record, columns.objects, _names)
     return Sample(
-        sample_id=sample_id or digest_id(image, caption),
+        sample_id=sample_id or digest_id(image, caption if question is None else f"{question}\n{caption}"),
         source=source,
         image=image,
         caption=caption,
@@ -127,6 +130,8 @@ def _sample(record: Record, source: str, image: bytes | str | None, columns: Col
         objects=None if objects is None else tuple(name for name in objects if name),
         boxes=_boxes_of(record, columns, objects),
         questions=_optional(record, columns.questions, _questions),
+        question=question,
+        answers=answers,
         labels={name: label for name in columns.labels if (label := _label(record, name)) is not None},
         background=columns.background,
         references=references(None if columns.caption is None else record.get(columns.caption)),
@@ -232,6 +237,28 @@ def _questions(value: Any) -> tuple[tuple[str, str], ...]:
             raise BadRowError("questions must be pairs of question and answer; --questions-column none leaves them out")
         pairs.append((_text(pair[0], "questions"), _text(pair[1], "questions")))
     return tuple(pairs)
+
+
+def _question(record: Mapping[str, Any], columns: Columns, needed: bool) -> tuple[str | None, tuple[str, ...]]:
+    """Return the question about the image, and all answers that people gave; (None, ()) in data without.
+
+    Where captions are not needed, nor is an answer.
+    """
+    if columns.question is None or columns.answers is None:
+        return None, ()
+    question = _optional(record, columns.question, lambda value: _text(value, "question").strip())
+    answers = _optional(record, columns.answers, _answers)
+    if needed and not (question and answers):
+        column = columns.answers if question else columns.question
+        raise BadRowError(f"no {'answer' if question else 'question'} in column {column!r}")
+    return question or None, answers or ()
+
+
+def _answers(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) and kind_of_value(value) == "text":
+        return (_text(value, "answers").strip(),)
+    items = [item.get("answer") if isinstance(item, Mapping) else item for item in _list(value, "answers")]
+    return tuple(text for item in items if (text := _text(item, "answers").strip()))
 
 
 def _list(value: Any, name: str) -> list[Any]:

@@ -32,6 +32,10 @@ class Sample:
     """(x, y, width, height) in 0..1 of the image, in the order of `objects`."""
     questions: tuple[tuple[str, str], ...] | None = None
     """(question, answer) pairs."""
+    question: str | None = None
+    """What the caption answers, in data of visual question answering: its prompt."""
+    answers: tuple[str, ...] = ()
+    """All answers that people gave to `question`; the caption is the most frequent one."""
     labels: dict[str, str] = field(default_factory=dict)
     """Values of the columns named by `--label-column`."""
     background: str = BACKGROUND
@@ -41,6 +45,10 @@ class Sample:
     """Of a window of a long text: digest of the whole text."""
     cue: str = ""
     """Beginning of a text, which a text-only model continues; the caption is the rest."""
+
+    def asked(self, prompt: str | None) -> str | None:
+        """Return what is asked before the caption: the sample's own question, if any, and then the prompt."""
+        return prompt if self.question is None else "\n".join(part for part in (self.question, prompt) if part)
 
     @cached_property
     def digest(self) -> str | None:

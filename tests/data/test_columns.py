@@ -45,6 +45,7 @@ def test_types_and_values_agree(rows: list[Row]) -> None:
         ({"path": "x"}, "image"),
         ({"category": [1]}, "other"),
         ([{"a": 1}], "other"),
+        ([{"answer": "Yes", "answer_id": 1}], "answers"),
     ],
 )
 def test_kind_of_value(value: Any, kind: Kind) -> None:
@@ -93,6 +94,32 @@ def test_refused(found: dict[str, Kind], asked: Columns, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         detect(found, asked, "here")
     assert "\n" not in str(caught.value)
+
+
+VQA: dict[str, Kind] = {"image": "image", "question": "text", "answers": "answers"}
+
+
+@pytest.mark.parametrize(
+    ("found", "requested", "columns"),
+    [
+        (VQA, Columns(), (None, "question", "answers")),
+        (VQA | {"answers": "text"}, Columns(), (None, "question", "answers")),
+        # Next to captions, questions are used only where these are turned off.
+        (VQA | PAIR, Columns(), ("caption", None, None)),
+        (VQA | PAIR, Columns(caption="none"), (None, "question", "answers")),
+    ],
+)
+def test_a_question_with_answers_stands_for_a_caption(
+    found: dict[str, Kind], requested: Columns, columns: tuple[str | None, ...]
+) -> None:
+    detected = detect(found, requested, "here")
+    assert (detected.caption, detected.question, detected.answers) == columns
+
+
+def test_a_question_without_answers_is_no_caption() -> None:
+    with pytest.raises(InputError, match="no caption column"):
+        detect({"image": "image", "question": "text"}, Columns(), "here")
+    assert detect({"image": "image", "question": "text"}, Columns(), "here", captions=False).question is None
 
 
 def test_captions_not_needed() -> None:

@@ -41,7 +41,7 @@ class CensusSettings(JobSettings):
     """Most tokens in a caption that the model writes. Longer ones are cut off."""
     prompt: str | None = None
     """Question before the caption; default: a request to describe the image. It is "Describe the image in few words."
-    in the caption's language."""
+    in the caption's language. In data with a question column it follows that question; default there: nothing."""
     prefix: str | None = None
     """Words that every answer starts with, such as "An image of"."""
     window: int | None = Field(None, ge=32)

@@ -80,7 +80,7 @@ class ShardAnalysis:
         self.sums = ConceptSums(model.widths, candidates_kept(settings.candidates, sum(model.widths)))
         self.statistics = TokenStatistics(model.widths)
         self.module = ModuleActivity(model, settings.module)
-        self.prompts: dict[tuple[str | None, bool, str | None], str] = {}
+        self.prompts: dict[tuple[str | None, str | None, bool, str | None], str] = {}
         self.windows: dict[str, int] = {}
         """Prompt → most tokens of a text after it."""
         self.captions: list[dict[str, object]] = []
@@ -185,12 +185,11 @@ class ShardAnalysis:
 
     def _prompt(self, sample: Sample, *, image: bool) -> str:
         prefix = prefix_given(self.settings, sample.caption)
-        key = (sample.language, image, prefix)
+        asked = sample.asked(self.settings.prompt)
+        key = (asked, sample.language, image, prefix)
         # Chat templates are slow to render, and a shard has few different prompts.
         if key not in self.prompts:
-            self.prompts[key] = prompt_text(
-                self.model, self.settings.prompt, sample.language, image=image, prefix=prefix
-            )
+            self.prompts[key] = prompt_text(self.model, asked, sample.language, image=image, prefix=prefix)
         return self.prompts[key]
 
     def _nouns(self, sample: Sample, caption: str) -> list[Mention]:

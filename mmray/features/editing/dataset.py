@@ -138,7 +138,8 @@ class EditDataset:
     def prompt_for(self, sample: Sample) -> str:
         """Return the prompt for a caption of the sample; for a text-only model, the beginning of its text."""
         prefix = None if self.model.parts.reads_images else sample.cue or cloze(sample).cue
-        return prompt_text(self.model, self.prompt, self.language, image=sample.image is not None, prefix=prefix)
+        asked = sample.asked(self.prompt)
+        return prompt_text(self.model, asked, self.language, image=sample.image is not None, prefix=prefix)
 
     def seen(self, sample: Sample, source: str, seed: int) -> list[Sample]:
         """Return the forms in which an edit of a word sees a sample, each with an id of its own.

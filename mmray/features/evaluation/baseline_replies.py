@@ -66,7 +66,7 @@ class BaselineReplies:
         A text-only model continues the sample's cue.
         """
         image = self.image(sample, variant)
-        asked = self.prompt if question is None else question
+        asked = sample.asked(self.prompt) if question is None else question
         cue = sample.cue if question is None else None
         # A question is asked as it is; only captions continue a cue.
         prompt = prompt_text(self.model, asked, sample.language, image=image is not None, prefix=cue)

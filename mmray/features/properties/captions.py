@@ -77,7 +77,10 @@ def greedy_captions(subject: Subject, items: Sequence[Captioned], *, permuted: b
 
 def _captions_together(subject: Subject, items: Sequence[Captioned], *, permuted: bool) -> list[str]:
     settings, model = subject.study.settings, subject.model
-    prompts = [prompt_text(model, settings.prompt, item.sample.language, prefix=settings.prefix) for item in items]
+    prompts = [
+        prompt_text(model, item.sample.asked(settings.prompt), item.sample.language, prefix=settings.prefix)
+        for item in items
+    ]
     images = [decode_image(item.sample.image or b"", item.sample.background) for item in items]
     nothing: list[list[int]] = [[] for _ in items]
     batch = encode(model, prompts, images, nothing, [[] for _ in items]) if permuted else None
