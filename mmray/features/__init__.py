@@ -78,7 +78,7 @@ FEATURES: dict[str, Feature] = {
             "selectivity",
             (f"{ROOM}.selectivity.job:SumsJob", f"{ROOM}.selectivity.job:TestsJob"),
             "mmray selectivity RUN --by COLUMN",
-            ("selectivity", "selective_labels", "interventions", "steering", "stages"),
+            ("selectivity", "selective_labels", "interventions", "masked_answers", "steering", "stages"),
             schemas=f"{ROOM}.selectivity.tables",
             report=f"{ROOM}.selectivity.report:section",
         ),

@@ -207,7 +207,9 @@ TEXT = Family(decoder=("model",), unembedding="lm_head", image="none")
 GPT2 = Family(decoder=("transformer",), unembedding="lm_head", image="none")
 # The Q-Former is the bridge: its query branch carries the image, its text branch (InstructBLIP) the instruction.
 QUERY_BRANCH = Stack(blocks=("qformer.encoder.layer",), projection=("output_query.dense",))
-TEXT_BRANCH = Stack(blocks=("qformer.encoder.layer",), projection=("output.dense",), reads_text=True)
+QUESTION_BRANCH = Stack(blocks=("qformer.encoder.layer",), projection=("output.dense",), reads_text=True)
+QUESTION_MASK = "qformer_attention_mask"
+"""Input that is 1 at the question's positions in that branch."""
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("internvl", "llava", "llava_next", "llava_onevision", "vipllava"), LLAVA),
@@ -226,7 +228,7 @@ FAMILIES: dict[str, Family] = {
         decoder=("language_model.model", "language_model"),
         unembedding="language_model.lm_head",
         tower="vision_model",
-        projectors=(QUERY_BRANCH, TEXT_BRANCH),
+        projectors=(QUERY_BRANCH, QUESTION_BRANCH),
     ),
     "mllama": Family(
         decoder=("model.language_model",),

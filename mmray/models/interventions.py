@@ -29,7 +29,7 @@ def by_layer(
     One name alone stands for that neuron.
     """
     groups: dict[int, dict[int, None]] = {}
-    widths = [projection.width for projection in model.parts.image_path(module)]
+    widths = [projection.width for projection in model.parts.mlps(module)]
     for neuron in [neurons] if isinstance(neurons, str) else neurons:
         layer, unit = model.names.parse(neuron) if isinstance(neuron, str) else neuron
         if not (0 <= layer < len(widths) and 0 <= unit < widths[layer]):
@@ -134,7 +134,7 @@ def _change(
 def _changed_layer(
     model: LoadedModel, module: str, layer: int, units: list[int], change: Callable[[Tensor], Tensor], last: bool
 ) -> AbstractContextManager[None]:
-    projection, index = model.parts.image_path(module)[layer], torch.tensor(units)
+    projection, index = model.parts.mlps(module)[layer], torch.tensor(units)
     if not projection.experts:
         return _changed_input(model.network.get_submodule(projection.path), index, change, last)
     if last:

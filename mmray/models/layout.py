@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from mmray.models.options import TEXT_BRANCH
+
 PROBED = "probed"
 """The family of models that the table does not know."""
 
@@ -79,6 +81,7 @@ class ModelParts:
         """Return the projections of `language`, `vision` or `projector`, by layer."""
         return tuple(projection for projection in self.projections if projection.module == module)
 
-    def image_path(self, module: str) -> tuple[Projection, ...]:
-        """Return the module's projections without those that only read the question (a Q-Former's text branch)."""
-        return tuple(projection for projection in self.of(module) if not projection.reads_text)
+    def mlps(self, module: str) -> tuple[Projection, ...]:
+        """Return the projections of a module's neurons, by layer; `projector` is without its TEXT_BRANCH."""
+        branch = module == TEXT_BRANCH
+        return tuple(found for found in self.of("projector" if branch else module) if found.reads_text == branch)

@@ -38,6 +38,7 @@ from mmray.errors import InputError
 from mmray.models.checkpoint import WEIGHTS, check_config, checkpoint_files, reads_images
 from mmray.models.experts import routed_experts
 from mmray.models.layout import ModelParts, Projection
+from mmray.models.options import MODULES
 from mmray.models.parts import locate
 from mmray.neuron_names import NeuronNames
 
@@ -294,10 +295,7 @@ def describe_model(name: str, *, trust_remote_code: bool = False) -> dict[str, A
         "layers": len(language),
         "widths": [projection.width for projection in language],
         "experts": [list(routed_experts(network, projection) or ()) or None for projection in language],
-        "module_widths": {
-            module: [projection.width for projection in parts.of(module) if not projection.reads_text]
-            for module in ("vision", "projector")
-        },
+        "module_widths": {module: [mlp.width for mlp in parts.mlps(module)] for module in MODULES[1:]},
         "projections": [projection.path for projection in language],
         "final_norm": parts.final_norm,
         "unembedding": parts.unembedding,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmray.errors import InputError
 from mmray.models.capture import capture_activations
-from mmray.models.families import TILED
+from mmray.models.families import QUESTION_MASK, TILED
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch, TokenSpan
 from mmray.neurons.statistics import TokenStatistics
@@ -29,7 +29,7 @@ class ModuleActivity:
     def __init__(self, model: LoadedModel, module: str) -> None:
         self.model = model
         self.module = module
-        self.projections = model.parts.image_path(module) if module != "language" else ()
+        self.projections = model.parts.mlps(module) if module != "language" else ()
         if module != "language" and not self.projections:
             raise InputError(f"{model.name}: --module {module}: there is no MLP in it; see mmray check-model")
         self.statistics = TokenStatistics([projection.width for projection in self.projections])
@@ -95,6 +95,12 @@ def image_spans(model: LoadedModel, batch: Batch, positions: int) -> list[TokenS
     # A tile's rows are its class token and patches, then padding.
     rows, patches = positions // tiles.shape[1], 1 + (vision.image_size // vision.patch_size) ** 2
     return [TokenSpan(row, tile * rows, tile * rows + patches, "image") for row, tile in tiles.nonzero().tolist()]
+
+
+def question_spans(batch: Batch) -> list[TokenSpan]:
+    """Return the positions of each sample's question in the projector's TEXT_BRANCH."""
+    lengths = batch.inputs[QUESTION_MASK].sum(dim=1).tolist()
+    return [TokenSpan(row, 0, length, "text") for row, length in enumerate(lengths)]
 
 
 def uniform(batch: Batch) -> bool:

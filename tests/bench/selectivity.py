@@ -142,7 +142,7 @@ def spanish_objects(caption: str, objects: Sequence[str]) -> list[bool]:
 
 
 def domain(run: str, workers: int | None) -> None:
-    for settings in ({"module": "vision"}, {"modality": "image"}, {"modality": "text"}):
+    for settings in ({"module": "vision"}, {"count": "image"}, {"count": "caption"}):
         found = tables(
             run, by="domain", interventions=True, permutations=20, bootstraps=20, workers=workers, **settings
         )

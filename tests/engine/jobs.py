@@ -289,7 +289,10 @@ def sums(place: Place, **more: Any) -> AnyJob:
 
 def interventions(place: Place, **more: Any) -> AnyJob:
     labelled = _labelled(place, **more)
-    masks = tuple(Mask(label, "selected", ((0, number), (1, number))) for number, label in enumerate(labelled.labels))
+    masks = tuple(
+        Mask(label, "selected", (("language", 0, number), ("language", 1, number)))
+        for number, label in enumerate(labelled.labels)
+    )
     return TestsJob(labelled, Tests(masks, None))
 
 
@@ -343,8 +346,8 @@ CASES = [
     Case("hallucination_doses", doses, {"questions": 2}, later={"draws": 11}),
     Case("perturb", perturb, {"seed": 1}, refused=True, later={"draws": 11}),
     Case("bias", bias, {"seed": 1}, later={"draws": 11}),
-    Case("sums", sums, {"modality": "both"}, merges=False),
-    Case("interventions", interventions, {"modality": "both"}, merges=False),
+    Case("sums", sums, {"count": "all"}, merges=False),
+    Case("interventions", interventions, {"count": "all"}, merges=False),
     Case("select", select, {"samples": 12}),
     Case(
         "edit", edit, {"neurons": 3}, refused=True, files=("edit.safetensors",), saves=True, merges=False, single=True

@@ -123,12 +123,22 @@ def test_concepts_sort_and_walk_by_keys(page):
 def test_languages_and_domains_are_told_as_texts(page):
     page.get_by_role("link", name="Languages and domains").click()
     page.wait_for_selector(".plot .main-svg")
-    assert page.locator("h2").count() == 2
-    # Two measures with three controls of two masks and two labels; the frame is the mask's own label.
-    assert page.locator("table.matrix").count() == 6
-    assert page.locator("table.matrix td").count() == 24
-    assert page.locator("table.matrix td.own").count() == 12
-    first = page.locator("table.matrix td").first
+    assert page.locator("h2").all_text_contents()[0] == "Domains by DAPE, all modules together, all tokens"
+    assert page.locator("h2").count() == 3
+    # Two measures by language, and one by domain of a module and of all. Each has three controls of two masks and two
+    # labels; the frame is the mask's own label.
+    assert page.locator("table.matrix").count() == 12
+    assert page.locator("table.matrix td").count() == 48
+    assert page.locator("table.matrix td.own").count() == 24
+    effects = page.locator("section.card", has_text="Answers to held-out questions: mean score").first
+    row = effects.locator("tbody tr").first.inner_text().split()
+    # Label, what is zeroed, n, value without a mask, then per module the value with it, its change and the interval.
+    assert row[:5] == ["en", "its", "neurons", "12", "0.500"]
+    assert row[5:] == ["0.250", "−0.250", "(−0.500", "to", "−0.125)"] * 2
+    assert effects.locator("p").all_inner_texts()[1:] == ["en: scored for 0.", "<b>%{x}</b>: scored for 1."]
+    replies = page.locator("section.card", has_text="Replies that change").first
+    assert "<b>What?</b>" in replies.inner_text()
+    first = page.locator("table.matrix td").nth(12)
     assert first.inner_text().split() == ["+2.000", "1.900", "to", "2.100"]
     assert "English: 1.000 → 3.000, +2.000 (95 %: 1.900 to 2.100), 5 samples" in first.get_attribute("title")
     assert page.locator("h2 + p, .turns li, .matrix th").filter(has_text="<b>").count() > 0

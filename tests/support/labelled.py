@@ -12,15 +12,17 @@ LABELS = ("en", "<b>%{x}</b>")
 LAYERS = 3
 LANGUAGE = {"label_kind": "language", "method": "contribution", "module": "language", "modality": "text"}
 DOMAIN = {"label_kind": "domain", "method": "lape", "module": "vision", "modality": "image"}
+TOGETHER = DOMAIN | {"module": "all", "modality": "all"}
 EFFECTS = {"selected": 2.0, "random": 0.01, "shuffled": 0.02}
 
 
 def add_labels(run: Path) -> None:
-    """Add the tables to a run: everything by language, only the choice of neurons by domain."""
+    """Add the tables to a run: everything by language; by domain a module's neurons, and answers with them zeroed."""
     rows = {
         "selectivity": [*_neurons(LANGUAGE), *_neurons(DOMAIN)],
         "selective_labels": [*_labels(LANGUAGE), *_labels(DOMAIN)],
-        "interventions": _interventions(),
+        "interventions": _interventions() + _answers(DOMAIN) + _answers(TOGETHER),
+        "masked_answers": _masked_answers(),
         "steering": _steering(),
         "stages": _stages(),
     }
@@ -62,6 +64,28 @@ def _interventions() -> list[dict[str, Any]]:
                     named = {"masked": masked, "control": control, "label": label, "measure": measure}
                     rows.append({**LANGUAGE, **named, **numbers, **bounds})
     return rows
+
+
+def _answers(facts: dict[str, str]) -> list[dict[str, Any]]:
+    numbers = {"before": 0.5, "after": 0.25, "change": -0.25, "low": -0.5, "high": -0.125, "n": 12, "neurons": 3}
+    return [
+        {**facts, **numbers, "masked": masked, "control": control, "label": label, "measure": "accuracy"}
+        | {"protocol": f"scored for {number}"}
+        for masked in LABELS
+        for control in EFFECTS
+        for number, label in enumerate(LABELS)
+    ]
+
+
+def _masked_answers() -> list[dict[str, Any]]:
+    asked = {**TOGETHER, "label": LABELS[1], "sample_id": "s0", "question": "<b>What?</b>"}
+    return [
+        asked | {"masked": None, "control": None, "reply": "Yes", "score": 1.0},
+        asked | {"masked": LABELS[1], "control": "selected", "reply": "<i>No</i>", "score": 0.0},
+        # Another label's mask, and a control: not shown.
+        asked | {"masked": LABELS[0], "control": "selected", "reply": "Maybe", "score": 0.0},
+        asked | {"masked": LABELS[1], "control": "random", "reply": "Never", "score": 0.0},
+    ]
 
 
 def _steering() -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def tune_vision_block(session: Session, prepared: PreparedRecord, _: str) -> Par
 
 def vision_block(model: LoadedModel) -> nn.Module:
     """Return what stands between the vision tower and the decoder; raises InputError if that is not known."""
-    projections = model.parts.image_path("projector")
+    projections = model.parts.mlps("projector")
     if not projections:
         raise InputError(f"{model.name}: no projector with an MLP is known, so --methods ft-v has nothing to tune")
     path = projections[-1].path

@@ -129,7 +129,9 @@ class TestsJob(LabelJob[SelectivitySettings]):
     """Tests the chosen neurons on held-out samples."""
 
     step = "tests"
-    parts: ClassVar[dict[str, pa.Schema]] = {name: PARTS[name] for name in ("measurements", "lens", "replies")}
+    parts: ClassVar[dict[str, pa.Schema]] = {
+        name: schema for name, schema in PARTS.items() if name not in SumsJob.parts
+    }
 
     def __init__(self, labelled: LabelPlan, tests: Tests) -> None:
         super().__init__(labelled.settings, labelled)
@@ -143,13 +145,13 @@ class TestsJob(LabelJob[SelectivitySettings]):
         """Return one part per requested test, for the shard's held-out samples."""
         plan, settings, census = self.labelled, self.settings, self.labelled.census
         held_out = [sample for sample in samples if sample.sample_id in plan.held_out]
-        tables = {}
+        tables = dict[str, pa.Table]()
         if settings.interventions:
-            tables["measurements"] = measure_interventions(model, held_out, self.tests.masks, settings, census)
+            tables |= measure_interventions(model, held_out, self.tests.masks, settings, census)
         if settings.stages:
             # The unembedding of every layer is slow, so the lens leaves out the controls.
             own = [mask for mask in self.tests.masks if mask.control == SELECTED]
-            lens = Lens(model, own, settings.module)
+            lens = Lens(model, own)
             in_batches(model, captions_of(model, held_out, settings.by, census), settings.batch_size, lens.add)
             tables["lens"] = lens.table()
         if self.tests.steer is not None:

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import pyarrow as pa
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mmray.features.selectivity.masks import Mask
+from mmray.features.selectivity.masks import Mask, zeroed
 from mmray.features.selectivity.tables import PARTS
 from mmray.features.selectivity.texts import LabelledText, token_positions
 from mmray.models.blocks import block_of
-from mmray.models.interventions import ablate
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import Batch
@@ -29,6 +29,10 @@ KEPT_TOKENS = 50
 """Top tokens that a unit of work keeps per layer; the tables show ten of their sum."""
 IMAGE_POSITIONS = 16
 """Image positions read per sample, evenly spread: the unembedding of all would take longer than the model."""
+
+
+Key: TypeAlias = tuple[Mask | None, int, str]
+"""Mask, layer, kind of position."""
 
 
 @dataclass
@@ -53,25 +57,24 @@ class Stage:
 class Lens:
     """Sums up the logit lens without a mask, and under each mask."""
 
-    def __init__(self, model: LoadedModel, masks: Sequence[Mask], module: str) -> None:
+    def __init__(self, model: LoadedModel, masks: Sequence[Mask]) -> None:
         self.model = model
         self.masks = masks
-        self.module = module
         self.blocks = [block_of(model, layer) for layer in range(len(model.widths))]
-        self._stages: dict[tuple[str | None, int, str], Stage] = defaultdict(Stage)
+        self._stages: dict[Key, Stage] = defaultdict(Stage)
 
     @torch.inference_mode()
     def add(self, texts: Sequence[LabelledText], batch: Batch) -> None:
         """Add a batch, or nothing of it if it fails."""
-        found: dict[tuple[str | None, int, str], Stage] = defaultdict(Stage)
+        found: dict[Key, Stage] = defaultdict(Stage)
         positions = {"image": _image_rows(batch), "text": _text_rows(batch, texts)}
         untouched = self._states(batch, positions)
         for mask in (None, *self.masks):
-            with ablate(self.model, mask.neurons, module=self.module) if mask else nullcontext():
+            with zeroed(self.model, mask):
                 states = self._states(batch, positions) if mask else untouched
             for kind, layers in states.items():
                 if len(layers[0]):
-                    self._count(found, mask.label if mask else None, kind, layers, untouched[kind])
+                    self._count(found, mask, kind, layers, untouched[kind])
         for key, stage in found.items():
             self._stages[key].add(stage)
 
@@ -79,7 +82,9 @@ class Lens:
         """Return the sums, one row per mask, layer and kind of position."""
         rows = [
             {
-                "masked": masked,
+                "module": mask and mask.module,
+                "masked": mask and mask.label,
+                "control": mask and mask.control,
                 "layer": layer,
                 "position": kind,
                 "n_tokens": stage.n_tokens,
@@ -91,7 +96,7 @@ class Lens:
                 ],
                 "counts": [count for _, count in stage.tokens.most_common(KEPT_TOKENS)],
             }
-            for (masked, layer, kind), stage in self._stages.items()
+            for (mask, layer, kind), stage in self._stages.items()
         ]
         return pa.Table.from_pylist(rows, schema=PARTS["lens"])
 
@@ -112,8 +117,8 @@ class Lens:
 
     def _count(
         self,
-        found: dict[tuple[str | None, int, str], Stage],
-        masked: str | None,
+        found: dict[Key, Stage],
+        mask: Mask | None,
         kind: str,
         layers: list[Tensor],
         untouched: list[Tensor],
@@ -121,7 +126,7 @@ class Lens:
         # Agreement is with the last layer under the same mask.
         last = vocabulary_logits(self.model, layers[-1]).argmax(dim=1)
         for layer, (states, before) in enumerate(zip(layers, untouched, strict=True)):
-            stage = found[masked, layer, kind]
+            stage = found[mask, layer, kind]
             # One layer at a time: the logits of all would be layers × positions × vocabulary.
             logits = vocabulary_logits(self.model, states)
             logs = logits.log_softmax(dim=1)

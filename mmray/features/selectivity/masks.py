@@ -1,8 +1,13 @@
-"""Masks, sets of neurons to zero: each label's own, as many random ones per layer, and those of shuffled labels."""
+"""Masks, sets of neurons to zero: each label's own, as many random ones per layer, and those of shuffled labels.
+
+A mask has neurons of one module, or of all modules together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,22 +17,43 @@ from numpy import ndarray
 
 from mmray.features.census.ranking import locate_index
 from mmray.features.selectivity.selection import LabelSelection
+from mmray.features.selectivity.settings import TOGETHER
+from mmray.models.interventions import ablate
+from mmray.models.loading import LoadedModel
 
 SELECTED, RANDOM, SHUFFLED = "selected", "random", "shuffled"
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Neurons that are zeroed together, with their label and kind of control."""
+    """Neurons that are zeroed together, with their label, kind of control, and module, or TOGETHER."""
 
     label: str
     control: str
-    neurons: tuple[tuple[int, int], ...]
-    """(layer, unit) within the module."""
+    neurons: tuple[tuple[str, int, int], ...]
+    """(module, layer, unit) of each."""
+    module: str = "language"
 
 
-def masks_of(selection: LabelSelection, labels: Sequence[str], widths: Sequence[int], seed: int) -> list[Mask]:
-    """Return the masks of every label that has neurons: selected, random, and with shuffled labels if there are any."""
+@contextmanager
+def zeroed(model: LoadedModel, mask: Mask | None) -> Iterator[None]:
+    """Zero a mask's neurons at every position, whichever modules they are in; none without a mask."""
+    by_module: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for module, layer, unit in mask.neurons if mask else ():
+        by_module[module].append((layer, unit))
+    with ExitStack() as stack:
+        for module, neurons in by_module.items():
+            stack.enter_context(ablate(model, neurons, module=module))
+        yield
+
+
+def masks_of(
+    selection: LabelSelection, labels: Sequence[str], widths: Sequence[int], seed: int, module: str
+) -> list[Mask]:
+    """Return the masks of a module's neurons, for every label that has some there.
+
+    They are the selected neurons, random ones, and those of shuffled labels if there are any.
+    """
     generator = np.random.default_rng(seed)
     masks = []
     for number, label in enumerate(labels):
@@ -38,8 +64,19 @@ def masks_of(selection: LabelSelection, labels: Sequence[str], widths: Sequence[
         sets = {SELECTED: own, RANDOM: random_like(own, widths, generator)}
         if selection.shuffled is not None:
             sets[SHUFFLED] = selection.shuffled.of(number).numpy()[: len(own)]
-        masks += [Mask(label, control, locate_neurons(part, widths)) for control, part in sets.items() if len(part)]
+        for control, part in sets.items():
+            if len(part):
+                located = tuple((module, layer, unit) for layer, unit in locate_neurons(part, widths))
+                masks.append(Mask(label, control, located, module))
     return masks
+
+
+def joined(masks: Iterable[Mask]) -> list[Mask]:
+    """Return a mask per label and control with the neurons of all modules."""
+    together: dict[tuple[str, str], tuple[tuple[str, int, int], ...]] = defaultdict(tuple)
+    for mask in masks:
+        together[mask.label, mask.control] += mask.neurons
+    return [Mask(label, control, neurons, TOGETHER) for (label, control), neurons in together.items()]
 
 
 def random_like(

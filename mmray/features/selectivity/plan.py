@@ -79,6 +79,11 @@ def plan_labels(settings: SelectivitySettings, run: Run, hold_out: bool) -> Labe
     if unknown := [label for label in settings.steered or () if label not in labelled.values()]:
         known = ", ".join(sorted(set(labelled.values())))
         raise InputError(f"--steer {settings.steer}: no label {unknown[0]!r} in {known}")
+    for entry in settings.accuracy or ():
+        label = entry.rpartition("=")[0]
+        if label and label not in labelled.values():
+            known = ", ".join(sorted(set(labelled.values())))
+            raise InputError(f"--accuracy {entry}: no label {label!r} in {known}")
     images = image_keys(captions)
     # Drawn per image: captions of one image on both sides would leak the test into the selection.
     held_out = frozenset(
@@ -150,21 +155,24 @@ def _balanced(settings: SelectivitySettings, run: Run, labelled: Mapping[str, st
     Tokens per sample are the mean that the census counted for the label.
     """
     rows = run.table("activity")
+    # Of all modules together, and of one that a census never counts, the decoder's tokens stand for the length.
+    module = settings.module if settings.module in ("vision", "projector") else "language"
     # Counts of tokens are the same for all neurons, so those of one will do.
     rows = rows.filter(
         pc.and_(
-            pc.and_(pc.equal(rows["label_kind"], settings.by), pc.equal(rows["module"], settings.module)),
+            pc.and_(pc.equal(rows["label_kind"], settings.by), pc.equal(rows["module"], module)),
             pc.and_(pc.equal(rows["layer"], 0), pc.equal(rows["unit"], 0)),
         )
     )
     tokens: Counter[str] = Counter()
     for row in rows.to_pylist():
-        if settings.counted_modality in ("both", row["modality"]):
+        # A census doesn't count prompts, which are alike.
+        if settings.modality in ("all", row["modality"]):
             tokens[row["label"]] += row["n_tokens"]
     if missing := {label for label in labelled.values() if not tokens[label]}:
         raise InputError(
-            f"{run.uri}: --balance: the census counted no {settings.counted_modality} tokens of --module "
-            f"{settings.module} under {', '.join(sorted(missing))}; repeat it with that --module, or see --modality"
+            f"{run.uri}: --balance: the census counted no {settings.modality} tokens of --module {module} under "
+            f"{', '.join(sorted(missing))}; repeat it with that --module, or see --count"
         )
     members = defaultdict(list)
     for name, label in sorted(labelled.items()):

@@ -18,12 +18,16 @@ from mmray.features.selectivity.settings import SelectivitySettings
 from mmray.features.selectivity.steering import Steer
 from mmray.features.selectivity.tables import TABLES
 from mmray.neuron_names import NeuronNames
+from mmray.objects.answer_scores import BEGINS, answer_score
 from mmray.statistics.bootstrap import Value, measure
 
 SHOWN_TOKENS = 10
 
-Key = tuple[str | None, str | None]
-"""Label whose neurons are zeroed, and control; (None, None) without a mask."""
+Key = tuple[str | None, str | None, str | None]
+"""Module, label and control of the zeroed neurons; three times None without a mask."""
+UNMASKED: Key = (None, None, None)
+Analyses = Mapping[str, Mapping[str, str]]
+"""Module → columns of ANALYSIS of its rows."""
 
 
 def neuron_rows(
@@ -90,7 +94,11 @@ def label_rows(
 
 
 def intervention_rows(
-    parts: Iterable[pa.Table], masks: Sequence[Mask], images: Mapping[str, str], analysis: Mapping[str, str]
+    parts: Iterable[pa.Table],
+    masks: Sequence[Mask],
+    images: Mapping[str, str],
+    settings: SelectivitySettings,
+    analyses: Analyses,
 ) -> pa.Table:
     """Return one row of `interventions` per mask, label and measure, with the interval of the change over images.
 
@@ -99,17 +107,17 @@ def intervention_rows(
     sums: dict[tuple[str, str], dict[Key, dict[str, tuple[float, float]]]] = defaultdict(lambda: defaultdict(dict))
     for part in parts:
         for row in part.to_pylist():
-            key = (row["masked"], row["control"])
+            key = (row["module"], row["masked"], row["control"])
             sums[row["label"], row["measure"]][key][row["sample_id"]] = (row["total"], row["count"])
-    sizes = {(mask.label, mask.control): len(mask.neurons) for mask in masks}
     rows = []
     for (label, name), by_mask in sorted(sums.items()):
-        untouched = by_mask[None, None]
+        untouched = by_mask[UNMASKED]
+        protocol = protocol_of(name, label, settings)
         samples = sorted(untouched)
         image = np.unique([images.get(sample, sample) for sample in samples], return_inverse=True)[1]
         before = np.array([untouched[sample] for sample in samples])
         for mask in masks:
-            changed = by_mask[mask.label, mask.control]
+            changed = by_mask[mask.module, mask.label, mask.control]
             after = np.array([changed[sample] for sample in samples])
             # The interval is that of the paired change: both totals, over the same count.
             both = _summed(np.stack([before[:, 0], after[:, 0], before[:, 1]], axis=1), image)
@@ -121,12 +129,13 @@ def intervention_rows(
                 found = measure(both, both, change)
                 rows.append(
                     {
-                        **analysis,
+                        **analyses[mask.module],
                         "masked": mask.label,
                         "control": mask.control,
-                        "neurons": sizes[mask.label, mask.control],
+                        "neurons": len(mask.neurons),
                         "label": label,
                         "measure": shown,
+                        "protocol": protocol,
                         "before": unmasked,
                         "after": unmasked + (found.after or 0.0),
                         "change": found.after,
@@ -136,6 +145,26 @@ def intervention_rows(
                     }
                 )
     return pa.Table.from_pylist(rows, schema=TABLES["interventions"])
+
+
+def protocol_of(measure: str, label: str, settings: SelectivitySettings) -> str:
+    """Return how a measure of a label's samples is taken."""
+    if measure == "nll":
+        return "held-out texts, teacher-forced, mean over tokens"
+    name = settings.score_of(label)
+    written = "" if name == BEGINS else f"; greedy, at most {settings.longest} tokens"
+    return f"held-out questions: {answer_score(name).definition}{written}"
+
+
+def answer_rows(parts: Iterable[pa.Table], analyses: Analyses) -> pa.Table:
+    """Return one row of `masked_answers` per question and mask; unmasked replies belong to every analysis."""
+    rows = [
+        {**analyses[module]} | {name: value for name, value in row.items() if name != "module"}
+        for part in parts
+        for row in part.to_pylist()
+        for module in ([row["module"]] if row["module"] else analyses)
+    ]
+    return pa.Table.from_pylist(rows, schema=TABLES["masked_answers"])
 
 
 def _change(totals: Float[ndarray, "draw 3"]) -> Float[ndarray, " draw"]:
@@ -158,28 +187,30 @@ def _summed(values: Float[ndarray, "sample sum"], image: Int[ndarray, " sample"]
     return total
 
 
-def stage_rows(parts: Iterable[pa.Table], analysis: Mapping[str, str]) -> pa.Table:
-    """Return one row of `stages` per mask, layer and kind of position."""
-    sums: dict[tuple[str | None, str, int], np.ndarray] = {}
-    tokens: dict[tuple[str | None, str, int], Counter[str]] = defaultdict(Counter)
+def stage_rows(parts: Iterable[pa.Table], analyses: Analyses) -> pa.Table:
+    """Return one row of `stages` per mask, layer and kind of position; unmasked ones belong to every analysis."""
+    sums: dict[tuple[str, str, str, int], np.ndarray] = {}
+    tokens: dict[tuple[str, str, str, int], Counter[str]] = defaultdict(Counter)
     for part in parts:
         for row in part.to_pylist():
-            key = (row["masked"], row["position"], row["layer"])
+            # Blank, not null, so that keys can be sorted.
+            key = (row["module"] or "", row["masked"] or "", row["position"], row["layer"])
             values = np.array([row[name] for name in ("n_tokens", "entropy", "agreed", "shift")], float)
             sums[key] = sums.get(key, np.zeros(4)) + values
             for token, count in zip(row["tokens"], row["counts"], strict=True):
                 tokens[key][token] += count
     rows = []
-    for key in sorted(sums, key=lambda key: (key[0] or "", key[1:])):
+    keys = [(module, key) for key in sorted(sums) for module in ([key[0]] if key[0] else analyses)]
+    for module, key in keys:
         count, entropy, agreed, shift = sums[key].tolist()
         # Each unit commits its 50 top tokens only, so counts of rarer tokens are lower bounds.
         frequent = tokens[key].most_common(SHOWN_TOKENS)
         rows.append(
             {
-                **analysis,
-                "masked": key[0],
-                "position": key[1],
-                "layer": key[2],
+                **analyses[module],
+                "masked": key[1] or None,
+                "position": key[2],
+                "layer": key[3],
                 "n_tokens": int(count),
                 "entropy": entropy / count,
                 "agreement": agreed / count,

@@ -83,16 +83,12 @@ def add_up(parts: Iterable[pa.Table], labels: tuple[str, ...]) -> dict[str, Tota
 
 def totals_of_activity(rows: pa.Table, labels: tuple[str, ...], modality: str, neurons: int) -> dict[str, Totals]:
     """Return the totals of rows of the census's table `activity` for one module and kind of label, as one replicate."""
-    modalities = ("image", "text") if modality == "both" else (modality,)
     by_label: dict[str, list[Tensor]] = {"n_active": [], "sum_squares": [], "n_tokens": []}
     for label in labels:
         own = rows.filter(pc.equal(rows["label"], label))
         for name, columns in by_label.items():
-            total = np.zeros(neurons)
-            for part in modalities:
-                counted = own.filter(pc.equal(own["modality"], part))[name].to_numpy()
-                total += counted if len(counted) else 0.0
-            columns.append(torch.from_numpy(total))
+            counted = own.filter(pc.equal(own["modality"], modality))[name].to_numpy()
+            columns.append(torch.from_numpy(counted.astype(np.float64) if len(counted) else np.zeros(neurons)))
     active, squares, tokens = (torch.stack(columns, dim=1)[None] for columns in by_label.values())
     return {"active": Totals(active, tokens[:, 0]), "squares": Totals(squares, tokens[:, 0])}
 

@@ -10,10 +10,12 @@ from pydantic import Field
 
 from mmray.engine.settings import JobSettings, checked, execution
 from mmray.errors import InputError
-from mmray.models.options import Module
+from mmray.models.options import TEXT_BRANCH
+from mmray.objects.answer_scores import BEGINS, answer_score
 
 Method = Literal["lape", "contribution"]
-Modality = Literal["text", "image", "both"]
+Modules = Literal["language", "vision", "projector", "qformer-text", "all"]
+Count = Literal["caption", "image", "all"]
 Positions = Literal["answer", "all"]
 Values = Literal["course", "mean"]
 Steered = Literal["chosen", "switch"]
@@ -22,6 +24,9 @@ RATE = 0.01
 """Fraction of all neurons that is chosen, as published."""
 BAR = 0.95
 """Quantile of the probabilities of all neurons and labels that a label's neuron must exceed, as published."""
+
+TOGETHER = "all"
+"""Value of `module` for all modules of a model, and of their neurons together."""
 
 CONTROLS = frozenset({"permutations", "bootstraps"})
 """Settings that affect what is reported about a choice of neurons, but not the choice."""
@@ -37,10 +42,12 @@ class SumsSettings(JobSettings):
     method: Method = "lape"
     """How a label's neurons are chosen. lape: lowest entropy of the probability to be active (LAPE, or DAPE for
     domains); contribution: highest mean contribution to a label's tokens compared with any other label's."""
-    module: Module = "language"
-    """Module of the neurons. contribution: language only."""
-    modality: Modality = "text"
-    """Tokens at which activity is counted. Always image for other modules, and text for contribution."""
+    module: Modules = "language"
+    """Module of the neurons; all: those of each module, and tests of all together. qformer-text is the Q-Former's
+    branch that reads the question. contribution: language only."""
+    count: Count = "caption"
+    """Tokens of the language module that count: the caption's, the image's, or all, with those of the prompt. Other
+    modules have image tokens only, and qformer-text the question's. contribution: caption only."""
     balance: bool = False
     """Select from about the same number of tokens per label."""
     samples: int | None = Field(None, ge=1)
@@ -69,6 +76,11 @@ class SelectivitySettings(SumsSettings):
     """Zero each label's neurons, and measure held-out texts and answers. Controls: as many random ones per layer."""
     questions: int = Field(1, ge=0)
     """Questions to ask per held-out sample, if the data has any."""
+    accuracy: list[str] | None = None
+    """How answers are scored: begins (default), exact, letter, vqa, anls, or a judge MODULE:FUNCTION. Repeatable;
+    LABEL=SCORE is for one label. All but begins write replies."""
+    longest: int = Field(16, ge=1)
+    """Most tokens of such a reply."""
     steer: str | None = None
     """FROM:TO, such as en:es: caption with FROM's neurons off and TO's on. The prompt is FROM's."""
     steer_neurons: Steered = "chosen"
@@ -99,13 +111,24 @@ class SelectivitySettings(SumsSettings):
         return source, target
 
     @property
-    def counted_modality(self) -> Modality:
-        """Modality of the tokens that count: a tower or projector has image tokens only."""
-        return self.modality if self.module == "language" else "image"
+    def modality(self) -> str:
+        """The tokens that count, as tables name them: a tower or projector has image tokens only."""
+        if self.module in ("language", TOGETHER):
+            return "text" if self.count == "caption" else self.count
+        return "text" if self.module == TEXT_BRANCH else "image"
+
+    def of(self, module: str) -> SelectivitySettings:
+        """Return the settings of the analysis of one module."""
+        return self.model_copy(update={"module": module})
 
     def analysis(self) -> dict[str, str]:
         """Return the columns that distinguish this analysis from others in a table."""
-        return {"label_kind": self.by, "method": self.method, "module": self.module, "modality": self.counted_modality}
+        return {"label_kind": self.by, "method": self.method, "module": self.module, "modality": self.modality}
+
+    def score_of(self, label: str) -> str:
+        """Return the name of the score of a label's answers: its own, else the one for all labels."""
+        named = {own: score for entry in self.accuracy or () for own, _, score in [entry.rpartition("=")]}
+        return named.get(label, named.get("", BEGINS))
 
     def sums(self) -> SumsSettings:
         """Return the settings of the pass that the neurons are chosen from."""
@@ -124,10 +147,12 @@ def selectivity_settings(values: dict[str, Any]) -> SelectivitySettings:
     settings = checked(SelectivitySettings, values)
     if settings.method == "contribution" and settings.module != "language":
         raise InputError(
-            "--method contribution: neurons of the vision tower and the projector write no tokens; use --method lape"
+            "--method contribution: neurons of other modules than the decoder write no tokens; use --method lape"
         )
-    if settings.method == "contribution" and settings.modality != "text":
-        raise InputError("--method contribution: neurons contribute to tokens of the text only; leave --modality out")
+    if settings.method == "contribution" and settings.count != "caption":
+        raise InputError("--method contribution: neurons contribute to tokens of the caption only; leave --count out")
+    for entry in settings.accuracy or ():
+        answer_score(entry.rpartition("=")[2])
     if settings.steer is not None:
         if not all(settings.steered or ()):
             raise InputError(f"--steer {settings.steer}: write FROM:TO, two labels such as en:es")

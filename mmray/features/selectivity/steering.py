@@ -26,9 +26,9 @@ from mmray.errors import InputError, ShardError
 from mmray.features.census.settings import CensusSettings
 from mmray.features.selectivity.selection import LabelSelection, Totals
 from mmray.features.selectivity.settings import SelectivitySettings
+from mmray.features.selectivity.texts import image_batches
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
-from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import prompt_text
 from mmray.models.windows import LEAST, windows
 from mmray.neurons.split_on_oom import FAILURES, split_on_failure
@@ -189,13 +189,7 @@ def steered_captions(
             for sample, unchanged, changed in zip(batch, *texts, strict=True)
         ]
 
-    # Samples with an image and without one can't share a batch.
-    groups = ([s for s in samples if s.image is not None], [s for s in samples if s.image is None])
-    batches = (
-        batch
-        for group in groups
-        for batch in within_budget(group, lambda sample: pixels_of(model, sample.image), BUDGET, size)
-    )
+    batches = image_batches(model, samples, lambda sample: sample, size)
     done = (rows for batch in batches for rows in split_on_failure(batch, before_and_after, _refuse, FAILURES))
     return [row for rows in done for row in rows]
 
@@ -203,7 +197,8 @@ def steered_captions(
 def _prompt(model: LoadedModel, sample: Sample, census: CensusSettings) -> str:
     """Return the question of a sample's caption; for a text-only model, followed by the beginning of its text."""
     prefix = census.prefix if model.parts.reads_images else windows(model, "", sample.caption, BEGINNING)[0]
-    return prompt_text(model, census.prompt, sample.language, image=sample.image is not None, prefix=prefix)
+    asked = sample.asked(census.prompt)
+    return prompt_text(model, asked, sample.language, image=sample.image is not None, prefix=prefix)
 
 
 def _refuse(sample: Sample, problem: str) -> None:

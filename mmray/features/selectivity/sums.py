@@ -25,11 +25,12 @@ from mmray.features.selectivity.tables import PARTS
 from mmray.features.selectivity.texts import LabelledText, by_text, token_positions
 from mmray.models.capture import capture_activations
 from mmray.models.loading import LoadedModel
-from mmray.models.prompting import POSITIONS, Batch
+from mmray.models.options import TEXT_BRANCH
+from mmray.models.prompting import POSITIONS, Batch, TokenSpan
 from mmray.neurons.activation_cache import ActivationCache, cache_activations, forward
-from mmray.neurons.module_activity import image_spans, uniform
+from mmray.neurons.module_activity import image_spans, question_spans, uniform
 from mmray.neurons.scoring import score_captured
-from mmray.neurons.token_sums import MODALITIES, Span, reduce_tokens, token_spans
+from mmray.neurons.token_sums import Span, reduce_tokens, token_spans
 from mmray.runs.tables import vector_column
 
 VALUES_AT_ONCE = 2**27
@@ -57,8 +58,7 @@ class LabelSums:
         self.model = model
         self.settings = settings
         self.replicates = replicates
-        # Without MLPs that only read a question, such as a Q-Former's text branch.
-        self.projections = model.parts.image_path(settings.module)
+        self.projections = model.parts.mlps(settings.module)
         if not self.projections:
             raise InputError(f"{model.name}: --module {settings.module}: it has no MLP; see mmray check-model")
         self.width = sum(projection.width for projection in self.projections)
@@ -71,7 +71,7 @@ class LabelSums:
 
         Raises ValueError if images of different sizes share it and the module is a tower.
         """
-        if self.settings.module != "language" and len(texts) > 1 and not uniform(batch):
+        if self.settings.module in ("vision", "projector") and len(texts) > 1 and not uniform(batch):
             raise ValueError("images of different sizes can't share a batch with --module vision or projector")
         weights = self.replicates.matrix([text.sample_id for text in texts])
         positions = token_positions(batch, texts)
@@ -162,13 +162,17 @@ class LabelSums:
         return weights[: len(self.replicates.labels)]
 
     def _spans(self, batch: Batch, positions: int) -> list[Span]:
-        rows = len(batch.tokens)
-        if self.settings.module != "language":
-            return token_spans(image_spans(self.model, batch, positions), rows)
-        modality = self.settings.modality
-        modalities = MODALITIES if modality == "both" else (modality,)
-        spans = token_spans(batch.spans, rows)
-        return [span for name, span in zip(MODALITIES, spans, strict=True) if name in modalities]
+        module, modality = self.settings.module, self.settings.modality
+        if module == TEXT_BRANCH:
+            found = question_spans(batch)
+        elif module != "language":
+            found = image_spans(self.model, batch, positions)
+        elif modality == "all":
+            ends = [start + len(tokens) for start, tokens in zip(batch.caption_start, batch.tokens, strict=True)]
+            found = [TokenSpan(row, 0, end, "text") for row, end in enumerate(ends)]
+        else:
+            found = [span for span in batch.spans if span.modality == modality]
+        return token_spans(found, len(batch.tokens))
 
     def _contributions(self, cache: ActivationCache, texts: Sequence[slice], weights: Tensor) -> Iterator[Quantity]:
         scored = score_captured(self.model, cache, "contribution", folded=True)

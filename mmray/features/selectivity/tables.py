@@ -9,10 +9,13 @@ from mmray.runs.tables import field
 ANALYSIS = (
     field("label_kind", pa.string(), "language, domain, or another column"),
     field("method", pa.string(), "lape or contribution"),
-    field("module", pa.string(), "language, vision or projector"),
-    field("modality", pa.string(), "text, image or both: the tokens that count"),
+    field("module", pa.string(), "language, vision, projector or qformer-text; all: of all modules together"),
+    field("modality", pa.string(), "the tokens that count: text (of captions, or qformer-text's), image or all"),
 )
 """Columns that distinguish the analyses of a run; a table holds the rows of all of them."""
+
+MODALITIES = ("text", "image", "all")
+"""Values of `modality`."""
 
 INTERVAL = (
     field("low", pa.float64(), "2.5th percentile of the change, bootstrap over images"),
@@ -61,10 +64,24 @@ TABLES: dict[str, pa.Schema] = {
             field("neurons", pa.int64(), "zeroed"),
             field("label", pa.string(), "label of the samples measured"),
             field("measure", pa.string(), "nll (nats per token), perplexity (its exponential) or accuracy"),
+            field("protocol", pa.string(), "how it is measured; null in runs of earlier versions"),
             field("before", pa.float64()),
             field("after", pa.float64()),
             field("change", pa.float64()),
             *INTERVAL,
+        ]
+    ),
+    # One row per question and mask, where replies are written.
+    "masked_answers": pa.schema(
+        [
+            *ANALYSIS,
+            field("masked", pa.string(), "label whose neurons are zeroed; null: none"),
+            field("control", pa.string(), "selected, random or shuffled; null: none"),
+            field("label", pa.string(), "label of the sample"),
+            field("sample_id", pa.string()),
+            field("question", pa.string()),
+            field("reply", pa.string()),
+            field("score", pa.float64(), "0 to 1, by the label's score"),
         ]
     ),
     # One row per caption that is written with one label's prompt while neurons are steered to another's.
@@ -102,6 +119,12 @@ TABLES: dict[str, pa.Schema] = {
 }
 """Tables that `mmray selectivity` adds to a run."""
 
+_MASK = (
+    field("module", pa.string(), "of the zeroed neurons; null, as the next two, without a mask"),
+    field("masked", pa.string()),
+    field("control", pa.string()),
+)
+
 PARTS: dict[str, pa.Schema] = {
     "sums": pa.schema(
         [
@@ -115,8 +138,7 @@ PARTS: dict[str, pa.Schema] = {
     # One row per sample and mask; `masked` is null without a mask.
     "measurements": pa.schema(
         [
-            field("masked", pa.string()),
-            field("control", pa.string()),
+            *_MASK,
             field("label", pa.string()),
             field("sample_id", pa.string()),
             field("measure", pa.string()),
@@ -124,11 +146,12 @@ PARTS: dict[str, pa.Schema] = {
             field("count", pa.float64()),
         ]
     ),
+    "answers": pa.schema([*_MASK, *list(TABLES["masked_answers"])[len(ANALYSIS) + 2 :]]),
     "replies": pa.schema([field("sample_id", pa.string()), field("before", pa.string()), field("after", pa.string())]),
     # One row per layer, kind of position and mask: sums over positions.
     "lens": pa.schema(
         [
-            field("masked", pa.string()),
+            *_MASK,
             field("layer", pa.int16()),
             field("position", pa.string()),
             field("n_tokens", pa.int64()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeVar
@@ -29,6 +29,7 @@ LOGITS_AT_ONCE = 512
 """Positions whose logits over the whole vocabulary are held at a time."""
 
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -50,31 +51,59 @@ def captions_of(model: LoadedModel, samples: Iterable[Sample], by: str, census: 
 
     Captions without any token are left out.
     """
-
-    def prompt(sample: Sample) -> str:
-        prefix = prefix_given(census, sample.caption)
-        return prompt_text(model, census.prompt, sample.language, image=sample.image is not None, prefix=prefix)
-
-    found = (_labelled_text(model, sample, by, prompt(sample), sample.caption) for sample in samples)
+    found = (_labelled_text(model, sample, by, _prompt(model, sample, census), sample.caption) for sample in samples)
     return [text for text in found if text is not None]
 
 
-def answers_of(model: LoadedModel, samples: Iterable[Sample], by: str, count: int) -> list[LabelledText]:
-    """Return the answers to the first `count` questions of samples that have the label."""
+@dataclass(frozen=True)
+class Question:
+    """A question about a sample, with what people answered."""
 
-    def prompt(sample: Sample, question: str) -> str:
-        return prompt_text(model, question, None, image=sample.image is not None)
+    sample: Sample
+    label: str
+    text: str
+    prompt: str
+    answer: str
+    """The most frequent of `answers`."""
+    answers: tuple[str, ...]
 
-    found = (
-        _labelled_text(model, sample, by, prompt(sample, question), answer)
-        for sample in samples
-        for question, answer in (sample.questions or ())[:count]
-    )
+
+def questions_of(
+    model: LoadedModel, samples: Iterable[Sample], by: str, census: CensusSettings, count: int
+) -> list[Question]:
+    """Return the question that a sample's caption answers, or the first `count` of the others that the data has."""
+    found = []
+    for sample in samples:
+        if (label := label_of(sample, by)) is None:
+            continue
+        if sample.question is not None:
+            prompt = _prompt(model, sample, census)
+            found.append(Question(sample, label, sample.question, prompt, sample.caption, sample.answers))
+            continue
+        for question, answer in (sample.questions or ())[:count]:
+            prompt = prompt_text(model, question, None, image=sample.image is not None)
+            found.append(Question(sample, label, question, prompt, answer, (answer,)))
+    return found
+
+
+def answers_of(model: LoadedModel, questions: Iterable[Question], by: str) -> list[LabelledText]:
+    """Return the answers to questions as texts after their prompts."""
+    found = (_labelled_text(model, one.sample, by, one.prompt, one.answer) for one in questions)
     return [text for text in found if text is not None]
+
+
+def label_of(sample: Sample, by: str) -> str | None:
+    """Return a sample's label."""
+    return {"language": sample.language, "domain": sample.domain, **sample.labels}.get(by)
+
+
+def _prompt(model: LoadedModel, sample: Sample, census: CensusSettings) -> str:
+    prefix, asked = prefix_given(census, sample.caption), sample.asked(census.prompt)
+    return prompt_text(model, asked, sample.language, image=sample.image is not None, prefix=prefix)
 
 
 def _labelled_text(model: LoadedModel, sample: Sample, by: str, prompt: str, text: str) -> LabelledText | None:
-    label = {"language": sample.language, "domain": sample.domain, **sample.labels}.get(by)
+    label = label_of(sample, by)
     if label is None or not text.strip():
         return None
     tokens, offsets = tokenize_caption(model, prompt, text)
@@ -112,6 +141,15 @@ def in_batches(
         for batch in within_budget(some, lambda text: len(text.tokens), most)
     )
     return [result for batch in batches for result in split_on_failure(batch, encode_and_work, _refuse)]
+
+
+def image_batches(
+    model: LoadedModel, items: Sequence[Item], sample: Callable[[Item], Sample], size: int
+) -> Iterator[list[Item]]:
+    """Yield batches of items whose samples all have an image, or none; at most `size`, and within the pixel budget."""
+    for with_image in (True, False):
+        group = [item for item in items if (sample(item).image is not None) == with_image]
+        yield from within_budget(group, lambda item: pixels_of(model, sample(item).image), BUDGET, size)
 
 
 def _refuse(text: LabelledText, problem: str) -> None:

@@ -7,21 +7,32 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mmray.features.selectivity.settings import TOGETHER
+from mmray.models.options import MODULES
 from mmray.terminal.tables import lineless
 
 BARS = " ▁▂▃▄▅▆▇█"
+TITLES = {
+    "perplexity": "perplexity, held-out texts",
+    "nll": "nats per token, held-out texts",
+    "accuracy": "mean score of answers, held-out questions",
+}
 SHOWN_NEURONS, SHOWN_CAPTIONS = 5, 6
 
 
 def analysis(tables: Mapping[str, pa.Table]) -> RenderableType:
-    """Return the view of all tables of one analysis."""
-    parts: list[RenderableType] = [labels(tables["selective_labels"], tables["selectivity"])]
+    """Return the view of all tables of one analysis, or of those of all modules."""
+    summary, chosen = tables["selective_labels"], tables["selectivity"]
+    modules = summary["module"].unique().to_pylist()
+    parts: list[RenderableType] = [labels(*(_of(module, table) for table in (summary, chosen))) for module in modules]
     if "interventions" in tables:
-        parts += matrices(tables["interventions"])
+        rows = tables["interventions"]
+        parts += own_samples(rows) if TOGETHER in rows["module"].to_pylist() else matrices(rows)
     if "steering" in tables:
         parts.append(steering(tables["steering"]))
     if "stages" in tables:
@@ -56,17 +67,38 @@ def labels(summary: pa.Table, neurons: pa.Table) -> Table:
     return table
 
 
+def _of(module: str, table: pa.Table) -> pa.Table:
+    return table.filter(pc.equal(table["module"], module))
+
+
+def own_samples(rows: pa.Table) -> list[RenderableType]:
+    """Return, per measure, each label's own samples with its neurons of each module, and of all, zeroed."""
+    own = [row for row in rows.to_pylist() if row["masked"] == row["label"]]
+    modules = [module for module in (*MODULES, TOGETHER) if any(row["module"] == module for row in own)]
+    parts: list[RenderableType] = []
+    for measure, title in TITLES.items():
+        found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = defaultdict(dict)
+        for row in own:
+            if row["measure"] == measure:
+                found[row["label"], row["control"]][row["module"]] = row
+        if not found:
+            continue
+        heading = Text.assemble(("own samples", "bold"), (f" · {title}", "dim"))
+        table = lineless("label", "zeroed", "n", "none", *modules, left={"label", "zeroed"}, title=heading)
+        for (label, control), cells in sorted(found.items(), key=lambda item: item[0][0]):
+            some = next(iter(cells.values()))
+            after = (_number(cells[module]["after"] if module in cells else None, 3) for module in modules)
+            table.add_row(Text(label), control, f"{some['n']:,}", f"{some['before']:.3f}", *after)
+        parts.append(table)
+    return parts
+
+
 def matrices(rows: pa.Table) -> list[RenderableType]:
     """Return, per measure, the change of every label's samples under every mask."""
     by_measure: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows.to_pylist():
         by_measure[row["measure"]].append(row)
-    titles = {
-        "perplexity": "perplexity, held-out texts",
-        "nll": "nats per token, held-out texts",
-        "accuracy": "fraction of held-out questions answered",
-    }
-    return [_matrix(by_measure[name], title, 3) for name, title in titles.items() if name in by_measure]
+    return [_matrix(by_measure[name], title, 3) for name, title in TITLES.items() if name in by_measure]
 
 
 def _matrix(rows: Sequence[Mapping[str, Any]], title: str, digits: int) -> Table:
@@ -124,7 +156,7 @@ def stages(rows: pa.Table) -> Table:
     table = lineless(*columns, left={"image", "text"}, title=title)
     layers: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in rows.to_pylist():
-        # Lines with masks are in the report only.
+        # Lines with masks are in the report only. Those without are the same for every module.
         if row["masked"] is None:
             layers[row["layer"]][row["position"]] = row
     for layer, kinds in sorted(layers.items()):

@@ -6,7 +6,7 @@ import torch
 from mmray.features.selectivity import logit_lens, texts
 from mmray.features.selectivity.interventions import measure_interventions
 from mmray.features.selectivity.logit_lens import Lens
-from mmray.features.selectivity.masks import Mask
+from mmray.features.selectivity.masks import Mask, zeroed
 from mmray.features.selectivity.settings import selectivity_settings
 from mmray.features.selectivity.texts import captions_of, in_batches
 from mmray.models.blocks import block_of
@@ -29,6 +29,10 @@ def told(size):
     return selectivity_settings({"run": "none", "batch_size": size, "questions": 2})
 
 
+def measured(model, some, masks, asked):
+    return measure_interventions(model, some, masks, asked, settings())["measurements"]
+
+
 def encoded(model, count, size):
     return in_batches(model, captions_of(model, found(count), "language", settings()), size, lambda *both: both)
 
@@ -39,8 +43,8 @@ def of(rows, **wanted):
 
 def test_costs_do_not_depend_on_the_batch(open_model):
     model = open_model("llava")
-    mask = Mask("en", "selected", ((0, 1), (1, 3)))
-    one, other = (measure_interventions(model, found(), [mask], told(size), settings()).to_pylist() for size in (1, 4))
+    mask = Mask("en", "selected", (("language", 0, 1), ("language", 1, 3)))
+    one, other = (measured(model, found(), [mask], told(size)).to_pylist() for size in (1, 4))
     assert len(one) == len(other) == 2 * 4 * 2
 
     def key(row):
@@ -56,12 +60,12 @@ def test_costs_do_not_depend_on_the_batch(open_model):
 
 def test_batches_that_do_not_fit_are_halved(open_model, monkeypatch):
     """Memory runs out under the mask, when the plain numbers of the batch are known: none of them counts twice."""
-    model, mask = open_model("llava"), Mask("en", "selected", ((0, 1), (1, 3)))
+    model, mask = open_model("llava"), Mask("en", "selected", (("language", 0, 1), ("language", 1, 3)))
 
     def looked():
-        lens = Lens(model, [mask], "language")
+        lens = Lens(model, [mask])
         in_batches(model, captions_of(model, found(), "language", settings()), 4, lens.add)
-        rows = measure_interventions(model, found(), [mask], told(4), settings())
+        rows = measured(model, found(), [mask], told(4))
         counts = rows.select(["masked", "measure", "sample_id", "count"])
         return counts.sort_by([(name, "ascending") for name in counts.column_names]), lens.table().drop_columns(
             ["entropy", "shift", "tokens", "counts", "agreed"]
@@ -82,11 +86,9 @@ def test_batches_that_do_not_fit_are_halved(open_model, monkeypatch):
 
 
 def test_an_empty_mask_changes_nothing(open_model):
-    rows = measure_interventions(
-        open_model("llava"), found(), [Mask("en", "random", ())], told(4), settings()
-    ).to_pylist()
-    for plain, zeroed in zip(of(rows, masked=None), of(rows, masked="en"), strict=True):
-        assert plain["total"] == zeroed["total"]
+    rows = measured(open_model("llava"), found(), [Mask("en", "random", ())], told(4)).to_pylist()
+    for plain, masked in zip(of(rows, masked=None), of(rows, masked="en"), strict=True):
+        assert plain["total"] == masked["total"]
 
 
 def test_an_answer_is_right_where_greedy_generation_begins_with_it(open_model):
@@ -98,14 +100,14 @@ def test_an_answer_is_right_where_greedy_generation_begins_with_it(open_model):
     wrong = "No" if said.startswith("Yes") else "Yes"
     for answer, right in ((said, 1.0), (wrong, 0.0)):
         asked = samples(1, language="en", questions=((question, answer),))
-        rows = measure_interventions(model, asked, [], told(1), settings()).to_pylist()
+        rows = measured(model, asked, [], told(1)).to_pylist()
         assert [row["total"] for row in of(rows, measure="accuracy")] == [right]
 
 
 @pytest.mark.parametrize("module", ["vision", "projector"])
 def test_a_tower_s_neurons_are_zeroed(open_model, module):
     model = open_model("llava")
-    projection = model.parts.image_path(module)[-1]
+    projection = model.parts.mlps(module)[-1]
     seen = []
     target = model.network.get_submodule(projection.path)
     (some,) = encoded(model, 2, 2)
@@ -125,7 +127,7 @@ def test_the_lens_sees_every_block_of_every_family(open_model, variant):
     model = open_model(variant)
     last_layer = len(model.widths) - 1
     # Several neurons, for of those with a ReLU some are never open.
-    lens = Lens(model, [Mask("en", "selected", tuple((0, unit) for unit in range(8)))], "language")
+    lens = Lens(model, [Mask("en", "selected", tuple(("language", 0, unit) for unit in range(8)))])
     for some, batch in encoded(model, 2, 1):
         lens.add(some, batch)
     rows = lens.table().to_pylist()
@@ -142,9 +144,9 @@ def test_the_lens_sees_every_block_of_every_family(open_model, variant):
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_the_lens_is_that_of_the_model_s_own_states(open_model, kind):
     """Entropy, agreement, tokens, and what a mask changes, of every layer, from the states that the network returns."""
-    model, mask = open_model("llava"), Mask("en", "selected", ((0, 1), (1, 3)))
+    model, mask = open_model("llava"), Mask("en", "selected", (("language", 0, 1), ("language", 1, 3)))
     ((texts, batch),) = encoded(model, 1, 1)
-    lens = Lens(model, [mask], "language")
+    lens = Lens(model, [mask])
     lens.add(texts, batch)
     start = batch.caption_start[0] - 1
     (image,) = [run for run in batch.spans if run.modality == "image"]
@@ -167,9 +169,9 @@ def test_the_lens_is_that_of_the_model_s_own_states(open_model, kind):
         return [(state[0] if isinstance(state, tuple) else state)[0, positions] for state in seen]
 
     plain = states()
-    with ablate(model, mask.neurons):
-        zeroed = states()
-    for masked, layers in ((None, plain), ("en", zeroed)):
+    with zeroed(model, mask):
+        changed = states()
+    for masked, layers in ((None, plain), ("en", changed)):
         logits = [model.network.lm_head(model.norm(state)).float() for state in layers]
         for layer, found in enumerate(logits):
             (row,) = of(lens.table().to_pylist(), masked=masked, layer=layer, position=kind)

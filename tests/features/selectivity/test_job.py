@@ -42,7 +42,7 @@ def run(own_census: Callable[..., Path]) -> Path:
     return own_census(SCENES, shard_size=16, module="vision", label_column=["background"])
 
 
-@pytest.mark.parametrize("settings", [{}, {"modality": "both"}, {"by": "domain", "module": "vision"}])
+@pytest.mark.parametrize("settings", [{}, {"count": "image"}, {"by": "domain", "module": "vision"}])
 def test_the_pass_chooses_what_the_census_s_own_table_does(run: Path, settings: dict[str, Any]) -> None:
     counted = analysed(run, permutations=0, bootstraps=0, **settings)
     passed = analysed(run, **settings)
@@ -247,7 +247,7 @@ def test_balance_gives_labels_like_token_budgets(run: Path) -> None:
     [
         ({"by": "mood"}, "--by mood: no sample has that label; the run has background, domain, language"),
         ({"steer": "en:xx"}, "--steer en:xx: no label 'xx' in en, es, fr, zh"),
-        ({"module": "projector", "permutations": 0, "bootstraps": 0}, "no token of this kind was counted"),
+        ({"module": "qformer-text"}, "--module qformer-text: it has no MLP"),
         ({"samples": 1}, "is left to select from"),
         ({"steer": "en:es", "rate": 1e-4, "held_out": 0.4}, "no neuron of 'es' was chosen; give a higher --rate"),
         (
@@ -269,7 +269,7 @@ def test_bad_input_is_one_line(run: Path, settings: dict[str, Any], problem: str
         ({"steer": "en:es", "module": "vision"}, "leave --module out"),
         ({"rate": 2.0}, "setting rate = 2.0"),
         ({"steer": "en:en"}, "the labels are the same"),
-        ({"method": "contribution", "modality": "image"}, "leave --modality out"),
+        ({"method": "contribution", "count": "image"}, "leave --count out"),
     ],
 )
 def test_bad_settings_are_one_line(settings: dict[str, Any], problem: str) -> None:
@@ -288,7 +288,7 @@ def test_text_without_images(tmp_path: Path) -> None:
         assert {row["measure"] for row in found["interventions"]} == {"nll", "perplexity"}
     for controls in ({}, {"permutations": 0, "bootstraps": 0}):
         with pytest.raises(InputError, match="no token of this kind was counted"):
-            analysed(tmp_path / "run", modality="image", **controls)
+            analysed(tmp_path / "run", count="image", **controls)
 
 
 @pytest.fixture

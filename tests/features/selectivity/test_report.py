@@ -11,7 +11,7 @@ from mmray.report.content import gather
 from mmray.report.section import Request
 from mmray.report.writing import write_report
 from mmray.runs.run import Run, open_run
-from tests.support.labelled import DOMAIN, EFFECTS, LABELS, LANGUAGE, add_labels
+from tests.support.labelled import DOMAIN, EFFECTS, LABELS, LANGUAGE, TOGETHER, add_labels
 
 
 @pytest.fixture(scope="module")
@@ -24,19 +24,35 @@ def labelled(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_a_run_without_such_tables_has_no_such_page(run, labelled):
     assert gather(run).index["selectivity"] == []
-    assert len(gather(labelled).index["selectivity"]) == 2
+    assert len(gather(labelled).index["selectivity"]) == 3
 
 
 def test_analyses_are_told_apart(labelled):
-    by_language, by_domain = section(Request(labelled)).page
+    together, by_language, by_domain = section(Request(labelled)).page
+    assert TOGETHER.items() <= together.items()
     assert LANGUAGE.items() <= by_language.items()
     assert DOMAIN.items() <= by_domain.items()
     assert by_language["matrices"]
-    assert (by_domain["matrices"], by_domain["steering"], by_domain["stages"]) == ([], [], [])
+    assert (by_domain["steering"], by_domain["stages"]) == ([], [])
+
+
+def test_modules_together_have_the_paper_s_tables(labelled):
+    first, *_ = section(Request(labelled)).page
+    shown = first["together"]
+    assert (shown["labels"], shown["modules"]) == (list(LABELS), [DOMAIN["module"]])
+    assert {(row["module"], row["label"]) for row in shown["counts"]} == {("vision", label) for label in LABELS}
+    # Each label's own samples only, of the module and of all.
+    assert len(shown["effects"]) == 2 * len(LABELS) * len(EFFECTS)
+    assert {(row["module"], row["change"], row["n"]) for row in shown["effects"]} == {
+        ("vision", -0.25, 12),
+        ("all", -0.25, 12),
+    }
+    assert [(row["before"], row["after"]) for row in shown["replies"]] == [("Yes", "<i>No</i>")]
+    assert first["matrices"][0]["protocols"] == {f"scored for {n}": [label] for n, label in enumerate(LABELS)}
 
 
 def test_labels_have_their_layers_and_first_neurons(labelled):
-    for analysis in section(Request(labelled)).page:
+    for analysis in section(Request(labelled)).page[1:]:
         assert [row["label"] for row in analysis["labels"]] == list(LABELS)
         for row in analysis["labels"]:
             assert sum(row["layers"]) == row["neurons"]
@@ -44,13 +60,14 @@ def test_labels_have_their_layers_and_first_neurons(labelled):
 
 
 def test_matrices_are_the_table_with_the_own_label_on_the_diagonal(labelled):
-    matrices = section(Request(labelled)).page[0]["matrices"]
+    matrices = section(Request(labelled)).page[1]["matrices"]
     assert [(row["measure"], row["control"]) for row in matrices] == [
         (measure, control) for measure in ("nll", "accuracy") for control in EFFECTS
     ]
     kept = {
         (row["measure"], row["control"], row["masked"], row["label"]): row
         for row in labelled.table("interventions").to_pylist()
+        if row["label_kind"] == LANGUAGE["label_kind"]
     }
     for shown in matrices:
         assert [row["masked"] for row in shown["masks"]] == shown["labels"] == list(LABELS)
@@ -63,7 +80,7 @@ def test_matrices_are_the_table_with_the_own_label_on_the_diagonal(labelled):
 
 
 def test_shares_of_steering_are_over_all_captions_and_failures_are_among_the_examples(labelled):
-    (pair,) = section(Request(labelled)).page[0]["steering"]
+    (pair,) = section(Request(labelled)).page[1]["steering"]
     rows = labelled.table("steering").to_pylist()
     assert pair["n"] == len(rows)
     assert pair["turned"] == sum(row["label_after"] == LABELS[1] for row in rows)
@@ -81,7 +98,7 @@ def test_the_page_is_json_without_nan_and_without_markup(labelled, tmp_path):
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
-    (shown, _) = json.loads(data, parse_constant=refuse)["index"]["selectivity"]
+    (_, shown, _) = json.loads(data, parse_constant=refuse)["index"]["selectivity"]
     assert shown["labels"][0]["chance"] is None
     assert shown["stages"][0]["tokens"][0] == "</script>"
     assert LABELS[1] not in page
