@@ -100,6 +100,20 @@ def test_modules_are_zeroed_together(open_model):
     assert hooks(model.network) == before
 
 
+def test_the_question_s_branch_matters_up_to_its_last_block(open_model):
+    model = open_model("instructblip_vicuna")
+    ((_, batch),) = in_batches(model, captions_of(model, asked(1), "language", settings()), 1, lambda *both: both)
+    inputs = batch.to(model.device, model.network.dtype)
+    layers = model.parts.mlps(TEXT_BRANCH)
+    with torch.inference_mode():
+        plain = model.network(**inputs).logits
+        for layer, mlp in enumerate(layers):
+            mask = Mask("x", "selected", tuple((TEXT_BRANCH, layer, unit) for unit in range(mlp.width)), TEXT_BRANCH)
+            with zeroed(model, mask):
+                same = torch.equal(model.network(**inputs).logits, plain)
+            assert same == (layer == len(layers) - 1)
+
+
 @pytest.mark.parametrize("name", ["vqa", "anls", "exact"])
 def test_replies_are_scored_against_all_answers(open_model, name):
     """By hand: one prompt at a time, with the same neurons zeroed."""
