@@ -74,7 +74,7 @@ function effectTable(analysis, measure) {
     return [h(clear ? "b" : "span", { title: `${plural(found.neurons, "neuron")} zeroed` }, figure(found.after)), h("br"), h("span.range", `${raised(found.change)} (${interval(found)})`)];
   };
   return card(h("h3", LEVELS[measure]),
-    under(`Each label’s own samples, with its neurons of one module or of all modules zeroed. Small: the change, and its 95 % interval by bootstrap over images. Bold: the interval leaves out 0, with n of at least ${FEWEST}.`),
+    under(`Each label’s own samples, with its neurons of one module or of all modules zeroed. Small: the change, and its 95 % interval by bootstrap over images. Bold: the interval leaves out 0, with n of at least ${FEWEST}. 0 to 0: no sample changes.`),
     protocols(analysis, measure),
     sortable(LEVELS[measure], [
       { title: analysis.label_kind, value: (row) => row.label, cell: (row) => h("b", labelName(analysis, row.label)) },
