@@ -94,7 +94,8 @@ def test_each_domain_is_scored_as_its_benchmark_does(run):
 def test_the_lens_has_every_module_s_masks(run):
     for row in rows_of(run, "stages"):
         assert (row["shift"] > 0) <= (row["masked"] is not None)
-    assert {row["module"] for row in rows_of(run, "stages") if row["shift"] > 0} >= {"language", "vision", "all"}
+    moved = {(row["module"], row["control"]) for row in rows_of(run, "stages") if row["shift"] > 0}
+    assert moved >= {(name, control) for name in ("language", "vision", "all") for control in ("selected", "random")}
 
 
 def test_the_report_and_the_terminal_show_the_paper_s_tables(run, tmp_path):

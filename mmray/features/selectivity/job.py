@@ -17,7 +17,7 @@ from mmray.features.census.inputs import open_data
 from mmray.features.census.run_samples import scored_samples
 from mmray.features.selectivity.interventions import measure_interventions
 from mmray.features.selectivity.logit_lens import Lens
-from mmray.features.selectivity.masks import SELECTED, Mask
+from mmray.features.selectivity.masks import RANDOM, SELECTED, Mask
 from mmray.features.selectivity.plan import LabelPlan
 from mmray.features.selectivity.settings import SelectivitySettings, SumsSettings
 from mmray.features.selectivity.steering import Steer, steered_captions
@@ -149,9 +149,7 @@ class TestsJob(LabelJob[SelectivitySettings]):
         if settings.interventions:
             tables |= measure_interventions(model, held_out, self.tests.masks, settings, census)
         if settings.stages:
-            # The unembedding of every layer is slow, so the lens leaves out the controls.
-            own = [mask for mask in self.tests.masks if mask.control == SELECTED]
-            lens = Lens(model, own)
+            lens = Lens(model, [mask for mask in self.tests.masks if mask.control in (SELECTED, RANDOM)])
             in_batches(model, captions_of(model, held_out, settings.by, census), settings.batch_size, lens.add)
             tables["lens"] = lens.table()
         if self.tests.steer is not None:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mmray.features.selectivity.masks import Mask, zeroed
+from mmray.features.selectivity.masks import RANDOM, Mask, zeroed
 from mmray.features.selectivity.tables import PARTS
 from mmray.features.selectivity.texts import LabelledText, token_positions
 from mmray.models.blocks import block_of
@@ -55,7 +55,10 @@ class Stage:
 
 
 class Lens:
-    """Sums up the logit lens without a mask, and under each mask."""
+    """Sums up the logit lens without a mask and under each, and how far each mask moves the hidden states.
+
+    Under random masks only the latter, because the unembedding of every layer is slow.
+    """
 
     def __init__(self, model: LoadedModel, masks: Sequence[Mask]) -> None:
         self.model = model
@@ -123,19 +126,23 @@ class Lens:
         layers: list[Tensor],
         untouched: list[Tensor],
     ) -> None:
+        for layer, (states, before) in enumerate(zip(layers, untouched, strict=True)):
+            stage = found[mask, layer, kind]
+            stage.n_tokens += len(states)
+            change = (states - before).float().norm(dim=1) / before.float().norm(dim=1).clamp(min=1e-12)
+            stage.shift += float(change.sum())
+        if mask is not None and mask.control == RANDOM:
+            return
         # Agreement is with the last layer under the same mask.
         last = vocabulary_logits(self.model, layers[-1]).argmax(dim=1)
-        for layer, (states, before) in enumerate(zip(layers, untouched, strict=True)):
+        for layer, states in enumerate(layers):
             stage = found[mask, layer, kind]
             # One layer at a time: the logits of all would be layers × positions × vocabulary.
             logits = vocabulary_logits(self.model, states)
             logs = logits.log_softmax(dim=1)
             top = logits.argmax(dim=1)
-            stage.n_tokens += len(states)
             stage.entropy += float(-(logs.exp() * logs).sum())
             stage.agreed += int((top == last).sum())
-            change = (states - before).float().norm(dim=1) / before.float().norm(dim=1).clamp(min=1e-12)
-            stage.shift += float(change.sum())
             stage.tokens.update(top.tolist())
 
 

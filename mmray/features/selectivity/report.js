@@ -131,7 +131,7 @@ function stagesPart(analysis, brief) {
   const rows = layers.map((layer) => ({ layer, image: one(analysis.stages, { masked: null, layer, position: "image" }), text: one(analysis.stages, { masked: null, layer, position: "text" }) }));
   const masked = analysis.stages.filter((row) => row.masked !== null);
   return [
-    h("h3.part", "Stages"), under("Every layer read through the final norm and the unembedding (logit lens), at the image's and at the text's positions."),
+    h("h3.part", "Stages"), under(`Every layer read through the final norm and the unembedding (logit lens), at the image's and at the text's positions.${masked.length ? " Shift: how far zeroing a label’s neurons moves a layer’s output, as a fraction of its norm." : ""}${masked.some((row) => row.control === "random") ? " Dotted: as many random neurons of the same layers." : ""}`),
     h("div.grid.two", brief ? null : [
       card(h("h3", "Entropy of the next token"), dose(named("entropy"), "Entropy of the next token by layer, at image and text positions", "layer", (row) => row.layer, "nats")),
       card(h("h3", "Agreement with the last layer"), dose(named("agreement"), "Fraction of positions with the same top token as the last layer, by layer", "layer", (row) => row.layer, "fraction of positions"))],
@@ -145,11 +145,12 @@ function stagesPart(analysis, brief) {
 
 function shiftPlot(analysis, rows, position) {
   const labels = analysis.together?.labels || analysis.labels.map((row) => row.label), masks = labels.filter((label) => rows.some((row) => row.masked === label));
-  return plot(`Change of the hidden state by layer at ${POSITIONS[position]}, each label's neurons zeroed`, () => [
-    masks.map((label) => {
-      const own = select(rows, { masked: label }), { hue, dash } = styleOf(labels.indexOf(label));
-      return { type: "scatter", mode: "lines+markers", name: plain(labelName(analysis, label)), x: own.map((row) => row.layer), y: own.map((row) => row.shift), line: { color: colour(hue), dash, width: 2 },
-        hovertemplate: `%{y:.3f} at %{x}<extra>${plain(labelName(analysis, label))}</extra>` };
+  const lines = masks.flatMap((label) => [false, true].map((random) => ({ label, random, own: select(rows, { masked: label }).filter((row) => (row.control === "random") === random) }))).filter((line) => line.own.length);
+  return plot(`Change of the hidden state by layer at ${POSITIONS[position]}, each label's neurons zeroed, or as many random ones`, () => [
+    lines.map(({ label, random, own }) => {
+      const { hue, dash } = styleOf(labels.indexOf(label)), name = plain(labelName(analysis, label)) + (random ? ", random" : "");
+      return { type: "scatter", mode: random ? "lines" : "lines+markers", name, x: own.map((row) => row.layer), y: own.map((row) => row.shift), line: { color: colour(hue), dash: random ? "dot" : dash, width: random ? 1.5 : 2 },
+        hovertemplate: `%{y:.3f} at %{x}<extra>${name}</extra>` };
     }),
     { xaxis: { title: "layer", dtick: 1 }, yaxis: { title: "fraction of its norm", rangemode: "tozero", exponentformat: "none" }, showlegend: true },
   ]);

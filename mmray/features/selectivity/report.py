@@ -202,6 +202,7 @@ def _examples(rows: Sequence[Row], target: str) -> list[Row]:
 def _stages(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [
         {name: row[name] for name in ("masked", "layer", "position", "n_tokens")}
+        | {"control": row.get("control")}
         | {name: number(row[name]) for name in ("entropy", "agreement", "shift")}
         | {"tokens": row["tokens"][:TOKENS]}
         for row in rows

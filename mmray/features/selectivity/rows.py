@@ -11,7 +11,7 @@ import pyarrow as pa
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from mmray.features.selectivity.masks import Mask, locate_neurons
+from mmray.features.selectivity.masks import RANDOM, Mask, locate_neurons
 from mmray.features.selectivity.reply_language import LabelClassifier
 from mmray.features.selectivity.selection import LabelSelection
 from mmray.features.selectivity.settings import SelectivitySettings
@@ -189,12 +189,13 @@ def _summed(values: Float[ndarray, "sample sum"], image: Int[ndarray, " sample"]
 
 def stage_rows(parts: Iterable[pa.Table], analyses: Analyses) -> pa.Table:
     """Return one row of `stages` per mask, layer and kind of position; unmasked ones belong to every analysis."""
-    sums: dict[tuple[str, str, str, int], np.ndarray] = {}
-    tokens: dict[tuple[str, str, str, int], Counter[str]] = defaultdict(Counter)
+    sums: dict[tuple[str, str, str, str, int], np.ndarray] = {}
+    tokens: dict[tuple[str, str, str, str, int], Counter[str]] = defaultdict(Counter)
     for part in parts:
         for row in part.to_pylist():
             # Blank, not null, so that keys can be sorted.
-            key = (row["module"] or "", row["masked"] or "", row["position"], row["layer"])
+            mask = (row["module"] or "", row["masked"] or "", row["control"] or "")
+            key = (*mask, row["position"], row["layer"])
             values = np.array([row[name] for name in ("n_tokens", "entropy", "agreed", "shift")], float)
             sums[key] = sums.get(key, np.zeros(4)) + values
             for token, count in zip(row["tokens"], row["counts"], strict=True):
@@ -205,15 +206,18 @@ def stage_rows(parts: Iterable[pa.Table], analyses: Analyses) -> pa.Table:
         count, entropy, agreed, shift = sums[key].tolist()
         # Each unit commits its 50 top tokens only, so counts of rarer tokens are lower bounds.
         frequent = tokens[key].most_common(SHOWN_TOKENS)
+        # Under random masks, the lens is not read.
+        read = key[2] != RANDOM
         rows.append(
             {
                 **analyses[module],
                 "masked": key[1] or None,
-                "position": key[2],
-                "layer": key[3],
+                "control": key[2] or None,
+                "position": key[3],
+                "layer": key[4],
                 "n_tokens": int(count),
-                "entropy": entropy / count,
-                "agreement": agreed / count,
+                "entropy": entropy / count if read else None,
+                "agreement": agreed / count if read else None,
                 "shift": shift / count,
                 "tokens": [token for token, _ in frequent],
                 "shares": [number / count for _, number in frequent],

@@ -106,11 +106,14 @@ TABLES: dict[str, pa.Schema] = {
         [
             *ANALYSIS,
             field("masked", pa.string(), "label whose neurons are zeroed; null: none"),
+            field("control", pa.string(), "selected or random; null: none, or a run of an earlier version"),
             field("layer", pa.int16(), "output of this decoder block"),
             field("position", pa.string(), "image or text"),
             field("n_tokens", pa.int64()),
-            field("entropy", pa.float64(), "nats, of the next token, mean over positions"),
-            field("agreement", pa.float64(), "fraction of positions with the same top token as the last layer"),
+            field("entropy", pa.float64(), "nats, of the next token, mean over positions; null under random masks"),
+            field(
+                "agreement", pa.float64(), "fraction of positions whose top token is the last layer's; null likewise"
+            ),
             field("shift", pa.float64(), "change of the hidden state under the mask, as a fraction of its norm"),
             field("tokens", pa.list_(pa.string()), "the most frequent top tokens, most frequent first"),
             field("shares", pa.list_(pa.float64()), "fraction of positions with each as the top token"),

@@ -7,6 +7,7 @@ from mmray.features.selectivity import logit_lens, texts
 from mmray.features.selectivity.interventions import measure_interventions
 from mmray.features.selectivity.logit_lens import Lens
 from mmray.features.selectivity.masks import Mask, zeroed
+from mmray.features.selectivity.rows import stage_rows
 from mmray.features.selectivity.settings import selectivity_settings
 from mmray.features.selectivity.texts import captions_of, in_batches
 from mmray.models.blocks import block_of
@@ -15,6 +16,7 @@ from mmray.models.interventions import ablate
 from mmray.models.prompting import prompt_text
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.model import open_image
+from tests.support.labelled import LANGUAGE
 from tests.support.samples import hooks, samples, settings
 from tests.support.tiny import VARIANTS
 
@@ -139,6 +141,22 @@ def test_the_lens_sees_every_block_of_every_family(open_model, variant):
     assert all(row["shift"] > 0 for row in of(rows, masked="en", position="text"))
     images = of(rows, masked=None, position="image")
     assert bool(images) == model.parts.image_in_sequence
+
+
+def test_random_masks_have_the_shift_alone(open_model):
+    model, neurons = open_model("llava"), (("language", 0, 1), ("language", 1, 3))
+    lens = Lens(model, [Mask("en", control, neurons) for control in ("selected", "random")])
+    for some, batch in encoded(model, 2, 2):
+        lens.add(some, batch)
+    rows = lens.table().to_pylist()
+    selected, random = (of(rows, masked="en", control=control) for control in ("selected", "random"))
+    # The same neurons here, so the same shift.
+    assert [row["shift"] for row in selected] == [row["shift"] for row in random]
+    assert all(row["entropy"] > 0 and row["tokens"] for row in selected)
+    assert all(row["entropy"] == 0 and row["tokens"] == [] for row in random)
+    table = stage_rows([lens.table()], {"language": dict(LANGUAGE)}).to_pylist()
+    assert {row["entropy"] is None for row in of(table, control="random")} == {True}
+    assert {row["entropy"] is None for row in of(table, control="selected") + of(table, control=None)} == {False}
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])
