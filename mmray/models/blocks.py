@@ -208,8 +208,8 @@ def permuted_image(model: LoadedModel, batch: Batch, seed: int = 0) -> Iterator[
 @contextmanager
 def permuted_prompt_image(model: LoadedModel, prompts: Batch, seed: int = 0) -> Iterator[None]:
     """Shuffle the image tokens of prompts in the same order while `generate` reads them; `prompts` has no captions."""
-    # Generation pads on the left.
-    shifts = [prompts.positions - length for length in prompts.caption_start]
+    # Generation pads on the left of the text.
+    shifts = [0 if model.parts.image_before else prompts.positions - length for length in prompts.caption_start]
     images = [[at + shift for at in prompts.image_positions(row)] for row, shift in enumerate(shifts)]
     with _shuffled(model, images, prompts.positions, seed):
         yield

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -39,7 +39,7 @@ class Experts:
     module: nn.Module
     """Its output is what all of them write."""
     routed: nn.Module
-    """The fused experts."""
+    """The fused experts; of ERNIE-4.5-VL those of text, as its experts of images write nothing at a text's tokens."""
     scale: float
     """Factor on what these write."""
     shared: nn.Module | None
@@ -145,6 +145,11 @@ class Experts:
         """
         routed: list[tuple[Tensor, Tensor | None]] = []
         shared: dict[str, Tensor] = {}
+        # Of the experts' own tokens among all; None: all are.
+        own_tokens: list[Tensor | None] = []
+
+        def keep_types(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            own_tokens.append(_text_tokens([*arguments, *named.values()]))
 
         def keep_routed(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], __: Tensor) -> None:
             inputs = dict(zip(INPUTS, arguments, strict=False)) | named
@@ -160,6 +165,8 @@ class Experts:
             activation, gate = routed.pop()
             activation = activation if self.scale == 1 else activation * self.scale
             gate = activation if gate is None else gate
+            if (own_token := own_tokens.pop()) is not None:
+                activation, gate = (_spread(values, own_token) for values in (activation, gate))
             if self.shared is None:
                 return activation, gate
             own = shared.pop("activation")
@@ -172,6 +179,7 @@ class Experts:
             return whole, gates
 
         with ExitStack() as stack:
+            stack.enter_context(self.module.register_forward_pre_hook(keep_types, with_kwargs=True))
             stack.enter_context(self.routed.register_forward_hook(keep_routed, with_kwargs=True))
             if self.shared is not None:
                 stack.enter_context(
@@ -235,6 +243,22 @@ def _changed(module: nn.Module, activation: Float[Tensor, "token neuron"]) -> Fl
         index = units.to(changed.device)
         changed[:, index] = change(changed[:, index])
     return changed
+
+
+def _text_tokens(inputs: list[Any]) -> Bool[Tensor, " token"] | None:
+    """Return which tokens are of type 0, if a module is told the type of each and there are others."""
+    states, *others = [value for value in inputs if isinstance(value, Tensor)]
+    for types in others:
+        if not types.is_floating_point() and types.shape == states.shape[:-1] and types.any():
+            return types.flatten() == 0
+    return None
+
+
+def _spread(values: Float[Tensor, "own_token neuron"], own: Bool[Tensor, " token"]) -> Float[Tensor, "token neuron"]:
+    """Return values of some tokens among zeros for the others."""
+    spread = values.new_zeros(len(own), values.shape[1])
+    spread[own.to(values.device)] = values
+    return spread
 
 
 def _plus(output: Any, added: Float[Tensor, "token hidden"]) -> Any:

@@ -25,45 +25,54 @@ from mmray.models.mlp_probe import fed_linears, gate_of
 from mmray.models.processing import IMAGE_MASK, example_inputs
 from mmray.models.recorded_calls import LINEAR, Block, Call, copied, record_calls
 
+WIDE = (150, 80)
+"""Pixels of an image that is no square."""
 OTHER_QUESTION = "How many animals and people are in this picture, and what are they doing there?"
 FAILURES = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What a network raises for inputs that it can't take."""
 
 
 @torch.no_grad()
-def image_entry(model: PreTrainedModel, first_block: str, processor: Any) -> tuple[str, int | None]:
-    """Return `tokens` with the placeholder's token id (None if the inputs mark the positions), or `cross-attention`.
+def image_entry(model: PreTrainedModel, first_block: str, processor: Any) -> tuple[str, int | None, int]:
+    """Return `tokens` or `cross-attention`, the placeholder's token id, and how many positions come before the text.
 
     The input of the decoder's first block changes with the image at positions that all have one token in `input_ids`.
-    (LLaVA-NeXT has the same token at the ends of rows, which do not change.) If no position changes, or the last one
-    does, the decoder attends to the image. Raises InputError if the image enters in another way.
+    (LLaVA-NeXT has the same token at the ends of rows, which do not change.) The id is None if the inputs mark the
+    positions, or if these come before the text, with no tokens (GIT). If no position changes, or the last one does, the
+    decoder attends to the image. Raises InputError if the image enters in another way.
     """
     kind = model.config.model_type
     inputs = example_inputs(kind, processor, model.config)
+    others = (
+        example_inputs(kind, processor, model.config, brightness=0.5),
+        example_inputs(kind, processor, model.config, size=WIDE),
+    )
     try:
-        pair = [
-            _until(model, first_block, given)
-            for given in (inputs, example_inputs(kind, processor, model.config, brightness=0.5))
-        ]
+        *pair, wide = (_until(model, first_block, given).flatten(0, -2) for given in (inputs, *others))
     except FAILURES as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"{kind}: a forward with an image failed ({reason})") from error
     tokens = inputs["input_ids"][0]
-    first, second = (hidden.flatten(0, -2) for hidden in pair)
-    if first.shape != second.shape or len(first) != len(tokens):
+    first, second = pair
+    alike, before = first.shape == second.shape, len(first) - len(tokens)
+    changed = (first != second).any(dim=-1).to(tokens.device) if alike else torch.zeros(0)
+    # As many for an image of another shape, or captions could not be found in the sequence.
+    steady = before == len(wide) - others[1]["input_ids"].shape[1]
+    if before and steady and changed.nonzero().flatten().tolist() == list(range(before)):
+        return "tokens", None, before
+    if before or not alike:
         raise InputError(
             f"{kind}: {len(first)} positions in the decoder for {len(tokens)} tokens; "
             "models that put the image in other places than its tokens can't be analysed"
         )
-    changed = (first != second).any(dim=-1).to(tokens.device)
     if not changed.any() or changed[-1]:
-        return "cross-attention", None
+        return "cross-attention", None, 0
     if IMAGE_MASK in inputs and torch.equal(changed, inputs[IMAGE_MASK][0] == 1):
-        return "tokens", None
+        return "tokens", None, 0
     placeholders = torch.unique(tokens[changed])
     if len(placeholders) != 1:
         raise InputError(f"{kind}: the image changes positions of {len(placeholders)} different tokens in the prompt")
-    return "tokens", int(placeholders)
+    return "tokens", int(placeholders), 0
 
 
 def placed(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -60,6 +60,8 @@ class ModelParts:
     the model reads text only."""
     image_token_id: int | None
     """The placeholder's id in `input_ids`."""
+    image_before: int = 0
+    """Positions of the image before those of the text, for which `input_ids` has no tokens (GIT)."""
     encoder_decoder: bool = False
     """Prompt and image go to an encoder; the decoder's sequence is only the caption (T5)."""
     logit_scale: float = 1.0

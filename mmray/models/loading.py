@@ -40,6 +40,7 @@ from mmray.models.experts import routed_experts
 from mmray.models.layout import ModelParts, Projection
 from mmray.models.options import MODULES
 from mmray.models.parts import locate
+from mmray.models.workarounds import work_around
 from mmray.neuron_names import NeuronNames
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -215,6 +216,7 @@ def load(
         # Text models are often trained without padding; positions with it are never read.
         tokenizer.pad_token = tokenizer.eos_token
     network.eval().requires_grad_(False)
+    work_around(network)
     _greedy_only(network)
     _time_forward(network)
     # Some networks need the input, while their processor leaves it out unless asked.

@@ -68,6 +68,8 @@ def _encode_groups(
     offsets: Sequence[list[tuple[int, int]]],
 ) -> Batch | None:
     firsts = [group[0] for group in groups]
+    if model.parts.image_before:
+        return None
     features = run_processor(model, [prompts[first] for first in firsts], [images[first] for first in firsts])
     shape = features["input_ids"].shape
     aligned = {name for name, value in features.items() if value.shape[:2] == shape}

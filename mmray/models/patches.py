@@ -61,6 +61,9 @@ def _grid(model: LoadedModel, batch: Batch, row: int, size: tuple[int, int]) -> 
     side = tile_side(model, positions)
     if side is None:
         return None
+    if len(positions) == side**2 + 1:
+        # A token of the whole image comes first (GIT).
+        positions = positions[1:]
     if habits_of(model.network.config).newlines:
         return _with_newlines(positions, side, aspect)
     # One square is the whole image; more are tiles of it.

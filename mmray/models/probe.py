@@ -50,7 +50,7 @@ def probe(model: PreTrainedModel, processor: Any = None) -> ModelParts:
     head = model.get_output_embeddings()
     if head is None:
         raise InputError(f"{kind}: no output embeddings, so no token to score neurons for")
-    image, image_token_id = "tokens", getattr(model.config, "image_token_id", None)
+    image, image_token_id, image_before = "tokens", getattr(model.config, "image_token_id", None), 0
     if not reads_images(model.config):
         image, image_token_id, processor = "none", None, None
     elif image_token_id is None and processor is None:
@@ -65,7 +65,7 @@ def probe(model: PreTrainedModel, processor: Any = None) -> ModelParts:
         blocks = _blocks(kind, model, calls, norm)
         projections = tuple(_projection(kind, layer, block) for layer, block in enumerate(blocks))
         if image != "none" and image_token_id is None and not answer:
-            image, image_token_id = image_entry(model, blocks[0].path, processor)
+            image, image_token_id, image_before = image_entry(model, blocks[0].path, processor)
         if processor is not None:
             projections += image_modules(model, blocks[0].path, processor, answer, image)
     finally:
@@ -77,6 +77,7 @@ def probe(model: PreTrainedModel, processor: Any = None) -> ModelParts:
         unembedding=next(call.path for call in calls.values() if call.module is head),
         image=image,
         image_token_id=image_token_id,
+        image_before=image_before,
         encoder_decoder=bool(answer),
         logit_scale=scale_before * scale_after,
         logit_cap=logit_cap,

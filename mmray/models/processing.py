@@ -68,11 +68,12 @@ def example_inputs(
     config: PreTrainedConfig,
     *,
     brightness: float = 1.0,
+    size: tuple[int, int] = (96, 96),
     question: str = EXAMPLE_QUESTION,
 ) -> dict[str, Tensor]:
-    """Return the network's inputs for one image and a question."""
+    """Return the network's inputs for one image, of a width and height in pixels, and a question."""
     prompt = question_text(name, processor, config, question, image=True)
-    return processed(name, processor, [prompt], [noise_image(brightness)])
+    return processed(name, processor, [prompt], [noise_image(brightness).resize(size)])
 
 
 def noise_image(brightness: float = 1.0) -> Image:

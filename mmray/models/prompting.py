@@ -192,6 +192,7 @@ def encode(
     features = run_processor(model, prompts, images)
     if model.parts.encoder_decoder:
         return _encode_decoder(model, features, tokens, offsets)
+    image_before = 0 if images[0] is None else model.parts.image_before
     lengths = features["attention_mask"].sum(dim=1).tolist()
     total = max(length + len(caption) for length, caption in zip(lengths, tokens, strict=True))
     prompt_shape = features["input_ids"].shape
@@ -200,18 +201,36 @@ def encode(
         aligned = value.shape[:2] == prompt_shape and name in CAPTION_VALUES
         inputs[name] = _extend(model, name, value, lengths, tokens, total) if aligned else value
     before = [row[:length] for row, length in zip(features["input_ids"].tolist(), lengths, strict=True)]
-    spans = spans_of(model, before, tokens, features.get(IMAGE_MASK))
-    return Batch(inputs, total, lengths, list(tokens), list(offsets), spans)
+    spans = spans_of(model, before, tokens, features.get(IMAGE_MASK), image_before)
+    starts = [image_before + length for length in lengths]
+    return Batch(inputs, image_before + total, starts, list(tokens), list(offsets), spans)
 
 
 def run_processor(model: LoadedModel, prompts: Sequence[str], images: Sequence[Image | None]) -> dict[str, Tensor]:
     """Return the family's processor's output for prompts and images, padded on the right.
 
-    Either all rows have an image or none has. Raises InputError if the processor raises.
+    Without an end token that the tokenizer adds (BERT's), because the caption goes on, unless an encoder reads the
+    prompt. Either all rows have an image or none has. Raises InputError if the processor raises.
     """
-    if model.parts.reads_images:
-        return processed(model.name, model.processor, prompts, images)
-    return _run_tokenizer(model, prompts, images)
+    if not model.parts.reads_images:
+        return _run_tokenizer(model, prompts, images)
+    features = processed(model.name, model.processor, prompts, images)
+    return features if model.parts.encoder_decoder else _without_end(model, features, prompts)
+
+
+def _without_end(model: LoadedModel, features: dict[str, Tensor], prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Return the features with an end token after a prompt, which the prompt does not have itself, made padding."""
+    ends = {
+        token: str(model.tokenizer.convert_ids_to_tokens(token))
+        for token in (model.tokenizer.sep_token_id, model.tokenizer.eos_token_id)
+        if token is not None
+    }
+    ids, mask = features["input_ids"].clone(), features["attention_mask"].clone()
+    for row, (length, prompt) in enumerate(zip(mask.sum(dim=1).tolist(), prompts, strict=True)):
+        end = ends.get(int(ids[row, length - 1]))
+        if end is not None and not prompt.endswith(end):
+            ids[row, length - 1], mask[row, length - 1] = _padding(model), 0
+    return features | {"input_ids": ids, "attention_mask": mask}
 
 
 def _run_tokenizer(model: LoadedModel, prompts: Sequence[str], images: Sequence[Image | None]) -> dict[str, Tensor]:
@@ -302,16 +321,20 @@ def spans_of(
     prompts: Sequence[list[int]],
     tokens: Sequence[list[int]],
     marked: Int[Tensor, "row position"] | None = None,
+    image_before: int = 0,
 ) -> list[TokenSpan]:
     """Return the spans of samples' images and captions, given the tokens of prompts and captions.
 
-    The image is where its placeholder is in the prompt or, without one, where `marked` is 1.
+    The image is where its placeholder is in the prompt or, without one, where `marked` is 1, or the positions before
+    the prompt.
     """
     spans, parts = [], model.parts
     for row, (prompt, caption) in enumerate(zip(prompts, tokens, strict=True)):
-        length = len(prompt)
+        if image_before:
+            spans.append(TokenSpan(row, 0, image_before, "image"))
+        length = image_before + len(prompt)
         given, image = (prompt, parts.image_token_id) if marked is None else (marked[row].tolist(), 1)
-        for value, group in groupby(range(length), key=given.__getitem__):
+        for value, group in groupby(range(len(prompt)), key=given.__getitem__):
             if value == image and parts.image_in_sequence:
                 positions = list(group)
                 spans.append(TokenSpan(row, positions[0], positions[-1] + 1, "image"))

@@ -129,13 +129,10 @@ NOT_CHECKED = "Not checked, for want of a tiny checkpoint"
 OTHERS = {
     "blip": "refused: a dense layer and a norm follow the last block, so the unembedding reads no sum of writes",
     "diffusion_gemma": "not causal: it generates by diffusion over blocks",
-    "ernie4_5_vl_moe": "refused: image tokens go through experts of their own",
     "evolla": "reads proteins, not images",
     "fast_vlm": "not checked: its vision tower needs timm",
     "gemma3n": "not checked: its vision tower needs timm",
-    "git": "refused: the image stands before the text without a placeholder",
     "instructblipvideo": "reads videos, not images",
-    "llama4": "transformers 5.24 raises for images; its decoder with routed and shared experts passes",
     "mistral4": "a language model without images",
     "nemotron_h_omni": "refused: it names no output embeddings",
     "perception_lm": "not checked: its vision tower needs timm",

@@ -17,6 +17,7 @@ from mmray.models.interventions import ablate
 from mmray.models.parts import locate, output_rows, set_output_rows
 from mmray.neuron_names import NeuronNames
 from mmray.neurons.model import load_model
+from mmray.neurons.validation import example
 
 HEADS = {"num_key_value_heads": 2, "head_dim": 8}
 ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 40}
@@ -228,6 +229,32 @@ def test_every_neuron_has_a_name_of_its_own(decoder, name):
     assert {"e" in one for one, (layer, _) in zip(written, every, strict=True) if not projections[layer].experts} <= {
         False
     }
+
+
+def test_experts_of_text_write_nothing_at_an_image_that_has_experts_of_its_own(open_type):
+    model = open_type("ernie4_5_vl_moe")
+    projection = model.projections[1]
+    batch, found, written = example(model), [], []
+    module = model.network.get_submodule(projection.path)
+    with (
+        Experts.of(model.network, projection).captured(lambda activation, _: found.append(activation)),
+        torch.no_grad(),
+    ):
+        handle = module.register_forward_hook(lambda *call: written.append(block_output(call[2]).flatten(0, -2)))
+        model.network(**batch.inputs)
+        handle.remove()
+    image = torch.zeros(batch.positions, dtype=torch.bool)
+    image[batch.image_positions(0)] = True
+    routed = 4 * 40
+    assert image.any()
+    assert found[0].shape == (len(image), projection.width)
+    assert not found[0][image, :routed].any()
+    assert found[0][image, routed:].any(1).all()
+    assert found[0][~image, :routed].any(1).all()
+    # At a text's tokens the neurons write all that the module writes.
+    sums = found[0] @ output_rows(model.network, projection)
+    torch.testing.assert_close(sums[~image], written[0][~image], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(sums[image], written[0][image], rtol=1e-2, atol=1e-2)
 
 
 def test_the_gates_of_a_shared_expert_are_those_of_all(loaded, decoder):

@@ -39,9 +39,13 @@ def step_by_step(model, prompt, image, count):
     return tokens, lead
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_writes_what_single_steps_without_cache_or_padding_write(open_model, variant):
-    model = open_model(variant)
+# Types whose image stands before the padding, has experts of its own, or needs a repaired output.
+TYPES = ("ernie4_5_vl_moe", "git", "llama4")
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *TYPES])
+def test_writes_what_single_steps_without_cache_or_padding_write(open_model, open_type, variant):
+    model = (open_type if variant in TYPES else open_model)(variant)
     prompts = [prompt_text(model, None, language) for language in PROMPTS]
     images = [picture(20), picture(21, 56, 40), picture(22)]
     written = generate(model, prompts, images, longest=5)

@@ -3,11 +3,10 @@
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from mmray.neurons.model import load_model
 from mmray.neurons.validation import CHECKS
 from tests.models.support import NAMES, OTHERS, README, SECTIONS, others_table, table, text_table, type_row, written
 from tests.support import text_models
-from tests.support.model_types import KINDS, build
+from tests.support.model_types import KINDS
 from tests.support.tiny import VARIANTS
 
 ALL = f"| {len(CHECKS) + 1} of {len(CHECKS) + 1} |"
@@ -41,8 +40,8 @@ def test_the_readme_s_table_of_text_models_is_what_the_tests_find(open_text_mode
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in KINDS]
 )
-def test_every_other_type_passes_all_checks(name, readme, tmp_path):
-    made = type_row(name, load_model(str(build(name, tmp_path / name))))
+def test_every_other_type_passes_all_checks(name, readme, open_type):
+    made = type_row(name, open_type(name))
     assert made.endswith(ALL)
     assert made in SECTIONS["types"].search(readme)[0], "run: python -m tests.models.support"
 

@@ -69,6 +69,7 @@ class Kind:
     sizes: Mapping[str, Any] = field(default_factory=dict)
     """In place of those in SIZES."""
     image_settings: Mapping[str, Any] = field(default_factory=dict)
+    video_settings: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the processor."""
     processor: str = ""
@@ -83,6 +84,8 @@ class Kind:
     placeholder: str = ""
     """The token that the image replaces, if another."""
     template: bool = True
+    adds: str = ""
+    """As `Variant.adds`."""
     unknown: bool = False
     """The processor needs a token for unknown text."""
 
@@ -114,6 +117,13 @@ KINDS: dict[str, Kind] = {
     "cosmos3_edge": Kind(config={"text_config": rotary(2, 3, 3)}),
     "cosmos3_omni": Kind(processor="Qwen3VLProcessor"),
     "deepseek_vl": Kind(image_settings={"size": SQUARE}, options={"num_image_tokens": 16}),
+    # The video processor would write times into frames, with a font of its own.
+    "ernie4_5_vl_moe": Kind(
+        config={
+            "text_config": rotary(3, 3, 2) | {"moe_intermediate_size": [40, 24], "mlp_layer_types": ["dense", "sparse"]}
+        },
+        video_settings={"draw_on_frames": False},
+    ),
     "exaone4_5": Kind(),
     "florence2": Kind(
         config={
@@ -148,6 +158,12 @@ KINDS: dict[str, Kind] = {
             },
         },
         image_settings={"patch_size": PATCH, "max_soft_tokens": 70},
+    ),
+    "git": Kind(
+        image_settings={"size": {"shortest_edge": SIDE}, "crop_size": SQUARE},
+        image_processor="CLIPImageProcessor",
+        template=False,
+        adds="both",
     ),
     "glm46v": GLM,
     "glm4v": GLM,
@@ -201,6 +217,21 @@ KINDS: dict[str, Kind] = {
     "lfm2_vl": Kind(image_settings={"encoder_patch_size": PATCH, "tile_size": SIDE}),
     "lfm3_vl": Kind(),
     "lighton_ocr": Kind(),
+    "llama4": Kind(
+        config={
+            "text_config": {"moe_layers": [1], "no_rope_layers": [1, 0], "attention_chunk_size": 512},
+            "vision_config": {
+                "intermediate_size": 4 * WIDTH,
+                "vision_output_dim": WIDTH,
+                "projector_input_dim": WIDTH,
+                "projector_output_dim": WIDTH,
+            },
+        },
+        image_settings={"size": SQUARE},
+        tokens=("<|patch|>", "<|image|>"),
+        image="<|image|>",
+        placeholder="<|patch|>",
+    ),
     "llava_next_video": Kind(
         config={"image_grid_pinpoints": GRID, "vision_feature_layer": -2},
         image_settings={"image_grid_pinpoints": GRID, "size": {"shortest_edge": SIDE}},
@@ -281,7 +312,7 @@ def build(name: str, folder: Path) -> Path:
     made = getattr(transformers, kind.processor or PROCESSOR_MAPPING_NAMES[name])
     tokens, named = _tokens(made)
     named |= kind.named
-    facts = Variant(name, {}, {}, "", "", {}, named=named, tokens=(*tokens, *kind.tokens, "<reserved>"))
+    facts = Variant(name, {}, {}, "", "", {}, named=named, tokens=(*tokens, *kind.tokens, "<reserved>"), adds=kind.adds)
     tokenizer = tokenizer_of(facts)
     if kind.unknown:
         tokenizer.unk_token = "<pad>"
@@ -344,7 +375,7 @@ def _parts(name: str, kind: Kind, processor: type) -> dict[str, Any]:
     if "video_processor" in asked:
         mapped = VIDEO_PROCESSOR_MAPPING_NAMES.get(name)
         video = mapped["torchvision"] if isinstance(mapped, dict) else mapped or "Qwen2VLVideoProcessor"
-        parts["video_processor"] = getattr(transformers, video)()
+        parts["video_processor"] = getattr(transformers, video)(**kind.video_settings)
     if "feature_extractor" in asked:
         sound = FEATURE_EXTRACTOR_MAPPING_NAMES.get(name) or "WhisperFeatureExtractor"
         parts["feature_extractor"] = getattr(transformers, sound)()

@@ -33,7 +33,7 @@ class Variant:
     beyond: tuple[str, ...] = ()
     """Special tokens with the last ids, which have an embedding and no row in the unembedding."""
     adds: str = ""
-    """`bos` or `eos`: what the tokenizer itself puts before or after every text."""
+    """`bos`, `eos` or `both`: what the tokenizer itself puts before or after every text."""
     padding_side: str = "left"
     template: tuple[str, ...] = ()
     """Chat template: start, opening of the user's turn, image, closing of a turn, opening of the assistant's turn."""

@@ -79,11 +79,10 @@ def tokenizer_of(facts: Variant) -> transformers.PreTrainedTokenizerFast:
     )
     backend.train_from_iterator(SENTENCES, trainer)
     bos, eos, pad = facts.specials
-    added = {"bos": (f"{bos} $A", bos), "eos": (f"$A {eos}", eos)}.get(facts.adds)
-    if added:
-        single, token = added
+    if facts.adds:
+        single = {"bos": f"{bos} $A", "eos": f"$A {eos}", "both": f"{bos} $A {eos}"}[facts.adds]
         backend.post_processor = processors.TemplateProcessing(
-            single=single, special_tokens=[(token, backend.token_to_id(token))]
+            single=single, special_tokens=[(token, backend.token_to_id(token)) for token in (bos, eos)]
         )
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
