@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmray.models.layout import Projection
+from mmray.models.linear import is_dense, is_quantised
 
 Change: TypeAlias = Callable[[Float[Tensor, "token unit"]], Float[Tensor, "token unit"]]
 Found: TypeAlias = tuple[Float[Tensor, "token neuron"], Float[Tensor, "token neuron"]]
@@ -57,6 +58,11 @@ class Experts:
         paths = (projection.shared, projection.gate, projection.shared_weight)
         shared, gate, weight = (network.get_submodule(path) if path else None for path in paths)
         return cls(module, routed, projection.routed_scale, shared, gate, weight)
+
+    @property
+    def are_dense(self) -> bool:
+        """Whether weights are plain numbers, which can be read and written."""
+        return is_dense(self.routed.down_proj) and (self.shared is None or not is_quantised(self.shared))
 
     def rows(self, units: Int[Tensor, " unit"] | None = None) -> Float[Tensor, "unit hidden"]:
         """Return a copy of these neurons' rows of W_out; None: of all."""

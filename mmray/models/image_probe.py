@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 
 from mmray.errors import InputError
 from mmray.models.layout import Projection
+from mmray.models.linear import is_linear
 from mmray.models.mlp_probe import fed_linears, gate_of
 from mmray.models.processing import IMAGE_MASK, example_inputs
-from mmray.models.recorded_calls import LINEAR, Block, Call, copied, record_calls
+from mmray.models.recorded_calls import Block, Call, copied, record_calls
 
 WIDE = (150, 80)
 """Pixels of an image that is no square."""
@@ -149,7 +150,7 @@ def _image_modules(
         if isinstance(module, nn.ModuleList) and len(module) and not _below(path, decoder) and not _is_mlp(module)
     }
     stacked = [decoder, *(block for blocks in lists.values() for block in blocks)]
-    linears = [path for path, module in model.named_modules() if isinstance(module, LINEAR)]
+    linears = [path for path, module in model.named_modules() if is_linear(module)]
     owners = {_owner(model, path) for path in linears if not any(_below(path, block) for block in stacked)}
     # What holds the decoder holds its unembedding.
     owners = {path for path in owners if path and not _below(decoder, path)}
@@ -232,7 +233,7 @@ def _below(path: str, other: str) -> bool:
 
 def _is_mlp(modules: nn.ModuleList) -> bool:
     """Return whether a list is one MLP's layers (Qwen-Omni's merger), not blocks."""
-    return any(isinstance(module, LINEAR) for module in modules)
+    return any(is_linear(module) for module in modules)
 
 
 def _owner(model: nn.Module, path: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmray.errors import InputError
 from mmray.models.experts import Experts
+from mmray.models.linear import added_to_rows, is_quantised
 from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows, set_output_rows
 
@@ -105,8 +106,16 @@ def add_noise(
 def changed_rows(
     model: LoadedModel, layer: int, units: list[int], rows: Float[Tensor, "neuron hidden"]
 ) -> Iterator[None]:
-    """Replace these neurons' rows of W_out inside the `with` block; afterwards restore the same bytes."""
+    """Replace these neurons' rows of W_out inside the `with` block; afterwards restore the same bytes.
+
+    Quantised weights stay as they are: the difference is added to what the layer writes.
+    """
     network, projection, index = model.network, model.projections[layer], torch.tensor(units)
+    module = network.get_submodule(projection.path)
+    if not projection.experts and is_quantised(module):
+        with added_to_rows(module, index, rows - output_rows(network, projection)[index.to(rows.device)]):
+            yield
+        return
     # Restored from a copy: subtracting the change would round.
     before = output_rows(network, projection)[units].clone()
     set_output_rows(network, projection, index, rows)

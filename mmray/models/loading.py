@@ -38,6 +38,7 @@ from mmray.errors import InputError
 from mmray.models.checkpoint import WEIGHTS, check_config, checkpoint_files, reads_images
 from mmray.models.experts import routed_experts
 from mmray.models.layout import ModelParts, Projection
+from mmray.models.linear import dequantise, has_quantised
 from mmray.models.options import MODULES
 from mmray.models.parts import locate
 from mmray.models.workarounds import work_around
@@ -174,7 +175,8 @@ def load(
 ) -> LoadedModel:
     """Load a model for inference.
 
-    `dtype` is fp32, bf16, fp16, or auto: the checkpoint's own on a GPU, fp32 on a CPU. Without `device`, all visible
+    `dtype` is fp32, bf16, fp16, or auto: the checkpoint's own on a GPU, fp32 on a CPU. A quantised checkpoint stays
+    quantised with auto, and is dequantised with the others. Without `device`, all visible
     GPUs are used; several share the layers. Raises InputError if the folder is no vision-language or causal language
     model, its parts can't be found, or the dtype is unknown.
     """
@@ -200,7 +202,7 @@ def load(
                 dtype=torch_dtype,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                **({"device_map": "auto"} if shared else {}),
+                **_placement(config, device, shared=shared),
             )
     except SafetensorError as error:
         raise InputError(f"{name}: damaged weights ({_shortened(error)}); copy the checkpoint again") from error
@@ -222,7 +224,10 @@ def load(
     # Some networks need the input, while their processor leaves it out unless asked.
     if "mm_token_type_ids" in inspect.signature(network.forward).parameters:
         processor.return_mm_token_type_ids = True
-    if not shared:
+    if getattr(network, "is_quantized", False) and (dtype != "auto" or not has_quantised(network)):
+        # Some formats are dequantised when they are loaded on a CPU (fp8).
+        dequantise(network, network.dtype if torch_dtype == "auto" else torch_dtype)
+    if not shared and not getattr(network, "is_quantized", False):
         try:
             network.to(device)
         except (AssertionError, RuntimeError) as error:
@@ -235,6 +240,13 @@ def load(
         parts=locate(network, processor),
         unused=tuple(sorted(report["unexpected_keys"])),
     )
+
+
+def _placement(config: PretrainedConfig, device: str | torch.device, *, shared: bool) -> dict[str, Any]:
+    """Return what tells transformers where weights go; quantised ones can't be moved afterwards."""
+    if shared:
+        return {"device_map": "auto"}
+    return {"device_map": {"": device}} if hasattr(config, "quantization_config") else {}
 
 
 def _time_forward(network: PreTrainedModel) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmray.models.recorded_calls import LINEAR, Block, Call, rerun
+from mmray.models.linear import is_linear
+from mmray.models.recorded_calls import Block, Call, rerun
 
 
 def fed_linears(block: Block) -> list[tuple[Call, list[Call]]]:
@@ -14,7 +15,7 @@ def fed_linears(block: Block) -> list[tuple[Call, list[Call]]]:
     linears = [
         call
         for call in block.inside
-        if isinstance(call.module, LINEAR) and call not in block.silent_alone and not block.is_mixing(call)
+        if is_linear(call.module) and call not in block.silent_alone and not block.is_mixing(call)
     ]
     fed: list[tuple[Call, list[Call]]] = []
     for call in linears:

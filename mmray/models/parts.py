@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from mmray.errors import InputError
 from mmray.models.experts import Experts, by_unit
 from mmray.models.families import DECODERS, FAMILIES, TOWERS, Decoder, Family, Stack
 from mmray.models.layout import ModelParts, Projection
+from mmray.models.linear import READ_ONLY, is_linear, is_quantised, rows_of, sizes
 from mmray.models.probe import probe
 
 __all__ = [
@@ -34,16 +34,15 @@ def locate(model: PreTrainedModel, processor: Any = None) -> ModelParts:
     """Find the model's parts by the tables of families or, if no row fits, by the structural probe.
 
     The probe needs the model's processor where the configuration does not name the image's placeholder. Raises
-    InputError if neither finds the parts, or if weights are quantised.
+    InputError if neither finds the parts, or if experts are quantised.
     """
     parts = _find(model, processor)
     for projection in parts.projections:
-        module = model.get_submodule(projection.path)
-        weight: Tensor = (
-            by_unit(Experts.of(model, projection).routed) if projection.experts else module.get_parameter("weight")
-        )
-        if not weight.is_floating_point():
-            raise InputError(f"{projection.path}: quantised weights have no rows to score; load in fp16, bf16 or fp32")
+        if projection.experts and not Experts.of(model, projection).are_dense:
+            raise InputError(
+                f"{projection.path}: experts with quantised weights have no rows to score; "
+                "use a checkpoint in fp16, bf16 or fp32"
+            )
     return parts
 
 
@@ -99,31 +98,33 @@ def output_rows(model: PreTrainedModel, projection: Projection) -> Float[Tensor,
     """Return the rows of W_out: what each neuron adds to the projection's output per unit of activation.
 
     For a Linear or GPT-2's Conv1D a view of the weight; for experts a copy, (expert, unit) flattened and the shared
-    expert's last, so write with `set_output_rows`. A norm after the projection and `Projection.scale` are not applied.
+    expert's last, so write with `set_output_rows`; for quantised layers a dequantised copy. A norm after the projection
+    and `Projection.scale` are not applied.
     """
     if projection.experts:
         return Experts.of(model, projection).rows()
-    module = model.get_submodule(projection.path)
-    weight: Tensor = module.get_parameter("weight")
-    # A Conv1D keeps the transpose of what a Linear does.
-    return weight if isinstance(module, Conv1D) else weight.T
+    return rows_of(model.get_submodule(projection.path), model.dtype)
 
 
 @torch.no_grad()
 def set_output_rows(
     model: PreTrainedModel, projection: Projection, units: Int[Tensor, " unit"], rows: Float[Tensor, "unit hidden"]
 ) -> None:
-    """Write these neurons' rows of W_out into the weights of the Linear, Conv1D or experts."""
+    """Write these neurons' rows of W_out into the weights of the Linear, Conv1D or experts.
+
+    Raises InputError for a quantised layer.
+    """
     if projection.experts:
         Experts.of(model, projection).set_rows(units, rows)
+    elif is_quantised(model.get_submodule(projection.path)):
+        raise InputError(f"{projection.path}: {READ_ONLY}")
     else:
         output_rows(model, projection)[units] = rows
 
 
 def unembedding_rows(model: PreTrainedModel, parts: ModelParts) -> Float[Tensor, "vocabulary hidden"]:
-    """Return the unembedding's rows, one per token: a view of the weight."""
-    weight: Tensor = model.get_submodule(parts.unembedding).get_parameter("weight")
-    return weight
+    """Return the unembedding's rows, one per token: a view of the weight, or dequantised."""
+    return rows_of(model.get_submodule(parts.unembedding), model.dtype).T
 
 
 @torch.no_grad()
@@ -160,10 +161,8 @@ def _projection(model: nn.Module, module: str, layer: int, block: str, stack: St
     path = _first(model, tuple(_join(block, choice) for choice in stack.projection))
     found = _module(model, path)
     experts = 0
-    if isinstance(found, nn.Linear):
-        width = found.in_features
-    elif isinstance(found, Conv1D):
-        width = found.nx
+    if is_linear(found):
+        width, _ = sizes(found)
     elif isinstance(weight := getattr(found, "down_proj", None), nn.Parameter) and weight.dim() == 3:
         if getattr(found, "has_post_expert_norm", False):
             raise _MissingError(f"{path} normalises each expert's output, which no row of W_out can stand for")
@@ -172,7 +171,7 @@ def _projection(model: nn.Module, module: str, layer: int, block: str, stack: St
     else:
         raise _MissingError(f"{path} is a {type(found).__name__}, neither a Linear nor fused experts")
     gate = next((_join(block, choice) for choice in stack.gate if _has(model, _join(block, choice))), None)
-    outputs = width if gate is None else len(model.get_submodule(gate).get_parameter("weight"))
+    outputs = width if gate is None else sizes(model.get_submodule(gate))[1]
     if outputs not in (width, 2 * width):
         raise _MissingError(f"{gate} has {outputs} outputs, and {path} {width} inputs")
     post_norm = _join(block, stack.post_norm) if stack.post_norm else None

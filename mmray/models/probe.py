@@ -33,6 +33,7 @@ from mmray.models.checkpoint import reads_images
 from mmray.models.experts import by_unit, is_fused, written_by
 from mmray.models.image_probe import FAILURES, image_entry, image_modules, placed
 from mmray.models.layout import PROBED, ModelParts, Projection
+from mmray.models.linear import is_linear, sizes
 from mmray.models.mlp_probe import fed_linears, gate_of
 from mmray.models.processing import example_inputs
 from mmray.models.recorded_calls import Block, Call, factor, record_calls
@@ -95,9 +96,11 @@ def _record(model: PreTrainedModel, head: nn.Module, processor: Any) -> tuple[di
     prefix, owner = max(
         (pair for pair in owners if not pair[0] or head_path.startswith(f"{pair[0]}.")), key=lambda pair: len(pair[0])
     )
-    vocabulary = head.get_parameter("weight").shape[0]
+    vocabulary = sizes(head)[1]
     # Special tokens are at either end of most vocabularies.
-    tokens = torch.tensor([[vocabulary // 2 + step for step in range(4)]], device=head.get_parameter("weight").device)
+    tokens = torch.tensor(
+        [[vocabulary // 2 + step for step in range(4)]], device=model.get_input_embeddings().weight.device
+    )
     # Some families raise for an image placeholder without an image.
     if (placeholder := getattr(model.config, "image_token_id", None)) is not None:
         tokens[tokens == placeholder] = vocabulary // 2 + 4
@@ -268,7 +271,7 @@ def _factors(whole: Call, experts: Call, shared: Call, inside: list[Call]) -> tu
     """
     output, own = (call.output.flatten(0, -2) for call in (whole, shared))
     routed = written_by(experts.module, experts.output.flatten(0, -2))
-    candidates = [call for call in inside if isinstance(call.module, nn.Linear) and call.output.shape[-1] == 1]
+    candidates = [call for call in inside if is_linear(call.module) and call.output.shape[-1] == 1]
     for weight in (None, *candidates):
         share = own if weight is None else own * weight.output.flatten(0, -2).sigmoid()
         found = factor(routed, output - share)

@@ -10,12 +10,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from mmray.errors import InputError
+from mmray.models.linear import is_linear
 
-LINEAR = (nn.Linear, Conv1D)
-"""Linear maps of a token; GPT-2's keeps the transpose of the weight."""
 Change: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -212,7 +210,7 @@ def _mixes(call: Call, size: int) -> bool:
     """
     given = call.first_input()
     sized = given.numel() == call.output.numel() == size and call.output.dim() > 1
-    if not sized or isinstance(call.module, LINEAR):
+    if not sized or is_linear(call.module):
         return False
 
     def moved(value: Any) -> Any:

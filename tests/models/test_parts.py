@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from mmray.errors import InputError
 from mmray.models.parts import gain_of, locate, output_rows, set_output_rows, unembedding_rows
 from mmray.models.probe import probe
 from tests.support.tiny import VARIANTS
@@ -155,14 +154,6 @@ def test_cross_attention_blocks_weigh_their_mlp(loaded):
     torch.testing.assert_close(outputs[1][0, -1] - outputs[0][0, -1], torch.full((32,), crossed.scale))
     # Tokens before the image do not see it, and the block adds nothing of its MLP to them.
     assert torch.equal(outputs[1][0, 0], outputs[0][0, 0])
-
-
-def test_quantised_weights_are_refused(loaded):
-    network = loaded("llava").variation()
-    projection = network.model.language_model.layers[0].mlp.down_proj
-    projection.weight = nn.Parameter(projection.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(InputError, match=r"layers\.0\.mlp\.down_proj: quantised"):
-        locate(network)
 
 
 @pytest.mark.parametrize("variant", ["idefics3", "smolvlm"])

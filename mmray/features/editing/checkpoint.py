@@ -8,6 +8,7 @@ from pathlib import Path
 from mmray.errors import InputError
 from mmray.features.editing.edit import WeightEdit
 from mmray.models.checkpoint import INDEXES, checkpoint_files
+from mmray.models.linear import READ_ONLY, has_quantised
 from mmray.models.loading import LoadedModel
 
 WEIGHT_FILES = (".safetensors", ".bin")
@@ -16,10 +17,13 @@ WEIGHT_FILES = (".safetensors", ".bin")
 def write_checkpoint(model: LoadedModel, edit: WeightEdit, out: str | Path) -> None:
     """Write the edited weights, in the number format in which the model is loaded, and the model's processor.
 
-    Raises InputError if the edit was made on another model, or if `out` is not an empty local folder.
+    Raises InputError if the edit was made on another model, if the model's weights are quantised, or if `out` is not an
+    empty local folder.
     """
     # Checked before the folder is made, so that a refused edit leaves nothing behind.
     edit.check(model)
+    if has_quantised(model.network):
+        raise InputError(f"{model.name}: {READ_ONLY}")
     if "://" in str(out):
         raise InputError(f"{out}: a checkpoint is written to a local folder; copy it from there")
     folder = Path(out)

@@ -25,6 +25,7 @@ from torch import Tensor
 from mmray.features.editing.dataset import Example
 from mmray.features.editing.deltas import Deltas
 from mmray.features.editing.resumed_forward import resume_all
+from mmray.models.linear import sizes
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 
@@ -91,7 +92,7 @@ class Curvature:
                 drawn = torch.randperm(len(joined), generator=generator)[:POSITIONS].to(joined.device)
                 gradients = torch.cat([_scores(model, chunk, generator) for chunk in torch.split(joined[drawn], CHUNK)])
                 moments[kind] = gradients.T @ gradients / len(gradients)
-        return _mean(moments, self.weights, model.network.get_submodule(model.parts.unembedding).weight.shape[1])
+        return _mean(moments, self.weights, sizes(model.network.get_submodule(model.parts.unembedding))[0])
 
 
 def _scores(

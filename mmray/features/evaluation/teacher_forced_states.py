@@ -13,6 +13,7 @@ from torch import Tensor
 from mmray.errors import InputError
 from mmray.features.evaluation.queries import Query, QueryError, States
 from mmray.models.capture import capture_activations, capture_input
+from mmray.models.linear import sizes
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.packing import encode_shared
@@ -48,7 +49,7 @@ class StateReader:
     @cached_property
     def vocabulary(self) -> int:
         """The number of tokens that have a logit."""
-        return int(self.model.network.get_output_embeddings().weight.shape[0])
+        return sizes(self.model.network.get_submodule(self.model.parts.unembedding))[1]
 
     @property
     def rows_at_once(self) -> int:
