@@ -157,6 +157,8 @@ class Habits:
     """What sees later tokens of itself too: each `image`, or all of the `prompt`."""
     first_position: int = 0
     """Where positions are counted from."""
+    rewrites_prompt: bool = False
+    """Generation puts the text model's start token in place of the prompt's first token, and drops its last."""
     newlines: bool = False
     """The image's tokens are those of the downscaled image, then of the large one with a token after each row."""
 
@@ -164,6 +166,7 @@ class Habits:
 HABITS: dict[str, Habits] = {
     **dict.fromkeys(("blip-2", "florence2", "instructblip", "kosmos-2", "kosmos-2.5"), Habits(adds_placeholder=True)),
     **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), Habits(newlines=True)),
+    "blip": Habits(rewrites_prompt=True),
     "gemma3": Habits(sees_later="image"),
     # Of its token types, 0 is the prompt, which is read in both directions: a caption of type 0 would leak.
     "paligemma": Habits(prompt_end="\n", caption_type=1, sees_later="prompt", first_position=1),

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
+from torch.nn import functional
 
+from mmray.models.families import habits_of
 from mmray.models.loading import LoadedModel
 from mmray.models.options import LONGEST
 from mmray.models.prompting import pad_left, run_processor
@@ -20,6 +22,10 @@ def generate(
 ) -> list[list[int]]:
     """Return the token ids that the model writes greedily after each prompt, without the end token."""
     features = run_processor(model, prompts, images)
+    rewrites = habits_of(model.network.config).rewrites_prompt
+    if rewrites and not features["attention_mask"].all():
+        # Its positions would count the padding.
+        return [generate(model, [one], [image], longest)[0] for one, image in zip(prompts, images, strict=True)]
     if not model.parts.encoder_decoder:
         features = pad_left(features)
     dtype = model.network.dtype
@@ -27,6 +33,8 @@ def generate(
         name: value.to(model.device, dtype if value.is_floating_point() else value.dtype)
         for name, value in features.items()
     }
+    if rewrites:
+        inputs |= {name: functional.pad(inputs[name], (0, 1)) for name in ("input_ids", "attention_mask")}
     network: Any = model.network
     if not model.parts.reads_images and model.context is not None:
         # Learnt positions end with the context. An image's tokens would have to be counted, too.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmray.errors import InputError
+from mmray.models.head_probe import unembedding_of
 from mmray.models.layout import Projection
 from mmray.models.linear import is_linear
 from mmray.models.mlp_probe import fed_linears, gate_of
@@ -152,8 +153,9 @@ def _image_modules(
     stacked = [decoder, *(block for blocks in lists.values() for block in blocks)]
     linears = [path for path, module in model.named_modules() if is_linear(module)]
     owners = {_owner(model, path) for path in linears if not any(_below(path, block) for block in stacked)}
-    # What holds the decoder holds its unembedding.
-    owners = {path for path in owners if path and not _below(decoder, path)}
+    unembedding = unembedding_of(model)
+    head = next(path for path, module in model.named_modules() if module is unembedding)
+    owners = {path for path in owners if path and not _below(decoder, path) and not _below(head, path)}
     above = {path: _above(path, decoder) for path in lists}
     watched = {*stacked[1:], *owners, *(path for paths in above.values() for path in paths)}
     seen, darker, asked = (_seen(model, watched, given, stop) for given in inputs)

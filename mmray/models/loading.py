@@ -41,6 +41,7 @@ from mmray.models.layout import ModelParts, Projection
 from mmray.models.linear import dequantise, has_quantised
 from mmray.models.options import MODULES
 from mmray.models.parts import locate
+from mmray.models.transform import Transform
 from mmray.models.workarounds import work_around
 from mmray.neuron_names import NeuronNames
 
@@ -102,6 +103,12 @@ class LoadedModel:
         """Device of the input embeddings, where inputs go."""
         device: torch.device = self.network.get_input_embeddings().weight.device
         return device
+
+    @cached_property
+    def transform(self) -> Transform | None:
+        """What is between the final norm and the unembedding; None: nothing."""
+        path = self.parts.transform
+        return None if path is None else Transform(self.network.get_submodule(path))
 
     @property
     def norm(self) -> nn.Module:

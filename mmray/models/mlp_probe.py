@@ -24,7 +24,7 @@ def fed_linears(block: Block) -> list[tuple[Call, list[Call]]]:
             # One right after another is no MLP.
             others = [one for one in linears if one is not call and not torch.equal(one.output, call.first_input())]
             wide = [other for other in others if other.output.shape[-1] in (width, 2 * width)]
-            if entries := [entry for entry in wide if _feeds(block, entry, call)]:
+            if entries := [entry for entry in wide if feeds(block, entry, call)]:
                 fed.append((call, entries))
     return fed
 
@@ -45,7 +45,7 @@ def gate_of(block: Block, entries: list[Call], call: Call) -> tuple[str | None, 
     return None, False
 
 
-def _feeds(block: Block, entry: Call, call: Call) -> bool:
+def feeds(block: Block, entry: Call, call: Call) -> bool:
     """Return whether the entry's output reaches the projection's input elementwise: the entry test."""
     given = call.first_input()
     # A norm in between mixes the units of a token.

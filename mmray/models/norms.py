@@ -18,9 +18,40 @@ def fold_norm(
     """Return vectors v with ⟨w, v⟩ = what writing w adds to the token's logit, with the final norm's scale fixed; fp32.
 
     `hidden` is the input of the final norm. Gain, division by the root mean square (for a LayerNorm: centring, and
-    division by the standard deviation) and the family's logit scale are applied.
+    division by the standard deviation), a transform before the unembedding with its gates fixed, and the family's logit
+    scale are applied.
     """
-    return _through(model.norm, hidden, unembedding) * model.parts.logit_scale
+    direction = _through_transform(model, hidden, unembedding, folded=True)
+    return _through(model.norm, hidden, direction) * model.parts.logit_scale
+
+
+def without_norms(
+    model: LoadedModel, hidden: Float[Tensor, "position hidden"], unembedding: Float[Tensor, "position hidden"]
+) -> Float[Tensor, "position hidden"]:
+    """Return vectors v with ⟨w, v⟩ = what writing w adds to the token's logit, without norms: the unembedding itself.
+
+    Unless there is a transform before the unembedding: this is applied, with its gates fixed; fp32.
+    """
+    return _through_transform(model, hidden, unembedding, folded=False)
+
+
+def _through_transform(
+    model: LoadedModel,
+    hidden: Float[Tensor, "position hidden"],
+    direction: Float[Tensor, "position hidden"],
+    *,
+    folded: bool,
+) -> Float[Tensor, "position hidden"]:
+    """Return vectors v with ⟨x, v⟩ = ⟨transform(x), direction⟩ up to a constant, for outputs x of the final norm.
+
+    `folded`: with the transform's own norm.
+    """
+    if (transform := model.transform) is None:
+        return direction
+    gates, entered = transform.gates(model.norm(hidden))
+    if folded:
+        direction = _through(transform.norm, entered, direction)
+    return (direction.float() * gates) @ transform.matrix(hidden.dtype).float().T
 
 
 def fold_block(
@@ -47,13 +78,15 @@ def norm_curvature(
     slope: Float[Tensor, "position hidden"],
     activation: Float[Tensor, "position neuron"],
 ) -> Float[Tensor, "position neuron"]:
-    """Return by how much removing each neuron's write lowers ⟨output of the final norm, slope⟩ beyond first order.
+    """Return by how much removing each neuron's write lowers ⟨what is unembedded, slope⟩ beyond first order.
 
     The final norm divides by the root mean square r of its input h. Without the write a·w it divides by r', with
     r'² = r² - 2a⟨h, w⟩/d + a²‖w‖²/d. So the fall of ⟨norm(h), slope⟩ is exact for each neuron alone, and needs only
-    products of its row with two vectors per position. A norm after the projection is fixed, as in `fold_block`.
+    products of its row with two vectors per position. A norm after the projection is fixed, as in `fold_block`, and so
+    is a transform.
     """
     device, width = activation.device, hidden.shape[1]
+    slope = _slope_before_transform(model, hidden, slope)
     hidden = _centred(model.norm, hidden.to(device).float())
     direction = _centred(model.norm, slope.to(device) * gain_of(model.norm).float().to(device))
     mlp_out = None if mlp_out is None else mlp_out.to(device)
@@ -74,6 +107,19 @@ def norm_curvature(
     scale, after = square.rsqrt(), (square - 2 * aligned + size).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
     total = (direction * hidden).sum(dim=1, keepdim=True)
     return total * (scale - after + aligned * scale**3) + shared * (after - scale)
+
+
+def _slope_before_transform(
+    model: LoadedModel, hidden: Float[Tensor, "position hidden"], slope: Float[Tensor, "position hidden"]
+) -> Float[Tensor, "position hidden"]:
+    """Return the gradient with respect to the final norm's output, given that with respect to what is unembedded."""
+    if model.transform is None:
+        return slope
+    with torch.inference_mode(False), torch.enable_grad():
+        normed = model.norm(hidden.clone()).detach().requires_grad_()
+        after = model.transform.module(normed)
+        gradient: Tensor = torch.autograd.grad(after, normed, slope.clone().to(after))[0]
+    return gradient
 
 
 def _centred(norm: nn.Module, vectors: Float[Tensor, "position hidden"]) -> Float[Tensor, "position hidden"]:
@@ -132,7 +178,7 @@ def token_log_odds(
 def log_odds_slope(
     model: LoadedModel, hidden: Float[Tensor, "position hidden"], tokens: Int[Tensor, " position"]
 ) -> Float[Tensor, "position hidden"]:
-    """Return the gradient of each token's log-odds with respect to the output of the final norm; fp32."""
+    """Return the gradient of each token's log-odds with respect to what is unembedded; fp32."""
     logits = vocabulary_logits(model, hidden)
     own, cap = tokens.to(logits.device)[:, None], model.parts.logit_cap
     slope = -logits.scatter(1, own, -torch.inf).softmax(dim=1)
@@ -145,11 +191,29 @@ def log_odds_slope(
     return total[: len(slope)] * model.parts.logit_scale
 
 
+def unembedded(model: LoadedModel, hidden: Float[Tensor, "position hidden"]) -> Float[Tensor, "position hidden"]:
+    """Return what the unembedding gets, from the input of the final norm at each position."""
+    normed = model.norm(hidden)
+    if model.transform is not None:
+        normed = model.transform.module(normed)
+    result: Tensor = normed * model.parts.logit_scale
+    return result
+
+
+def lens(model: LoadedModel) -> Float[Tensor, "vocabulary hidden"]:
+    """Return per token the vector whose product with a write says how much this promotes the token; norms left out.
+
+    That is the unembedding or, where there is a transform before it, its product with the transform's Linear.
+    """
+    table = unembedding_rows(model.network, model.parts)
+    return table if model.transform is None else table @ model.transform.matrix(table.dtype).T
+
+
 def vocabulary_logits(
     model: LoadedModel, hidden: Float[Tensor, "position hidden"]
 ) -> Float[Tensor, "position vocabulary"]:
     """Return the logits of all tokens in fp32, from the input of the final norm at each position."""
-    normed = model.norm(hidden) * model.parts.logit_scale
+    normed = unembedded(model, hidden)
     # The module, not its weight: some heads have a bias.
     head = model.network.get_submodule(model.parts.unembedding)
     device = unembedding_rows(model.network, model.parts).device

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from mmray.errors import InputError
 from mmray.models.checkpoint import reads_images
 from mmray.models.experts import by_unit, is_fused, written_by
+from mmray.models.head_probe import logit_scale, norm_before, transform_around, unembedding_of
 from mmray.models.image_probe import FAILURES, image_entry, image_modules, placed
 from mmray.models.layout import PROBED, ModelParts, Projection
 from mmray.models.linear import is_linear, sizes
@@ -48,9 +49,7 @@ def probe(model: PreTrainedModel, processor: Any = None) -> ModelParts:
     Raises InputError that says what was not found.
     """
     kind = model.config.model_type
-    head = model.get_output_embeddings()
-    if head is None:
-        raise InputError(f"{kind}: no output embeddings, so no token to score neurons for")
+    head = unembedding_of(model)
     image, image_token_id, image_before = "tokens", getattr(model.config, "image_token_id", None), 0
     if not reads_images(model.config):
         image, image_token_id, processor = "none", None, None
@@ -61,8 +60,11 @@ def probe(model: PreTrainedModel, processor: Any = None) -> ModelParts:
     model.eval()
     try:
         calls, answer = _record(model, head, processor)
-        norm, scale_before = _final_norm(kind, calls, head)
-        scale_after, logit_cap = _logit_scale(model, calls, head)
+        unembedding = next(call for call in calls.values() if call.module is head)
+        norm, scale_before = norm_before(kind, calls, unembedding.first_input())
+        if (transform := transform_around(calls, norm)) is not None:
+            norm, _ = norm_before(kind, calls, transform.first_input())
+        scale_after, logit_cap = logit_scale(model, calls, unembedding)
         blocks = _blocks(kind, model, calls, norm)
         projections = tuple(_projection(kind, layer, block) for layer, block in enumerate(blocks))
         if image != "none" and image_token_id is None and not answer:
@@ -75,7 +77,8 @@ def probe(model: PreTrainedModel, processor: Any = None) -> ModelParts:
         family=PROBED,
         projections=projections,
         final_norm=norm.path,
-        unembedding=next(call.path for call in calls.values() if call.module is head),
+        unembedding=unembedding.path,
+        transform=None if transform is None else transform.path,
         image=image,
         image_token_id=image_token_id,
         image_before=image_before,
@@ -130,30 +133,6 @@ def _calls_of(network: PreTrainedModel, prefix: str, inputs: dict[str, Tensor]) 
             what = "text and an image" if "pixel_values" in inputs else "text alone"
             raise InputError(f"{network.config.model_type}: a forward of {what} failed ({reason})") from error
     return calls
-
-
-def _final_norm(kind: str, calls: dict[str, Call], head: nn.Module) -> tuple[Call, float]:
-    """Return the norm whose output the unembedding received, and the factor between the two."""
-    received = next(call for call in calls.values() if call.module is head).first_input()
-    for call in reversed(calls.values()):
-        if call.is_norm and (found := factor(call.output, received)) is not None:
-            return call, found
-    raise InputError(f"{kind}: no norm's output is what the unembedding receives")
-
-
-def _logit_scale(model: PreTrainedModel, calls: dict[str, Call], head: nn.Module) -> tuple[float, float | None]:
-    """Return the factor between the unembedding's output and the model's logits, and their cap (None: no cap).
-
-    Raises InputError if something else happens to the logits.
-    """
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    # The outermost module was called last.
-    logits = next(reversed(calls.values())).output.double()
-    uncapped = logits if cap is None else cap * torch.atanh(logits / cap)
-    found = factor(next(call for call in calls.values() if call.module is head).output, uncapped)
-    if found is None:
-        raise InputError(f"{model.config.model_type}: logits are no multiple of the unembedding's output")
-    return found, cap
 
 
 def _blocks(kind: str, model: nn.Module, calls: dict[str, Call], norm: Call) -> list[Block]:

@@ -215,11 +215,16 @@ def run_processor(model: LoadedModel, prompts: Sequence[str], images: Sequence[I
     if not model.parts.reads_images:
         return _run_tokenizer(model, prompts, images)
     features = processed(model.name, model.processor, prompts, images)
-    return features if model.parts.encoder_decoder else _without_end(model, features, prompts)
+    if model.parts.encoder_decoder:
+        return features
+    features = _without_end(model, features, prompts)
+    if habits_of(model.network.config).rewrites_prompt:
+        features["input_ids"][:, 0] = model.network.config.get_text_config().bos_token_id
+    return features
 
 
 def _without_end(model: LoadedModel, features: dict[str, Tensor], prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Return the features with an end token after a prompt, which the prompt does not have itself, made padding."""
+    """Return the features without the end token after each prompt, unless the prompt itself has it."""
     ends = {
         token: str(model.tokenizer.convert_ids_to_tokens(token))
         for token in (model.tokenizer.sep_token_id, model.tokenizer.eos_token_id)
@@ -230,7 +235,11 @@ def _without_end(model: LoadedModel, features: dict[str, Tensor], prompts: Seque
         end = ends.get(int(ids[row, length - 1]))
         if end is not None and not prompt.endswith(end):
             ids[row, length - 1], mask[row, length - 1] = _padding(model), 0
-    return features | {"input_ids": ids, "attention_mask": mask}
+    shape, longest = ids.shape, int(mask.sum(dim=1).max())
+    return {
+        name: value[:, :longest] if name in CAPTION_VALUES and value.shape[:2] == shape else value
+        for name, value in (features | {"input_ids": ids, "attention_mask": mask}).items()
+    }
 
 
 def _run_tokenizer(model: LoadedModel, prompts: Sequence[str], images: Sequence[Image | None]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmray.engine.clock import phase
 from mmray.models.capture import gate_function
 from mmray.models.loading import LoadedModel
-from mmray.models.norms import fold_block, fold_norm, log_odds_slope, log_probability, norm_curvature
+from mmray.models.norms import fold_block, fold_norm, log_odds_slope, log_probability, norm_curvature, without_norms
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.models.prompting import Batch
 from mmray.neurons.activation_cache import ActivationCache, cache_activations, forward
@@ -128,10 +128,10 @@ def non_finite_rows(positions: Sequence[TokenPosition], scored: Scored, rows: in
 def _directions(model: LoadedModel, cache: ActivationCache, *, folded: bool) -> list[Float[Tensor, "position hidden"]]:
     """Return per layer the vectors whose product with a neuron's row is its share of the token's logit."""
     table = unembedding_rows(model.network, model.parts)
-    unembedding = table[cache.tokens.to(table.device)].float()
+    unembedding, hidden = table[cache.tokens.to(table.device)].float(), cache.hidden.to(table.device)
     if not folded:
-        return [unembedding] * len(model.widths)
-    final = fold_norm(model, cache.hidden.to(table.device), unembedding)
+        return [without_norms(model, hidden, unembedding)] * len(model.widths)
+    final = fold_norm(model, hidden, unembedding)
     mlp_out = {layer: output.to(table.device) for layer, output in cache.mlp_out.items()}
     return [
         fold_block(model, projection, mlp_out.get(layer), final) for layer, projection in enumerate(model.projections)

@@ -127,7 +127,6 @@ def types_table(open_type: Callable[[str], LoadedModel]) -> str:
 
 NOT_CHECKED = "Not checked, for want of a tiny checkpoint"
 OTHERS = {
-    "blip": "refused: a dense layer and a norm follow the last block, so the unembedding reads no sum of writes",
     "diffusion_gemma": "not causal: it generates by diffusion over blocks",
     "evolla": "reads proteins, not images",
     "fast_vlm": "not checked: its vision tower needs timm",

@@ -8,11 +8,13 @@ from mmray.models import norms
 from mmray.models.capture import capture_input
 from mmray.models.norms import (
     fold_norm,
+    lens,
     log_odds_slope,
     log_probability,
     norm_curvature,
     token_log_odds,
     token_logits,
+    without_norms,
 )
 from mmray.models.parts import gain_of, output_rows, unembedding_rows
 from tests.support.samples import CAPTIONS, batch_of
@@ -25,12 +27,19 @@ UNUSUAL = {
 """Logits as cap · tanh(logit / cap), in Gemma 2; states times width ** -0.5, in the first T5."""
 
 
+HEADS = ("blip", "vision-encoder-decoder with bert")
+"""Types with a transform between the final norm and the unembedding."""
+
+
 @pytest.fixture
-def ends(open_model, loaded_with):
+def ends(open_model, open_type, loaded_with):
     """Return the model, the final norm's inputs at the caption's places, the next tokens, and the logits there."""
 
     def run(name):
-        model = loaded_with(UNUSUAL[name][0], **UNUSUAL[name][1]) if name in UNUSUAL else open_model(name)
+        if name in UNUSUAL:
+            model = loaded_with(UNUSUAL[name][0], **UNUSUAL[name][1])
+        else:
+            model = (open_type if name in HEADS else open_model)(name)
         batch, _ = batch_of(model, CAPTIONS[:2])
         states = []
         with torch.inference_mode(), capture_input(model.norm, states.append):
@@ -45,7 +54,7 @@ def ends(open_model, loaded_with):
     return run
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, *UNUSUAL])
+@pytest.mark.parametrize("name", [*VARIANTS, *UNUSUAL, *HEADS])
 def test_log_probability_is_the_network_s(ends, name):
     model, states, tokens, logits = ends(name)
     expected = logits.float().log_softmax(1)[range(len(tokens)), tokens]
@@ -78,7 +87,39 @@ def test_folded_direction_is_the_norm_s_slope(ends, name):
     torch.testing.assert_close((after - before) / 2, (step * folded).sum(1), rtol=1e-2, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, *UNUSUAL])
+@pytest.mark.parametrize("name", HEADS)
+def test_shares_through_a_transform_add_up_to_the_logit(ends, name):
+    """BERT's head, written down: with gates and scales as they are at a state, logits are linear in what is written."""
+    model, states, tokens, logits = ends(name)
+    unembedding = unembedding_rows(model.network, model.parts)[tokens]
+    transform = next(module for path, module in model.network.named_modules() if path.endswith("predictions.transform"))
+    dense, last, head = transform.dense, transform.LayerNorm, model.network.get_submodule(model.parts.unembedding)
+
+    def layer_norm(norm, values, at):
+        scale = (at.var(1, unbiased=False, keepdim=True) + norm.eps).rsqrt()
+        return (values - values.mean(1, keepdim=True)) * scale * norm.weight + norm.bias
+
+    def end(values, at):
+        z, fixed = (dense(layer_norm(model.norm, one, at)) for one in (values, at))
+        gate = transform.transform_act_fn(fixed) / fixed
+        out = layer_norm(last, z * gate, fixed * gate)
+        return (out * unembedding).sum(1) + head.bias[tokens]
+
+    torch.testing.assert_close(end(states, states), logits[range(len(tokens)), tokens], rtol=1e-4, atol=1e-4)
+    write = torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
+    share = (write * fold_norm(model, states, unembedding)).sum(1)
+    torch.testing.assert_close(end(states + write, states) - end(states, states), share, rtol=1e-4, atol=1e-4)
+    # Without norms, only the Linear and the gates are left.
+    normed = model.norm(states)
+    gate = transform.transform_act_fn(dense(normed)) / dense(normed)
+    share = (write * without_norms(model, states, unembedding)).sum(1)
+    torch.testing.assert_close(share, (write @ dense.weight.T * gate * unembedding).sum(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        (write @ lens(model).T)[range(len(tokens)), tokens], (write @ dense.weight.T * unembedding).sum(1)
+    )
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *UNUSUAL, *HEADS])
 def test_the_slope_is_the_gradient_of_the_log_odds(ends, monkeypatch, name):
     # The vocabulary is gone through in parts, the last of them smaller.
     monkeypatch.setattr(norms, "TOKENS", 7)
@@ -88,11 +129,16 @@ def test_the_slope_is_the_gradient_of_the_log_odds(ends, monkeypatch, name):
         leaf = states.clone().requires_grad_()
         (expected,) = torch.autograd.grad(token_log_odds(model, leaf, tokens).sum(), leaf)
         again = states.clone().requires_grad_()
-        (through,) = torch.autograd.grad((model.norm(again) * slope.clone()).sum(), again)
+        (through,) = torch.autograd.grad((end_of(model)(again) * slope.clone()).sum(), again)
     torch.testing.assert_close(through, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, *UNUSUAL])
+def end_of(model):
+    """Return the function from the final norm's input to what is unembedded, without the logits' scale."""
+    return model.norm if model.transform is None else lambda state: model.transform.module(model.norm(state))
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *UNUSUAL, *HEADS])
 def test_curvature_is_what_first_order_leaves_of_the_norm(ends, name):
     """Each neuron's write is taken from the norm's input by itself, and the norm run again."""
     model, states, tokens, _ = ends(name)
@@ -106,6 +152,11 @@ def test_curvature_is_what_first_order_leaves_of_the_norm(ends, name):
     found = norm_curvature(
         model, projection, states, before, slope, functional.pad(activation, (0, len(rows) - activation.shape[1]))
     )
+    if model.transform is not None:
+        # It is linear where it is, as first order has it.
+        with torch.inference_mode(False), torch.enable_grad():
+            normed = model.norm(states.clone()).detach().requires_grad_()
+            (slope,) = torch.autograd.grad((model.transform.module(normed) * slope).sum(), normed)
     for neuron in range(activation.shape[1]):
         write = activation[:, neuron, None] * rows[neuron].float() * held
         with torch.inference_mode(False):

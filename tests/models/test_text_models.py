@@ -19,6 +19,7 @@ from mmray.neurons.activation_cache import forward
 from mmray.neurons.validation import IMAGE_SEEN, claims_of
 from tests.support.samples import picture
 from tests.support.text_models import FAMILIES, PROBED
+from tests.support.tiny import randomise
 
 TEXT = "An image of a dog and a cat."
 
@@ -146,11 +147,14 @@ def test_images_are_refused_in_one_line(open_text_model):
 def test_a_model_that_sees_later_words_is_refused(text_model, tmp_path):
     """BERT as a language model, without a causal mask."""
     config = transformers.BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    transformers.BertLMHeadModel(config).save_pretrained(tmp_path)
+    network = transformers.BertLMHeadModel(config)
+    # Untrained, what a token sees of others would be next to nothing.
+    randomise(network, "bert")
+    network.save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(text_model("gpt2") / name, tmp_path)
     from mmray.neurons.model import load_model
 
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="later words are hidden fails"):
         load_model(str(tmp_path))
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "bert"

@@ -99,6 +99,26 @@ GLM = Kind(config={"text_config": rotary(2, 3, 3, partial_rotary_factor=1.0)}, i
 GLM_WITHOUT = Kind(config=GLM.config, image_settings=PIXELS, processor="Glm46VProcessor")
 INSERTED = Kind(config={"insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}})
 
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+
+def captioner(decoder: str, **settings: int) -> Kind:
+    """Return an image captioner of a ViT and a text decoder; sizes in `settings` that SIZES has are set later."""
+    return Kind(
+        base={
+            "encoder": {"model_type": "vit", **dict.fromkeys((*SHAPE, "image_size", "patch_size"), 0)},
+            "decoder": {"model_type": decoder, **settings, "add_cross_attention": True, "is_decoder": True}
+            | dict.fromkeys(("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"), 0),
+            "decoder_start_token_id": 0,
+            "pad_token_id": 0,
+        },
+        image_settings={"size": SQUARE},
+        image_processor="ViTImageProcessor",
+        processor="TrOCRProcessor",
+        template=False,
+    )
+
+
 KINDS: dict[str, Kind] = {
     "aria": Kind(
         config={"projector_patch_to_query_dict": {"1225": 4, "4900": 8}},
@@ -113,6 +133,7 @@ KINDS: dict[str, Kind] = {
         tokens=("TILE_GLOBAL", "TILE_1", "TILE_2", "TILE"),
         placeholder="<|IMG_PATCH|>",
     ),
+    "blip": Kind(image_settings={"size": SQUARE}, template=False, adds="both"),
     "cohere2_vision": Kind(image_settings={"size": SQUARE, "patch_size": 2}),
     "cosmos3_edge": Kind(config={"text_config": rotary(2, 3, 3)}),
     "cosmos3_omni": Kind(processor="Qwen3VLProcessor"),
@@ -288,27 +309,17 @@ KINDS: dict[str, Kind] = {
     "video_llava": Kind(
         image_settings={"size": {"shortest_edge": SIDE}, "crop_size": SQUARE}, options={"patch_size": PATCH}
     ),
-    # With GPT-2, as image captioners have it: the default decoder is BERT, whose head is no single Linear.
-    "vision-encoder-decoder": Kind(
-        base={
-            "encoder": {"model_type": "vit", "hidden_size": 0, "num_hidden_layers": 0, "num_attention_heads": 0}
-            | {"intermediate_size": 0, "image_size": 0, "patch_size": 0},
-            "decoder": {"model_type": "gpt2", "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 256}
-            | {"add_cross_attention": True, "is_decoder": True, "vocab_size": 0, "bos_token_id": 0, "eos_token_id": 0},
-            "decoder_start_token_id": 0,
-            "pad_token_id": 0,
-        },
-        image_settings={"size": SQUARE},
-        image_processor="ViTImageProcessor",
-        processor="TrOCRProcessor",
-        template=False,
-    ),
+    "vision-encoder-decoder": captioner("gpt2", n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=256),
+    "vision-encoder-decoder with bert": captioner("bert", **dict.fromkeys(SHAPE, 0), max_position_embeddings=0),
 }
 
 
 def build(name: str, folder: Path) -> Path:
-    """Write the type's checkpoint into the folder, the same bytes at every call, and return the folder."""
-    kind = KINDS[name]
+    """Write the type's checkpoint into the folder, the same bytes at every call, and return the folder.
+
+    A name may be a type and what sets this one apart from others of the type.
+    """
+    kind, name = KINDS[name], name.partition(" ")[0]
     made = getattr(transformers, kind.processor or PROCESSOR_MAPPING_NAMES[name])
     tokens, named = _tokens(made)
     named |= kind.named

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mmray.features.census.tables import PARTS
 from mmray.models.generation import token_text
 from mmray.models.loading import LoadedModel
-from mmray.models.parts import gain_of, output_rows, unembedding_rows
+from mmray.models.norms import lens
+from mmray.models.parts import gain_of, output_rows
 
 DECODED = 10
 """Tokens listed at each end."""
@@ -31,7 +32,7 @@ def decode_neurons(model: LoadedModel, *, fold_norm: bool) -> pa.Table:
     two: the block's own norm and weight, if it has them, and the final norm's gain.
     """
     # Some checkpoints pad the vocabulary; rows past the tokenizer's are no tokens.
-    unembedding = unembedding_rows(model.network, model.parts)[: len(model.tokenizer)].float()
+    unembedding = lens(model)[: len(model.tokenizer)].float()
     # Decoded once per token, not once per neuron.
     texts = [token_text(model, token) for token in range(len(unembedding))]
     columns: dict[str, list[list[str]]] = {"tokens": [], "suppressed": []}

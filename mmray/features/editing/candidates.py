@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from mmray.features.editing.resumed_forward import ResumedForward
 from mmray.models.loading import LoadedModel
-from mmray.models.norms import vocabulary_logits
+from mmray.models.norms import unembedded, vocabulary_logits
 from mmray.models.parts import unembedding_rows
 
 PER_POSITION = 16
@@ -44,7 +44,7 @@ class Candidates:
 
     def logits(self, states: Float[Tensor, "position hidden"]) -> Float[Tensor, "position candidate"]:
         """Return the candidates' logits in fp32, from the input of the final norm at each position."""
-        normed = (self.model.norm(states) * self.model.parts.logit_scale).to(self.rows.device)
+        normed = unembedded(self.model, states).to(self.rows.device)
         found = functional.linear(normed.float(), self.rows, self.bias)
         cap = self.model.parts.logit_cap
         return (found if cap is None else cap * torch.tanh(found / cap)).to(states.device)

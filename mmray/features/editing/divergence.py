@@ -12,7 +12,8 @@ from mmray.features.editing.dataset import Example
 from mmray.features.editing.deltas import Deltas, Neuron
 from mmray.features.editing.resumed_forward import batched, resume
 from mmray.models.loading import LoadedModel
-from mmray.models.parts import output_rows, unembedding_rows
+from mmray.models.norms import lens
+from mmray.models.parts import output_rows
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def highest(values: dict[int, Float[Tensor, " unit"]], count: int) -> list[Neuro
 
 def _mean_part(model: LoadedModel, examples: Sequence[Example], layer: int) -> Float[Tensor, " unit"]:
     rows = output_rows(model.network, model.projections[layer])
-    unembedding = unembedding_rows(model.network, model.parts)
+    unembedding = lens(model)
     total, count = torch.zeros(len(rows)), 0
     for activation, pairs in _divergence_by_batch(model, examples, layer):
         rejected, wanted = torch.tensor(pairs, device=unembedding.device).T

@@ -26,7 +26,8 @@ from mmray.features.editing.task import Task, prepare
 from mmray.features.editing.training import TrainingConfig, learn
 from mmray.features.editing.validation import broken, excess, validate
 from mmray.features.editing.whitening import INPUT_RIDGE, OUTPUT_RIDGE, null_space, whitening
-from mmray.models.parts import output_rows, unembedding_rows
+from mmray.models.norms import lens
+from mmray.models.parts import output_rows
 from mmray.runs.run import Run
 
 SWAP_MARGIN, GENTLE_SWAP_MARGIN = 5.0, 3.0
@@ -209,7 +210,7 @@ def _closed_form(task: Task, function: Callable[[LayerRows], Float[Tensor, "unit
     # Only the spelling within a sentence, as captions have the word.
     spellings = [banned_tokens(model, [word])[0] for purpose in task.purposes for word in purpose.unwanted]
     tokens = sorted({token for ids in spellings for token in ids})
-    unembedding = unembedding_rows(model.network, model.parts)[tokens].float()
+    unembedding = lens(model)[tokens].float()
     deltas = Deltas(model, task.neurons)
     # One generator for all layers: seeded anew, each layer would get the same noise.
     generator = torch.Generator().manual_seed(settings.seed)
