@@ -151,6 +151,16 @@ def _blocks(kind: str, model: nn.Module, calls: dict[str, Call], norm: Call) -> 
         if len(ran) < len(found):
             raise InputError(f"{kind}: {path}.{found.index(None)} has no part in a forward of text alone")
         return [Block(one, [call for path, call in calls.items() if path.startswith(f"{one.path}.")]) for one in ran]
+    # Gemma 3n's AltUp: what a block writes reaches the final norm by several ways, with weights of their own.
+    outputs = [
+        calls[path].output for path in (f"{path}.{len(modules) - 1}" for path, modules in lists) if path in calls
+    ]
+    streams = next((len(one) for one in outputs if one.shape[1:] == norm.first_input().shape), None)
+    if streams is not None:
+        raise InputError(
+            f"{kind}: its blocks pass on {streams} streams, which are mixed before {norm.path}; "
+            "a neuron's write has no single place among them"
+        )
     raise InputError(f"{kind}: no list of blocks ends with what {norm.path} receives")
 
 

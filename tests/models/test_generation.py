@@ -40,7 +40,7 @@ def step_by_step(model, prompt, image, count):
 
 
 # Types whose image stands before the padding, has experts of its own, or needs a repaired output.
-TYPES = ("ernie4_5_vl_moe", "git", "llama4")
+TYPES = ("blip", "ernie4_5_vl_moe", "git", "llama4")
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *TYPES])

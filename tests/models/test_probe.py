@@ -118,6 +118,21 @@ def test_an_adapter_next_to_the_mlp_is_refused(loaded, stream):
         probe(network)
 
 
+def test_parallel_streams_are_refused(loaded):
+    # Gemma 3n: the last blocks' four streams are projected, scaled and averaged before the final norm.
+    settings = {"num_key_value_heads": 2, "head_dim": 8, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
+    settings |= {
+        "vocab_size_per_layer_input": 400,
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.5, 0.0],
+    }
+    network = loaded("llava").variation(model_type="gemma3n_text", intermediate_size=[48, 48], **settings)
+    with pytest.raises(
+        InputError, match=r"its blocks pass on 4 streams, which are mixed before model\.language_model\.norm"
+    ):
+        probe(network)
+
+
 def test_moved_parts_are_probed(loaded):
     network = loaded("llava").variation()
     decoder = network.model.language_model
