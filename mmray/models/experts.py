@@ -25,7 +25,7 @@ Change: TypeAlias = Callable[[Float[Tensor, "token unit"]], Float[Tensor, "token
 Found: TypeAlias = tuple[Float[Tensor, "token neuron"], Float[Tensor, "token neuron"]]
 """Activations and gates of one forward."""
 INPUTS = ("hidden_states", "top_k_index", "top_k_weights")
-"""Inputs of the forward of transformers' fused experts."""
+"""Inputs of the forward of transformers' fused experts, in this order; GPT-OSS names them otherwise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +99,37 @@ class Experts:
             yield
 
     @contextmanager
+    def captured_biases(self, receive: Callable[[Float[Tensor, "token hidden"] | float], None]) -> Iterator[None]:
+        """Call `receive` at each forward with what is written whatever the activations: biases times their weights."""
+        found: list[Tensor | float] = []
+        weight: list[Tensor] = []
+
+        def keep_routed(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], __: Tensor) -> None:
+            inputs = _inputs(self.routed, arguments, named)
+            bias = getattr(self.routed, "down_proj_bias", None)
+            if bias is not None:
+                chosen, weights = inputs["top_k_index"], inputs["top_k_weights"]
+                found.append((weights[..., None] * bias[chosen]).sum(dim=-2) * self.scale)
+
+        def keep_weight(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+            weight.append(output.flatten(0, -2).sigmoid())
+
+        def collect(_: nn.Module, __: tuple[Any, ...], ___: Any) -> None:
+            bias = None if self.shared is None else getattr(self.shared, "bias", None)
+            if bias is not None:
+                found.append(bias * weight[0] if weight else bias)
+            receive(sum(found))
+            found.clear()
+            weight.clear()
+
+        with ExitStack() as stack:
+            stack.enter_context(self.routed.register_forward_hook(keep_routed, with_kwargs=True))
+            if self.weight is not None:
+                stack.enter_context(self.weight.register_forward_hook(keep_weight))
+            stack.enter_context(self.module.register_forward_hook(collect))
+            yield
+
+    @contextmanager
     def changed(self, units: Int[Tensor, " unit"], change: Change) -> Iterator[None]:
         """Make the experts write as if `change` had been applied to these neurons' activations.
 
@@ -158,7 +189,7 @@ class Experts:
             own_tokens.append(_text_tokens([*arguments, *named.values()]))
 
         def keep_routed(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], __: Tensor) -> None:
-            inputs = dict(zip(INPUTS, arguments, strict=False)) | named
+            inputs = _inputs(self.routed, arguments, named)
             if is_grouped(self.routed):
                 routed.append(_grouped(self.routed, inputs["hidden_states"]))
             else:
@@ -290,7 +321,18 @@ def is_fused(module: nn.Module) -> bool:
     weight = getattr(module, "down_proj", None)
     if not isinstance(weight, nn.Parameter) or weight.dim() != 3:
         return False
-    return is_grouped(module) or set(INPUTS) <= inspect.signature(module.forward).parameters.keys()
+    names = inspect.signature(module.forward).parameters
+    # Those that transformers can run in several ways compute their gates in a function of their own.
+    return is_grouped(module) or set(INPUTS) <= names.keys() or (len(names) == 3 and hasattr(module, "_apply_gate"))
+
+
+def _inputs(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the inputs of a call of fused experts by the names in INPUTS."""
+    if is_grouped(module):
+        return {INPUTS[0]: arguments[0] if arguments else named[INPUTS[0]]}
+    own = tuple(inspect.signature(module.forward).parameters)
+    given = dict(zip(own, arguments, strict=False)) | named
+    return {name: given[one] for name, one in zip(INPUTS, own, strict=True)}
 
 
 def is_grouped(module: nn.Module) -> bool:

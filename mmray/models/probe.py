@@ -2,7 +2,7 @@
 
 No names are trusted. The final norm is the module whose output the unembedding receives. The decoder is the list of
 blocks whose last output that norm receives. An output projection is a Linear of a block, with more inputs than outputs
-unless it is an expert's, that passes two tests:
+if there is one, that passes two tests:
 
     entry     another Linear of the block feeds it elementwise: changing unit j of one token there changes unit j of
               that token here and nothing else, so neither attention nor other mixing lies between. Where a norm lies
@@ -171,9 +171,9 @@ def _projection(kind: str, layer: int, block: Block) -> Projection:
     if routed:
         projection, written = _experts(kind, layer, block, routed, fed)
     else:
-        # Experts are often narrower than what they write; a whole MLP is wider.
+        # An MLP is wider than what it writes, in nearly all models; an adapter next to it is narrower.
         wide = [(call, entries) for call, entries in fed if call.first_input().shape[-1] > call.output.shape[-1]]
-        projection, written = _mlp(kind, layer, block, wide)
+        projection, written = _mlp(kind, layer, block, wide or fed)
     if not _explains(block, written):
         raise InputError(
             f"{kind}: {block.path} writes more than its attention and {projection.path}, such as routed experts; "
@@ -187,7 +187,7 @@ def _mlp(kind: str, layer: int, block: Block, fed: list[tuple[Call, list[Call]]]
     found = [(call, entries, *_writer(block, call)) for call, entries in fed]
     found = [one for one in found if one[-1] is not None]
     if len(found) != 1:
-        names = " and ".join(call.path for call, *_ in found) or "none"
+        names = " and ".join(call.path for call, *_ in found) or "none; a block without an MLP has no neurons"
         raise InputError(f"{kind}: one MLP output projection looked for in {block.path}, found {names}")
     ((call, entries, writer, scale),) = found
     gate, fused = gate_of(block, entries, call)
@@ -221,18 +221,21 @@ def _experts(
     width = count * units
     if fed:
         ((shared, entries),) = fed
-        both = (experts, shared)
-        around = [call for call in block.inside if all(one.path.startswith(f"{call.path}.") for one in both)]
+        gate, fused = gate_of(block, entries, shared)
+        width += shared.first_input().shape[-1]
+    # Also those that did not run: ERNIE-4.5-VL's for images.
+    parts = {f"{block.path}.{path}" for path, module in block.call.module.named_modules() if is_fused(module)}
+    parts |= {shared.path} if shared else set()
+    if len(parts) > 1:
+        around = [call for call in block.inside if all(part.startswith(f"{call.path}.") for part in parts)]
         if not around:
             raise unknown
-        # The innermost one, whose output is the sum of the two.
+        # The innermost one, whose output is the sum of them.
         whole = max(around, key=lambda call: call.path.count("."))
         factors = _factors(whole, experts, shared, block.inside)
-        gate, fused = gate_of(block, entries, shared)
         if factors is None:
             raise unknown
         routed_scale, weight = factors
-        width += shared.first_input().shape[-1]
     writer, scale = _writer(block, whole)
     if scale is None:
         raise unknown
@@ -253,13 +256,13 @@ def _experts(
     ), writer
 
 
-def _factors(whole: Call, experts: Call, shared: Call, inside: list[Call]) -> tuple[float, Call | None] | None:
+def _factors(whole: Call, experts: Call, shared: Call | None, inside: list[Call]) -> tuple[float, Call | None] | None:
     """Return the factor on what experts write in a module's output, and the weight of the shared one; None if unknown.
 
     The output is factor · experts + weight · shared. The weight is the sigmoid of a Linear with one output, or 1.
     """
-    output, own = (call.output.flatten(0, -2) for call in (whole, shared))
-    routed = written_by(experts.module, experts.output.flatten(0, -2))
+    output, routed = whole.output.flatten(0, -2), written_by(experts.module, experts.output.flatten(0, -2))
+    own = torch.zeros_like(output) if shared is None else shared.output.flatten(0, -2)
     candidates = [call for call in inside if is_linear(call.module) and call.output.shape[-1] == 1]
     for weight in (None, *candidates):
         share = own if weight is None else own * weight.output.flatten(0, -2).sigmoid()

@@ -14,7 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmray.errors import InputError
+from mmray.models.blocks import block_output
 from mmray.models.capture import capture_activations, capture_input
+from mmray.models.linear import has_quantised
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import token_log_odds, token_logits
 from mmray.models.parts import output_rows
@@ -70,9 +72,8 @@ def gradient_pass(
         ranks = rank_in_row(positions)
         for rank in sorted(set(ranks)):
             members = [number for number, own in enumerate(ranks) if own == rank]
-            gradients = torch.autograd.grad(
-                values[members].sum(), list(leaves.values()), retain_graph=rank < max(ranks)
-            )
+            last = rank == max(ranks)
+            gradients = _gradients(model, values[members].sum(), list(leaves.values()), last=last)
             for layer, whole in zip(leaves, gradients, strict=True):
                 projection, gradient = model.projections[layer], whole.flatten(0, -2)
                 for member in members:
@@ -85,6 +86,18 @@ def gradient_pass(
                     scores[layer][member] = product.to(scores[layer].device)
     cache.hidden = cache.hidden.detach()
     return scores, cache
+
+
+def _gradients(model: LoadedModel, value: Tensor, leaves: Sequence[Tensor], *, last: bool) -> Sequence[Tensor]:
+    """Return the gradients of a value; raises InputError for quantised layers whose kernels have no backward pass."""
+    try:
+        return torch.autograd.grad(value, leaves, retain_graph=not last)
+    except RuntimeError as error:
+        if not has_quantised(model.network) or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InputError(
+            f"{model.name}: its quantised layers have no backward pass; take a score without one, or --dtype bf16"
+        ) from error
 
 
 def _kept_leaf(model: LoadedModel, layer: int, leaves: dict[int, Tensor]) -> AbstractContextManager[Any]:
@@ -100,8 +113,9 @@ def _kept_leaf(model: LoadedModel, layer: int, leaves: dict[int, Tensor]) -> Abs
         # Weights are frozen: the first layer's activations start the graph, and later ones depend on them.
         leaves[layer] = tensor if tensor.requires_grad else tensor.requires_grad_()
 
-    def keep_output(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-        keep(output)
+    def keep_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        # Some experts return their router's logits, too.
+        keep(block_output(output))
 
     return module.register_forward_hook(keep_output) if projection.experts else capture_input(module, keep)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from mmray.errors import InputError
 from mmray.models.blocks import block_of, block_output
 from mmray.models.capture import capture_activations, capture_input
+from mmray.models.experts import Experts
 from mmray.models.linear import is_quantised
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
@@ -94,7 +96,7 @@ def example(model: LoadedModel, captions: tuple[str, ...] = CAPTIONS[:1], *, bri
 
 @torch.inference_mode()
 def identity(model: LoadedModel) -> tuple[bool, str]:
-    """Σ over neurons of activation · row of W_out = the MLP's output, in every layer.
+    """Σ over neurons of activation · row of W_out, plus biases = the MLP's output, in every layer.
 
     Contributions to any token then add up too: they are this sum times the token's unembedding.
     """
@@ -103,6 +105,7 @@ def identity(model: LoadedModel) -> tuple[bool, str]:
     row = batch.caption_start[0]
     activations: list[Tensor] = []
     outputs: list[Tensor] = []
+    biases: dict[int, Tensor | float] = {}
 
     def keep(_: nn.Module, __: tuple[object, ...], output: object) -> None:
         # Copied: Falcon adds attention to it in place.
@@ -114,21 +117,33 @@ def identity(model: LoadedModel) -> tuple[bool, str]:
                 model.network, model.projections, lambda _, found, __: activations.append(found[row].float())
             )
         )
-        for projection in model.projections:
+        for layer, projection in enumerate(model.projections):
             module = model.network.get_submodule(projection.path)
+            if projection.experts:
+                receive = partial(_at_row, biases, layer, row)
+                stack.enter_context(Experts.of(model.network, projection).captured_biases(receive))
+            else:
+                bias = getattr(module, "bias", None)
+                biases[layer] = 0.0 if bias is None else bias.float()
             stack.enter_context(module.register_forward_hook(keep))
         forward(model, batch)
     worst, passed, tolerance = 0.0, True, TOLERANCE[_dtype(model)]
-    for projection, activation, output in zip(model.projections, activations, outputs, strict=True):
-        bias = getattr(model.network.get_submodule(projection.path), "bias", None)
+    for layer, (projection, activation, output) in enumerate(zip(model.projections, activations, outputs, strict=True)):
         written = activation @ output_rows(model.network, projection).float()
-        error = _error(written + bias.float() if isinstance(bias, Tensor) else written, output)
+        error = _error(written + biases[layer], output)
         worst = max(worst, error)
         # Experts' outputs are weighted and summed, which rounds them twice more.
         allowed = 2 * tolerance if projection.experts else tolerance
         rounded = not projection.experts and is_quantised(model.network.get_submodule(projection.path))
         passed = passed and error <= (max(allowed, ROUNDED) if rounded else allowed)
     return passed, f"largest relative error {worst:.1e} in {len(outputs)} layers"
+
+
+def _at_row(kept: dict[int, Tensor | float], layer: int, row: int, bias: Tensor | float) -> None:
+    """Keep what biases write for one token; one bias may be that of all tokens."""
+    if isinstance(bias, Tensor):
+        bias = bias[row if bias.dim() > 1 else ...].float()
+    kept[layer] = bias
 
 
 @torch.inference_mode()

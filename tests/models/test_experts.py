@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,11 +14,16 @@ from mmray.features.editing.deltas import Deltas
 from mmray.models.blocks import block_output
 from mmray.models.capture import capture_activations, gate_function
 from mmray.models.experts import Experts, routed_experts
-from mmray.models.interventions import ablate
+from mmray.models.interventions import ablate, scale
+from mmray.models.norms import token_log_odds
 from mmray.models.parts import locate, output_rows, set_output_rows
 from mmray.neuron_names import NeuronNames
+from mmray.neurons.activation_cache import cache_activations, forward
+from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.model import load_model
-from mmray.neurons.validation import example
+from mmray.neurons.token_positions import positions_of
+from mmray.neurons.validation import CAPTIONS, NOUNS, example, identity
+from tests.support.tiny import randomise
 
 HEADS = {"num_key_value_heads": 2, "head_dim": 8}
 ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 40}
@@ -61,6 +67,11 @@ DECODERS = {
         | {"num_experts_per_tok": 2},
         [48, 200],
     ),
+    # Biases, clamped gates in every other column, and weights stored transposed.
+    "gpt_oss": (
+        HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
+        [192, 192],
+    ),
     # What the shared expert writes is weighed.
     "qwen2_moe": (HEADS | ROUTED | OWN | {"shared_expert_intermediate_size": 20}, [180, 180]),
     "qwen3_5_moe_text": (HEADS | ROUTED | OWN | LINEAR_ATTENTION, [216, 216]),
@@ -84,8 +95,8 @@ def decoder(loaded):
     def build(name, dtype=torch.float32):
         torch.manual_seed(0)
         network = loaded("llava").variation(dtype, model_type=name, **DECODERS[name][0]).eval()
-        for weight in network.parameters():
-            if weight.dim() > 1:
+        for name, weight in network.named_parameters():
+            if weight.dim() > 1 or name.endswith("bias"):
                 nn.init.normal_(weight, std=0.2)
         return network
 
@@ -95,7 +106,7 @@ def decoder(loaded):
 def contributions(network, inputs):
     """What each layer's neurons add up to, what its MLP writes, and the logits."""
     parts = locate(network)
-    activations, outputs = {}, {}
+    activations, outputs, biases = {}, {}, {}
 
     def keep(layer, _, __, output):
         outputs[layer] = block_output(output).flatten(0, -2)
@@ -109,10 +120,14 @@ def contributions(network, inputs):
         for layer, projection in enumerate(parts.of("language")):
             module = network.get_submodule(projection.path)
             hooks.enter_context(module.register_forward_hook(partial(keep, layer)))
+            biases[layer] = 0
+            if projection.experts:
+                receive = partial(biases.__setitem__, layer)
+                hooks.enter_context(Experts.of(network, projection).captured_biases(receive))
         with torch.no_grad():
             logits = network(**inputs, use_cache=False).logits
     sums = {layer: found @ output_rows(network, parts.of("language")[layer]) for layer, found in activations.items()}
-    return {layer: found.detach() for layer, found in sums.items()}, outputs, logits
+    return {layer: (found + biases[layer]).detach() for layer, found in sums.items()}, outputs, logits
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
@@ -255,6 +270,46 @@ def test_experts_of_text_write_nothing_at_an_image_that_has_experts_of_its_own(o
     sums = found[0] @ output_rows(model.network, projection)
     torch.testing.assert_close(sums[~image], written[0][~image], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(sums[image], written[0][image], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["ernie4_5_vl_moe", "llama4"])
+def test_effects_of_experts_are_the_slopes_of_log_odds(open_type, name):
+    """Their modules return more than what they write."""
+    model = open_type(name)
+    batch = example(model)
+    positions = positions_of(batch, [("", NOUNS.find(CAPTIONS[0], "en", None)[:1])])
+    products, _ = gradient_pass(model, batch, positions, "effect")
+
+    def log_odds():
+        with cache_activations(model, batch, positions) as found, torch.no_grad():
+            forward(model, batch)
+        return token_log_odds(model, found.hidden, found.tokens).item()
+
+    last = model.projections[1]
+    # The strongest neuron of a routed expert, and that of the shared one.
+    shared = routed_experts(model.network, last)
+    parts = products[1][0].split([shared[0] * shared[1], last.width - shared[0] * shared[1]])
+    for part, first in zip(parts, (0, len(parts[0])), strict=True):
+        unit = first + int(part.abs().argmax())
+        high, low = [], []
+        for found, factor in ((high, 1.02), (low, 0.98)):
+            with scale(model, [(1, unit)], factor):
+                found.append(log_odds())
+        assert (high[0] - low[0]) / 0.04 == pytest.approx(float(products[1][0, unit]), rel=2e-2)
+
+
+@pytest.mark.parametrize("settings", [{"moe_num_shared_experts": 0}, {"use_bias": True}], ids=["alone", "biased"])
+def test_experts_of_text_are_found_among_others_without_a_shared_one_too(open_type, settings):
+    model = open_type("ernie4_5_vl_moe")
+    config = type(model.network.config).from_dict(model.network.config.to_dict())
+    for name, value in settings.items():
+        setattr(config.text_config, name, value)
+    network = type(model.network)(config).eval().requires_grad_(False)
+    randomise(network, "ernie")
+    found = replace(model, network=network, parts=locate(network, model.processor))
+    assert found.projections[1].path.endswith("layers.1.mlp")
+    held, detail = identity(found)
+    assert held, detail
 
 
 def test_the_gates_of_a_shared_expert_are_those_of_all(loaded, decoder):

@@ -122,6 +122,17 @@ def test_scores_of_kernels_that_round_activations_differ_by_the_rounding(pair):
     assert [check.name for check in check_model(rounding) if not check.passed] == []
 
 
+def test_scores_with_a_backward_pass_need_one_of_the_kernel(pair, monkeypatch):
+    packed, dense = pair()
+    first, second = (
+        model.contributions(picture(20), CAPTION, concept="dog", score="effect") for model in (packed, dense)
+    )
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(Packed, "forward", torch.no_grad()(Packed.forward))
+    with pytest.raises(InputError, match="its quantised layers have no backward pass; take a score without one"):
+        packed.contributions(picture(20), CAPTION, concept="dog", score="effect")
+
+
 def test_reading_rows_is_no_forward(pair):
     packed, _ = pair()
     seen = []

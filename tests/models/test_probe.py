@@ -85,6 +85,16 @@ def test_decoders_of_many_kinds_are_probed(loaded, decoder, dtype):
         assert found.scale == pytest.approx(scale, rel=0.02)
 
 
+@pytest.mark.parametrize("decoder", ["olmo2", "starcoder2"])
+def test_an_mlp_narrower_than_what_it_writes_is_found(loaded, decoder):
+    torch.manual_seed(0)
+    network = loaded("llava").variation(model_type=decoder, intermediate_size=24)
+    for weight in network.parameters():
+        if weight.dim() > 1:
+            nn.init.normal_(weight, std=0.2)
+    assert [found.width for found in probe(network).of("language")] == [24, 24]
+
+
 # Next to the MLP that the probe finds, something else writes: experts of another kind, or one token's own vector.
 PARTIAL = {
     "granitemoeshared": ({"num_local_experts": 4, "shared_intermediate_size": 56}, "experts of .* of an unknown kind"),

@@ -41,6 +41,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 PROBED: dict[str, dict[str, Any]] = {
     "olmo2": GROUPED,
     "mixtral": GROUPED | {"num_local_experts": 4},
+    "gpt_oss": HEADED
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * LAYERS}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "falcon": {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "ffn_hidden_size": 48},
 }
 """The same for types that no table knows."""
@@ -59,6 +62,7 @@ NAMES = {
     "gpt_neox": "GPT-NeoX",
     "olmo2": "OLMo 2",
     "mixtral": "Mixtral",
+    "gpt_oss": "GPT-OSS",
     "falcon": "Falcon",
 }
 """Model type → the family as people know it."""

@@ -63,7 +63,10 @@ class CensusSettings(JobSettings):
     module: Module = "language"
     """Module whose neurons are also counted, in the table `activity`."""
     dtype: Dtype = "auto"
-    """Number format of the model. auto: the checkpoint's on a GPU, fp32 on a CPU. Scores are always fp32."""
+    """Number format of the model. auto: the checkpoint's on a GPU, fp32 on a CPU. Scores are always fp32.
+
+    Quantised weights stay as they are with auto; with another format they are dequantised.
+    """
     image_column: str | None = None
     """Column of the image; default: found by its usual names."""
     caption_column: str | None = None
