@@ -16,13 +16,14 @@ from mmray.models.capture import capture_activations, gate_function
 from mmray.models.experts import Experts, routed_experts
 from mmray.models.interventions import ablate, scale
 from mmray.models.norms import token_log_odds
-from mmray.models.parts import locate, output_rows, set_output_rows
+from mmray.models.parts import locate, output_rows, set_output_rows, unembedding_rows
 from mmray.neuron_names import NeuronNames
 from mmray.neurons.activation_cache import cache_activations, forward
 from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.model import load_model
 from mmray.neurons.token_positions import positions_of
 from mmray.neurons.validation import CAPTIONS, NOUNS, example, identity
+from tests.support.samples import picture
 from tests.support.tiny import randomise
 
 HEADS = {"num_key_value_heads": 2, "head_dim": 8}
@@ -270,6 +271,26 @@ def test_experts_of_text_write_nothing_at_an_image_that_has_experts_of_its_own(o
     sums = found[0] @ output_rows(model.network, projection)
     torch.testing.assert_close(sums[~image], written[0][~image], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(sums[image], written[0][image], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", [name for name in DECODERS if DECODERS[name][1][1] > 48])
+def test_a_neuron_planted_in_a_routed_expert_is_found_first(open_model, decoder, name):
+    network = decoder(name)
+    model = replace(open_model("llava"), network=network, parts=locate(network))
+    asked = partial(model.contributions, picture(30), CAPTIONS[0], concept="dog")
+    projection = model.projections[1]
+    count, units = routed_experts(network, projection)
+    # It is active at the noun, so its expert is one of the token's own.
+    activation = asked(score="activation")[1, : count * units]
+    planted = int(activation.abs().argmax())
+    (position,) = positions_of(example(model), [("", NOUNS.find(CAPTIONS[0], "en", None)[:1])])
+    word = unembedding_rows(network, model.parts)[position.token].detach()
+    row = 30 * activation[planted].sign() * word / word.norm()
+    set_output_rows(network, projection, torch.tensor([planted]), row[None])
+    found = asked()
+    layer, unit = divmod(int(found.argmax()), found.shape[1])
+    assert model.names.name(layer, unit) == f"L1.e{planted // units}.u{planted % units}"
+    assert float(found[1, planted]) == pytest.approx(30 * float(activation[planted].abs() * word.norm()), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["ernie4_5_vl_moe", "llama4"])
