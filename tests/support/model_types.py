@@ -138,6 +138,11 @@ KINDS: dict[str, Kind] = {
     "cosmos3_edge": Kind(config={"text_config": rotary(2, 3, 3)}),
     "cosmos3_omni": Kind(processor="Qwen3VLProcessor"),
     "deepseek_vl": Kind(image_settings={"size": SQUARE}, options={"num_image_tokens": 16}),
+    "deepseek_vl_hybrid": Kind(
+        config={"high_res_vision_config": {"global_attn_indexes": [0, 1], "output_channels": WIDTH}},
+        image_settings={"size": SQUARE, "high_res_size": SQUARE},
+        options={"num_image_tokens": 16},
+    ),
     # The video processor would write times into frames, with a font of its own.
     "ernie4_5_vl_moe": Kind(
         config={
@@ -280,6 +285,13 @@ KINDS: dict[str, Kind] = {
     ),
     "paddleocr_vl": Kind(config={"text_config": rotary(2, 3, 3)}),
     "pix2struct": Kind(image_settings={"max_patches": 64}, template=False),
+    "qianfan_ocr": Kind(
+        image_settings={"size": SQUARE},
+        options={"image_seq_length": 4},
+        tokens=("<image>",),
+        image="<image>",
+        placeholder="<context_image_token>",
+    ),
     "qwen2_5_omni_thinker": Kind(
         config={"vision_start_token_id": 5, "text_config": rotary(2, 3, 3)},
         image_processor="Qwen2VLImageProcessor",
