@@ -7,7 +7,6 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +39,44 @@ SLOW_FIXTURES = {"alone", "ray_here", "demo_census", "coco_run", "suite", "befor
 """Ray sessions, censuses of the demo, and its replies: a test that needs one is slow."""
 
 
+ALONE = (
+    "tests/e2e/test_job_submit.py",
+    "tests/e2e/test_joint_path.py",
+    "tests/features/alignment/test_job.py",
+    "tests/features/census/test_kills.py",
+)
+"""Files that hold other clusters off (`alone`). One process runs them all: a second one would only wait for it."""
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out files, those of ALONE together."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return ALONE[0] if file in ALONE else file
+
+    return Scheduling(config, log)
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start files with slow tests first, those that hold other clusters off in turn with others: none waits long."""
-    files: dict[Path, list[pytest.Item]] = {}
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Start ALONE first, then other files with slow tests."""
+    files: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if SLOW_FIXTURES & fixtures:
             item.add_marker(pytest.mark.slow)
-        files.setdefault(item.path, []).append(item)
-    slow = [tests for tests in files.values() if any(test.get_closest_marker("slow") for test in tests)]
-    clusters = [tests for tests in slow if any("alone" in getattr(test, "fixturenames", ()) for test in tests)]
-    others = [tests for tests in slow if tests not in clusters]
-    first = [tests for pair in zip_longest(clusters, others, fillvalue=[]) for tests in pair]
-    rest = [tests for tests in files.values() if tests not in slow]
-    items[:] = [test for tests in (*first, *rest) for test in tests]
+        file = item.path.relative_to(config.rootpath).as_posix()
+        assert ("alone" in fixtures) <= (file in ALONE), f"{file} uses `alone`: add it to ALONE"
+        files.setdefault(file, []).append(item)
+    slow = {file for file, tests in files.items() if any(test.get_closest_marker("slow") for test in tests)}
+    # Stable: otherwise files keep their order.
+    order = sorted(files, key=lambda file: (file not in ALONE, file not in slow))
+    items[:] = [test for file in order for test in files[file]]
 
 
 @pytest.fixture(scope="session", autouse=True)
