@@ -3,7 +3,7 @@
 RUN/selectivity/FINGERPRINT/sums/    parts of the pass that neurons are chosen from
 RUN/selectivity/FINGERPRINT/tests/   parts of the tests
 RUN/selectivity/tested/              a marker per choice that was tested
-RUN/snapshots/selectivity/, tables/  selectivity, selective_labels, interventions, steering, stages, for all analyses
+RUN/snapshots/selectivity/, tables/  those of `TABLES`, with the rows of all analyses
 """
 
 from __future__ import annotations
