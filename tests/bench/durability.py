@@ -34,6 +34,7 @@ from mmray.features.census.job import DECODED, CensusContext, CensusJob
 from mmray.features.census.reduction import SUMS
 from mmray.features.census.settings import census_settings
 from mmray.features.census.tables import PARTS, TABLES
+from mmray.neuron_names import PLAIN
 from mmray.neurons.concepts import NounSource
 from mmray.runs import RunFolder
 from mmray.runs.snapshots import SnapshotWriter
@@ -106,7 +107,7 @@ def merge(out: Path, count: int) -> None:
         receipts = folder.receipts()
         listed = time.perf_counter() - began
         job = CensusJob(census_settings({"model": "demo", "data": "demo", "out": str(out)}))
-        context = CensusContext(NounSource("textblob"), WIDTHS, {}, f"{folder.store.uri}/decoding")
+        context = CensusContext(NounSource("textblob"), WIDTHS, {}, PLAIN, f"{folder.store.uri}/decoding")
         writer = SnapshotWriter(folder.store, job.name, 1)
         job.merge(Plan([], {}, context), Parts(folder, receipts, job.parts), Output(writer))
         writer.commit({}, {})

@@ -33,6 +33,7 @@ from mmray.features.census.job import DECODED, CensusContext, CensusJob
 from mmray.features.census.reduction import candidates_kept
 from mmray.features.census.settings import census_settings
 from mmray.features.census.tables import PARTS, TABLES
+from mmray.neuron_names import PLAIN
 from mmray.neurons.concepts import NounSource
 from mmray.runs import Receipt, RunFolder
 from mmray.runs.snapshots import SnapshotWriter, publish_tables
@@ -76,7 +77,7 @@ def main() -> None:
 def merge(out: Path, count: int) -> None:
     folder = Repeated(out, count)
     job = CensusJob(census_settings({"model": "demo", "data": "demo", "out": str(out)}))
-    context = CensusContext(NounSource("textblob"), WIDTHS, {}, str(out / "decoding"))
+    context = CensusContext(NounSource("textblob"), WIDTHS, {}, PLAIN, str(out / "decoding"))
     run = LocalStore(out / f"run-{count}")
     began, used = time.perf_counter(), time.process_time()
     with peak_memory() as peak:
