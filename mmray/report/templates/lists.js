@@ -20,7 +20,7 @@ function csvOf(columns, rows) {
 // `rows` is an array, or a function of (column, down, count) that promises {rows, total}: the first rows in that order.
 function sortable(label, columns, rows, options = {}) {
   let { by = 0, down = true, limit = 100 } = options, shown = limit;
-  const body = h("tbody"), more = h("button.more", { type: "button", onclick: () => { shown += 400; fill(); } });
+  const body = h("tbody"), more = h("button.more", { type: "button", hidden: true, onclick: () => { shown += 400; fill(); } });
   const titles = columns.map((column, at) =>
     h(column.number ? "th.number" : "th", { scope: "col", title: column.about || DEFINITIONS.get(column.title) }, column.value && !options.keep
       ? h("button", { type: "button", onclick: () => { [by, down] = [at, by === at ? !down : Boolean(column.number)]; fill(); } }, column.title)
