@@ -51,7 +51,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     def sleep(seconds: float) -> None:
         found.now += seconds
-        found.waited[threading.get_ident()] += seconds
+        # Not by its number, which a later thread may have again.
+        found.waited[threading.current_thread()] += seconds
         if found.then is not None and found.now >= 300:
             found.then()
             found.then = None
