@@ -48,6 +48,7 @@ ALONE = (
 """Files that hold other clusters off (`alone`). One process runs them all: a second one would only wait for it."""
 
 
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist, nobody asks
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Hand out files, those of ALONE together."""
     if config.getoption("dist") != "loadfile":
