@@ -242,7 +242,7 @@ def _questions(value: Any) -> tuple[tuple[str, str], ...]:
 def _question(record: Mapping[str, Any], columns: Columns, needed: bool) -> tuple[str | None, tuple[str, ...]]:
     """Return the question about the image, and all answers that people gave; (None, ()) in data without.
 
-    Where captions are not needed, nor is an answer.
+    An answer may be missing where captions may.
     """
     if columns.question is None or columns.answers is None:
         return None, ()

@@ -213,7 +213,9 @@ def test_an_fp8_checkpoint_loads_on_a_cpu(tiny, tmp_path):
 
 @pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
 def test_a_checkpoint_of_a_library_stays_quantised_unless_a_dtype_is_asked_for(tiny, tmp_path, library):
-    pytest.importorskip(library)
+    pytest.importorskip(
+        library, reason=f"an optional library, large and not one of the tests' own: pip install {library}"
+    )
     import transformers
 
     if library == "torchao":

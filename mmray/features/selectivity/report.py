@@ -69,7 +69,7 @@ def _together(named: Mapping[str, str], found: Mapping[str, Mapping[tuple[str, .
         "effects": [
             _cell(row)
             | {name: row[name] for name in ("module", "control", "label", "measure", "neurons")}
-            | {"protocol": row.get("protocol")}
+            | {"protocol": row["protocol"]}
             for row in tests
             if row["masked"] == row["label"]
         ],
@@ -155,7 +155,7 @@ def _protocols(masks: Iterable[Mapping[str, Row]]) -> dict[str, list[str]]:
     """Return protocol → the labels whose samples are measured by it; none in runs of earlier versions."""
     found: dict[str, list[str]] = defaultdict(list)
     for label, row in {label: row for cells in masks for label, row in cells.items()}.items():
-        if row.get("protocol"):
+        if row["protocol"]:
             found[row["protocol"]].append(label)
     return found
 
