@@ -206,8 +206,8 @@ def test_an_evaluation_of_exploded_rows_is_that_of_the_independent_chair(
     truths = {image["image"]["bytes"]: truth_of(image, kind) for image in images}
     by_name = {row.sample_id: truths[row.image or b""] or set() for row in samples if isinstance(row, Sample)}
     # In a job the facts are of the whole data, whatever part of it is at hand; in one process the samples give them.
+    before.clear()
     for known in (facts, None):
-        before.clear()
         found = evaluate(demo, swap("cat", "owl"), samples, settings, baseline=before, statistics=known)
         texts = {row["sample_id"]: row["before"] for row in found.captions.to_pylist()}
         sentences, mentions = reference().chair([texts[name] for name in by_name], list(by_name.values()))
