@@ -1,4 +1,4 @@
-"""Names of an edit's measures as people read them. Needs no torch."""
+"""Names of an edit's measures as people read them, and those that compare edits. Needs no torch."""
 
 from __future__ import annotations
 
@@ -21,6 +21,21 @@ WORDS = {
     "recall": "object recall",
 }
 """Measures, and words in their names, that are not read as they are written."""
+COMPARED = (
+    "reliability",
+    "image_generality",
+    "text_generality",
+    "image_locality",
+    "image_locality_questions",
+    "text_locality",
+    "text_only_64",
+    "perplexity_ratio",
+    "pope_yes_ratio_change",
+    "hallucination",
+    "chair_i",
+    "recall",
+)
+"""Measures in a comparison of edits, in the terminal and in the report."""
 
 
 def label_of(name: str) -> str:

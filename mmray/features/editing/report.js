@@ -57,12 +57,11 @@ function editCard(edit) {
   ];
 }
 
-const COMPARED = ["reliability", "text_generality", "image_generality", "image_locality", "image_locality_questions", "text_locality", "text_only_64", "perplexity_ratio"];
-
 function editsCompared(edits) {
   const measured = edits.filter((edit) => edit.measures.length), row = (edit, measure) => edit.measures.find((one) => one.measure === measure);
   if (measured.length < 2) return null;
-  const measures = COMPARED.filter((measure) => measured.some((edit) => row(edit, measure)));
+  const columns = new Map(measured.flatMap((edit) => edit.measures.filter((one) => one.column !== null).map((one) => [one.measure, one.column])));
+  const measures = [...columns.keys()].sort((one, two) => columns.get(one) - columns.get(two));
   return [h("h2", "Edits compared"), under("After each edit, on the data of its evaluation. Protocols are with each edit below."), card(sortable("Edits compared", [
     { title: "edit", kind: "wrap", value: (edit) => edit.name, cell: (edit) => h("b", edit.name) },
     { title: "method", value: (edit) => edit.facts.method || "", cell: (edit) => edit.facts.method || "" },

@@ -18,7 +18,7 @@ from mmray.data.image_keys import image_key, one_per_image
 from mmray.errors import DamagedError, InputError
 from mmray.features.editing.bounds import verdict
 from mmray.features.editing.files import CAPTIONS_FILE, EVALUATION_FILE, FACTS_FILE, ROWS_FILE
-from mmray.features.editing.labels import label_of
+from mmray.features.editing.labels import COMPARED, label_of
 from mmray.neuron_names import NeuronNames
 from mmray.report.concepts import number
 from mmray.report.section import Request, Section
@@ -145,7 +145,8 @@ def _verdict(measures: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _measure(row: Mapping[str, Any]) -> dict[str, Any]:
     numbers = {key: number(row.get(key)) for key in ("before", "after", "low", "high")}
-    names = {"measure": row["measure"], "label": label_of(row["measure"])}
+    name = row["measure"]
+    names = {"measure": name, "label": label_of(name), "column": COMPARED.index(name) if name in COMPARED else None}
     return numbers | names | {"n": row["n"], "protocol": row.get("protocol") or ""}
 
 

@@ -71,10 +71,13 @@ _REWRITES = {
 }
 
 
-def _locality(name: str, texts: str, *, primary: bool = False) -> dict[str, Measure]:
-    """Return the measures of whether these texts stay as they are, each by another protocol."""
-    along, legacy = f"{texts}: teacher-forced along the reply before; ", f"{texts}: legacy (MMEdit's code); "
-    return {
+def _locality(name: str, texts: str, *, primary: bool = False, legacy: bool = True) -> dict[str, Measure]:
+    """Return the measures of whether these texts stay as they are, each by another protocol.
+
+    Those of MMEdit's code (`legacy`) need the states of all positions, the prompt's included.
+    """
+    along, by_code = f"{texts}: teacher-forced along the reply before; ", f"{texts}: legacy (MMEdit's code); "
+    found = {
         name: Measure(f"{texts}: greedy; replies equal to the letter", primary=primary),
         f"{name}_span": Measure(
             f"{along}share of its positions, end included, with the same likeliest token", detail=True
@@ -83,9 +86,13 @@ def _locality(name: str, texts: str, *, primary: bool = False) -> dict[str, Meas
         f"{name}_kl": Measure(
             f"{along}mean KL(before ‖ after) of its positions, in nats; 0 is unchanged", unit="nats", better="lower"
         ),
-        f"{name}_legacy": Measure(f"{legacy}ten likeliest tokens, rank by rank, over all positions"),
-        f"{name}_legacy_top1": Measure(f"{legacy}likeliest token, over all positions", detail=True),
     }
+    if legacy:
+        found |= {
+            f"{name}_legacy": Measure(f"{by_code}ten likeliest tokens, rank by rank, over all positions"),
+            f"{name}_legacy_top1": Measure(f"{by_code}likeliest token, over all positions", detail=True),
+        }
+    return found
 
 
 def _mmedit() -> dict[str, Measure]:
@@ -195,6 +202,7 @@ MEASURES: dict[str, Measure] = {
     **_locality(
         "image_locality_questions",
         "questions on images without the concept, the data's or, if an image has none, POPE's",
+        legacy=False,
     ),
     **_locality("text_locality_about", "text questions naming an edited word"),
     **_mmedit(),

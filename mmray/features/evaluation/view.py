@@ -9,27 +9,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mmray.features.editing.labels import label_of
+from mmray.features.editing.labels import COMPARED, label_of
 from mmray.features.evaluation.measures import measure_of
 from mmray.terminal.tables import lineless, number
 
 PROTOCOL_KINDS = ("legacy", "teacher-forced", "greedy")
 """The first of these words in a protocol sums it up."""
-COMPARED = (
-    "reliability",
-    "image_generality",
-    "text_generality",
-    "image_locality",
-    "image_locality_questions",
-    "text_locality",
-    "text_only_64",
-    "perplexity_ratio",
-    "pope_yes_ratio_change",
-    "hallucination",
-    "chair_i",
-    "recall",
-)
-"""Measures in a comparison of edits."""
 
 
 def measures(found: Mapping[str, Mapping[str, Any]], title: str, *, everything: bool = False) -> Table:
