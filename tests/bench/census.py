@@ -11,6 +11,9 @@ where it has as many workers as cores.
 
 `python -m tests.bench.census captions [--images 48]` compares captions of one image in one row with a row each: the
 demo's scenes with five captions each, as COCO JSON, from encoded images to committed parts, in turns.
+
+`python -m tests.bench.census plan` compares what `mmray plan` says, by arithmetic and by `--measure`, with what a
+census in this process then takes.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from mmray.data.samples import Sample
 from mmray.data.shards import cut, read_shard
 from mmray.engine.clock import timed_phases
 from mmray.features.census.inputs import open_data
+from mmray.features.census.job import run_census
+from mmray.features.census.planning import plan_census
 from mmray.features.census.settings import census_settings
 from mmray.features.census.shard import ShardAnalysis
 from mmray.models.loading import load
@@ -39,12 +44,13 @@ from mmray.neurons.activation_cache import forward
 from mmray.neurons.concepts import noun_source
 from mmray.neurons.row_sharing import RowSharing
 from mmray.runs import RunFolder
+from mmray.runs.run import open_run
 from tests.support.coco_like import CAPTIONS, coco_like
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", nargs="?", choices=("forward", "captions"), default="forward")
+    parser.add_argument("part", nargs="?", choices=("forward", "captions", "plan"), default="forward")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--data", default="demo")
     parser.add_argument("--samples", type=int, default=500)
@@ -57,7 +63,24 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
         torch.set_num_threads(arguments.cores)
     with tempfile.TemporaryDirectory() as out:
-        (run if arguments.part == "forward" else captions)(arguments, out)
+        {"forward": run, "captions": captions, "plan": plan}[arguments.part](arguments, out)
+
+
+def plan(arguments: argparse.Namespace, out: str) -> None:
+    """Print what a plan says next to what then happened."""
+    given = {name: getattr(arguments, name) for name in ("model", "data", "batch_size")}
+    settings = census_settings({**given, "limit": arguments.samples, "out": f"{out}/run", "local": True})
+    guess, measured = plan_census(settings), plan_census(settings, measure=True)
+    run_census(settings)
+    happened = open_run(settings.out).status()
+    written = sum(file.stat().st_size for file in Path(settings.out).rglob("*") if file.is_file())
+    print(f"{'':32s}{'planned':>10s}{'happened':>10s}{'planned / happened':>20s}")
+    for name, planned, found in (
+        ("worker seconds, by arithmetic", 3600 * guess.worker_hours, happened.cost.seconds),
+        ("worker seconds, --measure", 3600 * measured.worker_hours, happened.cost.seconds),
+        ("MB written", guess.bytes_written / 1e6, written / 1e6),
+    ):
+        print(f"{name:32s}{planned:10.1f}{found:10.1f}{planned / found:20.2f}")
 
 
 def captions(arguments: argparse.Namespace, out: str) -> None:

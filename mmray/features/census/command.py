@@ -46,6 +46,15 @@ Limit = Annotated[
     ),
 ]
 
+Measure = Annotated[
+    bool,
+    typer.Option("--measure", help="Time the model on the first 128 samples."),
+]
+Price = Annotated[
+    float | None,
+    typer.Option("--price", metavar="X", help="Price per worker and hour; adds the total.", min=0),
+]
+
 
 @app.command(
     group="Run",
@@ -74,21 +83,23 @@ def census(as_json: AsJson = False, **settings: Any) -> None:
     group="Run",
     examples=(
         "mmray plan -m llava-hf/llava-1.5-7b-hf -d annotations/captions_val2017.json",
-        "mmray plan -m demo -d demo --score effect",
+        "mmray plan -m demo -d demo --measure --price 0.40",
     ),
 )
 @with_settings(CensusSettings, out="runs/plan")
-def plan(as_json: AsJson = False, **settings: Any) -> None:
+def plan(measure: Measure = False, price: Price = None, as_json: AsJson = False, **settings: Any) -> None:
     """Estimate what a census would cost: samples, hours, memory, bytes."""
     # Imported here because it loads torch, which `mmray --help` and reading commands don't need.
-    from mmray.features.census.job import plan_census
+    from mmray.features.census.planning import plan_census
     from mmray.features.census.view import plan as show
 
-    estimate = plan_census(census_settings(settings))
+    estimate = plan_census(census_settings(settings), measure=measure)
     if as_json:
-        say_json(asdict(estimate) | {"hours": estimate.hours, "warnings": estimate.sample.warnings})
+        hours = {"hours": estimate.hours, "worker_hours": estimate.worker_hours}
+        cost = {} if price is None else {"price": price * estimate.worker_hours}
+        say_json(asdict(estimate) | hours | cost | {"warnings": estimate.sample.warnings})
     else:
-        console.print(show(estimate))
+        console.print(show(estimate, price))
         say_next(command_line("census", *_given(settings), "--out", "RUN"))
 
 

@@ -85,6 +85,16 @@ class DataSample:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """How long a worker took for the first samples, after a batch that warmed it up."""
+
+    samples: int
+    seconds: float
+    phases: Mapping[str, float]
+    """Seconds by phase, longest first."""
+
+
+@dataclass(frozen=True)
 class CensusEstimate:
     """Estimated size and duration of a census."""
 
@@ -106,8 +116,17 @@ class CensusEstimate:
     kept: int
     """Neurons that a shard keeps per concept. If they are not all, some ranks may not be certified."""
     sample: DataSample
+    timing: Timing | None = None
+    """None: the arithmetic and the speed of this machine give the time."""
+
+    @property
+    def worker_hours(self) -> float:
+        """Hours of one worker, without loading the model."""
+        if self.timing:
+            return self.samples * self.timing.seconds / self.timing.samples / 3600
+        return self.teraflops / self.speed / 3600
 
     @property
     def hours(self) -> float:
         """Hours with these workers, without loading the model."""
-        return self.teraflops / self.speed / self.workers / 3600
+        return self.worker_hours / self.workers

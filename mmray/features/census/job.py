@@ -18,9 +18,8 @@ from mmray.data.source import Source
 from mmray.engine import Job, JobResult, Output, Parts, Plan, Progress, Unit, UnitResult, Worker, run_together
 from mmray.errors import InputError
 from mmray.features.census.activity import without_repeats
-from mmray.features.census.cost import CensusEstimate
 from mmray.features.census.decoding import decode_neurons
-from mmray.features.census.estimate import describe, estimate, first_rows
+from mmray.features.census.estimate import describe, first_rows
 from mmray.features.census.inputs import check_apart, open_data, open_inputs, text_settings
 from mmray.features.census.merging import APPENDED, RunMerge, concept_cuts
 from mmray.features.census.settings import CensusSettings, shard_size_of
@@ -307,15 +306,6 @@ def outcome_of(settings: CensusSettings, done: JobResult, since: int = 0) -> Cen
         seconds=done.seconds,
         already=done.already_done,
     )
-
-
-def plan_census(settings: CensusSettings) -> CensusEstimate:
-    """Return what the census would cost, without running it."""
-    settings = CensusJob(settings).settings
-    source, manifest, nouns = open_inputs(settings)
-    check_columns(source, manifest)
-    model = describe_model(settings.model, trust_remote_code=settings.trust_remote_code)
-    return estimate(settings, source, manifest, nouns, model["widths"], model["parameters"], model["image_tokens"])
 
 
 def _units(manifest: Manifest) -> list[Unit]:

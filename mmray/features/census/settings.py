@@ -40,7 +40,7 @@ class CensusSettings(JobSettings):
     longest: int = Field(LONGEST, ge=1)
     """Most tokens in a caption that the model writes. Longer ones are cut off."""
     prompt: str | None = None
-    """Question before the caption; default: a request to describe the image. It is "Describe the image in few words."
+    """Question before the caption; default: to describe the image. It is "Describe the image in few words."
     in the caption's language. In data with a question column it follows that question; default there: nothing."""
     prefix: str | None = None
     """Words that every answer starts with, such as "An image of"."""
@@ -51,7 +51,7 @@ class CensusSettings(JobSettings):
     fold_norm: bool = False
     """Give contributions in logits after the final norm. Its gain and its scale at the position are applied."""
     pieces: Pieces = "first"
-    """Score a noun at its first token, or sum over all its tokens."""
+    """Score a noun at its first token, or sum over its tokens."""
     top_k: int = Field(20, ge=1)
     """Neurons listed per occurrence; `share` counts these."""
     candidates: int | None = Field(None, ge=1)

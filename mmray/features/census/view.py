@@ -310,9 +310,13 @@ def summary(run: Run, concepts: Sequence[str], k: int = 4) -> RenderableType:
     return Group(*parts)
 
 
-def plan(plan: CensusEstimate) -> RenderableType:
-    """Return what a census would cost, and what the first rows of its data hold."""
+def plan(plan: CensusEstimate, price: float | None = None) -> RenderableType:
+    """Return what a census would cost, at this price per worker and hour, and what the first rows of its data hold."""
     duration = f"{plan.hours:.1f} hours" if plan.hours >= 1 else f"{plan.hours * 60:.1f} minutes"
+    basis = f"{plan.teraflops:,.0f} TFLOP at {plan.speed:.2g} TFLOP/s"
+    if timing := plan.timing:
+        spent = spending(Cost(timing.seconds, dict(timing.phases), {}))
+        basis = f"measured on {timing.samples:,} samples, {timing.samples / timing.seconds:.3g} per second: {spent}"
     rows = plan.sample
     languages = ", ".join(f"{language} {count}" for language, count in rows.languages.items()) or "none"
     nouns = ", ".join(f"{noun} {count}" for noun, count in rows.frequent) or "none"
@@ -325,10 +329,8 @@ def plan(plan: CensusEstimate) -> RenderableType:
     return Group(
         Text(f"samples   {plan.samples:,}, about {plan.positions:.0f} tokens and {plan.occurrences:.1f} nouns each"),
         Text(f"shards    {plan.shards:,}"),
-        Text(
-            f"time      {duration} with {plan.workers} worker{'s' * (plan.workers > 1)} like this machine "
-            f"({plan.teraflops:,.0f} TFLOP at {plan.speed:.2g} TFLOP/s)"
-        ),
+        Text(f"time      {duration} with {plan.workers} worker{'s' * (plan.workers > 1)} like this machine ({basis})"),
+        *([] if price is None else [Text(f"price     about {plan.worker_hours * price:,.2f} at {price:g} per hour")]),
         Text(f"bytes     about {plan.bytes_written / 1e9:.2g} GB written to the run"),
         Text(
             f"memory    about {memory.total / 1e9:.3g} GB per worker on a GPU (weights {memory.weights / 1e9:.3g}, "

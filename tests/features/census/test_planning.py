@@ -1,5 +1,7 @@
 """What a plan says of the first rows: unreadable ones, languages, nouns, and what is wrong with them."""
 
+import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from mmray.data.samples import Failure, Sample
 from mmray.features.census.cost import CensusEstimate
 from mmray.features.census.estimate import PROMPT_TOKENS, describe, first_rows
 from mmray.features.census.inputs import open_inputs
-from mmray.features.census.job import CensusJob, plan_census, run_census
+from mmray.features.census.job import CensusJob, run_census
+from mmray.features.census.planning import TIMED, plan_census
 from mmray.features.census.settings import census_settings, shard_size_of
 from mmray.features.census.view import plan as shown
 from mmray.neurons.concepts import NounSource
@@ -77,10 +80,10 @@ def write(path: Path, captions: Sequence[str | None]) -> str:
     return str(path)
 
 
-def text(plan: CensusEstimate) -> str:
+def text(plan: CensusEstimate, price: float | None = None) -> str:
     console = Console(width=400)
     with console.capture() as capture:
-        console.print(shown(plan))
+        console.print(shown(plan, price))
     return capture.get()
 
 
@@ -134,6 +137,29 @@ def test_the_language_of_all_captions_is_that_of_samples_without_one(tmp_path: P
         source, manifest, _ = open_inputs(census_settings({**settings, "language": language}))
         first, _ = first_rows(source, manifest)
         assert [row.language for row in first] == ["fr", language, language]
+
+
+@pytest.mark.slow
+def test_a_measured_plan_is_the_time_of_its_first_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = census_settings({"model": "demo", "data": "demo", "out": "run", "limit": 150, "batch_size": 64})
+    began = time.perf_counter()
+    plan = plan_census(settings, measure=True)
+    took = time.perf_counter() - began
+    timing = plan.timing
+    assert timing is not None and timing.samples == TIMED
+    assert 0 < timing.seconds < took
+    assert timing.phases["forward"] == max(timing.phases.values())
+    assert sum(timing.phases.values()) <= timing.seconds
+    assert plan.worker_hours == pytest.approx(150 * timing.seconds / TIMED / 3600)
+    assert f"measured on {TIMED} samples" in text(plan)
+    assert list(tmp_path.iterdir()) == []
+    # Twice the price, twice the total; without --measure the arithmetic gives the hours.
+    guess = plan_census(settings)
+    assert guess.timing is None and guess.worker_hours == guess.teraflops / guess.speed / 3600
+    totals = [re.search(r"price +about ([\d.,]+) at", text(guess, price)) for price in (1e6, 2e6)]
+    one, two = (float(found[1].replace(",", "")) for found in totals if found)
+    assert two == pytest.approx(2 * one, abs=0.02) and one == pytest.approx(1e6 * guess.worker_hours, abs=0.01)
 
 
 def test_shards_are_larger_where_what_they_write_per_neuron_is_much(tmp_path: Path) -> None:
