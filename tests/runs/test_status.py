@@ -315,7 +315,7 @@ def test_measuring_a_model_is_told_by_phase(census):
     (found,) = analyses_of(census)
     assert {"read", "decode", "forward"} <= set(found.cost.phases)
     within = [seconds for name, seconds in found.cost.phases.items() if name not in AROUND]
-    assert sum(within) <= found.cost.seconds
+    assert sum(within) <= found.cost.seconds + 0.001 * len(within)  # each is rounded to milliseconds
 
 
 def test_a_folder_that_is_no_run_has_a_status_too(mmray, census, count, tmp_path):
