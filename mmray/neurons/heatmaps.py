@@ -111,12 +111,6 @@ def min_max(values: Map) -> Map:
     return (values - low) / (high - low) if high > low else torch.zeros_like(values)
 
 
-def signed(values: Map) -> Map:
-    """Return the map scaled to -1..1, with zero kept."""
-    largest = values.abs().max()
-    return values / largest if largest > 0 else torch.zeros_like(values)
-
-
 def mask(values: Map) -> Bool[Tensor, "row column"]:
     """Return which pixels lie above the map's 95th percentile."""
     return values > torch.quantile(values.float(), PERCENTILE)

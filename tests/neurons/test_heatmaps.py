@@ -10,7 +10,7 @@ from mmray.errors import InputError
 from mmray.models.capture import capture_activations
 from mmray.models.patches import Patches, patches_of
 from mmray.neurons.activation_cache import forward
-from mmray.neurons.heatmaps import SIDE, MapRequest, mask, min_max, overlay, patch_maps, pointing, signed, upsample
+from mmray.neurons.heatmaps import SIDE, MapRequest, mask, min_max, overlay, patch_maps, pointing, upsample
 from tests.support.samples import CAPTIONS, batch_of, picture
 
 # Subnormal numbers vanish when they are divided, sign and all.
@@ -82,8 +82,6 @@ def test_scaled_maps_keep_their_order_and_bounds(values):
     assert larger.max() <= high + 1e-5
     scaled = min_max(found)
     assert (scaled.min(), scaled.max()) == ((0, 1) if high > low else (0, 0))
-    assert signed(found).abs().max() <= 1
-    assert torch.equal(signed(found).sign(), found.sign())
 
 
 def test_upsampling_a_map_to_its_own_size_leaves_it():
