@@ -1,11 +1,9 @@
-"""What durability costs: `python -m tests.bench.durability [overhead|merge|driver] [--shards N]`.
+"""What durability costs: `python -m tests.bench.durability [overhead|merge] [--shards N]`.
 
 overhead  the demo's census of one shard of 500 samples: the part of its time that goes into counting the attempt,
           writing the parts and committing the receipt (Parquet, fsync, hard links), over some rounds
 merge     a run of N shards with simulated parts (demo-like captions, two layers of 64 neurons) listed and merged on
           the local disk: seconds, and the driver's memory
-driver    N shards handed by Ray Data to actors that answer with a receipt and do nothing else: the driver's memory and
-          the rate. Ray listens on every address of a machine: run it where only loopback exists.
 """
 
 from __future__ import annotations
