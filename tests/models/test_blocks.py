@@ -68,7 +68,7 @@ def test_captions_and_prompts_are_not_permuted(open_model):
     batch, _ = batch_of(model, CAPTIONS[:2])
 
     def entered() -> torch.Tensor:
-        # The embeddings as the first block's own norm sees them: behind the hook that permutes.
+        # The embeddings as the first block's own norm sees them: after the hook that permutes.
         states = []
         norm = model.network.get_submodule(model.projections[0].path.rsplit(".mlp", 1)[0] + ".input_layernorm")
         with torch.inference_mode(), capture_input(norm, states.append):

@@ -27,7 +27,7 @@ def caption_states(model, batch):
     return states[0]
 
 
-# PaliGemma's processor ends every text with a line break, behind which the caption stands.
+# PaliGemma's processor ends every prompt with a line break, before the caption.
 @pytest.mark.parametrize("variant", [variant for variant in DECODERS if variant != "paligemma"])
 def test_a_row_is_what_the_processor_makes_of_prompt_and_caption(open_model, variant):
     model = open_model(variant)
@@ -95,7 +95,7 @@ def test_no_position_sees_a_later_token_of_the_caption(open_model, variant):
     states = caption_states(model, batch)
     name = "decoder_input_ids" if model.parts.encoder_decoder else "input_ids"
     changed = batch.inputs[name].clone()
-    # The second row goes on behind the first: its last token, and the first row's, are changed.
+    # The second row continues the first: its last token, and the first row's, are changed.
     lasts = [batch.caption_start[row] + len(batch.tokens[row]) - 1 for row in (0, 1)]
     for row, last in enumerate(lasts):
         changed[row, last] = model.tokenizer(" horse", add_special_tokens=False).input_ids[0]

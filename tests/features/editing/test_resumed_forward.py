@@ -1,4 +1,4 @@
-"""What is run again behind the first edited MLP is what the whole network computes, in every family, edited or not."""
+"""What is run again after the first edited MLP is what the whole network computes, in every family, edited or not."""
 
 import io
 from dataclasses import replace
@@ -61,11 +61,11 @@ def test_tail_is_the_network(open_model, variant, where):
     model = open_model(variant)
     batch, _ = batch_of(model, CAPTIONS[:3])
     deltas = filled(model, NEURONS[where])
-    behind = resume(model, batch, deltas)
+    rest = resume(model, batch, deltas)
     plain = whole(model, batch)
     with torch.no_grad():
-        assert torch.allclose(behind.logits(), plain, rtol=1e-4, atol=1e-5)
-        edited = behind.logits(deltas)
+        assert torch.allclose(rest.logits(), plain, rtol=1e-4, atol=1e-5)
+        edited = rest.logits(deltas)
     with as_edit(model, deltas).applied(model):
         expected = whole(model, batch)
     assert torch.allclose(edited, expected, rtol=1e-3, atol=1e-4)
@@ -135,6 +135,6 @@ def test_rank_one_rows_are_a_product(open_model):
 def test_states_feed_the_final_norm(open_model):
     model = open_model("llava")
     deltas = Deltas(model, NEURONS["last"])
-    behind = resume(model, batch_of(model, CAPTIONS[:2])[0], deltas)
+    rest = resume(model, batch_of(model, CAPTIONS[:2])[0], deltas)
     with torch.no_grad():
-        assert torch.equal(vocabulary_logits(model, behind.states(None)), behind.logits())
+        assert torch.equal(vocabulary_logits(model, rest.states(None)), rest.logits())

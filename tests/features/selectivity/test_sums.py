@@ -32,8 +32,8 @@ def test_activity_is_the_census_s(open_model, modality):
 
 
 @pytest.mark.parametrize("captions", ["dataset", "generate"])
-def test_texts_stand_behind_the_census_s_prefix(open_model, captions):
-    """What a caption of the data begins with is not given twice; what the model wrote stands behind it anyway."""
+def test_texts_follow_the_census_s_prefix(open_model, captions):
+    """A prefix that a caption of the data has is not repeated; what the model wrote always follows it."""
     model, (first, second) = open_model("llava"), samples(2, language="en")
     prefix = "An image of"
     assert first.caption.startswith(prefix)
