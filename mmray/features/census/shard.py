@@ -218,11 +218,17 @@ class ShardAnalysis:
         for group in self._groups(captioned):
             kinds.setdefault((group[0].sample.image is None, len(group) > 1), []).append(group)
         for same in kinds.values():
-            # Rows of similar length need little padding.
-            same.sort(key=lambda group: (group[0].prompt, sum(len(item.tokens) for item in group)))
+            same.sort(key=self._batch_order)
             for some in within_budget(same, len, size):
                 for part in within_budget(some, lambda group: sum(len(item.tokens) for item in group), POSITIONS):
                     yield [item for group in part for item in group]
+
+    def _batch_order(self, row: Sequence[Captioned]) -> tuple[str, int, int]:
+        """Return the key that rows are sorted by, so that similar ones share a batch."""
+        # A backward pass serves one noun of every row, so rows with as many nouns share them all.
+        nouns = sum(len(item.mentions) for item in row) if SCORES[self.settings.score].backward else 0
+        # Rows of similar length need little padding.
+        return row[0].prompt, nouns, sum(len(item.tokens) for item in row)
 
     def _groups(self, captioned: Sequence[Captioned]) -> Iterator[list[Captioned]]:
         """Yield what shares a row: captions of one image, at most `batch_size`, where the model allows it."""

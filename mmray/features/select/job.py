@@ -101,7 +101,7 @@ class SelectionJob(Job[SelectionSettings, SelectionContext]):
         shards = _captions(run, list(candidates), self.settings.samples)
         units = [Unit(len(captions), (shard, captions)) for shard, captions in sorted(shards.items())]
         # Generated captions are in the run's tables by now, so they are encoded like those of a dataset.
-        own = census.model_copy(update={"captions": "dataset", "module": "language"})
+        own = census.model_copy(update={"captions": "dataset", "module": "language", "score": "effect"})
         return Plan(units, run.digests(), SelectionContext(own, manifest, nouns, indices))
 
     def worker(self, context: SelectionContext) -> Worker:

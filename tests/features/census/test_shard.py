@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from mmray.features.census.ranking import RANKED
+from mmray.features.census.settings import census_settings
+from mmray.features.census.shard import ShardAnalysis
 from tests.support import naive
 from tests.support.samples import NOUNS, analyse, demo_samples, merged, samples
 
@@ -142,6 +144,18 @@ def test_the_demo_s_numbers_are_those_of_plain_loops(open_model):
         close([row["score"] for row in top], np.sort(truth.score)[::-1][:RANKED])
         best = sorted((row for row in own if row["specific_rank"] <= RANKED), key=lambda row: row["specific_rank"])
         close([row["specific"] for row in best], np.sort(truth.specific)[::-1][:RANKED])
+
+
+@pytest.mark.parametrize("score", ["contribution", "effect"])
+def test_rows_that_share_backward_passes_have_as_many_nouns(open_model, score):
+    settings = census_settings({"model": "demo", "data": "demo", "out": "unused", "score": score, "batch_size": 4})
+    found, nouns = demo_samples(48)
+    nouns_of = {}
+    for items, _ in ShardAnalysis(open_model("demo"), settings, nouns, 0).encoded(found):
+        for item in items:
+            nouns_of.setdefault(item.prompt, []).append(len(item.mentions))
+    assert sum(map(len, nouns_of.values())) == 48
+    assert all(counts == sorted(counts) for counts in nouns_of.values()) == (score == "effect")
 
 
 @pytest.mark.parametrize("candidates", [None, 20])
