@@ -16,6 +16,7 @@ from tests.support.letters import LINES
 from tests.support.words import LetterJob, LetterSettings
 
 Mmray = Callable[..., Answer]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(params=["local", "without links", "s3"])

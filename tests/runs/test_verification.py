@@ -166,6 +166,7 @@ def test_a_run_that_cannot_be_counted_is_verified_all_the_same(mmray, census):
     assert f"{receipt}: not a receipt, or a truncated one; remove {receipt}, then run: mmray census" in answer.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.parametrize("place", [*PLACES, "snapshots/x.json"])
 def test_nothing_that_lies_in_a_run_is_a_traceback(census, count, place, content):

@@ -145,6 +145,7 @@ def test_shards_merge_in_any_order_and_in_any_ranges(occurrences, cuts, kept, ra
             assert facts(merge(shards, ranges)) == expected
 
 
+@pytest.mark.slow
 @given(OCCURRENCES | REAL_OCCURRENCES, CUTS, st.integers(1, NEURONS), RANGES, st.integers(1, 10_000))
 def test_ranges_change_no_digit_of_a_sum(occurrences, cuts, kept, ranges, spilled):
     shards = [shard(part, kept=kept) for part in cut(occurrences, cuts)]

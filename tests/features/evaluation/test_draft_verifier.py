@@ -72,6 +72,7 @@ def test_replies_are_as_long_as_asked_for(open_model: Callable[[str], Any], long
     assert before.verifier.longest == longest
 
 
+@pytest.mark.slow
 def test_the_families_whose_prompts_share_a_row(open_model: Callable[[str], Any]) -> None:
     """Where they can, the states are those of rows of their own; the others are found out, not believed."""
     sharing = set()

@@ -128,6 +128,7 @@ def test_maps_are_compared_with_those_of_gates_and_without_signs(subject):
     assert len({tuple(values[method]) for method in ("score", "unsigned", "gate")}) == 3
 
 
+@pytest.mark.slow
 def test_what_neurons_write_is_told_by_their_sign(subject):
     """The noun is what all neurons suppress: those write it whose activation is negative, in the run or here."""
     inputs = subject.inputs
@@ -180,6 +181,7 @@ def test_falls_are_those_of_plain_forwards(subject):
     assert torch.equal(score_batch(model, batch, places).log_prob.exp(), before)
 
 
+@pytest.mark.slow
 def test_methods_are_measured_on_the_images_that_did_not_rank_their_neurons(subject):
     found = Observations()
     Comparison(subject, None, found).observe(resumes=True)

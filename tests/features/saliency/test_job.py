@@ -122,6 +122,7 @@ def test_what_can_t_be_is_one_line(run, mmray: Callable[..., Answer]):
         saliency_here(run, methods=",")
 
 
+@pytest.mark.slow
 def test_a_model_without_a_detector_has_the_other_methods(tmp_path, tiny):
     assert census_here(tiny("llava"), "demo", tmp_path / "run", limit=24).complete
     done = saliency_here(tmp_path / "run", images=2, maps=1, draws=20)
@@ -134,6 +135,7 @@ def test_a_model_without_a_detector_has_the_other_methods(tmp_path, tiny):
         saliency_here(tmp_path / "run", methods="alignment")
 
 
+@pytest.mark.slow
 def test_one_picture_gives_a_page_or_a_picture_and_numbers(tmp_path, mmray: Callable[..., Answer]):
     world = World.load()
     scene = next(scene for scene in world.sample(20, 4) if len(scene.objects) == 2)
@@ -166,6 +168,7 @@ def test_what_an_aligned_network_shows_is_told_with_how_well_it_does(
     assert "recall of objects 0.900 (its own: 0.950)" in " ".join(told.split())
 
 
+@pytest.mark.slow
 def test_data_of_single_objects_is_measured_where_it_is_asked_for(tmp_path):
     rows = [row for row in pq.read_table(DATA).to_pylist() if row["language"] == "en" and len(row["objects"]) == 1][:6]
     data = tmp_path / "single.parquet"
