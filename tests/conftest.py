@@ -91,7 +91,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny(shared: Callable[[str, Callable[[Path], object]], Path]) -> Callable[[str], Path]:
     """Return the checkpoint folder of a variant, built once per session."""
-    from tests.support.tiny import build
+    from mmray.models.tiny.checkpoints import build
 
     return cache(lambda variant: shared(variant, lambda folder: build(variant, folder)))
 

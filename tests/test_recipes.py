@@ -13,10 +13,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from mmray.models.tiny.checkpoints import build
+from mmray.models.tiny.pieces import EYES, HEADS, MISTRAL, PATCH, SIDE, WIDTH, Variant
+from mmray.models.tiny.variants import LLAVA, VARIANTS
 from tests.support import words
-from tests.support.pieces import EYES, HEADS, MISTRAL, PATCH, SIDE, WIDTH, Variant
-from tests.support.tiny import build
-from tests.support.variants import LLAVA, VARIANTS
 
 pytestmark = pytest.mark.slow
 

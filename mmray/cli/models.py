@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,10 +17,11 @@ from rich.tree import Tree
 from mmray.errors import InputError
 from mmray.features.census.settings import CensusSettings
 from mmray.models.options import Dtype
-from mmray.terminal.options import AsJson, app, command_line, console, help_of, option, plural, say_next
+from mmray.terminal.options import AsJson, app, command_line, console, help_of, option, plural, say, say_next
 
 if TYPE_CHECKING:
     from mmray.features.census.model_check import Ability
+    from mmray.features.census.support_matrix import Support
     from mmray.models.layout import ModelParts, Projection
     from mmray.neurons.validation import Check
 
@@ -29,15 +31,28 @@ MODULES = ("language", "vision", "projector")
 @app.command(
     "check-model",
     group="Models",
-    examples=("mmray check-model llava-hf/llava-1.5-7b-hf", "mmray check-model ./checkpoint --json"),
+    examples=(
+        "mmray check-model llava-hf/llava-1.5-7b-hf",
+        "mmray check-model ./checkpoint --json",
+        "mmray check-model --all",
+    ),
 )
 def check_model(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=help_of("model", CensusSettings))],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=help_of("model", CensusSettings))] = "",
+    every: Annotated[bool, typer.Option("--all", help="Every model type known, as a tiny random checkpoint.")] = False,
+    write: Annotated[
+        Path | None, typer.Option(metavar="README", help="With --all: the page to write the tables of types into.")
+    ] = None,
     dtype: Annotated[Dtype, option("dtype", CensusSettings)] = "auto",
     trust_remote_code: Annotated[bool, option("trust_remote_code", CensusSettings)] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show which parts of a model were found, and prove them."""
+    if every == bool(model) or (write and not every):
+        raise InputError("give a MODEL, or --all for every type of models; --write needs --all")
+    if every:
+        _check_all(dtype, write, as_json=as_json)
+        return
     from mmray.features.census.model_check import abilities_of
     from mmray.features.census.model_check import check_model as prove
     from mmray.models.loading import load
@@ -65,6 +80,51 @@ def check_model(
         raise InputError(f"{model}: not proven: {'; '.join(failed)}")
     if not as_json:
         say_next(command_line("plan", "--model", model, "--data", "DATA"))
+
+
+def _check_all(dtype: Dtype, write: Path | None, *, as_json: bool) -> None:
+    """Prove every model type, print a line for each, and write the tables into a README if one is given."""
+    from mmray.features.census.support_matrix import prove_all, tables, written
+    from mmray.models.tiny.catalogue import CATALOGUE, WITHOUT, untried
+
+    page = None if write is None else write.read_text(encoding="utf-8")
+    lacking = {name: tiny.lacks for name, tiny in CATALOGUE.items() if tiny.lacks}
+    if page is not None and lacking:
+        raise InputError(f"{write}: would lose types that need {', '.join(sorted({*lacking.values()}))}: install it")
+    names = [name for name in CATALOGUE if name not in lacking]
+    found = []
+    for one in prove_all(names, dtype):
+        found.append(one)
+        if not as_json:
+            console.print(_type_line(one, max(map(len, names))), soft_wrap=True)
+    failed = [one.name for one in found if not one.proven]
+    if as_json:
+        rows = [asdict(one) | {"proven": one.proven} for one in found]
+        print(json.dumps({"types": rows, "lacking": lacking, "unsupported": WITHOUT, "untried": untried()}))
+    else:
+        for name, library in lacking.items():
+            console.print(Text(f"– {name}: not tried: {library} is not installed", "dim"), soft_wrap=True)
+        images = sum(one.proven and one.image != "none" for one in found)
+        texts = sum(one.proven and one.image == "none" for one in found)
+        say(f"{images} types that take images and {texts} text-only ones are proven; {len(failed)} are not")
+    if failed:
+        raise InputError(f"not proven: {', '.join(failed)}")
+    if write is not None and page is not None:
+        write.write_text(written(page, tables(found)), encoding="utf-8")
+    if not as_json:
+        say_next(command_line("check-model", "MODEL"))
+
+
+def _type_line(one: Support, width: int) -> Text:
+    """Return the line of a type: its MLPs, how they were found, how many checks hold, and what doesn't work."""
+    mark = Text("✓ ", "green") if one.proven else Text("✗ ", "bold red")
+    line = mark.append(one.name.ljust(width), "")
+    if one.problem:
+        return line.append(f"  {one.problem}", "red")
+    line.append(f"  {one.found_by}  {one.mlp:<7}  {one.image:<15}  {one.held}", "dim")
+    if one.proven:
+        return line.append(f"  without {one.missing}" if one.missing != "–" else "", "dim")
+    return line.append(f"  {'; '.join(check.detail for check in one.checks if not check.passed)}", "red")
 
 
 def _parts_tree(title: str, parts: ModelParts) -> Tree:

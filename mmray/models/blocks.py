@@ -21,6 +21,7 @@ from transformers import Cache
 from mmray.models.capture import capture_input
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
+from mmray.models.streams import by_token, in_streams
 
 
 def block_of(model: LoadedModel, layer: int) -> nn.Module:
@@ -227,11 +228,12 @@ def _shuffled(model: LoadedModel, images: Sequence[Sequence[int]], positions: in
     def shuffle(_: nn.Module, arguments: tuple[object, ...]) -> tuple[object, ...] | None:
         states = arguments[0]
         assert isinstance(states, Tensor)
+        tokens = by_token(states)
         # After the prompt, generation goes on one position at a time.
-        if states.shape[1] != positions:
+        if tokens.shape[1] != positions:
             return None
-        shuffled = states.flatten(0, 1)[order.to(states.device)].reshape(states.shape)
-        return (shuffled, *arguments[1:])
+        shuffled = tokens.flatten(0, 1)[order.to(states.device)].reshape(tokens.shape)
+        return (in_streams(shuffled, states), *arguments[1:])
 
     with block_of(model, 0).register_forward_pre_hook(shuffle):
         yield

@@ -26,7 +26,7 @@ Paths are those of transformers 5. Where versions or variants differ, a tuple ho
 exists is taken. A row says where to look; `mmray.models.parts` checks what is there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -44,6 +44,8 @@ class Stack:
     """Path below a block of a norm on the MLP's output, before it is added to the residual stream."""
     residual_gate: str | None = None
     """Path below a block of a number whose tanh multiplies the MLP's output; not all blocks need have it."""
+    ends_block: bool = True
+    """False if the block goes on after its MLP."""
     reads_text: bool = False
     """The question goes through these blocks, not the image."""
     optional: bool = False
@@ -59,6 +61,8 @@ class Decoder:
     """Path below the decoder of the norm before the unembedding."""
     encoder_decoder: bool = False
     """The prompt goes through an encoder; the decoder's sequence is only the caption."""
+    streams: bool = False
+    """Blocks pass on several streams, as `mmray.models.streams` says."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ DECODERS: dict[str, Decoder] = {
     **dict.fromkeys(("gemma", "llama", "mistral", "qwen2", "qwen3"), Decoder(GATED)),
     **dict.fromkeys(("qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_text"), Decoder(GATED)),
     **dict.fromkeys(("gemma2", "gemma3_text"), Decoder(GATED_POST_NORM)),
+    "gemma3n_text": Decoder(replace(GATED_POST_NORM, ends_block=False), streams=True),
     "phi3": Decoder(GATED_FUSED),
     "gpt2": Decoder(Stack(blocks=("h",), projection=("mlp.c_proj",)), final_norm="ln_f"),
     "bloom": Decoder(Stack(blocks=("h",), projection=("mlp.dense_4h_to_h",)), final_norm="ln_f"),
@@ -218,7 +223,7 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("internvl", "llava", "llava_next", "llava_onevision", "vipllava"), LLAVA),
     **dict.fromkeys(("qwen2_5_vl", "qwen2_vl"), QWEN2_VL),
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), QWEN3_VL),
-    **dict.fromkeys(("gemma3", "paligemma"), GEMMA),
+    **dict.fromkeys(("gemma3", "gemma3n", "paligemma"), GEMMA),
     **dict.fromkeys(("idefics3", "smolvlm"), IDEFICS),
     # A causal decoder (OPT, Vicuna) is the `model` below its own head; T5 is the whole `language_model`.
     "blip-2": Family(
@@ -239,7 +244,8 @@ FAMILIES: dict[str, Family] = {
         tower="model.vision_model",
         image="cross-attention",
     ),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"), TEXT),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "gemma3n_text", "llama", "mistral"), TEXT),
+    **dict.fromkeys(("opt", "phi3", "qwen2", "qwen3"), TEXT),
     **dict.fromkeys(("bloom", "gpt2"), GPT2),
     "gpt_neox": Family(decoder=("gpt_neox",), unembedding="lm_head", image="none"),
 }

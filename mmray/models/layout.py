@@ -62,6 +62,8 @@ class ModelParts:
     """The placeholder's id in `input_ids`."""
     image_before: int = 0
     """Positions of the image before those of the text, for which `input_ids` has no tokens (GIT)."""
+    streams: str | None = None
+    """Path of the decoder whose blocks pass on several streams (Gemma 3n)."""
     transform: str | None = None
     """Path of a module between these two: a Linear, an activation function and another norm (BERT's head)."""
     encoder_decoder: bool = False

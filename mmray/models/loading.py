@@ -41,6 +41,7 @@ from mmray.models.layout import ModelParts, Projection
 from mmray.models.linear import dequantise, has_quantised
 from mmray.models.options import MODULES
 from mmray.models.parts import locate
+from mmray.models.streams import Streams
 from mmray.models.transform import Transform
 from mmray.models.workarounds import work_around
 from mmray.neuron_names import NeuronNames
@@ -109,6 +110,12 @@ class LoadedModel:
         """What is between the final norm and the unembedding; None: nothing."""
         path = self.parts.transform
         return None if path is None else Transform(self.network.get_submodule(path))
+
+    @cached_property
+    def streams(self) -> Streams | None:
+        """The decoder, if its blocks pass on several streams."""
+        path = self.parts.streams
+        return None if path is None else Streams(self.network.get_submodule(path))
 
     @property
     def norm(self) -> nn.Module:

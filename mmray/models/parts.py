@@ -88,6 +88,7 @@ def read_table(model: PreTrainedModel, family: Family, decoder: Decoder) -> Mode
         unembedding=family.unembedding,
         image=family.image,
         image_token_id=getattr(config, "image_token_id", None),
+        streams=root if decoder.streams else None,
         encoder_decoder=decoder.encoder_decoder,
         logit_scale=text_config.hidden_size**-0.5 if scaled else 1.0,
         logit_cap=getattr(text_config, "final_logit_softcapping", None),
@@ -193,6 +194,7 @@ def _projection(model: nn.Module, module: str, layer: int, block: str, stack: St
         post_norm=post_norm,
         reads_text=stack.reads_text,
         scale=scale,
+        ends_block=stack.ends_block,
     )
 
 

@@ -24,6 +24,7 @@ from mmray.models.layout import PROBED
 from mmray.models.loading import LoadedModel
 from mmray.models.processing import noise_image
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
+from mmray.models.streams import by_token
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
@@ -128,7 +129,7 @@ def _enter(model: LoadedModel, image: Image) -> tuple[Batch, Float[Tensor, "posi
 
     with block_of(model, 0).register_forward_pre_hook(enter, with_kwargs=True):
         model.network(**batch.to(model.device, model.network.dtype))
-    return batch, entered[0].flatten(0, -2)
+    return batch, by_token(entered[0]).flatten(0, -2)
 
 
 def _merged(model: LoadedModel, batch: Batch, row: int, positions: Sequence[int]) -> Patches | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from mmray.models.capture import capture_activations, capture_input
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import Batch
+from mmray.models.streams import StreamMix
 from mmray.neurons.statistics import TokenStatistics
 from mmray.neurons.token_positions import TokenPosition, flat_positions
 
@@ -30,6 +31,8 @@ class ActivationCache:
     """The gate before its non-linearity; in a plain MLP the activation."""
     mlp_out: dict[int, Float[Tensor, "position hidden"]] = field(default_factory=dict)
     """Output of the projections that a norm follows."""
+    mix: StreamMix | None = None
+    """How the decoder's streams are mixed, if there are several."""
     hidden: Float[Tensor, "position hidden"] = field(default_factory=lambda: torch.zeros(0, 0))
     """Input of the final norm; part of the autograd graph if the forward builds one."""
 
@@ -37,6 +40,22 @@ class ActivationCache:
     def tokens(self) -> Int[Tensor, " position"]:
         """The token that each position predicts."""
         return torch.tensor([occurrence.token for occurrence in self.positions], dtype=torch.long)
+
+    def at(self, numbers: Sequence[int]) -> ActivationCache:
+        """Return what is at some of the positions."""
+        index = torch.tensor(numbers, dtype=torch.long)
+
+        def chosen(layers: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {layer: values[index.to(values.device)] for layer, values in layers.items()}
+
+        return ActivationCache(
+            [self.positions[number] for number in numbers],
+            chosen(self.activations),
+            chosen(self.gate),
+            chosen(self.mlp_out),
+            None if self.mix is None else self.mix.at(index),
+            self.hidden[index.to(self.hidden.device)],
+        )
 
 
 @contextmanager
@@ -76,6 +95,8 @@ def cache_activations(
     with ExitStack() as stack:
         stack.enter_context(capture_activations(model.network, model.projections, receive))
         stack.enter_context(capture_input(model.norm, receive_final))
+        if model.streams is not None:
+            cache.mix = stack.enter_context(model.streams.recorded(rows))
         for layer, projection in enumerate(model.projections):
             if projection.post_norm is not None:
                 norm = model.network.get_submodule(projection.post_norm)

@@ -68,8 +68,11 @@ def ablation_effects(
 
     `products` are the first-order effects. They miss the final norm's scale: a neuron that writes along the residual
     stream lengthens it, so without the neuron the norm divides by less. `norm_curvature` adds that part exactly.
-    `python -m tests.bench.calibration` compares the estimate with real ablations.
+    `python -m tests.bench.calibration` compares the estimate with real ablations. Of decoders with several streams, the
+    estimate is first-order.
     """
+    if cache.mix is not None:
+        return list(products)
     slope = log_odds_slope(model, cache.hidden, cache.tokens)
     effects = []
     for layer, (projection, product) in enumerate(zip(model.projections, products, strict=True)):
@@ -128,13 +131,25 @@ def non_finite_rows(positions: Sequence[TokenPosition], scored: Scored, rows: in
 def _directions(model: LoadedModel, cache: ActivationCache, *, folded: bool) -> list[Float[Tensor, "position hidden"]]:
     """Return per layer the vectors whose product with a neuron's row is its share of the token's logit."""
     table = unembedding_rows(model.network, model.parts)
-    unembedding, hidden = table[cache.tokens.to(table.device)].float(), cache.hidden.to(table.device)
+    unembedding = table[cache.tokens.to(table.device)].float()
     if not folded:
-        return [without_norms(model, hidden, unembedding)] * len(model.widths)
-    final = fold_norm(model, hidden, unembedding)
-    mlp_out = {layer: output.to(table.device) for layer, output in cache.mlp_out.items()}
+        return [without_norms(model, cache.hidden.to(table.device), unembedding)] * len(model.widths)
+    return folded_directions(model, cache, unembedding)
+
+
+def folded_directions(
+    model: LoadedModel, cache: ActivationCache, unembedding: Float[Tensor, "position hidden"]
+) -> list[Float[Tensor, "position hidden"]]:
+    """Return per layer vectors v with ⟨w, v⟩ = what a row w adds to ⟨what is unembedded, unembedding⟩.
+
+    All norms are applied with their scales at the positions, and all streams with their weights there.
+    """
+    final = fold_norm(model, cache.hidden.to(unembedding.device), unembedding)
+    mlp_out = {layer: output.to(final.device) for layer, output in cache.mlp_out.items()}
+    layers = [final] * len(model.widths) if cache.mix is None else cache.mix.by_layer(final)
     return [
-        fold_block(model, projection, mlp_out.get(layer), final) for layer, projection in enumerate(model.projections)
+        fold_block(model, projection, mlp_out.get(layer), layers[layer])
+        for layer, projection in enumerate(model.projections)
     ]
 
 

@@ -15,12 +15,13 @@ from mmray.errors import InputError
 from mmray.models.blocks import block_of, block_output
 from mmray.models.capture import capture_activations, capture_input
 from mmray.models.experts import Experts
-from mmray.models.linear import is_quantised
+from mmray.models.linear import has_quantised, is_quantised
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.models.processing import noise_image
 from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
+from mmray.models.streams import by_token
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.scoring import score_batch
@@ -40,6 +41,7 @@ LATER = 1e-2
 """Allowed difference of scores, relative to the highest. Rows of one batch are often computed bit by bit alike."""
 
 IMAGE_SEEN = "the image is seen"
+STREAMS_MIXED = "writes reach the final norm by the streams"
 
 Claim: TypeAlias = Callable[[LoadedModel], tuple[bool, str]]
 """Returns whether it holds, and the measured figure."""
@@ -82,8 +84,13 @@ def assert_sound(model: LoadedModel) -> None:
 
 
 def claims_of(model: LoadedModel) -> dict[str, Claim]:
-    """Return the claims about a model: CHECKS, for a text-only model without that about images."""
-    return {name: claim for name, claim in CHECKS.items() if model.parts.reads_images or name != IMAGE_SEEN}
+    """Return the claims about a model: CHECKS, without those about images or streams for a model that has none."""
+    claims = dict(CHECKS)
+    if not model.parts.reads_images:
+        del claims[IMAGE_SEEN]
+    if model.streams is None:
+        del claims[STREAMS_MIXED]
+    return claims
 
 
 def example(model: LoadedModel, captions: tuple[str, ...] = CAPTIONS[:1], *, brightness: float = 1.0) -> Batch:
@@ -159,6 +166,40 @@ def logits_follow(model: LoadedModel) -> tuple[bool, str]:
 
 
 @torch.inference_mode()
+def streams_mixed(model: LoadedModel) -> tuple[bool, str]:
+    """What embeddings, attention and MLPs write adds up to the final norm's input, with the streams' weights found."""
+    assert model.streams is not None
+    batch = example(model)
+    row = torch.tensor([batch.caption_start[0]])
+    final: list[Tensor] = []
+    mlps: dict[int, Tensor] = {}
+
+    def keep(layer: int, _: nn.Module, __: tuple[object, ...], output: Tensor) -> None:
+        mlps[layer] = output.flatten(0, -2)[row.to(output.device)].float()
+
+    with ExitStack() as stack:
+        mix = stack.enter_context(model.streams.recorded(row))
+        writes = stack.enter_context(model.streams.writes(row))
+        stack.enter_context(capture_input(model.norm, final.append))
+        for layer, projection in enumerate(model.projections):
+            after = model.network.get_submodule(projection.post_norm or projection.path)
+            stack.enter_context(after.register_forward_hook(partial(keep, layer)))
+        forward(model, batch)
+    hidden = final[0].flatten(0, -2)[row.to(final[0].device)].float()
+    # In so many random directions, no part of a write is missed.
+    directions = torch.randn(64, hidden.shape[1], generator=torch.Generator().manual_seed(0)).to(hidden)
+    worst = _error(writes.shares(mix, directions), (directions @ hidden.T)[:, 0])
+    for layer, written in mlps.items():
+        # Relative to the stream, whose rounding is larger than that of what is added to it.
+        without = writes.activated[layer] - written
+        worst = max(worst, _error(without + writes.of_mlp(mix, layer), writes.activated[layer]))
+    # A stream is rounded in every layer.
+    allowed = 3 * TOLERANCE[_dtype(model)] * len(mlps) ** 0.5
+    allowed = max(allowed, ROUNDED) if has_quantised(model.network) else allowed
+    return worst <= allowed, f"relative error {worst:.1e} in {len(mlps)} layers"
+
+
+@torch.inference_mode()
 def hooks_neutral(model: LoadedModel) -> tuple[bool, str]:
     """Logits are bit-equal with hooks in place."""
     batch = example(model)
@@ -183,7 +224,8 @@ def image_seen(model: LoadedModel) -> tuple[bool, str]:
     first_inputs: list[Tensor] = []
 
     def enter(_: nn.Module, arguments: tuple[object, ...], named: dict[str, object]) -> None:
-        first_inputs.append(next(value for value in (*arguments, *named.values()) if isinstance(value, Tensor)))
+        states = next(value for value in (*arguments, *named.values()) if isinstance(value, Tensor))
+        first_inputs.append(by_token(states))
 
     with ExitStack() as stack:
         stack.enter_context(block_of(model, 0).register_forward_pre_hook(enter, with_kwargs=True))
@@ -221,6 +263,7 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 CHECKS: dict[str, Claim] = {
     "sum of contributions = MLP write · unembedding": identity,
+    STREAMS_MIXED: streams_mixed,
     "logits = unembedding · final norm": logits_follow,
     "hooks leave the logits alone": hooks_neutral,
     IMAGE_SEEN: image_seen,

@@ -12,7 +12,7 @@ from mmray.errors import InputError
 from mmray.features.saliency.methods import METHODS
 from mmray.features.saliency.model import explain
 from mmray.features.saliency.saliency_input import target_of
-from tests.support.pieces import WIDTH
+from mmray.models.tiny.pieces import WIDTH
 
 CAPTION = "A dog and a red ball."
 

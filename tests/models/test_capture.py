@@ -8,9 +8,9 @@ from torch.nn import functional
 
 from mmray.errors import InputError
 from mmray.models.capture import capture_activations, capture_input, gate_function
+from mmray.models.tiny.variants import VARIANTS
 from mmray.neurons.scoring import score_batch
 from tests.support.samples import CAPTIONS, batch_of, hooks
-from tests.support.tiny import VARIANTS
 
 GATES = {
     "llava": functional.silu,

@@ -17,6 +17,7 @@ from mmray.models.experts import Experts, routed_experts
 from mmray.models.interventions import ablate, scale
 from mmray.models.norms import token_log_odds
 from mmray.models.parts import locate, output_rows, set_output_rows, unembedding_rows
+from mmray.models.tiny.checkpoints import randomise
 from mmray.neuron_names import NeuronNames
 from mmray.neurons.activation_cache import cache_activations, forward
 from mmray.neurons.gradients import gradient_pass
@@ -24,7 +25,6 @@ from mmray.neurons.model import load_model
 from mmray.neurons.token_positions import positions_of
 from mmray.neurons.validation import CAPTIONS, NOUNS, example, identity
 from tests.support.samples import picture
-from tests.support.tiny import randomise
 
 HEADS = {"num_key_value_heads": 2, "head_dim": 8}
 ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 40}

@@ -19,8 +19,8 @@ from mmray.models.generation import caption_of, generate, token_text
 from mmray.models.loading import load
 from mmray.models.norms import log_probability
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
+from mmray.models.tiny.variants import VARIANTS
 from tests.support.samples import demo_samples, picture
-from tests.support.tiny import VARIANTS
 
 PROMPTS = ("en", "fr", "en")
 """Prompts of different lengths: French is the longest, and the others are padded."""

@@ -8,8 +8,8 @@ import torch
 from mmray.models.image_probe import image_entry, image_modules
 from mmray.models.parts import locate
 from mmray.models.prompting import encode, run_processor
+from mmray.models.tiny.variants import VARIANTS
 from tests.support.samples import picture
-from tests.support.tiny import VARIANTS
 
 ASKED = ("instructblip_vicuna", "instructblip_t5")
 """Families whose Q-Former reads the question next to the image: not the image's own MLPs."""

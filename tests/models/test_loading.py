@@ -13,8 +13,8 @@ import mmray
 import mmray.demo
 from mmray.errors import InputError
 from mmray.models.loading import describe_model, digest, load, resolve
+from mmray.models.tiny.variants import VARIANTS
 from mmray.neurons.model import NeuronModel
-from tests.support.tiny import VARIANTS
 
 
 def refusal(name, call=load):

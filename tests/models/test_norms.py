@@ -17,8 +17,8 @@ from mmray.models.norms import (
     without_norms,
 )
 from mmray.models.parts import gain_of, output_rows, unembedding_rows
+from mmray.models.tiny.variants import VARIANTS
 from tests.support.samples import CAPTIONS, batch_of
-from tests.support.tiny import VARIANTS
 
 UNUSUAL = {
     "capped": ("paligemma", {"model_type": "gemma2", "final_logit_softcapping": 3.0}),

@@ -6,8 +6,8 @@ import torch
 from mmray.models import packing
 from mmray.models.packing import encode_shared
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
+from mmray.models.tiny.variants import VARIANTS
 from tests.support.samples import CAPTIONS, picture
-from tests.support.tiny import VARIANTS
 
 # T5 and Mllama have no image in the decoder's sequence.
 SHARING = [name for name in VARIANTS if not name.endswith("_t5") and name != "mllama"]

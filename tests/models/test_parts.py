@@ -8,7 +8,7 @@ from torch import nn
 
 from mmray.models.parts import gain_of, locate, output_rows, set_output_rows, unembedding_rows
 from mmray.models.probe import probe
-from tests.support.tiny import VARIANTS
+from mmray.models.tiny.variants import VARIANTS
 
 # Language: neurons a layer, gated. Vision: MLPs, neurons, gated. Projector: MLPs, neurons.
 EXPECTED = {

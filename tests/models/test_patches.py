@@ -9,8 +9,8 @@ import torch
 from mmray.models.families import HABITS
 from mmray.models.layout import PROBED
 from mmray.models.patches import WHOLE, Patches, patches_of, tile_side
+from mmray.models.tiny.variants import VARIANTS
 from tests.support.samples import CAPTIONS, batch_of, picture
-from tests.support.tiny import VARIANTS
 
 QUERIES = ("blip2_opt", "instructblip_vicuna")
 """Families whose image tokens are a Q-Former's, and no places of the image."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mmray.data.images import LARGEST_RATIO
 from mmray.models.pixels import pixels_of, within_budget
 from mmray.models.prompting import prompt_text, run_processor
-from tests.support.variants import VARIANTS
+from mmray.models.tiny.variants import VARIANTS
 
 
 @given(st.lists(st.integers(0, 20), max_size=30), st.integers(1, 40), st.integers(1, 8) | st.none())

@@ -8,7 +8,7 @@ from torch import nn
 from mmray.errors import InputError
 from mmray.models.parts import locate
 from mmray.models.probe import probe
-from tests.support.tiny import VARIANTS
+from mmray.models.tiny.variants import VARIANTS
 
 UNPROBED = {"mllama": "no list of blocks"}
 """Families that only the table knows: blocks that text alone does not run."""

@@ -11,9 +11,9 @@ from mmray.errors import InputError
 from mmray.features.census import shard
 from mmray.models.capture import capture_input
 from mmray.models.prompting import PROMPTS, encode, prompt_text, run_processor, tokenize_caption
+from mmray.models.tiny.variants import VARIANTS
 from mmray.neurons.model import load_model
 from tests.support.samples import CAPTIONS, analyse, batch_of, picture, samples
-from tests.support.tiny import VARIANTS
 
 DECODERS = [variant for variant in VARIANTS if not variant.endswith("t5")]
 TEXTS = (CAPTIONS[0], CAPTIONS[3], CAPTIONS[2])

@@ -15,11 +15,11 @@ from mmray.models.interventions import ablate
 from mmray.models.loading import describe_model
 from mmray.models.parts import output_rows, set_output_rows, unembedding_rows
 from mmray.models.prompting import encode, prompt_text, tokenize_caption
+from mmray.models.tiny.checkpoints import randomise
+from mmray.models.tiny.texts import FAMILIES, PROBED
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.validation import IMAGE_SEEN, claims_of
 from tests.support.samples import picture
-from tests.support.text_models import FAMILIES, PROBED
-from tests.support.tiny import randomise
 
 TEXT = "An image of a dog and a cat."
 

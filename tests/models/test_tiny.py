@@ -4,7 +4,8 @@ import hashlib
 
 import pytest
 
-from tests.support.tiny import SENTENCES, VARIANTS, build
+from mmray.models.tiny.checkpoints import SENTENCES, build
+from mmray.models.tiny.variants import VARIANTS
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -6,8 +6,8 @@ from hypothesis import given
 
 from mmray.errors import InputError
 from mmray.models.prompting import tokenize_caption
+from mmray.models.tiny.texts import CONTEXT
 from mmray.models.windows import LEAST, WINDOW, window_of, windows
-from tests.support.text_models import CONTEXT
 
 TEXTS = st.text(st.sampled_from("ab dog cat. \n\téß犬🐕한"), max_size=300)
 WORDS = st.lists(st.sampled_from(["dog", "cat,", "a", "größer", "犬", "🐕"]), min_size=1, max_size=120)

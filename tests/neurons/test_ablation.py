@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import mmray
+from mmray.models.tiny.variants import VARIANTS
 from mmray.neurons.ablation import Ablator
 from mmray.neurons.scoring import score_batch
 from tests.support.samples import CAPTIONS, batch_of
-from tests.support.tiny import VARIANTS
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -8,13 +8,13 @@ from mmray.errors import InputError
 from mmray.models.capture import capture_activations, capture_input
 from mmray.models.norms import token_log_odds, token_logits
 from mmray.models.parts import output_rows, unembedding_rows
+from mmray.models.tiny.variants import VARIANTS
 from mmray.neurons.attribution import FUNCTIONS, Located, project
 from mmray.neurons.gradients import gradient_pass
 from mmray.neurons.scores import SCORES
 from mmray.neurons.scoring import score_batch
 from mmray.neurons.statistics import TokenStatistics
 from tests.support.samples import CAPTIONS, analyse, batch_of, demo_samples, sample
-from tests.support.tiny import VARIANTS
 
 BACKWARD = [name for name, kind in SCORES.items() if kind.backward]
 GATES = {"llava": "act_fn", "gemma3": "act_fn", "instructblip_t5": "act", "mllama": "act_fn"}

@@ -15,12 +15,12 @@ from mmray.models.interventions import ablate, by_layer
 from mmray.models.loading import DTYPES, load
 from mmray.models.parts import output_rows
 from mmray.models.prompting import prompt_text
+from mmray.models.tiny.variants import VARIANTS
 from mmray.neurons import validation_cache
 from mmray.neurons.model import NeuronModel, load_model
 from mmray.neurons.validation import CHECKS, assert_sound
 from mmray.neurons.validation_cache import is_validated
 from tests.support.samples import CAPTIONS, picture, png
-from tests.support.tiny import VARIANTS
 
 
 def test_pictures_come_as_files_paths_or_objects(open_model, tmp_path):

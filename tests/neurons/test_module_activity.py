@@ -8,11 +8,10 @@ import pytest
 from mmray.errors import InputError
 from mmray.features.census.merging import RunMerge
 from mmray.models.capture import capture_activations
+from mmray.models.tiny.variants import PATCH, SIDE, VARIANTS
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.module_activity import ModuleActivity
 from tests.support.samples import CAPTIONS, analyse, batch_of, picture, png, sample, samples
-from tests.support.tiny import VARIANTS
-from tests.support.variants import PATCH, SIDE
 
 SQUARE_PATCHES = (SIDE // PATCH) ** 2
 PROJECTORS = [name for name in VARIANTS if name not in ("paligemma", "gemma3", "idefics3", "smolvlm", "mllama")]

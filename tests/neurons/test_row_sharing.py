@@ -3,9 +3,9 @@
 import pytest
 
 from mmray.models import packing
+from mmray.models.tiny.variants import VARIANTS
 from mmray.neurons import row_sharing
 from mmray.neurons.row_sharing import RowSharing
-from tests.support.tiny import VARIANTS
 
 
 @pytest.mark.parametrize("variant", ["demo", *VARIANTS])

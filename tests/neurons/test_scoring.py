@@ -6,6 +6,7 @@ import torch
 from mmray.models.capture import capture_input
 from mmray.models.norms import fold_norm
 from mmray.models.parts import unembedding_rows
+from mmray.models.tiny.variants import VARIANTS
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.scoring import score_batch, whole_nouns
@@ -23,7 +24,6 @@ from tests.support.samples import (
     png,
     sample,
 )
-from tests.support.tiny import VARIANTS
 
 TEXTS = (CAPTIONS[0], CAPTIONS[3], CAPTIONS[2])
 

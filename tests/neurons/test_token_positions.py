@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.models.prompting import Batch, prompt_text, tokenize_caption
+from mmray.models.tiny.variants import VARIANTS
 from mmray.neurons.concepts import Mention, find_forms
 from mmray.neurons.token_positions import locate_mentions, rank_in_row
 from tests.support.samples import NOUNS, demo_samples
-from tests.support.tiny import VARIANTS
 
 
 def tokenized(model, caption, language="en", start=7):

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.support.pieces import HEADS, LAYERS, PATCH, SIDE, WIDTH
-from tests.support.tiny import tokenizer_of
-from tests.support.variants import VARIANTS
+from mmray.models.tiny.checkpoints import tokenizer_of
+from mmray.models.tiny.pieces import HEADS, LAYERS, PATCH, SIDE, WIDTH
+from mmray.models.tiny.variants import VARIANTS
 
 SHAPE = {"hidden_size": 2 * WIDTH, "intermediate_size": 40, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
 NAMES = {"owlvit": "OwlViT", "owlv2": "Owlv2"}

@@ -1,12 +1,10 @@
-"""Text-only models: a tiny random checkpoint of each family, one that has learned four languages, and a corpus."""
+"""Text-only models: the tiny checkpoints as fixtures, one that has learned four languages, and a corpus."""
 
 import json
 import random
-import zlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,60 +12,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests.support.pieces import HEADS, LAYERS, WIDTH
-from tests.support.tiny import tokenizer_of
+from mmray.models.tiny.texts import FAMILIES, SPECIALS, build, network_of
 
-CONTEXT = 64
-SHAPE: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-SHAPE |= {"intermediate_size": 48, "max_position_embeddings": CONTEXT}
-GROUPED = SHAPE | {"num_key_value_heads": 2}
-HEADED = GROUPED | {"head_dim": WIDTH // HEADS}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": GROUPED | {"tie_word_embeddings": False},
-    "mistral": GROUPED,
-    "qwen2": GROUPED,
-    "qwen3": HEADED,
-    "gemma": HEADED,
-    "gemma2": HEADED | {"final_logit_softcapping": 30.0, "layer_types": ["sliding_attention", "full_attention"]},
-    "gemma3_text": HEADED | {"layer_types": ["sliding_attention", "full_attention"]},
-    "phi3": GROUPED,
-    "gpt2": {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_inner": 48, "n_positions": CONTEXT},
-    "bloom": {"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": HEADS},
-    "opt": {name: SHAPE[name] for name in SHAPE if name != "intermediate_size"}
-    | {"ffn_dim": 48, "word_embed_proj_dim": WIDTH},
-    "gpt_neox": SHAPE,
-}
-"""Model type → its configuration."""
-PROBED: dict[str, dict[str, Any]] = {
-    "olmo2": GROUPED,
-    "mixtral": GROUPED | {"num_local_experts": 4},
-    "gpt_oss": HEADED
-    | {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * LAYERS}
-    | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-    "falcon": {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "ffn_hidden_size": 48},
-}
-"""The same for types that no table knows."""
-NAMES = {
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "gemma": "Gemma",
-    "gemma2": "Gemma 2",
-    "gemma3_text": "Gemma 3, text",
-    "phi3": "Phi-3",
-    "gpt2": "GPT-2",
-    "bloom": "BLOOM",
-    "opt": "OPT",
-    "gpt_neox": "GPT-NeoX",
-    "olmo2": "OLMo 2",
-    "mixtral": "Mixtral",
-    "gpt_oss": "GPT-OSS",
-    "falcon": "Falcon",
-}
-"""Model type → the family as people know it."""
 LEARNER = FAMILIES["llama"] | {"hidden_size": 64, "intermediate_size": 256, "max_position_embeddings": 128}
-SPECIALS = ("<s>", "</s>", "<pad>")
 
 WORDS = {
     "en": ("the", "sees", "and", ("dog", "cat", "horse", "bird"), ("runs home", "sleeps here", "eats bread")),
@@ -94,24 +41,6 @@ def open_text_model(text_model: Callable[[str], Path]) -> Callable[[str], Any]:
     from mmray.neurons.model import load_model
 
     return cache(lambda family: load_model(str(text_model(family))))
-
-
-def build(family: str, folder: Path) -> Path:
-    """Write a family's checkpoint with seeded random weights, and return the folder."""
-    facts: Any = SimpleNamespace(specials=SPECIALS, named={}, tokens=(), beyond=(), padding_side="left")
-    # Llama's tokenizer begins a text itself; GPT-2's does not.
-    facts.adds = "bos" if family in ("llama", "mistral", "gemma2") else ""
-    tokenizer = tokenizer_of(facts)
-    model = _model(family, FAMILIES.get(family) or PROBED[family], len(tokenizer))
-    seeded = torch.Generator().manual_seed(zlib.crc32(family.encode()))
-    with torch.no_grad():
-        for weight in model.parameters():
-            noise = torch.randn(weight.shape, generator=seeded)
-            gain = weight.dim() == 1 and bool((weight == 1).all())
-            weight.copy_(1 + 0.1 * noise if gain else 0.2 * noise)
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-    return folder
 
 
 def sentences(language: str, count: int, seed: int = 0) -> list[str]:
@@ -156,7 +85,7 @@ def train(folder: Path, steps: int = 140) -> Path:
         tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=pad
     )
     torch.manual_seed(0)
-    model = _model("llama", LEARNER, len(tokenizer)).train()
+    model = network_of("llama", LEARNER, len(tokenizer)).train()
     rows = [[0, *tokenizer(text)["input_ids"]] for text in texts]
     ids = torch.tensor([row + [2] * (max(map(len, rows)) - len(row)) for row in rows])
     labels = ids.masked_fill(ids == 2, -100)
@@ -170,10 +99,3 @@ def train(folder: Path, steps: int = 140) -> Path:
     tokenizer.save_pretrained(folder)
     model.eval().save_pretrained(folder)
     return folder
-
-
-def _model(family: str, settings: dict[str, Any], vocabulary: int) -> Any:
-    config = transformers.AutoConfig.for_model(
-        family, **settings, vocab_size=vocabulary, bos_token_id=0, eos_token_id=1, pad_token_id=2
-    )
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -36,8 +36,11 @@ def abilities_of(model: LoadedModel) -> list[Ability]:
     return [Ability(name, problem(model)) for name, problem in ABILITIES.items()]
 
 
+TEXT_ONLY = "the model reads text only"
+
+
 def _image_problem(model: LoadedModel) -> str:
-    return "" if model.parts.reads_images else "the model reads text only"
+    return "" if model.parts.reads_images else TEXT_ONLY
 
 
 def _maps_problem(model: LoadedModel) -> str:

@@ -65,13 +65,13 @@ def record_generation(model: LoadedModel) -> Iterator[GenerationRecorder]:
     """Record the last block at the last position of each forward inside the `with` block.
 
     Nothing is recorded for encoder-decoders, which may write special tokens first, for routed experts, whose neurons
-    are too many to keep, and under generation settings in `UNRECORDED`.
+    are too many to keep, for decoders of several streams, and under generation settings in `UNRECORDED`.
     """
     recorder = GenerationRecorder()
     layer = len(model.widths) - 1
     projection = model.projections[layer]
     unrecorded = any(getattr(model.network.generation_config, name, None) for name in UNRECORDED)
-    if model.parts.encoder_decoder or projection.experts or unrecorded:
+    if model.parts.encoder_decoder or projection.experts or model.streams is not None or unrecorded:
         yield recorder
         return
     activations: list[Tensor] = []

@@ -19,12 +19,13 @@ from mmray.data.samples import Sample
 from mmray.features.hallucination.inputs import JointContext
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
-from mmray.models.norms import fold_block, fold_norm, log_odds_slope, log_probability
+from mmray.models.norms import log_odds_slope, log_probability
 from mmray.models.parts import output_rows
 from mmray.models.prompting import Batch, encode, prompt_text
 from mmray.neurons.activation_cache import ActivationCache, cache_activations, forward
 from mmray.neurons.attribution import project
 from mmray.neurons.concepts import Mention
+from mmray.neurons.scoring import folded_directions
 from mmray.neurons.token_positions import TokenPosition, locate_mentions
 from mmray.objects.ground_truth import with_ground_truth
 from mmray.objects.lexicon import ObjectLexicon, objects_of
@@ -155,20 +156,13 @@ class MentionReader:
     ) -> ActivationCache:
         """Run a batch, add the log-probability of each mention to its row, and return what is at their beginnings."""
         pieces = [piece for own in positions for piece in own]
-        with cache_activations(self.model, batch, pieces) as cache:
+        with cache_activations(self.model, batch, pieces, gates=False) as cache:
             forward(self.model, batch)
         found = log_probability(self.model, cache.hidden, cache.tokens)
         for row, own in zip(rows, torch.split(found, [len(own) for own in positions]), strict=True):
             row["log_prob"] = float(own.sum())
         # Later pieces of a word are read for its log-probability only.
-        first = torch.tensor([number for number, piece in enumerate(pieces) if piece.piece == 0])
-        return ActivationCache(
-            [piece for piece in pieces if piece.piece == 0],
-            {layer: values[first.to(values.device)] for layer, values in cache.activations.items()},
-            {},
-            {layer: values[first.to(values.device)] for layer, values in cache.mlp_out.items()},
-            cache.hidden[first.to(cache.hidden.device)],
-        )
+        return cache.at([number for number, piece in enumerate(pieces) if piece.piece == 0])
 
 
 @torch.inference_mode()
@@ -176,12 +170,10 @@ def quantities(model: LoadedModel, cache: ActivationCache) -> Iterator[dict[str,
     """Yield, layer by layer, each quantity of QUANTITIES for every mention and neuron, in fp32."""
     # Log-odds and not the logit: a neuron that raises all tokens alike does not make this one likelier.
     slope = log_odds_slope(model, cache.hidden, cache.tokens)
-    final = fold_norm(model, cache.hidden.to(slope.device), slope / model.parts.logit_scale)
-    for layer, projection in enumerate(model.projections):
+    directions = folded_directions(model, cache, slope / model.parts.logit_scale)
+    for layer, (projection, direction) in enumerate(zip(model.projections, directions, strict=True)):
         activation = cache.activations[layer]
         rows = output_rows(model.network, projection).to(activation.device).float()
-        mlp_out = cache.mlp_out.get(layer)
-        direction = fold_block(model, projection, None if mlp_out is None else mlp_out.to(final.device), final)
         # Neither a bias of the projection nor a norm after it is any neuron's own.
         output = project(activation, rows.T).norm(dim=1, keepdim=True)
         yield {

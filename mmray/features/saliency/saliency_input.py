@@ -21,6 +21,7 @@ from mmray.models.loading import LoadedModel
 from mmray.models.norms import log_probability, token_logits
 from mmray.models.patches import Patches, patches_of
 from mmray.models.prompting import Batch, encode, prefix_before, prompt_text, tokenize_caption
+from mmray.models.streams import by_token, in_streams
 from mmray.neurons.concepts import Mention, find_forms
 from mmray.neurons.token_positions import TokenPosition, locate_mentions, rank_in_row
 
@@ -143,7 +144,7 @@ class SequenceInput(SaliencyInput):
         captured: list[Tensor] = []
         with torch.no_grad(), capture_input(block_of(self.model, 0), captured.append):
             self._forward()
-        return captured[0]
+        return by_token(captured[0])
 
     def grid(self, row: int) -> Patches:
         """Return the grid of the row's image tokens."""
@@ -153,7 +154,7 @@ class SequenceInput(SaliencyInput):
         """Run the network with these features as its first block's input."""
 
         def replace(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (features, *arguments[1:])
+            return (in_streams(features, arguments[0]), *arguments[1:])
 
         # Replaced there rather than as inputs_embeds: families differ in how they merge image tokens and positions.
         handle = block_of(self.model, 0).register_forward_pre_hook(replace)

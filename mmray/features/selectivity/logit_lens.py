@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mmray.features.selectivity.masks import RANDOM, Mask, zeroed
 from mmray.features.selectivity.tables import PARTS
 from mmray.features.selectivity.texts import LabelledText, token_positions
-from mmray.models.blocks import block_of
+from mmray.models.blocks import block_of, block_output
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import Batch
@@ -108,9 +108,11 @@ class Lens:
         found: dict[str, list[Tensor]] = {kind: [] for kind in positions}
 
         def record(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            states = (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
+            states = block_output(output)
+            if self.model.streams is not None:
+                states = self.model.streams.merge(states)
             for kind, rows in positions.items():
-                found[kind].append(states[rows.to(states.device)])
+                found[kind].append(states.flatten(0, -2)[rows.to(states.device)])
 
         with ExitStack() as stack:
             for block in self.blocks:

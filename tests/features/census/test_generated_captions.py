@@ -14,11 +14,11 @@ from mmray.features.hallucination.settings import hallucination_settings
 from mmray.features.properties.settings import property_settings
 from mmray.models.generation import caption_of
 from mmray.models.prompting import encode, prompt_text
+from mmray.models.tiny.variants import VARIANTS
 from mmray.neurons.concepts import WORD, Mention
 from mmray.neurons.scoring import score_batch
 from mmray.neurons.token_positions import locate_mentions
 from tests.support.samples import analyse, demo_samples, samples
-from tests.support.tiny import VARIANTS
 
 
 class EveryWord:

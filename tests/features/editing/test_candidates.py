@@ -8,8 +8,8 @@ from mmray.features.editing.candidates import candidates, log_rest
 from mmray.features.editing.deltas import Deltas
 from mmray.features.editing.resumed_forward import resume
 from mmray.features.editing.training import KeptPositions
+from mmray.models.tiny.variants import VARIANTS
 from tests.support.samples import CAPTIONS, batch_of
-from tests.support.tiny import VARIANTS
 
 FEW = 3
 

@@ -17,8 +17,8 @@ from mmray.models.generation import generate
 from mmray.models.loading import digest
 from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import prompt_text
+from mmray.models.tiny.variants import VARIANTS
 from tests.support.samples import CAPTIONS, batch_of, picture
-from tests.support.tiny import VARIANTS
 
 
 def png(image):

@@ -14,7 +14,7 @@ from mmray.features.evaluation.queries import Query, QueryError
 from mmray.models.generation import generate
 from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import prompt_text
-from tests.support.tiny import VARIANTS
+from mmray.models.tiny.variants import VARIANTS
 
 QUESTIONS = ("Describe the image in few words.", "What is in the picture?", "Two birds and a fish?")
 

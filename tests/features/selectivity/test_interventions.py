@@ -14,11 +14,11 @@ from mmray.models.blocks import block_of
 from mmray.models.generation import caption_of, generate
 from mmray.models.interventions import ablate
 from mmray.models.prompting import prompt_text
+from mmray.models.tiny.variants import VARIANTS
 from mmray.neurons.activation_cache import forward
 from mmray.neurons.model import open_image
 from tests.support.labelled import LANGUAGE
 from tests.support.samples import hooks, samples, settings
-from tests.support.tiny import VARIANTS
 
 QUESTIONS = (("Is there a dog?", "Yes"), ("What is it?", "A cat on a chair"))
 

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mmray.features.selectivity.driver import run_selectivity
 from mmray.features.selectivity.plan import plan_labels
 from mmray.features.selectivity.settings import selectivity_settings
+from mmray.models.tiny.texts import CONTEXT
 from mmray.runs.run import open_run
 from tests.support.local_jobs import census_here
-from tests.support.text_models import CONTEXT, WORDS, corpus
+from tests.support.text_models import WORDS, corpus
 
 RATE, BAR = 0.1, 0.9
 # Where each family's activation function has its output, which is active above zero; and what its neurons feed.

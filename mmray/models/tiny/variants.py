@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from typing import Any
 
-from tests.support.pieces import (
+from mmray.models.tiny.pieces import (
     CHATML,
     CLIP,
     CLIP_IMAGES,

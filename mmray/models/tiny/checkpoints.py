@@ -1,4 +1,4 @@
-"""Complete tiny checkpoints of every family, with random weights: configuration, weights, tokenizer and processor.
+"""Tiny checkpoints of the table's families, complete: configuration, random weights, tokenizer and processor.
 
 `build("qwen2_vl", folder)` writes what `AutoProcessor` and `AutoModelForImageTextToText` load without a network.
 Each imitates the habits of its family that a caller can trip over: who adds the beginning-of-sequence token, where
@@ -13,13 +13,10 @@ from typing import Any
 
 import torch
 import transformers
-from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from tests.support.pieces import Variant
-from tests.support.variants import VARIANTS
-
-__all__ = ["VARIANTS", "build", "example"]
+from mmray.models.tiny.pieces import Variant
+from mmray.models.tiny.variants import VARIANTS
 
 SENTENCES = (
     "An image of a dog and a cat.",
@@ -50,23 +47,6 @@ def build(variant: str, folder: Path) -> Path:
     return folder
 
 
-def example(variant: str, processor: Any) -> dict[str, torch.Tensor]:
-    """Return the model's inputs for one image, the question what it shows, and for T5 two words of an answer."""
-    pixels = torch.randint(256, (40, 56, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    question = SENTENCES[3]
-    if VARIANTS[variant].template:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        question = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    elif variant == "paligemma":
-        question = f"<image>{question}"
-    image = Image.fromarray(pixels.numpy())
-    inputs = dict(processor(text=question, images=image, return_tensors="pt"))
-    if VARIANTS[variant].text.get("model_type") == "t5":
-        answer = processor.tokenizer(" a dog", add_special_tokens=False).input_ids
-        inputs["decoder_input_ids"] = torch.tensor([[processor.tokenizer.pad_token_id, *answer]])
-    return inputs
-
-
 def tokenizer_of(facts: Variant) -> transformers.PreTrainedTokenizerFast:
     """Train a byte-level tokenizer on a few captions: every text can be encoded, and common words are one token."""
     specials = list(dict.fromkeys((*facts.specials, *facts.named.values(), *facts.tokens)))
@@ -75,7 +55,10 @@ def tokenizer_of(facts: Variant) -> transformers.PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=len(specials) + len(alphabet) + 80, special_tokens=specials, initial_alphabet=alphabet
+        vocab_size=len(specials) + len(alphabet) + 80,
+        special_tokens=specials,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     backend.train_from_iterator(SENTENCES, trainer)
     bos, eos, pad = facts.specials

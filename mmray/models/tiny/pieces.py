@@ -75,6 +75,6 @@ CHATML = ("", "<|im_start|>user\n", "<image>\n", "<|im_end|>\n", "<|im_start|>as
 VICUNA = ("", "USER: ", "<image>\n", " ", "ASSISTANT:")
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 QWEN_MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-IDEFICS_MARKS = ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "<image>")
+IDEFICS_MARKS: tuple[str, ...] = ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "<image>")
 IDEFICS_MARKS += tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
 IDEFICS_TURNS = ("User:", "<image>", "<end_of_utterance>\n", "Assistant:")
