@@ -48,8 +48,12 @@ def check_model(
     as_json: AsJson = False,
 ) -> None:
     """Show which parts of a model were found, and prove them."""
-    if every == bool(model) or (write and not every):
-        raise InputError("give a MODEL, or --all for every type of models; --write needs --all")
+    if not model and not every:
+        raise InputError("Missing argument 'MODEL' or '--all'; see mmray check-model --help")
+    if every and model:
+        raise InputError(f"{model}: not with --all, which checks every type; leave one of them out")
+    if write and not every:
+        raise InputError("--write takes the tables of --all; give this instead of a model")
     if every:
         _check_all(dtype, write, as_json=as_json)
         return
@@ -84,10 +88,10 @@ def check_model(
 
 def _check_all(dtype: Dtype, write: Path | None, *, as_json: bool) -> None:
     """Prove every model type, print a line for each, and write the tables into a README if one is given."""
-    from mmray.features.census.support_matrix import prove_all, tables, written
+    from mmray.features.census.support_matrix import page_for_tables, prove_all, tables, written
     from mmray.models.tiny.catalogue import CATALOGUE, WITHOUT, untried
 
-    page = None if write is None else write.read_text(encoding="utf-8")
+    page = None if write is None else page_for_tables(write)
     lacking = {name: tiny.lacks for name, tiny in CATALOGUE.items() if tiny.lacks}
     if page is not None and lacking:
         raise InputError(f"{write}: would lose types that need {', '.join(sorted({*lacking.values()}))}: install it")
@@ -97,16 +101,16 @@ def _check_all(dtype: Dtype, write: Path | None, *, as_json: bool) -> None:
         found.append(one)
         if not as_json:
             console.print(_type_line(one, max(map(len, names))), soft_wrap=True)
-    failed = [one.name for one in found if not one.proven]
+    failed = [one.name for one in found if not one.passed]
     if as_json:
-        rows = [asdict(one) | {"proven": one.proven} for one in found]
+        rows = [asdict(one) | {"passed": one.passed} for one in found]
         print(json.dumps({"types": rows, "lacking": lacking, "unsupported": WITHOUT, "untried": untried()}))
     else:
         for name, library in lacking.items():
             console.print(Text(f"– {name}: not tried: {library} is not installed", "dim"), soft_wrap=True)
-        images = sum(one.proven and one.image != "none" for one in found)
-        texts = sum(one.proven and one.image == "none" for one in found)
-        say(f"{images} types that take images and {texts} text-only ones are proven; {len(failed)} are not")
+        images = sum(one.passed and one.image != "none" for one in found)
+        texts = sum(one.passed and one.image == "none" for one in found)
+        say(f"{images} types that take images and {texts} text-only ones passed; {len(failed)} did not")
     if failed:
         raise InputError(f"not proven: {', '.join(failed)}")
     if write is not None and page is not None:
@@ -117,12 +121,12 @@ def _check_all(dtype: Dtype, write: Path | None, *, as_json: bool) -> None:
 
 def _type_line(one: Support, width: int) -> Text:
     """Return the line of a type: its MLPs, how they were found, how many checks hold, and what doesn't work."""
-    mark = Text("✓ ", "green") if one.proven else Text("✗ ", "bold red")
+    mark = Text("✓ ", "green") if one.passed else Text("✗ ", "bold red")
     line = mark.append(one.name.ljust(width), "")
     if one.problem:
         return line.append(f"  {one.problem}", "red")
     line.append(f"  {one.found_by}  {one.mlp:<7}  {one.image:<15}  {one.held}", "dim")
-    if one.proven:
+    if one.passed:
         return line.append(f"  without {one.missing}" if one.missing != "–" else "", "dim")
     return line.append(f"  {'; '.join(check.detail for check in one.checks if not check.passed)}", "red")
 

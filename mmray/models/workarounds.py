@@ -1,20 +1,60 @@
-"""Repairs of faults in transformers that would make every forward of a type fail."""
+"""Repairs of faults in transformers: a type's forward fails, or depends on what shares its batch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
 def work_around(network: PreTrainedModel) -> None:
-    """Repair what is known to fail in this network's type; does nothing where the fault is gone."""
+    """Repair what is known to be wrong in this network's type; changes nothing where the fault is gone."""
     if network.config.model_type == "llama4":
         # As of 5.24, the whole reads `image_outputs` from its decoder's output, which does not have it.
         network.get_submodule("language_model").register_forward_hook(_with_image_outputs)
+    if network.config.model_type == "hunyuan_vl":
+        # As of 5.24, one of an image's rotary positions is its number, which counts through all rows of a batch.
+        inner: Any = network.get_submodule("model")
+        inner.get_rope_index = _by_row(inner.get_rope_index)
 
 
 def _with_image_outputs(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
     if not isinstance(output, tuple) and not hasattr(output, "image_outputs"):
         output.image_outputs = None
+
+
+def _by_row(positions_of: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function of positions, called for each row of the batch alone."""
+
+    def by_row(
+        input_ids: Int[Tensor, "row position"],
+        mm_token_type_ids: Int[Tensor, "row position"],
+        image_grid_thw: Int[Tensor, "image 3"] | None = None,
+        attention_mask: Int[Tensor, "row position"] | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor]:
+        found, first = [], 0
+        for row in range(len(input_ids)):
+            of_image = mm_token_type_ids[row] == 1
+            if attention_mask is not None:
+                of_image = of_image[attention_mask[row].bool()]
+            # An image is a run of its tokens.
+            images = int(of_image.sum() - (of_image[1:] & of_image[:-1]).sum())
+            found.append(
+                positions_of(
+                    input_ids=input_ids[row : row + 1],
+                    mm_token_type_ids=mm_token_type_ids[row : row + 1],
+                    image_grid_thw=None if image_grid_thw is None else image_grid_thw[first : first + images],
+                    attention_mask=None if attention_mask is None else attention_mask[row : row + 1],
+                    **others,
+                )
+            )
+            first += images
+        positions, deltas = zip(*found, strict=True)
+        return torch.cat(positions, dim=1), torch.cat(deltas)
+
+    return by_row

@@ -57,7 +57,7 @@ class Support:
     abilities: tuple[Ability, ...] = ()
 
     @property
-    def proven(self) -> bool:
+    def passed(self) -> bool:
         """Whether every check passed."""
         return not self.problem and all(check.passed for check in self.checks)
 
@@ -120,11 +120,11 @@ def _start() -> None:
 
 
 def tables(found: Collection[Support]) -> dict[str, str]:
-    """Return the tables of the README by name, in Markdown: of all types, without a line for those not proven."""
-    proven = [one for one in found if one.proven]
+    """Return the tables of the README by name, in Markdown: of all types that passed."""
+    passed = [one for one in found if one.passed]
     return {
-        "types": table(IMAGES, [image_row(one) for one in proven if one.image != "none"]),
-        "texts": table(TEXTS, [text_row(one) for one in proven if one.image == "none"]),
+        "types": table(IMAGES, [image_row(one) for one in passed if one.image != "none"]),
+        "texts": table(TEXTS, [text_row(one) for one in passed if one.image == "none"]),
         "others": others(),
     }
 
@@ -169,6 +169,17 @@ def table(head: tuple[str, ...], rows: list[str]) -> str:
 def line(cells: tuple[str, ...]) -> str:
     """Return a line of a table in Markdown."""
     return f"| {' | '.join(cells)} |"
+
+
+def page_for_tables(file: Path) -> str:
+    """Return a README that has the places of all tables; raises InputError if the file is none."""
+    try:
+        page = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: no page to write tables into ({error})") from error
+    for name in tables([]):
+        section(page, name)
+    return page
 
 
 def section(page: str, name: str) -> re.Match[str]:

@@ -39,7 +39,7 @@ def test_every_type_is_proven_and_has_its_line(name, page):
     if library := CATALOGUE[name].lacks:
         pytest.skip(f"{library} is not installed")
     found = prove(name)
-    assert found.proven, (found.problem, [check for check in found.checks if not check.passed])
+    assert found.passed, (found.problem, [check for check in found.checks if not check.passed])
     assert found.checks
     assert (found.image == "none") == (not CATALOGUE[name].reads_images)
     table, row = ("texts", text_row(found)) if found.image == "none" else ("types", image_row(found))
@@ -88,7 +88,7 @@ def test_the_command_proves_all_and_writes_the_tables(monkeypatch, tmp_path, pag
     assert re.search(r"✓ llama +table +gated +none +5 of 5\n", told.output)
     assert re.search(r"✓ llava +table +gated +tokens +6 of 6\n", told.output)
     assert "odd: not tried: a_library_that_nobody_has is not installed" in told.output
-    assert "1 types that take images and 1 text-only ones are proven; 0 are not" in told.output
+    assert "1 types that take images and 1 text-only ones passed; 0 did not" in told.output
     (tmp_path / "page.md").write_text(page)
     assert run(monkeypatch, some, "--write", str(tmp_path / "page.md")).exit_code == 0
     lines = section((tmp_path / "page.md").read_text(), "types")[0].splitlines()
@@ -102,7 +102,7 @@ def test_the_command_fails_for_a_type_that_is_not_proven(monkeypatch):
     assert isinstance(told.exception, InputError)
     assert "not proven: no_such_type" in str(told.exception)
     (row,) = json.loads(told.stdout)["types"]
-    assert row["proven"] is False
+    assert row["passed"] is False
     assert "no_such_type" in row["problem"]
 
 
@@ -115,10 +115,22 @@ def test_a_page_that_would_lose_types_is_not_written(monkeypatch, tmp_path, page
 
 @pytest.mark.parametrize("asked", [(), ("demo", "--all"), ("demo", "--write", "page.md")])
 def test_a_model_or_all_of_them(asked):
-    assert "give a MODEL, or --all" in str(CliRunner().invoke(app, ["check-model", *asked]).exception)
+    refused = CliRunner().invoke(app, ["check-model", *asked]).exception
+    assert isinstance(refused, InputError)
+    assert "--all" in str(refused)
 
 
 def test_tables_go_between_their_markers(page):
     assert written(page, {"others": others()}) == page
     with pytest.raises(InputError, match="put them where it belongs"):
         written("", tables([]))
+
+
+def test_a_page_without_markers_is_refused_before_the_work(tmp_path):
+    (tmp_path / "page.md").write_text("no markers")
+    assert "no <!-- types" in refusal_of(tmp_path / "page.md")
+    assert "no page to write tables into" in refusal_of(tmp_path / "none.md")
+
+
+def refusal_of(page):
+    return str(CliRunner().invoke(app, ["check-model", "--all", "--write", str(page)]).exception)
