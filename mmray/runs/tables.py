@@ -80,8 +80,8 @@ def to_bytes(table: pa.Table) -> bytes:
         use_dictionary=[name for name, kind in columns if pa.types.is_string(kind)],
         # Bytes of equal significance, and differences of sorted numbers, take half the space once compressed.
         column_encoding={
-            f"{name}.list.element": "BYTE_STREAM_SPLIT" if pa.types.is_floating(kind) else "DELTA_BINARY_PACKED"
-            for name, kind in numbers.items()
+            f"{name}.list.element": "DELTA_BINARY_PACKED" if _rises(table[name]) else "BYTE_STREAM_SPLIT"
+            for name in numbers
         },
         # A reader of a few groups can't check the SHA-256 of the file.
         write_page_checksum=True,
@@ -89,6 +89,14 @@ def to_bytes(table: pa.Table) -> bytes:
         write_batch_size=VECTORS_PER_PAGE if vectors else None,
     )
     return buffer.getvalue()
+
+
+def _rises(column: pa.ChunkedArray) -> bool:
+    """Return whether the first list with numbers holds integers in rising order; the others are taken to be alike."""
+    if not pa.types.is_integer(column.type.value_type):
+        return False
+    first = next((values for values in list_values(column) if len(values)), np.zeros(0, np.int64))
+    return bool((first[1:] >= first[:-1]).all())
 
 
 def _is_number(kind: pa.DataType) -> bool:

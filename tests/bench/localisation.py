@@ -138,7 +138,8 @@ class Located:
         for key, collected in sums.items():
             self.merged[key].add(*collected.tables())
         self.scores = {
-            key: dict(pair for concepts in merge.ranges() for pair in concepts) for key, merge in self.merged.items()
+            key: {name: add_up() for concepts in merge.ranges() for name, add_up in concepts}
+            for key, merge in self.merged.items()
         }
 
     def highest(self, method: Method, concept: str, sizes: Sequence[int]) -> dict[int, ndarray]:

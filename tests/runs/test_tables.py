@@ -53,3 +53,19 @@ def test_files_of_others_are_no_part_of_a_table(store: Store) -> None:
     store.put("tables/x.parquet/.DS_Store", b"\x00")
     store.put("tables/xy.parquet", b"")
     assert read_table(store, "x").equals(pa.concat_tables([table(), table()]))
+
+
+def test_integers_take_the_bytes_that_they_need() -> None:
+    random = np.random.default_rng(0)
+    small, rising = random.integers(0, 256, 20_000), np.sort(random.integers(0, 350_000, 20_000))
+    for values, most in ((small, 1.05), (rising, 1.1)):
+        for kind in (pa.int32(), pa.int64()):
+            # Next to floats, as vectors are. An empty list and a null say nothing about the others.
+            columns = {
+                "n": pa.array([[], None, values], pa.list_(kind)),
+                "x": pa.array([[], [], []], pa.list_(pa.float32())),
+            }
+            whole = pa.table(columns)
+            data = to_bytes(whole)
+            assert from_bytes(data).equals(whole)
+            assert len(data) < most * len(values) + 2_000

@@ -6,9 +6,11 @@ some shards left out is at most what was kept plus those shards' bounds. A rank 
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -85,6 +87,20 @@ def _overlapping(
     return np.asarray(not_above - below)
 
 
+AddUp = Callable[[], ConceptScores]
+"""Adds up a concept's rows; may be called in any thread."""
+
+
+class _Scratch(threading.local):
+    """Arrays over all neurons of one thread, as they are between two concepts."""
+
+    def __init__(self, neurons: int) -> None:
+        self.kept = np.zeros(neurons, bool)
+        """False everywhere."""
+        self.place = np.zeros(neurons, np.int64)
+        """Anything."""
+
+
 class ConceptMerge:
     """Adds up the `concepts` and `totals` of shards; the result does not depend on how the data was cut.
 
@@ -102,9 +118,7 @@ class ConceptMerge:
         """The largest of `total_squares`, once all shards are added."""
         self._lowest_first = np.zeros(0, np.int64)
         """All neurons by rising total, once all shards are added."""
-        self._place = np.zeros(neurons, np.int64)
-        self._kept = np.zeros(neurons, bool)
-        """Scratch space: False everywhere between two concepts."""
+        self._scratch = _Scratch(neurons)
 
     def add(self, concepts: pa.Table, totals: pa.Table) -> None:
         """Add one shard."""
@@ -115,8 +129,8 @@ class ConceptMerge:
         self.shards += 1
         self._rows.add(_as_lists(concepts), "concept")
 
-    def ranges(self) -> Iterator[Iterator[tuple[str, ConceptScores]]]:
-        """Yield each range's concepts with their scores, in alphabetical order, once all shards are added."""
+    def ranges(self) -> Iterator[Iterator[tuple[str, AddUp]]]:
+        """Yield each range's concepts, in alphabetical order, once all shards are added."""
         self._largest = float(np.max(self.total_squares, initial=0.0))
         self._lowest_first = np.argsort(self.total, kind="stable")
         for rows in self._rows.ranges():
@@ -132,13 +146,14 @@ class ConceptMerge:
 
     def lowest_total(self, without: Int64[ndarray, " neuron"]) -> float:
         """Return the lowest total of a neuron that is not one of these; infinite if there is none."""
-        self._kept[without] = True
+        kept = self._scratch.kept
+        kept[without] = True
         # The first of them that is not in the list is rarely far.
-        found = next((neuron for neuron in self._lowest_first if not self._kept[neuron]), None)
-        self._kept[without] = False
+        found = next((neuron for neuron in self._lowest_first if not kept[neuron]), None)
+        kept[without] = False
         return np.inf if found is None else float(self.total[found])
 
-    def _scores(self, rows: pa.Table) -> Iterator[tuple[str, ConceptScores]]:
+    def _scores(self, rows: pa.Table) -> Iterator[tuple[str, AddUp]]:
         names, counts = rows["concept"].to_pylist(), rows["n"].to_numpy()
         bounds, floors = rows["bound"].to_numpy(), rows["floor"].to_numpy()
         everything = bool(rows["neuron"].null_count)
@@ -150,19 +165,16 @@ class ConceptMerge:
         for name in sorted(places):
             own = places[name]
             sums = [[column[place] for place in own] for column in columns]
-            # The sum of squares is not written for a single occurrence; see ConceptSums.
-            sums[1] = [
-                score**2 if counts[place] == 1 else square for place, score, square in zip(own, *sums[:2], strict=True)
-            ]
             if everything:
-                yield name, self._complete(counts[own], sums)
+                yield name, partial(self._complete, counts[own], sums)
             else:
-                yield name, self._bounded([kept[place] for place in own], counts[own], bounds[own], floors[own], sums)
+                lists = [kept[place] for place in own]
+                yield name, partial(self._bounded, lists, counts[own], bounds[own], floors[own], sums)
 
     def _complete(self, counts: Int64[ndarray, " shard"], sums: Sequence[Sequence[ndarray]]) -> ConceptScores:
         """Return the scores of a concept of which shards kept all neurons."""
         n = int(counts.sum())
-        score, squares, activation = map(_sum_in_order, sums)
+        score, squares, activation = map(_sum_in_order, _with_squares(counts, sums))
         every, exact = np.arange(self.neurons), np.ones(self.neurons, bool)
         rounding = self.rounding(n, len(counts))
         return ConceptScores(n, every, score, squares, activation, score, score, exact, -np.inf, rounding)
@@ -184,8 +196,9 @@ class ConceptMerge:
             # In the order of shards: sums in fp64 depend on it.
             return np.bincount(where, weights=values, minlength=len(neuron))
 
-        score, squares, activation = (added(np.concatenate(column)) for column in sums)
-        exact = added(np.repeat(counts, lengths)) == n
+        score, squares, activation = (added(np.concatenate(column)) for column in _with_squares(counts, sums))
+        # A shard keeps a neuron at most once per row.
+        exact = np.bincount(where, minlength=len(neuron)) == len(counts)
         # Bounds of the whole concept, less those of the shards that kept a neuron.
         upper, lower = (
             np.where(exact, score, score + _in_order(values) - added(np.repeat(values, lengths)) + error)
@@ -207,12 +220,19 @@ class ConceptMerge:
 
     def _union(self, kept: Sequence[ndarray]) -> tuple[Int64[ndarray, " neuron"], Int64[ndarray, " entry"]]:
         """Return the neurons that any shard kept, in order, and the place among them of every entry."""
-        entries = np.concatenate(kept)
-        self._kept[entries] = True
-        neurons = np.flatnonzero(self._kept)
-        self._kept[neurons] = False
-        self._place[neurons] = np.arange(len(neurons))
-        return neurons, self._place[entries]
+        entries, scratch = np.concatenate(kept), self._scratch
+        scratch.kept[entries] = True
+        neurons = np.flatnonzero(scratch.kept)
+        scratch.kept[neurons] = False
+        scratch.place[neurons] = np.arange(len(neurons))
+        return neurons, scratch.place.take(entries)
+
+
+def _with_squares(counts: Int64[ndarray, " shard"], sums: Sequence[Sequence[ndarray]]) -> list[Sequence[ndarray]]:
+    """Return the sums with the squares of single occurrences, which are not written; see `ConceptSums`."""
+    score, squares, activation = sums
+    written = [one**2 if n == 1 else many for n, one, many in zip(counts, score, squares, strict=True)]
+    return [score, written, activation]
 
 
 def _in_order(values: Float64[ndarray, " shard"]) -> float:

@@ -6,7 +6,10 @@ Everything is recomputed from committed parts, so the number of workers, crashes
 from __future__ import annotations
 
 import hashlib
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from types import MappingProxyType
@@ -19,7 +22,7 @@ from numpy import ndarray
 
 from mmray.engine import Parts
 from mmray.features.census.activity import ActivityKey, activity_lists
-from mmray.features.census.concept_merge import ConceptMerge
+from mmray.features.census.concept_merge import AddUp, ConceptMerge
 from mmray.features.census.ranking import (
     NO_USES,
     RankedNeurons,
@@ -50,12 +53,14 @@ USES = pa.schema([("concept", pa.string()), ("image", pa.uint64()), ("neurons", 
 INDEX = pa.field("index", pa.int64())
 """A neuron's place over all layers."""
 
-RANGE = 64 << 20
+RANGE = 128 << 20
 """Bytes of committed sums that a range of concepts has; bounds the memory of a merge."""
 BLOCK = 1 << 15
-"""Neurons whose examples are sorted at a time."""
+"""Neurons whose examples are sorted, or become a table, at a time."""
 TOGETHER = 16
 """Concepts whose rankings become a table at a time."""
+RANKERS = 4
+"""Threads that rank concepts, at most; each holds TOGETHER concepts. Most of their work is NumPy's, outside the GIL."""
 SAMPLED = 32
 """Shards whose concepts decide where ranges are cut."""
 
@@ -121,6 +126,8 @@ class RunMerge:
 
     def tables(self) -> Iterator[tuple[str, pa.Table]]:
         """Yield the tables made from sums, most of them in pieces."""
+        # What was read of the shards is free, but Arrow keeps it for itself.
+        pa.default_memory_pool().release_unused()
         for name in ("rankings", "concepts", "neuron_concepts"):
             yield name, TABLES[name].empty_table()
         for rankings in self.rankings():
@@ -132,23 +139,36 @@ class RunMerge:
             yield "neuron_concepts", rows.sort_by(keys).drop_columns(INDEX.name)
         yield "neurons", self.neuron_table()
         yield "activity", self.activity_table()
-        yield "examples", example_table(list(self.examples.values()), self._layer, self._unit)
+        for first in range(0, self.neurons, BLOCK):
+            part = slice(first, first + BLOCK)
+            yield "examples", example_table(list(self.examples.values()), self._layer, self._unit, part)
 
     def rankings(self) -> Iterator[pa.Table]:
         """Yield the concepts' rankings, concepts in alphabetical order."""
-        for scored, uses in zip(self.concepts.ranges(), map(uses_by_concept, self.uses.ranges()), strict=True):
-            # Few concepts at a time: a table of the whole range takes more memory than its sums.
-            while some := list(islice(scored, TOGETHER)):
-                ranked = [
-                    rank_concept(concept, scores, self.concepts, uses.get(concept, NO_USES), self.top_k)
-                    for concept, scores in some
-                ]
-                rankings = ranking_table(ranked, self.widths, self.names, self.decoded)
-                self._count(ranked, rankings)
-                yield rankings
+        threads = min(RANKERS, os.cpu_count() or 1)
+        with ThreadPoolExecutor(threads) as pool:
+            waiting: deque[Future[tuple[list[RankedNeurons], pa.Table]]] = deque()
+            for concepts, uses in zip(self.concepts.ranges(), map(uses_by_concept, self.uses.ranges()), strict=True):
+                # Few concepts at a time: a table of the whole range takes more memory than its sums.
+                while some := list(islice(concepts, TOGETHER)):
+                    waiting.append(pool.submit(self._ranked, some, uses))
+                    if len(waiting) > threads:
+                        yield self._counted(*waiting.popleft().result())
+            while waiting:
+                yield self._counted(*waiting.popleft().result())
 
-    def _count(self, ranked: Sequence[RankedNeurons], rankings: pa.Table) -> None:
-        """Take in what other tables, and the headline, say about these rankings."""
+    def _ranked(
+        self, some: Sequence[tuple[str, AddUp]], uses: Mapping[str, Uses]
+    ) -> tuple[list[RankedNeurons], pa.Table]:
+        """Return the rankings of some concepts, also as a table."""
+        ranked = [
+            rank_concept(concept, add_up(), self.concepts, uses.get(concept, NO_USES), self.top_k)
+            for concept, add_up in some
+        ]
+        return ranked, ranking_table(ranked, self.widths, self.names, self.decoded)
+
+    def _counted(self, ranked: Sequence[RankedNeurons], rankings: pa.Table) -> pa.Table:
+        """Take in what other tables, and the headline, say about these rankings, and return them."""
         for one in ranked:
             # Its top neurons are different ones, so that each is counted: numpy would add to a repeated index once.
             self._concepts_per_neuron[one.top] += 1
@@ -158,6 +178,7 @@ class RunMerge:
         self.by_neuron.add(
             rankings.select(TABLES["neuron_concepts"].names).append_column(INDEX, pa.array(index)), INDEX.name
         )
+        return rankings
 
     def neuron_table(self) -> pa.Table:
         """Return one row per neuron: its activity over all counted tokens, and the tokens it writes."""
@@ -314,11 +335,12 @@ class Examples:
         return np.where(np.isfinite(self.activation[0]), self.activation[0], np.float32(0))
 
 
-def example_table(sides: Sequence[Examples], layer: ndarray, unit: ndarray) -> pa.Table:
-    """Return one row per neuron, side and rank, in this order, for neurons with at least one counted token."""
+def example_table(sides: Sequence[Examples], layer: ndarray, unit: ndarray, part: slice) -> pa.Table:
+    """Return one row per neuron, side and rank, in this order, for neurons of this part with a counted token."""
+    layer, unit = layer[part], unit[part]
 
     def joined(name: str) -> ndarray:
-        return np.stack([getattr(one, name) for one in sides], axis=1).transpose(2, 1, 0)
+        return np.stack([getattr(one, name)[:, part] for one in sides], axis=1).transpose(2, 1, 0)
 
     # Ranks without a sample still have the infinite start value.
     neurons, side, ranks = kept = np.nonzero(np.isfinite(joined("activation")))

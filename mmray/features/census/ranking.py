@@ -36,7 +36,7 @@ def specific_scores(scores: ConceptScores, total: Float64[ndarray, " all"], n: i
     A mean below zero elsewhere counts as zero. Neurons that contribute to every noun lead a pre-trained model's ranking
     by score; this subtracts their common part.
     """
-    return _specific(scores.score, scores.n, total[scores.neuron], n - scores.n)
+    return _specific(scores.score, scores.n, total.take(scores.neuron), n - scores.n)
 
 
 def _specific(
@@ -54,7 +54,7 @@ def selective_scores(scores: ConceptScores, squares: Float64[ndarray, " all"], n
     the sums that shards can add up exactly, the RMS says most about what ablating the neuron does to other nouns.
     """
     others = n - scores.n
-    elsewhere = (squares[scores.neuron] - scores.squares) / others if others else np.zeros(len(scores.score))
+    elsewhere = (squares.take(scores.neuron) - scores.squares) / others if others else np.zeros(len(scores.score))
     return scores.score / scores.n - np.sqrt(np.maximum(0, elsewhere))
 
 
@@ -65,7 +65,7 @@ def specific_certified(scores: ConceptScores, rows: Int64[ndarray, " row"], merg
     bounds of that sum give bounds of `specific`.
     """
     others, rounding = merge.n - scores.n, merge.rounding(merge.n, merge.shards)
-    total = merge.total[scores.neuron]
+    total = merge.total.take(scores.neuron)
     left_out = -np.inf
     if len(scores.neuron) < merge.neurons:
         # `specific` falls with the total, so the lowest total gives the bound for neurons that no shard kept.
@@ -82,7 +82,7 @@ def selective_certified(scores: ConceptScores, rows: Int64[ndarray, " row"], mer
     The squares that shards left out may all belong to the concept. So the bound of a neuron known in part is the bound
     of its mean contribution.
     """
-    others, total = merge.n - scores.n, merge.total_squares[scores.neuron]
+    others, total = merge.n - scores.n, merge.total_squares.take(scores.neuron)
     # Squares are non-negative, so their own total bounds the rounding.
     rounding = 4 * np.finfo(np.float64).eps * (merge.n + merge.shards) * total
     squares = np.maximum(0, total - scores.squares)

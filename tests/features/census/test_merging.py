@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.data.samples import Sample
+from mmray.features.census import merging
 from mmray.features.census.activity import without_repeats
 from mmray.features.census.merging import Examples, RunMerge, Samples
 from mmray.features.census.ranking import locate_index
@@ -155,6 +156,15 @@ def test_the_order_of_shards_changes_nothing(open_model, shards, tables, order):
                 # Sums in fp64 of the same numbers in another order.
                 expected = pytest.approx(value, rel=1e-9, abs=1e-12) if isinstance(value, float) else value
                 assert second[key][column] == expected, (name, key, column)
+
+
+def test_threads_and_pieces_change_no_table(open_model, shards, tables, monkeypatch):
+    assert tables["concepts"]["concept"].to_pylist() == sorted(set(tables["rankings"]["concept"].to_pylist()))
+    # One concept per table and few neurons at a time: as many threads as there may be, and the most pieces.
+    for name, value in {"TOGETHER": 1, "BLOCK": 7, "RANKERS": 3}.items():
+        monkeypatch.setattr(merging, name, value)
+    monkeypatch.setattr(merging.os, "cpu_count", lambda: 3)
+    assert merged(open_model("llava"), shards, top_k=TOP) == tables
 
 
 def test_places_of_neurons_go_through_layers_of_different_width():

@@ -90,7 +90,7 @@ def merge(shards, cuts=()):
     merged = ConceptMerge(NEURONS, cuts)
     for concepts, totals in shards:
         merged.add(concepts, totals)
-    return Merged(merged, dict(pair for concepts in merged.ranges() for pair in concepts))
+    return Merged(merged, {name: add_up() for concepts in merged.ranges() for name, add_up in concepts})
 
 
 def by_hand(occurrences):
