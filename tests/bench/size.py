@@ -131,9 +131,9 @@ class TimedSums(ConceptSums):
 
     seconds = 0.0
 
-    def _reduced(self, names: Sequence[str]) -> pa.Table:
+    def _reduced(self, *given: Any) -> pa.Table:
         began = time.process_time()
-        table = super()._reduced(names)
+        table = super()._reduced(*given)
         self.seconds += time.process_time() - began
         return table
 

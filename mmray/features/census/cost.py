@@ -10,8 +10,8 @@ MANY_UNKNOWN, MOST_WITHOUT_NOUNS = 0.1, 0.5
 
 GPUS = {"T4": 16, "A10G, L4": 24, "A100": 40, "L40S": 48, "H100, large A100": 80, "H200": 141}
 """Memory of common GPUs, in GB."""
-USABLE = 0.9
-"""Fraction of a GPU's memory left by CUDA itself and by fragmentation."""
+USABLE = 0.8
+"""Fraction of a GPU's memory left by CUDA itself, by fragmentation, and by sums that take a tenth if there is one."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from mmray.engine.clock import phase
+from mmray.features.census.overflow import Overflow
 from mmray.features.census.tables import PARTS
 from mmray.runs.tables import list_column
 
@@ -35,7 +36,9 @@ SUMS: dict[str, type[np.float64 | np.float32]] = {
 """Columns of sums over a concept's occurrences, in order of accumulation, with their type in a committed part."""
 
 SUMS_MEMORY = 384 << 20
-"""Bytes of sums held at once. Constant, because what a shard commits must not depend on the machine's memory."""
+"""Bytes of sums that a shard holds in memory; on a GPU at least."""
+GPU_PART = 20
+"""On a GPU a shard's sums take one part in so many of the memory. Two shards are in memory at a time."""
 REDUCED = 8
 """Concepts reduced at a time; each takes about 16 bytes per neuron."""
 
@@ -45,26 +48,36 @@ def candidates_kept(candidates: int | None, neurons: int) -> int:
     return min(neurons, candidates or (neurons if neurons <= ALL_KEPT else KEPT_OF_MORE))
 
 
+def sums_memory(device: torch.device) -> int:
+    """Return how many bytes of sums a shard holds on a device; beyond that they go to disk, for which a GPU waits."""
+    if device.type != "cuda":
+        return SUMS_MEMORY
+    return max(SUMS_MEMORY, torch.cuda.get_device_properties(device).total_memory // GPU_PART)
+
+
 class ConceptSums:
     """Accumulates one shard's scores per concept, on the model's device, and keeps the `kept` highest neurons.
 
-    At most `room` concepts are open. When another needs room, those that are complete are closed: reduced to a row of
-    `concepts`. If too few are complete, so are those with the fewest occurrences to come, and then those that occurred
-    longest ago. Later occurrences of a closed concept make another row, and the merge adds rows up as if they came from
-    two shards. All this depends on the order of occurrences alone, not on batches.
+    The sums of as many concepts are in memory as fit into so many bytes. When another needs room, those with the fewest
+    occurrences to come give theirs up, and of equal ones those that occurred longest ago. A complete one is reduced to
+    its row of `concepts`. The sums of others wait on disk for the next occurrence. Should a complete one occur again,
+    it makes another row, and the merge adds rows up as if they came from two shards. All this depends on the order of
+    occurrences alone, not on batches.
     """
 
-    def __init__(self, widths: Sequence[int], kept: int) -> None:
+    def __init__(self, widths: Sequence[int], kept: int, memory: int = SUMS_MEMORY) -> None:
         self.widths, self.kept = widths, kept
-        self.room = max(1, SUMS_MEMORY // (len(SUMS) * 8 * sum(widths)))
+        self.room = max(1, memory // (len(SUMS) * 8 * sum(widths)))
         self.expected: Counter[str] = Counter()
-        """Occurrences to come, where they are known."""
+        """Occurrences to come of concepts for which they are known."""
         self._rows: dict[str, int] = {}
-        """Open concepts and their rows of the sums; the last to occur comes last."""
+        """Concepts in memory and their rows of the sums; the last to occur comes last."""
         self._counts: Counter[str] = Counter()
+        """Their occurrences so far."""
         self._free: list[int] = []
         self._sums: list[Tensor | None] = [None] * len(widths)
         self._closed: list[pa.Table] = []
+        self._overflow = Overflow()
         self._totals = np.zeros((2, sum(widths)))
         """Sums of scores and squares over closed concepts."""
         self._n = 0
@@ -82,22 +95,30 @@ class ConceptSums:
             if concept not in self._rows and len(self._rows) == self.room:
                 self._add(concepts, scores, activation, slice(start, occurrence))
                 start = occurrence
-                self._close(self._least_needed())
+                self._make_room()
             row = self._rows.pop(concept, None)
             self._rows[concept] = row if row is not None else self._free.pop() if self._free else len(self._rows)
+            if concept in self._overflow.counts:
+                self._reopen(concept)
             self._counts[concept] += 1
-            self.expected[concept] -= 1
+            if concept in self.expected:
+                self.expected[concept] -= 1
         self._add(concepts, scores, activation, slice(start, len(concepts)))
 
     def tables(self) -> tuple[pa.Table, pa.Table]:
         """Return the shard's `concepts` and `totals`, once all occurrences are added."""
-        open_concepts = sorted(self._rows)
-        opened = [self._reduced(open_concepts[at : at + REDUCED]) for at in range(0, len(open_concepts), REDUCED)]
-        concepts = pa.concat_tables([PARTS["concepts"].empty_table(), *self._closed, *opened])
-        if self._closed:
-            # Stable, so that rows of one concept stay in the order of its occurrences.
-            concepts = concepts.take(pc.sort_indices(concepts["concept"]))
         totals = self._totals + self._over_rows(None)
+        tables = [PARTS["concepts"].empty_table(), *self._closed]
+        for part in _parts(sorted(self._rows)):
+            tables.append(self._reduced(part, [self._counts[name] for name in part], self._open_sums(part)))
+        for part in _parts(sorted(self._overflow.counts)):
+            counts, sums = zip(*(self._overflow.take(name, sum(self.widths)) for name in part), strict=True)
+            stacked = torch.stack(sums, dim=1)
+            totals += stacked[:2].sum(dim=1).numpy()
+            tables.append(self._reduced(part, counts, stacked.to(self._device)))
+        concepts = pa.concat_tables(tables)
+        # Stable, so that rows of one concept stay in the order of its occurrences.
+        concepts = concepts.take(pc.sort_indices(concepts["concept"]))
         columns = [list_column(total[None], PARTS["totals"].field("score").type) for total in totals]
         return concepts, pa.Table.from_arrays([pa.array([self._n]), *columns], schema=PARTS["totals"])
 
@@ -136,30 +157,52 @@ class ConceptSums:
             self._sums[layer] = sums = grown
         return sums
 
-    def _least_needed(self) -> list[str]:
-        """Return a quarter of the open concepts: those to close, because the shard needs them least."""
+    def _make_room(self) -> None:
+        """Make room for a quarter more concepts, in place of those that the shard needs least."""
         # `sorted` is stable: of equal ones the last to occur stays open.
-        return sorted(self._rows, key=lambda concept: max(0, self.expected[concept]))[: -(-self.room // 4)]
-
-    def _close(self, concepts: Sequence[str]) -> None:
-        for at in range(0, len(concepts), REDUCED):
-            self._closed.append(self._reduced(concepts[at : at + REDUCED]))
-        rows = torch.tensor([self._rows.pop(concept) for concept in concepts], dtype=torch.long)
-        self._totals += self._over_rows(rows)
+        least = sorted(self._rows, key=lambda concept: max(0, self.expected[concept]))[: -(-self.room // 4)]
+        complete = [name for name in least if self.expected.get(name, 1) <= 0]
+        for part in _parts(complete):
+            self._closed.append(self._reduced(part, [self._counts[name] for name in part], self._open_sums(part)))
+        self._totals += self._over_rows(self._rows_of(complete))
+        if others := [name for name in least if name not in complete]:
+            self._overflow.put(others, [self._counts[name] for name in others], self._open_sums(others))
+        rows = self._rows_of(least)
         for sums in self._sums:
             if sums is not None:
                 sums.index_fill_(1, rows.to(sums.device), 0)
-        for concept in concepts:
-            del self._counts[concept]
+        for name in least:
+            del self._rows[name], self._counts[name]
         self._free.extend(rows.tolist())
+
+    def _reopen(self, name: str) -> None:
+        """Bring the sums of a concept back into memory, into the row that it has been given."""
+        self._counts[name], whole = self._overflow.take(name, sum(self.widths))
+        for sums, own in zip(self._sums, torch.split(whole, list(self.widths), dim=1), strict=True):
+            if sums is not None:
+                sums[:, self._rows[name]] = own.to(sums.device)
+
+    @property
+    def _device(self) -> torch.device:
+        """That of the first layer."""
+        return next(sums.device for sums in self._sums if sums is not None)
+
+    def _rows_of(self, names: Sequence[str]) -> Int64[Tensor, " concept"]:
+        return torch.tensor([self._rows[name] for name in names], dtype=torch.long)
+
+    def _open_sums(self, names: Sequence[str]) -> Float64[Tensor, "quantity concept neuron"]:
+        """Return the sums of concepts in memory over the neurons of all layers, on the first layer's device."""
+        rows = self._rows_of(names)
+        found = [sums.index_select(1, rows.to(sums.device)) for sums in self._sums if sums is not None]
+        return torch.cat([part.to(self._device) for part in found], dim=2)
 
     @phase("candidates")
     @torch.inference_mode()
-    def _reduced(self, names: Sequence[str]) -> pa.Table:
-        """Return the rows of `concepts` of open concepts."""
-        schema, counts = PARTS["concepts"], np.array([self._counts[name] for name in names], np.int64)
-        rows = torch.tensor([self._rows[name] for name in names], dtype=torch.long)
-        scores = self._summed(0, rows)
+    def _reduced(
+        self, names: Sequence[str], counts: Sequence[int], sums: Float64[Tensor, "quantity concept neuron"]
+    ) -> pa.Table:
+        """Return the rows of `concepts` of these concepts."""
+        schema, n, scores = PARTS["concepts"], np.array(counts, np.int64), sums[0]
         # Infinite where nothing is left out: no sum reaches the bound or falls below the floor.
         bounds, floors = np.full(len(names), -np.inf), np.full(len(names), np.inf)
         index, neurons = pa.nulls(len(names), schema.field("neuron").type), None
@@ -168,16 +211,14 @@ class ConceptSums:
             bounds, floors = bound.cpu().numpy(), scores.amin(1).cpu().numpy()
             index = list_column(neurons.cpu().numpy(), schema.field("neuron").type)
         columns = []
-        for number, name in enumerate(SUMS):
+        for name, quantity in zip(SUMS, sums, strict=True):
             # For a single occurrence the sum of squares is the square of the sum, so it is not written. Many concepts
             # of a shard occur once. True is 1: the squares need more than one occurrence, other sums more than none.
-            present = counts > (name == "score_squares")
-            own = torch.from_numpy(present)
-            sums = scores if name == "score" else self._summed(number, rows[own])
-            if neurons is not None:
-                sums = sums.gather(1, neurons[own.to(neurons.device)])
-            columns.append(list_column(sums.cpu().numpy(), schema.field(name).type, present))
-        scalars = [pa.array(names, pa.string()), pa.array(counts), pa.array(bounds), pa.array(floors)]
+            present = n > (name == "score_squares")
+            own = quantity if neurons is None else quantity.gather(1, neurons)
+            written = own[torch.from_numpy(present).to(own.device)]
+            columns.append(list_column(written.cpu().numpy(), schema.field(name).type, present))
+        scalars = [pa.array(names, pa.string()), pa.array(n), pa.array(bounds), pa.array(floors)]
         return pa.Table.from_arrays([*scalars, index, *columns], schema=schema)
 
     def _over_rows(self, rows: Int64[Tensor, " concept"] | None) -> Float64[ndarray, "2 neuron"]:
@@ -190,10 +231,9 @@ class ConceptSums:
         ]
         return np.concatenate(parts, axis=1)
 
-    def _summed(self, quantity: int, rows: Int64[Tensor, " concept"]) -> Float64[Tensor, "concept neuron"]:
-        """Return one of SUMS for these rows and the neurons of all layers, on the first layer's device."""
-        found = [sums[quantity].index_select(0, rows.to(sums.device)) for sums in self._sums if sums is not None]
-        return torch.cat([part.to(found[0].device) for part in found], dim=1)
+
+def _parts(names: Sequence[str]) -> list[Sequence[str]]:
+    return [names[at : at + REDUCED] for at in range(0, len(names), REDUCED)]
 
 
 def highest(

@@ -18,7 +18,7 @@ from mmray.data.images import decode_image
 from mmray.data.samples import Failure, Sample
 from mmray.engine.clock import phase
 from mmray.features.census.occurrences import occurrence_table
-from mmray.features.census.reduction import ConceptSums, candidates_kept
+from mmray.features.census.reduction import ConceptSums, candidates_kept, sums_memory
 from mmray.features.census.settings import CensusSettings
 from mmray.features.census.tables import PARTS
 from mmray.models.generation import caption_of, generate
@@ -77,7 +77,8 @@ class ShardAnalysis:
         self.shard_id = shard_id
         # Backward passes sum over the positions of rows.
         self.sharing = None if SCORES[settings.score].backward else sharing
-        self.sums = ConceptSums(model.widths, candidates_kept(settings.candidates, sum(model.widths)))
+        kept = candidates_kept(settings.candidates, sum(model.widths))
+        self.sums = ConceptSums(model.widths, kept, sums_memory(model.device))
         self.statistics = TokenStatistics(model.widths)
         self.module = ModuleActivity(model, settings.module)
         self.prompts: dict[tuple[str | None, str | None, bool, str | None], str] = {}

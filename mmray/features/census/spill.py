@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -45,13 +46,8 @@ class Spill:
         self._pending.append((rows, [0, *edges, len(rows)]))
         self._bytes += rows.nbytes
         if self._bytes >= SPILLED and self.cuts:
-            try:
+            with room_for("a merge's sums"):
                 self._flush()
-            except OSError as error:
-                if not is_full(error):
-                    raise
-                folder = tempfile.gettempdir()
-                raise InputError(f"{folder}: no room for a merge's sums; set TMPDIR to a folder with more") from error
 
     def ranges(self) -> Iterator[pa.Table]:
         """Yield the rows of each range, once; ranges in order of their keys."""
@@ -84,6 +80,18 @@ class Spill:
             self._writer.write_batch(next(iter(self._collected(number).combine_chunks().to_batches()), empty))
         self._flushes += 1
         self._pending, self._bytes = [], 0
+
+
+@contextmanager
+def room_for(what: str) -> Iterator[None]:
+    """Name the folder of temporary files if a write inside the block fills its disk."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        folder = tempfile.gettempdir()
+        raise InputError(f"{folder}: no room for {what}; set TMPDIR to a folder with more") from error
 
 
 def cuts_of(keys: Sequence[Any], ranges: int) -> list[Any]:

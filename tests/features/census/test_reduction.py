@@ -1,6 +1,6 @@
 """Sums by concept do not depend on how occurrences were cut, and what is certified is right. Numbers are whole."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -13,8 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmray.errors import InputError
 from mmray.features.census import spill
 from mmray.features.census.concept_merge import ConceptMerge, ConceptScores
+from mmray.features.census.overflow import Overflow
 from mmray.features.census.ranking import (
     MIN_OCCURRENCES,
     TOP_RANKS,
@@ -34,6 +36,7 @@ from mmray.features.census.reduction import (
     highest,
 )
 from mmray.runs.tables import from_bytes, to_bytes
+from tests.features.census.test_spill import Full
 
 WIDTHS = (3, 2, 3)
 NEURONS = sum(WIDTHS)
@@ -209,19 +212,51 @@ def test_a_concept_is_open_until_its_last_occurrence(occurrences, kept):
         assert table.equals(other)
 
 
-def test_room_is_made_by_closing_what_is_needed_least():
+@given(OCCURRENCES, CUTS, st.integers(1, NEURONS), st.integers(1, 4), st.booleans())
+def test_room_changes_no_sum(occurrences, batches, kept, room, known):
+    # Whether the sums of a concept waited on disk or not: it has one row, over all its occurrences.
+    options = {"cuts": batches, "kept": kept, "expected": occurrences if known else ()}
+    for table, other in zip(shard(occurrences, room=room, **options), shard(occurrences, **options), strict=True):
+        assert table.equals(other)
+
+
+@given(REAL_OCCURRENCES, st.integers(1, 4))
+def test_sums_come_back_from_disk_to_the_last_digit(occurrences, room):
+    rows, _ = shard(occurrences, room=room)
+    for row in rows.to_pylist():
+        own = [np.array(values, np.float32) for name, *values in occurrences if name == row["concept"]]
+        assert row["n"] == len(own)
+        exact = [
+            [sum((Fraction(float(x)) for x in column), Fraction(0)) for column in part.T]
+            for part in np.swapaxes(own, 0, 1)
+        ]
+        np.testing.assert_allclose(row["score"], np.array(exact[0], float), rtol=1e-13, atol=1e-7)
+        np.testing.assert_allclose(row["activation"], np.array(exact[1], np.float32), rtol=1e-6, atol=1e-3)
+
+
+def test_a_concept_that_is_complete_never_goes_to_disk(monkeypatch):
+    monkeypatch.setattr("tempfile.TemporaryFile", None)
+    names = ["dog", "dog", "cat", "owl", "owl", "fox"]
+    occurrences = [(name, [1] * NEURONS, [1] * NEURONS) for name in names]
+    rows, _ = shard(occurrences, room=1, expected=occurrences)
+    assert dict(zip(*(rows[name].to_pylist() for name in ("concept", "n")), strict=True)) == Counter(names)
+
+
+def test_a_full_disk_of_a_worker_is_named(monkeypatch):
+    monkeypatch.setattr("tempfile.TemporaryFile", Full)
+    occurrences = [(name, [1] * NEURONS, [1] * NEURONS) for name in ("dog", "cat", "dog", "cat")]
+    with pytest.raises(InputError, match="no room for sums of concepts; set TMPDIR"):
+        shard(occurrences, room=1, expected=occurrences)
+
+
+def test_what_is_needed_least_makes_room():
     names = ["dog", "cat", "owl", "dog", "fox", "cat", "owl", "dog"]
     occurrences = [(name, [1] * NEURONS, [1] * NEURONS) for name in names]
-    rows, _ = shard(occurrences, room=2, expected=occurrences)
-    # The owl needs room: a cat is to come, but two dogs. Then the fox does: it takes the owl's, the older of two.
-    assert list(zip(*(rows[name].to_pylist() for name in ("concept", "n")), strict=True)) == [
-        ("cat", 1),
-        ("cat", 1),
-        ("dog", 3),
-        ("fox", 1),
-        ("owl", 1),
-        ("owl", 1),
-    ]
+    with patch.object(Overflow, "put", autospec=True, side_effect=Overflow.put) as put:
+        shard(occurrences, room=2, expected=occurrences)
+    # The owl needs room: a cat is to come, but two dogs. Then the fox does: it takes the owl's, the older of two. When
+    # the cat and the owl come back, the fox and the cat are complete.
+    assert [call.args[1] for call in put.call_args_list] == [["cat"], ["owl"]]
 
 
 def true_ranks(truth):
