@@ -1,15 +1,19 @@
-"""The model's own captions: batched greedy generation with a key-value cache."""
+"""The model's own captions: batched generation of the likeliest tokens, with a key-value cache."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch.nn import functional
+from transformers import LogitsProcessorList
 
+from mmray.models.combined_logits import PIXELS, add_noise, decoding_hooks, views_of
+from mmray.models.decodings import GREEDY, NOISED, Decoding
 from mmray.models.families import habits_of
 from mmray.models.loading import LoadedModel
 from mmray.models.options import LONGEST
@@ -18,14 +22,32 @@ from mmray.models.prompting import pad_left, run_processor
 
 @torch.inference_mode()
 def generate(
-    model: LoadedModel, prompts: Sequence[str], images: Sequence[Image | None], longest: int = LONGEST
+    model: LoadedModel,
+    prompts: Sequence[str],
+    images: Sequence[Image | None],
+    longest: int = LONGEST,
+    decoding: Decoding = GREEDY,
 ) -> list[list[int]]:
-    """Return the token ids that the model writes greedily after each prompt, without the end token."""
-    features = run_processor(model, prompts, images)
+    """Return the token ids that the model writes after each prompt, without the end token.
+
+    Each is the likeliest, by the model alone or by a `decoding`; prompts without an image are always continued by the
+    model alone. Raises InputError for a decoding that the family can't have.
+    """
+    seen = [image for image in images if image is not None]
+    plain = decoding.plain or not seen
+    views = [] if plain else views_of(seen, decoding)
+    # After the images themselves, view by view.
+    rows = [*images, *views]
+    features = run_processor(model, [*prompts] * (len(rows) // len(images)), rows)
     rewrites = habits_of(model.network.config).rewrites_prompt
-    if rewrites and not features["attention_mask"].all():
-        # Its positions would count the padding.
-        return [generate(model, [one], [image], longest)[0] for one, image in zip(prompts, images, strict=True)]
+    # The positions of a prompt that is rewritten would count the padding; packed pixels don't say whose they are.
+    alone = rewrites and not features["attention_mask"].all()
+    alone |= not plain and NOISED in dict(decoding.views) and len(features.get(PIXELS, ())) != len(rows)
+    if alone and len(images) > 1:
+        pairs = zip(prompts, images, strict=True)
+        return [generate(model, [one], [image], longest, decoding)[0] for one, image in pairs]
+    if not plain:
+        features = add_noise(model, features, seen, decoding)
     if not model.parts.encoder_decoder:
         features = pad_left(features)
     dtype = model.network.dtype
@@ -39,16 +61,21 @@ def generate(
     if not model.parts.reads_images and model.context is not None:
         # Learnt positions end with the context. An image's tokens would have to be counted, too.
         longest = max(1, min(longest, model.context - features["input_ids"].shape[1]))
-    # Greedy, with the checkpoint's other settings reset when it was loaded.
-    written = network.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
+    with ExitStack() as stack:
+        hooks = [] if plain else stack.enter_context(decoding_hooks(model, decoding, features, len(images)))
+        # The checkpoint's other settings were reset when it was loaded.
+        written = network.generate(
+            **inputs, max_new_tokens=longest, do_sample=False, num_beams=1, logits_processor=LogitsProcessorList(hooks)
+        )
     # Decoder-only networks return the prompt too, except those that get embeddings (BLIP-2).
     if not model.parts.encoder_decoder:
         prompt = features["input_ids"]
         if torch.equal(written[:, : prompt.shape[1]].cpu(), prompt):
             written = written[:, prompt.shape[1] :]
     ends = end_tokens(model)
-    # An encoder-decoder's output begins with its start token.
-    return [until_special(row, ends, begun=not model.parts.encoder_decoder) for row in written.tolist()]
+    # An encoder-decoder's output begins with its start token. Views write what their image writes.
+    tokens = written[: len(images)].tolist()
+    return [until_special(row, ends, begun=not model.parts.encoder_decoder) for row in tokens]
 
 
 def end_tokens(model: LoadedModel) -> set[int]:
