@@ -195,3 +195,12 @@ def test_a_token_is_shown_as_people_read_it(open_model):
     dog, blank = (model.tokenizer(text, add_special_tokens=False).input_ids[0] for text in (" dog", "  "))
     assert token_text(model, dog) == "do"
     assert token_text(model, blank) == "Ġ"
+
+
+def test_the_unembedding_gets_states_that_cost_no_copy_of_its_weights(open_model):
+    """Torch copies a Linear's weights once per row where its input is a strided view, as the last position's is."""
+    model = open_model("llava")
+    seen = []
+    with model.network.get_output_embeddings().register_forward_hook(lambda _, given, __: seen.append(given[0])):
+        generate(model, [prompt_text(model, None, "en")] * 2, [picture(0), picture(1)], longest=2)
+    assert seen and all(states.is_contiguous() for states in seen)
