@@ -1,14 +1,15 @@
 """Interventions on the probe's neurons while captions are written: dose and response of hallucination and its price.
 
 A condition changes neurons at the positions that predict tokens of a caption or an answer; plain text is read with the
-change at every position. Every test image meets every condition, so that differences are paired.
+change at every position. Decodings change no neuron, but how tokens are chosen. Every test image meets every condition,
+so that differences are paired.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from mmray.data.samples import Sample
 from mmray.features.hallucination.claims import ANSWER
 from mmray.features.hallucination.mentions import MentionReader
 from mmray.features.hallucination.neuron_tables import PARTS
+from mmray.models.decodings import DECODINGS, GREEDY, Decoding, decoding_of
 from mmray.models.generation import generate
 from mmray.models.interventions import scale, set_to
 from mmray.models.norms import log_probability
@@ -62,18 +64,29 @@ class Condition:
     neurons: str
     """Whose: none, raised, lowered, probe, or random like one of them."""
     change: str | None
+    """SCALE, TRUE_MEAN, or the name of a decoding, whose strength is the dose."""
     dose: float | None
     names: tuple[str, ...]
     values: tuple[float, ...] = ()
     """With TRUE_MEAN: what each neuron is set to."""
 
+    @property
+    def decoding(self) -> Decoding:
+        """How tokens are chosen."""
+        return decoding_of(self.change, self.dose) if self.change in DECODINGS else GREEDY
+
 
 def conditions(
-    rows: Sequence[Mapping[str, Any]], controls: Sequence[str], control_means: Sequence[float], doses: Sequence[float]
+    rows: Sequence[Mapping[str, Any]],
+    controls: Sequence[str],
+    control_means: Sequence[float],
+    doses: Sequence[float],
+    decodings: Sequence[Decoding] = (),
 ) -> list[Condition]:
     """Return the interventions, given the table `hallucination_neurons` and a random neuron of the layer for each.
 
     raised: neurons with a positive weight, whose share is higher at hallucinated mentions; lowered: the others.
+    Decodings come last.
     """
     names = [row["neuron"] for row in rows]
     raised = [row["weight"] > 0 for row in rows]
@@ -87,7 +100,7 @@ def conditions(
     means = tuple(row["true_activation"] for row in rows)
     found.append(Condition("probe", TRUE_MEAN, None, tuple(names), means))
     found.append(Condition("random like probe", TRUE_MEAN, None, tuple(controls), tuple(control_means)))
-    return found
+    return found + [Condition("none", one.name, one.strength, ()) for one in decodings]
 
 
 def observe(
@@ -96,7 +109,7 @@ def observe(
     """Return the rows of the part `dosed` for samples whose objects are known."""
     rows: Rows = []
     for number, condition in enumerate(every):
-        for sample, name, sums in _measured(reader, pairs, partial(_changed, reader, condition), questions):
+        for sample, name, sums in _measured(reader, pairs, condition, questions):
             rows.append(
                 {"condition": number, "sample_id": sample.sample_id, "image": sample.image_key}
                 | {"measure": name, "sums": [float(one) for one in sums]}
@@ -152,10 +165,7 @@ def _relative(value: Value, totals: Float[ndarray, "draw sum"]) -> Float[ndarray
     return found
 
 
-Change = Callable[[bool], AbstractContextManager[None]]
-
-
-def _changed(reader: MentionReader, condition: Condition, last: bool) -> AbstractContextManager[None]:
+def _changed(reader: MentionReader, condition: Condition, *, last: bool) -> AbstractContextManager[None]:
     if not condition.names:
         return nullcontext()
     if condition.change == TRUE_MEAN:
@@ -165,13 +175,13 @@ def _changed(reader: MentionReader, condition: Condition, last: bool) -> Abstrac
 
 
 def _measured(
-    reader: MentionReader, pairs: Sequence[tuple[Sample, Image]], change: Change, questions: int
+    reader: MentionReader, pairs: Sequence[tuple[Sample, Image]], condition: Condition, questions: int
 ) -> Iterator[tuple[Sample, str, Sequence[float]]]:
     """Yield, per sample and measure, what it adds up."""
     # At the last position of each forward alone, where a token is predicted: the image is read unchanged.
-    with change(True):
-        captions = reader.captions(pairs)
-        answers = list(_answers(reader, pairs, questions))
+    with _changed(reader, condition, last=True):
+        captions = reader.captions(pairs, condition.decoding)
+        answers = list(_answers(reader, pairs, questions, condition.decoding))
     for caption in captions:
         named = [mention.concept for mention in caption.mentions]
         wrong = sum(concept not in caption.objects for concept in named)
@@ -180,13 +190,16 @@ def _measured(
         yield caption.sample, "recall", (len(caption.objects.intersection(named)), len(caption.objects))
         yield caption.sample, "length", (len(WORDS.findall(caption.text)), 1)
     yield from answers
+    if not condition.decoding.plain:
+        # Decodings are about images: a text without one is read by the model as it is.
+        return
     # A text is read in one forward, in which every position predicts a token.
-    with change(False):
+    with _changed(reader, condition, last=False):
         yield from _read(reader, [sample for sample, _ in pairs if sample.caption])
 
 
 def _answers(
-    reader: MentionReader, pairs: Sequence[tuple[Sample, Image]], questions: int
+    reader: MentionReader, pairs: Sequence[tuple[Sample, Image]], questions: int, decoding: Decoding
 ) -> Iterator[tuple[Sample, str, Sequence[float]]]:
     """Ask whether present and absent objects are in the image, as POPE does (Li et al. 2023)."""
     asked = []
@@ -200,7 +213,7 @@ def _answers(
     for start in range(0, len(asked), reader.batch_size):
         part = asked[start : start + reader.batch_size]
         prompts = [prompt_text(model, presence(word), None) for _, _, word, _ in part]
-        replies = generate(model, prompts, [image for _, image, _, _ in part], ANSWER)
+        replies = generate(model, prompts, [image for _, image, _, _ in part], ANSWER, decoding)
         for (sample, _, _, there), tokens in zip(part, replies, strict=True):
             said = says_yes(str(model.tokenizer.decode(tokens)))
             yield sample, "pope_accuracy", (said == there, 1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmray.data.samples import Sample
 from mmray.features.hallucination.inputs import JointContext
+from mmray.models.decodings import GREEDY, Decoding
 from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import log_odds_slope, log_probability
@@ -90,14 +91,14 @@ class MentionReader:
         annotated = (with_ground_truth(sample, truth, lexicon, references) for sample in samples)
         return [pair for pair in zip(annotated, images, strict=True) if pair[0].objects is not None]
 
-    def captions(self, pairs: Sequence[tuple[Sample, Image]]) -> list[WrittenCaption]:
+    def captions(self, pairs: Sequence[tuple[Sample, Image]], decoding: Decoding = GREEDY) -> list[WrittenCaption]:
         """Let the model caption samples."""
         prompts = [self._prompt(sample) for sample, _ in pairs]
         written: list[list[int]] = []
         for start in range(0, len(pairs), self.batch_size):
             part = slice(start, start + self.batch_size)
             images = [image for _, image in pairs[part]]
-            written += generate(self.model, prompts[part], images, self.longest)
+            written += generate(self.model, prompts[part], images, self.longest, decoding)
         return self.as_written(pairs, written)
 
     def as_written(self, pairs: Sequence[tuple[Sample, Image]], written: Sequence[list[int]]) -> list[WrittenCaption]:

@@ -7,7 +7,7 @@ RUN/hallucination_doses/FINGERPRINT/       what captions are under each interven
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from mmray.features.hallucination.neuron_jobs import (
     choose_candidates,
 )
 from mmray.features.hallucination.settings import NeuronSettings
+from mmray.models.decodings import Decoding, decoding_of
 from mmray.neurons.controls import layer_matched
 from mmray.runs.run import Run, open_run
 
@@ -64,6 +65,8 @@ def run_neurons(settings: NeuronSettings, follow: Follow = lambda _: None) -> Ne
         passes.append(run_job(job, follow=follow))
         return passes[-1]
 
+    # First, so that a wrong name costs no pass.
+    decodings = [decoding_of(name) for name in settings.decoding]
     run = open_run(settings.run)
     context = open_claims(settings.claims())
     widths = run.info["model"]["widths"]
@@ -82,18 +85,19 @@ def run_neurons(settings: NeuronSettings, follow: Follow = lambda _: None) -> Ne
     )
     found = done(CandidateJob(settings.probe(), chosen)).headline["neurons"]
     if settings.interventions and found:
-        done(DoseJob(settings.dose(), _doses(settings, run, context, sums, mentions)))
+        done(DoseJob(settings.dose(), _doses(settings, decodings, run, context, sums, mentions)))
     return NeuronResult(tuple(passes))
 
 
 def _doses(
     settings: NeuronSettings,
+    decodings: Sequence[Decoding],
     run: Run,
     context: JointContext,
     sums: Mapping[tuple[bool, str], Moments],
     mentions: pa.Table,
 ) -> DoseContext:
-    """Return the context of interventions on the neurons that the probe uses."""
+    """Return the context of interventions on the neurons that the probe uses, and of their rivals at decoding."""
     widths = run.info["model"]["widths"]
     # Opened anew, because the pass before has just written this table.
     rows = open_run(settings.run).table("hallucination_neurons").to_pylist()
@@ -101,7 +105,7 @@ def _doses(
     # Each control is set to its own mean at true mentions, as the neurons of the probe are to theirs.
     starts, true = np.cumsum([0, *widths]), sums[False, "activation"].mean
     means = [float(true[int(starts[layer]) + unit]) for layer, unit in controls]
-    every = conditions(rows, [run.names.name(*one) for one in controls], means, settings.doses)
+    every = conditions(rows, [run.names.name(*one) for one in controls], means, settings.doses, decodings)
     columns = (mentions[name].to_pylist() for name in ("sample_id", "image"))
     images = dict(zip(*columns, strict=True))
     tested = [name for name in images if fold_of(images[name], settings.seed) == TEST]

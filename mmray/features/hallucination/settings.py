@@ -82,6 +82,9 @@ class DoseSettings(ClaimSettings):
     captions only."""
     doses: list[float] = known_by_digest([0.0, 0.5, 2.0, 3.0], min_length=1)
     """With --interventions: factors of the neurons' activations. May be given more than once."""
+    decoding: list[str] = known_by_digest([])
+    """With --interventions: decoding to compare with: vcd, no-image, pai, average, or NAME:STRENGTH. May be given more
+    than once."""
     tested: int = known_by_digest(400, ge=1)
     """With --interventions: most test images that are captioned under each of them."""
 

@@ -44,6 +44,7 @@ def few_shuffles(monkeypatch):
 def asked(run, **more):
     name, data = run
     sizes = {"shard_size": 13, "draws": 20, "candidates": 64, "tested": 3, "doses": [0.0, 4.0]}
+    sizes["decoding"] = ["vcd:0", "vcd", "no-image:5"]
     return neuron_settings({"run": name, "data": data, "local": True, "longest": 16, **sizes, **more})
 
 
@@ -76,20 +77,38 @@ def test_tables_say_which_neurons_and_what_they_are_worth(run, made):
 
 def test_interventions_are_measured_next_to_random_neurons(run, made):
     rows = open_run(run[0]).table("hallucination_doses").to_pylist()
-    measures = {row["measure"] for row in rows if row["neurons"] == "none"}
+    measures = {row["measure"] for row in rows if row["neurons"] == "none" and row["change"] is None}
     assert measures == {"chair_i", "chair_s", "recall", "length", "pope_accuracy", "pope_yes", "perplexity"}
     counts = {(row["neurons"], row["change"]): row["count"] for row in rows}
     for kind in ("raised", "lowered"):
         if (kind, "scale") in counts:
             assert counts[kind, "scale"] == counts[f"random like {kind}", "scale"]
     assert counts["probe", "true mean"] == made.headline["neurons"]
-    unchanged = {row["measure"]: row["value"] for row in rows if row["neurons"] == "none"}
+    unchanged = {row["measure"]: row["value"] for row in rows if row["neurons"] == "none" and row["change"] is None}
     found = {(row["neurons"], row["change"], row["dose"], row["measure"]): row["value"] for row in rows}
     for (*intervention, measure), value in found.items():
         if measure == "perplexity relative":
             own = found[*intervention, "perplexity"]
             assert value == pytest.approx(own / unchanged["perplexity"])
-            assert own != unchanged["perplexity"]
+            assert own != unchanged["perplexity"] or intervention[0] == "none"
+
+
+def test_decodings_are_in_the_same_table(run, made):
+    rows = open_run(run[0]).table("hallucination_doses").to_pylist()
+    rivals = {(row["change"], row["dose"]) for row in rows if row["neurons"] == "none" and row["change"]}
+    assert rivals == {("vcd", 0.0), ("vcd", 1.0), ("no-image", 5.0)}
+    found = {(row["neurons"], row["change"], row["dose"], row["measure"]): row["value"] for row in rows}
+    for measure in ("chair_i", "recall", "length", "pope_yes"):
+        # Without strength, nothing changes.
+        assert found["none", "vcd", 0.0, measure] == found["none", None, None, measure]
+        assert ("none", "vcd", 1.0, measure) in found
+    # Plain text has no image, and so no decoding.
+    assert ("none", "vcd", 1.0, "perplexity") not in found
+
+
+def test_an_unknown_decoding_is_refused_before_any_pass(run):
+    with pytest.raises(InputError, match="choose from vcd"):
+        run_neurons(asked(run, decoding=["vdc"]))
 
 
 def test_a_stopped_call_goes_on_and_a_second_one_repeats_nothing(run, made):
@@ -111,9 +130,9 @@ def test_the_command_prints_judges_and_doses(run, made, mmray):
     name, data = run
     sizes = ["--shard-size", 13, "--draws", 20, "--candidates", 64, "--tested", 3, "--longest", 16]
     call = ["hallucination", name, "--data", data, "--local", *sizes]
-    done = mmray(*call, "--neurons", "--interventions", "--doses", 0, "--doses", 4)
+    done = mmray(*call, "--neurons", "--interventions", "--doses", 0, "--doses", 4, "--decoding", "vcd")
     assert done.status == 0, done.err
-    assert "random like" in done.out and "shuffled classes" in done.out
+    assert "random like" in done.out and "shuffled classes" in done.out and "vcd 1" in done.out
     found = json.loads(mmray(*call, "--neurons", "--json").out)
     assert found["neurons"] == made.headline["neurons"]
     assert "give both" in mmray(*call, "--interventions").refusal
