@@ -66,14 +66,17 @@ def edit(run: Run | str, **settings: Any) -> WeightEdit:
 
 
 @takes(EvaluationSettings)
-def evaluate(run: Run | str, edit: str, data: str, **settings: Any) -> dict[str, dict[str, Any]]:
+def evaluate(run: Run | str, edit: str | None, data: str, **settings: Any) -> dict[str, dict[str, Any]]:
     """Evaluate the edit in a folder on data, or resume its evaluation, and return the measures.
+
+    With `edit=None`, the `decoding` is evaluated in its place.
 
     They are those of `EDIT/evaluation.json`: measure → before, after, low, high, n, protocol. Raises InputError
     for bad settings or input. To evaluate a loaded model and samples in this process, use
     `mmray.features.evaluation.evaluate.evaluate`.
     """
-    values = {"run": _uri(run), "edit": str(edit), "data": data, **_with_executor(settings)}
+    subject = {} if edit is None else {"edit": str(edit)}
+    values = {"run": _uri(run), **subject, "data": data, **_with_executor(settings)}
     measures: dict[str, dict[str, Any]] = run_job(EvaluationJob(evaluation_settings(values))).headline["measures"]
     return measures
 

@@ -17,7 +17,8 @@ from mmray.models.decodings import GREEDY, NOISED, Decoding
 from mmray.models.families import habits_of
 from mmray.models.loading import LoadedModel
 from mmray.models.options import LONGEST
-from mmray.models.prompting import pad_left, run_processor
+from mmray.models.processing import noise_image
+from mmray.models.prompting import pad_left, prompt_text, run_processor
 
 
 @torch.inference_mode()
@@ -76,6 +77,12 @@ def generate(
     # An encoder-decoder's output begins with its start token. Views write what their image writes.
     tokens = written[: len(images)].tolist()
     return [until_special(row, ends, begun=not model.parts.encoder_decoder) for row in tokens]
+
+
+def check_decoding(model: LoadedModel, decoding: Decoding) -> None:
+    """Write a token by a decoding about an image of noise; raises InputError if the model's family can't have it."""
+    prompt = prompt_text(model, None, "en", image=model.parts.reads_images)
+    generate(model, [prompt], [noise_image() if model.parts.reads_images else None], 1, decoding)
 
 
 def end_tokens(model: LoadedModel) -> set[int]:

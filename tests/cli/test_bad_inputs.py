@@ -17,7 +17,7 @@ BAD_INPUTS = {
     "neuron {RUN}": "Missing argument 'NEURON'; see mmray neuron --help",
     "census -m demo -d demo": "Missing option '--out' / '-o'; see mmray census --help",
     "plan -m demo": "Missing option '--data' / '-d'; see mmray plan --help",
-    "evaluate {RUN} --data demo": "Missing option '--edit'; see mmray evaluate --help",
+    "evaluate {RUN} --data demo": "give --edit or --decoding, and not both",
     "rank {RUN} --kk 3": "Possible options: --k",
     "rank {RUN} --k 0": "greater than or equal to 1; see mmray rank --help",
     "serve {RUN} --port 99999": "less than or equal to 65535",

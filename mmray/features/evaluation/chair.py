@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
-from mmray.features.evaluation.queries import Change
+from mmray.features.evaluation.queries import TextChange
 from mmray.objects.answers import Parser, says_yes
 from mmray.objects.lexicon import ObjectLexicon
 
@@ -79,7 +79,7 @@ def pope(
     name: str,
     present: Sequence[str],
     absent: Mapping[str, Sequence[str]],
-    changes: Mapping[str, Change],
+    changes: Mapping[str, TextChange],
     parser: Parser = "sentences",
 ) -> None:
     """Add a sample's part in POPE (Li et al. 2023); `changes` has each object's answers before and after the edit."""

@@ -27,6 +27,7 @@ from mmray.terminal.options import (
     examples=(
         "mmray evaluate runs/llava --edit edits/dog-cat --data held-out.parquet",
         "mmray evaluate runs/llava --edit edits/dog-cat --data demo --limit 64",
+        "mmray evaluate runs/llava --decoding vcd --data held-out.parquet",
     ),
 )
 @with_settings(EvaluationSettings)
@@ -36,7 +37,7 @@ def evaluate(
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
-    """Measure an edit before and after: success, generality, locality, and more."""
+    """Measure an edit, or a decoding in its place: success, generality, locality, and more."""
     from mmray.features.evaluation.job import EvaluationJob
     from mmray.features.evaluation.view import measures
 
@@ -46,12 +47,15 @@ def evaluate(
         say_json(done.summary())
     else:
         found = done.headline
-        console.print(measures(found["measures"], f"{checked.edit} on {checked.data}", everything=everything))
-        say(f"verdict: {found['verdict']['words']}", "bold")
+        subject = checked.edit or checked.decoding
+        console.print(measures(found["measures"], f"{subject} on {checked.data}", everything=everything))
+        if found["verdict"] is not None:
+            say(f"verdict: {found['verdict']['words']}", "bold")
         cost = " · ".join(
             f"{name} {value}" for name, value in found["cost"].items() if not isinstance(value, dict | list)
         )
         say(f"cost: {cost}" if cost else "", "dim")
-        say(f"{done.done:,} samples and questions in {done.seconds:.0f} s → {checked.edit}/evaluation.json")
-        say_next(command_line("report", run, "--edit", checked.edit), command_line("push", run, "ORG/NAME"))
+        say(f"{done.done:,} samples and questions in {done.seconds:.0f} s → {checked.subject}/evaluation.json")
+        if checked.edit is not None:
+            say_next(command_line("report", run, "--edit", checked.edit), command_line("push", run, "ORG/NAME"))
     finish(done, "sample", quiet=as_json)

@@ -16,6 +16,7 @@ import torch
 
 from mmray.features.evaluation.queries import Query, QueryError, Reply, States
 from mmray.features.evaluation.teacher_forced_states import StateReader
+from mmray.models.decodings import GREEDY, Decoding
 from mmray.models.generation import end_tokens, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.options import LONGEST
@@ -163,16 +164,16 @@ class DraftVerifier(StateReader):
         return str(self.model.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)).lstrip()
 
     @torch.inference_mode()
-    def generate(self, queries: Sequence[Query]) -> list[list[int]]:
-        """Return the tokens that the model generates greedily."""
-        return self._generate(queries, self.batch_size)
+    def generate(self, queries: Sequence[Query], decoding: Decoding = GREEDY) -> list[list[int]]:
+        """Return the tokens that the model generates greedily, or by another decoding."""
+        return self._generate(queries, self.batch_size, decoding)
 
     def generate_alone(self, queries: Sequence[Query]) -> list[list[int]]:
         """Return what the model generates for each query by itself: what shares a batch may decide a near tie."""
         # If not plain, every reply is generated here: one by one, that would take too long.
         return self._generate(queries, 1 if self.plain else self.batch_size)
 
-    def _generate(self, queries: Sequence[Query], size: int) -> list[list[int]]:
+    def _generate(self, queries: Sequence[Query], size: int, decoding: Decoding = GREEDY) -> list[list[int]]:
         # Prompts of one length need no padding, which would shift their positions.
         groups: dict[object, list[int]] = defaultdict(list)
         for number, query in enumerate(queries):
@@ -183,7 +184,8 @@ class DraftVerifier(StateReader):
 
         def generate_batch(numbers: Sequence[int]) -> None:
             some = [queries[number] for number in numbers]
-            tokens = generate(self.model, [one.prompt for one in some], [one.image for one in some], self.longest)
+            prompts, images = [one.prompt for one in some], [one.image for one in some]
+            tokens = generate(self.model, prompts, images, self.longest, decoding)
             found.update(zip(numbers, tokens, strict=True))
 
         def alone(number: int, problem: str) -> None:

@@ -24,7 +24,7 @@ from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
 from mmray.features.evaluation.mmedit import Records, measure_records
 from mmray.features.evaluation.pope import measure_pope
 from mmray.features.evaluation.quality import bleu_sums, has_bleu
-from mmray.features.evaluation.queries import Change, Edit, Query, Reply
+from mmray.features.evaluation.queries import Change, Edit, Query, Reply, TextChange
 from mmray.features.evaluation.settings import MeasureSettings
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
 from mmray.models.prompting import prompt_text
@@ -275,18 +275,9 @@ class EditEvaluator:
         tried += [((VARIANTS[query.variant],), found[query.key]) for query in scoped.variants]
         for measures, reply in tried:
             generality(rows, measures, self.requests, self.lexicon, sample, reply)
-        rows.captions.append(
-            {
-                "sample_id": sample.sample_id,
-                "before": change.before,
-                "after": change.after,
-                "changed": not change.same,
-                "role": scope.role,
-                "image": sample.image_key,
-            }
-        )
+        rows.captions.append(caption_row(sample, change, scope.role))
 
-    def _add_quality(self, rows: MeasurementBuffer, common: _SampleQueries, found: Mapping[Key, Change]) -> None:
+    def _add_quality(self, rows: MeasurementBuffer, common: _SampleQueries, found: Mapping[Key, TextChange]) -> None:
         """Add hallucination and caption quality of one sample, whatever the edit is about."""
         sample, change, objects = common.sample, found[common.caption.key], objects_of(common.sample)
         name, language = sample.sample_id, sample.language
@@ -307,7 +298,7 @@ class EditEvaluator:
             rows.add("bleu", name, before, after)
 
     def _add_similarity(
-        self, rows: MeasurementBuffer, common: Sequence[_SampleQueries], found: Mapping[Key, Change]
+        self, rows: MeasurementBuffer, common: Sequence[_SampleQueries], found: Mapping[Key, TextChange]
     ) -> None:
         """Add the similarity of captions to the data's, by greedy token matching as in BERTScore."""
         if self.encoder is None:
@@ -339,6 +330,18 @@ class EditEvaluator:
             target = tokens if self.baseline.cut_off(query) else [*tokens, verifier.end]
             name, length = query.sample_id, len(target)
             teacher_forced_effects(rows, one.scope, name, target, before[:length], after[:length])
+
+
+def caption_row(sample: Sample, change: TextChange, role: str) -> dict[str, object]:
+    """Return a row of the captions before and after."""
+    return {
+        "sample_id": sample.sample_id,
+        "before": change.before,
+        "after": change.after,
+        "changed": not change.same,
+        "role": role,
+        "image": sample.image_key,
+    }
 
 
 def _failure(sample: Sample, stage: str, reason: str) -> Failure:

@@ -23,6 +23,7 @@ from mmray.features.census.inputs import open_data
 from mmray.features.editing.edit import open_edit
 from mmray.features.editing.files import CAPTIONS_FILE, EVALUATION_FILE
 from mmray.features.evaluation.baseline_replies import BaselineReplies
+from mmray.features.evaluation.decoding_evaluator import DecodingEvaluator, MeasuredDecoding
 from mmray.features.evaluation.edit_requests import EDITED
 from mmray.features.evaluation.evaluator import EditEvaluator
 from mmray.features.evaluation.measurement_buffer import MeasurementBuffer
@@ -32,6 +33,7 @@ from mmray.features.evaluation.queries import Edit
 from mmray.features.evaluation.settings import EvaluationSettings
 from mmray.features.evaluation.summary import summarise, verdict_of
 from mmray.features.evaluation.tables import PARTS
+from mmray.models.decodings import decoding_of
 from mmray.neurons.model import load_model
 from mmray.runs.run import open_run
 from mmray.runs.tables import to_bytes
@@ -41,7 +43,7 @@ Opener = Callable[[str], Edit]
 
 
 class EvaluationJob(Job[EvaluationSettings, EvaluationContext]):
-    """Measures what an edit changed, and what it left alone.
+    """Measures what an edit changed, and what it left alone; or what another decoding does to replies about images.
 
     Edits of one run that are evaluated together share the model and its replies before them. Their settings may differ
     in the edit alone.
@@ -56,13 +58,18 @@ class EvaluationJob(Job[EvaluationSettings, EvaluationContext]):
 
     @property
     def target(self) -> str:
-        """The edit's folder."""
-        return self.settings.edit.rstrip("/")
+        """The edit's folder, or the decoding's in the run."""
+        return self.settings.subject
 
     def plan(self) -> Plan[EvaluationContext]:
         """Plan the data, questions and records to measure on."""
-        edit = self.opener(self.settings.edit)
-        return plan_evaluation(self.settings, open_run(self.settings.run), edit)
+        return plan_evaluation(self.settings, open_run(self.settings.run), self.subject())
+
+    def subject(self) -> Edit:
+        """Open the edit, or what stands in its place."""
+        if self.settings.decoding is not None:
+            return MeasuredDecoding(decoding_of(self.settings.decoding))
+        return self.opener(self.settings.subject)
 
     def worker(self, context: EvaluationContext) -> Worker:
         """Load the model and the edit, and return the function that measures a unit."""
@@ -83,7 +90,13 @@ class EvaluationJob(Job[EvaluationSettings, EvaluationContext]):
         settings = plan.context.settings
         measured, captions = _gathered(plan, parts)
         measures = summarise(measured, settings, in_sample=settings.data == plan.context.own.data)
-        found = verdict_of(measures)
+        if settings.decoding is not None:
+            # Measures of what an edit should do have no sample.
+            measures = {name: row for name, row in measures.items() if row["n"]}
+            for row in measures.values():
+                row["protocol"] = f"after: {decoding_of(settings.decoding)}, before: {row['protocol']}"
+        # The bounds are those of edits.
+        found = verdict_of(measures) if settings.decoding is None else None
         receipts = parts.receipts.values()
         content = {
             "verdict": found,
@@ -102,7 +115,7 @@ class EvaluationJob(Job[EvaluationSettings, EvaluationContext]):
         # Captions first: evaluation.json says that both are there.
         output.file(CAPTIONS_FILE, to_bytes(captions))
         output.file(EVALUATION_FILE, json.dumps(content, indent=1, ensure_ascii=False, default=str).encode())
-        return {"edit": self.settings.edit, "verdict": found, "measures": measures, "cost": plan.context.cost}
+        return {"edit": self.settings.subject, "verdict": found, "measures": measures, "cost": plan.context.cost}
 
 
 class _SharedBaseline:
@@ -115,8 +128,12 @@ class _SharedBaseline:
     def worker(self, job: Job[EvaluationSettings, EvaluationContext], context: EvaluationContext) -> Worker:
         """Return the function that measures the units of one edit."""
         assert isinstance(job, EvaluationJob)
-        edit = job.opener(context.settings.edit)
-        evaluator = EditEvaluator(self.baseline, edit, context.statistics, context.settings)
+        edit = job.subject()
+        known = context.statistics, context.settings
+        if isinstance(edit, MeasuredDecoding):
+            evaluator: EditEvaluator = DecodingEvaluator(self.baseline, edit, *known)
+        else:
+            evaluator = EditEvaluator(self.baseline, edit, *known)
 
         def measure(unit: engine.Unit) -> UnitResult:
             if unit.group != self.group:

@@ -95,6 +95,8 @@ def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engin
     columns = {name: value for name in COLUMNS if (value := getattr(settings, name)) is not None}
     census = own.model_copy(update={"data": settings.data, "limit": settings.limit, **columns})
     if run.info["model"].get("image") == "none":
+        if settings.decoding:
+            raise InputError(f"{census.model}: reads text only; --decoding needs a model that takes images")
         settings, census = _of_texts(settings, census)
     settings = settings.model_copy(update={"prompt": settings.prompt or own.prompt})
     source = open_measured(census)
@@ -106,8 +108,10 @@ def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engin
     statistics = found.statistics
     own_manifest, own_units = _own(run, purposes, manifest)
     words = requests_of(purposes, ObjectLexicon(statistics.vocabulary, statistics.translations)).words
-    texts = text_questions_of(settings, statistics, words)
-    held_out = held_out_texts(settings.text_count, settings.seed)
+    # A decoding is about images: texts without one are continued by the model alone.
+    count = 0 if settings.decoding else settings.text_count
+    texts = [] if settings.decoding else text_questions_of(settings, statistics, words)
+    held_out = held_out_texts(count, settings.seed)
     records = read_records(settings.mmedit, settings.mmedit_images) if settings.mmedit else None
     units = [EvaluationUnit("data", shard.shard_id, shard.samples) for shard in manifest.shards]
     # The edit's own images lie in the run's data; without them there is no reliability.
@@ -150,7 +154,6 @@ def _of_texts(settings: EvaluationSettings, census: CensusSettings) -> tuple[Eva
 def _digests(context: EvaluationContext, run: Run, units: tuple[EvaluationUnit, ...]) -> dict[str, str]:
     """Return the digests of everything that the result depends on."""
     settings = context.settings
-    edit = open_store(settings.edit)
     found = {
         "model": run.info["digests"]["model"],
         "data": context.manifest.digest,
@@ -158,7 +161,7 @@ def _digests(context: EvaluationContext, run: Run, units: tuple[EvaluationUnit, 
         "asked": _asked(context, units),
         # Parts of an earlier version may lack a column, and can't be merged with new ones.
         "rows": ",".join(PARTS["measurements"].names),
-        "edit": _digest([edit.entry(name) for name in (FACTS_FILE, ROWS_FILE)]),
+        "edit": settings.decoding or _edit_digest(settings.subject),
         "encoder": _digest(open_store(settings.encoder).list()) if settings.encoder else "",
     }
     # By content, because `synonyms` may name a file that changes.
@@ -183,6 +186,11 @@ def _asked(context: EvaluationContext, units: tuple[EvaluationUnit, ...]) -> str
     # Sorted, because equal dicts may list their items in another order.
     statistics = sorted(context.statistics.counts.items()), sorted(map(str, context.statistics.translations.items()))
     return hashlib.sha256(repr((context.texts, context.held_out, records, statistics, units)).encode()).hexdigest()[:16]
+
+
+def _edit_digest(folder: str) -> str:
+    edit = open_store(folder)
+    return _digest([edit.entry(name) for name in (FACTS_FILE, ROWS_FILE)])
 
 
 def _digest(entries: Sequence[Entry | None]) -> str:

@@ -110,11 +110,22 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Change:
-    """One reply before and after an edit. Positions are those of the reply before it, its end included."""
+class TextChange:
+    """One reply before and after an edit, or by the model alone and by another decoding."""
 
     before: str
     after: str
+
+    @property
+    def same(self) -> bool:
+        """Return whether the reply is the same to the letter."""
+        return self.before == self.after
+
+
+@dataclass(frozen=True)
+class Change(TextChange):
+    """One greedy reply before and after an edit. Positions are those of the reply before it, its end included."""
+
     span: float
     """Share of positions with the same likeliest token, teacher-forced along the reply before."""
     greedy_span: float
@@ -125,8 +136,3 @@ class Change:
     """Share of equal (position, rank) slots of the ten likeliest tokens, over the whole sequence."""
     top1: float | None
     """The same of the likeliest token alone."""
-
-    @property
-    def same(self) -> bool:
-        """Return whether the greedy reply is the same to the letter."""
-        return self.before == self.after

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mmray.engine.settings import JobSettings, after_work, checked, execution, known_by_digest
+from mmray.models.decodings import decoding_of
 from mmray.models.options import LONGEST
 from mmray.objects.answers import Parser
 from mmray.objects.statistics import Adversarial, GroundTruth, Positives
@@ -78,8 +79,11 @@ class EvaluationSettings(JobSettings, MeasureSettings):
 
     run: str = known_by_digest()
     """Folder of the run that the edit was made from."""
-    edit: str = known_by_digest()
+    edit: str | None = known_by_digest(None)
     """Folder of the edit."""
+    decoding: str | None = known_by_digest(None)
+    """Decoding to measure in place of an edit: vcd, no-image, pai, average, or NAME:STRENGTH. Its replies about images
+    are measured."""
     data: str = known_by_digest()
     """Data to measure on, in any form that a census takes."""
     limit: int | None = Field(None, ge=1)
@@ -96,6 +100,23 @@ class EvaluationSettings(JobSettings, MeasureSettings):
     """Column of the caption's language; default: the run's."""
     objects_column: str | None = None
     """Column of the objects in the image; default: the run's."""
+
+    @model_validator(mode="after")
+    def _one_subject(self) -> Self:
+        if (self.edit is None) == (self.decoding is None):
+            raise ValueError("give --edit or --decoding, and not both")
+        if self.decoding is not None:
+            decoding_of(self.decoding)
+            if self.pope or self.mmedit:
+                raise ValueError("--pope and --mmedit are measured of edits; leave them out with --decoding")
+        return self
+
+    @property
+    def subject(self) -> str:
+        """Folder of what is measured, where the results are written."""
+        if self.edit is not None:
+            return self.edit.rstrip("/")
+        return f"{self.run.rstrip('/')}/decodings/{str(decoding_of(self.decoding or '')).replace(':', '-')}"
 
 
 def evaluation_settings(values: dict[str, Any]) -> EvaluationSettings:

@@ -30,6 +30,8 @@ from mmray.features.evaluation.measures import PRIMARY
 from mmray.features.evaluation.plan import manifest_without
 from mmray.features.evaluation.settings import evaluation_settings, measure_settings
 from mmray.features.evaluation.summary import verdict_of
+from mmray.models.decodings import GREEDY, decoding_of
+from mmray.models.generation import generate
 from mmray.objects.statistics import gather_statistics
 from tests.support.command import Answer
 from tests.support.data_files import write_coco
@@ -425,3 +427,52 @@ def test_an_edit_that_is_none(run: Path, tmp_path: Path) -> None:
     values = SETTINGS | {"run": str(run), "edit": str(tmp_path)}
     with pytest.raises(InputError, match="no edit here"):
         run_job(EvaluationJob(evaluation_settings(values), refuse))
+
+
+def decoded(run: Path, name: str, follow: Callable[[Progress], None] = lambda _: None) -> JobResult:
+    values = SETTINGS | {"run": str(run), "decoding": name}
+    return run_job(EvaluationJob(evaluation_settings(values)), follow=follow)
+
+
+def test_a_decoding_is_measured_in_an_edits_place(run: Path, demo: Any) -> None:
+    outcome = decoded(run, "no-image:8")
+    rows = pq.read_table(run / "decodings" / "no-image-8" / "captions.parquet").to_pylist()
+    samples = {sample.sample_id: sample for sample in samples_of(EVALUATION, 16)}
+    assert {row["sample_id"] for row in rows} == set(samples)
+    assert any(row["changed"] for row in rows)
+    baseline = BaselineReplies(demo, 8)
+    queries = [baseline.query(samples[row["sample_id"]]) for row in rows]
+    prompts, images = [query.prompt for query in queries], [query.image for query in queries]
+    for column, decoding in (("before", GREEDY), ("after", decoding_of("no-image", 8.0))):
+        written = generate(demo, prompts, images, decoding=decoding)
+        assert [row[column] for row in rows] == [baseline.verifier.text(tokens) for tokens in written]
+    found = measures(outcome)
+    assert {"chair_i", "chair_s", "recall", "mean_length", "pope_random_accuracy"} <= set(found)
+    words = [len(row["after"].rstrip(".").split()) for row in rows]
+    assert found["mean_length"]["after"] == pytest.approx(sum(words) / len(words))
+    # What an edit should do, and what depends on no decoding, is not said to have been measured.
+    assert not {"reliability", "text_locality", "perplexity"} & set(found)
+    assert outcome.headline["verdict"] is None
+    assert all("no-image:8" in row["protocol"] for row in found.values())
+
+
+def test_a_decoding_without_strength_changes_nothing_and_is_measured_once(run: Path) -> None:
+    for row in measures(decoded(run, "vcd:0")).values():
+        assert row["before"] == row["after"]
+    said: list[Progress] = []
+    decoded(run, "vcd:0", said.append)
+    assert not said
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({}, "give --edit or --decoding"),
+        ({"edit": "e", "decoding": "vcd"}, "and not both"),
+        ({"decoding": "vdc"}, "choose from vcd"),
+        ({"decoding": "vcd", "pope": ["f"]}, "leave them out with --decoding"),
+    ],
+)
+def test_what_is_measured_must_be_one_thing(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        evaluation_settings({"run": "r", "data": "d", **values})
