@@ -81,8 +81,8 @@ def generate(
 
 def check_decoding(model: LoadedModel, decoding: Decoding) -> None:
     """Write a token by a decoding about an image of noise; raises InputError if the model's family can't have it."""
-    prompt = prompt_text(model, None, "en", image=model.parts.reads_images)
-    generate(model, [prompt], [noise_image() if model.parts.reads_images else None], 1, decoding)
+    if not decoding.plain:
+        generate(model, [prompt_text(model, None, "en")], [noise_image()], 1, decoding)
 
 
 def end_tokens(model: LoadedModel) -> set[int]:

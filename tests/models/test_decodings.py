@@ -10,7 +10,7 @@ from mmray.errors import InputError
 from mmray.models import combined_logits
 from mmray.models.combined_logits import PIXELS, CombinedLogits, combined
 from mmray.models.decodings import DECODINGS, GREEDY, PAI_GAMMA, decoding_of
-from mmray.models.generation import generate
+from mmray.models.generation import check_decoding, generate
 from mmray.models.image_attention import ImageAttention
 from mmray.models.processing import IMAGE_MASK
 from mmray.models.prompting import encode, prompt_text
@@ -247,3 +247,11 @@ def test_implausible_tokens_are_never_taken():
     scores = combined(image, [(5.0, torch.tensor([[0.9, 0.09, 0.01]]).log())])
     assert scores.argmax(dim=1).tolist() == [1]
     assert scores[0, 2] == -torch.inf
+
+
+def test_a_family_is_checked_before_any_work(open_model):
+    for name in DECODINGS:
+        check_decoding(open_model("llava"), decoding_of(name))
+    check_decoding(open_model("mllama"), decoding_of("vcd"))
+    with pytest.raises(InputError, match="no tokens of the prompt"):
+        check_decoding(open_model("mllama"), decoding_of("pai"))

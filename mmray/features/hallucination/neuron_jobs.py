@@ -28,6 +28,7 @@ from mmray.features.hallucination.mentions import FIT, QUANTITIES, Mentioned, Me
 from mmray.features.hallucination.neuron_tables import PARTS, TABLES
 from mmray.features.hallucination.probe import Mentions, SparseProbe, judge_all
 from mmray.features.hallucination.settings import ClaimSettings, DoseSettings, ProbeSettings
+from mmray.models.generation import check_decoding
 from mmray.neuron_names import NeuronNames
 from mmray.neurons.controls import layer_matched
 from mmray.neurons.model import load_model
@@ -366,6 +367,9 @@ class DoseJob(MentionJob[DoseSettings, DoseContext]):
     def observer(self, reader: MentionReader, context: DoseContext) -> Observe:
         """Return the function that captions a unit's test images under every condition."""
         questions = self.settings.questions
+        for condition in context.conditions:
+            # Before any work: in a batch, what a family can't have would fail image by image.
+            check_decoding(reader.model, condition.decoding)
 
         def dosed(images: Images) -> dict[str, pa.Table]:
             found = [PARTS["dosed"].empty_table()]
