@@ -27,6 +27,21 @@ def located(run: Run, concept: str, count: int, layers: Sequence[int], by: str =
     return list(zip(rows["layer"].to_pylist(), rows["unit"].to_pylist(), strict=True))
 
 
+def probed(run: Run, count: int, layers: Sequence[int], *, raised: bool) -> list[Neuron]:
+    """Return the first `count` neurons in these layers by their weight in the run's probe of hallucinated mentions.
+
+    With `raised`, only those that do more at hallucinated mentions. Raises InputError without such neurons.
+    """
+    table = run.optional("hallucination_neurons")
+    if table is None:
+        raise InputError(f"{run.uri}: --by probe needs the neurons of `mmray hallucination {run.uri} --neurons`")
+    rows = [row for row in table.to_pylist() if row["layer"] in layers and (row["weight"] > 0 or not raised)]
+    if not rows:
+        raise InputError(f"no such neuron of the probe in layers {min(layers)} to {max(layers)}; edit more --layers")
+    rows.sort(key=lambda row: -abs(row["weight"]))
+    return [(row["layer"], row["unit"]) for row in rows[:count]]
+
+
 def matched(model: LoadedModel, neurons: Sequence[Neuron], seed: int) -> list[Neuron]:
     """Return as many random neurons per layer, none of the given ones among them: the control.
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from mmray.engine.settings import checked
 from mmray.features.editing.edit_methods import EDIT_METHODS, Method, methods_help
 
-By = Literal["specific", "score", "share"]
+By = Literal["specific", "score", "share", "probe"]
 
 
 class EditSettings(BaseModel):
@@ -35,7 +35,8 @@ class EditSettings(BaseModel):
     layers: int = Field(1, ge=1)
     """Number of last layers whose neurons may be edited. With 1, learning runs no block of the network."""
     by: By = "specific"
-    """Order of the ranking that locates the neurons."""
+    """Order of the ranking that locates the neurons. probe, with --reduce-hallucination: those that mmray hallucination
+    --neurons found, in the last --layers."""
     samples: int = Field(24, ge=1)
     """Most images of the source, or of each hallucinated word, to make the edit on."""
     kept: int = Field(256, ge=0)
@@ -71,6 +72,8 @@ class EditSettings(BaseModel):
             raise ValueError("--source and --target go together")
         if swap and self.source == self.target:
             raise ValueError("--source and --target are the same")
+        if self.by == "probe" and not self.reduce_hallucination:
+            raise ValueError("--by probe is for --reduce-hallucination")
         if swap and EDIT_METHODS[self.method].closed_form:
             raise ValueError(
                 f"--method {self.method} can't write --target; give --suppress {self.source}, or another method"

@@ -12,8 +12,9 @@ from mmray.features.editing.dataset import EditDataset, Example, replaced
 from mmray.features.editing.deltas import Neuron
 from mmray.features.editing.divergence import contrasting
 from mmray.features.editing.edit import Purpose
+from mmray.features.editing.edit_methods import EDIT_METHODS
 from mmray.features.editing.kept_answers import HELD_OUT, KeptAnswers, kept, kept_answers
-from mmray.features.editing.locating import last_layers, located, sharing
+from mmray.features.editing.locating import last_layers, located, probed, sharing
 from mmray.features.editing.reduction_samples import hallucinations
 from mmray.features.editing.resumed_forward import recorded
 from mmray.features.editing.settings import EditSettings
@@ -116,8 +117,13 @@ def _hallucination_task(dataset: EditDataset, settings: EditSettings) -> Task:
     """Settle an edit that removes from captions what is not in the image."""
     found = hallucinations(dataset, settings.samples, settings.kept, settings.seed)
     layers = last_layers(dataset.model, settings.layers)
-    # Not by a run's ranking, whose occurrences of a word may be right or wrong.
-    neurons = contrasting(dataset.model, found.new, found.without_guarded_word, settings.neuron_limit, layers)
+    if settings.by == "probe":
+        # Less of what is written more at true mentions would not reduce what is wrong.
+        raised = EDIT_METHODS[settings.method].closed_form
+        neurons = probed(dataset.run, settings.neuron_limit, layers, raised=raised)
+    else:
+        # Not by a run's ranking, whose occurrences of a word may be right or wrong.
+        neurons = contrasting(dataset.model, found.new, found.without_guarded_word, settings.neuron_limit, layers)
     samples, images = _made_on(dataset, found.new)
     purpose = Purpose("hallucination", pairs=found.pairs, language=settings.language, samples=samples, images=images)
     words = list(purpose.unwanted)

@@ -1,17 +1,25 @@
 """What the demo claims and is not there: found, put right, located in contrast, and unlearnt."""
 
+import shutil
+
+import pyarrow as pa
 import pytest
+import torch
 
 from mmray.errors import InputError
 from mmray.features.editing.dataset import EditDataset
 from mmray.features.editing.divergence import contrasting, divergence
+from mmray.features.editing.locating import probed
 from mmray.features.editing.methods import make_edit
 from mmray.features.editing.reduction_samples import hallucinations, own_captions, pairs_of
 from mmray.features.editing.settings import edit_settings
 from mmray.features.editing.training import log_likelihoods
 from mmray.models.generation import generate
+from mmray.models.parts import output_rows
 from mmray.neurons.model import open_image
 from mmray.runs.run import open_run
+from tests.support.local_jobs import write_table
+from tests.support.samples import weights
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +148,50 @@ def test_a_model_that_claims_nothing_wrong_is_refused(dataset, monkeypatch):
     with pytest.raises(InputError, match="claims nothing") as refused:
         hallucinations(dataset, 8, 48, 0)
     assert "\n" not in str(refused.value)
+
+
+@pytest.fixture
+def probed_run(dataset, tmp_path):
+    """The run with a probe's table: two neurons do more where a mention is wrong, and one does less."""
+    folder = shutil.copytree(dataset.run.uri, tmp_path / "run")
+    last = len(dataset.model.widths) - 1
+    rows = [
+        {"layer": layer, "unit": unit, "neuron": f"L{layer}.u{unit}", "weight": weight}
+        for layer, unit, weight in ((0, 3, 0.2), (last, 5, -0.9), (last, 7, 0.5))
+    ]
+    schema = pa.schema([("layer", pa.int32()), ("unit", pa.int32()), ("neuron", pa.string()), ("weight", pa.float64())])
+    write_table(folder, "hallucination_neurons", pa.Table.from_pylist(rows, schema))
+    return open_run(folder), last
+
+
+def test_neurons_of_the_probe_are_taken_by_weight(probed_run, dataset):
+    run, last = probed_run
+    layers = range(last + 1)
+    assert probed(run, 2, layers, raised=False) == [(last, 5), (last, 7)]
+    assert probed(run, 9, layers, raised=True) == [(last, 7), (0, 3)]
+    assert probed(run, 9, [last], raised=True) == [(last, 7)]
+    with pytest.raises(InputError, match="edit more --layers"):
+        probed(run, 9, [1], raised=True)
+    with pytest.raises(InputError, match="mmray hallucination"):
+        probed(dataset.run, 9, layers, raised=True)
+    with pytest.raises(InputError, match="is for --reduce-hallucination"):
+        edit_settings({"suppress": "dog", "by": "probe"})
+
+
+@pytest.mark.slow
+def test_an_edit_scales_the_rows_of_what_does_more_at_mistakes_and_is_undone(probed_run, dataset):
+    run, last = probed_run
+    sizes = {"samples": 4, "kept": 8, "layers": last + 1}
+    request = edit_settings({"reduce_hallucination": True, "by": "probe", "method": "scale", "factor": 0.25, **sizes})
+    edit = make_edit(EditDataset(dataset.model, run), [request])
+    found = dict(zip(zip(edit.layer.tolist(), edit.unit.tolist(), strict=True), edit.delta, strict=True))
+    assert set(found) == {(0, 3), (last, 7)}
+    before = weights(dataset.model)
+    for (layer, unit), delta in found.items():
+        row = output_rows(dataset.model.network, dataset.model.projections[layer])[unit].clone()
+        torch.testing.assert_close(delta, -0.75 * row)
+        with edit.applied(dataset.model):
+            torch.testing.assert_close(
+                output_rows(dataset.model.network, dataset.model.projections[layer])[unit], 0.25 * row
+            )
+    assert weights(dataset.model) == before
