@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch.nn import functional
 from transformers import LogitsProcessorList
 
+from mmray.models.bans import RowBans
 from mmray.models.combined_logits import PIXELS, add_noise, decoding_hooks, views_of
 from mmray.models.decodings import GREEDY, NOISED, Decoding
 from mmray.models.families import habits_of
@@ -28,11 +29,13 @@ def generate(
     images: Sequence[Image | None],
     longest: int = LONGEST,
     decoding: Decoding = GREEDY,
+    banned: Sequence[Sequence[list[int]]] = (),
 ) -> list[list[int]]:
     """Return the token ids that the model writes after each prompt, without the end token.
 
     Each is the likeliest, by the model alone or by a `decoding`; prompts without an image are always continued by the
-    model alone. Raises InputError for a decoding that the family can't have.
+    model alone. `banned` has per prompt the token sequences that it may not be continued with. Raises InputError for a
+    decoding that the family can't have.
     """
     seen = [image for image in images if image is not None]
     plain = decoding.plain or not seen
@@ -45,8 +48,9 @@ def generate(
     alone = rewrites and not features["attention_mask"].all()
     alone |= not plain and NOISED in dict(decoding.views) and len(features.get(PIXELS, ())) != len(rows)
     if alone and len(images) > 1:
-        pairs = zip(prompts, images, strict=True)
-        return [generate(model, [one], [image], longest, decoding)[0] for one, image in pairs]
+        own = [[row] for row in banned] or [[]] * len(images)
+        triples = zip(prompts, images, own, strict=True)
+        return [generate(model, [one], [image], longest, decoding, some)[0] for one, image, some in triples]
     if not plain:
         features = add_noise(model, features, seen, decoding)
     if not model.parts.encoder_decoder:
@@ -64,9 +68,14 @@ def generate(
         longest = max(1, min(longest, model.context - features["input_ids"].shape[1]))
     with ExitStack() as stack:
         hooks = [] if plain else stack.enter_context(decoding_hooks(model, decoding, features, len(images)))
+        bans = [RowBans(banned)] if any(banned) else []
         # The checkpoint's other settings were reset when it was loaded.
         written = network.generate(
-            **inputs, max_new_tokens=longest, do_sample=False, num_beams=1, logits_processor=LogitsProcessorList(hooks)
+            **inputs,
+            max_new_tokens=longest,
+            do_sample=False,
+            num_beams=1,
+            logits_processor=LogitsProcessorList([*hooks, *bans]),
         )
     # Decoder-only networks return the prompt too, except those that get embeddings (BLIP-2).
     if not model.parts.encoder_decoder:

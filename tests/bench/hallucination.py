@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--doses", type=float, nargs="+", default=[0.0, 0.5, 2.0, 3.0])
     parser.add_argument("--decoding", nargs="*", default=DECODED)
+    parser.add_argument("--ban-below", type=float, nargs="*", default=(0.3, 0.5, 0.7))
     parser.add_argument("--write", action="store_true", help="put the table of doses into the README")
     parser.add_argument("--workers", help="default: this process, without Ray")
     parser.add_argument("--folder", help="where the run is kept; default: a temporary one")
@@ -53,6 +54,7 @@ def main() -> None:
         run = mmray.census(arguments.model, data, f"{folder}/run", limit=4, dtype=arguments.dtype, **where)
         given = {"run": run.uri, "data": data, "interventions": True, "local": not arguments.workers}
         given |= {"decoding": list(arguments.decoding), "doses": arguments.doses}
+        given["ban_below"] = list(arguments.ban_below)
         sizes = {"tested": arguments.tested, "questions": arguments.questions, "workers": arguments.workers}
         done = run_neurons(neuron_settings(given | sizes))
         # Wide enough for every column, whatever the terminal.

@@ -204,3 +204,19 @@ def test_the_unembedding_gets_states_that_cost_no_copy_of_its_weights(open_model
     with model.network.get_output_embeddings().register_forward_hook(lambda _, given, __: seen.append(given[0])):
         generate(model, [prompt_text(model, None, "en")] * 2, [picture(0), picture(1)], longest=2)
     assert seen and all(states.is_contiguous() for states in seen)
+
+
+def test_each_row_is_written_without_what_is_banned_for_it(open_model, monkeypatch):
+    model = open_model("llava")
+    prompt, images = prompt_text(model, None, "en"), [picture(0), picture(1), picture(2)]
+    plain = generate(model, [prompt] * 3, images, longest=6)
+    # One token, and a sequence of two; the last row is free.
+    banned = [[plain[0][:1]], [plain[1][1:3]], []]
+    written = generate(model, [prompt] * 3, images, longest=6, banned=banned)
+    assert written[2] == plain[2]
+    for image, own, before, after in zip(images[:2], banned, plain, written, strict=False):
+        assert after != before
+        # One image alone may have transformers' own ban, which is the same for all rows.
+        with monkeypatch.context() as patch:
+            patch.setattr(model.network.generation_config, "bad_words_ids", own)
+            assert generate(model, [prompt], [image], longest=6) == [after]

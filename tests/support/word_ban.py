@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmray.features.editing.baselines import banned_tokens
 from mmray.features.editing.edit import Purpose
+from mmray.models.bans import banned_tokens
 from mmray.models.loading import LoadedModel
 
 

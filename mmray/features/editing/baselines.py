@@ -85,11 +85,3 @@ class LowRank(Deltas):
         """Put the plain projection back."""
         parent, _, name = self.path.rpartition(".")
         setattr(self.model.network.get_submodule(parent), name, self.plain)
-
-
-def banned_tokens(model: LoadedModel, words: Sequence[str]) -> list[list[int]]:
-    """Return the words' token ids within a sentence, at its start, and as English plurals."""
-    # The spelling after a blank comes first, because closed forms take that one alone.
-    spellings = [form for word in words for form in (f" {word}", word, f" {word}s")]
-    found = [model.tokenizer(form, add_special_tokens=False)["input_ids"] for form in spellings]
-    return [list(ids) for ids in dict.fromkeys(map(tuple, found)) if ids]

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmray.features.editing.baselines import LowRank, banned_tokens, most_active, rank_one, whole_layers
+from mmray.features.editing.baselines import LowRank, most_active, rank_one, whole_layers
 from mmray.features.editing.closed_form import LayerRows
 from mmray.features.editing.dataset import EditDataset, open_edit_dataset
 from mmray.features.editing.deltas import Deltas, Neuron
@@ -26,6 +26,7 @@ from mmray.features.editing.task import Task, prepare
 from mmray.features.editing.training import TrainingConfig, learn
 from mmray.features.editing.validation import broken, excess, validate
 from mmray.features.editing.whitening import INPUT_RIDGE, OUTPUT_RIDGE, null_space, whitening
+from mmray.models.bans import banned_tokens
 from mmray.models.norms import lens
 from mmray.models.parts import output_rows
 from mmray.runs.run import Run

@@ -24,7 +24,8 @@ from PIL.Image import Image
 
 from mmray.data.samples import Sample
 from mmray.features.hallucination.claims import ANSWER
-from mmray.features.hallucination.mentions import MentionReader
+from mmray.features.hallucination.doubt import without_doubted
+from mmray.features.hallucination.mentions import MentionReader, WrittenCaption
 from mmray.features.hallucination.neuron_tables import PARTS
 from mmray.models.decodings import DECODINGS, GREEDY, Decoding, decoding_of
 from mmray.models.generation import generate
@@ -40,7 +41,7 @@ from mmray.objects.statistics import STRATEGIES, choose_pope_objects
 from mmray.statistics.bootstrap import Value, measure, ratio, totals_by_image
 
 WORDS = re.compile(r"\w+(?:[-'’]\w+)*")
-SCALE, TRUE_MEAN = "scale", "true mean"
+SCALE, TRUE_MEAN, DOUBT = "scale", "true mean", "ban below"
 MEASURES = {
     "chair_i": "mentions of absent objects, of all mentions",
     "chair_s": "captions with such a mention, of all captions",
@@ -64,7 +65,7 @@ class Condition:
     neurons: str
     """Whose: none, raised, lowered, probe, or random like one of them."""
     change: str | None
-    """SCALE, TRUE_MEAN, or the name of a decoding, whose strength is the dose."""
+    """SCALE, TRUE_MEAN, the name of a decoding, whose strength is the dose, or DOUBT, whose probability is."""
     dose: float | None
     names: tuple[str, ...]
     values: tuple[float, ...] = ()
@@ -82,11 +83,12 @@ def conditions(
     control_means: Sequence[float],
     doses: Sequence[float],
     decodings: Sequence[Decoding] = (),
+    doubts: Sequence[float] = (),
 ) -> list[Condition]:
     """Return the interventions, given the table `hallucination_neurons` and a random neuron of the layer for each.
 
     raised: neurons with a positive weight, whose share is higher at hallucinated mentions; lowered: the others.
-    Decodings come last.
+    Decodings come last, and captions without what the model gives less than each of the probabilities `doubts`.
     """
     names = [row["neuron"] for row in rows]
     raised = [row["weight"] > 0 for row in rows]
@@ -100,7 +102,8 @@ def conditions(
     means = tuple(row["true_activation"] for row in rows)
     found.append(Condition("probe", TRUE_MEAN, None, tuple(names), means))
     found.append(Condition("random like probe", TRUE_MEAN, None, tuple(controls), tuple(control_means)))
-    return found + [Condition("none", one.name, one.strength, ()) for one in decodings]
+    found += [Condition("none", one.name, one.strength, ()) for one in decodings]
+    return found + [Condition("none", DOUBT, probability, ()) for probability in doubts]
 
 
 def observe(
@@ -178,17 +181,16 @@ def _measured(
     reader: MentionReader, pairs: Sequence[tuple[Sample, Image]], condition: Condition, questions: int
 ) -> Iterator[tuple[Sample, str, Sequence[float]]]:
     """Yield, per sample and measure, what it adds up."""
+    if condition.change == DOUBT:
+        assert condition.dose is not None
+        # Neither answers nor plain text name objects that could be banned.
+        yield from _of_captions(without_doubted(reader, pairs, condition.dose))
+        return
     # At the last position of each forward alone, where a token is predicted: the image is read unchanged.
     with _changed(reader, condition, last=True):
         captions = reader.captions(pairs, condition.decoding)
         answers = list(_answers(reader, pairs, questions, condition.decoding))
-    for caption in captions:
-        named = [mention.concept for mention in caption.mentions]
-        wrong = sum(concept not in caption.objects for concept in named)
-        yield caption.sample, "chair_i", (wrong, len(named))
-        yield caption.sample, "chair_s", (wrong > 0, 1)
-        yield caption.sample, "recall", (len(caption.objects.intersection(named)), len(caption.objects))
-        yield caption.sample, "length", (len(WORDS.findall(caption.text)), 1)
+    yield from _of_captions(captions)
     yield from answers
     if not condition.decoding.plain:
         # Decodings are about images: a text without one is read by the model as it is.
@@ -196,6 +198,17 @@ def _measured(
     # A text is read in one forward, in which every position predicts a token.
     with _changed(reader, condition, last=False):
         yield from _read(reader, [sample for sample, _ in pairs if sample.caption])
+
+
+def _of_captions(captions: Sequence[WrittenCaption]) -> Iterator[tuple[Sample, str, Sequence[float]]]:
+    """Yield what captions add up of CHAIR, recall and length."""
+    for caption in captions:
+        named = [mention.concept for mention in caption.mentions]
+        wrong = sum(concept not in caption.objects for concept in named)
+        yield caption.sample, "chair_i", (wrong, len(named))
+        yield caption.sample, "chair_s", (wrong > 0, 1)
+        yield caption.sample, "recall", (len(caption.objects.intersection(named)), len(caption.objects))
+        yield caption.sample, "length", (len(WORDS.findall(caption.text)), 1)
 
 
 def _answers(

@@ -91,14 +91,19 @@ class MentionReader:
         annotated = (with_ground_truth(sample, truth, lexicon, references) for sample in samples)
         return [pair for pair in zip(annotated, images, strict=True) if pair[0].objects is not None]
 
-    def captions(self, pairs: Sequence[tuple[Sample, Image]], decoding: Decoding = GREEDY) -> list[WrittenCaption]:
-        """Let the model caption samples."""
+    def captions(
+        self,
+        pairs: Sequence[tuple[Sample, Image]],
+        decoding: Decoding = GREEDY,
+        banned: Sequence[Sequence[list[int]]] = (),
+    ) -> list[WrittenCaption]:
+        """Let the model caption samples; `banned` has per sample the token sequences that it may not write."""
         prompts = [self._prompt(sample) for sample, _ in pairs]
         written: list[list[int]] = []
         for start in range(0, len(pairs), self.batch_size):
             part = slice(start, start + self.batch_size)
             images = [image for _, image in pairs[part]]
-            written += generate(self.model, prompts[part], images, self.longest, decoding)
+            written += generate(self.model, prompts[part], images, self.longest, decoding, banned[part])
         return self.as_written(pairs, written)
 
     def as_written(self, pairs: Sequence[tuple[Sample, Image]], written: Sequence[list[int]]) -> list[WrittenCaption]:

@@ -105,7 +105,8 @@ def _doses(
     # Each control is set to its own mean at true mentions, as the neurons of the probe are to theirs.
     starts, true = np.cumsum([0, *widths]), sums[False, "activation"].mean
     means = [float(true[int(starts[layer]) + unit]) for layer, unit in controls]
-    every = conditions(rows, [run.names.name(*one) for one in controls], means, settings.doses, decodings)
+    names = [run.names.name(*one) for one in controls]
+    every = conditions(rows, names, means, settings.doses, decodings, settings.ban_below)
     columns = (mentions[name].to_pylist() for name in ("sample_id", "image"))
     images = dict(zip(*columns, strict=True))
     tested = [name for name in images if fold_of(images[name], settings.seed) == TEST]

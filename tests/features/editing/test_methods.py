@@ -8,7 +8,6 @@ import torch
 import mmray
 from mmray.errors import InputError
 from mmray.features.editing import closed_form
-from mmray.features.editing.baselines import banned_tokens
 from mmray.features.editing.closed_form import LayerRows
 from mmray.features.editing.dataset import EditDataset, departing, replaced
 from mmray.features.editing.deltas import Deltas
@@ -21,6 +20,7 @@ from mmray.features.editing.resumed_forward import batched, resume, resume_all
 from mmray.features.editing.settings import edit_settings
 from mmray.features.editing.task import prepare
 from mmray.features.editing.training import TrainingConfig, learn
+from mmray.models.bans import banned_tokens
 from mmray.models.generation import generate
 from mmray.models.options import LONGEST
 from mmray.models.prompting import prompt_text

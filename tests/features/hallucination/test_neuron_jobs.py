@@ -44,7 +44,7 @@ def few_shuffles(monkeypatch):
 def asked(run, **more):
     name, data = run
     sizes = {"shard_size": 13, "draws": 20, "candidates": 64, "tested": 3, "doses": [0.0, 4.0]}
-    sizes["decoding"] = ["vcd:0", "vcd", "no-image:5"]
+    sizes |= {"decoding": ["vcd:0", "vcd", "no-image:5"], "ban_below": [1e-9, 1.0]}
     return neuron_settings({"run": name, "data": data, "local": True, "longest": 16, **sizes, **more})
 
 
@@ -96,12 +96,16 @@ def test_interventions_are_measured_next_to_random_neurons(run, made):
 def test_decodings_are_in_the_same_table(run, made):
     rows = open_run(run[0]).table("hallucination_doses").to_pylist()
     rivals = {(row["change"], row["dose"]) for row in rows if row["neurons"] == "none" and row["change"]}
-    assert rivals == {("vcd", 0.0), ("vcd", 1.0), ("no-image", 5.0)}
+    assert rivals == {("vcd", 0.0), ("vcd", 1.0), ("no-image", 5.0), ("ban below", 1e-9), ("ban below", 1.0)}
     found = {(row["neurons"], row["change"], row["dose"], row["measure"]): row["value"] for row in rows}
     for measure in ("chair_i", "recall", "length", "pope_yes"):
         # Without strength, nothing changes.
         assert found["none", "vcd", 0.0, measure] == found["none", None, None, measure]
         assert ("none", "vcd", 1.0, measure) in found
+    for measure in ("chair_i", "recall", "length"):
+        assert found["none", "ban below", 1e-9, measure] == found["none", None, None, measure]
+    # Below a probability of 1 is every mention, and each word is banned in turn.
+    assert found["none", "ban below", 1.0, "recall"] < found["none", None, None, "recall"]
     # Plain text has no image, and so no decoding.
     assert ("none", "vcd", 1.0, "perplexity") not in found
 
