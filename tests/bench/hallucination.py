@@ -88,9 +88,10 @@ def frontier(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         said = " ".join(["" if change is None else change, *([] if dose is None else [f"{dose:g}"])])
         line = [neurons, said]
         for name, digits in (("chair_i", 3), ("recall", 3), ("length", 2)):
-            relative = own.get(f"{name} relative")
-            line.append(f"{own[name]['value']:.{digits}f}")
-            line.append("" if relative is None else "{value:.2f} ({low:.2f} – {high:.2f})".format(**relative))
+            value, relative = own[name]["value"], own.get(f"{name} relative", {})
+            line.append("–" if value is None else f"{value:.{digits}f}")
+            known = relative.get("low") is not None
+            line.append("{value:.2f} ({low:.2f} – {high:.2f})".format(**relative) if known else "")
         lines.append(line)
     return lines
 
