@@ -65,7 +65,7 @@ class CombinedLogits:
         others = list(zip(self.weights, views, strict=True))
         if self.without is not None:
             last = self.without.log_probs(input_ids[: self.images, -1])
-            others.append((self.no_image, last[:, : image.shape[1]]))
+            others.append((self.no_image, last[:, : image.shape[1]].to(image.device)))
         return combined(image, others).repeat(1 + len(self.weights), 1)
 
 

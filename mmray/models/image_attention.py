@@ -76,12 +76,14 @@ class ImageAttention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None,
+        mask: Any,
         more: dict[str, Any],
     ) -> Float[Tensor, "row position head size"]:
         """Return the attention's output with that of the last position computed anew."""
         if unknown := [name for name in EXTRAS if more.get(name) is not None]:
             raise self._refused(f"its attention has a term ({unknown[0]}) that can't be amplified")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
+            raise self._refused("its attention mask has no row per position; load it with sdpa attention")
         calls = self.calls[module] = self.calls.get(module, 0) + 1
         prompt = self.columns.shape[1]
         # One column more per token written: otherwise columns are no longer those of the prompt.

@@ -255,3 +255,22 @@ def test_a_family_is_checked_before_any_work(open_model):
     check_decoding(open_model("mllama"), decoding_of("vcd"))
     with pytest.raises(InputError, match="no tokens of the prompt"):
         check_decoding(open_model("mllama"), decoding_of("pai"))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"attention_mask": torch.ones(1, 3)}, "no row per position"),
+        ({"s_aux": torch.ones(2)}, "s_aux"),
+        ({}, "does not keep all positions"),
+    ],
+)
+def test_attention_with_unknown_terms_is_refused(open_model, change, reason):
+    """A mask as flash attention has it, sinks, and a cache that has lost columns of the prompt."""
+    model = open_model("llava")
+    attention = ImageAttention(model, torch.ones(1, 4, dtype=torch.bool), 0.5)
+    module = next(iter(attention.layers))
+    query = key = torch.zeros(1, 2, 3, 8)
+    arguments = {"attention_mask": None, "scaling": 1.0} | change
+    with pytest.raises(InputError, match=reason), attention.applied():
+        ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, key, **arguments)
