@@ -54,15 +54,22 @@ CATALOGUE = dict(sorted(_TYPES.items()))
 """By the names of the support matrix: a type, and what sets this one apart from others of the type."""
 
 WITHOUT = {
+    "chameleon": "bars the tokens of images from its logits, so these are no product with the unembedding",
     "diffusion_gemma": "not causal: it generates by diffusion over blocks",
     "evolla": "reads proteins, not images",
+    "glm5_next": "refused: hyper-connections; blocks pass on several streams, mixed in another way than Gemma 3n's",
+    "hy_v4_vl": "refused: hyper-connections, as in glm5_next",
+    "inkling_mm_model": "refused: routed experts of an unknown kind",
     "instructblipvideo": "reads videos, not images",
     "mistral4": "a language model without images",
+    "muse_spark": "refused: routed experts of an unknown kind",
     "nemotron_h_omni": "refused: most of its blocks have no MLP, but state-space layers or attention alone",
     "pi0": "writes actions of a robot, not text",
     "pp_formulanet": "reads formulas without a prompt",
+    "qwen4_exp": "refused: hyper-connections, as in glm5_next",
     "shieldgemma2": "Gemma 3 with another head, of two words",
     "udop": "needs the boxes of words on a page",
+    "unlimited_ocr": "an image that is cut into tiles needs inputs that are no tensors",
 }
 """Types of transformers that are not supported, and why."""
 

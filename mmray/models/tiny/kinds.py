@@ -9,6 +9,7 @@ from typing import Any
 from mmray.models.tiny.pieces import LAYERS, PATCH, SIDE, SQUARE, WIDTH
 
 FOURFOLD = {"height": 4 * SIDE, "width": 4 * SIDE}
+FULL = {"height": 16 * SIDE, "width": 16 * SIDE}
 TWICE = {"height": 2 * SIDE, "width": 2 * SIDE}
 PIXELS = {"size": {"shortest_edge": SIDE**2, "longest_edge": 8 * SIDE**2}}
 GRID = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
@@ -94,8 +95,40 @@ KINDS: dict[str, Kind] = {
     ),
     "blip": Kind(image_settings={"size": SQUARE}, template=False, adds="both"),
     "cohere2_vision": Kind(image_settings={"size": SQUARE, "patch_size": 2}),
+    "cohere_compass": Kind(
+        config={
+            "text_config": {
+                "layer_types": ["sliding_attention", "full_attention"],
+                "rope_parameters": {
+                    name: {"rope_type": "default", "rope_theta": 1e4}
+                    for name in ("sliding_attention", "full_attention")
+                },
+            }
+        }
+    ),
     "cosmos3_edge": Kind(config={"text_config": rotary(2, 3, 3)}),
     "cosmos3_omni": Kind(processor="Qwen3VLProcessor"),
+    # It has as many tokens as queries, of which there are 144 for a tile and 256 for an image.
+    "deepseek_ocr2": Kind(
+        config={
+            "text_config": {
+                "mlp_layer_types": ["dense", "sparse"],
+                "num_experts_per_tok": 2,
+                "n_group": 1,
+                "topk_group": 1,
+            },
+            "vision_config": {
+                "sam_config": {
+                    "downsample_channels": [WIDE, WIDTH],
+                    "output_channels": WIDTH,
+                    "mlp_dim": WIDE,
+                    "global_attn_indexes": [],
+                }
+            },
+        },
+        sizes={"image_size": 16 * SIDE},
+        image_settings={"size": FULL, "tile_size": 12 * SIDE},
+    ),
     "deepseek_vl": Kind(image_settings={"size": SQUARE}, options={"num_image_tokens": 16}),
     "deepseek_vl_hybrid": Kind(
         config={"high_res_vision_config": {"global_attn_indexes": [0, 1], "output_channels": WIDTH}},
@@ -179,6 +212,13 @@ KINDS: dict[str, Kind] = {
         },
         image_settings={"size": SQUARE},
     ),
+    "gemma4_unified": Kind(
+        config={
+            "text_config": {"per_layer_config": {"1": {"head_dim": 16}}},
+            "vision_config": {"model_type": "gemma4_unified_vision", "patch_size": PATCH, "pooling_kernel_size": 3},
+        },
+        image_settings={"patch_size": PATCH, "max_soft_tokens": 70},
+    ),
     "git": Kind(
         image_settings={"size": {"shortest_edge": SIDE}, "crop_size": SQUARE},
         image_processor="CLIPImageProcessor",
@@ -192,6 +232,37 @@ KINDS: dict[str, Kind] = {
         config=GLM.config, image_settings=PIXELS, image_processor="Glm4vImageProcessor", processor="Glm46VProcessor"
     ),
     "glmga": GLM_WITHOUT,
+    # Its processor writes 256 tokens whatever it gets.
+    "got_ocr2": Kind(
+        config={"vision_config": {"global_attn_indexes": [], "output_channels": WIDTH, "mlp_dim": WIDE}},
+        sizes={"image_size": 16 * SIDE},
+        image_settings={"size": FULL},
+        image="<img><imgpad></img>",
+        placeholder="<imgpad>",
+    ),
+    "granite4_vision": Kind(
+        config={
+            "downsample_rate": "1/2",
+            "deepstack_layer_map": [[0, 0], [1, 1]],
+            "spatial_target_layers": [0, 0, 1, 1],
+            "image_grid_pinpoints": GRID,
+            "qformer_config": {"encoder_hidden_size": 64},
+        },
+        sizes={"hidden_size": 64},
+        image_settings={"image_grid_pinpoints": GRID, "size": {"shortest_edge": SIDE}},
+        options={
+            "downsample_rate": "1/2",
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        },
+    ),
+    "granite_docling": Kind(
+        config={"vision_config": {"deepstack_visual_indexes": [0, 1]}},
+        sizes={"image_size": 2 * SIDE},
+        image_settings={"size": TWICE, "max_patches": 2},
+        options={"image_seq_len": 4},
+        named={"image_token": "<image>"},
+    ),
     "hunyuan_vl": Kind(
         config={"text_config": rotary(2, 2, 2, 2, xdrope_section=[2, 2, 2, 2]) | {"head_dim": 16}},
         image="<image_start_token><image_token><image_end_token>",
@@ -260,6 +331,11 @@ KINDS: dict[str, Kind] = {
     "minicpmv4_6": INSERTED,
     "minicpmv4_7": INSERTED,
     "minimax_m3_vl": Kind(named={"image_token": "]<]image[>[", "video_token": "]<]video[>["}),
+    "mistral_large4": Kind(
+        config={"text_config": {"kv_source_layers": [0, 1], "head_dim": 8}},
+        image_settings={"size": {"longest_edge": SIDE}},
+        options={"spatial_merge_size": 2},
+    ),
     "mistral3": Kind(image_settings={"size": {"longest_edge": SIDE}}, options={"spatial_merge_size": 2}),
     "molmo2": Kind(
         config={
@@ -300,6 +376,7 @@ KINDS: dict[str, Kind] = {
         options={"patch_size": PATCH, "pooling_ratio": 1},
     ),
     "pix2struct": Kind(image_settings={"max_patches": 64}, template=False),
+    "pp_chart2table": Kind(named={"image_token": "<image>"}),
     "qianfan_ocr": Kind(
         image_settings={"size": SQUARE},
         options={"image_seq_length": 4},
