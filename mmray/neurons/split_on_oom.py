@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -47,3 +49,10 @@ def free_memory() -> None:
     """Return a failed forward's cached memory to the GPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def trim_heap() -> None:
+    """Return what a batch has freed to the system; glibc keeps blocks of a few MB, and uses other ones next time."""
+    # Other C libraries have no such function, or none of this name.
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

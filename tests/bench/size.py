@@ -18,12 +18,13 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -34,7 +35,7 @@ from mmray.engine.clock import peak_memory, timed_phases
 from mmray.features.census.activity import without_repeats
 from mmray.features.census.inputs import open_data
 from mmray.features.census.reduction import ConceptSums, candidates_kept
-from mmray.features.census.settings import census_settings
+from mmray.features.census.settings import census_settings, shard_size_of
 from mmray.features.census.shard import ShardAnalysis
 from mmray.models.loading import LoadedModel, load
 from mmray.models.parts import locate
@@ -69,6 +70,10 @@ OCCURRENCES = 32
 """Occurrences added at a time."""
 NAMES = 2
 """New names of each noun: with them, the demo's captions have as many nouns as those of COCO."""
+NOUNS, VOCABULARY = 3.5, 5_000
+"""Nouns of a caption, and different nouns that captions have, by Zipf's law: about as in COCO."""
+PER_NEURON = ("totals", "activity", "examples")
+"""Parts that hardly grow with a shard's samples."""
 PHASES = ("read", "decode", "score", "reduce", "candidates", "commit")
 """`score` includes the forward."""
 
@@ -153,6 +158,23 @@ def end_of_shard(widths: Sequence[int], concepts: int, device: torch.device) -> 
     return sums.seconds, time.process_time() - began, size
 
 
+def concepts_of(samples: int) -> int:
+    """Return how many concepts so many captions have, with nouns drawn by Zipf's law."""
+    chances = 1 / (np.arange(VOCABULARY) + 5.0)
+    return int((1 - np.exp(-chances / chances.sum() * NOUNS * samples)).sum())
+
+
+def of_default_shard(parts: Mapping[str, int], samples: int, concepts: int, neurons: int) -> dict[str, float]:
+    """Return bytes per sample in a shard of the default size, from those of a smaller shard, by part.
+
+    Parts per neuron are written once per shard, concepts once per concept, the rest once per sample.
+    """
+    default = shard_size_of(neurons)
+    per_concept = parts["concepts"] / max(1, concepts)
+    found = {name: size / (default if name in PER_NEURON else samples) for name, size in parts.items()}
+    return found | {"concepts": per_concept * concepts_of(default) / default}
+
+
 class Bench:
     """One model, the samples of one shard, and the folder that it is committed to."""
 
@@ -170,6 +192,8 @@ class Bench:
         self.samples = [replace(row, domain=None) for row in islice(english, arguments.samples)]
         self.folder = RunFolder.at(out)
         self.numbers = count()
+        self.rows = 0
+        """Concepts of the last census."""
         # Other processes disturb CPU time less than wall time.
         self.clock = time.perf_counter if self.model.device.type == "cuda" else time.process_time
 
@@ -185,6 +209,7 @@ class Bench:
         with timed_phases() as phases:
             tables = self.analysis(number).run(self.samples)
             tables["activity"] = without_repeats(tables["activity"])
+        self.rows = len(tables["concepts"])
         receipt = self.folder.commit_shard(number, tables, len(self.samples), 0.0, phases=phases)
         seconds = self.clock() - began
         sizes = {entry.key: entry.size for entry in self.folder.store.list("shards/")}
@@ -249,6 +274,11 @@ def run(arguments: argparse.Namespace, out: str) -> str:
     rows.append((f"memory above the model's, of the {'GPU' if cuda else 'process'}", f"{above / 1e9:.2f} GB", ""))
     rows += [(f"bytes of `{name}` per sample", f"{size / samples / 1e3:.1f} kB", "") for name, size in parts.items()]
     rows.append(("bytes per sample", f"{parts.total() / samples / 1e3:.1f} kB", ""))
+    neurons = sum(bench.model.widths)
+    default = of_default_shard(parts, samples, bench.rows, neurons)
+    said = ", ".join(f"{name} {size / 1e3:.1f}" for name, size in default.items() if size >= 100)
+    row = f"the same in a shard of {shard_size_of(neurons):,}, computed ({said})"
+    rows.append((row, f"{sum(default.values()) / 1e3:.1f} kB", ""))
     reduced, encoded, size = end_of_shard(bench.model.widths, arguments.end, bench.model.device)
     rows.append((f"shard of {arguments.end} concepts: reduce them to candidates", f"{reduced:.2f} s", ""))
     rows.append((f"shard of {arguments.end} concepts: encode {size / 1e6:.1f} MB", f"{encoded:.2f} s", ""))

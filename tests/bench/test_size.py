@@ -7,7 +7,7 @@ import pytest
 
 from tests.bench import size
 from tests.bench.attribution import Shape
-from tests.bench.size import PHASES, SHAPES, built
+from tests.bench.size import PHASES, SHAPES, built, concepts_of, of_default_shard
 
 
 def test_the_real_shape_has_the_neurons_of_llava_7b_and_reads_the_scenes() -> None:
@@ -40,3 +40,17 @@ def test_every_row_of_the_table_is_measured(
         "bytes of `concepts` per sample",
     } < rows.keys()
     assert "wide, 8 samples, 5 concepts" in said
+
+
+def test_a_shard_of_the_default_size_shares_what_it_writes_per_neuron() -> None:
+    parts = {"captions": 6_400, "concepts": 90_000, "activity": 4_000_000, "examples": 8_000_000}
+    found = of_default_shard(parts, 64, 9, 352_256)
+    assert found == {
+        "captions": 100,
+        "concepts": 10_000 * concepts_of(4_000) / 4_000,
+        "activity": 1_000,
+        "examples": 2_000,
+    }
+    # Each caption has new nouns, but ever fewer.
+    assert concepts_of(1) == 3
+    assert 2_500 < concepts_of(4_000) < 3_500

@@ -53,7 +53,7 @@ USES = pa.schema([("concept", pa.string()), ("image", pa.uint64()), ("neurons", 
 INDEX = pa.field("index", pa.int64())
 """A neuron's place over all layers."""
 
-RANGE = 128 << 20
+RANGE = 64 << 20
 """Bytes of committed sums that a range of concepts has; bounds the memory of a merge."""
 BLOCK = 1 << 15
 """Neurons whose examples are sorted, or become a table, at a time."""

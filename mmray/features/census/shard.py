@@ -32,7 +32,7 @@ from mmray.neurons.module_activity import ModuleActivity
 from mmray.neurons.row_sharing import RowSharing
 from mmray.neurons.scores import SCORES
 from mmray.neurons.scoring import Scored, non_finite_rows, score_batch, whole_nouns
-from mmray.neurons.split_on_oom import FAILURES, free_memory, split_on_failure
+from mmray.neurons.split_on_oom import FAILURES, free_memory, split_on_failure, trim_heap
 from mmray.neurons.statistics import TokenStatistics
 from mmray.neurons.token_positions import TokenPosition, positions_of
 
@@ -109,6 +109,8 @@ class ShardAnalysis:
                 for items, batch in self.encoded(part):
                     self._analyse(items, batch)
                     del batch  # freed before the next but one is prepared, so that memory never holds three
+                    if self.model.device.type == "cpu":
+                        trim_heap()
             else:
                 # A batch has one prompt length per language; sorting keeps padding short.
                 part.sort(key=lambda sample: (sample.image is None, sample.language or ""))
