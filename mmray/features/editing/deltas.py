@@ -53,6 +53,10 @@ class Deltas:
         left, right = self.shapes[layer]
         return left @ self.parameters[layer][0] @ right
 
+    def shaped(self, layer: int, activation: Float[Tensor, "... unit"]) -> Float[Tensor, "... unit"]:
+        """Return activations times the layer's left shape, which learning then need not multiply at every step."""
+        return activation.float() @ self.shapes[layer][0] if layer in self.shapes else activation
+
     def size(self) -> Float[Tensor, ""]:
         """Return Σ ‖row‖² over the mean ‖W_out row‖² of its layer; if whitened, the cost for kept answers."""
         if self.whitened:
@@ -71,8 +75,12 @@ class Deltas:
         """The lowest edited layer."""
         return min(self.units)
 
-    def output(self, layer: int, activation: Float[Tensor, "... unit"]) -> Float[Tensor, "... hidden"]:
-        """Return what the edit adds to a layer's MLP output, given the activations of its neurons."""
+    def output(
+        self, layer: int, activation: Float[Tensor, "... unit"], *, shaped: bool = False
+    ) -> Float[Tensor, "... hidden"]:
+        """Return what the edit adds to a layer's MLP output, given its neurons' activations, or `shaped` ones."""
+        if shaped and layer in self.shapes:
+            return activation @ self.parameters[layer][0] @ self.shapes[layer][1]
         return activation.float() @ self.rows(layer)
 
     @contextmanager

@@ -25,7 +25,7 @@ from mmray.features.editing.settings import EditSettings
 from mmray.features.editing.task import Task, prepare
 from mmray.features.editing.training import TrainingConfig, learn
 from mmray.features.editing.validation import broken, excess, validate
-from mmray.features.editing.whitening import INPUT_RIDGE, OUTPUT_RIDGE, null_space, whitening
+from mmray.features.editing.whitening import null_space
 from mmray.models.bans import banned_tokens
 from mmray.models.norms import lens
 from mmray.models.parts import output_rows
@@ -201,7 +201,7 @@ def _tried(task: Task) -> Try:
     # A closed form sees one layer's rows, a learned method the whole task.
     deltas = _closed_form(task, function) if method.closed_form else function(task)
     gone = all(purpose.kind == "suppress" for purpose in task.purposes)
-    measures = validate(task.model, deltas, task.new, task.held_out, task.kept.held_out, gone=gone)
+    measures = validate(task.model, deltas, task.new, task.held_out, task.kept.held_out, gone=gone, before=task.before)
     return Try(deltas, measures, task.curvature_factor)
 
 
@@ -226,10 +226,8 @@ def _whitened(task: Task, neurons: Sequence[Neuron]) -> Deltas:
     """Return deltas of these neurons, whitened by what kept answers use."""
     deltas = Deltas(task.model, neurons)
     deltas.whitened = True
-    right = whitening(task.curvature.fisher, OUTPUT_RIDGE)
-    for layer, units in deltas.units.items():
-        left = whitening(task.curvature.second_moment(deltas, layer), INPUT_RIDGE)
-        deltas.shapes[layer] = left, right.to(units.device)
+    for layer in deltas.units:
+        deltas.shapes[layer] = task.curvature.shape(deltas, layer)
     return deltas
 
 
@@ -242,5 +240,5 @@ def _learn(task: Task, deltas: Deltas) -> Deltas:
         config = replace(config, curvature_weight=HALLUCINATION_CURVATURE_WEIGHT)
     config = replace(config, curvature_weight=task.curvature_factor * config.curvature_weight)
     kinds = ABOUT_IMAGES if deltas.whitened else task.kept.learned
-    learn(task.model, deltas, task.new, {kind: task.kept.learned[kind] for kind in kinds}, config)
+    learn(task.model, deltas, task.new, {kind: task.kept.learned[kind] for kind in kinds}, config, task.before)
     return deltas

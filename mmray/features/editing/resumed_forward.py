@@ -51,6 +51,8 @@ class ResumedForward:
     later_blocks: tuple[BlockCall, ...]
     added_after: Tensor | None
     """What is added between the last block and the final norm."""
+    shaped: bool = False
+    """Whether `activation` is times the left shape of the deltas."""
 
     def states(self, deltas: Deltas | None) -> Float[Tensor, "position hidden"]:
         """Return the final norm's input at the positions, with the deltas applied; None: without."""
@@ -60,7 +62,8 @@ class ResumedForward:
             layer = deltas.first
             # The first layer's part is added by hand: its MLP does not run again, so a hook there would never fire.
             with deltas.added(above=layer):
-                added = self._reaching_the_residual(layer, deltas.output(layer, self.activation))
+                written = deltas.output(layer, self.activation, shaped=self.shaped)
+                added = self._reaching_the_residual(layer, written)
                 hidden = self._run_later_blocks(self.hidden + added)
         # A model may span several devices: everything learned from is on that of the first edited block.
         hidden = hidden.to(self.hidden.device)
@@ -69,6 +72,10 @@ class ResumedForward:
     def logits(self, deltas: Deltas | None = None) -> Float[Tensor, "position vocabulary"]:
         """Return the fp32 logits at the positions, with the deltas applied; None: without."""
         return vocabulary_logits(self.model, self.states(deltas)).to(self.hidden.device)
+
+    def shaped_by(self, deltas: Deltas) -> ResumedForward:
+        """Return the same forward for steps with these deltas alone, which then cost less."""
+        return replace(self, activation=deltas.shaped(deltas.first, self.activation), shaped=True)
 
     def at(self, chosen: Int[Tensor, " chosen"]) -> ResumedForward:
         """Return these positions alone; only for a forward without later blocks."""

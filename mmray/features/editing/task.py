@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mmray.data.image_keys import one_per_image
 from mmray.data.samples import image_digest
 from mmray.features.editing.baselines import whole_layers
+from mmray.features.editing.before_edit import BeforeEdit
 from mmray.features.editing.dataset import EditDataset, Example, replaced
 from mmray.features.editing.deltas import Neuron
 from mmray.features.editing.divergence import contrasting
@@ -44,6 +45,8 @@ class Task:
     """Answers that it should go on giving."""
     curvature: Curvature
     """What changes cost these."""
+    before: BeforeEdit = field(default_factory=BeforeEdit)
+    """What tries share."""
     curvature_factor: float = 1.0
     """Of the weight of the second-order term, in this try."""
 

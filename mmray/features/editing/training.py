@@ -34,7 +34,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmray.features.editing.candidates import CHUNK, Candidates, candidates, log_rest
+from mmray.features.editing.before_edit import BeforeEdit
+from mmray.features.editing.candidates import CHUNK, Candidates, log_rest
 from mmray.features.editing.dataset import Example
 from mmray.features.editing.deltas import Deltas
 from mmray.features.editing.resumed_forward import ResumedForward, batched, resume, resume_all
@@ -202,13 +203,17 @@ def learn(
     new: Sequence[Example],
     keep: Mapping[str, Sequence[Example]],
     config: TrainingConfig,
+    before: BeforeEdit | None = None,
 ) -> list[float]:
-    """Change the deltas so that the model gives the new answers and keeps the others; return the loss of each step."""
-    changing = resume_all(model, new, deltas)
-    staying = {kind: [part for part, _ in resume_all(model, keep[kind], deltas)] for kind in keep}
+    """Change the deltas so that the model gives the new answers and keeps the others; return the loss of each step.
+
+    `before` is what tries with the same answers share.
+    """
+    changing = [(part.shaped_by(deltas), rows) for part, rows in resume_all(model, new, deltas)]
+    staying = {kind: [part.shaped_by(deltas) for part, _ in resume_all(model, keep[kind], deltas)] for kind in keep}
     said = {token for example in new for token in (*example.tokens, *(example.rejected or ())[1:])}
     parts = [*chain(*staying.values()), *(part for part, _ in changing)]
-    chosen, totals = candidates(model, parts, said)
+    chosen, totals = (before or BeforeEdit()).candidates(model, parts, said)
     news = [_NewAnswers.of(part, rows, config.margin, chosen) for part, rows in changing]
     each = iter(totals)
     kept = [

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmray.features.editing.before_edit import BeforeEdit, Unedited, compared
 from mmray.features.editing.bounds import BOUNDS, verdict
 from mmray.features.editing.candidates import CHUNK
 from mmray.features.editing.dataset import Example
@@ -35,16 +36,23 @@ def validate(
     kept: Mapping[str, Sequence[Example]],
     *,
     gone: bool = False,
+    before: BeforeEdit | None = None,
 ) -> dict[str, float]:
     """Return the measures in BOUNDS: success on new answers, learned and held out, and changes of kept ones.
 
     Success is that the new words are said; with `gone`, that the old one is not. A measure without data is left out.
+    `before` is what tries with the same answers share.
     """
+    before = before or BeforeEdit()
     found = {
         "reliability": _success(model, deltas, new, gone=gone),
         "image_generality": _success(model, deltas, held_out, gone=gone),
     }
-    changes = {kind: [_Change.of(part, deltas) for part, _ in resume_all(model, kept[kind], deltas)] for kind in kept}
+    changes: dict[str, list[_Change]] = {}
+    for kind in kept:
+        parts = [part for part, _ in resume_all(model, kept[kind], deltas)]
+        pairs = zip(parts, before.answers(kind, parts), strict=True)
+        changes[kind] = [_Change.of(part, deltas, unedited) for part, unedited in pairs]
     answers, replies, texts = (changes.get(kind, []) for kind in ("answers", "replies", "texts"))
     found["image_locality"] = _mean([change.unchanged for change in changes.get("captions", [])])
     found["image_locality_questions"] = _mean([change.unchanged for change in answers])
@@ -77,30 +85,32 @@ class _Change:
     same_start: Float[Tensor, " answer"]
     """1 where its first tokens do, at most SHORT."""
     divergence: Float[Tensor, " position"]
-    """KL(before ‖ after) in nats."""
+    """KL(before ‖ after) in nats, with all but the likeliest tokens as one."""
     surprise: Float[Tensor, " position"]
     """By how much −log p of the answer's token rises."""
     first: tuple[list[int], list[int]]
     """The likeliest first token of each answer, before and after."""
 
     @classmethod
-    def of(cls, part: ResumedForward, deltas: Deltas) -> _Change:
+    def of(cls, part: ResumedForward, deltas: Deltas, before: Unedited) -> _Change:
         """Compare a part's answers before and after."""
-        states, columns = (part.states(None), part.states(deltas)), []
-        for before, after, targets in zip(*(torch.split(one, CHUNK) for one in (*states, part.targets)), strict=True):
-            old, new = (vocabulary_logits(part.model, one).log_softmax(1).to(targets.device) for one in (before, after))
-            surprise = (old - new).gather(1, targets[:, None])[:, 0]
-            columns.append((old.argmax(1), new.argmax(1), (old.exp() * (old - new)).sum(1), surprise))
-        old_best, new_best, divergence, surprise = (torch.cat(column) for column in zip(*columns, strict=True))
+        columns = []
+        numbers = torch.arange(len(part.targets), device=part.targets.device)
+        for states, some in zip(*(torch.split(one, CHUNK) for one in (part.states(deltas), numbers)), strict=True):
+            logits = vocabulary_logits(part.model, states).to(some.device)
+            target, log_probs = compared(logits, part.targets[some], before.tokens[some])
+            old = before.log_probs[some]
+            columns.append((logits.argmax(1), (old.exp() * (old - log_probs)).sum(1), before.target[some] - target))
+        best, divergence, surprise = (torch.cat(column) for column in zip(*columns, strict=True))
         lengths = torch.bincount(part.rows)
         starts = lengths.cumsum(0) - lengths
-        differs = old_best != new_best
-        early = torch.arange(len(differs), device=differs.device) - starts[part.rows] < SHORT
+        differs = before.tokens[:, 0] != best
+        early = numbers - starts[part.rows] < SHORT
         unchanged, same_start = (
             (torch.zeros_like(divergence[: len(lengths)]).index_add(0, part.rows, lost.float()) == 0).float()
             for lost in (differs, differs & early)
         )
-        first = old_best[starts].tolist(), new_best[starts].tolist()
+        first = before.tokens[starts, 0].tolist(), best[starts].tolist()
         return cls(unchanged, same_start, divergence, surprise, first)
 
 

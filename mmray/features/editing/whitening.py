@@ -15,7 +15,7 @@ changes of the residual stream their probabilities feel. So Δ is learned as SMR
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -64,6 +64,17 @@ class Curvature:
     kept: Mapping[str, Sequence[Example]]
     weights: Mapping[str, float]
     seed: int
+    shapes: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By layer and units."""
+
+    def shape(self, deltas: Deltas, layer: int) -> tuple[Float[Tensor, "unit unit"], Float[Tensor, "hidden hidden"]]:
+        """Return S and R of a whitened layer, computed once for the same neurons."""
+        units = deltas.units[layer]
+        key = (layer, *units.tolist())
+        if key not in self.shapes:
+            left = whitening(self.second_moment(deltas, layer), INPUT_RIDGE)
+            self.shapes[key] = left, whitening(self.fisher, OUTPUT_RIDGE).to(units.device)
+        return self.shapes[key]
 
     @torch.no_grad()
     def second_moment(self, deltas: Deltas, layer: int) -> Float[Tensor, "unit unit"]:

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from mmray.errors import InputError
-from mmray.features.editing import methods
+from mmray.features.editing import before_edit, methods
 from mmray.features.editing.bounds import BOUNDS
 from mmray.features.editing.dataset import EditDataset, Prompt
 from mmray.features.editing.deltas import Deltas
 from mmray.features.editing.edit import open_edit
 from mmray.features.editing.kept_answers import kept, presence_answers, read_kept_text, text_answers
 from mmray.features.editing.methods import make_edit, sizes
+from mmray.features.editing.resumed_forward import resume_all
 from mmray.features.editing.settings import edit_settings
 from mmray.features.editing.task import prepare
 from mmray.features.editing.validation import broken, validate
@@ -112,6 +113,29 @@ def test_unchanged_means_that_greedy_decoding_writes_the_same(dataset, task):
     # Nothing to measure: left out, and no bound is broken by it.
     assert "image_locality_questions" not in measures
     assert "text_only_kl" not in measures
+
+
+@pytest.mark.parametrize("compared", [10**6, 4])
+def test_the_divergence_is_that_over_the_vocabulary_or_less(dataset, task, monkeypatch, compared):
+    monkeypatch.setattr(before_edit, "COMPARED", compared)
+    model, replies, shared = dataset.model, task.kept.learned["replies"], before_edit.BeforeEdit()
+    for seed in (3, 4):
+        deltas = Deltas(model, task.neurons[:30])
+        deltas.parameters[deltas.first][0].data.normal_(std=0.2, generator=torch.Generator().manual_seed(seed))
+        # What tries share was made by the first, and must not be of its deltas.
+        found = validate(model, deltas, [], [], {"replies": replies}, before=shared)
+        assert found == validate(model, deltas, [], [], {"replies": replies})
+        with torch.no_grad():
+            logits = [
+                (part.logits().log_softmax(1), part.logits(deltas)) for part, _ in resume_all(model, replies, deltas)
+            ]
+            terms = [(old.exp() * (old - new.log_softmax(1))).sum(1) for old, new in logits]
+        expected = float(torch.cat(terms).mean())
+        assert found["text_only_kl"] > 0
+        if compared > 4:
+            assert found["text_only_kl"] == pytest.approx(expected, rel=1e-2, abs=1e-4)
+        else:
+            assert found["text_only_kl"] < expected
 
 
 def test_an_untouched_model_keeps_all_and_takes_nothing(dataset, task):

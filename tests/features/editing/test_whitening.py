@@ -7,7 +7,7 @@ from mmray.features.editing import whitening as module
 from mmray.features.editing.baselines import whole_layers
 from mmray.features.editing.dataset import Example
 from mmray.features.editing.deltas import Deltas
-from mmray.features.editing.resumed_forward import resume_all
+from mmray.features.editing.resumed_forward import resume, resume_all
 from mmray.features.editing.whitening import Curvature, null_space, whitening
 from mmray.models.norms import vocabulary_logits
 from tests.support.samples import CAPTIONS, batch_of
@@ -103,3 +103,30 @@ def test_the_second_moment_is_the_mean_over_kinds(open_model):
     one, other = (Curvature(model, {"a": [example]}, {}, 0).second_moment(deltas, layer) for example in examples)
     both = Curvature(model, kinds, {"b": 3.0}, 0).second_moment(deltas, layer)
     assert torch.allclose(both, (one + 3 * other) / 4, atol=1e-6)
+
+
+def test_steps_on_shaped_activations_are_those_of_the_rows(open_model):
+    model = open_model("llava")
+    batch, _ = batch_of(model, CAPTIONS[:2])
+    deltas = Deltas(model, [(1, 3), (1, 20), (1, 7)])
+    width, generator = deltas.rows(1).shape[1], torch.Generator().manual_seed(0)
+    deltas.shapes[1] = torch.randn(3, 3, generator=generator), torch.randn(width, width, generator=generator)
+    deltas.parameters[1][0].data.normal_(std=0.1, generator=generator)
+    part = resume(model, batch, deltas)
+    found, expected = part.shaped_by(deltas).states(deltas), part.states(deltas)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert float((expected - part.states(None)).detach().abs().max()) > 0.1
+    gradients = [torch.autograd.grad(one.square().sum(), deltas.parameters[1])[0] for one in (found, expected)]
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-3)
+
+
+def test_shapes_of_the_same_neurons_are_made_once(open_model):
+    model = open_model("llava")
+    batch, _ = batch_of(model, CAPTIONS[:2])
+    curvature = Curvature(model, {"a": [Example("Say it.", None, tuple(batch.tokens[0]))]}, {}, 0)
+    one, same, other = (Deltas(model, [(1, unit) for unit in units]) for units in ((3, 7), (3, 7), (3, 8)))
+    left, right = curvature.shape(one, 1)
+    assert curvature.shape(same, 1)[0] is left
+    assert not torch.equal(curvature.shape(other, 1)[0], left)
+    assert torch.allclose(left, whitening(curvature.second_moment(one, 1), module.INPUT_RIDGE))
+    assert torch.allclose(right, whitening(curvature.fisher, module.OUTPUT_RIDGE))
