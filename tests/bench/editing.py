@@ -1,4 +1,4 @@
-"""What edits of the demo do: `python -m tests.bench.editing [swaps] [suppress] [hallucination] [joint] [frontier]`.
+"""What edits of the demo do: `python -m tests.bench.editing [swaps] [suppress] [hallucination] [joint] [frontier] …`.
 
 Edits are made on a census of the demo's 1,536 scenes and measured on its 384 other ones, which no edit saw:
 
@@ -9,6 +9,8 @@ hallucination   one edit against what the model claims and is not there; --fresh
 joint           --swaps edits at once in one checkpoint
 frontier        generality against each locality by method, number of neurons, layers and weight of kept text: the first
                 half of --swaps pairs by every choice, the other half by each method's best
+bounds          every bound of an edit, over --swaps pairs after the first --skip, for `learned` and --methods, then
+                over the words of `suppress`; shares with their n and intervals
 size            what an edit of LLaVA-1.5-7B holds and costs, by arithmetic on its shape; no weights are loaded
 
 Without a part, the first four.
@@ -23,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,8 +39,10 @@ from jobs.demo.scenes import World
 from mmray.data.samples import Sample
 from mmray.data.shards import cut, read_shard
 from mmray.demo import EVALUATION
+from mmray.errors import InputError
 from mmray.features.census.inputs import open_data
 from mmray.features.census.settings import census_settings
+from mmray.features.editing.bounds import BOUNDS
 from mmray.features.editing.dataset import EditDataset
 from mmray.features.editing.edit import WeightEdit
 from mmray.features.editing.kept_answers import ASKED, HELD_OUT, LEARNED_TEXT, LONGEST_TEXT, read_kept_text
@@ -46,9 +51,11 @@ from mmray.features.editing.settings import EditSettings, edit_settings
 from mmray.features.editing.training import TrainingConfig
 from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.evaluate import Evaluated, evaluate
+from mmray.features.evaluation.measures import measure_of
 from mmray.features.evaluation.settings import measure_settings
 from mmray.neurons.model import load_model
 from mmray.objects.statistics import ObjectStatistics, gather_statistics
+from mmray.statistics.shares import wilson
 from tests.support.word_ban import WordBan
 
 SEED = 2024
@@ -56,7 +63,7 @@ SEED = 2024
 BASELINES = ("random", "activation", "last-mlp", "rank-one", "lora")
 SENSITIVE = ("bomb", "coffin", "scorpion")
 PARTS = ("swaps", "suppress", "hallucination", "joint")
-MORE = ("frontier", "size")
+MORE = ("bounds", "frontier", "size")
 FRONTIER: dict[str, list[dict[str, Any]]] = {
     method: [{"method": method, **choice} for choice in choices]
     for method, choices in {
@@ -121,10 +128,10 @@ class Ground:
         settings: list[EditSettings] = [edit_settings(wish) for wish in wishes]
         return make_edit(self.dataset, settings)
 
-    def measured(self, edit: WeightEdit | WordBan, others: int | None = None) -> Evaluated:
+    def measured(self, edit: WeightEdit | WordBan, others: int | None = None, *, pope: int = 0) -> Evaluated:
         """Measure an edit on all samples, or on those with its source and on so many drawn from the others."""
         own = self.dataset.read(name for purpose in edit.purposes for name in purpose.samples)
-        settings = measure_settings(pope_objects=0, bleu=False, draws=200)
+        settings = measure_settings(pope_objects=pope, bleu=False, draws=200)
         samples = self.samples
         if others is not None:
             sources = {purpose.source for purpose in edit.purposes}
@@ -258,6 +265,51 @@ def joint(ground: Ground, count: int) -> None:
     print(apart.line("added up"))
 
 
+def bounds(
+    ground: Ground, count: int, skip: int, methods: tuple[str, ...], others: int | None, suppressed: Sequence[str]
+) -> None:
+    """Print every bound's measure over swaps by method, and over suppressed words."""
+    groups = {
+        method: [{"source": s, "target": t, "method": method} for s, t in ground.pairs(skip + count)[skip:]]
+        for method in ("learned", *methods)
+    }
+    for name, wishes in (groups | {"suppressed": [{"suppress": word} for word in suppressed]}).items():
+        row, seconds = Row(), 0.0
+        for wish in wishes:
+            began = time.process_time()
+            try:
+                edit = ground.made(wish)
+            except InputError as error:
+                print(f"{wish}: {error}", file=sys.stderr, flush=True)
+                continue
+            made = time.process_time() - began
+            seconds += made
+            found = ground.measured(edit, others, pope=1)
+            row.add(edit, found)
+            facts = {
+                bound.measure: found.measures[bound.measure] for bound in BOUNDS if bound.measure in found.measures
+            }
+            values = ", ".join(f"{key} {one['after']} of {one['n']}" for key, one in facts.items())
+            taken = f"{made:.0f} s of CPU, {time.process_time() - began:.0f} with its evaluation"
+            print(f"{edit.purpose.summary}, {name}: {values}; {taken}", file=sys.stderr, flush=True)
+        if row.seconds:
+            print(f"\n{name}, {len(row.seconds)} edits, {seconds / len(row.seconds):.0f} s of CPU each\n")
+            print(bounds_table(row), flush=True)
+
+
+def bounds_table(row: Row) -> str:
+    """Return the Markdown table of the measures that have a bound."""
+    lines = ["| evaluated | n | after | 95 % | bound |", "|---|---|---|---|---|"]
+    for bound in BOUNDS:
+        n = row.counts[bound.measure]
+        if n:
+            value, interval = row[bound.measure], "–"
+            if measure_of(bound.measure).unit == "share":
+                interval = " – ".join(f"{100 * limit:.1f}" for limit in wilson(value, n)) + " %"
+            lines.append(f"| {bound.subject} | {n} | {value:.4f} | {interval} | {bound.limit} |")
+    return "\n".join(lines)
+
+
 def frontier(ground: Ground, count: int, others: int | None) -> None:
     """Print what every choice does on half of the pairs, and what each method's best does on the other half."""
     pairs = ground.pairs(count)
@@ -323,6 +375,8 @@ def main() -> None:
     parser.add_argument("--data", default="demo")
     parser.add_argument("--evaluation", default=str(EVALUATION))
     parser.add_argument("--swaps", type=int, default=30)
+    parser.add_argument("--skip", type=int, default=0, help="of bounds: pairs that are left out")
+    parser.add_argument("--suppressed", nargs="*", default=SENSITIVE, help="of bounds: words to suppress")
     parser.add_argument("--controls", type=int, default=5)
     parser.add_argument("--methods", nargs="*", default=BASELINES)
     parser.add_argument("--others", type=int, help="scenes without the source that a swap is measured on; default: all")
@@ -341,6 +395,8 @@ def main() -> None:
             swaps(ground, given.swaps, given.controls, tuple(given.methods), given.others)
         if "suppress" in wanted:
             suppress(ground)
+        if "bounds" in wanted:
+            bounds(ground, given.swaps, given.skip, tuple(given.methods), given.others, given.suppressed)
         if "frontier" in wanted:
             frontier(ground, given.swaps, given.others)
         if "joint" in wanted:
