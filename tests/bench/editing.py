@@ -45,7 +45,14 @@ from mmray.features.census.settings import census_settings
 from mmray.features.editing.bounds import BOUNDS
 from mmray.features.editing.dataset import EditDataset
 from mmray.features.editing.edit import WeightEdit
-from mmray.features.editing.kept_answers import ASKED, HELD_OUT, LEARNED_TEXT, LONGEST_TEXT, read_kept_text
+from mmray.features.editing.kept_answers import (
+    ASKED,
+    HELD_OUT,
+    LEARNED_PROMPTS,
+    LEARNED_TEXT,
+    LONGEST_TEXT,
+    read_kept_text,
+)
 from mmray.features.editing.methods import ABOUT_IMAGES, make_edit
 from mmray.features.editing.settings import EditSettings, edit_settings
 from mmray.features.editing.training import TrainingConfig
@@ -77,6 +84,8 @@ FRONTIER: dict[str, list[dict[str, Any]]] = {
     }.items()
 }
 """Choices of each method."""
+GENERAL = 40
+"""Of `bounds`: no more questions about objects are measured than general prompts."""
 CANDIDATES = 12_000
 """Of a vocabulary of 32,064, assumed."""
 SHOWN = {
@@ -128,10 +137,10 @@ class Ground:
         settings: list[EditSettings] = [edit_settings(wish) for wish in wishes]
         return make_edit(self.dataset, settings)
 
-    def measured(self, edit: WeightEdit | WordBan, others: int | None = None, *, pope: int = 0) -> Evaluated:
+    def measured(self, edit: WeightEdit | WordBan, others: int | None = None, **settings: int) -> Evaluated:
         """Measure an edit on all samples, or on those with its source and on so many drawn from the others."""
         own = self.dataset.read(name for purpose in edit.purposes for name in purpose.samples)
-        settings = measure_settings(pope_objects=pope, bleu=False, draws=200)
+        measured = measure_settings(**{"pope_objects": 0, "bleu": False, "draws": 200} | settings)
         samples = self.samples
         if others is not None:
             sources = {purpose.source for purpose in edit.purposes}
@@ -139,7 +148,7 @@ class Ground:
             rest = [sample for sample in samples if not sources & set(sample.objects or ())]
             samples = with_source + random.Random(str(sources)).sample(rest, min(others, len(rest)))
         return evaluate(
-            self.dataset.model, edit, samples, settings, baseline=self.before, own=own, statistics=self.facts
+            self.dataset.model, edit, samples, measured, baseline=self.before, own=own, statistics=self.facts
         )
 
 
@@ -284,7 +293,7 @@ def bounds(
                 continue
             made = time.process_time() - began
             seconds += made
-            found = ground.measured(edit, others, pope=1)
+            found = ground.measured(edit, others, pope_objects=1, text_count=GENERAL)
             row.add(edit, found)
             facts = {
                 bound.measure: found.measures[bound.measure] for bound in BOUNDS if bound.measure in found.measures
@@ -350,7 +359,7 @@ def size() -> None:
     counts = {
         "caption": (task.kept, image + 2 * caption, caption),
         "answer": (2 * ASKED, image + 2 * caption, 2),
-        "text-only reply": (prompts - tested, LEARNED_TEXT + caption, LEARNED_TEXT),
+        "text-only reply": (min(prompts - tested, LEARNED_PROMPTS), LEARNED_TEXT + caption, LEARNED_TEXT),
         "text-only reply, held out": (tested, LONGEST_TEXT + caption, LONGEST_TEXT),
     }
     # Of the last block at each token of an answer: its output and all neurons' activations, in half precision.
