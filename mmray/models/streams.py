@@ -94,7 +94,7 @@ class StreamWrites:
     """The streams that entered the block."""
     activated: dict[int, Float[Tensor, "position hidden"]] = field(default_factory=dict)
     """x."""
-    beside: dict[int, list[Float[Tensor, "position hidden"]]] = field(default_factory=dict)
+    other_writes: dict[int, list[Float[Tensor, "position hidden"]]] = field(default_factory=dict)
     """What attention and LAuReL wrote."""
     added: dict[int, Float[Tensor, "position hidden"]] = field(default_factory=dict)
     """What was added to all streams but the first at the block's end."""
@@ -107,7 +107,7 @@ class StreamWrites:
 
     def of_mlp(self, mix: StreamMix, layer: int) -> Float[Tensor, "position hidden"]:
         """Return the part of it that is neither attention's nor LAuReL's."""
-        return self.to_active(mix, layer) - RESIDUAL * torch.stack(self.beside[layer]).sum(dim=0)
+        return self.to_active(mix, layer) - RESIDUAL * torch.stack(self.other_writes[layer]).sum(dim=0)
 
     def shares(self, mix: StreamMix, directions: Float[Tensor, "direction hidden"]) -> Float[Tensor, " direction"]:
         """Return the sum of all shares of ⟨final norm's input, direction⟩ at the first position."""
@@ -169,14 +169,14 @@ class Streams:
 
         def enter(layer: int, states: Tensor) -> None:
             kept.before[layer] = torch.stack([chosen(stream) for stream in states], dim=1)
-            kept.beside[layer] = []
+            kept.other_writes[layer] = []
 
         def route(layer: int, states: Tensor) -> None:
             # The router runs for the prediction, and then again on what the block made of it.
             kept.activated[layer] = chosen(states)
 
         def write(layer: int, _: nn.Module, __: Any, output: Tensor) -> None:
-            kept.beside[layer].append(chosen(output))
+            kept.other_writes[layer].append(chosen(output))
 
         def add(layer: int, _: nn.Module, __: Any, output: Tensor) -> None:
             kept.added[layer] = chosen(output)
