@@ -37,6 +37,8 @@ SUMS: dict[str, type[np.float64 | np.float32]] = {
 
 SUMS_MEMORY = 384 << 20
 """Bytes of sums that a shard holds in memory; on a GPU at least."""
+SUMS_ON_DISK = 8 << 30
+"""Bytes of sums of a shard that wait on disk at most: about 1,000 concepts at 352,256 neurons."""
 GPU_PART = 20
 """On a GPU a shard's sums take one part in so many of the memory. Two shards are in memory at a time."""
 REDUCED = 8
@@ -59,15 +61,16 @@ class ConceptSums:
     """Accumulates one shard's scores per concept, on the model's device, and keeps the `kept` highest neurons.
 
     The sums of as many concepts are in memory as fit into so many bytes. When another needs room, those with the fewest
-    occurrences to come give theirs up, and of equal ones those that occurred longest ago. A complete one is reduced to
-    its row of `concepts`. The sums of others wait on disk for the next occurrence. Should a complete one occur again,
-    it makes another row, and the merge adds rows up as if they came from two shards. All this depends on the order of
-    occurrences alone, not on batches.
+    occurrences to come give theirs up, and of equal ones those that occurred longest ago. A complete one is closed:
+    reduced to its row of `concepts`. The sums of others wait on disk for the next occurrence; those that find no room
+    there are closed, too. Should a closed one occur again, it makes another row, and the merge adds rows up as if they
+    came from two shards. All this depends on the order of occurrences alone, not on batches.
     """
 
-    def __init__(self, widths: Sequence[int], kept: int, memory: int = SUMS_MEMORY) -> None:
+    def __init__(self, widths: Sequence[int], kept: int, memory: int = SUMS_MEMORY, disk: int = SUMS_ON_DISK) -> None:
         self.widths, self.kept = widths, kept
-        self.room = max(1, memory // (len(SUMS) * 8 * sum(widths)))
+        size = len(SUMS) * 8 * sum(widths)
+        self.room, self.room_on_disk = max(1, memory // size), disk // size
         self.expected: Counter[str] = Counter()
         """Occurrences to come of concepts for which they are known."""
         self._rows: dict[str, int] = {}
@@ -161,12 +164,16 @@ class ConceptSums:
         """Make room for a quarter more concepts, in place of those that the shard needs least."""
         # `sorted` is stable: of equal ones the last to occur stays open.
         least = sorted(self._rows, key=lambda concept: max(0, self.expected[concept]))[: -(-self.room // 4)]
-        complete = [name for name in least if self.expected.get(name, 1) <= 0]
-        for part in _parts(complete):
+        incomplete = [name for name in least if self.expected.get(name, 1) > 0]
+        left = max(0, self.room_on_disk - len(self._overflow.counts))
+        # If the disk has no room for all, those that the shard needs most wait there.
+        waiting = incomplete[len(incomplete) - left :] if left < len(incomplete) else incomplete
+        closed = [name for name in least if name not in waiting]
+        for part in _parts(closed):
             self._closed.append(self._reduced(part, [self._counts[name] for name in part], self._open_sums(part)))
-        self._totals += self._over_rows(self._rows_of(complete))
-        if others := [name for name in least if name not in complete]:
-            self._overflow.put(others, [self._counts[name] for name in others], self._open_sums(others))
+        self._totals += self._over_rows(self._rows_of(closed))
+        if waiting:
+            self._overflow.put(waiting, [self._counts[name] for name in waiting], self._open_sums(waiting))
         rows = self._rows_of(least)
         for sums in self._sums:
             if sums is not None:

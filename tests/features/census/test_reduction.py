@@ -57,10 +57,10 @@ def cut(items, cuts):
     return [items[first:last] for first, last in pairwise(edges)]
 
 
-def shard(occurrences, cuts=(), kept=NEURONS, room=1000, expected=()):
+def shard(occurrences, cuts=(), kept=NEURONS, room=1000, disk=1000, expected=()):
     """Return the tables of a shard whose occurrences came in batches, as they come back from storage."""
     sums = ConceptSums(WIDTHS, kept)
-    sums.room = room
+    sums.room, sums.room_on_disk = room, disk
     sums.expected.update(concept for concept, _, _ in expected)
     for batch in cut(occurrences, cuts):
         if batch:
@@ -167,9 +167,9 @@ def test_shards_are_added_in_their_order(occurrences, cuts):
         assert scores.score.tolist() == sums[concept].tolist()
 
 
-@given(OCCURRENCES, CUTS, st.integers(1, NEURONS), st.integers(1, 4))
-def test_what_is_kept_of_some_bounds_what_is_not(occurrences, cuts, kept, room):
-    merged = merge([shard(part, kept=kept, room=room) for part in cut(occurrences, cuts)])
+@given(OCCURRENCES, CUTS, st.integers(1, NEURONS), st.integers(1, 4), st.integers(0, 3))
+def test_what_is_kept_of_some_bounds_what_is_not(occurrences, cuts, kept, room, disk):
+    merged = merge([shard(part, kept=kept, room=room, disk=disk) for part in cut(occurrences, cuts)])
     _, sums, total = by_hand(occurrences)
     assert merged.merge.total.tolist() == total.tolist()
     for concept, (truth, squares, activation) in sums.items():
@@ -196,9 +196,9 @@ def test_the_highest_are_those_of_a_stable_sort(rows, data):
     assert bound.tolist() == ordered.values[:, kept].tolist()
 
 
-@given(OCCURRENCES, CUTS, st.integers(1, NEURONS), st.integers(1, 4), st.booleans())
-def test_a_shard_with_little_room_does_not_depend_on_batches(occurrences, batches, kept, room, known):
-    options = {"kept": kept, "room": room, "expected": occurrences if known else ()}
+@given(OCCURRENCES, CUTS, st.integers(1, NEURONS), st.integers(1, 4), st.integers(0, 3), st.booleans())
+def test_a_shard_with_little_room_does_not_depend_on_batches(occurrences, batches, kept, room, disk, known):
+    options = {"kept": kept, "room": room, "disk": disk, "expected": occurrences if known else ()}
     for table, other in zip(shard(occurrences, batches, **options), shard(occurrences, **options), strict=True):
         assert table.equals(other)
 
@@ -257,6 +257,17 @@ def test_what_is_needed_least_makes_room():
     # The owl needs room: a cat is to come, but two dogs. Then the fox does: it takes the owl's, the older of two. When
     # the cat and the owl come back, the fox and the cat are complete.
     assert [call.args[1] for call in put.call_args_list] == [["cat"], ["owl"]]
+
+
+def test_what_finds_no_room_on_disk_makes_another_row():
+    names = ["dog", "cat", "owl", "dog", "fox", "cat", "owl", "dog"]
+    occurrences = [(name, [1] * NEURONS, [1] * NEURONS) for name in names]
+    enough, one, none = (
+        shard(occurrences, room=1, disk=disk, expected=occurrences)[0]["concept"].to_pylist() for disk in (3, 1, 0)
+    )
+    assert enough == sorted(set(names))
+    assert set(one) == set(none) == set(names)
+    assert len(enough) < len(one) < len(none) == len(names)
 
 
 def true_ranks(truth):
