@@ -40,14 +40,14 @@ class Phases:
     """Per caption: the arithmetic and speed of `mmray plan` on COCO's validation captions."""
     captions: int = MOST_PER_SHARD
     """Per shard."""
-    parts: float = 17e3
-    """Bytes per caption (`tests.bench.size`)."""
+    parts: float = 14e3
+    """Bytes per caption in a shard of the default size (`tests.bench.size`)."""
     upload: float = 100e6
     """Bytes per second that a replica sends to S3."""
     driver: float = 1.1e-3
     """The driver's time per shard on Ray (`tests.bench.engine --ray`)."""
-    merge: float = 0.39
-    """Of one core, to read and add a shard (`tests.bench.merge`)."""
+    merge: float = 0.39 + 2_400 * 0.2e-3
+    """Of one core: a shard of 600 concepts (`tests.bench.merge`), and 0.2 ms to read, add and rank each one more."""
     life: float = 6 * 3600
     """Mean life of a replica, and how long until there is another, which has loaded the model."""
     absence: float = 360
