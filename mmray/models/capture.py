@@ -82,6 +82,11 @@ def has_gates(network: PreTrainedModel, projections: Sequence[Projection]) -> bo
     return True
 
 
+def _after_sparsity(mlp: Any, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return the non-linearity after what sets all but a token's largest gates to zero first (some of Gemma 3n's)."""
+    return (lambda gate: function(mlp._gaussian_topk(gate))) if getattr(mlp, "activation_sparsity", 0) else function
+
+
 def gate_function(network: PreTrainedModel, projection: Projection) -> Callable[[Tensor], Tensor]:
     """Return the non-linearity after the gate's Linear; the identity for a plain MLP.
 
@@ -97,7 +102,7 @@ def gate_function(network: PreTrainedModel, projection: Projection) -> Callable[
         mlp = network.get_submodule(projection.gate.rpartition(".")[0])
         for name in ("act_fn", "act", "activation_fn"):
             if callable(found := getattr(mlp, name, None)):
-                return found  # type: ignore[no-any-return]
+                return _after_sparsity(mlp, found)
     raise InputError(
         f"{projection.gate or projection.path}: no activation function next to it; use --score contribution"
     )

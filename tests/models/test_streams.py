@@ -5,13 +5,17 @@ from contextlib import ExitStack
 import pytest
 import torch
 
+from mmray.features.saliency.saliency_input import SequenceInput
+from mmray.features.selectivity.logit_lens import Lens
 from mmray.models import streams
-from mmray.models.blocks import block_of
-from mmray.models.capture import capture_input
+from mmray.models.blocks import block_of, permuted_image
+from mmray.models.capture import capture_input, gate_function
 from mmray.models.interventions import changed_rows
-from mmray.models.norms import fold_norm
+from mmray.models.norms import fold_norm, token_logits
 from mmray.models.parts import output_rows, unembedding_rows
+from mmray.models.processing import noise_image
 from mmray.models.streams import by_token, in_streams
+from mmray.models.tiny.catalogue import CATALOGUE
 from mmray.neurons.activation_cache import cache_activations, forward
 from mmray.neurons.scoring import score_batch
 from mmray.neurons.token_positions import positions_of
@@ -104,6 +108,9 @@ def test_activations_are_those_after_the_sparsity(model):
     batch, positions = located(model, CAPTIONS[:1])
     with cache_activations(model, batch, positions) as cache:
         forward(model, batch)
+    for layer, projection in enumerate(model.projections):
+        gate = gate_function(model.network, projection)(cache.gate[layer])
+        assert torch.equal(gate == 0, cache.activations[layer] == 0)
     silent = [(cache.activations[layer] == 0).float().mean() for layer in (0, 1)]
     assert silent[0] > 0.3
     assert silent[1] == 0
@@ -161,3 +168,28 @@ def test_a_planted_neuron_is_found_first(model):
         with changed_rows(model, layer, [unit], planted[None]):
             scores = torch.cat([part[0] for part in score_batch(model, batch, positions, folded=folded).scores])
         assert int(scores.argmax()) == model.widths[0] + unit
+
+
+def test_the_logit_lens_reads_all_streams(model):
+    """Of the last block, it is the network's own end."""
+    batch, positions = located(model, CAPTIONS)
+    rows = torch.tensor([position.row * batch.positions + position.position for position in positions])
+    with cache_activations(model, batch, positions) as cache:
+        forward(model, batch)
+    found = Lens(model, [])._states(batch, {"text": rows})["text"]
+    assert len(found) == len(model.widths)
+    torch.testing.assert_close(found[-1], cache.hidden)
+
+
+@pytest.mark.skipif(bool(CATALOGUE["gemma3n"].lacks), reason="timm is not installed")
+def test_saliency_and_shuffled_images_move_tokens_with_all_their_streams(open_type):
+    model = open_type("gemma3n")
+    batch, positions = located(model, CAPTIONS)
+    given = SequenceInput(model, batch, positions, [noise_image().size] * len(CAPTIONS))
+    with cache_activations(model, batch, positions) as cache:
+        forward(model, batch)
+    expected = token_logits(model, cache.hidden, cache.tokens)
+    torch.testing.assert_close(given.at_targets(given.features, positions, token_logits), expected)
+    with cache_activations(model, batch, positions) as shuffled, permuted_image(model, batch):
+        forward(model, batch)
+    assert (shuffled.hidden - cache.hidden).abs().max() > 1e-3
