@@ -1,5 +1,7 @@
 """Stores that go wrong on purpose, round a real one."""
 
+import errno
+import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,3 +135,10 @@ def dying(changes: int, kind: type[Mortal] = Mortal) -> Iterator[None]:
 
     with patch.object(folder, "open_store", mortal):
         yield
+
+
+class FullFile(io.BytesIO):
+    """A file on a full disk."""
+
+    def write(self, data: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")

@@ -36,7 +36,7 @@ from mmray.features.census.reduction import (
     highest,
 )
 from mmray.runs.tables import from_bytes, to_bytes
-from tests.features.census.test_spill import Full
+from tests.support.stores import FullFile
 
 WIDTHS = (3, 2, 3)
 NEURONS = sum(WIDTHS)
@@ -243,7 +243,7 @@ def test_a_concept_that_is_complete_never_goes_to_disk(monkeypatch):
 
 
 def test_a_full_disk_of_a_worker_is_named(monkeypatch):
-    monkeypatch.setattr("tempfile.TemporaryFile", Full)
+    monkeypatch.setattr("tempfile.TemporaryFile", FullFile)
     occurrences = [(name, [1] * NEURONS, [1] * NEURONS) for name in ("dog", "cat", "dog", "cat")]
     with pytest.raises(InputError, match="no room for sums of concepts; set TMPDIR"):
         shard(occurrences, room=1, expected=occurrences)

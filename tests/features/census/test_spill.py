@@ -1,7 +1,5 @@
 """Rows come back by ranges of their key, in the order in which they were added, whether or not they were written."""
 
-import errno
-import io
 from itertools import pairwise
 from unittest.mock import patch
 
@@ -13,6 +11,7 @@ from hypothesis import strategies as st
 from mmray.errors import InputError
 from mmray.features.census import spill
 from mmray.features.census.spill import Spill, cuts_of
+from tests.support.stores import FullFile
 
 SCHEMA = pa.schema([("key", pa.string()), ("values", pa.list_(pa.int32()))])
 ROWS = st.lists(st.tuples(st.sampled_from("abcdefgh"), st.none() | st.lists(st.integers(0, 9), max_size=3)), max_size=9)
@@ -42,15 +41,8 @@ def test_little_data_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [part["key"].to_pylist() for part in collected.ranges()] == [["a"], ["d"]]
 
 
-class Full(io.BytesIO):
-    """A file on a full disk."""
-
-    def write(self, data: object) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
 def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.TemporaryFile", Full)
+    monkeypatch.setattr("tempfile.TemporaryFile", FullFile)
     monkeypatch.setattr(spill, "SPILLED", 1)
     collected = Spill(SCHEMA, ["c"])
     with pytest.raises(InputError, match="no room for a merge's sums; set TMPDIR"):
