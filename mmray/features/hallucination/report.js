@@ -22,12 +22,14 @@ function doseResponse(doses) {
   const hues = { none: "other", raised: "own", lowered: "specific", probe: "bad", decoding: "ink" };
   // A decoding changes no neuron: its curve has its own name.
   const named = (row) => (row.neurons === "none" && row.change !== null ? row.change : row.neurons);
-  const points = select(doses, { measure: "chair_i" }).map((row) => ({ ...row, curve: named(row), recall: doses.find((one) => one.measure === "recall" && one.neurons === row.neurons && one.change === row.change && one.dose === row.dose) }));
+  const every = select(doses, { measure: "chair_i" }).map((row) => ({ ...row, curve: named(row), recall: doses.find((one) => one.measure === "recall" && one.neurons === row.neurons && one.change === row.change && one.dose === row.dose) }));
+  // A condition that breaks the model would push all others together; the table has it.
+  const unchanged = every.find((row) => row.change === null)?.recall?.value || 0, points = every.filter((row) => !row.recall || row.recall.value >= unchanged / 2);
   const said = (row) => (row.change === null ? "unchanged" : row.dose === null ? row.change : row.neurons === "none" ? `${row.change} ${row.dose}` : `× ${row.dose}`);
   return plot("Hallucination against recall, by intervention", () => [
     [...new Set(points.map((row) => row.curve))].map((curve) => {
       const own = select(points, { curve }), neurons = own[0].neurons === "none" && curve !== "none" ? "decoding" : curve;
-      return { type: "scatter", mode: "lines+markers+text", name: curve, x: own.map((row) => row.recall?.value), y: own.map((row) => row.value), text: own.map(said), textposition: "top center",
+      return { type: "scatter", mode: hues[neurons] ? "lines+markers+text" : "lines+markers", name: curve, x: own.map((row) => row.recall?.value), y: own.map((row) => row.value), text: own.map(said), textposition: "top center",
         error_y: errorBars(own), line: { color: colour(hues[neurons] || "control"), dash: hues[neurons] ? "solid" : "dot", width: 1 }, marker: { size: 7, color: colour(hues[neurons] || "control") },
         hovertemplate: `CHAIR_i %{y:.3f}, recall %{x:.3f}<extra>${curve} %{text}</extra>` };
     }),
@@ -94,7 +96,7 @@ function neuronsPart({ count, probe, layers, rows, captions, doses }) {
       { title: "mention", value: (row) => row.word, cell: (row) => h("b", row.word) }, { title: "in the image", value: (row) => row.hallucinated, cell: (row) => (row.hallucinated ? "no" : "yes") }, { title: "probe", value: (row) => row.score, number: true, cell: (row) => figure(row.score, 2) },
       { title: "log-probability", value: (row) => row.probability, number: true, cell: (row) => figure(row.probability, 2) }, { title: "caption", cell: (row) => `“${row.text}”` },
     ], captions, { keep: true, limit: 20 })),
-    doses.length ? [h("h3.part", "Dose and response"), under("Neurons scaled or set while captions are written, and decodings that change no neuron. Down and to the right is better; dotted: as many random neurons of the same layers."), card(doseResponse(doses)), card(doseTable(doses))] : null,
+    doses.length ? [h("h3.part", "Dose and response"), under("Neurons scaled or set while captions are written, and decodings that change no neuron. Down and to the right is better; dotted: as many random neurons of the same layers. What leaves less than half of the recall is in the table alone."), card(doseResponse(doses)), card(doseTable(doses))] : null,
   ];
 }
 
