@@ -37,7 +37,7 @@ def evaluate(
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
-    """Measure an edit, or a decoding in its place: success, generality, locality, and more."""
+    """Measure an edit or a decoding: success, generality, locality, and more."""
     from mmray.features.evaluation.job import EvaluationJob
     from mmray.features.evaluation.view import measures
 

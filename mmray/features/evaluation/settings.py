@@ -24,10 +24,10 @@ class MeasureSettings(BaseModel):
     """Question before captions; default: the run's. If it has none, "Describe the image in few words." in the caption's
     language."""
     text_questions: str | None = known_by_digest(None)
-    """File of questions without an image; default: about the data's objects. One per line, with a tab and the expected
+    """File of text-only questions; default: about the data's objects. One per line, with a tab and the expected
     answer after it."""
     text_count: int = Field(200, ge=0)
-    """Questions without an image to draw from those about objects. Of the general prompts and plain texts that mmray
+    """Text-only questions to draw from those about objects. Of the general prompts and plain texts that mmray
     ships, at most as many each."""
     longest: int = Field(LONGEST, ge=1)
     """Most tokens in a caption or an answer. Longer ones are cut off. CHAIR is usually reported at 64 or 512."""
@@ -60,7 +60,7 @@ class MeasureSettings(BaseModel):
     encoder: str | None = known_by_digest(None)
     """Folder of a text encoder for BERTScore-style similarity. To the data's captions; without it, not measured."""
     detector: str | None = known_by_digest(None)
-    """Detector that checks whether named objects are there; default: none. No edit of neurons changes it. On the
+    """Detector to check that named objects are there; default: none. No edit of neurons changes it. On the
     model's own tower: `demo`, or a folder of heads; or an OWL-ViT or OWLv2, a folder or hub id."""
     bleu: bool | None = None
     """Measure sacrebleu; default: if sacrebleu is installed. Against the data's captions."""
