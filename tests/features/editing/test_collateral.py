@@ -284,7 +284,7 @@ def test_replies_end_where_they_are_cut_off(dataset):
 
 def test_an_edit_of_several_words_may_change_the_whole_layer(dataset, few_texts, monkeypatch):
     margins = []
-    monkeypatch.setattr(methods, "learn", lambda *given: margins.append(given[-1].margin))
+    monkeypatch.setattr(methods, "learn", lambda *given: margins.append(given[4].margin))
     common = {"keep_text": few_texts, "samples": 2, "kept": 8}
     pairs = ({"source": "hammer", "target": "sun"}, {"source": "pizza", "target": "dog"})
     both = prepare(dataset, [edit_settings(pair | common) for pair in pairs])
