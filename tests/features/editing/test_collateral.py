@@ -100,7 +100,7 @@ def test_kept_text_is_general_or_a_file(dataset, few_texts, tmp_path):
 
 
 def test_no_more_prompts_than_help_are_learned_from(dataset, few_texts, monkeypatch):
-    every = {one.prompt: len(one.tokens) for one in dataset.text_answers[few_texts]["replies"]}
+    every = {one.prompt: len(one.tokens) for one in text_answers(dataset, few_texts)["replies"]}
     monkeypatch.setattr(kept_answers, "LEARNED_PROMPTS", 2)
     monkeypatch.setattr(kept_answers, "LEARNED_TEXT", 3)
     found = text_answers(EditDataset(dataset.model, dataset.run), few_texts)["replies"]
