@@ -56,24 +56,37 @@ def compared(
     return logits.gather(1, targets[:, None])[:, 0] - total, entries - total[:, None]
 
 
+Sizes = tuple[int, ...]
+"""Positions of each part. Methods differ in the kinds of answers that they keep, and in where their parts begin."""
+
+
 @dataclass
 class BeforeEdit:
-    """What tries of one edit share. Later ones must be given the same answers as the first."""
+    """What tries of one edit, and methods that make the same edit, share. All must be given the same answers."""
 
-    unedited: dict[str, list[Unedited]] = field(default_factory=dict)
-    """By kind of kept answers, one per part."""
-    chosen: tuple[Candidates, list[Float[Tensor, " position"]]] | None = None
+    unedited: dict[tuple[str, Sizes], list[Unedited]] = field(default_factory=dict)
+    """By kind of kept answers and the sizes of its parts: one per part."""
+    chosen: dict[tuple[tuple[str, ...], Sizes], tuple[Candidates, list[Float[Tensor, " position"]]]] = field(
+        default_factory=dict
+    )
+    """By the kinds of kept answers that are learned from, and the sizes of all parts."""
 
     def answers(self, kind: str, parts: Sequence[ResumedForward]) -> list[Unedited]:
         """Return what the model says at these parts of a kind's held-out answers."""
-        if kind not in self.unedited:
-            self.unedited[kind] = [Unedited.of(part) for part in parts]
-        return self.unedited[kind]
+        key = kind, _sizes(parts)
+        if key not in self.unedited:
+            self.unedited[key] = [Unedited.of(part) for part in parts]
+        return self.unedited[key]
 
     def candidates(
-        self, model: LoadedModel, parts: Iterable[ResumedForward], words: Iterable[int]
+        self, model: LoadedModel, kinds: Iterable[str], parts: Sequence[ResumedForward], words: Iterable[int]
     ) -> tuple[Candidates, list[Float[Tensor, " position"]]]:
         """Return the candidates at these parts of the answers to learn from, as `candidates` does."""
-        if self.chosen is None:
-            self.chosen = candidates(model, parts, words)
-        return self.chosen
+        key = tuple(kinds), _sizes(parts)
+        if key not in self.chosen:
+            self.chosen[key] = candidates(model, parts, words)
+        return self.chosen[key]
+
+
+def _sizes(parts: Sequence[ResumedForward]) -> Sizes:
+    return tuple(len(part.targets) for part in parts)

@@ -213,7 +213,7 @@ def learn(
     staying = {kind: [part.shaped_by(deltas) for part, _ in resume_all(model, keep[kind], deltas)] for kind in keep}
     said = {token for example in new for token in (*example.tokens, *(example.rejected or ())[1:])}
     parts = [*chain(*staying.values()), *(part for part, _ in changing)]
-    chosen, totals = (before or BeforeEdit()).candidates(model, parts, said)
+    chosen, totals = (before or BeforeEdit()).candidates(model, staying, parts, said)
     news = [_NewAnswers.of(part, rows, config.margin, chosen) for part, rows in changing]
     each = iter(totals)
     kept = [
