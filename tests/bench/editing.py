@@ -45,14 +45,7 @@ from mmray.features.census.settings import census_settings
 from mmray.features.editing.bounds import BOUNDS
 from mmray.features.editing.dataset import EditDataset
 from mmray.features.editing.edit import WeightEdit
-from mmray.features.editing.kept_answers import (
-    ASKED,
-    HELD_OUT,
-    LEARNED_PROMPTS,
-    LEARNED_TEXT,
-    LONGEST_TEXT,
-    read_kept_text,
-)
+from mmray.features.editing.kept_answers import ASKED, HELD_OUT, LEARNED_TEXT, LONGEST_TEXT, read_kept_text
 from mmray.features.editing.methods import ABOUT_IMAGES, make_edit
 from mmray.features.editing.settings import EditSettings, edit_settings
 from mmray.features.editing.training import TrainingConfig
@@ -359,7 +352,7 @@ def size() -> None:
     counts = {
         "caption": (task.kept, image + 2 * caption, caption),
         "answer": (2 * ASKED, image + 2 * caption, 2),
-        "text-only reply": (min(prompts - tested, LEARNED_PROMPTS), LEARNED_TEXT + caption, LEARNED_TEXT),
+        "text-only reply": (prompts - tested, LEARNED_TEXT + caption, LEARNED_TEXT),
         "text-only reply, held out": (tested, LONGEST_TEXT + caption, LONGEST_TEXT),
     }
     # Of the last block at each token of an answer: its output and all neurons' activations, in half precision.

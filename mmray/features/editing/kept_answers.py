@@ -10,7 +10,6 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 
 from mmray.data.image_keys import one_per_image
@@ -31,8 +30,6 @@ LONGEST_ANSWER = 16
 LONGEST_TEXT, LEARNED_TEXT = 64, 32
 """Tokens of a text-only reply that is held out, and of one that is learned from: longer ones take twice as long and say
 little more."""
-LEARNED_PROMPTS = 100
-"""Text-only prompts that are learned from. Twice as many take twice as long and keep no more of other replies."""
 HELD_OUT = 4
 """One of so many is held out."""
 
@@ -99,14 +96,11 @@ def text_answers(dataset: EditDataset, uri: str | None) -> dict[str, list[Exampl
     if uri not in dataset.text_answers:
         model, found = dataset.model, read_kept_text(uri)
         queries = [Prompt(prompt_text(model, prompt, dataset.language, image=False)) for prompt in found["prompts"]]
-        learned = [one for one in queries if not _is_held_out(one)]
-        # Evenly spaced, because neighbours are alike.
-        learned = learned[:: ceil(len(learned) / LEARNED_PROMPTS) or 1]
         texts = [text.partition(" ") for text in found["texts"]]
         continued = [Example(first, None, tuple(tokenize_caption(model, first, rest)[0])) for first, _, rest in texts]
         dataset.text_answers[uri] = {
             "replies": [
-                *dataset.replies(learned, LEARNED_TEXT),
+                *dataset.replies([one for one in queries if not _is_held_out(one)], LEARNED_TEXT),
                 *dataset.replies([one for one in queries if _is_held_out(one)], LONGEST_TEXT),
             ],
             "texts": recorded(model, continued),

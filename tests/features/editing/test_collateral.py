@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmray.errors import InputError
-from mmray.features.editing import before_edit, kept_answers, methods
+from mmray.features.editing import before_edit, methods
 from mmray.features.editing.bounds import BOUNDS
 from mmray.features.editing.dataset import EditDataset, Prompt
 from mmray.features.editing.deltas import Deltas
@@ -97,19 +97,6 @@ def test_kept_text_is_general_or_a_file(dataset, few_texts, tmp_path):
             read_kept_text(str(tmp_path / "bad.json"))
     with pytest.raises(InputError, match="no such file"):
         read_kept_text(str(tmp_path / "absent.json"))
-
-
-def test_no_more_prompts_than_help_are_learned_from(dataset, few_texts, monkeypatch):
-    every = {one.prompt: len(one.tokens) for one in text_answers(dataset, few_texts)["replies"]}
-    monkeypatch.setattr(kept_answers, "LEARNED_PROMPTS", 2)
-    monkeypatch.setattr(kept_answers, "LEARNED_TEXT", 3)
-    found = text_answers(EditDataset(dataset.model, dataset.run), few_texts)["replies"]
-    held_out = [one for one in found if kept_answers._is_held_out(one)]
-    # Those held out are all there, in full: they say whether an edit may be saved.
-    assert {one.prompt: len(one.tokens) for one in held_out}.items() <= every.items()
-    assert len(held_out) == sum(kept_answers._is_held_out(Prompt(prompt)) for prompt in every)
-    assert 0 < len(found) - len(held_out) <= 2
-    assert all(len(one.tokens) <= 3 for one in found if one not in held_out)
 
 
 def test_unchanged_means_that_greedy_decoding_writes_the_same(dataset, task):
