@@ -48,9 +48,11 @@ def test_a_disk_that_may_not_be_written(mmray: Mmray, tiny: Callable[[str], Path
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Return a clock that waiting moves at once; `then` is what happens at 300 seconds, `waited` is by thread."""
     found = SimpleNamespace(now=0.0, then=None, waited=Counter())
+    lock = threading.Lock()
 
     def sleep(seconds: float) -> None:
-        found.now += seconds
+        with lock:  # two threads that add at once would lose a wait
+            found.now += seconds
         # Not by its number, which a later thread may have again.
         found.waited[threading.current_thread()] += seconds
         if found.then is not None and found.now >= 300:
