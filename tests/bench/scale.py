@@ -134,7 +134,7 @@ def requests_per_unit(units: int = 200) -> dict[str, float]:
     return {kind: count / units + more for kind, count in Counted.requests.items()}
 
 
-def limits(outcome: Outcome, replicas: int, phases: Phases, requests: float) -> dict[str, float]:
+def limits(outcome: Outcome, phases: Phases, requests: float) -> dict[str, float]:
     """Return how close to its limit each common resource is: 1 is the limit, or as long as the census itself."""
     return {
         "driver": outcome.driver,
@@ -159,7 +159,7 @@ def main() -> None:
         "writes to S3 per s": lambda _, __, done: f"{done.shards * requests['write'] / done.seconds:,.1f}",
         "TB": lambda captions, _, __: f"{captions * phases.parts / 1e12:.3g}",
         "merge, one core": lambda _, __, done: hours(done.merge),
-        "nearest limit": lambda _, replicas, done: nearest(limits(done, replicas, phases, requests["write"])),
+        "nearest limit": lambda _, __, done: nearest(limits(done, phases, requests["write"])),
     }
     rows = []
     for captions in CAPTIONS:

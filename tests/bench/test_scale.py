@@ -28,7 +28,7 @@ def test_a_slow_driver_is_the_limit() -> None:
     slow = replace(CALM, driver=10.0)
     done = simulate(1000 * CALM.captions, 1000, slow)
     assert done.seconds >= 1000 * slow.driver and done.driver > 0.95
-    assert nearest(limits(done, 1000, replace(slow, merge=0), 1.0)).startswith("driver")
+    assert nearest(limits(done, replace(slow, merge=0), 1.0)).startswith("driver")
 
 
 def test_lost_shards_are_done_again_and_cost_time() -> None:

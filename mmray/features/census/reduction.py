@@ -167,7 +167,7 @@ class ConceptSums:
         incomplete = [name for name in least if self.expected.get(name, 1) > 0]
         left = max(0, self.room_on_disk - len(self._overflow.counts))
         # If the disk has no room for all, those that the shard needs most wait there.
-        waiting = incomplete[len(incomplete) - left :] if left < len(incomplete) else incomplete
+        waiting = incomplete[max(0, len(incomplete) - left) :]
         closed = [name for name in least if name not in waiting]
         for part in _parts(closed):
             self._closed.append(self._reduced(part, [self._counts[name] for name in part], self._open_sums(part)))
