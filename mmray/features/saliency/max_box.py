@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
-from scipy import ndimage
 
 from mmray.features.saliency.maps import Saliency, paint
 from mmray.features.saliency.measures import Boxes
@@ -25,8 +25,6 @@ LEVELS = 255
 """Thresholds: a point is above the k-th if its level is higher than k, from 0."""
 OVERLAP = 0.5
 """IoU from which a box counts as found."""
-TOUCHING = np.ones((3, 3), int)
-"""Points that touch at a corner are connected."""
 
 
 def boxes_found(saliency: Saliency, boxes: Boxes, covers: Sequence[float]) -> Bool[ndarray, " threshold"]:
@@ -64,8 +62,10 @@ def threshold_boxes(levels: Int[ndarray, "row column"]) -> Int[ndarray, "thresho
     present = np.unique(levels)
     # Between two levels that the map has, every threshold gives the same parts.
     for low, high in zip(present[:-1].tolist(), present[1:].tolist(), strict=True):
-        down, across = _largest_part(levels > low)
-        found[low:high] = (across.start, down.start, min(across.stop, width - 1), min(down.stop, height - 1))
+        _, mask = cv2.threshold(levels, low, LEVELS, cv2.THRESH_BINARY)
+        contours, _ = cv2.findContours(mask, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
+        left, top, across, down = cv2.boundingRect(max(contours, key=cv2.contourArea))
+        found[low:high] = left, top, min(left + across, width - 1), min(top + down, height - 1)
     return found
 
 
@@ -79,30 +79,3 @@ def inclusive_iou(
     areas = [(box[..., 2:] - box[..., :2] + 1).prod(axis=-1) for box in (one, other)]
     found: Float[ndarray, "threshold object"] = shared / (areas[0] + areas[1] - shared)
     return found
-
-
-def _largest_part(mask: Bool[ndarray, "row column"]) -> tuple[slice, slice]:
-    """Return the rows and columns of the connected part with the largest contour area."""
-    labels, count = ndimage.label(mask, TOUCHING)
-    places = ndimage.find_objects(labels)
-    if count == 1:
-        return places[0]  # type: ignore[no-any-return]
-    # No contour encloses more than its bounding box, so small parts need not be traced.
-    bounds = [(down.stop - down.start - 1) * (across.stop - across.start - 1) for down, across in places]
-    best, largest = places[0], -1.0
-    for number in sorted(range(count), key=lambda number: -bounds[number]):
-        if bounds[number] <= largest:
-            break
-        area = contour_area(labels[places[number]] == number + 1)
-        if area > largest:
-            best, largest = places[number], area
-    return best  # type: ignore[no-any-return]
-
-
-def contour_area(part: Bool[ndarray, "row column"]) -> float:
-    """Return the area within the outer contour through a part's pixel centres, holes included, as OpenCV's."""
-    outside, _ = ndimage.label(~np.pad(part, 1))
-    filled = (outside != outside[0, 0])[1:-1, 1:-1].astype(int)
-    # A square of four neighbouring centres lies within the contour, or half of it where one centre is outside.
-    corners = filled[1:, 1:] + filled[:-1, 1:] + filled[1:, :-1] + filled[:-1, :-1]
-    return float((corners == 4).sum() + (corners == 3).sum() / 2)

@@ -1,4 +1,4 @@
-"""MaxBoxAcc against the released protocol written out pixel by pixel, and against OpenCV's contour areas."""
+"""MaxBoxAcc against the released protocol written out pixel by pixel."""
 
 from itertools import pairwise
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmray.features.saliency.maps import Saliency, paint
-from mmray.features.saliency.max_box import LENGTH, LEVELS, boxes_found, contour_area, levels_of, threshold_boxes
+from mmray.features.saliency.max_box import LENGTH, LEVELS, boxes_found, levels_of, threshold_boxes
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
@@ -65,7 +65,7 @@ def released(levels, true):
     return hits
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(8))
 def test_hits_are_those_of_the_released_protocol(seed, monkeypatch):
     monkeypatch.setattr("mmray.features.saliency.max_box.LENGTH", 20)
     noise = torch.rand(5, 5, generator=torch.Generator().manual_seed(seed))
@@ -77,22 +77,6 @@ def test_hits_are_those_of_the_released_protocol(seed, monkeypatch):
     true = tuple(int(20 * side) for side in (0.1, 0.2, 0.65, 0.8))
     found = boxes_found(Saliency(values), [box], WHOLE)
     assert {number for number in range(LEVELS) if found[number]} == released(levels, true)
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_the_contour_s_area_is_that_of_the_traced_polygon(seed):
-    mask = np.random.default_rng(seed).random((9, 11)) < 0.55 + 0.03 * seed
-    for part in parts_of(mask):
-        alone = np.zeros_like(mask)
-        alone[tuple(zip(*part, strict=True))] = True
-        assert contour_area(alone) == pytest.approx(polygon_area(part)), alone.astype(int)
-
-
-def test_a_ring_has_the_area_of_its_disc_and_a_line_none():
-    ring = np.ones((5, 7), bool)
-    ring[1:-1, 1:-1] = False
-    assert contour_area(ring) == 4 * 6
-    assert contour_area(np.eye(4, dtype=bool)) == contour_area(np.ones((1, 9), bool)) == 0
 
 
 def test_maps_of_boxes_keep_sharp_edges_at_the_protocol_s_size():
