@@ -161,7 +161,7 @@ class _FolderStatus:
 
     def summary(self) -> dict[str, Any]:
         """Return the output of --json."""
-        from mmray.runs.run import reasons
+        from mmray.runs.failures import reasons
 
         analyses = {"analyses": [one.summary() for one in self.analyses]}
         if self.census is None:

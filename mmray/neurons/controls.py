@@ -16,15 +16,16 @@ NEAR = 20
 
 
 def uniform(widths: Sequence[int], neurons: Neurons, seed: str) -> list[tuple[int, int]]:
-    """Return as many other neurons, drawn uniformly from all layers."""
+    """Return as many other neurons, or as there are, drawn uniformly from all layers."""
     taken = set(neurons)
     # In a fixed order, so that a seed always draws the same neurons.
-    others = [(layer, unit) for layer, width in enumerate(widths) for unit in range(width)]
-    return random.Random(f"uniform {seed}").sample([one for one in others if one not in taken], len(neurons))
+    every = [(layer, unit) for layer, width in enumerate(widths) for unit in range(width)]
+    others = [one for one in every if one not in taken]
+    return random.Random(f"uniform {seed}").sample(others, min(len(neurons), len(others)))
 
 
 def layer_matched(widths: Sequence[int], neurons: Neurons, seed: str) -> list[tuple[int, int]]:
-    """Return as many other neurons of each layer."""
+    """Return as many other neurons of each layer, or as there are."""
     generator, taken = random.Random(f"layers {seed}"), set(neurons)
     drawn = []
     for layer, count in sorted(Counter(layer for layer, _ in neurons).items()):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from mmray.neuron_names import NeuronNames
 from mmray.runs import RunFolder
 from mmray.runs.concepts import ORDERS, rankings_by_neuron, summarise_rankings
 from mmray.runs.examples import example_rows
+from mmray.runs.failures import committed_failures
 from mmray.runs.home import resolve_settings
 from mmray.runs.lease import Driver, last_driver
 from mmray.runs.receipts import NO_COST, Cost, cost, receipts_digest, skipped
@@ -44,10 +44,6 @@ WHOLE = 4 << 20
 """Bytes of a table up to which it is read whole, and all of it checked."""
 SHOWN = 5
 """Concepts that a run shows when it is printed."""
-READERS = 16
-"""Parts that are read in parallel."""
-SPECIFICS = re.compile(r"'[^']*'|\"[^\"]*\"|0x[0-9a-f]+|\d[\d,.]*")
-"""Names and numbers in messages, by which failures with the same reason differ."""
 
 
 @dataclass(frozen=True)
@@ -351,29 +347,7 @@ class Run:
 
     def failures(self, limit: int | None = None) -> list[dict[str, Any]]:
         """Return the rows of `errors` that are committed, or the first `limit` of them."""
-        failed = [receipt for receipt in self.folder.receipts().values() if receipt.failures]
-        with ThreadPoolExecutor(READERS) as pool:
-            # Each of these parts has at least one row: `limit` parts are enough.
-            parts = pool.map(lambda receipt: self.folder.read_part(receipt, "errors"), failed[:limit])
-            return [row for part in parts for row in part.to_pylist()][:limit]
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Samples that failed for one reason: stage and message of the first, and where all of them are in the data."""
-
-    stage: str
-    message: str
-    sources: tuple[str, ...]
-
-
-def reasons(failures: Iterable[Mapping[str, Any]]) -> list[Reason]:
-    """Group failures by reason, the most frequent first; messages that differ only in names and numbers are one."""
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in failures:
-        groups.setdefault((row["stage"], SPECIFICS.sub("…", row["message"])), []).append(row)
-    found = [Reason(rows[0]["stage"], rows[0]["message"], tuple(r["source"] for r in rows)) for rows in groups.values()]
-    return sorted(found, key=lambda reason: -len(reason.sources))
+        return committed_failures(self.folder, self.folder.receipts().values(), limit)
 
 
 def open_run(uri: str | Path) -> Run:

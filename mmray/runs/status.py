@@ -12,6 +12,7 @@ from mmray.errors import DamagedError, InputError, StorageError
 from mmray.features import FEATURES
 from mmray.runs import Receipt
 from mmray.runs.analyses import Analysis, find_analyses
+from mmray.runs.failures import Reason, committed_failures, reasons
 from mmray.runs.folder import RunFolder
 from mmray.runs.lease import Driver, last_driver
 from mmray.runs.receipts import NO_COST, Cost, cost, receipts_digest, skipped
@@ -48,6 +49,8 @@ class AnalysisStatus:
     """The settings that it was called with."""
     quarantined: dict[int, str] = field(default_factory=dict)
     failures: int = 0
+    reasons: tuple[Reason, ...] = ()
+    """Why samples failed, the most frequent first."""
     skipped: dict[str, int] = field(default_factory=dict)
     cost: Cost = NO_COST
     damage: tuple[str, ...] = ()
@@ -100,12 +103,14 @@ def _status(analysis: Analysis, census: str, *, is_last: bool) -> AnalysisStatus
     quarantined: dict[int, Receipt] = {}
     sizes: list[int] = []
     snapshot = None
+    why: list[Reason] = []
     try:
         info = folder.info() or {}
         done, quarantined, wrong = folder.readable_receipts()
         damage += [str(error) for error in wrong]
         sizes = _sizes(folder)
         snapshot = newest(analysis.tables(), analysis.feature.name)
+        why = reasons(committed_failures(folder, done.values()))
     except StorageError:
         raise
     except InputError as error:
@@ -127,6 +132,7 @@ def _status(analysis: Analysis, census: str, *, is_last: bool) -> AnalysisStatus
         size=max(sum(sizes), size_done),
         size_done=size_done,
         failures=sum(receipt.failures for receipt in done.values()),
+        reasons=tuple(why),
         skipped=skipped(done.values()),
         cost=cost(done.values()),
         tables=_tables(analysis, info, snapshot, done, census, finished=finished, is_last=is_last),

@@ -178,7 +178,7 @@ def finish(result: JobResult, noun: str, *, quiet: bool = False) -> None:
         for number, reason in result.quarantined.items():
             say(f"unit {number} quarantined: {reason}", "red")
         if result.failures:
-            say(f"{plural(result.failures, noun)} failed", "yellow")
+            say(f"{plural(result.failures, noun)} failed; mmray status says why", "yellow")
     if not result.complete:
         raise typer.Exit(INCOMPLETE)
 

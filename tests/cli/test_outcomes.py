@@ -11,7 +11,8 @@ import pytest
 
 from mmray.features.census.view import status as status_view
 from mmray.runs import Receipt
-from mmray.runs.run import open_run, reasons
+from mmray.runs.failures import reasons
+from mmray.runs.run import open_run
 from tests.support.command import Answer
 from tests.support.scenes import scenes, write
 from tests.support.terminal import shown

@@ -1,5 +1,6 @@
 """What status tells of a run's analyses, tried on a toy that has a line in the table of features."""
 
+import itertools
 import json
 import os
 import re
@@ -9,11 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from mmray.cli import status as cli
 from mmray.cli.job import command_line
-from mmray.engine import LocalExecutor
+from mmray.engine import LocalExecutor, UnitResult
 from mmray.engine.clock import phase
 from mmray.runs import RunFolder
 from mmray.runs.analyses import find_analyses
@@ -21,6 +23,7 @@ from mmray.runs.driver import drive_analysis
 from mmray.runs.receipts import AROUND
 from mmray.runs.run import Run, open_run
 from mmray.runs.status import analyses
+from mmray.runs.tables import ERRORS
 from tests.support.damage import CONTENTS, PLACES
 from tests.support.letters import LINES
 from tests.support.local_jobs import properties_here
@@ -94,6 +97,30 @@ def test_a_quarantined_unit_is_told_with_its_reason(mmray, census, count, hook):
     count()
     assert only(census).quarantined == {0: "given up after 3 attempts: RuntimeError: no luck"}
     assert "unit 0 quarantined: given up after 3 attempts: RuntimeError: no luck" in mmray("status", census).out
+
+
+def test_failed_samples_are_told_with_their_reasons(mmray, census, count, monkeypatch):
+    monkeypatch.setattr(
+        "tests.support.words.UnitResult",
+        lambda tables: UnitResult(tables | {"errors": pa.Table.from_pylist([error()], schema=ERRORS)}),
+    )
+    numbers = itertools.count()
+
+    def error():
+        number = next(numbers)
+        message = f"letter {number} is smudged" if number else "torn"
+        return {"source": f"line {number}", "stage": "decode", "message": message}
+
+    count()
+    assert [(one.message, len(one.sources)) for one in only(census).reasons] == [
+        ("letter 1 is smudged", 9),
+        ("torn", 1),
+    ]
+    out = mmray("status", census).out
+    assert "letters: 9 × decode: line 1, line 2, line 3 and 6 more: letter 1 is smudged" in out
+    assert "letters: decode: line 0: torn" in out
+    (told,) = json.loads(mmray("status", census, "--json").out)["analyses"]
+    assert told["reasons"][1] == {"stage": "decode", "message": "torn", "sources": ["line 0"]}
 
 
 def test_tables_that_lack_a_part_are_older_than_the_parts(mmray, census, count, hook):

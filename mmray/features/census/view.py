@@ -18,9 +18,10 @@ from mmray.features.census.cost import CensusEstimate
 from mmray.features.census.drift import Drift
 from mmray.neurons.scores import unit_of
 from mmray.runs.concepts import ORDERS
+from mmray.runs.failures import Reason, reasons
 from mmray.runs.lease import Driver
 from mmray.runs.receipts import AROUND, Cost
-from mmray.runs.run import CERTIFICATES, Reason, Run, Status, reasons
+from mmray.runs.run import CERTIFICATES, Run, Status
 from mmray.runs.status import AnalysisStatus
 from mmray.terminal.progress import rate
 from mmray.terminal.tables import lineless
@@ -179,11 +180,7 @@ def status(status: Status, failures: Iterable[dict[str, Any]], uri: str) -> Rend
     lines += [Text(f"slower    {note}") for note in status.cost.notes]
     lines += [Text(f"skipped   {line}") for line in skipped(status.skipped, status.samples_done)]
     lines += [Text(f"shard {number} quarantined: {reason}", "red") for number, reason in status.quarantined.items()]
-    found = reasons(failures)
-    lines += [Text(_reason(reason), "yellow") for reason in found[:SHOWN_REASONS]]
-    if rest := found[SHOWN_REASONS:]:
-        failed = sum(len(reason.sources) for reason in rest)
-        lines.append(Text(f"and {failed:,} more for {len(rest):,} other reasons: see the table errors", "yellow"))
+    lines += [Text(line, "yellow") for line in _reasons(reasons(failures), "see the table errors")]
     return Group(*lines)
 
 
@@ -245,6 +242,7 @@ def _remarks(one: AnalysisStatus) -> Iterator[tuple[str, str]]:
     yield from ((f"slower: {note}", "dim") for note in one.cost.notes)
     yield from ((line, "") for line in skipped(one.skipped, one.size_done))
     yield from ((f"unit {number} quarantined: {reason}", "red") for number, reason in one.quarantined.items())
+    yield from ((line, "yellow") for line in _reasons(one.reasons, "see --json"))
     yield from ((line, "red") for line in one.damage)
     # While a driver works on it, there is nothing for the user to do.
     if one.at_work:
@@ -261,6 +259,14 @@ def skipped(counts: Mapping[str, int], samples: int) -> list[str]:
         f"{count:,} of {samples:,} captions {'has' if count == 1 else 'have'} {reason}"
         for reason, count in counts.items()
     ]
+
+
+def _reasons(found: Sequence[Reason], where: str) -> list[str]:
+    """Return a line for each of the first reasons, and one for the others; `where` says where those are."""
+    rest = found[SHOWN_REASONS:]
+    failed = sum(len(reason.sources) for reason in rest)
+    more = [f"and {failed:,} more for {len(rest):,} other reasons: {where}"] if rest else []
+    return [_reason(reason) for reason in found[:SHOWN_REASONS]] + more
 
 
 def _reason(reason: Reason) -> str:

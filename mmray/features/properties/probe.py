@@ -74,7 +74,8 @@ class Probe:
         encoded = self.study.encoded(chosen, partial(found.leave_out, inputs.concept))
         subject = Subject(self.study, inputs, *encoded) if encoded is not None else None
         if subject is None or not subject.usable:
-            raise ValueError("fewer than two images of the concept, or no image of others, can be used")
+            found.fail(inputs.concept, "fewer than two images of the concept, or no image of others, can be used")
+            return
         sensitivity(subject, found)
         if self.encoder is not None:
             text_similarity(subject, found, self.encoder)

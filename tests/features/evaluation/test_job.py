@@ -400,7 +400,7 @@ def test_what_fails_is_status_4(command: Callable[..., Answer], run: Path, edit:
     given[given.index(str(EVALUATION))] = str(tmp_path / "data.parquet")
     answer = command(*given)
     assert answer.status == 4
-    assert "1 sample failed" in answer.out
+    assert "1 sample failed; mmray status says why" in answer.out
 
 
 def test_units_that_never_succeed_are_quarantined(run: Path, edit: StandIn, tmp_path: Path) -> None:

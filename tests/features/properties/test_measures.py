@@ -103,6 +103,13 @@ def test_a_layer_that_is_taken_whole_has_no_control():
     assert controls.layer_matched((2, 3), [(0, 0), (0, 1)], "seed") == []
 
 
+@pytest.mark.parametrize("draw", [controls.uniform, controls.layer_matched])
+def test_controls_are_other_neurons_as_many_as_there_are(draw):
+    assert len(set(draw((40, 30), [(0, unit) for unit in range(10)], "seed"))) == 10
+    found = draw((12, 0), [(0, unit) for unit in range(10)], "seed")
+    assert sorted(found) == [(0, 10), (0, 11)]
+
+
 def test_activations_are_matched():
     generator = torch.Generator().manual_seed(0)
     activations = [torch.rand(width, generator=generator) * (layer + 1) for layer, width in enumerate((400, 300))]
