@@ -35,7 +35,7 @@ import pyarrow as pa
 from mmray.errors import DamagedError, InputError
 from mmray.runs.receipts import Receipt, unit_of
 from mmray.runs.refreshes import latest
-from mmray.runs.tables import from_bytes, to_bytes
+from mmray.runs.tables import from_bytes, part_to_bytes
 from mmray.storage import Checksum, NamedCommits, RetryingStore, Store, commits_once, is_full, is_outage, open_store
 
 ATTEMPTS = 3
@@ -334,7 +334,7 @@ class RunFolder:
             return Checksum.of(files[name], len(tables[name]))
 
         with ThreadPoolExecutor(len(parts)) as pool:
-            files = dict(zip(tables, pool.map(to_bytes, tables.values()), strict=True))
+            files = dict(zip(tables, pool.map(part_to_bytes, tables.values()), strict=True))
             try:
                 return dict(zip(tables, pool.map(write, tables), strict=True))
             except OSError as error:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from numpy import ndarray
 
 from mmray.errors import DamagedError
+from mmray.runs.flat_lists import NUMBERS, flat_bytes, read_flat
 from mmray.storage import Store
 
 LABEL_ENTRY = pa.struct([("key", pa.string()), ("value", pa.string())])
@@ -55,6 +56,11 @@ VECTORS_PER_PAGE = 16
 """Rows written before Parquet checks the page size. Vectors take up to megabytes, and a page must stay below 2 GB."""
 
 
+def part_to_bytes(part: pa.Table) -> bytes:
+    """Return a part of a unit as the bytes of one Parquet file; its lists may be flat, for `from_bytes` alone."""
+    return flat_bytes(part) or to_bytes(part)
+
+
 def to_bytes(table: pa.Table) -> bytes:
     """Return the table as the bytes of one Parquet file."""
     buffer = io.BytesIO()
@@ -63,9 +69,7 @@ def to_bytes(table: pa.Table) -> bytes:
         pq.ParquetWriter(buffer, table.schema).close()
         return buffer.getvalue()
     columns = list(zip(table.schema.names, table.schema.types, strict=True))
-    numbers = {
-        name: kind.value_type for name, kind in columns if pa.types.is_list(kind) and _is_number(kind.value_type)
-    }
+    numbers = {name: kind.value_type for name, kind in columns if pa.types.is_list(kind) and kind.value_type in NUMBERS}
     # Mixed bytes of vectors don't get smaller.
     binary = any(pa.types.is_large_binary(kind) for _, kind in columns)
     vectors = binary or any(map(pa.types.is_floating, numbers.values()))
@@ -99,20 +103,17 @@ def _rises(column: pa.ChunkedArray) -> bool:
     return bool((first[1:] >= first[:-1]).all())
 
 
-def _is_number(kind: pa.DataType) -> bool:
-    # Parquet has no such encodings of smaller integers and half floats.
-    return kind in (pa.int32(), pa.int64(), pa.float32(), pa.float64())
-
-
 def from_bytes(data: bytes) -> pa.Table:
-    """Return the table that `to_bytes` wrote; raises DamagedError for anything else."""
+    """Return the table that `to_bytes` or `part_to_bytes` wrote; raises DamagedError for anything else."""
     # Copy the bytes to Arrow's own memory. Arrow's threads may outlive this call and hold the last reference to its
     # input; dropping a reference to Python bytes while the interpreter shuts down aborts the process.
     stream = pa.BufferOutputStream()
     stream.write(data)
     try:
         # `read_table` would build a dataset first, which takes longer than reading a small part.
-        return _without_maps(pq.ParquetFile(pa.BufferReader(stream.getvalue())).read())
+        file = pq.ParquetFile(pa.BufferReader(stream.getvalue()))
+        flat = read_flat(file)
+        return _without_maps(file.read()) if flat is None else flat
     except MemoryError:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
