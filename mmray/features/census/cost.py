@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MANY_UNKNOWN, MOST_WITHOUT_NOUNS = 0.1, 0.5
 """Fractions of the captions in unknown languages, and without a noun, above which a warning is given."""
@@ -85,6 +85,18 @@ class DataSample:
 
 
 @dataclass(frozen=True)
+class PartBytes:
+    """Bytes of the parts that shards commit."""
+
+    per_shard: float
+    per_concept: float
+    """Of a shard."""
+    per_repeated: float
+    """In addition, per concept that occurs more than once in the shard."""
+    per_sample: float
+
+
+@dataclass(frozen=True)
 class Timing:
     """How long a worker took for the first samples, after a batch that warmed it up."""
 
@@ -92,6 +104,30 @@ class Timing:
     seconds: float
     phases: Mapping[str, float]
     """Seconds by phase, longest first."""
+    parts: PartBytes
+    """Bytes of what it would have committed."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """What the run's files hold."""
+
+    shards: int
+    samples: int
+    concepts: float
+    """Of each shard, added up."""
+    repeated: float
+    """Those that occur more than once in a shard, added up."""
+    tables: float
+    """Bytes of the tables."""
+    parts: PartBytes
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of all files."""
+        parts = self.parts
+        of_concepts = self.concepts * parts.per_concept + self.repeated * parts.per_repeated
+        return int(self.shards * parts.per_shard + of_concepts + self.samples * parts.per_sample + self.tables)
 
 
 @dataclass(frozen=True)
@@ -110,7 +146,7 @@ class CensusEstimate:
     workers: int
     occurrences: float
     """Occurrences of nouns per sample."""
-    bytes_written: int
+    volume: Volume
     memory: WorkerMemory
     neurons: int
     kept: int
@@ -118,6 +154,12 @@ class CensusEstimate:
     sample: DataSample
     timing: Timing | None = None
     """None: the arithmetic and the speed of this machine give the time."""
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the run; with a timing, judging by the parts of the samples that it took."""
+        volume = replace(self.volume, parts=self.timing.parts) if self.timing else self.volume
+        return volume.bytes_written
 
     @property
     def worker_hours(self) -> float:

@@ -12,9 +12,11 @@ import torch
 from mmray.data.samples import Failure, Sample
 from mmray.data.shards import Manifest, read_shard
 from mmray.data.source import Source
-from mmray.features.census.cost import CensusEstimate, DataSample, WorkerMemory
+from mmray.features.census.bytes_written import by_arithmetic, expected_concepts, expected_repeated, of_tables
+from mmray.features.census.cost import CensusEstimate, DataSample, Volume, WorkerMemory
 from mmray.features.census.reduction import SUMS_MEMORY, candidates_kept
 from mmray.features.census.settings import CensusSettings
+from mmray.features.census.shard import labels_of
 from mmray.models.prompting import POSITIONS
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.language_id import language_code, language_name
@@ -24,15 +26,12 @@ from mmray.neurons.token_sums import COPIED
 
 ROWS_READ = 64
 """First rows read to estimate caption lengths, languages and nouns."""
+NAMED = 256
+"""First rows whose nouns tell how many different ones there are."""
 FREQUENT = 10
 """Nouns listed."""
 EFFICIENCY = 0.6
 """Speed of a whole forward pass as a fraction of a large matrix product's: 0.5 to 0.7 on CPUs and an H100."""
-CANDIDATE_BYTES, ACTIVITY_BYTES, NEURON_BYTES = 10, 12, 70
-"""Bytes written per neuron kept of a concept; per neuron, label and modality; and per neuron for examples and totals.
-
-Measured by `python -m tests.bench.size`.
-"""
 CHARACTERS_PER_TOKEN = 4
 PROMPT_TOKENS = 16
 
@@ -59,14 +58,32 @@ def estimate(
     passes = 2 if settings.captions == "generate" else 1
     neurons = sum(widths)
     kept = candidates_kept(settings.candidates, neurons)
-    # Most concepts of a shard occur there once or twice, so there are about half as many as occurrences.
-    concepts = min(settings.samples_per_shard, manifest.samples) * occurrences / 2
+    seen_concepts = _concepts(source, manifest, nouns)
+    concepts = expected_concepts(seen_concepts, min(settings.samples_per_shard, manifest.samples) * occurrences)
     # Activity is kept per label and modality; "all" is the label that every sample has.
-    kinds = [{sample.language for sample in samples} - {None}, {sample.domain for sample in samples} - {None}]
-    held = 2 * (1 + sum(map(len, kinds)))
+    kinds: dict[str, set[str]] = {}
+    for sample in samples:
+        for kind, label in labels_of(sample).items():
+            kinds.setdefault(kind, set()).add(label)
+    held = 2 * (1 + sum(map(len, kinds.values())))
     # The only label of a kind repeats the numbers of "all".
-    written = 2 * (1 + sum(len(labels) for labels in kinds if len(labels) > 1))
-    shard_bytes = concepts * kept * CANDIDATE_BYTES + neurons * (written * ACTIVITY_BYTES + NEURON_BYTES)
+    written = 2 * (1 + sum(len(labels) for labels in kinds.values() if len(labels) > 1))
+    # Occurrences of shards, and how many shards have so many.
+    sizes = Counter(shard.samples * occurrences for shard in manifest.shards)
+    volume = Volume(
+        shards=len(manifest.shards),
+        samples=manifest.samples,
+        concepts=sum(number * expected_concepts(seen_concepts, size) for size, number in sizes.items()),
+        repeated=sum(number * expected_repeated(seen_concepts, size) for size, number in sizes.items()),
+        tables=of_tables(
+            neurons,
+            held,
+            occurrences * settings.top_k,
+            expected_concepts(seen_concepts, manifest.samples * occurrences),
+            manifest.samples,
+        ),
+        parts=by_arithmetic(neurons, kept, written, occurrences * settings.top_k),
+    )
     # On a GPU `auto` is the checkpoint's format, and few checkpoints are in fp32.
     number_bytes = 4 if settings.dtype == "fp32" else 2
     # Long texts share a batch with few others.
@@ -89,8 +106,7 @@ def estimate(
         # Without GPUs the workers share the cores that the timing used, so more workers are no faster.
         workers=(settings.worker_range or (0, torch.cuda.device_count()))[1] if torch.cuda.is_available() else 1,
         occurrences=occurrences,
-        # 14 bytes: layer, unit, score and activation of a neuron listed at an occurrence.
-        bytes_written=int(len(manifest.shards) * shard_bytes + manifest.samples * occurrences * settings.top_k * 14),
+        volume=volume,
         memory=memory,
         sample=seen,
         neurons=neurons,
@@ -103,6 +119,15 @@ def _prompts(settings: CensusSettings, samples: Sequence[Sample]) -> float:
     if not samples or settings.captions == "generate" or SCORES[settings.score].backward:
         return 1.0
     return len({sample.image_key for sample in samples}) / len(samples)
+
+
+def _concepts(source: Source, manifest: Manifest, nouns: NounSource) -> Counter[str]:
+    """Return how often each concept occurs in the first captions; their images are not kept."""
+    found: Counter[str] = Counter()
+    for row in islice(read_shard(source, manifest.shards[0]), NAMED):
+        if isinstance(row, Sample) and row.caption.strip():
+            found.update(mention.concept for mention in nouns.find(row.caption, row.language, row.objects))
+    return found
 
 
 def first_rows(source: Source, manifest: Manifest) -> tuple[list[Sample], list[Failure]]:

@@ -12,6 +12,7 @@ from mmray.data.source import Source
 from mmray.engine import Unit
 from mmray.engine.clock import timed_phases
 from mmray.engine.job import finished
+from mmray.features.census.bytes_written import of_shard
 from mmray.features.census.cost import CensusEstimate, Timing
 from mmray.features.census.estimate import estimate
 from mmray.features.census.inputs import open_inputs
@@ -47,6 +48,6 @@ def _timing(job: CensusJob, source: Source, manifest: Manifest, nouns: NounSourc
         shard = cut(source.files(), samples, min(samples, manifest.samples), source.image_end).shards[0]
         began = time.perf_counter()
         with timed_phases() as phases:
-            finished(worker(Unit(shard.samples, shard)))
+            tables = finished(worker(Unit(shard.samples, shard))).tables
         seconds = time.perf_counter() - began
-    return Timing(shard.samples, seconds, dict(Counter(phases).most_common()))
+    return Timing(shard.samples, seconds, dict(Counter(phases).most_common()), of_shard(tables, shard.samples))

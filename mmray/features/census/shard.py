@@ -329,7 +329,7 @@ class ShardAnalysis:
         """Score a batch. If memory runs out or a sample fails, halve it until the failing sample is alone."""
         mentions = [(item.sample.sample_id, item.mentions) for item in items]
         positions = positions_of(batch, mentions, every=self.settings.pieces == "sum")
-        labels = [_labels(item.sample) for item in items]
+        labels = [labels_of(item.sample) for item in items]
         # Examples keep one sample per image, so statistics must know which samples share one.
         digests = [item.sample.digest for item in items]
         self.statistics.begin(labels, batch.spans, digests, batch.paths)
@@ -450,7 +450,8 @@ def prefix_given(settings: CensusSettings, caption: str) -> str | None:
     return settings.prefix if settings.captions == "generate" else prefix_before(caption, settings.prefix)
 
 
-def _labels(sample: Sample) -> dict[str, str]:
+def labels_of(sample: Sample) -> dict[str, str]:
+    """Return the labels that a sample counts under, by kind, in addition to that of all samples."""
     found = {"language": sample.language, "domain": sample.domain, **sample.labels}
     return {kind: label for kind, label in found.items() if label is not None}
 

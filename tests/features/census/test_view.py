@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from rich.cells import cell_len
 
-from mmray.features.census.cost import CensusEstimate, DataSample, WorkerMemory
+from mmray.features.census.cost import CensusEstimate, DataSample, PartBytes, Volume, WorkerMemory
 from mmray.features.census.view import concept_title, neuron, plan, ranking, status, summary
 from mmray.neurons.attribution import FUNCTIONS
 from mmray.neurons.scores import SCORES, Score
@@ -166,13 +166,14 @@ def test_status_says_what_failed_and_why(run: Run, width: int) -> None:
 
 
 MEMORY = WorkerMemory(weights=14 * 10**9, batch=2 * 10**9, sums=10**9)
+VOLUME = Volume(1, 500, 100.0, 50.0, 10.0**6, PartBytes(0.0, 0.0, 0.0, 0.0))
 
 
 def test_a_plan_names_the_gpus_that_a_worker_fits_on() -> None:
     rows = DataSample(64, 0, "", 64, 160, 0, (("dog", 9),), {"English": 64}, False, {}, "objects")
     for times, said in ((1, "fits A10G, L4 (24 GB), "), (9, "needs --gpus-per-worker 2 or more")):
         memory = WorkerMemory(times * MEMORY.weights, MEMORY.batch, MEMORY.sums)
-        known = CensusEstimate(500, 1, 80.0, 10**6, 1.0, 0.1, 1, 2.5, 10**6, memory, 8192, 8192, rows)
+        known = CensusEstimate(500, 1, 80.0, 10**6, 1.0, 0.1, 1, 2.5, VOLUME, memory, 8192, 8192, rows)
         text = " ".join(" ".join(shown(plan(known), 80)).split())
         assert (
             f"memory about {14 * times + 3} GB per worker on a GPU (weights {14 * times}, batch 2, sums 1): {said}"
@@ -183,7 +184,7 @@ def test_a_plan_names_the_gpus_that_a_worker_fits_on() -> None:
 @pytest.mark.parametrize(("kept", "said"), [(8192, False), (2048, True)])
 def test_a_plan_says_what_is_kept_where_that_is_not_all(kept: int, said: bool) -> None:
     rows = DataSample(64, 0, "", 64, 160, 0, (("dog", 9),), {"English": 64}, False, {}, "objects")
-    lines = shown(plan(CensusEstimate(500, 1, 80.0, 10**6, 1.0, 0.1, 1, 2.5, 10**6, MEMORY, 8192, kept, rows)), 80)
+    lines = shown(plan(CensusEstimate(500, 1, 80.0, 10**6, 1.0, 0.1, 1, 2.5, VOLUME, MEMORY, 8192, kept, rows)), 80)
     text = " ".join(" ".join(lines).split())
     assert ("kept 2,048 of 8,192 neurons per concept and shard" in text) == said
     assert all(cell_len(line) <= 80 for line in lines)
