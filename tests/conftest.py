@@ -208,7 +208,16 @@ def ordinary_user(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ray_here(bucket: str) -> Iterator[str]:
+def forks() -> Iterator[None]:
+    """Have Ray's workers forked from a process with everything imported; they have the environment of this moment."""
+    from tests.support.forked_workers import forked_workers
+
+    with forked_workers():
+        yield
+
+
+@pytest.fixture(scope="session")
+def ray_here(bucket: str, forks: None) -> Iterator[str]:
     """Start Ray once; its workers have the environment of this moment. Returns the bucket."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"

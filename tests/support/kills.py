@@ -25,6 +25,7 @@ from mmray.runs import RunFolder
 from mmray.runs import driver as runs_driver
 from mmray.storage import Entry, Store, open_store
 from tests.support.broken_stores import Appended, ReceiptFirst
+from tests.support.forked_workers import FORK
 from tests.support.stores import Wrapped
 
 PAUSES = {".parquet": 0.06, ".json": 0.25}
@@ -174,13 +175,20 @@ class Cluster:
 
 
 def processes() -> Iterator[tuple[int, int, str]]:
-    """Yield number, parent and command line of every process."""
+    """Yield number, parent and command line of every process; a forked worker's parent is who asked for it."""
+    found: dict[int, tuple[int, str]] = {}
+    forks: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            yield int(folder.name), parent, (folder / "cmdline").read_text().replace("\0", " ")
+            name, _, state = (folder / "stat").read_text().partition("(")[2].rpartition(")")
+            parent = int(state.split()[1])
+            found[int(folder.name)] = parent, (folder / "cmdline").read_text().replace("\0", " ")
         except (OSError, UnicodeDecodeError, ValueError):
             continue
+        if name.startswith(FORK):
+            forks[int(name.removeprefix(FORK))] = parent
+    for number, (parent, line) in found.items():
+        yield number, forks.get(number, parent), line
 
 
 @dataclass

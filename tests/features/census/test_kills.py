@@ -32,7 +32,7 @@ ROUNDS = [
 
 
 @pytest.fixture(scope="module")
-def ray(bucket: str, alone: None) -> Iterator[Cluster]:
+def ray(bucket: str, alone: None, forks: None) -> Iterator[Cluster]:
     with cluster(cores=1) as started:
         yield started
 
