@@ -26,8 +26,8 @@ SEED = 7_000
 """Seed of the first chunk of training scenes; later chunks count up from it."""
 TEST_SEED = 990_000
 """Seed of the test scenes."""
-_CHUNK = 1024
-"""Scenes that are rendered and embedded at a time."""
+_BATCHES = 16
+"""Batches of scenes that are rendered and embedded at a time."""
 _KEPT = 48
 """Chunks of embeddings that are kept for replay."""
 _MOST_OBJECTS = 3
@@ -107,16 +107,17 @@ def train_heads(
     optimizer = torch.optim.AdamW(heads.parameters(), weight_decay=0.02, betas=(0.9, 0.98))
     heads.train()
     start, step, average_loss = time.monotonic(), 0, 0.0
+    size = _BATCHES * batch_size
     # Continue with unseen scenes when existing heads are trained further.
-    chunks = _chunks(tower, SEED + seen // _CHUNK)
+    chunks = _chunks(tower, size, SEED + -(-seen // size))
     kept: list[Chunk] = []
     rendered = seen
     while (elapsed := time.monotonic() - start) < seconds:
         adversarial = elapsed >= 0.67 * seconds
         if not kept or not adversarial:
             kept = [*kept[-_KEPT + 1 :], next(chunks)]
-            rendered += _CHUNK
-        for _ in range(2 * _CHUNK // batch_size):
+            rendered += size
+        for _ in range(2 * _BATCHES):
             progress = min(1.0, (time.monotonic() - start) / seconds)
             # Decay by time instead of steps, so that any machine finishes the schedule.
             cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2
@@ -172,10 +173,10 @@ def _unit_length(moves: Embeddings) -> Embeddings:
     return functional.normalize(moves.flatten(1), dim=1).reshape(moves.shape)
 
 
-def _chunks(tower: OwnTower, seed: int) -> Iterator[Chunk]:
+def _chunks(tower: OwnTower, size: int, seed: int) -> Iterator[Chunk]:
     world = World.load(tower.model.device)
     while True:
-        yield embed_scenes(tower, world, world.sample(_CHUNK, seed), quick=True)
+        yield embed_scenes(tower, world, world.sample(size, seed), quick=True)
         seed += 1
 
 

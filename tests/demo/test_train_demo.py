@@ -1,37 +1,34 @@
 """The training job end to end, at its smallest."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from jobs.demo import train
 from jobs.demo.captions import LANGUAGES
 from jobs.demo.scenes import World
 from mmray.detector.heads import FACTS, load_heads
 from mmray.models.loading import load
 
-JOB = ["-m", "jobs.demo.train"]
-ROOT = Path(__file__).parents[2]
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    """Leave the precision of products as other tests have it."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.slow
-def test_heads_of_a_detector_are_left_and_trained_further(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_heads_of_a_detector_are_left_and_trained_further(tmp_path, capsys):
     told = []
     for _ in range(2):
-        finished = subprocess.run(
-            [sys.executable, *JOB, "--detector", "--smoke", "--seconds", "1", "--out", str(tmp_path / "heads")],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert finished.returncode == 0, finished.stderr
-        assert "pointing" in finished.stdout and "recall" in finished.stdout
+        train.main(tmp_path / "heads", seconds=1, detector=True, smoke=True)
+        said = capsys.readouterr().out
+        assert "pointing" in said and "recall" in said
         told.append(json.loads((tmp_path / "heads" / FACTS).read_text()))
     assert told[1]["scenes"] > told[0]["scenes"] > 0
     assert told[1]["seconds"] == 2 * told[0]["seconds"]
@@ -39,19 +36,11 @@ def test_heads_of_a_detector_are_left_and_trained_further(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_the_smoke_run_leaves_a_checkpoint_that_captions_an_image(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    options = ["--smoke", "--seconds", "2", "--batch-size", "4", "--out", str(tmp_path)]
-    finished = subprocess.run(
-        [sys.executable, *JOB, *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
+def test_the_smoke_run_leaves_a_checkpoint_that_captions_an_image(tmp_path, capsys):
+    train.main(tmp_path, seconds=2, batch_size=4, smoke=True)
+    said = capsys.readouterr().out
     for measure in ("recall", "CHAIR_i", "planted hallucination", "recall, Chinese", "question accuracy", "text-only"):
-        assert f"\n{measure}" in finished.stdout
+        assert f"\n{measure}" in said
 
     processor = AutoProcessor.from_pretrained(tmp_path)
     model, report = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
