@@ -244,7 +244,7 @@ def test_tables_are_shown_without_markup(mmray: Mmray, run: Run) -> None:
 @pytest.mark.slow
 def test_neurons_are_chosen_together(mmray: Mmray, run: Run) -> None:
     first, second, *_ = run.concepts
-    answer = mmray("select", run.uri, first.upper(), second, "--k", 7, "--samples", 12, "--json")
+    answer = mmray("select", run.uri, first.upper(), second, "--k", 7, "--samples", 12, "--local", "--json")
     assert answer.status == 0, answer.err
     found = json.loads(answer.out)
     assert [selection["concept"] for selection in found] == [first, second]
@@ -255,9 +255,9 @@ def test_neurons_are_chosen_together(mmray: Mmray, run: Run) -> None:
         assert selection["own"] > selection["others"]
         assert selection["own_places"] == run.concepts[selection["concept"]]
         assert selection["other_places"] > 5
-    again = json.loads(mmray("select", run.uri, second, "--k", 7, "--samples", 24, "--json").out)
+    again = json.loads(mmray("select", run.uri, second, "--k", 7, "--samples", 24, "--local", "--json").out)
     assert again[0]["other_places"] > found[1]["other_places"]
-    shown = mmray("select", run.uri, first, "--k", 3, "--samples", 12)
+    shown = mmray("select", run.uri, first, "--k", 3, "--samples", 12, "--local")
     assert re.search(rf"ablated together, to first order: {first} falls by", shown.out)
     assert "no concept 'nothing'" in mmray("select", run.uri, "nothing").refusal
 
