@@ -198,7 +198,8 @@ def without(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_an_evaluation_of_exploded_rows_is_that_of_the_independent_chair(
     demo: Any, before: BaselineReplies, images: list[dict[str, Any]], tmp_path: Path, kind: Any
 ) -> None:
-    exploded = [image | {"caption": caption} for image in images for caption in image["captions"]]
+    # Of few images: the model captions each of their rows.
+    exploded = [image | {"caption": caption} for image in images[:6] for caption in image["captions"]]
     path = write_parquet(tmp_path, without(exploded))
     samples = read_all(str(path), captions=False)
     settings = measure_settings(text_count=0, draws=5, bleu=False, pope_objects=0, ground_truth=kind, synonyms=COCO)
