@@ -221,7 +221,7 @@ def _census(place: Place, **more: Any) -> CensusSettings:
 
 
 def properties(place: Place, **more: Any) -> AnyJob:
-    sizes = {"concepts": 2, "min_occurrences": 2, "images": 2, "maps": 1, "draws": 10, "language": "en"}
+    sizes = {"concepts": 2, "min_occurrences": 2, "images": 2, "maps": 1, "longest": 4, "draws": 10, "language": "en"}
     return PropertiesJob(property_settings({"run": place.run, "local": True, **sizes, **more}))
 
 

@@ -21,7 +21,7 @@ from tests.support.local_jobs import census_here, properties_here
 from tests.support.samples import samples_of
 
 MADE = ("properties", "heatmaps")
-ASKED = {"concepts": 2, "min_occurrences": 2, "images": 3, "maps": 2, "draws": 50}
+ASKED = {"concepts": 2, "min_occurrences": 2, "images": 3, "maps": 2, "longest": 8, "draws": 50}
 
 
 @pytest.fixture(scope="module")
