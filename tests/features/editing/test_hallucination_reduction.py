@@ -183,7 +183,8 @@ def test_an_edit_scales_the_rows_of_what_does_more_at_mistakes_and_is_undone(pro
     run, last = probed_run
     sizes = {"samples": 4, "kept": 8, "layers": last + 1}
     request = edit_settings({"reduce_hallucination": True, "by": "probe", "method": "scale", "factor": 0.25, **sizes})
-    edit = make_edit(EditDataset(dataset.model, run), [request])
+    known = EditDataset(dataset.model, run, caption_tokens=dict(dataset.caption_tokens))
+    edit = make_edit(known, [request])
     found = dict(zip(zip(edit.layer.tolist(), edit.unit.tolist(), strict=True), edit.delta, strict=True))
     assert set(found) == {(0, 3), (last, 7)}
     before = weights(dataset.model)
