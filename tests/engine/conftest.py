@@ -1,7 +1,6 @@
 """The toy job, ready to be asked for."""
 
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,14 +18,6 @@ def letters(tmp_path: Path) -> Callable[..., LetterJob]:
     (tmp_path / "text.txt").write_text("\n".join(LINES))
     known = {"run": str(tmp_path / "run"), "text": str(tmp_path / "text.txt"), "local": True}
     return lambda **settings: LetterJob(checked(LetterSettings, known | settings))
-
-
-@pytest.fixture(scope="session")
-def memory() -> Iterator[Path]:
-    """Return a folder in memory where there is one: these tests write much, and each file is synced."""
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
-        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

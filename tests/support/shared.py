@@ -1,9 +1,10 @@
-"""What is expensive to make and only read, made once for all processes of a session."""
+"""What is expensive to make and only read, made once for all processes of a session; and a folder in memory."""
 
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,11 @@ def own_census(demo_census: Callable[..., Path], tmp_path_factory: pytest.TempPa
     return lambda *asked, **settings: Path(
         shutil.copytree(demo_census(*asked, **settings), tmp_path_factory.mktemp("census") / "run")
     )
+
+
+@pytest.fixture(scope="session")
+def memory() -> Iterator[Path]:
+    """Return a folder in memory where there is one: these tests write much, and each file is synced."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
+        yield Path(folder)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -40,6 +41,12 @@ class HalfWritten(Mortal):
             if root.is_dir():
                 (root / f".tmp-{-self.life.left}").write_bytes(data[: len(data) // 2])
             raise
+
+
+@pytest.fixture
+def tmp_path(memory: Path) -> Path:
+    """A folder in memory: a hundred censuses write here, and each syncs eighty files."""
+    return Path(tempfile.mkdtemp(dir=memory))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What data has gained is analysed, once, and the run is then as if all had been there from the beginning."""
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ from tests.support.data_files import write_coco, write_csv, write_jsonl
 from tests.support.local_jobs import census_here, files
 from tests.support.scenes import scenes
 from tests.support.stores import Killed, dying
+
+
+@pytest.fixture
+def tmp_path(memory: Path) -> Path:
+    """A folder in memory: dozens of refreshes write here, and each syncs many files."""
+    return Path(tempfile.mkdtemp(dir=memory))
 
 
 @pytest.fixture
