@@ -41,10 +41,14 @@ def test_a_census_on_its_own_ray_keeps_the_terminal_clean(tiny: Callable[[str], 
         assert pq.read_table(out / "tables" / f"{name}.parquet").schema.names == schema.names, name
 
 
-@pytest.mark.timeout(1500)  # a minute and a half by itself; on a busy machine, next to other tests, four times that
-def test_the_demo_and_the_command_it_names_next(tmp_path: Path) -> None:
+MMRAY = "from tests.support.forked_workers import use; use(); from mmray.cli import main; main()"
+"""The command line, whose Ray has forks for workers: the census above has those that Ray itself starts."""
+
+
+@pytest.mark.timeout(1500)  # a minute by itself; on a busy machine, next to other tests, four times that
+def test_the_demo_and_the_command_it_names_next(tmp_path: Path, forks: None) -> None:
     script = str(Path(sys.executable).with_name("mmray"))
-    command = [script, "demo", "--quick", "--out", str(tmp_path / "demo")]
+    command = [sys.executable, "-c", MMRAY, "demo", "--quick", "--out", str(tmp_path / "demo")]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     paths = re.findall(rf"{re.escape(str(tmp_path))}[^\s]*", answer.stdout)

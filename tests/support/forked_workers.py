@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +29,6 @@ def forked_workers() -> Iterator[None]:
     import tempfile
 
     import pytest
-    from ray._private import ray_constants
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         address = f"{folder}/forks"
@@ -37,12 +36,21 @@ def forked_workers() -> Iterator[None]:
         assert server.stdout is not None
         assert server.stdout.readline() == b"listening\n"
         patch.setenv(ADDRESS, address)
-        patch.setattr(ray_constants, "SETUP_WORKER_FILENAME", str(Path(__file__).resolve()))
+        use(patch.setattr)
         try:
             yield
         finally:
             server.kill()
             server.wait()
+
+
+def use(put: Callable[[object, str, object], None] = setattr) -> None:
+    """Have nodes of Ray that this process starts take their workers from the server that it, or its parent, has."""
+    from ray._private import ray_constants
+
+    # A process may be older than the server, and not know of it.
+    if ADDRESS in os.environ:
+        put(ray_constants, "SETUP_WORKER_FILENAME", str(Path(__file__).resolve()))
 
 
 def ask(arguments: list[str]) -> None:
