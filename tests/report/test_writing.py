@@ -131,6 +131,7 @@ def test_a_file_keeps_to_its_size_and_the_most_frequent_concepts(dogs, page, tmp
     assert bool(left_out) == data["index"].get("some_pictures", False)
 
 
+@pytest.mark.slow
 def test_pictures_that_fit_are_of_concepts_before_neurons(dogs, page, monkeypatch):
     content, size = gather(dogs), 30_000
     order = [name for name in content.samples() if name in data_of(page)["images"]]
@@ -231,6 +232,7 @@ def test_a_folder_without_an_edit_is_refused(dogs, tmp_path):
         read_edits(dogs, [str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_a_report_needs_neither_torch_nor_ray(run, tmp_path):
     code = f"""
         import sys, mmray

@@ -116,6 +116,7 @@ def facts(merged):
     return found, merged.merge.n, (merged.merge.total.tolist(), merged.merge.total_squares.tolist())
 
 
+@pytest.mark.slow
 @given(OCCURRENCES, CUTS, CUTS)
 def test_sums_are_those_of_all_occurrences_however_they_are_cut(occurrences, shards, batches):
     merged = merge([shard(part, batches) for part in cut(occurrences, shards)])
