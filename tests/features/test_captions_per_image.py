@@ -41,7 +41,7 @@ from tests.support.coco_like import CAPTIONS, CocoLike
 from tests.support.data_files import read_all
 from tests.support.local_jobs import KEPT_TEXT, census_here, properties_here
 
-ASKED = {"concepts": 2, "images": 5, "maps": 4, "min_occurrences": 4, "draws": 50}
+ASKED = {"concepts": 2, "images": 5, "maps": 4, "min_occurrences": 4, "longest": 8, "draws": 50}
 SOURCE = "hammer"
 
 

@@ -24,6 +24,6 @@ def dog_run(folder: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(DATA)), folder / "data.parquet")
     out = folder / "run"
     census_here("demo", str(folder / "data.parquet"), out, shard_size=20)
-    properties_here(out, concepts=1, images=4, maps=2, draws=50)
+    properties_here(out, concepts=1, images=4, maps=2, longest=12, draws=50)
     add_labels(out)
     add_judgements(out)
