@@ -175,6 +175,44 @@ def test_nothing_is_wider_than_the_window(page, width):
         assert page.evaluate(BESIDE) == 0, hash
 
 
+SHOWN = """[document.querySelector('nav'), document.querySelector('main')].map((part) => {
+  const copy = part.cloneNode(true);
+  copy.querySelectorAll('.plot').forEach((plot) => plot.replaceChildren());
+  copy.querySelectorAll('[src]').forEach((picture) => picture.removeAttribute('src'));
+  return copy.outerHTML;
+})"""
+"""What a page shows, but for the insides of charts, whose parts Plotly gives names by chance, and for where a picture
+comes from: the one file holds it, and of several files one is it."""
+
+
+def test_one_file_and_several_show_the_same(browser, made, tmp_path):
+    """So that what is found out about one is true of the other."""
+    run = open_run(made)
+    places = write_report(run, tmp_path / "report.html"), write_report(run, pages=tmp_path / "pages")
+    forms = [browser.new_page(viewport={"width": 1280, "height": 900}, reduced_motion="reduce") for _ in places]
+    for shown, place in zip(forms, places, strict=True):
+        shown.goto(f"file://{place}")
+        shown.wait_for_selector("h1")
+    for hash in pages_of(forms[0]):
+        for shown in forms:
+            shown.evaluate(f"location.hash = '{hash}'")
+        for _ in range(50):  # until the files of the second have been read
+            forms[0].wait_for_timeout(100)
+            one, other = (shown.evaluate(SHOWN) for shown in forms)
+            if one == other:
+                break
+        assert one == other, hash
+    for shown in forms:
+        shown.close()
+
+
+def pages_of(shown) -> list[str]:
+    """Return what opens each page that the menu has, and those of a concept, of two, of a neuron and of failures."""
+    hashes = shown.eval_on_selector_all("nav a", "links => links.map((link) => link.getAttribute('href'))")
+    return [*hashes, "#/concept/dog", "#/compare/dog/cat", "#/neuron/L7.u10", "#/failures"]
+
+
+@pytest.mark.parametrize("place", ["whole"], indirect=True)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_every_page_can_be_read_by_everybody(browser, place, width, scheme):
@@ -184,10 +222,9 @@ def test_every_page_can_be_read_by_everybody(browser, place, width, scheme):
     shown = context.new_page()
     shown.goto(place)
     shown.wait_for_selector("h1")
-    hashes = shown.eval_on_selector_all("nav a", "links => links.map((link) => link.getAttribute('href'))")
     found = {}
-    for hash in (*hashes, "#/concept/dog", "#/compare/dog/cat", "#/neuron/L7.u10", "#/failures"):
-        shown.evaluate(f"location.hash = '{hash}'")
+    for hash in pages_of(shown):
+        shown.evaluate(f"location.hash = {hash!r}")
         shown.wait_for_timeout(100)
         found[hash] = barriers(shown)
     context.close()
