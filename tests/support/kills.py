@@ -224,18 +224,19 @@ class Killer:
     def within_a_commit(self) -> bool:
         return within_a_commit(self.store)
 
-    def wait(self, for_what: Callable[[], bool], seconds: float = 120.0) -> None:
+    def wait(self, for_what: Callable[[], bool], seconds: float = 120.0, *, every: float = 0.15) -> None:
+        """Look every so many seconds; each look lists the store, or all processes of the machine."""
         until = time.monotonic() + seconds
         while not for_what():
             assert self.driver.is_alive(), f"driver ended with {self.driver.exitcode} after {self.killed}"
             assert time.monotonic() < until, f"nothing happens after {self.killed}"
-            time.sleep(0.02)
+            time.sleep(every)
 
     def strike(self, what: str, done: int, *, in_commit: bool = False) -> None:
         """Kill an actor or all, the driver or a node, once so many shards are committed, a random moment later."""
         self.wait(lambda: len(self.receipts()) >= done and bool(self.ray.actors()))
         if in_commit:
-            self.wait(self.within_a_commit)
+            self.wait(self.within_a_commit, every=0.02)
         else:
             time.sleep(self.random.uniform(0, 0.6))
         if what == "actor":
