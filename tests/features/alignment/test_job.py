@@ -18,10 +18,11 @@ from mmray.errors import InputError
 from mmray.features.alignment import job as alignment_job
 from mmray.features.alignment import training
 from mmray.features.alignment.job import Aligned, run_alignment
-from mmray.features.alignment.settings import alignment_settings
+from mmray.features.alignment.settings import AlignmentSettings, alignment_settings
 from mmray.features.alignment.training import open_pair
 from mmray.storage import open_store
 from tests.bench.alignment import own_workers
+from tests.support.forked_workers import use
 from tests.support.kills import cheap_processes
 from tests.support.scenes import scenes, write
 
@@ -44,6 +45,12 @@ def asked(tiny, tmp_path_factory):
         "learning_rate": 1e-3,
         "draws": 20,
     }
+
+
+def align(settings: AlignmentSettings) -> None:
+    """Be a driver, with a Ray of its own."""
+    use()
+    run_alignment(settings)
 
 
 def weights(out: str):
@@ -84,7 +91,7 @@ def test_with_a_worker_killed_and_another_number_of_workers_it_is_the_same(asked
     def strike() -> None:
         store = open_store(killed)
         while not struck:
-            time.sleep(0.05)
+            time.sleep(0.1)
             workers = own_workers()
             if workers and store.list(training.PREFIX):
                 os.kill(workers[-1], signal.SIGKILL)
@@ -103,7 +110,7 @@ def test_with_a_worker_killed_and_another_number_of_workers_it_is_the_same(asked
 
 def test_with_its_driver_killed_it_goes_on_and_is_the_same(asked, undisturbed: Aligned, tmp_path: Path, ray_here: str):
     settings = alignment_settings({**asked, "out": str(tmp_path / "out"), "workers": 1, "checkpoint_every": 1})
-    driver = cheap_processes().Process(target=run_alignment, args=(settings,))
+    driver = cheap_processes().Process(target=align, args=(settings,))
     driver.start()
     store = open_store(settings.out)
     until = time.monotonic() + 120
