@@ -39,6 +39,8 @@ SMALL_PARTS = 64
 logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"snapshots/([^/]+)/(\d{6,}-\d{4,})\.json")
+WRITTEN = re.compile(r"snapshots/[^/]+/(\d{6,})-\d{4,}/.*\.parquet")
+"""A table's file; the group is the fencing token of the driver that wrote it."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class SnapshotWriter:
         merges = [merge for fence, merge in orders if fence == self.fence]
         self.number = f"{self.fence:06d}-{max(merges, default=0) + 1:04d}"
         # A merge that died, perhaps of a full disk, has left files that no snapshot names.
-        _prune(self.store, self.job)
+        _prune(self.store, self.job, self.fence)
 
     def add(self, name: str, part: pa.Table) -> None:
         """Append rows to a table."""
@@ -257,7 +259,7 @@ def publish_tables(store: Store, snapshot: Snapshot) -> None:
             store.put(target, store.read(file.key))
         for key in stale - {*targets, path}:
             store.delete(key)
-    _prune(store, snapshot.job)
+    _prune(store, snapshot.job, _order(snapshot.number)[0])
 
 
 def is_published(store: Store, snapshot: Snapshot) -> bool:
@@ -275,8 +277,11 @@ def is_published(store: Store, snapshot: Snapshot) -> bool:
     return True
 
 
-def _prune(store: Store, job: str) -> None:
-    """Remove all but the newest snapshots, and files that none of these names."""
+def _prune(store: Store, job: str, fence: int) -> None:
+    """Remove all but the newest snapshots, and files that none of these names.
+
+    Files of a higher fencing token than the driver's are left: its successor may be writing them.
+    """
     kept: list[Snapshot] = []
     for number in snapshots(store, job).get(job, []):
         if len(kept) < KEPT:
@@ -287,7 +292,8 @@ def _prune(store: Store, job: str) -> None:
         store.delete(f"snapshots/{job}/{number}.json")
     named = {file.key for snapshot in kept for files in snapshot.tables.values() for file in files}
     for entry in store.list(f"snapshots/{job}/"):
-        if entry.key not in named and entry.key.endswith(".parquet"):
+        written = WRITTEN.match(entry.key)
+        if written and int(written[1]) <= fence and entry.key not in named:
             store.delete(entry.key)
 
 

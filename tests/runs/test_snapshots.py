@@ -58,6 +58,24 @@ def test_a_driver_that_lost_its_lease_changes_nothing(store: Store) -> None:
     assert read_table(store, "a") == rows(1, 2)
 
 
+def test_a_driver_that_lost_its_lease_removes_nothing_of_its_successor(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins a merge in the middle of the successor's, whose files no snapshot names yet."""
+    monkeypatch.setattr(module, "FILE_BYTES", 1)
+    died = SnapshotWriter(store, "census", 1)
+    died.add("a", rows(7))
+    writer = SnapshotWriter(store, "census", 2)
+    # What the successor finds is removed, and what it writes stays.
+    assert not list(store.list("snapshots/census/000001-0001/"))
+    writer.add("a", rows(1))
+    SnapshotWriter(store, "census", 1)
+    publish_tables(store, writer.commit({}, {}))
+    found = newest(store, "census")
+    assert found is not None and list(found.verify(store)) == []
+    assert found.read(store, "a") == rows(1)
+
+
 def test_a_commit_whose_answer_was_lost_stands(store: Store) -> None:
     assert write(Forgetful(store), 1, 7, a=rows(1)).number == "000001-0001"
     found = newest(store, "census")
