@@ -9,7 +9,7 @@ Concepts are cut into two halves, by turns of the alphabet. What `joint` was tun
 figures to quote are those of the half `shown`.
 
     python -m tests.bench.localisation --model demo
-    python -m tests.bench.localisation --model MODEL --sizes 50
+    python -m tests.bench.localisation --model MODEL --sizes 50 --dtype bf16
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mmray.features.census.reduction import ConceptSums
 from mmray.features.census.settings import CensusSettings, census_settings
 from mmray.features.census.shard import ShardAnalysis
 from mmray.features.select.effects import CandidateEffects
-from mmray.models.loading import LoadedModel, load
+from mmray.models.loading import DTYPES, LoadedModel, load
 from mmray.neurons.ablation import Ablator
 from mmray.neurons.concepts import NounSource, noun_source
 from mmray.neurons.gradients import gradient_pass
@@ -118,12 +118,16 @@ class Located:
         self.seen: list[tuple] = []
         wanted = {(method.score, method.folded) for method in methods}
         sums = {key: ConceptSums(model.widths, sum(model.widths)) for key in wanted}
+        self.seconds = 0.0
+        """Of a core, forward and backward for `effect`: what `mmray select` does with a scene."""
         for items, batch in data.analysis(model, 8).encoded(samples):
             places = positions_of(batch, [(item.sample.sample_id, item.mentions) for item in items])
             concepts = [place.concept for place in places]
             # One forward for all scores but the published gradient.
+            before = time.process_time()
             products, captured = gradient_pass(model, batch, places, "effect")
             effects = ablation_effects(model, captured, products)
+            self.seconds += time.process_time() - before
             direct = score_captured(model, captured, "contribution", folded=True)
             self.seen.append((concepts, products, effects, direct.log_prob))
             for (score, folded), collected in sums.items():
@@ -230,6 +234,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--data", default="demo", help="where neurons are ranked")
     parser.add_argument("--fresh", default=str(mmray.demo.EVALUATION), help="where effects are measured")
+    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
     parser.add_argument("--half", choices=("shown", "tuned"), default="shown")
     parser.add_argument("--concepts", type=int, default=44)
     parser.add_argument("--images", type=int, default=3, help="own, and as many others, measured for each concept")
@@ -239,7 +244,7 @@ def main() -> None:
     arguments = parser.parse_args()
     began = time.perf_counter()
     torch.set_grad_enabled(False)
-    model, data = load(arguments.model), read(arguments.model, arguments.data)
+    model, data = load(arguments.model, arguments.dtype), read(arguments.model, arguments.data)
     fresh = read(arguments.model, arguments.fresh, data.nouns)
     concepts = halves_of(data, fresh, arguments.images)[arguments.half][: arguments.concepts]
     chosen = {sample.sample_id: sample for c in concepts for sample in data.of(c)[: arguments.located]}
@@ -265,6 +270,7 @@ def main() -> None:
         "untouched log-probability: {:.3f} own, {:.3f} other".format(*np.mean(untouched, axis=0))
     )
     show(falls)
+    print(f"{located.seconds / len(chosen):.2f} s of a core per scene, forward and backward")
     print(f"{ranked - began:.0f} s to rank, {time.perf_counter() - ranked:.0f} s to choose and measure")
 
 

@@ -10,7 +10,8 @@ from mmray.models.norms import token_log_odds, token_logits
 from mmray.models.parts import output_rows, unembedding_rows
 from mmray.models.tiny.variants import VARIANTS
 from mmray.neurons.attribution import FUNCTIONS, Located, project
-from mmray.neurons.gradients import gradient_pass
+from mmray.neurons.gradients import SHORT, gradient_pass
+from mmray.neurons.model import load_model
 from mmray.neurons.scores import SCORES
 from mmray.neurons.scoring import score_batch
 from mmray.neurons.statistics import TokenStatistics
@@ -193,6 +194,17 @@ def test_gradient_scores_are_what_a_step_along_the_activation_gives(open_model, 
     slope = (logits[1] - logits[0]) / 2e-2
     assert float(found[1][unit]) == pytest.approx(slope, rel=0.05)
     assert functional.cosine_similarity(*found[:2], dim=0) < 0.99
+
+
+def test_in_bf16_effects_are_those_of_fp32_to_its_precision(tiny):
+    found = []
+    for dtype in ("fp32", "bf16"):
+        model = load_model(str(tiny("llava")), dtype)
+        batch, places = batch_of(model, TEXTS)
+        # Short enough for attention by plain products.
+        assert batch.positions <= SHORT
+        found.append(torch.cat(gradient_pass(model, batch, places, "effect")[0], dim=1))
+    assert functional.cosine_similarity(*found, dim=1).min() > 0.99
 
 
 def test_a_sample_without_an_image_has_no_gradient_over_it(open_model):
