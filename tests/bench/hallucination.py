@@ -29,7 +29,11 @@ from tests.bench.writing import markdown, write
 README, COMMAND = "mmray/features/hallucination/README.md", "python -m tests.bench.hallucination --write"
 DECODED = ("vcd:0.5", "vcd:1", "vcd:2", "no-image:1", "pai:0.05", "pai:0.1", "pai:0.5", "average:0.75")
 """Decodings to compare with, the published strengths among them."""
+DOUBTED = ("0.3", "0.5", "0.7", "0.2:average", "0.3:average", "0.4:average")
+"""Probabilities below which a mention is written again, by the model alone or by averaged views."""
 HEAD = ("neurons", "change", "CHAIR_i", "of the unchanged", "recall", "of the unchanged", "words", "of the unchanged")
+ASKED = ("POPE, yes", "POPE, F1")
+"""Further columns, with --questions."""
 
 
 def main() -> None:
@@ -41,7 +45,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--doses", type=float, nargs="+", default=[0.0, 0.5, 2.0, 3.0])
     parser.add_argument("--decoding", nargs="*", default=DECODED)
-    parser.add_argument("--ban-below", type=float, nargs="*", default=(0.3, 0.5, 0.7))
+    parser.add_argument("--ban-below", nargs="*", default=DOUBTED)
     parser.add_argument("--write", action="store_true", help="put the table of doses into the README")
     parser.add_argument("--workers", help="default: this process, without Ray")
     parser.add_argument("--folder", help="where the run is kept; default: a temporary one")
@@ -61,7 +65,7 @@ def main() -> None:
         console = Console(width=150)
         console.print(probe(done.headline["measures"]))
         console.print(doses(done.headline["doses"]))
-        table = markdown(HEAD, frontier(done.headline["doses"]))
+        table = markdown((*HEAD, *ASKED) if arguments.questions else HEAD, frontier(done.headline["doses"]))
         print(table)
         if arguments.write:
             write(README, COMMAND, table)
@@ -83,7 +87,7 @@ def frontier(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     found: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["neurons"], row["change"], row["dose"]), {})[row["measure"]] = row
-    lines = []
+    lines, asked = [], [name for name in ("pope_yes", "pope_f1") if any(row["measure"] == name for row in rows)]
     for (neurons, change, dose), own in found.items():
         said = " ".join(["" if change is None else change, *([] if dose is None else [f"{dose:g}"])])
         line = [neurons, said]
@@ -92,6 +96,8 @@ def frontier(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             line.append("–" if value is None else f"{value:.{digits}f}")
             known = relative.get("low") is not None
             line.append("{value:.2f} ({low:.2f} – {high:.2f})".format(**relative) if known else "")
+        # Captions without doubted mentions answer no question.
+        line += [f"{own[name]['value']:.2f}" if name in own else "" for name in asked]
         lines.append(line)
     return lines
 

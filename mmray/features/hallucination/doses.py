@@ -23,11 +23,12 @@ from numpy import ndarray
 from PIL.Image import Image
 
 from mmray.data.samples import Sample
+from mmray.errors import InputError
 from mmray.features.hallucination.claims import ANSWER
 from mmray.features.hallucination.doubt import without_doubted
 from mmray.features.hallucination.mentions import MentionReader, WrittenCaption
 from mmray.features.hallucination.neuron_tables import PARTS
-from mmray.models.decodings import DECODINGS, GREEDY, Decoding, decoding_of
+from mmray.models.decodings import GREEDY, Decoding, decoding_of
 from mmray.models.generation import generate
 from mmray.models.interventions import scale, set_to
 from mmray.models.norms import log_probability
@@ -49,6 +50,7 @@ MEASURES = {
     "length": "words per caption",
     "pope_accuracy": "answers about present and absent objects that are right, of all",
     "pope_yes": "answers that say yes, of all",
+    "pope_f1": "F1 of yes: twice the right yes, of all yes and all questions about present objects",
     "perplexity": "of the data's captions, read without their image",
 }
 """What is measured under each condition."""
@@ -65,16 +67,16 @@ class Condition:
     neurons: str
     """Whose: none, raised, lowered, probe, or random like one of them."""
     change: str | None
-    """SCALE, TRUE_MEAN, the name of a decoding, whose strength is the dose, or DOUBT, whose probability is."""
+    """SCALE, TRUE_MEAN, the name of a decoding, whose strength is the dose, or DOUBT, whose probability is; DOUBT may
+    come after a decoding."""
     dose: float | None
     names: tuple[str, ...]
     values: tuple[float, ...] = ()
     """With TRUE_MEAN: what each neuron is set to."""
-
-    @property
-    def decoding(self) -> Decoding:
-        """How tokens are chosen."""
-        return decoding_of(self.change, self.dose) if self.change in DECODINGS else GREEDY
+    decoding: Decoding = GREEDY
+    """How tokens are chosen."""
+    below: float | None = None
+    """Captions are written again without what is less likely than this."""
 
 
 def conditions(
@@ -83,12 +85,13 @@ def conditions(
     control_means: Sequence[float],
     doses: Sequence[float],
     decodings: Sequence[Decoding] = (),
-    doubts: Sequence[float] = (),
+    doubts: Sequence[tuple[float, Decoding]] = (),
 ) -> list[Condition]:
     """Return the interventions, given the table `hallucination_neurons` and a random neuron of the layer for each.
 
     raised: neurons with a positive weight, whose share is higher at hallucinated mentions; lowered: the others.
-    Decodings come last, and captions without what the model gives less than each of the probabilities `doubts`.
+    Decodings come last, and captions without what is less likely than each of the probabilities of `doubts`, written by
+    the decoding that comes with it.
     """
     names = [row["neuron"] for row in rows]
     raised = [row["weight"] > 0 for row in rows]
@@ -102,8 +105,26 @@ def conditions(
     means = tuple(row["true_activation"] for row in rows)
     found.append(Condition("probe", TRUE_MEAN, None, tuple(names), means))
     found.append(Condition("random like probe", TRUE_MEAN, None, tuple(controls), tuple(control_means)))
-    found += [Condition("none", one.name, one.strength, ()) for one in decodings]
-    return found + [Condition("none", DOUBT, probability, ()) for probability in doubts]
+    found += [Condition("none", one.name, one.strength, (), decoding=one) for one in decodings]
+    for probability, one in doubts:
+        change = DOUBT if one.plain else f"{one}, {DOUBT}"
+        found.append(Condition("none", change, probability, (), decoding=one, below=probability))
+    return found
+
+
+def doubt_of(given: str) -> tuple[float, Decoding]:
+    """Return the probability and the decoding that P or P:DECODING stands for.
+
+    Raises InputError for a probability that is not above 0 and at most 1, or an unknown decoding.
+    """
+    probability, _, name = given.partition(":")
+    try:
+        value = float(probability)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise InputError(f"ban below {given!r}: give a probability above 0, such as 0.3 or 0.3:average")
+    return value, decoding_of(name) if name else GREEDY
 
 
 def observe(
@@ -181,10 +202,9 @@ def _measured(
     reader: MentionReader, pairs: Sequence[tuple[Sample, Image]], condition: Condition, questions: int
 ) -> Iterator[tuple[Sample, str, Sequence[float]]]:
     """Yield, per sample and measure, what it adds up."""
-    if condition.change == DOUBT:
-        assert condition.dose is not None
+    if condition.below is not None:
         # Neither answers nor plain text name objects that could be banned.
-        yield from _of_captions(without_doubted(reader, pairs, condition.dose))
+        yield from _of_captions(without_doubted(reader, pairs, condition.below, condition.decoding))
         return
     # At the last position of each forward alone, where a token is predicted: the image is read unchanged.
     with _changed(reader, condition, last=True):
@@ -231,6 +251,7 @@ def _answers(
             said = says_yes(str(model.tokenizer.decode(tokens)))
             yield sample, "pope_accuracy", (said == there, 1)
             yield sample, "pope_yes", (said is True, 1)
+            yield sample, "pope_f1", (2 * (there and said is True), there + (said is True))
 
 
 @torch.inference_mode()

@@ -5,38 +5,61 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from PIL.Image import Image
 
 from mmray.data.samples import Sample
 from mmray.features.hallucination.mentions import MentionReader, WrittenCaption
 from mmray.models.bans import banned_tokens
+from mmray.models.combined_logits import views_of
+from mmray.models.decodings import GREEDY, Decoding
 
 ROUNDS = 3
 """Times that a caption is written again: what takes a banned word's place may be doubted, too."""
 
 
 def without_doubted(
-    reader: MentionReader, pairs: Sequence[tuple[Sample, Image]], probability: float
+    reader: MentionReader, pairs: Sequence[tuple[Sample, Image]], probability: float, decoding: Decoding = GREEDY
 ) -> list[WrittenCaption]:
     """Caption samples; where a mention is less likely than `probability`, again without its word.
 
-    The probability is that of all of a mention's tokens together.
+    The probability is that of all of a mention's tokens together; see `mention_log_probs`.
     """
-    captions = {caption.sample.sample_id: caption for caption in reader.captions(pairs)}
+    captions = {caption.sample.sample_id: caption for caption in reader.captions(pairs, decoding)}
     words: dict[str, set[str]] = defaultdict(set)
     new = list(captions.values())
     for _ in range(ROUNDS):
         doubted = set()
-        for mentioned in reader.read(new):
-            for row in mentioned.rows:
-                if row["log_prob"] < math.log(probability):
-                    name = row["sample_id"]
-                    mention = captions[name].mentions[row["mention"]]
-                    words[name].add(captions[name].text[mention.start : mention.stop])
-                    doubted.add(name)
+        for (name, number), log_prob in mention_log_probs(reader, new, decoding).items():
+            if log_prob < math.log(probability):
+                mention = captions[name].mentions[number]
+                words[name].add(captions[name].text[mention.start : mention.stop])
+                doubted.add(name)
+        if not doubted:
+            break
         again = [pair for pair in pairs if pair[0].sample_id in doubted]
         banned = [banned_tokens(reader.model, sorted(words[sample.sample_id])) for sample, _ in again]
-        new = reader.captions(again, banned=banned)
+        new = reader.captions(again, decoding, banned=banned)
         captions |= {caption.sample.sample_id: caption for caption in new}
     return [captions[sample.sample_id] for sample, _ in pairs]
+
+
+def mention_log_probs(
+    reader: MentionReader, captions: Sequence[WrittenCaption], decoding: Decoding
+) -> dict[tuple[str, int], float]:
+    """Return the log-probability of each mention, by sample and number of the mention in the caption.
+
+    It is the model's own. If the decoding averages views of the image, it is their mean with the decoding's weights.
+    """
+    images, found = [caption.image for caption in captions], defaultdict[tuple[str, int], float](float)
+    # A contrast of views is no log-probability.
+    weights = [-weight for _, weight in decoding.views if weight < 0]
+    views = views_of(images, decoding) if weights else []
+    shown = [images, *(views[start : start + len(images)] for start in range(0, len(views), len(images)))]
+    for weight, own in zip((1 - sum(weights), *weights), shown, strict=True):
+        seen = [replace(caption, image=image) for caption, image in zip(captions, own, strict=True)]
+        for mentioned in reader.read(seen):
+            for row in mentioned.rows:
+                found[row["sample_id"], row["mention"]] += weight * row["log_prob"]
+    return dict(found)

@@ -19,7 +19,7 @@ from mmray.engine import Job, JobResult
 from mmray.engine import run as run_job
 from mmray.engine.driver import Follow
 from mmray.features.hallucination.contrast import Moments, merged
-from mmray.features.hallucination.doses import conditions
+from mmray.features.hallucination.doses import conditions, doubt_of
 from mmray.features.hallucination.inputs import JointContext, open_claims
 from mmray.features.hallucination.mentions import TEST, fold_of
 from mmray.features.hallucination.neuron_jobs import (
@@ -67,6 +67,7 @@ def run_neurons(settings: NeuronSettings, follow: Follow = lambda _: None) -> Ne
 
     # First, so that a wrong name costs no pass.
     decodings = [decoding_of(name) for name in settings.decoding]
+    doubts = [doubt_of(given) for given in settings.ban_below]
     run = open_run(settings.run)
     context = open_claims(settings.claims())
     widths = run.info["model"]["widths"]
@@ -85,13 +86,14 @@ def run_neurons(settings: NeuronSettings, follow: Follow = lambda _: None) -> Ne
     )
     found = done(CandidateJob(settings.probe(), chosen)).headline["neurons"]
     if settings.interventions and found:
-        done(DoseJob(settings.dose(), _doses(settings, decodings, run, context, sums, mentions)))
+        done(DoseJob(settings.dose(), _doses(settings, decodings, doubts, run, context, sums, mentions)))
     return NeuronResult(tuple(passes))
 
 
 def _doses(
     settings: NeuronSettings,
     decodings: Sequence[Decoding],
+    doubts: Sequence[tuple[float, Decoding]],
     run: Run,
     context: JointContext,
     sums: Mapping[tuple[bool, str], Moments],
@@ -106,7 +108,7 @@ def _doses(
     starts, true = np.cumsum([0, *widths]), sums[False, "activation"].mean
     means = [float(true[int(starts[layer]) + unit]) for layer, unit in controls]
     names = [run.names.name(*one) for one in controls]
-    every = conditions(rows, names, means, settings.doses, decodings, settings.ban_below)
+    every = conditions(rows, names, means, settings.doses, decodings, doubts)
     columns = (mentions[name].to_pylist() for name in ("sample_id", "image"))
     images = dict(zip(*columns, strict=True))
     tested = [name for name in images if fold_of(images[name], settings.seed) == TEST]

@@ -51,7 +51,9 @@ TABLES: dict[str, pa.Schema] = {
     "hallucination_doses": pa.schema(
         [
             field("neurons", pa.string(), "none, probe, raised, lowered; random …: as many of the same layers"),
-            field("change", pa.string(), "scale; true mean: set to that at true mentions; ban below; or a decoding"),
+            field(
+                "change", pa.string(), "scale; true mean: as at true mentions; a decoding; ban below; or both of these"
+            ),
             field("dose", pa.float64(), "factor of the activations, strength of a decoding, or probability"),
             field("count", pa.int64(), "neurons changed"),
             field("measure", pa.string()),

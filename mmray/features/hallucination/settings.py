@@ -85,9 +85,9 @@ class DoseSettings(ClaimSettings):
     decoding: list[str] = known_by_digest([])
     """With --interventions: decoding to compare with: vcd, no-image, pai, average, or NAME:STRENGTH. May be given more
     than once."""
-    ban_below: list[float] = known_by_digest([])
-    """With --interventions: write captions again without objects that the model gave less than this probability. May be
-    given more than once."""
+    ban_below: list[str] = known_by_digest([])
+    """With --interventions: write captions again without objects of less than this probability: P, or P:DECODING to
+    write and judge them by a decoding, such as 0.3:average. May be given more than once."""
     tested: int = known_by_digest(400, ge=1)
     """With --interventions: most test images that are captioned under each of them."""
 

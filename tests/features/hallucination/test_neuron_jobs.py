@@ -44,7 +44,7 @@ def few_shuffles(monkeypatch):
 def asked(run, **more):
     name, data = run
     sizes = {"shard_size": 13, "draws": 20, "candidates": 64, "tested": 3, "doses": [0.0, 4.0]}
-    sizes |= {"decoding": ["vcd:0", "vcd", "no-image:5"], "ban_below": [1e-9, 1.0]}
+    sizes |= {"decoding": ["vcd:0", "vcd", "no-image:5"], "ban_below": ["1e-9", "1", "1e-9:average"]}
     return neuron_settings({"run": name, "data": data, "local": True, "longest": 16, **sizes, **more})
 
 
@@ -78,7 +78,7 @@ def test_tables_say_which_neurons_and_what_they_are_worth(run, made):
 def test_interventions_are_measured_next_to_random_neurons(run, made):
     rows = open_run(run[0]).table("hallucination_doses").to_pylist()
     measures = {row["measure"] for row in rows if row["neurons"] == "none" and row["change"] is None}
-    assert measures == {"chair_i", "chair_s", "recall", "length", "pope_accuracy", "pope_yes", "perplexity"}
+    assert measures == {"chair_i", "chair_s", "recall", "length", "pope_accuracy", "pope_yes", "pope_f1", "perplexity"}
     counts = {(row["neurons"], row["change"]): row["count"] for row in rows}
     for kind in ("raised", "lowered"):
         if (kind, "scale") in counts:
@@ -96,7 +96,10 @@ def test_interventions_are_measured_next_to_random_neurons(run, made):
 def test_decodings_are_in_the_same_table(run, made):
     rows = open_run(run[0]).table("hallucination_doses").to_pylist()
     rivals = {(row["change"], row["dose"]) for row in rows if row["neurons"] == "none" and row["change"]}
-    assert rivals == {("vcd", 0.0), ("vcd", 1.0), ("no-image", 5.0), ("ban below", 1e-9), ("ban below", 1.0)}
+    assert rivals == {
+        *[("vcd", 0.0), ("vcd", 1.0), ("no-image", 5.0), ("ban below", 1e-9), ("ban below", 1.0)],
+        ("average:0.75, ban below", 1e-9),
+    }
     found = {(row["neurons"], row["change"], row["dose"], row["measure"]): row["value"] for row in rows}
     for measure in ("chair_i", "recall", "length", "pope_yes"):
         # Without strength, nothing changes.
@@ -113,6 +116,11 @@ def test_decodings_are_in_the_same_table(run, made):
 def test_an_unknown_decoding_is_refused_before_any_pass(run):
     with pytest.raises(InputError, match="choose from vcd"):
         run_neurons(asked(run, decoding=["vdc"]))
+    with pytest.raises(InputError, match="choose from vcd"):
+        run_neurons(asked(run, ban_below=["0.3:vdc"]))
+    for wrong in ("0", "1.5", "x"):
+        with pytest.raises(InputError, match="give a probability"):
+            run_neurons(asked(run, ban_below=[wrong]))
 
 
 def test_a_stopped_call_goes_on_and_a_second_one_repeats_nothing(run, made):
