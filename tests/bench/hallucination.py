@@ -29,7 +29,7 @@ from tests.bench.writing import markdown, write
 README, COMMAND = "mmray/features/hallucination/README.md", "python -m tests.bench.hallucination --write"
 DECODED = ("vcd:0.5", "vcd:1", "vcd:2", "no-image:1", "pai:0.05", "pai:0.1", "pai:0.5", "average:0.75")
 """Decodings to compare with, the published strengths among them."""
-DOUBTED = ("0.3", "0.5", "0.7", "0.2:average", "0.3:average", "0.4:average")
+DOUBTED = ("0.3", "0.5", "0.7", "0.1:average", "0.2:average", "0.3:average")
 """Probabilities below which a mention is written again, by the model alone or by averaged views."""
 HEAD = ("neurons", "change", "CHAIR_i", "of the unchanged", "recall", "of the unchanged", "words", "of the unchanged")
 ASKED = ("POPE, yes", "POPE, F1")

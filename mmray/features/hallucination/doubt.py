@@ -1,4 +1,4 @@
-"""Captions written again without the objects that the model itself doubts, from its log-probability of each mention."""
+"""Captions written again without the objects that the model itself doubts, from its probability of each mention."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def without_doubted(
 ) -> list[WrittenCaption]:
     """Caption samples; where a mention is less likely than `probability`, again without its word.
 
-    The probability is that of all of a mention's tokens together; see `mention_log_probs`.
+    The probability is that of all of a mention's tokens together; see `mention_probabilities`.
     """
     captions = {caption.sample.sample_id: caption for caption in reader.captions(pairs, decoding)}
     words: dict[str, set[str]] = defaultdict(set)
     new = list(captions.values())
     for _ in range(ROUNDS):
         doubted = set()
-        for (name, number), log_prob in mention_log_probs(reader, new, decoding).items():
-            if log_prob < math.log(probability):
+        for (name, number), found in mention_probabilities(reader, new, decoding).items():
+            if found < probability:
                 mention = captions[name].mentions[number]
                 words[name].add(captions[name].text[mention.start : mention.stop])
                 doubted.add(name)
@@ -45,15 +45,16 @@ def without_doubted(
     return [captions[sample.sample_id] for sample, _ in pairs]
 
 
-def mention_log_probs(
+def mention_probabilities(
     reader: MentionReader, captions: Sequence[WrittenCaption], decoding: Decoding
 ) -> dict[tuple[str, int], float]:
-    """Return the log-probability of each mention, by sample and number of the mention in the caption.
+    """Return the probability of each mention, by sample and number of the mention in the caption.
 
-    It is the model's own. If the decoding averages views of the image, it is their mean with the decoding's weights.
+    It is the model's own. If the decoding averages views of the image, it is the mean probability over these, with the
+    decoding's weights.
     """
     images, found = [caption.image for caption in captions], defaultdict[tuple[str, int], float](float)
-    # A contrast of views is no log-probability.
+    # A contrast of views is no probability.
     weights = [-weight for _, weight in decoding.views if weight < 0]
     views = views_of(images, decoding) if weights else []
     shown = [images, *(views[start : start + len(images)] for start in range(0, len(views), len(images)))]
@@ -61,5 +62,6 @@ def mention_log_probs(
         seen = [replace(caption, image=image) for caption, image in zip(captions, own, strict=True)]
         for mentioned in reader.read(seen):
             for row in mentioned.rows:
-                found[row["sample_id"], row["mention"]] += weight * row["log_prob"]
+                # Of probabilities, not of their logarithms: by these, one view would have a veto.
+                found[row["sample_id"], row["mention"]] += weight * math.exp(row["log_prob"])
     return dict(found)

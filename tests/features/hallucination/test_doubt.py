@@ -1,4 +1,4 @@
-"""Mentions that are doubted: their log-probability by one forward per view, and captions without their words."""
+"""Mentions that are doubted: their probability by one forward per view, and captions without their words."""
 
 import io
 import math
@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmray.data.samples import Sample
 from mmray.features.hallucination.doses import doubt_of
-from mmray.features.hallucination.doubt import mention_log_probs, without_doubted
+from mmray.features.hallucination.doubt import mention_probabilities, without_doubted
 from mmray.features.hallucination.mentions import MentionReader
 from mmray.models.combined_logits import views_of
 from mmray.models.decodings import GREEDY, decoding_of
@@ -43,20 +43,20 @@ def pairs():
 
 
 def alone(reader, caption, mention, image):
-    """Return the log-probability of a mention's tokens from one forward without a batch."""
+    """Return the probability of a mention's tokens from one forward without a batch."""
     model = reader.model
     batch = encode(model, [caption.prompt], [image], [caption.tokens], [caption.offsets])
     with torch.inference_mode():
         logits = model.network(**batch.to(model.device, model.network.dtype)).logits[0].double().log_softmax(dim=-1)
     first = batch.caption_start[0] - 1
     tokens = [n for n, (start, stop) in enumerate(caption.offsets) if stop > mention.start and start < mention.stop]
-    return sum(float(logits[first + number, caption.tokens[number]]) for number in tokens)
+    return math.exp(sum(float(logits[first + number, caption.tokens[number]]) for number in tokens))
 
 
 @pytest.mark.parametrize("decoding", [GREEDY, AVERAGE, decoding_of("average:0.3"), decoding_of("vcd")], ids=str)
 def test_a_mention_is_as_likely_as_the_views_that_a_decoding_averages_say(reader, pairs, decoding):
     captions = reader.captions(pairs, decoding)
-    found = mention_log_probs(reader, captions, decoding)
+    found = mention_probabilities(reader, captions, decoding)
     share = decoding.strength if decoding.name == "average" else 0.0
     compared = 0
     for caption in captions:
@@ -72,19 +72,19 @@ def test_a_mention_is_as_likely_as_the_views_that_a_decoding_averages_say(reader
 @pytest.mark.parametrize("decoding", [GREEDY, AVERAGE], ids=str)
 def test_only_captions_with_doubted_mentions_are_written_again(reader, pairs, decoding):
     before = reader.captions(pairs, decoding)
-    likely = mention_log_probs(reader, before, decoding)
-    least = {caption.sample.sample_id: math.inf for caption in before}
-    for (name, _), log_prob in likely.items():
-        least[name] = min(least[name], log_prob)
+    likely = mention_probabilities(reader, before, decoding)
+    least = {caption.sample.sample_id: 1.0 for caption in before}
+    for (name, _), probability in likely.items():
+        least[name] = min(least[name], probability)
     first, second = sorted(least.values())[:2]
     assert first < second
-    between = math.exp((first + second) / 2)
+    between = (first + second) / 2
     after = without_doubted(reader, pairs, between, decoding)
     changed = [new.sample.sample_id for old, new in zip(before, after, strict=True) if old.tokens != new.tokens]
     assert changed == [name for name, value in least.items() if value == first]
     (old,) = (caption for caption in before if caption.sample.sample_id == changed[0])
     (new,) = (caption for caption in after if caption.sample.sample_id == changed[0])
-    doubted = [one for number, one in enumerate(old.mentions) if likely[changed[0], number] < math.log(between)]
+    doubted = [one for number, one in enumerate(old.mentions) if likely[changed[0], number] < between]
     assert not {one.concept for one in doubted} & {one.concept for one in new.mentions}
 
 
