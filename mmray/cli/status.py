@@ -226,6 +226,7 @@ def _follow(folder: RunFolder, render: Callable[[_FolderStatus], Any], show: Cal
         began = time.monotonic()
         current = _read_status(folder)
         rendered = render(current)
+        # A log that repeats itself every few seconds is of no use.
         if rendered != last:
             show(rendered)
             last = rendered

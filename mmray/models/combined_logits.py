@@ -86,6 +86,7 @@ class WithoutImage:
         found: list[Tensor] = [torch.empty(0)] * len(self.prompts)
         for number, rows in enumerate(self.groups):
             prompts = torch.tensor([self.prompts[row] for row in rows], device=last.device)
+            # Once a cache holds the prompts, only the token written last is new.
             tokens = last[rows, None] if self.written else prompts
             seen = prompts.shape[1] + self.written
             logits, self.caches[number] = self._forward(tokens, seen, self.caches[number])

@@ -20,6 +20,7 @@ ANLS_THRESHOLD = 0.5
 """Normalised distance from which on a reply counts as wrong in ANLS."""
 REMOVED = ';/[]"{}()=+\\_-><@`,?!'
 DIGIT_COMMA = re.compile(r"\d,\d")
+# The stop of a sentence, not the point of a number.
 FULL_STOP = re.compile(r"\.(?!\d)")
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(NUMBER_WORDS)}
@@ -37,6 +38,7 @@ CONTRACTIONS = {
     full[:at] + full[at + 1 :]: full for full in FULL_FORMS.split() for at, letter in enumerate(full) if letter == "'"
 }
 """A contraction with one apostrophe missing → the contraction."""
+# Neither a letter of a word, nor the I of "I'm".
 LETTER = re.compile(r"(?<![A-Za-z0-9])([A-Z])(?![A-Za-z0-9'’])")
 
 
@@ -70,6 +72,7 @@ def vqa_accuracy(_: str, reply: str, answers: Sequence[str]) -> float:
     if len(answers) < LEAST_ANSWERS:
         raise ValueError(f"VQA accuracy needs the answers of several people, {LEAST_ANSWERS} at least; use exact")
     said = normalised(reply)
+    # `own` below takes a person's own vote away, so that it can't confirm itself.
     same = [normalised(answer) == said for answer in answers]
     return sum(min(1.0, (sum(same) - own) / 3) for own in same) / len(same)
 
@@ -101,6 +104,7 @@ def answer_score(name: str) -> AnswerScore:
     if not module or not function:
         raise InputError(f"unknown score {name!r}; {choices}")
     try:
+        # By name, so that a YAML file can hold it, and each worker imports its own.
         found = getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise InputError(f"judge {name}: {error}; put its folder on PYTHONPATH, for workers too") from error
@@ -147,6 +151,7 @@ def _similarity(one: str, other: str) -> float:
 
 def _levenshtein(one: str, other: str) -> int:
     above = list(range(len(other) + 1))
+    # Of the table of distances, only the row above is needed.
     for row, letter in enumerate(one, 1):
         own = [row]
         for column, another in enumerate(other, 1):

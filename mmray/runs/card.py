@@ -79,6 +79,7 @@ def _rows(store: Store) -> dict[str, int]:
 
 def _files(store: Store, rows: Mapping[str, int]) -> dict[str, str]:
     """Return table → its file or files, as a pattern. An empty table has none: `datasets` can't read it."""
+    # A table of several files is a folder; which ones are depends on their size.
     keys = [entry.key for entry in store.list("tables/")]
     folders = {name for name in rows if any(key.startswith(f"tables/{name}.parquet/") for key in keys)}
     return {name: f"tables/{name}.parquet" + "/*" * (name in folders) for name, count in rows.items() if count}

@@ -89,6 +89,7 @@ def _write_csv(run: Run, name: str, file: Path) -> Path:
     nested = {field.name for field in scan.schema if pa.types.is_nested(field.type)}
     schema = pa.schema([(field.name, pa.string() if field.name in nested else field.type) for field in scan.schema])
     with pyarrow.csv.CSVWriter(str(file), schema) as writer:
+        # In parts, because a table may be larger than memory.
         for part in scan.to_batches(batch_size=ROWS):
             columns = [_as_json(part[field]) if field in nested else part[field] for field in schema.names]
             writer.write_batch(pa.record_batch(columns, schema=schema))
@@ -104,6 +105,7 @@ def _as_json(column: pa.Array) -> pa.Array:
 def _features(run: Run, layer: int, start: int) -> list[dict[str, Any]]:
     """Return the features of the neurons of a layer from unit `start` on, as many as a file holds."""
     own = (pc.field("layer") == layer) & (pc.field("unit") >= start) & (pc.field("unit") < start + BATCH)
+    # Of neurons that no concept ranks, most of a wide model, nothing is known that a page could show.
     neurons = run.rows("neurons", own & (pc.field("n_concepts") > 0)).sort_by("unit").to_pylist()
     examples: dict[int, list[dict[str, Any]]] = defaultdict(list)
     if neurons:
@@ -124,6 +126,7 @@ def _features(run: Run, layer: int, start: int) -> list[dict[str, Any]]:
             "n_tokens_in_prompt": math.ceil(row["n_tokens"] / max(samples, 1)),
             "dataset": Path(run.info["settings"]["data"]).name,
             "activations": examples[row["unit"]],
+            # The reader expects these fields, even if there is nothing in them.
             **{name: [] for name in EMPTY},
         }
         for row in neurons

@@ -49,6 +49,7 @@ def flat_bytes(table: pa.Table) -> bytes | None:
         fields.append(pa.field(name, field.type.value_type, nullable=not present.all()))
         empty = _lists(pa.array([], field.type.value_type), present, 0, field.type)
         rows = rows.set_column(rows.schema.get_field_index(name), field, empty)
+    # In this file's metadata, because a second file per part would be a second request to S3.
     stream = pa.BufferOutputStream()
     with pa.ipc.new_stream(stream, rows.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
         writer.write_table(rows)

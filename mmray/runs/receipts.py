@@ -69,10 +69,12 @@ class Receipt:
             raise DamagedError(f"the receipt of unit {self.shard_id}")
         if units is not None and number >= units:
             raise DamagedError(f"the run has {units:,} units")
+        # Receipts of earlier versions do not say which run they are of.
         if run and self.run and self.run != run:
             raise DamagedError("the receipt of another run")
         if self.reason is None and not self.parts:
             raise DamagedError("names no parts")
+        # Keys come from a file that anyone may have edited, and lead to what is read and swept.
         for key in (self.parts or {}).values():
             if not key.startswith(f"shards/{number:06d}/"):
                 raise DamagedError(f"names {key}, a part of another unit")

@@ -122,6 +122,7 @@ class Checksum:
 
     def check(self, data: bytes) -> None:
         """Raise DamagedError unless these are the bytes that were written."""
+        # The size first: it names a truncated object, and costs nothing.
         self.check_size(len(data))
         if hashlib.sha256(data).hexdigest() != self.sha256:
             raise DamagedError("changed since it was written (another SHA-256)")

@@ -54,6 +54,7 @@ def of_shard(tables: Mapping[str, pa.Table], samples: int) -> PartBytes:
     concepts = tables["concepts"]
     repeated = len(concepts) - concepts[SQUARES].null_count
     sizes = {name: len(part_to_bytes(table)) for name, table in tables.items()}
+    # Written again without the squares: what a column takes in a compressed file can't be told from its numbers.
     of_concepts, plain = sizes.pop("concepts"), len(part_to_bytes(concepts.drop_columns(SQUARES)))
     return PartBytes(
         per_shard=sum(sizes.pop(name) for name in PER_NEURON),
@@ -86,6 +87,7 @@ def expected_concepts(seen: Counter[str], occurrences: float) -> float:
         return sum(1 - (1 - occurrences / total) ** count for count in seen.values())
     once, twice = (sum(count == often for count in seen.values()) for often in (1, 2))
     unseen = (total - 1) / total * once * (once - 1) / (2 * (twice + 1))
+    # Every concept was seen more than once, so that none is expected that was not seen.
     if not unseen:
         return float(len(seen))
     return float(len(seen) + unseen * (1 - (1 - once / (total * unseen + once)) ** (occurrences - total)))

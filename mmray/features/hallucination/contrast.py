@@ -42,6 +42,7 @@ class Moments:
         """Return the moments of values; zeros without any."""
         if not len(values):
             return cls(0, np.zeros(values.shape[1]), np.zeros(values.shape[1]))
+        # In two passes: a sum of squares minus the square of the sum would cancel.
         mean = values.mean(axis=0, dtype=np.float64)
         return cls(len(values), mean, np.square(values - mean).sum(axis=0))
 
@@ -82,6 +83,7 @@ class ClassSums:
         layers: Iterable[Mapping[str, Float[ndarray, "mention neuron"]]],
     ) -> None:
         """Add mentions, given every quantity layer by layer."""
+        # Layers come one by one, so that one layer's values are in memory at a time.
         for layer, found in enumerate(layers):
             for (kind, quantity), moments in self.layers.items():
                 moments[layer] += Moments.of(found[quantity][hallucinated == kind])

@@ -34,6 +34,7 @@ def without_doubted(
         for (name, number), found in mention_probabilities(reader, new, decoding).items():
             if found < probability:
                 mention = captions[name].mentions[number]
+                # Added to those of earlier rounds, or a banned word would come back.
                 words[name].add(captions[name].text[mention.start : mention.stop])
                 doubted.add(name)
         if not doubted:

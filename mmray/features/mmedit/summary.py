@@ -113,6 +113,7 @@ def _measured(found: Any) -> dict[str, Any]:
 def harmonic(totals: Float[ndarray, "draw sum"]) -> Float[ndarray, " draw"]:
     """Return the harmonic mean of shares whose sums and counts stand in turn; 0 if one of them is 0."""
     shares = totals[:, 0::2] / totals[:, 1::2]
+    # A share of 0 makes the sum of reciprocals infinite, and the mean 0, as it should be.
     with np.errstate(divide="ignore"):
         mean: Float[ndarray, " draw"] = shares.shape[1] / (1 / shares).sum(axis=1)
     return mean

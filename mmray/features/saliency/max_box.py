@@ -63,6 +63,7 @@ def threshold_boxes(levels: Int[ndarray, "row column"]) -> Int[ndarray, "thresho
     # Between two levels that the map has, every threshold gives the same parts.
     for low, high in zip(present[:-1].tolist(), present[1:].tolist(), strict=True):
         _, mask = cv2.threshold(levels, low, LEVELS, cv2.THRESH_BINARY)
+        # The tree lists holes, too. None encloses more than the part around it, so no hole is ever the largest.
         contours, _ = cv2.findContours(mask, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
         left, top, across, down = cv2.boundingRect(max(contours, key=cv2.contourArea))
         found[low:high] = left, top, min(left + across, width - 1), min(top + down, height - 1)

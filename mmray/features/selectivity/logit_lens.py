@@ -78,6 +78,7 @@ class Lens:
             for kind, layers in states.items():
                 if len(layers[0]):
                     self._count(found, mask, kind, layers, untouched[kind])
+        # Not before all masks are through: a batch that fails is run again in halves, and must not count twice.
         for key, stage in found.items():
             self._stages[key].add(stage)
 

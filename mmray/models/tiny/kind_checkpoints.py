@@ -88,8 +88,10 @@ def shrunk(settings: dict[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]
             shrunk(value, sizes)
         elif key in sizes and isinstance(value, list):
             settings[key] = [sizes[key]] * len(value)
+        # A bool is an int in Python, and None switches an optional part off.
         elif key in sizes and not isinstance(value, bool) and not (value is None and key in OPTIONAL):
             settings[key] = type(value)(sizes[key]) if isinstance(value, float) else sizes[key]
+        # Every kind of layer comes once, as far as there are layers; a tiny model of one kind would prove less.
         elif str(key).endswith("layer_types") and value:
             settings[key] = (list(dict.fromkeys(value)) * LAYERS)[:LAYERS]
     return settings
@@ -97,6 +99,7 @@ def shrunk(settings: dict[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]
 
 def _tokens(processor: type) -> tuple[list[str], dict[str, str]]:
     """Return the special tokens in a processor's source, and those that it asks the tokenizer for by name."""
+    # From the source, because no attribute of a processor lists the tokens that it asks for.
     source = inspect.getsource(inspect.getmodule(processor) or processor)
     usual = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")
     asked = re.findall(r'tokenizer\.(\w+_token)(?:_id)?\b|tokenizer, "(\w+_token)"', source)
@@ -136,6 +139,7 @@ def _parts(name: str, kind: Kind, processor: type) -> dict[str, Any]:
 def _small(size: Mapping[str, int | None]) -> dict[str, int]:
     """Return a size of images of the same form: the lengths of edges or, where they are large, numbers of pixels."""
     given = {key: value for key, value in size.items() if value is not None}
+    # Limits of the number of pixels have names of edges, too, but are in the millions.
     if max(given.values()) <= 5_000:
         return dict.fromkeys(given, SIDE)
     return {key: SIDE**2 if key == "shortest_edge" else 4 * SIDE**2 for key in given}
