@@ -4,6 +4,7 @@ import fcntl
 import gc
 import logging
 import os
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -152,15 +153,24 @@ def coco_run(coco: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
     """Return the bucket of an S3 that answers on loopback only, for this process and those it starts."""
+    from moto.s3.responses import S3Response
     from moto.server import ThreadedMotoServer
 
     from mmray import storage
+
+    one_at_a_time, put = threading.Lock(), S3Response.put_object
+
+    def put_object(request: S3Response) -> Any:
+        # S3 decides on If-None-Match and writes in one step; moto looks first, and lets another request in between.
+        with one_at_a_time:
+            return put(request)
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S3Response, "put_object", put_object)
         for name, value in {
             "AWS_ENDPOINT_URL": f"http://{host}:{port}",
             "AWS_ACCESS_KEY_ID": "test",
