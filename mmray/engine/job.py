@@ -20,8 +20,8 @@ P = TypeVar("P")
 
 UNITS_AHEAD, BYTES_AHEAD = 3, 64 << 20
 """Units whose parts are prefetched during a merge, and bytes of these parts; at least one unit."""
-READERS = 8
-"""Parts that are read in parallel."""
+READERS, FEW_READERS = 8, 4
+"""Parts that are read in parallel; few of large ones, because what a thread has freed is kept for that thread."""
 
 
 class UnitRefusedError(Exception):
@@ -129,7 +129,7 @@ class Parts:
         """Yield the named parts of every unit, prefetching those of the next few units."""
         each = sum(self.size(name) for name in names) // max(1, len(self.receipts))
         ahead = max(1, min(UNITS_AHEAD, BYTES_AHEAD // max(1, each)))
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(READERS if ahead > 1 else FEW_READERS) as pool:
             waiting: deque[dict[str, Future[pa.Table]]] = deque()
             for receipt in self.receipts.values():
                 waiting.append({name: pool.submit(self.folder.read_part, receipt, name) for name in names})

@@ -76,7 +76,8 @@ def read_flat(file: pq.ParquetFile) -> pa.Table | None:
         return None
     with pa.ipc.open_stream(base64.b64decode(file.metadata.metadata[ROWS])) as stream:
         rows = stream.read_all()
-    numbers = file.read()
+    # In this thread: parts are read several at a time, and Arrow's own threads may outlive the bytes; see `from_bytes`.
+    numbers = file.read(use_threads=False)
     for name in numbers.column_names:
         field, present = rows.schema.field(name), rows[name].combine_chunks().is_valid().to_numpy(zero_copy_only=False)
         # One row group makes one chunk, which `combine_chunks` would copy.

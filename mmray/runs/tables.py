@@ -105,15 +105,16 @@ def _rises(column: pa.ChunkedArray) -> bool:
 
 def from_bytes(data: bytes) -> pa.Table:
     """Return the table that `to_bytes` or `part_to_bytes` wrote; raises DamagedError for anything else."""
-    # Copy the bytes to Arrow's own memory. Arrow's threads may outlive this call and hold the last reference to its
-    # input; dropping a reference to Python bytes while the interpreter shuts down aborts the process.
-    stream = pa.BufferOutputStream()
-    stream.write(data)
     try:
+        flat = read_flat(pq.ParquetFile(pa.py_buffer(data)))
+        if flat is not None:
+            return flat
+        # Copy the bytes to Arrow's own memory. Arrow's threads may outlive this call and hold the last reference to its
+        # input; dropping a reference to Python bytes while the interpreter shuts down aborts the process.
+        stream = pa.BufferOutputStream()
+        stream.write(data)
         # `read_table` would build a dataset first, which takes longer than reading a small part.
-        file = pq.ParquetFile(pa.BufferReader(stream.getvalue()))
-        flat = read_flat(file)
-        return _without_maps(file.read()) if flat is None else flat
+        return _without_maps(pq.ParquetFile(pa.BufferReader(stream.getvalue())).read())
     except MemoryError:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -220,7 +220,8 @@ class ConceptMerge:
 
     def _union(self, kept: Sequence[ndarray]) -> tuple[Int64[ndarray, " neuron"], Int64[ndarray, " entry"]]:
         """Return the neurons that any shard kept, in order, and the place among them of every entry."""
-        entries, scratch = np.concatenate(kept), self._scratch
+        # Converted once: indexing would convert other integers each time.
+        entries, scratch = np.concatenate(kept, dtype=np.intp), self._scratch
         scratch.kept[entries] = True
         neurons = np.flatnonzero(scratch.kept)
         scratch.kept[neurons] = False

@@ -42,6 +42,10 @@ class Spill:
         order = pc.sort_indices(rows[key])  # stable
         if not np.array_equal(order, np.arange(len(rows))):
             rows = rows.take(order)
+        # Parts committed by an earlier version may lack a newer column, which is then filled with nulls. Not once per
+        # range: there are hundreds.
+        if rows.schema != self.schema:
+            rows = pa.concat_tables([self.schema.empty_table(), rows], promote_options="default")
         edges = np.searchsorted(rows[key].to_numpy(), self.cuts).tolist() if self.cuts else []
         self._pending.append((rows, [0, *edges, len(rows)]))
         self._bytes += rows.nbytes
@@ -66,8 +70,7 @@ class Spill:
     def _collected(self, number: int) -> pa.Table:
         """Return what is in memory of a range."""
         slices = [rows.slice(edges[number], edges[number + 1] - edges[number]) for rows, edges in self._pending]
-        # Parts committed by an earlier version may lack a newer column, which is then filled with nulls.
-        return pa.concat_tables([self.schema.empty_table(), *slices], promote_options="default")
+        return pa.concat_tables([self.schema.empty_table(), *slices])
 
     def _flush(self) -> None:
         """Write what is in memory: one record batch per range."""
