@@ -22,6 +22,9 @@ from mmray.features.census.spill import Spill
 from mmray.features.census.tables import PARTS
 from mmray.runs.tables import list_values, vectors
 
+Bounds = Callable[[Int64[ndarray, " some"]], tuple[Float64[ndarray, " some"], Float64[ndarray, " some"]]]
+"""Returns between which bounds the values of some neurons lie, given their rows."""
+
 
 @dataclass(frozen=True)
 class ConceptScores:
@@ -46,32 +49,33 @@ class ConceptScores:
 
     def certified(self, rows: Int64[ndarray, " row"]) -> ndarray:
         """Return for each of these rows whether its rank by sum is certain; see `certify`."""
-        return self.certify(rows, self.lower - self.rounding, self.upper + self.rounding, self.left_out)
 
-    def certify(
-        self,
-        rows: Int64[ndarray, " row"],
-        least: Float64[ndarray, " neuron"],
-        most: Float64[ndarray, " neuron"],
-        left_out: float,
-    ) -> ndarray:
+        def bounds(some: Int64[ndarray, " some"]) -> tuple[Float64[ndarray, " some"], Float64[ndarray, " some"]]:
+            return self.lower.take(some) - self.rounding, self.upper.take(some) + self.rounding
+
+        return self.certify(rows, bounds, self.left_out)
+
+    def certify(self, rows: Int64[ndarray, " row"], bounds: Bounds, left_out: float, divisor: int = 1) -> ndarray:
         """Return for each of these rows whether its rank is certain, given bounds of the values that are ranked.
 
-        A neuron's value lies between `least` and `most`; outside the list it is at most `left_out`. A rank is certain
-        if every other neuron is certainly above or certainly below. Exact neurons are ordered by their values, up to
-        rounding.
+        A neuron's value is at most the upper bound of its sum, divided by `divisor`; outside the list it is at most
+        `left_out`. A rank is certain if every other neuron is certainly above or certainly below. Exact neurons are
+        ordered by their values, up to rounding.
         """
-        certain = least[rows] > left_out
+        least, most = bounds(rows)
+        certain = least > left_out
         if not certain.any() or self.exact.all():
             return np.asarray(certain)
-        checked = rows[certain]
-        # Few intervals reach the lowest of these: the others are certainly below all of them.
-        near = np.flatnonzero(most >= least[checked].min())
-        exact, low, high = self.exact[near], least[near], most[near]
+        checked, lowest = certain.nonzero()[0], least[certain].min()
+        # Few neurons reach the lowest of these rows: the others are certainly below all of them.
+        near = np.flatnonzero((self.upper + self.rounding) / divisor >= lowest)
+        low, high = bounds(near)
+        reaching = high >= lowest
+        exact, low, high = self.exact[near[reaching]], low[reaching], high[reaching]
         partial = _overlapping(least[checked], most[checked], low[~exact], high[~exact])
         both = partial + _overlapping(least[checked], most[checked], low[exact], high[exact])
         # A neuron that is not exact overlaps itself.
-        certain[certain] = np.where(self.exact[checked], partial == 0, both == 1)
+        certain[checked] = np.where(self.exact[rows[checked]], partial == 0, both == 1)
         return np.asarray(certain)
 
 

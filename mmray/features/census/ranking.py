@@ -65,15 +65,20 @@ def specific_certified(scores: ConceptScores, rows: Int64[ndarray, " row"], merg
     bounds of that sum give bounds of `specific`.
     """
     others, rounding = merge.n - scores.n, merge.rounding(merge.n, merge.shards)
-    total = merge.total.take(scores.neuron)
     left_out = -np.inf
     if len(scores.neuron) < merge.neurons:
         # `specific` falls with the total, so the lowest total gives the bound for neurons that no shard kept.
         lowest = merge.lowest_total(scores.neuron) - rounding
         left_out = float(_specific(np.array([scores.left_out]), scores.n, np.array([lowest]), others)[0])
-    least = _specific(scores.lower - scores.rounding, scores.n, total + rounding, others)
-    most = _specific(scores.upper + scores.rounding, scores.n, total - rounding, others)
-    return scores.certify(rows, least, most, left_out)
+
+    def bounds(some: Int64[ndarray, " some"]) -> tuple[Float64[ndarray, " some"], Float64[ndarray, " some"]]:
+        total = merge.total.take(scores.neuron.take(some))
+        return (
+            _specific(scores.lower.take(some) - scores.rounding, scores.n, total + rounding, others),
+            _specific(scores.upper.take(some) + scores.rounding, scores.n, total - rounding, others),
+        )
+
+    return scores.certify(rows, bounds, left_out, scores.n)
 
 
 def selective_certified(scores: ConceptScores, rows: Int64[ndarray, " row"], merge: ConceptMerge) -> ndarray:
@@ -82,17 +87,23 @@ def selective_certified(scores: ConceptScores, rows: Int64[ndarray, " row"], mer
     The squares that shards left out may all belong to the concept. So the bound of a neuron known in part is the bound
     of its mean contribution.
     """
-    others, total = merge.n - scores.n, merge.total_squares.take(scores.neuron)
-    # Squares are non-negative, so their own total bounds the rounding.
-    rounding = 4 * np.finfo(np.float64).eps * (merge.n + merge.shards) * total
-    squares = np.maximum(0, total - scores.squares)
-    highest, lowest = (
-        np.sqrt(np.maximum(0, squares + error) / others) if others else np.zeros(len(squares))
-        for error in (rounding, -rounding)
-    )
-    least = (scores.lower - scores.rounding) / scores.n - highest
-    most = (scores.upper + scores.rounding) / scores.n - np.where(scores.exact, lowest, 0)
-    return scores.certify(rows, least, most, scores.left_out / scores.n)
+    others = merge.n - scores.n
+
+    def bounds(some: Int64[ndarray, " some"]) -> tuple[Float64[ndarray, " some"], Float64[ndarray, " some"]]:
+        total = merge.total_squares.take(scores.neuron.take(some))
+        # Squares are non-negative, so their own total bounds the rounding.
+        rounding = 4 * np.finfo(np.float64).eps * (merge.n + merge.shards) * total
+        squares = np.maximum(0, total - scores.squares.take(some))
+        highest, lowest = (
+            np.sqrt(np.maximum(0, squares + error) / others) if others else np.zeros(len(squares))
+            for error in (rounding, -rounding)
+        )
+        return (
+            (scores.lower.take(some) - scores.rounding) / scores.n - highest,
+            (scores.upper.take(some) + scores.rounding) / scores.n - np.where(scores.exact.take(some), lowest, 0),
+        )
+
+    return scores.certify(rows, bounds, scores.left_out / scores.n, scores.n)
 
 
 def certified_counts(rankings: pa.Table) -> tuple[int, int]:
