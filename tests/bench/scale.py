@@ -46,8 +46,8 @@ class Phases:
     """Bytes per second that a replica sends to S3."""
     driver: float = 1.1e-3
     """The driver's time per shard on Ray (`tests.bench.engine --ray`)."""
-    merge: float = 0.39 + 2_400 * 0.2e-3
-    """Of one core: a shard of 600 concepts (`tests.bench.merge`), and 0.2 ms to read, add and rank each one more."""
+    merge: float = 0.38 + 2_400 * 0.2e-3
+    """Of one core: one of 2,000 shards of 600 concepts (`tests.bench.merge`), and 0.2 ms for each concept more."""
     life: float = 6 * 3600
     """Mean life of a replica, and how long until there is another, which has loaded the model."""
     absence: float = 360
