@@ -12,7 +12,7 @@ import pytest
 from mmray.engine.session import own_sigterm
 
 CENSUS = """
-    import sys, time, types
+    import signal, sys, time, types
     from mmray.cli import main
     from mmray.runs.lease import hold_lease
     from mmray.storage import open_store
@@ -22,6 +22,8 @@ CENSUS = """
             print("at work", flush=True)
             time.sleep(60)
 
+    # A shell's background job ignores Ctrl-C, and so does all that it starts: this is a command in the foreground.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.modules["mmray.features.census.job"] = types.SimpleNamespace(run_census=run_census)
     main(lambda: ["census", "--model=demo", "--data=demo", f"--out={sys.argv[1]}"])
 """
