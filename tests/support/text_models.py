@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mmray.models.tiny.texts import FAMILIES, SPECIALS, build, network_of
-
-LEARNER = FAMILIES["llama"] | {"hidden_size": 64, "intermediate_size": 256, "max_position_embeddings": 128}
+# Not torch: every process of pytest imports this, and those that only hand out tests need none.
+LEARNER = {"hidden_size": 64, "intermediate_size": 256, "max_position_embeddings": 128}
+"""What the model that learns the corpus has larger than the tiny Llama."""
 
 WORDS = {
     "en": ("the", "sees", "and", ("dog", "cat", "horse", "bird"), ("runs home", "sleeps here", "eats bread")),
@@ -30,6 +27,8 @@ def text_model(shared: Callable[[str, Callable[[Path], object]], Path]) -> Calla
     """Return the checkpoint folder of a family, or of the `learner` that knows the corpus's languages."""
 
     def make(family: str) -> Path:
+        from mmray.models.tiny.texts import build
+
         return shared(f"text {family}", train if family == "learner" else lambda folder: build(family, folder))
 
     return cache(make)
@@ -72,6 +71,12 @@ def corpus(file: Path, texts: int = 24, longest: int = 12, letters: int | None =
 
 def train(folder: Path, steps: int = 140) -> Path:
     """Write a checkpoint that has learned the corpus's sentences, with one token per word, and return the folder."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from mmray.models.tiny.texts import FAMILIES, SPECIALS, network_of
+
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -85,7 +90,7 @@ def train(folder: Path, steps: int = 140) -> Path:
         tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=pad
     )
     torch.manual_seed(0)
-    model = network_of("llama", LEARNER, len(tokenizer)).train()
+    model = network_of("llama", FAMILIES["llama"] | LEARNER, len(tokenizer)).train()
     rows = [[0, *tokenizer(text)["input_ids"]] for text in texts]
     ids = torch.tensor([row + [2] * (max(map(len, rows)) - len(row)) for row in rows])
     labels = ids.masked_fill(ids == 2, -100)
