@@ -7,7 +7,7 @@ import pytest
 
 from mmray.errors import InputError
 from mmray.runs.run import Run, open_run
-from tests.support.dogs import dog_run
+from tests.support.dogs import SCENES, dog_run
 
 
 @pytest.fixture(scope="module")
@@ -54,4 +54,4 @@ def test_what_was_not_measured_is_said(dogs: Run) -> None:
 def test_a_table_is_a_data_frame_and_a_run_has_a_length(dogs: Run) -> None:
     frame = dogs.to_pandas("neurons")
     assert list(frame["neuron"]) == dogs.table("neurons")["neuron"].to_pylist()
-    assert len(dogs) == dogs.status().samples == 40
+    assert len(dogs) == dogs.status().samples == SCENES

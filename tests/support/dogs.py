@@ -10,7 +10,7 @@ from tests.support.judged import add_judgements
 from tests.support.labelled import add_labels
 from tests.support.local_jobs import census_here, properties_here
 
-SCENES = 40
+SCENES = 24
 
 
 def dog_run(folder: Path) -> None:
@@ -24,6 +24,6 @@ def dog_run(folder: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(DATA)), folder / "data.parquet")
     out = folder / "run"
     census_here("demo", str(folder / "data.parquet"), out, shard_size=20)
-    properties_here(out, concepts=1, images=4, maps=2, longest=12, draws=50)
+    properties_here(out, concepts=1, images=2, maps=2, longest=4, draws=20)
     add_labels(out)
     add_judgements(out)
