@@ -24,7 +24,8 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "RAY_worker
 gc.set_threshold(100_000)
 
 # Examples are the same at every run, and a busy machine fails no test by its slowness.
-hypothesis.settings.register_profile("mmray", deadline=None, derandomize=True, database=None)
+# Forty find what a hundred find: compared on errors that were put into the sums of the census.
+hypothesis.settings.register_profile("mmray", deadline=None, derandomize=True, database=None, max_examples=40)
 hypothesis.settings.load_profile("mmray")
 
 # Assertions of shared helpers say what differs, as those of tests do.
@@ -39,6 +40,10 @@ BUCKET = "mmray-test"
 SLOW_FIXTURES = {"alone", "ray_here", "demo_census", "coco_run", "suite", "before"}
 """Ray sessions, censuses of the demo, and its replies: a test that needs one is slow."""
 
+
+QUICK_VARIANTS = {"llava", "gemma3", "qwen2_vl", "blip2_t5"}
+"""Of a test of all tiny models, the cases that are not slow: plain, with norms of its own, with positions in three
+dimensions, and with an encoder."""
 
 ALONE = (
     "tests/e2e/test_job_submit.py",
@@ -76,9 +81,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         assert ("alone" in fixtures) <= (file in ALONE), f"{file} uses `alone`: add it to ALONE"
         files.setdefault(file, []).append(item)
     slow = {file for file, tests in files.items() if any(test.get_closest_marker("slow") for test in tests)}
+    mark_variants(items)
     # Stable: otherwise files keep their order.
     order = sorted(files, key=lambda file: (file not in ALONE, file not in slow))
     items[:] = [test for file in order for test in files[file]]
+
+
+def mark_variants(items: list[pytest.Item]) -> None:
+    """Mark tests of all tiny models as slow, except those of QUICK_VARIANTS."""
+    from mmray.models.tiny.variants import VARIANTS
+
+    tests: dict[str, dict[str, list[pytest.Item]]] = {}
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        for variant in (value for value in params.values() if isinstance(value, str) and value in VARIANTS):
+            tests.setdefault(item.nodeid.partition("[")[0], {}).setdefault(variant, []).append(item)
+    for cases in tests.values():
+        # A test of a few was written for these.
+        if len(cases) > len(VARIANTS) / 2:
+            for variant in cases.keys() - QUICK_VARIANTS:
+                for item in cases[variant]:
+                    item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -276,6 +276,7 @@ def test_plan_runs_nothing(mmray: Mmray, tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_error(run: Run) -> None:
     concept = next(iter(run.concepts))
     # The reader is gone before anything is written, and once the pipe is full.

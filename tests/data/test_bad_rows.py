@@ -133,6 +133,7 @@ CELLS = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.dictionaries(st.sampled_from(EVERYTHING.used()), CELLS) | st.text(), max_size=40))
 def test_whatever_the_cells_hold_each_row_is_answered(records: list[Any]) -> None:

@@ -44,6 +44,7 @@ def test_samples_are_those_written(form: str, tmp_path: Path, rows: list[Row], p
     assert len({sample.source for sample in read}) == len(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_a_range_is_the_slice_of_the_whole(form: str, tmp_path: Path, rows: list[Row], put: Upload) -> None:
     source = open_source(put(FORMS[form](tmp_path / "data", rows)))

@@ -190,6 +190,7 @@ def test_secrets_in_an_endpoint_are_not_repeated(monkeypatch: pytest.MonkeyPatch
         s3_client.cache_clear()
 
 
+@pytest.mark.slow
 def test_no_object_of_a_run_and_no_log_holds_a_secret(
     tiny: Callable[[str], Path],
     bucket: str,

@@ -145,6 +145,7 @@ def test_command(letters: Letters) -> None:
     assert (missing.returncode, missing.stderr) == (2, "mmray: nowhere.txt: no such file\n")
 
 
+@pytest.mark.slow
 def test_command_resumes_and_its_status_tells_of_quarantine(letters: Letters) -> None:
     def stop(unit: words.Unit) -> None:
         if "b1" in unit.payload:

@@ -151,6 +151,7 @@ def test_a_token_has_activations_at_its_own_experts_alone(mixture):
     assert found[0].unflatten(1, (projection.experts, -1)).any(-1).sum(-1).eq(2).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", DECODERS)
 def test_contributions_of_routed_and_shared_experts_add_up(loaded, decoder, name, dtype):

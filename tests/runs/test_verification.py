@@ -71,6 +71,7 @@ def test_every_damaged_file_is_named_alone(census, count, kind):
     assert not problems(census)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cut", "empty", "gone"])
 @pytest.mark.parametrize("name", ["receipts/000003.json", "run.json", "manifest.json", "snapshot", "census"])
 def test_every_damaged_note_is_named(census, count, kind, name):

@@ -110,6 +110,7 @@ def test_a_batch_is_parted_where_its_pixels_are_too_many(open_model, monkeypatch
     same(tables, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("captions", ["dataset", "generate"])
 def test_a_shard_is_analysed_in_parts_where_its_images_are_too_large_together(open_model, monkeypatch, captions):
     model = open_model("llava")
@@ -188,6 +189,7 @@ def test_a_caption_without_nouns_is_skipped_and_counted_still(open_model):
 ERRORS = [MEMORY, RuntimeError("no"), ValueError("no"), IndexError("no"), TypeError("no"), KeyError("no")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("largest", [1, 2, 3])
 def test_a_forward_without_memory_is_tried_in_halves(open_model, monkeypatch, largest, error):

@@ -222,6 +222,7 @@ def test_a_receipt_that_vanished_from_a_finished_run(run: Path, whole: Path, aga
     same_tables(run, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["rankings", "captions"])
 def test_a_damaged_table_is_noticed_and_made_again(

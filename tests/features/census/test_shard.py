@@ -25,6 +25,7 @@ def index(row, widths):
     return sum(widths[: row["layer"]]) + row["unit"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "score"), CASES)
 def test_tables_are_those_of_plain_loops(open_model, variant, score):
     model = open_model(variant)

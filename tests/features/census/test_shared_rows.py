@@ -111,6 +111,7 @@ def batches(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["llava", "qwen2_5_vl", "gemma3", "paligemma", "idefics3", "qwen3_vl_moe"])
 def test_tables_are_those_of_rows_apart(open_model, batches, variant):
     model = open_model(variant)
@@ -125,6 +126,7 @@ def test_tables_are_those_of_rows_apart(open_model, batches, variant):
     same(model, together, apart)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "rows"), [(1, 1), (2, 1), (3, 1), (7, 1), (100, 2)])
 def test_tables_do_not_depend_on_the_batch(open_model, batches, size, rows):
     model = open_model("llava")

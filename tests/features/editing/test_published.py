@@ -93,6 +93,7 @@ def fine_loss(model, answers, rows):
     return (largest + 10 * again) / len(answers) + torch.cat(divergences).mean() + 0.1 * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "formula", "layers"),
     [(PanAnswers, pan_loss, (4, 6)), (PanAnswers, pan_loss, (7,)), (FineAnswers, fine_loss, (2, 4))],

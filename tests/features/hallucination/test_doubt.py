@@ -53,6 +53,7 @@ def alone(reader, caption, mention, image):
     return math.exp(sum(float(logits[first + number, caption.tokens[number]]) for number in tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoding", [GREEDY, AVERAGE, decoding_of("average:0.3"), decoding_of("vcd")], ids=str)
 def test_a_mention_is_as_likely_as_the_views_that_a_decoding_averages_say(reader, pairs, decoding):
     captions = reader.captions(pairs, decoding)
@@ -69,6 +70,7 @@ def test_a_mention_is_as_likely_as_the_views_that_a_decoding_averages_say(reader
     assert compared == len(found) >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoding", [GREEDY, AVERAGE], ids=str)
 def test_only_captions_with_doubted_mentions_are_written_again(reader, pairs, decoding):
     before = reader.captions(pairs, decoding)

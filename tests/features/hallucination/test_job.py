@@ -151,6 +151,7 @@ def test_answers_of_moves_are_tables_of_their_folder(data, tmp_path):
         run_job(PerturbJob(moved(data, tmp_path / "moved", norm=0.1)))
 
 
+@pytest.mark.slow
 def test_how_embeddings_vary_is_told_by_the_first_images_alone(data, tmp_path):
     """However large the data is."""
     counting = patch.object(perturb_job, "read_shard", side_effect=read_shard)
@@ -225,6 +226,7 @@ def test_data_without_objects_is_refused(run, tmp_path):
         run_job(PerturbJob(moved(str(bare), tmp_path / "out")))
 
 
+@pytest.mark.slow
 def test_images_that_are_too_many_pixels_together_are_looked_at_in_parts(run, monkeypatch):
     whole = run_job(HallucinationJob(asked(run, seed=2)))
     claims = open_run(run).table("claims").sort_by("sample_id")

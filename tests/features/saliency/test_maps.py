@@ -90,6 +90,7 @@ def test_alignment_points_at_the_object_that_is_asked_for(joint, images, drawn_s
     assert sum(hits) / len(hits) >= 0.85
 
 
+@pytest.mark.slow
 def test_a_wrong_word_has_saliency_too_and_one_that_is_not_said_is_refused(images):
     model = mmray.load_model("demo")
     for method in METHODS:
