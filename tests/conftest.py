@@ -112,6 +112,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_wait_for_the_disk() -> Iterator[None]:
+    """Have this process write without `fsync`: no test turns the machine off, and some write thousands of files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(shared: Callable[[str, Callable[[Path], object]], Path]) -> Callable[[str], Path]:
     """Return the checkpoint folder of a variant, built once per session."""
