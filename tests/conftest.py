@@ -53,10 +53,18 @@ ALONE = (
 )
 """Files that hold other clusters off (`alone`). One process runs them all: a second one would only wait for it."""
 
+CONTRACT = (
+    "tests/engine/test_compositions.py",
+    "tests/engine/test_contract.py",
+    "tests/engine/test_damage.py",
+    "tests/engine/test_on_ray.py",
+)
+"""Files that compare each job with an undisturbed run (`suite`). One process runs them all, and makes these once."""
+
 
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist, nobody asks
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Hand out files, those of ALONE together."""
+    """Hand out files, those of ALONE together, and those of CONTRACT."""
     if config.getoption("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -64,7 +72,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            return ALONE[0] if file in ALONE else file
+            return next((group[0] for group in (ALONE, CONTRACT) if file in group), file)
 
     return Scheduling(config, log)
 
