@@ -18,7 +18,7 @@ from tests.support.stars import star_folder
 
 QUICKER = {
     "census": ["--local"],
-    "properties": ["--local", "--concepts", "1", "--images", "4", "--maps", "1", "--draws", "20"],
+    "properties": ["--local", "--concepts", "1", "--images", "2", "--maps", "1", "--longest", "4", "--draws", "20"],
     "edit": ["--kept", "8", "--samples", "4", "--neurons", "40", "--steps", "3", "--allow-collateral"],
     "evaluate": ["--local", "--limit", "4", "--shard-size", "4", "--text-count", "2", "--pope-objects", "0"],
 }

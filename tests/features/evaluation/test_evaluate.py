@@ -24,13 +24,15 @@ from tests.support.standin import Purpose, StandIn, neuron_edit, swap
 
 SETTINGS = measure_settings(text_count=8, draws=100, bleu=True)
 CAT = "cat"
+EACH = 5
+"""Scenes with a cat, and without."""
 
 
 @pytest.fixture(scope="module")
 def some(all_scenes: list[Sample]) -> list[Sample]:
     """Scenes with a cat, with its hallucinated companion and without, and others; one caption is Spanish."""
-    cats = [sample for sample in all_scenes if CAT in (sample.objects or ())][:8]
-    others = [sample for sample in all_scenes if not {CAT, "mouse"} & set(sample.objects or ())][:8]
+    cats = [sample for sample in all_scenes if CAT in (sample.objects or ())][:EACH]
+    others = [sample for sample in all_scenes if not {CAT, "mouse"} & set(sample.objects or ())][:EACH]
     return [*cats, *others, replace(others[0], sample_id="spanish", language="es", caption="Una imagen.")]
 
 
@@ -161,8 +163,8 @@ def test_a_hallucination_of_a_pair(before: BaselineReplies, some: list[Sample], 
 def test_batches_and_cuts_change_nothing(
     demo: Any, before: BaselineReplies, some: list[Sample], facts: ObjectStatistics
 ) -> None:
-    some = [*some[:4], *some[8:12], some[-1]]
-    edit = swap(CAT, "dog", (some[0].sample_id, some[5].sample_id))
+    some = [*some[:3], *some[EACH : EACH + 3], some[-1]]
+    edit = swap(CAT, "dog", (some[0].sample_id, some[4].sample_id))
     whole = measured(before, edit, some, facts)
     close(measured(BaselineReplies(demo, batch_size=3), edit, some[::-1], facts), whole)
     evaluator = EditEvaluator(BaselineReplies(demo, batch_size=5), edit, facts, SETTINGS)
@@ -190,7 +192,7 @@ def test_verified_replies_are_those_of_whole_regeneration(
     with edit.applied(demo):
         written = [verifier.text(tokens) for tokens in verifier.generate(queries)]
     assert [change.after for change in changes] == written
-    assert 3 < sum(change.same for change in changes) < len(changes) - 3
+    assert 0 < sum(change.same for change in changes) < len(changes)
 
 
 def test_an_edit_of_the_last_layer_needs_no_forward(demo: Any, before: BaselineReplies, some: list[Sample]) -> None:
@@ -288,7 +290,7 @@ def test_data_without_questions_has_those_of_pope(
     before: BaselineReplies, some: list[Sample], facts: ObjectStatistics
 ) -> None:
     """Which are of the same kind, so the measure is the same; without either it is not measured."""
-    scenes = some[8:12]
+    scenes = some[EACH : EACH + 4]
     edit = StandIn((Purpose("noise"),), scale=(7, 0.5))
     bare = [replace(sample, questions=None) for sample in scenes]
     found = measured(before, edit, bare, facts).measures["image_locality_questions_kl"]

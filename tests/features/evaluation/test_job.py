@@ -39,8 +39,9 @@ from tests.support.samples import samples_of
 from tests.support.standin import StandIn, open_edit, swap
 
 SOURCE = "watermelon"
-ASKED = {"text_count": 6, "pope_objects": 1, "draws": 50, "bleu": False}
-SETTINGS = {"data": str(EVALUATION), "limit": 16, "shard_size": 8, "local": True} | ASKED
+LIMIT, SHARD = 8, 4
+ASKED = {"text_count": 4, "pope_objects": 1, "draws": 50, "bleu": False}
+SETTINGS = {"data": str(EVALUATION), "limit": LIMIT, "shard_size": SHARD, "local": True} | ASKED
 
 
 def job(run: Path, edit: Path, **settings: object) -> EvaluationJob:
@@ -97,7 +98,7 @@ def test_the_result_is_in_the_form_of_the_contract(done: Done, own: list[Sample]
     assert content["cost"]["method"] == "stand-in"
     captions = pq.read_table(folder / "captions.parquet")
     assert captions.column_names == ["sample_id", "before", "after", "changed", "role", "image"]
-    assert len(captions) == 16 + len(own)
+    assert len(captions) == LIMIT + len(own)
     edited = [row for row in captions.to_pylist() if row["role"] == "edited"]
     assert {row["sample_id"] for row in edited} == {sample.sample_id for sample in own}
     named = sum(SOURCE in row["before"] for row in edited)
@@ -155,7 +156,7 @@ def test_samples_behind_the_limit_count_for_reliability(run: Path, own: list[Sam
 def test_it_is_what_one_process_measures(done: Done, demo: Any, own: list[Sample], edit: StandIn) -> None:
     source = open_source(str(EVALUATION))
     facts = gather_statistics((sample.objects for sample in samples_of(EVALUATION, 384)), source.translations())
-    found = evaluate(demo, edit, samples_of(EVALUATION, 16), measure_settings(**ASKED), own=own, statistics=facts)
+    found = evaluate(demo, edit, samples_of(EVALUATION, LIMIT), measure_settings(**ASKED), own=own, statistics=facts)
     _, outcome, _ = done
     assert list(found.measures) == list(measures(outcome))
     for name, row in found.measures.items():
@@ -176,7 +177,7 @@ def same(one: JobResult, other: JobResult) -> None:
 
 
 def test_shards_change_nothing(done: Done, run: Path, edit: StandIn, tmp_path: Path) -> None:
-    same(evaluated_here(run, edit.save(tmp_path / "edit"), shard_size=5), done[1])
+    same(evaluated_here(run, edit.save(tmp_path / "edit"), shard_size=3), done[1])
 
 
 def test_it_goes_on_where_it_stopped(done: Done, run: Path, edit: StandIn, tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def test_it_goes_on_where_it_stopped(done: Done, run: Path, edit: StandIn, tmp_p
         pass
 
     def stop(progress: Progress) -> None:
-        if progress.done >= 8:
+        if progress.done >= SHARD:
             raise StopError
 
     with pytest.raises(StopError):
@@ -197,7 +198,7 @@ def test_it_goes_on_where_it_stopped(done: Done, run: Path, edit: StandIn, tmp_p
     assert not (folder / "evaluation.json").exists()
     said: list[Progress] = []
     same(evaluated_here(run, folder, said.append), done[1])
-    assert said[0].done == 8
+    assert said[0].done == SHARD
     assert {path: path.read_bytes() for path in committed} == committed
     # Once more, and nothing is measured again; with other settings, everything is, next to it.
     before = {path: path.stat().st_mtime_ns for path in work.glob("shards/**/*")}
@@ -228,7 +229,7 @@ def test_edits_measured_together_are_as_by_themselves_and_the_model_is_asked_onc
         pass
 
     def stop(progress: Progress) -> None:
-        if progress.done >= 16:
+        if progress.done >= 2 * SHARD:
             raise StopError
 
     asked.clear()
@@ -259,7 +260,7 @@ def test_answers_are_kept_for_units_that_read_the_same_alone(
     clear = BaselineReplies.clear
     monkeypatch.setattr(BaselineReplies, "clear", lambda self: (said.append(None), clear(self))[1])
     monkeypatch.setattr(EvaluationJob, "workers", classmethod(watched))
-    small = {"limit": 8, "shard_size": 4, "text_count": 2}
+    small = {"text_count": 2}
     run_together([job(run, edit.save(tmp_path / name), **small) for name in ("one", "other")])
     groups = [group for group in said if group]
     assert len(groups) == 2 * len(set(groups))
@@ -279,14 +280,14 @@ def test_other_draws_measure_nothing_again(
     run: Path, edit: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = edit.save(tmp_path / "edit")
-    before = measures(evaluated_here(run, folder, limit=8))
+    before = measures(evaluated_here(run, folder))
     work = {path: path.stat().st_mtime_ns for path in folder.glob("evaluation/*/shards/**/*")}
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(evaluation_job, "load_model", refuse)
-    after = measures(evaluated_here(run, folder, limit=8, draws=7))
+    after = measures(evaluated_here(run, folder, draws=7))
     assert {path: path.stat().st_mtime_ns for path in folder.glob("evaluation/*/shards/**/*")} == work
     assert {name: row["after"] for name, row in after.items()} == {name: row["after"] for name, row in before.items()}
     assert after != before
@@ -405,7 +406,7 @@ def test_what_fails_is_status_4(command: Callable[..., Answer], run: Path, edit:
 
 def test_units_that_never_succeed_are_quarantined(run: Path, edit: StandIn, tmp_path: Path) -> None:
     wrong = replace(edit, scale=(99, 1.0), exchange=None)
-    outcome = evaluated_here(run, wrong.save(tmp_path / "edit"), limit=4, text_count=1)
+    outcome = evaluated_here(run, wrong.save(tmp_path / "edit"), limit=4, shard_size=8, text_count=1)
     # A shard of the data, one of the run's, two of questions (one drawn, eight about the words), one of general text.
     assert len(outcome.quarantined) == 5
     assert "IndexError" in outcome.quarantined[0]
@@ -429,13 +430,14 @@ def test_an_edit_that_is_none(run: Path, tmp_path: Path) -> None:
         run_job(EvaluationJob(evaluation_settings(values), refuse))
 
 
-def decoded(run: Path, name: str, follow: Callable[[Progress], None] = lambda _: None) -> JobResult:
-    values = SETTINGS | {"run": str(run), "decoding": name}
+def decoded(run: Path, name: str, follow: Callable[[Progress], None] = lambda _: None, limit: int = 4) -> JobResult:
+    values = SETTINGS | {"run": str(run), "decoding": name, "limit": limit}
     return run_job(EvaluationJob(evaluation_settings(values)), follow=follow)
 
 
 def test_a_decoding_is_measured_in_an_edits_place(run: Path, demo: Any) -> None:
-    outcome = decoded(run, "no-image:8")
+    # With fewer scenes it changes no caption.
+    outcome = decoded(run, "no-image:8", limit=16)
     rows = pq.read_table(run / "decodings" / "no-image-8" / "captions.parquet").to_pylist()
     samples = {sample.sample_id: sample for sample in samples_of(EVALUATION, 16)}
     assert {row["sample_id"] for row in rows} == set(samples)

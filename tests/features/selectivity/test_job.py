@@ -75,7 +75,7 @@ def test_any_column_labels_samples(run: Path) -> None:
 
 
 def test_tests_see_what_the_selection_did_not(run: Path) -> None:
-    tests: dict[str, Any] = {"interventions": True, "stages": True, "steer": "en:es"}
+    tests: dict[str, Any] = {"interventions": True, "stages": True, "steer": "en:es", "questions": 0}
     found = analysed(run, method="contribution", rate=0.05, held_out=0.4, **tests)
     sizes = {row["label"]: row["samples"] for row in found["selective_labels"]}
     measured = {row["label"]: row["n"] for row in found["interventions"] if row["measure"] == "nll"}
@@ -171,7 +171,7 @@ def test_a_damaged_table_is_told_and_made_anew(run: Path, tmp_path: Path, caplog
 
 
 def test_measures_of_other_neurons_leave_the_tables(run: Path) -> None:
-    settings: dict[str, Any] = {"method": "contribution", "rate": 0.02, "held_out": 0.4, "questions": 0}
+    settings: dict[str, Any] = {"method": "contribution", "rate": 0.02, "held_out": 0.25, "questions": 0}
     analysed(run, **settings, interventions=True, stages=True)  # as the next test has them: measured once
     measured = open_run(run).table("interventions").to_pylist()
     analysed(run, **settings, steer="en:es")  # the same neurons: both stay
@@ -190,7 +190,7 @@ def test_measures_of_other_neurons_leave_the_tables(run: Path) -> None:
 
 @pytest.mark.parametrize("method", ["contribution", "lape"])
 def test_reading_again_leaves_what_was_measured(run: Path, method: str) -> None:
-    settings: dict[str, Any] = {"method": method, "rate": 0.02, "held_out": 0.4, "questions": 0}
+    settings: dict[str, Any] = {"method": method, "rate": 0.02, "held_out": 0.25, "questions": 0}
     tested = analysed(run, **settings, interventions=True, stages=True)
     assert analysed(run, **settings)["selectivity"] == tested["selectivity"]
     analysed(run, **settings, permutations=0, bootstraps=0)
@@ -306,7 +306,7 @@ def test_the_command(run: Path, command: Callable[..., Answer]) -> None:
     assert {row["union"] for row in found["selective_labels"]} == {82}
     assert "--by mood: no sample has that label" in command("selectivity", run, "--by", "mood").refusal
     tests = ("--interventions", "--stages", "--steer", "en:es")
-    tested = command("selectivity", run, "--local", *tests, "--held-out", 0.4, *quick)
+    tested = command("selectivity", run, "--local", *tests, "--held-out", 0.2, *quick)
     assert tested.status == 0
     assert "change · nats per token, held-out texts" in tested.out
     assert "captions read like es" in tested.out
