@@ -24,9 +24,8 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "RAY_worker
 gc.set_threshold(100_000)
 
 # Examples are the same at every run, and a busy machine fails no test by its slowness.
-# Forty find what a hundred find: compared on errors that were put into the sums of the census.
-hypothesis.settings.register_profile("mmray", deadline=None, derandomize=True, database=None, max_examples=40)
-hypothesis.settings.load_profile("mmray")
+hypothesis.settings.register_profile("mmray", deadline=None, derandomize=True, database=None, max_examples=100)
+hypothesis.settings.register_profile("quick", hypothesis.settings.get_profile("mmray"), max_examples=40)
 
 # Assertions of shared helpers say what differs, as those of tests do.
 pytest.register_assert_rewrite("tests.support")
@@ -35,6 +34,11 @@ pytest_plugins = [
 ]
 
 BUCKET = "mmray-test"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Try fewer examples of a property where slow tests are left out too."""
+    hypothesis.settings.load_profile("quick" if config.getoption("markexpr") == "not slow" else "mmray")
 
 
 SLOW_FIXTURES = {"alone", "ray_here", "demo_census", "coco_run", "suite", "before"}
