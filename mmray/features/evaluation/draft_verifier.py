@@ -108,7 +108,7 @@ class DraftVerifier(StateReader):
             for _ in range(1 + CORRECTIONS):
                 trial, first_states = self._verify(queries, trial, found, first_states), None
             left = [number for number in range(len(queries)) if number not in found]
-            generated = self.generate([queries[number] for number in left])
+            generated = self._generate([queries[number] for number in left], self.batch_size, padded=True)
             self._verify(queries, list(zip(left, generated, strict=True)), found)
         # What generation in batches and a forward disagree on is a near tie: it is generated again without a batch.
         left = [number for number in range(len(queries)) if number not in found]
@@ -173,13 +173,19 @@ class DraftVerifier(StateReader):
         # If not plain, every reply is generated here: one by one, that would take too long.
         return self._generate(queries, 1 if self.plain else self.batch_size)
 
-    def _generate(self, queries: Sequence[Query], size: int, decoding: Decoding = GREEDY) -> list[list[int]]:
-        # Prompts of one length need no padding, which would shift their positions.
+    def _generate(
+        self, queries: Sequence[Query], size: int, decoding: Decoding = GREEDY, *, padded: bool = False
+    ) -> list[list[int]]:
+        """Return the tokens that the model generates; only what is verified afterwards may share a batch `padded`."""
+        lengths = [len(self.model.tokenizer(query.prompt)["input_ids"]) for query in queries]
         groups: dict[object, list[int]] = defaultdict(list)
-        for number, query in enumerate(queries):
+        # By length, to save padding.
+        for number in sorted(range(len(queries)), key=lengths.__getitem__):
+            image = queries[number].image
             # Images of one size have equally many image tokens, which the prompt's own tokens don't count.
-            shape = query.image.size if query.image is not None else None
-            groups[len(self.model.tokenizer(query.prompt)["input_ids"]), shape].append(number)
+            shape = image.size if image is not None else None
+            # Prompts of one length need no padding, which can decide a near tie.
+            groups[shape if padded else (lengths[number], shape)].append(number)
         found: dict[int, list[int]] = {}
 
         def generate_batch(numbers: Sequence[int]) -> None:

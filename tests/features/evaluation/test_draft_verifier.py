@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmray.data.samples import Sample
+from mmray.features.evaluation import draft_verifier
 from mmray.features.evaluation.baseline_replies import BaselineReplies
 from mmray.features.evaluation.draft_verifier import DraftVerifier
 from mmray.features.evaluation.queries import Query, QueryError
@@ -70,6 +71,22 @@ def test_replies_are_as_long_as_asked_for(open_model: Callable[[str], Any], long
         assert [reply.tokens for reply in verifier.replies(queries, drafts)] == wanted
     before = BaselineReplies(model, 4, longest=longest)
     assert before.verifier.longest == longest
+
+
+def test_prompts_of_all_lengths_are_generated_together(
+    open_model: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model("llava")
+    queries, sizes = queries_of(model), []
+    wanted = generated(DraftVerifier(model, 4), queries)
+
+    def counted(_: Any, prompts: list[str], *rest: Any) -> list[list[int]]:
+        sizes.append(len(prompts))
+        return generate(model, prompts, *rest)
+
+    monkeypatch.setattr(draft_verifier, "generate", counted)
+    assert [reply.tokens for reply in DraftVerifier(model, 4).replies(queries, [[] for _ in queries])] == wanted
+    assert sizes[:2] == [4, 2]
 
 
 @pytest.mark.slow
