@@ -250,20 +250,21 @@ def hallucination(ground: Ground) -> None:
             )
 
 
-def joint(ground: Ground, count: int) -> None:
-    """Print what many swaps in one checkpoint do: learnt together, and each alone and added up."""
+def joint(ground: Ground, count: int, others: int | None) -> None:
+    """Print what many swaps in one checkpoint do: learned together, and each alone and added up."""
     pairs = ground.pairs(count)
     together = Row()
     edit = ground.made(*({"source": source, "target": target} for source, target in pairs))
-    together.add(edit, ground.measured(edit))
-    print(f"\n{count} swaps in one checkpoint\n\n{header()}\n{together.line('learnt together')}", flush=True)
+    together.add(edit, ground.measured(edit, others, pope_objects=1, text_count=GENERAL))
+    print(f"\n{count} swaps in one checkpoint\n\n{header()}\n{together.line('learned together')}\n")
+    print(bounds_table(together), flush=True)
     apart = Row()
     whole: WeightEdit | None = None
     for source, target in pairs:
         one = ground.made({"source": source, "target": target})
         whole = one if whole is None else whole + one
     assert whole is not None
-    apart.add(whole, ground.measured(whole))
+    apart.add(whole, ground.measured(whole, others))
     print(apart.line("added up"))
 
 
@@ -381,7 +382,7 @@ def main() -> None:
     parser.add_argument("--suppressed", nargs="*", default=SENSITIVE, help="of bounds: words to suppress")
     parser.add_argument("--controls", type=int, default=5)
     parser.add_argument("--methods", nargs="*", default=BASELINES)
-    parser.add_argument("--others", type=int, help="scenes without the source that a swap is measured on; default: all")
+    parser.add_argument("--others", type=int, help="scenes without the source that swaps are measured on; default: all")
     parser.add_argument("--fresh", type=int, default=1000, help="scenes for hallucination; 0: --evaluation")
     given = parser.parse_args()
     wanted = given.parts or PARTS
@@ -402,7 +403,7 @@ def main() -> None:
         if "frontier" in wanted:
             frontier(ground, given.swaps, given.others)
         if "joint" in wanted:
-            joint(ground, given.swaps)
+            joint(ground, given.swaps, given.others)
         if "hallucination" in wanted:
             if given.fresh:
                 world = World.load()
