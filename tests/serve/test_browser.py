@@ -3,7 +3,7 @@
 import pytest
 
 from mmray.serve.app import HOST
-from tests.support.chromium import barriers, needs_chromium
+from tests.support.chromium import Tab, barriers, needs_chromium
 from tests.support.served import TOKEN, Client
 
 pytestmark = needs_chromium
@@ -21,19 +21,18 @@ PAGES = (
 )
 
 
+@pytest.fixture(scope="module")
+def tab(browser, ask: Client) -> Tab:
+    here = f"{HOST}:{ask.port}"
+    # Images that are data are requests, too.
+    return Tab(browser, f"http://{here}/?token={TOKEN}", lambda url: here not in url[:40] and url[:5] != "data:")
+
+
 @pytest.fixture
-def page(browser, ask: Client):
-    shown = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
-    said: list[str] = []
-    shown.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
-    shown.on("pageerror", lambda error: said.append(str(error)))
-    shown.on("request", lambda asked: said.append(asked.url) if f"{HOST}:{ask.port}" not in asked.url[:40] else None)
-    shown.goto(f"http://{HOST}:{ask.port}/?token={TOKEN}")
-    shown.wait_for_selector("h1")
-    yield shown
-    # A sample of the run has a picture that can't be read, and data: images are no requests to elsewhere.
-    assert [line for line in said if "404" not in line and not line.startswith("data:")] == []
-    shown.close()
+def page(tab: Tab):
+    yield tab.load()
+    # A sample of the run has a picture that can't be read.
+    assert [line for line in tab.said if "404" not in line] == []
 
 
 def opened(page, place: str) -> None:
