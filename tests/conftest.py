@@ -17,8 +17,14 @@ import pytest
 # Set before torch is imported, for this process and all that it starts, because several share the cores. Sums depend on
 # how many threads add them up: a census of this process is compared, to the last bit, with one of actors of one thread.
 # Where an actor has more, a waiting thread sleeps: spinning, which is the default, takes the core that others wait for.
-# Ray's workers are as important as what waits for them; by default they give way to everything else.
-os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "RAY_worker_niceness": "0"}
+# Ray's workers are as important as what waits for them; by default they give way to everything else. Ray Train looks at
+# its workers every two seconds by default, and each step with a checkpoint waits for that.
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "RAY_worker_niceness": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.05",
+}
 
 # As the command line does: with everything imported, a collection of all objects takes a third of a second.
 gc.set_threshold(100_000)
