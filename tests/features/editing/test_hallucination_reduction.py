@@ -18,7 +18,7 @@ from mmray.models.generation import generate
 from mmray.models.parts import output_rows
 from mmray.neurons.model import open_image
 from mmray.runs.run import open_run
-from tests.support.local_jobs import write_table
+from tests.support.local_jobs import KEPT_TEXT, write_table
 from tests.support.samples import weights
 
 
@@ -117,7 +117,11 @@ def test_located_neurons_are_those_of_the_highest_contrast(dataset, found):
 def test_an_edit_takes_the_hallucination_away_and_leaves_what_is_right(dataset, found):
     edit = make_edit(
         dataset,
-        [edit_settings({"reduce_hallucination": True, "samples": 16, "kept": 96, "neurons": 150})],
+        [
+            edit_settings(
+                {"reduce_hallucination": True, "samples": 16, "kept": 96, "neurons": 150, "keep_text": KEPT_TEXT}
+            )
+        ],
     )
     assert edit.purpose.pairs == found.pairs
     assert edit.purpose.kind == "hallucination"
@@ -181,7 +185,7 @@ def test_neurons_of_the_probe_are_taken_by_weight(probed_run, dataset):
 @pytest.mark.slow
 def test_an_edit_scales_the_rows_of_what_does_more_at_mistakes_and_is_undone(probed_run, dataset):
     run, last = probed_run
-    sizes = {"samples": 4, "kept": 8, "layers": last + 1}
+    sizes = {"samples": 4, "kept": 8, "layers": last + 1, "keep_text": KEPT_TEXT}
     request = edit_settings({"reduce_hallucination": True, "by": "probe", "method": "scale", "factor": 0.25, **sizes})
     known = EditDataset(dataset.model, run, caption_tokens=dict(dataset.caption_tokens))
     edit = make_edit(known, [request])

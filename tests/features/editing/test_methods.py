@@ -27,7 +27,10 @@ from mmray.models.prompting import prompt_text
 from mmray.neurons.concepts import find_forms
 from mmray.neurons.model import open_image
 from mmray.runs.run import open_run
+from tests.support.local_jobs import KEPT_TEXT
 from tests.support.word_ban import WordBan
+
+FEW = {"kept": 16, "samples": 4, "keep_text": KEPT_TEXT}
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +190,7 @@ def test_a_banned_word_is_not_written(dataset):
 
 @pytest.mark.slow
 def test_a_swap_swaps_and_leaves_others_alone(dataset):
-    settings = {"source": "hammer", "target": "dog", "kept": 96, "samples": 12, "neurons": 50}
+    settings = {"source": "hammer", "target": "dog", "kept": 96, "samples": 12, "neurons": 50, "keep_text": KEPT_TEXT}
     edit = make_edit(dataset, [edit_settings(settings)])
     model = dataset.model
     # The same rows, added to as many other neurons of the layer.
@@ -212,7 +215,7 @@ def test_a_swap_swaps_and_leaves_others_alone(dataset):
 
 
 def test_learning_goes_on_until_new_answers_are_taken_in(dataset):
-    task = prepare(dataset, [edit_settings({"source": "hammer", "target": "dog", "kept": 16, "samples": 4})])
+    task = prepare(dataset, [edit_settings({"source": "hammer", "target": "dog", **FEW})])
     for steps, rounds in ((1, 2), (15, 5)):
         deltas = Deltas(dataset.model, task.neurons)
         config = TrainingConfig(steps=steps, rounds=rounds)
@@ -226,7 +229,7 @@ def test_learning_goes_on_until_new_answers_are_taken_in(dataset):
 
 
 def test_new_words_lead_by_more_where_they_are_to(dataset):
-    task = prepare(dataset, [edit_settings({"source": "hammer", "target": "dog", "kept": 16, "samples": 4})])
+    task = prepare(dataset, [edit_settings({"source": "hammer", "target": "dog", **FEW})])
     smallest = []
     for lead in (0.0, 5.0):
         deltas = Deltas(dataset.model, task.neurons)
@@ -250,7 +253,7 @@ def test_every_method_gives_an_edit(dataset, method):
     pytest.importorskip("peft" if method == "lora" else "torch", reason="the extra `baselines` is not installed")
     made = make_edit(
         dataset,
-        [edit_settings({"suppress": "hammer", "method": method, "kept": 16, "samples": 4, "steps": 2, "factor": 0.5})],
+        [edit_settings({"suppress": "hammer", "method": method, **FEW, "steps": 2, "factor": 0.5})],
     )
     assert made.purpose.source == "hammer"
     assert bool(made.delta.abs().sum() > 0)
@@ -261,7 +264,7 @@ def test_every_method_gives_an_edit(dataset, method):
 
 
 def test_the_public_call_edits_a_run(demo_run, tmp_path):
-    edit = mmray.edit(demo_run, suppress="hammer", method="zero", samples=4, kept=8, neurons=10)
+    edit = mmray.edit(demo_run, suppress="hammer", method="zero", neurons=10, **FEW)
     edit.save(tmp_path / "edit")
     assert mmray.open_edit(tmp_path / "edit").neurons == edit.neurons
     with pytest.raises(InputError, match="no concept"):
