@@ -15,26 +15,28 @@ pytestmark = pytest.mark.slow
 PER_UNIT = 5e-3
 """Seconds of the driver per unit."""
 GROWTH = 8.0
-"""MiB that a driver may grow by between a tenth of the units and all: caches and fragments, nothing per unit."""
+"""MiB that a driver on Ray may grow by between a tenth of the units and all: caches and fragments, nothing per unit."""
+GROWTH_HERE = 3.2
+"""The same of this process, whose caches are full earlier."""
 
 
 @pytest.fixture
 def out() -> Iterator[str]:
-    """A folder in memory where there is one: ten thousand units are a hundred thousand times `fsync`."""
+    """A folder in memory where there is one: a unit is ten files."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         yield folder
 
 
-def check(cost: Cost) -> None:
+def check(cost: Cost, growth: float) -> None:
     told = "\n".join(cost.lines())
     assert cost.driver <= PER_UNIT * cost.units, told
-    assert cost.resident <= GROWTH, told
-    assert cost.python <= GROWTH / 4, told
+    assert cost.resident <= growth, told
+    assert cost.python <= growth / 4, told
 
 
-def test_ten_thousand_units_in_this_process(out: str) -> None:
-    check(measure(out, 10_000, LocalExecutor()))
+def test_many_units_in_this_process(out: str) -> None:
+    check(measure(out, 4_000, LocalExecutor()), GROWTH_HERE)
 
 
 def test_python_keeps_nothing_of_a_unit(out: str) -> None:
@@ -49,4 +51,4 @@ def test_python_keeps_nothing_of_a_unit(out: str) -> None:
 def test_many_units_on_ray(out: str, ray_here: str) -> None:
     from mmray.engine.ray import RayExecutor
 
-    check(measure(out, 3_000, RayExecutor((2, 2), None, None)))
+    check(measure(out, 3_000, RayExecutor((2, 2), None, None)), GROWTH)

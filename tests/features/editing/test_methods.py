@@ -7,7 +7,7 @@ import torch
 
 import mmray
 from mmray.errors import InputError
-from mmray.features.editing import closed_form
+from mmray.features.editing import closed_form, published
 from mmray.features.editing.closed_form import LayerRows
 from mmray.features.editing.dataset import EditDataset, departing, replaced
 from mmray.features.editing.deltas import Deltas
@@ -249,7 +249,8 @@ def test_new_words_lead_by_more_where_they_are_to(dataset):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", EDIT_METHODS)
-def test_every_method_gives_an_edit(dataset, method):
+def test_every_method_gives_an_edit(dataset, method, monkeypatch):
+    monkeypatch.setattr(published, "STEPS", 2)
     pytest.importorskip("peft" if method == "lora" else "torch", reason="the extra `baselines` is not installed")
     made = make_edit(
         dataset,
