@@ -45,7 +45,7 @@ bluestore_block_size = 10737418240
 osd_memory_target = 1073741824
 osd_class_dir = $(dirname "$(find /usr/lib /usr/lib64 -name libcls_rgw.so 2>/dev/null | head -n 1)")
 [client.rgw.a]
-rgw_frontends = beast endpoint=127.0.0.1:$port
+rgw_frontends = beast endpoint=127.0.0.1:$port tcp_nodelay=1
 rgw_thread_pool_size = 16
 END
 ceph() { timeout 60 ceph -c ceph.conf "$@"; }
