@@ -65,6 +65,7 @@ def build(name: str, folder: Path) -> Path:
     tokenizer = tokenizer_of(facts)
     if kind.unknown:
         tokenizer.unk_token = "<pad>"
+    tokenizer.init_kwargs |= kind.overruled
     processor = made(tokenizer=tokenizer, **_parts(name, kind, made), **kind.options)
     image = kind.image or str(processor.image_token if hasattr(processor, "image_token") else "<image>")
     if kind.template:

@@ -27,6 +27,8 @@ class Kind:
     sizes: Mapping[str, Any] = field(default_factory=dict)
     """In place of those in SIZES."""
     image_settings: Mapping[str, Any] = field(default_factory=dict)
+    overruled: Mapping[str, Any] = field(default_factory=dict)
+    """Image settings that the processor has defaults of its own for: it takes others from the tokenizer alone."""
     video_settings: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the processor."""
@@ -299,7 +301,7 @@ KINDS: dict[str, Kind] = {
     ),
     "kosmos-2.5": Kind(
         config={"latent_query_num": 4},
-        image_settings={"max_patches": 64},
+        overruled={"max_patches": 64},
         options={"num_image_tokens": 4},
         processor="Kosmos2_5Processor",
         tokens=("<image>", "</image>"),
