@@ -25,6 +25,8 @@ class Proxy(ThreadingHTTPServer):
 
 class _Passing(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Or every answer's body would wait 40 ms until its header is acknowledged.
+    disable_nagle_algorithm = True
     server: Proxy
 
     def answer(self) -> None:

@@ -24,7 +24,7 @@ from tests.support.outage import Proxy
 from tests.support.scenes import scenes, write
 from tests.support.tables import same_tables
 
-OUTAGE = 6.0
+OUTAGE = 4.0
 """Seconds: several times as long as the clients themselves try."""
 
 
