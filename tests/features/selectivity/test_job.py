@@ -25,7 +25,7 @@ from mmray.storage import open_store
 from tests.support.command import Answer
 from tests.support.local_jobs import census_here
 
-SCENES = 40
+SCENES = 24
 
 
 QUICK: dict[str, Any] = {"permutations": 2, "bootstraps": 2, "batch_size": 20, "local": True}
@@ -39,7 +39,7 @@ def analysed(run: Path, **settings: Any) -> dict[str, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def run(own_census: Callable[..., Path]) -> Path:
-    return own_census(SCENES, shard_size=16, module="vision", label_column=["background"])
+    return own_census(SCENES, shard_size=10, module="vision", label_column=["background"])
 
 
 @pytest.mark.parametrize("settings", [{}, {"count": "image"}, {"by": "domain", "module": "vision"}])
@@ -58,7 +58,7 @@ def test_the_pass_chooses_what_the_census_s_own_table_does(run: Path, settings: 
 
 
 def test_how_the_data_was_cut_changes_nothing(run: Path, tmp_path: Path) -> None:
-    census_here("demo", "demo", tmp_path / "other", limit=SCENES, shard_size=40)
+    census_here("demo", "demo", tmp_path / "other", limit=SCENES, shard_size=24)
     settings: dict[str, Any] = {"method": "contribution", "rate": 0.02}
     one, other = analysed(run, **settings), analysed(tmp_path / "other", **settings)
     names = [[(row["label"], row["neuron"]) for row in found["selectivity"]] for found in (one, other)]
