@@ -17,6 +17,7 @@ from mmray.models.tiny.checkpoints import build
 from mmray.models.tiny.pieces import EYES, HEADS, MISTRAL, PATCH, SIDE, WIDTH, Variant
 from mmray.models.tiny.variants import LLAVA, VARIANTS
 from tests.support import words
+from tests.support.local_jobs import KEPT_TEXT
 
 pytestmark = pytest.mark.slow
 
@@ -176,7 +177,8 @@ def changed(tmp_path: Path) -> Callable[[Change], Mmray]:
 
     def make(change: Change) -> Mmray:
         package = tmp_path / "mmray"
-        shutil.copytree(ROOT / "mmray", package, ignore=shutil.ignore_patterns("__pycache__", "demo"))
+        # With what Python has compiled of it, which holds for files of the same time and size.
+        shutil.copytree(ROOT / "mmray", package, ignore=shutil.ignore_patterns("demo"))
         (package / "demo").symlink_to(ROOT / "mmray/demo")
         for name, places in change.edits.items():
             text = (package / name).read_text("utf-8")
@@ -232,7 +234,7 @@ def test_a_score(changed: Callable[[Change], Mmray], tmp_path: Path) -> None:
 
 
 def test_an_edit_method(changed: Callable[[Change], Mmray], census: Path, tmp_path: Path) -> None:
-    few = ("--neurons", 4, "--samples", 2, "--kept", 0, "--allow-collateral")
+    few = ("--neurons", 4, "--samples", 2, "--kept", 0, "--keep-text", KEPT_TEXT, "--allow-collateral")
     flip = ("edit", census, "--suppress", "broccoli", "--method", "flip", *few)
     told, done = changed(EDIT_METHOD)(("edit", "--help"), (*flip, "--out", "edit"))
     assert "flip" in told

@@ -19,7 +19,7 @@ def drawn_scenes() -> list[Any]:
     """Scenes of two objects."""
     from jobs.demo.scenes import World
 
-    return [scene for scene in World.load().sample(80, seed=771_000) if len(scene.objects) == 2][:16]
+    return [scene for scene in World.load().sample(80, seed=771_000) if len(scene.objects) == 2][:10]
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +14,7 @@ import pytest
 
 from mmray.demo import DATA
 from mmray.errors import InputError
+from mmray.features.census import job
 from mmray.features.census.refresh import Refreshed, refresh_run
 from mmray.features.census.shard import ShardAnalysis
 from mmray.features.census.tables import TABLES
@@ -250,7 +252,9 @@ def test_no_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_refresh_may_die_at_any_moment(model: Path, add: Callable[..., None], tmp_path: Path) -> None:
+def test_a_refresh_may_die_at_any_moment(
+    model: Path, add: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Kill it before each of its changes, and once more on its way out; the next one makes it good, once."""
     add(0)
     first = tmp_path / "first"
@@ -258,6 +262,7 @@ def test_a_refresh_may_die_at_any_moment(model: Path, add: Callable[..., None], 
     add(1)
     expected: dict[str, pa.Table] = {}
     drifts = set()
+    monkeypatch.setattr(job, "load_model", cache(job.load_model))
     for change in range(1000):
         out = tmp_path / f"run-{change}"
         copy_of(first, out)
