@@ -43,7 +43,7 @@ def overrides(data: str, run: Path) -> list[str]:
 def run(tmp_path_factory):
     """Return the run of the paper's pipeline over scenes of three styles."""
     folder = tmp_path_factory.mktemp("mmneuron")
-    data = vqa_file(folder / "questions.parquet", 30, ("fluent", "lineart", "noto"))
+    data = vqa_file(folder / "questions.parquet", 21, ("fluent", "lineart", "noto"))
     assert pipeline_here(read_config(PAPER, overrides(data, folder / "run"))).complete
     return open_run(folder / "run")
 

@@ -39,7 +39,7 @@ def done(tmp_path_factory):
     overrides += [f"edits.{name}.neurons=50" for name in ("ours", "random")]
     overrides += [f"steps.0.properties.{key}={value}" for key, value in (("concepts", 1), ("images", 4), ("draws", 50))]
     overrides += ["steps.0.properties.min_occurrences=3", "steps.0.properties.maps=1"]
-    overrides += ["evaluation.limit=12", "evaluation.text_count=2", "evaluation.pope_objects=0", "evaluation.draws=20"]
+    overrides += ["evaluation.limit=6", "evaluation.text_count=2", "evaluation.pope_objects=0", "evaluation.draws=20"]
     overrides += ["evaluation.bleu=false"]
     return pipeline_here(read_config(PAN, overrides))
 
