@@ -10,13 +10,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mmray.features.census.tables import NEURON_ENTRY, PARTS
+from mmray.features.census.top import top
 from mmray.models.generation import token_text
 from mmray.models.loading import LoadedModel
 from mmray.neurons.scoring import Scored
 from mmray.neurons.token_positions import TokenPosition
-
-TOGETHER = 32
-"""Positions whose highest neurons are found at a time."""
 
 
 def occurrence_table(model: LoadedModel, positions: Sequence[TokenPosition], scored: Scored, top_k: int) -> pa.Table:
@@ -58,10 +56,12 @@ def occurrence_table(model: LoadedModel, positions: Sequence[TokenPosition], sco
 def _highest(scored: Scored, count: int) -> tuple[Float[Tensor, "position highest"], Int64[Tensor, "position highest"]]:
     """Return each position's highest scores, and the neurons' places over all layers."""
     device = scored.scores[0].device  # the layers of a model over several GPUs lie on different ones
-    values, index = [], []
-    # A few positions at a time: with a copy of all scores, a batch would take the most memory here.
-    for layers in zip(*(torch.split(part, TOGETHER) for part in scored.scores), strict=True):
-        top = torch.cat([part.to(device) for part in layers], dim=1).topk(count, dim=1)
-        values.append(top.values.cpu())
-        index.append(top.indices.cpu())
-    return torch.cat(values), torch.cat(index)
+    # Layer by layer: with a copy of all scores, a batch would take the most memory here.
+    values, index, start = [], [], 0
+    for part in scored.scores:
+        found, unit = top(part, min(count, part.shape[1]))
+        values.append(found.to(device))
+        index.append(unit.to(device) + start)
+        start += part.shape[1]
+    best = torch.cat(values, dim=1).topk(count, dim=1)
+    return best.values.cpu(), torch.cat(index, dim=1).gather(1, best.indices).cpu()

@@ -21,6 +21,7 @@ from torch import Tensor
 from mmray.engine.clock import phase
 from mmray.features.census.overflow import Overflow
 from mmray.features.census.tables import PARTS
+from mmray.features.census.top import top
 from mmray.runs.tables import list_column
 
 ALL_KEPT = 16_384
@@ -136,17 +137,18 @@ class ConceptSums:
         if not own:
             return
         self._n += len(own)
-        in_part = {concept: number for number, concept in enumerate(dict.fromkeys(own))}
-        # A product with a 0/1 matrix adds in a fixed order; atomic additions on a GPU would not. Rows are distinct, so
-        # index_add_ adds once to each.
-        one_hot = torch.zeros(len(in_part), len(own), dtype=torch.float64)
-        one_hot[[in_part[concept] for concept in own], range(len(own))] = 1
-        rows = torch.tensor([self._rows[concept] for concept in in_part], dtype=torch.long)
+        rows = [self._rows[concept] for concept in own]
+        # Each concept's first occurrence, then each one's second, and so on: rows of a turn are distinct, so that
+        # index_add_ adds in a fixed order on a GPU too.
+        turns = _turns(rows)
         for layer, (score, active) in enumerate(zip(scores, activation, strict=True)):
-            sums, wide = self._with_room(layer, score.device), score[part].double()
-            on_device, at = one_hot.to(score.device), rows.to(score.device)
-            for total, values in zip(sums, (wide, wide.square(), active[part].double()), strict=True):
-                total.index_add_(0, at, on_device @ values)
+            sums = self._with_room(layer, score.device)
+            for turn in turns:
+                places = torch.tensor(turn, device=score.device)
+                at = torch.tensor([rows[number] for number in turn], device=score.device)
+                wide = score[part][places].double()
+                for total, values in zip(sums, (wide, wide.square(), active[part][places].double()), strict=True):
+                    total.index_add_(0, at, values)
 
     def _with_room(self, layer: int, device: torch.device) -> Float64[Tensor, "quantity concept neuron"]:
         """Return a layer's sums, with a row for each open concept."""
@@ -239,6 +241,17 @@ class ConceptSums:
         return np.concatenate(parts, axis=1)
 
 
+def _turns(keys: Sequence[int]) -> list[list[int]]:
+    """Return the places of each key's first occurrence, those of each one's second, and so on."""
+    seen, turns = Counter[int](), list[list[int]]()
+    for place, key in enumerate(keys):
+        if seen[key] == len(turns):
+            turns.append([])
+        turns[seen[key]].append(place)
+        seen[key] += 1
+    return turns
+
+
 def _parts(names: Sequence[str]) -> list[Sequence[str]]:
     return [names[at : at + REDUCED] for at in range(0, len(names), REDUCED)]
 
@@ -251,10 +264,10 @@ def highest(
     Of equal scores that of the lower index counts, as in a stable sort, whose result this is on every device. Fewer
     than all neurons must be kept.
     """
-    top = scores.topk(kept + 1, dim=1)
-    neurons, bound = top.indices[:, :kept], top.values[:, kept]
-    # `topk` gives equal scores in any order. It matters only where one was left out.
-    tied = top.values[:, kept - 1] == bound
+    values, index = top(scores, kept + 1)
+    neurons, bound = index[:, :kept], values[:, kept]
+    # `top` gives equal scores in any order. It matters only where one was left out.
+    tied = values[:, kept - 1] == bound
     if tied.any():
         neurons[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :kept]
     return neurons.sort(dim=1).values, bound

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import compress, groupby, pairwise
 from typing import TypeAlias, TypeVar
@@ -32,7 +32,7 @@ from mmray.neurons.module_activity import ModuleActivity
 from mmray.neurons.row_sharing import RowSharing
 from mmray.neurons.scores import SCORES
 from mmray.neurons.scoring import Scored, non_finite_rows, score_batch, whole_nouns
-from mmray.neurons.split_on_oom import FAILURES, free_memory, split_on_failure, trim_heap
+from mmray.neurons.split_on_oom import FAILURES, free_memory, heap_kept, split_on_failure, trim_heap
 from mmray.neurons.statistics import TokenStatistics
 from mmray.neurons.token_positions import TokenPosition, positions_of
 
@@ -104,6 +104,11 @@ class ShardAnalysis:
 
         A caption without a noun is not a failure; `skipped` counts it.
         """
+        with heap_kept() if self.model.device.type == "cpu" else nullcontext():
+            self._collect_parts(samples)
+        self.skipped[NO_NOUN] += list(self.named.values()).count(False)
+
+    def _collect_parts(self, samples: Iterable[Sample | Failure]) -> None:
         for part in within_budget(self._readable(samples), lambda sample: len(sample.image or b""), IMAGE_BYTES):
             if self.settings.captions == "dataset":
                 for items, batch in self.encoded(part):
@@ -117,7 +122,6 @@ class ShardAnalysis:
                 for chunk in _chunks(part, self.settings.batch_size, lambda sample: sample.image is None):
                     for pairs in self._with_images(chunk, lambda sample: sample):
                         self._generate(pairs)
-        self.skipped[NO_NOUN] += list(self.named.values()).count(False)
 
     def _readable(self, samples: Iterable[Sample | Failure]) -> Iterator[Sample]:
         """Yield the samples that can be analysed; the others become failures."""
