@@ -47,6 +47,8 @@ class _Batch:
     spans: list[Span]
     images: Int[Tensor, " sample"]
     """Image number of each sample of the shard so far; the batch's own come last."""
+    repeats: bool
+    """Whether two of the batch's samples, or one and an earlier one, show the same image."""
     layers: list[tuple[int, Float64[Tensor, "modality quantity label neuron"], Int[Tensor, " side"], Best]] = field(
         default_factory=list
     )
@@ -60,7 +62,7 @@ class _Batch:
     ) -> tuple[Float[Tensor, "modality label sample"], list[Span], Int[Tensor, " sample"]]:
         """Return membership, spans and images on a device; moved once per device that holds layers."""
         if device not in self.moved:
-            spans = [span.to(device) for span in self.spans]
+            spans = [part for span in self.spans for part in span.on(device)]
             self.moved[device] = self.membership.to(device), spans, self.images.to(device)
         return self.moved[device]
 
@@ -81,7 +83,7 @@ class TokenStatistics:
         self.images: list[int] = []
         self._numbers: dict[str, int] = {}
         self._shown: set[tuple[int, int]] = set()
-        self._batch = _Batch(0, [], torch.zeros(len(MODALITIES), 0, 0), set(), [], torch.zeros(0))
+        self._batch = _Batch(0, [], torch.zeros(len(MODALITIES), 0, 0), set(), [], torch.zeros(0), False)
 
     @property
     def samples(self) -> int:
@@ -120,7 +122,9 @@ class TokenStatistics:
         kept = [span for span in spans if span.modality == "text" or span.row in counted]
         # Numbers of the batch come last, where `improved` looks for them.
         rows, numbers = row_count(len(labels), paths), torch.tensor([*self.images, *own])
-        self._batch = _Batch(rows, kept, membership, shown, token_spans(kept, len(labels), paths, counted), numbers)
+        repeats = len(set(own)) < len(own) or not set(own).isdisjoint(self.images)
+        found = token_spans(kept, len(labels), paths, counted)
+        self._batch = _Batch(rows, kept, membership, shown, found, numbers, repeats)
 
     @torch.inference_mode()
     def add(self, layer: int, activation: Float[Tensor, "row neuron"], gate: Float[Tensor, "row neuron"]) -> None:
@@ -135,7 +139,8 @@ class TokenStatistics:
         by_label = (membership[:, None] @ by_sample).double()
         if layer not in self.extremes:
             self.extremes[layer] = _Extremes(self.widths[layer], values.device)
-        batch.layers.append((layer, by_label, *self.extremes[layer].improved(values, reached, spans, images)))
+        better = self.extremes[layer].improved(values, reached, spans, images, repeats=batch.repeats)
+        batch.layers.append((layer, by_label, *better))
 
     def non_finite(self) -> list[int]:
         """Return per sample of the announced batch how many neurons have sums that are not finite."""
@@ -210,13 +215,16 @@ class _Extremes:
     def improved(
         self,
         values: Float[Tensor, "sample position neuron"],
-        reached: Float[Tensor, "modality sample side"],
+        reached: Float[Tensor, "span sample side"],
         spans: Sequence[Span],
         images: Int[Tensor, " sample"],
+        *,
+        repeats: bool,
     ) -> tuple[Int[Tensor, " side"], Best]:
         """Return the sides that a batch improves, and their new best samples, each of another image.
 
-        `images` has the image number of each sample of the shard so far; the batch's own come last.
+        `images` has the image number of each sample of the shard so far; the batch's own come last. Without `repeats`
+        none of these occurred before.
         """
         highest, width = reached.amax(0), values.shape[2]
         first = len(images) - len(highest)
@@ -225,9 +233,12 @@ class _Extremes:
             part.index_select(1, sides) for part in (self.best.activation, self.best.sample, self.best.position)
         )
         candidates = torch.cat([held, highest.index_select(1, sides)])
-        image = torch.cat([images[sample], images[first:, None].expand(-1, len(sides))])
-        # Empty ranks have sample 0: they must not stand in for its image.
-        activation, index = _highest_of_images(candidates, image.masked_fill_(candidates == -torch.inf, NO_IMAGE))
+        image = None
+        if repeats:
+            image = torch.cat([images[sample], images[first:, None].expand(-1, len(sides))])
+            # Empty ranks have sample 0: they must not stand in for its image.
+            image.masked_fill_(candidates == -torch.inf, NO_IMAGE)
+        activation, index = _highest_of_images(candidates, image)
         kept = index.clamp(max=EXAMPLES - 1)
         sample, position = sample.gather(0, kept), position.gather(0, kept)
         # The inverse of `index`: the rank of each candidate, −1 for none. Ranks without a candidate point at a row of
@@ -239,7 +250,10 @@ class _Extremes:
         rank = ranks[EXAMPLES + row, column]
         sample[rank, column] = (row + first).int()
         # Positions are looked up only for the few samples that enter a ranking.
-        for span, extremes in zip(spans, reached, strict=True):
+        # Of equal ones the first of a modality counts, and that of a text rather than an image's: written last.
+        for span, extremes in sorted(
+            zip(spans, reached, strict=True), key=lambda pair: (pair[0].modality, -pair[0].start)
+        ):
             found = activation[rank, column]
             here = ((extremes[row, sides[column]] == found) & (found > -torch.inf)).nonzero()[:, 0]
             if len(here):
@@ -256,17 +270,21 @@ class _Extremes:
 
 
 def _highest_of_images(
-    candidates: Float[Tensor, "candidate side"], images: Int[Tensor, "candidate side"]
+    candidates: Float[Tensor, "candidate side"], images: Int[Tensor, "candidate side"] | None
 ) -> tuple[Float[Tensor, "rank side"], Int[Tensor, "rank side"]]:
     """Return the EXAMPLES highest candidates of different images, and their indices; missing ones are -inf.
 
-    Of equal candidates the first counts, as in a stable sort.
+    Of equal candidates the first counts, as in a stable sort. Without `images` each candidate has its own. Candidates
+    are overwritten.
     """
     found = []
     for _ in range(EXAMPLES):
         highest = candidates.max(dim=0)
         found.append(highest)
-        candidates = candidates.masked_fill(images == images.gather(0, highest.indices[None]), -torch.inf)
+        if images is None:
+            candidates.scatter_(0, highest.indices[None], -torch.inf)
+        else:
+            candidates.masked_fill_(images == images.gather(0, highest.indices[None]), -torch.inf)
     return torch.stack([best.values for best in found]), torch.stack([best.indices for best in found])
 
 

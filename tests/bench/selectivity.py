@@ -33,7 +33,7 @@ from mmray.features.census.settings import census_settings
 from mmray.features.census.shard import ShardAnalysis
 from mmray.neurons import statistics as token_statistics
 from mmray.neurons.concepts import find_forms, noun_source
-from mmray.neurons.token_sums import Span
+from mmray.neurons.token_sums import MODALITIES, Span
 
 PARTS = ("language", "steering", "domain", "cost")
 RATES = {"contribution": (0.05, 0.02, 0.01), "lape": (0.01, 0.05)}
@@ -171,7 +171,7 @@ def extremes_alone(values: torch.Tensor, _: torch.Tensor, spans: Sequence[Span])
             continue
         above, below = (part, part) if span.outside is None else (part + span.outside, part - span.outside)
         reached.append(torch.cat([above.amax(1), -below.amin(1)], dim=1))
-    return values.new_zeros(len(spans), 3, rows, width), torch.stack(reached)
+    return values.new_zeros(len(MODALITIES), 3, rows, width), torch.stack(reached)
 
 
 def cost(samples: int, rounds: int) -> None:

@@ -137,7 +137,9 @@ class LabelSums:
             values, gates = (part.reshape(rows, -1, part.shape[-1]) for part in (activation, gate))
             if not activity.spans:
                 activity.spans.extend(self._spans(batch, values.shape[1]))
-            summed, _ = reduce_tokens(values, gates, [span.to(values.device) for span in activity.spans])
+            summed, _ = reduce_tokens(
+                values, gates, [part for span in activity.spans for part in span.on(values.device)]
+            )
             activity.layers[layer] = summed.sum(dim=0).cpu()
 
         with capture_activations(self.model.network, self.projections, receive):
