@@ -26,6 +26,7 @@ from mmray.features.census import shard
 from mmray.features.census.reduction import ConceptSums
 from mmray.neurons import scoring
 from mmray.neurons import statistics as token_statistics
+from mmray.neurons.split_on_oom import heap_kept
 from mmray.runs import RunFolder
 from tests.bench import size
 from tests.bench.attribution import Shape
@@ -33,6 +34,7 @@ from tests.bench.writing import markdown, write
 
 LLAVA = 4_096
 """Hidden size of LLaVA-1.5-7B."""
+PLAIN, KEPT = "plain forward", "plain forward with freed memory kept, as in a census"
 COMPONENTS: dict[str, tuple[Any, str]] = {
     "sums and extremes of every token": (token_statistics, "reduce_tokens"),
     "examples": (token_statistics._Extremes, "improved"),
@@ -58,7 +60,8 @@ def main() -> None:
     columns.append(extrapolated(arguments.sizes, columns))
     heads = [*map("{:,}".format, arguments.sizes), f"{LLAVA:,}, computed"]
     rows = [[name, *(f"{column[name]:.2f}" for column in columns)] for name in columns[0]]
-    rows.append(["plain ÷ census", *(f"{column['plain forward'] / column['census']:.2f}" for column in columns)])
+    for name in (PLAIN, KEPT):
+        rows.append([f"{name} ÷ census", *(f"{column[name] / column['census']:.2f}" for column in columns)])
     table = markdown(["ns per neuron and token, by hidden size", *heads], rows)
     print(table)
     if arguments.write:
@@ -78,7 +81,9 @@ def measured(hidden: int, arguments: argparse.Namespace) -> dict[str, float]:
         values = sum(batch.rows * batch.positions for batch in prepared) * sum(bench.model.widths)
         bench.plain(prepared[:1])
         for _ in range(arguments.rounds):
-            seconds = {"plain forward": bench.plain(prepared)}
+            seconds = {PLAIN: bench.plain(prepared)}
+            with heap_kept():
+                seconds[KEPT] = bench.plain(prepared)
             with timed() as spent:
                 seconds["census"] = bench.census()[0]
             found.append(seconds | spent)
@@ -108,10 +113,13 @@ def timed() -> Iterator[dict[str, float]]:
 
 def extrapolated(sizes: Sequence[int], columns: Sequence[dict[str, float]]) -> dict[str, float]:
     """Return what a model of LLAVA's hidden size would take."""
-    line = np.polynomial.Polynomial.fit(sizes, [column["plain forward"] for column in columns], 1)
-    last, plain = columns[-1], float(line(LLAVA))
+    lines = {
+        name: float(np.polynomial.Polynomial.fit(sizes, [column[name] for column in columns], 1)(LLAVA))
+        for name in (PLAIN, KEPT)
+    }
+    last = columns[-1]
     # Not the difference of census and forward: at this size it is as small as the noise of the two.
-    return last | {"plain forward": plain, "census": plain + sum(last[name] for name in COMPONENTS)}
+    return last | lines | {"census": lines[KEPT] + sum(last[name] for name in COMPONENTS)}
 
 
 if __name__ == "__main__":

@@ -231,6 +231,21 @@ def test_reduction_in_parts_is_that_of_the_whole(monkeypatch, cached):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("block", [1, 3])
+def test_blocks_of_positions_change_nothing(monkeypatch, block):
+    batches = [invent(Random(seed), 4, ties=True) for seed in (5, 6)]
+    tables = []
+    for length in (1000, block):
+        monkeypatch.setattr(token_sums, "BLOCK", length)
+        statistics = TokenStatistics(WIDTHS)
+        for batch in batches:
+            see(statistics, batch)
+            statistics.commit()
+        tables.append((statistics.activity_table(), statistics.examples_table()))
+    for one, other in zip(*tables, strict=True):
+        assert one.equals(other)
+
+
 @pytest.mark.parametrize("variant", ["llava", "idefics3", "blip2_t5", "mllama", "qwen3_vl_moe"])
 def test_of_a_model_every_image_and_caption_token_counts_once(open_model, variant):
     model = open_model(variant)

@@ -202,8 +202,13 @@ class ConceptSums:
     def _open_sums(self, names: Sequence[str]) -> Float64[Tensor, "quantity concept neuron"]:
         """Return the sums of concepts in memory over the neurons of all layers, on the first layer's device."""
         rows = self._rows_of(names)
-        found = [sums.index_select(1, rows.to(sums.device)) for sums in self._sums if sums is not None]
-        return torch.cat([part.to(self._device) for part in found], dim=2)
+        found = torch.empty(len(SUMS), len(names), sum(self.widths), dtype=torch.float64, device=self._device)
+        # Into one tensor: a copy of each layer first would read and write the sums once more.
+        for sums, own in zip(self._sums, torch.split(found, list(self.widths), dim=2), strict=True):
+            if sums is not None:
+                for number, row in enumerate(rows.tolist()):
+                    own[:, number] = sums[:, row]
+        return found
 
     @phase("candidates")
     @torch.inference_mode()

@@ -204,6 +204,12 @@ def test_a_shard_with_little_room_does_not_depend_on_batches(occurrences, batche
         assert table.equals(other)
 
 
+@given(REAL_OCCURRENCES, CUTS)
+def test_sums_do_not_depend_on_batches_to_the_last_digit(occurrences, batches):
+    for table, other in zip(shard(occurrences, batches), shard(occurrences), strict=True):
+        assert table.equals(other)
+
+
 @given(OCCURRENCES, st.integers(1, NEURONS))
 def test_a_concept_is_open_until_its_last_occurrence(occurrences, kept):
     occurrences = sorted(occurrences)
