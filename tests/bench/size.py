@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--concepts", type=int, default=200, help="0: the nouns' own")
     parser.add_argument("--end", type=int, default=600, help="concepts of the shard whose end is measured alone")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cores", type=int)
     parser.add_argument("--write", action="store_true", help="put the table into the README of the benchmarks")
     arguments = parser.parse_args()
