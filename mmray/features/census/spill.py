@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from mmray.errors import InputError
 from mmray.storage import is_full
 
-SPILLED = 192 << 20
+SPILLED = 128 << 20
 """Bytes collected in memory before they are written; large, so that a range is read in few pieces."""
 
 
