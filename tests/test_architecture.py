@@ -1,9 +1,12 @@
 """The house keeps its plan: rooms have the files they need, names mean one thing, and tests stay apart."""
 
 import ast
+import io
+import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median, quantiles
 
 import pytest
 
@@ -91,6 +94,18 @@ def test_no_two_classes_have_one_name() -> None:
             if isinstance(node, ast.ClassDef):
                 found[node.name].append(module)
     assert {name: modules for name, modules in found.items() if len(modules) > 1} == {}
+
+
+def test_modules_are_short_and_say_why() -> None:
+    """Half have at most 150 lines, nine of ten at most 350; in all, three lines of a hundred have a comment."""
+    texts = [path.read_text("utf-8") for path in PACKAGE.rglob("*.py")]
+    # Without the __init__.py of rooms, which are a line each.
+    lengths = [length for length in (text.count("\n") for text in texts) if length > 1]
+    assert median(lengths) <= 150
+    assert quantiles(lengths, n=10)[-1] <= 350
+    tokens = [tokenize.generate_tokens(io.StringIO(text).readline) for text in texts]
+    comments = sum(token.type == tokenize.COMMENT for module in tokens for token in module)
+    assert comments >= 0.03 * sum(lengths)
 
 
 def test_names_of_the_past_are_gone() -> None:
