@@ -188,7 +188,7 @@ def cost(samples: int, rounds: int) -> None:
         return time.process_time() - began
 
     def unlabelled() -> float:
-        with patch.object(shard, "_labels", lambda _: {}):
+        with patch.object(shard, "labels_of", lambda _: {}):
             return timed()
 
     def uncounted() -> float:
