@@ -82,6 +82,14 @@ def has_gates(network: PreTrainedModel, projections: Sequence[Projection]) -> bo
     return True
 
 
+def nonlinearity(mlp: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """Return the activation function of an MLP; None if it has none that can be called by itself."""
+    for name in ("act_fn", "act", "activation_fn", "gelu_impl"):
+        if callable(found := getattr(mlp, name, None)):
+            return _after_sparsity(mlp, found)
+    return None
+
+
 def _after_sparsity(mlp: Any, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Return the non-linearity after what sets all but a token's largest gates to zero first (some of Gemma 3n's)."""
     return (lambda gate: function(mlp._gaussian_topk(gate))) if getattr(mlp, "activation_sparsity", 0) else function
@@ -98,11 +106,8 @@ def gate_function(network: PreTrainedModel, projection: Projection) -> Callable[
             return function
     elif projection.gate is None:
         return lambda gate: gate
-    else:
-        mlp = network.get_submodule(projection.gate.rpartition(".")[0])
-        for name in ("act_fn", "act", "activation_fn"):
-            if callable(found := getattr(mlp, name, None)):
-                return _after_sparsity(mlp, found)
+    elif (found := nonlinearity(network.get_submodule(projection.gate.rpartition(".")[0]))) is not None:
+        return found
     raise InputError(
         f"{projection.gate or projection.path}: no activation function next to it; use --score contribution"
     )

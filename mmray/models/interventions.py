@@ -12,13 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmray.errors import InputError
 from mmray.models.experts import Experts
 from mmray.models.linear import added_to_rows, is_quantised
 from mmray.models.loading import LoadedModel
+from mmray.models.mlp_inputs import MlpInputs
 from mmray.models.parts import output_rows, set_output_rows
 
 
@@ -123,6 +124,28 @@ def changed_rows(
         yield
     finally:
         set_output_rows(network, projection, index, before)
+
+
+@contextmanager
+def changed_inputs(
+    model: LoadedModel, layer: int, units: Int[Tensor, " unit"], added: Float[Tensor, "unit part hidden"]
+) -> Iterator[None]:
+    """Add to the rows that these neurons read (`MlpInputs.rows`) inside the block; afterwards restore the same bytes.
+
+    Raises InputError for MLPs without such rows.
+    """
+    inputs = MlpInputs.of(model.network, model.projections[layer])
+    if inputs is None:
+        raise InputError(
+            f"{model.name}: what neurons of layer {layer} read can't be changed; load it with --dtype bf16"
+        )
+    before = inputs.rows(units)
+    # In fp32, as rows of W_out are changed: a small change can vanish in a sum of half-precision numbers.
+    inputs.set_rows(units, before.float() + added.to(before.device))
+    try:
+        yield
+    finally:
+        inputs.set_rows(units, before)
 
 
 @contextmanager
