@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +14,9 @@ from mmray.features.editing.candidates import CHUNK, Candidates, candidates, log
 from mmray.features.editing.resumed_forward import ResumedForward
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
+
+if TYPE_CHECKING:
+    from mmray.features.editing.patch import Detectors
 
 COMPARED = 128
 """Likeliest tokens of each position that a divergence goes through one by one. The others count as one token, which can
@@ -70,6 +74,8 @@ class BeforeEdit:
         default_factory=dict
     )
     """By the kinds of kept answers that are learned from, and the sizes of all parts."""
+    detectors: Detectors | None = None
+    """Of patches."""
 
     def answers(self, kind: str, parts: Sequence[ResumedForward]) -> list[Unedited]:
         """Return what the model says at these parts of a kind's held-out answers."""

@@ -53,8 +53,13 @@ class Deltas:
         left, right = self.shapes[layer]
         return left @ self.parameters[layer][0] @ right
 
-    def shaped(self, layer: int, activation: Float[Tensor, "... unit"]) -> Float[Tensor, "... unit"]:
-        """Return activations times the layer's left shape, which learning then need not multiply at every step."""
+    def shaped(
+        self, layer: int, activation: Float[Tensor, "... unit"], entered: Float[Tensor, "... hidden"] | None
+    ) -> Float[Tensor, "... unit"]:
+        """Return activations times the layer's left shape, which learning then need not multiply at every step.
+
+        `entered` is what the neurons read.
+        """
         return activation.float() @ self.shapes[layer][0] if layer in self.shapes else activation
 
     def size(self) -> Float[Tensor, ""]:
@@ -71,12 +76,22 @@ class Deltas:
         return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
     @property
+    def inputs(self) -> Float[Tensor, "unit part hidden"] | None:
+        """What is added to the rows that the neurons read, in the order of `units`; None: they stay."""
+        return None
+
+    @property
     def first(self) -> int:
         """The lowest edited layer."""
         return min(self.units)
 
     def output(
-        self, layer: int, activation: Float[Tensor, "... unit"], *, shaped: bool = False
+        self,
+        layer: int,
+        activation: Float[Tensor, "... unit"],
+        entered: Float[Tensor, "... hidden"] | None = None,
+        *,
+        shaped: bool = False,
     ) -> Float[Tensor, "... hidden"]:
         """Return what the edit adds to a layer's MLP output, given its neurons' activations, or `shaped` ones."""
         if shaped and layer in self.shapes:

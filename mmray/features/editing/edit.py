@@ -1,7 +1,7 @@
-"""Edits as values: what is added to which neurons' rows of W_out, for which purpose, and of which model.
+"""Edits as values: what is added to which neurons' rows of W_out, and to the rows that they read; purpose and model.
 
 EDIT/edit.json           purposes, method and its settings, model digest, cost, and the checksum of its rows
-EDIT/edit.safetensors    layer [row], unit [row], delta [row, hidden]
+EDIT/edit.safetensors    layer [row], unit [row], delta [row, hidden]; inputs [row, part, hidden]: of what neurons read
 EDIT/README.md           model card
 """
 
@@ -25,7 +25,7 @@ from mmray.errors import DamagedError, InputError
 from mmray.features.editing.card import edit_card
 from mmray.features.editing.files import CAPTIONS_FILE, CARD_FILE, EVALUATION_FILE, FACTS_FILE, ROWS_FILE
 from mmray.features.editing.settings import EditSettings
-from mmray.models.interventions import changed_rows
+from mmray.models.interventions import changed_inputs, changed_rows
 from mmray.models.loading import LoadedModel
 from mmray.models.parts import output_rows
 from mmray.neuron_names import PLAIN
@@ -76,6 +76,8 @@ class WeightEdit:
     settings: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     """The cost: seconds, rows and parameters changed, bytes, norm."""
+    inputs: Float[Tensor, "row part hidden"] | None = None
+    """What is added to the rows that these neurons read, the gate's first (`MlpInputs`); None: they stay."""
 
     def __repr__(self) -> str:
         """Return what the edit is for, and its size."""
@@ -107,7 +109,8 @@ class WeightEdit:
     def applied(self, model: LoadedModel) -> Iterator[None]:
         """Add the rows to the model's weights inside the block; the weights are byte-equal afterwards.
 
-        Raises InputError if the edit was made on another model.
+        Raises InputError if the edit was made on another model, or changes what neurons read and the model's weights
+        are quantised.
         """
         self.check(model)
         with ExitStack() as stack:
@@ -119,17 +122,32 @@ class WeightEdit:
                 # Added in fp32: a small delta can vanish in a sum of half-precision numbers.
                 after = (before.float() + self.delta[chosen].to(before.device)).to(before.dtype)
                 stack.enter_context(changed_rows(model, layer, units.tolist(), after))
+                if self.inputs is not None:
+                    stack.enter_context(changed_inputs(model, layer, units, self.inputs[chosen]))
             yield
 
     def __add__(self, other: WeightEdit) -> WeightEdit:
-        """Return both edits as one; the rows of a neuron that both change add up."""
+        """Return both edits as one; the rows of a neuron that both change add up.
+
+        Raises InputError for edits of two models, and where one rewrites what a neuron of the other reads.
+        """
         if self.model != other.model:
             raise InputError(f"edits of two models ({self.model} and {other.model}) can't be added")
+        if shared := self._rewritten & set(other.neurons) | other._rewritten & set(self.neurons):
+            raise InputError(
+                f"both edits change {min(shared)}, and one of them what it reads, so they can't be added; "
+                "make one edit of both"
+            )
         pairs = torch.stack([torch.cat([self.layer, other.layer]), torch.cat([self.unit, other.unit])], dim=1)
         # A neuron of both edits gets one row, the sum of its two.
         unique, index = torch.unique(pairs, dim=0, return_inverse=True)
         rows = torch.cat([self.delta, other.delta])
         delta = torch.zeros(len(unique), rows.shape[1]).index_add_(0, index, rows)
+        inputs = None
+        for edit, numbers in ((self, index[: len(self.delta)]), (other, index[len(self.delta) :])):
+            if edit.inputs is not None:
+                inputs = torch.zeros(len(unique), *edit.inputs.shape[1:]) if inputs is None else inputs
+                inputs.index_add_(0, numbers, edit.inputs)
         return replace(
             self,
             layer=unique[:, 0],
@@ -137,8 +155,15 @@ class WeightEdit:
             delta=delta,
             purposes=self.purposes + other.purposes,
             settings={"sum": [self.settings, other.settings]},
-            facts=cost(delta, self.facts.get("seconds", 0.0) + other.facts.get("seconds", 0.0)),
+            facts=cost(delta, self.facts.get("seconds", 0.0) + other.facts.get("seconds", 0.0), inputs),
+            inputs=inputs,
         )
+
+    @property
+    def _rewritten(self) -> set[str]:
+        """The neurons that read something else after the edit."""
+        changed = [] if self.inputs is None else self.inputs.flatten(1).any(1).tolist()
+        return {name for name, one in zip(self.neurons, changed, strict=False) if one}
 
     def save(self, uri: str | Path) -> None:
         """Write the edit to a folder, local or s3://. It replaces an earlier edit there, and that one's evaluation."""
@@ -147,7 +172,8 @@ class WeightEdit:
         for name in (FACTS_FILE, EVALUATION_FILE, CAPTIONS_FILE):
             store.delete(name)
         # safetensors refuses tensors that share memory or are not contiguous.
-        data = save({name: getattr(self, name).clone().contiguous() for name in ("layer", "unit", "delta")})
+        names = ("layer", "unit", "delta", *(["inputs"] if self.inputs is not None else []))
+        data = save({name: getattr(self, name).clone().contiguous() for name in names})
         store.put(ROWS_FILE, data)
         store.put(CARD_FILE, edit_card(self).encode())
         facts = {
@@ -173,13 +199,16 @@ def check_free(uri: str, requests: Sequence[EditSettings]) -> None:
         )
 
 
-def cost(delta: Float[Tensor, "row hidden"], seconds: float) -> dict[str, Any]:
-    """Return the cost of an edit: seconds, rows and parameters changed, bytes, and the L2 norm of the change."""
+def cost(
+    delta: Float[Tensor, "row hidden"], seconds: float, inputs: Float[Tensor, "row part hidden"] | None = None
+) -> dict[str, Any]:
+    """Return the cost of an edit: seconds, rows and parameters changed, bytes, and the L2 norm of W_out's change."""
+    parameters = delta.numel() + (0 if inputs is None else inputs.numel())
     return {
         "seconds": round(seconds, 2),
         "rows_changed": len(delta),
-        "parameters_changed": delta.numel(),
-        "bytes": delta.numel() * delta.element_size(),
+        "parameters_changed": parameters,
+        "bytes": parameters * delta.element_size(),
         "norm": round(float(delta.norm()), 4),
     }
 
@@ -196,7 +225,14 @@ def open_edit(uri: str | Path) -> WeightEdit:
         rows = load(data)
         purposes = tuple(_purpose(facts) for facts in facts["purposes"])
         return WeightEdit(
-            rows["layer"], rows["unit"], rows["delta"], purposes, facts["model"], facts["settings"], facts["facts"]
+            rows["layer"],
+            rows["unit"],
+            rows["delta"],
+            purposes,
+            facts["model"],
+            facts["settings"],
+            facts["facts"],
+            rows.get("inputs"),
         )
     except DamagedError as error:
         raise InputError(f"{uri}/{ROWS_FILE}: damaged ({error}); make the edit again") from error

@@ -50,6 +50,10 @@ EDIT_METHODS: dict[str, EditMethod] = {
         "(Pan et al. 2025)",
         f"{_PUBLISHED}:fine",
     ),
+    "patch": EditMethod(
+        "idle neurons of the last layer, rewritten to detect the word and to write another (Huang et al. 2023)",
+        f"{_METHODS}:patch",
+    ),
     "random": EditMethod("control: learned on random neurons of the same layers", f"{_METHODS}:random_neurons"),
     "activation": EditMethod("control: learned on the most active neurons", f"{_METHODS}:active_neurons"),
     "last-mlp": EditMethod("baseline: learned on the last MLP's whole W_out (FT-L)", f"{_METHODS}:last_mlp"),

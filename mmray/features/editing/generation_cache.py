@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mmray.models.blocks import block_of, block_output
 from mmray.models.capture import capture_activations, capture_input
 from mmray.models.loading import LoadedModel
+from mmray.models.mlp_inputs import MlpInputs
 
 UNRECORDED = ("prefill_chunk_size", "guidance_scale", "prompt_lookup_num_tokens", "cache_implementation")
 """Generation settings with which a forward is not of one token, or is compiled and calls no hooks."""
@@ -35,6 +36,8 @@ class GenerationCache:
     """The MLP's output, if a norm follows it."""
     added_after: Float[Tensor, "token hidden"] | None
     """What is added between the block and the final norm."""
+    entered: Float[Tensor, "token hidden"] | None
+    """What its neurons read, where `MlpInputs` knows the rows that read it."""
 
 
 @dataclass
@@ -46,18 +49,20 @@ class GenerationRecorder:
     mlp_out: list[Tensor] = field(default_factory=list)
     final: list[Tensor] = field(default_factory=list)
     """Inputs of the final norm."""
+    entered: list[Tensor] = field(default_factory=list)
 
     def of(self, row: int, tokens: int) -> GenerationCache | None:
         """Return the record of a row's first tokens; None if not all of them were recorded."""
         # Also where nothing is recorded at all, as for the models that `record_generation` leaves out.
         if tokens > min(len(self.hidden), len(self.final)):
             return None
-        hidden, activation, mlp_out, final = (
+        hidden, activation, mlp_out, final, entered = (
             torch.stack([step[row] for step in steps[:tokens]]) if steps else None
-            for steps in (self.hidden, self.activation, self.mlp_out, self.final)
+            for steps in (self.hidden, self.activation, self.mlp_out, self.final, self.entered)
         )
         assert hidden is not None and activation is not None and final is not None
-        return GenerationCache(hidden, activation, mlp_out, None if torch.equal(hidden, final) else final - hidden)
+        added_after = None if torch.equal(hidden, final) else final - hidden
+        return GenerationCache(hidden, activation, mlp_out, added_after, entered)
 
 
 @contextmanager
@@ -76,6 +81,8 @@ def record_generation(model: LoadedModel) -> Iterator[GenerationRecorder]:
         return
     activations: list[Tensor] = []
     mlp_outs: list[Tensor] = []
+    entered: list[Tensor] = []
+    inputs = MlpInputs.of(model.network, projection)
 
     def record(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         # A block's hook fires after those of its MLP, whose records are waiting to be popped.
@@ -86,6 +93,8 @@ def record_generation(model: LoadedModel) -> Iterator[GenerationRecorder]:
         recorder.activation.append(activations.pop().view(*hidden.shape[:-1], -1)[:, -1].clone())
         if mlp_outs:
             recorder.mlp_out.append(mlp_outs.pop().view(hidden.shape)[:, -1].clone())
+        if entered:
+            recorder.entered.append(entered.pop().view(hidden.shape)[:, -1].clone())
 
     with ExitStack() as stack:
         stack.callback(block_of(model, layer).register_forward_hook(record).remove)
@@ -94,5 +103,7 @@ def record_generation(model: LoadedModel) -> Iterator[GenerationRecorder]:
         )
         if projection.post_norm is not None:
             stack.enter_context(capture_input(model.network.get_submodule(projection.post_norm), mlp_outs.append))
+        if inputs is not None:
+            stack.enter_context(capture_input(inputs.reader, entered.append))
         stack.enter_context(capture_input(model.norm, lambda states: recorder.final.append(states[:, -1].clone())))
         yield recorder

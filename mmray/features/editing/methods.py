@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from math import isclose
 from pkgutil import resolve_name
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmray.errors import InputError
 from mmray.features.editing.baselines import LowRank, most_active, rank_one, whole_layers
 from mmray.features.editing.closed_form import LayerRows
 from mmray.features.editing.dataset import EditDataset, open_edit_dataset
@@ -21,8 +21,9 @@ from mmray.features.editing.deltas import Deltas, Neuron
 from mmray.features.editing.edit import WeightEdit, cost
 from mmray.features.editing.edit_methods import EDIT_METHODS
 from mmray.features.editing.locating import last_layers, matched
+from mmray.features.editing.patch import Detectors, Patch
 from mmray.features.editing.settings import EditSettings
-from mmray.features.editing.task import Task, prepare
+from mmray.features.editing.task import FIRST_SHARE, SHARES, Task, prepare
 from mmray.features.editing.training import TrainingConfig, learn
 from mmray.features.editing.validation import broken, excess, validate
 from mmray.features.editing.whitening import null_space
@@ -31,15 +32,10 @@ from mmray.models.norms import lens
 from mmray.models.parts import output_rows
 from mmray.runs.run import Run
 
-SWAP_MARGIN, GENTLE_SWAP_MARGIN = 5.0, 3.0
-"""Logits by which the target of a swap must lead on the source's images; the second in tries that weigh kept answers
-more, and in edits of several words, which share their neurons. Suppression need not write a word so firmly."""
+SWAP_MARGIN = 5.0
+"""Logits by which the target of a swap must lead on its images. Suppression need not write a word so firmly."""
 HALLUCINATION_CURVATURE_WEIGHT = 10.0
 """What a model makes up is harder to tell from what it sees than one word from others."""
-GROWTH = 32
-"""How many times as many neurons the next try has."""
-WEIGHT_STEP, WEIGHT_TRIES = 6.0, 2
-"""By what the weight of the second-order term changes between tries of all neurons, and how many follow the first."""
 ABOUT_IMAGES = ("captions", "answers")
 """Kept answers that a whitened edit also learns one by one, because they are most like what it changes."""
 
@@ -84,6 +80,12 @@ def rank_one_change(task: Task) -> Deltas:
     return _learn(task, rank_one(task.model, task.new, task.kept.every, last_layers(task.model, 1)[0]))
 
 
+def patch(task: Task) -> Deltas:
+    """Let idle neurons of the last layer detect the word and write another one."""
+    task.before.detectors = task.before.detectors or Detectors.of(task)
+    return _learn(task, Patch(task, task.before.detectors, SHARES[task.share]))
+
+
 def lora(task: Task) -> Deltas:
     """Learn a LoRA of the last layer's W_out (peft)."""
     # Closed only after learning: `rows` needs the adapter's parameters, not its place in the network.
@@ -110,19 +112,16 @@ def make_edit(dataset: EditDataset, requests: Sequence[EditSettings]) -> WeightE
 
 def make_task_edit(task: Task, settings: dict[str, Any], began: float) -> WeightEdit:
     """Make the edit of a task as `make_edit` does; `settings` and the time when it `began` are what it remembers."""
-    tries: list[Try] = []
-    for size in sizes(task):
-        tries.append(_tried(replace(task, neurons=task.neurons[:size])))
-        if not tries[-1].broken:
-            break
-    while (factor := next_factor(task, tries)) is not None:
-        tries.append(_tried(replace(task, curvature_factor=factor)))
+    tries = [_tried(first_try(task))]
+    while (following := next_try(task, tries)) is not None:
+        tries.append(_tried(following))
     # An edit that does not take is none, whatever it leaves alone.
     chosen = min(tries, key=lambda one: (not one.takes, excess(one.measures)))
     deltas = chosen.deltas
     layers = [torch.full_like(units, layer).cpu() for layer, units in deltas.units.items()]
     # fp32 on the CPU: an edit must fit its model on any device and in any number format.
     rows = torch.cat([deltas.rows(layer).detach().float().cpu() for layer in deltas.units])
+    inputs = None if deltas.inputs is None else deltas.inputs.float().cpu()
     return WeightEdit(
         layer=torch.cat(layers),
         unit=torch.cat([units.cpu() for units in deltas.units.values()]),
@@ -130,9 +129,10 @@ def make_task_edit(task: Task, settings: dict[str, Any], began: float) -> Weight
         purposes=task.purposes,
         model=task.model.digest,
         settings=settings,
-        facts=cost(rows, time.perf_counter() - began)
+        facts=cost(rows, time.perf_counter() - began, inputs)
         | {"answers_changed": len(task.new), "answers_kept": len(task.kept.every)}
         | {"validation": chosen.measures, "broken": chosen.broken, "tries": [one.record for one in tries]},
+        inputs=inputs,
     )
 
 
@@ -140,10 +140,9 @@ def make_task_edit(task: Task, settings: dict[str, Any], began: float) -> Weight
 class Try:
     """A try at an edit, and how it does on its validation split."""
 
+    task: Task
     deltas: Deltas
     measures: dict[str, float]
-    curvature_factor: float
-    """Of the weight of the second-order term."""
 
     @property
     def broken(self) -> list[str]:
@@ -163,36 +162,52 @@ class Try:
     @property
     def record(self) -> dict[str, Any]:
         """What an edit remembers of it."""
+        share = {"share": SHARES[self.task.share]} if self.task.settings.method == "patch" else {}
         return {
+            "method": self.task.settings.method,
             "neurons": self.neurons,
-            "curvature_factor": self.curvature_factor,
+            **share,
             **self.measures,
             "broken": self.broken,
         }
 
 
-def sizes(task: Task) -> list[int]:
-    """Return the numbers of neurons to try, smallest first; one where it is given, and for several words at once."""
-    count, settings = len(task.neurons), task.settings
-    if len(task.purposes) > 1 or not settings.searches:
-        return [count]
-    found = [min(count, settings.neuron_limit)]
-    while found[-1] < count:
-        found.append(min(count, GROWTH * found[-1]))
-    return found
+def first_try(task: Task) -> Task:
+    """Return the first try: few of the located neurons; several words at once are patched from the start."""
+    if not task.settings.searches or task.settings.method == "patch":
+        return task
+    if len(task.purposes) == 1:
+        return replace(task, neurons=task.neurons[: task.settings.neuron_limit])
+    return patched(task) or task
 
 
-def next_factor(task: Task, tries: Sequence[Try]) -> float | None:
-    """Return the factor of the second-order weight for a next try with all neurons; None if there should be none.
+def next_try(task: Task, tries: Sequence[Try]) -> Task | None:
+    """Return the try after these; None if the last one breaks no bound, or nothing is left to try.
 
-    It is lower where the edit does not take, and higher where it takes and changes what should stay.
+    After located neurons come patches. They open later if the last one takes and changes what should stay, and earlier
+    if it does not take. Where neurons can't be rewritten, all located ones are tried instead.
     """
-    last, tried = tries[-1], [one.curvature_factor for one in tries if one.neurons == tries[-1].neurons]
-    if not task.settings.searches or not last.broken or len(tried) > WEIGHT_TRIES:
+    last = tries[-1]
+    if not task.settings.searches or not last.broken:
         return None
-    factor = last.curvature_factor * (WEIGHT_STEP if last.takes else 1 / WEIGHT_STEP)
-    # Back at a weight that was tried: an edit that takes changes too much, and one that changes less doesn't take.
-    return None if any(isclose(factor, one) for one in tried) else factor
+    if last.task.settings.method != "patch":
+        more = len(task.neurons) > last.neurons
+        return patched(task) or (task if more else None)
+    following = last.task.share + (-1 if last.takes else 1)
+    tried = {one.task.share for one in tries if one.task.settings.method == "patch"}
+    # Back at a share that was tried: an edit that takes changes too much, and one that changes less doesn't take.
+    if following in tried or not 0 <= following < len(SHARES):
+        return None
+    return replace(last.task, share=following)
+
+
+def patched(task: Task) -> Task | None:
+    """Return the task of a patch; None where the model's neurons can't be rewritten."""
+    try:
+        task.before.detectors = task.before.detectors or Detectors.of(task)
+    except InputError:
+        return None
+    return replace(task, settings=task.settings.model_copy(update={"method": "patch"}), share=FIRST_SHARE)
 
 
 def _tried(task: Task) -> Try:
@@ -202,7 +217,7 @@ def _tried(task: Task) -> Try:
     deltas = _closed_form(task, function) if method.closed_form else function(task)
     gone = all(purpose.kind == "suppress" for purpose in task.purposes)
     measures = validate(task.model, deltas, task.new, task.held_out, task.kept.held_out, gone=gone, before=task.before)
-    return Try(deltas, measures, task.curvature_factor)
+    return Try(task, deltas, measures)
 
 
 def _closed_form(task: Task, function: Callable[[LayerRows], Float[Tensor, "unit hidden"]]) -> Deltas:
@@ -234,11 +249,9 @@ def _whitened(task: Task, neurons: Sequence[Neuron]) -> Deltas:
 def _learn(task: Task, deltas: Deltas) -> Deltas:
     config = TrainingConfig(steps=task.settings.steps, weights=task.settings.weights, seed=task.settings.seed)
     if {purpose.kind for purpose in task.purposes} == {"swap"}:
-        gentle = task.curvature_factor > 1 or len(task.purposes) > 1
-        config = replace(config, margin=GENTLE_SWAP_MARGIN if gentle else SWAP_MARGIN)
+        config = replace(config, margin=SWAP_MARGIN)
     if task.settings.reduce_hallucination:
         config = replace(config, curvature_weight=HALLUCINATION_CURVATURE_WEIGHT)
-    config = replace(config, curvature_weight=task.curvature_factor * config.curvature_weight)
     kinds = ABOUT_IMAGES if deltas.whitened else task.kept.learned
     learn(task.model, deltas, task.new, {kind: task.kept.learned[kind] for kind in kinds}, config, task.before)
     return deltas

@@ -24,6 +24,7 @@ from mmray.features.editing.generation_cache import GenerationCache
 from mmray.models.blocks import BlockCall, BlockRecorder, difference
 from mmray.models.capture import capture_activations, capture_input
 from mmray.models.loading import LoadedModel
+from mmray.models.mlp_inputs import MlpInputs
 from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import Batch
 from mmray.neurons.activation_cache import forward
@@ -51,6 +52,8 @@ class ResumedForward:
     later_blocks: tuple[BlockCall, ...]
     added_after: Tensor | None
     """What is added between the last block and the final norm."""
+    entered: Float[Tensor, "*rows hidden"] | None
+    """What the neurons of the first edited MLP read, where `MlpInputs` knows the rows that read it."""
     shaped: bool = False
     """Whether `activation` is times the left shape of the deltas."""
 
@@ -62,7 +65,7 @@ class ResumedForward:
             layer = deltas.first
             # The first layer's part is added by hand: its MLP does not run again, so a hook there would never fire.
             with deltas.added(above=layer):
-                written = deltas.output(layer, self.activation, shaped=self.shaped)
+                written = deltas.output(layer, self.activation, self.entered, shaped=self.shaped)
                 added = self._reaching_the_residual(layer, written)
                 hidden = self._run_later_blocks(self.hidden + added)
         # A model may span several devices: everything learned from is on that of the first edited block.
@@ -75,7 +78,7 @@ class ResumedForward:
 
     def shaped_by(self, deltas: Deltas) -> ResumedForward:
         """Return the same forward for steps with these deltas alone, which then cost less."""
-        return replace(self, activation=deltas.shaped(deltas.first, self.activation), shaped=True)
+        return replace(self, activation=deltas.shaped(deltas.first, self.activation, self.entered), shaped=True)
 
     def at(self, chosen: Int[Tensor, " chosen"]) -> ResumedForward:
         """Return these positions alone; only for a forward without later blocks."""
@@ -87,6 +90,7 @@ class ResumedForward:
             activation=self.activation[chosen],
             mlp_out=None if self.mlp_out is None else self.mlp_out[chosen],
             added_after=None if self.added_after is None else self.added_after[chosen],
+            entered=None if self.entered is None else self.entered[chosen],
         )
 
     def _run_later_blocks(self, hidden: Tensor) -> Tensor:
@@ -141,7 +145,7 @@ def recorded(model: LoadedModel, examples: Sequence[Example]) -> list[Example]:
         for row, example in enumerate(rows):
             one = part.at((part.rows == row).nonzero()[:, 0])
             activation = one.activation.to(one.hidden.dtype)
-            caches[id(example)] = GenerationCache(one.hidden, activation, one.mlp_out, one.added_after)
+            caches[id(example)] = GenerationCache(one.hidden, activation, one.mlp_out, one.added_after, one.entered)
     return [replace(example, cache=caches.get(id(example), example.cache)) for example in examples]
 
 
@@ -149,7 +153,7 @@ def _from_caches(model: LoadedModel, examples: Sequence[Example], deltas: Deltas
     """Return the resumed forward of answers with a cache, for an edit of the last layer."""
     caches = [example.cache for example in examples if example.cache]
     units = deltas.units[deltas.first]
-    hidden, mlp_out, added_after = _concatenated(caches)
+    hidden, mlp_out, added_after, entered = _concatenated(caches)
     counts = torch.tensor([len(example.tokens) for example in examples], device=hidden.device)
     return ResumedForward(
         model=model,
@@ -161,13 +165,14 @@ def _from_caches(model: LoadedModel, examples: Sequence[Example], deltas: Deltas
         mlp_out=mlp_out,
         later_blocks=(),
         added_after=added_after,
+        entered=entered,
     )
 
 
 def joined(parts: Sequence[ResumedForward]) -> ResumedForward:
     """Return forwards without later blocks as one; their answers are numbered consecutively."""
     counts = accumulate((int(part.rows.max()) + 1 for part in parts), initial=0)
-    hidden, mlp_out, added_after = _concatenated(parts)
+    hidden, mlp_out, added_after, entered = _concatenated(parts)
     return replace(
         parts[0],
         targets=torch.cat([part.targets for part in parts]),
@@ -176,20 +181,23 @@ def joined(parts: Sequence[ResumedForward]) -> ResumedForward:
         activation=torch.cat([part.activation for part in parts]),
         mlp_out=mlp_out,
         added_after=added_after,
+        entered=entered,
     )
 
 
 def _concatenated(
     parts: Sequence[ResumedForward] | Sequence[GenerationCache],
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return `hidden`, `mlp_out` and `added_after` of all parts."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return `hidden`, `mlp_out`, `added_after` and `entered` of all parts."""
     mlp_out = [part.mlp_out for part in parts if part.mlp_out is not None]
+    entered = [part.entered for part in parts if part.entered is not None]
     # One part may have nothing added after the last block where another has something.
     added = [torch.zeros_like(part.hidden) if part.added_after is None else part.added_after for part in parts]
     return (
         torch.cat([part.hidden for part in parts]),
         torch.cat(mlp_out) if mlp_out else None,
         torch.cat(added) if any(part.added_after is not None for part in parts) else None,
+        torch.cat(entered) if entered else None,
     )
 
 
@@ -219,6 +227,8 @@ def resume(model: LoadedModel, batch: Batch, deltas: Deltas) -> ResumedForward:
     recorder = BlockRecorder(model, first)
     activations: list[Tensor] = []
     mlp_outs: list[Tensor] = []
+    entered: list[Tensor] = []
+    inputs = MlpInputs.of(model.network, projection)
 
     def receive(_: int, activation: Tensor, __: Tensor) -> None:
         # Indexing copies, so the activations of all other neurons can be freed.
@@ -228,6 +238,8 @@ def resume(model: LoadedModel, batch: Batch, deltas: Deltas) -> ResumedForward:
         stack.enter_context(capture_activations(model.network, [projection], receive))
         if projection.post_norm is not None:
             stack.enter_context(capture_input(model.network.get_submodule(projection.post_norm), mlp_outs.append))
+        if inputs is not None:
+            stack.enter_context(capture_input(inputs.reader, entered.append))
         stack.enter_context(recorder.recording())
         forward(model, batch)
     later_blocks = recorder.calls(first)
@@ -253,6 +265,7 @@ def resume(model: LoadedModel, batch: Batch, deltas: Deltas) -> ResumedForward:
         hidden=hidden[chosen],
         activation=activations[0].view(*hidden.shape[:-1], -1)[chosen],
         mlp_out=mlp_outs[0].view(hidden.shape)[chosen] if mlp_outs else None,
+        entered=entered[0].view(hidden.shape)[chosen] if entered else None,
         later_blocks=tuple(later_blocks),
         added_after=added_after,
     )

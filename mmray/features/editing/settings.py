@@ -99,8 +99,8 @@ class EditSettings(BaseModel):
 
     @property
     def searches(self) -> bool:
-        """Whether larger numbers of neurons are tried while an edit breaks a bound."""
-        return self.method == "learned" and self.neurons is None and not self.reduce_hallucination
+        """Whether other edits are tried while one breaks a bound."""
+        return self.method in ("learned", "patch") and self.neurons is None and not self.reduce_hallucination
 
     @property
     def neuron_limit(self) -> int:

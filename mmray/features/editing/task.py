@@ -22,6 +22,8 @@ from mmray.features.editing.settings import EditSettings
 from mmray.features.editing.whitening import Curvature
 from mmray.neurons.model import NeuronModel
 
+SHARES, FIRST_SHARE = (0.95, 0.8, 0.55, 0.35), 1
+"""Shares of what the word's positions reach at which patched neurons open, and the number of the first to try."""
 MOST = 2048
 """Neurons of the largest try: whitening takes time that grows with their third power."""
 TARGET_IMAGES = 16
@@ -47,8 +49,8 @@ class Task:
     """What changes cost these."""
     before: BeforeEdit = field(default_factory=BeforeEdit)
     """What tries share."""
-    curvature_factor: float = 1.0
-    """Of the weight of the second-order term, in this try."""
+    share: int = FIRST_SHARE
+    """Of a patch, in this try: a number of SHARES."""
 
 
 def prepare(dataset: EditDataset, requests: Sequence[EditSettings]) -> Task:

@@ -1,7 +1,7 @@
 """Compute the states after an edit of the last layer from those before it, without a forward.
 
-The final norm's input is a sum to which the last MLP adds Σ activation · row of W_out, and the activations don't depend
-on these rows.
+The final norm's input is a sum to which the last MLP adds Σ activation · row of W_out. The activations don't depend on
+these rows. Those of neurons that read something else after the edit follow from what they read.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from mmray.features.editing.edit import WeightEdit
 from mmray.features.evaluation.queries import Edit, States
 from mmray.features.evaluation.teacher_forced_states import LIKELY, TOLERANCE, StateReader
+from mmray.models.mlp_inputs import MlpInputs
 from mmray.models.norms import vocabulary_logits
 from mmray.models.parts import output_rows
 
@@ -27,6 +28,8 @@ class LastLayer:
     units: Int[Tensor, " unit"]
     rows: Float[Tensor, "unit hidden"]
     """Before the edit."""
+    inputs: MlpInputs | None
+    """Of an edit that changes what neurons read."""
 
     @classmethod
     def of(cls, reader: StateReader, edit: Edit) -> LastLayer | None:
@@ -39,23 +42,23 @@ class LastLayer:
             return None
         rows = output_rows(model.network, projection)
         units = edit.unit.to(rows.device)
+        inputs = None if edit.inputs is None else MlpInputs.of(model.network, projection)
         # A copy, because the edit changes the weights in place.
-        return cls(reader, units, rows[units].clone())
+        return cls(reader, units, rows[units].clone(), inputs)
 
     @cached_property
-    def added(self) -> Float[Tensor, "unit hidden"]:
-        """What the edit, which must be applied now, has added to the rows, as rounded to the weights' number format."""
-        model = self.reader.model
-        rows = output_rows(model.network, model.projections[-1])[self.units]
+    def edited(self) -> Float[Tensor, "unit hidden"]:
+        """The rows after the edit, which must be applied now, as rounded to the weights' number format."""
         # Read back from the weights: in half precision they take less than the edit gives.
-        return (rows.float() - self.rows.float()) * model.projections[-1].scale
+        return output_rows(self.reader.model.network, self.reader.model.projections[-1])[self.units].float()
 
     def after(self, before: States, all_positions: bool) -> States | None:
         """Return the states with the edit; None if those before it lack activations."""
-        if before.activation is None or (all_positions and before.everywhere is None):
+        hidden = self._shifted(before)
+        everywhere = self._shifted(before.everywhere) if all_positions and before.everywhere else None
+        if hidden is None or (all_positions and everywhere is None):
             return None
-        top = self.reader.top(self._shifted(*before.everywhere)) if all_positions and before.everywhere else None
-        return States(self._shifted(before.hidden, before.activation), top=top)
+        return States(hidden, top=None if everywhere is None else self.reader.top(everywhere))
 
     def agrees(self, found: States, forward: States) -> bool:
         """Return whether states computed so are those of a forward, up to rounding."""
@@ -65,9 +68,14 @@ class LastLayer:
         likely = theirs > theirs.amax(dim=1, keepdim=True) - LIKELY
         return float((ours - theirs)[likely].abs().max()) <= TOLERANCE[self.reader.model.network.dtype]
 
-    def _shifted(
-        self, hidden: Float[Tensor, "token hidden"], activation: Float[Tensor, "token neuron"]
-    ) -> Float[Tensor, "token hidden"]:
+    def _shifted(self, before: States) -> Float[Tensor, "token hidden"] | None:
+        if before.activation is None or (self.inputs is not None and before.entered is None):
+            return None
+        activation = before.activation[:, self.units].float()
         # In fp32 and rounded once: in half precision, many small changes could round away one by one.
-        added = activation[:, self.units].float() @ self.added
-        return (hidden.float() + added.to(hidden.device)).to(hidden.dtype)
+        added = activation @ (self.edited - self.rows.float())
+        if self.inputs is not None and before.entered is not None:
+            now = self.inputs.activation(before.entered, self.inputs.rows(self.units), self.inputs.biases(self.units))
+            added = added + (now - activation) @ self.edited
+        added = added * self.reader.model.projections[-1].scale
+        return (before.hidden.float() + added.to(before.hidden.device)).to(before.hidden.dtype)

@@ -76,19 +76,36 @@ class States:
     """The final norm's input at the positions that predict the reply's tokens and its end."""
     activation: Float[Tensor, "token neuron"] | None = None
     """The input of the last MLP's output projection there; None: not available."""
+    entered: Float[Tensor, "token hidden"] | None = None
+    """What the last MLP's neurons read there, where `MlpInputs` knows the rows that read it."""
     top: Int[Tensor, "position rank"] | None = None
     """The ten likeliest tokens at every position of the sequence; None: not requested."""
-    everywhere: tuple[Float[Tensor, "position hidden"], Float[Tensor, "position neuron"]] | None = None
-    """Hidden states and activations at every position; None: not requested, or too large to keep."""
+    everywhere: States | None = None
+    """These states at every position; None: not requested, or too large to keep."""
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers these states are."""
+        return sum(one.numel() for one in (self.hidden, self.activation, self.entered) if one is not None)
+
+    def at(self, index: Int[Tensor, " chosen"]) -> States:
+        """Return a copy of the states at these positions alone."""
+        hidden, activation, entered = (
+            None if one is None else one[index.to(one.device)] for one in (self.hidden, self.activation, self.entered)
+        )
+        assert hidden is not None
+        return States(hidden, activation, entered)
 
     def shortened(self, by: int) -> States:
         """Return the states without the last `by` positions of the reply."""
+        # -0 would cut everything off; None cuts off nothing.
+        some = slice(-by or None)
         return States(
-            hidden=self.hidden[: len(self.hidden) - by],
-            activation=None if self.activation is None else self.activation[: len(self.activation) - by],
-            top=None if self.top is None else self.top[: len(self.top) - by],
-            # -0 would cut everything off; None cuts off nothing.
-            everywhere=self.everywhere and (self.everywhere[0][: -by or None], self.everywhere[1][: -by or None]),
+            hidden=self.hidden[some],
+            activation=None if self.activation is None else self.activation[some],
+            entered=None if self.entered is None else self.entered[some],
+            top=None if self.top is None else self.top[some],
+            everywhere=self.everywhere and self.everywhere.shortened(by),
         )
 
 

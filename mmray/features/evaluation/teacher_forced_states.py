@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -15,6 +17,7 @@ from mmray.features.evaluation.queries import Query, QueryError, States
 from mmray.models.capture import capture_activations, capture_input
 from mmray.models.linear import sizes
 from mmray.models.loading import LoadedModel
+from mmray.models.mlp_inputs import MlpInputs
 from mmray.models.norms import vocabulary_logits
 from mmray.models.packing import encode_shared
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
@@ -128,38 +131,40 @@ class StateReader:
         batch = self._encoded(queries, replies, numbers, shared=len(rows[0]) > 1)
         final: list[Tensor] = []
         activations: list[Tensor] = []
-        with (
-            capture_input(self.model.norm, final.append),
-            capture_activations(
-                self.model.network,
-                self.model.projections[-1:],
-                lambda _, activation, __: activations.append(activation),
-            ),
-        ):
+        entered: list[Tensor] = []
+        inputs = MlpInputs.of(self.model.network, self.model.projections[-1])
+        with ExitStack() as stack:
+            stack.enter_context(capture_input(self.model.norm, final.append))
+            stack.enter_context(
+                capture_activations(
+                    self.model.network,
+                    self.model.projections[-1:],
+                    lambda _, activation, __: activations.append(activation),
+                )
+            )
+            if inputs is not None:
+                stack.enter_context(capture_input(inputs.reader, entered.append))
             forward(self.model, batch)
-        states = final[-1].flatten(0, -2)
         # Mllama skips some blocks without an image, and routed experts see tokens, not positions.
         known = bool(activations) and not self.model.projections[-1].experts
         activation = activations[-1].flatten(0, -2) if known else None
+        whole = States(final[-1].flatten(0, -2), activation, entered[-1].flatten(0, -2) if entered else None)
         found = {}
         for row, number in enumerate(numbers):
             length = batch.caption_start[row] + len(replies[number])
-            index = torch.tensor([batch.flat(row, position) for position in range(length)], device=states.device)
-            own = None if activation is None else activation[index.to(activation.device)]
-            found[number] = self._kept(queries[number], states[index], own, len(replies[number]))
+            index = torch.tensor([batch.flat(row, position) for position in range(length)])
+            found[number] = self._kept(queries[number], whole.at(index), len(replies[number]))
         return found
 
-    def _kept(self, query: Query, states: Tensor, activation: Tensor | None, length: int) -> States:
-        """Return what is kept of one query's states and activations; `length` is that of the reply."""
-        everywhere, last = None, slice(len(states) - length - 1, None)
-        if query.all_positions and activation is not None and states.numel() + activation.numel() <= KEPT_NUMBERS:
-            everywhere = states, activation
-        return States(
-            # Clones: a view would keep the states of all positions in memory.
-            hidden=states[last].clone(),
-            activation=None if activation is None else activation[last].clone(),
-            top=self.top(states) if query.all_positions else None,
-            everywhere=everywhere,
+    def _kept(self, query: Query, states: States, length: int) -> States:
+        """Return what is kept of one query's states at all positions; `length` is that of the reply."""
+        everywhere = query.all_positions and states.activation is not None and states.numbers <= KEPT_NUMBERS
+        # Indexing copies: a view would keep the states of all positions in memory.
+        last = torch.arange(len(states.hidden) - length - 1, len(states.hidden))
+        return replace(
+            states.at(last),
+            top=self.top(states.hidden) if query.all_positions else None,
+            everywhere=states if everywhere else None,
         )
 
     def _encoded(

@@ -1,7 +1,6 @@
 """What an edit must leave alone: the answers kept, how they are split, and what is said of an edit that breaks them."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from mmray.features.editing.dataset import EditDataset, Prompt
 from mmray.features.editing.deltas import Deltas
 from mmray.features.editing.edit import open_edit
 from mmray.features.editing.kept_answers import kept, presence_answers, read_kept_text, text_answers
-from mmray.features.editing.methods import make_edit, sizes
+from mmray.features.editing.methods import make_edit
 from mmray.features.editing.resumed_forward import resume_all
 from mmray.features.editing.settings import edit_settings
 from mmray.features.editing.task import prepare
@@ -147,59 +146,45 @@ def test_an_untouched_model_keeps_all_and_takes_nothing(dataset, task):
     assert broken(measures) == ["reliability", "image_generality"]
 
 
-def test_more_neurons_are_tried_until_no_bound_is_broken(dataset, few_texts, monkeypatch):
-    seen = []
-
-    def found(model, deltas, *_, **__):
-        seen.append(sum(map(len, deltas.units.values())))
-        questions = 0.5 if len(seen) == 1 else 1.0
-        return {"image_locality": 0.9 if len(seen) < 3 else 1.0, "image_locality_questions": questions}
-
-    monkeypatch.setattr(methods, "validate", found)
-    monkeypatch.setattr(methods, "GROWTH", 2)
-    asked = {"suppress": "hammer", "keep_text": few_texts, **QUICK}
-    edit = make_edit(dataset, [edit_settings(asked)])
-    assert seen == sorted(set(seen))
-    assert len(seen) == 3
-    assert [one["neurons"] for one in edit.facts["tries"]] == seen
-    both = ["image_locality", "image_locality_questions"]
-    assert [one["broken"] for one in edit.facts["tries"]] == [both, both[:1], []]
-    assert edit.facts["broken"] == []
-    assert len(edit.delta) == seen[-1]
-    # With a number given, there is one try.
-    task = prepare(dataset, [edit_settings(asked | {"neurons": 5})])
-    assert sizes(task) == [5]
-    assert sizes(replace(task, neurons=[])) == [0]
-
-
 @pytest.mark.parametrize(
-    ("broken_by_try", "factors"),
+    ("broken_by_try", "shares"),
     [
-        # Takes and changes too much: kept answers count more.
-        (["text_only_64", None], [1, 6]),
-        # Does not take: they count less. Two more tries are all.
-        (["reliability", "reliability", "reliability"], [1, 1 / 6, 1 / 36]),
+        ([None], []),
+        (["text_only_64", None], [0.8]),
+        # Takes and changes too much: the neurons open later.
+        (["text_only_64", "image_locality", "image_locality"], [0.8, 0.95]),
+        # Does not take: they open earlier.
+        (["reliability", "reliability", "image_generality", None], [0.8, 0.55, 0.35]),
         # Between the two there is nothing to try.
-        (["text_only_64", "reliability"], [1, 6]),
-        ([None], [1]),
+        (["text_only_64", "reliability", "image_locality"], [0.8, 0.55]),
     ],
 )
-def test_the_weight_of_kept_answers_is_tried_when_all_neurons_break_a_bound(
-    dataset, few_texts, monkeypatch, broken_by_try, factors
-):
+def test_patches_are_tried_where_located_neurons_break_a_bound(dataset, few_texts, monkeypatch, broken_by_try, shares):
     measures = iter({name: 0.0} if name else {} for name in broken_by_try)
     monkeypatch.setattr(methods, "validate", lambda *_, **__: next(measures))
-    monkeypatch.setattr(methods, "sizes", lambda task: [len(task.neurons)])
     edit = make_edit(dataset, [edit_settings({"suppress": "hammer", "keep_text": few_texts, **QUICK})])
-    assert [one["curvature_factor"] for one in edit.facts["tries"]] == pytest.approx(factors)
-    assert len({one["neurons"] for one in edit.facts["tries"]}) == 1
+    first, *others = edit.facts["tries"]
+    assert (first["method"], first["neurons"]) == ("learned", 30)
+    assert [one["method"] for one in others] == ["patch"] * len(shares)
+    assert [one["share"] for one in others] == shares
+    assert next(measures, None) is None
+    # With a number of neurons, there is one try.
+    monkeypatch.setattr(methods, "validate", lambda *_, **__: {"reliability": 0.0})
+    edit = make_edit(dataset, [edit_settings({"suppress": "hammer", "keep_text": few_texts, "neurons": 5, **QUICK})])
+    assert [one["neurons"] for one in edit.facts["tries"]] == [5]
+
+
+def test_where_neurons_can_t_be_rewritten_all_located_ones_are_tried(dataset, few_texts, monkeypatch):
+    monkeypatch.setattr(methods, "validate", lambda *_, **__: {"reliability": 0.0})
+    monkeypatch.setattr(methods, "patched", lambda _: None)
+    edit = make_edit(dataset, [edit_settings({"suppress": "hammer", "keep_text": few_texts, **QUICK})])
+    assert [one["neurons"] for one in edit.facts["tries"]] == [30, dataset.model.widths[-1]]
 
 
 def test_an_edit_that_takes_is_chosen_before_one_that_breaks_less(dataset, few_texts, monkeypatch):
     takes, leaves = {"text_only_64": 0.0, "text_only_16": 0.0}, {"reliability": 0.0}
     measures = iter([leaves, takes, leaves])
     monkeypatch.setattr(methods, "validate", lambda *_, **__: next(measures))
-    monkeypatch.setattr(methods, "sizes", lambda task: [1, len(task.neurons)])
     edit = make_edit(dataset, [edit_settings({"suppress": "hammer", "keep_text": few_texts, **QUICK})])
     assert edit.facts["validation"] == takes
 
@@ -209,9 +194,8 @@ def test_of_tries_that_take_the_one_that_exceeds_the_bounds_least_is_chosen(data
     tries = [{"text_only_64": 0.5}, {"image_locality": 0.91, "text_only_16": 0.88}, {"text_only_64": 0.6}]
     measures = iter(tries)
     monkeypatch.setattr(methods, "validate", lambda *_, **__: next(measures))
-    monkeypatch.setattr(methods, "sizes", lambda task: [len(task.neurons)])
     edit = make_edit(dataset, [edit_settings({"suppress": "hammer", "keep_text": few_texts, **QUICK})])
-    assert [one["curvature_factor"] for one in edit.facts["tries"]] == [1, 6, 36]
+    assert len(edit.facts["tries"]) == 3
     assert edit.facts["validation"] == tries[1]
 
 
@@ -269,18 +253,14 @@ def test_replies_end_where_they_are_cut_off(dataset):
     assert short[0] == long[0]
 
 
-def test_an_edit_of_several_words_may_change_the_whole_layer(dataset, few_texts, monkeypatch):
-    margins = []
-    monkeypatch.setattr(methods, "learn", lambda *given: margins.append(given[4].margin))
-    common = {"keep_text": few_texts, "samples": 2, "kept": 8}
+def test_several_words_are_patched_from_the_start(dataset, few_texts, monkeypatch):
+    monkeypatch.setattr(methods, "validate", lambda *_, **__: {})
+    common = {"keep_text": few_texts, "samples": 2, "kept": 8, "steps": 2}
     pairs = ({"source": "hammer", "target": "sun"}, {"source": "pizza", "target": "dog"})
-    both = prepare(dataset, [edit_settings(pair | common) for pair in pairs])
+    edit = make_edit(dataset, [edit_settings(pair | common) for pair in pairs])
+    assert [one["method"] for one in edit.facts["tries"]] == ["patch"]
+    assert len(edit.neurons) == len(set(edit.neurons)) >= len(pairs)
+    task = prepare(dataset, [edit_settings(pair | common) for pair in pairs])
     one = prepare(dataset, [edit_settings(pairs[0] | common)])
-    assert sizes(both) == [dataset.model.widths[-1]]
     # Located ones first, of both words: what a smaller edit would have.
-    assert sizes(one)[0] == 50
-    assert len(set(both.neurons[:50]) & set(one.neurons[:50])) >= 25
-    for task in (one, both):
-        methods.learned(task)
-    # There is no room for as large a lead where many words share neurons.
-    assert margins == [methods.SWAP_MARGIN, methods.GENTLE_SWAP_MARGIN]
+    assert len(set(task.neurons[:50]) & set(one.neurons[:50])) >= 25
