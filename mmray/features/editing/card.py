@@ -28,7 +28,7 @@ def edit_card(edit: WeightEdit) -> str:
         "L2 norm of the change": f"{float(edit.delta.norm()):.4g}",
     }
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {purposes}", ""]
-    lines += ["An edit of a vision-language model, as rows to add to the output projections of its MLPs.", ""]
+    lines += ["An edit of a vision-language model, as rows to add to the projections of its MLPs.", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in facts.items()), ""]
     if validation := edit.facts.get("validation"):
         lines += ["On answers that it was not learned from: " + verdict(validation)["words"] + ".", ""]
@@ -40,7 +40,8 @@ def edit_card(edit: WeightEdit) -> str:
         ]
     lines += [
         f"`{ROWS_FILE}` has the tensors `layer`, `unit` and `delta`: row *i* of `delta` is added to the row of W_out "
-        "of neuron `unit[i]` in layer `layer[i]`.",
+        "of neuron `unit[i]` in layer `layer[i]`."
+        + (" `inputs[i]` is added to the rows that the neuron reads, the gate's first." * (edit.inputs is not None)),
         "",
         "```python",
         "import mmray",

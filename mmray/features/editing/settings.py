@@ -30,8 +30,8 @@ class EditSettings(BaseModel):
     """Neutral word that replaces a suppressed one."""
     method: Method = Field("learned", description=methods_help())
     neurons: int | None = Field(None, ge=1)
-    """Most neurons to edit. Default: 50 for a swap, which must also write the target, else 30; if a bound is then
-    broken, up to 2,048 of the layers."""
+    """Most located neurons to edit, in one try. Default: 50 for a swap, which must also write the target, else 30; if a
+    bound is then broken, idle neurons are patched instead."""
     layers: int = Field(1, ge=1)
     """Number of last layers whose neurons may be edited. With 1, learning runs no block of the network."""
     by: By = "specific"
