@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeVar
@@ -18,6 +19,8 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 USUAL = {MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}
 """What glibc itself raises them to, in a process with large blocks."""
 KEPT = {MMAP_THRESHOLD: 1 << 30, TRIM_THRESHOLD: 1 << 30}
+FREED = 256 << 20
+"""Freed bytes that a process may keep between batches."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -78,8 +81,29 @@ def _set_heap(parameters: dict[int, int]) -> None:
             ctypes.CDLL(None).mallopt(parameter, value)
 
 
-def trim_heap() -> None:
-    """Return what a batch has freed to the system; glibc keeps blocks of a few MB, and uses other ones next time."""
-    # Other C libraries have no such function, or none of this name.
+def trim_heap(kept: int = 0) -> None:
+    """Return freed memory to the system, if there is more than so many bytes of it; of effect with glibc alone.
+
+    glibc keeps freed blocks of a few MB, and uses other ones next time.
+    """
+    # Other C libraries have no such functions, or none of these names.
     with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+        library = ctypes.CDLL(None)
+        if _freed(library) > kept:
+            library.malloc_trim(0)
+
+
+class _Mallinfo(ctypes.Structure):
+    """What glibc's `mallinfo2` returns."""
+
+    _fields_ = (("numbers", ctypes.c_size_t * 10),)
+
+
+def _freed(library: ctypes.CDLL) -> float:
+    """Return how many freed bytes the process keeps; infinity if glibc is too old to say."""
+    ask = getattr(library, "mallinfo2", None)
+    if ask is None:
+        return math.inf
+    ask.restype = _Mallinfo
+    # The field `fordblks`.
+    return int(ask().numbers[8])

@@ -6,7 +6,7 @@ import resource
 import pytest
 import torch
 
-from mmray.neurons.split_on_oom import heap_kept, trim_heap
+from mmray.neurons.split_on_oom import FREED, heap_kept, trim_heap
 
 VALUES = 16 << 20
 """Values of a tensor of 64 MB, which glibc gives back to the system as soon as it is freed."""
@@ -25,6 +25,8 @@ def test_a_freed_tensor_is_kept_for_the_next_inside_the_block_alone() -> None:
     with heap_kept():
         new_pages()
         assert new_pages() < enough
-        trim_heap()
+        trim_heap(FREED)
+        assert new_pages() < enough
+        trim_heap(VALUES)
         assert new_pages() > enough
     assert new_pages() > enough

@@ -32,7 +32,7 @@ from mmray.neurons.module_activity import ModuleActivity
 from mmray.neurons.row_sharing import RowSharing
 from mmray.neurons.scores import SCORES
 from mmray.neurons.scoring import Scored, non_finite_rows, score_batch, whole_nouns
-from mmray.neurons.split_on_oom import FAILURES, free_memory, heap_kept, split_on_failure, trim_heap
+from mmray.neurons.split_on_oom import FAILURES, FREED, free_memory, heap_kept, split_on_failure, trim_heap
 from mmray.neurons.statistics import TokenStatistics
 from mmray.neurons.token_positions import TokenPosition, positions_of
 
@@ -115,7 +115,7 @@ class ShardAnalysis:
                     self._analyse(items, batch)
                     del batch  # freed before the next but one is prepared, so that memory never holds three
                     if self.model.device.type == "cpu":
-                        trim_heap()
+                        trim_heap(FREED)
             else:
                 # A batch has one prompt length per language; sorting keeps padding short.
                 part.sort(key=lambda sample: (sample.image is None, sample.language or ""))
