@@ -72,14 +72,12 @@ class Span:
         """Return one neuron's values times a sign at the positions of one sample each; -inf outside the modality."""
         own = samples if self.samples is None else torch.searchsorted(self.samples, samples)
         rows = own if self.rows is None else self.rows[own]
-        if self.columns is None and values.device.type == "cpu":
-            # Sample by sample and position by position: what is read is then next to each other in memory.
-            numbers, counts = torch.unique_consecutive(rows, return_counts=True)
-            parts = zip(numbers.tolist(), torch.split(neurons, counts.tolist()), strict=True)
-            found = torch.cat([values[row, self.start : self.stop].index_select(1, part) for row, part in parts], 1)
-        else:
-            places = torch.arange(self.start, self.stop, device=values.device)[:, None]
-            found = values[rows, places if self.columns is None else self.columns[own].T, neurons]
+        places = torch.arange(self.start, self.stop, device=values.device)[:, None]
+        if self.columns is not None:
+            places = self.columns[own].T
+        # By places in the flat tensor: on a CPU several times as fast as by three indices.
+        flat = (rows * values.shape[1] + places) * values.shape[2] + neurons
+        found = values.reshape(-1).index_select(0, flat.reshape(-1)).reshape(flat.shape)
         found = found.float() * signs
         return found if self.outside is None else found + self.outside[own, :, 0].T
 
