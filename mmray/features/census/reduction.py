@@ -115,14 +115,17 @@ class ConceptSums:
         tables = [PARTS["concepts"].empty_table(), *self._closed]
         for part in _parts(sorted(self._rows)):
             tables.append(self._reduced(part, [self._counts[name] for name in part], self._open_sums(part)))
-        for part in _parts(sorted(self._overflow.counts)):
+        waiting = sorted(self._overflow.counts)
+        for part in _parts(waiting):
             counts, sums = zip(*(self._overflow.take(name, sum(self.widths)) for name in part), strict=True)
             stacked = torch.stack(sums, dim=1)
             totals += stacked[:2].sum(dim=1).numpy()
             tables.append(self._reduced(part, counts, stacked.to(self._device)))
-        concepts = pa.concat_tables(tables)
-        # Stable, so that rows of one concept stay in the order of its occurrences.
-        concepts = concepts.take(pc.sort_indices(concepts["concept"]))
+        concepts = pa.concat_tables(tables).combine_chunks()
+        # Those of concepts that never left memory are in order already, and to take rows is to copy them all again.
+        if self._closed or waiting:
+            # Stable, so that rows of one concept stay in the order of its occurrences.
+            concepts = concepts.take(pc.sort_indices(concepts["concept"]))
         columns = [list_column(total[None], PARTS["totals"].field("score").type) for total in totals]
         return concepts, pa.Table.from_arrays([pa.array([self._n]), *columns], schema=PARTS["totals"])
 
