@@ -6,6 +6,7 @@ memory; the census starts from encoded images and does everything up to the comm
 score, reduce, write. Start-up (model loading) is excluded from both. The census asks the model for no logits but those
 of the concepts and for no cache; the second row is a plain forward that does without them too.
 
+On a machine that does other work too, CPU time says more, with one core: threads that wait for others count as busy.
 All cores by default; `--cores 1` confines both to one, which is what a census without GPUs gives each of its workers
 where it has as many workers as cores.
 
@@ -130,23 +131,23 @@ def run(arguments: argparse.Namespace, out: str) -> None:
     nouns = noun_source(settings.nouns, source.objects_vocabulary(), source.translations())
     folder = RunFolder.at(out)
 
-    def census(number: int) -> float:
-        began = time.perf_counter()
+    def census(number: int) -> tuple[float, float]:
+        began, busy = time.perf_counter(), time.process_time()
         tables = ShardAnalysis(model, settings, nouns, number).run(read_shard(source, manifest.shards[0]))
         folder.commit_shard(number, tables, manifest.samples, 0.0)
-        return time.perf_counter() - began
+        return time.perf_counter() - began, time.process_time() - busy
 
     samples = [row for row in read_shard(source, manifest.shards[0]) if isinstance(row, Sample)]
     prepared = [batch for _, batch in ShardAnalysis(model, settings, nouns, 0).encoded(samples)]
 
-    def timed(step: Callable[[Batch], object]) -> float:
-        began = time.perf_counter()
+    def timed(step: Callable[[Batch], object]) -> tuple[float, float]:
+        began, busy = time.perf_counter(), time.process_time()
         with torch.inference_mode():
             for batch in prepared:
                 step(batch)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return time.perf_counter() - began, time.process_time() - busy
 
     def plain(batch: Batch) -> None:
         model.network(**batch.to(model.device, model.network.dtype))
@@ -157,11 +158,15 @@ def run(arguments: argparse.Namespace, out: str) -> None:
     timed(plain), census(0)  # warm up
     rounds = [(timed(plain), census(number), timed(bare)) for number in range(1, arguments.rounds + 1)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{'':26s}{'samples/s':>10s}   census / it (median, range)")
+    print(f"{'':26s}{'samples/s':>10s}{'per CPU s':>10s}   census / it (median, range), by wall time and by CPU time")
     for name, column in (("plain forward", 0), ("forward without logits", 2), ("census", 1)):
-        speed = len(samples) / statistics.median(times[column] for times in rounds)
-        ratios = sorted(times[column] / times[1] for times in rounds)
-        print(f"{name:26s}{speed:10.1f}   {statistics.median(ratios):.3f}  ({ratios[0]:.3f} to {ratios[-1]:.3f})")
+        line = f"{name:26s}"
+        for clock in (0, 1):
+            line += f"{len(samples) / statistics.median(times[column][clock] for times in rounds):10.1f}"
+        for clock in (0, 1):
+            ratios = sorted(times[column][clock] / times[1][clock] for times in rounds)
+            line += f"   {statistics.median(ratios):.3f}  ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        print(line)
     print(f"peak memory {peak / 2**20:.2f} GB; before the model {before / 2**20:.2f}, with it {loaded / 2**20:.2f}")
 
 
