@@ -69,6 +69,7 @@ FRONTIER: dict[str, list[dict[str, Any]]] = {
     for method, choices in {
         "learned": [{"neurons": n, "text_weight": w} for n in (25, 50, 100) for w in (0.3, 1.0, 3.0)]
         + [{"neurons": 100, "layers": 3}],
+        "patch": [{}],
         "null-space": [{"neurons": n} for n in (25, 50, 100)],
         "plain": [{"neurons": n} for n in (25, 50, 100)],
         "random": [{"neurons": n} for n in (50, 100)],
@@ -251,21 +252,13 @@ def hallucination(ground: Ground) -> None:
 
 
 def joint(ground: Ground, count: int, others: int | None) -> None:
-    """Print what many swaps in one checkpoint do: learned together, and each alone and added up."""
+    """Print what many swaps in one checkpoint do, made as one edit."""
     pairs = ground.pairs(count)
     together = Row()
     edit = ground.made(*({"source": source, "target": target} for source, target in pairs))
     together.add(edit, ground.measured(edit, others, pope_objects=1, text_count=GENERAL))
-    print(f"\n{count} swaps in one checkpoint\n\n{header()}\n{together.line('learned together')}\n")
+    print(f"\n{count} swaps in one checkpoint\n\n{header()}\n{together.line('together')}\n")
     print(bounds_table(together), flush=True)
-    apart = Row()
-    whole: WeightEdit | None = None
-    for source, target in pairs:
-        one = ground.made({"source": source, "target": target})
-        whole = one if whole is None else whole + one
-    assert whole is not None
-    apart.add(whole, ground.measured(whole, others))
-    print(apart.line("added up"))
 
 
 def bounds(
