@@ -7,6 +7,7 @@ import pytest
 
 from mmray.errors import InputError
 from mmray.features.census.merging import RunMerge
+from mmray.features.census.neuron_sums import activity_table
 from mmray.models.capture import capture_activations
 from mmray.models.tiny.variants import PATCH, SIDE, VARIANTS
 from mmray.neurons.activation_cache import forward
@@ -103,7 +104,7 @@ def test_both_modules_neurons_are_in_the_run_s_table(open_model):
     widths = [projection.width for projection in model.parts.of("vision")]
     merge = RunMerge(model.widths, None, 5, {"vision": widths})
     merge.add(tables.__getitem__)
-    table = merge.activity_table()
+    table = activity_table(merge.module_widths, merge.sums)
     rows = [row for row in table.to_pylist() if row["module"] == "vision" and row["label_kind"] == "all"]
     assert [(row["layer"], row["unit"]) for row in rows] == [
         (n, u) for n, width in enumerate(widths) for u in range(width)

@@ -221,12 +221,12 @@ class CensusJob(ModelJob[CensusContext]):
                 output.table(name, rows)
         for name, table in merge.tables():
             output.table(name, table)
-        certified, among = merge.certified
+        certified, among = merge.rankings.certified
         receipts = parts.receipts.values()
         return {
             "samples": sum(receipt.samples for receipt in receipts),
             "occurrences": sum(receipt.occurrences for receipt in receipts),
-            "concepts": merge.ranked,
+            "concepts": merge.rankings.ranked,
             # Kept as a number, so that status need not read the table.
             "certified": certified / among if among else None,
         }

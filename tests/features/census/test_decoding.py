@@ -77,7 +77,7 @@ def test_tokens_of_a_ranking_are_what_activation_times_row_raises_most(open_mode
     model = open_model("llava")
     merge = RunMerge(model.widths, decode_neurons(model, fold_norm=False), 5)
     merge.add(analyse(model, samples(8)).__getitem__)
-    ranked = [row for table in merge.rankings() for row in table.to_pylist()]
+    ranked = [row for table, _ in merge.rankings.tables() for row in table.to_pylist()]
     unembedding = unembedding_rows(model.network, model.parts)[: len(model.tokenizer)].double()
     negative = 0
     for row in ranked:

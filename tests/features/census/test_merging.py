@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.data.samples import Sample
-from mmray.features.census import merging
+from mmray.features.census import concept_rankings, neuron_sums
 from mmray.features.census.activity import without_repeats
-from mmray.features.census.merging import Examples, RunMerge, Samples
+from mmray.features.census.merging import RunMerge
+from mmray.features.census.neuron_sums import Examples, Samples
 from mmray.features.census.ranking import locate_index
 from mmray.features.census.tables import PARTS, TABLES
 from mmray.neurons.statistics import EXAMPLES
@@ -161,9 +162,10 @@ def test_the_order_of_shards_changes_nothing(open_model, shards, tables, order):
 def test_threads_and_pieces_change_no_table(open_model, shards, tables, monkeypatch):
     assert tables["concepts"]["concept"].to_pylist() == sorted(set(tables["rankings"]["concept"].to_pylist()))
     # One concept per table and few neurons at a time: as many threads as there may be, and the most pieces.
-    for name, value in {"TOGETHER": 1, "BLOCK": 7, "RANKERS": 3}.items():
-        monkeypatch.setattr(merging, name, value)
-    monkeypatch.setattr(merging.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(neuron_sums, "BLOCK", 7)
+    monkeypatch.setattr(concept_rankings, "TOGETHER", 1)
+    monkeypatch.setattr(concept_rankings, "RANKERS", 3)
+    monkeypatch.setattr(concept_rankings.os, "cpu_count", lambda: 3)
     assert merged(open_model("llava"), shards, top_k=TOP) == tables
 
 
