@@ -23,8 +23,9 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -33,6 +34,7 @@ from uuid import uuid4
 import pyarrow as pa
 
 from mmray.errors import DamagedError, InputError
+from mmray.runs.pieces import bounds_of
 from mmray.runs.receipts import Receipt, unit_of
 from mmray.runs.refreshes import latest
 from mmray.runs.tables import from_bytes, part_to_bytes
@@ -310,6 +312,7 @@ class RunFolder:
             parts=parts,
             run=self._fingerprint(),
             checksums=checksums,
+            bounds={name: bounds for name, table in tables.items() if (bounds := bounds_of(table))},
             phases={name: round(spent, 3) for name, spent in {**phases, "commit": time.perf_counter() - began}.items()},
             memory=dict(memory),
             notes=list(notes),
@@ -356,17 +359,30 @@ class RunFolder:
 
     def read_part(self, receipt: Receipt, name: str) -> pa.Table:
         """Return one part of a committed shard; raises DamagedUnitError if it is not what was committed."""
-        assert receipt.parts is not None
-        key, number = receipt.parts.get(name, name), receipt.shard_id
+        with self._naming_damage(receipt, name) as key:
+            return from_bytes(self._checked_part(receipt, name, key))
+
+    def read_file(self, receipt: Receipt, name: str) -> bytes:
+        """Return the file of a part; raises DamagedUnitError if it is not what was committed."""
+        with self._naming_damage(receipt, name) as key:
+            return self._checked_part(receipt, name, key)
+
+    @contextmanager
+    def _naming_damage(self, receipt: Receipt, name: str) -> Iterator[str]:
+        """Yield the key of a part; damage found within the block is raised with it."""
+        key = (receipt.parts or {}).get(name, name)
         try:
-            data = self._read_if_there(key)
-            if data is None:
-                raise DamagedError("gone")
-            if receipt.checksums is not None:
-                receipt.checksums[name].check(data)
-            return from_bytes(data)
+            yield key
         except DamagedError as error:
-            raise DamagedUnitError(self, key, str(error), f"receipts/{number:06d}.json") from error
+            raise DamagedUnitError(self, key, str(error), f"receipts/{receipt.shard_id:06d}.json") from error
+
+    def _checked_part(self, receipt: Receipt, name: str, key: str) -> bytes:
+        data = self._read_if_there(key)
+        if data is None:
+            raise DamagedError("gone")
+        if receipt.checksums is not None:
+            receipt.checksums[name].check(data)
+        return data
 
 
 def _record(attempt: bytes) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class Receipt:
     """Fingerprint that the run began with; empty in receipts of earlier versions."""
     checksums: dict[str, Checksum] | None = None
     """Of each part; None in receipts of earlier versions."""
+    bounds: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    """Of each part whose rows are ordered: lowest and highest value of each column by which they are."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds per phase: those that the job times (read, forward, …), and `AROUND`."""
     memory: dict[str, int] = field(default_factory=dict)
@@ -55,6 +57,8 @@ class Receipt:
             receipt = cls(**content)
             counts = (receipt.shard_id, receipt.samples, receipt.occurrences, receipt.failures)
             if not all(isinstance(count, int) for count in counts) or not isinstance(receipt.parts, dict | None):
+                raise TypeError
+            if not all(isinstance(bounds, dict) for bounds in [receipt.bounds, *receipt.bounds.values()]):
                 raise TypeError
             # Adding them up checks that all values are numbers.
             cost([receipt])

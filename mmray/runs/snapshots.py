@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmray.errors import DamagedError, InputError
-from mmray.runs.tables import from_bytes, order_of, to_bytes
+from mmray.runs.pieces import TableCutter, bounds_of
+from mmray.runs.tables import from_bytes, to_bytes
 from mmray.storage import Checksum, Store, filesystem
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ KEPT = 3
 """Snapshots of a job that are kept: the newest, one that readers may still use, and one to compare with."""
 FILE_BYTES = 32 << 20
 """Bytes in memory at which a table starts a further file; bounds what a writer holds."""
-SMALL_PARTS = 64
-"""Parts that are buffered before they are joined: in small parts, the schema takes more memory than the rows."""
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ class TableFile:
 
     key: str
     checksum: Checksum
-    bounds: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    bounds: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Lowest and highest value of each column by which the table is ordered."""
 
 
@@ -171,9 +170,14 @@ class SnapshotWriter:
 
     def add(self, name: str, part: pa.Table) -> None:
         """Append rows to a table."""
-        if name not in self.tables:
-            self.tables[name] = _TableWriter(self.store, f"snapshots/{self.job}/{self.number}/{name}", part.schema)
-        self.tables[name].add(part)
+        self._writer(name).add(part)
+
+    def add_file(self, name: str, data: bytes, rows: int, bounds: Mapping[str, Sequence[Any]]) -> None:
+        """Append a file of so many rows to a table, whose other rows come in files, too; `bounds` as in `TableFile`."""
+        self._writer(name).write(data, rows, bounds)
+
+    def _writer(self, name: str) -> _TableWriter:
+        return self.tables.setdefault(name, _TableWriter(self.store, f"snapshots/{self.job}/{self.number}/{name}"))
 
     def commit(self, made_from: Mapping[str, str], headline: Mapping[str, Any]) -> Snapshot:
         """Make all tables visible at once, and return the snapshot that readers now see.
@@ -200,46 +204,33 @@ class SnapshotWriter:
 class _TableWriter:
     """Writes a table from parts, in order; memory does not grow with the table."""
 
-    def __init__(self, store: Store, folder: str, schema: pa.Schema) -> None:
+    def __init__(self, store: Store, folder: str) -> None:
         self.store = store
         self.folder = folder
-        self.schema = schema
         self.files: list[TableFile] = []
-        self._joined: list[pa.Table] = []
-        self._small: list[pa.Table] = []
-        self._bytes = 0
+        self._cutter: TableCutter | None = None
 
     def add(self, part: pa.Table) -> None:
         """Append a part, and write a file once there is enough for one."""
-        self._small.append(part)
-        self._bytes += part.nbytes
-        if len(self._small) == SMALL_PARTS:
-            self._join_small()
-        if self._bytes >= FILE_BYTES:
-            self._flush()
+        self._cutter = self._cutter or TableCutter(part.schema, FILE_BYTES)
+        for table in self._cutter.add(part):
+            self._write(table)
 
     def close(self) -> list[TableFile]:
         """Write the rest, and return the table's files."""
         # An empty table is a file, too: it has a schema.
-        if self._bytes or self._small or not self.files:
-            self._flush()
+        if self._cutter and not (self._cutter.empty and self.files):
+            self._write(self._cutter.rest())
         return self.files
 
-    def _join_small(self) -> None:
-        # Parts committed by an earlier version may lack a newer column, which is then filled with nulls.
-        whole = pa.concat_tables([self.schema.empty_table(), *self._small], promote_options="default")
-        self._joined.append(whole.combine_chunks())
-        self._small = []
-
-    def _flush(self) -> None:
-        self._join_small()
-        table = pa.concat_tables(self._joined)
-        self._joined, self._bytes = [], 0
-        data = to_bytes(table)
+    def write(self, data: bytes, rows: int, bounds: Mapping[str, Sequence[Any]]) -> None:
+        """Append a file."""
         key = f"{self.folder}/{len(self.files):05d}.parquet"
         self.store.put(key, data)
-        bounds = {column: tuple(pc.min_max(table[column]).as_py().values()) for column in order_of(self.schema)}
-        self.files.append(TableFile(key, Checksum.of(data, len(table)), bounds))
+        self.files.append(TableFile(key, Checksum.of(data, rows), bounds))
+
+    def _write(self, table: pa.Table) -> None:
+        self.write(to_bytes(table), len(table), bounds_of(table))
 
 
 def publish_tables(store: Store, snapshot: Snapshot) -> None:
@@ -297,7 +288,7 @@ def _prune(store: Store, job: str, fence: int) -> None:
             store.delete(entry.key)
 
 
-def _within(bounds: Mapping[str, tuple[Any, Any]]) -> pc.Expression:
+def _within(bounds: Mapping[str, Sequence[Any]]) -> pc.Expression:
     """Return what is true of all rows of a file."""
     within = pc.scalar(True)
     for column, (lowest, highest) in bounds.items():
